@@ -1,0 +1,52 @@
+"""The exceptions of softmeet.
+
+::
+
+    SoftmeetError
+    ├── InvalidInputError (ValueError)    an argument has the wrong shape, sign, length or value
+    │   ├── NonFiniteError                NaN or +inf in one member's log-probabilities
+    │   ├── DisjointSupportError          no token has positive probability under every member
+    │   └── VocabularyMismatchError       the members' tokenizers differ
+    ├── CheckpointError (OSError)         a member cannot be loaded
+    ├── UnsupportedHeadError              a model whose output layer is not a plain softmax head
+    ├── InfeasibleError                   no distribution has every member's moments (on_infeasible="raise")
+    └── NotConvergedError                 max_steps did not reach tol (throw=True)
+
+Each message says what was expected, what came and what to do.
+"""
+
+
+class SoftmeetError(Exception):
+    """The base of all of softmeet's own errors."""
+
+
+class InvalidInputError(SoftmeetError, ValueError):
+    """An argument has the wrong shape, sign, length or value."""
+
+
+class NonFiniteError(InvalidInputError):
+    """One member's log-probabilities hold NaN or +inf, or are all -inf."""
+
+
+class DisjointSupportError(InvalidInputError):
+    """No token has positive probability under every member."""
+
+
+class VocabularyMismatchError(InvalidInputError):
+    """The members' tokenizers give the same ids to different tokens, or have different sizes."""
+
+
+class CheckpointError(SoftmeetError, OSError):
+    """A member cannot be loaded: missing, truncated, not safetensors, or in need of remote code."""
+
+
+class UnsupportedHeadError(SoftmeetError):
+    """A model whose output layer is not a plain softmax head: quantised, offloaded, adapted or unknown."""
+
+
+class InfeasibleError(SoftmeetError):
+    """No distribution has every member's moments, and ``on_infeasible="raise"`` was asked for."""
+
+
+class NotConvergedError(SoftmeetError):
+    """``max_steps`` did not reach ``tol``, and ``throw=True`` was asked for."""

@@ -1,0 +1,221 @@
+"""The softmax head of a language model, and its whitened view, through which solvers read it.
+
+A head is read in blocks of rows. Blocks are cast to the dtype of the computation; the head itself never is, and it
+is never copied: whitening goes through a d × d factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import pad
+
+from softmeet.errors import InvalidInputError
+from softmeet.simplex import log_normalize
+
+# Elements of a block when it has to be cast: 4 MiB in fp32, about a core's share of cache.
+_BLOCK_ELEMENTS = 1 << 20
+# Singular values below this share of the largest count as zero: fp32 products could not tell them from noise.
+_RANK_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class SoftmaxHead:
+    """logits = cap(scale · (W h + β)), with cap(x) = c·tanh(x / c) where a final soft-cap c is set.
+
+    Args:
+        weight: W, (v, d), any floating dtype; kept as it is, never copied.
+        bias: β, (v,), or None.
+        scale: a factor on the logits.
+        soft_cap: c > 0, or None.
+
+    Raises:
+        InvalidInputError: a shape that does not fit, a weight that is not finite, or a soft-cap that is not positive.
+    """
+
+    weight: Float[Tensor, "v d"]
+    bias: Float[Tensor, " v"] | None = None
+    scale: float = 1.0
+    soft_cap: float | None = None
+    _whitening: dict[tuple[torch.device, bool], Whitening] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.weight.ndim != 2 or not self.weight.is_floating_point():
+            raise InvalidInputError(
+                "a head's weight is a floating tensor of shape (v, d), got "
+                f"{self.weight.dtype} of shape {tuple(self.weight.shape)}"
+            )
+        if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
+            raise InvalidInputError(f"a head's bias has shape ({self.v},), got {tuple(self.bias.shape)}")
+        if self.soft_cap is not None and not self.soft_cap > 0:
+            raise InvalidInputError(f"a soft-cap is a positive number or None, got {self.soft_cap}")
+
+    @property
+    def v(self) -> int:
+        """The number of rows: the vocabulary, padding included."""
+        return self.weight.shape[0]
+
+    @property
+    def d(self) -> int:
+        """The width."""
+        return self.weight.shape[1]
+
+    def blocks(self, dtype: torch.dtype, *, cut: bool = False) -> Iterator[tuple[slice, Float[Tensor, "b d"]]]:
+        """Blocks of rows in ``dtype``: the whole head at once, as a view, when nothing has to be cast or ``cut``."""
+        size = self.v if self.weight.dtype == dtype and not cut else max(1, _BLOCK_ELEMENTS // max(self.d, 1))
+        for start in range(0, self.v, size):
+            rows = slice(start, min(start + size, self.v))
+            yield rows, self.weight[rows].detach().to(dtype)
+
+    def scores(self, x: Float[Tensor, "b d"]) -> Float[Tensor, "b v"]:
+        """W x for every row of ``x``, in the dtype of ``x``; one read of the head."""
+        return torch.cat([x @ block.T for _, block in self.blocks(x.dtype)], dim=-1)
+
+    def moments(self, p: Float[Tensor, "b v"]) -> Float[Tensor, "b d"]:
+        """Wᵀ p for every row of ``p``, in the dtype of ``p``; one read of the head."""
+        total = p.new_zeros(p.shape[0], self.d)
+        for rows, block in self.blocks(p.dtype):
+            total += p[:, rows] @ block
+        return total
+
+    def logits(self, hidden: Float[Tensor, "*b d"]) -> Float[Tensor, "*b v"]:
+        """The model's logits from its last hidden state, in fp32 (fp64 for fp64 states)."""
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        out = self.scores(hidden.reshape(-1, self.d).to(dtype))
+        if self.bias is not None:
+            out = out + self.bias.to(dtype)
+        out = out * self.scale
+        if self.soft_cap is not None:
+            out = self.soft_cap * torch.tanh(out / self.soft_cap)
+        return out.reshape(*hidden.shape[:-1], self.v)
+
+    def log_probs(self, hidden: Float[Tensor, "*b d"]) -> Float[Tensor, "*b v"]:
+        """log softmax of :meth:`logits`, in nats."""
+        return log_normalize(self.logits(hidden))
+
+    def slope(self, logits: Float[Tensor, "*b v"]) -> Float[Tensor, "*b v"] | None:
+        """1 - (ℓ / c)², the factor on the rows of W that a soft-cap brings; None without a soft-cap."""
+        return None if self.soft_cap is None else 1 - (logits / self.soft_cap) ** 2
+
+    def whitening(self) -> Whitening:
+        """Centre and factor of the head, computed once per device; not centred under a soft-cap."""
+        key = (self.weight.device, self.soft_cap is None)
+        if key not in self._whitening:
+            self._whitening[key] = self._whiten(centred=self.soft_cap is None)
+        return self._whitening[key]
+
+    def _whiten(self, *, centred: bool) -> Whitening:
+        wide = dict(dtype=torch.float64, device=self.weight.device)
+        center = torch.zeros(self.d, **wide)
+        if centred:
+            for _, block in self.blocks(torch.float64, cut=True):
+                center += block.sum(0) / self.v
+        if not center.isfinite().all():
+            raise InvalidInputError("a head's weight must be finite: it holds NaN or inf")
+        gram = torch.zeros(self.d, self.d, **wide)
+        for _, block in self.blocks(torch.float64, cut=True):
+            gram.addmm_((block - center).T, block - center)
+        values, vectors = torch.linalg.eigh(gram)
+        # Rounding in the centre leaves a constant column a Gram of about (eps · |c|)² · v.
+        floor = max(values[-1].item() * _RANK_TOLERANCE**2, self.v * (1e-14 * center.abs().max().item()) ** 2)
+        keep = values > floor
+        return Whitening(center, vectors[:, keep] / values[keep].sqrt())
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """c and R such that Q = (W - 1cᵀ) R has orthonormal columns; R is (d, rank), fp64."""
+
+    center: Float[Tensor, " d"]
+    factor: Float[Tensor, "d rank"]
+
+    @cached_property
+    def rank(self) -> int:
+        """The numerical rank of the (centred) head."""
+        return self.factor.shape[1]
+
+
+class WhitenedHead:
+    """Q = S (W - 1cᵀ) R for a batch of B rows, as solvers read it; S is the slope of a soft-cap, per row, or 1.
+
+    Products run in ``dtype`` and come back in fp64. ``rows_read[k]`` counts the rows of W read on behalf of batch
+    row k, gathers included.
+    """
+
+    def __init__(
+        self,
+        head: SoftmaxHead,
+        v: int,
+        dtype: torch.dtype,
+        slope: Float[Tensor, "B v"] | None = None,
+        batch: int = 1,
+        rows_read: Int[Tensor, " B"] | None = None,
+    ) -> None:
+        self.head, self.v, self.dtype, self.slope = head, v, dtype, slope  # slope: (B, v), zero past the last row
+        self.whitening = head.whitening()
+        self.rank = self.whitening.rank
+        self.rows_read = torch.zeros(batch, dtype=torch.int64) if rows_read is None else rows_read
+
+    def take(self, rows: Int[Tensor, " k"]) -> WhitenedHead:
+        """The view for some rows of the batch, with a counter of its own."""
+        slope = None if self.slope is None else self.slope[rows]
+        return WhitenedHead(self.head, self.v, self.dtype, slope, batch=len(rows))
+
+    def scores(self, lam: Float[Tensor, "B rank"]) -> Float[Tensor, "B v"]:
+        """Q λ; one read of the head."""
+        x = lam @ self.whitening.factor.T
+        out = self.head.scores(x.to(self.dtype)).double() - (x @ self.whitening.center)[:, None]
+        self.rows_read += self.head.v
+        return self._sloped(pad(out, (0, self.v - self.head.v)))
+
+    def moments(self, *ps: Float[Tensor, "B v"]) -> list[Float[Tensor, "B rank"]]:
+        """Qᵀ p for each of ``ps``; one read of the head for all of them."""
+        p = torch.cat([self._sloped(p) for p in ps])[:, : self.head.v]
+        raw = self.head.moments(p.to(self.dtype)).double()
+        self.rows_read += self.head.v
+        return list(((raw - p.sum(-1, keepdim=True) * self.whitening.center) @ self.whitening.factor).chunk(len(ps)))
+
+    def _sloped(self, x: Float[Tensor, "B v"]) -> Float[Tensor, "B v"]:
+        return x if self.slope is None else x * self.slope
+
+    def gather(self, row: int, tokens: Int[Tensor, " k"]) -> Float[Tensor, "k rank"]:
+        """Some rows of Q for one row of the batch, in fp64."""
+        inside = (tokens < self.head.v).double()
+        raw = self.head.weight[tokens.clamp_max(self.head.v - 1)].detach().double() - self.whitening.center
+        factor = inside if self.slope is None else inside * self.slope[row, tokens]
+        self.rows_read[row] += len(tokens)
+        return (raw * factor[:, None]) @ self.whitening.factor
+
+    def block(self, tokens: slice) -> Float[Tensor, "b rank"]:
+        """Rows ``tokens`` of (W - 1cᵀ) R, zero past the head's last row, in ``dtype``; slopes not applied."""
+        raw = self.head.weight[tokens].detach().to(self.dtype) - self.whitening.center.to(self.dtype)
+        return pad(raw @ self.whitening.factor.to(self.dtype), (0, 0, 0, tokens.stop - tokens.start - len(raw)))
+
+    def sloped(self, block: Float[Tensor, "b rank"], row: int, tokens: slice) -> Float[Tensor, "b rank"]:
+        """A block of Q for one row of the batch."""
+        return block if self.slope is None else block * self.slope[row, tokens, None].to(block.dtype)
+
+
+def whitened_blocks(heads: Sequence[WhitenedHead]) -> Iterator[tuple[slice, list[Float[Tensor, "b rank"]]]]:
+    """(tokens, [block of (W_i - 1cᵀ) R_i]) in the heads' dtype, by one read of every head; slopes not applied."""
+    size = max(64, _BLOCK_ELEMENTS // max(sum(h.head.d for h in heads), 1))
+    for start in range(0, heads[0].v, size):
+        tokens = slice(start, min(start + size, heads[0].v))
+        yield tokens, [h.block(tokens) for h in heads]
+    for head in heads:
+        head.rows_read += head.head.v
+
+
+def as_head(head: SoftmaxHead | Tensor) -> SoftmaxHead:
+    """A tensor (v, d) as a head without bias."""
+    return head if isinstance(head, SoftmaxHead) else SoftmaxHead(head)
+
+
+def finite_rows(x: Float[Tensor, "b v"]) -> Bool[Tensor, " b"]:
+    """Which rows hold no NaN and no +inf, and at least one finite value."""
+    return ~(x.isnan() | x.isposinf()).any(-1) & ~x.isneginf().all(-1)

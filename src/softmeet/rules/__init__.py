@@ -1,0 +1,1 @@
+"""Rules: each chooses one distribution from the members'."""

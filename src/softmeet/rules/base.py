@@ -1,0 +1,81 @@
+"""What a rule is: a name, a problem stated in its docstring, and ``solve``."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar, Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from softmeet.rules.problem import Problem
+from softmeet.simplex import kl
+from softmeet.solvers.base import Status
+
+
+@dataclass
+class Answer:
+    """What a rule gives back for a batch; every field has one row per row of the problem.
+
+    ``dual`` holds, per member, λ_i in the head's own coordinates, (B, d_i); zeros for a rule without a dual. ``ray``
+    holds such a λ with max_j Σ_i λ_iᵀ(a_ij - b_i) < 0 where the status is INFEASIBLE: the proof; zeros elsewhere.
+    ``disagreement`` is KL(r_i‖p̂_i), or, where ``disagreement_is_bound``, its upper bound KL(p‖p̂_i).
+    """
+
+    log_probs: Float[Tensor, "B v"]
+    status: Int[Tensor, " B"]
+    gap: Float[Tensor, " B"]
+    certified: Bool[Tensor, " B"]
+    objective: Float[Tensor, " B"]
+    steps: Int[Tensor, " B"]
+    passes: Float[Tensor, " B"]
+    disagreement: Float[Tensor, "B n"]
+    disagreement_is_bound: Bool[Tensor, "B n"]
+    dual: tuple[Float[Tensor, "B d"], ...]
+    ray: tuple[Float[Tensor, "B d"], ...]
+
+    def put(self, rows: Int[Tensor, " k"], other: Self) -> Self:
+        """A copy with some rows replaced."""
+        merged: dict[str, object] = {}
+        for f in fields(self):
+            mine, theirs = getattr(self, f.name), getattr(other, f.name)
+            if isinstance(mine, tuple):
+                merged[f.name] = tuple(a.index_copy(0, rows, b) for a, b in zip(mine, theirs, strict=True))
+            else:
+                merged[f.name] = mine.index_copy(0, rows, theirs)
+        return replace(self, **merged)  # type: ignore[arg-type]
+
+
+class Rule(ABC):
+    """One way to choose a distribution; ``solve`` states it as a problem and hands it to a solver."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    uses_heads: ClassVar[bool]
+    can_assign_zeros: ClassVar[bool] = False
+
+    @abstractmethod
+    def solve(self, problem: Problem) -> Answer:
+        """The rule's distribution for every row."""
+
+
+def closed_form(problem: Problem, log_probs: Float[Tensor, "B v"], objective: Float[Tensor, " B"]) -> Answer:
+    """The answer of a rule that needs no solver: exact, and no head was read."""
+    B, like = len(log_probs), objective
+    nothing = tuple(like.new_zeros(B, head.d) for head in problem.heads)
+    disagreement = torch.stack([kl(log_probs, member) for member in problem.log_p], dim=-1)
+    return Answer(
+        log_probs=log_probs,
+        status=torch.full((B,), int(Status.OPTIMAL), device=like.device),
+        gap=torch.zeros_like(like),
+        certified=torch.ones_like(like, dtype=torch.bool),
+        objective=objective,
+        steps=torch.zeros(B, dtype=torch.int64, device=like.device),
+        passes=torch.zeros_like(like),
+        disagreement=disagreement,
+        disagreement_is_bound=torch.ones_like(disagreement, dtype=torch.bool),
+        dual=nothing,
+        ray=nothing,
+    )

@@ -1,0 +1,114 @@
+"""``softmeet.combine``: from the members' distributions to one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from softmeet.errors import InfeasibleError, InvalidInputError, NotConvergedError
+from softmeet.heads import SoftmaxHead
+from softmeet.rules import validate
+from softmeet.rules.base import Answer
+from softmeet.rules.meet import Meet
+from softmeet.rules.problem import DEFAULT_TRUST, Problem
+from softmeet.rules.registry import find_rule
+from softmeet.rules.solution import Solution, from_answer
+from softmeet.solvers.base import Status
+
+OnInfeasible = Literal["meet", "raise"]
+
+
+def combine(
+    log_probs: Float[Tensor, "n *batch v"],
+    heads: Sequence[SoftmaxHead | Tensor],
+    rule: str = "meet",
+    *,
+    weights: Sequence[float] | Tensor | None = None,
+    trust: float | Sequence[float] | Tensor | None = None,
+    pool: str = "logit-mean",
+    tol: float = 1e-4,
+    max_steps: int = 50,
+    on_infeasible: OnInfeasible = "meet",
+    throw: bool = False,
+    free_weights: bool = False,
+    logits: Float[Tensor, "n *batch v"] | None = None,
+    support: Bool[Tensor, " v"] | None = None,
+) -> Solution:
+    """One next-token distribution from n members'.
+
+    Pure and batched: a row's answer depends on that row alone. Vectors over the vocabulary are fp64 inside; products
+    with heads run in fp64 if ``log_probs`` is fp64 and in fp32 otherwise, whatever the heads' dtype.
+
+    Args:
+        log_probs: the members' untempered log-probabilities in nats, (n, *batch, v); -inf for an impossible token.
+        heads: one per member: W_i as a tensor (v, d_i), or a :class:`SoftmaxHead` where there is a soft-cap.
+        rule: a name from ``softmeet.RULES``.
+        weights: of the pool, n numbers that are not negative and sum to 1 (any sum with ``free_weights``); uniform
+            if None.
+        trust: ρ, one number or n, from 0 (the pool) to inf (the exact constraint); 0.3 if None.
+        pool: ``"logit-mean"`` or ``"prob-mean"``: what ``meet`` and ``max-entropy`` start from.
+        tol: the duality gap in nats at which a row is done.
+        max_steps: of the solver; a row that needs more is NOT_CONVERGED and gives the best point it found.
+        on_infeasible: ``"meet"`` answers rows that have no feasible distribution by ``meet`` with the default trust
+            wherever the trust is infinite; ``"raise"`` raises.
+        throw: raise on NOT_CONVERGED.
+        logits: the members' logits, (n, *batch, v); needed where a head has a soft-cap.
+        support: (v,) bool, the tokens that may be answered (the tokenizer's, where heads are padded); None for all.
+
+    Raises:
+        InvalidInputError: a shape, sign, length or name is wrong (its subclasses: NaN or +inf, disjoint supports).
+        InfeasibleError: with ``on_infeasible="raise"``.
+        NotConvergedError: with ``throw=True``.
+    """
+    chosen = find_rule(rule)
+    log_p = validate.checked_log_probs(log_probs)
+    n = len(log_p)
+    if on_infeasible not in ("meet", "raise"):
+        raise InvalidInputError(f"expected on_infeasible='meet' or 'raise', got {on_infeasible!r}")
+    found = validate.checked_heads(heads, log_p)
+    problem = Problem(
+        log_p=log_p,
+        heads=found,
+        slopes=validate.slopes_of(found, logits, log_p),
+        weights=log_p.new_tensor(validate.checked_weights(weights, n, free=free_weights)),
+        trust=validate.checked_trust(trust, n),
+        pool=validate.checked_pool(pool),
+        support=validate.checked_support(support, log_p),
+        tol=validate.checked_number("tol", tol, positive=True),
+        max_steps=int(validate.checked_number("max_steps", max_steps, positive=True)),
+        dtype=torch.promote_types(log_probs.dtype, torch.float32),
+    )
+    answer = chosen.solve(problem)
+    answer, fallback = _answer_infeasible_rows(problem, answer, on_infeasible)
+    if throw and (late := (answer.status == Status.NOT_CONVERGED)).any():
+        rows = late.nonzero().flatten().tolist()
+        raise NotConvergedError(
+            f"{len(rows)} of {len(late)} rows did not reach tol={tol:g} nats in {max_steps} steps (first: {rows[:8]}, "
+            f"largest gap {answer.gap[late].max():.3g}): raise max_steps or tol"
+        )
+    return from_answer(rule, problem, answer, fallback, log_probs.shape[1:-1], problem.dtype)
+
+
+def _answer_infeasible_rows(
+    problem: Problem, answer: Answer, on_infeasible: OnInfeasible
+) -> tuple[Answer, Bool[Tensor, " B"]]:
+    infeasible = answer.status == Status.INFEASIBLE
+    rows = infeasible.nonzero().flatten()
+    if not len(rows):
+        return answer, infeasible
+    if on_infeasible == "raise":
+        raise InfeasibleError(
+            f"no distribution has every member's moments in {len(rows)} of {len(infeasible)} rows (first: "
+            f"{rows[:8].tolist()}): use rule='meet' with finite trust, or on_infeasible='meet'"
+        )
+    relaxed = Meet().solve(problem.take(rows).with_finite_trust(DEFAULT_TRUST))
+    relaxed.steps += answer.steps[rows]
+    relaxed.passes += answer.passes[rows]
+    relaxed.ray = tuple(ray[rows] for ray in answer.ray)
+    failed = relaxed.status == Status.NOT_CONVERGED
+    relaxed.status = torch.where(failed, relaxed.status, int(Status.INFEASIBLE))
+    return answer.put(rows, relaxed), infeasible

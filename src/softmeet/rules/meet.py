@@ -1,0 +1,105 @@
+"""The rules that make the members agree: ``max-entropy``, exactly, and ``meet``, up to a price in nats."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from softmeet.rules.base import Answer, Rule, closed_form
+from softmeet.rules.problem import Problem
+from softmeet.simplex import kl
+from softmeet.solvers.base import iterate
+from softmeet.solvers.newton import DualNewton, NewtonState
+from softmeet.solvers.projection import Projection
+
+
+class Meet(Rule):
+    """minimise KL(p‖q) + Σ ρ_i KL(r_i‖p̂_i) over p, r_i with W_iᵀ p = W_iᵀ r_i: the relaxed I-projection of a pool q.
+
+    Each member may be corrected inside its own family, r_i = softmax(W_i(h_i - λ_i/ρ_i)), at ρ_i nats per nat. Trust 0
+    is the pool; infinite trust is the exact constraint. Solved by Newton's method on the dual.
+    """
+
+    name = "meet"
+    summary = "the pool, moved to where the members agree up to a price in nats (the default)"
+    uses_heads = True
+
+    def effective_trust(self, problem: Problem) -> tuple[float, ...]:
+        """The trusts that this rule solves with."""
+        return problem.trust
+
+    def solve(self, problem: Problem) -> Answer:
+        """Members of trust 0 drop out; the rest go to the solver."""
+        trust = self.effective_trust(problem)
+        trusted = [i for i, rho in enumerate(trust) if rho > 0]
+        if not trusted:
+            return closed_form(problem, problem.log_pool, torch.zeros_like(problem.log_pool[:, 0]))
+        projection = Projection(
+            log_q=problem.log_pool,
+            log_p=problem.log_p[trusted].transpose(0, 1),
+            heads=problem.views(trusted),
+            trust=tuple(trust[i] for i in trusted),
+            tol=problem.tol,
+        )
+        state = iterate(DualNewton(), projection, problem.max_steps)
+        return _answer(problem, projection, trusted, state)
+
+
+class MaxEntropy(Meet):
+    """minimise KL(p‖q) over p with W_iᵀ p = W_iᵀ p̂_i for every member: the I-projection of the pool q.
+
+    Without bias and soft-cap, and from the logit mean, this is the member of maximum entropy, at every weighting. The
+    feasible set is often empty for real models; then the status is INFEASIBLE, proved by a Farkas vector.
+    """
+
+    name = "max-entropy"
+    summary = "the maximum-entropy distribution with every member's moments, where there is one"
+
+    def effective_trust(self, problem: Problem) -> tuple[float, ...]:
+        """Every trust is infinite."""
+        return (math.inf,) * len(problem.trust)
+
+
+def _answer(problem: Problem, projection: Projection, trusted: list[int], state: NewtonState) -> Answer:
+    log_probs = projection.pooled(state.z)
+    # A row that no step has moved is the pool itself, to the last bit.
+    still = state.steps == 0
+    log_probs = torch.where(still[:, None], problem.log_pool, log_probs)
+    disagreement = torch.stack([kl(log_probs, member) for member in problem.log_p], dim=-1)
+    is_bound = torch.ones_like(disagreement, dtype=torch.bool)
+    corrected = projection.corrected(state.z)
+    for k, i in enumerate(trusted):
+        if not math.isinf(projection.trust[k]):
+            disagreement[:, i] = torch.where(
+                still, disagreement[:, i], kl(corrected[:, k], projection.log_p[:, k])
+            )
+            is_bound[:, i] = still
+    widths = sum(head.d for head in problem.heads)
+    share = sum(h.head.d for h in projection.heads) / widths
+    return Answer(
+        log_probs=log_probs,
+        status=state.status,
+        gap=state.gap,
+        certified=state.certified,
+        objective=-state.value,
+        steps=state.steps,
+        passes=state.passes * share,
+        disagreement=disagreement,
+        disagreement_is_bound=is_bound,
+        dual=_raw_dual(problem, projection, trusted, state.nu),
+        ray=_raw_dual(problem, projection, trusted, state.ray),
+    )
+
+
+def _raw_dual(
+    problem: Problem, projection: Projection, trusted: list[int], nu: Float[Tensor, "B D"]
+) -> tuple[Float[Tensor, "B d"], ...]:
+    """λ_i = α_i R_i ν_i; zeros for members that dropped out."""
+    out = [nu.new_zeros(len(nu), head.d) for head in problem.heads]
+    parts = nu.split([h.rank for h in projection.heads], dim=-1)
+    for i, alpha, head, part in zip(trusted, projection.alpha, projection.heads, parts, strict=True):
+        out[i] = alpha * part @ head.whitening.factor.T
+    return tuple(out)

@@ -1,0 +1,69 @@
+"""The rules that read no head: two averages and the essay's unconstrained optimum."""
+
+from __future__ import annotations
+
+import torch
+
+from softmeet.rules.base import Answer, Rule, closed_form
+from softmeet.rules.problem import Problem
+from softmeet.simplex import kl, logit_mean, prob_mean
+
+
+class LogitMean(Rule):
+    """minimise Σ w_i KL(p‖p̂_i): p ∝ Π p̂_i^{w_i}, the weighted average of logits. The essay's baseline.
+
+    With ``free_weights`` the weights need not sum to one, and the objective is Σ w_i (-pᵀ log p̂_i) - H(p).
+    """
+
+    name = "logit-mean"
+    summary = "the weighted average of the members' logits"
+    uses_heads = False
+
+    def solve(self, problem: Problem) -> Answer:
+        """In closed form."""
+        log_probs = problem.restricted(logit_mean(problem.log_p, problem.weights))
+        safe = log_probs.masked_fill(log_probs.isneginf(), 0.0)
+        cross = -(log_probs.exp() * _weighted_log_probs(problem).masked_fill(log_probs.isneginf(), 0.0)).sum(-1)
+        return closed_form(problem, log_probs, cross + (log_probs.exp() * safe).sum(-1))
+
+
+class ProbMean(Rule):
+    """minimise Σ w_i KL(p̂_i‖p): p = Σ w_i p̂_i / Σ w_i, the weighted average of probabilities."""
+
+    name = "prob-mean"
+    summary = "the weighted average of the members' probabilities"
+    uses_heads = False
+
+    def solve(self, problem: Problem) -> Answer:
+        """In closed form."""
+        log_probs = problem.restricted(prob_mean(problem.log_p, problem.weights))
+        terms = torch.stack([kl(problem.restricted(member), log_probs) for member in problem.log_p])
+        weights = problem.weights / problem.weights.sum()
+        return closed_form(problem, log_probs, (weights[:, None] * terms).sum(0))
+
+
+class OneHot(Rule):
+    """minimise -Σ w_i pᵀ log p̂_i over the simplex: one-hot at argmax_j Σ w_i log p̂_ij.
+
+    The essay's linear program without its constraints. The first of several maximal tokens is taken.
+    """
+
+    name = "one-hot"
+    summary = "all mass on the token of the largest average logit"
+    uses_heads = False
+    can_assign_zeros = True
+
+    def solve(self, problem: Problem) -> Answer:
+        """In closed form."""
+        scores = problem.restricted(_weighted_log_probs(problem))
+        best = scores.argmax(-1, keepdim=True)
+        log_probs = torch.full_like(scores, -torch.inf).scatter(-1, best, 0.0)
+        return closed_form(problem, log_probs, -_weighted_log_probs(problem).gather(-1, best).squeeze(-1))
+
+
+def _weighted_log_probs(problem: Problem) -> torch.Tensor:
+    total = torch.zeros_like(problem.log_p[0])
+    for member, weight in zip(problem.log_p, problem.weights.tolist(), strict=True):
+        if weight:
+            total = total + weight * member
+    return total

@@ -1,0 +1,88 @@
+"""What a rule is given: the members' distributions and heads, checked once, flattened to one batch dimension."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal, Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from softmeet.errors import DisjointSupportError
+from softmeet.heads import SoftmaxHead, WhitenedHead
+from softmeet.simplex import log_normalize, logit_mean, prob_mean
+
+Pool = Literal["logit-mean", "prob-mean"]
+# Small enough to cost little where the premise fails; `softmeet fit` chooses better ones from text.
+DEFAULT_TRUST = 0.3
+POOLS = {"logit-mean": logit_mean, "prob-mean": prob_mean}
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A batch of rows to combine.
+
+    Args:
+        log_p: the members' log-probabilities, (n, B, v), fp64, normalised.
+        heads: n heads; head i may have fewer than v rows.
+        slopes: per member, the slope of its soft-cap, (B, v), or None.
+        weights: (n,), fp64.
+        trust: ρ_i in [0, inf].
+        pool: which pool the relaxation starts from.
+        support: (v,), the tokens that may be answered, or None for all.
+        tol: nats.
+        max_steps: the solver's limit.
+        dtype: of products with heads, fp32 or fp64.
+    """
+
+    log_p: Float[Tensor, "n B v"]
+    heads: tuple[SoftmaxHead, ...]
+    slopes: tuple[Float[Tensor, "B v"] | None, ...]
+    weights: Float[Tensor, " n"]
+    trust: tuple[float, ...]
+    pool: Pool
+    support: Bool[Tensor, " v"] | None
+    tol: float
+    max_steps: int
+    dtype: torch.dtype
+
+    def take(self, rows: Int[Tensor, " k"]) -> Self:
+        """Some rows of the batch."""
+        slopes = tuple(None if s is None else s[rows] for s in self.slopes)
+        return replace(self, log_p=self.log_p[:, rows], slopes=slopes)
+
+    def restricted(self, log_q: Float[Tensor, "B v"]) -> Float[Tensor, "B v"]:
+        """``log_q`` on the tokens that may be answered, renormalised."""
+        return log_q if self.support is None else log_normalize(log_q.masked_fill(~self.support, -torch.inf))
+
+    @cached_property
+    def log_pool(self) -> Float[Tensor, "B v"]:
+        """The pool q on the support that all members share.
+
+        Raises:
+            DisjointSupportError: a row has no such token.
+        """
+        shared = (~self.log_p.isneginf()).all(0)
+        if self.support is not None:
+            shared &= self.support
+        empty = (~shared.any(-1)).nonzero().flatten().tolist()
+        if empty:
+            raise DisjointSupportError(
+                f"expected a token with positive probability under every member, found none in rows {empty[:8]}: "
+                "the members exclude each other's tokens; combine fewer members, or use rule='prob-mean'"
+            )
+        q = POOLS[self.pool](self.log_p, self.weights)
+        return log_normalize(q.masked_fill(~shared, -torch.inf))
+
+    def views(self, members: Sequence[int]) -> tuple[WhitenedHead, ...]:
+        """Whitened views of some members' heads, with fresh read counters."""
+        batch, v = self.log_p.shape[1:]
+        return tuple(WhitenedHead(self.heads[i], v, self.dtype, self.slopes[i], batch) for i in members)
+
+    def with_finite_trust(self, default: float) -> Self:
+        """The same problem with ``default`` wherever the trust is infinite."""
+        return replace(self, trust=tuple(default if math.isinf(rho) else rho for rho in self.trust))

@@ -1,0 +1,91 @@
+"""What ``combine`` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from softmeet.heads import SoftmaxHead
+from softmeet.rules.base import Answer
+from softmeet.rules.problem import Problem
+from softmeet.rules.validate import restate
+from softmeet.rules.verify import Verification, residuals, verify
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """A next-token distribution per row, and what is known about it. Everything is in nats.
+
+    Attributes:
+        log_probs: (*batch, v), in the dtype of the input (fp32 for half precision).
+        status: :class:`softmeet.Status` as int, (*batch).
+        fallback: rows that had no answer and were answered by ``on_infeasible``, (*batch).
+        gap: how far the objective can be from its optimum, (*batch); of the fallback's problem where it answered.
+        gap_is_certified: whether ``gap`` is a proved bound, to round-off, or an estimate, (*batch).
+        objective: the rule's objective; for ``meet`` and ``max-entropy`` a lower bound within ``gap``, (*batch).
+        num_steps: the solver's steps, (*batch).
+        num_passes: rows of A = [W_1 | … | W_n] read, divided by v, weighted by width, (*batch); what a fallback
+            read is included, what ``residual`` and ``verify`` read is not.
+        disagreement: KL(r_i‖p̂_i), member i's correction, (n, *batch).
+        disagreement_is_bound: where the rule has no r_i, or the row or its trust needed none: ``disagreement`` is then
+            the upper bound KL(p‖p̂_i), (n, *batch).
+    """
+
+    log_probs: Float[Tensor, "*batch v"]
+    status: Int[Tensor, "*batch"]
+    fallback: Bool[Tensor, "*batch"]
+    gap: Float[Tensor, "*batch"]
+    gap_is_certified: Bool[Tensor, "*batch"]
+    objective: Float[Tensor, "*batch"]
+    num_steps: Int[Tensor, "*batch"]
+    num_passes: Float[Tensor, "*batch"]
+    disagreement: Float[Tensor, "n *batch"]
+    disagreement_is_bound: Bool[Tensor, "n *batch"]
+    rule: str
+    _answer: Answer = field(repr=False)
+    _problem: Problem = field(repr=False)
+
+    @cached_property
+    def residual(self) -> Float[Tensor, "n *batch"]:
+        """‖Q_iᵀ(p - p̂_i)‖ in whitened coordinates, (n, *batch). Reads every head once, when first asked for."""
+        return residuals(self._problem, self._answer.log_probs).reshape(-1, *self.status.shape)
+
+    def verify(
+        self, heads: Sequence[SoftmaxHead | Tensor], log_probs: Float[Tensor, "n *batch v"], *, logits: Tensor | None = None
+    ) -> Verification:
+        """Residual, gap and status again, in fp64 and without the solver, from the members and this answer alone.
+
+        Args:
+            heads, log_probs, logits: what ``combine`` was given.
+
+        Raises:
+            InvalidInputError: as ``combine``.
+        """
+        problem = restate(self._problem, heads, log_probs, logits)
+        return verify(self.rule, problem, self._answer, self.fallback.reshape(-1)).reshape(self.status.shape)
+
+
+def from_answer(
+    rule: str, problem: Problem, answer: Answer, fallback: Bool[Tensor, " B"], shape: torch.Size, dtype: torch.dtype
+) -> Solution:
+    """The answer with its batch dimensions back."""
+    return Solution(
+        log_probs=answer.log_probs.to(dtype).reshape(*shape, -1),
+        status=answer.status.reshape(shape),
+        fallback=fallback.reshape(shape),
+        gap=answer.gap.reshape(shape),
+        gap_is_certified=answer.certified.reshape(shape),
+        objective=answer.objective.reshape(shape),
+        num_steps=answer.steps.reshape(shape),
+        num_passes=answer.passes.reshape(shape),
+        disagreement=answer.disagreement.T.reshape(-1, *shape),
+        disagreement_is_bound=answer.disagreement_is_bound.T.reshape(-1, *shape),
+        rule=rule,
+        _answer=answer,
+        _problem=problem,
+    )

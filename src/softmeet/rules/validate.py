@@ -1,0 +1,175 @@
+"""The one place where what ``combine`` was given is checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import get_args
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.functional import pad
+
+from softmeet.errors import InvalidInputError, NonFiniteError
+from softmeet.heads import SoftmaxHead, as_head
+from softmeet.rules.problem import DEFAULT_TRUST, Pool, Problem
+from softmeet.simplex import log_normalize
+
+# Half-precision log-probabilities sum to one only this well.
+_NORMALISATION_TOLERANCE = 0.05
+
+
+def checked_weights(weights: Sequence[float] | Tensor | None, n: int, *, free: bool) -> list[float]:
+    """n weights that are finite, not negative, not all zero and (unless ``free``) sum to one; uniform if None.
+
+    Raises:
+        InvalidInputError: they are not.
+    """
+    values = [1 / n] * n if weights is None else [float(w) for w in weights]
+    if len(values) != n:
+        raise InvalidInputError(f"expected one weight per member, {n} in all, got {len(values)}: {values}")
+    if not all(math.isfinite(w) and w >= 0 for w in values):
+        raise InvalidInputError(f"expected finite weights, none negative, got {values}")
+    if sum(values) == 0:
+        raise InvalidInputError(f"expected a positive weight, got {values}")
+    if not free and abs(sum(values) - 1) > 1e-6:
+        raise InvalidInputError(
+            f"expected weights that sum to 1, got {values} with sum {sum(values):g}: divide by the sum, or say "
+            "free_weights=True to use them as exponents"
+        )
+    return values
+
+
+def checked_trust(trust: float | Sequence[float] | Tensor | None, n: int) -> tuple[float, ...]:
+    """n trusts in [0, inf]; one number serves every member.
+
+    Raises:
+        InvalidInputError: the length is not n, or a trust is negative or NaN.
+    """
+    if trust is None:
+        return (DEFAULT_TRUST,) * n
+    single = isinstance(trust, int | float) or (isinstance(trust, Tensor) and trust.ndim == 0)
+    values = (float(trust),) * n if single else tuple(float(rho) for rho in trust)  # type: ignore[arg-type,union-attr]
+    if len(values) != n:
+        raise InvalidInputError(f"expected one trust, or one per member, {n} in all, got {len(values)}: {values}")
+    if not all(rho >= 0 for rho in values):
+        raise InvalidInputError(f"expected trusts from 0 to inf, got {values}")
+    return values
+
+
+def checked_number(name: str, value: float, *, positive: bool) -> float:
+    """A finite number that is positive (or not negative)."""
+    if not (math.isfinite(value) and (value > 0 if positive else value >= 0)):
+        raise InvalidInputError(f"expected a {'positive' if positive else 'non-negative'} {name}, got {value}")
+    return value
+
+
+def checked_log_probs(log_probs: Float[Tensor, "n *b v"]) -> Float[Tensor, "n B v"]:
+    """The members' log-probabilities with one batch dimension, in fp64, normalised.
+
+    Raises:
+        InvalidInputError: not a floating tensor (n, *batch, v), or the rows are not log-probabilities.
+        NonFiniteError: NaN, +inf or a row of -inf; the message names the member.
+    """
+    if log_probs.ndim < 2 or not log_probs.is_floating_point() or 0 in (log_probs.shape[0], log_probs.shape[-1]):
+        raise InvalidInputError(
+            "expected log-probabilities as a floating tensor (n members, *batch, v tokens), got "
+            f"{log_probs.dtype} of shape {tuple(log_probs.shape)}"
+        )
+    flat = log_probs.detach().reshape(log_probs.shape[0], -1, log_probs.shape[-1]).double()
+    bad = (flat.isnan() | flat.isposinf()).any(-1) | flat.isneginf().all(-1)
+    if bad.any():
+        member, row = bad.nonzero()[0].tolist()
+        what = "NaN" if flat[member, row].isnan().any() else "+inf" if flat[member, row].isposinf().any() else "only -inf"
+        raise NonFiniteError(
+            f"expected finite log-probabilities (or -inf for an impossible token), got {what} from member {member} "
+            f"in {int(bad[member].sum())} of {flat.shape[1]} rows, first row {row}"
+        )
+    excess = flat.logsumexp(-1).abs()
+    if excess.numel() and excess.max() > _NORMALISATION_TOLERANCE:
+        member = int(excess.amax(-1).argmax())
+        raise InvalidInputError(
+            f"expected log-probabilities, but those of member {member} sum to exp({excess.max():.3g}): "
+            "pass log_softmax(logits) (and the logits themselves as logits= if a head has a soft-cap)"
+        )
+    return log_normalize(flat)
+
+
+def checked_heads(heads: Sequence[SoftmaxHead | Tensor], log_p: Float[Tensor, "n B v"]) -> tuple[SoftmaxHead, ...]:
+    """One head per member; a head with fewer rows than v belongs to a member that excludes the tokens past its end.
+
+    Raises:
+        InvalidInputError: the number of heads or of their rows does not fit.
+    """
+    n, _, v = log_p.shape
+    found = tuple(as_head(head) for head in heads)
+    if len(found) != n:
+        raise InvalidInputError(f"expected one head per member, {n} in all, got {len(found)}")
+    for i, head in enumerate(found):
+        if head.v > v or not log_p[i, :, head.v :].isneginf().all():
+            raise InvalidInputError(
+                f"expected a head of {v} rows for member {i}, as its log-probabilities have {v} tokens, got a weight of "
+                f"shape {tuple(head.weight.shape)}"
+            )
+        if head.weight.device != log_p.device:
+            raise InvalidInputError(f"head {i} is on {head.weight.device}, its log-probabilities on {log_p.device}")
+    return found
+
+
+def slopes_of(
+    heads: Sequence[SoftmaxHead], logits: Float[Tensor, "n *b v"] | None, log_p: Float[Tensor, "n B v"]
+) -> tuple[Float[Tensor, "B v"] | None, ...]:
+    """The slope of each head's soft-cap at the members' logits, zero past a head's last row.
+
+    Raises:
+        InvalidInputError: a head has a soft-cap and there are no logits, or they have another shape.
+    """
+    if all(head.soft_cap is None for head in heads):
+        return (None,) * len(heads)
+    if logits is None:
+        raise InvalidInputError("a head has a soft-cap: pass the members' capped logits as logits=, (n, *batch, v)")
+    if logits.shape[0] != len(heads) or logits.numel() != log_p.numel():
+        raise InvalidInputError(f"expected logits in the shape of the log-probabilities, got {tuple(logits.shape)}")
+    flat = logits.detach().reshape(log_p.shape).double()
+    found: list[Float[Tensor, "B v"] | None] = []
+    for head, member in zip(heads, flat, strict=True):
+        slope = head.slope(member[:, : head.v])
+        found.append(None if slope is None else pad(slope, (0, log_p.shape[-1] - head.v)))
+    return tuple(found)
+
+
+def checked_pool(pool: str) -> Pool:
+    """The name of a pool."""
+    if pool not in get_args(Pool):
+        raise InvalidInputError(f"unknown pool {pool!r}: expected one of {', '.join(get_args(Pool))}")
+    return pool  # type: ignore[return-value]
+
+
+def checked_support(support: Bool[Tensor, " v"] | None, log_p: Float[Tensor, "n B v"]) -> Bool[Tensor, " v"] | None:
+    """A mask of tokens that may be answered."""
+    if support is not None and (support.dtype != torch.bool or support.shape != log_p.shape[-1:]):
+        raise InvalidInputError(
+            f"expected a bool mask of shape ({log_p.shape[-1]},), got {support.dtype} of shape {tuple(support.shape)}"
+        )
+    return support
+
+
+def restate(
+    problem: Problem, heads: Sequence[SoftmaxHead | Tensor], log_probs: Tensor, logits: Tensor | None
+) -> Problem:
+    """``problem`` with its settings, but with heads and log-probabilities given anew."""
+    log_p = checked_log_probs(log_probs)
+    found = checked_heads(heads, log_p)
+    return Problem(
+        log_p=log_p,
+        heads=found,
+        slopes=slopes_of(found, logits, log_p),
+        weights=problem.weights,
+        trust=problem.trust,
+        pool=problem.pool,
+        support=problem.support,
+        tol=problem.tol,
+        max_steps=problem.max_steps,
+        dtype=problem.dtype,
+    )

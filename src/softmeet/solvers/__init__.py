@@ -1,0 +1,1 @@
+"""Solvers: batched, certified, and unaware of models."""

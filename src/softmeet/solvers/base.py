@@ -1,0 +1,107 @@
+"""What every solver shares: statuses, and the one loop that owns step limits and the masking of finished rows."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Generic, Self, TypeVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+class Status(IntEnum):
+    """How one row ended. ``str(status)`` is the sentence for the user."""
+
+    OPTIMAL = 0
+    DEGENERATE = 1
+    INFEASIBLE = 2
+    NOT_CONVERGED = 3
+
+    def __str__(self) -> str:
+        return _SENTENCES[self]
+
+
+_SENTENCES = {
+    Status.OPTIMAL: "solved to the tolerance",
+    Status.DEGENERATE: "every feasible distribution is optimal: the objective is constant on the feasible set",
+    Status.INFEASIBLE: "no distribution has every member's moments",
+    Status.NOT_CONVERGED: "max_steps ended before the tolerance was reached: raise max_steps or tol",
+}
+
+
+@dataclass
+class State:
+    """One row per problem in every field; solvers add fields of their own.
+
+    ``passes`` counts reads of all heads, in rows of A divided by v.
+    """
+
+    done: Bool[Tensor, " B"]
+    status: Int[Tensor, " B"]
+    gap: Float[Tensor, " B"]
+    certified: Bool[Tensor, " B"]
+    steps: Int[Tensor, " B"]
+    passes: Float[Tensor, " B"]
+
+    def take(self, rows: Int[Tensor, " k"]) -> Self:
+        """A copy of some rows."""
+        return dataclasses.replace(self, **{f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self)})
+
+    def put(self, rows: Int[Tensor, " k"], other: Self) -> None:
+        """Write some rows back."""
+        for f in dataclasses.fields(self):
+            getattr(self, f.name)[rows] = getattr(other, f.name)
+
+
+P = TypeVar("P")
+S = TypeVar("S", bound=State)
+
+
+class Solver(ABC, Generic[P, S]):
+    """A batched iterative method: how to begin, one step of unfinished rows, and how to cut a problem to some rows."""
+
+    @abstractmethod
+    def init(self, problem: P) -> S:
+        """The state before the first step."""
+
+    @abstractmethod
+    def step(self, problem: P, state: S) -> S:
+        """One step of every row; sets ``done``, ``status`` and ``gap``."""
+
+    @abstractmethod
+    def take(self, problem: P, rows: Int[Tensor, " k"]) -> P:
+        """The problem of some rows."""
+
+
+def iterate(solver: Solver[P, S], problem: P, max_steps: int) -> S:
+    """Run ``solver`` until every row is done or has taken ``max_steps``; finished rows are left alone.
+
+    A row that is not done at the end is ``NOT_CONVERGED``.
+    """
+    state = solver.init(problem)
+    for _ in range(max_steps):
+        rows = (~state.done).nonzero().squeeze(-1)
+        if not len(rows):
+            break
+        if len(rows) == len(state.done):
+            state = solver.step(problem, state)
+        else:
+            state.put(rows, solver.step(solver.take(problem, rows), state.take(rows)))
+    state.status[~state.done] = Status.NOT_CONVERGED
+    return state
+
+
+def empty_state_fields(batch: int, device: torch.device) -> dict[str, Tensor]:
+    """The shared fields before the first step."""
+    return {
+        "done": torch.zeros(batch, dtype=torch.bool, device=device),
+        "status": torch.full((batch,), int(Status.OPTIMAL), device=device),
+        "gap": torch.full((batch,), torch.inf, dtype=torch.float64, device=device),
+        "certified": torch.zeros(batch, dtype=torch.bool, device=device),
+        "steps": torch.zeros(batch, dtype=torch.int64, device=device),
+        "passes": torch.zeros(batch, dtype=torch.float64, device=device),
+    }

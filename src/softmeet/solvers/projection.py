@@ -1,0 +1,120 @@
+"""The relaxed I-projection, its dual function, and the numbers that follow from a dual point.
+
+    minimise  KL(p‖q) + Σ_i ρ_i KL(r_i‖p̂_i)   over p, r_i in the simplex,  Q_iᵀ p = Q_iᵀ r_i
+
+with 0 < ρ_i ≤ ∞; ρ_i = ∞ means r_i = p̂_i. With λ_i = α_i ν_i, α_i = min(1, ρ_i), γ_i = min(1, 1/ρ_i), z_i = Q_i ν_i,
+
+    f(ν) = log Σ q exp(Σ_i α_i z_i) + Σ_i ρ_i log Σ p̂_i exp(-γ_i z_i)   → min
+    p = softmax(log q + Σ α_i z_i),  r_i = softmax(log p̂_i - γ_i z_i),  ∇_i f = α_i Q_iᵀ(p - r_i).
+
+The scaling keeps small and large trusts alike well conditioned: ρ_i γ_i = α_i at every ρ_i. Vectors over the
+vocabulary are fp64; only products with heads run in the heads' dtype. Everything is in nats.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from softmeet.heads import WhitenedHead
+from softmeet.simplex import kl, log_normalize
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """A batch of relaxed I-projections.
+
+    Args:
+        log_q: the pool, (B, v), fp64.
+        log_p: the members, (B, n, v), fp64; finite wherever ``log_q`` is.
+        heads: n whitened views over the same batch.
+        trust: ρ_i in (0, inf].
+        tol: the gap, in nats, at which a row is done.
+    """
+
+    log_q: Float[Tensor, "B v"]
+    log_p: Float[Tensor, "B n v"]
+    heads: tuple[WhitenedHead, ...]
+    trust: tuple[float, ...]
+    tol: float
+
+    @cached_property
+    def alpha(self) -> tuple[float, ...]:
+        """λ_i = α_i ν_i."""
+        return tuple(min(1.0, rho) for rho in self.trust)
+
+    @cached_property
+    def gamma(self) -> tuple[float, ...]:
+        """r_i is tilted by -γ_i z_i."""
+        return tuple(min(1.0, 1.0 / rho) for rho in self.trust)
+
+    def take(self, rows: Int[Tensor, " k"]) -> Self:
+        """Some rows of the batch, with fresh read counters."""
+        heads = tuple(h.take(rows) for h in self.heads)
+        return replace(self, log_q=self.log_q[rows], log_p=self.log_p[rows], heads=heads)
+
+    def passes(self) -> Float[Tensor, " B"]:
+        """Rows of [Q_1 | … | Q_n] read so far on behalf of each row, over v; heads count by their widths."""
+        reads = torch.stack([h.rows_read.double() * h.head.d for h in self.heads]).sum(0)
+        return (reads / sum(h.head.d for h in self.heads) / self.log_q.shape[-1]).to(self.log_q.device)
+
+    def _weighted(self, z: Float[Tensor, "B n v"], factors: tuple[float, ...]) -> Float[Tensor, "B n v"]:
+        return z * torch.tensor(factors, dtype=z.dtype, device=z.device)[:, None]
+
+    def tilt(self, z: Float[Tensor, "B n v"]) -> Float[Tensor, "B v"]:
+        """Σ α_i z_i."""
+        return self._weighted(z, self.alpha).sum(1)
+
+    def pooled(self, z: Float[Tensor, "B n v"]) -> Float[Tensor, "B v"]:
+        """log p."""
+        return log_normalize(self.log_q + self.tilt(z))
+
+    def corrected(self, z: Float[Tensor, "B n v"]) -> Float[Tensor, "B n v"]:
+        """log r_i."""
+        return log_normalize(self.log_p - self._weighted(z, self.gamma))
+
+    def dual(self, z: Float[Tensor, "B n v"]) -> Float[Tensor, " B"]:
+        """f at the scores z: never below -(the primal optimum)."""
+        value = (self.log_q + self.tilt(z)).logsumexp(-1)
+        for i, rho in enumerate(self.trust):
+            if math.isinf(rho):
+                value = value - (self.log_p[:, i].exp() * z[:, i]).sum(-1)
+            else:
+                value = value + rho * (self.log_p[:, i] - self.gamma[i] * z[:, i]).logsumexp(-1)
+        return value
+
+    def pool_gap(self) -> Float[Tensor, " B"]:
+        """Σ ρ_i KL(q‖p̂_i) ≥ -f*: how far from optimal the pool itself can be, found without reading a head."""
+        total = torch.zeros_like(self.log_q[:, 0])
+        for i, rho in enumerate(self.trust):
+            divergence = kl(self.log_q, self.log_p[:, i])
+            total = total + torch.where(divergence > 0, rho * divergence, 0.0)
+        return total
+
+    def rounding(self, z: Float[Tensor, "B n v"]) -> Float[Tensor, " B"]:
+        """What rounding of the scores may do to f, in nats: the mean size of the tilts times the unit round-off."""
+        size = (self.pooled(z).exp() * self.tilt(z).abs()).sum(-1)
+        r = self.corrected(z).exp()
+        size = size + (r * self._weighted(z, self.alpha).abs()).sum((-1, -2))
+        return torch.finfo(self.heads[0].dtype).eps * size
+
+    def excludes(self, z: Float[Tensor, "B n v"]) -> Bool[Tensor, " B"]:
+        """Whether z is a Farkas proof: the exact members' part of z shows that no p has their moments.
+
+        If Σ_i (z_ij - E_{p̂_i} z_i) < 0 for every token j in the support of q, sums over i with ρ_i = ∞, then no p on
+        that support can satisfy E_p z_i = E_{p̂_i} z_i.
+        """
+        exact = [i for i, rho in enumerate(self.trust) if math.isinf(rho)]
+        if not exact:
+            return torch.zeros_like(self.log_q[:, 0], dtype=torch.bool)
+        part = z[:, exact]
+        centred = (part - (self.log_p[:, exact].exp() * part).sum(-1, keepdim=True)).sum(1)
+        highest = torch.where(self.log_q.isneginf(), -torch.inf, centred).amax(-1)
+        margin = 64 * torch.finfo(self.heads[0].dtype).eps * part.abs().amax((-1, -2))
+        return highest < -margin

