@@ -1,0 +1,132 @@
+"""``softmeet generate``: continue prompts."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from softmeet.cli import options
+from softmeet.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from softmeet.ensemble import Ensemble
+    from softmeet.hf import Recorder
+
+
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; - or none reads one from stdin.")] = None,
+    file: Annotated[list[Path] | None, typer.Option("--file", "-f", help="A file that is one prompt.")] = None,
+    members: options.Members = None,
+    rule: options.RuleName = "meet",
+    trust: options.Trust = None,
+    weights: options.Weights = None,
+    pool: options.PoolName = "logit-mean",
+    tol: options.Tolerance = 1e-4,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
+    do_sample: Annotated[bool, typer.Option(help="Sample; else take the most probable token.")] = True,
+    temperature: Annotated[float | None, typer.Option(help="Of the ensemble's distribution.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k most probable tokens.", show_default="all")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep the most probable tokens up to this mass.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Keep tokens above this share of the largest.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option()] = None,
+    seed: Annotated[int | None, typer.Option(help="Prompt k draws from the generator (seed, k).")] = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    trust_remote_code: options.RemoteCode = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    summary: Annotated[
+        bool | None, typer.Option("--summary/--no-summary", help="A summary on stderr.", show_default="on a terminal")
+    ] = None,
+) -> None:
+    """Continue prompts, sampling from several models as one; a single prompt streams."""
+    texts = _prompts(prompts, file)
+    ensemble = options.load_ensemble(
+        members,
+        trust,
+        weights,
+        rule=rule,
+        pool=pool,
+        tol=tol,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "min_p": min_p, "top_k": top_k or 0}
+    given = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, "repetition_penalty": repetition_penalty}
+    given |= sampling if do_sample else {}
+    _run(ensemble, texts, {k: v for k, v in given.items() if v is not None}, seed, as_json=as_json, summary=summary)
+
+
+def _prompts(prompts: list[str] | None, files: list[Path] | None) -> list[str]:
+    found = [path.read_text(encoding="utf-8") for path in files or []]
+    for prompt in prompts or ([] if found else ["-"]):
+        found.append(sys.stdin.read().rstrip("\n") if prompt == "-" else prompt)
+    if not all(found):
+        raise InvalidInputError("expected a prompt of at least one token, got an empty one: give it as an argument")
+    return found
+
+
+def _run(
+    ensemble: Ensemble, texts: list[str], given: dict[str, Any], seed: int | None, *, as_json: bool, summary: bool | None
+) -> None:
+    from softmeet.hf import Recorder
+
+    recorder, started = Recorder(), time.perf_counter()
+    if len(texts) == 1 and not as_json:
+        for piece in ensemble.stream(texts[0], seed=seed, recorder=recorder, **given):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+        completions: list[str] = []
+    else:
+        with options.status(f"generating from {len(texts)} prompts"):
+            completions = ensemble.generate(texts, seed=seed, recorder=recorder, **given)
+    seconds = time.perf_counter() - started
+    facts = _facts(ensemble, recorder, seconds)
+    if as_json:
+        pairs = [{"prompt": p, "text": t} for p, t in zip(texts, completions, strict=True)]
+        typer.echo(json.dumps({"completions": pairs, **facts}, ensure_ascii=False, indent=2))
+    else:
+        for prompt, text in zip(texts, completions, strict=False):
+            typer.echo(f"=== {prompt}\n{text}\n")
+    if summary or (summary is None and sys.stderr.isatty()):
+        _show(facts)
+
+
+def _facts(ensemble: Ensemble, recorder: Recorder, seconds: float) -> dict[str, Any]:
+    config, rows = ensemble.model.config, max(recorder.rows, 1)
+    disagreement = recorder.disagreement.tolist() or [0.0] * len(ensemble.names)
+    return {
+        "members": [
+            {"name": options.short(name), "width": head.d, "weight": w, "trust": str(t), "disagreement": x / rows}
+            for name, head, w, t, x in zip(
+                ensemble.names, ensemble.model.heads, config.weights, config.trust, disagreement, strict=True
+            )
+        ],
+        "rule": config.rule,
+        "tokens": recorder.rows,
+        "tokens_per_second": recorder.rows / seconds,
+        "head_passes_per_token": recorder.passes / rows,
+        "fallbacks": recorder.fallbacks,
+        "not_converged": recorder.unconverged,
+        "largest_gap": recorder.largest_gap,
+    }
+
+
+def _show(facts: dict[str, Any]) -> None:
+    table = Table("member", "head width", "weight", "trust", "disagreement (nats/token)", title=f"rule: {facts['rule']}")
+    for m in facts["members"]:
+        table.add_row(m["name"], str(m["width"]), f"{m['weight']:.3g}", m["trust"], f"{m['disagreement']:.4f}")
+    options.err.print(table)
+    options.err.print(
+        f"{facts['tokens']} tokens, {facts['tokens_per_second']:.1f} tokens/s, "
+        f"{facts['head_passes_per_token']:.1f} head passes a token, duality gap at most {facts['largest_gap']:.1e} nats"
+        + (f", {facts['fallbacks']} answered by meet" if facts["fallbacks"] else "")
+        + (f", {facts['not_converged']} not converged" if facts["not_converged"] else "")
+    )

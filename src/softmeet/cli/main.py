@@ -1,0 +1,55 @@
+"""``softmeet``: the entry point; turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from softmeet import __version__
+from softmeet.cli.generate import generate
+from softmeet.errors import SoftmeetError
+
+app = typer.Typer(
+    help="Sample from several language models as one.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command()(generate)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"softmeet {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Sample from several language models as one."""
+
+
+def main() -> None:
+    """Run the command line; exit code 2 and one line on stderr for anything that the user can put right."""
+    try:
+        app()
+    except (SoftmeetError, ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            sys.exit(0)
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False)
+        sys.exit(2)
+
+
+def _escaped(text: str) -> str:
+    return " ".join(text.split()).replace("[", r"\[")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Options that several commands share, and what turns them into an ensemble."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from softmeet.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from softmeet.ensemble import Ensemble
+
+err = Console(stderr=True)
+
+Members = Annotated[
+    list[str] | None,
+    typer.Option("--member", "-m", help="A hub id, folder, GGUF file or bundled name; repeat it.", show_default="wide"),
+]
+RuleName = Annotated[str, typer.Option("--rule", help="meet, max-entropy, logit-mean, prob-mean or one-hot.")]
+Trust = Annotated[
+    str | None, typer.Option("--trust", help="ρ for all members, or one each: 0.3 or 0.3,1,inf.", show_default="0.3")
+]
+Weights = Annotated[
+    str | None, typer.Option("--weights", help="Pool weights, one each: 0.3,0.7.", show_default="uniform")
+]
+PoolName = Annotated[str, typer.Option("--pool", help="logit-mean or prob-mean.")]
+Tolerance = Annotated[float, typer.Option("--tol", help="Duality gap in nats at which a token is solved.")]
+Dtype = Annotated[
+    str | None, typer.Option("--dtype", help="float32, bfloat16, float16, float64 or auto.", show_default="float32 on CPU")
+]
+Device = Annotated[str | None, typer.Option("--device", help="Such as cpu or cuda.", show_default="cpu")]
+RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with a checkpoint.")]
+
+
+def numbers(name: str, text: str | None) -> list[float] | float | None:
+    """``0.3`` → 0.3; ``0.3,1,inf`` → [0.3, 1, inf].
+
+    Raises:
+        InvalidInputError: not numbers.
+    """
+    if text is None:
+        return None
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InvalidInputError(f"expected {name} as numbers separated by commas, such as 0.3,0.7, got {text!r}") from None
+    return values[0] if len(values) == 1 else values
+
+
+def load_ensemble(members: list[str] | None, trust: str | None, weights: str | None, **settings: Any) -> Ensemble:
+    """Load with progress on stderr, and without transformers' own chatter.
+
+    Raises:
+        InvalidInputError, CheckpointError, VocabularyMismatchError, UnsupportedHeadError: as ``Ensemble``.
+    """
+    with status("loading softmeet"):
+        from transformers.utils import logging
+
+        from softmeet.ensemble import Ensemble
+        from softmeet.members import zoo
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    given = numbers("--weights", weights)
+    with err.status("loading") as progress:
+        return Ensemble.from_pretrained(
+            members or [zoo.DEFAULT],
+            trust=numbers("--trust", trust),
+            weights=[given] if isinstance(given, float) else given,
+            on_progress=lambda name: progress.update(f"loading {short(name)}"),
+            **settings,
+        )
+
+
+def status(message: str) -> AbstractContextManager[Any]:
+    """A spinner on stderr, if it is a terminal."""
+    return err.status(message)
+
+
+def short(name: str) -> str:
+    """The last two parts of a path: ``wide/gpt2``."""
+    return "/".join(Path(name).parts[-2:])

@@ -1,0 +1,205 @@
+"""``Ensemble``: text in, text out; the everyday face of the library."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
+
+from softmeet.errors import InvalidInputError
+from softmeet.hf.configuration import EnsembleConfig
+from softmeet.hf.modeling import EnsembleForCausalLM
+from softmeet.hf.recorder import Recorder
+from softmeet.hf.sampling import RowSampler
+from softmeet.members import zoo
+from softmeet.members.huggingface import load_members
+from softmeet.members.vocabulary import require_same_vocabulary, token_support
+from softmeet.rules.solution import Solution
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """The distribution after a prompt.
+
+    ``top`` and each of ``members`` hold (token text, probability), the most probable first; ``solution`` holds all.
+    """
+
+    top: list[tuple[str, float]]
+    members: dict[str, list[tuple[str, float]]]
+    solution: Solution
+
+
+class Ensemble:
+    """Several language models that sample as one.
+
+    Attributes:
+        model: an :class:`softmeet.hf.EnsembleForCausalLM`, for everything transformers can do.
+        tokenizer: the members' common tokenizer.
+        names: the members' names.
+    """
+
+    def __init__(self, model: EnsembleForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.names: list[str] = list(model.config.members)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        members: Sequence[str | Path] | str | Path = zoo.DEFAULT,
+        rule: str = "meet",
+        *,
+        weights: Sequence[float] | None = None,
+        trust: float | Sequence[float] | None = None,
+        pool: str = "logit-mean",
+        tol: float = 1e-4,
+        max_steps: int = 50,
+        free_weights: bool = False,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        on_progress: Callable[[str], None] = lambda name: None,
+    ) -> Ensemble:
+        """Load members and combine them by a rule.
+
+        Args:
+            members: hub ids, folders, ``.gguf`` files or bundled names; the bundled wide family by default.
+            rule, weights, trust, pool, tol, max_steps, free_weights: as :func:`softmeet.combine`.
+            dtype: None for fp32 on CPU and the checkpoints' own elsewhere.
+            device: where the members go; None for CPU.
+            revision: of hub ids.
+            trust_remote_code: run code that comes with a checkpoint.
+            on_progress: called with each member's name before it is loaded.
+
+        Raises:
+            InvalidInputError: a setting is wrong, or no member is named.
+            CheckpointError: a member cannot be loaded.
+            VocabularyMismatchError: the tokenizers differ.
+            UnsupportedHeadError: a member's output layer is not a plain softmax head.
+        """
+        named = [members] if isinstance(members, str | Path) else list(members)
+        names = [path for name in named for path in zoo.resolve(name)]
+        settings: dict[str, Any] = {
+            "rule": rule, "weights": weights, "trust": trust, "pool": pool, "tol": tol, "max_steps": max_steps,
+            "free_weights": free_weights,
+        }  # fmt: skip
+        config = EnsembleConfig(members=names, **settings)
+        loaded = load_members(
+            names,
+            dtype=dtype,
+            device=device,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            on_progress=on_progress,
+        )
+        tokenizer = loaded[0].tokenizer
+        require_same_vocabulary(names, [member.tokenizer for member in loaded])
+        model = EnsembleForCausalLM(config, [member.model for member in loaded]).eval()
+        model.support = token_support(tokenizer, names, model.heads)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.padding_side = "left"
+        return cls(model, tokenizer)
+
+    @torch.inference_mode()
+    def next_token(self, text: str, top: int = 10) -> NextToken:
+        """The next-token distribution after ``text``.
+
+        Raises:
+            InvalidInputError: the prompt is empty or longer than the shortest context.
+        """
+        inputs = self._encode([text])
+        hidden = [m.base_model(**inputs, use_cache=False).last_hidden_state[:, -1] for m in self.model.members]
+        solution = self.model.solve_rows(hidden)
+        heads = zip(self.names, self.model.heads, hidden, strict=True)
+        members = {name: self._top(head.log_probs(state)[0], top) for name, head, state in heads}
+        return NextToken(self._top(solution.log_probs[0], top), members, solution)
+
+    def _top(self, log_probs: torch.Tensor, count: int) -> list[tuple[str, float]]:
+        best = log_probs.exp().topk(min(count, len(log_probs)))
+        return [(self.tokenizer.decode([i]), p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+
+    @overload
+    def generate(self, text: str, **options: Any) -> str: ...
+    @overload
+    def generate(self, text: list[str], **options: Any) -> list[str]: ...
+    @torch.inference_mode()
+    def generate(
+        self, text: str | list[str], *, seed: int | None = None, recorder: Recorder | None = None, **options: Any
+    ) -> str | list[str]:
+        """Continue one prompt, or several in one batch; returns the new text only.
+
+        Args:
+            text: a prompt or a list of prompts.
+            seed: prompt k draws from its own generator (seed, k), so its tokens do not depend on the others. None for
+                torch's global generator.
+            recorder: sums up what the rule did.
+            options: of transformers' ``generate``, under their own names.
+
+        Raises:
+            InvalidInputError: a prompt is empty or leaves no room in the shortest context.
+        """
+        prompts = [text] if isinstance(text, str) else list(text)
+        inputs = self._encode(prompts)
+        out = self.model.generate(**inputs, **self._options(inputs, seed, recorder, options))
+        texts = self.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return texts[0] if isinstance(text, str) else list(texts)
+
+    def stream(
+        self, text: str, *, seed: int | None = None, recorder: Recorder | None = None, **options: Any
+    ) -> Iterator[str]:
+        """As :meth:`generate` for one prompt, yielding text as it comes; an error in generation is raised here."""
+        inputs = self._encode([text])
+        arguments = {**inputs, **self._options(inputs, seed, recorder, options)}
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        failures: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                with torch.inference_mode():
+                    self.model.generate(**arguments, streamer=streamer)
+            except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
+                failures.append(error)
+                streamer.end()
+
+        worker = threading.Thread(target=run, daemon=True)
+        worker.start()
+        yield from streamer
+        worker.join()
+        if failures:
+            raise failures[0]
+
+    def _encode(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        if not prompts or not all(prompts):
+            raise InvalidInputError("expected a prompt of at least one token, got an empty one")
+        inputs = self.tokenizer(prompts, return_tensors="pt", padding=len(prompts) > 1, verbose=False)
+        if inputs["input_ids"].shape[1] == 0:
+            raise InvalidInputError(f"expected a prompt of at least one token, got {prompts!r}")
+        found = {key: inputs[key].to(self.model.device) for key in ("input_ids", "attention_mask")}
+        length, limit = found["input_ids"].shape[1], getattr(self.model.config, "max_position_embeddings", None)
+        if limit is not None and length >= limit:
+            raise InvalidInputError(
+                f"expected a prompt shorter than the shortest member's context of {limit} tokens, got {length}: "
+                "shorten the prompt"
+            )
+        return found
+
+    def _options(
+        self, inputs: dict[str, torch.Tensor], seed: int | None, recorder: Recorder | None, options: dict[str, Any]
+    ) -> dict[str, Any]:
+        found = {"pad_token_id": self.tokenizer.pad_token_id, **options}
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        if limit is not None:
+            room = limit - inputs["input_ids"].shape[1]
+            wanted = found.get("max_new_tokens")
+            found["max_new_tokens"] = room if wanted is None and "max_length" not in found else min(wanted or room, room)
+        if recorder is not None:
+            found["recorder"] = recorder
+        if seed is not None:
+            found["row_sampler"] = RowSampler(seed, range(len(inputs["input_ids"])))
+        return found

@@ -1,0 +1,8 @@
+"""Ensembles in the transformers ecosystem: a causal LM whose next-token distribution is a rule's."""
+
+from softmeet.hf.cache import EnsembleCache
+from softmeet.hf.configuration import EnsembleConfig
+from softmeet.hf.modeling import EnsembleForCausalLM
+from softmeet.hf.recorder import Recorder
+
+__all__ = ["EnsembleCache", "EnsembleConfig", "EnsembleForCausalLM", "Recorder"]

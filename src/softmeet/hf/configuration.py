@@ -1,0 +1,49 @@
+"""The configuration of an ensemble: which members, and how they are combined."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from softmeet.rules.registry import find_rule
+from softmeet.rules.validate import checked_number, checked_pool, checked_trust, checked_weights
+
+
+class EnsembleConfig(PreTrainedConfig):
+    """Settings of an ensemble; the arguments of :func:`softmeet.combine` under their own names.
+
+    Raises:
+        InvalidInputError: a setting is wrong; checked here, before any member is loaded or run.
+    """
+
+    model_type = "softmeet"
+
+    def __init__(
+        self,
+        members: Sequence[str] = (),
+        rule: str = "meet",
+        weights: Sequence[float] | None = None,
+        trust: float | Sequence[float] | None = None,
+        pool: str = "logit-mean",
+        tol: float = 1e-4,
+        max_steps: int = 50,
+        free_weights: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        n = len(members)
+        self.members = list(members)
+        self.rule = find_rule(rule).name
+        self.weights = checked_weights(weights, n, free=free_weights) if n else None
+        self.trust = list(checked_trust(trust, n))
+        self.pool = checked_pool(pool)
+        self.tol = checked_number("tol", tol, positive=True)
+        self.max_steps = int(checked_number("max_steps", max_steps, positive=True))
+        self.free_weights = free_weights
+        super().__init__(**kwargs)
+
+    def combine_arguments(self) -> dict[str, Any]:
+        """What :func:`softmeet.combine` is to be called with."""
+        names = ("rule", "weights", "trust", "pool", "tol", "max_steps", "free_weights")
+        return {name: getattr(self, name) for name in names}

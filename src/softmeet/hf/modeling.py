@@ -1,0 +1,169 @@
+"""``EnsembleForCausalLM``: several causal LMs and a rule, as one causal LM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import GenerationMixin, LogitsProcessorList, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from softmeet.errors import InvalidInputError, NonFiniteError
+from softmeet.heads import SoftmaxHead
+from softmeet.hf.cache import EnsembleCache
+from softmeet.hf.configuration import EnsembleConfig
+from softmeet.hf.recorder import Recorder
+from softmeet.hf.sampling import RowSampler
+from softmeet.members.heads import head_of
+from softmeet.rules.combine import combine
+from softmeet.rules.solution import Solution
+
+# Elements of fp64 vectors over the vocabulary that one call of combine may hold: 512 MiB.
+_ELEMENTS = 1 << 26
+
+
+class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
+    """A causal LM whose logits are the log-probabilities, in nats, of a rule over its members.
+
+    Args:
+        config: the settings; ``config.members`` names the members.
+        members: the models, in the order of the configuration.
+        support: (v,), which ids are tokens where heads are padded; None if all are.
+
+    Raises:
+        UnsupportedHeadError: a member's output layer is not a plain softmax head.
+    """
+
+    config_class = EnsembleConfig
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+
+    def __init__(
+        self, config: EnsembleConfig, members: Sequence[PreTrainedModel], support: Bool[Tensor, " v"] | None = None
+    ) -> None:
+        self._adopt_limits(config, members)
+        super().__init__(config)
+        self.members = nn.ModuleList(members)
+        self.heads: list[SoftmaxHead] = [head_of(member) for member in members]
+        self.support = support
+        first = members[0].generation_config
+        self.generation_config.bos_token_id = first.bos_token_id
+        self.generation_config.eos_token_id = first.eos_token_id
+        self.generation_config.pad_token_id = first.pad_token_id
+
+    @staticmethod
+    def _adopt_limits(config: EnsembleConfig, members: Sequence[PreTrainedModel]) -> None:
+        configs = [member.config.get_text_config(decoder=True) for member in members]
+        config.vocab_size = max(member.get_output_embeddings().weight.shape[0] for member in members)
+        limits = [getattr(c, "max_position_embeddings", None) for c in configs]
+        known = [limit for limit in limits if limit is not None]
+        if known:
+            config.max_position_embeddings = min(known)
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(config, key, getattr(configs[0], key, None))
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B t"] | None = None,
+        attention_mask: Int[Tensor, "B s"] | None = None,
+        position_ids: Int[Tensor, "B t"] | None = None,
+        cache: EnsembleCache | None = None,
+        use_cache: bool | None = None,
+        labels: Int[Tensor, "B t"] | None = None,
+        logits_to_keep: int | Int[Tensor, " k"] = 0,
+        recorder: Recorder | None = None,
+        row_sampler: RowSampler | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """As any causal LM's; ``logits`` are normalised log-probabilities in nats, fp32.
+
+        Args:
+            recorder: receives the solution of every position whose logits are kept.
+
+        Raises:
+            NonFiniteError: a member's logits hold NaN or +inf; the message names it.
+        """
+        if use_cache and cache is None:
+            cache = self.new_cache()
+        shared = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": bool(use_cache)}
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        hidden = [
+            self._hidden(i, input_ids, None if cache is None else cache.members[i], shared)[:, kept]
+            for i in range(len(self.members))
+        ]
+        log_probs = self._solve(hidden, recorder)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=log_probs, labels=labels, vocab_size=self.config.vocab_size)
+        return CausalLMOutputWithPast(loss=loss, logits=log_probs, cache=cache)
+
+    def new_cache(self) -> EnsembleCache:
+        """An empty cache: one per member."""
+        return EnsembleCache([member.config for member in self.members])
+
+    def _hidden(
+        self, i: int, input_ids: Int[Tensor, "B t"] | None, cache: Any, shared: dict[str, Any]
+    ) -> Float[Tensor, "B t d"]:
+        return self.members[i].base_model(input_ids=input_ids, cache=cache, **shared).last_hidden_state
+
+    def _solve(
+        self, hidden: list[Float[Tensor, "B k d"]], recorder: Recorder | None
+    ) -> Float[Tensor, "B k v"]:
+        """Combine every position, in chunks of bounded memory."""
+        B, k = hidden[0].shape[:2]
+        rows = [h.flatten(0, 1) for h in hidden]
+        chunk = max(1, _ELEMENTS // (self.config.vocab_size * 4 * len(rows)))
+        parts = []
+        for start in range(0, B * k, chunk):
+            solution = self.solve_rows([h[start : start + chunk] for h in rows])
+            if recorder is not None:
+                recorder.add(solution)
+            parts.append(solution.log_probs)
+        return torch.cat(parts).reshape(B, k, -1)
+
+    def solve_rows(self, hidden: Sequence[Float[Tensor, "B d"]]) -> Solution:
+        """The rule's solution at B positions, from each member's hidden states."""
+        log_probs, logits = [], []
+        for head, states in zip(self.heads, hidden, strict=True):
+            own = head.logits(states)
+            short = self.config.vocab_size - head.v
+            own = nn.functional.pad(own, (0, short), value=-torch.inf) if short else own
+            logits.append(own)
+            log_probs.append(own.log_softmax(-1))
+        capped = torch.stack(logits) if any(head.soft_cap for head in self.heads) else None
+        arguments = self.config.combine_arguments()
+        try:
+            return combine(torch.stack(log_probs), self.heads, support=self.support, logits=capped, **arguments)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error}. Members, from 0: {', '.join(map(str, self.config.members))}") from error
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        given = model_kwargs.get("cache")
+        if given is not None and not isinstance(given, EnsembleCache):
+            raise InvalidInputError(f"expected an EnsembleCache, as model.new_cache() gives, got {type(given).__name__}")
+        if generation_config.cache_implementation is not None:
+            raise InvalidInputError(
+                f"an ensemble keeps one dynamic cache per member; cache_implementation="
+                f"{generation_config.cache_implementation!r} is not supported: leave it out"
+            )
+        if given is None and generation_config.use_cache:
+            model_kwargs["cache"] = self.new_cache()
+
+    def _get_logits_processor(self, *args: Any, model_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+        """The usual processors, and last the row sampler, if one was given to generate."""
+        processors: LogitsProcessorList = super()._get_logits_processor(*args, model_kwargs=model_kwargs, **kwargs)
+        sampler = (model_kwargs or {}).get("row_sampler")
+        if sampler is not None:
+            processors.append(sampler)
+        return processors

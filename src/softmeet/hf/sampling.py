@@ -1,0 +1,38 @@
+"""Sampling in which a row's tokens depend on its own generator alone, not on its batch-mates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import LogitsProcessor
+
+
+class RowSampler(LogitsProcessor):
+    """Draws each row's token by inverting its distribution at a number from the row's own generator.
+
+    Comes last among the processors, after temperature and truncation, and leaves only the drawn token possible, so
+    that whatever draws next can only draw that.
+
+    Args:
+        seed: of the whole call.
+        keys: one per row; row k draws from the generator (seed, keys[k]).
+    """
+
+    def __init__(self, seed: int, keys: Sequence[int]) -> None:
+        # Distinct odd multipliers keep (seed, key) pairs apart over the range of generator seeds.
+        mixed = [(seed * 0x9E3779B97F4A7C15 + key * 0xD1B54A32D192ED03) % (1 << 63) for key in keys]
+        self._generators = [torch.Generator().manual_seed(s) for s in mixed]
+
+    def __call__(self, input_ids: Int[Tensor, "B t"], scores: Float[Tensor, "B v"]) -> Float[Tensor, "B v"]:
+        """Scores that are 0 at the drawn token and -inf elsewhere."""
+        u = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in self._generators]).to(scores.device)
+        p = scores.double().softmax(-1)
+        total = p.cumsum(-1)
+        # Stay below the last positive entry, whatever rounding did to the sum.
+        drawn = torch.searchsorted(total, (u * total[:, -1])[:, None], right=True)
+        last = p.shape[-1] - 1 - p.flip(-1).gt(0).int().argmax(-1, keepdim=True)
+        drawn = torch.minimum(drawn, last)
+        return torch.full_like(scores, -torch.inf).scatter(-1, drawn, 0.0)

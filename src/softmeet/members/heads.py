@@ -1,0 +1,62 @@
+"""The softmax head of a transformers causal LM, found by its structure and checked against the model's own logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from softmeet.errors import UnsupportedHeadError
+from softmeet.heads import SoftmaxHead
+
+# Each factor multiplies the logits; None of these is set in most configs.
+_DIVISORS = ("logits_scaling",)
+_FACTORS = ("logit_scale", "lm_head_multiplier")
+
+
+def head_of(model: PreTrainedModel) -> SoftmaxHead:
+    """The model's output layer, sharing its weights.
+
+    Raises:
+        UnsupportedHeadError: the layer is quantised, offloaded, adapted or otherwise not a plain linear layer, or the
+            head does not reproduce the model's logits.
+    """
+    layer, name = model.get_output_embeddings(), type(model).__name__
+    if layer is None:
+        raise UnsupportedHeadError(f"{name} has no output layer: expected a causal language model")
+    if type(layer) is not nn.Linear:
+        raise UnsupportedHeadError(
+            f"expected {name}'s output layer to be a plain linear layer, got {type(layer).__module__}."
+            f"{type(layer).__name__}: load the model unquantised, and merge adapters into it first"
+        )
+    if layer.weight.is_meta:
+        raise UnsupportedHeadError(f"{name}'s output layer is offloaded: keep it on a device that holds its weights")
+    if not layer.weight.is_floating_point():
+        raise UnsupportedHeadError(f"{name}'s output layer is quantised ({layer.weight.dtype}): load it unquantised")
+    config = model.config.get_text_config(decoder=True)
+    scale = 1.0
+    for key in _DIVISORS:
+        scale /= getattr(config, key, None) or 1.0
+    for key in _FACTORS:
+        scale *= getattr(config, key, None) or 1.0
+    head = SoftmaxHead(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None))
+    _check(model, head)
+    return head
+
+
+@torch.inference_mode()
+def _check(model: PreTrainedModel, head: SoftmaxHead) -> None:
+    """Run three tokens through the model: a head that is read wrongly must never pass in silence."""
+    ids = torch.arange(1, 4, device=head.weight.device)[None] % head.v
+    training = model.training
+    model.eval()
+    own = model(input_ids=ids, use_cache=False).logits.float()
+    ours = head.logits(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
+    model.train(training)
+    precision = torch.finfo(head.weight.dtype).eps
+    scale = max(own.abs().max().item(), 1.0)
+    if own.shape != ours.shape or not (own - ours).abs().max().item() <= 64 * precision * scale:
+        raise UnsupportedHeadError(
+            f"{type(model).__name__} computes its logits in a way that softmeet does not know: its head applied to its "
+            "last hidden state does not give its logits"
+        )

@@ -1,0 +1,108 @@
+"""Loading members: any transformers causal LM, by hub id, local folder, GGUF file or bundled name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from softmeet.errors import CheckpointError, InvalidInputError
+from softmeet.members import zoo
+
+
+@dataclass(frozen=True)
+class Member:
+    """A loaded member: its model in evaluation mode and its tokenizer."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load_members(
+    names: Sequence[str | Path],
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    on_progress: Callable[[str], None] = lambda name: None,
+) -> list[Member]:
+    """Load members in order; a bundled family name stands for its members.
+
+    Args:
+        names: hub ids, folders, ``.gguf`` files, or bundled names (``wide``, ``narrow``, ``wide/gpt2``).
+        dtype: None for fp32 on CPU and the checkpoint's own dtype elsewhere; ``"auto"`` for the latter.
+        device: where to put them; None for CPU.
+        revision: of hub ids.
+        trust_remote_code: run code that comes with a checkpoint. Off unless asked for.
+        on_progress: called with each name before it is loaded.
+
+    Raises:
+        InvalidInputError: no name.
+        CheckpointError: a member is missing, truncated, pickled, or needs remote code.
+    """
+    resolved = [path for name in names for path in zoo.resolve(name)]
+    if not resolved:
+        raise InvalidInputError("expected at least one member: a hub id, a folder, or a bundled name such as 'wide'")
+    members = []
+    for name in resolved:
+        on_progress(name)
+        members.append(_load(name, dtype, torch.device(device or "cpu"), revision, trust_remote_code))
+    return members
+
+
+def _load(
+    name: str, dtype: torch.dtype | str | None, device: torch.device, revision: str | None, trust_remote_code: bool
+) -> Member:
+    wanted = dtype if dtype is not None else (torch.float32 if device.type == "cpu" else "auto")
+    where: dict[str, Any] = {"pretrained_model_name_or_path": name, "trust_remote_code": trust_remote_code}
+    if revision is not None and not Path(name).exists():
+        where["revision"] = revision
+    path = Path(name)
+    if path.suffix == ".gguf":
+        where |= {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    elif path.is_dir():
+        _refuse_pickles(path)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            **where, dtype=wanted, use_safetensors=True, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"cannot load {name}: its safetensors are damaged or truncated ({error}): fetch them again"
+        ) from error
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        advice = ": read that code, then pass trust_remote_code=True (--trust-remote-code)"
+        remote = "custom code" in str(error)
+        raise CheckpointError(f"cannot load {name}: {_first_line(error)}{advice if remote else ''}") from error
+    if info["missing_keys"] or info["mismatched_keys"]:
+        absent = sorted(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]])
+        raise CheckpointError(
+            f"cannot load {name}: {len(absent)} weights are missing or misshapen (first: {absent[0]}): fetch it again"
+        )
+    return Member(name, model.to(device).eval(), tokenizer)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _refuse_pickles(folder: Path) -> None:
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"cannot load {folder}: it has no config.json: expected a saved transformers model")
+    if any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
+    if pickles:
+        raise CheckpointError(
+            f"refused to load {folder}: its weights are pickled ({pickles[0]}), and a pickle can run code: convert them "
+            "with model.save_pretrained(folder), which writes safetensors"
+        )
+    raise CheckpointError(f"cannot load {folder}: it has no *.safetensors file")
