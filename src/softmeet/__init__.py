@@ -1,8 +1,8 @@
 """softmeet samples from several language models as one.
 
-    >>> import softmeet
-    >>> ensemble = softmeet.Ensemble.from_pretrained("wide")
-    >>> ensemble.generate("In the beginning", max_new_tokens=20)  # doctest: +SKIP
+>>> import softmeet
+>>> ensemble = softmeet.Ensemble.from_pretrained("wide")
+>>> ensemble.generate("In the beginning", max_new_tokens=20)  # doctest: +SKIP
 """
 
 from importlib import import_module

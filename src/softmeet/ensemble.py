@@ -114,7 +114,7 @@ class Ensemble:
             InvalidInputError: the prompt is empty or longer than the shortest context.
         """
         inputs = self._encode([text])
-        hidden = [m.base_model(**inputs, use_cache=False).last_hidden_state[:, -1] for m in self.model.members]
+        hidden = self.model.last_hidden(**inputs)
         solution = self.model.solve_rows(hidden)
         heads = zip(self.names, self.model.heads, hidden, strict=True)
         members = {name: self._top(head.log_probs(state)[0], top) for name, head, state in heads}
@@ -122,7 +122,9 @@ class Ensemble:
 
     def _top(self, log_probs: torch.Tensor, count: int) -> list[tuple[str, float]]:
         best = log_probs.exp().topk(min(count, len(log_probs)))
-        return [(self.tokenizer.decode([i]), p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+        return [
+            (self.tokenizer.decode([i]), p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
 
     @overload
     def generate(self, text: str, **options: Any) -> str: ...
@@ -163,7 +165,7 @@ class Ensemble:
             try:
                 with torch.inference_mode():
                     self.model.generate(**arguments, streamer=streamer)
-            except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
+            except BaseException as error:
                 failures.append(error)
                 streamer.end()
 
@@ -197,7 +199,9 @@ class Ensemble:
         if limit is not None:
             room = limit - inputs["input_ids"].shape[1]
             wanted = found.get("max_new_tokens")
-            found["max_new_tokens"] = room if wanted is None and "max_length" not in found else min(wanted or room, room)
+            found["max_new_tokens"] = (
+                room if wanted is None and "max_length" not in found else min(wanted or room, room)
+            )
         if recorder is not None:
             found["recorder"] = recorder
         if seed is not None:

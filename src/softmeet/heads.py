@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -95,7 +95,7 @@ class SoftmaxHead:
         return out.reshape(*hidden.shape[:-1], self.v)
 
     def log_probs(self, hidden: Float[Tensor, "*b d"]) -> Float[Tensor, "*b v"]:
-        """log softmax of :meth:`logits`, in nats."""
+        """Log softmax of :meth:`logits`, in nats."""
         return log_normalize(self.logits(hidden))
 
     def slope(self, logits: Float[Tensor, "*b v"]) -> Float[Tensor, "*b v"] | None:
@@ -110,14 +110,13 @@ class SoftmaxHead:
         return self._whitening[key]
 
     def _whiten(self, *, centred: bool) -> Whitening:
-        wide = dict(dtype=torch.float64, device=self.weight.device)
-        center = torch.zeros(self.d, **wide)
+        center = torch.zeros(self.d, dtype=torch.float64, device=self.weight.device)
         if centred:
             for _, block in self.blocks(torch.float64, cut=True):
                 center += block.sum(0) / self.v
         if not center.isfinite().all():
             raise InvalidInputError("a head's weight must be finite: it holds NaN or inf")
-        gram = torch.zeros(self.d, self.d, **wide)
+        gram = center.new_zeros(self.d, self.d)
         for _, block in self.blocks(torch.float64, cut=True):
             gram.addmm_((block - center).T, block - center)
         values, vectors = torch.linalg.eigh(gram)
@@ -214,8 +213,3 @@ def whitened_blocks(heads: Sequence[WhitenedHead]) -> Iterator[tuple[slice, list
 def as_head(head: SoftmaxHead | Tensor) -> SoftmaxHead:
     """A tensor (v, d) as a head without bias."""
     return head if isinstance(head, SoftmaxHead) else SoftmaxHead(head)
-
-
-def finite_rows(x: Float[Tensor, "b v"]) -> Bool[Tensor, " b"]:
-    """Which rows hold no NaN and no +inf, and at least one finite value."""
-    return ~(x.isnan() | x.isposinf()).any(-1) & ~x.isneginf().all(-1)

@@ -8,13 +8,14 @@ from torch import Tensor
 
 
 def log_normalize(scores: Float[Tensor, "*b v"]) -> Float[Tensor, "*b v"]:
-    """scores - logsumexp(scores): the log-probabilities proportional to exp(scores)."""
+    """Scores - logsumexp(scores): the log-probabilities proportional to exp(scores)."""
     return scores - scores.logsumexp(-1, keepdim=True)
 
 
 def entropy(log_p: Float[Tensor, "*b v"]) -> Float[Tensor, "*b"]:
     """H(p) = -Σ p log p, in nats."""
-    return torch.special.entr(log_p.exp()).sum(-1)
+    p: Tensor = log_p.exp()
+    return -torch.where(p > 0, p * log_p, 0.0).sum(-1)
 
 
 def kl(log_p: Float[Tensor, "*b v"], log_q: Float[Tensor, "*b v"]) -> Float[Tensor, "*b"]:

@@ -65,15 +65,21 @@ def generate(
 
 def _prompts(prompts: list[str] | None, files: list[Path] | None) -> list[str]:
     found = [path.read_text(encoding="utf-8") for path in files or []]
-    for prompt in prompts or ([] if found else ["-"]):
-        found.append(sys.stdin.read().rstrip("\n") if prompt == "-" else prompt)
+    given = prompts or ([] if found else ["-"])
+    found += [sys.stdin.read().rstrip("\n") if prompt == "-" else prompt for prompt in given]
     if not all(found):
         raise InvalidInputError("expected a prompt of at least one token, got an empty one: give it as an argument")
     return found
 
 
 def _run(
-    ensemble: Ensemble, texts: list[str], given: dict[str, Any], seed: int | None, *, as_json: bool, summary: bool | None
+    ensemble: Ensemble,
+    texts: list[str],
+    given: dict[str, Any],
+    seed: int | None,
+    *,
+    as_json: bool,
+    summary: bool | None,
 ) -> None:
     from softmeet.hf import Recorder
 
@@ -120,7 +126,9 @@ def _facts(ensemble: Ensemble, recorder: Recorder, seconds: float) -> dict[str, 
 
 
 def _show(facts: dict[str, Any]) -> None:
-    table = Table("member", "head width", "weight", "trust", "disagreement (nats/token)", title=f"rule: {facts['rule']}")
+    table = Table(
+        "member", "head width", "weight", "trust", "disagreement (nats/token)", title=f"rule: {facts['rule']}"
+    )
     for m in facts["members"]:
         table.add_row(m["name"], str(m["width"]), f"{m['weight']:.3g}", m["trust"], f"{m['disagreement']:.4f}")
     options.err.print(table)

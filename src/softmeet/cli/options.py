@@ -30,7 +30,8 @@ Weights = Annotated[
 PoolName = Annotated[str, typer.Option("--pool", help="logit-mean or prob-mean.")]
 Tolerance = Annotated[float, typer.Option("--tol", help="Duality gap in nats at which a token is solved.")]
 Dtype = Annotated[
-    str | None, typer.Option("--dtype", help="float32, bfloat16, float16, float64 or auto.", show_default="float32 on CPU")
+    str | None,
+    typer.Option("--dtype", help="float32, bfloat16, float16, float64 or auto.", show_default="float32 on CPU"),
 ]
 Device = Annotated[str | None, typer.Option("--device", help="Such as cpu or cuda.", show_default="cpu")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with a checkpoint.")]
@@ -47,7 +48,9 @@ def numbers(name: str, text: str | None) -> list[float] | float | None:
     try:
         values = [float(part) for part in text.split(",")]
     except ValueError:
-        raise InvalidInputError(f"expected {name} as numbers separated by commas, such as 0.3,0.7, got {text!r}") from None
+        raise InvalidInputError(
+            f"expected {name} as numbers separated by commas, such as 0.3,0.7, got {text!r}"
+        ) from None
     return values[0] if len(values) == 1 else values
 
 

@@ -92,7 +92,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         shared = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": bool(use_cache)}
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden = [
-            self._hidden(i, input_ids, None if cache is None else cache.members[i], shared)[:, kept]
+            self._hidden(i, input_ids, None if cache is None else cache.members[i], **shared)[:, kept]
             for i in range(len(self.members))
         ]
         log_probs = self._solve(hidden, recorder)
@@ -106,13 +106,17 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         return EnsembleCache([member.config for member in self.members])
 
     def _hidden(
-        self, i: int, input_ids: Int[Tensor, "B t"] | None, cache: Any, shared: dict[str, Any]
+        self, i: int, input_ids: Int[Tensor, "B t"] | None, cache: Any = None, **shared: Any
     ) -> Float[Tensor, "B t d"]:
-        return self.members[i].base_model(input_ids=input_ids, cache=cache, **shared).last_hidden_state
+        base: Any = self.members[i].base_model
+        hidden: Tensor = base(input_ids=input_ids, cache=cache, **shared).last_hidden_state
+        return hidden
 
-    def _solve(
-        self, hidden: list[Float[Tensor, "B k d"]], recorder: Recorder | None
-    ) -> Float[Tensor, "B k v"]:
+    def last_hidden(self, **inputs: Any) -> list[Float[Tensor, "B d"]]:
+        """Each member's hidden state at the last position, without a cache."""
+        return [self._hidden(i, use_cache=False, **inputs)[:, -1] for i in range(len(self.heads))]
+
+    def _solve(self, hidden: list[Float[Tensor, "B k d"]], recorder: Recorder | None) -> Float[Tensor, "B k v"]:
         """Combine every position, in chunks of bounded memory."""
         B, k = hidden[0].shape[:2]
         rows = [h.flatten(0, 1) for h in hidden]
@@ -151,7 +155,9 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> None:
         given = model_kwargs.get("cache")
         if given is not None and not isinstance(given, EnsembleCache):
-            raise InvalidInputError(f"expected an EnsembleCache, as model.new_cache() gives, got {type(given).__name__}")
+            raise InvalidInputError(
+                f"expected an EnsembleCache, as model.new_cache() gives, got {type(given).__name__}"
+            )
         if generation_config.cache_implementation is not None:
             raise InvalidInputError(
                 f"an ensemble keeps one dynamic cache per member; cache_implementation="

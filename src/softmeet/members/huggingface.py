@@ -69,6 +69,8 @@ def _load(
         where |= {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     elif path.is_dir():
         _refuse_pickles(path)
+    elif path.is_absolute() or name.startswith(".") or len(path.parts) > 2:
+        raise CheckpointError(f"cannot load {name}: there is no such folder")
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             **where, dtype=wanted, use_safetensors=True, output_loading_info=True
@@ -102,7 +104,7 @@ def _refuse_pickles(folder: Path) -> None:
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
     if pickles:
         raise CheckpointError(
-            f"refused to load {folder}: its weights are pickled ({pickles[0]}), and a pickle can run code: convert them "
-            "with model.save_pretrained(folder), which writes safetensors"
+            f"refused to load {folder}: its weights are pickled ({pickles[0]}), and a pickle can run code: convert "
+            "them with model.save_pretrained(folder), which writes safetensors"
         )
     raise CheckpointError(f"cannot load {folder}: it has no *.safetensors file")

@@ -58,4 +58,5 @@ def token_support(
     v = max(head.v for head in heads)
     if tokens == v:
         return None
-    return torch.arange(v, device=heads[0].weight.device) < tokens
+    mask: Tensor = torch.arange(v, device=heads[0].weight.device) < tokens
+    return mask

@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
+from softmeet.errors import CheckpointError
+
 FAMILIES = ("wide", "narrow")
 DEFAULT = "wide"
 
@@ -21,6 +23,10 @@ def resolve(name: str | Path) -> list[str]:
     place = folder() / name
     if name in FAMILIES:
         return sorted(str(p) for p in place.iterdir() if (p / "config.json").exists())
-    if name.split("/")[0] in FAMILIES and (place / "config.json").exists():
+    family, _, rest = str(name).partition("/")
+    if family in FAMILIES and rest:
+        if not (place / "config.json").exists():
+            known = ", ".join(p.name for p in sorted((folder() / family).iterdir()))
+            raise CheckpointError(f"there is no bundled member {name}: the {family} family has {known}")
         return [str(place)]
     return [name]

@@ -37,13 +37,7 @@ class Meet(Rule):
         trusted = [i for i, rho in enumerate(trust) if rho > 0]
         if not trusted:
             return closed_form(problem, problem.log_pool, torch.zeros_like(problem.log_pool[:, 0]))
-        projection = Projection(
-            log_q=problem.log_pool,
-            log_p=problem.log_p[trusted].transpose(0, 1),
-            heads=problem.views(trusted),
-            trust=tuple(trust[i] for i in trusted),
-            tol=problem.tol,
-        )
+        projection = problem.projection(trusted, trust)
         state = iterate(DualNewton(), projection, problem.max_steps)
         return _answer(problem, projection, trusted, state)
 
@@ -73,9 +67,7 @@ def _answer(problem: Problem, projection: Projection, trusted: list[int], state:
     corrected = projection.corrected(state.z)
     for k, i in enumerate(trusted):
         if not math.isinf(projection.trust[k]):
-            disagreement[:, i] = torch.where(
-                still, disagreement[:, i], kl(corrected[:, k], projection.log_p[:, k])
-            )
+            disagreement[:, i] = torch.where(still, disagreement[:, i], kl(corrected[:, k], projection.log_p[:, k]))
             is_bound[:, i] = still
     widths = sum(head.d for head in problem.heads)
     share = sum(h.head.d for h in projection.heads) / widths

@@ -15,6 +15,7 @@ from torch import Tensor
 from softmeet.errors import DisjointSupportError
 from softmeet.heads import SoftmaxHead, WhitenedHead
 from softmeet.simplex import log_normalize, logit_mean, prob_mean
+from softmeet.solvers.projection import Projection
 
 Pool = Literal["logit-mean", "prob-mean"]
 # Small enough to cost little where the premise fails; `softmeet fit` chooses better ones from text.
@@ -76,12 +77,24 @@ class Problem:
                 "the members exclude each other's tokens; combine fewer members, or use rule='prob-mean'"
             )
         q = POOLS[self.pool](self.log_p, self.weights)
-        return log_normalize(q.masked_fill(~shared, -torch.inf))
+        # Rows that lose nothing stay what the pool's own rule gives, to the last bit.
+        cut = (~shared & ~q.isneginf()).any(-1, keepdim=True)
+        return torch.where(cut, log_normalize(q.masked_fill(~shared, -torch.inf)), q)
 
     def views(self, members: Sequence[int]) -> tuple[WhitenedHead, ...]:
         """Whitened views of some members' heads, with fresh read counters."""
         batch, v = self.log_p.shape[1:]
         return tuple(WhitenedHead(self.heads[i], v, self.dtype, self.slopes[i], batch) for i in members)
+
+    def projection(self, members: Sequence[int], trust: Sequence[float]) -> Projection:
+        """The relaxed I-projection of the pool for those members, all of positive trust."""
+        return Projection(
+            log_q=self.log_pool,
+            log_p=self.log_p[list(members)].transpose(0, 1),
+            heads=self.views(members),
+            trust=tuple(trust[i] for i in members),
+            tol=self.tol,
+        )
 
     def with_finite_trust(self, default: float) -> Self:
         """The same problem with ``default`` wherever the trust is infinite."""

@@ -44,19 +44,23 @@ class Solution:
     objective: Float[Tensor, "*batch"]
     num_steps: Int[Tensor, "*batch"]
     num_passes: Float[Tensor, "*batch"]
-    disagreement: Float[Tensor, "n *batch"]
-    disagreement_is_bound: Bool[Tensor, "n *batch"]
+    disagreement: Float[Tensor, n * batch]
+    disagreement_is_bound: Bool[Tensor, n * batch]
     rule: str
     _answer: Answer = field(repr=False)
     _problem: Problem = field(repr=False)
 
     @cached_property
-    def residual(self) -> Float[Tensor, "n *batch"]:
+    def residual(self) -> Float[Tensor, n * batch]:
         """‖Q_iᵀ(p - p̂_i)‖ in whitened coordinates, (n, *batch). Reads every head once, when first asked for."""
         return residuals(self._problem, self._answer.log_probs).reshape(-1, *self.status.shape)
 
     def verify(
-        self, heads: Sequence[SoftmaxHead | Tensor], log_probs: Float[Tensor, "n *batch v"], *, logits: Tensor | None = None
+        self,
+        heads: Sequence[SoftmaxHead | Tensor],
+        log_probs: Float[Tensor, "n *batch v"],
+        *,
+        logits: Tensor | None = None,
     ) -> Verification:
         """Residual, gap and status again, in fp64 and without the solver, from the members and this answer alone.
 

@@ -21,7 +21,7 @@ _NORMALISATION_TOLERANCE = 0.05
 
 
 def checked_weights(weights: Sequence[float] | Tensor | None, n: int, *, free: bool) -> list[float]:
-    """n weights that are finite, not negative, not all zero and (unless ``free``) sum to one; uniform if None.
+    """N weights that are finite, not negative, not all zero and (unless ``free``) sum to one; uniform if None.
 
     Raises:
         InvalidInputError: they are not.
@@ -42,7 +42,7 @@ def checked_weights(weights: Sequence[float] | Tensor | None, n: int, *, free: b
 
 
 def checked_trust(trust: float | Sequence[float] | Tensor | None, n: int) -> tuple[float, ...]:
-    """n trusts in [0, inf]; one number serves every member.
+    """N trusts in [0, inf]; one number serves every member.
 
     Raises:
         InvalidInputError: the length is not n, or a trust is negative or NaN.
@@ -81,7 +81,9 @@ def checked_log_probs(log_probs: Float[Tensor, "n *b v"]) -> Float[Tensor, "n B 
     bad = (flat.isnan() | flat.isposinf()).any(-1) | flat.isneginf().all(-1)
     if bad.any():
         member, row = bad.nonzero()[0].tolist()
-        what = "NaN" if flat[member, row].isnan().any() else "+inf" if flat[member, row].isposinf().any() else "only -inf"
+        what = (
+            "NaN" if flat[member, row].isnan().any() else "+inf" if flat[member, row].isposinf().any() else "only -inf"
+        )
         raise NonFiniteError(
             f"expected finite log-probabilities (or -inf for an impossible token), got {what} from member {member} "
             f"in {int(bad[member].sum())} of {flat.shape[1]} rows, first row {row}"
@@ -109,8 +111,8 @@ def checked_heads(heads: Sequence[SoftmaxHead | Tensor], log_p: Float[Tensor, "n
     for i, head in enumerate(found):
         if head.v > v or not log_p[i, :, head.v :].isneginf().all():
             raise InvalidInputError(
-                f"expected a head of {v} rows for member {i}, as its log-probabilities have {v} tokens, got a weight of "
-                f"shape {tuple(head.weight.shape)}"
+                f"expected a head of {v} rows for member {i}, as its log-probabilities have {v} tokens, got "
+                f"a weight of shape {tuple(head.weight.shape)}"
             )
         if head.weight.device != log_p.device:
             raise InvalidInputError(f"head {i} is on {head.weight.device}, its log-probabilities on {log_p.device}")

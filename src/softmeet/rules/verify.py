@@ -5,7 +5,6 @@ The stored dual point is only a claim; everything is recomputed from it.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -13,14 +12,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from softmeet.heads import WhitenedHead, whitened_blocks
 from softmeet.rules.base import Answer
 from softmeet.rules.meet import Meet
 from softmeet.rules.problem import DEFAULT_TRUST, Problem
 from softmeet.rules.registry import find_rule
-from softmeet.simplex import log_normalize, total_variation
+from softmeet.simplex import total_variation
 from softmeet.solvers.base import Status
-from softmeet.solvers.certificate import bound_terms
+from softmeet.solvers.certificate import restricted_gap_bound
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Verification:
         status: OPTIMAL, INFEASIBLE (the stored proof holds) or NOT_CONVERGED, at the tolerance of the problem.
     """
 
-    residual: Float[Tensor, "n *batch"]
+    residual: Float[Tensor, n * batch]
     gap: Float[Tensor, "*batch"]
     total_variation: Float[Tensor, "*batch"]
     status: Int[Tensor, "*batch"]
@@ -61,7 +59,7 @@ def verify(name: str, problem: Problem, answer: Answer, fallback: Bool[Tensor, "
         exact = rule.effective_trust(problem)
         relaxed = problem.with_finite_trust(DEFAULT_TRUST).trust
         rows = range(problem.log_p.shape[1])
-        found = [_DualPoint(problem, relaxed if fallback[k] else exact, answer, k).gap() for k in rows]
+        found = [_dual_point(problem, relaxed if fallback[k] else exact, answer, k) for k in rows]
         gap = torch.tensor([g for g, _ in found], dtype=torch.float64, device=problem.log_p.device)
         claimed = torch.stack([log_p for _, log_p in found])
     else:
@@ -72,6 +70,24 @@ def verify(name: str, problem: Problem, answer: Answer, fallback: Bool[Tensor, "
     status = torch.where(proved, int(Status.INFEASIBLE), status)
     distance = total_variation(answer.log_probs, claimed)
     return Verification(residuals(problem, answer.log_probs), gap, distance, status)
+
+
+def _dual_point(
+    problem: Problem, trust: tuple[float, ...], answer: Answer, k: int
+) -> tuple[float, Float[Tensor, " v"]]:
+    """(certified gap, log p) of row k at its stored dual point λ, in fp64."""
+    one = problem.take(torch.tensor([k], device=problem.log_p.device))
+    used = [i for i, rho in enumerate(trust) if rho > 0]
+    if not used:
+        return 0.0, one.log_pool[0]
+    projection = one.projection(used, trust)
+    u = [_scores(problem, i, k, answer.dual[i][k]) for i in used]
+    z = torch.stack([x / alpha for x, alpha in zip(u, projection.alpha, strict=True)])[None]
+    p, r = projection.pooled(z).exp(), projection.corrected(z).exp()
+    parts = zip(projection.alpha, projection.heads, range(len(used)), strict=True)
+    gradient = torch.cat([alpha * h.moments(p - r[:, i])[0][0] for alpha, h, i in parts])
+    bounds = [restricted_gap_bound(projection, 0, p[0], r[0], gradient), float(projection.pool_gap()[0])]
+    return min(bounds) if not any(d[k].any() for d in answer.dual) else bounds[0], projection.pooled(z)[0]
 
 
 def _scores(problem: Problem, i: int, k: int, lam: Float[Tensor, " d"]) -> Float[Tensor, " v"]:
@@ -89,60 +105,3 @@ def _proves(problem: Problem, answer: Answer, k: int) -> bool:
         u = _scores(problem, i, k, ray[k])
         worst = worst + u - problem.log_p[i, k].exp() @ u
     return bool(worst[~problem.log_pool[k].isneginf()].max() < 0)
-
-
-class _DualPoint:
-    """One row at its stored dual point, in whitened coordinates."""
-
-    def __init__(self, problem: Problem, trust: tuple[float, ...], answer: Answer, k: int) -> None:
-        self.used = [i for i, rho in enumerate(trust) if rho > 0]
-        self.trust = [trust[i] for i in self.used]
-        one = problem.take(torch.tensor([k], device=problem.log_p.device))
-        self.heads: tuple[WhitenedHead, ...] = one.views(self.used)
-        u = [_scores(problem, i, k, answer.dual[i][k]) for i in self.used]
-        self.log_p = log_normalize(sum(u, start=problem.log_pool[k]))
-        self.p = self.log_p.exp()
-        tilted = zip(self.used, u, self.trust, strict=True)
-        self.r = [log_normalize(problem.log_p[i, k] - x / rho).exp() for i, x, rho in tilted]
-
-    def gap(self) -> tuple[float, Float[Tensor, " v"]]:
-        """(certified gap, log p); tokens that break the bound are left out of K, a few times."""
-        if not self.used:
-            return 0.0, self.log_p
-        keep = torch.ones_like(self.p, dtype=torch.bool)
-        for _ in range(4):
-            bound, broken = self._bound(keep)
-            if math.isinf(bound) or not broken.any():
-                return bound, self.log_p
-            keep &= ~broken
-        return math.inf, self.log_p
-
-    def _bound(self, keep: Bool[Tensor, " v"]) -> tuple[float, Bool[Tensor, " v"]]:
-        g = torch.cat([h.moments((self.p - r)[None])[0][0] for h, r in zip(self.heads, self.r, strict=True)])
-        p, rs = self.p * keep, [r * keep for r in self.r]
-        s = torch.linalg.lstsq(H := self._hessian(p, rs), g[:, None], driver="gelsd").solution.squeeze(-1)
-        if (H @ s - g).norm() > 1e-6 * g.norm() + 1e-14:
-            return math.inf, torch.zeros_like(keep)
-        parts = s.split([h.rank for h in self.heads])
-        a = [h.scores(part[None])[0] for h, part in zip(self.heads, parts, strict=True)]
-        total = torch.stack(a).sum(0)
-        bound, broken = bound_terms(p, -(total - p @ total / p.sum()))
-        for x, r, rho in zip(a, rs, self.trust, strict=True):
-            if not math.isinf(rho):
-                term, negative = bound_terms(r, (x - r @ x / r.sum()) / rho)
-                bound, broken = bound + rho * term, broken | negative
-        return float(bound), broken
-
-    def _hessian(self, p: Float[Tensor, " v"], rs: list[Float[Tensor, " v"]]) -> Float[Tensor, "D D"]:
-        """Cov_p(Q) + blockdiag(Cov_{r_i}(Q_i) / ρ_i), sums over the mass that is there."""
-        means = [h.moments(torch.stack([p, r])) for h, r in zip(self.heads, rs, strict=True)]
-        joint = torch.cat([m[0][0] for m in means]) / p.sum()
-        own = [m[0][1] / r.sum() for m, r in zip(means, rs, strict=True)]
-        H = torch.zeros(len(joint), len(joint), dtype=p.dtype, device=p.device)
-        for tokens, blocks in whitened_blocks(self.heads):
-            rows = [h.sloped(b, 0, tokens) for h, b in zip(self.heads, blocks, strict=True)]
-            x = torch.cat(rows, dim=-1) - joint
-            H += (x * p[tokens, None]).T @ x
-            parts = [(a - m).T @ ((a - m) * r[tokens, None]) for a, m, r in zip(rows, own, rs, strict=True)]
-            H += torch.block_diag(*(part / rho for part, rho in zip(parts, self.trust, strict=True)))
-        return H

@@ -72,15 +72,15 @@ class Projection:
         return self._weighted(z, self.alpha).sum(1)
 
     def pooled(self, z: Float[Tensor, "B n v"]) -> Float[Tensor, "B v"]:
-        """log p."""
+        """Log p."""
         return log_normalize(self.log_q + self.tilt(z))
 
     def corrected(self, z: Float[Tensor, "B n v"]) -> Float[Tensor, "B n v"]:
-        """log r_i."""
+        """Log r_i."""
         return log_normalize(self.log_p - self._weighted(z, self.gamma))
 
     def dual(self, z: Float[Tensor, "B n v"]) -> Float[Tensor, " B"]:
-        """f at the scores z: never below -(the primal optimum)."""
+        """F at the scores z: never below -(the primal optimum)."""
         value = (self.log_q + self.tilt(z)).logsumexp(-1)
         for i, rho in enumerate(self.trust):
             if math.isinf(rho):

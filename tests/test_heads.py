@@ -1,0 +1,123 @@
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+import softmeet
+from softmeet.errors import InvalidInputError
+from softmeet.heads import SoftmaxHead, WhitenedHead, whitened_blocks
+
+
+def head(v=60, d=5, dtype=torch.float32, **kwargs):
+    return SoftmaxHead(torch.randn(v, d, generator=torch.Generator().manual_seed(0)).to(dtype), **kwargs)
+
+
+def test_logits_with_bias_scale_and_soft_cap():
+    bias, h = torch.randn(60), torch.randn(2, 3, 5)
+    found = head(bias=bias, scale=0.5, soft_cap=2.0).logits(h)
+    expected = 2 * torch.tanh(0.5 * (h @ head().weight.T + bias) / 2)
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert torch.allclose(head(bias=bias).log_probs(h), (h @ head().weight.T + bias).log_softmax(-1), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("compute", [torch.float32, torch.float64])
+def test_products_equal_dense_ones_whatever_the_dtype(dtype, compute, monkeypatch):
+    monkeypatch.setattr("softmeet.heads._BLOCK_ELEMENTS", 64)
+    W = head(dtype=dtype)
+    x, p = torch.randn(3, 5, dtype=compute), torch.rand(3, 60, dtype=compute)
+    assert torch.allclose(W.scores(x), x @ W.weight.to(compute).T, atol=1e-5)
+    assert torch.allclose(W.moments(p), p @ W.weight.to(compute), atol=1e-4)
+
+
+def test_whitening_is_orthonormal_and_finds_the_rank():
+    W = head(d=6, dtype=torch.float64)
+    W.weight[:, 5] = W.weight[:, 0] + 3
+    W.weight[:, 4] = 2.5
+    view = WhitenedHead(W, 60, torch.float64)
+    Q = view.gather(0, torch.arange(60))
+    assert view.rank == 4
+    assert torch.allclose(Q.T @ Q, torch.eye(4, dtype=torch.float64), atol=1e-10)
+    assert Q.sum(0).abs().max() < 1e-10
+
+
+def test_a_constant_head_constrains_nothing():
+    W = SoftmaxHead(torch.full((20, 3), 0.1))
+    assert W.whitening().rank == 0
+    log_p = torch.randn(2, 4, 20).log_softmax(-1)
+    solution = softmeet.combine(log_p, [W, W], trust=1.0)
+    pool = softmeet.combine(log_p, [W, W], "logit-mean")
+    assert torch.allclose(solution.log_probs, pool.log_probs, atol=1e-6)
+
+
+def test_views_agree_with_dense_algebra_under_a_soft_cap():
+    W = head(dtype=torch.float64, soft_cap=3.0)
+    logits = W.logits(torch.randn(2, 5, dtype=torch.float64))
+    view = WhitenedHead(W, 60, torch.float64, W.slope(logits), batch=2)
+    lam, p = torch.randn(2, view.rank, dtype=torch.float64), torch.rand(2, 60, dtype=torch.float64)
+    for k in range(2):
+        Q = view.gather(k, torch.arange(60))
+        assert torch.allclose(view.scores(lam)[k], Q @ lam[k], atol=1e-10)
+        assert torch.allclose(view.moments(p)[0][k], Q.T @ p[k], atol=1e-10)
+
+
+class RowsRead(TorchFunctionMode):
+    """Counts the rows of one weight that pass through slicing, by watching torch itself."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight, self.rows = weight, 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.Tensor.__getitem__ and args[0] is self.weight:
+            self.rows += len(out)
+        return out
+
+
+@pytest.mark.parametrize("trust", [1.0, (0.5, 0.0)])
+def test_num_passes_is_what_an_instrumented_head_sees(trust):
+    W = [torch.randn(300, 4, dtype=torch.float64), torch.randn(300, 6, dtype=torch.float64)]
+    heads = [SoftmaxHead(w) for w in W]
+    for one in heads:
+        one.whitening()
+    log_p = torch.stack([torch.randn(1, w.shape[1], dtype=torch.float64) @ w.T for w in W]).log_softmax(-1)
+    with RowsRead(heads[0].weight) as first, RowsRead(heads[1].weight) as second:
+        solution = softmeet.combine(log_p, heads, trust=trust, tol=1e-9)
+    assert solution.num_passes.item() > 0
+    assert (first.rows * 4 + second.rows * 6) / (300 * 10) == pytest.approx(solution.num_passes.item())
+
+
+def test_blocks_cover_the_vocabulary_and_count_one_read(monkeypatch):
+    monkeypatch.setattr("softmeet.heads._BLOCK_ELEMENTS", 700)
+    short, full = head(v=150, d=4), head(v=200, d=5)
+    views = [WhitenedHead(W, 200, torch.float64) for W in (short, full)]
+    parts = [b for _, b in whitened_blocks(views)]
+    assert len(parts) > 1
+    stacked = torch.cat([b[0] for b in parts])
+    assert torch.allclose(stacked[:150], views[0].gather(0, torch.arange(150)), atol=1e-6)
+    assert stacked[150:].abs().max() == 0
+    assert [int(view.rows_read) for view in views] == [150 + 150, 200]
+
+
+def test_nothing_is_mutated_and_no_head_is_copied_whole():
+    W = head(v=4000, d=8)
+    before = W.weight.clone()
+    log_p = torch.randn(1, 2, 4000).log_softmax(-1)
+    softmeet.combine(log_p.expand(2, -1, -1), [W, head(v=4000, d=3)], trust=1.0)
+    assert torch.equal(W.weight, before)
+    assert next(W.blocks(torch.float32))[1].data_ptr() == W.weight.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SoftmaxHead(torch.zeros(3)), r"shape \(v, d\)"),
+        (lambda: SoftmaxHead(torch.zeros(3, 2, dtype=torch.int8)), "floating"),
+        (lambda: head(bias=torch.zeros(4)), r"bias has shape \(60,\), got \(4,\)"),
+        (lambda: head(soft_cap=0.0), "positive"),
+        (lambda: SoftmaxHead(torch.full((3, 2), torch.nan)).whitening(), "finite"),
+    ],
+)
+def test_bad_heads(make, message):
+    with pytest.raises(InvalidInputError, match=message):
+        make()

@@ -1,0 +1,251 @@
+"""``meet`` and ``max-entropy`` against outside oracles, and their certificates."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from instances import INSTANCES, best_outputs, random_heads, zipf
+from oracles import by_cvxpy, plain_newton
+
+import softmeet
+from softmeet import Status
+from softmeet.errors import InfeasibleError, NotConvergedError
+from softmeet.simplex import kl, total_variation
+
+INF = math.inf
+TRUSTS = {
+    "0.3": (0.3, 0.3, 0.3),
+    "1": (1.0, 1.0, 1.0),
+    "20": (20.0, 20.0, 20.0),
+    "unequal": (0.2, 5.0, 1.0),
+    "one zero": (0.0, 1.0, 2.0),
+    "tiny and large": (1e-3, 300.0, 1.0),
+}
+
+
+def solve(name, trust, pool="logit-mean", **options):
+    log_p, heads = INSTANCES[name]()
+    trust = trust[: len(heads)]
+    solution = softmeet.combine(log_p, heads, trust=trust, pool=pool, tol=1e-13, max_steps=200, **options)
+    return log_p, heads, trust, solution
+
+
+def pool_of(log_p, heads, pool):
+    return softmeet.combine(log_p, heads, pool).log_probs
+
+
+@pytest.mark.parametrize("pool", ["logit-mean", "prob-mean"])
+@pytest.mark.parametrize("trust", TRUSTS.values(), ids=TRUSTS)
+@pytest.mark.parametrize("name", [name for name in INSTANCES if name != "near_one_hot"])
+def test_meet_equals_a_plain_newton(name, trust, pool):
+    log_p, heads, trust, solution = solve(name, trust, pool)
+    assert (solution.status == Status.OPTIMAL).all()
+    assert solution.gap_is_certified.all()
+    used = [i for i, rho in enumerate(trust) if rho > 0]
+    log_q = pool_of(log_p, heads, pool)
+    for k in range(log_p.shape[1]):
+        p, value = plain_newton(
+            log_q[k].numpy(), log_p[used, k].numpy(), [heads[i].numpy() for i in used], [trust[i] for i in used]
+        )
+        assert np.abs(solution.log_probs[k].exp().numpy() - p).max() < 1e-6
+        true_gap = -value - solution.objective[k].item()
+        assert true_gap <= solution.gap[k].item() + 1e-11 * max(1.0, max(trust))
+
+
+@pytest.mark.parametrize("pool", ["logit-mean", "prob-mean"])
+@pytest.mark.parametrize("trust", TRUSTS.values(), ids=TRUSTS)
+@pytest.mark.parametrize("name", ["generic", "sharp", "rank_deficient", "duplicate_heads"])
+def test_meet_equals_cvxpy(name, trust, pool):
+    log_p, heads, trust, solution = solve(name, trust, pool)
+    log_q = pool_of(log_p, heads, pool)
+    p, value = by_cvxpy(log_q[0].numpy(), log_p[:, 0].numpy(), [W.numpy() for W in heads], trust)
+    assert solution.objective[0].item() == pytest.approx(value, abs=1e-6)
+    slack = max(value - solution.objective[0].item(), 0) + 1e-8
+    assert 0.5 * np.abs(p - solution.log_probs[0].exp().numpy()).sum() <= math.sqrt(slack / 2) + 1e-6
+
+
+@pytest.mark.parametrize("pool", ["logit-mean", "prob-mean"])
+def test_max_entropy_equals_both_oracles_when_the_premise_holds(pool):
+    log_p, heads = INSTANCES["premise"]()
+    solution = softmeet.combine(log_p, heads, "max-entropy", pool=pool, tol=1e-11)
+    assert (solution.status == Status.OPTIMAL).all()
+    assert not solution.fallback.any()
+    assert solution.residual.max() < 1e-6
+    log_q = pool_of(log_p, heads, pool)
+    for k in range(log_p.shape[1]):
+        arrays = (log_q[k].numpy(), log_p[:, k].numpy(), [W.numpy() for W in heads], [INF] * len(heads))
+        p, _ = plain_newton(*arrays)
+        assert np.abs(solution.log_probs[k].exp().numpy() - p).max() < 1e-6
+        p, value = by_cvxpy(*arrays)
+        assert solution.objective[k].item() == pytest.approx(value, abs=1e-6)
+        assert 0.5 * np.abs(p - solution.log_probs[k].exp().numpy()).sum() <= math.sqrt(1e-6 / 2)
+
+
+def test_max_entropy_has_the_largest_entropy_and_is_never_worse_than_any_pool():
+    """Design §2.3: KL(p*‖p_C) ≤ KL(p*‖softmax(Aμ)) for every μ, so for every weighting and temperature."""
+    heads = random_heads(64, (6, 5, 4), seed=2)
+    truth = zipf(4, 64, seed=2)
+    log_p = best_outputs(heads, truth)
+    ours = softmeet.combine(log_p, heads, "max-entropy", tol=1e-11).log_probs
+    for weights in ([1.0, 0, 0], [0.2, 0.3, 0.5], [0.5, 0.9, 1.4], [0.1, 0.1, 0.1]):
+        pool = softmeet.combine(log_p, heads, "logit-mean", weights=weights, free_weights=True).log_probs
+        assert (kl(truth.log(), ours) <= kl(truth.log(), pool) + 1e-9).all()
+        moved = kl(truth.log(), pool) - kl(truth.log(), ours)
+        assert torch.allclose(moved, kl(ours, pool), atol=1e-6)  # Pythagoras
+
+
+@pytest.mark.parametrize("name", ["peaked", "near_one_hot"])
+def test_infeasible_rows_are_proved_and_answered_by_meet(name):
+    log_p, heads = INSTANCES[name]()
+    solution = softmeet.combine(log_p, heads, "max-entropy", tol=1e-8, max_steps=200)
+    assert (solution.status == Status.INFEASIBLE).all()
+    assert solution.fallback.all()
+    meet = softmeet.combine(log_p, heads, "meet", tol=1e-8)
+    assert total_variation(solution.log_probs, meet.log_probs).max() < 1e-4
+    assert (solution.num_passes > meet.num_passes).all()
+    again = solution.verify(heads, log_p)
+    assert (again.status == Status.INFEASIBLE).all()
+    with pytest.raises(InfeasibleError, match=r"no distribution has every member's moments in \d of \d rows"):
+        softmeet.combine(log_p, heads, "max-entropy", on_infeasible="raise")
+
+
+def test_an_infinite_trust_mixes_with_finite_ones():
+    log_p, heads = INSTANCES["generic"]()
+    log_q = pool_of(log_p, heads, "logit-mean")
+    solution = softmeet.combine(log_p, heads, trust=(INF, 0.5), tol=1e-10)
+    for k in (solution.status == Status.OPTIMAL).nonzero().flatten().tolist():
+        p, _ = plain_newton(log_q[k].numpy(), log_p[:, k].numpy(), [W.numpy() for W in heads], [INF, 0.5])
+        assert np.abs(solution.log_probs[k].exp().numpy() - p).max() < 1e-6
+        assert solution.residual[0, k] < 1e-5
+    assert (solution.status == Status.OPTIMAL).any()
+
+
+def test_members_that_are_certain_of_different_tokens():
+    """Distributions of 60 nats' disagreement: certified, with full support, and proved optimal a second time."""
+    log_p, heads = INSTANCES["near_one_hot"]()
+    for trust in (0.3, 1.0):
+        solution = softmeet.combine(log_p, heads, trust=trust, tol=1e-7, max_steps=100)
+        assert (solution.status == Status.OPTIMAL).all()
+        assert solution.gap_is_certified.all()
+        assert solution.log_probs.isfinite().all()
+        assert (solution.verify(heads, log_p).gap < 1e-6).all()
+
+
+def boundary_instance():
+    """A feasible set without a positive point: the first coordinate's moment is its maximum over the tokens."""
+    heads = random_heads(40, (3,), seed=11)
+    W = heads[0]
+    W[:20, 0], W[20:, 0] = 1.0, torch.rand(20, dtype=torch.float64) * 0.5
+    truth = torch.cat([zipf(2, 20, seed=11), torch.zeros(2, 20, dtype=torch.float64)], dim=-1)
+    log_p = best_outputs([W[:20]], truth[:, :20])
+    # A member that is all but certain of the first twenty tokens.
+    logits = torch.cat([log_p[0], torch.full((2, 20), -40.0, dtype=torch.float64)], dim=-1)
+    return logits.log_softmax(-1)[None], heads, truth
+
+
+def test_a_feasible_set_on_the_boundary():
+    log_p, heads, _ = boundary_instance()
+    pool = torch.stack([log_p[0], torch.zeros_like(log_p[0]).log_softmax(-1)])
+    solution = softmeet.combine(pool, [heads[0], heads[0][:, :1] * 0], "max-entropy", tol=1e-6, max_steps=100)
+    assert (solution.status == Status.OPTIMAL).all()
+    assert (solution.gap <= 1e-6).all()
+    assert solution.log_probs.exp()[:, 20:].sum() < 1e-4
+
+
+def test_a_stopped_solver_says_so_and_keeps_its_best_point():
+    log_p, heads = INSTANCES["peaked"]()
+    stopped = softmeet.combine(log_p, heads, trust=50.0, tol=1e-12, max_steps=1)
+    assert (stopped.status == Status.NOT_CONVERGED).any()
+    assert stopped.log_probs.isfinite().all()
+    full = softmeet.combine(log_p, heads, trust=50.0, tol=1e-10, max_steps=200)
+    certified = stopped.gap_is_certified
+    true_gap = full.objective + full.gap - stopped.objective
+    assert (true_gap[certified] <= stopped.gap[certified] + 1e-9).all()
+    with pytest.raises(NotConvergedError, match="raise max_steps or tol"):
+        softmeet.combine(log_p, heads, trust=50.0, tol=1e-12, max_steps=1, throw=True)
+
+
+@pytest.mark.parametrize("trust", [0.3, 1.0, 20.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", INSTANCES)
+def test_the_certificate_is_never_below_the_true_gap(name, dtype, trust):
+    log_p, heads = INSTANCES[name]()
+    log_p, heads = log_p.to(dtype), [W.to(dtype) for W in heads]
+    exact = softmeet.combine(log_p.double(), [W.double() for W in heads], trust=trust, tol=1e-12, max_steps=200)
+    for steps in range(1, 7):
+        solution = softmeet.combine(log_p, heads, trust=trust, tol=1e-14, max_steps=steps)
+        true_gap = exact.objective - solution.objective
+        certified = solution.gap_is_certified
+        # What fp32 products do to the objective itself, beyond the gap.
+        allowed = 1e-11 if dtype == torch.float64 else 2e-6 * max(1.0, trust)
+        assert (true_gap[certified] <= solution.gap[certified] + allowed).all()
+
+
+@pytest.mark.parametrize("rule", ["meet", "max-entropy", "logit-mean", "prob-mean", "one-hot"])
+@pytest.mark.parametrize("name", INSTANCES)
+def test_verify_agrees_without_the_solver(name, rule):
+    log_p, heads = INSTANCES[name]()
+    solution = softmeet.combine(log_p, heads, rule, trust=1.0, tol=1e-6, max_steps=200)
+    again = solution.verify(heads, log_p)
+    assert again.total_variation.max() < 1e-9
+    assert torch.equal(again.status, solution.status)
+    assert (again.gap <= 1e-6).all()
+    assert torch.allclose(again.residual, solution.residual, atol=1e-9)
+
+
+def test_verify_catches_a_wrong_answer():
+    log_p, heads = INSTANCES["generic"]()
+    solution = softmeet.combine(log_p, heads, trust=1.0, tol=1e-8)
+    other = softmeet.combine(log_p, heads, trust=4.0, tol=1e-8)
+    object.__setattr__(solution, "_answer", other._answer)
+    again = solution.verify(heads, log_p)
+    assert (again.status == Status.NOT_CONVERGED).all()
+
+
+def test_zero_pass_rows_touch_no_head():
+    log_p, heads = INSTANCES["generic"]()
+    same = torch.stack([log_p[0], log_p[0]])
+    solution = softmeet.combine(same, heads, trust=5.0)
+    assert (solution.num_passes == 0).all()
+    assert solution.disagreement_is_bound.all()
+    assert torch.equal(solution.log_probs, pool_of(same, heads, "logit-mean"))
+
+
+def test_trust_zero_is_exactly_the_pool_and_one_member_is_itself():
+    log_p, heads = INSTANCES["generic"]()
+    for pool in ("logit-mean", "prob-mean"):
+        ours = softmeet.combine(log_p, heads, trust=0, pool=pool)
+        assert torch.equal(ours.log_probs, pool_of(log_p, heads, pool))
+        assert (ours.num_passes == 0).all()
+        assert ours.disagreement_is_bound.all()
+    for rule in ("meet", "max-entropy", "logit-mean", "prob-mean"):
+        alone = softmeet.combine(log_p[:1], heads[:1], rule)
+        assert total_variation(alone.log_probs, log_p[0]).max() < 1e-14
+        assert (alone.num_passes == 0).all()
+
+
+def test_mixed_rows_are_masked_one_by_one():
+    """A row's trouble or ease leaves the others alone: batched equals looped, to round-off of the products."""
+    easy, heads = INSTANCES["generic"]()
+    hard = torch.stack([W @ torch.full((W.shape[1],), 9.0).double() for W in heads]).log_softmax(-1)
+    log_p = torch.cat([easy[:, :2], easy[:1, :1].expand(2, -1, -1), hard[:, None]], dim=1)
+    together = softmeet.combine(log_p, heads, trust=3.0, tol=1e-10, max_steps=100)
+    assert len(set(together.num_steps.tolist())) > 1
+    for k in range(log_p.shape[1]):
+        alone = softmeet.combine(log_p[:, k], heads, trust=3.0, tol=1e-10, max_steps=100)
+        assert total_variation(alone.log_probs, together.log_probs[k]) < 1e-9
+        assert alone.num_passes == together.num_passes[k]
+
+
+def test_half_precision_heads_are_read_as_they_are():
+    log_p, heads = INSTANCES["generic"]()
+    half = [W.half() for W in heads]
+    ours = softmeet.combine(log_p, half, trust=1.0, tol=1e-10)
+    exact = softmeet.combine(log_p, [W.double() for W in half], trust=1.0, tol=1e-10)
+    assert total_variation(ours.log_probs, exact.log_probs).max() < 1e-9
+    single = softmeet.combine(log_p.float(), half, trust=1.0, tol=1e-6)
+    assert single.log_probs.dtype == torch.float32
+    assert total_variation(single.log_probs.double(), exact.log_probs).max() < 1e-3
