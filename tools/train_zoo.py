@@ -66,7 +66,7 @@ def _gpt2() -> PreTrainedModel:
     # The same tanh GELU as GPT-2's, from a fused kernel.
     return GPT2LMHeadModel(
         GPT2Config(
-            **COMMON, n_positions=CONTEXT, n_embd=192, n_layer=4, n_head=6, activation_function="gelu_pytorch_tanh",
+            **COMMON, n_positions=CONTEXT, n_embd=160, n_layer=3, n_head=5, activation_function="gelu_pytorch_tanh",
             resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         )
     )  # fmt: skip
@@ -75,7 +75,7 @@ def _gpt2() -> PreTrainedModel:
 def _llama() -> PreTrainedModel:
     return LlamaForCausalLM(
         LlamaConfig(
-            **COMMON, hidden_size=112, intermediate_size=304, num_hidden_layers=3, num_attention_heads=4,
+            **COMMON, hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
             max_position_embeddings=CONTEXT, tie_word_embeddings=True,
         )
     )  # fmt: skip
@@ -101,7 +101,7 @@ def _opt() -> PreTrainedModel:
 
 BUILDERS = {"gpt2": _gpt2, "llama": _llama, "neox": _neox, "opt": _opt}
 RECIPES = (
-    Recipe("wide", "gpt2", seed=1, epochs=3, learning_rate=2e-3),
+    Recipe("wide", "gpt2", seed=1, epochs=3, learning_rate=3e-3),
     Recipe("wide", "llama", seed=2, epochs=3, learning_rate=2e-3),
     Recipe("wide", "neox", seed=3, epochs=3, learning_rate=3e-3),
     Recipe("narrow", "opt-a", seed=11, epochs=3, learning_rate=5e-3),

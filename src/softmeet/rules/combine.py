@@ -20,6 +20,8 @@ from softmeet.rules.solution import Solution, from_answer
 from softmeet.solvers.base import Status
 
 OnInfeasible = Literal["meet", "raise"]
+# Below this, rounding of fp32 products would hide the gap.
+_FINEST_FP32 = 1e-6
 
 
 def combine(
@@ -41,7 +43,8 @@ def combine(
     """One next-token distribution from n members'.
 
     Pure and batched: a row's answer depends on that row alone. Vectors over the vocabulary are fp64 inside; products
-    with heads run in fp64 if ``log_probs`` is fp64 and in fp32 otherwise, whatever the heads' dtype.
+    with heads run in fp64 if ``log_probs`` is fp64 or ``tol`` is below 1e-6 and in fp32 otherwise, whatever the heads'
+    dtype.
 
     Args:
         log_probs: the members' untempered log-probabilities in nats, (n, *batch, v); -inf for an impossible token.
@@ -66,7 +69,7 @@ def combine(
     """
     chosen = find_rule(rule)
     log_p = validate.checked_log_probs(log_probs)
-    n = len(log_p)
+    n, given = len(log_p), torch.promote_types(log_probs.dtype, torch.float32)
     if on_infeasible not in ("meet", "raise"):
         raise InvalidInputError(f"expected on_infeasible='meet' or 'raise', got {on_infeasible!r}")
     found = validate.checked_heads(heads, log_p)
@@ -80,7 +83,7 @@ def combine(
         support=validate.checked_support(support, log_p),
         tol=validate.checked_number("tol", tol, positive=True),
         max_steps=int(validate.checked_number("max_steps", max_steps, positive=True)),
-        dtype=torch.promote_types(log_probs.dtype, torch.float32),
+        dtype=torch.float64 if tol < _FINEST_FP32 else given,
     )
     answer = chosen.solve(problem)
     answer, fallback = _answer_infeasible_rows(problem, answer, on_infeasible)
@@ -90,7 +93,7 @@ def combine(
             f"{len(rows)} of {len(late)} rows did not reach tol={tol:g} nats in {max_steps} steps (first: {rows[:8]}, "
             f"largest gap {answer.gap[late].max():.3g}): raise max_steps or tol"
         )
-    return from_answer(rule, problem, answer, fallback, log_probs.shape[1:-1], problem.dtype)
+    return from_answer(rule, problem, answer, fallback, log_probs.shape[1:-1], given)
 
 
 def _answer_infeasible_rows(

@@ -53,7 +53,7 @@ class Solution:
     @cached_property
     def residual(self) -> Float[Tensor, n * batch]:
         """‖Q_iᵀ(p - p̂_i)‖ in whitened coordinates, (n, *batch). Reads every head once, when first asked for."""
-        return residuals(self._problem, self._answer.log_probs).reshape(-1, *self.status.shape)
+        return residuals(self._problem, self._answer.log_probs).reshape(len(self.disagreement), *self.status.shape)
 
     def verify(
         self,
@@ -78,8 +78,9 @@ def from_answer(
     rule: str, problem: Problem, answer: Answer, fallback: Bool[Tensor, " B"], shape: torch.Size, dtype: torch.dtype
 ) -> Solution:
     """The answer with its batch dimensions back."""
+    n = len(problem.log_p)
     return Solution(
-        log_probs=answer.log_probs.to(dtype).reshape(*shape, -1),
+        log_probs=answer.log_probs.to(dtype).reshape(*shape, problem.log_p.shape[-1]),
         status=answer.status.reshape(shape),
         fallback=fallback.reshape(shape),
         gap=answer.gap.reshape(shape),
@@ -87,8 +88,8 @@ def from_answer(
         objective=answer.objective.reshape(shape),
         num_steps=answer.steps.reshape(shape),
         num_passes=answer.passes.reshape(shape),
-        disagreement=answer.disagreement.T.reshape(-1, *shape),
-        disagreement_is_bound=answer.disagreement_is_bound.T.reshape(-1, *shape),
+        disagreement=answer.disagreement.T.reshape(n, *shape),
+        disagreement_is_bound=answer.disagreement_is_bound.T.reshape(n, *shape),
         rule=rule,
         _answer=answer,
         _problem=problem,

@@ -1,0 +1,45 @@
+# Every target does its own set-up: it needs python3 with venv, and nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# One BLAS thread a test process: the processes already fill the cores.
+TEST_ENV := OMP_NUM_THREADS=1
+PYTEST_ARGS ?= -n auto
+
+.PHONY: demo test check format lint clean
+
+demo: $(VENV)/.core ## Generate from the bundled members.
+	$(BIN)/softmeet generate "And the king said unto his daughter," --max-new-tokens 120 --temperature 0.8 --seed 4 --summary
+
+test: $(VENV)/.test ## Run the tests.
+	$(TEST_ENV) $(BIN)/pytest -rs $(PYTEST_ARGS)
+
+check: lint test ## What CI does: format, lint, types, layers, tests.
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.core: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.test: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@

@@ -1,0 +1,80 @@
+"""The command line as a user meets it: in a process of its own, by exit code, stdout and stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+
+def run(*arguments, stdin=""):
+    return subprocess.run(
+        [sys.executable, "-m", "softmeet.cli.main", *map(str, arguments)],
+        input=stdin, capture_output=True, text=True, check=False, timeout=120,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "120"},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def members(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("members")
+    return [x for name in ("gpt2", "llama") for x in ("-m", tiny.save(folder / name, name))]
+
+
+def test_a_prompt_streams_and_is_summed_up(members):
+    done = run("generate", "hello", *members, "--seed", 1, "--max-new-tokens", 6, "--summary")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("\n")
+    assert "rule: meet" in done.stderr
+    assert "head passes a token" in done.stderr
+    again = run("generate", "-", *members, "--seed", 1, "--max-new-tokens", 6, stdin="hello\n")
+    assert again.stdout == done.stdout
+    assert again.stderr == ""
+
+
+def test_json_from_several_prompts_and_a_file(members, tmp_path):
+    (tmp_path / "prompt.txt").write_text("abc")
+    done = run(
+        "generate", "hello", "world", "-f", tmp_path / "prompt.txt", *members, "--json", "--max-new-tokens", 4,
+        "--rule", "prob-mean", "--weights", "0.25,0.75", "--temperature", "0.7", "--top-p", "0.9",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [c["prompt"] for c in found["completions"]] == ["abc", "hello", "world"]
+    assert [m["weight"] for m in found["members"]] == [0.25, 0.75]
+    assert found["rule"] == "prob-mean"
+    assert found["head_passes_per_token"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", ""], "error: expected a prompt of at least one token"),
+        (["generate", "x", "-m", "/absent/a"], "error: cannot load /absent/a: there is no such folder"),
+        (["generate", "x", "--trust", "0.3,-1,1"], "error: expected trusts from 0 to inf"),
+        (["generate", "x", "--trust", "much"], "error: expected --trust as numbers separated by commas"),
+        (["generate", "x", "--weights", "1,1"], "error: expected one weight per member, 3 in all, got 2"),
+        (["generate", "x", "--rule", "vote"], "error: unknown rule 'vote': expected one of meet, max-entropy"),
+        (["generate", "x", "-f", "/absent.txt"], "error: [Errno 2] No such file or directory"),
+        (["generate", "x", "--temperature=-1", "-m", "narrow"], "error: `temperature`"),
+    ],
+)
+def test_an_error_is_one_line_and_exit_code_2(arguments, message):
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert done.stdout in ("", "\n")
+    assert done.stderr.startswith(message)
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_version_help_and_completion():
+    import softmeet
+
+    assert run("--version").stdout == f"softmeet {softmeet.__version__}\n"
+    assert "--max-new-tokens" in run("generate", "--help").stdout
+    assert "--show-completion" in run("--help").stdout
+    assert run("generate", "--no-such-flag").returncode == 2

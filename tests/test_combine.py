@@ -1,0 +1,168 @@
+"""What ``combine`` accepts and refuses; every refusal says what was expected, what came and what to do."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from instances import outputs, random_heads
+
+import softmeet
+from softmeet.errors import DisjointSupportError, InvalidInputError, NonFiniteError, SoftmeetError
+from softmeet.heads import SoftmaxHead
+from softmeet.simplex import total_variation
+
+HEADS = random_heads(20, (3, 4), seed=0)
+LOG_P = outputs(HEADS, 3, seed=0)
+
+
+def broken(member, row, value):
+    log_p = LOG_P.clone()
+    log_p[member, row, 5] = value
+    return log_p
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"log_probs": broken(1, 2, math.nan)}, NonFiniteError, r"got NaN from member 1 in 1 of 3 rows, first row 2"),
+        ({"log_probs": broken(0, 1, math.inf)}, NonFiniteError, r"got \+inf from member 0"),
+        ({"log_probs": torch.full_like(LOG_P, -math.inf)}, NonFiniteError, "only -inf from member 0"),
+        ({"log_probs": LOG_P * 7}, InvalidInputError, "pass log_softmax"),
+        ({"log_probs": LOG_P.long()}, InvalidInputError, r"floating tensor \(n members"),
+        ({"log_probs": LOG_P[0, 0]}, InvalidInputError, r"got torch.float64 of shape \(20,\)"),
+        ({"heads": HEADS[:1]}, InvalidInputError, "one head per member, 2 in all, got 1"),
+        ({"heads": [HEADS[0], HEADS[1][:10]]}, InvalidInputError, r"20 rows for member 1.*shape \(10, 4\)"),
+        ({"heads": [HEADS[0], torch.zeros(21, 4)]}, InvalidInputError, r"shape \(21, 4\)"),
+        ({"rule": "mean"}, InvalidInputError, "unknown rule 'mean': expected one of meet, max-entropy"),
+        ({"pool": "sum"}, InvalidInputError, "unknown pool 'sum'"),
+        ({"weights": [0.5]}, InvalidInputError, "one weight per member, 2 in all, got 1"),
+        ({"weights": [1.5, -0.5]}, InvalidInputError, r"none negative, got \[1.5, -0.5\]"),
+        ({"weights": [0.0, 0.0]}, InvalidInputError, "a positive weight"),
+        ({"weights": [0.5, math.nan]}, InvalidInputError, "finite weights"),
+        ({"weights": [0.5, 0.6]}, InvalidInputError, "sum to 1.*free_weights=True"),
+        ({"trust": -1.0}, InvalidInputError, "trusts from 0 to inf"),
+        ({"trust": math.nan}, InvalidInputError, "trusts from 0 to inf"),
+        ({"trust": [1.0, 2.0, 3.0]}, InvalidInputError, "2 in all, got 3"),
+        ({"tol": 0.0}, InvalidInputError, "positive tol"),
+        ({"max_steps": 0}, InvalidInputError, "positive max_steps"),
+        ({"on_infeasible": "guess"}, InvalidInputError, "on_infeasible='meet' or 'raise'"),
+        ({"support": torch.ones(19, dtype=torch.bool)}, InvalidInputError, r"bool mask of shape \(20,\)"),
+        ({"heads": [SoftmaxHead(HEADS[0], soft_cap=5.0), HEADS[1]]}, InvalidInputError, "pass the members' capped"),
+    ],
+)
+def test_refused_with_a_reason(change, error, message):
+    arguments = {"log_probs": LOG_P, "heads": HEADS, "rule": "meet", **change}
+    with pytest.raises(error, match=message) as caught:
+        softmeet.combine(**arguments)
+    assert isinstance(caught.value, SoftmeetError)
+    assert isinstance(caught.value, ValueError)
+
+
+def test_disjoint_supports_name_the_rows():
+    log_p = torch.full((2, 2, 20), -math.inf, dtype=torch.float64)
+    log_p[0, :, :10] = log_p[1, :, 10:] = -math.log(10)
+    log_p[:, 0] = -math.log(20)
+    with pytest.raises(DisjointSupportError, match=r"found none in rows \[1\].*prob-mean"):
+        softmeet.combine(log_p, HEADS)
+    assert softmeet.combine(log_p, HEADS, "prob-mean").log_probs[1].exp().sum().item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("pool", ["logit-mean", "prob-mean"])
+@pytest.mark.parametrize("rule", ["meet", "max-entropy"])
+def test_zeros_of_one_member_are_zeros_of_the_answer(rule, pool):
+    log_p = LOG_P.clone()
+    log_p[0, 1, :4] = -math.inf
+    log_p = log_p.log_softmax(-1)
+    solution = softmeet.combine(log_p, HEADS, rule, trust=2.0, pool=pool, tol=1e-9)
+    assert solution.log_probs[1, :4].isneginf().all()
+    assert solution.log_probs[1, 4:].isfinite().all()
+    assert solution.log_probs[0].isfinite().all()
+    assert (solution.verify(HEADS, log_p).gap < 1e-8).all()
+
+
+def test_free_weights_are_exponents():
+    ours = softmeet.combine(LOG_P, HEADS, "logit-mean", weights=[1.0, 1.0], free_weights=True)
+    assert torch.allclose(ours.log_probs, (LOG_P[0] + LOG_P[1]).log_softmax(-1))
+
+
+def test_one_hot_is_the_essays_unconstrained_optimum():
+    ours = softmeet.combine(LOG_P, HEADS, "one-hot")
+    best = LOG_P.sum(0).argmax(-1)
+    assert torch.equal(ours.log_probs.exp().argmax(-1), best)
+    assert torch.equal(ours.log_probs.exp().sum(-1), torch.ones(3, dtype=torch.float64))
+    assert torch.allclose(ours.objective, -LOG_P.mean(0).gather(-1, best[:, None]).squeeze(-1))
+
+
+def test_padding_that_was_trained_stays_in_the_moments():
+    """Design §2.8: padded rows keep their mass in p̂_i and b, and get probability 0 in the answer."""
+    support = torch.arange(20) < 16
+    solution = softmeet.combine(LOG_P, HEADS, trust=2.0, support=support, tol=1e-10)
+    assert solution.log_probs[:, 16:].isneginf().all()
+    masked = LOG_P.clone()
+    pool = softmeet.combine(masked, HEADS, "logit-mean", support=support).log_probs
+    assert pool[:, 16:].isneginf().all()
+    assert (solution.verify(HEADS, LOG_P).gap < 1e-9).all()
+    cut = softmeet.combine(LOG_P[..., :16].log_softmax(-1), [W[:16] for W in HEADS], trust=2.0, tol=1e-10)
+    assert total_variation(cut.log_probs, solution.log_probs[:, :16]).max() > 1e-3  # not the same thing
+
+
+def test_padding_that_was_added_can_be_cut_or_left_short():
+    """A member without the last rows excludes them; its short head gives the same as a head that has them."""
+    log_p = torch.stack([LOG_P[0, :, :16].log_softmax(-1), LOG_P[1, :, :16].log_softmax(-1)])
+    padded = torch.nn.functional.pad(log_p, (0, 4), value=-math.inf)
+    short = softmeet.combine(padded, [HEADS[0][:16], HEADS[1]], trust=2.0, tol=1e-10)
+    cut = softmeet.combine(log_p, [W[:16] for W in HEADS], trust=2.0, tol=1e-10)
+    assert total_variation(short.log_probs[:, :16], cut.log_probs).max() < 1e-5
+
+
+def test_a_soft_cap_changes_the_moments():
+    heads = [SoftmaxHead(HEADS[0], soft_cap=2.0), SoftmaxHead(HEADS[1], soft_cap=2.0)]
+    logits = torch.stack([h.logits(torch.ones(3, h.d, dtype=torch.float64)) for h in heads])
+    log_p = logits.log_softmax(-1)
+    capped = softmeet.combine(log_p, heads, trust=2.0, logits=logits, tol=1e-10)
+    assert (capped.verify(heads, log_p, logits=logits).gap < 1e-9).all()
+    dense = [head.slope(own)[0][:, None] * head.weight for head, own in zip(heads, logits, strict=True)]
+    ours = capped.log_probs[0]
+    for k, (W, t) in enumerate(zip(dense, (2.0, 2.0), strict=True)):
+        r = (log_p[k, 0] - W @ capped._answer.dual[k][0] / t).log_softmax(-1)
+        assert (W.T @ (ours.exp() - r.exp())).abs().max() < 1e-5
+
+
+def test_logits_of_ten_thousand():
+    log_p = (LOG_P * 1000).log_softmax(-1)
+    solution = softmeet.combine(log_p, HEADS, trust=0.5, tol=1e-6, max_steps=200)
+    assert solution.log_probs.logsumexp(-1).abs().max() < 1e-9
+    assert not solution.log_probs.isnan().any()
+
+
+def test_inputs_are_not_mutated():
+    log_p, heads = LOG_P.clone(), [W.clone() for W in HEADS]
+    softmeet.combine(log_p, heads, trust=[0.3, 4.0], weights=[0.5, 0.5])
+    assert torch.equal(log_p, LOG_P)
+    assert all(torch.equal(a, b) for a, b in zip(heads, HEADS, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dtypes(dtype):
+    solution = softmeet.combine(LOG_P.to(dtype), HEADS)
+    assert solution.log_probs.dtype == torch.promote_types(dtype, torch.float32)
+
+
+def test_an_empty_batch():
+    solution = softmeet.combine(LOG_P[:, :0], HEADS)
+    assert solution.log_probs.shape == (0, 20)
+    assert solution.residual.shape == (2, 0)
+
+
+def test_the_public_names_are_pinned():
+    assert softmeet.__all__ == ["RULES", "Ensemble", "SoftmaxHead", "Solution", "Status", "__version__", "combine"]
+    assert all(hasattr(softmeet, name) for name in softmeet.__all__)
+    assert [rule.name for rule in softmeet.RULES] == ["meet", "max-entropy", "logit-mean", "prob-mean", "one-hot"]
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        softmeet.nothing  # noqa: B018
+
+
+def test_every_status_is_a_sentence():
+    assert all(" " in str(status) for status in softmeet.Status)

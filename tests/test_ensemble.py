@@ -1,0 +1,191 @@
+"""The ensemble as a causal LM, and the everyday face: text in, text out."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from transformers import DynamicCache
+
+from softmeet import Ensemble
+from softmeet.errors import InvalidInputError, NonFiniteError, VocabularyMismatchError
+from softmeet.hf import EnsembleCache, EnsembleConfig, EnsembleForCausalLM, Recorder
+from softmeet.hf.sampling import RowSampler
+from softmeet.simplex import total_variation
+
+MEMBERS = ("gpt2", "llama", "opt projected")
+
+
+def ensemble(**settings):
+    models = [tiny.build(name, seed) for seed, name in enumerate(MEMBERS)]
+    config = EnsembleConfig(members=list(MEMBERS), **{"tol": 1e-10, **settings})
+    return EnsembleForCausalLM(config, models).eval()
+
+
+def ids(rows=2, length=7):
+    return torch.randint(1, tiny.V, (rows, length), generator=torch.Generator().manual_seed(3))
+
+
+@torch.inference_mode()
+def test_trust_zero_is_a_hand_written_logit_average():
+    model = ensemble(trust=0.0)
+    average = torch.stack([m(input_ids=ids()).logits for m in model.members]).double().mean(0).log_softmax(-1)
+    ours = model(input_ids=ids()).logits
+    assert total_variation(ours.double(), average).max() < 1e-6
+    greedy = model.generate(ids(), max_new_tokens=12, do_sample=False)
+    by_hand = ids()
+    for _ in range(12):
+        logits = torch.stack([m(input_ids=by_hand).logits[:, -1].log_softmax(-1) for m in model.members]).mean(0)
+        by_hand = torch.cat([by_hand, logits.argmax(-1, keepdim=True)], dim=-1)
+    stop = (by_hand == 0).int().cumsum(-1) - (by_hand == 0).int() > 0
+    assert torch.equal(greedy, by_hand.masked_fill(stop, 0)[:, : greedy.shape[1]])
+
+
+@pytest.mark.parametrize("rule", ["meet", "max-entropy", "logit-mean", "prob-mean", "one-hot"])
+@torch.inference_mode()
+def test_cached_equals_uncached_and_batched_equals_single(rule):
+    model = ensemble(rule=rule, trust=1.0)
+    tokens = ids()
+    full = model(input_ids=tokens, use_cache=False).logits
+    cache = model.new_cache()
+    pieces = [model(input_ids=tokens[:, a:b], cache=cache, use_cache=True).logits for a, b in ((0, 4), (4, 5), (5, 7))]
+    assert total_variation(torch.cat(pieces, dim=1), full).max() < 1e-4
+    assert cache.get_seq_length() == 7
+    options = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
+    together = model.generate(tokens, **options)
+    for row in range(2):
+        alone = model.generate(tokens[row : row + 1], **options)
+        assert torch.equal(alone[0], together[row, : alone.shape[1]])
+    assert torch.equal(together, model.generate(tokens, use_cache=False, **options))
+
+
+@torch.inference_mode()
+def test_each_member_has_a_cache_of_its_own():
+    model = ensemble()
+    cache = model.new_cache()
+    model(input_ids=ids(), cache=cache, use_cache=True)
+    assert isinstance(cache, EnsembleCache)
+    assert len(cache.layers) == 6
+    pointers = {layer.keys.data_ptr() for layer in cache.layers}
+    assert len(pointers) == 6
+    cache.crop(-3)
+    assert {member.get_seq_length() for member in cache.members} == {4}
+    cache.reorder_cache(torch.tensor([1, 1]))
+    assert all(torch.equal(layer.keys[0], layer.keys[1]) for layer in cache.layers)
+    with pytest.raises(InvalidInputError, match=r"expected an EnsembleCache, as model\.new_cache"):
+        model.generate(ids(), max_new_tokens=2, cache=DynamicCache())
+    with pytest.raises(InvalidInputError, match="cache_implementation='static' is not supported"):
+        model.generate(ids(), max_new_tokens=2, cache_implementation="static")
+
+
+@torch.inference_mode()
+def test_chunks_of_positions_change_nothing(monkeypatch):
+    model = ensemble(trust=1.0)
+    whole = model(input_ids=ids()).logits
+    monkeypatch.setattr("softmeet.hf.modeling._ELEMENTS", 1)
+    assert total_variation(model(input_ids=ids()).logits, whole).max() < 1e-5
+
+
+def test_loss_with_labels():
+    model = ensemble(trust=1.0)
+    tokens = ids()
+    with torch.inference_mode():
+        out = model(input_ids=tokens, labels=tokens)
+    expected = -out.logits[:, :-1].gather(-1, tokens[:, 1:, None]).mean()
+    assert out.loss.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+@torch.inference_mode()
+def test_the_recorder_counts_what_was_solved():
+    model, recorder = ensemble(trust=1.0), Recorder()
+    out = model.generate(ids(1), max_new_tokens=5, do_sample=False, recorder=recorder, eos_token_id=None)
+    assert recorder.rows == out.shape[1] - 7 == 5
+    assert recorder.passes > 0
+    assert recorder.disagreement.shape == (3,)
+    assert 0 <= recorder.largest_gap <= 1e-10
+
+
+def test_a_members_nan_is_named():
+    model = ensemble()
+    with torch.no_grad():
+        model.members[1].get_output_embeddings().weight[5] = torch.nan
+        with pytest.raises(NonFiniteError, match=r"NaN from member 1 .*Members, from 0: gpt2, llama, opt projected"):
+            model(input_ids=ids())
+
+
+def test_settings_are_checked_before_anything_is_loaded():
+    for bad in ({"trust": -1.0}, {"weights": [0.5]}, {"rule": "vote"}, {"pool": "x"}, {"tol": 0.0}):
+        with pytest.raises(InvalidInputError):
+            Ensemble.from_pretrained(["/absent/a", "/absent/b"], **bad)
+
+
+def test_unequal_padding_of_the_members_heads():
+    models = [tiny.build("gpt2"), tiny.build("llama")]
+    models[1].resize_token_embeddings(70)
+    support = torch.arange(70) < 64
+    model = EnsembleForCausalLM(EnsembleConfig(members=["a", "b"], trust=1.0), models, support).eval()
+    with torch.inference_mode():
+        logits = model(input_ids=ids()).logits
+    assert logits.shape[-1] == 70
+    assert logits[..., 64:].isneginf().all()
+    assert logits[..., :64].isfinite().all()
+
+
+@pytest.fixture
+def folders(tmp_path):
+    return [tiny.save(tmp_path / name.replace(" ", "-"), name, seed) for seed, name in enumerate(MEMBERS)]
+
+
+def test_text_in_text_out(folders):
+    ours = Ensemble.from_pretrained(folders, trust=1.0, weights=[0.5, 0.25, 0.25])
+    options = {"seed": 5, "max_new_tokens": 8, "do_sample": True}
+    text = ours.generate("hello", **options)
+    assert isinstance(text, str)
+    assert "".join(ours.stream("hello", **options)) == text
+    assert ours.generate(["hello"], **options) == [text]
+    report = ours.next_token("hello", top=3)
+    assert len(report.top) == 3
+    assert len(report.members) == 3
+    assert report.solution.status.item() == 0
+
+
+def test_a_seeded_row_does_not_depend_on_its_batch_mates(folders):
+    ours = Ensemble.from_pretrained(folders, tol=1e-10)
+    options = {"seed": 5, "max_new_tokens": 10, "do_sample": True, "temperature": 0.8, "top_k": 20}
+    first, second = ours.generate(["hello", "a much-longer-prompt"], **options)
+    assert ours.generate("hello", **options) == first
+    assert ours.generate(["hello", "x"], **options)[0] == first
+    assert ours.generate(["other", "a much-longer-prompt"], **options)[1] == second
+    assert ours.generate("hello", **{**options, "seed": 6}) != first
+
+
+def test_the_row_sampler_draws_from_the_distribution():
+    p = torch.tensor([0.5, 0.2, 0.0, 0.3])
+    sampler = RowSampler(0, range(4000))
+    out = sampler(torch.zeros(4000, 1, dtype=torch.long), p.log().expand(4000, 4))
+    counts = out.argmax(-1).bincount(minlength=4) / 4000
+    assert (counts - p).abs().max() < 0.03
+    assert counts[2] == 0
+    assert (out.isfinite().sum(-1) == 1).all()
+
+
+def test_bad_prompts(folders):
+    ours = Ensemble.from_pretrained(folders)
+    for call in (ours.generate, ours.next_token, lambda text: list(ours.stream(text))):
+        with pytest.raises(InvalidInputError, match="at least one token, got"):
+            call("")
+    with pytest.raises(InvalidInputError, match="context of 64 tokens, got 80"):
+        ours.generate("x" * 80)
+    assert len(ours.generate("x" * 60, max_new_tokens=50, do_sample=False, eos_token_id=None)) <= 4
+
+
+def test_an_error_while_streaming_reaches_the_caller(folders, monkeypatch):
+    ours = Ensemble.from_pretrained(folders)
+    with pytest.raises(ValueError, match="temperature"):
+        list(ours.stream("hello", do_sample=True, temperature=-1.0))
+
+
+def test_members_of_different_tokenizers(folders, tmp_path):
+    other = tiny.save(tmp_path / "other", "llama", words=60)
+    with pytest.raises(VocabularyMismatchError, match="differ in 4 ids"):
+        Ensemble.from_pretrained([folders[0], other])

@@ -1,0 +1,160 @@
+"""Heads of real architectures, and loading members: what works, and what each failure says."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from softmeet.errors import CheckpointError, InvalidInputError, UnsupportedHeadError, VocabularyMismatchError
+from softmeet.heads import SoftmaxHead
+from softmeet.members import zoo
+from softmeet.members.heads import head_of
+from softmeet.members.huggingface import load_members
+from softmeet.members.vocabulary import require_same_vocabulary, token_support
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", tiny.BUILDERS)
+@torch.inference_mode()
+def test_head_of_the_last_hidden_state_equals_the_models_logits(name, dtype):
+    model = tiny.build(name).to(dtype)
+    head = head_of(model)
+    ids = torch.randint(1, tiny.V, (3, 9), generator=torch.Generator().manual_seed(1))
+    own = model(input_ids=ids).logits.float()
+    ours = head.logits(model.base_model(input_ids=ids).last_hidden_state)
+    assert own.std() > 0.1
+    assert torch.allclose(ours, own, atol=1e-5 if dtype == torch.float32 else 0.05 * own.abs().max().item())
+    assert head.weight.data_ptr() == model.get_output_embeddings().weight.data_ptr()
+
+
+def test_what_each_architecture_brings():
+    assert head_of(tiny.build("opt projected")).d == 8
+    assert head_of(tiny.build("gemma2 soft-cap")).soft_cap == 1.5
+    assert head_of(tiny.build("cohere scale")).scale == 0.25
+    assert head_of(tiny.build("granite scale")).scale == pytest.approx(1 / 3)
+    assert head_of(tiny.build("phi bias")).bias is not None
+    assert head_of(tiny.build("gptj bias")).bias is not None
+
+
+class Adapted(nn.Linear):
+    """What adapters and quantisers put in place of a linear layer."""
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (lambda w: Adapted(32, tiny.V, bias=False), "plain linear layer, got .*Adapted.*merge adapters"),
+        (lambda w: nn.Linear(32, tiny.V, bias=False, device="meta"), "offloaded"),
+        (lambda w: nn.Sequential(nn.Linear(32, tiny.V)), "plain linear layer"),
+        (lambda w: None, "no output layer"),
+    ],
+)
+def test_heads_that_are_refused(layer, message, monkeypatch):
+    model = tiny.build("llama")
+    monkeypatch.setattr(model, "get_output_embeddings", lambda: layer(model))
+    with pytest.raises(UnsupportedHeadError, match=message):
+        head_of(model)
+
+
+def test_a_head_that_is_read_wrongly_is_never_accepted_in_silence():
+    model = tiny.build("llama")
+    model.config.logit_scale = 0.5  # a factor that Llama's forward does not apply
+    with pytest.raises(UnsupportedHeadError, match="in a way that softmeet does not know"):
+        head_of(model)
+
+
+def test_load_members_in_order_with_progress(tmp_path):
+    folders = [tiny.save(tmp_path / name, name) for name in ("gpt2", "llama")]
+    seen = []
+    members = load_members(folders, on_progress=seen.append)
+    assert [m.name for m in members] == seen == [str(f) for f in folders]
+    assert all(p.dtype == torch.float32 for m in members for p in m.model.parameters())
+    assert load_members(folders[:1], dtype=torch.bfloat16)[0].model.dtype == torch.bfloat16
+    with pytest.raises(InvalidInputError, match="at least one member"):
+        load_members([])
+
+
+def failing(tmp_path, damage):
+    folder = tiny.save(tmp_path / "member", "llama")
+    damage(folder)
+    return folder
+
+
+def truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def pickle_it(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+
+
+def drop_a_weight(folder):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("model.norm.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def bring_code(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "newfangled", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.M"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text("raise SystemExit('remote code ran')")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, "damaged or truncated"),
+        (pickle_it, "pickled.*save_pretrained"),
+        (drop_a_weight, "1 weights are missing or misshapen .*model.norm.weight"),
+        (bring_code, "custom code.*trust_remote_code=True"),
+        (lambda f: (f / "model.safetensors").unlink(), r"no \*.safetensors file"),
+        (lambda f: (f / "config.json").unlink(), "no config.json"),
+    ],
+)
+def test_checkpoints_that_are_refused(tmp_path, damage, message):
+    folder = failing(tmp_path, damage)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_members([folder])
+    assert str(folder) in str(caught.value)
+
+
+def test_members_that_are_not_there(tmp_path):
+    with pytest.raises(CheckpointError, match="there is no such folder"):
+        load_members([str(tmp_path / "absent")])
+    with pytest.raises(CheckpointError, match="cannot load someone/no-such-model"):
+        load_members(["someone/no-such-model"])
+    with pytest.raises(CheckpointError, match="no bundled member wide/gpt9: the wide family has gpt2, llama, neox"):
+        load_members(["wide/gpt9"])
+
+
+def test_bundled_names():
+    assert [p.rsplit("/", 1)[1] for p in zoo.resolve("wide")] == ["gpt2", "llama", "neox"]
+    assert len(zoo.resolve("narrow")) == 4
+    assert zoo.resolve("wide/gpt2") == [str(zoo.folder() / "wide" / "gpt2")]
+    assert zoo.resolve("org/model") == ["org/model"]
+
+
+def test_different_vocabularies_say_which_tokens_differ():
+    ours, other = tiny.tokenizer(), tiny.tokenizer(60)
+    require_same_vocabulary(["a", "b"], [ours, tiny.tokenizer()])
+    with pytest.raises(
+        VocabularyMismatchError, match=r"a \(64 tokens\) and b \(60 tokens\) differ in 4 ids \(id 60: '\\"
+    ):
+        require_same_vocabulary(["a", "b"], [ours, other])
+
+
+def test_padded_rows_are_no_tokens():
+    head = SoftmaxHead(torch.randn(70, 3))
+    assert token_support(tiny.tokenizer(), ["a"], [head]).tolist() == [True] * 64 + [False] * 6
+    assert token_support(tiny.tokenizer(), ["a"], [SoftmaxHead(torch.randn(64, 3))]) is None
+    with pytest.raises(VocabularyMismatchError, match="each of the tokenizer's 64 ids, but small has 60"):
+        token_support(tiny.tokenizer(), ["small"], [SoftmaxHead(torch.randn(60, 3))])

@@ -1,0 +1,69 @@
+"""Tiny random models of many architectures, built in memory or saved with a tiny tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers as tf
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+V = 64
+IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+SMALL = {
+    "vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+    "max_position_embeddings": 64, **IDS,
+}  # fmt: skip
+GQA = {"num_key_value_heads": 2, "head_dim": 8}
+
+BUILDERS: dict[str, Callable[[], tf.PreTrainedModel]] = {
+    "gpt2": lambda: tf.GPT2LMHeadModel(
+        tf.GPT2Config(vocab_size=V, n_positions=64, n_embd=32, n_layer=2, n_head=4, **IDS)
+    ),
+    "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**SMALL)),
+    "llama tied": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**SMALL, tie_word_embeddings=True)),
+    "neox": lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**SMALL)),
+    "opt projected": lambda: tf.OPTForCausalLM(
+        tf.OPTConfig(
+            vocab_size=V, hidden_size=32, word_embed_proj_dim=8, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=64, init_std=0.2, **IDS,
+        )
+    ),
+    "gemma2 soft-cap": lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**SMALL, **GQA, final_logit_softcapping=1.5)),
+    "cohere scale": lambda: tf.CohereForCausalLM(tf.CohereConfig(**SMALL, logit_scale=0.25)),
+    "granite scale": lambda: tf.GraniteForCausalLM(tf.GraniteConfig(**SMALL, logits_scaling=3.0)),
+    "phi bias": lambda: tf.PhiForCausalLM(tf.PhiConfig(**SMALL)),
+    "gptj bias": lambda: tf.GPTJForCausalLM(
+        tf.GPTJConfig(vocab_size=V, n_positions=64, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, **IDS)
+    ),
+}  # fmt: skip
+
+
+def build(name: str, seed: int = 0, scale: float = 4.0) -> tf.PreTrainedModel:
+    """A random model whose logits spread enough to tell tokens apart."""
+    torch.manual_seed(seed)
+    model = BUILDERS[name]().eval()
+    with torch.no_grad():
+        layer = model.get_output_embeddings()
+        layer.weight.mul_(scale)
+        if layer.bias is not None:
+            layer.bias.normal_()
+    return model
+
+
+def tokenizer(words: int = V) -> tf.PreTrainedTokenizerFast:
+    """One token per printable character, from ids 1 on; 0 is <|end|>."""
+    vocab = {"<|end|>": 0} | {chr(33 + k): k + 1 for k in range(words - 1)}
+    core = Tokenizer(models.WordLevel(vocab, unk_token="<|end|>"))
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    core.decoder = decoders.Fuse()
+    special = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "<|end|>")
+    return tf.PreTrainedTokenizerFast(tokenizer_object=core, **special)
+
+
+def save(folder: Path, name: str, seed: int = 0, words: int = V) -> Path:
+    """A folder that loads as a member."""
+    build(name, seed).save_pretrained(folder)
+    tokenizer(words).save_pretrained(folder)
+    return folder
