@@ -176,7 +176,12 @@ def test_bad_prompts(folders):
             call("")
     with pytest.raises(InvalidInputError, match="context of 64 tokens, got 80"):
         ours.generate("x" * 80)
-    assert len(ours.generate("x" * 60, max_new_tokens=50, do_sample=False, eos_token_id=None)) <= 4
+    with pytest.warns(UserWarning, match="past the shortest member's context: cut to 64 tokens"):
+        assert len(ours.generate("x" * 60, max_new_tokens=50, do_sample=False, eos_token_id=None)) <= 4
+    with pytest.raises(InvalidInputError, match="expected at most 64 tokens, the shortest member's context, got 65"):
+        ours.model(input_ids=torch.ones(1, 65, dtype=torch.long))
+    with pytest.raises(InvalidInputError, match="inputs_embeds is refused"):
+        ours.model(inputs_embeds=torch.zeros(1, 3, 32))
 
 
 def test_an_error_while_streaming_reaches_the_caller(folders, monkeypatch):

@@ -137,10 +137,11 @@ def test_members_that_are_not_there(tmp_path):
 
 
 def test_bundled_names():
-    assert [p.rsplit("/", 1)[1] for p in zoo.resolve("wide")] == ["gpt2", "llama", "neox"]
-    assert len(zoo.resolve("narrow")) == 4
-    assert zoo.resolve("wide/gpt2") == [str(zoo.folder() / "wide" / "gpt2")]
-    assert zoo.resolve("org/model") == ["org/model"]
+    assert zoo.expand("wide") == ["wide/gpt2", "wide/llama", "wide/neox"]
+    assert len(zoo.expand("narrow")) == 4
+    assert zoo.locate("wide/gpt2") == str(zoo.folder() / "wide" / "gpt2")
+    assert zoo.expand("org/model") == ["org/model"]
+    assert zoo.locate("org/model") == "org/model"
 
 
 def test_different_vocabularies_say_which_tokens_differ():

@@ -18,7 +18,7 @@ import softmeet, softmeet.cli.main
 from softmeet.members import zoo
 assert softmeet.__file__.startswith(sys.argv[1]), softmeet.__file__
 ensemble = softmeet.Ensemble.from_pretrained("narrow")
-assert len(ensemble.names) == 4 and len(zoo.resolve("wide")) == 3
+assert len(ensemble.names) == 4 and len(zoo.expand("wide")) == 3
 print(ensemble.generate("And", max_new_tokens=2, do_sample=False))
 """
 

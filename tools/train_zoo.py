@@ -102,7 +102,8 @@ def _opt() -> PreTrainedModel:
 BUILDERS = {"gpt2": _gpt2, "llama": _llama, "neox": _neox, "opt": _opt}
 RECIPES = (
     Recipe("wide", "gpt2", seed=1, epochs=3, learning_rate=3e-3),
-    Recipe("wide", "llama", seed=2, epochs=3, learning_rate=2e-3),
+    # Two epochs, for a loss between those of the other two: members of a family are to be of similar strength.
+    Recipe("wide", "llama", seed=2, epochs=2, learning_rate=2e-3),
     Recipe("wide", "neox", seed=3, epochs=3, learning_rate=3e-3),
     Recipe("narrow", "opt-a", seed=11, epochs=3, learning_rate=5e-3),
     Recipe("narrow", "opt-b", seed=12, epochs=3, learning_rate=5e-3),

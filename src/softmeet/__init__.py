@@ -8,6 +8,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from softmeet._auto import register
 from softmeet._version import __version__
 
 if TYPE_CHECKING:
@@ -29,6 +30,10 @@ _HOMES = {
     "Status": "softmeet.solvers.base",
     "combine": "softmeet.rules.combine",
 }
+
+
+register()
+del register
 
 
 def __getattr__(name: str) -> Any:

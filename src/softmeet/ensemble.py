@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,13 +14,20 @@ from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
 
 from softmeet.errors import InvalidInputError
 from softmeet.hf.configuration import EnsembleConfig
+from softmeet.hf.loading import absolute, load
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.hf.recorder import Recorder
 from softmeet.hf.sampling import RowSampler
 from softmeet.members import zoo
-from softmeet.members.huggingface import load_members
-from softmeet.members.vocabulary import require_same_vocabulary, token_support
+from softmeet.members.huggingface import Device, Dtype
 from softmeet.rules.solution import Solution
+
+_SETTINGS = ("rule", "trust", "pool", "tol", "max_steps", "free_weights")
+
+
+def _is_ensemble(folder: Path) -> bool:
+    path = folder / "config.json"
+    return path.exists() and json.loads(path.read_text(encoding="utf-8")).get("model_type") == EnsembleConfig.model_type
 
 
 @dataclass(frozen=True)
@@ -51,28 +59,28 @@ class Ensemble:
     def from_pretrained(
         cls,
         members: Sequence[str | Path] | str | Path = zoo.DEFAULT,
-        rule: str = "meet",
+        rule: str | None = None,
         *,
         weights: Sequence[float] | None = None,
         trust: float | Sequence[float] | None = None,
-        pool: str = "logit-mean",
-        tol: float = 1e-4,
-        max_steps: int = 50,
-        free_weights: bool = False,
-        dtype: torch.dtype | str | None = None,
-        device: torch.device | str | None = None,
-        revision: str | None = None,
+        pool: str | None = None,
+        tol: float | None = None,
+        max_steps: int | None = None,
+        free_weights: bool | None = None,
+        dtype: Dtype | Sequence[Dtype] = None,
+        device: Device | Sequence[Device] = None,
         trust_remote_code: bool = False,
         on_progress: Callable[[str], None] = lambda name: None,
     ) -> Ensemble:
-        """Load members and combine them by a rule.
+        """Load members and combine them by a rule, or load a saved ensemble.
 
         Args:
-            members: hub ids, folders, ``.gguf`` files or bundled names; the bundled wide family by default.
-            rule, weights, trust, pool, tol, max_steps, free_weights: as :func:`softmeet.combine`.
-            dtype: None for fp32 on CPU and the checkpoints' own elsewhere.
-            device: where the members go; None for CPU.
-            revision: of hub ids.
+            members: hub ids (``org/model@revision``), folders, ``.gguf`` files or bundled names, or one saved ensemble;
+                the bundled wide family by default.
+            rule, weights, trust, pool, tol, max_steps, free_weights: as :func:`softmeet.combine`; None for its
+                defaults, or for what a saved ensemble has.
+            dtype: None for fp32 on CPU and the checkpoints' own elsewhere; one for all members or one each.
+            device: None for CPU; one for all members or one each.
             trust_remote_code: run code that comes with a checkpoint.
             on_progress: called with each member's name before it is loaded.
 
@@ -82,29 +90,30 @@ class Ensemble:
             VocabularyMismatchError: the tokenizers differ.
             UnsupportedHeadError: a member's output layer is not a plain softmax head.
         """
-        named = [members] if isinstance(members, str | Path) else list(members)
-        names = [path for name in named for path in zoo.resolve(name)]
-        settings: dict[str, Any] = {
+        saved = Path(members) if isinstance(members, str | Path) and _is_ensemble(Path(members)) else None
+        given: dict[str, Any] = {
             "rule": rule, "weights": weights, "trust": trust, "pool": pool, "tol": tol, "max_steps": max_steps,
             "free_weights": free_weights,
         }  # fmt: skip
-        config = EnsembleConfig(members=names, **settings)
-        loaded = load_members(
-            names,
-            dtype=dtype,
-            device=device,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            on_progress=on_progress,
+        given = {key: value for key, value in given.items() if value is not None}
+        if saved is not None:
+            settings = EnsembleConfig.from_pretrained(saved).to_dict() | given
+            names = absolute(settings["members"], saved)
+            given = {key: settings[key] for key in (*_SETTINGS, "weights") if settings.get(key) is not None}
+        else:
+            named = [members] if isinstance(members, str | Path) else list(members)
+            names = [name for entry in named for name in zoo.expand(entry)]
+        config = EnsembleConfig(members=names, **given)
+        models, tokenizer = load(
+            names, dtype=dtype, device=device, trust_remote_code=trust_remote_code, on_progress=on_progress
         )
-        tokenizer = loaded[0].tokenizer
-        require_same_vocabulary(names, [member.tokenizer for member in loaded])
-        model = EnsembleForCausalLM(config, [member.model for member in loaded]).eval()
-        model.support = token_support(tokenizer, names, model.heads)
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        tokenizer.padding_side = "left"
+        model = EnsembleForCausalLM(config, models).eval()
+        model.adopt(tokenizer)
         return cls(model, tokenizer)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write an ensemble directory: it names the members and the rule, and holds no weights."""
+        self.model.save_pretrained(folder)
 
     @torch.inference_mode()
     def next_token(self, text: str, top: int = 10) -> NextToken:
@@ -196,12 +205,8 @@ class Ensemble:
     ) -> dict[str, Any]:
         found = {"pad_token_id": self.tokenizer.pad_token_id, **options}
         limit = getattr(self.model.config, "max_position_embeddings", None)
-        if limit is not None:
-            room = limit - inputs["input_ids"].shape[1]
-            wanted = found.get("max_new_tokens")
-            found["max_new_tokens"] = (
-                room if wanted is None and "max_length" not in found else min(wanted or room, room)
-            )
+        if limit is not None and "max_new_tokens" not in found and "max_length" not in found:
+            found["max_new_tokens"] = limit - inputs["input_ids"].shape[1]
         if recorder is not None:
             found["recorder"] = recorder
         if seed is not None:

@@ -138,12 +138,16 @@ class Whitening:
         """The numerical rank of the (centred) head."""
         return self.factor.shape[1]
 
+    def to(self, device: torch.device) -> Whitening:
+        """The same on another device."""
+        return Whitening(self.center.to(device), self.factor.to(device))
+
 
 class WhitenedHead:
     """Q = S (W - 1cᵀ) R for a batch of B rows, as solvers read it; S is the slope of a soft-cap, per row, or 1.
 
-    Products run in ``dtype`` and come back in fp64. ``rows_read[k]`` counts the rows of W read on behalf of batch
-    row k, gathers included.
+    Products run in ``dtype``, on the head's own device, and come back in fp64 on ``device``. ``rows_read[k]`` counts the
+    rows of W read on behalf of batch row k, gathers included.
     """
 
     def __init__(
@@ -153,29 +157,31 @@ class WhitenedHead:
         dtype: torch.dtype,
         slope: Float[Tensor, "B v"] | None = None,
         batch: int = 1,
-        rows_read: Int[Tensor, " B"] | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         self.head, self.v, self.dtype, self.slope = head, v, dtype, slope  # slope: (B, v), zero past the last row
-        self.whitening = head.whitening()
+        self.home, self.device = head.weight.device, torch.device(device or head.weight.device)
+        self.whitening = head.whitening().to(self.device)
         self.rank = self.whitening.rank
-        self.rows_read = torch.zeros(batch, dtype=torch.int64) if rows_read is None else rows_read
+        self.rows_read = torch.zeros(batch, dtype=torch.int64)
 
     def take(self, rows: Int[Tensor, " k"]) -> WhitenedHead:
         """The view for some rows of the batch, with a counter of its own."""
         slope = None if self.slope is None else self.slope[rows]
-        return WhitenedHead(self.head, self.v, self.dtype, slope, batch=len(rows))
+        return WhitenedHead(self.head, self.v, self.dtype, slope, len(rows), self.device)
 
     def scores(self, lam: Float[Tensor, "B rank"]) -> Float[Tensor, "B v"]:
         """Q λ; one read of the head."""
         x = lam @ self.whitening.factor.T
-        out = self.head.scores(x.to(self.dtype)).double() - (x @ self.whitening.center)[:, None]
+        raw = self.head.scores(x.to(self.home, self.dtype)).to(self.device, torch.float64)
+        out = raw - (x @ self.whitening.center)[:, None]
         self.rows_read += self.head.v
         return self._sloped(pad(out, (0, self.v - self.head.v)))
 
     def moments(self, *ps: Float[Tensor, "B v"]) -> list[Float[Tensor, "B rank"]]:
         """Qᵀ p for each of ``ps``; one read of the head for all of them."""
         p = torch.cat([self._sloped(p) for p in ps])[:, : self.head.v]
-        raw = self.head.moments(p.to(self.dtype)).double()
+        raw = self.head.moments(p.to(self.home, self.dtype)).to(self.device, torch.float64)
         self.rows_read += self.head.v
         return list(((raw - p.sum(-1, keepdim=True) * self.whitening.center) @ self.whitening.factor).chunk(len(ps)))
 
@@ -185,14 +191,15 @@ class WhitenedHead:
     def gather(self, row: int, tokens: Int[Tensor, " k"]) -> Float[Tensor, "k rank"]:
         """Some rows of Q for one row of the batch, in fp64."""
         inside = (tokens < self.head.v).double()
-        raw = self.head.weight[tokens.clamp_max(self.head.v - 1)].detach().double() - self.whitening.center
+        raw = self.head.weight[tokens.clamp_max(self.head.v - 1).to(self.home)].detach()
+        raw = raw.to(self.device, torch.float64) - self.whitening.center
         factor = inside if self.slope is None else inside * self.slope[row, tokens]
         self.rows_read[row] += len(tokens)
         return (raw * factor[:, None]) @ self.whitening.factor
 
     def block(self, tokens: slice) -> Float[Tensor, "b rank"]:
         """Rows ``tokens`` of (W - 1cᵀ) R, zero past the head's last row, in ``dtype``; slopes not applied."""
-        raw = self.head.weight[tokens].detach().to(self.dtype) - self.whitening.center.to(self.dtype)
+        raw = self.head.weight[tokens].detach().to(self.device, self.dtype) - self.whitening.center.to(self.dtype)
         return pad(raw @ self.whitening.factor.to(self.dtype), (0, 0, 0, tokens.stop - tokens.start - len(raw)))
 
     def sloped(self, block: Float[Tensor, "b rank"], row: int, tokens: slice) -> Float[Tensor, "b rank"]:

@@ -71,7 +71,7 @@ def load_ensemble(members: list[str] | None, trust: str | None, weights: str | N
     given = numbers("--weights", weights)
     with err.status("loading") as progress:
         return Ensemble.from_pretrained(
-            members or [zoo.DEFAULT],
+            members[0] if members and len(members) == 1 else members or [zoo.DEFAULT],
             trust=numbers("--trust", trust),
             weights=[given] if isinstance(given, float) else given,
             on_progress=lambda name: progress.update(f"loading {short(name)}"),

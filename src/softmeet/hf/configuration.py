@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ class EnsembleConfig(PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         n = len(members)
-        self.members = list(members)
+        self.members = [str(member) for member in members]
         self.rule = find_rule(rule).name
         self.weights = checked_weights(weights, n, free=free_weights) if n else None
         self.trust = list(checked_trust(trust, n))
@@ -42,6 +43,13 @@ class EnsembleConfig(PreTrainedConfig):
         self.max_steps = int(checked_number("max_steps", max_steps, positive=True))
         self.free_weights = free_weights
         super().__init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it: an infinite trust is written ``"inf"``."""
+        found: dict[str, Any] = super().to_dict()
+        if isinstance(found.get("trust"), list):
+            found["trust"] = ["inf" if math.isinf(rho) else rho for rho in found["trust"]]
+        return found
 
     def combine_arguments(self) -> dict[str, Any]:
         """What :func:`softmeet.combine` is to be called with."""

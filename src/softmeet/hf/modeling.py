@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import GenerationMixin, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from softmeet.errors import InvalidInputError, NonFiniteError
 from softmeet.heads import SoftmaxHead
 from softmeet.hf.cache import EnsembleCache
 from softmeet.hf.configuration import EnsembleConfig
+from softmeet.hf.loading import CARD, absolute, load, relative
 from softmeet.hf.recorder import Recorder
 from softmeet.hf.sampling import RowSampler
-from softmeet.members.heads import head_of
+from softmeet.members.heads import head_of, replace_weight
+from softmeet.members.huggingface import Device, Dtype
+from softmeet.members.vocabulary import token_support
 from softmeet.rules.combine import combine
 from softmeet.rules.solution import Solution
 
@@ -49,6 +61,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         self.members = nn.ModuleList(members)
         self.heads: list[SoftmaxHead] = [head_of(member) for member in members]
         self.support = support
+        self.tokenizer: PreTrainedTokenizerBase | None = None
         first = members[0].generation_config
         self.generation_config.bos_token_id = first.bos_token_id
         self.generation_config.eos_token_id = first.eos_token_id
@@ -64,6 +77,95 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
             config.max_position_embeddings = min(known)
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(config, key, getattr(configs[0], key, None))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        config: EnsembleConfig | None = None,
+        dtype: Dtype | Sequence[Dtype] = None,
+        device_map: Device | Sequence[Device] = None,
+        trust_remote_code: bool | None = False,
+        **kwargs: Any,
+    ) -> EnsembleForCausalLM:
+        """Load an ensemble that :meth:`save_pretrained` wrote, with its members.
+
+        Args:
+            pretrained_model_name_or_path: a folder or hub id.
+            config: in place of the saved one.
+            dtype, device_map: one for all members or one each; as ``Ensemble.from_pretrained`` has them. ``"auto"``
+                as a device leaves the placement of each member to accelerate.
+            trust_remote_code: run code that comes with a member.
+            kwargs: settings to change, under their names in the configuration; others of transformers' are ignored.
+
+        Raises:
+            CheckpointError: a member is missing; the message says where it was expected.
+        """
+        if config is None:
+            config, kwargs = EnsembleConfig.from_pretrained(
+                pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
+            )
+        base = Path(pretrained_model_name_or_path)
+        config.members = absolute(config.members, base)
+        models, tokenizer = load(
+            config.members, dtype=dtype, device=device_map, trust_remote_code=bool(trust_remote_code)
+        )
+        model: EnsembleForCausalLM = cls(config, models).eval()
+        model.adopt(tokenizer)
+        if (base / "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(base)
+        return model
+
+    def adopt(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Take the members' common tokenizer: it says which rows of padded heads are tokens.
+
+        Raises:
+            VocabularyMismatchError: a head has fewer rows than the tokenizer has tokens.
+        """
+        self.tokenizer = tokenizer
+        self.support = token_support(tokenizer, self.config.members, self.heads)
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write a configuration that names the members, a generation configuration, the tokenizer and a card.
+
+        No member's weights are written: local folders are named by their path relative to ``save_directory``.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = copy.deepcopy(self.config)
+        config.members = relative(config.members, folder)
+        config.architectures = [type(self).__name__]
+        config.save_pretrained(folder)
+        self.generation_config.save_pretrained(folder)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+        rows = zip(config.members, config.weights, config.trust, strict=True)
+        table = "\n".join(f"| `{name}` | {weight:g} | {trust:g} |" for name, weight, trust in rows)
+        card = CARD.format(n=len(config.members), rows=table, rule=config.rule, pool=config.pool, tol=config.tol)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        if push_to_hub:
+            self.push_to_hub(**kwargs)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', for an ensemble whose members are on the hub.
+
+        Raises:
+            InvalidInputError: a member is a local folder, which nobody else could load.
+        """
+        local = [name for name in self.config.members if Path(name).exists()]
+        if local:
+            raise InvalidInputError(
+                f"expected members on the hub, got local folders {local}: push them first, then build the ensemble "
+                "from their hub ids"
+            )
+        return super().push_to_hub(*args, **kwargs)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> EnsembleForCausalLM:
+        """After a move or a cast of the weights, heads are read from where they are now."""
+        super()._apply(fn, recurse)
+        self.heads = [replace_weight(head, member) for head, member in zip(self.heads, self.members, strict=True)]
+        return self
 
     def forward(
         self,
@@ -89,6 +191,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if use_cache and cache is None:
             cache = self.new_cache()
+        self._check_length(input_ids, cache)
         shared = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": bool(use_cache)}
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden = [
@@ -101,6 +204,32 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits=log_probs, labels=labels, vocab_size=self.config.vocab_size)
         return CausalLMOutputWithPast(loss=loss, logits=log_probs, cache=cache)
 
+    def _check_length(self, input_ids: Int[Tensor, "B t"] | None, cache: EnsembleCache | None) -> None:
+        if input_ids is None:
+            raise InvalidInputError(
+                "expected input_ids: members share tokens, not embeddings, so inputs_embeds is refused"
+            )
+        length = input_ids.shape[1] + (0 if cache is None else cache.get_seq_length())
+        limit = getattr(self.config, "max_position_embeddings", None)
+        if limit is not None and length > limit:
+            raise InvalidInputError(
+                f"expected at most {limit} tokens, the shortest member's context, got {length}: shorten the prompt or "
+                "lower max_new_tokens"
+            )
+
+    def _prepare_generated_length(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', with what runs past the shortest context cut off, and a warning."""
+        generation_config = super()._prepare_generated_length(generation_config, *args, **kwargs)
+        limit = getattr(self.config, "max_position_embeddings", None)
+        if limit is not None and generation_config.max_length > limit:
+            warnings.warn(
+                f"max_length {generation_config.max_length} is past the shortest member's context: cut to {limit} "
+                "tokens",
+                stacklevel=4,
+            )
+            generation_config.max_length = limit
+        return generation_config
+
     def new_cache(self) -> EnsembleCache:
         """An empty cache: one per member."""
         return EnsembleCache([member.config for member in self.members])
@@ -109,8 +238,11 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         self, i: int, input_ids: Int[Tensor, "B t"] | None, cache: Any = None, **shared: Any
     ) -> Float[Tensor, "B t d"]:
         base: Any = self.members[i].base_model
-        hidden: Tensor = base(input_ids=input_ids, cache=cache, **shared).last_hidden_state
-        return hidden
+        place = base.device
+        moved = {k: x.to(place) if isinstance(x, Tensor) else x for k, x in shared.items()}
+        ids = None if input_ids is None else input_ids.to(place)
+        hidden: Tensor = base(input_ids=ids, cache=cache, **moved).last_hidden_state
+        return hidden.to(self.heads[i].weight.device)
 
     def last_hidden(self, **inputs: Any) -> list[Float[Tensor, "B d"]]:
         """Each member's hidden state at the last position, without a cache."""
@@ -131,9 +263,9 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
 
     def solve_rows(self, hidden: Sequence[Float[Tensor, "B d"]]) -> Solution:
         """The rule's solution at B positions, from each member's hidden states."""
-        log_probs, logits = [], []
+        log_probs, logits, place = [], [], self.heads[0].weight.device
         for head, states in zip(self.heads, hidden, strict=True):
-            own = head.logits(states)
+            own = head.logits(states).to(place)
             short = self.config.vocab_size - head.v
             own = nn.functional.pad(own, (0, short), value=-torch.inf) if short else own
             logits.append(own)

@@ -44,6 +44,12 @@ def head_of(model: PreTrainedModel) -> SoftmaxHead:
     return head
 
 
+def replace_weight(head: SoftmaxHead, model: PreTrainedModel) -> SoftmaxHead:
+    """``head`` with the weight and bias that the model has now, after a move or a cast."""
+    layer = model.get_output_embeddings()
+    return SoftmaxHead(layer.weight, layer.bias, head.scale, head.soft_cap)
+
+
 @torch.inference_mode()
 def _check(model: PreTrainedModel, head: SoftmaxHead) -> None:
     """Run three tokens through the model: a head that is read wrongly must never pass in silence."""

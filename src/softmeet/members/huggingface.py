@@ -14,6 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from softmeet.errors import CheckpointError, InvalidInputError
 from softmeet.members import zoo
 
+Dtype = torch.dtype | str | None
+Device = torch.device | str | None
+
 
 @dataclass(frozen=True)
 class Member:
@@ -27,55 +30,52 @@ class Member:
 def load_members(
     names: Sequence[str | Path],
     *,
-    dtype: torch.dtype | str | None = None,
-    device: torch.device | str | None = None,
-    revision: str | None = None,
+    dtype: Dtype | Sequence[Dtype] = None,
+    device: Device | Sequence[Device] = None,
     trust_remote_code: bool = False,
     on_progress: Callable[[str], None] = lambda name: None,
 ) -> list[Member]:
     """Load members in order; a bundled family name stands for its members.
 
     Args:
-        names: hub ids, folders, ``.gguf`` files, or bundled names (``wide``, ``narrow``, ``wide/gpt2``).
-        dtype: None for fp32 on CPU and the checkpoint's own dtype elsewhere; ``"auto"`` for the latter.
-        device: where to put them; None for CPU.
-        revision: of hub ids.
+        names: hub ids (``org/model`` or ``org/model@revision``), folders, ``.gguf`` files, or bundled names (``wide``,
+            ``narrow``, ``wide/gpt2``).
+        dtype: None for fp32 on CPU and the checkpoint's own dtype elsewhere; ``"auto"`` for the latter. One for all
+            members, or one each.
+        device: where to put them; None for CPU. One for all members, or one each.
         trust_remote_code: run code that comes with a checkpoint. Off unless asked for.
         on_progress: called with each name before it is loaded.
 
     Raises:
-        InvalidInputError: no name.
+        InvalidInputError: no name, or not one dtype or device per member.
         CheckpointError: a member is missing, truncated, pickled, or needs remote code.
     """
-    resolved = [path for name in names for path in zoo.resolve(name)]
-    if not resolved:
+    expanded = [path for name in names for path in zoo.expand(name)]
+    if not expanded:
         raise InvalidInputError("expected at least one member: a hub id, a folder, or a bundled name such as 'wide'")
+    dtypes, devices = _each(dtype, "dtype", len(expanded)), _each(device, "device", len(expanded))
     members = []
-    for name in resolved:
+    for name, own_dtype, own_device in zip(expanded, dtypes, devices, strict=True):
         on_progress(name)
-        members.append(_load(name, dtype, torch.device(device or "cpu"), revision, trust_remote_code))
+        members.append(_load(name, own_dtype, torch.device(own_device or "cpu"), trust_remote_code))
     return members
 
 
-def _load(
-    name: str, dtype: torch.dtype | str | None, device: torch.device, revision: str | None, trust_remote_code: bool
-) -> Member:
+def _each(value: Any, what: str, n: int) -> list[Any]:
+    values = list(value) if isinstance(value, list | tuple) else [value] * n
+    if len(values) != n:
+        raise InvalidInputError(f"expected one {what}, or one per member, {n} in all, got {len(values)}")
+    return values
+
+
+def _load(name: str, dtype: Dtype, device: torch.device, trust_remote_code: bool) -> Member:
     wanted = dtype if dtype is not None else (torch.float32 if device.type == "cpu" else "auto")
-    where: dict[str, Any] = {"pretrained_model_name_or_path": name, "trust_remote_code": trust_remote_code}
-    if revision is not None and not Path(name).exists():
-        where["revision"] = revision
-    path = Path(name)
-    if path.suffix == ".gguf":
-        where |= {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    elif path.is_dir():
-        _refuse_pickles(path)
-    elif path.is_absolute() or name.startswith(".") or len(path.parts) > 2:
-        raise CheckpointError(f"cannot load {name}: there is no such folder")
+    where = _where(name) | {"trust_remote_code": trust_remote_code}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             **where, dtype=wanted, use_safetensors=True, output_loading_info=True
         )
-        tokenizer = AutoTokenizer.from_pretrained(**where)
+        tokenizer = AutoTokenizer.from_pretrained(**where, padding_side="left")
     except SafetensorError as error:
         raise CheckpointError(
             f"cannot load {name}: its safetensors are damaged or truncated ({error}): fetch them again"
@@ -90,6 +90,21 @@ def _load(
             f"cannot load {name}: {len(absent)} weights are missing or misshapen (first: {absent[0]}): fetch it again"
         )
     return Member(name, model.to(device).eval(), tokenizer)
+
+
+def _where(name: str) -> dict[str, Any]:
+    """What transformers is to be asked for; refuses what it would load but we will not."""
+    place = zoo.locate(name)
+    path = Path(place)
+    if path.suffix == ".gguf":
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    if path.is_dir():
+        _refuse_pickles(path)
+        return {"pretrained_model_name_or_path": place}
+    if path.is_absolute() or place.startswith(".") or len(path.parts) > 2:
+        raise CheckpointError(f"cannot load {name}: there is no such folder")
+    repository, _, revision = place.partition("@")
+    return {"pretrained_model_name_or_path": repository, **({"revision": revision} if revision else {})}
 
 
 def _first_line(error: Exception) -> str:

@@ -16,17 +16,26 @@ def folder() -> Path:
     return Path(str(files("softmeet"))) / "zoo"
 
 
-def resolve(name: str | Path) -> list[str]:
-    """The folders behind a bundled name (``wide``, ``wide/gpt2``); any other name, or an existing path, as it is."""
-    if isinstance(name, Path) or Path(name).exists():
-        return [str(name)]
+def expand(name: str | Path) -> list[str]:
+    """A bundled family's members by name (``wide`` → ``wide/gpt2``, …); any other name as it is."""
+    if str(name) in FAMILIES and not Path(name).exists():
+        return [f"{name}/{p.name}" for p in sorted((folder() / str(name)).iterdir()) if (p / "config.json").exists()]
+    return [str(name)]
+
+
+def locate(name: str) -> str:
+    """The folder of a bundled member; any other name, or an existing path, as it is.
+
+    Raises:
+        CheckpointError: the name begins like a bundled one, and there is none.
+    """
+    family, _, rest = name.partition("/")
+    if Path(name).exists() or family not in FAMILIES or not rest:
+        return name
     place = folder() / name
-    if name in FAMILIES:
-        return sorted(str(p) for p in place.iterdir() if (p / "config.json").exists())
-    family, _, rest = str(name).partition("/")
-    if family in FAMILIES and rest:
-        if not (place / "config.json").exists():
-            known = ", ".join(p.name for p in sorted((folder() / family).iterdir()))
-            raise CheckpointError(f"there is no bundled member {name}: the {family} family has {known}")
-        return [str(place)]
-    return [name]
+    if not (place / "config.json").exists():
+        raise CheckpointError(
+            f"there is no bundled member {name}: the {family} family has "
+            + ", ".join(p.name for p in sorted((folder() / family).iterdir()))
+        )
+    return str(place)

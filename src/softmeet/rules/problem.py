@@ -84,7 +84,8 @@ class Problem:
     def views(self, members: Sequence[int]) -> tuple[WhitenedHead, ...]:
         """Whitened views of some members' heads, with fresh read counters."""
         batch, v = self.log_p.shape[1:]
-        return tuple(WhitenedHead(self.heads[i], v, self.dtype, self.slopes[i], batch) for i in members)
+        place = self.log_p.device
+        return tuple(WhitenedHead(self.heads[i], v, self.dtype, self.slopes[i], batch, place) for i in members)
 
     def projection(self, members: Sequence[int], trust: Sequence[float]) -> Projection:
         """The relaxed I-projection of the pool for those members, all of positive trust."""

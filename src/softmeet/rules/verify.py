@@ -92,7 +92,8 @@ def _dual_point(
 
 def _scores(problem: Problem, i: int, k: int, lam: Float[Tensor, " d"]) -> Float[Tensor, " v"]:
     head, slope = problem.heads[i], problem.slopes[i]
-    out = pad(head.scores(lam[None].double())[0], (0, problem.log_p.shape[-1] - head.v))
+    raw = head.scores(lam[None].to(head.weight.device, torch.float64))[0].to(lam.device)
+    out = pad(raw, (0, problem.log_p.shape[-1] - head.v))
     return out if slope is None else out * slope[k]
 
 

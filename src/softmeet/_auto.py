@@ -1,0 +1,55 @@
+"""Makes transformers' Auto classes know ensembles, without importing transformers before anyone else does.
+
+``import softmeet`` must be enough for ``AutoModelForCausalLM.from_pretrained(an_ensemble)``, and ``softmeet --help``
+must not wait for torch. So the registration runs right after the module with the Auto classes has been executed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+
+_AUTO_CLASSES = "transformers.models.auto.modeling_auto"
+
+
+def register() -> None:
+    """Register now if the Auto classes are there, else as soon as they are."""
+    if _AUTO_CLASSES in sys.modules:
+        _register()
+    else:
+        sys.meta_path.insert(0, _AfterImport())
+
+
+def _register() -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
+
+    AutoConfig.register(EnsembleConfig.model_type, EnsembleConfig, exist_ok=True)
+    AutoModelForCausalLM.register(EnsembleConfig, EnsembleForCausalLM, exist_ok=True)
+
+
+class _AfterImport(MetaPathFinder):
+    """Steps aside at the first import of the Auto classes' module, and adds a call after it."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != _AUTO_CLASSES:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: ModuleType) -> None:
+            execute(module)
+            _register()
+
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec

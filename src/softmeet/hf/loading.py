@@ -1,0 +1,91 @@
+"""From the names in a configuration to an ensemble, and back to a folder that names its members."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from softmeet.errors import CheckpointError
+from softmeet.members import zoo
+from softmeet.members.huggingface import Device, Dtype, load_members
+from softmeet.members.vocabulary import require_same_vocabulary
+
+CARD = """---
+library_name: softmeet
+pipeline_tag: text-generation
+---
+# An ensemble of {n} language models
+
+This folder names its members and how they are combined; it holds none of their weights.
+
+| member | weight | trust |
+|---|---|---|
+{rows}
+
+Rule: `{rule}`, pool: `{pool}`, tolerance: {tol:g} nats.
+
+```python
+import softmeet
+
+ensemble = softmeet.Ensemble.from_pretrained("this folder")
+```
+"""
+
+
+def absolute(names: Sequence[str], base: Path) -> list[str]:
+    """Names as saved, with paths (they begin with a dot) taken from the folder ``base``.
+
+    Raises:
+        CheckpointError: such a path leads nowhere.
+    """
+    found = []
+    for name in names:
+        if not name.startswith("."):
+            found.append(name)
+            continue
+        path = Path(os.path.normpath(base / name))
+        if not path.exists():
+            raise CheckpointError(
+                f"the ensemble in {base} names a member {name}, but there is no {path}: move the member there, or edit "
+                f"members in {base / 'config.json'}"
+            )
+        found.append(str(path))
+    return found
+
+
+def relative(names: Sequence[str], base: Path) -> list[str]:
+    """Names as they are saved: hub ids and bundled names as they are, local folders relative to ``base``."""
+    found = []
+    for name in names:
+        if zoo.locate(name) != name or not Path(name).exists():
+            found.append(name)
+        else:
+            path = os.path.relpath(Path(name).resolve(), base.resolve())
+            found.append(path if path.startswith(".") else os.path.join(".", path))
+    return found
+
+
+def load(
+    names: Sequence[str],
+    *,
+    dtype: Dtype | Sequence[Dtype],
+    device: Device | Sequence[Device],
+    trust_remote_code: bool,
+    on_progress: Callable[[str], None] = lambda name: None,
+) -> tuple[list[PreTrainedModel], PreTrainedTokenizerBase]:
+    """(models, common tokenizer, set up for left padding).
+
+    Raises:
+        CheckpointError, VocabularyMismatchError, InvalidInputError: as ``Ensemble.from_pretrained``.
+    """
+    members = load_members(
+        names, dtype=dtype, device=device, trust_remote_code=trust_remote_code, on_progress=on_progress
+    )
+    require_same_vocabulary(names, [member.tokenizer for member in members])
+    tokenizer = members[0].tokenizer
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return [member.model for member in members], tokenizer

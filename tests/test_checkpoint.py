@@ -1,0 +1,120 @@
+"""An ensemble is a checkpoint: saved, moved, loaded by us and by transformers' Auto classes."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from softmeet import Ensemble
+from softmeet.errors import CheckpointError, InvalidInputError
+from softmeet.hf import EnsembleForCausalLM
+
+
+@pytest.fixture
+def ours(tmp_path):
+    folders = [tiny.save(tmp_path / "members" / name, name, seed) for seed, name in enumerate(("gpt2", "llama"))]
+    return Ensemble.from_pretrained(
+        folders, "meet", trust=[1.0, math.inf], weights=[0.25, 0.75], pool="prob-mean", tol=1e-5
+    )
+
+
+def answer(model):
+    with torch.inference_mode():
+        return model(input_ids=torch.arange(1, 9)[None]).logits
+
+
+def test_saved_and_loaded_equals_original(ours, tmp_path):
+    ours.save_pretrained(tmp_path / "ensemble")
+    written = json.loads((tmp_path / "ensemble" / "config.json").read_text())
+    assert written["members"] == ["../members/gpt2", "../members/llama"]
+    assert written["trust"] == [1.0, "inf"]
+    assert not list((tmp_path / "ensemble").glob("*.safetensors"))
+    assert "| `../members/llama` | 0.75 | inf |" in (tmp_path / "ensemble" / "README.md").read_text()
+    for again in (
+        Ensemble.from_pretrained(tmp_path / "ensemble").model,
+        EnsembleForCausalLM.from_pretrained(tmp_path / "ensemble"),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "ensemble"),
+    ):
+        assert isinstance(again, EnsembleForCausalLM)
+        assert again.config.combine_arguments() == ours.model.config.combine_arguments()
+        assert torch.equal(answer(again), answer(ours.model))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ensemble")
+    assert tokenizer.padding_side == "left"
+    assert AutoConfig.from_pretrained(tmp_path / "ensemble").max_position_embeddings == 64
+
+
+def test_settings_can_be_changed_when_loading(ours, tmp_path):
+    ours.save_pretrained(tmp_path / "ensemble")
+    by_us = Ensemble.from_pretrained(tmp_path / "ensemble", trust=0.0, pool="logit-mean")
+    by_auto = AutoModelForCausalLM.from_pretrained(tmp_path / "ensemble", trust=0.0, pool="logit-mean")
+    assert by_us.model.config.weights == [0.25, 0.75]
+    assert torch.equal(answer(by_us.model), answer(by_auto))
+    single = AutoModelForCausalLM.from_pretrained(tmp_path / "ensemble", dtype=torch.float64)
+    assert answer(single).dtype == torch.float64
+
+
+def test_a_moved_folder_and_a_missing_member(ours, tmp_path):
+    ours.save_pretrained(tmp_path / "ensemble")
+    together = tmp_path / "elsewhere"
+    together.mkdir()
+    shutil.copytree(tmp_path / "ensemble", together / "ensemble")
+    with pytest.raises(CheckpointError, match=r"names a member \.\./members/gpt2, but there is no .*config\.json"):
+        Ensemble.from_pretrained(together / "ensemble")
+    shutil.move(tmp_path / "members", together / "members")
+    assert torch.equal(answer(Ensemble.from_pretrained(together / "ensemble").model), answer(ours.model))
+    with pytest.raises(CheckpointError, match="move the member there, or edit members in"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "ensemble")
+
+
+def test_bundled_members_are_named_and_need_no_path(tmp_path):
+    Ensemble.from_pretrained(["narrow/opt-a", "narrow/opt-b"]).save_pretrained(tmp_path / "e")
+    assert json.loads((tmp_path / "e" / "config.json").read_text())["members"] == ["narrow/opt-a", "narrow/opt-b"]
+    assert len(Ensemble.from_pretrained(tmp_path / "e").names) == 2
+
+
+def test_local_members_are_not_pushed(ours):
+    with pytest.raises(InvalidInputError, match="members on the hub, got local folders"):
+        ours.model.push_to_hub("someone/ensemble")
+
+
+def test_import_softmeet_is_enough_for_the_auto_classes(ours, tmp_path):
+    ours.save_pretrained(tmp_path / "ensemble")
+    folder = str(tmp_path / "ensemble")
+    code = f"from transformers import AutoModelForCausalLM as A; print(type(A.from_pretrained({folder!r})).__name__)"
+    for order in (f"import softmeet; {code}", f"import transformers, torch; import softmeet; {code}"):
+        done = subprocess.run([sys.executable, "-c", order], capture_output=True, text=True, check=False)
+        assert done.stdout == "EnsembleForCausalLM\n", done.stderr
+    light = "import sys, softmeet; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", light], check=False).returncode == 0
+
+
+def test_heads_follow_a_cast_and_a_move(ours, monkeypatch):
+    before = answer(ours.model)
+    ours.model.to(torch.float64)
+    assert all(head.weight.dtype == torch.float64 for head in ours.model.heads)
+    assert all(
+        head.weight is member.get_output_embeddings().weight
+        for head, member in zip(ours.model.heads, ours.model.members, strict=True)
+    )
+    assert (answer(ours.model).exp() - before.exp()).abs().max() < 1e-4
+
+
+def test_a_dtype_and_a_device_per_member(tmp_path, monkeypatch):
+    folders = [tiny.save(tmp_path / name, name) for name in ("gpt2", "llama")]
+    moved = []
+    original = torch.nn.Module.to
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, place: (moved.append(place), original(self, place))[1])
+    model = Ensemble.from_pretrained(folders, dtype=[torch.bfloat16, torch.float64], device=["cpu", "cpu:0"]).model
+    assert [m.dtype for m in model.members] == [torch.bfloat16, torch.float64]
+    assert moved == [torch.device("cpu"), torch.device("cpu:0")]
+    assert answer(model).isfinite().all()
+    with pytest.raises(InvalidInputError, match="one device, or one per member, 2 in all, got 3"):
+        Ensemble.from_pretrained(folders, device=["cpu"] * 3)
