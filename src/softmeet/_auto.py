@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -25,12 +26,8 @@ def register() -> None:
 
 
 def _register() -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
-
-    AutoConfig.register(EnsembleConfig.model_type, EnsembleConfig, exist_ok=True)
-    AutoModelForCausalLM.register(EnsembleConfig, EnsembleForCausalLM, exist_ok=True)
+    # Importing it is registering; it may be under way already, and be what imports the Auto classes.
+    import_module("softmeet.hf")
 
 
 class _AfterImport(MetaPathFinder):

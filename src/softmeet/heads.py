@@ -146,8 +146,8 @@ class Whitening:
 class WhitenedHead:
     """Q = S (W - 1cᵀ) R for a batch of B rows, as solvers read it; S is the slope of a soft-cap, per row, or 1.
 
-    Products run in ``dtype``, on the head's own device, and come back in fp64 on ``device``. ``rows_read[k]`` counts the
-    rows of W read on behalf of batch row k, gathers included.
+    Products run in ``dtype``, on the head's own device, and come back in fp64 on ``device``. ``rows_read[k]`` counts
+    the rows of W read on behalf of batch row k, gathers included.
     """
 
     def __init__(

@@ -64,7 +64,7 @@ def relative(names: Sequence[str], base: Path) -> list[str]:
             found.append(name)
         else:
             path = os.path.relpath(Path(name).resolve(), base.resolve())
-            found.append(path if path.startswith(".") else os.path.join(".", path))
+            found.append(path if path.startswith(".") else f"./{path}")
     return found
 
 
