@@ -68,7 +68,7 @@ class DualNewton(Solver[Projection, NewtonState]):
         t, value = _line_search(problem, state, change, decrement)
         state.nu = state.nu - t[:, None] * s
         state.z = state.z + t[:, None, None] * change
-        self._judge(problem, state, bound, value, decrement)
+        self._judge(problem, state, bound, value, decrement, problem.rounding(p, r, state.z))
         self._look_for_a_proof(problem, state, s, change)
         state.passes = state.passes + problem.passes() - before
         return state
@@ -80,12 +80,12 @@ class DualNewton(Solver[Projection, NewtonState]):
         bound: Float[Tensor, " B"],
         value: Float[Tensor, " B"],
         decrement: Float[Tensor, " B"],
+        rounding: Float[Tensor, " B"],
     ) -> None:
         fall = state.value - value
         known = torch.where(state.certified, state.gap, torch.inf)
         certified = torch.minimum(bound, known)
         state.certified = certified.isfinite()
-        rounding = problem.rounding(state.z)
         estimate = (0.5 * decrement - fall).clamp_min(0)
         state.gap = torch.where(state.certified, (certified - fall).clamp_min(0) + rounding, estimate + rounding)
         state.value, state.steps = value, state.steps + 1

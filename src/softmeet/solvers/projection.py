@@ -97,11 +97,14 @@ class Projection:
             total = total + torch.where(divergence > 0, rho * divergence, 0.0)
         return total
 
-    def rounding(self, z: Float[Tensor, "B n v"]) -> Float[Tensor, " B"]:
-        """What rounding of the scores may do to f, in nats: the mean size of the tilts times the unit round-off."""
-        size = (self.pooled(z).exp() * self.tilt(z).abs()).sum(-1)
-        r = self.corrected(z).exp()
-        size = size + (r * self._weighted(z, self.alpha).abs()).sum((-1, -2))
+    def rounding(
+        self, p: Float[Tensor, "B v"], r: Float[Tensor, "B n v"], z: Float[Tensor, "B n v"]
+    ) -> Float[Tensor, " B"]:
+        """What rounding of the scores may do to f, in nats: the mean size of the tilts times the unit round-off.
+
+        ``p`` and ``r`` may be those of a point nearby.
+        """
+        size = (p * self.tilt(z).abs()).sum(-1) + (r * self._weighted(z, self.alpha).abs()).sum((-1, -2))
         return torch.finfo(self.heads[0].dtype).eps * size
 
     def excludes(self, z: Float[Tensor, "B n v"]) -> Bool[Tensor, " B"]:
