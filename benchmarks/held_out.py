@@ -84,7 +84,7 @@ def solve(ensemble: Ensemble, document: Document, **settings: Any) -> Solved:
     nats, fallback = [], []
     for start in range(0, len(document.targets), CHUNK):
         rows = slice(start, start + CHUNK)
-        solution = ensemble.model.solve_rows([h[rows] for h in document.hidden])
+        _, solution = ensemble.model.solve_rows([h[rows] for h in document.hidden])
         nats.append(-solution.log_probs.gather(-1, document.targets[rows, None]).squeeze(-1))
         fallback.append(solution.fallback)
     return Solved(torch.cat(nats), torch.cat(fallback))

@@ -190,6 +190,14 @@ def test_an_error_while_streaming_reaches_the_caller(folders, monkeypatch):
         list(ours.stream("hello", do_sample=True, temperature=-1.0))
 
 
+def test_a_stream_that_is_left_stops_the_generation(folders):
+    ours, recorder = Ensemble.from_pretrained(folders, "logit-mean"), Recorder()
+    stream = ours.stream("hello", max_new_tokens=58, do_sample=False, eos_token_id=None, recorder=recorder)
+    next(stream)
+    stream.close()
+    assert recorder.rows < 58
+
+
 def test_members_of_different_tokenizers(folders, tmp_path):
     other = tiny.save(tmp_path / "other", "llama", words=60)
     with pytest.raises(VocabularyMismatchError, match="differ in 4 ids"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from string import ascii_letters
 
 import torch
 import transformers as tf
@@ -53,8 +54,8 @@ def build(name: str, seed: int = 0, scale: float = 4.0) -> tf.PreTrainedModel:
 
 
 def tokenizer(words: int = V) -> tf.PreTrainedTokenizerFast:
-    """One token per printable character, from ids 1 on; 0 is <|end|>."""
-    vocab = {"<|end|>": 0} | {chr(33 + k): k + 1 for k in range(words - 1)}
+    """One token per character, from id 1 on; 0 is <|end|>."""
+    vocab = {"<|end|>": 0} | {c: k + 1 for k, c in enumerate((ascii_letters + " .,-'<>&!?:")[: words - 1])}
     core = Tokenizer(models.WordLevel(vocab, unk_token="<|end|>"))
     core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     core.decoder = decoders.Fuse()

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
-from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from softmeet.errors import InvalidInputError
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.loading import absolute, load
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.hf.recorder import Recorder
+from softmeet.hf.report import TokenReport, TokenReports
 from softmeet.hf.sampling import RowSampler
 from softmeet.members import zoo
 from softmeet.members.huggingface import Device, Dtype
@@ -40,6 +41,16 @@ class NextToken:
     top: list[tuple[str, float]]
     members: dict[str, list[tuple[str, float]]]
     solution: Solution
+
+
+class _Cancelled(StoppingCriteria):  # type: ignore[misc]
+    """Stops every row once an event is set."""
+
+    def __init__(self, event: threading.Event) -> None:
+        self._event = event
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), self._event.is_set(), dtype=torch.bool, device=input_ids.device)
 
 
 class Ensemble:
@@ -124,10 +135,25 @@ class Ensemble:
         """
         inputs = self._encode([text])
         hidden = self.model.last_hidden(**inputs)
-        solution = self.model.solve_rows(hidden)
-        heads = zip(self.names, self.model.heads, hidden, strict=True)
-        members = {name: self._top(head.log_probs(state)[0], top) for name, head, state in heads}
+        log_probs, solution = self.model.solve_rows(hidden)
+        members = {name: self._top(own[0], top) for name, own in zip(self.names, log_probs, strict=True)}
         return NextToken(self._top(solution.log_probs[0], top), members, solution)
+
+    @torch.inference_mode()
+    def inspect(self, text: str, top: int = 5) -> list[TokenReport]:
+        """A report for every token of ``text`` but the first, at which nobody could be asked.
+
+        Raises:
+            InvalidInputError: the text has fewer than two tokens, or more than the shortest context.
+        """
+        inputs = self._encode([text])
+        tokens = inputs["input_ids"][0, 1:]
+        if not len(tokens):
+            raise InvalidInputError(f"expected a text of at least two tokens, got {text!r}")
+        reports = TokenReports(top)
+        asked = torch.arange(len(tokens), device=tokens.device)
+        self.model(input_ids=inputs["input_ids"], use_cache=False, recorder=reports, logits_to_keep=asked)
+        return [reports.at(row, token) for row, token in enumerate(tokens.tolist())]
 
     def _top(self, log_probs: torch.Tensor, count: int) -> list[tuple[str, float]]:
         best = log_probs.exp().topk(min(count, len(log_probs)))
@@ -169,19 +195,25 @@ class Ensemble:
         arguments = {**inputs, **self._options(inputs, seed, recorder, options)}
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failures: list[BaseException] = []
+        cancelled = threading.Event()
+        criteria = StoppingCriteriaList([_Cancelled(cancelled), *arguments.pop("stopping_criteria", [])])
 
         def run() -> None:
             try:
                 with torch.inference_mode():
-                    self.model.generate(**arguments, streamer=streamer)
+                    self.model.generate(**arguments, streamer=streamer, stopping_criteria=criteria)
             except BaseException as error:
                 failures.append(error)
                 streamer.end()
 
         worker = threading.Thread(target=run, daemon=True)
         worker.start()
-        yield from streamer
-        worker.join()
+        try:
+            yield from streamer
+        finally:
+            # A caller that stops listening also stops the generation.
+            cancelled.set()
+            worker.join()
         if failures:
             raise failures[0]
 

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from softmeet import __version__
 from softmeet.cli.generate import generate
+from softmeet.cli.inspect import inspect
 from softmeet.errors import SoftmeetError
 
 app = typer.Typer(
@@ -19,6 +20,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command()(generate)
+app.command()(inspect)
 
 
 def _version(wanted: bool) -> None:

@@ -18,17 +18,28 @@ err = Console(stderr=True)
 
 Members = Annotated[
     list[str] | None,
-    typer.Option("--member", "-m", help="A hub id, folder, GGUF file or bundled name; repeat it.", show_default="wide"),
+    typer.Option(
+        "--member",
+        "-m",
+        help="A hub id, folder, GGUF file, bundled name or saved ensemble; repeat it.",
+        show_default="wide",
+    ),
 ]
-RuleName = Annotated[str, typer.Option("--rule", help="meet, max-entropy, logit-mean, prob-mean or one-hot.")]
+RuleName = Annotated[
+    str | None,
+    typer.Option("--rule", help="meet, max-entropy, logit-mean, prob-mean or one-hot.", show_default="meet"),
+]
 Trust = Annotated[
     str | None, typer.Option("--trust", help="ρ for all members, or one each: 0.3 or 0.3,1,inf.", show_default="0.3")
 ]
 Weights = Annotated[
     str | None, typer.Option("--weights", help="Pool weights, one each: 0.3,0.7.", show_default="uniform")
 ]
-PoolName = Annotated[str, typer.Option("--pool", help="logit-mean or prob-mean.")]
-Tolerance = Annotated[float, typer.Option("--tol", help="Duality gap in nats at which a token is solved.")]
+PoolName = Annotated[str | None, typer.Option("--pool", help="logit-mean or prob-mean.", show_default="logit-mean")]
+Tolerance = Annotated[
+    float | None,
+    typer.Option("--tol", help="Duality gap in nats at which a token is solved.", show_default="0.0001"),
+]
 Dtype = Annotated[
     str | None,
     typer.Option("--dtype", help="float32, bfloat16, float16, float64 or auto.", show_default="float32 on CPU"),

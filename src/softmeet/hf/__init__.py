@@ -6,8 +6,9 @@ from softmeet.hf.cache import EnsembleCache
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.hf.recorder import Recorder
+from softmeet.hf.report import TokenReport, TokenReports
 
-__all__ = ["EnsembleCache", "EnsembleConfig", "EnsembleForCausalLM", "Recorder"]
+__all__ = ["EnsembleCache", "EnsembleConfig", "EnsembleForCausalLM", "Recorder", "TokenReport", "TokenReports"]
 
 AutoConfig.register(EnsembleConfig.model_type, EnsembleConfig, exist_ok=True)
 AutoModelForCausalLM.register(EnsembleConfig, EnsembleForCausalLM, exist_ok=True)

@@ -255,27 +255,28 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         chunk = max(1, _ELEMENTS // (self.config.vocab_size * 4 * len(rows)))
         parts = []
         for start in range(0, B * k, chunk):
-            solution = self.solve_rows([h[start : start + chunk] for h in rows])
+            log_probs, solution = self.solve_rows([h[start : start + chunk] for h in rows])
             if recorder is not None:
-                recorder.add(solution)
+                recorder.add(solution, log_probs)
             parts.append(solution.log_probs)
         return torch.cat(parts).reshape(B, k, -1)
 
-    def solve_rows(self, hidden: Sequence[Float[Tensor, "B d"]]) -> Solution:
-        """The rule's solution at B positions, from each member's hidden states."""
-        log_probs, logits, place = [], [], self.heads[0].weight.device
+    def solve_rows(self, hidden: Sequence[Float[Tensor, "B d"]]) -> tuple[Float[Tensor, "n B v"], Solution]:
+        """(the members' log-probabilities, the rule's solution) at B positions, from each member's hidden states."""
+        own_log_probs, logits, place = [], [], self.heads[0].weight.device
         for head, states in zip(self.heads, hidden, strict=True):
             own = head.logits(states).to(place)
             short = self.config.vocab_size - head.v
             own = nn.functional.pad(own, (0, short), value=-torch.inf) if short else own
             logits.append(own)
-            log_probs.append(own.log_softmax(-1))
+            own_log_probs.append(own.log_softmax(-1))
         capped = torch.stack(logits) if any(head.soft_cap for head in self.heads) else None
-        arguments = self.config.combine_arguments()
+        log_probs, arguments = torch.stack(own_log_probs), self.config.combine_arguments()
         try:
-            return combine(torch.stack(log_probs), self.heads, support=self.support, logits=capped, **arguments)
+            solution = combine(log_probs, self.heads, support=self.support, logits=capped, **arguments)
         except NonFiniteError as error:
             raise NonFiniteError(f"{error}. Members, from 0: {', '.join(map(str, self.config.members))}") from error
+        return log_probs, solution
 
     def _prepare_cache_for_generation(
         self,

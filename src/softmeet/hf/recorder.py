@@ -26,8 +26,8 @@ class Recorder:
     largest_gap: float = 0.0
     disagreement: Float[Tensor, " n"] = field(default_factory=lambda: torch.zeros(0))
 
-    def add(self, solution: Solution) -> None:
-        """Count the rows of one solution."""
+    def add(self, solution: Solution, log_probs: Float[Tensor, "n B v"]) -> None:
+        """Count the rows of one solution; ``log_probs`` are the members'."""
         self.rows += solution.status.numel()
         self.passes += solution.num_passes.sum().item()
         self.fallbacks += int(solution.fallback.sum())

@@ -55,6 +55,11 @@ class Solution:
         """‖Q_iᵀ(p - p̂_i)‖ in whitened coordinates, (n, *batch). Reads every head once, when first asked for."""
         return residuals(self._problem, self._answer.log_probs).reshape(len(self.disagreement), *self.status.shape)
 
+    @property
+    def pool(self) -> Float[Tensor, "*batch v"]:
+        """Log q: the pool that ``meet`` and ``max-entropy`` start from."""
+        return self._problem.log_pool.to(self.log_probs.dtype).reshape(self.log_probs.shape)
+
     def verify(
         self,
         heads: Sequence[SoftmaxHead | Tensor],

@@ -1,0 +1,113 @@
+"""What happened at a token: who expected what, what the rule did about it, and how sure that is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from softmeet.hf.recorder import Recorder
+from softmeet.rules.solution import Solution
+from softmeet.solvers.base import Status
+
+
+@dataclass(frozen=True)
+class TokenReport:
+    """One position and the token that came there. Everything in nats, token ids as ints.
+
+    ``top`` and ``member_top`` hold (token, log-probability), the most probable first. ``moved`` holds (token,
+    log-probability in the pool, in the answer), the largest change of probability first.
+    """
+
+    token: int
+    log_prob: float
+    member_log_probs: list[float]
+    top: list[tuple[int, float]]
+    member_top: list[list[tuple[int, float]]]
+    moved: list[tuple[int, float, float]]
+    disagreement: list[float]
+    disagreement_is_bound: list[bool]
+    status: str
+    fallback: bool
+    gap: float
+    gap_is_certified: bool
+    num_passes: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self)
+
+
+def token_report(solution: Solution, log_probs: Float[Tensor, "n B v"], row: int, token: int, top: int) -> TokenReport:
+    """The report of one row of a solved batch, at the token that came.
+
+    Args:
+        solution: of the batch (B,).
+        log_probs: the members', (n, B, v).
+        row: which row.
+        token: the token that came there.
+        top: how many tokens to list.
+    """
+    ours, pool = solution.log_probs[row], solution.pool[row]
+    change = (ours.exp() - pool.exp()).abs().topk(min(top, len(ours))).indices.tolist()
+    return TokenReport(
+        token=token,
+        log_prob=ours[token].item(),
+        member_log_probs=log_probs[:, row, token].tolist(),
+        top=_top(ours, top),
+        member_top=[_top(member, top) for member in log_probs[:, row]],
+        moved=[(j, pool[j].item(), ours[j].item()) for j in change],
+        disagreement=solution.disagreement[:, row].tolist(),
+        disagreement_is_bound=solution.disagreement_is_bound[:, row].tolist(),
+        status=Status(int(solution.status[row])).name,
+        fallback=bool(solution.fallback[row]),
+        gap=solution.gap[row].item(),
+        gap_is_certified=bool(solution.gap_is_certified[row]),
+        num_passes=solution.num_passes[row].item(),
+    )
+
+
+def _top(log_p: Float[Tensor, " v"], count: int) -> list[tuple[int, float]]:
+    best = log_p.topk(min(count, len(log_p)))
+    return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+
+
+class TokenReports(Recorder):
+    """A recorder that keeps every position, for :meth:`of`; (n + 2) v floats each while it lives.
+
+    Pass it to ``generate`` as ``recorder=``; with beams also ask for ``return_dict_in_generate`` and ``output_scores``,
+    which give the beam that each token came from.
+    """
+
+    def __init__(self, top: int = 5) -> None:
+        super().__init__()
+        self.top = top
+        self._kept: list[tuple[Solution, Float[Tensor, "n B v"], int]] = []
+
+    def add(self, solution: Solution, log_probs: Float[Tensor, "n B v"]) -> None:
+        """Keep a solved batch."""
+        super().add(solution, log_probs)
+        self._kept += [(solution, log_probs, row) for row in range(solution.status.numel())]
+
+    def of(
+        self, generated: Sequence[Sequence[int]], rows: int, beam_indices: Int[Tensor, "s t"] | None = None
+    ) -> list[list[TokenReport]]:
+        """The reports of generated sequences.
+
+        Args:
+            generated: the new tokens of each sequence, without prompt and padding.
+            rows: of each forward pass: prompts times beams, or times returned sequences without beams.
+            beam_indices: as ``generate`` returns them; None without beams.
+        """
+        found = []
+        for s, tokens in enumerate(generated):
+            sources = [s] * len(tokens) if beam_indices is None else beam_indices[s].tolist()
+            found.append([self.at(t * rows + sources[t], token) for t, token in enumerate(tokens)])
+        return found
+
+    def at(self, index: int, token: int) -> TokenReport:
+        """The report of the index-th row that was solved, at the token that came there."""
+        return token_report(*self._kept[index], token, self.top)

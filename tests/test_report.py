@@ -1,0 +1,92 @@
+"""Reports: what they say is what the model did, with beams too; ``softmeet inspect`` shows it."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import tiny
+import torch
+from test_cli import members, run  # noqa: F401 - a fixture
+
+from softmeet.hf import EnsembleConfig, EnsembleForCausalLM, TokenReports
+
+MEMBERS = ("gpt2", "llama")
+
+
+@pytest.fixture
+def model():
+    models = [tiny.build(name, seed).double() for seed, name in enumerate(MEMBERS)]
+    return EnsembleForCausalLM(EnsembleConfig(members=list(MEMBERS), trust=1.0, tol=1e-9), models).eval()
+
+
+PROMPTS = torch.tensor([[5, 6, 7], [8, 9, 10]])
+
+
+@torch.inference_mode()
+def test_greedy_reports_are_what_the_model_computed(model):
+    reports = TokenReports(top=4)
+    out = model.generate(
+        PROMPTS, max_new_tokens=5, do_sample=False, eos_token_id=None, recorder=reports,
+        return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+    new = out.sequences[:, 3:].tolist()
+    found = reports.of(new, rows=2)
+    for s in range(2):
+        for t, report in enumerate(found[s]):
+            logits = out.logits[t][s]
+            assert report.token == new[s][t] == logits.argmax().item()
+            assert report.log_prob == pytest.approx(logits.max().item(), abs=1e-5)
+            assert report.top[0] == pytest.approx((report.token, report.log_prob))
+            prefix = out.sequences[s : s + 1, : 3 + t]
+            for own, member in zip(report.member_log_probs, model.members, strict=True):
+                expected = member(input_ids=prefix).logits[0, -1].log_softmax(-1)[report.token]
+                assert own == pytest.approx(expected.item(), abs=1e-5)
+            assert report.status == "OPTIMAL"
+            assert report.gap_is_certified
+            assert json.dumps(report.as_dict())
+            changes = [abs(math.exp(a) - math.exp(b)) for _, b, a in report.moved]
+            assert changes == sorted(changes, reverse=True)
+            assert max(changes) > 0
+
+
+@torch.inference_mode()
+def test_beam_reports_add_up_to_the_beams_scores(model):
+    reports = TokenReports()
+    out = model.generate(
+        PROMPTS, max_new_tokens=6, do_sample=False, num_beams=3, num_return_sequences=2, eos_token_id=None,
+        length_penalty=0.0, recorder=reports, return_dict_in_generate=True, output_scores=True,
+    )  # fmt: skip
+    found = reports.of(out.sequences[:, 3:].tolist(), rows=6, beam_indices=out.beam_indices)
+    assert len(found) == 4
+    for score, rows in zip(out.sequences_scores.tolist(), found, strict=True):
+        assert sum(report.log_prob for report in rows) == pytest.approx(score, abs=1e-4)
+
+
+def test_inspect_in_json_and_on_the_terminal(members):  # noqa: F811
+    done = run("inspect", "hello", *members, "--json", "--top", 3)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["first"] + "".join(token["text"] for token in facts["tokens"]) == "hello"
+    assert facts["nats"] == pytest.approx(-sum(token["log_prob"] for token in facts["tokens"]) / 4)
+    assert all(len(token["top"]) == len(token["moved"]) == 3 for token in facts["tokens"])
+    shown = run("inspect", "hello", *members).stdout
+    assert "rule meet" in shown
+    assert "nats a token" in shown
+
+
+def test_inspect_as_one_page(members, tmp_path):  # noqa: F811
+    done = run("inspect", "a<b>&c", *members, "--html", tmp_path / "page.html")
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<section") == 5
+    assert "&lt;" in page
+    assert "<b>" not in page
+    assert not [word for word in ("http", "src=", "<script", "@import") if word in page]
+
+
+def test_inspect_needs_two_tokens(members):  # noqa: F811
+    done = run("inspect", "h", *members)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: expected a text of at least two tokens")
