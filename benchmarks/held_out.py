@@ -54,17 +54,11 @@ class Difference:
 @torch.inference_mode()
 def read(ensemble: Ensemble, texts: dict[str, str], limit: int) -> list[Document]:
     """The first ``limit`` tokens of each text through every member, in windows of the members' context."""
-    context, found = ensemble.model.config.max_position_embeddings, []
+    found = []
     for name, text in texts.items():
-        ids = ensemble.tokenizer("<|endoftext|>" + text, return_tensors="pt", verbose=False)["input_ids"][
-            0, : limit + 1
-        ]
-        hidden: list[list[Tensor]] = [[] for _ in ensemble.names]
-        for window in ids[:-1].split(context):
-            for i, member in enumerate(ensemble.model.members):
-                base: Any = member.base_model
-                hidden[i].append(base(input_ids=window[None], use_cache=False).last_hidden_state[0])
-        found.append(Document(name, [torch.cat(parts) for parts in hidden], ids[1:]))
+        windows = list(ensemble.positions("<|endoftext|>" + text, limit))
+        hidden = [torch.cat(parts) for parts in zip(*(states for states, _ in windows), strict=True)]
+        found.append(Document(name, hidden, torch.cat([targets for _, targets in windows])))
     return found
 
 
@@ -79,12 +73,10 @@ class Solved:
 @torch.inference_mode()
 def solve(ensemble: Ensemble, document: Document, **settings: Any) -> Solved:
     """Every position of a document, by the ensemble's rule with some settings changed."""
-    for name, value in settings.items():
-        setattr(ensemble.model.config, name, value)
     nats, fallback = [], []
     for start in range(0, len(document.targets), CHUNK):
         rows = slice(start, start + CHUNK)
-        _, solution = ensemble.model.solve_rows([h[rows] for h in document.hidden])
+        _, solution = ensemble.model.solve_rows([h[rows] for h in document.hidden], **settings)
         nats.append(-solution.log_probs.gather(-1, document.targets[rows, None]).squeeze(-1))
         fallback.append(solution.fallback)
     return Solved(torch.cat(nats), torch.cat(fallback))

@@ -107,7 +107,7 @@ RECIPES = (
     Recipe("wide", "neox", seed=3, epochs=3, learning_rate=3e-3),
     Recipe("narrow", "opt-a", seed=11, epochs=3, learning_rate=5e-3),
     Recipe("narrow", "opt-b", seed=12, epochs=3, learning_rate=5e-3),
-    Recipe("narrow", "opt-c", seed=13, epochs=3, learning_rate=5e-3),
+    Recipe("narrow", "opt-c", seed=15, epochs=3.2, learning_rate=5e-3),
     Recipe("narrow", "opt-d", seed=14, epochs=3, learning_rate=5e-3),
 )
 

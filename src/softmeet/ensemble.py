@@ -133,8 +133,7 @@ class Ensemble:
         Raises:
             InvalidInputError: the prompt is empty or longer than the shortest context.
         """
-        inputs = self._encode([text])
-        hidden = self.model.last_hidden(**inputs)
+        hidden = [h[-1:] for h in self.model.hidden_states(self._encode([text])["input_ids"])]
         log_probs, solution = self.model.solve_rows(hidden)
         members = {name: self._top(own[0], top) for name, own in zip(self.names, log_probs, strict=True)}
         return NextToken(self._top(solution.log_probs[0], top), members, solution)
@@ -154,6 +153,24 @@ class Ensemble:
         asked = torch.arange(len(tokens), device=tokens.device)
         self.model(input_ids=inputs["input_ids"], use_cache=False, recorder=reports, logits_to_keep=asked)
         return [reports.at(row, token) for row, token in enumerate(tokens.tolist())]
+
+    @torch.inference_mode()
+    def positions(self, text: str, limit: int) -> Iterator[tuple[list[torch.Tensor], torch.Tensor]]:
+        """The first ``limit`` predictions over a text, in windows of the shortest context.
+
+        Yields:
+            (hidden states of each member, (t, d_i); the tokens that came, (t,)).
+
+        Raises:
+            InvalidInputError: the text has fewer than two tokens.
+        """
+        ids = self.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0, : limit + 1]
+        if len(ids) < 2:
+            raise InvalidInputError(f"expected a text of at least two tokens, got {len(ids)}")
+        ids, window = ids.to(self.model.device), self.model.config.max_position_embeddings or limit
+        for start in range(0, len(ids) - 1, window):
+            targets = ids[start + 1 : start + window + 1]
+            yield self.model.hidden_states(ids[None, start : start + len(targets)]), targets
 
     def _top(self, log_probs: torch.Tensor, count: int) -> list[tuple[str, float]]:
         best = log_probs.exp().topk(min(count, len(log_probs)))

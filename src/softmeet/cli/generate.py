@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 
 from softmeet.cli import options
+from softmeet.cli.config import Config
 from softmeet.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def generate(
     dtype: options.Dtype = None,
     device: options.Device = None,
     trust_remote_code: options.RemoteCode = False,
+    config: Config = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
     summary: Annotated[
         bool | None, typer.Option("--summary/--no-summary", help="A summary on stderr.", show_default="on a terminal")

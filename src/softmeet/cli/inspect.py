@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from softmeet.cli import options
+from softmeet.cli.config import Config
 
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
@@ -35,6 +36,7 @@ def inspect(
     dtype: options.Dtype = None,
     device: options.Device = None,
     trust_remote_code: options.RemoteCode = False,
+    config: Config = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write one self-contained page to this file.")] = None,
 ) -> None:

@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 
 from softmeet import __version__
+from softmeet.cli.check import check
+from softmeet.cli.config import config
 from softmeet.cli.generate import generate
 from softmeet.cli.inspect import inspect
 from softmeet.errors import SoftmeetError
@@ -21,6 +23,8 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(inspect)
+app.command()(check)
+app.command()(config)
 
 
 def _version(wanted: bool) -> None:

@@ -244,9 +244,10 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         hidden: Tensor = base(input_ids=ids, cache=cache, **moved).last_hidden_state
         return hidden.to(self.heads[i].weight.device)
 
-    def last_hidden(self, **inputs: Any) -> list[Float[Tensor, "B d"]]:
-        """Each member's hidden state at the last position, without a cache."""
-        return [self._hidden(i, use_cache=False, **inputs)[:, -1] for i in range(len(self.heads))]
+    def hidden_states(self, input_ids: Int[Tensor, "1 t"]) -> list[Float[Tensor, "t d"]]:
+        """Each member's last hidden states over one text, without a cache."""
+        self._check_length(input_ids, None)
+        return [self._hidden(i, input_ids, use_cache=False)[0] for i in range(len(self.heads))]
 
     def _solve(self, hidden: list[Float[Tensor, "B k d"]], recorder: Recorder | None) -> Float[Tensor, "B k v"]:
         """Combine every position, in chunks of bounded memory."""
@@ -261,8 +262,13 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
             parts.append(solution.log_probs)
         return torch.cat(parts).reshape(B, k, -1)
 
-    def solve_rows(self, hidden: Sequence[Float[Tensor, "B d"]]) -> tuple[Float[Tensor, "n B v"], Solution]:
-        """(the members' log-probabilities, the rule's solution) at B positions, from each member's hidden states."""
+    def solve_rows(
+        self, hidden: Sequence[Float[Tensor, "B d"]], **changes: Any
+    ) -> tuple[Float[Tensor, "n B v"], Solution]:
+        """(the members' log-probabilities, the rule's solution) at B positions, from each member's hidden states.
+
+        ``changes`` are arguments of :func:`softmeet.combine` in place of the configuration's.
+        """
         own_log_probs, logits, place = [], [], self.heads[0].weight.device
         for head, states in zip(self.heads, hidden, strict=True):
             own = head.logits(states).to(place)
@@ -271,7 +277,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
             logits.append(own)
             own_log_probs.append(own.log_softmax(-1))
         capped = torch.stack(logits) if any(head.soft_cap for head in self.heads) else None
-        log_probs, arguments = torch.stack(own_log_probs), self.config.combine_arguments()
+        log_probs, arguments = torch.stack(own_log_probs), self.config.combine_arguments() | changes
         try:
             solution = combine(log_probs, self.heads, support=self.support, logits=capped, **arguments)
         except NonFiniteError as error:

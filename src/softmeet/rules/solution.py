@@ -56,6 +56,11 @@ class Solution:
         return residuals(self._problem, self._answer.log_probs).reshape(len(self.disagreement), *self.status.shape)
 
     @property
+    def problem(self) -> Problem:
+        """What the rule was given, with one batch dimension, in fp64."""
+        return self._problem
+
+    @property
     def pool(self) -> Float[Tensor, "*batch v"]:
         """Log q: the pool that ``meet`` and ``max-entropy`` start from."""
         return self._problem.log_pool.to(self.log_probs.dtype).reshape(self.log_probs.shape)

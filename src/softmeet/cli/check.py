@@ -1,0 +1,144 @@
+"""``softmeet check``: what kind of ensemble some members make, before any is generated from."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from softmeet.cli import options
+from softmeet.cli.config import Config
+
+if TYPE_CHECKING:
+    from softmeet.ensemble import Ensemble
+
+
+def check(
+    members: Annotated[list[str], typer.Argument(help="Hub ids, folders, GGUF files, bundled names, or one ensemble.")],
+    text: Annotated[
+        Path | None, typer.Option("--text", help="Held-out text for the premise score: is the softmax to blame?")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Of the text, at most.")] = 512,
+    weights: options.Weights = None,
+    pool: options.PoolName = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    trust_remote_code: options.RemoteCode = False,
+    config: Config = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Compare members: vocabularies, heads, the angles between them, memory, and whom to trust."""
+    ensemble = options.load_ensemble(
+        members, None, weights, pool=pool, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+    )
+    with options.status("comparing heads"):
+        facts = _facts(ensemble)
+    if text is not None:
+        from softmeet.evaluation.premise import premise_scores
+
+        with options.status("testing the premise"):
+            scores = premise_scores(ensemble, text.read_text(encoding="utf-8"), tokens)
+        for member, score in zip(facts["members"], scores, strict=True):
+            member["premise"] = asdict(score) | {"verdict": score.verdict}
+    facts["advice"] = _advice(facts)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        _show(facts)
+
+
+def _facts(ensemble: Ensemble) -> dict[str, Any]:
+    from softmeet.members.compare import principal_cosines, same_column_space
+
+    heads, names = ensemble.model.heads, [options.short(name) for name in ensemble.names]
+    members = [
+        {
+            "name": name,
+            "rows": head.v,
+            "width": head.d,
+            "rank": head.whitening().rank,
+            "bias": head.bias is not None,
+            "scale": head.scale,
+            "soft_cap": head.soft_cap,
+            "megabytes": sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6,
+        }
+        for name, head, model in zip(names, heads, ensemble.model.members, strict=True)
+    ]
+    pairs = []
+    for i, j in itertools.combinations(range(len(heads)), 2):
+        cosines = principal_cosines(heads[i], heads[j])
+        pairs.append(
+            {
+                "members": [names[i], names[j]],
+                "median_cosine": cosines.median().item() if len(cosines) else math.nan,
+                "cosines_above_0.9": int((cosines > 0.9).sum()),
+                "of": len(cosines),
+                "shared": same_column_space(heads[i], heads[j]),
+            }
+        )
+    width, n = sum(head.whitening().rank for head in heads), len(heads)
+    tokens = len(ensemble.tokenizer.get_vocab())
+    vectors = 8 * tokens * (4 * n + 4) + 8 * 2 * width**2
+    return {
+        "members": members,
+        "pairs": pairs,
+        "tokens": tokens,
+        "rank": width,
+        "share": width / tokens,
+        "solver_megabytes_per_row": vectors / 1e6,
+    }
+
+
+def _advice(facts: dict[str, Any]) -> str:
+    """One sentence."""
+    members, pairs = facts["members"], facts["pairs"]
+    if len(members) == 1:
+        return "One member: every rule returns its own distribution."
+    if pairs and all(pair["shared"] for pair in pairs):
+        return "All heads span one column space, so meet can only be averaging: use logit-mean and save its cost."
+    verdicts = {m["name"]: m["premise"]["verdict"] for m in members if "premise" in m}
+    trusted = [name for name, verdict in verdicts.items() if verdict == "trust"]
+    if verdicts and not trusted:
+        return "No member's errors look like its softmax's on this text: use logit-mean or the best member alone."
+    if verdicts:
+        rest = [f"{name} ({verdict})" for name, verdict in verdicts.items() if name not in trusted]
+        others = f", hardly {', '.join(rest)}" if rest else ""
+        return f"Trust {', '.join(trusted)}{others}; then compare with logit-mean on other text."
+    if facts["share"] >= 1:
+        return "The heads together are as wide as the vocabulary, so exact agreement has at most one answer: use meet."
+    return "The heads differ, so meet and averaging will: give --text to see which members to trust."
+
+
+def _show(facts: dict[str, Any]) -> None:
+    console = Console()
+    tested = "premise" in facts["members"][0]
+    table = Table(
+        "member", "rows", "width", "rank", "bias", "soft-cap", "MB", title=f"{facts['tokens']:,} common tokens"
+    )
+    for name in ("premise score", "first-order gain (nats per unit of trust)", "verdict") if tested else ():
+        table.add_column(name)
+    for m in facts["members"]:
+        row = [m["name"], f"{m['rows']:,}", str(m["width"]), str(m["rank"]), "yes" if m["bias"] else "no"]
+        row += [f"{m['soft_cap']:g}" if m["soft_cap"] else "no", f"{m['megabytes']:,.1f}"]
+        if tested:
+            p = m["premise"]
+            row += [f"{p['score']:.2f} ± {p['score_error']:.2f}", f"{p['gain']:+.4f} ± {p['error']:.4f}", p["verdict"]]
+        table.add_row(*row)
+    console.print(table)
+    for pair in facts["pairs"]:
+        console.print(
+            f"{' and '.join(pair['members'])}: median principal cosine {pair['median_cosine']:.2f}, "
+            f"{pair['cosines_above_0.9']} of {pair['of']} above 0.9" + (", one column space" if pair["shared"] else "")
+        )
+    console.print(
+        f"Together {facts['rank']} directions for {facts['tokens']:,} tokens ({facts['share']:.1%}); the solver needs "
+        f"about {facts['solver_megabytes_per_row']:,.1f} MB a row beside the models."
+    )
+    console.print(f"[bold]{facts['advice']}")

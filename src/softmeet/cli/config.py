@@ -1,0 +1,82 @@
+"""``--config FILE.yaml`` for every command, and ``softmeet config``, which shows what it resolves to."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from typer.core import TyperGroup
+
+from softmeet.errors import InvalidInputError
+
+
+def apply(context: typer.Context, parameter: Any, path: Path | None) -> Path | None:
+    """A callback: the file's values become the defaults of the command's own options.
+
+    Raises:
+        InvalidInputError: the file is no mapping, or names an option that the command does not have.
+    """
+    if path is None:
+        return None
+    known = _names(context.command)
+    values = _read(path)
+    if unknown := sorted(set(values) - set(known)):
+        raise InvalidInputError(
+            f"{path}: softmeet {context.info_name} has no option {', '.join(unknown)}: expected some of "
+            + ", ".join(sorted(known))
+        )
+    context.default_map = dict(context.default_map or {}) | {known[key]: value for key, value in values.items()}
+    return path
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if not isinstance(found, dict):
+        raise InvalidInputError(f"{path}: expected option names and values, such as 'rule: meet', got {found!r}")
+    # Lists of numbers may be written as YAML has them.
+    numeric = ("trust", "weights")
+    return {
+        str(key).replace("-", "_"): ",".join(map(str, value)) if key in numeric and isinstance(value, list) else value
+        for key, value in found.items()
+    }
+
+
+def _names(command: Any) -> dict[str, str]:
+    """The names of flags, as a file has them, to the names of parameters."""
+    found = {}
+    for parameter in command.params:
+        for flag in parameter.opts:
+            if flag.startswith("--") and parameter.name not in ("config", "help"):
+                found[flag.removeprefix("--").replace("-", "_")] = str(parameter.name)
+    return found
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", help="A YAML file of options, under the flags' names.", is_eager=True, callback=apply),
+]
+
+
+def config(
+    context: typer.Context,
+    command: Annotated[str, typer.Argument(help="Which command's options.")] = "generate",
+    config: Annotated[Path | None, typer.Option(help="A YAML file of options.")] = None,
+) -> None:
+    """Show a command's options as a YAML file would have them, with a file's values if --config gives one."""
+    group = context.parent.command if context.parent else None
+    assert isinstance(group, TyperGroup)
+    target = group.commands.get(command)
+    if target is None:
+        raise InvalidInputError(f"unknown command {command!r}: expected one of {', '.join(group.commands)}")
+    yaml.safe_dump(_resolved(target, _read(config) if config else {}), sys.stdout, sort_keys=False)
+
+
+def _resolved(target: Any, values: dict[str, Any]) -> dict[str, Any]:
+    known = _names(target)
+    if unknown := sorted(set(values) - set(known)):
+        raise InvalidInputError(f"softmeet {target.name} has no option {', '.join(unknown)}")
+    defaults = {parameter.name: parameter.default for parameter in target.params}
+    return {name: values.get(name, defaults[parameter]) for name, parameter in known.items()}
