@@ -39,3 +39,9 @@ def test_the_mathematics_points_at_files_that_exist():
     files = set(re.findall(r"`((?:solvers|rules|hf)/\w+\.py|\w+\.py)`", page))
     assert files
     assert not [f for f in files if not (ROOT / "src" / "softmeet" / f).exists()]
+
+
+def test_the_help_in_the_docs_is_the_commands_own():
+    from update_cli_docs import PAGE, page
+
+    assert PAGE.read_text() == page(), "run: python tools/update_cli_docs.py"

@@ -22,7 +22,7 @@ from softmeet.solvers.newton import DualNewton
 from softmeet.solvers.projection import Projection
 
 _CHUNK = 64
-_TOL = 1e-4
+_TOL = 1e-6
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,156 @@
+"""Everything that generate() does for one model, for an ensemble; on tiny members of three architectures."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from transformers import TextStreamer, pipeline
+
+from softmeet import Ensemble
+from softmeet.hf import EnsembleConfig, EnsembleForCausalLM, TokenReports
+
+MEMBERS = ("gpt2", "llama", "opt projected")
+RULES = ("meet", "max-entropy", "logit-mean", "prob-mean", "one-hot")
+PROMPTS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+def build(rule="meet", dtypes=(torch.float64,) * 3):
+    models = [tiny.build(name, seed).to(dtype) for (seed, name), dtype in zip(enumerate(MEMBERS), dtypes, strict=True)]
+    return EnsembleForCausalLM(EnsembleConfig(members=list(MEMBERS), rule=rule, trust=1.0, tol=1e-10), models).eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_prompt_lookup_equals_greedy(rule):
+    ours = build(rule)
+    prompt = torch.tensor([[5, 6, 7, 5, 6, 7, 5, 6]])
+    plain = ours.generate(prompt, max_new_tokens=16, **GREEDY)
+    looked_up = ours.generate(prompt, max_new_tokens=16, prompt_lookup_num_tokens=3, **GREEDY)
+    assert torch.equal(plain, looked_up)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_left_padded_prompts_of_unequal_length(rule):
+    ours = build(rule)
+    short = torch.tensor([[7, 8]])
+    padded = torch.tensor([[0, 0, 7, 8], [9, 10, 11, 12]])
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    together = ours.generate(padded, attention_mask=mask, max_new_tokens=8, **GREEDY)
+    assert torch.equal(together[0, 4:], ours.generate(short, max_new_tokens=8, **GREEDY)[0, 2:])
+    assert torch.equal(together[1], ours.generate(padded[1:], max_new_tokens=8, **GREEDY)[0])
+
+
+def test_beams_with_and_without_a_cache(model):
+    options = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 8, **GREEDY}
+    cached = model.generate(PROMPTS, **options)
+    assert cached.shape == (4, 12)
+    assert torch.equal(cached, model.generate(PROMPTS, use_cache=False, **options))
+    alone = model.generate(PROMPTS[1:], **options)
+    assert torch.equal(cached[2:], alone)
+
+
+def test_beams_over_zeros():
+    """one-hot gives -inf everywhere else; beams still return one sequence each, the greedy one first."""
+    ours = build("one-hot")
+    greedy = ours.generate(PROMPTS, max_new_tokens=5, **GREEDY)
+    assert torch.equal(ours.generate(PROMPTS, num_beams=2, max_new_tokens=5, **GREEDY), greedy)
+
+
+def test_sampling_over_zeros():
+    ours = build("one-hot")
+    options = {**GREEDY, "max_new_tokens": 5}
+    assert torch.equal(ours.generate(PROMPTS, **{**options, "do_sample": True}), ours.generate(PROMPTS, **options))
+
+
+def test_several_ends_and_stop_strings(tmp_path):
+    folders = [tiny.save(tmp_path / name.replace(" ", "-"), name, seed) for seed, name in enumerate(MEMBERS)]
+    ours = Ensemble.from_pretrained(folders, trust=1.0)
+    text = ours.generate("abc", max_new_tokens=20, do_sample=False, eos_token_id=None)
+    ids = ours.tokenizer(text)["input_ids"]
+    ends = [ids[6], ids[9]]
+    stopped = ours.generate("abc", max_new_tokens=20, do_sample=False, eos_token_id=ends)
+    assert text.startswith(stopped)
+    assert len(stopped) == 1 + min(ids.index(end) for end in ends)
+    stop = text[4:6]
+    stopped = ours.generate(
+        "abc", max_new_tokens=20, do_sample=False, eos_token_id=None, stop_strings=[stop], tokenizer=ours.tokenizer
+    )
+    assert stopped == text[: text.index(stop) + 2]
+
+
+def test_continuing_from_a_returned_cache(model):
+    whole = model.generate(PROMPTS, max_new_tokens=10, **GREEDY)
+    first = model.generate(PROMPTS, max_new_tokens=4, return_dict_in_generate=True, **GREEDY)
+    then = model.generate(first.sequences, cache=first.cache, max_new_tokens=6, **GREEDY)
+    assert torch.equal(then, whole)
+
+
+def test_logits_and_scores_are_the_ensembles(model):
+    out = model.generate(
+        PROMPTS, max_new_tokens=3, output_logits=True, output_scores=True, return_dict_in_generate=True, **GREEDY
+    )
+    with torch.inference_mode():
+        expected = model(input_ids=out.sequences[:, :-1]).logits[:, 3:]
+    assert torch.allclose(torch.stack(out.logits, 1), expected.float(), atol=1e-5)
+    assert torch.equal(torch.stack(out.scores, 1), torch.stack(out.logits, 1))
+
+
+def test_unequal_dtypes():
+    ours = build(dtypes=(torch.float32, torch.bfloat16, torch.float64))
+    options = {"max_new_tokens": 6, **GREEDY}
+    cached = ours.generate(PROMPTS, **options)
+    assert torch.equal(cached, ours.generate(PROMPTS, use_cache=False, **options))
+
+
+def test_a_streamer_sees_every_token(model, capsys):
+    model.generate(PROMPTS[:1], max_new_tokens=5, streamer=TextStreamer(tiny.tokenizer()), **GREEDY)
+    assert len(capsys.readouterr().out.strip()) == 9
+
+
+def test_a_recorder_is_free_when_off_and_changes_nothing(model):
+    plain = model.generate(PROMPTS, max_new_tokens=5, **GREEDY)
+    assert torch.equal(plain, model.generate(PROMPTS, max_new_tokens=5, recorder=TokenReports(), **GREEDY))
+
+
+def test_a_transformers_script_with_a_pipeline(narrow):
+    narrow.model.config.rule = "meet"
+    generator = pipeline("text-generation", model=narrow.model, tokenizer=narrow.tokenizer)
+    (out,) = generator("And the king said", max_new_tokens=5, do_sample=False, return_full_text=False)
+    assert out["generated_text"] == narrow.generate("And the king said", max_new_tokens=5, do_sample=False)
+
+
+def test_a_transformers_script_with_batched_generate(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    Ensemble.from_pretrained("narrow").save_pretrained(tmp_path / "a")
+    # From here on, nothing but transformers.
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a")
+    batch = tokenizer(["In the beginning", "And it came to pass in those days"], return_tensors="pt", padding=True)
+    out = model.generate(**batch, max_new_tokens=4, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    texts = tokenizer.batch_decode(out, skip_special_tokens=True)
+    assert texts[0].startswith("In the beginning")
+    assert len(texts) == 2
+
+
+@torch.no_grad()
+def test_a_transformers_script_that_evaluates_with_labels(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    Ensemble.from_pretrained("narrow", "logit-mean").save_pretrained(tmp_path / "a")
+    tokenizer, total = AutoTokenizer.from_pretrained(tmp_path / "a"), {}
+    for rule in ("logit-mean", "meet"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "a", rule=rule)
+        ids = tokenizer("And the LORD spake unto Moses, saying,", return_tensors="pt")["input_ids"]
+        total[rule] = model(input_ids=ids, labels=ids).loss.item()
+        log_p = torch.stack([m(input_ids=ids).logits.log_softmax(-1) for m in model.members]).mean(0).log_softmax(-1)
+        if rule == "logit-mean":
+            by_hand = -log_p[0, :-1].gather(-1, ids[0, 1:, None]).mean().item()
+            assert total[rule] == pytest.approx(by_hand, abs=1e-4)
+    assert total["meet"] != total["logit-mean"]

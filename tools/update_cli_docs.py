@@ -1,0 +1,40 @@
+"""Write docs/cli.md from the commands' own --help: python tools/update_cli_docs.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from typer.main import get_command
+
+from softmeet.cli.main import app
+
+PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
+INTRODUCTION = """# The command line
+
+`--config FILE.yaml` gives any of a command's flags under their own names; what stands on the command line wins. An
+error is one line on stderr and exit code 2. `softmeet --install-completion` sets up your shell. This page holds what
+`--help` says.
+"""
+
+
+def page() -> str:
+    """The page as it should be."""
+    root: Any = get_command(app)
+    parts = [INTRODUCTION]
+    for name, command in root.commands.items():
+        parts.append(f"## softmeet {name}\n\n{command.help}\n")
+        rows = [_row(parameter) for parameter in command.params]
+        parts.append("| option | what it does | default |\n|---|---|---|\n" + "\n".join(rows) + "\n")
+    return "\n".join(parts)
+
+
+def _row(parameter: Any) -> str:
+    flags = " ".join(f"`{flag}`" for flag in [*parameter.opts, *parameter.secondary_opts] if flag.startswith("-"))
+    shown = getattr(parameter, "show_default", None)
+    default = shown if isinstance(shown, str) else "" if parameter.default in (None, False) else parameter.default
+    return f"| {flags or parameter.name.upper()} | {getattr(parameter, 'help', None) or ''} | {default} |"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
