@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from transformers import TextStreamer, pipeline
+from transformers import GenerationConfig, TextStreamer, pipeline
 
 from softmeet import Ensemble
+from softmeet.errors import InvalidInputError
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM, TokenReports
 
 MEMBERS = ("gpt2", "llama", "opt projected")
@@ -106,6 +107,36 @@ def test_unequal_dtypes():
     options = {"max_new_tokens": 6, **GREEDY}
     cached = ours.generate(PROMPTS, **options)
     assert torch.equal(cached, ours.generate(PROMPTS, use_cache=False, **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"penalty_alpha": 0.6, "top_k": 4}, "penalty_alpha is not supported for an ensemble: contrastive search"),
+        ({"dola_layers": "low"}, "dola_layers"),
+        ({"assistant_early_exit": 1}, "assistant_early_exit"),
+        ({"output_hidden_states": True}, r"model\.hidden_states"),
+        ({"inputs_embeds": torch.zeros(1, 2, 32)}, "pass input_ids"),
+        ({"generation_config": GenerationConfig(output_attentions=True, return_dict_in_generate=True)}, "attentions"),
+    ],
+)
+def test_what_an_ensemble_cannot_do_is_refused_by_name(model, options, message):
+    with pytest.raises(InvalidInputError, match=message):
+        model.generate(PROMPTS[:1], **options)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_assisted_decoding_on_either_side(model):
+    other = tiny.build("llama", 1).double()
+    options = {"max_new_tokens": 12, **GREEDY}
+    for main, assistant in ((model, other), (other, model)):
+        plain = main.generate(PROMPTS[:1], **options)
+        assert torch.equal(plain, main.generate(PROMPTS[:1], assistant_model=assistant, **options))
+
+
+def test_constrained_decoding(model):
+    allowed = {"prefix_allowed_tokens_fn": lambda batch, ids: [3, 4]}
+    assert set(model.generate(PROMPTS, max_new_tokens=6, **allowed, **GREEDY)[:, 4:].flatten().tolist()) <= {3, 4}
 
 
 def test_a_streamer_sees_every_token(model, capsys):

@@ -26,6 +26,7 @@ from softmeet.hf.cache import EnsembleCache
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.loading import CARD, absolute, load, relative
 from softmeet.hf.recorder import Recorder
+from softmeet.hf.refused import refuse
 from softmeet.hf.sampling import RowSampler
 from softmeet.members.heads import head_of, replace_weight
 from softmeet.members.huggingface import Device, Dtype
@@ -229,6 +230,15 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
             )
             generation_config.max_length = limit
         return generation_config
+
+    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
+        """As transformers'.
+
+        Raises:
+            InvalidInputError: an option that has no meaning for an ensemble; the message says why.
+        """
+        refuse(generation_config, kwargs)
+        return super().generate(inputs, generation_config=generation_config, **kwargs)
 
     def new_cache(self) -> EnsembleCache:
         """An empty cache: one per member."""
