@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape as markup
 from rich.table import Table
 from rich.text import Text
 
@@ -97,11 +98,12 @@ def _show(facts: dict[str, Any]) -> None:
     table = Table("token", "ensemble", *facts["members"], "disagreement", "what moved: token pool → answer")
     for token in facts["tokens"]:
         moved = "  ".join(
-            f"{shown(text)} {math.exp(before):.1%}→{math.exp(after):.1%}" for text, before, after in token["moved"][:2]
+            f"{markup(shown(text))} {math.exp(before):.1%}→{math.exp(after):.1%}"
+            for text, before, after in token["moved"][:2]
         )
         bound = "≤" if all(token["disagreement_is_bound"]) else ""
         table.add_row(
-            shown(token["text"]),
+            markup(shown(token["text"])),
             f"{math.exp(token['log_prob']):.2%}",
             *(f"{math.exp(x):.2%}" for x in token["member_log_probs"]),
             f"{bound}{sum(token['disagreement']):.3f}",
@@ -112,8 +114,8 @@ def _show(facts: dict[str, Any]) -> None:
 
 
 def shown(text: str) -> str:
-    """A token with its spaces and line ends visible, and safe for rich."""
-    return text.replace(" ", "␣").replace("\n", "⏎").replace("[", r"\[")
+    """A token with its spaces and line ends visible."""
+    return text.replace(" ", "␣").replace("\n", "⏎")
 
 
 _PAGE = """<!doctype html>

@@ -148,7 +148,8 @@ def _solve(H: Float[Tensor, "B D D"], g: Float[Tensor, "B D"], eps: float) -> Fl
     for _ in range(3):
         residual = g - (H @ s[..., None]).squeeze(-1)
         s = s + torch.cholesky_solve(residual[..., None], L).squeeze(-1)
-    return s
+    # A row whose factorisation failed to the end stays where it is, and is seen to stall.
+    return torch.where(s.isfinite().all(-1, keepdim=True), s, 0.0)
 
 
 def _residual_slack(H: Float[Tensor, "B D D"], s: Float[Tensor, "B D"], g: Float[Tensor, "B D"]) -> Float[Tensor, " B"]:
