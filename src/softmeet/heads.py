@@ -22,6 +22,8 @@ from softmeet.simplex import log_normalize
 _BLOCK_ELEMENTS = 1 << 20
 # Singular values below this share of the largest count as zero: fp32 products could not tell them from noise.
 _RANK_TOLERANCE = 1e-6
+# Centring after an fp32 product loses as many digits as the means exceed the spreads by: past this, products are fp64.
+_LARGE_OFFSET = 30.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +52,8 @@ class SoftmaxHead:
                 "a head's weight is a floating tensor of shape (v, d), got "
                 f"{self.weight.dtype} of shape {tuple(self.weight.shape)}"
             )
+        if 0 in self.weight.shape:
+            raise InvalidInputError(f"a head has at least one row and one column, got {tuple(self.weight.shape)}")
         if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
             raise InvalidInputError(f"a head's bias has shape ({self.v},), got {tuple(self.bias.shape)}")
         if self.soft_cap is not None and not self.soft_cap > 0:
@@ -99,8 +103,10 @@ class SoftmaxHead:
         return log_normalize(self.logits(hidden))
 
     def slope(self, logits: Float[Tensor, "*b v"]) -> Float[Tensor, "*b v"] | None:
-        """1 - (ℓ / c)², the factor on the rows of W that a soft-cap brings; None without a soft-cap."""
-        return None if self.soft_cap is None else 1 - (logits / self.soft_cap) ** 2
+        """1 - (ℓ / c)², the factor on the rows of W that a soft-cap brings; None without one, 0 at -inf."""
+        if self.soft_cap is None:
+            return None
+        return torch.where(logits.isneginf(), 0.0, 1 - (logits / self.soft_cap) ** 2)
 
     def whitening(self) -> Whitening:
         """Centre and factor of the head, computed once per device; not centred under a soft-cap."""
@@ -114,24 +120,34 @@ class SoftmaxHead:
         if centred:
             for _, block in self.blocks(torch.float64, cut=True):
                 center += block.sum(0) / self.v
-        if not center.isfinite().all():
-            raise InvalidInputError("a head's weight must be finite: it holds NaN or inf")
         gram = center.new_zeros(self.d, self.d)
         for _, block in self.blocks(torch.float64, cut=True):
             gram.addmm_((block - center).T, block - center)
-        values, vectors = torch.linalg.eigh(gram)
-        # Rounding in the centre leaves a constant column a Gram of about (eps · |c|)² · v.
-        floor = max(values[-1].item() * _RANK_TOLERANCE**2, self.v * (1e-14 * center.abs().max().item()) ** 2)
-        keep = values > floor
-        return Whitening(center, vectors[:, keep] / values[keep].sqrt())
+        if not gram.isfinite().all():
+            raise InvalidInputError(
+                "a head's weight must be finite, and its squares too: it holds NaN, inf or overflows"
+            )
+        # Columns are brought to one length first, so that their units do not decide the rank. Rounding in the centre
+        # leaves a constant column a length of about eps · |c| · √v.
+        lengths = gram.diagonal().sqrt()
+        live = lengths > 1e-14 * center.abs() * self.v**0.5
+        unit = torch.where(live, 1 / lengths, 0.0)
+        values, vectors = torch.linalg.eigh(unit[:, None] * gram * unit)
+        keep = values > max(values[-1].item() * _RANK_TOLERANCE**2, torch.finfo(values.dtype).tiny)
+        offset = (center.abs() * self.v**0.5 * unit).max().item()
+        return Whitening(center, unit[:, None] * vectors[:, keep] / values[keep].sqrt(), offset)
 
 
 @dataclass(frozen=True)
 class Whitening:
-    """c and R such that Q = (W - 1cᵀ) R has orthonormal columns; R is (d, rank), fp64."""
+    """c and R such that Q = (W - 1cᵀ) R has orthonormal columns; R is (d, rank), fp64.
+
+    ``offset`` is how far the columns' means exceed their spreads, at most.
+    """
 
     center: Float[Tensor, " d"]
     factor: Float[Tensor, "d rank"]
+    offset: float
 
     @cached_property
     def rank(self) -> int:
@@ -140,7 +156,7 @@ class Whitening:
 
     def to(self, device: torch.device) -> Whitening:
         """The same on another device."""
-        return Whitening(self.center.to(device), self.factor.to(device))
+        return Whitening(self.center.to(device), self.factor.to(device), self.offset)
 
 
 class WhitenedHead:
@@ -162,6 +178,8 @@ class WhitenedHead:
         self.head, self.v, self.dtype, self.slope = head, v, dtype, slope  # slope: (B, v), zero past the last row
         self.home, self.device = head.weight.device, torch.device(device or head.weight.device)
         self.whitening = head.whitening().to(self.device)
+        if self.whitening.offset > _LARGE_OFFSET:
+            self.dtype = torch.float64
         self.rank = self.whitening.rank
         self.rows_read = torch.zeros(batch, dtype=torch.int64)
 
@@ -184,6 +202,11 @@ class WhitenedHead:
         raw = self.head.moments(p.to(self.home, self.dtype)).to(self.device, torch.float64)
         self.rows_read += self.head.v
         return list(((raw - p.sum(-1, keepdim=True) * self.whitening.center) @ self.whitening.factor).chunk(len(ps)))
+
+    def lost_digits(self, lam: Float[Tensor, "B rank"]) -> Float[Tensor, " B"]:
+        """The size of what centring cancels in :meth:`scores`, times the unit round-off of the product."""
+        x = lam @ self.whitening.factor.T
+        return torch.finfo(self.dtype).eps * (x.abs() @ self.whitening.center.abs())
 
     def _sloped(self, x: Float[Tensor, "B v"]) -> Float[Tensor, "B v"]:
         return x if self.slope is None else x * self.slope

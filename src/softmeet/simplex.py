@@ -20,7 +20,8 @@ def entropy(log_p: Float[Tensor, "*b v"]) -> Float[Tensor, "*b"]:
 
 def kl(log_p: Float[Tensor, "*b v"], log_q: Float[Tensor, "*b v"]) -> Float[Tensor, "*b"]:
     """KL(p‖q) = Σ p (log p - log q), in nats; +inf where p has mass outside the support of q."""
-    terms = torch.where(log_p.isneginf(), 0.0, log_p.exp() * (log_p - log_q))
+    p = log_p.exp()  # may underflow to 0 where log_p is finite
+    terms = torch.where(p == 0, 0.0, p * (log_p - log_q))
     return terms.sum(-1).clamp_min(0.0)
 
 

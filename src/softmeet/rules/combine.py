@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -76,13 +77,13 @@ def combine(
     problem = Problem(
         log_p=log_p,
         heads=found,
-        slopes=validate.slopes_of(found, logits, log_p),
+        slopes=validate.slopes_of(found, logits, log_p, log_probs.shape),
         weights=log_p.new_tensor(validate.checked_weights(weights, n, free=free_weights)),
         trust=validate.checked_trust(trust, n),
         pool=validate.checked_pool(pool),
         support=validate.checked_support(support, log_p),
         tol=validate.checked_number("tol", tol, positive=True),
-        max_steps=int(validate.checked_number("max_steps", max_steps, positive=True)),
+        max_steps=math.ceil(validate.checked_number("max_steps", max_steps, positive=True)),
         dtype=torch.float64 if tol < _FINEST_FP32 else given,
     )
     answer = chosen.solve(problem)

@@ -6,7 +6,7 @@ import torch
 
 from softmeet.rules.base import Answer, Rule, closed_form
 from softmeet.rules.problem import Problem
-from softmeet.simplex import kl, logit_mean, prob_mean
+from softmeet.simplex import kl, log_normalize, logit_mean, prob_mean
 
 
 class LogitMean(Rule):
@@ -28,7 +28,10 @@ class LogitMean(Rule):
 
 
 class ProbMean(Rule):
-    """minimise Σ w_i KL(p̂_i‖p): p = Σ w_i p̂_i / Σ w_i, the weighted average of probabilities."""
+    """minimise Σ w_i KL(p̂_i‖p): p = Σ w_i p̂_i / Σ w_i, the weighted average of probabilities.
+
+    Where a support is given, the average is conditioned on it, and the objective, over all tokens, is infinite.
+    """
 
     name = "prob-mean"
     summary = "the weighted average of the members' probabilities"
@@ -37,9 +40,11 @@ class ProbMean(Rule):
     def solve(self, problem: Problem) -> Answer:
         """In closed form."""
         log_probs = problem.restricted(prob_mean(problem.log_p, problem.weights))
-        terms = torch.stack([kl(problem.restricted(member), log_probs) for member in problem.log_p])
-        weights = problem.weights / problem.weights.sum()
-        return closed_form(problem, log_probs, (weights[:, None] * terms).sum(0))
+        objective = torch.zeros_like(log_probs[:, 0])
+        for member, weight in zip(problem.log_p, (problem.weights / problem.weights.sum()).tolist(), strict=True):
+            if weight:
+                objective = objective + weight * kl(member, log_probs)
+        return closed_form(problem, log_probs, objective)
 
 
 class OneHot(Rule):
@@ -55,7 +60,7 @@ class OneHot(Rule):
 
     def solve(self, problem: Problem) -> Answer:
         """In closed form."""
-        scores = problem.restricted(_weighted_log_probs(problem))
+        scores = problem.restricted(log_normalize(_weighted_log_probs(problem)))
         best = scores.argmax(-1, keepdim=True)
         log_probs = torch.full_like(scores, -torch.inf).scatter(-1, best, 0.0)
         return closed_form(problem, log_probs, -_weighted_log_probs(problem).gather(-1, best).squeeze(-1))

@@ -57,8 +57,14 @@ class Problem:
         return replace(self, log_p=self.log_p[:, rows], slopes=slopes)
 
     def restricted(self, log_q: Float[Tensor, "B v"]) -> Float[Tensor, "B v"]:
-        """``log_q`` on the tokens that may be answered, renormalised."""
-        return log_q if self.support is None else log_normalize(log_q.masked_fill(~self.support, -torch.inf))
+        """``log_q`` on the tokens that may be answered, renormalised.
+
+        Raises:
+            DisjointSupportError: a row has no such token.
+        """
+        out = log_q if self.support is None else log_normalize(log_q.masked_fill(~self.support, -torch.inf))
+        _refuse_empty(out.isnan().any(-1))
+        return out
 
     @cached_property
     def log_pool(self) -> Float[Tensor, "B v"]:
@@ -70,12 +76,7 @@ class Problem:
         shared = (~self.log_p.isneginf()).all(0)
         if self.support is not None:
             shared &= self.support
-        empty = (~shared.any(-1)).nonzero().flatten().tolist()
-        if empty:
-            raise DisjointSupportError(
-                f"expected a token with positive probability under every member, found none in rows {empty[:8]}: "
-                "the members exclude each other's tokens; combine fewer members, or use rule='prob-mean'"
-            )
+        _refuse_empty(~shared.any(-1))
         q = POOLS[self.pool](self.log_p, self.weights)
         # Rows that lose nothing stay what the pool's own rule gives, to the last bit.
         cut = (~shared & ~q.isneginf()).any(-1, keepdim=True)
@@ -100,3 +101,11 @@ class Problem:
     def with_finite_trust(self, default: float) -> Self:
         """The same problem with ``default`` wherever the trust is infinite."""
         return replace(self, trust=tuple(default if math.isinf(rho) else rho for rho in self.trust))
+
+
+def _refuse_empty(rows: Bool[Tensor, " B"]) -> None:
+    if rows.any():
+        raise DisjointSupportError(
+            "expected a token with positive probability under every member (and in support=), found none in rows "
+            f"{rows.nonzero().flatten().tolist()[:8]}: combine fewer members, or use rule='prob-mean'"
+        )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import get_args
+from numbers import Real
+from typing import Any, get_args
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -26,19 +28,32 @@ def checked_weights(weights: Sequence[float] | Tensor | None, n: int, *, free: b
     Raises:
         InvalidInputError: they are not.
     """
-    values = [1 / n] * n if weights is None else [float(w) for w in weights]
+    values = [1 / n] * n if weights is None else list(_floats("weights", weights))
     if len(values) != n:
         raise InvalidInputError(f"expected one weight per member, {n} in all, got {len(values)}: {values}")
     if not all(math.isfinite(w) and w >= 0 for w in values):
         raise InvalidInputError(f"expected finite weights, none negative, got {values}")
-    if sum(values) == 0:
-        raise InvalidInputError(f"expected a positive weight, got {values}")
+    if not 0 < sum(values) < math.inf:
+        raise InvalidInputError(f"expected a positive weight and a finite sum, got {values}")
     if not free and abs(sum(values) - 1) > 1e-6:
         raise InvalidInputError(
             f"expected weights that sum to 1, got {values} with sum {sum(values):g}: divide by the sum, or say "
             "free_weights=True to use them as exponents"
         )
     return values
+
+
+def _floats(name: str, values: Any) -> tuple[float, ...]:
+    """One number, or several, as floats."""
+    try:
+        array = np.atleast_1d(np.asarray(values.cpu() if isinstance(values, Tensor) else values, dtype=np.float64))
+    except (TypeError, ValueError):
+        raise InvalidInputError(f"expected {name} as a number or a list of numbers, got {values!r}") from None
+    if array.ndim != 1:
+        raise InvalidInputError(
+            f"expected {name} as a number or a list of numbers, got an array of shape {array.shape}"
+        )
+    return tuple(array.tolist())
 
 
 def checked_trust(trust: float | Sequence[float] | Tensor | None, n: int) -> tuple[float, ...]:
@@ -49,8 +64,8 @@ def checked_trust(trust: float | Sequence[float] | Tensor | None, n: int) -> tup
     """
     if trust is None:
         return (DEFAULT_TRUST,) * n
-    single = isinstance(trust, int | float) or (isinstance(trust, Tensor) and trust.ndim == 0)
-    values = (float(trust),) * n if single else tuple(float(rho) for rho in trust)  # type: ignore[arg-type,union-attr]
+    values = _floats("trust", trust)
+    values = values * n if len(values) == 1 and not isinstance(trust, list | tuple) else values
     if len(values) != n:
         raise InvalidInputError(f"expected one trust, or one per member, {n} in all, got {len(values)}: {values}")
     if not all(rho >= 0 for rho in values):
@@ -60,7 +75,7 @@ def checked_trust(trust: float | Sequence[float] | Tensor | None, n: int) -> tup
 
 def checked_number(name: str, value: float, *, positive: bool) -> float:
     """A finite number that is positive (or not negative)."""
-    if not (math.isfinite(value) and (value > 0 if positive else value >= 0)):
+    if not (isinstance(value, Real) and math.isfinite(value) and (value > 0 if positive else value >= 0)):
         raise InvalidInputError(f"expected a {'positive' if positive else 'non-negative'} {name}, got {value}")
     return value
 
@@ -118,7 +133,10 @@ def checked_heads(heads: Sequence[SoftmaxHead | Tensor], log_p: Float[Tensor, "n
 
 
 def slopes_of(
-    heads: Sequence[SoftmaxHead], logits: Float[Tensor, "n *b v"] | None, log_p: Float[Tensor, "n B v"]
+    heads: Sequence[SoftmaxHead],
+    logits: Float[Tensor, "n *b v"] | None,
+    log_p: Float[Tensor, "n B v"],
+    shape: torch.Size,
 ) -> tuple[Float[Tensor, "B v"] | None, ...]:
     """The slope of each head's soft-cap at the members' logits, zero past a head's last row.
 
@@ -129,9 +147,17 @@ def slopes_of(
         return (None,) * len(heads)
     if logits is None:
         raise InvalidInputError("a head has a soft-cap: pass the members' capped logits as logits=, (n, *batch, v)")
-    if logits.shape[0] != len(heads) or logits.numel() != log_p.numel():
-        raise InvalidInputError(f"expected logits in the shape of the log-probabilities, got {tuple(logits.shape)}")
+    if logits.shape != shape:
+        raise InvalidInputError(
+            f"expected logits of shape {tuple(shape)}, as the log-probabilities, got {tuple(logits.shape)}"
+        )
     flat = logits.detach().reshape(log_p.shape).double()
+    for i, (head, member) in enumerate(zip(heads, flat, strict=True)):
+        if head.soft_cap is not None and (member.isnan() | (member > head.soft_cap * 1.01)).any():
+            raise NonFiniteError(
+                f"expected capped logits of member {i}, none NaN and none above its soft-cap {head.soft_cap:g}, got a "
+                f"largest value of {member.max().item():g}: pass what the model returns"
+            )
     found: list[Float[Tensor, "B v"] | None] = []
     for head, member in zip(heads, flat, strict=True):
         slope = head.slope(member[:, : head.v])
@@ -160,11 +186,15 @@ def restate(
 ) -> Problem:
     """``problem`` with its settings, but with heads and log-probabilities given anew."""
     log_p = checked_log_probs(log_probs)
+    if log_p.shape != problem.log_p.shape:
+        raise InvalidInputError(f"expected what was combined, {tuple(problem.log_p.shape)}, got {tuple(log_p.shape)}")
     found = checked_heads(heads, log_p)
+    if [head.d for head in found] != [head.d for head in problem.heads]:
+        raise InvalidInputError(f"expected heads of widths {[head.d for head in problem.heads]}, in the order combined")
     return Problem(
         log_p=log_p,
         heads=found,
-        slopes=slopes_of(found, logits, log_p),
+        slopes=slopes_of(found, logits, log_p, log_probs.shape),
         weights=problem.weights,
         trust=problem.trust,
         pool=problem.pool,

@@ -57,7 +57,7 @@ class DualNewton(Solver[Projection, NewtonState]):
         before = problem.passes()
         p, r = problem.pooled(state.z).exp(), problem.corrected(state.z).exp()
         gradient, H = _derivatives(problem, p, r)
-        s = _solve(H, gradient, torch.finfo(problem.heads[0].dtype).eps)
+        s = _solve(H, gradient, problem.eps)
         parts = s.split([h.rank for h in problem.heads], dim=-1)
         change = torch.stack([h.scores(-part) for h, part in zip(problem.heads, parts, strict=True)], dim=1)
         bound, broken = gap_bound(problem, p, r, change)
@@ -68,7 +68,7 @@ class DualNewton(Solver[Projection, NewtonState]):
         t, value = _line_search(problem, state, change, decrement)
         state.nu = state.nu - t[:, None] * s
         state.z = state.z + t[:, None, None] * change
-        self._judge(problem, state, bound, value, decrement, problem.rounding(p, r, state.z))
+        self._judge(problem, state, bound, value, decrement, problem.rounding(p, r, state.z, state.nu))
         self._look_for_a_proof(problem, state, s, change)
         state.passes = state.passes + problem.passes() - before
         return state
@@ -93,6 +93,7 @@ class DualNewton(Solver[Projection, NewtonState]):
         stalled = (fall <= 0) & ~reached
         state.done = reached | stalled
         state.status[stalled] = Status.NOT_CONVERGED
+        state.gap[stalled & ~state.certified] = torch.inf
 
     def _look_for_a_proof(
         self, problem: Projection, state: NewtonState, s: Float[Tensor, "B D"], change: Float[Tensor, "B n v"]
@@ -148,8 +149,8 @@ def _solve(H: Float[Tensor, "B D D"], g: Float[Tensor, "B D"], eps: float) -> Fl
     for _ in range(3):
         residual = g - (H @ s[..., None]).squeeze(-1)
         s = s + torch.cholesky_solve(residual[..., None], L).squeeze(-1)
-    # A row whose factorisation failed to the end stays where it is, and is seen to stall.
-    return torch.where(s.isfinite().all(-1, keepdim=True), s, 0.0)
+    # Where H vanishes, as for one-hot distributions, the gradient is still a direction, and may be a Farkas proof.
+    return torch.where(s.isfinite().all(-1, keepdim=True), s, g)
 
 
 def _residual_slack(H: Float[Tensor, "B D D"], s: Float[Tensor, "B D"], g: Float[Tensor, "B D"]) -> Float[Tensor, " B"]:

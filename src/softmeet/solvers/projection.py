@@ -54,6 +54,11 @@ class Projection:
         """r_i is tilted by -γ_i z_i."""
         return tuple(min(1.0, 1.0 / rho) for rho in self.trust)
 
+    @cached_property
+    def eps(self) -> float:
+        """The unit round-off of the coarsest product."""
+        return max(torch.finfo(h.dtype).eps for h in self.heads)
+
     def take(self, rows: Int[Tensor, " k"]) -> Self:
         """Some rows of the batch, with fresh read counters."""
         heads = tuple(h.take(rows) for h in self.heads)
@@ -98,14 +103,18 @@ class Projection:
         return total
 
     def rounding(
-        self, p: Float[Tensor, "B v"], r: Float[Tensor, "B n v"], z: Float[Tensor, "B n v"]
+        self, p: Float[Tensor, "B v"], r: Float[Tensor, "B n v"], z: Float[Tensor, "B n v"], nu: Float[Tensor, "B D"]
     ) -> Float[Tensor, " B"]:
-        """What rounding of the scores may do to f, in nats: the mean size of the tilts times the unit round-off.
+        """What rounding of the scores z of ν may do to f, in nats: the size of the tilts times the unit round-off.
 
         ``p`` and ``r`` may be those of a point nearby.
         """
         size = (p * self.tilt(z).abs()).sum(-1) + (r * self._weighted(z, self.alpha).abs()).sum((-1, -2))
-        return torch.finfo(self.heads[0].dtype).eps * size
+        total = self.eps * size
+        parts = nu.split([h.rank for h in self.heads], dim=-1)
+        for alpha, head, part in zip(self.alpha, self.heads, parts, strict=True):
+            total = total + alpha * head.lost_digits(part)
+        return total
 
     def excludes(self, z: Float[Tensor, "B n v"]) -> Bool[Tensor, " B"]:
         """Whether z is a Farkas proof: the exact members' part of z shows that no p has their moments.
@@ -119,5 +128,5 @@ class Projection:
         part = z[:, exact]
         centred = (part - (self.log_p[:, exact].exp() * part).sum(-1, keepdim=True)).sum(1)
         highest = torch.where(self.log_q.isneginf(), -torch.inf, centred).amax(-1)
-        margin = 64 * torch.finfo(self.heads[0].dtype).eps * part.abs().amax((-1, -2))
+        margin = 64 * self.eps * part.abs().amax((-1, -2))
         return highest < -margin

@@ -1,0 +1,126 @@
+"""What a hostile reviewer found, kept from coming back."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from instances import random_heads
+
+import softmeet
+from softmeet import Status
+from softmeet.errors import DisjointSupportError, InvalidInputError, NonFiniteError
+from softmeet.heads import SoftmaxHead
+from softmeet.simplex import kl, total_variation
+
+HEADS = random_heads(60, (3, 5), seed=0)
+LOG_P = torch.stack(
+    [(W @ torch.randn(W.shape[1], 3, generator=torch.Generator().manual_seed(1)).double() * 0.4).T for W in HEADS]
+).log_softmax(-1)
+CAPPED = [SoftmaxHead(HEADS[0], soft_cap=9.0), HEADS[1]]
+BROKEN = [SoftmaxHead(HEADS[0] * math.inf, soft_cap=9.0), HEADS[1]]
+DISJOINT = torch.full((2, 2, 60), -math.inf, dtype=torch.float64)
+DISJOINT[0, :, 0] = DISJOINT[1, :, 1] = 0.0
+
+
+@pytest.mark.parametrize("rule", ["meet", "max-entropy"])
+@pytest.mark.parametrize("spread", [2, 3, 5])
+def test_the_units_of_columns_do_not_decide(rule, spread):
+    scaled = [W * torch.logspace(-spread, spread, W.shape[1]).double() for W in HEADS]
+    ours = softmeet.combine(LOG_P, scaled, rule, trust=1.0, tol=1e-9)
+    plain = softmeet.combine(LOG_P, HEADS, rule, trust=1.0, tol=1e-9)
+    assert torch.equal(ours.status, plain.status)
+    assert total_variation(ours.log_probs, plain.log_probs).max() < 1e-4
+    assert torch.allclose(ours.residual, plain.residual, atol=1e-4)
+
+
+@pytest.mark.parametrize("offset", [10.0, 1e2, 1e4, 1e5])
+@pytest.mark.parametrize("rule", ["meet", "max-entropy"])
+def test_a_common_offset_does_not_spoil_the_certificate(rule, offset):
+    moved = [(W + offset).float() for W in HEADS]
+    log_p = LOG_P.float()
+    ours = softmeet.combine(log_p, moved, rule, trust=1.0)
+    exact = softmeet.combine(log_p.double(), moved, rule, trust=1.0, tol=1e-12)
+    sure = ours.gap_is_certified & ~ours.fallback
+    assert (exact.objective - ours.objective)[sure].max() <= ours.gap[sure].max() + 1e-6
+    assert (ours.status != Status.NOT_CONVERGED).all()
+
+
+def test_a_pool_on_one_token_is_proved_infeasible():
+    half = torch.tensor([[0.5, 0.5, 0, 0], [0.5, 0, 0.5, 0]], dtype=torch.float64).log()
+    heads = [torch.eye(4)[:, :3], torch.randn(4, 2, generator=torch.Generator().manual_seed(0))]
+    for rule, trust in (("max-entropy", None), ("meet", (math.inf, 0.0))):
+        solution = softmeet.combine(half, heads, rule, trust=trust)
+        assert solution.status == Status.INFEASIBLE
+        assert solution.fallback
+        assert solution.log_probs.exp()[0] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("rule", ["meet", "max-entropy", "logit-mean", "one-hot"])
+def test_no_common_token_is_an_error_for_every_rule_that_needs_one(rule):
+    with pytest.raises(DisjointSupportError, match=r"found none in rows \[0, 1\]"):
+        softmeet.combine(DISJOINT, HEADS, rule)
+
+
+@pytest.mark.parametrize("rule", ["meet", "logit-mean", "prob-mean", "one-hot"])
+def test_an_empty_support_is_an_error(rule):
+    with pytest.raises(DisjointSupportError, match="support="):
+        softmeet.combine(LOG_P, HEADS, rule, support=torch.zeros(60, dtype=torch.bool))
+
+
+def test_a_member_without_weight_or_mass_brings_no_nan():
+    ours = softmeet.combine(DISJOINT, HEADS, "prob-mean", weights=[1.0, 0.0])
+    assert ours.objective.tolist() == [0.0, 0.0]
+    tiny = torch.tensor([0.0, -800.0]).double().log_softmax(-1)
+    assert kl(tiny, torch.tensor([0.0, -math.inf]).double()).item() == 0.0
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"weights": [1e308, 1e308], "free_weights": True}, InvalidInputError, "finite sum"),
+        ({"weights": 0.5}, InvalidInputError, "one weight per member, 2 in all, got 1"),
+        ({"weights": "much"}, InvalidInputError, "weights as a number or a list"),
+        ({"trust": "much"}, InvalidInputError, "trust as a number or a list"),
+        ({"trust": torch.ones(2, 2)}, InvalidInputError, r"array of shape \(2, 2\)"),
+        ({"tol": None}, InvalidInputError, "positive tol"),
+        ({"heads": [torch.zeros(60, 0), HEADS[1]]}, InvalidInputError, "at least one row and one column"),
+        ({"heads": [HEADS[0] * 1e200, HEADS[1]]}, InvalidInputError, "overflows"),
+        ({"heads": BROKEN, "logits": LOG_P}, InvalidInputError, "finite"),
+        ({"heads": CAPPED, "logits": LOG_P + 50}, NonFiniteError, "soft-cap 9"),
+        ({"heads": CAPPED, "logits": LOG_P * math.nan}, NonFiniteError, "none NaN"),
+        (
+            {"heads": CAPPED, "logits": LOG_P.transpose(0, 1)},
+            InvalidInputError,
+            r"logits of shape \(2, 3, 60\)",
+        ),
+    ],
+)  # fmt: skip
+def test_refused_with_a_typed_error(change, error, message):
+    with pytest.raises(error, match=message):
+        softmeet.combine(**{"log_probs": LOG_P, "heads": HEADS, "trust": 1.0, **change})
+
+
+def test_numpy_numbers_are_numbers():
+    ours = softmeet.combine(LOG_P, HEADS, trust=np.float32(0.5), weights=np.array([0.5, 0.5]), tol=np.float32(1e-4))
+    assert torch.equal(ours.log_probs, softmeet.combine(LOG_P, HEADS, trust=0.5, tol=float(np.float32(1e-4))).log_probs)
+
+
+def test_an_impossible_token_under_a_soft_cap():
+    logits = (LOG_P + 3).clamp(-8.9, 8.9)
+    logits[0, 1, 3] = -math.inf
+    heads = [SoftmaxHead(HEADS[0], soft_cap=9.0), SoftmaxHead(HEADS[1])]
+    solution = softmeet.combine(logits.log_softmax(-1), heads, trust=1.0, logits=logits)
+    assert (solution.status == Status.OPTIMAL).all()
+    assert solution.log_probs[1, 3] == -math.inf
+    assert not solution.log_probs.isnan().any()
+
+
+def test_verify_needs_what_was_combined():
+    solution = softmeet.combine(LOG_P, HEADS, trust=1.0)
+    with pytest.raises(InvalidInputError, match="expected what was combined"):
+        solution.verify(HEADS[:1], LOG_P[:1])
+    with pytest.raises(InvalidInputError, match="in the order combined"):
+        solution.verify(HEADS[::-1], LOG_P)
