@@ -118,3 +118,5 @@ def test_a_dtype_and_a_device_per_member(tmp_path, monkeypatch):
     assert answer(model).isfinite().all()
     with pytest.raises(InvalidInputError, match="one device, or one per member, 2 in all, got 3"):
         Ensemble.from_pretrained(folders, device=["cpu"] * 3)
+    placed = Ensemble.from_pretrained(folders, device="auto").model
+    assert torch.equal(answer(placed), answer(Ensemble.from_pretrained(folders).model))

@@ -37,6 +37,24 @@ def test_prompt_lookup_equals_greedy(rule):
 
 
 @pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("family", ["narrow", "wide"])
+def test_the_bundled_members_too(family, rule, tmp_path):
+    """Cached equals uncached, batched equals single, prompt lookup equals greedy, loaded equals saved."""
+    ours = Ensemble.from_pretrained(family, rule, trust=1.0, tol=1e-10, dtype=torch.float64)
+    batch = ours.tokenizer(["And the king", "And the king said unto the king"], return_tensors="pt", padding=True)
+    options = {"max_new_tokens": 4, **GREEDY}
+    together = ours.model.generate(**batch, **options)
+    assert torch.equal(together, ours.model.generate(**batch, use_cache=False, **options))
+    one = {key: batch[key][1:] for key in ("input_ids", "attention_mask")}
+    alone = ours.model.generate(**one, **options)
+    assert torch.equal(alone[0], together[1])
+    assert torch.equal(alone, ours.model.generate(**one, prompt_lookup_num_tokens=2, **options))
+    ours.save_pretrained(tmp_path / "e")
+    again = Ensemble.from_pretrained(tmp_path / "e", dtype=torch.float64)
+    assert torch.equal(alone, again.model.generate(**one, **options))
+
+
+@pytest.mark.parametrize("rule", RULES)
 def test_left_padded_prompts_of_unequal_length(rule):
     ours = build(rule)
     short = torch.tensor([[7, 8]])

@@ -91,7 +91,7 @@ class Ensemble:
             rule, weights, trust, pool, tol, max_steps, free_weights: as :func:`softmeet.combine`; None for its
                 defaults, or for what a saved ensemble has.
             dtype: None for fp32 on CPU and the checkpoints' own elsewhere; one for all members or one each.
-            device: None for CPU; one for all members or one each.
+            device: None for CPU, ``"auto"`` to leave it to accelerate; one for all members or one each.
             trust_remote_code: run code that comes with a checkpoint.
             on_progress: called with each member's name before it is loaded.
 

@@ -42,7 +42,7 @@ def load_members(
             ``narrow``, ``wide/gpt2``).
         dtype: None for fp32 on CPU and the checkpoint's own dtype elsewhere; ``"auto"`` for the latter. One for all
             members, or one each.
-        device: where to put them; None for CPU. One for all members, or one each.
+        device: where to put them; None for CPU, ``"auto"`` to leave it to accelerate. One for all, or one each.
         trust_remote_code: run code that comes with a checkpoint. Off unless asked for.
         on_progress: called with each name before it is loaded.
 
@@ -57,7 +57,7 @@ def load_members(
     members = []
     for name, own_dtype, own_device in zip(expanded, dtypes, devices, strict=True):
         on_progress(name)
-        members.append(_load(name, own_dtype, torch.device(own_device or "cpu"), trust_remote_code))
+        members.append(_load(name, own_dtype, own_device, trust_remote_code))
     return members
 
 
@@ -68,12 +68,14 @@ def _each(value: Any, what: str, n: int) -> list[Any]:
     return values
 
 
-def _load(name: str, dtype: Dtype, device: torch.device, trust_remote_code: bool) -> Member:
-    wanted = dtype if dtype is not None else (torch.float32 if device.type == "cpu" else "auto")
+def _load(name: str, dtype: Dtype, device: Device, trust_remote_code: bool) -> Member:
     where = _where(name) | {"trust_remote_code": trust_remote_code}
+    placement: dict[str, Any] = {"device_map": "auto"} if device == "auto" else {}
+    on_cpu = torch.device(device or "cpu").type == "cpu" if not placement else not torch.cuda.is_available()
+    wanted = dtype if dtype is not None else (torch.float32 if on_cpu else "auto")
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            **where, dtype=wanted, use_safetensors=True, output_loading_info=True
+            **where, **placement, dtype=wanted, use_safetensors=True, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(**where, padding_side="left")
     except SafetensorError as error:
@@ -89,7 +91,7 @@ def _load(name: str, dtype: Dtype, device: torch.device, trust_remote_code: bool
         raise CheckpointError(
             f"cannot load {name}: {len(absent)} weights are missing or misshapen (first: {absent[0]}): fetch it again"
         )
-    return Member(name, model.to(device).eval(), tokenizer)
+    return Member(name, (model if placement else model.to(torch.device(device or "cpu"))).eval(), tokenizer)
 
 
 def _where(name: str) -> dict[str, Any]:
