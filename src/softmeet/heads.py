@@ -196,7 +196,7 @@ class WhitenedHead:
         self.rows_read += self.head.v
         return self._sloped(pad(out, (0, self.v - self.head.v)))
 
-    def moments(self, *ps: Float[Tensor, "B v"]) -> list[Float[Tensor, "B rank"]]:
+    def moments(self, *ps: Float[Tensor, "B v"]) -> list[Float[Tensor, "B _"]]:
         """Qᵀ p for each of ``ps``; one read of the head for all of them."""
         p = torch.cat([self._sloped(p) for p in ps])[:, : self.head.v]
         raw = self.head.moments(p.to(self.home, self.dtype)).to(self.device, torch.float64)
@@ -230,7 +230,7 @@ class WhitenedHead:
         return block if self.slope is None else block * self.slope[row, tokens, None].to(block.dtype)
 
 
-def whitened_blocks(heads: Sequence[WhitenedHead]) -> Iterator[tuple[slice, list[Float[Tensor, "b rank"]]]]:
+def whitened_blocks(heads: Sequence[WhitenedHead]) -> Iterator[tuple[slice, list[Float[Tensor, "b _"]]]]:
     """(tokens, [block of (W_i - 1cᵀ) R_i]) in the heads' dtype, by one read of every head; slopes not applied."""
     size = max(64, _BLOCK_ELEMENTS // max(sum(h.head.d for h in heads), 1))
     for start in range(0, heads[0].v, size):

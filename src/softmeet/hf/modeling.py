@@ -254,12 +254,12 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         hidden: Tensor = base(input_ids=ids, cache=cache, **moved).last_hidden_state
         return hidden.to(self.heads[i].weight.device)
 
-    def hidden_states(self, input_ids: Int[Tensor, "1 t"]) -> list[Float[Tensor, "t d"]]:
+    def hidden_states(self, input_ids: Int[Tensor, "1 t"]) -> list[Float[Tensor, "t _"]]:
         """Each member's last hidden states over one text, without a cache."""
         self._check_length(input_ids, None)
         return [self._hidden(i, input_ids, use_cache=False)[0] for i in range(len(self.heads))]
 
-    def _solve(self, hidden: list[Float[Tensor, "B k d"]], recorder: Recorder | None) -> Float[Tensor, "B k v"]:
+    def _solve(self, hidden: list[Float[Tensor, "B k _"]], recorder: Recorder | None) -> Float[Tensor, "B k v"]:
         """Combine every position, in chunks of bounded memory."""
         B, k = hidden[0].shape[:2]
         rows = [h.flatten(0, 1) for h in hidden]
@@ -273,7 +273,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         return torch.cat(parts).reshape(B, k, -1)
 
     def solve_rows(
-        self, hidden: Sequence[Float[Tensor, "B d"]], **changes: Any
+        self, hidden: Sequence[Float[Tensor, "B _"]], **changes: Any
     ) -> tuple[Float[Tensor, "n B v"], Solution]:
         """(the members' log-probabilities, the rule's solution) at B positions, from each member's hidden states.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -33,10 +33,10 @@ class Answer:
     passes: Float[Tensor, " B"]
     disagreement: Float[Tensor, "B n"]
     disagreement_is_bound: Bool[Tensor, "B n"]
-    dual: tuple[Float[Tensor, "B d"], ...]
-    ray: tuple[Float[Tensor, "B d"], ...]
+    dual: tuple[Float[Tensor, "B _"], ...]
+    ray: tuple[Float[Tensor, "B _"], ...]
 
-    def put(self, rows: Int[Tensor, " k"], other: Self) -> Self:
+    def put(self, rows: Int[Tensor, " k"], other: Answer) -> Answer:
         """A copy with some rows replaced."""
         merged: dict[str, object] = {}
         for f in fields(self):

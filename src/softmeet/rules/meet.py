@@ -88,7 +88,7 @@ def _answer(problem: Problem, projection: Projection, trusted: list[int], state:
 
 def _raw_dual(
     problem: Problem, projection: Projection, trusted: list[int], nu: Float[Tensor, "B D"]
-) -> tuple[Float[Tensor, "B d"], ...]:
+) -> tuple[Float[Tensor, "B _"], ...]:
     """λ_i = α_i R_i ν_i; zeros for members that dropped out."""
     out = [nu.new_zeros(len(nu), head.d) for head in problem.heads]
     parts = nu.split([h.rank for h in projection.heads], dim=-1)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -51,7 +51,7 @@ class Problem:
     max_steps: int
     dtype: torch.dtype
 
-    def take(self, rows: Int[Tensor, " k"]) -> Self:
+    def take(self, rows: Int[Tensor, " k"]) -> Problem:
         """Some rows of the batch."""
         slopes = tuple(None if s is None else s[rows] for s in self.slopes)
         return replace(self, log_p=self.log_p[:, rows], slopes=slopes)
@@ -98,7 +98,7 @@ class Problem:
             tol=self.tol,
         )
 
-    def with_finite_trust(self, default: float) -> Self:
+    def with_finite_trust(self, default: float) -> Problem:
         """The same problem with ``default`` wherever the trust is infinite."""
         return replace(self, trust=tuple(default if math.isinf(rho) else rho for rho in self.trust))
 

@@ -77,7 +77,7 @@ def checked_number(name: str, value: float, *, positive: bool) -> float:
     """A finite number that is positive (or not negative)."""
     if not (isinstance(value, Real) and math.isfinite(value) and (value > 0 if positive else value >= 0)):
         raise InvalidInputError(f"expected a {'positive' if positive else 'non-negative'} {name}, got {value}")
-    return value
+    return float(value)
 
 
 def checked_log_probs(log_probs: Float[Tensor, "n *b v"]) -> Float[Tensor, "n B v"]:

@@ -6,7 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Generic, Self, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -33,6 +33,10 @@ _SENTENCES = {
 }
 
 
+P = TypeVar("P")
+S = TypeVar("S", bound="State")
+
+
 @dataclass
 class State:
     """One row per problem in every field; solvers add fields of their own.
@@ -47,18 +51,14 @@ class State:
     steps: Int[Tensor, " B"]
     passes: Float[Tensor, " B"]
 
-    def take(self, rows: Int[Tensor, " k"]) -> Self:
+    def take(self: S, rows: Int[Tensor, " k"]) -> S:
         """A copy of some rows."""
         return dataclasses.replace(self, **{f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self)})
 
-    def put(self, rows: Int[Tensor, " k"], other: Self) -> None:
+    def put(self: S, rows: Int[Tensor, " k"], other: S) -> None:
         """Write some rows back."""
         for f in dataclasses.fields(self):
             getattr(self, f.name)[rows] = getattr(other, f.name)
-
-
-P = TypeVar("P")
-S = TypeVar("S", bound=State)
 
 
 class Solver(ABC, Generic[P, S]):

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -59,7 +58,7 @@ class Projection:
         """The unit round-off of the coarsest product."""
         return max(torch.finfo(h.dtype).eps for h in self.heads)
 
-    def take(self, rows: Int[Tensor, " k"]) -> Self:
+    def take(self, rows: Int[Tensor, " k"]) -> Projection:
         """Some rows of the batch, with fresh read counters."""
         heads = tuple(h.take(rows) for h in self.heads)
         return replace(self, log_q=self.log_q[rows], log_p=self.log_p[rows], heads=heads)
