@@ -9,7 +9,6 @@ known amount, so the bound at the new point needs no further read.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from softmeet.heads import whitened_blocks
 from softmeet.solvers.base import Solver, State, Status, empty_state_fields
-from softmeet.solvers.certificate import gap_bound, restricted_gap_bound
+from softmeet.solvers.certificate import gap_bound, residual_slack, restricted_gap_bound
 from softmeet.solvers.projection import Projection
 
 _ARMIJO = 1e-4
@@ -62,7 +61,7 @@ class DualNewton(Solver[Projection, NewtonState]):
         change = torch.stack([h.scores(-part) for h, part in zip(problem.heads, parts, strict=True)], dim=1)
         bound, broken = gap_bound(problem, p, r, change)
         decrement = (gradient * s).sum(-1)
-        bound = torch.where(broken, torch.inf, bound + _residual_slack(H, s, gradient))
+        bound = torch.where(broken, torch.inf, bound + residual_slack(H, s, gradient, gradient))
         for k in ((bound.isinf()) & (0.25 * decrement <= problem.tol)).nonzero().flatten().tolist():
             bound[k] = restricted_gap_bound(problem, k, p[k], r[k], gradient[k])
         t, value = _line_search(problem, state, change, decrement)
@@ -151,16 +150,6 @@ def _solve(H: Float[Tensor, "B D D"], g: Float[Tensor, "B D"], eps: float) -> Fl
         s = s + torch.cholesky_solve(residual[..., None], L).squeeze(-1)
     # Where H vanishes, as for one-hot distributions, the gradient is still a direction, and may be a Farkas proof.
     return torch.where(s.isfinite().all(-1, keepdim=True), s, g)
-
-
-def _residual_slack(H: Float[Tensor, "B D D"], s: Float[Tensor, "B D"], g: Float[Tensor, "B D"]) -> Float[Tensor, " B"]:
-    """What H s ≠ g may hide: an infeasibility e moves the bound by at most |e·(λ - λ*)|, taken as 4 |e| |s|.
-
-    A residual past rounding gives inf: no certificate.
-    """
-    e = ((H @ s[..., None]).squeeze(-1) - g).norm(dim=-1)
-    slack = 4 * e * s.norm(dim=-1)
-    return torch.where(e <= 1e-4 * g.norm(dim=-1), slack, math.inf)
 
 
 def _line_search(
