@@ -26,7 +26,7 @@ class EnsembleConfig(PreTrainedConfig):
         members: Sequence[str] = (),
         rule: str = "meet",
         weights: Sequence[float] | None = None,
-        trust: float | Sequence[float] | None = None,
+        trust: float | Sequence[float | str] | None = None,
         pool: str = "logit-mean",
         tol: float = 1e-4,
         max_steps: int = 50,

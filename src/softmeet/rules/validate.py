@@ -56,7 +56,7 @@ def _floats(name: str, values: Any) -> tuple[float, ...]:
     return tuple(array.tolist())
 
 
-def checked_trust(trust: float | Sequence[float] | Tensor | None, n: int) -> tuple[float, ...]:
+def checked_trust(trust: float | Sequence[float | str] | Tensor | None, n: int) -> tuple[float, ...]:
     """N trusts in [0, inf]; one number serves every member.
 
     Raises:
