@@ -80,6 +80,25 @@ def test_bundled_members_are_named_and_need_no_path(tmp_path):
     assert len(Ensemble.from_pretrained(tmp_path / "e").names) == 2
 
 
+def test_an_ensemble_on_the_hub_is_told_from_a_model(monkeypatch, tmp_path):
+    """The hub itself is out of reach: its answer to a request for config.json is played back."""
+    from softmeet import ensemble
+
+    answers = {"org/ensemble": {"model_type": "softmeet"}, "org/model": {"model_type": "llama"}}
+    asked = []
+
+    def config_of(name, revision=None):
+        asked.append((name, revision))
+        if name not in answers:
+            raise OSError("not found")
+        return answers[name], {}
+
+    monkeypatch.setattr(ensemble.PreTrainedConfig, "get_config_dict", config_of)
+    names = ("org/ensemble", "org/model", "org/absent", "wide", "wide/gpt2", "a.gguf", "org/ensemble@v2")
+    assert [name for name in names if ensemble._is_ensemble(name)] == ["org/ensemble", "org/ensemble@v2"]
+    assert asked == [("org/ensemble", None), ("org/model", None), ("org/absent", None), ("org/ensemble", "v2")]
+
+
 def test_local_members_are_not_pushed(ours):
     with pytest.raises(InvalidInputError, match="members on the hub, got local folders"):
         ours.model.push_to_hub("someone/ensemble")

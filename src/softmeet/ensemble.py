@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,13 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
-from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
 
 from softmeet.errors import InvalidInputError
 from softmeet.hf.configuration import EnsembleConfig
@@ -26,9 +31,16 @@ from softmeet.rules.solution import Solution
 _SETTINGS = ("rule", "trust", "pool", "tol", "max_steps", "free_weights")
 
 
-def _is_ensemble(folder: Path) -> bool:
-    path = folder / "config.json"
-    return path.exists() and json.loads(path.read_text(encoding="utf-8")).get("model_type") == EnsembleConfig.model_type
+def _is_ensemble(name: str | Path) -> bool:
+    """Whether a folder or hub id holds an ensemble rather than a model; a name that leads nowhere does not."""
+    if zoo.expand(name) != [str(name)] or zoo.locate(str(name)) != str(name) or Path(name).suffix == ".gguf":
+        return False
+    repository, _, revision = str(name).partition("@")
+    try:
+        found = PreTrainedConfig.get_config_dict(repository, revision=revision or None)[0]
+    except (OSError, ValueError):
+        return False
+    return bool(found.get("model_type") == EnsembleConfig.model_type)
 
 
 @dataclass(frozen=True)
@@ -101,15 +113,16 @@ class Ensemble:
             VocabularyMismatchError: the tokenizers differ.
             UnsupportedHeadError: a member's output layer is not a plain softmax head.
         """
-        saved = Path(members) if isinstance(members, str | Path) and _is_ensemble(Path(members)) else None
+        saved = members if isinstance(members, str | Path) and _is_ensemble(members) else None
         given: dict[str, Any] = {
             "rule": rule, "weights": weights, "trust": trust, "pool": pool, "tol": tol, "max_steps": max_steps,
             "free_weights": free_weights,
         }  # fmt: skip
         given = {key: value for key, value in given.items() if value is not None}
         if saved is not None:
-            settings = EnsembleConfig.from_pretrained(saved).to_dict() | given
-            names = absolute(settings["members"], saved)
+            repository, _, revision = str(saved).partition("@")
+            settings = EnsembleConfig.from_pretrained(repository, revision=revision or "main").to_dict() | given
+            names = absolute(settings["members"], Path(saved))
             given = {key: settings[key] for key in (*_SETTINGS, "weights") if settings.get(key) is not None}
         else:
             named = [members] if isinstance(members, str | Path) else list(members)
