@@ -61,6 +61,15 @@ def test_settings_can_be_changed_when_loading(ours, tmp_path):
     assert answer(single).dtype == torch.float64
 
 
+def test_device_maps(ours, tmp_path):
+    ours.save_pretrained(tmp_path / "e")
+    for place in ("cpu", {"": "cpu"}, ["cpu", "cpu"], "auto"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "e", device_map=place)
+        assert torch.equal(answer(model), answer(ours.model))
+    with pytest.raises(InvalidInputError, match="a list with one per member"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "e", device_map={"members.0": "cpu"})
+
+
 def test_a_moved_folder_and_a_missing_member(ours, tmp_path):
     ours.save_pretrained(tmp_path / "ensemble")
     together = tmp_path / "elsewhere"

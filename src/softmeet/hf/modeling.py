@@ -86,7 +86,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         *,
         config: EnsembleConfig | None = None,
         dtype: Dtype | Sequence[Dtype] = None,
-        device_map: Device | Sequence[Device] = None,
+        device_map: Device | Sequence[Device] | dict[str, Any] = None,
         trust_remote_code: bool | None = False,
         **kwargs: Any,
     ) -> EnsembleForCausalLM:
@@ -103,15 +103,18 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             CheckpointError: a member is missing; the message says where it was expected.
         """
+        if isinstance(device_map, dict) and set(device_map) != {""}:
+            raise InvalidInputError(
+                f"expected a device, a list with one per member, 'auto' or {{'': device}}, got {device_map}"
+            )
+        place: Device | Sequence[Device] = device_map[""] if isinstance(device_map, dict) else device_map
         if config is None:
             config, kwargs = EnsembleConfig.from_pretrained(
                 pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
             )
         base = Path(pretrained_model_name_or_path)
         config.members = absolute(config.members, base)
-        models, tokenizer = load(
-            config.members, dtype=dtype, device=device_map, trust_remote_code=bool(trust_remote_code)
-        )
+        models, tokenizer = load(config.members, dtype=dtype, device=place, trust_remote_code=bool(trust_remote_code))
         model: EnsembleForCausalLM = cls(config, models).eval()
         model.adopt(tokenizer)
         if (base / "generation_config.json").exists():
