@@ -6,7 +6,7 @@ is never copied: whitening goes through a d × d factor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -190,9 +190,8 @@ class WhitenedHead:
 
     def scores(self, lam: Float[Tensor, "B rank"]) -> Float[Tensor, "B v"]:
         """Q λ; one read of the head."""
-        x = lam @ self.whitening.factor.T
-        raw = self.head.scores(x.to(self.home, self.dtype)).to(self.device, torch.float64)
-        out = raw - (x @ self.whitening.center)[:, None]
+        x, center = self.raw(lam)
+        out = self.head.scores(x.to(self.home, self.dtype)).to(self.device, torch.float64) - center[:, None]
         self.rows_read += self.head.v
         return self._sloped(pad(out, (0, self.v - self.head.v)))
 
@@ -203,6 +202,11 @@ class WhitenedHead:
         self.rows_read += self.head.v
         return list(((raw - p.sum(-1, keepdim=True) * self.whitening.center) @ self.whitening.factor).chunk(len(ps)))
 
+    def raw(self, lam: Float[Tensor, "B rank"]) -> tuple[Float[Tensor, "B d"], Float[Tensor, " B"]]:
+        """(x, c) with Q λ = W x - c, before any slope."""
+        x = lam @ self.whitening.factor.T
+        return x, x @ self.whitening.center
+
     def lost_digits(self, lam: Float[Tensor, "B rank"]) -> Float[Tensor, " B"]:
         """The size of what centring cancels in :meth:`scores`, times the unit round-off of the product."""
         x = lam @ self.whitening.factor.T
@@ -211,33 +215,24 @@ class WhitenedHead:
     def _sloped(self, x: Float[Tensor, "B v"]) -> Float[Tensor, "B v"]:
         return x if self.slope is None else x * self.slope
 
-    def gather(self, row: int, tokens: Int[Tensor, " k"]) -> Float[Tensor, "k rank"]:
-        """Some rows of Q for one row of the batch, in fp64."""
-        inside = (tokens < self.head.v).double()
-        raw = self.head.weight[tokens.clamp_max(self.head.v - 1).to(self.home)].detach()
-        raw = raw.to(self.device, torch.float64) - self.whitening.center
-        factor = inside if self.slope is None else inside * self.slope[row, tokens]
-        self.rows_read[row] += len(tokens)
-        return (raw * factor[:, None]) @ self.whitening.factor
+    def rows(self, tokens: Int[Tensor, "B k"]) -> Float[Tensor, "B k d"]:
+        """Some rows of S (W - 1cᵀ) for each row of the batch, in ``dtype``; times R they are rows of Q."""
+        found = self.head.weight[tokens.clamp_max(self.head.v - 1).to(self.home)].detach()
+        found = found.to(self.device, self.dtype) - self.whitening.center.to(self.dtype)
+        if self.head.v < self.v:
+            found *= (tokens < self.head.v).to(self.dtype)[..., None]
+        if self.slope is not None:
+            found *= self.slope.gather(-1, tokens).to(self.dtype)[..., None]
+        self.rows_read += tokens.shape[-1]
+        return found
 
-    def block(self, tokens: slice) -> Float[Tensor, "b rank"]:
-        """Rows ``tokens`` of (W - 1cᵀ) R, zero past the head's last row, in ``dtype``; slopes not applied."""
-        raw = self.head.weight[tokens].detach().to(self.device, self.dtype) - self.whitening.center.to(self.dtype)
-        return pad(raw @ self.whitening.factor.to(self.dtype), (0, 0, 0, tokens.stop - tokens.start - len(raw)))
+    def gather(self, tokens: Int[Tensor, "B k"]) -> Float[Tensor, "B k rank"]:
+        """Some rows of Q for each row of the batch, in ``dtype``."""
+        return self.rows(tokens) @ self.whitening.factor.to(self.dtype)
 
-    def sloped(self, block: Float[Tensor, "b rank"], row: int, tokens: slice) -> Float[Tensor, "b rank"]:
-        """A block of Q for one row of the batch."""
-        return block if self.slope is None else block * self.slope[row, tokens, None].to(block.dtype)
-
-
-def whitened_blocks(heads: Sequence[WhitenedHead]) -> Iterator[tuple[slice, list[Float[Tensor, "b _"]]]]:
-    """(tokens, [block of (W_i - 1cᵀ) R_i]) in the heads' dtype, by one read of every head; slopes not applied."""
-    size = max(64, _BLOCK_ELEMENTS // max(sum(h.head.d for h in heads), 1))
-    for start in range(0, heads[0].v, size):
-        tokens = slice(start, min(start + size, heads[0].v))
-        yield tokens, [h.block(tokens) for h in heads]
-    for head in heads:
-        head.rows_read += head.head.v
+    def block(self, tokens: slice) -> Float[Tensor, "b d"]:
+        """Rows ``tokens`` of W in ``dtype``, at home; fewer past the head's last row. The caller counts what it reads."""
+        return self.head.weight[tokens].detach().to(self.dtype)
 
 
 def as_head(head: SoftmaxHead | Tensor) -> SoftmaxHead:

@@ -12,8 +12,13 @@ from softmeet.rules.base import Answer, Rule, closed_form
 from softmeet.rules.problem import Problem
 from softmeet.simplex import kl
 from softmeet.solvers.base import iterate
-from softmeet.solvers.newton import DualNewton, NewtonState
+from softmeet.solvers.dual import DualState
+from softmeet.solvers.newton import DualNewton
 from softmeet.solvers.projection import Projection
+from softmeet.solvers.subsampled import SubsampledNewton, gathered_size
+
+# Multiplications for one Hessian, v D².
+_CHEAP = 2**30
 
 
 class Meet(Rule):
@@ -38,8 +43,7 @@ class Meet(Rule):
         if not trusted:
             return closed_form(problem, problem.log_pool, torch.zeros_like(problem.log_pool[:, 0]))
         projection = problem.projection(trusted, trust)
-        state = iterate(DualNewton(), projection, problem.max_steps)
-        return _answer(problem, projection, trusted, state)
+        return _answer(problem, projection, trusted, iterate(method_for(projection), projection, problem.max_steps))
 
 
 class MaxEntropy(Meet):
@@ -57,17 +61,24 @@ class MaxEntropy(Meet):
         return (math.inf,) * len(problem.trust)
 
 
-def _answer(problem: Problem, projection: Projection, trusted: list[int], state: NewtonState) -> Answer:
-    log_probs = projection.pooled(state.z)
+def method_for(projection: Projection) -> DualNewton | SubsampledNewton:
+    """The full Hessian where it is cheap: a few milliseconds per row and step."""
+    v, D = projection.log_q.shape[-1], sum(h.rank for h in projection.heads)
+    if v * D**2 <= _CHEAP or 2 * gathered_size(projection, 0) > v:
+        return DualNewton()
+    return SubsampledNewton()
+
+
+def _answer(problem: Problem, projection: Projection, trusted: list[int], state: DualState) -> Answer:
+    log_probs = state.log_p
     # A row that no step has moved is the pool itself, to the last bit.
     still = state.steps == 0
     log_probs = torch.where(still[:, None], problem.log_pool, log_probs)
     disagreement = torch.stack([kl(log_probs, member) for member in problem.log_p], dim=-1)
     is_bound = torch.ones_like(disagreement, dtype=torch.bool)
-    corrected = projection.corrected(state.z)
     for k, i in enumerate(trusted):
         if not math.isinf(projection.trust[k]):
-            disagreement[:, i] = torch.where(still, disagreement[:, i], kl(corrected[:, k], projection.log_p[:, k]))
+            disagreement[:, i] = torch.where(still, disagreement[:, i], kl(state.log_r[:, k], projection.log_p[:, k]))
             is_bound[:, i] = still
     widths = sum(head.d for head in problem.heads)
     share = sum(h.head.d for h in projection.heads) / widths

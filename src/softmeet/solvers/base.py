@@ -76,23 +76,35 @@ class Solver(ABC, Generic[P, S]):
     def take(self, problem: P, rows: Int[Tensor, " k"]) -> P:
         """The problem of some rows."""
 
+    @abstractmethod
+    def rows_at_once(self, problem: P) -> int:
+        """How many rows to run together, for what a step keeps in memory."""
+
 
 def iterate(solver: Solver[P, S], problem: P, max_steps: int) -> S:
     """Run ``solver`` until every row is done or has taken ``max_steps``; finished rows are left alone.
 
-    A row that is not done at the end is ``NOT_CONVERGED``.
+    A row that is not done at the end is ``NOT_CONVERGED``. No more rows run at once than the solver asks for.
     """
     state = solver.init(problem)
-    for _ in range(max_steps):
-        rows = (~state.done).nonzero().squeeze(-1)
-        if not len(rows):
-            break
-        if len(rows) == len(state.done):
-            state = solver.step(problem, state)
-        else:
-            state.put(rows, solver.step(solver.take(problem, rows), state.take(rows)))
-    state.status[~state.done] = Status.NOT_CONVERGED
+    for rows in (~state.done).nonzero().squeeze(-1).split(solver.rows_at_once(problem)):
+        _run(solver, problem, state, rows, max_steps)
     return state
+
+
+def _run(solver: Solver[P, S], problem: P, state: S, rows: Int[Tensor, " k"], max_steps: int) -> None:
+    active, problem = state.take(rows), solver.take(problem, rows)
+    for _ in range(max_steps):
+        if not len(rows):
+            return
+        active = solver.step(problem, active)
+        # Rows leave only when they finish: what they carry may be large.
+        if active.done.any():
+            ended, going = active.done.nonzero().squeeze(-1), (~active.done).nonzero().squeeze(-1)
+            state.put(rows[ended], active.take(ended))
+            rows, active, problem = rows[going], active.take(going), solver.take(problem, going)
+    state.put(rows, active)
+    state.status[rows] = Status.NOT_CONVERGED
 
 
 def empty_state_fields(batch: int, device: torch.device) -> dict[str, Tensor]:

@@ -76,7 +76,10 @@ def restricted_gap_bound(
     """
     rho = torch.tensor([0.0 if math.isinf(t) else t for t in problem.trust], dtype=p.dtype, device=p.device)
     tokens = (p + rho @ r).topk(min(limit, len(p))).indices
-    rows = [h.gather(row, tokens) for h in problem.heads]
+    one = problem.take(torch.tensor([row], device=p.device))
+    rows = [h.gather(tokens[None])[0].double() for h in one.heads]
+    for mine, read in zip(problem.heads, one.heads, strict=True):
+        mine.rows_read[row] += read.rows_read[0]
     joint = torch.cat([alpha * a for a, alpha in zip(rows, problem.alpha, strict=True)], dim=-1)
     p, r = p[tokens], r[:, tokens]
     # One layer per distribution that may change: its mass, rows, price, place in s, and what is left of it.

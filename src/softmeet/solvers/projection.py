@@ -68,12 +68,13 @@ class Projection:
         reads = torch.stack([h.rows_read.double() * h.head.d for h in self.heads]).sum(0)
         return (reads / sum(h.head.d for h in self.heads) / self.log_q.shape[-1]).to(self.log_q.device)
 
-    def _weighted(self, z: Float[Tensor, "B n v"], factors: tuple[float, ...]) -> Float[Tensor, "B n v"]:
+    def weighted(self, z: Float[Tensor, "B n v"], factors: tuple[float, ...]) -> Float[Tensor, "B n v"]:
+        """z_i times the i-th factor."""
         return z * torch.tensor(factors, dtype=z.dtype, device=z.device)[:, None]
 
     def tilt(self, z: Float[Tensor, "B n v"]) -> Float[Tensor, "B v"]:
         """Σ α_i z_i."""
-        return self._weighted(z, self.alpha).sum(1)
+        return self.weighted(z, self.alpha).sum(1)
 
     def pooled(self, z: Float[Tensor, "B n v"]) -> Float[Tensor, "B v"]:
         """Log p."""
@@ -81,7 +82,7 @@ class Projection:
 
     def corrected(self, z: Float[Tensor, "B n v"]) -> Float[Tensor, "B n v"]:
         """Log r_i."""
-        return log_normalize(self.log_p - self._weighted(z, self.gamma))
+        return log_normalize(self.log_p - self.weighted(z, self.gamma))
 
     def dual(self, z: Float[Tensor, "B n v"]) -> Float[Tensor, " B"]:
         """F at the scores z: never below -(the primal optimum)."""
@@ -108,7 +109,7 @@ class Projection:
 
         ``p`` and ``r`` may be those of a point nearby.
         """
-        size = (p * self.tilt(z).abs()).sum(-1) + (r * self._weighted(z, self.alpha).abs()).sum((-1, -2))
+        size = (p * self.tilt(z).abs()).sum(-1) + (r * self.weighted(z, self.alpha).abs()).sum((-1, -2))
         total = self.eps * size
         parts = nu.split([h.rank for h in self.heads], dim=-1)
         for alpha, head, part in zip(self.alpha, self.heads, parts, strict=True):

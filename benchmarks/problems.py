@@ -1,0 +1,84 @@
+"""Instances that the benchmarks share: rows to combine, at the sizes and with the shapes of real models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from softmeet import Ensemble, SoftmaxHead
+
+
+@dataclass(frozen=True)
+class Rows:
+    """B rows to combine: the members' log-probabilities, (n, B, v) in nats, and their heads."""
+
+    log_probs: Float[Tensor, "n B v"]
+    heads: list[SoftmaxHead]
+
+    def take(self, start: int, stop: int) -> Rows:
+        """Some rows."""
+        return Rows(self.log_probs[:, start:stop], self.heads)
+
+
+def correlated(v: int, widths: tuple[int, ...], batch: int, seed: int = 0) -> Rows:
+    """Members that learnt the same language with heads of their own, shaped after a pretrained pair.
+
+    Principal cosines between heads fall evenly from 1 to 0; the spectra of heads and of hidden states decay as powers;
+    token frequencies follow Zipf's law; all members see one context, with 2 % of the variance of the hidden state their
+    own; distributions have 2 to 6 nats of entropy, the same for all members of a row.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    common, context = normal(v, max(widths)), normal(batch, max(widths))
+    frequency = -torch.arange(1, v + 1).float().log()
+    entropies = 2 + 4 * torch.rand(batch, generator=generator)
+    heads, log_probs = [], []
+    for d in widths:
+        rank = torch.arange(1, d + 1).float()
+        cosine = 1 - (rank - 1) / d
+        weight = common[:, :d] * cosine + normal(v, d) * (1 - cosine**2).sqrt()
+        weight[:, 0] = frequency
+        weight *= rank.pow(-0.15)
+        hidden = (0.99 * context[:, :d] + 0.14 * normal(batch, d)) * rank.pow(-0.75)
+        hidden[:, 0] = 0.5
+        log_probs.append(_sharpened(hidden @ weight.T, entropies))
+        heads.append(SoftmaxHead(weight @ torch.linalg.qr(normal(d, d)).Q))
+    return Rows(torch.stack(log_probs), heads)
+
+
+def _sharpened(logits: Float[Tensor, "B v"], entropies: Float[Tensor, " B"]) -> Float[Tensor, "B v"]:
+    """Log softmax of multiples of ``logits`` that have these entropies, in nats."""
+    low, high = torch.full_like(entropies, -6.0), torch.full_like(entropies, 4.0)
+    for _ in range(30):
+        middle = (low + high) / 2
+        log_p = (logits * middle.exp()[:, None]).log_softmax(-1)
+        too_flat = -(log_p.exp() * log_p).sum(-1) > entropies
+        low, high = torch.where(too_flat, middle, low), torch.where(too_flat, high, middle)
+    return (logits * low.exp()[:, None]).log_softmax(-1)
+
+
+@torch.inference_mode()
+def held_out(members: str | list[str], positions: int, *, books: int = 4) -> Rows:
+    """The bundled members, or others, at the first positions of books that no bundled member has seen."""
+    from zoo_texts import HELD_OUT_KJV, kjv_works
+
+    ensemble = Ensemble.from_pretrained(members)
+    works = [w for w in kjv_works() if w.name in HELD_OUT_KJV][:: len(HELD_OUT_KJV) // books][:books]
+    parts: list[list[Tensor]] = []
+    for work in works:
+        limit = positions // len(works)
+        windows = [states for states, _ in ensemble.positions("<|endoftext|>" + work.text, limit)]
+        parts.append([torch.cat(own) for own in zip(*windows, strict=True)])
+    hidden = [torch.cat(own) for own in zip(*parts, strict=True)]
+    heads = ensemble.model.heads
+    return Rows(torch.stack([head.log_probs(h) for head, h in zip(heads, hidden, strict=True)]), heads)
+
+
+TOOLS = Path(__file__).parents[1] / "tools"

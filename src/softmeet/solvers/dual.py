@@ -1,0 +1,167 @@
+"""Descent on the dual of a relaxed I-projection: what its methods share.
+
+A step is one read of every head (:mod:`softmeet.solvers.sweep`): it goes along the direction that was chosen before,
+shortened where f does not fall enough, and then looks for the next direction and for a bound on the gap. Methods differ in
+where their knowledge of the curvature comes from.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from softmeet.solvers.base import Solver, State, Status, empty_state_fields
+from softmeet.solvers.projection import Projection
+from softmeet.solvers.sweep import Swept, sweep
+
+_ARMIJO = 1e-4
+_HALVINGS = 40
+
+
+@dataclass
+class DualState(State):
+    """Where each row is, and where it goes next.
+
+    Attributes:
+        nu, z: the dual variables in whitened coordinates and their scores Q_i ν_i.
+        value, gradient: f and ∇f there; the gradient is 0 until a head has been read.
+        log_p, log_r: log p and log r_i there.
+        direction: of the next step; 0 before the first look.
+        ray: a Farkas proof of infeasibility, or 0.
+    """
+
+    nu: Float[Tensor, "B D"]
+    z: Float[Tensor, "B n v"]
+    value: Float[Tensor, " B"]
+    gradient: Float[Tensor, "B D"]
+    log_p: Float[Tensor, "B v"]
+    log_r: Float[Tensor, "B n v"]
+    direction: Float[Tensor, "B D"]
+    ray: Float[Tensor, "B D"]
+
+
+S = TypeVar("S", bound=DualState)
+
+
+def start(problem: Projection) -> dict[str, Tensor]:
+    """The fields at ν = 0, the pool; a row whose pool is within ``tol`` of optimal is done without a read."""
+    batch = len(problem.log_q)
+    fields = empty_state_fields(batch, problem.log_q.device)
+    gap = problem.pool_gap()
+    fields |= {"gap": gap, "done": gap <= problem.tol, "certified": gap.isfinite()}
+    z = torch.zeros_like(problem.log_p)
+    nu, gradient, direction, ray = (z.new_zeros(batch, sum(h.rank for h in problem.heads)) for _ in range(4))
+    return fields | {
+        "nu": nu,
+        "z": z,
+        "value": problem.dual(z),
+        "gradient": gradient,
+        "log_p": problem.log_q.clone(),
+        "log_r": problem.log_p.clone(),
+        "direction": direction,
+        "ray": ray,
+    }
+
+
+class DualMethod(Solver[Projection, S]):
+    """See the module's docstring."""
+
+    def take(self, problem: Projection, rows: Int[Tensor, " k"]) -> Projection:
+        """Some rows."""
+        return problem.take(rows)
+
+    @abstractmethod
+    def measure(self, problem: Projection, state: S, direction: Float[Tensor, "B D"] | None) -> Swept:
+        """The point that ``direction`` leads to; one read of the heads."""
+
+    @abstractmethod
+    def begin(self, problem: Projection, state: S) -> None:
+        """Choose the first direction, at ν = 0."""
+
+    @abstractmethod
+    def judge(self, problem: Projection, before: S, after: S, swept: Swept, full: Float[Tensor, "B n v"]) -> None:
+        """Set ``gap``, ``certified``, ``done``, ``status`` and ``direction`` of ``after``, and what the method keeps.
+
+        ``full`` holds the scores of the whole direction, of which the step may have been a part.
+        """
+
+    def advance(self, problem: Projection, state: S, swept: Swept) -> tuple[S, Swept]:
+        """``state`` moved along its direction, as far as f falls by Armijo's condition, and the point there.
+
+        ``swept`` is the point at the whole direction.
+        """
+        slope = (state.gradient * state.direction).sum(-1)
+        t = torch.ones_like(slope)
+        failed = ~(swept.value <= state.value + _ARMIJO * slope)
+        if failed.any():
+            rows = failed.nonzero().squeeze(-1)
+            some, here = problem.take(rows), state.take(rows)
+            t[rows] = _shorter(some, here, swept.z[rows] - here.z, slope[rows])
+            here.z = here.z + t[rows, None, None] * (swept.z[rows] - here.z)
+            swept = swept.put(rows, self.measure(some, here, None))
+            add_reads(problem, some, rows)
+        after = state.take(torch.arange(len(t), device=t.device))
+        after.nu = state.nu + t[:, None] * state.direction
+        after.z, after.value, after.gradient = swept.z, swept.value, swept.gradient
+        after.log_p, after.log_r, after.steps = swept.log_p, swept.log_r, state.steps + 1
+        return after, swept
+
+    def step(self, problem: Projection, state: S) -> S:
+        """One read of the heads for every row, and more for rows whose step had to be shortened."""
+        reads = problem.passes()
+        if not state.steps.any():
+            self.begin(problem, state)
+        whole = self.measure(problem, state, state.direction)
+        after, swept = self.advance(problem, state, whole)
+        self.judge(problem, state, after, swept, whole.z - state.z)
+        look_for_a_proof(problem, state, after)
+        after.passes = state.passes + problem.passes() - reads
+        return after
+
+
+def look_for_a_proof(problem: Projection, before: DualState, after: DualState) -> None:
+    """End rows whose point, or whose last direction, proves that the exact members have no common distribution."""
+    by_point, by_direction = problem.excludes(after.z), problem.excludes(after.z - before.z)
+    after.ray = torch.where(by_direction[:, None], after.nu - before.nu, after.ray)
+    after.ray = torch.where(by_point[:, None], after.nu, after.ray)
+    infeasible = by_point | by_direction
+    after.done |= infeasible
+    after.status[infeasible] = Status.INFEASIBLE
+    after.gap[infeasible] = torch.inf
+    after.certified[infeasible] = False
+
+
+def add_reads(problem: Projection, some: Projection, rows: Int[Tensor, " k"]) -> None:
+    """Count on ``problem`` what was read for some of its rows."""
+    for mine, theirs in zip(problem.heads, some.heads, strict=True):
+        mine.rows_read[rows.to(mine.rows_read.device)] += theirs.rows_read
+
+
+def _shorter(
+    problem: Projection, state: DualState, change: Float[Tensor, "B n v"], slope: Float[Tensor, " B"]
+) -> Float[Tensor, " B"]:
+    """A step below 1 by halving until Armijo's condition holds; 0 where it never does. Reads no head."""
+    t = torch.minimum(torch.full_like(slope, 0.5), 4 * _safe_step(problem, change))
+    for _ in range(_HALVINGS):
+        value = problem.dual(state.z + t[:, None, None] * change)
+        failed: Bool[Tensor, " B"] = ~(value <= state.value + _ARMIJO * t * slope)
+        if not failed.any():
+            return t
+        t = torch.where(failed, t / 2, t)
+    return torch.where(problem.dual(state.z + t[:, None, None] * change) <= state.value, t, 0.0)
+
+
+def _safe_step(problem: Projection, change: Float[Tensor, "B n v"]) -> Float[Tensor, " B"]:
+    """log(1 + d) / d, d the range of the tilts: a step that lowers a generalised self-concordant f (Sun and
+    Tran-Dinh, Math. Program. 178, 2019, eq. 23 with ν = 2); what is needed where every distribution is one-hot.
+    """
+    tilt = problem.tilt(change)
+    span = tilt.amax(-1) - tilt.amin(-1)
+    for i, gamma in enumerate(problem.gamma):
+        span = torch.maximum(span, gamma * (change[:, i].amax(-1) - change[:, i].amin(-1)))
+    return torch.log1p(span) / span.clamp_min(torch.finfo(span.dtype).tiny)

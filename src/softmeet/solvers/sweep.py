@@ -1,0 +1,228 @@
+"""One read of every head: scores along a direction, and the moments of the distributions where it leads.
+
+Blocks of rows pass once. Each gives the scores of its tokens, their unnormalised masses against a running maximum, and
+those masses' first (and, if asked for, second) moments; normalisers are known at the end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import pad
+
+from softmeet.solvers.projection import Projection
+
+# Elements of a block of one head: what stays in a core's cache between its two products; more on an accelerator.
+_CACHED_ELEMENTS = 1 << 19
+_ACCELERATOR_ELEMENTS = 1 << 24
+
+
+@dataclass(frozen=True, eq=False)
+class Swept:
+    """Where a direction leads: scores z, distributions, dual value, and moments in whitened coordinates.
+
+    ``joint`` and ``own`` are the means of Q_i under p and r_i, all members side by side; ``H`` is the Hessian of the dual
+    or None.
+    """
+
+    z: Float[Tensor, "B n v"]
+    log_p: Float[Tensor, "B v"]
+    log_r: Float[Tensor, "B n v"]
+    value: Float[Tensor, " B"]
+    joint: Float[Tensor, "B D"]
+    own: Float[Tensor, "B D"]
+    gradient: Float[Tensor, "B D"]
+    H: Float[Tensor, "B D D"] | None
+
+    def put(self, rows: Int[Tensor, " k"], other: Swept) -> Swept:
+        """With some rows replaced."""
+        merged = {f.name: getattr(self, f.name) for f in fields(self)}
+        given = {f.name: getattr(other, f.name) for f in fields(other)}
+        return replace(self, **{k: None if x is None else x.index_copy(0, rows, given[k]) for k, x in merged.items()})
+
+
+@dataclass(frozen=True, eq=False)
+class Centres:
+    """Points near the means of Q_i under p and r_i, whitened: second moments are taken about them, to save digits."""
+
+    joint: Float[Tensor, "B D"]
+    own: Float[Tensor, "B D"]
+
+
+def sweep(
+    problem: Projection,
+    z: Float[Tensor, "B n v"],
+    direction: Float[Tensor, "B D"] | None = None,
+    centres: Centres | None = None,
+) -> Swept:
+    """The point at the scores ``z`` plus those of ``direction``; one read of every head.
+
+    Args:
+        problem: the projection.
+        z: scores Q_i ν_i to start from; not changed.
+        direction: in whitened coordinates; None to stay at ``z``.
+        centres: second moments are wanted, about these.
+    """
+    return _Sweep(problem, z.clone(), direction, centres).run()
+
+
+def block_size(problem: Projection) -> int:
+    """Tokens in a block."""
+    budget = _CACHED_ELEMENTS if problem.log_q.device.type == "cpu" else _ACCELERATOR_ELEMENTS
+    return max(64, budget // max(h.head.d for h in problem.heads))
+
+
+class _Sweep:
+    def __init__(
+        self,
+        problem: Projection,
+        z: Float[Tensor, "B n v"],
+        direction: Float[Tensor, "B D"] | None,
+        centres: Centres | None,
+    ) -> None:
+        self.problem, self.z, self.centres = problem, z, centres
+        self.widths = [h.rank for h in problem.heads]
+        B, n, v = z.shape
+        self.log_p, self.log_r = torch.empty_like(problem.log_q), torch.empty_like(z)
+        self.top = z.new_full((B, 1 + n), -torch.inf)
+        self.sums = torch.zeros_like(self.top)
+        self.first = [z.new_zeros(2, B, h.head.d) for h in problem.heads]
+        self.x: list[tuple[Tensor, Tensor]] | None = None
+        if direction is not None:
+            parts = direction.split(self.widths, dim=-1)
+            raw = [h.raw(part) for h, part in zip(problem.heads, parts, strict=True)]
+            self.x = [(x.to(h.home, h.dtype), c) for h, (x, c) in zip(problem.heads, raw, strict=True)]
+        if centres is not None:
+            D = sum(self.widths)
+            self.second = z.new_zeros(B, D, D)
+            self.own_second = [z.new_zeros(B, d, d) for d in self.widths]
+
+    def run(self) -> Swept:
+        size, v = block_size(self.problem), self.z.shape[-1]
+        for start in range(0, v, size):
+            self._block(slice(start, min(start + size, v)))
+        for h in self.problem.heads:
+            h.rows_read += h.head.v
+        return self._finish()
+
+    def _block(self, tokens: slice) -> None:
+        problem = self.problem
+        blocks = [h.block(tokens) for h in problem.heads]
+        if self.x is not None:
+            for i, (h, W) in enumerate(zip(problem.heads, blocks, strict=True)):
+                x, offset = self.x[i]
+                y = (x @ W.T).to(self.z.device, self.z.dtype) - offset[:, None]
+                y = y if h.slope is None else y * h.slope[:, tokens.start : tokens.start + len(W)]
+                self.z[:, i, tokens.start : tokens.start + len(W)] += y
+        z = self.z[..., tokens]
+        self.log_p[:, tokens] = problem.log_q[:, tokens] + problem.tilt(z)
+        torch.sub(problem.log_p[..., tokens], problem.weighted(z, problem.gamma), out=self.log_r[..., tokens])
+        masses = self._masses(tokens)
+        for i, (h, W) in enumerate(zip(problem.heads, blocks, strict=True)):
+            m = torch.stack([masses[:, 0], masses[:, 1 + i]])[..., : len(W)]
+            m = m if h.slope is None else m * h.slope[:, tokens.start : tokens.start + len(W)]
+            product = m.flatten(0, 1).to(h.home, h.dtype) @ W
+            self.first[i] += product.view(2, -1, h.head.d).to(self.z.device, self.z.dtype)
+        if self.centres is not None:
+            self._second_moments(tokens, blocks, masses)
+
+    def _masses(self, tokens: slice) -> Float[Tensor, "B _ b"]:
+        """exp(log masses - the maximum so far); what was summed before is scaled to the new maximum."""
+        logs = torch.cat([self.log_p[:, None, tokens], self.log_r[..., tokens]], dim=1)
+        top = torch.maximum(self.top, logs.amax(-1))
+        if top.device.type != "cpu" or bool((top > self.top).any()):
+            scale = (self.top - top).nan_to_num(nan=0.0).exp()
+            self.sums *= scale
+            for i, total in enumerate(self.first):
+                total *= torch.stack([scale[:, 0], scale[:, 1 + i]])[..., None]
+            if self.centres is not None:
+                self.second *= scale[:, 0, None, None]
+                for i, own in enumerate(self.own_second):
+                    own *= scale[:, 1 + i, None, None]
+            self.top = top
+        masses: Tensor = (logs - self.top.clamp_min(torch.finfo(top.dtype).min)[..., None]).exp()
+        self.sums += masses.sum(-1)
+        return masses
+
+    def _second_moments(self, tokens: slice, blocks: list[Tensor], masses: Float[Tensor, "B _ b"]) -> None:
+        problem, centres = self.problem, self.centres
+        assert centres is not None
+        white = [
+            pad((W.to(self.z.device) - h.whitening.center.to(h.dtype)) @ h.whitening.factor.to(h.dtype), (0, 0, 0, short))
+            for h, W in zip(problem.heads, blocks, strict=True)
+            for short in [tokens.stop - tokens.start - len(W)]
+        ]
+        places = list(_places(self.widths))
+        for k in range(len(self.z)):
+            sloped = [
+                Q if h.slope is None else Q * h.slope[k, tokens, None].to(Q.dtype)
+                for h, Q in zip(problem.heads, white, strict=True)
+            ]
+            x = torch.cat([a * Q for a, Q in zip(problem.alpha, sloped, strict=True)], dim=-1)
+            self.second[k] += _scatter(x, self._scaled(centres.joint[k]), masses[k, 0])
+            for i, place in enumerate(places):
+                if problem.gamma[i]:
+                    self.own_second[i][k] += _scatter(sloped[i], centres.own[k, place], masses[k, 1 + i])
+
+    def _scaled(self, x: Float[Tensor, "*b D"]) -> Float[Tensor, "*b D"]:
+        """α_i times member i's part."""
+        return torch.cat([a * part for a, part in zip(self.problem.alpha, x.split(self.widths, dim=-1), strict=True)], -1)
+
+    def _finish(self) -> Swept:
+        problem = self.problem
+        log_sums = self.top + self.sums.log()
+        self.log_p -= log_sums[:, :1]
+        self.log_r -= log_sums[:, 1:, None]
+        value = log_sums[:, 0]
+        for i, rho in enumerate(problem.trust):
+            if math.isinf(rho):
+                value = value - (problem.log_p[:, i].exp() * self.z[:, i]).sum(-1)
+            else:
+                value = value + rho * log_sums[:, 1 + i]
+        joint, own = [], []
+        for i, (h, total) in enumerate(zip(problem.heads, self.first, strict=True)):
+            present = 1.0 if h.slope is not None else torch.stack([self._present(h.head.v, k) for k in (0, 1 + i)])
+            mean = total / torch.stack([self.sums[:, 0], self.sums[:, 1 + i]])[..., None]
+            white = (mean - present * h.whitening.center) @ h.whitening.factor
+            joint.append(white[0])
+            own.append(white[1])
+        p_mean, r_mean = torch.cat(joint, dim=-1), torch.cat(own, dim=-1)
+        H = None if self.centres is None else self._hessian(p_mean, r_mean)
+        gradient = self._scaled(p_mean - r_mean)
+        return Swept(self.z, self.log_p, self.log_r, value, p_mean, r_mean, gradient, H)
+
+    def _present(self, v: int, k: int) -> Float[Tensor, "B 1"]:
+        """The mass of distribution k (0 for p, i + 1 for r_i) on the first ``v`` tokens."""
+        if v == self.z.shape[-1]:
+            return torch.ones_like(self.sums[:, :1])
+        logs = self.log_p if k == 0 else self.log_r[:, k - 1]
+        return logs[:, :v].exp().sum(-1, keepdim=True)
+
+    def _hessian(self, joint: Float[Tensor, "B D"], own: Float[Tensor, "B D"]) -> Float[Tensor, "B D D"]:
+        assert self.centres is not None
+        off = self._scaled(joint - self.centres.joint)
+        H = self.second / self.sums[:, 0, None, None] - off[:, :, None] * off[:, None, :]
+        for i, place in enumerate(_places(self.widths)):
+            if self.problem.gamma[i]:
+                off = (own - self.centres.own)[:, place]
+                cov = self.own_second[i] / self.sums[:, 1 + i, None, None] - off[:, :, None] * off[:, None, :]
+                H[:, place, place] += self.problem.alpha[i] * self.problem.gamma[i] * cov
+        return H
+
+
+def _places(widths: list[int]) -> Iterator[slice]:
+    start = 0
+    for d in widths:
+        yield slice(start, start + d)
+        start += d
+
+
+def _scatter(x: Float[Tensor, "b d"], centre: Float[Tensor, " d"], mass: Float[Tensor, " b"]) -> Float[Tensor, "d d"]:
+    """Σ mass_j (x_j - centre)(x_j - centre)ᵀ in the dtype of x."""
+    x = x - centre.to(x.dtype)
+    return (x * mass.to(x.dtype)[:, None]).T @ x
