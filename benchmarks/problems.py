@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,4 +83,35 @@ def held_out(members: str | list[str], positions: int, *, books: int = 4) -> Row
     return Rows(torch.stack([head.log_probs(h) for head, h in zip(heads, hidden, strict=True)]), heads)
 
 
-TOOLS = Path(__file__).parents[1] / "tools"
+def premise(v: int, widths: tuple[int, ...], batch: int, seed: int = 0) -> tuple[Rows, Float[Tensor, "B v"]]:
+    """(rows for which the premise holds, the truth): each member's hidden state is its best one for a known truth."""
+    given = correlated(v, widths, batch, seed)
+    truth = given.log_probs.double().logsumexp(0) - math.log(len(widths))
+    return Rows(torch.stack([_best(head, truth) for head in given.heads]), given.heads), truth
+
+
+def _best(head: SoftmaxHead, truth: Float[Tensor, "B v"]) -> Float[Tensor, "B v"]:
+    """Log-probabilities of the family's member with the moments of ``truth``, by Newton's method."""
+    W = head.weight.double()
+    W = W - W.mean(0)
+    rows = []
+    for p in truth.exp():
+        h = torch.zeros(W.shape[1], dtype=W.dtype)
+        for _ in range(50):
+            now = (W @ h).softmax(-1)
+            gradient = W.T @ (now - p)
+            A = W - now @ W
+            step = torch.linalg.solve((A * now[:, None]).T @ A + 1e-9 * torch.eye(len(h), dtype=W.dtype), gradient)
+            t, loss = 1.0, -(p @ (W @ h).log_softmax(-1))
+            while -(p @ (W @ (h - t * step)).log_softmax(-1)) > loss and t > 1e-6:
+                t /= 2
+            h = h - t * step
+            if gradient @ step < 1e-16:
+                break
+        rows.append((W @ h).log_softmax(-1))
+    return torch.stack(rows)
+
+
+def add_tools() -> None:
+    """Let :func:`held_out` find the texts that ``tools/`` prepares."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))

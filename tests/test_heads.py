@@ -4,7 +4,9 @@ from torch.overrides import TorchFunctionMode
 
 import softmeet
 from softmeet.errors import InvalidInputError
-from softmeet.heads import SoftmaxHead, WhitenedHead, whitened_blocks
+from softmeet.heads import SoftmaxHead, WhitenedHead
+from softmeet.solvers import sweep as sweeping
+from softmeet.solvers.projection import Projection
 
 
 def head(v=60, d=5, dtype=torch.float32, **kwargs):
@@ -68,7 +70,8 @@ class RowsRead(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func is torch.Tensor.__getitem__ and args[0] is self.weight:
+        reads = (torch.Tensor.__getitem__, torch.Tensor.index_select)
+        if func in reads and args[0].data_ptr() == self.weight.data_ptr() and args[0].shape == self.weight.shape:
             self.rows += len(out)
         return out
 
@@ -86,16 +89,32 @@ def test_num_passes_is_what_an_instrumented_head_sees(trust):
     assert (first.rows * 4 + second.rows * 6) / (300 * 10) == pytest.approx(solution.num_passes.item())
 
 
-def test_blocks_cover_the_vocabulary_and_count_one_read(monkeypatch):
-    monkeypatch.setattr("softmeet.heads._BLOCK_ELEMENTS", 700)
-    short, full = head(v=150, d=4), head(v=200, d=5)
-    views = [WhitenedHead(W, 200, torch.float64) for W in (short, full)]
-    parts = [b for _, b in whitened_blocks(views)]
-    assert len(parts) > 1
-    stacked = torch.cat([b[0] for b in parts])
-    assert torch.allclose(stacked[:150], views[0].gather(torch.arange(150)[None])[0], atol=1e-6)
-    assert stacked[150:].abs().max() == 0
-    assert [int(view.rows_read) for view in views] == [150 + 150, 200]
+def test_a_sweep_in_blocks_equals_dense_algebra_and_counts_one_read(monkeypatch):
+    monkeypatch.setattr(sweeping, "_CACHED_ELEMENTS", 320)
+    short, full = head(v=150, d=4, dtype=torch.float64), head(v=200, d=5, dtype=torch.float64)
+    views = tuple(WhitenedHead(W, 200, torch.float64, batch=3) for W in (short, full))
+    log_q = torch.randn(3, 200, dtype=torch.float64).log_softmax(-1)
+    log_p = torch.randn(3, 2, 200, dtype=torch.float64).log_softmax(-1)
+    problem = Projection(log_q, log_p, views, trust=(0.5, 4.0), tol=1e-4)
+    assert sweeping.block_size(problem) < 150
+    direction = torch.randn(3, sum(h.rank for h in views), dtype=torch.float64)
+    centres = sweeping.Centres(torch.randn_like(direction) * 0.1, torch.randn_like(direction) * 0.1)
+    found = sweeping.sweep(problem, torch.zeros_like(log_p), direction, centres)
+    assert [h.rows_read.tolist() for h in views] == [[150] * 3, [200] * 3]
+    parts = direction.split([h.rank for h in views], dim=-1)
+    z = torch.stack([h.scores(x) for h, x in zip(views, parts, strict=True)], dim=1)
+    assert torch.allclose(found.z, z, atol=1e-12)
+    assert torch.allclose(found.log_p, problem.pooled(z), atol=1e-12)
+    assert torch.allclose(found.log_r, problem.corrected(z), atol=1e-12)
+    assert torch.allclose(found.value, problem.dual(z), atol=1e-12)
+    Q = [h.gather(torch.arange(200)[None])[0] for h in views]
+
+    def dual(nu):
+        scores = torch.stack([A @ x for A, x in zip(Q, nu.split([h.rank for h in views]), strict=True)])[None]
+        return Projection(log_q[:1], log_p[:1], views, (0.5, 4.0), 1e-4).dual(scores).sum()
+
+    assert torch.allclose(found.gradient[0], torch.autograd.functional.jacobian(dual, direction[0]), atol=1e-10)
+    assert torch.allclose(found.H[0], torch.autograd.functional.hessian(dual, direction[0]), atol=1e-10)
 
 
 def test_nothing_is_mutated_and_no_head_is_copied_whole():

@@ -135,18 +135,21 @@ class SoftmaxHead:
         values, vectors = torch.linalg.eigh(unit[:, None] * gram * unit)
         keep = values > max(values[-1].item() * _RANK_TOLERANCE**2, torch.finfo(values.dtype).tiny)
         offset = (center.abs() * self.v**0.5 * unit).max().item()
-        return Whitening(center, unit[:, None] * vectors[:, keep] / values[keep].sqrt(), offset)
+        factor = unit[:, None] * vectors[:, keep] / values[keep].sqrt()
+        inverse = values[keep].sqrt()[:, None] * vectors[:, keep].T * torch.where(live, lengths, 0.0)
+        return Whitening(center, factor, inverse, offset)
 
 
 @dataclass(frozen=True)
 class Whitening:
-    """c and R such that Q = (W - 1cᵀ) R has orthonormal columns; R is (d, rank), fp64.
+    """c and R such that Q = (W - 1cᵀ) R has orthonormal columns; R is (d, rank), fp64, and ``inverse`` R = 1.
 
     ``offset`` is how far the columns' means exceed their spreads, at most.
     """
 
     center: Float[Tensor, " d"]
     factor: Float[Tensor, "d rank"]
+    inverse: Float[Tensor, "rank d"]
     offset: float
 
     @cached_property
@@ -156,7 +159,7 @@ class Whitening:
 
     def to(self, device: torch.device) -> Whitening:
         """The same on another device."""
-        return Whitening(self.center.to(device), self.factor.to(device), self.offset)
+        return Whitening(self.center.to(device), self.factor.to(device), self.inverse.to(device), self.offset)
 
 
 class WhitenedHead:
@@ -217,8 +220,9 @@ class WhitenedHead:
 
     def rows(self, tokens: Int[Tensor, "B k"]) -> Float[Tensor, "B k d"]:
         """Some rows of S (W - 1cᵀ) for each row of the batch, in ``dtype``; times R they are rows of Q."""
-        found = self.head.weight[tokens.clamp_max(self.head.v - 1).to(self.home)].detach()
-        found = found.to(self.device, self.dtype) - self.whitening.center.to(self.dtype)
+        ids = tokens.clamp_max(self.head.v - 1).flatten().to(self.home)
+        found = self.head.weight.detach().index_select(0, ids).to(self.device, self.dtype).view(*tokens.shape, -1)
+        found -= self.whitening.center.to(self.dtype)
         if self.head.v < self.v:
             found *= (tokens < self.head.v).to(self.dtype)[..., None]
         if self.slope is not None:
@@ -231,7 +235,7 @@ class WhitenedHead:
         return self.rows(tokens) @ self.whitening.factor.to(self.dtype)
 
     def block(self, tokens: slice) -> Float[Tensor, "b d"]:
-        """Rows ``tokens`` of W in ``dtype``, at home; fewer past the head's last row. The caller counts what it reads."""
+        """Rows ``tokens`` of W in ``dtype``, at home; fewer past the head's last row. The caller counts them."""
         return self.head.weight[tokens].detach().to(self.dtype)
 
 

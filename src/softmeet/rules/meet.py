@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 
 import torch
 from jaxtyping import Float
@@ -11,14 +12,17 @@ from torch import Tensor
 from softmeet.rules.base import Answer, Rule, closed_form
 from softmeet.rules.problem import Problem
 from softmeet.simplex import kl
-from softmeet.solvers.base import iterate
+from softmeet.solvers.base import Status, iterate
 from softmeet.solvers.dual import DualState
+from softmeet.solvers.gathered import gathered_size
 from softmeet.solvers.newton import DualNewton
 from softmeet.solvers.projection import Projection
-from softmeet.solvers.subsampled import SubsampledNewton, gathered_size
+from softmeet.solvers.subsampled import SubsampledNewton, SubsampledState
 
 # Multiplications for one Hessian, v D².
 _CHEAP = 2**30
+# The most that a row in trouble may cost, a few seconds a step.
+_PATIENT = 2**38
 
 
 class Meet(Rule):
@@ -43,7 +47,7 @@ class Meet(Rule):
         if not trusted:
             return closed_form(problem, problem.log_pool, torch.zeros_like(problem.log_pool[:, 0]))
         projection = problem.projection(trusted, trust)
-        return _answer(problem, projection, trusted, iterate(method_for(projection), projection, problem.max_steps))
+        return _answer(problem, projection, trusted, _solved(projection, problem.max_steps))
 
 
 class MaxEntropy(Meet):
@@ -61,12 +65,31 @@ class MaxEntropy(Meet):
         return (math.inf,) * len(problem.trust)
 
 
-def method_for(projection: Projection) -> DualNewton | SubsampledNewton:
-    """The full Hessian where it is cheap: a few milliseconds per row and step."""
+def full_hessian_pays(projection: Projection) -> bool:
+    """Whether the full Hessian is cheap, a few milliseconds per row and step, or few tokens are all there are."""
     v, D = projection.log_q.shape[-1], sum(h.rank for h in projection.heads)
-    if v * D**2 <= _CHEAP or 2 * gathered_size(projection, 0) > v:
-        return DualNewton()
-    return SubsampledNewton()
+    return v * D**2 <= _CHEAP or 2 * gathered_size(projection, 0) > v
+
+
+def _solved(projection: Projection, max_steps: int) -> DualState:
+    if full_hessian_pays(projection):
+        return iterate(DualNewton(), projection, max_steps)
+    return _rescued(projection, iterate(SubsampledNewton(), projection, max_steps), max_steps)
+
+
+def _rescued(projection: Projection, state: SubsampledState, max_steps: int) -> SubsampledState:
+    """Rows that gathered tokens did not bring home, such as near-one-hot ones, tried again with the full Hessian."""
+    late = (state.status == Status.NOT_CONVERGED).nonzero().squeeze(-1)
+    v, D = projection.log_q.shape[-1], sum(h.rank for h in projection.heads)
+    if not len(late) or v * D**2 > _PATIENT:
+        return state
+    again = iterate(DualNewton(), projection.take(late), max_steps)
+    again.steps += state.steps[late]
+    again.passes += state.passes[late]
+    better = again.value <= state.value[late]
+    for name in (f.name for f in fields(DualState)):
+        getattr(state, name)[late[better]] = getattr(again, name)[better]
+    return state
 
 
 def _answer(problem: Problem, projection: Projection, trusted: list[int], state: DualState) -> Answer:

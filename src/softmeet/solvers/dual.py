@@ -1,8 +1,8 @@
 """Descent on the dual of a relaxed I-projection: what its methods share.
 
 A step is one read of every head (:mod:`softmeet.solvers.sweep`): it goes along the direction that was chosen before,
-shortened where f does not fall enough, and then looks for the next direction and for a bound on the gap. Methods differ in
-where their knowledge of the curvature comes from.
+shortened where f does not fall enough, and then looks for the next direction and for a bound on the gap. Methods differ
+in where their knowledge of the curvature comes from.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from softmeet.solvers.base import Solver, State, Status, empty_state_fields
 from softmeet.solvers.projection import Projection
-from softmeet.solvers.sweep import Swept, sweep
+from softmeet.solvers.sweep import Swept
 
 _ARMIJO = 1e-4
 _HALVINGS = 40

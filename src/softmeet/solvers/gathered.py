@@ -6,18 +6,22 @@ Rows of the heads are kept as they are; the whitening factor is applied to the s
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from softmeet import kernels
 from softmeet.solvers.projection import Projection
 
-
 # Tokens from which the mean squared length of a whitened row is estimated.
-_PROBES = 64
+_PROBES = 16
+_FEWEST = 1024
+_WIDTHS = 2.5
+# The number of gathered tokens grows by this share of its first size at every step.
+_GROWTH = 0.2
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,46 +32,75 @@ class Gathered:
         tokens: ids; the first ``heavy`` are the heaviest, the rest are sampled and may repeat.
         log_weight: log importance of each, 0 for the heaviest.
         rows: of each member, those of S_i (W_i - 1cᵀ), in the dtype of products.
-        factors: R_i, in the same dtype.
+        factors: R_i, in the same dtype; None for vectors in the heads' own coordinates rather than whitened ones.
         heavy: how many are not sampled.
     """
 
     tokens: Int[Tensor, "b M"]
     log_weight: Float[Tensor, "b M"]
     rows: tuple[Float[Tensor, "b M _"], ...]
-    factors: tuple[Float[Tensor, "_ _"], ...]
+    factors: tuple[Float[Tensor, "_ _"], ...] | None
     heavy: int
 
     @cached_property
     def widths(self) -> tuple[int, ...]:
-        """The ranks of the heads."""
-        return tuple(R.shape[1] for R in self.factors)
+        """The ranks of the heads, or their widths in their own coordinates."""
+        return tuple(a.shape[-1] for a in (self.rows if self.factors is None else self.factors))
 
     @cached_property
     def leverage(self) -> Float[Tensor, "b n"]:
-        """The mean of |Q_ij|² over its rank, estimated from a few of the sampled tokens."""
-        some = slice(self.heavy, None, max(1, (self.tokens.shape[1] - self.heavy) // _PROBES))
-        means = [(a[:, some] @ R).square().mean((-1, -2)) for a, R in zip(self.rows, self.factors, strict=True)]
-        return torch.stack(means, dim=-1).double()
+        """The mean of |Q_ij|² over its rank, estimated from a few of the sampled tokens, or of the lighter half."""
+        M = self.tokens.shape[1]
+        start = self.heavy if self.heavy < M else M // 2
+        some = slice(start, None, max(1, (M - start) // _PROBES))
+        probes = self.white([a[:, some] for a in self.rows])
+        return torch.stack([a.square().mean((-1, -2)) for a in probes], dim=-1).double()
 
-    def whitened(self, tokens: Int[Tensor, "b k"]) -> tuple[Float[Tensor, "b k _"], ...]:
+    def in_own_coordinates(self) -> Gathered:
+        """The same without whitening."""
+        return replace(self, factors=None)
+
+    @cached_property
+    def compiled(self) -> bool:
+        """Whether the compiled loops fit; they take one row of the batch at a time."""
+        return kernels.fits(*[a[0] for a in self.rows])
+
+    def at(self, places: Int[Tensor, "b k"]) -> list[Float[Tensor, "b k _"]]:
         """Rows of Q_i at some places of the gathered tokens."""
-        return tuple(
-            a.gather(1, tokens[..., None].expand(-1, -1, a.shape[-1])) @ R
-            for a, R in zip(self.rows, self.factors, strict=True)
-        )
+        return self.white([a.gather(1, places[..., None].expand(-1, -1, a.shape[-1])) for a in self.rows])
 
     def scores(self, s: Float[Tensor, "b D"]) -> Float[Tensor, "b n M"]:
         """Q_ijᵀ s_i."""
-        parts = s.to(self.rows[0].dtype).split(self.widths, dim=-1)
-        found = [times(a, x @ R.T) for a, R, x in zip(self.rows, self.factors, parts, strict=True)]
-        return torch.stack(found, dim=1).to(s.dtype)
+        return torch.stack([times(a, x) for a, x in zip(self.rows, self.raw(s), strict=True)], dim=1).to(s.dtype)
 
     def moments(self, m: Float[Tensor, "b n M"]) -> Float[Tensor, "b D"]:
-        """Σ_j m_ij Q_ij, all members in one vector."""
+        """Σ_j m_ij Q_ij, all members side by side."""
         low = m.to(self.rows[0].dtype)
-        parts = [times_transposed(a, low[:, i]) @ R for i, (a, R) in enumerate(zip(self.rows, self.factors, strict=True))]
-        return torch.cat(parts, dim=-1).to(m.dtype)
+        raw = [times_transposed(a, low[:, i]) for i, a in enumerate(self.rows)]
+        return torch.cat(self.white(raw), dim=-1).to(m.dtype)
+
+    def both_moments(
+        self, m: Float[Tensor, "b n M"], w: Float[Tensor, "b n M"]
+    ) -> tuple[Float[Tensor, "b D"], Float[Tensor, "b D"]]:
+        """:meth:`moments` of two sets of masses, by one read where the compiled loops fit."""
+        if not self.compiled:
+            return self.moments(m), self.moments(w)
+        one, two = m.float().contiguous(), w.float().contiguous()
+        pairs = [
+            torch.stack([kernels.moments(a[k], one[k, i], two[k, i]) for k in range(len(m))], dim=1).flatten(0, 1)
+            for i, a in enumerate(self.rows)
+        ]
+        first, second = torch.cat(self.white(pairs), dim=-1).to(m.dtype).chunk(2)
+        return first, second
+
+    def raw(self, s: Float[Tensor, "b D"]) -> list[Float[Tensor, "b _"]]:
+        """R_i s_i, in the dtype of products."""
+        parts = list(s.to(self.rows[0].dtype).split(self.widths, dim=-1))
+        return parts if self.factors is None else [x @ R.T for R, x in zip(self.factors, parts, strict=True)]
+
+    def white(self, raw: list[Float[Tensor, "*b _"]]) -> list[Float[Tensor, "*b _"]]:
+        """x_i R_i."""
+        return raw if self.factors is None else [x @ R for R, x in zip(self.factors, raw, strict=True)]
 
 
 def times(a: Float[Tensor, "b M d"], x: Float[Tensor, "b d"]) -> Float[Tensor, "b M"]:
@@ -94,6 +127,8 @@ def gather(
     """
     weight = token_weight(problem, log_p, log_r)
     top = weight.topk(heavy).indices
+    if not sampled:
+        return _gathered(problem, top, torch.zeros_like(top, dtype=weight.dtype), heavy)
     tail = weight.scatter(-1, top, 0.0).cumsum(-1)
     stride = tail[:, -1:] / sampled
     points = (torch.arange(sampled, dtype=weight.dtype, device=weight.device) + offset) * stride
@@ -101,15 +136,32 @@ def gather(
     importance = stride.log() - weight.gather(-1, drawn).log()
     tokens = torch.cat([top, drawn], dim=-1)
     log_weight = torch.cat([torch.zeros_like(top, dtype=weight.dtype), importance.nan_to_num(-math.inf, -math.inf)], -1)
+    return _gathered(problem, tokens, log_weight, heavy)
+
+
+def _gathered(
+    problem: Projection, tokens: Int[Tensor, "b M"], log_weight: Float[Tensor, "b M"], heavy: int
+) -> Gathered:
     rows = tuple(h.rows(tokens) for h in problem.heads)
     factors = tuple(h.whitening.factor.to(h.dtype) for h in problem.heads)
     return Gathered(tokens, log_weight, rows, factors, heavy)
 
 
+def gathered_size(problem: Projection, step: int) -> int:
+    """M: enough tokens that a change of their masses can repair the moments of any member, and more at later steps.
+
+    More than the widest head, or than all members of infinite trust together, which only p can repair.
+    """
+    widths = [h.rank for h in problem.heads]
+    exact = sum(d for d, rho in zip(widths, problem.trust, strict=True) if math.isinf(rho))
+    first = max(_FEWEST, _WIDTHS * max(widths), 2 * exact)
+    return int(min(first * (1 + _GROWTH * step), problem.log_q.shape[-1] // 2))
+
+
 def token_weight(
     problem: Projection, log_p: Float[Tensor, "b v"], log_r: Float[Tensor, "b n v"]
 ) -> Float[Tensor, "b v"]:
-    """p + Σ ρ_i r_i over the members of finite trust."""
+    """P + Σ ρ_i r_i over the members of finite trust."""
     weight = log_p.exp()
     for i, rho in enumerate(problem.trust):
         if not math.isinf(rho):

@@ -2,9 +2,9 @@
 
     H = Cov_p([α_1 Q_1 | … | α_n Q_n]) + blockdiag(α_i γ_i Cov_{r_i}(Q_i)),   H s = g,   ν ← ν - t s
 
-A step reads every head once, for the scores of the direction and for gradient and Hessian where it leads, and costs v D²
-per row. The scores also certify the point that was left (:mod:`softmeet.solvers.certificate`), and a step lowers f by a
-known amount, so the bound at the new point needs no further read.
+A step reads every head once, for the scores of the direction and for gradient and Hessian where it leads, and costs
+v D² per row. The scores also certify the point that was left (:mod:`softmeet.solvers.certificate`), and a step lowers f
+by a known amount, so the bound at the new point needs no further read.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ class DualNewton(DualMethod[NewtonState]):
         """The pool."""
         fields = start(problem)
         nothing = fields["nu"]
-        return NewtonState(**fields, joint=nothing.clone(), own=nothing.clone(), slack=torch.zeros_like(fields["value"]))
+        return NewtonState(
+            **fields, joint=nothing.clone(), own=nothing.clone(), slack=torch.zeros_like(fields["value"])
+        )
 
     def rows_at_once(self, problem: Projection) -> int:
         """As many as have room for their Hessians."""
@@ -97,7 +99,8 @@ class DualNewton(DualMethod[NewtonState]):
 
 def _guess(problem: Projection) -> Centres:
     """The means over the heaviest tokens of the pool, and of each member."""
-    joint, own = [], []
+    joint: list[Tensor] = []
+    own: list[Tensor] = []
     for i, h in enumerate(problem.heads):
         for log_m, means in ((problem.log_q, joint), (problem.log_p[:, i], own)):
             best = log_m.topk(min(_GUESS, log_m.shape[-1]))

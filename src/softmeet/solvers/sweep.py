@@ -9,25 +9,29 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
+from softmeet import kernels
 from softmeet.solvers.projection import Projection
 
 # Elements of a block of one head: what stays in a core's cache between its two products; more on an accelerator.
 _CACHED_ELEMENTS = 1 << 19
 _ACCELERATOR_ELEMENTS = 1 << 24
+# Up to so many rows the compiled loops are faster than two products.
+_FEW = 2
 
 
 @dataclass(frozen=True, eq=False)
 class Swept:
     """Where a direction leads: scores z, distributions, dual value, and moments in whitened coordinates.
 
-    ``joint`` and ``own`` are the means of Q_i under p and r_i, all members side by side; ``H`` is the Hessian of the dual
-    or None.
+    ``joint`` and ``own`` are the means of Q_i under p and r_i, all members side by side; ``H`` is the Hessian of the
+    dual, or None.
     """
 
     z: Float[Tensor, "B n v"]
@@ -41,9 +45,11 @@ class Swept:
 
     def put(self, rows: Int[Tensor, " k"], other: Swept) -> Swept:
         """With some rows replaced."""
-        merged = {f.name: getattr(self, f.name) for f in fields(self)}
-        given = {f.name: getattr(other, f.name) for f in fields(other)}
-        return replace(self, **{k: None if x is None else x.index_copy(0, rows, given[k]) for k, x in merged.items()})
+        merged: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, x in merged.items():
+            if x is not None:
+                merged[name] = x.index_copy(0, rows, getattr(other, name))
+        return replace(self, **merged)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +93,7 @@ class _Sweep:
     ) -> None:
         self.problem, self.z, self.centres = problem, z, centres
         self.widths = [h.rank for h in problem.heads]
-        B, n, v = z.shape
+        B, n = z.shape[:2]
         self.log_p, self.log_r = torch.empty_like(problem.log_q), torch.empty_like(z)
         self.top = z.new_full((B, 1 + n), -torch.inf)
         self.sums = torch.zeros_like(self.top)
@@ -103,12 +109,39 @@ class _Sweep:
             self.own_second = [z.new_zeros(B, d, d) for d in self.widths]
 
     def run(self) -> Swept:
-        size, v = block_size(self.problem), self.z.shape[-1]
-        for start in range(0, v, size):
-            self._block(slice(start, min(start + size, v)))
+        if self._fits_compiled_loops():
+            self._compiled()
+        else:
+            size, v = block_size(self.problem), self.z.shape[-1]
+            for start in range(0, v, size):
+                self._block(slice(start, min(start + size, v)))
         for h in self.problem.heads:
             h.rows_read += h.head.v
         return self._finish()
+
+    def _fits_compiled_loops(self) -> bool:
+        heads = self.problem.heads
+        plain = self.x is not None and self.centres is None and all(h.slope is None for h in heads)
+        return plain and len(self.z) <= _FEW and self.z.device.type == "cpu" and self._fp32()
+
+    def _fp32(self) -> bool:
+        heads = self.problem.heads
+        return all(h.dtype == torch.float32 for h in heads) and kernels.fits(*[h.head.weight for h in heads])
+
+    def _compiled(self) -> None:
+        problem, x = self.problem, self.x
+        assert x is not None
+        direction, offset = torch.cat([a for a, _ in x], dim=-1), torch.stack([c for _, c in x], dim=-1)
+        weights = [h.head.weight for h in problem.heads]
+        alpha, gamma = self.z.new_tensor(problem.alpha), self.z.new_tensor(problem.gamma)
+        for k in range(len(self.z)):
+            first = self.z.new_zeros(2, direction.shape[-1])
+            kernels.sweep(
+                weights, direction[k], offset[k], alpha, gamma, problem.log_q[k], problem.log_p[k],
+                self.z[k], self.log_p[k], self.log_r[k], self.top[k], self.sums[k], first,
+            )  # fmt: skip
+            for total, part in zip(self.first, first.split([h.head.d for h in problem.heads], dim=-1), strict=True):
+                total[:, k] = part
 
     def _block(self, tokens: slice) -> None:
         problem = self.problem
@@ -153,7 +186,10 @@ class _Sweep:
         problem, centres = self.problem, self.centres
         assert centres is not None
         white = [
-            pad((W.to(self.z.device) - h.whitening.center.to(h.dtype)) @ h.whitening.factor.to(h.dtype), (0, 0, 0, short))
+            pad(
+                (W.to(self.z.device) - h.whitening.center.to(h.dtype)) @ h.whitening.factor.to(h.dtype),
+                (0, 0, 0, short),
+            )
             for h, W in zip(problem.heads, blocks, strict=True)
             for short in [tokens.stop - tokens.start - len(W)]
         ]
@@ -171,7 +207,9 @@ class _Sweep:
 
     def _scaled(self, x: Float[Tensor, "*b D"]) -> Float[Tensor, "*b D"]:
         """α_i times member i's part."""
-        return torch.cat([a * part for a, part in zip(self.problem.alpha, x.split(self.widths, dim=-1), strict=True)], -1)
+        return torch.cat(
+            [a * part for a, part in zip(self.problem.alpha, x.split(self.widths, dim=-1), strict=True)], -1
+        )
 
     def _finish(self) -> Swept:
         problem = self.problem

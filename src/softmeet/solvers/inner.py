@@ -1,0 +1,124 @@
+"""The inner solve: Newton's method with conjugate gradients on a surrogate; it reads gathered rows only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from softmeet import kernels
+from softmeet.solvers.preconditioner import Preconditioner
+from softmeet.solvers.surrogate import Point, Surrogate
+
+_ARMIJO = 1e-4
+_HALVINGS = 30
+_TINY = 1e-300
+
+
+class Hessian:
+    """∇²F at a point; call it with a direction."""
+
+    def __init__(self, surrogate: Surrogate, at: Point) -> None:
+        self.surrogate = surrogate
+        self.u, self.w = u, w = at.masses
+        self.alpha, self.gamma = u.new_tensor(surrogate.alpha)[:, None], u.new_tensor(surrogate.gamma)[:, None]
+        self.ridge = surrogate.spread(surrogate.ridge)
+        self.total, self.totals = u.sum(-1, keepdim=True), w.sum(-1, keepdim=True)
+        difference, own = at.moments
+        self.mean = (difference + own) / self.total.clamp_min(_TINY)
+        self.means = own / surrogate.spread(self.totals[..., 0]).clamp_min(_TINY)
+        self.compiled = surrogate.gathered.compiled
+        if self.compiled:
+            self.low = [x.float().contiguous() for x in (u, w, self.alpha[:, 0], self.gamma[:, 0])]
+
+    def __call__(self, d: Float[Tensor, "b D"]) -> Float[Tensor, "b D"]:
+        """The product with ``d``."""
+        if self.compiled:
+            return self._compiled(d)
+        gathered, spread = self.surrogate.gathered, self.surrogate.spread
+        y = gathered.scores(d)
+        x = (self.alpha * y).sum(1)
+        joint = self.u * (x - (self.u * x).sum(-1, keepdim=True) / self.total.clamp_min(_TINY))
+        own = self.w * (y - (self.w * y).sum(-1, keepdim=True) / self.totals.clamp_min(_TINY))
+        found = gathered.moments(joint[:, None] + self.gamma * own)
+        return spread(self.alpha[None, :, 0]) * found + self.ridge * d
+
+    def _compiled(self, d: Float[Tensor, "b D"]) -> Float[Tensor, "b D"]:
+        """By one read of the rows: sums about the origin, their means taken off afterwards."""
+        gathered, (u, w, alpha, gamma) = self.surrogate.gathered, self.low
+        x = gathered.raw(d)
+        pairs = [
+            kernels.curve([a[k] for a in gathered.rows], [part[k] for part in x], u[k], w[k], alpha, gamma)
+            for k in range(len(d))
+        ]
+        sums = torch.stack([s for s, _ in pairs])
+        raw = [torch.stack([out[i] for _, out in pairs]) for i in range(len(x))]
+        spread = self.surrogate.spread
+        joint = spread(self.alpha[:, 0] * sums[:, :1]) * self.mean
+        own = spread((self.alpha * self.gamma)[:, 0] * sums[:, 1:]) * self.means
+        return torch.cat(gathered.white(raw), dim=-1).to(d.dtype) - joint - own + self.ridge * d
+
+
+def conjugate_gradients(
+    surrogate: Surrogate,
+    at: Point,
+    precondition: Preconditioner,
+    reduction: float,
+    limit: int,
+) -> Float[Tensor, "b D"]:
+    """∇²F⁻¹ ∇F at a point, until the preconditioned residual has fallen by ``reduction`` in every row.
+
+    Rows that have stopped stay put.
+    """
+    s, residual = torch.zeros_like(at.gradient), at.gradient
+    y = precondition(residual)
+    d, size = y, (residual * y).sum(-1)
+    goal = reduction**2 * size
+    hessian = Hessian(surrogate, at)
+    for _ in range(limit):
+        Hd = hessian(d)
+        curvature = (d * Hd).sum(-1)
+        going = (size > goal) & (curvature > 0)
+        if not going.any():
+            break
+        step = torch.where(going, size / curvature, 0.0)[:, None]
+        s, residual = s + step * d, residual - step * Hd
+        y = precondition(residual)
+        new = (residual * y).sum(-1)
+        d = torch.where(going[:, None], y + (new / size)[:, None] * d, 0.0)
+        size = torch.where(going, new, 0.0)
+    return s
+
+
+def minimise(
+    surrogate: Surrogate,
+    precondition: Preconditioner,
+    start: Point,
+    *,
+    steps: int,
+    reduction: float,
+    limit: int,
+    enough: Callable[[Point], Bool[Tensor, " b"]],
+) -> Point:
+    """Newton's method with conjugate gradients, at most ``steps`` times, until ``enough`` says so of every row."""
+    now = start
+    for _ in range(steps):
+        if bool(enough(now).all()):
+            break
+        d = conjugate_gradients(surrogate, now, precondition, reduction, limit)
+        decrement = (now.gradient * d).sum(-1)
+        z = surrogate.gathered.scores(d)
+        t = torch.ones_like(now.value)
+        for _ in range(_HALVINGS):
+            trial = surrogate.value(now.s - t[:, None] * d, now.y - t[:, None, None] * z)
+            failed = ~(trial <= now.value - _ARMIJO * t * decrement)
+            if not failed.any():
+                break
+            t = torch.where(failed, t / 2, t)
+        t = torch.where(trial <= now.value, t, 0.0)
+        if not t.any():
+            break
+        now = surrogate.at(now.s - t[:, None] * d, now.y - t[:, None, None] * z)
+    return now

@@ -1,0 +1,164 @@
+"""What gathered tokens say around a dual point: the next direction, and a bound on the gap.
+
+Curvature comes from M tokens: the heaviest, and a systematic sample of the rest, reweighted, with a ridge for what the
+sample misses (shrinkage of a sample covariance to a multiple of the identity, in whitened coordinates). The sample is
+fresh at each step and grows. At the pool, before any read of the heads, it stands for the tail's moments too.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from softmeet.solvers.certificate import restricted_gap_bound
+from softmeet.solvers.dual import DualState
+from softmeet.solvers.gathered import gather, gathered_size
+from softmeet.solvers.inner import conjugate_gradients, minimise
+from softmeet.solvers.memory import Memory
+from softmeet.solvers.preconditioner import AllTokens, HeavyTokens
+from softmeet.solvers.projection import Projection
+from softmeet.solvers.surrogate import Point, Surrogate
+
+# Tokens that the preconditioner treats exactly.
+_HEAVY = 96
+# One in so many of the gathered tokens is drawn from the tail.
+_SAMPLED = 4
+# The ridge's share of the tail; the sample has the rest.
+_SHRINKAGE = 0.3
+# The share of a certificate that may come from what is left of an infeasibility.
+_SLACK = 0.05
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """``direction`` of the next step; ``bound`` on the gap, inf where none was found; ``estimate`` of it."""
+
+    direction: Float[Tensor, "b D"]
+    bound: Float[Tensor, " b"]
+    estimate: Float[Tensor, " b"]
+
+    @classmethod
+    def empty(cls, like: Float[Tensor, "b D"]) -> Found:
+        """To be filled by :meth:`put`."""
+        return cls(torch.zeros_like(like), torch.full_like(like[:, 0], torch.inf), torch.zeros_like(like[:, 0]))
+
+    def put(self, rows: Int[Tensor, " k"], other: Found) -> None:
+        """Write some rows."""
+        self.direction[rows], self.bound[rows], self.estimate[rows] = other.direction, other.bound, other.estimate
+
+
+def look(
+    problem: Projection,
+    state: DualState,
+    memory: Memory,
+    step: int,
+    goal: Float[Tensor, " b"] | None,
+) -> Found:
+    """Look around some rows, by gathered tokens alone.
+
+    Args:
+        problem, state, memory: of these rows.
+        step: how many steps they have taken; later ones gather more tokens, and others.
+        goal: the bound at which a row is done; None where no gradient is known yet.
+    """
+    around = _Around(problem, state, step)
+    return around.first() if goal is None else around.next(memory, goal)
+
+
+def _never(m: Point) -> Bool[Tensor, " b"]:
+    return torch.zeros_like(m.value, dtype=torch.bool)
+
+
+def _bound(model: Surrogate, gradient: Float[Tensor, "b D"], goal: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+    """-min F for a model whose minimiser is a feasible point, or inf if the inner solve does not come near it.
+
+    What is left of the gradient, e, hides ½ eᵀH⁻¹e to second order. The preconditioner never exceeds H at s = 0, and H
+    has shrunk by no more than the masses have; twice as much again is added.
+    """
+    precondition = AllTokens(model, model.log_u.exp(), model.log_w.exp(), _HEAVY)
+
+    def slack(m: Point) -> Float[Tensor, " b"]:
+        left = (m.gradient * precondition(m.gradient)).sum(-1)
+        return torch.where((left > 0) | (m.gradient == 0).all(-1), left / model.shrinkage(m), torch.inf)
+
+    def close(m: Point) -> Bool[Tensor, " b"]:
+        return (slack(m) <= _SLACK * -m.value) | (-m.value > goal)
+
+    start = model.origin(gradient)
+    best = minimise(model, precondition, start, steps=6, reduction=0.05, limit=31, enough=close)
+    return torch.where(slack(best) <= _SLACK * -best.value, slack(best) - best.value, torch.inf)
+
+
+class _Around:
+    """Some rows and their gathered tokens."""
+
+    def __init__(self, problem: Projection, state: DualState, step: int) -> None:
+        self.problem, self.state, self.known = problem, state, step > 0
+        size = gathered_size(problem, step)
+        sampled = size // _SAMPLED
+        self.gathered = gather(problem, state.log_p, state.log_r, size - sampled, sampled, (0.5 + 0.618 * step) % 1)
+        tokens = self.gathered.tokens
+        self.log_u = state.log_p.gather(-1, tokens)
+        self.log_w = state.log_r.gather(-1, tokens[:, None].expand(-1, len(problem.trust), -1))
+        self.model = self._reweighted()
+        self.heavy = HeavyTokens(self.model, self.model.log_u.exp(), self.model.log_w.exp(), _HEAVY)
+
+    def first(self) -> Found:
+        """From the pool: the sample stands for the tail's moments."""
+        found = minimise(self.model, self.heavy, self.model.origin(), steps=3, reduction=0.3, limit=20, enough=_never)
+        return Found(found.s, torch.full_like(found.value, torch.inf), -found.value)
+
+    def next(self, memory: Memory, goal: Float[Tensor, " b"]) -> Found:
+        """A bound for rows that seem near enough, and a direction for those that it does not end."""
+        gradient = self.state.gradient
+        estimate = 0.5 * (gradient * self.heavy(gradient)).sum(-1)
+        bound, near = torch.full_like(estimate, torch.inf), (estimate <= goal) & (estimate >= 0)
+        if bool(near.any()):
+            bound = torch.where(near, self._certified(goal), bound)
+            if bool((bound <= goal).all()):
+                return Found(torch.zeros_like(gradient), bound, estimate)
+        recalled, weights = memory.before(gradient)
+        s = conjugate_gradients(self.model, self.model.origin(recalled), self.heavy, 0.2, 30)
+        direction = -memory.after(s, weights)
+        return Found(direction, bound, -0.5 * (gradient * direction).sum(-1))
+
+    def _reweighted(self) -> Surrogate:
+        """The sample stands for the tail; its masses count in full where its moments are needed, before any read."""
+        sampled = torch.arange(self.gathered.tokens.shape[1], device=self.log_u.device) >= self.gathered.heavy
+        share = 1 - _SHRINKAGE if self.known else 1.0
+        log_weight = self.gathered.log_weight + torch.where(sampled, math.log(share), 0.0)
+        log_u, log_w = self.log_u + log_weight, self.log_w + log_weight[:, None]
+        model = self._surrogate(log_u, log_w, self.log_w.new_zeros(self.log_w.shape[:2]))
+        tail = model.curvature(log_u.exp() * sampled, log_w.exp() * sampled)
+        return self._surrogate(log_u, log_w, tail * (_SHRINKAGE / share))
+
+    def _surrogate(
+        self, log_u: Float[Tensor, "b M"], log_w: Float[Tensor, "b n M"], ridge: Float[Tensor, "b n"]
+    ) -> Surrogate:
+        problem, nothing = self.problem, torch.zeros_like(self.state.nu)
+        return Surrogate(self.gathered, log_u, log_w, nothing, ridge, problem.alpha, problem.gamma, problem.trust)
+
+    def _certified(self, goal: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """The gap by a feasible point that differs from (p, r) on the gathered tokens only, each counted once."""
+        problem, gradient = self.problem, self.state.gradient
+        if any(math.isinf(rho) for rho in problem.trust):
+            p, r = self.state.log_p.exp(), self.state.log_r.exp()
+            found = [restricted_gap_bound(problem, k, p[k], r[k], gradient[k]) for k in range(len(p))]
+            return gradient.new_tensor(found)
+        ordered, where = self.gathered.tokens.sort(-1)
+        repeated = torch.zeros_like(ordered, dtype=torch.bool)
+        repeated.scatter_(-1, where[:, 1:], ordered[:, 1:] == ordered[:, :-1])
+        log_u = self.log_u.masked_fill(repeated, -torch.inf)
+        log_w = self.log_w.masked_fill(repeated[:, None], -torch.inf)
+        # The heads' own coordinates: whitening every row would cost as much as the rest.
+        parts = gradient.split([h.rank for h in problem.heads], dim=-1)
+        own = torch.cat([x @ h.whitening.inverse for h, x in zip(problem.heads, parts, strict=True)], dim=-1)
+        model = Surrogate(
+            self.gathered.in_own_coordinates(), log_u, log_w, torch.zeros_like(own), torch.zeros_like(self.model.ridge),
+            problem.alpha, problem.gamma, problem.trust,
+        ).matched(own)  # fmt: skip
+        return _bound(model, own, goal)

@@ -1,0 +1,205 @@
+"""The sub-sampled solver against the full Hessian in fp64: answers, certificates, hostile rows, compiled loops."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from instances import best_outputs, outputs, random_heads, zipf
+
+import softmeet
+from softmeet import Status, kernels
+from softmeet.rules import meet
+from softmeet.simplex import total_variation
+from softmeet.solvers import gathered
+
+V = 3000
+
+
+@pytest.fixture(autouse=True)
+def _small_enough_to_check(monkeypatch):
+    """Every row of these sizes goes to the sub-sampled solver, with few tokens."""
+    monkeypatch.setattr(meet, "_CHEAP", 0)
+    monkeypatch.setattr(gathered, "_FEWEST", 256)
+
+
+def full(log_p, heads, **options):
+    """The answer by the full Hessian in fp64."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(meet, "full_hessian_pays", lambda projection: True)
+        options = options | {"tol": 1e-11, "max_steps": 200}
+        return softmeet.combine(log_p.double(), [as_fp64(W) for W in heads], **options)
+
+
+def as_fp64(W):
+    if isinstance(W, softmeet.SoftmaxHead):
+        bias = None if W.bias is None else W.bias.double()
+        return softmeet.SoftmaxHead(W.weight.double(), bias, W.scale, W.soft_cap)
+    return W.double()
+
+
+def language(batch=6, widths=(24, 32), seed=1, sharpness=3.0):
+    """Correlated members with frequent and rare tokens: p̂ of a few nats' entropy, and a tail that counts."""
+    generator = torch.Generator().manual_seed(seed)
+    common = torch.randn(V, max(widths), generator=generator)
+    context = torch.randn(batch, max(widths), generator=generator)
+    heads, log_probs = [], []
+    for d in widths:
+        W = common[:, :d] + 0.5 * torch.randn(V, d, generator=generator)
+        W[:, 0] = -torch.arange(1, V + 1).log() / 2
+        h = sharpness * (context[:, :d] + 0.3 * torch.randn(batch, d, generator=generator)) / d**0.5
+        h[:, 0] = 1.5
+        heads.append(W)
+        log_probs.append((h @ W.T).log_softmax(-1))
+    return torch.stack(log_probs), heads
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("trust", [0.3, 1.0, 2.0, (0.1, 5.0), 20.0])
+def test_equals_the_full_hessian(trust, dtype):
+    log_p, heads = language()
+    exact = full(log_p, heads, trust=trust)
+    # Rounding of fp32 scores is part of the gap, and grows with the tilts that a large trust brings.
+    tol = 1e-8 if dtype == torch.float64 else 1e-4 if trust == 20.0 else 1e-5
+    ours = softmeet.combine(log_p.to(dtype), [W.to(dtype) for W in heads], trust=trust, tol=tol)
+    assert (ours.status == Status.OPTIMAL).all()
+    assert ours.gap_is_certified.all()
+    assert (ours.gap <= tol).all()
+    # Pinsker's inequality, with what the rounding of fp32 log-probabilities moves.
+    assert total_variation(ours.log_probs.double(), exact.log_probs).max() < math.sqrt(tol / 2) + 1e-5
+    assert (exact.objective - ours.objective <= ours.gap + 1e-6 * (dtype == torch.float32)).all()
+
+
+@pytest.mark.parametrize("trust", [0.3, 2.0, 20.0])
+@pytest.mark.parametrize("sharpness", [1.0, 3.0, 9.0])
+def test_the_certificate_is_never_below_the_true_gap(sharpness, trust):
+    log_p, heads = language(sharpness=sharpness)
+    log_p, heads = log_p.double(), [W.double() for W in heads]
+    exact = full(log_p, heads, trust=trust)
+    certified = 0
+    for tol in (1e-2, 1e-3, 1e-4, 1e-6):
+        ours = softmeet.combine(log_p, heads, trust=trust, tol=tol)
+        true_gap = exact.objective - ours.objective
+        assert (true_gap[ours.gap_is_certified] <= ours.gap[ours.gap_is_certified] + 1e-11).all()
+        certified += int(ours.gap_is_certified.sum())
+    assert certified == 4 * log_p.shape[1]
+
+
+@pytest.mark.parametrize("trust", [0.3, 5.0])
+def test_a_second_opinion_agrees(trust):
+    log_p, heads = language()
+    ours = softmeet.combine(log_p, heads, trust=trust, tol=1e-5)
+    again = ours.verify(heads, log_p)
+    assert (again.status == Status.OPTIMAL).all()
+    assert again.total_variation.max() < 1e-5
+
+
+def test_a_row_does_not_depend_on_its_batch():
+    log_p, heads = language(batch=7)
+    together = softmeet.combine(log_p, heads, trust=1.0, tol=1e-5)
+    for k in range(7):
+        alone = softmeet.combine(log_p[:, k : k + 1], heads, trust=1.0, tol=1e-5)
+        assert alone.num_steps.item() == together.num_steps[k].item()
+        assert alone.num_passes.item() == together.num_passes[k].item()
+        assert total_variation(alone.log_probs, together.log_probs[k : k + 1]).item() < 1e-6
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_compiled_loops_equal_library_products(monkeypatch, threads):
+    if not kernels.ENABLED:
+        pytest.skip("numba is not installed: pip install 'softmeet[fast]'")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    log_p, heads = language(batch=2)
+    fast = softmeet.combine(log_p, heads, trust=1.0, tol=1e-5)
+    monkeypatch.setattr(kernels, "ENABLED", False)
+    plain = softmeet.combine(log_p, heads, trust=1.0, tol=1e-5)
+    torch.set_num_threads(before)
+    assert torch.equal(fast.num_passes, plain.num_passes)
+    assert total_variation(fast.log_probs, plain.log_probs).max() < 1e-6
+
+
+def soft_capped():
+    log_p, (one, two) = language(batch=3)
+    capped = softmeet.SoftmaxHead(one, soft_cap=10.0)
+    logits = torch.stack([10 * torch.tanh(log_p[0] / 10), log_p[1]])
+    return logits.log_softmax(-1), [capped, two], {"logits": logits}
+
+
+def padded():
+    """A member without the last tokens, and tokens that may not be answered."""
+    log_p, (one, two) = language(batch=3)
+    log_p[0, :, V - 40 :] = -torch.inf
+    support = torch.arange(V) < V - 100
+    return log_p.log_softmax(-1), [one[: V - 40], two], {"support": support}
+
+
+def duplicated():
+    log_p, (one, _) = language(batch=3)
+    return torch.stack([log_p[0], log_p[1]]), [one, one.clone()], {}
+
+
+def near_one_hot():
+    heads = [W.float() for W in random_heads(V, (24, 32), seed=3)]
+    return outputs([W.double() for W in heads], 3, seed=3, sharpness=40.0).float(), heads, {}
+
+
+def disagreeing():
+    heads = [W.float() for W in random_heads(V, (24, 32), seed=4)]
+    return outputs([W.double() for W in heads], 3, seed=4, sharpness=4.0).float(), heads, {}
+
+
+def rank_deficient():
+    log_p, (one, two) = language(batch=3)
+    one[:, 5] = 2 * one[:, 3] + 1
+    return log_p, [one, two], {}
+
+
+@pytest.mark.parametrize("trust", [0.3, 3.0, 1e3])
+@pytest.mark.parametrize(
+    "make", [soft_capped, padded, duplicated, near_one_hot, disagreeing, rank_deficient], ids=lambda f: f.__name__
+)
+def test_hostile_rows_reach_the_tolerance_or_say_so(make, trust):
+    log_p, heads, options = make()
+    ours = softmeet.combine(log_p, heads, trust=trust, tol=1e-4, max_steps=300, **options)
+    logits = options.pop("logits", None)
+    exact = full(log_p, heads, trust=trust, **options, **({} if logits is None else {"logits": logits.double()}))
+    assert not ours.log_probs.isnan().any()
+    reached = ours.status == Status.OPTIMAL
+    assert (ours.gap[reached] <= 1e-4).all()
+    assert ours.gap_is_certified[reached].all()
+    known = reached & (exact.status == Status.OPTIMAL)
+    distance = total_variation(ours.log_probs.double(), exact.log_probs)
+    assert (distance[known] < math.sqrt(1e-4 / 2) + 1e-4).all()
+    if trust < 1e3:
+        assert reached.all()
+
+
+def test_half_precision_heads_are_read_as_they_are():
+    log_p, heads = language()
+    for dtype in (torch.bfloat16, torch.float16):
+        low = [W.to(dtype) for W in heads]
+        ours = softmeet.combine(log_p, low, trust=1.0, tol=1e-5)
+        assert (ours.status == Status.OPTIMAL).all()
+        exact = softmeet.combine(log_p, [W.float() for W in low], trust=1.0, tol=1e-5)
+        assert total_variation(ours.log_probs, exact.log_probs).max() < 2 * math.sqrt(1e-5 / 2)
+
+
+def test_max_entropy_under_the_premise_and_its_proof_of_infeasibility():
+    heads = random_heads(1200, (12, 10), seed=5)
+    log_p = best_outputs(heads, zipf(2, 1200, seed=5))
+    found = softmeet.combine(log_p, heads, "max-entropy", tol=1e-6, max_steps=100)
+    assert (found.status == Status.OPTIMAL).all()
+    assert (found.residual < 1e-2).all()
+    peaked = outputs(heads, 2, seed=6, sharpness=9.0)
+    refused = softmeet.combine(peaked, heads, "max-entropy", tol=1e-6, max_steps=100)
+    assert (refused.status == Status.INFEASIBLE).all()
+    assert (refused.verify(heads, peaked).status == Status.INFEASIBLE).all()
+
+
+def test_passes_are_few_and_counted():
+    log_p, heads = language(batch=8)
+    ours = softmeet.combine(log_p, heads, trust=1.0, tol=1e-5)
+    assert ours.num_passes.median() <= 8
+    assert (ours.num_passes >= ours.num_steps).all()
