@@ -6,13 +6,20 @@ BIN := $(VENV)/bin
 TEST_ENV := OMP_NUM_THREADS=1
 PYTEST_ARGS ?= -n auto
 
-.PHONY: demo test check format lint clean
+.PHONY: demo test bench check format lint clean
 
 demo: $(VENV)/.core ## Generate from the bundled members.
 	$(BIN)/softmeet generate "And the king said unto his daughter," --max-new-tokens 120 --temperature 0.8 --seed 4 --summary
 
 test: $(VENV)/.test ## Run the tests.
 	$(TEST_ENV) $(BIN)/pytest -rs $(PYTEST_ARGS)
+
+bench: $(VENV)/.bench ## Time the solver and decoding beside the alternatives, at sizes of a few minutes each.
+	$(BIN)/python benchmarks/passes.py --positions 128
+	$(BIN)/python benchmarks/solver.py --size small --limit 20
+	$(BIN)/python benchmarks/decode.py --repeats 3
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/growth.py --quick
 
 check: lint test ## What CI does: format, lint, types, layers, tests.
 
@@ -38,6 +45,10 @@ $(VENV)/.core: pyproject.toml | $(BIN)/python
 
 $(VENV)/.test: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+$(VENV)/.bench: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	touch $@
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python

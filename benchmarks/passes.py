@@ -11,11 +11,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from problems import add_tools, held_out
-from report import quantile, show
 from rich.progress import track
 
 import softmeet
+from problems import add_tools, held_out
+from report import quantile, show
 from softmeet import Status
 from softmeet.simplex import total_variation
 

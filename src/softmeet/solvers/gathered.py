@@ -6,7 +6,7 @@ Rows of the heads are kept as they are; the whitening factor is applied to the s
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -56,9 +56,10 @@ class Gathered:
         probes = self.white([a[:, some] for a in self.rows])
         return torch.stack([a.square().mean((-1, -2)) for a in probes], dim=-1).double()
 
-    def in_own_coordinates(self) -> Gathered:
-        """The same without whitening."""
-        return replace(self, factors=None)
+    def heaviest(self, k: int) -> Gathered:
+        """The first ``k`` tokens only, none of them sampled, without whitening."""
+        rows = tuple(a[:, :k] for a in self.rows)
+        return Gathered(self.tokens[:, :k], self.log_weight[:, :k], rows, None, k)
 
     @cached_property
     def compiled(self) -> bool:

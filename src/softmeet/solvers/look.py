@@ -25,6 +25,10 @@ from softmeet.solvers.surrogate import Point, Surrogate
 
 # Tokens that the preconditioner treats exactly.
 _HEAVY = 96
+# Tokens that outweigh the others too far for their curvature to be added up in one matrix of single precision.
+_EXACT = 32
+# Tokens that a certificate may change, in widths of the widest head: fewer make it loose.
+_REPAIR = 2.0
 # One in so many of the gathered tokens is drawn from the tail.
 _SAMPLED = 4
 # The ridge's share of the tail; the sample has the rest.
@@ -79,7 +83,7 @@ def _bound(model: Surrogate, gradient: Float[Tensor, "b D"], goal: Float[Tensor,
     What is left of the gradient, e, hides ½ eᵀH⁻¹e to second order. The preconditioner never exceeds H at s = 0, and H
     has shrunk by no more than the masses have; twice as much again is added.
     """
-    precondition = AllTokens(model, model.log_u.exp(), model.log_w.exp(), _HEAVY)
+    precondition = AllTokens(model, model.log_u.exp(), model.log_w.exp(), _EXACT)
 
     def slack(m: Point) -> Float[Tensor, " b"]:
         left = (m.gradient * precondition(m.gradient)).sum(-1)
@@ -143,22 +147,17 @@ class _Around:
         return Surrogate(self.gathered, log_u, log_w, nothing, ridge, problem.alpha, problem.gamma, problem.trust)
 
     def _certified(self, goal: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-        """The gap by a feasible point that differs from (p, r) on the gathered tokens only, each counted once."""
+        """The gap by a feasible point that differs from (p, r) on the heaviest tokens only."""
         problem, gradient = self.problem, self.state.gradient
         if any(math.isinf(rho) for rho in problem.trust):
             p, r = self.state.log_p.exp(), self.state.log_r.exp()
             found = [restricted_gap_bound(problem, k, p[k], r[k], gradient[k]) for k in range(len(p))]
             return gradient.new_tensor(found)
-        ordered, where = self.gathered.tokens.sort(-1)
-        repeated = torch.zeros_like(ordered, dtype=torch.bool)
-        repeated.scatter_(-1, where[:, 1:], ordered[:, 1:] == ordered[:, :-1])
-        log_u = self.log_u.masked_fill(repeated, -torch.inf)
-        log_w = self.log_w.masked_fill(repeated[:, None], -torch.inf)
+        k = min(self.gathered.heavy, int(_REPAIR * max(h.rank for h in problem.heads)))
         # The heads' own coordinates: whitening every row would cost as much as the rest.
         parts = gradient.split([h.rank for h in problem.heads], dim=-1)
         own = torch.cat([x @ h.whitening.inverse for h, x in zip(problem.heads, parts, strict=True)], dim=-1)
-        model = Surrogate(
-            self.gathered.in_own_coordinates(), log_u, log_w, torch.zeros_like(own), torch.zeros_like(self.model.ridge),
-            problem.alpha, problem.gamma, problem.trust,
-        ).matched(own)  # fmt: skip
+        log_u, log_w, none = self.log_u[:, :k], self.log_w[..., :k], torch.zeros_like(self.model.ridge)
+        prices = (problem.alpha, problem.gamma, problem.trust)
+        model = Surrogate(self.gathered.heaviest(k), log_u, log_w, torch.zeros_like(own), none, *prices).matched(own)
         return _bound(model, own, goal)

@@ -134,7 +134,8 @@ class AllTokens(Preconditioner):
         self.factors: list[Float[Tensor, "b d d"]] = []
         for i, a in enumerate(surrogate.gathered.white(list(surrogate.gathered.rows))):
             weight = (surrogate.alpha[i] * surrogate.gamma[i] * rest[1][:, i]).to(a.dtype)
-            x = (a - own_mean[i][:, None].to(a.dtype)) * weight.sqrt()[..., None]
+            x = a - own_mean[i][:, None].to(a.dtype)
+            x *= weight.sqrt()[..., None]
             gram = x.transpose(1, 2) @ x
             scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(_TINY32)
             ridge = 4 * torch.finfo(a.dtype).eps * scale

@@ -1,0 +1,117 @@
+"""Tokens a second of `meet` beside `logit-mean`, and where the time goes: python benchmarks/decode.py
+
+Two members of GPT-2 small's shape with random weights that share 94 % of their variance, scaled to realistic entropies.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from members import ensemble_of, load_pair, save_pair
+from report import median, show
+from softmeet.hf import modeling
+from softmeet.hf.recorder import Recorder
+from softmeet.simplex import entropy, kl
+from softmeet.solvers import subsampled
+
+
+class Clock:
+    """Sums the seconds spent in functions of modules and classes."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = defaultdict(float)
+
+    def watch(self, owner: Any, name: str, label: str) -> None:
+        """Replace ``owner.name`` by itself with its time added up."""
+        original: Callable[..., Any] = getattr(owner, name)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self.spent[label] += time.perf_counter() - start
+
+        setattr(owner, name, timed)
+
+
+@torch.inference_mode()
+def run(
+    model: modeling.EnsembleForCausalLM, rule: str, ids: torch.Tensor, tokens: int, repeats: int, clock: Clock
+) -> dict[str, Any]:
+    """Greedy decoding by one rule."""
+    model.config.rule = rule
+    options: dict[str, Any] = {
+        "do_sample": False,
+        "min_new_tokens": tokens,
+        "max_new_tokens": tokens,
+        "pad_token_id": 0,
+        "attention_mask": torch.ones_like(ids),
+    }
+    model.generate(ids, **options | {"min_new_tokens": 2, "max_new_tokens": 2})
+    rates, parts = [], []
+    for _ in range(repeats):
+        clock.spent.clear()
+        recorder = Recorder()
+        start = time.perf_counter()
+        model.generate(ids, **options, recorder=recorder)
+        taken = time.perf_counter() - start
+        rates.append(len(ids) * tokens / taken)
+        parts.append({label: 1e3 * spent / tokens for label, spent in clock.spent.items()})
+    spent = parts[rates.index(median(rates))] if repeats % 2 else parts[0]
+    return {
+        "batch": len(ids),
+        "rule": rule,
+        "tokens/s": median(rates),
+        "passes": recorder.passes / recorder.rows,
+        "unsolved": recorder.unconverged,
+        "ms a step: members": spent["members"],
+        "of it sweeps": spent.get("sweeps", 0.0),
+        "gathered tokens": spent.get("looks", 0.0),
+        "rule and heads": spent["rows"],
+    }
+
+
+def main(
+    tokens: Annotated[int, typer.Option(help="To generate in each run.")] = 16,
+    repeats: Annotated[int, typer.Option()] = 5,
+    batches: Annotated[str, typer.Option()] = "1,8",
+    trust: Annotated[float, typer.Option()] = 0.3,
+    threads: Annotated[int, typer.Option()] = 2,
+    json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
+) -> None:
+    """Print one table."""
+    torch.set_num_threads(threads)
+    clock, rows = Clock(), []
+    with tempfile.TemporaryDirectory() as folder:
+        names = save_pair(Path(folder))
+        model = ensemble_of(names, load_pair(names), "meet", trust)
+    clock.watch(modeling.EnsembleForCausalLM, "_hidden", "members")
+    clock.watch(modeling.EnsembleForCausalLM, "solve_rows", "rows")
+    clock.watch(subsampled, "sweep", "sweeps")
+    clock.watch(subsampled, "_look", "looks")
+    generator = torch.Generator().manual_seed(1)
+    for batch in (int(x) for x in batches.split(",")):
+        ids = torch.randint(0, model.config.vocab_size, (batch, 32), generator=generator)
+        pair = [run(model, rule, ids, tokens, repeats, clock) for rule in ("logit-mean", "meet")]
+        for row in pair:
+            row["of logit-mean's"] = row["tokens/s"] / pair[0]["tokens/s"]
+        rows += pair
+    with torch.inference_mode():
+        states = [h[-1:] for h in model.hidden_states(ids[:1])]
+        log_p, _ = model.solve_rows(states, rule="logit-mean")
+    nats = [*entropy(log_p)[:, 0].tolist(), kl(log_p[0], log_p[1]).item()]
+    facts = "entropies {:.1f} and {:.1f} nats, KL {:.2f}".format(*nats)
+    show(f"decoding, two members of GPT-2 small's shape, trust {trust:g}, tol 1e-4; {facts}", rows, json)
+
+
+if __name__ == "__main__":
+    typer.run(main)

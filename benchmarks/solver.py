@@ -1,0 +1,107 @@
+"""One row of `meet` at the size of real models, beside the alternatives: python benchmarks/solver.py
+
+The instances are synthetic, shaped after a pretrained pair (benchmarks/problems.py). Rows go alone on one core, then in
+a batch on all; L-BFGS runs on the same dual to the same gap, HiGHS and Clarabel once, under a time limit.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+import rivals
+import softmeet
+from problems import Rows, correlated, premise
+from report import median, seconds, show
+
+SIZES = {
+    "small": (16_384, (256, 256)),
+    "gpt2": (50_257, (768, 768)),
+    "large": (128_256, (2048, 2048)),
+}
+
+
+def alone(rows: Rows, trust: float, tol: float) -> dict[str, Any]:
+    """Each row by itself on one core."""
+    torch.set_num_threads(1)
+    taken, passes, gaps = [], [], []
+    softmeet.combine(rows.log_probs[:, :1], rows.heads, trust=trust, tol=tol)
+    for k in range(rows.log_probs.shape[1]):
+        start = time.perf_counter()
+        found = softmeet.combine(rows.log_probs[:, k : k + 1], rows.heads, trust=trust, tol=tol)
+        taken.append(time.perf_counter() - start)
+        passes.append(found.num_passes.item())
+        gaps.append(found.gap.item())
+    return _row("meet, one row, one core", median(taken), max(taken), median(passes), f"gap at most {max(gaps):.1e}")
+
+
+def _row(what: str, s: float | None, worst: float | None, passes: float | None, note: str) -> dict[str, Any]:
+    return {"what": what, "s a row": s, "slowest": worst, "passes": passes, "note": note}
+
+
+def main(
+    size: Annotated[str, typer.Option(help=f"One of {', '.join(SIZES)}.")] = "small",
+    rows: Annotated[int, typer.Option(help="Rows to solve alone.")] = 8,
+    batch: Annotated[int, typer.Option(help="Rows of the batch.")] = 32,
+    trust: Annotated[float, typer.Option()] = 1.0,
+    tol: Annotated[float, typer.Option(help="Nats.")] = 1e-5,
+    threads: Annotated[int, typer.Option(help="Of the batch.")] = 2,
+    limit: Annotated[float, typer.Option(help="Seconds for HiGHS and Clarabel; 0 to leave them out.")] = 60.0,
+    json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
+) -> None:
+    """Print one table."""
+    v, widths = SIZES[size]
+    torch.set_num_threads(threads)
+    given = correlated(v, widths, max(rows, batch))
+    start = time.perf_counter()
+    for head in given.heads:
+        head.whitening()
+    once = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    some = given.take(0, rows)
+    table = [alone(some, trust, tol)]
+    torch.set_num_threads(threads)
+    log_probs = given.log_probs[:, :batch]
+    found = softmeet.combine(log_probs, given.heads, trust=trust, tol=tol)
+    taken = seconds(lambda: softmeet.combine(log_probs, given.heads, trust=trust, tol=tol), repeats=3, warm_up=0)
+    each = median(taken) / batch
+    note = f"{int((found.status == 0).sum())} of {batch} solved"
+    passes = found.num_passes.median().item()
+    table.append(_row(f"meet, batch of {batch}, {threads} threads", each, max(taken) / batch, passes, note))
+    mean = seconds(lambda: softmeet.combine(log_probs, given.heads, "logit-mean"))
+    table.append(
+        _row(f"logit-mean, batch of {batch}", median(mean) / batch, max(mean) / batch, 0.0, "the naive average")
+    )
+    torch.set_num_threads(1)
+    exact = softmeet.combine(some.log_probs[:, :3], given.heads, trust=trust, tol=tol / 10)
+    runs = [rivals.lbfgs(some, k, trust, -exact.objective[k].item() + tol) for k in range(exact.gap.shape[0])]
+    times = [r.seconds for r in runs if r.seconds is not None]
+    table.append(
+        _row(
+            "L-BFGS (scipy), one core", median(times), max(times), median([r.passes or 0.0 for r in runs]), runs[0].note
+        )
+    )
+    if limit:
+        torch.set_num_threads(threads)
+        cone = rivals.clarabel(given, 0, trust, limit)
+        table.append(_row("CVXPY with Clarabel, once", cone.seconds, cone.seconds, None, cone.note))
+        if v <= SIZES["small"][0]:
+            fits, truth = premise(v, widths, 1)
+            lp = rivals.highs(fits, truth, 0, 5 * limit)
+            table.append(_row("HiGHS, the essay's LP, once", lp.seconds, lp.seconds, None, lp.note))
+    for row in table:
+        row["over ours"] = None if row["s a row"] is None else row["s a row"] / table[0]["s a row"]
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) / 2**20
+    title = (
+        f"v = {v:,}, widths {widths}, trust {trust:g}, tol {tol:g}; whitening, once: {once:.1f} s; {grown:.2f} GiB more"
+    )
+    show(title, table, json, trust=trust, tol=tol, whitening_seconds=once)
+
+
+if __name__ == "__main__":
+    typer.run(main)
