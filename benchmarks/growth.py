@@ -1,6 +1,7 @@
 """How the time of a row grows with v, D, n and the batch: python benchmarks/growth.py --plot growth.png
 
-One quantity varies at a time around v = 32,768 and two heads of 512 (of 256 where n varies); exponents are least-squares fits on logarithms.
+One quantity varies at a time around v = 32,768 and two heads of 512 (of 256 where n varies); exponents are
+least-squares fits on logarithms.
 """
 
 from __future__ import annotations
@@ -81,6 +82,9 @@ def _draw(rows: list[dict[str, Any]], fits: dict[str, float], where: Path) -> No
         points = [r for r in rows if r["varies"] == name]
         axis.loglog([r["value"] for r in points], [r["ms a row"] for r in points], "o-", color="#2a6f97")
         axis.set(xlabel=name, title=f"exponent {exponent:.2f}")
+        ticks = [points[0]["value"], points[-1]["value"]]
+        axis.set_xticks(ticks, [f"{x:,}" for x in ticks])
+        axis.minorticks_off()
         axis.grid(visible=True, which="both", alpha=0.25)
     axes[0].set_ylabel("ms a row")
     figure.savefig(where, dpi=130)
