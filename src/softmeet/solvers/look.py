@@ -28,7 +28,7 @@ _HEAVY = 96
 # Tokens that outweigh the others too far for their curvature to be added up in one matrix of single precision.
 _EXACT = 32
 # Tokens that a certificate may change, in widths of the widest head: fewer make it loose.
-_REPAIR = 2.0
+_REPAIR, _LEAST_REPAIR = 2, 1024
 # One in so many of the gathered tokens is drawn from the tail.
 _SAMPLED = 4
 # The ridge's share of the tail; the sample has the rest.
@@ -153,7 +153,7 @@ class _Around:
             p, r = self.state.log_p.exp(), self.state.log_r.exp()
             found = [restricted_gap_bound(problem, k, p[k], r[k], gradient[k]) for k in range(len(p))]
             return gradient.new_tensor(found)
-        k = min(self.gathered.heavy, int(_REPAIR * max(h.rank for h in problem.heads)))
+        k = min(self.gathered.heavy, max(_LEAST_REPAIR, _REPAIR * max(h.rank for h in problem.heads)))
         # The heads' own coordinates: whitening every row would cost as much as the rest.
         parts = gradient.split([h.rank for h in problem.heads], dim=-1)
         own = torch.cat([x @ h.whitening.inverse for h, x in zip(problem.heads, parts, strict=True)], dim=-1)

@@ -51,7 +51,11 @@ class Preconditioner(ABC):
         flat = system.reshape(len(u), (1 + n) * self.k, (1 + n) * self.k).double()
         flat = (flat + flat.transpose(1, 2)) / 2
         flat.diagonal(dim1=-2, dim2=-1).add_(1.0)
-        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(flat)[0])
+        factor, failed = torch.linalg.cholesky_ex(flat)
+        # Where rounding spoils the system X is left out: M = Λ is smaller, and so is safe.
+        spoilt = (failed > 0)[:, None, None]
+        identity = torch.eye(flat.shape[-1], dtype=flat.dtype, device=flat.device)
+        self.inverse = torch.cholesky_inverse(torch.where(spoilt, identity, factor)).masked_fill(spoilt, 0.0)
 
     @abstractmethod
     def precision(self, products: torch.dtype) -> torch.dtype:
