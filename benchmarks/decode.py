@@ -1,6 +1,6 @@
 """Tokens a second of `meet` beside `logit-mean`, and where the time goes: python benchmarks/decode.py
 
-Two members of GPT-2 small's shape with random weights that share 94 % of their variance, scaled to realistic entropies.
+Two members of GPT-2 small's shape with random weights, correlated and scaled to realistic entropies.
 """
 
 from __future__ import annotations
@@ -86,13 +86,14 @@ def main(
     batches: Annotated[str, typer.Option()] = "1,8",
     trust: Annotated[float, typer.Option()] = 0.3,
     threads: Annotated[int, typer.Option()] = 2,
+    shared: Annotated[float, typer.Option(help="Correlation of the members' parameters.")] = 0.97,
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
 ) -> None:
     """Print one table."""
     torch.set_num_threads(threads)
     clock, rows = Clock(), []
     with tempfile.TemporaryDirectory() as folder:
-        names = save_pair(Path(folder))
+        names = save_pair(Path(folder), shared)
         model = ensemble_of(names, load_pair(names), "meet", trust)
     clock.watch(modeling.EnsembleForCausalLM, "_hidden", "members")
     clock.watch(modeling.EnsembleForCausalLM, "solve_rows", "rows")

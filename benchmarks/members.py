@@ -11,17 +11,16 @@ from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
 
 # Logits of about this standard deviation give a few nats of entropy over 50,257 tokens.
 _SHARPNESS = 3.6
-_SHARED = 0.97
 
 
-def save_pair(folder: Path) -> list[str]:
-    """Write two checkpoints whose parameters share most of their variance, so that their predictions do too."""
+def save_pair(folder: Path, shared: float = 0.97) -> list[str]:
+    """Write two checkpoints whose parameters have this correlation, so that their predictions are near too."""
     torch.manual_seed(0)
     first, second = GPT2LMHeadModel(GPT2Config()), GPT2LMHeadModel(GPT2Config())
     with torch.no_grad():
         for a, b in zip(first.parameters(), second.parameters(), strict=True):
             if a.ndim > 1:
-                b.mul_((1 - _SHARED**2) ** 0.5).add_(a, alpha=_SHARED)
+                b.mul_((1 - shared**2) ** 0.5).add_(a, alpha=shared)
         for model in (first, second):
             scale = _SHARPNESS / (model.lm_head.weight.std() * model.config.n_embd**0.5)
             model.transformer.ln_f.weight.fill_(float(scale))

@@ -83,6 +83,17 @@ def held_out(members: str | list[str], positions: int, *, books: int = 4) -> Row
     return Rows(torch.stack([head.log_probs(h) for head, h in zip(heads, hidden, strict=True)]), heads)
 
 
+@torch.inference_mode()
+def of_text(members: list[str], text: str, count: int) -> Rows:
+    """Any members at ``count`` positions spread evenly over the first windows of a text."""
+    ensemble = Ensemble.from_pretrained(members)
+    windows = [states for states, _ in ensemble.positions(text, max(count, 512))]
+    hidden = [torch.cat(own) for own in zip(*windows, strict=True)]
+    some = torch.linspace(0, len(hidden[0]) - 1, count).long()
+    heads = ensemble.model.heads
+    return Rows(torch.stack([head.log_probs(h[some]) for head, h in zip(heads, hidden, strict=True)]), heads)
+
+
 def premise(v: int, widths: tuple[int, ...], batch: int, seed: int = 0) -> tuple[Rows, Float[Tensor, "B v"]]:
     """(rows for which the premise holds, the truth): each member's hidden state is its best one for a known truth."""
     given = correlated(v, widths, batch, seed)

@@ -1,6 +1,7 @@
 """One row of `meet` at the size of real models, beside the alternatives: python benchmarks/solver.py
 
-The instances are synthetic, shaped after a pretrained pair (benchmarks/problems.py). Rows go alone on one core, then in
+The instances are synthetic, shaped after a pretrained pair (benchmarks/problems.py), or those of real members on a text
+(``-m A -m B --text FILE``). Rows go alone on one core, then in
 a batch on all; L-BFGS runs on the same dual to the same gap, HiGHS and Clarabel once, under a time limit.
 """
 
@@ -16,10 +17,11 @@ import typer
 
 import rivals
 import softmeet
-from problems import Rows, correlated, premise
+from problems import Rows, correlated, of_text, premise
 from report import median, seconds, show
 
 SIZES = {
+    "tiny": (2_048, (32, 32)),
     "small": (16_384, (256, 256)),
     "gpt2": (50_257, (768, 768)),
     "large": (128_256, (2048, 2048)),
@@ -52,12 +54,21 @@ def main(
     tol: Annotated[float, typer.Option(help="Nats.")] = 1e-5,
     threads: Annotated[int, typer.Option(help="Of the batch.")] = 2,
     limit: Annotated[float, typer.Option(help="Seconds for HiGHS and Clarabel; 0 to leave them out.")] = 60.0,
+    member: Annotated[
+        list[str] | None, typer.Option("-m", help="Real members instead: a folder, hub id or GGUF.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="Text for real members.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
 ) -> None:
     """Print one table."""
-    v, widths = SIZES[size]
+    if member and text is None:
+        raise typer.BadParameter("real members need a text: --text FILE")
     torch.set_num_threads(threads)
-    given = correlated(v, widths, max(rows, batch))
+    if member and text:
+        given = of_text(member, text.read_text(encoding="utf-8"), max(rows, batch))
+    else:
+        given = correlated(*SIZES[size], max(rows, batch))
+    v, widths = given.log_probs.shape[-1], tuple(head.d for head in given.heads)
     start = time.perf_counter()
     for head in given.heads:
         head.whitening()
@@ -90,7 +101,7 @@ def main(
         torch.set_num_threads(threads)
         cone = rivals.clarabel(given, 0, trust, limit)
         table.append(_row("CVXPY with Clarabel, once", cone.seconds, cone.seconds, None, cone.note))
-        if v <= SIZES["small"][0]:
+        if not member and v <= SIZES["small"][0]:
             fits, truth = premise(v, widths, 1)
             lp = rivals.highs(fits, truth, 0, 5 * limit)
             table.append(_row("HiGHS, the essay's LP, once", lp.seconds, lp.seconds, None, lp.note))
