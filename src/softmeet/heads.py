@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from softmeet.errors import InvalidInputError
+from softmeet.norms import FinalNorm
 from softmeet.simplex import log_normalize
 
 # Elements of a block when it has to be cast: 4 MiB in fp32, about a core's share of cache.
@@ -35,6 +36,7 @@ class SoftmaxHead:
         bias: β, (v,), or None.
         scale: a factor on the logits.
         soft_cap: c > 0, or None.
+        norm: the model's last normalisation, whose output is h; only ``free_radial`` asks for it.
 
     Raises:
         InvalidInputError: a shape that does not fit, a weight that is not finite, or a soft-cap that is not positive.
@@ -44,7 +46,8 @@ class SoftmaxHead:
     bias: Float[Tensor, " v"] | None = None
     scale: float = 1.0
     soft_cap: float | None = None
-    _whitening: dict[tuple[torch.device, bool], Whitening] = field(default_factory=dict, repr=False)
+    norm: FinalNorm | None = None
+    _whitening: dict[tuple[torch.device, bool, int | None], Whitening] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.weight.ndim != 2 or not self.weight.is_floating_point():
@@ -108,11 +111,15 @@ class SoftmaxHead:
             return None
         return torch.where(logits.isneginf(), 0.0, 1 - (logits / self.soft_cap) ** 2)
 
-    def whitening(self) -> Whitening:
-        """Centre and factor of the head, computed once per device; not centred under a soft-cap."""
-        key = (self.weight.device, self.soft_cap is None)
+    def whitening(self, rank: int | None = None) -> Whitening:
+        """Centre and factor of the head, computed once per device; not centred under a soft-cap.
+
+        With ``rank``, of the head cut to that many of its largest singular directions.
+        """
+        key = (self.weight.device, self.soft_cap is None, rank)
         if key not in self._whitening:
-            self._whitening[key] = self._whiten(centred=self.soft_cap is None)
+            whole = self._whiten(centred=self.soft_cap is None) if rank is None else self.whitening()
+            self._whitening[key] = whole if rank is None or rank >= whole.rank else whole.truncated(rank)
         return self._whitening[key]
 
     def _whiten(self, *, centred: bool) -> Whitening:
@@ -157,6 +164,14 @@ class Whitening:
         """The numerical rank of the (centred) head."""
         return self.factor.shape[1]
 
+    def narrowed(self, basis: Float[Tensor, "rank k"]) -> Whitening:
+        """That of Q times ``basis``, which has orthonormal columns."""
+        return Whitening(self.center, self.factor @ basis, basis.T @ self.inverse, self.offset)
+
+    def truncated(self, rank: int) -> Whitening:
+        """That of the ``rank`` largest singular directions of W - 1cᵀ = Q R⁻¹."""
+        return self.narrowed(torch.linalg.svd(self.inverse, full_matrices=False).U[:, :rank])
+
     def to(self, device: torch.device) -> Whitening:
         """The same on another device."""
         return Whitening(self.center.to(device), self.factor.to(device), self.inverse.to(device), self.offset)
@@ -177,10 +192,11 @@ class WhitenedHead:
         slope: Float[Tensor, "B v"] | None = None,
         batch: int = 1,
         device: torch.device | str | None = None,
+        whitening: Whitening | None = None,
     ) -> None:
         self.head, self.v, self.dtype, self.slope = head, v, dtype, slope  # slope: (B, v), zero past the last row
         self.home, self.device = head.weight.device, torch.device(device or head.weight.device)
-        self.whitening = head.whitening().to(self.device)
+        self.whitening = (whitening or head.whitening()).to(self.device)
         if self.whitening.offset > _LARGE_OFFSET:
             self.dtype = torch.float64
         self.rank = self.whitening.rank
@@ -189,7 +205,7 @@ class WhitenedHead:
     def take(self, rows: Int[Tensor, " k"]) -> WhitenedHead:
         """The view for some rows of the batch, with a counter of its own."""
         slope = None if self.slope is None else self.slope[rows]
-        return WhitenedHead(self.head, self.v, self.dtype, slope, len(rows), self.device)
+        return WhitenedHead(self.head, self.v, self.dtype, slope, len(rows), self.device, self.whitening)
 
     def scores(self, lam: Float[Tensor, "B rank"]) -> Float[Tensor, "B v"]:
         """Q λ; one read of the head."""

@@ -22,6 +22,8 @@ class Answer:
     ``dual`` holds, per member, λ_i in the head's own coordinates, (B, d_i); zeros for a rule without a dual. ``ray``
     holds such a λ with max_j Σ_i λ_iᵀ(a_ij - b_i) < 0 where the status is INFEASIBLE: the proof; zeros elsewhere.
     ``disagreement`` is KL(r_i‖p̂_i), or, where ``disagreement_is_bound``, its upper bound KL(p‖p̂_i).
+    ``objective_range`` holds the least and the largest value of the objective over the feasible set, or bounds on
+    them; NaN for a rule without such a set.
     """
 
     log_probs: Float[Tensor, "B v"]
@@ -29,6 +31,7 @@ class Answer:
     gap: Float[Tensor, " B"]
     certified: Bool[Tensor, " B"]
     objective: Float[Tensor, " B"]
+    objective_range: Float[Tensor, "B 2"]
     steps: Int[Tensor, " B"]
     passes: Float[Tensor, " B"]
     disagreement: Float[Tensor, "B n"]
@@ -47,6 +50,16 @@ class Answer:
                 merged[f.name] = mine.index_copy(0, rows, theirs)
         return replace(self, **merged)  # type: ignore[arg-type]
 
+    @staticmethod
+    def joined(parts: list[Answer]) -> Answer:
+        """The answers of parts of a batch, in order."""
+        merged: dict[str, object] = {}
+        for f in fields(Answer):
+            values = [getattr(part, f.name) for part in parts]
+            is_tuple = isinstance(values[0], tuple)
+            merged[f.name] = tuple(torch.cat(x) for x in zip(*values, strict=True)) if is_tuple else torch.cat(values)
+        return Answer(**merged)  # type: ignore[arg-type]
+
 
 class Rule(ABC):
     """One way to choose a distribution; ``solve`` states it as a problem and hands it to a solver."""
@@ -60,6 +73,11 @@ class Rule(ABC):
     def solve(self, problem: Problem) -> Answer:
         """The rule's distribution for every row."""
 
+    def answer(self, problem: Problem) -> Answer:
+        """:meth:`solve`, on parts of the batch whose rows share one view of each head."""
+        parts = [self.solve(piece) for piece in problem.pieces()]
+        return parts[0] if len(parts) == 1 else Answer.joined(parts)
+
 
 def closed_form(problem: Problem, log_probs: Float[Tensor, "B v"], objective: Float[Tensor, " B"]) -> Answer:
     """The answer of a rule that needs no solver: exact, and no head was read."""
@@ -72,6 +90,7 @@ def closed_form(problem: Problem, log_probs: Float[Tensor, "B v"], objective: Fl
         gap=torch.zeros_like(like),
         certified=torch.ones_like(like, dtype=torch.bool),
         objective=objective,
+        objective_range=torch.full_like(objective, torch.nan)[:, None].repeat(1, 2),
         steps=torch.zeros(B, dtype=torch.int64, device=like.device),
         passes=torch.zeros_like(like),
         disagreement=disagreement,

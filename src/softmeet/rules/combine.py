@@ -40,6 +40,12 @@ def combine(
     free_weights: bool = False,
     logits: Float[Tensor, "n *batch v"] | None = None,
     support: Bool[Tensor, " v"] | None = None,
+    rank: int | None = None,
+    free_radial: bool = False,
+    hidden: Sequence[Tensor] | None = None,
+    metric: str = "whitened",
+    slack: float = 0.0,
+    vertex: bool = False,
 ) -> Solution:
     """One next-token distribution from n members'.
 
@@ -54,14 +60,27 @@ def combine(
         weights: of the pool, n numbers that are not negative and sum to 1 (any sum with ``free_weights``); uniform
             if None.
         trust: ρ, one number or n, from 0 (the pool) to inf (the exact constraint); 0.3 if None.
-        pool: ``"logit-mean"`` or ``"prob-mean"``: what ``meet`` and ``max-entropy`` start from.
+        pool: ``"logit-mean"`` or ``"prob-mean"``: what ``meet`` and ``max-entropy`` start from, and what other rules
+            stay near where their criterion leaves a choice.
         tol: the duality gap in nats at which a row is done.
         max_steps: of the solver; a row that needs more is NOT_CONVERGED and gives the best point it found.
         on_infeasible: ``"meet"`` answers rows that have no feasible distribution by ``meet`` with the default trust
-            wherever the trust is infinite; ``"raise"`` raises.
+            wherever the trust is infinite; ``"raise"`` raises. ``least-squares`` answers such rows itself.
         throw: raise on NOT_CONVERGED.
         logits: the members' logits, (n, *batch, v); needed where a head has a soft-cap.
         support: (v,) bool, the tokens that may be answered (the tokenizer's, where heads are padded); None for all.
+        rank: keep this many of each head's largest singular directions, as basis-aware truncation does; None for all.
+            A relaxation: fewer moments are constrained.
+        free_radial: leave free the directions of the moments that the gradient before the final norm cannot see: x̂/γ
+            and, for a LayerNorm, 1/γ (``SoftmaxHead.norm``; a head without one is taken to follow an RMS norm
+            without gains).
+        hidden: the members' last hidden states, n tensors (*batch, d_i), for ``free_radial``; recovered from the
+            log-probabilities if None.
+        metric: of ``least-squares``: ``"whitened"``, or ``"raw"`` for ‖Wᵀ(p - p̂)‖.
+        slack: of ``min-cross-entropy`` and ``min-squared-cross-entropy``: τ ≥ 0, by which moments may differ from the
+            members' at a cost of ‖Qᵀ(p - p̂)‖² / 2τ; 0 for exact moments.
+        vertex: of the same two: where they choose nothing, answer with some vertex of the feasible set in place of its
+            member of maximum entropy.
 
     Raises:
         InvalidInputError: a shape, sign, length or name is wrong (its subclasses: NaN or +inf, disjoint supports).
@@ -85,8 +104,12 @@ def combine(
         tol=validate.checked_number("tol", tol, positive=True),
         max_steps=math.ceil(validate.checked_number("max_steps", max_steps, positive=True)),
         dtype=torch.float64 if tol < _FINEST_FP32 else given,
+        options=validate.checked_options(
+            rank=rank, free_radial=free_radial, metric=metric, slack=slack, vertex=vertex
+        ),
+        free=validate.free_directions(found, log_p, logits, hidden, log_probs.shape) if free_radial else (),
     )
-    answer = chosen.solve(problem)
+    answer = chosen.answer(problem)
     answer, fallback = _answer_infeasible_rows(problem, answer, on_infeasible)
     if throw and (late := (answer.status == Status.NOT_CONVERGED)).any():
         rows = late.nonzero().flatten().tolist()
@@ -109,7 +132,7 @@ def _answer_infeasible_rows(
             f"no distribution has every member's moments in {len(rows)} of {len(infeasible)} rows (first: "
             f"{rows[:8].tolist()}): use rule='meet' with finite trust, or on_infeasible='meet'"
         )
-    relaxed = Meet().solve(problem.take(rows).with_finite_trust(DEFAULT_TRUST))
+    relaxed = Meet().answer(problem.take(rows).with_finite_trust(DEFAULT_TRUST))
     relaxed.steps += answer.steps[rows]
     relaxed.passes += answer.passes[rows]
     relaxed.ray = tuple(ray[rows] for ray in answer.ray)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from softmeet.rules.base import Answer, Rule, closed_form
+from softmeet.rules.points import only
 from softmeet.rules.problem import Problem
+from softmeet.rules.row import Row, may_be_unique
 from softmeet.simplex import kl
 from softmeet.solvers.base import Status, iterate
 from softmeet.solvers.dual import DualState
@@ -54,7 +56,8 @@ class MaxEntropy(Meet):
     """minimise KL(p‖q) over p with W_iᵀ p = W_iᵀ p̂_i for every member: the I-projection of the pool q.
 
     Without bias and soft-cap, and from the logit mean, this is the member of maximum entropy, at every weighting. The
-    feasible set is often empty for real models; then the status is INFEASIBLE, proved by a Farkas vector.
+    feasible set is often empty for real models; then the status is INFEASIBLE, proved by a Farkas vector. Where
+    rank [1, A] is the number of tokens, at most one distribution has the moments, and it is found by linear algebra.
     """
 
     name = "max-entropy"
@@ -63,6 +66,25 @@ class MaxEntropy(Meet):
     def effective_trust(self, problem: Problem) -> tuple[float, ...]:
         """Every trust is infinite."""
         return (math.inf,) * len(problem.trust)
+
+    def solve(self, problem: Problem) -> Answer:
+        """By linear algebra where the moments leave no choice, else as ``meet``."""
+        if not problem.log_p.shape[1] or not may_be_unique(problem):
+            return super().solve(problem)
+        return Answer.joined([self._solve_row(Row(one)) for one in replace(problem, dtype=torch.float64).rows()])
+
+    def _solve_row(self, row: Row) -> Answer:
+        if not row.unique:
+            return super().solve(row.problem)
+        p, proof = only(row)
+        if p is None:
+            answer = closed_form(row.problem, row.log_q[None], torch.full_like(row.log_q[:1], torch.inf))
+            unsolved = torch.full_like(answer.gap, torch.inf)
+            status = torch.full_like(answer.status, int(Status.INFEASIBLE))
+            answer = replace(answer, ray=row.raw(proof), status=status, gap=unsolved, certified=unsolved < 0)
+        else:
+            answer = closed_form(row.problem, p.log()[None], kl(p.log(), row.log_q)[None])
+        return replace(answer, passes=answer.passes + row.passes())
 
 
 def full_hessian_pays(projection: Projection) -> bool:
@@ -111,6 +133,7 @@ def _answer(problem: Problem, projection: Projection, trusted: list[int], state:
         gap=state.gap,
         certified=state.certified,
         objective=-state.value,
+        objective_range=torch.full_like(state.value, torch.nan)[:, None].repeat(1, 2),
         steps=state.steps,
         passes=state.passes * share,
         disagreement=disagreement,

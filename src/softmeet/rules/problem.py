@@ -13,14 +13,39 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from softmeet.errors import DisjointSupportError
-from softmeet.heads import SoftmaxHead, WhitenedHead
+from softmeet.heads import SoftmaxHead, WhitenedHead, Whitening
 from softmeet.simplex import log_normalize, logit_mean, prob_mean
 from softmeet.solvers.projection import Projection
 
 Pool = Literal["logit-mean", "prob-mean"]
+Metric = Literal["whitened", "raw"]
 # Small enough to cost little where the premise fails; `softmeet fit` chooses better ones from text.
 DEFAULT_TRUST = 0.3
 POOLS = {"logit-mean": logit_mean, "prob-mean": prob_mean}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What else a rule may be asked for.
+
+    Args:
+        rank: keep this many of each head's largest singular directions; None for all. A relaxation.
+        free_radial: free the directions that the final norm hides from the gradient.
+        metric: of ``least-squares``.
+        slack: τ: moments may differ from the members' at ‖Qᵀ(p - p̂)‖² / 2τ nats; of the linear and quadratic programs.
+        vertex: answer a degenerate linear or quadratic program by some vertex.
+    """
+
+    rank: int | None = None
+    free_radial: bool = False
+    metric: Metric = "whitened"
+    slack: float = 0.0
+    vertex: bool = False
+
+    def relaxes(self, heads: Sequence[SoftmaxHead]) -> bool:
+        """Whether less is asked for than every member's moments."""
+        cut = self.rank is not None and any(self.rank < head.whitening().rank for head in heads)
+        return cut or self.free_radial or self.slack > 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +63,8 @@ class Problem:
         tol: nats.
         max_steps: the solver's limit.
         dtype: of products with heads, fp32 or fp64.
+        options: see :class:`Options`.
+        free: per member, directions of its hidden state that carry no constraint, (B, k, d_i); empty for none.
     """
 
     log_p: Float[Tensor, "n B v"]
@@ -50,11 +77,21 @@ class Problem:
     tol: float
     max_steps: int
     dtype: torch.dtype
+    options: Options = Options()
+    free: tuple[Float[Tensor, "B k _"], ...] = ()
 
     def take(self, rows: Int[Tensor, " k"]) -> Problem:
         """Some rows of the batch."""
         slopes = tuple(None if s is None else s[rows] for s in self.slopes)
-        return replace(self, log_p=self.log_p[:, rows], slopes=slopes)
+        return replace(self, log_p=self.log_p[:, rows], slopes=slopes, free=tuple(f[rows] for f in self.free))
+
+    def rows(self) -> list[Problem]:
+        """One problem per row."""
+        return [self.take(torch.tensor([k], device=self.log_p.device)) for k in range(self.log_p.shape[1])]
+
+    def pieces(self) -> list[Problem]:
+        """Parts whose rows share one view of each head: all of it, or one row each where directions are free."""
+        return self.rows() if self.free and self.log_p.shape[1] > 1 else [self]
 
     def restricted(self, log_q: Float[Tensor, "B v"]) -> Float[Tensor, "B v"]:
         """``log_q`` on the tokens that may be answered, renormalised.
@@ -83,10 +120,26 @@ class Problem:
         return torch.where(cut, log_normalize(q.masked_fill(~shared, -torch.inf)), q)
 
     def views(self, members: Sequence[int]) -> tuple[WhitenedHead, ...]:
-        """Whitened views of some members' heads, with fresh read counters."""
+        """Whitened views of some members' heads, without the directions that are free, and fresh read counters."""
         batch, v = self.log_p.shape[1:]
         place = self.log_p.device
-        return tuple(WhitenedHead(self.heads[i], v, self.dtype, self.slopes[i], batch, place) for i in members)
+        return tuple(
+            WhitenedHead(self.heads[i], v, self.dtype, self.slopes[i], batch, place, self._whitening(i))
+            for i in members
+        )
+
+    def _whitening(self, i: int) -> Whitening:
+        """Of head i, cut to ``rank`` and without its free directions.
+
+        W_iᵀ(p - p̂_i) = R⁻ᵀ Q_iᵀ(p - p̂_i) is a combination of directions u exactly if Q_iᵀ(p - p̂_i) is one of Rᵀu.
+        """
+        whole = self.heads[i].whitening(self.options.rank)
+        if not self.free or not self.log_p.shape[1]:
+            return whole
+        assert self.log_p.shape[1] == 1, "rows with free directions are solved one by one"
+        lost = self.free[i][0].to(whole.factor) @ whole.factor  # (k, rank)
+        kept = torch.linalg.svd(lost, full_matrices=True).Vh[len(lost) :]
+        return whole.narrowed(kept.T)
 
     def projection(self, members: Sequence[int], trust: Sequence[float]) -> Projection:
         """The relaxed I-projection of the pool for those members, all of positive trust."""

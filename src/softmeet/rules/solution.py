@@ -27,7 +27,11 @@ class Solution:
         fallback: rows that had no answer and were answered by ``on_infeasible``, (*batch).
         gap: how far the objective can be from its optimum, (*batch); of the fallback's problem where it answered.
         gap_is_certified: whether ``gap`` is a proved bound, to round-off, or an estimate, (*batch).
-        objective: the rule's objective; for ``meet`` and ``max-entropy`` a lower bound within ``gap``, (*batch).
+        objective: the rule's objective; for ``meet`` and ``max-entropy`` a lower bound within ``gap``, (*batch). For
+            ``least-squares`` a squared distance, for ``min-squared-cross-entropy`` squared nats, for
+            ``min-underestimation`` log t.
+        objective_range: the least and the largest value of the objective over the feasible set, (2, *batch): proved
+            bounds, inf where none is known; NaN for rules without such a set.
         num_steps: the solver's steps, (*batch).
         num_passes: rows of A = [W_1 | … | W_n] read, divided by v, weighted by width, (*batch); what a fallback
             read is included, what ``residual`` and ``verify`` read is not.
@@ -42,6 +46,7 @@ class Solution:
     gap: Float[Tensor, "*batch"]
     gap_is_certified: Bool[Tensor, "*batch"]
     objective: Float[Tensor, "*batch"]
+    objective_range: Float[Tensor, 2 * batch]
     num_steps: Int[Tensor, "*batch"]
     num_passes: Float[Tensor, "*batch"]
     disagreement: Float[Tensor, n * batch]
@@ -54,6 +59,18 @@ class Solution:
     def residual(self) -> Float[Tensor, n * batch]:
         """‖Q_iᵀ(p - p̂_i)‖ in whitened coordinates, (n, *batch). Reads every head once, when first asked for."""
         return residuals(self._problem, self._answer.log_probs).reshape(len(self.disagreement), *self.status.shape)
+
+    @property
+    def proof(self) -> tuple[Float[Tensor, "*batch _"], ...]:
+        """Per member λ_i, (*batch, d_i), in the head's own coordinates, with max_j Σ_i λ_iᵀ(a_ij - W_iᵀp̂_i) < 0 (under a
+        soft-cap, of the rows scaled by its slope): no distribution has the members' moments. Zeros where none was found.
+        """
+        return tuple(ray.reshape(*self.status.shape, -1) for ray in self._answer.ray)
+
+    @property
+    def relaxed(self) -> bool:
+        """Whether ``rank``, ``free_radial`` or ``slack`` asked for less than every member's moments."""
+        return self._problem.options.relaxes(self._problem.heads)
 
     @property
     def problem(self) -> Problem:
@@ -71,16 +88,17 @@ class Solution:
         log_probs: Float[Tensor, "n *batch v"],
         *,
         logits: Tensor | None = None,
+        hidden: Sequence[Tensor] | None = None,
     ) -> Verification:
         """Residual, gap and status again, in fp64 and without the solver, from the members and this answer alone.
 
         Args:
-            heads, log_probs, logits: what ``combine`` was given.
+            heads, log_probs, logits, hidden: what ``combine`` was given.
 
         Raises:
             InvalidInputError: as ``combine``.
         """
-        problem = restate(self._problem, heads, log_probs, logits)
+        problem = restate(self._problem, heads, log_probs, logits, hidden)
         return verify(self.rule, problem, self._answer, self.fallback.reshape(-1)).reshape(self.status.shape)
 
 
@@ -96,6 +114,7 @@ def from_answer(
         gap=answer.gap.reshape(shape),
         gap_is_certified=answer.certified.reshape(shape),
         objective=answer.objective.reshape(shape),
+        objective_range=answer.objective_range.T.reshape(2, *shape),
         num_steps=answer.steps.reshape(shape),
         num_passes=answer.passes.reshape(shape),
         disagreement=answer.disagreement.T.reshape(n, *shape),

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from softmeet.errors import InvalidInputError, NonFiniteError
-from softmeet.heads import SoftmaxHead, as_head
-from softmeet.rules.problem import DEFAULT_TRUST, Pool, Problem
+from softmeet.heads import SoftmaxHead, WhitenedHead, as_head
+from softmeet.norms import FinalNorm
+from softmeet.rules.problem import DEFAULT_TRUST, Metric, Options, Pool, Problem
 from softmeet.simplex import log_normalize
 
 # Half-precision log-probabilities sum to one only this well.
@@ -181,8 +182,69 @@ def checked_support(support: Bool[Tensor, " v"] | None, log_p: Float[Tensor, "n 
     return support
 
 
+def checked_options(*, rank: int | None, free_radial: bool, metric: str, slack: float, vertex: bool) -> Options:
+    """What else a rule may be asked for.
+
+    Raises:
+        InvalidInputError: a rank below 1, an unknown metric, or a slack that is negative or not finite.
+    """
+    if rank is not None and not (isinstance(rank, int) and rank >= 1):
+        raise InvalidInputError(f"expected a rank of at least 1, or None for all directions, got {rank!r}")
+    if metric not in get_args(Metric):
+        raise InvalidInputError(f"unknown metric {metric!r}: expected one of {', '.join(get_args(Metric))}")
+    return Options(
+        rank=rank,
+        free_radial=bool(free_radial),
+        metric=metric,  # type: ignore[arg-type]
+        slack=checked_number("slack", slack, positive=False),
+        vertex=bool(vertex),
+    )
+
+
+def free_directions(
+    heads: Sequence[SoftmaxHead],
+    log_p: Float[Tensor, "n B v"],
+    logits: Tensor | None,
+    hidden: Sequence[Tensor] | None,
+    shape: torch.Size,
+) -> tuple[Float[Tensor, "B k _"], ...]:
+    """The directions of every member's hidden state that the final norm hides, (B, k, d_i), fp64.
+
+    Raises:
+        InvalidInputError: the hidden states have another shape, or cannot be recovered from infinite logits.
+    """
+    if hidden is None:
+        scores = log_p if logits is None else logits.detach().reshape(log_p.shape).double()
+        states = [_recovered(i, head, own[:, : head.v]) for i, (head, own) in enumerate(zip(heads, scores, strict=True))]
+    else:
+        expected = [(*shape[1:-1], head.d) for head in heads]
+        if [tuple(h.shape) for h in hidden] != expected:
+            raise InvalidInputError(
+                f"expected hidden states of shapes {expected}, got {[tuple(h.shape) for h in hidden]}"
+            )
+        states = [h.detach().reshape(-1, h.shape[-1]).double() for h in hidden]
+    return tuple((head.norm or FinalNorm()).lost_directions(h) for head, h in zip(heads, states, strict=True))
+
+
+def _recovered(i: int, head: SoftmaxHead, logits: Float[Tensor, "B v"]) -> Float[Tensor, "B d"]:
+    """The hidden states behind some logits, up to what the head does not see."""
+    if logits.isneginf().any():
+        raise InvalidInputError(
+            f"the hidden states of member {i} cannot be recovered from infinite logits: pass them as hidden="
+        )
+    if head.soft_cap is not None:
+        logits = head.soft_cap * (logits / head.soft_cap).clamp(-1 + 1e-12, 1 - 1e-12).atanh()
+    own = logits / head.scale - (0.0 if head.bias is None else head.bias.to(logits))
+    view = WhitenedHead(head, head.v, torch.float64, batch=len(own), device=logits.device)
+    return view.moments(own)[0] @ view.whitening.factor.T
+
+
 def restate(
-    problem: Problem, heads: Sequence[SoftmaxHead | Tensor], log_probs: Tensor, logits: Tensor | None
+    problem: Problem,
+    heads: Sequence[SoftmaxHead | Tensor],
+    log_probs: Tensor,
+    logits: Tensor | None,
+    hidden: Sequence[Tensor] | None = None,
 ) -> Problem:
     """``problem`` with its settings, but with heads and log-probabilities given anew."""
     log_p = checked_log_probs(log_probs)
@@ -202,4 +264,6 @@ def restate(
         tol=problem.tol,
         max_steps=problem.max_steps,
         dtype=problem.dtype,
+        options=problem.options,
+        free=free_directions(found, log_p, logits, hidden, log_probs.shape) if problem.options.free_radial else (),
     )

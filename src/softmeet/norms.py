@@ -1,0 +1,38 @@
+"""The normalisation before a softmax head, and the directions of a hidden state that it takes away."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class FinalNorm:
+    """h = γ ⊙ x̂ + β with x̂ = x / rms(x), or (x - mean(x)) / std(x) where ``centred``.
+
+    Args:
+        gain: γ, (d,), or None for ones.
+        bias: β, (d,), or None.
+        centred: a LayerNorm rather than an RMS norm.
+    """
+
+    gain: Float[Tensor, " d"] | None = None
+    bias: Float[Tensor, " d"] | None = None
+    centred: bool = False
+
+    def lost_directions(self, hidden: Float[Tensor, "B d"]) -> Float[Tensor, "B k d"]:
+        """The directions u with uᵀ ∂h/∂x = 0 at each hidden state, which no gradient in x can see.
+
+        The Jacobian of x̂ maps onto what is orthogonal to x̂ (and, centred, to 1), so u = x̂ / γ (and 1 / γ). k is 1 or
+        2; the rows have length 1.
+        """
+        gain = torch.ones_like(hidden[0]) if self.gain is None else self.gain.to(hidden)
+        shift = torch.zeros_like(gain) if self.bias is None else self.bias.to(hidden)
+        found = [(hidden - shift) / gain / gain]
+        if self.centred:
+            found.append((1 / gain).expand_as(hidden))
+        lost = torch.stack(found, dim=-2)
+        return lost / lost.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(lost.dtype).tiny)

@@ -1,0 +1,95 @@
+"""What the essay's linear and quadratic programs share: when they choose nothing, and how they are solved when they do."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from softmeet.rules.exact import Choice, ExactRule
+from softmeet.rules.problem import Problem
+from softmeet.rules.row import Row
+from softmeet.solvers.columns import Columns, Tokens
+from softmeet.solvers.program import Optimum, SimplexProgram, minimise
+
+_GOLDEN = 0.6180339887498949
+
+
+class CrossEntropyRule(ExactRule):
+    """A rule that minimises a function of the cross-entropies -pᵀ log p̂_i over C.
+
+    With ``slack`` τ the moments may differ from the members', at ‖Qᵀ(p - p̂)‖² / 2τ.
+    """
+
+    can_assign_zeros = True
+
+    def constrained(self, problem: Problem) -> bool:
+        """Without slack."""
+        return problem.options.slack == 0
+
+    @abstractmethod
+    def is_constant(self, row: Row) -> bool:
+        """Whether the objective varies by at most ``tol`` over C."""
+
+    @abstractmethod
+    def gradient(self, row: Row, p: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
+        """Of the objective without slack, 0 where a token may not be answered."""
+
+    @abstractmethod
+    def optimum(self, row: Row, member: Float[Tensor, " v"] | None) -> Optimum:
+        """The solution of the program."""
+
+    @abstractmethod
+    def most(self, row: Row, member: Float[Tensor, " v"]) -> float:
+        """The largest value of the objective over C, or what it cannot exceed."""
+
+    def choose(self, row: Row, member: Float[Tensor, " v"] | None) -> Choice:
+        """The optimum, or, where the objective is constant on C, its member of maximum entropy."""
+        if member is None:
+            found = self.optimum(row, None)
+            return Choice(found.p, found.y[: len(row.target)], found.steps)
+        if not self.is_constant(row):
+            found = self.optimum(row, member)
+            return Choice(found.p, found.y[: len(row.target)], found.steps, self.most(row, member))
+        p, steps = (some_vertex(row, member)) if row.problem.options.vertex else (member, 0)
+        return Choice(p, row.fit(self.gradient(row, p)), steps)
+
+    def off(self, row: Row, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> tuple[float, float]:
+        """(what p pays for its slack, what the multipliers y gain from slack at most)."""
+        tau = row.problem.options.slack
+        if tau == 0:
+            return 0.0, 0.0
+        r, moments = row.excess(p)[:-1], y[: len(row.target) - 1]
+        return float(r.square().sum()) / (2 * tau), float(tau / 2 * moments.square().sum())
+
+
+def program(
+    row: Row, cost: Float[Tensor, " v"], member: Float[Tensor, " v"] | None, extra: Float[Tensor, "v k"] | None = None
+) -> SimplexProgram:
+    """The program with a linear cost, and with the squares of the sums of further columns ``extra``."""
+    columns: Columns = row.tokens
+    target = row.target
+    softness = torch.full_like(target, row.problem.options.slack)
+    softness[-1] = 0.0
+    if extra is not None:
+        columns = Tokens(row.heads, torch.cat([row.ones, extra], dim=-1)).held()
+        nothing = torch.zeros_like(extra[0])
+        target, softness = torch.cat([target, nothing]), torch.cat([softness, nothing + 0.5])
+    weight = row.log_mean if member is None else member
+    return SimplexProgram(
+        columns, target, softness, cost, row.alive, len(row.target) - 1, member, weight, 0.01 * row.problem.tol
+    )
+
+
+def extremes(row: Row, cost: Float[Tensor, " v"], member: Float[Tensor, " v"] | None) -> Optimum:
+    """The p that minimises a linear cost."""
+    return minimise(program(row, cost, member), row.problem.max_steps)
+
+
+def some_vertex(row: Row, member: Float[Tensor, " v"]) -> tuple[Float[Tensor, " v"], int]:
+    """A vertex of C, which a linear cost without any meaning selects: what a simplex solver might return."""
+    cost = torch.arange(len(member), dtype=member.dtype, device=member.device) * _GOLDEN % 1
+    found = extremes(row, cost, member)
+    return found.p, found.steps

@@ -1,0 +1,157 @@
+"""What the rules over C = { p in the simplex : W_iᵀ p = W_iᵀ p̂_i } share.
+
+Each row first looks for the I-projection of the pool onto C, which either exists, or ends with a proof that C is empty.
+Where it exists, the rule chooses from C by its own criterion, and its answer is certified by evaluation alone: the rule
+states a lower bound on its objective over C, at any multipliers, and the gap is the difference.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from softmeet.rules.base import Answer, Rule, closed_form
+from softmeet.rules.meet import MaxEntropy
+from softmeet.rules.points import entropic, nearest, proves_empty, separating
+from softmeet.rules.problem import Problem
+from softmeet.rules.row import Row
+from softmeet.solvers.base import Status
+
+# Moments, in whitened coordinates, that are this close are the members'.
+MOMENT_TOLERANCE = 1e-6
+# How exactly a member of C is found before a rule chooses.
+_EXACT = 1e-12
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What evaluation at (p, multipliers) proves, in the units of the rule's objective.
+
+    ``value`` is the objective at p; over the feasible set it is at least ``least`` and at most ``most``.
+    """
+
+    value: float
+    least: float
+    most: float = torch.inf
+
+    @property
+    def gap(self) -> float:
+        """How far p can be from optimal."""
+        return max(self.value - self.least, 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """A rule's p for one row, (v,), whitened multipliers (m,), the steps, and the objective's range if known better."""
+
+    p: Float[Tensor, " v"]
+    y: Float[Tensor, " m"]
+    steps: int
+    most: float = torch.nan
+
+
+class ExactRule(Rule):
+    """A rule that chooses one member of C; subclasses say which, and what bounds it."""
+
+    uses_heads = True
+    always_answers: ClassVar[bool] = False
+
+    @abstractmethod
+    def choose(self, row: Row, member: Float[Tensor, " v"] | None) -> Choice:
+        """The rule's distribution; ``member`` is the I-projection of the pool onto C, None where C need not matter."""
+
+    @abstractmethod
+    def bounds(self, row: Row, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
+        """What p and the multipliers prove, by evaluation alone."""
+
+    def constrained(self, problem: Problem) -> bool:
+        """Whether the moments must hold exactly."""
+        return True
+
+    def status(self, row: Row, p: Float[Tensor, " v"], found: Bounds) -> Status:
+        """OPTIMAL where the gap is within ``tol`` and the moments hold; DEGENERATE where nothing was chosen."""
+        exact = not self.constrained(row.problem) or float(row.excess(p).norm()) <= MOMENT_TOLERANCE
+        if not exact or not found.gap <= row.problem.tol:
+            return Status.NOT_CONVERGED
+        nothing_chosen = found.most - found.least <= row.problem.tol and not row.unique
+        return Status.DEGENERATE if nothing_chosen else Status.OPTIMAL
+
+    def solve(self, problem: Problem) -> Answer:
+        """Row by row: each has a working set of its own."""
+        seeks = self.constrained(problem) or self.always_answers
+        answer = members_of_c(problem) if seeks else blank(problem)
+        empty = (answer.status == Status.INFEASIBLE).tolist()
+        lost = (answer.status == Status.NOT_CONVERGED).tolist()
+        for k, row in enumerate(Row.of(problem)):
+            if self.always_answers or not (empty[k] or lost[k]):
+                self._write(answer, k, row, answer.log_probs[k].exp() if seeks and not (empty[k] or lost[k]) else None)
+        return answer
+
+    def _write(self, answer: Answer, k: int, row: Row, member: Float[Tensor, " v"] | None) -> None:
+        choice = self.choose(row, member)
+        p, y = choice.p, choice.y
+        found = self.bounds(row, p, y)
+        answer.log_probs[k] = p.log()
+        answer.status[k] = self.status(row, p, found)
+        answer.gap[k], answer.objective[k] = found.gap, found.value
+        answer.certified[k] = found.gap < torch.inf
+        most = found.most if choice.most != choice.most else choice.most
+        answer.objective_range[k] = torch.tensor([found.least, most])
+        answer.steps[k] += choice.steps
+        answer.passes[k] += row.passes()
+        for mine, lam in zip(answer.dual, row.raw(y), strict=True):
+            mine[k] = lam[0]
+        proof = self.proof(row, p)
+        for mine, lam in zip(answer.ray, row.raw(proof), strict=True):
+            mine[k] = lam[0] if proof.any() else mine[k]
+        answer.disagreement[k] = divergences(p, row)
+        answer.disagreement_is_bound[k] = True
+
+    def proof(self, row: Row, p: Float[Tensor, " v"]) -> Float[Tensor, " m"]:
+        """Multipliers that prove C empty, if the rule's answer has any; 0 otherwise."""
+        return torch.zeros_like(row.target)
+
+
+def divergences(p: Float[Tensor, " v"], row: Row) -> Float[Tensor, " n"]:
+    """KL(p‖p̂_i)."""
+    terms = torch.where(p > 0, p * (p.log() - row.log_p), 0.0)
+    return terms.sum(-1).clamp_min(0.0)
+
+
+def blank(problem: Problem) -> Answer:
+    """An answer to be filled in; the pool, so far."""
+    start = problem.log_pool.clone()
+    return closed_form(problem, start, torch.zeros_like(start[:, 0]))
+
+
+def members_of_c(problem: Problem) -> Answer:
+    """The I-projection of the pool onto C for every row, exactly; INFEASIBLE with a proof where C is empty.
+
+    Newton's method finds most of either. Where C touches the boundary of the simplex its dual has no optimum, and the
+    interior-point method takes over; where that finds no member of C, the nearest point either proves that there is
+    none, or the row is left NOT_CONVERGED.
+    """
+    problem = replace(problem, tol=_EXACT, dtype=torch.float64)
+    answer = MaxEntropy().solve(problem)
+    for k in (answer.status == Status.NOT_CONVERGED).nonzero().flatten().tolist():
+        row = Row(problem.take(torch.tensor([k], device=problem.log_p.device)))
+        _settle(answer, k, row)
+    return answer
+
+
+def _settle(answer: Answer, k: int, row: Row) -> None:
+    p, steps = entropic(row, row.alive, row.log_q.exp(), row.target, row.problem.max_steps)
+    answer.steps[k] += steps
+    if float(row.excess(p).norm()) <= MOMENT_TOLERANCE:
+        answer.log_probs[k], answer.status[k] = p.log(), Status.OPTIMAL
+        return
+    y = separating(row, nearest(row, row.tokens, row.target).p)
+    if proves_empty(row, y):
+        answer.status[k] = Status.INFEASIBLE
+        for mine, lam in zip(answer.ray, row.raw(y), strict=True):
+            mine[k] = lam[0]

@@ -1,0 +1,90 @@
+"""The essay's answer where no distribution has every member's moments: the one whose moments are nearest."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from softmeet.rules.exact import Bounds, Choice, ExactRule
+from softmeet.rules.points import entropic, nearest, proves_empty
+from softmeet.rules.problem import Problem
+from softmeet.rules.row import Row
+from softmeet.solvers.columns import Columns, Mapped
+from softmeet.solvers.program import Optimum
+
+# Relative to their spread, scores this close to the least are on the face of nearest points.
+_FACE = 1e-8
+
+
+class LeastSquares(ExactRule):
+    """minimise Σ_i ‖Q_iᵀ(p - p̂_i)‖² over the simplex: the nearest moments, in whitened coordinates.
+
+    With ``metric="raw"``, Σ_i ‖W_iᵀ(p - p̂_i)‖², the essay's literal form, which depends on the units of the hidden
+    states; constants that columns have in common cancel in both. The moments of the nearest points are unique; of several points the
+    I-projection of the pool is taken, so where C is not empty this is ``max-entropy``. Where it is empty, the excess
+    r = Gᵀp - g proves it: rᵀ(g_j - g) ≥ ‖r‖² - gap for every token j, with the gap of Frank and Wolfe (1956). The
+    objective and the gap are squared distances, not nats.
+    """
+
+    name = "least-squares"
+    summary = "the distribution whose moments are nearest to the members'; gives most tokens probability 0"
+    can_assign_zeros = True
+    always_answers = True
+
+    def constrained(self, problem: Problem) -> bool:
+        """The moments are as near as they can be."""
+        return False
+
+    def choose(self, row: Row, member: Float[Tensor, " v"] | None) -> Choice:
+        """The nearest p; of several, the one of largest entropy."""
+        if member is not None:
+            return Choice(member, torch.zeros_like(row.target), 0)
+        T = _metric(row)
+        columns = row.tokens if T is None else Mapped(row.tokens, T)
+        found = nearest(row, columns, row.target if T is None else row.target @ T)
+        p, steps = _most_entropy(row, columns, found)
+        return Choice(p, torch.zeros_like(row.target), found.steps + steps)
+
+    def bounds(self, row: Row, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
+        """The Frank-Wolfe gap at p."""
+        r, scores = _excess_and_scores(row, p)
+        value = float(r.square().sum())
+        gap = 2 * float((p * scores).sum() - scores[row.alive].min())
+        return Bounds(value, max(value - gap, 0.0))
+
+    def proof(self, row: Row, p: Float[Tensor, " v"]) -> Float[Tensor, " m"]:
+        """The excess turned round, if that separates the members' moments from those of every p."""
+        T, (r, _) = _metric(row), _excess_and_scores(row, p)
+        y = -(r if T is None else T @ r)
+        y[-1] = 0.0
+        return y if proves_empty(row, y) else torch.zeros_like(y)
+
+
+def _metric(row: Row) -> Float[Tensor, "m k"] | None:
+    """What takes whitened moments to those that are compared; None for whitened ones themselves."""
+    if row.problem.options.metric == "whitened":
+        return None
+    return torch.block_diag(*(h.whitening.inverse for h in row.heads), torch.ones_like(row.target[:1, None]))
+
+
+def _excess_and_scores(row: Row, p: Float[Tensor, " v"]) -> tuple[Float[Tensor, " k"], Float[Tensor, " v"]]:
+    """R = Gᵀp - g in the metric, and G r."""
+    T, r = _metric(row), row.excess(p)
+    r[-1] = 0.0
+    r = r if T is None else r @ T
+    return r, row.tokens.times(r if T is None else T @ r)
+
+
+def _most_entropy(row: Row, columns: Columns, found: Optimum) -> tuple[Float[Tensor, " v"], int]:
+    """The I-projection of the pool onto the nearest points: those on the exposed face with the same moments."""
+    reduced = torch.where(row.alive, found.reduced, torch.inf)
+    least, spread = reduced.min(), found.reduced[row.alive].max() - reduced.min()
+    face = (reduced - least <= _FACE * spread) | (found.p > 0)
+    ids = face.nonzero().squeeze(-1)
+    rank = len(ids) if len(ids) <= 1 else int(torch.linalg.matrix_rank(columns.rows(ids), rtol=1e-9))
+    if rank == len(ids):
+        return found.p, 0
+    p, steps = entropic(row, face, row.log_q.exp(), row.tokens.sums(found.p))
+    kept = float((row.tokens.sums(p - found.p)).norm()) <= _FACE
+    return (p, steps) if kept else (found.p, steps)

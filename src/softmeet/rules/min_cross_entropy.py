@@ -1,0 +1,52 @@
+"""The essay's linear program."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from softmeet.rules.cross_entropy import CrossEntropyRule, extremes
+from softmeet.rules.exact import Bounds
+from softmeet.rules.row import Row
+from softmeet.solvers.program import Optimum
+
+
+class MinCrossEntropy(CrossEntropyRule):
+    """minimise -Σ w_i pᵀ log p̂_i over C: a linear program.
+
+    Without bias, soft-cap, free direction or slack it chooses nothing: on C the objective is Σ w_i H(p̂_i). The same
+    holds where Σ w_i log p̂_i is in the span of [1, A] for any other reason. Such rows are DEGENERATE, by a proof in
+    numbers: for multipliers y with small spread of c - G y, the objective lies between its least and largest entry.
+    """
+
+    name = "min-cross-entropy"
+    summary = "the least cross-entropies to the members, a linear program; constant without bias, soft-cap or slack"
+
+    def gradient(self, row: Row, p: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
+        """C = -Σ w_i log p̂_i."""
+        log_p = row.log_p.masked_fill(~row.alive, 0.0)
+        cost: Tensor = -(row.problem.weights[:, None] * log_p).sum(0)
+        return cost
+
+    def is_constant(self, row: Row) -> bool:
+        """By the best fit of the cost by moments."""
+        cost = self.gradient(row, row.log_q)
+        low, high = row.range_of(cost, row.fit(cost))
+        return high - low <= row.problem.tol
+
+    def optimum(self, row: Row, member: Float[Tensor, " v"] | None) -> Optimum:
+        """The linear program."""
+        return extremes(row, self.gradient(row, row.log_q), member)
+
+    def most(self, row: Row, member: Float[Tensor, " v"]) -> float:
+        """By the linear program with the opposite cost."""
+        cost = self.gradient(row, row.log_q)
+        return float(cost @ extremes(row, -cost, member).p)
+
+    def bounds(self, row: Row, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
+        """By linear duality."""
+        cost = self.gradient(row, p)
+        low, high = row.range_of(cost, y)
+        paid, gained = self.off(row, p, y)
+        return Bounds(float(cost @ p) + paid, low - gained, high if self.constrained(row.problem) else torch.inf)

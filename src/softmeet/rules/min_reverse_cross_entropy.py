@@ -1,0 +1,49 @@
+"""Empirical likelihood: the member of C under which the members' own distributions are least surprising."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from softmeet.rules.exact import Bounds, Choice, ExactRule
+from softmeet.rules.row import Row
+from softmeet.simplex import log_normalize
+from softmeet.solvers.columns import Chosen, Columns
+from softmeet.solvers.interior import Program, interior_point
+
+
+class MinReverseCrossEntropy(ExactRule):
+    """minimise -Σ w_i p̂_iᵀ log p over C: empirical likelihood, with the probability mean p̄ for the data.
+
+    p_j = p̄_j / (1 + λᵀ(g_j - g)), where λ maximises Σ p̄_j log(1 + λᵀ(g_j - g)), one domain constraint per token (Owen,
+    *Empirical likelihood*, 2001, §2.9). With z_j = 1 + λᵀ(g_j - g) the conditions are p_j z_j = p̄_j: those of a
+    logarithmic barrier with weights p̄, so an interior-point method stays in the domain by itself, however small p̄_j is.
+    Over the tokens that may be answered, p̄ is renormalised. Where C has no positive point there is no finite value,
+    and the row is NOT_CONVERGED.
+    """
+
+    name = "min-reverse-cross-entropy"
+    summary = "the least cross-entropy of the members to the answer: empirical likelihood around the probability mean"
+
+    def choose(self, row: Row, member: Float[Tensor, " v"] | None) -> Choice:
+        """By Newton steps towards p z = p̄."""
+        ids = row.alive.nonzero().squeeze(-1)
+        mean = log_normalize(row.log_mean[ids]).exp().clamp_min(torch.finfo(row.log_q.dtype).tiny)
+        columns: Columns = row.tokens if len(ids) == len(row.log_q) else Chosen(row.tokens, ids, len(row.log_q))
+        nothing = torch.zeros_like(row.target)
+        program = Program(
+            columns, row.target, torch.zeros_like(mean), nothing, mean, len(nothing) - 1, barrier=mean
+        )
+        found = interior_point(program, row.problem.max_steps)
+        p = torch.zeros_like(row.log_q).index_copy(0, ids, found.x)
+        return Choice(p / p.sum(), found.y / (row.target @ found.y), found.steps)
+
+    def bounds(self, row: Row, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
+        """By Gibbs' inequality: Σ p̄ log(p z / p̄) ≤ 0 for p in C, as Σ p z = 1."""
+        log_mean = log_normalize(row.log_mean[row.alive])
+        mean, z = log_mean.exp(), 1 + row.scores(y)[row.alive]
+        value = -float(torch.special.xlogy(mean, p[row.alive]).sum())
+        if bool((z <= 0).any()):
+            return Bounds(value, -torch.inf)
+        return Bounds(value, float((mean * (z.log() - log_mean)).sum()))

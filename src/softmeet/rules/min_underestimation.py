@@ -1,0 +1,91 @@
+"""The rule that underestimates no member's token by more than it must."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from softmeet.rules.exact import Bounds, Choice, ExactRule
+from softmeet.rules.row import Row
+from softmeet.solvers.columns import Chosen, Columns, Stacked
+from softmeet.solvers.interior import Program, interior_point
+
+# A mass this close to one of its bounds, relative to their distance, is at it.
+_AT_BOUND = 1e-5
+_FACE_MOMENTS = 1e-9
+
+
+class MinUnderestimation(ExactRule):
+    """minimise log t over p in C with p ≤ t·m, m_j = min_i p̂_ij: no member underestimates a token by more than log t.
+
+    With x = p / t a linear program whose variables have upper bounds, maximise Σx over 0 ≤ x ≤ m with
+    Σ x_j (g_j - g) = 0. Its dual is 1/t = min_λ Σ_j m_j [1 + λᵀ(g_j - g)]₊, so every λ bounds t from below. All but at
+    most D of the p_j are 0 or t·m_j, so the optimum is generically the only one; where it is not, the I-projection of
+    the pool onto the optima is taken. The objective is log t, in nats.
+    """
+
+    name = "min-underestimation"
+    summary = "the least t with p ≤ t·min_i p̂_i: members underestimate no token by more than log t; can give zeros"
+    can_assign_zeros = True
+
+    def choose(self, row: Row, member: Float[Tensor, " v"] | None) -> Choice:
+        """By a bounded-variable interior-point method over all tokens: the support is dense."""
+        ids = row.alive.nonzero().squeeze(-1)
+        floor = row.log_p.amin(0)
+        upper = (floor - floor[ids].logsumexp(-1))[ids].exp().clamp_min(torch.finfo(floor.dtype).tiny)
+        tokens: Columns = row.tokens if len(ids) == len(floor) else Chosen(row.tokens, ids, len(floor))
+        # The last variable is Σx, bounded by Σ upper = 1.
+        cost = torch.zeros(len(ids) + 1, dtype=floor.dtype, device=floor.device)
+        cost[-1] = -1.0
+        limits = torch.cat([upper, upper.new_full((1,), 1.5)])
+        nothing = torch.zeros_like(row.target)
+        program = Program(
+            Stacked(tokens, -row.target[None]), nothing, cost, nothing, limits / 2, len(nothing) - 1, upper=limits
+        )
+        found = interior_point(program, row.problem.max_steps)
+        x = torch.zeros_like(floor).index_copy(0, ids, found.x[:-1])
+        y = found.y / (row.target @ found.y)
+        steps, p = found.steps, x / x.sum()
+        limit = torch.zeros_like(floor).index_copy(0, ids, upper) / x.sum()
+        between = row.alive & (x / x.sum() > _AT_BOUND * limit) & (p < (1 - _AT_BOUND) * limit)
+        if _several(row, between):
+            p, more = _nearest_to_pool(row, p, limit, between)
+            steps += more
+        return Choice(p, y, steps)
+
+    def bounds(self, row: Row, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
+        """By the unconstrained dual."""
+        floor = row.log_p.amin(0)[row.alive]
+        value = float((p[row.alive].log() - floor).max())
+        scores = row.scores(y)[row.alive]
+        least = -float((floor + (1 + scores).clamp_min(0).log()).logsumexp(-1))
+        return Bounds(value, max(least, 0.0))
+
+
+def _several(row: Row, between: Bool[Tensor, " v"]) -> bool:
+    """Whether the masses that are at no bound can move without changing the moments."""
+    ids = between.nonzero().squeeze(-1)
+    if len(ids) < 2:
+        return False
+    if len(ids) > len(row.target):
+        return True
+    return int(torch.linalg.matrix_rank(row.tokens.rows(ids), rtol=1e-9)) < len(ids)
+
+
+def _nearest_to_pool(
+    row: Row, p: Float[Tensor, " v"], limit: Float[Tensor, " v"], between: Bool[Tensor, " v"]
+) -> tuple[Float[Tensor, " v"], int]:
+    """Move the masses that are at no bound to the I-projection of the pool, moments and bounds kept."""
+    ids = between.nonzero().squeeze(-1)
+    target = row.tokens.sums(torch.where(between, p, 0.0))
+    start, nothing = p[ids], torch.zeros_like(p[ids])
+    program = Program(
+        Chosen(row.tokens, ids, len(p)), target, nothing, torch.zeros_like(target), start, len(target) - 1,
+        upper=limit[ids], reference=row.log_q.exp()[ids].clamp_min(torch.finfo(p.dtype).tiny),
+    )  # fmt: skip
+    found = interior_point(program, row.problem.max_steps)
+    if found.residual > _FACE_MOMENTS:
+        return p, found.steps
+    moved = p.index_copy(0, ids, found.x)
+    return moved / moved.sum(), found.steps

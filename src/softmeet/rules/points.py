@@ -1,0 +1,96 @@
+"""Three points of one row that rules are built from: the nearest, the I-projection, and the only one."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from softmeet.rules.row import Row
+from softmeet.solvers.columns import Chosen, Columns
+from softmeet.solvers.interior import Program, interior_point
+from softmeet.solvers.program import Optimum, SimplexProgram, minimise
+
+# The gap of a squared distance in whitened coordinates: round-off there.
+_NEAREST = 1e-12
+# Probabilities below zero by this much are rounding, of moments that are themselves rounded.
+_NEGATIVE = 1e-9
+
+
+def nearest(row: Row, columns: Columns, target: Float[Tensor, " m"]) -> Optimum:
+    """A p in the simplex that minimises |Gᵀp - g|², for columns G that end with the ones."""
+    softness = torch.ones_like(target)
+    softness[-1] = 0.0
+    program = SimplexProgram(
+        columns=columns,
+        target=target,
+        softness=softness,
+        cost=torch.zeros_like(row.log_q),
+        alive=row.alive,
+        unit=len(target) - 1,
+        feasible=None,
+        weight=row.log_mean,
+        tol=_NEAREST * (1 + float(target.square().sum())),
+    )
+    return minimise(program, row.problem.max_steps)
+
+
+def separating(row: Row, p: Float[Tensor, " v"]) -> Float[Tensor, " m"]:
+    """The multipliers by which the nearest p, at a positive distance, proves C empty: its excess, turned round.
+
+    At the nearest p, r = Gᵀp - g has rᵀ(g_j - g) ≥ |r|² for every token j (the Frank-Wolfe gap is zero).
+    """
+    y = -row.excess(p)
+    y[-1] = 0.0
+    return y
+
+
+def proves_empty(row: Row, y: Float[Tensor, " m"]) -> bool:
+    """Whether Σ_i λ_iᵀ(a_ij - b_i) < 0 for every token that may be answered: then no p has the members' moments."""
+    return bool(row.scores(y)[row.alive].max() < 0)
+
+
+def entropic(
+    row: Row, tokens: Bool[Tensor, " v"], reference: Float[Tensor, " v"], target: Float[Tensor, " m"]
+) -> tuple[Float[Tensor, " v"], int]:
+    """(p, steps): the I-projection of ``reference`` onto the distributions on ``tokens`` with moments ``target``."""
+    ids = tokens.nonzero().squeeze(-1)
+    columns = row.tokens if len(ids) == len(tokens) else Chosen(row.tokens, ids, len(tokens))
+    # A reference that underflows keeps its place, at no cost that could be measured.
+    start = reference[ids].clamp_min(torch.finfo(reference.dtype).eps ** 2)
+    nothing = torch.zeros_like(start)
+    program = Program(
+        columns, target, nothing, torch.zeros_like(target), start, len(target) - 1, reference=start
+    )
+    found = interior_point(program, row.problem.max_steps)
+    p = torch.zeros_like(reference).index_copy(0, ids, found.x)
+    return p / p.sum(), found.steps
+
+
+def only(row: Row) -> tuple[Float[Tensor, " v"] | None, Float[Tensor, " m"]]:
+    """(p, 0) with the one p that has the members' moments, or (None, y) with a proof that there is none.
+
+    For rows that are ``unique``: Gᵀp = g has at most one solution. If it has none, g's distance e from the range of Gᵀ
+    has G e = 0 and gᵀe = |e|² > 0, and proves it. If its solution has a p_j < 0, the y with G y = -1_j proves that no
+    other point is in the simplex.
+    """
+    ids = row.alive.nonzero().squeeze(-1)
+    G, g = row.tokens.rows(ids), row.target
+    inverse = torch.linalg.pinv(G, rtol=1e-9)
+    signed = g @ inverse
+    e = g - signed @ G
+    nothing = torch.zeros_like(g)
+    tolerance = max(_NEGATIVE, 64 * torch.finfo(row.problem.dtype).eps)
+    if float(e.norm()) > 1e3 * tolerance:
+        return None, _without_sum(e)
+    if float(signed.min()) < -tolerance:
+        return None, _without_sum(-inverse[:, int(signed.argmin())])
+    p = torch.zeros_like(row.log_q).index_copy(0, ids, signed.clamp_min(0.0))
+    return p / p.sum(), nothing
+
+
+def _without_sum(y: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
+    """Multipliers of the moments alone: that of the sum moves every score by the same."""
+    y = y.clone()
+    y[-1] = 0.0
+    return y

@@ -1,0 +1,145 @@
+"""One row of a problem as the exact rules see it: tokens as columns of moments, in fp64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from softmeet.heads import WhitenedHead
+from softmeet.rules.problem import Problem
+from softmeet.simplex import prob_mean
+from softmeet.solvers.columns import Columns, Tokens
+
+# Singular values below this share of the largest count as zero when the rank of [1, A] is decided.
+_RANK_TOLERANCE = 1e-8
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """A problem of one row, in fp64."""
+
+    problem: Problem
+
+    @staticmethod
+    def of(problem: Problem) -> list[Row]:
+        """Every row of a batch."""
+        return [Row(one) for one in replace(problem, dtype=torch.float64).rows()]
+
+    @cached_property
+    def heads(self) -> tuple[WhitenedHead, ...]:
+        """Whitened views, which count what is read."""
+        return self.problem.views(range(len(self.problem.heads)))
+
+    @cached_property
+    def widths(self) -> list[int]:
+        """The ranks of the views."""
+        return [h.rank for h in self.heads]
+
+    @cached_property
+    def log_p(self) -> Float[Tensor, "n v"]:
+        """The members."""
+        return self.problem.log_p[:, 0]
+
+    @cached_property
+    def log_mean(self) -> Float[Tensor, " v"]:
+        """Log p̄: the probability mean on the common support, not renormalised."""
+        mean = prob_mean(self.problem.log_p, self.problem.weights)[0]
+        return mean.masked_fill(~self.alive, -torch.inf)
+
+    @cached_property
+    def log_q(self) -> Float[Tensor, " v"]:
+        """The pool."""
+        return self.problem.log_pool[0]
+
+    @cached_property
+    def alive(self) -> Bool[Tensor, " v"]:
+        """Tokens that may be answered."""
+        shared = (~self.log_p.isneginf()).all(0)
+        return shared if self.problem.support is None else shared & self.problem.support
+
+    @cached_property
+    def ones(self) -> Float[Tensor, "v 1"]:
+        """The column that keeps the sum."""
+        return torch.ones_like(self.log_q)[:, None]
+
+    @cached_property
+    def tokens(self) -> Columns:
+        """G = [Q_1 | … | Q_n | 1] over all tokens."""
+        return Tokens(self.heads, self.ones).held()
+
+    @cached_property
+    def target(self) -> Float[Tensor, " m"]:
+        """The members' own moments, and 1."""
+        parts = [h.moments(p[None].exp())[0][0] for h, p in zip(self.heads, self.log_p, strict=True)]
+        return torch.cat([*parts, self.ones[0]])
+
+    def excess(self, p: Float[Tensor, " v"]) -> Float[Tensor, " m"]:
+        """Gᵀp - g: by how much p's moments differ from the members'."""
+        return self.tokens.sums(p) - self.target
+
+    def raw(self, y: Float[Tensor, " m"]) -> tuple[Float[Tensor, "1 _"], ...]:
+        """Multipliers of the moments in the heads' own coordinates; that of the sum is left out."""
+        parts = y[: sum(self.widths)].split(self.widths)
+        return tuple((part @ h.whitening.factor.T)[None] for h, part in zip(self.heads, parts, strict=True))
+
+    def whitened(self, raw: tuple[Float[Tensor, " _"], ...]) -> Float[Tensor, " m"]:
+        """The multipliers that :meth:`raw` was given, with 0 for the sum: what is outside the constraints is cut."""
+        parts = [h.whitening.inverse @ lam.to(self.target) for h, lam in zip(self.heads, raw, strict=True)]
+        return torch.cat([*parts, torch.zeros_like(self.ones[0])])
+
+    def scores(self, y: Float[Tensor, " m"]) -> Float[Tensor, " v"]:
+        """Σ_i λ_iᵀ(a_ij - b_i) for every token."""
+        return self.tokens.times(y) - self.target @ y
+
+    def passes(self) -> float:
+        """Rows of A read so far, over v."""
+        reads = sum(int(h.rows_read[0]) * h.head.d for h in self.heads)
+        return reads / sum(h.head.d for h in self.heads) / len(self.log_q)
+
+    @cached_property
+    def rank(self) -> int:
+        """The numerical rank of [1, A], over the tokens that may be answered."""
+        values = self._spectrum[0]
+        return int((values > values[-1] * _RANK_TOLERANCE).sum())
+
+    @cached_property
+    def unique(self) -> bool:
+        """Whether at most one p has given moments: rank [1, A] is the number of tokens that may be answered."""
+        size = int(self.alive.sum())
+        return len(self.target) >= size and self.rank >= size
+
+    @cached_property
+    def _spectrum(self) -> tuple[Float[Tensor, " m"], Float[Tensor, "m m"], Float[Tensor, " m"]]:
+        """The scaled Gram matrix of [A, 1] over the tokens that may be answered: eigenvalues, vectors, the scale."""
+        G = self.tokens.gram(self.alive.to(self.target))
+        scale = G.diagonal().clamp_min(torch.finfo(G.dtype).tiny).rsqrt()
+        values, vectors = torch.linalg.eigh(scale[:, None] * G * scale)
+        return values, vectors, scale
+
+    def fit(self, cost: Float[Tensor, " v"]) -> Float[Tensor, " m"]:
+        """Multipliers y of the moments for which ``cost`` - G y is nearest to a constant, over the tokens alive."""
+        weight = self.alive.to(self.target)
+        cost = torch.where(self.alive, cost, 0.0)
+        values, vectors, scale = self._spectrum
+        inverse = torch.where(values > values[-1] * _RANK_TOLERANCE, 1 / values, 0.0)
+        y = torch.zeros_like(self.target)
+        for _ in range(3):  # again for the rounding of the first
+            e = scale * self.tokens.sums(weight * (cost - self.tokens.times(y)))
+            y = y + scale * (vectors @ (inverse * (vectors.T @ e)))
+        y[-1] = 0.0
+        return y
+
+    def range_of(self, cost: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> tuple[float, float]:
+        """Between what Σ cost_j p_j lies for every p in C, whatever the multipliers y."""
+        reduced = (cost - self.scores(y))[self.alive]
+        return float(reduced.min()), float(reduced.max())
+
+
+def may_be_unique(problem: Problem) -> bool:
+    """Whether the heads are wide enough for moments to determine a distribution, in some row."""
+    alive = (~problem.log_p.isneginf()).all(0).sum(-1)
+    return 1 + sum(head.whitening(problem.options.rank).rank for head in problem.heads) >= int(alive.min())

@@ -1,0 +1,257 @@
+"""A primal-dual interior-point method with Mehrotra's predictor and corrector, for separable convex programs.
+
+    minimise  Σ_j φ_j(x_j) + ½ |E^{-½} s|²   over x, s with  Gᵀx - s = g,  0 ≤ x ≤ u,  s = 0 where E = 0
+
+φ is linear, or linear plus an entropy. The optimality conditions, with multipliers y of the moments, z of x ≥ 0 and w of
+x ≤ u, are
+
+    φ'(x) - G y - z + w = 0,   Gᵀx + E y = g,   x z = c,   (u - x) w = 0
+
+with c = 0. Other c ≥ 0 are allowed: they are weights of a logarithmic barrier, and make the same method solve empirical
+likelihood, whose conditions are exactly x z = c with φ = 0. Each step solves (Gᵀ Θ G + E) Δy = … once factored, twice
+solved. One row at a time: the working set, and so the matrices, are the row's own.
+
+Mehrotra, *On the implementation of a primal-dual interior point method*, SIAM J. Optim. 2, 1992. Wright, *Primal-dual
+interior-point methods*, 1997, chapter 10.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from softmeet.solvers.columns import Columns
+
+# How far towards the boundary a step may go.
+_DAMPING = 0.9995
+# Relative to the sizes of what they are differences of.
+_FEASIBLE = 1e-12
+_COMPLEMENTARY = 1e-11
+_STALLED = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """One program; see the module's docstring.
+
+    Args:
+        columns: G, (N, m).
+        target: g, (m,).
+        cost: the linear part of φ, (N,).
+        softness: the diagonal of E, (m,); 0 for a hard constraint.
+        upper: u, (N,), or None for no upper bounds.
+        barrier: c, (N,), or None for 0.
+        reference: q, (N,): φ also has the term x log(x / q) - x; None for a linear φ.
+        start: x to begin from, (N,), positive and below ``upper``.
+        unit: the index of a constraint whose column is 1 for every variable, by which the dual starts feasible.
+    """
+
+    columns: Columns
+    target: Float[Tensor, " m"]
+    cost: Float[Tensor, " N"]
+    softness: Float[Tensor, " m"]
+    start: Float[Tensor, " N"]
+    unit: int
+    upper: Float[Tensor, " N"] | None = None
+    barrier: Float[Tensor, " N"] | None = None
+    reference: Float[Tensor, " N"] | None = None
+
+    def slope(self, x: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+        """φ'."""
+        return self.cost if self.reference is None else self.cost + (x / self.reference).log()
+
+    def curvature(self, x: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+        """φ''."""
+        return torch.zeros_like(x) if self.reference is None else 1 / x
+
+
+@dataclass(frozen=True, eq=False)
+class Interior:
+    """Where the method ended: x > 0, the multipliers y, and how many steps it took.
+
+    ``residual`` is |Gᵀx + E y - g| and ``complementarity`` Σ |x z - c| + Σ (u - x) w.
+    """
+
+    x: Float[Tensor, " N"]
+    y: Float[Tensor, " m"]
+    steps: int
+    residual: float
+    complementarity: float
+
+
+def interior_point(program: Program, max_steps: int = 100) -> Interior:
+    """Run the method until it is exact to round-off, makes no more progress, or has taken ``max_steps``.
+
+    Nothing is claimed about the answer: callers certify it from x and y.
+    """
+    method = _Method(program)
+    best, stalled = method.report(0), 0
+    for step in range(1, max_steps + 1):
+        if method.finished() or stalled == _STALLED or not method.advance():
+            break
+        found = method.report(step)
+        better = found.residual + found.complementarity < 0.9 * (best.residual + best.complementarity)
+        stalled = 0 if better else stalled + 1
+        best = found if better or _sum(found) < _sum(best) else best
+    return best
+
+
+def _sum(found: Interior) -> float:
+    return found.residual + found.complementarity
+
+
+class _Method:
+    def __init__(self, program: Program) -> None:
+        self.program, self.G = program, program.columns
+        self.x = program.start.clone()
+        c = torch.zeros_like(self.x) if program.barrier is None else program.barrier
+        self.c = c
+        slope = program.slope(self.x)
+        self.y = torch.zeros_like(program.target)
+        # Dual feasible from the start: the constraint on the sum lifts every reduced cost above zero.
+        spread = (slope - slope.min()).mean().clamp_min(1e-3)
+        if program.barrier is not None:
+            self.z = c / self.x
+            self.y[program.unit] = -1.0
+        elif program.upper is None:
+            self.y[program.unit] = slope.min() - spread
+            self.z = slope - self.y[program.unit]
+        else:
+            self.z = slope.clamp_min(0) + spread
+        self.w = None if program.upper is None else (-slope).clamp_min(0) + spread
+        self.scale = 1 + float(program.target.norm())
+        self.cost_scale = 1 + float((self.x * slope.abs()).sum())
+        self.residual = self._residual()
+
+    @property
+    def slack(self) -> Tensor:
+        """U - x."""
+        assert self.program.upper is not None
+        return self.program.upper - self.x
+
+    def _residual(self) -> Float[Tensor, " m"]:
+        return self.program.target - self.G.sums(self.x) - self.program.softness * self.y
+
+    def report(self, steps: int) -> Interior:
+        total = (self.x * self.z - self.c).abs().sum()
+        if self.w is not None:
+            total = total + (self.slack * self.w).sum()
+        return Interior(self.x, self.y, steps, float(self.residual.norm()), float(total))
+
+    def finished(self) -> bool:
+        found = self.report(0)
+        small = found.complementarity <= _COMPLEMENTARY * self.cost_scale
+        return small and found.residual <= _FEASIBLE * self.scale
+
+    def advance(self) -> bool:
+        """One predictor and corrector step; False where the linear algebra gives nothing to go on with."""
+        program, x, z = self.program, self.x, self.z
+        theta = program.curvature(x) + z / x
+        if self.w is not None:
+            theta = theta + self.w / self.slack
+        theta = 1 / theta
+        dual = program.slope(x) - self.G.times(self.y) - z
+        dual = dual if self.w is None else dual + self.w
+        M = self.G.gram(theta)
+        M.diagonal().add_(program.softness)
+        solve = _factored(M)
+        if solve is None:
+            return False
+        mu = self._mean_complementarity()
+        affine = self._direction(solve, theta, dual, 0.0, None)
+        after = self._mean_complementarity(affine, self._longest(affine))
+        sigma = min(1.0, (after / mu) ** 3) if mu > 0 else 0.0
+        step = self._direction(solve, theta, dual, sigma * mu, affine)
+        if not all(part.isfinite().all() for part in step if part is not None):
+            return False
+        self._move(step, self._longest(step))
+        return True
+
+    def _direction(
+        self, solve: _Solve, theta: Tensor, dual: Tensor, mu: float, before: _Step | None
+    ) -> _Step:
+        """Newton's step towards x z = c + mu, corrected by the second-order terms of the step ``before``."""
+        x, z, w = self.x, self.z, self.w
+        lower = self.c + mu - x * z
+        if before is not None:
+            lower = lower - before[0] * before[2]
+        h = -dual + lower / x
+        upper = None
+        if w is not None:
+            upper = mu - self.slack * w
+            if before is not None and before[3] is not None:
+                upper = upper + before[0] * before[3]
+            h = h - upper / self.slack
+        dy = solve(self.residual - self.G.sums(theta * h))
+        dx = theta * (self.G.times(dy) + h)
+        dz = (lower - z * dx) / x
+        dw = None if w is None or upper is None else (upper + w * dx) / self.slack
+        return dx, dy, dz, dw
+
+    def _longest(self, step: _Step) -> tuple[float, float]:
+        """The longest primal and dual steps that keep x, u - x, z and w positive; one length where φ is curved."""
+        dx, _, dz, dw = step
+        primal, dual = _ratio(self.x, dx), _ratio(self.z, dz)
+        if self.w is not None and dw is not None:
+            primal, dual = min(primal, _ratio(self.slack, -dx)), min(dual, _ratio(self.w, dw))
+        coupled = self.program.reference is not None or self.program.barrier is not None
+        if coupled or bool((self.program.softness > 0).any()):
+            primal = dual = min(primal, dual)
+        return primal, dual
+
+    def _mean_complementarity(self, step: _Step | None = None, length: tuple[float, float] = (0.0, 0.0)) -> float:
+        x, z, w = self.x, self.z, self.w
+        if step is not None:
+            x, z = x + length[0] * step[0], z + length[1] * step[2]
+            w = None if w is None or step[3] is None else w + length[1] * step[3]
+        total = (x * z - self.c).abs().sum()
+        if w is None or self.program.upper is None:
+            return float(total) / len(x)
+        return float(total + ((self.program.upper - x) * w).sum()) / (2 * len(x))
+
+    def _move(self, step: _Step, length: tuple[float, float]) -> None:
+        primal, dual = (min(1.0, _DAMPING * t) for t in length)
+        self.x = self.x + primal * step[0]
+        self.y = self.y + dual * step[1]
+        self.z = self.z + dual * step[2]
+        if self.w is not None and step[3] is not None:
+            self.w = self.w + dual * step[3]
+        self.residual = self._residual()
+
+
+_Step = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
+
+class _Solve:
+    """M⁻¹ by Cholesky with M scaled to a unit diagonal, refined twice against M itself."""
+
+    def __init__(self, M: Float[Tensor, "m m"], scale: Float[Tensor, " m"], L: Float[Tensor, "m m"]) -> None:
+        self.M, self.scale, self.L = M, scale, L
+
+    def __call__(self, b: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
+        y = torch.zeros_like(b)
+        for _ in range(3):
+            e = (b - self.M @ y) * self.scale
+            y = y + self.scale * torch.cholesky_solve(e[:, None], self.L).squeeze(-1)
+        return y
+
+
+def _factored(M: Float[Tensor, "m m"]) -> _Solve | None:
+    """A factor of M plus the smallest ridge that Cholesky accepts; None where there is none."""
+    scale = M.diagonal().clamp_min(torch.finfo(M.dtype).tiny).rsqrt()
+    unit = scale[:, None] * M * scale
+    ridge = 1e-15
+    while ridge < 1e-4:
+        L, info = torch.linalg.cholesky_ex(unit + ridge * torch.eye(len(M), dtype=M.dtype, device=M.device))
+        if not info and L.isfinite().all():
+            return _Solve(M, scale, L)
+        ridge *= 10
+    return None
+
+
+def _ratio(x: Float[Tensor, " N"], dx: Float[Tensor, " N"]) -> float:
+    falling: Bool[Tensor, " N"] = dx < 0
+    return min(1.0 / _DAMPING, float((x[falling] / -dx[falling]).min())) if bool(falling.any()) else 1.0 / _DAMPING

@@ -1,0 +1,132 @@
+"""Linear and quadratic programs over the simplex of tokens, by column generation around an interior-point method.
+
+    minimise  cᵀp + ½ |E^{-½}(Gᵀp - g)|²   over p in the simplex,  Gᵀp = g where E = 0
+
+An optimum needs few tokens, so a program over some tokens is solved and all are priced with one read of the heads: for
+every y, the optimum is at least min_j (c_j - g_jᵀy) + gᵀy - ½ yᵀE y (Lagrange), and tokens below the minimum over the
+working set enter it. A point that is known to satisfy the hard constraints is one more column, so that every program on
+the way has a solution (Dantzig and Wolfe 1960).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from softmeet.solvers.columns import Columns, Held, Stacked
+from softmeet.solvers.interior import Program, interior_point
+
+# Columns to begin with, per constraint, and the fewest that are worth a choice.
+_PER_CONSTRAINT = 4
+_FEWEST = 2048
+_ROUNDS = 60
+# Tokens below this mass, and below their own reduced cost, are zeros that an interior point only approaches.
+_ZERO = 1e-9
+
+
+@dataclass(frozen=True, eq=False)
+class SimplexProgram:
+    """One program.
+
+    Args:
+        columns: G over all tokens, (v, m); one of its columns is 1 throughout.
+        target: g.
+        softness: the diagonal of E.
+        cost: c, (v,).
+        alive: tokens that may have mass.
+        unit: the index of the column of ones.
+        feasible: a p that satisfies the hard constraints, or None if all but the sum are soft.
+        weight: which tokens to try first, the heaviest.
+        tol: the gap at which to stop.
+    """
+
+    columns: Columns
+    target: Float[Tensor, " m"]
+    softness: Float[Tensor, " m"]
+    cost: Float[Tensor, " v"]
+    alive: Bool[Tensor, " v"]
+    unit: int
+    feasible: Float[Tensor, " v"] | None
+    weight: Float[Tensor, " v"]
+    tol: float
+
+    def value(self, p: Float[Tensor, " v"]) -> float:
+        """The objective at p."""
+        soft = self.softness > 0
+        off = (self.columns.sums(p) - self.target)[soft]
+        return float(self.cost @ p + 0.5 * (off.square() / self.softness[soft]).sum())
+
+    def bound(self, reduced: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> float:
+        """Below the optimum, from the reduced costs c - G y."""
+        least = reduced[self.alive].min()
+        return float(least + self.target @ y - 0.5 * (self.softness * y.square()).sum())
+
+
+@dataclass(frozen=True, eq=False)
+class Optimum:
+    """p, the multipliers y, the steps of all programs, and the reduced costs c - G y."""
+
+    p: Float[Tensor, " v"]
+    y: Float[Tensor, " m"]
+    steps: int
+    reduced: Float[Tensor, " v"]
+
+
+def minimise(program: SimplexProgram, max_steps: int) -> Optimum:
+    """Solve to ``tol``, or as well as it gets; callers certify the answer."""
+    chosen = _first(program)
+    steps = 0
+    for _ in range(_ROUNDS):
+        p, y, taken = _restricted(program, chosen, max_steps)
+        steps += taken
+        reduced = program.cost - program.columns.times(y)
+        everything = bool((chosen | ~program.alive).all())
+        if everything or program.value(p) - program.bound(reduced, y) <= program.tol:
+            break
+        chosen = _more(program, chosen, reduced)
+    zero = (p < _ZERO) & (p < reduced - reduced[program.alive].min())
+    p = p.masked_fill(zero, 0.0)
+    return Optimum(p / p.sum(), y, steps, reduced)
+
+
+def _first(program: SimplexProgram) -> Bool[Tensor, " v"]:
+    size = max(_FEWEST, _PER_CONSTRAINT * len(program.target))
+    if int(program.alive.sum()) <= 2 * size:
+        return program.alive.clone()
+    weight = torch.where(program.alive, program.weight, -torch.inf)
+    return torch.zeros_like(program.alive).index_fill(0, weight.topk(size).indices, True)
+
+
+def _more(
+    program: SimplexProgram, chosen: Bool[Tensor, " v"], reduced: Float[Tensor, " v"]
+) -> Bool[Tensor, " v"]:
+    """With the tokens that price out best, half as many again at most."""
+    open_to = torch.where(program.alive & ~chosen, reduced, torch.inf)
+    best = open_to.topk(min(max(int(chosen.sum()) // 2, 64), int((program.alive & ~chosen).sum())), largest=False)
+    below = best.indices[best.values < reduced[chosen].min()]
+    found = below if len(below) else best.indices
+    return chosen.index_fill(0, found, True)
+
+
+def _restricted(
+    program: SimplexProgram, chosen: Bool[Tensor, " v"], max_steps: int
+) -> tuple[Float[Tensor, " v"], Float[Tensor, " m"], int]:
+    tokens = chosen.nonzero().squeeze(-1)
+    everything = len(tokens) == len(chosen)
+    columns: Columns = program.columns if everything else Held(program.columns.rows(tokens))
+    cost, feasible = program.cost[tokens], program.feasible
+    if feasible is not None and not bool((chosen | ~program.alive).all()):
+        columns = Stacked(columns, program.columns.sums(feasible)[None])
+        cost = torch.cat([cost, (program.cost @ feasible)[None]])
+    start = torch.full_like(cost, 1 / len(cost))
+    found = interior_point(
+        Program(columns, program.target, cost, program.softness, start, program.unit), max_steps=max_steps
+    )
+    p = torch.zeros_like(program.cost).index_copy(0, tokens, found.x[: len(tokens)])
+    if len(found.x) > len(tokens):
+        assert feasible is not None
+        p = p + found.x[-1] * feasible
+    return p, found.y, found.steps
