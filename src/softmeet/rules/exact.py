@@ -17,7 +17,7 @@ from torch import Tensor
 
 from softmeet.rules.base import Answer, Rule, closed_form
 from softmeet.rules.meet import MaxEntropy
-from softmeet.rules.points import entropic, nearest, proves_empty, separating
+from softmeet.rules.points import entropic, nearest, polished, proves_empty, separating
 from softmeet.rules.problem import Problem
 from softmeet.rules.row import Row
 from softmeet.solvers.base import Status
@@ -141,6 +141,9 @@ def members_of_c(problem: Problem) -> Answer:
     for k in (answer.status == Status.NOT_CONVERGED).nonzero().flatten().tolist():
         row = Row(problem.take(torch.tensor([k], device=problem.log_p.device)))
         _settle(answer, k, row)
+    for k in (answer.status == Status.OPTIMAL).nonzero().flatten().tolist():
+        row = Row(problem.take(torch.tensor([k], device=problem.log_p.device)))
+        answer.log_probs[k] = polished(row, answer.log_probs[k].exp()).log()
     return answer
 
 

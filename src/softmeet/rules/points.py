@@ -8,7 +8,7 @@ from torch import Tensor
 
 from softmeet.rules.row import Row
 from softmeet.solvers.columns import Chosen, Columns
-from softmeet.solvers.interior import Program, interior_point
+from softmeet.solvers.interior import Program, factored, interior_point
 from softmeet.solvers.program import Optimum, SimplexProgram, minimise
 
 # The gap of a squared distance in whitened coordinates: round-off there.
@@ -65,6 +65,19 @@ def entropic(
     found = interior_point(program, row.problem.max_steps)
     p = torch.zeros_like(reference).index_copy(0, ids, found.x)
     return p / p.sum(), found.steps
+
+
+def polished(row: Row, p: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
+    """P with its moments repaired to round-off: the smallest change that does it, weighing tokens by 1 / p."""
+    for _ in range(2):
+        solve = factored(row.tokens.gram(p))
+        if solve is None:
+            break
+        moved = p * (1 - row.tokens.times(solve(row.excess(p))))
+        if bool((moved < 0).any()) or float(row.excess(moved).norm()) >= float(row.excess(p).norm()):
+            break
+        p = moved
+    return p
 
 
 def only(row: Row) -> tuple[Float[Tensor, " v"] | None, Float[Tensor, " m"]]:

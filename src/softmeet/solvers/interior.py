@@ -30,7 +30,7 @@ _DAMPING = 0.9995
 # Relative to the sizes of what they are differences of.
 _FEASIBLE = 1e-12
 _COMPLEMENTARY = 1e-11
-_STALLED = 4
+_STALLED = 12
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +157,7 @@ class _Method:
         dual = dual if self.w is None else dual + self.w
         M = self.G.gram(theta)
         M.diagonal().add_(program.softness)
-        solve = _factored(M)
+        solve = factored(M)
         if solve is None:
             return False
         mu = self._mean_complementarity()
@@ -171,7 +171,7 @@ class _Method:
         return True
 
     def _direction(
-        self, solve: _Solve, theta: Tensor, dual: Tensor, mu: float, before: _Step | None
+        self, solve: Solve, theta: Tensor, dual: Tensor, mu: float, before: _Step | None
     ) -> _Step:
         """Newton's step towards x z = c + mu, corrected by the second-order terms of the step ``before``."""
         x, z, w = self.x, self.z, self.w
@@ -225,7 +225,7 @@ class _Method:
 _Step = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
-class _Solve:
+class Solve:
     """M⁻¹ by Cholesky with M scaled to a unit diagonal, refined twice against M itself."""
 
     def __init__(self, M: Float[Tensor, "m m"], scale: Float[Tensor, " m"], L: Float[Tensor, "m m"]) -> None:
@@ -239,7 +239,7 @@ class _Solve:
         return y
 
 
-def _factored(M: Float[Tensor, "m m"]) -> _Solve | None:
+def factored(M: Float[Tensor, "m m"]) -> Solve | None:
     """A factor of M plus the smallest ridge that Cholesky accepts; None where there is none."""
     scale = M.diagonal().clamp_min(torch.finfo(M.dtype).tiny).rsqrt()
     unit = scale[:, None] * M * scale
@@ -247,7 +247,7 @@ def _factored(M: Float[Tensor, "m m"]) -> _Solve | None:
     while ridge < 1e-4:
         L, info = torch.linalg.cholesky_ex(unit + ridge * torch.eye(len(M), dtype=M.dtype, device=M.device))
         if not info and L.isfinite().all():
-            return _Solve(M, scale, L)
+            return Solve(M, scale, L)
         ridge *= 10
     return None
 
