@@ -51,8 +51,12 @@ class CrossEntropyRule(ExactRule):
             found = self.optimum(row, None)
             return Choice(found.p, found.y[: len(row.target)], found.steps)
         if not self.is_constant(row):
-            found = self.optimum(row, member)
-            return Choice(found.p, found.y[: len(row.target)], found.steps, self.most(row, member))
+            found, most = self.optimum(row, member), self.most(row, member)
+            y = found.y[: len(row.target)]
+            # On the boundary of the simplex the objective may be constant though no multipliers prove it.
+            constant = most - self.bounds(row, found.p, y).least <= row.problem.tol and not row.unique
+            kept = member if constant and not row.problem.options.vertex else found.p
+            return Choice(kept, y, found.steps, most, constant)
         p, steps = (some_vertex(row, member)) if row.problem.options.vertex else (member, 0)
         return Choice(p, row.fit(self.gradient(row, p)), steps)
 

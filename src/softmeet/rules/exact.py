@@ -47,12 +47,17 @@ class Bounds:
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """A rule's p for one row, (v,), whitened multipliers (m,), the steps, and the objective's range if known better."""
+    """A rule's p for one row, (v,), whitened multipliers (m,), and the steps.
+
+    ``most`` is the largest value of the objective over C, if the rule looked for it; ``constant`` where that showed that
+    the objective is constant.
+    """
 
     p: Float[Tensor, " v"]
     y: Float[Tensor, " m"]
     steps: int
     most: float = torch.nan
+    constant: bool = False
 
 
 class ExactRule(Rule):
@@ -97,11 +102,12 @@ class ExactRule(Rule):
         p, y = choice.p, choice.y
         found = self.bounds(row, p, y)
         answer.log_probs[k] = p.log()
-        answer.status[k] = self.status(row, p, found)
+        status = self.status(row, p, found)
+        answer.status[k] = Status.DEGENERATE if status == Status.OPTIMAL and choice.constant else status
         answer.gap[k], answer.objective[k] = found.gap, found.value
         answer.certified[k] = found.gap < torch.inf
         most = found.most if choice.most != choice.most else choice.most
-        answer.objective_range[k] = torch.tensor([found.least, most])
+        answer.objective_range[k] = answer.gap.new_tensor([found.least, most])
         answer.steps[k] += choice.steps
         answer.passes[k] += row.passes()
         for mine, lam in zip(answer.dual, row.raw(y), strict=True):

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from softmeet.rules.exact import Bounds, Choice, ExactRule
+from softmeet.rules.exact import MOMENT_TOLERANCE, Bounds, Choice, ExactRule
 from softmeet.rules.row import Row
 from softmeet.simplex import log_normalize
 from softmeet.solvers.columns import Chosen, Columns
@@ -19,8 +19,8 @@ class MinReverseCrossEntropy(ExactRule):
     p_j = p̄_j / (1 + λᵀ(g_j - g)), where λ maximises Σ p̄_j log(1 + λᵀ(g_j - g)), one domain constraint per token (Owen,
     *Empirical likelihood*, 2001, §2.9). With z_j = 1 + λᵀ(g_j - g) the conditions are p_j z_j = p̄_j: those of a
     logarithmic barrier with weights p̄, so an interior-point method stays in the domain by itself, however small p̄_j is.
-    Over the tokens that may be answered, p̄ is renormalised. Where C has no positive point there is no finite value,
-    and the row is NOT_CONVERGED.
+    Over the tokens that may be answered, p̄ is renormalised. Where C has no positive point there is no finite value: the
+    row is NOT_CONVERGED, with the I-projection of the pool for an answer.
     """
 
     name = "min-reverse-cross-entropy"
@@ -37,7 +37,10 @@ class MinReverseCrossEntropy(ExactRule):
         )
         found = interior_point(program, row.problem.max_steps)
         p = torch.zeros_like(row.log_q).index_copy(0, ids, found.x)
-        return Choice(p / p.sum(), found.y / (row.target @ found.y), found.steps)
+        p, y = p / p.sum(), found.y / (row.target @ found.y)
+        if member is not None and float(row.excess(p).norm()) > MOMENT_TOLERANCE:
+            return Choice(member, y, found.steps)
+        return Choice(p, y, found.steps)
 
     def bounds(self, row: Row, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
         """By Gibbs' inequality: Σ p̄ log(p z / p̄) ≤ 0 for p in C, as Σ p z = 1."""

@@ -64,7 +64,7 @@ class Problem:
         max_steps: the solver's limit.
         dtype: of products with heads, fp32 or fp64.
         options: see :class:`Options`.
-        free: per member, directions of its hidden state that carry no constraint, (B, k, d_i); empty for none.
+        free: per member, directions of its hidden state that carry no constraint, (B, k_i, d_i); empty for none.
     """
 
     log_p: Float[Tensor, "n B v"]
@@ -78,7 +78,7 @@ class Problem:
     max_steps: int
     dtype: torch.dtype
     options: Options = Options()
-    free: tuple[Float[Tensor, "B k _"], ...] = ()
+    free: tuple[Float[Tensor, "B _ _"], ...] = ()
 
     def take(self, rows: Int[Tensor, " k"]) -> Problem:
         """Some rows of the batch."""

@@ -207,7 +207,7 @@ def free_directions(
     logits: Tensor | None,
     hidden: Sequence[Tensor] | None,
     shape: torch.Size,
-) -> tuple[Float[Tensor, "B k _"], ...]:
+) -> tuple[Float[Tensor, "B _ _"], ...]:
     """The directions of every member's hidden state that the final norm hides, (B, k, d_i), fp64.
 
     Raises:

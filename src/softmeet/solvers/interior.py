@@ -109,9 +109,12 @@ class _Method:
         self.x = program.start.clone()
         c = torch.zeros_like(self.x) if program.barrier is None else program.barrier
         self.c = c
-        slope = program.slope(self.x)
-        self.y = torch.zeros_like(program.target)
-        # Dual feasible from the start: the constraint on the sum lifts every reduced cost above zero.
+        # Soft constraints start with the multipliers of their own excess, and the constraint on the sum lifts every
+        # reduced cost above zero: the start is dual feasible, and of the right size.
+        soft = program.softness > 0
+        excess = self.G.sums(self.x) - program.target
+        self.y = torch.where(soft, -excess / program.softness.clamp_min(torch.finfo(excess.dtype).tiny), 0.0)
+        slope = program.slope(self.x) - self.G.times(self.y)
         spread = (slope - slope.min()).mean().clamp_min(1e-3)
         if program.barrier is not None:
             self.z = c / self.x

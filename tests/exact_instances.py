@@ -1,0 +1,142 @@
+"""Instances for the rules over the feasible set, with what is known about each: feasible or not, degenerate or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from instances import INSTANCES, Instance, best_outputs, outputs, random_heads, zipf
+
+from softmeet.heads import SoftmaxHead
+from softmeet.norms import FinalNorm
+
+
+@dataclass(frozen=True)
+class Case:
+    """Members, options of ``combine``, and whether all rows are feasible (None: some may be)."""
+
+    build: Callable[[], Instance]
+    feasible: bool | None
+    constant: bool = True  # the linear and the quadratic program choose nothing
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def biased() -> Instance:
+    """Biases that no combination of columns makes up for; the premise holds."""
+    heads = random_heads(48, (4, 5), seed=21)
+    generator = torch.Generator().manual_seed(21)
+    biases = [torch.randn(48, generator=generator, dtype=torch.float64) for _ in heads]
+    return biased_outputs(heads, biases, zipf(2, 48, seed=21))
+
+
+def biased_outputs(heads, biases, truth) -> Instance:
+    """As ``best_outputs``, with biases: a head with one more column, of which the weight is fixed to one."""
+    rows = []
+    for W, beta in zip(heads, biases, strict=True):
+        h = torch.zeros(len(truth), W.shape[1], dtype=torch.float64)
+        for _ in range(100):
+            p = (h @ W.T + beta).softmax(-1)
+            mean = p @ W
+            H = torch.einsum("bv,vi,vj->bij", p, W, W) - mean[:, :, None] * mean[:, None, :]
+            step = torch.linalg.solve(H, (p - truth) @ W)
+            h = h - step / (1 + (step.square().sum(-1, keepdim=True) * 4).sqrt())
+        rows.append((h @ W.T + beta).log_softmax(-1))
+    return torch.stack(rows), [SoftmaxHead(W, beta) for W, beta in zip(heads, biases, strict=True)]
+
+
+def boundary() -> Instance:
+    """The moments of a truth on the first twenty tokens only, which are the extreme ones in one direction."""
+    (W,) = random_heads(40, (3,), seed=11)
+    W[:20, 0], W[20:, 0] = 1.0, torch.rand(20, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 0.5
+    own = best_outputs([W[:20, 1:]], zipf(2, 20, seed=11))[0]
+    sure = torch.cat([own, torch.full((2, 20), -45.0, dtype=torch.float64)], dim=-1).log_softmax(-1)
+    even = torch.zeros_like(sure).log_softmax(-1)
+    return torch.stack([sure, even]), [W, W[:, :1] * 0]
+
+
+def as_wide_as_the_vocabulary() -> Instance:
+    """nd = v: the truth is the only feasible point."""
+    heads = random_heads(24, (12, 12), seed=31)
+    return best_outputs(heads, zipf(2, 24, seed=31)), heads
+
+
+def wider() -> Instance:
+    """nd > v, and the premise holds."""
+    heads = random_heads(24, (14, 16), seed=32)
+    return best_outputs(heads, zipf(2, 24, seed=32)), heads
+
+
+def large() -> Instance:
+    """v = 1,024, D = 64; the premise holds."""
+    heads = random_heads(1024, (32, 32), seed=41)
+    return best_outputs(heads, zipf(1, 1024, seed=41)), heads
+
+
+def large_biased() -> Instance:
+    """The same with biases."""
+    heads = random_heads(1024, (32, 32), seed=42)
+    generator = torch.Generator().manual_seed(42)
+    biases = [0.5 * torch.randn(1024, generator=generator, dtype=torch.float64) for _ in heads]
+    return biased_outputs(heads, biases, zipf(1, 1024, seed=42))
+
+
+def large_infeasible() -> Instance:
+    """v = 1,024, D = 64, at hidden states drawn at random."""
+    heads = random_heads(1024, (32, 32), seed=43)
+    return outputs(heads, 1, seed=43, sharpness=3.0), heads
+
+
+def trained() -> Instance:
+    """Two of the bundled narrow members, heads cut to 1,024 tokens, at hidden states of a text."""
+    from softmeet import Ensemble
+
+    ensemble = Ensemble.from_pretrained("narrow")
+    hidden, _ = next(ensemble.positions("And the king said unto his daughter, Go", 2))
+    heads = [SoftmaxHead(h.weight[:1024].detach().double()) for h in ensemble.model.heads[:2]]
+    rows = [h.log_probs(x.double()) for h, x in zip(heads, hidden[:2], strict=True)]
+    return torch.stack(rows).detach(), heads
+
+
+def normed() -> Instance:
+    """Heads behind a LayerNorm and an RMS norm, whose lost directions are free."""
+    heads = random_heads(48, (5, 6), seed=51)
+    generator = torch.Generator().manual_seed(51)
+    gains = [1 + 0.3 * torch.rand(W.shape[1], generator=generator, dtype=torch.float64) for W in heads]
+    norms = [FinalNorm(gains[0], 0.1 * gains[0], centred=True), FinalNorm(gains[1])]
+    made = [SoftmaxHead(W, norm=norm) for W, norm in zip(heads, norms, strict=True)]
+    return best_outputs(heads, zipf(2, 48, seed=51)), made
+
+
+def soft_capped() -> Instance:
+    """Soft-caps: the slopes make the programs discriminate; one member is uniform enough to keep C non-empty."""
+    heads = random_heads(48, (3, 4), seed=61)
+    generator = torch.Generator().manual_seed(61)
+    made = [SoftmaxHead(W, soft_cap=3.0) for W in heads]
+    hidden = [torch.randn(2, W.shape[1], generator=generator, dtype=torch.float64) * 0.4 for W in heads]
+    logits = torch.stack([head.logits(h) for head, h in zip(made, hidden, strict=True)])
+    return logits.log_softmax(-1), made
+
+
+CASES: dict[str, Case] = {
+    "generic": Case(INSTANCES["generic"], None),
+    "premise": Case(INSTANCES["premise"], True),
+    "peaked": Case(INSTANCES["peaked"], False),
+    "rank_deficient": Case(INSTANCES["rank_deficient"], True),
+    "duplicate_heads": Case(INSTANCES["duplicate_heads"], False),
+    "constant_column": Case(INSTANCES["constant_column"], None),
+    "near_one_hot": Case(INSTANCES["near_one_hot"], False),
+    "boundary": Case(boundary, True),
+    "nd > v, infeasible": Case(INSTANCES["wider_than_vocabulary"], False),
+    "nd = v": Case(as_wide_as_the_vocabulary, True),
+    "nd > v": Case(wider, True),
+    "biased": Case(biased, True, constant=False),
+    "truncated": Case(INSTANCES["premise"], True, constant=False, options={"rank": 3}),
+    "free radial": Case(normed, True, constant=False, options={"free_radial": True}),
+    "soft-capped": Case(soft_capped, None, constant=False),
+    "trained": Case(trained, False),
+    "v = 1024": Case(large, True),
+    "v = 1024, biased": Case(large_biased, True, constant=False),
+    "v = 1024, infeasible": Case(large_infeasible, False),
+}

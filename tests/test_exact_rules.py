@@ -1,0 +1,206 @@
+"""The rules over the feasible set against outside oracles: each rule on each instance, from one table."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from exact_instances import CASES
+from exact_oracles import (
+    constraints,
+    is_feasible,
+    linear,
+    reverse_cross_entropy,
+    squared_cross_entropies,
+    squared_distance,
+    stacked,
+    underestimation,
+    whitened,
+    with_slack,
+)
+
+import softmeet
+from softmeet import Status
+from softmeet.simplex import prob_mean
+
+TOL = 1e-7
+CLOSE = 1e-6
+EXACT = ["max-entropy", "min-cross-entropy", "min-squared-cross-entropy", "min-underestimation",
+         "min-reverse-cross-entropy"]  # fmt: skip
+
+
+@functools.cache
+def instance(name):
+    """(log_probs, heads, options, per row (matrices, targets, G, g, feasible))."""
+    case = CASES[name]
+    log_p, heads = case.build()
+    options = dict(case.options)
+    if any(getattr(head, "soft_cap", None) for head in heads):
+        options["logits"] = LOGITS[name](log_p, heads)
+    rows = []
+    for k in range(log_p.shape[1]):
+        own = {**options, "logits": options["logits"][:, k]} if "logits" in options else options
+        matrices, targets = constraints(log_p[:, k], heads, own)
+        G, g = stacked(matrices, targets)
+        rows.append((matrices, targets, G, g, is_feasible(G, g)))
+    return log_p, heads, options, rows
+
+
+def capped_logits(log_p, heads):
+    """The logits behind log-probabilities: the constant for which the uncapped ones are a combination of columns."""
+    found = []
+    for own, head in zip(log_p, heads, strict=True):
+        rows = []
+        for lp in own:
+            def misfit(c, lp=lp, head=head):
+                raw = head.soft_cap * np.arctanh(np.clip((lp.numpy() + c) / head.soft_cap, -1 + 1e-15, 1 - 1e-15))
+                W = head.weight.numpy()
+                return np.square(raw - W @ np.linalg.lstsq(W, raw, rcond=None)[0]).sum()
+            from scipy.optimize import minimize_scalar
+            low, high = -head.soft_cap - lp.min().item(), head.soft_cap - lp.max().item()
+            best = minimize_scalar(misfit, bounds=(low, high), method="bounded", options={"xatol": 1e-13})
+            rows.append(lp + best.x)
+        found.append(torch.stack(rows))
+    return torch.stack(found)
+
+
+LOGITS = {"soft-capped": capped_logits}
+
+
+def solve(name, rule, **changes):
+    log_p, heads, options, rows = instance(name)
+    return softmeet.combine(log_p, heads, rule, tol=TOL, max_steps=200, **{**options, **changes}), rows
+
+
+def check_again(solution, name):
+    """A second look without the solver finds the same."""
+    log_p, heads, options, _ = instance(name)
+    again = solution.verify(heads, log_p, logits=options.get("logits"))
+    assert torch.equal(again.status, solution.status)
+    assert (again.gap <= TOL).all()
+    assert again.total_variation.max() < 1e-9
+    assert torch.allclose(again.residual, solution.residual, atol=1e-9)
+
+
+@pytest.mark.parametrize("rule", EXACT)
+@pytest.mark.parametrize("name", CASES)
+def test_feasibility_is_what_highs_says(name, rule):
+    solution, rows = solve(name, rule)
+    known = CASES[name].feasible
+    for k, (*_, G, g, feasible) in enumerate(rows):
+        assert known is None or feasible == known
+        if name == "boundary" and rule == "min-reverse-cross-entropy":
+            continue  # feasible, but without a finite value: see below
+        assert (solution.status[k] == Status.INFEASIBLE) == (not feasible)
+        assert solution.status[k] != Status.NOT_CONVERGED
+        assert solution.fallback[k] == (not feasible)
+        if feasible:
+            slack = 1e-2 if rule == "max-entropy" else CLOSE  # its tolerance is on the gap
+            assert np.abs(G.T @ solution.log_probs[k].exp().numpy() - g).max() < slack
+    if not (name == "boundary" and rule == "min-reverse-cross-entropy"):
+        check_again(solution, name)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_linear_program(name):
+    solution, rows = solve(name, "min-cross-entropy")
+    log_p = instance(name)[0]
+    for k, (*_, G, g, feasible) in enumerate(rows):
+        if not feasible:
+            continue
+        cost = -log_p[:, k].mean(0).numpy()
+        low, high = linear(cost, G, g), -linear(-cost, G, g)
+        unique = np.linalg.matrix_rank(G) == len(G)
+        expected = Status.DEGENERATE if CASES[name].constant and not unique else Status.OPTIMAL
+        assert solution.status[k] == expected
+        assert solution.objective[k].item() == pytest.approx(low, abs=CLOSE)
+        assert solution.objective_range[:, k].tolist() == pytest.approx([low, high], abs=CLOSE)
+        assert (high - low < CLOSE) == (CASES[name].constant or unique)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_quadratic_program(name):
+    solution, rows = solve(name, "min-squared-cross-entropy")
+    log_p = instance(name)[0]
+    for k, (*_, G, g, feasible) in enumerate(rows):
+        if not feasible:
+            continue
+        own = log_p[:, k].numpy()
+        value = squared_cross_entropies(own, np.full(len(own), 1 / len(own)), G, g)
+        unique = np.linalg.matrix_rank(G) == len(G)
+        expected = Status.DEGENERATE if CASES[name].constant and not unique else Status.OPTIMAL
+        assert solution.status[k] == expected
+        assert solution.objective[k].item() == pytest.approx(value, abs=CLOSE, rel=1e-8)
+        largest = [linear(x, G, g) for x in own]
+        assert solution.objective_range[1, k].item() == pytest.approx(np.square(largest).mean(), abs=CLOSE, rel=1e-7)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_underestimation(name):
+    solution, rows = solve(name, "min-underestimation")
+    log_p = instance(name)[0]
+    for k, (*_, G, g, feasible) in enumerate(rows):
+        if feasible:
+            assert solution.objective[k].item() == pytest.approx(underestimation(log_p[:, k].numpy(), G, g), abs=CLOSE)
+            over = (solution.log_probs[k] - log_p[:, k].amin(0)).max()
+            assert over.item() == pytest.approx(solution.objective[k].item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "boundary"])
+def test_empirical_likelihood(name):
+    solution, rows = solve(name, "min-reverse-cross-entropy")
+    log_p = instance(name)[0]
+    mean = prob_mean(log_p, torch.full((len(log_p),), 1 / len(log_p), dtype=torch.float64)).exp()
+    for k, (*_, G, g, feasible) in enumerate(rows):
+        if feasible:
+            value = reverse_cross_entropy(mean[k].numpy(), G, g)
+            assert solution.objective[k].item() == pytest.approx(value, abs=CLOSE)
+
+
+@pytest.mark.parametrize("metric", ["whitened", "raw"])
+@pytest.mark.parametrize("name", CASES)
+def test_least_squares(name, metric):
+    solution, rows = solve(name, "least-squares", metric=metric)
+    log_p, heads, *_ = instance(name)
+    assert (solution.status == Status.OPTIMAL).all()
+    assert not solution.fallback.any()
+    check_again(solution, name)
+    for k, (matrices, targets, *_, feasible) in enumerate(rows):
+        system = (matrices, targets) if metric == "raw" else whitened(matrices, targets)
+        value = squared_distance(*system)
+        assert solution.objective[k].item() == pytest.approx(value, abs=CLOSE)
+        assert (solution.objective[k] < 1e-10) == feasible
+        # Farkas: the members' moments lie beyond those of every token.
+        if not feasible:
+            scores = sum(
+                (W - t) @ lam[k].numpy() for W, t, lam in zip(raw_of(name, k), means_of(name, k), solution.proof, strict=True)
+            )
+            assert scores.max() < 0
+
+
+def raw_of(name, k):
+    """The matrices in the heads' own coordinates."""
+    log_p, heads, options, _ = instance(name)
+    plain = {key: x for key, x in options.items() if key == "logits"}
+    own = {"logits": plain["logits"][:, k]} if plain else {}
+    return constraints(log_p[:, k], heads, own)[0]
+
+
+def means_of(name, k):
+    log_p = instance(name)[0]
+    return [own.exp().numpy() @ W for own, W in zip(log_p[:, k], raw_of(name, k), strict=True)]
+
+
+@pytest.mark.parametrize("name", ["generic", "premise", "peaked", "v = 1024", "v = 1024, infeasible"])
+@pytest.mark.parametrize("tau", [1e-3, 0.1])
+def test_slack_makes_the_linear_program_choose(name, tau):
+    solution, rows = solve(name, "min-cross-entropy", slack=tau)
+    assert (solution.status == Status.OPTIMAL).all()
+    assert solution.relaxed
+    check_again(solution, name)
+    log_p = instance(name)[0]
+    for k, (matrices, targets, *_) in enumerate(rows):
+        value = with_slack(-log_p[:, k].mean(0).numpy(), *whitened(matrices, targets), tau)
+        assert solution.objective[k].item() == pytest.approx(value, abs=CLOSE)
