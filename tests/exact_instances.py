@@ -57,19 +57,19 @@ def boundary() -> Instance:
 
 
 def as_wide_as_the_vocabulary() -> Instance:
-    """nd = v: the truth is the only feasible point."""
+    """Here nd = v: the truth is the only feasible point."""
     heads = random_heads(24, (12, 12), seed=31)
     return best_outputs(heads, zipf(2, 24, seed=31)), heads
 
 
 def wider() -> Instance:
-    """nd > v, and the premise holds."""
+    """Here nd > v, and the premise holds."""
     heads = random_heads(24, (14, 16), seed=32)
     return best_outputs(heads, zipf(2, 24, seed=32)), heads
 
 
 def large() -> Instance:
-    """v = 1,024, D = 64; the premise holds."""
+    """At v = 1,024, D = 64; the premise holds."""
     heads = random_heads(1024, (32, 32), seed=41)
     return best_outputs(heads, zipf(1, 1024, seed=41)), heads
 
@@ -83,19 +83,19 @@ def large_biased() -> Instance:
 
 
 def large_infeasible() -> Instance:
-    """v = 1,024, D = 64, at hidden states drawn at random."""
+    """At v = 1,024, D = 64, for hidden states drawn at random."""
     heads = random_heads(1024, (32, 32), seed=43)
     return outputs(heads, 1, seed=43, sharpness=3.0), heads
 
 
 def trained() -> Instance:
-    """Two of the bundled narrow members, heads cut to 1,024 tokens, at hidden states of a text."""
+    """The bundled narrow members, heads cut to 1,024 tokens, at hidden states of a text."""
     from softmeet import Ensemble
 
     ensemble = Ensemble.from_pretrained("narrow")
     hidden, _ = next(ensemble.positions("And the king said unto his daughter, Go", 2))
-    heads = [SoftmaxHead(h.weight[:1024].detach().double()) for h in ensemble.model.heads[:2]]
-    rows = [h.log_probs(x.double()) for h, x in zip(heads, hidden[:2], strict=True)]
+    heads = [SoftmaxHead(h.weight[:1024].detach().double()) for h in ensemble.model.heads]
+    rows = [h.log_probs(x.double()) for h, x in zip(heads, hidden, strict=True)]
     return torch.stack(rows).detach(), heads
 
 

@@ -1,4 +1,4 @@
-"""Outside opinions on the rules over the feasible set: HiGHS, Clarabel and non-negative least squares, on dense matrices.
+"""Outside opinions on the rules over the feasible set: HiGHS, Clarabel and non-negative least squares.
 
 A solver that fails raises; only an optimum of a program that always has one is taken for infeasibility.
 """
@@ -21,7 +21,7 @@ Array = NDArray[np.float64]
 
 
 def constraints(log_p: torch.Tensor, heads: list[Any], options: dict[str, Any]) -> tuple[list[Array], list[Array]]:
-    """Per member W_i as this row's constraints have it, (v, d_i'), and W_iᵀ p̂_i; from dense arrays, by their definitions.
+    """Per member W_i as a row's constraints have it, (v, d_i), and W_iᵀ p̂_i; dense, by their definitions.
 
     ``log_p`` is (n, v). Free directions u are projected out, and truncated heads rebuilt from their singular vectors.
     """
@@ -60,7 +60,7 @@ def stacked(matrices: list[Array], targets: list[Array]) -> tuple[Array, Array]:
 
 
 def linear(cost: Array, G: Array, g: Array, upper: Array | None = None) -> float:
-    """min cost·x over Gᵀx = g, 0 ≤ x ≤ upper, by HiGHS."""
+    """Minimise cost·x over Gᵀx = g, 0 ≤ x ≤ upper, by HiGHS."""
     bounds = (0, None) if upper is None else np.stack([np.zeros_like(upper), upper], axis=1)
     options = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}
     found = linprog(cost, A_eq=G.T, b_eq=g, bounds=bounds, method="highs", options=options)
@@ -77,7 +77,7 @@ def is_feasible(G: Array, g: Array) -> bool:
 
 
 def squared_distance(matrices: list[Array], targets: list[Array]) -> float:
-    """min ‖Gᵀp - g‖² over the simplex, by non-negative least squares (design of Lawson and Hanson)."""
+    """Minimise ‖Gᵀp - g‖² over the simplex, by non-negative least squares (design of Lawson and Hanson)."""
     A, b = np.hstack(matrices), np.concatenate(targets)
     scale = max(np.linalg.norm(A - b, axis=1).mean(), 1e-12)
     M = np.vstack([(A - b).T / scale, np.ones((1, len(A)))])
@@ -103,26 +103,26 @@ def _solved(problem: cp.Problem) -> float:
 
 
 def reverse_cross_entropy(mean: Array, G: Array, g: Array) -> float:
-    """min -Σ mean log p, on the exponential cone."""
+    """Minimise -Σ mean log p, on the exponential cone."""
     p = cp.Variable(len(mean), nonneg=True)
     return _solved(cp.Problem(cp.Minimize(-cp.sum(cp.multiply(mean, cp.log(p)))), [G.T @ p == g]))
 
 
 def squared_cross_entropies(log_p: Array, weights: Array, G: Array, g: Array) -> float:
-    """min Σ w_i (pᵀ log p̂_i)², by Clarabel."""
+    """Minimise Σ w_i (pᵀ log p̂_i)², by Clarabel."""
     p = cp.Variable(log_p.shape[1], nonneg=True)
     return _solved(cp.Problem(cp.Minimize(cp.sum(cp.multiply(weights, cp.square(log_p @ p)))), [G.T @ p == g]))
 
 
 def with_slack(cost: Array, matrices: list[Array], targets: list[Array], tau: float) -> float:
-    """min cost·p + ‖Gᵀp - g‖² / 2τ over the simplex, by Clarabel."""
+    """Minimise cost·p + ‖Gᵀp - g‖² / 2τ over the simplex, by Clarabel."""
     p = cp.Variable(len(cost), nonneg=True)
     off = np.hstack(matrices).T @ p - np.concatenate(targets)
     return _solved(cp.Problem(cp.Minimize(cost @ p + cp.sum_squares(off) / (2 * tau)), [cp.sum(p) == 1]))
 
 
 def max_entropy(log_q: Array, G: Array, g: Array) -> float:
-    """min KL(p‖q), on the exponential cone."""
+    """Minimise KL(p‖q), on the exponential cone."""
     p = cp.Variable(len(log_q), nonneg=True)
     return _solved(cp.Problem(cp.Minimize(cp.sum(cp.kl_div(p, np.exp(log_q)))), [G.T @ p == g]))
 

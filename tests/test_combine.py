@@ -159,7 +159,10 @@ def test_an_empty_batch():
 def test_the_public_names_are_pinned():
     assert softmeet.__all__ == ["RULES", "Ensemble", "SoftmaxHead", "Solution", "Status", "__version__", "combine"]
     assert all(hasattr(softmeet, name) for name in softmeet.__all__)
-    assert [rule.name for rule in softmeet.RULES] == ["meet", "max-entropy", "logit-mean", "prob-mean", "one-hot"]
+    assert [rule.name for rule in softmeet.RULES] == [
+        "meet", "max-entropy", "least-squares", "min-cross-entropy", "min-squared-cross-entropy", "min-underestimation",
+        "min-reverse-cross-entropy", "logit-mean", "prob-mean", "one-hot",
+    ]  # fmt: skip
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         softmeet.nothing  # noqa: B018
 

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from softmeet.errors import InvalidInputError
-from softmeet.hf.configuration import EnsembleConfig
+from softmeet.hf.configuration import SETTINGS, EnsembleConfig
 from softmeet.hf.loading import absolute, load
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.hf.recorder import Recorder
@@ -27,8 +27,6 @@ from softmeet.hf.sampling import RowSampler
 from softmeet.members import zoo
 from softmeet.members.huggingface import Device, Dtype
 from softmeet.rules.solution import Solution
-
-_SETTINGS = ("rule", "trust", "pool", "tol", "max_steps", "free_weights")
 
 
 def _is_ensemble(name: str | Path) -> bool:
@@ -90,6 +88,12 @@ class Ensemble:
         tol: float | None = None,
         max_steps: int | None = None,
         free_weights: bool | None = None,
+        on_infeasible: str | None = None,
+        rank: int | None = None,
+        free_radial: bool | None = None,
+        metric: str | None = None,
+        slack: float | None = None,
+        vertex: bool | None = None,
         dtype: Dtype | Sequence[Dtype] = None,
         device: Device | Sequence[Device] = None,
         trust_remote_code: bool = False,
@@ -100,8 +104,8 @@ class Ensemble:
         Args:
             members: hub ids (``org/model@revision``), folders, ``.gguf`` files or bundled names, or one saved ensemble;
                 the bundled wide family by default.
-            rule, weights, trust, pool, tol, max_steps, free_weights: as :func:`softmeet.combine`; None for its
-                defaults, or for what a saved ensemble has.
+            rule, weights, trust, pool, tol, max_steps, free_weights, on_infeasible, rank, free_radial, metric, slack,
+                vertex: as :func:`softmeet.combine`; None for its defaults, or for what a saved ensemble has.
             dtype: None for fp32 on CPU and the checkpoints' own elsewhere; one for all members or one each.
             device: None for CPU, ``"auto"`` to leave it to accelerate; one for all members or one each.
             trust_remote_code: run code that comes with a checkpoint.
@@ -116,14 +120,15 @@ class Ensemble:
         saved = members if isinstance(members, str | Path) and _is_ensemble(members) else None
         given: dict[str, Any] = {
             "rule": rule, "weights": weights, "trust": trust, "pool": pool, "tol": tol, "max_steps": max_steps,
-            "free_weights": free_weights,
+            "free_weights": free_weights, "on_infeasible": on_infeasible, "rank": rank, "free_radial": free_radial,
+            "metric": metric, "slack": slack, "vertex": vertex,
         }  # fmt: skip
         given = {key: value for key, value in given.items() if value is not None}
         if saved is not None:
             repository, _, revision = str(saved).partition("@")
             settings = EnsembleConfig.from_pretrained(repository, revision=revision or "main").to_dict() | given
             names = absolute(settings["members"], Path(saved))
-            given = {key: settings[key] for key in (*_SETTINGS, "weights") if settings.get(key) is not None}
+            given = {key: settings[key] for key in (*SETTINGS, "weights") if settings.get(key) is not None}
         else:
             named = [members] if isinstance(members, str | Path) else list(members)
             names = [name for entry in named for name in zoo.expand(entry)]

@@ -35,4 +35,6 @@ class FinalNorm:
         if self.centred:
             found.append((1 / gain).expand_as(hidden))
         lost = torch.stack(found, dim=-2)
-        return lost / lost.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(lost.dtype).tiny)
+        lengths = lost.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(lost.dtype).tiny)
+        unit: Tensor = lost / lengths
+        return unit

@@ -27,7 +27,12 @@ Members = Annotated[
 ]
 RuleName = Annotated[
     str | None,
-    typer.Option("--rule", help="meet, max-entropy, logit-mean, prob-mean or one-hot.", show_default="meet"),
+    typer.Option(
+        "--rule",
+        help="meet, max-entropy, least-squares, min-cross-entropy, min-squared-cross-entropy, min-underestimation, "
+        "min-reverse-cross-entropy, logit-mean, prob-mean or one-hot.",
+        show_default="meet",
+    ),
 ]
 Trust = Annotated[
     str | None, typer.Option("--trust", help="ρ for all members, or one each: 0.3 or 0.3,1,inf.", show_default="0.3")
@@ -40,6 +45,26 @@ Tolerance = Annotated[
     float | None,
     typer.Option("--tol", help="Duality gap in nats at which a token is solved.", show_default="0.0001"),
 ]
+OnInfeasible = Annotated[
+    str | None,
+    typer.Option(
+        "--on-infeasible", help="meet or raise: where no distribution has every member's moments.", show_default="meet"
+    ),
+]
+Rank = Annotated[
+    int | None, typer.Option("--rank", min=1, help="Largest directions of each head to constrain.", show_default="all")
+]
+FreeRadial = Annotated[
+    bool | None, typer.Option("--free-radial", help="Do not constrain the directions that the final norm hides.")
+]
+Metric = Annotated[
+    str | None, typer.Option("--metric", help="Of least-squares: whitened or raw.", show_default="whitened")
+]
+Slack = Annotated[
+    float | None,
+    typer.Option("--slack", help="Of the min-…cross-entropy programs: τ of ‖Qᵀ(p - p̂)‖² / 2τ.", show_default="0"),
+]
+Vertex = Annotated[bool | None, typer.Option("--vertex", help="Answer programs that choose nothing by some vertex.")]
 Dtype = Annotated[
     str | None,
     typer.Option("--dtype", help="float32, bfloat16, float16, float64 or auto.", show_default="float32 on CPU"),

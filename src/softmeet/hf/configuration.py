@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from softmeet.rules.registry import find_rule
-from softmeet.rules.validate import checked_number, checked_pool, checked_trust, checked_weights
+from softmeet.rules.validate import (
+    checked_number,
+    checked_on_infeasible,
+    checked_options,
+    checked_pool,
+    checked_trust,
+    checked_weights,
+)
+
+# What decides how members are combined, apart from their weights.
+SETTINGS = (
+    "rule", "trust", "pool", "tol", "max_steps", "free_weights", "on_infeasible", "rank", "free_radial", "metric",
+    "slack", "vertex",
+)  # fmt: skip
 
 
 class EnsembleConfig(PreTrainedConfig):
@@ -31,6 +45,12 @@ class EnsembleConfig(PreTrainedConfig):
         tol: float = 1e-4,
         max_steps: int = 50,
         free_weights: bool = False,
+        on_infeasible: str = "meet",
+        rank: int | None = None,
+        free_radial: bool = False,
+        metric: str = "whitened",
+        slack: float = 0.0,
+        vertex: bool = False,
         **kwargs: Any,
     ) -> None:
         n = len(members)
@@ -42,6 +62,10 @@ class EnsembleConfig(PreTrainedConfig):
         self.tol = checked_number("tol", tol, positive=True)
         self.max_steps = int(checked_number("max_steps", max_steps, positive=True))
         self.free_weights = free_weights
+        self.on_infeasible = checked_on_infeasible(on_infeasible)
+        options = checked_options(rank=rank, free_radial=free_radial, metric=metric, slack=slack, vertex=vertex)
+        for name, value in asdict(options).items():
+            setattr(self, name, value)
         super().__init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
@@ -53,5 +77,4 @@ class EnsembleConfig(PreTrainedConfig):
 
     def combine_arguments(self) -> dict[str, Any]:
         """What :func:`softmeet.combine` is to be called with."""
-        names = ("rule", "weights", "trust", "pool", "tol", "max_steps", "free_weights")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("weights", *SETTINGS)}

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from softmeet.errors import InvalidInputError, NonFiniteError
+from softmeet.errors import InvalidInputError, NonFiniteError, UnsupportedHeadError
 from softmeet.heads import SoftmaxHead
 from softmeet.hf.cache import EnsembleCache
 from softmeet.hf.configuration import EnsembleConfig
@@ -291,11 +291,22 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
             own_log_probs.append(own.log_softmax(-1))
         capped = torch.stack(logits) if any(head.soft_cap for head in self.heads) else None
         log_probs, arguments = torch.stack(own_log_probs), self.config.combine_arguments() | changes
+        if arguments["free_radial"]:
+            self._refuse_unknown_norms()
+            arguments["hidden"] = [states.to(place) for states in hidden]
         try:
             solution = combine(log_probs, self.heads, support=self.support, logits=capped, **arguments)
         except NonFiniteError as error:
             raise NonFiniteError(f"{error}. Members, from 0: {', '.join(map(str, self.config.members))}") from error
         return log_probs, solution
+
+    def _refuse_unknown_norms(self) -> None:
+        names = zip(self.config.members, self.heads, strict=True)
+        if unknown := [name for name, head in names if head.norm is None]:
+            raise UnsupportedHeadError(
+                f"free_radial needs a final norm of a known kind right before the output layer, and found none in "
+                f"{', '.join(map(str, unknown))}: leave it out"
+            )
 
     def _prepare_cache_for_generation(
         self,

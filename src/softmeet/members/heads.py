@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from softmeet.errors import UnsupportedHeadError
 from softmeet.heads import SoftmaxHead
+from softmeet.norms import FinalNorm
 
 # Each factor multiplies the logits; None of these is set in most configs.
 _DIVISORS = ("logits_scaling",)
@@ -39,7 +40,8 @@ def head_of(model: PreTrainedModel) -> SoftmaxHead:
         scale /= getattr(config, key, None) or 1.0
     for key in _FACTORS:
         scale *= getattr(config, key, None) or 1.0
-    head = SoftmaxHead(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None))
+    cap, norm = getattr(config, "final_logit_softcapping", None), final_norm(model)
+    head = SoftmaxHead(layer.weight, layer.bias, scale, cap, norm)
     _check(model, head)
     return head
 
@@ -47,7 +49,32 @@ def head_of(model: PreTrainedModel) -> SoftmaxHead:
 def replace_weight(head: SoftmaxHead, model: PreTrainedModel) -> SoftmaxHead:
     """``head`` with the weight and bias that the model has now, after a move or a cast."""
     layer = model.get_output_embeddings()
-    return SoftmaxHead(layer.weight, layer.bias, head.scale, head.soft_cap)
+    return SoftmaxHead(layer.weight, layer.bias, head.scale, head.soft_cap, head.norm)
+
+
+@torch.inference_mode()
+def final_norm(model: PreTrainedModel) -> FinalNorm | None:
+    """The normalisation whose output is the last hidden state; None if there is none of a known kind.
+
+    It is found by what it does: the only norm outside the layers, run on vectors of ones and minus ones.
+    """
+    outside = [
+        module
+        for name, module in model.base_model.named_modules()
+        if "norm" in type(module).__name__.lower() and not any(part.isdigit() for part in name.split("."))
+    ]
+    if len(outside) != 1 or model.config.hidden_size % 2:
+        return None
+    weight = next(outside[0].parameters(), None)
+    if weight is None or weight.is_meta or len(weight) != model.get_output_embeddings().weight.shape[1]:
+        return None
+    ones = torch.ones_like(weight)
+    signs = ones.clone()
+    signs[::2] = -1
+    up, down, flat = (outside[0](x[None, None])[0, 0].float() for x in (signs, -signs, ones))
+    bias = (up + down) / 2
+    centred = bool((flat - bias).abs().max() < 1e-3 * (up - bias).abs().max())
+    return FinalNorm(((up - down) / 2) * signs.float(), bias, centred)
 
 
 @torch.inference_mode()

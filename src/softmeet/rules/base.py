@@ -73,6 +73,10 @@ class Rule(ABC):
     def solve(self, problem: Problem) -> Answer:
         """The rule's distribution for every row."""
 
+    def why_degenerate(self, problem: Problem) -> str:
+        """A sentence for rows whose objective is constant on the feasible set."""
+        return str(Status.DEGENERATE)
+
     def answer(self, problem: Problem) -> Answer:
         """:meth:`solve`, on parts of the batch whose rows share one view of each head."""
         parts = [self.solve(piece) for piece in problem.pieces()]

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from softmeet.errors import InfeasibleError, InvalidInputError, NotConvergedError
+from softmeet.errors import InfeasibleError, NotConvergedError
 from softmeet.heads import SoftmaxHead
 from softmeet.rules import validate
 from softmeet.rules.base import Answer
 from softmeet.rules.meet import Meet
-from softmeet.rules.problem import DEFAULT_TRUST, Problem
+from softmeet.rules.problem import DEFAULT_TRUST, OnInfeasible, Problem
 from softmeet.rules.registry import find_rule
 from softmeet.rules.solution import Solution, from_answer
 from softmeet.solvers.base import Status
 
-OnInfeasible = Literal["meet", "raise"]
 # Below this, rounding of fp32 products would hide the gap.
 _FINEST_FP32 = 1e-6
 
@@ -90,8 +88,7 @@ def combine(
     chosen = find_rule(rule)
     log_p = validate.checked_log_probs(log_probs)
     n, given = len(log_p), torch.promote_types(log_probs.dtype, torch.float32)
-    if on_infeasible not in ("meet", "raise"):
-        raise InvalidInputError(f"expected on_infeasible='meet' or 'raise', got {on_infeasible!r}")
+    validate.checked_on_infeasible(on_infeasible)
     found = validate.checked_heads(heads, log_p)
     problem = Problem(
         log_p=log_p,
@@ -104,9 +101,7 @@ def combine(
         tol=validate.checked_number("tol", tol, positive=True),
         max_steps=math.ceil(validate.checked_number("max_steps", max_steps, positive=True)),
         dtype=torch.float64 if tol < _FINEST_FP32 else given,
-        options=validate.checked_options(
-            rank=rank, free_radial=free_radial, metric=metric, slack=slack, vertex=vertex
-        ),
+        options=validate.checked_options(rank=rank, free_radial=free_radial, metric=metric, slack=slack, vertex=vertex),
         free=validate.free_directions(found, log_p, logits, hidden, log_probs.shape) if free_radial else (),
     )
     answer = chosen.answer(problem)

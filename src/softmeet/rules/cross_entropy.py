@@ -1,4 +1,4 @@
-"""What the essay's linear and quadratic programs share: when they choose nothing, and how they are solved when they do."""
+"""What the essay's linear and quadratic programs share: when they choose nothing, and how they are solved if not."""
 
 from __future__ import annotations
 
@@ -28,6 +28,19 @@ class CrossEntropyRule(ExactRule):
     def constrained(self, problem: Problem) -> bool:
         """Without slack."""
         return problem.options.slack == 0
+
+    def why_degenerate(self, problem: Problem) -> str:
+        """From the heads."""
+        plain = all(head.bias is None and head.soft_cap is None for head in problem.heads)
+        why = (
+            "without bias and soft-cap, -pᵀ log p̂_i = H(p̂_i) for every feasible p"
+            if plain
+            else "on the feasible set the members' log-probabilities are combinations of the constrained moments"
+        )
+        kept = "some vertex" if problem.options.vertex else "the feasible distribution nearest to the pool"
+        return (
+            f"{self.name} chooses nothing here: {why}, so every feasible distribution is optimal; the answer is {kept}"
+        )
 
     @abstractmethod
     def is_constant(self, row: Row) -> bool:

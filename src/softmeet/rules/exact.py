@@ -47,10 +47,10 @@ class Bounds:
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """A rule's p for one row, (v,), whitened multipliers (m,), and the steps.
+    """A rule's p for one row, whitened multipliers, and the steps.
 
-    ``most`` is the largest value of the objective over C, if the rule looked for it; ``constant`` where that showed that
-    the objective is constant.
+    ``most`` is the largest value of the objective over C, if the rule looked for it; ``constant`` where that showed
+    that the objective is constant.
     """
 
     p: Float[Tensor, " v"]
@@ -68,7 +68,7 @@ class ExactRule(Rule):
 
     @abstractmethod
     def choose(self, row: Row, member: Float[Tensor, " v"] | None) -> Choice:
-        """The rule's distribution; ``member`` is the I-projection of the pool onto C, None where C need not matter."""
+        """The rule's distribution; ``member`` is the I-projection of the pool onto C, if looked for and found."""
 
     @abstractmethod
     def bounds(self, row: Row, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
@@ -154,7 +154,7 @@ def members_of_c(problem: Problem) -> Answer:
 
 
 def _settle(answer: Answer, k: int, row: Row) -> None:
-    p, steps = entropic(row, row.alive, row.log_q.exp(), row.target, row.problem.max_steps)
+    p, steps = entropic(row, row.alive, row.log_q.exp(), row.target)
     answer.steps[k] += steps
     if float(row.excess(p).norm()) <= MOMENT_TOLERANCE:
         answer.log_probs[k], answer.status[k] = p.log(), Status.OPTIMAL

@@ -21,10 +21,10 @@ class LeastSquares(ExactRule):
     """minimise Σ_i ‖Q_iᵀ(p - p̂_i)‖² over the simplex: the nearest moments, in whitened coordinates.
 
     With ``metric="raw"``, Σ_i ‖W_iᵀ(p - p̂_i)‖², the essay's literal form, which depends on the units of the hidden
-    states; constants that columns have in common cancel in both. The moments of the nearest points are unique; of several points the
-    I-projection of the pool is taken, so where C is not empty this is ``max-entropy``. Where it is empty, the excess
-    r = Gᵀp - g proves it: rᵀ(g_j - g) ≥ ‖r‖² - gap for every token j, with the gap of Frank and Wolfe (1956). The
-    objective and the gap are squared distances, not nats.
+    states. The moments of the nearest points are unique; of several points the I-projection of the pool is taken, so
+    where C is not empty this is ``max-entropy``. Where it is empty, the excess r = Gᵀp - g proves it: rᵀ(g_j - g) ≥
+    ‖r‖² - gap for every token j, with the gap of Frank and Wolfe (1956). The objective and the gap are squared
+    distances, not nats.
     """
 
     name = "least-squares"
@@ -65,7 +65,8 @@ def _metric(row: Row) -> Float[Tensor, "m k"] | None:
     """What takes whitened moments to those that are compared; None for whitened ones themselves."""
     if row.problem.options.metric == "whitened":
         return None
-    return torch.block_diag(*(h.whitening.inverse for h in row.heads), torch.ones_like(row.target[:1, None]))
+    T: Tensor = torch.block_diag(*(h.whitening.inverse for h in row.heads), torch.ones_like(row.target[:1, None]))
+    return T
 
 
 def _excess_and_scores(row: Row, p: Float[Tensor, " v"]) -> tuple[Float[Tensor, " k"], Float[Tensor, " v"]]:

@@ -32,9 +32,7 @@ class MinReverseCrossEntropy(ExactRule):
         mean = log_normalize(row.log_mean[ids]).exp().clamp_min(torch.finfo(row.log_q.dtype).tiny)
         columns: Columns = row.tokens if len(ids) == len(row.log_q) else Chosen(row.tokens, ids, len(row.log_q))
         nothing = torch.zeros_like(row.target)
-        program = Program(
-            columns, row.target, torch.zeros_like(mean), nothing, mean, len(nothing) - 1, barrier=mean
-        )
+        program = Program(columns, row.target, torch.zeros_like(mean), nothing, mean, len(nothing) - 1, barrier=mean)
         found = interior_point(program, row.problem.max_steps)
         p = torch.zeros_like(row.log_q).index_copy(0, ids, found.x)
         p, y = p / p.sum(), found.y / (row.target @ found.y)

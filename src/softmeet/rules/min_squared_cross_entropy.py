@@ -57,7 +57,7 @@ class MinSquaredCrossEntropy(CrossEntropyRule):
         """Member by member."""
         log_p, _ = self._sums(row, row.log_q.exp())
         largest = [-float(own @ extremes(row, own, member).p) for own in log_p]
-        return sum(w * x**2 for w, x in zip(row.problem.weights.tolist(), largest, strict=True))
+        return float(sum(w * x**2 for w, x in zip(row.problem.weights.tolist(), largest, strict=True)))
 
     def bounds(self, row: Row, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
         """By linear duality at the tangent, which lies below the objective."""

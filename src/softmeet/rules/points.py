@@ -59,9 +59,7 @@ def entropic(
     # A reference that underflows keeps its place, at no cost that could be measured.
     start = reference[ids].clamp_min(torch.finfo(reference.dtype).eps ** 2)
     nothing = torch.zeros_like(start)
-    program = Program(
-        columns, target, nothing, torch.zeros_like(target), start, len(target) - 1, reference=start
-    )
+    program = Program(columns, target, nothing, torch.zeros_like(target), start, len(target) - 1, reference=start)
     found = interior_point(program, row.problem.max_steps)
     p = torch.zeros_like(reference).index_copy(0, ids, found.x)
     return p / p.sum(), found.steps

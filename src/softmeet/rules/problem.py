@@ -18,6 +18,7 @@ from softmeet.simplex import log_normalize, logit_mean, prob_mean
 from softmeet.solvers.projection import Projection
 
 Pool = Literal["logit-mean", "prob-mean"]
+OnInfeasible = Literal["meet", "raise"]
 Metric = Literal["whitened", "raw"]
 # Small enough to cost little where the premise fails; `softmeet fit` chooses better ones from text.
 DEFAULT_TRUST = 0.3

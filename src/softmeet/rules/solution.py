@@ -13,8 +13,10 @@ from torch import Tensor
 from softmeet.heads import SoftmaxHead
 from softmeet.rules.base import Answer
 from softmeet.rules.problem import Problem
+from softmeet.rules.registry import find_rule
 from softmeet.rules.validate import restate
 from softmeet.rules.verify import Verification, residuals, verify
+from softmeet.solvers.base import Status
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,10 +64,16 @@ class Solution:
 
     @property
     def proof(self) -> tuple[Float[Tensor, "*batch _"], ...]:
-        """Per member λ_i, (*batch, d_i), in the head's own coordinates, with max_j Σ_i λ_iᵀ(a_ij - W_iᵀp̂_i) < 0 (under a
-        soft-cap, of the rows scaled by its slope): no distribution has the members' moments. Zeros where none was found.
+        """Per member λ_i, (*batch, d_i), in the head's own coordinates, with max_j Σ_i λ_iᵀ(a_ij - W_iᵀp̂_i) < 0, rows
+        scaled by the slope of a soft-cap: no distribution has the members' moments. Zeros where none was found.
         """
         return tuple(ray.reshape(*self.status.shape, -1) for ray in self._answer.ray)
+
+    @property
+    def remark(self) -> str:
+        """Why nothing was chosen, in a sentence, if a row is DEGENERATE; else empty."""
+        degenerate = bool((self.status == Status.DEGENERATE).any())
+        return find_rule(self.rule).why_degenerate(self._problem) if degenerate else ""
 
     @property
     def relaxed(self) -> bool:

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from softmeet.errors import InvalidInputError, NonFiniteError
 from softmeet.heads import SoftmaxHead, WhitenedHead, as_head
 from softmeet.norms import FinalNorm
-from softmeet.rules.problem import DEFAULT_TRUST, Metric, Options, Pool, Problem
+from softmeet.rules.problem import DEFAULT_TRUST, Metric, OnInfeasible, Options, Pool, Problem
 from softmeet.simplex import log_normalize
 
 # Half-precision log-probabilities sum to one only this well.
@@ -182,6 +182,17 @@ def checked_support(support: Bool[Tensor, " v"] | None, log_p: Float[Tensor, "n 
     return support
 
 
+def checked_on_infeasible(on_infeasible: str) -> OnInfeasible:
+    """What answers rows that have no feasible distribution.
+
+    Raises:
+        InvalidInputError: neither "meet" nor "raise".
+    """
+    if on_infeasible not in get_args(OnInfeasible):
+        raise InvalidInputError(f"expected on_infeasible='meet' or 'raise', got {on_infeasible!r}")
+    return on_infeasible  # type: ignore[return-value]
+
+
 def checked_options(*, rank: int | None, free_radial: bool, metric: str, slack: float, vertex: bool) -> Options:
     """What else a rule may be asked for.
 
@@ -215,7 +226,9 @@ def free_directions(
     """
     if hidden is None:
         scores = log_p if logits is None else logits.detach().reshape(log_p.shape).double()
-        states = [_recovered(i, head, own[:, : head.v]) for i, (head, own) in enumerate(zip(heads, scores, strict=True))]
+        states = [
+            _recovered(i, head, own[:, : head.v]) for i, (head, own) in enumerate(zip(heads, scores, strict=True))
+        ]
     else:
         expected = [(*shape[1:-1], head.d) for head in heads]
         if [tuple(h.shape) for h in hidden] != expected:

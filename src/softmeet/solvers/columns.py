@@ -83,7 +83,7 @@ class Tokens(Columns):
     def times(self, y: Float[Tensor, " m"]) -> Float[Tensor, " N"]:
         """G y; one read of every head."""
         *parts, last = y.split([*self.widths, self.extra.shape[1]])
-        total = self.extra @ last
+        total: Tensor = self.extra @ last
         for h, part in zip(self.heads, parts, strict=True):
             total = total + h.scores(part[None])[0]
         return total

@@ -2,8 +2,8 @@
 
     minimise  Σ_j φ_j(x_j) + ½ |E^{-½} s|²   over x, s with  Gᵀx - s = g,  0 ≤ x ≤ u,  s = 0 where E = 0
 
-φ is linear, or linear plus an entropy. The optimality conditions, with multipliers y of the moments, z of x ≥ 0 and w of
-x ≤ u, are
+φ is linear, or linear plus an entropy. The optimality conditions, with multipliers y of the moments, z of x ≥ 0 and
+w of x ≤ u, are
 
     φ'(x) - G y - z + w = 0,   Gᵀx + E y = g,   x z = c,   (u - x) w = 0
 
@@ -173,9 +173,7 @@ class _Method:
         self._move(step, self._longest(step))
         return True
 
-    def _direction(
-        self, solve: Solve, theta: Tensor, dual: Tensor, mu: float, before: _Step | None
-    ) -> _Step:
+    def _direction(self, solve: Solve, theta: Tensor, dual: Tensor, mu: float, before: _Step | None) -> _Step:
         """Newton's step towards x z = c + mu, corrected by the second-order terms of the step ``before``."""
         x, z, w = self.x, self.z, self.w
         lower = self.c + mu - x * z

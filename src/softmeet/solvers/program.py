@@ -100,9 +100,7 @@ def _first(program: SimplexProgram) -> Bool[Tensor, " v"]:
     return torch.zeros_like(program.alive).index_fill(0, weight.topk(size).indices, True)
 
 
-def _more(
-    program: SimplexProgram, chosen: Bool[Tensor, " v"], reduced: Float[Tensor, " v"]
-) -> Bool[Tensor, " v"]:
+def _more(program: SimplexProgram, chosen: Bool[Tensor, " v"], reduced: Float[Tensor, " v"]) -> Bool[Tensor, " v"]:
     """With the tokens that price out best, half as many again at most."""
     open_to = torch.where(program.alive & ~chosen, reduced, torch.inf)
     best = open_to.topk(min(max(int(chosen.sum()) // 2, 64), int((program.alive & ~chosen).sum())), largest=False)
