@@ -11,7 +11,7 @@ from torch import Tensor
 from softmeet.rules.exact import Choice, ExactRule
 from softmeet.rules.problem import Problem
 from softmeet.rules.row import Row
-from softmeet.solvers.columns import Columns, Tokens
+from softmeet.solvers.columns import Tokens, mapped
 from softmeet.solvers.program import Optimum, SimplexProgram, minimise
 
 _GOLDEN = 0.6180339887498949
@@ -62,10 +62,10 @@ class CrossEntropyRule(ExactRule):
         """The optimum, or, where the objective is constant on C, its member of maximum entropy."""
         if member is None:
             found = self.optimum(row, None)
-            return Choice(found.p, found.y[: len(row.target)], found.steps)
+            return Choice(found.p, multipliers(row, found.y), found.steps)
         if not self.is_constant(row):
             found, most = self.optimum(row, member), self.most(row, member)
-            y = found.y[: len(row.target)]
+            y = multipliers(row, found.y)
             # On the boundary of the simplex the objective may be constant though no multipliers prove it.
             constant = most - self.bounds(row, found.p, y).least <= row.problem.tol and not row.unique
             kept = member if constant and not row.problem.options.vertex else found.p
@@ -86,18 +86,24 @@ def program(
     row: Row, cost: Float[Tensor, " v"], member: Float[Tensor, " v"] | None, extra: Float[Tensor, "v k"] | None = None
 ) -> SimplexProgram:
     """The program with a linear cost, and with the squares of the sums of further columns ``extra``."""
-    columns: Columns = row.tokens
-    target = row.target
+    soft = row.problem.options.slack > 0
+    columns, target = (row.tokens, row.target) if soft else row.system
     softness = torch.full_like(target, row.problem.options.slack)
-    softness[-1] = 0.0
+    softness[-1], unit = 0.0, len(target) - 1
     if extra is not None:
         columns = Tokens(row.heads, torch.cat([row.ones, extra], dim=-1)).held()
-        nothing = torch.zeros_like(extra[0])
-        target, softness = torch.cat([target, nothing]), torch.cat([softness, nothing + 0.5])
+        same = torch.eye(extra.shape[1], dtype=target.dtype, device=target.device)
+        columns = columns if soft else mapped(columns, torch.block_diag(row.joint, same))
+        target, softness = torch.cat([target, 0 * same[0]]), torch.cat([softness, 0 * same[0] + 0.5])
     weight = row.log_mean if member is None else member
-    return SimplexProgram(
-        columns, target, softness, cost, row.alive, len(row.target) - 1, member, weight, 0.01 * row.problem.tol
-    )
+    return SimplexProgram(columns, target, softness, cost, row.alive, unit, member, weight, 0.01 * row.problem.tol)
+
+
+def multipliers(row: Row, y: Float[Tensor, " r"]) -> Float[Tensor, " m"]:
+    """Those of the moments, from the multipliers of :func:`program`."""
+    if row.problem.options.slack > 0:
+        return y[: len(row.target)]
+    return row.joint @ y[: row.joint.shape[1]]
 
 
 def extremes(row: Row, cost: Float[Tensor, " v"], member: Float[Tensor, " v"] | None) -> Optimum:

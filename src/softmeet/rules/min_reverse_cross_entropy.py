@@ -9,7 +9,7 @@ from torch import Tensor
 from softmeet.rules.exact import MOMENT_TOLERANCE, Bounds, Choice, ExactRule
 from softmeet.rules.row import Row
 from softmeet.simplex import log_normalize
-from softmeet.solvers.columns import Chosen, Columns
+from softmeet.solvers.columns import Chosen
 from softmeet.solvers.interior import Program, interior_point
 
 
@@ -30,12 +30,13 @@ class MinReverseCrossEntropy(ExactRule):
         """By Newton steps towards p z = p̄."""
         ids = row.alive.nonzero().squeeze(-1)
         mean = log_normalize(row.log_mean[ids]).exp().clamp_min(torch.finfo(row.log_q.dtype).tiny)
-        columns: Columns = row.tokens if len(ids) == len(row.log_q) else Chosen(row.tokens, ids, len(row.log_q))
-        nothing = torch.zeros_like(row.target)
-        program = Program(columns, row.target, torch.zeros_like(mean), nothing, mean, len(nothing) - 1, barrier=mean)
+        columns, target = row.system
+        columns = columns if len(ids) == len(row.log_q) else Chosen(columns, ids, len(row.log_q))
+        nothing = torch.zeros_like(target)
+        program = Program(columns, target, torch.zeros_like(mean), nothing, mean, len(nothing) - 1, barrier=mean)
         found = interior_point(program, row.problem.max_steps)
         p = torch.zeros_like(row.log_q).index_copy(0, ids, found.x)
-        p, y = p / p.sum(), found.y / (row.target @ found.y)
+        p, y = p / p.sum(), row.joint @ found.y / (target @ found.y)
         if member is not None and float(row.excess(p).norm()) > MOMENT_TOLERANCE:
             return Choice(member, y, found.steps)
         return Choice(p, y, found.steps)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from softmeet.rules.exact import Bounds, Choice, ExactRule
 from softmeet.rules.row import Row
-from softmeet.solvers.columns import Chosen, Columns, Stacked
+from softmeet.solvers.columns import Chosen, Stacked
 from softmeet.solvers.interior import Program, interior_point
 
 # A mass this close to one of its bounds, relative to their distance, is at it.
@@ -34,18 +34,19 @@ class MinUnderestimation(ExactRule):
         ids = row.alive.nonzero().squeeze(-1)
         floor = row.log_p.amin(0)
         upper = (floor - floor[ids].logsumexp(-1))[ids].exp().clamp_min(torch.finfo(floor.dtype).tiny)
-        tokens: Columns = row.tokens if len(ids) == len(floor) else Chosen(row.tokens, ids, len(floor))
+        tokens, target = row.system
+        tokens = tokens if len(ids) == len(floor) else Chosen(tokens, ids, len(floor))
         # The last variable is Σx, bounded by Σ upper = 1.
         cost = torch.zeros(len(ids) + 1, dtype=floor.dtype, device=floor.device)
         cost[-1] = -1.0
         limits = torch.cat([upper, upper.new_full((1,), 1.5)])
-        nothing = torch.zeros_like(row.target)
+        nothing = torch.zeros_like(target)
         program = Program(
-            Stacked(tokens, -row.target[None]), nothing, cost, nothing, limits / 2, len(nothing) - 1, upper=limits
+            Stacked(tokens, -target[None]), nothing, cost, nothing, limits / 2, len(nothing) - 1, upper=limits
         )
         found = interior_point(program, row.problem.max_steps)
         x = torch.zeros_like(floor).index_copy(0, ids, found.x[:-1])
-        y = found.y / (row.target @ found.y)
+        y = row.joint @ found.y / (target @ found.y)
         steps, p = found.steps, x / x.sum()
         limit = torch.zeros_like(floor).index_copy(0, ids, upper) / x.sum()
         between = row.alive & (x / x.sum() > _AT_BOUND * limit) & (p < (1 - _AT_BOUND) * limit)
@@ -68,9 +69,10 @@ def _several(row: Row, between: Bool[Tensor, " v"]) -> bool:
     ids = between.nonzero().squeeze(-1)
     if len(ids) < 2:
         return False
-    if len(ids) > len(row.target):
+    columns, target = row.system
+    if len(ids) > len(target):
         return True
-    return int(torch.linalg.matrix_rank(row.tokens.rows(ids), rtol=1e-9)) < len(ids)
+    return int(torch.linalg.matrix_rank(columns.rows(ids), rtol=1e-9)) < len(ids)
 
 
 def _nearest_to_pool(
@@ -78,10 +80,11 @@ def _nearest_to_pool(
 ) -> tuple[Float[Tensor, " v"], int]:
     """Move the masses that are at no bound to the I-projection of the pool, moments and bounds kept."""
     ids = between.nonzero().squeeze(-1)
-    target = row.tokens.sums(torch.where(between, p, 0.0))
+    columns = row.system[0]
+    target = columns.sums(torch.where(between, p, 0.0))
     start, nothing = p[ids], torch.zeros_like(p[ids])
     program = Program(
-        Chosen(row.tokens, ids, len(p)), target, nothing, torch.zeros_like(target), start, len(target) - 1,
+        Chosen(columns, ids, len(p)), target, nothing, torch.zeros_like(target), start, len(target) - 1,
         upper=limit[ids], reference=row.log_q.exp()[ids].clamp_min(torch.finfo(p.dtype).tiny),
     )  # fmt: skip
     found = interior_point(program, row.problem.max_steps)

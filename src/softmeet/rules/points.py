@@ -55,7 +55,8 @@ def entropic(
 ) -> tuple[Float[Tensor, " v"], int]:
     """(p, steps): the I-projection of ``reference`` onto the distributions on ``tokens`` with moments ``target``."""
     ids = tokens.nonzero().squeeze(-1)
-    columns = row.tokens if len(ids) == len(tokens) else Chosen(row.tokens, ids, len(tokens))
+    columns, target = row.system[0], target @ row.joint
+    columns = columns if len(ids) == len(tokens) else Chosen(columns, ids, len(tokens))
     # A reference that underflows keeps its place, at no cost that could be measured.
     start = reference[ids].clamp_min(torch.finfo(reference.dtype).eps ** 2)
     nothing = torch.zeros_like(start)
@@ -68,10 +69,11 @@ def entropic(
 def polished(row: Row, p: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
     """P with its moments repaired to round-off: the smallest change that does it, weighing tokens by 1 / p."""
     for _ in range(2):
-        solve = factored(row.tokens.gram(p))
+        columns, target = row.system
+        solve = factored(columns.gram(p))
         if solve is None:
             break
-        moved = p * (1 - row.tokens.times(solve(row.excess(p))))
+        moved = p * (1 - columns.times(solve(columns.sums(p) - target)))
         if bool((moved < 0).any()) or float(row.excess(moved).norm()) >= float(row.excess(p).norm()):
             break
         p = moved

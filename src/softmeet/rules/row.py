@@ -12,8 +12,10 @@ from torch import Tensor
 from softmeet.heads import WhitenedHead
 from softmeet.rules.problem import Problem
 from softmeet.simplex import prob_mean
-from softmeet.solvers.columns import Columns, Tokens
+from softmeet.solvers.columns import Columns, Tokens, mapped
 
+# Principal directions of the heads together, below this share of the largest, are rounding.
+_JOINT_TOLERANCE = 1e-6
 # Singular values below this share of the largest count as zero when the rank of [1, A] is decided.
 _RANK_TOLERANCE = 1e-8
 
@@ -76,6 +78,30 @@ class Row:
         """The members' own moments, and 1."""
         parts = [h.moments(p[None].exp())[0][0] for h, p in zip(self.heads, self.log_p, strict=True)]
         return torch.cat([*parts, self.ones[0]])
+
+    @cached_property
+    def joint(self) -> Float[Tensor, "m r"]:
+        """T with which G T has orthonormal columns on the tokens alive, but for the last, the ones.
+
+        Directions in which the heads agree to ``_JOINT_TOLERANCE`` count once: what one head's moment says beyond the
+        other's is below ``MOMENT_TOLERANCE``, and would only spoil the conditioning.
+        """
+        gram = self.tokens.gram(self.alive.to(self.target))
+        size = gram[-1, -1]
+        moments = gram[:-1, :-1] - torch.outer(gram[:-1, -1], gram[-1, :-1]) / size
+        values, vectors = torch.linalg.eigh(moments)
+        keep = values > max(float(values[-1]) if len(values) else 0.0, 1e-300) * _JOINT_TOLERANCE**2
+        T = vectors[:, keep] / values[keep].sqrt()
+        # Centred on the tokens alive, by the column of ones.
+        centre = -(gram[-1, :-1] @ T) / size
+        last = torch.zeros_like(self.target)
+        last[-1] = 1.0
+        return torch.cat([torch.cat([T, centre[None]]), last[:, None]], dim=-1)
+
+    @cached_property
+    def system(self) -> tuple[Columns, Float[Tensor, " r"]]:
+        """(G T, Tᵀg): the moments as a well conditioned system; ``joint`` takes its multipliers back."""
+        return mapped(self.tokens, self.joint), self.target @ self.joint
 
     def excess(self, p: Float[Tensor, " v"]) -> Float[Tensor, " m"]:
         """Gᵀp - g: by how much p's moments differ from the members'."""

@@ -149,6 +149,11 @@ class Stacked(Columns):
         return self.base.rows(variables)
 
 
+def mapped(base: Columns, matrix: Float[Tensor, "m k"]) -> Columns:
+    """G T, held where G is."""
+    return Held(base.matrix @ matrix) if isinstance(base, Held) else Mapped(base, matrix)
+
+
 class Mapped(Columns):
     """G T: linear combinations of another matrix's columns."""
 
