@@ -65,6 +65,8 @@ class ExactRule(Rule):
 
     uses_heads = True
     always_answers: ClassVar[bool] = False
+    # In nats: how well a member of C must be known before the rule chooses.
+    exactness: ClassVar[float] = _EXACT
 
     @abstractmethod
     def choose(self, row: Row, member: Float[Tensor, " v"] | None) -> Choice:
@@ -89,7 +91,7 @@ class ExactRule(Rule):
     def solve(self, problem: Problem) -> Answer:
         """Row by row: each has a working set of its own."""
         seeks = self.constrained(problem) or self.always_answers
-        answer = members_of_c(problem) if seeks else blank(problem)
+        answer = members_of_c(problem, self.exactness) if seeks else blank(problem)
         empty = (answer.status == Status.INFEASIBLE).tolist()
         lost = (answer.status == Status.NOT_CONVERGED).tolist()
         for k, row in enumerate(Row.of(problem)):
@@ -135,19 +137,20 @@ def blank(problem: Problem) -> Answer:
     return closed_form(problem, start, torch.zeros_like(start[:, 0]))
 
 
-def members_of_c(problem: Problem) -> Answer:
-    """The I-projection of the pool onto C for every row, exactly; INFEASIBLE with a proof where C is empty.
+def members_of_c(problem: Problem, exactness: float = _EXACT) -> Answer:
+    """The I-projection of the pool onto C for every row; INFEASIBLE with a proof where C is empty.
 
     Newton's method finds most of either. Where C touches the boundary of the simplex its dual has no optimum, and the
     interior-point method takes over; where that finds no member of C, the nearest point either proves that there is
     none, or the row is left NOT_CONVERGED.
     """
-    problem = replace(problem, tol=_EXACT, dtype=torch.float64)
+    problem = replace(problem, tol=exactness, dtype=torch.float64)
     answer = MaxEntropy().solve(problem)
     for k in (answer.status == Status.NOT_CONVERGED).nonzero().flatten().tolist():
         row = Row(problem.take(torch.tensor([k], device=problem.log_p.device)))
         _settle(answer, k, row)
-    for k in (answer.status == Status.OPTIMAL).nonzero().flatten().tolist():
+    exact = exactness <= _EXACT
+    for k in (answer.status == Status.OPTIMAL).nonzero().flatten().tolist() if exact else ():
         row = Row(problem.take(torch.tensor([k], device=problem.log_p.device)))
         answer.log_probs[k] = polished(row, answer.log_probs[k].exp()).log()
     return answer

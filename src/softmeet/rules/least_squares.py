@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -15,6 +17,7 @@ from softmeet.solvers.program import Optimum
 
 # Relative to their spread, scores this close to the least are on the face of nearest points.
 _FACE = 1e-8
+_REPAIRS = 20
 
 
 class LeastSquares(ExactRule):
@@ -42,7 +45,8 @@ class LeastSquares(ExactRule):
             return Choice(member, torch.zeros_like(row.target), 0)
         T = _metric(row)
         columns = row.tokens if T is None else Mapped(row.tokens, T)
-        found = nearest(row, columns, row.target if T is None else row.target @ T)
+        target = row.target if T is None else row.target @ T
+        found = _finished(row, columns, target, nearest(row, columns, target))
         p, steps = _most_entropy(row, columns, found)
         return Choice(p, torch.zeros_like(row.target), found.steps + steps)
 
@@ -75,6 +79,37 @@ def _excess_and_scores(row: Row, p: Float[Tensor, " v"]) -> tuple[Float[Tensor, 
     r[-1] = 0.0
     r = r if T is None else r @ T
     return r, row.tokens.times(r if T is None else T @ r)
+
+
+def _finished(row: Row, columns: Columns, target: Float[Tensor, " k"], found: Optimum) -> Optimum:
+    """With the masses on the support solved for exactly; kept if that lowers the gap.
+
+    min ‖Σ u_j (g_j - g)‖² + (Σu - 1)² is least at a multiple of the answer, and tokens that would turn negative leave
+    (Lawson and Hanson 1974).
+    """
+    # Strict complementarity tells what is positive from what is only on its way to zero.
+    ids = (found.p > (found.reduced - found.reduced[row.alive].min())).nonzero().squeeze(-1)
+    u = found.p[ids]
+    for _ in range(_REPAIRS):
+        system = columns.rows(ids).T - target[:, None]
+        system[-1] = 1.0
+        goal = torch.zeros_like(system[:, :1])
+        goal[-1] = 1.0
+        u = torch.linalg.lstsq(system, goal, driver="gelsd").solution.squeeze(-1)
+        if bool((u >= 0).all()):
+            break
+        ids, u = ids[u > 0], u[u > 0]
+    p = torch.zeros_like(found.p).index_copy(0, ids, u / u.sum())
+    better = _gap(row, columns, target, p) < _gap(row, columns, target, found.p)
+    return replace(found, p=p) if better else found
+
+
+def _gap(row: Row, columns: Columns, target: Float[Tensor, " k"], p: Float[Tensor, " v"]) -> float:
+    """Of Frank and Wolfe."""
+    r = columns.sums(p) - target
+    r[-1] = 0.0
+    scores = columns.times(r)
+    return 2 * float((p * scores).sum() - scores[row.alive].min())
 
 
 def _most_entropy(row: Row, columns: Columns, found: Optimum) -> tuple[Float[Tensor, " v"], int]:

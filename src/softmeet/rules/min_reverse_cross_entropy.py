@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from softmeet.rules.exact import MOMENT_TOLERANCE, Bounds, Choice, ExactRule
+from softmeet.rules.exact import MOMENT_TOLERANCE, Bounds, Choice, ExactRule, members_of_c
 from softmeet.rules.row import Row
 from softmeet.simplex import log_normalize
 from softmeet.solvers.columns import Chosen
@@ -25,6 +25,7 @@ class MinReverseCrossEntropy(ExactRule):
 
     name = "min-reverse-cross-entropy"
     summary = "the least cross-entropy of the members to the answer: empirical likelihood around the probability mean"
+    exactness = 1e-2  # only whether there is one
 
     def choose(self, row: Row, member: Float[Tensor, " v"] | None) -> Choice:
         """By Newton steps towards p z = p̄."""
@@ -38,7 +39,8 @@ class MinReverseCrossEntropy(ExactRule):
         p = torch.zeros_like(row.log_q).index_copy(0, ids, found.x)
         p, y = p / p.sum(), row.joint @ found.y / (target @ found.y)
         if member is not None and float(row.excess(p).norm()) > MOMENT_TOLERANCE:
-            return Choice(member, y, found.steps)
+            projected = members_of_c(row.problem)
+            return Choice(projected.log_probs[0].exp(), y, found.steps + int(projected.steps[0]))
         return Choice(p, y, found.steps)
 
     def bounds(self, row: Row, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:

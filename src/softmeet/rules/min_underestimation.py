@@ -28,6 +28,7 @@ class MinUnderestimation(ExactRule):
     name = "min-underestimation"
     summary = "the least t with p ≤ t·min_i p̂_i: members underestimate no token by more than log t; can give zeros"
     can_assign_zeros = True
+    exactness = 1e-2  # only whether there is one
 
     def choose(self, row: Row, member: Float[Tensor, " v"] | None) -> Choice:
         """By a bounded-variable interior-point method over all tokens: the support is dense."""

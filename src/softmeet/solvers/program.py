@@ -24,7 +24,7 @@ _PER_CONSTRAINT = 4
 _FEWEST = 2048
 _ROUNDS = 60
 # Tokens below this mass, and below their own reduced cost, are zeros that an interior point only approaches.
-_ZERO = 1e-9
+_ZERO = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
