@@ -17,11 +17,11 @@ from unittest import mock
 
 import numpy as np
 import torch
-from problems import premise
-from report import show
 from scipy.optimize import linprog
 
 import softmeet
+from problems import premise
+from report import show
 from softmeet.rules.cross_entropy import extremes
 from softmeet.rules.exact import members_of_c
 from softmeet.rules.row import Row

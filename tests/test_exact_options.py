@@ -1,0 +1,225 @@
+"""Options of the exact rules, laws that they keep, and zeros on their way through generation."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from exact_instances import CASES, biased, normed
+from instances import INSTANCES, best_outputs, outputs, random_heads, zipf
+
+import softmeet
+from softmeet import Status
+from softmeet.errors import InfeasibleError, InvalidInputError, UnsupportedHeadError
+from softmeet.heads import SoftmaxHead
+from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
+from softmeet.members.heads import final_norm, head_of
+from softmeet.norms import FinalNorm
+from softmeet.simplex import entropy, kl, total_variation
+
+PROGRAMS = ["min-cross-entropy", "min-squared-cross-entropy"]
+EXACT = ["max-entropy", "least-squares", *PROGRAMS, "min-underestimation", "min-reverse-cross-entropy"]
+OPTIONS = {"tol": 1e-8, "max_steps": 200}
+
+
+@pytest.mark.parametrize("rule", PROGRAMS)
+def test_a_degenerate_program_says_why_and_answers_with_the_largest_entropy(rule):
+    log_p, heads = INSTANCES["premise"]()
+    solution = softmeet.combine(log_p, heads, rule, **OPTIONS)
+    assert "chooses nothing" in solution.remark
+    assert "H(p̂_i)" in solution.remark
+    exact = softmeet.combine(log_p, heads, "max-entropy", tol=1e-12)
+    assert total_variation(solution.log_probs, exact.log_probs).max() < 1e-5
+    vertex = softmeet.combine(log_p, heads, rule, vertex=True, **OPTIONS)
+    assert (vertex.status == Status.DEGENERATE).all()
+    assert ((vertex.log_probs > -math.inf).sum(-1) <= 1 + 15).all()
+    assert (entropy(vertex.log_probs) < entropy(solution.log_probs)).all()
+    assert torch.allclose(vertex.objective, solution.objective, atol=1e-7)
+    assert (vertex.verify(heads, log_p).status == Status.DEGENERATE).all()
+    assert softmeet.combine(*biased(), rule, **OPTIONS).remark == ""
+
+
+@pytest.mark.parametrize("rule", EXACT)
+def test_batched_equals_looped(rule):
+    log_p, heads = CASES["generic"].build()
+    together = softmeet.combine(log_p, heads, rule, **OPTIONS)
+    for k in range(log_p.shape[1]):
+        alone = softmeet.combine(log_p[:, k], heads, rule, **OPTIONS)
+        assert total_variation(alone.log_probs, together.log_probs[k]) < 1e-6
+        assert alone.status == together.status[k]
+        assert alone.objective.item() == pytest.approx(together.objective[k].item(), abs=1e-7)
+
+
+@pytest.mark.parametrize("rule", [rule for rule in EXACT if rule != "least-squares"])
+def test_on_infeasible(rule):
+    log_p, heads = INSTANCES["peaked"]()
+    solution = softmeet.combine(log_p, heads, rule, **OPTIONS)
+    meet = softmeet.combine(log_p, heads, "meet", **OPTIONS)
+    assert solution.fallback.all()
+    assert total_variation(solution.log_probs, meet.log_probs).max() < 1e-4
+    scores = sum(
+        (W - p.exp() @ W) @ lam.T for W, p, lam in zip(heads, log_p[:, 0], [x[:1] for x in solution.proof], strict=True)
+    )
+    assert scores.max() < 0
+    with pytest.raises(InfeasibleError):
+        softmeet.combine(log_p, heads, rule, on_infeasible="raise", **OPTIONS)
+
+
+@pytest.mark.parametrize("rule", EXACT)
+def test_invariant_to_changes_of_basis(rule):
+    log_p, heads = CASES["premise"].build()
+    generator = torch.Generator().manual_seed(0)
+    moved = [W @ torch.randn(W.shape[1], W.shape[1], generator=generator).double() + 3 for W in heads]
+    ours = softmeet.combine(log_p, heads, rule, **OPTIONS)
+    theirs = softmeet.combine(log_p, moved, rule, **OPTIONS)
+    assert total_variation(ours.log_probs, theirs.log_probs).max() < 1e-4
+    assert torch.allclose(ours.objective, theirs.objective, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", EXACT)
+def test_impossible_tokens_stay_impossible(rule):
+    _, heads = CASES["premise"].build()
+    truth = torch.nn.functional.pad(zipf(1, 60, seed=5), (4, 0))
+    log_p = torch.stack([best_outputs([W[4:]], truth[:, 4:])[0] for W in heads])
+    log_p = torch.nn.functional.pad(log_p, (4, 0), value=-math.inf)
+    solution = softmeet.combine(log_p, heads, rule, **OPTIONS)
+    assert solution.log_probs[:, :4].isneginf().all()
+    assert solution.status.item() in (Status.OPTIMAL, Status.DEGENERATE)
+    assert not solution.log_probs.isnan().any()
+    again = solution.verify(heads, log_p)
+    assert torch.equal(again.status, solution.status)
+
+
+def test_as_many_moments_as_tokens_leave_one_answer():
+    """Under the premise it is the truth; without it, it is said that it leaves the simplex, or that there is none."""
+    heads = random_heads(24, (12, 12), seed=31)
+    truth = zipf(2, 24, seed=31)
+    log_p = best_outputs(heads, truth)
+    for rule in EXACT:
+        solution = softmeet.combine(log_p, heads, rule, **OPTIONS)
+        assert (kl(truth.log(), solution.log_probs) < 1e-9).all()
+        assert (solution.status == Status.OPTIMAL).all()
+    for wide in (heads, random_heads(24, (15, 15), seed=1)):
+        solution = softmeet.combine(outputs(wide, 2, seed=31), wide, "max-entropy", tol=1e-8)
+        assert (solution.status == Status.INFEASIBLE).all()
+        assert solution.fallback.all()
+        assert (solution.verify(wide, outputs(wide, 2, seed=31)).status == Status.INFEASIBLE).all()
+
+
+@pytest.mark.parametrize("rule", ["meet", *EXACT])
+def test_rank(rule):
+    log_p, heads = CASES["premise"].build()
+    whole = softmeet.combine(log_p, heads, rule, **OPTIONS)
+    same = softmeet.combine(log_p, heads, rule, rank=6, **OPTIONS)
+    assert not same.relaxed
+    assert total_variation(whole.log_probs, same.log_probs).max() < 1e-6
+    cut = softmeet.combine(log_p, heads, rule, rank=2, **OPTIONS)
+    assert cut.relaxed
+    assert cut.residual.max() < (1e-3 if rule != "meet" else 1)
+    assert (cut.verify(heads, log_p).gap < 1e-7).all()
+    # Fewer constraints: the largest entropy and the least t can only gain.
+    if rule in ("max-entropy", "min-underestimation", "min-reverse-cross-entropy"):
+        assert (cut.objective <= whole.objective + 1e-6).all()
+
+
+@pytest.mark.parametrize("rule", ["meet", *EXACT])
+def test_free_radial(rule):
+    log_p, heads = normed()
+    solution = softmeet.combine(log_p, heads, rule, free_radial=True, **OPTIONS)
+    assert solution.relaxed
+    assert torch.equal(solution.verify(heads, log_p).status, solution.status)
+    # Hidden states that are given count, not those that would be recovered.
+    hidden = []
+    for head, own in zip(heads, log_p, strict=True):
+        centred = head.weight - head.weight.mean(0)
+        hidden.append(torch.linalg.lstsq(centred, (own - own.mean(-1, keepdim=True)).T).solution.T)
+    given = softmeet.combine(log_p, heads, rule, free_radial=True, hidden=hidden, **OPTIONS)
+    assert total_variation(given.log_probs, solution.log_probs).max() < 1e-6
+    with pytest.raises(InvalidInputError, match="hidden states of shapes"):
+        softmeet.combine(log_p, heads, rule, free_radial=True, hidden=hidden[:1], **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rank": 0}, "rank of at least 1"),
+        ({"metric": "cosine"}, "unknown metric 'cosine'"),
+        ({"slack": -1.0}, "non-negative slack"),
+        ({"slack": math.nan}, "non-negative slack"),
+    ],
+)
+def test_options_are_checked(change, message):
+    log_p, heads = CASES["premise"].build()
+    with pytest.raises(InvalidInputError, match=message):
+        softmeet.combine(log_p, heads, "least-squares", **change)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "neox", "cohere scale", "phi bias"])
+def test_final_norms_are_found(name):
+    """What a norm hides is what its Jacobian's left null space says."""
+    model = tiny.build(name)
+    with torch.no_grad():
+        for parameter in model.base_model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.rand(len(parameter), generator=torch.Generator().manual_seed(1)))
+    norm = final_norm(model)
+    assert isinstance(norm, FinalNorm)
+    (module,) = [
+        m
+        for path, m in model.base_model.named_modules()
+        if "norm" in type(m).__name__.lower() and not any(part.isdigit() for part in path.split("."))
+    ]
+    x = torch.randn(32, generator=torch.Generator().manual_seed(2))
+    jacobian = torch.autograd.functional.jacobian(lambda x: module(x[None, None])[0, 0], x)
+    lost = norm.lost_directions(module(x[None, None])[0].detach())[0]
+    assert lost.shape[0] == (2 if norm.centred else 1)
+    assert (lost @ jacobian).norm() < 1e-3 * jacobian.norm()
+    assert head_of(model).norm is not None
+
+
+def build(rule, **options):
+    models = [tiny.build("gpt2", 0).double(), tiny.build("llama", 1).double()]
+    config = EnsembleConfig(members=["gpt2", "llama"], rule=rule, **options)
+    return EnsembleForCausalLM(config, models).eval()
+
+
+@pytest.mark.parametrize("rule", ["least-squares", "min-cross-entropy"])
+def test_zeros_go_through_sampling_and_beams(rule):
+    model = build(rule, slack=0.01)
+    prompts = torch.tensor([[5, 6, 7], [9, 10, 11]])
+    options: dict[str, Any] = {"eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 2}
+    assert model(input_ids=prompts).logits.isneginf().any()
+    torch.manual_seed(0)
+    for ways in ({"do_sample": True}, {"num_beams": 2}, {"do_sample": False}):
+        out = model.generate(prompts, **{"do_sample": False, **ways}, **options)
+        assert out.shape == (2, 5)
+        scores = model(input_ids=out).logits[:, 2:-1].gather(-1, out[:, 3:, None])
+        assert scores.isfinite().all()
+
+
+def test_options_reach_the_ensemble(tmp_path):
+    config = EnsembleConfig(members=["a", "b"], rule="least-squares", metric="raw", rank=7, on_infeasible="raise")
+    config.save_pretrained(tmp_path)
+    again = EnsembleConfig.from_pretrained(tmp_path).combine_arguments()
+    assert (again["metric"], again["rank"], again["on_infeasible"], again["rule"]) == (
+        "raw",
+        7,
+        "raise",
+        "least-squares",
+    )
+    with pytest.raises(InvalidInputError, match="unknown metric"):
+        EnsembleConfig(members=["a"], metric="none")
+    with pytest.raises(InvalidInputError, match="on_infeasible"):
+        EnsembleConfig(members=["a"], on_infeasible="guess")
+    radial = build("max-entropy", free_radial=True, tol=1e-8)
+    log_p, solution = radial.solve_rows(
+        [torch.randn(2, 32, generator=torch.Generator().manual_seed(k)) for k in (1, 2)]
+    )
+    assert solution.relaxed
+    assert log_p.shape == (2, 2, tiny.V)
+    radial.heads[0] = SoftmaxHead(radial.heads[0].weight)
+    with pytest.raises(UnsupportedHeadError, match="final norm of a known kind"):
+        radial.solve_rows([torch.randn(2, 32), torch.randn(2, 32)])
