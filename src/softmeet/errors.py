@@ -6,7 +6,8 @@
     ├── InvalidInputError (ValueError)    an argument has the wrong shape, sign, length or value
     │   ├── NonFiniteError                NaN or +inf in one member's log-probabilities
     │   ├── DisjointSupportError          no token has positive probability under every member
-    │   └── VocabularyMismatchError       the members' tokenizers differ
+    │   ├── VocabularyMismatchError       the members' tokenizers differ
+    │   └── TraceError                    a trace is damaged, of other members, or the disk is full
     ├── CheckpointError (OSError)         a member cannot be loaded
     ├── UnsupportedHeadError              a model whose output layer is not a plain softmax head
     ├── InfeasibleError                   no distribution has every member's moments (on_infeasible="raise")
@@ -34,6 +35,10 @@ class DisjointSupportError(InvalidInputError):
 
 class VocabularyMismatchError(InvalidInputError):
     """The members' tokenizers give the same ids to different tokens, or have different sizes."""
+
+
+class TraceError(InvalidInputError):
+    """A trace is missing, damaged, of other members or text, or does not fit the disk."""
 
 
 class CheckpointError(SoftmeetError, OSError):

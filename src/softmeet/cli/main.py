@@ -13,6 +13,8 @@ from softmeet.cli.check import check
 from softmeet.cli.config import config
 from softmeet.cli.generate import generate
 from softmeet.cli.inspect import inspect
+from softmeet.cli.lists import ListCommand
+from softmeet.cli.trace import trace
 from softmeet.errors import SoftmeetError
 
 app = typer.Typer(
@@ -24,6 +26,7 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(inspect)
 app.command()(check)
+app.command(cls=ListCommand)(trace)
 app.command()(config)
 
 

@@ -1,0 +1,87 @@
+"""What ``trace``, ``evaluate`` and ``fit`` share: members, text and its windows, progress, and being stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from softmeet.cli import options
+
+if TYPE_CHECKING:
+    from softmeet.evaluation.documents import Document
+
+Members = Annotated[
+    list[str] | None,
+    typer.Option("--members", "-m", help="Hub ids, folders, GGUF files, bundled names, or one saved ensemble."),
+]
+Text = Annotated[
+    list[str] | None,
+    typer.Option("--text", "-t", help="UTF-8 files, - for stdin, or folders written by datasets.save_to_disk."),
+]
+Separator = Annotated[
+    str | None, typer.Option(help=r"Splits a file into documents; \n is a line end.", show_default="a file is one")
+]
+Column = Annotated[str, typer.Option(help="Of a dataset, the column that holds the text.")]
+Window = Annotated[
+    int | None, typer.Option(help="Tokens that a member reads at once.", show_default="shortest context, at most 1024")
+]
+Stride = Annotated[
+    int | None, typer.Option(help="From one window to the next; each token counts once.", show_default="the window")
+]
+Bos = Annotated[bool, typer.Option("--bos", help="Begin each document with the token that begins a text.")]
+MaxTokens = Annotated[int | None, typer.Option(min=1, help="Predictions in all, at most.")]
+MaxPerDocument = Annotated[int | None, typer.Option(min=1, help="Predictions in each document, at most.")]
+
+
+def documents(text: list[str] | None, separator: str | None, column: str) -> list[Document]:
+    """The documents that the options name.
+
+    Raises:
+        InvalidInputError: there is none, or one is empty or not UTF-8.
+    """
+    from softmeet.evaluation.documents import read_documents
+
+    ends = separator.replace("\\n", "\n").replace("\\t", "\t") if separator else None
+    return read_documents(text or [], separator=ends, column=column)
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, int, int], Callable[[int], None]]]:
+    """Bars on stderr: call what it gives with (description, done, total), and the answer with each advance."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=options.err, transient=True) as bars:
+
+        def begin(description: str, done: int, total: int) -> Callable[[int], None]:
+            task: Any = bars.add_task(description, completed=done, total=total)
+            return lambda count: bars.advance(task, count)
+
+        yield begin
+
+
+def say(sentence: str) -> None:
+    """A notice on stderr."""
+    options.err.print(sentence, style="yellow", highlight=False, soft_wrap=True, markup=False)
+
+
+@contextmanager
+def stoppable(advice: str) -> Iterator[None]:
+    """Ctrl-C ends the command with a sentence and exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"stopped: {advice}")
+        raise typer.Exit(130) from None
+
+
+def default_members(members: list[str] | None, trace: Path | None) -> list[str] | None:
+    """The members that were named, else those that made the trace."""
+    if members or trace is None:
+        return members
+    from softmeet.evaluation.trace import Trace
+
+    return Trace.open(trace).members

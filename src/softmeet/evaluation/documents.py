@@ -1,0 +1,95 @@
+"""Text to evaluate on: files, stdin and saved datasets, as documents.
+
+A document is what intervals are clustered by, and no window crosses its end. A file is one document unless a separator
+splits it; a row of a dataset is one.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from softmeet.errors import InvalidInputError
+
+
+@dataclass(frozen=True)
+class Document:
+    """A name and a text."""
+
+    name: str
+    text: str
+
+
+def read_documents(
+    sources: Sequence[str | Path], *, separator: str | None = None, column: str = "text"
+) -> list[Document]:
+    """The documents of some sources, in order.
+
+    Args:
+        sources: UTF-8 files; ``-`` for stdin; folders written by ``datasets.save_to_disk``.
+        separator: what splits a file into documents, such as a blank line; None for one document a file.
+        column: of a dataset, the one that holds the text.
+
+    Raises:
+        InvalidInputError: a source is empty, is not UTF-8, or is a folder without a dataset.
+        OSError: a file cannot be read.
+    """
+    found: list[Document] = []
+    for source in sources:
+        path = Path(source)
+        if str(source) == "-":
+            found += _split("stdin", _decode("stdin", sys.stdin.buffer.read()), separator)
+        elif path.is_dir():
+            found += _dataset(path, column)
+        else:
+            found += _split(str(source), _decode(str(source), path.read_bytes()), separator)
+    if not found:
+        raise InvalidInputError("expected a text: name a file, - for stdin, or a saved dataset")
+    return found
+
+
+def _decode(name: str, data: bytes) -> str:
+    if not data.strip():
+        raise InvalidInputError(f"expected text in {name}, but it is empty")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InvalidInputError(
+            f"expected UTF-8 in {name}, but byte {error.start} (line {line}) is not: convert it first, for instance with "
+            "iconv -f latin1 -t utf-8"
+        ) from None
+
+
+def _split(name: str, text: str, separator: str | None) -> Iterable[Document]:
+    if not separator:
+        return [Document(name, text)]
+    parts = [part for part in text.split(separator) if part.strip()]
+    return [Document(f"{name}#{k}", part) for k, part in enumerate(parts)] if len(parts) > 1 else [Document(name, text)]
+
+
+def _dataset(folder: Path, column: str) -> Iterable[Document]:
+    try:
+        from datasets import DatasetDict, load_from_disk
+    except ImportError:
+        raise InvalidInputError(
+            f"{folder} is a folder, which is read as a dataset on disk: pip install 'softmeet[eval]', or name its files"
+        ) from None
+    try:
+        data = load_from_disk(str(folder))
+    except (FileNotFoundError, ValueError):
+        raise InvalidInputError(
+            f"expected a file, or a dataset written by datasets.save_to_disk, got the folder {folder}: name its files"
+        ) from None
+    if isinstance(data, DatasetDict):
+        raise InvalidInputError(f"{folder} holds several splits: name one of {', '.join(map(str, data))} inside it")
+    if column not in data.column_names:
+        raise InvalidInputError(
+            f"{folder} has no column {column!r}: expected one of {', '.join(data.column_names)} (--column)"
+        )
+    rows = [Document(f"{folder.name}[{k}]", str(text)) for k, text in enumerate(data[column]) if str(text).strip()]
+    if not rows:
+        raise InvalidInputError(f"expected text in {folder}, but every row of {column!r} is empty")
+    return rows

@@ -1,0 +1,109 @@
+"""Positions: what members made of a text, from which every rule can be tried without running a model again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from softmeet.ensemble import Ensemble
+from softmeet.evaluation.documents import Document
+from softmeet.evaluation.windows import TokenizedDocument, Window, tokenize, window_length, windows
+
+
+@dataclass(frozen=True, eq=False)
+class Positions:
+    """N positions of a text.
+
+    Attributes:
+        hidden: each member's last hidden states, (N, d_i).
+        targets: the tokens that came, (N,).
+        document: which document each position belongs to, (N,), an index into ``names``.
+        sizes: UTF-8 bytes that each target adds to the text, (N,).
+        names: of the documents.
+    """
+
+    hidden: list[Tensor]
+    targets: Int[Tensor, " N"]
+    document: Int[Tensor, " N"]
+    sizes: Int[Tensor, " N"]
+    names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def take(self, rows: slice | Tensor) -> Positions:
+        """Some positions."""
+        hidden = [h[rows] for h in self.hidden]
+        return Positions(hidden, self.targets[rows], self.document[rows], self.sizes[rows], self.names)
+
+    def chunks(self, size: int) -> Iterator[Positions]:
+        """All positions, in order, ``size`` at a time."""
+        for start in range(0, len(self), size):
+            yield self.take(slice(start, start + size))
+
+
+def join(parts: Sequence[Positions], names: list[str]) -> Positions:
+    """Several stretches of positions as one."""
+    return Positions(
+        [torch.cat(own) for own in zip(*(part.hidden for part in parts), strict=True)],
+        torch.cat([part.targets for part in parts]),
+        torch.cat([part.document for part in parts]),
+        torch.cat([part.sizes for part in parts]),
+        names,
+    )
+
+
+@torch.inference_mode()
+def observe(
+    ensemble: Ensemble,
+    documents: Sequence[TokenizedDocument],
+    read: Sequence[Window],
+    on_progress: Callable[[int], None] = lambda positions: None,
+) -> Positions:
+    """Run every member over some windows.
+
+    Args:
+        ensemble: its members run once a window.
+        documents: that the windows are of.
+        read: the windows.
+        on_progress: called with the number of positions after each window.
+    """
+    parts = []
+    for window in read:
+        document = documents[window.document]
+        ids = document.ids[window.start : window.stop].to(ensemble.model.device)
+        kept, counted = slice(window.first - window.start, None), slice(window.first, window.stop)
+        hidden = [h[kept] for h in ensemble.model.hidden_states(ids[None])]
+        targets = document.ids[window.first + 1 : window.stop + 1].to(ensemble.model.device)
+        place = torch.full_like(targets, window.document)
+        parts.append(Positions(hidden, targets, place, document.sizes[counted].to(targets.device), []))
+        on_progress(len(window))
+    return join(parts, [document.name for document in documents])
+
+
+def observe_text(
+    ensemble: Ensemble,
+    documents: Sequence[Document],
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    bos: bool = False,
+    max_tokens: int | None = None,
+    max_per_document: int | None = None,
+    on_progress: Callable[[int], None] = lambda positions: None,
+) -> Positions:
+    """Tokenize documents and run every member over them; arguments as ``tokenize`` and ``window_length`` have them.
+
+    Raises:
+        InvalidInputError: the text is too short, or window and stride do not fit.
+    """
+    limit = getattr(ensemble.model.config, "max_position_embeddings", None)
+    size, step = window_length(limit, window, stride)
+    found = tokenize(
+        ensemble.tokenizer, documents, bos=bos, max_tokens=max_tokens, max_per_document=max_per_document
+    )
+    return observe(ensemble, found, list(windows(found, size, step)), on_progress)

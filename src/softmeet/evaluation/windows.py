@@ -1,0 +1,148 @@
+"""From documents to the windows in which members read them.
+
+Window k reads tokens [kS, kS + W) of its document and predicts, at each, the one that follows. Predictions that the
+window before made already are not counted again, so every token but the first is predicted exactly once, from at least
+W - S tokens past the first window. The stride S is at most the window W.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from softmeet.errors import InvalidInputError
+from softmeet.evaluation.documents import Document
+
+_LONGEST = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class TokenizedDocument:
+    """Token ids (T + 1,), and the UTF-8 bytes that each but the first adds to the text, (T,)."""
+
+    name: str
+    ids: Int[Tensor, " ids"]
+    sizes: Int[Tensor, " t"]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens [start, stop) of a document are read; predictions at [first, stop) count."""
+
+    document: int
+    start: int
+    first: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.first
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[Document],
+    *,
+    bos: bool = False,
+    max_tokens: int | None = None,
+    max_per_document: int | None = None,
+) -> list[TokenizedDocument]:
+    """Token ids and byte counts of each document, cut to at most so many predictions; shorter than two tokens: left out.
+
+    Args:
+        tokenizer: the members'.
+        documents: in order.
+        bos: put the token that begins a text before each, if the tokenizer has one and does not do so itself; the
+            first word is then predicted too.
+        max_tokens: predictions over all documents.
+        max_per_document: predictions in each.
+
+    Raises:
+        InvalidInputError: no document has two tokens.
+    """
+    found, left = [], max_tokens if max_tokens is not None else -1
+    for document in documents:
+        if left == 0:
+            break
+        one = _tokenize(tokenizer, document, bos)
+        limits = [limit for limit in (left, max_per_document) if limit is not None and limit >= 0]
+        count = min([len(one.ids) - 1, *limits])
+        if count < 1:
+            continue
+        found.append(TokenizedDocument(one.name, one.ids[: count + 1], one.sizes[:count]))
+        left -= count if left > 0 else 0
+    if not found:
+        raise InvalidInputError("expected a text of at least two tokens: nothing can be predicted in a shorter one")
+    return found
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, document: Document, bos: bool) -> TokenizedDocument:
+    fast = bool(getattr(tokenizer, "is_fast", False))
+    out = tokenizer(document.text, verbose=False, return_offsets_mapping=fast)
+    ids = list(out["input_ids"])
+    total = len(document.text.encode())
+    if fast:
+        ends = _byte_ends(document.text, [end for _, end in out["offset_mapping"]])
+    else:  # no offsets: bytes are spread evenly, and their sum is exact
+        ends = [round(total * (k + 1) / max(len(ids), 1)) for k in range(len(ids))]
+    if bos and tokenizer.bos_token_id is not None and ids[:1] != [tokenizer.bos_token_id]:
+        ids, ends = [tokenizer.bos_token_id, *ids], [0, *ends]
+    sizes = torch.tensor(ends, dtype=torch.int64).diff()
+    return TokenizedDocument(document.name, torch.tensor(ids, dtype=torch.int64), sizes)
+
+
+def _byte_ends(text: str, ends: list[int]) -> list[int]:
+    """Character positions to byte positions, never falling: special tokens have none of their own."""
+    if text.isascii():
+        places = range(len(text) + 1)
+    else:
+        lengths = torch.tensor([len(c.encode()) for c in text]).cumsum(0).tolist()
+        places = [0, *lengths]  # type: ignore[assignment]
+    found, highest = [], 0
+    for end in ends:
+        highest = max(highest, places[end])
+        found.append(highest)
+    return found
+
+
+def window_length(limit: int | None, window: int | None, stride: int | None) -> tuple[int, int]:
+    """(window, stride): what was asked for, or the shortest context (1,024 at most) without overlap.
+
+    Raises:
+        InvalidInputError: the window does not fit the context, or the stride does not fit the window.
+    """
+    found = min(limit or _LONGEST, _LONGEST) if window is None else window
+    if found < 1 or (limit is not None and found > limit):
+        raise InvalidInputError(
+            f"expected a window from 1 to {limit or 'any'} tokens, the shortest member's context, got {found}"
+        )
+    step = found if stride is None else stride
+    if not 1 <= step <= found:
+        raise InvalidInputError(f"expected a stride from 1 to the window of {found} tokens, got {step}")
+    return found, step
+
+
+def windows(documents: Sequence[TokenizedDocument], window: int, stride: int) -> Iterator[Window]:
+    """The windows of every document, in order."""
+    for k, document in enumerate(documents):
+        length, done = len(document.ids) - 1, 0
+        for start in range(0, length, stride):
+            stop = min(start + window, length)
+            if stop > done:
+                yield Window(k, start, max(start, done), stop)
+                done = stop
+
+
+def text_hash(documents: Sequence[TokenizedDocument]) -> str:
+    """SHA-256 over names, token ids and bytes."""
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(document.name.encode() + b"\0")
+        digest.update(document.ids.numpy().tobytes())
+        digest.update(document.sizes.numpy().tobytes())
+    return digest.hexdigest()
