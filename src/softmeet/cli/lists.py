@@ -6,7 +6,7 @@ from typing import Any
 
 from typer.core import TyperCommand
 
-_LISTS = ("--members", "--text")
+_LISTS = ("--members", "-m", "--text", "-t")
 
 
 class ListCommand(TyperCommand):

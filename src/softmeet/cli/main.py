@@ -11,6 +11,7 @@ from rich.console import Console
 from softmeet import __version__
 from softmeet.cli.check import check
 from softmeet.cli.config import config
+from softmeet.cli.evaluate import evaluate
 from softmeet.cli.generate import generate
 from softmeet.cli.inspect import inspect
 from softmeet.cli.lists import ListCommand
@@ -27,6 +28,7 @@ app.command()(generate)
 app.command()(inspect)
 app.command()(check)
 app.command(cls=ListCommand)(trace)
+app.command(cls=ListCommand)(evaluate)
 app.command()(config)
 
 

@@ -29,6 +29,8 @@ SETTINGS = (
 class EnsembleConfig(PreTrainedConfig):
     """Settings of an ensemble; the arguments of :func:`softmeet.combine` under their own names.
 
+    ``rule_temperature`` is of the rule's answer, p^(1/T) normalised; that of generation comes on top.
+
     Raises:
         InvalidInputError: a setting is wrong; checked here, before any member is loaded or run.
     """
@@ -45,6 +47,7 @@ class EnsembleConfig(PreTrainedConfig):
         tol: float = 1e-4,
         max_steps: int = 50,
         free_weights: bool = False,
+        rule_temperature: float = 1.0,
         on_infeasible: str = "meet",
         rank: int | None = None,
         free_radial: bool = False,
@@ -62,6 +65,7 @@ class EnsembleConfig(PreTrainedConfig):
         self.tol = checked_number("tol", tol, positive=True)
         self.max_steps = int(checked_number("max_steps", max_steps, positive=True))
         self.free_weights = free_weights
+        self.rule_temperature = checked_number("rule_temperature", rule_temperature, positive=True)
         self.on_infeasible = checked_on_infeasible(on_infeasible)
         options = checked_options(rank=rank, free_radial=free_radial, metric=metric, slack=slack, vertex=vertex)
         for name, value in asdict(options).items():

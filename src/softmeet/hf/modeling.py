@@ -182,6 +182,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Int[Tensor, " k"] = 0,
         recorder: Recorder | None = None,
         row_sampler: RowSampler | None = None,
+        weights: Sequence[float] | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
@@ -189,6 +190,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             recorder: receives the solution of every position whose logits are kept.
+            weights: of the pool, in place of the configuration's, for this call alone.
 
         Raises:
             NonFiniteError: a member's logits hold NaN or +inf; the message names it.
@@ -202,7 +204,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
             self._hidden(i, input_ids, None if cache is None else cache.members[i], **shared)[:, kept]
             for i in range(len(self.members))
         ]
-        log_probs = self._solve(hidden, recorder)
+        log_probs = self._solve(hidden, recorder, {} if weights is None else {"weights": weights})
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=log_probs, labels=labels, vocab_size=self.config.vocab_size)
@@ -262,14 +264,16 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         self._check_length(input_ids, None)
         return [self._hidden(i, input_ids, use_cache=False)[0] for i in range(len(self.heads))]
 
-    def _solve(self, hidden: list[Float[Tensor, "B k _"]], recorder: Recorder | None) -> Float[Tensor, "B k v"]:
+    def _solve(
+        self, hidden: list[Float[Tensor, "B k _"]], recorder: Recorder | None, changes: dict[str, Any]
+    ) -> Float[Tensor, "B k v"]:
         """Combine every position, in chunks of bounded memory."""
         B, k = hidden[0].shape[:2]
         rows = [h.flatten(0, 1) for h in hidden]
         chunk = max(1, _ELEMENTS // (self.config.vocab_size * 4 * len(rows)))
         parts = []
         for start in range(0, B * k, chunk):
-            log_probs, solution = self.solve_rows([h[start : start + chunk] for h in rows])
+            log_probs, solution = self.solve_rows([h[start : start + chunk] for h in rows], **changes)
             if recorder is not None:
                 recorder.add(solution, log_probs)
             parts.append(solution.log_probs)
@@ -280,25 +284,43 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> tuple[Float[Tensor, "n B v"], Solution]:
         """(the members' log-probabilities, the rule's solution) at B positions, from each member's hidden states.
 
-        ``changes`` are arguments of :func:`softmeet.combine` in place of the configuration's.
+        ``changes`` are as :meth:`combine_rows` has them.
         """
+        log_probs, logits = self.own_log_probs(hidden)
+        if changes.get("free_radial", self.config.free_radial):
+            changes["hidden"] = [states.to(log_probs.device) for states in hidden]
+        return log_probs, self.combine_rows(log_probs, logits, **changes)
+
+    def own_log_probs(
+        self, hidden: Sequence[Float[Tensor, "B _"]]
+    ) -> tuple[Float[Tensor, "n B v"], Float[Tensor, "n B v"] | None]:
+        """(the members' log-probabilities, their logits if a head has a soft-cap) from each member's hidden states."""
         own_log_probs, logits, place = [], [], self.heads[0].weight.device
         for head, states in zip(self.heads, hidden, strict=True):
-            own = head.logits(states).to(place)
+            own = head.logits(states.to(head.weight.device)).to(place)
             short = self.config.vocab_size - head.v
             own = nn.functional.pad(own, (0, short), value=-torch.inf) if short else own
             logits.append(own)
             own_log_probs.append(own.log_softmax(-1))
         capped = torch.stack(logits) if any(head.soft_cap for head in self.heads) else None
-        log_probs, arguments = torch.stack(own_log_probs), self.config.combine_arguments() | changes
+        return torch.stack(own_log_probs), capped
+
+    def combine_rows(
+        self, log_probs: Float[Tensor, "n B v"], logits: Float[Tensor, "n B v"] | None, **changes: Any
+    ) -> Solution:
+        """The rule's solution, from what :meth:`own_log_probs` gives.
+
+        ``changes`` are ``rule_temperature`` and arguments of :func:`softmeet.combine` in place of the configuration's.
+        """
+        arguments = self.config.combine_arguments() | changes
+        temperature = arguments.pop("rule_temperature", self.config.rule_temperature)
         if arguments["free_radial"]:
             self._refuse_unknown_norms()
-            arguments["hidden"] = [states.to(place) for states in hidden]
         try:
-            solution = combine(log_probs, self.heads, support=self.support, logits=capped, **arguments)
+            solution = combine(log_probs, self.heads, support=self.support, logits=logits, **arguments)
         except NonFiniteError as error:
             raise NonFiniteError(f"{error}. Members, from 0: {', '.join(map(str, self.config.members))}") from error
-        return log_probs, solution
+        return solution if temperature == 1 else solution.at_temperature(temperature)
 
     def _refuse_unknown_norms(self) -> None:
         names = zip(self.config.members, self.heads, strict=True)

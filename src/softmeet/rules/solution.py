@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -17,6 +17,7 @@ from softmeet.rules.registry import find_rule
 from softmeet.rules.validate import restate
 from softmeet.rules.verify import Verification, residuals, verify
 from softmeet.solvers.base import Status
+from softmeet.simplex import log_normalize
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +90,10 @@ class Solution:
     def pool(self) -> Float[Tensor, "*batch v"]:
         """Log q: the pool that ``meet`` and ``max-entropy`` start from."""
         return self._problem.log_pool.to(self.log_probs.dtype).reshape(self.log_probs.shape)
+
+    def at_temperature(self, temperature: float) -> Solution:
+        """The same with ``log_probs`` ∝ p^(1/temperature); all else is of the answer before."""
+        return replace(self, log_probs=log_normalize(self.log_probs / temperature))
 
     def verify(
         self,

@@ -1,0 +1,145 @@
+"""``softmeet evaluate``: how well rules predict a text, beside every member and the averages."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from softmeet.cli import options, texts
+from softmeet.cli.config import Config
+from softmeet.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from softmeet.ensemble import Ensemble
+    from softmeet.evaluation.positions import Positions
+
+Json = Annotated[Path | None, typer.Option("--json", help="Write the figures here as JSON; - for stdout.")]
+Traced = Annotated[Path | None, typer.Option("--trace", help="A trace, in place of --text.")]
+
+
+def evaluate(
+    members: texts.Members = None,
+    text: texts.Text = None,
+    trace: Traced = None,
+    rules: Annotated[
+        str | None,
+        typer.Option(
+            help="Rules with options: logit-mean,meet:trust=0.3,meet:trust=1/0/0.3:pool=prob-mean.",
+            show_default="the ensemble's own",
+        ),
+    ] = None,
+    trust: options.Trust = None,
+    weights: options.Weights = None,
+    pool: options.PoolName = None,
+    tol: options.Tolerance = None,
+    prompt_weights: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Add logit-mean with weights from the members' perplexity on so many tokens of each document."
+        ),
+    ] = None,
+    separator: texts.Separator = None,
+    column: texts.Column = "text",
+    window: texts.Window = None,
+    stride: texts.Stride = None,
+    bos: texts.Bos = False,
+    max_tokens: texts.MaxTokens = None,
+    max_per_document: texts.MaxPerDocument = None,
+    plots: Annotated[Path | None, typer.Option(help="A folder for PNG plots.")] = None,
+    as_json: Json = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    trust_remote_code: options.RemoteCode = False,
+    config: Config = None,
+) -> None:
+    """Nats per token of rules on a text, beside each member and the averages, with paired intervals by document."""
+    from softmeet.evaluation.choices import parse_choices, with_baselines
+
+    found = None if trace else texts.documents(text, separator, column)
+    ensemble = options.load_ensemble(
+        texts.default_members(members, trace), trust, weights, pool=pool, tol=tol,
+        dtype=dtype, device=device, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    named = rules or ensemble.model.config.rule
+    named += f",logit-mean:prompt_weights={prompt_weights}" if prompt_weights else ""
+    averages = {"temperature": 1.0} if rules else {}
+    choices = with_baselines(parse_choices(named, len(ensemble.names), averages), averages)
+    read = {"window": window, "stride": stride, "bos": bos}
+    limits = {"max_tokens": max_tokens, "max_per_document": max_per_document}
+    with texts.stoppable("nothing is kept; softmeet trace keeps what it has done"), texts.progress() as begin:
+        positions = positions_of(ensemble, trace, found, begin, **read, **limits)
+        from softmeet.evaluation.perplexity import evaluate as score
+        from softmeet.evaluation.report import summary
+
+        facts = summary(score(ensemble, positions, choices, begin("evaluating", 0, len(positions))))
+    if plots is not None:
+        from softmeet.evaluation.plots import draw
+
+        draw(facts, plots)
+    write(facts, as_json)
+    if as_json != Path("-"):
+        show(facts)
+
+
+def positions_of(
+    ensemble: Ensemble, trace: Path | None, documents: Any, begin: Any, *, max_tokens: int | None, **read: Any
+) -> Positions:
+    """What a trace holds, or what the members make of the documents now.
+
+    Raises:
+        InvalidInputError: the trace is of other members or damaged, or the text is too short.
+    """
+    if trace is not None:
+        from softmeet.evaluation.trace import Trace
+
+        if set(read.values()) - {None, False}:
+            raise InvalidInputError("a trace has its windows: --window, --stride, --bos and --max-per-document go with --text")
+        opened = Trace.open(trace)
+        opened.require(ensemble)
+        return opened.read(texts.say).take(slice(max_tokens))
+    from softmeet.evaluation.positions import observe_text
+
+    return observe_text(
+        ensemble, documents, max_tokens=max_tokens, on_progress=begin("running the members", 0, None), **read
+    )
+
+
+def write(facts: dict[str, Any], to: Path | None) -> None:
+    """JSON to a file, or to stdout for ``-``."""
+    if to == Path("-"):
+        typer.echo(json.dumps(facts, indent=2))
+    elif to is not None:
+        to.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def show(facts: dict[str, Any]) -> None:
+    """A table on the terminal."""
+    spread = f"{facts['clusters']['count']} {facts['clusters']['kind']}"
+    table = Table(
+        "", "nats/token", "perplexity", "bits/byte", "top-1", "calibration error", "against the best baseline (95 %)",
+        title=f"{facts['tokens']:,} tokens; intervals by {spread}",
+    )  # fmt: skip
+    best = facts["best_baseline"]
+    for kind in ("members", "rules"):
+        for name, row in facts[kind].items():
+            against = "the best baseline" if name == best else ""
+            if kind == "rules" and name != best:
+                low, high = row["vs"]["ci95"]
+                against = f"{row['vs']['delta']:+.4f} \\[{low:+.4f}, {high:+.4f}]"
+            if row.get("fallbacks"):
+                against += f"  ({row['fallbacks']:,} answered by meet)"
+            if row.get("unconverged"):
+                against += f"  ({row['unconverged']:,} not converged)"
+            bits = f"{row['bits_per_byte']:.4f}" if row["bits_per_byte"] is not None else ""
+            table.add_row(
+                options.short(name), f"{row['nll']:.4f}", f"{row['perplexity']:.2f}", bits, f"{row['top1']:.3f}",
+                f"{row['calibration']['error']:.3f}", against,
+            )  # fmt: skip
+        table.add_section()
+    Console().print(table)
+    Console().print(f"members disagree by {facts['disagreement']:.3f} nats a token (Jensen-Shannon); negative is better")

@@ -1,0 +1,84 @@
+"""Which rules to evaluate, and with which options: a name and the arguments of ``combine`` that it stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from softmeet.errors import InvalidInputError
+from softmeet.rules.registry import find_rule
+from softmeet.rules.validate import checked_number, checked_pool, checked_trust, checked_weights
+
+BASELINES = ("logit-mean", "prob-mean")
+_LISTS, _NUMBERS, _WORDS = ("trust", "weights"), ("temperature", "tol", "prompt_weights"), ("pool",)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A rule with options.
+
+    ``settings`` are arguments of ``EnsembleForCausalLM.combine_rows``; ``prompt``, if positive, has the weights follow
+    from the members' perplexity on so many first tokens of each document.
+    """
+
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    prompt: int = 0
+
+
+def parse_choices(text: str, n: int, shared: dict[str, Any]) -> list[Choice]:
+    """Rules as the command line has them: ``logit-mean,meet:trust=0.3,meet:trust=1/0/0.3:pool=prob-mean``.
+
+    Options follow a rule after colons, lists have slashes. Options are ``trust``, ``weights``, ``temperature``,
+    ``pool``, ``tol`` and ``prompt_weights``.
+
+    Args:
+        text: the rules.
+        n: the number of members.
+        shared: options of every rule that does not say otherwise.
+
+    Raises:
+        InvalidInputError: a rule or an option is unknown or has a bad value.
+    """
+    found = [_parse(entry.strip(), n, shared) for entry in text.split(",") if entry.strip()]
+    if not found:
+        raise InvalidInputError("expected at least one rule, such as logit-mean,prob-mean,meet")
+    return list({choice.name: choice for choice in found}.values())
+
+
+def _parse(entry: str, n: int, shared: dict[str, Any]) -> Choice:
+    rule, *options = entry.split(":")
+    settings: dict[str, Any] = {**shared, "rule": find_rule(rule).name}
+    for option in options:
+        key, _, value = option.partition("=")
+        settings[key] = _value(entry, key, value)
+    prompt = int(settings.pop("prompt_weights", 0))
+    if "weights" in settings:
+        settings["weights"] = checked_weights(settings["weights"], n, free=bool(settings.get("free_weights")))
+    if "trust" in settings:
+        given = settings["trust"]
+        settings["trust"] = list(checked_trust(given[0] if len(given) == 1 else given, n))
+    checked_pool(settings.get("pool", "logit-mean"))
+    checked_number("temperature", settings.get("temperature", 1.0), positive=True)
+    return Choice(entry, settings, prompt)
+
+
+def _value(entry: str, key: str, value: str) -> Any:
+    if key in _WORDS:
+        return value
+    if key not in _LISTS + _NUMBERS:
+        expected = ", ".join(_LISTS + _NUMBERS + _WORDS)
+        raise InvalidInputError(f"unknown option {key!r} in {entry!r}: expected some of {expected}")
+    try:
+        numbers = [float(part) for part in value.split("/")]
+    except ValueError:
+        raise InvalidInputError(f"expected {key}=NUMBER or {key}=NUMBER/NUMBER in {entry!r}, got {value!r}") from None
+    return numbers if key in _LISTS else numbers[0]
+
+
+def with_baselines(choices: Sequence[Choice], shared: dict[str, Any]) -> list[Choice]:
+    """``choices``, and before them the averages that they do not name."""
+    named = {choice.name for choice in choices}
+    missing = [Choice(name, {**shared, "rule": name}) for name in BASELINES if name not in named]
+    return [*missing, *choices]

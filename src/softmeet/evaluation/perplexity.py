@@ -1,0 +1,157 @@
+"""How well members and rules predict a text: nats, hits and confidence at each position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from softmeet.ensemble import Ensemble
+from softmeet.evaluation.choices import Choice
+from softmeet.evaluation.positions import Positions
+from softmeet.members.weighting import perplexity_weights
+from softmeet.simplex import kl, prob_mean
+from softmeet.solvers.base import Status
+
+# Elements of one member's log-probabilities at once.
+_ELEMENTS = 1 << 19
+
+
+@dataclass
+class Scores:
+    """One member's or rule's predictions at N positions; rows in the order of the text.
+
+    Attributes:
+        nats: -log p(target), (N,), fp64.
+        hit: whether the target was the most probable token, (N,).
+        confidence: the probability of that token, (N,).
+        passes: reads of all heads, summed; ``fallbacks`` and ``unconverged`` count rows.
+    """
+
+    nats: Float[Tensor, " N"]
+    hit: Bool[Tensor, " N"]
+    confidence: Float[Tensor, " N"]
+    passes: float = 0.0
+    fallbacks: int = 0
+    unconverged: int = 0
+
+    @property
+    def mean(self) -> float:
+        """Nats per token."""
+        return self.nats.mean().item()
+
+
+@dataclass
+class Evaluation:
+    """Scores of every member and choice on the same positions.
+
+    ``disagreement`` is the mean of KL(p̂_i‖mean of p̂) over members, (N,), nats: their Jensen-Shannon divergence.
+    """
+
+    positions: Positions
+    members: dict[str, Scores] = field(default_factory=dict)
+    choices: dict[str, Scores] = field(default_factory=dict)
+    disagreement: Float[Tensor, " N"] = field(default_factory=lambda: torch.zeros(0))
+
+
+def chunk_size(v: int) -> int:
+    """Positions to solve at once."""
+    return max(4, min(64, _ELEMENTS // v * 2))
+
+
+@torch.inference_mode()
+def evaluate(
+    ensemble: Ensemble,
+    positions: Positions,
+    choices: Sequence[Choice],
+    on_progress: Callable[[int], None] = lambda positions: None,
+) -> Evaluation:
+    """Every member and every choice at every position.
+
+    Args:
+        ensemble: whose heads and settings are used.
+        positions: of a text, or from a trace.
+        choices: rules and options, changes to the ensemble's settings.
+        on_progress: called with the number of positions after each chunk.
+    """
+    names = [member_name(ensemble.names, i) for i in range(len(ensemble.names))]
+    parts: dict[str, list[Scores]] = {name: [] for name in [*names, *(choice.name for choice in choices)]}
+    disagreement = []
+    for chunk, weights in _chunks(ensemble, positions, choices):
+        log_probs, logits = ensemble.model.own_log_probs(chunk.hidden)
+        targets = chunk.targets.to(log_probs.device)
+        for name, own in zip(names, log_probs, strict=True):
+            parts[name].append(_scores(own, targets))
+        mean = prob_mean(log_probs, log_probs.new_full((len(names),), 1 / len(names)))
+        disagreement.append(torch.stack([kl(own, mean) for own in log_probs]).mean(0).double().cpu())
+        for choice in choices:
+            changes = choice.settings | ({"weights": weights[choice.prompt]} if choice.prompt else {})
+            solution = ensemble.model.combine_rows(log_probs, logits, **changes)
+            one = _scores(solution.log_probs, targets)
+            one.passes = solution.num_passes.sum().item()
+            one.fallbacks = int(solution.fallback.sum())
+            one.unconverged = int((solution.status == Status.NOT_CONVERGED).sum())
+            parts[choice.name].append(one)
+        on_progress(len(chunk))
+    joined = {name: _join(some) for name, some in parts.items()}
+    return Evaluation(
+        positions,
+        {name: joined[name] for name in names},
+        {choice.name: joined[choice.name] for choice in choices},
+        torch.cat(disagreement),
+    )
+
+
+def member_name(names: Sequence[str], i: int) -> str:
+    """A member's name, with a number where the same one comes twice."""
+    before = list(names[:i]).count(names[i])
+    return names[i] if not before else f"{names[i]}#{before + 1}"
+
+
+def _chunks(
+    ensemble: Ensemble, positions: Positions, choices: Sequence[Choice]
+) -> Iterator[tuple[Positions, dict[int, list[float]]]]:
+    """Chunks, and for each length of prompt the weights that it gives there; then no chunk crosses a document."""
+    size = chunk_size(ensemble.model.config.vocab_size)
+    prompts = sorted({choice.prompt for choice in choices if choice.prompt})
+    if not prompts:
+        yield from ((chunk, {}) for chunk in positions.chunks(size))
+        return
+    start = 0
+    for length in positions.document.unique_consecutive(return_counts=True)[1].tolist():
+        document = positions.take(slice(start, start + length))
+        start += length
+        cuts = sorted({0, length, *(p for p in prompts if p < length)})
+        known = {p: _prompt_weights(ensemble, document.take(slice(p))) for p in prompts}
+        own = list(ensemble.model.config.weights)
+        for first, last in zip(cuts, cuts[1:], strict=False):
+            # A prompt's own tokens are predicted with the weights that there are before it.
+            weights = {p: known[p] if first >= p else own for p in prompts}
+            yield from ((chunk, weights) for chunk in document.take(slice(first, last)).chunks(size))
+
+
+def _prompt_weights(ensemble: Ensemble, prompt: Positions) -> list[float]:
+    log_probs, _ = ensemble.model.own_log_probs(prompt.hidden)
+    targets = prompt.targets.to(log_probs.device)
+    nats = -log_probs.gather(-1, targets.expand(len(log_probs), -1)[..., None]).squeeze(-1)
+    return perplexity_weights(nats.mean(-1).tolist())
+
+
+def _scores(log_p: Float[Tensor, "B v"], targets: Tensor) -> Scores:
+    best = log_p.max(-1)
+    nats = -log_p.gather(-1, targets[:, None]).squeeze(-1).double()
+    return Scores(nats.cpu(), (best.indices == targets).cpu(), best.values.exp().double().cpu())
+
+
+def _join(parts: Sequence[Scores]) -> Scores:
+    return Scores(
+        torch.cat([s.nats for s in parts]),
+        torch.cat([s.hit for s in parts]),
+        torch.cat([s.confidence for s in parts]),
+        sum(s.passes for s in parts),
+        sum(s.fallbacks for s in parts),
+        sum(s.unconverged for s in parts),
+    )

@@ -1,0 +1,77 @@
+"""Plots of an evaluation, as PNG files: gain against disagreement, calibration, and the differences with intervals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+try:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+except ImportError as error:  # pragma: no cover - the extra is installed where tests run
+    raise ImportError("plots are drawn by matplotlib: pip install 'softmeet[eval]'") from error
+
+
+def draw(facts: dict[str, Any], folder: Path) -> list[Path]:
+    """Draw what :func:`softmeet.evaluation.report.summary` gives into a folder; returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = {"gain": _gain(facts), "calibration": _calibration(facts), "differences": _differences(facts)}
+    written = []
+    for name, figure in figures.items():
+        FigureCanvasAgg(figure)
+        written.append(folder / f"{name}.png")
+        figure.savefig(written[-1], dpi=120)
+    return written
+
+
+def _axes(width: float = 7.0, height: float = 4.5) -> tuple[Any, Any]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _rivals(facts: dict[str, Any]) -> dict[str, Any]:
+    return {name: rule for name, rule in facts["rules"].items() if name != facts["best_baseline"]}
+
+
+def _gain(facts: dict[str, Any]) -> Any:
+    figure, axes = _axes()
+    for name, rule in _rivals(facts).items():
+        bins = rule["gain_by_disagreement"]
+        x, y = [b["disagreement"] for b in bins], [b["gain"] for b in bins]
+        axes.errorbar(x, y, yerr=[2 * b["error"] for b in bins], marker="o", markersize=4, capsize=2, label=name)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xscale("symlog", linthresh=0.01)
+    axes.set_xlabel("disagreement of the members (Jensen-Shannon divergence, nats)")
+    axes.set_ylabel(f"gain over {facts['best_baseline']} (nats per token)")
+    axes.legend(frameon=False)
+    return figure
+
+
+def _calibration(facts: dict[str, Any]) -> Any:
+    figure, axes = _axes(5.5, 5.0)
+    axes.plot([0, 1], [0, 1], color="black", linewidth=0.8)
+    for name, rule in facts["rules"].items():
+        found = rule["calibration"]
+        axes.plot(
+            found["confidence"], found["accuracy"], marker="o", markersize=4, label=f"{name} (error {found['error']:.3f})"
+        )
+    axes.set_xlabel("probability of the most probable token")
+    axes.set_ylabel("how often it came")
+    axes.legend(frameon=False)
+    return figure
+
+
+def _differences(facts: dict[str, Any]) -> Any:
+    rivals = _rivals(facts)
+    figure, axes = _axes(7.0, 1.5 + 0.35 * len(rivals))
+    for k, rule in enumerate(rivals.values()):
+        low, high = rule["vs"]["ci95"]
+        axes.plot([low, high], [k, k], color="tab:blue")
+        axes.plot([rule["vs"]["delta"]], [k], "o", color="tab:blue")
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(rivals)), list(rivals))
+    axes.invert_yaxis()
+    axes.set_xlabel(f"nats per token against {facts['best_baseline']}, 95 % (left is better)")
+    return figure

@@ -1,0 +1,123 @@
+"""Gradients through the relaxed I-projection, by the implicit function theorem.
+
+At the optimum ∇f(ν*; θ) = 0, so H dν = -∂_θ∇f dθ. For a loss with gradient g at log p, ĝ = g - p Σg, b_i = α_i Q_iᵀĝ and
+H s = b, one linear solve per row gives, with y_i = Q_i s_i and x = Σ α_i y_i,
+
+    ∂L/∂ log q = ĝ - p(x - E_p x),        ∂L/∂ρ_i = γ_i² Cov_{r_i}(y_i, z_i).
+
+The scaling of ν by ρ (:mod:`softmeet.solvers.projection`) cancels. Log-probabilities of the members and heads are constants.
+H is formed where it is small; else conjugate gradients multiply by it through the heads, and stop at a relative residual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from softmeet.solvers.dual import DualState
+from softmeet.solvers.projection import Projection
+from softmeet.solvers.sweep import Centres, sweep
+
+Solve = Callable[[Projection], DualState]
+# Elements of all Hessians of a batch; past it they are never formed.
+_ELEMENTS = 1 << 26
+_REDUCTION = 1e-3
+_STEPS = 60
+
+
+def projected(problem: Projection, trust: Float[Tensor, " n"], solve: Solve) -> Float[Tensor, "B v"]:
+    """Log p of the relaxed I-projection, differentiable in ``problem.log_q`` and ``trust``.
+
+    Args:
+        problem: whose ``log_q`` may require a gradient; its own trusts are replaced.
+        trust: ρ, positive and finite, fp64.
+        solve: from a projection to a converged state; its tolerance limits the gradient's precision.
+    """
+    given = replace(problem, trust=tuple(trust.tolist()))
+    found: Tensor = _Projected.apply(problem.log_q, trust, given, solve)
+    return found
+
+
+class _Projected(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, log_q: Float[Tensor, "B v"], trust: Float[Tensor, " n"], problem: Projection, solve: Solve
+    ) -> Float[Tensor, "B v"]:
+        problem = replace(problem, log_q=log_q.detach())
+        state = solve(problem)
+        ctx.problem, ctx.state = problem, state
+        # What save_for_backward would keep is not a tensor of the graph: the solver ran outside it.
+        return state.log_p.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Float[Tensor, "B v"]) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+        problem, state = ctx.problem, ctx.state
+        p, r = state.log_p.exp(), state.log_r.exp()
+        inner = g - p * g.sum(-1, keepdim=True)
+        b = torch.cat([a * h.moments(inner)[0] for a, h in zip(problem.alpha, problem.heads, strict=True)], dim=-1)
+        y = _scores(problem, adjoint(problem, state, b))
+        x = problem.tilt(y)
+        to_pool = inner - p * (x - (p * x).sum(-1, keepdim=True))
+        to_pool = torch.where(problem.log_q.isneginf(), 0.0, to_pool)
+        centred = y - (r * y).sum(-1, keepdim=True)
+        covariance = (r * centred * state.z).sum(-1).sum(0)
+        return to_pool, covariance * torch.tensor(problem.gamma, dtype=y.dtype, device=y.device) ** 2, None, None
+
+
+def adjoint(problem: Projection, state: DualState, b: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+    """S with H s = b at the state's point."""
+    if b.shape[1] ** 2 * len(b) <= _ELEMENTS:
+        return _direct(problem, state, b)
+    return conjugate_gradients(problem, state, b)
+
+
+def _direct(problem: Projection, state: DualState, b: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+    H = sweep(problem, state.z, None, Centres(torch.zeros_like(b), torch.zeros_like(b))).H
+    assert H is not None
+    scale = H.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(H.dtype).tiny)
+    H.diagonal(dim1=-2, dim2=-1).add_(problem.eps * scale[:, None])
+    return torch.linalg.solve(H, b)
+
+
+def conjugate_gradients(
+    problem: Projection, state: DualState, b: Float[Tensor, "B D"], reduction: float = _REDUCTION, steps: int = _STEPS
+) -> Float[Tensor, "B D"]:
+    """H⁻¹ b by conjugate gradients from two reads of the heads a step; a row stops at ``reduction`` of its residual."""
+    p, r = state.log_p.exp(), state.log_r.exp()
+    s, residual = torch.zeros_like(b), b
+    d, size = residual, (residual**2).sum(-1)
+    goal = reduction**2 * size
+    for _ in range(steps):
+        Hd = _product(problem, p, r, d)
+        curvature = (d * Hd).sum(-1)
+        going = (size > goal) & (curvature > 0)
+        if not going.any():
+            break
+        t = torch.where(going, size / curvature, 0.0)[:, None]
+        s, residual = s + t * d, residual - t * Hd
+        new = (residual**2).sum(-1)
+        d = torch.where(going[:, None], residual + (new / size)[:, None] * d, 0.0)
+        size = torch.where(going, new, 0.0)
+    return s
+
+
+def _product(
+    problem: Projection, p: Float[Tensor, "B v"], r: Float[Tensor, "B n v"], d: Float[Tensor, "B D"]
+) -> Float[Tensor, "B D"]:
+    """H d, two reads of every head."""
+    y = _scores(problem, d)
+    x = problem.tilt(y)
+    joint = p * (x - (p * x).sum(-1, keepdim=True))
+    own = r * (y - (r * y).sum(-1, keepdim=True))
+    parts = zip(problem.heads, problem.alpha, problem.gamma, range(len(problem.heads)), strict=True)
+    return torch.cat([alpha * h.moments(joint + gamma * own[:, i])[0] for h, alpha, gamma, i in parts], dim=-1)
+
+
+def _scores(problem: Projection, s: Float[Tensor, "B D"]) -> Float[Tensor, "B n v"]:
+    parts = s.split([h.rank for h in problem.heads], dim=-1)
+    return torch.stack([h.scores(part) for h, part in zip(problem.heads, parts, strict=True)], dim=1)
