@@ -67,7 +67,7 @@ def evaluate(
     )  # fmt: skip
     named = rules or ensemble.model.config.rule
     named += f",logit-mean:prompt_weights={prompt_weights}" if prompt_weights else ""
-    averages = {"temperature": 1.0} if rules else {}
+    averages = {"rule_temperature": 1.0} if rules else {}
     choices = with_baselines(parse_choices(named, len(ensemble.names), averages), averages)
     read = {"window": window, "stride": stride, "bos": bos}
     limits = {"max_tokens": max_tokens, "max_per_document": max_per_document}
@@ -120,26 +120,30 @@ def write(facts: dict[str, Any], to: Path | None) -> None:
 def show(facts: dict[str, Any]) -> None:
     """A table on the terminal."""
     spread = f"{facts['clusters']['count']} {facts['clusters']['kind']}"
-    table = Table(
-        "", "nats/token", "perplexity", "bits/byte", "top-1", "calibration error", "against the best baseline (95 %)",
-        title=f"{facts['tokens']:,} tokens; intervals by {spread}",
-    )  # fmt: skip
+    table = Table(title=f"{facts['tokens']:,} tokens; intervals by {spread}")
+    table.add_column("", min_width=14, overflow="fold")
+    for name in ("nats", "perpl.", "bits/B", "top-1", "cal.", "vs best baseline"):
+        table.add_column(name, no_wrap=True)
     best = facts["best_baseline"]
     for kind in ("members", "rules"):
         for name, row in facts[kind].items():
-            against = "the best baseline" if name == best else ""
-            if kind == "rules" and name != best:
-                low, high = row["vs"]["ci95"]
-                against = f"{row['vs']['delta']:+.4f} \\[{low:+.4f}, {high:+.4f}]"
-            if row.get("fallbacks"):
-                against += f"  ({row['fallbacks']:,} answered by meet)"
-            if row.get("unconverged"):
-                against += f"  ({row['unconverged']:,} not converged)"
             bits = f"{row['bits_per_byte']:.4f}" if row["bits_per_byte"] is not None else ""
             table.add_row(
-                options.short(name), f"{row['nll']:.4f}", f"{row['perplexity']:.2f}", bits, f"{row['top1']:.3f}",
-                f"{row['calibration']['error']:.3f}", against,
+                options.short(name) if kind == "members" else name, f"{row['nll']:.4f}", f"{row['perplexity']:.2f}",
+                bits, f"{row['top1']:.3f}", f"{row['calibration']['error']:.3f}", _against(name, row, best),
             )  # fmt: skip
         table.add_section()
     Console().print(table)
-    Console().print(f"members disagree by {facts['disagreement']:.3f} nats a token (Jensen-Shannon); negative is better")
+    Console().print(f"members disagree by {facts['disagreement']:.3f} nats a token (Jensen-Shannon); differences are 95 %, negative is better")
+
+
+def _against(name: str, row: dict[str, Any], best: str) -> str:
+    if name == best:
+        return "is it"
+    if "vs" not in row:
+        return ""
+    low, high = row["vs"]["ci95"]
+    notes = [f"{row['fallbacks']:,} by meet"] if row["fallbacks"] else []
+    notes += [f"{row['unconverged']:,} not converged"] if row["unconverged"] else []
+    interval = f"{row['vs']['delta']:+.4f} ± {(high - low) / 2:.4f}"
+    return interval + (f" ({', '.join(notes)})" if notes else "")

@@ -12,6 +12,7 @@ from softmeet import __version__
 from softmeet.cli.check import check
 from softmeet.cli.config import config
 from softmeet.cli.evaluate import evaluate
+from softmeet.cli.fit import fit
 from softmeet.cli.generate import generate
 from softmeet.cli.inspect import inspect
 from softmeet.cli.lists import ListCommand
@@ -29,6 +30,7 @@ app.command()(inspect)
 app.command()(check)
 app.command(cls=ListCommand)(trace)
 app.command(cls=ListCommand)(evaluate)
+app.command(cls=ListCommand)(fit)
 app.command()(config)
 
 

@@ -60,7 +60,8 @@ def _parse(entry: str, n: int, shared: dict[str, Any]) -> Choice:
         given = settings["trust"]
         settings["trust"] = list(checked_trust(given[0] if len(given) == 1 else given, n))
     checked_pool(settings.get("pool", "logit-mean"))
-    checked_number("temperature", settings.get("temperature", 1.0), positive=True)
+    if "temperature" in settings:
+        settings["rule_temperature"] = checked_number("temperature", settings.pop("temperature"), positive=True)
     return Choice(entry, settings, prompt)
 
 

@@ -57,7 +57,7 @@ def join(parts: Sequence[Positions], names: list[str]) -> Positions:
     )
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: a fit differentiates through what comes of these
 def observe(
     ensemble: Ensemble,
     documents: Sequence[TokenizedDocument],

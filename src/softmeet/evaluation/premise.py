@@ -8,7 +8,9 @@ KL(s_i‖p̂_i) + KL(p̂_i‖s_i): the ratio of both means is the *premise score
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -56,12 +58,23 @@ def premise_scores(ensemble: Ensemble, text: str, limit: int = 512) -> list[Prem
     Raises:
         InvalidInputError: the text has fewer than two tokens.
     """
+    return premise_at(ensemble, ensemble.positions(text, limit))
+
+
+@torch.inference_mode()
+def premise_at(
+    ensemble: Ensemble, stretches: Iterable[tuple[list[Tensor], Tensor]], **pool: Any
+) -> list[Premise]:
+    """The test at some positions: hidden states of each member, (t, d_i), and the tokens that came, (t,).
+
+    ``pool`` are settings of the pool, such as ``weights``, in place of the ensemble's.
+    """
     gains: list[list[Float[Tensor, " B"]]] = [[] for _ in ensemble.names]
     expected: list[list[Float[Tensor, " B"]]] = [[] for _ in ensemble.names]
-    for hidden, targets in ensemble.positions(text, limit):
+    for hidden, targets in stretches:
         for start in range(0, len(targets), _CHUNK):
             rows = slice(start, start + _CHUNK)
-            _, solution = ensemble.model.solve_rows([h[rows] for h in hidden], rule="meet", trust=0.0)
+            _, solution = ensemble.model.solve_rows([h[rows] for h in hidden], rule="meet", trust=0.0, **pool)
             for i in range(len(ensemble.names)):
                 gain, mean = _first_order(solution, i, targets[rows])
                 gains[i].append(gain)

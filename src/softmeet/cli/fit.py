@@ -1,0 +1,80 @@
+"""``softmeet fit``: weights, temperature and trusts from a text, and an ensemble that is never worse than averaging."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from softmeet.cli import options, texts
+from softmeet.cli.config import Config
+from softmeet.cli.evaluate import Json, Traced, positions_of, write
+
+
+def fit(
+    out: Annotated[Path, typer.Option("--out", help="The folder of the fitted ensemble.")],
+    members: texts.Members = None,
+    text: texts.Text = None,
+    trace: Traced = None,
+    free_weights: Annotated[bool, typer.Option("--free-weights", help="Weights need not sum to one.")] = False,
+    meet_tokens: Annotated[
+        int, typer.Option(min=1, help="Size of the subset on which meet is fitted; averages take all.")
+    ] = 2000,
+    evaluations: Annotated[
+        int, typer.Option(min=1, help="Of loss and gradient, at most, for each meet; averages get three times as many.")
+    ] = 15,
+    separator: texts.Separator = None,
+    column: texts.Column = "text",
+    window: texts.Window = None,
+    stride: texts.Stride = None,
+    bos: texts.Bos = False,
+    max_tokens: texts.MaxTokens = None,
+    max_per_document: texts.MaxPerDocument = None,
+    as_json: Json = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    trust_remote_code: options.RemoteCode = False,
+    config: Config = None,
+) -> None:
+    """Learn weights, temperature and trusts, and save the best ensemble; or the best average, unless meet is better."""
+    found = None if trace else texts.documents(text, separator, column)
+    ensemble = options.load_ensemble(
+        texts.default_members(members, trace), None, None, dtype=dtype, device=device,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    from softmeet.evaluation.fit import Options
+    from softmeet.evaluation.fit import fit as learn
+    from softmeet.evaluation.save import save, verdict
+
+    read = {"window": window, "stride": stride, "bos": bos, "max_per_document": max_per_document}
+    given = Options(free_weights=free_weights, meet_positions=meet_tokens, evaluations=evaluations)
+    with texts.stoppable("nothing is saved; softmeet trace keeps the members' part"), texts.progress() as begin:
+        positions = positions_of(ensemble, trace, found, begin, max_tokens=max_tokens, **read)
+        fitted = learn(ensemble, positions, given, begin)
+    facts = save(ensemble, fitted, out)
+    write(facts, as_json)
+    if as_json != Path("-"):
+        _show(facts)
+        Console().print(f"[bold]{verdict(facts)}[/]\nsaved in {out}".replace("[+", r"\[+").replace("[-", r"\[-"))
+
+
+def _show(facts: dict[str, Any]) -> None:
+    parts = facts["splits"]
+    sizes = ", ".join(f"{parts[name]['tokens']:,} to {name}" for name in parts)
+    table = Table(
+        "candidate", "nats", "vs best baseline", "weights", "trust", "T", title=f"{sizes}; figures on the last"
+    )
+    for name, row in facts["candidates"].items():
+        low, high = row["ci95"]
+        best = name == facts["test"]["best_baseline"]
+        against = "is it" if best else f"{row['delta']:+.4f} ± {(high - low) / 2:.4f}"
+        weights, trust = (" ".join(f"{x:.2f}" for x in row[key]) for key in ("weights", "trust"))
+        shown = options.short(name) if "/" in name else name
+        table.add_row(
+            shown, f"{row['test_nll']:.4f}", against, weights, trust if row["rule"] == "meet" else "",
+            f"{row['rule_temperature']:.2f}",
+        )  # fmt: skip
+    Console().print(table)

@@ -1,0 +1,287 @@
+"""``fit``: from members and a text to the ensemble that is worth saving, never worse than the best fitted average.
+
+1. The text is split by document: to fit on, to choose by, to judge by.
+2. Each single member gets a temperature, each average weights and a temperature, by L-BFGS on all positions to fit on.
+3. From each fitted average, ``meet`` starts with trusts that the premise test suggests, and weights, temperature and
+   trusts are fitted together on a subset, by gradients through the solver.
+4. On the second part the best candidate and the best baseline are chosen. On the third they meet once: unless the 95 %
+   interval of their paired difference excludes zero, the baseline is the answer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from softmeet.ensemble import Ensemble
+from softmeet.evaluation.choices import Choice
+from softmeet.evaluation.intervals import Difference, paired
+from softmeet.evaluation.objective import Objective, Pool
+from softmeet.evaluation.parameters import Layout, Values
+from softmeet.evaluation.perplexity import Evaluation, evaluate, member_name
+from softmeet.evaluation.positions import Positions
+from softmeet.evaluation.premise import Premise, premise_at
+from softmeet.evaluation.splits import Part, split
+
+POOLS: tuple[Pool, ...] = ("logit-mean", "prob-mean")
+# Where a trust starts that the premise test does not support, and the most it starts with.
+_LOW, _HIGH = 0.05, 1.0
+# Averages cost little: they get so many times the evaluations.
+_CHEAPER = 3
+# L-BFGS takes its first step as long as the gradient: in units of a twentieth of a nat that is about right.
+_UNIT = 20.0
+
+Begin = Callable[[str, int, int | None], Callable[[int], None]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to fit.
+
+    Attributes:
+        free_weights: weights need not sum to one.
+        meet_positions: size of the subset that ``meet`` is fitted on.
+        premise_positions: size of the subset of the premise test.
+        evaluations: of the loss and its gradient, at most, for each ``meet``; averages get three times as many.
+    """
+
+    free_weights: bool = False
+    meet_positions: int = 2000
+    premise_positions: int = 512
+    evaluations: int = 15
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A fitted rule: its settings under the names of ``EnsembleConfig``; ``baseline`` if it is no ``meet``."""
+
+    name: str
+    settings: dict[str, Any]
+    baseline: bool
+    fit_nll: float
+    evaluations: int
+
+    @property
+    def label(self) -> str:
+        """Its name among scores, where a member's own name stands for the member as it is."""
+        return f"fitted {self.name}"
+
+
+@dataclass
+class Fitted:
+    """What a fit found.
+
+    Attributes:
+        candidates: in the order tried.
+        chosen: the one to save.
+        rival: the one of the lowest loss on the second part; what ``chosen`` is unless the third denied it.
+        best_baseline: the baseline of the lowest loss on the second part.
+        difference: ``rival`` minus ``best_baseline`` on the third part.
+        select, test: every candidate on the second and the third part.
+        premise: the test that the trusts started from.
+        sizes: positions and clusters of each part.
+    """
+
+    candidates: list[Candidate]
+    chosen: Candidate
+    rival: Candidate
+    best_baseline: Candidate
+    difference: Difference
+    select: Evaluation
+    test: Evaluation
+    test_part: Part
+    premise: list[Premise]
+    sizes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def fell_back(self) -> bool:
+        """Whether a rule won on the second part and the third did not confirm it."""
+        return self.rival is not self.chosen
+
+
+def fit(
+    ensemble: Ensemble,
+    positions: Positions,
+    options: Options | None = None,
+    begin: Begin = lambda description, done, total: lambda count: None,
+) -> Fitted:
+    """Fit every candidate, choose, and judge; see the module's docstring.
+
+    Args:
+        ensemble: the members; its own rule and settings do not matter.
+        positions: of the text.
+        options: how.
+        begin: called with a description, 0 and a number of positions or None; gives what to call with each advance.
+
+    Raises:
+        InvalidInputError: the text is too short to split.
+    """
+    options = options or Options()
+    parts = split(positions)
+    n = len(ensemble.names)
+    candidates = [_single(ensemble, parts["fit"].positions, i, options, begin) for i in range(n)]
+    premise: list[Premise] = []
+    if n > 1:
+        averages = [_average(ensemble, parts["fit"].positions, pool, options, begin) for pool in POOLS]
+        candidates += averages
+        best = min(averages, key=lambda candidate: candidate.fit_nll)
+        premise = _premise(ensemble, parts["fit"].subset(options.premise_positions), best)
+        subset = parts["fit"].subset(options.meet_positions)
+        candidates += [_meet(ensemble, subset, average, premise, options, begin) for average in averages]
+    return _judge(ensemble, parts, candidates, premise, begin)
+
+
+def minimise(objective: Objective, start: Values, evaluations: int) -> tuple[Values, float, int]:
+    """(values, loss, evaluations) by L-BFGS-B from ``start``, rounded; the best point seen, should it end early."""
+    from scipy.optimize import minimize
+
+    best: list[Any] = [math.inf, objective.layout.pack(start)]
+
+    def value(theta: Any) -> tuple[float, Any]:
+        at = torch.tensor(theta, dtype=torch.float64)
+        loss, gradient = objective(at)
+        if loss < best[0]:
+            best[:] = [loss, at]
+        return _UNIT * loss, _UNIT * gradient.numpy()
+
+    layout = objective.layout
+    done = minimize(
+        value, layout.pack(start).numpy(), jac=True, method="L-BFGS-B", bounds=layout.bounds(),
+        options={"maxfun": evaluations, "ftol": 1e-7, "gtol": 1e-4},
+    )  # fmt: skip
+    return layout.values(best[1]).rounded(free=layout.free), best[0], int(done.nfev)
+
+
+def _single(ensemble: Ensemble, positions: Positions, i: int, options: Options, begin: Begin) -> Candidate:
+    """A member at its best temperature."""
+    name = member_name(ensemble.names, i)
+    n, advance = len(ensemble.names), begin(f"fitting {name}", 0, None)
+    objective = Objective(ensemble.model, positions, Layout(1), "logit-mean", [i], on_progress=advance)
+    values, loss, count = minimise(objective, Values((1.0,)), _CHEAPER * options.evaluations)
+    weights = [1.0 if k == i else 0.0 for k in range(n)]
+    settings = {"rule": "logit-mean", "weights": weights, "trust": [0.0] * n, "rule_temperature": values.temperature}
+    return Candidate(name, settings, True, loss, count)
+
+
+def _average(ensemble: Ensemble, positions: Positions, pool: Pool, options: Options, begin: Begin) -> Candidate:
+    """A pool with weights and temperature."""
+    n = len(ensemble.names)
+    # A free scale of the weights is a logit mean's temperature already.
+    layout = Layout(n, free=options.free_weights, tempered=not (options.free_weights and pool == "logit-mean"))
+    objective = Objective(ensemble.model, positions, layout, pool, on_progress=begin(f"fitting {pool}", 0, None))
+    values, loss, count = minimise(objective, Values((1 / n,) * n), _CHEAPER * options.evaluations)
+    return Candidate(pool, _settings(pool, pool, values, n, options), True, loss, count)
+
+
+def _meet(
+    ensemble: Ensemble,
+    positions: Positions,
+    average: Candidate,
+    premise: Sequence[Premise],
+    options: Options,
+    begin: Begin,
+) -> Candidate:
+    """``meet`` from a fitted pool, everything fitted together."""
+    n, pool = len(ensemble.names), average.settings["rule"]
+    name = "meet" if pool == "logit-mean" else f"meet from {pool}"
+    layout = Layout(n, n, free=options.free_weights)
+    objective = Objective(ensemble.model, positions, layout, pool, on_progress=begin(f"fitting {name}", 0, None))
+    trust = tuple(min(max(p.score, _LOW), _HIGH) if p.score == p.score else _LOW for p in premise)
+    start = Values(tuple(average.settings["weights"]), average.settings["rule_temperature"], trust)
+    values, loss, count = minimise(objective, start, options.evaluations)
+    return Candidate(name, _settings("meet", pool, values, n, options), False, loss, count)
+
+
+def _settings(rule: str, pool: Pool, values: Values, n: int, options: Options) -> dict[str, Any]:
+    return {
+        "rule": rule,
+        "pool": pool,
+        "weights": list(values.weights),
+        "trust": list(values.trust) or [0.0] * n,
+        "rule_temperature": values.temperature,
+        "free_weights": options.free_weights,
+    }
+
+
+def _premise(ensemble: Ensemble, positions: Positions, average: Candidate) -> list[Premise]:
+    pool = {
+        "weights": average.settings["weights"],
+        "pool": average.settings["rule"],
+        "free_weights": average.settings["free_weights"],
+        "rule_temperature": 1.0,
+    }
+    return premise_at(ensemble, [(positions.hidden, positions.targets)], **pool)
+
+
+def _judge(
+    ensemble: Ensemble, parts: dict[str, Part], candidates: list[Candidate], premise: list[Premise], begin: Begin
+) -> Fitted:
+    choices = [Choice(candidate.label, {"free_weights": False, **candidate.settings}) for candidate in candidates]
+    found = {}
+    for name in ("select", "test"):
+        advance = begin(f"scoring the {name} part", 0, len(parts[name].positions))
+        found[name] = evaluate(ensemble, parts[name].positions, choices, advance)
+
+    def loss(candidate: Candidate) -> float:
+        return found["select"].choices[candidate.label].mean
+
+    rival = min(candidates, key=loss)
+    best = min((candidate for candidate in candidates if candidate.baseline), key=loss)
+    test = found["test"].choices
+    difference = paired(test[rival.label].nats, test[best.label].nats, parts["test"].within)
+    chosen = rival if rival is best or difference.high < 0 else best
+    sizes = {
+        name: {"tokens": len(part.positions), "clusters": part.within.count, "kind": part.within.kind}
+        for name, part in parts.items()
+    }
+    return Fitted(
+        candidates, chosen, rival, best, difference, found["select"], found["test"], parts["test"], premise, sizes
+    )
+
+
+def figures(fitted: Fitted) -> dict[str, Any]:
+    """What ``softmeet fit --json`` writes."""
+    test, chosen, best = fitted.test, fitted.chosen, fitted.best_baseline
+    against = Difference(0.0, 0.0, 0.0) if chosen is best else fitted.difference
+    rows = {}
+    for candidate in fitted.candidates:
+        scores = test.choices[candidate.label]
+        one = paired(scores.nats, test.choices[best.label].nats, fitted.test_part.within)
+        rows[candidate.name] = {
+            **candidate.settings,
+            "baseline": candidate.baseline,
+            "fit_nll": candidate.fit_nll,
+            "evaluations": candidate.evaluations,
+            "select_nll": fitted.select.choices[candidate.label].mean,
+            "test_nll": scores.mean,
+            "delta": one.mean,
+            "ci95": [one.low, one.high],
+        }
+    return {
+        "chosen": chosen.settings["rule"],
+        "candidate": chosen.name,
+        "weights": chosen.settings["weights"],
+        "trust": chosen.settings["trust"],
+        "temperature": chosen.settings["rule_temperature"],
+        "pool": chosen.settings.get("pool", "logit-mean"),
+        "test": {
+            "nll": test.choices[chosen.label].mean,
+            "best_baseline": best.name,
+            "delta": against.mean,
+            "ci95": [against.low, against.high],
+        },
+        "fell_back": fitted.fell_back,
+        "rival": {
+            "candidate": fitted.rival.name,
+            "delta": fitted.difference.mean,
+            "ci95": [fitted.difference.low, fitted.difference.high],
+        },
+        "members": {name: {"nll": scores.mean} for name, scores in test.members.items()},
+        "premise": [asdict(p) | {"verdict": p.verdict} for p in fitted.premise],
+        "splits": fitted.sizes,
+        "candidates": rows,
+    }

@@ -1,0 +1,150 @@
+"""The loss that a fit minimises: nats per token at some positions, with its gradient, in chunks of bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from softmeet.evaluation.parameters import Layout
+from softmeet.evaluation.perplexity import chunk_size
+from softmeet.evaluation.positions import Positions
+from softmeet.hf.modeling import EnsembleForCausalLM
+from softmeet.rules.meet import full_hessian_pays
+from softmeet.rules.problem import Problem
+from softmeet.simplex import log_normalize
+from softmeet.solvers.base import iterate
+from softmeet.solvers.dual import DualState
+from softmeet.solvers.implicit import projected
+from softmeet.solvers.newton import DualNewton
+from softmeet.solvers.projection import Projection
+from softmeet.solvers.subsampled import SubsampledNewton
+
+Pool = Literal["logit-mean", "prob-mean"]
+_MAX_STEPS = 50
+# Bytes of log-probabilities that may be kept between evaluations instead of being made again from hidden states.
+_KEPT = 1 << 30
+
+
+def solve(problem: Projection) -> DualState:
+    """As the rule ``meet`` does, without its rescue of rows in trouble: their gradient is not worth it."""
+    if full_hessian_pays(problem):
+        return iterate(DualNewton(), problem, _MAX_STEPS)
+    return iterate(SubsampledNewton(), problem, _MAX_STEPS)
+
+
+@dataclass
+class Objective:
+    """Mean nats per token of a pool, or of ``meet`` from that pool where the layout has trusts.
+
+    Args:
+        model: the members' heads.
+        positions: of the text to fit on.
+        layout: of the parameters.
+        pool: which average.
+        members: those that take part, by index; all if None.
+        tol: of the solver, in nats.
+        on_progress: called with the number of positions after each chunk.
+    """
+
+    model: EnsembleForCausalLM
+    positions: Positions
+    layout: Layout
+    pool: Pool
+    members: Sequence[int] | None = None
+    tol: float = 1e-4
+    on_progress: Callable[[int], None] = lambda positions: None
+
+    def __post_init__(self) -> None:
+        v, n = self.model.config.vocab_size, len(self.model.heads)
+        self._keep = 4 * n * v * len(self.positions) <= _KEPT
+        self._kept: dict[int, tuple[Tensor, Tensor | None]] = {}
+
+    def __call__(self, theta: Float[Tensor, " k"]) -> tuple[float, Float[Tensor, " k"]]:
+        """(loss, gradient) at a vector of parameters."""
+        total, gradient = 0.0, torch.zeros_like(theta)
+        for k, chunk in enumerate(self.positions.chunks(chunk_size(self.model.config.vocab_size))):
+            log_p, logits = self._log_probs(k, chunk)
+            leaf = theta.detach().clone().requires_grad_()
+            loss = self.losses(leaf, log_p, logits, chunk.targets).sum()
+            gradient += torch.autograd.grad(loss, leaf)[0]
+            total += loss.item()
+            self.on_progress(len(chunk))
+        return total / len(self.positions), gradient / len(self.positions)
+
+    def losses(
+        self, theta: Float[Tensor, " k"], log_p: Float[Tensor, "n B v"], logits: Tensor | None, targets: Tensor
+    ) -> Float[Tensor, " B"]:
+        """-log p(target) of each row, differentiable in ``theta``."""
+        weights, temperature, trust = self.layout.unpack(theta)
+        answer = pooled(self.pool, log_p, weights.to(log_p.dtype), self.model.support)
+        if self.layout.trusts:
+            answer = self._met(answer.double(), trust, log_p, logits)
+        scaled = log_normalize(answer / temperature.to(answer.dtype))
+        return -scaled.gather(-1, targets[:, None]).squeeze(-1).double()
+
+    def _met(
+        self, log_q: Float[Tensor, "B v"], trust: Tensor, log_p: Float[Tensor, "n B v"], logits: Tensor | None
+    ) -> Float[Tensor, "B v"]:
+        problem = self._problem(log_p, logits)
+        everyone = list(range(len(log_p)))
+        projection = problem.projection(everyone, problem.trust)
+        # Outside the support that all members share the projection has no say: zero there from the start.
+        shared = (~problem.log_p.isneginf()).all(0)
+        log_q = log_normalize(torch.where(shared & ~log_q.isneginf(), log_q, -torch.inf))
+        return projected(
+            Projection(log_q, projection.log_p, projection.heads, projection.trust, self.tol), trust, solve
+        )
+
+    def _problem(self, log_p: Float[Tensor, "n B v"], logits: Tensor | None) -> Problem:
+        slopes = tuple(
+            None if head.soft_cap is None or logits is None else head.slope(logits[i].double())
+            for i, head in enumerate(self.model.heads)
+        )
+        return Problem(
+            log_p=log_normalize(log_p.double()),
+            heads=tuple(self.model.heads),
+            slopes=slopes,
+            weights=torch.full((len(log_p),), 1 / len(log_p), dtype=torch.float64),
+            trust=(1.0,) * len(log_p),
+            pool="prob-mean",
+            support=self.model.support,
+            tol=self.tol,
+            max_steps=_MAX_STEPS,
+            dtype=torch.float32 if self.tol >= 1e-6 else torch.float64,
+        )
+
+    @torch.no_grad()
+    def _log_probs(self, k: int, chunk: Positions) -> tuple[Tensor, Tensor | None]:
+        if k in self._kept:
+            return self._kept[k]
+        log_p, logits = self.model.own_log_probs(chunk.hidden)
+        if self.members is not None:
+            some = list(self.members)
+            log_p, logits = log_p[some], None if logits is None else logits[some]
+        found = log_p, logits
+        if self._keep:
+            self._kept[k] = found
+        return found
+
+
+def pooled(
+    pool: Pool, log_p: Float[Tensor, "n B v"], weights: Float[Tensor, " n"], support: Tensor | None
+) -> Float[Tensor, "B v"]:
+    """A pool's log-probabilities on the support, differentiable in the weights; zero where a member has zero.
+
+    (A probability mean keeps tokens that some member excludes, as :func:`softmeet.simplex.prob_mean` does.)
+    """
+    zero = log_p.isneginf()
+    if pool == "logit-mean":
+        scores = torch.einsum("n,nbv->bv", weights, log_p.masked_fill(zero, 0.0))
+        scores = scores.masked_fill(zero.any(0), -torch.inf)
+    else:
+        scores = (log_p + weights.log()[:, None, None]).logsumexp(0)
+    if support is not None:
+        scores = scores.masked_fill(~support, -torch.inf)
+    return log_normalize(scores)

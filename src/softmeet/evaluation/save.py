@@ -1,0 +1,71 @@
+"""Saving a fitted ensemble: a directory that loads as any ensemble does, with a card of what was tried."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from softmeet.ensemble import Ensemble
+from softmeet.evaluation.fit import Fitted, figures
+from softmeet.hf.configuration import EnsembleConfig
+
+CARD = """
+## How it was chosen
+
+Fitted on {fit[tokens]:,} tokens, chosen on {select[tokens]:,}, judged once on {test[tokens]:,}, in {fit[clusters]},
+{select[clusters]} and {test[clusters]} {test[kind]}. Differences are against the best fitted baseline, `{best}`, on the
+part for judging; 95 %, paired, by {test[kind]}; negative is better.
+
+| candidate | nats/token | against the best baseline | weights | trust | temperature |
+|---|---|---|---|---|---|
+{rows}
+
+**{verdict}**
+
+All figures are in `fit.json`.
+"""
+
+
+def verdict(facts: dict[str, Any]) -> str:
+    """What was chosen and why, in a sentence or two."""
+    best, rival, low, high = facts["test"]["best_baseline"], facts["rival"]["candidate"], *facts["rival"]["ci95"]
+    if facts["fell_back"]:
+        return (
+            f"Falls back to {best}: {rival} was best on the part for choosing, but on the part for judging its difference "
+            f"of {facts['rival']['delta']:+.4f} nats has the interval [{low:+.4f}, {high:+.4f}], which does not exclude zero "
+            "in its favour."
+        )
+    if facts["candidate"] == best:
+        return f"Uses {best}: no rule did better on the part for choosing."
+    return f"Uses {rival}: {facts['rival']['delta']:+.4f} nats a token against {best} [{low:+.4f}, {high:+.4f}]."
+
+
+def save(ensemble: Ensemble, fitted: Fitted, folder: str | Path) -> dict[str, Any]:
+    """Write the chosen ensemble and its card; the ensemble in memory takes the chosen settings too.
+
+    Returns:
+        The figures, as ``fit.json`` has them.
+    """
+    facts = figures(fitted)
+    limits = {key: getattr(ensemble.model.config, key, None) for key in ("vocab_size", "max_position_embeddings")}
+    ids = {key: getattr(ensemble.model.config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ensemble.model.config = EnsembleConfig(ensemble.names, **fitted.chosen.settings, **limits, **ids)
+    ensemble.save_pretrained(folder)
+    with (Path(folder) / "README.md").open("a", encoding="utf-8") as card:
+        card.write(_card(facts))
+    (Path(folder) / "fit.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    return facts
+
+
+def _card(facts: dict[str, Any]) -> str:
+    rows = []
+    for name, row in facts["candidates"].items():
+        low, high = row["ci95"]
+        difference = f"{row['delta']:+.4f} [{low:+.4f}, {high:+.4f}]" if name != facts["test"]["best_baseline"] else ""
+        weights, trust = (", ".join(f"{x:.3g}" for x in row[key]) for key in ("weights", "trust"))
+        trust = trust if row["rule"] == "meet" else ""
+        rows.append(f"| {name} | {row['test_nll']:.4f} | {difference} | {weights} | {trust} | {row['rule_temperature']:.3f} |")
+    return CARD.format(
+        rows="\n".join(rows), best=facts["test"]["best_baseline"], verdict=verdict(facts), **facts["splits"]
+    )
