@@ -1,0 +1,40 @@
+"""An ensemble as a model of EleutherAI's lm-evaluation-harness, through the harness's own wrapper for transformers.
+
+From a shell, with the harness's own options::
+
+    python -m softmeet.evaluation.harness --model hf --model_args pretrained=my-ensemble --tasks hellaswag
+
+which is ``lm_eval`` in a process that knows ensembles; or :func:`harness_model` from Python. The ensemble solves every
+position, padding included, in chunks of bounded memory, but the harness holds the answers of a batch, (B, t, v) floats.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import softmeet.hf  # noqa: F401 - so that the Auto classes know ensembles
+from softmeet.ensemble import Ensemble
+
+try:
+    from lm_eval.models.huggingface import HFLM
+except ImportError as error:  # pragma: no cover - the extra is installed where tests run
+    raise ImportError("the harness is an extra: pip install 'softmeet[lm-eval]'") from error
+
+
+def harness_model(ensemble: Ensemble, **options: Any) -> HFLM:
+    """The ensemble as an ``lm_eval`` model, for ``lm_eval.simple_evaluate(model=…, tasks=…)``.
+
+    Args:
+        ensemble: in memory.
+        options: of the harness's ``HFLM``, such as ``batch_size``; ``max_length`` is the shortest member's context
+            unless given.
+    """
+    limit = getattr(ensemble.model.config, "max_position_embeddings", None)
+    given = {"max_length": limit, "device": str(ensemble.model.device), **options}
+    return HFLM(pretrained=ensemble.model, tokenizer=ensemble.tokenizer, backend="causal", **given)
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
