@@ -26,6 +26,7 @@ from softmeet.hf.report import TokenReport, TokenReports
 from softmeet.hf.sampling import RowSampler
 from softmeet.members import zoo
 from softmeet.members.huggingface import Device, Dtype
+from softmeet.members.weighting import perplexity_weights
 from softmeet.rules.solution import Solution
 
 
@@ -173,6 +174,20 @@ class Ensemble:
         return [reports.at(row, token) for row, token in enumerate(tokens.tolist())]
 
     @torch.inference_mode()
+    def prompt_weights(self, text: str) -> list[float]:
+        """Weights that sum to one, from each member's perplexity on ``text`` (``members/weighting.py``).
+
+        Raises:
+            InvalidInputError: the text has fewer than two tokens, or more than the shortest context.
+        """
+        ids = self._encode([text])["input_ids"]
+        if ids.shape[1] < 2:
+            raise InvalidInputError(f"expected a prompt of at least two tokens to weigh members by, got {text!r}")
+        log_probs, _ = self.model.own_log_probs([h[:-1] for h in self.model.hidden_states(ids)])
+        targets = ids[0, 1:].to(log_probs.device).expand(len(log_probs), -1)
+        return perplexity_weights((-log_probs.gather(-1, targets[..., None])).squeeze(-1).mean(-1).tolist())
+
+    @torch.inference_mode()
     def positions(self, text: str, limit: int) -> Iterator[tuple[list[torch.Tensor], torch.Tensor]]:
         """The first ``limit`` predictions over a text, in windows of the shortest context.
 
@@ -202,7 +217,13 @@ class Ensemble:
     def generate(self, text: list[str], **options: Any) -> list[str]: ...
     @torch.inference_mode()
     def generate(
-        self, text: str | list[str], *, seed: int | None = None, recorder: Recorder | None = None, **options: Any
+        self,
+        text: str | list[str],
+        *,
+        seed: int | None = None,
+        recorder: Recorder | None = None,
+        prompt_weights: bool = False,
+        **options: Any,
     ) -> str | list[str]:
         """Continue one prompt, or several in one batch; returns the new text only.
 
@@ -211,12 +232,18 @@ class Ensemble:
             seed: prompt k draws from its own generator (seed, k), so its tokens do not depend on the others. None for
                 torch's global generator.
             recorder: sums up what the rule did.
-            options: of transformers' ``generate``, under their own names.
+            prompt_weights: weigh the members by how well each predicts the prompt (:meth:`prompt_weights`); prompts are
+                then continued one after another.
+            options: of transformers' ``generate``, under their own names; ``weights`` are the pool's for this call.
 
         Raises:
             InvalidInputError: a prompt is empty or leaves no room in the shortest context.
         """
         prompts = [text] if isinstance(text, str) else list(text)
+        if prompt_weights:
+            shared = {"seed": seed, "recorder": recorder, **options}
+            own = [self.generate(prompt, **shared, weights=self.prompt_weights(prompt)) for prompt in prompts]
+            return own[0] if isinstance(text, str) else own
         inputs = self._encode(prompts)
         out = self.model.generate(**inputs, **self._options(inputs, seed, recorder, options))
         texts = self.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

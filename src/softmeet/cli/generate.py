@@ -42,6 +42,9 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Keep the most probable tokens up to this mass.")] = None,
     min_p: Annotated[float | None, typer.Option(help="Keep tokens above this share of the largest.")] = None,
     repetition_penalty: Annotated[float | None, typer.Option()] = None,
+    prompt_weights: Annotated[
+        bool, typer.Option("--prompt-weights", help="Weigh members by their perplexity on the prompt.")
+    ] = False,
     seed: Annotated[int | None, typer.Option(help="Prompt k draws from the generator (seed, k).")] = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
@@ -74,6 +77,10 @@ def generate(
     sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "min_p": min_p, "top_k": top_k or 0}
     given = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, "repetition_penalty": repetition_penalty}
     given |= sampling if do_sample else {}
+    if prompt_weights and len(texts) == 1:
+        given["weights"] = ensemble.prompt_weights(texts[0])
+    elif prompt_weights:
+        given["prompt_weights"] = True
     _run(ensemble, texts, {k: v for k, v in given.items() if v is not None}, seed, as_json=as_json, summary=summary)
 
 

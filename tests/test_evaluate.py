@@ -1,0 +1,206 @@
+"""``softmeet evaluate``: its numbers against transformers' own loss, and its intervals against simulation."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import tiny
+import torch
+from test_cli import run
+
+from softmeet import Ensemble
+from softmeet.errors import InvalidInputError
+from softmeet.evaluation.choices import Choice, parse_choices, with_baselines
+from softmeet.evaluation.documents import Document
+from softmeet.evaluation.intervals import clusters, paired
+from softmeet.evaluation.perplexity import Scores, evaluate
+from softmeet.evaluation.positions import observe_text
+from softmeet.evaluation.report import calibration, gain_by_disagreement, summary
+from softmeet.members.weighting import perplexity_weights
+
+WORDS = "the quick brown fox jumps over the lazy dog. "
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("members")
+    return [tiny.save(folder / name, name, seed=k) for k, name in enumerate(("gpt2", "llama"))]
+
+
+@pytest.fixture(scope="module")
+def ensemble(folders):
+    return Ensemble.from_pretrained(folders)
+
+
+def test_one_member_has_transformers_own_loss(ensemble):
+    """On the same sliding windows, with transformers masking what was counted before."""
+    window, stride = 24, 10
+    positions = observe_text(ensemble, [Document("d", WORDS * 3)], window=window, stride=stride)
+    found = evaluate(ensemble, positions, [Choice("average", {"rule": "logit-mean"})])
+    ids = ensemble.tokenizer(WORDS * 3, return_tensors="pt")["input_ids"]
+    for member, scores in zip(ensemble.model.members, found.members.values(), strict=True):
+        total, done = 0.0, 1
+        for start in range(0, ids.shape[1] - 1, stride):
+            stop = min(start + window + 1, ids.shape[1])
+            if stop <= done:
+                continue
+            labels = ids[:, start:stop].clone()
+            labels[:, : done - start] = -100
+            with torch.no_grad():
+                total += member(input_ids=ids[:, start:stop], labels=labels).loss.item() * (stop - done)
+            done = stop
+        assert scores.mean == pytest.approx(total / (ids.shape[1] - 1), abs=1e-4)
+
+
+def test_rules_are_those_of_combine(ensemble):
+    positions = observe_text(ensemble, [Document("d", WORDS)])
+    choices = [
+        Choice("meet", {"rule": "meet", "trust": [0.5, 2.0]}),
+        Choice("cool", {"rule": "prob-mean", "weights": [0.25, 0.75], "rule_temperature": 0.5}),
+    ]
+    found = evaluate(ensemble, positions, choices)
+    log_probs, meet = ensemble.model.solve_rows(positions.hidden, rule="meet", trust=[0.5, 2.0])
+    target = positions.targets[:, None]
+    assert torch.allclose(found.choices["meet"].nats, -meet.log_probs.gather(-1, target)[:, 0].double(), atol=1e-6)
+    mean = (0.25 * log_probs[0].exp() + 0.75 * log_probs[1].exp()) ** 2
+    expected = -(mean / mean.sum(-1, keepdim=True)).log().gather(-1, target)[:, 0]
+    assert torch.allclose(found.choices["cool"].nats, expected.double(), atol=1e-5)
+    assert found.choices["meet"].passes > 0
+
+
+def test_weights_from_the_prompt_apply_after_it(ensemble):
+    documents = [Document("a", WORDS), Document("b", WORDS[::-1])]
+    positions = observe_text(ensemble, documents)
+    found = evaluate(ensemble, positions, [Choice("packed", {"rule": "logit-mean"}, prompt=10)])
+    log_probs, _ = ensemble.model.own_log_probs(positions.hidden)
+    nats = -log_probs.gather(-1, positions.targets.expand(2, -1)[..., None])[..., 0]
+    for k in range(2):
+        own = (positions.document == k).nonzero()[:, 0]
+        weights = perplexity_weights(nats[:, own[:10]].mean(-1).tolist())
+        for rows, w in ((own[:10], [0.5, 0.5]), (own[10:], weights)):
+            _, solution = ensemble.model.solve_rows([h[rows] for h in positions.hidden], rule="logit-mean", weights=w)
+            expected = -solution.log_probs.gather(-1, positions.targets[rows, None])[:, 0].double()
+            assert torch.allclose(found.choices["packed"].nats[rows], expected, atol=1e-6)
+
+
+def test_prompt_weights_in_generation(ensemble):
+    """The member that finds the prompt likelier counts more, and each prompt has weights of its own."""
+    prompts = ["the quick", "zzzz"]
+    weights = [ensemble.prompt_weights(prompt) for prompt in prompts]
+    assert weights[0] != weights[1]
+    ids = ensemble.tokenizer(prompts[0], return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        losses = [member(input_ids=ids, labels=ids).loss.item() for member in ensemble.model.members]
+    assert weights[0] == pytest.approx(perplexity_weights(losses), abs=1e-5)
+    together = ensemble.generate(prompts, max_new_tokens=6, do_sample=False, prompt_weights=True)
+    for prompt, own, text in zip(prompts, weights, together, strict=True):
+        assert text == ensemble.generate(prompt, max_new_tokens=6, do_sample=False, weights=own)
+    with pytest.raises(InvalidInputError, match="two tokens"):
+        ensemble.prompt_weights("z")
+
+
+def test_intervals_cover_what_they_say():
+    """Clusters that share an error: an interval that took tokens for independent would cover far less."""
+    generator = torch.Generator().manual_seed(0)
+    document = torch.arange(15).repeat_interleave(40)
+    covered = naive = 0
+    for _ in range(400):
+        difference = 0.3 * torch.randn(15, generator=generator)[document] + torch.randn(600, generator=generator) + 0.1
+        found = paired(difference, torch.zeros(600), clusters(document))
+        covered += found.low <= 0.1 <= found.high
+        half = 1.96 * difference.std().item() / math.sqrt(600)
+        naive += abs(difference.mean().item() - 0.1) <= half
+    assert 0.93 * 400 <= covered <= 0.98 * 400
+    assert naive < 0.75 * 400
+
+
+def test_few_documents_are_cut_into_blocks():
+    found = clusters(torch.tensor([0] * 300 + [1] * 100))
+    assert (found.kind, found.count) == ("blocks", 20)
+    assert found.of.diff().ge(0).all()
+    assert not set(found.of[:300].tolist()) & set(found.of[300:].tolist())
+    assert clusters(torch.zeros(2, dtype=torch.int64)).count == 2
+    with pytest.raises(InvalidInputError, match="two positions"):
+        clusters(torch.zeros(1, dtype=torch.int64))
+
+
+def test_calibration_and_gain_by_disagreement():
+    confidence = torch.tensor([0.95, 0.95, 0.15, 0.15], dtype=torch.float64)
+    found = calibration(Scores(torch.zeros(4), torch.tensor([True, False, False, False]), confidence))
+    assert found["error"] == pytest.approx((0.45 + 0.15) / 2)
+    assert found["positions"] == [2, 2]
+    ours, base = (Scores(x, torch.ones(6) > 0, torch.ones(6)) for x in (torch.arange(6.0), torch.full((6,), 3.0)))
+    bins = gain_by_disagreement(ours, base, torch.tensor([5.0, 4, 3, 2, 1, 0]), bins=2)
+    assert [b["gain"] for b in bins] == [-1.0, 2.0]
+    assert [b["disagreement"] for b in bins] == [1.0, 4.0]
+
+
+def test_the_baseline_is_the_best_of_members_and_averages(ensemble):
+    positions = observe_text(ensemble, [Document("d", WORDS * 2)])
+    facts = summary(evaluate(ensemble, positions, with_baselines([Choice("meet", {"rule": "meet"})], {})))
+    every = {**facts["members"], **{name: facts["rules"][name] for name in ("logit-mean", "prob-mean")}}
+    best = min(every, key=lambda name: every[name]["nll"])
+    assert facts["rules"]["meet"]["vs"]["baseline"] == best
+    assert facts["rules"]["meet"]["vs"]["delta"] == pytest.approx(facts["rules"]["meet"]["nll"] - every[best]["nll"])
+    nats = facts["rules"]["meet"]["nll"] * facts["tokens"]
+    assert facts["rules"]["meet"]["bits_per_byte"] == pytest.approx(nats / math.log(2) / facts["bytes"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("vote", "unknown rule 'vote'"),
+        ("meet:rho=1", "unknown option 'rho'"),
+        ("meet:trust=much", "expected trust=NUMBER"),
+        ("meet:trust=1/2/3", "one trust"),
+        ("meet:trust=-1", "trusts from 0"),
+        ("prob-mean:weights=1/1", "sum to 1"),
+        ("meet:pool=both", "unknown pool"),
+        ("meet:temperature=0", "positive temperature"),
+        (",", "at least one rule"),
+    ],
+)
+def test_rules_that_are_none(text, message):
+    with pytest.raises(InvalidInputError, match=message):
+        parse_choices(text, 2, {})
+
+
+def test_the_command(folders, tmp_path):
+    (tmp_path / "a.txt").write_text(WORDS * 3)
+    done = run(
+        "evaluate", "--members", *folders, "--text", tmp_path / "a.txt", "--rules", "logit-mean,prob-mean,meet",
+        "--trust", "1.0", "--max-tokens", 50, "--json", tmp_path / "out.json", "--plots", tmp_path / "plots",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((tmp_path / "out.json").read_text())
+    assert facts["tokens"] == 50
+    assert list(facts["members"]) == [str(f) for f in folders]
+    assert list(facts["rules"]) == ["logit-mean", "prob-mean", "meet"]
+    low, high = facts["rules"]["meet"]["vs"]["ci95"]
+    assert low <= facts["rules"]["meet"]["vs"]["delta"] <= high
+    assert "vs best baseline" in done.stdout
+    pictures = sorted(p.name for p in (tmp_path / "plots").iterdir())
+    assert pictures == ["calibration.png", "differences.png", "gain.png"]
+    assert all((tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+
+
+def test_over_a_trace_and_over_its_text_alike(folders, tmp_path):
+    (tmp_path / "a.txt").write_text(WORDS)
+    done = run("trace", tmp_path / "t", "--members", *folders, "--text", tmp_path / "a.txt", "--shard", 10)
+    assert done.returncode == 0, done.stderr
+    arguments = ["--rules", "meet:trust=0/1,logit-mean", "--json", "-"]
+    traced = run("evaluate", "--trace", tmp_path / "t", *arguments)
+    assert traced.returncode == 0, traced.stderr
+    direct = run("evaluate", "--members", *folders, "--text", tmp_path / "a.txt", *arguments)
+    a, b = json.loads(traced.stdout), json.loads(direct.stdout)
+    assert a["rules"]["meet:trust=0/1"]["nll"] == pytest.approx(b["rules"]["meet:trust=0/1"]["nll"], abs=1e-6)
+    assert a["bytes"] == b["bytes"]
+    done = run("evaluate", "--trace", tmp_path / "t", "--members", *folders[::-1])
+    assert done.returncode == 2
+    assert "in its place stands" in done.stderr
+    (tmp_path / "t" / "shard-00000.parquet").write_bytes(b"PAR1")
+    done = run("evaluate", "--trace", tmp_path / "t", "--json", "-")
+    assert json.loads(done.stdout)["tokens"] == a["tokens"] - 44
+    assert "is damaged" in done.stderr.replace("\n", " ")
