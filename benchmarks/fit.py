@@ -16,20 +16,13 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from held_out import held_out_documents
 from report import machine, show
 from softmeet import Ensemble
-from softmeet.evaluation.documents import Document
 from softmeet.evaluation.fit import Options, fit
 from softmeet.evaluation.save import save, verdict
 from softmeet.evaluation.trace import Trace, record
 from softmeet.members import zoo
-
-
-def held_out_documents() -> list[Document]:
-    """The held-out books; each begins as the members' training texts did."""
-    from zoo_texts import HELD_OUT_KJV, kjv_works
-
-    return [Document(w.name, "<|endoftext|>" + w.text) for w in kjv_works() if w.name in HELD_OUT_KJV]
 
 
 def shuffled(name: str, folder: Path) -> str:

@@ -1,7 +1,7 @@
 """Code and prose in equal parts, from what is installed anyway: python benchmarks/mixed_texts.py FOLDER
 
-Thirty modules of Python's standard library and thirty books of the King James Version, one file each, named so that they
-alternate. Pretrained models have seen both; nothing here says what they do on text that they have not.
+Thirty modules of Python's standard library and thirty books of the King James Version, one file each, named so that
+they alternate. Pretrained models have seen both; nothing here says what they do on text that they have not.
 """
 
 from __future__ import annotations

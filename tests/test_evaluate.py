@@ -188,12 +188,14 @@ def test_the_command(folders, tmp_path):
 
 def test_over_a_trace_and_over_its_text_alike(folders, tmp_path):
     (tmp_path / "a.txt").write_text(WORDS)
-    done = run("trace", tmp_path / "t", "--members", *folders, "--text", tmp_path / "a.txt", "--shard", 10)
+    done = run(
+        "trace", tmp_path / "t", "--members", *folders, "--text", tmp_path / "a.txt", "--shard", 9, "--window", 9
+    )
     assert done.returncode == 0, done.stderr
     arguments = ["--rules", "meet:trust=0/1,logit-mean", "--json", "-"]
     traced = run("evaluate", "--trace", tmp_path / "t", *arguments)
     assert traced.returncode == 0, traced.stderr
-    direct = run("evaluate", "--members", *folders, "--text", tmp_path / "a.txt", *arguments)
+    direct = run("evaluate", "--members", *folders, "--text", tmp_path / "a.txt", "--window", 9, *arguments)
     a, b = json.loads(traced.stdout), json.loads(direct.stdout)
     assert a["rules"]["meet:trust=0/1"]["nll"] == pytest.approx(b["rules"]["meet:trust=0/1"]["nll"], abs=1e-6)
     assert a["bytes"] == b["bytes"]
@@ -202,5 +204,5 @@ def test_over_a_trace_and_over_its_text_alike(folders, tmp_path):
     assert "in its place stands" in done.stderr
     (tmp_path / "t" / "shard-00000.parquet").write_bytes(b"PAR1")
     done = run("evaluate", "--trace", tmp_path / "t", "--json", "-")
-    assert json.loads(done.stdout)["tokens"] == a["tokens"] - 44
+    assert json.loads(done.stdout)["tokens"] == a["tokens"] - 9
     assert "is damaged" in done.stderr.replace("\n", " ")

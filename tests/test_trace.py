@@ -106,9 +106,7 @@ def test_killed_at_random_moments_nothing_is_lost_or_counted_twice(ensemble, tmp
             warnings.simplefilter("ignore")  # of threads at a fork: the child uses none
             child = os.fork()
         if child == 0:
-            record(
-                ensemble, DOCUMENTS, kept, window=8, shard_size=8, on_progress=lambda positions: time.sleep(0.02)
-            )
+            record(ensemble, DOCUMENTS, kept, window=8, shard_size=8, on_progress=lambda positions: time.sleep(0.02))
             os._exit(0)
         time.sleep(0.05 + 0.4 * draw.random())
         os.kill(child, signal.SIGKILL)

@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from held_out import choose_trust, difference, losses, mean, read
+from held_out import choose_trust, compare, meet, read
+from softmeet.evaluation.choices import Choice
+from softmeet.evaluation.intervals import Clusters, clusters, paired
 from softmeet.members import zoo
 from zoo_texts import HELD_OUT, HELD_OUT_KJV, PARALLELS, Work, kjv_works, shingle_share, split_by_work
 
@@ -88,36 +90,31 @@ def test_architectures(wide, narrow):
     assert "macbeth_gut" in HELD_OUT
 
 
-def held_out_documents(ensemble, tokens):
-    return read(ensemble, {w.name: w.text for w in kjv_works() if w.name in HELD_OUT_KJV}, tokens)
-
-
 def test_the_cards_loss_is_about_what_the_kjv_gives(narrow):
     """A member that was damaged on its way into the package would be far worse than its card says."""
-    documents = held_out_documents(narrow, 256)
-    hidden = [(d.hidden[0], d.targets) for d in documents]
-    nats = mean([-narrow.model.heads[0].log_probs(h).gather(-1, y[:, None]).squeeze(-1) for h, y in hidden])
+    nats = [
+        -narrow.model.heads[0].log_probs(half.hidden[0]).gather(-1, half.targets[:, None]).squeeze(-1)
+        for half in read(narrow, 256)
+    ]
     card = json.loads((FOLDERS[3] / "training.json").read_text())["held_out_nats"]
-    assert card - 1.0 < nats < card + 0.3
+    assert card - 1.0 < torch.cat(nats).mean().item() < card + 0.3
 
 
 @pytest.mark.slow
 def test_meet_beats_logit_averaging_on_the_narrow_family(narrow):
     """Trust chosen on ten books; on ten others the 95 % interval by book lies below -0.005 nats a token."""
-    documents = held_out_documents(narrow, 256)
-    curve = choose_trust(narrow, documents[::2], (0.3, 1.0, 2.0))
-    trust = min(curve, key=lambda rho: curve[rho])
-    test = documents[1::2]
-    assert sum(len(d.targets) for d in test) >= 2000
-    ours = [losses(narrow, d, rule="meet", trust=[trust] * 4) for d in test]
-    theirs = [losses(narrow, d, rule="logit-mean") for d in test]
-    assert difference(ours, theirs).high < -0.005
+    tuning, test = read(narrow, 256)
+    choice = meet(choose_trust(narrow, tuning, (0.3, 1.0, 2.0)), 4)
+    assert len(test) >= 2000
+    found = compare(narrow, test, [choice, Choice("logit-mean", {"rule": "logit-mean"})]).choices
+    within = clusters(test.document)
+    assert (within.kind, within.count) == ("documents", 10)
+    assert paired(found[choice.name].nats, found["logit-mean"].nats, within).high < -0.005
 
 
 def test_intervals_by_hand():
-    a = [torch.tensor([1.0, 1.0]), torch.tensor([2.0, 2.0]), torch.tensor([3.0, 3.0])]
-    b = [torch.zeros(2)] * 3
-    found = difference(a, b)
+    a = torch.tensor([1.0, 1.0, 2.0, 2.0, 3.0, 3.0])
+    found = paired(a, torch.zeros(6), Clusters(torch.tensor([0, 0, 1, 1, 2, 2]), "documents"))
     # Mean 2, standard error of three equal documents sqrt(1 / 3), t(0.975, 2) = 4.3027.
     assert found.mean == pytest.approx(2.0)
     assert found.high - found.mean == pytest.approx(4.30265 / 3**0.5, abs=1e-4)

@@ -98,7 +98,9 @@ def positions_of(
         from softmeet.evaluation.trace import Trace
 
         if set(read.values()) - {None, False}:
-            raise InvalidInputError("a trace has its windows: --window, --stride, --bos and --max-per-document go with --text")
+            raise InvalidInputError(
+                "a trace has its windows: --window, --stride, --bos and --max-per-document go with --text"
+            )
         opened = Trace.open(trace)
         opened.require(ensemble)
         return opened.read(texts.say).take(slice(max_tokens))
@@ -134,7 +136,10 @@ def show(facts: dict[str, Any]) -> None:
             )  # fmt: skip
         table.add_section()
     Console().print(table)
-    Console().print(f"members disagree by {facts['disagreement']:.3f} nats a token (Jensen-Shannon); differences are 95 %, negative is better")
+    Console().print(
+        f"members disagree by {facts['disagreement']:.3f} nats a token (Jensen-Shannon); differences are 95 %, "
+        "negative is better"
+    )
 
 
 def _against(name: str, row: dict[str, Any], best: str) -> str:

@@ -61,5 +61,6 @@ def trace(
     )
     if error := made.float16_error():
         typer.echo(
-            f"float16 moves a target's log-probability by {error['mean']:.1e} nats on average, {error['largest']:.1e} at most"
+            f"float16 moves a target's log-probability by {error['mean']:.1e} nats on average, "
+            f"{error['largest']:.1e} at most"
         )

@@ -58,8 +58,8 @@ def _decode(name: str, data: bytes) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise InvalidInputError(
-            f"expected UTF-8 in {name}, but byte {error.start} (line {line}) is not: convert it first, for instance with "
-            "iconv -f latin1 -t utf-8"
+            f"expected UTF-8 in {name}, but byte {error.start} (line {line}) is not: convert it first, for "
+            "instance with iconv -f latin1 -t utf-8"
         ) from None
 
 

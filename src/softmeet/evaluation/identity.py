@@ -14,7 +14,7 @@ from softmeet.heads import SoftmaxHead
 
 
 def head_hash(head: SoftmaxHead) -> str:
-    """SHA-256 of a head's numbers as fp32, so that the dtype in which it was loaded does not matter where it is exact."""
+    """SHA-256 of a head's numbers as fp32, so that loading them in a wider dtype changes nothing."""
     digest = hashlib.sha256(repr((head.v, head.d, head.scale, head.soft_cap)).encode())
     for _, block in head.blocks(torch.float32, cut=True):
         digest.update(block.cpu().contiguous().numpy().tobytes())

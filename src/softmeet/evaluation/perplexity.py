@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from jaxtyping import Bool, Float
@@ -127,7 +128,7 @@ def _chunks(
         cuts = sorted({0, length, *(p for p in prompts if p < length)})
         known = {p: _prompt_weights(ensemble, document.take(slice(p))) for p in prompts}
         own = list(ensemble.model.config.weights)
-        for first, last in zip(cuts, cuts[1:], strict=False):
+        for first, last in pairwise(cuts):
             # A prompt's own tokens are predicted with the weights that there are before it.
             weights = {p: known[p] if first >= p else own for p in prompts}
             yield from ((chunk, weights) for chunk in document.take(slice(first, last)).chunks(size))

@@ -55,7 +55,11 @@ def _calibration(facts: dict[str, Any]) -> Any:
     for name, rule in facts["rules"].items():
         found = rule["calibration"]
         axes.plot(
-            found["confidence"], found["accuracy"], marker="o", markersize=4, label=f"{name} (error {found['error']:.3f})"
+            found["confidence"],
+            found["accuracy"],
+            marker="o",
+            markersize=4,
+            label=f"{name} (error {found['error']:.3f})",
         )
     axes.set_xlabel("probability of the most probable token")
     axes.set_ylabel("how often it came")

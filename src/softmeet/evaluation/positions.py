@@ -103,7 +103,5 @@ def observe_text(
     """
     limit = getattr(ensemble.model.config, "max_position_embeddings", None)
     size, step = window_length(limit, window, stride)
-    found = tokenize(
-        ensemble.tokenizer, documents, bos=bos, max_tokens=max_tokens, max_per_document=max_per_document
-    )
+    found = tokenize(ensemble.tokenizer, documents, bos=bos, max_tokens=max_tokens, max_per_document=max_per_document)
     return observe(ensemble, found, list(windows(found, size, step)), on_progress)

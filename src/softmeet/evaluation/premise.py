@@ -62,9 +62,7 @@ def premise_scores(ensemble: Ensemble, text: str, limit: int = 512) -> list[Prem
 
 
 @torch.inference_mode()
-def premise_at(
-    ensemble: Ensemble, stretches: Iterable[tuple[list[Tensor], Tensor]], **pool: Any
-) -> list[Premise]:
+def premise_at(ensemble: Ensemble, stretches: Iterable[tuple[list[Tensor], Tensor]], **pool: Any) -> list[Premise]:
     """The test at some positions: hidden states of each member, (t, d_i), and the tokens that came, (t,).
 
     ``pool`` are settings of the pool, such as ``weights``, in place of the ensemble's.

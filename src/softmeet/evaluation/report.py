@@ -95,5 +95,3 @@ def gain_by_disagreement(
         error = (own.std() / math.sqrt(len(own))).item() if len(own) > 1 else math.nan
         found.append({"disagreement": disagreement[rows].mean().item(), "gain": own.mean().item(), "error": error})
     return found
-
-

@@ -32,9 +32,9 @@ def verdict(facts: dict[str, Any]) -> str:
     best, rival, low, high = facts["test"]["best_baseline"], facts["rival"]["candidate"], *facts["rival"]["ci95"]
     if facts["fell_back"]:
         return (
-            f"Falls back to {best}: {rival} was best on the part for choosing, but on the part for judging its difference "
-            f"of {facts['rival']['delta']:+.4f} nats has the interval [{low:+.4f}, {high:+.4f}], which does not exclude zero "
-            "in its favour."
+            f"Falls back to {best}: {rival} was best on the part for choosing, but on the part for judging its "
+            f"difference of {facts['rival']['delta']:+.4f} nats has the interval [{low:+.4f}, {high:+.4f}], which does "
+            "not exclude zero in its favour."
         )
     if facts["candidate"] == best:
         return f"Uses {best}: no rule did better on the part for choosing."
@@ -65,7 +65,9 @@ def _card(facts: dict[str, Any]) -> str:
         difference = f"{row['delta']:+.4f} [{low:+.4f}, {high:+.4f}]" if name != facts["test"]["best_baseline"] else ""
         weights, trust = (", ".join(f"{x:.3g}" for x in row[key]) for key in ("weights", "trust"))
         trust = trust if row["rule"] == "meet" else ""
-        rows.append(f"| {name} | {row['test_nll']:.4f} | {difference} | {weights} | {trust} | {row['rule_temperature']:.3f} |")
+        rows.append(
+            f"| {name} | {row['test_nll']:.4f} | {difference} | {weights} | {trust} | {row['rule_temperature']:.3f} |"
+        )
     return CARD.format(
         rows="\n".join(rows), best=facts["test"]["best_baseline"], verdict=verdict(facts), **facts["splits"]
     )

@@ -48,7 +48,9 @@ class Trace:
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise TraceError(f"expected a trace in {folder}, but there is no {path}: make it with softmeet trace") from None
+            raise TraceError(
+                f"expected a trace in {folder}, but there is no {path}: make it with softmeet trace"
+            ) from None
         except ValueError:
             raise TraceError(f"{path} is damaged: it is not JSON; run softmeet trace again in another folder") from None
         if not isinstance(facts, dict) or facts.get("format") != FORMAT:
@@ -85,7 +87,7 @@ class Trace:
             if own["head"] != theirs["head"]:
                 raise TraceError(
                     f"{self.folder} was made by {theirs['name']} (head {theirs['head'][:12]}), but in its place stands "
-                    f"{own['name']} (head {own['head'][:12]}): name the members that made it, in that order, or trace again"
+                    f"{own['name']} (head {own['head'][:12]}): name the members that made it, in order, or trace again"
                 )
         if found["tokenizer"] != self.facts["tokenizer"]:
             raise TraceError(f"{self.folder} was made with another tokenizer than these members': trace again")
@@ -160,9 +162,7 @@ def record(
         raise InvalidInputError(f"expected float32 or float16 and a positive shard size, got {dtype} and {shard_size}")
     limit = getattr(ensemble.model.config, "max_position_embeddings", None)
     size, step = window_length(limit, window, stride)
-    tokens = tokenize(
-        ensemble.tokenizer, documents, bos=bos, max_tokens=max_tokens, max_per_document=max_per_document
-    )
+    tokens = tokenize(ensemble.tokenizer, documents, bos=bos, max_tokens=max_tokens, max_per_document=max_per_document)
     groups = _groups(list(windows(tokens, size, step)), shard_size)
     trace = _prepare(
         Path(folder),
@@ -174,9 +174,7 @@ def record(
             "window": size,
             "stride": step,
             "dtype": dtype,
-            "documents": [
-                {"name": t.name, "positions": len(t.ids) - 1, "bytes": int(t.sizes.sum())} for t in tokens
-            ],
+            "documents": [{"name": t.name, "positions": len(t.ids) - 1, "bytes": int(t.sizes.sum())} for t in tokens],
             "shards": [sum(map(len, group)) for group in groups],
         },
     )
@@ -211,7 +209,7 @@ def _prepare(folder: Path, facts: dict[str, Any]) -> Trace:
         differing += ["members"] if names[0] != names[1] else []
         if differing:
             raise TraceError(
-                f"{folder} holds another trace (it differs in {', '.join(differing)}): name another folder, or remove it"
+                f"{folder} holds another trace (it differs in {', '.join(differing)}): name another folder or remove it"
             )
         return Trace(folder, there)
     folder.mkdir(parents=True, exist_ok=True)
@@ -240,8 +238,8 @@ def _note_error(ensemble: Ensemble, trace: Trace, k: int, positions: Positions) 
             rounded = hidden.to(torch.float16)
             if not rounded.isfinite().all():
                 raise InvalidInputError(
-                    f"hidden states of {ensemble.names[i]} do not fit fp16 (largest {hidden.abs().max():.3g}): trace in "
-                    "float32"
+                    f"hidden states of {ensemble.names[i]} do not fit fp16 (largest {hidden.abs().max():.3g}): "
+                    "trace in float32"
                 )
             pair = [head.log_probs(h.to(head.weight.device)) for h in (hidden, rounded.to(hidden.dtype))]
             error = (pair[0] - pair[1]).gather(-1, chunk.targets[:, None]).abs()

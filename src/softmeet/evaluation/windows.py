@@ -52,7 +52,7 @@ def tokenize(
     max_tokens: int | None = None,
     max_per_document: int | None = None,
 ) -> list[TokenizedDocument]:
-    """Token ids and byte counts of each document, cut to at most so many predictions; shorter than two tokens: left out.
+    """Token ids and byte counts of each document, cut to so many predictions; one of a single token is left out.
 
     Args:
         tokenizer: the members'.

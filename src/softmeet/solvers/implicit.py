@@ -1,12 +1,12 @@
 """Gradients through the relaxed I-projection, by the implicit function theorem.
 
-At the optimum ∇f(ν*; θ) = 0, so H dν = -∂_θ∇f dθ. For a loss with gradient g at log p, ĝ = g - p Σg, b_i = α_i Q_iᵀĝ and
-H s = b, one linear solve per row gives, with y_i = Q_i s_i and x = Σ α_i y_i,
+At the optimum ∇f(ν*; θ) = 0, so H dν = -∂_θ∇f dθ. For a loss with gradient g at log p, ĝ = g - p Σg, b_i = α_i Q_iᵀĝ
+and H s = b, one linear solve per row gives, with y_i = Q_i s_i and x = Σ α_i y_i,
 
     ∂L/∂ log q = ĝ - p(x - E_p x),        ∂L/∂ρ_i = γ_i² Cov_{r_i}(y_i, z_i).
 
-The scaling of ν by ρ (:mod:`softmeet.solvers.projection`) cancels. Log-probabilities of the members and heads are constants.
-H is formed where it is small; else conjugate gradients multiply by it through the heads, and stop at a relative residual.
+The scaling of ν by ρ (:mod:`softmeet.solvers.projection`) cancels. The members and their heads are constants. H is
+formed where it is small; else conjugate gradients multiply by it through the heads, and stop at a relative residual.
 """
 
 from __future__ import annotations

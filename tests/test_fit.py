@@ -1,0 +1,181 @@
+"""``softmeet fit``: its gradients, its choice, and its promise never to be worse than a fitted average."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from test_cli import run
+from transformers import AutoModelForCausalLM
+
+from softmeet import Ensemble
+from softmeet.errors import InvalidInputError
+from softmeet.evaluation import fit as fitting
+from softmeet.evaluation.documents import Document
+from softmeet.evaluation.fit import Options, figures, fit
+from softmeet.evaluation.objective import Objective
+from softmeet.evaluation.parameters import Layout, Values
+from softmeet.evaluation.positions import observe_text
+from softmeet.evaluation.save import save, verdict
+from softmeet.evaluation.splits import PARTS, split
+
+LETTERS = "the quick brown fox jumps over a lazy dog and then it rains in spain"
+
+
+def documents(count=12, length=40):
+    """Texts that a first member half knows: half of the characters are its own guesses."""
+    generator = torch.Generator().manual_seed(0)
+    draw = torch.randint(len(LETTERS), (count, length), generator=generator)
+    return [Document(f"d{k}", "".join(LETTERS[c] for c in row)) for k, row in enumerate(draw.tolist())]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("members")
+    return [tiny.save(folder / name, name, seed=k) for k, name in enumerate(("gpt2", "llama"))]
+
+
+@pytest.fixture(scope="module")
+def ensemble(folders):
+    return Ensemble.from_pretrained(folders)
+
+
+@pytest.fixture(scope="module")
+def positions(ensemble):
+    return observe_text(ensemble, documents())
+
+
+@pytest.fixture(scope="module")
+def fitted(ensemble, positions):
+    return fit(ensemble, positions, Options(meet_positions=40, premise_positions=40, evaluations=4))
+
+
+@pytest.mark.parametrize("pool", ["logit-mean", "prob-mean"])
+@pytest.mark.parametrize("trusts", [0, 2])
+@pytest.mark.parametrize("free", [False, True])
+def test_the_gradient_is_that_of_the_loss(ensemble, positions, pool, trusts, free):
+    layout = Layout(2, trusts, free)
+    few = positions.take(slice(6))
+    few = replace(few, hidden=[h.double() for h in few.hidden])
+    objective = Objective(ensemble.model, few, layout, pool, tol=1e-12)
+    theta = layout.pack(Values((0.3, 0.6), 1.2, (0.4, 1.5)[:trusts]))
+    _, gradient = objective(theta)
+    for k in range(len(theta)):
+        step = torch.zeros_like(theta)
+        step[k] = 1e-4
+        slope = (objective(theta + step)[0] - objective(theta - step)[0]) / 2e-4
+        assert gradient[k].item() == pytest.approx(slope, abs=1e-6)
+
+
+def test_parts_share_no_document(positions):
+    parts = split(positions)
+    seen = [set(parts[name].positions.document.tolist()) for name in PARTS]
+    assert [len(own) for own in seen] == [4, 4, 4]
+    assert len(set.union(*seen)) == 12
+    assert sum(len(part.positions) for part in parts.values()) == len(positions)
+    with pytest.raises(InvalidInputError, match="enough for 9 clusters"):
+        split(positions.take(slice(5)))
+
+
+def test_fitting_lowers_the_loss_and_every_candidate_is_kept(fitted, ensemble, positions):
+    names = [candidate.name for candidate in fitted.candidates]
+    assert names == [*ensemble.names, "logit-mean", "prob-mean", "meet", "meet from prob-mean"]
+    by_name = {candidate.name: candidate for candidate in fitted.candidates}
+    part = split(positions)["fit"].positions
+    for pool in ("logit-mean", "prob-mean"):
+        objective = Objective(ensemble.model, part, Layout(2), pool)
+        start, _ = objective(objective.layout.pack(Values((0.5, 0.5))))
+        assert by_name[pool].fit_nll < start - 0.01
+        assert sum(by_name[pool].settings["weights"]) == pytest.approx(1)
+
+
+def test_the_choice_is_the_saved_rule_and_its_figures_are_evaluations(fitted, ensemble, folders, tmp_path):
+    facts = save(Ensemble.from_pretrained(folders), fitted, tmp_path / "fitted")
+    assert json.loads((tmp_path / "fitted" / "fit.json").read_text()) == facts
+    assert verdict(facts) in (tmp_path / "fitted" / "README.md").read_text()
+    again = Ensemble.from_pretrained(tmp_path / "fitted")
+    for key in ("rule", "weights", "trust", "rule_temperature"):
+        assert getattr(again.model.config, key) == pytest.approx(fitted.chosen.settings[key])
+    test = fitted.test.positions
+    _, solution = again.model.solve_rows(test.hidden)
+    nll = -solution.log_probs.gather(-1, test.targets[:, None]).mean().item()
+    assert facts["test"]["nll"] == pytest.approx(nll, abs=1e-4)
+    import softmeet  # noqa: F401
+
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "fitted")
+    ids = again.tokenizer("hello", return_tensors="pt")["input_ids"]
+    assert torch.equal(loaded(input_ids=ids).logits, again.model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(("high", "kept"), [(-0.01, True), (0.01, False)])
+def test_an_interval_that_holds_zero_means_the_baseline(ensemble, fitted, positions, monkeypatch, high, kept):
+    """The rule wins on the second part here, and the third part's interval decides."""
+    parts = split(positions)
+    monkeypatch.setattr(fitting, "paired", lambda *args: fitting.Difference(-0.05, -0.1, high))
+    low = {c.label: c for c in fitted.candidates}["fitted meet"]
+
+    def scored(ensemble, positions, choices, advance):
+        found = fitted.select if len(positions) == len(parts["select"].positions) else fitted.test
+        for scores in found.choices.values():
+            scores.nats = torch.ones_like(scores.nats)
+        found.choices["fitted meet"].nats = torch.zeros_like(found.choices["fitted meet"].nats)
+        return found
+
+    monkeypatch.setattr(fitting, "evaluate", scored)
+    judged = fitting._judge(ensemble, parts, fitted.candidates, fitted.premise, lambda *args: None)
+    assert judged.rival is low
+    assert (judged.chosen is low) == kept
+    assert judged.chosen.baseline == (not kept)
+    facts = figures(judged)
+    assert facts["fell_back"] == (not kept)
+    assert ("Falls back" in verdict(facts)) == (not kept)
+    assert facts["test"]["delta"] == (-0.05 if kept else 0.0)
+
+
+def test_a_member_that_knows_nothing_gets_next_to_no_weight_and_trust(tmp_path):
+    """A bundled member beside a copy whose head is shuffled."""
+    from fit import shuffled
+
+    ensemble = Ensemble.from_pretrained(["narrow/opt-c", shuffled("narrow/opt-a", tmp_path / "bad")])
+    text = "And the king said unto his daughter, What wilt thou? and she answered and said unto him, {} my lord. "
+    words = ("Nay", "Yea", "Lo", "Behold", "Hear", "Peace", "Surely", "Verily", "Woe", "Come")
+    positions = observe_text(ensemble, [Document(w, text.format(w)) for w in words])
+    found = fit(ensemble, positions, Options(meet_positions=60, premise_positions=60, evaluations=6))
+    for candidate in found.candidates[2:]:
+        assert candidate.settings["weights"][1] < 0.03
+        if candidate.settings["rule"] == "meet":
+            assert candidate.settings["trust"][1] < 0.06
+    alone = found.test.choices["fitted narrow/opt-c"].mean
+    assert found.test.choices[found.chosen.label].mean < alone + 0.02
+
+
+def test_one_member_is_a_temperature(folders):
+    ensemble = Ensemble.from_pretrained(folders[:1])
+    found = fit(ensemble, observe_text(ensemble, documents()), Options(evaluations=4))
+    assert [candidate.name for candidate in found.candidates] == ensemble.names
+    assert found.chosen.settings["rule_temperature"] != 1.0
+
+
+def test_the_command(folders, tmp_path):
+    texts = []
+    for document in documents():
+        texts.append(tmp_path / document.name)
+        texts[-1].write_text(document.text)
+    done = run(
+        "fit", "--members", *folders, "--text", *texts, "--out", tmp_path / "out", "--json", tmp_path / "fit.json",
+        "--evaluations", 2, "--meet-tokens", 20,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((tmp_path / "fit.json").read_text())
+    assert facts["chosen"] in ("meet", "logit-mean", "prob-mean")
+    assert set(facts["test"]) == {"nll", "best_baseline", "delta", "ci95"}
+    assert len(facts["weights"]) == len(facts["trust"]) == 2
+    assert verdict(facts).split(":")[0].split()[0] in done.stdout
+    assert Ensemble.from_pretrained(tmp_path / "out").generate("the", max_new_tokens=2)
+    done = run("fit", "--members", *folders, "--text", texts[0], "--max-tokens", 5, "--out", tmp_path / "other")
+    assert done.returncode == 2
+    assert "expected text enough for 9 clusters" in done.stderr
+    assert not (tmp_path / "other").exists()
