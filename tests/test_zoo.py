@@ -11,9 +11,10 @@ from safetensors import safe_open
 
 from held_out import choose_trust, compare, meet, read
 from softmeet.evaluation.choices import Choice
+from softmeet.evaluation.documents import Document
 from softmeet.evaluation.intervals import Clusters, clusters, paired
 from softmeet.members import zoo
-from zoo_texts import HELD_OUT, HELD_OUT_KJV, PARALLELS, Work, kjv_works, shingle_share, split_by_work
+from zoo_texts import HELD_OUT, HELD_OUT_KJV, PARALLELS, kjv_works, shingle_share, split_by_work
 
 FOLDERS = [*sorted((zoo.folder() / "wide").iterdir()), *sorted((zoo.folder() / "narrow").iterdir())]
 
@@ -37,10 +38,10 @@ def test_parallel_books_stay_on_one_side():
 
 def test_shingles_by_hand():
     text = "one two three four five six seven eight nine ten eleven twelve"
-    a, b = Work("a", text + " thirteen"), Work("b", "Zero. " + text.upper().replace(" ", ", ") + "!")
+    a, b = Document("a", text + " thirteen"), Document("b", "Zero. " + text.upper().replace(" ", ", ") + "!")
     assert shingle_share([a], [b]) == 0.5
     assert shingle_share([a], [a]) == 1.0
-    assert shingle_share([Work("short", "too short")], [a]) == 0.0
+    assert shingle_share([Document("short", "too short")], [a]) == 0.0
 
 
 def test_sizes_and_formats():

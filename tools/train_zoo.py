@@ -33,7 +33,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from zoo_texts import Work, kjv_works, shingle_share, split_by_work, stage_works
+from softmeet.evaluation.documents import Document
+from zoo_texts import kjv_works, shingle_share, split_by_work, stage_works
 
 VOCABULARY = 4096
 CONTEXT = 256
@@ -112,7 +113,7 @@ RECIPES = (
 )
 
 
-def make_tokenizer(training: list[Work]) -> PreTrainedTokenizerFast:
+def make_tokenizer(training: list[Document]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -127,7 +128,7 @@ def make_tokenizer(training: list[Work]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=CONTEXT, **special)
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, works: list[Work]) -> Tensor:
+def encode(tokenizer: PreTrainedTokenizerFast, works: list[Document]) -> Tensor:
     """All works in one row of token ids, <|endoftext|> before each."""
     rows = tokenizer([END_OF_TEXT + w.text for w in works], verbose=False)["input_ids"]
     return torch.tensor(np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,29 @@ error is one line on stderr and exit code 2. `softmeet --install-completion` set
 def page() -> str:
     """The page as it should be."""
     root: Any = get_command(app)
-    parts = [INTRODUCTION]
-    for name, command in root.commands.items():
-        parts.append(f"## softmeet {name}\n\n{command.help}\n")
+    return "\n".join([INTRODUCTION, *_parts("softmeet", root.commands, 2)])
+
+
+def _parts(path: str, commands: dict[str, Any], level: int) -> Iterator[str]:
+    for name, command in commands.items():
+        yield f"{'#' * level} {path} {name}\n\n{command.help}\n"
+        if hasattr(command, "commands"):
+            yield from _parts(f"{path} {name}", command.commands, level + 1)
+            continue
         rows = [_row(parameter) for parameter in command.params]
-        parts.append("| option | what it does | default |\n|---|---|---|\n" + "\n".join(rows) + "\n")
-    return "\n".join(parts)
+        yield "| option | what it does | default |\n|---|---|---|\n" + "\n".join(rows) + "\n"
 
 
 def _row(parameter: Any) -> str:
     flags = " ".join(f"`{flag}`" for flag in [*parameter.opts, *parameter.secondary_opts] if flag.startswith("-"))
     shown = getattr(parameter, "show_default", None)
-    default = shown if isinstance(shown, str) else "" if parameter.default in (None, False) else parameter.default
+    default = (
+        shown
+        if isinstance(shown, str)
+        else ""
+        if parameter.default is None or parameter.default is False
+        else parameter.default
+    )
     return f"| {flags or parameter.name.upper()} | {getattr(parameter, 'help', None) or ''} | {default} |"
 
 

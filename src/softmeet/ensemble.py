@@ -129,7 +129,11 @@ class Ensemble:
             repository, _, revision = str(saved).partition("@")
             settings = EnsembleConfig.from_pretrained(repository, revision=revision or "main").to_dict() | given
             names = absolute(settings["members"], Path(saved))
-            given = {key: settings[key] for key in (*SETTINGS, "weights", "rule_temperature") if settings.get(key) is not None}
+            given = {
+                key: settings[key]
+                for key in (*SETTINGS, "weights", "rule_temperature")
+                if settings.get(key) is not None
+            }
         else:
             named = [members] if isinstance(members, str | Path) else list(members)
             names = [name for entry in named for name in zoo.expand(entry)]

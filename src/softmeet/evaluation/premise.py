@@ -17,11 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from softmeet.ensemble import Ensemble
+from softmeet.evaluation.family import moment_match
 from softmeet.rules.solution import Solution
 from softmeet.simplex import kl
-from softmeet.solvers.base import iterate
-from softmeet.solvers.newton import DualNewton
-from softmeet.solvers.projection import Projection
 
 _CHUNK = 64
 _TOL = 1e-6
@@ -87,8 +85,7 @@ def _first_order(
     problem = solution.problem
     log_q, log_p = problem.log_pool, problem.log_p[i]
     # s_i is the I-projection of p̂_i onto the distributions with the moments of q: q plays the exact member.
-    projection = Projection(log_p, log_q[:, None], problem.views([i]), (math.inf,), _TOL)
-    log_s = projection.pooled(iterate(DualNewton(), projection, 50).z)
+    log_s, _ = moment_match(log_q, log_p, problem.views([i]), _TOL)
     gathered = (log_p - log_s).gather(-1, targets[:, None]).squeeze(-1)
     return gathered + kl(log_s, log_p), kl(log_s, log_p) + kl(log_p, log_s)
 

@@ -16,8 +16,8 @@ from softmeet.rules.problem import Problem
 from softmeet.rules.registry import find_rule
 from softmeet.rules.validate import restate
 from softmeet.rules.verify import Verification, residuals, verify
-from softmeet.solvers.base import Status
 from softmeet.simplex import log_normalize
+from softmeet.solvers.base import Status
 
 
 @dataclass(frozen=True, eq=False)

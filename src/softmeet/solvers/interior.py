@@ -25,12 +25,12 @@ from torch import Tensor
 
 from softmeet.solvers.columns import Columns
 
-# How far towards the boundary a step may go.
-_DAMPING = 0.9995
+# How far towards the boundary a step may go; where a barrier keeps x inside, farther than it should ever be.
+_DAMPING, _INSIDE = 0.9995, 0.9
 # Relative to the sizes of what they are differences of.
 _FEASIBLE = 1e-12
 _COMPLEMENTARY = 1e-11
-_STALLED = 12
+_STALLED, _PROGRESS = 12, 0.98
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +81,11 @@ class Interior:
     residual: float
     complementarity: float
 
+    @property
+    def merit(self) -> float:
+        """The sum of both."""
+        return self.residual + self.complementarity
+
 
 def interior_point(program: Program, max_steps: int = 100) -> Interior:
     """Run the method until it is exact to round-off, makes no more progress, or has taken ``max_steps``.
@@ -88,19 +93,20 @@ def interior_point(program: Program, max_steps: int = 100) -> Interior:
     Nothing is claimed about the answer: callers certify it from x and y.
     """
     method = _Method(program)
-    best, stalled = method.report(0), 0
+    best = method.report(0)
+    residual, complementarity, stalled = best.residual, best.complementarity, 0
     for step in range(1, max_steps + 1):
         if method.finished() or stalled == _STALLED or not method.advance():
             break
         found = method.report(step)
-        better = found.residual + found.complementarity < 0.9 * (best.residual + best.complementarity)
+        # Complementarity may rise by orders of magnitude while the moments are still wrong.
+        wrong = found.residual > _FEASIBLE * method.scale
+        better = found.residual < _PROGRESS * residual if wrong else found.complementarity < _PROGRESS * complementarity
         stalled = 0 if better else stalled + 1
-        best = found if better or _sum(found) < _sum(best) else best
+        residual = min(residual, found.residual)
+        complementarity = found.complementarity if wrong else min(complementarity, found.complementarity)
+        best = found if found.merit < best.merit else best
     return best
-
-
-def _sum(found: Interior) -> float:
-    return found.residual + found.complementarity
 
 
 class _Method:
@@ -214,7 +220,8 @@ class _Method:
         return float(total + ((self.program.upper - x) * w).sum()) / (2 * len(x))
 
     def _move(self, step: _Step, length: tuple[float, float]) -> None:
-        primal, dual = (min(1.0, _DAMPING * t) for t in length)
+        damping = _DAMPING if self.program.barrier is None else _INSIDE
+        primal, dual = (min(1.0, damping * t) for t in length)
         self.x = self.x + primal * step[0]
         self.y = self.y + dual * step[1]
         self.z = self.z + dual * step[2]

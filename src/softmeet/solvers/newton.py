@@ -21,8 +21,8 @@ from softmeet.solvers.dual import DualMethod, DualState, start
 from softmeet.solvers.projection import Projection
 from softmeet.solvers.sweep import Centres, Swept, sweep
 
-# Elements of all Hessians at once: 256 MiB in fp64.
-_ELEMENTS = 1 << 25
+# Elements of all Hessians at once: 16 MiB in fp64, about a cache; more is slower.
+_ELEMENTS = 1 << 20
 # Tokens from which the first centres are guessed.
 _GUESS = 64
 
@@ -55,7 +55,7 @@ class DualNewton(DualMethod[NewtonState]):
         """One read of the heads at the pool."""
         centres = _guess(problem)
         state.joint, state.own = centres.joint, centres.own
-        self._aim(problem, state, self.measure(problem, state, None))
+        self.aim(problem, state, self.measure(problem, state, None))
 
     def measure(self, problem: Projection, state: NewtonState, direction: Float[Tensor, "B D"] | None) -> Swept:
         """With the Hessian."""
@@ -87,9 +87,9 @@ class DualNewton(DualMethod[NewtonState]):
         after.done = reached | stalled
         after.status[stalled] = Status.NOT_CONVERGED
         after.gap[stalled & ~after.certified] = torch.inf
-        self._aim(problem, after, swept)
+        self.aim(problem, after, swept)
 
-    def _aim(self, problem: Projection, state: NewtonState, swept: Swept) -> None:
+    def aim(self, problem: Projection, state: NewtonState, swept: Swept) -> None:
         """The Newton direction at a point that has been measured."""
         assert swept.H is not None
         s = _solve(swept.H, swept.gradient, problem.eps)

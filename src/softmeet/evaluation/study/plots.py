@@ -1,0 +1,50 @@
+"""The study's plots: lines of nats against something, one a rule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Lines by label; each a list of (x, y) or of (x, y, half an interval). ``None`` for y where it is infinite."""
+
+    name: str
+    title: str
+    x: str
+    y: str
+    lines: Mapping[str, Sequence[tuple[float, ...]]]
+    log_x: bool = False
+    log_y: bool = False
+    zero: bool = False
+
+
+def draw(plot: Plot, path: Path) -> None:
+    """Write a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for k, (label, points) in enumerate(plot.lines.items()):
+        style: dict[str, Any] = {"marker": "osD^vP*X"[k % 8], "markersize": 4, "linewidth": 1.2, "label": label}
+        if points and len(points[0]) == 3:
+            x, y, half = zip(*points, strict=True)
+            axes.errorbar(x, y, half, capsize=2, **style)
+        else:
+            axes.plot(*zip(*points, strict=True), **style)
+    axes.set(xlabel=plot.x, ylabel=plot.y, title=plot.title)
+    if plot.log_x:
+        axes.set_xscale("log")
+    if plot.log_y:
+        axes.set_yscale("log")
+    if plot.zero:
+        axes.axhline(0, color="0.6", linewidth=0.8)
+    axes.grid(visible=True, color="0.92")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=130)

@@ -1,0 +1,181 @@
+"""Random heads and a known truth: what each rule makes of members that err by their width alone, or by more.
+
+For nd/v from 1/16 to 5/4: heads with normal entries, truths from Zipf's law in a random order and from a Dirichlet
+distribution, each member's hidden state the best for that truth, so that the premise holds exactly. Then noise on the
+hidden states, relative to their length, so that it fails by a known amount.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from statistics import fmean
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from softmeet.evaluation.family import best_hidden
+from softmeet.evaluation.study.entries import ALL, Rows, generator, score, score_members
+from softmeet.evaluation.study.plots import Plot
+from softmeet.evaluation.study.report import Report, Table, number
+from softmeet.evaluation.study.runs import Cell, Json
+from softmeet.evaluation.study.summary import (
+    by_columns,
+    endings,
+    gathered,
+    largest,
+    never_worse,
+)
+from softmeet.heads import SoftmaxHead
+from softmeet.simplex import log_normalize
+
+RATIOS = tuple(Fraction(x) for x in ("1/16", "1/8", "1/4", "1/2", "3/4", "7/8", "1", "5/4"))
+TRUTHS = ("zipf", "dirichlet")
+NOISES = (0.0, 0.01, 0.03, 0.1, 0.3)
+TOL = 1e-8
+# What a plot shows of a KL that is zero to rounding.
+_FLOOR = 1e-12
+_SHOWN = (
+    "logit-mean", "prob-mean", "meet 1", "meet 10", "max-entropy", "least-squares", "min-underestimation",
+    "min-reverse-cross-entropy",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of the tier: v tokens, n members; a cell is one set of heads with ``rows`` truths, ``trials`` of each kind."""
+
+    v: int = 256
+    members: int = 2
+    rows: int = 5
+    trials: int = 4
+    ratios: tuple[str, ...] = tuple(map(str, RATIOS))
+    noises: tuple[float, ...] = NOISES
+    seed: int = 0
+
+
+SMOKE = Settings(v=64, rows=2, trials=1, ratios=("1/4", "1", "5/4"), noises=(0.0, 0.1))
+
+
+def cells(settings: Settings) -> Iterator[Cell]:
+    """Every ratio, kind of truth, noise and trial."""
+    kinds = itertools.product(settings.ratios, TRUTHS, settings.noises, range(settings.trials))
+    for ratio, truth, noise, trial in kinds:
+        yield Cell(f"{ratio} {truth} {noise:g} {trial}", _Work(settings, ratio, truth, noise, trial))
+
+
+@dataclass(frozen=True)
+class _Work:
+    settings: Settings
+    ratio: str
+    truth: str
+    noise: float
+    trial: int
+
+    def __call__(self) -> Json:
+        rows = self._rows()
+        found = {entry.label: score(rows, entry, TOL) for entry in ALL}
+        kind = {"ratio": self.ratio, "truth": self.truth, "noise": self.noise}
+        return kind | {"members": score_members(rows), "rules": found}
+
+    def _rows(self) -> Rows:
+        v, n = self.settings.v, self.settings.members
+        d = max(1, int(Fraction(self.ratio) * v / n))
+        # The same heads and truths at every noise, so that only the noise differs.
+        ratio = Fraction(self.ratio)
+        random = generator(self.settings.seed, ratio.numerator, ratio.denominator, TRUTHS.index(self.truth), self.trial)
+        heads = [SoftmaxHead(torch.randn(v, d, generator=random, dtype=torch.float64)) for _ in range(n)]
+        log_truth = sample_truth(self.truth, self.settings.rows, v, random)
+        hidden = [best_hidden(head, log_truth) for head in heads]
+        log_p = torch.stack([h.log_probs(_noisy(x, self.noise, random)) for h, x in zip(heads, hidden, strict=True)])
+        return Rows(heads, log_p, log_truth)
+
+
+def sample_truth(kind: str, rows: int, v: int, random: torch.Generator) -> Float[Tensor, "B v"]:
+    """Log-probabilities in nats, fp64: ``zipf`` in a random order, or ``dirichlet`` with concentration 1/2."""
+    if kind == "zipf":
+        ranks = torch.stack([torch.randperm(v, generator=random) for _ in range(rows)]).double() + 1
+        return log_normalize(-ranks.log())
+    # A gamma variate of shape 1/2 is half a squared normal one.
+    return log_normalize(torch.randn(rows, v, generator=random, dtype=torch.float64).square().log())
+
+
+def _noisy(x: Float[Tensor, "B d"], noise: float, random: torch.Generator) -> Float[Tensor, "B d"]:
+    away = torch.randn(x.shape, generator=random, dtype=x.dtype)
+    ratio: Tensor = x.norm(dim=-1, keepdim=True) / away.norm(dim=-1, keepdim=True)
+    return x + noise * ratio * away
+
+
+def report(settings: Settings, results: dict[str, Json], command: str) -> Report:
+    """Tables by nd/v and by noise, the theorems checked row by row, and two plots."""
+    cells = list(results.values())
+    exact = [c for c in cells if c["noise"] == 0]
+    columns = _by_ratio(settings, exact)
+    tables = [
+        by_columns("KL(p*‖·), nats, where the premise holds", columns),
+        endings("Rows with a feasible distribution, where the premise holds", columns),
+        _ranges(columns),
+    ]
+    for noise in settings.noises[1:]:
+        title = f"noise of {100 * noise:g} % on the hidden states"
+        columns = _by_ratio(settings, [c for c in cells if c["noise"] == noise])
+        tables += [by_columns(f"KL(p*‖·), nats, {title}", columns), endings(f"Feasible, {title}", columns)]
+    size = settings.rows * settings.trials
+    return Report(
+        f"Random heads, v = {settings.v}, {settings.members} members, {size} rows of each kind",
+        command,
+        _claims(exact),
+        tables,
+        [_against_width(exact), _against_noise(settings, cells)],
+    )
+
+
+def _by_ratio(settings: Settings, cells: list[Json]) -> list[tuple[str, list[Json]]]:
+    return [(f"nd/v = {r}", [c for c in cells if c["ratio"] == r]) for r in settings.ratios]
+
+
+def _claims(exact: list[Json]) -> list[str]:
+    found = [never_worse(exact, "max-entropy", "logit-mean", TOL)]
+    complete = [c for c in exact if Fraction(c["ratio"]) >= 1]
+    if complete:
+        worst, rows = largest(complete, "max-entropy"), len(gathered(complete, "max-entropy"))
+        text = "∞" if worst is None else number(worst)
+        found.append(f"`max-entropy` at nd ≥ v: the largest KL to the truth of {rows} rows is {text} nats")
+    widest = largest(exact, "min-cross-entropy", "range")
+    if widest is not None:
+        found.append(f"the LP's objective over the feasible set: largest range {number(widest)} nats")
+    return found
+
+
+def _ranges(columns: list[tuple[str, list[Json]]]) -> Table:
+    rows = []
+    for label in ("min-cross-entropy", "min-squared-cross-entropy"):
+        values = [largest(cells, label, "range") for _, cells in columns]
+        rows.append([label, *("-" if x is None else number(x) for x in values)])
+    return Table("Largest range of the objective over the feasible set", ["rule", *(name for name, _ in columns)], rows)
+
+
+def _against_width(exact: list[Json]) -> Plot:
+    lines = _lines(exact, lambda c: float(Fraction(c["ratio"])))
+    return Plot("width", "Random heads: the premise holds", "nd / v", "KL(p*‖·), nats", lines, log_y=True)
+
+
+def _against_noise(settings: Settings, cells: list[Json]) -> Plot:
+    ratio = "1/2" if "1/2" in settings.ratios else settings.ratios[0]
+    lines = _lines([c for c in cells if c["ratio"] == ratio], lambda c: 100 * c["noise"])
+    return Plot("noise", f"Random heads, nd/v = {ratio}", "noise on the hidden states, %", "KL(p*‖·), nats", lines)
+
+
+def _lines(cells: list[Json], x: Callable[[Json], float]) -> dict[str, list[tuple[float, ...]]]:
+    """Means by ``x`` of each rule that is shown; no point where a rule gives some truth an infinite loss."""
+    lines: dict[str, list[tuple[float, ...]]] = {label: [] for label in _SHOWN}
+    for place in sorted({x(c) for c in cells}):
+        here = [c for c in cells if x(c) == place]
+        for label, points in lines.items():
+            values = gathered(here, label)
+            if None not in values:
+                points.append((place, max(fmean(v for v in values if v is not None), _FLOOR)))
+    return lines

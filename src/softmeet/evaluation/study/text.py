@@ -1,0 +1,246 @@
+"""Trained members on text: every rule against averaging and the best single member, with intervals by document.
+
+Cheap rules go over all positions, slow ones over a part; a difference is paired, on the positions of the slower one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softmeet.ensemble import Ensemble
+from softmeet.evaluation.choices import Choice
+from softmeet.evaluation.intervals import Clusters, clusters, paired
+from softmeet.evaluation.perplexity import evaluate
+from softmeet.evaluation.positions import Positions
+from softmeet.evaluation.premise import Premise
+from softmeet.evaluation.study.entries import BASELINES, EXACT, MEETS, TRUSTS, Entry
+from softmeet.evaluation.study.plots import Plot
+from softmeet.evaluation.study.report import Report, Table, mean_text
+from softmeet.evaluation.study.runs import Cell, Json
+from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
+
+MAX_ENTROPY = next(entry for entry in EXACT if entry.label == "max-entropy")
+OTHERS = tuple(entry for entry in EXACT if entry is not MAX_ENTROPY)
+BASE = BASELINES[0]
+KINDS = ("averages", "meet", "max-entropy", "the other rules")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of the tier, beside its members and text.
+
+    Attributes:
+        positions: for the averages, spread evenly over the text.
+        meet: of them, for ``meet``.
+        exact: of them, for ``max-entropy``.
+        slow: of them, for the other rules.
+        rows: a cell.
+        sizes: numbers of members to try, the first so many.
+        tokens: of the sample that each rule writes.
+    """
+
+    positions: int = 4000
+    meet: int = 4000
+    exact: int = 4000
+    slow: int = 500
+    rows: int = 50
+    sizes: tuple[int, ...] = ()
+    prompt: str = "And the king said"
+    tokens: int = 40
+
+
+SMOKE = Settings(positions=40, meet=20, exact=10, slow=4, rows=10, tokens=5)
+
+
+def spread(positions: Positions, count: int) -> Positions:
+    """At most ``count`` of them, evenly."""
+    if count >= len(positions):
+        return positions
+    return positions.take(torch.linspace(0, len(positions) - 1, count).round().long())
+
+
+def cells(settings: Settings, ensemble: Ensemble, positions: Positions) -> Iterator[Cell]:
+    """Groups of positions for each kind of rule, and for the first k members; then a sample of text by each rule."""
+    for kind, entries, rows in _kinds(settings, positions):
+        for k, chunk in enumerate(rows.chunks(settings.rows)):
+            yield Cell(f"{kind} {k}", partial(_nats, ensemble, entries, chunk))
+    for size in settings.sizes:
+        part = _variant(ensemble, size)
+        entries = (*BASELINES[:2], *MEETS[:4], MAX_ENTROPY)
+        for k, chunk in enumerate(spread(positions, settings.meet).chunks(settings.rows)):
+            yield Cell(f"first {size}: {k}", partial(_nats, part, entries, replace(chunk, hidden=chunk.hidden[:size])))
+    for entry in (*BASELINES, *MEETS, *EXACT) if settings.tokens else ():
+        yield Cell(f"sample {entry.label}", partial(_sample, ensemble, entry, settings))
+
+
+def _kinds(settings: Settings, positions: Positions) -> list[tuple[str, Sequence[Entry], Positions]]:
+    every = spread(positions, settings.positions)
+    return [
+        ("averages", BASELINES, every),
+        ("meet", (BASE, *MEETS), spread(every, settings.meet)),
+        ("max-entropy", (BASE, MAX_ENTROPY), spread(every, settings.exact)),
+        ("the other rules", (BASE, *OTHERS), spread(every, settings.slow)),
+    ]
+
+
+def _nats(ensemble: Ensemble, entries: Sequence[Entry], rows: Positions) -> Json:
+    choices = [Choice(entry.label, {"rule": entry.rule, **_options(entry, ensemble)}) for entry in entries]
+    found = evaluate(ensemble, rows, choices)
+    rules = {
+        name: {"nats": _finite(s.nats), "fallbacks": s.fallbacks, "unsolved": s.unconverged, "passes": s.passes}
+        for name, s in found.choices.items()
+    }
+    members = {name: _finite(s.nats) for name, s in found.members.items()}
+    return {"document": rows.document.tolist(), "members": members, "rules": rules}
+
+
+def _options(entry: Entry, ensemble: Ensemble) -> Json:
+    options = dict(entry.options)
+    if "trust" in options:
+        options["trust"] = [options["trust"]] * len(ensemble.names)
+    return options
+
+
+def _sample(ensemble: Ensemble, entry: Entry, settings: Settings) -> Json:
+    """The same prompt and seed for every rule."""
+    writer = _variant(ensemble, len(ensemble.names), rule=entry.rule, **_options(entry, ensemble))
+    return {"text": writer.generate(settings.prompt, seed=1, do_sample=True, max_new_tokens=settings.tokens)}
+
+
+def _variant(ensemble: Ensemble, size: int, **settings: Any) -> Ensemble:
+    """The first ``size`` members, already loaded, under other settings."""
+    config = EnsembleConfig(members=ensemble.names[:size], **settings)
+    model = EnsembleForCausalLM(config, list(ensemble.model.members)[:size]).eval()
+    model.adopt(ensemble.tokenizer)
+    return Ensemble(model, ensemble.tokenizer)
+
+
+def _finite(values: Tensor) -> list[float | None]:
+    return [x if math.isfinite(x) else None for x in values.tolist()]
+
+
+@dataclass(frozen=True, eq=False)
+class _Line:
+    """One rule or member over the positions it was tried on: nats, (N,), with infinities, and their documents."""
+
+    nats: Tensor
+    document: Tensor
+    fallbacks: int = 0
+    unsolved: int = 0
+    passes: float = 0.0
+
+
+def _lines(results: Iterable[Json], what: str) -> dict[str, _Line]:
+    parts: dict[str, list[_Line]] = {}
+    for cell in results:
+        for name, found in cell[what].items():
+            entry = found if what == "rules" else {"nats": found}
+            nats = torch.tensor([math.inf if x is None else x for x in entry["nats"]], dtype=torch.float64)
+            counts = (entry.get("fallbacks", 0), entry.get("unsolved", 0), entry.get("passes", 0.0))
+            parts.setdefault(name, []).append(_Line(nats, torch.tensor(cell["document"]), *counts))
+    return {name: _joined(lines) for name, lines in parts.items()}
+
+
+def _joined(lines: Sequence[_Line]) -> _Line:
+    return _Line(
+        torch.cat([x.nats for x in lines]),
+        torch.cat([x.document for x in lines]),
+        sum(x.fallbacks for x in lines),
+        sum(x.unsolved for x in lines),
+        sum(x.passes for x in lines),
+    )
+
+
+def report(
+    settings: Settings, text: str, results: dict[str, Json], command: str, premises: Sequence[Premise]
+) -> Report:
+    """A table for each part of the positions and number of members, premise scores, and samples."""
+    groups = {name: _picked(results, f"{name} ") for name in KINDS}
+    groups |= {f"the first {size} members": _picked(results, f"first {size}: ") for size in settings.sizes}
+    members = _lines(groups["averages"], "members")
+    samples = [f"- `{key.removeprefix('sample ')}`: {_flat(c['text'])}" for key, c in results.items() if "text" in c]
+    return Report(
+        f"{', '.join(members)} on {text}",
+        command,
+        _claims(groups["averages"]) + _claims(groups["meet"]),
+        [*(_table(name, cells) for name, cells in groups.items()), _premise_table(list(members), premises)],
+        [_plot(groups["meet"])],
+        {f"After “{settings.prompt}”, the same seed for every rule": "\n".join(samples)} if samples else {},
+    )
+
+
+def _picked(results: dict[str, Json], prefix: str) -> list[Json]:
+    return [cell for key, cell in results.items() if key.startswith(prefix)]
+
+
+def _flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _best(members: dict[str, _Line]) -> str:
+    return min(members, key=lambda name: members[name].nats.mean().item())
+
+
+def _table(name: str, cells: Sequence[Json]) -> Table:
+    members, rules = _lines(cells, "members"), _lines(cells, "rules")
+    base, best = rules[BASE.label], members[_best(members)]
+    within = clusters(base.document)
+    rows = []
+    for label, line in [*members.items(), *rules.items()]:
+        ends = [f"{line.fallbacks / len(line.nats):.1%}" if line.fallbacks else "", str(line.unsolved or "")]
+        rows.append([label, _mean(line.nats), _against(line, base, within), _against(line, best, within), *ends])
+    title = f"{name}: {len(base.nats):,} positions, intervals by {within.count} {within.kind}"
+    header = ("", "nats/token", f"against {BASE.label}", f"against {_best(members)}", "infeasible", "unsolved")
+    return Table(title, header, rows)
+
+
+def _mean(nats: Tensor) -> str:
+    return mean_text([x if math.isfinite(x) else None for x in nats.tolist()])
+
+
+def _against(ours: _Line, theirs: _Line, within: Clusters) -> str:
+    if ours is theirs:
+        return ""
+    return "∞" if not ours.nats.isfinite().all() else str(paired(ours.nats, theirs.nats, within))
+
+
+def _claims(cells: Sequence[Json]) -> list[str]:
+    """The best of the rules that were tried together, against averaging and the best member."""
+    members, rules = _lines(cells, "members"), _lines(cells, "rules")
+    within = clusters(rules[BASE.label].document)
+    finite = {name: line for name, line in rules.items() if line.nats.isfinite().all()}
+    winner = min(finite, key=lambda name: finite[name].nats.mean().item())
+    best, size = _best(members), len(within.of)
+    against = paired(finite[winner].nats, members[best].nats, within)
+    found = [f"{size:,} positions: of {', '.join(rules)} the least loss has `{winner}`; {against} against {best}"]
+    if winner != BASE.label:
+        against = paired(finite[winner].nats, finite[BASE.label].nats, within)
+        sure = "excludes zero" if against.excludes_zero else "does **not** exclude zero"
+        found.append(f"`{winner}` against `{BASE.label}`: {against}, which {sure}; it was chosen on the same positions")
+    return found
+
+
+def _premise_table(names: Sequence[str], premises: Sequence[Premise]) -> Table:
+    rows = [
+        [name, f"{x.score:+.2f} ± {x.score_error:.2f}", f"{x.gain:+.4f} ± {x.error:.4f}", x.verdict]
+        for name, x in zip(names, premises, strict=True)
+    ]
+    return Table("Premise scores against the uniform pool", ("member", "score", "gain, nats", "to first order"), rows)
+
+
+def _plot(cells: Sequence[Json]) -> Plot:
+    rules = _lines(cells, "rules")
+    base = rules[BASE.label]
+    within, points = clusters(base.document), []
+    for rho, entry in zip(TRUSTS, MEETS, strict=True):
+        d = paired(rules[entry.label].nats, base.nats, within)
+        points.append((rho, d.mean, (d.high - d.low) / 2))
+    lines = {"meet": points}
+    return Plot("trust", f"meet against {BASE.label}", "trust", "nats a token", lines, log_x=True, zero=True)

@@ -1,0 +1,149 @@
+"""The study: cells are found again after a stop, tables say what the cells hold, and the theorems hold in them."""
+
+import json
+import math
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from softmeet.cli.main import app
+from softmeet.errors import InvalidInputError
+from softmeet.evaluation.documents import Document
+from softmeet.evaluation.family import best_hidden
+from softmeet.evaluation.study import known_truth, synthetic
+from softmeet.evaluation.study.report import mean_text
+from softmeet.evaluation.study.runs import Cell, Run
+from softmeet.evaluation.study.summary import never_worse
+from softmeet.heads import SoftmaxHead
+from softmeet.simplex import kl
+
+TINY = synthetic.Settings(v=32, rows=2, trials=1, ratios=("1/4", "1"), noises=(0.0, 0.1))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_best_hidden_has_the_moments_of_the_truth(bias):
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(40, 6, generator=generator, dtype=torch.float64)
+    head = SoftmaxHead(weight, bias=torch.randn(40, generator=generator).double() if bias else None, scale=0.5)
+    truth = torch.randn(3, 40, generator=generator, dtype=torch.float64).log_softmax(-1)
+    log_p = head.log_probs(best_hidden(head, truth))
+    assert ((log_p.exp() - truth.exp()) @ weight).abs().max() < 1e-13
+    near = head.log_probs(best_hidden(head, truth) + 0.01 * torch.randn(3, 6, generator=generator, dtype=torch.float64))
+    assert (kl(truth, log_p) < kl(truth, near)).all()
+
+
+def test_best_hidden_of_a_wide_head_is_the_truth():
+    generator = torch.Generator().manual_seed(4)
+    head = SoftmaxHead(torch.randn(20, 24, generator=generator, dtype=torch.float64))
+    truth = torch.randn(2, 20, generator=generator, dtype=torch.float64).log_softmax(-1)
+    assert (head.log_probs(best_hidden(head, truth)) - truth).abs().max() < 1e-9
+
+
+def _cells(ran):
+    return [Cell(key, lambda key=key: ran.append(key) or {"key": key}) for key in "abc"]
+
+
+def test_a_run_goes_on_where_it_stopped_and_drops_a_torn_line(tmp_path):
+    ran = []
+    first = Run(tmp_path, {"size": 1})
+    assert first.each(_cells(ran)[:2]).keys() == {"a", "b"}
+    with (tmp_path / "cells.jsonl").open("a") as out:
+        out.write('{"key": "c", "resu')
+    again = Run(tmp_path, {"size": 1})
+    assert list(again.each(_cells(ran), jobs=2)) == ["a", "b", "c"]
+    assert sorted(ran) == ["a", "b", "c"]
+    assert [json.loads(line)["key"] for line in (tmp_path / "cells.jsonl").read_text().splitlines()] == ["a", "b", "c"]
+
+
+def test_a_failing_cell_loses_no_other(tmp_path):
+    def fail():
+        raise RuntimeError("no")
+
+    cells = [*_cells([]), Cell("d", fail)]
+    with pytest.raises(RuntimeError, match="no"):
+        Run(tmp_path, {}).each(cells)
+    assert Run(tmp_path, {}).done.keys() == {"a", "b", "c"}
+
+
+def test_a_folder_of_other_settings_is_refused(tmp_path):
+    Run(tmp_path, {"size": 1})
+    with pytest.raises(InvalidInputError, match="size: 1 there, 2 here"):
+        Run(tmp_path, {"size": 2})
+
+
+def test_infinite_losses_are_said():
+    assert mean_text([0.5, None]) == "∞ (50 %)"
+    assert mean_text([0.5, 0.25]) == "0.3750"
+
+
+def test_a_broken_theorem_would_be_seen():
+    cell = {"rules": {"ours": {"kl": [0.1, 0.3]}, "theirs": {"kl": [0.2, 0.2]}, "lost": {"kl": [None, 0.0]}}}
+    assert "**fails** in 1 of 2 rows" in never_worse([cell], "ours", "theirs", 1e-6)
+    assert "**fails** in 1 of 2 rows" in never_worse([cell], "lost", "theirs", 1e-6)
+    assert "holds in 2 rows" in never_worse([cell], "theirs", "theirs", 1e-6)
+
+
+@pytest.fixture(scope="module")
+def synthetic_results(tmp_path_factory):
+    run = Run(tmp_path_factory.mktemp("synthetic"), {})
+    return run.each(list(synthetic.cells(TINY)))
+
+
+def test_max_entropy_is_never_worse_than_averaging_where_the_premise_holds(synthetic_results):
+    exact = [cell for cell in synthetic_results.values() if cell["noise"] == 0]
+    for cell in exact:
+        rules = cell["rules"]
+        assert rules["max-entropy"]["infeasible"] == 0
+        for ours, theirs in zip(rules["max-entropy"]["kl"], rules["logit-mean"]["kl"], strict=True):
+            assert ours <= theirs + synthetic.TOL
+        if cell["ratio"] == "1":
+            assert max(rules["max-entropy"]["kl"]) < 1e-6
+
+
+def test_the_linear_program_chooses_nothing(synthetic_results):
+    exact = [cell for cell in synthetic_results.values() if cell["noise"] == 0 and cell["ratio"] == "1/4"]
+    for cell in exact:
+        program = cell["rules"]["min-cross-entropy"]
+        assert program["degenerate"] == TINY.rows
+        assert max(program["range"]) < 1e-9
+
+
+def test_cells_do_not_depend_on_which_others_run(synthetic_results):
+    last = list(synthetic.cells(TINY))[-1]
+    again = last.work()
+    assert again["rules"]["meet 1"]["kl"] == synthetic_results[last.key]["rules"]["meet 1"]["kl"]
+
+
+def test_the_report_holds_every_rule_and_the_plots(synthetic_results, tmp_path):
+    report = synthetic.report(TINY, synthetic_results, "softmeet study synthetic")
+    text = report.write(tmp_path).read_text()
+    assert "`max-entropy` is never worse than `logit-mean`: holds in 8 rows" in text
+    assert "min-reverse-cross-entropy" in text
+    assert {path.name for path in tmp_path.glob("*.png")} == {"width.png", "noise.png"}
+    assert json.loads(json.dumps(report.json()))["tables"]
+
+
+def test_known_truths_under_trained_heads():
+    settings = known_truth.Settings(positions=2, rows=2, documents=1, sizes=(2,))
+    text = "And it came to pass, when men began to multiply on the face of the earth, that there were giants. " * 4
+    (cell,) = known_truth.cells(settings, [Document("text", text)])
+    found = cell.work()["rules"]
+    assert found["max-entropy"]["infeasible"] == 0
+    for ours, theirs in zip(found["max-entropy"]["kl"], found["logit-mean"]["kl"], strict=True):
+        assert ours <= theirs + known_truth.TOL
+        assert math.isfinite(ours)
+
+
+def test_the_command_on_text_writes_a_report_and_goes_on(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("In the beginning God created the heaven and the earth. And the earth was without form. " * 6)
+    out = tmp_path / "study"
+    arguments = ["study", "real", str(out), "--family", "narrow", "--text", str(text), "--smoke"]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    before = (out / "cells.jsonl").read_text()
+    report = (out / "report.md").read_text()
+    for rule in ("logit-mean", "meet 0.3", "max-entropy", "least-squares", "one-hot", "narrow/opt-a"):
+        assert rule in report
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert (out / "cells.jsonl").read_text() == before
