@@ -35,7 +35,7 @@ class Settings:
 
     members: tuple[str, ...] = ("narrow",)
     truth: tuple[str, ...] = ("wide",)
-    positions: int = 24
+    positions: int = 8
     rows: int = 8
     documents: int = 20
     sizes: tuple[int, ...] = (1, 2, 3, 4)
