@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from softmeet.hf.recorder import Recorder
 from softmeet.hf.refused import refuse
 from softmeet.hf.sampling import RowSampler
 from softmeet.members.heads import head_of, replace_weight
-from softmeet.members.huggingface import Device, Dtype
+from softmeet.members.huggingface import Device, Dtype, last_hidden
 from softmeet.members.vocabulary import token_support
 from softmeet.rules.combine import combine
 from softmeet.rules.solution import Solution
@@ -249,15 +249,8 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         """An empty cache: one per member."""
         return EnsembleCache([member.config for member in self.members])
 
-    def _hidden(
-        self, i: int, input_ids: Int[Tensor, "B t"] | None, cache: Any = None, **shared: Any
-    ) -> Float[Tensor, "B t d"]:
-        base: Any = self.members[i].base_model
-        place = base.device
-        moved = {k: x.to(place) if isinstance(x, Tensor) else x for k, x in shared.items()}
-        ids = None if input_ids is None else input_ids.to(place)
-        hidden: Tensor = base(input_ids=ids, cache=cache, **moved).last_hidden_state
-        return hidden.to(self.heads[i].weight.device)
+    def _hidden(self, i: int, input_ids: Int[Tensor, "B t"], cache: Any = None, **shared: Any) -> Float[Tensor, "B t d"]:
+        return last_hidden(self.members[i], input_ids, cache=cache, **shared)
 
     def hidden_states(self, input_ids: Int[Tensor, "1 t"]) -> list[Float[Tensor, "t _"]]:
         """Each member's last hidden states over one text, without a cache."""
@@ -267,17 +260,21 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
     def _solve(
         self, hidden: list[Float[Tensor, "B k _"]], recorder: Recorder | None, changes: dict[str, Any]
     ) -> Float[Tensor, "B k v"]:
-        """Combine every position, in chunks of bounded memory."""
-        B, k = hidden[0].shape[:2]
-        rows = [h.flatten(0, 1) for h in hidden]
-        chunk = max(1, _ELEMENTS // (self.config.vocab_size * 4 * len(rows)))
+        """Combine every position."""
         parts = []
-        for start in range(0, B * k, chunk):
-            log_probs, solution = self.solve_rows([h[start : start + chunk] for h in rows], **changes)
+        for log_probs, solution in self.solve_in_chunks([h.flatten(0, 1) for h in hidden], **changes):
             if recorder is not None:
                 recorder.add(solution, log_probs)
             parts.append(solution.log_probs)
-        return torch.cat(parts).reshape(B, k, -1)
+        return torch.cat(parts).reshape(*hidden[0].shape[:2], -1)
+
+    def solve_in_chunks(
+        self, hidden: Sequence[Float[Tensor, "B _"]], **changes: Any
+    ) -> Iterator[tuple[Float[Tensor, "n b v"], Solution]]:
+        """As :meth:`solve_rows`, some rows at a time in their order, so that memory stays bounded."""
+        chunk = max(1, _ELEMENTS // (self.config.vocab_size * 4 * len(hidden)))
+        for start in range(0, len(hidden[0]), chunk):
+            yield self.solve_rows([h[start : start + chunk] for h in hidden], **changes)
 
     def solve_rows(
         self, hidden: Sequence[Float[Tensor, "B _"]], **changes: Any

@@ -22,17 +22,26 @@ class RowSampler(LogitsProcessor):
     """
 
     def __init__(self, seed: int, keys: Sequence[int]) -> None:
-        # Distinct odd multipliers keep (seed, key) pairs apart over the range of generator seeds.
-        mixed = [(seed * 0x9E3779B97F4A7C15 + key * 0xD1B54A32D192ED03) % (1 << 63) for key in keys]
-        self._generators = [torch.Generator().manual_seed(s) for s in mixed]
+        self._generators = [row_generator(seed, key) for key in keys]
 
     def __call__(self, input_ids: Int[Tensor, "B t"], scores: Float[Tensor, "B v"]) -> Float[Tensor, "B v"]:
         """Scores that are 0 at the drawn token and -inf elsewhere."""
-        u = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in self._generators]).to(scores.device)
-        p = scores.double().softmax(-1)
-        total = p.cumsum(-1)
-        # Stay below the last positive entry, whatever rounding did to the sum.
-        drawn = torch.searchsorted(total, (u * total[:, -1])[:, None], right=True)
-        last = p.shape[-1] - 1 - p.flip(-1).gt(0).int().argmax(-1, keepdim=True)
-        drawn = torch.minimum(drawn, last)
-        return torch.full_like(scores, -torch.inf).scatter(-1, drawn, 0.0)
+        drawn = draw(scores, self._generators)
+        return torch.full_like(scores, -torch.inf).scatter(-1, drawn[:, None], 0.0)
+
+
+def row_generator(seed: int, key: int) -> torch.Generator:
+    """The generator (seed, key): distinct odd multipliers keep pairs apart over the range of generator seeds."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + key * 0xD1B54A32D192ED03) % (1 << 63)
+    return torch.Generator().manual_seed(mixed)
+
+
+def draw(scores: Float[Tensor, "B v"], generators: Sequence[torch.Generator]) -> Int[Tensor, " B"]:
+    """One token per row from softmax(scores), by inverting it at a number from the row's generator."""
+    u = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators]).to(scores.device)
+    p = scores.double().softmax(-1)
+    total = p.cumsum(-1)
+    # Stay below the last positive entry, whatever rounding did to the sum.
+    drawn = torch.searchsorted(total, (u * total[:, -1])[:, None], right=True)
+    last = p.shape[-1] - 1 - p.flip(-1).gt(0).int().argmax(-1, keepdim=True)
+    return torch.minimum(drawn, last).squeeze(-1)

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from softmeet.errors import CheckpointError, InvalidInputError
@@ -59,6 +61,15 @@ def load_members(
         on_progress(name)
         members.append(_load(name, own_dtype, own_device, trust_remote_code))
     return members
+
+
+def last_hidden(model: PreTrainedModel, input_ids: Int[Tensor, "B t"], **options: Any) -> Float[Tensor, "B t d"]:
+    """The input of the model's head, on the head's device; ``options`` are the base model's, tensors anywhere."""
+    base: Any = model.base_model
+    place = base.device
+    moved = {k: x.to(place) if isinstance(x, Tensor) else x for k, x in options.items()}
+    hidden: Tensor = base(input_ids=input_ids.to(place), **moved).last_hidden_state
+    return hidden.to(model.get_output_embeddings().weight.device)
 
 
 def _each(value: Any, what: str, n: int) -> list[Any]:

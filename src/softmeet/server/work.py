@@ -1,0 +1,97 @@
+"""What is asked of the engine, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from softmeet.hf.modeling import EnsembleForCausalLM
+from softmeet.hf.report import TokenReport
+from softmeet.server.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Combination:
+    """An ensemble and how it is combined: what rows must have in common to be solved together."""
+
+    model: EnsembleForCausalLM
+    rule: str
+    weights: tuple[float, ...]
+    trust: tuple[float, ...]
+    pool: str
+
+    @classmethod
+    def of(cls, model: EnsembleForCausalLM, settings: Any) -> Combination:
+        """As a configuration of that ensemble has it."""
+        return cls(model, settings.rule, tuple(settings.weights), tuple(settings.trust), settings.pool)
+
+    def changes(self) -> dict[str, Any]:
+        """The arguments of :func:`softmeet.combine`."""
+        return {"rule": self.rule, "weights": self.weights, "trust": self.trust, "pool": self.pool}
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token that came. ``log_prob`` and ``top`` (token, log-probability) are the ensemble's, untempered, in nats."""
+
+    token: int
+    log_prob: float | None = None
+    top: list[tuple[int, float]] = field(default_factory=list)
+    report: TokenReport | None = None
+
+
+@dataclass(frozen=True)
+class PromptScored:
+    """The prompt's tokens but the first, each with the log-probabilities that were asked for."""
+
+    tokens: list[Token]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The end: ``"stop"`` at an end-of-text token, ``"length"`` at the limit."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The end, by an error that concerns this sequence."""
+
+    error: Exception
+
+
+Event = Token | PromptScored | Finished | Failed
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One continuation of one prompt.
+
+    Args:
+        prompt: token ids, at least one.
+        combination: which ensemble, and how.
+        sampling: how tokens are drawn.
+        max_tokens: how many to draw at most.
+        emit: called on the engine's thread with every event; it must not block.
+        top: how many log-probabilities to list, 0 for the token's own, None for none.
+        report: how many tokens a report lists, None for no report.
+        score_prompt: also score the prompt's tokens.
+        deadline: on the clock of ``time.monotonic``.
+    """
+
+    prompt: tuple[int, ...]
+    combination: Combination
+    sampling: Sampling
+    max_tokens: int
+    emit: Callable[[Event], None]
+    top: int | None = None
+    report: int | None = None
+    score_prompt: bool = False
+    deadline: float = float("inf")
+    cancelled: bool = False
+
+    def cancel(self) -> None:
+        """Give up its place before the next token; no more events are of use."""
+        self.cancelled = True

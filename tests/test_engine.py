@@ -1,0 +1,302 @@
+"""The engine: seeded rows are generate's, whoever shares the batch; rows come, go, fail and time out alone."""
+
+from __future__ import annotations
+
+import queue
+import time
+
+import pytest
+import tiny
+import torch
+
+from softmeet import Ensemble
+from softmeet.errors import NonFiniteError
+from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
+from softmeet.hf.sampling import RowSampler
+from softmeet.server.batch import MemberBatch
+from softmeet.server.engine import Engine, Limits
+from softmeet.server.errors import BusyError, ClosingError, TooLateError
+from softmeet.server.prefixes import Prefixes
+from softmeet.server.sampling import Sampling
+from softmeet.server.work import Combination, Failed, Finished, PromptScored, Sequence, Token
+
+# Rotary, learned and offset positions, grouped heads, a sliding window, a soft-cap.
+MEMBERS = ("gpt2", "llama", "opt projected", "gemma2 soft-cap")
+LENGTHS = (3, 11, 1, 7, 30, 5, 2, 19)
+
+
+def ensemble_of(names, rule="logit-mean"):
+    config = EnsembleConfig(members=list(names), rule=rule, trust=1.0)
+    model = EnsembleForCausalLM(config, [tiny.build(name, seed=k) for k, name in enumerate(names)]).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def prompt(k, length):
+    return tuple(torch.randint(1, tiny.V, (length,), generator=torch.Generator().manual_seed(k)).tolist())
+
+
+class Listener(queue.SimpleQueue):
+    """Collects a sequence's events."""
+
+    def all(self):
+        events = []
+        while not events or not isinstance(events[-1], Finished | Failed):
+            events.append(self.get(timeout=60))
+        return events
+
+    def tokens(self):
+        return [e.token for e in self.all() if isinstance(e, Token)]
+
+
+def sequence(model, tokens, *, seed=5, key=0, max_tokens=12, rule=None, sampling=(), **options):
+    listener = Listener()
+    combination = Combination.of(model, model.config)
+    if rule is not None:
+        combination = Combination(model, rule, combination.weights, combination.trust, combination.pool)
+    drawn = Sampling(seed=seed, key=key, **dict(sampling))
+    return Sequence(tokens, combination, drawn, max_tokens, listener.put, **options), listener
+
+
+def generated(model, tokens, *, seed=5, max_tokens=12, **options):
+    """What generate() gives for one prompt alone."""
+    options = {"do_sample": True, "top_k": 0, "pad_token_id": 0, "max_new_tokens": max_tokens} | options
+    mask = torch.ones(1, len(tokens), dtype=torch.long)
+    out = model.generate(torch.tensor([tokens]), attention_mask=mask, row_sampler=RowSampler(seed, [0]), **options)
+    return out[0, len(tokens) :].tolist()
+
+
+@pytest.fixture
+def serve():
+    engines = []
+
+    def start(*models, **options):
+        names = {m: f"member {k}" for k, m in enumerate({m: 0 for model in models for m in model.members})}
+        engines.append(Engine(names, **options))
+        engines[-1].start()
+        return engines[-1]
+
+    yield start
+    for engine in engines:
+        engine.close(0)
+        engine.join()
+
+
+@pytest.mark.parametrize("rule", ["logit-mean", "meet"])
+def test_seeded_tokens_are_those_of_generate_whoever_shares_the_batch(serve, rule):
+    model = ensemble_of(MEMBERS, rule)
+    engine = serve(model, limits=Limits(rows=5, waiting=50))
+    asked = [sequence(model, prompt(k, n), seed=k, max_tokens=4 + 3 * (k % 4)) for k, n in enumerate(LENGTHS)]
+    for one, _ in asked[:3]:
+        engine.submit([one])
+    first = asked[0][1].all()
+    engine.submit([one for one, _ in asked[3:]])
+    found = [[e.token for e in first if isinstance(e, Token)], *(listener.tokens() for _, listener in asked[1:])]
+    expected = [generated(model, s.prompt, seed=k, max_tokens=s.max_tokens) for k, (s, _) in enumerate(asked)]
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.6},
+        {"top_p": 0.7, "temperature": 1.3},
+        {"top_k": 5},
+        {"min_p": 0.05, "repetition_penalty": 1.4},
+    ],
+)
+def test_sampling_options_mean_what_they_mean_to_generate(serve, options):
+    model = ensemble_of(("gpt2", "llama"))
+    one, listener = sequence(model, prompt(1, 6), sampling=options)
+    serve(model).submit([one])
+    assert listener.tokens() == generated(model, one.prompt, **options)
+
+
+def test_greedy_biases_and_penalties(serve):
+    model = ensemble_of(("gpt2", "llama"))
+    cold = {"temperature": 0.0}
+    engine = serve(model)
+
+    def run(**sampling):
+        one, listener = sequence(model, prompt(1, 6), sampling=cold | sampling)
+        engine.submit([one])
+        return listener.tokens()
+
+    greedy = model.generate(torch.tensor([prompt(1, 6)]), do_sample=False, max_new_tokens=12, pad_token_id=0)
+    assert run() == greedy[0, 6:].tolist()
+    assert set(run(logit_bias={9: 100.0})) == {9}
+    assert 9 not in run(logit_bias={9: -100.0})
+    assert len(set(run(presence_penalty=100.0))) == 12
+    assert len(set(run(logit_bias={9: 50.0}, frequency_penalty=100.0))) == 12
+
+
+def test_columns_shift_and_buffers_grow_under_long_rows(serve):
+    """Rows come and go for longer than the buffers have columns."""
+    config = {"vocab_size": tiny.V, "n_positions": 2048, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    torch.manual_seed(0)
+    import transformers as tf
+
+    member = tf.GPT2LMHeadModel(tf.GPT2Config(**config, **tiny.IDS)).eval()
+    model = EnsembleForCausalLM(EnsembleConfig(members=["a"], rule="logit-mean"), [member]).eval()
+    model.generation_config.eos_token_id = None
+    engine = serve(model, limits=Limits(rows=3, waiting=99))
+    asked = [sequence(model, prompt(k, 20), seed=k, max_tokens=90 + 7 * k) for k in range(7)]
+    asked.append(sequence(model, prompt(9, 700), seed=9, max_tokens=400))
+    engine.submit([one for one, _ in asked])
+    for one, listener in asked:
+        assert listener.tokens() == generated(model, one.prompt, seed=one.sampling.seed, max_tokens=one.max_tokens)
+
+
+def test_a_repeated_prefix_is_not_computed_again(serve):
+    model = ensemble_of(("gpt2", "llama"))
+    engine = serve(model)
+    for length in (10, 10, 14, 6):
+        one, listener = sequence(model, prompt(3, 20)[:length])
+        engine.submit([one])
+        assert listener.tokens() == generated(model, one.prompt)
+    reused = engine.metrics.registry.get_sample_value("softmeet_reused_tokens_total")
+    assert reused == 0 + 9 + 10 + 5
+
+
+def test_prefixes_forget_the_oldest_and_always_leave_a_token():
+    kept = Prefixes(limit=10)
+    kept.keep([1, 2, 3, 4], ["a"])
+    kept.keep([1, 2, 5], ["b"])
+    assert kept.longest([1, 2, 3, 4]) == (3, ["a"])
+    assert kept.longest([7, 7]) == (0, None)
+    kept.keep([8] * 4, ["c"])
+    assert kept.longest([1, 2, 5, 6]) == (2, ["a"])
+    kept.keep([9] * 11, ["d"])
+    assert kept.longest([9, 9]) == (0, None)
+
+
+def test_ensembles_that_share_a_member_run_it_once(serve):
+    first = ensemble_of(("gpt2", "llama"))
+    second = EnsembleForCausalLM(
+        EnsembleConfig(members=["llama", "opt"], rule="prob-mean"), [first.members[1], tiny.build("opt projected")]
+    ).eval()
+    second.generation_config.eos_token_id = None
+    engine = serve(first, second)
+    calls = []
+    first.members[1].base_model.register_forward_hook(lambda m, a, out: calls.append(len(out.last_hidden_state)))
+    asked = [sequence(model, prompt(k, 4), seed=k) for k, model in enumerate((first, second, first))]
+    engine.submit([one for one, _ in asked])
+    for k, (one, listener) in enumerate(asked):
+        assert listener.tokens() == generated(one.combination.model, one.prompt, seed=k)
+    assert calls[:14] == [1, 1, 1] + [3] * 11
+
+
+def test_a_member_that_returns_nan_fails_that_request_alone_by_name(serve):
+    model = ensemble_of(("gpt2", "llama"))
+    bad = model.members[1].base_model
+    bad.embed_tokens.weight.data[60] = torch.nan
+    engine = serve(model)
+    good = [sequence(model, tuple(t for t in prompt(k, 9) if t != 60), seed=k, sampling={"logit_bias": {60: -100.0}}) for k in range(3)]
+    poisoned, listener = sequence(model, (5, 60, 7))
+    # One that turns bad while it runs: 60 is all that it may draw.
+    turning, turned = sequence(model, (5, 6), sampling={"logit_bias": {60: 100.0}})
+    engine.submit([good[0][0], turning, poisoned, good[1][0]])
+    for events in (listener.all(), turned.all()):
+        assert isinstance(events[-1].error, NonFiniteError)
+        assert "member 1" in str(events[-1].error)
+    engine.submit([good[2][0]])
+    bad.embed_tokens.weight.data[60] = 0.0
+    for k, (one, own) in enumerate(good):
+        expected = generated(model, one.prompt, seed=k, sequence_bias={(60,): -100.0})
+        assert own.tokens() == expected
+
+
+def test_reports_scores_and_ends(serve):
+    model = ensemble_of(("gpt2", "llama"), "meet")
+    one, listener = sequence(model, prompt(1, 6), top=3, report=4, score_prompt=True, max_tokens=2)
+    engine = serve(model)
+    engine.submit([one])
+    scored, first, second, end = listener.all()
+    log_probs = model(input_ids=torch.tensor([one.prompt])).logits[0]
+    expected = log_probs[:-1].gather(-1, torch.tensor(one.prompt[1:])[:, None]).squeeze(-1)
+    assert isinstance(scored, PromptScored)
+    assert [t.token for t in scored.tokens] == list(one.prompt[1:])
+    torch.testing.assert_close(torch.tensor([t.log_prob for t in scored.tokens]), expected, atol=1e-5, rtol=0)
+    assert first.log_prob == pytest.approx(log_probs[-1, first.token].item(), abs=1e-5)
+    assert [j for j, _ in first.top] == log_probs[-1].topk(3).indices.tolist()
+    assert second.report.token == second.token
+    assert len(second.report.member_top) == 2
+    assert end == Finished("length")
+    nothing, quiet = sequence(model, prompt(1, 6), max_tokens=0, score_prompt=True)
+    engine.submit([nothing])
+    assert [type(event) for event in quiet.all()] == [PromptScored, Finished]
+    model.generation_config.eos_token_id = [7]
+    ended, told = sequence(model, prompt(1, 6), sampling={"logit_bias": {7: 100.0}})
+    engine.submit([ended])
+    assert told.all() == [Finished("stop")]
+
+
+def test_a_full_queue_a_deadline_and_a_cancellation(serve):
+    model = ensemble_of(("gpt2", "llama"))
+    engine = serve(model, limits=Limits(rows=1, waiting=2))
+    long, listener = sequence(model, prompt(0, 2), max_tokens=50)
+    late, told = sequence(model, prompt(1, 2), deadline=time.monotonic() - 1)
+    gone, heard = sequence(model, prompt(2, 2))
+    with pytest.raises(BusyError, match="queue of 2"):
+        engine.submit([long, late, gone, sequence(model, prompt(3, 2))[0]])
+    engine.submit([long, late, gone])
+    gone.cancel()
+    assert isinstance(told.all()[-1].error, TooLateError)
+    assert not heard.tokens()
+    long.cancel()
+    assert isinstance(listener.all()[-1], Failed | Finished)
+    after, answered = sequence(model, prompt(4, 2))
+    engine.submit([after])
+    assert len(answered.tokens()) == 12
+
+
+def test_closing_ends_what_runs_by_name_and_takes_nothing_more(serve):
+    model = ensemble_of(("gpt2", "llama"))
+    engine = serve(model)
+    running, listener = sequence(model, prompt(0, 2), max_tokens=50)
+    engine.submit([running])
+    listener.get(timeout=30)
+    engine.close(grace=0)
+    assert isinstance(listener.all()[-1].error, ClosingError)
+    engine.join()
+    with pytest.raises(ClosingError, match="shutting down"):
+        engine.submit([running])
+
+
+def test_a_defect_fails_its_rows_and_the_engine_lives_on(serve, caplog):
+    model = ensemble_of(("gpt2", "llama"))
+    engine = serve(model)
+    hook = model.members[0].base_model.register_forward_hook(lambda *_: 1 / 0)
+    one, listener = sequence(model, prompt(0, 2))
+    engine.submit([one])
+    assert "see its log" in str(listener.all()[-1].error)
+    assert "ZeroDivisionError" in caplog.text
+    hook.remove()
+    again, answered = sequence(model, prompt(0, 2))
+    engine.submit([again])
+    assert answered.tokens() == generated(model, again.prompt)
+
+
+def test_members_may_run_in_threads_of_their_own(serve):
+    model = ensemble_of(MEMBERS)
+    one, listener = sequence(model, prompt(1, 6))
+    serve(model, parallel=True).submit([one])
+    assert listener.tokens() == generated(model, one.prompt)
+
+
+def test_a_member_without_keys_and_values_is_refused():
+    import transformers as tf
+    from softmeet.errors import InvalidInputError
+
+    mamba = tf.MambaForCausalLM(tf.MambaConfig(vocab_size=tiny.V, hidden_size=16, num_hidden_layers=1, state_size=4))
+    with pytest.raises(InvalidInputError, match="cannot join a running batch"):
+        MemberBatch("a mamba", mamba)
+
+
+def test_the_bundled_ensemble_gives_what_the_command_line_gives(serve):
+    ensemble = Ensemble.from_pretrained("narrow", rule="logit-mean")
+    texts = ["And the king said", "In the beginning", "O"]
+    expected = [ensemble.generate(text, seed=3, max_new_tokens=40, do_sample=True, top_k=0) for text in texts]
+    asked = [sequence(ensemble.model, tuple(ensemble.tokenizer(t)["input_ids"]), seed=3, max_tokens=40) for t in texts]
+    serve(ensemble.model).submit([one for one, _ in asked])
+    assert [ensemble.tokenizer.decode(listener.tokens(), skip_special_tokens=True) for _, listener in asked] == expected
