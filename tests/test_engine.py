@@ -18,7 +18,7 @@ from softmeet.server.engine import Engine, Limits
 from softmeet.server.errors import BusyError, ClosingError, TooLateError
 from softmeet.server.prefixes import Prefixes
 from softmeet.server.sampling import Sampling
-from softmeet.server.work import Combination, Failed, Finished, PromptScored, Sequence, Token
+from softmeet.server.work import Combination, Failed, Finished, PromptScored, Sequence, Token, Work
 
 # Rotary, learned and offset positions, grouped heads, a sliding window, a soft-cap.
 MEMBERS = ("gpt2", "llama", "opt projected", "gemma2 soft-cap")
@@ -54,8 +54,8 @@ def sequence(model, tokens, *, seed=5, key=0, max_tokens=12, rule=None, sampling
     combination = Combination.of(model, model.config)
     if rule is not None:
         combination = Combination(model, rule, combination.weights, combination.trust, combination.pool)
-    drawn = Sampling(seed=seed, key=key, **dict(sampling))
-    return Sequence(tokens, combination, drawn, max_tokens, listener.put, **options), listener
+    work = Work(combination, Sampling(seed=seed, **dict(sampling)), max_tokens, **options)
+    return Sequence(work, tokens, key, listener.put), listener
 
 
 def generated(model, tokens, *, seed=5, max_tokens=12, **options):
@@ -140,8 +140,8 @@ def test_columns_shift_and_buffers_grow_under_long_rows(serve):
     model = EnsembleForCausalLM(EnsembleConfig(members=["a"], rule="logit-mean"), [member]).eval()
     model.generation_config.eos_token_id = None
     engine = serve(model, limits=Limits(rows=3, waiting=99))
-    asked = [sequence(model, prompt(k, 20), seed=k, max_tokens=90 + 7 * k) for k in range(7)]
-    asked.append(sequence(model, prompt(9, 700), seed=9, max_tokens=400))
+    asked = [sequence(model, prompt(k, 20), seed=k, max_tokens=60 + 17 * k) for k in range(5)]
+    asked.append(sequence(model, prompt(9, 300), seed=9, max_tokens=300))
     engine.submit([one for one, _ in asked])
     for one, listener in asked:
         assert listener.tokens() == generated(model, one.prompt, seed=one.sampling.seed, max_tokens=one.max_tokens)
@@ -182,7 +182,7 @@ def test_ensembles_that_share_a_member_run_it_once(serve):
     asked = [sequence(model, prompt(k, 4), seed=k) for k, model in enumerate((first, second, first))]
     engine.submit([one for one, _ in asked])
     for k, (one, listener) in enumerate(asked):
-        assert listener.tokens() == generated(one.combination.model, one.prompt, seed=k)
+        assert listener.tokens() == generated(one.work.combination.model, one.prompt, seed=k)
     assert calls[:14] == [1, 1, 1] + [3] * 11
 
 
@@ -228,7 +228,7 @@ def test_reports_scores_and_ends(serve):
     model.generation_config.eos_token_id = [7]
     ended, told = sequence(model, prompt(1, 6), sampling={"logit_bias": {7: 100.0}})
     engine.submit([ended])
-    assert told.all() == [Finished("stop")]
+    assert told.all() == [Token(7), Finished("stop")]
 
 
 def test_a_full_queue_a_deadline_and_a_cancellation(serve):

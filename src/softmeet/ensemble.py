@@ -25,7 +25,7 @@ from softmeet.hf.recorder import Recorder
 from softmeet.hf.report import TokenReport, TokenReports
 from softmeet.hf.sampling import RowSampler
 from softmeet.members import zoo
-from softmeet.members.huggingface import Device, Dtype
+from softmeet.members.huggingface import Device, Dtype, Member
 from softmeet.members.weighting import perplexity_weights
 from softmeet.rules.solution import Solution
 
@@ -99,6 +99,7 @@ class Ensemble:
         device: Device | Sequence[Device] = None,
         trust_remote_code: bool = False,
         on_progress: Callable[[str], None] = lambda name: None,
+        loaded: dict[Any, Member] | None = None,
     ) -> Ensemble:
         """Load members and combine them by a rule, or load a saved ensemble.
 
@@ -111,6 +112,7 @@ class Ensemble:
             device: None for CPU, ``"auto"`` to leave it to accelerate; one for all members or one each.
             trust_remote_code: run code that comes with a checkpoint.
             on_progress: called with each member's name before it is loaded.
+            loaded: what earlier calls loaded; members that are there already are shared, new ones are added.
 
         Raises:
             InvalidInputError: a setting is wrong, or no member is named.
@@ -139,7 +141,12 @@ class Ensemble:
             names = [name for entry in named for name in zoo.expand(entry)]
         config = EnsembleConfig(members=names, **given)
         models, tokenizer = load(
-            names, dtype=dtype, device=device, trust_remote_code=trust_remote_code, on_progress=on_progress
+            names,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            on_progress=on_progress,
+            loaded=loaded,
         )
         model = EnsembleForCausalLM(config, models).eval()
         model.adopt(tokenizer)

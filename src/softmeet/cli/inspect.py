@@ -77,21 +77,9 @@ def inspect(
 
 
 def _facts(ensemble: Ensemble, text: str, reports: list[TokenReport]) -> dict[str, Any]:
-    def spell(token: int) -> str:
-        return str(ensemble.tokenizer.decode([token]))
-
-    tokens = []
-    for report in reports:
-        found = report.as_dict()
-        found |= {
-            "text": spell(report.token),
-            "top": [[spell(j), x] for j, x in report.top],
-            "member_top": [[[spell(j), x] for j, x in rows] for rows in report.member_top],
-            "moved": [[spell(j), before, after] for j, before, after in report.moved],
-        }
-        tokens.append(found)
+    tokens = [report.spelled(ensemble.tokenizer) for report in reports]
     names = [options.short(name) for name in ensemble.names]
-    first = spell(int(ensemble.tokenizer(text)["input_ids"][0]))
+    first = str(ensemble.tokenizer.decode([ensemble.tokenizer(text)["input_ids"][0]]))
     nats = -sum(report.log_prob for report in reports) / len(reports)
     return {"members": names, "rule": ensemble.model.config.rule, "first": first, "nats": nats, "tokens": tokens}
 

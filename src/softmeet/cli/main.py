@@ -16,6 +16,7 @@ from softmeet.cli.fit import fit
 from softmeet.cli.generate import generate
 from softmeet.cli.inspect import inspect
 from softmeet.cli.lists import ListCommand
+from softmeet.cli.serve import serve
 from softmeet.cli.study import study
 from softmeet.cli.trace import trace
 from softmeet.errors import SoftmeetError
@@ -32,6 +33,7 @@ app.command()(check)
 app.command(cls=ListCommand)(trace)
 app.command(cls=ListCommand)(evaluate)
 app.command(cls=ListCommand)(fit)
+app.command()(serve)
 app.command()(config)
 app.add_typer(study, name="study")
 

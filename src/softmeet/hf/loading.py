@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softmeet.errors import CheckpointError
 from softmeet.members import zoo
-from softmeet.members.huggingface import Device, Dtype, load_members
+from softmeet.members.huggingface import Device, Dtype, Member, load_members
 from softmeet.members.vocabulary import require_same_vocabulary
 
 CARD = """---
@@ -75,6 +76,7 @@ def load(
     device: Device | Sequence[Device],
     trust_remote_code: bool,
     on_progress: Callable[[str], None] = lambda name: None,
+    loaded: dict[Any, Member] | None = None,
 ) -> tuple[list[PreTrainedModel], PreTrainedTokenizerBase]:
     """(models, common tokenizer, set up for left padding).
 
@@ -82,7 +84,12 @@ def load(
         CheckpointError, VocabularyMismatchError, InvalidInputError: as ``Ensemble.from_pretrained``.
     """
     members = load_members(
-        names, dtype=dtype, device=device, trust_remote_code=trust_remote_code, on_progress=on_progress
+        names,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        on_progress=on_progress,
+        loaded=loaded,
     )
     require_same_vocabulary(names, [member.tokenizer for member in members])
     tokenizer = members[0].tokenizer

@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from softmeet.hf.recorder import Recorder
 from softmeet.rules.solution import Solution
@@ -39,6 +40,19 @@ class TokenReport:
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it."""
         return asdict(self)
+
+    def spelled(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """As JSON has it for people: the token's ``text``, and texts in place of ids in what is listed."""
+
+        def spell(token: int) -> str:
+            return str(tokenizer.decode([token]))
+
+        return self.as_dict() | {
+            "text": spell(self.token),
+            "top": [[spell(j), x] for j, x in self.top],
+            "member_top": [[[spell(j), x] for j, x in rows] for rows in self.member_top],
+            "moved": [[spell(j), before, after] for j, before, after in self.moved],
+        }
 
 
 def token_report(solution: Solution, log_probs: Float[Tensor, "n B v"], row: int, token: int, top: int) -> TokenReport:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ def load_members(
     device: Device | Sequence[Device] = None,
     trust_remote_code: bool = False,
     on_progress: Callable[[str], None] = lambda name: None,
+    loaded: dict[Any, Member] | None = None,
 ) -> list[Member]:
     """Load members in order; a bundled family name stands for its members.
 
@@ -47,6 +49,7 @@ def load_members(
         device: where to put them; None for CPU, ``"auto"`` to leave it to accelerate. One for all, or one each.
         trust_remote_code: run code that comes with a checkpoint. Off unless asked for.
         on_progress: called with each name before it is loaded.
+        loaded: members that earlier calls loaded, to be shared; new ones are added.
 
     Raises:
         InvalidInputError: no name, or not one dtype or device per member.
@@ -56,10 +59,14 @@ def load_members(
     if not expanded:
         raise InvalidInputError("expected at least one member: a hub id, a folder, or a bundled name such as 'wide'")
     dtypes, devices = _each(dtype, "dtype", len(expanded)), _each(device, "device", len(expanded))
-    members = []
+    members, shared = [], {} if loaded is None else loaded
     for name, own_dtype, own_device in zip(expanded, dtypes, devices, strict=True):
-        on_progress(name)
-        members.append(_load(name, own_dtype, own_device, trust_remote_code))
+        place = zoo.locate(name)
+        key = (os.path.realpath(place) if Path(place).exists() else place, str(own_dtype), str(own_device))
+        if loaded is None or key not in shared:
+            on_progress(name)
+            shared[key] = _load(name, own_dtype, own_device, trust_remote_code)
+        members.append(shared[key])
     return members
 
 

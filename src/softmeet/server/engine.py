@@ -55,7 +55,7 @@ class _Row:
 
     @property
     def members(self) -> list[PreTrainedModel]:
-        return list(self.sequence.combination.model.members)
+        return list(self.sequence.work.combination.model.members)
 
     @property
     def drawn(self) -> int:
@@ -98,6 +98,14 @@ class Engine:
         """Whether it is at work and takes more."""
         return self._thread.is_alive() and not self._closing
 
+    @property
+    def has_room(self) -> bool:
+        """Whether one more sequence would be taken now."""
+        return self.alive and self._free() > 0
+
+    def _free(self) -> int:
+        return self.limits.rows - len(self._rows) + self.limits.waiting - len(self._waiting)
+
     def submit(self, sequences: Iterable[Sequence]) -> None:
         """Line up for the batch, all or none.
 
@@ -109,11 +117,10 @@ class Engine:
         with self._wake:
             if self._closing:
                 raise ClosingError("the server is shutting down: ask another one, or again later")
-            free = self.limits.rows - len(self._rows) + self.limits.waiting - len(self._waiting)
-            if len(found) > free:
+            if len(found) > (free := self._free()):
                 raise BusyError(
-                    f"expected room for {len(found)} more in a queue of {self.limits.waiting}, found "
-                    f"{max(free, 0)}: ask again later"
+                    f"expected room for {len(found)} more in a queue of {self.limits.waiting}, found {free}: ask again "
+                    "later"
                 )
             self._waiting += found
             self._wake.notify()
@@ -163,12 +170,12 @@ class Engine:
     def _drop(self) -> None:
         """Take out what was given up or is out of time, wherever it is."""
         now = time.monotonic()
-        for sequence in [s for s in self._waiting if s.cancelled or now > min(s.deadline, self._last_call)]:
+        for sequence in [s for s in self._waiting if s.cancelled or now > min(s.work.deadline, self._last_call)]:
             self._waiting.remove(sequence)
             self._emit(sequence, Failed(self._reason(sequence)))
         for row in list(self._rows.values()):
             s = row.sequence
-            if s.cancelled or now > min(s.deadline, self._last_call):
+            if s.cancelled or now > min(s.work.deadline, self._last_call):
                 self._fail(row, self._reason(s))
 
     def _reason(self, sequence: Sequence) -> SoftmeetError:
@@ -194,7 +201,7 @@ class Engine:
                 self._fail(row, error)
         groups: dict[Combination, list[_Row]] = defaultdict(list)
         for row in hidden:
-            groups[row.sequence.combination].append(row)
+            groups[row.sequence.work.combination].append(row)
         for combination, rows in groups.items():
             self._advance(combination, rows, hidden)
 
@@ -206,12 +213,12 @@ class Engine:
 
     def _prefill(self, row: _Row) -> list[Float[Tensor, "1 _"]]:
         s = row.sequence
-        runs = self._map(lambda m: self._batches[m].prefill(s.prompt, every=s.score_prompt), row.members)
+        runs = self._map(lambda m: self._batches[m].prefill(s.prompt, every=s.work.score_prompt), row.members)
         hidden = self._finite(row, [found for found, _, _ in runs])
         row.states = [states for _, states, _ in runs]
         self.metrics.prompt_tokens.inc(len(s.prompt))
         self.metrics.reused_tokens.inc(min(reused for _, _, reused in runs))
-        if s.score_prompt:
+        if s.work.score_prompt:
             self._score(row, [states[:-1] for states in hidden])
         return [states[-1:] for states in hidden]
 
@@ -219,7 +226,7 @@ class Engine:
         s, tokens = row.sequence, iter(row.sequence.prompt[1:])
         found: list[Token] = []
         if len(hidden[0]):
-            for log_probs, solution in s.combination.model.solve_in_chunks(hidden, **s.combination.changes()):
+            for log_probs, solution in s.work.combination.model.solve_in_chunks(hidden, **s.work.combination.changes()):
                 found += [_token(s, solution, log_probs, k, next(tokens)) for k in range(log_probs.shape[1])]
         self._emit(s, PromptScored(found))
 
@@ -249,13 +256,13 @@ class Engine:
 
     def _give(self, row: _Row, token: int, solution: Solution, log_probs: Float[Tensor, "n B v"], k: int) -> None:
         s = row.sequence
-        if s.max_tokens and token in _ends(s.combination.model):
-            self._finish(row, Finished("stop"))
-            return
         if row.drawn < s.max_tokens:
             row.tokens.append(token)
             self.metrics.tokens.inc()
             self._emit(s, _token(s, solution, log_probs, k, token))
+            if token in _ends(s.work.combination.model):
+                self._finish(row, Finished("stop"))
+                return
         if row.drawn >= s.max_tokens:
             self._finish(row, Finished("length"))
         elif not row.joined:
@@ -305,12 +312,12 @@ def _ends(model: object) -> tuple[int, ...]:
 def _token(s: Sequence, solution: Solution, log_probs: Float[Tensor, "n B v"], row: int, token: int) -> Token:
     """With what the sequence asked to know about it."""
     ours = solution.log_probs[row]
-    if s.top is None and s.report is None:
+    if s.work.top is None and s.work.report is None:
         return Token(token)
-    best = ours.topk(min(s.top or 0, len(ours)))
+    best = ours.topk(min(s.work.top or 0, len(ours)))
     return Token(
         token,
         ours[token].item(),
         list(zip(best.indices.tolist(), best.values.tolist(), strict=True)),
-        None if s.report is None else token_report(solution, log_probs, row, token, s.report),
+        None if s.work.report is None else token_report(solution, log_probs, row, token, s.work.report),
     )

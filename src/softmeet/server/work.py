@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from softmeet.hf.modeling import EnsembleForCausalLM
@@ -25,6 +25,11 @@ class Combination:
     def of(cls, model: EnsembleForCausalLM, settings: Any) -> Combination:
         """As a configuration of that ensemble has it."""
         return cls(model, settings.rule, tuple(settings.weights), tuple(settings.trust), settings.pool)
+
+    def room(self, length: int) -> int:
+        """How many tokens fit after a prompt of that length into the shortest context."""
+        limit: int | None = getattr(self.model.config, "max_position_embeddings", None)
+        return 1 << 30 if limit is None else max(limit - length, 0)
 
     def changes(self) -> dict[str, Any]:
         """The arguments of :func:`softmeet.combine`."""
@@ -65,32 +70,44 @@ class Failed:
 Event = Token | PromptScored | Finished | Failed
 
 
-@dataclass(eq=False)
-class Sequence:
-    """One continuation of one prompt.
+@dataclass(frozen=True)
+class Work:
+    """What the sequences of a request have in common.
 
     Args:
-        prompt: token ids, at least one.
         combination: which ensemble, and how.
-        sampling: how tokens are drawn.
+        sampling: how tokens are drawn; a sequence has a key of its own.
         max_tokens: how many to draw at most.
-        emit: called on the engine's thread with every event; it must not block.
         top: how many log-probabilities to list, 0 for the token's own, None for none.
         report: how many tokens a report lists, None for no report.
         score_prompt: also score the prompt's tokens.
         deadline: on the clock of ``time.monotonic``.
     """
 
-    prompt: tuple[int, ...]
     combination: Combination
     sampling: Sampling
     max_tokens: int
-    emit: Callable[[Event], None]
     top: int | None = None
     report: int | None = None
     score_prompt: bool = False
     deadline: float = float("inf")
-    cancelled: bool = False
+
+
+class Sequence:
+    """One continuation of one prompt.
+
+    Args:
+        work: what is asked.
+        prompt: token ids, at least one.
+        key: of its generator among those of the request's seed.
+        emit: called on the engine's thread with every event; it must not block.
+    """
+
+    def __init__(self, work: Work, prompt: tuple[int, ...], key: int, emit: Callable[[Event], None]) -> None:
+        self.work, self.prompt, self.emit = work, prompt, emit
+        self.sampling = replace(work.sampling, key=key)
+        self.max_tokens = min(work.max_tokens, work.combination.room(len(prompt)))
+        self.cancelled = False
 
     def cancel(self) -> None:
         """Give up its place before the next token; no more events are of use."""

@@ -1,0 +1,182 @@
+"""``softmeet serve``: ensembles behind the API that people already use, and a page to look inside."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from softmeet.cli import options
+from softmeet.cli.config import Config
+from softmeet.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from softmeet.server.ensembles import Ensembles
+    from softmeet.server.serving import Serving
+
+_KEYS = "SOFTMEET_API_KEYS"
+_LOCAL = ("localhost", "127.0.0.1", "[::1]")
+
+
+def serve(
+    ensembles: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="What to serve: a saved ensemble, a bundled family, or members joined by commas; NAME=… names it.",
+            show_default="default=wide",
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    rule: options.RuleName = None,
+    trust: options.Trust = None,
+    pool: options.PoolName = None,
+    tol: options.Tolerance = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    trust_remote_code: options.RemoteCode = False,
+    allow: Annotated[
+        str, typer.Option(help="What requests may change, or none.")
+    ] = "rule,trust,weights,pool,members",
+    api_keys: Annotated[
+        Path | None,
+        typer.Option(help="A file of keys, one a line; requests need one.", show_default=f"${_KEYS}, else no keys"),
+    ] = None,
+    open_to_all: Annotated[
+        bool, typer.Option("--open", help="Listen beyond this machine although there are no keys.")
+    ] = False,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="A name that requests may call this server by; repeat it.")
+    ] = None,
+    cors: Annotated[list[str] | None, typer.Option(help="An origin whose pages may ask; repeat it.")] = None,
+    ui: Annotated[bool | None, typer.Option("--ui/--no-ui", help="The page at /ui.", show_default="if installed")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences that run at once.")] = 64,
+    queue: Annotated[int, typer.Option(min=0, help="Sequences that may wait; past it requests get 429.")] = 256,
+    keep_tokens: Annotated[int, typer.Option(min=0, help="Prompt tokens kept for prompts that begin alike.")] = 16384,
+    max_tokens: Annotated[int, typer.Option(min=1, help="The most that a choice may ask for.")] = 4096,
+    max_choices: Annotated[int, typer.Option(min=1, help="The most choices of a request, over its prompts.")] = 16,
+    max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request's body.")] = 1 << 20,
+    body_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for a request's body to come in.")] = 10.0,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that an answer may take.")] = 600.0,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds for running answers after SIGTERM.")] = 30.0,
+    parallel: Annotated[bool, typer.Option(help="Run members in threads, for members on devices of their own.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of torch.", show_default="torch's own")] = None,
+    access_log: Annotated[bool, typer.Option(help="Log a line for every request; never a key or a prompt.")] = False,
+    config: Config = None,
+) -> None:
+    """Serve ensembles behind an OpenAI-compatible API, with a page to look inside at /ui."""
+    _require_extra()
+    from softmeet.server.engine import Limits
+    from softmeet.server.security import Protection
+    from softmeet.server.serving import Serving, Settings
+
+    keys = _keys(api_keys)
+    local = _is_local(host)
+    if not (keys or local or open_to_all):
+        raise InvalidInputError(
+            f"refused to listen on {host} without keys: give --api-keys FILE or ${_KEYS}, or say --open"
+        )
+    settings = Settings(
+        limits=Limits(batch, queue, keep_tokens),
+        protection=Protection(keys, (*_LOCAL, *(allow_host or ())) if local else tuple(allow_host or ()), max_body, body_timeout),
+        max_tokens=max_tokens,
+        max_choices=max_choices,
+        seconds=timeout,
+        allowed=_allowed(allow),
+        parallel=parallel,
+        cors=cors or (),
+        ui=_has("gradio") if ui is None else ui,
+    )
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    found = _load(ensembles, trust=trust, rule=rule, pool=pool, tol=tol, dtype=dtype, device=device, remote=trust_remote_code)
+    _run(Serving(found, settings), host, port, grace, access_log=access_log)
+
+
+def _require_extra() -> None:
+    if not (_has("fastapi") and _has("uvicorn") and _has("prometheus_client")):
+        raise InvalidInputError("serving needs more packages: pip install 'softmeet[server]' (and 'softmeet[ui]')")
+
+
+def _has(module: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(module) is not None
+
+
+def _keys(path: Path | None) -> tuple[str, ...]:
+    text = os.environ.get(_KEYS, "").replace(",", "\n") if path is None else path.read_text(encoding="utf-8")
+    found = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if path is not None and not found:
+        raise InvalidInputError(f"expected API keys in {path}, one a line, found none")
+    return found
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _allowed(text: str) -> tuple[str, ...]:
+    from softmeet.server.ensembles import CHANGES
+
+    names = tuple(part.strip() for part in text.split(",") if part.strip() not in ("", "none"))
+    if unknown := sorted(set(names) - set(CHANGES)):
+        raise InvalidInputError(f"expected --allow as some of {', '.join(CHANGES)}, or none, got {unknown[0]!r}")
+    return names
+
+
+def _load(given: list[str] | None, *, trust: str | None, remote: bool, **settings: Any) -> Ensembles:
+    """The ensembles that were named, with members that several of them name loaded once."""
+    from softmeet.server.ensembles import Ensembles, Served
+
+    shared: dict[Any, Any] = {}
+    served = []
+    for text in given or ["default=wide"]:
+        name, _, members = text.rpartition("=")
+        ensemble = options.load_ensemble(
+            members.split(","), trust, None, trust_remote_code=remote, loaded=shared, **settings
+        )
+        served.append(Served(name or options.short(members), ensemble, tuple(map(options.short, ensemble.names))))
+    names = [s.name for s in served]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise InvalidInputError(f"expected a name for each ensemble, got {twice.pop()!r} twice: give names as NAME=…")
+    return Ensembles(served)
+
+
+def _run(serving: Serving, host: str, port: int, grace: float, *, access_log: bool) -> None:
+    import uvicorn
+
+    from softmeet.server.app import create_app
+
+    class Server(uvicorn.Server):
+        """Tells the engine at the first signal, so that streams end before connections do."""
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            serving.engine.close(0 if self.should_exit or sig == signal.SIGINT and grace == 0 else grace)
+            super().handle_exit(sig, frame)
+
+        def _log_started_message(self, listeners: Any) -> None:
+            super()._log_started_message(listeners)
+            page = " (look inside at /ui)" if serving.settings.ui else ""
+            options.err.print(f"serving {', '.join(s.name for s in serving.ensembles)}{page}")
+
+    config = uvicorn.Config(
+        create_app(serving),
+        host=host,
+        port=port,
+        access_log=access_log,
+        log_level="info",
+        timeout_graceful_shutdown=int(grace) + 10,
+        server_header=False,
+    )
+    Server(config).run()

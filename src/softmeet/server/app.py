@@ -1,0 +1,216 @@
+"""The application: routes, and what an error becomes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from softmeet import __version__
+from softmeet.errors import SoftmeetError
+from softmeet.server.answer import Answer, Plan
+from softmeet.server.errors import Problem, RequestError, problem
+from softmeet.server.replies import ChatReply, CompletionReply, Reply, dumps
+from softmeet.server.schemas import ChatRequest, CompletionRequest, ErrorBody, explained
+from softmeet.server.security import Guard
+from softmeet.server.serving import Serving
+
+_STATUSES = (400, 401, 404, 405, 408, 413, 415, 421, 422, 429, 500, 503, 504)
+router = APIRouter(responses={status: {"model": ErrorBody} for status in _STATUSES})
+
+
+def create_app(serving: Serving) -> FastAPI:
+    """The ASGI application; its lifespan starts and ends the engine."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        serving.engine.start()
+        yield
+        serving.engine.close(grace=0)
+        await asyncio.to_thread(serving.engine.join)
+
+    app = FastAPI(title="softmeet", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.state.serving = serving
+    app.include_router(router)
+    app.add_exception_handler(SoftmeetError, _on_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid)
+    app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(Exception, _on_error)
+    if serving.settings.ui:
+        from softmeet.server.ui import mount
+
+        mount(app, serving)
+    if serving.settings.cors:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(serving.settings.cors),
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+        )
+    app.add_middleware(Guard, protection=serving.settings.protection, metrics=serving.metrics)
+    return app
+
+
+def _serving(request: Request) -> Serving:
+    found: Serving = request.app.state.serving
+    return found
+
+
+@router.get("/v1/models")
+async def models(request: Request) -> dict[str, Any]:
+    """The ensembles, with their members and how they are combined."""
+    return {"object": "list", "data": [_model(served) for served in _serving(request).ensembles]}
+
+
+@router.get("/v1/models/{name:path}")
+async def model(name: str, request: Request) -> dict[str, Any]:
+    """One ensemble."""
+    return _model(_serving(request).ensembles.find(name))
+
+
+def _model(served: Any) -> dict[str, Any]:
+    config = served.ensemble.model.config
+    facts = {
+        "members": list(served.names),
+        "rule": config.rule,
+        "trust": config.to_dict()["trust"],
+        "weights": config.weights,
+        "pool": config.pool,
+        "context": getattr(config, "max_position_embeddings", None),
+    }
+    return {"id": served.name, "object": "model", "created": served.created, "owned_by": "softmeet", "softmeet": facts}
+
+
+@router.post("/v1/completions")
+async def completions(body: CompletionRequest, request: Request) -> Response:
+    """Continue prompts."""
+    plan = await _serving(request).completion(body)
+    reply = CompletionReply(plan, _name(request, body), echo=bool(body.echo), usage=_wants_usage(body))
+    return await _respond(request, plan, reply, stream=bool(body.stream))
+
+
+@router.post("/v1/chat/completions")
+async def chat(body: ChatRequest, request: Request) -> Response:
+    """Answer messages, put in the form of the tokenizer's chat template."""
+    plan = await _serving(request).chat(body)
+    reply = ChatReply(plan, _name(request, body), usage=_wants_usage(body))
+    return await _respond(request, plan, reply, stream=bool(body.stream))
+
+
+def _name(request: Request, body: CompletionRequest | ChatRequest) -> str:
+    return _serving(request).ensembles.find(body.model).name
+
+
+def _wants_usage(body: CompletionRequest | ChatRequest) -> bool:
+    return body.stream_options is not None and body.stream_options.include_usage
+
+
+@router.get("/health")
+async def health(request: Request) -> Response:
+    """Whether the engine lives."""
+    return _state(_serving(request).engine.alive)
+
+
+@router.get("/ready")
+async def ready(request: Request) -> Response:
+    """Whether a request would be taken now."""
+    return _state(_serving(request).engine.has_room)
+
+
+def _state(good: bool) -> Response:
+    return JSONResponse({"status": "ok" if good else "unavailable"}, 200 if good else 503)
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Counters for Prometheus."""
+    return Response(generate_latest(_serving(request).metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+async def _respond(request: Request, plan: Plan, reply: Reply, *, stream: bool) -> Response:
+    answer = await _serving(request).answer(plan)
+    if stream:
+        return _Events(_events(answer, reply))
+    task, gone = asyncio.ensure_future(answer.whole()), asyncio.ensure_future(_left(request.receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            return Response(status_code=499)  # nobody reads it
+        return Response(dumps(reply.document(task.result(), answer.completion_tokens)), media_type="application/json")
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _events(answer: Answer, reply: Reply) -> AsyncIterator[str]:
+    try:
+        async for part in answer.parts():
+            if (chunk := reply.chunk(part)) is not None:
+                yield _event(chunk)
+        if (last := reply.last_chunk(answer.completion_tokens)) is not None:
+            yield _event(last)
+    except SoftmeetError as error:
+        # The status has been sent, so that the error can only be an event of its own.
+        yield _event(problem(error).body())
+    finally:
+        answer.cancel()
+    yield "data: [DONE]\n\n"
+
+
+def _event(document: dict[str, Any]) -> str:
+    return f"data: {dumps(document)}\n\n"
+
+
+class _Events(StreamingResponse):
+    """Server-sent events that end when the client leaves, wherever they are."""
+
+    def __init__(self, events: AsyncIterator[str]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send until the end, or until the client has left."""
+        sending, gone = asyncio.ensure_future(self.stream_response(send)), asyncio.ensure_future(_left(receive))
+        try:
+            await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (sending, gone):
+                task.cancel()
+            with contextlib.suppress(asyncio.CancelledError, OSError):
+                await sending
+            await self._events.aclose()  # type: ignore[attr-defined]
+
+
+def _answer(found: Problem) -> Response:
+    headers = {"Retry-After": "1"} if found.status in (429, 503) else {}
+    return JSONResponse(found.body(), found.status, headers)
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    return _answer(problem(error))
+
+
+async def _on_invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    message, param = explained(list(error.errors()))
+    return _answer(problem(RequestError(message, param=param)))
+
+
+async def _on_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    messages = {404: "there is nothing here: expected a path under /v1, /health, /ready, /metrics or /ui"}
+    return _answer(problem(RequestError(messages.get(error.status_code, str(error.detail)), status=error.status_code)))

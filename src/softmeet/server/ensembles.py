@@ -1,0 +1,106 @@
+"""The ensembles of a server, by name, and what a request may change about them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from softmeet.ensemble import Ensemble
+from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
+from softmeet.server.errors import RequestError
+from softmeet.server.schemas import Extension
+from softmeet.server.work import Combination
+
+# What a request may change under ``softmeet``, unless the server says less.
+CHANGES = ("rule", "trust", "weights", "pool", "members")
+
+
+@dataclass(frozen=True, eq=False)
+class Served:
+    """An ensemble under the name by which requests ask for it; ``names`` are its members' short names."""
+
+    name: str
+    ensemble: Ensemble
+    names: tuple[str, ...]
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def combination(self, asked: Extension, allowed: Sequence[str]) -> tuple[Combination, tuple[str, ...]]:
+        """(how to combine for a request, the names of the members that take part).
+
+        Raises:
+            RequestError: a change that this server does not allow, or a member that there is not.
+            InvalidInputError: a setting is wrong.
+        """
+        given = {name: value for name in CHANGES if (value := getattr(asked, name)) is not None}
+        if refused := sorted(set(given) - set(allowed)):
+            raise RequestError(
+                f"this server does not let requests change {', '.join(refused)}", param=f"softmeet.{refused[0]}"
+            )
+        chosen = self._chosen(given.pop("members", self.names))
+        model = self.ensemble.model if len(chosen) == len(self.names) else _part(self, chosen)
+        own = model.config
+        settings = {name: given.get(name, getattr(own, name)) for name in ("rule", "weights", "trust", "pool")}
+        found = EnsembleConfig(members=own.members, free_weights=own.free_weights, **settings)
+        return Combination.of(model, found), tuple(self.names[k] for k in chosen)
+
+    def _chosen(self, wanted: Iterable[str]) -> tuple[int, ...]:
+        asked = set(wanted)
+        if absent := sorted(asked - set(self.names)):
+            raise RequestError(
+                f"the ensemble {self.name} has no member {absent[0]!r}: expected some of {', '.join(self.names)}",
+                param="softmeet.members",
+            )
+        return tuple(k for k, name in enumerate(self.names) if name in asked)
+
+
+@lru_cache(maxsize=64)
+def _part(served: Served, chosen: tuple[int, ...]) -> EnsembleForCausalLM:
+    """An ensemble of some of the members; their weights in the pool are scaled to sum to what all had."""
+    whole = served.ensemble.model
+    config, total = whole.config, sum(whole.config.weights)
+    weights = [config.weights[k] for k in chosen]
+    share = sum(weights) or 1.0
+    own = config.combine_arguments() | {
+        "weights": [total * w / share for w in weights] if sum(weights) else None,
+        "trust": [config.trust[k] for k in chosen],
+    }
+    part = EnsembleForCausalLM(
+        EnsembleConfig(members=[config.members[k] for k in chosen], **own), [whole.members[k] for k in chosen]
+    ).eval()
+    part.adopt(whole.tokenizer)
+    part.generation_config = whole.generation_config
+    return part
+
+
+class Ensembles:
+    """All ensembles of a server; the first is the one that requests get which name none."""
+
+    def __init__(self, served: Sequence[Served]) -> None:
+        self._by_name = {s.name: s for s in served}
+
+    def __iter__(self) -> Any:
+        return iter(self._by_name.values())
+
+    def find(self, name: str | None) -> Served:
+        """The ensemble of that name.
+
+        Raises:
+            RequestError: there is none.
+        """
+        if name is None:
+            return next(iter(self))
+        if name not in self._by_name:
+            raise RequestError(
+                f"there is no model {name[:100]!r}: expected one of {', '.join(self._by_name)}",
+                status=404, param="model", code="model_not_found",
+            )  # fmt: skip
+        return self._by_name[name]
+
+    def members(self) -> dict[PreTrainedModel, str]:
+        """Every member once, with its name."""
+        return {m: name for s in self for m, name in zip(s.ensemble.model.members, s.names, strict=True)}

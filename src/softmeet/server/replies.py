@@ -1,0 +1,178 @@
+"""Parts of an answer as OpenAI's clients expect them, with ours under ``softmeet``."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from abc import ABC, abstractmethod
+from typing import Any
+from uuid import uuid4
+
+from softmeet.server.answer import Part, Plan
+from softmeet.server.work import Token
+
+# What OpenAI writes for a probability of zero, which JSON has no number for.
+_IMPOSSIBLE = -9999.0
+
+
+def dumps(document: Any) -> str:
+    """JSON without NaN and infinities; they cannot be read back everywhere."""
+    return json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def _nats(x: float | None) -> float | None:
+    return x if x is None else max(x, _IMPOSSIBLE)
+
+
+def _plain(value: Any) -> Any:
+    """A report for JSON: null where there is no number."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _plain(x) for key, x in value.items()}
+    return [_plain(x) for x in value] if isinstance(value, list | tuple) else value
+
+
+class Reply(ABC):
+    """How one endpoint writes its answers."""
+
+    def __init__(self, plan: Plan, model: str, *, echo: bool = False, usage: bool = False) -> None:
+        self.plan, self.echo, self.usage = plan, echo, usage
+        self._common = {"id": self.prefix + uuid4().hex, "created": int(time.time()), "model": model}
+        self._begun: set[int] = set()
+
+    prefix: str
+    kind: str
+    chunk_kind: str
+
+    @abstractmethod
+    def choice(self, part: Part) -> dict[str, Any]:
+        """A whole choice."""
+
+    @abstractmethod
+    def delta(self, part: Part, *, first: bool) -> dict[str, Any]:
+        """What is new of a choice."""
+
+    def document(self, choices: list[Part], tokens: int) -> dict[str, Any]:
+        """The answer that is not streamed."""
+        found = [self.choice(part) | self._reported(part) for part in choices]
+        usage, ours = self._usage(tokens), self._settings()
+        return {**self._common, "object": self.kind, "choices": found, "usage": usage, "softmeet": ours}
+
+    def chunk(self, part: Part) -> dict[str, Any] | None:
+        """One chunk of a stream; None where there is nothing to say."""
+        first = part.index not in self._begun
+        if not (first or part.text or part.finish or part.scored is not None or self._wants_tokens):
+            return None
+        self._begun.add(part.index)
+        choice = {"index": part.index, **self.delta(part, first=first), "finish_reason": part.finish}
+        found = {**self._common, "object": self.chunk_kind, "choices": [choice | self._reported(part)]}
+        return found | {"softmeet": self._settings()} if first else found
+
+    def last_chunk(self, tokens: int) -> dict[str, Any] | None:
+        """The usage, if it was asked for."""
+        if not self.usage:
+            return None
+        return {**self._common, "object": self.chunk_kind, "choices": [], "usage": self._usage(tokens)}
+
+    @property
+    def _wants_tokens(self) -> bool:
+        return self.plan.work.top is not None or self.plan.work.report is not None
+
+    def _usage(self, tokens: int) -> dict[str, int]:
+        asked = sum(map(len, self.plan.prompts))
+        return {"prompt_tokens": asked, "completion_tokens": tokens, "total_tokens": asked + tokens}
+
+    def _settings(self) -> dict[str, Any]:
+        how = self.plan.work.combination
+        trust = ["inf" if math.isinf(rho) else rho for rho in how.trust]
+        found = {"rule": how.rule, "trust": trust, "weights": list(how.weights), "pool": how.pool}
+        return {"members": list(self.plan.members), **found, "seed": self.plan.work.sampling.seed}
+
+    def _reported(self, part: Part) -> dict[str, Any]:
+        tokens = [*(part.scored or []), *part.tokens]
+        reports = [_plain(t.report.spelled(self.plan.tokenizer)) for t in tokens if t.report is not None]
+        return {"softmeet": {"tokens": reports}} if reports else {}
+
+    def spell(self, token: int) -> str:
+        """One token's text."""
+        return str(self.plan.tokenizer.decode([token]))
+
+
+class CompletionReply(Reply):
+    """``/v1/completions``."""
+
+    prefix, kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._offsets: dict[int, int] = {}
+
+    def choice(self, part: Part) -> dict[str, Any]:
+        """As the API has it."""
+        return {"index": part.index, **self.delta(part, first=True), "finish_reason": part.finish}
+
+    def delta(self, part: Part, *, first: bool) -> dict[str, Any]:
+        """Text, after the prompt's if it is to be echoed, and log-probabilities."""
+        prompt = self.plan.prompts[part.index // self.plan.choices]
+        echoed = self.plan.tokenizer.decode(list(prompt)) if self.echo and first else ""
+        return {"text": echoed + part.text, "logprobs": self._log_probs(part, prompt)}
+
+    def _log_probs(self, part: Part, prompt: tuple[int, ...]) -> dict[str, Any] | None:
+        if self.plan.work.top is None:
+            return None
+        # At the prompt's first token nobody could be asked.
+        scored = [] if part.scored is None else [Token(prompt[0]), *part.scored]
+        rows = [*scored, *part.tokens]
+        texts = [self.spell(t.token) for t in rows]
+        offsets, at = [], self._offsets.get(part.index, 0)
+        for text in texts:
+            offsets.append(at)
+            at += len(text)
+        self._offsets[part.index] = at
+        return {
+            "tokens": texts,
+            "token_logprobs": [_nats(t.log_prob) for t in rows],
+            "top_logprobs": [None if t.log_prob is None else self._top(t) for t in rows],
+            "text_offset": offsets,
+        }
+
+    def _top(self, token: Token) -> dict[str, float | None]:
+        # Two tokens may look alike; the more probable one keeps the name.
+        found: dict[str, float | None] = {}
+        for j, x in [*token.top, (token.token, token.log_prob)]:
+            found.setdefault(self.spell(j), _nats(x))
+        return found
+
+
+class ChatReply(Reply):
+    """``/v1/chat/completions``."""
+
+    prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+
+    def choice(self, part: Part) -> dict[str, Any]:
+        """As the API has it."""
+        message = {"role": "assistant", "content": part.text, "refusal": None}
+        return {
+            "index": part.index, "message": message, "logprobs": self._log_probs(part), "finish_reason": part.finish
+        }  # fmt: skip
+
+    def delta(self, part: Part, *, first: bool) -> dict[str, Any]:
+        """The new text, and whose it is at the beginning."""
+        role = {"role": "assistant"} if first else {}
+        return {"delta": role | {"content": part.text}, "logprobs": self._log_probs(part)}
+
+    def _log_probs(self, part: Part) -> dict[str, Any] | None:
+        if self.plan.work.top is None:
+            return None
+        found = [
+            self._entry(t.token, t.log_prob) | {"top_logprobs": [self._entry(j, x) for j, x in t.top]}
+            for t in part.tokens
+        ]
+        return {"content": found, "refusal": None}
+
+    def _entry(self, token: int, log_prob: float | None) -> dict[str, Any]:
+        text = self.spell(token)
+        # A piece of a character has no bytes of its own in a text.
+        return {"token": text, "logprob": _nats(log_prob), "bytes": None if "�" in text else list(text.encode())}

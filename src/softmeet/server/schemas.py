@@ -1,0 +1,164 @@
+"""What a request may hold: OpenAI's fields, strictly typed and bounded, and ours under ``softmeet``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from annotated_types import Len
+from pydantic import BaseModel, ConfigDict, Field
+
+Prob = Annotated[float, Field(gt=0, le=1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Rho = Annotated[float, Field(ge=0, le=1e6)] | Literal["inf"]
+Word = Annotated[str, Field(max_length=200)]
+Stop = Annotated[str, Field(min_length=1, max_length=200)]
+# More tokens or prompts than this no limit on a body lets through.
+_MOST = 1 << 20
+Ids = Annotated[list[int], Len(1, _MOST)]
+Metadata = Annotated[dict[Word, Annotated[str, Field(max_length=512)]], Len(0, 16)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Extension(_Strict):
+    """How the members are combined and what is reported, for this request; the ensemble's own where absent."""
+
+    rule: Word | None = Field(None, description="meet, max-entropy, logit-mean, prob-mean, …")
+    trust: Rho | Annotated[list[Rho], Len(1, 64)] | None = Field(None, description="One for all members, or one each.")
+    weights: Annotated[list[Annotated[float, Field(ge=0, le=1e6)]], Len(1, 64)] | None = None
+    pool: Word | None = None
+    members: Annotated[list[Word], Len(1, 64)] | None = Field(None, description="Some of the ensemble's members.")
+    report: Annotated[int, Field(ge=0, le=20)] | None = Field(
+        None, description="Report every token, and list so many of each distribution."
+    )
+    top_k: Annotated[int, Field(ge=0, le=_MOST)] = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] = 1.0
+
+
+class StreamOptions(_Strict):
+    """What a stream ends with."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class _Generation(_Strict):
+    model: Word | None = Field(None, description="An ensemble's name, as /v1/models lists them; the first if absent.")
+    max_tokens: Annotated[int, Field(ge=0, le=_MOST)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Prob | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    stop: Stop | Annotated[list[Stop], Len(0, 16)] | None = None
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: (
+        Annotated[
+            dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]], Len(0, 1024)
+        ]
+        | None
+    ) = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    softmeet: Extension | None = None
+    # Accepted, and of no effect here.
+    user: Word | None = None
+    metadata: Metadata | None = None
+    store: bool | None = None
+    service_tier: Word | None = None
+
+
+class CompletionRequest(_Generation):
+    """``POST /v1/completions``."""
+
+    prompt: str | Annotated[list[str], Len(1, _MOST)] | Ids | Annotated[list[Ids], Len(1, _MOST)]
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool | None = None
+
+
+class TextPart(_Strict):
+    """A piece of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Strict):
+    """One turn."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Len(1, 1024)]
+    name: Word | None = None
+
+    def plain(self) -> dict[str, str]:
+        """As chat templates know it."""
+        parts = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": self.role, "content": parts} | ({"name": self.name} if self.name else {})
+
+
+class ResponseFormat(_Strict):
+    """Plain text is all that there is."""
+
+    type: Literal["text"]
+
+
+class ChatRequest(_Generation):
+    """``POST /v1/chat/completions``."""
+
+    messages: Annotated[list[Message], Len(1, 4096)]
+    max_completion_tokens: Annotated[int, Field(ge=1, le=_MOST)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """Every answer that is not a success."""
+
+    error: ErrorDetail
+
+
+_REFUSED = {
+    "tools": "the members call no tools",
+    "tool_choice": "the members call no tools",
+    "functions": "the members call no tools",
+    "function_call": "the members call no tools",
+    "parallel_tool_calls": "the members call no tools",
+    "response_format": "only plain text is generated, no structured output",
+    "best_of": "ask for n choices and take the best yourself",
+    "suffix": "text is only continued",
+    "audio": "only text is generated",
+    "modalities": "only text is generated",
+    "prediction": "there is nothing to speed up by it",
+    "reasoning_effort": "the members do not reason apart from their answer",
+    "web_search_options": "nothing is searched",
+}
+
+
+def explained(errors: list[Any]) -> tuple[str, str | None]:
+    """(what to tell the sender, which field is to blame), from pydantic's list; never what the field held."""
+    first = errors[0]
+    path = [str(part) for part in first["loc"] if part != "body"]
+    field = path[0] if path else None
+    if first["type"] == "extra_forbidden":
+        reason = _REFUSED.get(path[-1][:40], "there is no such field")
+        return f"{'.'.join(path)[:200]} is not supported: {reason}", field
+    if field == "prompt":
+        return "expected prompt as a string, a list of strings, token ids or a list of lists of token ids", field
+    if field in _REFUSED:
+        return f"{field} is not supported: {_REFUSED[field]}", field
+    if not field:
+        return "expected one JSON object as the body", None
+    return f"{'.'.join(path)[:200]}: {first['msg'][0].lower()}{first['msg'][1:300]}", field

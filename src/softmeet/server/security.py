@@ -1,0 +1,157 @@
+"""What stands before every route: keys, hosts, and limits on bodies; and the headers behind it.
+
+Plain ASGI, so that a stream passes through untouched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hmac
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from softmeet.server.errors import RequestError, problem
+from softmeet.server.metrics import Metrics
+
+_OPEN = ("/health", "/ready")
+_COUNTED = ("/v1/models", "/v1/completions", "/v1/chat/completions", "/health", "/ready", "/metrics")
+_COMMON = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+}
+# Gradio's page needs inline scripts and styles; nothing comes from, or goes to, another host.
+_PAGE = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; worker-src 'self' blob:; "
+    "frame-ancestors 'none'; base-uri 'self'; form-action 'self'"
+)
+_NO_PAGE = "default-src 'none'; frame-ancestors 'none'"
+
+
+@dataclass(frozen=True)
+class Protection:
+    """Keys (none: everyone may), hosts that a request may name (none: any), and the limits on a body."""
+
+    keys: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
+    max_body: int = 1 << 20
+    body_seconds: float = 10.0
+
+
+class Guard:
+    """The outermost layer of the application."""
+
+    def __init__(self, app: ASGIApp, protection: Protection, metrics: Metrics) -> None:
+        self.app, self.protection, self.metrics = app, protection, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse what must not come in; else pass it on with its whole body at hand."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        path = scope["path"]
+
+        async def sending(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self.metrics.requests.labels(path if path in _COUNTED else "other", message["status"]).inc()
+                headers = MutableHeaders(scope=message)
+                for name, value in _COMMON.items():
+                    headers[name] = value
+                headers["Content-Security-Policy"] = _PAGE if path.startswith("/ui") else _NO_PAGE
+            await send(message)
+
+        try:
+            self._check(path, Headers(scope=scope))
+            body = await self._body(Headers(scope=scope), receive)
+        except RequestError as error:
+            found = problem(error)
+            realm = {"WWW-Authenticate": 'Basic realm="softmeet"'} if found.status == 401 and path[:3] == "/ui" else {}
+            # What has not been read of the body would be taken for the next request.
+            response = JSONResponse(found.body(), found.status, {"Connection": "close", **realm})
+            await response(scope, receive, sending)
+            return
+        except _GoneError:
+            return
+        await self.app(scope, _replay(body, receive), sending)
+
+    def _check(self, path: str, headers: Headers) -> None:
+        host = headers.get("host", "").rsplit(":", 1)[0] if "]" not in headers.get("host", "") else "[::1]"
+        if self.protection.hosts and host not in self.protection.hosts:
+            raise RequestError("this server does not answer to that Host", status=421, code="unknown_host")
+        if self.protection.keys and path not in _OPEN and not _known(_given(headers), self.protection.keys):
+            raise RequestError(
+                "expected a valid API key as 'Authorization: Bearer KEY'", status=401, code="invalid_api_key"
+            )
+
+    async def _body(self, headers: Headers, receive: Receive) -> bytes:
+        limit = self.protection.max_body
+        too_large = RequestError(f"expected a body of at most {limit:,} bytes", status=413, code="body_too_large")
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or int(length[:20]) > limit:
+            raise too_large
+        parts, size = [], 0
+        try:
+            async with asyncio.timeout(self.protection.body_seconds):
+                more = True
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise _GoneError
+                    parts.append(message.get("body", b""))
+                    size += len(parts[-1])
+                    more = message.get("more_body", False)
+                    if size > limit:
+                        raise too_large
+        except TimeoutError:
+            raise RequestError(
+                f"expected the body within {self.protection.body_seconds:g} s", status=408, code="body_too_slow"
+            ) from None
+        return b"".join(parts)
+
+
+class _GoneError(Exception):
+    """The client left before it had sent its request."""
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    sent = False
+
+    async def replay() -> Message:
+        nonlocal sent
+        if sent:
+            return await receive()
+        sent = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
+def _given(headers: Headers) -> str:
+    """The key of a request: a bearer token, or the password of HTTP's basic scheme, which browsers ask for."""
+    scheme, _, value = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return value.strip()
+    if scheme.lower() == "basic":
+        try:
+            return base64.b64decode(value, validate=True).decode("utf-8").partition(":")[2]
+        except (binascii.Error, UnicodeDecodeError):
+            return ""
+    return ""
+
+
+def _known(given: str, keys: Sequence[str]) -> bool:
+    """Compared with every key, in a time that tells nothing about any of them."""
+    matches = [hmac.compare_digest(given.encode(), key.encode()) for key in keys]
+    return any(matches)
+
+
+
