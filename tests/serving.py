@@ -1,0 +1,56 @@
+"""A server in a thread, over tiny members or whatever is given."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+
+import tiny
+import uvicorn
+
+from softmeet import Ensemble
+from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
+from softmeet.server.app import create_app
+from softmeet.server.ensembles import Ensembles, Served
+from softmeet.server.serving import Serving, Settings
+
+TEMPLATE = "{% for m in messages %}{% if m.content == 'bad' %}{{ raise_exception('no bad') }}{% endif %}{{ m.role[0] }}:{{ m.content }}!{% endfor %}a:"
+
+
+def tiny_ensemble(*names, rule="meet", seeds=(0, 1), template=None, models=None):
+    config = EnsembleConfig(members=[f"tiny/{name}" for name in names], rule=rule, trust=1.0)
+    found = models or [tiny.build(name, seed=seed) for name, seed in zip(names, seeds, strict=False)]
+    model, tokenizer = EnsembleForCausalLM(config, found).eval(), tiny.tokenizer()
+    tokenizer.chat_template = template
+    model.adopt(tokenizer)
+    return Ensemble(model, tokenizer)
+
+
+def serving_of(ensembles, **settings):
+    served = [Served(name, e, tuple(e.names)) for name, e in ensembles.items()]
+    return Serving(Ensembles(served), Settings(**{"ui": False} | settings))
+
+
+@contextlib.contextmanager
+def running(serving):
+    """(base URL) of a server that runs in a thread while this lasts."""
+    server = uvicorn.Server(uvicorn.Config(create_app(serving), port=0, log_level="warning"))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+
+
+def wait_until(condition, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

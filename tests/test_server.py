@@ -1,0 +1,278 @@
+"""The API as the real openai client meets it."""
+
+from __future__ import annotations
+
+import math
+
+import httpx
+import openai
+import pytest
+import tiny
+from serving import TEMPLATE, running, serving_of, tiny_ensemble, wait_until
+
+from softmeet import Ensemble
+from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
+
+
+@pytest.fixture(scope="module")
+def ensembles():
+    plain = tiny_ensemble("gpt2", "llama")
+    chatty = tiny_ensemble("llama", "neox", rule="logit-mean", template=TEMPLATE, models=[plain.model.members[1], tiny.build("neox", 2)])
+    return {"plain": plain, "chatty": chatty}
+
+
+@pytest.fixture(scope="module")
+def serving(ensembles):
+    return serving_of(ensembles)
+
+
+@pytest.fixture(scope="module")
+def url(serving):
+    with running(serving) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+def ask(client, prompt="hello", **options):
+    return client.completions.create(**{"model": "plain", "prompt": prompt, "seed": 3, "max_tokens": 12} | options)
+
+
+def test_models_are_listed_with_their_members(client):
+    listed = client.models.list().data
+    assert [m.id for m in listed] == ["plain", "chatty"]
+    assert listed[0].softmeet["members"] == ["tiny/gpt2", "tiny/llama"]
+    assert client.models.retrieve("chatty").softmeet["rule"] == "logit-mean"
+    with pytest.raises(openai.NotFoundError, match="expected one of plain, chatty") as caught:
+        client.models.retrieve("absent")
+    assert caught.value.body == {
+        "message": "there is no model 'absent': expected one of plain, chatty", "type": "not_found_error", "param": "model",
+        "code": "model_not_found",
+    }  # fmt: skip
+
+
+def test_a_seeded_completion_is_what_generate_gives_streamed_or_not(client, ensembles):
+    options = {"temperature": 0.8, "top_p": 0.9}
+    expected = ensembles["plain"].generate("hello", seed=3, max_new_tokens=12, do_sample=True, top_k=0, **options)
+    whole = ask(client, **options)
+    assert whole.choices[0].text == expected
+    assert whole.object == "text_completion"
+    assert whole.usage.prompt_tokens == 5
+    assert whole.usage.total_tokens == 5 + whole.usage.completion_tokens
+    chunks = list(ask(client, stream=True, stream_options={"include_usage": True}, **options))
+    assert "".join(c.choices[0].text for c in chunks[:-1]) == expected
+    assert [c.choices[0].finish_reason for c in chunks[:-1]][-1] == whole.choices[0].finish_reason
+    assert chunks[-1].usage == whole.usage
+    assert len({c.id for c in chunks}) == 1
+    assert chunks[0].softmeet["seed"] == 3
+
+
+def test_without_a_seed_answers_differ_and_say_their_seed(client):
+    first, second = ask(client, seed=openai.omit), ask(client, seed=openai.omit)
+    assert first.choices[0].text != second.choices[0].text
+    assert ask(client, seed=first.softmeet["seed"]).choices[0].text == first.choices[0].text
+
+
+def test_prompts_come_in_four_forms_and_choices_in_order(client, ensembles):
+    ids = ensembles["plain"].tokenizer("world")["input_ids"]
+    expected = ensembles["plain"].generate(["hello", "world"], seed=3, max_new_tokens=12, do_sample=True, top_k=0)
+    for prompt in (["hello", "world"], [[*ensembles["plain"].tokenizer("hello")["input_ids"]], ids]):
+        assert [c.text for c in ask(client, prompt).choices] == expected
+    assert ask(client, ids).choices[0].text == ask(client, "world").choices[0].text
+    several = ask(client, n=3).choices
+    assert [c.index for c in several] == [0, 1, 2]
+    assert several[0].text == expected[0]
+    assert len({c.text for c in several}) == 3
+    streamed = {0: "", 1: "", 2: ""}
+    for chunk in ask(client, n=3, stream=True):
+        streamed[chunk.choices[0].index] += chunk.choices[0].text
+    assert list(streamed.values()) == [c.text for c in several]
+
+
+def test_log_probs_and_echo_are_the_ensembles_own(client, ensembles):
+    found = ask(client, "hello", max_tokens=1, logprobs=2, echo=True, temperature=0).choices[0]
+    reports = ensembles["plain"].inspect("hello", top=2)
+    lp = found.logprobs
+    assert lp.tokens[:5] == list("hello")
+    assert lp.text_offset == list(range(6))
+    assert found.text.startswith("hello")
+    assert lp.token_logprobs[0] is None
+    assert lp.token_logprobs[1:5] == pytest.approx([r.log_prob for r in reports], abs=1e-4)
+    for top, report in zip(lp.top_logprobs[1:5], reports, strict=True):
+        assert list(top.values())[:2] == pytest.approx([x for _, x in report.top], abs=1e-4)
+    # Greedy: its own log-probability is the largest one, to the last bit, which lm-eval relies on.
+    assert lp.token_logprobs[5] == max(lp.top_logprobs[5].values())
+    scored = ask(client, "hello", max_tokens=0, logprobs=0, echo=True)
+    assert scored.choices[0].logprobs.token_logprobs == lp.token_logprobs[:5]
+    assert scored.usage.completion_tokens == 0
+
+
+def test_a_stop_string_never_shows(client):
+    whole = ask(client, max_tokens=30).choices[0].text
+    stop = whole[6:8]
+    expected = whole[: whole.index(stop)]
+    for options in ({"stop": stop}, {"stop": ["~~~", stop]}):
+        choice = ask(client, max_tokens=30, **options).choices[0]
+        assert (choice.text, choice.finish_reason) == (expected, "stop")
+        chunks = [c.choices[0] for c in ask(client, max_tokens=30, stream=True, **options)]
+        assert ("".join(c.text for c in chunks), chunks[-1].finish_reason) == (expected, "stop")
+
+
+def test_biases_penalties_and_greedy(client, ensembles):
+    assert ask(client, temperature=0, logit_bias={"5": 100}).choices[0].text == "e" * 12
+    greedy = ensembles["plain"].generate("hello", max_new_tokens=12, do_sample=False)
+    assert ask(client, temperature=0).choices[0].text == greedy
+    text = ask(client, presence_penalty=2, frequency_penalty=2, temperature=0, logit_bias={"0": -100}).choices[0].text
+    assert len(set(text)) > len(set(greedy))
+    varied = ask(client, extra_body={"softmeet": {"top_k": 1}}, seed=9).choices[0].text
+    assert varied == greedy
+
+
+def test_chat_uses_the_tokenizers_template(client, ensembles):
+    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": [{"type": "text", "text": "yes"}]}]
+    options = {"model": "chatty", "messages": messages, "seed": 3, "max_completion_tokens": 9}
+    expected = ensembles["chatty"].generate("u:hello!a:yes!a:", seed=3, max_new_tokens=9, do_sample=True, top_k=0)
+    whole = client.chat.completions.create(**options, logprobs=True, top_logprobs=2)
+    assert whole.choices[0].message.content == expected
+    assert whole.choices[0].message.role == "assistant"
+    entries = whole.choices[0].logprobs.content
+    assert bytes(entries[0].bytes).decode() == entries[0].token
+    assert len(entries[0].top_logprobs) == 2
+    chunks = list(client.chat.completions.create(**options, stream=True))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(c.choices[0].delta.content for c in chunks) == expected
+    with pytest.raises(openai.BadRequestError, match="has no chat template"):
+        client.chat.completions.create(model="plain", messages=messages)
+    with pytest.raises(openai.BadRequestError, match="refuses these messages: no bad"):
+        client.chat.completions.create(model="chatty", messages=[{"role": "user", "content": "bad"}])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools is not supported: the members call no tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format is not supported: only plain text"),
+        ({"extra_body": {"temprature": 1}}, "temprature is not supported: there is no such field"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+        ({"messages": []}, "messages: list should have at least 1 item"),
+        ({"temperature": 3}, "temperature: input should be less than or equal to 2"),
+        ({"extra_body": {"n": 17}}, "at most 16 choices"),
+        ({"logit_bias": {"99": 1}}, "expected token ids below 64 in logit_bias, got 99"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(client, options, message):
+    given = {"model": "chatty", "messages": [{"role": "user", "content": "hi"}]} | options
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**given)
+    assert message in caught.value.body["message"]
+    assert caught.value.type == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"rule": "vote"}, "unknown rule 'vote'"),
+        ({"trust": [1, 2, 3]}, "expected one trust, or one per member, 2 in all"),
+        ({"trust": -1}, "softmeet.trust"),
+        ({"weights": [0.5, 0.4]}, "expected weights that sum to 1"),
+        ({"members": ["tiny/opt"]}, "has no member 'tiny/opt': expected some of tiny/gpt2, tiny/llama"),
+        ({"tol": 1}, "softmeet.tol is not supported"),
+    ],
+)
+def test_settings_that_make_no_sense(client, given, message):
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(client, extra_body={"softmeet": given})
+    assert message in caught.value.body["message"]
+
+
+def test_a_request_chooses_rule_trust_weights_and_members(client, ensembles):
+    plain = ensembles["plain"]
+
+    def expected(models, **settings):
+        config = EnsembleConfig(members=[str(k) for k in range(len(models))], **settings)
+        model = EnsembleForCausalLM(config, models).eval()
+        model.adopt(plain.tokenizer)
+        options = {"seed": 3, "max_new_tokens": 12, "do_sample": True, "top_k": 0}
+        return Ensemble(model, plain.tokenizer).generate("hello", **options)
+
+    both, alone = list(plain.model.members), [plain.model.members[1]]
+    for given, text in (
+        ({"rule": "prob-mean", "weights": [0.1, 0.9]}, expected(both, rule="prob-mean", weights=[0.1, 0.9])),
+        ({"trust": ["inf", 0.5]}, expected(both, trust=[math.inf, 0.5])),
+        ({"members": ["tiny/llama"]}, expected(alone, trust=1.0)),
+    ):
+        answer = ask(client, extra_body={"softmeet": given})
+        assert answer.choices[0].text == text
+        assert given.items() <= answer.softmeet.items()
+
+
+def test_reports_are_those_of_inspect(client, ensembles):
+    answer = ask(client, "hello", max_tokens=3, echo=True, extra_body={"softmeet": {"report": 4}}, temperature=0)
+    found = answer.choices[0].softmeet["tokens"]
+    expected = [r.spelled(ensembles["plain"].tokenizer) for r in ensembles["plain"].inspect(answer.choices[0].text, 4)]
+    assert [t["text"] for t in found] == [t["text"] for t in expected]
+    for a, b in zip(found, expected, strict=True):
+        assert a["disagreement"] == pytest.approx(b["disagreement"], abs=1e-4)
+        assert a["member_log_probs"] == pytest.approx(b["member_log_probs"], abs=1e-4)
+        assert [x for x, _ in a["top"]] == [x for x, _ in b["top"]]
+        assert (a["status"], a["gap_is_certified"]) == (b["status"], b["gap_is_certified"])
+        assert a["num_passes"] > 0
+    chunks = [c.choices[0] for c in ask(client, "hello", max_tokens=3, stream=True, extra_body={"softmeet": {"report": 0}})]
+    assert [len(c.softmeet["tokens"]) for c in chunks[:3]] == [1, 1, 1]
+    assert chunks[0].softmeet["tokens"][0]["top"] == []
+
+
+def test_the_context_ends_an_answer_and_bounds_a_prompt(client):
+    answer = ask(client, "a" * 60, max_tokens=50, logit_bias={"0": -100})
+    assert answer.usage.completion_tokens == 4
+    assert answer.choices[0].finish_reason == "length"
+    for prompt, message in (("a" * 64, "context of 64 tokens, got 64"), ("", "empty"), ([64], "from 0 to 63"), ([-1], "from 0")):
+        with pytest.raises(openai.BadRequestError, match=message):
+            ask(client, prompt)
+
+
+def test_health_readiness_and_metrics(client, url):
+    ask(client)
+    assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+    assert httpx.get(f"{url}/ready").status_code == 200
+    text = httpx.get(f"{url}/metrics").text
+    assert 'softmeet_requests_total{path="/v1/completions",status="200"}' in text
+    for name in ("tokens_total", "head_passes_total", "reused_tokens_total", "rows", "step_seconds_sum", "first_token_seconds_sum"):
+        assert f"\nsoftmeet_{name} " in text
+
+
+def test_a_client_that_leaves_frees_its_place(client, url, serving):
+    gauge = lambda: serving.metrics.registry.get_sample_value("softmeet_rows")  # noqa: E731
+    slow = serving.ensembles.find("plain").ensemble.model.members[0].base_model.register_forward_hook(lambda *_: __import__("time").sleep(0.05))
+    try:
+        stream = ask(client, "a", max_tokens=60, stream=True, logit_bias={"0": -100})
+        next(iter(stream))
+        stream.close()
+        before = serving.metrics.registry.get_sample_value("softmeet_tokens_total")
+        wait_until(lambda: not serving.engine._rows)
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 60, "logit_bias": {"0": -100}}, timeout=0.3)
+        wait_until(lambda: not serving.engine._rows)
+    finally:
+        slow.remove()
+    assert serving.metrics.registry.get_sample_value("softmeet_tokens_total") < before + 60
+    ask(client)
+    assert gauge() == 1
+
+
+def test_a_member_that_returns_nan_is_named_in_the_error(client, ensembles):
+    embedding = ensembles["plain"].model.members[1].base_model.embed_tokens.weight
+    kept = embedding.data[50].clone()
+    embedding.data[50] = math.nan
+    bad = {"prompt": [5, 50, 7]}
+    try:
+        with pytest.raises(openai.BadRequestError, match="from tiny/llama: leave it out"):
+            ask(client, **bad)
+        with pytest.raises(openai.APIError, match="from tiny/llama: leave it out"):
+            list(ask(client, **bad, stream=True))
+        assert ask(client, **bad, extra_body={"softmeet": {"members": ["tiny/gpt2"]}}).choices[0].text
+    finally:
+        embedding.data[50] = kept
