@@ -71,23 +71,22 @@ def serve(
 ) -> None:
     """Serve ensembles behind an OpenAI-compatible API, with a page to look inside at /ui."""
     _require_extra()
-    from softmeet.server.engine import Limits
-    from softmeet.server.security import Protection
-    from softmeet.server.serving import Serving, Settings
-
-    keys = _keys(api_keys)
-    local = _is_local(host)
+    keys, local, allowed, named = _keys(api_keys), _is_local(host), _allowed(allow), _named(ensembles)
     if not (keys or local or open_to_all):
         raise InvalidInputError(
             f"refused to listen on {host} without keys: give --api-keys FILE or ${_KEYS}, or say --open"
         )
+    from softmeet.server.engine import Limits
+    from softmeet.server.security import Protection
+    from softmeet.server.serving import Serving, Settings
+
     settings = Settings(
         limits=Limits(batch, queue, keep_tokens),
         protection=Protection(keys, (*_LOCAL, *(allow_host or ())) if local else tuple(allow_host or ()), max_body, body_timeout),
         max_tokens=max_tokens,
         max_choices=max_choices,
         seconds=timeout,
-        allowed=_allowed(allow),
+        allowed=allowed,
         parallel=parallel,
         cors=cors or (),
         ui=_has("gradio") if ui is None else ui,
@@ -96,7 +95,7 @@ def serve(
         import torch
 
         torch.set_num_threads(threads)
-    found = _load(ensembles, trust=trust, rule=rule, pool=pool, tol=tol, dtype=dtype, device=device, remote=trust_remote_code)
+    found = _load(named, trust=trust, rule=rule, pool=pool, tol=tol, dtype=dtype, device=device, remote=trust_remote_code)
     _run(Serving(found, settings), host, port, grace, access_log=access_log)
 
 
@@ -127,7 +126,7 @@ def _is_local(host: str) -> bool:
 
 
 def _allowed(text: str) -> tuple[str, ...]:
-    from softmeet.server.ensembles import CHANGES
+    from softmeet.server.schemas import CHANGES
 
     names = tuple(part.strip() for part in text.split(",") if part.strip() not in ("", "none"))
     if unknown := sorted(set(names) - set(CHANGES)):
@@ -135,21 +134,27 @@ def _allowed(text: str) -> tuple[str, ...]:
     return names
 
 
-def _load(given: list[str] | None, *, trust: str | None, remote: bool, **settings: Any) -> Ensembles:
+def _named(given: list[str] | None) -> dict[str, list[str]]:
+    """What is to be served, by name: the names of members or of a saved ensemble."""
+    found: dict[str, list[str]] = {}
+    for text in given or ["default=wide"]:
+        name, _, members = text.rpartition("=")
+        name = name or options.short(members)
+        if name in found:
+            raise InvalidInputError(f"expected a name for each ensemble, got {name!r} twice: give names as NAME=…")
+        found[name] = members.split(",")
+    return found
+
+
+def _load(named: dict[str, list[str]], *, trust: str | None, remote: bool, **settings: Any) -> Ensembles:
     """The ensembles that were named, with members that several of them name loaded once."""
     from softmeet.server.ensembles import Ensembles, Served
 
     shared: dict[Any, Any] = {}
     served = []
-    for text in given or ["default=wide"]:
-        name, _, members = text.rpartition("=")
-        ensemble = options.load_ensemble(
-            members.split(","), trust, None, trust_remote_code=remote, loaded=shared, **settings
-        )
-        served.append(Served(name or options.short(members), ensemble, tuple(map(options.short, ensemble.names))))
-    names = [s.name for s in served]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise InvalidInputError(f"expected a name for each ensemble, got {twice.pop()!r} twice: give names as NAME=…")
+    for name, members in named.items():
+        ensemble = options.load_ensemble(members, trust, None, trust_remote_code=remote, loaded=shared, **settings)
+        served.append(Served(name, ensemble, tuple(map(options.short, ensemble.names))))
     return Ensembles(served)
 
 

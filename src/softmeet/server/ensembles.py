@@ -13,11 +13,8 @@ from transformers import PreTrainedModel
 from softmeet.ensemble import Ensemble
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
 from softmeet.server.errors import RequestError
-from softmeet.server.schemas import Extension
+from softmeet.server.schemas import CHANGES, Extension
 from softmeet.server.work import Combination
-
-# What a request may change under ``softmeet``, unless the server says less.
-CHANGES = ("rule", "trust", "weights", "pool", "members")
 
 
 @dataclass(frozen=True, eq=False)

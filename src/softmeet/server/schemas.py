@@ -12,6 +12,8 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 Rho = Annotated[float, Field(ge=0, le=1e6)] | Literal["inf"]
 Word = Annotated[str, Field(max_length=200)]
 Stop = Annotated[str, Field(min_length=1, max_length=200)]
+# What a request may change under ``softmeet``, unless the server says less.
+CHANGES = ("rule", "trust", "weights", "pool", "members")
 # More tokens or prompts than this no limit on a body lets through.
 _MOST = 1 << 20
 Ids = Annotated[list[int], Len(1, _MOST)]
@@ -151,7 +153,7 @@ def explained(errors: list[Any]) -> tuple[str, str | None]:
     """(what to tell the sender, which field is to blame), from pydantic's list; never what the field held."""
     first = errors[0]
     path = [str(part) for part in first["loc"] if part != "body"]
-    field = path[0] if path else None
+    field = path[0][:100] if path else None
     if first["type"] == "extra_forbidden":
         reason = _REFUSED.get(path[-1][:40], "there is no such field")
         return f"{'.'.join(path)[:200]} is not supported: {reason}", field

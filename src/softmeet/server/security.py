@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic_core import from_json
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -72,6 +73,8 @@ class Guard:
         try:
             self._check(path, Headers(scope=scope))
             body = await self._body(Headers(scope=scope), receive)
+            if body and path.startswith("/v1/"):
+                _check_json(body)
         except RequestError as error:
             found = problem(error)
             realm = {"WWW-Authenticate": 'Basic realm="softmeet"'} if found.status == 401 and path[:3] == "/ui" else {}
@@ -116,6 +119,14 @@ class Guard:
                 f"expected the body within {self.protection.body_seconds:g} s", status=408, code="body_too_slow"
             ) from None
         return b"".join(parts)
+
+
+def _check_json(body: bytes) -> None:
+    """Refuse what Python's own reader lets pass: NaN, 1e400, lone surrogates, any depth, other encodings."""
+    try:
+        from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise RequestError(f"expected JSON in UTF-8 as the body: {error}"[:300], code="invalid_json") from None
 
 
 class _GoneError(Exception):

@@ -14,11 +14,11 @@ import jinja2
 
 from softmeet.server.answer import Answer, Plan
 from softmeet.server.engine import Engine, Limits
-from softmeet.server.ensembles import CHANGES, Ensembles, Served
+from softmeet.server.ensembles import Ensembles, Served
 from softmeet.server.errors import RequestError
 from softmeet.server.metrics import Metrics
 from softmeet.server.sampling import Sampling
-from softmeet.server.schemas import ChatRequest, CompletionRequest, Extension
+from softmeet.server.schemas import CHANGES, ChatRequest, CompletionRequest, Extension
 from softmeet.server.security import Protection
 from softmeet.server.work import Combination, Work
 
@@ -33,7 +33,7 @@ class Settings:
         max_tokens: that one sequence may draw.
         max_choices: sequences of one request.
         seconds: that an answer may take.
-        allowed: what requests may change, of :data:`softmeet.server.ensembles.CHANGES`.
+        allowed: what requests may change, of :data:`softmeet.server.schemas.CHANGES`.
         parallel: run members in threads of their own.
         cors: origins whose pages may ask.
         ui: serve the page at ``/ui``.

@@ -1,0 +1,286 @@
+"""What must not come in, and what must not go out: keys, hosts, malformed bodies, full queues, signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import openai
+import pytest
+import tiny
+from serving import running, serving_of, tiny_ensemble
+
+from softmeet.server.engine import Limits
+from softmeet.server.security import Protection
+
+JSON = {"content-type": "application/json"}
+GOOD = {"prompt": "hello", "max_tokens": 4, "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def url():
+    limits = Protection(max_body=100_000, body_seconds=0.5)
+    with running(serving_of({"plain": tiny_ensemble("gpt2", "llama", rule="logit-mean")}, protection=limits)) as found:
+        yield found
+
+
+def assert_is_error(response, *statuses):
+    assert response.status_code in statuses or (not statuses and 400 <= response.status_code < 500), response.text
+    assert set(response.json()) == {"error"}
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+    assert response.json()["error"]["message"]
+
+
+def body(**fields):
+    return json.dumps(GOOD | fields).encode()
+
+
+MALFORMED = {
+    "nothing": b"",
+    "no JSON": b"{",
+    "no object": b"[]",
+    "a number": b"1",
+    "null": b"null",
+    "NaN": b'{"prompt":"a","temperature":NaN}',
+    "Infinity": b'{"prompt":"a","temperature":-Infinity}',
+    "1e400": b'{"prompt":"a","temperature":1e400}',
+    "NaN in a list": b'{"prompt":"a","softmeet":{"weights":[NaN,1]}}',
+    "1e400 as trust": b'{"prompt":"a","softmeet":{"trust":1e400}}',
+    "a huge integer": b'{"prompt":"a","max_tokens":' + b"9" * 5000 + b"}",
+    "a large integer": b'{"prompt":"a","temperature":' + b"9" * 400 + b"}",
+    "a large seed": b'{"prompt":"a","seed":' + b"9" * 30 + b"}",
+    "a large token": b'{"prompt":[' + b"9" * 30 + b"]}",
+    "deep lists": b'{"prompt":' + b"[" * 40_000 + b"]" * 40_000 + b"}",
+    "deep objects": b'{"a":' * 15_000 + b"1" + b"}" * 15_000,
+    "invalid UTF-8": b'{"prompt":"\xff\xfe"}',
+    "a lone surrogate": b'{"prompt":"\\ud800"}',
+    "a lone surrogate as a field": b'{"prompt":"a","\\udfff":1}',
+    "a lone surrogate as a stop": b'{"prompt":"a","stop":"\\ud800"}',
+    "a wide encoding": '{"prompt":"a"}'.encode("utf-32"),
+    "text for a number": body(max_tokens="5"),
+    "a float for an integer": body(max_tokens=4.5),
+    "truth for a number": body(temperature=True),
+    "a negative number": body(max_tokens=-1),
+    "a mixed prompt": body(prompt=["a", 1]),
+    "an empty prompt": body(prompt=""),
+    "a prompt of nothing": body(prompt=[]),
+    "an empty prompt among others": body(prompt=["a", ""]),
+    "too many prompts": body(prompt=["a"] * 5000),
+    "too many stops": body(stop=["a"] * 17),
+    "an empty stop": body(stop=""),
+    "a long stop": body(stop="a" * 201),
+    "a bias on no token": body(logit_bias={"x": 1}),
+    "a bias on a negative token": body(logit_bias={"-1": 1}),
+    "a bias too far": body(logit_bias={"1": 101}),
+    "too many biases": body(logit_bias={str(k): 1 for k in range(1025)}),
+    "an unknown field": body(**{"x" * 9000: 1}),
+    "a huge name": body(model="x" * 50_000),
+    "NUL as a model": body(model="\0"),
+    "a huge user": body(user="x" * 201),
+    "no temperature": body(temperature=-1),
+    "no mass": body(top_p=0),
+    "too much mass": body(top_p=1.01),
+    "too many log-probabilities": body(logprobs=21),
+    "an unknown rule": body(softmeet={"rule": "\0"}),
+    "negative weights": body(softmeet={"weights": [-1, 2]}),
+    "no members": body(softmeet={"members": []}),
+    "too long": body(prompt="x" * 200_000),
+    "a prompt past the context": body(prompt="x" * 90_000),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_malformed_body_gets_an_error_object_that_does_not_echo_it(url, name):
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        response = httpx.post(url + path, content=MALFORMED[name], headers=JSON)
+        assert_is_error(response)
+        assert len(response.content) < 1000
+    assert httpx.post(f"{url}/v1/completions", json=GOOD).status_code == 200
+
+
+def test_other_wrong_requests(url):
+    assert_is_error(httpx.get(f"{url}/nowhere"), 404)
+    assert_is_error(httpx.get(f"{url}/docs"), 404)
+    assert_is_error(httpx.get(f"{url}/v1/completions"), 405)
+    assert_is_error(httpx.post(f"{url}/v1/completions", content=body(), headers={"content-type": "text/plain"}))
+    assert_is_error(httpx.post(f"{url}/v1/completions", content=b"x" * 100_001, headers=JSON), 413)
+    chunks = (b"x" * 10_000 for _ in range(20))
+    assert_is_error(httpx.post(f"{url}/v1/completions", content=chunks, headers=JSON), 413)
+
+
+def test_a_slow_body_is_not_waited_for(url):
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{")
+        connection.settimeout(10)
+        answer = b""
+        while piece := connection.recv(4096):
+            answer += piece
+    head, _, content = answer.partition(b"\r\n\r\n")
+    assert b" 408 " in head.splitlines()[0]
+    assert json.loads(content)["error"]["code"] == "body_too_slow"
+
+
+def test_headers_say_what_browsers_must_not_do(url):
+    headers = httpx.get(f"{url}/v1/models").headers
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["x-frame-options"] == "DENY"
+    assert headers["content-security-policy"].startswith("default-src 'none'")
+    assert "access-control-allow-origin" not in httpx.get(f"{url}/v1/models", headers={"origin": "http://a.b"}).headers
+    assert "server" not in headers or "uvicorn" in headers["server"]
+
+
+def test_keys_hosts_and_origins(caplog):
+    caplog.set_level("DEBUG")
+    protection = Protection(keys=("first-key", "second-kéy"), hosts=("127.0.0.1",))
+    serving = serving_of({"plain": tiny_ensemble("gpt2")}, protection=protection, cors=("http://page.test",))
+    with running(serving) as url:
+        for headers in (
+            {}, {"authorization": "Bearer wrong"}, {"authorization": "Bearer"}, {"authorization": "first-key"},
+            {"authorization": "Basic !"}, {"authorization": "Basic /w=="},
+        ):  # fmt: skip
+            assert_is_error(httpx.get(f"{url}/v1/models", headers=headers), 401)
+            assert_is_error(httpx.get(f"{url}/metrics", headers=headers), 401)
+        assert httpx.get(f"{url}/health").status_code == 200
+        assert httpx.get(f"{url}/v1/models", auth=("any", "second-kéy")).status_code == 200
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="first-key", max_retries=0)
+        assert client.completions.create(model="plain", prompt="secret words", max_tokens=2).choices
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=f"{url}/v1", api_key="x").models.list()
+        named = {"host": "evil.test", "authorization": "Bearer first-key"}
+        assert_is_error(httpx.get(f"{url}/v1/models", headers=named), 421)
+        allowed = httpx.get(f"{url}/health", headers={"origin": "http://page.test"}).headers
+        assert allowed["access-control-allow-origin"] == "http://page.test"
+        assert "access-control-allow-origin" not in httpx.get(f"{url}/health", headers={"origin": "http://b"}).headers
+    assert "first-key" not in caplog.text
+    assert "secret words" not in caplog.text
+
+
+def test_a_server_may_forbid_changes():
+    serving = serving_of({"plain": tiny_ensemble("gpt2", "llama")}, allowed=("rule",))
+    with running(serving) as url:
+        asked = GOOD | {"softmeet": {"rule": "prob-mean"}}
+        assert httpx.post(f"{url}/v1/completions", json=asked).status_code == 200
+        refused = httpx.post(f"{url}/v1/completions", json=asked | {"softmeet": {"trust": 1, "weights": [1, 0]}})
+        assert_is_error(refused, 400)
+        assert "does not let requests change trust, weights" in refused.text
+
+
+def test_a_full_queue_and_an_answer_that_takes_too_long():
+    ensemble = tiny_ensemble("gpt2", rule="logit-mean")
+    ensemble.model.members[0].base_model.register_forward_hook(lambda *_: time.sleep(0.05))
+    serving = serving_of({"plain": ensemble}, limits=Limits(rows=1, waiting=1), seconds=0.6)
+    long = GOOD | {"max_tokens": 60, "logit_bias": {"0": -100}}
+    with running(serving) as url, ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(httpx.post, f"{url}/v1/completions", json=long, timeout=30) for _ in range(2)]
+        time.sleep(0.3)
+        busy = httpx.post(f"{url}/v1/completions", json=GOOD)
+        assert_is_error(busy, 429)
+        assert busy.headers["retry-after"] == "1"
+        assert httpx.get(f"{url}/ready").status_code == 503
+        for response in [w.result() for w in waiting]:
+            assert_is_error(response, 504)
+        with httpx.stream("POST", f"{url}/v1/completions", json=long | {"stream": True}, timeout=30) as stream:
+            events = [line for line in stream.iter_lines() if line]
+        assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "timeout"
+        assert events[-1] == "data: [DONE]"
+
+
+@pytest.fixture(scope="module")
+def members(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("members")
+    return ",".join(str(tiny.save(folder / name, name)) for name in ("gpt2", "llama"))
+
+
+class Process:
+    """``softmeet serve`` in a process of its own."""
+
+    def __init__(self, *arguments):
+        self.lines = []
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "softmeet.cli.main", "serve", *arguments, "--port", "0"],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        self.url = None
+        for line in self.process.stdout:
+            self.lines.append(line)
+            if found := re.search(r"running on (http://\S+)", line):
+                self.url = found[1]
+                break
+        assert self.url, "".join(self.lines)
+
+    def end(self):
+        """The exit code, and all that was printed."""
+        rest, _ = self.process.communicate(timeout=60)
+        return self.process.returncode, "".join(self.lines) + rest
+
+
+def streamed(url, fields):
+    """The events of a stream, until the connection closes."""
+    with httpx.stream("POST", f"{url}/v1/completions", json=fields, timeout=60) as stream:
+        return [line.removeprefix("data: ") for line in stream.iter_lines() if line]
+
+
+@pytest.mark.parametrize(("grace", "reasons"), [("20", {"length"}), ("0", {"length", "shutting_down"})])
+def test_sigterm_under_load_ends_every_stream_properly(members, grace, reasons):
+    server = Process(f"pair={members}", "--rule", "logit-mean", "--no-ui", "--grace", grace, "--batch", "4")
+    fields = {"prompt": "a", "max_tokens": 60, "logit_bias": {"0": -100}, "stream": True}
+    with ThreadPoolExecutor(24) as pool:
+        streams = [pool.submit(streamed, server.url, fields) for _ in range(24)]
+        time.sleep(0.4)
+        server.process.send_signal(signal.SIGTERM)
+        ends = [stream.result() for stream in streams]
+    for events in ends:
+        assert events[-1] == "[DONE]"
+        last = json.loads(events[-2])
+        reason = last["error"]["code"] if "error" in last else last["choices"][0]["finish_reason"]
+        assert reason in reasons
+    code, text = server.end()
+    assert code in (0, -signal.SIGTERM)
+    assert "Traceback" not in text
+    assert "Application shutdown complete" in text
+
+
+def test_the_command_refuses_what_is_unsafe_or_unclear(members, tmp_path):
+    (tmp_path / "keys").write_text("\n")
+    for arguments, message in (
+        (["--host", "0.0.0.0"], "refused to listen on 0.0.0.0 without keys"),
+        (["--api-keys", tmp_path / "keys"], "expected API keys in"),
+        (["--allow", "tol"], "expected --allow as some of rule, trust"),
+        (["a=narrow/opt-a", "a=narrow/opt-a"], "got 'a' twice"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "softmeet.cli.main", "serve", *map(str, arguments)], capture_output=True, text=True, check=False,
+            timeout=120, env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert message in done.stderr
+
+
+def test_members_that_two_ensembles_name_are_loaded_once(members):
+    from softmeet.cli.serve import _load
+
+    found = _load({"both": members.split(","), "one": members.split(",")[:1]}, trust=None, remote=False)
+    assert len(found.members()) == 2
+    assert found.find("one").ensemble.model.members[0] is found.find("both").ensemble.model.members[0]
+
+
+def test_threads_of_clients_get_their_own_tokens(url):
+    """Many at once, in any order: every answer is the one that the same request gets alone."""
+    fields = [{"prompt": "abcdefgh"[: 1 + k % 8], "max_tokens": 3 + k % 20, "seed": k, "logprobs": 0} for k in range(40)]
+    alone = [httpx.post(f"{url}/v1/completions", json=f).json()["choices"][0] for f in fields]
+    with ThreadPoolExecutor(16) as pool:
+        together = list(pool.map(lambda f: httpx.post(f"{url}/v1/completions", json=f, timeout=60).json()["choices"][0], fields))
+    for a, b in zip(alone, together, strict=True):
+        assert (a["text"], a["finish_reason"]) == (b["text"], b["finish_reason"])
+    assert threading.active_count() < 40
