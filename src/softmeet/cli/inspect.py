@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
     from softmeet.hf import TokenReport
 
-# Nats of summed disagreement at which a token is fully coloured.
-_FULL = 0.5
-
 
 def inspect(
     text: Annotated[str, typer.Argument(help="The text to look into; every token but the first is predicted.")],
@@ -84,16 +81,13 @@ def _facts(ensemble: Ensemble, text: str, reports: list[TokenReport]) -> dict[st
     return {"members": names, "rule": ensemble.model.config.rule, "first": first, "nats": nats, "tokens": tokens}
 
 
-def _heat(token: dict[str, Any]) -> float:
-    """0 where the members agree, 1 where they had to be corrected by ``_FULL`` nats or more in all."""
-    return float(min(sum(token["disagreement"]) / _FULL, 1.0))
-
-
 def _show(facts: dict[str, Any]) -> None:
+    from softmeet.hf.report import heat, shown
+
     console, line = Console(), Text(facts["first"])
     for token in facts["tokens"]:
-        heat = _heat(token)
-        line.append(token["text"], style=f"on rgb({int(40 + 180 * heat)},{int(70 * (1 - heat))},40)" if heat else "")
+        hot = heat(token["disagreement"])
+        line.append(token["text"], style=f"on rgb({int(40 + 180 * hot)},{int(70 * (1 - hot))},40)" if hot else "")
     console.print(line)
     table = Table("token", "ensemble", *facts["members"], "disagreement", "what moved: token pool → answer")
     for token in facts["tokens"]:
@@ -111,11 +105,6 @@ def _show(facts: dict[str, Any]) -> None:
         )
     console.print(table)
     console.print(f"rule {facts['rule']}: {facts['nats']:.3f} nats a token; disagreement in nats, summed over members")
-
-
-def shown(text: str) -> str:
-    """A token with its spaces and line ends visible."""
-    return text.replace(" ", "␣").replace("\n", "⏎")
 
 
 _PAGE = """<!doctype html>
@@ -137,9 +126,11 @@ one.</p>
 
 
 def _page(facts: dict[str, Any]) -> str:
+    from softmeet.hf.report import heat
+
     spans, sections = [], []
     for k, token in enumerate(facts["tokens"]):
-        color = f"background: rgba(220, 60, 40, {_heat(token):.2f})"
+        color = f"background: rgba(220, 60, 40, {heat(token['disagreement']):.2f})"
         spans.append(f'<a href="#t{k}" style="{color}">{escape(token["text"])}</a>')
         sections.append(_section(k, token, facts["members"]))
     return _PAGE.format(
@@ -153,6 +144,8 @@ def _page(facts: dict[str, Any]) -> str:
 
 
 def _section(k: int, token: dict[str, Any], members: list[str]) -> str:
+    from softmeet.hf.report import shown
+
     def listed(rows: list[list[Any]]) -> str:
         return " ".join(f"<code>{escape(shown(text))}</code>&nbsp;{math.exp(x):.1%}" for text, x in rows)
 

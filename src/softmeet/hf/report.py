@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -14,13 +15,19 @@ from softmeet.hf.recorder import Recorder
 from softmeet.rules.solution import Solution
 from softmeet.solvers.base import Status
 
+# Rules whose answer is the pool, tilted by Σ_i W_i λ_i.
+_TILTING = ("meet", "max-entropy")
+# Nats of summed disagreement at which a token is fully coloured.
+_FULL = 0.5
+
 
 @dataclass(frozen=True)
 class TokenReport:
     """One position and the token that came there. Everything in nats, token ids as ints.
 
     ``top`` and ``member_top`` hold (token, log-probability), the most probable first. ``moved`` holds (token,
-    log-probability in the pool, in the answer), the largest change of probability first.
+    log-probability in the pool, in the answer), the largest change of probability first, and ``pushes`` each member's
+    part in it: log p_j - log q_j = Σ_i push_ij + a constant, where a push is u_ij less its mean over the vocabulary.
     """
 
     token: int
@@ -29,6 +36,7 @@ class TokenReport:
     top: list[tuple[int, float]]
     member_top: list[list[tuple[int, float]]]
     moved: list[tuple[int, float, float]]
+    pushes: list[list[float]]
     disagreement: list[float]
     disagreement_is_bound: list[bool]
     status: str
@@ -74,6 +82,7 @@ def token_report(solution: Solution, log_probs: Float[Tensor, "n B v"], row: int
         top=_top(ours, top),
         member_top=[_top(member, top) for member in log_probs[:, row]],
         moved=[(j, pool[j].item(), ours[j].item()) for j in change],
+        pushes=_pushes(solution, row, change),
         disagreement=solution.disagreement[:, row].tolist(),
         disagreement_is_bound=solution.disagreement_is_bound[:, row].tolist(),
         status=Status(int(solution.status[row])).name,
@@ -82,6 +91,27 @@ def token_report(solution: Solution, log_probs: Float[Tensor, "n B v"], row: int
         gap_is_certified=bool(solution.gap_is_certified[row]),
         num_passes=solution.num_passes[row].item(),
     )
+
+
+def _pushes(solution: Solution, row: int, tokens: list[int]) -> list[list[float]]:
+    """What each member adds to each token's score, (tokens, members), in nats; 0 where the rule tilts no pool."""
+    problem, dual = solution.problem, solution._answer.dual
+    columns = [torch.zeros(len(tokens), dtype=torch.float64)] * len(dual)
+    if solution.rule in _TILTING:
+        where, rows = torch.tensor([tokens], device=problem.log_p.device), torch.tensor([row])
+        views = problem.views(range(len(dual)))
+        columns = [v.take(rows).rows(where)[0].double() @ lam[row] for v, lam in zip(views, dual, strict=True)]
+    return torch.stack(columns, dim=-1).tolist()
+
+
+def heat(disagreement: Sequence[float]) -> float:
+    """0 where the members agree, 1 where they had to be corrected by half a nat or more in all."""
+    return min(sum(disagreement) / _FULL, 1.0)
+
+
+def shown(text: str) -> str:
+    """A token with its spaces and line ends visible."""
+    return text.replace(" ", "␣").replace("\n", "⏎")
 
 
 def _top(log_p: Float[Tensor, " v"], count: int) -> list[tuple[int, float]]:

@@ -1,0 +1,203 @@
+"""The page at /ui: write a prompt, watch members agree and disagree token by token, and look behind each token."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+import gradio as gr
+from fastapi import FastAPI
+from pydantic import ValidationError
+
+from softmeet.errors import SoftmeetError
+from softmeet.rules.registry import RULES
+from softmeet.server.answer import Answer
+from softmeet.server.ensembles import Served
+from softmeet.server.schemas import CompletionRequest, Extension, explained
+from softmeet.server.serving import Serving
+from softmeet.server.ui_html import CHOOSE, LEGEND, STYLE, Report, alert, details_of, text_of
+
+# Seconds between two pictures of a text that streams.
+_FRAME = 0.1
+_LISTED = 8
+# Browsers would ask for an icon that is not there.
+_HEAD = '<link rel="icon" href="data:,">'
+_ALONE = "nothing"
+_HINT = "<p>Choose a token, with the pointer or with the arrow keys and Enter, to see what was behind it.</p>"
+_EXAMPLE = "And the king said unto his daughter,"
+
+
+@dataclass
+class Side:
+    """One of the texts that are compared."""
+
+    rule: str
+    members: tuple[str, ...]
+    prompt: str
+    tokens: list[Report] = field(default_factory=list)
+    done: bool = False
+
+    def html(self) -> str:
+        """As it is now."""
+        return text_of(self.tokens, self.prompt, self.rule, done=self.done)
+
+
+def mount(app: FastAPI, serving: Serving) -> None:
+    """Put the page at /ui."""
+    sans, mono = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
+    theme = gr.themes.Base(primary_hue="blue", neutral_hue="slate", font=sans, font_mono=mono)
+    gr.mount_gradio_app(
+        app, page(serving), path="/ui", theme=theme, css=STYLE, head=_HEAD, footer_links=[], ssr_mode=False, show_error=False,
+        run_history=False, pwa=False, enable_monitoring=False,
+    )  # fmt: skip
+
+
+def page(serving: Serving) -> gr.Blocks:
+    """The page of a server's ensembles."""
+    served = {s.name: s for s in serving.ensembles}
+    first = next(iter(served.values()))
+    free = {name: name in serving.settings.allowed for name in ("rule", "trust", "members")}
+    rules = [rule.name for rule in RULES]
+    with gr.Blocks(title="softmeet: look inside", analytics_enabled=False) as blocks:
+        gr.HTML(
+            "<h1>softmeet</h1><p>Several language models, sampled as one. Watch where they agree.</p>",
+            elem_classes="head",
+        )
+        with gr.Row():
+            with gr.Column(scale=3):
+                prompt = gr.Textbox(_EXAMPLE, label="Prompt", lines=4, max_lines=12, elem_id="prompt")
+            with gr.Column(scale=2, min_width=260):
+                name = gr.Dropdown(list(served), value=first.name, label="Ensemble", elem_id="ensemble")
+                members = gr.CheckboxGroup(
+                    list(first.names), value=list(first.names), label="Members", interactive=free["members"]
+                )
+        with gr.Row():
+            config = first.ensemble.model.config
+            rule = gr.Dropdown(rules, value=config.rule, label="Rule", interactive=free["rule"], elem_id="rule")
+            other = gr.Dropdown(
+                [_ALONE, *rules], value=_ALONE, label="Compare with", interactive=free["rule"], elem_id="other"
+            )
+            trust = gr.Slider(0, 4, config.trust[0], step=0.05, label="Trust", interactive=free["trust"])
+        with gr.Accordion("Sampling", open=False), gr.Row():
+            length = gr.Slider(1, min(200, serving.settings.max_tokens), 60, step=1, label="Tokens")
+            temperature = gr.Slider(0, 2, 0.8, step=0.05, label="Temperature")
+            seed = gr.Number(4, label="Seed", precision=0, minimum=0, maximum=2**53)
+        with gr.Row():
+            go = gr.Button("Generate", variant="primary", elem_id="go", scale=4)
+            stop = gr.Button("Stop", elem_id="stop", scale=1, min_width=90)
+        trouble = gr.HTML(elem_id="trouble", visible=False)
+        gr.HTML(LEGEND)
+        with gr.Row(equal_height=True):
+            left = gr.HTML(elem_id="left", elem_classes="panel", js_on_load=CHOOSE, min_height=150)
+            right = gr.HTML(elem_id="right", elem_classes="panel", js_on_load=CHOOSE, visible=False)
+        details = gr.HTML(_HINT, elem_id="details", elem_classes="panel")
+        sides = gr.State([])
+
+        async def run(*given: Any) -> AsyncIterator[Any]:
+            async for picture in _pictures(serving, *given):
+                yield picture
+
+        inputs = [prompt, name, members, rule, other, trust, length, temperature, seed]
+        outputs = [left, right, details, trouble, sides]
+        started = gr.on(
+            [go.click, prompt.submit], run, inputs, outputs, concurrency_limit=None, show_progress="hidden",
+            trigger_mode="once",
+        )  # fmt: skip
+        stop.click(None, cancels=[started])
+        for k, side in enumerate((left, right)):
+            side.click(_choosing(k), [sides], [details], show_progress="hidden", concurrency_limit=None, queue=False)
+        name.change(lambda chosen: _controls(served[chosen]), [name], [members, rule, trust], queue=False)
+    return blocks
+
+
+def _controls(served: Served) -> tuple[Any, Any, Any]:
+    """The controls as the ensemble has them."""
+    config, names = served.ensemble.model.config, list(served.names)
+    return gr.CheckboxGroup(names, value=names), config.rule, min(config.trust[0], 4)
+
+
+def _choosing(k: int) -> Any:
+    def choose(sides: list[Side], event: gr.EventData) -> str:
+        side, index = sides[k], int(event.k)
+        return details_of(side.tokens[index], side.members, side.rule) if index < len(side.tokens) else _HINT
+
+    return choose
+
+
+async def _pictures(
+    serving: Serving,
+    prompt: str,
+    name: str,
+    members: list[str],
+    rule: str,
+    other: str,
+    trust: float,
+    length: int,
+    temperature: float,
+    seed: float | None,
+) -> AsyncIterator[Any]:
+    """The page's outputs as texts grow: (left, right, details, trouble, sides)."""
+    two = other != _ALONE
+    given = {
+        "model": name, "prompt": prompt, "max_tokens": int(length), "temperature": float(temperature),
+        "seed": secrets.randbits(32) if seed is None else int(seed),
+    }  # fmt: skip
+    answers: list[Answer] = []
+    try:
+        for chosen in [rule, other] if two else [rule]:
+            asked = _asked(serving, name, members, chosen, trust)
+            plan = await serving.completion(CompletionRequest(**given, softmeet=asked))
+            answers.append(await serving.answer(plan))
+        sides = [Side(a.plan.combination.rule, a.plan.members, prompt) for a in answers]
+        feeds = [asyncio.create_task(_feed(a, side)) for a, side in zip(answers, sides, strict=True)]
+        while not all(feed.done() for feed in feeds):
+            yield *_texts(sides), _HINT, _trouble(""), sides
+            await asyncio.wait(feeds, timeout=_FRAME)
+        trouble = next((str(e) for feed in feeds if (e := feed.exception()) is not None), "")
+        for side in sides:
+            side.done = True
+        yield *_texts(sides), _HINT, _trouble(trouble), sides
+    except (SoftmeetError, ValidationError) as error:
+        yield gr.skip(), gr.skip(), gr.skip(), _trouble(_said(error)), gr.skip()
+    finally:
+        for answer in answers:
+            answer.cancel()
+
+
+def _asked(serving: Serving, name: str, members: list[str], rule: str, trust: float) -> Extension:
+    """What differs from the ensemble's own, so that a server that allows no changes is not asked for any."""
+    served = serving.ensembles.find(name)
+    config, found = served.ensemble.model.config, Extension(report=_LISTED)
+    if list(members) != list(served.names):
+        found.members = list(members)
+    if rule != config.rule:
+        found.rule = rule
+    if trust != min(config.trust[0], 4):
+        found.trust = float(trust)
+    return found
+
+
+async def _feed(answer: Answer, side: Side) -> None:
+    """Add tokens to a side until its text ends."""
+    async for part in answer.parts():
+        found = [t.report.spelled(answer.plan.tokenizer) for t in part.tokens if t.report is not None]
+        side.tokens += found
+
+
+def _texts(sides: list[Side]) -> tuple[Any, Any]:
+    right = gr.HTML(sides[1].html(), visible=True) if len(sides) > 1 else gr.HTML("", visible=False)
+    return sides[0].html(), right
+
+
+def _trouble(message: str) -> Any:
+    return gr.HTML(alert(message), visible=bool(message))
+
+
+def _said(error: Exception) -> str:
+    return explained(list(error.errors()))[0] if isinstance(error, ValidationError) else str(error)
