@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TEST_ENV := OMP_NUM_THREADS=1
 PYTEST_ARGS ?= -n auto
 
-.PHONY: demo test bench check format lint clean
+.PHONY: demo test soak bench check format lint clean
 
 demo: $(VENV)/.core ## Generate from the bundled members.
 	$(BIN)/softmeet generate "And the king said unto his daughter," --max-new-tokens 120 --temperature 0.8 --seed 4 --summary
@@ -14,12 +14,16 @@ demo: $(VENV)/.core ## Generate from the bundled members.
 test: $(VENV)/.test ## Run the tests.
 	$(TEST_ENV) $(BIN)/pytest -rs $(PYTEST_ARGS)
 
+soak: $(VENV)/.test ## Serve 64 streams for five minutes, then ten thousand malformed requests.
+	$(BIN)/python benchmarks/soak.py
+
 bench: $(VENV)/.bench ## Time the solver and decoding beside the alternatives, at sizes of a few minutes each.
 	$(BIN)/python benchmarks/passes.py --positions 128
 	$(BIN)/python benchmarks/solver.py --size small --limit 20
 	$(BIN)/python benchmarks/decode.py --repeats 3
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/growth.py --quick
+	$(BIN)/python benchmarks/serve.py --counts 1,32 --tokens 32 --meet-tokens 4
 
 check: lint test ## What CI does: format, lint, types, layers, tests.
 

@@ -191,7 +191,10 @@ def test_a_member_that_returns_nan_fails_that_request_alone_by_name(serve):
     bad = model.members[1].base_model
     bad.embed_tokens.weight.data[60] = torch.nan
     engine = serve(model)
-    good = [sequence(model, tuple(t for t in prompt(k, 9) if t != 60), seed=k, sampling={"logit_bias": {60: -100.0}}) for k in range(3)]
+    good = [
+        sequence(model, tuple(t for t in prompt(k, 9) if t != 60), seed=k, sampling={"logit_bias": {60: -100.0}})
+        for k in range(3)
+    ]
     poisoned, listener = sequence(model, (5, 60, 7))
     # One that turns bad while it runs: 60 is all that it may draw.
     turning, turned = sequence(model, (5, 6), sampling={"logit_bias": {60: 100.0}})

@@ -17,7 +17,9 @@ from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
 @pytest.fixture(scope="module")
 def ensembles():
     plain = tiny_ensemble("gpt2", "llama")
-    chatty = tiny_ensemble("llama", "neox", rule="logit-mean", template=TEMPLATE, models=[plain.model.members[1], tiny.build("neox", 2)])
+    chatty = tiny_ensemble(
+        "llama", "neox", rule="logit-mean", template=TEMPLATE, models=[plain.model.members[1], tiny.build("neox", 2)]
+    )
     return {"plain": plain, "chatty": chatty}
 
 
@@ -132,7 +134,10 @@ def test_biases_penalties_and_greedy(client, ensembles):
 
 
 def test_chat_uses_the_tokenizers_template(client, ensembles):
-    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": [{"type": "text", "text": "yes"}]}]
+    messages = [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": [{"type": "text", "text": "yes"}]},
+    ]
     options = {"model": "chatty", "messages": messages, "seed": 3, "max_completion_tokens": 9}
     expected = ensembles["chatty"].generate("u:hello!a:yes!a:", seed=3, max_new_tokens=9, do_sample=True, top_k=0)
     whole = client.chat.completions.create(**options, logprobs=True, top_logprobs=2)
@@ -153,7 +158,10 @@ def test_chat_uses_the_tokenizers_template(client, ensembles):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools is not supported: the members call no tools"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f"}}]},
+            "tools is not supported: the members call no tools",
+        ),
         ({"response_format": {"type": "json_object"}}, "response_format is not supported: only plain text"),
         ({"extra_body": {"temprature": 1}}, "temprature is not supported: there is no such field"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
@@ -220,7 +228,9 @@ def test_reports_are_those_of_inspect(client, ensembles):
         assert [x for x, _ in a["top"]] == [x for x, _ in b["top"]]
         assert (a["status"], a["gap_is_certified"]) == (b["status"], b["gap_is_certified"])
         assert a["num_passes"] > 0
-    chunks = [c.choices[0] for c in ask(client, "hello", max_tokens=3, stream=True, extra_body={"softmeet": {"report": 0}})]
+    chunks = [
+        c.choices[0] for c in ask(client, "hello", max_tokens=3, stream=True, extra_body={"softmeet": {"report": 0}})
+    ]
     assert [len(c.softmeet["tokens"]) for c in chunks[:3]] == [1, 1, 1]
     assert chunks[0].softmeet["tokens"][0]["top"] == []
 
@@ -229,7 +239,12 @@ def test_the_context_ends_an_answer_and_bounds_a_prompt(client):
     answer = ask(client, "a" * 60, max_tokens=50, logit_bias={"0": -100})
     assert answer.usage.completion_tokens == 4
     assert answer.choices[0].finish_reason == "length"
-    for prompt, message in (("a" * 64, "context of 64 tokens, got 64"), ("", "empty"), ([64], "from 0 to 63"), ([-1], "from 0")):
+    for prompt, message in (
+        ("a" * 64, "context of 64 tokens, got 64"),
+        ("", "empty"),
+        ([64], "from 0 to 63"),
+        ([-1], "from 0"),
+    ):
         with pytest.raises(openai.BadRequestError, match=message):
             ask(client, prompt)
 
@@ -240,13 +255,24 @@ def test_health_readiness_and_metrics(client, url):
     assert httpx.get(f"{url}/ready").status_code == 200
     text = httpx.get(f"{url}/metrics").text
     assert 'softmeet_requests_total{path="/v1/completions",status="200"}' in text
-    for name in ("tokens_total", "head_passes_total", "reused_tokens_total", "rows", "step_seconds_sum", "first_token_seconds_sum"):
+    for name in (
+        "tokens_total",
+        "head_passes_total",
+        "reused_tokens_total",
+        "rows",
+        "step_seconds_sum",
+        "first_token_seconds_sum",
+    ):
         assert f"\nsoftmeet_{name} " in text
 
 
 def test_a_client_that_leaves_frees_its_place(client, url, serving):
     gauge = lambda: serving.metrics.registry.get_sample_value("softmeet_rows")  # noqa: E731
-    slow = serving.ensembles.find("plain").ensemble.model.members[0].base_model.register_forward_hook(lambda *_: __import__("time").sleep(0.05))
+    slow = (
+        serving.ensembles.find("plain")
+        .ensemble.model.members[0]
+        .base_model.register_forward_hook(lambda *_: __import__("time").sleep(0.05))
+    )
     try:
         stream = ask(client, "a", max_tokens=60, stream=True, logit_bias={"0": -100})
         next(iter(stream))
@@ -254,7 +280,9 @@ def test_a_client_that_leaves_frees_its_place(client, url, serving):
         before = serving.metrics.registry.get_sample_value("softmeet_tokens_total")
         wait_until(lambda: not serving.engine._rows)
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 60, "logit_bias": {"0": -100}}, timeout=0.3)
+            httpx.post(
+                f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 60, "logit_bias": {"0": -100}}, timeout=0.3
+            )
         wait_until(lambda: not serving.engine._rows)
     finally:
         slow.remove()

@@ -277,10 +277,24 @@ def test_members_that_two_ensembles_name_are_loaded_once(members):
 
 def test_threads_of_clients_get_their_own_tokens(url):
     """Many at once, in any order: every answer is the one that the same request gets alone."""
-    fields = [{"prompt": "abcdefgh"[: 1 + k % 8], "max_tokens": 3 + k % 20, "seed": k, "logprobs": 0} for k in range(40)]
+    fields = [
+        {"prompt": "abcdefgh"[: 1 + k % 8], "max_tokens": 3 + k % 20, "seed": k, "logprobs": 0} for k in range(40)
+    ]
     alone = [httpx.post(f"{url}/v1/completions", json=f).json()["choices"][0] for f in fields]
     with ThreadPoolExecutor(16) as pool:
-        together = list(pool.map(lambda f: httpx.post(f"{url}/v1/completions", json=f, timeout=60).json()["choices"][0], fields))
+        together = list(
+            pool.map(lambda f: httpx.post(f"{url}/v1/completions", json=f, timeout=60).json()["choices"][0], fields)
+        )
     for a, b in zip(alone, together, strict=True):
         assert (a["text"], a["finish_reason"]) == (b["text"], b["finish_reason"])
     assert threading.active_count() < 40
+
+
+def test_schemathesis_finds_only_errors_that_are_objects(url):
+    """What the OpenAPI document describes, and what it does not, never makes a 500."""
+    from soak import fuzz
+
+    seen = fuzz(url, examples=12)
+    assert seen["answered"] > 50
+    assert seen["refused"] > 50
+    assert not seen["wrong"]

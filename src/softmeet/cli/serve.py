@@ -40,9 +40,7 @@ def serve(
     dtype: options.Dtype = None,
     device: options.Device = None,
     trust_remote_code: options.RemoteCode = False,
-    allow: Annotated[
-        str, typer.Option(help="What requests may change, or none.")
-    ] = "rule,trust,weights,pool,members",
+    allow: Annotated[str, typer.Option(help="What requests may change, or none.")] = "rule,trust,weights,pool,members",
     api_keys: Annotated[
         Path | None,
         typer.Option(help="A file of keys, one a line; requests need one.", show_default=f"${_KEYS}, else no keys"),
@@ -54,7 +52,9 @@ def serve(
         list[str] | None, typer.Option(help="A name that requests may call this server by; repeat it.")
     ] = None,
     cors: Annotated[list[str] | None, typer.Option(help="An origin whose pages may ask; repeat it.")] = None,
-    ui: Annotated[bool | None, typer.Option("--ui/--no-ui", help="The page at /ui.", show_default="if installed")] = None,
+    ui: Annotated[
+        bool | None, typer.Option("--ui/--no-ui", help="The page at /ui.", show_default="if installed")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences that run at once.")] = 64,
     queue: Annotated[int, typer.Option(min=0, help="Sequences that may wait; past it requests get 429.")] = 256,
     keep_tokens: Annotated[int, typer.Option(min=0, help="Prompt tokens kept for prompts that begin alike.")] = 16384,
@@ -64,7 +64,9 @@ def serve(
     body_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for a request's body to come in.")] = 10.0,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that an answer may take.")] = 600.0,
     grace: Annotated[float, typer.Option(min=0, help="Seconds for running answers after SIGTERM.")] = 30.0,
-    parallel: Annotated[bool, typer.Option(help="Run members in threads, for members on devices of their own.")] = False,
+    parallel: Annotated[
+        bool, typer.Option(help="Run members in threads, for members on devices of their own.")
+    ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Of torch.", show_default="torch's own")] = None,
     access_log: Annotated[bool, typer.Option(help="Log a line for every request; never a key or a prompt.")] = False,
     config: Config = None,
@@ -82,7 +84,9 @@ def serve(
 
     settings = Settings(
         limits=Limits(batch, queue, keep_tokens),
-        protection=Protection(keys, (*_LOCAL, *(allow_host or ())) if local else tuple(allow_host or ()), max_body, body_timeout),
+        protection=Protection(
+            keys, (*_LOCAL, *(allow_host or ())) if local else tuple(allow_host or ()), max_body, body_timeout
+        ),
         max_tokens=max_tokens,
         max_choices=max_choices,
         seconds=timeout,
@@ -95,7 +99,9 @@ def serve(
         import torch
 
         torch.set_num_threads(threads)
-    found = _load(named, trust=trust, rule=rule, pool=pool, tol=tol, dtype=dtype, device=device, remote=trust_remote_code)
+    found = _load(
+        named, trust=trust, rule=rule, pool=pool, tol=tol, dtype=dtype, device=device, remote=trust_remote_code
+    )
     _run(Serving(found, settings), host, port, grace, access_log=access_log)
 
 

@@ -249,7 +249,9 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         """An empty cache: one per member."""
         return EnsembleCache([member.config for member in self.members])
 
-    def _hidden(self, i: int, input_ids: Int[Tensor, "B t"], cache: Any = None, **shared: Any) -> Float[Tensor, "B t d"]:
+    def _hidden(
+        self, i: int, input_ids: Int[Tensor, "B t"], cache: Any = None, **shared: Any
+    ) -> Float[Tensor, "B t d"]:
         return last_hidden(self.members[i], input_ids, cache=cache, **shared)
 
     def hidden_states(self, input_ids: Int[Tensor, "1 t"]) -> list[Float[Tensor, "t _"]]:

@@ -141,7 +141,8 @@ class MemberBatch:
             for layer, (keys, values) in zip(cache.layers, states, strict=True):
                 layer.update(keys[:, :, :reused], values[:, :, :reused])
         ids = torch.tensor([tokens[reused:]], device=self.model.device)
-        hidden = last_hidden(self.model, ids, cache=cache, use_cache=True)[0]
+        mask = torch.ones(1, len(tokens), dtype=torch.int64, device=ids.device)
+        hidden = last_hidden(self.model, ids, cache=cache, use_cache=True, attention_mask=mask)[0]
         found = [(layer.keys, layer.values) for layer in cache.layers]
         if hidden.isfinite().all():
             self.prefixes.keep(tokens, found)

@@ -70,7 +70,9 @@ def problem(error: Exception) -> Problem:
     match error:
         case RequestError():
             kinds = {401: "authentication_error", 404: "not_found_error"}
-            return Problem(error.status, text, kinds.get(error.status, "invalid_request_error"), error.code, error.param)
+            return Problem(
+                error.status, text, kinds.get(error.status, "invalid_request_error"), error.code, error.param
+            )
         case BusyError():
             return Problem(429, text, "rate_limit_error", "busy")
         case ClosingError():

@@ -16,7 +16,9 @@ class Metrics:
         self.requests = Counter("softmeet_requests", "Requests answered.", ["path", "status"], **within)
         self.tokens = Counter("softmeet_tokens", "Tokens generated.", **within)
         self.prompt_tokens = Counter("softmeet_prompt_tokens", "Tokens of prompts.", **within)
-        self.reused_tokens = Counter("softmeet_reused_tokens", "Tokens of prompts that were not computed again.", **within)
+        self.reused_tokens = Counter(
+            "softmeet_reused_tokens", "Tokens of prompts that were not computed again.", **within
+        )
         self.passes = Counter("softmeet_head_passes", "Reads of all heads by rules.", **within)
         self.rows = Gauge("softmeet_rows", "Sequences in the running batch.", **within)
         self.waiting = Gauge("softmeet_waiting", "Sequences in the queue.", **within)

@@ -23,6 +23,8 @@ from softmeet.server.metrics import Metrics
 
 _OPEN = ("/health", "/ready")
 _COUNTED = ("/v1/models", "/v1/completions", "/v1/chat/completions", "/health", "/ready", "/metrics")
+# A body up to so many times too large is read to its end, so that its sender hears why it is refused.
+_DISCARDED = 16
 _COMMON = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -99,25 +101,25 @@ class Guard:
         limit = self.protection.max_body
         too_large = RequestError(f"expected a body of at most {limit:,} bytes", status=413, code="body_too_large")
         length = headers.get("content-length", "0")
-        if not length.isdecimal() or int(length[:20]) > limit:
+        if not length.isdecimal() or int(length[:20]) > _DISCARDED * limit:
             raise too_large
-        parts, size = [], 0
+        parts, size, more = [], 0, True
         try:
             async with asyncio.timeout(self.protection.body_seconds):
-                more = True
-                while more:
+                while more and size <= _DISCARDED * limit:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise _GoneError
-                    parts.append(message.get("body", b""))
-                    size += len(parts[-1])
+                    size += len(message.get("body", b""))
                     more = message.get("more_body", False)
-                    if size > limit:
-                        raise too_large
+                    if size <= limit:
+                        parts.append(message.get("body", b""))
         except TimeoutError:
             raise RequestError(
                 f"expected the body within {self.protection.body_seconds:g} s", status=408, code="body_too_slow"
             ) from None
+        if size > limit:
+            raise too_large
         return b"".join(parts)
 
 
@@ -163,6 +165,3 @@ def _known(given: str, keys: Sequence[str]) -> bool:
     """Compared with every key, in a time that tells nothing about any of them."""
     matches = [hmac.compare_digest(given.encode(), key.encode()) for key in keys]
     return any(matches)
-
-
-

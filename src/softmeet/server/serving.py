@@ -55,9 +55,7 @@ class Serving:
 
     def __init__(self, ensembles: Ensembles, settings: Settings) -> None:
         self.ensembles, self.settings, self.metrics = ensembles, settings, Metrics()
-        self.engine = Engine(
-            ensembles.members(), settings.limits, parallel=settings.parallel, metrics=self.metrics
-        )
+        self.engine = Engine(ensembles.members(), settings.limits, parallel=settings.parallel, metrics=self.metrics)
         # Fast tokenizers change their own state; one thread keeps calls apart, and off the event loop.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="softmeet-tokenizer")
 

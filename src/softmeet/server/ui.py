@@ -75,7 +75,11 @@ def page(serving: Serving) -> gr.Blocks:
             with gr.Column(scale=2, min_width=260):
                 name = gr.Dropdown(list(served), value=first.name, label="Ensemble", elem_id="ensemble")
                 members = gr.CheckboxGroup(
-                    list(first.names), value=list(first.names), label="Members", interactive=free["members"]
+                    list(first.names),
+                    value=list(first.names),
+                    label="Members",
+                    interactive=free["members"],
+                    elem_id="members",
                 )
         with gr.Row():
             config = first.ensemble.model.config
@@ -85,8 +89,8 @@ def page(serving: Serving) -> gr.Blocks:
             )
             trust = gr.Slider(0, 4, config.trust[0], step=0.05, label="Trust", interactive=free["trust"])
         with gr.Accordion("Sampling", open=False), gr.Row():
-            length = gr.Slider(1, min(200, serving.settings.max_tokens), 60, step=1, label="Tokens")
-            temperature = gr.Slider(0, 2, 0.8, step=0.05, label="Temperature")
+            length = gr.Slider(1, min(200, serving.settings.max_tokens), 60, step=1, label="Tokens", elem_id="length")
+            temperature = gr.Slider(0, 2, 0.8, step=0.05, label="Temperature", elem_id="temperature")
             seed = gr.Number(4, label="Seed", precision=0, minimum=0, maximum=2**53)
         with gr.Row():
             go = gr.Button("Generate", variant="primary", elem_id="go", scale=4)
@@ -149,6 +153,7 @@ async def _pictures(
         "seed": secrets.randbits(32) if seed is None else int(seed),
     }  # fmt: skip
     answers: list[Answer] = []
+    feeds: list[asyncio.Task[str]] = []
     try:
         for chosen in [rule, other] if two else [rule]:
             asked = _asked(serving, name, members, chosen, trust)
@@ -159,7 +164,7 @@ async def _pictures(
         while not all(feed.done() for feed in feeds):
             yield *_texts(sides), _HINT, _trouble(""), sides
             await asyncio.wait(feeds, timeout=_FRAME)
-        trouble = next((str(e) for feed in feeds if (e := feed.exception()) is not None), "")
+        trouble = " ".join(feed.result() for feed in feeds)
         for side in sides:
             side.done = True
         yield *_texts(sides), _HINT, _trouble(trouble), sides
@@ -168,26 +173,31 @@ async def _pictures(
     finally:
         for answer in answers:
             answer.cancel()
+        for feed in feeds:
+            feed.cancel()
 
 
 def _asked(serving: Serving, name: str, members: list[str], rule: str, trust: float) -> Extension:
     """What differs from the ensemble's own, so that a server that allows no changes is not asked for any."""
     served = serving.ensembles.find(name)
-    config, found = served.ensemble.model.config, Extension(report=_LISTED)
+    config, given = served.ensemble.model.config, dict[str, Any]()
     if list(members) != list(served.names):
-        found.members = list(members)
+        given["members"] = list(members)
     if rule != config.rule:
-        found.rule = rule
+        given["rule"] = rule
     if trust != min(config.trust[0], 4):
-        found.trust = float(trust)
-    return found
+        given["trust"] = float(trust)
+    return Extension(report=_LISTED, **given)
 
 
-async def _feed(answer: Answer, side: Side) -> None:
-    """Add tokens to a side until its text ends."""
-    async for part in answer.parts():
-        found = [t.report.spelled(answer.plan.tokenizer) for t in part.tokens if t.report is not None]
-        side.tokens += found
+async def _feed(answer: Answer, side: Side) -> str:
+    """Add tokens to a side until its text ends; what went wrong, if anything did."""
+    try:
+        async for part in answer.parts():
+            side.tokens += [t.report.spelled(answer.plan.tokenizer) for t in part.tokens if t.report is not None]
+    except SoftmeetError as error:
+        return str(error)
+    return ""
 
 
 def _texts(sides: list[Side]) -> tuple[Any, Any]:

@@ -59,14 +59,12 @@ def details_of(token: Report, members: Sequence[str], rule: str) -> str:
     sure = f"within {token['gap']:.1e} nats of the optimum" + (", certified" if token["gap_is_certified"] else "")
     figures = f"{token['status'].lower().replace('_', ' ')}, {sure}, {token['num_passes']:.1f} head passes"
     return (
-        f'<h3><code>{escape(shown(token["text"]))}</code> <small>by {escape(rule)}: {escape(figures)}</small></h3>'
+        f"<h3><code>{escape(shown(token['text']))}</code> <small>by {escape(rule)}: {escape(figures)}</small></h3>"
         f'<div class="cards">{"".join(cards)}</div>{_moves(token, members)}'
     )
 
 
-def _card(
-    name: str, rows: Sequence[Sequence[Any]], chosen: str, own: float, note: str, scale: float, kind: str
-) -> str:
+def _card(name: str, rows: Sequence[Sequence[Any]], chosen: str, own: float, note: str, scale: float, kind: str) -> str:
     bars = "".join(
         f'<li class="{"came" if text == chosen else ""}"><code>{escape(shown(text))}</code>'
         f'<i style="--w:{100 * math.exp(x) / scale:.1f}%"></i><b data-log-prob="{x!r}">{math.exp(x):.1%}</b></li>'
@@ -79,19 +77,26 @@ def _card(
 def _moves(token: Report, members: Sequence[str]) -> str:
     if all(before == after for _, before, after in token["moved"]):
         return "<p>Nothing moved: the answer is the pool, the members' average.</p>"
-    heads = "".join(f"<th>{escape(name)}</th>" for name in members)
+    # A rule that tilts no pool has nobody who pushed.
+    pushed = any(any(pushes) for pushes in token["pushes"])
+    heads = "".join(f"<th>{escape(name)}</th>" for name in members) if pushed else ""
     rows = "".join(
         f"<tr><th><code>{escape(shown(text))}</code></th><td>{math.exp(before):.2%} → {math.exp(after):.2%}</td>"
-        f"{_nats(after - before)}{''.join(map(_nats, pushes))}</tr>"
+        f"{_nats(after - before)}{''.join(map(_nats, pushes)) if pushed else ''}</tr>"
         for (text, before, after), pushes in zip(token["moved"], token["pushes"], strict=True)
     )
+    title = "What moved, from the pool to the answer" + (", and who pushed (nats)" if pushed else " (nats)")
     return (
-        '<h4>What moved, from the pool to the answer, and who pushed (nats)</h4><div class="scroll"><table>'
-        f"<thead><tr><th>token</th><th>probability</th><th>change</th>{heads}</tr></thead><tbody>{rows}</tbody></table>"
-        "</div><p>A member pushes the answer towards its own opinion, along what its softmax head can express, and is "
-        "itself corrected the other way, at the price of its trust. Pushes are against the average token; with a "
-        "constant that makes probabilities sum to one they add up to the change.</p>"
+        f'<h4>{title}</h4><div class="scroll"><table><thead><tr><th>token</th><th>probability</th><th>change</th>'
+        f"{heads}</tr></thead><tbody>{rows}</tbody></table></div>{_WHY if pushed else ''}"
     )
+
+
+_WHY = (
+    "<p>A member pushes the answer towards its own opinion, along what its softmax head can express, and is itself "
+    "corrected the other way, at the price of its trust. Pushes are against the average token; with a constant that "
+    "makes probabilities sum to one they add up to the change.</p>"
+)
 
 
 def _nats(x: float) -> str:
@@ -163,7 +168,7 @@ STYLE = """
 .card li.came i { background: #e25822; } .card li.came { font-weight: 600; } .card li b { font-weight: inherit; text-align: right; font-variant-numeric: tabular-nums; }
 .scroll { overflow-x: auto; width: 0; min-width: 100%; } .panel table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums; }
 .panel td, .panel th { padding: .22rem .8rem .22rem 0 !important; text-align: right; white-space: nowrap; border: 0 !important; border-bottom: 1px solid var(--border-color-primary) !important; } .panel th:first-child { text-align: left; }
-.push.up { color: #14713d; } .push.down { color: #a8321a; } .dark .push.up { color: #5fd08f; } .dark .push.down { color: #ff9b80; }
+.panel table, .panel tr, .panel thead, .panel tbody { border: 0 !important; } .push.up { color: #14713d; } .push.down { color: #a8321a; } .dark .push.up { color: #5fd08f; } .dark .push.down { color: #ff9b80; }
 .panel p { font-size: .86rem; color: var(--body-text-color-subdued); max-width: 60rem; }
 @media (max-width: 600px) { .panel { padding: .8rem; } .gradio-container { padding: .5rem !important; } }
 """

@@ -1,0 +1,128 @@
+"""Tokens a second and time to first token at several numbers of streams: python benchmarks/serve.py
+
+The bundled wide family by `logit-mean` and by `meet`, and one of its members under `transformers serve`, with the same
+prompts in the same run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import httpx
+import typer
+
+from report import show
+from soak import PROMPTS, Server
+from softmeet.members import zoo
+
+MEMBER = "wide/gpt2"
+
+
+class Rival:
+    """``transformers serve`` with one member."""
+
+    def __init__(self) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.model, self.url = zoo.locate(MEMBER), f"http://127.0.0.1:{port}"
+        command = [str(Path(sys.executable).parent / "transformers"), "serve", "--port", str(port), "--device", "cpu"]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            try:
+                httpx.get(f"{self.url}/health")
+                return
+            except httpx.TransportError:
+                time.sleep(0.5)
+        raise RuntimeError("transformers serve did not start")
+
+    def end(self) -> None:
+        """Send SIGTERM and wait."""
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(timeout=60)
+
+
+def fields(k: int, tokens: int, **more: Any) -> dict[str, Any]:
+    """The k-th request: a prompt of its own, so that nothing is reused, that runs to its limit."""
+    prompt = f"{PROMPTS[k % len(PROMPTS)]} {k}"
+    return {"prompt": prompt, "max_tokens": tokens, "seed": k, "stream": True, "temperature": 1.0, **more}
+
+
+async def stream(client: httpx.AsyncClient, body: dict[str, Any]) -> tuple[float, int]:
+    """(seconds to the first token, tokens)."""
+    started, first, count = time.perf_counter(), 0.0, 0
+    async with client.stream("POST", "/v1/completions", json=body) as answer:
+        answer.raise_for_status()
+        async for line in answer.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            choice = json.loads(line[6:])["choices"][:1]
+            if choice and choice[0].get("text"):
+                first = first or time.perf_counter() - started
+            count += bool(choice)
+    return first, count
+
+
+async def measure(url: str, streams: int, tokens: int, **more: Any) -> dict[str, Any]:
+    """All at once, until the last has ended."""
+    limits = httpx.Limits(max_connections=streams)
+    async with httpx.AsyncClient(base_url=url, timeout=1200, limits=limits) as client:
+        await stream(client, fields(10_000, 2, **more))
+        started = time.perf_counter()
+        runs = await asyncio.gather(*(stream(client, fields(k, tokens, **more)) for k in range(streams)))
+        taken = time.perf_counter() - started
+    waits = [first for first, _ in runs]
+    return {
+        "streams": streams,
+        "tokens/s": streams * tokens / taken,
+        "first token, s": median(waits),
+        "slowest": max(waits),
+    }
+
+
+def main(
+    counts: Annotated[str, typer.Option(help="Concurrent streams.")] = "1,8,32,64",
+    tokens: Annotated[int, typer.Option(help="Of each answer.")] = 64,
+    meet_tokens: Annotated[int, typer.Option(help="Of each answer by meet.")] = 16,
+    rival: Annotated[bool, typer.Option(help="Also time transformers serve.")] = True,
+    json_to: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+) -> None:
+    """Print one table."""
+    rows: list[dict[str, Any]] = []
+    numbers = [int(x) for x in counts.split(",")]
+    server = Server("--batch", str(max(numbers)))
+    try:
+        for rule, length in (("logit-mean", tokens), ("meet", meet_tokens)):
+            for n in numbers:
+                more = {"softmeet": {"rule": rule}, "logit_bias": {"0": -100}}
+                rows.append({"server": f"softmeet, {rule}"} | asyncio.run(measure(server.url, n, length, **more)))
+    finally:
+        server.end()
+    if rival:
+        other = Rival()
+        try:
+            for n in numbers:
+                found = asyncio.run(measure(other.url, n, tokens, model=other.model))
+                rows.append({"server": f"transformers serve, {MEMBER}"} | found)
+        finally:
+            other.end()
+    for row in rows:
+        alone = next(r for r in rows if r["server"] == row["server"])
+        row["over one stream"] = row["tokens/s"] / alone["tokens/s"]
+    show("serving", rows, json_to, tokens=tokens, meet_tokens=meet_tokens)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,185 @@
+"""The page at /ui in a real headless Chromium, and the pieces of HTML that it is made of.
+
+Screenshots are kept in build/screenshots.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import expect, sync_playwright
+from serving import running, serving_of
+from typer.testing import CliRunner
+
+from softmeet.server.ui_html import details_of, text_of
+
+SHOTS = Path(__file__).parents[1] / "build" / "screenshots"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+PATIENCE = 60_000
+
+# Gradio's own, in its thread.
+pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")
+# CI says that a browser has to be there; elsewhere a missing one is no reason to fail.
+needs_chromium = pytest.mark.skipif(
+    CHROMIUM is None and "REQUIRE_CHROMIUM" not in os.environ, reason="there is no chromium: apt-get install chromium"
+)
+
+
+@pytest.fixture(scope="module")
+def url(narrow):
+    with running(serving_of({"default": narrow}, ui=True)) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM or "/usr/bin/chromium", args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, url):
+    page = browser.new_page(viewport={"width": 1180, "height": 900})
+    page.set_default_timeout(PATIENCE)
+    elsewhere, complaints = [], []
+    page.on("request", lambda r: elsewhere.append(r.url) if not r.url.startswith((url, "data:", "blob:")) else None)
+    page.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
+    page.goto(f"{url}/ui")
+    page.wait_for_selector("#go")
+    yield page
+    page.close()
+    assert not elsewhere
+    assert not [text for text in complaints if "404" not in text]
+
+
+def generate(page, prompt="And the king said unto his", tokens="14", temperature="0"):
+    page.fill("#prompt textarea", prompt)
+    if not page.locator("#length").is_visible():
+        page.get_by_text("Sampling").click()
+    for name, value in (("length", tokens), ("temperature", temperature)):
+        page.locator(f"#{name} input[type=number]").fill(value)
+        page.locator(f"#{name} input[type=number]").press("Tab")
+    page.click("#go")
+    page.wait_for_selector("#left .tok")
+
+
+def finished(page, side="left"):
+    expect(page.locator(f"#{side} .cursor")).to_have_count(0, timeout=PATIENCE)
+    return page.locator(f"#{side} .tok")
+
+
+def choose(page, label, option):
+    page.locator(f"#{label} input").fill(option)
+    page.get_by_role("option", name=option).last.click()
+    expect(page.locator(f"#{label} input")).to_have_value(option)
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_type_stream_click_and_find_the_values_of_inspect(page):
+    generate(page)
+    tokens = finished(page)
+    text = page.locator("#left .text").inner_text().replace("⏎", "")
+    tokens.nth(3).click()
+    page.wait_for_selector("#details .cards")
+    page.screenshot(path=SHOTS / "page.png", full_page=True)
+    from softmeet.cli.main import app
+
+    done = CliRunner().invoke(app, ["inspect", text, "-m", "narrow", "--top", "8", "--json"])
+    facts = json.loads(done.stdout[done.stdout.index("{") :])
+    assert len(facts["tokens"]) == 5 + tokens.count(), "the text came back as other tokens: choose another prompt"
+    expected = facts["tokens"][5 + 3]
+    cards = page.locator("#details .card")
+    assert cards.locator("h4").all_inner_texts() == ["ensemble", *facts["members"]]
+    for card, rows in zip(cards.all(), [expected["top"], *expected["member_top"]], strict=True):
+        found = [float(b.get_attribute("data-log-prob")) for b in card.locator("b[data-log-prob]").all()]
+        assert found == pytest.approx([x for _, x in rows], abs=2e-3)
+    shares = [float(card.locator("p").inner_text().split()[-2]) for card in cards.all()[1:]]
+    assert shares == pytest.approx(expected["disagreement"], abs=2e-3)
+    moved = page.locator("#details tbody tr")
+    assert moved.count() == 8
+    change = float(moved.nth(0).locator("td").nth(1).inner_text())
+    _, before, after = expected["moved"][0]
+    assert change == pytest.approx(after - before, abs=5e-3)
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_two_rules_side_by_side_by_keyboard(page):
+    choose(page, "rule", "logit-mean")
+    choose(page, "other", "prob-mean")
+    generate(page, temperature="0.8")
+    left, right = finished(page), finished(page, "right")
+    assert page.locator("#left h3").inner_text() == "logit-mean"
+    assert page.locator("#right h3").inner_text() == "prob-mean"
+    assert left.count() == right.count() == 14
+    page.locator("#right .tok").first.focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    expect(page.locator("#details h3 small")).to_contain_text("by prob-mean")
+    expect(page.locator("#right .tok.on")).to_have_attribute("data-k", "2")
+    assert "who pushed" not in page.locator("#details").inner_text()
+    left.first.click()
+    expect(page.locator("#details")).to_contain_text("Nothing moved")
+    page.screenshot(path=SHOTS / "compare.png", full_page=True)
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_phone_width_an_empty_prompt_no_members_and_stop(page, url):
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.fill("#prompt textarea", "")
+    page.click("#go")
+    expect(page.locator("#trouble [role=alert]")).to_contain_text("expected a prompt of at least one token")
+    generate(page)
+    tokens = finished(page)
+    expect(page.locator("#trouble [role=alert]")).to_have_count(0)
+    tokens.nth(1).click()
+    page.wait_for_selector("#details .cards")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.screenshot(path=SHOTS / "phone.png", full_page=True)
+    generate(page, tokens="200")
+    page.click("#stop")
+    page.wait_for_timeout(500)
+    count = tokens.count()
+    page.wait_for_timeout(500)
+    assert tokens.count() == count < 200
+    for box in page.locator("#members input").all():
+        box.uncheck()
+    page.click("#go")
+    expect(page.locator("#trouble [role=alert]")).to_contain_text("members")
+
+
+def report(text, **changes):
+    found = {
+        "text": text, "log_prob": -1.0, "member_log_probs": [-1.0], "top": [["a", -1.0]], "member_top": [[["a", -1.0]]],
+        "moved": [["a", -1.0, -0.5]], "pushes": [[0.5]], "disagreement": [0.1], "disagreement_is_bound": [False],
+        "status": "OPTIMAL", "gap": 0.0, "gap_is_certified": True, "num_passes": 3.0,
+    }  # fmt: skip
+    return found | changes
+
+
+def test_nothing_that_a_model_or_a_user_writes_becomes_markup():
+    evil = "<script>alert(1)</script>'\""
+    token = report(evil, top=[[evil, -1.0]], moved=[[evil, -math.inf, -1.0]])
+    for html in (text_of([token], evil, evil, done=True), details_of(token, [evil], evil)):
+        assert "<script" not in html
+        assert evil not in html
+    assert "–" in details_of(token, ["m"], "meet")
+
+
+def test_the_page_does_not_call_home(url):
+    import httpx
+
+    page = httpx.get(f"{url}/ui/", follow_redirects=True)
+    assert "default-src 'self'" in page.headers["content-security-policy"]
+    assert "fonts.googleapis" not in page.text
+    assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
