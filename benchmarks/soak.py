@@ -104,11 +104,10 @@ async def load(url: str, streams: int, seconds: float, tokens: int, memory: Any)
 
         await asyncio.gather(*(one(k) for k in range(streams)))
     taken = time.monotonic() - started
-    middle = len(sizes) // 2
     return {
         "streams": streams, "seconds": taken, "answers": seen["answers"], "tokens": seen["tokens"],
         "tokens/s": seen["tokens"] / taken, "errors": seen["errors"], "mixed up": seen["wrong"],
-        "MB at half time": sum(sizes[middle // 2 : middle]) / max(len(sizes[middle // 2 : middle]), 1), "MB at the end": sizes[-1],
+        "MB at half time": sizes[len(sizes) // 2], "MB at the end": sizes[-1],
     }  # fmt: skip
 
 
@@ -116,7 +115,6 @@ def malformed(generator: random.Random) -> tuple[bytes, dict[str, str]]:
     """A body that must be refused, and its headers."""
     headers = {"content-type": "application/json"}
     fields: dict[str, Any] = {"prompt": "a", "max_tokens": 2}
-    wrong = [-1, 1e9, "x", [], {}, None, True, [[]], "\u0000", {"a": {"b": []}}, [1, "a"], 2**70, "x" * 5000]
     kind = generator.randrange(7)
     if kind == 0:
         return bytes(generator.randrange(256) for _ in range(generator.randrange(200))) + b"\xff", headers
@@ -138,7 +136,7 @@ def malformed(generator: random.Random) -> tuple[bytes, dict[str, str]]:
     bad = {"seed": ["x", [], {}, 2**70, 1.5], "stop": [1, {}, "", [""], True]}.get(
         name, ["x", -1, [-1], [[]], 2**70, "\u0000"]
     )
-    return json.dumps(fields | {name: generator.choice(bad)}).encode(), headers | ({} if wrong else {})
+    return json.dumps(fields | {name: generator.choice(bad)}).encode(), headers
 
 
 async def abuse(url: str, count: int) -> dict[str, Any]:
@@ -187,7 +185,7 @@ def fuzz(url: str, examples: int) -> Counter[str]:
 
             @quiet
             @given(case=operation.as_strategy(generation_mode=mode))
-            def check(case: Any) -> None:
+            def check(case: Any, mode: Any = mode) -> None:
                 if mode is GenerationMode.POSITIVE and isinstance(case.body, dict):
                     # Names that exist cannot be guessed from a schema.
                     case.body = {k: x for k, x in case.body.items() if k not in ("model", "softmeet", "logit_bias")}
@@ -209,7 +207,8 @@ async def _leave(url: str, generator: random.Random) -> None:
     host, port = url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     body = json.dumps({"prompt": "a", "max_tokens": 50, "stream": True, "softmeet": {"rule": "logit-mean"}}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    lines = ["POST /v1/completions HTTP/1.1", f"Host: {host}", "Content-Type: application/json"]
+    head = "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""])
     whole = head.encode() + body
     writer.write(whole[: generator.choice([len(whole), len(whole) - 5, len(head), 20])])
     await writer.drain()

@@ -16,7 +16,10 @@ from softmeet.server.app import create_app
 from softmeet.server.ensembles import Ensembles, Served
 from softmeet.server.serving import Serving, Settings
 
-TEMPLATE = "{% for m in messages %}{% if m.content == 'bad' %}{{ raise_exception('no bad') }}{% endif %}{{ m.role[0] }}:{{ m.content }}!{% endfor %}a:"
+TEMPLATE = (
+    "{% for m in messages %}{% if m.content == 'bad' %}{{ raise_exception('no bad') }}{% endif %}"
+    "{{ m.role[0] }}:{{ m.content }}!{% endfor %}a:"
+)
 
 
 def tiny_ensemble(*names, rule="meet", seeds=(0, 1), template=None, models=None):

@@ -289,6 +289,7 @@ def test_members_may_run_in_threads_of_their_own(serve):
 
 def test_a_member_without_keys_and_values_is_refused():
     import transformers as tf
+
     from softmeet.errors import InvalidInputError
 
     mamba = tf.MambaForCausalLM(tf.MambaConfig(vocab_size=tiny.V, hidden_size=16, num_hidden_layers=1, state_size=4))

@@ -51,9 +51,11 @@ def test_models_are_listed_with_their_members(client):
     with pytest.raises(openai.NotFoundError, match="expected one of plain, chatty") as caught:
         client.models.retrieve("absent")
     assert caught.value.body == {
-        "message": "there is no model 'absent': expected one of plain, chatty", "type": "not_found_error", "param": "model",
+        "message": "there is no model 'absent': expected one of plain, chatty",
+        "type": "not_found_error",
+        "param": "model",
         "code": "model_not_found",
-    }  # fmt: skip
+    }
 
 
 def test_a_seeded_completion_is_what_generate_gives_streamed_or_not(client, ensembles):

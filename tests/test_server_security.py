@@ -260,9 +260,13 @@ def test_the_command_refuses_what_is_unsafe_or_unclear(members, tmp_path):
         (["a=narrow/opt-a", "a=narrow/opt-a"], "got 'a' twice"),
     ):
         done = subprocess.run(
-            [sys.executable, "-m", "softmeet.cli.main", "serve", *map(str, arguments)], capture_output=True, text=True, check=False,
-            timeout=120, env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
-        )  # fmt: skip
+            [sys.executable, "-m", "softmeet.cli.main", "serve", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+        )
         assert done.returncode == 2
         assert message in done.stderr
 

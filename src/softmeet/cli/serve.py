@@ -173,7 +173,7 @@ def _run(serving: Serving, host: str, port: int, grace: float, *, access_log: bo
         """Tells the engine at the first signal, so that streams end before connections do."""
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            serving.engine.close(0 if self.should_exit or sig == signal.SIGINT and grace == 0 else grace)
+            serving.engine.close(0 if self.should_exit or (sig == signal.SIGINT and grace == 0) else grace)
             super().handle_exit(sig, frame)
 
         def _log_started_message(self, listeners: Any) -> None:

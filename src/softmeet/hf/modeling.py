@@ -197,7 +197,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if use_cache and cache is None:
             cache = self.new_cache()
-        self._check_length(input_ids, cache)
+        input_ids = self._checked_length(input_ids, cache)
         shared = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": bool(use_cache)}
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden = [
@@ -210,7 +210,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits=log_probs, labels=labels, vocab_size=self.config.vocab_size)
         return CausalLMOutputWithPast(loss=loss, logits=log_probs, cache=cache)
 
-    def _check_length(self, input_ids: Int[Tensor, "B t"] | None, cache: EnsembleCache | None) -> None:
+    def _checked_length(self, input_ids: Int[Tensor, "B t"] | None, cache: EnsembleCache | None) -> Int[Tensor, "B t"]:
         if input_ids is None:
             raise InvalidInputError(
                 "expected input_ids: members share tokens, not embeddings, so inputs_embeds is refused"
@@ -222,6 +222,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
                 f"expected at most {limit} tokens, the shortest member's context, got {length}: shorten the prompt or "
                 "lower max_new_tokens"
             )
+        return input_ids
 
     def _prepare_generated_length(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers', with what runs past the shortest context cut off, and a warning."""
@@ -256,7 +257,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
 
     def hidden_states(self, input_ids: Int[Tensor, "1 t"]) -> list[Float[Tensor, "t _"]]:
         """Each member's last hidden states over one text, without a cache."""
-        self._check_length(input_ids, None)
+        self._checked_length(input_ids, None)
         return [self._hidden(i, input_ids, use_cache=False)[0] for i in range(len(self.heads))]
 
     def _solve(

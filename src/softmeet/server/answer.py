@@ -73,12 +73,10 @@ class Answer:
         engine.submit(self._sequences)
 
     def _sequence(self, index: int) -> Sequence:
-        return Sequence(
-            self.plan.work,
-            self.plan.prompts[index // self.plan.choices],
-            index,
-            lambda event: self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event)),  # type: ignore[func-returns-value]
-        )
+        def emit(event: Event) -> None:
+            self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+
+        return Sequence(self.plan.work, self.plan.prompts[index // self.plan.choices], index, emit)
 
     async def parts(self) -> AsyncIterator[Part]:
         """Everything new, of any choice, as it comes.

@@ -35,7 +35,7 @@ class _Window:
     columns: int = 256
 
 
-class _Layer(DynamicLayer):  # type: ignore[misc]
+class _Layer(DynamicLayer):
     """Keys and values of one layer, (slots, heads, columns, width), written in place at the window's end.
 
     A sliding layer keeps everything too: the mask says what it sees.

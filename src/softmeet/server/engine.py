@@ -75,7 +75,7 @@ class Engine:
     def __init__(
         self,
         names: dict[PreTrainedModel, str],
-        limits: Limits = Limits(),  # noqa: B008
+        limits: Limits = Limits(),
         *,
         parallel: bool = False,
         metrics: Metrics | None = None,

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -66,9 +65,8 @@ def _part(served: Served, chosen: tuple[int, ...]) -> EnsembleForCausalLM:
         "weights": [total * w / share for w in weights] if sum(weights) else None,
         "trust": [config.trust[k] for k in chosen],
     }
-    part = EnsembleForCausalLM(
-        EnsembleConfig(members=[config.members[k] for k in chosen], **own), [whole.members[k] for k in chosen]
-    ).eval()
+    settings, models = EnsembleConfig([config.members[k] for k in chosen], **own), [whole.members[k] for k in chosen]
+    part: EnsembleForCausalLM = EnsembleForCausalLM(settings, models).eval()
     part.adopt(whole.tokenizer)
     part.generation_config = whole.generation_config
     return part
@@ -80,7 +78,7 @@ class Ensembles:
     def __init__(self, served: Sequence[Served]) -> None:
         self._by_name = {s.name: s for s in served}
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[Served]:
         return iter(self._by_name.values())
 
     def find(self, name: str | None) -> Served:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 _FINE = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
@@ -12,7 +14,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        within = {"registry": self.registry}
+        within: dict[str, Any] = {"registry": self.registry}
         self.requests = Counter("softmeet_requests", "Requests answered.", ["path", "status"], **within)
         self.tokens = Counter("softmeet_tokens", "Tokens generated.", **within)
         self.prompt_tokens = Counter("softmeet_prompt_tokens", "Tokens of prompts.", **within)

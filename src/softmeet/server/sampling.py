@@ -48,7 +48,7 @@ class Sampling:
         return self.temperature < _COLD
 
 
-class Bias(LogitsProcessor):  # type: ignore[misc]
+class Bias(LogitsProcessor):
     """Adds a number to some tokens' scores."""
 
     def __init__(self, biases: Mapping[int, float]) -> None:
@@ -59,7 +59,7 @@ class Bias(LogitsProcessor):  # type: ignore[misc]
         return scores.index_add(-1, self._tokens.to(scores.device), self._biases.to(scores).expand(len(scores), -1))
 
 
-class Repeats(LogitsProcessor):  # type: ignore[misc]
+class Repeats(LogitsProcessor):
     """Takes ``presence`` and, each time, ``frequency`` from the scores of tokens that were generated before."""
 
     def __init__(self, prompt_length: int, presence: float, frequency: float) -> None:

@@ -27,13 +27,13 @@ class _Strict(BaseModel):
 class Extension(_Strict):
     """How the members are combined and what is reported, for this request; the ensemble's own where absent."""
 
-    rule: Word | None = Field(None, description="meet, max-entropy, logit-mean, prob-mean, …")
-    trust: Rho | Annotated[list[Rho], Len(1, 64)] | None = Field(None, description="One for all members, or one each.")
+    rule: Word | None = Field(default=None, description="meet, max-entropy, logit-mean, prob-mean, …")
+    trust: Rho | Annotated[list[Rho], Len(1, 64)] | None = Field(default=None, description="One for all, or one each.")
     weights: Annotated[list[Annotated[float, Field(ge=0, le=1e6)]], Len(1, 64)] | None = None
     pool: Word | None = None
-    members: Annotated[list[Word], Len(1, 64)] | None = Field(None, description="Some of the ensemble's members.")
+    members: Annotated[list[Word], Len(1, 64)] | None = Field(default=None, description="Some of the members.")
     report: Annotated[int, Field(ge=0, le=20)] | None = Field(
-        None, description="Report every token, and list so many of each distribution."
+        default=None, description="Report every token, and list so many of each distribution."
     )
     top_k: Annotated[int, Field(ge=0, le=_MOST)] = 0
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -48,7 +48,7 @@ class StreamOptions(_Strict):
 
 
 class _Generation(_Strict):
-    model: Word | None = Field(None, description="An ensemble's name, as /v1/models lists them; the first if absent.")
+    model: Word | None = Field(default=None, description="As /v1/models names them; else the first.")
     max_tokens: Annotated[int, Field(ge=0, le=_MOST)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Prob | None = None

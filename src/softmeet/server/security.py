@@ -11,7 +11,6 @@ import binascii
 import hmac
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from pydantic_core import from_json
 from starlette.datastructures import Headers, MutableHeaders

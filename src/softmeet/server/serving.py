@@ -39,8 +39,8 @@ class Settings:
         ui: serve the page at ``/ui``.
     """
 
-    limits: Limits = Limits()
-    protection: Protection = Protection()
+    limits: Limits = field(default_factory=Limits)
+    protection: Protection = field(default_factory=Protection)
     max_tokens: int = 4096
     max_choices: int = 16
     seconds: float = 600.0

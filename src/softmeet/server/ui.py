@@ -7,6 +7,7 @@ import os
 import secrets
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from importlib.resources import files
 from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -21,7 +22,7 @@ from softmeet.server.answer import Answer
 from softmeet.server.ensembles import Served
 from softmeet.server.schemas import CompletionRequest, Extension, explained
 from softmeet.server.serving import Serving
-from softmeet.server.ui_html import CHOOSE, LEGEND, STYLE, Report, alert, details_of, text_of
+from softmeet.server.ui_html import LEGEND, Report, alert, details_of, text_of
 
 # Seconds between two pictures of a text that streams.
 _FRAME = 0.1
@@ -53,9 +54,13 @@ def mount(app: FastAPI, serving: Serving) -> None:
     sans, mono = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
     theme = gr.themes.Base(primary_hue="blue", neutral_hue="slate", font=sans, font_mono=mono)
     gr.mount_gradio_app(
-        app, page(serving), path="/ui", theme=theme, css=STYLE, head=_HEAD, footer_links=[], ssr_mode=False, show_error=False,
-        run_history=False, pwa=False, enable_monitoring=False,
+        app, page(serving), path="/ui", theme=theme, css=_file("page.css"), head=_HEAD, footer_links=[], ssr_mode=False,
+        show_error=False, run_history=False, pwa=False, enable_monitoring=False,
     )  # fmt: skip
+
+
+def _file(name: str) -> str:
+    return files("softmeet.server").joinpath(name).read_text(encoding="utf-8")
 
 
 def page(serving: Serving) -> gr.Blocks:
@@ -63,7 +68,7 @@ def page(serving: Serving) -> gr.Blocks:
     served = {s.name: s for s in serving.ensembles}
     first = next(iter(served.values()))
     free = {name: name in serving.settings.allowed for name in ("rule", "trust", "members")}
-    rules = [rule.name for rule in RULES]
+    rules, choose = [rule.name for rule in RULES], _file("page.js")
     with gr.Blocks(title="softmeet: look inside", analytics_enabled=False) as blocks:
         gr.HTML(
             "<h1>softmeet</h1><p>Several language models, sampled as one. Watch where they agree.</p>",
@@ -98,8 +103,8 @@ def page(serving: Serving) -> gr.Blocks:
         trouble = gr.HTML(elem_id="trouble", visible=False)
         gr.HTML(LEGEND)
         with gr.Row(equal_height=True):
-            left = gr.HTML(elem_id="left", elem_classes="panel", js_on_load=CHOOSE, min_height=150)
-            right = gr.HTML(elem_id="right", elem_classes="panel", js_on_load=CHOOSE, visible=False)
+            left = gr.HTML(elem_id="left", elem_classes="panel", js_on_load=choose, min_height=150)
+            right = gr.HTML(elem_id="right", elem_classes="panel", js_on_load=choose, visible=False)
         details = gr.HTML(_HINT, elem_id="details", elem_classes="panel")
         sides = gr.State([])
 
@@ -157,7 +162,7 @@ async def _pictures(
     try:
         for chosen in [rule, other] if two else [rule]:
             asked = _asked(serving, name, members, chosen, trust)
-            plan = await serving.completion(CompletionRequest(**given, softmeet=asked))
+            plan = await serving.completion(CompletionRequest.model_validate(given | {"softmeet": asked}))
             answers.append(await serving.answer(plan))
         sides = [Side(a.plan.combination.rule, a.plan.members, prompt) for a in answers]
         feeds = [asyncio.create_task(_feed(a, side)) for a, side in zip(answers, sides, strict=True)]
@@ -187,7 +192,7 @@ def _asked(serving: Serving, name: str, members: list[str], rule: str, trust: fl
         given["rule"] = rule
     if trust != min(config.trust[0], 4):
         given["trust"] = float(trust)
-    return Extension(report=_LISTED, **given)
+    return Extension.model_validate(given | {"report": _LISTED})
 
 
 async def _feed(answer: Answer, side: Side) -> str:
