@@ -306,3 +306,28 @@ def test_a_member_that_returns_nan_is_named_in_the_error(client, ensembles):
         assert ask(client, **bad, extra_body={"softmeet": {"members": ["tiny/gpt2"]}}).choices[0].text
     finally:
         embedding.data[50] = kept
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_lm_eval_gets_the_ensembles_log_likelihoods(narrow):
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    from softmeet.members import zoo
+
+    pairs = [("And the king said", " unto the people"), ("In the beginning", " God created the heaven"), ("x", " y")]
+    with running(serving_of({"narrow": narrow})) as url:
+        lm = LocalCompletionsAPI(
+            base_url=f"{url}/v1/completions", model="narrow", tokenizer=zoo.locate("narrow/opt-a"), max_length=256,
+            num_concurrent=3,
+        )  # fmt: skip
+        found = lm.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs], disable_tqdm=True)
+        asked = ("And the king said", {"until": ["\n"], "max_gen_toks": 8})
+        written = lm.generate_until([Instance("generate_until", {}, asked, 0)], disable_tqdm=True)
+    for (context, text), (log_likelihood, greedy) in zip(pairs, found, strict=True):
+        length = len(narrow.tokenizer(context)["input_ids"])
+        reports = narrow.inspect(context + text)[length - 1 :]
+        assert log_likelihood == pytest.approx(sum(r.log_prob for r in reports), abs=1e-3)
+        assert greedy == all(r.top[0][0] == r.token for r in reports)
+    assert written == [narrow.generate("And the king said", max_new_tokens=8, do_sample=False)]
