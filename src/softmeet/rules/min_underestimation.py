@@ -14,6 +14,8 @@ from softmeet.solvers.interior import Program, interior_point
 # A mass this close to one of its bounds, relative to their distance, is at it.
 _AT_BOUND = 1e-5
 _FACE_MOMENTS = 1e-9
+# Of the tolerance on log t, what complementarity may leave; Σx is below 1, and its logarithm steeper than it.
+_ENOUGH = 0.03
 
 
 class MinUnderestimation(ExactRule):
@@ -45,7 +47,7 @@ class MinUnderestimation(ExactRule):
         program = Program(
             Stacked(tokens, -target[None]), nothing, cost, nothing, limits / 2, len(nothing) - 1, upper=limits
         )
-        found = interior_point(program, row.problem.max_steps)
+        found = interior_point(program, row.problem.max_steps, _ENOUGH * row.problem.tol)
         x = torch.zeros_like(floor).index_copy(0, ids, found.x[:-1])
         y = row.joint @ found.y / (target @ found.y)
         steps, p = found.steps, x / x.sum()
