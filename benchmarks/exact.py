@@ -2,8 +2,8 @@
 
 The premise holds for two heads, so the feasible set is not empty. ``min-underestimation``: ours by its interior-point
 method over all tokens, and HiGHS on the same dense program. A linear cost drawn at random: ours with column generation,
-without it, and HiGHS alone. Heads share some directions to rounding, so values agree only as far as moments are required
-to (10⁻⁶).
+without it, and HiGHS alone. Heads share some directions to rounding, so values agree only as far as moments are
+required to (10⁻⁶).
 """
 
 from __future__ import annotations
