@@ -1,7 +1,7 @@
 """One shard of a trace: a Parquet file that appears under its name when it is whole, and not before.
 
-Columns are ``document``, ``target`` and ``bytes`` (int32), and for member i ``hidden_i``, a list of d_i floats. Pages carry
-checksums, and the file's metadata the identity of its trace.
+Columns are ``document``, ``target`` and ``bytes`` (int32), and for member i ``hidden_i``, a list of d_i floats. Pages
+carry checksums, and the file's metadata the identity of its trace.
 """
 
 from __future__ import annotations
