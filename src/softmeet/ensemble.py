@@ -133,7 +133,7 @@ class Ensemble:
             names = absolute(settings["members"], Path(saved))
             given = {
                 key: settings[key]
-                for key in (*SETTINGS, "weights", "rule_temperature")
+                for key in (*SETTINGS, "weights", "rule_temperature", "bands")
                 if settings.get(key) is not None
             }
         else:

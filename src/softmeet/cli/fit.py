@@ -20,6 +20,9 @@ def fit(
     text: texts.Text = None,
     trace: Traced = None,
     free_weights: Annotated[bool, typer.Option("--free-weights", help="Weights need not sum to one.")] = False,
+    bands: Annotated[
+        int, typer.Option(min=1, help="Also try a trust for each of so many bands of a head's principal directions.")
+    ] = 1,
     meet_tokens: Annotated[
         int, typer.Option(min=1, help="Size of the subset on which meet is fitted; averages take all.")
     ] = 2000,
@@ -50,7 +53,7 @@ def fit(
     from softmeet.evaluation.save import save, verdict
 
     read = {"window": window, "stride": stride, "bos": bos, "max_per_document": max_per_document}
-    given = Options(free_weights=free_weights, meet_positions=meet_tokens, evaluations=evaluations)
+    given = Options(free_weights=free_weights, bands=bands, meet_positions=meet_tokens, evaluations=evaluations)
     with texts.stoppable("nothing is saved; softmeet trace keeps the members' part"), texts.progress() as begin:
         positions = positions_of(ensemble, trace, found, begin, max_tokens=max_tokens, **read)
         fitted = learn(ensemble, positions, given, begin)

@@ -131,9 +131,15 @@ def _facts(ensemble: Ensemble, recorder: Recorder, seconds: float) -> dict[str, 
     disagreement = recorder.disagreement.tolist() or [0.0] * len(ensemble.names)
     return {
         "members": [
-            {"name": options.short(name), "width": head.d, "weight": w, "trust": str(t), "disagreement": x / rows}
+            {
+                "name": options.short(name),
+                "width": head.d,
+                "weight": w,
+                "trust": "/".join(f"{rho:g}" for rho in t),
+                "disagreement": x / rows,
+            }
             for name, head, w, t, x in zip(
-                ensemble.names, ensemble.model.heads, config.weights, config.trust, disagreement, strict=True
+                ensemble.names, ensemble.model.heads, config.weights, config.trusts(), disagreement, strict=True
             )
         ],
         "rule": config.rule,

@@ -44,12 +44,14 @@ class Options:
 
     Attributes:
         free_weights: weights need not sum to one.
+        bands: of principal directions of each head; more than one adds a ``meet`` with a trust for each.
         meet_positions: size of the subset that ``meet`` is fitted on.
         premise_positions: size of the subset of the premise test.
         evaluations: of the loss and its gradient, at most, for each ``meet``; averages get three times as many.
     """
 
     free_weights: bool = False
+    bands: int = 1
     meet_positions: int = 2000
     premise_positions: int = 512
     evaluations: int = 15
@@ -131,7 +133,14 @@ def fit(
         best = min(averages, key=lambda candidate: candidate.fit_nll)
         premise = _premise(ensemble, parts["fit"].subset(options.premise_positions), best)
         subset = parts["fit"].subset(options.meet_positions)
-        candidates += [_meet(ensemble, subset, average, premise, options, begin) for average in averages]
+        trust = [min(max(p.score, _LOW), _HIGH) if p.score == p.score else _LOW for p in premise]
+        starts = [(_named(a), a, trust) for a in averages]
+        candidates += [_meet(ensemble, subset, *start, 1, options, begin) for start in starts]
+        if options.bands > 1:
+            meet = min(candidates[-len(starts) :], key=lambda candidate: candidate.fit_nll)
+            trust = [rho for rho in meet.settings["trust"] for _ in range(options.bands)]
+            start = (f"{meet.name} by direction", meet, trust)
+            candidates.append(_meet(ensemble, subset, *start, options.bands, options, begin))
     return _judge(ensemble, parts, candidates, premise, begin)
 
 
@@ -177,23 +186,33 @@ def _average(ensemble: Ensemble, positions: Positions, pool: Pool, options: Opti
     return Candidate(pool, _settings(pool, pool, values, n, options), True, loss, count)
 
 
+def _named(average: Candidate) -> str:
+    return "meet" if average.name == "logit-mean" else f"meet from {average.name}"
+
+
 def _meet(
     ensemble: Ensemble,
     positions: Positions,
-    average: Candidate,
-    premise: Sequence[Premise],
+    name: str,
+    start: Candidate,
+    trust: Sequence[float],
+    bands: int,
     options: Options,
     begin: Begin,
 ) -> Candidate:
-    """``meet`` from a fitted pool, everything fitted together."""
-    n, pool = len(ensemble.names), average.settings["rule"]
-    name = "meet" if pool == "logit-mean" else f"meet from {pool}"
-    layout = Layout(n, n, free=options.free_weights)
-    objective = Objective(ensemble.model, positions, layout, pool, on_progress=begin(f"fitting {name}", 0, None))
-    trust = tuple(min(max(p.score, _LOW), _HIGH) if p.score == p.score else _LOW for p in premise)
-    start = Values(tuple(average.settings["weights"]), average.settings["rule_temperature"], trust)
-    values, loss, count = minimise(objective, start, options.evaluations)
-    return Candidate(name, _settings("meet", pool, values, n, options), False, loss, count)
+    """``meet`` from the pool of ``start``, everything fitted together, from those trusts."""
+    n, pool = len(ensemble.names), start.settings["pool"]
+    objective = Objective(
+        ensemble.model,
+        positions,
+        Layout(n, n * bands, free=options.free_weights),
+        pool,
+        bands=bands,
+        on_progress=begin(f"fitting {name}", 0, None),
+    )
+    at = Values(tuple(start.settings["weights"]), start.settings["rule_temperature"], tuple(trust))
+    values, loss, count = minimise(objective, at, options.evaluations)
+    return Candidate(name, {**_settings("meet", pool, values, n, options), "bands": bands}, False, loss, count)
 
 
 def _settings(rule: str, pool: Pool, values: Values, n: int, options: Options) -> dict[str, Any]:

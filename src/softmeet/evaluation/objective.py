@@ -47,6 +47,7 @@ class Objective:
         layout: of the parameters.
         pool: which average.
         members: those that take part, by index; all if None.
+        bands: of principal directions, each with a trust of its own.
         tol: of the solver, in nats.
         on_progress: called with the number of positions after each chunk.
     """
@@ -56,6 +57,7 @@ class Objective:
     layout: Layout
     pool: Pool
     members: Sequence[int] | None = None
+    bands: int = 1
     tol: float = 1e-4
     on_progress: Callable[[int], None] = lambda positions: None
 
@@ -90,6 +92,8 @@ class Objective:
     def _met(
         self, log_q: Float[Tensor, "B v"], trust: Tensor, log_p: Float[Tensor, "n B v"], logits: Tensor | None
     ) -> Float[Tensor, "B v"]:
+        if self.bands > 1:
+            log_p, logits = (None if x is None else x.repeat_interleave(self.bands, 0) for x in (log_p, logits))
         problem = self._problem(log_p, logits)
         everyone = list(range(len(log_p)))
         projection = problem.projection(everyone, problem.trust)
@@ -101,13 +105,14 @@ class Objective:
         )
 
     def _problem(self, log_p: Float[Tensor, "n B v"], logits: Tensor | None) -> Problem:
+        heads = self.model.banded_heads(self.bands)
         slopes = tuple(
             None if head.soft_cap is None or logits is None else head.slope(logits[i].double())
-            for i, head in enumerate(self.model.heads)
+            for i, head in enumerate(heads)
         )
         return Problem(
             log_p=log_normalize(log_p.double()),
-            heads=tuple(self.model.heads),
+            heads=tuple(heads),
             slopes=slopes,
             weights=torch.full((len(log_p),), 1 / len(log_p), dtype=torch.float64),
             trust=(1.0,) * len(log_p),

@@ -30,6 +30,7 @@ class EnsembleConfig(PreTrainedConfig):
     """Settings of an ensemble; the arguments of :func:`softmeet.combine` under their own names.
 
     ``rule_temperature`` is of the rule's answer, p^(1/T) normalised; that of generation comes on top.
+    With ``bands`` > 1 each member in turn has so many trusts, one per band of its head's principal directions.
 
     Raises:
         InvalidInputError: a setting is wrong; checked here, before any member is loaded or run.
@@ -54,13 +55,15 @@ class EnsembleConfig(PreTrainedConfig):
         metric: str = "whitened",
         slack: float = 0.0,
         vertex: bool = False,
+        bands: int = 1,
         **kwargs: Any,
     ) -> None:
         n = len(members)
         self.members = [str(member) for member in members]
         self.rule = find_rule(rule).name
         self.weights = checked_weights(weights, n, free=free_weights) if n else None
-        self.trust = list(checked_trust(trust, n))
+        self.bands = int(checked_number("bands", bands, positive=True))
+        self.trust = list(checked_trust(trust, n * self.bands))
         self.pool = checked_pool(pool)
         self.tol = checked_number("tol", tol, positive=True)
         self.max_steps = int(checked_number("max_steps", max_steps, positive=True))
@@ -78,6 +81,10 @@ class EnsembleConfig(PreTrainedConfig):
         if isinstance(found.get("trust"), list):
             found["trust"] = ["inf" if math.isinf(rho) else rho for rho in found["trust"]]
         return found
+
+    def trusts(self) -> list[list[float]]:
+        """Each member's trusts, one per band."""
+        return [self.trust[i : i + self.bands] for i in range(0, len(self.trust), self.bands)]
 
     def combine_arguments(self) -> dict[str, Any]:
         """What :func:`softmeet.combine` is to be called with."""

@@ -28,6 +28,7 @@ from softmeet.hf.loading import CARD, absolute, load, relative
 from softmeet.hf.recorder import Recorder
 from softmeet.hf.refused import refuse
 from softmeet.hf.sampling import RowSampler
+from softmeet.members.bands import bands
 from softmeet.members.heads import head_of, replace_weight
 from softmeet.members.huggingface import Device, Dtype, last_hidden
 from softmeet.members.vocabulary import token_support
@@ -61,6 +62,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.members = nn.ModuleList(members)
         self.heads: list[SoftmaxHead] = [head_of(member) for member in members]
+        self._banded: tuple[int, list[SoftmaxHead]] | None = None
         self.support = support
         self.tokenizer: PreTrainedTokenizerBase | None = None
         first = members[0].generation_config
@@ -144,8 +146,10 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         self.generation_config.save_pretrained(folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
-        rows = zip(config.members, config.weights, config.trust, strict=True)
-        table = "\n".join(f"| `{name}` | {weight:g} | {trust:g} |" for name, weight, trust in rows)
+        rows = zip(config.members, config.weights, config.trusts(), strict=True)
+        table = "\n".join(
+            f"| `{name}` | {weight:g} | {', '.join(f'{rho:g}' for rho in own)} |" for name, weight, own in rows
+        )
         card = CARD.format(n=len(config.members), rows=table, rule=config.rule, pool=config.pool, tol=config.tol)
         (folder / "README.md").write_text(card, encoding="utf-8")
         if push_to_hub:
@@ -168,6 +172,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
     def _apply(self, fn: Any, recurse: bool = True) -> EnsembleForCausalLM:
         """After a move or a cast of the weights, heads are read from where they are now."""
         super()._apply(fn, recurse)
+        self._banded = None
         self.heads = [replace_weight(head, member) for head, member in zip(self.heads, self.members, strict=True)]
         return self
 
@@ -314,12 +319,22 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         """
         arguments = self.config.combine_arguments() | changes
         temperature = arguments.pop("rule_temperature", self.config.rule_temperature)
+        count, heads = arguments.pop("bands", self.config.bands), self.heads
         if arguments["free_radial"]:
             self._refuse_unknown_norms()
+            if count > 1:
+                raise InvalidInputError(f"free_radial needs whole heads, got {count} bands of each: leave out one of both")
+        if count > 1:
+            heads = self.banded_heads(count)
+            log_probs, logits = (None if x is None else x.repeat_interleave(count, 0) for x in (log_probs, logits))
+            # The pool knows each member once.
+            first = ([w, *[0.0] * (count - 1)] for w in arguments["weights"])
+            arguments["weights"] = [w for own in first for w in own]
         try:
-            solution = combine(log_probs, self.heads, support=self.support, logits=logits, **arguments)
+            solution = combine(log_probs, heads, support=self.support, logits=logits, **arguments)
         except NonFiniteError as error:
             raise NonFiniteError(f"{error}. Members, from 0: {', '.join(map(str, self.config.members))}") from error
+        solution = solution if count == 1 else solution.by_member(count)
         return solution if temperature == 1 else solution.at_temperature(temperature)
 
     def _refuse_unknown_norms(self) -> None:
@@ -329,6 +344,14 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
                 f"free_radial needs a final norm of a known kind right before the output layer, and found none in "
                 f"{', '.join(map(str, unknown))}: leave it out"
             )
+
+    def banded_heads(self, count: int) -> list[SoftmaxHead]:
+        """``count`` bands of principal directions of each head in turn; made once, together as large as the heads."""
+        if count == 1:
+            return self.heads
+        if self._banded is None or self._banded[0] != count:
+            self._banded = count, [band for head in self.heads for band in bands(head, count)]
+        return self._banded[1]
 
     def _prepare_cache_for_generation(
         self,

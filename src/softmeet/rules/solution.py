@@ -95,6 +95,12 @@ class Solution:
         """The same with ``log_probs`` ∝ p^(1/temperature); all else is of the answer before."""
         return replace(self, log_probs=log_normalize(self.log_probs / temperature))
 
+    def by_member(self, count: int) -> Solution:
+        """The same with the ``disagreement`` of each member's ``count`` copies added up."""
+        split = (-1, count, *self.disagreement.shape[1:])
+        total, is_bound = self.disagreement.reshape(split).sum(1), self.disagreement_is_bound.reshape(split).any(1)
+        return replace(self, disagreement=total, disagreement_is_bound=is_bound)
+
     def verify(
         self,
         heads: Sequence[SoftmaxHead | Tensor],

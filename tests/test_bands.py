@@ -1,0 +1,55 @@
+"""Trust per band of principal directions."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+
+from softmeet import Ensemble, combine
+from softmeet.errors import InvalidInputError
+from softmeet.heads import SoftmaxHead
+from softmeet.members.bands import bands, principal_directions
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("members")
+    return [tiny.save(folder / name, name, seed=k) for k, name in enumerate(("gpt2", "llama"))]
+
+
+def test_directions_are_those_of_the_singular_value_decomposition():
+    W = torch.randn(50, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * torch.arange(1.0, 7)
+    V = torch.linalg.svd(W - W.mean(0)).Vh.T
+    assert torch.allclose((principal_directions(SoftmaxHead(W)).T @ V).abs(), torch.eye(6).double(), atol=1e-6)
+    parts = bands(SoftmaxHead(W), 4)
+    assert [band.d for band in parts] == [2, 2, 1, 1]
+    with pytest.raises(InvalidInputError, match="from 1 to 6 bands"):
+        bands(SoftmaxHead(W), 7)
+
+
+def test_a_trust_of_zero_drops_a_bands_constraint_and_no_other(folders):
+    """With every other band at zero, one band is a member whose head has those directions alone."""
+    ensemble = Ensemble.from_pretrained(folders)
+    hidden = ensemble.model.hidden_states(torch.arange(1, 5)[None])
+    log_p, _ = ensemble.model.own_log_probs(hidden)
+    found = ensemble.model.combine_rows(log_p, None, bands=2, trust=[0.7, 0, 0, 0], tol=1e-9)
+    (first, _) = bands(ensemble.model.heads[0], 2)
+    other = ensemble.model.heads[1]
+    expected = combine(log_p, [first, other], trust=[0.7, 0.0], tol=1e-9)
+    assert torch.allclose(found.log_probs, expected.log_probs, atol=1e-5)
+    assert found.disagreement.shape == (2, 4)
+    assert not torch.allclose(found.log_probs, found.pool, atol=1e-3)
+
+
+def test_an_ensemble_with_bands_is_saved_and_generates(folders, tmp_path):
+    ensemble = Ensemble.from_pretrained(folders)
+    ensemble.model.config.bands, ensemble.model.config.trust = 2, [0.5, 0.1, 1.0, 0.0]
+    ensemble.save_pretrained(tmp_path / "e")
+    again = Ensemble.from_pretrained(tmp_path / "e")
+    assert (again.model.config.bands, again.model.config.trust) == (2, [0.5, 0.1, 1.0, 0.0])
+    ids = torch.arange(1, 6)[None]
+    assert torch.equal(again.model(input_ids=ids).logits, ensemble.model(input_ids=ids).logits)
+    assert again.generate("the", max_new_tokens=3, do_sample=False)
+    with pytest.raises(InvalidInputError, match="one trust"):
+        type(again.model.config)(members=folders, bands=2, trust=[1.0, 2.0])
