@@ -75,7 +75,11 @@ def generate(
         trust_remote_code=trust_remote_code,
     )
     sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "min_p": min_p, "top_k": top_k or 0}
-    given = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, "repetition_penalty": repetition_penalty}
+    given: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": do_sample,
+        "repetition_penalty": repetition_penalty,
+    }
     given |= sampling if do_sample else {}
     if prompt_weights and len(texts) == 1:
         given["weights"] = ensemble.prompt_weights(texts[0])

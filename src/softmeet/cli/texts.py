@@ -51,12 +51,12 @@ def documents(text: list[str] | None, separator: str | None, column: str) -> lis
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[str, int, int], Callable[[int], None]]]:
+def progress() -> Iterator[Callable[[str, int, int | None], Callable[[int], None]]]:
     """Bars on stderr: call what it gives with (description, done, total), and the answer with each advance."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=options.err, transient=True) as bars:
 
-        def begin(description: str, done: int, total: int) -> Callable[[int], None]:
+        def begin(description: str, done: int, total: int | None) -> Callable[[int], None]:
             task: Any = bars.add_task(description, completed=done, total=total)
             return lambda count: bars.advance(task, count)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -37,7 +38,7 @@ def trace(
     from softmeet.evaluation.trace import record
 
     with texts.stoppable(f"whole shards stay in {out}; the same command goes on from there"), texts.progress() as begin:
-        bars: list[texts.Callable[[int], None]] = []
+        bars: list[Callable[[int], None]] = []
         made = record(
             ensemble,
             found,

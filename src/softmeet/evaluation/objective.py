@@ -93,7 +93,8 @@ class Objective:
         self, log_q: Float[Tensor, "B v"], trust: Tensor, log_p: Float[Tensor, "n B v"], logits: Tensor | None
     ) -> Float[Tensor, "B v"]:
         if self.bands > 1:
-            log_p, logits = (None if x is None else x.repeat_interleave(self.bands, 0) for x in (log_p, logits))
+            log_p = log_p.repeat_interleave(self.bands, 0)
+            logits = None if logits is None else logits.repeat_interleave(self.bands, 0)
         problem = self._problem(log_p, logits)
         everyone = list(range(len(log_p)))
         projection = problem.projection(everyone, problem.trust)

@@ -10,6 +10,8 @@ from softmeet.ensemble import Ensemble
 from softmeet.evaluation.fit import Fitted, figures
 from softmeet.hf.configuration import EnsembleConfig
 
+# What an ensemble knows of its members.
+_KEPT = ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 CARD = """
 ## How it was chosen
 
@@ -29,7 +31,8 @@ All figures are in `fit.json`.
 
 def verdict(facts: dict[str, Any]) -> str:
     """What was chosen and why, in a sentence or two."""
-    best, rival, low, high = facts["test"]["best_baseline"], facts["rival"]["candidate"], *facts["rival"]["ci95"]
+    best, rival = facts["test"]["best_baseline"], facts["rival"]["candidate"]
+    low, high = facts["rival"]["ci95"]
     if facts["fell_back"]:
         return (
             f"Falls back to {best}: {rival} was best on the part for choosing, but on the part for judging its "
@@ -48,9 +51,9 @@ def save(ensemble: Ensemble, fitted: Fitted, folder: str | Path) -> dict[str, An
         The figures, as ``fit.json`` has them.
     """
     facts = figures(fitted)
-    limits = {key: getattr(ensemble.model.config, key, None) for key in ("vocab_size", "max_position_embeddings")}
-    ids = {key: getattr(ensemble.model.config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    ensemble.model.config = EnsembleConfig(ensemble.names, **fitted.chosen.settings, **limits, **ids)
+    before = ensemble.model.config
+    kept: dict[str, Any] = {key: getattr(before, key) for key in _KEPT if hasattr(before, key)}
+    ensemble.model.config = EnsembleConfig(ensemble.names, **fitted.chosen.settings, **kept)
     ensemble.save_pretrained(folder)
     with (Path(folder) / "README.md").open("a", encoding="utf-8") as card:
         card.write(_card(facts))

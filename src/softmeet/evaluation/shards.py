@@ -98,13 +98,13 @@ def read_shard(path: Path, key: str, names: list[str]) -> Positions:
         if isinstance(error, TraceError):
             raise
         raise TraceError(f"{path} is damaged ({str(error).splitlines()[0]})") from error
-    hidden = []
+    hidden: list[Tensor] = []
     while f"hidden_{len(hidden)}" in table.column_names:
         column = table.column(f"hidden_{len(hidden)}").combine_chunks()
         flat = torch.tensor(column.flatten().to_numpy(zero_copy_only=False))
         hidden.append(flat.view(table.num_rows, -1).float())
-    whole = (_integers(table, name) for name in ("target", "document", "bytes"))
-    return Positions(hidden, *whole, names)
+    targets, document, sizes = (_integers(table, name) for name in ("target", "document", "bytes"))
+    return Positions(hidden, targets, document, sizes, names)
 
 
 def _integers(table: Any, name: str) -> Tensor:

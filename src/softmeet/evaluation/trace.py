@@ -225,7 +225,7 @@ def _is_whole(trace: Trace, k: int, on_damage: Callable[[str], None]) -> bool:
     except TraceError as error:
         on_damage(f"{error}: it is made again")
         return False
-    return len(positions) == trace.facts["shards"][k]
+    return len(positions) == int(trace.facts["shards"][k])
 
 
 @torch.inference_mode()

@@ -326,7 +326,8 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
                 raise InvalidInputError(f"free_radial needs whole heads, got {count} bands of each: leave out one of both")
         if count > 1:
             heads = self.banded_heads(count)
-            log_probs, logits = (None if x is None else x.repeat_interleave(count, 0) for x in (log_probs, logits))
+            log_probs = log_probs.repeat_interleave(count, 0)
+            logits = None if logits is None else logits.repeat_interleave(count, 0)
             # The pool knows each member once.
             first = ([w, *[0.0] * (count - 1)] for w in arguments["weights"])
             arguments["weights"] = [w for own in first for w in own]

@@ -26,7 +26,8 @@ def principal_directions(head: SoftmaxHead) -> Float[Tensor, "d d"]:
     for _, block in head.blocks(torch.float64, cut=True):
         center += block.sum(0) / head.v
         gram.addmm_(block.T, block)
-    return torch.linalg.eigh(gram - head.v * torch.outer(center, center)).eigenvectors.flip(-1)
+    vectors: Tensor = torch.linalg.eigh(gram - head.v * torch.outer(center, center)).eigenvectors
+    return vectors.flip(-1)
 
 
 def bands(head: SoftmaxHead, count: int) -> list[SoftmaxHead]:

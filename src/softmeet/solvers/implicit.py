@@ -39,7 +39,7 @@ def projected(problem: Projection, trust: Float[Tensor, " n"], solve: Solve) -> 
         solve: from a projection to a converged state; its tolerance limits the gradient's precision.
     """
     given = replace(problem, trust=tuple(trust.tolist()))
-    found: Tensor = _Projected.apply(problem.log_q, trust, given, solve)
+    found: Tensor = _Projected.apply(problem.log_q, trust, given, solve)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -55,7 +55,7 @@ class _Projected(torch.autograd.Function):
         return state.log_p.clone()
 
     @staticmethod
-    def backward(ctx: Any, g: Float[Tensor, "B v"]) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Float[Tensor, "B v"]) -> tuple[Tensor, Tensor, None, None]:
         problem, state = ctx.problem, ctx.state
         p, r = state.log_p.exp(), state.log_r.exp()
         inner = g - p * g.sum(-1, keepdim=True)
@@ -81,7 +81,8 @@ def _direct(problem: Projection, state: DualState, b: Float[Tensor, "B D"]) -> F
     assert H is not None
     scale = H.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(H.dtype).tiny)
     H.diagonal(dim1=-2, dim2=-1).add_(problem.eps * scale[:, None])
-    return torch.linalg.solve(H, b)
+    s: Tensor = torch.linalg.solve(H, b)
+    return s
 
 
 def conjugate_gradients(
