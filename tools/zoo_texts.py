@@ -55,7 +55,7 @@ def stage_works(folder: Path) -> list[Document]:
                 stream = tar.extractfile(member)
                 assert stream is not None
                 works.append(Document(path.stem, _clean(stream.read().decode("utf-8-sig"))))
-    return sorted(works)
+    return sorted(works, key=lambda work: work.name)
 
 
 def _download_sdist(folder: Path) -> Path:

@@ -323,7 +323,9 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         if arguments["free_radial"]:
             self._refuse_unknown_norms()
             if count > 1:
-                raise InvalidInputError(f"free_radial needs whole heads, got {count} bands of each: leave out one of both")
+                raise InvalidInputError(
+                    f"free_radial needs whole heads, got {count} bands of each: leave out one of both"
+                )
         if count > 1:
             heads = self.banded_heads(count)
             log_probs = log_probs.repeat_interleave(count, 0)
