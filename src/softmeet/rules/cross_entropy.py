@@ -13,8 +13,7 @@ from softmeet.rules.problem import Problem
 from softmeet.rules.row import Row
 from softmeet.solvers.columns import Tokens, mapped
 from softmeet.solvers.program import Optimum, SimplexProgram, minimise
-
-_GOLDEN = 0.6180339887498949
+from softmeet.solvers.vertex import vertex
 
 
 class CrossEntropyRule(ExactRule):
@@ -70,8 +69,8 @@ class CrossEntropyRule(ExactRule):
             constant = most - self.bounds(row, found.p, y).least <= row.problem.tol and not row.unique
             kept = member if constant and not row.problem.options.vertex else found.p
             return Choice(kept, y, found.steps, most, constant)
-        p, steps = (some_vertex(row, member)) if row.problem.options.vertex else (member, 0)
-        return Choice(p, row.fit(self.gradient(row, p)), steps)
+        p = vertex(row.system[0], member) if row.problem.options.vertex else member
+        return Choice(p, row.fit(self.gradient(row, p)), 0)
 
     def off(self, row: Row, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> tuple[float, float]:
         """(what p pays for its slack, what the multipliers y gain from slack at most)."""
@@ -109,10 +108,3 @@ def multipliers(row: Row, y: Float[Tensor, " r"]) -> Float[Tensor, " m"]:
 def extremes(row: Row, cost: Float[Tensor, " v"], member: Float[Tensor, " v"] | None) -> Optimum:
     """The p that minimises a linear cost."""
     return minimise(program(row, cost, member), row.problem.max_steps)
-
-
-def some_vertex(row: Row, member: Float[Tensor, " v"]) -> tuple[Float[Tensor, " v"], int]:
-    """A vertex of C, which a linear cost without any meaning selects: what a simplex solver might return."""
-    cost = torch.arange(len(member), dtype=member.dtype, device=member.device) * _GOLDEN % 1
-    found = extremes(row, cost, member)
-    return found.p, found.steps

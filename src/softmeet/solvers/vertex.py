@@ -1,0 +1,58 @@
+"""From any point of {x ≥ 0 : Gᵀx = g} to a vertex: basic solutions have at most rank G positive entries.
+
+While more tokens have mass than G has columns, some combination of their rows vanishes; masses move along it until one
+is zero, and the moments stay (Carathéodory's theorem, as an algorithm). Tokens are taken 2m at a time, with one null
+space for m eliminations, so that the whole costs about N m² operations.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from softmeet.solvers.columns import Columns
+
+# Singular values and entries below this share of the largest are zero.
+_TINY = 1e-10
+
+
+def vertex(columns: Columns, x: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """A vertex with the moments of ``x``; light tokens lose their mass first.
+
+    Args:
+        columns: G, (N, m); one combination of its columns is 1 for every token.
+        x: masses, not negative, fp64.
+    """
+    x, m = x.clone(), columns.sums(x).shape[0]
+    while True:
+        support = x.nonzero().squeeze(-1)
+        block = support[x[support].argsort()[: 2 * m + 1]]
+        null = _null_space(columns.rows(block))
+        if not null.shape[1]:
+            return x
+        x[block] = _eliminated(x[block], null)
+
+
+def _null_space(G: Float[Tensor, "k m"]) -> Float[Tensor, "k r"]:
+    """An orthonormal basis of { n : Gᵀn = 0 }."""
+    found = torch.linalg.svd(G, full_matrices=True)
+    rank = int((found.S > _TINY * found.S[0]).sum())
+    basis: Tensor = found.U[:, rank:]
+    return basis
+
+
+def _eliminated(x: Float[Tensor, " k"], null: Float[Tensor, "k r"]) -> Float[Tensor, " k"]:
+    """Masses with one more zero for every column of ``null``, and the same moments."""
+    x, null = x.clone(), null.clone()
+    while null.shape[1]:
+        n = null[:, 0] if null[:, 0].max() >= -null[:, 0].min() else -null[:, 0]
+        falling = n > _TINY * n.max()
+        ratios = torch.where(falling, x / torch.where(falling, n, 1.0), torch.inf)
+        k = int(ratios.argmin())
+        x = (x - ratios[k] * n).clamp_min(0.0)
+        x[k] = 0.0
+        # The other directions must leave token k alone.
+        null = null[:, 1:] - torch.outer(n, null[k, 1:] / n[k])
+        null[k] = 0.0
+    return x
