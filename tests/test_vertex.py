@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from softmeet.solvers.columns import Held
 from softmeet.solvers.vertex import vertex
 

@@ -37,7 +37,7 @@ def vertex(columns: Columns, x: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
 def _null_space(G: Float[Tensor, "k m"]) -> Float[Tensor, "k r"]:
     """An orthonormal basis of { n : Gᵀn = 0 }."""
     found = torch.linalg.svd(G, full_matrices=True)
-    rank = int((found.S > _TINY * found.S[0]).sum())
+    rank = int(torch.count_nonzero(_TINY * found.S.max() < found.S))
     basis: Tensor = found.U[:, rank:]
     return basis
 
