@@ -52,4 +52,4 @@ def test_an_ensemble_with_bands_is_saved_and_generates(folders, tmp_path):
     assert torch.equal(again.model(input_ids=ids).logits, ensemble.model(input_ids=ids).logits)
     assert again.generate("the", max_new_tokens=3, do_sample=False)
     with pytest.raises(InvalidInputError, match="one trust"):
-        type(again.model.config)(members=folders, bands=2, trust=[1.0, 2.0])
+        type(again.model.config)(members=[str(f) for f in folders], bands=2, trust=[1.0, 2.0])
