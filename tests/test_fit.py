@@ -140,14 +140,14 @@ def test_a_member_that_knows_nothing_gets_next_to_no_weight_and_trust(tmp_path):
     from fit import shuffled
 
     ensemble = Ensemble.from_pretrained(["narrow/opt-c", shuffled("narrow/opt-a", tmp_path / "bad")])
-    text = "And the king said unto his daughter, What wilt thou? and she answered and said unto him, {} my lord. "
+    text = "And the king said unto his daughter, What wilt thou? and she said, {} my lord. "
     words = ("Nay", "Yea", "Lo", "Behold", "Hear", "Peace", "Surely", "Verily", "Woe", "Come")
     positions = observe_text(ensemble, [Document(w, text.format(w)) for w in words])
-    found = fit(ensemble, positions, Options(meet_positions=60, premise_positions=60, evaluations=6))
+    found = fit(ensemble, positions, Options(meet_positions=30, premise_positions=30, evaluations=4))
     for candidate in found.candidates[2:]:
         assert candidate.settings["weights"][1] < 0.03
         if candidate.settings["rule"] == "meet":
-            assert candidate.settings["trust"][1] < 0.06
+            assert candidate.settings["trust"][1] < 0.01
     alone = found.test.choices["fitted narrow/opt-c"].mean
     assert found.test.choices[found.chosen.label].mean < alone + 0.02
 

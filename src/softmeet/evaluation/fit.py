@@ -133,8 +133,7 @@ def fit(
         best = min(averages, key=lambda candidate: candidate.fit_nll)
         premise = _premise(ensemble, parts["fit"].subset(options.premise_positions), best)
         subset = parts["fit"].subset(options.meet_positions)
-        trust = [min(max(p.score, _LOW), _HIGH) if p.score == p.score else _LOW for p in premise]
-        starts = [(_named(a), a, trust) for a in averages]
+        starts = [(_named(a), a, _first_trusts(premise, a)) for a in averages]
         candidates += [_meet(ensemble, subset, *start, 1, options, begin) for start in starts]
         if options.bands > 1:
             meet = min(candidates[-len(starts) :], key=lambda candidate: candidate.fit_nll)
@@ -184,6 +183,13 @@ def _average(ensemble: Ensemble, positions: Positions, pool: Pool, options: Opti
     objective = Objective(ensemble.model, positions, layout, pool, on_progress=begin(f"fitting {pool}", 0, None))
     values, loss, count = minimise(objective, Values((1 / n,) * n), _CHEAPER * options.evaluations)
     return Candidate(pool, _settings(pool, pool, values, n, options), True, loss, count)
+
+
+def _first_trusts(premise: Sequence[Premise], average: Candidate) -> list[float]:
+    """Each premise score, within bounds; less where the fitted average has next to no use for the member."""
+    scores = [min(max(p.score, _LOW), _HIGH) if math.isfinite(p.score) else _LOW for p in premise]
+    weights = average.settings["weights"]
+    return [score * min(1.0, len(weights) * w / sum(weights)) for score, w in zip(scores, weights, strict=True)]
 
 
 def _named(average: Candidate) -> str:
