@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from softmeet.evaluation.study.runs import Cell
     from softmeet.evaluation.study.text import Settings
 
-# Enough for a premise score; each costs a projection per member.
-PREMISE_POSITIONS = 512
-
 study = typer.Typer(
     help="Compare every rule where the truth is known, and on text: tables, plots and a report in a folder.",
     no_args_is_help=True,
@@ -34,8 +31,8 @@ study = typer.Typer(
 Out = Annotated[Path, typer.Argument(help="The folder of the study; the same command goes on where it stopped.")]
 Positions = Annotated[int, typer.Option(min=2, help="For the averages, spread over the text.")]
 Meet = Annotated[int, typer.Option(min=2, help="Of them for meet at each trust.")]
-Exact = Annotated[int, typer.Option(min=2, help="Of them for max-entropy.")]
-Slow = Annotated[int, typer.Option(min=2, help="Of them for the other rules.")]
+Exact = Annotated[int, typer.Option(min=0, help="Of them for max-entropy.")]
+Slow = Annotated[int, typer.Option(min=0, help="Of them for the other rules.")]
 Smoke = Annotated[bool, typer.Option("--smoke", help="A size that runs in a minute.")]
 Text = Annotated[
     list[Path] | None,
@@ -99,6 +96,11 @@ def pretrained(
     slow: Slow = 100,
     prompt: Annotated[str, typer.Option(help="What every rule continues.")] = "def main(",
     tokens: Annotated[int, typer.Option(min=0, help="Of each rule's sample; 0 for none.")] = 40,
+    premise: Annotated[int, typer.Option(min=0, help="Positions for premise scores: slow for wide heads.")] = 0,
+    only: Annotated[
+        str | None,
+        typer.Option(help="Documents of the trace whose file name fits, such as '*.py'.", show_default="all"),
+    ] = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
     trust_remote_code: options.RemoteCode = False,
@@ -109,7 +111,7 @@ def pretrained(
     named = texts.default_members(members, trace)
     if not named or (text is None) == (trace is None):
         raise InvalidInputError("expected members, and either --text or --trace")
-    settings = Settings(positions=positions, meet=meet, exact=exact, slow=slow, prompt=prompt, tokens=tokens, rows=8)
+    settings = Settings(positions, meet, exact, slow, rows=8, prompt=prompt, tokens=tokens, premise=premise, only=only)
     places = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     _on_text(out, named, settings, _documents(text) if text else [], trace, **places)
 
@@ -126,16 +128,16 @@ def _on_text(
     if trace is not None:
         made = Trace.open(trace)
         made.require(ensemble)
-        positions = made.read(texts.say)
+        positions = tier.chosen(made.read(texts.say), settings.only)
     else:
         with options.status("running the members"):
             # Twice what is needed: the positions that count are spread over them.
             each = -(-2 * settings.positions // len(documents))
             positions = observe_text(ensemble, documents, bos=True, max_per_document=each)
-    few = tier.spread(positions, min(settings.positions, PREMISE_POSITIONS))
+    few = tier.spread(positions, settings.premise)
     with options.status("testing the premise"):
-        premises = premise_at(ensemble, [(few.hidden, few.targets)])
-    source = str(trace or f"{len(documents)} documents")
+        premises = premise_at(ensemble, [(few.hidden, few.targets)]) if settings.premise else []
+    source = f"{trace or 'text'}: {len(positions):,} positions of {len(positions.document.unique())} documents"
     _run(
         out,
         dataclasses.asdict(settings) | {"members": ensemble.names, "text": source},

@@ -8,13 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from softmeet.ensemble import Ensemble
+from softmeet.errors import InvalidInputError
 from softmeet.evaluation.choices import Choice
 from softmeet.evaluation.intervals import Clusters, clusters, paired
 from softmeet.evaluation.perplexity import evaluate
@@ -43,7 +46,9 @@ class Settings:
         slow: of them, for the other rules.
         rows: a cell.
         sizes: numbers of members to try, the first so many.
-        tokens: of the sample that each rule writes.
+        tokens: of the sample that each rule writes; 0 for none.
+        premise: of the positions, for premise scores; 0 for none.
+        only: a pattern that file names of documents must fit.
     """
 
     positions: int = 4000
@@ -54,9 +59,27 @@ class Settings:
     sizes: tuple[int, ...] = ()
     prompt: str = "And the king said"
     tokens: int = 40
+    premise: int = 512
+    only: str | None = None
 
 
-SMOKE = Settings(positions=40, meet=20, exact=10, slow=4, rows=10, tokens=5)
+SMOKE = Settings(positions=40, meet=20, exact=10, slow=4, rows=10, tokens=5, premise=20)
+
+
+def chosen(positions: Positions, only: str | None) -> Positions:
+    """Those of documents whose file name fits a pattern.
+
+    Raises:
+        InvalidInputError: none does.
+    """
+    if only is None:
+        return positions
+    fits = torch.tensor([fnmatch(Path(name).name, only) for name in positions.names])
+    rows = fits[positions.document].nonzero().squeeze(-1)
+    if len(rows) < 2:
+        names = ", ".join(Path(name).name for name in positions.names[:4])
+        raise InvalidInputError(f"expected documents whose file name fits {only!r}, found none among {names}, …")
+    return positions.take(rows)
 
 
 def spread(positions: Positions, count: int) -> Positions:
@@ -82,12 +105,13 @@ def cells(settings: Settings, ensemble: Ensemble, positions: Positions) -> Itera
 
 def _kinds(settings: Settings, positions: Positions) -> list[tuple[str, Sequence[Entry], Positions]]:
     every = spread(positions, settings.positions)
-    return [
+    kinds = [
         ("averages", BASELINES, every),
         ("meet", (BASE, *MEETS), spread(every, settings.meet)),
         ("max-entropy", (BASE, MAX_ENTROPY), spread(every, settings.exact)),
         ("the other rules", (BASE, *OTHERS), spread(every, settings.slow)),
     ]
+    return [kind for kind in kinds if len(kind[2])]
 
 
 def _nats(ensemble: Ensemble, entries: Sequence[Entry], rows: Positions) -> Json:
@@ -162,7 +186,7 @@ def report(
     settings: Settings, text: str, results: dict[str, Json], command: str, premises: Sequence[Premise]
 ) -> Report:
     """A table for each part of the positions and number of members, premise scores, and samples."""
-    groups = {name: _picked(results, f"{name} ") for name in KINDS}
+    groups = {name: found for name in KINDS if (found := _picked(results, f"{name} "))}
     groups |= {f"the first {size} members": _picked(results, f"first {size}: ") for size in settings.sizes}
     members = _lines(groups["averages"], "members")
     samples = [f"- `{key.removeprefix('sample ')}`: {_flat(c['text'])}" for key, c in results.items() if "text" in c]
@@ -170,7 +194,7 @@ def report(
         f"{', '.join(members)} on {text}",
         command,
         _claims(groups["averages"]) + _claims(groups["meet"]),
-        [*(_table(name, cells) for name, cells in groups.items()), _premise_table(list(members), premises)],
+        [*(_table(name, cells) for name, cells in groups.items()), *_premise_tables(list(members), premises)],
         [_plot(groups["meet"])],
         {f"After “{settings.prompt}”, the same seed for every rule": "\n".join(samples)} if samples else {},
     )
@@ -227,12 +251,15 @@ def _claims(cells: Sequence[Json]) -> list[str]:
     return found
 
 
-def _premise_table(names: Sequence[str], premises: Sequence[Premise]) -> Table:
+def _premise_tables(names: Sequence[str], premises: Sequence[Premise]) -> list[Table]:
+    if not premises:
+        return []
     rows = [
         [name, f"{x.score:+.2f} ± {x.score_error:.2f}", f"{x.gain:+.4f} ± {x.error:.4f}", x.verdict]
         for name, x in zip(names, premises, strict=True)
     ]
-    return Table("Premise scores against the uniform pool", ("member", "score", "gain, nats", "to first order"), rows)
+    header = ("member", "score", "gain, nats", "to first order")
+    return [Table("Premise scores against the uniform pool", header, rows)]
 
 
 def _plot(cells: Sequence[Json]) -> Plot:
