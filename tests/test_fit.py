@@ -143,7 +143,7 @@ def test_a_member_that_knows_nothing_gets_next_to_no_weight_and_trust(tmp_path):
     text = "And the king said unto his daughter, What wilt thou? and she said, {} my lord. "
     words = ("Nay", "Yea", "Lo", "Behold", "Hear", "Peace", "Surely", "Verily", "Woe", "Come")
     positions = observe_text(ensemble, [Document(w, text.format(w)) for w in words])
-    found = fit(ensemble, positions, Options(meet_positions=30, premise_positions=30, evaluations=4))
+    found = fit(ensemble, positions, Options(meet_positions=30, premise_positions=30, evaluations=6))
     for candidate in found.candidates[2:]:
         assert candidate.settings["weights"][1] < 0.03
         if candidate.settings["rule"] == "meet":

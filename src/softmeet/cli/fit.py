@@ -27,7 +27,7 @@ def fit(
         int, typer.Option(min=1, help="Size of the subset on which meet is fitted; averages take all.")
     ] = 2000,
     evaluations: Annotated[
-        int, typer.Option(min=1, help="Of loss and gradient, at most, for each meet; averages get three times as many.")
+        int, typer.Option(min=1, help="Of loss and gradient, at most, for each meet; averages get five times as many.")
     ] = 15,
     separator: texts.Separator = None,
     column: texts.Column = "text",

@@ -31,7 +31,7 @@ POOLS: tuple[Pool, ...] = ("logit-mean", "prob-mean")
 # Where a trust starts that the premise test does not support, and the most it starts with.
 _LOW, _HIGH = 0.05, 1.0
 # Averages cost little: they get so many times the evaluations.
-_CHEAPER = 3
+_CHEAPER = 5
 # L-BFGS takes its first step as long as the gradient: in units of a twentieth of a nat that is about right.
 _UNIT = 20.0
 
@@ -47,7 +47,7 @@ class Options:
         bands: of principal directions of each head; more than one adds a ``meet`` with a trust for each.
         meet_positions: size of the subset that ``meet`` is fitted on.
         premise_positions: size of the subset of the premise test.
-        evaluations: of the loss and its gradient, at most, for each ``meet``; averages get three times as many.
+        evaluations: of the loss and its gradient, at most, for each ``meet``; averages get five times as many.
     """
 
     free_weights: bool = False
