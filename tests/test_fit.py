@@ -138,18 +138,19 @@ def test_an_interval_that_holds_zero_means_the_baseline(ensemble, fitted, positi
 def test_a_member_that_knows_nothing_gets_next_to_no_weight_and_trust(tmp_path):
     """A bundled member beside a copy whose head is shuffled."""
     from fit import shuffled
+    from held_out import held_out_documents
 
     ensemble = Ensemble.from_pretrained(["narrow/opt-c", shuffled("narrow/opt-a", tmp_path / "bad")])
-    text = "And the king said unto his daughter, What wilt thou? and she said, {} my lord. "
-    words = ("Nay", "Yea", "Lo", "Behold", "Hear", "Peace", "Surely", "Verily", "Woe", "Come")
-    positions = observe_text(ensemble, [Document(w, text.format(w)) for w in words])
+    positions = observe_text(ensemble, held_out_documents()[::2], max_per_document=60)
     found = fit(ensemble, positions, Options(meet_positions=30, premise_positions=30, evaluations=6))
     for candidate in found.candidates[2:]:
-        assert candidate.settings["weights"][1] < 0.03
+        # A few hundred tokens leave a logit mean some per cent of noise (0.036 here); what is saved has none.
+        assert candidate.settings["weights"][1] < 0.06
         if candidate.settings["rule"] == "meet":
             assert candidate.settings["trust"][1] < 0.01
+    assert found.chosen.settings["weights"][1] < 0.03
     alone = found.test.choices["fitted narrow/opt-c"].mean
-    assert found.test.choices[found.chosen.label].mean < alone + 0.02
+    assert found.test.choices[found.chosen.label].mean < alone + 0.01
 
 
 def test_one_member_is_a_temperature(folders):
