@@ -169,7 +169,7 @@ async def _pictures(
         while not all(feed.done() for feed in feeds):
             yield *_texts(sides), _HINT, _trouble(""), sides
             await asyncio.wait(feeds, timeout=_FRAME)
-        trouble = " ".join(feed.result() for feed in feeds)
+        trouble = " ".join(filter(None, (feed.result() for feed in feeds)))
         for side in sides:
             side.done = True
         yield *_texts(sides), _HINT, _trouble(trouble), sides
