@@ -183,4 +183,5 @@ def test_the_page_does_not_call_home(url):
     page = httpx.get(f"{url}/ui/", follow_redirects=True)
     assert "default-src 'self'" in page.headers["content-security-policy"]
     assert "fonts.googleapis" not in page.text
+    assert httpx.post(f"{url}/ui/gradio_api/upload", files={"files": b"x"}).status_code == 404
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"

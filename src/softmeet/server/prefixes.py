@@ -24,7 +24,7 @@ class Prefixes:
     def longest(self, tokens: Sequence[int]) -> tuple[int, list[Prefix] | None]:
         """(how many leading tokens are known, their states or more); at least the last token is left to compute."""
         best, key = 0, None
-        for known in self._kept:
+        for known in (known for known in self._kept if known[0] == tokens[0]):
             shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(known, tokens, strict=False)))
             if min(shared, len(tokens) - 1) > best:
                 best, key = min(shared, len(tokens) - 1), known

@@ -21,6 +21,8 @@ from softmeet.server.errors import RequestError, problem
 from softmeet.server.metrics import Metrics
 
 _OPEN = ("/health", "/ready")
+# The page takes no files; Gradio would write them to the disk.
+_UPLOADS = "/ui/gradio_api/upload"
 _COUNTED = ("/v1/models", "/v1/completions", "/v1/chat/completions", "/health", "/ready", "/metrics")
 # A body up to so many times too large is read to its end, so that its sender hears why it is refused.
 _DISCARDED = 16
@@ -88,6 +90,8 @@ class Guard:
         await self.app(scope, _replay(body, receive), sending)
 
     def _check(self, path: str, headers: Headers) -> None:
+        if path.startswith(_UPLOADS):
+            raise RequestError("nothing can be uploaded here", status=404)
         host = headers.get("host", "").rsplit(":", 1)[0] if "]" not in headers.get("host", "") else "[::1]"
         if self.protection.hosts and host not in self.protection.hosts:
             raise RequestError("this server does not answer to that Host", status=421, code="unknown_host")
