@@ -271,6 +271,19 @@ def test_the_command_refuses_what_is_unsafe_or_unclear(members, tmp_path):
         assert message in done.stderr
 
 
+def test_missing_packages_are_named(monkeypatch):
+    from softmeet.cli import serve
+    from softmeet.errors import InvalidInputError
+
+    monkeypatch.setattr(serve, "_has", lambda module: module != "gradio")
+    serve._require_extra(ui=False)
+    with pytest.raises(InvalidInputError, match=r"softmeet\[ui\]"):
+        serve._require_extra(ui=True)
+    monkeypatch.setattr(serve, "_has", lambda module: module != "uvicorn")
+    with pytest.raises(InvalidInputError, match=r"softmeet\[server\]"):
+        serve._require_extra(ui=False)
+
+
 def test_members_that_two_ensembles_name_are_loaded_once(members):
     from softmeet.cli.serve import _load
 

@@ -72,7 +72,7 @@ def serve(
     config: Config = None,
 ) -> None:
     """Serve ensembles behind an OpenAI-compatible API, with a page to look inside at /ui."""
-    _require_extra()
+    _require_extra(ui=bool(ui))
     keys, local, allowed, named = _keys(api_keys), _is_local(host), _allowed(allow), _named(ensembles)
     if not (keys or local or open_to_all):
         raise InvalidInputError(
@@ -85,7 +85,7 @@ def serve(
     settings = Settings(
         limits=Limits(batch, queue, keep_tokens),
         protection=Protection(
-            keys, (*_LOCAL, *(allow_host or ())) if local else tuple(allow_host or ()), max_body, body_timeout
+            keys, (*_LOCAL, host, *(allow_host or ())) if local else tuple(allow_host or ()), max_body, body_timeout
         ),
         max_tokens=max_tokens,
         max_choices=max_choices,
@@ -105,9 +105,11 @@ def serve(
     _run(Serving(found, settings), host, port, grace, access_log=access_log)
 
 
-def _require_extra() -> None:
+def _require_extra(*, ui: bool) -> None:
     if not (_has("fastapi") and _has("uvicorn") and _has("prometheus_client")):
-        raise InvalidInputError("serving needs more packages: pip install 'softmeet[server]' (and 'softmeet[ui]')")
+        raise InvalidInputError("serving needs more packages: pip install 'softmeet[server]'")
+    if ui and not _has("gradio"):
+        raise InvalidInputError("the page needs more packages: pip install 'softmeet[ui]', or say --no-ui")
 
 
 def _has(module: str) -> bool:
