@@ -19,6 +19,7 @@ from softmeet.server.errors import BusyError, ClosingError, TooLateError
 from softmeet.server.prefixes import Prefixes
 from softmeet.server.sampling import Sampling
 from softmeet.server.work import Combination, Failed, Finished, PromptScored, Sequence, Token, Work
+from softmeet.simplex import total_variation
 
 # Rotary, learned and offset positions, grouped heads, a sliding window, a soft-cap.
 MEMBERS = ("gpt2", "llama", "opt projected", "gemma2 soft-cap")
@@ -304,3 +305,22 @@ def test_the_bundled_ensemble_gives_what_the_command_line_gives(serve):
     asked = [sequence(ensemble.model, tuple(ensemble.tokenizer(t)["input_ids"]), seed=3, max_tokens=40) for t in texts]
     serve(ensemble.model).submit([one for one, _ in asked])
     assert [ensemble.tokenizer.decode(listener.tokens(), skip_special_tokens=True) for _, listener in asked] == expected
+
+
+@pytest.mark.parametrize("rule", ["logit-mean", "meet"])
+def test_company_changes_a_row_by_rounding_alone(narrow, rule):
+    """Why a seeded token does not depend on its batch: the chance that it does is the total variation."""
+    members, ids = list(narrow.model.members), narrow.tokenizer("And the king said unto his daughter")["input_ids"]
+
+    def after(lengths):
+        batches = [MemberBatch("a member", member) for member in members]
+        for batch in batches:
+            for row, length in enumerate(lengths):
+                batch.join(row, batch.prefill(ids[:length], every=False)[1])
+        hidden = [batch.step([50] * len(lengths)) for batch in batches]
+        with torch.inference_mode():
+            return narrow.model.solve_rows(hidden, rule=rule)[1].log_probs
+
+    together = after([2 + k % 5 for k in range(24)])[:5]
+    alone = torch.cat([after([2 + k]) for k in range(5)])
+    assert total_variation(together.double(), alone.double()).max() < 1e-5
