@@ -14,8 +14,6 @@ from softmeet.solvers.interior import Program, interior_point
 # A mass this close to one of its bounds, relative to their distance, is at it.
 _AT_BOUND = 1e-5
 _FACE_MOMENTS = 1e-9
-# Of the tolerance on log t, what complementarity may leave; Σx is below 1, and its logarithm steeper than it.
-_ENOUGH = 0.03
 
 
 class MinUnderestimation(ExactRule):
@@ -47,8 +45,9 @@ class MinUnderestimation(ExactRule):
         program = Program(
             Stacked(tokens, -target[None]), nothing, cost, nothing, limits / 2, len(nothing) - 1, upper=limits
         )
-        found = interior_point(program, row.problem.max_steps, _ENOUGH * row.problem.tol)
+        found = interior_point(program, row.problem.max_steps)
         x = torch.zeros_like(floor).index_copy(0, ids, found.x[:-1])
+        x = _basic(row, x, torch.zeros_like(floor).index_copy(0, ids, upper))
         y = row.joint @ found.y / (target @ found.y)
         steps, p = found.steps, x / x.sum()
         limit = torch.zeros_like(floor).index_copy(0, ids, upper) / x.sum()
@@ -65,6 +64,25 @@ class MinUnderestimation(ExactRule):
         scores = row.scores(y)[row.alive]
         least = -float((floor + (1 + scores).clamp_min(0).log()).logsumexp(-1))
         return Bounds(value, max(least, 0.0))
+
+
+def _basic(row: Row, x: Float[Tensor, " v"], upper: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
+    """The vertex that ``x`` has nearly reached: all but as many masses as there are moments exactly at a bound.
+
+    ``x`` itself where it is not near enough to one, or to a single one, for that.
+    """
+    columns, target = row.system
+    inside = torch.where(row.alive, torch.minimum(x, upper - x) / upper, 0.0)
+    free = inside.topk(min(len(target) - 1, int(row.alive.sum()))).indices
+    found = torch.where(x > upper / 2, upper, 0.0).index_fill(0, free, 0.0)
+    G = (columns.rows(free) - target)[:, :-1]
+    missing = (found.sum() * target - columns.sums(found))[:-1]
+    masses = torch.linalg.lstsq(G.T, missing[:, None], driver="gelsd").solution.squeeze(-1)
+    off = (masses @ G - missing).norm()
+    rounding = _FACE_MOMENTS * upper[free]
+    if off > _FACE_MOMENTS or bool(((masses < -rounding) | (masses > upper[free] + rounding)).any()):
+        return x
+    return found.index_copy(0, free, masses.clamp(torch.zeros_like(masses), upper[free]))
 
 
 def _several(row: Row, between: Bool[Tensor, " v"]) -> bool:

@@ -30,7 +30,6 @@ _DAMPING, _INSIDE = 0.9995, 0.9
 # Relative to the sizes of what they are differences of.
 _FEASIBLE = 1e-12
 _COMPLEMENTARY = 1e-11
-_NEARLY_FEASIBLE = 1e-8
 _STALLED, _PROGRESS = 12, 0.98
 
 
@@ -88,10 +87,8 @@ class Interior:
         return self.residual + self.complementarity
 
 
-def interior_point(program: Program, max_steps: int = 100, enough: float = 0.0) -> Interior:
+def interior_point(program: Program, max_steps: int = 100) -> Interior:
     """Run the method until it is exact to round-off, makes no more progress, or has taken ``max_steps``.
-
-    It also ends where the complementarity is at most ``enough`` and the constraints hold to 10⁻⁸.
 
     Nothing is claimed about the answer: callers certify it from x and y.
     """
@@ -99,7 +96,7 @@ def interior_point(program: Program, max_steps: int = 100, enough: float = 0.0) 
     best = method.report(0)
     residual, complementarity, stalled = best.residual, best.complementarity, 0
     for step in range(1, max_steps + 1):
-        if method.finished(enough) or stalled == _STALLED or not method.advance():
+        if method.finished() or stalled == _STALLED or not method.advance():
             break
         found = method.report(step)
         # Complementarity may rise by orders of magnitude while the moments are still wrong.
@@ -153,10 +150,8 @@ class _Method:
             total = total + (self.slack * self.w).sum()
         return Interior(self.x, self.y, steps, float(self.residual.norm()), float(total))
 
-    def finished(self, enough: float) -> bool:
+    def finished(self) -> bool:
         found = self.report(0)
-        if found.complementarity <= enough and found.residual <= _NEARLY_FEASIBLE * self.scale:
-            return True
         small = found.complementarity <= _COMPLEMENTARY * self.cost_scale
         return small and found.residual <= _FEASIBLE * self.scale
 
