@@ -18,7 +18,6 @@ class Plot:
     y: str
     lines: Mapping[str, Sequence[tuple[float, ...]]]
     log_x: bool = False
-    log_y: bool = False
     zero: bool = False
 
 
@@ -40,8 +39,6 @@ def draw(plot: Plot, path: Path) -> None:
     axes.set(xlabel=plot.x, ylabel=plot.y, title=plot.title)
     if plot.log_x:
         axes.set_xscale("log")
-    if plot.log_y:
-        axes.set_yscale("log")
     if plot.zero:
         axes.axhline(0, color="0.6", linewidth=0.8)
     axes.grid(visible=True, color="0.92")

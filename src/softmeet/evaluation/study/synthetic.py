@@ -36,8 +36,6 @@ RATIOS = tuple(Fraction(x) for x in ("1/16", "1/8", "1/4", "1/2", "3/4", "7/8", 
 TRUTHS = ("zipf", "dirichlet")
 NOISES = (0.0, 0.01, 0.03, 0.1, 0.3)
 TOL = 1e-8
-# What a plot shows of a KL that is zero to rounding.
-_FLOOR = 1e-12
 _SHOWN = (
     "logit-mean", "prob-mean", "meet 1", "meet 10", "max-entropy", "least-squares", "min-underestimation",
     "min-reverse-cross-entropy",
@@ -160,7 +158,7 @@ def _ranges(columns: list[tuple[str, list[Json]]]) -> Table:
 
 def _against_width(exact: list[Json]) -> Plot:
     lines = _lines(exact, lambda c: float(Fraction(c["ratio"])))
-    return Plot("width", "Random heads: the premise holds", "nd / v", "KL(p*‖·), nats", lines, log_y=True)
+    return Plot("width", "Random heads: the premise holds", "nd / v", "KL(p*‖·), nats", lines)
 
 
 def _against_noise(settings: Settings, cells: list[Json]) -> Plot:
@@ -177,5 +175,5 @@ def _lines(cells: list[Json], x: Callable[[Json], float]) -> dict[str, list[tupl
         for label, points in lines.items():
             values = gathered(here, label)
             if None not in values:
-                points.append((place, max(fmean(v for v in values if v is not None), _FLOOR)))
+                points.append((place, fmean(v for v in values if v is not None)))
     return lines
