@@ -30,7 +30,7 @@ study = typer.Typer(
 
 Out = Annotated[Path, typer.Argument(help="The folder of the study; the same command goes on where it stopped.")]
 Positions = Annotated[int, typer.Option(min=2, help="For the averages, spread over the text.")]
-Meet = Annotated[int, typer.Option(min=2, help="Of them for meet at each trust.")]
+Meet = Annotated[int, typer.Option(min=0, help="Of them for meet at each trust.")]
 Exact = Annotated[int, typer.Option(min=0, help="Of them for max-entropy.")]
 Slow = Annotated[int, typer.Option(min=0, help="Of them for the other rules.")]
 Smoke = Annotated[bool, typer.Option("--smoke", help="A size that runs in a minute.")]

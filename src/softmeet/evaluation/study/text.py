@@ -193,9 +193,9 @@ def report(
     return Report(
         f"{', '.join(members)} on {text}",
         command,
-        _claims(groups["averages"]) + _claims(groups["meet"]),
+        [claim for name in KINDS[:2] if name in groups for claim in _claims(groups[name])],
         [*(_table(name, cells) for name, cells in groups.items()), *_premise_tables(list(members), premises)],
-        [_plot(groups["meet"])],
+        [_plot(groups["meet"])] if "meet" in groups else [],
         {f"After “{settings.prompt}”, the same seed for every rule": "\n".join(samples)} if samples else {},
     )
 
