@@ -71,6 +71,7 @@ class MaxEntropy(Meet):
         """By linear algebra where the moments leave no choice, else as ``meet``."""
         if not problem.log_p.shape[1] or not may_be_unique(problem):
             return super().solve(problem)
+        problem.require_common_tokens()
         return Answer.joined([self._solve_row(Row(one)) for one in replace(problem, dtype=torch.float64).rows()])
 
     def _solve_row(self, row: Row) -> Answer:
