@@ -24,6 +24,8 @@ import typer
 
 from report import show
 
+# Seconds after which an answer counts as never coming.
+PATIENCE = 120.0
 PROMPTS = ["And the king said unto", "In the beginning", "O my lord,", "The", "Thou shalt not", "What is", "Enter a"]
 
 
@@ -181,11 +183,7 @@ def fuzz(url: str, examples: int) -> Counter[str]:
     )  # fmt: skip
 
     def check(case: Any) -> None:
-        response = case.call()
-        if 400 <= response.status_code < 500 and set(response.json()) == {"error"}:
-            seen["refused"] += 1
-        else:
-            seen["answered" if response.status_code == 200 else "wrong"] += 1
+        seen[_outcome(case)] += 1
 
     def check_possible(case: Any) -> None:
         if isinstance(case.body, dict):
@@ -202,6 +200,19 @@ def fuzz(url: str, examples: int) -> Counter[str]:
             except Unsatisfiable:
                 seen["nothing to make"] += 1
     return seen
+
+
+def _outcome(case: Any) -> str:
+    import requests
+
+    try:
+        # A valid request may ask for hundreds of tokens.
+        response = case.call(timeout=PATIENCE)
+    except requests.exceptions.Timeout:
+        return "hung, wrong"
+    if 400 <= response.status_code < 500 and set(response.json()) == {"error"}:
+        return "refused"
+    return "answered" if response.status_code == 200 else "wrong"
 
 
 async def _leave(url: str, generator: random.Random) -> None:
@@ -228,14 +239,15 @@ def main(
 ) -> None:
     """Print one table; exit code 1 if anything was lost, mixed up or answered wrongly."""
     server = Server("--batch", str(streams))
+    figures: dict[str, Any] = {}
     try:
-        figures = asyncio.run(load(server.url, streams, seconds, tokens, server.megabytes))
+        figures |= asyncio.run(load(server.url, streams, seconds, tokens, server.megabytes))
         figures |= asyncio.run(abuse(server.url, requests))
         figures |= {f"schemathesis: {name}": count for name, count in fuzz(server.url, examples).items()}
         alive = httpx.get(f"{server.url}/health").status_code == 200
     finally:
         printed = server.end()
-    show("soak", [figures], json_to)
+        show("soak", [figures], json_to)
     odd = [name for name in figures if name.startswith("status") or name.endswith("wrong")]
     grown = figures["MB at the end"] > 1.15 * figures["MB at half time"]
     if figures["errors"] or figures["mixed up"] or odd or grown or not alive or "Traceback" in printed:
