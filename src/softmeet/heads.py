@@ -172,8 +172,20 @@ class Whitening:
         """That of the ``rank`` largest singular directions of W - 1cᵀ = Q R⁻¹."""
         return self.narrowed(torch.linalg.svd(self.inverse, full_matrices=False).U[:, :rank])
 
+    @cached_property
+    def covariance(self) -> Float[Tensor, "d d"]:
+        """(W - 1cᵀ)ᵀ(W - 1cᵀ), fp32: |Q_i ν|² = xᵀ covariance x for x = R ν."""
+        return (self.inverse.T @ self.inverse).float()
+
+    @cached_property
+    def precision(self) -> Float[Tensor, "d d"]:
+        """R Rᵀ, fp32: the pseudo-inverse of :attr:`covariance`."""
+        return (self.factor @ self.factor.T).float()
+
     def to(self, device: torch.device) -> Whitening:
         """The same on another device."""
+        if device == self.factor.device:
+            return self
         return Whitening(self.center.to(device), self.factor.to(device), self.inverse.to(device), self.offset)
 
 

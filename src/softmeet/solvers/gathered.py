@@ -1,6 +1,8 @@
 """Some tokens of each row: the heaviest, and a sample of the rest that stands for it.
 
-Rows of the heads are kept as they are; the whitening factor is applied to the short vectors on either side.
+Everything here is in the heads' own coordinates, x = R ν: whitening rows, or vectors at every product, would cost more
+than the products. What whitening is for, a length that does not depend on coordinates, is kept as a metric: |Q ν|² =
+xᵀ C x with C the head's covariance.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from softmeet import kernels
+from softmeet.heads import Whitening
 from softmeet.solvers.projection import Projection
 
 # Tokens from which the mean squared length of a whitened row is estimated.
@@ -32,20 +35,20 @@ class Gathered:
         tokens: ids; the first ``heavy`` are the heaviest, the rest are sampled and may repeat.
         log_weight: log importance of each, 0 for the heaviest.
         rows: of each member, those of S_i (W_i - 1cᵀ), in the dtype of products.
-        factors: R_i, in the same dtype; None for vectors in the heads' own coordinates rather than whitened ones.
+        whitenings: of each member.
         heavy: how many are not sampled.
     """
 
     tokens: Int[Tensor, "b M"]
     log_weight: Float[Tensor, "b M"]
     rows: tuple[Float[Tensor, "b M _"], ...]
-    factors: tuple[Float[Tensor, "_ _"], ...] | None
+    whitenings: tuple[Whitening, ...]
     heavy: int
 
     @cached_property
     def widths(self) -> tuple[int, ...]:
-        """The ranks of the heads, or their widths in their own coordinates."""
-        return tuple(a.shape[-1] for a in (self.rows if self.factors is None else self.factors))
+        """d_i."""
+        return tuple(a.shape[-1] for a in self.rows)
 
     @cached_property
     def leverage(self) -> Float[Tensor, "b n"]:
@@ -53,55 +56,63 @@ class Gathered:
         M = self.tokens.shape[1]
         start = self.heavy if self.heavy < M else M // 2
         some = slice(start, None, max(1, (M - start) // _PROBES))
-        probes = self.white([a[:, some] for a in self.rows])
-        return torch.stack([a.square().mean((-1, -2)) for a in probes], dim=-1).double()
+        means = []
+        for a, white in zip(self.rows, self.whitenings, strict=True):
+            probes = a[:, some].float()
+            means.append(((probes @ white.precision) * probes).sum(-1).mean(-1) / max(white.rank, 1))
+        return torch.stack(means, dim=-1).double()
 
     def heaviest(self, k: int) -> Gathered:
-        """The first ``k`` tokens only, none of them sampled, without whitening."""
+        """The first ``k`` tokens only, none of them sampled."""
         rows = tuple(a[:, :k] for a in self.rows)
-        return Gathered(self.tokens[:, :k], self.log_weight[:, :k], rows, None, k)
+        return Gathered(self.tokens[:, :k], self.log_weight[:, :k], rows, self.whitenings, k)
 
     @cached_property
     def compiled(self) -> bool:
-        """Whether the compiled loops fit; they take one row of the batch at a time."""
-        return kernels.fits(*[a[0] for a in self.rows])
+        """Whether the compiled loops fit and pay; they take one row of the batch at a time."""
+        return len(self.tokens) == 1 and kernels.fits(*[a[0] for a in self.rows])
 
     def at(self, places: Int[Tensor, "b k"]) -> list[Float[Tensor, "b k _"]]:
-        """Rows of Q_i at some places of the gathered tokens."""
-        return self.white([a.gather(1, places[..., None].expand(-1, -1, a.shape[-1])) for a in self.rows])
+        """Rows at some places of the gathered tokens."""
+        return [a.gather(1, places[..., None].expand(-1, -1, a.shape[-1])) for a in self.rows]
 
-    def scores(self, s: Float[Tensor, "b D"]) -> Float[Tensor, "b n M"]:
-        """Q_ijᵀ s_i."""
-        return torch.stack([times(a, x) for a, x in zip(self.rows, self.raw(s), strict=True)], dim=1).to(s.dtype)
+    def stretched(self, x: Float[Tensor, "b D"]) -> Float[Tensor, "b D"]:
+        """C_i x_i: half the gradient of the squared length."""
+        parts = [part @ self.covariance(i, part.dtype) for i, part in enumerate(self.parts(x))]
+        return torch.cat(parts, dim=-1).to(x.dtype)
+
+    def covariance(self, i: int, dtype: torch.dtype) -> Float[Tensor, "d d"]:
+        """C_i."""
+        return self.whitenings[i].covariance.to(dtype)
+
+    def scores(self, x: Float[Tensor, "b D"]) -> Float[Tensor, "b n M"]:
+        """a_ijᵀ x_i."""
+        return torch.stack([times(a, part) for a, part in zip(self.rows, self.parts(x), strict=True)], dim=1).to(
+            x.dtype
+        )
 
     def moments(self, m: Float[Tensor, "b n M"]) -> Float[Tensor, "b D"]:
-        """Σ_j m_ij Q_ij, all members side by side."""
+        """Σ_j m_ij a_ij, all members side by side."""
         low = m.to(self.rows[0].dtype)
-        raw = [times_transposed(a, low[:, i]) for i, a in enumerate(self.rows)]
-        return torch.cat(self.white(raw), dim=-1).to(m.dtype)
+        return torch.cat([times_transposed(a, low[:, i]) for i, a in enumerate(self.rows)], dim=-1).to(m.dtype)
 
     def both_moments(
         self, m: Float[Tensor, "b n M"], w: Float[Tensor, "b n M"]
     ) -> tuple[Float[Tensor, "b D"], Float[Tensor, "b D"]]:
-        """:meth:`moments` of two sets of masses, by one read where the compiled loops fit."""
-        if not self.compiled:
-            return self.moments(m), self.moments(w)
-        one, two = m.float().contiguous(), w.float().contiguous()
-        pairs = [
-            torch.stack([kernels.moments(a[k], one[k, i], two[k, i]) for k in range(len(m))], dim=1).flatten(0, 1)
-            for i, a in enumerate(self.rows)
-        ]
-        first, second = torch.cat(self.white(pairs), dim=-1).to(m.dtype).chunk(2)
+        """:meth:`moments` of two sets of masses, by one read."""
+        dtype = self.rows[0].dtype
+        if self.compiled:
+            one, two = m[0].float().contiguous(), w[0].float().contiguous()
+            pairs = [kernels.moments(a[0], one[i], two[i])[:, None] for i, a in enumerate(self.rows)]
+        else:
+            both = torch.stack([m, w], dim=2).to(dtype)
+            pairs = [torch.bmm(both[:, i], a).transpose(0, 1) for i, a in enumerate(self.rows)]
+        first, second = torch.cat(pairs, dim=-1).to(m.dtype)
         return first, second
 
-    def raw(self, s: Float[Tensor, "b D"]) -> list[Float[Tensor, "b _"]]:
-        """R_i s_i, in the dtype of products."""
-        parts = list(s.to(self.rows[0].dtype).split(self.widths, dim=-1))
-        return parts if self.factors is None else [x @ R.T for R, x in zip(self.factors, parts, strict=True)]
-
-    def white(self, raw: list[Float[Tensor, "*b _"]]) -> list[Float[Tensor, "*b _"]]:
-        """x_i R_i."""
-        return raw if self.factors is None else [x @ R for R, x in zip(self.factors, raw, strict=True)]
+    def parts(self, x: Float[Tensor, "b D"]) -> list[Float[Tensor, "b _"]]:
+        """x_i, in the dtype of products."""
+        return list(x.to(self.rows[0].dtype).split(self.widths, dim=-1))
 
 
 def times(a: Float[Tensor, "b M d"], x: Float[Tensor, "b d"]) -> Float[Tensor, "b M"]:
@@ -144,8 +155,7 @@ def _gathered(
     problem: Projection, tokens: Int[Tensor, "b M"], log_weight: Float[Tensor, "b M"], heavy: int
 ) -> Gathered:
     rows = tuple(h.rows(tokens) for h in problem.heads)
-    factors = tuple(h.whitening.factor.to(h.dtype) for h in problem.heads)
-    return Gathered(tokens, log_weight, rows, factors, heavy)
+    return Gathered(tokens, log_weight, rows, tuple(h.whitening for h in problem.heads), heavy)
 
 
 def gathered_size(problem: Projection, step: int) -> int:
@@ -157,6 +167,11 @@ def gathered_size(problem: Projection, step: int) -> int:
     exact = sum(d for d, rho in zip(widths, problem.trust, strict=True) if math.isinf(rho))
     first = max(_FEWEST, _WIDTHS * max(widths), 2 * exact)
     return int(min(first * (1 + _GROWTH * step), problem.log_q.shape[-1] // 2))
+
+
+def gathered_bytes(problem: Projection) -> int:
+    """What the gathered rows of one row of the batch take at first."""
+    return gathered_size(problem, 0) * sum(h.head.d * h.dtype.itemsize for h in problem.heads)
 
 
 def token_weight(

@@ -92,8 +92,10 @@ def _bound(model: Surrogate, gradient: Float[Tensor, "b D"], goal: Float[Tensor,
     def close(m: Point) -> Bool[Tensor, " b"]:
         return (slack(m) <= _SLACK * -m.value) | (-m.value > goal)
 
-    start = model.origin(gradient)
-    best = minimise(model, precondition, start, steps=6, reduction=0.05, limit=31, enough=close)
+    def newton(m: Point) -> Float[Tensor, "b D"]:
+        return conjugate_gradients(model, m, precondition, 0.05, 31)
+
+    best = minimise(model, model.origin(gradient), newton, steps=6, enough=close)
     return torch.where(slack(best) <= _SLACK * -best.value, slack(best) - best.value, torch.inf)
 
 
@@ -113,21 +115,27 @@ class _Around:
 
     def first(self) -> Found:
         """From the pool: the sample stands for the tail's moments."""
-        found = minimise(self.model, self.heavy, self.model.origin(), steps=3, reduction=0.3, limit=20, enough=_never)
-        return Found(found.s, torch.full_like(found.value, torch.inf), -found.value)
+
+        def newton(m: Point) -> Float[Tensor, "b _"]:
+            return conjugate_gradients(self.model, m, self.heavy, 0.3, 20)
+
+        found = minimise(self.model, self.model.origin(), newton, steps=3, enough=_never)
+        return Found(self._whitened(found.s), torch.full_like(found.value, torch.inf), -found.value)
 
     def next(self, memory: Memory, goal: Float[Tensor, " b"]) -> Found:
         """A bound for rows that seem near enough, and a direction for those that it does not end."""
         gradient = self.state.gradient
-        estimate = 0.5 * (gradient * self.heavy(gradient)).sum(-1)
+        own = self._unwhitened(gradient)
+        estimate = 0.5 * (own * self.heavy(own)).sum(-1)
         bound, near = torch.full_like(estimate, torch.inf), (estimate <= goal) & (estimate >= 0)
         if bool(near.any()):
             bound = torch.where(near, self._certified(goal), bound)
             if bool((bound <= goal).all()):
                 return Found(torch.zeros_like(gradient), bound, estimate)
         recalled, weights = memory.before(gradient)
-        s = conjugate_gradients(self.model, self.model.origin(recalled), self.heavy, 0.2, 30)
-        direction = -memory.after(s, weights)
+        start = self.model.origin(self._unwhitened(recalled))
+        s = conjugate_gradients(self.model, start, self.heavy, 0.2, 30)
+        direction = -memory.after(self._whitened(s), weights)
         return Found(direction, bound, -0.5 * (gradient * direction).sum(-1))
 
     def _reweighted(self) -> Surrogate:
@@ -136,14 +144,24 @@ class _Around:
         share = 1 - _SHRINKAGE if self.known else 1.0
         log_weight = self.gathered.log_weight + torch.where(sampled, math.log(share), 0.0)
         log_u, log_w = self.log_u + log_weight, self.log_w + log_weight[:, None]
-        model = self._surrogate(log_u, log_w, self.log_w.new_zeros(self.log_w.shape[:2]))
+        model = self._surrogate(log_u, log_w, None)
         tail = model.curvature(log_u.exp() * sampled, log_w.exp() * sampled)
         return self._surrogate(log_u, log_w, tail * (_SHRINKAGE / share))
 
+    def _unwhitened(self, g: Float[Tensor, "b D"]) -> Float[Tensor, "b _"]:
+        """A gradient in the heads' own coordinates."""
+        parts = g.split([h.rank for h in self.problem.heads], dim=-1)
+        return torch.cat([x @ h.whitening.inverse for h, x in zip(self.problem.heads, parts, strict=True)], dim=-1)
+
+    def _whitened(self, x: Float[Tensor, "b _"]) -> Float[Tensor, "b D"]:
+        """A displacement in the coordinates of ν."""
+        parts = x.split(self.gathered.widths, dim=-1)
+        return torch.cat([x @ h.whitening.inverse.T for h, x in zip(self.problem.heads, parts, strict=True)], dim=-1)
+
     def _surrogate(
-        self, log_u: Float[Tensor, "b M"], log_w: Float[Tensor, "b n M"], ridge: Float[Tensor, "b n"]
+        self, log_u: Float[Tensor, "b M"], log_w: Float[Tensor, "b n M"], ridge: Float[Tensor, "b n"] | None
     ) -> Surrogate:
-        problem, nothing = self.problem, torch.zeros_like(self.state.nu)
+        problem, nothing = self.problem, log_u.new_zeros(len(log_u), sum(self.gathered.widths))
         return Surrogate(self.gathered, log_u, log_w, nothing, ridge, problem.alpha, problem.gamma, problem.trust)
 
     def _certified(self, goal: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
@@ -154,10 +172,8 @@ class _Around:
             found = [restricted_gap_bound(problem, k, p[k], r[k], gradient[k]) for k in range(len(p))]
             return gradient.new_tensor(found)
         k = min(self.gathered.heavy, max(_LEAST_REPAIR, _REPAIR * max(h.rank for h in problem.heads)))
-        # The heads' own coordinates: whitening every row would cost as much as the rest.
-        parts = gradient.split([h.rank for h in problem.heads], dim=-1)
-        own = torch.cat([x @ h.whitening.inverse for h, x in zip(problem.heads, parts, strict=True)], dim=-1)
-        log_u, log_w, none = self.log_u[:, :k], self.log_w[..., :k], torch.zeros_like(self.model.ridge)
+        own = self._unwhitened(gradient)
+        log_u, log_w = self.log_u[:, :k], self.log_w[..., :k]
         prices = (problem.alpha, problem.gamma, problem.trust)
-        model = Surrogate(self.gathered.heaviest(k), log_u, log_w, torch.zeros_like(own), none, *prices).matched(own)
+        model = Surrogate(self.gathered.heaviest(k), log_u, log_w, torch.zeros_like(own), None, *prices).matched(own)
         return _bound(model, own, goal)

@@ -13,10 +13,12 @@ from softmeet.solvers.gathered import times, times_transposed
 from softmeet.solvers.surrogate import Surrogate
 
 _TINY, _TINY32 = 1e-300, 1e-38
+# Columns of a Gram matrix that are formed together.
+_STRIP = 192
 
 
 class Preconditioner(ABC):
-    """M = Λ + XᵀX, inverted by Woodbury: M⁻¹ = Λ⁻¹ - Λ⁻¹Xᵀ(I + XΛ⁻¹Xᵀ)⁻¹XΛ⁻¹.
+    """M = Λ + XᵀX, inverted by Woodbury: M⁻¹ = Λ⁻¹ - Yᵀ(I + XYᵀ)⁻¹Y with Y = XΛ⁻¹.
 
     X holds the k heaviest tokens exactly: their centred rows times the square roots of their weights, a layer for p and
     one for each r_i. The other tokens enter as one, at their mean, and through Λ, block diagonal over members.
@@ -36,18 +38,19 @@ class Preconditioner(ABC):
         w_all = torch.cat([w.gather(-1, everywhere), w_rest.sum(-1, keepdim=True)], dim=-1)
         self.k = k + 1
         system = torch.zeros(len(u), 1 + n, self.k, 1 + n, self.k, dtype=self.dtype, device=u.device)
-        self.layers: list[Float[Tensor, "b _ _"]] = []
+        self.scaled: list[Float[Tensor, "b _ _"]] = []
         for i, found in enumerate(gathered.at(tokens)):
             a, alpha, gamma = found.to(self.dtype), surrogate.alpha[i], surrogate.gamma[i]
             joint = _layer(torch.cat([a, joint_mean[i][:, None].to(a.dtype)], dim=1), u_all, alpha**2)
             own = _layer(torch.cat([a, own_mean[i][:, None].to(a.dtype)], dim=1), w_all[:, i], alpha * gamma)
             layer = torch.cat([joint, own], dim=1)
-            gram = (layer @ self.unscaled(i, layer).transpose(1, 2)).unflatten(1, (2, self.k)).unflatten(3, (2, self.k))
+            scaled = self.unscaled(i, layer)
+            gram = (layer @ scaled.transpose(1, 2)).unflatten(1, (2, self.k)).unflatten(3, (2, self.k))
             places = (0, 1 + i)
             for x in (0, 1):
                 for y in (0, 1):
                     system[:, places[x], :, places[y]] += gram[:, x, :, y]
-            self.layers.append(layer)
+            self.scaled.append(scaled)
         flat = system.reshape(len(u), (1 + n) * self.k, (1 + n) * self.k).double()
         flat = (flat + flat.transpose(1, 2)) / 2
         flat.diagonal(dim1=-2, dim2=-1).add_(1.0)
@@ -75,28 +78,24 @@ class Preconditioner(ABC):
     def unscaled(self, i: int, x: Float[Tensor, "b *k d"]) -> Float[Tensor, "b *k d"]:
         """Λ_i⁻¹ x."""
 
-    def _up(self, parts: list[Float[Tensor, "b _"]]) -> Float[Tensor, "b m"]:
-        """X x."""
-        out = parts[0].new_zeros(len(parts[0]), 1 + len(parts), self.k)
-        for i, (layer, x) in enumerate(zip(self.layers, parts, strict=True)):
-            y = times(layer, x.to(layer.dtype)).to(x.dtype)
-            out[:, 0] += y[:, : self.k]
-            out[:, 1 + i] = y[:, self.k :]
-        return out.flatten(1)
-
     def __call__(self, g: Float[Tensor, "b D"]) -> Float[Tensor, "b D"]:
         """M⁻¹ g."""
-        scaled = [self.unscaled(i, x) for i, x in enumerate(g.split(self.widths, dim=-1))]
-        c = times_transposed(self.inverse, self._up(scaled)).view(len(g), -1, self.k)
-        out = []
-        for i, (layer, x) in enumerate(zip(self.layers, scaled, strict=True)):
-            both = torch.cat([c[:, 0], c[:, 1 + i]], dim=-1).to(layer.dtype)
-            out.append(x - self.unscaled(i, times_transposed(layer, both).to(x.dtype)))
-        return torch.cat(out, dim=-1)
+        parts = [x.to(self.dtype) for x in g.split(self.widths, dim=-1)]
+        up = self.inverse.new_zeros(len(g), 1 + len(parts), self.k)
+        for i, (scaled, x) in enumerate(zip(self.scaled, parts, strict=True)):
+            y = times(scaled, x)
+            up[:, 0] += y[:, : self.k]
+            up[:, 1 + i] = y[:, self.k :]
+        c = times_transposed(self.inverse, up.flatten(1)).view(len(g), -1, self.k).to(self.dtype)
+        out = [
+            self.unscaled(i, x) - times_transposed(scaled, torch.cat([c[:, 0], c[:, 1 + i]], dim=-1))
+            for i, (scaled, x) in enumerate(zip(self.scaled, parts, strict=True))
+        ]
+        return torch.cat(out, dim=-1).to(g.dtype)
 
 
 class HeavyTokens(Preconditioner):
-    """Λ a multiple of the identity for each member: the mean curvature that the light tokens bring."""
+    """Λ_i a multiple of the head's covariance: the mean curvature that the light tokens bring."""
 
     def precision(self, products: torch.dtype) -> torch.dtype:
         """As the rows have."""
@@ -110,14 +109,15 @@ class HeavyTokens(Preconditioner):
         own_mean: Sequence[Float[Tensor, "b _"]],
     ) -> None:
         """By the mean leverage of tokens."""
-        ridge = surrogate.ridge + surrogate.curvature(*rest)
+        ridge = surrogate.curvature(*rest) + (0.0 if surrogate.ridge is None else surrogate.ridge)
         # Below this, single precision would lose the heavy tokens' system.
         floor = 1e-6 * (ridge + surrogate.curvature(*masses))
         self.ridge = torch.maximum(ridge, floor).clamp_min(_TINY)
+        self.inverses = [w.precision.to(self.dtype) for w in surrogate.gathered.whitenings]
 
     def unscaled(self, i: int, x: Float[Tensor, "b *k d"]) -> Float[Tensor, "b *k d"]:
         """Λ_i⁻¹ x."""
-        return x / self.ridge[:, i].view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
+        return x @ self.inverses[i] / self.ridge[:, i].view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
 
 
 class AllTokens(Preconditioner):
@@ -136,11 +136,11 @@ class AllTokens(Preconditioner):
     ) -> None:
         """By one product of each member's rows with themselves."""
         self.factors: list[Float[Tensor, "b d d"]] = []
-        for i, a in enumerate(surrogate.gathered.white(list(surrogate.gathered.rows))):
+        for i, a in enumerate(surrogate.gathered.rows):
             weight = (surrogate.alpha[i] * surrogate.gamma[i] * rest[1][:, i]).to(a.dtype)
             x = a - own_mean[i][:, None].to(a.dtype)
             x *= weight.sqrt()[..., None]
-            gram = x.transpose(1, 2) @ x
+            gram = _gram(x)
             scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(_TINY32)
             ridge = 4 * torch.finfo(a.dtype).eps * scale
             for _ in range(6):
@@ -156,6 +156,18 @@ class AllTokens(Preconditioner):
         columns = (x if x.ndim == 3 else x[:, None]).transpose(1, 2).to(self.factors[i].dtype)
         found = torch.cholesky_solve(columns, self.factors[i]).transpose(1, 2).to(x.dtype)
         return found if x.ndim == 3 else found[:, 0]
+
+
+def _gram(x: Float[Tensor, "b M d"]) -> Float[Tensor, "b d d"]:
+    """Xᵀ X by its lower blocks: the library's symmetric product is not batched."""
+    d = x.shape[-1]
+    gram = x.new_empty(len(x), d, d)
+    for start in range(0, d, _STRIP):
+        stop = min(start + _STRIP, d)
+        strip = x[..., start:stop].transpose(1, 2) @ x[..., :stop]
+        gram[:, start:stop, :stop] = strip
+        gram[:, :stop, start:stop] = strip.transpose(1, 2)
+    return gram
 
 
 def _layer(rows: Float[Tensor, "b k d"], mass: Float[Tensor, "b k"], weight: float) -> Float[Tensor, "b k d"]:

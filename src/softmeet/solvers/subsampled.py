@@ -16,6 +16,7 @@ from torch import Tensor
 
 from softmeet.solvers.base import Status
 from softmeet.solvers.dual import DualMethod, DualState, add_reads, start
+from softmeet.solvers.gathered import gathered_bytes
 from softmeet.solvers.look import Found, look
 from softmeet.solvers.memory import Memory
 from softmeet.solvers.parallel import in_parallel
@@ -24,6 +25,8 @@ from softmeet.solvers.sweep import Swept, sweep
 
 # Steps in a row without progress after which a row gives up.
 _PATIENCE = 2
+# Gathered rows that one look works on.
+_GROUP_BYTES = 1 << 23
 
 
 @dataclass
@@ -94,10 +97,11 @@ class SubsampledNewton(DualMethod[SubsampledState]):
 def _look(problem: Projection, state: SubsampledState, goal: Float[Tensor, " B"] | None) -> Found:
     """What every row's gathered tokens say; ``goal`` is the bound at which a row is done, None before any gradient.
 
-    On a processor one row at a time, on an accelerator all together.
+    On a processor rows go in groups that stay in the cache, on an accelerator all together.
     """
     step, device = int(state.steps.max()), state.z.device
-    groups = torch.arange(len(state.z), device=device).split(1 if device.type == "cpu" else len(state.z))
+    size = max(1, _GROUP_BYTES // gathered_bytes(problem)) if device.type == "cpu" else len(state.z)
+    groups = torch.arange(len(state.z), device=device).split(size)
     some = [problem.take(rows) for rows in groups]
 
     def one(k: int) -> Found:

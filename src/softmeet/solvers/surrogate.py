@@ -1,9 +1,10 @@
 """The dual of a relaxed I-projection near a point, on some tokens of each row: what a cheap inner solve works with.
 
-For tokens K with masses u_j of p and w_ij of r_i (their sums kept), rows a_ij of Q_i, and a displacement s of ν,
+For tokens K with masses u_j of p and w_ij of r_i (their sums kept), centred rows a_ij of W_i, C_i = W_iᵀW_i of all of
+them, and a displacement s of the dual variables in the heads' own coordinates,
 
     F(s) = U log Σ_K (u_j/U) exp(Σ_i α_i a_ijᵀs_i) + Σ_i ρ_i W_i log Σ_K (w_ij/W_i) exp(-γ_i a_ijᵀs_i)
-           + shiftᵀ s + ½ Σ_i ridge_i |s_i|²
+           + shiftᵀ s + ½ Σ_i ridge_i s_iᵀC_i s_i
 
 ``shift`` makes ∇F(0) a given vector, whatever the tokens left out (a "surrogate" in the sense of Shamir, Srebro and
 Zhang, DANE, ICML 2014). With masses of sampled tokens reweighted and a ridge for what they miss, its minimiser is a
@@ -31,7 +32,7 @@ class Surrogate:
         gathered: the tokens and their rows.
         log_u, log_w: log masses, (b, M) and (b, n, M), fp64; -inf for a token that counts for nothing.
         shift: (b, D); see :meth:`matched`.
-        ridge: (b, n).
+        ridge: (b, n), or None for none.
         alpha, gamma, trust: as :class:`softmeet.solvers.projection.Projection` has them.
     """
 
@@ -39,7 +40,7 @@ class Surrogate:
     log_u: Float[Tensor, "b M"]
     log_w: Float[Tensor, "b n M"]
     shift: Float[Tensor, "b D"]
-    ridge: Float[Tensor, "b n"]
+    ridge: Float[Tensor, "b n"] | None
     alpha: tuple[float, ...]
     gamma: tuple[float, ...]
     trust: tuple[float, ...]
@@ -62,7 +63,7 @@ class Surrogate:
         """The point ``s``, with y its scores."""
         u, w = self.masses(y)
         moments = self.gathered.both_moments(u[:, None] - w, w)
-        gradient = self.slope(moments[0]) + self.spread(self.ridge) * s
+        gradient = self.slope(moments[0]) + self.pull(s)
         return Point(s, y, self.value(s, y), gradient, (u, w), moments)
 
     def shrinkage(self, at: Point) -> Float[Tensor, " b"]:
@@ -86,11 +87,14 @@ class Surrogate:
                 total = total - (self.log_w[:, i].exp() * y[:, i]).sum(-1)
             else:
                 total = total + rho * _log_growth(self.log_w[:, i], -self.gamma[i] * y[:, i])
-        squares = torch.stack([x.square().sum(-1) for x in s.split(self.gathered.widths, dim=-1)], dim=-1)
-        return total + 0.5 * (self.ridge * squares).sum(-1)
+        return total if self.ridge is None else total + 0.5 * (s * self.pull(s)).sum(-1)
+
+    def pull(self, s: Float[Tensor, "b D"]) -> Float[Tensor, "b D"] | float:
+        """The gradient of the ridge's part, ridge_i C_i s_i."""
+        return 0.0 if self.ridge is None else self.spread(self.ridge) * self.gathered.stretched(s)
 
     def slope(self, difference: Float[Tensor, "b D"]) -> Float[Tensor, "b D"]:
-        """∇F(s) - ridge · s, from the moments of u - w_i there."""
+        """∇F(s) without the ridge's part, from the moments of u - w_i there."""
         return self.spread(difference.new_tensor(self.alpha)[None]) * difference + self.shift
 
     def spread(self, per_member: Float[Tensor, "b n"]) -> Float[Tensor, "b D"]:
