@@ -6,6 +6,7 @@ import softmeet
 from softmeet.errors import InvalidInputError
 from softmeet.heads import SoftmaxHead, WhitenedHead
 from softmeet.solvers import sweep as sweeping
+from softmeet.solvers.hessian import hessian
 from softmeet.solvers.projection import Projection
 
 
@@ -89,17 +90,17 @@ def test_num_passes_is_what_an_instrumented_head_sees(trust):
     assert (first.rows * 4 + second.rows * 6) / (300 * 10) == pytest.approx(solution.num_passes.item())
 
 
-def test_a_sweep_in_blocks_equals_dense_algebra_and_counts_one_read(monkeypatch):
+@pytest.mark.parametrize("sharpness", [0.1, 40.0], ids=["flat", "one-hot, at different tokens"])
+def test_sweep_and_hessian_in_blocks_equal_dense_algebra_and_count_their_reads(monkeypatch, sharpness):
     monkeypatch.setattr(sweeping, "_CACHED_ELEMENTS", 320)
     short, full = head(v=150, d=4, dtype=torch.float64), head(v=200, d=5, dtype=torch.float64)
     views = tuple(WhitenedHead(W, 200, torch.float64, batch=3) for W in (short, full))
-    log_q = torch.randn(3, 200, dtype=torch.float64).log_softmax(-1)
-    log_p = torch.randn(3, 2, 200, dtype=torch.float64).log_softmax(-1)
+    log_q = (sharpness * torch.randn(3, 200, dtype=torch.float64)).log_softmax(-1)
+    log_p = (sharpness * torch.randn(3, 2, 200, dtype=torch.float64)).log_softmax(-1)
     problem = Projection(log_q, log_p, views, trust=(0.5, 4.0), tol=1e-4)
     assert sweeping.block_size(problem) < 150
-    direction = torch.randn(3, sum(h.rank for h in views), dtype=torch.float64)
-    centres = sweeping.Centres(torch.randn_like(direction) * 0.1, torch.randn_like(direction) * 0.1)
-    found = sweeping.sweep(problem, torch.zeros_like(log_p), direction, centres)
+    direction = sharpness * torch.randn(3, sum(h.rank for h in views), dtype=torch.float64)
+    found = sweeping.sweep(problem, torch.zeros_like(log_p), direction)
     assert [h.rows_read.tolist() for h in views] == [[150] * 3, [200] * 3]
     parts = direction.split([h.rank for h in views], dim=-1)
     z = torch.stack([h.scores(x) for h, x in zip(views, parts, strict=True)], dim=1)
@@ -114,7 +115,13 @@ def test_a_sweep_in_blocks_equals_dense_algebra_and_counts_one_read(monkeypatch)
         return Projection(log_q[:1], log_p[:1], views, (0.5, 4.0), 1e-4).dual(scores).sum()
 
     assert torch.allclose(found.gradient[0], torch.autograd.functional.jacobian(dual, direction[0]), atol=1e-10)
-    assert torch.allclose(found.H[0], torch.autograd.functional.hessian(dual, direction[0]), atol=1e-10)
+    before = [h.rows_read.clone() for h in views]
+    H = hessian(problem, found.log_p, found.log_r, found.joint, found.own)
+    again = [((h.rows_read - reads) / h.head.v).tolist() for h, reads in zip(views, before, strict=True)]
+    # Blocks that are made anew cost a member's rows once more.
+    assert again == [[1] * 3] * 2 if sharpness < 1 else max(again[0]) == 2
+    dense = torch.autograd.functional.hessian(dual, direction[0])
+    assert torch.allclose(H[0], dense, atol=1e-10 * dense.abs().max())
 
 
 def test_nothing_is_mutated_and_no_head_is_copied_whole():

@@ -20,8 +20,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from softmeet.solvers.dual import DualState
+from softmeet.solvers.hessian import hessian
 from softmeet.solvers.projection import Projection
-from softmeet.solvers.sweep import Centres, sweep
 
 Solve = Callable[[Projection], DualState]
 # Elements of all Hessians of a batch; past it they are never formed.
@@ -77,8 +77,10 @@ def adjoint(problem: Projection, state: DualState, b: Float[Tensor, "B D"]) -> F
 
 
 def _direct(problem: Projection, state: DualState, b: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-    H = sweep(problem, state.z, None, Centres(torch.zeros_like(b), torch.zeros_like(b))).H
-    assert H is not None
+    joint, own = zip(
+        *(h.moments(state.log_p.exp(), state.log_r[:, i].exp()) for i, h in enumerate(problem.heads)), strict=True
+    )
+    H = hessian(problem, state.log_p, state.log_r, torch.cat(joint, dim=-1), torch.cat(own, dim=-1))
     scale = H.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(H.dtype).tiny)
     H.diagonal(dim1=-2, dim2=-1).add_(problem.eps * scale[:, None])
     s: Tensor = torch.linalg.solve(H, b)

@@ -2,9 +2,10 @@
 
     H = Cov_p([α_1 Q_1 | … | α_n Q_n]) + blockdiag(α_i γ_i Cov_{r_i}(Q_i)),   H s = g,   ν ← ν - t s
 
-A step reads every head once, for the scores of the direction and for gradient and Hessian where it leads, and costs
-v D² per row. The scores also certify the point that was left (:mod:`softmeet.solvers.certificate`), and a step lowers f
-by a known amount, so the bound at the new point needs no further read.
+A step reads every head twice: for the Hessian at a point, which costs v D² per row, and for the scores of the direction
+and the gradient where it leads. The scores also certify the point that was left (:mod:`softmeet.solvers.certificate`),
+and a step lowers f by a known amount, so the bound at the new point needs no further read, and a row that it ends no
+further Hessian.
 """
 
 from __future__ import annotations
@@ -17,22 +18,19 @@ from torch import Tensor
 
 from softmeet.solvers.base import Status
 from softmeet.solvers.certificate import gap_bound, residual_slack, restricted_gap_bound
-from softmeet.solvers.dual import DualMethod, DualState, start
+from softmeet.solvers.dual import DualMethod, DualState, add_reads, start
+from softmeet.solvers.hessian import hessian
 from softmeet.solvers.projection import Projection
-from softmeet.solvers.sweep import Centres, Swept, sweep
+from softmeet.solvers.sweep import Swept, sweep
 
 # Elements of all Hessians at once: 16 MiB in fp64, about a cache; more is slower.
 _ELEMENTS = 1 << 20
-# Tokens from which the first centres are guessed.
-_GUESS = 64
 
 
 @dataclass
 class NewtonState(DualState):
-    """``joint``, ``own``: the means of Q_i under p and r_i; ``slack``: what H s ≠ g may hide, in nats."""
+    """``slack``: what H s ≠ g may hide, in nats."""
 
-    joint: Float[Tensor, "B D"]
-    own: Float[Tensor, "B D"]
     slack: Float[Tensor, " B"]
 
 
@@ -42,24 +40,19 @@ class DualNewton(DualMethod[NewtonState]):
     def init(self, problem: Projection) -> NewtonState:
         """The pool."""
         fields = start(problem)
-        nothing = fields["nu"]
-        return NewtonState(
-            **fields, joint=nothing.clone(), own=nothing.clone(), slack=torch.zeros_like(fields["value"])
-        )
+        return NewtonState(**fields, slack=torch.zeros_like(fields["value"]))
 
     def rows_at_once(self, problem: Projection) -> int:
         """As many as have room for their Hessians."""
         return max(1, _ELEMENTS // max(1, sum(h.rank for h in problem.heads)) ** 2)
 
     def begin(self, problem: Projection, state: NewtonState) -> None:
-        """One read of the heads at the pool."""
-        centres = _guess(problem)
-        state.joint, state.own = centres.joint, centres.own
+        """The first direction, at the pool."""
         self.aim(problem, state, self.measure(problem, state, None))
 
     def measure(self, problem: Projection, state: NewtonState, direction: Float[Tensor, "B D"] | None) -> Swept:
-        """With the Hessian."""
-        return sweep(problem, state.z, direction, Centres(state.joint, state.own))
+        """Without the Hessian."""
+        return sweep(problem, state.z, direction)
 
     def judge(
         self,
@@ -87,26 +80,19 @@ class DualNewton(DualMethod[NewtonState]):
         after.done = reached | stalled
         after.status[stalled] = Status.NOT_CONVERGED
         after.gap[stalled & ~after.certified] = torch.inf
-        self.aim(problem, after, swept)
+        going = (~after.done).nonzero().squeeze(-1)
+        if len(going):
+            some, here = problem.take(going), after.take(going)
+            self.aim(some, here, swept.take(going))
+            after.put(going, here)
+            add_reads(problem, some, going)
 
     def aim(self, problem: Projection, state: NewtonState, swept: Swept) -> None:
-        """The Newton direction at a point that has been measured."""
-        assert swept.H is not None
-        s = _solve(swept.H, swept.gradient, problem.eps)
-        state.gradient, state.direction, state.joint, state.own = swept.gradient, -s, swept.joint, swept.own
-        state.slack = residual_slack(swept.H, s, swept.gradient, swept.gradient)
-
-
-def _guess(problem: Projection) -> Centres:
-    """The means over the heaviest tokens of the pool, and of each member."""
-    joint: list[Tensor] = []
-    own: list[Tensor] = []
-    for i, h in enumerate(problem.heads):
-        for log_m, means in ((problem.log_q, joint), (problem.log_p[:, i], own)):
-            best = log_m.topk(min(_GUESS, log_m.shape[-1]))
-            rows = h.gather(best.indices).to(log_m.dtype)
-            means.append((best.values.softmax(-1)[..., None] * rows).sum(1))
-    return Centres(torch.cat(joint, dim=-1), torch.cat(own, dim=-1))
+        """The Newton direction at a point that has been measured; one read of the heads."""
+        H = hessian(problem, swept.log_p, swept.log_r, swept.joint, swept.own)
+        s = _solve(H, swept.gradient, problem.eps)
+        state.gradient, state.direction = swept.gradient, -s
+        state.slack = residual_slack(H, s, swept.gradient, swept.gradient)
 
 
 def _solve(H: Float[Tensor, "B D D"], g: Float[Tensor, "B D"], eps: float) -> Float[Tensor, "B D"]:

@@ -1,20 +1,17 @@
 """One read of every head: scores along a direction, and the moments of the distributions where it leads.
 
 Blocks of rows pass once. Each gives the scores of its tokens, their unnormalised masses against a running maximum, and
-those masses' first (and, if asked for, second) moments; normalisers are known at the end.
+those masses' moments; normalisers are known at the end.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, fields
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import pad
 
 from softmeet import kernels
 from softmeet.solvers.projection import Projection
@@ -30,8 +27,7 @@ _FEW = 2
 class Swept:
     """Where a direction leads: scores z, distributions, dual value, and moments in whitened coordinates.
 
-    ``joint`` and ``own`` are the means of Q_i under p and r_i, all members side by side; ``H`` is the Hessian of the
-    dual, or None.
+    ``joint`` and ``own`` are the means of Q_i under p and r_i, all members side by side.
     """
 
     z: Float[Tensor, "B n v"]
@@ -41,30 +37,21 @@ class Swept:
     joint: Float[Tensor, "B D"]
     own: Float[Tensor, "B D"]
     gradient: Float[Tensor, "B D"]
-    H: Float[Tensor, "B D D"] | None
+
+    def take(self, rows: Int[Tensor, " k"]) -> Swept:
+        """Some rows."""
+        return Swept(*(getattr(self, f.name)[rows] for f in fields(self)))
 
     def put(self, rows: Int[Tensor, " k"], other: Swept) -> Swept:
         """With some rows replaced."""
-        merged: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name, x in merged.items():
-            if x is not None:
-                merged[name] = x.index_copy(0, rows, getattr(other, name))
-        return replace(self, **merged)
-
-
-@dataclass(frozen=True, eq=False)
-class Centres:
-    """Points near the means of Q_i under p and r_i, whitened: second moments are taken about them, to save digits."""
-
-    joint: Float[Tensor, "B D"]
-    own: Float[Tensor, "B D"]
+        names = [f.name for f in fields(self)]
+        return Swept(*(getattr(self, name).index_copy(0, rows, getattr(other, name)) for name in names))
 
 
 def sweep(
     problem: Projection,
     z: Float[Tensor, "B n v"],
     direction: Float[Tensor, "B D"] | None = None,
-    centres: Centres | None = None,
 ) -> Swept:
     """The point at the scores ``z`` plus those of ``direction``; one read of every head.
 
@@ -72,9 +59,8 @@ def sweep(
         problem: the projection.
         z: scores Q_i ν_i to start from; not changed.
         direction: in whitened coordinates; None to stay at ``z``.
-        centres: second moments are wanted, about these.
     """
-    return _Sweep(problem, z.clone(), direction, centres).run()
+    return _Sweep(problem, z.clone(), direction).run()
 
 
 def block_size(problem: Projection) -> int:
@@ -89,9 +75,8 @@ class _Sweep:
         problem: Projection,
         z: Float[Tensor, "B n v"],
         direction: Float[Tensor, "B D"] | None,
-        centres: Centres | None,
     ) -> None:
-        self.problem, self.z, self.centres = problem, z, centres
+        self.problem, self.z = problem, z
         self.widths = [h.rank for h in problem.heads]
         B, n = z.shape[:2]
         self.log_p, self.log_r = torch.empty_like(problem.log_q), torch.empty_like(z)
@@ -103,10 +88,6 @@ class _Sweep:
             parts = direction.split(self.widths, dim=-1)
             raw = [h.raw(part) for h, part in zip(problem.heads, parts, strict=True)]
             self.x = [(x.to(h.home, h.dtype), c) for h, (x, c) in zip(problem.heads, raw, strict=True)]
-        if centres is not None:
-            D = sum(self.widths)
-            self.second = z.new_zeros(B, D, D)
-            self.own_second = [z.new_zeros(B, d, d) for d in self.widths]
 
     def run(self) -> Swept:
         if self._fits_compiled_loops():
@@ -121,7 +102,7 @@ class _Sweep:
 
     def _fits_compiled_loops(self) -> bool:
         heads = self.problem.heads
-        plain = self.x is not None and self.centres is None and all(h.slope is None for h in heads)
+        plain = self.x is not None and all(h.slope is None for h in heads)
         return plain and len(self.z) <= _FEW and self.z.device.type == "cpu" and self._fp32()
 
     def _fp32(self) -> bool:
@@ -161,8 +142,6 @@ class _Sweep:
             m = m if h.slope is None else m * h.slope[:, tokens.start : tokens.start + len(W)]
             product = m.flatten(0, 1).to(h.home, h.dtype) @ W
             self.first[i] += product.view(2, -1, h.head.d).to(self.z.device, self.z.dtype)
-        if self.centres is not None:
-            self._second_moments(tokens, blocks, masses)
 
     def _masses(self, tokens: slice) -> Float[Tensor, "B _ b"]:
         """exp(log masses - the maximum so far); what was summed before is scaled to the new maximum."""
@@ -173,37 +152,10 @@ class _Sweep:
             self.sums *= scale
             for i, total in enumerate(self.first):
                 total *= torch.stack([scale[:, 0], scale[:, 1 + i]])[..., None]
-            if self.centres is not None:
-                self.second *= scale[:, 0, None, None]
-                for i, own in enumerate(self.own_second):
-                    own *= scale[:, 1 + i, None, None]
             self.top = top
         masses: Tensor = (logs - self.top.clamp_min(torch.finfo(top.dtype).min)[..., None]).exp()
         self.sums += masses.sum(-1)
         return masses
-
-    def _second_moments(self, tokens: slice, blocks: list[Tensor], masses: Float[Tensor, "B _ b"]) -> None:
-        problem, centres = self.problem, self.centres
-        assert centres is not None
-        white = [
-            pad(
-                (W.to(self.z.device) - h.whitening.center.to(h.dtype)) @ h.whitening.factor.to(h.dtype),
-                (0, 0, 0, short),
-            )
-            for h, W in zip(problem.heads, blocks, strict=True)
-            for short in [tokens.stop - tokens.start - len(W)]
-        ]
-        places = list(_places(self.widths))
-        for k in range(len(self.z)):
-            sloped = [
-                Q if h.slope is None else Q * h.slope[k, tokens, None].to(Q.dtype)
-                for h, Q in zip(problem.heads, white, strict=True)
-            ]
-            x = torch.cat([a * Q for a, Q in zip(problem.alpha, sloped, strict=True)], dim=-1)
-            self.second[k] += _scatter(x, self._scaled(centres.joint[k]), masses[k, 0])
-            for i, place in enumerate(places):
-                if problem.gamma[i]:
-                    self.own_second[i][k] += _scatter(sloped[i], centres.own[k, place], masses[k, 1 + i])
 
     def _scaled(self, x: Float[Tensor, "*b D"]) -> Float[Tensor, "*b D"]:
         """α_i times member i's part."""
@@ -230,9 +182,8 @@ class _Sweep:
             joint.append(white[0])
             own.append(white[1])
         p_mean, r_mean = torch.cat(joint, dim=-1), torch.cat(own, dim=-1)
-        H = None if self.centres is None else self._hessian(p_mean, r_mean)
         gradient = self._scaled(p_mean - r_mean)
-        return Swept(self.z, self.log_p, self.log_r, value, p_mean, r_mean, gradient, H)
+        return Swept(self.z, self.log_p, self.log_r, value, p_mean, r_mean, gradient)
 
     def _present(self, v: int, k: int) -> Float[Tensor, "B 1"]:
         """The mass of distribution k (0 for p, i + 1 for r_i) on the first ``v`` tokens."""
@@ -240,27 +191,3 @@ class _Sweep:
             return torch.ones_like(self.sums[:, :1])
         logs = self.log_p if k == 0 else self.log_r[:, k - 1]
         return logs[:, :v].exp().sum(-1, keepdim=True)
-
-    def _hessian(self, joint: Float[Tensor, "B D"], own: Float[Tensor, "B D"]) -> Float[Tensor, "B D D"]:
-        assert self.centres is not None
-        off = self._scaled(joint - self.centres.joint)
-        H = self.second / self.sums[:, 0, None, None] - off[:, :, None] * off[:, None, :]
-        for i, place in enumerate(_places(self.widths)):
-            if self.problem.gamma[i]:
-                off = (own - self.centres.own)[:, place]
-                cov = self.own_second[i] / self.sums[:, 1 + i, None, None] - off[:, :, None] * off[:, None, :]
-                H[:, place, place] += self.problem.alpha[i] * self.problem.gamma[i] * cov
-        return H
-
-
-def _places(widths: list[int]) -> Iterator[slice]:
-    start = 0
-    for d in widths:
-        yield slice(start, start + d)
-        start += d
-
-
-def _scatter(x: Float[Tensor, "b d"], centre: Float[Tensor, " d"], mass: Float[Tensor, " b"]) -> Float[Tensor, "d d"]:
-    """Σ mass_j (x_j - centre)(x_j - centre)ᵀ in the dtype of x."""
-    x = x - centre.to(x.dtype)
-    return (x * mass.to(x.dtype)[:, None]).T @ x

@@ -1,0 +1,117 @@
+"""The Hessian of the dual of a relaxed I-projection at a point, by one read of every head.
+
+    H = Cov_p([α_1 Q_1 | … | α_n Q_n]) + blockdiag(α_i γ_i Cov_{r_i}(Q_i))
+
+Between two members only p counts. A member's own block takes one product, with the masses α_i² p + α_i γ_i r_i together
+about their common mean; the scatter between the means of p and r_i, which is known, comes off. Where that is most of
+the block, as for one-hot distributions that disagree, p and r_i are taken each about its own mean, to save digits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import pad
+
+from softmeet.heads import WhitenedHead
+from softmeet.solvers.projection import Projection
+from softmeet.solvers.sweep import block_size
+
+# The most of a block's trace that may come off again: past it more than a digit would be lost.
+_DOMINANT = 0.9
+
+
+def hessian(
+    problem: Projection,
+    log_p: Float[Tensor, "B v"],
+    log_r: Float[Tensor, "B n v"],
+    joint: Float[Tensor, "B D"],
+    own: Float[Tensor, "B D"],
+) -> Float[Tensor, "B D D"]:
+    """H in whitened coordinates, fp64; products run in the heads' dtype.
+
+    Args:
+        problem: the projection.
+        log_p, log_r: the distributions at the point, in nats.
+        joint, own: the means of Q_i under p and under r_i, all members side by side.
+    """
+    widths = [h.rank for h in problem.heads]
+    H = joint.new_zeros(len(joint), sum(widths), sum(widths))
+    p, r = log_p.exp(), log_r.exp()
+    prices = [(alpha**2, alpha * gamma) for alpha, gamma in zip(problem.alpha, problem.gamma, strict=True)]
+    places = list(_places(widths))
+    means = [(joint[:, here], own[:, here]) for here in places]
+    for tokens in _blocks(problem):
+        rows = [_rows(h, tokens) for h in problem.heads]
+        for k in range(len(H)):
+            light: list[Float[Tensor, "b _"]] = []
+            for i, (h, here) in enumerate(zip(problem.heads, places, strict=True)):
+                Q = _sloped(h, rows[i], k, tokens)
+                (a, b), (of_p, of_r) = prices[i], means[i]
+                x = Q - ((a * of_p[k] + b * of_r[k]) / (a + b)).to(Q.dtype)
+                mass = a * p[k, tokens] + b * r[k, i, tokens]
+                H[k, here, here] += x.T @ (x * mass.to(Q.dtype)[:, None])
+                if i:
+                    H[k, here, : here.start] += problem.alpha[i] * (x.T @ torch.cat(light, dim=-1))
+                light.append((Q - of_p[k].to(Q.dtype)) * (problem.alpha[i] * p[k, tokens]).to(Q.dtype)[:, None])
+    for i, here in enumerate(places):
+        H[:, : here.start, here] = H[:, here, : here.start].transpose(1, 2)
+        _take_off(problem, i, H[:, here, here], prices[i], means[i], (p, r[:, i]))
+    for h in problem.heads:
+        h.rows_read += h.head.v
+    return H
+
+
+def _take_off(
+    problem: Projection,
+    i: int,
+    block: Float[Tensor, "B d d"],
+    prices: tuple[float, float],
+    means: tuple[Float[Tensor, "B d"], Float[Tensor, "B d"]],
+    masses: tuple[Float[Tensor, "B v"], Float[Tensor, "B v"]],
+) -> None:
+    """Take the scatter between the means off a member's own blocks, or make them anew, one mean at a time."""
+    a, b = prices
+    off = means[1] - means[0]
+    between = a * b / (a + b) * off[:, :, None] * off[:, None, :]
+    anew = _trace(between) > _DOMINANT * _trace(block)
+    block -= between
+    h = problem.heads[i]
+    for k in anew.nonzero().flatten().tolist():
+        block[k] = 0.0
+        for tokens in _blocks(problem):
+            Q = _sloped(h, _rows(h, tokens), k, tokens)
+            for price, mean, mass in zip(prices, means, masses, strict=True):
+                x = Q - mean[k].to(Q.dtype)
+                block[k] += price * (x.T @ (x * mass[k, tokens].to(Q.dtype)[:, None]))
+        h.rows_read[k] += h.head.v
+
+
+def _blocks(problem: Projection) -> Iterator[slice]:
+    size, v = block_size(problem), problem.log_q.shape[-1]
+    return (slice(start, min(start + size, v)) for start in range(0, v, size))
+
+
+def _rows(h: WhitenedHead, tokens: slice) -> Float[Tensor, "b rank"]:
+    """Rows of Q_i before any slope, where the distributions are; 0 past the head's last row."""
+    W, white = h.block(tokens), h.whitening
+    found = (W.to(h.device) - white.center.to(h.dtype)) @ white.factor.to(h.dtype)
+    return pad(found, (0, 0, 0, tokens.stop - tokens.start - len(W)))
+
+
+def _sloped(h: WhitenedHead, Q: Float[Tensor, "b rank"], k: int, tokens: slice) -> Float[Tensor, "b rank"]:
+    return Q if h.slope is None else Q * h.slope[k, tokens, None].to(Q.dtype)
+
+
+def _trace(H: Float[Tensor, "B d d"]) -> Float[Tensor, " B"]:
+    return H.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def _places(widths: list[int]) -> Iterator[slice]:
+    start = 0
+    for d in widths:
+        yield slice(start, start + d)
+        start += d
