@@ -65,6 +65,15 @@ Slack = Annotated[
     typer.Option("--slack", help="Of the min-…cross-entropy programs: τ of ‖Qᵀ(p - p̂)‖² / 2τ.", show_default="0"),
 ]
 Vertex = Annotated[bool | None, typer.Option("--vertex", help="Answer programs that choose nothing by some vertex.")]
+Gate = Annotated[
+    str | None,
+    typer.Option(
+        "--gate",
+        help="unsure:T asks the other members only where the first one's largest probability is below T; "
+        "disagreement:T solves only where members disagree by more than T nats; none.",
+        show_default="none",
+    ),
+]
 Dtype = Annotated[
     str | None,
     typer.Option("--dtype", help="float32, bfloat16, float16, float64 or auto.", show_default="float32 on CPU"),

@@ -37,10 +37,13 @@ def serve(
     trust: options.Trust = None,
     pool: options.PoolName = None,
     tol: options.Tolerance = None,
+    gate: options.Gate = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
     trust_remote_code: options.RemoteCode = False,
-    allow: Annotated[str, typer.Option(help="What requests may change, or none.")] = "rule,trust,weights,pool,members",
+    allow: Annotated[
+        str, typer.Option(help="What requests may change, or none.")
+    ] = "rule,trust,weights,pool,members,gate",
     api_keys: Annotated[
         Path | None,
         typer.Option(help="A file of keys, one a line; requests need one.", show_default=f"${_KEYS}, else no keys"),
@@ -100,7 +103,15 @@ def serve(
 
         torch.set_num_threads(threads)
     found = _load(
-        named, trust=trust, rule=rule, pool=pool, tol=tol, dtype=dtype, device=device, remote=trust_remote_code
+        named,
+        trust=trust,
+        rule=rule,
+        pool=pool,
+        tol=tol,
+        gate=gate,
+        dtype=dtype,
+        device=device,
+        remote=trust_remote_code,
     )
     _run(Serving(found, settings), host, port, grace, access_log=access_log)
 

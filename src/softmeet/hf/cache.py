@@ -100,5 +100,5 @@ class EnsembleCache(Cache):
         super().__init__(layers=[layer for member in self.members for layer in _layers(member)])
 
 
-def _layers(member: DynamicCache | Lagging) -> list[CacheLayerMixin]:
+def _layers(member: DynamicCache | Lagging) -> list[Any]:
     return [member] if isinstance(member, Lagging) else list(member.layers)

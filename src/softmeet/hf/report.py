@@ -111,7 +111,12 @@ def _pushes(solution: Solution, row: int, tokens: list[int]) -> list[list[float]
 
 def heat(disagreement: Sequence[float]) -> float:
     """0 where the members agree, 1 where they had to be corrected by half a nat or more in all."""
-    return min(sum(x for x in disagreement if not math.isnan(x)) / _FULL, 1.0)
+    return min(known_sum(disagreement) / _FULL, 1.0)
+
+
+def known_sum(disagreement: Sequence[float]) -> float:
+    """The sum over the members that were asked."""
+    return sum(x for x in disagreement if not math.isnan(x))
 
 
 def shown(text: str) -> str:
