@@ -25,7 +25,8 @@ from softmeet.hf.recorder import Recorder
 from softmeet.hf.report import TokenReport, TokenReports
 from softmeet.hf.sampling import RowSampler
 from softmeet.members import zoo
-from softmeet.members.huggingface import Device, Dtype, Member
+from softmeet.members.huggingface import Dtype, Member
+from softmeet.members.placement import Device
 from softmeet.members.weighting import perplexity_weights
 from softmeet.rules.solution import Solution
 
@@ -40,6 +41,19 @@ def _is_ensemble(name: str | Path) -> bool:
     except (OSError, ValueError):
         return False
     return bool(found.get("model_type") == EnsembleConfig.model_type)
+
+
+def member_names(members: Sequence[str | Path] | str | Path) -> list[str]:
+    """The members that a saved ensemble, a bundled family or a list of names stands for.
+
+    Raises:
+        CheckpointError: a saved ensemble names a member that is not there.
+    """
+    if isinstance(members, str | Path) and _is_ensemble(members):
+        repository, _, revision = str(members).partition("@")
+        return absolute(EnsembleConfig.from_pretrained(repository, revision=revision or "main").members, Path(members))
+    named = [members] if isinstance(members, str | Path) else list(members)
+    return [name for entry in named for name in zoo.expand(entry)]
 
 
 @dataclass(frozen=True)
@@ -99,6 +113,7 @@ class Ensemble:
         dtype: Dtype | Sequence[Dtype] = None,
         device: Device | Sequence[Device] = None,
         trust_remote_code: bool = False,
+        offload_folder: str | Path | None = None,
         on_progress: Callable[[str], None] = lambda name: None,
         loaded: dict[Any, Member] | None = None,
     ) -> Ensemble:
@@ -112,8 +127,11 @@ class Ensemble:
             gate: ``"unsure:T"`` or ``"disagreement:T"``: where not to run the other members, or not to solve
                 (:mod:`softmeet.rules.gates`); None for none, or for what a saved ensemble has.
             dtype: None for fp32 on CPU and the checkpoints' own elsewhere; one for all members or one each.
-            device: None for CPU, ``"auto"`` to leave it to accelerate; one for all members or one each.
+            device: None for CPU, ``"auto"`` to leave it to accelerate, or a dict with a device, ``"cpu"`` or ``"disk"``
+                for each module by name; one for all members or one each. Members in different places run at the same
+                time.
             trust_remote_code: run code that comes with a checkpoint.
+            offload_folder: for weights on disk that cannot be read from the checkpoint as they are.
             on_progress: called with each member's name before it is loaded.
             loaded: what earlier calls loaded; members that are there already are shared, new ones are added.
 
@@ -133,21 +151,21 @@ class Ensemble:
         if saved is not None:
             repository, _, revision = str(saved).partition("@")
             settings = EnsembleConfig.from_pretrained(repository, revision=revision or "main").to_dict() | given
-            names = absolute(settings["members"], Path(saved))
+            names = member_names(saved)
             given = {
                 key: settings[key]
                 for key in (*SETTINGS, "weights", "rule_temperature", "bands", "gate")
                 if settings.get(key) is not None
             }
         else:
-            named = [members] if isinstance(members, str | Path) else list(members)
-            names = [name for entry in named for name in zoo.expand(entry)]
+            names = member_names(members)
         config = EnsembleConfig(members=names, **given)
         models, tokenizer = load(
             names,
             dtype=dtype,
             device=device,
             trust_remote_code=trust_remote_code,
+            offload_folder=offload_folder,
             on_progress=on_progress,
             loaded=loaded,
         )

@@ -68,7 +68,7 @@ def serve(
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that an answer may take.")] = 600.0,
     grace: Annotated[float, typer.Option(min=0, help="Seconds for running answers after SIGTERM.")] = 30.0,
     parallel: Annotated[
-        bool, typer.Option(help="Run members in threads, for members on devices of their own.")
+        bool, typer.Option(help="Run members in threads, as those on devices of their own do anyway.")
     ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Of torch.", show_default="torch's own")] = None,
     access_log: Annotated[bool, typer.Option(help="Log a line for every request; never a key or a prompt.")] = False,

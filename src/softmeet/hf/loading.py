@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softmeet.errors import CheckpointError
 from softmeet.members import zoo
-from softmeet.members.huggingface import Device, Dtype, Member, load_members
+from softmeet.members.huggingface import Dtype, Member, load_members
+from softmeet.members.placement import Device
 from softmeet.members.vocabulary import require_same_vocabulary
 
 CARD = """---
@@ -75,6 +76,7 @@ def load(
     dtype: Dtype | Sequence[Dtype],
     device: Device | Sequence[Device],
     trust_remote_code: bool,
+    offload_folder: str | Path | None = None,
     on_progress: Callable[[str], None] = lambda name: None,
     loaded: dict[Any, Member] | None = None,
 ) -> tuple[list[PreTrainedModel], PreTrainedTokenizerBase]:
@@ -88,6 +90,7 @@ def load(
         dtype=dtype,
         device=device,
         trust_remote_code=trust_remote_code,
+        offload_folder=offload_folder,
         on_progress=on_progress,
         loaded=loaded,
     )

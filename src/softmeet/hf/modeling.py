@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ from softmeet.hf.recorder import Recorder
 from softmeet.hf.refused import refuse
 from softmeet.hf.sampling import RowSampler
 from softmeet.members.heads import head_of, replace_weight
-from softmeet.members.huggingface import Device, Dtype, last_hidden
+from softmeet.members.huggingface import Dtype, last_hidden
+from softmeet.members.placement import Device, each_in_a_thread, whereabouts
 from softmeet.members.vocabulary import token_support
 from softmeet.rules.gates import Gate, Unsure, find_gate
 
@@ -85,7 +87,7 @@ class EnsembleForCausalLM(Combining, PreTrainedModel, GenerationMixin):
         *,
         config: EnsembleConfig | None = None,
         dtype: Dtype | Sequence[Dtype] = None,
-        device_map: Device | Sequence[Device] | dict[str, Any] = None,
+        device_map: Device | Sequence[Device] = None,
         trust_remote_code: bool | None = False,
         **kwargs: Any,
     ) -> EnsembleForCausalLM:
@@ -94,26 +96,30 @@ class EnsembleForCausalLM(Combining, PreTrainedModel, GenerationMixin):
         Args:
             pretrained_model_name_or_path: a folder or hub id.
             config: in place of the saved one.
-            dtype, device_map: one for all members or one each; as ``Ensemble.from_pretrained`` has them. ``"auto"``
-                as a device leaves the placement of each member to accelerate.
+            dtype, device_map: one for all members or one each; as ``Ensemble.from_pretrained`` has them.
             trust_remote_code: run code that comes with a member.
-            kwargs: settings to change, under their names in the configuration; others of transformers' are ignored.
+            kwargs: settings to change, under their names in the configuration, and ``offload_folder``; others of
+                transformers' are ignored.
 
         Raises:
             CheckpointError: a member is missing; the message says where it was expected.
         """
-        if isinstance(device_map, dict) and set(device_map) != {""}:
-            raise InvalidInputError(
-                f"expected a device, a list with one per member, 'auto' or {{'': device}}, got {device_map}"
-            )
-        place: Device | Sequence[Device] = device_map[""] if isinstance(device_map, dict) else device_map
+        place, folder = device_map, kwargs.pop("offload_folder", None)
+        if isinstance(place, dict) and set(place) == {""}:
+            place = place[""]
         if config is None:
             config, kwargs = EnsembleConfig.from_pretrained(
                 pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
             )
         base = Path(pretrained_model_name_or_path)
         config.members = absolute(config.members, base)
-        models, tokenizer = load(config.members, dtype=dtype, device=place, trust_remote_code=bool(trust_remote_code))
+        models, tokenizer = load(
+            config.members,
+            dtype=dtype,
+            device=place,
+            trust_remote_code=bool(trust_remote_code),
+            offload_folder=folder,
+        )
         model: EnsembleForCausalLM = cls(config, models).eval()
         model.adopt(tokenizer)
         if (base / "generation_config.json").exists():
@@ -168,8 +174,14 @@ class EnsembleForCausalLM(Combining, PreTrainedModel, GenerationMixin):
 
     def _apply(self, fn: Any, recurse: bool = True) -> EnsembleForCausalLM:
         """After a move or a cast of the weights, heads are read from where they are now."""
+        if any(p.is_meta for p in self.parameters()):
+            raise InvalidInputError(
+                "expected members whose weights are in memory: those that are offloaded stay where and as they were "
+                "loaded; load them anew with device= and dtype="
+            )
         super()._apply(fn, recurse)
         self._banded = None
+        self.__dict__.pop("apart", None)
         self.heads = [replace_weight(head, member) for head, member in zip(self.heads, self.members, strict=True)]
         return self
 
@@ -265,9 +277,19 @@ class EnsembleForCausalLM(Combining, PreTrainedModel, GenerationMixin):
         lagging = isinstance(find_gate(gate), Unsure)
         return EnsembleCache([member.config for member in self.members], lagging=lagging)
 
+    @property
+    def device(self) -> torch.device:
+        """Where distributions are combined: with the first member's head."""
+        return self.heads[0].weight.device
+
+    @cached_property
+    def apart(self) -> bool:
+        """Whether members are in different places, so that it pays to run them at the same time."""
+        return len({whereabouts(member) for member in self.members}) > 1
+
     def _each(self, function: Callable[[int], Any], members: Sequence[int]) -> list[Any]:
         """``function`` of every member's index."""
-        return list(map(function, members))
+        return each_in_a_thread(function, members) if self.apart else list(map(function, members))
 
     def _hidden(
         self, i: int, input_ids: Int[Tensor, "B t"], cache: Any = None, **shared: Any

@@ -18,6 +18,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from softmeet.members.huggingface import last_hidden
+from softmeet.members.placement import home
 from softmeet.members.trails import Prefix, Trail, catch_up, layers_of_keys_and_values
 from softmeet.server.prefixes import Prefixes
 
@@ -133,7 +134,7 @@ class MemberBatch:
         if states is not None:
             for layer, (keys, values) in zip(cache.layers, states, strict=True):
                 layer.update(keys[:, :, :reused], values[:, :, :reused])
-        ids = torch.tensor([tokens[reused:]], device=self.model.device)
+        ids = torch.tensor([tokens[reused:]], device=home(self.model))
         mask = torch.ones(1, len(tokens), dtype=torch.int64, device=ids.device)
         hidden = last_hidden(self.model, ids, cache=cache, use_cache=True, attention_mask=mask)[0]
         found = [(layer.keys, layer.values) for layer in cache.layers]
@@ -218,7 +219,7 @@ class MemberBatch:
                     layer.allocate((layer.keys, layer.values))
             else:
                 self._shift(-w.first)
-        place = self.model.device
+        place = home(self.model)
         lengths = torch.tensor(self._lengths)
         mask = torch.arange(w.end - w.first + 1) >= w.end - w.first - lengths[:, None]
         hidden = last_hidden(
