@@ -16,7 +16,7 @@ from softmeet.server.sampling import Sampling
 from softmeet.server.work import Combination, PromptScored, Sequence, Work
 
 # Closed at about half of the tokens that the tiny members draw.
-GATES = ("unsure:0.15", "disagreement:0.5")
+GATES = ("unsure:0.15", "disagreement:1.8")
 
 
 def sequence(model, tokens, gate, *, rule=None, seed=5, max_tokens=12, **options):
@@ -103,7 +103,7 @@ def test_nan_of_a_member_that_catches_up_fails_that_row_alone(serve):  # noqa: F
 def test_prompts_are_scored_under_the_gate(serve):  # noqa: F811
     model = ensemble_of(("gpt2", "llama"), "meet")
     engine, tokens = serve(model), prompt(1, 16)
-    for gate in ("unsure:0.15", "unsure:0", "disagreement:0.5"):
+    for gate in ("unsure:0.15", "unsure:0", "disagreement:0.16"):
         one, listener = sequence(model, tokens, gate, top=0, report=2, score_prompt=True, max_tokens=4)
         engine.submit([one])
         scored, *rest = listener.all()

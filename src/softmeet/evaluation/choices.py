@@ -97,7 +97,8 @@ def under_gates(choices: Sequence[Choice], gates: Sequence[str]) -> list[Choice]
         InvalidInputError: a gate is none.
     """
     plain = [choice for choice in choices if "gate" not in choice.settings]
-    return [*choices, *(_under(choice, gate) for gate in map(checked_gate, gates) if gate for choice in plain)]
+    found = [*choices, *(_under(choice, gate) for gate in map(checked_gate, gates) if gate for choice in plain)]
+    return list({choice.name: choice for choice in found}.values())
 
 
 def _under(choice: Choice, gate: str) -> Choice:

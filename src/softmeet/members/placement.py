@@ -15,7 +15,7 @@ from softmeet.errors import InvalidInputError
 T = TypeVar("T")
 U = TypeVar("U")
 # A device, one of accelerate's strategies, or a device for each module by name.
-Device = torch.device | str | dict[str, Any] | None
+Device = torch.device | str | dict[Any, Any] | None
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 _OFFLOADED = ("cpu", "disk")
 
