@@ -275,6 +275,16 @@ def test_prompt_lookup_and_continuing_from_a_cache(model, kind):
     assert torch.equal(rest, model.generate(first.sequences, max_new_tokens=6, **GREEDY))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_assisted_decoding_under_a_gate():
+    ours, other = build("logit-mean"), tiny.build("llama", 1).double()
+    ours.config.gate = median_gate(ours)
+    options = {"max_new_tokens": 12, **GREEDY}
+    for main, assistant in ((ours, other), (other, ours)):
+        plain = main.generate(PROMPTS[:1], **options)
+        assert torch.equal(plain, main.generate(PROMPTS[:1], assistant_model=assistant, **options))
+
+
 def test_a_cache_from_without_the_gate_is_refused(model):
     first = model.generate(PROMPTS, max_new_tokens=3, return_dict_in_generate=True, **GREEDY)
     with pytest.raises(InvalidInputError, match="whose members may be behind"):

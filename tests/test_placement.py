@@ -68,8 +68,6 @@ def test_what_cannot_be_placed_is_refused_by_name(folders, tmp_path):
     for device in ({}, {"lm_head": "shelf"}, {3: "cpu"}, "shelf", ["cpu", "shelf"]):
         with pytest.raises(InvalidInputError, match="expected a device"):
             Ensemble.from_pretrained(folders, device=device)
-    with pytest.raises(CheckpointError, match="cannot load"):
-        Ensemble.from_pretrained(folders[1:], device={"model.layers.0": "cpu"})
     tied = tiny.save(tmp_path / "tied", "llama tied")
     with pytest.raises(CheckpointError, match="put both in one place"):
         Ensemble.from_pretrained([tied], device={"model": "disk", "lm_head": "cpu"})
@@ -80,12 +78,15 @@ def test_what_cannot_be_placed_is_refused_by_name(folders, tmp_path):
 
 def test_the_transformers_door_takes_maps_too(folders, whole, tmp_path):
     whole.save_pretrained(tmp_path / "saved")
-    model = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", device_map=["cpu", SPREAD])
-    assert isinstance(model, EnsembleForCausalLM)
-    assert "disk" in whereabouts(model.members[1])
     ids = torch.tensor([[5, 6, 7]])
-    with torch.inference_mode():
-        assert torch.equal(model(input_ids=ids).logits, whole.model(input_ids=ids).logits)
+    of_the_ensemble = {f"members.1.{name}": place for name, place in SPREAD.items()}
+    for device_map in (["cpu", SPREAD], of_the_ensemble, {"members.1": "disk"}):
+        model = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", device_map=device_map)
+        assert isinstance(model, EnsembleForCausalLM)
+        assert whereabouts(model.members[0]) == {"cpu"}
+        assert "disk" in whereabouts(model.members[1])
+        with torch.inference_mode():
+            assert torch.equal(model(input_ids=ids).logits, whole.model(input_ids=ids).logits)
 
 
 def test_members_in_different_places_run_at_the_same_time(folders, whole):

@@ -72,7 +72,8 @@ def ask(
     asked = None if gate is None else whom_to_ask(model.heads[0], gate, first.flatten(0, 1))
     if asked is not None:
         # There is nobody to ask about padding.
-        asked.rows = asked.rows & seen[:, kept].flatten().to(asked.rows.device)
+        there = seen[:, kept if isinstance(kept, slice) else kept.cpu()]
+        asked.rows = asked.rows & there.flatten().to(asked.rows.device)
         rows = asked.rows.view(first.shape[:2]).any(-1).nonzero().squeeze(-1).cpu()
     else:
         rows = torch.tensor([row for row, own_tokens in enumerate(tokens) if own_tokens], dtype=torch.int64)

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from softmeet.errors import CheckpointError
+from softmeet.errors import CheckpointError, InvalidInputError
 from softmeet.members import zoo
 from softmeet.members.huggingface import Dtype, Member, load_members
 from softmeet.members.placement import Device
@@ -68,6 +68,27 @@ def relative(names: Sequence[str], base: Path) -> list[str]:
             path = os.path.relpath(Path(name).resolve(), base.resolve())
             found.append(path if path.startswith(".") else f"./{path}")
     return found
+
+
+def places(device_map: Device | Sequence[Device], n: int) -> Device | Sequence[Device]:
+    """Where each of n members goes, from a map that may name them as modules of the ensemble.
+
+    Raises:
+        InvalidInputError: it names a member that there is not.
+    """
+    if not isinstance(device_map, dict):
+        return device_map
+    if set(device_map) == {""}:
+        return device_map[""]  # type: ignore[no-any-return]
+    if not any(str(name).startswith("members.") for name in device_map):
+        return device_map
+    found: list[dict[str, Any]] = [{} for _ in range(n)]
+    for name, place in device_map.items():
+        head, _, rest = str(name).removeprefix("members.").partition(".")
+        if not (str(name).startswith("members.") and head.isdigit() and int(head) < n):
+            raise InvalidInputError(f"expected a map of members.0 to members.{n - 1} and their modules, got {name!r}")
+        found[int(head)][rest] = place
+    return [own[""] if set(own) == {""} else own or None for own in found]
 
 
 def load(

@@ -27,7 +27,7 @@ from softmeet.hf.asking import ask
 from softmeet.hf.cache import EnsembleCache
 from softmeet.hf.combining import Asked, Combining
 from softmeet.hf.configuration import EnsembleConfig
-from softmeet.hf.loading import CARD, absolute, load, relative
+from softmeet.hf.loading import CARD, absolute, load, places, relative
 from softmeet.hf.recorder import Recorder
 from softmeet.hf.refused import refuse
 from softmeet.hf.sampling import RowSampler
@@ -96,17 +96,17 @@ class EnsembleForCausalLM(Combining, PreTrainedModel, GenerationMixin):
         Args:
             pretrained_model_name_or_path: a folder or hub id.
             config: in place of the saved one.
-            dtype, device_map: one for all members or one each; as ``Ensemble.from_pretrained`` has them.
+            dtype, device_map: one for all members or one each; as ``Ensemble.from_pretrained`` has them. A map may also
+                name the members as modules of the ensemble: ``members.0``, ``members.1.lm_head``.
             trust_remote_code: run code that comes with a member.
             kwargs: settings to change, under their names in the configuration, and ``offload_folder``; others of
                 transformers' are ignored.
 
         Raises:
             CheckpointError: a member is missing; the message says where it was expected.
+            InvalidInputError: there is no such place or member.
         """
-        place, folder = device_map, kwargs.pop("offload_folder", None)
-        if isinstance(place, dict) and set(place) == {""}:
-            place = place[""]
+        folder = kwargs.pop("offload_folder", None)
         if config is None:
             config, kwargs = EnsembleConfig.from_pretrained(
                 pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
@@ -116,7 +116,7 @@ class EnsembleForCausalLM(Combining, PreTrainedModel, GenerationMixin):
         models, tokenizer = load(
             config.members,
             dtype=dtype,
-            device=place,
+            device=places(device_map, len(config.members)),
             trust_remote_code=bool(trust_remote_code),
             offload_folder=folder,
         )

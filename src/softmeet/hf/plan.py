@@ -72,9 +72,9 @@ class _Shape:
     places: dict[str, Any]
 
     def place(self, parameter: str) -> str:
-        """Where a parameter is kept."""
-        best = max((m for m in self.places if not m or f"{parameter}.".startswith(f"{m}.")), key=len)
-        return str(self.places[best])
+        """Where a parameter is kept: as the longest name in the map that it is under, else on the CPU."""
+        best = max((m for m in self.places if not m or f"{parameter}.".startswith(f"{m}.")), key=len, default=None)
+        return "cpu" if best is None else str(self.places[best])
 
     @property
     def home(self) -> str:
