@@ -130,7 +130,8 @@ def _load(name: str, dtype: Dtype, device: Device, trust_remote_code: bool, offl
         raise CheckpointError(
             f"cannot load {name}: {len(absent)} weights are missing or misshapen (first: {absent[0]}): fetch it again"
         )
-    return Member(name, (model if placement else model.to(str(device or "cpu"))).eval(), tokenizer)
+    whole = None if isinstance(device, dict) or placement else torch.device(device or "cpu")
+    return Member(name, (model if whole is None else model.to(whole)).eval(), tokenizer)
 
 
 def checkpoint_of(name: str) -> dict[str, Any]:
