@@ -23,6 +23,8 @@ bench: $(VENV)/.bench ## Time the solver and decoding beside the alternatives, a
 	$(BIN)/python benchmarks/decode.py --repeats 3
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/growth.py --quick
+	$(BIN)/python benchmarks/gates.py --smoke
+	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python benchmarks/serve.py --counts 1,32 --tokens 32 --meet-tokens 4
 
 check: lint test ## What CI does: format, lint, types, layers, tests.

@@ -63,11 +63,12 @@ def test_settings_can_be_changed_when_loading(ours, tmp_path):
 
 def test_device_maps(ours, tmp_path):
     ours.save_pretrained(tmp_path / "e")
-    for place in ("cpu", {"": "cpu"}, ["cpu", "cpu"], "auto"):
+    for place in ("cpu", {"": "cpu"}, ["cpu", "cpu"], "auto", {"members.0": "cpu"}):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "e", device_map=place)
         assert torch.equal(answer(model), answer(ours.model))
-    with pytest.raises(InvalidInputError, match="a list with one per member"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "e", device_map={"members.0": "cpu"})
+    for bad in ({"members.2": "cpu"}, {"members.0": "cpu", "lm_head": "cpu"}):
+        with pytest.raises(InvalidInputError, match=r"members\.0 to members\.1"):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "e", device_map=bad)
 
 
 def test_a_moved_folder_and_a_missing_member(ours, tmp_path):

@@ -25,7 +25,8 @@ from softmeet.hf.recorder import Recorder
 from softmeet.hf.report import TokenReport, TokenReports
 from softmeet.hf.sampling import RowSampler
 from softmeet.members import zoo
-from softmeet.members.huggingface import Device, Dtype, Member
+from softmeet.members.huggingface import Dtype, Member
+from softmeet.members.placement import Device
 from softmeet.members.weighting import perplexity_weights
 from softmeet.rules.solution import Solution
 
@@ -40,6 +41,19 @@ def _is_ensemble(name: str | Path) -> bool:
     except (OSError, ValueError):
         return False
     return bool(found.get("model_type") == EnsembleConfig.model_type)
+
+
+def member_names(members: Sequence[str | Path] | str | Path) -> list[str]:
+    """The members that a saved ensemble, a bundled family or a list of names stands for.
+
+    Raises:
+        CheckpointError: a saved ensemble names a member that is not there.
+    """
+    if isinstance(members, str | Path) and _is_ensemble(members):
+        repository, _, revision = str(members).partition("@")
+        return absolute(EnsembleConfig.from_pretrained(repository, revision=revision or "main").members, Path(members))
+    named = [members] if isinstance(members, str | Path) else list(members)
+    return [name for entry in named for name in zoo.expand(entry)]
 
 
 @dataclass(frozen=True)
@@ -95,9 +109,11 @@ class Ensemble:
         metric: str | None = None,
         slack: float | None = None,
         vertex: bool | None = None,
+        gate: str | None = None,
         dtype: Dtype | Sequence[Dtype] = None,
         device: Device | Sequence[Device] = None,
         trust_remote_code: bool = False,
+        offload_folder: str | Path | None = None,
         on_progress: Callable[[str], None] = lambda name: None,
         loaded: dict[Any, Member] | None = None,
     ) -> Ensemble:
@@ -108,9 +124,14 @@ class Ensemble:
                 the bundled wide family by default.
             rule, weights, trust, pool, tol, max_steps, free_weights, on_infeasible, rank, free_radial, metric, slack,
                 vertex: as :func:`softmeet.combine`; None for its defaults, or for what a saved ensemble has.
+            gate: ``"unsure:T"`` or ``"disagreement:T"``: where not to run the other members, or not to solve
+                (:mod:`softmeet.rules.gates`); None for none, or for what a saved ensemble has.
             dtype: None for fp32 on CPU and the checkpoints' own elsewhere; one for all members or one each.
-            device: None for CPU, ``"auto"`` to leave it to accelerate; one for all members or one each.
+            device: None for CPU, ``"auto"`` to leave it to accelerate, or a dict with a device, ``"cpu"`` or ``"disk"``
+                for each module by name; one for all members or one each. Members in different places run at the same
+                time.
             trust_remote_code: run code that comes with a checkpoint.
+            offload_folder: for weights on disk that cannot be read from the checkpoint as they are.
             on_progress: called with each member's name before it is loaded.
             loaded: what earlier calls loaded; members that are there already are shared, new ones are added.
 
@@ -124,27 +145,27 @@ class Ensemble:
         given: dict[str, Any] = {
             "rule": rule, "weights": weights, "trust": trust, "pool": pool, "tol": tol, "max_steps": max_steps,
             "free_weights": free_weights, "on_infeasible": on_infeasible, "rank": rank, "free_radial": free_radial,
-            "metric": metric, "slack": slack, "vertex": vertex,
+            "metric": metric, "slack": slack, "vertex": vertex, "gate": gate,
         }  # fmt: skip
         given = {key: value for key, value in given.items() if value is not None}
         if saved is not None:
             repository, _, revision = str(saved).partition("@")
             settings = EnsembleConfig.from_pretrained(repository, revision=revision or "main").to_dict() | given
-            names = absolute(settings["members"], Path(saved))
+            names = member_names(saved)
             given = {
                 key: settings[key]
-                for key in (*SETTINGS, "weights", "rule_temperature", "bands")
+                for key in (*SETTINGS, "weights", "rule_temperature", "bands", "gate")
                 if settings.get(key) is not None
             }
         else:
-            named = [members] if isinstance(members, str | Path) else list(members)
-            names = [name for entry in named for name in zoo.expand(entry)]
+            names = member_names(members)
         config = EnsembleConfig(members=names, **given)
         models, tokenizer = load(
             names,
             dtype=dtype,
             device=device,
             trust_remote_code=trust_remote_code,
+            offload_folder=offload_folder,
             on_progress=on_progress,
             loaded=loaded,
         )
@@ -164,7 +185,7 @@ class Ensemble:
             InvalidInputError: the prompt is empty or longer than the shortest context.
         """
         hidden = [h[-1:] for h in self.model.hidden_states(self._encode([text])["input_ids"])]
-        log_probs, solution = self.model.solve_rows(hidden)
+        log_probs, solution = self.model.solve_rows(hidden, gate=self.model.config.gate)
         members = {name: self._top(own[0], top) for name, own in zip(self.names, log_probs, strict=True)}
         return NextToken(self._top(solution.log_probs[0], top), members, solution)
 
@@ -180,8 +201,10 @@ class Ensemble:
         if not len(tokens):
             raise InvalidInputError(f"expected a text of at least two tokens, got {text!r}")
         reports = TokenReports(top)
-        asked = torch.arange(len(tokens), device=tokens.device)
-        self.model(input_ids=inputs["input_ids"], use_cache=False, recorder=reports, logits_to_keep=asked)
+        # Every member is asked everywhere, to be seen; a gate says where its answer would not have counted.
+        hidden = [states[:-1] for states in self.model.hidden_states(inputs["input_ids"])]
+        for log_probs, solution in self.model.solve_in_chunks(hidden, gate=self.model.config.gate):
+            reports.add(solution, log_probs)
         return [reports.at(row, token) for row, token in enumerate(tokens.tolist())]
 
     @torch.inference_mode()
@@ -245,7 +268,8 @@ class Ensemble:
             recorder: sums up what the rule did.
             prompt_weights: weigh the members by how well each predicts the prompt (:meth:`prompt_weights`); prompts are
                 then continued one after another.
-            options: of transformers' ``generate``, under their own names; ``weights`` are the pool's for this call.
+            options: of transformers' ``generate``, under their own names; ``weights`` are the pool's and ``gate`` is
+                the gate, for this call.
 
         Raises:
             InvalidInputError: a prompt is empty or leaves no room in the shortest context.

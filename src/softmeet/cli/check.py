@@ -31,10 +31,24 @@ def check(
     dtype: options.Dtype = None,
     device: options.Device = None,
     trust_remote_code: options.RemoteCode = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Instead say what goes where, in bytes, without loading any weights.")
+    ] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Of the plan: sequences at once.")] = 1,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Of the plan: tokens of each.", show_default="the shortest context")
+    ] = None,
     config: Config = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Compare members: vocabularies, heads, the angles between them, memory, and whom to trust."""
+    if plan:
+        from softmeet.cli.plan import show_plan
+
+        show_plan(
+            members, batch, context, as_json=as_json, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        )
+        return
     ensemble = options.load_ensemble(
         members, None, weights, pool=pool, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
@@ -55,6 +69,7 @@ def check(
 
 
 def _facts(ensemble: Ensemble) -> dict[str, Any]:
+    from softmeet.hf.plan import solver_bytes
     from softmeet.members.compare import principal_cosines, same_column_space
 
     heads, names = ensemble.model.heads, [options.short(name) for name in ensemble.names]
@@ -83,16 +98,14 @@ def _facts(ensemble: Ensemble) -> dict[str, Any]:
                 "shared": same_column_space(heads[i], heads[j]),
             }
         )
-    width, n = sum(head.whitening().rank for head in heads), len(heads)
-    tokens = len(ensemble.tokenizer.get_vocab())
-    vectors = 8 * tokens * (4 * n + 4) + 8 * 2 * width**2
+    width, tokens = sum(head.whitening().rank for head in heads), len(ensemble.tokenizer.get_vocab())
     return {
         "members": members,
         "pairs": pairs,
         "tokens": tokens,
         "rank": width,
         "share": width / tokens,
-        "solver_megabytes_per_row": vectors / 1e6,
+        "solver_megabytes_per_row": solver_bytes(tokens, len(heads), width, 1) / 1e6,
     }
 
 

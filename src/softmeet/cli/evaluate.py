@@ -37,6 +37,12 @@ def evaluate(
     weights: options.Weights = None,
     pool: options.PoolName = None,
     tol: options.Tolerance = None,
+    gate: Annotated[
+        str | None,
+        typer.Option(
+            help="Try each rule under these gates too: unsure:0.5,disagreement:0.01.", show_default="the ensemble's own"
+        ),
+    ] = None,
     prompt_weights: Annotated[
         int | None,
         typer.Option(
@@ -58,7 +64,7 @@ def evaluate(
     config: Config = None,
 ) -> None:
     """Nats per token of rules on a text, beside each member and the averages, with paired intervals by document."""
-    from softmeet.evaluation.choices import parse_choices, with_baselines
+    from softmeet.evaluation.choices import parse_choices, under_gates, with_baselines
 
     found = None if trace else texts.documents(text, separator, column)
     ensemble = options.load_ensemble(
@@ -68,7 +74,9 @@ def evaluate(
     named = rules or ensemble.model.config.rule
     named += f",logit-mean:prompt_weights={prompt_weights}" if prompt_weights else ""
     averages = {"rule_temperature": 1.0} if rules else {}
-    choices = with_baselines(parse_choices(named, len(ensemble.names), averages), averages)
+    gates = [one for one in (gate or ensemble.model.config.gate or "").split(",") if one]
+    parsed = under_gates(parse_choices(named, len(ensemble.names), averages), gates)
+    choices = with_baselines(parsed, averages)
     read = {"window": window, "stride": stride, "bos": bos}
     limits = {"max_tokens": max_tokens, "max_per_document": max_per_document}
     with texts.stoppable("nothing is kept; softmeet trace keeps what it has done"), texts.progress() as begin:
@@ -124,7 +132,8 @@ def show(facts: dict[str, Any]) -> None:
     spread = f"{facts['clusters']['count']} {facts['clusters']['kind']}"
     table = Table(title=f"{facts['tokens']:,} tokens; intervals by {spread}")
     table.add_column("", min_width=14, overflow="fold")
-    for name in ("nats", "perpl.", "bits/B", "top-1", "cal.", "vs best baseline"):
+    gated = any(row["gated"] for row in facts["rules"].values())
+    for name in ("nats", "perpl.", "bits/B", "top-1", "cal.", *(["gated"] if gated else []), "vs best baseline"):
         table.add_column(name, no_wrap=True)
     best = facts["best_baseline"]
     for kind in ("members", "rules"):
@@ -132,7 +141,8 @@ def show(facts: dict[str, Any]) -> None:
             bits = f"{row['bits_per_byte']:.4f}" if row["bits_per_byte"] is not None else ""
             table.add_row(
                 options.short(name) if kind == "members" else name, f"{row['nll']:.4f}", f"{row['perplexity']:.2f}",
-                bits, f"{row['top1']:.3f}", f"{row['calibration']['error']:.3f}", _against(name, row, best),
+                bits, f"{row['top1']:.3f}", f"{row['calibration']['error']:.3f}",
+                *([f"{row['gated']:.1%}" if row.get("gated") else ""] if gated else []), _against(name, row, best),
             )  # fmt: skip
         table.add_section()
     Console().print(table)

@@ -35,6 +35,7 @@ def generate(
     metric: options.Metric = None,
     slack: options.Slack = None,
     vertex: options.Vertex = None,
+    gate: options.Gate = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
     do_sample: Annotated[bool, typer.Option(help="Sample; else take the most probable token.")] = True,
     temperature: Annotated[float | None, typer.Option(help="Of the ensemble's distribution.")] = None,
@@ -70,6 +71,7 @@ def generate(
         metric=metric,
         slack=slack,
         vertex=vertex,
+        gate=gate,
         dtype=dtype,
         device=device,
         trust_remote_code=trust_remote_code,
@@ -131,7 +133,7 @@ def _run(
 
 
 def _facts(ensemble: Ensemble, recorder: Recorder, seconds: float) -> dict[str, Any]:
-    config, rows = ensemble.model.config, max(recorder.rows, 1)
+    config, rows, asked = ensemble.model.config, max(recorder.rows, 1), max(recorder.asked, 1)
     disagreement = recorder.disagreement.tolist() or [0.0] * len(ensemble.names)
     return {
         "members": [
@@ -140,7 +142,7 @@ def _facts(ensemble: Ensemble, recorder: Recorder, seconds: float) -> dict[str, 
                 "width": head.d,
                 "weight": w,
                 "trust": "/".join(f"{rho:g}" for rho in t),
-                "disagreement": x / rows,
+                "disagreement": x / asked,
             }
             for name, head, w, t, x in zip(
                 ensemble.names, ensemble.model.heads, config.weights, config.trusts(), disagreement, strict=True
@@ -153,6 +155,9 @@ def _facts(ensemble: Ensemble, recorder: Recorder, seconds: float) -> dict[str, 
         "fallbacks": recorder.fallbacks,
         "not_converged": recorder.unconverged,
         "largest_gap": recorder.largest_gap,
+        "gate": config.gate,
+        "gated": recorder.gate.share,
+        "seconds_saved": recorder.gate.saved,
     }
 
 
@@ -169,3 +174,7 @@ def _show(facts: dict[str, Any]) -> None:
         + (f", {facts['fallbacks']} answered by meet" if facts["fallbacks"] else "")
         + (f", {facts['not_converged']} not converged" if facts["not_converged"] else "")
     )
+    if facts["gate"]:
+        saved = facts["seconds_saved"]
+        time_saved = "" if saved is None else f", which saved about {saved:.1f} s"
+        options.err.print(f"gate {facts['gate']}: closed at {facts['gated']:.1%} of the tokens{time_saved}")

@@ -36,6 +36,7 @@ def inspect(
     metric: options.Metric = None,
     slack: options.Slack = None,
     vertex: options.Vertex = None,
+    gate: options.Gate = None,
     top: Annotated[int, typer.Option(min=1, help="Tokens to list of each distribution.")] = 5,
     dtype: options.Dtype = None,
     device: options.Device = None,
@@ -58,6 +59,7 @@ def inspect(
         metric=metric,
         slack=slack,
         vertex=vertex,
+        gate=gate,
         dtype=dtype,
         device=device,
         trust_remote_code=trust_remote_code,
@@ -78,7 +80,10 @@ def _facts(ensemble: Ensemble, text: str, reports: list[TokenReport]) -> dict[st
     names = [options.short(name) for name in ensemble.names]
     first = str(ensemble.tokenizer.decode([ensemble.tokenizer(text)["input_ids"][0]]))
     nats = -sum(report.log_prob for report in reports) / len(reports)
-    return {"members": names, "rule": ensemble.model.config.rule, "first": first, "nats": nats, "tokens": tokens}
+    gated = sum(report.gated for report in reports) / len(reports)
+    config = ensemble.model.config
+    facts = {"members": names, "rule": config.rule, "gate": config.gate, "gated": gated}
+    return facts | {"first": first, "nats": nats, "tokens": tokens}
 
 
 def _show(facts: dict[str, Any]) -> None:
@@ -104,7 +109,10 @@ def _show(facts: dict[str, Any]) -> None:
             moved,
         )
     console.print(table)
-    console.print(f"rule {facts['rule']}: {facts['nats']:.3f} nats a token; disagreement in nats, summed over members")
+    console.print(
+        f"rule {facts['rule']}: {facts['nats']:.3f} nats a token; disagreement in nats, summed over members"
+        + (f"; gate {facts['gate']} closed at {facts['gated']:.1%} of the tokens" if facts["gate"] else "")
+    )
 
 
 _PAGE = """<!doctype html>
@@ -117,8 +125,8 @@ table {{ border-collapse: collapse; font-size: 14px; }} td, th {{ padding: .1rem
 code {{ background: #eee; border-radius: 3px; padding: 0 .2rem; white-space: pre; }}
 </style></head><body>
 <h1>softmeet: {rule}</h1>
-<p>{members}. {nats:.3f} nats a token. A token is the redder, the more nats the members had to be corrected by; click
-one.</p>
+<p>{members}. {nats:.3f} nats a token.{gate} A token is the redder, the more nats the members had to be corrected by;
+click one.</p>
 <p class="text">{first}{spans}</p>
 {sections}
 </body></html>
@@ -137,6 +145,7 @@ def _page(facts: dict[str, Any]) -> str:
         rule=escape(facts["rule"]),
         members=escape(", ".join(facts["members"])),
         nats=facts["nats"],
+        gate=f" Gate {facts['gate']}: closed at {facts['gated']:.1%} of the tokens." if facts["gate"] else "",
         first=escape(facts["first"]),
         spans="".join(spans),
         sections="\n".join(sections),
@@ -161,8 +170,9 @@ def _section(k: int, token: dict[str, Any], members: list[str]) -> str:
         for text, before, after in token["moved"]
     )
     sure = f"gap {'at most' if token['gap_is_certified'] else 'about'} {token['gap']:.1e} nats"
+    sure = sure if math.isfinite(token["gap"]) else "gap unknown"
     return (
         f'<section id="t{k}"><h3><code>{escape(shown(token["text"]))}</code></h3><table>{"".join(rows)}</table>'
         f"<p>Moved, from the pool to the answer: {moved}.<br>{token['status'].lower()}, {sure}, "
-        f"{token['num_passes']:.1f} head passes.</p></section>"
+        f"{token['num_passes']:.1f} head passes{', gate closed' if token['gated'] else ''}.</p></section>"
     )

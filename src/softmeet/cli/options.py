@@ -65,11 +65,28 @@ Slack = Annotated[
     typer.Option("--slack", help="Of the min-…cross-entropy programs: τ of ‖Qᵀ(p - p̂)‖² / 2τ.", show_default="0"),
 ]
 Vertex = Annotated[bool | None, typer.Option("--vertex", help="Answer programs that choose nothing by some vertex.")]
+Gate = Annotated[
+    str | None,
+    typer.Option(
+        "--gate",
+        help="unsure:T asks the other members only where the first one's largest probability is below T; "
+        "disagreement:T solves only where members disagree by more than T nats; none.",
+        show_default="none",
+    ),
+]
 Dtype = Annotated[
     str | None,
     typer.Option("--dtype", help="float32, bfloat16, float16, float64 or auto.", show_default="float32 on CPU"),
 ]
-Device = Annotated[str | None, typer.Option("--device", help="Such as cpu or cuda.", show_default="cpu")]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        help="Such as cpu, cuda, disk or auto (accelerate's choice); one each: cuda:0,cuda:1; or a YAML or JSON file "
+        "with a place for each module, or a list of such maps and places, one per member.",
+        show_default="cpu",
+    ),
+]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with a checkpoint.")]
 
 
@@ -90,6 +107,27 @@ def numbers(name: str, text: str | None) -> list[float] | float | None:
     return values[0] if len(values) == 1 else values
 
 
+def placement(device: str | None) -> Any:
+    """``cuda:0,cuda:1`` → one each; a YAML or JSON file → what it holds; anything else as it is.
+
+    Raises:
+        InvalidInputError: the file is not YAML, or holds neither a map nor a list.
+    """
+    if device is None or not device.endswith((".yaml", ".yml", ".json")):
+        return device.split(",") if device and "," in device else device
+    import yaml
+
+    try:
+        found = yaml.safe_load(Path(device).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise InvalidInputError(f"expected YAML or JSON in {device}: {error}") from None
+    if not isinstance(found, dict | list):
+        raise InvalidInputError(
+            f"expected {device} to hold a device for each module, or a list with one entry per member, got {found!r}"
+        )
+    return found
+
+
 def load_ensemble(members: list[str] | None, trust: str | None, weights: str | None, **settings: Any) -> Ensemble:
     """Load with progress on stderr, and without transformers' own chatter.
 
@@ -105,6 +143,8 @@ def load_ensemble(members: list[str] | None, trust: str | None, weights: str | N
         logging.set_verbosity_error()
         logging.disable_progress_bar()
     given = numbers("--weights", weights)
+    if "device" in settings:
+        settings["device"] = placement(settings["device"])
     with err.status("loading") as progress:
         return Ensemble.from_pretrained(
             members[0] if members and len(members) == 1 else members or [zoo.DEFAULT],

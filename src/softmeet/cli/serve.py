@@ -37,10 +37,13 @@ def serve(
     trust: options.Trust = None,
     pool: options.PoolName = None,
     tol: options.Tolerance = None,
+    gate: options.Gate = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
     trust_remote_code: options.RemoteCode = False,
-    allow: Annotated[str, typer.Option(help="What requests may change, or none.")] = "rule,trust,weights,pool,members",
+    allow: Annotated[
+        str, typer.Option(help="What requests may change, or none.")
+    ] = "rule,trust,weights,pool,members,gate",
     api_keys: Annotated[
         Path | None,
         typer.Option(help="A file of keys, one a line; requests need one.", show_default=f"${_KEYS}, else no keys"),
@@ -65,7 +68,7 @@ def serve(
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that an answer may take.")] = 600.0,
     grace: Annotated[float, typer.Option(min=0, help="Seconds for running answers after SIGTERM.")] = 30.0,
     parallel: Annotated[
-        bool, typer.Option(help="Run members in threads, for members on devices of their own.")
+        bool, typer.Option(help="Run members in threads, as those on devices of their own do anyway.")
     ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Of torch.", show_default="torch's own")] = None,
     access_log: Annotated[bool, typer.Option(help="Log a line for every request; never a key or a prompt.")] = False,
@@ -100,7 +103,15 @@ def serve(
 
         torch.set_num_threads(threads)
     found = _load(
-        named, trust=trust, rule=rule, pool=pool, tol=tol, dtype=dtype, device=device, remote=trust_remote_code
+        named,
+        trust=trust,
+        rule=rule,
+        pool=pool,
+        tol=tol,
+        gate=gate,
+        dtype=dtype,
+        device=device,
+        remote=trust_remote_code,
     )
     _run(Serving(found, settings), host, port, grace, access_log=access_log)
 

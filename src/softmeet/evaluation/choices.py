@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from softmeet.errors import InvalidInputError
+from softmeet.rules.gates import checked_gate, parse_gate
 from softmeet.rules.registry import find_rule
 from softmeet.rules.validate import checked_number, checked_pool, checked_trust, checked_weights
 
 BASELINES = ("logit-mean", "prob-mean")
-_LISTS, _NUMBERS, _WORDS = ("trust", "weights"), ("temperature", "tol", "prompt_weights"), ("pool",)
+_LISTS, _NUMBERS, _WORDS = ("trust", "weights"), ("temperature", "tol", "prompt_weights"), ("pool", "gate")
+# A colon that parts options, not the one of gate=unsure:0.5.
+_COLON = re.compile(r":(?![\d.])")
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ def parse_choices(text: str, n: int, shared: dict[str, Any]) -> list[Choice]:
     """Rules as the command line has them: ``logit-mean,meet:trust=0.3,meet:trust=1/0/0.3:pool=prob-mean``.
 
     Options follow a rule after colons, lists have slashes. Options are ``trust``, ``weights``, ``temperature``,
-    ``pool``, ``tol`` and ``prompt_weights``.
+    ``pool``, ``tol``, ``gate`` and ``prompt_weights``.
 
     Args:
         text: the rules.
@@ -48,7 +52,7 @@ def parse_choices(text: str, n: int, shared: dict[str, Any]) -> list[Choice]:
 
 
 def _parse(entry: str, n: int, shared: dict[str, Any]) -> Choice:
-    rule, *options = entry.split(":")
+    rule, *options = _COLON.split(entry)
     settings: dict[str, Any] = {**shared, "rule": find_rule(rule).name}
     for option in options:
         key, _, value = option.partition("=")
@@ -60,6 +64,7 @@ def _parse(entry: str, n: int, shared: dict[str, Any]) -> Choice:
         given = settings["trust"]
         settings["trust"] = list(checked_trust(given[0] if len(given) == 1 else given, n))
     checked_pool(settings.get("pool", "logit-mean"))
+    parse_gate(settings.get("gate"))
     if "temperature" in settings:
         settings["rule_temperature"] = checked_number("temperature", settings.pop("temperature"), positive=True)
     return Choice(entry, settings, prompt)
@@ -83,3 +88,23 @@ def with_baselines(choices: Sequence[Choice], shared: dict[str, Any]) -> list[Ch
     named = {choice.name for choice in choices}
     missing = [Choice(name, {**shared, "rule": name}) for name in BASELINES if name not in named]
     return [*missing, *choices]
+
+
+def under_gates(choices: Sequence[Choice], gates: Sequence[str]) -> list[Choice]:
+    """``choices``, each that has no gate of its own also under each of some gates.
+
+    Raises:
+        InvalidInputError: a gate is none.
+    """
+    plain = [choice for choice in choices if "gate" not in choice.settings]
+    found = [*choices, *(_under(choice, gate) for gate in map(checked_gate, gates) if gate for choice in plain)]
+    return list({choice.name: choice for choice in found}.values())
+
+
+def _under(choice: Choice, gate: str) -> Choice:
+    return replace(choice, name=f"{choice.name}:gate={gate}", settings=choice.settings | {"gate": gate})
+
+
+def ungated(choice: Choice) -> dict[str, Any]:
+    """The settings of a choice without its gate."""
+    return {key: value for key, value in choice.settings.items() if key != "gate"}

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from softmeet.ensemble import Ensemble
-from softmeet.evaluation.choices import Choice
+from softmeet.evaluation.choices import Choice, ungated
 from softmeet.evaluation.positions import Positions
 from softmeet.members.weighting import perplexity_weights
+from softmeet.rules.gates import Gate, find_gate
+from softmeet.rules.registry import find_rule
+from softmeet.rules.solution import Solution
 from softmeet.simplex import kl, prob_mean
 from softmeet.solvers.base import Status
 
@@ -30,6 +35,7 @@ class Scores:
         hit: whether the target was the most probable token, (N,).
         confidence: the probability of that token, (N,).
         passes: reads of all heads, summed; ``fallbacks`` and ``unconverged`` count rows.
+        gated: where a gate was closed, (N,); None without one.
     """
 
     nats: Float[Tensor, " N"]
@@ -38,6 +44,7 @@ class Scores:
     passes: float = 0.0
     fallbacks: int = 0
     unconverged: int = 0
+    gated: Bool[Tensor, " N"] | None = None
 
     @property
     def mean(self) -> float:
@@ -75,7 +82,7 @@ def evaluate(
     Args:
         ensemble: whose heads and settings are used.
         positions: of a text, or from a trace.
-        choices: rules and options, changes to the ensemble's settings.
+        choices: rules and options, changes to the ensemble's settings; a gate of the ensemble's own does not count.
         on_progress: called with the number of positions after each chunk.
     """
     names = [member_name(ensemble.names, i) for i in range(len(ensemble.names))]
@@ -88,14 +95,9 @@ def evaluate(
             parts[name].append(_scores(own, targets))
         mean = prob_mean(log_probs, log_probs.new_full((len(names),), 1 / len(names)))
         disagreement.append(torch.stack([kl(own, mean) for own in log_probs]).mean(0).double().cpu())
+        solver = _Solver(ensemble, log_probs, logits, targets)
         for choice in choices:
-            changes = choice.settings | ({"weights": weights[choice.prompt]} if choice.prompt else {})
-            solution = ensemble.model.combine_rows(log_probs, logits, **changes)
-            one = _scores(solution.log_probs, targets)
-            one.passes = solution.num_passes.sum().item()
-            one.fallbacks = int(solution.fallback.sum())
-            one.unconverged = int((solution.status == Status.NOT_CONVERGED).sum())
-            parts[choice.name].append(one)
+            parts[choice.name].append(solver.scores(choice, weights.get(choice.prompt)))
         on_progress(len(chunk))
     joined = {name: _join(some) for name, some in parts.items()}
     return Evaluation(
@@ -141,6 +143,60 @@ def _prompt_weights(ensemble: Ensemble, prompt: Positions) -> list[float]:
     return perplexity_weights(nats.mean(-1).tolist())
 
 
+class _Solver:
+    """Scores choices on one chunk; choices that differ in their gates alone share what was solved without one."""
+
+    def __init__(
+        self,
+        ensemble: Ensemble,
+        log_probs: Float[Tensor, "n B v"],
+        logits: Float[Tensor, "n B v"] | None,
+        targets: Int[Tensor, " B"],
+    ) -> None:
+        self._model, self._log_probs, self._logits, self._targets = ensemble.model, log_probs, logits, targets
+        self._solved: dict[str, tuple[Solution, Scores]] = {}
+
+    def scores(self, choice: Choice, weights: list[float] | None) -> Scores:
+        """Of one choice, with the weights that a prompt gives it."""
+        changes = ungated(choice) | ({} if weights is None else {"weights": weights})
+        key = repr(sorted(changes.items()))
+        gate = find_gate(choice.settings.get("gate"))
+        if gate is not None and key not in self._solved:
+            return _scored(self._model.combine_rows(self._log_probs, self._logits, gate=gate, **changes), self._targets)
+        if key not in self._solved:
+            solution = self._model.combine_rows(self._log_probs, self._logits, **changes)
+            self._solved[key] = solution, _scored(solution, self._targets)
+        solution, scores = self._solved[key]
+        return scores if gate is None else self._gated(gate, changes, solution, scores)
+
+    def _gated(self, gate: Gate, changes: dict[str, Any], solution: Solution, scores: Scores) -> Scores:
+        """From what was solved without the gate: only where it is closed is anything else answered."""
+        closed = ~gate.open(find_rule(solution.rule), solution.problem)
+        is_open, found = ~closed, copy.copy(scores)
+        found.gated = closed.cpu()
+        if closed.any():
+            rows = None if self._logits is None else self._logits[:, closed]
+            own = self._model.combine_rows(self._log_probs[:, closed], rows, gate=gate, **changes)
+            there = _scores(own.log_probs, self._targets[closed])
+            for name in ("nats", "hit", "confidence"):
+                merged = getattr(scores, name).clone()
+                merged[found.gated] = getattr(there, name)
+                setattr(found, name, merged)
+        found.passes = solution.num_passes[is_open].sum().item()
+        found.fallbacks = int(solution.fallback[is_open].sum())
+        found.unconverged = int((solution.status[is_open] == Status.NOT_CONVERGED).sum())
+        return found
+
+
+def _scored(solution: Solution, targets: Int[Tensor, " B"]) -> Scores:
+    found = _scores(solution.log_probs, targets)
+    found.passes = solution.num_passes.sum().item()
+    found.fallbacks = int(solution.fallback.sum())
+    found.unconverged = int((solution.status == Status.NOT_CONVERGED).sum())
+    found.gated = solution.gated.cpu()
+    return found
+
+
 def _scores(log_p: Float[Tensor, "B v"], targets: Tensor) -> Scores:
     best = log_p.max(-1)
     nats = -log_p.gather(-1, targets[:, None]).squeeze(-1).double()
@@ -155,4 +211,5 @@ def _join(parts: Sequence[Scores]) -> Scores:
         sum(s.passes for s in parts),
         sum(s.fallbacks for s in parts),
         sum(s.unconverged for s in parts),
+        torch.cat([s.gated for s in parts if s.gated is not None]) if parts[0].gated is not None else None,
     )

@@ -34,6 +34,7 @@ def summary(found: Evaluation) -> dict[str, Any]:
             "passes": scores.passes / count,
             "fallbacks": scores.fallbacks,
             "unconverged": scores.unconverged,
+            "gated": scores.gated.double().mean().item() if scores.gated is not None else 0.0,
             "vs": {"baseline": best, **_difference(against)},
             "gain_by_disagreement": gain_by_disagreement(scores, baselines[best], found.disagreement),
         }

@@ -3,8 +3,80 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from transformers import Cache, DynamicCache, PreTrainedConfig
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+
+from softmeet.members.trails import Trail, catch_up, layers_of_keys_and_values
+
+
+class Lagging(CacheLayerMixin):
+    """A member's rows, each of which may be behind by any number of tokens; to transformers a layer of the cache."""
+
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trails: list[Trail] = []
+
+    def follow(self, tokens: Sequence[Sequence[int]]) -> None:
+        """Note the new tokens of every row, without running them."""
+        rows = self.trails or [Trail()] * len(tokens)
+        self.trails = [trail.longer(new) for trail, new in zip(rows, tokens, strict=True)]
+
+    def run(self, model: PreTrainedModel, rows: Int[Tensor, " k"]) -> list[Float[Tensor, "t d"]]:
+        """Bring some rows up to date; their hidden states at the tokens that were pending."""
+        chosen = rows.tolist()
+        caught, hidden = catch_up(model, [self.trails[k] for k in chosen])
+        for k, trail in zip(chosen, caught, strict=True):
+            self.trails[k] = trail
+        return hidden
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: rows bring their own."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Never called: no model sees this as its cache."""
+        raise NotImplementedError
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As any layer's."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """The tokens of the longest row, run or not."""
+        return max((trail.run + len(trail.pending) for trail in self.trails), default=0)
+
+    def get_max_length(self) -> int:
+        """None."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget all rows."""
+        self.trails = []
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the last tokens of every row away; the number is negative, as in transformers."""
+        self.trails = [trail.shorter(abs(tokens_to_remove)) for trail in self.trails]
+
+    def reorder_cache(self, beam_idx: Int[Tensor, " B"]) -> None:
+        """Row k becomes what row beam_idx[k] was."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row so many times."""
+        self.trails = [trail for trail in self.trails for _ in range(repeats)]
+
+    def batch_select_indices(self, indices: Int[Tensor, " B"] | Bool[Tensor, " B"]) -> None:
+        """Some rows, in that order."""
+        if self.trails:
+            kept = torch.arange(len(self.trails))[indices.cpu()]
+            self.trails = [self.trails[k] for k in kept.tolist()]
 
 
 class EnsembleCache(Cache):
@@ -12,8 +84,21 @@ class EnsembleCache(Cache):
 
     Args:
         configs: the members' configurations, in order.
+        lagging: all members but the first may be behind it, as the gate ``unsure`` lets them.
+
+    Raises:
+        InvalidInputError: a member that is to lag keeps something else than keys and values.
     """
 
-    def __init__(self, configs: Sequence[PreTrainedConfig]) -> None:
-        self.members = [DynamicCache(config=config) for config in configs]
-        super().__init__(layers=[layer for member in self.members for layer in member.layers])
+    def __init__(self, configs: Sequence[PreTrainedConfig], *, lagging: bool = False) -> None:
+        self.lagging = lagging
+        self.members: list[DynamicCache | Lagging] = []
+        for i, config in enumerate(configs):
+            if lagging and i:
+                layers_of_keys_and_values(f"member {i}", config, "it cannot catch up, so leave out the gate 'unsure'")
+            self.members.append(Lagging() if lagging and i else DynamicCache(config=config))
+        super().__init__(layers=[layer for member in self.members for layer in _layers(member)])
+
+
+def _layers(member: DynamicCache | Lagging) -> list[Any]:
+    return [member] if isinstance(member, Lagging) else list(member.layers)

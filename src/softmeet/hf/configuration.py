@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from softmeet.rules.gates import checked_gate
 from softmeet.rules.registry import find_rule
 from softmeet.rules.validate import (
     checked_number,
@@ -30,6 +31,7 @@ class EnsembleConfig(PreTrainedConfig):
     """Settings of an ensemble; the arguments of :func:`softmeet.combine` under their own names.
 
     ``rule_temperature`` is of the rule's answer, p^(1/T) normalised; that of generation comes on top.
+    ``gate`` is of forward and generate: where members are not asked or the rule not solved (``softmeet.rules.gates``).
     With ``bands`` > 1 each member in turn has so many trusts, one per band of its head's principal directions.
 
     Raises:
@@ -56,6 +58,7 @@ class EnsembleConfig(PreTrainedConfig):
         slack: float = 0.0,
         vertex: bool = False,
         bands: int = 1,
+        gate: str | None = None,
         **kwargs: Any,
     ) -> None:
         n = len(members)
@@ -68,6 +71,7 @@ class EnsembleConfig(PreTrainedConfig):
         self.tol = checked_number("tol", tol, positive=True)
         self.max_steps = int(checked_number("max_steps", max_steps, positive=True))
         self.free_weights = free_weights
+        self.gate = checked_gate(gate)
         self.rule_temperature = checked_number("rule_temperature", rule_temperature, positive=True)
         self.on_infeasible = checked_on_infeasible(on_infeasible)
         options = checked_options(rank=rank, free_radial=free_radial, metric=metric, slack=slack, vertex=vertex)

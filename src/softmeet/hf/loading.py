@@ -9,9 +9,10 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from softmeet.errors import CheckpointError
+from softmeet.errors import CheckpointError, InvalidInputError
 from softmeet.members import zoo
-from softmeet.members.huggingface import Device, Dtype, Member, load_members
+from softmeet.members.huggingface import Dtype, Member, load_members
+from softmeet.members.placement import Device
 from softmeet.members.vocabulary import require_same_vocabulary
 
 CARD = """---
@@ -69,12 +70,34 @@ def relative(names: Sequence[str], base: Path) -> list[str]:
     return found
 
 
+def places(device_map: Device | Sequence[Device], n: int) -> Device | Sequence[Device]:
+    """Where each of n members goes, from a map that may name them as modules of the ensemble.
+
+    Raises:
+        InvalidInputError: it names a member that there is not.
+    """
+    if not isinstance(device_map, dict):
+        return device_map
+    if set(device_map) == {""}:
+        return device_map[""]  # type: ignore[no-any-return]
+    if not any(str(name).startswith("members.") for name in device_map):
+        return device_map
+    found: list[dict[str, Any]] = [{} for _ in range(n)]
+    for name, place in device_map.items():
+        head, _, rest = str(name).removeprefix("members.").partition(".")
+        if not (str(name).startswith("members.") and head.isdigit() and int(head) < n):
+            raise InvalidInputError(f"expected a map of members.0 to members.{n - 1} and their modules, got {name!r}")
+        found[int(head)][rest] = place
+    return [own[""] if set(own) == {""} else own or None for own in found]
+
+
 def load(
     names: Sequence[str],
     *,
     dtype: Dtype | Sequence[Dtype],
     device: Device | Sequence[Device],
     trust_remote_code: bool,
+    offload_folder: str | Path | None = None,
     on_progress: Callable[[str], None] = lambda name: None,
     loaded: dict[Any, Member] | None = None,
 ) -> tuple[list[PreTrainedModel], PreTrainedTokenizerBase]:
@@ -88,6 +111,7 @@ def load(
         dtype=dtype,
         device=device,
         trust_remote_code=trust_remote_code,
+        offload_folder=offload_folder,
         on_progress=on_progress,
         loaded=loaded,
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +21,24 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from softmeet.errors import InvalidInputError, NonFiniteError, UnsupportedHeadError
+from softmeet.errors import InvalidInputError
 from softmeet.heads import SoftmaxHead
+from softmeet.hf.asking import ask
 from softmeet.hf.cache import EnsembleCache
+from softmeet.hf.combining import Asked, Combining
 from softmeet.hf.configuration import EnsembleConfig
-from softmeet.hf.loading import CARD, absolute, load, relative
+from softmeet.hf.loading import CARD, absolute, load, places, relative
 from softmeet.hf.recorder import Recorder
 from softmeet.hf.refused import refuse
 from softmeet.hf.sampling import RowSampler
-from softmeet.members.bands import bands
 from softmeet.members.heads import head_of, replace_weight
-from softmeet.members.huggingface import Device, Dtype, last_hidden
+from softmeet.members.huggingface import Dtype, last_hidden
+from softmeet.members.placement import Device, each_in_a_thread, whereabouts
 from softmeet.members.vocabulary import token_support
-from softmeet.rules.combine import combine
-from softmeet.rules.solution import Solution
-
-# Elements of fp64 vectors over the vocabulary that one call of combine may hold: 512 MiB.
-_ELEMENTS = 1 << 26
+from softmeet.rules.gates import Gate, Unsure, find_gate
 
 
-class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
+class EnsembleForCausalLM(Combining, PreTrainedModel, GenerationMixin):
     """A causal LM whose logits are the log-probabilities, in nats, of a rule over its members.
 
     Args:
@@ -88,7 +87,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         *,
         config: EnsembleConfig | None = None,
         dtype: Dtype | Sequence[Dtype] = None,
-        device_map: Device | Sequence[Device] | dict[str, Any] = None,
+        device_map: Device | Sequence[Device] = None,
         trust_remote_code: bool | None = False,
         **kwargs: Any,
     ) -> EnsembleForCausalLM:
@@ -97,26 +96,30 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             pretrained_model_name_or_path: a folder or hub id.
             config: in place of the saved one.
-            dtype, device_map: one for all members or one each; as ``Ensemble.from_pretrained`` has them. ``"auto"``
-                as a device leaves the placement of each member to accelerate.
+            dtype, device_map: one for all members or one each; as ``Ensemble.from_pretrained`` has them. A map may also
+                name the members as modules of the ensemble: ``members.0``, ``members.1.lm_head``.
             trust_remote_code: run code that comes with a member.
-            kwargs: settings to change, under their names in the configuration; others of transformers' are ignored.
+            kwargs: settings to change, under their names in the configuration, and ``offload_folder``; others of
+                transformers' are ignored.
 
         Raises:
             CheckpointError: a member is missing; the message says where it was expected.
+            InvalidInputError: there is no such place or member.
         """
-        if isinstance(device_map, dict) and set(device_map) != {""}:
-            raise InvalidInputError(
-                f"expected a device, a list with one per member, 'auto' or {{'': device}}, got {device_map}"
-            )
-        place: Device | Sequence[Device] = device_map[""] if isinstance(device_map, dict) else device_map
+        folder = kwargs.pop("offload_folder", None)
         if config is None:
             config, kwargs = EnsembleConfig.from_pretrained(
                 pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
             )
         base = Path(pretrained_model_name_or_path)
         config.members = absolute(config.members, base)
-        models, tokenizer = load(config.members, dtype=dtype, device=place, trust_remote_code=bool(trust_remote_code))
+        models, tokenizer = load(
+            config.members,
+            dtype=dtype,
+            device=places(device_map, len(config.members)),
+            trust_remote_code=bool(trust_remote_code),
+            offload_folder=folder,
+        )
         model: EnsembleForCausalLM = cls(config, models).eval()
         model.adopt(tokenizer)
         if (base / "generation_config.json").exists():
@@ -171,8 +174,14 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _apply(self, fn: Any, recurse: bool = True) -> EnsembleForCausalLM:
         """After a move or a cast of the weights, heads are read from where they are now."""
+        if any(p.is_meta for p in self.parameters()):
+            raise InvalidInputError(
+                "expected members whose weights are in memory: those that are offloaded stay where and as they were "
+                "loaded; load them anew with device= and dtype="
+            )
         super()._apply(fn, recurse)
         self._banded = None
+        self.__dict__.pop("apart", None)
         self.heads = [replace_weight(head, member) for head, member in zip(self.heads, self.members, strict=True)]
         return self
 
@@ -188,6 +197,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         recorder: Recorder | None = None,
         row_sampler: RowSampler | None = None,
         weights: Sequence[float] | None = None,
+        gate: str | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
@@ -196,20 +206,30 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             recorder: receives the solution of every position whose logits are kept.
             weights: of the pool, in place of the configuration's, for this call alone.
+            gate: the same; ``"none"`` for none.
 
         Raises:
             NonFiniteError: a member's logits hold NaN or +inf; the message names it.
         """
+        chosen = find_gate(self.config.gate if gate is None else gate)
         if use_cache and cache is None:
-            cache = self.new_cache()
+            cache = self.new_cache(chosen)
         input_ids = self._checked_length(input_ids, cache)
-        shared = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": bool(use_cache)}
+        shared: dict[str, Any] = {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "use_cache": bool(use_cache),
+        }
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        hidden = [
-            self._hidden(i, input_ids, None if cache is None else cache.members[i], **shared)[:, kept]
-            for i in range(len(self.members))
-        ]
-        log_probs = self._solve(hidden, recorder, {} if weights is None else {"weights": weights})
+        changes: dict[str, Any] = {} if weights is None else {"weights": weights}
+        asked = None
+        if isinstance(chosen, Unsure) or (cache is not None and cache.lagging):
+            unsure = chosen if isinstance(chosen, Unsure) else None
+            hidden, asked = ask(self, unsure, input_ids, kept, cache, **shared)
+        else:
+            caches = [None] * len(self.heads) if cache is None else cache.members
+            hidden = self._each(lambda i: self._hidden(i, input_ids, caches[i], **shared)[:, kept], range(len(caches)))
+        log_probs = self._solve(hidden, asked, recorder, changes | ({} if asked else {"gate": chosen}))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=log_probs, labels=labels, vocab_size=self.config.vocab_size)
@@ -246,14 +266,30 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         """As transformers'.
 
         Raises:
-            InvalidInputError: an option that has no meaning for an ensemble; the message says why.
+            InvalidInputError: an option that has no meaning for an ensemble, or no such gate; the message says why.
         """
         refuse(generation_config, kwargs)
+        find_gate(kwargs.get("gate"))
         return super().generate(inputs, generation_config=generation_config, **kwargs)
 
-    def new_cache(self) -> EnsembleCache:
-        """An empty cache: one per member."""
-        return EnsembleCache([member.config for member in self.members])
+    def new_cache(self, gate: str | Gate | None = None) -> EnsembleCache:
+        """An empty cache: one per member; for the gate ``unsure`` one in which all but the first may be behind."""
+        lagging = isinstance(find_gate(gate), Unsure)
+        return EnsembleCache([member.config for member in self.members], lagging=lagging)
+
+    @property
+    def device(self) -> torch.device:
+        """Where distributions are combined: with the first member's head."""
+        return self.heads[0].weight.device
+
+    @cached_property
+    def apart(self) -> bool:
+        """Whether members are in different places, so that it pays to run them at the same time."""
+        return len({whereabouts(member) for member in self.members}) > 1
+
+    def _each(self, function: Callable[[int], Any], members: Sequence[int]) -> list[Any]:
+        """``function`` of every member's index."""
+        return each_in_a_thread(function, members) if self.apart else list(map(function, members))
 
     def _hidden(
         self, i: int, input_ids: Int[Tensor, "B t"], cache: Any = None, **shared: Any
@@ -263,98 +299,24 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
     def hidden_states(self, input_ids: Int[Tensor, "1 t"]) -> list[Float[Tensor, "t _"]]:
         """Each member's last hidden states over one text, without a cache."""
         self._checked_length(input_ids, None)
-        return [self._hidden(i, input_ids, use_cache=False)[0] for i in range(len(self.heads))]
+        return self._each(lambda i: self._hidden(i, input_ids, use_cache=False)[0], range(len(self.heads)))
 
     def _solve(
-        self, hidden: list[Float[Tensor, "B k _"]], recorder: Recorder | None, changes: dict[str, Any]
+        self,
+        hidden: list[Float[Tensor, "B k _"]],
+        asked: Asked | None,
+        recorder: Recorder | None,
+        changes: dict[str, Any],
     ) -> Float[Tensor, "B k v"]:
         """Combine every position."""
         parts = []
-        for log_probs, solution in self.solve_in_chunks([h.flatten(0, 1) for h in hidden], **changes):
+        if recorder is not None and asked is not None:
+            recorder.gate.seconds += asked.seconds
+        for log_probs, solution in self.solve_in_chunks([h.flatten(0, 1) for h in hidden], asked, **changes):
             if recorder is not None:
                 recorder.add(solution, log_probs)
             parts.append(solution.log_probs)
         return torch.cat(parts).reshape(*hidden[0].shape[:2], -1)
-
-    def solve_in_chunks(
-        self, hidden: Sequence[Float[Tensor, "B _"]], **changes: Any
-    ) -> Iterator[tuple[Float[Tensor, "n b v"], Solution]]:
-        """As :meth:`solve_rows`, some rows at a time in their order, so that memory stays bounded."""
-        chunk = max(1, _ELEMENTS // (self.config.vocab_size * 4 * len(hidden)))
-        for start in range(0, len(hidden[0]), chunk):
-            yield self.solve_rows([h[start : start + chunk] for h in hidden], **changes)
-
-    def solve_rows(
-        self, hidden: Sequence[Float[Tensor, "B _"]], **changes: Any
-    ) -> tuple[Float[Tensor, "n B v"], Solution]:
-        """(the members' log-probabilities, the rule's solution) at B positions, from each member's hidden states.
-
-        ``changes`` are as :meth:`combine_rows` has them.
-        """
-        log_probs, logits = self.own_log_probs(hidden)
-        if changes.get("free_radial", self.config.free_radial):
-            changes["hidden"] = [states.to(log_probs.device) for states in hidden]
-        return log_probs, self.combine_rows(log_probs, logits, **changes)
-
-    def own_log_probs(
-        self, hidden: Sequence[Float[Tensor, "B _"]]
-    ) -> tuple[Float[Tensor, "n B v"], Float[Tensor, "n B v"] | None]:
-        """(the members' log-probabilities, their logits if a head has a soft-cap) from each member's hidden states."""
-        own_log_probs, logits, place = [], [], self.heads[0].weight.device
-        for head, states in zip(self.heads, hidden, strict=True):
-            own = head.logits(states.to(head.weight.device)).to(place)
-            short = self.config.vocab_size - head.v
-            own = nn.functional.pad(own, (0, short), value=-torch.inf) if short else own
-            logits.append(own)
-            own_log_probs.append(own.log_softmax(-1))
-        capped = torch.stack(logits) if any(head.soft_cap for head in self.heads) else None
-        return torch.stack(own_log_probs), capped
-
-    def combine_rows(
-        self, log_probs: Float[Tensor, "n B v"], logits: Float[Tensor, "n B v"] | None, **changes: Any
-    ) -> Solution:
-        """The rule's solution, from what :meth:`own_log_probs` gives.
-
-        ``changes`` are ``rule_temperature`` and arguments of :func:`softmeet.combine` in place of the configuration's.
-        """
-        arguments = self.config.combine_arguments() | changes
-        temperature = arguments.pop("rule_temperature", self.config.rule_temperature)
-        count, heads = arguments.pop("bands", self.config.bands), self.heads
-        if arguments["free_radial"]:
-            self._refuse_unknown_norms()
-            if count > 1:
-                raise InvalidInputError(
-                    f"free_radial needs whole heads, got {count} bands of each: leave out one of both"
-                )
-        if count > 1:
-            heads = self.banded_heads(count)
-            log_probs = log_probs.repeat_interleave(count, 0)
-            logits = None if logits is None else logits.repeat_interleave(count, 0)
-            # The pool knows each member once.
-            first = ([w, *[0.0] * (count - 1)] for w in arguments["weights"])
-            arguments["weights"] = [w for own in first for w in own]
-        try:
-            solution = combine(log_probs, heads, support=self.support, logits=logits, **arguments)
-        except NonFiniteError as error:
-            raise NonFiniteError(f"{error}. Members, from 0: {', '.join(map(str, self.config.members))}") from error
-        solution = solution if count == 1 else solution.by_member(count)
-        return solution if temperature == 1 else solution.at_temperature(temperature)
-
-    def _refuse_unknown_norms(self) -> None:
-        names = zip(self.config.members, self.heads, strict=True)
-        if unknown := [name for name, head in names if head.norm is None]:
-            raise UnsupportedHeadError(
-                f"free_radial needs a final norm of a known kind right before the output layer, and found none in "
-                f"{', '.join(map(str, unknown))}: leave it out"
-            )
-
-    def banded_heads(self, count: int) -> list[SoftmaxHead]:
-        """``count`` bands of principal directions of each head in turn; made once, together as large as the heads."""
-        if count == 1:
-            return self.heads
-        if self._banded is None or self._banded[0] != count:
-            self._banded = count, [band for head in self.heads for band in bands(head, count)]
-        return self._banded[1]
 
     def _prepare_cache_for_generation(
         self,
@@ -375,7 +337,8 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
                 f"{generation_config.cache_implementation!r} is not supported: leave it out"
             )
         if given is None and generation_config.use_cache:
-            model_kwargs["cache"] = self.new_cache()
+            gate = model_kwargs.get("gate")
+            model_kwargs["cache"] = self.new_cache(self.config.gate if gate is None else gate)
 
     def _get_logits_processor(self, *args: Any, model_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> Any:
         """The usual processors, and last the row sampler, if one was given to generate."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -28,6 +29,7 @@ class TokenReport:
     ``top`` and ``member_top`` hold (token, log-probability), the most probable first. ``moved`` holds (token,
     log-probability in the pool, in the answer), the largest change of probability first, and ``pushes`` each member's
     part in it: log p_j - log q_j = Σ_i push_ij + a constant, where a push is u_ij less its mean over the vocabulary.
+    Where a gate was closed (``gated``) nothing moved; members that were not asked have NaN and an empty list.
     """
 
     token: int
@@ -44,6 +46,7 @@ class TokenReport:
     gap: float
     gap_is_certified: bool
     num_passes: float
+    gated: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -73,14 +76,15 @@ def token_report(solution: Solution, log_probs: Float[Tensor, "n B v"], row: int
         token: the token that came there.
         top: how many tokens to list.
     """
-    ours, pool = solution.log_probs[row], solution.pool[row]
+    ours = solution.log_probs[row]
+    pool = ours if solution.gated[row] else solution.pool[row]
     change = (ours.exp() - pool.exp()).abs().topk(min(top, len(ours))).indices.tolist()
     return TokenReport(
         token=token,
         log_prob=ours[token].item(),
         member_log_probs=log_probs[:, row, token].tolist(),
         top=_top(ours, top),
-        member_top=[_top(member, top) for member in log_probs[:, row]],
+        member_top=[[] if member[token].isnan() else _top(member, top) for member in log_probs[:, row]],
         moved=[(j, pool[j].item(), ours[j].item()) for j in change],
         pushes=_pushes(solution, row, change),
         disagreement=solution.disagreement[:, row].tolist(),
@@ -90,6 +94,7 @@ def token_report(solution: Solution, log_probs: Float[Tensor, "n B v"], row: int
         gap=solution.gap[row].item(),
         gap_is_certified=bool(solution.gap_is_certified[row]),
         num_passes=solution.num_passes[row].item(),
+        gated=bool(solution.gated[row]),
     )
 
 
@@ -106,7 +111,12 @@ def _pushes(solution: Solution, row: int, tokens: list[int]) -> list[list[float]
 
 def heat(disagreement: Sequence[float]) -> float:
     """0 where the members agree, 1 where they had to be corrected by half a nat or more in all."""
-    return min(sum(disagreement) / _FULL, 1.0)
+    return min(known_sum(disagreement) / _FULL, 1.0)
+
+
+def known_sum(disagreement: Sequence[float]) -> float:
+    """The sum over the members that were asked."""
+    return sum(x for x in disagreement if not math.isnan(x))
 
 
 def shown(text: str) -> str:

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from softmeet.errors import UnsupportedHeadError
 from softmeet.heads import SoftmaxHead
+from softmeet.members.placement import in_memory
 from softmeet.norms import FinalNorm
 
 # Each factor multiplies the logits; None of these is set in most configs.
@@ -16,10 +17,10 @@ _FACTORS = ("logit_scale", "lm_head_multiplier")
 
 
 def head_of(model: PreTrainedModel) -> SoftmaxHead:
-    """The model's output layer, sharing its weights.
+    """The model's output layer, sharing its weights; one that is offloaded is copied to the device that computes.
 
     Raises:
-        UnsupportedHeadError: the layer is quantised, offloaded, adapted or otherwise not a plain linear layer, or the
+        UnsupportedHeadError: the layer is quantised, adapted or otherwise not a plain linear layer, or the
             head does not reproduce the model's logits.
     """
     layer, name = model.get_output_embeddings(), type(model).__name__
@@ -30,8 +31,11 @@ def head_of(model: PreTrainedModel) -> SoftmaxHead:
             f"expected {name}'s output layer to be a plain linear layer, got {type(layer).__module__}."
             f"{type(layer).__name__}: load the model unquantised, and merge adapters into it first"
         )
-    if layer.weight.is_meta:
-        raise UnsupportedHeadError(f"{name}'s output layer is offloaded: keep it on a device that holds its weights")
+    weights = in_memory(layer) if hasattr(layer, "_hf_hook") else dict(layer.named_parameters())
+    if weights["weight"].is_meta:
+        raise UnsupportedHeadError(
+            f"{name}'s output layer is offloaded to where it cannot be read: load it with device="
+        )
     if not layer.weight.is_floating_point():
         raise UnsupportedHeadError(f"{name}'s output layer is quantised ({layer.weight.dtype}): load it unquantised")
     config = model.config.get_text_config(decoder=True)
@@ -41,14 +45,16 @@ def head_of(model: PreTrainedModel) -> SoftmaxHead:
     for key in _FACTORS:
         scale *= getattr(config, key, None) or 1.0
     cap, norm = getattr(config, "final_logit_softcapping", None), final_norm(model)
-    head = SoftmaxHead(layer.weight, layer.bias, scale, cap, norm)
+    head = SoftmaxHead(weights["weight"], weights.get("bias"), scale, cap, norm)
     _check(model, head)
     return head
 
 
 def replace_weight(head: SoftmaxHead, model: PreTrainedModel) -> SoftmaxHead:
-    """``head`` with the weight and bias that the model has now, after a move or a cast."""
+    """``head`` with the weight and bias that the model has now, after a move or a cast; a copy stays as it is."""
     layer = model.get_output_embeddings()
+    if layer.weight.is_meta:
+        return head
     return SoftmaxHead(layer.weight, layer.bias, head.scale, head.soft_cap, head.norm)
 
 
@@ -65,7 +71,8 @@ def final_norm(model: PreTrainedModel) -> FinalNorm | None:
     ]
     if len(outside) != 1 or model.config.hidden_size % 2:
         return None
-    weight = next(outside[0].parameters(), None)
+    own = in_memory(outside[0]) if hasattr(outside[0], "_hf_hook") else dict(outside[0].named_parameters())
+    weight = next(iter(own.values()), None)
     if weight is None or weight.is_meta or len(weight) != model.get_output_embeddings().weight.shape[1]:
         return None
     ones = torch.ones_like(weight)

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from softmeet.errors import CheckpointError, InvalidInputError
 from softmeet.members import zoo
+from softmeet.members.placement import Device, device_map_of, home, main_device
 
 Dtype = torch.dtype | str | None
-Device = torch.device | str | None
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ def load_members(
     dtype: Dtype | Sequence[Dtype] = None,
     device: Device | Sequence[Device] = None,
     trust_remote_code: bool = False,
+    offload_folder: str | Path | None = None,
     on_progress: Callable[[str], None] = lambda name: None,
     loaded: dict[Any, Member] | None = None,
 ) -> list[Member]:
@@ -46,51 +47,69 @@ def load_members(
             ``narrow``, ``wide/gpt2``).
         dtype: None for fp32 on CPU and the checkpoint's own dtype elsewhere; ``"auto"`` for the latter. One for all
             members, or one each.
-        device: where to put them; None for CPU, ``"auto"`` to leave it to accelerate. One for all, or one each.
+        device: where to put them: None for CPU, a device, ``"disk"``, ``"auto"`` or another of accelerate's strategies,
+            or a dict with one of those places for each module by name. One for all, or one each.
         trust_remote_code: run code that comes with a checkpoint. Off unless asked for.
+        offload_folder: for weights on disk that cannot be read from the checkpoint as they are.
         on_progress: called with each name before it is loaded.
         loaded: members that earlier calls loaded, to be shared; new ones are added.
 
     Raises:
-        InvalidInputError: no name, or not one dtype or device per member.
+        InvalidInputError: no name, no such device, or not one dtype or device per member.
         CheckpointError: a member is missing, truncated, pickled, or needs remote code.
     """
     expanded = [path for name in names for path in zoo.expand(name)]
     if not expanded:
         raise InvalidInputError("expected at least one member: a hub id, a folder, or a bundled name such as 'wide'")
-    dtypes, devices = _each(dtype, "dtype", len(expanded)), _each(device, "device", len(expanded))
-    members, shared = [], {} if loaded is None else loaded
+    dtypes, devices = one_each(dtype, "dtype", len(expanded)), one_each(device, "device", len(expanded))
+    for own in devices:
+        device_map_of(own)
+    members: list[Member] = []
+    shared = {} if loaded is None else loaded
     for name, own_dtype, own_device in zip(expanded, dtypes, devices, strict=True):
         place = zoo.locate(name)
         key = (os.path.realpath(place) if Path(place).exists() else place, str(own_dtype), str(own_device))
         if loaded is None or key not in shared:
             on_progress(name)
-            shared[key] = _load(name, own_dtype, own_device, trust_remote_code)
+            folder = None if offload_folder is None else Path(offload_folder) / str(len(members))
+            shared[key] = _load(name, own_dtype, own_device, trust_remote_code, folder)
         members.append(shared[key])
     return members
 
 
 def last_hidden(model: PreTrainedModel, input_ids: Int[Tensor, "B t"], **options: Any) -> Float[Tensor, "B t d"]:
-    """The input of the model's head, on the head's device; ``options`` are the base model's, tensors anywhere."""
+    """The input of the model's head, where the head is; ``options`` are the base model's, tensors anywhere."""
     base: Any = model.base_model
-    place = base.device
+    place, head = home(model), model.get_output_embeddings().weight
     moved = {k: x.to(place) if isinstance(x, Tensor) else x for k, x in options.items()}
     hidden: Tensor = base(input_ids=input_ids.to(place), **moved).last_hidden_state
-    return hidden.to(model.get_output_embeddings().weight.device)
+    return hidden.to(place if head.is_meta else head.device)
 
 
-def _each(value: Any, what: str, n: int) -> list[Any]:
+def one_each(value: Any, what: str, n: int) -> list[Any]:
     values = list(value) if isinstance(value, list | tuple) else [value] * n
     if len(values) != n:
         raise InvalidInputError(f"expected one {what}, or one per member, {n} in all, got {len(values)}")
     return values
 
 
-def _load(name: str, dtype: Dtype, device: Device, trust_remote_code: bool) -> Member:
-    where = _where(name) | {"trust_remote_code": trust_remote_code}
-    placement: dict[str, Any] = {"device_map": "auto"} if device == "auto" else {}
-    on_cpu = torch.device(device or "cpu").type == "cpu" if not placement else not torch.cuda.is_available()
-    wanted = dtype if dtype is not None else (torch.float32 if on_cpu else "auto")
+def dtype_of(dtype: Dtype, device: Device) -> torch.dtype | str:
+    """The dtype to load in: fp32 where it was left open and the CPU computes, else the checkpoint's own."""
+    if dtype is not None:
+        return dtype
+    spread = device_map_of(device)
+    if isinstance(spread, dict):
+        on_cpu = main_device(spread).type == "cpu"
+    else:
+        on_cpu = not torch.cuda.is_available() if spread else torch.device(str(device or "cpu")).type == "cpu"
+    return torch.float32 if on_cpu else "auto"
+
+
+def _load(name: str, dtype: Dtype, device: Device, trust_remote_code: bool, offload_folder: Path | None) -> Member:
+    where = checkpoint_of(name) | {"trust_remote_code": trust_remote_code}
+    spread, wanted = device_map_of(device), dtype_of(dtype, device)
+    placement: dict[str, Any] = {} if spread is None else {"device_map": spread}
+    placement |= {} if offload_folder is None or spread is None else {"offload_folder": str(offload_folder)}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             **where, **placement, dtype=wanted, use_safetensors=True, output_loading_info=True
@@ -102,17 +121,20 @@ def _load(name: str, dtype: Dtype, device: Device, trust_remote_code: bool) -> M
         ) from error
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         advice = ": read that code, then pass trust_remote_code=True (--trust-remote-code)"
-        remote = "custom code" in str(error)
-        raise CheckpointError(f"cannot load {name}: {_first_line(error)}{advice if remote else ''}") from error
+        advice = advice if "custom code" in str(error) else ""
+        if isinstance(spread, dict) and "meta device" in str(error):
+            advice = ": where the output layer shares its weights with the embeddings, put both in one place"
+        raise CheckpointError(f"cannot load {name}: {_first_line(error)}{advice}") from error
     if info["missing_keys"] or info["mismatched_keys"]:
         absent = sorted(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]])
         raise CheckpointError(
             f"cannot load {name}: {len(absent)} weights are missing or misshapen (first: {absent[0]}): fetch it again"
         )
-    return Member(name, (model if placement else model.to(torch.device(device or "cpu"))).eval(), tokenizer)
+    whole = None if isinstance(device, dict) or placement else torch.device(device or "cpu")
+    return Member(name, (model if whole is None else model.to(whole)).eval(), tokenizer)
 
 
-def _where(name: str) -> dict[str, Any]:
+def checkpoint_of(name: str) -> dict[str, Any]:
     """What transformers is to be asked for; refuses what it would load but we will not."""
     place = zoo.locate(name)
     path = Path(place)

@@ -13,6 +13,7 @@ from softmeet.errors import InfeasibleError, NotConvergedError
 from softmeet.heads import SoftmaxHead
 from softmeet.rules import validate
 from softmeet.rules.base import Answer
+from softmeet.rules.gates import Gate, find_gate, gated
 from softmeet.rules.meet import Meet
 from softmeet.rules.problem import DEFAULT_TRUST, OnInfeasible, Problem
 from softmeet.rules.registry import find_rule
@@ -44,6 +45,7 @@ def combine(
     metric: str = "whitened",
     slack: float = 0.0,
     vertex: bool = False,
+    gate: str | Gate | None = None,
 ) -> Solution:
     """One next-token distribution from n members'.
 
@@ -79,6 +81,8 @@ def combine(
             members' at a cost of ‖Qᵀ(p - p̂)‖² / 2τ; 0 for exact moments.
         vertex: of the same two: where they choose nothing, answer with some vertex of the feasible set in place of its
             member of maximum entropy.
+        gate: ``"unsure:T"`` or ``"disagreement:T"``: where the rule is not solved (``softmeet.rules.gates``);
+            ``Solution.gated`` says which rows those are. None for none.
 
     Raises:
         InvalidInputError: a shape, sign, length or name is wrong (its subclasses: NaN or +inf, disjoint supports).
@@ -104,7 +108,7 @@ def combine(
         options=validate.checked_options(rank=rank, free_radial=free_radial, metric=metric, slack=slack, vertex=vertex),
         free=validate.free_directions(found, log_p, logits, hidden, log_probs.shape) if free_radial else (),
     )
-    answer = chosen.answer(problem)
+    answer, closed, seconds = gated(chosen, problem, find_gate(gate))
     answer, fallback = _answer_infeasible_rows(problem, answer, on_infeasible)
     if throw and (late := (answer.status == Status.NOT_CONVERGED)).any():
         rows = late.nonzero().flatten().tolist()
@@ -112,7 +116,7 @@ def combine(
             f"{len(rows)} of {len(late)} rows did not reach tol={tol:g} nats in {max_steps} steps (first: {rows[:8]}, "
             f"largest gap {answer.gap[late].max():.3g}): raise max_steps or tol"
         )
-    return from_answer(rule, problem, answer, fallback, log_probs.shape[1:-1], given)
+    return from_answer(rule, problem, answer, (fallback, closed), seconds, log_probs.shape[1:-1], given)
 
 
 def _answer_infeasible_rows(

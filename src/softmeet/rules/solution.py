@@ -41,6 +41,9 @@ class Solution:
         disagreement: KL(r_i‖p̂_i), member i's correction, (n, *batch).
         disagreement_is_bound: where the rule has no r_i, or the row or its trust needed none: ``disagreement`` is then
             the upper bound KL(p‖p̂_i), (n, *batch).
+        gated: rows that a gate closed, (*batch): its answer stands in the rule's place, and ``status``, ``gap`` (inf
+            where nothing is known) and ``objective`` are of that answer; ``verify`` holds it against the rule.
+        seconds: that the rule took, for the whole batch.
     """
 
     log_probs: Float[Tensor, "*batch v"]
@@ -54,6 +57,8 @@ class Solution:
     num_passes: Float[Tensor, "*batch"]
     disagreement: Float[Tensor, n * batch]
     disagreement_is_bound: Bool[Tensor, n * batch]
+    gated: Bool[Tensor, "*batch"]
+    seconds: float
     rule: str
     _answer: Answer = field(repr=False)
     _problem: Problem = field(repr=False)
@@ -122,9 +127,16 @@ class Solution:
 
 
 def from_answer(
-    rule: str, problem: Problem, answer: Answer, fallback: Bool[Tensor, " B"], shape: torch.Size, dtype: torch.dtype
+    rule: str,
+    problem: Problem,
+    answer: Answer,
+    which: tuple[Bool[Tensor, " B"], Bool[Tensor, " B"]],
+    seconds: float,
+    shape: torch.Size,
+    dtype: torch.dtype,
 ) -> Solution:
-    """The answer with its batch dimensions back."""
+    """The answer with its batch dimensions back; ``which`` rows fell back, and which were gated."""
+    fallback, gated = which
     n = len(problem.log_p)
     return Solution(
         log_probs=answer.log_probs.to(dtype).reshape(*shape, problem.log_p.shape[-1]),
@@ -138,6 +150,8 @@ def from_answer(
         num_passes=answer.passes.reshape(shape),
         disagreement=answer.disagreement.T.reshape(n, *shape),
         disagreement_is_bound=answer.disagreement_is_bound.T.reshape(n, *shape),
+        gated=gated.reshape(shape),
+        seconds=seconds,
         rule=rule,
         _answer=answer,
         _problem=problem,

@@ -14,10 +14,20 @@ from softmeet.server.work import Combination, Event, Failed, Finished, PromptSco
 
 
 @dataclass(frozen=True)
+class Gated:
+    """Of a choice's tokens, those at which a gate was closed, and about how many seconds that saved."""
+
+    tokens: int = 0
+    gated: int = 0
+    seconds_saved: float = 0.0
+
+
+@dataclass(frozen=True)
 class Part:
     """Something new of one choice: text that is certain, tokens that came, or the end.
 
-    ``scored`` holds the prompt's tokens but the first, where they were asked for.
+    ``scored`` holds the prompt's tokens but the first, where they were asked for. At the end, ``gate`` says at how many
+    tokens a gate was closed, and about how many seconds that saved.
     """
 
     index: int
@@ -25,6 +35,7 @@ class Part:
     tokens: list[Token] = field(default_factory=list)
     scored: list[Token] | None = None
     finish: str | None = None
+    gate: Gated | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,7 @@ class Answer:
         self._loop = asyncio.get_running_loop()
         self._engine, self._started = engine, time.perf_counter()
         indices = range(len(plan.prompts) * plan.choices)
+        self._gates = [Gated() for _ in indices]
         self._texts = [TextStream(plan.tokenizer, plan.stops) for _ in indices]
         self._sequences = [self._sequence(k) for k in indices]
         engine.submit(self._sequences)
@@ -90,7 +102,7 @@ class Answer:
                 index, event = await self._events.get()
                 if index not in running:
                     continue
-                part = self._part(index, event)
+                part = self._with_gate(self._part(index, event))
                 if part.finish is not None:
                     running.discard(index)
                 yield part
@@ -101,6 +113,13 @@ class Answer:
         """Give up what has not ended."""
         for sequence in self._sequences:
             sequence.cancel()
+
+    def _with_gate(self, part: Part) -> Part:
+        found = self._gates[part.index]
+        for token in part.tokens:
+            found = Gated(found.tokens + 1, found.gated + token.gated, found.seconds_saved + token.saved)
+        self._gates[part.index] = found
+        return replace(part, gate=found) if part.finish is not None and self.plan.combination.gate else part
 
     def _part(self, index: int, event: Event) -> Part:
         text = self._texts[index]
@@ -135,5 +154,6 @@ class Answer:
                 tokens=old.tokens + part.tokens,
                 scored=part.scored if part.scored is not None else old.scored,
                 finish=part.finish,
+                gate=part.gate,
             )
         return found

@@ -85,6 +85,7 @@ def _model(served: Any) -> dict[str, Any]:
         "trust": config.to_dict()["trust"],
         "weights": config.weights,
         "pool": config.pool,
+        "gate": config.gate,
         "context": getattr(config, "max_position_embeddings", None),
     }
     return {"id": served.name, "object": "model", "created": served.created, "owned_by": "softmeet", "softmeet": facts}

@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
-from softmeet.errors import InvalidInputError
 from softmeet.members.huggingface import last_hidden
-from softmeet.server.prefixes import Prefix, Prefixes
-
-_JOINABLE = (DynamicLayer, DynamicSlidingWindowLayer)
+from softmeet.members.placement import home
+from softmeet.members.trails import Prefix, Trail, catch_up, layers_of_keys_and_values
+from softmeet.server.prefixes import Prefixes
 
 
 @dataclass
@@ -111,13 +110,8 @@ class MemberBatch:
     def __init__(self, name: str, model: PreTrainedModel, kept_tokens: int = 16384) -> None:
         self.name, self.model = name, model
         self.prefixes = Prefixes(kept_tokens)
-        kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
-        if other := [kind.__name__ for kind in kinds if kind not in _JOINABLE]:
-            raise InvalidInputError(
-                f"expected members whose cache holds keys and values, but {name} has {', '.join(other)}: its rows "
-                "cannot join a running batch; use softmeet generate"
-            )
-        self._depth = len(DynamicCache(config=model.config).layers)
+        advice = "its rows cannot join a running batch; use softmeet generate"
+        self._depth = layers_of_keys_and_values(name, model.config, advice)
         self._window = _Window()
         self._cache = Cache(layers=[_Layer(self._window) for _ in range(self._depth)])
         self._lengths: list[int] = []
@@ -140,13 +134,40 @@ class MemberBatch:
         if states is not None:
             for layer, (keys, values) in zip(cache.layers, states, strict=True):
                 layer.update(keys[:, :, :reused], values[:, :, :reused])
-        ids = torch.tensor([tokens[reused:]], device=self.model.device)
+        ids = torch.tensor([tokens[reused:]], device=home(self.model))
         mask = torch.ones(1, len(tokens), dtype=torch.int64, device=ids.device)
         hidden = last_hidden(self.model, ids, cache=cache, use_cache=True, attention_mask=mask)[0]
         found = [(layer.keys, layer.values) for layer in cache.layers]
         if hidden.isfinite().all():
             self.prefixes.keep(tokens, found)
         return hidden, found, reused
+
+    @torch.inference_mode()
+    def catch_up(
+        self, rows: Sequence[tuple[Trail, Sequence[int], int, bool]]
+    ) -> tuple[list[Trail], list[Float[Tensor, "t d"]]]:
+        """Run what sequences outside the batch have not run, each in one chunk.
+
+        Args:
+            rows: for each its trail, all of its tokens, how many of them are its prompt, and whether every one's hidden
+                states are wanted, so that a prompt that begins like an earlier one is computed all the same.
+
+        Returns:
+            (the trails with nothing pending; the hidden states at the tokens that were).
+        """
+        trails = [self._begun(trail, tokens, every=every) for trail, tokens, _, every in rows]
+        done, hidden = catch_up(self.model, trails)
+        for (trail, tokens, prompt, _), new, states in zip(rows, done, hidden, strict=True):
+            if not trail.run and states.isfinite().all():
+                self.prefixes.keep(tokens[:prompt], list(new.shorter(len(tokens) - prompt).states))
+        return done, hidden
+
+    def _begun(self, trail: Trail, tokens: Sequence[int], *, every: bool) -> Trail:
+        """With the rest of the tokens pending, and what is known of a prompt that begins alike."""
+        if not trail.run and not every:
+            reused, states = self.prefixes.longest(tokens)
+            trail = Trail(tuple(states or ())).shorter(states[0][0].shape[2] - reused) if states else trail
+        return trail.longer(tokens[trail.run :])
 
     @torch.inference_mode()
     def join(self, row: int, states: list[Prefix]) -> None:
@@ -198,7 +219,7 @@ class MemberBatch:
                     layer.allocate((layer.keys, layer.values))
             else:
                 self._shift(-w.first)
-        place = self.model.device
+        place = home(self.model)
         lengths = torch.tensor(self._lengths)
         mask = torch.arange(w.end - w.first + 1) >= w.end - w.first - lengths[:, None]
         hidden = last_hidden(

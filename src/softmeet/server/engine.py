@@ -17,13 +17,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softmeet.errors import NonFiniteError, SoftmeetError
+from softmeet.hf.combining import Asked
 from softmeet.hf.report import token_report
 from softmeet.rules.solution import Solution
 from softmeet.server.batch import MemberBatch
 from softmeet.server.errors import BusyError, ClosingError, InternalError, TooLateError
+from softmeet.server.gating import Gates, asked_of
 from softmeet.server.metrics import Metrics
-from softmeet.server.prefixes import Prefix
-from softmeet.server.sampling import Sampler, next_tokens
+from softmeet.server.row import Row
+from softmeet.server.sampling import next_tokens
 from softmeet.server.work import Combination, Failed, Finished, PromptScored, Sequence, Token
 
 log = logging.getLogger("softmeet.server")
@@ -41,25 +43,6 @@ class Limits:
     rows: int = 64
     waiting: int = 256
     kept_tokens: int = 16384
-
-
-class _Row:
-    """A sequence in the batch."""
-
-    def __init__(self, sequence: Sequence) -> None:
-        self.sequence = sequence
-        self.tokens = list(sequence.prompt)
-        self.sampler = Sampler(sequence.sampling, sequence.prompt)
-        self.states: list[list[Prefix]] = []
-        self.joined = self.done = False
-
-    @property
-    def members(self) -> list[PreTrainedModel]:
-        return list(self.sequence.work.combination.model.members)
-
-    @property
-    def drawn(self) -> int:
-        return len(self.tokens) - len(self.sequence.prompt)
 
 
 class Engine:
@@ -83,8 +66,9 @@ class Engine:
         self.limits, self.metrics = limits, metrics or Metrics()
         self._batches = {model: MemberBatch(name, model, limits.kept_tokens) for model, name in names.items()}
         self._pool = ThreadPoolExecutor(len(names)) if parallel else None
+        self._gates = Gates(self._batches, self._map, self.metrics)
         self._waiting: deque[Sequence] = deque()
-        self._rows: dict[int, _Row] = {}
+        self._rows: dict[int, Row] = {}
         self._wake = threading.Condition()
         self._closing, self._last_call = False, float("inf")
         self._thread = threading.Thread(target=self._run, name="softmeet-engine", daemon=True)
@@ -148,7 +132,7 @@ class Engine:
                         self._fail(row, error)
                 self.metrics.steps.observe(time.perf_counter() - started)
 
-    def _admitted(self) -> list[_Row] | None:
+    def _admitted(self) -> list[Row] | None:
         """The sequences that join now, as rows; waits while there is nothing to do; None at the end."""
         with self._wake:
             while not (self._waiting or self._rows or self._closing):
@@ -156,13 +140,13 @@ class Engine:
             if self._closing and not (self._waiting or self._rows):
                 return None
             self._drop()
-            new: list[_Row] = []
+            new: list[Row] = []
             tokens = 0
             while self._waiting and len(self._rows) + len(new) < self.limits.rows:
                 tokens += len(self._waiting[0].prompt)
                 if new and tokens > _PROMPT_TOKENS_A_STEP:
                     break
-                new.append(_Row(self._waiting.popleft()))
+                new.append(Row(self._waiting.popleft()))
             self.metrics.waiting.set(len(self._waiting))
             self.metrics.rows.set(len(self._rows) + len(new))
             return new
@@ -183,27 +167,36 @@ class Engine:
             return ClosingError("the server is shutting down and ended this answer before its end: ask another one")
         return TooLateError("the answer was not done in time: ask for fewer tokens, or raise the server's --timeout")
 
-    def _step(self, new: list[_Row]) -> None:
-        hidden: dict[_Row, list[Float[Tensor, "1 _"]]] = {}
-        for row in new:
-            try:
-                hidden[row] = self._prefill(row)
-            except SoftmeetError as error:
-                self._fail(row, error)
+    def _step(self, new: list[Row]) -> None:
+        hidden: dict[Row, list[Float[Tensor, "1 _"]]] = {}
+        self._each_row(new, self._prefill, hidden)
         outputs: dict[tuple[PreTrainedModel, int], Float[Tensor, "1 d"]] = {}
         busy = [(model, batch) for model, batch in self._batches.items() if batch.rows]
         for (model, batch), out in zip(busy, self._map(self._forward, [b for _, b in busy]), strict=True):
             outputs |= {(model, name): out[k : k + 1] for k, name in enumerate(batch.rows)}
-        for name, row in list(self._rows.items()):
-            try:
-                hidden[row] = self._finite(row, [outputs[model, name] for model in row.members])
-            except NonFiniteError as error:
-                self._fail(row, error)
-        groups: dict[Combination, list[_Row]] = defaultdict(list)
+        running = list(self._rows.values())
+        self._each_row(running, lambda row: self._finite(row, [outputs[m, id(row)] for m in row.batched]), hidden)
+        every = self._gates.ask({row: own[0] for row, own in hidden.items() if row.trails})
+        self._each_row(list(every), lambda row: self._finite(row, every[row]), hidden)
+        groups: dict[Combination, list[Row]] = defaultdict(list)
         for row in hidden:
             groups[row.sequence.work.combination].append(row)
         for combination, rows in groups.items():
             self._advance(combination, rows, hidden)
+
+    def _each_row(
+        self,
+        rows: list[Row],
+        function: Callable[[Row], list[Float[Tensor, "1 _"]]],
+        found: dict[Row, list[Float[Tensor, "1 _"]]],
+    ) -> None:
+        """Put what ``function`` gives for each row into ``found``; a row that fails by its own fault fails alone."""
+        for row in rows:
+            try:
+                found[row] = function(row)
+            except SoftmeetError as error:
+                found.pop(row, None)
+                self._fail(row, error)
 
     def _map(self, function: Callable[[T], U], items: list[T]) -> list[U]:
         return list((self._pool.map if self._pool else map)(function, items))
@@ -211,32 +204,35 @@ class Engine:
     def _forward(self, batch: MemberBatch) -> Float[Tensor, "B d"]:
         return batch.step([self._rows[name].tokens[-1] for name in batch.rows])
 
-    def _prefill(self, row: _Row) -> list[Float[Tensor, "1 _"]]:
+    def _prefill(self, row: Row) -> list[Float[Tensor, "1 _"]]:
         s = row.sequence
-        runs = self._map(lambda m: self._batches[m].prefill(s.prompt, every=s.work.score_prompt), row.members)
+        runs = self._map(lambda m: self._batches[m].prefill(s.prompt, every=s.work.score_prompt), row.batched)
         hidden = self._finite(row, [found for found, _, _ in runs])
         row.states = [states for _, states, _ in runs]
         self.metrics.prompt_tokens.inc(len(s.prompt))
         self.metrics.reused_tokens.inc(min(reused for _, _, reused in runs))
         if s.work.score_prompt:
-            self._score(row, [states[:-1] for states in hidden])
+            every, asked = self._gates.over_prompt(row, hidden[0]) if row.trails else (hidden, None)
+            kept = slice(0, -1)
+            self._score(row, [own[kept] for own in self._finite(row, every)], asked and asked.take(kept))
         return [states[-1:] for states in hidden]
 
-    def _score(self, row: _Row, hidden: list[Float[Tensor, "t _"]]) -> None:
+    def _score(self, row: Row, hidden: list[Float[Tensor, "t _"]], asked: Asked | None) -> None:
         s, tokens = row.sequence, iter(row.sequence.prompt[1:])
         found: list[Token] = []
         if len(hidden[0]):
-            for log_probs, solution in s.work.combination.model.solve_in_chunks(hidden, **s.work.combination.changes()):
+            how = s.work.combination
+            for log_probs, solution in how.model.solve_in_chunks(hidden, asked, **how.changes()):
                 found += [_token(s, solution, log_probs, k, next(tokens)) for k in range(log_probs.shape[1])]
         self._emit(s, PromptScored(found))
 
     def _advance(
-        self, combination: Combination, rows: list[_Row], hidden: dict[_Row, list[Float[Tensor, "1 _"]]]
+        self, combination: Combination, rows: list[Row], hidden: dict[Row, list[Float[Tensor, "1 _"]]]
     ) -> None:
         """Give each row of a group its next token, solved together; one by one if a row's own data forbid that."""
         stacked = [torch.cat(member) for member in zip(*(hidden[row] for row in rows), strict=True)]
         try:
-            chunks = list(combination.model.solve_in_chunks(stacked, **combination.changes()))
+            chunks = list(combination.model.solve_in_chunks(stacked, asked_of(rows), **combination.changes()))
         except SoftmeetError as error:
             if len(rows) == 1:
                 self._fail(rows[0], error)
@@ -249,18 +245,19 @@ class Engine:
             part = rows[start : start + log_probs.shape[1]]
             start += len(part)
             self.metrics.passes.inc(solution.num_passes.sum().item())
+            saved = self._gates.saved(part, solution)
             scores = [row.sampler.scores(row.tokens, solution.log_probs[k]) for k, row in enumerate(part)]
             drawn = next_tokens([row.sampler for row in part], torch.stack(scores))
             for k, (row, token) in enumerate(zip(part, drawn, strict=True)):
-                self._give(row, token, solution, log_probs, k)
+                self._give(row, _token(row.sequence, solution, log_probs, k, token, saved))
 
-    def _give(self, row: _Row, token: int, solution: Solution, log_probs: Float[Tensor, "n B v"], k: int) -> None:
+    def _give(self, row: Row, token: Token) -> None:
         s = row.sequence
         if row.drawn < s.max_tokens:
-            row.tokens.append(token)
+            row.tokens.append(token.token)
             self.metrics.tokens.inc()
-            self._emit(s, _token(s, solution, log_probs, k, token))
-            if token in _ends(s.work.combination.model):
+            self._emit(s, token)
+            if token.token in _ends(s.work.combination.model):
                 self._finish(row, Finished("stop"))
                 return
         if row.drawn >= s.max_tokens:
@@ -268,14 +265,14 @@ class Engine:
         elif not row.joined:
             self._join(row)
 
-    def _join(self, row: _Row) -> None:
-        for model, states in zip(row.members, row.states, strict=True):
+    def _join(self, row: Row) -> None:
+        for model, states in zip(row.batched, row.states, strict=True):
             self._batches[model].join(id(row), states)
         row.states, row.joined = [], True
         self._rows[id(row)] = row
 
-    def _finite(self, row: _Row, hidden: list[Float[Tensor, "k _"]]) -> list[Float[Tensor, "k _"]]:
-        bad = [self._batches[m].name for m, h in zip(row.members, hidden, strict=True) if not h.isfinite().all()]
+    def _finite(self, row: Row, hidden: list[Float[Tensor, "k _"]]) -> list[Float[Tensor, "k _"]]:
+        bad = [self._batches[m].name for m, h in zip(row.members, hidden, strict=False) if not h.isfinite().all()]
         if bad:
             raise NonFiniteError(
                 f"expected finite hidden states, got NaN or an infinity from {', '.join(bad)}: leave it out of this "
@@ -283,16 +280,16 @@ class Engine:
             )
         return hidden
 
-    def _fail(self, row: _Row, error: Exception) -> None:
+    def _fail(self, row: Row, error: Exception) -> None:
         known = error if isinstance(error, SoftmeetError) else InternalError("the server failed: see its log")
         self._finish(row, Failed(known))
 
-    def _finish(self, row: _Row, event: Finished | Failed) -> None:
+    def _finish(self, row: Row, event: Finished | Failed) -> None:
         if row.done:
             return
         row.done = True
         if row.joined:
-            for model in row.members:
+            for model in row.batched:
                 self._batches[model].leave(id(row))
             del self._rows[id(row)]
         self._emit(row.sequence, event)
@@ -309,15 +306,20 @@ def _ends(model: object) -> tuple[int, ...]:
     return () if found is None else (found,) if isinstance(found, int) else tuple(found)
 
 
-def _token(s: Sequence, solution: Solution, log_probs: Float[Tensor, "n B v"], row: int, token: int) -> Token:
-    """With what the sequence asked to know about it."""
-    ours = solution.log_probs[row]
+def _token(
+    s: Sequence, solution: Solution, log_probs: Float[Tensor, "n B v"], row: int, token: int, saved: float = 0.0
+) -> Token:
+    """With what the sequence asked to know about it; ``saved`` are the seconds of a row whose gate was closed."""
+    ours, gated = solution.log_probs[row], bool(solution.gated[row])
+    saved = saved if gated else 0.0
     if s.work.top is None and s.work.report is None:
-        return Token(token)
+        return Token(token, gated=gated, saved=saved)
     best = ours.topk(min(s.work.top or 0, len(ours)))
     return Token(
         token,
         ours[token].item(),
         list(zip(best.indices.tolist(), best.values.tolist(), strict=True)),
         None if s.work.report is None else token_report(solution, log_probs, row, token, s.work.report),
+        gated=gated,
+        saved=saved,
     )

@@ -40,7 +40,7 @@ class Served:
         chosen = self._chosen(given.pop("members", self.names))
         model = self.ensemble.model if len(chosen) == len(self.names) else _part(self, chosen)
         own = model.config
-        settings = {name: given.get(name, getattr(own, name)) for name in ("rule", "weights", "trust", "pool")}
+        settings = {name: given.get(name, getattr(own, name)) for name in ("rule", "weights", "trust", "pool", "gate")}
         found = EnsembleConfig(members=own.members, free_weights=own.free_weights, **settings)
         return Combination.of(model, found), tuple(self.names[k] for k in chosen)
 
@@ -64,6 +64,7 @@ def _part(served: Served, chosen: tuple[int, ...]) -> EnsembleForCausalLM:
     own = config.combine_arguments() | {
         "weights": [total * w / share for w in weights] if sum(weights) else None,
         "trust": [config.trust[k] for k in chosen],
+        "gate": config.gate,
     }
     settings, models = EnsembleConfig([config.members[k] for k in chosen], **own), [whole.members[k] for k in chosen]
     part: EnsembleForCausalLM = EnsembleForCausalLM(settings, models).eval()

@@ -22,6 +22,10 @@ class Metrics:
             "softmeet_reused_tokens", "Tokens of prompts that were not computed again.", **within
         )
         self.passes = Counter("softmeet_head_passes", "Reads of all heads by rules.", **within)
+        self.gated = Counter("softmeet_gated_tokens", "Tokens at which a gate was closed.", ["gate"], **within)
+        self.saved = Counter(
+            "softmeet_gate_saved_seconds", "About what they would have taken with it open.", ["gate"], **within
+        )
         self.rows = Gauge("softmeet_rows", "Sequences in the running batch.", **within)
         self.waiting = Gauge("softmeet_waiting", "Sequences in the queue.", **within)
         self.steps = Histogram("softmeet_step_seconds", "Time of a step.", buckets=_FINE, **within)

@@ -6,11 +6,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import takewhile
 
-from jaxtyping import Float
-from torch import Tensor
-
-# Keys and values of one layer, each (1, heads, t, width).
-Prefix = tuple[Float[Tensor, "1 h t w"], Float[Tensor, "1 h t w"]]
+from softmeet.members.trails import Prefix
 
 
 class Prefixes:

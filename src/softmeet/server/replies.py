@@ -6,6 +6,7 @@ import json
 import math
 import time
 from abc import ABC, abstractmethod
+from dataclasses import asdict
 from typing import Any
 from uuid import uuid4
 
@@ -88,12 +89,16 @@ class Reply(ABC):
         how = self.plan.work.combination
         trust = ["inf" if math.isinf(rho) else rho for rho in how.trust]
         found = {"rule": how.rule, "trust": trust, "weights": list(how.weights), "pool": how.pool}
+        found |= {"gate": how.gate} if how.gate else {}
         return {"members": list(self.plan.members), **found, "seed": self.plan.work.sampling.seed}
 
     def _reported(self, part: Part) -> dict[str, Any]:
         tokens = [*(part.scored or []), *part.tokens]
         reports = [_plain(t.report.spelled(self.plan.tokenizer)) for t in tokens if t.report is not None]
-        return {"softmeet": {"tokens": reports}} if reports else {}
+        found: dict[str, Any] = {"tokens": reports} if reports else {}
+        if part.gate is not None:
+            found["gate"] = asdict(part.gate) | {"share": part.gate.gated / max(part.gate.tokens, 1)}
+        return {"softmeet": found} if found else {}
 
     def spell(self, token: int) -> str:
         """One token's text."""

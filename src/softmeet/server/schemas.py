@@ -13,7 +13,7 @@ Rho = Annotated[float, Field(ge=0, le=1e6)] | Literal["inf"]
 Word = Annotated[str, Field(max_length=200)]
 Stop = Annotated[str, Field(min_length=1, max_length=200)]
 # What a request may change under ``softmeet``, unless the server says less.
-CHANGES = ("rule", "trust", "weights", "pool", "members")
+CHANGES = ("rule", "trust", "weights", "pool", "members", "gate")
 # More tokens or prompts than this no limit on a body lets through.
 _MOST = 1 << 20
 Ids = Annotated[list[int], Len(1, _MOST)]
@@ -32,6 +32,7 @@ class Extension(_Strict):
     weights: Annotated[list[Annotated[float, Field(ge=0, le=1e6)]], Len(1, 64)] | None = None
     pool: Word | None = None
     members: Annotated[list[Word], Len(1, 64)] | None = Field(default=None, description="Some of the members.")
+    gate: Word | None = Field(default=None, description="unsure:T, disagreement:T or none.")
     report: Annotated[int, Field(ge=0, le=20)] | None = Field(
         default=None, description="Report every token, and list so many of each distribution."
     )

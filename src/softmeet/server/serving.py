@@ -34,7 +34,7 @@ class Settings:
         max_choices: sequences of one request.
         seconds: that an answer may take.
         allowed: what requests may change, of :data:`softmeet.server.schemas.CHANGES`.
-        parallel: run members in threads of their own.
+        parallel: run members in threads of their own, as those in different places are in any case.
         cors: origins whose pages may ask.
         ui: serve the page at ``/ui``.
     """
@@ -55,7 +55,8 @@ class Serving:
 
     def __init__(self, ensembles: Ensembles, settings: Settings) -> None:
         self.ensembles, self.settings, self.metrics = ensembles, settings, Metrics()
-        self.engine = Engine(ensembles.members(), settings.limits, parallel=settings.parallel, metrics=self.metrics)
+        parallel = settings.parallel or any(s.ensemble.model.apart for s in ensembles)
+        self.engine = Engine(ensembles.members(), settings.limits, parallel=parallel, metrics=self.metrics)
         # Fast tokenizers change their own state; one thread keeps calls apart, and off the event loop.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="softmeet-tokenizer")
 

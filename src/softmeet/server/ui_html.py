@@ -8,7 +8,7 @@ from html import escape
 from statistics import fmean
 from typing import Any
 
-from softmeet.hf.report import heat, shown
+from softmeet.hf.report import heat, known_sum, shown
 
 Report = dict[str, Any]
 
@@ -24,7 +24,7 @@ def text_of(tokens: Sequence[Report], prompt: str, rule: str, *, done: bool) -> 
 
 
 def _span(k: int, token: Report) -> str:
-    nats = sum(token["disagreement"])
+    nats = known_sum(token["disagreement"])
     label = f"{shown(token['text'])}, disagreement {nats:.3f} nats, {math.exp(token['log_prob']):.1%}"
     hot = heat(token["disagreement"])
     text = escape(token["text"]).replace("\n", '<span class="nl">⏎</span>\n')
@@ -38,7 +38,7 @@ def summary(tokens: Sequence[Report]) -> str:
     """The figures of a text in a line."""
     if not tokens:
         return "…"
-    disagreement = fmean(sum(t["disagreement"]) for t in tokens)
+    disagreement = fmean(known_sum(t["disagreement"]) for t in tokens)
     bound = "at most " if all(all(t["disagreement_is_bound"]) for t in tokens) else ""
     passes, nats = fmean(t["num_passes"] for t in tokens), -fmean(t["log_prob"] for t in tokens)
     return (
@@ -55,9 +55,12 @@ def details_of(token: Report, members: Sequence[str], rule: str) -> str:
         members, token["member_top"], token["member_log_probs"], token["disagreement"], token["disagreement_is_bound"],
         strict=True,
     ):  # fmt: skip
-        note = f"corrected by {'at most ' if bound else ''}{nats:.4f} nats"
+        note = (
+            f"corrected by {'at most ' if bound else ''}{nats:.4f} nats" if rows else "not asked: the gate was closed"
+        )
         cards.append(_card(name, rows, token["text"], own, note, scale, ""))
     sure = f"within {token['gap']:.1e} nats of the optimum" + (", certified" if token["gap_is_certified"] else "")
+    sure = ("gate closed, " if token["gated"] else "") + (sure if math.isfinite(token["gap"]) else "not solved")
     figures = f"{token['status'].lower().replace('_', ' ')}, {sure}, {token['num_passes']:.1f} head passes"
     return (
         f"<h3><code>{escape(shown(token['text']))}</code> <small>by {escape(rule)}: {escape(figures)}</small></h3>"
@@ -71,7 +74,7 @@ def _card(name: str, rows: Sequence[Sequence[Any]], chosen: str, own: float, not
         f'<i style="--w:{100 * math.exp(x) / scale:.1f}%"></i><b data-log-prob="{x!r}">{math.exp(x):.1%}</b></li>'
         for text, x in rows
     )
-    came = f"the token that came: <b>{math.exp(own):.2%}</b>"
+    came = f"the token that came: <b>{math.exp(own):.2%}</b>" if rows else ""
     return f'<section class="card {kind}"><h4>{escape(name)}</h4><ol>{bars}</ol><p>{came}<br>{note}</p></section>'
 
 

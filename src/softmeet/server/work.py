@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.hf.report import TokenReport
+from softmeet.rules.gates import Unsure, find_gate
 from softmeet.server.sampling import Sampling
 
 
@@ -20,30 +22,43 @@ class Combination:
     weights: tuple[float, ...]
     trust: tuple[float, ...]
     pool: str
+    gate: str | None = None
 
     @classmethod
     def of(cls, model: EnsembleForCausalLM, settings: Any) -> Combination:
         """As a configuration of that ensemble has it."""
-        return cls(model, settings.rule, tuple(settings.weights), tuple(settings.trust), settings.pool)
+        return cls(model, settings.rule, tuple(settings.weights), tuple(settings.trust), settings.pool, settings.gate)
 
     def room(self, length: int) -> int:
         """How many tokens fit after a prompt of that length into the shortest context."""
         limit: int | None = getattr(self.model.config, "max_position_embeddings", None)
         return 1 << 30 if limit is None else max(limit - length, 0)
 
+    @cached_property
+    def unsure(self) -> Unsure | None:
+        """The gate that keeps members from running, if there is one."""
+        found = find_gate(self.gate)
+        return found if isinstance(found, Unsure) else None
+
     def changes(self) -> dict[str, Any]:
         """The arguments of :func:`softmeet.combine`."""
-        return {"rule": self.rule, "weights": self.weights, "trust": self.trust, "pool": self.pool}
+        settings = {"rule": self.rule, "weights": self.weights, "trust": self.trust, "pool": self.pool}
+        return settings | {"gate": self.gate}
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token that came. ``log_prob`` and ``top`` (token, log-probability) are the ensemble's, untempered, in nats."""
+    """A token that came. ``log_prob`` and ``top`` (token, log-probability) are the ensemble's, untempered, in nats.
+
+    ``gated`` if a gate was closed there, which ``saved`` about so many seconds.
+    """
 
     token: int
     log_prob: float | None = None
     top: list[tuple[int, float]] = field(default_factory=list)
     report: TokenReport | None = None
+    gated: bool = False
+    saved: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,189 @@
+"""What gates save and what they cost, as curves: python benchmarks/gates.py --plot docs/images/gates.png
+
+Quality is read off held-out books, position by position: the rule is solved once everywhere, and each gate then only
+decides where its answer would have counted. Speed is measured by generating, one sequence at a time or in batches,
+from the same prompts under each gate, no ends of text; seconds are the process's own, which on one thread are those of
+an idle core, so that what else a machine does counts little. Both by ``meet`` with the default trust, on both bundled
+families.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.progress import Progress, track
+
+from report import show
+from softmeet import Ensemble
+from softmeet.evaluation.choices import Choice, under_gates
+from softmeet.evaluation.held_out import held_out_books
+from softmeet.evaluation.intervals import clusters, paired
+from softmeet.evaluation.perplexity import Evaluation, evaluate
+from softmeet.evaluation.positions import Positions, observe_text
+from softmeet.hf import Recorder
+from softmeet.hf.sampling import RowSampler
+from softmeet.rules.gates import confidence, first_order_disagreement
+
+SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
+PROMPT = 16
+OPTIONS: dict[str, Any] = {"do_sample": True, "top_k": 0, "eos_token_id": None, "pad_token_id": 0}
+MEET = Choice("meet", {"rule": "meet"})
+
+
+@torch.inference_mode()
+def gates_of(ensemble: Ensemble, positions: Positions) -> list[str]:
+    """None, gates that close at about these shares of the positions, and those that always close."""
+    model, found = ensemble.model, []
+    log_p, logits = model.own_log_probs(positions.hidden)
+    # No trust is solved for: the pool and the disagreement are the same at any rate.
+    problem = model.combine_rows(log_p, logits, rule="meet", gate="disagreement:1e9").problem
+    for name, sizes, signs in (
+        ("unsure", confidence(log_p[0]), [1 - share for share in SHARES]),
+        ("disagreement", first_order_disagreement(problem), SHARES),
+    ):
+        cuts = torch.quantile(sizes.double(), torch.tensor(signs, dtype=torch.float64)).tolist()
+        found += [f"{name}:{cut:.2g}" for cut in cuts]
+    every = ["none", *found[: len(SHARES)], "unsure:0", *found[len(SHARES) :], "disagreement:100"]
+    return list(dict.fromkeys(every))
+
+
+@dataclass
+class Run:
+    """Seconds of the processor and of the clock to generate, and what the gate did."""
+
+    spent: float
+    passed: float
+    recorder: Recorder
+
+    @property
+    def guess(self) -> float | None:
+        """Of the time without a gate, the share that was saved, as the recorder guesses it."""
+        saved = self.recorder.gate.saved
+        return None if saved is None else saved / (saved + self.passed)
+
+
+def speed(ensemble: Ensemble, gate: str, prompts: torch.Tensor, tokens: int, batch: int) -> Run:
+    """Generate ``tokens`` from each prompt."""
+    recorder, options = Recorder(), OPTIONS | {"min_new_tokens": tokens, "max_new_tokens": tokens, "gate": gate}
+    begun, start = time.process_time(), time.perf_counter()
+    for k, ids in enumerate(prompts.split(batch)):
+        keys = range(k * batch, k * batch + len(ids))
+        ensemble.model.generate(
+            ids, attention_mask=torch.ones_like(ids), row_sampler=RowSampler(1, keys), recorder=recorder, **options
+        )
+    return Run(time.process_time() - begun, time.perf_counter() - start, recorder)
+
+
+def row(gate: str, found: Evaluation, run: Run, plain_run: Run, generated: int) -> dict[str, Any]:
+    """One line of the table; ``plain_run`` is without a gate."""
+    plain = found.choices[MEET.name]
+    scores = plain if gate == "none" else found.choices[f"{MEET.name}:gate={float_text(gate)}"]
+    difference = paired(scores.nats, plain.nats, clusters(found.positions.document))
+    return {
+        "gate": gate,
+        "gated in text": 0.0 if scores.gated is None else scores.gated.double().mean().item(),
+        "nats a token": scores.mean,
+        "against no gate": difference.mean,
+        "± (95 %)": (difference.high - difference.low) / 2,
+        "gated in generation": run.recorder.gate.share,
+        "tokens/s": generated / run.spent,
+        "over no gate": plain_run.spent / run.spent,
+        "time saved": 1 - run.spent / plain_run.spent,
+        "as guessed": run.guess,
+    }
+
+
+def float_text(gate: str) -> str:
+    """A gate as choices name it."""
+    name, _, number = gate.partition(":")
+    return f"{name}:{float(number)!r}"
+
+
+def family_rows(
+    family: str, per_book: int, prompts: int, tokens: int, batch: int
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The table of a family, and what else is worth knowing."""
+    ensemble = Ensemble.from_pretrained(family)
+    positions = observe_text(ensemble, held_out_books(), bos=True, max_per_document=per_book)
+    gates = gates_of(ensemble, positions)
+    choices = under_gates([MEET], gates[1:])
+    with Progress() as bars:
+        task = bars.add_task(f"{family}: solving", total=len(positions))
+        found = evaluate(ensemble, positions, choices, lambda count: bars.advance(task, count))
+    starts = torch.stack([_inside(ensemble, book.text) for book in held_out_books()[:prompts]])
+    speed(ensemble, "none", starts[:batch], 2, batch)
+    timed = {gate: speed(ensemble, gate, starts, tokens, batch) for gate in track(gates, f"{family}: generating")}
+    generated = len(starts) * tokens
+    rows = [row(gate, found, timed[gate], timed["none"], generated) for gate in gates]
+    alone = {name: scores.mean for name, scores in found.members.items()}
+    return rows, {"positions": len(positions), "members": alone, "tokens": generated, "batch": batch}
+
+
+def _inside(ensemble: Ensemble, text: str) -> torch.Tensor:
+    """A prompt from where a book has got going."""
+    ids: torch.Tensor = ensemble.tokenizer(text[2000:3000], return_tensors="pt")["input_ids"][0]
+    return ids[:PROMPT]
+
+
+def plot(tables: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Nats and speed against the share that is gated, a row of panels for each family."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.6 * len(tables)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(tables), 2, squeeze=False)
+    for (family, rows), (nats, rate) in zip(tables.items(), panels, strict=True):
+        for name, color in (("unsure", "tab:orange"), ("disagreement", "tab:blue")):
+            some = sorted((r for r in rows if r["gate"].startswith(name)), key=lambda r: r["gated in text"])
+            x = [r["gated in text"] for r in some]
+            nats.errorbar(x, [r["against no gate"] for r in some], [r["± (95 %)"] for r in some], marker="o", capsize=2,
+                          color=color, label=name)  # fmt: skip
+            some.sort(key=lambda r: r["gated in generation"])
+            rate.plot([r["gated in generation"] for r in some], [r["tokens/s"] for r in some], "o-", color=color)
+        nats.axhline(0, color="black", linewidth=0.8)
+        rate.axhline(rows[0]["tokens/s"], color="black", linewidth=0.8)
+        nats.set(title=f"{family}: quality", ylabel="nats a token against no gate", xlabel="share of tokens gated")
+        rate.set(title=f"{family}: speed", ylabel="tokens/s (line: no gate)", xlabel="share of tokens gated")
+        nats.legend(frameon=False)
+        for axes in (nats, rate):
+            axes.spines[["top", "right"]].set_visible(False)
+        rate.set_yscale("log")
+    figure.savefig(path, dpi=110)
+
+
+def main(
+    families: Annotated[str, typer.Option()] = "narrow,wide",
+    per_book: Annotated[int, typer.Option(help="Positions of each of the 20 books, at most.")] = 50,
+    prompts: Annotated[int, typer.Option(help="To generate from, each from a book.")] = 8,
+    tokens: Annotated[int, typer.Option(help="To generate from each.")] = 24,
+    batch: Annotated[int, typer.Option(help="Sequences that are generated together.")] = 1,
+    threads: Annotated[int, typer.Option()] = 1,
+    smoke: Annotated[bool, typer.Option("--smoke", help="A size that runs in a minute.")] = False,
+    plot_to: Annotated[Path | None, typer.Option("--plot", help="Draw the curves here.")] = None,
+    json: Annotated[Path | None, typer.Option(help="A folder for the figures.")] = None,
+) -> None:
+    """Print a table for each family."""
+    torch.set_num_threads(threads)
+    if smoke:
+        per_book, prompts, tokens = 3, 2, 6
+    tables = {}
+    for family in families.split(","):
+        rows, facts = family_rows(family, per_book, prompts, tokens, batch)
+        tables[family] = rows
+        alone = ", ".join(f"{Path(name).name} {nats:.3f}" for name, nats in facts["members"].items())
+        title = (
+            f"{family}: {facts['positions']:,} positions; alone: {alone} nats; {facts['tokens']} tokens, batch {batch}"
+        )
+        show(title, rows, json and json / f"gates-{family}.json", **facts)
+    if plot_to is not None:
+        plot(tables, plot_to)
+
+
+if __name__ == "__main__":
+    typer.run(main)

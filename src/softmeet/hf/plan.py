@@ -1,0 +1,225 @@
+"""What goes where, in bytes, before anything is loaded: weights, heads, caches and the solver's room.
+
+Shapes come from the members' configurations, built without memory on torch's meta device; a strategy such as ``"auto"``
+is worked out as it is at loading, by accelerate from what the machine has free.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
+
+from softmeet.errors import CheckpointError, InvalidInputError
+from softmeet.hf.combining import rows_at_once
+from softmeet.members import zoo
+from softmeet.members.huggingface import Dtype, checkpoint_of, dtype_of, one_each
+from softmeet.members.placement import Device, device_map_of, main_device
+
+_FP64 = 8
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something that takes room: ``bytes`` of ``dtype`` at ``device`` (or disk) for ``owner``, a member or the solver.
+
+    ``what`` is body (all weights but the output layer's), head, head copy (of one that is offloaded, for the solver),
+    cache, streamed (room for the largest module that comes back from where it is offloaded), workspace or whitening.
+    """
+
+    owner: str
+    what: str
+    device: str
+    dtype: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where everything goes for ``batch`` sequences of ``context`` tokens.
+
+    ``cache_bytes_per_token`` is of one sequence, per member; ``rows_at_once`` are the positions that one solve takes.
+    Not counted are the interpreter and its libraries, and activations while a prompt is run.
+    """
+
+    batch: int
+    context: int
+    rows_at_once: int
+    cache_bytes_per_token: dict[str, int]
+    parts: list[Part]
+
+    def totals(self) -> dict[str, int]:
+        """Bytes of each device, and of the disk."""
+        found: dict[str, int] = defaultdict(int)
+        for part in self.parts:
+            found[part.device] += part.bytes
+        return dict(found)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """A member as it would be loaded, without its weights."""
+
+    name: str
+    config: PreTrainedConfig
+    model: PreTrainedModel
+    dtype: torch.dtype
+    places: dict[str, Any]
+
+    def place(self, parameter: str) -> str:
+        """Where a parameter is kept: as the longest name in the map that it is under, else on the CPU."""
+        best = max((m for m in self.places if not m or f"{parameter}.".startswith(f"{m}.")), key=len, default=None)
+        return "cpu" if best is None else str(self.places[best])
+
+    @property
+    def home(self) -> str:
+        """Where it computes."""
+        return str(main_device(self.places))
+
+    @property
+    def context(self) -> int | None:
+        """The longest sequence; None where there is no limit."""
+        limit: int | None = getattr(self.config, "max_position_embeddings", None)
+        return limit
+
+
+def plan(
+    names: Sequence[str | Path],
+    *,
+    dtype: Dtype | Sequence[Dtype] = None,
+    device: Device | Sequence[Device] = None,
+    batch: int = 1,
+    context: int | None = None,
+    trust_remote_code: bool = False,
+) -> Plan:
+    """Plan the memory of an ensemble.
+
+    Args:
+        names, dtype, device, trust_remote_code: as ``load_members`` has them.
+        batch: sequences at once.
+        context: tokens of each; the shortest member's longest if None.
+
+    Raises:
+        InvalidInputError: no name, a batch or context below 1, or not one dtype or device per member.
+        CheckpointError: a configuration cannot be read.
+    """
+    expanded = [path for name in names for path in zoo.expand(name)]
+    if not expanded or batch < 1 or (context is not None and context < 1):
+        raise InvalidInputError(
+            f"expected members, and a batch and a context of at least 1, got {len(expanded)}, {batch} and {context}"
+        )
+    given = zip(
+        expanded, one_each(dtype, "dtype", len(expanded)), one_each(device, "device", len(expanded)), strict=True
+    )
+    shapes = [_shape(name, own_dtype, own_device, trust_remote_code) for name, own_dtype, own_device in given]
+    limits = [shape.context for shape in shapes if shape.context is not None]
+    length = context if context is not None else min(limits, default=1)
+    tokens = {shape.name: sum(_cache_of_a_token(shape)) for shape in shapes}
+    rows = min(batch, rows_at_once(max(_rows(shape) for shape in shapes), len(shapes)))
+    parts = [part for shape in shapes for part in (*_weights(shape), *_caches(shape, batch, length))]
+    return Plan(batch, length, rows, tokens, [*parts, *_workspace(shapes, rows)])
+
+
+def solver_bytes(v: int, n: int, width: int, rows: int) -> int:
+    """Room that combining takes: fp64 vectors over v tokens, 4n + 4 a row, and two squares of the heads' widths."""
+    return _FP64 * (rows * v * (4 * n + 4) + 2 * width**2)
+
+
+def _shape(name: str, dtype: Dtype, device: Device, trust_remote_code: bool) -> _Shape:
+    where = checkpoint_of(name) | {"trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(**where)
+        wanted = dtype_of(dtype, device)
+        own = getattr(config, "dtype", None) or torch.float32
+        chosen = own if wanted == "auto" else getattr(torch, wanted) if isinstance(wanted, str) else wanted
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise CheckpointError(f"cannot plan {name}: {str(error).strip().splitlines()[0]}") from error
+    return _Shape(name, model.config.get_text_config(decoder=True), model, chosen, _places(model, device))
+
+
+def _places(model: PreTrainedModel, device: Device) -> dict[str, Any]:
+    spread = device_map_of(device)
+    if isinstance(spread, dict):
+        return spread
+    if spread is None:
+        return {"": str(device or "cpu")}
+    from accelerate import infer_auto_device_map
+    from accelerate.utils import get_balanced_memory, get_max_memory
+
+    classes = list(model._no_split_modules or [])
+    low = spread == "balanced_low_0"
+    free = (
+        get_max_memory()
+        if spread == "sequential"
+        else get_balanced_memory(model, no_split_module_classes=classes, low_zero=low)
+    )
+    found: dict[str, Any] = infer_auto_device_map(model, max_memory=free, no_split_module_classes=classes)
+    return found
+
+
+def _weights(shape: _Shape) -> list[Part]:
+    """The body's weights and the head's; what is offloaded also needs room to come back to, and its head a copy."""
+    head = set(shape.model.get_output_embeddings().parameters())
+    found: dict[tuple[str, str], int] = defaultdict(int)
+    for name, parameter in shape.model.named_parameters():
+        place, what = shape.place(name), "head" if parameter in head else "body"
+        found[what, place] += parameter.nbytes
+        if what == "head" and _is_offloaded(shape, place):
+            found["head copy", shape.home] += parameter.nbytes
+    streamed = max((_own_bytes(shape, module, name) for name, module in shape.model.named_modules()), default=0)
+    if streamed:
+        found["streamed", shape.home] = streamed
+    return [_part(shape, what, place, size) for (what, place), size in found.items()]
+
+
+def _is_offloaded(shape: _Shape, place: str) -> bool:
+    return place == "disk" or (place == "cpu" and shape.home != "cpu")
+
+
+def _own_bytes(shape: _Shape, module: torch.nn.Module, name: str) -> int:
+    """Of a module's own parameters, those that are offloaded."""
+    own = module.named_parameters(prefix=name, recurse=False)
+    return sum(p.nbytes for key, p in own if _is_offloaded(shape, shape.place(key)))
+
+
+def _cache_of_a_token(shape: _Shape) -> list[int]:
+    """Bytes of keys and values, layer by layer."""
+    c = shape.config
+    heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+    width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    return [2 * heads * width * shape.dtype.itemsize] * len(DynamicCache(config=c).layers)
+
+
+def _caches(shape: _Shape, batch: int, context: int) -> list[Part]:
+    """At the full context; a sliding layer keeps its window."""
+    layers = DynamicCache(config=shape.config).layers
+    kept = [min(context, getattr(layer, "sliding_window", context)) for layer in layers]
+    each = zip(kept, _cache_of_a_token(shape), strict=True)
+    return [_part(shape, "cache", shape.home, batch * sum(tokens * size for tokens, size in each))]
+
+
+def _rows(shape: _Shape) -> int:
+    return int(shape.model.get_output_embeddings().weight.shape[0])
+
+
+def _workspace(shapes: Sequence[_Shape], rows: int) -> list[Part]:
+    """The solver's, with the first member's head, and each head's whitening beside it."""
+    widths = [int(shape.model.get_output_embeddings().weight.shape[1]) for shape in shapes]
+    room = solver_bytes(max(map(_rows, shapes)), len(shapes), sum(widths), rows)
+    whitening = _FP64 * sum(2 * d**2 + d for d in widths)
+    place = shapes[0].home
+    return [
+        Part("solver", "workspace", place, "float64", room),
+        Part("solver", "whitening", place, "float64", whitening),
+    ]
+
+
+def _part(shape: _Shape, what: str, place: str, size: int) -> Part:
+    return Part(shape.name, what, place, str(shape.dtype).removeprefix("torch."), size)

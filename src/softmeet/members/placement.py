@@ -1,0 +1,95 @@
+"""Where a member's weights are: on one device, or by module on several, on CPU and on disk, as accelerate put them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from softmeet.errors import InvalidInputError
+
+T = TypeVar("T")
+U = TypeVar("U")
+# A device, one of accelerate's strategies, or a device for each module by name.
+Device = torch.device | str | dict[Any, Any] | None
+STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
+_OFFLOADED = ("cpu", "disk")
+
+
+def device_map_of(device: Device) -> str | dict[str, Any] | None:
+    """What accelerate is to be given; None for a member that goes to one device as a whole.
+
+    Raises:
+        InvalidInputError: neither a device, a strategy of accelerate's nor a map from modules to devices.
+    """
+    if isinstance(device, dict):
+        if not device or not all(isinstance(name, str) for name in device):
+            raise InvalidInputError(f"expected a device for each module by name, got {device!r}")
+        return {name: _named(place) for name, place in device.items()}
+    if isinstance(device, str) and device in STRATEGIES:
+        return device
+    if device == "disk":
+        return {"": device}
+    _named("cpu" if device is None else device)
+    return None
+
+
+def _named(place: Any) -> Any:
+    if place == "disk" or isinstance(place, int):
+        return place
+    try:
+        torch.device(place)
+    except (RuntimeError, TypeError):
+        raise InvalidInputError(
+            f"expected a device such as cpu or cuda:0, disk, or one of {', '.join(STRATEGIES)}, got {place!r}"
+        ) from None
+    return place
+
+
+def main_device(device_map: dict[str, Any]) -> torch.device:
+    """Where what is offloaded comes back to when it is needed, as accelerate has it: the first that is no store."""
+    real = [place for place in device_map.values() if str(place) not in _OFFLOADED]
+    return torch.device(real[0]) if real else torch.device("cpu")
+
+
+def home(model: PreTrainedModel) -> torch.device:
+    """Where the model's inputs go."""
+    spread = getattr(model, "hf_device_map", None) or {}
+    weights = next(model.parameters()).device
+    return weights if len(set(map(str, spread.values()))) < 2 and weights.type != "meta" else main_device(spread)
+
+
+def whereabouts(model: PreTrainedModel) -> frozenset[str]:
+    """All places that hold some of the model."""
+    spread = getattr(model, "hf_device_map", None) or {}
+    meta = any(p.is_meta for p in model.parameters())
+    own = {str(p.device) for p in model.parameters() if not p.is_meta}
+    return frozenset(own | ({str(place) for place in spread.values()} if meta else set()))
+
+
+def in_memory(layer: nn.Module) -> dict[str, Tensor]:
+    """A layer's parameters by name, with copies of those that are offloaded, on the device that computes with them."""
+    if not any(p.is_meta for p in layer.parameters()):
+        return dict(layer.named_parameters())
+    from accelerate.utils import align_module_device
+
+    with align_module_device(layer):
+        return {name: p.detach().clone() for name, p in layer.named_parameters()}
+
+
+def each_in_a_thread(function: Callable[[T], U], items: Sequence[T]) -> list[U]:
+    """``function`` of every item, all at once, each under the caller's modes of autograd."""
+    inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+
+    def run(item: T) -> U:
+        with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
+            return function(item)
+
+    if len(items) < 2:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(len(items)) as pool:
+        return list(pool.map(run, items))

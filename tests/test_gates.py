@@ -1,0 +1,407 @@
+"""Gates: their laws, and generation in which most members are behind most of the time."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny
+import torch
+import transformers as tf
+from instances import best_outputs, random_heads, zipf
+from test_cli import run
+from test_generation import GREEDY, MEMBERS, PROMPTS, build
+
+import softmeet
+from softmeet import RULES, Ensemble, Status
+from softmeet.errors import InvalidInputError
+from softmeet.evaluation.choices import Choice, parse_choices, under_gates
+from softmeet.evaluation.documents import Document
+from softmeet.evaluation.perplexity import evaluate
+from softmeet.evaluation.positions import observe_text
+from softmeet.evaluation.report import summary
+from softmeet.hf import EnsembleConfig, Recorder, TokenReports
+from softmeet.hf.cache import EnsembleCache
+from softmeet.hf.sampling import RowSampler
+from softmeet.members.trails import Trail, catch_up
+from softmeet.rules.gates import find_gate, first_order_disagreement
+from softmeet.simplex import kl, total_variation
+
+# Nats of first-order disagreement that about half of the tiny members' tokens exceed.
+NEAR = 1.1
+BAD = (
+    "unsure",
+    "unsure:",
+    "unsure:x",
+    "unsure:-0.1",
+    "unsure:nan",
+    "disagreement:inf",
+    "sure:0.5",
+    "",
+    "none:1",
+    "0.5",
+)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """(log-probabilities of two members at eight positions that differ in confidence and disagreement, heads)."""
+    heads = random_heads(40, (4, 5), seed=2)
+    log_p = best_outputs(heads, zipf(8, 40, seed=2))
+    log_p[1] += torch.linspace(0, 2, 8)[:, None] * torch.randn(8, 40, generator=torch.Generator().manual_seed(1))
+    log_p[0] *= torch.linspace(0.5, 3, 8)[:, None]
+    return log_p.log_softmax(-1).double(), heads
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build()
+
+
+@pytest.mark.parametrize("gate", BAD)
+def test_bad_gates_are_refused_wherever_they_are_given(gate, rows, model):
+    for given in (
+        lambda: softmeet.combine(*rows, gate=gate),
+        lambda: EnsembleConfig(["a"], gate=gate),
+        lambda: model.generate(PROMPTS, gate=gate, max_new_tokens=1),
+        lambda: parse_choices(f"meet:gate={gate or 'x'}", 2, {}),
+    ):
+        with pytest.raises(InvalidInputError, match=r"expected a gate as unsure:T .*or none|unknown option"):
+            given()
+    with pytest.raises(InvalidInputError, match="expected a gate"):
+        softmeet.combine(*rows, gate=0.5)
+
+
+@pytest.mark.parametrize("gate", [None, "none", "disagreement:0", "unsure:1.01", "unsure:7"])
+@pytest.mark.parametrize("rule", [rule.name for rule in RULES])
+def test_gates_that_never_close_are_no_gates(rows, rule, gate):
+    plain, ours = softmeet.combine(*rows, rule), softmeet.combine(*rows, rule, gate=gate)
+    assert find_gate(gate) is None
+    assert torch.equal(ours.log_probs, plain.log_probs)
+    assert torch.equal(ours.status, plain.status)
+    assert torch.equal(ours.gap, plain.gap)
+    assert not ours.gated.any()
+
+
+@pytest.mark.parametrize("rule", [rule.name for rule in RULES])
+def test_unsure_0_is_what_the_rule_makes_of_the_first_member(rows, rule):
+    log_p, heads = rows
+    ours = softmeet.combine(log_p, heads, rule, gate="unsure:0")
+    alone = softmeet.combine(log_p[:1], heads[:1], rule, tol=1e-12)
+    assert ours.gated.all()
+    assert (ours.num_passes == 0).all()
+    assert total_variation(ours.log_probs, alone.log_probs).max() < 1e-6
+    if rule != "one-hot":
+        assert torch.allclose(ours.log_probs, log_p[0], atol=1e-12)
+
+
+@pytest.mark.parametrize("pool", ["logit-mean", "prob-mean"])
+def test_disagreement_is_the_pool_where_members_agree_and_the_rule_elsewhere(rows, pool):
+    plain = softmeet.combine(*rows, trust=[0.5, 2.0], pool=pool)
+    size = sum(rho * kl(plain.pool, own) for rho, own in zip((0.5, 2.0), rows[0], strict=True))
+    assert torch.allclose(size, first_order_disagreement(plain.problem))
+    threshold = size.median().item()
+    ours = softmeet.combine(*rows, trust=[0.5, 2.0], pool=pool, gate=f"disagreement:{threshold}")
+    closed = size <= threshold
+    assert 0 < closed.sum() < len(closed)
+    assert torch.equal(ours.gated, closed)
+    assert torch.equal(ours.log_probs[closed], plain.pool[closed])
+    assert torch.allclose(ours.log_probs[~closed], plain.log_probs[~closed], atol=1e-10)
+    assert (ours.num_passes[closed] == 0).all()
+    assert (ours.num_passes[~closed] > 0).all()
+    assert ours.gap_is_certified[closed].all()
+    assert (ours.status == Status.OPTIMAL).all()
+    # The gap is a bound on what the solve would have gained, for any trust, and verify finds it again.
+    gained = plain.objective + plain.gap
+    assert (plain.objective[closed] <= ours.gap[closed]).all()
+    assert (gained[closed] > 0).all()
+    again = ours.verify(rows[1], rows[0])
+    assert (again.gap[closed] <= ours.gap[closed] + 1e-9).all()
+    assert again.total_variation[closed].max() < 1e-9
+
+
+def test_rules_without_a_bound_say_so_and_those_without_a_solve_stay_open(rows):
+    exact = softmeet.combine(*rows, "least-squares", gate="disagreement:1000")
+    assert exact.gated.all()
+    assert exact.gap.isinf().all()
+    assert not exact.gap_is_certified.any()
+    assert torch.equal(exact.log_probs, exact.pool)
+    assert not softmeet.combine(*rows, "prob-mean", gate="disagreement:1000").gated.any()
+
+
+@pytest.mark.parametrize("gate", ["unsure:0.3", "disagreement:0.2"])
+def test_a_row_under_a_gate_depends_on_that_row_alone(rows, gate):
+    log_p, heads = rows
+    together = softmeet.combine(log_p, heads, gate=gate)
+    assert 0 < together.gated.sum() < 8
+    for k in range(8):
+        alone = softmeet.combine(log_p[:, k : k + 1], heads, gate=gate)
+        assert alone.gated[0] == together.gated[k]
+        assert torch.allclose(alone.log_probs[0], together.log_probs[k], atol=1e-9)
+
+
+def test_catching_up_is_running_token_by_token():
+    """Sequences behind by different numbers of tokens, in one batch, for positions and windows of all kinds."""
+    window = tf.Gemma2Config(**tiny.SMALL, **tiny.GQA, sliding_window=4)
+    models = {name: tiny.build(name) for name in tiny.BUILDERS} | {"window": tf.Gemma2ForCausalLM(window).eval()}
+    for name, model in models.items():
+        model, generator = model.double(), torch.Generator().manual_seed(0)
+        # Gemma's norms are fp32 whatever the dtype.
+        rounding = 1e-5 if "Gemma" in type(model).__name__ else 1e-12
+        texts = [torch.randint(1, tiny.V, (length,), generator=generator).tolist() for length in (20, 7, 13, 12, 1)]
+        trails = [Trail()] * len(texts)
+        found = [[] for _ in texts]
+        with torch.inference_mode():
+            # In three strides that part each text elsewhere.
+            for stride in range(3):
+                parts = [_part(text, stride, k) for k, text in enumerate(texts)]
+                some = [k for k, part in enumerate(parts) if part]
+                caught, hidden = catch_up(model, [trails[k].longer(parts[k]) for k in some])
+                for k, trail, states in zip(some, caught, hidden, strict=True):
+                    trails[k] = trail
+                    found[k].append(states)
+            for text, states, trail in zip(texts, found, trails, strict=True):
+                assert trail.run == len(text)
+                whole = model.base_model(input_ids=torch.tensor([text])).last_hidden_state[0]
+                assert torch.allclose(torch.cat(states), whole, atol=rounding), name
+
+
+def _part(text, stride, k):
+    cuts = [0, (len(text) * (k + 1)) // 7, (len(text) * (k + 3)) // 8, len(text)]
+    return text[cuts[stride] : cuts[stride + 1]]
+
+
+def test_a_trail_can_be_cut_anywhere():
+    model = tiny.build("llama").double()
+    with torch.inference_mode():
+        ((trail,), (whole,)) = catch_up(model, [Trail().longer([5, 6, 7, 8, 9])])
+        for cut in range(6):
+            shorter = trail.longer([3, 4]).shorter(cut)
+            assert shorter.run + len(shorter.pending) == 7 - cut
+            ((_,), (again,)) = catch_up(model, [shorter.longer([*[5, 6, 7, 8, 9, 3, 4][7 - cut :], 2])])
+            expected = model.base_model(input_ids=torch.tensor([[5, 6, 7, 8, 9, 3, 4, 2]])).last_hidden_state[0]
+            assert torch.allclose(again[-1], expected[-1], atol=1e-9)
+    assert len(whole) == 5
+
+
+def gated_greedy(model, prompt, gate, count):
+    """By hand: whole texts, no cache, the first member's confidence and then who answers."""
+    threshold, tokens = float(gate.partition(":")[2]), list(prompt)
+    closed = []
+    for _ in range(count):
+        ids = torch.tensor([tokens])
+        with torch.inference_mode():
+            own = model.members[0](input_ids=ids).logits[0, -1].double().softmax(-1)
+            closed.append(own.max().item() >= threshold)
+            both = own.log() if closed[-1] else model(input_ids=ids, gate="none").logits[0, -1]
+        tokens.append(int(both.argmax()))
+    return tokens[len(prompt) :], sum(closed)
+
+
+def median_gate(model, quantile=0.5):
+    """A gate that is closed at about half of the tokens that greedy generation gives."""
+    reports = TokenReports()
+    model.generate(PROMPTS, max_new_tokens=16, recorder=reports, **GREEDY)
+    sure = torch.tensor([log_p[0, row].max().exp().item() for _, log_p, row in reports._kept])
+    return f"unsure:{sure.quantile(quantile).item():.6f}"
+
+
+@pytest.mark.parametrize("quantile", [0.5, 0.8])
+def test_unsure_is_the_first_member_where_it_is_sure_and_all_of_them_elsewhere(model, quantile):
+    gate, recorder = median_gate(model, quantile), Recorder()
+    short = torch.tensor([[0, 0, 7, 8], *PROMPTS.tolist()])
+    mask = torch.tensor([[0, 0, 1, 1], [1] * 4, [1] * 4])
+    options = {"max_new_tokens": 16, "gate": gate, **GREEDY}
+    together = model.generate(short, attention_mask=mask, recorder=recorder, **options)
+    assert torch.equal(together, model.generate(short, attention_mask=mask, use_cache=False, **options))
+    by_hand = [gated_greedy(model, prompt, gate, 16) for prompt in ([7, 8], *PROMPTS.tolist())]
+    assert together[:, 4:].tolist() == [tokens for tokens, _ in by_hand]
+    assert recorder.gate.gated == sum(closed for _, closed in by_hand)
+    assert 0 < recorder.gate.share < 1
+    assert recorder.gate.rows == recorder.rows == 48
+    assert recorder.asked == 48 - recorder.gate.gated
+    assert recorder.gate.saved > 0
+    for k, prompt in enumerate(([7, 8], *PROMPTS.tolist())):
+        alone = model.generate(torch.tensor([prompt]), **options)
+        assert alone[0, len(prompt) :].tolist() == together[k, 4:].tolist()
+
+
+@pytest.mark.parametrize("rule", ["meet", "logit-mean", "one-hot"])
+def test_all_asked_is_no_gate_though_each_catches_up_by_itself(rule):
+    """At 1 every row is open, but goes through the caches of members that may be behind."""
+    ours = build(rule)
+    for options in ({}, {"num_beams": 3, "num_return_sequences": 2}, {"prompt_lookup_num_tokens": 3}):
+        prompts = PROMPTS[:1] if "prompt_lookup_num_tokens" in options else PROMPTS
+        plain = ours.generate(prompts, max_new_tokens=10, **options, **GREEDY)
+        for gate in ("unsure:1", "unsure:2", "disagreement:0"):
+            assert torch.equal(ours.generate(prompts, max_new_tokens=10, gate=gate, **options, **GREEDY), plain)
+
+
+def test_unsure_0_never_runs_the_others(model):
+    def ran(*_):
+        raise AssertionError("another member ran")
+
+    hooks = [member.base_model.register_forward_pre_hook(ran) for member in model.members[1:]]
+    try:
+        for options in ({}, {"num_beams": 3}, {"use_cache": False}):
+            ours = model.generate(PROMPTS, max_new_tokens=8, gate="unsure:0", **options, **GREEDY)
+            assert torch.equal(ours, model.members[0].generate(PROMPTS, max_new_tokens=8, **options, **GREEDY))
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def test_beams_take_their_members_places_with_them(model):
+    options = {"num_beams": 4, "num_return_sequences": 3, "max_new_tokens": 10, "gate": median_gate(model), **GREEDY}
+    cached = model.generate(PROMPTS, **options)
+    assert torch.equal(cached, model.generate(PROMPTS, use_cache=False, **options))
+    assert torch.equal(cached[3:], model.generate(PROMPTS[1:], **options))
+
+
+@pytest.mark.parametrize("kind", ["unsure", "disagreement"])
+def test_prompt_lookup_and_continuing_from_a_cache(model, kind):
+    gate = median_gate(model) if kind == "unsure" else f"disagreement:{NEAR}"
+    prompt = torch.tensor([[5, 6, 7, 5, 6, 7, 5, 6]])
+    plain = model.generate(prompt, max_new_tokens=16, gate=gate, **GREEDY)
+    assert torch.equal(
+        plain, model.generate(prompt, max_new_tokens=16, gate=gate, prompt_lookup_num_tokens=3, **GREEDY)
+    )
+    first = model.generate(prompt, max_new_tokens=5, gate=gate, return_dict_in_generate=True, **GREEDY)
+    then = model.generate(first.sequences, cache=first.cache, max_new_tokens=11, gate=gate, **GREEDY)
+    assert torch.equal(then, plain)
+    # A cache whose members are behind serves a call without a gate too: then all of them catch up.
+    first = model.generate(prompt, max_new_tokens=5, gate=gate, return_dict_in_generate=True, **GREEDY)
+    rest = model.generate(first.sequences, cache=first.cache, max_new_tokens=6, gate="none", **GREEDY)
+    assert torch.equal(rest, model.generate(first.sequences, max_new_tokens=6, **GREEDY))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_assisted_decoding_under_a_gate():
+    ours, other = build("logit-mean"), tiny.build("llama", 1).double()
+    ours.config.gate = median_gate(ours)
+    options = {"max_new_tokens": 12, **GREEDY}
+    for main, assistant in ((ours, other), (other, ours)):
+        plain = main.generate(PROMPTS[:1], **options)
+        assert torch.equal(plain, main.generate(PROMPTS[:1], assistant_model=assistant, **options))
+
+
+def test_a_cache_from_without_the_gate_is_refused(model):
+    first = model.generate(PROMPTS, max_new_tokens=3, return_dict_in_generate=True, **GREEDY)
+    with pytest.raises(InvalidInputError, match="whose members may be behind"):
+        model.generate(first.sequences, cache=first.cache, max_new_tokens=3, gate="unsure:0.5", **GREEDY)
+
+
+def test_a_member_that_cannot_catch_up_is_refused():
+    mamba = tf.MambaConfig(vocab_size=tiny.V, hidden_size=16, num_hidden_layers=1, state_size=4)
+    EnsembleCache([mamba, tiny.build("llama").config], lagging=True)
+    with pytest.raises(InvalidInputError, match="it cannot catch up, so leave out the gate"):
+        EnsembleCache([tiny.build("llama").config, mamba], lagging=True)
+
+
+def test_seeds_and_disagreement_in_batches(model):
+    mask = torch.tensor([[0, 1, 1, 1], [1] * 4])
+    for gate in (median_gate(model), f"disagreement:{NEAR}"):
+        options = {"do_sample": True, "top_k": 0, "max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": None}
+        recorder = Recorder()
+        together = model.generate(
+            PROMPTS, attention_mask=mask, row_sampler=RowSampler(3, [0, 1]), gate=gate, recorder=recorder, **options
+        )
+        assert 0 < recorder.gate.share < 1
+        for k, start in enumerate((1, 0)):
+            alone = model.generate(PROMPTS[k : k + 1, start:], row_sampler=RowSampler(3, [k]), gate=gate, **options)
+            assert torch.equal(alone[0, 4 - start :], together[k, 4:])
+
+
+def test_reports_say_who_was_not_asked(model):
+    reports, gate = TokenReports(), median_gate(model)
+    out = model.generate(PROMPTS[:1], max_new_tokens=16, gate=gate, recorder=reports, **GREEDY)
+    (found,) = reports.of([out[0, 4:].tolist()], 1)
+    closed = [report for report in found if report.gated]
+    assert 0 < len(closed) < 16
+    for report in closed:
+        assert report.member_top[0]
+        assert report.member_top[1:] == [[], []]
+        assert report.log_prob == pytest.approx(report.member_log_probs[0], abs=1e-6)
+        assert all(before == after for _, before, after in report.moved)
+    for report in found:
+        assert report.gated or all(report.member_top)
+
+
+def test_the_gate_is_saved_loaded_and_used(tmp_path):
+    folders = [tiny.save(tmp_path / name.replace(" ", "-"), name, seed) for seed, name in enumerate(MEMBERS)]
+    ours = Ensemble.from_pretrained(folders, trust=1.0, gate="unsure:0")
+    text = ours.generate("abc", max_new_tokens=8, do_sample=False, eos_token_id=None)
+    alone = Ensemble.from_pretrained(folders[:1])
+    assert text == alone.generate("abc", max_new_tokens=8, do_sample=False, eos_token_id=None)
+    assert text != ours.generate("abc", max_new_tokens=8, do_sample=False, eos_token_id=None, gate="none")
+    ours.save_pretrained(tmp_path / "saved")
+    again = Ensemble.from_pretrained(tmp_path / "saved")
+    assert again.model.config.gate == "unsure:0.0"
+    assert again.generate("abc", max_new_tokens=8, do_sample=False, eos_token_id=None) == text
+    inspected = again.inspect("abcd")
+    assert all(report.gated and all(report.member_top) for report in inspected)
+    assert again.next_token("abc").solution.gated.all()
+    # The primary is the member, without a temperature that was fitted for the ensemble.
+    warm = Ensemble.from_pretrained(tmp_path / "saved")
+    warm.model.config.rule_temperature = 3.0
+    assert [r.log_prob for r in warm.inspect("abcd")] == [r.log_prob for r in inspected]
+
+
+def test_evaluation_position_by_position(tmp_path):
+    folders = [tiny.save(tmp_path / name, name, seed=k) for k, name in enumerate(("gpt2", "llama"))]
+    ensemble = Ensemble.from_pretrained(folders, trust=1.0, gate="unsure:0")
+    positions = observe_text(ensemble, [Document("d", "the quick brown fox jumps over the lazy dog. ")])
+    plain = Choice("meet", {"rule": "meet"})
+    (_, sure, near) = under_gates([plain], ["unsure:0.1", "disagreement:0.3"])
+    found = evaluate(ensemble, positions, [plain, sure, near])
+    alone = evaluate(ensemble, positions, [sure, near])
+    log_probs, solution = ensemble.model.solve_rows(positions.hidden)
+    target = positions.targets[:, None]
+    rule = -solution.log_probs.gather(-1, target)[:, 0].double()
+    assert torch.allclose(found.choices["meet"].nats, rule, atol=1e-6)  # its own gate does not count
+    closed = {
+        sure.name: (log_probs[0].exp().amax(-1) >= 0.1, log_probs[0]),
+        near.name: (first_order_disagreement(solution.problem) <= 0.3, solution.pool),
+    }
+    for name, (where, instead) in closed.items():
+        assert 0 < where.sum() < len(where)
+        expected = torch.where(where, -instead.gather(-1, target)[:, 0].double(), rule)
+        for one in (found.choices[name], alone.choices[name]):
+            assert torch.equal(one.gated, where)
+            assert torch.allclose(one.nats, expected, atol=1e-6)
+        assert found.choices[name].passes == pytest.approx(alone.choices[name].passes)
+        facts = summary(found)["rules"][name]
+        assert facts["gated"] == pytest.approx(where.double().mean().item())
+        assert facts["passes"] < summary(found)["rules"]["meet"]["passes"]
+    assert summary(found)["rules"]["meet"]["gated"] == 0
+
+
+def test_gates_in_the_names_of_choices():
+    (choice,) = parse_choices("meet:trust=0.5:gate=unsure:0.25", 2, {})
+    assert choice.settings == {"rule": "meet", "trust": [0.5, 0.5], "gate": "unsure:0.25"}
+    (_, again) = under_gates(parse_choices("meet:trust=0.5", 2, {}), ["unsure:0.25"])
+    assert again.settings == choice.settings
+    assert parse_choices(again.name, 2, {}) == [again]
+
+
+def test_gates_on_the_command_line(tmp_path):
+    members = [x for name in ("gpt2", "llama") for x in ("-m", tiny.save(tmp_path / name, name))]
+    done = run("generate", "hello", *members, "--seed", 1, "--max-new-tokens", 12, "--gate", "unsure:0.1", "--summary")
+    assert done.returncode == 0, done.stderr
+    assert "gate unsure:0.1: closed at" in done.stderr
+    facts = json.loads(run("generate", "hello", *members, "--gate", "unsure:0", "--json", "--seed", 1).stdout)
+    assert facts["gate"] == "unsure:0.0"
+    assert facts["gated"] == 1
+    assert facts["seconds_saved"] is None
+    (tmp_path / "text.txt").write_text("some words, and more of them")
+    told = run(
+        "evaluate", "--members", members[1], members[3], "--text", tmp_path / "text.txt", "--json", "-",
+        "--gate", "unsure:0.1,disagreement:0.3",
+    )  # fmt: skip
+    found = json.loads(told.stdout)["rules"]
+    assert {"meet", "meet:gate=unsure:0.1", "meet:gate=disagreement:0.3", "logit-mean", "prob-mean"} == set(found)
+    shown = run("inspect", "hello", *members, "--gate", "unsure:0.1").stdout.replace("\n", " ")
+    assert "gate unsure:0.1 closed at" in shown
+    wrong = run("generate", "hello", *members, "--gate", "sure")
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("error: expected a gate as unsure:T")

@@ -1,0 +1,166 @@
+"""Gates in the server's running batch: generate's tokens, members that rarely run, and what is told of it."""
+
+from __future__ import annotations
+
+import httpx
+import openai
+import pytest
+import torch
+from serving import running, serving_of, tiny_ensemble
+from test_engine import LENGTHS, MEMBERS, Listener, ensemble_of, generated, prompt, serve  # noqa: F401 - a fixture
+
+from softmeet.errors import NonFiniteError
+from softmeet.hf import EnsembleConfig, EnsembleForCausalLM, Recorder
+from softmeet.server.engine import Limits
+from softmeet.server.sampling import Sampling
+from softmeet.server.work import Combination, PromptScored, Sequence, Work
+
+# Closed at about half of the tokens that the tiny members draw.
+GATES = ("unsure:0.15", "disagreement:1.8")
+
+
+def sequence(model, tokens, gate, *, rule=None, seed=5, max_tokens=12, **options):
+    listener, c = Listener(), Combination.of(model, model.config)
+    how = Combination(model, rule or c.rule, c.weights, c.trust, c.pool, gate)
+    return Sequence(Work(how, Sampling(seed=seed), max_tokens, **options), tokens, 0, listener.put), listener
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_tokens_are_those_of_generate_whoever_shares_the_batch(serve, gate):  # noqa: F811
+    """Rows under this gate, another one and none, of two rules, that come and go."""
+    model = ensemble_of(MEMBERS, "meet")
+    engine = serve(model, limits=Limits(rows=5, waiting=50))
+    kinds = [(gate, "meet"), ("none", "meet"), (gate, "logit-mean"), ("unsure:0.3", "meet")]
+    asked = [
+        sequence(model, prompt(k, n), kinds[k % 4][0], rule=kinds[k % 4][1], seed=k, max_tokens=6 + 3 * (k % 4))
+        for k, n in enumerate(LENGTHS)
+    ]
+    engine.submit([one for one, _ in asked])
+    found = [listener.tokens() for _, listener in asked]
+    for k, (one, _) in enumerate(asked):
+        model.config.rule, recorder = kinds[k % 4][1], Recorder()
+        alone = generated(model, one.prompt, seed=k, max_tokens=one.max_tokens, gate=kinds[k % 4][0], recorder=recorder)
+        assert found[k] == alone
+    name = gate.partition(":")[0]
+    assert engine.metrics.registry.get_sample_value("softmeet_gated_tokens_total", {"gate": name}) > 0
+    assert engine.metrics.registry.get_sample_value("softmeet_gate_saved_seconds_total", {"gate": name}) > 0
+
+
+def test_the_others_run_where_the_first_is_unsure_and_never_under_unsure_0(serve):  # noqa: F811
+    model = ensemble_of(("gpt2", "llama"), "logit-mean")
+    engine, ran = serve(model), []
+    model.members[1].base_model.register_forward_hook(lambda m, a, out: ran.append(out.last_hidden_state.shape[1]))
+    one, listener = sequence(model, prompt(1, 6), "unsure:0")
+    engine.submit([one])
+    found = listener.tokens()
+    assert not ran
+    single = EnsembleForCausalLM(EnsembleConfig(members=["a"]), list(model.members)[:1]).eval()
+    single.generation_config.eos_token_id = None
+    assert found == generated(single, prompt(1, 6))
+    recorder = Recorder()
+    expected = generated(model, prompt(2, 6), gate="unsure:0.15", recorder=recorder)
+    ran.clear()
+    one, listener = sequence(model, prompt(2, 6), "unsure:0.15")
+    engine.submit([one])
+    assert listener.tokens() == expected
+    assert 0 < recorder.gate.gated < 12
+    # One chunk for each open token, and no token is run twice.
+    assert len(ran) == 12 - recorder.gate.gated
+    assert sum(ran) <= 6 + 11
+
+
+def test_a_prompt_that_begins_alike_is_not_computed_again_by_those_who_lag(serve):  # noqa: F811
+    model = ensemble_of(("gpt2", "llama"), "logit-mean")
+    engine, ran = serve(model), []
+    model.members[1].base_model.register_forward_hook(lambda m, a, out: ran.append(out.last_hidden_state.shape[1]))
+    for length, new in ((10, 10), (10, 1), (14, 4), (6, 1)):
+        ran.clear()
+        # Open at once, so that the whole prompt is pending; then again with a gate that opens later.
+        one, listener = sequence(model, prompt(3, 20)[:length], "unsure:1", max_tokens=1)
+        engine.submit([one])
+        assert listener.tokens() == generated(model, one.prompt, max_tokens=1)
+        assert ran[0] == new
+        one, listener = sequence(model, prompt(3, 20)[:length], "unsure:0.15")
+        engine.submit([one])
+        assert listener.tokens() == generated(model, one.prompt, gate="unsure:0.15")
+
+
+def test_nan_of_a_member_that_catches_up_fails_that_row_alone(serve):  # noqa: F811
+    model = ensemble_of(("gpt2", "llama"), "logit-mean")
+    model.members[1].base_model.embed_tokens.weight.data[60] = float("nan")
+    engine = serve(model)
+    poisoned, listener = sequence(model, (5, 60, 7), "unsure:1")
+    unheard, answered = sequence(model, (5, 60, 7), "unsure:0")
+    good, told = sequence(model, tuple(t for t in prompt(1, 9) if t != 60), "unsure:0")
+    engine.submit([poisoned, unheard, good])
+    failure = listener.all()[-1].error
+    assert isinstance(failure, NonFiniteError)
+    assert "member 1" in str(failure)
+    assert len(answered.tokens()) == 12  # nobody asked the member that would have failed
+    assert len(told.tokens()) == 12
+
+
+def test_prompts_are_scored_under_the_gate(serve):  # noqa: F811
+    model = ensemble_of(("gpt2", "llama"), "meet")
+    engine, tokens = serve(model), prompt(1, 16)
+    for gate in ("unsure:0.15", "unsure:0", "disagreement:0.16"):
+        one, listener = sequence(model, tokens, gate, top=0, report=2, score_prompt=True, max_tokens=4)
+        engine.submit([one])
+        scored, *rest = listener.all()
+        assert isinstance(scored, PromptScored)
+        with torch.inference_mode():
+            expected = model(input_ids=torch.tensor([tokens]), gate=gate).logits[0, :-1]
+        chosen = expected.gather(-1, torch.tensor(tokens[1:])[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor([t.log_prob for t in scored.tokens]), chosen, atol=1e-5, rtol=0)
+        assert [t.token for t in rest[:-1]] == generated(model, tokens, max_tokens=4, gate=gate)
+        assert any(t.gated for t in scored.tokens)
+        assert all(t.gated == t.report.gated for t in [*scored.tokens, *rest[:-1]])
+
+
+def test_requests_say_their_gate_and_hear_what_it_did():
+    ensemble = tiny_ensemble("gpt2", "llama")
+    with running(serving_of({"plain": ensemble})) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        options = {"model": "plain", "prompt": "hello", "seed": 3, "max_tokens": 12}
+        whole = client.completions.create(**options, extra_body={"softmeet": {"gate": "unsure:0.15", "report": 2}})
+        expected = ensemble.generate("hello", seed=3, max_new_tokens=12, do_sample=True, top_k=0, gate="unsure:0.15")
+        assert whole.choices[0].text == expected
+        assert whole.softmeet["gate"] == "unsure:0.15"
+        told, tokens = whole.choices[0].softmeet["gate"], whole.choices[0].softmeet["tokens"]
+        assert told["tokens"] == len(tokens) == whole.usage.completion_tokens
+        assert told["gated"] == sum(token["gated"] for token in tokens) > 0
+        assert told["share"] == pytest.approx(told["gated"] / told["tokens"])
+        assert told["seconds_saved"] >= 0
+        for token in tokens:
+            assert (token["member_log_probs"][1] is None) == token["gated"]
+        stream = client.completions.create(
+            **options, stream=True, extra_body={"softmeet": {"gate": "disagreement:0.5"}}
+        )
+        chunks = list(stream)
+        last = next(chunk.choices[0].softmeet for chunk in chunks if chunk.choices[0].finish_reason)
+        assert last["gate"]["tokens"] == 12
+        assert not hasattr(client.completions.create(**options).choices[0], "softmeet")
+        stopped = client.completions.create(
+            **options, stop=[expected[3:5]], extra_body={"softmeet": {"gate": "unsure:0.15"}}
+        )
+        assert 0 < stopped.choices[0].softmeet["gate"]["tokens"] < 12
+        bad = httpx.post(f"{url}/v1/completions", json={"prompt": "x", "softmeet": {"gate": "sure:1"}})
+        assert bad.status_code == 400
+        assert "expected a gate as unsure:T" in bad.json()["error"]["message"]
+    with running(serving_of({"plain": ensemble}, allowed=("rule",))) as url:
+        refused = httpx.post(f"{url}/v1/completions", json={"prompt": "x", "softmeet": {"gate": "unsure:0.5"}})
+        assert refused.status_code == 400
+        assert "does not let requests change gate" in refused.json()["error"]["message"]
+
+
+def test_an_ensembles_own_gate_is_the_default_and_can_be_left_out():
+    ensemble = tiny_ensemble("gpt2", "llama")
+    ensemble.model.config.gate = "unsure:0"
+    with running(serving_of({"plain": ensemble})) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        options = {"model": "plain", "prompt": "hello", "seed": 3, "max_tokens": 8}
+        own = client.completions.create(**options)
+        assert own.choices[0].softmeet["gate"]["share"] == 1
+        free = client.completions.create(**options, extra_body={"softmeet": {"gate": "none"}})
+        assert "gate" not in free.softmeet
+        assert free.choices[0].text != own.choices[0].text
