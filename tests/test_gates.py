@@ -402,6 +402,10 @@ def test_gates_on_the_command_line(tmp_path):
     assert {"meet", "meet:gate=unsure:0.1", "meet:gate=disagreement:0.3", "logit-mean", "prob-mean"} == set(found)
     shown = run("inspect", "hello", *members, "--gate", "unsure:0.1").stdout.replace("\n", " ")
     assert "gate unsure:0.1 closed at" in shown
+    told = run("inspect", "hello", *members, "--gate", "unsure:0", "--json")
+    facts = json.loads(told.stdout, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert [token["gap"] for token in facts["tokens"]] == [None] * 4
+    assert facts["gated"] == 1
     wrong = run("generate", "hello", *members, "--gate", "sure")
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: expected a gate as unsure:T")

@@ -177,6 +177,18 @@ def test_nothing_that_a_model_or_a_user_writes_becomes_markup():
     assert "–" in details_of(token, ["m"], "meet")
 
 
+def test_a_member_that_was_not_asked_is_said_to_be():
+    nan, came = math.nan, [["a", -1.0]]
+    token = report(
+        "a", member_log_probs=[-1.0, nan], member_top=[came, []], disagreement=[0.0, nan],
+        disagreement_is_bound=[True, True], moved=[["a", -1.0, -1.0]], gap=math.inf, gated=True,
+    )  # fmt: skip
+    html = details_of(token, ["first", "second"], "meet")
+    assert "not asked: the gate was closed" in html
+    assert "gate closed, not solved" in html
+    assert "nan" not in html + text_of([token], "p", "meet", done=True)
+
+
 def test_the_page_does_not_call_home(url):
     import httpx
 

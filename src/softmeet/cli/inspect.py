@@ -70,7 +70,9 @@ def inspect(
         html.write_text(_page(facts), encoding="utf-8")
         options.err.print(f"written to {html}")
     if as_json:
-        typer.echo(json.dumps(facts, ensure_ascii=False, indent=2))
+        # JSON has no infinity: null where nothing is known of the gap.
+        tokens = [t | {"gap": t["gap"] if math.isfinite(t["gap"]) else None} for t in facts["tokens"]]
+        typer.echo(json.dumps(facts | {"tokens": tokens}, ensure_ascii=False, indent=2))
     elif html is None:
         _show(facts)
 

@@ -60,7 +60,7 @@ def details_of(token: Report, members: Sequence[str], rule: str) -> str:
         )
         cards.append(_card(name, rows, token["text"], own, note, scale, ""))
     sure = f"within {token['gap']:.1e} nats of the optimum" + (", certified" if token["gap_is_certified"] else "")
-    sure = ("gate closed, " if token["gated"] else "") + (sure if math.isfinite(token["gap"]) else "not solved")
+    sure = ("gate closed, " if token.get("gated") else "") + (sure if math.isfinite(token["gap"]) else "not solved")
     figures = f"{token['status'].lower().replace('_', ' ')}, {sure}, {token['num_passes']:.1f} head passes"
     return (
         f"<h3><code>{escape(shown(token['text']))}</code> <small>by {escape(rule)}: {escape(figures)}</small></h3>"
@@ -80,7 +80,7 @@ def _card(name: str, rows: Sequence[Sequence[Any]], chosen: str, own: float, not
 
 def _moves(token: Report, members: Sequence[str]) -> str:
     if all(before == after for _, before, after in token["moved"]):
-        return "<p>Nothing moved: the answer is the pool, the members' average.</p>"
+        return f"<p>Nothing moved: {_CLOSED if token.get('gated') else _POOL}.</p>"
     # A rule that tilts no pool has nobody who pushed.
     pushed = any(any(pushes) for pushes in token["pushes"])
     heads = "".join(f"<th>{escape(name)}</th>" for name in members) if pushed else ""
@@ -96,6 +96,8 @@ def _moves(token: Report, members: Sequence[str]) -> str:
     )
 
 
+_POOL = "the answer is the pool, the members' average"
+_CLOSED = "the gate was closed, so the rule was not solved"
 _WHY = (
     "<p>A member pushes the answer towards its own opinion, along what its softmax head can express, and is itself "
     "corrected the other way, at the price of its trust. Pushes are against the average token; with a constant that "
