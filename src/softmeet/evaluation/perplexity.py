@@ -47,7 +47,7 @@ class Scores:
 
 @dataclass
 class Evaluation:
-    """Scores of every member and choice on the same positions.
+    """Scores of every member and choice on the same positions, whose hidden states need not be there any more.
 
     ``disagreement`` is the mean of KL(p̂_i‖mean of p̂) over members, (N,), nats: their Jensen-Shannon divergence.
     """
