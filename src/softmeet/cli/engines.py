@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -53,11 +54,20 @@ def engine(
         raise InvalidInputError(f"unknown engine {name!r}: expected local or ray")
     if not _on_processor(ensemble):
         raise InvalidInputError("Ray's workers place the members themselves: leave out --device, and give --gpus")
-    try:
-        from softmeet.scaling.ray_engine import RayEngine
-    except ImportError as error:
-        raise InvalidInputError(str(error)) from None
+    require_ray()
+    from softmeet.scaling.ray_engine import RayEngine
+
     return RayEngine(ensemble, workers, threads, gpus=gpus, address=address, on_loss=texts.say)
+
+
+def require_ray() -> None:
+    """Refuse where it is not installed.
+
+    Raises:
+        InvalidInputError: so it is.
+    """
+    if find_spec("ray") is None:
+        raise InvalidInputError("--engine ray needs one more package: pip install 'softmeet[ray]'")
 
 
 def _on_processor(ensemble: Ensemble | None) -> bool:

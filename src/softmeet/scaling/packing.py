@@ -1,26 +1,29 @@
 """Values in two parts: bytes that say how they are built, and arrays that may stay where they are.
 
 Ray's object store maps numpy arrays into every process of a node, read-only and without a copy. Torch's own pickling
-would copy each tensor, so tensors travel as arrays of bytes, and come back as views of them.
+would copy each tensor, so tensors travel as arrays of bytes, and come back as contiguous views of them.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from ray.cloudpickle import CloudPickler
 from torch import Tensor, nn
 
-from softmeet.ensemble import Ensemble
+if TYPE_CHECKING:
+    from softmeet.ensemble import Ensemble
 
 Packed = tuple[bytes, list[Any]]
-_ALIGNED = 64
+# Of the allocator's memory, and of the object store's.
+_BOUNDARY = 64
 
 
 def parts(ensemble: Ensemble | None) -> list[Any]:
@@ -59,9 +62,7 @@ class _Packer(CloudPickler):  # type: ignore[misc]
     def _tensor(self, value: Tensor) -> tuple[Any, ...]:
         if id(value) not in self._met:
             self._met[id(value)] = len(self.arrays), value
-            # Laid out as it is: the same bytes in the same order give the same sums.
-            flat = value.detach().cpu().contiguous().flatten()
-            self.arrays.append(flat.view(torch.uint8).numpy())
+            self.arrays.append(_shifted(value.detach().cpu().contiguous()).numpy())
         kind = "parameter" if isinstance(value, nn.Parameter) else "tensor"
         return kind, self._met[id(value)][0], value.dtype, tuple(value.shape)
 
@@ -80,20 +81,27 @@ class _Unpacker(pickle.Unpickler):
             return self._stored[place]
         if place not in self._built:
             dtype, shape = rest
-            found = _view(self._arrays[place], copy=self._copy).view(dtype).view(shape)
+            size = math.prod(shape) * dtype.itemsize
+            found = _view(self._arrays[place], size, copy=self._copy).view(dtype).view(shape)
             self._built[place] = nn.Parameter(found, requires_grad=False) if kind == "parameter" else found
         return self._built[place]
 
 
-def _view(array: np.ndarray[Any, Any], *, copy: bool) -> Tensor:
-    if not array.size:
+def _shifted(value: Tensor) -> Tensor:
+    """Its bytes, behind as many others as it lies past a boundary: products round differently from there."""
+    flat, past = value.flatten().view(torch.uint8), value.data_ptr() % _BOUNDARY
+    return torch.cat([flat.new_zeros(past), flat]) if past else flat
+
+
+def _view(array: np.ndarray[Any, Any], size: int, *, copy: bool) -> Tensor:
+    """The last ``size`` bytes, as far past a boundary as :func:`_shifted` found them."""
+    if not size:
         return torch.empty(0, dtype=torch.uint8)
     with warnings.catch_warnings():
         # It cannot be written to, and nobody does.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         found = torch.from_numpy(array)
-    # Products may round differently from another alignment than the allocator's own.
-    return found.clone() if copy or found.data_ptr() % _ALIGNED else found
+    return (found.clone() if copy or found.data_ptr() % _BOUNDARY else found)[len(found) - size :]
 
 
 def pack(value: Any, known: Sequence[Any] = ()) -> tuple[Packed, list[Stored]]:

@@ -7,36 +7,29 @@ workers. When a worker dies, its call is made again by another one, and a worker
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-# Nothing is sent home.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-
-try:
-    import ray
-    from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, WorkerCrashedError
-except ImportError as error:  # pragma: no cover - the extra is installed where tests run
-    raise ImportError("the Ray engine needs one more package: pip install 'softmeet[ray]'") from error
-
+import ray
 import torch
+from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, WorkerCrashedError
 
-from softmeet.ensemble import Ensemble
 from softmeet.errors import InvalidInputError, WorkerLostError
 from softmeet.scaling.base import Engine, Items
+from softmeet.scaling.cluster import connect, leave
 from softmeet.scaling.packing import Stored, pack, parts, unpack
 from softmeet.scaling.worker import Worker
+
+if TYPE_CHECKING:
+    from softmeet.ensemble import Ensemble
 
 R = TypeVar("R")
 T = TypeVar("T")
 # So often a call may lose its worker before it is held to be the cause.
 _TRIES = 3
-
-
 _LOST = (RayActorError, ObjectLostError, WorkerCrashedError, OutOfMemoryError)
 
 
@@ -127,9 +120,8 @@ class RayEngine(Engine):
     def __enter__(self) -> Self:
         self._before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
-        self._own_cluster = not ray.is_initialized()
-        if self._own_cluster:
-            self._connect()
+        # Workers that were asked for all begin, however few cores there are.
+        self._own_cluster = connect(self._address, (self._wanted or 0) * self.threads)
         self.workers = self._wanted or self._room()
         self._packed = ray.put(pack(self._ensemble)[0])
         self._slots = [self._begin(k) for k in range(self.workers)]
@@ -142,23 +134,8 @@ class RayEngine(Engine):
             ray.kill(slot.actor)
         self._slots, self._packed = [], None
         if self._own_cluster:
-            ray.shutdown()
+            leave()
         torch.set_num_threads(self._before)
-
-    def _connect(self) -> None:
-        options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
-        if self._address or os.environ.get("RAY_ADDRESS"):
-            try:
-                ray.init(self._address, log_to_driver=False, logging_level="ERROR")
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                raise InvalidInputError(
-                    f"expected a Ray cluster at {self._address or os.environ['RAY_ADDRESS']}, found none "
-                    f"({str(error).splitlines()[0]}): start one with ray start --head, or leave --ray-address out"
-                ) from error
-            return
-        # Workers that were asked for all begin, however few cores there are.
-        wanted = (self._wanted or 0) * self.threads
-        ray.init(num_cpus=max(wanted, os.cpu_count() or 1), **options)
 
     def _room(self) -> int:
         found = ray.cluster_resources()
@@ -174,8 +151,8 @@ class RayEngine(Engine):
 
     def _begin(self, number: int) -> _Slot:
         devices = int(self._gpus) if self._gpus >= 1 else int(self._gpus > 0)
-        remote = ray.remote(Worker).options(num_cpus=self.threads, num_gpus=self._gpus, max_restarts=0)
-        actor = remote.remote(self._packed, self.threads, devices)
+        wanted = {"num_cpus": self.threads, "num_gpus": self._gpus, "scheduling_strategy": "SPREAD"}
+        actor = ray.remote(Worker).options(**wanted).remote(self._packed, self.threads, devices)
         return _Slot(number, actor, actor.process.remote())
 
     def processes(self) -> list[int]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from softmeet.ensemble import Ensemble
-from softmeet.members.heads import replace_weight
 from softmeet.scaling.packing import Packed, pack, parts, unpack
+
+if TYPE_CHECKING:
+    from softmeet.ensemble import Ensemble
 
 
 class Worker:
@@ -60,6 +61,8 @@ class Worker:
 
 def spread(ensemble: Ensemble, devices: int, kind: str = "cuda") -> None:
     """Copy member i to device i modulo ``devices``; one device holds all of them."""
+    from softmeet.members.heads import replace_weight
+
     model = ensemble.model
     for i, member in enumerate(model.members):
         member.to(torch.device(kind, i % devices) if kind == "cuda" else torch.device(kind))
