@@ -16,8 +16,10 @@ import pytest
 import tiny
 import torch
 from test_cli import run
+from typer.testing import CliRunner
 
 from softmeet import Ensemble
+from softmeet.cli.main import app as commands
 from softmeet.errors import InvalidInputError, NonFiniteError, WorkerLostError
 from softmeet.evaluation.choices import parse_choices, with_baselines
 from softmeet.evaluation.documents import Document
@@ -37,6 +39,7 @@ with warnings.catch_warnings():
     import ray
     from ray.cluster_utils import Cluster
 
+    from softmeet.scaling.cluster import connect
     from softmeet.scaling.ray_engine import RayEngine
 
 # Workers cannot import tests.
@@ -326,12 +329,10 @@ def killed_after(arguments, pattern, folder, count):
     return {path: path.stat().st_mtime_ns for path in folder.glob(pattern)}
 
 
-def test_a_command_goes_on_after_its_driver_was_killed(cluster, folders, tmp_path):
-    documents = {f"{k:02d}": WORDS[k % 20 :] * 4 for k in range(60)}
-    (tmp_path / "all.txt").write_text("|".join(documents.values()))
+def test_a_command_goes_on_after_its_driver_was_killed(cluster, ensemble, folders, tmp_path):
+    documents = [Document(f"{tmp_path / 'all.txt'}#{k}", WORDS[k % 20 :] * 4) for k in range(60)]
+    (tmp_path / "all.txt").write_text("|".join(document.text for document in documents))
     asked = ["evaluate", "--members", *folders, "--text", tmp_path / "all.txt", "--separator", "|", "--rules", "meet"]
-    done = run(*asked, "--json", tmp_path / "local.json", "--workers", 2)
-    assert done.returncode == 0, done.stderr
     asked += ["--engine", "ray", "--workers", 2, "--ray-address", cluster.address]
     asked += ["--resume", tmp_path / "pieces", "--json", tmp_path / "ray.json"]
     before = killed_after(asked, "*.safetensors", tmp_path / "pieces", 5)
@@ -339,7 +340,11 @@ def test_a_command_goes_on_after_its_driver_was_killed(cluster, folders, tmp_pat
     done = run(*asked)
     assert done.returncode == 0, done.stderr
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert (tmp_path / "ray.json").read_bytes() == (tmp_path / "local.json").read_bytes()
+    averages = {"rule_temperature": 1.0}
+    choices = with_baselines(parse_choices("meet", 2, averages), averages)
+    with LocalEngine(2) as engine:
+        local = summary(evaluate_text(ensemble, documents, choices, engine=engine))
+    assert (tmp_path / "ray.json").read_text() == json.dumps(local, indent=2) + "\n"
 
 
 def _devices(model):
@@ -368,11 +373,16 @@ def test_workers_share_a_device_or_have_several(cluster, ensemble):
     [
         (["--engine", "dask"], "unknown engine 'dask': expected local or ray"),
         (["--gpus", "1"], "are options of --engine ray"),
-        (["--engine", "ray", "--ray-address", "127.0.0.1:1"], "expected a Ray cluster at 127.0.0.1:1, found none"),
     ],
 )
 def test_engines_that_are_none(folders, tmp_path, options, message):
     (tmp_path / "a.txt").write_text(WORDS)
-    done = run("evaluate", "--members", *folders, "--text", tmp_path / "a.txt", *options)
-    assert done.returncode == 2
-    assert message in done.stderr.replace("\n", " ")
+    asked = ["evaluate", "--members", *map(str, folders), "--text", str(tmp_path / "a.txt"), *options]
+    with pytest.raises(InvalidInputError, match=message):
+        CliRunner().invoke(commands, asked, catch_exceptions=False)
+
+
+def test_no_cluster_at_an_address(monkeypatch):
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(InvalidInputError, match=r"expected a Ray cluster at 127\.0\.0\.1:1, found none"):
+        connect("127.0.0.1:1")

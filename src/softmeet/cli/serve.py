@@ -191,7 +191,9 @@ def _replicate(application: Any, host: str, port: int, address: str | None, scal
     try:
         serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
         serve.run(application, name=NAME, route_prefix="/")
-        options.err.print(f"serving {', '.join(names)} on http://{host}:{port}, replicas: {scale.replicas}")
+        typer.echo(
+            f"serving {', '.join(names)} by {scale.replicas} replicas, running on http://{host}:{port}", err=True
+        )
         ended.wait()
     finally:
         serve.shutdown()

@@ -97,7 +97,7 @@ def evaluate(
             one.unconverged = int((solution.status == Status.NOT_CONVERGED).sum())
             parts[choice.name].append(one)
         on_progress(len(chunk))
-    joined = {name: _join(some) for name, some in parts.items()}
+    joined = {name: join_scores(some) for name, some in parts.items()}
     return Evaluation(
         positions,
         {name: joined[name] for name in names},
@@ -147,7 +147,8 @@ def _scores(log_p: Float[Tensor, "B v"], targets: Tensor) -> Scores:
     return Scores(nats.cpu(), (best.indices == targets).cpu(), best.values.exp().double().cpu())
 
 
-def _join(parts: Sequence[Scores]) -> Scores:
+def join_scores(parts: Sequence[Scores]) -> Scores:
+    """Those of several stretches of positions, in their order."""
     return Scores(
         torch.cat([s.nats for s in parts]),
         torch.cat([s.hit for s in parts]),

@@ -7,6 +7,7 @@ the order of the text.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from softmeet.ensemble import Ensemble
 from softmeet.evaluation.choices import Choice
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.kept import Found, Kept
-from softmeet.evaluation.perplexity import Evaluation, Scores, evaluate, member_name
+from softmeet.evaluation.perplexity import Evaluation, Scores, evaluate, join_scores, member_name
 from softmeet.evaluation.positions import PIECE, Positions, observe
 from softmeet.evaluation.windows import Reading, grouped, tokenize, window_length, windows
 from softmeet.scaling.base import Engine
@@ -126,10 +127,17 @@ def _score(ensemble: Ensemble, positions: Positions, choices: Sequence[Choice]) 
     flat = {"disagreement": found.disagreement}
     flat |= {name: getattr(positions, name).cpu() for name in _OF_TEXT}
     for k, scores in enumerate([*found.members.values(), *found.choices.values()]):
-        counts = torch.tensor([scores.passes, scores.fallbacks, scores.unconverged], dtype=torch.float64)
-        flat |= {f"nats {k}": scores.nats, f"hit {k}": scores.hit, f"confidence {k}": scores.confidence}
-        flat[f"counts {k}"] = counts
+        for name, value in vars(scores).items():
+            if value is not None:
+                flat[f"{name} {k}"] = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
     return flat
+
+
+def _scores(piece: Found, k: int) -> Scores:
+    """The k-th of a piece, as it was before it was flat."""
+    there = {f.name: piece[f"{f.name} {k}"] for f in fields(Scores) if f"{f.name} {k}" in piece}
+    numbers = {f.name: type(f.default) for f in fields(Scores) if isinstance(f.default, int | float)}
+    return Scores(**{name: numbers[name](x.item()) if name in numbers else x for name, x in there.items()})
 
 
 def _joined(ensemble: Ensemble, choices: Sequence[Choice], found: Sequence[Found], names: list[str]) -> Evaluation:
@@ -138,13 +146,11 @@ def _joined(ensemble: Ensemble, choices: Sequence[Choice], found: Sequence[Found
     def whole(name: str) -> Tensor:
         return torch.cat([piece[name] for piece in found])
 
-    def scores(k: int) -> Scores:
-        passes, fallbacks, unconverged = map(sum, zip(*(p[f"counts {k}"].tolist() for p in found), strict=True))
-        nats, hit, confidence = (whole(f"{name} {k}") for name in ("nats", "hit", "confidence"))
-        return Scores(nats, hit, confidence, passes, int(fallbacks), int(unconverged))
-
     members = [member_name(ensemble.names, i) for i in range(len(ensemble.names))]
-    every = {name: scores(k) for k, name in enumerate([*members, *(choice.name for choice in choices)])}
+    every = {
+        name: join_scores([_scores(piece, k) for piece in found])
+        for k, name in enumerate([*members, *(choice.name for choice in choices)])
+    }
     targets, document, sizes = (whole(name) for name in _OF_TEXT)
     return Evaluation(
         Positions([], targets, document, sizes, names),

@@ -104,6 +104,11 @@ def _view(array: np.ndarray[Any, Any], size: int, *, copy: bool) -> Tensor:
     return (found.clone() if copy or found.data_ptr() % _BOUNDARY else found)[len(found) - size :]
 
 
+def weight(packed: Packed) -> int:
+    """Its bytes."""
+    return len(packed[0]) + sum(array.nbytes for array in packed[1])
+
+
 def pack(value: Any, known: Sequence[Any] = ()) -> tuple[Packed, list[Stored]]:
     """A value in its two parts, and what is stored of it.
 

@@ -20,7 +20,7 @@ from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, Wor
 from softmeet.errors import InvalidInputError, WorkerLostError
 from softmeet.scaling.base import Engine, Items
 from softmeet.scaling.cluster import connect, leave
-from softmeet.scaling.packing import Stored, pack, parts, unpack
+from softmeet.scaling.packing import Stored, pack, parts, unpack, weight
 from softmeet.scaling.worker import Worker
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ class RayEngine(Engine):
 
     Attributes:
         redone: the number, in its ``map``, of each item that was made again, in order.
+        sent, received: bytes of items and of answers.
 
     Raises:
         InvalidInputError: there is no cluster at the address, or it has no room for a single worker.
@@ -116,6 +117,7 @@ class RayEngine(Engine):
         self._parts, self._slots = parts(ensemble), list[_Slot]()
         self._numbers, self._failed_beginnings = (0, 0), 0
         self.redone: list[int] = []
+        self.sent = self.received = 0
 
     def __enter__(self) -> Self:
         self._before = torch.get_num_threads()
@@ -194,6 +196,7 @@ class RayEngine(Engine):
         if slot.waits_for is not None or (k := this.take(slot.number)) is None:
             return
         packed, stored = pack((function, this.running[k]), self._parts)
+        self.sent += weight(packed)
         names = [(s.number, self._numbers[0]) for s in stored]
         slot.item, slot.waits_for = k, slot.actor.call.remote(packed, names, *(s.reference for s in stored))
 
@@ -223,6 +226,7 @@ class RayEngine(Engine):
             return None
         del this.running[k]
         well, packed = said
+        self.received += weight(packed)
         answer = unpack(packed, self._parts, copy=True)
         if not well:
             raise answer
