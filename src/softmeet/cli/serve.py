@@ -82,6 +82,7 @@ def serve(
     target_streams: Annotated[
         float, typer.Option(min=1, help="Answers at once that a replica should have, with --max-replicas.")
     ] = 32.0,
+    fronts: Annotated[int, typer.Option(min=1, help="Processes that pass requests on to the replicas.")] = 1,
     ray_address: engines.Address = None,
     gpus: Annotated[float, typer.Option(min=0, help="Of each replica: a part of one, or a number.")] = 0.0,
     config: Config = None,
@@ -122,11 +123,11 @@ def serve(
         engines.require_ray()
         from softmeet.server.replicas import Scale, application
 
-        scale = Scale(replicas, max_replicas, target_streams, threads or 1, gpus)
+        scale = Scale(replicas, max_replicas, target_streams, threads or 1, gpus, fronts)
         loading["trust"] = options.numbers("--trust", trust)
         _replicate(application(asked, loading, settings, scale, grace), host, port, ray_address, scale, list(asked))
         return
-    if engine != "local" or max_replicas is not None or replicas > 1 or gpus:
+    if engine != "local" or max_replicas is not None or max(replicas, fronts) > 1 or gpus:
         raise InvalidInputError("expected --engine local, or --engine ray, which --replicas and --gpus belong to")
     if threads is not None:
         import torch

@@ -52,6 +52,7 @@ class Scale:
         streams: that a replica should have at once: where there are more or fewer, replicas come or go.
         threads: of torch, and cores, of each.
         gpus: devices of each, or a part of one.
+        fronts: processes that pass requests on; where one dies, its connections break.
     """
 
     replicas: int = 1
@@ -59,6 +60,7 @@ class Scale:
     streams: float = 32.0
     threads: int = 1
     gpus: float = 0.0
+    fronts: int = 1
 
     def options(self) -> dict[str, Any]:
         """As Ray Serve has them.
@@ -131,7 +133,7 @@ def application(
         **scale.options(),
     )
     front = serve.deployment(serve.ingress(_front(settings.protection))()).options(
-        name="front", max_ongoing_requests=_MOST, ray_actor_options={"num_cpus": 0}
+        name="front", num_replicas=scale.fronts, max_ongoing_requests=_MOST, ray_actor_options={"num_cpus": 0}
     )
     return front.bind(replicas.bind(named, options, settings, scale.threads))
 
@@ -162,6 +164,7 @@ class Arguments(BaseModel):
     streams: float = 32.0
     threads: int = 1
     gpus: float = 0.0
+    fronts: int = 1
     device: str | None = None
     dtype: str | None = None
     keys: str = ""
@@ -171,5 +174,6 @@ def app(arguments: Arguments) -> serve.Application:
     """The application from text arguments."""
     options = {"rule": arguments.rule, "device": arguments.device, "dtype": arguments.dtype}
     keys = tuple(key for key in arguments.keys.split(",") if key)
-    scale = Scale(arguments.replicas, arguments.max_replicas, arguments.streams, arguments.threads, arguments.gpus)
+    a = arguments
+    scale = Scale(a.replicas, a.max_replicas, a.streams, a.threads, a.gpus, a.fronts)
     return application(named(arguments.ensembles.split()), options, Settings(protection=Protection(keys)), scale)
