@@ -31,7 +31,7 @@ POSITIONS = 10**9
 def processors() -> float:
     """Seconds of CPU of this process and all that it started and that still run."""
     me = psutil.Process()
-    return sum(x.user + x.system for x in (p.cpu_times() for p in [me, *me.children(recursive=True)]))
+    return float(sum(x.user + x.system for x in (p.cpu_times() for p in [me, *me.children(recursive=True)])))
 
 
 class Clock:

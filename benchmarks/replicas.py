@@ -24,7 +24,7 @@ def seconds(server: Server, *names: str) -> float:
     """Of CPU, of the server's processes that are called so."""
     found = psutil.Process(server.process.pid).children(recursive=True)
     own = [p.cpu_times() for p in found if " ".join(p.cmdline()).startswith(names)]
-    return sum(x.user + x.system for x in own)
+    return float(sum(x.user + x.system for x in own))
 
 
 def main(

@@ -123,7 +123,6 @@ def test_a_worker_that_is_killed_changes_nothing(cluster, ensemble, expected):
         assert evaluated(ensemble, engine, begin=lambda total: advance) == expected
         assert len(pieces) == len(DOCUMENTS)
         assert len(engine.redone) == 1
-        assert victim not in engine.processes()
 
 
 def _begin(k, folder):
@@ -333,7 +332,7 @@ def test_a_command_goes_on_after_its_driver_was_killed(cluster, ensemble, folder
     documents = [Document(f"{tmp_path / 'all.txt'}#{k}", WORDS[k % 20 :] * 4) for k in range(60)]
     (tmp_path / "all.txt").write_text("|".join(document.text for document in documents))
     asked = ["evaluate", "--members", *folders, "--text", tmp_path / "all.txt", "--separator", "|", "--rules", "meet"]
-    asked += ["--engine", "ray", "--workers", 2, "--ray-address", cluster.address]
+    asked += ["--engine", "ray", "--workers", 1, "--ray-address", cluster.address]
     asked += ["--resume", tmp_path / "pieces", "--json", tmp_path / "ray.json"]
     before = killed_after(asked, "*.safetensors", tmp_path / "pieces", 5)
     assert 5 <= len(before) < 60

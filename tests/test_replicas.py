@@ -139,19 +139,30 @@ def test_what_a_single_server_says_replicas_say(url):
     assert httpx.get(f"{url}/v1/models").status_code == 401
 
 
-def test_a_client_that_leaves_frees_its_place(url):
-    def rows(http):
-        """In the batch of some replica: (which, how many)."""
-        answer = http.get("/metrics")
-        return answer.headers[HEADER], float(answer.text.split("\nsoftmeet_rows ")[1].split()[0])
+def counts(http):
+    """(sequences in the batch, tokens so far) of each of both replicas."""
+    found = {}
 
+    def ask():
+        answer = http.get("/metrics")
+        values = (answer.text.split(f"\n{name} ")[1].split()[0] for name in ("softmeet_rows", "softmeet_tokens_total"))
+        found[answer.headers[HEADER]] = tuple(map(float, values))
+        return len(found) == 2
+
+    wait_until(ask)
+    return found
+
+
+def test_a_client_that_leaves_frees_its_place(url):
     with client(url) as http:
-        streams = [http.stream("POST", "/v1/completions", json=BODY | {"seed": k}) for k in range(8)]
-        with contextlib.ExitStack() as stack:
-            for stream in streams:
-                next(stack.enter_context(stream).iter_lines())
-            wait_until(lambda: sum(dict(rows(http) for _ in range(8)).values()) == 8)
-        wait_until(lambda: not any(dict(rows(http) for _ in range(8)).values()), 3)
+        before = sum(tokens for _, tokens in counts(http).values())
+        for seed in range(8):
+            body = BODY | {"seed": seed, "max_tokens": 200}
+            with http.stream("POST", "/v1/completions", json=body) as answer:
+                next(answer.iter_lines())
+        wait_until(lambda: not any(rows for rows, _ in counts(http).values()))
+        # Nobody wrote to the end what nobody read.
+        assert sum(tokens for _, tokens in counts(http).values()) - before < 8 * 200 / 2
 
 
 class GoneError(Exception):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,9 +136,10 @@ def _score(ensemble: Ensemble, positions: Positions, choices: Sequence[Choice]) 
 
 def _scores(piece: Found, k: int) -> Scores:
     """The k-th of a piece, as it was before it was flat."""
-    there = {f.name: piece[f"{f.name} {k}"] for f in fields(Scores) if f"{f.name} {k}" in piece}
+    there: dict[str, Any] = {f.name: piece[f"{f.name} {k}"] for f in fields(Scores) if f"{f.name} {k}" in piece}
     numbers = {f.name: type(f.default) for f in fields(Scores) if isinstance(f.default, int | float)}
-    return Scores(**{name: numbers[name](x.item()) if name in numbers else x for name, x in there.items()})
+    there |= {name: number(there[name].item()) for name, number in numbers.items()}
+    return Scores(**there)
 
 
 def _joined(ensemble: Ensemble, choices: Sequence[Choice], found: Sequence[Found], names: list[str]) -> Evaluation:

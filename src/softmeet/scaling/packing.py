@@ -106,7 +106,7 @@ def _view(array: np.ndarray[Any, Any], size: int, *, copy: bool) -> Tensor:
 
 def weight(packed: Packed) -> int:
     """Its bytes."""
-    return len(packed[0]) + sum(array.nbytes for array in packed[1])
+    return len(packed[0]) + sum(int(array.nbytes) for array in packed[1])
 
 
 def pack(value: Any, known: Sequence[Any] = ()) -> tuple[Packed, list[Stored]]:
