@@ -148,6 +148,24 @@ def test_what_was_under_way_is_begun_twice_and_nothing_else_is(plain, tmp_path, 
     assert "done again" in said[0]
 
 
+def _once(folder):
+    """Kills its own process the first time; then the number of the one that did it."""
+    if (folder / "kill").exists():
+        (folder / "kill").unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return os.getpid()
+
+
+def test_a_worker_with_nothing_to_do_takes_over(plain, tmp_path, monkeypatch):
+    """Nobody waits for the dead one's place to be taken."""
+    monkeypatch.setattr(plain, "redone", [])
+    (tmp_path / "kill").touch()
+    before = plain.processes()
+    ((_, found),) = plain.map(_once, [(tmp_path,)])
+    assert found in before
+    assert plain.redone == [0]
+
+
 def _act(what):
     if what == "die":
         os.kill(os.getpid(), signal.SIGKILL)

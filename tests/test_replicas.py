@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import json
 import os
 import signal
@@ -263,6 +264,9 @@ def test_autoscaling_is_set():
     with pytest.raises(InvalidInputError, match="at most 3 replicas or more, got 2"):
         Scale(3, 2).options()
     assert isinstance(app(Arguments(ensembles="wide narrow", max_replicas=3)), serve.Application)
+    # As `serve run` finds out what to make of name=value.
+    assert inspect.signature(app).parameters["arguments"].annotation is Arguments
+    assert Arguments.model_validate({"ensembles": "wide", "replicas": "2"}).replicas == 2
 
 
 @pytest.mark.parametrize(

@@ -124,9 +124,13 @@ class RayEngine(Engine):
         torch.set_num_threads(self.threads)
         # Workers that were asked for all begin, however few cores there are.
         self._own_cluster = connect(self._address, (self._wanted or 0) * self.threads)
-        self.workers = self._wanted or self._room()
-        self._packed = ray.put(pack(self._ensemble)[0])
-        self._slots = [self._begin(k) for k in range(self.workers)]
+        try:
+            self.workers = self._wanted or self._room()
+            self._packed = ray.put(pack(self._ensemble)[0])
+            self._slots = [self._begin(k) for k in range(self.workers)]
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(
@@ -178,9 +182,10 @@ class RayEngine(Engine):
         """
         this = _Round(enumerate(items), self.workers)
         try:
-            for slot in self._slots:
-                self._send(slot, function, this)
             while this.running or this.more():
+                # Also to a worker that has had nothing to do, should another one's item need to be made again.
+                for slot in self._slots:
+                    self._send(slot, function, this)
                 for slot in self._done():
                     found = self._settle(slot, this)
                     # Its next call is under way while the caller deals with this one's answer.
@@ -243,5 +248,6 @@ class RayEngine(Engine):
         if self._failed_beginnings >= _TRIES * self.workers or (k is not None and this.losses[k] >= _TRIES):
             what = "workers do not begin" if k is None else f"the same piece of work ({k}) lost {_TRIES} workers"
             raise WorkerLostError(f"{what}: {reason}; see the logs of Ray, and give each worker more memory") from error
+        ray.kill(slot.actor)  # it may only have been out of reach
         fresh = self._begin(slot.number)
         slot.actor, slot.waits_for, slot.begun = fresh.actor, fresh.waits_for, False

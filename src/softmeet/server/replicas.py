@@ -7,8 +7,6 @@ replica that dies is started again; answers that it had begun end with an error 
 --engine ray``.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import warnings
@@ -170,6 +168,7 @@ class Arguments(BaseModel):
     keys: str = ""
 
 
+# Ray asks which class ``arguments`` is of: no annotation of this module may be a string.
 def app(arguments: Arguments) -> serve.Application:
     """The application from text arguments."""
     options = {"rule": arguments.rule, "device": arguments.device, "dtype": arguments.dtype}
