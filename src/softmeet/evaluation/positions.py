@@ -16,7 +16,7 @@ from softmeet.scaling.base import Engine
 from softmeet.scaling.local import LocalEngine
 
 # Positions of a piece of work, about: many enough to be worth sending, few enough to be lost.
-PIECE = 512
+PIECE = 256
 
 
 @dataclass(frozen=True, eq=False)
