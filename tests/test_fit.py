@@ -16,11 +16,13 @@ from softmeet.errors import InvalidInputError
 from softmeet.evaluation import fit as fitting
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.fit import Options, figures, fit
+from softmeet.evaluation.kept import Kept
 from softmeet.evaluation.objective import Objective
 from softmeet.evaluation.parameters import Layout, Values
 from softmeet.evaluation.positions import observe_text
 from softmeet.evaluation.save import save, verdict
 from softmeet.evaluation.splits import PARTS, split
+from softmeet.scaling.local import LocalEngine
 
 LETTERS = "the quick brown fox jumps over a lazy dog and then it rains in spain"
 
@@ -117,15 +119,16 @@ def test_an_interval_that_holds_zero_means_the_baseline(ensemble, fitted, positi
     monkeypatch.setattr(fitting, "paired", lambda *args: fitting.Difference(-0.05, -0.1, high))
     low = {c.label: c for c in fitted.candidates}["fitted meet"]
 
-    def scored(ensemble, positions, choices, advance):
+    def scored(ensemble, positions, choices, **options):
         found = fitted.select if len(positions) == len(parts["select"].positions) else fitted.test
         for scores in found.choices.values():
             scores.nats = torch.ones_like(scores.nats)
         found.choices["fitted meet"].nats = torch.zeros_like(found.choices["fitted meet"].nats)
         return found
 
-    monkeypatch.setattr(fitting, "evaluate", scored)
-    judged = fitting._judge(ensemble, parts, fitted.candidates, fitted.premise, lambda *args: None)
+    monkeypatch.setattr(fitting, "evaluate_positions", scored)
+    fitter = fitting._Fitter(ensemble, Options(), lambda *args: None, LocalEngine(), Kept())
+    judged = fitter.judge(parts, fitted.candidates, fitted.premise)
     assert judged.rival is low
     assert (judged.chosen is low) == kept
     assert judged.chosen.baseline == (not kept)

@@ -285,9 +285,9 @@ def test_missing_packages_are_named(monkeypatch):
 
 
 def test_members_that_two_ensembles_name_are_loaded_once(members):
-    from softmeet.cli.serve import _load
+    from softmeet.server.ensembles import load
 
-    found = _load({"both": members.split(","), "one": members.split(",")[:1]}, trust=None, remote=False)
+    found = load({"both": members.split(","), "one": members.split(",")[:1]})
     assert len(found.members()) == 2
     assert found.find("one").ensemble.model.members[0] is found.find("both").ensemble.model.members[0]
 

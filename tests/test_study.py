@@ -16,6 +16,7 @@ from softmeet.evaluation.study.report import mean_text
 from softmeet.evaluation.study.runs import Cell, Run
 from softmeet.evaluation.study.summary import never_worse
 from softmeet.heads import SoftmaxHead
+from softmeet.scaling.local import LocalEngine
 from softmeet.simplex import kl
 
 TINY = synthetic.Settings(v=32, rows=2, trials=1, ratios=("1/4", "1"), noises=(0.0, 0.1))
@@ -51,7 +52,7 @@ def test_a_run_goes_on_where_it_stopped_and_drops_a_torn_line(tmp_path):
     with (tmp_path / "cells.jsonl").open("a") as out:
         out.write('{"key": "c", "resu')
     again = Run(tmp_path, {"size": 1})
-    assert list(again.each(_cells(ran), jobs=2)) == ["a", "b", "c"]
+    assert list(again.each(_cells(ran), LocalEngine(2))) == ["a", "b", "c"]
     assert sorted(ran) == ["a", "b", "c"]
     assert [json.loads(line)["key"] for line in (tmp_path / "cells.jsonl").read_text().splitlines()] == ["a", "b", "c"]
 

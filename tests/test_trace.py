@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from softmeet import Ensemble
 from softmeet.errors import InvalidInputError, TraceError
-from softmeet.evaluation import shards
+from softmeet.evaluation import files
 from softmeet.evaluation.documents import Document, read_documents
 from softmeet.evaluation.positions import observe_text
 from softmeet.evaluation.trace import Trace, record
@@ -121,7 +121,7 @@ def test_killed_at_random_moments_nothing_is_lost_or_counted_twice(ensemble, tmp
 
 
 def test_a_full_disk_loses_nothing(ensemble, tmp_path, monkeypatch):
-    written, replace = [], shards.os.fsync
+    written, replace = [], files.os.fsync
 
     def full(descriptor):
         written.append(descriptor)
@@ -129,7 +129,7 @@ def test_a_full_disk_loses_nothing(ensemble, tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         replace(descriptor)
 
-    monkeypatch.setattr(shards.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(TraceError, match=r"no room on the disk for .*shard-00002.parquet.* run the same command again"):
         record(ensemble, DOCUMENTS, tmp_path / "t", window=8, shard_size=8)
     assert sorted(p.name for p in (tmp_path / "t").iterdir()) == [

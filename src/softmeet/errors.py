@@ -11,7 +11,8 @@
     ├── CheckpointError (OSError)         a member cannot be loaded
     ├── UnsupportedHeadError              a model whose output layer is not a plain softmax head
     ├── InfeasibleError                   no distribution has every member's moments (on_infeasible="raise")
-    └── NotConvergedError                 max_steps did not reach tol (throw=True)
+    ├── NotConvergedError                 max_steps did not reach tol (throw=True)
+    └── WorkerLostError                   workers of a cluster died, or none began
 
 Each message says what was expected, what came and what to do.
 """
@@ -55,3 +56,7 @@ class InfeasibleError(SoftmeetError):
 
 class NotConvergedError(SoftmeetError):
     """``max_steps`` did not reach ``tol``, and ``throw=True`` was asked for."""
+
+
+class WorkerLostError(SoftmeetError):
+    """The workers of a cluster died over the same piece of work, or none of them began."""

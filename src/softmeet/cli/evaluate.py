@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,13 +12,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from softmeet.cli import options, texts
+from softmeet.cli import engines, options, texts
 from softmeet.cli.config import Config
 from softmeet.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
     from softmeet.evaluation.positions import Positions
+    from softmeet.scaling.base import Engine
 
 Json = Annotated[Path | None, typer.Option("--json", help="Write the figures here as JSON; - for stdout.")]
 Traced = Annotated[Path | None, typer.Option("--trace", help="A trace, in place of --text.")]
@@ -61,6 +64,12 @@ def evaluate(
     dtype: options.Dtype = None,
     device: options.Device = None,
     trust_remote_code: options.RemoteCode = False,
+    engine: engines.Name = "local",
+    workers: engines.Workers = None,
+    threads: engines.Threads = 1,
+    ray_address: engines.Address = None,
+    gpus: engines.Gpus = 0.0,
+    resume: engines.Resume = None,
     config: Config = None,
 ) -> None:
     """Nats per token of rules on a text, beside each member and the averages, with paired intervals by document."""
@@ -77,14 +86,32 @@ def evaluate(
     gates = [one for one in (gate or ensemble.model.config.gate or "").split(",") if one]
     parsed = under_gates(parse_choices(named, len(ensemble.names), averages), gates)
     choices = with_baselines(parsed, averages)
-    read = {"window": window, "stride": stride, "bos": bos}
-    limits = {"max_tokens": max_tokens, "max_per_document": max_per_document}
-    with texts.stoppable("nothing is kept; softmeet trace keeps what it has done"), texts.progress() as begin:
-        positions = positions_of(ensemble, trace, found, begin, **read, **limits)
-        from softmeet.evaluation.perplexity import evaluate as score
-        from softmeet.evaluation.report import summary
+    read: dict[str, Any] = {"window": window, "stride": stride, "bos": bos, "max_per_document": max_per_document}
+    from softmeet.evaluation.kept import Kept
+    from softmeet.evaluation.pieces import evaluate_positions, evaluate_text
+    from softmeet.evaluation.report import summary
 
-        facts = summary(score(ensemble, positions, choices, begin("evaluating", 0, len(positions))))
+    settings = {
+        "choices": [asdict(choice) for choice in choices],
+        "ensemble": ensemble.model.config.combine_arguments(),
+    }
+    kept = Kept(resume, identified(ensemble, found, trace, threads, max_tokens=max_tokens, **read) | settings)
+    with (
+        texts.stoppable(after(resume)),
+        engines.engine(engine, ensemble, workers, threads, ray_address, gpus) as running,
+        texts.progress() as begin,
+    ):
+        where: dict[str, Any] = {"engine": running, "kept": kept}
+        if found is None:
+            positions = positions_of(ensemble, trace, None, begin, running, max_tokens=max_tokens, **read)
+            advance = begin("evaluating", 0, len(positions))
+            made = evaluate_positions(ensemble, positions, choices, **where, on_progress=advance)
+        else:
+            made = evaluate_text(
+                ensemble, found, choices, **where, max_tokens=max_tokens, **read,
+                begin=lambda total: begin("evaluating", 0, total),
+            )  # fmt: skip
+        facts = summary(made)
     if plots is not None:
         from softmeet.evaluation.plots import draw
 
@@ -94,8 +121,35 @@ def evaluate(
         show(facts)
 
 
+def identified(ensemble: Ensemble, documents: Any, trace: Path | None, threads: int, **read: Any) -> dict[str, Any]:
+    """What the figures of a command depend on, but for its own settings."""
+    from softmeet.evaluation.identity import identity
+    from softmeet.evaluation.trace import Trace
+
+    if trace is None:
+        text = "".join(f"{document.name}\0{document.text}\0" for document in documents)
+        source = hashlib.sha256(text.encode()).hexdigest()
+    else:
+        source = Trace.open(trace).key
+    return {**identity(ensemble), "source": source, "threads": threads, **read}
+
+
+def after(resume: Path | None) -> str:
+    """What is left of a command that was stopped."""
+    if resume is None:
+        return "nothing is kept; softmeet trace keeps what it has done, and so does --resume FOLDER"
+    return f"finished pieces stay in {resume}; the same command goes on from there"
+
+
 def positions_of(
-    ensemble: Ensemble, trace: Path | None, documents: Any, begin: Any, *, max_tokens: int | None, **read: Any
+    ensemble: Ensemble,
+    trace: Path | None,
+    documents: Any,
+    begin: Any,
+    running: Engine,
+    *,
+    max_tokens: int | None,
+    **read: Any,
 ) -> Positions:
     """What a trace holds, or what the members make of the documents now.
 
@@ -114,9 +168,8 @@ def positions_of(
         return opened.read(texts.say).take(slice(max_tokens))
     from softmeet.evaluation.positions import observe_text
 
-    return observe_text(
-        ensemble, documents, max_tokens=max_tokens, on_progress=begin("running the members", 0, None), **read
-    )
+    advance = begin("running the members", 0, None)
+    return observe_text(ensemble, documents, max_tokens=max_tokens, engine=running, on_progress=advance, **read)
 
 
 def write(facts: dict[str, Any], to: Path | None) -> None:

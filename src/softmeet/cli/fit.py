@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,9 +10,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from softmeet.cli import options, texts
+from softmeet.cli import engines, options, texts
 from softmeet.cli.config import Config
-from softmeet.cli.evaluate import Json, Traced, positions_of, write
+from softmeet.cli.evaluate import Json, Traced, after, identified, positions_of, write
 
 
 def fit(
@@ -40,6 +41,12 @@ def fit(
     dtype: options.Dtype = None,
     device: options.Device = None,
     trust_remote_code: options.RemoteCode = False,
+    engine: engines.Name = "local",
+    workers: engines.Workers = None,
+    threads: engines.Threads = 1,
+    ray_address: engines.Address = None,
+    gpus: engines.Gpus = 0.0,
+    resume: engines.Resume = None,
     config: Config = None,
 ) -> None:
     """Learn weights, temperature and trusts, and save the best ensemble; or the best average, unless meet is better."""
@@ -50,13 +57,20 @@ def fit(
     )  # fmt: skip
     from softmeet.evaluation.fit import Options
     from softmeet.evaluation.fit import fit as learn
+    from softmeet.evaluation.kept import Kept
     from softmeet.evaluation.save import save, verdict
 
     read = {"window": window, "stride": stride, "bos": bos, "max_per_document": max_per_document}
     given = Options(free_weights=free_weights, bands=bands, meet_positions=meet_tokens, evaluations=evaluations)
-    with texts.stoppable("nothing is saved; softmeet trace keeps the members' part"), texts.progress() as begin:
-        positions = positions_of(ensemble, trace, found, begin, max_tokens=max_tokens, **read)
-        fitted = learn(ensemble, positions, given, begin)
+    kept = Kept(resume, identified(ensemble, found, trace, threads, max_tokens=max_tokens, **read) | asdict(given))
+    ensemble.model.banded_heads(bands)  # made here, so that workers share them
+    with (
+        texts.stoppable(after(resume)),
+        engines.engine(engine, ensemble, workers, threads, ray_address, gpus) as running,
+        texts.progress() as begin,
+    ):
+        positions = positions_of(ensemble, trace, found, begin, running, max_tokens=max_tokens, **read)
+        fitted = learn(ensemble, positions, given, begin, engine=running, kept=kept)
     facts = save(ensemble, fitted, out)
     write(facts, as_json)
     if as_json != Path("-"):

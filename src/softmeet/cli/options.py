@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from softmeet.errors import InvalidInputError
+from softmeet.members.zoo import short as short
 
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
@@ -158,8 +158,3 @@ def load_ensemble(members: list[str] | None, trust: str | None, weights: str | N
 def status(message: str) -> AbstractContextManager[Any]:
     """A spinner on stderr, if it is a terminal."""
     return err.status(message)
-
-
-def short(name: str) -> str:
-    """The last two parts of a path: ``wide/gpt2``."""
-    return "/".join(Path(name).parts[-2:])

@@ -5,18 +5,21 @@ from __future__ import annotations
 import ipaddress
 import os
 import signal
+import socket
+import threading
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from softmeet.cli import options
+from softmeet.cli import engines, options
 from softmeet.cli.config import Config
 from softmeet.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from softmeet.server.ensembles import Ensembles
+    from softmeet.server.replicas import Scale
     from softmeet.server.serving import Serving
 
 _KEYS = "SOFTMEET_API_KEYS"
@@ -72,16 +75,33 @@ def serve(
     ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Of torch.", show_default="torch's own")] = None,
     access_log: Annotated[bool, typer.Option(help="Log a line for every request; never a key or a prompt.")] = False,
+    engine: Annotated[
+        str, typer.Option("--engine", help="local: this process; ray: replicas on a Ray cluster (softmeet[ray]).")
+    ] = "local",
+    replicas: Annotated[int, typer.Option(min=1, help="Of the server on a Ray cluster; at least so many.")] = 1,
+    max_replicas: Annotated[
+        int | None, typer.Option(min=1, help="Add replicas up to so many under load.", show_default="none are added")
+    ] = None,
+    target_streams: Annotated[
+        float, typer.Option(min=1, help="Answers at once that a replica should have, with --max-replicas.")
+    ] = 32.0,
+    fronts: Annotated[int, typer.Option(min=1, help="Processes that pass requests on to the replicas.")] = 1,
+    ray_address: engines.Address = None,
+    gpus: Annotated[float, typer.Option(min=0, help="Of each replica: a part of one, or a number.")] = 0.0,
     config: Config = None,
 ) -> None:
     """Serve ensembles behind an OpenAI-compatible API, with a page to look inside at /ui."""
     _require_extra(ui=bool(ui))
-    keys, local, allowed, named = _keys(api_keys), _is_local(host), _allowed(allow), _named(ensembles)
+    from softmeet.server.ensembles import named
+
+    keys, local, allowed = _keys(api_keys), _is_local(host), _allowed(allow)
+    asked = named(ensembles or ["default=wide"])
     if not (keys or local or open_to_all):
         raise InvalidInputError(
             f"refused to listen on {host} without keys: give --api-keys FILE or ${_KEYS}, or say --open"
         )
     from softmeet.server.engine import Limits
+    from softmeet.server.ensembles import load
     from softmeet.server.security import Protection
     from softmeet.server.serving import Serving, Settings
 
@@ -98,22 +118,26 @@ def serve(
         cors=cors or (),
         ui=_has("gradio") if ui is None else ui,
     )
+    loading: dict[str, Any] = {"rule": rule, "pool": pool, "tol": tol, "dtype": dtype, "device": device}
+    loading |= {"gate": gate, "trust_remote_code": trust_remote_code}
+    if engine == "ray":
+        if ui:
+            raise InvalidInputError("the page needs a process of its own: leave out --ui, or --engine ray")
+        engines.require_ray()
+        from softmeet.server.replicas import Scale, application
+
+        scale = Scale(replicas, max_replicas, target_streams, threads or 1, gpus, fronts)
+        loading["trust"] = options.numbers("--trust", trust)
+        _replicate(application(asked, loading, settings, scale, grace), host, port, ray_address, scale, list(asked))
+        return
+    if engine != "local" or max_replicas is not None or max(replicas, fronts) > 1 or gpus:
+        raise InvalidInputError("expected --engine local, or --engine ray, which --replicas and --gpus belong to")
     if threads is not None:
         import torch
 
         torch.set_num_threads(threads)
-    found = _load(
-        named,
-        trust=trust,
-        rule=rule,
-        pool=pool,
-        tol=tol,
-        gate=gate,
-        dtype=dtype,
-        device=device,
-        remote=trust_remote_code,
-    )
-    _run(Serving(found, settings), host, port, grace, access_log=access_log)
+    find = partial(options.load_ensemble, weights=None)
+    _run(Serving(load(asked, find, trust=trust, **loading), settings), host, port, grace, access_log=access_log)
 
 
 def _require_extra(*, ui: bool) -> None:
@@ -153,28 +177,31 @@ def _allowed(text: str) -> tuple[str, ...]:
     return names
 
 
-def _named(given: list[str] | None) -> dict[str, list[str]]:
-    """What is to be served, by name: the names of members or of a saved ensemble."""
-    found: dict[str, list[str]] = {}
-    for text in given or ["default=wide"]:
-        name, _, members = text.rpartition("=")
-        name = name or options.short(members)
-        if name in found:
-            raise InvalidInputError(f"expected a name for each ensemble, got {name!r} twice: give names as NAME=…")
-        found[name] = members.split(",")
-    return found
+def _replicate(application: Any, host: str, port: int, address: str | None, scale: Scale, names: list[str]) -> None:
+    """Deploy, and wait for a signal to take it down again."""
+    from ray import serve
 
+    from softmeet.scaling.cluster import connect, leave
+    from softmeet.server.replicas import NAME
 
-def _load(named: dict[str, list[str]], *, trust: str | None, remote: bool, **settings: Any) -> Ensembles:
-    """The ensembles that were named, with members that several of them name loaded once."""
-    from softmeet.server.ensembles import Ensembles, Served
-
-    shared: dict[Any, Any] = {}
-    served = []
-    for name, members in named.items():
-        ensemble = options.load_ensemble(members, trust, None, trust_remote_code=remote, loaded=shared, **settings)
-        served.append(Served(name, ensemble, tuple(map(options.short, ensemble.names))))
-    return Ensembles(served)
+    connect(address, (scale.most or scale.replicas) * scale.threads)
+    if port == 0:
+        with socket.socket() as free:
+            free.bind((host, 0))
+            port = free.getsockname()[1]
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+    try:
+        serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
+        serve.run(application, name=NAME, route_prefix="/")
+        typer.echo(
+            f"serving {', '.join(names)} by {scale.replicas} replicas, running on http://{host}:{port}", err=True
+        )
+        ended.wait()
+    finally:
+        serve.shutdown()
+        leave()
 
 
 def _run(serving: Serving, host: str, port: int, grace: float, *, access_log: bool) -> None:

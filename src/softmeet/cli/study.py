@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable
@@ -13,15 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from softmeet.cli import options, texts
+from softmeet.cli import engines, options, texts
 from softmeet.cli.lists import ListCommand
 from softmeet.errors import InvalidInputError
 
 if TYPE_CHECKING:
+    from softmeet.ensemble import Ensemble
     from softmeet.evaluation.documents import Document
     from softmeet.evaluation.study.report import Report
     from softmeet.evaluation.study.runs import Cell
     from softmeet.evaluation.study.text import Settings
+    from softmeet.scaling.base import Engine
 
 study = typer.Typer(
     help="Compare every rule where the truth is known, and on text: tables, plots and a report in a folder.",
@@ -43,22 +44,44 @@ Text = Annotated[
 
 
 @study.command()
-def synthetic(out: Out, smoke: Smoke = False, seed: Annotated[int, typer.Option()] = 0) -> None:
+def synthetic(
+    out: Out,
+    smoke: Smoke = False,
+    seed: Annotated[int, typer.Option()] = 0,
+    engine: engines.Name = "local",
+    workers: engines.Workers = None,
+    threads: engines.Threads = 1,
+    ray_address: engines.Address = None,
+    gpus: engines.Gpus = 0.0,
+) -> None:
     """Random heads, known truths, nd/v from 1/16 to 5/4; then noise on the hidden states."""
     from softmeet.evaluation.study import synthetic as tier
 
     settings = dataclasses.replace(tier.SMOKE if smoke else tier.Settings(), seed=seed)
-    _run(out, dataclasses.asdict(settings), tier.cells(settings), partial(tier.report, settings))
+    with engines.engine(engine, None, workers, threads, ray_address, gpus) as running:
+        _run(out, dataclasses.asdict(settings), tier.cells(settings), partial(tier.report, settings), running)
 
 
 @study.command("known-truth")
-def known_truth(out: Out, text: Text = None, smoke: Smoke = False) -> None:
+def known_truth(
+    out: Out,
+    text: Text = None,
+    smoke: Smoke = False,
+    engine: engines.Name = "local",
+    workers: engines.Workers = None,
+    threads: engines.Threads = 1,
+    ray_address: engines.Address = None,
+    gpus: engines.Gpus = 0.0,
+) -> None:
     """Trained heads, each with the best hidden state for a known truth: the bundled families, narrow under wide."""
     from softmeet.evaluation.study import known_truth as tier
 
     documents = _documents(text)
     settings = tier.SMOKE if smoke else tier.Settings()
-    _run(out, dataclasses.asdict(settings), tier.cells(settings, documents), partial(tier.report, settings))
+    members = tier.load(settings)
+    with engines.engine(engine, members, workers, threads, ray_address, gpus) as running:
+        cells = tier.cells(settings, documents, members)
+        _run(out, dataclasses.asdict(settings), cells, partial(tier.report, settings), running)
 
 
 @study.command()
@@ -73,6 +96,11 @@ def real(
     meet: Meet = 4000,
     exact: Exact = 4000,
     slow: Slow = 500,
+    engine: engines.Name = "local",
+    workers: engines.Workers = None,
+    threads: engines.Threads = 1,
+    ray_address: engines.Address = None,
+    gpus: engines.Gpus = 0.0,
 ) -> None:
     """The bundled families on text: every rule, a grid of trusts, the number of members, premise scores, samples."""
     from softmeet.evaluation.study.text import SMOKE, Settings
@@ -81,7 +109,8 @@ def real(
     for name in [family] if family else ["narrow", "wide"]:
         full = Settings(positions, meet, exact, slow, sizes=(2, 3) if name == "narrow" else ())
         settings = SMOKE if smoke else full
-        _on_text(out if family else out / name, [name], settings, documents, None)
+        place = partial(engines.engine, engine, workers=workers, threads=threads, address=ray_address, gpus=gpus)
+        _on_text(out if family else out / name, [name], settings, documents, None, place)
 
 
 @study.command(cls=ListCommand)
@@ -104,6 +133,11 @@ def pretrained(
     dtype: options.Dtype = None,
     device: options.Device = None,
     trust_remote_code: options.RemoteCode = False,
+    engine: engines.Name = "local",
+    workers: engines.Workers = None,
+    threads: engines.Threads = 1,
+    ray_address: engines.Address = None,
+    gpus: engines.Gpus = 0.0,
 ) -> None:
     """Any members on any text: the tables of `real`."""
     from softmeet.evaluation.study.text import Settings
@@ -113,11 +147,18 @@ def pretrained(
         raise InvalidInputError("expected members, and either --text or --trace")
     settings = Settings(positions, meet, exact, slow, rows=8, prompt=prompt, tokens=tokens, premise=premise, only=only)
     places = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-    _on_text(out, named, settings, _documents(text) if text else [], trace, **places)
+    place = partial(engines.engine, engine, workers=workers, threads=threads, address=ray_address, gpus=gpus)
+    _on_text(out, named, settings, _documents(text) if text else [], trace, place, **places)
 
 
 def _on_text(
-    out: Path, members: list[str], settings: Settings, documents: list[Document], trace: Path | None, **places: Any
+    out: Path,
+    members: list[str],
+    settings: Settings,
+    documents: list[Document],
+    trace: Path | None,
+    place: Callable[[Ensemble], Engine],
+    **places: Any,
 ) -> None:
     from softmeet.evaluation.positions import observe_text
     from softmeet.evaluation.premise import premise_at
@@ -125,25 +166,27 @@ def _on_text(
     from softmeet.evaluation.trace import Trace
 
     ensemble = options.load_ensemble(members, None, None, **places)
-    if trace is not None:
-        made = Trace.open(trace)
-        made.require(ensemble)
-        positions = tier.chosen(made.read(texts.say), settings.only)
-    else:
-        with options.status("running the members"):
-            # Twice what is needed: the positions that count are spread over them.
-            each = -(-2 * settings.positions // len(documents))
-            positions = observe_text(ensemble, documents, bos=True, max_per_document=each)
-    few = tier.spread(positions, settings.premise)
-    with options.status("testing the premise"):
-        premises = premise_at(ensemble, [(few.hidden, few.targets)]) if settings.premise else []
-    source = f"{trace or 'text'}: {len(positions):,} positions of {len(positions.document.unique())} documents"
-    _run(
-        out,
-        dataclasses.asdict(settings) | {"members": ensemble.names, "text": source},
-        tier.cells(settings, ensemble, positions),
-        lambda results, command: tier.report(settings, source, results, command, premises),
-    )
+    with place(ensemble) as running:
+        if trace is not None:
+            made = Trace.open(trace)
+            made.require(ensemble)
+            positions = tier.chosen(made.read(texts.say), settings.only)
+        else:
+            with options.status("running the members"):
+                # Twice what is needed: the positions that count are spread over them.
+                each = -(-2 * settings.positions // len(documents))
+                positions = observe_text(ensemble, documents, bos=True, max_per_document=each, engine=running)
+        few = tier.spread(positions, settings.premise)
+        with options.status("testing the premise"):
+            premises = premise_at(ensemble, [(few.hidden, few.targets)]) if settings.premise else []
+        source = f"{trace or 'text'}: {len(positions):,} positions of {len(positions.document.unique())} documents"
+        _run(
+            out,
+            dataclasses.asdict(settings) | {"members": ensemble.names, "text": source},
+            tier.cells(settings, ensemble, positions),
+            lambda results, command: tier.report(settings, source, results, command, premises),
+            running,
+        )
 
 
 def _documents(text: list[Path] | None) -> list[Document]:
@@ -154,23 +197,23 @@ def _documents(text: list[Path] | None) -> list[Document]:
 
 
 def _run(
-    out: Path, settings: dict[str, Any], cells: Iterable[Cell], report: Callable[[dict[str, Any], str], Report]
+    out: Path,
+    settings: dict[str, Any],
+    cells: Iterable[Cell],
+    report: Callable[[dict[str, Any], str], Report],
+    engine: Engine,
 ) -> None:
-    import torch
-
     from softmeet.evaluation.study.runs import Run
 
     run = Run(out, settings)
     with options.status("preparing"):
         work = list(cells)
-    torch.set_num_threads(1)
-    jobs = os.cpu_count() or 1
     with (
         texts.stoppable(f"finished cells stay in {out}; the same command goes on from there"),
         texts.progress() as begin,
     ):
         advance = begin("cells", 0, len(work))
-        results = run.each(work, jobs, lambda key: advance(1))
+        results = run.each(work, engine, lambda key: advance(1))
     found = report(results, shlex.join(["softmeet", *sys.argv[1:]]))
     run.finish(found.json())
     typer.echo(str(found.write(out)))

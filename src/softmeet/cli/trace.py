@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from softmeet.cli import options, texts
+from softmeet.cli import engines, options, texts
 from softmeet.cli.config import Config
 
 
@@ -28,6 +28,11 @@ def trace(
     dtype: options.Dtype = None,
     device: options.Device = None,
     trust_remote_code: options.RemoteCode = False,
+    engine: engines.Name = "local",
+    workers: engines.Workers = None,
+    threads: engines.Threads = 1,
+    ray_address: engines.Address = None,
+    gpus: engines.Gpus = 0.0,
     config: Config = None,
 ) -> None:
     """Run every member over a text once and keep its hidden states, for softmeet evaluate and softmeet fit."""
@@ -37,7 +42,11 @@ def trace(
     )
     from softmeet.evaluation.trace import record
 
-    with texts.stoppable(f"whole shards stay in {out}; the same command goes on from there"), texts.progress() as begin:
+    with (
+        texts.stoppable(f"whole shards stay in {out}; the same command goes on from there"),
+        engines.engine(engine, ensemble, workers, threads, ray_address, gpus) as running,
+        texts.progress() as begin,
+    ):
         bars: list[Callable[[int], None]] = []
         made = record(
             ensemble,
@@ -50,6 +59,7 @@ def trace(
             max_per_document=max_per_document,
             dtype=store,  # type: ignore[arg-type]  # checked there
             shard_size=shard,
+            engine=running,
             on_start=lambda done, total: bars.append(begin("tracing", done, total)),
             on_progress=lambda count: bars[0](count),
             on_damage=texts.say,

@@ -16,16 +16,21 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from softmeet.ensemble import Ensemble
 from softmeet.evaluation.choices import Choice
 from softmeet.evaluation.intervals import Difference, paired
-from softmeet.evaluation.objective import Objective, Pool
+from softmeet.evaluation.kept import Kept
+from softmeet.evaluation.objective import Loss, Objective, Pool
 from softmeet.evaluation.parameters import Layout, Values
-from softmeet.evaluation.perplexity import Evaluation, evaluate, member_name
+from softmeet.evaluation.perplexity import Evaluation, member_name
+from softmeet.evaluation.pieces import evaluate_positions
 from softmeet.evaluation.positions import Positions
 from softmeet.evaluation.premise import Premise, premise_at
 from softmeet.evaluation.splits import Part, split
+from softmeet.scaling.base import Engine
+from softmeet.scaling.local import LocalEngine
 
 POOLS: tuple[Pool, ...] = ("logit-mean", "prob-mean")
 # Where a trust starts that the premise test does not support, and the most it starts with.
@@ -110,6 +115,9 @@ def fit(
     positions: Positions,
     options: Options | None = None,
     begin: Begin = lambda description, done, total: lambda count: None,
+    *,
+    engine: Engine | None = None,
+    kept: Kept | None = None,
 ) -> Fitted:
     """Fit every candidate, choose, and judge; see the module's docstring.
 
@@ -118,32 +126,35 @@ def fit(
         positions: of the text.
         options: how.
         begin: called with a description, 0 and a number of positions or None; gives what to call with each advance.
+        engine: where to evaluate losses and scores; None for here.
+        kept: what an earlier run of the same fit has found.
 
     Raises:
         InvalidInputError: the text is too short to split.
     """
-    options = options or Options()
+    fitter = _Fitter(ensemble, options or Options(), begin, engine or LocalEngine(), kept or Kept())
+    options = fitter.options
     parts = split(positions)
     n = len(ensemble.names)
-    candidates = [_single(ensemble, parts["fit"].positions, i, options, begin) for i in range(n)]
+    candidates = [fitter.single(parts["fit"].positions, i) for i in range(n)]
     premise: list[Premise] = []
     if n > 1:
-        averages = [_average(ensemble, parts["fit"].positions, pool, options, begin) for pool in POOLS]
+        averages = [fitter.average(parts["fit"].positions, pool) for pool in POOLS]
         candidates += averages
         best = min(averages, key=lambda candidate: candidate.fit_nll)
         premise = _premise(ensemble, parts["fit"].subset(options.premise_positions), best)
         subset = parts["fit"].subset(options.meet_positions)
         starts = [(_named(a), a, _first_trusts(premise, a)) for a in averages]
-        candidates += [_meet(ensemble, subset, *start, 1, options, begin) for start in starts]
+        candidates += [fitter.meet(subset, *start, 1) for start in starts]
         if options.bands > 1:
             meet = min(candidates[-len(starts) :], key=lambda candidate: candidate.fit_nll)
             trust = [rho for rho in meet.settings["trust"] for _ in range(options.bands)]
             start = (f"{meet.name} by direction", meet, trust)
-            candidates.append(_meet(ensemble, subset, *start, options.bands, options, begin))
-    return _judge(ensemble, parts, candidates, premise, begin)
+            candidates.append(fitter.meet(subset, *start, options.bands))
+    return fitter.judge(parts, candidates, premise)
 
 
-def minimise(objective: Objective, start: Values, evaluations: int) -> tuple[Values, float, int]:
+def minimise(objective: Objective | _Remembered, start: Values, evaluations: int) -> tuple[Values, float, int]:
     """(values, loss, evaluations) by L-BFGS-B from ``start``, rounded; the best point seen, should it end early."""
     from scipy.optimize import minimize
 
@@ -164,25 +175,100 @@ def minimise(objective: Objective, start: Values, evaluations: int) -> tuple[Val
     return layout.values(best[1]).rounded(free=layout.free), best[0], int(done.nfev)
 
 
-def _single(ensemble: Ensemble, positions: Positions, i: int, options: Options, begin: Begin) -> Candidate:
-    """A member at its best temperature."""
-    name = member_name(ensemble.names, i)
-    n, advance = len(ensemble.names), begin(f"fitting {name}", 0, None)
-    objective = Objective(ensemble.model, positions, Layout(1), "logit-mean", [i], on_progress=advance)
-    values, loss, count = minimise(objective, Values((1.0,)), _CHEAPER * options.evaluations)
-    weights = [1.0 if k == i else 0.0 for k in range(n)]
-    settings = {"rule": "logit-mean", "weights": weights, "trust": [0.0] * n, "rule_temperature": values.temperature}
-    return Candidate(name, settings, True, loss, count)
+@dataclass
+class _Remembered:
+    """A loss whose evaluations are kept: the same steps lead to the same points again."""
+
+    loss: Loss
+    kept: Kept
+    name: str
+    count: int = 0
+
+    @property
+    def layout(self) -> Layout:
+        return self.loss.layout
+
+    def __call__(self, theta: Tensor) -> tuple[float, Tensor]:
+        def find() -> dict[str, Tensor]:
+            value, gradient = self.loss(theta)
+            return {"loss": torch.tensor(value, dtype=torch.float64), "gradient": gradient}
+
+        self.count += 1
+        found = self.kept.one(f"{self.name}-{self.count:04d}", find)
+        return found["loss"].item(), found["gradient"]
 
 
-def _average(ensemble: Ensemble, positions: Positions, pool: Pool, options: Options, begin: Begin) -> Candidate:
-    """A pool with weights and temperature."""
-    n = len(ensemble.names)
-    # A free scale of the weights is a logit mean's temperature already.
-    layout = Layout(n, free=options.free_weights, tempered=not (options.free_weights and pool == "logit-mean"))
-    objective = Objective(ensemble.model, positions, layout, pool, on_progress=begin(f"fitting {pool}", 0, None))
-    values, loss, count = minimise(objective, Values((1 / n,) * n), _CHEAPER * options.evaluations)
-    return Candidate(pool, _settings(pool, pool, values, n, options), True, loss, count)
+@dataclass(frozen=True)
+class _Fitter:
+    """Fits one candidate after another; what costs time goes through the engine."""
+
+    ensemble: Ensemble
+    options: Options
+    begin: Begin
+    engine: Engine
+    kept: Kept
+
+    def _minimised(
+        self, name: str, evaluations: int, positions: Positions, layout: Layout, pool: Pool, start: Values, **more: Any
+    ) -> tuple[Values, float, int]:
+        advance = self.begin(f"fitting {name}", 0, None)
+        loss = Loss(self.engine, self.ensemble.model, positions, layout, pool, on_progress=advance, **more)
+        return minimise(_Remembered(loss, self.kept, name), start, evaluations)
+
+    def single(self, positions: Positions, i: int) -> Candidate:
+        """A member at its best temperature."""
+        name, n = member_name(self.ensemble.names, i), len(self.ensemble.names)
+        evaluations, start = _CHEAPER * self.options.evaluations, Values((1.0,))
+        values, loss, count = self._minimised(
+            f"member {i}", evaluations, positions, Layout(1), "logit-mean", start, members=[i]
+        )
+        weights = [1.0 if k == i else 0.0 for k in range(n)]
+        own = {"rule": "logit-mean", "weights": weights, "trust": [0.0] * n, "rule_temperature": values.temperature}
+        return Candidate(name, own, True, loss, count)
+
+    def average(self, positions: Positions, pool: Pool) -> Candidate:
+        """A pool with weights and temperature."""
+        n, free = len(self.ensemble.names), self.options.free_weights
+        # A free scale of the weights is a logit mean's temperature already.
+        layout = Layout(n, free=free, tempered=not (free and pool == "logit-mean"))
+        evaluations, start = _CHEAPER * self.options.evaluations, Values((1 / n,) * n)
+        values, loss, count = self._minimised(pool, evaluations, positions, layout, pool, start)
+        return Candidate(pool, _settings(pool, pool, values, n, self.options), True, loss, count)
+
+    def meet(self, positions: Positions, name: str, start: Candidate, trust: Sequence[float], bands: int) -> Candidate:
+        """``meet`` from the pool of ``start``, everything fitted together, from those trusts."""
+        n, pool = len(self.ensemble.names), start.settings["pool"]
+        layout = Layout(n, n * bands, free=self.options.free_weights)
+        at = Values(tuple(start.settings["weights"]), start.settings["rule_temperature"], tuple(trust))
+        values, loss, count = self._minimised(name, self.options.evaluations, positions, layout, pool, at, bands=bands)
+        return Candidate(name, {**_settings("meet", pool, values, n, self.options), "bands": bands}, False, loss, count)
+
+    def judge(self, parts: dict[str, Part], candidates: list[Candidate], premise: list[Premise]) -> Fitted:
+        """Choose on the second part, and have the third confirm it."""
+        choices = [Choice(candidate.label, {"free_weights": False, **candidate.settings}) for candidate in candidates]
+        found = {}
+        for name in ("select", "test"):
+            positions = parts[name].positions
+            advance = self.begin(f"scoring the {name} part", 0, len(positions))
+            found[name] = evaluate_positions(
+                self.ensemble, positions, choices, engine=self.engine, kept=self.kept, stage=name, on_progress=advance
+            )
+
+        def loss(candidate: Candidate) -> float:
+            return found["select"].choices[candidate.label].mean
+
+        rival = min(candidates, key=loss)
+        best = min((candidate for candidate in candidates if candidate.baseline), key=loss)
+        test = found["test"].choices
+        difference = paired(test[rival.label].nats, test[best.label].nats, parts["test"].within)
+        chosen = rival if rival is best or difference.high < 0 else best
+        sizes = {
+            name: {"tokens": len(part.positions), "clusters": part.within.count, "kind": part.within.kind}
+            for name, part in parts.items()
+        }
+        return Fitted(
+            candidates, chosen, rival, best, difference, found["select"], found["test"], parts["test"], premise, sizes
+        )
 
 
 def _first_trusts(premise: Sequence[Premise], average: Candidate) -> list[float]:
@@ -194,31 +280,6 @@ def _first_trusts(premise: Sequence[Premise], average: Candidate) -> list[float]
 
 def _named(average: Candidate) -> str:
     return "meet" if average.name == "logit-mean" else f"meet from {average.name}"
-
-
-def _meet(
-    ensemble: Ensemble,
-    positions: Positions,
-    name: str,
-    start: Candidate,
-    trust: Sequence[float],
-    bands: int,
-    options: Options,
-    begin: Begin,
-) -> Candidate:
-    """``meet`` from the pool of ``start``, everything fitted together, from those trusts."""
-    n, pool = len(ensemble.names), start.settings["pool"]
-    objective = Objective(
-        ensemble.model,
-        positions,
-        Layout(n, n * bands, free=options.free_weights),
-        pool,
-        bands=bands,
-        on_progress=begin(f"fitting {name}", 0, None),
-    )
-    at = Values(tuple(start.settings["weights"]), start.settings["rule_temperature"], tuple(trust))
-    values, loss, count = minimise(objective, at, options.evaluations)
-    return Candidate(name, {**_settings("meet", pool, values, n, options), "bands": bands}, False, loss, count)
 
 
 def _settings(rule: str, pool: Pool, values: Values, n: int, options: Options) -> dict[str, Any]:
@@ -240,32 +301,6 @@ def _premise(ensemble: Ensemble, positions: Positions, average: Candidate) -> li
         "rule_temperature": 1.0,
     }
     return premise_at(ensemble, [(positions.hidden, positions.targets)], **pool)
-
-
-def _judge(
-    ensemble: Ensemble, parts: dict[str, Part], candidates: list[Candidate], premise: list[Premise], begin: Begin
-) -> Fitted:
-    choices = [Choice(candidate.label, {"free_weights": False, **candidate.settings}) for candidate in candidates]
-    found = {}
-    for name in ("select", "test"):
-        advance = begin(f"scoring the {name} part", 0, len(parts[name].positions))
-        found[name] = evaluate(ensemble, parts[name].positions, choices, advance)
-
-    def loss(candidate: Candidate) -> float:
-        return found["select"].choices[candidate.label].mean
-
-    rival = min(candidates, key=loss)
-    best = min((candidate for candidate in candidates if candidate.baseline), key=loss)
-    test = found["test"].choices
-    difference = paired(test[rival.label].nats, test[best.label].nats, parts["test"].within)
-    chosen = rival if rival is best or difference.high < 0 else best
-    sizes = {
-        name: {"tokens": len(part.positions), "clusters": part.within.count, "kind": part.within.kind}
-        for name, part in parts.items()
-    }
-    return Fitted(
-        candidates, chosen, rival, best, difference, found["select"], found["test"], parts["test"], premise, sizes
-    )
 
 
 def figures(fitted: Fitted) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -12,10 +12,11 @@ from torch import Tensor
 
 from softmeet.evaluation.parameters import Layout
 from softmeet.evaluation.perplexity import chunk_size
-from softmeet.evaluation.positions import Positions
+from softmeet.evaluation.positions import PIECE, Positions
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.rules.meet import full_hessian_pays
 from softmeet.rules.problem import Problem
+from softmeet.scaling.base import Engine
 from softmeet.simplex import log_normalize
 from softmeet.solvers.base import iterate
 from softmeet.solvers.dual import DualState
@@ -49,7 +50,7 @@ class Objective:
         members: those that take part, by index; all if None.
         bands: of principal directions, each with a trust of its own.
         tol: of the solver, in nats.
-        on_progress: called with the number of positions after each chunk.
+        keep: log-probabilities between evaluations, instead of making them again from hidden states.
     """
 
     model: EnsembleForCausalLM
@@ -59,15 +60,18 @@ class Objective:
     members: Sequence[int] | None = None
     bands: int = 1
     tol: float = 1e-4
-    on_progress: Callable[[int], None] = lambda positions: None
+    keep: bool = True
 
     def __post_init__(self) -> None:
-        v, n = self.model.config.vocab_size, len(self.model.heads)
-        self._keep = 4 * n * v * len(self.positions) <= _KEPT
         self._kept: dict[int, tuple[Tensor, Tensor | None]] = {}
 
     def __call__(self, theta: Float[Tensor, " k"]) -> tuple[float, Float[Tensor, " k"]]:
         """(loss, gradient) at a vector of parameters."""
+        total, gradient = self.sums(theta)
+        return total / len(self.positions), gradient / len(self.positions)
+
+    def sums(self, theta: Float[Tensor, " k"]) -> tuple[float, Float[Tensor, " k"]]:
+        """Sums over positions of the same."""
         total, gradient = 0.0, torch.zeros_like(theta)
         for k, chunk in enumerate(self.positions.chunks(chunk_size(self.model.config.vocab_size))):
             log_p, logits = self._log_probs(k, chunk)
@@ -75,8 +79,7 @@ class Objective:
             loss = self.losses(leaf, log_p, logits, chunk.targets).sum()
             gradient += torch.autograd.grad(loss, leaf)[0]
             total += loss.item()
-            self.on_progress(len(chunk))
-        return total / len(self.positions), gradient / len(self.positions)
+        return total, gradient
 
     def losses(
         self, theta: Float[Tensor, " k"], log_p: Float[Tensor, "n B v"], logits: Tensor | None, targets: Tensor
@@ -133,9 +136,47 @@ class Objective:
             some = list(self.members)
             log_p, logits = log_p[some], None if logits is None else logits[some]
         found = log_p, logits
-        if self._keep:
+        if self.keep:
             self._kept[k] = found
         return found
+
+
+class Loss:
+    """An objective whose positions are dealt out in pieces, and put together in their order.
+
+    Args:
+        engine: where the pieces go.
+        model, positions, layout, pool, options: as :class:`Objective` has them.
+        on_progress: called with the number of positions of each piece.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        model: EnsembleForCausalLM,
+        positions: Positions,
+        layout: Layout,
+        pool: Pool,
+        *,
+        on_progress: Callable[[int], None] = lambda positions: None,
+        **options: Any,
+    ) -> None:
+        self.layout, self._engine, self._count, self._on_progress = layout, engine, len(positions), on_progress
+        keep = 4 * len(model.heads) * model.config.vocab_size * len(positions) <= _KEPT
+        parts = list(positions.chunks(PIECE))
+        self._sizes = [len(part) for part in parts]
+        self._pieces = engine.keep([Objective(model, part, layout, pool, keep=keep, **options) for part in parts])
+
+    def __call__(self, theta: Float[Tensor, " k"]) -> tuple[float, Float[Tensor, " k"]]:
+        """(loss, gradient) at a vector of parameters."""
+        found = {}
+        for k, sums in self._engine.map(Objective.sums, [(piece, theta) for piece in self._pieces]):
+            found[k] = sums
+            self._on_progress(self._sizes[k])
+        total, gradient = 0.0, torch.zeros_like(theta)
+        for k in range(len(found)):
+            total, gradient = total + found[k][0], gradient + found[k][1]
+        return total / self._count, gradient / self._count
 
 
 def pooled(

@@ -54,7 +54,7 @@ class Scores:
 
 @dataclass
 class Evaluation:
-    """Scores of every member and choice on the same positions.
+    """Scores of every member and choice on the same positions, whose hidden states need not be there any more.
 
     ``disagreement`` is the mean of KL(p̂_i‖mean of p̂) over members, (N,), nats: their Jensen-Shannon divergence.
     """
@@ -99,7 +99,7 @@ def evaluate(
         for choice in choices:
             parts[choice.name].append(solver.scores(choice, weights.get(choice.prompt)))
         on_progress(len(chunk))
-    joined = {name: _join(some) for name, some in parts.items()}
+    joined = {name: join_scores(some) for name, some in parts.items()}
     return Evaluation(
         positions,
         {name: joined[name] for name in names},
@@ -203,7 +203,8 @@ def _scores(log_p: Float[Tensor, "B v"], targets: Tensor) -> Scores:
     return Scores(nats.cpu(), (best.indices == targets).cpu(), best.values.exp().double().cpu())
 
 
-def _join(parts: Sequence[Scores]) -> Scores:
+def join_scores(parts: Sequence[Scores]) -> Scores:
+    """Those of several stretches of positions, in their order."""
     return Scores(
         torch.cat([s.nats for s in parts]),
         torch.cat([s.hit for s in parts]),

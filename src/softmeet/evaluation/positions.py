@@ -11,7 +11,12 @@ from torch import Tensor
 
 from softmeet.ensemble import Ensemble
 from softmeet.evaluation.documents import Document
-from softmeet.evaluation.windows import TokenizedDocument, Window, tokenize, window_length, windows
+from softmeet.evaluation.windows import Reading, grouped, tokenize, window_length, windows
+from softmeet.scaling.base import Engine
+from softmeet.scaling.local import LocalEngine
+
+# Positions of a piece of work, about: many enough to be worth sending, few enough to be lost.
+PIECE = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,31 +63,26 @@ def join(parts: Sequence[Positions], names: list[str]) -> Positions:
 
 
 @torch.no_grad()  # not inference mode: a fit differentiates through what comes of these
-def observe(
-    ensemble: Ensemble,
-    documents: Sequence[TokenizedDocument],
-    read: Sequence[Window],
-    on_progress: Callable[[int], None] = lambda positions: None,
-) -> Positions:
-    """Run every member over some windows.
+def observe(ensemble: Ensemble, reading: Reading) -> Positions:
+    """Run every member over some windows, one at a time.
 
     Args:
         ensemble: its members run once a window.
-        documents: that the windows are of.
-        read: the windows.
-        on_progress: called with the number of positions after each window.
+        reading: the windows.
+
+    Returns:
+        Their positions, on the ensemble's device, without the documents' names.
     """
     parts = []
-    for window in read:
-        document = documents[window.document]
+    for window in reading.windows:
+        document = reading.documents[window.document]
         ids = document.ids[window.start : window.stop].to(ensemble.model.device)
         kept, counted = slice(window.first - window.start, None), slice(window.first, window.stop)
         hidden = [h[kept] for h in ensemble.model.hidden_states(ids[None])]
         targets = document.ids[window.first + 1 : window.stop + 1].to(ensemble.model.device)
-        place = torch.full_like(targets, window.document)
+        place = torch.full_like(targets, reading.places[window.document])
         parts.append(Positions(hidden, targets, place, document.sizes[counted].to(targets.device), []))
-        on_progress(len(window))
-    return join(parts, [document.name for document in documents])
+    return join(parts, [])
 
 
 def observe_text(
@@ -94,9 +94,14 @@ def observe_text(
     bos: bool = False,
     max_tokens: int | None = None,
     max_per_document: int | None = None,
+    engine: Engine | None = None,
     on_progress: Callable[[int], None] = lambda positions: None,
 ) -> Positions:
     """Tokenize documents and run every member over them; arguments as ``tokenize`` and ``window_length`` have them.
+
+    Args:
+        engine: where to run the members; None for here.
+        on_progress: called with numbers of positions that are done.
 
     Raises:
         InvalidInputError: the text is too short, or window and stride do not fit.
@@ -104,4 +109,9 @@ def observe_text(
     limit = getattr(ensemble.model.config, "max_position_embeddings", None)
     size, step = window_length(limit, window, stride)
     found = tokenize(ensemble.tokenizer, documents, bos=bos, max_tokens=max_tokens, max_per_document=max_per_document)
-    return observe(ensemble, found, list(windows(found, size, step)), on_progress)
+    readings = [Reading.of(found, group) for group in grouped(windows(found, size, step), PIECE, by_document=False)]
+    parts = {}
+    for k, part in (engine or LocalEngine()).map(observe, ((ensemble, reading) for reading in readings)):
+        parts[k] = part
+        on_progress(len(part))
+    return join([parts[k] for k in range(len(readings))], [document.name for document in found])

@@ -6,8 +6,6 @@ carry checksums, and the file's metadata the identity of its trace.
 
 from __future__ import annotations
 
-import errno
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 from softmeet.errors import TraceError
+from softmeet.evaluation.files import write_atomically
 from softmeet.evaluation.positions import Positions
 
 try:
@@ -24,32 +23,6 @@ except ImportError as error:  # pragma: no cover - the extra is installed where 
     raise ImportError("traces are kept in Parquet files: pip install 'softmeet[eval]'") from error
 
 _KEY = b"softmeet"
-
-
-def write_atomically(path: Path, write: Any) -> None:
-    """Call ``write`` with a file object, and let its file appear as ``path`` once it is on the disk.
-
-    Raises:
-        TraceError: the disk is full; nothing is left behind, and what was there before stays.
-    """
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        with unfinished.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise TraceError(
-                f"no room on the disk for {path} ({error.strerror}): what was written before is whole; make room and "
-                "run the same command again, and it will go on from there"
-            ) from error
-        raise
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
 
 
 def write_shard(path: Path, positions: Positions, dtype: torch.dtype, key: str) -> None:

@@ -20,10 +20,13 @@ import torch
 from softmeet.ensemble import Ensemble
 from softmeet.errors import InvalidInputError, TraceError
 from softmeet.evaluation.documents import Document
+from softmeet.evaluation.files import write_atomically
 from softmeet.evaluation.identity import identity
 from softmeet.evaluation.positions import Positions, join, observe
-from softmeet.evaluation.shards import read_shard, write_atomically, write_shard
-from softmeet.evaluation.windows import Window, text_hash, tokenize, window_length, windows
+from softmeet.evaluation.shards import read_shard, write_shard
+from softmeet.evaluation.windows import Reading, grouped, text_hash, tokenize, window_length, windows
+from softmeet.scaling.base import Engine
+from softmeet.scaling.local import LocalEngine
 
 FORMAT = 1
 Dtype = Literal["float32", "float16"]
@@ -137,6 +140,7 @@ def record(
     max_per_document: int | None = None,
     dtype: Dtype = "float32",
     shard_size: int = 4096,
+    engine: Engine | None = None,
     on_start: Callable[[int, int], None] = lambda done, total: None,
     on_progress: Callable[[int], None] = lambda positions: None,
     on_damage: Callable[[str], None] = lambda sentence: None,
@@ -150,8 +154,9 @@ def record(
         window, stride, bos, max_tokens, max_per_document: as ``observe_text`` has them.
         dtype: of the hidden states on disk; fp16 halves the size, and its error in nats is measured.
         shard_size: positions in a shard, at least.
+        engine: where to run the members; None for here.
         on_start: called with (positions that are there, positions in all).
-        on_progress: called with the number of new positions.
+        on_progress: called with the number of positions of each new shard.
         on_damage: called with a sentence about each shard that has to be made again.
 
     Raises:
@@ -163,7 +168,7 @@ def record(
     limit = getattr(ensemble.model.config, "max_position_embeddings", None)
     size, step = window_length(limit, window, stride)
     tokens = tokenize(ensemble.tokenizer, documents, bos=bos, max_tokens=max_tokens, max_per_document=max_per_document)
-    groups = _groups(list(windows(tokens, size, step)), shard_size)
+    groups = grouped(windows(tokens, size, step), shard_size, by_document=False)
     trace = _prepare(
         Path(folder),
         {
@@ -181,22 +186,14 @@ def record(
     missing = [k for k in range(len(groups)) if not _is_whole(trace, k, on_damage)]
     total = sum(trace.facts["shards"])
     on_start(total - sum(trace.facts["shards"][k] for k in missing), total)
-    for k in missing:
-        positions = observe(ensemble, tokens, groups[k], on_progress)
+    readings = ((ensemble, Reading.of(tokens, groups[k])) for k in missing)
+    for place, positions in (engine or LocalEngine()).map(observe, readings):
+        k = missing[place]
+        on_progress(len(positions))
         if dtype == "float16":
             _note_error(ensemble, trace, k, positions)
         write_shard(trace.shard(k), positions, getattr(torch, dtype), trace.key)
     return trace
-
-
-def _groups(found: Sequence[Window], size: int) -> list[list[Window]]:
-    """Windows in order, in groups of at least ``size`` positions but for the last."""
-    groups: list[list[Window]] = [[]]
-    for window in found:
-        if sum(map(len, groups[-1])) >= size:
-            groups.append([])
-        groups[-1].append(window)
-    return groups
 
 
 def _prepare(folder: Path, facts: dict[str, Any]) -> Trace:
@@ -247,4 +244,4 @@ def _note_error(ensemble: Ensemble, trace: Trace, k: int, positions: Positions) 
     path = trace.folder / "float16.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     known[str(k)] = {"largest": largest, "sum": total, "positions": len(positions)}
-    write_atomically(path, lambda file: file.write(json.dumps(known).encode()))
+    write_atomically(path, lambda file: file.write(json.dumps(known, sort_keys=True).encode()))

@@ -8,7 +8,7 @@ W - S tokens past the first window. The stride S is at most the window W.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -136,6 +136,56 @@ def windows(documents: Sequence[TokenizedDocument], window: int, stride: int) ->
             if stop > done:
                 yield Window(k, start, max(start, done), stop)
                 done = stop
+
+
+def grouped(found: Iterable[Window], size: int, *, by_document: bool) -> list[list[Window]]:
+    """Windows in order, in groups of at least ``size`` positions; the last, and ends of documents, may have fewer.
+
+    Args:
+        found: the windows.
+        size: positions.
+        by_document: let no group hold windows of two documents.
+    """
+    groups: list[list[Window]] = []
+    for window in found:
+        last = groups[-1] if groups else None
+        crosses = by_document and last is not None and last[0].document != window.document
+        if last is None or crosses or sum(map(len, last)) >= size:
+            groups.append([window])
+        else:
+            last.append(window)
+    return groups
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """Some windows, and no more of their documents than they read.
+
+    ``windows`` are of ``documents``; ``places`` says which document each of those is in the whole text.
+    """
+
+    documents: list[TokenizedDocument]
+    windows: list[Window]
+    places: list[int]
+
+    @classmethod
+    def of(cls, documents: Sequence[TokenizedDocument], read: Sequence[Window]) -> Reading:
+        """What some windows, in order, read of a text."""
+        places = list(dict.fromkeys(window.document for window in read))
+        first = {place: min(w.start for w in read if w.document == place) for place in places}
+        last = {window.document: window.stop for window in read}
+        cut = [
+            TokenizedDocument(d.name, d.ids[first[k] : last[k] + 1].clone(), d.sizes[first[k] : last[k]].clone())
+            for k, d in ((k, documents[k]) for k in places)
+        ]
+        moved = [
+            Window(places.index(w.document), *(at - first[w.document] for at in (w.start, w.first, w.stop)))
+            for w in read
+        ]
+        return cls(cut, moved, places)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.windows))
 
 
 def text_hash(documents: Sequence[TokenizedDocument]) -> str:

@@ -39,3 +39,8 @@ def locate(name: str) -> str:
             + ", ".join(p.name for p in sorted((folder() / family).iterdir()))
         )
     return str(place)
+
+
+def short(name: str) -> str:
+    """The last two parts of a path: ``wide/gpt2``."""
+    return "/".join(Path(name).parts[-2:])

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from softmeet.ensemble import Ensemble
+from softmeet.errors import InvalidInputError
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
+from softmeet.members.zoo import short
 from softmeet.server.errors import RequestError
 from softmeet.server.schemas import CHANGES, Extension
 from softmeet.server.work import Combination
@@ -100,3 +103,39 @@ class Ensembles:
     def members(self) -> dict[PreTrainedModel, str]:
         """Every member once, with its name."""
         return {m: name for s in self for m, name in zip(s.ensemble.model.members, s.names, strict=True)}
+
+
+def named(given: Sequence[str]) -> dict[str, list[str]]:
+    """What is to be served, by name, from ``NAME=MEMBER,MEMBER``; without a name, by the end of the last member's.
+
+    Raises:
+        InvalidInputError: a name comes twice.
+    """
+    found: dict[str, list[str]] = {}
+    for text in given:
+        name, _, members = text.rpartition("=")
+        name = name or short(members)
+        if name in found:
+            raise InvalidInputError(f"expected a name for each ensemble, got {name!r} twice: give names as NAME=…")
+        found[name] = members.split(",")
+    return found
+
+
+def load(named: dict[str, list[str]], find: Callable[..., Ensemble] | None = None, **settings: Any) -> Ensembles:
+    """Ensembles by name, with members that several of them name loaded once.
+
+    Args:
+        named: a saved ensemble, a bundled family, or members, for each name.
+        find: from such a list to an ensemble; None for ``Ensemble.from_pretrained``.
+        settings: of it.
+    """
+    shared: dict[Any, Any] = {}
+    served = []
+    for name, members in named.items():
+        ensemble = (find or _found)(members, loaded=shared, **settings)
+        served.append(Served(name, ensemble, tuple(map(short, ensemble.names))))
+    return Ensembles(served)
+
+
+def _found(members: list[str], **settings: Any) -> Ensemble:
+    return Ensemble.from_pretrained(members[0] if len(members) == 1 else members, **settings)

@@ -7,6 +7,7 @@
     ├── BusyError             too many sequences are waiting (429)
     ├── TooLateError          the answer took longer than it may (504)
     ├── ClosingError          the server is shutting down (503)
+    ├── ReplicaLostError      the replica that wrote the answer has died (503)
     └── InternalError         a defect of the server (500)
 """
 
@@ -28,6 +29,10 @@ class ClosingError(SoftmeetError):
 
 class TooLateError(SoftmeetError):
     """The answer was not done in time."""
+
+
+class ReplicaLostError(SoftmeetError):
+    """The replica that wrote the answer has died, or there is none."""
 
 
 class InternalError(SoftmeetError):
@@ -77,6 +82,8 @@ def problem(error: Exception) -> Problem:
             return Problem(429, text, "rate_limit_error", "busy")
         case ClosingError():
             return Problem(503, text, "service_unavailable_error", "shutting_down")
+        case ReplicaLostError():
+            return Problem(503, text, "service_unavailable_error", "replica_lost")
         case TooLateError():
             return Problem(504, text, "timeout_error", "timeout")
         case InvalidInputError():

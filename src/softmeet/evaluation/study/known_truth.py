@@ -44,9 +44,14 @@ class Settings:
 SMOKE = Settings(positions=2, rows=2, documents=2, sizes=(2,))
 
 
-def cells(settings: Settings, documents: Sequence[Document]) -> Iterator[Cell]:
-    """Every document's positions, in groups, for the first k members with k in ``sizes``."""
-    heads = Ensemble.from_pretrained(list(settings.members)).model.heads
+def load(settings: Settings) -> Ensemble:
+    """The members."""
+    return Ensemble.from_pretrained(list(settings.members))
+
+
+def cells(settings: Settings, documents: Sequence[Document], ensemble: Ensemble | None = None) -> Iterator[Cell]:
+    """Every document's positions, in groups, for the first k members (``ensemble``) with k in ``sizes``."""
+    heads = (ensemble or load(settings)).model.heads
     stronger = Ensemble.from_pretrained(list(settings.truth), "logit-mean")
     for document in documents[: settings.documents]:
         truths = _truths(stronger, document.text, settings.positions)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from softmeet import __version__
-from softmeet.errors import InvalidInputError
+from softmeet.evaluation.files import claim
+from softmeet.scaling.base import Engine
+from softmeet.scaling.local import LocalEngine
 
 Json = dict[str, Any]
 
@@ -41,42 +42,32 @@ class Run:
 
     def __init__(self, folder: Path, settings: Json) -> None:
         self.folder, self.settings = folder, {"version": __version__, **settings}
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "settings.json"
-        if path.exists():
-            before = json.loads(path.read_text(encoding="utf-8"))
-            _refuse_others(folder, before, json.loads(json.dumps(self.settings)))
-        else:
-            _write(path, self.settings)
+        claim(folder, "a study", self.settings)
         self._lines = folder / "cells.jsonl"
         self.done = self._read()
 
     def each(
-        self, cells: Sequence[Cell], jobs: int = 1, on_done: Callable[[str], None] = lambda key: None
+        self, cells: Sequence[Cell], engine: Engine | None = None, on_done: Callable[[str], None] = lambda key: None
     ) -> dict[str, Json]:
         """The results of ``cells`` by key; those that an earlier run finished are not run again.
 
         Args:
             cells: in the order of the results.
-            jobs: threads, each on one core: products release the interpreter.
+            engine: where they run; None for here.
             on_done: called with each key.
         """
         todo = [cell for cell in cells if cell.key not in self.done]
         for cell in cells:
             if cell.key in self.done:
                 on_done(cell.key)
-        with self._lines.open("a", encoding="utf-8") as out, ThreadPoolExecutor(jobs) as pool:
-            running = {pool.submit(cell.work): cell.key for cell in todo}
-            try:
-                for future in as_completed(running):
-                    key = running[future]
-                    self.done[key] = future.result()
-                    out.write(json.dumps({"key": key, "result": self.done[key]}) + "\n")
-                    out.flush()
-                    os.fsync(out.fileno())
-                    on_done(key)
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+        with self._lines.open("a", encoding="utf-8") as out:
+            for k, result in (engine or LocalEngine()).map(_run, ((cell.work,) for cell in todo)):
+                key = todo[k].key
+                self.done[key] = result
+                out.write(json.dumps({"key": key, "result": result}) + "\n")
+                out.flush()
+                os.fsync(out.fileno())
+                on_done(key)
         return {cell.key: self.done[cell.key] for cell in cells}
 
     def finish(self, result: Json) -> None:
@@ -93,11 +84,8 @@ class Run:
         return {entry["key"]: entry["result"] for entry in map(json.loads, whole)}
 
 
-def _refuse_others(folder: Path, before: Json, now: Json) -> None:
-    differ = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    if differ:
-        shown = ", ".join(f"{key}: {before.get(key)!r} there, {now.get(key)!r} here" for key in differ)
-        raise InvalidInputError(f"{folder} holds a study with other settings ({shown}): choose another folder")
+def _run(work: Callable[[], Json]) -> Json:
+    return work()
 
 
 def _write(path: Path, content: Json) -> None:

@@ -1,0 +1,60 @@
+"""One server beside replicas of it on Ray Serve: python benchmarks/replicas.py
+
+Tokens a second and time to the first token by `logit-mean`, and what passing a token on costs: the CPU of the front and
+of Ray's proxy, which all replicas share.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated, Any
+
+import psutil
+import typer
+
+from report import show
+from serve import measure
+from soak import Server
+
+FRONT, PROXY = "ray::ServeReplica:softmeet:front", "ray::ProxyActor"
+
+
+def seconds(server: Server, *names: str) -> float:
+    """Of CPU, of the server's processes that are called so."""
+    found = psutil.Process(server.process.pid).children(recursive=True)
+    own = [p.cpu_times() for p in found if " ".join(p.cmdline()).startswith(names)]
+    return float(sum(x.user + x.system for x in own))
+
+
+def main(
+    family: Annotated[str, typer.Argument(help="A bundled family.")] = "narrow",
+    streams: Annotated[int, typer.Option(help="At once.")] = 32,
+    tokens: Annotated[int, typer.Option(help="Of each answer.")] = 100,
+    replicas: Annotated[str, typer.Option(help="Numbers of replicas.")] = "1,2",
+    json_to: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+) -> None:
+    """Print one table."""
+    more = {
+        "softmeet": {"rule": "logit-mean"},
+        "stream_options": {"include_usage": True},
+        "logit_bias": {"0": -100},
+    }
+    kinds = [("one process", ["--threads", "1"])]
+    kinds += [(f"replicas: {n}", ["--engine", "ray", "--replicas", n]) for n in replicas.split(",")]
+    rows: list[dict[str, Any]] = []
+    for name, arguments in kinds:
+        server = Server(f"default={family}", "--batch", str(streams), *arguments)
+        try:
+            before = seconds(server, FRONT, PROXY)
+            found = asyncio.run(measure(server.url, streams, tokens, **more))
+            spent = seconds(server, FRONT, PROXY) - before
+        finally:
+            server.end()
+        passing = 1e3 * spent / (streams * tokens) if spent else None
+        rows.append({"server": name} | found | {"front and proxy, ms of CPU a token": passing})
+    show(f"{family}, logit-mean, {streams} streams of {tokens} tokens", rows, json_to)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,64 @@
+"""Files that appear under their names when they are whole, and folders that say what they hold."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from softmeet.errors import InvalidInputError, TraceError
+
+
+def write_atomically(path: Path, write: Any) -> None:
+    """Call ``write`` with a file object, and let its file appear as ``path`` once it is on the disk.
+
+    Raises:
+        TraceError: the disk is full; nothing is left behind, and what was there before stays.
+    """
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        with unfinished.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise TraceError(
+                f"no room on the disk for {path} ({error.strerror}): what was written before is whole; make room and "
+                "run the same command again, and it will go on from there"
+            ) from error
+        raise
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def claim(folder: Path, what: str, settings: dict[str, Any]) -> None:
+    """Make a folder whose ``settings.json`` says what its contents depend on, or find that one there.
+
+    Args:
+        folder: to make.
+        what: it will hold, for the message.
+        settings: as JSON has them.
+
+    Raises:
+        InvalidInputError: it holds the same with other settings.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path, now = folder / "settings.json", json.loads(json.dumps(settings))
+    if not path.exists():
+        write_atomically(path, lambda file: file.write((json.dumps(settings, indent=1) + "\n").encode()))
+        return
+    there = json.loads(path.read_text(encoding="utf-8"))
+    if differ := sorted(key for key in there.keys() | now.keys() if there.get(key) != now.get(key)):
+        shown = ", ".join(f"{key}: {_short(there.get(key))} there, {_short(now.get(key))} here" for key in differ)
+        raise InvalidInputError(f"{folder} holds {what} with other settings ({shown}): choose another folder")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:99]}…"

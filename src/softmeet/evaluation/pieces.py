@@ -1,0 +1,162 @@
+"""An evaluation in pieces: documents, or stretches of long ones, each of which any worker can do by itself.
+
+Pieces, and the chunks in which a piece is solved, follow from the text alone, and what comes of them is put together in
+the order of the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softmeet.ensemble import Ensemble
+from softmeet.evaluation.choices import Choice
+from softmeet.evaluation.documents import Document
+from softmeet.evaluation.kept import Found, Kept
+from softmeet.evaluation.perplexity import Evaluation, Scores, evaluate, join_scores, member_name
+from softmeet.evaluation.positions import PIECE, Positions, observe
+from softmeet.evaluation.windows import Reading, grouped, tokenize, window_length, windows
+from softmeet.scaling.base import Engine
+from softmeet.scaling.local import LocalEngine
+
+_OF_TEXT = ("targets", "document", "sizes")
+
+
+def evaluate_text(
+    ensemble: Ensemble,
+    documents: Sequence[Document],
+    choices: Sequence[Choice],
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    bos: bool = False,
+    max_tokens: int | None = None,
+    max_per_document: int | None = None,
+    engine: Engine | None = None,
+    kept: Kept | None = None,
+    begin: Callable[[int], Callable[[int], None]] = lambda total: lambda count: None,
+) -> Evaluation:
+    """Every member and every choice on a text; hidden states are let go of with their piece.
+
+    Args:
+        ensemble: the members and their settings.
+        documents: the text.
+        choices: rules and options.
+        window, stride, bos, max_tokens, max_per_document: as ``tokenize`` and ``window_length`` have them.
+        engine: where to run; None for here.
+        kept: pieces that earlier runs finished.
+        begin: called with the number of positions; gives what to call with the size of each piece.
+
+    Raises:
+        InvalidInputError: the text is too short, or window and stride do not fit.
+    """
+    limit = getattr(ensemble.model.config, "max_position_embeddings", None)
+    size, step = window_length(limit, window, stride)
+    tokens = tokenize(ensemble.tokenizer, documents, bos=bos, max_tokens=max_tokens, max_per_document=max_per_document)
+    groups = grouped(windows(tokens, size, step), _size(choices), by_document=True)
+    sizes = [sum(map(len, group)) for group in groups]
+    advance = begin(sum(sizes))
+    found = (kept or Kept()).map(
+        engine or LocalEngine(),
+        "evaluate",
+        _read_and_score,
+        len(groups),
+        lambda k: (ensemble, Reading.of(tokens, groups[k]), choices),
+        lambda k: advance(sizes[k]),
+    )
+    return _joined(ensemble, choices, found, [t.name for t in tokens])
+
+
+def evaluate_positions(
+    ensemble: Ensemble,
+    positions: Positions,
+    choices: Sequence[Choice],
+    *,
+    engine: Engine | None = None,
+    kept: Kept | None = None,
+    stage: str = "evaluate",
+    on_progress: Callable[[int], None] = lambda positions: None,
+) -> Evaluation:
+    """The same at positions that are known.
+
+    Args:
+        ensemble: whose heads and settings are used.
+        positions: of a text, or from a trace.
+        choices: rules and options.
+        engine: where to run; None for here.
+        kept: pieces that earlier runs finished.
+        stage: a name for these pieces.
+        on_progress: called with the size of each piece.
+    """
+    pieces = _stretches(positions, _size(choices))
+    found = (kept or Kept()).map(
+        engine or LocalEngine(),
+        stage,
+        _score,
+        len(pieces),
+        # Copied, so that products see them aligned alike wherever they run.
+        lambda k: (ensemble, positions.take(torch.arange(pieces[k].start, pieces[k].stop)), choices),
+        lambda k: on_progress(len(pieces[k])),
+    )
+    whole = _joined(ensemble, choices, found, positions.names)
+    return Evaluation(positions, whole.members, whole.choices, whole.disagreement)
+
+
+def _size(choices: Sequence[Choice]) -> int:
+    """Of a piece; weights that follow from a document's beginning need all of it at once."""
+    return 1 << 62 if any(choice.prompt for choice in choices) else PIECE
+
+
+def _stretches(positions: Positions, size: int) -> list[range]:
+    found, start = [], 0
+    for length in positions.document.unique_consecutive(return_counts=True)[1].tolist():
+        found += [range(at, min(at + size, start + length)) for at in range(start, start + length, min(size, length))]
+        start += length
+    return found
+
+
+def _read_and_score(ensemble: Ensemble, reading: Reading, choices: Sequence[Choice]) -> Found:
+    return _score(ensemble, observe(ensemble, reading), choices)
+
+
+def _score(ensemble: Ensemble, positions: Positions, choices: Sequence[Choice]) -> Found:
+    found = evaluate(ensemble, positions, choices)
+    flat = {"disagreement": found.disagreement}
+    flat |= {name: getattr(positions, name).cpu() for name in _OF_TEXT}
+    for k, scores in enumerate([*found.members.values(), *found.choices.values()]):
+        for name, value in vars(scores).items():
+            if value is not None:
+                flat[f"{name} {k}"] = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+    return flat
+
+
+def _scores(piece: Found, k: int) -> Scores:
+    """The k-th of a piece, as it was before it was flat."""
+    there: dict[str, Any] = {f.name: piece[f"{f.name} {k}"] for f in fields(Scores) if f"{f.name} {k}" in piece}
+    numbers = {f.name: type(f.default) for f in fields(Scores) if isinstance(f.default, int | float)}
+    there |= {name: number(there[name].item()) for name, number in numbers.items()}
+    return Scores(**there)
+
+
+def _joined(ensemble: Ensemble, choices: Sequence[Choice], found: Sequence[Found], names: list[str]) -> Evaluation:
+    """Pieces in order as one evaluation, without hidden states."""
+
+    def whole(name: str) -> Tensor:
+        return torch.cat([piece[name] for piece in found])
+
+    members = [member_name(ensemble.names, i) for i in range(len(ensemble.names))]
+    every = {
+        name: join_scores([_scores(piece, k) for piece in found])
+        for k, name in enumerate([*members, *(choice.name for choice in choices)])
+    }
+    targets, document, sizes = (whole(name) for name in _OF_TEXT)
+    return Evaluation(
+        Positions([], targets, document, sizes, names),
+        {name: every[name] for name in members},
+        {choice.name: every[choice.name] for choice in choices},
+        whole("disagreement"),
+    )

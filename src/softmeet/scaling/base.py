@@ -1,0 +1,50 @@
+"""An engine: a ``map`` whose answers do not depend on where it ran.
+
+What is mapped is cut the same way for every engine, runs with the same number of threads, and is put together by the
+caller in the order of the items; so results are the same to the last bit on processors of one kind.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+R = TypeVar("R")
+T = TypeVar("T")
+Items = Iterable[tuple[Any, ...]]
+
+
+class Engine(ABC):
+    """Used as a context manager; outside of one it maps nothing."""
+
+    @abstractmethod
+    def map(self, function: Callable[..., R], items: Items) -> Iterator[tuple[int, R]]:
+        """(k, ``function(*item)`` of the k-th item), in the order in which they are done.
+
+        Items are taken from the iterable as there is room: no more are under way than there are workers.
+
+        Args:
+            function: of a module, so that other processes find it; it keeps no state that another call could see.
+            items: the arguments of each call.
+
+        Raises:
+            Exception: what a call raised.
+        """
+
+    @abstractmethod
+    def keep(self, values: Sequence[T]) -> list[T]:
+        """Stand-ins for values, to be used in items of several ``map`` in their place.
+
+        A worker that has met one keeps the value, and whatever calls have stored in it; those of the last ``keep``
+        before are let go.
+        """
+
+    @abstractmethod
+    def __enter__(self) -> Self: ...
+
+    @abstractmethod
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...

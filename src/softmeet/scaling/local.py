@@ -1,0 +1,66 @@
+"""The engine of this process: threads, each on cores of its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from types import TracebackType
+from typing import Self, TypeVar
+
+import torch
+
+from softmeet.scaling.base import Engine, Items
+
+R = TypeVar("R")
+T = TypeVar("T")
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class LocalEngine(Engine):
+    """Calls run in threads: products and compiled loops release the interpreter.
+
+    Args:
+        workers: threads; one runs every call in the caller's own.
+        threads: of torch, in each.
+    """
+
+    def __init__(self, workers: int = 1, threads: int = 1) -> None:
+        self.workers, self.threads = workers, threads
+        self._before = torch.get_num_threads()
+
+    def __enter__(self) -> Self:
+        self._before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        torch.set_num_threads(self._before)
+
+    def map(self, function: Callable[..., R], items: Items) -> Iterator[tuple[int, R]]:
+        """As :meth:`Engine.map`."""
+        if self.workers == 1:
+            yield from ((k, function(*item)) for k, item in enumerate(items))
+            return
+        left, running = enumerate(items), dict[Future[R], int]()
+        pool = ThreadPoolExecutor(self.workers, "softmeet", torch.set_num_threads, (self.threads,))
+        try:
+            while True:
+                while len(running) < self.workers and (found := next(left, None)) is not None:
+                    running[pool.submit(function, *found[1])] = found[0]
+                if not running:
+                    return
+                for done in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield running.pop(done), done.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def keep(self, values: Sequence[T]) -> list[T]:
+        """The values themselves."""
+        return list(values)

@@ -1,0 +1,134 @@
+"""Values in two parts: bytes that say how they are built, and arrays that may stay where they are.
+
+Ray's object store maps numpy arrays into every process of a node, read-only and without a copy. Torch's own pickling
+would copy each tensor, so tensors travel as arrays of bytes, and come back as contiguous views of them.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from ray.cloudpickle import CloudPickler
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from softmeet.ensemble import Ensemble
+
+Packed = tuple[bytes, list[Any]]
+# Of the allocator's memory, and of the object store's.
+_BOUNDARY = 64
+
+
+def parts(ensemble: Ensemble | None) -> list[Any]:
+    """What of an ensemble other values may refer to: always in the same order, in every process."""
+    if ensemble is None:
+        return []
+    model = ensemble.model
+    tensors = [*model.parameters(), *model.buffers()]
+    return [ensemble, model, *model.members, *model.heads, *tensors]
+
+
+class Stored:
+    """A value that workers keep: its number among all that were ever stored, and where it lies."""
+
+    def __init__(self, number: int, reference: Any) -> None:
+        self.number, self.reference = number, reference
+
+
+class _Packer(CloudPickler):  # type: ignore[misc]
+    def __init__(self, file: io.BytesIO, known: Mapping[int, int]) -> None:
+        super().__init__(file)
+        self._known, self.arrays, self.stored = known, list[Any](), list[Stored]()
+        # Held, so that no other object takes the place in memory, and with it the number, of one that was met.
+        self._met: dict[int, tuple[int, Tensor]] = {}
+
+    def persistent_id(self, value: Any) -> Any:
+        if (place := self._known.get(id(value))) is not None:
+            return "part", place
+        if isinstance(value, Stored):
+            self.stored.append(value)
+            return "stored", len(self.stored) - 1
+        if isinstance(value, Tensor) and not value.is_meta:
+            return self._tensor(value)
+        return None
+
+    def _tensor(self, value: Tensor) -> tuple[Any, ...]:
+        if id(value) not in self._met:
+            self._met[id(value)] = len(self.arrays), value
+            self.arrays.append(_shifted(value.detach().cpu().contiguous()).numpy())
+        kind = "parameter" if isinstance(value, nn.Parameter) else "tensor"
+        return kind, self._met[id(value)][0], value.dtype, tuple(value.shape)
+
+
+class _Unpacker(pickle.Unpickler):
+    def __init__(self, packed: Packed, parts: Sequence[Any], stored: Sequence[Any], *, copy: bool) -> None:
+        super().__init__(io.BytesIO(packed[0]))
+        self._arrays, self._parts, self._stored, self._copy = packed[1], parts, stored, copy
+        self._built: dict[int, Tensor] = {}
+
+    def persistent_load(self, name: Any) -> Any:
+        kind, place, *rest = name
+        if kind == "part":
+            return self._parts[place]
+        if kind == "stored":
+            return self._stored[place]
+        if place not in self._built:
+            dtype, shape = rest
+            size = math.prod(shape) * dtype.itemsize
+            found = _view(self._arrays[place], size, copy=self._copy).view(dtype).view(shape)
+            self._built[place] = nn.Parameter(found, requires_grad=False) if kind == "parameter" else found
+        return self._built[place]
+
+
+def _shifted(value: Tensor) -> Tensor:
+    """Its bytes, behind as many others as it lies past a boundary: products round differently from there."""
+    flat, past = value.flatten().view(torch.uint8), value.data_ptr() % _BOUNDARY
+    return torch.cat([flat.new_zeros(past), flat]) if past else flat
+
+
+def _view(array: np.ndarray[Any, Any], size: int, *, copy: bool) -> Tensor:
+    """The last ``size`` bytes, as far past a boundary as :func:`_shifted` found them."""
+    if not size:
+        return torch.empty(0, dtype=torch.uint8)
+    with warnings.catch_warnings():
+        # It cannot be written to, and nobody does.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        found = torch.from_numpy(array)
+    return (found.clone() if copy or found.data_ptr() % _BOUNDARY else found)[len(found) - size :]
+
+
+def weight(packed: Packed) -> int:
+    """Its bytes."""
+    return len(packed[0]) + sum(int(array.nbytes) for array in packed[1])
+
+
+def pack(value: Any, known: Sequence[Any] = ()) -> tuple[Packed, list[Stored]]:
+    """A value in its two parts, and what is stored of it.
+
+    Args:
+        value: anything that cloudpickle takes.
+        known: objects that whoever unpacks has too: they travel as their place in it.
+    """
+    file = io.BytesIO()
+    packer = _Packer(file, {id(part): k for k, part in enumerate(known)})
+    packer.dump(value)
+    return (file.getvalue(), packer.arrays), packer.stored
+
+
+def unpack(packed: Packed, known: Sequence[Any] = (), stored: Sequence[Any] = (), *, copy: bool = False) -> Any:
+    """What :func:`pack` took; its tensors are views of the arrays, to be read only, unless they are copied.
+
+    Args:
+        packed: the two parts.
+        known: as in packing, in the same order.
+        stored: the values of what was stored.
+        copy: let go of the arrays.
+    """
+    return _Unpacker(packed, known, stored, copy=copy).load()

@@ -1,0 +1,69 @@
+"""What runs in a process of its own: an actor that holds an ensemble's members."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from softmeet.scaling.packing import Packed, pack, parts, unpack
+
+if TYPE_CHECKING:
+    from softmeet.ensemble import Ensemble
+
+
+class Worker:
+    """Holds an ensemble whose weights stay in the node's object store, and calls functions with it.
+
+    Args:
+        packed: the ensemble, or None, in two parts; the arrays are views of shared memory.
+        threads: of torch.
+        devices: one for each member, in turn, which its weights are copied to; none to compute on the processor.
+    """
+
+    def __init__(self, packed: Packed, threads: int, devices: int) -> None:
+        torch.set_num_threads(threads)
+        ensemble: Ensemble | None = unpack(packed)
+        if devices and ensemble is not None:
+            spread(ensemble, devices)
+        self._parts = parts(ensemble)
+        self._stored: dict[int, Any] = {}
+        self._first = 0
+
+    def process(self) -> int:
+        """Its number, once it can work."""
+        return os.getpid()
+
+    def call(self, packed: Packed, stored: list[tuple[int, int]], *values: Packed) -> tuple[bool, Packed]:
+        """(whether all went well, the answer or the exception).
+
+        Args:
+            packed: function and arguments.
+            stored: number, and the first number of what is still of use, of each stored value among the arguments.
+            values: those values.
+        """
+        try:
+            kept = [self._value(*name, value) for name, value in zip(stored, values, strict=True)]
+            function, arguments = unpack(packed, self._parts, kept)
+            return True, pack(function(*arguments))[0]
+        except Exception as error:
+            return False, pack(error)[0]
+
+    def _value(self, number: int, first: int, packed: Packed) -> Any:
+        if first > self._first:
+            self._stored = {k: value for k, value in self._stored.items() if k >= first}
+            self._first = first
+        if number not in self._stored:
+            self._stored[number] = unpack(packed, self._parts)
+        return self._stored[number]
+
+
+def spread(ensemble: Ensemble, devices: int, kind: str = "cuda") -> None:
+    """Copy member i to device i modulo ``devices``; one device holds all of them."""
+    from softmeet.members.heads import replace_weight
+
+    model = ensemble.model
+    for i, member in enumerate(model.members):
+        member.to(torch.device(kind, i % devices) if kind == "cuda" else torch.device(kind))
+    model.heads = [replace_weight(head, member) for head, member in zip(model.heads, model.members, strict=True)]

@@ -1,0 +1,138 @@
+"""What stands before replicas: it passes requests on, and outlives the replica that was writing an answer.
+
+An application behind the relay runs in another process, and what it sends comes back one ASGI message at a time. Where
+they stop coming because that process died, the relay ends the answer with the error object that clients know.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import Any, Protocol
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from softmeet.server.errors import ReplicaLostError, problem
+from softmeet.server.replies import dumps
+
+_SENT_ON = (
+    "type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers",
+    "client", "server",
+)  # fmt: skip
+_LOST = "the replica that was to answer has died: what came before is as it was; ask again"
+
+
+class Answering(Protocol):
+    """The messages of one answer, which may be given up."""
+
+    def __aiter__(self) -> AsyncIterator[Message]: ...
+
+    def cancel(self) -> Any:
+        """Nobody reads them any more."""
+
+
+async def run(app: ASGIApp, scope: dict[str, Any], body: bytes) -> AsyncGenerator[Message, None]:
+    """What an application sends for one request; to leave the iteration is to leave as a client does."""
+    messages: asyncio.Queue[Message | None] = asyncio.Queue()
+    given, gone = False, asyncio.Event()
+
+    async def receive() -> Message:
+        nonlocal given
+        if not given:
+            given = True
+            return {"type": "http.request", "body": body, "more_body": False}
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    task = asyncio.ensure_future(app(scope, receive, messages.put))
+    task.add_done_callback(lambda done: messages.put_nowait(None))
+    try:
+        while (message := await messages.get()) is not None:
+            yield message
+        await task
+    finally:
+        gone.set()
+
+
+class Relay:
+    """An ASGI application that has its answers from elsewhere.
+
+    Args:
+        ask: from the scope and the body of a request to the messages of its answer.
+        lost: the exceptions which say that whoever was writing them has died.
+    """
+
+    def __init__(
+        self, ask: Callable[[dict[str, Any], bytes], Answering], lost: tuple[type[BaseException], ...]
+    ) -> None:
+        self._ask, self._lost = ask, lost
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass one request on, and its answer back, until the client leaves."""
+        if scope["type"] == "lifespan":
+            await _live(receive, send)
+        if scope["type"] != "http":
+            return
+        body = b""
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            body += message.get("body", b"")
+            if not message.get("more_body", False):
+                break
+        answer = self._ask({key: scope[key] for key in _SENT_ON if key in scope}, body)
+        sending = asyncio.ensure_future(self._send(answer, scope, receive, send))
+        gone = asyncio.ensure_future(_left(receive))
+        try:
+            await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                sending.result()
+        finally:
+            answer.cancel()
+            for task in (sending, gone):
+                task.cancel()
+            with contextlib.suppress(asyncio.CancelledError, OSError):
+                await sending
+
+    async def _send(self, answer: Answering, scope: Scope, receive: Receive, send: Send) -> None:
+        # The beginning waits for what follows, so that an answer without any can still become an error.
+        start: Message | None = None
+        begun = False
+        try:
+            async for message in answer:
+                if start is None:
+                    start = message
+                    continue
+                if not begun:
+                    begun = True
+                    await send(start)
+                await send(message)
+        except self._lost as error:
+            found = problem(ReplicaLostError(_LOST))
+            if not begun:
+                response = JSONResponse(found.body(), found.status, {"Retry-After": "1"})
+                await response(scope, receive, send)
+            elif start is not None and _is_stream(start):
+                end = f"data: {dumps(found.body())}\n\ndata: [DONE]\n\n".encode()
+                await send({"type": "http.response.body", "body": end, "more_body": False})
+            else:
+                raise ReplicaLostError(_LOST) from error
+
+
+def _is_stream(start: Message) -> bool:
+    return Headers(raw=start["headers"]).get("content-type", "").startswith("text/event-stream")
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _live(receive: Receive, send: Send) -> None:
+    for event in ("startup", "shutdown"):
+        await receive()
+        await send({"type": f"lifespan.{event}.complete"})

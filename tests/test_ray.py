@@ -1,0 +1,405 @@
+"""The Ray engine: the same bytes as the local one for any number of workers, whatever dies on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import psutil
+import pytest
+import tiny
+import torch
+from test_cli import run
+from typer.testing import CliRunner
+
+from softmeet import Ensemble
+from softmeet.cli.main import app as commands
+from softmeet.errors import InvalidInputError, NonFiniteError, WorkerLostError
+from softmeet.evaluation.choices import parse_choices, with_baselines
+from softmeet.evaluation.documents import Document
+from softmeet.evaluation.fit import Options, figures, fit
+from softmeet.evaluation.kept import Kept
+from softmeet.evaluation.pieces import evaluate_positions, evaluate_text
+from softmeet.evaluation.positions import observe_text
+from softmeet.evaluation.report import summary
+from softmeet.evaluation.study import known_truth, text
+from softmeet.evaluation.study.runs import Run
+from softmeet.evaluation.trace import record
+from softmeet.scaling.local import LocalEngine
+from softmeet.scaling.packing import pack, parts, unpack
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import ray
+    from ray.cluster_utils import Cluster
+
+    from softmeet.scaling.cluster import connect
+    from softmeet.scaling.ray_engine import RayEngine
+
+# Workers cannot import tests.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+pytestmark = pytest.mark.filterwarnings("ignore")  # of Ray and what it imports
+WORDS = "the quick brown fox jumps over the lazy dog. "
+DOCUMENTS = [Document(f"d{k}", WORDS[k:] * 2) for k in range(12)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("members")
+    return [tiny.save(folder / name, name, seed=k) for k, name in enumerate(("gpt2", "llama"))]
+
+
+@pytest.fixture(scope="module")
+def ensemble(folders):
+    return Ensemble.from_pretrained(folders)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two nodes, each with an object store of its own."""
+    made = Cluster(
+        initialize_head=True,
+        connect=True,
+        head_node_args={"num_cpus": 3, "num_gpus": 2, "object_store_memory": 1 << 28, "include_dashboard": False},
+    )
+    made.add_node(num_cpus=3, num_gpus=2, object_store_memory=1 << 28)
+    made.wait_for_nodes()
+    yield made
+    ray.shutdown()
+    made.shutdown()
+
+
+@pytest.fixture(scope="module")
+def plain(cluster):
+    """Workers without an ensemble."""
+    with RayEngine(None, 2) as engine:
+        yield engine
+
+
+def evaluated(ensemble, engine, **options):
+    """The reduced JSON."""
+    found = evaluate_text(
+        ensemble, DOCUMENTS, parse_choices("logit-mean,meet:trust=0.5", 2, {}), engine=engine, **options
+    )
+    return json.dumps(summary(found))
+
+
+@pytest.fixture(scope="module")
+def expected(ensemble):
+    with LocalEngine() as engine:
+        return evaluated(ensemble, engine)
+
+
+def test_threads_of_one_process_agree(ensemble, expected):
+    with LocalEngine(3) as engine:
+        assert evaluated(ensemble, engine) == expected
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_an_evaluation_is_the_same_to_the_last_byte(cluster, ensemble, expected, workers):
+    with RayEngine(ensemble, workers) as engine:
+        assert evaluated(ensemble, engine) == expected
+        assert engine.redone == []
+
+
+def test_a_worker_that_is_killed_changes_nothing(cluster, ensemble, expected):
+    """It is stopped before it gets its piece, so that it surely has one when it is killed."""
+    with RayEngine(ensemble, 2) as engine:
+        victim = engine.processes()[0]
+        os.kill(victim, signal.SIGSTOP)
+        pieces = []
+
+        def advance(count):
+            pieces.append(count)
+            if len(pieces) == 1:
+                os.kill(victim, signal.SIGKILL)
+
+        assert evaluated(ensemble, engine, begin=lambda total: advance) == expected
+        assert len(pieces) == len(DOCUMENTS)
+        assert len(engine.redone) == 1
+
+
+def _begin(k, folder):
+    """The first that begins item 3 kills its own process."""
+    (folder / "begun").open("a").write(f"{k}\n")
+    if k == 3 and (folder / "kill").exists():
+        (folder / "kill").unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return torch.full((3,), float(k))
+
+
+def test_what_was_under_way_is_begun_twice_and_nothing_else_is(plain, tmp_path, monkeypatch):
+    (tmp_path / "kill").touch()
+    said = []
+    monkeypatch.setattr(plain, "_on_loss", said.append)
+    monkeypatch.setattr(plain, "redone", [])
+    done = dict(plain.map(_begin, [(k, tmp_path) for k in range(12)]))
+    assert sorted(done) == list(range(12))
+    assert all(done[k][0] == k for k in done)
+    assert sorted((tmp_path / "begun").read_text().split()) == sorted([*map(str, range(12)), "3"])
+    assert plain.redone == [3]
+    assert len(said) == 1
+    assert "done again" in said[0]
+
+
+def _once(folder):
+    """Kills its own process the first time; then the number of the one that did it."""
+    if (folder / "kill").exists():
+        (folder / "kill").unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return os.getpid()
+
+
+def test_a_worker_with_nothing_to_do_takes_over(plain, tmp_path, monkeypatch):
+    """Nobody waits for the dead one's place to be taken."""
+    monkeypatch.setattr(plain, "redone", [])
+    (tmp_path / "kill").touch()
+    before = plain.processes()
+    ((_, found),) = plain.map(_once, [(tmp_path,)])
+    assert found in before
+    assert plain.redone == [0]
+
+
+def _act(what):
+    if what == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "fail":
+        raise NonFiniteError("NaN from a member")
+    return what
+
+
+def test_what_kills_every_worker_is_named_and_errors_are_the_calls_own(plain, monkeypatch):
+    monkeypatch.setattr(plain, "redone", [])
+    with pytest.raises(NonFiniteError, match="NaN from a member"):
+        list(plain.map(_act, [("fail",), ("well",)]))
+    assert list(plain.map(_act, [("well",)])) == [(0, "well")]
+    with pytest.raises(WorkerLostError, match=r"piece of work \(0\) lost 3 workers"):
+        list(plain.map(_act, [("die",)]))
+    assert plain.redone == [0, 0, 0]
+
+
+def test_no_more_is_under_way_than_there_are_workers(plain):
+    """Items are taken from their iterable as there is room for them, however slow the caller is."""
+    taken = []
+
+    def items():
+        for k in range(20):
+            taken.append(k)
+            yield (str(k),)
+
+    for count, _ in enumerate(plain.map(_act, items()), 1):
+        # Done, under way, and one for each worker to choose from.
+        assert len(taken) <= count + 2 * plain.workers
+    assert len(taken) == 20
+
+
+def large_ensemble():
+    """One member with a head of 40 MiB."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
+
+    torch.manual_seed(0)
+    member = GPT2LMHeadModel(
+        GPT2Config(vocab_size=20480, n_positions=64, n_embd=512, n_layer=1, n_head=4, **tiny.IDS)
+    ).eval()
+    model = EnsembleForCausalLM(EnsembleConfig(members=["large"]), [member]).eval()
+    model.adopt(tiny.tokenizer())
+    return Ensemble(model, model.tokenizer)
+
+
+def _look(model, seconds):
+    """(process, node, where in which file of shared memory the head lies, what reading it added to the process)."""
+    weight, own = model.heads[0].weight, psutil.Process()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, _, offset, device, inode, *path = line.split()
+        low, high = (int(x, 16) for x in span.split("-"))
+        if low <= weight.data_ptr() < high:
+            break
+    before = own.memory_full_info().uss
+    total = model.heads[0].moments(torch.ones(1, model.heads[0].v)).sum()
+    added = own.memory_full_info().uss - before
+    time.sleep(seconds)
+    place = path[0].startswith("/dev/shm"), device, inode, int(offset, 16) + weight.data_ptr() - low
+    return os.getpid(), ray.get_runtime_context().get_node_id(), place, added, total
+
+
+def test_heads_lie_once_on_each_node(cluster):
+    ensemble = large_ensemble()
+    size = ensemble.model.heads[0].weight.nbytes
+    with RayEngine(ensemble, 3) as engine:
+        engine.processes()
+        found = [answer for _, answer in engine.map(_look, [(ensemble.model, 0.5)] * 6)]
+        assert all(not array.flags.writeable for array in ray.get(engine._packed)[1])
+    assert len({process for process, *_ in found}) == 3
+    places = {(node, place) for _, node, place, _, _ in found}
+    assert len({node for node, _ in places}) == 2
+    assert len(places) == 2  # the same bytes of the same file for all workers of a node
+    assert all(place[0] for _, place in places)
+    assert all(added < size / 10 for *_, added, _ in found)
+    assert len({total.item() for *_, total in found}) == 1
+
+
+def test_packing_gives_the_same_tensors_back(ensemble):
+    shared, odd = parts(ensemble), torch.arange(40.0)[3:]
+    value = {
+        "odd": odd,
+        "model": ensemble.model,
+        "head": ensemble.model.heads[0],
+        "half": torch.ones(3, dtype=torch.bfloat16),
+    }
+    value |= {"empty": torch.zeros(0, 4), "slice": torch.arange(12.0).view(3, 4)[1:, ::2], "x": [1]}
+    packed, _ = pack(value, shared)
+    assert sum(array.nbytes for array in packed[1]) < 300  # no weight among them
+    found = unpack(packed, shared)
+    assert found["model"] is ensemble.model
+    assert found["head"] is ensemble.model.heads[0]
+    # Products of a tensor that lies elsewhere within a line of the cache may round differently.
+    assert found["odd"].data_ptr() % 64 == odd.data_ptr() % 64 == 12
+    for key in ("half", "empty", "slice", "odd"):
+        assert torch.equal(found[key], value[key])
+        assert found[key].dtype == value[key].dtype
+    copy = unpack(*pack(ensemble)[:1])
+    assert copy.model.heads[0].weight is copy.model.members[0].get_output_embeddings().weight
+    assert [torch.equal(a, b) for a, b in zip(parts(copy)[-9:], shared[-9:], strict=True)] == [True] * 9
+    # A member whose embeddings are tied has them once.
+    assert copy.model.members[0].get_input_embeddings().weight is copy.model.heads[0].weight
+
+
+def test_positions_fits_and_studies_are_the_same(cluster, ensemble, tmp_path):
+    options = Options(meet_positions=60, premise_positions=40, evaluations=3)
+    parsed = parse_choices("meet:trust=0.5,logit-mean:prompt_weights=20", 2, {})
+
+    def everything(engine, folder):
+        traced = record(ensemble, DOCUMENTS, folder / "trace", max_per_document=40, shard_size=100, engine=engine)
+        positions = traced.read()
+        scores = summary(evaluate_positions(ensemble, positions, with_baselines(parsed, {}), engine=engine))
+        fitted = figures(fit(ensemble, positions, options, engine=engine, kept=Kept(folder / "fit", {})))
+        settings = text.Settings(12, 8, 4, 2, rows=4, sizes=(1,), prompt="the ", tokens=3, premise=0)
+        results = Run(folder / "text", {}).each(list(text.cells(settings, ensemble, positions)), engine)
+        return json.dumps([scores, fitted, results])
+
+    with LocalEngine() as engine:
+        ours = everything(engine, tmp_path / "local")
+    with RayEngine(ensemble, 2) as engine:
+        assert everything(engine, tmp_path / "ray") == ours
+    for folder in ("trace", "fit"):
+        local, there = (sorted((tmp_path / name / folder).iterdir()) for name in ("local", "ray"))
+        assert [p.name for p in local] == [p.name for p in there]
+        assert [p.read_bytes() for p in local] == [p.read_bytes() for p in there]
+
+
+def test_a_study_of_heads_is_the_same(cluster, tmp_path):
+    settings = known_truth.Settings(positions=2, rows=2, documents=1, sizes=(2,))
+    members = known_truth.load(settings)
+    cells = list(known_truth.cells(settings, [Document("text", "And it came to pass, when men began. " * 8)], members))
+    with LocalEngine() as engine:
+        ours = Run(tmp_path / "local", {}).each(cells, engine)
+    with RayEngine(members, 1) as engine:
+        assert json.dumps(Run(tmp_path / "ray", {}).each(cells, engine)) == json.dumps(ours)
+
+
+def test_a_fit_goes_on_where_it_stopped(ensemble, tmp_path):
+    positions = observe_text(ensemble, DOCUMENTS, max_per_document=40)
+    options = Options(meet_positions=40, premise_positions=40, evaluations=3)
+    whole = figures(fit(ensemble, positions, options))
+
+    def stop(description, done, total):
+        if description == "fitting meet":
+            raise KeyboardInterrupt
+        return lambda count: None
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(ensemble, positions, options, stop, kept=Kept(tmp_path, {}))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors")}
+    assert {path.name.rpartition("-")[0] for path in before} == {"member-0", "member-1", "logit-mean", "prob-mean"}
+    advanced = []
+    begin = lambda description, done, total: lambda count: advanced.append(description)  # noqa: E731
+    assert figures(fit(ensemble, positions, options, begin, kept=Kept(tmp_path, {}))) == whole
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert not {"fitting member 0", "fitting logit-mean", "fitting prob-mean"} & set(advanced)
+    with pytest.raises(InvalidInputError, match="pieces of a command with other settings"):
+        Kept(tmp_path, {"trust": 1})
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "softmeet.cli.main", *map(str, arguments)]
+
+
+def killed_after(arguments, pattern, folder, count):
+    """Run a command and kill it when so many files are there; which these are, with their times."""
+    process = subprocess.Popen(
+        command(*arguments), env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    while len(list(folder.glob(pattern))) < count:
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return {path: path.stat().st_mtime_ns for path in folder.glob(pattern)}
+
+
+def test_a_command_goes_on_after_its_driver_was_killed(cluster, ensemble, folders, tmp_path):
+    documents = [Document(f"{tmp_path / 'all.txt'}#{k}", WORDS[k:]) for k in range(24)]
+    (tmp_path / "all.txt").write_text("|".join(document.text for document in documents))
+    asked = ["evaluate", "--members", *folders, "--text", tmp_path / "all.txt", "--separator", "|", "--rules", "meet"]
+    asked += ["--engine", "ray", "--workers", 1, "--ray-address", cluster.address]
+    asked += ["--resume", tmp_path / "pieces", "--json", tmp_path / "ray.json"]
+    before = killed_after(asked, "*.safetensors", tmp_path / "pieces", 5)
+    assert 5 <= len(before) < 24
+    done = run(*asked)
+    assert done.returncode == 0, done.stderr
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    averages = {"rule_temperature": 1.0}
+    choices = with_baselines(parse_choices("meet", 2, averages), averages)
+    with LocalEngine(2) as engine:
+        local = summary(evaluate_text(ensemble, documents, choices, engine=engine))
+    assert (tmp_path / "ray.json").read_text() == json.dumps(local, indent=2) + "\n"
+
+
+def _devices(model):
+    return ray.get_gpu_ids()
+
+
+def test_workers_share_a_device_or_have_several(cluster, ensemble):
+    """Devices that are there in name only: what is tested is who gets which."""
+    from softmeet.scaling import worker
+
+    with RayEngine(None, 2, gpus=0.5) as engine:
+        given = [tuple(ray.get(s.actor.__ray_call__.remote(_devices))) for s in engine._slots]
+    assert all(len(own) == 1 for own in given)
+    assert given[0] == given[1]
+    with RayEngine(None, 1, gpus=2) as engine:
+        assert len(ray.get(engine._slots[0].actor.__ray_call__.remote(_devices))) == 2
+    moved = unpack(pack(ensemble)[0])
+    worker.spread(moved, 2, "meta")
+    assert all(head.weight.is_meta for head in moved.model.heads)
+    with pytest.raises(InvalidInputError, match="part of one device or a whole number"):
+        RayEngine(None, gpus=1.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--engine", "dask"], "unknown engine 'dask': expected local or ray"),
+        (["--gpus", "1"], "are options of --engine ray"),
+    ],
+)
+def test_engines_that_are_none(folders, tmp_path, options, message):
+    (tmp_path / "a.txt").write_text(WORDS)
+    asked = ["evaluate", "--members", *map(str, folders), "--text", str(tmp_path / "a.txt"), *options]
+    with pytest.raises(InvalidInputError, match=message):
+        CliRunner().invoke(commands, asked, catch_exceptions=False)
+
+
+def test_no_cluster_at_an_address(monkeypatch):
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(InvalidInputError, match=r"expected a Ray cluster at 127\.0\.0\.1:1, found none"):
+        connect("127.0.0.1:1")
