@@ -22,6 +22,8 @@ from softmeet.solvers.sweep import block_size
 
 # The most of a block's trace that may come off again: past it more than a digit would be lost.
 _DOMINANT = 0.9
+# Elements of a block's rows of all heads, once for each row of the batch that goes together.
+_ELEMENTS = 1 << 20
 
 
 def hessian(
@@ -44,19 +46,21 @@ def hessian(
     prices = [(alpha**2, alpha * gamma) for alpha, gamma in zip(problem.alpha, problem.gamma, strict=True)]
     places = list(_places(widths))
     means = [(joint[:, here], own[:, here]) for here in places]
+    together = max(1, _ELEMENTS // max(1, block_size(problem) * sum(widths)))
     for tokens in _blocks(problem):
-        rows = [_rows(h, tokens) for h in problem.heads]
-        for k in range(len(H)):
-            light: list[Float[Tensor, "b _"]] = []
+        white = [_rows(h, tokens) for h in problem.heads]
+        for k in (slice(start, start + together) for start in range(0, len(H), together)):
+            light: list[Float[Tensor, "B b _"]] = []
             for i, (h, here) in enumerate(zip(problem.heads, places, strict=True)):
-                Q = _sloped(h, rows[i], k, tokens)
+                Q = _sloped(h, white[i], k, tokens)
                 (a, b), (of_p, of_r) = prices[i], means[i]
-                x = Q - ((a * of_p[k] + b * of_r[k]) / (a + b)).to(Q.dtype)
+                x = Q - ((a * of_p[k] + b * of_r[k]) / (a + b)).to(Q.dtype)[:, None]
                 mass = a * p[k, tokens] + b * r[k, i, tokens]
-                H[k, here, here] += x.T @ (x * mass.to(Q.dtype)[:, None])
+                H[k, here, here] += x.transpose(1, 2) @ (x * mass.to(Q.dtype)[..., None])
                 if i:
-                    H[k, here, : here.start] += problem.alpha[i] * (x.T @ torch.cat(light, dim=-1))
-                light.append((Q - of_p[k].to(Q.dtype)) * (problem.alpha[i] * p[k, tokens]).to(Q.dtype)[:, None])
+                    H[k, here, : here.start] += problem.alpha[i] * (x.transpose(1, 2) @ torch.cat(light, dim=-1))
+                own_light = (problem.alpha[i] * p[k, tokens]).to(Q.dtype)
+                light.append((Q - of_p[k].to(Q.dtype)[:, None]) * own_light[..., None])
     for i, here in enumerate(places):
         H[:, : here.start, here] = H[:, here, : here.start].transpose(1, 2)
         _take_off(problem, i, H[:, here, here], prices[i], means[i], (p, r[:, i]))
@@ -83,7 +87,7 @@ def _take_off(
     for k in anew.nonzero().flatten().tolist():
         block[k] = 0.0
         for tokens in _blocks(problem):
-            Q = _sloped(h, _rows(h, tokens), k, tokens)
+            Q = _sloped(h, _rows(h, tokens), slice(k, k + 1), tokens)[0]
             for price, mean, mass in zip(prices, means, masses, strict=True):
                 x = Q - mean[k].to(Q.dtype)
                 block[k] += price * (x.T @ (x * mass[k, tokens].to(Q.dtype)[:, None]))
@@ -102,8 +106,9 @@ def _rows(h: WhitenedHead, tokens: slice) -> Float[Tensor, "b rank"]:
     return pad(found, (0, 0, 0, tokens.stop - tokens.start - len(W)))
 
 
-def _sloped(h: WhitenedHead, Q: Float[Tensor, "b rank"], k: int, tokens: slice) -> Float[Tensor, "b rank"]:
-    return Q if h.slope is None else Q * h.slope[k, tokens, None].to(Q.dtype)
+def _sloped(h: WhitenedHead, Q: Float[Tensor, "b rank"], k: slice, tokens: slice) -> Float[Tensor, "_ b rank"]:
+    """Q_i of some rows of the batch; one for all without a soft-cap."""
+    return Q[None] if h.slope is None else Q * h.slope[k, tokens, None].to(Q.dtype)
 
 
 def _trace(H: Float[Tensor, "B d d"]) -> Float[Tensor, " B"]:
