@@ -127,7 +127,7 @@ def serve(
         from softmeet.server.replicas import Scale, application
 
         scale = Scale(replicas, max_replicas, target_streams, threads or 1, gpus, fronts)
-        loading["trust"] = options.numbers("--trust", trust)
+        loading |= {"trust": options.numbers("--trust", trust), "device": options.placement(device)}
         _replicate(application(asked, loading, settings, scale, grace), host, port, ray_address, scale, list(asked))
         return
     if engine != "local" or max_replicas is not None or max(replicas, fronts) > 1 or gpus:
