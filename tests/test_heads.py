@@ -6,7 +6,7 @@ import softmeet
 from softmeet.errors import InvalidInputError
 from softmeet.heads import SoftmaxHead, WhitenedHead
 from softmeet.solvers import sweep as sweeping
-from softmeet.solvers.hessian import hessian
+from softmeet.solvers.hessian import moments
 from softmeet.solvers.projection import Projection
 
 
@@ -116,12 +116,15 @@ def test_sweep_and_hessian_in_blocks_equal_dense_algebra_and_count_their_reads(m
 
     assert torch.allclose(found.gradient[0], torch.autograd.functional.jacobian(dual, direction[0]), atol=1e-10)
     before = [h.rows_read.clone() for h in views]
-    H = hessian(problem, found.log_p, found.log_r, found.joint, found.own)
+    near = 1e-3 * torch.randn_like(direction)
+    second = moments(problem, found.log_p, found.log_r, found.joint + near, found.own - near)
     again = [((h.rows_read - reads) / h.head.v).tolist() for h, reads in zip(views, before, strict=True)]
     # Blocks that are made anew cost a member's rows once more.
     assert again == [[1] * 3] * 2 if sharpness < 1 else max(again[0]) == 2
     dense = torch.autograd.functional.hessian(dual, direction[0])
-    assert torch.allclose(H[0], dense, atol=1e-10 * dense.abs().max())
+    assert torch.allclose(second.H[0], dense, atol=1e-10 * dense.abs().max())
+    assert torch.allclose(second.joint, found.joint, atol=1e-12)
+    assert torch.allclose(second.own, found.own, atol=1e-12)
 
 
 def test_nothing_is_mutated_and_no_head_is_copied_whole():

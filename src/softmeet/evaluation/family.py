@@ -36,7 +36,7 @@ def moment_match(
     for _ in range(_POLISH):
         swept = newton.measure(projection, state, state.direction)
         state.nu, state.z = state.nu + state.direction, swept.z
-        newton.aim(projection, state, swept)
+        newton.go_on(projection, state, swept)
     return projection.pooled(state.z), views[0].raw(state.nu)[0]
 
 

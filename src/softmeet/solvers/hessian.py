@@ -1,4 +1,4 @@
-"""The Hessian of the dual of a relaxed I-projection at a point, by one read of every head.
+"""Moments of a relaxed I-projection at a point, and the Hessian of its dual, by one read of every head.
 
     H = Cov_p([α_1 Q_1 | … | α_n Q_n]) + blockdiag(α_i γ_i Cov_{r_i}(Q_i))
 
@@ -10,6 +10,7 @@ the block, as for one-hot distributions that disagree, p and r_i are taken each 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -26,47 +27,64 @@ _DOMINANT = 0.9
 _ELEMENTS = 1 << 20
 
 
-def hessian(
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """``joint`` and ``own``: the means of Q_i under p and r_i, members side by side; ``H``: the Hessian. fp64."""
+
+    joint: Float[Tensor, "B D"]
+    own: Float[Tensor, "B D"]
+    H: Float[Tensor, "B D D"]
+
+
+def moments(
     problem: Projection,
     log_p: Float[Tensor, "B v"],
     log_r: Float[Tensor, "B n v"],
     joint: Float[Tensor, "B D"],
     own: Float[Tensor, "B D"],
-) -> Float[Tensor, "B D D"]:
-    """H in whitened coordinates, fp64; products run in the heads' dtype.
+) -> Moments:
+    """First and second moments in whitened coordinates; products run in the heads' dtype.
 
     Args:
         problem: the projection.
         log_p, log_r: the distributions at the point, in nats.
-        joint, own: the means of Q_i under p and under r_i, all members side by side.
+        joint, own: the means of Q_i under p and under r_i or points near them, about which second moments are taken.
     """
     widths = [h.rank for h in problem.heads]
     H = joint.new_zeros(len(joint), sum(widths), sum(widths))
     p, r = log_p.exp(), log_r.exp()
     prices = [(alpha**2, alpha * gamma) for alpha, gamma in zip(problem.alpha, problem.gamma, strict=True)]
     places = list(_places(widths))
-    means = [(joint[:, here], own[:, here]) for here in places]
+    centres = [(a * joint[:, i] + b * own[:, i]) / (a + b) for (a, b), i in zip(prices, places, strict=True)]
+    off, of_r = torch.zeros_like(joint), torch.zeros_like(own)
     together = max(1, _ELEMENTS // max(1, block_size(problem) * sum(widths)))
     for tokens in _blocks(problem):
         white = [_rows(h, tokens) for h in problem.heads]
         for k in (slice(start, start + together) for start in range(0, len(H), together)):
             light: list[Float[Tensor, "B b _"]] = []
             for i, (h, here) in enumerate(zip(problem.heads, places, strict=True)):
-                Q = _sloped(h, white[i], k, tokens)
-                (a, b), (of_p, of_r) = prices[i], means[i]
-                x = Q - ((a * of_p[k] + b * of_r[k]) / (a + b)).to(Q.dtype)[:, None]
-                mass = a * p[k, tokens] + b * r[k, i, tokens]
+                Q, (a, b) = _sloped(h, white[i], k, tokens), prices[i]
+                x = Q - centres[i][k].to(Q.dtype)[:, None]
+                mass, of_member = a * p[k, tokens] + b * r[k, i, tokens], r[k, i, None, tokens].to(Q.dtype)
                 H[k, here, here] += x.transpose(1, 2) @ (x * mass.to(Q.dtype)[..., None])
                 if i:
                     H[k, here, : here.start] += problem.alpha[i] * (x.transpose(1, 2) @ torch.cat(light, dim=-1))
                 own_light = (problem.alpha[i] * p[k, tokens]).to(Q.dtype)
-                light.append((Q - of_p[k].to(Q.dtype)[:, None]) * own_light[..., None])
+                light.append((Q - joint[k, here].to(Q.dtype)[:, None]) * own_light[..., None])
+                off[k, here] += light[i].sum(1)
+                of_r[k, here] += (of_member @ x).squeeze(1)
+    # Both are still α_i times, and about the centres.
+    of_p = torch.cat([joint[:, i] + off[:, i] / alpha for alpha, i in zip(problem.alpha, places, strict=True)], dim=-1)
+    of_r = of_r + torch.cat(centres, dim=-1)
     for i, here in enumerate(places):
+        from_centre = problem.alpha[i] * (of_p[:, here] - centres[i])
+        H[:, here, : here.start] -= from_centre[:, :, None] * off[:, None, : here.start]
         H[:, : here.start, here] = H[:, here, : here.start].transpose(1, 2)
-        _take_off(problem, i, H[:, here, here], prices[i], means[i], (p, r[:, i]))
+        own_means = (of_p[:, here], of_r[:, here])
+        _take_off(problem, i, H[:, here, here], prices[i], centres[i], own_means, (p, r[:, i]))
     for h in problem.heads:
         h.rows_read += h.head.v
-    return H
+    return Moments(of_p, of_r, H)
 
 
 def _take_off(
@@ -74,15 +92,16 @@ def _take_off(
     i: int,
     block: Float[Tensor, "B d d"],
     prices: tuple[float, float],
+    centre: Float[Tensor, "B d"],
     means: tuple[Float[Tensor, "B d"], Float[Tensor, "B d"]],
     masses: tuple[Float[Tensor, "B v"], Float[Tensor, "B v"]],
 ) -> None:
-    """Take the scatter between the means off a member's own blocks, or make them anew, one mean at a time."""
-    a, b = prices
-    off = means[1] - means[0]
-    between = a * b / (a + b) * off[:, :, None] * off[:, None, :]
-    anew = _trace(between) > _DOMINANT * _trace(block)
-    block -= between
+    """Take the scatter of the means about the centre off a member's own blocks, or make them anew, about the means."""
+    scatter = torch.zeros_like(block)
+    for price, mean in zip(prices, means, strict=True):
+        scatter += price * (mean - centre)[:, :, None] * (mean - centre)[:, None, :]
+    anew = _trace(scatter) > _DOMINANT * _trace(block)
+    block -= scatter
     h = problem.heads[i]
     for k in anew.nonzero().flatten().tolist():
         block[k] = 0.0

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from softmeet.solvers.dual import DualState
-from softmeet.solvers.hessian import hessian
+from softmeet.solvers.hessian import moments
 from softmeet.solvers.projection import Projection
 
 Solve = Callable[[Projection], DualState]
@@ -77,10 +77,8 @@ def adjoint(problem: Projection, state: DualState, b: Float[Tensor, "B D"]) -> F
 
 
 def _direct(problem: Projection, state: DualState, b: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-    joint, own = zip(
-        *(h.moments(state.log_p.exp(), state.log_r[:, i].exp()) for i, h in enumerate(problem.heads)), strict=True
-    )
-    H = hessian(problem, state.log_p, state.log_r, torch.cat(joint, dim=-1), torch.cat(own, dim=-1))
+    about = torch.zeros_like(b)
+    H = moments(problem, state.log_p, state.log_r, about, about).H
     scale = H.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(H.dtype).tiny)
     H.diagonal(dim1=-2, dim2=-1).add_(problem.eps * scale[:, None])
     s: Tensor = torch.linalg.solve(H, b)

@@ -19,12 +19,14 @@ from torch import Tensor
 from softmeet.solvers.base import Status
 from softmeet.solvers.certificate import gap_bound, residual_slack, restricted_gap_bound
 from softmeet.solvers.dual import DualMethod, DualState, add_reads, start
-from softmeet.solvers.hessian import hessian
+from softmeet.solvers.hessian import moments
 from softmeet.solvers.projection import Projection
 from softmeet.solvers.sweep import Swept, sweep
 
 # Elements of all Hessians at once: 16 MiB in fp64, about a cache; more is slower.
 _ELEMENTS = 1 << 20
+# Tokens from which the first means are guessed.
+_GUESS = 64
 
 
 @dataclass
@@ -47,8 +49,10 @@ class DualNewton(DualMethod[NewtonState]):
         return max(1, _ELEMENTS // max(1, sum(h.rank for h in problem.heads)) ** 2)
 
     def begin(self, problem: Projection, state: NewtonState) -> None:
-        """The first direction, at the pool."""
-        self.aim(problem, state, self.measure(problem, state, None))
+        """The first direction, by one read at the pool."""
+        found = moments(problem, problem.log_q, problem.log_p, *_guess(problem))
+        gradient = problem.scaled(found.joint - found.own)
+        self.aim(problem, state, gradient, found.H)
 
     def measure(self, problem: Projection, state: NewtonState, direction: Float[Tensor, "B D"] | None) -> Swept:
         """Without the Hessian."""
@@ -83,16 +87,33 @@ class DualNewton(DualMethod[NewtonState]):
         going = (~after.done).nonzero().squeeze(-1)
         if len(going):
             some, here = problem.take(going), after.take(going)
-            self.aim(some, here, swept.take(going))
+            self.go_on(some, here, swept.take(going))
             after.put(going, here)
             add_reads(problem, some, going)
 
-    def aim(self, problem: Projection, state: NewtonState, swept: Swept) -> None:
-        """The Newton direction at a point that has been measured; one read of the heads."""
-        H = hessian(problem, swept.log_p, swept.log_r, swept.joint, swept.own)
-        s = _solve(H, swept.gradient, problem.eps)
-        state.gradient, state.direction = swept.gradient, -s
-        state.slack = residual_slack(H, s, swept.gradient, swept.gradient)
+    def go_on(self, problem: Projection, state: NewtonState, swept: Swept) -> None:
+        """The next direction, at a point that has been measured; one read of the heads."""
+        found = moments(problem, swept.log_p, swept.log_r, swept.joint, swept.own)
+        self.aim(problem, state, swept.gradient, found.H)
+
+    def aim(
+        self, problem: Projection, state: NewtonState, gradient: Float[Tensor, "B D"], H: Float[Tensor, "B D D"]
+    ) -> None:
+        """The Newton direction."""
+        s = _solve(H, gradient, problem.eps)
+        state.gradient, state.direction, state.slack = gradient, -s, residual_slack(H, s, gradient, gradient)
+
+
+def _guess(problem: Projection) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B D"]]:
+    """The means over the heaviest tokens of the pool, and of each member."""
+    joint: list[Tensor] = []
+    own: list[Tensor] = []
+    for i, h in enumerate(problem.heads):
+        for log_m, means in ((problem.log_q, joint), (problem.log_p[:, i], own)):
+            best = log_m.topk(min(_GUESS, log_m.shape[-1]))
+            rows = h.gather(best.indices).to(log_m.dtype)
+            means.append((best.values.softmax(-1)[..., None] * rows).sum(1))
+    return torch.cat(joint, dim=-1), torch.cat(own, dim=-1)
 
 
 def _solve(H: Float[Tensor, "B D D"], g: Float[Tensor, "B D"], eps: float) -> Float[Tensor, "B D"]:

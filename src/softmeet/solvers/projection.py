@@ -72,6 +72,11 @@ class Projection:
         """z_i times the i-th factor."""
         return z * torch.tensor(factors, dtype=z.dtype, device=z.device)[:, None]
 
+    def scaled(self, x: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+        """α_i times member i's part."""
+        parts = x.split([h.rank for h in self.heads], dim=-1)
+        return torch.cat([alpha * part for alpha, part in zip(self.alpha, parts, strict=True)], dim=-1)
+
     def tilt(self, z: Float[Tensor, "B n v"]) -> Float[Tensor, "B v"]:
         """Σ α_i z_i."""
         return self.weighted(z, self.alpha).sum(1)

@@ -157,12 +157,6 @@ class _Sweep:
         self.sums += masses.sum(-1)
         return masses
 
-    def _scaled(self, x: Float[Tensor, "*b D"]) -> Float[Tensor, "*b D"]:
-        """α_i times member i's part."""
-        return torch.cat(
-            [a * part for a, part in zip(self.problem.alpha, x.split(self.widths, dim=-1), strict=True)], -1
-        )
-
     def _finish(self) -> Swept:
         problem = self.problem
         log_sums = self.top + self.sums.log()
@@ -182,7 +176,7 @@ class _Sweep:
             joint.append(white[0])
             own.append(white[1])
         p_mean, r_mean = torch.cat(joint, dim=-1), torch.cat(own, dim=-1)
-        gradient = self._scaled(p_mean - r_mean)
+        gradient = problem.scaled(p_mean - r_mean)
         return Swept(self.z, self.log_p, self.log_r, value, p_mean, r_mean, gradient)
 
     def _present(self, v: int, k: int) -> Float[Tensor, "B 1"]:
