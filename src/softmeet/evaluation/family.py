@@ -33,10 +33,11 @@ def moment_match(
     projection, newton = Projection(log_start, log_truth[:, None], views, (math.inf,), tol), DualNewton()
     state = iterate(newton, projection, _STEPS)
     # The dual value stands still at the square root of rounding; whole steps bring the moments down to rounding itself.
+    swept = newton.measure(projection, state, None)
     for _ in range(_POLISH):
+        newton.go_on(projection, state, swept)
         swept = newton.measure(projection, state, state.direction)
         state.nu, state.z = state.nu + state.direction, swept.z
-        newton.go_on(projection, state, swept)
     return projection.pooled(state.z), views[0].raw(state.nu)[0]
 
 
