@@ -82,7 +82,7 @@ def test_each_member_has_a_cache_of_its_own():
 def test_chunks_of_positions_change_nothing(monkeypatch):
     model = ensemble(trust=1.0)
     whole = model(input_ids=ids()).logits
-    monkeypatch.setattr("softmeet.hf.modeling._ELEMENTS", 1)
+    monkeypatch.setattr("softmeet.hf.combining._ELEMENTS", 1)
     assert total_variation(model(input_ids=ids()).logits, whole).max() < 1e-5
 
 

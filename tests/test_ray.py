@@ -380,7 +380,7 @@ def test_workers_share_a_device_or_have_several(cluster, ensemble):
         assert len(ray.get(engine._slots[0].actor.__ray_call__.remote(_devices))) == 2
     moved = unpack(pack(ensemble)[0])
     worker.spread(moved, 2, "meta")
-    assert all(head.weight.is_meta for head in moved.model.heads)
+    assert all(weight.is_meta for member in moved.model.members for weight in member.parameters())
     with pytest.raises(InvalidInputError, match="part of one device or a whole number"):
         RayEngine(None, gpus=1.5)
 

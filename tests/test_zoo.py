@@ -105,7 +105,7 @@ def test_the_cards_loss_is_about_what_the_kjv_gives(narrow):
 def test_meet_beats_logit_averaging_on_the_narrow_family(narrow):
     """Trust chosen on ten books; on ten others the 95 % interval by book lies below -0.005 nats a token."""
     tuning, test = read(narrow, 256)
-    choice = meet(choose_trust(narrow, tuning, (0.3, 1.0, 2.0)), 4)
+    choice = meet(choose_trust(narrow, tuning, (0.3, 1.0)), 4)
     assert len(test) >= 2000
     found = compare(narrow, test, [choice, Choice("logit-mean", {"rule": "logit-mean"})]).choices
     within = clusters(test.document)

@@ -180,10 +180,14 @@ class EnsembleForCausalLM(Combining, PreTrainedModel, GenerationMixin):
                 "loaded; load them anew with device= and dtype="
             )
         super()._apply(fn, recurse)
+        self.find_heads_again()
+        return self
+
+    def find_heads_again(self) -> None:
+        """To be called after members have been moved or cast one by one."""
         self._banded = None
         self.__dict__.pop("apart", None)
         self.heads = [replace_weight(head, member) for head, member in zip(self.heads, self.members, strict=True)]
-        return self
 
     def forward(
         self,

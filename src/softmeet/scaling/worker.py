@@ -61,9 +61,7 @@ class Worker:
 
 def spread(ensemble: Ensemble, devices: int, kind: str = "cuda") -> None:
     """Copy member i to device i modulo ``devices``; one device holds all of them."""
-    from softmeet.members.heads import replace_weight
-
     model = ensemble.model
     for i, member in enumerate(model.members):
         member.to(torch.device(kind, i % devices) if kind == "cuda" else torch.device(kind))
-    model.heads = [replace_weight(head, member) for head, member in zip(model.heads, model.members, strict=True)]
+    model.find_heads_again()
