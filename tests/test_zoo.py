@@ -95,7 +95,7 @@ def test_the_cards_loss_is_about_what_the_kjv_gives(narrow):
     """A member that was damaged on its way into the package would be far worse than its card says."""
     nats = [
         -narrow.model.heads[0].log_probs(half.hidden[0]).gather(-1, half.targets[:, None]).squeeze(-1)
-        for half in read(narrow, 256)
+        for half in read(narrow, 208)
     ]
     card = json.loads((FOLDERS[3] / "training.json").read_text())["held_out_nats"]
     assert card - 1.0 < torch.cat(nats).mean().item() < card + 0.3
@@ -104,7 +104,7 @@ def test_the_cards_loss_is_about_what_the_kjv_gives(narrow):
 @pytest.mark.slow
 def test_meet_beats_logit_averaging_on_the_narrow_family(narrow):
     """Trust chosen on ten books; on ten others the 95 % interval by book lies below -0.005 nats a token."""
-    tuning, test = read(narrow, 256)
+    tuning, test = read(narrow, 208)
     choice = meet(choose_trust(narrow, tuning, (0.3, 1.0)), 4)
     assert len(test) >= 2000
     found = compare(narrow, test, [choice, Choice("logit-mean", {"rule": "logit-mean"})]).choices
