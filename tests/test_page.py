@@ -119,7 +119,8 @@ def test_two_rules_side_by_side_by_keyboard(page):
     left, right = finished(page), finished(page, "right")
     assert page.locator("#left h3").inner_text() == "logit-mean"
     assert page.locator("#right h3").inner_text() == "prob-mean"
-    assert left.count() == right.count() == 14
+    expect(left).to_have_count(14)
+    expect(right).to_have_count(14)
     expect(page.locator("#trouble [role=alert]")).to_have_count(0)
     page.locator("#right .tok").first.focus()
     page.keyboard.press("ArrowRight")
