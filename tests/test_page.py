@@ -63,9 +63,16 @@ def generate(page, prompt="And the king said unto his", tokens="14", temperature
     page.fill("#prompt textarea", prompt)
     if not page.locator("#length").is_visible():
         page.get_by_text("Sampling").click()
-    for name, value in (("length", tokens), ("temperature", temperature)):
+    # A slider that is still being set up may take its first value back: the range mirrors what it holds.
+    for name in ("length", "temperature"):
+        expect(page.locator(f"#{name} input[type=range]")).not_to_have_value("")
+    wanted = {"length": tokens, "temperature": temperature}
+    for name, value in wanted.items():
         page.locator(f"#{name} input[type=number]").fill(value)
         page.locator(f"#{name} input[type=number]").press("Tab")
+    for name, value in wanted.items():
+        expect(page.locator(f"#{name} input[type=number]")).to_have_value(value)
+        expect(page.locator(f"#{name} input[type=range]")).to_have_value(value)
     page.click("#go")
     page.wait_for_selector("#left .tok")
 
