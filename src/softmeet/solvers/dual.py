@@ -8,7 +8,7 @@ in where their knowledge of the curvature comes from.
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -105,10 +105,14 @@ class DualMethod(Solver[Projection, S]):
             here.z = here.z + t[rows, None, None] * (swept.z[rows] - here.z)
             swept = swept.put(rows, self.measure(some, here, None))
             add_reads(problem, some, rows)
-        after = state.take(torch.arange(len(t), device=t.device))
-        after.nu = state.nu + t[:, None] * state.direction
-        after.z, after.value, after.gradient = swept.z, swept.value, swept.gradient
-        after.log_p, after.log_r, after.steps = swept.log_p, swept.log_r, state.steps + 1
+        # What is not replaced here is changed in place later on.
+        own = {name: getattr(state, name).clone() for name in empty_state_fields(0, t.device)}
+        after = replace(
+            state,
+            **own | {"steps": state.steps + 1},
+            nu=state.nu + t[:, None] * state.direction,
+            **{name: getattr(swept, name) for name in ("z", "value", "gradient", "log_p", "log_r")},
+        )
         return after, swept
 
     def step(self, problem: Projection, state: S) -> S:

@@ -2,9 +2,9 @@
 
     H = Cov_p([α_1 Q_1 | … | α_n Q_n]) + blockdiag(α_i γ_i Cov_{r_i}(Q_i))
 
-Between two members only p counts. A member's own block takes one product, with the masses α_i² p + α_i γ_i r_i together
-about their common mean; the scatter between the means of p and r_i, which is known, comes off. Where that is most of
-the block, as for one-hot distributions that disagree, p and r_i are taken each about its own mean, to save digits.
+Between two members only p counts; a member's own block takes the masses α_i² p + α_i γ_i r_i together. Second moments
+are about the heads' centres, and the scatter of the means, which is known then, comes off. Where that is most of a
+block, as for one-hot distributions, the row is read again, each distribution about its own mean, to save digits.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -21,10 +21,11 @@ from softmeet.heads import WhitenedHead
 from softmeet.solvers.projection import Projection
 from softmeet.solvers.sweep import block_size
 
-# The most of a block's trace that may come off again: past it more than a digit would be lost.
-_DOMINANT = 0.9
-# Elements of a block's rows of all heads, once for each row of the batch that goes together.
-_ELEMENTS = 1 << 20
+# The most of a block's trace that may come off again: past it a digit and a half would be lost.
+_DOMINANT = 0.97
+# Elements of a member's weighted rows that are made at once: what stays in a core's cache; more on an accelerator.
+_CACHED_ELEMENTS = 1 << 18
+_ACCELERATOR_ELEMENTS = 1 << 26
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,81 +37,94 @@ class Moments:
     H: Float[Tensor, "B D D"]
 
 
-def moments(
-    problem: Projection,
-    log_p: Float[Tensor, "B v"],
-    log_r: Float[Tensor, "B n v"],
-    joint: Float[Tensor, "B D"],
-    own: Float[Tensor, "B D"],
-) -> Moments:
+def moments(problem: Projection, log_p: Float[Tensor, "B v"], log_r: Float[Tensor, "B n v"]) -> Moments:
     """First and second moments in whitened coordinates; products run in the heads' dtype.
 
     Args:
         problem: the projection.
         log_p, log_r: the distributions at the point, in nats.
-        joint, own: the means of Q_i under p and under r_i or points near them, about which second moments are taken.
     """
-    widths = [h.rank for h in problem.heads]
-    H = joint.new_zeros(len(joint), sum(widths), sum(widths))
     p, r = log_p.exp(), log_r.exp()
-    prices = [(alpha**2, alpha * gamma) for alpha, gamma in zip(problem.alpha, problem.gamma, strict=True)]
-    places = list(_places(widths))
-    centres = [(a * joint[:, i] + b * own[:, i]) / (a + b) for (a, b), i in zip(prices, places, strict=True)]
-    off, of_r = torch.zeros_like(joint), torch.zeros_like(own)
-    together = max(1, _ELEMENTS // max(1, block_size(problem) * sum(widths)))
+    places = list(_places([h.rank for h in problem.heads]))
+    D = places[-1].stop
+    joint, own, H = p.new_zeros(len(p), D), p.new_zeros(len(p), D), p.new_zeros(len(p), D, D)
     for tokens in _blocks(problem):
-        white = [_rows(h, tokens) for h in problem.heads]
-        for k in (slice(start, start + together) for start in range(0, len(H), together)):
-            light: list[Float[Tensor, "B b _"]] = []
-            for i, (h, here) in enumerate(zip(problem.heads, places, strict=True)):
-                Q, (a, b) = _sloped(h, white[i], k, tokens), prices[i]
-                x = Q - centres[i][k].to(Q.dtype)[:, None]
-                mass, of_member = a * p[k, tokens] + b * r[k, i, tokens], r[k, i, None, tokens].to(Q.dtype)
-                H[k, here, here] += x.transpose(1, 2) @ (x * mass.to(Q.dtype)[..., None])
-                if i:
-                    H[k, here, : here.start] += problem.alpha[i] * (x.transpose(1, 2) @ torch.cat(light, dim=-1))
-                own_light = (problem.alpha[i] * p[k, tokens]).to(Q.dtype)
-                light.append((Q - joint[k, here].to(Q.dtype)[:, None]) * own_light[..., None])
-                off[k, here] += light[i].sum(1)
-                of_r[k, here] += (of_member @ x).squeeze(1)
-    # Both are still α_i times, and about the centres.
-    of_p = torch.cat([joint[:, i] + off[:, i] / alpha for alpha, i in zip(problem.alpha, places, strict=True)], dim=-1)
-    of_r = of_r + torch.cat(centres, dim=-1)
-    for i, here in enumerate(places):
-        from_centre = problem.alpha[i] * (of_p[:, here] - centres[i])
-        H[:, here, : here.start] -= from_centre[:, :, None] * off[:, None, : here.start]
-        H[:, : here.start, here] = H[:, here, : here.start].transpose(1, 2)
-        own_means = (of_p[:, here], of_r[:, here])
-        _take_off(problem, i, H[:, here, here], prices[i], centres[i], own_means, (p, r[:, i]))
+        rows = _rows(problem, tokens)
+        slopes = [None if h.slope is None else h.slope[:, tokens] for h in problem.heads]
+        for i, (Q, here, alpha, gamma) in enumerate(zip(rows, places, problem.alpha, problem.gamma, strict=True)):
+            of_p, of_r = p[:, tokens], r[:, i, tokens]
+            joint[:, here] += _sloped(of_p, slopes[i]).to(Q.dtype) @ Q
+            own[:, here] += _sloped(of_r, slopes[i]).to(Q.dtype) @ Q
+            _add(H[:, here, here], _sloped(alpha**2 * of_p + alpha * gamma * of_r, slopes[i], slopes[i]), Q, Q)
+            for j in range(i):
+                mass = _sloped(alpha * problem.alpha[j] * of_p, slopes[i], slopes[j])
+                _add(H[:, here, places[j]], mass, Q, rows[j])
     for h in problem.heads:
         h.rows_read += h.head.v
-    return Moments(of_p, of_r, H)
+    for here in places:
+        H[:, : here.start, here] = H[:, here, : here.start].transpose(1, 2)
+    dominated = _centre(problem, places, H, joint, own)
+    for k in dominated.nonzero().flatten().tolist():
+        H[k] = _about_means(problem, places, k, (joint[k], own[k]), (p[k], r[k]))
+    return Moments(joint, own, H)
 
 
-def _take_off(
-    problem: Projection,
-    i: int,
-    block: Float[Tensor, "B d d"],
-    prices: tuple[float, float],
-    centre: Float[Tensor, "B d"],
-    means: tuple[Float[Tensor, "B d"], Float[Tensor, "B d"]],
-    masses: tuple[Float[Tensor, "B v"], Float[Tensor, "B v"]],
+def _add(
+    total: Float[Tensor, "B d e"], mass: Float[Tensor, "B b"], left: Float[Tensor, "b d"], right: Float[Tensor, "b e"]
 ) -> None:
-    """Take the scatter of the means about the centre off a member's own blocks, or make them anew, about the means."""
-    scatter = torch.zeros_like(block)
-    for price, mean in zip(prices, means, strict=True):
-        scatter += price * (mean - centre)[:, :, None] * (mean - centre)[:, None, :]
-    anew = _trace(scatter) > _DOMINANT * _trace(block)
-    block -= scatter
-    h = problem.heads[i]
-    for k in anew.nonzero().flatten().tolist():
-        block[k] = 0.0
-        for tokens in _blocks(problem):
-            Q = _sloped(h, _rows(h, tokens), slice(k, k + 1), tokens)[0]
-            for price, mean, mass in zip(prices, means, masses, strict=True):
-                x = Q - mean[k].to(Q.dtype)
-                block[k] += price * (x.T @ (x * mass[k, tokens].to(Q.dtype)[:, None]))
+    """Add ``left``ᵀ diag(mass) ``right`` for every row."""
+    weights = mass.to(left.dtype)[..., None]
+    budget = _CACHED_ELEMENTS if left.device.type == "cpu" else _ACCELERATOR_ELEMENTS
+    together = max(1, budget // max(1, right.numel()))
+    for start in range(0, len(mass), together):
+        some = slice(start, start + together)
+        total[some] += torch.matmul(left.T, right * weights[some])
+
+
+def _centre(
+    problem: Projection,
+    places: list[slice],
+    H: Float[Tensor, "B D D"],
+    joint: Float[Tensor, "B D"],
+    own: Float[Tensor, "B D"],
+) -> Bool[Tensor, " B"]:
+    """Take the scatter of the means off H; the rows where it was most of a member's block."""
+    dominated = torch.zeros(len(H), dtype=torch.bool, device=H.device)
+    scaled = problem.scaled(joint)
+    for here, alpha, gamma in zip(places, problem.alpha, problem.gamma, strict=True):
+        block, mean = H[:, here, here], own[:, here]
+        scatter = (scaled[:, here] ** 2).sum(-1) + alpha * gamma * (mean**2).sum(-1)
+        dominated |= scatter > _DOMINANT * block.diagonal(dim1=-2, dim2=-1).sum(-1)
+        block -= alpha * gamma * mean[:, :, None] * mean[:, None, :]
+    H -= scaled[:, :, None] * scaled[:, None, :]
+    return dominated
+
+
+def _about_means(
+    problem: Projection,
+    places: list[slice],
+    k: int,
+    means: tuple[Float[Tensor, " D"], Float[Tensor, " D"]],
+    masses: tuple[Float[Tensor, " v"], Float[Tensor, "n v"]],
+) -> Float[Tensor, "D D"]:
+    """H of one row, each distribution about its own mean; another read of the heads for that row."""
+    (of_p, of_r), (p, r) = means, masses
+    H = torch.zeros(len(of_p), len(of_p), dtype=p.dtype, device=p.device)
+    for tokens in _blocks(problem):
+        joint = []
+        for i, (Q, here, alpha, gamma) in enumerate(
+            zip(_rows(problem, tokens), places, problem.alpha, problem.gamma, strict=True)
+        ):
+            slope = problem.heads[i].slope
+            own = Q if slope is None else Q * slope[k, tokens, None].to(Q.dtype)
+            joint.append(alpha * (own - of_p[here].to(Q.dtype)))
+            own = own - of_r[here].to(Q.dtype)
+            H[here, here] += alpha * gamma * (own.T @ (own * r[i, tokens, None].to(Q.dtype)))
+        x = torch.cat(joint, dim=-1)
+        H += x.T @ (x * p[tokens, None].to(x.dtype))
+    for h in problem.heads:
         h.rows_read[k] += h.head.v
+    return H
 
 
 def _blocks(problem: Projection) -> Iterator[slice]:
@@ -118,20 +132,23 @@ def _blocks(problem: Projection) -> Iterator[slice]:
     return (slice(start, min(start + size, v)) for start in range(0, v, size))
 
 
-def _rows(h: WhitenedHead, tokens: slice) -> Float[Tensor, "b rank"]:
-    """Rows of Q_i before any slope, where the distributions are; 0 past the head's last row."""
+def _rows(problem: Projection, tokens: slice) -> list[Float[Tensor, "b _"]]:
+    """Rows of every Q_i before any slope, where the distributions are; 0 past a head's last row."""
+    dtype = torch.float64 if any(h.dtype == torch.float64 for h in problem.heads) else torch.float32
+    return [_rows_of(h, tokens).to(dtype) for h in problem.heads]
+
+
+def _rows_of(h: WhitenedHead, tokens: slice) -> Float[Tensor, "b rank"]:
     W, white = h.block(tokens), h.whitening
     found = (W.to(h.device) - white.center.to(h.dtype)) @ white.factor.to(h.dtype)
     return pad(found, (0, 0, 0, tokens.stop - tokens.start - len(W)))
 
 
-def _sloped(h: WhitenedHead, Q: Float[Tensor, "b rank"], k: slice, tokens: slice) -> Float[Tensor, "_ b rank"]:
-    """Q_i of some rows of the batch; one for all without a soft-cap."""
-    return Q[None] if h.slope is None else Q * h.slope[k, tokens, None].to(Q.dtype)
-
-
-def _trace(H: Float[Tensor, "B d d"]) -> Float[Tensor, " B"]:
-    return H.diagonal(dim1=-2, dim2=-1).sum(-1)
+def _sloped(mass: Float[Tensor, "B b"], *slopes: Float[Tensor, "B b"] | None) -> Float[Tensor, "B b"]:
+    """Masses times the slopes of a soft-cap, where there are any."""
+    for slope in slopes:
+        mass = mass if slope is None else mass * slope
+    return mass
 
 
 def _places(widths: list[int]) -> Iterator[slice]:

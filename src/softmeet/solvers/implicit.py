@@ -77,8 +77,7 @@ def adjoint(problem: Projection, state: DualState, b: Float[Tensor, "B D"]) -> F
 
 
 def _direct(problem: Projection, state: DualState, b: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-    about = torch.zeros_like(b)
-    H = moments(problem, state.log_p, state.log_r, about, about).H
+    H = moments(problem, state.log_p, state.log_r).H
     scale = H.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(H.dtype).tiny)
     H.diagonal(dim1=-2, dim2=-1).add_(problem.eps * scale[:, None])
     s: Tensor = torch.linalg.solve(H, b)

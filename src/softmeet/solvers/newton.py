@@ -23,10 +23,12 @@ from softmeet.solvers.hessian import moments
 from softmeet.solvers.projection import Projection
 from softmeet.solvers.sweep import Swept, sweep
 
-# Elements of all Hessians at once: 16 MiB in fp64, about a cache; more is slower.
-_ELEMENTS = 1 << 20
-# Tokens from which the first means are guessed.
-_GUESS = 64
+# Elements of all Hessians at once: 32 MiB in fp64.
+_ELEMENTS = 1 << 22
+# Elements of all members' distributions at once: 2 MiB, about a core's cache; and rows that products pay for anyway.
+_CACHED_ELEMENTS, _FEWEST = 1 << 18, 8
+# The share of a gradient that a direction may leave over before it is refined.
+_SOLVED = 1e-7
 
 
 @dataclass
@@ -45,12 +47,15 @@ class DualNewton(DualMethod[NewtonState]):
         return NewtonState(**fields, slack=torch.zeros_like(fields["value"]))
 
     def rows_at_once(self, problem: Projection) -> int:
-        """As many as have room for their Hessians."""
-        return max(1, _ELEMENTS // max(1, sum(h.rank for h in problem.heads)) ** 2)
+        """As many as have room for their Hessians, and on a processor for their distributions in its cache."""
+        rows = _ELEMENTS // max(1, sum(h.rank for h in problem.heads)) ** 2
+        if problem.log_p.device.type == "cpu":
+            rows = min(rows, max(_FEWEST, _CACHED_ELEMENTS // problem.log_p.shape[1:].numel()))
+        return max(1, rows)
 
     def begin(self, problem: Projection, state: NewtonState) -> None:
         """The first direction, by one read at the pool."""
-        found = moments(problem, problem.log_q, problem.log_p, *_guess(problem))
+        found = moments(problem, problem.log_q, problem.log_p)
         gradient = problem.scaled(found.joint - found.own)
         self.aim(problem, state, gradient, found.H)
 
@@ -84,6 +89,9 @@ class DualNewton(DualMethod[NewtonState]):
         after.done = reached | stalled
         after.status[stalled] = Status.NOT_CONVERGED
         after.gap[stalled & ~after.certified] = torch.inf
+        if not after.done.any():
+            self.go_on(problem, after, swept)
+            return
         going = (~after.done).nonzero().squeeze(-1)
         if len(going):
             some, here = problem.take(going), after.take(going)
@@ -93,7 +101,7 @@ class DualNewton(DualMethod[NewtonState]):
 
     def go_on(self, problem: Projection, state: NewtonState, swept: Swept) -> None:
         """The next direction, at a point that has been measured; one read of the heads."""
-        found = moments(problem, swept.log_p, swept.log_r, swept.joint, swept.own)
+        found = moments(problem, swept.log_p, swept.log_r)
         self.aim(problem, state, swept.gradient, found.H)
 
     def aim(
@@ -104,31 +112,21 @@ class DualNewton(DualMethod[NewtonState]):
         state.gradient, state.direction, state.slack = gradient, -s, residual_slack(H, s, gradient, gradient)
 
 
-def _guess(problem: Projection) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B D"]]:
-    """The means over the heaviest tokens of the pool, and of each member."""
-    joint: list[Tensor] = []
-    own: list[Tensor] = []
-    for i, h in enumerate(problem.heads):
-        for log_m, means in ((problem.log_q, joint), (problem.log_p[:, i], own)):
-            best = log_m.topk(min(_GUESS, log_m.shape[-1]))
-            rows = h.gather(best.indices).to(log_m.dtype)
-            means.append((best.values.softmax(-1)[..., None] * rows).sum(1))
-    return torch.cat(joint, dim=-1), torch.cat(own, dim=-1)
-
-
 def _solve(H: Float[Tensor, "B D D"], g: Float[Tensor, "B D"], eps: float) -> Float[Tensor, "B D"]:
     """H⁻¹ g by Cholesky with a ridge at the rounding of H, refined twice; a failing row gets a larger ridge."""
     scale = H.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(H.dtype).tiny)
-    identity = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
-    ridge = eps * scale
+    ridged, ridge = H.clone(), eps * scale
     for _ in range(12):
-        L, info = torch.linalg.cholesky_ex(H + ridge[:, None, None] * identity)
+        ridged.diagonal(dim1=-2, dim2=-1).copy_(H.diagonal(dim1=-2, dim2=-1) + ridge[:, None])
+        L, info = torch.linalg.cholesky_ex(ridged)
         if not info.any():
             break
         ridge = torch.where(info > 0, 10 * ridge, ridge)
-    s = torch.zeros_like(g)
+    s, residual = torch.zeros_like(g), g
     for _ in range(3):
-        residual = g - (H @ s[..., None]).squeeze(-1)
         s = s + torch.cholesky_solve(residual[..., None], L).squeeze(-1)
+        residual = g - (H @ s[..., None]).squeeze(-1)
+        if (residual.norm(dim=-1) <= _SOLVED * g.norm(dim=-1)).all():
+            break
     # Where H vanishes, as for one-hot distributions, the gradient is still a direction, and may be a Farkas proof.
     return torch.where(s.isfinite().all(-1, keepdim=True), s, g)
