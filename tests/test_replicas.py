@@ -232,6 +232,29 @@ def test_an_answer_cut_off_becomes_an_error():
         relayed(start(b"text/event-stream"), body, ZeroDivisionError())
 
 
+def test_what_a_cancelled_answer_raises_is_no_error_once_its_client_has_left():
+    class Cancelled(Messages):
+        async def __aiter__(self):
+            yield start(b"text/event-stream")
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                raise GoneError from None
+
+    answer = Cancelled([])
+    asked = [{"type": "http.request", "body": b""}, {"type": "http.disconnect"}]
+
+    async def receive():
+        return asked.pop(0)
+
+    async def send(message):
+        raise AssertionError(message)
+
+    scope = {"type": "http", "path": "/", "method": "GET", "headers": []}
+    asyncio.run(Relay(lambda scope, body: answer, (ZeroDivisionError,))(scope, receive, send))
+    assert answer.cancelled
+
+
 def test_an_application_run_by_messages_and_left():
     """The same application as behind a socket; whoever leaves the iteration gives the sequence up."""
     serving = serving_of({"tiny": tiny_ensemble("llama", "gpt2")})

@@ -7,7 +7,6 @@ they stop coming because that process died, the relay ends the answer with the e
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any, Protocol
 
@@ -95,8 +94,8 @@ class Relay:
             answer.cancel()
             for task in (sending, gone):
                 task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, OSError):
-                await sending
+            # Nobody reads what is left: how it ends, which is the engine's way to cancel, is no error.
+            await asyncio.gather(sending, gone, return_exceptions=True)
 
     async def _send(self, answer: Answering, scope: Scope, receive: Receive, send: Send) -> None:
         # The beginning waits for what follows, so that an answer without any can still become an error.
