@@ -19,8 +19,9 @@ from held_out import meet
 from report import show
 from softmeet import Ensemble
 from softmeet.evaluation.choices import Choice
-from softmeet.evaluation.perplexity import evaluate
+from softmeet.evaluation.pieces import evaluate_positions
 from softmeet.evaluation.report import summary
+from softmeet.scaling.local import LocalEngine
 
 TRUSTS = (0.1, 0.3, 0.6, 1.0, 2.0, 4.0)
 
@@ -30,10 +31,10 @@ def main(
     tokens: Annotated[int, typer.Option(help="Of each of the 20 books, at most.")] = 1000,
     trace: Annotated[Path | None, typer.Option(help="Keep the trace here.")] = None,
     as_json: Annotated[Path | None, typer.Option("--json")] = None,
-    threads: Annotated[int, typer.Option()] = 2,
+    workers: Annotated[int, typer.Option(help="Threads that solve, as softmeet evaluate --workers has them.")] = 2,
 ) -> None:
     """Print one table."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(workers)
     ensemble = Ensemble.from_pretrained(family)
     with tempfile.TemporaryDirectory() as scratch:
         start = time.perf_counter()
@@ -42,7 +43,8 @@ def main(
     choices = [Choice(name, {"rule": name}) for name in ("logit-mean", "prob-mean", "max-entropy")]
     choices += [meet(rho, len(ensemble.names)) for rho in TRUSTS]
     start = time.perf_counter()
-    facts = summary(evaluate(ensemble, positions, choices))
+    with LocalEngine(workers) as engine:
+        facts = summary(evaluate_positions(ensemble, positions, choices, engine=engine))
     sweeping = time.perf_counter() - start
     rows = [
         {
