@@ -17,7 +17,7 @@ from softmeet.evaluation import fit as fitting
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.fit import Options, figures, fit
 from softmeet.evaluation.kept import Kept
-from softmeet.evaluation.objective import Objective
+from softmeet.evaluation.objective import Loss, Objective
 from softmeet.evaluation.parameters import Layout, Values
 from softmeet.evaluation.positions import observe_text
 from softmeet.evaluation.save import save, verdict
@@ -183,3 +183,35 @@ def test_the_command(folders, tmp_path):
     assert done.returncode == 2
     assert "expected text enough for 9 clusters" in done.stderr
     assert not (tmp_path / "other").exists()
+
+
+def test_minibatches_go_down_the_same_loss(ensemble, positions, fitted):
+    options = Options(meet_positions=40, premise_positions=40, evaluations=12, batch=16, judge_positions=100)
+    found = fit(ensemble, positions, options)
+    assert found.sizes["fit"]["tokens"] == fitted.sizes["fit"]["tokens"]
+    assert found.sizes["select"]["tokens"] == found.sizes["test"]["tokens"] == 100
+    subset = split(positions)["fit"].subset(40)
+    objective = Objective(ensemble.model, subset, Layout(2, 2), "logit-mean")
+
+    def loss(settings):
+        values = Values(tuple(settings["weights"]), settings["rule_temperature"], tuple(settings["trust"]))
+        return objective(objective.layout.pack(values))[0]
+
+    whole, parts, start = (
+        {c.name: c.settings for c in one.candidates}[name]
+        for one, name in ((fitted, "meet"), (found, "meet"), (found, "logit-mean"))
+    )
+    start = {**start, "trust": [0.05, 0.05]}
+    assert loss(parts) < loss(start)
+    assert loss(parts) < loss(whole) + 0.01
+
+
+def test_minibatches_are_kept_and_go_on(ensemble, positions, tmp_path, monkeypatch):
+    options = Options(meet_positions=40, premise_positions=40, evaluations=3, batch=8, judge_positions=20)
+    first = figures(fit(ensemble, positions, options, kept=Kept(tmp_path / "kept", {})))
+
+    def again(self, theta):
+        raise AssertionError("a loss was evaluated again")
+
+    monkeypatch.setattr(Loss, "__call__", again)
+    assert figures(fit(ensemble, positions, options, kept=Kept(tmp_path / "kept", {}))) == first

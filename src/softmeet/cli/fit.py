@@ -30,6 +30,21 @@ def fit(
     evaluations: Annotated[
         int, typer.Option(min=1, help="Of loss and gradient, at most, for each meet; averages get five times as many.")
     ] = 15,
+    premise_tokens: Annotated[
+        int, typer.Option(min=1, help="Size of the subset of the premise test, which says where trusts start.")
+    ] = 512,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Positions of each evaluation for meet, where heads are so wide that its whole subset takes too long.",
+            show_default="the whole subset",
+        ),
+    ] = None,
+    judge_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of the parts to choose and to judge by, at most.", show_default="all"),
+    ] = None,
     separator: texts.Separator = None,
     column: texts.Column = "text",
     window: texts.Window = None,
@@ -61,7 +76,10 @@ def fit(
     from softmeet.evaluation.save import save, verdict
 
     read = {"window": window, "stride": stride, "bos": bos, "max_per_document": max_per_document}
-    given = Options(free_weights=free_weights, bands=bands, meet_positions=meet_tokens, evaluations=evaluations)
+    given = Options(
+        free_weights, bands, meet_positions=meet_tokens, premise_positions=premise_tokens, evaluations=evaluations,
+        batch=batch, judge_positions=judge_tokens,
+    )  # fmt: skip
     kept = Kept(resume, identified(ensemble, found, trace, threads, max_tokens=max_tokens, **read) | asdict(given))
     ensemble.model.banded_heads(bands)  # made here, so that workers share them
     with (

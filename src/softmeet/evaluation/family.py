@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from softmeet.heads import SoftmaxHead, WhitenedHead
+from softmeet.rules.meet import full_hessian_pays
 from softmeet.solvers.base import iterate
 from softmeet.solvers.newton import DualNewton
 from softmeet.solvers.projection import Projection
+from softmeet.solvers.subsampled import SubsampledNewton
 
 _STEPS, _POLISH = 100, 2
+_COARSE = 1e-4
 
 
 def moment_match(
@@ -25,12 +29,15 @@ def moment_match(
         log_truth: log-probabilities in nats, fp64.
         log_start: the family's base: any of its members.
         views: the head, whitened, over the same batch.
-        tol: nats.
+        tol: nats; at the size of real models no less than 10⁻⁴.
 
     Returns:
         (its log-probabilities; what to add to the base's hidden state, fp64).
     """
     projection, newton = Projection(log_start, log_truth[:, None], views, (math.inf,), tol), DualNewton()
+    if not full_hessian_pays(projection):
+        found = iterate(SubsampledNewton(), replace(projection, tol=max(tol, _COARSE)), _STEPS)
+        return found.log_p, views[0].raw(found.nu)[0]
     state = iterate(newton, projection, _STEPS)
     # The dual value stands still at the square root of rounding; whole steps bring the moments down to rounding itself.
     swept = newton.measure(projection, state, None)

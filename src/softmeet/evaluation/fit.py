@@ -3,7 +3,7 @@
 1. The text is split by document: to fit on, to choose by, to judge by.
 2. Each single member gets a temperature, each average weights and a temperature, by L-BFGS on all positions to fit on.
 3. From each fitted average, ``meet`` starts with trusts that the premise test suggests, and weights, temperature and
-   trusts are fitted together on a subset, by gradients through the solver.
+   trusts are fitted together on a subset, by gradients through the solver, all of it at once or in minibatches.
 4. On the second part the best candidate and the best baseline are chosen. On the third they meet once: unless the 95 %
    interval of their paired difference excludes zero, the baseline is the answer.
 """
@@ -20,9 +20,10 @@ from torch import Tensor
 
 from softmeet.ensemble import Ensemble
 from softmeet.evaluation.choices import Choice
+from softmeet.evaluation.descent import LossAndGradient, descend, minimise
 from softmeet.evaluation.intervals import Difference, paired
 from softmeet.evaluation.kept import Kept
-from softmeet.evaluation.objective import Loss, Objective, Pool
+from softmeet.evaluation.objective import Loss, Pool
 from softmeet.evaluation.parameters import Layout, Values
 from softmeet.evaluation.perplexity import Evaluation, member_name
 from softmeet.evaluation.pieces import evaluate_positions
@@ -37,8 +38,6 @@ POOLS: tuple[Pool, ...] = ("logit-mean", "prob-mean")
 _LOW, _HIGH = 0.05, 1.0
 # Averages cost little: they get so many times the evaluations.
 _CHEAPER = 5
-# L-BFGS takes its first step as long as the gradient: in units of a twentieth of a nat that is about right.
-_UNIT = 20.0
 
 Begin = Callable[[str, int, int | None], Callable[[int], None]]
 
@@ -53,6 +52,9 @@ class Options:
         meet_positions: size of the subset that ``meet`` is fitted on.
         premise_positions: size of the subset of the premise test.
         evaluations: of the loss and its gradient, at most, for each ``meet``; averages get five times as many.
+        batch: positions of each evaluation for ``meet``, drawn from its subset in turn, where the whole of it would
+            take too long; None for the whole.
+        judge_positions: of the parts to choose and to judge by, at most, evenly spread; None for all.
     """
 
     free_weights: bool = False
@@ -60,6 +62,8 @@ class Options:
     meet_positions: int = 2000
     premise_positions: int = 512
     evaluations: int = 15
+    batch: int | None = None
+    judge_positions: int | None = None
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,9 @@ def fit(
     fitter = _Fitter(ensemble, options or Options(), begin, engine or LocalEngine(), kept or Kept())
     options = fitter.options
     parts = split(positions)
+    if options.judge_positions is not None:
+        for name in ("select", "test"):
+            parts[name] = parts[name].spread(options.judge_positions)
     n = len(ensemble.names)
     candidates = [fitter.single(parts["fit"].positions, i) for i in range(n)]
     premise: list[Premise] = []
@@ -154,39 +161,14 @@ def fit(
     return fitter.judge(parts, candidates, premise)
 
 
-def minimise(objective: Objective | _Remembered, start: Values, evaluations: int) -> tuple[Values, float, int]:
-    """(values, loss, evaluations) by L-BFGS-B from ``start``, rounded; the best point seen, should it end early."""
-    from scipy.optimize import minimize
-
-    best: list[Any] = [math.inf, objective.layout.pack(start)]
-
-    def value(theta: Any) -> tuple[float, Any]:
-        at = torch.tensor(theta, dtype=torch.float64)
-        loss, gradient = objective(at)
-        if loss < best[0]:
-            best[:] = [loss, at]
-        return _UNIT * loss, _UNIT * gradient.numpy()
-
-    layout = objective.layout
-    done = minimize(
-        value, layout.pack(start).numpy(), jac=True, method="L-BFGS-B", bounds=layout.bounds(),
-        options={"maxfun": evaluations, "ftol": 1e-7, "gtol": 1e-4},
-    )  # fmt: skip
-    return layout.values(best[1]).rounded(free=layout.free), best[0], int(done.nfev)
-
-
 @dataclass
 class _Remembered:
     """A loss whose evaluations are kept: the same steps lead to the same points again."""
 
-    loss: Loss
+    loss: LossAndGradient
     kept: Kept
     name: str
     count: int = 0
-
-    @property
-    def layout(self) -> Layout:
-        return self.loss.layout
 
     def __call__(self, theta: Tensor) -> tuple[float, Tensor]:
         def find() -> dict[str, Tensor]:
@@ -213,7 +195,25 @@ class _Fitter:
     ) -> tuple[Values, float, int]:
         advance = self.begin(f"fitting {name}", 0, None)
         loss = Loss(self.engine, self.ensemble.model, positions, layout, pool, on_progress=advance, **more)
-        return minimise(_Remembered(loss, self.kept, name), start, evaluations)
+        return minimise(_Remembered(loss, self.kept, name), layout, start, evaluations)
+
+    def _descended(
+        self, name: str, batch: int, positions: Positions, layout: Layout, pool: Pool, start: Values, **more: Any
+    ) -> tuple[Values, float, int]:
+        steps = self.options.evaluations
+        advance = self.begin(f"fitting {name}", 0, steps * batch)
+        order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(0))
+
+        def losses(k: int) -> LossAndGradient:
+            rows = order[torch.arange(k * batch, (k + 1) * batch) % len(order)]
+
+            def found(theta: Tensor) -> tuple[float, Tensor]:
+                some = positions.take(rows)
+                return Loss(self.engine, self.ensemble.model, some, layout, pool, on_progress=advance, **more)(theta)
+
+            return _Remembered(found, self.kept, name, count=k)
+
+        return descend(losses, layout, start, steps)
 
     def single(self, positions: Positions, i: int) -> Candidate:
         """A member at its best temperature."""
@@ -240,7 +240,11 @@ class _Fitter:
         n, pool = len(self.ensemble.names), start.settings["pool"]
         layout = Layout(n, n * bands, free=self.options.free_weights)
         at = Values(tuple(start.settings["weights"]), start.settings["rule_temperature"], tuple(trust))
-        values, loss, count = self._minimised(name, self.options.evaluations, positions, layout, pool, at, bands=bands)
+        at_most, batch = self.options.evaluations, self.options.batch
+        if batch is None:
+            values, loss, count = self._minimised(name, at_most, positions, layout, pool, at, bands=bands)
+        else:
+            values, loss, count = self._descended(name, batch, positions, layout, pool, at, bands=bands)
         return Candidate(name, {**_settings("meet", pool, values, n, self.options), "bands": bands}, False, loss, count)
 
     def judge(self, parts: dict[str, Part], candidates: list[Candidate], premise: list[Premise]) -> Fitted:

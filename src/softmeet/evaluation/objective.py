@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import psutil
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -27,8 +28,8 @@ from softmeet.solvers.subsampled import SubsampledNewton
 
 Pool = Literal["logit-mean", "prob-mean"]
 _MAX_STEPS = 50
-# Bytes of log-probabilities that may be kept between evaluations instead of being made again from hidden states.
-_KEPT = 1 << 30
+# The share of the machine's memory that log-probabilities may take between evaluations instead of being made again.
+_KEPT = 0.4
 
 
 def solve(problem: Projection) -> DualState:
@@ -162,7 +163,7 @@ class Loss:
         **options: Any,
     ) -> None:
         self.layout, self._engine, self._count, self._on_progress = layout, engine, len(positions), on_progress
-        keep = 4 * len(model.heads) * model.config.vocab_size * len(positions) <= _KEPT
+        keep = 4 * len(model.heads) * model.config.vocab_size * len(positions) <= _KEPT * psutil.virtual_memory().total
         parts = list(positions.chunks(PIECE))
         self._sizes = [len(part) for part in parts]
         self._pieces = engine.keep([Objective(model, part, layout, pool, keep=keep, **options) for part in parts])

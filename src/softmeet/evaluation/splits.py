@@ -29,10 +29,14 @@ class Part:
 
     def subset(self, count: int) -> Positions:
         """At most ``count`` positions, evenly spread."""
+        return self.spread(count).positions
+
+    def spread(self, count: int) -> Part:
+        """The same with at most ``count`` positions, evenly spread."""
         if len(self.positions) <= count:
-            return self.positions
+            return self
         rows: Int[Tensor, " k"] = torch.arange(count) * len(self.positions) // count
-        return self.positions.take(rows)
+        return Part(self.positions.take(rows), self.within.take(rows))
 
 
 def split(positions: Positions) -> dict[str, Part]:

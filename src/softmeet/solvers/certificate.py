@@ -103,12 +103,25 @@ def restricted_gap_bound(
         H, g = torch.zeros(len(gradient), len(gradient), dtype=p.dtype, device=p.device), gradient.clone()
         for layer in layers:
             layer.enter(H, g)
-        s = torch.linalg.lstsq(H, g[:, None], driver="gelsd").solution.squeeze(-1)
-        slack = residual_slack(H, s, g, gradient)
+        s, slack = _solved(H, g, gradient)
         bounds, broken = zip(*(layer.bound(s) for layer in layers), strict=True)
         if slack.isinf() or not any(broken):
             return float(sum(bounds) + slack)
     return math.inf
+
+
+def _solved(
+    H: Float[Tensor, "D D"], g: Float[Tensor, " D"], gradient: Float[Tensor, " D"]
+) -> tuple[Float[Tensor, " D"], Float[Tensor, ""]]:
+    """H⁻¹g and its :func:`residual_slack`: by Cholesky's factor, or where that is of no use by singular values."""
+    factor, failed = torch.linalg.cholesky_ex(H)
+    if not failed:
+        s = torch.cholesky_solve(g[:, None], factor).squeeze(-1)
+        slack = residual_slack(H, s, g, gradient)
+        if slack.isfinite():
+            return s, slack
+    s = torch.linalg.lstsq(H, g[:, None], driver="gelsd").solution.squeeze(-1)
+    return s, residual_slack(H, s, g, gradient)
 
 
 def residual_slack(

@@ -33,6 +33,8 @@ _REPAIR, _LEAST_REPAIR = 2, 1024
 _SAMPLED = 4
 # The ridge's share of the tail; the sample has the rest.
 _SHRINKAGE = 0.3
+# A bound is rarely less than so many times the gap: no use to look for one sooner.
+_LOOSE = 5.0
 # The share of a certificate that may come from what is left of an infeasibility.
 _SLACK = 0.05
 
@@ -127,7 +129,7 @@ class _Around:
         gradient = self.state.gradient
         own = self._unwhitened(gradient)
         estimate = 0.5 * (own * self.heavy(own)).sum(-1)
-        bound, near = torch.full_like(estimate, torch.inf), (estimate <= goal) & (estimate >= 0)
+        bound, near = torch.full_like(estimate, torch.inf), (_LOOSE * estimate <= goal) & (estimate >= 0)
         if bool(near.any()):
             bound = torch.where(near, self._certified(goal), bound)
             if bool((bound <= goal).all()):
