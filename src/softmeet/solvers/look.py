@@ -35,7 +35,7 @@ _SAMPLED = 4
 _SHRINKAGE = 0.3
 # A bound is rarely less than so many times the gap: no use to look for one sooner.
 _LOOSE = 5.0
-# The share of a certificate that may come from what is left of an infeasibility.
+# The share of a certificate, or of what it is wanted for, that may come from what is left of an infeasibility.
 _SLACK = 0.05
 
 
@@ -79,6 +79,10 @@ def _never(m: Point) -> Bool[Tensor, " b"]:
     return torch.zeros_like(m.value, dtype=torch.bool)
 
 
+def _near(estimate: Float[Tensor, " b"], goal: Float[Tensor, " b"]) -> Bool[Tensor, " b"]:
+    return (_LOOSE * estimate <= goal) & (estimate >= 0)
+
+
 def _bound(model: Surrogate, gradient: Float[Tensor, "b D"], goal: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
     """-min F for a model whose minimiser is a feasible point, or inf if the inner solve does not come near it.
 
@@ -91,14 +95,17 @@ def _bound(model: Surrogate, gradient: Float[Tensor, "b D"], goal: Float[Tensor,
         left = (m.gradient * precondition(m.gradient)).sum(-1)
         return torch.where((left > 0) | (m.gradient == 0).all(-1), left / model.shrinkage(m), torch.inf)
 
+    def enough(m: Point) -> Float[Tensor, " b"]:
+        return _SLACK * torch.maximum(-m.value, goal)
+
     def close(m: Point) -> Bool[Tensor, " b"]:
-        return (slack(m) <= _SLACK * -m.value) | (-m.value > goal)
+        return (slack(m) <= enough(m)) | (-m.value > goal)
 
     def newton(m: Point) -> Float[Tensor, "b D"]:
         return conjugate_gradients(model, m, precondition, 0.05, 31)
 
     best = minimise(model, model.origin(gradient), newton, steps=6, enough=close)
-    return torch.where(slack(best) <= _SLACK * -best.value, slack(best) - best.value, torch.inf)
+    return torch.where(slack(best) <= enough(best), slack(best) - best.value, torch.inf)
 
 
 class _Around:
@@ -128,17 +135,22 @@ class _Around:
         """A bound for rows that seem near enough, and a direction for those that it does not end."""
         gradient = self.state.gradient
         own = self._unwhitened(gradient)
-        estimate = 0.5 * (own * self.heavy(own)).sum(-1)
-        bound, near = torch.full_like(estimate, torch.inf), (_LOOSE * estimate <= goal) & (estimate >= 0)
-        if bool(near.any()):
-            bound = torch.where(near, self._certified(goal), bound)
-            if bool((bound <= goal).all()):
-                return Found(torch.zeros_like(gradient), bound, estimate)
+        rough = 0.5 * (own * self.heavy(own)).sum(-1)
+        bound = self._bound_where(_near(rough, goal), goal)
+        if bool((bound <= goal).all()):
+            return Found(torch.zeros_like(gradient), bound, rough)
         recalled, weights = memory.before(gradient)
         start = self.model.origin(self._unwhitened(recalled))
         s = conjugate_gradients(self.model, start, self.heavy, 0.2, 30)
         direction = -memory.after(self._whitened(s), weights)
-        return Found(direction, bound, -0.5 * (gradient * direction).sum(-1))
+        estimate = -0.5 * (gradient * direction).sum(-1)
+        # Heavy tokens alone miss most of the curvature of some rows.
+        late = _near(estimate, goal) & ~_near(rough, goal)
+        return Found(direction, torch.minimum(bound, self._bound_where(late, goal)), estimate)
+
+    def _bound_where(self, rows: Bool[Tensor, " b"], goal: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        none = torch.full_like(goal, torch.inf)
+        return torch.where(rows, self._certified(goal), none) if bool(rows.any()) else none
 
     def _reweighted(self) -> Surrogate:
         """The sample stands for the tail; its masses count in full where its moments are needed, before any read."""
