@@ -34,7 +34,7 @@ _SAMPLED = 4
 # The ridge's share of the tail; the sample has the rest.
 _SHRINKAGE = 0.3
 # A bound is rarely less than so many times the gap: no use to look for one sooner.
-_LOOSE = 5.0
+_LOOSE = 3.0
 # The share of a certificate, or of what it is wanted for, that may come from what is left of an infeasibility.
 _SLACK = 0.05
 
