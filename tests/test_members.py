@@ -144,6 +144,17 @@ def test_bundled_names():
     assert zoo.locate("org/model") == "org/model"
 
 
+def test_a_folder_that_holds_no_model_hides_no_bundled_member(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "narrow" / "opt-a").mkdir(parents=True)
+    assert len(zoo.expand("narrow")) == 4
+    assert zoo.locate("narrow/opt-a") == str(zoo.folder() / "narrow" / "opt-a")
+    (tmp_path / "narrow" / "opt-a" / "config.json").write_text("{}")
+    assert zoo.locate("narrow/opt-a") == "narrow/opt-a"
+    (tmp_path / "narrow" / "config.json").write_text("{}")
+    assert zoo.expand("narrow") == ["narrow"]
+
+
 def test_different_vocabularies_say_which_tokens_differ():
     ours, other = tiny.tokenizer(), tiny.tokenizer(60)
     require_same_vocabulary(["a", "b"], [ours, tiny.tokenizer()])

@@ -18,19 +18,19 @@ def folder() -> Path:
 
 def expand(name: str | Path) -> list[str]:
     """A bundled family's members by name (``wide`` → ``wide/gpt2``, …); any other name as it is."""
-    if str(name) in FAMILIES and not Path(name).exists():
+    if str(name) in FAMILIES and not _is_model(Path(name)):
         return [f"{name}/{p.name}" for p in sorted((folder() / str(name)).iterdir()) if (p / "config.json").exists()]
     return [str(name)]
 
 
 def locate(name: str) -> str:
-    """The folder of a bundled member; any other name, or an existing path, as it is.
+    """The folder of a bundled member; any other name, or the path of a model, as it is.
 
     Raises:
         CheckpointError: the name begins like a bundled one, and there is none.
     """
     family, _, rest = name.partition("/")
-    if Path(name).exists() or family not in FAMILIES or not rest:
+    if _is_model(Path(name)) or family not in FAMILIES or not rest:
         return name
     place = folder() / name
     if not (place / "config.json").exists():
@@ -39,6 +39,11 @@ def locate(name: str) -> str:
             + ", ".join(p.name for p in sorted((folder() / family).iterdir()))
         )
     return str(place)
+
+
+def _is_model(path: Path) -> bool:
+    """Not, for instance, a trace that somebody called ``narrow``."""
+    return path.is_file() or (path / "config.json").exists()
 
 
 def short(name: str) -> str:
