@@ -14,6 +14,7 @@ import softmeet
 from softmeet import Status
 from softmeet.errors import InfeasibleError, NotConvergedError
 from softmeet.simplex import kl, total_variation
+from softmeet.solvers.newton import _solve
 
 INF = math.inf
 TRUSTS = {
@@ -249,3 +250,13 @@ def test_half_precision_heads_are_read_as_they_are():
     single = softmeet.combine(log_p.float(), half, trust=1.0, tol=1e-6)
     assert single.log_probs.dtype == torch.float32
     assert total_variation(single.log_probs.double(), exact.log_probs).max() < 1e-3
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-200, 1e-40, 1e-13])
+def test_a_hessian_that_has_all_but_vanished_gives_the_gradient(scale):
+    """Where one token has all mass H underflows, and H⁻¹g would overflow the scores."""
+    H = torch.stack([scale * torch.eye(4, dtype=torch.float64), torch.eye(4, dtype=torch.float64)])
+    g = torch.full((2, 4), 0.1, dtype=torch.float64)
+    assert torch.allclose(_solve(H, g, 1e-7), g)
+    H[0, 0, 0] = torch.nan
+    assert torch.allclose(_solve(H, g, 1e-7), g)

@@ -29,6 +29,8 @@ _ELEMENTS = 1 << 22
 _CACHED_ELEMENTS, _FEWEST = 1 << 18, 8
 # The share of a gradient that a direction may leave over before it is refined.
 _SOLVED = 1e-7
+# The longest direction, in whitened coordinates: scores of single precision are far from overflow.
+_LONGEST = 1e12
 
 
 @dataclass
@@ -128,5 +130,6 @@ def _solve(H: Float[Tensor, "B D D"], g: Float[Tensor, "B D"], eps: float) -> Fl
         residual = g - (H @ s[..., None]).squeeze(-1)
         if (residual.norm(dim=-1) <= _SOLVED * g.norm(dim=-1)).all():
             break
-    # Where H vanishes, as for one-hot distributions, the gradient is still a direction, and may be a Farkas proof.
-    return torch.where(s.isfinite().all(-1, keepdim=True), s, g)
+    # Where H all but vanishes, as for one-hot distributions, the gradient is still a direction, and may be a Farkas
+    # proof; a step that is not a number, or whose scores would overflow, is none.
+    return torch.where(s.norm(dim=-1, keepdim=True) <= _LONGEST, s, g)
