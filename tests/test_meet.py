@@ -252,7 +252,7 @@ def test_half_precision_heads_are_read_as_they_are():
     assert total_variation(single.log_probs.double(), exact.log_probs).max() < 1e-3
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e-200, 1e-40, 1e-13])
+@pytest.mark.parametrize("scale", [0.0, 1e-200, 1e-40])
 def test_a_hessian_that_has_all_but_vanished_gives_the_gradient(scale):
     """Where one token has all mass H underflows, and H⁻¹g would overflow the scores."""
     H = torch.stack([scale * torch.eye(4, dtype=torch.float64), torch.eye(4, dtype=torch.float64)])

@@ -29,8 +29,8 @@ _ELEMENTS = 1 << 22
 _CACHED_ELEMENTS, _FEWEST = 1 << 18, 8
 # The share of a gradient that a direction may leave over before it is refined.
 _SOLVED = 1e-7
-# The longest direction, in whitened coordinates: scores of single precision are far from overflow.
-_LONGEST = 1e12
+# The longest direction, in whitened coordinates: scores of single precision do not overflow yet.
+_LONGEST = 1e30
 
 
 @dataclass
