@@ -170,10 +170,12 @@ def test_the_command(folders, tmp_path):
         texts[-1].write_text(document.text)
     done = run(
         "fit", "--members", *folders, "--text", *texts, "--out", tmp_path / "out", "--json", tmp_path / "fit.json",
-        "--evaluations", 2, "--meet-tokens", 20,
+        "--evaluations", 2, "--meet-tokens", 20, "--batch", 8, "--premise-tokens", 10, "--judge-tokens", 30,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     facts = json.loads((tmp_path / "fit.json").read_text())
+    assert [facts["splits"][part]["tokens"] for part in ("select", "test")] == [30, 30]
+    assert facts["candidates"]["meet"]["evaluations"] == 2
     assert facts["chosen"] in ("meet", "logit-mean", "prob-mean")
     assert set(facts["test"]) == {"nll", "best_baseline", "delta", "ci95"}
     assert len(facts["weights"]) == len(facts["trust"]) == 2

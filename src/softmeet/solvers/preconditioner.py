@@ -155,7 +155,7 @@ class AllTokens(Preconditioner):
         """Λ_i⁻¹ x."""
         columns = (x if x.ndim == 3 else x[:, None]).transpose(1, 2).to(self.factors[i].dtype)
         L = self.factors[i]
-        # Two triangular solves take a third of the time that cholesky_solve does for few columns.
+        # Two triangular solves take less time than cholesky_solve does for few columns.
         half = torch.linalg.solve_triangular(L, columns, upper=False)
         whole = torch.linalg.solve_triangular(L.transpose(1, 2), half, upper=True)
         found: Tensor = whole.transpose(1, 2).to(x.dtype)
