@@ -170,12 +170,14 @@ def test_the_command(folders, tmp_path):
         texts[-1].write_text(document.text)
     done = run(
         "fit", "--members", *folders, "--text", *texts, "--out", tmp_path / "out", "--json", tmp_path / "fit.json",
-        "--evaluations", 2, "--meet-tokens", 20, "--batch", 8, "--premise-tokens", 10, "--judge-tokens", 30,
+        "--evaluations", 2, "--meet-tokens", 20, "--batch", 8, "--premise-tokens", 10,
+        "--select-tokens", 20, "--judge-tokens", 30,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     facts = json.loads((tmp_path / "fit.json").read_text())
-    assert [facts["splits"][part]["tokens"] for part in ("select", "test")] == [30, 30]
-    assert facts["candidates"]["meet"]["evaluations"] == 2
+    assert [facts["splits"][part]["tokens"] for part in ("select", "test")] == [20, 30]
+    meets = {name: row["evaluations"] for name, row in facts["candidates"].items() if row["rule"] == "meet"}
+    assert list(meets.values()) == [2]
     assert facts["chosen"] in ("meet", "logit-mean", "prob-mean")
     assert set(facts["test"]) == {"nll", "best_baseline", "delta", "ci95"}
     assert len(facts["weights"]) == len(facts["trust"]) == 2
@@ -188,12 +190,15 @@ def test_the_command(folders, tmp_path):
 
 
 def test_minibatches_go_down_the_same_loss(ensemble, positions, fitted):
-    options = Options(meet_positions=40, premise_positions=40, evaluations=12, batch=16, judge_positions=100)
+    sizes = {"meet_positions": 40, "premise_positions": 40, "select_positions": 100, "judge_positions": 100}
+    options = Options(**sizes, evaluations=12, batch=16)
     found = fit(ensemble, positions, options)
     assert found.sizes["fit"]["tokens"] == fitted.sizes["fit"]["tokens"]
     assert found.sizes["select"]["tokens"] == found.sizes["test"]["tokens"] == 100
     subset = split(positions)["fit"].subset(40)
-    objective = Objective(ensemble.model, subset, Layout(2, 2), "logit-mean")
+    [ours] = [candidate for candidate in found.candidates if not candidate.baseline]
+    pool = ours.settings["pool"]
+    objective = Objective(ensemble.model, subset, Layout(2, 2), pool)
 
     def loss(settings):
         values = Values(tuple(settings["weights"]), settings["rule_temperature"], tuple(settings["trust"]))
@@ -201,7 +206,7 @@ def test_minibatches_go_down_the_same_loss(ensemble, positions, fitted):
 
     whole, parts, start = (
         {c.name: c.settings for c in one.candidates}[name]
-        for one, name in ((fitted, "meet"), (found, "meet"), (found, "logit-mean"))
+        for one, name in ((fitted, ours.name), (found, ours.name), (found, pool))
     )
     start = {**start, "trust": [0.05, 0.05]}
     assert loss(parts) < loss(start)

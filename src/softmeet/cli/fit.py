@@ -37,13 +37,16 @@ def fit(
         int | None,
         typer.Option(
             min=1,
-            help="Positions of each evaluation for meet, where heads are so wide that its whole subset takes too long.",
+            help="Positions of each evaluation for meet, where heads are so wide that its whole subset takes too long; "
+            "meet then starts from the better average only.",
             show_default="the whole subset",
         ),
     ] = None,
+    select_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of the part to choose by, at most.", show_default="all")
+    ] = None,
     judge_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="Of the parts to choose and to judge by, at most.", show_default="all"),
+        int | None, typer.Option(min=1, help="Of the part to judge by, at most.", show_default="all")
     ] = None,
     separator: texts.Separator = None,
     column: texts.Column = "text",
@@ -78,7 +81,7 @@ def fit(
     read = {"window": window, "stride": stride, "bos": bos, "max_per_document": max_per_document}
     given = Options(
         free_weights, bands, meet_positions=meet_tokens, premise_positions=premise_tokens, evaluations=evaluations,
-        batch=batch, judge_positions=judge_tokens,
+        batch=batch, select_positions=select_tokens, judge_positions=judge_tokens,
     )  # fmt: skip
     kept = Kept(resume, identified(ensemble, found, trace, threads, max_tokens=max_tokens, **read) | asdict(given))
     ensemble.model.banded_heads(bands)  # made here, so that workers share them

@@ -53,8 +53,8 @@ class Options:
         premise_positions: size of the subset of the premise test.
         evaluations: of the loss and its gradient, at most, for each ``meet``; averages get five times as many.
         batch: positions of each evaluation for ``meet``, drawn from its subset in turn, where the whole of it would
-            take too long; None for the whole.
-        judge_positions: of the parts to choose and to judge by, at most, evenly spread; None for all.
+            take too long; then it starts from the better average only. None for the whole.
+        select_positions, judge_positions: of the parts to choose and to judge by, at most, evenly spread; None for all.
     """
 
     free_weights: bool = False
@@ -63,6 +63,7 @@ class Options:
     premise_positions: int = 512
     evaluations: int = 15
     batch: int | None = None
+    select_positions: int | None = None
     judge_positions: int | None = None
 
 
@@ -139,9 +140,9 @@ def fit(
     fitter = _Fitter(ensemble, options or Options(), begin, engine or LocalEngine(), kept or Kept())
     options = fitter.options
     parts = split(positions)
-    if options.judge_positions is not None:
-        for name in ("select", "test"):
-            parts[name] = parts[name].spread(options.judge_positions)
+    for name, count in (("select", options.select_positions), ("test", options.judge_positions)):
+        if count is not None:
+            parts[name] = parts[name].spread(count)
     n = len(ensemble.names)
     candidates = [fitter.single(parts["fit"].positions, i) for i in range(n)]
     premise: list[Premise] = []
@@ -151,7 +152,9 @@ def fit(
         best = min(averages, key=lambda candidate: candidate.fit_nll)
         premise = _premise(ensemble, parts["fit"].subset(options.premise_positions), best)
         subset = parts["fit"].subset(options.meet_positions)
-        starts = [(_named(a), a, _first_trusts(premise, a)) for a in averages]
+        # Minibatches are for heads that take long: one start has to do.
+        begun = averages if options.batch is None else [best]
+        starts = [(_named(a), a, _first_trusts(premise, a)) for a in begun]
         candidates += [fitter.meet(subset, *start, 1) for start in starts]
         if options.bands > 1:
             meet = min(candidates[-len(starts) :], key=lambda candidate: candidate.fit_nll)

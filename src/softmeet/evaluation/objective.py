@@ -33,10 +33,10 @@ _KEPT = 0.4
 
 
 def solve(problem: Projection) -> DualState:
-    """As the rule ``meet`` does, without its rescue of rows in trouble: their gradient is not worth it."""
+    """As the rule ``meet`` does, without certificates of wide heads, nor its rescue of rows in trouble."""
     if full_hessian_pays(problem):
         return iterate(DualNewton(), problem, _MAX_STEPS)
-    return iterate(SubsampledNewton(), problem, _MAX_STEPS)
+    return iterate(SubsampledNewton(certify=False), problem, _MAX_STEPS)
 
 
 @dataclass
@@ -163,7 +163,8 @@ class Loss:
         **options: Any,
     ) -> None:
         self.layout, self._engine, self._count, self._on_progress = layout, engine, len(positions), on_progress
-        keep = 4 * len(model.heads) * model.config.vocab_size * len(positions) <= _KEPT * psutil.virtual_memory().total
+        members = len(options.get("members") or model.heads)
+        keep = 4 * members * model.config.vocab_size * len(positions) <= _KEPT * psutil.virtual_memory().total
         parts = list(positions.chunks(PIECE))
         self._sizes = [len(part) for part in parts]
         self._pieces = engine.keep([Objective(model, part, layout, pool, keep=keep, **options) for part in parts])

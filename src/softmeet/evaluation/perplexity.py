@@ -23,7 +23,7 @@ from softmeet.simplex import kl, prob_mean
 from softmeet.solvers.base import Status
 
 # Elements of one member's log-probabilities at once.
-_ELEMENTS = 1 << 19
+_ELEMENTS = 1 << 22
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Evaluation:
 
 def chunk_size(v: int) -> int:
     """Positions to solve at once."""
-    return max(4, min(64, _ELEMENTS // v * 2))
+    return max(4, min(64, _ELEMENTS // v))
 
 
 @torch.inference_mode()

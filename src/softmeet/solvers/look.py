@@ -63,6 +63,7 @@ def look(
     memory: Memory,
     step: int,
     goal: Float[Tensor, " b"] | None,
+    certify: bool = True,
 ) -> Found:
     """Look around some rows, by gathered tokens alone.
 
@@ -70,8 +71,9 @@ def look(
         problem, state, memory: of these rows.
         step: how many steps they have taken; later ones gather more tokens, and others.
         goal: the bound at which a row is done; None where no gradient is known yet.
+        certify: look for bounds; else only for directions.
     """
-    around = _Around(problem, state, step)
+    around = _Around(problem, state, step, certify)
     return around.first() if goal is None else around.next(memory, goal)
 
 
@@ -111,8 +113,8 @@ def _bound(model: Surrogate, gradient: Float[Tensor, "b D"], goal: Float[Tensor,
 class _Around:
     """Some rows and their gathered tokens."""
 
-    def __init__(self, problem: Projection, state: DualState, step: int) -> None:
-        self.problem, self.state, self.known = problem, state, step > 0
+    def __init__(self, problem: Projection, state: DualState, step: int, certify: bool) -> None:
+        self.problem, self.state, self.known, self.certify = problem, state, step > 0, certify
         size = gathered_size(problem, step)
         sampled = size // _SAMPLED
         self.gathered = gather(problem, state.log_p, state.log_r, size - sampled, sampled, (0.5 + 0.618 * step) % 1)
@@ -150,7 +152,7 @@ class _Around:
 
     def _bound_where(self, rows: Bool[Tensor, " b"], goal: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         none = torch.full_like(goal, torch.inf)
-        return torch.where(rows, self._certified(goal), none) if bool(rows.any()) else none
+        return torch.where(rows, self._certified(goal), none) if self.certify and bool(rows.any()) else none
 
     def _reweighted(self) -> Surrogate:
         """The sample stands for the tail; its masses count in full where its moments are needed, before any read."""

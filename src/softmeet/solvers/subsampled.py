@@ -45,12 +45,21 @@ class SubsampledState(DualState):
         return Memory(self.past_steps, self.past_changes)
 
 
+@dataclass(frozen=True)
 class SubsampledNewton(DualMethod[SubsampledState]):
-    """See the module's docstring."""
+    """See the module's docstring.
+
+    Args:
+        certify: end a row on a bound; else on the estimate of its gap, which saves a third of the time and proves
+            nothing.
+    """
+
+    certify: bool = True
 
     def init(self, problem: Projection) -> SubsampledState:
         """The pool."""
         fields = start(problem)
+        fields["certified"] &= fields["done"] | self.certify
         empty, stalls = Memory.empty(fields["nu"]), torch.zeros_like(fields["steps"])
         return SubsampledState(**fields, past_steps=empty.steps, past_changes=empty.changes, stalls=stalls)
 
@@ -60,7 +69,7 @@ class SubsampledNewton(DualMethod[SubsampledState]):
 
     def begin(self, problem: Projection, state: SubsampledState) -> None:
         """A first direction from gathered tokens alone."""
-        state.direction = _look(problem, state, None).direction
+        state.direction = self._look(problem, state, None).direction
 
     def measure(self, problem: Projection, state: SubsampledState, direction: Float[Tensor, "B D"] | None) -> Swept:
         """Without second moments."""
@@ -81,35 +90,35 @@ class SubsampledNewton(DualMethod[SubsampledState]):
         kept = before.memory.added(after.nu - before.nu, after.gradient - before.gradient, useful, forget=stalled)
         after.past_steps, after.past_changes = kept.steps, kept.changes
         rounding = problem.rounding(after.log_p.exp(), after.log_r.exp(), after.z, after.nu)
-        found = _look(problem, after, problem.tol - rounding)
+        found = self._look(problem, after, problem.tol - rounding)
         after.direction = found.direction
         known = torch.where(before.certified, (before.gap - fall).clamp_min(0), torch.inf)
         certified = torch.minimum(found.bound + rounding, known)
         after.certified = certified.isfinite()
         after.gap = torch.where(after.certified, certified, found.estimate + rounding)
         after.stalls = torch.where(stalled, before.stalls + 1, 0)
-        reached = after.certified & (after.gap <= problem.tol)
+        enough = after.certified if self.certify else found.estimate >= 0
+        reached = enough & (after.gap <= problem.tol)
         given_up = (after.stalls >= _PATIENCE) & ~reached
         after.done = reached | given_up
         after.status[given_up] = Status.NOT_CONVERGED
 
+    def _look(self, problem: Projection, state: SubsampledState, goal: Float[Tensor, " B"] | None) -> Found:
+        """What every row's gathered tokens say; ``goal`` is the bound at which a row is done, None before any gradient.
 
-def _look(problem: Projection, state: SubsampledState, goal: Float[Tensor, " B"] | None) -> Found:
-    """What every row's gathered tokens say; ``goal`` is the bound at which a row is done, None before any gradient.
+        On a processor rows go in groups that stay in the cache, on an accelerator all together.
+        """
+        step, device = int(state.steps.max()), state.z.device
+        size = max(1, _GROUP_BYTES // gathered_bytes(problem)) if device.type == "cpu" else len(state.z)
+        groups = torch.arange(len(state.z), device=device).split(size)
+        some = [problem.take(rows) for rows in groups]
 
-    On a processor rows go in groups that stay in the cache, on an accelerator all together.
-    """
-    step, device = int(state.steps.max()), state.z.device
-    size = max(1, _GROUP_BYTES // gathered_bytes(problem)) if device.type == "cpu" else len(state.z)
-    groups = torch.arange(len(state.z), device=device).split(size)
-    some = [problem.take(rows) for rows in groups]
+        def one(k: int) -> Found:
+            here = state.take(groups[k])
+            return look(some[k], here, here.memory, step, None if goal is None else goal[groups[k]], self.certify)
 
-    def one(k: int) -> Found:
-        here = state.take(groups[k])
-        return look(some[k], here, here.memory, step, None if goal is None else goal[groups[k]])
-
-    found = Found.empty(state.direction)
-    for rows, part, answer in zip(groups, some, in_parallel(one, range(len(groups)), device), strict=True):
-        found.put(rows, answer)
-        add_reads(problem, part, rows)
-    return found
+        found = Found.empty(state.direction)
+        for rows, part, answer in zip(groups, some, in_parallel(one, range(len(groups)), device), strict=True):
+            found.put(rows, answer)
+            add_reads(problem, part, rows)
+        return found
