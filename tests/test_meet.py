@@ -12,7 +12,7 @@ from oracles import by_cvxpy, plain_newton
 
 import softmeet
 from softmeet import Status
-from softmeet.errors import InfeasibleError, NotConvergedError
+from softmeet.errors import InfeasibleError, InvalidInputError, NotConvergedError
 from softmeet.simplex import kl, total_variation
 from softmeet.solvers.newton import _solve
 
@@ -260,3 +260,50 @@ def test_a_hessian_that_has_all_but_vanished_gives_the_gradient(scale):
     assert torch.allclose(_solve(H, g, 1e-7), g)
     H[0, 0, 0] = torch.nan
     assert torch.allclose(_solve(H, g, 1e-7), g)
+
+
+@pytest.mark.parametrize("name", [name for name in INSTANCES if name != "near_one_hot"])
+def test_a_start_elsewhere_leads_to_the_same_answer(name):
+    log_p, heads = INSTANCES[name]()
+    n = len(heads)
+    first = softmeet.combine(log_p, heads, trust=0.3, tol=1e-6)
+    for trust in (0.0, 0.31, 3.0, 1e-4, (5.0, 0.0, 1.0)[:n], INF):
+        options = {"trust": trust, "tol": 1e-12, "max_steps": 200}
+        cold = softmeet.combine(log_p, heads, **options)
+        warm = softmeet.combine(log_p, heads, start=first, **options)
+        assert (warm.status == cold.status).all()
+        solved = cold.status == Status.OPTIMAL
+        assert (total_variation(warm.log_probs, cold.log_probs)[solved] < 1e-5).all()
+        assert (warm.gap[solved] <= 1e-12).all()
+        assert warm.gap_is_certified[solved].all()
+
+
+def test_a_start_saves_steps_and_is_checked():
+    log_p, heads = INSTANCES["generic"]()
+    near = softmeet.combine(log_p, heads, trust=1.0, tol=1e-6)
+    cold = softmeet.combine(log_p, heads, trust=1.05, tol=1e-6)
+    warm = softmeet.combine(log_p, heads, trust=1.05, tol=1e-6, start=near)
+    assert warm.num_passes.sum() < 0.8 * cold.num_passes.sum()
+    with pytest.raises(InvalidInputError, match="by logit-mean"):
+        softmeet.combine(log_p, heads, start=softmeet.combine(log_p, heads, "logit-mean"))
+    with pytest.raises(InvalidInputError, match="same rows and heads"):
+        softmeet.combine(log_p[:, :2], heads, start=near)
+
+
+# Hidden states at which three of the bundled narrow members are sure of different tokens: on the way to the proof of
+# infeasibility every distribution is one-hot, and f is a straight line.
+STRAIGHT = (
+    (-2.7, 4.7, 12.9, -3.0, -5.6, -5.1, 19.0, -9.4, 9.3, -7.4, 13.2, 4.1, 3.4, -5.0, -7.5, -18.5),
+    (-17.0, 8.9, -8.3, -1.8, 1.1, 11.4, -19.2, 3.1, -3.5, 2.7, -3.5, 4.7, -9.1, 4.9, 15.0, 0.5),
+    (-3.0, 1.4, -2.2, -13.1, -4.0, -4.4, -7.2, -6.9, -10.5, -8.9, -6.1, -9.0, -0.2, -1.9, -8.1, -24.2),
+    (0.1, -0.9, -2.3, -8.0, -3.0, -5.6, 0.3, -1.6, 1.5, 15.1, 4.9, 2.6, -1.7, -1.0, -9.1, 1.1),
+)
+
+
+def test_steps_are_long_where_every_distribution_is_one_hot():
+    heads = softmeet.Ensemble.from_pretrained("narrow").model.heads
+    log_p = torch.stack([head.log_probs(torch.tensor([h])) for head, h in zip(heads, STRAIGHT, strict=True)])
+    solution = softmeet.combine(log_p, heads, "max-entropy")
+    assert solution.status.item() == Status.INFEASIBLE
+    assert solution.num_steps.item() <= 12
+    assert solution.verify(heads, log_p).status.item() == Status.INFEASIBLE

@@ -235,3 +235,14 @@ def test_without_certificates_the_answer_is_as_near():
     assert not found[False].certified.any()
     assert total_variation(found[False].log_p, exact.log_probs).max() < math.sqrt(1e-5 / 2) + 1e-5
     assert (found[False].steps <= found[True].steps).all()
+
+
+def test_a_start_from_another_trust_saves_passes():
+    log_p, heads = language()
+    near, far = (softmeet.combine(log_p, heads, trust=trust, tol=1e-5) for trust in (1.0, 0.05))
+    cold = softmeet.combine(log_p, heads, trust=1.05, tol=1e-5)
+    warm, other = (softmeet.combine(log_p, heads, trust=1.05, tol=1e-5, start=start) for start in (near, far))
+    for found in (warm, other):
+        assert (found.status == Status.OPTIMAL).all()
+        assert total_variation(found.log_probs, cold.log_probs).max() < 2 * math.sqrt(1e-5 / 2)
+    assert warm.num_passes.sum() < cold.num_passes.sum()

@@ -17,6 +17,7 @@ from softmeet.evaluation.choices import Choice, ungated
 from softmeet.evaluation.positions import Positions
 from softmeet.members.weighting import perplexity_weights
 from softmeet.rules.gates import Gate, find_gate
+from softmeet.rules.problem import DEFAULT_TRUST
 from softmeet.rules.registry import find_rule
 from softmeet.rules.solution import Solution
 from softmeet.simplex import kl, prob_mean
@@ -24,6 +25,8 @@ from softmeet.solvers.base import Status
 
 # Elements of one member's log-probabilities at once.
 _ELEMENTS = 1 << 22
+# Rules that can start from a solution by meet at other trusts.
+_STARTED = ("meet", "max-entropy")
 
 
 @dataclass
@@ -65,6 +68,12 @@ class Evaluation:
     disagreement: Float[Tensor, " N"] = field(default_factory=lambda: torch.zeros(0))
 
 
+def in_turn(choice: Choice) -> tuple[bool, float]:
+    """The order to solve in: ``meet`` by its trusts, from each of which the next starts, then the rest."""
+    trust = choice.settings.get("trust", DEFAULT_TRUST)
+    return choice.settings.get("rule", "meet") != "meet", sum(trust) if isinstance(trust, Sequence) else trust
+
+
 def chunk_size(v: int) -> int:
     """Positions to solve at once."""
     return max(4, min(64, _ELEMENTS // v))
@@ -96,7 +105,7 @@ def evaluate(
         mean = prob_mean(log_probs, log_probs.new_full((len(names),), 1 / len(names)))
         disagreement.append(torch.stack([kl(own, mean) for own in log_probs]).mean(0).double().cpu())
         solver = _Solver(ensemble, log_probs, logits, targets)
-        for choice in choices:
+        for choice in sorted(choices, key=in_turn):
             parts[choice.name].append(solver.scores(choice, weights.get(choice.prompt)))
         on_progress(len(chunk))
     joined = {name: join_scores(some) for name, some in parts.items()}
@@ -144,7 +153,11 @@ def _prompt_weights(ensemble: Ensemble, prompt: Positions) -> list[float]:
 
 
 class _Solver:
-    """Scores choices on one chunk; choices that differ in their gates alone share what was solved without one."""
+    """Scores choices on one chunk.
+
+    Those that differ in their gates alone share what was solved without one; those that differ in their trusts start
+    from one another.
+    """
 
     def __init__(
         self,
@@ -155,6 +168,7 @@ class _Solver:
     ) -> None:
         self._model, self._log_probs, self._logits, self._targets = ensemble.model, log_probs, logits, targets
         self._solved: dict[str, tuple[Solution, Scores]] = {}
+        self._starts: dict[str, Solution] = {}
 
     def scores(self, choice: Choice, weights: list[float] | None) -> Scores:
         """Of one choice, with the weights that a prompt gives it."""
@@ -164,10 +178,19 @@ class _Solver:
         if gate is not None and key not in self._solved:
             return _scored(self._model.combine_rows(self._log_probs, self._logits, gate=gate, **changes), self._targets)
         if key not in self._solved:
-            solution = self._model.combine_rows(self._log_probs, self._logits, **changes)
+            solution = self._solve(changes)
             self._solved[key] = solution, _scored(solution, self._targets)
         solution, scores = self._solved[key]
         return scores if gate is None else self._gated(gate, changes, solution, scores)
+
+    def _solve(self, changes: dict[str, Any]) -> Solution:
+        rule = changes.get("rule", self._model.config.rule)
+        path = repr(sorted((name, value) for name, value in changes.items() if name not in ("rule", "trust")))
+        start = self._starts.get(path) if rule in _STARTED else None
+        solution = self._model.combine_rows(self._log_probs, self._logits, start=start, **changes)
+        if rule == "meet":
+            self._starts[path] = solution
+        return solution
 
     def _gated(self, gate: Gate, changes: dict[str, Any], solution: Solution, scores: Scores) -> Scores:
         """From what was solved without the gate: only where it is closed is anything else answered."""

@@ -46,6 +46,7 @@ def combine(
     slack: float = 0.0,
     vertex: bool = False,
     gate: str | Gate | None = None,
+    start: Solution | None = None,
 ) -> Solution:
     """One next-token distribution from n members'.
 
@@ -83,6 +84,8 @@ def combine(
             member of maximum entropy.
         gate: ``"unsure:T"`` or ``"disagreement:T"``: where the rule is not solved (``softmeet.rules.gates``);
             ``Solution.gated`` says which rows those are. None for none.
+        start: of ``meet`` and ``max-entropy``: a solution by ``meet`` of the same rows at other trusts, near which the
+            answer is looked for; at the pool if None. The answer is the same within ``tol``.
 
     Raises:
         InvalidInputError: a shape, sign, length or name is wrong (its subclasses: NaN or +inf, disjoint supports).
@@ -107,6 +110,7 @@ def combine(
         dtype=torch.float64 if tol < _FINEST_FP32 else given,
         options=validate.checked_options(rank=rank, free_radial=free_radial, metric=metric, slack=slack, vertex=vertex),
         free=validate.free_directions(found, log_p, logits, hidden, log_probs.shape) if free_radial else (),
+        start=None if start is None else start.as_start(found, log_p),
     )
     answer, closed, seconds = gated(chosen, problem, find_gate(gate))
     answer, fallback = _answer_infeasible_rows(problem, answer, on_infeasible)

@@ -49,7 +49,15 @@ class Meet(Rule):
         if not trusted:
             return closed_form(problem, problem.log_pool, torch.zeros_like(problem.log_pool[:, 0]))
         projection = problem.projection(trusted, trust)
-        return _answer(problem, projection, trusted, _solved(projection, problem.max_steps))
+        answer = _answer(problem, projection, trusted, _solved(projection, problem.max_steps))
+        late = (answer.status == Status.NOT_CONVERGED).nonzero().squeeze(-1)
+        if not len(late) or problem.dtype == torch.float64 or not full_hessian_pays(projection):
+            return answer
+        # Scores of single precision may be too coarse for a row near the edge of what is feasible.
+        again = self.solve(replace(problem.take(late), dtype=torch.float64))
+        again.steps += answer.steps[late]
+        again.passes += answer.passes[late]
+        return answer.put(late, again)
 
 
 class MaxEntropy(Meet):

@@ -50,6 +50,23 @@ class Options:
 
 
 @dataclass(frozen=True, eq=False)
+class Start:
+    """Where to begin: each member's λ_i, (B, d_i), in its head's own coordinates, found at those trusts."""
+
+    dual: tuple[Float[Tensor, "B _"], ...]
+    trust: tuple[float, ...]
+
+    def take(self, rows: Int[Tensor, " k"]) -> Start:
+        """Some rows."""
+        return replace(self, dual=tuple(part[rows] for part in self.dual))
+
+    def at(self, i: int, rho: float) -> Float[Tensor, "B _"]:
+        """λ_i for the trust ``rho``: member i's correction λ_i / ρ_i changes little with ρ."""
+        scalable = 0 < self.trust[i] < math.inf and rho < math.inf
+        return self.dual[i] * (rho / self.trust[i] if scalable else 1.0)
+
+
+@dataclass(frozen=True, eq=False)
 class Problem:
     """A batch of rows to combine.
 
@@ -66,6 +83,7 @@ class Problem:
         dtype: of products with heads, fp32 or fp64.
         options: see :class:`Options`.
         free: per member, directions of its hidden state that carry no constraint, (B, k_i, d_i); empty for none.
+        start: where the solver of ``meet`` and ``max-entropy`` begins; at the pool if None.
     """
 
     log_p: Float[Tensor, "n B v"]
@@ -80,11 +98,13 @@ class Problem:
     dtype: torch.dtype
     options: Options = Options()
     free: tuple[Float[Tensor, "B _ _"], ...] = ()
+    start: Start | None = None
 
     def take(self, rows: Int[Tensor, " k"]) -> Problem:
         """Some rows of the batch."""
         slopes = tuple(None if s is None else s[rows] for s in self.slopes)
-        return replace(self, log_p=self.log_p[:, rows], slopes=slopes, free=tuple(f[rows] for f in self.free))
+        free, start = tuple(f[rows] for f in self.free), None if self.start is None else self.start.take(rows)
+        return replace(self, log_p=self.log_p[:, rows], slopes=slopes, free=free, start=start)
 
     def rows(self) -> list[Problem]:
         """One problem per row."""
@@ -152,13 +172,18 @@ class Problem:
 
     def projection(self, members: Sequence[int], trust: Sequence[float]) -> Projection:
         """The relaxed I-projection of the pool for those members, all of positive trust."""
-        return Projection(
+        projection = Projection(
             log_q=self.log_pool,
             log_p=self.log_p[list(members)].transpose(0, 1),
             heads=self.views(members),
             trust=tuple(trust[i] for i in members),
             tol=self.tol,
         )
+        if self.start is None:
+            return projection
+        raw = [self.start.at(i, trust[i]) / alpha for i, alpha in zip(members, projection.alpha, strict=True)]
+        white = [x @ h.whitening.inverse.T for x, h in zip(raw, projection.heads, strict=True)]
+        return replace(projection, start=torch.cat(white, dim=-1))
 
     def with_finite_trust(self, default: float) -> Problem:
         """The same problem with ``default`` wherever the trust is infinite."""

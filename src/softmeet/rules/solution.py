@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from softmeet.errors import InvalidInputError
 from softmeet.heads import SoftmaxHead
 from softmeet.rules.base import Answer
-from softmeet.rules.problem import Problem
+from softmeet.rules.problem import Problem, Start
 from softmeet.rules.registry import find_rule
 from softmeet.rules.validate import restate
 from softmeet.rules.verify import Verification, residuals, verify
@@ -95,6 +96,21 @@ class Solution:
     def pool(self) -> Float[Tensor, "*batch v"]:
         """Log q: the pool that ``meet`` and ``max-entropy`` start from."""
         return self._problem.log_pool.to(self.log_probs.dtype).reshape(self.log_probs.shape)
+
+    def as_start(self, heads: Sequence[SoftmaxHead], log_p: Float[Tensor, "n B v"]) -> Start:
+        """Where another problem with these heads may begin.
+
+        Raises:
+            InvalidInputError: the rule is not ``meet``, or rows or heads are not as many or as wide.
+        """
+        given = [tuple(part.shape) for part in self._answer.dual]
+        expected = [(log_p.shape[1], head.d) for head in heads]
+        if self.rule != "meet" or given != expected:
+            raise InvalidInputError(
+                f"start= takes a solution by meet of the same rows and heads, λ of shapes {expected}, got one by "
+                f"{self.rule} with {given}: leave it out to start from the pool"
+            )
+        return Start(tuple(part.to(log_p) for part in self._answer.dual), self._problem.trust)
 
     def at_temperature(self, temperature: float) -> Solution:
         """The same with ``log_probs`` ∝ p^(1/temperature); all else is of the answer before."""

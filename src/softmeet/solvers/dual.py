@@ -1,8 +1,8 @@
 """Descent on the dual of a relaxed I-projection: what its methods share.
 
 A step is one read of every head (:mod:`softmeet.solvers.sweep`): it goes along the direction that was chosen before,
-shortened where f does not fall enough, and then looks for the next direction and for a bound on the gap. Methods differ
-in where their knowledge of the curvature comes from.
+shortened where f does not fall enough and lengthened where f is straight, and then looks for the next direction and for
+a bound on the gap. Methods differ in where their knowledge of the curvature comes from.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from softmeet.solvers.sweep import Swept
 
 _ARMIJO = 1e-4
 _HALVINGS = 40
+# A step at whose end so much of the slope is left has met little curvature, as where every distribution is one-hot.
+_STRAIGHT = 0.5
+_DOUBLINGS = 20
 
 
 @dataclass
@@ -49,7 +52,10 @@ S = TypeVar("S", bound=DualState)
 
 
 def start(problem: Projection) -> dict[str, Tensor]:
-    """The fields at ν = 0, the pool; a row whose pool is within ``tol`` of optimal is done without a read."""
+    """The fields at ν = 0, the pool; a row whose pool is within ``tol`` of optimal is done without a read.
+
+    Where the problem has a start, that is the first direction.
+    """
     batch = len(problem.log_q)
     fields = empty_state_fields(batch, problem.log_q.device)
     gap = problem.pool_gap()
@@ -63,7 +69,7 @@ def start(problem: Projection) -> dict[str, Tensor]:
         "gradient": gradient,
         "log_p": problem.log_q.clone(),
         "log_r": problem.log_p.clone(),
-        "direction": direction,
+        "direction": direction if problem.start is None else problem.start,
         "ray": ray,
     }
 
@@ -98,10 +104,15 @@ class DualMethod(Solver[Projection, S]):
         slope = (state.gradient * state.direction).sum(-1)
         t = torch.ones_like(slope)
         failed = ~(swept.value <= state.value + _ARMIJO * slope)
-        if failed.any():
-            rows = failed.nonzero().squeeze(-1)
+        straight = ~failed & (slope < 0) & ((swept.gradient * state.direction).sum(-1) < _STRAIGHT * slope)
+        for which, search in ((failed, _shorter), (straight, _longer)):
+            if which.any():
+                rows = which.nonzero().squeeze(-1)
+                here = state.take(rows)
+                t[rows] = search(problem.take(rows), here, swept.z[rows] - here.z, slope[rows])
+        if (t != 1).any():
+            rows = (t != 1).nonzero().squeeze(-1)
             some, here = problem.take(rows), state.take(rows)
-            t[rows] = _shorter(some, here, swept.z[rows] - here.z, slope[rows])
             here.z = here.z + t[rows, None, None] * (swept.z[rows] - here.z)
             swept = swept.put(rows, self.measure(some, here, None))
             add_reads(problem, some, rows)
@@ -116,9 +127,9 @@ class DualMethod(Solver[Projection, S]):
         return after, swept
 
     def step(self, problem: Projection, state: S) -> S:
-        """One read of the heads for every row, and more for rows whose step had to be shortened."""
+        """One read of the heads for every row, and one more for rows whose step had to be changed."""
         reads = problem.passes()
-        if not state.steps.any():
+        if problem.start is None and not state.steps.any():
             self.begin(problem, state)
         whole = self.measure(problem, state, state.direction)
         after, swept = self.advance(problem, state, whole)
@@ -158,6 +169,21 @@ def _shorter(
             return t
         t = torch.where(failed, t / 2, t)
     return torch.where(problem.dual(state.z + t[:, None, None] * change) <= state.value, t, 0.0)
+
+
+def _longer(
+    problem: Projection, state: DualState, change: Float[Tensor, "B n v"], slope: Float[Tensor, " B"]
+) -> Float[Tensor, " B"]:
+    """A step of 1 or more, by doubling while f falls and Armijo's condition holds. Reads no head."""
+    t = torch.ones_like(slope)
+    value, going = problem.dual(state.z + change), torch.ones_like(state.done)
+    for _ in range(_DOUBLINGS):
+        further = problem.dual(state.z + 2 * t[:, None, None] * change)
+        going = going & (further < value) & (further <= state.value + _ARMIJO * 2 * t * slope)
+        if not going.any():
+            break
+        t, value = torch.where(going, 2 * t, t), torch.where(going, further, value)
+    return t
 
 
 def _safe_step(problem: Projection, change: Float[Tensor, "B n v"]) -> Float[Tensor, " B"]:

@@ -29,6 +29,8 @@ _ELEMENTS = 1 << 22
 _CACHED_ELEMENTS, _FEWEST = 1 << 18, 8
 # The share of a gradient that a direction may leave over before it is refined.
 _SOLVED = 1e-7
+# A row whose estimated gap is so many tolerances gets no bound: it would not end there.
+_FAR = 10.0
 # The longest direction, in whitened coordinates: scores of single precision do not overflow yet.
 _LONGEST = 1e30
 
@@ -74,20 +76,23 @@ class DualNewton(DualMethod[NewtonState]):
         full: Float[Tensor, "B n v"],
     ) -> None:
         """Certify the point before, and with the fall of f the one after."""
-        p, r = before.log_p.exp(), before.log_r.exp()
         decrement = -(before.gradient * before.direction).sum(-1)
-        bound, broken = gap_bound(problem, p, r, full)
-        bound = torch.where(broken, torch.inf, bound + before.slack)
-        for k in (bound.isinf() & (0.25 * decrement <= problem.tol)).nonzero().flatten().tolist():
-            bound[k] = restricted_gap_bound(problem, k, p[k], r[k], before.gradient[k])
         fall = before.value - after.value
-        rounding = problem.rounding(p, r, after.z, after.nu)
+        estimate = (0.5 * decrement - fall).clamp_min(0)
+        # A start from elsewhere is no Newton step: it says nothing about the gap.
+        given = (before.steps == 0) & (problem.start is not None)
+        estimate = estimate.masked_fill(given, torch.inf)
+        bound, rounding = torch.full_like(fall, torch.inf), torch.zeros_like(fall)
+        near = (estimate <= _FAR * problem.tol).nonzero().squeeze(-1)
+        if len(near):
+            some = problem.take(near)
+            bound[near], rounding[near] = self.certify(some, before.take(near), after.take(near), full[near])
+            add_reads(problem, some, near)
         certified = torch.minimum(bound, torch.where(before.certified, before.gap, torch.inf))
         after.certified = certified.isfinite()
-        estimate = (0.5 * decrement - fall).clamp_min(0)
         after.gap = torch.where(after.certified, (certified - fall).clamp_min(0), estimate) + rounding
         reached = after.certified & (after.gap <= problem.tol)
-        stalled = (fall <= 0) & ~reached
+        stalled = (fall <= 0) & ~reached & ~given
         after.done = reached | stalled
         after.status[stalled] = Status.NOT_CONVERGED
         after.gap[stalled & ~after.certified] = torch.inf
@@ -100,6 +105,18 @@ class DualNewton(DualMethod[NewtonState]):
             self.go_on(some, here, swept.take(going))
             after.put(going, here)
             add_reads(problem, some, going)
+
+    def certify(
+        self, problem: Projection, before: NewtonState, after: NewtonState, full: Float[Tensor, "B n v"]
+    ) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
+        """(a bound on the gap before, inf where none was found; what rounding may add to it after)."""
+        p, r = before.log_p.exp(), before.log_r.exp()
+        bound, broken = gap_bound(problem, p, r, full)
+        bound = torch.where(broken, torch.inf, bound + before.slack)
+        decrement = -(before.gradient * before.direction).sum(-1)
+        for k in (bound.isinf() & (0.25 * decrement <= problem.tol)).nonzero().flatten().tolist():
+            bound[k] = restricted_gap_bound(problem, k, p[k], r[k], before.gradient[k])
+        return bound, problem.rounding(p, r, after.z, after.nu)
 
     def go_on(self, problem: Projection, state: NewtonState, swept: Swept) -> None:
         """The next direction, at a point that has been measured; one read of the heads."""

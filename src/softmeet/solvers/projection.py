@@ -35,6 +35,7 @@ class Projection:
         heads: n whitened views over the same batch.
         trust: ρ_i in (0, inf].
         tol: the gap, in nats, at which a row is done.
+        start: ν to begin at, (B, D); the pool, ν = 0, if None.
     """
 
     log_q: Float[Tensor, "B v"]
@@ -42,6 +43,7 @@ class Projection:
     heads: tuple[WhitenedHead, ...]
     trust: tuple[float, ...]
     tol: float
+    start: Float[Tensor, "B D"] | None = None
 
     @cached_property
     def alpha(self) -> tuple[float, ...]:
@@ -61,7 +63,8 @@ class Projection:
     def take(self, rows: Int[Tensor, " k"]) -> Projection:
         """Some rows of the batch, with fresh read counters."""
         heads = tuple(h.take(rows) for h in self.heads)
-        return replace(self, log_q=self.log_q[rows], log_p=self.log_p[rows], heads=heads)
+        start = None if self.start is None else self.start[rows]
+        return replace(self, log_q=self.log_q[rows], log_p=self.log_p[rows], heads=heads, start=start)
 
     def passes(self) -> Float[Tensor, " B"]:
         """Rows of [Q_1 | … | Q_n] read so far on behalf of each row, over v; heads count by their widths."""
