@@ -10,6 +10,7 @@ import json
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ from held_out import held_out_documents
 from report import machine, show
 from softmeet import Ensemble
 from softmeet.evaluation.fit import Options, fit
+from softmeet.evaluation.kept import Kept
 from softmeet.evaluation.save import save, verdict
 from softmeet.evaluation.trace import Trace, record
 from softmeet.members import zoo
@@ -52,6 +54,7 @@ def main(
     bad: Annotated[bool, typer.Option("--bad", help="Add a member with a shuffled head.")] = False,
     trace: Annotated[Path | None, typer.Option(help="Keep the trace here.")] = None,
     out: Annotated[Path | None, typer.Option(help="Keep the ensemble here.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Keep what is found here, and go on from it.")] = None,
     as_json: Annotated[Path | None, typer.Option("--json")] = None,
     threads: Annotated[int, typer.Option()] = 2,
 ) -> None:
@@ -62,8 +65,10 @@ def main(
         names += [shuffled(names[0], Path(scratch) / "shuffled")] if bad else []
         ensemble = Ensemble.from_pretrained(names)
         positions = traced(ensemble, tokens, trace or Path(scratch) / "trace").read()
+        options = Options(meet_positions=meet_tokens, evaluations=evaluations)
+        kept = Kept(resume, asdict(options) | {"family": family, "tokens": tokens, "bad": bad, "threads": threads})
         started = time.perf_counter()
-        fitted = fit(ensemble, positions, Options(meet_positions=meet_tokens, evaluations=evaluations))
+        fitted = fit(ensemble, positions, options, kept=kept)
         seconds = time.perf_counter() - started
         facts = save(ensemble, fitted, out or Path(scratch) / "ensemble")
     rows: list[dict[str, Any]] = [
