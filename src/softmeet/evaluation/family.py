@@ -40,9 +40,9 @@ def moment_match(
         return found.log_p, views[0].raw(found.nu)[0]
     state = iterate(newton, projection, _STEPS)
     # The dual value stands still at the square root of rounding; whole steps bring the moments down to rounding itself.
-    swept = newton.measure(projection, state, None)
+    swept, everyone = newton.measure(projection, state, None), torch.arange(len(state.z), device=state.z.device)
     for _ in range(_POLISH):
-        newton.go_on(projection, state, swept)
+        newton.go_on(projection, state, everyone, swept)
         swept = newton.measure(projection, state, state.direction)
         state.nu, state.z = state.nu + state.direction, swept.z
     return projection.pooled(state.z), views[0].raw(state.nu)[0]

@@ -69,7 +69,7 @@ def start(problem: Projection) -> dict[str, Tensor]:
         "gradient": gradient,
         "log_p": problem.log_q.clone(),
         "log_r": problem.log_p.clone(),
-        "direction": direction if problem.start is None else problem.start,
+        "direction": direction if problem.start is None else problem.start.clone(),
         "ray": ray,
     }
 

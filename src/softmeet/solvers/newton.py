@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from softmeet.solvers.base import Status
@@ -25,8 +25,9 @@ from softmeet.solvers.sweep import Swept, sweep
 
 # Elements of all Hessians at once: 32 MiB in fp64.
 _ELEMENTS = 1 << 22
-# Elements of all members' distributions at once: 2 MiB, about a core's cache; and rows that products pay for anyway.
-_CACHED_ELEMENTS, _FEWEST = 1 << 18, 8
+# Elements of all members' distributions at once, 4 MiB: rows that share the cost of starting each operation without
+# leaving the processor's cache; and rows that products pay for anyway.
+_CACHED_ELEMENTS, _FEWEST = 1 << 19, 8
 # The share of a gradient that a direction may leave over before it is refined.
 _SOLVED = 1e-7
 # A row whose estimated gap is so many tolerances gets no bound: it would not end there.
@@ -61,7 +62,7 @@ class DualNewton(DualMethod[NewtonState]):
         """The first direction, by one read at the pool."""
         found = moments(problem, problem.log_q, problem.log_p)
         gradient = problem.scaled(found.joint - found.own)
-        self.aim(problem, state, gradient, found.H)
+        self.aim(problem, state, torch.arange(len(gradient), device=gradient.device), gradient, found.H)
 
     def measure(self, problem: Projection, state: NewtonState, direction: Float[Tensor, "B D"] | None) -> Swept:
         """Without the Hessian."""
@@ -96,14 +97,10 @@ class DualNewton(DualMethod[NewtonState]):
         after.done = reached | stalled
         after.status[stalled] = Status.NOT_CONVERGED
         after.gap[stalled & ~after.certified] = torch.inf
-        if not after.done.any():
-            self.go_on(problem, after, swept)
-            return
         going = (~after.done).nonzero().squeeze(-1)
         if len(going):
-            some, here = problem.take(going), after.take(going)
-            self.go_on(some, here, swept.take(going))
-            after.put(going, here)
+            some = problem.take(going)
+            self.go_on(some, after, going, swept.take(going))
             add_reads(problem, some, going)
 
     def certify(
@@ -118,17 +115,23 @@ class DualNewton(DualMethod[NewtonState]):
             bound[k] = restricted_gap_bound(problem, k, p[k], r[k], before.gradient[k])
         return bound, problem.rounding(p, r, after.z, after.nu)
 
-    def go_on(self, problem: Projection, state: NewtonState, swept: Swept) -> None:
-        """The next direction, at a point that has been measured; one read of the heads."""
+    def go_on(self, problem: Projection, state: NewtonState, rows: Int[Tensor, " k"], swept: Swept) -> None:
+        """The next direction of some rows, measured at their points; one read of the heads."""
         found = moments(problem, swept.log_p, swept.log_r)
-        self.aim(problem, state, swept.gradient, found.H)
+        self.aim(problem, state, rows, swept.gradient, found.H)
 
     def aim(
-        self, problem: Projection, state: NewtonState, gradient: Float[Tensor, "B D"], H: Float[Tensor, "B D D"]
+        self,
+        problem: Projection,
+        state: NewtonState,
+        rows: Int[Tensor, " k"],
+        gradient: Float[Tensor, "k D"],
+        H: Float[Tensor, "k D D"],
     ) -> None:
-        """The Newton direction."""
+        """Set the Newton direction of some rows."""
         s = _solve(H, gradient, problem.eps)
-        state.gradient, state.direction, state.slack = gradient, -s, residual_slack(H, s, gradient, gradient)
+        state.gradient[rows], state.direction[rows] = gradient, -s
+        state.slack[rows] = residual_slack(H, s, gradient, gradient)
 
 
 def _solve(H: Float[Tensor, "B D D"], g: Float[Tensor, "B D"], eps: float) -> Float[Tensor, "B D"]:
