@@ -50,7 +50,7 @@ class SubsampledNewton(DualMethod[SubsampledState]):
     """See the module's docstring.
 
     Args:
-        certify: end a row on a bound; else on the estimate of its gap, which saves a third of the time and proves
+        certify: end a row on a bound; else on the estimate of its gap, which saves a quarter of the time and proves
             nothing.
     """
 
