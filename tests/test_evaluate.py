@@ -70,6 +70,22 @@ def test_rules_are_those_of_combine(ensemble):
     assert found.choices["meet"].passes > 0
 
 
+def test_a_sweep_answers_as_each_rule_alone():
+    ensemble = Ensemble.from_pretrained("narrow")
+    positions = observe_text(ensemble, [Document("d", "And the king said unto his daughter, Arise, and go forth.")])
+    choices = [Choice(rule, {"rule": rule}) for rule in ("max-entropy", "min-reverse-cross-entropy", "logit-mean")]
+    choices += [Choice(f"meet {trust:g}", {"rule": "meet", "trust": trust}) for trust in (2.0, 0.3, 0.1)]
+    together = evaluate(ensemble, positions, choices)
+    assert together.choices["max-entropy"].fallbacks
+    for choice in choices:
+        alone = evaluate(ensemble, positions, [choice]).choices[choice.name]
+        found = together.choices[choice.name]
+        # Each is within 1e-4 nats of its optimum, in KL; by Pinsker's inequality a probability moves by some 1e-2.
+        assert torch.allclose(found.nats.neg().exp(), alone.nats.neg().exp(), atol=1.5e-2)
+        assert found.mean == pytest.approx(alone.mean, abs=2e-3)
+        assert (found.fallbacks, found.unconverged) == (alone.fallbacks, alone.unconverged)
+
+
 def test_weights_from_the_prompt_apply_after_it(ensemble):
     documents = [Document("a", WORDS), Document("b", WORDS[::-1])]
     positions = observe_text(ensemble, documents)

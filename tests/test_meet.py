@@ -290,6 +290,28 @@ def test_a_start_saves_steps_and_is_checked():
         softmeet.combine(log_p[:, :2], heads, start=near)
 
 
+def test_a_solved_meet_answers_infeasible_rows():
+    log_p, heads = INSTANCES["generic"]()
+    met = softmeet.combine(log_p, heads, trust=0.3)
+    for rule in ("max-entropy", "min-cross-entropy"):
+        solved = softmeet.combine(log_p, heads, rule)
+        known = softmeet.combine(log_p, heads, rule, start=met, on_infeasible=met)
+        assert known.fallback.any()
+        assert torch.equal(known.fallback, solved.fallback)
+        assert torch.equal(known.log_probs[known.fallback], met.log_probs[known.fallback])
+        assert (total_variation(known.log_probs, solved.log_probs) < 1e-3).all()
+        assert (known.verify(heads, log_p).status == solved.verify(heads, log_p).status).all()
+        assert known.num_passes.sum() < solved.num_passes.sum()
+
+
+@pytest.mark.parametrize("other", [{"trust": 1.0}, {"pool": "prob-mean"}, {"tol": 1e-3}, {"weights": [0.2, 0.8]}])
+def test_only_the_meet_that_would_be_solved_stands_in(other):
+    log_p, heads = INSTANCES["generic"]()
+    met = softmeet.combine(log_p, heads, **other)
+    with pytest.raises(InvalidInputError, match="same rows and settings"):
+        softmeet.combine(log_p, heads, "max-entropy", on_infeasible=met)
+
+
 # Hidden states at which three of the bundled narrow members are sure of different tokens: on the way to the proof of
 # infeasibility every distribution is one-hot, and f is a straight line.
 STRAIGHT = (

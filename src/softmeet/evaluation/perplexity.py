@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -17,16 +18,15 @@ from softmeet.evaluation.choices import Choice, ungated
 from softmeet.evaluation.positions import Positions
 from softmeet.members.weighting import perplexity_weights
 from softmeet.rules.gates import Gate, find_gate
-from softmeet.rules.problem import DEFAULT_TRUST
+from softmeet.rules.problem import DEFAULT_TRUST, finite_trust
 from softmeet.rules.registry import find_rule
 from softmeet.rules.solution import Solution
+from softmeet.rules.validate import checked_trust
 from softmeet.simplex import kl, prob_mean
 from softmeet.solvers.base import Status
 
 # Elements of one member's log-probabilities at once.
 _ELEMENTS = 1 << 22
-# Rules that can start from a solution by meet at other trusts.
-_STARTED = ("meet", "max-entropy")
 
 
 @dataclass
@@ -168,7 +168,7 @@ class _Solver:
     ) -> None:
         self._model, self._log_probs, self._logits, self._targets = ensemble.model, log_probs, logits, targets
         self._solved: dict[str, tuple[Solution, Scores]] = {}
-        self._starts: dict[str, Solution] = {}
+        self._met: dict[str, list[Solution]] = defaultdict(list)
 
     def scores(self, choice: Choice, weights: list[float] | None) -> Scores:
         """Of one choice, with the weights that a prompt gives it."""
@@ -185,11 +185,17 @@ class _Solver:
 
     def _solve(self, changes: dict[str, Any]) -> Solution:
         rule = changes.get("rule", self._model.config.rule)
-        path = repr(sorted((name, value) for name, value in changes.items() if name not in ("rule", "trust")))
-        start = self._starts.get(path) if rule in _STARTED else None
-        solution = self._model.combine_rows(self._log_probs, self._logits, start=start, **changes)
+        met = self._met[repr(sorted((name, value) for name, value in changes.items() if name not in ("rule", "trust")))]
+        if met and find_rule(rule).uses_heads:
+            settings = self._model.config.combine_arguments() | changes
+            relaxed = finite_trust(checked_trust(settings["trust"], len(met[-1].problem.trust)))
+            known = [solution for solution in met if solution.problem.trust == relaxed]
+            changes = changes | {"start": met[-1]}
+            if known and settings["on_infeasible"] == "meet":
+                changes["on_infeasible"] = known[0]
+        solution = self._model.combine_rows(self._log_probs, self._logits, **changes)
         if rule == "meet":
-            self._starts[path] = solution
+            met.append(solution)
         return solution
 
     def _gated(self, gate: Gate, changes: dict[str, Any], solution: Solution, scores: Scores) -> Scores:

@@ -39,6 +39,14 @@ class Answer:
     dual: tuple[Float[Tensor, "B _"], ...]
     ray: tuple[Float[Tensor, "B _"], ...]
 
+    def take(self, rows: Int[Tensor, " k"]) -> Answer:
+        """A copy of some rows."""
+        taken: dict[str, object] = {}
+        for f in fields(self):
+            mine = getattr(self, f.name)
+            taken[f.name] = tuple(part[rows] for part in mine) if isinstance(mine, tuple) else mine[rows]
+        return Answer(**taken)  # type: ignore[arg-type]
+
     def put(self, rows: Int[Tensor, " k"], other: Answer) -> Answer:
         """A copy with some rows replaced."""
         merged: dict[str, object] = {}

@@ -15,7 +15,7 @@ from softmeet.rules import validate
 from softmeet.rules.base import Answer
 from softmeet.rules.gates import Gate, find_gate, gated
 from softmeet.rules.meet import Meet
-from softmeet.rules.problem import DEFAULT_TRUST, OnInfeasible, Problem
+from softmeet.rules.problem import OnInfeasible, Problem
 from softmeet.rules.registry import find_rule
 from softmeet.rules.solution import Solution, from_answer
 from softmeet.solvers.base import Status
@@ -34,7 +34,7 @@ def combine(
     pool: str = "logit-mean",
     tol: float = 1e-4,
     max_steps: int = 50,
-    on_infeasible: OnInfeasible = "meet",
+    on_infeasible: OnInfeasible | Solution = "meet",
     throw: bool = False,
     free_weights: bool = False,
     logits: Float[Tensor, "n *batch v"] | None = None,
@@ -66,7 +66,8 @@ def combine(
         tol: the duality gap in nats at which a row is done.
         max_steps: of the solver; a row that needs more is NOT_CONVERGED and gives the best point it found.
         on_infeasible: ``"meet"`` answers rows that have no feasible distribution by ``meet`` with the default trust
-            wherever the trust is infinite; ``"raise"`` raises. ``least-squares`` answers such rows itself.
+            wherever the trust is infinite; its solution, where it is at hand, spares solving it again; ``"raise"``
+            raises. ``least-squares`` answers such rows itself.
         throw: raise on NOT_CONVERGED.
         logits: the members' logits, (n, *batch, v); needed where a head has a soft-cap.
         support: (v,) bool, the tokens that may be answered (the tokenizer's, where heads are padded); None for all.
@@ -84,8 +85,8 @@ def combine(
             member of maximum entropy.
         gate: ``"unsure:T"`` or ``"disagreement:T"``: where the rule is not solved (``softmeet.rules.gates``);
             ``Solution.gated`` says which rows those are. None for none.
-        start: of ``meet`` and ``max-entropy``: a solution by ``meet`` of the same rows at other trusts, near which the
-            answer is looked for; at the pool if None. The answer is the same within ``tol``.
+        start: a solution by ``meet`` of the same rows at other trusts, near which ``meet``, and every rule that needs a
+            feasible distribution, looks for it; at the pool if None. The answer is the same within ``tol``.
 
     Raises:
         InvalidInputError: a shape, sign, length or name is wrong (its subclasses: NaN or +inf, disjoint supports).
@@ -95,7 +96,8 @@ def combine(
     chosen = find_rule(rule)
     log_p = validate.checked_log_probs(log_probs)
     n, given = len(log_p), torch.promote_types(log_probs.dtype, torch.float32)
-    validate.checked_on_infeasible(on_infeasible)
+    if not isinstance(on_infeasible, Solution):
+        validate.checked_on_infeasible(on_infeasible)
     found = validate.checked_heads(heads, log_p)
     problem = Problem(
         log_p=log_p,
@@ -113,7 +115,8 @@ def combine(
         start=None if start is None else start.as_start(found, log_p),
     )
     answer, closed, seconds = gated(chosen, problem, find_gate(gate))
-    answer, fallback = _answer_infeasible_rows(problem, answer, on_infeasible)
+    relaxed = on_infeasible.as_fallback(problem) if isinstance(on_infeasible, Solution) else None
+    answer, fallback = _answer_infeasible_rows(problem, answer, relaxed, refuse=on_infeasible == "raise")
     if throw and (late := (answer.status == Status.NOT_CONVERGED)).any():
         rows = late.nonzero().flatten().tolist()
         raise NotConvergedError(
@@ -124,21 +127,21 @@ def combine(
 
 
 def _answer_infeasible_rows(
-    problem: Problem, answer: Answer, on_infeasible: OnInfeasible
+    problem: Problem, answer: Answer, relaxed: Answer | None, *, refuse: bool
 ) -> tuple[Answer, Bool[Tensor, " B"]]:
     infeasible = answer.status == Status.INFEASIBLE
     rows = infeasible.nonzero().flatten()
     if not len(rows):
         return answer, infeasible
-    if on_infeasible == "raise":
+    if refuse:
         raise InfeasibleError(
             f"no distribution has every member's moments in {len(rows)} of {len(infeasible)} rows (first: "
             f"{rows[:8].tolist()}): use rule='meet' with finite trust, or on_infeasible='meet'"
         )
-    relaxed = Meet().answer(problem.take(rows).with_finite_trust(DEFAULT_TRUST))
-    relaxed.steps += answer.steps[rows]
-    relaxed.passes += answer.passes[rows]
-    relaxed.ray = tuple(ray[rows] for ray in answer.ray)
-    failed = relaxed.status == Status.NOT_CONVERGED
-    relaxed.status = torch.where(failed, relaxed.status, int(Status.INFEASIBLE))
-    return answer.put(rows, relaxed), infeasible
+    instead = Meet().answer(problem.take(rows).relaxed()) if relaxed is None else relaxed.take(rows)
+    instead.steps = instead.steps + answer.steps[rows]
+    instead.passes = instead.passes + answer.passes[rows]
+    instead.ray = tuple(ray[rows] for ray in answer.ray)
+    failed = instead.status == Status.NOT_CONVERGED
+    instead.status = torch.where(failed, instead.status, int(Status.INFEASIBLE))
+    return answer.put(rows, instead), infeasible

@@ -22,7 +22,7 @@ from torch import Tensor
 from softmeet.errors import InvalidInputError
 from softmeet.rules.base import Answer, Rule, closed_form
 from softmeet.rules.pools import LogitMean
-from softmeet.rules.problem import DEFAULT_TRUST, Problem
+from softmeet.rules.problem import Problem, finite_trust
 from softmeet.simplex import kl
 
 NONE = "none"
@@ -144,7 +144,7 @@ def first_order_disagreement(problem: Problem) -> Float[Tensor, " B"]:
     total variation, whatever the heads are. A member of trust 0 cannot move the answer, and does not count.
     """
     total = torch.zeros_like(problem.log_pool[:, 0])
-    for member, rho in zip(problem.log_p, problem.with_finite_trust(DEFAULT_TRUST).trust, strict=True):
+    for member, rho in zip(problem.log_p, finite_trust(problem.trust), strict=True):
         if rho:
             total = total + rho * kl(problem.log_pool, member)
     return total

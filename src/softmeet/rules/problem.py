@@ -83,7 +83,7 @@ class Problem:
         dtype: of products with heads, fp32 or fp64.
         options: see :class:`Options`.
         free: per member, directions of its hidden state that carry no constraint, (B, k_i, d_i); empty for none.
-        start: where the solver of ``meet`` and ``max-entropy`` begins; at the pool if None.
+        start: where the search for an I-projection begins; at the pool if None.
     """
 
     log_p: Float[Tensor, "n B v"]
@@ -185,9 +185,22 @@ class Problem:
         white = [x @ h.whitening.inverse.T for x, h in zip(raw, projection.heads, strict=True)]
         return replace(projection, start=torch.cat(white, dim=-1))
 
-    def with_finite_trust(self, default: float) -> Problem:
-        """The same problem with ``default`` wherever the trust is infinite."""
-        return replace(self, trust=tuple(default if math.isinf(rho) else rho for rho in self.trust))
+    def answers(self, other: Problem) -> bool:
+        """Whether the solution of this problem is one of ``other``, if both have the same heads."""
+        same = (self.trust, self.pool, self.options) == (other.trust, other.pool, other.options)
+        rows = torch.equal(self.log_p, other.log_p) and torch.equal(self.weights, other.weights)
+        mine, theirs = self.support, other.support
+        support = mine is theirs or (mine is not None and theirs is not None and torch.equal(mine, theirs))
+        return same and rows and support and self.tol <= other.tol
+
+    def relaxed(self) -> Problem:
+        """The same problem with the default trust wherever it is infinite."""
+        return replace(self, trust=finite_trust(self.trust))
+
+
+def finite_trust(trust: Sequence[float]) -> tuple[float, ...]:
+    """With the default in place of infinity: of what answers rows that have no feasible distribution."""
+    return tuple(DEFAULT_TRUST if math.isinf(rho) else rho for rho in trust)
 
 
 def _refuse_empty(rows: Bool[Tensor, " B"]) -> None:

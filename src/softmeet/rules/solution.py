@@ -112,6 +112,21 @@ class Solution:
             )
         return Start(tuple(part.to(log_p) for part in self._answer.dual), self._problem.trust)
 
+    def as_fallback(self, problem: Problem) -> Answer:
+        """What answers rows of a problem that have no feasible distribution, without reading a head for it.
+
+        Raises:
+            InvalidInputError: this is not the solution of that problem, relaxed, by ``meet``.
+        """
+        mine, other = self._problem, problem.relaxed()
+        if self.rule != "meet" or bool(self.gated.any()) or not mine.answers(other):
+            raise InvalidInputError(
+                f"on_infeasible= takes the solution by meet of the same rows and settings, with trusts {other.trust}, "
+                f"no gate, got one by {self.rule} with trusts {mine.trust}: 'meet' solves what is needed"
+            )
+        nothing = torch.zeros_like(self._answer.passes)
+        return replace(self._answer, passes=nothing, steps=torch.zeros_like(self._answer.steps))
+
     def at_temperature(self, temperature: float) -> Solution:
         """The same with ``log_probs`` ∝ p^(1/temperature); all else is of the answer before."""
         return replace(self, log_probs=log_normalize(self.log_probs / temperature))

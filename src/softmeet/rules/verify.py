@@ -16,7 +16,7 @@ from softmeet.rules.base import Answer
 from softmeet.rules.exact import MOMENT_TOLERANCE, ExactRule
 from softmeet.rules.meet import MaxEntropy, Meet
 from softmeet.rules.points import proves_empty
-from softmeet.rules.problem import DEFAULT_TRUST, Problem
+from softmeet.rules.problem import Problem, finite_trust
 from softmeet.rules.registry import find_rule
 from softmeet.rules.row import Row, may_be_unique
 from softmeet.simplex import total_variation
@@ -92,7 +92,7 @@ def _second_look(rule: Meet | ExactRule, problem: Problem, answer: Answer, k: in
         found = rule.bounds(row, p, row.whitened(tuple(lam[k] for lam in answer.dual)))
         status = rule.status(row, p, found)
         return _Look(found.gap, (p / p.sum()).log(), int(status))
-    relaxed = problem.with_finite_trust(DEFAULT_TRUST).trust
+    relaxed = finite_trust(problem.trust)
     trust = relaxed if fallback else rule.effective_trust(problem)  # type: ignore[union-attr]
     if isinstance(rule, MaxEntropy) and not fallback and _is_only_point(row, answer.log_probs[k].exp()):
         return _Look(0.0, answer.log_probs[k], int(Status.OPTIMAL))
