@@ -284,10 +284,27 @@ def test_a_start_saves_steps_and_is_checked():
     cold = softmeet.combine(log_p, heads, trust=1.05, tol=1e-6)
     warm = softmeet.combine(log_p, heads, trust=1.05, tol=1e-6, start=near)
     assert warm.num_passes.sum() < 0.8 * cold.num_passes.sum()
-    with pytest.raises(InvalidInputError, match="by logit-mean"):
+    with pytest.raises(InvalidInputError, match="one by logit-mean"):
         softmeet.combine(log_p, heads, start=softmeet.combine(log_p, heads, "logit-mean"))
     with pytest.raises(InvalidInputError, match="same rows and heads"):
         softmeet.combine(log_p[:, :2], heads, start=near)
+
+
+@pytest.mark.parametrize("name", ["generic", "premise"])
+def test_what_max_entropy_found_serves_every_exact_rule(name):
+    log_p, heads = INSTANCES[name]()
+    first = softmeet.combine(log_p, heads, "max-entropy")
+    for rule in ("max-entropy", "min-cross-entropy", "min-reverse-cross-entropy", "least-squares"):
+        alone, warm = (softmeet.combine(log_p, heads, rule, start=start) for start in (None, first))
+        assert torch.equal(warm.status, alone.status)
+        assert torch.equal(warm.status, warm.verify(heads, log_p).status)
+        assert (total_variation(warm.log_probs, alone.log_probs) < 1e-2).all()
+        assert (warm.num_steps[warm.fallback] <= alone.num_steps[warm.fallback]).all()
+    infeasible = first.fallback
+    assert bool(infeasible.any()) == (name == "generic")
+    again = softmeet.combine(log_p, heads, "max-entropy", start=first, on_infeasible=softmeet.combine(log_p, heads))
+    # The proof that is known is checked by a single read.
+    assert (again.num_steps[infeasible] == 1).all()
 
 
 def test_a_solved_meet_answers_infeasible_rows():

@@ -27,6 +27,8 @@ from softmeet.solvers.base import Status
 
 # Elements of one member's log-probabilities at once.
 _ELEMENTS = 1 << 22
+# What rules may differ in and still start from one another.
+_OWN = ("rule", "trust", "metric", "slack", "vertex")
 
 
 @dataclass
@@ -68,10 +70,11 @@ class Evaluation:
     disagreement: Float[Tensor, " N"] = field(default_factory=lambda: torch.zeros(0))
 
 
-def in_turn(choice: Choice) -> tuple[bool, float]:
-    """The order to solve in: ``meet`` by its trusts, from each of which the next starts, then the rest."""
+def in_turn(choice: Choice) -> tuple[int, float]:
+    """The order to solve in: ``meet`` by its trusts, ``max-entropy``, the rest; each may start from those before."""
     trust = choice.settings.get("trust", DEFAULT_TRUST)
-    return choice.settings.get("rule", "meet") != "meet", sum(trust) if isinstance(trust, Sequence) else trust
+    place = {"meet": 0, "max-entropy": 1}.get(choice.settings.get("rule", "meet"), 2)
+    return place, sum(trust) if isinstance(trust, Sequence) else trust
 
 
 def chunk_size(v: int) -> int:
@@ -168,7 +171,7 @@ class _Solver:
     ) -> None:
         self._model, self._log_probs, self._logits, self._targets = ensemble.model, log_probs, logits, targets
         self._solved: dict[str, tuple[Solution, Scores]] = {}
-        self._met: dict[str, list[Solution]] = defaultdict(list)
+        self._paths: dict[str, dict[str, list[Solution]]] = defaultdict(lambda: defaultdict(list))
 
     def scores(self, choice: Choice, weights: list[float] | None) -> Scores:
         """Of one choice, with the weights that a prompt gives it."""
@@ -185,18 +188,26 @@ class _Solver:
 
     def _solve(self, changes: dict[str, Any]) -> Solution:
         rule = changes.get("rule", self._model.config.rule)
-        met = self._met[repr(sorted((name, value) for name, value in changes.items() if name not in ("rule", "trust")))]
-        if met and find_rule(rule).uses_heads:
-            settings = self._model.config.combine_arguments() | changes
-            relaxed = finite_trust(checked_trust(settings["trust"], len(met[-1].problem.trust)))
-            known = [solution for solution in met if solution.problem.trust == relaxed]
-            changes = changes | {"start": met[-1]}
-            if known and settings["on_infeasible"] == "meet":
-                changes["on_infeasible"] = known[0]
+        path = repr(sorted((name, value) for name, value in changes.items() if name not in _OWN))
+        if find_rule(rule).uses_heads:
+            changes = changes | self._known(rule, path, changes)
         solution = self._model.combine_rows(self._log_probs, self._logits, **changes)
-        if rule == "meet":
-            met.append(solution)
+        if rule in ("meet", "max-entropy"):
+            self._paths[path][rule].append(solution)
         return solution
+
+    def _known(self, rule: str, path: str, changes: dict[str, Any]) -> dict[str, Any]:
+        """What was found on a path that spares a rule some work: where it starts, and what answers infeasible rows."""
+        settings = self._model.config.combine_arguments() | changes
+        met, exact = (self._paths[path][name] for name in ("meet", "max-entropy"))
+        known: dict[str, Any] = {}
+        if met or exact:
+            known["start"] = (met or exact)[-1] if rule == "meet" else (exact or met)[-1]
+        if met and settings["on_infeasible"] == "meet":
+            relaxed = finite_trust(checked_trust(settings["trust"], len(met[-1].problem.trust)))
+            if fits := [solution for solution in met if solution.problem.trust == relaxed]:
+                known["on_infeasible"] = fits[0]
+        return known
 
     def _gated(self, gate: Gate, changes: dict[str, Any], solution: Solution, scores: Scores) -> Scores:
         """From what was solved without the gate: only where it is closed is anything else answered."""

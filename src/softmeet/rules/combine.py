@@ -85,8 +85,9 @@ def combine(
             member of maximum entropy.
         gate: ``"unsure:T"`` or ``"disagreement:T"``: where the rule is not solved (``softmeet.rules.gates``);
             ``Solution.gated`` says which rows those are. None for none.
-        start: a solution by ``meet`` of the same rows at other trusts, near which ``meet``, and every rule that needs a
-            feasible distribution, looks for it; at the pool if None. The answer is the same within ``tol``.
+        start: a solution by ``meet`` or ``max-entropy`` of the same rows, perhaps at other trusts, near which ``meet``
+            looks for its answer, and every other rule for a feasible distribution or a proof that there is none; at the
+            pool if None. The answer is the same within ``tol``.
 
     Raises:
         InvalidInputError: a shape, sign, length or name is wrong (its subclasses: NaN or +inf, disjoint supports).

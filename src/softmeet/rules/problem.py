@@ -43,6 +43,11 @@ class Options:
     slack: float = 0.0
     vertex: bool = False
 
+    @property
+    def moments(self) -> tuple[int | None, bool]:
+        """What says which moments count; the other options are of single rules."""
+        return self.rank, self.free_radial
+
     def relaxes(self, heads: Sequence[SoftmaxHead]) -> bool:
         """Whether less is asked for than every member's moments."""
         cut = self.rank is not None and any(self.rank < head.whitening().rank for head in heads)
@@ -51,19 +56,32 @@ class Options:
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """Where to begin: each member's λ_i, (B, d_i), in its head's own coordinates, found at those trusts."""
+    """Where to begin: each member's λ_i, (B, d_i), in its head's own coordinates, found at those trusts.
+
+    ``ray`` is a proof that a row has no feasible distribution, of the same shapes; zeros where there is none.
+    """
 
     dual: tuple[Float[Tensor, "B _"], ...]
+    ray: tuple[Float[Tensor, "B _"], ...]
     trust: tuple[float, ...]
 
     def take(self, rows: Int[Tensor, " k"]) -> Start:
         """Some rows."""
-        return replace(self, dual=tuple(part[rows] for part in self.dual))
+        return replace(self, dual=tuple(part[rows] for part in self.dual), ray=tuple(part[rows] for part in self.ray))
 
-    def at(self, i: int, rho: float) -> Float[Tensor, "B _"]:
-        """λ_i for the trust ``rho``: member i's correction λ_i / ρ_i changes little with ρ."""
-        scalable = 0 < self.trust[i] < math.inf and rho < math.inf
-        return self.dual[i] * (rho / self.trust[i] if scalable else 1.0)
+    def towards(self, members: Sequence[int], trust: Sequence[float]) -> list[Float[Tensor, "B _"]]:
+        """Each λ_i for those trusts: member i's correction λ_i / ρ_i changes little with ρ.
+
+        If all are infinite, a row whose proof is known begins with it.
+        """
+        found = []
+        for i in members:
+            scalable = 0 < self.trust[i] < math.inf and trust[i] < math.inf
+            found.append(self.dual[i] * (trust[i] / self.trust[i] if scalable else 1.0))
+        if all(math.isinf(trust[i]) for i in members):
+            proved = torch.stack([part.any(-1) for part in self.ray]).any(0)[:, None]
+            found = [torch.where(proved, self.ray[i], lam) for i, lam in zip(members, found, strict=True)]
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,17 +199,19 @@ class Problem:
         )
         if self.start is None:
             return projection
-        raw = [self.start.at(i, trust[i]) / alpha for i, alpha in zip(members, projection.alpha, strict=True)]
-        white = [x @ h.whitening.inverse.T for x, h in zip(raw, projection.heads, strict=True)]
+        parts = zip(self.start.towards(members, trust), projection.alpha, projection.heads, strict=True)
+        white = [lam / alpha @ h.whitening.inverse.T for lam, alpha, h in parts]
         return replace(projection, start=torch.cat(white, dim=-1))
 
-    def answers(self, other: Problem) -> bool:
-        """Whether the solution of this problem is one of ``other``, if both have the same heads."""
-        same = (self.trust, self.pool, self.options) == (other.trust, other.pool, other.options)
-        rows = torch.equal(self.log_p, other.log_p) and torch.equal(self.weights, other.weights)
+    def met_alike(self, other: Problem) -> bool:
+        """Whether ``meet``'s solution of this problem is one of ``other``, if both have the same heads."""
         mine, theirs = self.support, other.support
         support = mine is theirs or (mine is not None and theirs is not None and torch.equal(mine, theirs))
-        return same and rows and support and self.tol <= other.tol
+        rows = torch.equal(self.log_p, other.log_p) and torch.equal(self.weights, other.weights)
+        return (
+            (self.trust, self.pool, self.options.moments) == (other.trust, other.pool, other.options.moments)
+            and rows and support and self.tol <= other.tol
+        )  # fmt: skip
 
     def relaxed(self) -> Problem:
         """The same problem with the default trust wherever it is infinite."""

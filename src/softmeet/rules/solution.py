@@ -101,16 +101,17 @@ class Solution:
         """Where another problem with these heads may begin.
 
         Raises:
-            InvalidInputError: the rule is not ``meet``, or rows or heads are not as many or as wide.
+            InvalidInputError: the rule has no dual, or rows or heads are not as many or as wide.
         """
         given = [tuple(part.shape) for part in self._answer.dual]
         expected = [(log_p.shape[1], head.d) for head in heads]
-        if self.rule != "meet" or given != expected:
+        if self.rule not in ("meet", "max-entropy") or given != expected:
             raise InvalidInputError(
-                f"start= takes a solution by meet of the same rows and heads, λ of shapes {expected}, got one by "
-                f"{self.rule} with {given}: leave it out to start from the pool"
+                f"start= takes a solution by meet or max-entropy of the same rows and heads, λ of shapes {expected}, "
+                f"got one by {self.rule} with {given}: leave it out to start from the pool"
             )
-        return Start(tuple(part.to(log_p) for part in self._answer.dual), self._problem.trust)
+        dual, ray = (tuple(part.to(log_p) for part in parts) for parts in (self._answer.dual, self._answer.ray))
+        return Start(dual, ray, self._problem.trust)
 
     def as_fallback(self, problem: Problem) -> Answer:
         """What answers rows of a problem that have no feasible distribution, without reading a head for it.
@@ -119,7 +120,7 @@ class Solution:
             InvalidInputError: this is not the solution of that problem, relaxed, by ``meet``.
         """
         mine, other = self._problem, problem.relaxed()
-        if self.rule != "meet" or bool(self.gated.any()) or not mine.answers(other):
+        if self.rule != "meet" or bool(self.gated.any()) or not mine.met_alike(other):
             raise InvalidInputError(
                 f"on_infeasible= takes the solution by meet of the same rows and settings, with trusts {other.trust}, "
                 f"no gate, got one by {self.rule} with trusts {mine.trust}: 'meet' solves what is needed"
