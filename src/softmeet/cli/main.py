@@ -16,6 +16,7 @@ from softmeet.cli.fit import fit
 from softmeet.cli.generate import generate
 from softmeet.cli.inspect import inspect
 from softmeet.cli.lists import ListCommand
+from softmeet.cli.memory import keep_freed_memory
 from softmeet.cli.serve import serve
 from softmeet.cli.study import study
 from softmeet.cli.trace import trace
@@ -55,6 +56,7 @@ def _root(
 
 def main() -> None:
     """Run the command line; exit code 2 and one line on stderr for anything that the user can put right."""
+    keep_freed_memory()
     try:
         app()
     except (SoftmeetError, ValueError, OSError) as error:

@@ -34,7 +34,7 @@ def minimise(loss: LossAndGradient, layout: Layout, start: Values, evaluations: 
 
     done = minimize(
         value, layout.pack(start).numpy(), jac=True, method="L-BFGS-B", bounds=layout.bounds(),
-        options={"maxfun": evaluations, "ftol": 1e-7, "gtol": 1e-4},
+        options={"maxfun": evaluations, "ftol": 1e-6, "gtol": 1e-4},
     )  # fmt: skip
     return layout.values(best[1]).rounded(free=layout.free), best[0], int(done.nfev)
 

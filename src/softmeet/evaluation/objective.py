@@ -9,7 +9,7 @@ from typing import Any, Literal
 import psutil
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from softmeet.evaluation.parameters import Layout
 from softmeet.evaluation.perplexity import chunk_size
@@ -28,6 +28,8 @@ from softmeet.solvers.subsampled import SubsampledNewton
 
 Pool = Literal["logit-mean", "prob-mean"]
 _MAX_STEPS = 50
+# Elements of log-probabilities that an average's loss works on at once: what stays in a core's cache.
+_CACHED_ELEMENTS = 1 << 18
 # The share of the machine's memory that log-probabilities may take between evaluations instead of being made again.
 _KEPT = 0.4
 
@@ -76,22 +78,29 @@ class Objective:
         total, gradient = 0.0, torch.zeros_like(theta)
         for k, chunk in enumerate(self.positions.chunks(chunk_size(self.model.config.vocab_size))):
             log_p, logits = self._log_probs(k, chunk)
-            leaf = theta.detach().clone().requires_grad_()
-            loss = self.losses(leaf, log_p, logits, chunk.targets).sum()
-            gradient += torch.autograd.grad(loss, leaf)[0]
-            total += loss.item()
+            for rows in torch.arange(len(chunk)).split(self._rows_at_once(len(chunk))):
+                some = slice(int(rows[0]), int(rows[-1]) + 1)
+                leaf = theta.detach().clone().requires_grad_()
+                own = None if logits is None else logits[:, some]
+                loss = self.losses(leaf, log_p[:, some], own, chunk.targets[some]).sum()
+                gradient += torch.autograd.grad(loss, leaf)[0]
+                total += loss.item()
         return total, gradient
+
+    def _rows_at_once(self, chunk: int) -> int:
+        return chunk if self.layout.trusts else max(1, _CACHED_ELEMENTS // self.model.config.vocab_size)
 
     def losses(
         self, theta: Float[Tensor, " k"], log_p: Float[Tensor, "n B v"], logits: Tensor | None, targets: Tensor
     ) -> Float[Tensor, " B"]:
         """-log p(target) of each row, differentiable in ``theta``."""
         weights, temperature, trust = self.layout.unpack(theta)
-        answer = pooled(self.pool, log_p, weights.to(log_p.dtype), self.model.support)
-        if self.layout.trusts:
-            answer = self._met(answer.double(), trust, log_p, logits)
-        scaled = log_normalize(answer / temperature.to(answer.dtype))
-        return -scaled.gather(-1, targets[:, None]).squeeze(-1).double()
+        # A logit mean takes the temperature into its weights, which saves two thirds of the time.
+        folded = self.pool == "logit-mean" and not self.layout.trusts
+        # Sums over the vocabulary of single precision would leave an error of a hundredth in the weights' gradient.
+        scores = pooled(self.pool, log_p.double(), weights / temperature if folded else weights, self.model.support)
+        scores = self._met(scores, trust, log_p, logits) if self.layout.trusts else scores
+        return nn.functional.cross_entropy(scores if folded else scores / temperature, targets, reduction="none")
 
     def _met(
         self, log_q: Float[Tensor, "B v"], trust: Tensor, log_p: Float[Tensor, "n B v"], logits: Tensor | None
@@ -165,7 +174,8 @@ class Loss:
         self.layout, self._engine, self._count, self._on_progress = layout, engine, len(positions), on_progress
         members = len(options.get("members") or model.heads)
         keep = 4 * members * model.config.vocab_size * len(positions) <= _KEPT * psutil.virtual_memory().total
-        parts = list(positions.chunks(PIECE))
+        # Pieces of wide heads are smaller, so that a minibatch goes to every worker.
+        parts = list(positions.chunks(min(PIECE, 2 * chunk_size(model.config.vocab_size))))
         self._sizes = [len(part) for part in parts]
         self._pieces = engine.keep([Objective(model, part, layout, pool, keep=keep, **options) for part in parts])
 
@@ -184,16 +194,15 @@ class Loss:
 def pooled(
     pool: Pool, log_p: Float[Tensor, "n B v"], weights: Float[Tensor, " n"], support: Tensor | None
 ) -> Float[Tensor, "B v"]:
-    """A pool's log-probabilities on the support, differentiable in the weights; zero where a member has zero.
+    """Log-probabilities of a pool up to a constant, differentiable in the weights; zero where a member's is.
 
     (A probability mean keeps tokens that some member excludes, as :func:`softmeet.simplex.prob_mean` does.)
     """
-    zero = log_p.isneginf()
     if pool == "logit-mean":
-        scores = torch.einsum("n,nbv->bv", weights, log_p.masked_fill(zero, 0.0))
-        scores = scores.masked_fill(zero.any(0), -torch.inf)
+        # Without zeros, as a rule, nothing has to be kept out of the sum.
+        zero = log_p.isneginf() if bool(log_p.amin().isneginf()) else None
+        scores = torch.einsum("n,nbv->bv", weights, log_p if zero is None else log_p.masked_fill(zero, 0.0))
+        scores = scores if zero is None else scores.masked_fill(zero.any(0), -torch.inf)
     else:
         scores = (log_p + weights.log()[:, None, None]).logsumexp(0)
-    if support is not None:
-        scores = scores.masked_fill(~support, -torch.inf)
-    return log_normalize(scores)
+    return scores if support is None else scores.masked_fill(~support, -torch.inf)
