@@ -23,8 +23,9 @@ from softmeet.solvers.subsampled import SubsampledNewton, SubsampledState
 
 # Multiplications for one Hessian, v D².
 _CHEAP = 2**30
-# The most that a row in trouble may cost, a few seconds a step.
-_PATIENT = 2**38
+# The most that a row in trouble may cost, a few seconds a step, and one that is wanted more exactly than gathered
+# tokens can tell.
+_PATIENT, _FINE = 2**38, 1e-9
 
 
 class Meet(Rule):
@@ -97,9 +98,10 @@ class MaxEntropy(Meet):
 
 
 def full_hessian_pays(projection: Projection) -> bool:
-    """Whether the full Hessian is cheap, a few milliseconds per row and step, or few tokens are all there are."""
+    """Whether the full Hessian is cheap, a few milliseconds per row and step, or needed, or few tokens are all."""
     v, D = projection.log_q.shape[-1], sum(h.rank for h in projection.heads)
-    return v * D**2 <= _CHEAP or 2 * gathered_size(projection, 0) > v
+    cheap = v * D**2 <= (_CHEAP if projection.tol > _FINE else _PATIENT)
+    return cheap or 2 * gathered_size(projection, 0) > v
 
 
 def _solved(projection: Projection, max_steps: int) -> DualState:

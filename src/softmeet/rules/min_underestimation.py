@@ -8,7 +8,7 @@ from torch import Tensor
 
 from softmeet.rules.exact import Bounds, Choice, ExactRule
 from softmeet.rules.row import Row
-from softmeet.solvers.columns import Chosen, Stacked
+from softmeet.solvers.columns import Chosen, Stacked, chosen
 from softmeet.solvers.interior import Program, interior_point
 
 # A mass this close to one of its bounds, relative to their distance, is at it.
@@ -105,7 +105,7 @@ def _nearest_to_pool(
     target = columns.sums(torch.where(between, p, 0.0))
     start, nothing = p[ids], torch.zeros_like(p[ids])
     program = Program(
-        Chosen(columns, ids, len(p)), target, nothing, torch.zeros_like(target), start, len(target) - 1,
+        chosen(columns, ids, len(p)), target, nothing, torch.zeros_like(target), start, len(target) - 1,
         upper=limit[ids], reference=row.log_q.exp()[ids].clamp_min(torch.finfo(p.dtype).tiny),
     )  # fmt: skip
     found = interior_point(program, row.problem.max_steps)

@@ -18,8 +18,8 @@ from softmeet.heads import WhitenedHead
 
 # Elements of a matrix that is held rather than read again: 512 MiB in fp64.
 _HELD = 1 << 26
-# Rows of a block of a Gram matrix: what stays in a core's cache.
-_ROWS = 4096
+# Rows of a block of a Gram matrix, what stays in a core's cache; columns of it that are formed together.
+_ROWS, _STRIP = 4096, 192
 
 
 class Columns(ABC):
@@ -68,12 +68,22 @@ class Held(Columns):
         return self.matrix[variables]
 
 
-def squared(x: Float[Tensor, "k m"]) -> Float[Tensor, "m m"]:
-    """Xᵀ X. On a processor by numpy, which sees the symmetry and does half the work."""
-    if x.device.type != "cpu":
-        return x.T @ x
-    rows = x.numpy()
-    return torch.from_numpy(rows.T @ rows)
+def squared(x: Float[Tensor, "*b k m"]) -> Float[Tensor, "*b m m"]:
+    """Xᵀ X by strips of its lower triangle: the library has no symmetric product.
+
+    For one matrix, on one thread, by numpy, which has one; on several its threads would get in the way of torch's.
+    """
+    if x.ndim == 2 and x.device.type == "cpu" and torch.get_num_threads() == 1:
+        rows = x.numpy()
+        return torch.from_numpy(rows.T @ rows)
+    m = x.shape[-1]
+    gram = x.new_empty(*x.shape[:-2], m, m)
+    for start in range(0, m, _STRIP):
+        stop = min(start + _STRIP, m)
+        strip = x[..., start:stop].transpose(-1, -2) @ x[..., :stop]
+        gram[..., start:stop, :stop] = strip
+        gram[..., :stop, start:stop] = strip.transpose(-1, -2)
+    return gram
 
 
 class Tokens(Columns):
@@ -209,3 +219,9 @@ class Chosen(Columns):
     def rows(self, variables: Int[Tensor, " j"]) -> Float[Tensor, "j m"]:
         """Some rows of G."""
         return self.base.rows(self.variables[variables])
+
+
+def chosen(base: Columns, variables: Int[Tensor, " k"], N: int) -> Columns:
+    """Some variables of a matrix of N: a copy of their rows where that is small, for Gram matrices of them alone."""
+    few = 2 * len(variables) <= N and len(variables) * base.rows(variables[:1]).shape[1] <= _HELD
+    return Held(base.rows(variables)) if few else Chosen(base, variables, N)

@@ -31,6 +31,8 @@ _DAMPING, _INSIDE = 0.9995, 0.9
 _FEASIBLE = 1e-12
 _COMPLEMENTARY = 1e-11
 _STALLED, _PROGRESS = 12, 0.98
+# Steps without progress of the moments, which rounding may keep from their goal, once complementarity is nearly there.
+_ENOUGH, _NEARLY = 3, 1e-8
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +98,8 @@ def interior_point(program: Program, max_steps: int = 100) -> Interior:
     best = method.report(0)
     residual, complementarity, stalled = best.residual, best.complementarity, 0
     for step in range(1, max_steps + 1):
-        if method.finished() or stalled == _STALLED or not method.advance():
+        late = stalled >= _ENOUGH and method.complementary(_NEARLY)
+        if method.finished() or late or stalled == _STALLED or not method.advance():
             break
         found = method.report(step)
         # Complementarity may rise by orders of magnitude while the moments are still wrong.
@@ -150,10 +153,11 @@ class _Method:
             total = total + (self.slack * self.w).sum()
         return Interior(self.x, self.y, steps, float(self.residual.norm()), float(total))
 
+    def complementary(self, relative: float) -> bool:
+        return self.report(0).complementarity <= relative * self.cost_scale
+
     def finished(self) -> bool:
-        found = self.report(0)
-        small = found.complementarity <= _COMPLEMENTARY * self.cost_scale
-        return small and found.residual <= _FEASIBLE * self.scale
+        return self.complementary(_COMPLEMENTARY) and self.report(0).residual <= _FEASIBLE * self.scale
 
     def advance(self) -> bool:
         """One predictor and corrector step; False where the linear algebra gives nothing to go on with."""

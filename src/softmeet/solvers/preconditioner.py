@@ -9,12 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from softmeet.solvers.columns import squared
 from softmeet.solvers.gathered import times, times_transposed
 from softmeet.solvers.surrogate import Surrogate
 
 _TINY, _TINY32 = 1e-300, 1e-38
-# Columns of a Gram matrix that are formed together.
-_STRIP = 192
 
 
 class Preconditioner(ABC):
@@ -140,7 +139,7 @@ class AllTokens(Preconditioner):
             weight = (surrogate.alpha[i] * surrogate.gamma[i] * rest[1][:, i]).to(a.dtype)
             x = a - own_mean[i][:, None].to(a.dtype)
             x *= weight.sqrt()[..., None]
-            gram = _gram(x)
+            gram = squared(x)
             scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(_TINY32)
             ridge = 4 * torch.finfo(a.dtype).eps * scale
             for _ in range(6):
@@ -160,18 +159,6 @@ class AllTokens(Preconditioner):
         whole = torch.linalg.solve_triangular(L.transpose(1, 2), half, upper=True)
         found: Tensor = whole.transpose(1, 2).to(x.dtype)
         return found if x.ndim == 3 else found[:, 0]
-
-
-def _gram(x: Float[Tensor, "b M d"]) -> Float[Tensor, "b d d"]:
-    """Xᵀ X by its lower blocks: the library's symmetric product is not batched."""
-    d = x.shape[-1]
-    gram = x.new_empty(len(x), d, d)
-    for start in range(0, d, _STRIP):
-        stop = min(start + _STRIP, d)
-        strip = x[..., start:stop].transpose(1, 2) @ x[..., :stop]
-        gram[:, start:stop, :stop] = strip
-        gram[:, :stop, start:stop] = strip.transpose(1, 2)
-    return gram
 
 
 def _layer(rows: Float[Tensor, "b k d"], mass: Float[Tensor, "b k"], weight: float) -> Float[Tensor, "b k d"]:
