@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -246,3 +247,12 @@ def test_a_start_from_another_trust_saves_passes():
         assert (found.status == Status.OPTIMAL).all()
         assert total_variation(found.log_probs, cold.log_probs).max() < 2 * math.sqrt(1e-5 / 2)
     assert warm.num_passes.sum() < cold.num_passes.sum()
+
+
+def test_what_is_wanted_exactly_gets_the_full_hessian():
+    """Gathered tokens do not lead to 1e-12."""
+    heads = random_heads(20_000, (128, 128), seed=1)
+    problem = softmeet.combine(outputs(heads, 1, seed=1), heads, "logit-mean").problem
+    everyone, exact = [0, 1], (math.inf, math.inf)
+    assert meet.full_hessian_pays(replace(problem, tol=1e-12).projection(everyone, exact))
+    assert not meet.full_hessian_pays(replace(problem, tol=1e-6).projection(everyone, exact))
