@@ -52,10 +52,11 @@ class Meet(Rule):
         projection = problem.projection(trusted, trust)
         answer = _answer(problem, projection, trusted, _solved(projection, problem.max_steps))
         late = (answer.status == Status.NOT_CONVERGED).nonzero().squeeze(-1)
-        if not len(late) or problem.dtype == torch.float64 or not full_hessian_pays(projection):
+        # Scores of single precision may be too coarse for a row near the edge of what is feasible, and a start too far.
+        dtype = torch.float64 if full_hessian_pays(projection) else problem.dtype
+        if not len(late) or (problem.start is None and dtype == problem.dtype):
             return answer
-        # Scores of single precision may be too coarse for a row near the edge of what is feasible.
-        again = self.solve(replace(problem.take(late), dtype=torch.float64))
+        again = self.solve(replace(problem.take(late), dtype=dtype, start=None))
         again.steps += answer.steps[late]
         again.passes += answer.passes[late]
         return answer.put(late, again)
