@@ -31,6 +31,8 @@ _DAMPING, _INSIDE = 0.9995, 0.9
 _FEASIBLE = 1e-12
 _COMPLEMENTARY = 1e-11
 _STALLED, _PROGRESS = 12, 0.98
+# Steps shorter than this are tried again towards the centre.
+_SHORT = 0.1
 # Steps without progress of the moments, which rounding may keep from their goal, once complementarity is nearly there.
 _ENOUGH, _NEARLY = 3, 1e-8
 
@@ -180,7 +182,13 @@ class _Method:
         step = self._direction(solve, theta, dual, sigma * mu, affine)
         if not all(part.isfinite().all() for part in step if part is not None):
             return False
-        self._move(step, self._longest(step))
+        length = self._longest(step)
+        if min(length) < _SHORT:
+            # Products x z that are far apart block the way: a step that only evens them out.
+            centred = self._direction(solve, theta, dual, mu, None)
+            if min(self._longest(centred)) > min(length):
+                step, length = centred, self._longest(centred)
+        self._move(step, length)
         return True
 
     def _direction(self, solve: Solve, theta: Tensor, dual: Tensor, mu: float, before: _Step | None) -> _Step:
