@@ -8,14 +8,14 @@ from instances import outputs, random_heads
 
 from softmeet.heads import SoftmaxHead, WhitenedHead
 from softmeet.solvers.base import iterate
-from softmeet.solvers.implicit import adjoint, conjugate_gradients, projected
+from softmeet.solvers.implicit import adjoint, iterative, projected
 from softmeet.solvers.newton import DualNewton
 from softmeet.solvers.projection import Projection
 
 
-def instance(batch=2, v=24, widths=(3, 4)):
+def instance(batch=2, v=24, widths=(3, 4), sharpness=1.5):
     heads = random_heads(v, widths, seed=7)
-    log_p = outputs(heads, batch, seed=7)
+    log_p = outputs(heads, batch, seed=7, sharpness=sharpness)
     views = tuple(WhitenedHead(SoftmaxHead(W), v, torch.float64, batch=batch) for W in heads)
     return Projection(log_p.mean(0).log_softmax(-1), log_p.transpose(0, 1), views, (1.0,) * len(heads), 1e-13)
 
@@ -45,7 +45,16 @@ def test_conjugate_gradients_solve_the_same_system():
     state = solve(problem)
     b = torch.randn(3, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     direct = adjoint(problem, state, b)
-    assert torch.allclose(conjugate_gradients(problem, state, b, 1e-10), direct, rtol=1e-6, atol=1e-8)
+    assert torch.allclose(iterative(problem, state, b, 1e-10), direct, rtol=1e-6, atol=1e-8)
+
+
+def test_few_products_suffice_where_few_tokens_have_the_mass():
+    """Without the preconditioner the first of these rows is a sixth off by then."""
+    problem = instance(batch=4, v=2000, widths=(24, 40), sharpness=15.0)
+    state = solve(problem)
+    b = torch.randn(4, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    direct = adjoint(problem, state, b)
+    assert torch.allclose((iterative(problem, state, b, 1e-4, 15) * b).sum(-1), (direct * b).sum(-1), rtol=1e-4)
 
 
 def test_a_row_gets_the_gradient_that_it_gets_alone():

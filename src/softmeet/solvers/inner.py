@@ -1,4 +1,4 @@
-"""The inner solve: Newton's method on a surrogate, and conjugate gradients for it; they read gathered rows only."""
+"""The inner solve: Newton's method on a surrogate; it reads gathered rows only."""
 
 from __future__ import annotations
 
@@ -52,37 +52,6 @@ class Hessian:
         joint = spread(self.alpha[:, 0] * sums[None, :1]) * self.mean
         own = spread((self.alpha * self.gamma)[:, 0] * sums[None, 1:]) * self.means
         return torch.cat(out)[None].to(d.dtype) - joint - own + self.surrogate.pull(d)
-
-
-def conjugate_gradients(
-    surrogate: Surrogate,
-    at: Point,
-    precondition: Callable[[Float[Tensor, "b D"]], Float[Tensor, "b D"]],
-    reduction: float,
-    limit: int,
-) -> Float[Tensor, "b D"]:
-    """∇²F⁻¹ ∇F at a point, until the preconditioned residual has fallen by ``reduction`` in every row.
-
-    Rows that have stopped stay put.
-    """
-    s, residual = torch.zeros_like(at.gradient), at.gradient
-    y = precondition(residual)
-    d, size = y, (residual * y).sum(-1)
-    goal = reduction**2 * size
-    hessian = Hessian(surrogate, at)
-    for _ in range(limit):
-        Hd = hessian(d)
-        curvature = (d * Hd).sum(-1)
-        going = (size > goal) & (curvature > 0)
-        if not going.any():
-            break
-        step = torch.where(going, size / curvature, 0.0)[:, None]
-        s, residual = s + step * d, residual - step * Hd
-        y = precondition(residual)
-        new = (residual * y).sum(-1)
-        d = torch.where(going[:, None], y + (new / size)[:, None] * d, 0.0)
-        size = torch.where(going, new, 0.0)
-    return s
 
 
 def minimise(

@@ -15,9 +15,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from softmeet.solvers.certificate import restricted_gap_bound
+from softmeet.solvers.conjugate import conjugate_gradients
 from softmeet.solvers.dual import DualState
 from softmeet.solvers.gathered import gather, gathered_size
-from softmeet.solvers.inner import conjugate_gradients, minimise
+from softmeet.solvers.inner import Hessian, minimise
 from softmeet.solvers.memory import Memory
 from softmeet.solvers.preconditioner import AllTokens, HeavyTokens
 from softmeet.solvers.projection import Projection
@@ -77,6 +78,11 @@ def look(
     return around.first() if goal is None else around.next(memory, goal)
 
 
+def heavy_tokens(problem: Projection, state: DualState) -> HeavyTokens:
+    """An approximate inverse of the Hessian at the state's point, in the heads' own coordinates."""
+    return _Around(problem, state, 1, certify=False).heavy
+
+
 def _never(m: Point) -> Bool[Tensor, " b"]:
     return torch.zeros_like(m.value, dtype=torch.bool)
 
@@ -104,7 +110,7 @@ def _bound(model: Surrogate, gradient: Float[Tensor, "b D"], goal: Float[Tensor,
         return (slack(m) <= enough(m)) | (-m.value > goal)
 
     def newton(m: Point) -> Float[Tensor, "b D"]:
-        return conjugate_gradients(model, m, precondition, 0.05, 31)
+        return conjugate_gradients(Hessian(model, m), m.gradient, precondition, 0.05, 31)
 
     best = minimise(model, model.origin(gradient), newton, steps=6, enough=close)
     return torch.where(slack(best) <= enough(best), slack(best) - best.value, torch.inf)
@@ -128,23 +134,23 @@ class _Around:
         """From the pool: the sample stands for the tail's moments."""
 
         def newton(m: Point) -> Float[Tensor, "b _"]:
-            return conjugate_gradients(self.model, m, self.heavy, 0.3, 20)
+            return conjugate_gradients(Hessian(self.model, m), m.gradient, self.heavy, 0.3, 20)
 
         found = minimise(self.model, self.model.origin(), newton, steps=3, enough=_never)
-        return Found(self._whitened(found.s), torch.full_like(found.value, torch.inf), -found.value)
+        return Found(self.problem.whitened(found.s), torch.full_like(found.value, torch.inf), -found.value)
 
     def next(self, memory: Memory, goal: Float[Tensor, " b"]) -> Found:
         """A bound for rows that seem near enough, and a direction for those that it does not end."""
         gradient = self.state.gradient
-        own = self._unwhitened(gradient)
+        own = self.problem.unwhitened(gradient)
         rough = 0.5 * (own * self.heavy(own)).sum(-1)
         bound = self._bound_where(_near(rough, goal), goal)
         if bool((bound <= goal).all()):
             return Found(torch.zeros_like(gradient), bound, rough)
         recalled, weights = memory.before(gradient)
-        start = self.model.origin(self._unwhitened(recalled))
-        s = conjugate_gradients(self.model, start, self.heavy, 0.2, 30)
-        direction = -memory.after(self._whitened(s), weights)
+        start = self.model.origin(self.problem.unwhitened(recalled))
+        s = conjugate_gradients(Hessian(self.model, start), start.gradient, self.heavy, 0.2, 30)
+        direction = -memory.after(self.problem.whitened(s), weights)
         estimate = -0.5 * (gradient * direction).sum(-1)
         # Heavy tokens alone miss most of the curvature of some rows.
         late = _near(estimate, goal) & ~_near(rough, goal)
@@ -164,16 +170,6 @@ class _Around:
         tail = model.curvature(log_u.exp() * sampled, log_w.exp() * sampled)
         return self._surrogate(log_u, log_w, tail * (_SHRINKAGE / share))
 
-    def _unwhitened(self, g: Float[Tensor, "b D"]) -> Float[Tensor, "b _"]:
-        """A gradient in the heads' own coordinates."""
-        parts = g.split([h.rank for h in self.problem.heads], dim=-1)
-        return torch.cat([x @ h.whitening.inverse for h, x in zip(self.problem.heads, parts, strict=True)], dim=-1)
-
-    def _whitened(self, x: Float[Tensor, "b _"]) -> Float[Tensor, "b D"]:
-        """A displacement in the coordinates of ν."""
-        parts = x.split(self.gathered.widths, dim=-1)
-        return torch.cat([x @ h.whitening.inverse.T for h, x in zip(self.problem.heads, parts, strict=True)], dim=-1)
-
     def _surrogate(
         self, log_u: Float[Tensor, "b M"], log_w: Float[Tensor, "b n M"], ridge: Float[Tensor, "b n"] | None
     ) -> Surrogate:
@@ -188,7 +184,7 @@ class _Around:
             found = [restricted_gap_bound(problem, k, p[k], r[k], gradient[k]) for k in range(len(p))]
             return gradient.new_tensor(found)
         k = min(self.gathered.heavy, max(_LEAST_REPAIR, _REPAIR * max(h.rank for h in problem.heads)))
-        own = self._unwhitened(gradient)
+        own = self.problem.unwhitened(gradient)
         log_u, log_w = self.log_u[:, :k], self.log_w[..., :k]
         prices = (problem.alpha, problem.gamma, problem.trust)
         model = Surrogate(self.gathered.heaviest(k), log_u, log_w, torch.zeros_like(own), None, *prices).matched(own)

@@ -80,6 +80,16 @@ class Projection:
         parts = x.split([h.rank for h in self.heads], dim=-1)
         return torch.cat([alpha * part for alpha, part in zip(self.alpha, parts, strict=True)], dim=-1)
 
+    def unwhitened(self, g: Float[Tensor, "B D"]) -> Float[Tensor, "B _"]:
+        """A gradient in the heads' own coordinates."""
+        parts = g.split([h.rank for h in self.heads], dim=-1)
+        return torch.cat([x @ h.whitening.inverse for h, x in zip(self.heads, parts, strict=True)], dim=-1)
+
+    def whitened(self, x: Float[Tensor, "B _"]) -> Float[Tensor, "B D"]:
+        """A displacement from there in the coordinates of ν."""
+        parts = x.split([h.head.d for h in self.heads], dim=-1)
+        return torch.cat([x @ h.whitening.inverse.T for h, x in zip(self.heads, parts, strict=True)], dim=-1)
+
     def tilt(self, z: Float[Tensor, "B n v"]) -> Float[Tensor, "B v"]:
         """Σ α_i z_i."""
         return self.weighted(z, self.alpha).sum(1)
