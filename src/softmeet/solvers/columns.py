@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +19,8 @@ from softmeet.heads import WhitenedHead
 
 # Elements of a matrix that is held rather than read again: 512 MiB in fp64.
 _HELD = 1 << 26
+# The share of a Gram matrix's trace that rounding hides.
+_LOST = 1e-18
 # Rows of a block of a Gram matrix, what stays in a core's cache; columns of it that are formed together.
 _ROWS, _STRIP = 4096, 192
 
@@ -58,14 +61,31 @@ class Held(Columns):
 
     def gram(self, theta: Float[Tensor, " N"]) -> Float[Tensor, "m m"]:
         """Σ_j θ_j g_j g_jᵀ."""
-        total = self.matrix.new_zeros(self.matrix.shape[1], self.matrix.shape[1])
-        for block, weight in zip(self.matrix.split(_ROWS), theta.sqrt().split(_ROWS), strict=True):
+        matrix, some = self.matrix, _counting(theta, self.lengths)
+        if 2 * len(some) <= len(theta):
+            matrix, theta = matrix[some], theta[some]
+        total = matrix.new_zeros(matrix.shape[1], matrix.shape[1])
+        for block, weight in zip(matrix.split(_ROWS), theta.sqrt().split(_ROWS), strict=True):
             total += squared(block * weight[:, None])
         return total
+
+    @cached_property
+    def lengths(self) -> Float[Tensor, " N"]:
+        """|g_j|²."""
+        lengths: Tensor = torch.linalg.vecdot(self.matrix, self.matrix)
+        return lengths
 
     def rows(self, variables: Int[Tensor, " k"]) -> Float[Tensor, "k m"]:
         """Some rows of G."""
         return self.matrix[variables]
+
+
+def _counting(theta: Float[Tensor, " N"], lengths: Float[Tensor, " N"]) -> Int[Tensor, " k"]:
+    """All variables but those that a Gram matrix would lose to rounding."""
+    weight = theta * lengths
+    smallest = weight.sort()
+    lost = smallest.values.cumsum(0) <= _LOST * weight.sum()
+    return smallest.indices[~lost]
 
 
 def squared(x: Float[Tensor, "*b k m"]) -> Float[Tensor, "*b m m"]:

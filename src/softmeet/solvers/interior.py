@@ -9,10 +9,12 @@ w of x ≤ u, are
 
 with c = 0. Other c ≥ 0 are allowed: they are weights of a logarithmic barrier, and make the same method solve empirical
 likelihood, whose conditions are exactly x z = c with φ = 0. Each step solves (Gᵀ Θ G + E) Δy = … once factored, twice
-solved. One row at a time: the working set, and so the matrices, are the row's own.
+solved, then again for corrections that even out the products x z. One row at a time: the working set, and so the
+matrices, are the row's own.
 
-Mehrotra, *On the implementation of a primal-dual interior point method*, SIAM J. Optim. 2, 1992. Wright, *Primal-dual
-interior-point methods*, 1997, chapter 10.
+Mehrotra, *On the implementation of a primal-dual interior point method*, SIAM J. Optim. 2, 1992. Gondzio, *Multiple
+centrality corrections in a primal-dual method for linear programming*, Comput. Optim. Appl. 6, 1996. Wright,
+*Primal-dual interior-point methods*, 1997, chapter 10.
 """
 
 from __future__ import annotations
@@ -33,6 +35,9 @@ _COMPLEMENTARY = 1e-11
 _STALLED, _PROGRESS = 12, 0.98
 # Steps shorter than this are tried again towards the centre.
 _SHORT = 0.1
+# Corrections of a step at most, how much longer each would have it, the share of that which is worth another, and the
+# factor from their aim within which products are left alone.
+_CORRECTIONS, _LONGER, _WORTH, _CLOSE = 3, 0.3, 0.1, 0.1
 # Steps without progress of the moments, which rounding may keep from their goal, once complementarity is nearly there.
 _ENOUGH, _NEARLY = 3, 1e-8
 
@@ -104,12 +109,12 @@ def interior_point(program: Program, max_steps: int = 100) -> Interior:
         if method.finished() or late or stalled == _STALLED or not method.advance():
             break
         found = method.report(step)
-        # Complementarity may rise by orders of magnitude while the moments are still wrong.
-        wrong = found.residual > _FEASIBLE * method.scale
-        better = found.residual < _PROGRESS * residual if wrong else found.complementarity < _PROGRESS * complementarity
+        # Complementarity may rise by orders of magnitude while the moments come right, and has to fall from there.
+        nearer = found.residual > _FEASIBLE * method.scale and found.residual < _PROGRESS * residual
+        better = nearer or found.complementarity < _PROGRESS * complementarity
         stalled = 0 if better else stalled + 1
         residual = min(residual, found.residual)
-        complementarity = found.complementarity if wrong else min(complementarity, found.complementarity)
+        complementarity = found.complementarity if nearer else min(complementarity, found.complementarity)
         best = found if found.merit < best.merit else best
     return best
 
@@ -179,10 +184,11 @@ class _Method:
         affine = self._direction(solve, theta, dual, 0.0, None)
         after = self._mean_complementarity(affine, self._longest(affine))
         sigma = min(1.0, (after / mu) ** 3) if mu > 0 else 0.0
-        step = self._direction(solve, theta, dual, sigma * mu, affine)
+        second = self._second_order(affine)
+        step = self._direction(solve, theta, dual, sigma * mu, second)
         if not all(part.isfinite().all() for part in step if part is not None):
             return False
-        length = self._longest(step)
+        step, length = self._more_central(solve, theta, dual, sigma * mu, second, step)
         if min(length) < _SHORT:
             # Products x z that are far apart block the way: a step that only evens them out.
             centred = self._direction(solve, theta, dual, mu, None)
@@ -191,24 +197,49 @@ class _Method:
         self._move(step, length)
         return True
 
-    def _direction(self, solve: Solve, theta: Tensor, dual: Tensor, mu: float, before: _Step | None) -> _Step:
-        """Newton's step towards x z = c + mu, corrected by the second-order terms of the step ``before``."""
+    def _second_order(self, step: _Step) -> _Products:
+        """What the products x z and (u - x) w change beyond first order along ``step``."""
+        dx, _, dz, dw = step
+        return -dx * dz, None if dw is None else dx * dw
+
+    def _direction(self, solve: Solve, theta: Tensor, dual: Tensor, mu: float, correction: _Products | None) -> _Step:
+        """Newton's step towards x z = c + mu, both products corrected."""
         x, z, w = self.x, self.z, self.w
         lower = self.c + mu - x * z
-        if before is not None:
-            lower = lower - before[0] * before[2]
+        if correction is not None:
+            lower = lower + correction[0]
         h = -dual + lower / x
         upper = None
         if w is not None:
             upper = mu - self.slack * w
-            if before is not None and before[3] is not None:
-                upper = upper + before[0] * before[3]
+            if correction is not None and correction[1] is not None:
+                upper = upper + correction[1]
             h = h - upper / self.slack
         dy = solve(self.residual - self.G.sums(theta * h))
         dx = theta * (self.G.times(dy) + h)
         dz = (lower - z * dx) / x
         dw = None if w is None or upper is None else (upper + w * dx) / self.slack
         return dx, dy, dz, dw
+
+    def _more_central(
+        self, solve: Solve, theta: Tensor, dual: Tensor, mu: float, correction: _Products, step: _Step
+    ) -> tuple[_Step, tuple[float, float]]:
+        """``step``, bent towards products that are not far from ``mu`` while that makes it longer, and its length."""
+        length = self._longest(step)
+        for _ in range(_CORRECTIONS):
+            primal, dual_length = (min(1.0, t + _LONGER) for t in length)
+            dx, _, dz, dw = step
+            lower = _towards(mu, (self.x + primal * dx) * (self.z + dual_length * dz) - self.c)
+            upper = None
+            if self.w is not None and dw is not None and correction[1] is not None:
+                upper = correction[1] + _towards(mu, (self.slack - primal * dx) * (self.w + dual_length * dw))
+            bent = correction[0] + lower, upper
+            other = self._direction(solve, theta, dual, mu, bent)
+            found = self._longest(other)
+            if sum(found) < sum(length) + _WORTH * _LONGER:
+                break
+            step, length, correction = other, found, bent
+        return step, length
 
     def _longest(self, step: _Step) -> tuple[float, float]:
         """The longest primal and dual steps that keep x, u - x, z and w positive; one length where φ is curved."""
@@ -243,6 +274,13 @@ class _Method:
 
 
 _Step = tuple[Tensor, Tensor, Tensor, Tensor | None]
+_Products = tuple[Tensor, Tensor | None]
+
+
+def _towards(mu: float, products: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """What brings products within a factor of ``mu``; no more is taken from large ones than that."""
+    change = products.clamp(mu * _CLOSE, mu / _CLOSE) - products
+    return change.clamp_min(-mu / _CLOSE)
 
 
 class Solve:

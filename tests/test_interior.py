@@ -1,0 +1,67 @@
+"""The interior-point method on linear programs whose optima are ill-conditioned, against HiGHS."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linprog
+
+from softmeet.solvers import columns
+from softmeet.solvers.columns import Held
+from softmeet.solvers.interior import Program, interior_point
+
+
+def linear(N, m, sharpness, seed):
+    """A random cost over the distributions with the moments of a peaked one: the more so, the worse conditioned."""
+    generator = torch.Generator().manual_seed(seed)
+    G = torch.randn(N, m, generator=generator, dtype=torch.float64)
+    G /= G.norm(dim=0)
+    torch.rand(N, generator=generator, dtype=torch.float64)
+    p = (sharpness * torch.randn(N, generator=generator, dtype=torch.float64)).softmax(-1)
+    G = torch.cat([G, torch.ones(N, 1, dtype=torch.float64)], dim=1)
+    cost = torch.randn(N, generator=generator, dtype=torch.float64)
+    softness, start = torch.zeros(m + 1, dtype=torch.float64), torch.full((N,), 1 / N, dtype=torch.float64)
+    return Program(Held(G), p @ G, cost, softness, start, m)
+
+
+def highs(program):
+    found = linprog(program.cost.numpy(), A_eq=program.columns.matrix.T.numpy(), b_eq=program.target.numpy())
+    assert found.status == 0
+    return found.fun
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_it_goes_on_while_complementarity_falls(seed):
+    """The moments are as near as rounding lets them be long before the optimum is: that is no reason to stop."""
+    program = linear(2000, 100, 10.0, seed)
+    found = interior_point(program)
+    assert found.merit < 1e-6
+    assert float(program.cost @ found.x) == pytest.approx(highs(program), abs=1e-5)
+
+
+def test_short_steps_are_tried_again_towards_the_centre():
+    """Twice as many steps without."""
+    program = linear(2000, 40, 10.0, 2)
+    found = interior_point(program)
+    assert found.steps <= 26
+    assert found.merit < 1e-6
+
+
+def test_steps_are_bent_towards_the_centre():
+    """A third more without."""
+    found = [interior_point(linear(2000, 40, 3.0, seed)) for seed in range(3)]
+    assert sum(one.steps for one in found) <= 64
+    assert max(one.merit for one in found) < 1e-8
+
+
+def test_a_gram_matrix_leaves_out_only_what_rounding_loses():
+    generator = torch.Generator().manual_seed(0)
+    G = torch.randn(5000, 30, generator=generator, dtype=torch.float64)
+    weight = torch.rand(5000, generator=generator, dtype=torch.float64) * 1e-25
+    weight[::100] = 10.0 ** -torch.arange(50, dtype=torch.float64).div(5)
+    held = Held(G)
+    assert len(columns._counting(weight, held.lengths)) < 100
+    exact = np.longdouble(G.numpy()).T @ (np.longdouble(weight.numpy())[:, None] * np.longdouble(G.numpy()))
+    off = np.abs(held.gram(weight).numpy() - exact).max() / np.abs(exact).max()
+    assert off < 1e-15
