@@ -239,3 +239,16 @@ def test_minibatches_are_kept_and_go_on(ensemble, positions, tmp_path, monkeypat
 
     monkeypatch.setattr(Loss, "__call__", again)
     assert figures(fit(ensemble, positions, options, kept=Kept(tmp_path / "kept", {}))) == first
+
+
+def test_a_fit_with_bands_goes_on_from_one_without(ensemble, positions, tmp_path, monkeypatch):
+    options = Options(meet_positions=40, premise_positions=40, evaluations=3, batch=8, judge_positions=20)
+    kept, banded, names = Kept(tmp_path / "kept", {}), replace(options, bands=2), set()
+    first, alone = figures(fit(ensemble, positions, options, kept=kept)), figures(fit(ensemble, positions, banded))
+    write = Kept._write
+    monkeypatch.setattr(Kept, "_write", lambda self, name, found: (names.add(name), write(self, name, found)))
+    both = figures(fit(ensemble, positions, banded, kept=kept))
+    assert names
+    assert all(" 2-" in name for name in names)
+    assert both == alone
+    assert {name: both["candidates"][name] for name in first["candidates"]} == first["candidates"]

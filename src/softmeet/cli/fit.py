@@ -83,7 +83,9 @@ def fit(
         free_weights, bands, meet_positions=meet_tokens, premise_positions=premise_tokens, evaluations=evaluations,
         batch=batch, select_positions=select_tokens, judge_positions=judge_tokens,
     )  # fmt: skip
-    kept = Kept(resume, identified(ensemble, found, trace, threads, max_tokens=max_tokens, **read) | asdict(given))
+    # What is kept for other bands is of use for these.
+    settings = {name: value for name, value in asdict(given).items() if name != "bands"}
+    kept = Kept(resume, identified(ensemble, found, trace, threads, max_tokens=max_tokens, **read) | settings)
     ensemble.model.banded_heads(bands)  # made here, so that workers share them
     with (
         texts.stoppable(after(resume)),

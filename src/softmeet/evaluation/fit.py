@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -243,23 +243,32 @@ class _Fitter:
         n, pool = len(self.ensemble.names), start.settings["pool"]
         layout = Layout(n, n * bands, free=self.options.free_weights)
         at = Values(tuple(start.settings["weights"]), start.settings["rule_temperature"], tuple(trust))
-        at_most, batch = self.options.evaluations, self.options.batch
+        at_most, batch, piece = self.options.evaluations, self.options.batch, _piece(name, bands)
         if batch is None:
-            values, loss, count = self._minimised(name, at_most, positions, layout, pool, at, bands=bands)
+            values, loss, count = self._minimised(piece, at_most, positions, layout, pool, at, bands=bands)
         else:
-            values, loss, count = self._descended(name, batch, positions, layout, pool, at, bands=bands)
+            values, loss, count = self._descended(piece, batch, positions, layout, pool, at, bands=bands)
         return Candidate(name, {**_settings("meet", pool, values, n, self.options), "bands": bands}, False, loss, count)
+
+    def _scored(self, part: str, positions: Positions, candidates: Sequence[Candidate]) -> Evaluation:
+        """Candidates of as many bands at a time, so that those of one number are kept for a fit with another, too."""
+        counts = [candidate.settings.get("bands", 1) for candidate in candidates]
+        advance = self.begin(f"scoring the {part} part", 0, len(positions) * len(set(counts)))
+        scored = []
+        for bands in sorted(set(counts)):
+            some = [candidate for candidate, count in zip(candidates, counts, strict=True) if count == bands]
+            choices = [Choice(candidate.label, {"free_weights": False, **candidate.settings}) for candidate in some]
+            scored.append(
+                evaluate_positions(
+                    self.ensemble, positions, choices, engine=self.engine, kept=self.kept, stage=_piece(part, bands),
+                    on_progress=advance,
+                )
+            )  # fmt: skip
+        return replace(scored[0], choices={name: s for one in scored for name, s in one.choices.items()})
 
     def judge(self, parts: dict[str, Part], candidates: list[Candidate], premise: list[Premise]) -> Fitted:
         """Choose on the second part, and have the third confirm it."""
-        choices = [Choice(candidate.label, {"free_weights": False, **candidate.settings}) for candidate in candidates]
-        found = {}
-        for name in ("select", "test"):
-            positions = parts[name].positions
-            advance = self.begin(f"scoring the {name} part", 0, len(positions))
-            found[name] = evaluate_positions(
-                self.ensemble, positions, choices, engine=self.engine, kept=self.kept, stage=name, on_progress=advance
-            )
+        found = {name: self._scored(name, parts[name].positions, candidates) for name in ("select", "test")}
 
         def loss(candidate: Candidate) -> float:
             return found["select"].choices[candidate.label].mean
@@ -283,6 +292,11 @@ def _first_trusts(premise: Sequence[Premise], average: Candidate) -> list[float]
     scores = [min(max(p.score, _LOW), _HIGH) if math.isfinite(p.score) else _LOW for p in premise]
     weights = average.settings["weights"]
     return [score * min(1.0, len(weights) * w / sum(weights)) for score, w in zip(scores, weights, strict=True)]
+
+
+def _piece(name: str, bands: int) -> str:
+    """What is kept under that name, for one number of bands."""
+    return name if bands == 1 else f"{name} {bands}"
 
 
 def _named(average: Candidate) -> str:
