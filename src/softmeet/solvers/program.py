@@ -23,6 +23,8 @@ from softmeet.solvers.interior import Program, interior_point
 _PER_CONSTRAINT = 4
 _FEWEST = 2048
 _ROUNDS = 60
+# The share of the tokens that enter for which others leave, and how many per constraint stay.
+_LEAVING, _STAYING = 0.9, 2
 # Masses below their own reduced cost are zeros that an interior point only approaches; so much is cut in all, at most.
 _ZERO = 1e-9
 
@@ -102,11 +104,19 @@ def _first(program: SimplexProgram) -> Bool[Tensor, " v"]:
 
 
 def _more(program: SimplexProgram, chosen: Bool[Tensor, " v"], reduced: Float[Tensor, " v"]) -> Bool[Tensor, " v"]:
-    """With the tokens that price out best, half as many again at most."""
+    """With the tokens that price out best, half as many again at most, in place of those that price out worst.
+
+    As many leave as enter, but a few, as long as the support has room: what is held stays of one size.
+    """
+    size = int(chosen.sum())
     open_to = torch.where(program.alive & ~chosen, reduced, torch.inf)
-    best = open_to.topk(min(max(int(chosen.sum()) // 2, 64), int((program.alive & ~chosen).sum())), largest=False)
+    best = open_to.topk(min(max(size // 2, 64), int((program.alive & ~chosen).sum())), largest=False)
     below = best.indices[best.values < reduced[chosen].min()]
     found = below if len(below) else best.indices
+    room = max(size - int(_LEAVING * len(found)), _STAYING * len(program.target))
+    if room < size:
+        staying = torch.where(chosen, reduced, torch.inf).topk(room, largest=False).indices
+        chosen = torch.zeros_like(chosen).index_fill(0, staying, True)
     return chosen.index_fill(0, found, True)
 
 
