@@ -17,13 +17,11 @@ from torch import Tensor
 
 from softmeet.rules.base import Answer, Rule, closed_form
 from softmeet.rules.meet import MaxEntropy
-from softmeet.rules.points import entropic, nearest, polished, proves_empty, separating
+from softmeet.rules.points import MOMENT_TOLERANCE, entropic, polished
 from softmeet.rules.problem import Problem
 from softmeet.rules.row import Row
 from softmeet.solvers.base import Status
 
-# Moments, in whitened coordinates, that are this close are the members'.
-MOMENT_TOLERANCE = 1e-6
 # How exactly a member of C is found before a rule chooses.
 _EXACT = 1e-12
 
@@ -140,9 +138,8 @@ def blank(problem: Problem) -> Answer:
 def members_of_c(problem: Problem, exactness: float = _EXACT) -> Answer:
     """The I-projection of the pool onto C for every row; INFEASIBLE with a proof where C is empty.
 
-    Newton's method finds most of either. Where C touches the boundary of the simplex its dual has no optimum, and the
-    interior-point method takes over; where that finds no member of C, the nearest point either proves that there is
-    none, or the row is left NOT_CONVERGED.
+    ``max-entropy`` finds most of either. Where C touches the boundary of the simplex its dual has no optimum, and an
+    interior-point method looks for a member; where it finds none either the row is left NOT_CONVERGED.
     """
     problem = replace(problem, tol=exactness, dtype=torch.float64)
     answer = MaxEntropy().solve(problem)
@@ -161,9 +158,3 @@ def _settle(answer: Answer, k: int, row: Row) -> None:
     answer.steps[k] += steps
     if float(row.excess(p).norm()) <= MOMENT_TOLERANCE:
         answer.log_probs[k], answer.status[k] = p.log(), Status.OPTIMAL
-        return
-    y = separating(row, nearest(row, row.tokens, row.target).p)
-    if proves_empty(row, y):
-        answer.status[k] = Status.INFEASIBLE
-        for mine, lam in zip(answer.ray, row.raw(y), strict=True):
-            mine[k] = lam[0]

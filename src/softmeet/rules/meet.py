@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from softmeet.rules.base import Answer, Rule, closed_form
-from softmeet.rules.points import only
+from softmeet.rules.points import only, separating
 from softmeet.rules.problem import Problem
 from softmeet.rules.row import Row, may_be_unique
 from softmeet.simplex import kl
@@ -44,6 +44,10 @@ class Meet(Rule):
         return problem.trust
 
     def solve(self, problem: Problem) -> Answer:
+        """By Newton's method."""
+        return self._descended(problem)
+
+    def _descended(self, problem: Problem) -> Answer:
         """Members of trust 0 drop out; the rest go to the solver."""
         trust = self.effective_trust(problem)
         trusted = [i for i, rho in enumerate(trust) if rho > 0]
@@ -56,7 +60,7 @@ class Meet(Rule):
         dtype = torch.float64 if full_hessian_pays(projection) else problem.dtype
         if not len(late) or (problem.start is None and dtype == problem.dtype):
             return answer
-        again = self.solve(replace(problem.take(late), dtype=dtype, start=None))
+        again = self._descended(replace(problem.take(late), dtype=dtype, start=None))
         again.steps += answer.steps[late]
         again.passes += answer.passes[late]
         return answer.put(late, again)
@@ -78,15 +82,18 @@ class MaxEntropy(Meet):
         return (math.inf,) * len(problem.trust)
 
     def solve(self, problem: Problem) -> Answer:
-        """By linear algebra where the moments leave no choice, else as ``meet``."""
+        """By linear algebra where moments leave no choice, else as ``meet``; what that leaves may be proved empty."""
         if not problem.log_p.shape[1] or not may_be_unique(problem):
-            return super().solve(problem)
+            answer = self._descended(problem)
+            for k in (answer.status == Status.NOT_CONVERGED).nonzero().flatten().tolist():
+                _prove_empty(answer, k, Row.of(problem.take(torch.tensor([k], device=problem.log_p.device)))[0])
+            return answer
         problem.require_common_tokens()
         return Answer.joined([self._solve_row(Row(one)) for one in replace(problem, dtype=torch.float64).rows()])
 
     def _solve_row(self, row: Row) -> Answer:
         if not row.unique:
-            return super().solve(row.problem)
+            return self._descended(row.problem)
         p, proof = only(row)
         if p is None:
             answer = closed_form(row.problem, row.log_q[None], torch.full_like(row.log_q[:1], torch.inf))
@@ -96,6 +103,16 @@ class MaxEntropy(Meet):
         else:
             answer = closed_form(row.problem, p.log()[None], kl(p.log(), row.log_q)[None])
         return replace(answer, passes=answer.passes + row.passes())
+
+
+def _prove_empty(answer: Answer, k: int, row: Row) -> None:
+    """By the nearest moments, where Newton's method has run along a ray without an end."""
+    y = separating(row)
+    answer.passes[k] += row.passes()
+    if y is not None:
+        answer.status[k] = Status.INFEASIBLE
+        for mine, lam in zip(answer.ray, row.raw(y), strict=True):
+            mine[k] = lam[0]
 
 
 def full_hessian_pays(projection: Projection) -> bool:

@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from softmeet.rules.exact import MOMENT_TOLERANCE, Bounds, Choice, ExactRule, members_of_c
+from softmeet.rules.exact import Bounds, Choice, ExactRule, members_of_c
+from softmeet.rules.points import MOMENT_TOLERANCE
 from softmeet.rules.row import Row
 from softmeet.simplex import log_normalize
 from softmeet.solvers.columns import Chosen

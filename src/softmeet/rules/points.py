@@ -11,6 +11,8 @@ from softmeet.solvers.columns import Chosen, Columns
 from softmeet.solvers.interior import Program, factored, interior_point
 from softmeet.solvers.program import Optimum, SimplexProgram, minimise
 
+# Moments, in whitened coordinates, that are this close are the members'.
+MOMENT_TOLERANCE = 1e-6
 # The gap of a squared distance in whitened coordinates: round-off there.
 _NEAREST = 1e-12
 # Probabilities below zero by this much are rounding, of moments that are themselves rounded.
@@ -35,14 +37,15 @@ def nearest(row: Row, columns: Columns, target: Float[Tensor, " m"]) -> Optimum:
     return minimise(program, row.problem.max_steps)
 
 
-def separating(row: Row, p: Float[Tensor, " v"]) -> Float[Tensor, " m"]:
-    """The multipliers by which the nearest p, at a positive distance, proves C empty: its excess, turned round.
+def separating(row: Row) -> Float[Tensor, " m"] | None:
+    """Multipliers that prove C empty, from the nearest p: its excess, turned round; None if they do not.
 
-    At the nearest p, r = Gᵀp - g has rᵀ(g_j - g) ≥ |r|² for every token j (the Frank-Wolfe gap is zero).
+    At the nearest p, r = Gᵀp - g has rᵀ(g_j - g) ≥ |r|² for every token j (the Frank-Wolfe gap is zero). Where |r| is
+    as small as moments are required to be, rounding may pass for a proof.
     """
-    y = -row.excess(p)
+    y = -row.excess(nearest(row, row.tokens, row.target).p)
     y[-1] = 0.0
-    return y
+    return y if float(y.norm()) > MOMENT_TOLERANCE and proves_empty(row, y) else None
 
 
 def proves_empty(row: Row, y: Float[Tensor, " m"]) -> bool:

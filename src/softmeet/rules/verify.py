@@ -13,9 +13,9 @@ from torch import Tensor
 
 from softmeet.heads import WhitenedHead
 from softmeet.rules.base import Answer
-from softmeet.rules.exact import MOMENT_TOLERANCE, ExactRule
+from softmeet.rules.exact import ExactRule
 from softmeet.rules.meet import MaxEntropy, Meet
-from softmeet.rules.points import proves_empty
+from softmeet.rules.points import MOMENT_TOLERANCE, proves_empty
 from softmeet.rules.problem import Problem, finite_trust
 from softmeet.rules.registry import find_rule
 from softmeet.rules.row import Row, may_be_unique
