@@ -186,7 +186,7 @@ class _Method:
         sigma = min(1.0, (after / mu) ** 3) if mu > 0 else 0.0
         second = self._second_order(affine)
         step = self._direction(solve, theta, dual, sigma * mu, second)
-        if not all(part.isfinite().all() for part in step if part is not None):
+        if not _finite(step):
             return False
         step, length = self._more_central(solve, theta, dual, sigma * mu, second, step)
         if min(length) < _SHORT:
@@ -236,7 +236,7 @@ class _Method:
             bent = correction[0] + lower, upper
             other = self._direction(solve, theta, dual, mu, bent)
             found = self._longest(other)
-            if sum(found) < sum(length) + _WORTH * _LONGER:
+            if not _finite(other) or sum(found) < sum(length) + _WORTH * _LONGER:
                 break
             step, length, correction = other, found, bent
         return step, length
@@ -275,6 +275,10 @@ class _Method:
 
 _Step = tuple[Tensor, Tensor, Tensor, Tensor | None]
 _Products = tuple[Tensor, Tensor | None]
+
+
+def _finite(step: _Step) -> bool:
+    return all(bool(part.isfinite().all()) for part in step if part is not None)
 
 
 def _towards(mu: float, products: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
