@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from softmeet.rules.row import Row
-from softmeet.solvers.columns import Chosen, Columns
+from softmeet.solvers.columns import Columns, chosen
 from softmeet.solvers.interior import Program, factored, interior_point
 from softmeet.solvers.program import Optimum, SimplexProgram, minimise
 
@@ -59,7 +59,7 @@ def entropic(
     """(p, steps): the I-projection of ``reference`` onto the distributions on ``tokens`` with moments ``target``."""
     ids = tokens.nonzero().squeeze(-1)
     columns, target = row.system[0], target @ row.joint
-    columns = columns if len(ids) == len(tokens) else Chosen(columns, ids, len(tokens))
+    columns = columns if len(ids) == len(tokens) else chosen(columns, ids, len(tokens))
     # A reference that underflows keeps its place, at no cost that could be measured.
     start = reference[ids].clamp_min(torch.finfo(reference.dtype).eps ** 2)
     nothing = torch.zeros_like(start)
