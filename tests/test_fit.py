@@ -10,8 +10,11 @@ import tiny
 import torch
 from test_cli import run
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from softmeet import Ensemble
+from softmeet.cli import texts
+from softmeet.cli.main import app
 from softmeet.errors import InvalidInputError
 from softmeet.evaluation import fit as fitting
 from softmeet.evaluation.documents import Document
@@ -252,3 +255,11 @@ def test_a_fit_with_bands_goes_on_from_one_without(ensemble, positions, tmp_path
     assert all(" 2-" in name for name in names)
     assert both == alone
     assert {name: both["candidates"][name] for name in first["candidates"]} == first["candidates"]
+
+
+@pytest.mark.parametrize("command", [["fit", "--out", "there"], ["evaluate"]])
+def test_a_missing_package_is_named_at_once(command, folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(texts, "find_spec", lambda name: None)
+    result = CliRunner().invoke(app, [*command, "-m", str(folders[0]), "-t", str(tmp_path / "none")])
+    assert isinstance(result.exception, InvalidInputError)
+    assert "needs psutil and scipy: pip install 'softmeet[eval]'" in str(result.exception)

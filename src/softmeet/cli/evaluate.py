@@ -75,6 +75,7 @@ def evaluate(
     """Nats per token of rules on a text, beside each member and the averages, with paired intervals by document."""
     from softmeet.evaluation.choices import parse_choices, under_gates, with_baselines
 
+    texts.require_extra()
     found = None if trace else texts.documents(text, separator, column)
     ensemble = options.load_ensemble(
         texts.default_members(members, trace), trust, weights, pool=pool, tol=tol,

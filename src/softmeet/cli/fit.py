@@ -68,6 +68,7 @@ def fit(
     config: Config = None,
 ) -> None:
     """Learn weights, temperature and trusts, and save the best ensemble; or the best average, unless meet is better."""
+    texts.require_extra()
     found = None if trace else texts.documents(text, separator, column)
     ensemble = options.load_ensemble(
         texts.default_members(members, trace), None, None, dtype=dtype, device=device,

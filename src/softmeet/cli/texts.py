@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from softmeet.cli import options
+from softmeet.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from softmeet.evaluation.documents import Document
@@ -36,6 +38,16 @@ Stride = Annotated[
 Bos = Annotated[bool, typer.Option("--bos", help="Begin each document with the token that begins a text.")]
 MaxTokens = Annotated[int | None, typer.Option(min=1, help="Predictions in all, at most.")]
 MaxPerDocument = Annotated[int | None, typer.Option(min=1, help="Predictions in each document, at most.")]
+
+
+def require_extra() -> None:
+    """Refuse at once, not after hours, where a package of ``softmeet[eval]`` that every table needs is missing.
+
+    Raises:
+        InvalidInputError: so it is.
+    """
+    if missing := [name for name in ("psutil", "scipy") if find_spec(name) is None]:
+        raise InvalidInputError(f"this command needs {' and '.join(missing)}: pip install 'softmeet[eval]'")
 
 
 def documents(text: list[str] | None, separator: str | None, column: str) -> list[Document]:
