@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from softmeet.solvers.columns import squared
 from softmeet.solvers.gathered import times, times_transposed
@@ -17,10 +18,12 @@ _TINY, _TINY32 = 1e-300, 1e-38
 
 
 class Preconditioner(ABC):
-    """M = Λ + XᵀX, inverted by Woodbury: M⁻¹ = Λ⁻¹ - Yᵀ(I + XYᵀ)⁻¹Y with Y = XΛ⁻¹.
+    """M = Λ + XᵀX, inverted by Woodbury: M⁻¹ = Λ⁻¹ - XᵀΛ⁻¹(I + XΛ⁻¹Xᵀ)⁻¹XΛ⁻¹.
 
     X holds the k heaviest tokens exactly: their centred rows times the square roots of their weights, a layer for p and
-    one for each r_i. The other tokens enter as one, at their mean, and through Λ, block diagonal over members.
+    one for each r_i. The other tokens enter as one, at their mean, and through Λ, block diagonal over members. Layers
+    differ in weights only, X_l = T_l R_i with R_i one matrix of rows: M⁻¹ = Λ⁻¹ - BᵀKB with B_i = R_i Λ_i⁻¹ and
+    K = Tᵀ(I + T R Bᵀ Tᵀ)⁻¹ T.
     """
 
     def __init__(self, surrogate: Surrogate, u: Float[Tensor, "b M"], w: Float[Tensor, "b n M"], k: int) -> None:
@@ -33,31 +36,36 @@ class Preconditioner(ABC):
         means = gathered.both_moments(_unit(u_rest)[:, None].expand_as(w), _unit(w_rest))
         joint_mean, own_mean = (x.split(self.widths, dim=-1) for x in means)
         self.prepare(surrogate, (u, w), (u_rest, w_rest), own_mean)
-        u_all = torch.cat([u.gather(-1, tokens), u_rest.sum(-1, keepdim=True)], dim=-1)
-        w_all = torch.cat([w.gather(-1, everywhere), w_rest.sum(-1, keepdim=True)], dim=-1)
-        self.k = k + 1
-        system = torch.zeros(len(u), 1 + n, self.k, 1 + n, self.k, dtype=self.dtype, device=u.device)
+        # Two rows of R_i are means of the rest: under u for the layer of p, under w_i for that of r_i.
+        of_p = pad(torch.cat([u.gather(-1, tokens), u_rest.sum(-1, keepdim=True)], dim=-1), (0, 1))
+        of_r = torch.cat([pad(w.gather(-1, everywhere), (0, 1)), w_rest.sum(-1, keepdim=True)], dim=-1)
+        size = k + 2
+        system = torch.zeros(len(u), 1 + n, size, 1 + n, size, dtype=torch.float64, device=u.device)
         self.scaled: list[Float[Tensor, "b _ _"]] = []
+        layers: list[tuple[_Layer, _Layer]] = []
         for i, found in enumerate(gathered.at(tokens)):
-            a, alpha, gamma = found.to(self.dtype), surrogate.alpha[i], surrogate.gamma[i]
-            joint = _layer(torch.cat([a, joint_mean[i][:, None].to(a.dtype)], dim=1), u_all, alpha**2)
-            own = _layer(torch.cat([a, own_mean[i][:, None].to(a.dtype)], dim=1), w_all[:, i], alpha * gamma)
-            layer = torch.cat([joint, own], dim=1)
-            scaled = self.unscaled(i, layer)
-            gram = (layer @ scaled.transpose(1, 2)).unflatten(1, (2, self.k)).unflatten(3, (2, self.k))
-            places = (0, 1 + i)
-            for x in (0, 1):
-                for y in (0, 1):
-                    system[:, places[x], :, places[y]] += gram[:, x, :, y]
+            alpha, gamma = surrogate.alpha[i], surrogate.gamma[i]
+            joint, own = _Layer(alpha**2 * of_p), _Layer(alpha * gamma * of_r[:, i])
+            rows = torch.cat([found, joint_mean[i][:, None], own_mean[i][:, None]], dim=1).to(self.dtype)
+            # About a common centre, or differences between rows would be lost.
+            rows = rows - times_transposed(rows, joint.share.to(rows.dtype))[:, None]
+            scaled = self.unscaled(i, rows)
+            gram = (rows @ scaled.transpose(1, 2)).double()
+            for x, left in ((0, joint), (1 + i, own)):
+                half = left.times(gram).transpose(1, 2)
+                for y, right in ((0, joint), (1 + i, own)):
+                    system[:, x, :, y] += right.times(half).transpose(1, 2)
             self.scaled.append(scaled)
-        flat = system.reshape(len(u), (1 + n) * self.k, (1 + n) * self.k).double()
+            layers.append((joint, own))
+        flat = system.flatten(3).flatten(1, 2)
         flat = (flat + flat.transpose(1, 2)) / 2
         flat.diagonal(dim1=-2, dim2=-1).add_(1.0)
         factor, failed = torch.linalg.cholesky_ex(flat)
         # Where rounding spoils the system X is left out: M = Λ is smaller, and so is safe.
         spoilt = (failed > 0)[:, None, None]
         identity = torch.eye(flat.shape[-1], dtype=flat.dtype, device=flat.device)
-        self.inverse = torch.cholesky_inverse(torch.where(spoilt, identity, factor)).masked_fill(spoilt, 0.0)
+        inverse = torch.cholesky_inverse(torch.where(spoilt, identity, factor)).masked_fill(spoilt, 0.0)
+        self.core = _folded(_folded(inverse, layers).transpose(1, 2), layers)
 
     @abstractmethod
     def precision(self, products: torch.dtype) -> torch.dtype:
@@ -80,15 +88,11 @@ class Preconditioner(ABC):
     def __call__(self, g: Float[Tensor, "b D"]) -> Float[Tensor, "b D"]:
         """M⁻¹ g."""
         parts = [x.to(self.dtype) for x in g.split(self.widths, dim=-1)]
-        up = self.inverse.new_zeros(len(g), 1 + len(parts), self.k)
-        for i, (scaled, x) in enumerate(zip(self.scaled, parts, strict=True)):
-            y = times(scaled, x)
-            up[:, 0] += y[:, : self.k]
-            up[:, 1 + i] = y[:, self.k :]
-        c = times_transposed(self.inverse, up.flatten(1)).view(len(g), -1, self.k).to(self.dtype)
+        up = torch.cat([times(scaled, x) for scaled, x in zip(self.scaled, parts, strict=True)], dim=-1)
+        c = times_transposed(self.core, up.double()).to(self.dtype).chunk(len(parts), dim=-1)
         out = [
-            self.unscaled(i, x) - times_transposed(scaled, torch.cat([c[:, 0], c[:, 1 + i]], dim=-1))
-            for i, (scaled, x) in enumerate(zip(self.scaled, parts, strict=True))
+            self.unscaled(i, x) - times_transposed(scaled, down)
+            for i, (scaled, x, down) in enumerate(zip(self.scaled, parts, c, strict=True))
         ]
         return torch.cat(out, dim=-1).to(g.dtype)
 
@@ -161,11 +165,30 @@ class AllTokens(Preconditioner):
         return found if x.ndim == 3 else found[:, 0]
 
 
-def _layer(rows: Float[Tensor, "b k d"], mass: Float[Tensor, "b k"], weight: float) -> Float[Tensor, "b k d"]:
-    """√(weight · mass_j) (rows_j - their mean)."""
-    mass = mass.to(rows.dtype)
-    mean = times_transposed(rows, mass) / mass.sum(-1, keepdim=True).clamp_min(_TINY32)
-    return (weight * mass).sqrt()[..., None] * (rows - mean[:, None])
+class _Layer:
+    """T = √weight (I - 1 shareᵀ): what turns rows into those of one distribution, centred and weighted."""
+
+    def __init__(self, weight: Float[Tensor, "b k"]) -> None:
+        self.root, self.share = weight.sqrt(), _unit(weight)
+
+    def times(self, x: Float[Tensor, "b k m"]) -> Float[Tensor, "b k m"]:
+        """T x."""
+        return self.root[..., None] * (x - times_transposed(x, self.share)[:, None])
+
+    def times_transposed(self, x: Float[Tensor, "b k m"]) -> Float[Tensor, "b k m"]:
+        """Tᵀ x."""
+        weighted = self.root[..., None] * x
+        return weighted - self.share[..., None] * weighted.sum(1, keepdim=True)
+
+
+def _folded(x: Float[Tensor, "b _ m"], layers: Sequence[tuple[_Layer, _Layer]]) -> Float[Tensor, "b _ m"]:
+    """Tᵀ x of all layers: rows by p and by every r_i in, rows by member out."""
+    of_p, *of_r = x.chunk(1 + len(layers), dim=1)
+    parts = [
+        joint.times_transposed(of_p) + own.times_transposed(mine)
+        for (joint, own), mine in zip(layers, of_r, strict=True)
+    ]
+    return torch.cat(parts, dim=1)
 
 
 def _unit(m: Float[Tensor, "*b M"]) -> Float[Tensor, "*b M"]:
