@@ -99,6 +99,18 @@ def trained() -> Instance:
     return torch.stack(rows).detach(), heads
 
 
+def of_text(*positions: int) -> Instance:
+    """Two bundled narrow members at positions of a held-out text where C is not empty."""
+    from softmeet import Ensemble
+    from softmeet.evaluation.held_out import held_out_books
+
+    ensemble = Ensemble.from_pretrained(["narrow/opt-a", "narrow/opt-b"])
+    hidden, _ = next(ensemble.positions(held_out_books()[0].text, 160))
+    heads = [SoftmaxHead(h.weight.detach().double()) for h in ensemble.model.heads]
+    rows = [h.log_probs(x[list(positions)].double()) for h, x in zip(heads, hidden, strict=True)]
+    return torch.stack(rows).detach(), heads
+
+
 def normed() -> Instance:
     """Heads behind a LayerNorm and an RMS norm, whose lost directions are free."""
     heads = random_heads(48, (5, 6), seed=51)
@@ -136,6 +148,8 @@ CASES: dict[str, Case] = {
     "free radial": Case(normed, True, constant=False, options={"free_radial": True}),
     "soft-capped": Case(soft_capped, None, constant=False),
     "trained": Case(trained, False),
+    "text": Case(lambda: of_text(27, 52), True),
+    "text, truncated": Case(lambda: of_text(13, 35), True, constant=False, options={"rank": 4}),
     "v = 1024": Case(large, True),
     "v = 1024, biased": Case(large_biased, True, constant=False),
     "v = 1024, infeasible": Case(large_infeasible, False),

@@ -12,7 +12,7 @@ import cvxpy as cp
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import linprog, nnls
+from scipy.optimize import linprog, minimize, nnls
 
 from softmeet.heads import as_head
 from softmeet.norms import FinalNorm
@@ -103,9 +103,31 @@ def _solved(problem: cp.Problem) -> float:
 
 
 def reverse_cross_entropy(mean: Array, G: Array, g: Array) -> float:
-    """Minimise -Σ mean log p, on the exponential cone."""
-    p = cp.Variable(len(mean), nonneg=True)
-    return _solved(cp.Problem(cp.Minimize(-cp.sum(cp.multiply(mean, cp.log(p)))), [G.T @ p == g]))
+    """Minimise -Σ mean log p, by scipy on the dual: maximise Σ mean log z over z = 1 + (G - g)λ > 0.
+
+    No p_j exceeds 1, so z_j ≥ mean_j at the optimum; below, the logarithm goes on as a parabola (Owen 2001, §3.14), and
+    nothing constrains λ.
+    """
+    A = G - g
+
+    def parts(lam: Array) -> tuple[Array, Array, Array]:
+        x = (1 + A @ lam) / mean
+        low, above = x < 1, np.maximum(x, 1)
+        return (
+            np.where(low, -1.5 + 2 * x - x**2 / 2, np.log(above)),
+            np.where(low, 2 - x, 1 / above),
+            np.where(low, 1, above**-2),
+        )
+
+    found = minimize(
+        lambda lam: -(mean @ parts(lam)[0]),
+        np.zeros(A.shape[1]),
+        jac=lambda lam: -(A.T @ parts(lam)[1]),
+        hess=lambda lam: (A * (parts(lam)[2] / mean)[:, None]).T @ A,
+        method="trust-exact",
+        options={"gtol": 1e-9, "maxiter": 5000},
+    )
+    return -float(found.fun)
 
 
 def squared_cross_entropies(log_p: Array, weights: Array, G: Array, g: Array) -> float:

@@ -111,7 +111,8 @@ def interior_point(program: Program, max_steps: int = 100) -> Interior:
         found = method.report(step)
         # Complementarity may rise by orders of magnitude while the moments come right, and has to fall from there.
         nearer = found.residual > _FEASIBLE * method.scale and found.residual < _PROGRESS * residual
-        better = nearer or found.complementarity < _PROGRESS * complementarity
+        too_large = complementarity > _COMPLEMENTARY * method.cost_scale
+        better = nearer or (too_large and found.complementarity < _PROGRESS * complementarity)
         stalled = 0 if better else stalled + 1
         residual = min(residual, found.residual)
         complementarity = found.complementarity if nearer else min(complementarity, found.complementarity)
@@ -182,9 +183,10 @@ class _Method:
             return False
         mu = self._mean_complementarity()
         affine = self._direction(solve, theta, dual, 0.0, None)
-        after = self._mean_complementarity(affine, self._longest(affine))
+        length = self._longest(affine)
+        after = self._mean_complementarity(affine, length)
         sigma = min(1.0, (after / mu) ** 3) if mu > 0 else 0.0
-        second = self._second_order(affine)
+        second = self._second_order(affine, length)
         step = self._direction(solve, theta, dual, sigma * mu, second)
         if not _finite(step):
             return False
@@ -197,10 +199,10 @@ class _Method:
         self._move(step, length)
         return True
 
-    def _second_order(self, step: _Step) -> _Products:
-        """What the products x z and (u - x) w change beyond first order along ``step``."""
-        dx, _, dz, dw = step
-        return -dx * dz, None if dw is None else dx * dw
+    def _second_order(self, step: _Step, length: tuple[float, float]) -> _Products:
+        """What the products x z and (u - x) w change beyond first order along ``step``, as far as it can be taken."""
+        (dx, _, dz, dw), share = step, min(1.0, length[0] * length[1])
+        return -share * dx * dz, None if dw is None else share * dx * dw
 
     def _direction(self, solve: Solve, theta: Tensor, dual: Tensor, mu: float, correction: _Products | None) -> _Step:
         """Newton's step towards x z = c + mu, both products corrected."""
@@ -217,8 +219,17 @@ class _Method:
             h = h - upper / self.slack
         dy = solve(self.residual - self.G.sums(theta * h))
         dx = theta * (self.G.times(dy) + h)
+        # What rounding of sums over masses of all sizes has left of the moments.
+        left = solve(self.residual - self.G.sums(dx) - self.program.softness * dy)
+        dy, dx = dy + left, dx + theta * self.G.times(left)
         dz = (lower - z * dx) / x
         dw = None if w is None or upper is None else (upper + w * dx) / self.slack
+        # Where x is nearly zero, division by it would blow the rounding of dx up, and the dual would not stay feasible.
+        curvature = self.program.curvature(x)
+        change = dual + curvature * dx - self.G.times(dy)
+        dz = torch.where(z > x * (1 + curvature), change if dw is None else change + dw, dz)
+        if dw is not None and w is not None:
+            dw = torch.where(w > self.slack * (1 + curvature), dz - change, dw)
         return dx, dy, dz, dw
 
     def _more_central(

@@ -25,7 +25,8 @@ _FEWEST = 2048
 _ROUNDS = 60
 # The share of the tokens that enter for which others leave, and how many per constraint stay.
 _LEAVING, _STAYING = 0.9, 2
-# Masses below their own reduced cost are zeros that an interior point only approaches; so much is cut in all, at most.
+# Masses below their own reduced cost are zeros that an interior point only approaches; so much is cut in all, at most,
+# of their sum and of what they bring to the multipliers' moments.
 _ZERO = 1e-9
 
 
@@ -89,8 +90,9 @@ def minimise(program: SimplexProgram, max_steps: int) -> Optimum:
         if everything or program.value(p) - program.bound(reduced, y) <= program.tol:
             break
         chosen = _more(program, chosen, reduced)
-    order = p.argsort()
-    small = torch.zeros_like(program.alive).index_copy(0, order, p[order].cumsum(0) < _ZERO)
+    moved = p * (1 + (program.cost - reduced - program.target @ y).abs())
+    order = moved.argsort()
+    small = torch.zeros_like(program.alive).index_copy(0, order, moved[order].cumsum(0) < _ZERO)
     p = p.masked_fill(small & (p < reduced - reduced[program.alive].min()), 0.0)
     return Optimum(p / p.sum(), y, steps, reduced)
 
