@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from softmeet.solvers.certificate import phi
+from softmeet.solvers.dual import bound_after
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1.2e-5), (torch.float64, 1e-9)])
@@ -17,3 +18,8 @@ def test_phi_keeps_its_digits_near_zero_and_far(dtype, bound):
         exact = (y * mpmath.log(y) if y else 0) - given
         assert abs(found - exact) <= bound * exact
     assert phi(torch.zeros(1, dtype=dtype)).item() == 0
+
+
+def test_a_bound_that_f_falls_through_is_none():
+    bound, fall = torch.tensor([0.5, 0.5, 0.5, torch.inf]), torch.tensor([0.2, 0.5001, 0.7, 0.1])
+    assert torch.allclose(bound_after(bound, fall, 1e-3), torch.tensor([0.3, 0.0, torch.inf, torch.inf]))

@@ -139,6 +139,15 @@ class DualMethod(Solver[Projection, S]):
         return after
 
 
+def bound_after(bound: Float[Tensor, " B"], fall: Float[Tensor, " B"], tol: float) -> Float[Tensor, " B"]:
+    """What is left of a bound on the gap once f has fallen; inf, no bound, where f fell by more than ``tol`` beyond it.
+
+    Rounding can spoil a bound: that of a Hessian in single precision, where one token has all the mass.
+    """
+    left = bound - fall
+    return torch.where(left < -tol, torch.inf, left.clamp_min(0))
+
+
 def look_for_a_proof(problem: Projection, before: DualState, after: DualState) -> None:
     """End rows whose point, or whose last direction, proves that the exact members have no common distribution."""
     by_point, by_direction = problem.excludes(after.z), problem.excludes(after.z - before.z)

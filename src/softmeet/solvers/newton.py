@@ -18,7 +18,7 @@ from torch import Tensor
 
 from softmeet.solvers.base import Status
 from softmeet.solvers.certificate import gap_bound, residual_slack, restricted_gap_bound
-from softmeet.solvers.dual import DualMethod, DualState, add_reads, start
+from softmeet.solvers.dual import DualMethod, DualState, add_reads, bound_after, start
 from softmeet.solvers.hessian import moments
 from softmeet.solvers.projection import Projection
 from softmeet.solvers.sweep import Swept, sweep
@@ -90,8 +90,9 @@ class DualNewton(DualMethod[NewtonState]):
             bound[near], rounding[near] = self.certify(some, before.take(near), after.take(near), full[near])
             add_reads(problem, some, near)
         certified = torch.minimum(bound, torch.where(before.certified, before.gap, torch.inf))
+        certified = bound_after(certified, fall, problem.tol)
         after.certified = certified.isfinite()
-        after.gap = torch.where(after.certified, (certified - fall).clamp_min(0), estimate) + rounding
+        after.gap = torch.where(after.certified, certified, estimate) + rounding
         reached = after.certified & (after.gap <= problem.tol)
         stalled = (fall <= 0) & ~reached & ~given
         after.done = reached | stalled

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from softmeet.solvers.base import Status
-from softmeet.solvers.dual import DualMethod, DualState, add_reads, start
+from softmeet.solvers.dual import DualMethod, DualState, add_reads, bound_after, start
 from softmeet.solvers.gathered import gathered_bytes
 from softmeet.solvers.look import Found, look
 from softmeet.solvers.memory import Memory
@@ -92,7 +92,7 @@ class SubsampledNewton(DualMethod[SubsampledState]):
         rounding = problem.rounding(after.log_p.exp(), after.log_r.exp(), after.z, after.nu)
         found = self._look(problem, after, problem.tol - rounding)
         after.direction = found.direction
-        known = torch.where(before.certified, (before.gap - fall).clamp_min(0), torch.inf)
+        known = bound_after(torch.where(before.certified, before.gap, torch.inf), fall, problem.tol)
         certified = torch.minimum(found.bound + rounding, known)
         after.certified = certified.isfinite()
         after.gap = torch.where(after.certified, certified, found.estimate + rounding)
