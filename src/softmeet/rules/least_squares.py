@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from softmeet.rules.exact import Bounds, Choice, ExactRule
@@ -46,8 +46,10 @@ class LeastSquares(ExactRule):
         T = _metric(row)
         columns = row.tokens if T is None else Mapped(row.tokens, T)
         target = row.target if T is None else row.target @ T
-        found = _finished(row, columns, target, nearest(row, columns, target))
-        p, steps = _most_entropy(row, columns, found)
+        found = nearest(row, columns, target)
+        face = _face(row, found)
+        found = _finished(row, columns, target, found)
+        p, steps = _most_entropy(row, columns, found, face | (found.p > 0))
         return Choice(p, torch.zeros_like(row.target), found.steps + steps)
 
     def bounds(self, row: Row, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
@@ -87,8 +89,7 @@ def _finished(row: Row, columns: Columns, target: Float[Tensor, " k"], found: Op
     min ‖Σ u_j (g_j - g)‖² + (Σu - 1)² is least at a multiple of the answer, and tokens that would turn negative leave
     (Lawson and Hanson 1974).
     """
-    # Strict complementarity tells what is positive from what is only on its way to zero.
-    ids = (found.p > (found.reduced - found.reduced[row.alive].min())).nonzero().squeeze(-1)
+    ids = _positive(row, found).nonzero().squeeze(-1)
     u = found.p[ids]
     for _ in range(_REPAIRS):
         system = columns.rows(ids).T - target[:, None]
@@ -112,11 +113,22 @@ def _gap(row: Row, columns: Columns, target: Float[Tensor, " k"], p: Float[Tenso
     return 2 * float((p * scores).sum() - scores[row.alive].min())
 
 
-def _most_entropy(row: Row, columns: Columns, found: Optimum) -> tuple[Float[Tensor, " v"], int]:
+def _positive(row: Row, found: Optimum) -> Bool[Tensor, " v"]:
+    """The tokens whose masses are positive, not on their way to zero: by strict complementarity."""
+    return found.p > found.reduced - found.reduced[row.alive].min()
+
+
+def _face(row: Row, found: Optimum) -> Bool[Tensor, " v"]:
+    """The tokens that nearest points may use: all, where members with one column space disagree."""
+    reduced = found.reduced[row.alive]
+    close = found.reduced - reduced.min() <= _FACE * (reduced.max() - reduced.min())
+    return row.alive & (close | _positive(row, found))
+
+
+def _most_entropy(
+    row: Row, columns: Columns, found: Optimum, face: Bool[Tensor, " v"]
+) -> tuple[Float[Tensor, " v"], int]:
     """The I-projection of the pool onto the nearest points: those on the exposed face with the same moments."""
-    reduced = torch.where(row.alive, found.reduced, torch.inf)
-    least, spread = reduced.min(), found.reduced[row.alive].max() - reduced.min()
-    face = (reduced - least <= _FACE * spread) | (found.p > 0)
     ids = face.nonzero().squeeze(-1)
     rank = len(ids) if len(ids) <= 1 else int(torch.linalg.matrix_rank(columns.rows(ids), rtol=1e-9))
     if rank == len(ids):
