@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from exact_instances import CASES, biased, normed
+from exact_instances import CASES, biased, boundary, normed
 from instances import INSTANCES, best_outputs, outputs, random_heads, zipf
 
 import softmeet
@@ -40,6 +40,59 @@ def test_a_degenerate_program_says_why_and_answers_with_the_largest_entropy(rule
     assert torch.allclose(vertex.objective, solution.objective, atol=1e-7)
     assert (vertex.verify(heads, log_p).status == Status.DEGENERATE).all()
     assert softmeet.combine(*biased(), rule, **OPTIONS).remark == ""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rule", PROGRAMS)
+def test_few_digits_do_not_make_a_program_choose(rule, dtype):
+    """What rounding makes of a constant objective is not one to minimise."""
+    heads = random_heads(256, (12, 16), seed=2)
+    log_p = best_outputs(heads, zipf(2, 256, seed=4)).to(dtype)
+    solution = softmeet.combine(log_p, heads, rule, tol=1e-7)
+    assert (solution.status == Status.DEGENERATE).all()
+    assert not solution.log_probs.isneginf().any()
+    assert (solution.verify(heads, log_p).status == Status.DEGENERATE).all()
+    log_p, heads = biased()
+    assert (softmeet.combine(log_p.to(dtype), heads, rule).status == Status.OPTIMAL).all()
+
+
+@pytest.mark.parametrize("rule", PROGRAMS)
+def test_a_vertex_on_the_boundary_is_one(rule):
+    log_p, heads = boundary()
+    solution = softmeet.combine(log_p, heads, rule, vertex=True, **OPTIONS)
+    assert (solution.status == Status.DEGENERATE).all()
+    assert ((solution.log_probs > -math.inf).sum(-1) <= 1 + 3).all()
+
+
+def test_empirical_likelihood_without_a_finite_value():
+    """Every feasible point has zeros where the members have none: the answer is the I-projection of the pool."""
+    log_p, heads = boundary()
+    solution = softmeet.combine(log_p, heads, "min-reverse-cross-entropy", **OPTIONS)
+    assert (solution.status == Status.NOT_CONVERGED).all()
+    exact = softmeet.combine(log_p, heads, "min-cross-entropy", **OPTIONS)
+    assert total_variation(solution.log_probs, exact.log_probs).max() < 1e-6
+    assert (solution.verify(heads, log_p).status == Status.NOT_CONVERGED).all()
+
+
+def test_the_nearest_point_of_largest_entropy_where_heads_share_directions():
+    """Excesses cancel, so that every token is on the face: the nearest moments are the mean of the members'."""
+    (W,) = random_heads(64, (6,), seed=0)
+    for seed in range(6):
+        log_p = outputs([W, W], 2, seed=seed, sharpness=0.5)
+        solution = softmeet.combine(log_p, [W, W], "least-squares", **OPTIONS)
+        assert (solution.status == Status.OPTIMAL).all()
+        best = best_outputs([W], log_p.exp().mean(0))[0]
+        assert total_variation(solution.log_probs, best).max() < 1e-6
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_underestimation_where_moments_leave_one_point(seed):
+    """Sharp truths: no mass is at its bound but one."""
+    heads = random_heads(24, (15, 15), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    truth = (6 * torch.randn(2, 24, generator=generator, dtype=torch.float64)).softmax(-1)
+    solution = softmeet.combine(best_outputs(heads, truth), heads, "min-underestimation")
+    assert total_variation(solution.log_probs, truth.log()).max() < 1e-6
 
 
 @pytest.mark.parametrize("rule", EXACT)

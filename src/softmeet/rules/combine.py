@@ -114,6 +114,7 @@ def combine(
         options=validate.checked_options(rank=rank, free_radial=free_radial, metric=metric, slack=slack, vertex=vertex),
         free=validate.free_directions(found, log_p, logits, hidden, log_probs.shape) if free_radial else (),
         start=None if start is None else start.as_start(found, log_p),
+        precision=torch.finfo(log_probs.dtype).eps,
     )
     answer, closed, seconds = gated(chosen, problem, find_gate(gate))
     relaxed = on_infeasible.as_fallback(problem) if isinstance(on_infeasible, Solution) else None

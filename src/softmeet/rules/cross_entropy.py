@@ -8,9 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from softmeet.rules.exact import Choice, ExactRule
+from softmeet.rules.exact import Bounds, Choice, ExactRule, moments_hold
 from softmeet.rules.problem import Problem
 from softmeet.rules.row import Row
+from softmeet.solvers.base import Status
 from softmeet.solvers.columns import Tokens, mapped
 from softmeet.solvers.program import Optimum, SimplexProgram, minimise
 from softmeet.solvers.vertex import vertex
@@ -67,10 +68,16 @@ class CrossEntropyRule(ExactRule):
             y = multipliers(row, found.y)
             # On the boundary of the simplex the objective may be constant though no multipliers prove it.
             constant = most - self.bounds(row, found.p, y).least <= row.problem.tol and not row.unique
-            kept = member if constant and not row.problem.options.vertex else found.p
-            return Choice(kept, y, found.steps, most, constant)
-        p = vertex(row.system[0], member) if row.problem.options.vertex else member
+            return Choice(_kept(row, member) if constant else found.p, y, found.steps, most, constant)
+        p = _kept(row, member)
         return Choice(p, row.fit(self.gradient(row, p)), 0)
+
+    def status(self, row: Row, p: Float[Tensor, " v"], found: Bounds) -> Status:
+        """DEGENERATE also where the gap is that of log-probabilities given with few digits."""
+        status = super().status(row, p, found)
+        if status == Status.DEGENERATE or not self.constrained(row.problem) or row.unique:
+            return status
+        return Status.DEGENERATE if moments_hold(row, p) and self.is_constant(row) else status
 
     def off(self, row: Row, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> tuple[float, float]:
         """(what p pays for its slack, what the multipliers y gain from slack at most)."""
@@ -79,6 +86,11 @@ class CrossEntropyRule(ExactRule):
             return 0.0, 0.0
         r, moments = row.excess(p)[:-1], y[: len(row.target) - 1]
         return float(r.square().sum()) / (2 * tau), float(tau / 2 * moments.square().sum())
+
+
+def _kept(row: Row, member: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
+    """What a program that chooses nothing is answered by."""
+    return vertex(row.system[0], member) if row.problem.options.vertex else member
 
 
 def program(

@@ -39,8 +39,8 @@ class Bounds:
 
     @property
     def gap(self) -> float:
-        """How far p can be from optimal."""
-        return max(self.value - self.least, 0.0)
+        """How far p can be from optimal; a value below the bound is that of a p whose moments are off."""
+        return abs(self.value - self.least)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +80,7 @@ class ExactRule(Rule):
 
     def status(self, row: Row, p: Float[Tensor, " v"], found: Bounds) -> Status:
         """OPTIMAL where the gap is within ``tol`` and the moments hold; DEGENERATE where nothing was chosen."""
-        exact = not self.constrained(row.problem) or float(row.excess(p).norm()) <= MOMENT_TOLERANCE
+        exact = not self.constrained(row.problem) or moments_hold(row, p)
         if not exact or not found.gap <= row.problem.tol:
             return Status.NOT_CONVERGED
         nothing_chosen = found.most - found.least <= row.problem.tol and not row.unique
@@ -123,6 +123,11 @@ class ExactRule(Rule):
         return torch.zeros_like(row.target)
 
 
+def moments_hold(row: Row, p: Float[Tensor, " v"]) -> bool:
+    """Whether p has the members' moments."""
+    return float(row.excess(p).norm()) <= MOMENT_TOLERANCE
+
+
 def divergences(p: Float[Tensor, " v"], row: Row) -> Float[Tensor, " n"]:
     """KL(p‖p̂_i)."""
     terms = torch.where(p > 0, p * (p.log() - row.log_p), 0.0)
@@ -156,5 +161,5 @@ def members_of_c(problem: Problem, exactness: float = _EXACT) -> Answer:
 def _settle(answer: Answer, k: int, row: Row) -> None:
     p, steps = entropic(row, row.alive, row.log_q.exp(), row.target)
     answer.steps[k] += steps
-    if float(row.excess(p).norm()) <= MOMENT_TOLERANCE:
+    if moments_hold(row, p):
         answer.log_probs[k], answer.status[k] = p.log(), Status.OPTIMAL

@@ -33,7 +33,7 @@ class MinCrossEntropy(CrossEntropyRule):
         """By the best fit of the cost by moments."""
         cost = self.gradient(row, row.log_q)
         low, high = row.range_of(cost, row.fit(cost))
-        return high - low <= row.problem.tol
+        return high - low <= row.indistinct
 
     def optimum(self, row: Row, member: Float[Tensor, " v"] | None) -> Optimum:
         """The linear program."""

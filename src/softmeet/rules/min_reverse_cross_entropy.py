@@ -7,9 +7,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from softmeet.rules.exact import Bounds, Choice, ExactRule, members_of_c
-from softmeet.rules.points import MOMENT_TOLERANCE
 from softmeet.rules.row import Row
 from softmeet.simplex import log_normalize
+from softmeet.solvers.base import Status
 from softmeet.solvers.columns import Chosen
 from softmeet.solvers.interior import Program, interior_point
 
@@ -39,7 +39,7 @@ class MinReverseCrossEntropy(ExactRule):
         found = interior_point(program, row.problem.max_steps)
         p = torch.zeros_like(row.log_q).index_copy(0, ids, found.x)
         p, y = p / p.sum(), row.joint @ found.y / (target @ found.y)
-        if member is not None and float(row.excess(p).norm()) > MOMENT_TOLERANCE:
+        if member is not None and self.status(row, p, self.bounds(row, p, y)) == Status.NOT_CONVERGED:
             projected = members_of_c(row.problem)
             return Choice(projected.log_probs[0].exp(), y, found.steps + int(projected.steps[0]))
         return Choice(p, y, found.steps)

@@ -45,7 +45,7 @@ class MinSquaredCrossEntropy(CrossEntropyRule):
     def is_constant(self, row: Row) -> bool:
         """If every log p̂_i is a combination of moments."""
         least, most = self._ends(row)
-        return most - least <= row.problem.tol
+        return most - least <= row.problem.tol or all(high - low <= row.indistinct for low, high in self._ranges(row))
 
     def optimum(self, row: Row, member: Float[Tensor, " v"] | None) -> Optimum:
         """The quadratic program, with one soft column √w_i log p̂_i per member."""

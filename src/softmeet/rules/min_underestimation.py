@@ -49,7 +49,7 @@ class MinUnderestimation(ExactRule):
         x = torch.zeros_like(floor).index_copy(0, ids, found.x[:-1])
         x = _basic(row, x, torch.zeros_like(floor).index_copy(0, ids, upper))
         y = row.joint @ found.y / (target @ found.y)
-        steps, p = found.steps, x / x.sum()
+        steps, p = found.steps, x / x.sum() if member is None or not row.unique else member
         limit = torch.zeros_like(floor).index_copy(0, ids, upper) / x.sum()
         between = row.alive & (x / x.sum() > _AT_BOUND * limit) & (p < (1 - _AT_BOUND) * limit)
         if _several(row, between):
@@ -75,6 +75,8 @@ def _basic(row: Row, x: Float[Tensor, " v"], upper: Float[Tensor, " v"]) -> Floa
     inside = torch.where(row.alive, torch.minimum(x, upper - x) / upper, 0.0)
     free = inside.topk(min(len(target) - 1, int(row.alive.sum()))).indices
     found = torch.where(x > upper / 2, upper, 0.0).index_fill(0, free, 0.0)
+    if not found.any():
+        return x  # without a mass that is fixed the moments say nothing about the sum
     G = (columns.rows(free) - target)[:, :-1]
     missing = (found.sum() * target - columns.sums(found))[:-1]
     masses = torch.linalg.lstsq(G.T, missing[:, None], driver="gelsd").solution.squeeze(-1)

@@ -102,6 +102,7 @@ class Problem:
         options: see :class:`Options`.
         free: per member, directions of its hidden state that carry no constraint, (B, k_i, d_i); empty for none.
         start: where the search for an I-projection begins; at the pool if None.
+        precision: the unit round-off of the log-probabilities as they were given.
     """
 
     log_p: Float[Tensor, "n B v"]
@@ -117,6 +118,7 @@ class Problem:
     options: Options = Options()
     free: tuple[Float[Tensor, "B _ _"], ...] = ()
     start: Start | None = None
+    precision: float = torch.finfo(torch.float64).eps
 
     def take(self, rows: Int[Tensor, " k"]) -> Problem:
         """Some rows of the batch."""

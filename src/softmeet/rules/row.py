@@ -64,6 +64,11 @@ class Row:
         return shared if self.problem.support is None else shared & self.problem.support
 
     @cached_property
+    def indistinct(self) -> float:
+        """Nats: the larger of ``tol`` and of what rounding of the log-probabilities as given may make of a constant."""
+        return max(self.problem.tol, 2 * self.problem.precision * float(-self.log_p[:, self.alive].min()))
+
+    @cached_property
     def ones(self) -> Float[Tensor, "v 1"]:
         """The column that keeps the sum."""
         return torch.ones_like(self.log_q)[:, None]

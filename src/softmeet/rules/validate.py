@@ -279,4 +279,5 @@ def restate(
         dtype=problem.dtype,
         options=problem.options,
         free=free_directions(found, log_p, logits, hidden, log_probs.shape) if problem.options.free_radial else (),
+        precision=problem.precision,
     )

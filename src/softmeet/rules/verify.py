@@ -5,6 +5,7 @@ The stored dual point is only a claim; everything is recomputed from it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -15,11 +16,11 @@ from softmeet.heads import WhitenedHead
 from softmeet.rules.base import Answer
 from softmeet.rules.exact import ExactRule
 from softmeet.rules.meet import MaxEntropy, Meet
-from softmeet.rules.points import MOMENT_TOLERANCE, proves_empty
+from softmeet.rules.points import MOMENT_TOLERANCE, polished, proves_empty
 from softmeet.rules.problem import Problem, finite_trust
 from softmeet.rules.registry import find_rule
 from softmeet.rules.row import Row, may_be_unique
-from softmeet.simplex import total_variation
+from softmeet.simplex import kl, total_variation
 from softmeet.solvers.base import Status
 from softmeet.solvers.certificate import restricted_gap_bound
 
@@ -118,8 +119,21 @@ def _dual_point(
     p, r = projection.pooled(z).exp(), projection.corrected(z).exp()
     parts = zip(projection.alpha, projection.heads, range(len(used)), strict=True)
     gradient = torch.cat([alpha * h.moments(p - r[:, i])[0][0] for alpha, h, i in parts])
-    bounds = [restricted_gap_bound(projection, 0, p[0], r[0], gradient), float(projection.pool_gap()[0])]
-    return min(bounds) if not any(d[k].any() for d in answer.dual) else bounds[0], projection.pooled(z)[0]
+    log_p, bounds = projection.pooled(z)[0], [restricted_gap_bound(projection, 0, p[0], r[0], gradient)]
+    if not any(d[k].any() for d in answer.dual):
+        bounds.append(float(projection.pool_gap()[0]))
+    if all(math.isinf(rho) for rho in trust):
+        bounds.append(_exact_gap(Row(problem), log_p, tuple(d[k] for d in answer.dual)))
+    return min(bounds), log_p
+
+
+def _exact_gap(row: Row, log_p: Float[Tensor, " v"], dual: tuple[Float[Tensor, " _"], ...]) -> float:
+    """KL(p̃‖p), the gap by the feasible p̃ nearest to p; what is left of p̃'s excess counts at the dual point's price.
+
+    Where nearly all mass is on a few tokens, none but tiny masses can repair moments, and this still finds a bound.
+    """
+    repaired = polished(row, log_p.exp())
+    return float(kl(repaired.log(), log_p)) + float(row.excess(repaired).norm() * row.whitened(dual).norm())
 
 
 def _scores(head: WhitenedHead, lam: Float[Tensor, " d"]) -> Float[Tensor, " v"]:
