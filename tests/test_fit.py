@@ -25,6 +25,7 @@ from softmeet.evaluation.parameters import Layout, Values
 from softmeet.evaluation.positions import observe_text
 from softmeet.evaluation.save import save, verdict
 from softmeet.evaluation.splits import PARTS, split
+from softmeet.evaluation.trace import record
 from softmeet.scaling.local import LocalEngine
 
 LETTERS = "the quick brown fox jumps over a lazy dog and then it rains in spain"
@@ -263,3 +264,19 @@ def test_a_missing_package_is_named_at_once(command, folders, tmp_path, monkeypa
     result = CliRunner().invoke(app, [*command, "-m", str(folders[0]), "-t", str(tmp_path / "none")])
     assert isinstance(result.exception, InvalidInputError)
     assert "needs psutil and scipy: pip install 'softmeet[eval]'" in str(result.exception)
+
+
+@pytest.mark.parametrize("command", [["fit", "--out", "out"], ["evaluate"]])
+def test_pieces_of_a_damaged_trace_are_not_those_of_the_whole(command, ensemble, tmp_path, monkeypatch):
+    def stop(self, name, found):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Kept, "_write", stop)
+    made = record(ensemble, documents(), "t", shard_size=120)
+    whole, again = made.shard(1).read_bytes(), [*command, "--trace", "t", "--resume", "kept"]
+    made.shard(1).write_bytes(whole[: len(whole) // 2])
+    assert CliRunner().invoke(app, again).exit_code == 130
+    made.shard(1).write_bytes(whole)
+    with pytest.raises(InvalidInputError, match=r"shards left out: \[1\] there, None here\): choose another folder"):
+        CliRunner().invoke(app, again, catch_exceptions=False)

@@ -19,7 +19,6 @@ from softmeet.errors import InvalidInputError
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
     from softmeet.evaluation.positions import Positions
-    from softmeet.scaling.base import Engine
 
 Json = Annotated[Path | None, typer.Option("--json", help="Write the figures here as JSON; - for stdout.")]
 Traced = Annotated[Path | None, typer.Option("--trace", help="A trace, in place of --text.")]
@@ -96,20 +95,20 @@ def evaluate(
         "choices": [asdict(choice) for choice in choices],
         "ensemble": ensemble.model.config.combine_arguments(),
     }
-    kept = Kept(resume, identified(ensemble, found, trace, threads, max_tokens=max_tokens, **read) | settings)
+    positions, pinned = identified(ensemble, found, trace, threads, max_tokens=max_tokens, **read)
+    kept = Kept(resume, pinned | settings)
     with (
         texts.stoppable(after(resume)),
         engines.engine(engine, ensemble, workers, threads, ray_address, gpus) as running,
         texts.progress() as begin,
     ):
         where: dict[str, Any] = {"engine": running, "kept": kept}
-        if found is None:
-            positions = positions_of(ensemble, trace, None, begin, running, max_tokens=max_tokens, **read)
+        if positions is not None:
             advance = begin("evaluating", 0, len(positions))
             made = evaluate_positions(ensemble, positions, choices, **where, on_progress=advance)
         else:
             made = evaluate_text(
-                ensemble, found, choices, **where, max_tokens=max_tokens, **read,
+                ensemble, found or [], choices, **where, max_tokens=max_tokens, **read,
                 begin=lambda total: begin("evaluating", 0, total),
             )  # fmt: skip
         facts = summary(made)
@@ -122,17 +121,32 @@ def evaluate(
         show(facts)
 
 
-def identified(ensemble: Ensemble, documents: Any, trace: Path | None, threads: int, **read: Any) -> dict[str, Any]:
-    """What the figures of a command depend on, but for its own settings."""
-    from softmeet.evaluation.identity import identity
-    from softmeet.evaluation.trace import Trace
+def identified(
+    ensemble: Ensemble, documents: Any, trace: Path | None, threads: int, *, max_tokens: int | None, **read: Any
+) -> tuple[Positions | None, dict[str, Any]]:
+    """The positions of a trace, if there is one, and what a command's figures depend on, but for its own settings.
 
+    Raises:
+        InvalidInputError: the trace is of other members or damaged.
+    """
+    from softmeet.evaluation.identity import identity
+
+    pinned = {**identity(ensemble), "threads": threads, "max_tokens": max_tokens, **read}
     if trace is None:
         text = "".join(f"{document.name}\0{document.text}\0" for document in documents)
-        source = hashlib.sha256(text.encode()).hexdigest()
-    else:
-        source = Trace.open(trace).key
-    return {**identity(ensemble), "source": source, "threads": threads, **read}
+        return None, {**pinned, "source": hashlib.sha256(text.encode()).hexdigest()}
+    from softmeet.evaluation.trace import Trace
+
+    if set(read.values()) - {None, False}:
+        raise InvalidInputError(
+            "a trace has its windows: --window, --stride, --bos and --max-per-document go with --text"
+        )
+    opened = Trace.open(trace)
+    opened.require(ensemble)
+    positions, left_out = opened.read_whole(texts.say)
+    # Pieces are numbered over the positions that were read.
+    damaged = {"shards left out": left_out} if left_out else {}
+    return positions.take(slice(max_tokens)), {**pinned, "source": opened.key, **damaged}
 
 
 def after(resume: Path | None) -> str:
@@ -140,37 +154,6 @@ def after(resume: Path | None) -> str:
     if resume is None:
         return "nothing is kept; softmeet trace keeps what it has done, and so does --resume FOLDER"
     return f"finished pieces stay in {resume}; the same command goes on from there"
-
-
-def positions_of(
-    ensemble: Ensemble,
-    trace: Path | None,
-    documents: Any,
-    begin: Any,
-    running: Engine,
-    *,
-    max_tokens: int | None,
-    **read: Any,
-) -> Positions:
-    """What a trace holds, or what the members make of the documents now.
-
-    Raises:
-        InvalidInputError: the trace is of other members or damaged, or the text is too short.
-    """
-    if trace is not None:
-        from softmeet.evaluation.trace import Trace
-
-        if set(read.values()) - {None, False}:
-            raise InvalidInputError(
-                "a trace has its windows: --window, --stride, --bos and --max-per-document go with --text"
-            )
-        opened = Trace.open(trace)
-        opened.require(ensemble)
-        return opened.read(texts.say).take(slice(max_tokens))
-    from softmeet.evaluation.positions import observe_text
-
-    advance = begin("running the members", 0, None)
-    return observe_text(ensemble, documents, max_tokens=max_tokens, engine=running, on_progress=advance, **read)
 
 
 def write(facts: dict[str, Any], to: Path | None) -> None:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from softmeet.cli import engines, options, texts
 from softmeet.cli.config import Config
-from softmeet.cli.evaluate import Json, Traced, after, identified, positions_of, write
+from softmeet.cli.evaluate import Json, Traced, after, identified, write
 
 
 def fit(
@@ -77,23 +77,29 @@ def fit(
     from softmeet.evaluation.fit import Options
     from softmeet.evaluation.fit import fit as learn
     from softmeet.evaluation.kept import Kept
+    from softmeet.evaluation.positions import observe_text
     from softmeet.evaluation.save import save, verdict
 
-    read = {"window": window, "stride": stride, "bos": bos, "max_per_document": max_per_document}
+    read: dict[str, Any] = {"window": window, "stride": stride, "bos": bos, "max_per_document": max_per_document}
     given = Options(
         free_weights, bands, meet_positions=meet_tokens, premise_positions=premise_tokens, evaluations=evaluations,
         batch=batch, select_positions=select_tokens, judge_positions=judge_tokens,
     )  # fmt: skip
     # What is kept for other bands is of use for these.
     settings = {name: value for name, value in asdict(given).items() if name != "bands"}
-    kept = Kept(resume, identified(ensemble, found, trace, threads, max_tokens=max_tokens, **read) | settings)
+    positions, pinned = identified(ensemble, found, trace, threads, max_tokens=max_tokens, **read)
+    kept = Kept(resume, pinned | settings)
     ensemble.model.banded_heads(bands)  # made here, so that workers share them
     with (
         texts.stoppable(after(resume)),
         engines.engine(engine, ensemble, workers, threads, ray_address, gpus) as running,
         texts.progress() as begin,
     ):
-        positions = positions_of(ensemble, trace, found, begin, running, max_tokens=max_tokens, **read)
+        if positions is None:
+            advance = begin("running the members", 0, None)
+            positions = observe_text(
+                ensemble, found or [], max_tokens=max_tokens, engine=running, on_progress=advance, **read
+            )
         fitted = learn(ensemble, positions, given, begin, engine=running, kept=kept)
     facts = save(ensemble, fitted, out)
     write(facts, as_json)

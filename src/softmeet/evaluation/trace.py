@@ -104,17 +104,23 @@ class Trace:
         Raises:
             TraceError: no shard is whole.
         """
-        tell = on_damage or (lambda sentence: warnings.warn(sentence, stacklevel=3))
+        return self.read_whole(on_damage or (lambda sentence: warnings.warn(sentence, stacklevel=4)))[0]
+
+    def read_whole(self, on_damage: Callable[[str], None]) -> tuple[Positions, list[int]]:
+        """The same, and which shards are left out."""
         names = [document["name"] for document in self.facts["documents"]]
-        parts = []
+        parts, left_out = [], []
         for k, size in enumerate(self.facts["shards"]):
             try:
                 parts.append(read_shard(self.shard(k), self.key, names))
             except TraceError as error:
-                tell(f"{error}: its {size:,} positions are left out; softmeet trace, run as before, makes it again")
+                left_out.append(k)
+                on_damage(
+                    f"{error}: its {size:,} positions are left out; softmeet trace, run as before, makes it again"
+                )
         if not parts:
             raise TraceError(f"no shard of {self.folder} is whole: run softmeet trace as before")
-        return join(parts, names)
+        return join(parts, names), left_out
 
     def float16_error(self) -> dict[str, float] | None:
         """The largest and the mean error of a target's log-probability under any member, nats; None for fp32."""
