@@ -10,6 +10,7 @@ import signal
 import time
 import warnings
 
+import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
@@ -153,7 +154,21 @@ def test_ctrl_c_keeps_whole_shards(ensemble, tmp_path):
     assert begun[0][0] == 16
 
 
-@pytest.mark.parametrize("harm", ["truncated", "flipped", "missing", "foreign"])
+def swapped(data, path):
+    """With the footer's entry for targets pointing at the pages of bytes, whose checksums hold."""
+    target, sizes = (pq.ParquetFile(path).metadata.row_group(0).column(k).data_page_offset for k in (1, 2))
+    return data.replace(varint(target), varint(sizes))
+
+
+def varint(offset):
+    """As Thrift writes it, zigzag."""
+    n, out = offset << 1, b""
+    while n >= 0x80:
+        out, n = out + bytes([n & 0x7F | 0x80]), n >> 7
+    return out + bytes([n])
+
+
+@pytest.mark.parametrize("harm", ["truncated", "flipped", "missing", "foreign", "a name", "a column", "an offset"])
 def test_a_damaged_shard_is_named_and_the_rest_kept(ensemble, tmp_path, harm):
     made = record(ensemble, DOCUMENTS, tmp_path / "t", window=8, shard_size=100)
     whole, path = made.read(), made.shard(1)
@@ -165,6 +180,12 @@ def test_a_damaged_shard_is_named_and_the_rest_kept(ensemble, tmp_path, harm):
         path.write_bytes(data)
     elif harm == "missing":
         path.unlink()
+    elif harm == "a name":
+        path.write_bytes(data.replace(b"hidden_0", b"hidden_8"))
+    elif harm == "a column":
+        path.write_bytes(data.replace(b"document", b"documenu"))
+    elif harm == "an offset":
+        path.write_bytes(swapped(data, path))
     else:
         other = record(ensemble, DOCUMENTS, tmp_path / "u", window=16, shard_size=100)
         path.write_bytes(other.shard(1).read_bytes())

@@ -1,16 +1,18 @@
 """One shard of a trace: a Parquet file that appears under its name when it is whole, and not before.
 
 Columns are ``document``, ``target`` and ``bytes`` (int32), and for member i ``hidden_i``, a list of d_i floats. Pages
-carry checksums, and the file's metadata the identity of its trace.
+carry checksums, and the file's metadata the identity of its trace and a hash of all columns, since no checksum of
+Parquet's covers the footer that says where they are.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from softmeet.errors import TraceError
 from softmeet.evaluation.files import write_atomically
@@ -22,7 +24,8 @@ try:
 except ImportError as error:  # pragma: no cover - the extra is installed where tests run
     raise ImportError("traces are kept in Parquet files: pip install 'softmeet[eval]'") from error
 
-_KEY = b"softmeet"
+_KEY, _HASH = b"softmeet", b"softmeet-sha256"
+_TYPES = {torch.float32: pa.float32(), torch.float16: pa.float16()}
 
 
 def write_shard(path: Path, positions: Positions, dtype: torch.dtype, key: str) -> None:
@@ -37,14 +40,13 @@ def write_shard(path: Path, positions: Positions, dtype: torch.dtype, key: str) 
     Raises:
         TraceError: the disk is full.
     """
-    columns: dict[str, Any] = {
-        name: pa.array(x.to(torch.int32).cpu().numpy())
-        for name, x in (("document", positions.document), ("target", positions.targets), ("bytes", positions.sizes))
-    }
-    for i, hidden in enumerate(positions.hidden):
+    of_text = (positions.document, positions.targets, positions.sizes)
+    columns = [pa.array(x.to(torch.int32).cpu().numpy()) for x in of_text]
+    for hidden in positions.hidden:
         flat = pa.array(hidden.to(dtype).cpu().contiguous().flatten().numpy())
-        columns[f"hidden_{i}"] = pa.FixedSizeListArray.from_arrays(flat, hidden.shape[1])
-    table = pa.table(columns).replace_schema_metadata({_KEY: key.encode()})
+        columns.append(pa.FixedSizeListArray.from_arrays(flat, hidden.shape[1]))
+    table = pa.table(columns, schema=_schema([hidden.shape[1] for hidden in positions.hidden], dtype))
+    table = table.replace_schema_metadata({_KEY: key.encode(), _HASH: _hash(table)})
     # Floats of a hidden state neither repeat nor compress: plain pages are read fastest.
     write_atomically(
         path,
@@ -54,8 +56,18 @@ def write_shard(path: Path, positions: Positions, dtype: torch.dtype, key: str) 
     )
 
 
-def read_shard(path: Path, key: str, names: list[str]) -> Positions:
+def read_shard(
+    path: Path, key: str, names: list[str], count: int, widths: Sequence[int], dtype: torch.dtype
+) -> Positions:
     """What :func:`write_shard` wrote, hidden states in fp32.
+
+    Args:
+        path: of the file.
+        key: the identity of the trace.
+        names: of the documents.
+        count: of its positions.
+        widths: of the members' hidden states, d_i.
+        dtype: of the hidden states on disk.
 
     Raises:
         TraceError: the file is missing, damaged or of another trace.
@@ -64,21 +76,36 @@ def read_shard(path: Path, key: str, names: list[str]) -> Positions:
         raise TraceError(f"{path} is missing")
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            if (file.schema_arrow.metadata or {}).get(_KEY) != key.encode():
-                raise TraceError(f"{path} is of another trace")
-            table = file.read()
-    except (pa.ArrowException, OSError, ValueError) as error:
-        if isinstance(error, TraceError):
-            raise
-        raise TraceError(f"{path} is damaged ({str(error).splitlines()[0]})") from error
-    hidden: list[Tensor] = []
-    while f"hidden_{len(hidden)}" in table.column_names:
-        column = table.column(f"hidden_{len(hidden)}").combine_chunks()
-        flat = torch.tensor(column.flatten().to_numpy(zero_copy_only=False))
-        hidden.append(flat.view(table.num_rows, -1).float())
-    targets, document, sizes = (_integers(table, name) for name in ("target", "document", "bytes"))
-    return Positions(hidden, targets, document, sizes, names)
+            metadata, table = file.schema_arrow.metadata or {}, file.read()
+    except Exception as error:  # a damaged footer makes pyarrow raise anything
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise TraceError(f"{path} is damaged ({reason})") from error
+    if metadata.get(_KEY) != key.encode():
+        raise TraceError(f"{path} is of another trace")
+    if table.schema != _schema(widths, dtype) or len(table) != count:
+        raise TraceError(f"{path} is damaged (its columns are not those of its trace)")
+    if metadata.get(_HASH, (found := _hash(table))) != found:
+        raise TraceError(f"{path} is damaged (its columns do not have their hash)")
+    document, targets, sizes, *hidden = (torch.tensor(column) for column in _columns(table))
+    hidden = [flat.view(count, -1).float() for flat in hidden]
+    return Positions(hidden, targets.long(), document.long(), sizes.long(), names)
 
 
-def _integers(table: Any, name: str) -> Tensor:
-    return torch.tensor(table.column(name).to_numpy()).long()
+def _schema(widths: Sequence[int], dtype: torch.dtype) -> Any:
+    of_text = [(name, pa.int32()) for name in ("document", "target", "bytes")]
+    return pa.schema(of_text + [(f"hidden_{i}", pa.list_(_TYPES[dtype], d)) for i, d in enumerate(widths)])
+
+
+def _columns(table: Any) -> list[Any]:
+    """As NumPy arrays, flat."""
+    columns = [column.combine_chunks() for column in table.columns]
+    flat = [column.flatten() if pa.types.is_fixed_size_list(column.type) else column for column in columns]
+    return [column.to_numpy(zero_copy_only=False) for column in flat]
+
+
+def _hash(table: Any) -> bytes:
+    """SHA-256 of all numbers."""
+    digest = hashlib.sha256()
+    for column in _columns(table):
+        digest.update(column)
+    return digest.hexdigest().encode()

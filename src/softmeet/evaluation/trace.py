@@ -112,7 +112,7 @@ class Trace:
         parts, left_out = [], []
         for k, size in enumerate(self.facts["shards"]):
             try:
-                parts.append(read_shard(self.shard(k), self.key, names))
+                parts.append(self._read(k, names))
             except TraceError as error:
                 left_out.append(k)
                 on_damage(
@@ -121,6 +121,11 @@ class Trace:
         if not parts:
             raise TraceError(f"no shard of {self.folder} is whole: run softmeet trace as before")
         return join(parts, names), left_out
+
+    def _read(self, k: int, names: list[str]) -> Positions:
+        widths = [member["width"] for member in self.facts["members"]]
+        dtype = getattr(torch, self.facts["dtype"])
+        return read_shard(self.shard(k), self.key, names, self.facts["shards"][k], widths, dtype)
 
     def float16_error(self) -> dict[str, float] | None:
         """The largest and the mean error of a target's log-probability under any member, nats; None for fp32."""
@@ -224,11 +229,11 @@ def _is_whole(trace: Trace, k: int, on_damage: Callable[[str], None]) -> bool:
     if not trace.shard(k).exists():
         return False
     try:
-        positions = read_shard(trace.shard(k), trace.key, [])
+        trace._read(k, [])
     except TraceError as error:
         on_damage(f"{error}: it is made again")
         return False
-    return len(positions) == int(trace.facts["shards"][k])
+    return True
 
 
 @torch.inference_mode()
