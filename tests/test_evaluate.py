@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 
@@ -9,9 +10,12 @@ import pytest
 import tiny
 import torch
 from test_cli import run
+from typer.testing import CliRunner
 
 from softmeet import Ensemble
-from softmeet.errors import InvalidInputError
+from softmeet.cli.main import app
+from softmeet.errors import InvalidInputError, TraceError
+from softmeet.evaluation import files
 from softmeet.evaluation.choices import Choice, parse_choices, with_baselines
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.intervals import clusters, paired
@@ -222,3 +226,21 @@ def test_over_a_trace_and_over_its_text_alike(folders, tmp_path):
     done = run("evaluate", "--trace", tmp_path / "t", "--json", "-")
     assert json.loads(done.stdout)["tokens"] == a["tokens"] - 9
     assert "is damaged" in done.stderr.replace("\n", " ")
+
+
+def test_a_full_disk_takes_neither_the_table_nor_what_was_there(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text(WORDS)
+    (tmp_path / "x.json").write_text("before")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    command = ["evaluate", "-m", *map(str, folders), "-t", "a.txt", "--rules", "prob-mean", "--json", "x.json"]
+    done = CliRunner().invoke(app, command)
+    assert isinstance(done.exception, TraceError)
+    assert "no room on the disk for x.json" in str(done.exception)
+    assert "vs best" in done.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "x.json"]
+    assert (tmp_path / "x.json").read_text() == "before"

@@ -280,3 +280,35 @@ def test_pieces_of_a_damaged_trace_are_not_those_of_the_whole(command, ensemble,
     made.shard(1).write_bytes(whole)
     with pytest.raises(InvalidInputError, match=r"shards left out: \[1\] there, None here\): choose another folder"):
         CliRunner().invoke(app, again, catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        (["trace", "there"], "pyarrow"),
+        (["evaluate", "--trace", "there"], "pyarrow"),
+        (["fit", "--out", "there", "--trace", "there"], "pyarrow"),
+        (["evaluate", "--plots", "there"], "matplotlib"),
+    ],
+)
+def test_a_missing_package_of_an_option_is_named_at_once(command, name, monkeypatch):
+    monkeypatch.setattr(texts, "find_spec", lambda package: None if package == name else package)
+    with pytest.raises(InvalidInputError, match=rf"needs {name}: pip install 'softmeet\[eval\]'"):
+        CliRunner().invoke(app, command, catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["evaluate", "--json", "none/x.json"], r"in a folder that is there, got none/x.json: make none first"),
+        (["fit", "--out", "o", "--json", "none/x.json"], "make none first"),
+        (["fit", "--out", "taken"], "expected a folder, got taken, but taken is a file"),
+        (["evaluate", "--plots", "taken/plots"], "expected a folder, got taken/plots, but .*taken is a file"),
+        (["trace", "taken"], "but taken is a file"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused_at_once(command, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").touch()
+    with pytest.raises(InvalidInputError, match=message):
+        CliRunner().invoke(app, [*command, "-m", "/absent", "-t", "/absent"], catch_exceptions=False)

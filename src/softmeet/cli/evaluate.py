@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -74,7 +75,8 @@ def evaluate(
     """Nats per token of rules on a text, beside each member and the averages, with paired intervals by document."""
     from softmeet.evaluation.choices import parse_choices, under_gates, with_baselines
 
-    texts.require_extra()
+    texts.require_extra(psutil=True, scipy=True, pyarrow=trace, matplotlib=plots)
+    texts.require_places(as_json, plots, resume)
     found = None if trace else texts.documents(text, separator, column)
     ensemble = options.load_ensemble(
         texts.default_members(members, trace), trust, weights, pool=pool, tol=tol,
@@ -112,13 +114,12 @@ def evaluate(
                 begin=lambda total: begin("evaluating", 0, total),
             )  # fmt: skip
         facts = summary(made)
+    tell(facts, as_json, show)
+    write(facts, as_json)
     if plots is not None:
         from softmeet.evaluation.plots import draw
 
         draw(facts, plots)
-    write(facts, as_json)
-    if as_json != Path("-"):
-        show(facts)
 
 
 def identified(
@@ -156,12 +157,20 @@ def after(resume: Path | None) -> str:
     return f"finished pieces stay in {resume}; the same command goes on from there"
 
 
-def write(facts: dict[str, Any], to: Path | None) -> None:
-    """JSON to a file, or to stdout for ``-``."""
+def tell(facts: dict[str, Any], to: Path | None, table: Callable[[dict[str, Any]], None]) -> None:
+    """A table, or JSON where that goes to stdout (``-``); before anything is written, which may fail."""
     if to == Path("-"):
         typer.echo(json.dumps(facts, indent=2))
-    elif to is not None:
-        to.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    else:
+        table(facts)
+
+
+def write(facts: dict[str, Any], to: Path | None) -> None:
+    """JSON to a file, if one is named."""
+    from softmeet.evaluation.files import write_json
+
+    if to not in (None, Path("-")):
+        write_json(to, facts)
 
 
 def show(facts: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from softmeet.cli import engines, options, texts
 from softmeet.cli.config import Config
-from softmeet.cli.evaluate import Json, Traced, after, identified, write
+from softmeet.cli.evaluate import Json, Traced, after, identified, tell, write
 
 
 def fit(
@@ -68,17 +68,18 @@ def fit(
     config: Config = None,
 ) -> None:
     """Learn weights, temperature and trusts, and save the best ensemble; or the best average, unless meet is better."""
-    texts.require_extra()
+    texts.require_extra(psutil=True, scipy=True, pyarrow=trace)
+    texts.require_places(as_json, out, resume)
     found = None if trace else texts.documents(text, separator, column)
     ensemble = options.load_ensemble(
         texts.default_members(members, trace), None, None, dtype=dtype, device=device,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    from softmeet.evaluation.fit import Options
+    from softmeet.evaluation.fit import Options, figures
     from softmeet.evaluation.fit import fit as learn
     from softmeet.evaluation.kept import Kept
     from softmeet.evaluation.positions import observe_text
-    from softmeet.evaluation.save import save, verdict
+    from softmeet.evaluation.save import save
 
     read: dict[str, Any] = {"window": window, "stride": stride, "bos": bos, "max_per_document": max_per_document}
     given = Options(
@@ -101,14 +102,17 @@ def fit(
                 ensemble, found or [], max_tokens=max_tokens, engine=running, on_progress=advance, **read
             )
         fitted = learn(ensemble, positions, given, begin, engine=running, kept=kept)
-    facts = save(ensemble, fitted, out)
+    facts = figures(fitted)
+    tell(facts, as_json, _show)
+    save(ensemble, fitted, out)
     write(facts, as_json)
     if as_json != Path("-"):
-        _show(facts)
-        Console().print(f"[bold]{verdict(facts)}[/]\nsaved in {out}".replace("[+", r"\[+").replace("[-", r"\[-"))
+        Console().print(f"saved in {out}", markup=False)
 
 
 def _show(facts: dict[str, Any]) -> None:
+    from softmeet.evaluation.save import verdict
+
     parts = facts["splits"]
     sizes = ", ".join(f"{parts[name]['tokens']:,} to {name}" for name in parts)
     table = Table(
@@ -125,3 +129,4 @@ def _show(facts: dict[str, Any]) -> None:
             f"{row['rule_temperature']:.2f}",
         )  # fmt: skip
     Console().print(table)
+    Console().print(f"[bold]{verdict(facts)}[/]".replace("[+", r"\[+").replace("[-", r"\[-"))

@@ -165,7 +165,7 @@ def _on_text(
     from softmeet.evaluation.study import text as tier
     from softmeet.evaluation.trace import Trace
 
-    texts.require_extra()
+    texts.require_extra(psutil=True, scipy=True)
     ensemble = options.load_ensemble(members, None, None, **places)
     with place(ensemble) as running:
         if trace is not None:
@@ -206,7 +206,7 @@ def _run(
 ) -> None:
     from softmeet.evaluation.study.runs import Run
 
-    texts.require_extra()
+    texts.require_extra(psutil=True, scipy=True)
     run = Run(out, settings)
     with options.status("preparing"):
         work = list(cells)

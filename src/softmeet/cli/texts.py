@@ -40,14 +40,35 @@ MaxTokens = Annotated[int | None, typer.Option(min=1, help="Predictions in all, 
 MaxPerDocument = Annotated[int | None, typer.Option(min=1, help="Predictions in each document, at most.")]
 
 
-def require_extra() -> None:
-    """Refuse at once, not after hours, where a package of ``softmeet[eval]`` that every table needs is missing.
+def require_extra(**packages: object) -> None:
+    """Refuse at once, not after hours, where a package of ``softmeet[eval]`` is missing.
+
+    Args:
+        packages: by name, and whether they are needed.
 
     Raises:
-        InvalidInputError: so it is.
+        InvalidInputError: one that is needed is missing.
     """
-    if missing := [name for name in ("psutil", "scipy") if find_spec(name) is None]:
+    if missing := [name for name, needed in packages.items() if needed and find_spec(name) is None]:
         raise InvalidInputError(f"this command needs {' and '.join(missing)}: pip install 'softmeet[eval]'")
+
+
+def require_places(file: Path | None, *folders: Path | None) -> None:
+    """Refuse at once what could not be written in the end.
+
+    Args:
+        file: of JSON; None or - for none.
+        folders: that are there or are to be made.
+
+    Raises:
+        InvalidInputError: the file's folder is not there, the file is a folder, or a folder is a file or under one.
+    """
+    if file not in (None, Path("-")) and (file.is_dir() or not file.parent.is_dir()):
+        raise InvalidInputError(f"expected a file in a folder that is there, got {file}: make {file.parent} first")
+    for folder in folders:
+        there = folder and next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if there and not there.is_dir():
+            raise InvalidInputError(f"expected a folder, got {folder}, but {there} is a file: name another one")
 
 
 def documents(text: list[str] | None, separator: str | None, column: str) -> list[Document]:

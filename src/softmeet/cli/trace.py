@@ -36,6 +36,8 @@ def trace(
     config: Config = None,
 ) -> None:
     """Run every member over a text once and keep its hidden states, for softmeet evaluate and softmeet fit."""
+    texts.require_extra(pyarrow=True)
+    texts.require_places(None, out)
     found = texts.documents(text, separator, column)
     ensemble = options.load_ensemble(
         members, None, None, dtype=dtype, device=device, trust_remote_code=trust_remote_code

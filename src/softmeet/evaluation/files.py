@@ -37,6 +37,19 @@ def write_atomically(path: Path, write: Any) -> None:
         raise
 
 
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON; a file that was there stays until the new one is whole.
+
+    Raises:
+        TraceError: the disk is full.
+    """
+    text = json.dumps(content, indent=2) + "\n"
+    if path.exists() and not path.is_file():  # a pipe or a device is not to be replaced
+        path.write_text(text, encoding="utf-8")
+    else:
+        write_atomically(path, lambda file: file.write(text.encode()))
+
+
 def claim(folder: Path, what: str, settings: dict[str, Any]) -> None:
     """Make a folder whose ``settings.json`` says what its contents depend on, or find that one there.
 

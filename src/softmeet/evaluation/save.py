@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from softmeet.ensemble import Ensemble
+from softmeet.evaluation.files import write_json
 from softmeet.evaluation.fit import Fitted, figures
 from softmeet.hf.configuration import EnsembleConfig
 
@@ -57,7 +57,7 @@ def save(ensemble: Ensemble, fitted: Fitted, folder: str | Path) -> dict[str, An
     ensemble.save_pretrained(folder)
     with (Path(folder) / "README.md").open("a", encoding="utf-8") as card:
         card.write(_card(facts))
-    (Path(folder) / "fit.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    write_json(Path(folder) / "fit.json", facts)
     return facts
 
 
