@@ -312,3 +312,13 @@ def test_a_place_that_cannot_be_written_is_refused_at_once(command, message, tmp
     (tmp_path / "taken").touch()
     with pytest.raises(InvalidInputError, match=message):
         CliRunner().invoke(app, [*command, "-m", "/absent", "-t", "/absent"], catch_exceptions=False)
+
+
+def test_a_members_own_folder_is_not_overwritten(ensemble, fitted, folders, tmp_path):
+    before = (folders[0] / "config.json").read_bytes()
+    result = CliRunner().invoke(app, ["fit", "--out", str(folders[0]), "-m", str(folders[0]), "-t", "/absent"])
+    assert isinstance(result.exception, InvalidInputError)
+    assert "holds other files, some of which would be overwritten" in str(result.exception)
+    with pytest.raises(InvalidInputError, match="name another folder"):
+        save(ensemble, fitted, folders[0])
+    assert (folders[0] / "config.json").read_bytes() == before

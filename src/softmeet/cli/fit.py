@@ -16,7 +16,9 @@ from softmeet.cli.evaluate import Json, Traced, after, identified, tell, write
 
 
 def fit(
-    out: Annotated[Path, typer.Option("--out", help="The folder of the fitted ensemble.")],
+    out: Annotated[
+        Path, typer.Option("--out", help="The folder of the fitted ensemble: a new one, or an older ensemble's.")
+    ],
     members: texts.Members = None,
     text: texts.Text = None,
     trace: Traced = None,
@@ -68,8 +70,11 @@ def fit(
     config: Config = None,
 ) -> None:
     """Learn weights, temperature and trusts, and save the best ensemble; or the best average, unless meet is better."""
+    from softmeet.evaluation.files import require_ensemble_folder
+
     texts.require_extra(psutil=True, scipy=True, pyarrow=trace)
     texts.require_places(as_json, out, resume)
+    require_ensemble_folder(out)
     found = None if trace else texts.documents(text, separator, column)
     ensemble = options.load_ensemble(
         texts.default_members(members, trace), None, None, dtype=dtype, device=device,

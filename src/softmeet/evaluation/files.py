@@ -72,6 +72,25 @@ def claim(folder: Path, what: str, settings: dict[str, Any]) -> None:
         raise InvalidInputError(f"{folder} holds {what} with other settings ({shown}): choose another folder")
 
 
+def require_ensemble_folder(folder: Path) -> None:
+    """Check that saving an ensemble in a folder overwrites an older ensemble at most.
+
+    Raises:
+        InvalidInputError: it holds files of something else, such as a member's checkpoint.
+    """
+    if not folder.is_dir() or not any(path.is_file() for path in folder.iterdir()):
+        return
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict) or found.get("model_type") != "softmeet":
+        raise InvalidInputError(
+            f"expected an empty folder or an ensemble that softmeet saved, but {folder} holds other files, some of "
+            "which would be overwritten: name another folder"
+        )
+
+
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:99]}…"

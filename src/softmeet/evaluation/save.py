@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from softmeet.ensemble import Ensemble
-from softmeet.evaluation.files import write_json
+from softmeet.evaluation.files import require_ensemble_folder, write_json
 from softmeet.evaluation.fit import Fitted, figures
 from softmeet.hf.configuration import EnsembleConfig
 
@@ -49,7 +49,11 @@ def save(ensemble: Ensemble, fitted: Fitted, folder: str | Path) -> dict[str, An
 
     Returns:
         The figures, as ``fit.json`` has them.
+
+    Raises:
+        InvalidInputError: the folder holds something other than an ensemble.
     """
+    require_ensemble_folder(Path(folder))
     facts = figures(fitted)
     before = ensemble.model.config
     kept: dict[str, Any] = {key: getattr(before, key) for key in _KEPT if hasattr(before, key)}
