@@ -244,3 +244,19 @@ def test_a_full_disk_takes_neither_the_table_nor_what_was_there(folders, tmp_pat
     assert "vs best" in done.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "x.json"]
     assert (tmp_path / "x.json").read_text() == "before"
+
+
+def test_infinite_nats_are_null_in_json_and_short_in_the_table(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text(WORDS * 2)
+    command = ["evaluate", "-m", *map(str, folders), "-t", "a.txt", "--rules", "meet,one-hot", "--json", "x.json"]
+    done = CliRunner().invoke(app, [*command, "--plots", "plots"], catch_exceptions=False)
+
+    def refuse(constant):
+        raise ValueError(constant)
+
+    facts = json.loads((tmp_path / "x.json").read_text(), parse_constant=refuse)["rules"]
+    assert facts["one-hot"]["nll"] is facts["one-hot"]["perplexity"] is facts["one-hot"]["vs"]["delta"] is None
+    assert facts["meet"]["nll"] > 0
+    [line] = [line for line in done.output.splitlines() if "one-hot" in line]
+    assert line.count("∞") == 4

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
     from softmeet.evaluation.positions import Positions
 
-Json = Annotated[Path | None, typer.Option("--json", help="Write the figures here as JSON; - for stdout.")]
+Json = Annotated[
+    Path | None, typer.Option("--json", help="Write the figures here as JSON, infinity as null; - for stdout.")
+]
 Traced = Annotated[Path | None, typer.Option("--trace", help="A trace, in place of --text.")]
 
 
@@ -159,8 +161,10 @@ def after(resume: Path | None) -> str:
 
 def tell(facts: dict[str, Any], to: Path | None, table: Callable[[dict[str, Any]], None]) -> None:
     """A table, or JSON where that goes to stdout (``-``); before anything is written, which may fail."""
+    from softmeet.evaluation.files import as_json
+
     if to == Path("-"):
-        typer.echo(json.dumps(facts, indent=2))
+        typer.echo(as_json(facts))
     else:
         table(facts)
 
@@ -184,9 +188,10 @@ def show(facts: dict[str, Any]) -> None:
     best = facts["best_baseline"]
     for kind in ("members", "rules"):
         for name, row in facts[kind].items():
-            bits = f"{row['bits_per_byte']:.4f}" if row["bits_per_byte"] is not None else ""
+            bits = _number(row["bits_per_byte"], ".4f") if row["bits_per_byte"] is not None else ""
             table.add_row(
-                options.short(name) if kind == "members" else name, f"{row['nll']:.4f}", f"{row['perplexity']:.2f}",
+                options.short(name) if kind == "members" else name, _number(row["nll"], ".4f"),
+                _number(row["perplexity"], ".2f"),
                 bits, f"{row['top1']:.3f}", f"{row['calibration']['error']:.3f}",
                 *([f"{row['gated']:.1%}" if row.get("gated") else ""] if gated else []), _against(name, row, best),
             )  # fmt: skip
@@ -198,6 +203,10 @@ def show(facts: dict[str, Any]) -> None:
     )
 
 
+def _number(x: float, form: str) -> str:
+    return format(x, form).replace("inf", "∞")
+
+
 def _against(name: str, row: dict[str, Any], best: str) -> str:
     if name == best:
         return "is it"
@@ -206,5 +215,6 @@ def _against(name: str, row: dict[str, Any], best: str) -> str:
     low, high = row["vs"]["ci95"]
     notes = [f"{row['fallbacks']:,} by meet"] if row["fallbacks"] else []
     notes += [f"{row['unconverged']:,} not converged"] if row["unconverged"] else []
-    interval = f"{row['vs']['delta']:+.4f} ± {(high - low) / 2:.4f}"
+    interval = _number(row["vs"]["delta"], "+.4f")
+    interval += f" ± {(high - low) / 2:.4f}" if math.isfinite(high - low) else ""
     return interval + (f" ({', '.join(notes)})" if notes else "")

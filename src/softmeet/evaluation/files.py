@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -37,13 +38,26 @@ def write_atomically(path: Path, write: Any) -> None:
         raise
 
 
+def as_json(content: Any) -> str:
+    """As the standard has it: null for infinity and NaN, which strict parsers refuse."""
+    return json.dumps(_finite(content), indent=2, allow_nan=False)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON; a file that was there stays until the new one is whole.
+    """Write :func:`as_json`; a file that was there stays until the new one is whole.
 
     Raises:
         TraceError: the disk is full.
     """
-    text = json.dumps(content, indent=2) + "\n"
+    text = as_json(content) + "\n"
     if path.exists() and not path.is_file():  # a pipe or a device is not to be replaced
         path.write_text(text, encoding="utf-8")
     else:

@@ -17,7 +17,7 @@ BINS = 10
 
 
 def summary(found: Evaluation) -> dict[str, Any]:
-    """Figures of an evaluation, as JSON has them; nats per token unless a name says otherwise.
+    """Figures of an evaluation; nats per token unless a name says otherwise. JSON has null for infinity and NaN.
 
     The baseline of every difference is the best of the single members and the averages on this very text, so it is, if
     anything, too good.
@@ -57,7 +57,7 @@ def _difference(d: Difference) -> dict[str, Any]:
 def _figures(scores: Scores, bytes_: int) -> dict[str, Any]:
     return {
         "nll": scores.mean,
-        "perplexity": math.exp(min(scores.mean, 700.0)),
+        "perplexity": math.exp(scores.mean) if scores.mean < 700 else math.inf,
         "bits_per_byte": scores.nats.sum().item() / math.log(2) / bytes_ if bytes_ else None,
         "top1": scores.hit.double().mean().item(),
         "calibration": calibration(scores),
