@@ -13,6 +13,7 @@ from test_cli import run
 from typer.testing import CliRunner
 
 from softmeet import Ensemble
+from softmeet.cli.evaluate import show
 from softmeet.cli.main import app
 from softmeet.errors import InvalidInputError, TraceError
 from softmeet.evaluation import files
@@ -260,3 +261,15 @@ def test_infinite_nats_are_null_in_json_and_short_in_the_table(folders, tmp_path
     assert facts["meet"]["nll"] > 0
     [line] = [line for line in done.output.splitlines() if "one-hot" in line]
     assert line.count("∞") == 4
+
+
+def test_a_table_in_80_columns_cuts_no_figure(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    row = {"nll": 2.1234, "perplexity": 812.34, "bits_per_byte": 1.2345, "top1": 0.512, "calibration": {"error": 0.123}}
+    row |= {"gated": 0.256, "vs": {"delta": -0.0123, "ci95": [-0.03, 0.0]}, "fallbacks": 795, "unconverged": 12}
+    facts = {"clusters": {"count": 20, "kind": "blocks"}, "tokens": 900, "best_baseline": "a", "disagreement": 0.2}
+    show({**facts, "members": {}, "rules": {"meet:trust=1/0.3:pool=prob-mean": row}})
+    shown = capsys.readouterr().out
+    for figure in ("2.1234", "812.34", "1.2345", "0.512", "0.123", "25.6%", "-0.0123 ± 0.0150"):
+        assert figure in shown
+    assert "meet:trust=1/0.3:pool=prob-mean: 795 by meet, 12 not converged\n" in shown

@@ -180,7 +180,10 @@ def write(facts: dict[str, Any], to: Path | None) -> None:
 def show(facts: dict[str, Any]) -> None:
     """A table on the terminal."""
     spread = f"{facts['clusters']['count']} {facts['clusters']['kind']}"
-    table = Table(title=f"{facts['tokens']:,} tokens; intervals by {spread}")
+    console = Console()
+    # A table in 80 columns has no room for padding.
+    padding = 0 if console.width < 100 else (0, 1)
+    table = Table(title=f"{facts['tokens']:,} tokens; intervals by {spread}", padding=padding)
     table.add_column("", min_width=14, overflow="fold")
     gated = any(row["gated"] for row in facts["rules"].values())
     for name in ("nats", "perpl.", "bits/B", "top-1", "cal.", *(["gated"] if gated else []), "vs best baseline"):
@@ -196,8 +199,11 @@ def show(facts: dict[str, Any]) -> None:
                 *([f"{row['gated']:.1%}" if row.get("gated") else ""] if gated else []), _against(name, row, best),
             )  # fmt: skip
         table.add_section()
-    Console().print(table)
-    Console().print(
+    console.print(table)
+    for name, row in facts["rules"].items():
+        if notes := _notes(row):
+            console.print(f"{name}: {notes}", markup=False)
+    console.print(
         f"members disagree by {facts['disagreement']:.3f} nats a token (Jensen-Shannon); differences are 95 %, "
         "negative is better"
     )
@@ -213,8 +219,11 @@ def _against(name: str, row: dict[str, Any], best: str) -> str:
     if "vs" not in row:
         return ""
     low, high = row["vs"]["ci95"]
+    interval = _number(row["vs"]["delta"], "+.4f")
+    return interval + (f" ± {(high - low) / 2:.4f}" if math.isfinite(high - low) else "")
+
+
+def _notes(row: dict[str, Any]) -> str:
     notes = [f"{row['fallbacks']:,} by meet"] if row["fallbacks"] else []
     notes += [f"{row['unconverged']:,} not converged"] if row["unconverged"] else []
-    interval = _number(row["vs"]["delta"], "+.4f")
-    interval += f" ± {(high - low) / 2:.4f}" if math.isfinite(high - low) else ""
-    return interval + (f" ({', '.join(notes)})" if notes else "")
+    return ", ".join(notes)
