@@ -97,6 +97,8 @@ def test_fp16_says_what_it_costs(ensemble, tmp_path):
     assert made.float16_error()["largest"] == pytest.approx(error.max().item(), rel=1e-2)
     assert made.float16_error()["mean"] == pytest.approx(error.mean().item(), rel=1e-2)
     assert 0 < error.max() < 0.05
+    (tmp_path / "t" / "float16.json").unlink()
+    assert made.float16_error() is None
 
 
 def test_killed_at_random_moments_nothing_is_lost_or_counted_twice(ensemble, tmp_path):
@@ -203,6 +205,13 @@ def test_a_damaged_shard_is_named_and_the_rest_kept(ensemble, tmp_path, harm):
     assert len(said) == (harm != "missing")
 
 
+def test_a_shard_without_a_hash_is_read(ensemble, tmp_path):
+    made = record(ensemble, DOCUMENTS, tmp_path / "t")
+    whole, table = made.read(), pq.read_table(made.shard(0))
+    pq.write_table(table.replace_schema_metadata({b"softmeet": made.key.encode()}), made.shard(0))
+    assert same(made.read(), whole)
+
+
 def test_a_trace_of_other_members_or_text_is_refused(ensemble, folders, tmp_path):
     made = record(ensemble, DOCUMENTS, tmp_path / "t")
     made.require(ensemble)
@@ -221,6 +230,9 @@ def test_a_trace_of_other_members_or_text_is_refused(ensemble, folders, tmp_path
         Trace.open(tmp_path)
     (tmp_path / "t" / "trace.json").write_text("{")
     with pytest.raises(TraceError, match="not JSON"):
+        Trace.open(tmp_path / "t")
+    (tmp_path / "t" / "trace.json").write_text('{"format": 1, "members": []}')
+    with pytest.raises(TraceError, match="it lacks bos, documents, dtype, shards, stride"):
         Trace.open(tmp_path / "t")
 
 
@@ -256,6 +268,9 @@ def test_files_separators_and_datasets(tmp_path):
     assert [d.text for d in read_documents([tmp_path / "d"], column="body")] == ["x", "y"]
     with pytest.raises(InvalidInputError, match="no column 'text': expected one of body"):
         read_documents([tmp_path / "d"])
+    Dataset.from_dict({"text": ["x", None]}).save_to_disk(tmp_path / "e")
+    with pytest.raises(InvalidInputError, match="but row 1 holds None: leave such rows out"):
+        read_documents([tmp_path / "e"])
 
 
 def test_windows_that_do_not_fit(ensemble):

@@ -33,7 +33,7 @@ def read_documents(
         column: of a dataset, the one that holds the text.
 
     Raises:
-        InvalidInputError: a source is empty, is not UTF-8, or is a folder without a dataset.
+        InvalidInputError: a source is empty, is not UTF-8, or is a folder without a dataset, or a row is not text.
         OSError: a file cannot be read.
     """
     found: list[Document] = []
@@ -89,7 +89,17 @@ def _dataset(folder: Path, column: str) -> Iterable[Document]:
         raise InvalidInputError(
             f"{folder} has no column {column!r}: expected one of {', '.join(data.column_names)} (--column)"
         )
-    rows = [Document(f"{folder.name}[{k}]", str(text)) for k, text in enumerate(data[column]) if str(text).strip()]
+    rows = [Document(f"{folder.name}[{k}]", text) for k, text in _texts(folder, column, data[column]) if text.strip()]
     if not rows:
         raise InvalidInputError(f"expected text in {folder}, but every row of {column!r} is empty")
     return rows
+
+
+def _texts(folder: Path, column: str, rows: Iterable[object]) -> Iterable[tuple[int, str]]:
+    for k, text in enumerate(rows):
+        if not isinstance(text, str):
+            raise InvalidInputError(
+                f"expected text in every row of {column!r} in {folder}, but row {k} holds {text!r:.40}: leave such "
+                "rows out, for instance with datasets' filter"
+            )
+        yield k, text

@@ -31,6 +31,7 @@ from softmeet.scaling.local import LocalEngine
 FORMAT = 1
 Dtype = Literal["float32", "float16"]
 _CHUNK = 64
+_FACTS = {"members", "tokenizer", "text", "bos", "window", "stride", "dtype", "documents", "shards"}
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class Trace:
             raise TraceError(f"{path} is damaged: it is not JSON; run softmeet trace again in another folder") from None
         if not isinstance(facts, dict) or facts.get("format") != FORMAT:
             raise TraceError(f"expected a trace of format {FORMAT} in {path}, got {facts.get('format')}: trace again")
+        if missing := sorted(_FACTS - facts.keys()):
+            raise TraceError(f"{path} is damaged: it lacks {', '.join(missing)}; run softmeet trace in another folder")
         return cls(Path(folder), facts)
 
     @property
@@ -128,10 +131,14 @@ class Trace:
         return read_shard(self.shard(k), self.key, names, self.facts["shards"][k], widths, dtype)
 
     def float16_error(self) -> dict[str, float] | None:
-        """The largest and the mean error of a target's log-probability under any member, nats; None for fp32."""
-        if self.facts["dtype"] == "float32":
+        """The largest and the mean error of a target's log-probability under any member, nats.
+
+        None for fp32, or where ``float16.json``, which is written with the shards, is gone.
+        """
+        path = self.folder / "float16.json"
+        if self.facts["dtype"] == "float32" or not path.exists():
             return None
-        found = json.loads((self.folder / "float16.json").read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
         count = sum(entry["positions"] for entry in found.values())
         return {
             "largest": max(entry["largest"] for entry in found.values()),
