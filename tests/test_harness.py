@@ -82,7 +82,7 @@ def test_choices_have_our_log_probabilities(ensemble, samples):
     for doc, sample in zip(DOCS, samples["choice"], strict=True):
         theirs = [float(response[0][0]) for response in sample["resps"]]
         ours = [log_prob(ensemble, doc["question"], choice) for choice in doc["choices"]]
-        assert theirs == pytest.approx(ours, abs=2e-3)
+        assert theirs == pytest.approx(ours, abs=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -97,7 +97,7 @@ def test_rolling_is_our_evaluation_with_a_token_to_begin(ensemble, samples):
         scores = evaluate(ensemble, positions, [Choice("own")]).choices["own"]
         first = sample["resps"][0][0]
         theirs = float(first[0] if isinstance(first, list | tuple) else first)
-        assert theirs == pytest.approx(-scores.nats.sum().item(), abs=2e-3)
+        assert theirs == pytest.approx(-scores.nats.sum().item(), abs=1e-5)
         assert positions.sizes.sum().item() == len(doc["question"].encode())
         assert math.isfinite(theirs)
 
@@ -111,14 +111,19 @@ def test_generation_is_ours(ensemble, samples):
 
 @pytest.mark.slow
 def test_the_one_liner(ensemble, tasks, tmp_path):
+    """Members are loaded as we load them: the bundled checkpoints are of half precision, which is seen at 1e-4."""
     ensemble.save_pretrained(tmp_path / "ensemble")
     done = subprocess.run(
-        [sys.executable, "-m", "softmeet.evaluation.harness", "--model", "hf", "--model_args",
+        [sys.executable, "-m", "softmeet.evaluation.harness", "--model", "softmeet", "--model_args",
          f"pretrained={tmp_path / 'ensemble'}", "--tasks", "softmeet_choice", "--include_path", str(tasks),
-         "--device", "cpu", "--output_path", str(tmp_path / "out")],
+         "--device", "cpu", "--output_path", str(tmp_path / "out"), "--log_samples"],
         capture_output=True, text=True, check=False, timeout=300,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    (written,) = (tmp_path / "out").rglob("results_*.json")
-    assert json.loads(written.read_text())["results"]["softmeet_choice"]["acc,none"] in (0.0, 0.5, 1.0)
+    (written,) = (tmp_path / "out").rglob("samples_*.jsonl")
+    lines = map(json.loads, written.read_text().splitlines())
+    for doc, sample in zip(DOCS, sorted(lines, key=lambda line: line["doc_id"]), strict=True):
+        theirs = [float(response[0][0]) for response in sample["resps"]]
+        ours = [log_prob(ensemble, doc["question"], choice) for choice in doc["choices"]]
+        assert theirs == pytest.approx(ours, abs=1e-5)

@@ -2,7 +2,7 @@
 
 From a shell, with the harness's own options::
 
-    python -m softmeet.evaluation.harness --model hf --model_args pretrained=my-ensemble --tasks hellaswag
+    python -m softmeet.evaluation.harness --model softmeet --model_args pretrained=my-ensemble --tasks hellaswag
 
 which is ``lm_eval`` in a process that knows ensembles; or :func:`harness_model` from Python. The ensemble solves every
 position, padding included, in chunks of bounded memory, but the harness holds the answers of a batch, (B, t, v) floats.
@@ -16,12 +16,24 @@ import softmeet.hf  # noqa: F401 - so that the Auto classes know ensembles
 from softmeet.ensemble import Ensemble
 
 try:
+    from lm_eval.api.registry import register_model
     from lm_eval.models.huggingface import HFLM
 except ImportError as error:  # pragma: no cover - the extra is installed where tests run
     raise ImportError("the harness is an extra: pip install 'softmeet[lm-eval]'") from error
 
 
-def harness_model(ensemble: Ensemble, **options: Any) -> HFLM:
+@register_model("softmeet")
+class EnsembleLM(HFLM):  # type: ignore[misc]
+    """The harness's ``hf``, but members are loaded as :meth:`Ensemble.from_pretrained` does unless ``dtype`` is given.
+
+    (With ``hf`` they are loaded in their checkpoints' own dtype, on CPU too.)
+    """
+
+    def __init__(self, pretrained: Any, *, dtype: Any = None, **options: Any) -> None:
+        super().__init__(pretrained, dtype=dtype, **options)
+
+
+def harness_model(ensemble: Ensemble, **options: Any) -> EnsembleLM:
     """The ensemble as an ``lm_eval`` model, for ``lm_eval.simple_evaluate(model=…, tasks=…)``.
 
     Args:
@@ -31,7 +43,7 @@ def harness_model(ensemble: Ensemble, **options: Any) -> HFLM:
     """
     limit = getattr(ensemble.model.config, "max_position_embeddings", None)
     given = {"max_length": limit, "device": str(ensemble.model.device), **options}
-    return HFLM(pretrained=ensemble.model, tokenizer=ensemble.tokenizer, backend="causal", **given)
+    return EnsembleLM(pretrained=ensemble.model, tokenizer=ensemble.tokenizer, backend="causal", **given)
 
 
 if __name__ == "__main__":
