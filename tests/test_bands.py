@@ -8,8 +8,14 @@ import torch
 
 from softmeet import Ensemble, combine
 from softmeet.errors import InvalidInputError
+from softmeet.evaluation.choices import Choice, parse_choices
+from softmeet.evaluation.documents import Document
+from softmeet.evaluation.perplexity import evaluate
+from softmeet.evaluation.positions import observe_text
 from softmeet.heads import SoftmaxHead
 from softmeet.members.bands import bands, principal_directions
+from softmeet.server.ensembles import Served
+from softmeet.server.schemas import CHANGES, Extension
 
 
 @pytest.fixture(scope="module")
@@ -51,5 +57,33 @@ def test_an_ensemble_with_bands_is_saved_and_generates(folders, tmp_path):
     ids = torch.arange(1, 6)[None]
     assert torch.equal(again.model(input_ids=ids).logits, ensemble.model(input_ids=ids).logits)
     assert again.generate("the", max_new_tokens=3, do_sample=False)
-    with pytest.raises(InvalidInputError, match="one trust"):
-        type(again.model.config)(members=[str(f) for f in folders], bands=2, trust=[1.0, 2.0])
+    with pytest.raises(InvalidInputError, match="2 in all, or one for each member's 2 bands, 4 in all, got 3"):
+        type(again.model.config)(members=[str(f) for f in folders], bands=2, trust=[1.0, 2.0, 3.0])
+
+
+def test_one_trust_per_member_serves_all_its_bands(folders, tmp_path):
+    saved = Ensemble.from_pretrained(folders)
+    saved.model.config.bands, saved.model.config.trust = 2, [0.5, 0.1, 1.0, 0.0]
+    saved.save_pretrained(tmp_path / "e")
+    ensemble = Ensemble.from_pretrained(tmp_path / "e", trust=[0.5, 0.1])
+    assert ensemble.model.config.trust == [0.5, 0.5, 0.1, 0.1]
+    for given, expected in (("1/0.3", [1.0, 1.0, 0.3, 0.3]), ("1/2/3/4", [1.0, 2.0, 3.0, 4.0])):
+        (choice,) = parse_choices(f"meet:trust={given}", 2, {}, 2)
+        assert choice.settings["trust"] == expected
+    positions = observe_text(ensemble, [Document("", "hello there")])
+    rules = ("meet", "max-entropy")
+    short, long = (
+        evaluate(ensemble, positions, [Choice(rule, {"rule": rule, "trust": trust}) for rule in rules]).choices
+        for trust in ([0.3, 1.0], [0.3, 0.3, 1.0, 1.0])
+    )
+    assert all(torch.equal(short[rule].nats, long[rule].nats) for rule in rules)
+
+
+def test_an_ensemble_with_bands_is_served(folders):
+    ensemble = Ensemble.from_pretrained(folders)
+    ensemble.model.config.bands, ensemble.model.config.trust = 2, [0.5, 0.1, 1.0, 0.0]
+    served = Served("e", ensemble, ("a", "b"))
+    assert served.combination(Extension(), CHANGES)[0].trust == (0.5, 0.1, 1.0, 0.0)
+    assert served.combination(Extension(trust=[1.0, 2.0]), CHANGES)[0].trust == (1.0, 1.0, 2.0, 2.0)
+    alone, _ = served.combination(Extension(members=["b"]), CHANGES)
+    assert (alone.trust, alone.model.config.bands) == ((1.0, 0.0), 2)

@@ -88,7 +88,7 @@ def evaluate(
     named += f",logit-mean:prompt_weights={prompt_weights}" if prompt_weights else ""
     averages = {"rule_temperature": 1.0} if rules else {}
     gates = [one for one in (gate or ensemble.model.config.gate or "").split(",") if one]
-    parsed = under_gates(parse_choices(named, len(ensemble.names), averages), gates)
+    parsed = under_gates(parse_choices(named, len(ensemble.names), averages, ensemble.model.config.bands), gates)
     choices = with_baselines(parsed, averages)
     read: dict[str, Any] = {"window": window, "stride": stride, "bos": bos, "max_per_document": max_per_document}
     from softmeet.evaluation.kept import Kept

@@ -31,7 +31,7 @@ class Choice:
     prompt: int = 0
 
 
-def parse_choices(text: str, n: int, shared: dict[str, Any]) -> list[Choice]:
+def parse_choices(text: str, n: int, shared: dict[str, Any], bands: int = 1) -> list[Choice]:
     """Rules as the command line has them: ``logit-mean,meet:trust=0.3,meet:trust=1/0/0.3:pool=prob-mean``.
 
     Options follow a rule after colons, lists have slashes. Options are ``trust``, ``weights``, ``temperature``,
@@ -41,17 +41,18 @@ def parse_choices(text: str, n: int, shared: dict[str, Any]) -> list[Choice]:
         text: the rules.
         n: the number of members.
         shared: options of every rule that does not say otherwise.
+        bands: of each member's head, which may have a trust each.
 
     Raises:
         InvalidInputError: a rule or an option is unknown or has a bad value.
     """
-    found = [_parse(entry.strip(), n, shared) for entry in text.split(",") if entry.strip()]
+    found = [_parse(entry.strip(), n, shared, bands) for entry in text.split(",") if entry.strip()]
     if not found:
         raise InvalidInputError("expected at least one rule, such as logit-mean,prob-mean,meet")
     return list({choice.name: choice for choice in found}.values())
 
 
-def _parse(entry: str, n: int, shared: dict[str, Any]) -> Choice:
+def _parse(entry: str, n: int, shared: dict[str, Any], bands: int) -> Choice:
     rule, *options = _COLON.split(entry)
     settings: dict[str, Any] = {**shared, "rule": find_rule(rule).name}
     for option in options:
@@ -62,7 +63,7 @@ def _parse(entry: str, n: int, shared: dict[str, Any]) -> Choice:
         settings["weights"] = checked_weights(settings["weights"], n, free=bool(settings.get("free_weights")))
     if "trust" in settings:
         given = settings["trust"]
-        settings["trust"] = list(checked_trust(given[0] if len(given) == 1 else given, n))
+        settings["trust"] = list(checked_trust(given[0] if len(given) == 1 else given, n, bands))
     checked_pool(settings.get("pool", "logit-mean"))
     parse_gate(settings.get("gate"))
     if "temperature" in settings:

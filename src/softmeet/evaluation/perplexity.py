@@ -204,7 +204,8 @@ class _Solver:
         if met or exact:
             known["start"] = (met or exact)[-1] if rule == "meet" else (exact or met)[-1]
         if met and settings["on_infeasible"] == "meet":
-            relaxed = finite_trust(checked_trust(settings["trust"], len(met[-1].problem.trust)))
+            bands = changes.get("bands", self._model.config.bands)
+            relaxed = finite_trust(checked_trust(settings["trust"], len(self._model.heads), bands))
             if fits := [solution for solution in met if solution.problem.trust == relaxed]:
                 known["on_infeasible"] = fits[0]
         return known

@@ -16,6 +16,7 @@ from softmeet.members.bands import bands
 from softmeet.rules.combine import combine
 from softmeet.rules.gates import Gate, Unsure, find_gate
 from softmeet.rules.solution import Solution
+from softmeet.rules.validate import checked_trust
 
 # Elements of fp64 vectors over the vocabulary that one call of combine may hold: 512 MiB.
 _ELEMENTS = 1 << 26
@@ -122,6 +123,7 @@ class Combining:
             # The pool knows each member once.
             first = ([w, *[0.0] * (count - 1)] for w in arguments["weights"])
             arguments["weights"] = [w for own in first for w in own]
+            arguments["trust"] = checked_trust(arguments["trust"], len(self.heads), count)
         try:
             solution = combine(log_probs, heads, support=self.support, logits=logits, **arguments)
         except NonFiniteError as error:

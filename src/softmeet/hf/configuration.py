@@ -32,7 +32,8 @@ class EnsembleConfig(PreTrainedConfig):
 
     ``rule_temperature`` is of the rule's answer, p^(1/T) normalised; that of generation comes on top.
     ``gate`` is of forward and generate: where members are not asked or the rule not solved (``softmeet.rules.gates``).
-    With ``bands`` > 1 each member in turn has so many trusts, one per band of its head's principal directions.
+    With ``bands`` > 1 each member in turn has so many trusts, one per band of its head's principal directions; one
+    trust per member serves all its bands.
 
     Raises:
         InvalidInputError: a setting is wrong; checked here, before any member is loaded or run.
@@ -66,7 +67,7 @@ class EnsembleConfig(PreTrainedConfig):
         self.rule = find_rule(rule).name
         self.weights = checked_weights(weights, n, free=free_weights) if n else None
         self.bands = int(checked_number("bands", bands, positive=True))
-        self.trust = list(checked_trust(trust, n * self.bands))
+        self.trust = list(checked_trust(trust, n, self.bands))
         self.pool = checked_pool(pool)
         self.tol = checked_number("tol", tol, positive=True)
         self.max_steps = int(checked_number("max_steps", max_steps, positive=True))

@@ -57,21 +57,22 @@ def _floats(name: str, values: Any) -> tuple[float, ...]:
     return tuple(array.tolist())
 
 
-def checked_trust(trust: float | Sequence[float | str] | Tensor | None, n: int) -> tuple[float, ...]:
-    """N trusts in [0, inf]; one number serves every member.
+def checked_trust(trust: float | Sequence[float | str] | Tensor | None, n: int, bands: int = 1) -> tuple[float, ...]:
+    """N · bands trusts in [0, inf]; one number serves every member, one per member all of its bands.
 
     Raises:
-        InvalidInputError: the length is not n, or a trust is negative or NaN.
+        InvalidInputError: the length is neither n nor n · bands, or a trust is negative or NaN.
     """
     if trust is None:
-        return (DEFAULT_TRUST,) * n
+        return (DEFAULT_TRUST,) * (n * bands)
     values = _floats("trust", trust)
     values = values * n if len(values) == 1 and not isinstance(trust, list | tuple) else values
-    if len(values) != n:
-        raise InvalidInputError(f"expected one trust, or one per member, {n} in all, got {len(values)}: {values}")
+    if len(values) not in (n, n * bands):
+        each = f", or one for each member's {bands} bands, {n * bands} in all" if bands > 1 else ""
+        raise InvalidInputError(f"expected one trust, or one per member, {n} in all{each}, got {len(values)}: {values}")
     if not all(rho >= 0 for rho in values):
         raise InvalidInputError(f"expected trusts from 0 to inf, got {values}")
-    return values
+    return values if len(values) == n * bands else tuple(rho for rho in values for _ in range(bands))
 
 
 def checked_number(name: str, value: float, *, positive: bool) -> float:

@@ -44,7 +44,7 @@ class Served:
         model = self.ensemble.model if len(chosen) == len(self.names) else _part(self, chosen)
         own = model.config
         settings = {name: given.get(name, getattr(own, name)) for name in ("rule", "weights", "trust", "pool", "gate")}
-        found = EnsembleConfig(members=own.members, free_weights=own.free_weights, **settings)
+        found = EnsembleConfig(members=own.members, free_weights=own.free_weights, bands=own.bands, **settings)
         return Combination.of(model, found), tuple(self.names[k] for k in chosen)
 
     def _chosen(self, wanted: Iterable[str]) -> tuple[int, ...]:
@@ -66,7 +66,8 @@ def _part(served: Served, chosen: tuple[int, ...]) -> EnsembleForCausalLM:
     share = sum(weights) or 1.0
     own = config.combine_arguments() | {
         "weights": [total * w / share for w in weights] if sum(weights) else None,
-        "trust": [config.trust[k] for k in chosen],
+        "trust": [rho for k in chosen for rho in config.trusts()[k]],
+        "bands": config.bands,
         "gate": config.gate,
     }
     settings, models = EnsembleConfig([config.members[k] for k in chosen], **own), [whole.members[k] for k in chosen]
