@@ -133,6 +133,19 @@ def test_the_choice_is_the_saved_rule_and_its_figures_are_evaluations(fitted, en
     assert torch.equal(loaded(input_ids=ids).logits, again.model(input_ids=ids).logits)
 
 
+@pytest.mark.parametrize(
+    "own",
+    [{"rank": 4}, {"max_steps": 1, "tol": 0.1}, {"free_radial": True}, {"bands": 2, "trust": [0.5, 0.1, 1.0, 0.0]}],
+    ids=lambda own: next(iter(own)),
+)
+def test_the_ensembles_own_settings_do_not_matter(fitted, folders, positions, own):
+    other = Ensemble.from_pretrained(folders)
+    for name, value in own.items():
+        setattr(other.model.config, name, value)
+    found = fit(other, positions, Options(meet_positions=40, premise_positions=40, evaluations=4))
+    assert figures(found) == figures(fitted)
+
+
 @pytest.mark.parametrize(("high", "kept"), [(-0.01, True), (0.01, False)])
 def test_an_interval_that_holds_zero_means_the_baseline(ensemble, fitted, positions, monkeypatch, high, kept):
     """The rule wins on the second part here, and the third part's interval decides."""

@@ -30,6 +30,7 @@ from softmeet.evaluation.pieces import evaluate_positions
 from softmeet.evaluation.positions import Positions
 from softmeet.evaluation.premise import Premise, premise_at
 from softmeet.evaluation.splits import Part, split
+from softmeet.hf.configuration import EnsembleConfig
 from softmeet.scaling.base import Engine
 from softmeet.scaling.local import LocalEngine
 
@@ -38,6 +39,13 @@ POOLS: tuple[Pool, ...] = ("logit-mean", "prob-mean")
 _LOW, _HIGH = 0.05, 1.0
 # Averages cost little: they get so many times the evaluations.
 _CHEAPER = 5
+
+# Of a rule, where a candidate does not say: what its saved ensemble has, and not what the ensemble at hand has.
+_DEFAULTS = {
+    name: value
+    for name, value in {**EnsembleConfig().combine_arguments(), "bands": 1}.items()
+    if name not in ("rule", "weights", "trust")
+}
 
 Begin = Callable[[str, int, int | None], Callable[[int], None]]
 
@@ -127,7 +135,7 @@ def fit(
     """Fit every candidate, choose, and judge; see the module's docstring.
 
     Args:
-        ensemble: the members; its own rule and settings do not matter.
+        ensemble: the members; its own rule and settings do not matter, and are not what is saved.
         positions: of the text.
         options: how.
         begin: called with a description, 0 and a number of positions or None; gives what to call with each advance.
@@ -257,7 +265,7 @@ class _Fitter:
         scored = []
         for bands in sorted(set(counts)):
             some = [candidate for candidate, count in zip(candidates, counts, strict=True) if count == bands]
-            choices = [Choice(candidate.label, {"free_weights": False, **candidate.settings}) for candidate in some]
+            choices = [Choice(candidate.label, {**_DEFAULTS, **candidate.settings}) for candidate in some]
             scored.append(
                 evaluate_positions(
                     self.ensemble, positions, choices, engine=self.engine, kept=self.kept, stage=_piece(part, bands),
@@ -315,7 +323,7 @@ def _settings(rule: str, pool: Pool, values: Values, n: int, options: Options) -
 
 
 def _premise(ensemble: Ensemble, positions: Positions, average: Candidate) -> list[Premise]:
-    pool = {
+    pool = _DEFAULTS | {
         "weights": average.settings["weights"],
         "pool": average.settings["rule"],
         "free_weights": average.settings["free_weights"],
