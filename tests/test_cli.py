@@ -11,6 +11,8 @@ import sys
 import pytest
 import tiny
 
+from softmeet import Ensemble
+
 
 def run(*arguments, stdin=""):
     return subprocess.run(
@@ -49,6 +51,18 @@ def test_json_from_several_prompts_and_a_file(members, tmp_path):
     assert [m["weight"] for m in found["members"]] == [0.25, 0.75]
     assert found["rule"] == "prob-mean"
     assert found["head_passes_per_token"] == 0
+
+
+def test_weights_of_prompts_are_those_that_are_reported(members):
+    ensemble = Ensemble.from_pretrained(members[1::2])
+    expected = [ensemble.prompt_weights(prompt) for prompt in ("hello", "abc")]
+    common = [*members, "--max-new-tokens", 4, "--no-do-sample", "--prompt-weights", "--json"]
+    one, two = (json.loads(run("generate", *prompts, *common).stdout) for prompts in (["hello"], ["hello", "abc"]))
+    assert [m["weight"] for m in one["members"]] == pytest.approx(expected[0])
+    assert [m["weight"] for m in two["members"]] == pytest.approx([(a + b) / 2 for a, b in zip(*expected, strict=True)])
+    for completion, own in zip(two["completions"], expected, strict=True):
+        assert completion["weights"] == pytest.approx(own)
+    assert one["completions"][0] == two["completions"][0]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -83,11 +84,9 @@ def generate(
         "repetition_penalty": repetition_penalty,
     }
     given |= sampling if do_sample else {}
-    if prompt_weights and len(texts) == 1:
-        given["weights"] = ensemble.prompt_weights(texts[0])
-    elif prompt_weights:
-        given["prompt_weights"] = True
-    _run(ensemble, texts, {k: v for k, v in given.items() if v is not None}, seed, as_json=as_json, summary=summary)
+    own = [ensemble.prompt_weights(text) for text in texts] if prompt_weights else None
+    given = {k: v for k, v in given.items() if v is not None}
+    _run(ensemble, texts, given, own, seed, as_json=as_json, summary=summary)
 
 
 def _prompts(prompts: list[str] | None, files: list[Path] | None) -> list[str]:
@@ -103,6 +102,7 @@ def _run(
     ensemble: Ensemble,
     texts: list[str],
     given: dict[str, Any],
+    weights: list[list[float]] | None,
     seed: int | None,
     *,
     as_json: bool,
@@ -111,20 +111,26 @@ def _run(
     from softmeet.hf import Recorder
 
     recorder, started = Recorder(), time.perf_counter()
+    given = {"seed": seed, "recorder": recorder, **given}
+    each: list[dict[str, Any]] = [{}] * len(texts) if weights is None else [{"weights": own} for own in weights]
     if len(texts) == 1 and not as_json:
-        for piece in ensemble.stream(texts[0], seed=seed, recorder=recorder, **given):
+        for piece in ensemble.stream(texts[0], **given, **each[0]):
             sys.stdout.write(piece)
             sys.stdout.flush()
         sys.stdout.write("\n")
         completions: list[str] = []
     else:
         with options.status(f"generating from {len(texts)} prompts"):
-            completions = ensemble.generate(texts, seed=seed, recorder=recorder, **given)
+            if weights is None:
+                completions = ensemble.generate(texts, **given)
+            else:
+                pairs = zip(texts, each, strict=True)
+                completions = [ensemble.generate(text, **given, **own) for text, own in pairs]
     seconds = time.perf_counter() - started
-    facts = _facts(ensemble, recorder, seconds)
+    facts = _facts(ensemble, recorder, seconds, weights)
     if as_json:
-        pairs = [{"prompt": p, "text": t} for p, t in zip(texts, completions, strict=True)]
-        typer.echo(json.dumps({"completions": pairs, **facts}, ensure_ascii=False, indent=2))
+        made = [{"prompt": p, "text": t, **own} for p, t, own in zip(texts, completions, each, strict=True)]
+        typer.echo(json.dumps({"completions": made, **facts}, ensure_ascii=False, indent=2))
     else:
         for prompt, text in zip(texts, completions, strict=False):
             typer.echo(f"=== {prompt}\n{text}\n")
@@ -132,8 +138,10 @@ def _run(
         _show(facts)
 
 
-def _facts(ensemble: Ensemble, recorder: Recorder, seconds: float) -> dict[str, Any]:
+def _facts(ensemble: Ensemble, recorder: Recorder, seconds: float, weights: list[list[float]] | None) -> dict[str, Any]:
+    """``weights`` are those of each prompt, if it had its own: their mean is a member's weight then."""
     config, rows, asked = ensemble.model.config, max(recorder.rows, 1), max(recorder.asked, 1)
+    used = config.weights if weights is None else list(map(fmean, zip(*weights, strict=True)))
     disagreement = recorder.disagreement.tolist() or [0.0] * len(ensemble.names)
     return {
         "members": [
@@ -145,7 +153,7 @@ def _facts(ensemble: Ensemble, recorder: Recorder, seconds: float) -> dict[str, 
                 "disagreement": x / asked,
             }
             for name, head, w, t, x in zip(
-                ensemble.names, ensemble.model.heads, config.weights, config.trusts(), disagreement, strict=True
+                ensemble.names, ensemble.model.heads, used, config.trusts(), disagreement, strict=True
             )
         ],
         "rule": config.rule,
