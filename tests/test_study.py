@@ -125,15 +125,21 @@ def test_the_report_holds_every_rule_and_the_plots(synthetic_results, tmp_path):
     assert json.loads(json.dumps(report.json()))["tables"]
 
 
-def test_known_truths_under_trained_heads():
+def test_known_truths_under_trained_heads(tmp_path):
     settings = known_truth.Settings(positions=2, rows=2, documents=1, sizes=(2,))
     text = "And it came to pass, when men began to multiply on the face of the earth, that there were giants. " * 4
     (cell,) = known_truth.cells(settings, [Document("text", text)])
-    found = cell.work()["rules"]
+    result = cell.work()
+    found = result["rules"]
     assert found["max-entropy"]["infeasible"] == 0
     for ours, theirs in zip(found["max-entropy"]["kl"], found["logit-mean"]["kl"], strict=True):
         assert ours <= theirs + known_truth.TOL
         assert math.isfinite(ours)
+    report = known_truth.report(settings, {cell.key: result}, "softmeet study known-truth")
+    assert "![Trained heads: the premise holds](members.png)" in report.write(tmp_path).read_text()
+    assert (tmp_path / "members.png").stat().st_size
+    (plot,) = report.plots
+    assert plot.lines["max-entropy"] == [(2, pytest.approx(sum(found["max-entropy"]["kl"]) / 2))]
 
 
 def test_the_command_on_text_writes_a_report_and_goes_on(tmp_path):

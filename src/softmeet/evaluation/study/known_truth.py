@@ -18,9 +18,10 @@ from softmeet.ensemble import Ensemble
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.family import best_hidden
 from softmeet.evaluation.study.entries import ALL, Rows, score, score_members
+from softmeet.evaluation.study.plots import Plot
 from softmeet.evaluation.study.report import Report
 from softmeet.evaluation.study.runs import Cell, Json
-from softmeet.evaluation.study.summary import by_columns, endings, never_worse
+from softmeet.evaluation.study.summary import by_columns, endings, lines_by, never_worse
 from softmeet.heads import SoftmaxHead
 from softmeet.simplex import log_normalize
 
@@ -88,4 +89,10 @@ def report(settings: Settings, results: dict[str, Json], command: str) -> Report
         command,
         [never_worse(several, "max-entropy", "logit-mean", TOL)],
         [by_columns("KL(p*‖·), nats", columns), endings("Rows with a feasible distribution", columns)],
+        [_against_members(cells)],
     )
+
+
+def _against_members(cells: list[Json]) -> Plot:
+    lines = lines_by(cells, lambda c: float(c["size"]))
+    return Plot("members", "Trained heads: the premise holds", "members", "KL(p*‖·), nats", lines, count=True)

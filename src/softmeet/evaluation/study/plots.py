@@ -10,7 +10,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Plot:
-    """Lines by label; each a list of (x, y) or of (x, y, half an interval). ``None`` for y where it is infinite."""
+    """Lines by label; each a list of (x, y) or of (x, y, half an interval), without points where y is infinite.
+
+    ``count`` if x is a whole number.
+    """
 
     name: str
     title: str
@@ -19,12 +22,14 @@ class Plot:
     lines: Mapping[str, Sequence[tuple[float, ...]]]
     log_x: bool = False
     zero: bool = False
+    count: bool = False
 
 
 def draw(plot: Plot, path: Path) -> None:
     """Write a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -39,6 +44,8 @@ def draw(plot: Plot, path: Path) -> None:
     axes.set(xlabel=plot.x, ylabel=plot.y, title=plot.title)
     if plot.log_x:
         axes.set_xscale("log")
+    if plot.count:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if plot.zero:
         axes.axhline(0, color="0.6", linewidth=0.8)
     axes.grid(visible=True, color="0.92")

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean
 
 from softmeet.evaluation.study.entries import ALL
 from softmeet.evaluation.study.report import Table, mean_text, number
 from softmeet.evaluation.study.runs import Json
 
 Values = list[float | None]
+# Rules that plots show.
+_SHOWN = (
+    "logit-mean", "prob-mean", "meet 1", "meet 10", "max-entropy", "least-squares", "min-underestimation",
+    "min-reverse-cross-entropy",
+)  # fmt: skip
 
 
 def gathered(cells: Iterable[Json], label: str, what: str = "kl") -> Values:
@@ -69,6 +75,18 @@ def never_worse(cells: list[Json], ours: str, theirs: str, within: float) -> str
     verdict = "holds in" if not worse and not lost else f"**fails** in {len(worse) + lost} of"
     extra = f" (by up to {number(max(worse))} nats)" if worse else ""
     return f"`{ours}` is never worse than `{theirs}`: {verdict} {len(a)} rows{extra}"
+
+
+def lines_by(cells: list[Json], x: Callable[[Json], float]) -> dict[str, list[tuple[float, ...]]]:
+    """Means by ``x`` of each rule that is shown; no point where a rule gives some truth an infinite loss."""
+    lines: dict[str, list[tuple[float, ...]]] = {label: [] for label in _SHOWN}
+    for place in sorted({x(c) for c in cells}):
+        here = [c for c in cells if x(c) == place]
+        for label, points in lines.items():
+            values = gathered(here, label)
+            if None not in values:
+                points.append((place, fmean(v for v in values if v is not None)))
+    return lines
 
 
 def largest(cells: list[Json], label: str, what: str = "kl") -> float | None:

@@ -8,10 +8,9 @@ hidden states, relative to their length, so that it fails by a known amount.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from statistics import fmean
 
 import torch
 from jaxtyping import Float
@@ -27,6 +26,7 @@ from softmeet.evaluation.study.summary import (
     endings,
     gathered,
     largest,
+    lines_by,
     never_worse,
 )
 from softmeet.heads import SoftmaxHead
@@ -36,10 +36,6 @@ RATIOS = tuple(Fraction(x) for x in ("1/16", "1/8", "1/4", "1/2", "3/4", "7/8", 
 TRUTHS = ("zipf", "dirichlet")
 NOISES = (0.0, 0.01, 0.03, 0.1, 0.3)
 TOL = 1e-8
-_SHOWN = (
-    "logit-mean", "prob-mean", "meet 1", "meet 10", "max-entropy", "least-squares", "min-underestimation",
-    "min-reverse-cross-entropy",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -157,23 +153,11 @@ def _ranges(columns: list[tuple[str, list[Json]]]) -> Table:
 
 
 def _against_width(exact: list[Json]) -> Plot:
-    lines = _lines(exact, lambda c: float(Fraction(c["ratio"])))
+    lines = lines_by(exact, lambda c: float(Fraction(c["ratio"])))
     return Plot("width", "Random heads: the premise holds", "nd / v", "KL(p*‖·), nats", lines)
 
 
 def _against_noise(settings: Settings, cells: list[Json]) -> Plot:
     ratio = "1/2" if "1/2" in settings.ratios else settings.ratios[0]
-    lines = _lines([c for c in cells if c["ratio"] == ratio], lambda c: 100 * c["noise"])
+    lines = lines_by([c for c in cells if c["ratio"] == ratio], lambda c: 100 * c["noise"])
     return Plot("noise", f"Random heads, nd/v = {ratio}", "noise on the hidden states, %", "KL(p*‖·), nats", lines)
-
-
-def _lines(cells: list[Json], x: Callable[[Json], float]) -> dict[str, list[tuple[float, ...]]]:
-    """Means by ``x`` of each rule that is shown; no point where a rule gives some truth an infinite loss."""
-    lines: dict[str, list[tuple[float, ...]]] = {label: [] for label in _SHOWN}
-    for place in sorted({x(c) for c in cells}):
-        here = [c for c in cells if x(c) == place]
-        for label, points in lines.items():
-            values = gathered(here, label)
-            if None not in values:
-                points.append((place, fmean(v for v in values if v is not None)))
-    return lines
