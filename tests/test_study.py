@@ -142,6 +142,18 @@ def test_known_truths_under_trained_heads(tmp_path):
     assert plot.lines["max-entropy"] == [(2, pytest.approx(sum(found["max-entropy"]["kl"]) / 2))]
 
 
+@pytest.mark.parametrize(
+    ("given", "came"),
+    [([], "none of these"), (["--members", "narrow"], "--members"), (["--text", "t"], "--text"),
+     (["--members", "narrow", "--text", "t", "--trace", "r"], "--members, --text, --trace")],
+)  # fmt: skip
+def test_members_of_ones_own_need_a_text_or_a_trace(given, came, tmp_path):
+    result = CliRunner().invoke(app, ["study", "pretrained", str(tmp_path / "out"), *given])
+    assert isinstance(result.exception, InvalidInputError)
+    assert str(result.exception).endswith(f"got {came}")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_command_on_text_writes_a_report_and_goes_on(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("In the beginning God created the heaven and the earth. And the earth was without form. " * 6)

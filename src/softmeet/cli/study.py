@@ -117,7 +117,7 @@ def real(
 def pretrained(
     out: Out,
     members: texts.Members = None,
-    text: Text = None,
+    text: Annotated[list[Path] | None, typer.Option("--text", "-t", help="UTF-8 files, a document each.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Of the same members, instead of a text.")] = None,
     positions: Positions = 4000,
     meet: Meet = 1000,
@@ -144,7 +144,11 @@ def pretrained(
 
     named = texts.default_members(members, trace)
     if not named or (text is None) == (trace is None):
-        raise InvalidInputError("expected members, and either --text or --trace")
+        given = {"--members": members, "--text": text, "--trace": trace}
+        came = ", ".join(name for name, value in given.items() if value) or "none of these"
+        raise InvalidInputError(
+            f"expected --members and --text, or --trace, whose members are taken if none are named, got {came}"
+        )
     settings = Settings(positions, meet, exact, slow, rows=8, prompt=prompt, tokens=tokens, premise=premise, only=only)
     places = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     place = partial(engines.engine, engine, workers=workers, threads=threads, address=ray_address, gpus=gpus)
