@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -178,6 +179,22 @@ def test_rank(rule):
         assert (cut.objective <= whole.objective + 1e-6).all()
 
 
+@pytest.mark.parametrize("rule", [rule.name for rule in softmeet.RULES])
+def test_relaxed_is_said_only_of_rules_that_the_option_is_for(rule):
+    log_p, heads = CASES["premise"].build()
+    given = {"rank": 2, "slack": 0.1}
+    alone = {name: softmeet.combine(log_p, heads, rule, **{name: given[name]}).relaxed for name in given}
+    assert alone["rank"] == (rule == "meet" or rule in EXACT)
+    assert alone["slack"] == (rule in PROGRAMS)
+
+
+def test_a_rank_is_an_integer_of_any_kind():
+    log_p, heads = CASES["premise"].build()
+    ours, theirs = (softmeet.combine(log_p, heads, rank=rank, **OPTIONS) for rank in (2, np.int64(2)))
+    assert torch.equal(ours.log_probs, theirs.log_probs)
+    assert type(theirs.problem.options.rank) is int
+
+
 @pytest.mark.parametrize("rule", ["meet", *EXACT])
 def test_free_radial(rule):
     log_p, heads = normed()
@@ -199,6 +216,7 @@ def test_free_radial(rule):
     ("change", "message"),
     [
         ({"rank": 0}, "rank of at least 1"),
+        ({"rank": True}, "rank of at least 1, or None for all directions, got True"),
         ({"metric": "cosine"}, "unknown metric 'cosine'"),
         ({"slack": -1.0}, "non-negative slack"),
         ({"slack": math.nan}, "non-negative slack"),

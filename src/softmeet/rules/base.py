@@ -85,6 +85,10 @@ class Rule(ABC):
         """A sentence for rows whose objective is constant on the feasible set."""
         return str(Status.DEGENERATE)
 
+    def relaxes(self, problem: Problem) -> bool:
+        """Whether the problem's options ask this rule for less than every member's moments."""
+        return self.uses_heads and problem.options.relaxes(problem.heads)
+
     def answer(self, problem: Problem) -> Answer:
         """:meth:`solve`, on parts of the batch whose rows share one view of each head."""
         parts = [self.solve(piece) for piece in problem.pieces()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import SupportsIndex
 
 import torch
 from jaxtyping import Bool, Float
@@ -39,7 +40,7 @@ def combine(
     free_weights: bool = False,
     logits: Float[Tensor, "n *batch v"] | None = None,
     support: Bool[Tensor, " v"] | None = None,
-    rank: int | None = None,
+    rank: SupportsIndex | None = None,
     free_radial: bool = False,
     hidden: Sequence[Tensor] | None = None,
     metric: str = "whitened",

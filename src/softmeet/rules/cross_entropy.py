@@ -29,6 +29,10 @@ class CrossEntropyRule(ExactRule):
         """Without slack."""
         return problem.options.slack == 0
 
+    def relaxes(self, problem: Problem) -> bool:
+        """With slack, too."""
+        return super().relaxes(problem) or problem.options.slack > 0
+
     def why_degenerate(self, problem: Problem) -> str:
         """From the heads."""
         plain = all(head.bias is None and head.soft_cap is None for head in problem.heads)

@@ -49,9 +49,9 @@ class Options:
         return self.rank, self.free_radial
 
     def relaxes(self, heads: Sequence[SoftmaxHead]) -> bool:
-        """Whether less is asked for than every member's moments."""
+        """Whether fewer moments count than every member's."""
         cut = self.rank is not None and any(self.rank < head.whitening().rank for head in heads)
-        return cut or self.free_radial or self.slack > 0
+        return cut or self.free_radial
 
 
 @dataclass(frozen=True, eq=False)

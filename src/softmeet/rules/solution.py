@@ -84,8 +84,8 @@ class Solution:
 
     @property
     def relaxed(self) -> bool:
-        """Whether ``rank``, ``free_radial`` or ``slack`` asked for less than every member's moments."""
-        return self._problem.options.relaxes(self._problem.heads)
+        """Whether ``rank``, ``free_radial`` or ``slack`` asked the rule for less than every member's moments."""
+        return find_rule(self.rule).relaxes(self._problem)
 
     @property
     def problem(self) -> Problem:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any, get_args
+from typing import Any, SupportsIndex, get_args
 
 import numpy as np
 import torch
@@ -194,23 +195,35 @@ def checked_on_infeasible(on_infeasible: str) -> OnInfeasible:
     return on_infeasible  # type: ignore[return-value]
 
 
-def checked_options(*, rank: int | None, free_radial: bool, metric: str, slack: float, vertex: bool) -> Options:
+def checked_options(
+    *, rank: SupportsIndex | None, free_radial: bool, metric: str, slack: float, vertex: bool
+) -> Options:
     """What else a rule may be asked for.
 
     Raises:
-        InvalidInputError: a rank below 1, an unknown metric, or a slack that is negative or not finite.
+        InvalidInputError: a rank that is no integer or below 1, an unknown metric, or a slack that is negative or not
+            finite.
     """
-    if rank is not None and not (isinstance(rank, int) and rank >= 1):
-        raise InvalidInputError(f"expected a rank of at least 1, or None for all directions, got {rank!r}")
     if metric not in get_args(Metric):
         raise InvalidInputError(f"unknown metric {metric!r}: expected one of {', '.join(get_args(Metric))}")
     return Options(
-        rank=rank,
+        rank=None if rank is None else _rank(rank),
         free_radial=bool(free_radial),
         metric=metric,  # type: ignore[arg-type]
         slack=checked_number("slack", slack, positive=False),
         vertex=bool(vertex),
     )
+
+
+def _rank(rank: SupportsIndex) -> int:
+    """An integer of any kind."""
+    try:
+        found = 0 if isinstance(rank, bool) else operator.index(rank)
+    except TypeError:
+        found = 0
+    if found < 1:
+        raise InvalidInputError(f"expected a rank of at least 1, or None for all directions, got {rank!r}")
+    return found
 
 
 def free_directions(
