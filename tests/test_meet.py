@@ -15,7 +15,7 @@ import softmeet
 from softmeet import Status
 from softmeet.errors import InfeasibleError, InvalidInputError, NotConvergedError
 from softmeet.rules.meet import MaxEntropy
-from softmeet.simplex import kl, total_variation
+from softmeet.simplex import entropy, kl, total_variation
 from softmeet.solvers.newton import _solve
 
 INF = math.inf
@@ -98,6 +98,17 @@ def test_max_entropy_has_the_largest_entropy_and_is_never_worse_than_any_pool():
         assert (kl(truth.log(), ours) <= kl(truth.log(), pool) + 1e-9).all()
         moved = kl(truth.log(), pool) - kl(truth.log(), ours)
         assert torch.allclose(moved, kl(ours, pool), atol=1e-6)  # Pythagoras
+
+
+def test_max_entropy_equalises_the_log_loss():
+    """-pᵀ log p_C = H(p_C) for every p in C, vertices too: the worst truth in C costs no more than any other."""
+    heads = random_heads(64, (6, 5, 4), seed=2)
+    log_p = best_outputs(heads, zipf(4, 64, seed=2))
+    ours = softmeet.combine(log_p, heads, "max-entropy", tol=1e-11).log_probs
+    corner = softmeet.combine(log_p, heads, "min-cross-entropy", vertex=True, tol=1e-8).log_probs
+    other = softmeet.combine(log_p, heads, "min-reverse-cross-entropy", tol=1e-8).log_probs
+    for truth in (zipf(4, 64, seed=2), corner.exp(), other.exp()):
+        assert torch.allclose(-(truth * ours).sum(-1), entropy(ours), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["peaked", "near_one_hot"])

@@ -21,7 +21,10 @@ class MinCrossEntropy(CrossEntropyRule):
     """
 
     name = "min-cross-entropy"
-    summary = "the least cross-entropies to the members, a linear program; constant without bias, soft-cap or slack"
+    summary = (
+        "the least cross-entropies to the members, a linear program; constant without bias, soft-cap or slack, else "
+        "gives most tokens probability 0"
+    )
 
     def gradient(self, row: Row, p: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
         """C = -Σ w_i log p̂_i."""

@@ -20,7 +20,7 @@ class MinSquaredCrossEntropy(CrossEntropyRule):
     """
 
     name = "min-squared-cross-entropy"
-    summary = "the least squares of the cross-entropies, a quadratic program; constant like the linear one"
+    summary = "the least squares of the cross-entropies, a quadratic program; constant, or zeros, like the linear one"
 
     def _sums(self, row: Row, p: Float[Tensor, " v"]) -> tuple[Float[Tensor, "n v"], Float[Tensor, " n"]]:
         """(log p̂_i on the tokens alive, pᵀ log p̂_i)."""
