@@ -89,7 +89,10 @@ def minimise(program: SimplexProgram, max_steps: int) -> Optimum:
         everything = bool((chosen | ~program.alive).all())
         if everything or program.value(p) - program.bound(reduced, y) <= program.tol:
             break
-        chosen = _more(program, chosen, reduced)
+        more = _more(program, chosen, reduced)
+        if more is None:
+            break
+        chosen = more
     moved = p * (1 + (program.cost - reduced - program.target @ y).abs())
     order = moved.argsort()
     small = torch.zeros_like(program.alive).index_copy(0, order, moved[order].cumsum(0) < _ZERO)
@@ -105,16 +108,20 @@ def _first(program: SimplexProgram) -> Bool[Tensor, " v"]:
     return torch.zeros_like(program.alive).index_fill(0, weight.topk(size).indices, True)
 
 
-def _more(program: SimplexProgram, chosen: Bool[Tensor, " v"], reduced: Float[Tensor, " v"]) -> Bool[Tensor, " v"]:
+def _more(
+    program: SimplexProgram, chosen: Bool[Tensor, " v"], reduced: Float[Tensor, " v"]
+) -> Bool[Tensor, " v"] | None:
     """With the tokens that price out best, half as many again at most, in place of those that price out worst.
 
-    As many leave as enter, but a few, as long as the support has room: what is held stays of one size.
+    As many leave as enter, but a few, as long as the support has room: what is held stays of one size. None where no
+    token prices out: what is left of the gap is then the interior point's own.
     """
     size = int(chosen.sum())
     open_to = torch.where(program.alive & ~chosen, reduced, torch.inf)
     best = open_to.topk(min(max(size // 2, 64), int((program.alive & ~chosen).sum())), largest=False)
-    below = best.indices[best.values < reduced[chosen].min()]
-    found = below if len(below) else best.indices
+    found = best.indices[best.values < reduced[chosen].min()]
+    if not len(found):
+        return None
     room = max(size - int(_LEAVING * len(found)), _STAYING * len(program.target))
     if room < size:
         staying = torch.where(chosen, reduced, torch.inf).topk(room, largest=False).indices
