@@ -93,6 +93,7 @@ def test_underestimation_where_moments_leave_one_point(seed):
     generator = torch.Generator().manual_seed(seed)
     truth = (6 * torch.randn(2, 24, generator=generator, dtype=torch.float64)).softmax(-1)
     solution = softmeet.combine(best_outputs(heads, truth), heads, "min-underestimation")
+    assert (solution.status == Status.OPTIMAL).all()
     assert total_variation(solution.log_probs, truth.log()).max() < 1e-6
 
 

@@ -74,6 +74,13 @@ class ExactRule(Rule):
     def bounds(self, row: Row, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
         """What p and the multipliers prove, by evaluation alone."""
 
+    def proved(self, row: Row, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
+        """:meth:`bounds`, closed where p is the only one with the members' moments."""
+        found = self.bounds(row, p, y)
+        if self.constrained(row.problem) and row.unique and moments_hold(row, p):
+            return Bounds(found.value, found.value, found.value)
+        return found
+
     def constrained(self, problem: Problem) -> bool:
         """Whether the moments must hold exactly."""
         return True
@@ -100,7 +107,7 @@ class ExactRule(Rule):
     def _write(self, answer: Answer, k: int, row: Row, member: Float[Tensor, " v"] | None) -> None:
         choice = self.choose(row, member)
         p, y = choice.p, choice.y
-        found = self.bounds(row, p, y)
+        found = self.proved(row, p, y)
         answer.log_probs[k] = p.log()
         status = self.status(row, p, found)
         answer.status[k] = Status.DEGENERATE if status == Status.OPTIMAL and choice.constant else status

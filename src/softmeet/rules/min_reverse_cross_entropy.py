@@ -39,7 +39,7 @@ class MinReverseCrossEntropy(ExactRule):
         found = interior_point(program, row.problem.max_steps)
         p = torch.zeros_like(row.log_q).index_copy(0, ids, found.x)
         p, y = p / p.sum(), row.joint @ found.y / (target @ found.y)
-        if member is not None and self.status(row, p, self.bounds(row, p, y)) == Status.NOT_CONVERGED:
+        if member is not None and self.status(row, p, self.proved(row, p, y)) == Status.NOT_CONVERGED:
             projected = members_of_c(row.problem)
             return Choice(projected.log_probs[0].exp(), y, found.steps + int(projected.steps[0]))
         return Choice(p, y, found.steps)

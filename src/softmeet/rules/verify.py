@@ -90,7 +90,7 @@ def _second_look(rule: Meet | ExactRule, problem: Problem, answer: Answer, k: in
     row = Row(problem)
     if isinstance(rule, ExactRule) and not fallback:
         p = answer.log_probs[k].exp()
-        found = rule.bounds(row, p, row.whitened(tuple(lam[k] for lam in answer.dual)))
+        found = rule.proved(row, p, row.whitened(tuple(lam[k] for lam in answer.dual)))
         status = rule.status(row, p, found)
         return _Look(found.gap, (p / p.sum()).log(), int(status))
     relaxed = finite_trust(problem.trust)

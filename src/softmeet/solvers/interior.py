@@ -33,6 +33,8 @@ _DAMPING, _INSIDE = 0.9995, 0.9
 _FEASIBLE = 1e-12
 _COMPLEMENTARY = 1e-11
 _STALLED, _PROGRESS = 12, 0.98
+# How often a step's moments are corrected, at most.
+_REFINED = 2
 # Steps shorter than this are tried again towards the centre.
 _SHORT = 0.1
 # Corrections of a step at most, how much longer each would have it, the share of that which is worth another, and the
@@ -220,8 +222,12 @@ class _Method:
         dy = solve(self.residual - self.G.sums(theta * h))
         dx = theta * (self.G.times(dy) + h)
         # What rounding of sums over masses of all sizes has left of the moments.
-        left = solve(self.residual - self.G.sums(dx) - self.program.softness * dy)
-        dy, dx = dy + left, dx + theta * self.G.times(left)
+        for _ in range(_REFINED):
+            left = self.residual - self.G.sums(dx) - self.program.softness * dy
+            if float(left.norm()) <= _FEASIBLE * self.scale:
+                break
+            more = solve(left)
+            dy, dx = dy + more, dx + theta * self.G.times(more)
         dz = (lower - z * dx) / x
         dw = None if w is None or upper is None else (upper + w * dx) / self.slack
         # Where x is nearly zero, division by it would blow the rounding of dx up, and the dual would not stay feasible.
