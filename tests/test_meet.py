@@ -265,6 +265,16 @@ def test_half_precision_heads_are_read_as_they_are():
     assert total_variation(single.log_probs.double(), exact.log_probs).max() < 1e-3
 
 
+def test_a_direction_does_not_depend_on_the_rest_of_the_batch():
+    """To the last bit, though the other row is refined more often."""
+    generator = torch.Generator().manual_seed(0)
+    U = torch.linalg.qr(torch.randn(2, 8, 8, generator=generator, dtype=torch.float64)).Q
+    spectra = torch.stack([torch.linspace(1, 2, 8), torch.logspace(0, -13, 8)]).double()
+    H, g = U @ (spectra[..., None] * U.mT), torch.randn(2, 8, generator=generator, dtype=torch.float64)
+    together = _solve(H, g, 2e-16)
+    assert all(torch.equal(together[k], _solve(H[k : k + 1], g[k : k + 1], 2e-16)[0]) for k in (0, 1))
+
+
 @pytest.mark.parametrize("scale", [0.0, 1e-200, 1e-40])
 def test_a_hessian_that_has_all_but_vanished_gives_the_gradient(scale):
     """Where one token has all mass H underflows, and H⁻¹g would overflow the scores."""

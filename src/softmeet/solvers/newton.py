@@ -145,11 +145,13 @@ def _solve(H: Float[Tensor, "B D D"], g: Float[Tensor, "B D"], eps: float) -> Fl
         if not info.any():
             break
         ridge = torch.where(info > 0, 10 * ridge, ridge)
-    s, residual = torch.zeros_like(g), g
+    s, residual, going = torch.zeros_like(g), g, torch.ones_like(g[..., :1], dtype=torch.bool)
     for _ in range(3):
-        s = s + torch.cholesky_solve(residual[..., None], L).squeeze(-1)
+        # A row that is solved stays as it is, whatever others need.
+        s = torch.where(going, s + torch.cholesky_solve(residual[..., None], L).squeeze(-1), s)
         residual = g - (H @ s[..., None]).squeeze(-1)
-        if (residual.norm(dim=-1) <= _SOLVED * g.norm(dim=-1)).all():
+        going = residual.norm(dim=-1, keepdim=True) > _SOLVED * g.norm(dim=-1, keepdim=True)
+        if not going.any():
             break
     # Where H all but vanishes, as for one-hot distributions, the gradient is still a direction, and may be a Farkas
     # proof; a step that is not a number, or whose scores would overflow, is none.
