@@ -98,7 +98,7 @@ def main(
     clock.watch(modeling.EnsembleForCausalLM, "_hidden", "members")
     clock.watch(modeling.EnsembleForCausalLM, "solve_rows", "rows")
     clock.watch(subsampled, "sweep", "sweeps")
-    clock.watch(subsampled, "_look", "looks")
+    clock.watch(subsampled.SubsampledNewton, "_look", "looks")
     generator = torch.Generator().manual_seed(1)
     for batch in (int(x) for x in batches.split(",")):
         ids = torch.randint(0, model.config.vocab_size, (batch, 32), generator=generator)
