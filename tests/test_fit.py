@@ -318,9 +318,11 @@ def test_a_missing_package_of_an_option_is_named_at_once(command, name, monkeypa
         (["fit", "--out", "taken"], "expected a folder, got taken, but taken is a file"),
         (["evaluate", "--plots", "taken/plots"], "expected a folder, got taken/plots, but .*taken is a file"),
         (["trace", "taken"], "but taken is a file"),
+        (["evaluate", "--trace", "t"], "expected --trace or --text, got both: t holds a text of its own"),
+        (["fit", "--out", "o", "--trace", "t"], "expected --trace or --text, got both"),
     ],
 )
-def test_a_place_that_cannot_be_written_is_refused_at_once(command, message, tmp_path, monkeypatch):
+def test_what_cannot_work_is_refused_at_once(command, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken").touch()
     with pytest.raises(InvalidInputError, match=message):

@@ -79,7 +79,7 @@ def evaluate(
 
     texts.require_extra(psutil=True, scipy=True, pyarrow=trace, matplotlib=plots)
     texts.require_places(as_json, plots, resume)
-    found = None if trace else texts.documents(text, separator, column)
+    found = texts.documents_unless(trace, text, separator, column)
     ensemble = options.load_ensemble(
         texts.default_members(members, trace), trust, weights, pool=pool, tol=tol,
         dtype=dtype, device=device, trust_remote_code=trust_remote_code,

@@ -75,7 +75,7 @@ def fit(
     texts.require_extra(psutil=True, scipy=True, pyarrow=trace)
     texts.require_places(as_json, out, resume)
     require_ensemble_folder(out)
-    found = None if trace else texts.documents(text, separator, column)
+    found = texts.documents_unless(trace, text, separator, column)
     ensemble = options.load_ensemble(
         texts.default_members(members, trace), None, None, dtype=dtype, device=device,
         trust_remote_code=trust_remote_code,

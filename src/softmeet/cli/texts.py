@@ -71,6 +71,21 @@ def require_places(file: Path | None, *folders: Path | None) -> None:
             raise InvalidInputError(f"expected a folder, got {folder}, but {there} is a file: name another one")
 
 
+def documents_unless(
+    trace: Path | None, text: list[str] | None, separator: str | None, column: str
+) -> list[Document] | None:
+    """:func:`documents`, or None where a trace holds them.
+
+    Raises:
+        InvalidInputError: as :func:`documents`, or both are named.
+    """
+    if trace is None:
+        return documents(text, separator, column)
+    if text:
+        raise InvalidInputError(f"expected --trace or --text, got both: {trace} holds a text of its own")
+    return None
+
+
 def documents(text: list[str] | None, separator: str | None, column: str) -> list[Document]:
     """The documents that the options name.
 
