@@ -14,6 +14,8 @@ from softmeet.solvers.interior import Program, interior_point
 # A mass this close to one of its bounds, relative to their distance, is at it.
 _AT_BOUND = 1e-5
 _FACE_MOMENTS = 1e-9
+# How often the masses that are at no bound are guessed.
+_GUESSES = 8
 
 
 class MinUnderestimation(ExactRule):
@@ -73,18 +75,27 @@ def _basic(row: Row, x: Float[Tensor, " v"], upper: Float[Tensor, " v"]) -> Floa
     """
     columns, target = row.system
     inside = torch.where(row.alive, torch.minimum(x, upper - x) / upper, 0.0)
-    free = inside.topk(min(len(target) - 1, int(row.alive.sum()))).indices
-    found = torch.where(x > upper / 2, upper, 0.0).index_fill(0, free, 0.0)
-    if not found.any():
-        return x  # without a mass that is fixed the moments say nothing about the sum
-    G = (columns.rows(free) - target)[:, :-1]
-    missing = (found.sum() * target - columns.sums(found))[:-1]
-    masses = torch.linalg.lstsq(G.T, missing[:, None], driver="gelsd").solution.squeeze(-1)
-    off = (masses @ G - missing).norm()
-    rounding = _FACE_MOMENTS * upper[free]
-    if off > _FACE_MOMENTS or bool(((masses < -rounding) | (masses > upper[free] + rounding)).any()):
-        return x
-    return found.index_copy(0, free, masses.clamp(torch.zeros_like(masses), upper[free]))
+    order = inside.argsort(descending=True)
+    free, rest = order.tensor_split([min(len(target) - 1, int(row.alive.sum()))])
+    at = torch.where(x > upper / 2, upper, 0.0)
+    for _ in range(_GUESSES):
+        found = at.index_fill(0, free, 0.0)
+        if not found.any():
+            break  # without a mass that is fixed the moments say nothing about the sum
+        G = (columns.rows(free) - target)[:, :-1]
+        missing = (found.sum() * target - columns.sums(found))[:-1]
+        masses = torch.linalg.lstsq(G.T, missing[:, None], driver="gelsd").solution.squeeze(-1)
+        if (masses @ G - missing).norm() > _FACE_MOMENTS:
+            break
+        rounding = _FACE_MOMENTS * upper[free]
+        outside = (masses < -rounding) | (masses > upper[free] + rounding)
+        if not outside.any():
+            return found.index_copy(0, free, masses.clamp(torch.zeros_like(masses), upper[free]))
+        # Those are at a bound after all, and the next take their places.
+        at = at.index_copy(0, free[outside], torch.where(masses > 0, upper[free], 0.0)[outside])
+        new, rest = rest.tensor_split([int(outside.sum())])
+        free = torch.cat([free[~outside], new])
+    return x
 
 
 def _several(row: Row, between: Bool[Tensor, " v"]) -> bool:

@@ -185,26 +185,49 @@ class _Method:
             return False
         mu = self._mean_complementarity()
         affine = self._direction(solve, theta, dual, 0.0, None)
-        length = self._longest(affine)
-        after = self._mean_complementarity(affine, length)
+        reach = self._longest(affine)
+        after = self._mean_complementarity(affine, reach)
         sigma = min(1.0, (after / mu) ** 3) if mu > 0 else 0.0
-        second = self._second_order(affine, length)
+        second = self._second_order(affine, 1.0)
         step = self._direction(solve, theta, dual, sigma * mu, second)
         if not _finite(step):
             return False
         step, length = self._more_central(solve, theta, dual, sigma * mu, second, step)
         if min(length) < _SHORT:
+            # Where the predictor cannot be taken far, its second order is not to be corrected in full.
+            second = self._second_order(affine, min(1.0, reach[0] * reach[1]))
+            careful = self._direction(solve, theta, dual, sigma * mu, second)
+            careful, further = self._more_central(solve, theta, dual, sigma * mu, second, careful)
+            if min(further) > min(length):
+                step, length = careful, further
+        if min(length) < _SHORT:
             # Products x z that are far apart block the way: a step that only evens them out.
             centred = self._direction(solve, theta, dual, mu, None)
             if min(self._longest(centred)) > min(length):
                 step, length = centred, self._longest(centred)
-        self._move(step, length)
+        step = self._refined(solve, theta, step)
+        self._move(step, self._longest(step))
         return True
 
-    def _second_order(self, step: _Step, length: tuple[float, float]) -> _Products:
-        """What the products x z and (u - x) w change beyond first order along ``step``, as far as it can be taken."""
-        (dx, _, dz, dw), share = step, min(1.0, length[0] * length[1])
+    def _second_order(self, step: _Step, share: float) -> _Products:
+        """What the products x z and (u - x) w change beyond first order along ``step``, or a share of that."""
+        dx, _, dz, dw = step
         return -share * dx * dz, None if dw is None else share * dx * dw
+
+    def _refined(self, solve: Solve, theta: Tensor, step: _Step) -> _Step:
+        """``step`` with what rounding of sums over masses of all sizes has left of its moments."""
+        dx, dy, dz, dw = step
+        for _ in range(_REFINED):
+            left = self.residual - self.G.sums(dx) - self.program.softness * dy
+            if float(left.norm()) <= _FEASIBLE * self.scale:
+                break
+            more = solve(left)
+            along = self.G.times(more)
+            change = theta * along
+            dx, dy = dx + change, dy + more
+            lower, upper = -self.z * change / self.x, None if self.w is None else self.w * change / self.slack
+            dz, dw = self._dual_part(lower, upper, self.program.curvature(self.x) * change - along, (dz, dw))
+        return dx, dy, dz, dw
 
     def _direction(self, solve: Solve, theta: Tensor, dual: Tensor, mu: float, correction: _Products | None) -> _Step:
         """Newton's step towards x z = c + mu, both products corrected."""
@@ -220,23 +243,27 @@ class _Method:
                 upper = upper + correction[1]
             h = h - upper / self.slack
         dy = solve(self.residual - self.G.sums(theta * h))
-        dx = theta * (self.G.times(dy) + h)
-        # What rounding of sums over masses of all sizes has left of the moments.
-        for _ in range(_REFINED):
-            left = self.residual - self.G.sums(dx) - self.program.softness * dy
-            if float(left.norm()) <= _FEASIBLE * self.scale:
-                break
-            more = solve(left)
-            dy, dx = dy + more, dx + theta * self.G.times(more)
+        along = self.G.times(dy)
+        dx = theta * (along + h)
         dz = (lower - z * dx) / x
         dw = None if w is None or upper is None else (upper + w * dx) / self.slack
-        # Where x is nearly zero, division by it would blow the rounding of dx up, and the dual would not stay feasible.
-        curvature = self.program.curvature(x)
-        change = dual + curvature * dx - self.G.times(dy)
+        dz, dw = self._dual_part(dz, dw, dual + self.program.curvature(x) * dx - along)
+        return dx, dy, dz, dw
+
+    def _dual_part(
+        self, dz: Tensor, dw: Tensor | None, change: Tensor, so_far: tuple[Tensor, Tensor | None] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(dz, dw), added to those ``so_far``, from the products' equations and from dz - dw = ``change``.
+
+        Where x is nearly zero, division by it would blow the rounding of dx up, and the dual would not stay feasible.
+        """
+        x, z, w, curvature = self.x, self.z, self.w, self.program.curvature(self.x)
         dz = torch.where(z > x * (1 + curvature), change if dw is None else change + dw, dz)
         if dw is not None and w is not None:
             dw = torch.where(w > self.slack * (1 + curvature), dz - change, dw)
-        return dx, dy, dz, dw
+        if so_far is None:
+            return dz, dw
+        return so_far[0] + dz, None if dw is None or so_far[1] is None else so_far[1] + dw
 
     def _more_central(
         self, solve: Solve, theta: Tensor, dual: Tensor, mu: float, correction: _Products, step: _Step
