@@ -231,6 +231,9 @@ def test_a_trace_of_other_members_or_text_is_refused(ensemble, folders, tmp_path
     (tmp_path / "t" / "trace.json").write_text("{")
     with pytest.raises(TraceError, match="not JSON"):
         Trace.open(tmp_path / "t")
+    (tmp_path / "t" / "trace.json").write_text("[1]")
+    with pytest.raises(TraceError, match="got a list"):
+        Trace.open(tmp_path / "t")
     (tmp_path / "t" / "trace.json").write_text('{"format": 1, "members": []}')
     with pytest.raises(TraceError, match="it lacks bos, documents, dtype, shards, stride"):
         Trace.open(tmp_path / "t")

@@ -57,8 +57,9 @@ class Trace:
             ) from None
         except ValueError:
             raise TraceError(f"{path} is damaged: it is not JSON; run softmeet trace again in another folder") from None
-        if not isinstance(facts, dict) or facts.get("format") != FORMAT:
-            raise TraceError(f"expected a trace of format {FORMAT} in {path}, got {facts.get('format')}: trace again")
+        given = facts.get("format") if isinstance(facts, dict) else f"a {type(facts).__name__}"
+        if given != FORMAT:
+            raise TraceError(f"expected a trace of format {FORMAT} in {path}, got {given}: trace again")
         if missing := sorted(_FACTS - facts.keys()):
             raise TraceError(f"{path} is damaged: it lacks {', '.join(missing)}; run softmeet trace in another folder")
         return cls(Path(folder), facts)
