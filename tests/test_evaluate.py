@@ -273,3 +273,7 @@ def test_a_table_in_80_columns_cuts_no_figure(capsys, monkeypatch):
     for figure in ("2.1234", "812.34", "1.2345", "0.512", "0.123", "25.6%", "-0.0123 ± 0.0150"):
         assert figure in shown
     assert "meet:trust=1/0.3:pool=prob-mean: 795 by meet, 12 not converged\n" in shown
+    assert " │ 0.512 │ " not in shown
+    row["gated"] = None
+    show({**facts, "members": {}, "rules": {"meet:trust=1": row}})
+    assert " │ 0.512 │ " in capsys.readouterr().out  # where it fits, cells keep their padding

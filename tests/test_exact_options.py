@@ -216,8 +216,8 @@ def test_free_radial(rule):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rank": 0}, "rank of at least 1"),
-        ({"rank": True}, "rank of at least 1, or None for all directions, got True"),
+        ({"rank": 0}, "expected rank to be an integer of at least 1"),
+        ({"rank": True}, "rank to be an integer of at least 1, got True"),
         ({"metric": "cosine"}, "unknown metric 'cosine'"),
         ({"slack": -1.0}, "non-negative slack"),
         ({"slack": math.nan}, "non-negative slack"),
@@ -286,6 +286,9 @@ def test_options_reach_the_ensemble(tmp_path):
         EnsembleConfig(members=["a"], metric="none")
     with pytest.raises(InvalidInputError, match="on_infeasible"):
         EnsembleConfig(members=["a"], on_infeasible="guess")
+    for name in ("bands", "max_steps", "rank"):
+        with pytest.raises(InvalidInputError, match=f"expected {name} to be an integer of at least 1, got True"):
+            EnsembleConfig(members=["a"], **{name: True})
     radial = build("max-entropy", free_radial=True, tol=1e-8)
     log_p, solution = radial.solve_rows(
         [torch.randn(2, 32, generator=torch.Generator().manual_seed(k)) for k in (1, 2)]

@@ -302,9 +302,13 @@ def test_pieces_of_a_damaged_trace_are_not_those_of_the_whole(command, ensemble,
         (["evaluate", "--trace", "there"], "pyarrow"),
         (["fit", "--out", "there", "--trace", "there"], "pyarrow"),
         (["evaluate", "--plots", "there"], "matplotlib"),
+        (["study", "pretrained", "out", "--trace", "t"], "pyarrow"),
     ],
 )
-def test_a_missing_package_of_an_option_is_named_at_once(command, name, monkeypatch):
+def test_a_missing_package_of_an_option_is_named_at_once(command, name, ensemble, tmp_path, monkeypatch):
+    if command[0] == "study":
+        monkeypatch.chdir(tmp_path)
+        record(ensemble, documents(), "t")
     monkeypatch.setattr(texts, "find_spec", lambda package: None if package == name else package)
     with pytest.raises(InvalidInputError, match=rf"needs {name}: pip install 'softmeet\[eval\]'"):
         CliRunner().invoke(app, command, catch_exceptions=False)
@@ -337,3 +341,16 @@ def test_a_members_own_folder_is_not_overwritten(ensemble, fitted, folders, tmp_
     with pytest.raises(InvalidInputError, match="name another folder"):
         save(ensemble, fitted, folders[0])
     assert (folders[0] / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("command", [["evaluate", "-t", "x"], ["fit", "--out", "o", "-t", "x"], ["generate", "a"]])
+def test_ctrl_c_while_members_load_says_so(command, folders, tmp_path, monkeypatch):
+    def stop(*args, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").write_text(LETTERS)
+    monkeypatch.setattr(Ensemble, "from_pretrained", stop)
+    result = CliRunner().invoke(app, [*command, "-m", str(folders[0])])
+    assert result.exit_code == 130
+    assert "stopped: members were being loaded" in result.output

@@ -2,8 +2,10 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from typer.testing import CliRunner
 
@@ -166,3 +168,19 @@ def test_the_command_on_text_writes_a_report_and_goes_on(tmp_path):
         assert rule in report
     assert CliRunner().invoke(app, arguments).exit_code == 0
     assert (out / "cells.jsonl").read_text() == before
+
+
+def test_a_study_of_a_trace_is_pinned_to_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny.save(tmp_path / "gpt2", "gpt2", seed=0)
+    runner = CliRunner()
+    for k, text in enumerate(("the quick brown fox jumps over it", "and then it rains a lot in spain.")):
+        Path("text").write_text(text)
+        assert runner.invoke(app, ["trace", f"t{k}", "-m", "gpt2", "-t", "text"], catch_exceptions=False).exit_code == 0
+    arguments = ["study", "pretrained", str(tmp_path / "out"), "--positions", "20", "--meet", "0", "--exact", "0"]
+    arguments += ["--slow", "0", "--tokens", "0", "--premise", "0", "--trace"]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # members that were named by relative paths are found from anywhere
+    assert runner.invoke(app, [*arguments, str(tmp_path / "t0")], catch_exceptions=False).exit_code == 0
+    with pytest.raises(InvalidInputError, match=r"other settings \(source: .* there"):
+        runner.invoke(app, [*arguments, str(tmp_path / "t1")], catch_exceptions=False)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from softmeet.cli import texts
+from softmeet.cli import options
 from softmeet.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def engine(
     require_ray()
     from softmeet.scaling.ray_engine import RayEngine
 
-    return RayEngine(ensemble, workers, threads, gpus=gpus, address=address, on_loss=texts.say)
+    return RayEngine(ensemble, workers, threads, gpus=gpus, address=address, on_loss=options.say)
 
 
 def require_ray() -> None:

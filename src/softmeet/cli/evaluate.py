@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -96,13 +97,14 @@ def evaluate(
     from softmeet.evaluation.report import summary
 
     settings = {
+        "threads": threads,
         "choices": [asdict(choice) for choice in choices],
         "ensemble": ensemble.model.config.combine_arguments(),
     }
-    positions, pinned = identified(ensemble, found, trace, threads, max_tokens=max_tokens, **read)
+    positions, pinned = identified(ensemble, found, trace, max_tokens=max_tokens, **read)
     kept = Kept(resume, pinned | settings)
     with (
-        texts.stoppable(after(resume)),
+        options.stoppable(after(resume)),
         engines.engine(engine, ensemble, workers, threads, ray_address, gpus) as running,
         texts.progress() as begin,
     ):
@@ -125,7 +127,7 @@ def evaluate(
 
 
 def identified(
-    ensemble: Ensemble, documents: Any, trace: Path | None, threads: int, *, max_tokens: int | None, **read: Any
+    ensemble: Ensemble, documents: Any, trace: Path | None, *, max_tokens: int | None = None, **read: Any
 ) -> tuple[Positions | None, dict[str, Any]]:
     """The positions of a trace, if there is one, and what a command's figures depend on, but for its own settings.
 
@@ -134,7 +136,7 @@ def identified(
     """
     from softmeet.evaluation.identity import identity
 
-    pinned = {**identity(ensemble), "threads": threads, "max_tokens": max_tokens, **read}
+    pinned = {**identity(ensemble), "max_tokens": max_tokens, **read}
     if trace is None:
         text = "".join(f"{document.name}\0{document.text}\0" for document in documents)
         return None, {**pinned, "source": hashlib.sha256(text.encode()).hexdigest()}
@@ -146,7 +148,7 @@ def identified(
         )
     opened = Trace.open(trace)
     opened.require(ensemble)
-    positions, left_out = opened.read_whole(texts.say)
+    positions, left_out = opened.read_whole(options.say)
     # Pieces are numbered over the positions that were read.
     damaged = {"shards left out": left_out} if left_out else {}
     return positions.take(slice(max_tokens)), {**pinned, "source": opened.key, **damaged}
@@ -181,9 +183,7 @@ def show(facts: dict[str, Any]) -> None:
     """A table on the terminal."""
     spread = f"{facts['clusters']['count']} {facts['clusters']['kind']}"
     console = Console()
-    # A table in 80 columns has no room for padding.
-    padding = 0 if console.width < 100 else (0, 1)
-    table = Table(title=f"{facts['tokens']:,} tokens; intervals by {spread}", padding=padding)
+    table = Table(title=f"{facts['tokens']:,} tokens; intervals by {spread}")
     table.add_column("", min_width=14, overflow="fold")
     gated = any(row["gated"] for row in facts["rules"].values())
     for name in ("nats", "perpl.", "bits/B", "top-1", "cal.", *(["gated"] if gated else []), "vs best baseline"):
@@ -199,6 +199,9 @@ def show(facts: dict[str, Any]) -> None:
                 *([f"{row['gated']:.1%}" if row.get("gated") else ""] if gated else []), _against(name, row, best),
             )  # fmt: skip
         table.add_section()
+    # Cells rather lose their padding than their ends.
+    if console.measure(table, options=console.options.update(max_width=sys.maxsize)).maximum > console.width:
+        table.padding = 0
     console.print(table)
     for name, row in facts["rules"].items():
         if notes := _notes(row):

@@ -92,12 +92,12 @@ def fit(
         batch=batch, select_positions=select_tokens, judge_positions=judge_tokens,
     )  # fmt: skip
     # What is kept for other bands is of use for these.
-    settings = {name: value for name, value in asdict(given).items() if name != "bands"}
-    positions, pinned = identified(ensemble, found, trace, threads, max_tokens=max_tokens, **read)
+    settings = {name: value for name, value in asdict(given).items() if name != "bands"} | {"threads": threads}
+    positions, pinned = identified(ensemble, found, trace, max_tokens=max_tokens, **read)
     kept = Kept(resume, pinned | settings)
     ensemble.model.banded_heads(bands)  # made here, so that workers share them
     with (
-        texts.stoppable(after(resume)),
+        options.stoppable(after(resume)),
         engines.engine(engine, ensemble, workers, threads, ray_address, gpus) as running,
         texts.progress() as begin,
     ):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -146,7 +147,7 @@ def load_ensemble(members: list[str] | None, trust: str | None, weights: str | N
     given = numbers("--weights", weights)
     if "device" in settings:
         settings["device"] = placement(settings["device"])
-    with err.status("loading") as progress:
+    with stoppable("members were being loaded, and nothing is changed"), err.status("loading") as progress:
         return Ensemble.from_pretrained(
             members[0] if members and len(members) == 1 else members or [zoo.DEFAULT],
             trust=numbers("--trust", trust),
@@ -154,6 +155,21 @@ def load_ensemble(members: list[str] | None, trust: str | None, weights: str | N
             on_progress=lambda name: progress.update(f"loading {short(name)}"),
             **settings,
         )
+
+
+def say(sentence: str) -> None:
+    """A notice on stderr."""
+    err.print(sentence, style="yellow", highlight=False, soft_wrap=True, markup=False)
+
+
+@contextmanager
+def stoppable(advice: str) -> Iterator[None]:
+    """Ctrl-C ends the command with a sentence and exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"stopped: {advice}")
+        raise typer.Exit(130) from None
 
 
 def status(message: str) -> AbstractContextManager[Any]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from softmeet.cli import engines, options, texts
+from softmeet.cli.evaluate import identified
 from softmeet.cli.lists import ListCommand
 from softmeet.errors import InvalidInputError
 
@@ -167,15 +168,13 @@ def _on_text(
     from softmeet.evaluation.positions import observe_text
     from softmeet.evaluation.premise import premise_at
     from softmeet.evaluation.study import text as tier
-    from softmeet.evaluation.trace import Trace
 
-    texts.require_extra(psutil=True, scipy=True)
+    texts.require_extra(psutil=True, scipy=True, pyarrow=trace)
     ensemble = options.load_ensemble(members, None, None, **places)
+    traced, pinned = identified(ensemble, documents, trace)
     with place(ensemble) as running:
-        if trace is not None:
-            made = Trace.open(trace)
-            made.require(ensemble)
-            positions = tier.chosen(made.read(texts.say), settings.only)
+        if traced is not None:
+            positions = tier.chosen(traced, settings.only)
         else:
             with options.status("running the members"):
                 # Twice what is needed: the positions that count are spread over them.
@@ -187,7 +186,7 @@ def _on_text(
         source = f"{trace or 'text'}: {len(positions):,} positions of {len(positions.document.unique())} documents"
         _run(
             out,
-            dataclasses.asdict(settings) | {"members": ensemble.names, "text": source},
+            dataclasses.asdict(settings) | pinned | {"text": source},
             tier.cells(settings, ensemble, positions),
             lambda results, command: tier.report(settings, source, results, command, premises),
             running,
@@ -215,7 +214,7 @@ def _run(
     with options.status("preparing"):
         work = list(cells)
     with (
-        texts.stoppable(f"finished cells stay in {out}; the same command goes on from there"),
+        options.stoppable(f"finished cells stay in {out}; the same command goes on from there"),
         texts.progress() as begin,
     ):
         advance = begin("cells", 0, len(work))

@@ -111,21 +111,6 @@ def progress() -> Iterator[Callable[[str, int, int | None], Callable[[int], None
         yield begin
 
 
-def say(sentence: str) -> None:
-    """A notice on stderr."""
-    options.err.print(sentence, style="yellow", highlight=False, soft_wrap=True, markup=False)
-
-
-@contextmanager
-def stoppable(advice: str) -> Iterator[None]:
-    """Ctrl-C ends the command with a sentence and exit code 130."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        say(f"stopped: {advice}")
-        raise typer.Exit(130) from None
-
-
 def default_members(members: list[str] | None, trace: Path | None) -> list[str] | None:
     """The members that were named, else those that made the trace."""
     if members or trace is None:

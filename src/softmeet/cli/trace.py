@@ -45,7 +45,7 @@ def trace(
     from softmeet.evaluation.trace import record
 
     with (
-        texts.stoppable(f"whole shards stay in {out}; the same command goes on from there"),
+        options.stoppable(f"whole shards stay in {out}; the same command goes on from there"),
         engines.engine(engine, ensemble, workers, threads, ray_address, gpus) as running,
         texts.progress() as begin,
     ):
@@ -64,7 +64,7 @@ def trace(
             engine=running,
             on_start=lambda done, total: bars.append(begin("tracing", done, total)),
             on_progress=lambda count: bars[0](count),
-            on_damage=texts.say,
+            on_damage=options.say,
         )
     facts = made.facts
     size = sum(made.shard(k).stat().st_size for k in range(len(facts["shards"])))

@@ -29,8 +29,8 @@ def write_atomically(path: Path, write: Any) -> None:
         unfinished.unlink(missing_ok=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise TraceError(
-                f"no room on the disk for {path} ({error.strerror}): what was written before is whole; make room and "
-                "run the same command again, and it will go on from there"
+                f"no room on the disk for {path} ({error.strerror}): what was written before stays and is whole; make "
+                "room and run the same command again"
             ) from error
         raise
     except BaseException:

@@ -192,7 +192,7 @@ def record(
         Path(folder),
         {
             "format": FORMAT,
-            **identity(ensemble),
+            **_located(identity(ensemble)),
             "text": text_hash(tokens),
             "bos": bos,
             "window": size,
@@ -213,6 +213,14 @@ def record(
             _note_error(ensemble, trace, k, positions)
         write_shard(trace.shard(k), positions, getattr(torch, dtype), trace.key)
     return trace
+
+
+def _located(found: dict[str, Any]) -> dict[str, Any]:
+    """Members that are files or folders by their whole paths, so that the trace can be used from anywhere."""
+    for member in found["members"]:
+        if Path(member["name"]).exists():
+            member["name"] = str(Path(member["name"]).absolute())
+    return found
 
 
 def _prepare(folder: Path, facts: dict[str, Any]) -> Trace:

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from softmeet.rules.gates import checked_gate
 from softmeet.rules.registry import find_rule
 from softmeet.rules.validate import (
+    checked_count,
     checked_number,
     checked_on_infeasible,
     checked_options,
@@ -66,11 +67,11 @@ class EnsembleConfig(PreTrainedConfig):
         self.members = [str(member) for member in members]
         self.rule = find_rule(rule).name
         self.weights = checked_weights(weights, n, free=free_weights) if n else None
-        self.bands = int(checked_number("bands", bands, positive=True))
+        self.bands = checked_count("bands", bands)
         self.trust = list(checked_trust(trust, n, self.bands))
         self.pool = checked_pool(pool)
         self.tol = checked_number("tol", tol, positive=True)
-        self.max_steps = int(checked_number("max_steps", max_steps, positive=True))
+        self.max_steps = checked_count("max_steps", max_steps)
         self.free_weights = free_weights
         self.gate = checked_gate(gate)
         self.rule_temperature = checked_number("rule_temperature", rule_temperature, positive=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import SupportsIndex
 
@@ -110,7 +109,7 @@ def combine(
         pool=validate.checked_pool(pool),
         support=validate.checked_support(support, log_p),
         tol=validate.checked_number("tol", tol, positive=True),
-        max_steps=math.ceil(validate.checked_number("max_steps", max_steps, positive=True)),
+        max_steps=validate.checked_count("max_steps", max_steps),
         dtype=torch.float64 if tol < _FINEST_FP32 else given,
         options=validate.checked_options(rank=rank, free_radial=free_radial, metric=metric, slack=slack, vertex=vertex),
         free=validate.free_directions(found, log_p, logits, hidden, log_probs.shape) if free_radial else (),

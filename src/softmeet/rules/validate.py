@@ -207,7 +207,7 @@ def checked_options(
     if metric not in get_args(Metric):
         raise InvalidInputError(f"unknown metric {metric!r}: expected one of {', '.join(get_args(Metric))}")
     return Options(
-        rank=None if rank is None else _rank(rank),
+        rank=None if rank is None else checked_count("rank", rank),
         free_radial=bool(free_radial),
         metric=metric,  # type: ignore[arg-type]
         slack=checked_number("slack", slack, positive=False),
@@ -215,14 +215,18 @@ def checked_options(
     )
 
 
-def _rank(rank: SupportsIndex) -> int:
-    """An integer of any kind."""
+def checked_count(name: str, value: SupportsIndex) -> int:
+    """An integer of any kind, at least 1.
+
+    Raises:
+        InvalidInputError: it is none, or smaller.
+    """
     try:
-        found = 0 if isinstance(rank, bool) else operator.index(rank)
+        found = 0 if isinstance(value, bool) else operator.index(value)
     except TypeError:
         found = 0
     if found < 1:
-        raise InvalidInputError(f"expected a rank of at least 1, or None for all directions, got {rank!r}")
+        raise InvalidInputError(f"expected {name} to be an integer of at least 1, got {value!r}")
     return found
 
 
