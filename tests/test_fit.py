@@ -76,6 +76,20 @@ def test_the_gradient_is_that_of_the_loss(ensemble, positions, pool, trusts, fre
         assert gradient[k].item() == pytest.approx(slope, abs=1e-6)
 
 
+@pytest.mark.parametrize("bands", [1, 2])
+def test_a_member_without_trust_is_one_of_next_to_none(ensemble, positions, bands):
+    few, tol = positions.take(slice(6)), 1e-12
+    both = Objective(ensemble.model, few, Layout(2, 2 * bands), "logit-mean", bands=bands, tol=tol)
+    one = Objective(ensemble.model, few, Layout(2, bands), "logit-mean", bands=bands, trusted=[1], tol=tol)
+    weights, trust = (0.3, 0.7), (0.4, 1.5)[:bands]
+    alone = one(one.layout.pack(Values(weights, 1.2, trust)))
+    theta = both.layout.pack(Values(weights, 1.2, (0.0,) * bands + trust))
+    theta[3 : 3 + bands] = -25.0  # below the bounds of a fit
+    beside = both(theta)
+    assert alone[0] == pytest.approx(beside[0], abs=1e-8)
+    assert torch.allclose(alone[1], torch.cat([beside[1][:3], beside[1][3 + bands :]]), atol=1e-7)
+
+
 @pytest.mark.parametrize("pool", ["logit-mean", "prob-mean"])
 def test_gradients_over_a_large_vocabulary_are_exact(ensemble, positions, pool):
     """Sums of single precision are off by a hundredth here."""

@@ -24,7 +24,7 @@ from softmeet.evaluation.descent import LossAndGradient, descend, minimise
 from softmeet.evaluation.intervals import Difference, paired
 from softmeet.evaluation.kept import Kept
 from softmeet.evaluation.objective import Loss, Pool
-from softmeet.evaluation.parameters import Layout, Values
+from softmeet.evaluation.parameters import NO_TRUST, Layout, Values
 from softmeet.evaluation.perplexity import Evaluation, member_name
 from softmeet.evaluation.pieces import evaluate_positions
 from softmeet.evaluation.positions import Positions
@@ -247,15 +247,25 @@ class _Fitter:
         return Candidate(pool, _settings(pool, pool, values, n, self.options), True, loss, count)
 
     def meet(self, positions: Positions, name: str, start: Candidate, trust: Sequence[float], bands: int) -> Candidate:
-        """``meet`` from the pool of ``start``, everything fitted together, from those trusts."""
+        """``meet`` from the pool of ``start``, everything fitted together, from those trusts.
+
+        A member that starts with next to no trust has none: its moments would be the costliest to meet.
+        """
         n, pool = len(self.ensemble.names), start.settings["pool"]
-        layout = Layout(n, n * bands, free=self.options.free_weights)
-        at = Values(tuple(start.settings["weights"]), start.settings["rule_temperature"], tuple(trust))
+        trusted = [i for i in range(n) if max(trust[i * bands : (i + 1) * bands]) >= NO_TRUST]
+        begun = tuple(rho for i in trusted for rho in trust[i * bands : (i + 1) * bands])
+        layout = Layout(n, len(begun), free=self.options.free_weights)
+        at = Values(tuple(start.settings["weights"]), start.settings["rule_temperature"], begun)
         at_most, batch, piece = self.options.evaluations, self.options.batch, _piece(name, bands)
+        more = {"bands": bands, "trusted": trusted}
         if batch is None:
-            values, loss, count = self._minimised(piece, at_most, positions, layout, pool, at, bands=bands)
+            values, loss, count = self._minimised(piece, at_most, positions, layout, pool, at, **more)
         else:
-            values, loss, count = self._descended(piece, batch, positions, layout, pool, at, bands=bands)
+            values, loss, count = self._descended(piece, batch, positions, layout, pool, at, **more)
+        found = iter(values.trust)
+        values = replace(
+            values, trust=tuple(next(found) if i in trusted else 0.0 for i in range(n) for _ in range(bands))
+        )
         return Candidate(name, {**_settings("meet", pool, values, n, self.options), "bands": bands}, False, loss, count)
 
     def _scored(self, part: str, positions: Positions, candidates: Sequence[Candidate]) -> Evaluation:

@@ -52,6 +52,7 @@ class Objective:
         pool: which average.
         members: those that take part, by index; all if None.
         bands: of principal directions, each with a trust of its own.
+        trusted: members whose moments count, by index, in the order of the layout's trusts; all if None.
         tol: of the solver, in nats.
         keep: log-probabilities between evaluations, instead of making them again from hidden states.
     """
@@ -62,6 +63,7 @@ class Objective:
     pool: Pool
     members: Sequence[int] | None = None
     bands: int = 1
+    trusted: Sequence[int] | None = None
     tol: float = 1e-4
     keep: bool = True
 
@@ -105,9 +107,9 @@ class Objective:
     def _met(
         self, log_q: Float[Tensor, "B v"], trust: Tensor, log_p: Float[Tensor, "n B v"], logits: Tensor | None
     ) -> Float[Tensor, "B v"]:
-        if self.bands > 1:
-            log_p = log_p.repeat_interleave(self.bands, 0)
-            logits = None if logits is None else logits.repeat_interleave(self.bands, 0)
+        who = range(len(log_p)) if self.trusted is None else self.trusted
+        banded = [i for i in who for _ in range(self.bands)]
+        log_p, logits = log_p[banded], None if logits is None else logits[banded]
         problem = self._problem(log_p, logits)
         everyone = list(range(len(log_p)))
         projection = problem.projection(everyone, problem.trust)
@@ -120,6 +122,8 @@ class Objective:
 
     def _problem(self, log_p: Float[Tensor, "n B v"], logits: Tensor | None) -> Problem:
         heads = self.model.banded_heads(self.bands)
+        if self.trusted is not None:
+            heads = [heads[i * self.bands + band] for i in self.trusted for band in range(self.bands)]
         slopes = tuple(
             None if head.soft_cap is None or logits is None else head.slope(logits[i].double())
             for i, head in enumerate(heads)
