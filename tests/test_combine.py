@@ -169,3 +169,11 @@ def test_the_public_names_are_pinned():
 
 def test_every_status_is_a_sentence():
     assert all(" " in str(status) for status in softmeet.Status)
+
+
+@pytest.mark.parametrize("rule", [rule.name for rule in softmeet.RULES])
+def test_no_rows_are_verified(rule):
+    heads = [torch.randn(12, 3, dtype=torch.float64) for _ in range(2)]
+    log_p = torch.randn(2, 0, 12, dtype=torch.float64)
+    solution = softmeet.combine(log_p, heads, rule)
+    assert solution.verify(heads, log_p).status.shape == (0,)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import numpy as np
 import pytest
 import torch
-from exact_instances import CASES
+from exact_instances import CASES, biased_outputs
 from exact_oracles import (
     constraints,
     is_feasible,
@@ -20,6 +21,7 @@ from exact_oracles import (
     whitened,
     with_slack,
 )
+from instances import outputs
 
 import softmeet
 from softmeet import Status
@@ -183,6 +185,87 @@ def test_least_squares(name, metric):
                 for W, t, lam in zip(raw_of(name, k), means_of(name, k), solution.proof, strict=True)
             )
             assert scores.max() < 0
+
+
+@pytest.mark.parametrize(("rule", "constant"), [("min-cross-entropy", (True, True, False)),
+                                                ("min-squared-cross-entropy", (True, False, False))])  # fmt: skip
+def test_biases_leave_a_choice_unless_moments_fix_them(rule, constant):
+    """In the span of the columns each; with a sum in it; neither."""
+    draw = torch.Generator().manual_seed(5)
+    heads = [torch.randn(48, d, generator=draw, dtype=torch.float64) for d in (4, 5)]
+    free = torch.randn(48, generator=draw, dtype=torch.float64)
+    spanned = [heads[1][:, 0] - 2 * heads[0][:, 1], 0.5 * heads[0][:, 2] + 1]
+    truth = torch.randn(1, 48, generator=draw, dtype=torch.float64).softmax(-1)
+    for biases, expected in zip((spanned, (free, spanned[1] - free), (free, free)), constant, strict=True):
+        log_p, made = biased_outputs(heads, biases, truth)
+        found = softmeet.combine(log_p, made, rule, tol=TOL)
+        assert found.status == (Status.DEGENERATE if expected else Status.OPTIMAL)
+
+
+def test_nearest_moments_need_as_many_tokens_as_there_are_moments():
+    solution, rows = solve("v = 1024, infeasible", "least-squares")
+    for k, (_, _, G, *_) in enumerate(rows):
+        assert int((solution.log_probs[k] > -torch.inf).sum()) <= G.shape[1] - 1
+
+
+@pytest.mark.parametrize("name", ["premise", "v = 1024"])
+def test_the_least_underestimation_is_zero_or_full_but_for_as_many_tokens(name):
+    solution, rows = solve(name, "min-underestimation")
+    log_p = instance(name)[0]
+    for k, (_, _, G, *_) in enumerate(rows):
+        share = (solution.log_probs[k] - log_p[:, k].amin(0) - solution.objective[k]).exp()
+        assert int(((share > 1e-6) & (share < 1 - 1e-6)).sum()) <= G.shape[1]
+
+
+@pytest.mark.parametrize("metric", ["whitened", "raw"])
+def test_least_squares_stays_in_the_support(metric):
+    """Reduced costs of tokens outside may be the least of all."""
+    for seed in range(12):
+        draw = torch.Generator().manual_seed(seed)
+        heads = [torch.randn(v, 8, generator=draw, dtype=torch.float64) for v in (64, 56)]
+        hidden = torch.randn(2, 8, generator=draw, dtype=torch.float64)
+        rows = [(head @ h).log_softmax(-1) for head, h in zip(heads, hidden, strict=True)]
+        padded = torch.stack([torch.nn.functional.pad(row, (0, 64 - len(row)), value=-torch.inf) for row in rows])
+        support = torch.arange(64) >= 10
+        solution = softmeet.combine(padded, heads, "least-squares", metric=metric, support=support, tol=TOL)
+        assert solution.status == Status.OPTIMAL
+        assert (solution.log_probs[:10].isneginf()).all()
+        assert (solution.log_probs[56:].isneginf()).all()
+        # Mass that is put there is found, whoever put it.
+        moved = dataclasses.replace(solution, log_probs=(0.5 * solution.log_probs.exp() + 0.5 / 64).log())
+        assert moved.verify(heads, padded).status == Status.NOT_CONVERGED
+
+
+def test_raw_least_squares_with_free_directions():
+    heads = CASES["free radial"].build()[1]
+    log_p = outputs([head.weight for head in heads], 2, seed=7, sharpness=4.0)  # the premise fails
+    hidden = [torch.randn(2, h.d, generator=torch.Generator().manual_seed(1), dtype=torch.float64) for h in heads]
+    solution = softmeet.combine(log_p, heads, "least-squares", metric="raw", free_radial=True, hidden=hidden, tol=TOL)
+    for k in range(2):
+        matrices, targets = [], []
+        for head, own, h in zip(heads, log_p[:, k], hidden, strict=True):
+            lost = head.norm.lost_directions(h[k : k + 1])[0].numpy()
+            kept = np.linalg.svd(lost)[2][len(lost) :].T
+            matrices.append(head.weight.numpy() @ kept)
+            targets.append(own.exp().numpy() @ matrices[-1])
+        assert solution.objective[k].item() == pytest.approx(squared_distance(matrices, targets), abs=CLOSE)
+        assert solution.objective[k] > 1e-4
+
+
+@pytest.mark.parametrize("shared", [4, 8])
+def test_rounding_in_shared_directions_is_no_proof(shared):
+    """Members with biases of their own agree there to rounding, which multipliers without bound would amplify."""
+    for seed in range(8):
+        draw = torch.Generator().manual_seed(seed)
+        heads = [torch.randn(64, 8, generator=draw, dtype=torch.float64) for _ in range(2)]
+        heads[1][:, :shared] = heads[0][:, :shared]
+        biases = [torch.randn(64, generator=draw, dtype=torch.float64) for _ in range(2)]
+        truth = torch.randn(1, 64, generator=draw, dtype=torch.float64).softmax(-1)
+        log_p, made = biased_outputs(heads, biases, truth)
+        for rule in EXACT:
+            solution = softmeet.combine(log_p, made, rule, pool="prob-mean", tol=TOL)
+            assert solution.status in (Status.OPTIMAL, Status.DEGENERATE)
+            assert solution.verify(made, log_p).status == solution.status
 
 
 def raw_of(name, k):

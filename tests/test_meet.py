@@ -100,6 +100,20 @@ def test_max_entropy_has_the_largest_entropy_and_is_never_worse_than_any_pool():
         assert torch.allclose(moved, kl(ours, pool), atol=1e-6)  # Pythagoras
 
 
+def test_one_distribution_is_the_projection_of_uniform_of_every_member_and_of_every_logit_mean():
+    log_p, heads = INSTANCES["premise"]()
+    arrays = [W.numpy() for W in heads]
+    uniform = np.full(log_p.shape[-1], -np.log(log_p.shape[-1]))
+    exact = [INF] * len(heads)
+    p = torch.from_numpy(by_cvxpy(uniform, log_p[:, 0].numpy(), arrays, exact)[0])
+    n = len(heads)
+    for weights in (*torch.eye(n).tolist(), [k / (n * (n + 1) / 2) for k in range(1, n + 1)]):
+        found = softmeet.combine(log_p[:, :1], heads, "max-entropy", weights=weights, tol=1e-12).log_probs[0]
+        first = found if weights[0] == 1 else first
+        assert 0.5 * (found.exp() - p).abs().sum() <= math.sqrt(1e-6 / 2)  # Clarabel's own
+        assert total_variation(found, first) < 1e-6
+
+
 def test_max_entropy_equalises_the_log_loss():
     """-pᵀ log p_C = H(p_C) for every p in C, vertices too: the worst truth in C costs no more than any other."""
     heads = random_heads(64, (6, 5, 4), seed=2)
@@ -135,6 +149,24 @@ def test_an_infinite_trust_mixes_with_finite_ones():
         assert np.abs(solution.log_probs[k].exp().numpy() - p).max() < 1e-6
         assert solution.residual[0, k] < 1e-5
     assert (solution.status == Status.OPTIMAL).any()
+
+
+def test_what_proves_an_exact_member_infeasible_is_its_own_part():
+    found = 0
+    for seed in range(40):
+        draw = torch.Generator().manual_seed(seed)
+        heads = [torch.randn(32, 4, generator=draw, dtype=torch.float64) for _ in range(2)]
+        hidden = [3 * torch.randn(4, generator=draw, dtype=torch.float64) for _ in heads]
+        log_p = torch.stack([(W @ h).log_softmax(-1) for W, h in zip(heads, hidden, strict=True)])
+        support = torch.arange(32) < 20
+        solution = softmeet.combine(log_p, heads, trust=[INF, 0.01], support=support)
+        if solution.status == Status.INFEASIBLE:
+            found += 1
+            first, second = solution.proof
+            assert not second.any()
+            assert ((heads[0] - log_p[0].exp() @ heads[0]) @ first)[support].max() < 0
+            assert solution.verify(heads, log_p).status == Status.INFEASIBLE
+    assert found
 
 
 def test_members_that_are_certain_of_different_tokens():
@@ -178,7 +210,7 @@ def test_a_stopped_solver_says_so_and_keeps_its_best_point():
     certified = stopped.gap_is_certified
     true_gap = full.objective + full.gap - stopped.objective
     assert (true_gap[certified] <= stopped.gap[certified] + 1e-9).all()
-    with pytest.raises(NotConvergedError, match="raise max_steps or tol"):
+    with pytest.raises(NotConvergedError, match="raise tol, or max_steps, of which up to 1 of 1 were taken"):
         softmeet.combine(log_p, heads, trust=50.0, tol=1e-12, max_steps=1, throw=True)
 
 

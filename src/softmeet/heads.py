@@ -172,6 +172,11 @@ class Whitening:
         """That of the ``rank`` largest singular directions of W - 1cᵀ = Q R⁻¹."""
         return self.narrowed(torch.linalg.svd(self.inverse, full_matrices=False).U[:, :rank])
 
+    def without(self, directions: Float[Tensor, "k d"]) -> Whitening:
+        """With lengths in the head's own coordinates measured at right angles to ``directions``, which R leaves out."""
+        basis = torch.linalg.qr(directions.to(self.inverse).T).Q
+        return Whitening(self.center, self.factor, self.inverse - (self.inverse @ basis) @ basis.T, self.offset)
+
     @cached_property
     def covariance(self) -> Float[Tensor, "d d"]:
         """(W - 1cᵀ)ᵀ(W - 1cᵀ), fp32: |Q_i ν|² = xᵀ covariance x for x = R ν."""

@@ -81,8 +81,8 @@ def combine(
         metric: of ``least-squares``: ``"whitened"``, or ``"raw"`` for ‖Wᵀ(p - p̂)‖.
         slack: of ``min-cross-entropy`` and ``min-squared-cross-entropy``: τ ≥ 0, by which moments may differ from the
             members' at a cost of ‖Qᵀ(p - p̂)‖² / 2τ; 0 for exact moments.
-        vertex: of the same two: where they choose nothing, answer with some vertex of the feasible set in place of its
-            member of maximum entropy.
+        vertex: of the same two: where they choose nothing, answer with some vertex of the feasible set in place of the
+            I-projection of the pool (without bias, from the logit mean, its member of maximum entropy).
         gate: ``"unsure:T"`` or ``"disagreement:T"``: where the rule is not solved (``softmeet.rules.gates``);
             ``Solution.gated`` says which rows those are. None for none.
         start: a solution by ``meet`` or ``max-entropy`` of the same rows, perhaps at other trusts, near which ``meet``
@@ -122,8 +122,9 @@ def combine(
     if throw and (late := (answer.status == Status.NOT_CONVERGED)).any():
         rows = late.nonzero().flatten().tolist()
         raise NotConvergedError(
-            f"{len(rows)} of {len(late)} rows did not reach tol={tol:g} nats in {max_steps} steps (first: {rows[:8]}, "
-            f"largest gap {answer.gap[late].max():.3g}): raise max_steps or tol"
+            f"{len(rows)} of {len(late)} rows did not reach tol={tol:g} nats (first: {rows[:8]}, "
+            f"largest gap {answer.gap[late].max():.3g}): raise tol, or "
+            f"max_steps, of which up to {answer.steps[late].max()} of {max_steps} were taken"
         )
     return from_answer(rule, problem, answer, (fallback, closed), seconds, log_probs.shape[1:-1], given)
 

@@ -63,7 +63,7 @@ class CrossEntropyRule(ExactRule):
         """The largest value of the objective over C, or what it cannot exceed."""
 
     def choose(self, row: Row, member: Float[Tensor, " v"] | None) -> Choice:
-        """The optimum, or, where the objective is constant on C, its member of maximum entropy."""
+        """The optimum, or, where the objective is constant on C, the I-projection of the pool."""
         if member is None:
             found = self.optimum(row, None)
             return Choice(found.p, multipliers(row, found.y), found.steps)

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from softmeet.rules.base import Answer, Rule, closed_form
 from softmeet.rules.meet import MaxEntropy
-from softmeet.rules.points import MOMENT_TOLERANCE, entropic, polished
+from softmeet.rules.points import entropic, polished
 from softmeet.rules.problem import Problem
 from softmeet.rules.row import Row
 from softmeet.solvers.base import Status
+from softmeet.solvers.projection import MOMENT_TOLERANCE
 
 # How exactly a member of C is found before a rule chooses.
 _EXACT = 1e-12
@@ -75,8 +76,10 @@ class ExactRule(Rule):
         """What p and the multipliers prove, by evaluation alone."""
 
     def proved(self, row: Row, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
-        """:meth:`bounds`, closed where p is the only one with the members' moments."""
+        """:meth:`bounds`, closed where p is the only one with the members' moments; void if p is not in the simplex."""
         found = self.bounds(row, p, y)
+        if bool(p[~row.alive].any()) or not abs(float(p.sum()) - 1) <= MOMENT_TOLERANCE:
+            return Bounds(found.value, -torch.inf)
         if self.constrained(row.problem) and row.unique and moments_hold(row, p):
             return Bounds(found.value, found.value, found.value)
         return found

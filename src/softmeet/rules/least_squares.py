@@ -40,7 +40,7 @@ class LeastSquares(ExactRule):
         return False
 
     def choose(self, row: Row, member: Float[Tensor, " v"] | None) -> Choice:
-        """The nearest p; of several, the one of largest entropy."""
+        """The nearest p; of several, the I-projection of the pool."""
         if member is not None:
             return Choice(member, torch.zeros_like(row.target), 0)
         T = _metric(row)
@@ -115,7 +115,7 @@ def _gap(row: Row, columns: Columns, target: Float[Tensor, " k"], p: Float[Tenso
 
 def _positive(row: Row, found: Optimum) -> Bool[Tensor, " v"]:
     """The tokens whose masses are positive, not on their way to zero: by strict complementarity."""
-    return found.p > found.reduced - found.reduced[row.alive].min()
+    return row.alive & (found.p > found.reduced - found.reduced[row.alive].min())
 
 
 def _face(row: Row, found: Optimum) -> Bool[Tensor, " v"]:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from softmeet.rules.base import Answer, Rule, closed_form
-from softmeet.rules.points import only, separating
+from softmeet.rules.points import exact_gap, only, separating
 from softmeet.rules.problem import Problem
 from softmeet.rules.row import Row, may_be_unique
 from softmeet.simplex import kl
@@ -86,7 +86,7 @@ class MaxEntropy(Meet):
         if not problem.log_p.shape[1] or not may_be_unique(problem):
             answer = self._descended(problem)
             for k in (answer.status == Status.NOT_CONVERGED).nonzero().flatten().tolist():
-                _prove_empty(answer, k, Row.of(problem.take(torch.tensor([k], device=problem.log_p.device)))[0])
+                _settle(answer, k, Row.of(problem.take(torch.tensor([k], device=problem.log_p.device)))[0])
             return answer
         problem.require_common_tokens()
         return Answer.joined([self._solve_row(Row(one)) for one in replace(problem, dtype=torch.float64).rows()])
@@ -95,6 +95,8 @@ class MaxEntropy(Meet):
         if not row.unique:
             return self._descended(row.problem)
         p, proof = only(row)
+        if p is None and not proof.any():
+            return self._descended(row.problem)
         if p is None:
             answer = closed_form(row.problem, row.log_q[None], torch.full_like(row.log_q[:1], torch.inf))
             unsolved = torch.full_like(answer.gap, torch.inf)
@@ -105,14 +107,18 @@ class MaxEntropy(Meet):
         return replace(answer, passes=answer.passes + row.passes())
 
 
-def _prove_empty(answer: Answer, k: int, row: Row) -> None:
-    """By the nearest moments, where Newton's method has run along a ray without an end."""
+def _settle(answer: Answer, k: int, row: Row) -> None:
+    """A row that Newton's method left open: empty by the nearest moments, or near enough by a feasible p nearby."""
     y = separating(row)
-    answer.passes[k] += row.passes()
     if y is not None:
         answer.status[k] = Status.INFEASIBLE
         for mine, lam in zip(answer.ray, row.raw(y), strict=True):
             mine[k] = lam[0]
+    else:
+        gap = exact_gap(row, answer.log_probs[k], tuple(lam[k] for lam in answer.dual))
+        if gap <= row.problem.tol:
+            answer.status[k], answer.gap[k], answer.certified[k] = Status.OPTIMAL, gap, True
+    answer.passes[k] += row.passes()
 
 
 def full_hessian_pays(projection: Projection) -> bool:
@@ -168,7 +174,7 @@ def _answer(problem: Problem, projection: Projection, trusted: list[int], state:
         disagreement=disagreement,
         disagreement_is_bound=is_bound,
         dual=_raw_dual(problem, projection, trusted, state.nu),
-        ray=_raw_dual(problem, projection, trusted, state.ray),
+        ray=_raw_dual(problem, projection, trusted, projection.exact_part(state.ray)),
     )
 
 

@@ -7,12 +7,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from softmeet.rules.row import Row
+from softmeet.simplex import kl
 from softmeet.solvers.columns import Columns, chosen
 from softmeet.solvers.interior import Program, factored, interior_point
 from softmeet.solvers.program import Optimum, SimplexProgram, minimise
+from softmeet.solvers.projection import MOMENT_TOLERANCE
 
-# Moments, in whitened coordinates, that are this close are the members'.
-MOMENT_TOLERANCE = 1e-6
 # The gap of a squared distance in whitened coordinates: round-off there.
 _NEAREST = 1e-12
 # Probabilities below zero by this much are rounding, of moments that are themselves rounded.
@@ -40,17 +40,20 @@ def nearest(row: Row, columns: Columns, target: Float[Tensor, " m"]) -> Optimum:
 def separating(row: Row) -> Float[Tensor, " m"] | None:
     """Multipliers that prove C empty, from the nearest p: its excess, turned round; None if they do not.
 
-    At the nearest p, r = Gᵀp - g has rᵀ(g_j - g) ≥ |r|² for every token j (the Frank-Wolfe gap is zero). Where |r| is
-    as small as moments are required to be, rounding may pass for a proof.
+    At the nearest p, r = Gᵀp - g has rᵀ(g_j - g) ≥ |r|² for every token j (the Frank-Wolfe gap is zero).
     """
     y = -row.excess(nearest(row, row.tokens, row.target).p)
     y[-1] = 0.0
-    return y if float(y.norm()) > MOMENT_TOLERANCE and proves_empty(row, y) else None
+    return y if proves_empty(row, y) else None
 
 
 def proves_empty(row: Row, y: Float[Tensor, " m"]) -> bool:
-    """Whether Σ_i λ_iᵀ(a_ij - b_i) < 0 for every token that may be answered: then no p has the members' moments."""
-    return bool(row.scores(y)[row.alive].max() < 0)
+    """Whether no p has the members' moments, nor any that are as near as moments are required to be.
+
+    That is so if Σ_i λ_iᵀ(a_ij - b_i) < -δ|y| for every token that may be answered, y the whitened multipliers, and δ
+    ``MOMENT_TOLERANCE``: a smaller margin may be rounding where heads share directions.
+    """
+    return bool(row.scores(y)[row.alive].max() < -MOMENT_TOLERANCE * y[:-1].norm())
 
 
 def entropic(
@@ -83,8 +86,17 @@ def polished(row: Row, p: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
     return p
 
 
+def exact_gap(row: Row, log_p: Float[Tensor, " v"], dual: tuple[Float[Tensor, " _"], ...]) -> float:
+    """KL(p̃‖p), the gap by the feasible p̃ nearest to p; what is left of p̃'s excess counts at the dual point's price.
+
+    Where nearly all mass is on a few tokens, none but tiny masses can repair moments, and this still finds a bound.
+    """
+    repaired = polished(row, log_p.exp())
+    return float(kl(repaired.log(), log_p)) + float(row.excess(repaired).norm() * row.whitened(dual).norm())
+
+
 def only(row: Row) -> tuple[Float[Tensor, " v"] | None, Float[Tensor, " m"]]:
-    """(p, 0) with the one p that has the members' moments, or (None, y) with a proof that there is none.
+    """(p, 0) with the one p that has the members' moments, or (None, y) with a proof that there is none, or (None, 0).
 
     For rows that are ``unique``: Gᵀp = g has at most one solution. If it has none, g's distance e from the range of Gᵀ
     has G e = 0 and gᵀe = |e|² > 0, and proves it. If its solution has a p_j < 0, the y with G y = -1_j proves that no
@@ -97,12 +109,16 @@ def only(row: Row) -> tuple[Float[Tensor, " v"] | None, Float[Tensor, " m"]]:
     e = g - signed @ G
     nothing = torch.zeros_like(g)
     tolerance = max(_NEGATIVE, 64 * torch.finfo(row.problem.dtype).eps)
-    if float(e.norm()) > 1e3 * tolerance:
-        return None, _without_sum(e)
-    if float(signed.min()) < -tolerance:
-        return None, _without_sum(-inverse[:, int(signed.argmin())])
+    off, negative = float(e.norm()) > 1e3 * tolerance, float(signed.min()) < -tolerance
     p = torch.zeros_like(row.log_q).index_copy(0, ids, signed.clamp_min(0.0))
-    return p / p.sum(), nothing
+    p = p / p.sum()
+    if not (off or negative) or float(row.excess(p).norm()) <= MOMENT_TOLERANCE:
+        return p, nothing
+    y = _without_sum(e if off else -inverse[:, int(signed.argmin())])
+    if not proves_empty(row, y):
+        nearer = separating(row)
+        return None, nothing if nearer is None else nearer
+    return None, y
 
 
 def _without_sum(y: Float[Tensor, " m"]) -> Float[Tensor, " m"]:

@@ -188,7 +188,7 @@ class Problem:
         assert self.log_p.shape[1] == 1, "rows with free directions are solved one by one"
         lost = self.free[i][0].to(whole.factor) @ whole.factor  # (k, rank)
         kept = torch.linalg.svd(lost, full_matrices=True).Vh[len(lost) :]
-        return whole.narrowed(kept.T)
+        return whole.narrowed(kept.T).without(self.free[i][0])
 
     def projection(self, members: Sequence[int], trust: Sequence[float]) -> Projection:
         """The relaxed I-projection of the pool for those members, all of positive trust."""

@@ -148,6 +148,8 @@ class Solution:
     ) -> Verification:
         """Residual, gap and status again, in fp64 and without the solver, from the members and this answer alone.
 
+        ``log_probs`` are taken as they are here, changed or not, and with them the multipliers and proofs.
+
         Args:
             heads, log_probs, logits, hidden: what ``combine`` was given.
 
@@ -155,7 +157,11 @@ class Solution:
             InvalidInputError: as ``combine``.
         """
         problem = restate(self._problem, heads, log_probs, logits, hidden)
-        return verify(self.rule, problem, self._answer, self.fallback.reshape(-1)).reshape(self.status.shape)
+        answer, given = self._answer, self.log_probs.reshape(self._answer.log_probs.shape)
+        # Of what is as the rule gave it, there are more digits.
+        same = (given == answer.log_probs.to(given.dtype)).all(-1, keepdim=True)
+        answer = replace(answer, log_probs=torch.where(same, answer.log_probs, given.double()))
+        return verify(self.rule, problem, answer, self.fallback.reshape(-1)).reshape(self.status.shape)
 
 
 def from_answer(

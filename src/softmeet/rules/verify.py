@@ -16,13 +16,14 @@ from softmeet.heads import WhitenedHead
 from softmeet.rules.base import Answer
 from softmeet.rules.exact import ExactRule
 from softmeet.rules.meet import MaxEntropy, Meet
-from softmeet.rules.points import MOMENT_TOLERANCE, polished, proves_empty
+from softmeet.rules.points import exact_gap, proves_empty
 from softmeet.rules.problem import Problem, finite_trust
 from softmeet.rules.registry import find_rule
 from softmeet.rules.row import Row, may_be_unique
-from softmeet.simplex import kl, total_variation
+from softmeet.simplex import total_variation
 from softmeet.solvers.base import Status
 from softmeet.solvers.certificate import restricted_gap_bound
+from softmeet.solvers.projection import MOMENT_TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Verification:
     Attributes:
         residual: ‖Q_iᵀ(p - p̂_i)‖ in whitened coordinates.
         gap: nats, certified at the stored dual point (0 for a closed form); inf where nothing could be certified.
-        total_variation: between the answer and the distribution at that dual point (or the closed form).
+        total_variation: between the answer and the distribution at that dual point (or the closed form); 0 for rules
+            whose own p is evaluated, which are all but the averages, ``meet`` and ``max-entropy``.
         status: OPTIMAL, DEGENERATE (the objective is proved constant), INFEASIBLE (the stored proof holds) or
             NOT_CONVERGED, at the tolerance of the problem.
     """
@@ -51,6 +53,8 @@ class Verification:
 
 def residuals(problem: Problem, log_probs: Float[Tensor, "B v"]) -> Float[Tensor, "n B"]:
     """‖Q_iᵀ(p - p̂_i)‖ in the directions that are constrained; one read of every head."""
+    if not len(log_probs):
+        return log_probs.new_zeros(len(problem.heads), 0)
     starts = iter(log_probs.exp().split([piece.log_p.shape[1] for piece in problem.pieces()]))
     parts = []
     for piece, p in zip(problem.pieces(), starts, strict=True):
@@ -123,17 +127,8 @@ def _dual_point(
     if not any(d[k].any() for d in answer.dual):
         bounds.append(float(projection.pool_gap()[0]))
     if all(math.isinf(rho) for rho in trust):
-        bounds.append(_exact_gap(Row(problem), log_p, tuple(d[k] for d in answer.dual)))
+        bounds.append(exact_gap(Row(problem), log_p, tuple(d[k] for d in answer.dual)))
     return min(bounds), log_p
-
-
-def _exact_gap(row: Row, log_p: Float[Tensor, " v"], dual: tuple[Float[Tensor, " _"], ...]) -> float:
-    """KL(p̃‖p), the gap by the feasible p̃ nearest to p; what is left of p̃'s excess counts at the dual point's price.
-
-    Where nearly all mass is on a few tokens, none but tiny masses can repair moments, and this still finds a bound.
-    """
-    repaired = polished(row, log_p.exp())
-    return float(kl(repaired.log(), log_p)) + float(row.excess(repaired).norm() * row.whitened(dual).norm())
 
 
 def _scores(head: WhitenedHead, lam: Float[Tensor, " d"]) -> Float[Tensor, " v"]:

@@ -29,7 +29,7 @@ _SENTENCES = {
     Status.OPTIMAL: "solved to the tolerance",
     Status.DEGENERATE: "every feasible distribution is optimal: the objective is constant on the feasible set",
     Status.INFEASIBLE: "no distribution has every member's moments",
-    Status.NOT_CONVERGED: "max_steps ended before the tolerance was reached: raise max_steps or tol",
+    Status.NOT_CONVERGED: "the tolerance was not reached: raise it, or max_steps where num_steps is as many",
 }
 
 

@@ -150,7 +150,9 @@ def bound_after(bound: Float[Tensor, " B"], fall: Float[Tensor, " B"], tol: floa
 
 def look_for_a_proof(problem: Projection, before: DualState, after: DualState) -> None:
     """End rows whose point, or whose last direction, proves that the exact members have no common distribution."""
-    by_point, by_direction = problem.excludes(after.z), problem.excludes(after.z - before.z)
+    size = torch.maximum(after.z.abs().amax((-1, -2)), before.z.abs().amax((-1, -2)))
+    by_point = problem.excludes(after.z, after.nu, size)
+    by_direction = problem.excludes(after.z - before.z, after.nu - before.nu, size)
     after.ray = torch.where(by_direction[:, None], after.nu - before.nu, after.ray)
     after.ray = torch.where(by_point[:, None], after.nu, after.ray)
     infeasible = by_point | by_direction

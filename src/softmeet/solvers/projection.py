@@ -24,6 +24,9 @@ from torch import Tensor
 from softmeet.heads import WhitenedHead
 from softmeet.simplex import kl, log_normalize
 
+# Moments, in whitened coordinates, that are this close are the members'.
+MOMENT_TOLERANCE = 1e-6
+
 
 @dataclass(frozen=True, eq=False)
 class Projection:
@@ -134,11 +137,20 @@ class Projection:
             total = total + alpha * head.lost_digits(part)
         return total
 
-    def excludes(self, z: Float[Tensor, "B n v"]) -> Bool[Tensor, " B"]:
-        """Whether z is a Farkas proof: the exact members' part of z shows that no p has their moments.
+    def exact_part(self, nu: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+        """ν of the members with ρ_i = ∞; 0 for the others."""
+        exact = tuple(float(math.isinf(rho)) for rho in self.trust)
+        parts = nu.split([h.rank for h in self.heads], dim=-1)
+        return torch.cat([keep * part for keep, part in zip(exact, parts, strict=True)], dim=-1)
 
-        If Σ_i (z_ij - E_{p̂_i} z_i) < 0 for every token j in the support of q, sums over i with ρ_i = ∞, then no p on
-        that support can satisfy E_p z_i = E_{p̂_i} z_i.
+    def excludes(
+        self, z: Float[Tensor, "B n v"], nu: Float[Tensor, "B D"], size: Float[Tensor, " B"]
+    ) -> Bool[Tensor, " B"]:
+        """Whether ν, with scores z, is a Farkas proof: the exact members' part shows that no p has their moments.
+
+        If Σ_i (z_ij - E_{p̂_i} z_i) < -δ |ν| for every token j in the support of q, sums over i with ρ_i = ∞, then no p
+        on that support has moments that are nearer to theirs than δ, which is ``MOMENT_TOLERANCE``. ``size`` is that of
+        the scores whose rounding z has: those that it is the difference of.
         """
         exact = [i for i, rho in enumerate(self.trust) if math.isinf(rho)]
         if not exact:
@@ -146,5 +158,6 @@ class Projection:
         part = z[:, exact]
         centred = (part - (self.log_p[:, exact].exp() * part).sum(-1, keepdim=True)).sum(1)
         highest = torch.where(self.log_q.isneginf(), -torch.inf, centred).amax(-1)
-        margin = 64 * self.eps * part.abs().amax((-1, -2))
-        return highest < -margin
+        margin = 64 * self.eps * size + MOMENT_TOLERANCE * self.exact_part(nu).norm(dim=-1)
+        excluded: Tensor = highest < -margin
+        return excluded

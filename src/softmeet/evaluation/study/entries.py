@@ -54,11 +54,12 @@ class Rows:
 def score(rows: Rows, entry: Entry, tol: float, max_steps: int = 100) -> dict[str, Any]:
     """KL(truth‖answer) of every row, null for infinity, and how the rows ended.
 
-    Rows without a feasible distribution are scored by ``combine``'s fallback and counted in ``infeasible``.
+    Rows that are proved to have no feasible distribution are counted in ``infeasible``, whoever answers them.
     """
     found = combine(rows.log_p, rows.heads, entry.rule, tol=tol, max_steps=max_steps, **entry.options)
     out: dict[str, Any] = {"kl": finite(kl(rows.log_truth, found.log_probs.double()))}
-    out["infeasible"] = int(found.fallback.sum())
+    proved = torch.stack([lam.ne(0).any(-1) for lam in found.proof]).any(0)
+    out["infeasible"] = int((found.fallback | proved).sum())
     out["degenerate"] = int((found.status == Status.DEGENERATE).sum())
     out["unsolved"] = int((found.status == Status.NOT_CONVERGED).sum())
     least, most = found.objective_range
