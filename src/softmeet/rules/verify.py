@@ -47,7 +47,8 @@ class Verification:
     def reshape(self, shape: torch.Size) -> Verification:
         """With the batch dimensions back."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        residual = values.pop("residual").reshape(-1, *shape)
+        residual = values.pop("residual")
+        residual = residual.reshape(len(residual), *shape)
         return Verification(residual=residual, **{name: value.reshape(shape) for name, value in values.items()})
 
 
