@@ -46,7 +46,7 @@ def broken(member, row, value):
         ({"trust": math.nan}, InvalidInputError, "trusts from 0 to inf"),
         ({"trust": [1.0, 2.0, 3.0]}, InvalidInputError, "2 in all, got 3"),
         ({"tol": 0.0}, InvalidInputError, "positive tol"),
-        ({"max_steps": 0}, InvalidInputError, "positive max_steps"),
+        ({"max_steps": 0}, InvalidInputError, "max_steps to be an integer"),
         ({"on_infeasible": "guess"}, InvalidInputError, "on_infeasible='meet' or 'raise'"),
         ({"support": torch.ones(19, dtype=torch.bool)}, InvalidInputError, r"bool mask of shape \(20,\)"),
         ({"heads": [SoftmaxHead(HEADS[0], soft_cap=5.0), HEADS[1]]}, InvalidInputError, "pass the members' capped"),

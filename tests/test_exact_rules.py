@@ -25,7 +25,7 @@ from instances import outputs
 
 import softmeet
 from softmeet import Status
-from softmeet.simplex import prob_mean
+from softmeet.simplex import prob_mean, total_variation
 
 TOL = 1e-7
 CLOSE = 1e-6
@@ -266,6 +266,21 @@ def test_rounding_in_shared_directions_is_no_proof(shared):
             solution = softmeet.combine(log_p, made, rule, pool="prob-mean", tol=TOL)
             assert solution.status in (Status.OPTIMAL, Status.DEGENERATE)
             assert solution.verify(made, log_p).status == solution.status
+
+
+@pytest.mark.parametrize("n", [2, 8])
+@pytest.mark.parametrize("noise", [1e-15, 1e-12, 1e-10])
+def test_members_that_are_the_same_but_for_rounding_agree(n, noise):
+    draw = torch.Generator().manual_seed(3)
+    head = torch.randn(64, 8, generator=draw, dtype=torch.float64)
+    own = (head @ torch.randn(8, 2, generator=draw, dtype=torch.float64)).T
+    log_p = own + noise * torch.randn(n, 2, 64, generator=draw, dtype=torch.float64)
+    log_p = log_p.log_softmax(-1)
+    for pool in ("logit-mean", "prob-mean"):
+        solution = softmeet.combine(log_p, [head] * n, "max-entropy", pool=pool, tol=TOL)
+        assert (solution.status == Status.OPTIMAL).all()
+        assert total_variation(solution.log_probs, log_p[0]).max() < 1e-6
+        assert (solution.verify([head] * n, log_p).status == Status.OPTIMAL).all()
 
 
 def raw_of(name, k):

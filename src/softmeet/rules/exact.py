@@ -169,7 +169,7 @@ def members_of_c(problem: Problem, exactness: float = _EXACT) -> Answer:
 
 
 def _settle(answer: Answer, k: int, row: Row) -> None:
-    p, steps = entropic(row, row.alive, row.log_q.exp(), row.target)
+    p, _, steps = entropic(row, row.alive, row.log_q.exp(), row.target)
     answer.steps[k] += steps
     if moments_hold(row, p):
         answer.log_probs[k], answer.status[k] = p.log(), Status.OPTIMAL

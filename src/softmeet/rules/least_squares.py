@@ -133,6 +133,6 @@ def _most_entropy(
     rank = len(ids) if len(ids) <= 1 else int(torch.linalg.matrix_rank(columns.rows(ids), rtol=1e-9))
     if rank == len(ids):
         return found.p, 0
-    p, steps = entropic(row, face, row.log_q.exp(), row.tokens.sums(found.p))
+    p, _, steps = entropic(row, face, row.log_q.exp(), row.tokens.sums(found.p))
     kept = float((row.tokens.sums(p - found.p)).norm()) <= _FACE
     return (p, steps) if kept else (found.p, steps)

@@ -10,10 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from softmeet.rules.base import Answer, Rule, closed_form
-from softmeet.rules.points import exact_gap, only, separating
+from softmeet.rules.points import entropic, exact_gap, only, separating
 from softmeet.rules.problem import Problem
 from softmeet.rules.row import Row, may_be_unique
-from softmeet.simplex import kl
+from softmeet.simplex import kl, log_normalize
 from softmeet.solvers.base import Status, iterate
 from softmeet.solvers.dual import DualState
 from softmeet.solvers.gathered import gathered_size
@@ -82,14 +82,16 @@ class MaxEntropy(Meet):
         return (math.inf,) * len(problem.trust)
 
     def solve(self, problem: Problem) -> Answer:
-        """By linear algebra where moments leave no choice, else as ``meet``; what that leaves may be proved empty."""
+        """By linear algebra where moments leave no choice, else as ``meet``; what that leaves is settled row by row."""
         if not problem.log_p.shape[1] or not may_be_unique(problem):
             answer = self._descended(problem)
-            for k in (answer.status == Status.NOT_CONVERGED).nonzero().flatten().tolist():
-                _settle(answer, k, Row.of(problem.take(torch.tensor([k], device=problem.log_p.device)))[0])
-            return answer
-        problem.require_common_tokens()
-        return Answer.joined([self._solve_row(Row(one)) for one in replace(problem, dtype=torch.float64).rows()])
+        else:
+            problem.require_common_tokens()
+            rows = replace(problem, dtype=torch.float64).rows()
+            answer = Answer.joined([self._solve_row(Row(one)) for one in rows])
+        for k in (answer.status == Status.NOT_CONVERGED).nonzero().flatten().tolist():
+            _settle(answer, k, Row.of(problem.take(torch.tensor([k], device=problem.log_p.device)))[0])
+        return answer
 
     def _solve_row(self, row: Row) -> Answer:
         if not row.unique:
@@ -108,16 +110,26 @@ class MaxEntropy(Meet):
 
 
 def _settle(answer: Answer, k: int, row: Row) -> None:
-    """A row that Newton's method left open: empty by the nearest moments, or near enough by a feasible p nearby."""
+    """A row that Newton's method left open: empty by the nearest moments, or solved by interior points.
+
+    Those count directions once that members share, and so come to an end where multipliers grow without bound.
+    """
     y = separating(row)
     if y is not None:
         answer.status[k] = Status.INFEASIBLE
         for mine, lam in zip(answer.ray, row.raw(y), strict=True):
             mine[k] = lam[0]
-    else:
-        gap = exact_gap(row, answer.log_probs[k], tuple(lam[k] for lam in answer.dual))
+    elif full_hessian_pays(row.problem.projection(range(len(row.heads)), (math.inf,) * len(row.heads))):
+        _, y, steps = entropic(row, row.alive, row.log_q.exp(), row.target)
+        log_p, dual = log_normalize(row.log_q + row.tokens.times(y)), row.raw(y)
+        gap = exact_gap(row, log_p, tuple(lam[0] for lam in dual))
+        answer.steps[k] += steps
         if gap <= row.problem.tol:
             answer.status[k], answer.gap[k], answer.certified[k] = Status.OPTIMAL, gap, True
+            answer.log_probs[k], answer.objective[k] = log_p, kl(log_p, row.log_q) - gap
+            answer.disagreement[k] = kl(log_p.expand_as(row.log_p), row.log_p)
+            for mine, lam in zip(answer.dual, dual, strict=True):
+                mine[k] = lam[0]
     answer.passes[k] += row.passes()
 
 

@@ -58,8 +58,8 @@ def proves_empty(row: Row, y: Float[Tensor, " m"]) -> bool:
 
 def entropic(
     row: Row, tokens: Bool[Tensor, " v"], reference: Float[Tensor, " v"], target: Float[Tensor, " m"]
-) -> tuple[Float[Tensor, " v"], int]:
-    """(p, steps): the I-projection of ``reference`` onto the distributions on ``tokens`` with moments ``target``."""
+) -> tuple[Float[Tensor, " v"], Float[Tensor, " m"], int]:
+    """(p, multipliers, steps): the I-projection of ``reference`` onto the p on ``tokens`` with moments ``target``."""
     ids = tokens.nonzero().squeeze(-1)
     columns, target = row.system[0], target @ row.joint
     columns = columns if len(ids) == len(tokens) else chosen(columns, ids, len(tokens))
@@ -69,7 +69,7 @@ def entropic(
     program = Program(columns, target, nothing, torch.zeros_like(target), start, len(target) - 1, reference=start)
     found = interior_point(program, row.problem.max_steps)
     p = torch.zeros_like(reference).index_copy(0, ids, found.x)
-    return p / p.sum(), found.steps
+    return p / p.sum(), _without_sum(row.joint @ found.y), found.steps
 
 
 def polished(row: Row, p: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
