@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import shutil
 
 import pytest
 import tiny
@@ -277,3 +278,47 @@ def test_a_table_in_80_columns_cuts_no_figure(capsys, monkeypatch):
     row["gated"] = None
     show({**facts, "members": {}, "rules": {"meet:trust=1": row}})
     assert " │ 0.512 │ " in capsys.readouterr().out  # where it fits, cells keep their padding
+
+
+def test_a_member_called_like_a_rule_is_refused(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text(WORDS)
+    shutil.copytree(folders[0], "meet")
+    with pytest.raises(InvalidInputError, match="meet is both: rename the member"):
+        CliRunner().invoke(app, ["evaluate", "-m", "meet", "-t", "a.txt", "--rules", "meet"], catch_exceptions=False)
+
+
+@pytest.mark.parametrize("given", ["-3", "2.5", "0"])
+def test_prompt_weights_are_of_a_whole_number_of_tokens(given):
+    with pytest.raises(InvalidInputError, match="an integer of at least 1, in 'meet:prompt_weights="):
+        parse_choices(f"meet:prompt_weights={given}", 2, {})
+
+
+def test_uniform_averages_stand_beside_an_ensemble_with_weights_of_its_own(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text(WORDS)
+    command = ["evaluate", "-t", "a.txt", "--rules", "meet", "--json", "-", "-m", *map(str, folders)]
+    plain = json.loads(CliRunner().invoke(app, command, catch_exceptions=False).output)["rules"]
+    done = CliRunner().invoke(app, [*command, "--weights", "0.9,0.1"], catch_exceptions=False)
+    facts = json.loads(done.output)
+    assert list(plain) == ["logit-mean", "prob-mean", "meet"]
+    assert list(facts["rules"]) == ["uniform logit-mean", "uniform prob-mean", *plain]
+    for name in ("logit-mean", "prob-mean"):
+        assert facts["rules"][f"uniform {name}"]["nll"] == plain[name]["nll"] != facts["rules"][name]["nll"]
+    rows = {**facts["members"], **{name: row for name, row in facts["rules"].items() if name != "meet"}}
+    assert rows[facts["best_baseline"]]["nll"] == min(row["nll"] for row in rows.values())
+
+
+def test_pieces_of_another_temperature_or_dtype_are_not_taken(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text(WORDS)
+    for k, temperature in enumerate((1.0, 2.0)):
+        ensemble = Ensemble.from_pretrained(folders, rule="logit-mean")
+        ensemble.model.config.rule_temperature = temperature
+        ensemble.save_pretrained(f"e{k}")
+    command = ["evaluate", "-t", "a.txt", "--resume", "kept", "-m"]
+    assert CliRunner().invoke(app, [*command, "e0"], catch_exceptions=False).exit_code == 0
+    with pytest.raises(InvalidInputError, match=r"other settings .*ensemble"):
+        CliRunner().invoke(app, [*command, "e1"], catch_exceptions=False)
+    with pytest.raises(InvalidInputError, match=r"other settings .*dtypes"):
+        CliRunner().invoke(app, [*command, "e0", "--dtype", "float64"], catch_exceptions=False)

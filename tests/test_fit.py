@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from softmeet import Ensemble
 from softmeet.cli import texts
 from softmeet.cli.main import app
-from softmeet.errors import InvalidInputError
+from softmeet.errors import InvalidInputError, TraceError
 from softmeet.evaluation import fit as fitting
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.fit import Options, figures, fit
@@ -368,3 +368,36 @@ def test_ctrl_c_while_members_load_says_so(command, folders, tmp_path, monkeypat
     result = CliRunner().invoke(app, [*command, "-m", str(folders[0])])
     assert result.exit_code == 130
     assert "stopped: members were being loaded" in result.output
+
+
+def test_a_full_disk_leaves_the_older_ensemble_whole(ensemble, positions, fitted, tmp_path, monkeypatch):
+    save(ensemble, fitted, tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def full(*args, **settings):
+        raise Exception("No space left on device (os error 28)")  # as tokenizers do
+
+    monkeypatch.setattr(type(ensemble.tokenizer), "save_pretrained", full)
+    with pytest.raises(TraceError, match="no room on the disk"):
+        save(ensemble, fitted, tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(TraceError, match="no room on the disk"):
+        save(ensemble, fitted, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_ensemble_below_a_link_is_found(ensemble, fitted, tmp_path):
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "er")
+    save(ensemble, fitted, tmp_path / "link" / "out")
+    again = Ensemble.from_pretrained(tmp_path / "link" / "out")
+    assert len(again.names) == len(ensemble.names)
+
+
+def test_one_position_to_judge_by_shows_nothing(ensemble, positions):
+    few = Options(meet_positions=20, premise_positions=20, evaluations=1, judge_positions=1)
+    found = fit(ensemble, positions, few)
+    assert found.chosen.baseline
+    if found.rival is not found.best_baseline:
+        assert (found.difference.low, found.difference.high) == (-float("inf"), float("inf"))

@@ -298,3 +298,16 @@ def test_the_command(folders, tmp_path):
     done = run(*command, "--text", tmp_path / "bad.txt")
     assert done.returncode == 2
     assert done.stderr.startswith("error: expected UTF-8 in ")
+
+
+def test_a_member_with_the_same_head_and_another_body_is_told_apart(tmp_path):
+    folder = tiny.save(tmp_path / "a", "gpt2", seed=0)
+    ensemble = Ensemble.from_pretrained([folder])
+    made = record(ensemble, [Document("d", "the quick brown fox jumps")], tmp_path / "t")
+    Trace.open(made.folder).require(ensemble)
+    with torch.no_grad():
+        next(p for n, p in ensemble.model.members[0].named_parameters() if "attn" in n and p.ndim == 2).mul_(1.1)
+    with pytest.raises(TraceError, match="other weights below the same head"):
+        Trace.open(made.folder).require(ensemble)
+    with pytest.raises(TraceError, match="differs in members"):
+        record(ensemble, [Document("d", "the quick brown fox jumps")], tmp_path / "t")

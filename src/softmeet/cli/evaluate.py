@@ -90,7 +90,8 @@ def evaluate(
     averages = {"rule_temperature": 1.0} if rules else {}
     gates = [one for one in (gate or ensemble.model.config.gate or "").split(",") if one]
     parsed = under_gates(parse_choices(named, len(ensemble.names), averages, ensemble.model.config.bands), gates)
-    choices = with_baselines(parsed, averages)
+    own = ensemble.model.config
+    choices = with_baselines(parsed, averages, own.weights or (), own.rule_temperature)
     read: dict[str, Any] = {"window": window, "stride": stride, "bos": bos, "max_per_document": max_per_document}
     from softmeet.evaluation.kept import Kept
     from softmeet.evaluation.pieces import evaluate_positions, evaluate_text
@@ -99,7 +100,7 @@ def evaluate(
     settings = {
         "threads": threads,
         "choices": [asdict(choice) for choice in choices],
-        "ensemble": ensemble.model.config.combine_arguments(),
+        "ensemble": {**own.combine_arguments(), "rule_temperature": own.rule_temperature},
     }
     positions, pinned = identified(ensemble, found, trace, max_tokens=max_tokens, **read)
     kept = Kept(resume, pinned | settings)
@@ -136,7 +137,8 @@ def identified(
     """
     from softmeet.evaluation.identity import identity
 
-    pinned = {**identity(ensemble), "max_tokens": max_tokens, **read}
+    dtypes = [str(head.weight.dtype) for head in ensemble.model.heads]
+    pinned = {**identity(ensemble), "dtypes": dtypes, "max_tokens": max_tokens, **read}
     if trace is None:
         text = "".join(f"{document.name}\0{document.text}\0" for document in documents)
         return None, {**pinned, "source": hashlib.sha256(text.encode()).hexdigest()}

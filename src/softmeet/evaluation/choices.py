@@ -13,6 +13,8 @@ from softmeet.rules.registry import find_rule
 from softmeet.rules.validate import checked_number, checked_pool, checked_trust, checked_weights
 
 BASELINES = ("logit-mean", "prob-mean")
+# The same where the ensemble's own weights or temperature would make something else of those names.
+UNIFORM = tuple(f"uniform {name}" for name in BASELINES)
 _LISTS, _NUMBERS, _WORDS = ("trust", "weights"), ("temperature", "tol", "prompt_weights"), ("pool", "gate")
 # A colon that parts options, not the one of gate=unsure:0.5.
 _COLON = re.compile(r":(?![\d.])")
@@ -58,7 +60,9 @@ def _parse(entry: str, n: int, shared: dict[str, Any], bands: int) -> Choice:
     for option in options:
         key, _, value = option.partition("=")
         settings[key] = _value(entry, key, value)
-    prompt = int(settings.pop("prompt_weights", 0))
+    prompt = settings.pop("prompt_weights", 0)
+    if prompt != int(prompt) or ("prompt_weights=" in entry and prompt < 1):
+        raise InvalidInputError(f"expected prompt_weights=TOKENS, an integer of at least 1, in {entry!r}")
     if "weights" in settings:
         settings["weights"] = checked_weights(settings["weights"], n, free=bool(settings.get("free_weights")))
     if "trust" in settings:
@@ -68,7 +72,7 @@ def _parse(entry: str, n: int, shared: dict[str, Any], bands: int) -> Choice:
     parse_gate(settings.get("gate"))
     if "temperature" in settings:
         settings["rule_temperature"] = checked_number("temperature", settings.pop("temperature"), positive=True)
-    return Choice(entry, settings, prompt)
+    return Choice(entry, settings, int(prompt))
 
 
 def _value(entry: str, key: str, value: str) -> Any:
@@ -84,11 +88,24 @@ def _value(entry: str, key: str, value: str) -> Any:
     return numbers if key in _LISTS else numbers[0]
 
 
-def with_baselines(choices: Sequence[Choice], shared: dict[str, Any]) -> list[Choice]:
-    """``choices``, and before them the averages that they do not name."""
+def with_baselines(
+    choices: Sequence[Choice], shared: dict[str, Any], weights: Sequence[float] = (), temperature: float = 1.0
+) -> list[Choice]:
+    """``choices``, and before them the averages that they do not name.
+
+    Args:
+        choices: rules.
+        shared: settings of the averages.
+        weights, temperature: of the ensemble itself; unless they are uniform and 1, uniform averages are added, too.
+    """
     named = {choice.name for choice in choices}
     missing = [Choice(name, {**shared, "rule": name}) for name in BASELINES if name not in named]
-    return [*missing, *choices]
+    even = [1 / len(weights)] * len(weights) if weights else []
+    if list(weights) == even and temperature == 1:
+        return [*missing, *choices]
+    plain = {"weights": even, "rule_temperature": 1.0}
+    uniform = [Choice(name, {**plain, "rule": rule}) for name, rule in zip(UNIFORM, BASELINES, strict=True)]
+    return [*uniform, *missing, *choices]
 
 
 def under_gates(choices: Sequence[Choice], gates: Sequence[str]) -> list[Choice]:

@@ -6,10 +6,15 @@ import errno
 import json
 import math
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from softmeet.errors import InvalidInputError, TraceError
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_atomically(path: Path, write: Any) -> None:
@@ -27,15 +32,44 @@ def write_atomically(path: Path, write: Any) -> None:
         unfinished.replace(path)
     except OSError as error:
         unfinished.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise TraceError(
-                f"no room on the disk for {path} ({error.strerror}): what was written before stays and is whole; make "
-                "room and run the same command again"
-            ) from error
+        if error.errno in _NO_ROOM:
+            raise _no_room(path) from error
         raise
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
+
+
+def _no_room(path: Path) -> TraceError:
+    return TraceError(
+        f"no room on the disk for {path}: what was written before stays and is whole; make room and run the same "
+        "command again"
+    )
+
+
+@contextmanager
+def written_together(folder: Path) -> Iterator[Path]:
+    """A new folder beside ``folder``, whose files replace those there once all of them are on the disk.
+
+    Raises:
+        TraceError: the disk is full; what was there before stays.
+    """
+    folder = folder.resolve()
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        folder.mkdir(exist_ok=True)
+        for path in sorted(unfinished.iterdir()):
+            path.replace(folder / path.name)
+    except Exception as error:
+        # Tokenizers say it in words alone.
+        if getattr(error, "errno", None) in _NO_ROOM or os.strerror(errno.ENOSPC) in str(error):
+            raise _no_room(folder) from error
+        raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def as_json(content: Any) -> str:

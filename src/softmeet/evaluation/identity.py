@@ -12,6 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from softmeet.ensemble import Ensemble
 from softmeet.heads import SoftmaxHead
 
+# Of each parameter, about so many numbers are hashed.
+_SAMPLED = 1024
+
 
 def head_hash(head: SoftmaxHead) -> str:
     """SHA-256 of a head's numbers as fp32, so that loading them in a wider dtype changes nothing."""
@@ -28,13 +31,29 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
+def body_hash(model: torch.nn.Module) -> str:
+    """SHA-256 over every parameter's name, shape and some of its numbers as fp32, evenly spread.
+
+    Enough to tell a fine-tuned model, of whose head nothing has changed, from what it was made of, at no cost. What is
+    not in memory counts by its shape.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(repr((name, tuple(parameter.shape))).encode())
+        if not parameter.is_meta:
+            flat = parameter.detach().reshape(-1)
+            some = flat[:: max(1, len(flat) // _SAMPLED)]
+            digest.update(some.float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def identity(ensemble: Ensemble) -> dict[str, Any]:
     """What a trace says of the members that made it."""
-    heads = ensemble.model.heads
+    heads, models = ensemble.model.heads, ensemble.model.members
     return {
         "members": [
-            {"name": name, "width": head.d, "head": head_hash(head)}
-            for name, head in zip(ensemble.names, heads, strict=True)
+            {"name": name, "width": head.d, "head": head_hash(head), "body": body_hash(model)}
+            for name, head, model in zip(ensemble.names, heads, models, strict=True)
         ],
         "tokenizer": tokenizer_hash(ensemble.tokenizer),
     }

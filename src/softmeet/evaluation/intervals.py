@@ -86,12 +86,14 @@ def paired(ours: Float[Tensor, " N"], theirs: Float[Tensor, " N"], within: Clust
 
     Args:
         ours, theirs: nats at each position.
-        within: the clusters, at least two.
+        within: the clusters; of one alone nothing follows, and the interval is infinite.
     """
     from scipy.stats import t as student_t
 
     sums, sizes = within.sums(ours.double() - theirs.double()), within.sums(torch.ones_like(ours))
     C, center = len(sizes), (sums.sum() / sizes.sum()).item()
+    if C < 2:
+        return Difference(center, -math.inf, math.inf)
     spread = ((sums - center * sizes) ** 2).sum().item() * C / (C - 1)
     half = float(student_t.ppf(0.975, C - 1)) * math.sqrt(spread) / sizes.sum().item()
     return Difference(center, center - half, center + half)

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from softmeet.ensemble import Ensemble
+from softmeet.errors import InvalidInputError
 from softmeet.evaluation.choices import Choice, ungated
 from softmeet.evaluation.positions import Positions
 from softmeet.members.weighting import perplexity_weights
@@ -98,6 +99,10 @@ def evaluate(
         on_progress: called with the number of positions after each chunk.
     """
     names = [member_name(ensemble.names, i) for i in range(len(ensemble.names))]
+    if both := sorted({*names} & {choice.name for choice in choices}):
+        raise InvalidInputError(
+            f"expected members and rules of different names, but {both[0]} is both: rename the member"
+        )
     parts: dict[str, list[Scores]] = {name: [] for name in [*names, *(choice.name for choice in choices)]}
     disagreement = []
     for chunk, weights in _chunks(ensemble, positions, choices):

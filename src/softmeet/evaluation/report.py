@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from softmeet.evaluation.choices import BASELINES
+from softmeet.evaluation.choices import BASELINES, UNIFORM
 from softmeet.evaluation.intervals import Difference, clusters, paired
 from softmeet.evaluation.perplexity import Evaluation, Scores
 
@@ -24,7 +24,10 @@ def summary(found: Evaluation) -> dict[str, Any]:
     """
     within = clusters(found.positions.document)
     bytes_, count = int(found.positions.sizes.sum()), len(found.positions)
-    baselines = {**found.members, **{name: found.choices[name] for name in BASELINES if name in found.choices}}
+    baselines = {
+        **found.members,
+        **{name: found.choices[name] for name in (*UNIFORM, *BASELINES) if name in found.choices},
+    }
     best = min(baselines, key=lambda name: baselines[name].mean)
     rules = {}
     for name, scores in found.choices.items():

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from softmeet.ensemble import Ensemble
-from softmeet.evaluation.files import require_ensemble_folder, write_json
+from softmeet.evaluation.files import require_ensemble_folder, write_json, written_together
 from softmeet.evaluation.fit import Fitted, figures
 from softmeet.hf.configuration import EnsembleConfig
 
@@ -52,16 +52,18 @@ def save(ensemble: Ensemble, fitted: Fitted, folder: str | Path) -> dict[str, An
 
     Raises:
         InvalidInputError: the folder holds something other than an ensemble.
+        TraceError: the disk is full; an ensemble that was there stays as it was.
     """
     require_ensemble_folder(Path(folder))
     facts = figures(fitted)
     before = ensemble.model.config
     kept: dict[str, Any] = {key: getattr(before, key) for key in _KEPT if hasattr(before, key)}
     ensemble.model.config = EnsembleConfig(ensemble.names, **fitted.chosen.settings, **kept)
-    ensemble.save_pretrained(folder)
-    with (Path(folder) / "README.md").open("a", encoding="utf-8") as card:
-        card.write(_card(facts))
-    write_json(Path(folder) / "fit.json", facts)
+    with written_together(Path(folder)) as new:
+        ensemble.save_pretrained(new)
+        with (new / "README.md").open("a", encoding="utf-8") as card:
+            card.write(_card(facts))
+        write_json(new / "fit.json", facts)
     return facts
 
 

@@ -96,6 +96,11 @@ class Trace:
                     f"{self.folder} was made by {theirs['name']} (head {theirs['head'][:12]}), but in its place stands "
                     f"{own['name']} (head {own['head'][:12]}): name the members that made it, in order, or trace again"
                 )
+            if own["body"] != theirs.get("body", own["body"]):
+                raise TraceError(
+                    f"{self.folder} was made by {theirs['name']}, but {own['name']} in its place has other weights "
+                    "below the same head: name the members that made it, in order, or trace again"
+                )
         if found["tokenizer"] != self.facts["tokenizer"]:
             raise TraceError(f"{self.folder} was made with another tokenizer than these members': trace again")
 

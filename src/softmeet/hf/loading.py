@@ -48,7 +48,7 @@ def absolute(names: Sequence[str], base: Path) -> list[str]:
         if not name.startswith("."):
             found.append(name)
             continue
-        path = Path(os.path.normpath(base / name))
+        path = Path(os.path.normpath(base.resolve() / name))
         if not path.exists():
             raise CheckpointError(
                 f"the ensemble in {base} names a member {name}, but there is no {path}: move the member there, or edit "

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from softmeet.rules.exact import Bounds, Choice, ExactRule, moments_hold
+from softmeet.rules.exact import Bounds, Choice, ExactRule
+from softmeet.rules.points import moments_hold
 from softmeet.rules.problem import Problem
 from softmeet.rules.row import Row
 from softmeet.solvers.base import Status

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from softmeet.rules.base import Answer, Rule, closed_form
 from softmeet.rules.meet import MaxEntropy
-from softmeet.rules.points import entropic, polished
+from softmeet.rules.points import entropic, moments_hold, polished
 from softmeet.rules.problem import Problem
 from softmeet.rules.row import Row
 from softmeet.solvers.base import Status
@@ -131,11 +131,6 @@ class ExactRule(Rule):
     def proof(self, row: Row, p: Float[Tensor, " v"]) -> Float[Tensor, " m"]:
         """Multipliers that prove C empty, if the rule's answer has any; 0 otherwise."""
         return torch.zeros_like(row.target)
-
-
-def moments_hold(row: Row, p: Float[Tensor, " v"]) -> bool:
-    """Whether p has the members' moments."""
-    return float(row.excess(p).norm()) <= MOMENT_TOLERANCE
 
 
 def divergences(p: Float[Tensor, " v"], row: Row) -> Float[Tensor, " n"]:

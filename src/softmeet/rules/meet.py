@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from softmeet.rules.base import Answer, Rule, closed_form
-from softmeet.rules.points import entropic, exact_gap, only, separating
+from softmeet.rules.points import entropic, exact_gap, moments_hold, only, separating
 from softmeet.rules.problem import Problem
 from softmeet.rules.row import Row, may_be_unique
 from softmeet.simplex import kl, log_normalize
@@ -120,11 +120,14 @@ def _settle(answer: Answer, k: int, row: Row) -> None:
         for mine, lam in zip(answer.ray, row.raw(y), strict=True):
             mine[k] = lam[0]
     elif full_hessian_pays(row.problem.projection(range(len(row.heads)), (math.inf,) * len(row.heads))):
-        _, y, steps = entropic(row, row.alive, row.log_q.exp(), row.target)
+        p, y, steps = entropic(row, row.alive, row.log_q.exp(), row.target)
         log_p, dual = log_normalize(row.log_q + row.tokens.times(y)), row.raw(y)
         gap = exact_gap(row, log_p, tuple(lam[0] for lam in dual))
         answer.steps[k] += steps
-        if gap <= row.problem.tol:
+        if gap > row.problem.tol:
+            # On the boundary multipliers have no end, and where Newton's ray was left is no place to answer from.
+            answer.log_probs[k] = p.log() if moments_hold(row, p) else row.log_q
+        else:
             answer.status[k], answer.gap[k], answer.certified[k] = Status.OPTIMAL, gap, True
             answer.log_probs[k], answer.objective[k] = log_p, kl(log_p, row.log_q) - gap
             answer.disagreement[k] = kl(log_p.expand_as(row.log_p), row.log_p)

@@ -11,7 +11,7 @@ from softmeet.simplex import kl
 from softmeet.solvers.columns import Columns, chosen
 from softmeet.solvers.interior import Program, factored, interior_point
 from softmeet.solvers.program import Optimum, SimplexProgram, minimise
-from softmeet.solvers.projection import MOMENT_TOLERANCE
+from softmeet.solvers.projection import MOMENT_TOLERANCE, SEPARATED
 
 # The gap of a squared distance in whitened coordinates: round-off there.
 _NEAREST = 1e-12
@@ -48,12 +48,17 @@ def separating(row: Row) -> Float[Tensor, " m"] | None:
 
 
 def proves_empty(row: Row, y: Float[Tensor, " m"]) -> bool:
-    """Whether no p has the members' moments, nor any that are as near as moments are required to be.
+    """Whether no p has the members' moments, nor any that are all but those.
 
     That is so if Σ_i λ_iᵀ(a_ij - b_i) < -δ|y| for every token that may be answered, y the whitened multipliers, and δ
-    ``MOMENT_TOLERANCE``: a smaller margin may be rounding where heads share directions.
+    ``SEPARATED``: a smaller margin may be rounding where heads share directions.
     """
-    return bool(row.scores(y)[row.alive].max() < -MOMENT_TOLERANCE * y[:-1].norm())
+    return bool(row.scores(y)[row.alive].max() < -SEPARATED * y[:-1].norm())
+
+
+def moments_hold(row: Row, p: Float[Tensor, " v"]) -> bool:
+    """Whether p has the members' moments."""
+    return float(row.excess(p).norm()) <= MOMENT_TOLERANCE
 
 
 def entropic(

@@ -26,6 +26,8 @@ from softmeet.simplex import kl, log_normalize
 
 # Moments, in whitened coordinates, that are this close are the members'.
 MOMENT_TOLERANCE = 1e-6
+# The least distance of all moments from the members' that counts as a proof; less may be rounding of the members.
+SEPARATED = 1e-7
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +151,7 @@ class Projection:
         """Whether ν, with scores z, is a Farkas proof: the exact members' part shows that no p has their moments.
 
         If Σ_i (z_ij - E_{p̂_i} z_i) < -δ |ν| for every token j in the support of q, sums over i with ρ_i = ∞, then no p
-        on that support has moments that are nearer to theirs than δ, which is ``MOMENT_TOLERANCE``. ``size`` is that of
+        on that support has moments that are nearer to theirs than δ, which is ``SEPARATED``. ``size`` is that of
         the scores whose rounding z has: those that it is the difference of.
         """
         exact = [i for i, rho in enumerate(self.trust) if math.isinf(rho)]
@@ -158,6 +160,6 @@ class Projection:
         part = z[:, exact]
         centred = (part - (self.log_p[:, exact].exp() * part).sum(-1, keepdim=True)).sum(1)
         highest = torch.where(self.log_q.isneginf(), -torch.inf, centred).amax(-1)
-        margin = 64 * self.eps * size + MOMENT_TOLERANCE * self.exact_part(nu).norm(dim=-1)
+        margin = 64 * self.eps * size + SEPARATED * self.exact_part(nu).norm(dim=-1)
         excluded: Tensor = highest < -margin
         return excluded
