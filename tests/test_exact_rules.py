@@ -25,6 +25,8 @@ from instances import outputs
 
 import softmeet
 from softmeet import Status
+from softmeet.evaluation.held_out import held_out_books
+from softmeet.evaluation.positions import observe_text
 from softmeet.simplex import prob_mean, total_variation
 
 TOL = 1e-7
@@ -281,6 +283,20 @@ def test_members_that_are_the_same_but_for_rounding_agree(n, noise):
         assert (solution.status == Status.OPTIMAL).all()
         assert total_variation(solution.log_probs, log_p[0]).max() < 1e-6
         assert (solution.verify([head] * n, log_p).status == Status.OPTIMAL).all()
+
+
+def test_a_row_whose_moments_are_all_but_met_is_answered():
+    """Its nearest moments are 3e-6 off: Newton's method runs along a ray whose point is no answer."""
+    ensemble = softmeet.Ensemble.from_pretrained(["narrow/opt-a", "narrow/opt-c"])
+    books = [book for book in held_out_books() if book.name in ("Ruth", "James")]
+    found = observe_text(ensemble, sorted(books, key=lambda book: book.name, reverse=True), max_tokens=1200)
+    row = found.take(slice(1196, 1197))
+    log_p = torch.stack([h.log_probs(x) for h, x in zip(ensemble.model.heads, row.hidden, strict=True)])
+    for rule in EXACT:
+        solution = softmeet.combine(log_p, list(ensemble.model.heads), rule)
+        assert solution.status == Status.INFEASIBLE
+        assert solution.verify(list(ensemble.model.heads), log_p).status == Status.INFEASIBLE
+        assert solution.log_probs[0, row.targets[0]] > -10
 
 
 def raw_of(name, k):

@@ -130,6 +130,17 @@ def placement(device: str | None) -> Any:
     return found
 
 
+@contextmanager
+def stoppable(advice: str) -> Iterator[None]:
+    """Ctrl-C ends the command with a sentence and exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"stopped: {advice}")
+        raise typer.Exit(130) from None
+
+
+@stoppable("members were being loaded, and nothing is changed")
 def load_ensemble(members: list[str] | None, trust: str | None, weights: str | None, **settings: Any) -> Ensemble:
     """Load with progress on stderr, and without transformers' own chatter.
 
@@ -147,7 +158,7 @@ def load_ensemble(members: list[str] | None, trust: str | None, weights: str | N
     given = numbers("--weights", weights)
     if "device" in settings:
         settings["device"] = placement(settings["device"])
-    with stoppable("members were being loaded, and nothing is changed"), err.status("loading") as progress:
+    with err.status("loading") as progress:
         return Ensemble.from_pretrained(
             members[0] if members and len(members) == 1 else members or [zoo.DEFAULT],
             trust=numbers("--trust", trust),
@@ -160,16 +171,6 @@ def load_ensemble(members: list[str] | None, trust: str | None, weights: str | N
 def say(sentence: str) -> None:
     """A notice on stderr."""
     err.print(sentence, style="yellow", highlight=False, soft_wrap=True, markup=False)
-
-
-@contextmanager
-def stoppable(advice: str) -> Iterator[None]:
-    """Ctrl-C ends the command with a sentence and exit code 130."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        say(f"stopped: {advice}")
-        raise typer.Exit(130) from None
 
 
 def status(message: str) -> AbstractContextManager[Any]:
