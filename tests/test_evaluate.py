@@ -288,7 +288,7 @@ def test_a_member_called_like_a_rule_is_refused(folders, tmp_path, monkeypatch):
         CliRunner().invoke(app, ["evaluate", "-m", "meet", "-t", "a.txt", "--rules", "meet"], catch_exceptions=False)
 
 
-@pytest.mark.parametrize("given", ["-3", "2.5", "0"])
+@pytest.mark.parametrize("given", ["-3", "2.5", "0", "inf", "nan"])
 def test_prompt_weights_are_of_a_whole_number_of_tokens(given):
     with pytest.raises(InvalidInputError, match="an integer of at least 1, in 'meet:prompt_weights="):
         parse_choices(f"meet:prompt_weights={given}", 2, {})

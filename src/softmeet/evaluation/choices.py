@@ -61,7 +61,7 @@ def _parse(entry: str, n: int, shared: dict[str, Any], bands: int) -> Choice:
         key, _, value = option.partition("=")
         settings[key] = _value(entry, key, value)
     prompt = settings.pop("prompt_weights", 0)
-    if prompt != int(prompt) or ("prompt_weights=" in entry and prompt < 1):
+    if not float(prompt).is_integer() or ("prompt_weights=" in entry and prompt < 1):
         raise InvalidInputError(f"expected prompt_weights=TOKENS, an integer of at least 1, in {entry!r}")
     if "weights" in settings:
         settings["weights"] = checked_weights(settings["weights"], n, free=bool(settings.get("free_weights")))
