@@ -16,7 +16,7 @@ from softmeet import Ensemble
 
 def run(*arguments, stdin=""):
     return subprocess.run(
-        [sys.executable, "-m", "softmeet.cli.main", *map(str, arguments)],
+        [sys.executable, "-m", "softmeet", *map(str, arguments)],
         input=stdin, capture_output=True, text=True, check=False, timeout=120,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "120"},
     )  # fmt: skip

@@ -22,8 +22,10 @@ from softmeet.evaluation.choices import Choice, parse_choices, with_baselines
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.intervals import clusters, paired
 from softmeet.evaluation.perplexity import Scores, evaluate
+from softmeet.evaluation.pieces import evaluate_positions, evaluate_text
 from softmeet.evaluation.positions import observe_text
 from softmeet.evaluation.report import calibration, gain_by_disagreement, summary
+from softmeet.evaluation.study.plots import Plot, draw
 from softmeet.members.weighting import perplexity_weights
 
 WORDS = "the quick brown fox jumps over the lazy dog. "
@@ -292,6 +294,41 @@ def test_a_member_called_like_a_rule_is_refused(folders, tmp_path, monkeypatch):
 def test_prompt_weights_are_of_a_whole_number_of_tokens(given):
     with pytest.raises(InvalidInputError, match="an integer of at least 1, in 'meet:prompt_weights="):
         parse_choices(f"meet:prompt_weights={given}", 2, {})
+
+
+def test_prompts_longer_than_every_document_are_refused(ensemble):
+    documents, chosen = [Document("a", WORDS), Document("b", "abc")], parse_choices("meet:prompt_weights=40", 2, {})
+    positions = observe_text(ensemble, documents, max_per_document=40)
+    message = "more than 40 predictions for weights from so many, but the longest has 40: give fewer"
+    with pytest.raises(InvalidInputError, match=message):
+        evaluate_text(ensemble, documents, chosen, max_per_document=40)
+    with pytest.raises(InvalidInputError, match=message):
+        evaluate_positions(ensemble, positions, chosen)
+    assert evaluate_text(ensemble, documents, chosen, max_per_document=41).choices
+
+
+def test_names_in_brackets_and_lists_behind_an_equals_sign(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text(WORDS)
+    shutil.copytree(folders[0], "[red]one[x]")
+    command = ["evaluate", "--members=[red]one[x]", str(folders[1]), "--text=a.txt", "a.txt", "--rules", "meet"]
+    done = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert "[red]one[x]" in done.output
+    assert "88 tokens" in done.output
+
+
+def test_arguments_come_before_lists_that_would_take_them():
+    assert " trace {out} [OPTIONS]" in CliRunner().invoke(app, ["trace", "--help"]).output
+
+
+def test_plots_on_a_full_disk(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(TraceError, match=r"no room on the disk for .*x.png"):
+        draw(Plot("x", "title", "x", "y", {"line": [(0.0, 1.0), (1.0, 2.0)]}), tmp_path / "x.png")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_uniform_averages_stand_beside_an_ensemble_with_weights_of_its_own(folders, tmp_path, monkeypatch):

@@ -67,6 +67,13 @@ def test_a_head_that_is_read_wrongly_is_never_accepted_in_silence():
         head_of(model)
 
 
+def test_a_member_that_gives_nan_is_named_for_that():
+    model = tiny.build("llama")
+    model.get_input_embeddings().weight.data[1] = torch.nan
+    with pytest.raises(CheckpointError, match="expected logits from LlamaForCausalLM, got NaN"):
+        head_of(model)
+
+
 def test_load_members_in_order_with_progress(tmp_path):
     folders = [tiny.save(tmp_path / name, name) for name in ("gpt2", "llama")]
     seen = []

@@ -276,6 +276,17 @@ def test_files_separators_and_datasets(tmp_path):
         read_documents([tmp_path / "e"])
 
 
+@pytest.mark.parametrize("left", [0, 100, 2000])
+def test_a_damaged_dataset_is_named(tmp_path, left):
+    from datasets import Dataset
+
+    Dataset.from_dict({"text": [WORDS] * 1000}).save_to_disk(tmp_path / "d")
+    [file] = (tmp_path / "d").glob("*.arrow")
+    file.write_bytes(file.read_bytes()[:left])
+    with pytest.raises(InvalidInputError, match=r"the dataset in .*d is damaged \("):
+        read_documents([tmp_path / "d"])
+
+
 def test_windows_that_do_not_fit(ensemble):
     for window, stride, message in [(65, None, "window from 1 to 64"), (0, None, "window"), (8, 9, "stride from 1 to")]:
         with pytest.raises(InvalidInputError, match=message):

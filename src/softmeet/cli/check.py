@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from softmeet.cli import options
@@ -138,7 +139,7 @@ def _show(facts: dict[str, Any]) -> None:
     for name in ("premise score", "first-order gain (nats per unit of trust)", "verdict") if tested else ():
         table.add_column(name)
     for m in facts["members"]:
-        row = [m["name"], f"{m['rows']:,}", str(m["width"]), str(m["rank"]), "yes" if m["bias"] else "no"]
+        row = [escape(m["name"]), f"{m['rows']:,}", str(m["width"]), str(m["rank"]), "yes" if m["bias"] else "no"]
         row += [f"{m['soft_cap']:g}" if m["soft_cap"] else "no", f"{m['megabytes']:,.1f}"]
         if tested:
             p = m["premise"]
@@ -147,11 +148,11 @@ def _show(facts: dict[str, Any]) -> None:
     console.print(table)
     for pair in facts["pairs"]:
         console.print(
-            f"{' and '.join(pair['members'])}: median principal cosine {pair['median_cosine']:.2f}, "
+            f"{escape(' and '.join(pair['members']))}: median principal cosine {pair['median_cosine']:.2f}, "
             f"{pair['cosines_above_0.9']} of {pair['of']} above 0.9" + (", one column space" if pair["shared"] else "")
         )
     console.print(
         f"Together {facts['rank']} directions for {facts['tokens']:,} tokens ({facts['share']:.1%}); the solver needs "
         f"about {facts['solver_megabytes_per_row']:,.1f} MB a row beside the models."
     )
-    console.print(f"[bold]{facts['advice']}")
+    console.print(f"[bold]{escape(facts['advice'])}")

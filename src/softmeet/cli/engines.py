@@ -49,7 +49,8 @@ def engine(
             raise InvalidInputError("--ray-address and --gpus are options of --engine ray")
         from softmeet.scaling.local import LocalEngine, cores
 
-        return LocalEngine(workers or (max(1, cores() // threads) if _on_processor(ensemble) else 1), threads)
+        workers = workers or (max(1, cores() // threads) if _on_processor(ensemble) else 1)
+        return LocalEngine(workers, threads, on_stop=options.say)
     if name != "ray":
         raise InvalidInputError(f"unknown engine {name!r}: expected local or ray")
     if not _on_processor(ensemble):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from softmeet.cli import engines, options, texts
@@ -195,7 +196,7 @@ def show(facts: dict[str, Any]) -> None:
         for name, row in facts[kind].items():
             bits = _number(row["bits_per_byte"], ".4f") if row["bits_per_byte"] is not None else ""
             table.add_row(
-                options.short(name) if kind == "members" else name, _number(row["nll"], ".4f"),
+                escape(options.short(name) if kind == "members" else name), _number(row["nll"], ".4f"),
                 _number(row["perplexity"], ".2f" if row["perplexity"] < 1e6 else ".3g"),
                 bits, f"{row['top1']:.3f}", f"{row['calibration']['error']:.3f}",
                 *([f"{row['gated']:.1%}" if row.get("gated") else ""] if gated else []), _against(name, row, best),

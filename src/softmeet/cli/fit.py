@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from softmeet.cli import engines, options, texts
@@ -130,8 +131,8 @@ def _show(facts: dict[str, Any]) -> None:
         weights, trust = (" ".join(f"{x:.2f}" for x in row[key]) for key in ("weights", "trust"))
         shown = options.short(name) if "/" in name else name
         table.add_row(
-            shown, f"{row['test_nll']:.4f}", against, weights, trust if row["rule"] == "meet" else "",
+            escape(shown), f"{row['test_nll']:.4f}", against, weights, trust if row["rule"] == "meet" else "",
             f"{row['rule_temperature']:.2f}",
         )  # fmt: skip
     Console().print(table)
-    Console().print(f"[bold]{verdict(facts)}[/]".replace("[+", r"\[+").replace("[-", r"\[-"))
+    Console().print(f"[bold]{escape(verdict(facts))}[/]")

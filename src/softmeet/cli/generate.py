@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from softmeet.cli import options
@@ -174,7 +175,7 @@ def _show(facts: dict[str, Any]) -> None:
         "member", "head width", "weight", "trust", "disagreement (nats/token)", title=f"rule: {facts['rule']}"
     )
     for m in facts["members"]:
-        table.add_row(m["name"], str(m["width"]), f"{m['weight']:.3g}", m["trust"], f"{m['disagreement']:.4f}")
+        table.add_row(escape(m["name"]), str(m["width"]), f"{m['weight']:.3g}", m["trust"], f"{m['disagreement']:.4f}")
     options.err.print(table)
     options.err.print(
         f"{facts['tokens']} tokens, {facts['tokens_per_second']:.1f} tokens/s, "

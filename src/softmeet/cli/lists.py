@@ -18,10 +18,16 @@ class ListCommand(TyperCommand):
         current: str | None = None
         for word in args:
             if word.startswith("-") and word != "-":
-                current = word if word in _LISTS else None
-                spread.append(word)
+                option, _, value = word.partition("=")
+                current = option if option in _LISTS else None
+                spread += [option, value] if current and value else [word]
             elif current and spread[-1] != current:
                 spread += [current, word]
             else:
                 spread.append(word)
         return super().parse_args(ctx, spread)
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Arguments come first: behind options they could be taken for a further value."""
+        options, *arguments = super().collect_usage_pieces(ctx)
+        return [*arguments, options]

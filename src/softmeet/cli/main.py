@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -17,6 +18,7 @@ from softmeet.cli.generate import generate
 from softmeet.cli.inspect import inspect
 from softmeet.cli.lists import ListCommand
 from softmeet.cli.memory import keep_freed_memory
+from softmeet.cli.options import STOPPED
 from softmeet.cli.serve import serve
 from softmeet.cli.study import study
 from softmeet.cli.trace import trace
@@ -59,6 +61,12 @@ def main() -> None:
     keep_freed_memory()
     try:
         app()
+    except SystemExit as end:
+        if end.code == STOPPED:
+            # Threads may be amid products that nobody waits for, and Python would.
+            sys.stdout.flush()
+            os._exit(STOPPED)
+        raise
     except (SoftmeetError, ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError):
             sys.exit(0)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from softmeet.errors import InvalidInputError
 from softmeet.members.zoo import short as short
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
 
 err = Console(stderr=True)
+STOPPED = 130
 
 Members = Annotated[
     list[str] | None,
@@ -132,12 +134,12 @@ def placement(device: str | None) -> Any:
 
 @contextmanager
 def stoppable(advice: str) -> Iterator[None]:
-    """Ctrl-C ends the command with a sentence and exit code 130."""
+    """Ctrl-C ends the command with a sentence and the exit code ``STOPPED``."""
     try:
         yield
     except KeyboardInterrupt:
         say(f"stopped: {advice}")
-        raise typer.Exit(130) from None
+        raise typer.Exit(STOPPED) from None
 
 
 @stoppable("members were being loaded, and nothing is changed")
@@ -163,7 +165,7 @@ def load_ensemble(members: list[str] | None, trust: str | None, weights: str | N
             members[0] if members and len(members) == 1 else members or [zoo.DEFAULT],
             trust=numbers("--trust", trust),
             weights=[given] if isinstance(given, float) else given,
-            on_progress=lambda name: progress.update(f"loading {short(name)}"),
+            on_progress=lambda name: progress.update(f"loading {escape(short(name))}"),
             **settings,
         )
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from softmeet.cli import options
@@ -32,7 +33,7 @@ def show_plan(
     table = Table("", "what", "where", "dtype", "MB", title=title)
     for part in found.parts:
         table.add_row(
-            options.short(part.owner) if Path(part.owner).parts else part.owner,
+            escape(options.short(part.owner) if Path(part.owner).parts else part.owner),
             part.what, part.device, part.dtype, f"{part.bytes / 1e6:,.2f}",
         )  # fmt: skip
     table.add_section()
@@ -41,5 +42,5 @@ def show_plan(
     console = Console()
     console.print(table)
     for name, size in found.cache_bytes_per_token.items():
-        console.print(f"{options.short(name)} keeps {size / 1e3:,.1f} kB for each token of a sequence.")
+        console.print(f"{escape(options.short(name))} keeps {size / 1e3:,.1f} kB for each token of a sequence.")
     console.print("Beside this come Python with its libraries, some 500 MB, and activations while a prompt is run.")

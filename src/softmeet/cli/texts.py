@@ -86,6 +86,7 @@ def documents_unless(
     return None
 
 
+@options.stoppable("the text was being read, and nothing is changed")
 def documents(text: list[str] | None, separator: str | None, column: str) -> list[Document]:
     """The documents that the options name.
 

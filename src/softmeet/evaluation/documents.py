@@ -33,7 +33,7 @@ def read_documents(
         column: of a dataset, the one that holds the text.
 
     Raises:
-        InvalidInputError: a source is empty, is not UTF-8, or is a folder without a dataset, or a row is not text.
+        InvalidInputError: a source is empty, is not UTF-8, is a folder without a whole dataset, or a row is not text.
         OSError: a file cannot be read.
     """
     found: list[Document] = []
@@ -73,13 +73,16 @@ def _split(name: str, text: str, separator: str | None) -> Iterable[Document]:
 def _dataset(folder: Path, column: str) -> Iterable[Document]:
     try:
         from datasets import DatasetDict, load_from_disk
+        from pyarrow import ArrowInvalid
     except ImportError:
         raise InvalidInputError(
             f"{folder} is a folder, which is read as a dataset on disk: pip install 'softmeet[eval]', or name its files"
         ) from None
     try:
         data = load_from_disk(str(folder))
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError) as error:
+        if isinstance(error, ArrowInvalid) or not isinstance(error, FileNotFoundError | ValueError):
+            raise InvalidInputError(f"the dataset in {folder} is damaged ({error}): save it again") from None
         raise InvalidInputError(
             f"expected a file, or a dataset written by datasets.save_to_disk, got the folder {folder}: name its files"
         ) from None

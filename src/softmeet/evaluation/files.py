@@ -40,6 +40,11 @@ def write_atomically(path: Path, write: Any) -> None:
         raise
 
 
+def write_text(path: Path, text: str) -> None:
+    """:func:`write_atomically`, in UTF-8."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
 def _no_room(path: Path) -> TraceError:
     return TraceError(
         f"no room on the disk for {path}: what was written before stays and is whole; make room and run the same "
@@ -95,7 +100,7 @@ def write_json(path: Path, content: Any) -> None:
     if path.exists() and not path.is_file():  # a pipe or a device is not to be replaced
         path.write_text(text, encoding="utf-8")
     else:
-        write_atomically(path, lambda file: file.write(text.encode()))
+        write_text(path, text)
 
 
 def claim(folder: Path, what: str, settings: dict[str, Any]) -> None:
@@ -112,7 +117,7 @@ def claim(folder: Path, what: str, settings: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path, now = folder / "settings.json", json.loads(json.dumps(settings))
     if not path.exists():
-        write_atomically(path, lambda file: file.write((json.dumps(settings, indent=1) + "\n").encode()))
+        write_text(path, json.dumps(settings, indent=1) + "\n")
         return
     there = json.loads(path.read_text(encoding="utf-8"))
     if differ := sorted(key for key in there.keys() | now.keys() if there.get(key) != now.get(key)):

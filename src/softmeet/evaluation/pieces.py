@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from softmeet.ensemble import Ensemble
+from softmeet.errors import InvalidInputError
 from softmeet.evaluation.choices import Choice
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.kept import Found, Kept
@@ -52,11 +53,12 @@ def evaluate_text(
         begin: called with the number of positions; gives what to call with the size of each piece.
 
     Raises:
-        InvalidInputError: the text is too short, or window and stride do not fit.
+        InvalidInputError: the text is too short, also for the prompts of ``choices``, or window and stride do not fit.
     """
     limit = getattr(ensemble.model.config, "max_position_embeddings", None)
     size, step = window_length(limit, window, stride)
     tokens = tokenize(ensemble.tokenizer, documents, bos=bos, max_tokens=max_tokens, max_per_document=max_per_document)
+    _require_longer([len(t.sizes) for t in tokens], choices)
     groups = grouped(windows(tokens, size, step), _size(choices), by_document=True)
     sizes = [sum(map(len, group)) for group in groups]
     advance = begin(sum(sizes))
@@ -91,7 +93,11 @@ def evaluate_positions(
         kept: pieces that earlier runs finished.
         stage: a name for these pieces.
         on_progress: called with the size of each piece.
+
+    Raises:
+        InvalidInputError: no document is longer than the prompts of ``choices``.
     """
+    _require_longer(positions.document.unique_consecutive(return_counts=True)[1].tolist(), choices)
     pieces = _stretches(positions, _size(choices))
     found = (kept or Kept()).map(
         engine or LocalEngine(),
@@ -104,6 +110,15 @@ def evaluate_positions(
     )
     whole = _joined(ensemble, choices, found, positions.names)
     return Evaluation(positions, whole.members, whole.choices, whole.disagreement)
+
+
+def _require_longer(lengths: Sequence[int], choices: Sequence[Choice]) -> None:
+    longest, prompt = max(lengths), max((choice.prompt for choice in choices), default=0)
+    if prompt >= longest:
+        raise InvalidInputError(
+            f"expected a document of more than {prompt:,} predictions for weights from so many, but the longest has "
+            f"{longest:,}: give fewer prompt weights"
+        )
 
 
 def _size(choices: Sequence[Choice]) -> int:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from softmeet.evaluation.files import write_atomically
 
 try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -13,14 +16,18 @@ except ImportError as error:  # pragma: no cover - the extra is installed where 
 
 
 def draw(facts: dict[str, Any], folder: Path) -> list[Path]:
-    """Draw what :func:`softmeet.evaluation.report.summary` gives into a folder; returns the files."""
+    """Draw what :func:`softmeet.evaluation.report.summary` gives into a folder; returns the files.
+
+    Raises:
+        TraceError: the disk is full.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     figures = {"gain": _gain(facts), "calibration": _calibration(facts), "differences": _differences(facts)}
     written = []
     for name, figure in figures.items():
         FigureCanvasAgg(figure)
         written.append(folder / f"{name}.png")
-        figure.savefig(written[-1], dpi=120)
+        write_atomically(written[-1], partial(figure.savefig, format="png", dpi=120))
     return written
 
 

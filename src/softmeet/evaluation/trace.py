@@ -20,7 +20,7 @@ import torch
 from softmeet.ensemble import Ensemble
 from softmeet.errors import InvalidInputError, TraceError
 from softmeet.evaluation.documents import Document
-from softmeet.evaluation.files import write_atomically
+from softmeet.evaluation.files import write_text
 from softmeet.evaluation.identity import identity
 from softmeet.evaluation.positions import Positions, join, observe
 from softmeet.evaluation.shards import read_shard, write_shard
@@ -242,7 +242,7 @@ def _prepare(folder: Path, facts: dict[str, Any]) -> Trace:
             )
         return Trace(folder, there)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: file.write(json.dumps(facts, indent=1).encode()))
+    write_text(path, json.dumps(facts, indent=1))
     return Trace(folder, facts)
 
 
@@ -276,4 +276,4 @@ def _note_error(ensemble: Ensemble, trace: Trace, k: int, positions: Positions) 
     path = trace.folder / "float16.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     known[str(k)] = {"largest": largest, "sum": total, "positions": len(positions)}
-    write_atomically(path, lambda file: file.write(json.dumps(known, sort_keys=True).encode()))
+    write_text(path, json.dumps(known, sort_keys=True))

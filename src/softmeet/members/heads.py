@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from softmeet.errors import UnsupportedHeadError
+from softmeet.errors import CheckpointError, UnsupportedHeadError
 from softmeet.heads import SoftmaxHead
 from softmeet.members.placement import in_memory
 from softmeet.norms import FinalNorm
@@ -22,6 +22,7 @@ def head_of(model: PreTrainedModel) -> SoftmaxHead:
     Raises:
         UnsupportedHeadError: the layer is quantised, adapted or otherwise not a plain linear layer, or the
             head does not reproduce the model's logits.
+        CheckpointError: the model gives NaN.
     """
     layer, name = model.get_output_embeddings(), type(model).__name__
     if layer is None:
@@ -93,6 +94,11 @@ def _check(model: PreTrainedModel, head: SoftmaxHead) -> None:
     own = model(input_ids=ids, use_cache=False).logits.float()
     ours = head.logits(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
     model.train(training)
+    if own.isnan().any():
+        raise CheckpointError(
+            f"expected logits from {type(model).__name__}, got NaN: its weights hold some, or are too large for "
+            f"{head.weight.dtype}; fetch it again, or load it in float32"
+        )
     precision = torch.finfo(head.weight.dtype).eps
     scale = max(own.abs().max().item(), 1.0)
     if own.shape != ours.shape or not (own - ours).abs().max().item() <= 64 * precision * scale:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 
@@ -24,13 +24,18 @@ def cores() -> int:
 class LocalEngine(Engine):
     """Calls run in threads: products and compiled loops release the interpreter.
 
+    Ctrl-C begins no further call; those under way end, and are answered, before it is raised. A second one leaves them.
+
     Args:
-        workers: threads; one runs every call in the caller's own.
+        workers: threads; one runs every call in the caller's own, which Ctrl-C breaks off.
         threads: of torch, in each.
+        on_stop: called with a sentence where Ctrl-C waits for calls.
     """
 
-    def __init__(self, workers: int = 1, threads: int = 1) -> None:
-        self.workers, self.threads = workers, threads
+    def __init__(
+        self, workers: int = 1, threads: int = 1, on_stop: Callable[[str], None] = lambda sentence: None
+    ) -> None:
+        self.workers, self.threads, self._on_stop = workers, threads, on_stop
         self._before = torch.get_num_threads()
 
     def __enter__(self) -> Self:
@@ -48,18 +53,37 @@ class LocalEngine(Engine):
         if self.workers == 1:
             yield from ((k, function(*item)) for k, item in enumerate(items))
             return
-        left, running = enumerate(items), dict[Future[R], int]()
         pool = ThreadPoolExecutor(self.workers, "softmeet", torch.set_num_threads, (self.threads,))
+        patient = True
         try:
-            while True:
-                while len(running) < self.workers and (found := next(left, None)) is not None:
-                    running[pool.submit(function, *found[1])] = found[0]
-                if not running:
-                    return
-                for done in wait(running, return_when=FIRST_COMPLETED).done:
-                    yield running.pop(done), done.result()
+            yield from self._answers(lambda item: pool.submit(function, *item), items)
+        except KeyboardInterrupt:  # nothing is under way, or nobody is to wait for it
+            patient = False
+            raise
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(wait=patient, cancel_futures=True)
+
+    def _answers(self, submit: Callable[[tuple[Any, ...]], Future[R]], items: Items) -> Iterator[tuple[int, R]]:
+        left: Iterator[tuple[int, tuple[Any, ...]]] = enumerate(items)
+        running = dict[Future[R], int]()
+        stopped: KeyboardInterrupt | None = None
+        while True:
+            while len(running) < self.workers and (found := next(left, None)) is not None:
+                running[submit(found[1])] = found[0]
+            if not running:
+                break
+            try:
+                ended = wait(running, return_when=FIRST_COMPLETED).done
+            except KeyboardInterrupt as stop:
+                if stopped:
+                    raise
+                stopped, left = stop, iter(())
+                self._on_stop("finishing what is under way; Ctrl-C again leaves it")
+                continue
+            for done in ended:
+                yield running.pop(done), done.result()
+        if stopped:
+            raise stopped
 
     def keep(self, values: Sequence[T]) -> list[T]:
         """The values themselves."""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from softmeet.evaluation.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,11 @@ class Plot:
 
 
 def draw(plot: Plot, path: Path) -> None:
-    """Write a PNG."""
+    """Write a PNG.
+
+    Raises:
+        TraceError: the disk is full.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -51,4 +58,4 @@ def draw(plot: Plot, path: Path) -> None:
     axes.grid(visible=True, color="0.92")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=130)
+    write_atomically(path, partial(figure.savefig, format="png", dpi=130))

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from softmeet.evaluation.files import write_text
 from softmeet.evaluation.study.plots import Plot, draw
 
 
@@ -46,7 +47,7 @@ class Report:
             parts.append(f"![{plot.title}]({plot.name}.png)")
         parts += [f"### {heading}\n\n{text}" for heading, text in self.texts.items()]
         path = folder / "report.md"
-        path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+        write_text(path, "\n\n".join(parts) + "\n")
         return path
 
     def json(self) -> dict[str, Any]:

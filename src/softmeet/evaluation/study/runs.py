@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from softmeet import __version__
-from softmeet.evaluation.files import claim
+from softmeet.evaluation.files import claim, write_text
 from softmeet.scaling.base import Engine
 from softmeet.scaling.local import LocalEngine
 
@@ -72,7 +72,7 @@ class Run:
 
     def finish(self, result: Json) -> None:
         """Write ``result.json``."""
-        _write(self.folder / "result.json", {"settings": self.settings, **result})
+        write_text(self.folder / "result.json", json.dumps({"settings": self.settings, **result}, indent=1) + "\n")
 
     def _read(self) -> dict[str, Json]:
         if not self._lines.exists():
@@ -80,19 +80,9 @@ class Run:
         lines = self._lines.read_text(encoding="utf-8").splitlines(keepends=True)
         whole = [line for line in lines if line.endswith("\n")]
         if len(whole) < len(lines):
-            _replace(self._lines, "".join(whole))
+            write_text(self._lines, "".join(whole))
         return {entry["key"]: entry["result"] for entry in map(json.loads, whole)}
 
 
 def _run(work: Callable[[], Json]) -> Json:
     return work()
-
-
-def _write(path: Path, content: Json) -> None:
-    _replace(path, json.dumps(content, indent=1) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)

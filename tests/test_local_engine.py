@@ -1,0 +1,83 @@
+"""Threads of one process: Ctrl-C keeps what is under way, and a second one waits for nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import tiny
+
+from softmeet.cli import main as cli
+from softmeet.scaling.local import LocalEngine
+
+
+def interrupted_after(begun):
+    """Ctrl-C once ``begun`` is passed by all that wait there, and the caller waits for them."""
+    threading.Thread(target=lambda: (begun.wait(), time.sleep(0.3), os.kill(os.getpid(), signal.SIGINT))).start()
+
+
+def test_ctrl_c_begins_nothing_more_and_loses_nothing():
+    begun, end, said, answers = threading.Barrier(3), threading.Event(), [], []
+
+    def call(k):
+        begun.wait(timeout=60)
+        end.wait(timeout=60)
+        return 10 * k
+
+    interrupted_after(begun)
+    with LocalEngine(2, on_stop=lambda sentence: (said.append(sentence), end.set())) as engine:
+        found = engine.map(call, ((k,) for k in range(6)))
+        with pytest.raises(KeyboardInterrupt):
+            answers.extend(found)
+    assert sorted(answers) == [(0, 0), (1, 10)]
+    assert said == ["finishing what is under way; Ctrl-C again leaves it"]
+
+
+def test_a_second_ctrl_c_leaves_what_is_under_way():
+    begun, end, ended = threading.Barrier(3), threading.Event(), []
+
+    def call(k):
+        begun.wait(timeout=60)
+        ended.append(end.wait(timeout=60))
+
+    interrupted_after(begun)
+    with LocalEngine(2, on_stop=lambda sentence: signal.raise_signal(signal.SIGINT)) as engine:
+        with pytest.raises(KeyboardInterrupt):
+            list(engine.map(call, ((k,) for k in range(6))))
+        assert ended == []
+        end.set()
+
+
+def test_a_command_that_was_stopped_does_not_wait_for_its_threads(monkeypatch):
+    ends = []
+    monkeypatch.setattr(os, "_exit", ends.append)
+    for code in (130, 0):
+        monkeypatch.setattr(cli, "app", lambda code=code: sys.exit(code))
+        with pytest.raises(SystemExit):
+            cli.main()
+    assert ends == [130]
+
+
+def test_ctrl_c_twice_ends_an_evaluation_at_once_and_keeps_what_was_done(tmp_path):
+    folders = [tiny.save(tmp_path / name, name) for name in ("gpt2", "llama")]
+    (tmp_path / "a.txt").write_text("the quick brown fox jumps over the lazy dog. " * 400)
+    kept = tmp_path / "kept"
+    running = subprocess.Popen(
+        [sys.executable, "-m", "softmeet", "evaluate", "-m", *folders, "-t", tmp_path / "a.txt",
+         "--rules", "max-entropy", "--workers", "2", "--resume", kept],
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    while len(list(kept.glob("evaluate-*"))) < 2:
+        assert running.poll() is None
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    assert "finishing what is under way" in running.stderr.readline()
+    running.send_signal(signal.SIGINT)
+    rest = running.communicate(timeout=60)[1]
+    assert running.returncode == 130
+    assert "stopped: finished pieces stay in" in rest
