@@ -20,6 +20,7 @@ class Case:
     build: Callable[[], Instance]
     feasible: bool | None
     constant: bool = True  # the linear and the quadratic program choose nothing
+    boundary: bool = False  # C gives some tokens no probability
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -54,6 +55,21 @@ def boundary() -> Instance:
     sure = torch.cat([own, torch.full((2, 20), -45.0, dtype=torch.float64)], dim=-1).log_softmax(-1)
     even = torch.zeros_like(sure).log_softmax(-1)
     return torch.stack([sure, even]), [W, W[:, :1] * 0]
+
+
+def faces() -> Instance:
+    """Two members with full support, and truths on the first 25 of 80 tokens: all others lie beyond a hyperplane."""
+    generator = torch.Generator().manual_seed(3)
+    A = torch.cat(random_heads(80, (5, 5), seed=3), dim=-1)
+    normal = torch.randn(10, generator=generator, dtype=torch.float64)
+    normal /= normal.norm()
+    beyond = (A @ normal).abs() + 0.1
+    beyond[:25] = 0.0
+    A = A - torch.outer(A @ normal + beyond, normal)
+    heads = [A[:, :5], A[:, 5:]]
+    truth = torch.zeros(2, 80, dtype=torch.float64)
+    truth[:, :25] = (0.5 * torch.randn(2, 25, generator=generator, dtype=torch.float64)).softmax(-1)
+    return best_outputs(heads, truth), heads
 
 
 def as_wide_as_the_vocabulary() -> Instance:
@@ -139,7 +155,8 @@ CASES: dict[str, Case] = {
     "duplicate_heads": Case(INSTANCES["duplicate_heads"], False),
     "constant_column": Case(INSTANCES["constant_column"], None),
     "near_one_hot": Case(INSTANCES["near_one_hot"], False),
-    "boundary": Case(boundary, True),
+    "boundary": Case(boundary, True, boundary=True),
+    "faces": Case(faces, True, boundary=True),
     "nd > v, infeasible": Case(INSTANCES["wider_than_vocabulary"], False),
     "nd = v": Case(as_wide_as_the_vocabulary, True),
     "nd > v": Case(wider, True),

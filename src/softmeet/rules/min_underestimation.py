@@ -14,6 +14,8 @@ from softmeet.solvers.interior import Program, interior_point
 # A mass this close to one of its bounds, relative to their distance, is at it.
 _AT_BOUND = 1e-5
 _FACE_MOMENTS = 1e-9
+# Sums of masses that differ by less than this share are the same.
+_SAME = 1e-9
 # How often the masses that are at no bound are guessed.
 _GUESSES = 8
 
@@ -49,7 +51,10 @@ class MinUnderestimation(ExactRule):
         )
         found = interior_point(program, row.problem.max_steps)
         x = torch.zeros_like(floor).index_copy(0, ids, found.x[:-1])
-        x = _basic(row, x, torch.zeros_like(floor).index_copy(0, ids, upper))
+        vertex = _basic(row, x, torch.zeros_like(floor).index_copy(0, ids, upper))
+        # What x has of the objective beyond the optimum, for moments that are not quite met.
+        excess = float(found.y.norm()) * found.residual + _SAME * float(x.sum())
+        x = vertex if float(vertex.sum()) >= float(x.sum()) - excess else x
         y = row.joint @ found.y / (target @ found.y)
         steps, p = found.steps, x / x.sum() if member is None or not row.unique else member
         limit = torch.zeros_like(floor).index_copy(0, ids, upper) / x.sum()
@@ -69,9 +74,9 @@ class MinUnderestimation(ExactRule):
 
 
 def _basic(row: Row, x: Float[Tensor, " v"], upper: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
-    """The vertex that ``x`` has nearly reached: all but as many masses as there are moments exactly at a bound.
+    """A vertex that ``x`` may have reached: all but as many masses as there are moments exactly at a bound.
 
-    ``x`` itself where it is not near enough to one, or to a single one, for that.
+    ``x`` itself where none is found. It has the moments, and may have less of the objective.
     """
     columns, target = row.system
     inside = torch.where(row.alive, torch.minimum(x, upper - x) / upper, 0.0)

@@ -16,8 +16,9 @@ from softmeet.solvers.columns import Columns, Tokens, mapped
 
 # Principal directions of the heads together, below this share of the largest, are rounding.
 _JOINT_TOLERANCE = 1e-6
-# Singular values below this share of the largest count as zero when the rank of [1, A] is decided.
-_RANK_TOLERANCE = 1e-8
+# Singular values below this share of the largest count as zero when the rank of [1, A] is decided: log-probabilities of
+# single precision say nothing about directions that are weaker.
+_RANK_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +136,7 @@ class Row:
     def rank(self) -> int:
         """The numerical rank of [1, A], over the tokens that may be answered."""
         values = self._spectrum[0]
-        return int((values > values[-1] * _RANK_TOLERANCE).sum())
+        return int((values > values[-1] * _RANK_TOLERANCE**2).sum())
 
     @cached_property
     def unique(self) -> bool:
@@ -156,7 +157,7 @@ class Row:
         weight = self.alive.to(self.target)
         cost = torch.where(self.alive, cost, 0.0)
         values, vectors, scale = self._spectrum
-        inverse = torch.where(values > values[-1] * _RANK_TOLERANCE, 1 / values, 0.0)
+        inverse = torch.where(values > values[-1] * _RANK_TOLERANCE**2, 1 / values, 0.0)
         y = torch.zeros_like(self.target)
         for _ in range(3):  # again for the rounding of the first
             e = scale * self.tokens.sums(weight * (cost - self.tokens.times(y)))

@@ -35,8 +35,8 @@ class Verification:
         gap: nats, certified at the stored dual point (0 for a closed form); inf where nothing could be certified.
         total_variation: between the answer and the distribution at that dual point (or the closed form); 0 for rules
             whose own p is evaluated, which are all but the averages, ``meet`` and ``max-entropy``.
-        status: OPTIMAL, DEGENERATE (the objective is proved constant), INFEASIBLE (the stored proof holds) or
-            NOT_CONVERGED, at the tolerance of the problem.
+        status: OPTIMAL, DEGENERATE (the objective is proved constant; where only two programs show that, OPTIMAL),
+            INFEASIBLE (the stored proof holds) or NOT_CONVERGED, at the tolerance of the problem.
     """
 
     residual: Float[Tensor, n * batch]
