@@ -8,6 +8,7 @@ from statistics import fmean
 from softmeet.evaluation.study.entries import ALL
 from softmeet.evaluation.study.report import Table, mean_text, number
 from softmeet.evaluation.study.runs import Json
+from softmeet.rules.problem import DEFAULT_TRUST
 
 Values = list[float | None]
 # Rules that plots show.
@@ -44,7 +45,8 @@ def by_columns(title: str, columns: Sequence[tuple[str, list[Json]]]) -> Table:
     for k in range(len(columns)):
         finite = [float(row[k]) for row in text if "∞" not in row[k] and row[k] != "-"]
         for row in text:
-            if finite and "∞" not in row[k] and float(row[k]) == min(finite):
+            # Rounding has no winners.
+            if finite and "∞" not in row[k] and round(float(row[k]), 4) == round(min(finite), 4):
                 row[k] = f"**{row[k]}**"
     return Table(
         title,
@@ -64,6 +66,7 @@ def endings(title: str, columns: Sequence[tuple[str, list[Json]]]) -> Table:
 
     exact = [e.label for e in ALL if e.rule not in ("meet", "logit-mean", "prob-mean", "one-hot")]
     rows = [[label, *(cell(cells, label) for _, cells in columns)] for label in exact]
+    title += f" (where there is none `meet` at trust {DEFAULT_TRUST:g} answers, but for least squares)"
     return Table(title, ["rule", *(name for name, _ in columns)], rows)
 
 

@@ -116,7 +116,10 @@ def report(settings: Settings, results: dict[str, Json], command: str) -> Report
     for noise in settings.noises[1:]:
         title = f"noise of {100 * noise:g} % on the hidden states"
         columns = _by_ratio(settings, [c for c in cells if c["noise"] == noise])
-        tables += [by_columns(f"KL(p*‖·), nats, {title}", columns), endings(f"Feasible, {title}", columns)]
+        tables += [
+            by_columns(f"KL(p*‖·), nats, {title}", columns),
+            endings(f"Rows with a feasible distribution, {title}", columns),
+        ]
     size = settings.rows * settings.trials
     return Report(
         f"Random heads, v = {settings.v}, {settings.members} members, {size} rows of each kind",
