@@ -68,7 +68,7 @@ def test_one_trust_per_member_serves_all_its_bands(folders, tmp_path):
     ensemble = Ensemble.from_pretrained(tmp_path / "e", trust=[0.5, 0.1])
     assert ensemble.model.config.trust == [0.5, 0.5, 0.1, 0.1]
     for given, expected in (("1/0.3", [1.0, 1.0, 0.3, 0.3]), ("1/2/3/4", [1.0, 2.0, 3.0, 4.0])):
-        (choice,) = parse_choices(f"meet:trust={given}", 2, {}, 2)
+        (choice,) = parse_choices(f"meet:trust={given}", 2, 2)
         assert choice.settings["trust"] == expected
     positions = observe_text(ensemble, [Document("", "hello there")])
     rules = ("meet", "max-entropy")

@@ -163,7 +163,7 @@ def test_calibration_and_gain_by_disagreement():
 
 def test_the_baseline_is_the_best_of_members_and_averages(ensemble):
     positions = observe_text(ensemble, [Document("d", WORDS * 2)])
-    facts = summary(evaluate(ensemble, positions, with_baselines([Choice("meet", {"rule": "meet"})], {})))
+    facts = summary(evaluate(ensemble, positions, with_baselines([Choice("meet", {"rule": "meet"})])))
     every = {**facts["members"], **{name: facts["rules"][name] for name in ("logit-mean", "prob-mean")}}
     best = min(every, key=lambda name: every[name]["nll"])
     assert facts["rules"]["meet"]["vs"]["baseline"] == best
@@ -188,7 +188,7 @@ def test_the_baseline_is_the_best_of_members_and_averages(ensemble):
 )
 def test_rules_that_are_none(text, message):
     with pytest.raises(InvalidInputError, match=message):
-        parse_choices(text, 2, {})
+        parse_choices(text, 2)
 
 
 def test_the_command(folders, tmp_path):
@@ -293,11 +293,11 @@ def test_a_member_called_like_a_rule_is_refused(folders, tmp_path, monkeypatch):
 @pytest.mark.parametrize("given", ["-3", "2.5", "0", "inf", "nan"])
 def test_prompt_weights_are_of_a_whole_number_of_tokens(given):
     with pytest.raises(InvalidInputError, match="an integer of at least 1, in 'meet:prompt_weights="):
-        parse_choices(f"meet:prompt_weights={given}", 2, {})
+        parse_choices(f"meet:prompt_weights={given}", 2)
 
 
 def test_prompts_longer_than_every_document_are_refused(ensemble):
-    documents, chosen = [Document("a", WORDS), Document("b", "abc")], parse_choices("meet:prompt_weights=40", 2, {})
+    documents, chosen = [Document("a", WORDS), Document("b", "abc")], parse_choices("meet:prompt_weights=40", 2)
     positions = observe_text(ensemble, documents, max_per_document=40)
     message = "more than 40 predictions for weights from so many, but the longest has 40: give fewer"
     with pytest.raises(InvalidInputError, match=message):

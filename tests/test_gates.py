@@ -64,7 +64,7 @@ def test_bad_gates_are_refused_wherever_they_are_given(gate, rows, model):
         lambda: softmeet.combine(*rows, gate=gate),
         lambda: EnsembleConfig(["a"], gate=gate),
         lambda: model.generate(PROMPTS, gate=gate, max_new_tokens=1),
-        lambda: parse_choices(f"meet:gate={gate or 'x'}", 2, {}),
+        lambda: parse_choices(f"meet:gate={gate or 'x'}", 2),
     ):
         with pytest.raises(InvalidInputError, match=r"expected a gate as unsure:T .*or none|unknown option"):
             given()
@@ -377,11 +377,11 @@ def test_evaluation_position_by_position(tmp_path):
 
 
 def test_gates_in_the_names_of_choices():
-    (choice,) = parse_choices("meet:trust=0.5:gate=unsure:0.25", 2, {})
+    (choice,) = parse_choices("meet:trust=0.5:gate=unsure:0.25", 2)
     assert choice.settings == {"rule": "meet", "trust": [0.5, 0.5], "gate": "unsure:0.25"}
-    (_, again) = under_gates(parse_choices("meet:trust=0.5", 2, {}), ["unsure:0.25"])
+    (_, again) = under_gates(parse_choices("meet:trust=0.5", 2), ["unsure:0.25"])
     assert again.settings == choice.settings
-    assert parse_choices(again.name, 2, {}) == [again]
+    assert parse_choices(again.name, 2) == [again]
 
 
 def test_gates_on_the_command_line(tmp_path):

@@ -88,11 +88,10 @@ def evaluate(
     )  # fmt: skip
     named = rules or ensemble.model.config.rule
     named += f",logit-mean:prompt_weights={prompt_weights}" if prompt_weights else ""
-    averages = {"rule_temperature": 1.0} if rules else {}
     gates = [one for one in (gate or ensemble.model.config.gate or "").split(",") if one]
-    parsed = under_gates(parse_choices(named, len(ensemble.names), averages, ensemble.model.config.bands), gates)
     own = ensemble.model.config
-    choices = with_baselines(parsed, averages, own.weights or (), own.rule_temperature)
+    parsed = under_gates(parse_choices(named, len(ensemble.names), own.bands), gates)
+    choices = with_baselines(parsed, own.weights or (), own.rule_temperature)
     read: dict[str, Any] = {"window": window, "stride": stride, "bos": bos, "max_per_document": max_per_document}
     from softmeet.evaluation.kept import Kept
     from softmeet.evaluation.pieces import evaluate_positions, evaluate_text

@@ -105,13 +105,15 @@ def fit(
         if positions is None:
             advance = begin("running the members", 0, None)
             positions = observe_text(
-                ensemble, found or [], max_tokens=max_tokens, engine=running, on_progress=advance, **read
+                ensemble, found or [], max_tokens=max_tokens, engine=running, kept=kept, on_progress=advance, **read
             )
         fitted = learn(ensemble, positions, given, begin, engine=running, kept=kept)
     facts = figures(fitted)
     tell(facts, as_json, _show)
-    save(ensemble, fitted, out)
-    write(facts, as_json)
+    try:
+        save(ensemble, fitted, out)
+    finally:  # the figures may have room elsewhere
+        write(facts, as_json)
     if as_json != Path("-"):
         Console().print(f"saved in {out}", markup=False)
 

@@ -18,7 +18,7 @@ from softmeet.cli.generate import generate
 from softmeet.cli.inspect import inspect
 from softmeet.cli.lists import ListCommand
 from softmeet.cli.memory import keep_freed_memory
-from softmeet.cli.options import STOPPED
+from softmeet.cli.options import STOPPED, stoppable
 from softmeet.cli.serve import serve
 from softmeet.cli.study import study
 from softmeet.cli.trace import trace
@@ -30,12 +30,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+begun = stoppable("nothing was begun")
 app.command()(generate)
 app.command()(inspect)
 app.command()(check)
-app.command(cls=ListCommand)(trace)
-app.command(cls=ListCommand)(evaluate)
-app.command(cls=ListCommand)(fit)
+app.command(cls=ListCommand)(begun(trace))
+app.command(cls=ListCommand)(begun(evaluate))
+app.command(cls=ListCommand)(begun(fit))
 app.command()(serve)
 app.command()(config)
 app.add_typer(study, name="study")

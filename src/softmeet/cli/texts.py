@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -61,14 +62,27 @@ def require_places(file: Path | None, *folders: Path | None) -> None:
         folders: that are there or are to be made.
 
     Raises:
-        InvalidInputError: the file's folder is not there, the file is a folder, or a folder is a file or under one.
+        InvalidInputError: the file's folder is not there, the file is a folder, a folder is a file or under one, or
+            nothing can be written there.
     """
+    if file not in (None, Path("-")) and file.parent.is_dir() and (file.is_file() or not file.exists()):
+        _require_writable(file.parent)
     if file not in (None, Path("-")) and (file.is_dir() or not file.parent.is_dir()):
         raise InvalidInputError(f"expected a file in a folder that is there, got {file}: make {file.parent} first")
     for folder in folders:
         there = folder and next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if there and not there.is_dir():
             raise InvalidInputError(f"expected a folder, got {folder}, but {there} is a file: name another one")
+        if there:
+            _require_writable(there)
+
+
+def _require_writable(folder: Path) -> None:
+    try:
+        with TemporaryFile(dir=folder):
+            return
+    except OSError as error:
+        raise InvalidInputError(f"cannot write in {folder} ({error.strerror}): name another folder") from None
 
 
 def documents_unless(

@@ -33,7 +33,7 @@ class Choice:
     prompt: int = 0
 
 
-def parse_choices(text: str, n: int, shared: dict[str, Any], bands: int = 1) -> list[Choice]:
+def parse_choices(text: str, n: int, bands: int = 1) -> list[Choice]:
     """Rules as the command line has them: ``logit-mean,meet:trust=0.3,meet:trust=1/0/0.3:pool=prob-mean``.
 
     Options follow a rule after colons, lists have slashes. Options are ``trust``, ``weights``, ``temperature``,
@@ -42,21 +42,20 @@ def parse_choices(text: str, n: int, shared: dict[str, Any], bands: int = 1) -> 
     Args:
         text: the rules.
         n: the number of members.
-        shared: options of every rule that does not say otherwise.
         bands: of each member's head, which may have a trust each.
 
     Raises:
         InvalidInputError: a rule or an option is unknown or has a bad value.
     """
-    found = [_parse(entry.strip(), n, shared, bands) for entry in text.split(",") if entry.strip()]
+    found = [_parse(entry.strip(), n, bands) for entry in text.split(",") if entry.strip()]
     if not found:
         raise InvalidInputError("expected at least one rule, such as logit-mean,prob-mean,meet")
     return list({choice.name: choice for choice in found}.values())
 
 
-def _parse(entry: str, n: int, shared: dict[str, Any], bands: int) -> Choice:
+def _parse(entry: str, n: int, bands: int) -> Choice:
     rule, *options = _COLON.split(entry)
-    settings: dict[str, Any] = {**shared, "rule": find_rule(rule).name}
+    settings: dict[str, Any] = {"rule": find_rule(rule).name}
     for option in options:
         key, _, value = option.partition("=")
         settings[key] = _value(entry, key, value)
@@ -88,18 +87,15 @@ def _value(entry: str, key: str, value: str) -> Any:
     return numbers if key in _LISTS else numbers[0]
 
 
-def with_baselines(
-    choices: Sequence[Choice], shared: dict[str, Any], weights: Sequence[float] = (), temperature: float = 1.0
-) -> list[Choice]:
+def with_baselines(choices: Sequence[Choice], weights: Sequence[float] = (), temperature: float = 1.0) -> list[Choice]:
     """``choices``, and before them the averages that they do not name.
 
     Args:
         choices: rules.
-        shared: settings of the averages.
         weights, temperature: of the ensemble itself; unless they are uniform and 1, uniform averages are added, too.
     """
     named = {choice.name for choice in choices}
-    missing = [Choice(name, {**shared, "rule": name}) for name in BASELINES if name not in named]
+    missing = [Choice(name, {"rule": name}) for name in BASELINES if name not in named]
     even = [1 / len(weights)] * len(weights) if weights else []
     if list(weights) == even and temperature == 1:
         return [*missing, *choices]

@@ -52,7 +52,13 @@ def identity(ensemble: Ensemble) -> dict[str, Any]:
     heads, models = ensemble.model.heads, ensemble.model.members
     return {
         "members": [
-            {"name": name, "width": head.d, "head": head_hash(head), "body": body_hash(model)}
+            {
+                "name": name,
+                "width": head.d,
+                "dtype": str(head.weight.dtype).removeprefix("torch."),
+                "head": head_hash(head),
+                "body": body_hash(model),
+            }
             for name, head, model in zip(ensemble.names, heads, models, strict=True)
         ],
         "tokenizer": tokenizer_hash(ensemble.tokenizer),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from softmeet import __version__
@@ -15,6 +15,9 @@ from softmeet.evaluation.files import claim, write_atomically
 from softmeet.scaling.base import Engine
 
 Found = dict[str, Tensor]
+
+# Bytes of the checksum at the end of each file.
+_DIGEST = 32
 
 
 class Kept:
@@ -76,12 +79,12 @@ class Kept:
         path = self._path(name)
         if path is None or not path.exists():
             return None
-        try:
-            return safetensors.torch.load(path.read_bytes())
-        except SafetensorError:  # a damaged piece is found again
-            return None
+        data = path.read_bytes()
+        data, digest = data[:-_DIGEST], data[-_DIGEST:]
+        # A damaged piece is found again.
+        return safetensors.torch.load(data) if hashlib.sha256(data).digest() == digest else None
 
     def _write(self, name: str, found: Found) -> None:
         if (path := self._path(name)) is not None:
             data = safetensors.torch.save({key: value.contiguous() for key, value in found.items()})
-            write_atomically(path, lambda file: file.write(data))
+            write_atomically(path, lambda file: file.write(data + hashlib.sha256(data).digest()))

@@ -19,12 +19,10 @@ from softmeet.evaluation.choices import Choice
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.kept import Found, Kept
 from softmeet.evaluation.perplexity import Evaluation, Scores, evaluate, join_scores, member_name
-from softmeet.evaluation.positions import PIECE, Positions, observe
+from softmeet.evaluation.positions import OF_TEXT, PIECE, Positions, observe
 from softmeet.evaluation.windows import Reading, grouped, tokenize, window_length, windows
 from softmeet.scaling.base import Engine
 from softmeet.scaling.local import LocalEngine
-
-_OF_TEXT = ("targets", "document", "sizes")
 
 
 def evaluate_text(
@@ -141,7 +139,7 @@ def _read_and_score(ensemble: Ensemble, reading: Reading, choices: Sequence[Choi
 def _score(ensemble: Ensemble, positions: Positions, choices: Sequence[Choice]) -> Found:
     found = evaluate(ensemble, positions, choices)
     flat = {"disagreement": found.disagreement}
-    flat |= {name: getattr(positions, name).cpu() for name in _OF_TEXT}
+    flat |= {name: getattr(positions, name).cpu() for name in OF_TEXT}
     for k, scores in enumerate([*found.members.values(), *found.choices.values()]):
         for name, value in vars(scores).items():
             if value is not None:
@@ -168,7 +166,7 @@ def _joined(ensemble: Ensemble, choices: Sequence[Choice], found: Sequence[Found
         name: join_scores([_scores(piece, k) for piece in found])
         for k, name in enumerate([*members, *(choice.name for choice in choices)])
     }
-    targets, document, sizes = (whole(name) for name in _OF_TEXT)
+    targets, document, sizes = (whole(name) for name in OF_TEXT)
     return Evaluation(
         Positions([], targets, document, sizes, names),
         {name: every[name] for name in members},

@@ -11,12 +11,15 @@ from torch import Tensor
 
 from softmeet.ensemble import Ensemble
 from softmeet.evaluation.documents import Document
+from softmeet.evaluation.kept import Found, Kept
 from softmeet.evaluation.windows import Reading, grouped, tokenize, window_length, windows
 from softmeet.scaling.base import Engine
 from softmeet.scaling.local import LocalEngine
 
 # Positions of a piece of work, about: many enough to be worth sending, few enough to be lost.
 PIECE = 256
+# What a piece holds of the text.
+OF_TEXT = ("targets", "document", "sizes")
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,12 +98,14 @@ def observe_text(
     max_tokens: int | None = None,
     max_per_document: int | None = None,
     engine: Engine | None = None,
+    kept: Kept | None = None,
     on_progress: Callable[[int], None] = lambda positions: None,
 ) -> Positions:
     """Tokenize documents and run every member over them; arguments as ``tokenize`` and ``window_length`` have them.
 
     Args:
         engine: where to run the members; None for here.
+        kept: pieces that earlier runs finished.
         on_progress: called with numbers of positions that are done.
 
     Raises:
@@ -110,8 +115,23 @@ def observe_text(
     size, step = window_length(limit, window, stride)
     found = tokenize(ensemble.tokenizer, documents, bos=bos, max_tokens=max_tokens, max_per_document=max_per_document)
     readings = [Reading.of(found, group) for group in grouped(windows(found, size, step), PIECE, by_document=False)]
-    parts = {}
-    for k, part in (engine or LocalEngine()).map(observe, ((ensemble, reading) for reading in readings)):
-        parts[k] = part
-        on_progress(len(part))
-    return join([parts[k] for k in range(len(readings))], [document.name for document in found])
+    pieces = (kept or Kept()).map(
+        engine or LocalEngine(),
+        "observe",
+        _observed,
+        len(readings),
+        lambda k: (ensemble, readings[k]),
+        lambda k: on_progress(len(readings[k])),
+    )
+    return join([_unpacked(piece) for piece in pieces], [document.name for document in found])
+
+
+def _observed(ensemble: Ensemble, reading: Reading) -> Found:
+    found = observe(ensemble, reading)
+    packed = {name: getattr(found, name).cpu() for name in OF_TEXT}
+    return packed | {f"hidden {i}": hidden.cpu() for i, hidden in enumerate(found.hidden)}
+
+
+def _unpacked(piece: Found) -> Positions:
+    hidden = [piece[f"hidden {i}"] for i in range(len(piece) - len(OF_TEXT))]
+    return Positions(hidden, piece["targets"], piece["document"], piece["sizes"], [])

@@ -92,9 +92,13 @@ class Trace:
             )
         for own, theirs in zip(found["members"], self.facts["members"], strict=True):
             if own["head"] != theirs["head"]:
+                made_in = theirs.get("dtype", own["dtype"])
+                advice = (
+                    "name the members that made it, in order" if made_in == own["dtype"] else f"try --dtype {made_in}"
+                )
                 raise TraceError(
-                    f"{self.folder} was made by {theirs['name']} (head {theirs['head'][:12]}), but in its place stands "
-                    f"{own['name']} (head {own['head'][:12]}): name the members that made it, in order, or trace again"
+                    f"{self.folder} was made by {theirs['name']} (head {theirs['head'][:12]}, {made_in}), but in its "
+                    f"place stands {own['name']} (head {own['head'][:12]}, {own['dtype']}): {advice}, or trace again"
                 )
             if own["body"] != theirs.get("body", own["body"]):
                 raise TraceError(
@@ -139,12 +143,11 @@ class Trace:
     def float16_error(self) -> dict[str, float] | None:
         """The largest and the mean error of a target's log-probability under any member, nats.
 
-        None for fp32, or where ``float16.json``, which is written with the shards, is gone.
+        None for fp32, or where ``float16.json``, which is written with the shards, is gone or damaged.
         """
-        path = self.folder / "float16.json"
-        if self.facts["dtype"] == "float32" or not path.exists():
+        found = _errors(self.folder / "float16.json")
+        if self.facts["dtype"] == "float32" or not found:
             return None
-        found = json.loads(path.read_text(encoding="utf-8"))
         count = sum(entry["positions"] for entry in found.values())
         return {
             "largest": max(entry["largest"] for entry in found.values()),
@@ -274,6 +277,14 @@ def _note_error(ensemble: Ensemble, trace: Trace, k: int, positions: Positions) 
             error = (pair[0] - pair[1]).gather(-1, chunk.targets[:, None]).abs()
             largest, total = max(largest, error.max().item()), total + error.sum().item() / len(ensemble.names)
     path = trace.folder / "float16.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    known = _errors(path)
     known[str(k)] = {"largest": largest, "sum": total, "positions": len(positions)}
     write_text(path, json.dumps(known, sort_keys=True))
+
+
+def _errors(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

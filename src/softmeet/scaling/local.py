@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from itertools import takewhile
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import torch
 
 from softmeet.scaling.base import Engine, Items
+from softmeet.scaling.interrupts import DeferredInterrupt
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -24,17 +26,14 @@ def cores() -> int:
 class LocalEngine(Engine):
     """Calls run in threads: products and compiled loops release the interpreter.
 
-    Ctrl-C begins no further call; those under way end, and are answered, before it is raised. A second one leaves them.
-
     Args:
-        workers: threads; one runs every call in the caller's own, which Ctrl-C breaks off.
+        workers: threads; one runs every call in the caller's own.
         threads: of torch, in each.
-        on_stop: called with a sentence where Ctrl-C waits for calls.
+        on_stop: called with a sentence at Ctrl-C, which then begins no further call: those under way end, and are
+            answered, before it is raised. A second one leaves them. None to raise the first one at once.
     """
 
-    def __init__(
-        self, workers: int = 1, threads: int = 1, on_stop: Callable[[str], None] = lambda sentence: None
-    ) -> None:
+    def __init__(self, workers: int = 1, threads: int = 1, *, on_stop: Callable[[str], None] | None = None) -> None:
         self.workers, self.threads, self._on_stop = workers, threads, on_stop
         self._before = torch.get_num_threads()
 
@@ -50,40 +49,33 @@ class LocalEngine(Engine):
 
     def map(self, function: Callable[..., R], items: Items) -> Iterator[tuple[int, R]]:
         """As :meth:`Engine.map`."""
-        if self.workers == 1:
-            yield from ((k, function(*item)) for k, item in enumerate(items))
-            return
+        with DeferredInterrupt(self._on_stop) as interrupt:
+            left = takewhile(lambda _: not interrupt.came, enumerate(items))
+            if self.workers == 1:
+                yield from ((k, function(*item)) for k, item in left)
+            else:
+                yield from self._in_threads(function, left)
+        if interrupt.came:
+            raise KeyboardInterrupt
+
+    def _in_threads(
+        self, function: Callable[..., R], left: Iterator[tuple[int, tuple[Any, ...]]]
+    ) -> Iterator[tuple[int, R]]:
+        running, patient = dict[Future[R], int](), True
         pool = ThreadPoolExecutor(self.workers, "softmeet", torch.set_num_threads, (self.threads,))
-        patient = True
         try:
-            yield from self._answers(lambda item: pool.submit(function, *item), items)
-        except KeyboardInterrupt:  # nothing is under way, or nobody is to wait for it
+            while True:
+                while len(running) < self.workers and (found := next(left, None)) is not None:
+                    running[pool.submit(function, *found[1])] = found[0]
+                if not running:
+                    return
+                for done in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield running.pop(done), done.result()
+        except (KeyboardInterrupt, GeneratorExit):
             patient = False
             raise
         finally:
             pool.shutdown(wait=patient, cancel_futures=True)
-
-    def _answers(self, submit: Callable[[tuple[Any, ...]], Future[R]], items: Items) -> Iterator[tuple[int, R]]:
-        left: Iterator[tuple[int, tuple[Any, ...]]] = enumerate(items)
-        running = dict[Future[R], int]()
-        stopped: KeyboardInterrupt | None = None
-        while True:
-            while len(running) < self.workers and (found := next(left, None)) is not None:
-                running[submit(found[1])] = found[0]
-            if not running:
-                break
-            try:
-                ended = wait(running, return_when=FIRST_COMPLETED).done
-            except KeyboardInterrupt as stop:
-                if stopped:
-                    raise
-                stopped, left = stop, iter(())
-                self._on_stop("finishing what is under way; Ctrl-C again leaves it")
-                continue
-            for done in ended:
-                yield running.pop(done), done.result()
-        if stopped:
-            raise stopped
 
     def keep(self, values: Sequence[T]) -> list[T]:
         """The values themselves."""
