@@ -346,6 +346,20 @@ def test_uniform_averages_stand_beside_an_ensemble_with_weights_of_its_own(folde
     assert rows[facts["best_baseline"]]["nll"] == min(row["nll"] for row in rows.values())
 
 
+def test_naming_an_ensembles_own_rule_changes_no_figure(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text(WORDS)
+    made = Ensemble.from_pretrained(folders, trust=0.7, weights=[0.6, 0.4])
+    made.model.config.rule_temperature = 0.5
+    made.save_pretrained("e")
+    command = ["evaluate", "-t", "a.txt", "--json", "-", "-m", "e"]
+    given = [["--rules", "meet,logit-mean,meet:temperature=1"], []]
+    named, own = (json.loads(CliRunner().invoke(app, [*command, *more]).output)["rules"] for more in given)
+    for name in ("meet", "logit-mean", "uniform logit-mean"):
+        assert named[name]["nll"] == own[name]["nll"]
+    assert named["meet:temperature=1"]["nll"] != named["meet"]["nll"]
+
+
 def test_pieces_of_another_temperature_or_dtype_are_not_taken(folders, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text(WORDS)

@@ -17,6 +17,8 @@ from softmeet.cli import texts
 from softmeet.cli.main import app
 from softmeet.errors import InvalidInputError, TraceError
 from softmeet.evaluation import fit as fitting
+from softmeet.evaluation import positions as positions_module
+from softmeet.evaluation import save as saving
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.fit import Options, figures, fit
 from softmeet.evaluation.kept import Kept
@@ -336,6 +338,9 @@ def test_a_missing_package_of_an_option_is_named_at_once(command, name, ensemble
         (["fit", "--out", "taken"], "expected a folder, got taken, but taken is a file"),
         (["evaluate", "--plots", "taken/plots"], "expected a folder, got taken/plots, but .*taken is a file"),
         (["trace", "taken"], "but taken is a file"),
+        (["trace", "/proc/x"], r"cannot write in /proc \("),
+        (["fit", "--out", "/proc/x"], r"cannot write in /proc \("),
+        (["evaluate", "--json", "/proc/x.json"], r"cannot write in /proc \("),
         (["evaluate", "--trace", "t"], "expected --trace or --text, got both: t holds a text of its own"),
         (["fit", "--out", "o", "--trace", "t"], "expected --trace or --text, got both"),
     ],
@@ -385,6 +390,53 @@ def test_a_full_disk_leaves_the_older_ensemble_whole(ensemble, positions, fitted
     with pytest.raises(TraceError, match="no room on the disk"):
         save(ensemble, fitted, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_figures_are_written_though_the_ensemble_has_no_room(folders, tmp_path, monkeypatch):
+    def full(*args, **settings):
+        raise TraceError("no room on the disk")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(saving, "save", full)
+    (tmp_path / "a.txt").write_text("\n\n".join(document.text for document in documents()))
+    command = [
+        "fit",
+        "-m",
+        *map(str, folders),
+        "-t",
+        "a.txt",
+        "--separator",
+        "\n\n",
+        "--out",
+        "out",
+        "--json",
+        "x.json",
+    ]
+    command += ["--evaluations", "1", "--meet-tokens", "20", "--premise-tokens", "20", "--resume", "kept"]
+    assert isinstance(CliRunner().invoke(app, command).exception, TraceError)
+    assert json.loads((tmp_path / "x.json").read_text())["chosen"]
+    # The members' runs are kept, too.
+    monkeypatch.setattr(positions_module, "observe", None)
+    assert isinstance(CliRunner().invoke(app, command).exception, TraceError)
+
+
+def test_a_damaged_piece_is_found_again(tmp_path):
+    kept = Kept(tmp_path, {})
+    kept.one("x", lambda: {"a": torch.arange(4.0)})
+    [path] = tmp_path.glob("x*")
+    data = bytearray(path.read_bytes())
+    data[-40] ^= 1
+    path.write_bytes(data)
+    assert kept.one("x", lambda: {"a": torch.ones(1)})["a"].tolist() == [1.0]
+    assert kept.one("x", dict)["a"].tolist() == [1.0]
+    path.write_bytes(b"")
+    assert kept.one("x", lambda: {"a": torch.zeros(1)})["a"].tolist() == [0.0]
+
+
+def test_a_bar_in_a_name_does_not_break_the_card(fitted):
+    facts = figures(fitted)
+    facts["candidates"] = {f"a|{name}": row for name, row in facts["candidates"].items()}
+    assert r"| a\|" in saving._card(facts)
 
 
 def test_an_ensemble_below_a_link_is_found(ensemble, fitted, tmp_path):

@@ -53,6 +53,34 @@ def test_a_second_ctrl_c_leaves_what_is_under_way():
         end.set()
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ctrl_c_while_an_answer_is_dealt_with_loses_neither_it_nor_others(workers):
+    dealt, said = [], []
+    with LocalEngine(workers, on_stop=said.append) as engine, pytest.raises(KeyboardInterrupt):
+        for k, answer in engine.map(float, ((x,) for x in range(50))):
+            if k == 3:
+                signal.raise_signal(signal.SIGINT)
+            dealt.append(answer)
+    assert len(said) == 1
+    assert set(range(4)) <= set(dealt) <= set(range(3 + 2 * workers))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_without_a_listener_or_where_ctrl_c_is_handled_already_nothing_changes(monkeypatch):
+    def calls(engine):
+        return [x for _, x in engine.map(lambda k: signal.raise_signal(signal.SIGINT) or k, ((k,) for k in range(2)))]
+
+    with pytest.raises(KeyboardInterrupt):
+        calls(LocalEngine())
+    seen, before = [], signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))
+    try:
+        assert calls(LocalEngine(on_stop=seen.append)) == [0, 1]
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert seen == [signal.SIGINT] * 2
+
+
 def test_a_command_that_was_stopped_does_not_wait_for_its_threads(monkeypatch):
     ends = []
     monkeypatch.setattr(os, "_exit", ends.append)

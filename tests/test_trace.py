@@ -99,6 +99,8 @@ def test_fp16_says_what_it_costs(ensemble, tmp_path):
     assert 0 < error.max() < 0.05
     (tmp_path / "t" / "float16.json").unlink()
     assert made.float16_error() is None
+    (tmp_path / "t" / "float16.json").write_text("{")
+    assert made.float16_error() is None
 
 
 def test_killed_at_random_moments_nothing_is_lost_or_counted_twice(ensemble, tmp_path):
@@ -237,6 +239,12 @@ def test_a_trace_of_other_members_or_text_is_refused(ensemble, folders, tmp_path
     (tmp_path / "t" / "trace.json").write_text('{"format": 1, "members": []}')
     with pytest.raises(TraceError, match="it lacks bos, documents, dtype, shards, stride"):
         Trace.open(tmp_path / "t")
+
+
+def test_members_in_another_dtype_are_told_which(folders, tmp_path):
+    made = record(Ensemble.from_pretrained(folders, dtype="bfloat16"), DOCUMENTS, tmp_path / "t")
+    with pytest.raises(TraceError, match=r"bfloat16\), but in its place stands .*float32\): try --dtype bfloat16"):
+        made.require(Ensemble.from_pretrained(folders))
 
 
 def test_moved_weights_do_not_make_another_member(ensemble, folders, tmp_path):
