@@ -56,11 +56,15 @@ def test_a_second_ctrl_c_leaves_what_is_under_way():
 @pytest.mark.parametrize("workers", [1, 2])
 def test_ctrl_c_while_an_answer_is_dealt_with_loses_neither_it_nor_others(workers):
     dealt, said = [], []
-    with LocalEngine(workers, on_stop=said.append) as engine, pytest.raises(KeyboardInterrupt):
-        for k, answer in engine.map(float, ((x,) for x in range(50))):
+
+    def deal(answers):
+        for k, answer in answers:
             if k == 3:
                 signal.raise_signal(signal.SIGINT)
             dealt.append(answer)
+
+    with LocalEngine(workers, on_stop=said.append) as engine, pytest.raises(KeyboardInterrupt):
+        deal(engine.map(float, ((x,) for x in range(50))))
     assert len(said) == 1
     assert set(range(4)) <= set(dealt) <= set(range(3 + 2 * workers))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
