@@ -453,3 +453,11 @@ def test_one_position_to_judge_by_shows_nothing(ensemble, positions):
     assert found.chosen.baseline
     if found.rival is not found.best_baseline:
         assert (found.difference.low, found.difference.high) == (-float("inf"), float("inf"))
+
+
+def test_free_weights_are_a_logit_means_only(ensemble, positions):
+    free = Options(free_weights=True, meet_positions=20, premise_positions=20, evaluations=2)
+    rows = figures(fit(ensemble, positions, free))["candidates"]
+    assert sum(rows["logit-mean"]["weights"]) != pytest.approx(1.0)
+    for name in ("prob-mean", "meet from prob-mean"):
+        assert sum(rows[name]["weights"]) == pytest.approx(1.0)

@@ -239,9 +239,9 @@ class _Fitter:
 
     def average(self, positions: Positions, pool: Pool) -> Candidate:
         """A pool with weights and temperature."""
-        n, free = len(self.ensemble.names), self.options.free_weights
+        n, free = len(self.ensemble.names), _free(self.options, pool)
         # A free scale of the weights is a logit mean's temperature already.
-        layout = Layout(n, free=free, tempered=not (free and pool == "logit-mean"))
+        layout = Layout(n, free=free, tempered=not free)
         evaluations, start = _CHEAPER * self.options.evaluations, Values((1 / n,) * n)
         values, loss, count = self._minimised(pool, evaluations, positions, layout, pool, start)
         return Candidate(pool, _settings(pool, pool, values, n, self.options), True, loss, count)
@@ -254,7 +254,7 @@ class _Fitter:
         n, pool = len(self.ensemble.names), start.settings["pool"]
         trusted = [i for i in range(n) if max(trust[i * bands : (i + 1) * bands]) >= NO_TRUST]
         begun = tuple(rho for i in trusted for rho in trust[i * bands : (i + 1) * bands])
-        layout = Layout(n, len(begun), free=self.options.free_weights)
+        layout = Layout(n, len(begun), free=_free(self.options, pool))
         at = Values(tuple(start.settings["weights"]), start.settings["rule_temperature"], begun)
         at_most, batch, piece = self.options.evaluations, self.options.batch, _piece(name, bands)
         more = {"bands": bands, "trusted": trusted}
@@ -321,6 +321,11 @@ def _named(average: Candidate) -> str:
     return "meet" if average.name == "logit-mean" else f"meet from {average.name}"
 
 
+def _free(options: Options, pool: Pool) -> bool:
+    """Whether weights may sum to anything; a probability mean has no use for that."""
+    return options.free_weights and pool == "logit-mean"
+
+
 def _settings(rule: str, pool: Pool, values: Values, n: int, options: Options) -> dict[str, Any]:
     return {
         "rule": rule,
@@ -328,7 +333,7 @@ def _settings(rule: str, pool: Pool, values: Values, n: int, options: Options) -
         "weights": list(values.weights),
         "trust": list(values.trust) or [0.0] * n,
         "rule_temperature": values.temperature,
-        "free_weights": options.free_weights,
+        "free_weights": _free(options, pool),
     }
 
 
