@@ -21,7 +21,7 @@ from exact_oracles import (
     whitened,
     with_slack,
 )
-from instances import outputs
+from instances import outputs, random_heads, zipf
 
 import softmeet
 from softmeet import Status
@@ -156,6 +156,18 @@ def test_underestimation(name):
             assert solution.objective[k].item() == pytest.approx(underestimation(log_p[:, k].numpy(), G, g), abs=CLOSE)
             over = (solution.log_probs[k] - log_p[:, k].amin(0)).max()
             assert over.item() == pytest.approx(solution.objective[k].item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("lightest", [100.0, 720.0, 2000.0])
+def test_underestimation_where_a_members_token_underflows(lightest):
+    heads = random_heads(64, (4, 4), seed=2)
+    biases = [torch.zeros(64, dtype=torch.float64) for _ in heads]
+    biases[0][5] = -lightest
+    log_p, heads = biased_outputs(heads, biases, zipf(1, 64, seed=2))
+    found = softmeet.combine(log_p, heads, "min-underestimation", tol=TOL, max_steps=200)
+    assert found.status.tolist() == [Status.OPTIMAL]
+    assert found.objective.item() < 2
+    assert found.verify(heads, log_p).gap.item() <= TOL
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if not CASES[name].boundary])

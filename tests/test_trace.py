@@ -99,8 +99,9 @@ def test_fp16_says_what_it_costs(ensemble, tmp_path):
     assert 0 < error.max() < 0.05
     (tmp_path / "t" / "float16.json").unlink()
     assert made.float16_error() is None
-    (tmp_path / "t" / "float16.json").write_text("{")
-    assert made.float16_error() is None
+    for damaged in ("{", "[]", '{"0": 5}', '{"0": {}}', '{"0": {"largest": 1, "sum": 0, "positions": 0}}'):
+        (tmp_path / "t" / "float16.json").write_text(damaged)
+        assert made.float16_error() is None
 
 
 def test_killed_at_random_moments_nothing_is_lost_or_counted_twice(ensemble, tmp_path):

@@ -32,6 +32,8 @@ FORMAT = 1
 Dtype = Literal["float32", "float16"]
 _CHUNK = 64
 _FACTS = {"members", "tokenizer", "text", "bos", "window", "stride", "dtype", "documents", "shards"}
+# What is noted of each shard of fp16.
+_ERROR = ("largest", "sum", "positions")
 
 
 @dataclass(frozen=True)
@@ -287,4 +289,9 @@ def _errors(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    entries = found.items() if isinstance(found, dict) else ()
+    return {k: entry for k, entry in entries if isinstance(entry, dict) and _is_error(entry)}
+
+
+def _is_error(entry: dict[str, Any]) -> bool:
+    return all(isinstance(entry.get(name), int | float) for name in _ERROR) and entry["positions"] > 0

@@ -14,6 +14,8 @@ from softmeet.solvers.interior import Program, interior_point
 # A mass this close to one of its bounds, relative to their distance, is at it.
 _AT_BOUND = 1e-5
 _FACE_MOMENTS = 1e-9
+# Nats: tokens that some member makes lighter than the others by so much get no mass; their bounds would underflow.
+_LIGHTEST = 600.0
 # Sums of masses that differ by less than this share are the same.
 _SAME = 1e-9
 # How often the masses that are at no bound are guessed.
@@ -36,8 +38,8 @@ class MinUnderestimation(ExactRule):
 
     def choose(self, row: Row, member: Float[Tensor, " v"] | None) -> Choice:
         """By a bounded-variable interior-point method over all tokens: the support is dense."""
-        ids = row.alive.nonzero().squeeze(-1)
         floor = row.log_p.amin(0)
+        ids = (row.alive & (floor > floor[row.alive].max() - _LIGHTEST)).nonzero().squeeze(-1)
         upper = (floor - floor[ids].logsumexp(-1))[ids].exp().clamp_min(torch.finfo(floor.dtype).tiny)
         tokens, target = row.system
         tokens = tokens if len(ids) == len(floor) else Chosen(tokens, ids, len(floor))
@@ -55,7 +57,8 @@ class MinUnderestimation(ExactRule):
         # What x has of the objective beyond the optimum, for moments that are not quite met.
         excess = float(found.y.norm()) * found.residual + _SAME * float(x.sum())
         x = vertex if float(vertex.sum()) >= float(x.sum()) - excess else x
-        y = row.joint @ found.y / (target @ found.y)
+        size = float(target @ found.y)
+        y = row.joint @ found.y / size if size else torch.zeros_like(row.target)
         steps, p = found.steps, x / x.sum() if member is None or not row.unique else member
         limit = torch.zeros_like(floor).index_copy(0, ids, upper) / x.sum()
         between = row.alive & (x / x.sum() > _AT_BOUND * limit) & (p < (1 - _AT_BOUND) * limit)
@@ -79,9 +82,9 @@ def _basic(row: Row, x: Float[Tensor, " v"], upper: Float[Tensor, " v"]) -> Floa
     ``x`` itself where none is found. It has the moments, and may have less of the objective.
     """
     columns, target = row.system
-    inside = torch.where(row.alive, torch.minimum(x, upper - x) / upper, 0.0)
+    inside = torch.where(upper > 0, torch.minimum(x, upper - x) / upper, 0.0)
     order = inside.argsort(descending=True)
-    free, rest = order.tensor_split([min(len(target) - 1, int(row.alive.sum()))])
+    free, rest = order.tensor_split([min(len(target) - 1, int((upper > 0).sum()))])
     at = torch.where(x > upper / 2, upper, 0.0)
     for _ in range(_GUESSES):
         found = at.index_fill(0, free, 0.0)
