@@ -399,19 +399,8 @@ def test_figures_are_written_though_the_ensemble_has_no_room(folders, tmp_path, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(saving, "save", full)
     (tmp_path / "a.txt").write_text("\n\n".join(document.text for document in documents()))
-    command = [
-        "fit",
-        "-m",
-        *map(str, folders),
-        "-t",
-        "a.txt",
-        "--separator",
-        "\n\n",
-        "--out",
-        "out",
-        "--json",
-        "x.json",
-    ]
+    command = ["fit", "-m", *map(str, folders), "-t", "a.txt", "--separator", "\n\n", "--out", "out"]
+    command += ["--json", "x.json"]
     command += ["--evaluations", "1", "--meet-tokens", "20", "--premise-tokens", "20", "--resume", "kept"]
     assert isinstance(CliRunner().invoke(app, command).exception, TraceError)
     assert json.loads((tmp_path / "x.json").read_text())["chosen"]

@@ -70,7 +70,7 @@ def test_ctrl_c_while_an_answer_is_dealt_with_loses_neither_it_nor_others(worker
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_without_a_listener_or_where_ctrl_c_is_handled_already_nothing_changes(monkeypatch):
+def test_without_a_listener_or_where_ctrl_c_is_handled_already_nothing_changes():
     def calls(engine):
         return [x for _, x in engine.map(lambda k: signal.raise_signal(signal.SIGINT) or k, ((k,) for k in range(2)))]
 

@@ -16,8 +16,8 @@ from softmeet.solvers.columns import Columns, Tokens, mapped
 
 # Principal directions of the heads together, below this share of the largest, are rounding.
 _JOINT_TOLERANCE = 1e-6
-# Singular values below this share of the largest count as zero when the rank of [1, A] is decided: log-probabilities of
-# single precision say nothing about directions that are weaker.
+# Singular values below this share of the largest count as zero when the rank of [1, A] is decided: their squares are
+# still far above the rounding of a Gram matrix.
 _RANK_TOLERANCE = 1e-4
 
 

@@ -16,14 +16,13 @@ from softmeet.heads import WhitenedHead
 from softmeet.rules.base import Answer
 from softmeet.rules.exact import ExactRule
 from softmeet.rules.meet import MaxEntropy, Meet
-from softmeet.rules.points import exact_gap, proves_empty
+from softmeet.rules.points import exact_gap, moments_hold, proves_empty
 from softmeet.rules.problem import Problem, finite_trust
 from softmeet.rules.registry import find_rule
 from softmeet.rules.row import Row, may_be_unique
 from softmeet.simplex import total_variation
 from softmeet.solvers.base import Status
 from softmeet.solvers.certificate import restricted_gap_bound
-from softmeet.solvers.projection import MOMENT_TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def _second_look(rule: Meet | ExactRule, problem: Problem, answer: Answer, k: in
 
 
 def _is_only_point(row: Row, p: Float[Tensor, " v"]) -> bool:
-    return may_be_unique(row.problem) and row.unique and float(row.excess(p).norm()) <= MOMENT_TOLERANCE
+    return may_be_unique(row.problem) and row.unique and moments_hold(row, p)
 
 
 def _dual_point(
