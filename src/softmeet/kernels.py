@@ -7,6 +7,9 @@ to rounding.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -131,25 +134,127 @@ if numba is not None:
             _add_both(rows[tokens], u[tokens], w[tokens], out[0], out[1])
 
     @_plain
-    def _curve(rows, x, u, w, alpha, gamma, sums, out):  # type: ignore[no-untyped-def]
+    def _curve(rows, ends, x, u, w, alpha, gamma, y, sums, out):  # type: ignore[no-untyped-def]
         n, M = w.shape
-        y = np.zeros((n, _TOKENS), np.float32)
         c = np.zeros(_TOKENS, np.float32)
         joint = np.zeros(_TOKENS, np.float32)
         for start in range(0, M, _TOKENS):
             size = min(_TOKENS, M - start)
             joint[:] = 0
             for i in range(n):
-                _dots(rows[i][start : start + size], x[i], y[i])
-                joint += alpha[i] * y[i]
+                _dots(rows[i][start : start + size], x[ends[i] : ends[i + 1]], y[i, start : start + size])
+                for k in range(size):
+                    joint[k] += alpha[i] * y[i, start + k]
             for k in range(size):
                 sums[0] += u[start + k] * joint[k]
             for i in range(n):
                 for k in range(size):
                     j = start + k
-                    sums[1 + i] += w[i, j] * y[i, k]
-                    c[k] = alpha[i] * (u[j] * joint[k] + gamma[i] * w[i, j] * y[i, k])
-                _add(rows[i][start : start + size], c, out[i])
+                    sums[1 + i] += w[i, j] * y[i, j]
+                    c[k] = alpha[i] * (u[j] * joint[k] + gamma[i] * w[i, j] * y[i, j])
+                _add(rows[i][start : start + size], c, out[ends[i] : ends[i + 1]])
+
+    @_sums
+    def _dot(x, y):  # type: ignore[no-untyped-def]
+        total = 0.0
+        for k in range(len(x)):
+            total += x[k] * y[k]
+        return total
+
+    @_plain
+    def _inverted(rows, scaled, precisions, core, ends, ridge, g, y, stretched):  # type: ignore[no-untyped-def]
+        """Y = M⁻¹ g, and C_i y_i without reading C_i."""
+        n = len(rows)
+        k = rows[0].shape[0]
+        low = g.astype(np.float32)
+        up = np.zeros(n * k, np.float32)
+        for i in range(n):
+            _dots(scaled[i], low[ends[i] : ends[i + 1]], up[i * k : (i + 1) * k])
+        down = np.zeros(n * k, np.float32)
+        for j in range(n * k):
+            down[j] = -_dot(core[j], up)
+        for i in range(n):
+            place = slice(ends[i], ends[i + 1])
+            x = low[place] / np.float32(ridge[i])
+            out, left = np.zeros(len(x), np.float32), x.copy()
+            _dots(precisions[i], x, out)
+            _add(scaled[i], down[i * k : (i + 1) * k], out)
+            _add(rows[i], down[i * k : (i + 1) * k] / np.float32(ridge[i]), left)
+            y[place] = out
+            stretched[place] = left
+
+    @_sums
+    def _growth(m, x):  # type: ignore[no-untyped-def]
+        """Σ m · log E e^{x - E x} under the masses m."""
+        total, mean, most = 0.0, 0.0, 0.0
+        for j in range(len(m)):
+            total += m[j]
+            mean += m[j] * x[j]
+        if not total > 0:
+            return 0.0
+        mean /= total
+        for j in range(len(m)):
+            most = max(most, x[j] - mean)
+        grown = 0.0
+        for j in range(len(m)):
+            grown += m[j] * np.exp(x[j] - mean - most)
+        return total * (most + np.log(grown / total))
+
+    @_plain
+    def _product(  # type: ignore[no-untyped-def]
+        gathered, ends, u, w, alpha, gamma, mean, means, ridge, d, Cd, scores, Hd
+    ):
+        """H d, with the scores of d, given C d."""
+        sums, out = np.zeros(1 + len(w)), np.zeros(len(d), np.float32)
+        _curve(gathered, ends, d.astype(np.float32), u, w, alpha, gamma, scores, sums, out)
+        for i in range(len(w)):
+            for k in range(ends[i], ends[i + 1]):
+                centred = alpha[i] * (sums[0] * mean[k] + gamma[i] * sums[1 + i] * means[k])
+                Hd[k] = out[k] - centred + ridge[i] * Cd[k]
+
+    @_plain
+    def _fallen(  # type: ignore[no-untyped-def]
+        ends, u, w, alpha, gamma, trust, ridge, g, s, Cs, y
+    ):
+        """How much F falls from 0 to -s, with gradient g at 0, C s and the scores y of s."""
+        fallen, tilt = _dot(g, s), np.zeros(len(u), np.float32)
+        for i in range(len(w)):
+            tilt -= alpha[i] * y[i]
+            place = slice(ends[i], ends[i + 1])
+            fallen -= 0.5 * ridge[i] * _dot(s[place], Cs[place])
+            if trust[i] < np.inf:
+                fallen -= trust[i] * _growth(w[i], gamma[i] * y[i])
+        return fallen - _growth(u, tilt)
+
+    @_plain
+    def _conjugate(  # type: ignore[no-untyped-def]
+        gathered, u, w, alpha, gamma, trust, mean, means, ridge,
+        rows, scaled, precisions, core, own_ridge, ends, g, reduction, limit, fall, s,
+    ):  # fmt: skip
+        D = len(g)
+        residual, scores, y = g.copy(), np.zeros(w.shape, np.float32), np.zeros(w.shape, np.float32)
+        z, d, Hd, Cz, Cd, Cs = np.zeros(D), np.zeros(D), np.zeros(D), np.zeros(D), np.zeros(D), np.zeros(D)
+        _inverted(rows, scaled, precisions, core, ends, own_ridge, residual, z, Cz)
+        size, beta, fallen = _dot(residual, z), 0.0, 0.0
+        goal = reduction**2 * size
+        for k in range(limit):
+            if not size > goal:
+                break
+            d, Cd = z + beta * d, Cz + beta * Cd
+            _product(gathered, ends, u, w, alpha, gamma, mean, means, ridge, d, Cd, scores, Hd)
+            curvature = _dot(d, Hd)
+            if not curvature > 0:
+                break
+            step = size / curvature
+            there, Cthere, y_there = s + step * d, Cs + step * Cd, y + np.float32(step) * scores
+            further = _fallen(ends, u, w, alpha, gamma, trust, ridge, g, there, Cthere, y_there)
+            if k > 0 and not further - fallen >= fall * 0.5 * step * size:
+                break
+            s[:], Cs, y, fallen = there, Cthere, y_there, further
+            residual -= step * Hd
+            _inverted(rows, scaled, precisions, core, ends, own_ridge, residual, z, Cz)
+            last, size = size, _dot(residual, z)
+            beta = size / last
 
 
 def sweep(
@@ -176,10 +281,8 @@ def sweep(
         log_q, log_m: the pool and the members, fp64.
         z, log_p, log_r, top, sums, first: fp64; first has, side by side, the moments under p and those under r_i.
     """
-    ends = np.cumsum([0] + [W.shape[1] for W in weights])
-    heads = tuple(W.detach().numpy() for W in weights)
     given = [a.numpy() for a in (x, offset, alpha, gamma, log_q, log_m, z, log_p, log_r, top, sums, first)]
-    _sweep(heads, ends, *given)
+    _sweep(_arrays(weights), _ends(weights), *given)
 
 
 def moments(rows: Float[Tensor, "M d"], u: Float[Tensor, " M"], w: Float[Tensor, " M"]) -> Float[Tensor, "2 d"]:
@@ -191,21 +294,84 @@ def moments(rows: Float[Tensor, "M d"], u: Float[Tensor, " M"], w: Float[Tensor,
 
 def curve(
     rows: list[Tensor],
-    x: list[Tensor],
+    x: Float[Tensor, " D"],
     u: Float[Tensor, " M"],
     w: Float[Tensor, "n M"],
     alpha: Float[Tensor, " n"],
     gamma: Float[Tensor, " n"],
-) -> tuple[Float[Tensor, " m"], list[Float[Tensor, " d"]]]:
-    """Of one row, with y_i = A_i x_i and t = Σ α_i y_i: Σ_j u_j t_j and Σ_j w_ij y_ij in one vector; and per member
-    Σ_j α_i (u_j t_j + γ_i w_ij y_ij) a_ij.
+) -> tuple[Float[Tensor, "n M"], Float[Tensor, " m"], Float[Tensor, " D"]]:
+    """Of one row, with y_i = A_i x_i and t = Σ α_i y_i: y, (n, M); Σ_j u_j t_j and Σ_j w_ij y_ij in one vector; and per
+    member Σ_j α_i (u_j t_j + γ_i w_ij y_ij) a_ij, side by side.
 
     Args:
-        rows: A_i, (M, d_i), fp32. x: (d_i,) each, fp32.
-        u, w, alpha, gamma: fp32.
+        rows: A_i, (M, d_i), fp32.
+        x, u, w, alpha, gamma: fp32.
     """
-    sums = np.zeros(1 + len(w))
-    out = tuple(np.zeros(a.shape[1], np.float32) for a in rows)
-    given = [a.numpy() for a in (u, w, alpha, gamma)]
-    _curve(tuple(a.numpy() for a in rows), tuple(a.numpy() for a in x), *given, sums, out)
-    return torch.from_numpy(sums), [torch.from_numpy(o) for o in out]
+    found = np.zeros(w.shape, np.float32), np.zeros(1 + len(w)), np.zeros(len(x), np.float32)
+    _curve(_arrays(rows), _ends(rows), *(a.numpy() for a in (x, u, w, alpha, gamma)), *found)
+    y, sums, out = (torch.from_numpy(a) for a in found)
+    return y, sums, out
+
+
+@dataclass(frozen=True, eq=False)
+class Curved:
+    """The Hessian of one row's surrogate: what :func:`curve` needs, and
+
+    Args:
+        trust: ρ_i, (n,), fp64.
+        mean, means: the tokens' means under u and under w_i, all members side by side, fp64.
+        ridge: of the surrogate, (n,), fp64.
+    """
+
+    rows: list[Tensor]
+    u: Float[Tensor, " M"]
+    w: Float[Tensor, "n M"]
+    alpha: Float[Tensor, " n"]
+    gamma: Float[Tensor, " n"]
+    trust: Float[Tensor, " n"]
+    mean: Float[Tensor, " D"]
+    means: Float[Tensor, " D"]
+    ridge: Float[Tensor, " n"]
+
+
+@dataclass(frozen=True, eq=False)
+class Inverse:
+    """M⁻¹ = Λ⁻¹ - BᵀKB of one row, Λ_i = λ_i C_i.
+
+    Args:
+        rows: R_i, (k, d_i), fp32; scaled: B_i = R_i Λ_i⁻¹; precisions: C_i⁻¹, (d_i, d_i), fp32.
+        core: K, (n k, n k), fp64.
+        ridge: λ_i, (n,), fp64.
+    """
+
+    rows: list[Tensor]
+    scaled: list[Tensor]
+    precisions: list[Tensor]
+    core: Float[Tensor, "m m"]
+    ridge: Float[Tensor, " n"]
+
+
+def conjugate_gradients(
+    H: Curved, M: Inverse, g: Float[Tensor, " D"], reduction: float, limit: int, fall: float
+) -> Float[Tensor, " D"]:
+    """H⁻¹ g of one row, as :func:`softmeet.solvers.conjugate.conjugate_gradients` has it; g in fp64.
+
+    From the second step on, F, which H and g are of, has to fall by the part ``fall`` of what ½ sᵀHs - gᵀs does.
+
+    The products C_i d that the ridge needs follow from M⁻¹ r, so that of all d × d matrices only C_i⁻¹ is read.
+    """
+    s = np.zeros(len(g))
+    _conjugate(
+        _arrays(H.rows), *(a.numpy() for a in (H.u, H.w, H.alpha, H.gamma, H.trust, H.mean, H.means, H.ridge)),
+        _arrays(M.rows), _arrays(M.scaled), _arrays(M.precisions), M.core.numpy(), M.ridge.numpy(),
+        _ends(H.rows), g.numpy(), reduction, limit, fall, s,
+    )  # fmt: skip
+    return torch.from_numpy(s)
+
+
+def _arrays(matrices: list[Tensor]) -> tuple[Any, ...]:
+    return tuple(m.detach().numpy() for m in matrices)
+
+
+def _ends(matrices: list[Tensor]) -> Any:
+    return np.cumsum([0] + [m.shape[1] for m in matrices])

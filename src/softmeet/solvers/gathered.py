@@ -21,8 +21,8 @@ from softmeet.solvers.projection import Projection
 
 # Tokens from which the mean squared length of a whitened row is estimated.
 _PROBES = 16
-_FEWEST = 1024
-_WIDTHS = 2.5
+# How many are gathered at first: at least, in mean widths of the heads, and in widths of the widest.
+_FEWEST, _WIDTHS, _WIDEST = 1024, 2.5, 1.5
 # The number of gathered tokens grows by this share of its first size at every step.
 _GROWTH = 0.2
 
@@ -164,8 +164,9 @@ def gathered_size(problem: Projection, step: int) -> int:
     More than the widest head, or than all members of infinite trust together, which only p can repair.
     """
     widths = [h.rank for h in problem.heads]
+    mean = sum(widths) / len(widths)
     exact = sum(d for d, rho in zip(widths, problem.trust, strict=True) if math.isinf(rho))
-    first = max(_FEWEST, _WIDTHS * max(widths), 2 * exact)
+    first = max(_FEWEST, _WIDTHS * mean, _WIDEST * max(widths), 2 * exact)
     return int(min(first * (1 + _GROWTH * step), problem.log_q.shape[-1] // 2))
 
 

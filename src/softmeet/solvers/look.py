@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from softmeet.solvers.certificate import restricted_gap_bound
-from softmeet.solvers.conjugate import conjugate_gradients
+from softmeet.solvers.conjugate import Linear
 from softmeet.solvers.dual import DualState
 from softmeet.solvers.gathered import gather, gathered_size
 from softmeet.solvers.inner import Hessian, minimise
@@ -32,6 +32,11 @@ _EXACT = 32
 _REPAIR, _LEAST_REPAIR = 2, 1024
 # One in so many of the gathered tokens is drawn from the tail.
 _SAMPLED = 4
+# Steps on a model of f before a head is read and after: at most, and the share to which a step's fall must be
+# foretold to be the last. Peaked rows need many, flat ones one.
+_FIRST_STEPS, _STEPS, _FORETOLD = 3, 12, 0.1
+# To what share of the gradient a direction is solved for, before and after; conjugate gradients at most.
+_FIRST_REDUCTION, _REDUCTION, _LIMIT = 0.3, 0.2, 30
 # The ridge's share of the tail; the sample has the rest.
 _SHRINKAGE = 0.3
 # A bound is rarely less than so many times the gap: no use to look for one sooner.
@@ -83,10 +88,6 @@ def heavy_tokens(problem: Projection, state: DualState) -> HeavyTokens:
     return _Around(problem, state, 1, certify=False).heavy
 
 
-def _never(m: Point) -> Bool[Tensor, " b"]:
-    return torch.zeros_like(m.value, dtype=torch.bool)
-
-
 def _near(estimate: Float[Tensor, " b"], goal: Float[Tensor, " b"]) -> Bool[Tensor, " b"]:
     return (_LOOSE * estimate <= goal) & (estimate >= 0)
 
@@ -110,7 +111,7 @@ def _bound(model: Surrogate, gradient: Float[Tensor, "b D"], goal: Float[Tensor,
         return (slack(m) <= enough(m)) | (-m.value > goal)
 
     def newton(m: Point) -> Float[Tensor, "b D"]:
-        return conjugate_gradients(Hessian(model, m), m.gradient, precondition, 0.05, 31)
+        return Hessian(model, m).solve(m.gradient, precondition, 0.05, 31)
 
     best = minimise(model, model.origin(gradient), newton, steps=6, enough=close)
     return torch.where(slack(best) <= enough(best), slack(best) - best.value, torch.inf)
@@ -134,27 +135,41 @@ class _Around:
         """From the pool: the sample stands for the tail's moments."""
 
         def newton(m: Point) -> Float[Tensor, "b _"]:
-            return conjugate_gradients(Hessian(self.model, m), m.gradient, self.heavy, 0.3, 20)
+            return Hessian(self.model, m).solve(m.gradient, self.heavy, _FIRST_REDUCTION, _LIMIT)
 
-        found = minimise(self.model, self.model.origin(), newton, steps=3, enough=_never)
+        found = minimise(self.model, self.model.origin(), newton, steps=_FIRST_STEPS)
         return Found(self.problem.whitened(found.s), torch.full_like(found.value, torch.inf), -found.value)
 
     def next(self, memory: Memory, goal: Float[Tensor, " b"]) -> Found:
         """A bound for rows that seem near enough, and a direction for those that it does not end."""
-        gradient = self.state.gradient
-        own = self.problem.unwhitened(gradient)
+        problem, gradient = self.problem, self.state.gradient
+        own = problem.unwhitened(gradient)
         rough = 0.5 * (own * self.heavy(own)).sum(-1)
         bound = self._bound_where(_near(rough, goal), goal)
         if bool((bound <= goal).all()):
             return Found(torch.zeros_like(gradient), bound, rough)
-        recalled, weights = memory.before(gradient)
-        start = self.model.origin(self.problem.unwhitened(recalled))
-        s = conjugate_gradients(Hessian(self.model, start), start.gradient, self.heavy, 0.2, 30)
-        direction = -memory.after(self.problem.whitened(s), weights)
-        estimate = -0.5 * (gradient * direction).sum(-1)
+        model = self.model.matched(own)
+        start = model.origin(own)
+
+        def newton(m: Point) -> Float[Tensor, "b _"]:
+            hessian = Hessian(model, m)
+
+            def solved(g: Float[Tensor, "b _"]) -> Float[Tensor, "b _"]:
+                return hessian.solve(g, self.heavy, _REDUCTION, _LIMIT)
+
+            return solved(m.gradient) if m is not start or memory.empty else self._corrected(memory, solved)
+
+        found = minimise(model, start, newton, steps=_STEPS, foretold=_FORETOLD)
+        direction, estimate = problem.whitened(found.s), -found.value
         # Heavy tokens alone miss most of the curvature of some rows.
         late = _near(estimate, goal) & ~_near(rough, goal)
         return Found(direction, torch.minimum(bound, self._bound_where(late, goal)), estimate)
+
+    def _corrected(self, memory: Memory, solved: Linear) -> Float[Tensor, "b _"]:
+        """The Newton direction at the state's point with what exact changes of the gradient say of the Hessian."""
+        recalled, weights = memory.before(self.state.gradient)
+        s = solved(self.problem.unwhitened(recalled))
+        return self.problem.raw(memory.after(self.problem.whitened(s), weights))
 
     def _bound_where(self, rows: Bool[Tensor, " b"], goal: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         none = torch.full_like(goal, torch.inf)

@@ -18,8 +18,13 @@ class Memory:
     steps: Float[Tensor, "b m D"]
     changes: Float[Tensor, "b m D"]
 
+    @property
+    def empty(self) -> bool:
+        """Whether no row remembers anything."""
+        return not bool(self.steps.any())
+
     @classmethod
-    def empty(cls, like: Float[Tensor, "b D"]) -> Memory:
+    def blank(cls, like: Float[Tensor, "b D"]) -> Memory:
         """Nothing yet."""
         return cls(*(like.new_zeros(len(like), _SIZE, like.shape[-1]) for _ in range(2)))
 

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from softmeet import kernels
 from softmeet.solvers.columns import squared
 from softmeet.solvers.gathered import times, times_transposed
 from softmeet.solvers.surrogate import Surrogate
@@ -41,6 +42,7 @@ class Preconditioner(ABC):
         of_r = torch.cat([pad(w.gather(-1, everywhere), (0, 1)), w_rest.sum(-1, keepdim=True)], dim=-1)
         size = k + 2
         system = torch.zeros(len(u), 1 + n, size, 1 + n, size, dtype=torch.float64, device=u.device)
+        self.rows: list[Float[Tensor, "b _ _"]] = []
         self.scaled: list[Float[Tensor, "b _ _"]] = []
         layers: list[tuple[_Layer, _Layer]] = []
         for i, found in enumerate(gathered.at(tokens)):
@@ -55,6 +57,7 @@ class Preconditioner(ABC):
                 half = left.times(gram).transpose(1, 2)
                 for y, right in ((0, joint), (1 + i, own)):
                     system[:, x, :, y] += right.times(half).transpose(1, 2)
+            self.rows.append(rows)
             self.scaled.append(scaled)
             layers.append((joint, own))
         flat = system.flatten(3).flatten(1, 2)
@@ -121,6 +124,11 @@ class HeavyTokens(Preconditioner):
     def unscaled(self, i: int, x: Float[Tensor, "b *k d"]) -> Float[Tensor, "b *k d"]:
         """Λ_i⁻¹ x."""
         return x @ self.inverses[i] / self.ridge[:, i].view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
+
+    def compiled(self) -> kernels.Inverse:
+        """Of a batch of one row, for compiled loops."""
+        rows, scaled = ([x[0].contiguous() for x in some] for some in (self.rows, self.scaled))
+        return kernels.Inverse(rows, scaled, self.inverses, self.core[0].contiguous(), self.ridge[0])
 
 
 class AllTokens(Preconditioner):

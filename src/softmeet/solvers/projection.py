@@ -95,6 +95,11 @@ class Projection:
         parts = x.split([h.head.d for h in self.heads], dim=-1)
         return torch.cat([x @ h.whitening.inverse.T for h, x in zip(self.heads, parts, strict=True)], dim=-1)
 
+    def raw(self, nu: Float[Tensor, "B D"]) -> Float[Tensor, "B _"]:
+        """Back: R_i ν_i, all members side by side."""
+        parts = nu.split([h.rank for h in self.heads], dim=-1)
+        return torch.cat([part @ h.whitening.factor.T for h, part in zip(self.heads, parts, strict=True)], dim=-1)
+
     def tilt(self, z: Float[Tensor, "B n v"]) -> Float[Tensor, "B v"]:
         """Σ α_i z_i."""
         return self.weighted(z, self.alpha).sum(1)

@@ -60,7 +60,7 @@ class SubsampledNewton(DualMethod[SubsampledState]):
         """The pool."""
         fields = start(problem)
         fields["certified"] &= fields["done"] | self.certify
-        empty, stalls = Memory.empty(fields["nu"]), torch.zeros_like(fields["steps"])
+        empty, stalls = Memory.blank(fields["nu"]), torch.zeros_like(fields["steps"])
         return SubsampledState(**fields, past_steps=empty.steps, past_changes=empty.changes, stalls=stalls)
 
     def rows_at_once(self, problem: Projection) -> int:
