@@ -82,49 +82,136 @@ if numba is not None:
                 out_m[k] += m[j] * rows[j, k]
                 out_n[k] += n[j] * rows[j, k]
 
+    @_sums
+    def _dots_of_four(rows, w, x, y, z, out):  # type: ignore[no-untyped-def]
+        """:func:`_dots` with four vectors: each row is loaded once for all of them."""
+        M, d = rows.shape
+        for j in range(0, M - M % 4, 4):
+            a, b, c, e = rows[j], rows[j + 1], rows[j + 2], rows[j + 3]
+            aw, ax, ay, az = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+            bw, bx, by, bz = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+            cw, cx, cy, cz = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+            ew, ex, ey, ez = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+            for k in range(d):
+                aw, ax, ay, az = aw + a[k] * w[k], ax + a[k] * x[k], ay + a[k] * y[k], az + a[k] * z[k]
+                bw, bx, by, bz = bw + b[k] * w[k], bx + b[k] * x[k], by + b[k] * y[k], bz + b[k] * z[k]
+                cw, cx, cy, cz = cw + c[k] * w[k], cx + c[k] * x[k], cy + c[k] * y[k], cz + c[k] * z[k]
+                ew, ex, ey, ez = ew + e[k] * w[k], ex + e[k] * x[k], ey + e[k] * y[k], ez + e[k] * z[k]
+            out[0, j], out[1, j], out[2, j], out[3, j] = aw, ax, ay, az
+            out[0, j + 1], out[1, j + 1], out[2, j + 1], out[3, j + 1] = bw, bx, by, bz
+            out[0, j + 2], out[1, j + 2], out[2, j + 2], out[3, j + 2] = cw, cx, cy, cz
+            out[0, j + 3], out[1, j + 3], out[2, j + 3], out[3, j + 3] = ew, ex, ey, ez
+        rest = slice(M - M % 4, M)
+        _dots(rows[rest], w, out[0, rest])
+        _dots(rows[rest], x, out[1, rest])
+        _dots(rows[rest], y, out[2, rest])
+        _dots(rows[rest], z, out[3, rest])
+
+    @_sums
+    def _add_four(rows, m, n, o, p, out_m, out_n, out_o, out_p):  # type: ignore[no-untyped-def]
+        """:func:`_add_both` for four sets of masses."""
+        M, d = rows.shape
+        for j in range(0, M - M % 4, 4):
+            a, b, c, e = rows[j], rows[j + 1], rows[j + 2], rows[j + 3]
+            ma, mb, mc, me = m[j], m[j + 1], m[j + 2], m[j + 3]
+            na, nb, nc, ne = n[j], n[j + 1], n[j + 2], n[j + 3]
+            oa, ob, oc, oe = o[j], o[j + 1], o[j + 2], o[j + 3]
+            pa, pb, pc, pe = p[j], p[j + 1], p[j + 2], p[j + 3]
+            for k in range(d):
+                out_m[k] += ma * a[k] + mb * b[k] + mc * c[k] + me * e[k]
+                out_n[k] += na * a[k] + nb * b[k] + nc * c[k] + ne * e[k]
+                out_o[k] += oa * a[k] + ob * b[k] + oc * c[k] + oe * e[k]
+                out_p[k] += pa * a[k] + pb * b[k] + pc * c[k] + pe * e[k]
+        rest = slice(M - M % 4, M)
+        _add_both(rows[rest], m[rest], n[rest], out_m, out_n)
+        _add_both(rows[rest], o[rest], p[rest], out_o, out_p)
+
     @_plain
-    def _sweep(  # type: ignore[no-untyped-def]  # noqa: C901 - one loop nest, compiled
-        weights, ends, x, offset, alpha, gamma, log_q, log_m, z, log_p, log_r, top, sums, first
+    def _dots_of_all(rows, x, out):  # type: ignore[no-untyped-def]
+        """:func:`_dots` with the vectors x_b."""
+        B = len(x)
+        for b in range(0, B - B % 4, 4):
+            _dots_of_four(rows, x[b], x[b + 1], x[b + 2], x[b + 3], out[b : b + 4])
+        for b in range(B - B % 4, B):
+            _dots(rows, x[b], out[b])
+
+    @_plain
+    def _add_all(rows, masses, i, place, out):  # type: ignore[no-untyped-def]
+        """The moments of the rows under p and r_i of every row of the batch."""
+        B = len(masses)
+        for b in range(0, B - 1, 2):
+            c = b + 1
+            _add_four(
+                rows, masses[b, 0], masses[b, 1 + i], masses[c, 0], masses[c, 1 + i],
+                out[b, 0, place], out[b, 1, place], out[c, 0, place], out[c, 1, place],
+            )  # fmt: skip
+        for b in range(B - B % 2, B):
+            _add_both(rows, masses[b, 0], masses[b, 1 + i], out[b, 0, place], out[b, 1, place])
+
+    @_plain
+    def _raise_top(i, best, ends, top, sums, first):  # type: ignore[no-untyped-def]
+        """Scale what was summed for distribution i to a new maximum."""
+        scale = np.exp(top[i] - best)
+        top[i] = best
+        sums[i] *= scale
+        if i == 0:
+            first[0] *= scale
+        else:
+            first[1, ends[i - 1] : ends[i]] *= scale
+
+    @_plain
+    def _weigh(logs, i, ends, top, sums, first, masses):  # type: ignore[no-untyped-def]
+        """Masses of a block of tokens under distribution i, against its maximum so far."""
+        best = logs.max()
+        if best > top[i]:
+            _raise_top(i, best, ends, top, sums, first)
+        total = 0.0
+        for k in range(len(logs)):
+            m = np.exp(logs[k] - top[i]) if logs[k] > -np.inf else 0.0
+            total += m
+            masses[k] = m
+        sums[i] += total
+
+    @_plain
+    def _move(rows, start, x, offset, dots, z):  # type: ignore[no-untyped-def]
+        """Add the scores of a block of tokens."""
+        _dots_of_all(rows, x, dots)
+        for b in range(len(x)):
+            for k in range(len(rows)):
+                z[b, start + k] += dots[b, k] - offset[b]
+
+    @_plain
+    def _tilt(begin, end, alpha, gamma, log_q, log_m, z, log_p, log_r):  # type: ignore[no-untyped-def]
+        """The log masses of some tokens, for one row of the batch."""
+        for j in range(begin, end):
+            t = log_q[j]
+            for i in range(len(alpha)):
+                t += alpha[i] * z[i, j]
+            log_p[j] = t
+        for i in range(len(alpha)):
+            for j in range(begin, end):
+                log_r[i, j] = log_m[i, j] - gamma[i] * z[i, j]
+
+    @_plain
+    def _sweep(  # type: ignore[no-untyped-def]
+        weights, ends, begin, end, moves, x, offset, alpha, gamma, log_q, log_m, z, log_p, log_r, top, sums, first
     ):
-        n, v = z.shape
-        dots = np.zeros(_TOKENS, np.float32)
-        masses = np.zeros((1 + n, _TOKENS), np.float32)
+        B, n = offset.shape
+        dots, masses = np.zeros((B, _TOKENS), np.float32), np.zeros((B, 1 + n, _TOKENS), np.float32)
         block = np.zeros(first.shape, np.float32)
-        for start in range(0, v, _TOKENS):
-            size = min(_TOKENS, v - start)
-            for i in range(n):
-                rows = weights[i][start : start + size]
-                _dots(rows, x[ends[i] : ends[i + 1]], dots)
-                for k in range(len(rows)):
-                    z[i, start + k] += dots[k] - offset[i]
-            for k in range(size):
-                j = start + k
-                t = log_q[j]
+        for start in range(begin, end, _TOKENS):
+            tokens = slice(start, min(start + _TOKENS, end))
+            if moves:
                 for i in range(n):
-                    t += alpha[i] * z[i, j]
-                    log_r[i, j] = log_m[i, j] - gamma[i] * z[i, j]
-                log_p[j] = t
-            for i in range(1 + n):
-                logs = log_p[start : start + size] if i == 0 else log_r[i - 1, start : start + size]
-                best = logs.max()
-                if best > top[i]:
-                    scale = np.exp(top[i] - best)
-                    top[i] = best
-                    sums[i] *= scale
-                    if i == 0:
-                        first[0] *= scale
-                    else:
-                        first[1, ends[i - 1] : ends[i]] *= scale
-                total = 0.0
-                for k in range(size):
-                    m = np.exp(logs[k] - top[i]) if logs[k] > -np.inf else 0.0
-                    total += m
-                    masses[i, k] = m
-                sums[i] += total
+                    _move(weights[i][tokens], start, x[i], offset[:, i], dots, z[:, i])
+            for b in range(B):
+                _tilt(start, tokens.stop, alpha, gamma, log_q[b], log_m[b], z[b], log_p[b], log_r[b])
+                _weigh(log_p[b, tokens], 0, ends, top[b], sums[b], first[b], masses[b, 0])
+                for i in range(n):
+                    _weigh(log_r[b, i, tokens], 1 + i, ends, top[b], sums[b], first[b], masses[b, 1 + i])
             block[:] = 0
             for i in range(n):
-                rows, place = weights[i][start : start + size], slice(ends[i], ends[i + 1])
-                _add_both(rows, masses[0], masses[1 + i], block[0, place], block[1, place])
+                _add_all(weights[i][tokens], masses, i, slice(ends[i], ends[i + 1]), block)
             first += block
 
     @_plain
@@ -259,30 +346,38 @@ if numba is not None:
 
 def sweep(
     weights: list[Tensor],
-    x: Float[Tensor, " d"],
-    offset: Float[Tensor, " n"],
+    tokens: slice,
+    x: list[Tensor] | None,
+    offset: Float[Tensor, "B n"],
     alpha: Float[Tensor, " n"],
     gamma: Float[Tensor, " n"],
-    log_q: Float[Tensor, " v"],
-    log_m: Float[Tensor, "n v"],
-    z: Float[Tensor, "n v"],
-    log_p: Float[Tensor, " v"],
-    log_r: Float[Tensor, "n v"],
-    top: Float[Tensor, " m"],
-    sums: Float[Tensor, " m"],
-    first: Float[Tensor, "2 d"],
-) -> None:
-    """One row's read of all heads: :class:`softmeet.solvers.sweep._Sweep` with its fields, which are written to.
+    log_q: Float[Tensor, "B v"],
+    log_m: Float[Tensor, "B n v"],
+    z: Float[Tensor, "B n v"],
+    log_p: Float[Tensor, "B v"],
+    log_r: Float[Tensor, "B n v"],
+) -> tuple[Float[Tensor, "B m"], Float[Tensor, "B m"], Float[Tensor, "B 2 D"]]:
+    """A read of some tokens of all heads: what :class:`softmeet.solvers.sweep._Sweep` does block by block.
 
     Args:
         weights: W_i, (v_i, d_i), fp32, v_i ≤ v.
-        x: the raw direction of all members side by side, fp32; ``offset`` is taken off its scores.
+        tokens: those to read.
+        x: raw directions, (B, d_i), fp32, None to stay; ``offset`` is taken off their scores.
         alpha, gamma: of :class:`softmeet.solvers.projection.Projection`, fp64.
         log_q, log_m: the pool and the members, fp64.
-        z, log_p, log_r, top, sums, first: fp64; first has, side by side, the moments under p and those under r_i.
+        z, log_p, log_r: fp64, written to.
+
+    Returns:
+        The largest log masses of p and each r_i, the masses' sums against these, and their moments, those under p and
+        those under r_i, all members side by side.
     """
-    given = [a.numpy() for a in (x, offset, alpha, gamma, log_q, log_m, z, log_p, log_r, top, sums, first)]
-    _sweep(_arrays(weights), _ends(weights), *given)
+    B, n = z.shape[:2]
+    ends, moves = _ends(weights), x is not None
+    directions = _arrays(weights if x is None else x)
+    top, sums, first = np.full((B, 1 + n), -np.inf), np.zeros((B, 1 + n)), np.zeros((B, 2, ends[-1]))
+    given = [a.numpy() for a in (offset, alpha, gamma, log_q, log_m, z, log_p, log_r)]
+    _sweep(_arrays(weights), ends, tokens.start, tokens.stop, moves, directions, *given, top, sums, first)
+    return torch.from_numpy(top), torch.from_numpy(sums), torch.from_numpy(first)
 
 
 def moments(rows: Float[Tensor, "M d"], u: Float[Tensor, " M"], w: Float[Tensor, " M"]) -> Float[Tensor, "2 d"]:

@@ -14,13 +14,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from softmeet import kernels
+from softmeet.solvers.parallel import in_parallel
 from softmeet.solvers.projection import Projection
 
 # Elements of a block of one head: what stays in a core's cache between its two products; more on an accelerator.
 _CACHED_ELEMENTS = 1 << 19
 _ACCELERATOR_ELEMENTS = 1 << 24
-# Up to so many rows the compiled loops are faster than two products.
-_FEW = 2
+# Tokens that a core of its own is worth.
+_LEAST_SHARE = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,27 +103,41 @@ class _Sweep:
 
     def _fits_compiled_loops(self) -> bool:
         heads = self.problem.heads
-        plain = self.x is not None and all(h.slope is None for h in heads)
-        return plain and len(self.z) <= _FEW and self.z.device.type == "cpu" and self._fp32()
-
-    def _fp32(self) -> bool:
-        heads = self.problem.heads
-        return all(h.dtype == torch.float32 for h in heads) and kernels.fits(*[h.head.weight for h in heads])
+        plain = all(h.slope is None and h.dtype == torch.float32 for h in heads)
+        return plain and self.z.device.type == "cpu" and kernels.fits(*[h.head.weight for h in heads])
 
     def _compiled(self) -> None:
-        problem, x = self.problem, self.x
-        assert x is not None
-        direction, offset = torch.cat([a for a, _ in x], dim=-1), torch.stack([c for _, c in x], dim=-1)
-        weights = [h.head.weight for h in problem.heads]
-        alpha, gamma = self.z.new_tensor(problem.alpha), self.z.new_tensor(problem.gamma)
-        for k in range(len(self.z)):
-            first = self.z.new_zeros(2, direction.shape[-1])
-            kernels.sweep(
-                weights, direction[k], offset[k], alpha, gamma, problem.log_q[k], problem.log_p[k],
-                self.z[k], self.log_p[k], self.log_r[k], self.top[k], self.sums[k], first,
-            )  # fmt: skip
-            for total, part in zip(self.first, first.split([h.head.d for h in problem.heads], dim=-1), strict=True):
-                total[:, k] = part
+        """A share of the tokens for each core."""
+        v, n = self.z.shape[-1], self.z.shape[1]
+        size = max(_LEAST_SHARE, -(-v // torch.get_num_threads()))
+        shares = [slice(start, min(start + size, v)) for start in range(0, v, size)]
+        tops, sums, firsts = zip(*in_parallel(self._share, shares, self.z.device), strict=True)
+        self.top = torch.stack(tops).amax(0)
+        scales = [(top - self.top).nan_to_num(nan=0.0).exp() for top in tops]
+        self.sums = sum((s * scale for s, scale in zip(sums, scales, strict=True)), torch.zeros_like(self.top))
+        for first, scale in zip(firsts, scales, strict=True):
+            parts = first.split([h.head.d for h in self.problem.heads], dim=-1)
+            for i in range(n):
+                self.first[i] += (parts[i] * scale[:, [0, 1 + i], None]).transpose(0, 1)
+
+    def _share(self, tokens: slice) -> tuple[Tensor, Tensor, Tensor]:
+        problem, z = self.problem, self.z
+        x, offset = None, z.new_zeros(z.shape[:2])
+        if self.x is not None:
+            x, offset = [a.contiguous() for a, _ in self.x], torch.stack([c for _, c in self.x], dim=-1)
+        return kernels.sweep(
+            [h.head.weight for h in problem.heads],
+            tokens,
+            x,
+            offset,
+            z.new_tensor(problem.alpha),
+            z.new_tensor(problem.gamma),
+            problem.log_q,
+            problem.log_p,
+            z,
+            self.log_p,
+            self.log_r,
+        )
 
     def _block(self, tokens: slice) -> None:
         problem = self.problem
