@@ -249,26 +249,32 @@ if numba is not None:
         return total
 
     @_plain
+    def _along(x, t, d, out):  # type: ignore[no-untyped-def]
+        """Out = x + t d."""
+        for k in range(len(x)):
+            out[k] = x[k] + t * d[k]
+
+    @_plain
     def _inverted(rows, scaled, precisions, core, ends, ridge, g, y, stretched):  # type: ignore[no-untyped-def]
         """Y = M⁻¹ g, and C_i y_i without reading C_i."""
-        n = len(rows)
-        k = rows[0].shape[0]
-        low = g.astype(np.float32)
-        up = np.zeros(n * k, np.float32)
+        n, k, D = len(rows), rows[0].shape[0], len(g)
+        low, out = np.empty(D, np.float32), np.empty(D, np.float32)
+        up, down = np.empty(n * k, np.float32), np.empty(n * k, np.float32)
+        for j in range(D):
+            low[j] = g[j]
         for i in range(n):
             _dots(scaled[i], low[ends[i] : ends[i + 1]], up[i * k : (i + 1) * k])
-        down = np.zeros(n * k, np.float32)
         for j in range(n * k):
             down[j] = -_dot(core[j], up)
         for i in range(n):
-            place = slice(ends[i], ends[i + 1])
-            x = low[place] / np.float32(ridge[i])
-            out, left = np.zeros(len(x), np.float32), x.copy()
-            _dots(precisions[i], x, out)
-            _add(scaled[i], down[i * k : (i + 1) * k], out)
-            _add(rows[i], down[i * k : (i + 1) * k] / np.float32(ridge[i]), left)
-            y[place] = out
-            stretched[place] = left
+            place, mine = slice(ends[i], ends[i + 1]), slice(i * k, (i + 1) * k)
+            _dots(precisions[i], low[place], out[place])
+            for j in range(ends[i], ends[i + 1]):
+                out[j] /= ridge[i]
+            _add(scaled[i], down[mine], out[place])
+            _add(rows[i], down[mine], low[place])
+            for j in range(ends[i], ends[i + 1]):
+                y[j], stretched[j] = out[j], low[j] / ridge[i]
 
     @_sums
     def _growth(m, x):  # type: ignore[no-untyped-def]
@@ -292,25 +298,27 @@ if numba is not None:
         gathered, ends, u, w, alpha, gamma, mean, means, ridge, d, Cd, scores, Hd
     ):
         """H d, with the scores of d, given C d."""
-        sums, out = np.zeros(1 + len(w)), np.zeros(len(d), np.float32)
-        _curve(gathered, ends, d.astype(np.float32), u, w, alpha, gamma, scores, sums, out)
+        sums, low, out = np.zeros(1 + len(w)), np.empty(len(d), np.float32), np.zeros(len(d), np.float32)
+        for k in range(len(d)):
+            low[k] = d[k]
+        _curve(gathered, ends, low, u, w, alpha, gamma, scores, sums, out)
         for i in range(len(w)):
             for k in range(ends[i], ends[i + 1]):
                 centred = alpha[i] * (sums[0] * mean[k] + gamma[i] * sums[1 + i] * means[k])
                 Hd[k] = out[k] - centred + ridge[i] * Cd[k]
 
     @_plain
-    def _fallen(  # type: ignore[no-untyped-def]
-        ends, u, w, alpha, gamma, trust, ridge, g, s, Cs, y
-    ):
+    def _fallen(ends, u, w, alpha, gamma, trust, ridge, g, s, Cs, y):  # type: ignore[no-untyped-def]
         """How much F falls from 0 to -s, with gradient g at 0, C s and the scores y of s."""
-        fallen, tilt = _dot(g, s), np.zeros(len(u), np.float32)
+        fallen, x, tilt = _dot(g, s), np.empty(len(u), np.float32), np.zeros(len(u), np.float32)
         for i in range(len(w)):
-            tilt -= alpha[i] * y[i]
             place = slice(ends[i], ends[i + 1])
             fallen -= 0.5 * ridge[i] * _dot(s[place], Cs[place])
+            for j in range(len(u)):
+                x[j] = gamma[i] * y[i, j]
+                tilt[j] -= alpha[i] * y[i, j]
             if trust[i] < np.inf:
-                fallen -= trust[i] * _growth(w[i], gamma[i] * y[i])
+                fallen -= trust[i] * _growth(w[i], x)
         return fallen - _growth(u, tilt)
 
     @_plain
@@ -318,27 +326,35 @@ if numba is not None:
         gathered, u, w, alpha, gamma, trust, mean, means, ridge,
         rows, scaled, precisions, core, own_ridge, ends, g, reduction, limit, fall, s,
     ):  # fmt: skip
-        D = len(g)
-        residual, scores, y = g.copy(), np.zeros(w.shape, np.float32), np.zeros(w.shape, np.float32)
-        z, d, Hd, Cz, Cd, Cs = np.zeros(D), np.zeros(D), np.zeros(D), np.zeros(D), np.zeros(D), np.zeros(D)
+        n, D = len(w), len(g)
+        # As many vectors as there are names for; those on the right are where the next step leads.
+        residual, z, d, Hd, Cz, Cd = np.empty(D), np.zeros(D), np.zeros(D), np.zeros(D), np.zeros(D), np.zeros(D)
+        Cs, s_next, Cs_next = np.zeros(D), np.zeros(D), np.zeros(D)
+        scores, y, y_next = np.zeros(w.shape, np.float32), np.zeros(w.shape, np.float32), np.zeros(w.shape, np.float32)
+        _along(g, 0.0, g, residual)
         _inverted(rows, scaled, precisions, core, ends, own_ridge, residual, z, Cz)
         size, beta, fallen = _dot(residual, z), 0.0, 0.0
         goal = reduction**2 * size
         for k in range(limit):
             if not size > goal:
                 break
-            d, Cd = z + beta * d, Cz + beta * Cd
+            _along(z, beta, d, d)
+            _along(Cz, beta, Cd, Cd)
             _product(gathered, ends, u, w, alpha, gamma, mean, means, ridge, d, Cd, scores, Hd)
             curvature = _dot(d, Hd)
             if not curvature > 0:
                 break
             step = size / curvature
-            there, Cthere, y_there = s + step * d, Cs + step * Cd, y + np.float32(step) * scores
-            further = _fallen(ends, u, w, alpha, gamma, trust, ridge, g, there, Cthere, y_there)
+            _along(s, step, d, s_next)
+            _along(Cs, step, Cd, Cs_next)
+            for i in range(n):
+                _along(y[i], step, scores[i], y_next[i])
+            further = _fallen(ends, u, w, alpha, gamma, trust, ridge, g, s_next, Cs_next, y_next)
             if k > 0 and not further - fallen >= fall * 0.5 * step * size:
                 break
-            s[:], Cs, y, fallen = there, Cthere, y_there, further
-            residual -= step * Hd
+            s[:] = s_next
+            y, y_next, Cs, Cs_next, fallen = y_next, y, Cs_next, Cs, further
+            _along(residual, -step, Hd, residual)
             _inverted(rows, scaled, precisions, core, ends, own_ridge, residual, z, Cz)
             last, size = size, _dot(residual, z)
             beta = size / last
