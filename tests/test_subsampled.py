@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -15,8 +15,10 @@ from softmeet.evaluation import family
 from softmeet.heads import WhitenedHead
 from softmeet.rules import meet
 from softmeet.simplex import total_variation
-from softmeet.solvers import gathered
+from softmeet.solvers import gathered, inner
+from softmeet.solvers import sweep as sweeps
 from softmeet.solvers.base import iterate
+from softmeet.solvers.look import _Around
 from softmeet.solvers.projection import Projection
 from softmeet.solvers.subsampled import SubsampledNewton
 
@@ -123,6 +125,80 @@ def test_compiled_loops_equal_library_products(monkeypatch, threads):
     torch.set_num_threads(before)
     assert torch.equal(fast.num_passes, plain.num_passes)
     assert total_variation(fast.log_probs, plain.log_probs).max() < 1e-6
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("batch", [1, 2, 4, 7])
+def test_compiled_reads_equal_library_products(monkeypatch, batch, threads):
+    """With a head that lacks the last tokens, along a direction and without one."""
+    log_p, (one, two) = language(batch)
+    log_p[1, :, V - 30 :] = -torch.inf
+    log_p = log_p.log_softmax(-1).double().transpose(0, 1)
+    heads = tuple(WhitenedHead(softmeet.SoftmaxHead(W), V, torch.float32, batch=batch) for W in (one, two[: V - 30]))
+    log_q = log_p.clone()[:, 1]
+    problem = Projection(log_q, log_p, heads, (0.3, 2.0), 1e-5)
+    generator = torch.Generator().manual_seed(2)
+    direction = torch.randn(batch, 24 + 32, generator=generator, dtype=torch.float64) * 20
+    z = torch.randn(batch, 2, V, generator=generator, dtype=torch.float64) / 2
+    z[:, 1, V - 30 :] = 0
+    monkeypatch.setattr(sweeps, "_LEAST_SHARE", 700)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    for towards in (direction, None):
+        fast = sweeps.sweep(problem, z, towards)
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "ENABLED", False)
+            plain = sweeps.sweep(problem, z, towards)
+        for name in (f.name for f in fields(plain)):
+            torch.testing.assert_close(getattr(fast, name), getattr(plain, name), rtol=1e-5, atol=1e-5)
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("trust", [(0.3, 2.0), (1.0, math.inf)])
+def test_compiled_conjugate_gradients_equal_those_of_the_library(monkeypatch, trust):
+    """With the ridge's products from recurrences; whether F falls is left out."""
+    monkeypatch.setattr(inner, "_FALL", -math.inf)
+    log_p, heads = language(batch=1)
+    log_p = log_p.double().transpose(0, 1)
+    views = tuple(WhitenedHead(softmeet.SoftmaxHead(W), V, torch.float32, batch=1) for W in heads)
+    problem = Projection(log_p.mean(1).log_softmax(-1), log_p, views, trust, 1e-5)
+    state = SubsampledNewton().init(problem)
+    around = _Around(problem, state, 1, certify=False)
+    start = around.model.origin()
+    hessian, g = inner.Hessian(around.model, start), start.gradient
+    fast = hessian.solve(g, around.heavy, 1e-4, 100)
+    left = g - hessian(fast)
+    length = ((left * around.heavy(left)).sum() / (g * around.heavy(g)).sum()).sqrt()
+    monkeypatch.setattr(kernels, "ENABLED", False)
+    plain = _Around(problem, state, 1, certify=False)
+    again = inner.Hessian(plain.model, plain.model.origin()).solve(g, plain.heavy, 1e-4, 100)
+    assert length < 5e-4
+    assert (fast - again).norm() < 1e-3 * again.norm()
+
+
+def sharpened(log_p, nats):
+    """The softmax of a multiple of ``log_p`` that has this entropy, row by row."""
+    low, high = torch.full((len(log_p), 1), -6.0), torch.full((len(log_p), 1), 4.0)
+    for _ in range(30):
+        middle = (low + high) / 2
+        tried = (log_p * middle.exp()).log_softmax(-1)
+        too_flat = -(tried.exp() * tried).sum(-1, keepdim=True) > nats
+        low, high = torch.where(too_flat, middle, low), torch.where(too_flat, high, middle)
+    return (log_p * low.exp()).log_softmax(-1)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_peaked_rows_take_few_reads(seed):
+    """As of pretrained members, where one is nearly certain and the other is not: light tokens have to move by many
+    nats, which one Newton step from where they are does not foresee.
+    """
+    (one, two), heads = language(batch=6, seed=seed)
+    log_p = torch.stack([sharpened(one, 0.6), sharpened(two, 0.05)])
+    ours = softmeet.combine(log_p, heads, trust=0.3, tol=1e-4)
+    assert (ours.status == Status.OPTIMAL).all()
+    assert ours.gap_is_certified.all()
+    assert ours.num_steps.max() <= 8
+    assert total_variation(ours.log_probs, full(log_p, heads, trust=0.3).log_probs).max() < 0.0023
 
 
 def soft_capped():

@@ -134,5 +134,6 @@ def minimise(
             break
         fall = now.value - trial
         done = done | ((t == 1) & ((fall - 0.5 * decrement).abs() <= foretold * 0.5 * decrement))
-        now = surrogate.at(now.s - t[:, None] * d, now.y - t[:, None, None] * z)
+        there = now.s - t[:, None] * d, now.y - t[:, None, None] * z
+        now = Point(surrogate, *there, torch.where(t > 0, trial, now.value))
     return now

@@ -41,6 +41,8 @@ _FIRST_REDUCTION, _REDUCTION, _LIMIT = 0.3, 0.2, 30
 _SHRINKAGE = 0.3
 # A bound is rarely less than so many times the gap: no use to look for one sooner.
 _LOOSE = 3.0
+# Preconditioners that a certificate may need.
+_PRECONDITIONERS = 3
 # The share of a certificate, or of what it is wanted for, that may come from what is left of an infeasibility.
 _SLACK = 0.05
 
@@ -95,14 +97,26 @@ def _near(estimate: Float[Tensor, " b"], goal: Float[Tensor, " b"]) -> Bool[Tens
 def _bound(model: Surrogate, gradient: Float[Tensor, "b D"], goal: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
     """-min F for a model whose minimiser is a feasible point, or inf if the inner solve does not come near it.
 
-    What is left of the gradient, e, hides ½ eᵀH⁻¹e to second order. The preconditioner never exceeds H at s = 0, and H
-    has shrunk by no more than the masses have; twice as much again is added.
+    What is left of the gradient, e, hides ½ eᵀH⁻¹e to second order. The preconditioner never exceeds H where it was
+    made, and H has shrunk since by no more than the masses have; twice as much again is added. Where light tokens have
+    lost most of theirs, it is made again.
     """
-    precondition = AllTokens(model, model.log_u.exp(), model.log_w.exp(), _EXACT)
+    here = model.origin(gradient)
+    for _ in range(_PRECONDITIONERS):
+        here, bound, going = _bound_from(here, goal)
+        if not going.any():
+            break
+    return bound
+
+
+def _bound_from(start: Point, goal: Float[Tensor, " b"]) -> tuple[Point, Float[Tensor, " b"], Bool[Tensor, " b"]]:
+    """(the point reached, the bound there or inf, whether more may come of it)."""
+    model = start.surrogate
+    precondition = AllTokens(model, *start.masses, _EXACT)
 
     def slack(m: Point) -> Float[Tensor, " b"]:
         left = (m.gradient * precondition(m.gradient)).sum(-1)
-        return torch.where((left > 0) | (m.gradient == 0).all(-1), left / model.shrinkage(m), torch.inf)
+        return torch.where((left > 0) | (m.gradient == 0).all(-1), left / model.shrinkage(start, m), torch.inf)
 
     def enough(m: Point) -> Float[Tensor, " b"]:
         return _SLACK * torch.maximum(-m.value, goal)
@@ -113,8 +127,9 @@ def _bound(model: Surrogate, gradient: Float[Tensor, "b D"], goal: Float[Tensor,
     def newton(m: Point) -> Float[Tensor, "b D"]:
         return Hessian(model, m).solve(m.gradient, precondition, 0.05, 31)
 
-    best = minimise(model, model.origin(gradient), newton, steps=6, enough=close)
-    return torch.where(slack(best) <= enough(best), slack(best) - best.value, torch.inf)
+    best = minimise(model, start, newton, steps=6, enough=close)
+    found = slack(best) <= enough(best)
+    return best, torch.where(found, slack(best) - best.value, torch.inf), ~found & (-best.value <= goal)
 
 
 class _Around:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -52,26 +53,19 @@ class Surrogate:
 
     def origin(self, gradient: Float[Tensor, "b D"] | None = None) -> Point:
         """The point s = 0, of a surrogate matched to ``gradient`` if one is given."""
-        u, w = self.log_u.exp(), self.log_w.exp()
-        difference, own = self.gathered.both_moments(u[:, None] - w, w)
-        slope = self.slope(difference) if gradient is None else gradient
-        return Point(
-            torch.zeros_like(slope), torch.zeros_like(w), torch.zeros_like(u[:, 0]), slope, (u, w), (difference, own)
-        )
+        y = torch.zeros_like(self.log_w)
+        point = Point(self, torch.zeros_like(self.shift), y, torch.zeros_like(y[:, 0, 0]))
+        if gradient is not None:
+            # Its own would differ by the rounding of two products, next to which gradients may be small.
+            vars(point)["gradient"] = gradient
+        return point
 
-    def at(self, s: Float[Tensor, "b D"], y: Float[Tensor, "b n M"]) -> Point:
-        """The point ``s``, with y its scores."""
-        u, w = self.masses(y)
-        moments = self.gathered.both_moments(u[:, None] - w, w)
-        gradient = self.slope(moments[0]) + self.pull(s)
-        return Point(s, y, self.value(s, y), gradient, (u, w), moments)
-
-    def shrinkage(self, at: Point) -> Float[Tensor, " b"]:
-        """The smallest share of its mass at s = 0 that a token still has: ∇²F(s) ⪰ that share of ∇²F(0)."""
-        u, w = at.masses
-        left = torch.where(self.log_u.isneginf(), 0.0, u.log() - self.log_u).amin(-1)
-        own = torch.where(self.log_w.isneginf(), 0.0, w.log() - self.log_w).amin((-1, -2))
-        return torch.minimum(left, own).clamp_max(0.0).exp()
+    def shrinkage(self, since: Point, at: Point) -> Float[Tensor, " b"]:
+        """The smallest share of its mass that a token has kept: ∇²F there ⪰ that share of ∇²F at ``since``."""
+        shares = []
+        for before, now in zip(since.masses, at.masses, strict=True):
+            shares.append(torch.where(before > 0, now / before, 1.0).flatten(1).amin(-1))
+        return torch.minimum(*shares).clamp_max(1.0)
 
     def masses(self, y: Float[Tensor, "b n M"]) -> tuple[Float[Tensor, "b M"], Float[Tensor, "b n M"]]:
         """(u, w) after the displacement with scores ``y``."""
@@ -107,16 +101,30 @@ class Surrogate:
         return self.gathered.leverage * alpha * (alpha * u.sum(-1, keepdim=True) + gamma * w.sum(-1))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Point:
-    """A displacement s, its scores, value and gradient, the masses (u, w), the moments of u - w_i and w_i."""
+    """A displacement s, its scores y and F(s); what takes a read of the gathered rows is found when it is wanted."""
 
+    surrogate: Surrogate
     s: Float[Tensor, "b D"]
     y: Float[Tensor, "b n M"]
     value: Float[Tensor, " b"]
-    gradient: Float[Tensor, "b D"]
-    masses: tuple[Float[Tensor, "b M"], Float[Tensor, "b n M"]]
-    moments: tuple[Float[Tensor, "b D"], Float[Tensor, "b D"]]
+
+    @cached_property
+    def masses(self) -> tuple[Float[Tensor, "b M"], Float[Tensor, "b n M"]]:
+        """(u, w)."""
+        return self.surrogate.masses(self.y)
+
+    @cached_property
+    def moments(self) -> tuple[Float[Tensor, "b D"], Float[Tensor, "b D"]]:
+        """Those of u - w_i and of w_i."""
+        u, w = self.masses
+        return self.surrogate.gathered.both_moments(u[:, None] - w, w)
+
+    @cached_property
+    def gradient(self) -> Float[Tensor, "b D"]:
+        """∇F(s)."""
+        return self.surrogate.slope(self.moments[0]) + self.surrogate.pull(self.s)
 
 
 def _moved(log_m: Float[Tensor, "*b M"], x: Float[Tensor, "*b M"]) -> Float[Tensor, "*b M"]:
