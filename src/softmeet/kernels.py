@@ -327,7 +327,6 @@ if numba is not None:
         rows, scaled, precisions, core, own_ridge, ends, g, reduction, limit, fall, s,
     ):  # fmt: skip
         n, D = len(w), len(g)
-        # As many vectors as there are names for; those on the right are where the next step leads.
         residual, z, d, Hd, Cz, Cd = np.empty(D), np.zeros(D), np.zeros(D), np.zeros(D), np.zeros(D), np.zeros(D)
         Cs, s_next, Cs_next = np.zeros(D), np.zeros(D), np.zeros(D)
         scores, y, y_next = np.zeros(w.shape, np.float32), np.zeros(w.shape, np.float32), np.zeros(w.shape, np.float32)
@@ -467,9 +466,8 @@ def conjugate_gradients(
 ) -> Float[Tensor, " D"]:
     """H⁻¹ g of one row, as :func:`softmeet.solvers.conjugate.conjugate_gradients` has it; g in fp64.
 
-    From the second step on, F, which H and g are of, has to fall by the part ``fall`` of what ½ sᵀHs - gᵀs does.
-
-    The products C_i d that the ridge needs follow from M⁻¹ r, so that of all d × d matrices only C_i⁻¹ is read.
+    From the second step on, F, which H and g are of, has to fall by the part ``fall`` of what ½ sᵀHs - gᵀs does. The
+    products C_i d that the ridge needs follow from M⁻¹ r, so that of all d × d matrices only C_i⁻¹ is read.
     """
     s = np.zeros(len(g))
     _conjugate(

@@ -14,6 +14,7 @@ from softmeet.solvers.preconditioner import HeavyTokens, Preconditioner
 from softmeet.solvers.surrogate import Point, Surrogate
 
 _ARMIJO = 1e-4
+# The part of its quadratic model's fall that F has to show for conjugate gradients to go on.
 _FALL = 0.25
 _HALVINGS = 30
 _TINY = 1e-300

@@ -101,10 +101,11 @@ def _bound(model: Surrogate, gradient: Float[Tensor, "b D"], goal: Float[Tensor,
     made, and H has shrunk since by no more than the masses have; twice as much again is added. Where light tokens have
     lost most of theirs, it is made again.
     """
-    here = model.origin(gradient)
+    here, bound = model.origin(gradient), torch.full_like(goal, torch.inf)
     for _ in range(_PRECONDITIONERS):
-        here, bound, going = _bound_from(here, goal)
-        if not going.any():
+        here, found, going = _bound_from(here, goal)
+        bound = torch.minimum(bound, found)
+        if not (going & bound.isinf()).any():
             break
     return bound
 
