@@ -201,6 +201,25 @@ def test_peaked_rows_take_few_reads(seed):
     assert total_variation(ours.log_probs, full(log_p, heads, trust=0.3).log_probs).max() < 0.0023
 
 
+def test_rounding_does_not_make_a_certificate():
+    """Where masses span many orders the certificate's preconditioner is rounding, and would say too little."""
+    (one, two), heads = language(batch=4, widths=(20, 28), seed=0)
+    log_p = torch.stack([sharpened(one, 0.02), sharpened(two, 2.7)]).double()
+    heads = [W.double() for W in heads]
+    ours = softmeet.combine(log_p, heads, trust=(1.7, 0.13), tol=1.5e-3)
+    true_gap = full(log_p, heads, trust=(1.7, 0.13)).objective - ours.objective
+    assert (true_gap <= ours.gap + 1e-11).all()
+    assert (ours.status == Status.OPTIMAL).all()
+
+
+def test_nearly_certain_members_without_common_moments_leave_numbers():
+    (one, two), heads = language(batch=4, widths=(34, 15), seed=9)
+    log_p = torch.stack([sharpened(one, 0.005), sharpened(two, 0.3)])
+    ours = softmeet.combine(log_p, heads, trust=(0.86, math.inf), tol=1.5e-3, max_steps=20)
+    assert not ours.log_probs.isnan().any()
+    assert ours.log_probs.logsumexp(-1).abs().max() < 1e-5
+
+
 def soft_capped():
     log_p, (one, two) = language(batch=3)
     capped = softmeet.SoftmaxHead(one, soft_cap=10.0)

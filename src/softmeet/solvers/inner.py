@@ -9,6 +9,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from softmeet import kernels
+from softmeet.conjugate_kernels import Curved
+from softmeet.conjugate_kernels import conjugate_gradients as compiled
 from softmeet.solvers.conjugate import conjugate_gradients
 from softmeet.solvers.preconditioner import HeavyTokens, Preconditioner
 from softmeet.solvers.surrogate import Point, Surrogate
@@ -72,9 +74,9 @@ class Hessian:
             return conjugate_gradients(self, g, precondition, reduction, limit, _Falls(self, g))
         rows, trust = [a[0] for a in self.surrogate.gathered.rows], g.new_tensor(self.surrogate.trust)
         u, w, alpha, gamma = self.low
-        curved = kernels.Curved(rows, u, w, alpha, gamma, trust, self.mean[0], self.means[0], ridge[0])
+        curved = Curved(rows, u, w, alpha, gamma, trust, self.mean[0], self.means[0], ridge[0])
         inverse = precondition.compiled()
-        return kernels.conjugate_gradients(curved, inverse, g[0].contiguous(), reduction, limit, _FALL)[None]
+        return compiled(curved, inverse, g[0].contiguous(), reduction, limit, _FALL)[None]
 
 
 class _Falls:
@@ -121,6 +123,7 @@ def minimise(
         if bool(done.all()):
             break
         d = newton(now)
+        d = torch.where(d.isfinite().all(-1, keepdim=True), d, 0.0)
         decrement = (now.gradient * d).sum(-1)
         z = surrogate.gathered.scores(d)
         t = torch.where(done, 0.0, torch.ones_like(now.value))

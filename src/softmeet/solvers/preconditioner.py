@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from softmeet import kernels
+from softmeet.conjugate_kernels import Inverse
 from softmeet.solvers.columns import squared
 from softmeet.solvers.gathered import times, times_transposed
 from softmeet.solvers.surrogate import Surrogate
@@ -125,10 +125,10 @@ class HeavyTokens(Preconditioner):
         """Λ_i⁻¹ x."""
         return x @ self.inverses[i] / self.ridge[:, i].view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
 
-    def compiled(self) -> kernels.Inverse:
+    def compiled(self) -> Inverse:
         """Of a batch of one row, for compiled loops."""
         rows, scaled = ([x[0].contiguous() for x in some] for some in (self.rows, self.scaled))
-        return kernels.Inverse(rows, scaled, self.inverses, self.core[0].contiguous(), self.ridge[0])
+        return Inverse(rows, scaled, self.inverses, self.core[0].contiguous(), self.ridge[0])
 
 
 class AllTokens(Preconditioner):
