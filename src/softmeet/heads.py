@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
+from softmeet import kernels
 from softmeet.errors import InvalidInputError
 from softmeet.norms import FinalNorm
 from softmeet.simplex import log_normalize
@@ -253,9 +254,13 @@ class WhitenedHead:
 
     def rows(self, tokens: Int[Tensor, "B k"]) -> Float[Tensor, "B k d"]:
         """Some rows of S (W - 1cᵀ) for each row of the batch, in ``dtype``; times R they are rows of Q."""
-        ids = tokens.clamp_max(self.head.v - 1).flatten().to(self.home)
-        found = self.head.weight.detach().index_select(0, ids).to(self.device, self.dtype).view(*tokens.shape, -1)
-        found -= self.whitening.center.to(self.dtype)
+        ids, center = tokens.clamp_max(self.head.v - 1).flatten().to(self.home), self.whitening.center.to(self.dtype)
+        if self.dtype == torch.float32 and kernels.fits(self.head.weight, center):
+            found = kernels.centred(self.head.weight, ids, center)
+        else:
+            found = self.head.weight.detach().index_select(0, ids).to(self.device, self.dtype)
+            found -= center
+        found = found.view(*tokens.shape, -1)
         if self.head.v < self.v:
             found *= (tokens < self.head.v).to(self.dtype)[..., None]
         if self.slope is not None:

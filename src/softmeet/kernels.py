@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 try:
@@ -214,6 +214,13 @@ if numba is not None:
             first += block
 
     @_plain
+    def _centred(weight, tokens, center, out):  # type: ignore[no-untyped-def]
+        for k in range(len(tokens)):
+            row, found = weight[tokens[k]], out[k]
+            for j in range(len(center)):
+                found[j] = row[j] - center[j]
+
+    @_plain
     def _moments(rows, u, w, out):  # type: ignore[no-untyped-def]
         for start in range(0, len(u), _TOKENS):
             tokens = slice(start, start + _TOKENS)
@@ -275,6 +282,15 @@ def sweep(
     given = [a.numpy() for a in (offset, alpha, gamma, log_q, log_m, z, log_p, log_r)]
     _sweep(arrays(weights), ends, tokens.start, tokens.stop, moves, directions, *given, top, sums, first)
     return torch.from_numpy(top), torch.from_numpy(sums), torch.from_numpy(first)
+
+
+def centred(
+    weight: Float[Tensor, "v d"], tokens: Int[Tensor, " k"], center: Float[Tensor, " d"]
+) -> Float[Tensor, "k d"]:
+    """Some rows of ``weight`` less ``center``, by one read and one write; all fp32."""
+    out = torch.empty(len(tokens), len(center), dtype=torch.float32)
+    _centred(weight.detach().numpy(), tokens.numpy(), center.numpy(), out.numpy())
+    return out
 
 
 def moments(rows: Float[Tensor, "M d"], u: Float[Tensor, " M"], w: Float[Tensor, " M"]) -> Float[Tensor, "2 d"]:

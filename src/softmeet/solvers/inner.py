@@ -13,7 +13,7 @@ from softmeet.conjugate_kernels import Curved
 from softmeet.conjugate_kernels import conjugate_gradients as compiled
 from softmeet.solvers.conjugate import conjugate_gradients
 from softmeet.solvers.preconditioner import HeavyTokens, Preconditioner
-from softmeet.solvers.surrogate import Point, Surrogate
+from softmeet.solvers.surrogate import Point
 
 _ARMIJO = 1e-4
 # The part of its quadratic model's fall that F has to show for conjugate gradients to go on.
@@ -25,8 +25,9 @@ _TINY = 1e-300
 class Hessian:
     """∇²F at a point; call it with a direction."""
 
-    def __init__(self, surrogate: Surrogate, at: Point) -> None:
-        self.surrogate, self.at = surrogate, at
+    def __init__(self, at: Point) -> None:
+        self.at, surrogate = at, at.surrogate
+        self.surrogate = surrogate
         self.scores = torch.zeros_like(at.y)
         self.u, self.w = u, w = at.masses
         self.alpha, self.gamma = u.new_tensor(surrogate.alpha)[:, None], u.new_tensor(surrogate.gamma)[:, None]
@@ -98,7 +99,6 @@ class _Falls:
 
 
 def minimise(
-    surrogate: Surrogate,
     start: Point,
     newton: Callable[[Point], Float[Tensor, "b D"]],
     *,
@@ -109,14 +109,13 @@ def minimise(
     """Newton's method, at most ``steps`` times; rows that stop sooner stay put.
 
     Args:
-        surrogate: F.
         start: where to begin.
         newton: ∇²F⁻¹ ∇F at a point, or near it.
         steps: at most.
         enough: where to stop.
         foretold: stop once F has fallen as its quadratic model said, to this share: one more step would bring little.
     """
-    now, done = start, torch.zeros_like(start.value, dtype=torch.bool)
+    surrogate, now, done = start.surrogate, start, torch.zeros_like(start.value, dtype=torch.bool)
     for _ in range(steps):
         if enough is not None:
             done = done | enough(now)

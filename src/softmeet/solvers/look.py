@@ -94,14 +94,14 @@ def _near(estimate: Float[Tensor, " b"], goal: Float[Tensor, " b"]) -> Bool[Tens
     return (_LOOSE * estimate <= goal) & (estimate >= 0)
 
 
-def _bound(model: Surrogate, gradient: Float[Tensor, "b D"], goal: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-    """-min F for a model whose minimiser is a feasible point, or inf if the inner solve does not come near it.
+def _bound(start: Point, goal: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+    """-min F for a surrogate whose minimiser is a feasible point, or inf if the inner solve does not come near it.
 
     What is left of the gradient, e, hides ½ eᵀH⁻¹e to second order. The preconditioner never exceeds H where it was
     made, and H has shrunk since by no more than the masses have; twice as much again is added. Where light tokens have
     lost most of theirs, it is made again.
     """
-    here, bound = model.origin(gradient), torch.full_like(goal, torch.inf)
+    here, bound = start, torch.full_like(goal, torch.inf)
     for _ in range(_PRECONDITIONERS):
         here, found, going = _bound_from(here, goal)
         bound = torch.minimum(bound, found)
@@ -113,7 +113,7 @@ def _bound(model: Surrogate, gradient: Float[Tensor, "b D"], goal: Float[Tensor,
 def _bound_from(start: Point, goal: Float[Tensor, " b"]) -> tuple[Point, Float[Tensor, " b"], Bool[Tensor, " b"]]:
     """(the point reached, the bound there or inf, whether more may come of it)."""
     model = start.surrogate
-    precondition = AllTokens(model, *start.masses, _EXACT)
+    precondition = AllTokens(start, _EXACT)
 
     def slack(m: Point) -> Float[Tensor, " b"]:
         left = (m.gradient * precondition(m.gradient)).sum(-1)
@@ -126,9 +126,9 @@ def _bound_from(start: Point, goal: Float[Tensor, " b"]) -> tuple[Point, Float[T
         return (slack(m) <= enough(m)) | (-m.value > goal)
 
     def newton(m: Point) -> Float[Tensor, "b D"]:
-        return Hessian(model, m).solve(m.gradient, precondition, 0.05, 31)
+        return Hessian(m).solve(m.gradient, precondition, 0.05, 31)
 
-    best = minimise(model, start, newton, steps=6, enough=close)
+    best = minimise(start, newton, steps=6, enough=close)
     left = slack(best)
     found = left <= enough(best)
     # Where masses span many orders rounding may spoil the preconditioner, and what is left be more than it says: it is
@@ -148,16 +148,16 @@ class _Around:
         tokens = self.gathered.tokens
         self.log_u = state.log_p.gather(-1, tokens)
         self.log_w = state.log_r.gather(-1, tokens[:, None].expand(-1, len(problem.trust), -1))
-        self.model = self._reweighted()
-        self.heavy = HeavyTokens(self.model, self.model.log_u.exp(), self.model.log_w.exp(), _HEAVY)
+        self.origin = self._reweighted().origin()
+        self.heavy = HeavyTokens(self.origin, _HEAVY)
 
     def first(self) -> Found:
         """From the pool: the sample stands for the tail's moments."""
 
         def newton(m: Point) -> Float[Tensor, "b _"]:
-            return Hessian(self.model, m).solve(m.gradient, self.heavy, _FIRST_REDUCTION, _LIMIT)
+            return Hessian(m).solve(m.gradient, self.heavy, _FIRST_REDUCTION, _LIMIT)
 
-        found = minimise(self.model, self.model.origin(), newton, steps=_FIRST_STEPS)
+        found = minimise(self.origin, newton, steps=_FIRST_STEPS)
         return Found(self.problem.whitened(found.s), torch.full_like(found.value, torch.inf), -found.value)
 
     def next(self, memory: Memory, goal: Float[Tensor, " b"]) -> Found:
@@ -168,18 +168,17 @@ class _Around:
         bound = self._bound_where(_near(rough, goal), goal)
         if bool((bound <= goal).all()):
             return Found(torch.zeros_like(gradient), bound, rough)
-        model = self.model.matched(own)
-        start = model.origin(own)
+        start = self.origin.matched(own)
 
         def newton(m: Point) -> Float[Tensor, "b _"]:
-            hessian = Hessian(model, m)
+            hessian = Hessian(m)
 
             def solved(g: Float[Tensor, "b _"]) -> Float[Tensor, "b _"]:
                 return hessian.solve(g, self.heavy, _REDUCTION, _LIMIT)
 
             return solved(m.gradient) if m is not start or memory.empty else self._corrected(memory, solved)
 
-        found = minimise(model, start, newton, steps=_STEPS, foretold=_FORETOLD)
+        found = minimise(start, newton, steps=_STEPS, foretold=_FORETOLD)
         direction, estimate = problem.whitened(found.s), -found.value
         # Heavy tokens alone miss most of the curvature of some rows.
         late = _near(estimate, goal) & ~_near(rough, goal)
@@ -222,5 +221,5 @@ class _Around:
         own = self.problem.unwhitened(gradient)
         log_u, log_w = self.log_u[:, :k], self.log_w[..., :k]
         prices = (problem.alpha, problem.gamma, problem.trust)
-        model = Surrogate(self.gathered.heaviest(k), log_u, log_w, torch.zeros_like(own), None, *prices).matched(own)
-        return _bound(model, own, goal)
+        model = Surrogate(self.gathered.heaviest(k), log_u, log_w, torch.zeros_like(own), None, *prices)
+        return _bound(model.origin().matched(own), goal)

@@ -13,9 +13,14 @@ from torch.nn.functional import pad
 from softmeet.conjugate_kernels import Inverse
 from softmeet.solvers.columns import squared
 from softmeet.solvers.gathered import times, times_transposed
-from softmeet.solvers.surrogate import Surrogate
+from softmeet.solvers.surrogate import Point
+
+Masses = tuple[Float[Tensor, "b M"], Float[Tensor, "b n M"]]
+HeavyMasses = tuple[Float[Tensor, "b k"], Float[Tensor, "b n k"]]
 
 _TINY, _TINY32 = 1e-300, 1e-38
+# A share of all mass that single precision cannot tell from none.
+_LOST = 1e-6
 
 
 class Preconditioner(ABC):
@@ -27,16 +32,17 @@ class Preconditioner(ABC):
     K = Tᵀ(I + T R Bᵀ Tᵀ)⁻¹ T.
     """
 
-    def __init__(self, surrogate: Surrogate, u: Float[Tensor, "b M"], w: Float[Tensor, "b n M"], k: int) -> None:
-        n, k = w.shape[1], min(k, u.shape[-1])
-        gathered, self.widths = surrogate.gathered, surrogate.gathered.widths
+    def __init__(self, at: Point, k: int) -> None:
+        (u, w), gathered = at.masses, at.surrogate.gathered
+        n, k, self.widths = w.shape[1], min(k, u.shape[-1]), gathered.widths
         self.dtype = self.precision(gathered.rows[0].dtype)
         tokens = (u + w.sum(1)).topk(k).indices
         everywhere = tokens[:, None].expand(-1, n, -1)
         u_rest, w_rest = u.scatter(-1, tokens, 0.0), w.scatter(-1, everywhere, 0.0)
-        means = gathered.both_moments(_unit(u_rest)[:, None].expand_as(w), _unit(w_rest))
+        exact = gathered.at(tokens)
+        means = self.means(at, exact, (u.gather(-1, tokens), w.gather(-1, everywhere)), (u_rest, w_rest))
         joint_mean, own_mean = (x.split(self.widths, dim=-1) for x in means)
-        self.prepare(surrogate, (u, w), (u_rest, w_rest), own_mean)
+        self.prepare(at, (u_rest, w_rest), own_mean)
         # Two rows of R_i are means of the rest: under u for the layer of p, under w_i for that of r_i.
         of_p = pad(torch.cat([u.gather(-1, tokens), u_rest.sum(-1, keepdim=True)], dim=-1), (0, 1))
         of_r = torch.cat([pad(w.gather(-1, everywhere), (0, 1)), w_rest.sum(-1, keepdim=True)], dim=-1)
@@ -45,8 +51,8 @@ class Preconditioner(ABC):
         self.rows: list[Float[Tensor, "b _ _"]] = []
         self.scaled: list[Float[Tensor, "b _ _"]] = []
         layers: list[tuple[_Layer, _Layer]] = []
-        for i, found in enumerate(gathered.at(tokens)):
-            alpha, gamma = surrogate.alpha[i], surrogate.gamma[i]
+        for i, found in enumerate(exact):
+            alpha, gamma = at.surrogate.alpha[i], at.surrogate.gamma[i]
             joint, own = _Layer(alpha**2 * of_p), _Layer(alpha * gamma * of_r[:, i])
             rows = torch.cat([found, joint_mean[i][:, None], own_mean[i][:, None]], dim=1).to(self.dtype)
             # About a common centre, or differences between rows would be lost.
@@ -75,14 +81,14 @@ class Preconditioner(ABC):
         """The dtype of X and its system, given that of the rows."""
 
     @abstractmethod
-    def prepare(
-        self,
-        surrogate: Surrogate,
-        masses: tuple[Float[Tensor, "b M"], Float[Tensor, "b n M"]],
-        rest: tuple[Float[Tensor, "b M"], Float[Tensor, "b n M"]],
-        own_mean: Sequence[Float[Tensor, "b _"]],
-    ) -> None:
-        """Make Λ, from all masses, those of the tokens that are not in X, and the means of Q_i under the latter."""
+    def means(
+        self, at: Point, exact: Sequence[Float[Tensor, "b k _"]], masses: HeavyMasses, rest: Masses
+    ) -> tuple[Float[Tensor, "b D"], Float[Tensor, "b D"]]:
+        """Those of the tokens that are not in X, under their masses ``rest`` of p and of r_i; X has rows ``exact``."""
+
+    @abstractmethod
+    def prepare(self, at: Point, rest: Masses, own_mean: Sequence[Float[Tensor, "b _"]]) -> None:
+        """Make Λ, from the masses of the tokens that are not in X, and the means of W_i under those of r_i."""
 
     @abstractmethod
     def unscaled(self, i: int, x: Float[Tensor, "b *k d"]) -> Float[Tensor, "b *k d"]:
@@ -107,17 +113,28 @@ class HeavyTokens(Preconditioner):
         """As the rows have."""
         return products
 
-    def prepare(
-        self,
-        surrogate: Surrogate,
-        masses: tuple[Float[Tensor, "b M"], Float[Tensor, "b n M"]],
-        rest: tuple[Float[Tensor, "b M"], Float[Tensor, "b n M"]],
-        own_mean: Sequence[Float[Tensor, "b _"]],
-    ) -> None:
+    def means(
+        self, at: Point, exact: Sequence[Float[Tensor, "b k _"]], masses: HeavyMasses, rest: Masses
+    ) -> tuple[Float[Tensor, "b D"], Float[Tensor, "b D"]]:
+        """By taking X off the means of all tokens, which are known; of little use where hardly anything is left."""
+        difference, own = at.moments
+        whole, found = (difference + own, own), []
+        for layer in (0, 1):
+            parts = []
+            for i, (rows, total) in enumerate(zip(exact, whole[layer].split(self.widths, dim=-1), strict=True)):
+                heavy, light = (m[0] if layer == 0 else m[1][:, i] for m in (masses, rest))
+                left, mass = total - times_transposed(rows, heavy.to(rows.dtype)), light.sum(-1, keepdim=True)
+                lost = mass <= _LOST * heavy.sum(-1, keepdim=True)
+                parts.append(torch.where(lost, 0.0, left / mass.clamp_min(_TINY)))
+            found.append(torch.cat(parts, dim=-1))
+        return found[0], found[1]
+
+    def prepare(self, at: Point, rest: Masses, own_mean: Sequence[Float[Tensor, "b _"]]) -> None:
         """By the mean leverage of tokens."""
+        surrogate = at.surrogate
         ridge = surrogate.curvature(*rest) + (0.0 if surrogate.ridge is None else surrogate.ridge)
         # Below this, single precision would lose the heavy tokens' system.
-        floor = 1e-6 * (ridge + surrogate.curvature(*masses))
+        floor = 1e-6 * (ridge + surrogate.curvature(*at.masses))
         self.ridge = torch.maximum(ridge, floor).clamp_min(_TINY)
         self.inverses = [w.precision.to(self.dtype) for w in surrogate.gathered.whitenings]
 
@@ -138,15 +155,17 @@ class AllTokens(Preconditioner):
         """Double: the heavy tokens may outweigh the light ones by many orders, and M must not exceed the Hessian."""
         return torch.float64
 
-    def prepare(
-        self,
-        surrogate: Surrogate,
-        masses: tuple[Float[Tensor, "b M"], Float[Tensor, "b n M"]],
-        rest: tuple[Float[Tensor, "b M"], Float[Tensor, "b n M"]],
-        own_mean: Sequence[Float[Tensor, "b _"]],
-    ) -> None:
+    def means(
+        self, at: Point, exact: Sequence[Float[Tensor, "b k _"]], masses: HeavyMasses, rest: Masses
+    ) -> tuple[Float[Tensor, "b D"], Float[Tensor, "b D"]]:
+        """By a read of their rows."""
+        u, w = rest
+        return at.surrogate.gathered.both_moments(_unit(u)[:, None].expand_as(w), _unit(w))
+
+    def prepare(self, at: Point, rest: Masses, own_mean: Sequence[Float[Tensor, "b _"]]) -> None:
         """By one product of each member's rows with themselves."""
         self.factors: list[Float[Tensor, "b d d"]] = []
+        surrogate = at.surrogate
         for i, a in enumerate(surrogate.gathered.rows):
             weight = (surrogate.alpha[i] * surrogate.gamma[i] * rest[1][:, i]).to(a.dtype)
             x = a - own_mean[i][:, None].to(a.dtype)

@@ -32,7 +32,7 @@ class Surrogate:
     Args:
         gathered: the tokens and their rows.
         log_u, log_w: log masses, (b, M) and (b, n, M), fp64; -inf for a token that counts for nothing.
-        shift: (b, D); see :meth:`matched`.
+        shift: (b, D); see :meth:`Point.matched`.
         ridge: (b, n), or None for none.
         alpha, gamma, trust: as :class:`softmeet.solvers.projection.Projection` has them.
     """
@@ -46,19 +46,20 @@ class Surrogate:
     gamma: tuple[float, ...]
     trust: tuple[float, ...]
 
-    def matched(self, gradient: Float[Tensor, "b D"]) -> Surrogate:
-        """The same with ∇F(0) = ``gradient``."""
-        own = self.slope(self.gathered.moments(self.log_u.exp()[:, None] - self.log_w.exp()))
-        return replace(self, shift=self.shift + gradient - own)
+    @cached_property
+    def log_masses(self) -> Float[Tensor, "b m M"]:
+        """Those of p and of every r_i."""
+        return torch.cat([self.log_u[:, None], self.log_w], dim=1)
 
-    def origin(self, gradient: Float[Tensor, "b D"] | None = None) -> Point:
-        """The point s = 0, of a surrogate matched to ``gradient`` if one is given."""
+    @cached_property
+    def log_totals(self) -> Float[Tensor, "b m 1"]:
+        """Of :attr:`log_masses`."""
+        return self.log_masses.logsumexp(-1, keepdim=True)
+
+    def origin(self) -> Point:
+        """The point s = 0."""
         y = torch.zeros_like(self.log_w)
-        point = Point(self, torch.zeros_like(self.shift), y, torch.zeros_like(y[:, 0, 0]))
-        if gradient is not None:
-            # Its own would differ by the rounding of two products, next to which gradients may be small.
-            vars(point)["gradient"] = gradient
-        return point
+        return Point(self, torch.zeros_like(self.shift), y, torch.zeros_like(y[:, 0, 0]))
 
     def shrinkage(self, since: Point, at: Point) -> Float[Tensor, " b"]:
         """The smallest share of its mass that a token has kept: ∇²F there ⪰ that share of ∇²F at ``since``."""
@@ -69,18 +70,23 @@ class Surrogate:
 
     def masses(self, y: Float[Tensor, "b n M"]) -> tuple[Float[Tensor, "b M"], Float[Tensor, "b n M"]]:
         """(u, w) after the displacement with scores ``y``."""
+        moved = self.log_masses + self.tilts(y)
+        masses = (moved - moved.logsumexp(-1, keepdim=True) + self.log_totals).exp()
+        return masses[:, 0], masses[:, 1:]
+
+    def tilts(self, y: Float[Tensor, "b n M"]) -> Float[Tensor, "b m M"]:
+        """What scores ``y`` add to the log masses, before these are normalised."""
         alpha, gamma = y.new_tensor(self.alpha)[:, None], y.new_tensor(self.gamma)[:, None]
-        return _moved(self.log_u, (alpha * y).sum(1)), _moved(self.log_w, -gamma * y)
+        return torch.cat([(alpha * y).sum(1, keepdim=True), -gamma * y], dim=1)
 
     def value(self, s: Float[Tensor, "b D"], y: Float[Tensor, "b n M"]) -> Float[Tensor, " b"]:
         """F(s), with y its scores; F(0) = 0."""
-        alpha = y.new_tensor(self.alpha)[:, None]
-        total = _log_growth(self.log_u, (alpha * y).sum(1)) + (self.shift * s).sum(-1)
+        grown = (self.log_masses + self.tilts(y)).logsumexp(-1, keepdim=True) - self.log_totals
+        grown = (self.log_totals.exp() * grown).squeeze(-1)
+        total = grown[:, 0] + (self.shift * s).sum(-1)
         for i, rho in enumerate(self.trust):
-            if math.isinf(rho):
-                total = total - (self.log_w[:, i].exp() * y[:, i]).sum(-1)
-            else:
-                total = total + rho * _log_growth(self.log_w[:, i], -self.gamma[i] * y[:, i])
+            fixed = math.isinf(rho)
+            total = total + (-(self.log_w[:, i].exp() * y[:, i]).sum(-1) if fixed else rho * grown[:, 1 + i])
         return total if self.ridge is None else total + 0.5 * (s * self.pull(s)).sum(-1)
 
     def pull(self, s: Float[Tensor, "b D"]) -> Float[Tensor, "b D"] | float:
@@ -126,12 +132,10 @@ class Point:
         """∇F(s)."""
         return self.surrogate.slope(self.moments[0]) + self.surrogate.pull(self.s)
 
-
-def _moved(log_m: Float[Tensor, "*b M"], x: Float[Tensor, "*b M"]) -> Float[Tensor, "*b M"]:
-    moved = log_m + x
-    return (moved - moved.logsumexp(-1, keepdim=True) + log_m.logsumexp(-1, keepdim=True)).exp()
-
-
-def _log_growth(log_m: Float[Tensor, "b M"], x: Float[Tensor, "b M"]) -> Float[Tensor, " b"]:
-    total = log_m.logsumexp(-1)
-    return total.exp() * ((log_m + x).logsumexp(-1) - total)
+    def matched(self, gradient: Float[Tensor, "b D"]) -> Point:
+        """The point s = 0, which this is, of the same surrogate but for a shift that makes ∇F(0) = ``gradient``."""
+        shift = self.surrogate.shift + gradient - self.gradient
+        point = Point(replace(self.surrogate, shift=shift), self.s, self.y, self.value)
+        # The gradient's own would differ by the rounding of two products, next to which it may be small.
+        vars(point).update(masses=self.masses, moments=self.moments, gradient=gradient)
+        return point
