@@ -108,7 +108,7 @@ def main(
         rows += pair
     with torch.inference_mode():
         states = [h[-1:] for h in model.hidden_states(ids[:1])]
-        log_p, _ = model.solve_rows(states, rule="logit-mean")
+        log_p, _ = model.solve_rows(states, model.settings.changed(rule="logit-mean"))
     nats = [*entropy(log_p)[:, 0].tolist(), kl(log_p[0], log_p[1]).item()]
     facts = "entropies {:.1f} and {:.1f} nats, KL {:.2f}".format(*nats)
     show(f"decoding, two members of GPT-2 small's shape, trust {trust:g}, tol 1e-4; {facts}", rows, json)

@@ -23,8 +23,8 @@ from scipy.optimize import linprog
 import softmeet
 from problems import premise
 from report import show
-from softmeet.rules.cross_entropy import extremes
 from softmeet.rules.exact import members_of_c
+from softmeet.rules.min_cross_entropy import MinCrossEntropy
 from softmeet.rules.row import Row
 from softmeet.solvers import program
 
@@ -85,7 +85,7 @@ def linear(name: str, row: Row, G: Array, g: Array, limit: float) -> list[dict[s
     cost = torch.randn(len(member), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def ours() -> float:
-        return float(cost @ extremes(Row(replace(row.problem)), cost, member).p)
+        return float(cost @ MinCrossEntropy().extremes(Row(replace(row.problem)), cost, member).p)
 
     table = [entry(name, "a linear cost", "column generation", *timed(ours))]
     with mock.patch.object(program, "_FEWEST", len(cost)):

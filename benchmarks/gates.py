@@ -27,7 +27,7 @@ from softmeet.evaluation.perplexity import Evaluation, evaluate
 from softmeet.evaluation.positions import Positions, observe_text
 from softmeet.hf import Recorder
 from softmeet.hf.sampling import RowSampler
-from softmeet.rules.gates import confidence, first_order_disagreement
+from softmeet.rules.gates import confidence
 
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
 PROMPT = 16
@@ -41,10 +41,10 @@ def gates_of(ensemble: Ensemble, positions: Positions) -> list[str]:
     model, found = ensemble.model, []
     log_p, logits = model.own_log_probs(positions.hidden)
     # No trust is solved for: the pool and the disagreement are the same at any rate.
-    problem = model.combine_rows(log_p, logits, rule="meet", gate="disagreement:1e9").problem
+    problem = model.combine_rows(log_p, logits, model.settings.changed(gate="disagreement:1e9")).problem
     for name, sizes, signs in (
         ("unsure", confidence(log_p[0]), [1 - share for share in SHARES]),
-        ("disagreement", first_order_disagreement(problem), SHARES),
+        ("disagreement", problem.pool_bound(), SHARES),
     ):
         cuts = torch.quantile(sizes.double(), torch.tensor(signs, dtype=torch.float64)).tolist()
         found += [f"{name}:{cut:.2g}" for cut in cuts]

@@ -55,7 +55,7 @@ class Clock:
 
 def measure(ensemble: Ensemble, rules: str, tokens: int, engine: Engine) -> tuple[dict[str, Any], str]:
     """(figures, the reduced JSON) of one run."""
-    choices = with_baselines(parse_choices(rules, len(ensemble.names)))
+    choices = with_baselines(parse_choices(rules.split(","), len(ensemble.names)))
     clock = Clock()
     with engine:
         found = evaluate_text(

@@ -39,7 +39,8 @@ def test_a_trust_of_zero_drops_a_bands_constraint_and_no_other(folders):
     ensemble = Ensemble.from_pretrained(folders)
     hidden = ensemble.model.hidden_states(torch.arange(1, 5)[None])
     log_p, _ = ensemble.model.own_log_probs(hidden)
-    found = ensemble.model.combine_rows(log_p, None, bands=2, trust=[0.7, 0, 0, 0], tol=1e-9)
+    banded = ensemble.model.settings.changed(bands=2, trust=[0.7, 0, 0, 0], tol=1e-9)
+    found = ensemble.model.combine_rows(log_p, None, banded)
     (first, _) = bands(ensemble.model.heads[0], 2)
     other = ensemble.model.heads[1]
     expected = combine(log_p, [first, other], trust=[0.7, 0.0], tol=1e-9)
@@ -68,7 +69,7 @@ def test_one_trust_per_member_serves_all_its_bands(folders, tmp_path):
     ensemble = Ensemble.from_pretrained(tmp_path / "e", trust=[0.5, 0.1])
     assert ensemble.model.config.trust == [0.5, 0.5, 0.1, 0.1]
     for given, expected in (("1/0.3", [1.0, 1.0, 0.3, 0.3]), ("1/2/3/4", [1.0, 2.0, 3.0, 4.0])):
-        (choice,) = parse_choices(f"meet:trust={given}", 2, 2)
+        (choice,) = parse_choices([f"meet:trust={given}"], 2, 2)
         assert choice.settings["trust"] == expected
     positions = observe_text(ensemble, [Document("", "hello there")])
     rules = ("meet", "max-entropy")
@@ -86,4 +87,4 @@ def test_an_ensemble_with_bands_is_served(folders):
     assert served.combination(Extension(), CHANGES)[0].trust == (0.5, 0.1, 1.0, 0.0)
     assert served.combination(Extension(trust=[1.0, 2.0]), CHANGES)[0].trust == (1.0, 1.0, 2.0, 2.0)
     alone, _ = served.combination(Extension(members=["b"]), CHANGES)
-    assert (alone.trust, alone.model.config.bands) == ((1.0, 0.0), 2)
+    assert (alone.settings.trust, alone.model.config.bands) == ((1.0, 0.0), 2)

@@ -44,7 +44,7 @@ def test_saved_and_loaded_equals_original(ours, tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path / "ensemble"),
     ):
         assert isinstance(again, EnsembleForCausalLM)
-        assert again.config.combine_arguments() == ours.model.config.combine_arguments()
+        assert again.config.settings == ours.model.config.settings
         assert torch.equal(answer(again), answer(ours.model))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ensemble")
     assert tokenizer.padding_side == "left"

@@ -35,8 +35,12 @@ def broken(member, row, value):
         ({"heads": HEADS[:1]}, InvalidInputError, "one head per member, 2 in all, got 1"),
         ({"heads": [HEADS[0], HEADS[1][:10]]}, InvalidInputError, r"20 rows for member 1.*shape \(10, 4\)"),
         ({"heads": [HEADS[0], torch.zeros(21, 4)]}, InvalidInputError, r"shape \(21, 4\)"),
-        ({"rule": "mean"}, InvalidInputError, "unknown rule 'mean': expected one of meet, max-entropy"),
-        ({"pool": "sum"}, InvalidInputError, "unknown pool 'sum'"),
+        (
+            {"rule": "mean"},
+            InvalidInputError,
+            r"unknown rule 'mean': did you mean prob-mean\? expected one of meet, max-entropy",
+        ),
+        ({"pool": "sum"}, InvalidInputError, "pool to be 'logit-mean' or 'prob-mean', got 'sum'"),
         ({"weights": [0.5]}, InvalidInputError, "one weight per member, 2 in all, got 1"),
         ({"weights": [1.5, -0.5]}, InvalidInputError, r"none negative, got \[1.5, -0.5\]"),
         ({"weights": [0.0, 0.0]}, InvalidInputError, "a positive weight"),
@@ -45,9 +49,9 @@ def broken(member, row, value):
         ({"trust": -1.0}, InvalidInputError, "trusts from 0 to inf"),
         ({"trust": math.nan}, InvalidInputError, "trusts from 0 to inf"),
         ({"trust": [1.0, 2.0, 3.0]}, InvalidInputError, "2 in all, got 3"),
-        ({"tol": 0.0}, InvalidInputError, "positive tol"),
-        ({"max_steps": 0}, InvalidInputError, "max_steps to be an integer"),
-        ({"on_infeasible": "guess"}, InvalidInputError, "on_infeasible='meet' or 'raise'"),
+        ({"tol": 0.0}, InvalidInputError, "tol to be greater than 0, got 0"),
+        ({"max_steps": 0}, InvalidInputError, "max_steps to be an integer of at least 1"),
+        ({"on_infeasible": "guess"}, InvalidInputError, "on_infeasible to be 'meet' or 'raise'"),
         ({"support": torch.ones(19, dtype=torch.bool)}, InvalidInputError, r"bool mask of shape \(20,\)"),
         ({"heads": [SoftmaxHead(HEADS[0], soft_cap=5.0), HEADS[1]]}, InvalidInputError, "pass the members' capped"),
     ],
@@ -157,7 +161,10 @@ def test_an_empty_batch():
 
 
 def test_the_public_names_are_pinned():
-    assert softmeet.__all__ == ["RULES", "Ensemble", "SoftmaxHead", "Solution", "Status", "__version__", "combine"]
+    assert softmeet.__all__ == [
+        "RULES", "Ensemble", "Rule", "Settings", "SoftmaxHead", "Solution", "Status", "__version__", "combine",
+        "register_rule", "rule_names",
+    ]  # fmt: skip
     assert all(hasattr(softmeet, name) for name in softmeet.__all__)
     assert [rule.name for rule in softmeet.RULES] == [
         "meet", "max-entropy", "least-squares", "min-cross-entropy", "min-squared-cross-entropy", "min-underestimation",

@@ -70,7 +70,9 @@ def test_rules_are_those_of_combine(ensemble):
         Choice("cool", {"rule": "prob-mean", "weights": [0.25, 0.75], "rule_temperature": 0.5}),
     ]
     found = evaluate(ensemble, positions, choices)
-    log_probs, meet = ensemble.model.solve_rows(positions.hidden, rule="meet", trust=[0.5, 2.0])
+    log_probs, meet = ensemble.model.solve_rows(
+        positions.hidden, ensemble.model.settings.changed(rule="meet", trust=[0.5, 2.0])
+    )
     target = positions.targets[:, None]
     assert torch.allclose(found.choices["meet"].nats, -meet.log_probs.gather(-1, target)[:, 0].double(), atol=1e-6)
     mean = (0.25 * log_probs[0].exp() + 0.75 * log_probs[1].exp()) ** 2
@@ -105,7 +107,8 @@ def test_weights_from_the_prompt_apply_after_it(ensemble):
         own = (positions.document == k).nonzero()[:, 0]
         weights = perplexity_weights(nats[:, own[:10]].mean(-1).tolist())
         for rows, w in ((own[:10], [0.5, 0.5]), (own[10:], weights)):
-            _, solution = ensemble.model.solve_rows([h[rows] for h in positions.hidden], rule="logit-mean", weights=w)
+            settings = ensemble.model.settings.changed(rule="logit-mean", weights=w)
+            _, solution = ensemble.model.solve_rows([h[rows] for h in positions.hidden], settings)
             expected = -solution.log_probs.gather(-1, positions.targets[rows, None])[:, 0].double()
             assert torch.allclose(found.choices["packed"].nats[rows], expected, atol=1e-6)
 
@@ -189,7 +192,7 @@ def test_the_baseline_is_the_best_of_members_and_averages(ensemble):
 )
 def test_rules_that_are_none(text, message):
     with pytest.raises(InvalidInputError, match=message):
-        parse_choices(text, 2)
+        parse_choices([text] if text else [], 2)
 
 
 def test_the_command(folders, tmp_path):
@@ -294,11 +297,11 @@ def test_a_member_called_like_a_rule_is_refused(folders, tmp_path, monkeypatch):
 @pytest.mark.parametrize("given", ["-3", "2.5", "0", "inf", "nan"])
 def test_prompt_weights_are_of_a_whole_number_of_tokens(given):
     with pytest.raises(InvalidInputError, match="an integer of at least 1, in 'meet:prompt_weights="):
-        parse_choices(f"meet:prompt_weights={given}", 2)
+        parse_choices([f"meet:prompt_weights={given}"], 2)
 
 
 def test_prompts_longer_than_every_document_are_refused(ensemble):
-    documents, chosen = [Document("a", WORDS), Document("b", "abc")], parse_choices("meet:prompt_weights=40", 2)
+    documents, chosen = [Document("a", WORDS), Document("b", "abc")], parse_choices(["meet:prompt_weights=40"], 2)
     positions = observe_text(ensemble, documents, max_per_document=40)
     message = "more than 40 predictions for weights from so many, but the longest has 40: give fewer"
     with pytest.raises(InvalidInputError, match=message):

@@ -24,7 +24,7 @@ from softmeet.hf import EnsembleConfig, Recorder, TokenReports
 from softmeet.hf.cache import EnsembleCache
 from softmeet.hf.sampling import RowSampler
 from softmeet.members.trails import Trail, catch_up
-from softmeet.rules.gates import find_gate, first_order_disagreement
+from softmeet.rules.gates import parse_gate, that_closes
 from softmeet.simplex import kl, total_variation
 
 # Nats of first-order disagreement that about half of the tiny members' tokens exceed.
@@ -64,7 +64,7 @@ def test_bad_gates_are_refused_wherever_they_are_given(gate, rows, model):
         lambda: softmeet.combine(*rows, gate=gate),
         lambda: EnsembleConfig(["a"], gate=gate),
         lambda: model.generate(PROMPTS, gate=gate, max_new_tokens=1),
-        lambda: parse_choices(f"meet:gate={gate or 'x'}", 2),
+        lambda: parse_choices([f"meet:gate={gate or 'x'}"], 2),
     ):
         with pytest.raises(InvalidInputError, match=r"expected a gate as unsure:T .*or none|unknown option"):
             given()
@@ -76,7 +76,7 @@ def test_bad_gates_are_refused_wherever_they_are_given(gate, rows, model):
 @pytest.mark.parametrize("rule", [rule.name for rule in RULES])
 def test_gates_that_never_close_are_no_gates(rows, rule, gate):
     plain, ours = softmeet.combine(*rows, rule), softmeet.combine(*rows, rule, gate=gate)
-    assert find_gate(gate) is None
+    assert that_closes(parse_gate(gate)) is None
     assert torch.equal(ours.log_probs, plain.log_probs)
     assert torch.equal(ours.status, plain.status)
     assert torch.equal(ours.gap, plain.gap)
@@ -99,7 +99,7 @@ def test_unsure_0_is_what_the_rule_makes_of_the_first_member(rows, rule):
 def test_disagreement_is_the_pool_where_members_agree_and_the_rule_elsewhere(rows, pool):
     plain = softmeet.combine(*rows, trust=[0.5, 2.0], pool=pool)
     size = sum(rho * kl(plain.pool, own) for rho, own in zip((0.5, 2.0), rows[0], strict=True))
-    assert torch.allclose(size, first_order_disagreement(plain.problem))
+    assert torch.allclose(size, plain.problem.pool_bound())
     threshold = size.median().item()
     ours = softmeet.combine(*rows, trust=[0.5, 2.0], pool=pool, gate=f"disagreement:{threshold}")
     closed = size <= threshold
@@ -361,7 +361,7 @@ def test_evaluation_position_by_position(tmp_path):
     assert torch.allclose(found.choices["meet"].nats, rule, atol=1e-6)  # its own gate does not count
     closed = {
         sure.name: (log_probs[0].exp().amax(-1) >= 0.1, log_probs[0]),
-        near.name: (first_order_disagreement(solution.problem) <= 0.3, solution.pool),
+        near.name: (solution.problem.pool_bound() <= 0.3, solution.pool),
     }
     for name, (where, instead) in closed.items():
         assert 0 < where.sum() < len(where)
@@ -377,11 +377,11 @@ def test_evaluation_position_by_position(tmp_path):
 
 
 def test_gates_in_the_names_of_choices():
-    (choice,) = parse_choices("meet:trust=0.5:gate=unsure:0.25", 2)
+    (choice,) = parse_choices(["meet:trust=0.5:gate=unsure:0.25"], 2)
     assert choice.settings == {"rule": "meet", "trust": [0.5, 0.5], "gate": "unsure:0.25"}
-    (_, again) = under_gates(parse_choices("meet:trust=0.5", 2), ["unsure:0.25"])
+    (_, again) = under_gates(parse_choices(["meet:trust=0.5"], 2), ["unsure:0.25"])
     assert again.settings == choice.settings
-    assert parse_choices(again.name, 2) == [again]
+    assert parse_choices([again.name], 2) == [again]
 
 
 def test_gates_on_the_command_line(tmp_path):

@@ -85,7 +85,7 @@ def plain(cluster):
 def evaluated(ensemble, engine, **options):
     """The reduced JSON; both gates are closed at some positions."""
     gated = ",".join(f"meet:trust=0.5:gate={gate}" for gate in ("disagreement:0.1", "unsure:0.2"))
-    choices = parse_choices(f"logit-mean,meet:trust=0.5,{gated}", 2)
+    choices = parse_choices(["logit-mean", "meet:trust=0.5", gated], 2)
     return json.dumps(summary(evaluate_text(ensemble, DOCUMENTS, choices, engine=engine, **options)))
 
 
@@ -273,7 +273,7 @@ def test_packing_gives_the_same_tensors_back(ensemble):
 
 def test_positions_fits_and_studies_are_the_same(cluster, ensemble, tmp_path):
     options = Options(meet_positions=60, premise_positions=40, evaluations=3)
-    parsed = parse_choices("meet:trust=0.5,logit-mean:prompt_weights=20", 2)
+    parsed = parse_choices(["meet:trust=0.5", "logit-mean:prompt_weights=20"], 2)
 
     def everything(engine, folder):
         traced = record(ensemble, DOCUMENTS, folder / "trace", max_per_document=40, shard_size=100, engine=engine)
@@ -356,7 +356,7 @@ def test_a_command_goes_on_after_its_driver_was_killed(cluster, ensemble, folder
     done = run(*asked)
     assert done.returncode == 0, done.stderr
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    choices = with_baselines(parse_choices("meet", 2))
+    choices = with_baselines(parse_choices(["meet"], 2))
     with LocalEngine(2) as engine:
         local = summary(evaluate_text(ensemble, documents, choices, engine=engine))
     assert (tmp_path / "ray.json").read_text() == json.dumps(local, indent=2) + "\n"

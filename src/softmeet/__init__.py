@@ -12,23 +12,41 @@ from softmeet._auto import register
 from softmeet._version import __version__
 
 if TYPE_CHECKING:
+    RULES: tuple[Rule, ...]
     from softmeet.ensemble import Ensemble
     from softmeet.heads import SoftmaxHead
+    from softmeet.rules.base import Rule
     from softmeet.rules.combine import combine
-    from softmeet.rules.registry import RULES
+    from softmeet.rules.registry import register_rule, rule_names
+    from softmeet.rules.settings import Settings
     from softmeet.rules.solution import Solution
     from softmeet.solvers.base import Status
 
-__all__ = ["RULES", "Ensemble", "SoftmaxHead", "Solution", "Status", "__version__", "combine"]
+__all__ = [
+    "RULES",
+    "Ensemble",
+    "Rule",
+    "Settings",
+    "SoftmaxHead",
+    "Solution",
+    "Status",
+    "__version__",
+    "combine",
+    "register_rule",
+    "rule_names",
+]
 
 # Loaded when first used, so that `softmeet --help` does not wait for torch and transformers.
 _HOMES = {
     "Ensemble": "softmeet.ensemble",
-    "RULES": "softmeet.rules.registry",
+    "Rule": "softmeet.rules.base",
+    "Settings": "softmeet.rules.settings",
     "SoftmaxHead": "softmeet.heads",
     "Solution": "softmeet.rules.solution",
     "Status": "softmeet.solvers.base",
     "combine": "softmeet.rules.combine",
+    "register_rule": "softmeet.rules.registry",
+    "rule_names": "softmeet.rules.registry",
 }
 
 
@@ -37,6 +55,8 @@ del register
 
 
 def __getattr__(name: str) -> Any:
+    if name == "RULES":  # as many as there are now
+        return import_module("softmeet.rules.registry").all_rules()
     if name not in _HOMES:
         raise AttributeError(f"module 'softmeet' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

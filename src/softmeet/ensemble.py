@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from softmeet.errors import InvalidInputError
-from softmeet.hf.configuration import SETTINGS, EnsembleConfig
+from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.loading import absolute, load
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.hf.recorder import Recorder
@@ -28,6 +28,9 @@ from softmeet.members import zoo
 from softmeet.members.huggingface import Dtype, Member
 from softmeet.members.placement import Device
 from softmeet.members.weighting import perplexity_weights
+from softmeet.rules.base import Rule
+from softmeet.rules.settings import Settings
+from softmeet.rules.signatures import takes_settings
 from softmeet.rules.solution import Solution
 
 
@@ -43,6 +46,12 @@ def _is_ensemble(name: str | Path) -> bool:
     return bool(found.get("model_type") == EnsembleConfig.model_type)
 
 
+def _saved_config(name: str | Path) -> EnsembleConfig:
+    repository, _, revision = str(name).partition("@")
+    found: EnsembleConfig = EnsembleConfig.from_pretrained(repository, revision=revision or "main")
+    return found
+
+
 def member_names(members: Sequence[str | Path] | str | Path) -> list[str]:
     """The members that a saved ensemble, a bundled family or a list of names stands for.
 
@@ -50,8 +59,7 @@ def member_names(members: Sequence[str | Path] | str | Path) -> list[str]:
         CheckpointError: a saved ensemble names a member that is not there.
     """
     if isinstance(members, str | Path) and _is_ensemble(members):
-        repository, _, revision = str(members).partition("@")
-        return absolute(EnsembleConfig.from_pretrained(repository, revision=revision or "main").members, Path(members))
+        return absolute(_saved_config(members).members, Path(members))
     named = [members] if isinstance(members, str | Path) else list(members)
     return [name for entry in named for name in zoo.expand(entry)]
 
@@ -92,40 +100,27 @@ class Ensemble:
         self.names: list[str] = list(model.config.members)
 
     @classmethod
+    @takes_settings
     def from_pretrained(
         cls,
         members: Sequence[str | Path] | str | Path = zoo.DEFAULT,
-        rule: str | None = None,
+        rule: str | Rule | None = None,
         *,
-        weights: Sequence[float] | None = None,
-        trust: float | Sequence[float] | None = None,
-        pool: str | None = None,
-        tol: float | None = None,
-        max_steps: int | None = None,
-        free_weights: bool | None = None,
-        on_infeasible: str | None = None,
-        rank: int | None = None,
-        free_radial: bool | None = None,
-        metric: str | None = None,
-        slack: float | None = None,
-        vertex: bool | None = None,
-        gate: str | None = None,
         dtype: Dtype | Sequence[Dtype] = None,
         device: Device | Sequence[Device] = None,
         trust_remote_code: bool = False,
         offload_folder: str | Path | None = None,
         on_progress: Callable[[str], None] = lambda name: None,
         loaded: dict[Any, Member] | None = None,
+        **settings: Any,
     ) -> Ensemble:
         """Load members and combine them by a rule, or load a saved ensemble.
 
         Args:
             members: hub ids (``org/model@revision``), folders, ``.gguf`` files or bundled names, or one saved ensemble;
                 the bundled wide family by default.
-            rule, weights, trust, pool, tol, max_steps, free_weights, on_infeasible, rank, free_radial, metric, slack,
-                vertex: as :func:`softmeet.combine`; None for its defaults, or for what a saved ensemble has.
-            gate: ``"unsure:T"`` or ``"disagreement:T"``: where not to run the other members, or not to solve
-                (:mod:`softmeet.rules.gates`); None for none, or for what a saved ensemble has.
+            rule: a name, with options as in ``"meet:trust=1/0.3"``, or an instance of :class:`softmeet.Rule`; if None
+                ``meet``, or what a saved ensemble has.
             dtype: None for fp32 on CPU and the checkpoints' own elsewhere; one for all members or one each.
             device: None for CPU, ``"auto"`` to leave it to accelerate, or a dict with a device, ``"cpu"`` or ``"disk"``
                 for each module by name; one for all members or one each. Members in different places run at the same
@@ -134,6 +129,8 @@ class Ensemble:
             offload_folder: for weights on disk that cannot be read from the checkpoint as they are.
             on_progress: called with each member's name before it is loaded.
             loaded: what earlier calls loaded; members that are there already are shared, new ones are added.
+            settings: the fields of :class:`softmeet.Settings`, listed below, and options of the rule itself; None for
+                the default, or for what a saved ensemble has.
 
         Raises:
             InvalidInputError: a setting is wrong, or no member is named.
@@ -142,24 +139,10 @@ class Ensemble:
             UnsupportedHeadError: a member's output layer is not a plain softmax head.
         """
         saved = members if isinstance(members, str | Path) and _is_ensemble(members) else None
-        given: dict[str, Any] = {
-            "rule": rule, "weights": weights, "trust": trust, "pool": pool, "tol": tol, "max_steps": max_steps,
-            "free_weights": free_weights, "on_infeasible": on_infeasible, "rank": rank, "free_radial": free_radial,
-            "metric": metric, "slack": slack, "vertex": vertex, "gate": gate,
-        }  # fmt: skip
-        given = {key: value for key, value in given.items() if value is not None}
-        if saved is not None:
-            repository, _, revision = str(saved).partition("@")
-            settings = EnsembleConfig.from_pretrained(repository, revision=revision or "main").to_dict() | given
-            names = member_names(saved)
-            given = {
-                key: settings[key]
-                for key in (*SETTINGS, "weights", "rule_temperature", "bands", "gate")
-                if settings.get(key) is not None
-            }
-        else:
-            names = member_names(members)
-        config = EnsembleConfig(members=names, **given)
+        given = {name: value for name, value in {"rule": rule, **settings}.items() if value is not None}
+        names = member_names(members)
+        chosen = Settings.of(given) if saved is None else _saved_config(saved).settings.changed(**given)
+        config = EnsembleConfig(names, settings=chosen)
         models, tokenizer = load(
             names,
             dtype=dtype,
@@ -185,7 +168,7 @@ class Ensemble:
             InvalidInputError: the prompt is empty or longer than the shortest context.
         """
         hidden = [h[-1:] for h in self.model.hidden_states(self._encode([text])["input_ids"])]
-        log_probs, solution = self.model.solve_rows(hidden, gate=self.model.config.gate)
+        log_probs, solution = self.model.solve_rows(hidden, self.model.settings)
         members = {name: self._top(own[0], top) for name, own in zip(self.names, log_probs, strict=True)}
         return NextToken(self._top(solution.log_probs[0], top), members, solution)
 
@@ -203,7 +186,7 @@ class Ensemble:
         reports = TokenReports(top)
         # Every member is asked everywhere, to be seen; a gate says where its answer would not have counted.
         hidden = [states[:-1] for states in self.model.hidden_states(inputs["input_ids"])]
-        for log_probs, solution in self.model.solve_in_chunks(hidden, gate=self.model.config.gate):
+        for log_probs, solution in self.model.solve_in_chunks(hidden, self.model.settings):
             reports.add(solution, log_probs)
         return [reports.at(row, token) for row, token in enumerate(tokens.tolist())]
 

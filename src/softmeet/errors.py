@@ -10,6 +10,7 @@
     │   └── TraceError                    a trace is damaged, of other members, or the disk is full
     ├── CheckpointError (OSError)         a member cannot be loaded
     ├── UnsupportedHeadError              a model whose output layer is not a plain softmax head
+    ├── RuleError                         a rule of somebody's own failed, or gave no distribution
     ├── InfeasibleError                   no distribution has every member's moments (on_infeasible="raise")
     ├── NotConvergedError                 max_steps did not reach tol (throw=True)
     └── WorkerLostError                   workers of a cluster died, or none began
@@ -48,6 +49,10 @@ class CheckpointError(SoftmeetError, OSError):
 
 class UnsupportedHeadError(SoftmeetError):
     """A model whose output layer is not a plain softmax head: quantised, offloaded, adapted or unknown."""
+
+
+class RuleError(SoftmeetError):
+    """A rule failed, gave something that is no distribution, or cannot be loaded from its package."""
 
 
 class InfeasibleError(SoftmeetError):

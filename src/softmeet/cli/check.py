@@ -16,19 +16,20 @@ from rich.table import Table
 
 from softmeet.cli import options
 from softmeet.cli.config import Config
+from softmeet.cli.old_forms import warn
 
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
 
 
+@options.with_settings(only=("weights", "pool"))
 def check(
-    members: Annotated[list[str], typer.Argument(help="Hub ids, folders, GGUF files, bundled names, or one ensemble.")],
+    named: Annotated[list[str] | None, typer.Argument(hidden=True, help="An old form: say -m for each.")] = None,
+    members: options.Members = None,
     text: Annotated[
         Path | None, typer.Option("--text", help="Held-out text for the premise score: is the softmax to blame?")
     ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Of the text, at most.")] = 512,
-    weights: options.Weights = None,
-    pool: options.PoolName = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
     trust_remote_code: options.RemoteCode = False,
@@ -41,17 +42,27 @@ def check(
     ] = None,
     config: Config = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    **settings: Any,
 ) -> None:
     """Compare members: vocabularies, heads, the angles between them, memory, and whom to trust."""
+    if named:
+        warn("naming members without an option", f"say {' '.join(f'-m {name}' for name in named)}")
+    members = [*(members or ()), *(named or ())]
     if plan:
         from softmeet.cli.plan import show_plan
 
         show_plan(
-            members, batch, context, as_json=as_json, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+            members or [options.DEFAULT_MEMBERS],
+            batch,
+            context,
+            as_json=as_json,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
         )
         return
     ensemble = options.load_ensemble(
-        members, None, weights, pool=pool, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        members, settings=settings, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
     with options.status("comparing heads"):
         facts = _facts(ensemble)

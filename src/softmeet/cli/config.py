@@ -10,6 +10,7 @@ import typer
 import yaml
 from typer.core import TyperGroup
 
+from softmeet.cli.old_forms import modern_values
 from softmeet.errors import InvalidInputError
 
 
@@ -38,10 +39,14 @@ def _read(path: Path) -> dict[str, Any]:
         raise InvalidInputError(f"{path}: expected option names and values, such as 'rule: meet', got {found!r}")
     # Lists of numbers may be written as YAML has them.
     numeric = ("trust", "weights")
-    return {
-        str(key).replace("-", "_"): ",".join(map(str, value)) if key in numeric and isinstance(value, list) else value
-        for key, value in found.items()
-    }
+    return modern_values(
+        {
+            str(key).replace("-", "_"): ",".join(map(str, value))
+            if key in numeric and isinstance(value, list)
+            else value
+            for key, value in found.items()
+        }
+    )
 
 
 def _names(command: Any) -> dict[str, str]:

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from softmeet.cli import engines, options, texts
 from softmeet.cli.config import Config
+from softmeet.cli.old_forms import repeated
 from softmeet.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -29,25 +30,25 @@ Json = Annotated[
 Traced = Annotated[Path | None, typer.Option("--trace", help="A trace, in place of --text.")]
 
 
+@options.with_settings("rule", "gate")
 def evaluate(
     members: texts.Members = None,
     text: texts.Text = None,
     trace: Traced = None,
     rules: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="Rules with options: logit-mean,meet:trust=0.3,meet:trust=1/0/0.3:pool=prob-mean.",
+            "--rule",
+            help="A rule with options: meet:trust=1/0/0.3:pool=prob-mean; repeat it.",
             show_default="the ensemble's own",
         ),
     ] = None,
-    trust: options.Trust = None,
-    weights: options.Weights = None,
-    pool: options.PoolName = None,
-    tol: options.Tolerance = None,
-    gate: Annotated[
-        str | None,
+    gates: Annotated[
+        list[str] | None,
         typer.Option(
-            help="Try each rule under these gates too: unsure:0.5,disagreement:0.01.", show_default="the ensemble's own"
+            "--gate",
+            help="Try each rule under this gate too: unsure:0.5; repeat it.",
+            show_default="the ensemble's own",
         ),
     ] = None,
     prompt_weights: Annotated[
@@ -75,35 +76,37 @@ def evaluate(
     gpus: engines.Gpus = 0.0,
     resume: engines.Resume = None,
     config: Config = None,
+    **settings: Any,
 ) -> None:
     """Nats per token of rules on a text, beside each member and the averages, with paired intervals by document."""
     from softmeet.evaluation.choices import parse_choices, under_gates, with_baselines
+    from softmeet.rules.settings import POOLS
 
     texts.require_extra(psutil=True, scipy=True, pyarrow=trace, matplotlib=plots)
     texts.require_places(as_json, plots, resume)
     found = texts.documents_unless(trace, text, separator, column)
+    _require_once(rules or [], settings)
     ensemble = options.load_ensemble(
-        texts.default_members(members, trace), trust, weights, pool=pool, tol=tol,
+        texts.default_members(members, trace), settings=settings,
         dtype=dtype, device=device, trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    named = rules or ensemble.model.config.rule
-    named += f",logit-mean:prompt_weights={prompt_weights}" if prompt_weights else ""
-    gates = [one for one in (gate or ensemble.model.config.gate or "").split(",") if one]
     own = ensemble.model.config
-    parsed = under_gates(parse_choices(named, len(ensemble.names), own.bands), gates)
+    named = [*(rules or [own.rule]), *([f"{POOLS[0]}:prompt_weights={prompt_weights}"] if prompt_weights else [])]
+    tried = repeated("--gate", gates) or ([own.gate] if own.gate else [])
+    parsed = under_gates(parse_choices(named, len(ensemble.names), own.bands), tried)
     choices = with_baselines(parsed, own.weights or (), own.rule_temperature)
     read: dict[str, Any] = {"window": window, "stride": stride, "bos": bos, "max_per_document": max_per_document}
     from softmeet.evaluation.kept import Kept
     from softmeet.evaluation.pieces import evaluate_positions, evaluate_text
     from softmeet.evaluation.report import summary
 
-    settings = {
+    how = {
         "threads": threads,
         "choices": [asdict(choice) for choice in choices],
-        "ensemble": {**own.combine_arguments(), "rule_temperature": own.rule_temperature},
+        "ensemble": own.settings.ungated().plain(),
     }
     positions, pinned = identified(ensemble, found, trace, max_tokens=max_tokens, **read)
-    kept = Kept(resume, pinned | settings)
+    kept = Kept(resume, pinned | how)
     with (
         options.stoppable(after(resume)),
         engines.engine(engine, ensemble, workers, threads, ray_address, gpus) as running,
@@ -125,6 +128,22 @@ def evaluate(
         from softmeet.evaluation.plots import draw
 
         draw(facts, plots)
+
+
+def _require_once(rules: list[str], settings: dict[str, Any]) -> None:
+    """Refuse a setting that both a rule and a flag name; here, before anything is loaded.
+
+    Raises:
+        InvalidInputError: there is one; or a rule is none.
+    """
+    from softmeet.evaluation.choices import without_prompt
+    from softmeet.rules.settings import parse_rule
+
+    for rule in rules:
+        _, named = parse_rule(without_prompt(rule)[0])
+        if both := [name for name in named if settings.get(name) is not None]:
+            flag = options.flag_of(both[0])
+            raise InvalidInputError(f"{both[0]} is named twice, in the rule {rule!r} and by {flag}: leave one out")
 
 
 def identified(

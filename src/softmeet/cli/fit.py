@@ -23,6 +23,14 @@ def fit(
     members: texts.Members = None,
     text: texts.Text = None,
     trace: Traced = None,
+    rules: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--rule",
+            help="One more candidate, with options: meet:trust=1/0.3; what it does not name is the fitted average's; "
+            "repeat it.",
+        ),
+    ] = None,
     free_weights: Annotated[bool, typer.Option("--free-weights", help="Weights need not sum to one.")] = False,
     bands: Annotated[
         int, typer.Option(min=1, help="Also try a trust for each of so many bands of a head's principal directions.")
@@ -72,14 +80,16 @@ def fit(
 ) -> None:
     """Learn weights, temperature and trusts, and save the best ensemble; or the best average, unless meet is better."""
     from softmeet.evaluation.files import require_ensemble_folder
+    from softmeet.rules.settings import parse_rule
 
     texts.require_extra(psutil=True, scipy=True, pyarrow=trace)
     texts.require_places(as_json, out, resume)
     require_ensemble_folder(out)
+    for rule in rules or ():
+        parse_rule(rule)
     found = texts.documents_unless(trace, text, separator, column)
     ensemble = options.load_ensemble(
-        texts.default_members(members, trace), None, None, dtype=dtype, device=device,
-        trust_remote_code=trust_remote_code,
+        texts.default_members(members, trace), dtype=dtype, device=device, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     from softmeet.evaluation.fit import Options, figures
     from softmeet.evaluation.fit import fit as learn
@@ -91,6 +101,7 @@ def fit(
     given = Options(
         free_weights, bands, meet_positions=meet_tokens, premise_positions=premise_tokens, evaluations=evaluations,
         batch=batch, select_positions=select_tokens, judge_positions=judge_tokens,
+        rules=tuple(rules or ()),
     )  # fmt: skip
     # What is kept for other bands is of use for these.
     settings = {name: value for name, value in asdict(given).items() if name != "bands"} | {"threads": threads}
@@ -120,6 +131,7 @@ def fit(
 
 def _show(facts: dict[str, Any]) -> None:
     from softmeet.evaluation.save import verdict
+    from softmeet.rules.settings import rule_of
 
     parts = facts["splits"]
     sizes = ", ".join(f"{parts[name]['tokens']:,} to {name}" for name in parts)
@@ -133,7 +145,7 @@ def _show(facts: dict[str, Any]) -> None:
         weights, trust = (" ".join(f"{x:.2f}" for x in row[key]) for key in ("weights", "trust"))
         shown = options.short(name) if "/" in name else name
         table.add_row(
-            escape(shown), f"{row['test_nll']:.4f}", against, weights, trust if row["rule"] == "meet" else "",
+            escape(shown), f"{row['test_nll']:.4f}", against, weights, trust if rule_of(row["rule"]).uses_trust else "",
             f"{row['rule_temperature']:.2f}",
         )  # fmt: skip
     Console().print(table)

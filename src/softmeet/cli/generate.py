@@ -22,22 +22,11 @@ if TYPE_CHECKING:
     from softmeet.hf import Recorder
 
 
+@options.with_settings()
 def generate(
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; - or none reads one from stdin.")] = None,
     file: Annotated[list[Path] | None, typer.Option("--file", "-f", help="A file that is one prompt.")] = None,
     members: options.Members = None,
-    rule: options.RuleName = None,
-    trust: options.Trust = None,
-    weights: options.Weights = None,
-    pool: options.PoolName = None,
-    tol: options.Tolerance = None,
-    on_infeasible: options.OnInfeasible = None,
-    rank: options.Rank = None,
-    free_radial: options.FreeRadial = None,
-    metric: options.Metric = None,
-    slack: options.Slack = None,
-    vertex: options.Vertex = None,
-    gate: options.Gate = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
     do_sample: Annotated[bool, typer.Option(help="Sample; else take the most probable token.")] = True,
     temperature: Annotated[float | None, typer.Option(help="Of the ensemble's distribution.")] = None,
@@ -57,26 +46,12 @@ def generate(
     summary: Annotated[
         bool | None, typer.Option("--summary/--no-summary", help="A summary on stderr.", show_default="on a terminal")
     ] = None,
+    **settings: Any,
 ) -> None:
     """Continue prompts, sampling from several models as one; a single prompt streams."""
     texts = _prompts(prompts, file)
     ensemble = options.load_ensemble(
-        members,
-        trust,
-        weights,
-        rule=rule,
-        pool=pool,
-        tol=tol,
-        on_infeasible=on_infeasible,
-        rank=rank,
-        free_radial=free_radial,
-        metric=metric,
-        slack=slack,
-        vertex=vertex,
-        gate=gate,
-        dtype=dtype,
-        device=device,
-        trust_remote_code=trust_remote_code,
+        members, settings=settings, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
     sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "min_p": min_p, "top_k": top_k or 0}
     given: dict[str, Any] = {
@@ -154,7 +129,7 @@ def _facts(ensemble: Ensemble, recorder: Recorder, seconds: float, weights: list
                 "disagreement": x / asked,
             }
             for name, head, w, t, x in zip(
-                ensemble.names, ensemble.model.heads, used, config.trusts(), disagreement, strict=True
+                ensemble.names, ensemble.model.heads, used, config.settings.trusts(), disagreement, strict=True
             )
         ],
         "rule": config.rule,

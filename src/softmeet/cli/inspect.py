@@ -22,21 +22,10 @@ if TYPE_CHECKING:
     from softmeet.hf import TokenReport
 
 
+@options.with_settings()
 def inspect(
     text: Annotated[str, typer.Argument(help="The text to look into; every token but the first is predicted.")],
     members: options.Members = None,
-    rule: options.RuleName = None,
-    trust: options.Trust = None,
-    weights: options.Weights = None,
-    pool: options.PoolName = None,
-    tol: options.Tolerance = None,
-    on_infeasible: options.OnInfeasible = None,
-    rank: options.Rank = None,
-    free_radial: options.FreeRadial = None,
-    metric: options.Metric = None,
-    slack: options.Slack = None,
-    vertex: options.Vertex = None,
-    gate: options.Gate = None,
     top: Annotated[int, typer.Option(min=1, help="Tokens to list of each distribution.")] = 5,
     dtype: options.Dtype = None,
     device: options.Device = None,
@@ -44,25 +33,11 @@ def inspect(
     config: Config = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write one self-contained page to this file.")] = None,
+    **settings: Any,
 ) -> None:
     """Show what each member and the ensemble expected at every token of a text, and what moved."""
     ensemble = options.load_ensemble(
-        members,
-        trust,
-        weights,
-        rule=rule,
-        pool=pool,
-        tol=tol,
-        on_infeasible=on_infeasible,
-        rank=rank,
-        free_radial=free_radial,
-        metric=metric,
-        slack=slack,
-        vertex=vertex,
-        gate=gate,
-        dtype=dtype,
-        device=device,
-        trust_remote_code=trust_remote_code,
+        members, settings=settings, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
     reports = ensemble.inspect(text, top)
     facts = _facts(ensemble, text, reports)

@@ -11,12 +11,12 @@ from rich.console import Console
 
 from softmeet import __version__
 from softmeet.cli.check import check
+from softmeet.cli.command import Command
 from softmeet.cli.config import config
 from softmeet.cli.evaluate import evaluate
 from softmeet.cli.fit import fit
 from softmeet.cli.generate import generate
 from softmeet.cli.inspect import inspect
-from softmeet.cli.lists import ListCommand
 from softmeet.cli.memory import keep_freed_memory
 from softmeet.cli.options import STOPPED, stoppable
 from softmeet.cli.serve import serve
@@ -31,14 +31,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 begun = stoppable("nothing was begun")
-app.command()(generate)
-app.command()(inspect)
-app.command()(check)
-app.command(cls=ListCommand)(begun(trace))
-app.command(cls=ListCommand)(begun(evaluate))
-app.command(cls=ListCommand)(begun(fit))
-app.command()(serve)
-app.command()(config)
+for command in (generate, inspect, check, begun(trace), begun(evaluate), begun(fit), serve, config):
+    app.command(cls=Command)(command)
 app.add_typer(study, name="study")
 
 

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+from softmeet.cli.old_forms import repeated
 from softmeet.errors import InvalidInputError
+from softmeet.members.zoo import DEFAULT as FAMILY
 from softmeet.members.zoo import short as short
 
 if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
     from softmeet.ensemble import Ensemble
+
+C = TypeVar("C", bound=Callable[..., Any])
 
 err = Console(stderr=True)
 STOPPED = 130
+DEFAULT_MEMBERS = FAMILY
 
 Members = Annotated[
     list[str] | None,
@@ -29,65 +37,16 @@ Members = Annotated[
         show_default="wide",
     ),
 ]
-RuleName = Annotated[
-    str | None,
-    typer.Option(
-        "--rule",
-        help="meet, max-entropy, least-squares, min-cross-entropy, min-squared-cross-entropy, min-underestimation, "
-        "min-reverse-cross-entropy, logit-mean, prob-mean or one-hot.",
-        show_default="meet",
-    ),
-]
-Trust = Annotated[
-    str | None, typer.Option("--trust", help="ρ for all members, or one each: 0.3 or 0.3,1,inf.", show_default="0.3")
-]
-Weights = Annotated[
-    str | None, typer.Option("--weights", help="Pool weights, one each: 0.3,0.7.", show_default="uniform")
-]
-PoolName = Annotated[str | None, typer.Option("--pool", help="logit-mean or prob-mean.", show_default="logit-mean")]
-Tolerance = Annotated[
-    float | None,
-    typer.Option("--tol", help="Duality gap in nats at which a token is solved.", show_default="0.0001"),
-]
-OnInfeasible = Annotated[
-    str | None,
-    typer.Option(
-        "--on-infeasible", help="meet or raise: where no distribution has every member's moments.", show_default="meet"
-    ),
-]
-Rank = Annotated[
-    int | None, typer.Option("--rank", min=1, help="Largest directions of each head to constrain.", show_default="all")
-]
-FreeRadial = Annotated[
-    bool | None, typer.Option("--free-radial", help="Do not constrain the directions that the final norm hides.")
-]
-Metric = Annotated[
-    str | None, typer.Option("--metric", help="Of least-squares: whitened or raw.", show_default="whitened")
-]
-Slack = Annotated[
-    float | None,
-    typer.Option("--slack", help="Of the min-…cross-entropy programs: τ of ‖Qᵀ(p - p̂)‖² / 2τ.", show_default="0"),
-]
-Vertex = Annotated[bool | None, typer.Option("--vertex", help="Answer programs that choose nothing by some vertex.")]
-Gate = Annotated[
-    str | None,
-    typer.Option(
-        "--gate",
-        help="unsure:T asks the other members only where the first one's largest probability is below T; "
-        "disagreement:T solves only where members disagree by more than T nats; none.",
-        show_default="none",
-    ),
-]
 Dtype = Annotated[
     str | None,
     typer.Option("--dtype", help="float32, bfloat16, float16, float64 or auto.", show_default="float32 on CPU"),
 ]
 Device = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
         "--device",
-        help="Such as cpu, cuda, disk or auto (accelerate's choice); one each: cuda:0,cuda:1; or a YAML or JSON file "
-        "with a place for each module, or a list of such maps and places, one per member.",
+        help="Such as cpu, cuda, disk or auto (accelerate's choice), for all members, or repeated for each; or a YAML "
+        "or JSON file with a place for each module, or a list of such maps and places, one per member.",
         show_default="cpu",
     ),
 ]
@@ -111,14 +70,18 @@ def numbers(name: str, text: str | None) -> list[float] | float | None:
     return values[0] if len(values) == 1 else values
 
 
-def placement(device: str | None) -> Any:
-    """``cuda:0,cuda:1`` → one each; a YAML or JSON file → what it holds; anything else as it is.
+def placement(given: list[str] | None) -> Any:
+    """One place for all members, or one each; a YAML or JSON file → what it holds.
 
     Raises:
         InvalidInputError: the file is not YAML, or holds neither a map nor a list.
     """
-    if device is None or not device.endswith((".yaml", ".yml", ".json")):
-        return device.split(",") if device and "," in device else device
+    places = repeated("--device", given)
+    if not places:
+        return None
+    device = places[0] if len(places) == 1 else ""
+    if not device.endswith((".yaml", ".yml", ".json")):
+        return device or places
     import yaml
 
     try:
@@ -143,31 +106,113 @@ def stoppable(advice: str) -> Iterator[None]:
 
 
 @stoppable("members were being loaded, and nothing is changed")
-def load_ensemble(members: list[str] | None, trust: str | None, weights: str | None, **settings: Any) -> Ensemble:
+def load_ensemble(members: list[str] | None, *, settings: Mapping[str, Any] | None = None, **loading: Any) -> Ensemble:
     """Load with progress on stderr, and without transformers' own chatter.
+
+    Args:
+        members: names; the default family if there is none.
+        settings: as the flags of :func:`with_settings` give them.
+        loading: of ``Ensemble.from_pretrained``.
 
     Raises:
         InvalidInputError, CheckpointError, VocabularyMismatchError, UnsupportedHeadError: as ``Ensemble``.
     """
+    given = checked_settings(settings or {})
     with status("loading softmeet"):
         from transformers.utils import logging
 
         from softmeet.ensemble import Ensemble
-        from softmeet.members import zoo
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-    given = numbers("--weights", weights)
-    if "device" in settings:
-        settings["device"] = placement(settings["device"])
+    if "device" in loading:
+        loading["device"] = placement(loading["device"])
     with err.status("loading") as progress:
         return Ensemble.from_pretrained(
-            members[0] if members and len(members) == 1 else members or [zoo.DEFAULT],
-            trust=numbers("--trust", trust),
-            weights=[given] if isinstance(given, float) else given,
+            members[0] if members and len(members) == 1 else members or [FAMILY],
             on_progress=lambda name: progress.update(f"loading {escape(short(name))}"),
-            **settings,
+            **given,
+            **loading,
         )
+
+
+def checked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the values of flags, and refuse what no ensemble takes, before anything is loaded.
+
+    Raises:
+        InvalidInputError: a value is unusable, or named twice.
+    """
+    from softmeet.rules.settings import Settings
+
+    given = {name: read_flag(name, value) for name, value in settings.items() if value is not None}
+    Settings.of(given)
+    return given
+
+
+def read_flag(name: str, value: Any) -> Any:
+    """Read a setting's flag: lists of numbers have commas."""
+    from softmeet.rules.frozen import takes
+    from softmeet.rules.settings import Settings
+
+    is_list = takes(Settings.model_fields[name], tuple)
+    found = numbers(flag_of(name), value) if is_list and isinstance(value, str) else value
+    # One weight is the list of one member's.
+    return [found] if name == "weights" and isinstance(found, float) else found
+
+
+def flag_of(name: str) -> str:
+    """Give the flag of a setting."""
+    return f"--{name.replace('_', '-')}"
+
+
+# What a fit finds, and nobody says.
+_NO_FLAGS = ("bands", "rule_temperature")
+
+
+def with_settings(*but: str, only: tuple[str, ...] = ()) -> Callable[[C], C]:
+    """Give a command that takes ``**settings`` a flag for each setting of an ensemble.
+
+    Args:
+        but: settings that it has no flag for.
+        only: the settings that it has flags for; all if empty.
+    """
+    from softmeet.rules.settings import Settings
+
+    chosen = [name for name in only or Settings.model_fields if name not in (*but, *_NO_FLAGS)]
+
+    def decorated(command: C) -> C:
+        signature = inspect.signature(command, eval_str=True)
+        parameters = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        place = next((k + 1 for k, p in enumerate(parameters) if p.name == "members"), 0)
+        flags = [_flag(name, Settings.model_fields[name]) for name in chosen]
+        every = [
+            p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*parameters[:place], *flags, *parameters[place:])
+        ]
+        command.__signature__ = signature.replace(parameters=every)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in every} | {"return": None}
+        return command
+
+    return decorated
+
+
+def _help(name: str, field: FieldInfo) -> str:
+    from softmeet.rules.registry import rule_names
+
+    return f"{field.description} Rules: {', '.join(rule_names())}." if name == "rule" else str(field.description)
+
+
+def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
+    """A setting's flag: a number, a switch, or a text that is read later."""
+    from softmeet.rules.frozen import takes
+
+    kinds = [kind for kind in (bool, int, float) if takes(field, kind) and not takes(field, tuple)]
+    default = field.get_default()
+    kind: Any = kinds[0] if kinds else str
+    shown = default if default not in (None, False) else False
+    option = typer.Option(flag_of(name), help=_help(name, field), show_default=str(shown) if shown else False)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
 
 
 def say(sentence: str) -> None:

@@ -16,7 +16,7 @@ from softmeet.cli import options
 
 
 def show_plan(
-    members: list[str], batch: int, context: int | None, *, as_json: bool, device: str | None, **load: Any
+    members: list[str], batch: int, context: int | None, *, as_json: bool, device: list[str] | None, **load: Any
 ) -> None:
     """Print the plan of some members, or of a saved ensemble's."""
     with options.status("reading configurations"):

@@ -16,6 +16,7 @@ import typer
 
 from softmeet.cli import engines, options
 from softmeet.cli.config import Config
+from softmeet.cli.old_forms import repeated
 from softmeet.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -26,27 +27,33 @@ _KEYS = "SOFTMEET_API_KEYS"
 _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
 
+@options.with_settings()
 def serve(
     ensembles: Annotated[
         list[str] | None,
         typer.Argument(
-            help="What to serve: a saved ensemble, a bundled family, or members joined by commas; NAME=… names it.",
+            help="What to serve beside the members: a saved ensemble or a bundled family; NAME=… names it.",
             show_default="default=wide",
+        ),
+    ] = None,
+    members: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--member",
+            "-m",
+            help="A member of the ensemble named default; repeat it; NAME=MEMBER adds it to another one.",
+            show_default=False,
         ),
     ] = None,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    rule: options.RuleName = None,
-    trust: options.Trust = None,
-    pool: options.PoolName = None,
-    tol: options.Tolerance = None,
-    gate: options.Gate = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
     trust_remote_code: options.RemoteCode = False,
     allow: Annotated[
-        str, typer.Option(help="What requests may change, or none.")
-    ] = "rule,trust,weights,pool,members,gate",
+        list[str] | None,
+        typer.Option(help="What requests may change, or none; repeat it.", show_default="all that they can"),
+    ] = None,
     api_keys: Annotated[
         Path | None,
         typer.Option(help="A file of keys, one a line; requests need one.", show_default=f"${_KEYS}, else no keys"),
@@ -89,13 +96,15 @@ def serve(
     ray_address: engines.Address = None,
     gpus: Annotated[float, typer.Option(min=0, help="Of each replica: a part of one, or a number.")] = 0.0,
     config: Config = None,
+    **settings: Any,
 ) -> None:
     """Serve ensembles behind an OpenAI-compatible API, with a page to look inside at /ui."""
     _require_extra(ui=bool(ui))
     from softmeet.server.ensembles import named
 
+    given = options.checked_settings(settings)
     keys, local, allowed = _keys(api_keys), _is_local(host), _allowed(allow)
-    asked = named(ensembles or ["default=wide"])
+    asked = named(ensembles or [], members or [])
     if not (keys or local or open_to_all):
         raise InvalidInputError(
             f"refused to listen on {host} without keys: give --api-keys FILE or ${_KEYS}, or say --open"
@@ -105,7 +114,7 @@ def serve(
     from softmeet.server.security import Protection
     from softmeet.server.serving import Serving, Settings
 
-    settings = Settings(
+    protocol = Settings(
         limits=Limits(batch, queue, keep_tokens),
         protection=Protection(
             keys, (*_LOCAL, host, *(allow_host or ())) if local else tuple(allow_host or ()), max_body, body_timeout
@@ -118,8 +127,7 @@ def serve(
         cors=cors or (),
         ui=_has("gradio") if ui is None else ui,
     )
-    loading: dict[str, Any] = {"rule": rule, "pool": pool, "tol": tol, "dtype": dtype, "device": device}
-    loading |= {"gate": gate, "trust_remote_code": trust_remote_code}
+    loading: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     if engine == "ray":
         if ui:
             raise InvalidInputError("the page needs a process of its own: leave out --ui, or --engine ray")
@@ -127,8 +135,8 @@ def serve(
         from softmeet.server.replicas import Scale, application
 
         scale = Scale(replicas, max_replicas, target_streams, threads or 1, gpus, fronts)
-        loading |= {"trust": options.numbers("--trust", trust), "device": options.placement(device)}
-        _replicate(application(asked, loading, settings, scale, grace), host, port, ray_address, scale, list(asked))
+        loading |= {**given, "device": options.placement(device)}
+        _replicate(application(asked, loading, protocol, scale, grace), host, port, ray_address, scale, list(asked))
         return
     if engine != "local" or max_replicas is not None or max(replicas, fronts) > 1 or gpus:
         raise InvalidInputError("expected --engine local, or --engine ray, which --replicas and --gpus belong to")
@@ -136,8 +144,8 @@ def serve(
         import torch
 
         torch.set_num_threads(threads)
-    find = partial(options.load_ensemble, weights=None)
-    _run(Serving(load(asked, find, trust=trust, **loading), settings), host, port, grace, access_log=access_log)
+    served = load(asked, partial(options.load_ensemble, settings=settings), **loading)
+    _run(Serving(served, protocol), host, port, grace, access_log=access_log)
 
 
 def _require_extra(*, ui: bool) -> None:
@@ -168,10 +176,12 @@ def _is_local(host: str) -> bool:
         return host == "localhost"
 
 
-def _allowed(text: str) -> tuple[str, ...]:
+def _allowed(given: list[str] | None) -> tuple[str, ...]:
     from softmeet.server.schemas import CHANGES
 
-    names = tuple(part.strip() for part in text.split(",") if part.strip() not in ("", "none"))
+    if given is None:
+        return CHANGES
+    names = tuple(name for name in repeated("--allow", given) or () if name != "none")
     if unknown := sorted(set(names) - set(CHANGES)):
         raise InvalidInputError(f"expected --allow as some of {', '.join(CHANGES)}, or none, got {unknown[0]!r}")
     return names

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from softmeet.cli import engines, options, texts
+from softmeet.cli.command import Command
 from softmeet.cli.evaluate import identified
-from softmeet.cli.lists import ListCommand
 from softmeet.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -39,12 +39,15 @@ Smoke = Annotated[bool, typer.Option("--smoke", help="A size that runs in a minu
 Text = Annotated[
     list[Path] | None,
     typer.Option(
-        "--text", "-t", help="UTF-8 files, a document each.", show_default="the bundled members' held-out books"
+        "--text",
+        "-t",
+        help="A UTF-8 file that is one document; repeat it.",
+        show_default="the bundled members' held-out books",
     ),
 ]
 
 
-@study.command()
+@study.command(cls=Command)
 def synthetic(
     out: Out,
     smoke: Smoke = False,
@@ -63,7 +66,7 @@ def synthetic(
         _run(out, dataclasses.asdict(settings), tier.cells(settings), partial(tier.report, settings), running)
 
 
-@study.command("known-truth")
+@study.command("known-truth", cls=Command)
 def known_truth(
     out: Out,
     text: Text = None,
@@ -85,7 +88,7 @@ def known_truth(
         _run(out, dataclasses.asdict(settings), cells, partial(tier.report, settings), running)
 
 
-@study.command()
+@study.command(cls=Command)
 def real(
     out: Out,
     text: Text = None,
@@ -114,11 +117,13 @@ def real(
         _on_text(out if family else out / name, [name], settings, documents, None, place)
 
 
-@study.command(cls=ListCommand)
+@study.command(cls=Command)
 def pretrained(
     out: Out,
     members: texts.Members = None,
-    text: Annotated[list[Path] | None, typer.Option("--text", "-t", help="UTF-8 files, a document each.")] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option("--text", "-t", help="A UTF-8 file that is one document; repeat it.")
+    ] = None,
     trace: Annotated[Path | None, typer.Option(help="Of the same members, instead of a text.")] = None,
     positions: Positions = 4000,
     meet: Meet = 1000,
@@ -170,7 +175,7 @@ def _on_text(
     from softmeet.evaluation.study import text as tier
 
     texts.require_extra(psutil=True, scipy=True, pyarrow=trace)
-    ensemble = options.load_ensemble(members, None, None, **places)
+    ensemble = options.load_ensemble(members, **places)
     traced, pinned = identified(ensemble, documents, trace)
     with place(ensemble) as running:
         if traced is not None:

@@ -18,13 +18,12 @@ from softmeet.errors import InvalidInputError
 if TYPE_CHECKING:
     from softmeet.evaluation.documents import Document
 
-Members = Annotated[
-    list[str] | None,
-    typer.Option("--members", "-m", help="Hub ids, folders, GGUF files, bundled names, or one saved ensemble."),
-]
+Members = options.Members
 Text = Annotated[
     list[str] | None,
-    typer.Option("--text", "-t", help="UTF-8 files, - for stdin, or folders written by datasets.save_to_disk."),
+    typer.Option(
+        "--text", "-t", help="A UTF-8 file, - for stdin, or a folder written by datasets.save_to_disk; repeat it."
+    ),
 ]
 Separator = Annotated[
     str | None, typer.Option(help=r"Splits a file into documents; \n is a line end.", show_default="a file is one")

@@ -39,9 +39,7 @@ def trace(
     texts.require_extra(pyarrow=True)
     texts.require_places(None, out)
     found = texts.documents(text, separator, column)
-    ensemble = options.load_ensemble(
-        members, None, None, dtype=dtype, device=device, trust_remote_code=trust_remote_code
-    )
+    ensemble = options.load_ensemble(members, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     from softmeet.evaluation.trace import record
 
     with (

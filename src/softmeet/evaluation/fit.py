@@ -23,18 +23,18 @@ from softmeet.evaluation.choices import Choice
 from softmeet.evaluation.descent import LossAndGradient, descend, minimise
 from softmeet.evaluation.intervals import Difference, paired
 from softmeet.evaluation.kept import Kept
-from softmeet.evaluation.objective import Loss, Pool
+from softmeet.evaluation.objective import Loss
 from softmeet.evaluation.parameters import NO_TRUST, Layout, Values
 from softmeet.evaluation.perplexity import Evaluation, member_name
 from softmeet.evaluation.pieces import evaluate_positions
 from softmeet.evaluation.positions import Positions
 from softmeet.evaluation.premise import Premise, premise_at
 from softmeet.evaluation.splits import Part, split
-from softmeet.hf.configuration import EnsembleConfig
+from softmeet.rules.registry import DEFAULT
+from softmeet.rules.settings import POOLS, Pool, Settings, parse_rule
 from softmeet.scaling.base import Engine
 from softmeet.scaling.local import LocalEngine
 
-POOLS: tuple[Pool, ...] = ("logit-mean", "prob-mean")
 # Where a trust starts that the premise test does not support, and the most it starts with.
 _LOW, _HIGH = 0.05, 1.0
 # Averages cost little: they get so many times the evaluations.
@@ -42,9 +42,7 @@ _CHEAPER = 5
 
 # Of a rule, where a candidate does not say: what its saved ensemble has, and not what the ensemble at hand has.
 _DEFAULTS = {
-    name: value
-    for name, value in {**EnsembleConfig().combine_arguments(), "bands": 1}.items()
-    if name not in ("rule", "weights", "trust")
+    name: value for name, value in Settings().plain().items() if name not in ("rule", "weights", "trust", "gate")
 }
 
 Begin = Callable[[str, int, int | None], Callable[[int], None]]
@@ -63,6 +61,7 @@ class Options:
         batch: positions of each evaluation for ``meet``, drawn from its subset in turn, where the whole of it would
             take too long; then it starts from the better average only. None for the whole.
         select_positions, judge_positions: of the parts to choose and to judge by, at most, evenly spread; None for all.
+        rules: further candidates, as ``--rule`` has them; a setting that one does not name is the better average's.
     """
 
     free_weights: bool = False
@@ -73,11 +72,12 @@ class Options:
     batch: int | None = None
     select_positions: int | None = None
     judge_positions: int | None = None
+    rules: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A fitted rule: its settings under the names of ``EnsembleConfig``; ``baseline`` if it is no ``meet``."""
+    """A fitted rule: its settings under their names; ``baseline`` if it is a member or a fitted average."""
 
     name: str
     settings: dict[str, Any]
@@ -169,6 +169,7 @@ def fit(
             trust = [rho for rho in meet.settings["trust"] for _ in range(options.bands)]
             start = (f"{meet.name} by direction", meet, trust)
             candidates.append(fitter.meet(subset, *start, options.bands))
+        candidates += [_as_written(text, best, n) for text in options.rules]
     return fitter.judge(parts, candidates, premise)
 
 
@@ -231,10 +232,10 @@ class _Fitter:
         name, n = member_name(self.ensemble.names, i), len(self.ensemble.names)
         evaluations, start = _CHEAPER * self.options.evaluations, Values((1.0,))
         values, loss, count = self._minimised(
-            f"member {i}", evaluations, positions, Layout(1), "logit-mean", start, members=[i]
+            f"member {i}", evaluations, positions, Layout(1), POOLS[0], start, members=[i]
         )
         weights = [1.0 if k == i else 0.0 for k in range(n)]
-        own = {"rule": "logit-mean", "weights": weights, "trust": [0.0] * n, "rule_temperature": values.temperature}
+        own = {"rule": POOLS[0], "weights": weights, "trust": [0.0] * n, "rule_temperature": values.temperature}
         return Candidate(name, own, True, loss, count)
 
     def average(self, positions: Positions, pool: Pool) -> Candidate:
@@ -266,7 +267,9 @@ class _Fitter:
         values = replace(
             values, trust=tuple(next(found) if i in trusted else 0.0 for i in range(n) for _ in range(bands))
         )
-        return Candidate(name, {**_settings("meet", pool, values, n, self.options), "bands": bands}, False, loss, count)
+        return Candidate(
+            name, {**_settings(DEFAULT, pool, values, n, self.options), "bands": bands}, False, loss, count
+        )
 
     def _scored(self, part: str, positions: Positions, candidates: Sequence[Candidate]) -> Evaluation:
         """Candidates of as many bands at a time, so that those of one number are kept for a fit with another, too."""
@@ -318,12 +321,21 @@ def _piece(name: str, bands: int) -> str:
 
 
 def _named(average: Candidate) -> str:
-    return "meet" if average.name == "logit-mean" else f"meet from {average.name}"
+    return DEFAULT if average.name == POOLS[0] else f"{DEFAULT} from {average.name}"
+
+
+def _as_written(text: str, average: Candidate, n: int) -> Candidate:
+    """A rule as it is written, where nothing is named with the weights and the pool of a fitted average."""
+    rule, given = parse_rule(text)
+    own = {key: average.settings[key] for key in ("pool", "weights", "free_weights")} | given
+    complete = Settings(**own).for_members(n).plain()
+    named = {key: complete[key] for key in ("trust", "rule_temperature", *own)}
+    return Candidate(text, {**named, "rule": str(rule)}, baseline=False, fit_nll=math.nan, evaluations=0)
 
 
 def _free(options: Options, pool: Pool) -> bool:
     """Whether weights may sum to anything; a probability mean has no use for that."""
-    return options.free_weights and pool == "logit-mean"
+    return options.free_weights and pool == POOLS[0]
 
 
 def _settings(rule: str, pool: Pool, values: Values, n: int, options: Options) -> dict[str, Any]:
@@ -371,7 +383,7 @@ def figures(fitted: Fitted) -> dict[str, Any]:
         "weights": chosen.settings["weights"],
         "trust": chosen.settings["trust"],
         "temperature": chosen.settings["rule_temperature"],
-        "pool": chosen.settings.get("pool", "logit-mean"),
+        "pool": chosen.settings.get("pool", POOLS[0]),
         "test": {
             "nll": test.choices[chosen.label].mean,
             "best_baseline": best.name,

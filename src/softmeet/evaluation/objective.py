@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 import torch
@@ -15,8 +15,10 @@ from softmeet.evaluation.parameters import Layout
 from softmeet.evaluation.perplexity import chunk_size
 from softmeet.evaluation.positions import PIECE, Positions
 from softmeet.hf.modeling import EnsembleForCausalLM
+from softmeet.rules.combine import product_dtype
 from softmeet.rules.meet import full_hessian_pays
 from softmeet.rules.problem import Problem
+from softmeet.rules.settings import Pool, Settings
 from softmeet.scaling.base import Engine
 from softmeet.simplex import log_normalize
 from softmeet.solvers.base import iterate
@@ -26,7 +28,6 @@ from softmeet.solvers.newton import DualNewton
 from softmeet.solvers.projection import Projection
 from softmeet.solvers.subsampled import SubsampledNewton
 
-Pool = Literal["logit-mean", "prob-mean"]
 _MAX_STEPS = 50
 # Elements of log-probabilities that an average's loss works on at once: what stays in a core's cache.
 _CACHED_ELEMENTS = 1 << 18
@@ -132,13 +133,9 @@ class Objective:
             log_p=log_normalize(log_p.double()),
             heads=tuple(heads),
             slopes=slopes,
-            weights=torch.full((len(log_p),), 1 / len(log_p), dtype=torch.float64),
-            trust=(1.0,) * len(log_p),
-            pool="prob-mean",
+            settings=Settings(trust=1.0, pool="prob-mean", tol=self.tol, max_steps=_MAX_STEPS).for_members(len(log_p)),
             support=self.model.support,
-            tol=self.tol,
-            max_steps=_MAX_STEPS,
-            dtype=torch.float32 if self.tol >= 1e-6 else torch.float64,
+            dtype=product_dtype(torch.float32, self.tol),
         )
 
     @torch.no_grad()

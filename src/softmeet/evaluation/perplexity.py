@@ -15,21 +15,17 @@ from torch import Tensor
 
 from softmeet.ensemble import Ensemble
 from softmeet.errors import InvalidInputError
-from softmeet.evaluation.choices import Choice, ungated
+from softmeet.evaluation.choices import Choice
 from softmeet.evaluation.positions import Positions
 from softmeet.members.weighting import perplexity_weights
-from softmeet.rules.gates import Gate, find_gate
-from softmeet.rules.problem import DEFAULT_TRUST, finite_trust
-from softmeet.rules.registry import find_rule
+from softmeet.rules.gates import Gate, that_closes
+from softmeet.rules.settings import Settings, rule_of
 from softmeet.rules.solution import Solution
-from softmeet.rules.validate import checked_trust
 from softmeet.simplex import kl, prob_mean
 from softmeet.solvers.base import Status
 
 # Elements of one member's log-probabilities at once.
 _ELEMENTS = 1 << 22
-# What rules may differ in and still start from one another.
-_OWN = ("rule", "trust", "metric", "slack", "vertex")
 
 
 @dataclass
@@ -71,11 +67,10 @@ class Evaluation:
     disagreement: Float[Tensor, " N"] = field(default_factory=lambda: torch.zeros(0))
 
 
-def in_turn(choice: Choice) -> tuple[int, float]:
-    """The order to solve in: ``meet`` by its trusts, ``max-entropy``, the rest; each may start from those before."""
-    trust = choice.settings.get("trust", DEFAULT_TRUST)
-    place = {"meet": 0, "max-entropy": 1}.get(choice.settings.get("rule", "meet"), 2)
-    return place, sum(trust) if isinstance(trust, Sequence) else trust
+def in_turn(settings: Settings) -> tuple[bool, float]:
+    """The order to solve in: what tilts the pool, by its trusts, then the rest; each may start from those before."""
+    rule = settings.rule
+    return (False, sum(rule.effective_trust(settings.member_trust))) if rule.tilts_pool else (True, 0.0)
 
 
 def chunk_size(v: int) -> int:
@@ -103,6 +98,10 @@ def evaluate(
         raise InvalidInputError(
             f"expected members and rules of different names, but {both[0]} is both: rename the member"
         )
+    own, settings = ensemble.model.settings.ungated(), {}
+    for choice in choices:
+        settings[choice.name] = own.changed(**choice.settings)
+    order = sorted(choices, key=lambda choice: in_turn(settings[choice.name]))
     parts: dict[str, list[Scores]] = {name: [] for name in [*names, *(choice.name for choice in choices)]}
     disagreement = []
     for chunk, weights in _chunks(ensemble, positions, choices):
@@ -113,8 +112,9 @@ def evaluate(
         mean = prob_mean(log_probs, log_probs.new_full((len(names),), 1 / len(names)))
         disagreement.append(torch.stack([kl(own, mean) for own in log_probs]).mean(0).double().cpu())
         solver = _Solver(ensemble, log_probs, logits, targets)
-        for choice in sorted(choices, key=in_turn):
-            parts[choice.name].append(solver.scores(choice, weights.get(choice.prompt)))
+        for choice in order:
+            by_prompt = {"weights": weights[choice.prompt]} if choice.prompt else {}
+            parts[choice.name].append(solver.scores(settings[choice.name].changed(**by_prompt)))
         on_progress(len(chunk))
     joined = {name: join_scores(some) for name, some in parts.items()}
     return Evaluation(
@@ -175,54 +175,45 @@ class _Solver:
         targets: Int[Tensor, " B"],
     ) -> None:
         self._model, self._log_probs, self._logits, self._targets = ensemble.model, log_probs, logits, targets
-        self._solved: dict[str, tuple[Solution, Scores]] = {}
-        self._paths: dict[str, dict[str, list[Solution]]] = defaultdict(lambda: defaultdict(list))
+        self._solved: dict[Settings, tuple[Solution, Scores]] = {}
+        self._paths: dict[Settings, list[Solution]] = defaultdict(list)
 
-    def scores(self, choice: Choice, weights: list[float] | None) -> Scores:
-        """Of one choice, with the weights that a prompt gives it."""
-        changes = ungated(choice) | ({} if weights is None else {"weights": weights})
-        key = repr(sorted(changes.items()))
-        gate = find_gate(choice.settings.get("gate"))
-        if gate is not None and key not in self._solved:
-            return _scored(self._model.combine_rows(self._log_probs, self._logits, gate=gate, **changes), self._targets)
-        if key not in self._solved:
-            solution = self._solve(changes)
-            self._solved[key] = solution, _scored(solution, self._targets)
-        solution, scores = self._solved[key]
-        return scores if gate is None else self._gated(gate, changes, solution, scores)
+    def scores(self, settings: Settings) -> Scores:
+        """Of one choice."""
+        gate, plain = that_closes(settings.gate), settings.ungated()
+        if gate is not None and plain not in self._solved:
+            return _scored(self._model.combine_rows(self._log_probs, self._logits, settings), self._targets)
+        if plain not in self._solved:
+            solution = self._solve(plain)
+            self._solved[plain] = solution, _scored(solution, self._targets)
+        solution, scores = self._solved[plain]
+        return scores if gate is None else self._gated(gate, settings, solution, scores)
 
-    def _solve(self, changes: dict[str, Any]) -> Solution:
-        rule = changes.get("rule", self._model.config.rule)
-        path = repr(sorted((name, value) for name, value in changes.items() if name not in _OWN))
-        if find_rule(rule).uses_heads:
-            changes = changes | self._known(rule, path, changes)
-        solution = self._model.combine_rows(self._log_probs, self._logits, **changes)
-        if rule in ("meet", "max-entropy"):
-            self._paths[path][rule].append(solution)
+    def _solve(self, settings: Settings) -> Solution:
+        rule = settings.rule
+        path = self._paths[settings.model_copy(update={"rule": None, "trust": ()})]
+        known = self._known(settings, path) if rule.reads_heads else {}
+        solution = self._model.combine_rows(self._log_probs, self._logits, settings, **known)
+        if rule.tilts_pool:
+            path.append(solution)
         return solution
 
-    def _known(self, rule: str, path: str, changes: dict[str, Any]) -> dict[str, Any]:
+    def _known(self, settings: Settings, path: list[Solution]) -> dict[str, Any]:
         """What was found on a path that spares a rule some work: where it starts, and what answers infeasible rows."""
-        settings = self._model.config.combine_arguments() | changes
-        met, exact = (self._paths[path][name] for name in ("meet", "max-entropy"))
-        known: dict[str, Any] = {}
-        if met or exact:
-            known["start"] = (met or exact)[-1] if rule == "meet" else (exact or met)[-1]
-        if met and settings["on_infeasible"] == "meet":
-            bands = changes.get("bands", self._model.config.bands)
-            relaxed = finite_trust(checked_trust(settings["trust"], len(self._model.heads), bands))
-            if fits := [solution for solution in met if solution.problem.trust == relaxed]:
-                known["on_infeasible"] = fits[0]
-        return known
+        if not path or settings.on_infeasible == "raise":
+            return {"start": path[-1]} if path else {}
+        fallback, trust = rule_of(settings.on_infeasible), settings.relaxed().trust
+        fits = [s for s in path if s.problem.settings.rule == fallback and s.problem.trust == trust]
+        return {"start": path[-1], "relaxed": fits[0] if fits else None}
 
-    def _gated(self, gate: Gate, changes: dict[str, Any], solution: Solution, scores: Scores) -> Scores:
+    def _gated(self, gate: Gate, settings: Settings, solution: Solution, scores: Scores) -> Scores:
         """From what was solved without the gate: only where it is closed is anything else answered."""
-        closed = ~gate.open(find_rule(solution.rule), solution.problem)
+        closed = ~gate.open(solution.problem)
         is_open, found = ~closed, copy.copy(scores)
         found.gated = closed.cpu()
         if closed.any():
             rows = None if self._logits is None else self._logits[:, closed]
-            own = self._model.combine_rows(self._log_probs[:, closed], rows, gate=gate, **changes)
+            own = self._model.combine_rows(self._log_probs[:, closed], rows, settings)
             there = _scores(own.log_probs, self._targets[closed])
             for name in ("nats", "hit", "confidence"):
                 merged = getattr(scores, name).clone()

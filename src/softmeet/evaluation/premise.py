@@ -65,12 +65,15 @@ def premise_at(ensemble: Ensemble, stretches: Iterable[tuple[list[Tensor], Tenso
 
     ``pool`` are settings of the pool, such as ``weights``, in place of the ensemble's.
     """
+    # The pool itself, whatever the rule.
+    own = ensemble.model.settings.ungated().changed(**pool)
+    settings = own.changed(rule=own.pool, rule_temperature=1.0, bands=1, trust=0.0)
     gains: list[list[Float[Tensor, " B"]]] = [[] for _ in ensemble.names]
     expected: list[list[Float[Tensor, " B"]]] = [[] for _ in ensemble.names]
     for hidden, targets in stretches:
         for start in range(0, len(targets), _CHUNK):
             rows = slice(start, start + _CHUNK)
-            _, solution = ensemble.model.solve_rows([h[rows] for h in hidden], rule="meet", trust=0.0, **pool)
+            _, solution = ensemble.model.solve_rows([h[rows] for h in hidden], settings)
             for i in range(len(ensemble.names)):
                 gain, mean = _first_order(solution, i, targets[rows])
                 gains[i].append(gain)

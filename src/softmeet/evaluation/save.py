@@ -9,6 +9,7 @@ from softmeet.ensemble import Ensemble
 from softmeet.evaluation.files import require_ensemble_folder, write_json, written_together
 from softmeet.evaluation.fit import Fitted, figures
 from softmeet.hf.configuration import EnsembleConfig
+from softmeet.rules.settings import rule_of
 
 # What an ensemble knows of its members.
 _KEPT = ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
@@ -77,7 +78,7 @@ def _card(facts: dict[str, Any]) -> str:
         low, high = row["ci95"]
         difference = f"{row['delta']:+.4f} [{low:+.4f}, {high:+.4f}]" if name != facts["test"]["best_baseline"] else ""
         weights, trust = (", ".join(f"{x:.3g}" for x in row[key]) for key in ("weights", "trust"))
-        trust = trust if row["rule"] == "meet" else ""
+        trust = trust if rule_of(row["rule"]).uses_trust else ""
         cells = [_cell(name), f"{row['test_nll']:.4f}", difference, weights, trust, f"{row['rule_temperature']:.3f}"]
         rows.append(f"| {' | '.join(cells)} |")
     return CARD.format(

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from softmeet.errors import InvalidInputError
 from softmeet.heads import SoftmaxHead
 from softmeet.hf.cache import EnsembleCache, Lagging
 from softmeet.hf.combining import Asked, rows_at_once
+from softmeet.members.huggingface import last_hidden
 from softmeet.rules.gates import Unsure
+
+Each = Callable[[Callable[[int], Any], Sequence[int]], list[Any]]
 
 
 def whom_to_ask(head: SoftmaxHead, gate: Unsure, hidden: Float[Tensor, "B d"]) -> Asked:
@@ -27,7 +32,9 @@ def whom_to_ask(head: SoftmaxHead, gate: Unsure, hidden: Float[Tensor, "B d"]) -
 
 
 def ask(
-    model: Any,
+    members: Sequence[PreTrainedModel],
+    heads: Sequence[SoftmaxHead],
+    each: Each,
     gate: Unsure | None,
     input_ids: Int[Tensor, "B t"],
     kept: slice | Int[Tensor, " k"],
@@ -41,7 +48,8 @@ def ask(
     row's tokens, padding left out.
 
     Args:
-        model: the ensemble, an ``EnsembleForCausalLM``.
+        members, heads: of the ensemble, in order.
+        each: ``map``, or one that uses threads.
         gate: None to ask everywhere, of a cache whose members may be behind.
         input_ids: the new tokens, or all where there is no cache.
         kept: the positions among them to be combined.
@@ -61,15 +69,15 @@ def ask(
             "or go on with the gate that it was begun with"
         )
     own = None if cache is None else cache.members[0]
-    first = model._hidden(0, input_ids, own, attention_mask=attention_mask, **shared)[:, kept]
+    first = last_hidden(members[0], input_ids, cache=own, attention_mask=attention_mask, **shared)[:, kept]
     started = time.perf_counter()
     seen = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
     seen = seen.bool().cpu()
     tokens = [ids[real].tolist() for ids, real in zip(input_ids.cpu(), seen, strict=True)]
-    others = [Lagging() for _ in model.members][1:] if cache is None else cache.members[1:]
+    others = [Lagging() for _ in members[1:]] if cache is None else cache.members[1:]
     for member in others:
         member.follow(tokens)
-    asked = None if gate is None else whom_to_ask(model.heads[0], gate, first.flatten(0, 1))
+    asked = None if gate is None else whom_to_ask(heads[0], gate, first.flatten(0, 1))
     if asked is not None:
         # There is nobody to ask about padding.
         there = seen[:, kept if isinstance(kept, slice) else kept.cpu()]
@@ -77,26 +85,30 @@ def ask(
         rows = asked.rows.view(first.shape[:2]).any(-1).nonzero().squeeze(-1).cpu()
     else:
         rows = torch.tensor([row for row, own_tokens in enumerate(tokens) if own_tokens], dtype=torch.int64)
-    found = model._each(lambda i: _caught_up(model, i, others[i - 1], rows, seen, first), range(1, len(model.heads)))
+
+    def catch_up(i: int) -> Float[Tensor, "B t d"]:
+        return _caught_up(members[i], heads[i], others[i - 1], rows, seen, first)
+
+    found = each(catch_up, range(1, len(members)))
     if asked is not None and len(rows):
         asked.seconds = time.perf_counter() - started
     return [first, *(states[:, kept] for states in found)], asked
 
 
 def _caught_up(
-    model: Any,
-    i: int,
+    model: PreTrainedModel,
+    head: SoftmaxHead,
     member: Lagging,
     rows: Int[Tensor, " k"],
     seen: Bool[Tensor, "B t"],
     like: Float[Tensor, "B _ _"],
 ) -> Float[Tensor, "B t d"]:
-    """Member i's hidden states at the new tokens of some rows; zeros elsewhere."""
-    home = model.heads[i].weight
-    out = torch.zeros(*seen.shape, model.heads[i].d, dtype=like.dtype, device=home.device)
+    """A member's hidden states at the new tokens of some rows; zeros elsewhere."""
+    home = head.weight
+    out = torch.zeros(*seen.shape, head.d, dtype=like.dtype, device=home.device)
     if not len(rows):
         return out
-    hidden = member.run(model.members[i], rows)
+    hidden = member.run(model, rows)
     out = out.to(hidden[0].dtype)
     for row, states in zip(rows.tolist(), hidden, strict=True):
         columns = seen[row].nonzero().squeeze(-1)

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from softmeet.errors import InvalidInputError, NonFiniteError, UnsupportedHeadError
 from softmeet.heads import SoftmaxHead
 from softmeet.members.bands import bands
-from softmeet.rules.combine import combine
-from softmeet.rules.gates import Gate, Unsure, find_gate
+from softmeet.rules.combine import product_dtype, solve
+from softmeet.rules.gates import Unsure
+from softmeet.rules.problem import Problem
+from softmeet.rules.settings import Settings
 from softmeet.rules.solution import Solution
-from softmeet.rules.validate import checked_trust
+from softmeet.rules.validate import free_directions, normalised, slopes_of
 
 # Elements of fp64 vectors over the vocabulary that one call of combine may hold: 512 MiB.
 _ELEMENTS = 1 << 26
@@ -52,86 +54,128 @@ class Combining:
     support: Bool[Tensor, " v"] | None
     _banded: tuple[int, list[SoftmaxHead]] | None
 
+    @property
+    def settings(self) -> Settings:
+        """How the members are combined."""
+        found: Settings = self.config.settings
+        return found
+
+    @property
+    def _is_capped(self) -> bool:
+        return any(map(_has_soft_cap, self.heads))
+
     def solve_in_chunks(
-        self, hidden: Sequence[Float[Tensor, "B _"]], asked: Asked | None = None, **changes: Any
+        self, hidden: Sequence[Float[Tensor, "B _"]], settings: Settings | None = None, asked: Asked | None = None
     ) -> Iterator[tuple[Float[Tensor, "n b v"], Solution]]:
         """As :meth:`solve_rows`, some rows at a time in their order, so that memory stays bounded."""
         chunk = rows_at_once(self.config.vocab_size, len(hidden))
+        if len(hidden[0]) <= chunk:
+            if len(hidden[0]):
+                yield self.solve_rows(hidden, settings, asked)
+            return
         for start in range(0, len(hidden[0]), chunk):
             rows = slice(start, start + chunk)
-            yield self.solve_rows([h[rows] for h in hidden], None if asked is None else asked.take(rows), **changes)
+            yield self.solve_rows([h[rows] for h in hidden], settings, None if asked is None else asked.take(rows))
 
     def solve_rows(
-        self, hidden: Sequence[Float[Tensor, "B _"]], asked: Asked | None = None, **changes: Any
+        self, hidden: Sequence[Float[Tensor, "B _"]], settings: Settings | None = None, asked: Asked | None = None
     ) -> tuple[Float[Tensor, "n B v"], Solution]:
         """(the members' log-probabilities, the rule's solution) at B positions, from each member's hidden states.
 
         Args:
             hidden: (B, d_i) for member i.
+            settings: in place of the configuration's, whose gate is for whoever runs members, and not heeded here.
             asked: the rows at which all members ran; elsewhere the first one answers alone, what stands in place of the
                 others' hidden states is not read, and what they would say is NaN. None if they ran everywhere.
-            changes: as :meth:`combine_rows` has them.
         """
-        log_probs, logits = self.own_log_probs(hidden, asked)
+        logits = self.own_logits(hidden, asked)
+        settings = settings or self.settings.ungated()
         if asked is not None:
-            changes["gate"] = Unsure(1.0, asked.rows.to(log_probs.device))
-        if changes.get("free_radial", self.config.free_radial):
-            changes["hidden"] = [states.to(log_probs.device) for states in hidden]
-        solution = self.combine_rows(log_probs, logits, **changes)
+            settings = settings.model_copy(update={"gate": Unsure(1.0, asked.rows.to(logits.device))})
+        states = [h.to(logits.device) for h in hidden] if settings.free_radial else None
+        solution = self.combine_rows(logits, logits, settings, hidden=states)
+        log_probs = solution.problem.log_p[:: settings.bands]
         return (log_probs, solution) if asked is None else _unasked(log_probs, solution)
 
-    def own_log_probs(
-        self, hidden: Sequence[Float[Tensor, "B _"]], asked: Asked | None = None
-    ) -> tuple[Float[Tensor, "n B v"], Float[Tensor, "n B v"] | None]:
-        """(the members' log-probabilities, their logits if a head has a soft-cap) from each member's hidden states.
+    def own_logits(self, hidden: Sequence[Float[Tensor, "B _"]], asked: Asked | None = None) -> Float[Tensor, "n B v"]:
+        """The members' logits from each member's hidden states, in fp32 or fp64; -inf past a head's last row.
 
-        Where the members were not ``asked``, all but the first are given a uniform distribution.
+        Where the members were not ``asked``, all but the first are given equal ones.
         """
-        own_log_probs, logits, place = [], [], self.heads[0].weight.device
+        place, v = self.heads[0].weight.device, self.config.vocab_size
+        found = []
         for i, (head, states) in enumerate(zip(self.heads, hidden, strict=True)):
-            own = _own_logits(head, states) if asked is None else _where_asked(head, states, asked, first=not i)
+            states = states.to(head.weight.device)
+            own = head.logits(states) if asked is None else _where_asked(head, states, asked, first=not i)
             own = own.to(place)
-            short = self.config.vocab_size - head.v
-            own = nn.functional.pad(own, (0, short), value=-torch.inf) if short else own
-            logits.append(own)
-            own_log_probs.append(own.log_softmax(-1))
-        capped = torch.stack(logits) if any(head.soft_cap for head in self.heads) else None
-        return torch.stack(own_log_probs), capped
+            found.append(nn.functional.pad(own, (0, v - head.v), value=-torch.inf) if head.v < v else own)
+        return torch.stack(found)
+
+    def own_log_probs(
+        self, hidden: Sequence[Float[Tensor, "B _"]]
+    ) -> tuple[Float[Tensor, "n B v"], Float[Tensor, "n B v"] | None]:
+        """(the members' log-probabilities, their logits if a head has a soft-cap) from each member's hidden states."""
+        logits = self.own_logits(hidden)
+        return logits.log_softmax(-1), logits if self._is_capped else None
 
     def combine_rows(
-        self, log_probs: Float[Tensor, "n B v"], logits: Float[Tensor, "n B v"] | None, **changes: Any
+        self,
+        scores: Float[Tensor, "n B v"],
+        logits: Float[Tensor, "n B v"] | None,
+        settings: Settings | None = None,
+        *,
+        hidden: Sequence[Float[Tensor, "B _"]] | None = None,
+        start: Solution | None = None,
+        relaxed: Solution | None = None,
     ) -> Solution:
-        """The rule's solution, from what :meth:`own_log_probs` gives.
+        """The rule's solution, from the members' logits, or from their log-probabilities.
 
-        ``changes`` are ``rule_temperature`` and arguments of :func:`softmeet.combine` in place of the configuration's.
-        A gate is one of them; that of the configuration is for whoever runs members, and not heeded here. Where
-        ``unsure`` is closed, the first member answers without the rule's temperature too.
+        Where the gate ``unsure`` is closed, the first member answers without the rule's temperature too.
+
+        Args:
+            scores: log-probabilities up to a constant, which is all that counts of logits without a soft-cap.
+            logits: where a head has a soft-cap.
+            settings: in place of the configuration's, whose gate is not heeded here.
+            hidden: for ``free_radial``.
+            start, relaxed: as ``start`` and ``on_infeasible`` of :func:`softmeet.combine`.
+
+        Raises:
+            NonFiniteError: NaN or +inf from a member, which the message names.
         """
-        arguments = self.config.combine_arguments() | changes
-        temperature = arguments.pop("rule_temperature", self.config.rule_temperature)
-        count, heads = arguments.pop("bands", self.config.bands), self.heads
-        if arguments["free_radial"]:
-            self._refuse_unknown_norms()
-            if count > 1:
-                raise InvalidInputError(
-                    f"free_radial needs whole heads, got {count} bands of each: leave out one of both"
-                )
-        if count > 1:
-            heads = self.banded_heads(count)
-            log_probs = log_probs.repeat_interleave(count, 0)
-            logits = None if logits is None else logits.repeat_interleave(count, 0)
-            # The pool knows each member once.
-            first = ([w, *[0.0] * (count - 1)] for w in arguments["weights"])
-            arguments["weights"] = [w for own in first for w in own]
-            arguments["trust"] = checked_trust(arguments["trust"], len(self.heads), count)
+        settings = settings or self.settings.ungated()
+        heads, dtype = self.heads, scores.dtype
         try:
-            solution = combine(log_probs, heads, support=self.support, logits=logits, **arguments)
+            log_p = normalised(scores)
         except NonFiniteError as error:
             raise NonFiniteError(f"{error}. Members, from 0: {', '.join(map(str, self.config.members))}") from error
-        solution = solution if count == 1 else solution.by_member(count)
-        return solution if temperature == 1 else _tempered(solution, temperature, arguments.get("gate"))
+        if settings.free_radial:
+            self._refuse_unknown_norms(settings)
+        capped = None if logits is None or not self._is_capped else logits
+        bands = settings.bands
+        if bands > 1:
+            heads, settings = self.banded_heads(bands), settings.for_bands()
+            log_p = log_p.repeat_interleave(bands, 0)
+            capped = None if capped is None else capped.repeat_interleave(bands, 0)
+        problem = Problem(
+            log_p=log_p,
+            heads=tuple(heads),
+            slopes=(None,) * len(heads) if capped is None else slopes_of(heads, capped, log_p, log_p.shape),
+            settings=settings,
+            support=self.support,
+            dtype=product_dtype(dtype, settings.tol),
+            free=free_directions(heads, log_p, capped, hidden, log_p.shape) if settings.free_radial else (),
+            start=None if start is None else start.as_start(heads, log_p),
+            precision=torch.finfo(dtype).eps,
+        )
+        known = None if relaxed is None else relaxed.as_fallback(problem)
+        solution = solve(problem, log_p.shape[1:2], dtype, known)
+        return solution if bands == 1 else solution.by_member(bands)
 
-    def _refuse_unknown_norms(self) -> None:
+    def _refuse_unknown_norms(self, settings: Settings) -> None:
+        if settings.bands > 1:
+            raise InvalidInputError(
+                f"free_radial needs whole heads, got {settings.bands} bands of each: leave out one of both"
+            )
         names = zip(self.config.members, self.heads, strict=True)
         if unknown := [name for name, head in names if head.norm is None]:
             raise UnsupportedHeadError(
@@ -148,8 +192,8 @@ class Combining:
         return self._banded[1]
 
 
-def _own_logits(head: SoftmaxHead, states: Float[Tensor, "B d"]) -> Float[Tensor, "B v"]:
-    return head.logits(states.to(head.weight.device))
+def _has_soft_cap(head: SoftmaxHead) -> bool:
+    return head.soft_cap is not None
 
 
 def _where_asked(head: SoftmaxHead, states: Float[Tensor, "B d"], asked: Asked, *, first: bool) -> Float[Tensor, "B v"]:
@@ -157,10 +201,10 @@ def _where_asked(head: SoftmaxHead, states: Float[Tensor, "B d"], asked: Asked, 
     if first and asked.logits is not None:
         return asked.logits
     if first or bool(asked.rows.all()):
-        return _own_logits(head, states)
+        return head.logits(states)
     out = states.new_zeros(len(states), head.v, dtype=torch.promote_types(states.dtype, torch.float32))
     rows = asked.rows.nonzero().squeeze(-1).to(states.device)
-    return out.index_copy(0, rows, _own_logits(head, states[rows]).to(out.device)) if len(rows) else out
+    return out.index_copy(0, rows, head.logits(states[rows]).to(out.device)) if len(rows) else out
 
 
 def _unasked(log_probs: Float[Tensor, "n B v"], solution: Solution) -> tuple[Float[Tensor, "n B v"], Solution]:
@@ -170,10 +214,3 @@ def _unasked(log_probs: Float[Tensor, "n B v"], solution: Solution) -> tuple[Flo
     log_probs[1:, solution.gated] = torch.nan
     disagreement[1:, solution.gated] = torch.nan
     return log_probs, replace(solution, disagreement=disagreement)
-
-
-def _tempered(solution: Solution, temperature: float, gate: str | Gate | None) -> Solution:
-    found = solution.at_temperature(temperature)
-    if not isinstance(find_gate(gate), Unsure):
-        return found
-    return replace(found, log_probs=torch.where(solution.gated[:, None], solution.log_probs, found.log_probs))

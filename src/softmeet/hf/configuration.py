@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from softmeet.rules.gates import checked_gate
-from softmeet.rules.registry import find_rule
-from softmeet.rules.validate import (
-    checked_count,
-    checked_number,
-    checked_on_infeasible,
-    checked_options,
-    checked_pool,
-    checked_trust,
-    checked_weights,
-)
+from softmeet.errors import InvalidInputError
+from softmeet.rules.registry import rule_names, source_of
+from softmeet.rules.settings import Settings, parse_rule
 
-# What decides how members are combined, apart from their weights.
-SETTINGS = (
-    "rule", "trust", "pool", "tol", "max_steps", "free_weights", "on_infeasible", "rank", "free_radial", "metric",
-    "slack", "vertex",
-)  # fmt: skip
+# Options of single rules that checkpoints before 0.2 hold for every rule.
+_OF_RULES = ("metric", "slack", "vertex")
 
 
 class EnsembleConfig(PreTrainedConfig):
-    """Settings of an ensemble; the arguments of :func:`softmeet.combine` under their own names.
+    """Members, and how they are combined; the fields of :class:`softmeet.Settings` are read and set as attributes.
 
-    ``rule_temperature`` is of the rule's answer, p^(1/T) normalised; that of generation comes on top.
-    ``gate`` is of forward and generate: where members are not asked or the rule not solved (``softmeet.rules.gates``).
-    With ``bands`` > 1 each member in turn has so many trusts, one per band of its head's principal directions; one
-    trust per member serves all its bands.
+    An attribute that is set is checked at once. As attributes, and in JSON, rules and gates are text, and an infinite
+    trust is ``"inf"``. ``rule_temperature`` is of the rule's answer; that of generation comes on top. ``gate`` is of
+    forward and generate: where members are not asked or the rule not solved (``softmeet.rules.gates``).
+
+    Attributes:
+        members: their names, in order.
+        settings: all that decides how they are combined; it never changes in itself.
+        rule_source: what brings the rule, if it is not softmeet's own.
 
     Raises:
         InvalidInputError: a setting is wrong; checked here, before any member is loaded or run.
@@ -45,53 +36,57 @@ class EnsembleConfig(PreTrainedConfig):
     def __init__(
         self,
         members: Sequence[str] = (),
-        rule: str = "meet",
-        weights: Sequence[float] | None = None,
-        trust: float | Sequence[float | str] | None = None,
-        pool: str = "logit-mean",
-        tol: float = 1e-4,
-        max_steps: int = 50,
-        free_weights: bool = False,
-        rule_temperature: float = 1.0,
-        on_infeasible: str = "meet",
-        rank: int | None = None,
-        free_radial: bool = False,
-        metric: str = "whitened",
-        slack: float = 0.0,
-        vertex: bool = False,
-        bands: int = 1,
-        gate: str | None = None,
-        **kwargs: Any,
+        rule: Any = None,
+        *,
+        settings: Settings | None = None,
+        rule_source: str | None = None,
+        **given: Any,
     ) -> None:
-        n = len(members)
+        if settings is None:
+            _require_rule(rule, rule_source)
+            own = {name: given.pop(name) for name in (*_names_of(rule), *_OF_RULES) if name in given}
+            settings = Settings.of({"rule": rule, **own})
         self.members = [str(member) for member in members]
-        self.rule = find_rule(rule).name
-        self.weights = checked_weights(weights, n, free=free_weights) if n else None
-        self.bands = checked_count("bands", bands)
-        self.trust = list(checked_trust(trust, n, self.bands))
-        self.pool = checked_pool(pool)
-        self.tol = checked_number("tol", tol, positive=True)
-        self.max_steps = checked_count("max_steps", max_steps)
-        self.free_weights = free_weights
-        self.gate = checked_gate(gate)
-        self.rule_temperature = checked_number("rule_temperature", rule_temperature, positive=True)
-        self.on_infeasible = checked_on_infeasible(on_infeasible)
-        options = checked_options(rank=rank, free_radial=free_radial, metric=metric, slack=slack, vertex=vertex)
-        for name, value in asdict(options).items():
-            setattr(self, name, value)
-        super().__init__(**kwargs)
+        self.settings = settings.for_members(len(self.members))
+        self.rule_source = source_of(self.settings.rule)
+        super().__init__(**given)
+
+    def __getattr__(self, name: str) -> Any:
+        settings = self.__dict__.get("settings")
+        if settings is None or name not in Settings.model_fields:
+            raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
+        value = getattr(settings, name)
+        if name in ("rule", "gate"):
+            return None if value is None else str(value)
+        return list(value) if isinstance(value, tuple) else value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in Settings.model_fields:
+            self.settings = self.settings.changed(**{name: value})
+        else:
+            super().__setattr__(name, value)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it: an infinite trust is written ``"inf"``."""
+        """Give all of it as JSON has it."""
         found: dict[str, Any] = super().to_dict()
-        if isinstance(found.get("trust"), list):
-            found["trust"] = ["inf" if math.isinf(rho) else rho for rho in found["trust"]]
+        if isinstance(found.pop("settings", None), Settings):
+            found |= self.settings.plain()
+        if found.get("rule_source") is None:
+            found.pop("rule_source", None)
         return found
 
-    def trusts(self) -> list[list[float]]:
-        """Each member's trusts, one per band."""
-        return [self.trust[i : i + self.bands] for i in range(0, len(self.trust), self.bands)]
 
-    def combine_arguments(self) -> dict[str, Any]:
-        """What :func:`softmeet.combine` is to be called with."""
-        return {name: getattr(self, name) for name in ("weights", *SETTINGS)}
+def _names_of(rule: Any) -> tuple[str, ...]:
+    """The names of all settings, and of the options of a rule that is named by text or given."""
+    kind = type(parse_rule(rule)[0] if isinstance(rule, str) else rule)
+    return (*(name for name in Settings.model_fields if name != "rule"), *getattr(kind, "model_fields", ()))
+
+
+def _require_rule(rule: Any, source: str | None) -> None:
+    name = rule.partition(":")[0] if isinstance(rule, str) else None
+    if source is not None and name is not None and name not in rule_names():
+        kind, _, origin = source.partition(" ")
+        advice = f"pip install {origin}" if kind == "package" else f"import {origin} before the ensemble is loaded"
+        raise InvalidInputError(
+            f"the rule {name!r} of this ensemble comes from the {source}, which is not here: {advice}"
+        )

@@ -35,7 +35,8 @@ from softmeet.members.heads import head_of, replace_weight
 from softmeet.members.huggingface import Dtype, last_hidden
 from softmeet.members.placement import Device, each_in_a_thread, whereabouts
 from softmeet.members.vocabulary import token_support
-from softmeet.rules.gates import Gate, Unsure, find_gate
+from softmeet.rules.gates import Gate, Unsure, parse_gate, that_closes
+from softmeet.rules.settings import Settings
 
 
 class EnsembleForCausalLM(Combining, PreTrainedModel, GenerationMixin):
@@ -149,7 +150,7 @@ class EnsembleForCausalLM(Combining, PreTrainedModel, GenerationMixin):
         self.generation_config.save_pretrained(folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
-        rows = zip(config.members, config.weights, config.trusts(), strict=True)
+        rows = zip(config.members, config.weights, config.settings.trusts(), strict=True)
         table = "\n".join(
             f"| `{name}` | {weight:g} | {', '.join(f'{rho:g}' for rho in own)} |" for name, weight, own in rows
         )
@@ -200,6 +201,7 @@ class EnsembleForCausalLM(Combining, PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Int[Tensor, " k"] = 0,
         recorder: Recorder | None = None,
         row_sampler: RowSampler | None = None,
+        settings: Settings | None = None,
         weights: Sequence[float] | None = None,
         gate: str | None = None,
         return_dict: bool | None = None,
@@ -209,15 +211,16 @@ class EnsembleForCausalLM(Combining, PreTrainedModel, GenerationMixin):
 
         Args:
             recorder: receives the solution of every position whose logits are kept.
-            weights: of the pool, in place of the configuration's, for this call alone.
+            settings: how to combine, in place of the configuration's, for this call alone.
+            weights: of the pool; the same, where the rest stays as it is.
             gate: the same; ``"none"`` for none.
 
         Raises:
             NonFiniteError: a member's logits hold NaN or +inf; the message names it.
         """
-        chosen = find_gate(self.config.gate if gate is None else gate)
+        settings = settings or self.with_changes(weights, gate)
         if use_cache and cache is None:
-            cache = self.new_cache(chosen)
+            cache = self.new_cache(settings.gate)
         input_ids = self._checked_length(input_ids, cache)
         shared: dict[str, Any] = {
             "attention_mask": attention_mask,
@@ -225,19 +228,34 @@ class EnsembleForCausalLM(Combining, PreTrainedModel, GenerationMixin):
             "use_cache": bool(use_cache),
         }
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        changes: dict[str, Any] = {} if weights is None else {"weights": weights}
-        asked = None
-        if isinstance(chosen, Unsure) or (cache is not None and cache.lagging):
-            unsure = chosen if isinstance(chosen, Unsure) else None
-            hidden, asked = ask(self, unsure, input_ids, kept, cache, **shared)
+        closing, asked = that_closes(settings.gate), None
+        if isinstance(closing, Unsure) or (cache is not None and cache.lagging):
+            unsure = closing if isinstance(closing, Unsure) else None
+            hidden, asked = ask(list(self.members), self.heads, self.each, unsure, input_ids, kept, cache, **shared)
         else:
-            caches = [None] * len(self.heads) if cache is None else cache.members
-            hidden = self._each(lambda i: self._hidden(i, input_ids, caches[i], **shared)[:, kept], range(len(caches)))
-        log_probs = self._solve(hidden, asked, recorder, changes | ({} if asked else {"gate": chosen}))
+            hidden = [states[:, kept] for states in self.run(input_ids, cache, **shared)]
+        log_probs = self._solve(hidden, settings, asked, recorder)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=log_probs, labels=labels, vocab_size=self.config.vocab_size)
         return CausalLMOutputWithPast(loss=loss, logits=log_probs, cache=cache)
+
+    def with_changes(self, weights: Sequence[float] | None, gate: str | Gate | None) -> Settings:
+        """The configuration's settings with other weights, or another gate; None leaves either as it is.
+
+        Raises:
+            InvalidInputError: as :class:`softmeet.Settings`.
+        """
+        settings = self.settings if weights is None else self.settings.changed(weights=weights)
+        return settings if gate is None else settings.model_copy(update={"gate": parse_gate(gate)})
+
+    def run(
+        self, input_ids: Int[Tensor, "B t"], cache: EnsembleCache | None, **shared: Any
+    ) -> list[Float[Tensor, "B t _"]]:
+        """Every member's last hidden states at new tokens; ``shared`` are options of the members' own forward."""
+        caches = [None] * len(self.heads) if cache is None else cache.members
+        members = self.members
+        return self.each(lambda i: last_hidden(members[i], input_ids, cache=caches[i], **shared), range(len(members)))
 
     def _checked_length(self, input_ids: Int[Tensor, "B t"] | None, cache: EnsembleCache | None) -> Int[Tensor, "B t"]:
         if input_ids is None:
@@ -273,12 +291,13 @@ class EnsembleForCausalLM(Combining, PreTrainedModel, GenerationMixin):
             InvalidInputError: an option that has no meaning for an ensemble, or no such gate; the message says why.
         """
         refuse(generation_config, kwargs)
-        find_gate(kwargs.get("gate"))
+        if kwargs.get("weights") is not None or kwargs.get("gate") is not None:
+            kwargs["settings"] = self.with_changes(kwargs.pop("weights", None), kwargs.pop("gate", None))
         return super().generate(inputs, generation_config=generation_config, **kwargs)
 
     def new_cache(self, gate: str | Gate | None = None) -> EnsembleCache:
         """An empty cache: one per member; for the gate ``unsure`` one in which all but the first may be behind."""
-        lagging = isinstance(find_gate(gate), Unsure)
+        lagging = isinstance(that_closes(parse_gate(gate)), Unsure)
         return EnsembleCache([member.config for member in self.members], lagging=lagging)
 
     @property
@@ -291,32 +310,27 @@ class EnsembleForCausalLM(Combining, PreTrainedModel, GenerationMixin):
         """Whether members are in different places, so that it pays to run them at the same time."""
         return len({whereabouts(member) for member in self.members}) > 1
 
-    def _each(self, function: Callable[[int], Any], members: Sequence[int]) -> list[Any]:
-        """``function`` of every member's index."""
+    def each(self, function: Callable[[int], Any], members: Sequence[int]) -> list[Any]:
+        """``function`` of some members' indices; at the same time where they are in different places."""
         return each_in_a_thread(function, members) if self.apart else list(map(function, members))
-
-    def _hidden(
-        self, i: int, input_ids: Int[Tensor, "B t"], cache: Any = None, **shared: Any
-    ) -> Float[Tensor, "B t d"]:
-        return last_hidden(self.members[i], input_ids, cache=cache, **shared)
 
     def hidden_states(self, input_ids: Int[Tensor, "1 t"]) -> list[Float[Tensor, "t _"]]:
         """Each member's last hidden states over one text, without a cache."""
         self._checked_length(input_ids, None)
-        return self._each(lambda i: self._hidden(i, input_ids, use_cache=False)[0], range(len(self.heads)))
+        return [states[0] for states in self.run(input_ids, None, use_cache=False)]
 
     def _solve(
         self,
         hidden: list[Float[Tensor, "B k _"]],
+        settings: Settings,
         asked: Asked | None,
         recorder: Recorder | None,
-        changes: dict[str, Any],
     ) -> Float[Tensor, "B k v"]:
         """Combine every position."""
         parts = []
         if recorder is not None and asked is not None:
             recorder.gate.seconds += asked.seconds
-        for log_probs, solution in self.solve_in_chunks([h.flatten(0, 1) for h in hidden], asked, **changes):
+        for log_probs, solution in self.solve_in_chunks([h.flatten(0, 1) for h in hidden], settings, asked):
             if recorder is not None:
                 recorder.add(solution, log_probs)
             parts.append(solution.log_probs)
@@ -341,8 +355,8 @@ class EnsembleForCausalLM(Combining, PreTrainedModel, GenerationMixin):
                 f"{generation_config.cache_implementation!r} is not supported: leave it out"
             )
         if given is None and generation_config.use_cache:
-            gate = model_kwargs.get("gate")
-            model_kwargs["cache"] = self.new_cache(self.config.gate if gate is None else gate)
+            settings = model_kwargs.get("settings") or self.settings
+            model_kwargs["cache"] = self.new_cache(settings.gate)
 
     def _get_logits_processor(self, *args: Any, model_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> Any:
         """The usual processors, and last the row sampler, if one was given to generate."""

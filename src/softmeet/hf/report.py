@@ -16,8 +16,6 @@ from softmeet.hf.recorder import Recorder
 from softmeet.rules.solution import Solution
 from softmeet.solvers.base import Status
 
-# Rules whose answer is the pool, tilted by Σ_i W_i λ_i.
-_TILTING = ("meet", "max-entropy")
 # Nats of summed disagreement at which a token is fully coloured.
 _FULL = 0.5
 
@@ -102,7 +100,7 @@ def _pushes(solution: Solution, row: int, tokens: list[int]) -> list[list[float]
     """What each member adds to each token's score, (tokens, members), in nats; 0 where the rule tilts no pool."""
     problem, dual = solution.problem, solution._answer.dual
     columns = [torch.zeros(len(tokens), dtype=torch.float64)] * len(dual)
-    if solution.rule in _TILTING and tokens:
+    if problem.settings.rule.tilts_pool and tokens:
         where, rows = torch.tensor([tokens], device=problem.log_p.device), torch.tensor([row])
         views = problem.views(range(len(dual)))
         columns = [v.take(rows).rows(where)[0].double() @ lam[row] for v, lam in zip(views, dual, strict=True)]

@@ -1,116 +1,131 @@
-"""What a rule is: a name, a problem stated in its docstring, and ``solve``."""
+"""What a rule is: a name, a problem stated in its docstring, options, and ``solve``.
+
+A rule of one's own is a subclass of :class:`Rule`; :mod:`softmeet.rules.registry` makes its name known.
+"""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields, replace
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from softmeet.rules.frozen import Frozen
 
-from softmeet.rules.problem import Problem
-from softmeet.simplex import kl
-from softmeet.solvers.base import Status
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from softmeet.rules.answer import Answer
+    from softmeet.rules.problem import Problem
+    from softmeet.rules.verify import Recomputed
 
 
-@dataclass
-class Answer:
-    """What a rule gives back for a batch; every field has one row per row of the problem.
+class Rule(Frozen, ABC):
+    """One way to choose the next token's distribution from the members'.
 
-    ``dual`` holds, per member, λ_i in the head's own coordinates, (B, d_i); zeros for a rule without a dual. ``ray``
-    holds such a λ with max_j Σ_i λ_iᵀ(a_ij - b_i) < 0 where the status is INFEASIBLE: the proof; zeros elsewhere.
-    ``disagreement`` is KL(r_i‖p̂_i), or, where ``disagreement_is_bound``, its upper bound KL(p‖p̂_i).
-    ``objective_range`` holds the least and the largest value of the objective over the feasible set, or bounds on
-    them; NaN for a rule without such a set.
+    Its options are its fields, each with a default, checks and one line of help, as pydantic has them:
+    ``order: float = Field(0.5, ge=0, le=1, description="Of the power mean.")``. An instance never changes; ``str`` of
+    it is what ``--rule`` takes: ``power-mean:order=0.5``.
+
+    Attributes:
+        name: by which it is asked for: small letters, digits and hyphens.
+        summary: one line about it.
+        reference: where it comes from: a paper and an equation, or an address.
+        reads_heads: whether it needs the members' softmax matrices, and not their log-probabilities alone.
+        is_average: whether it is a weighted average of the members.
+        can_assign_zeros: whether it may give tokens probability 0 to which every member gives more.
+        uses_trust: whether its answer depends on the trusts.
+        tilts_pool: whether its answer is the pool times exp(Σ_i W_i λ_i), with λ in ``Answer.dual``; such solutions can
+            start one another.
+        is_feasible: whether it chooses from the distributions that have every member's moments, which may not exist.
+
+    Example:
+        >>> import torch
+        >>> import softmeet
+        >>> from softmeet.simplex import log_normalize
+        >>> class Least(softmeet.Rule):
+        ...     \"\"\"p ∝ min_i p̂_i.\"\"\"
+        ...     name = "least"
+        ...     summary = "the pointwise minimum of the members, renormalised"
+        ...     def solve(self, problem):
+        ...         return problem.restricted(log_normalize(problem.log_p.amin(0)))
+        >>> members = torch.tensor([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25]]).log()
+        >>> heads = [torch.eye(3), torch.eye(3)]
+        >>> softmeet.combine(members, heads, Least()).log_probs.exp()
+        tensor([0.3333, 0.3333, 0.3333])
     """
-
-    log_probs: Float[Tensor, "B v"]
-    status: Int[Tensor, " B"]
-    gap: Float[Tensor, " B"]
-    certified: Bool[Tensor, " B"]
-    objective: Float[Tensor, " B"]
-    objective_range: Float[Tensor, "B 2"]
-    steps: Int[Tensor, " B"]
-    passes: Float[Tensor, " B"]
-    disagreement: Float[Tensor, "B n"]
-    disagreement_is_bound: Bool[Tensor, "B n"]
-    dual: tuple[Float[Tensor, "B _"], ...]
-    ray: tuple[Float[Tensor, "B _"], ...]
-
-    def take(self, rows: Int[Tensor, " k"]) -> Answer:
-        """A copy of some rows."""
-        taken: dict[str, object] = {}
-        for f in fields(self):
-            mine = getattr(self, f.name)
-            taken[f.name] = tuple(part[rows] for part in mine) if isinstance(mine, tuple) else mine[rows]
-        return Answer(**taken)  # type: ignore[arg-type]
-
-    def put(self, rows: Int[Tensor, " k"], other: Answer) -> Answer:
-        """A copy with some rows replaced."""
-        merged: dict[str, object] = {}
-        for f in fields(self):
-            mine, theirs = getattr(self, f.name), getattr(other, f.name)
-            if isinstance(mine, tuple):
-                merged[f.name] = tuple(a.index_copy(0, rows, b) for a, b in zip(mine, theirs, strict=True))
-            else:
-                merged[f.name] = mine.index_copy(0, rows, theirs)
-        return replace(self, **merged)  # type: ignore[arg-type]
-
-    @staticmethod
-    def joined(parts: list[Answer]) -> Answer:
-        """The answers of parts of a batch, in order."""
-        merged: dict[str, object] = {}
-        for f in fields(Answer):
-            values = [getattr(part, f.name) for part in parts]
-            is_tuple = isinstance(values[0], tuple)
-            merged[f.name] = tuple(torch.cat(x) for x in zip(*values, strict=True)) if is_tuple else torch.cat(values)
-        return Answer(**merged)  # type: ignore[arg-type]
-
-
-class Rule(ABC):
-    """One way to choose a distribution; ``solve`` states it as a problem and hands it to a solver."""
 
     name: ClassVar[str]
     summary: ClassVar[str]
-    uses_heads: ClassVar[bool]
+    reference: ClassVar[str] = ""
+    reads_heads: ClassVar[bool] = False
+    is_average: ClassVar[bool] = False
     can_assign_zeros: ClassVar[bool] = False
+    uses_trust: ClassVar[bool] = False
+    tilts_pool: ClassVar[bool] = False
+    is_feasible: ClassVar[bool] = False
 
     @abstractmethod
-    def solve(self, problem: Problem) -> Answer:
-        """The rule's distribution for every row."""
+    def solve(self, problem: Problem) -> Answer | Tensor:
+        """Choose a distribution for every row of a problem.
+
+        Args:
+            problem: the members' log-probabilities ``problem.log_p``, (n, B, v), in nats, fp64, and all settings. Where
+                directions are free or a soft-cap is set, rows come with views of heads of their own: ask
+                ``problem.views``.
+
+        Returns:
+            Log-probabilities in nats, (B, v), where the rule is a formula; else an
+            :class:`~softmeet.rules.answer.Answer` with what else is known of each row.
+        """
+
+    def verify(self, problem: Problem, answer: Answer) -> Recomputed | None:
+        """Look at an answer again, in fp64, without trusting the solver that found it.
+
+        Returns:
+            What was found, or None where the rule has no such second look: then ``Solution.verify`` says UNVERIFIED.
+        """
+        return None
+
+    def pool_bound(self, problem: Problem) -> Tensor | None:
+        """Bound how far the pool is from this rule's optimum, (B,), in nats and without a head; None if unknown."""
+        return None
+
+    def effective_trust(self, trust: Sequence[float]) -> tuple[float, ...]:
+        """Give the trusts that this rule solves with, from those that were asked for."""
+        return tuple(trust)
 
     def why_degenerate(self, problem: Problem) -> str:
-        """A sentence for rows whose objective is constant on the feasible set."""
-        return str(Status.DEGENERATE)
+        """Say why nothing was chosen, in a sentence, for rows whose objective is constant on the feasible set."""
+        return "every feasible distribution is optimal: the objective is constant on the feasible set"
 
     def relaxes(self, problem: Problem) -> bool:
-        """Whether the problem's options ask this rule for less than every member's moments."""
-        return self.uses_heads and problem.options.relaxes(problem.heads)
+        """Say whether the options ask this rule for less than every member's moments."""
+        return self.reads_heads and problem.settings.relaxes(problem.heads)
 
-    def answer(self, problem: Problem) -> Answer:
-        """:meth:`solve`, on parts of the batch whose rows share one view of each head."""
-        parts = [self.solve(piece) for piece in problem.pieces()]
-        return parts[0] if len(parts) == 1 else Answer.joined(parts)
+    @classmethod
+    def title(cls) -> str:
+        """Give the name, for messages."""
+        return cls.name
+
+    def own_options(self) -> dict[str, object]:
+        """Give the options that differ from their defaults."""
+        return {
+            name: value
+            for name, field in type(self).model_fields.items()
+            if (value := getattr(self, name)) != field.get_default()
+        }
+
+    def __str__(self) -> str:
+        return ":".join([self.name, *(f"{key}={_text(value)}" for key, value in self.own_options().items())])
 
 
-def closed_form(problem: Problem, log_probs: Float[Tensor, "B v"], objective: Float[Tensor, " B"]) -> Answer:
-    """The answer of a rule that needs no solver: exact, and no head was read."""
-    B, like = len(log_probs), objective
-    nothing = tuple(like.new_zeros(B, head.d) for head in problem.heads)
-    disagreement = torch.stack([kl(log_probs, member) for member in problem.log_p], dim=-1)
-    return Answer(
-        log_probs=log_probs,
-        status=torch.full((B,), int(Status.OPTIMAL), device=like.device),
-        gap=torch.zeros_like(like),
-        certified=torch.ones_like(like, dtype=torch.bool),
-        objective=objective,
-        objective_range=torch.full_like(objective, torch.nan)[:, None].repeat(1, 2),
-        steps=torch.zeros(B, dtype=torch.int64, device=like.device),
-        passes=torch.zeros_like(like),
-        disagreement=disagreement,
-        disagreement_is_bound=torch.ones_like(disagreement, dtype=torch.bool),
-        dual=nothing,
-        ray=nothing,
-    )
+def _text(value: object) -> str:
+    """Write a value as a rule's text has it: lists with slashes."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return "/".join(map(_text, value))
+    if isinstance(value, float):
+        return "inf" if math.isinf(value) else repr(value)
+    return str(value)

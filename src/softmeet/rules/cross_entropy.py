@@ -6,6 +6,7 @@ from abc import abstractmethod
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor
 
 from softmeet.rules.exact import Bounds, Choice, ExactRule
@@ -25,14 +26,21 @@ class CrossEntropyRule(ExactRule):
     """
 
     can_assign_zeros = True
+    slack: float = Field(
+        default=0.0, ge=0, allow_inf_nan=False,
+        description="τ, by which moments may differ from the members' at ‖Qᵀ(p - p̂)‖² / 2τ nats.",
+    )  # fmt: skip
+    vertex: bool = Field(
+        default=False, description="Where the program chooses nothing, answer by some vertex of the feasible set."
+    )
 
     def constrained(self, problem: Problem) -> bool:
         """Without slack."""
-        return problem.options.slack == 0
+        return self.slack == 0
 
     def relaxes(self, problem: Problem) -> bool:
         """With slack, too."""
-        return super().relaxes(problem) or problem.options.slack > 0
+        return super().relaxes(problem) or self.slack > 0
 
     def why_degenerate(self, problem: Problem) -> str:
         """From the heads."""
@@ -42,7 +50,7 @@ class CrossEntropyRule(ExactRule):
             if plain
             else "on the feasible set the members' log-probabilities are combinations of the constrained moments"
         )
-        kept = "some vertex" if problem.options.vertex else "the feasible distribution nearest to the pool"
+        kept = "some vertex" if self.vertex else "the feasible distribution nearest to the pool"
         return (
             f"{self.name} chooses nothing here: {why}, so every feasible distribution is optimal; the answer is {kept}"
         )
@@ -67,14 +75,14 @@ class CrossEntropyRule(ExactRule):
         """The optimum, or, where the objective is constant on C, the I-projection of the pool."""
         if member is None:
             found = self.optimum(row, None)
-            return Choice(found.p, multipliers(row, found.y), found.steps)
+            return Choice(found.p, self.multipliers(row, found.y), found.steps)
         if not self.is_constant(row):
             found, most = self.optimum(row, member), self.most(row, member)
-            y = multipliers(row, found.y)
+            y = self.multipliers(row, found.y)
             # On the boundary of the simplex the objective may be constant though no multipliers prove it.
             constant = most - self.bounds(row, found.p, y).least <= row.problem.tol and not row.unique
-            return Choice(_kept(row, member) if constant else found.p, y, found.steps, most, constant)
-        p = _kept(row, member)
+            return Choice(self._kept(row, member) if constant else found.p, y, found.steps, most, constant)
+        p = self._kept(row, member)
         return Choice(p, row.fit(self.gradient(row, p)), 0)
 
     def status(self, row: Row, p: Float[Tensor, " v"], found: Bounds) -> Status:
@@ -86,42 +94,40 @@ class CrossEntropyRule(ExactRule):
 
     def off(self, row: Row, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> tuple[float, float]:
         """(what p pays for its slack, what the multipliers y gain from slack at most)."""
-        tau = row.problem.options.slack
+        tau = self.slack
         if tau == 0:
             return 0.0, 0.0
         r, moments = row.excess(p)[:-1], y[: len(row.target) - 1]
         return float(r.square().sum()) / (2 * tau), float(tau / 2 * moments.square().sum())
 
+    def _kept(self, row: Row, member: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
+        """Give what a program that chooses nothing is answered by."""
+        return vertex(row.system[0], member) if self.vertex else member
 
-def _kept(row: Row, member: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
-    """What a program that chooses nothing is answered by."""
-    return vertex(row.system[0], member) if row.problem.options.vertex else member
+    def program(
+        self,
+        row: Row,
+        cost: Float[Tensor, " v"],
+        member: Float[Tensor, " v"] | None,
+        extra: Float[Tensor, "v k"] | None = None,
+    ) -> SimplexProgram:
+        """Make the program with a linear cost, and with the squares of the sums of further columns ``extra``."""
+        soft = self.slack > 0
+        columns, target = (row.tokens, row.target) if soft else row.system
+        softness = torch.full_like(target, self.slack)
+        softness[-1], unit = 0.0, len(target) - 1
+        if extra is not None:
+            columns = Tokens(row.heads, torch.cat([row.ones, extra], dim=-1)).held()
+            same = torch.eye(extra.shape[1], dtype=target.dtype, device=target.device)
+            columns = columns if soft else mapped(columns, torch.block_diag(row.joint, same))
+            target, softness = torch.cat([target, 0 * same[0]]), torch.cat([softness, 0 * same[0] + 0.5])
+        weight = row.log_mean if member is None else member
+        return SimplexProgram(columns, target, softness, cost, row.alive, unit, member, weight, 0.01 * row.problem.tol)
 
+    def multipliers(self, row: Row, y: Float[Tensor, " r"]) -> Float[Tensor, " m"]:
+        """Take those of the moments from the multipliers of :meth:`program`."""
+        return y[: len(row.target)] if self.slack > 0 else row.joint @ y[: row.joint.shape[1]]
 
-def program(
-    row: Row, cost: Float[Tensor, " v"], member: Float[Tensor, " v"] | None, extra: Float[Tensor, "v k"] | None = None
-) -> SimplexProgram:
-    """The program with a linear cost, and with the squares of the sums of further columns ``extra``."""
-    soft = row.problem.options.slack > 0
-    columns, target = (row.tokens, row.target) if soft else row.system
-    softness = torch.full_like(target, row.problem.options.slack)
-    softness[-1], unit = 0.0, len(target) - 1
-    if extra is not None:
-        columns = Tokens(row.heads, torch.cat([row.ones, extra], dim=-1)).held()
-        same = torch.eye(extra.shape[1], dtype=target.dtype, device=target.device)
-        columns = columns if soft else mapped(columns, torch.block_diag(row.joint, same))
-        target, softness = torch.cat([target, 0 * same[0]]), torch.cat([softness, 0 * same[0] + 0.5])
-    weight = row.log_mean if member is None else member
-    return SimplexProgram(columns, target, softness, cost, row.alive, unit, member, weight, 0.01 * row.problem.tol)
-
-
-def multipliers(row: Row, y: Float[Tensor, " r"]) -> Float[Tensor, " m"]:
-    """Those of the moments, from the multipliers of :func:`program`."""
-    if row.problem.options.slack > 0:
-        return y[: len(row.target)]
-    return row.joint @ y[: row.joint.shape[1]]
-
-
-def extremes(row: Row, cost: Float[Tensor, " v"], member: Float[Tensor, " v"] | None) -> Optimum:
-    """The p that minimises a linear cost."""
-    return minimise(program(row, cost, member), row.problem.max_steps)
+    def extremes(self, row: Row, cost: Float[Tensor, " v"], member: Float[Tensor, " v"] | None) -> Optimum:
+        """Find the p that minimises a linear cost."""
+        return minimise(self.program(row, cost, member), row.problem.settings.max_steps)

@@ -8,18 +8,20 @@ states a lower bound on its objective over C, at any multipliers, and the gap is
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from softmeet.rules.base import Answer, Rule, closed_form
+from softmeet.rules.answer import Answer, closed_form
+from softmeet.rules.base import Rule
 from softmeet.rules.meet import MaxEntropy
 from softmeet.rules.points import entropic, moments_hold, polished
 from softmeet.rules.problem import Problem
 from softmeet.rules.row import Row
+from softmeet.rules.verify import Recomputed
 from softmeet.solvers.base import Status
 from softmeet.solvers.projection import MOMENT_TOLERANCE
 
@@ -62,7 +64,8 @@ class Choice:
 class ExactRule(Rule):
     """A rule that chooses one member of C; subclasses say which, and what bounds it."""
 
-    uses_heads = True
+    reads_heads = True
+    is_feasible = True
     always_answers: ClassVar[bool] = False
     # In nats: how well a member of C must be known before the rule chooses.
     exactness: ClassVar[float] = _EXACT
@@ -128,6 +131,15 @@ class ExactRule(Rule):
         answer.disagreement[k] = divergences(p, row)
         answer.disagreement_is_bound[k] = True
 
+    def verify(self, problem: Problem, answer: Answer) -> Recomputed:
+        """Evaluate what the answer and its multipliers prove, row by row."""
+        looks = []
+        for k, row in enumerate(Row.of(problem)):
+            p = answer.log_probs[k].exp()
+            found = self.proved(row, p, row.whitened(tuple(lam[k] for lam in answer.dual)))
+            looks.append(((p / p.sum()).log(), found.gap, self.status(row, p, found)))
+        return Recomputed.of_rows(looks, answer.log_probs)
+
     def proof(self, row: Row, p: Float[Tensor, " v"]) -> Float[Tensor, " m"]:
         """Multipliers that prove C empty, if the rule's answer has any; 0 otherwise."""
         return torch.zeros_like(row.target)
@@ -151,7 +163,7 @@ def members_of_c(problem: Problem, exactness: float = _EXACT) -> Answer:
     ``max-entropy`` finds most of either. Where C touches the boundary of the simplex its dual has no optimum, and an
     interior-point method looks for a member; where it finds none either the row is left NOT_CONVERGED.
     """
-    problem = replace(problem, tol=exactness, dtype=torch.float64)
+    problem = problem.changed(tol=exactness, dtype=torch.float64)
     answer = MaxEntropy().solve(problem)
     for k in (answer.status == Status.NOT_CONVERGED).nonzero().flatten().tolist():
         row = Row(problem.take(torch.tensor([k], device=problem.log_p.device)))

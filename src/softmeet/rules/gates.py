@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -20,15 +20,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from softmeet.errors import InvalidInputError
-from softmeet.rules.base import Answer, Rule, closed_form
-from softmeet.rules.pools import LogitMean
-from softmeet.rules.problem import Problem, finite_trust
-from softmeet.simplex import kl
+from softmeet.rules.answer import Answer, closed_form
+from softmeet.rules.answered import answered
+from softmeet.rules.problem import Problem
 
 NONE = "none"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Gate(ABC):
     """Where a rule is solved, and what answers where it is not."""
 
@@ -45,15 +44,15 @@ class Gate(ABC):
         """Whether the rule is solved everywhere, whatever the members say."""
 
     @abstractmethod
-    def open(self, rule: Rule, problem: Problem) -> Bool[Tensor, " B"]:
+    def open(self, problem: Problem) -> Bool[Tensor, " B"]:
         """The rows that the rule is solved at."""
 
     @abstractmethod
-    def instead(self, rule: Rule, problem: Problem) -> Answer:
+    def instead(self, problem: Problem) -> Answer:
         """What answers where the rule is not solved, for every row; no head is read."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Unsure(Gate):
     """The first member alone, unless the probability of its most probable token is below ``threshold``.
 
@@ -66,7 +65,7 @@ class Unsure(Gate):
             from the first member's probabilities.
     """
 
-    asked: Bool[Tensor, " B"] | None = None
+    asked: Bool[Tensor, " B"] | None = field(default=None, compare=False)
 
     name = "unsure"
 
@@ -75,7 +74,7 @@ class Unsure(Gate):
         """Above 1, since no probability is."""
         return self.threshold > 1
 
-    def open(self, rule: Rule, problem: Problem) -> Bool[Tensor, " B"]:
+    def open(self, problem: Problem) -> Bool[Tensor, " B"]:
         """By the first member's confidence."""
         return self.among(problem.log_p[0]) if self.asked is None else self.asked
 
@@ -83,24 +82,25 @@ class Unsure(Gate):
         """The rows at which the others have to be asked, from the first member's log-probabilities."""
         return confidence(log_p) < self.threshold
 
-    def instead(self, rule: Rule, problem: Problem) -> Answer:
+    def instead(self, problem: Problem) -> Answer:
         """The first member's own answer."""
+        rule = problem.settings.rule
         alone = replace(
             problem,
             log_p=problem.log_p[:1],
             heads=problem.heads[:1],
             slopes=problem.slopes[:1],
-            weights=torch.ones_like(problem.weights[:1]),
-            trust=problem.trust[:1],
+            settings=problem.settings.model_copy(update={"weights": (1.0,), "trust": problem.trust[:1]}),
             free=problem.free[:1],
         )
-        own = (LogitMean() if rule.uses_heads else rule).solve(alone)
+        # What reads heads makes of one member its own distribution.
+        own = closed_form(alone, alone.log_pool) if rule.reads_heads else answered(rule, alone)
         answer = closed_form(problem, own.log_probs, own.objective)
         unknown = torch.full_like(answer.gap, torch.inf)
         return replace(answer, gap=unknown, certified=unknown < 0)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Disagreement(Gate):
     """The pool, unless the members' first-order disagreement exceeds ``threshold`` nats.
 
@@ -115,39 +115,18 @@ class Disagreement(Gate):
         """At 0 only rows on which all agree are left, which cost nothing anyway."""
         return self.threshold <= 0
 
-    def open(self, rule: Rule, problem: Problem) -> Bool[Tensor, " B"]:
+    def open(self, problem: Problem) -> Bool[Tensor, " B"]:
         """By the disagreement of the members about the pool."""
-        if not rule.uses_heads:
+        if not problem.settings.rule.reads_heads:
             return torch.ones_like(problem.log_p[0, :, 0], dtype=torch.bool)
-        return first_order_disagreement(problem) > self.threshold
+        return problem.pool_bound() > self.threshold
 
-    def instead(self, rule: Rule, problem: Problem) -> Answer:
-        """The pool that ``meet`` starts from, with what ``meet`` could still gain over it as its gap."""
+    def instead(self, problem: Problem) -> Answer:
+        """The pool, with what the rule could still gain over it as its gap, where that is known."""
         answer = closed_form(problem, problem.log_pool, torch.zeros_like(problem.log_pool[:, 0]))
-        bounded = rule.name == "meet" and not any(map(math.isinf, problem.trust))
-        gap = first_order_disagreement(problem) if bounded else torch.full_like(answer.gap, torch.inf)
+        bound = problem.settings.rule.pool_bound(problem)
+        gap = torch.full_like(answer.gap, torch.inf) if bound is None else bound
         return replace(answer, gap=gap, certified=gap.isfinite())
-
-
-def first_order_disagreement(problem: Problem) -> Float[Tensor, " B"]:
-    """Σ_i ρ_i KL(q‖p̂_i) in nats, with q the pool and ρ_i the trusts; an infinite trust counts as the default, 0.3.
-
-    It needs the pool and the members' log-probabilities, which every rule has anyway, and no head, and depends on the
-    members' distributions alone: W_i → W_i M, constants added to logits and the order of tokens and members are nothing
-    to it.
-
-    Why it is weighed by trust and not by weight: the solve that a gate leaves out would improve its objective by V =
-    -f* nats, and the pool's and the members' in-family errors together by exactly that (docs/mathematics.md §4). V is
-    concave in the trusts, with ∂V/∂ρ_i = KL(r_i‖p̂_i), so that to first order at ρ = 0 it is Σ ρ_i KL(s_i‖p̂_i), s_i the
-    member of model i's family with the moments of q. By Pythagoras KL(q‖p̂_i) = KL(q‖s_i) + KL(s_i‖p̂_i), so this sum
-    bounds V at every trust: where it is below T the pool is proved to be within T nats of optimal and within √(T/2) in
-    total variation, whatever the heads are. A member of trust 0 cannot move the answer, and does not count.
-    """
-    total = torch.zeros_like(problem.log_pool[:, 0])
-    for member, rho in zip(problem.log_p, finite_trust(problem.trust), strict=True):
-        if rho:
-            total = total + rho * kl(problem.log_pool, member)
-    return total
 
 
 def confidence(log_p: Float[Tensor, "*b v"]) -> Float[Tensor, "*b"]:
@@ -158,21 +137,11 @@ def confidence(log_p: Float[Tensor, "*b v"]) -> Float[Tensor, "*b"]:
 GATES: tuple[type[Gate], ...] = (Unsure, Disagreement)
 
 
-def find_gate(gate: str | Gate | None) -> Gate | None:
-    """The gate that a text such as ``unsure:0.5`` names; None for None, for ``none`` and for one that never closes.
+def parse_gate(gate: str | Gate | None) -> Gate | None:
+    """Read a gate from a text such as ``unsure:0.5``; None for None and for ``none``.
 
     Raises:
         InvalidInputError: there is no such gate, or its threshold is not a finite number from 0.
-    """
-    found = parse_gate(gate)
-    return None if found is None or found.never_closes else found
-
-
-def parse_gate(gate: str | Gate | None) -> Gate | None:
-    """As :func:`find_gate`, with gates that never close as they are.
-
-    Raises:
-        InvalidInputError: as there.
     """
     if gate is None or isinstance(gate, Gate):
         return gate
@@ -187,14 +156,9 @@ def parse_gate(gate: str | Gate | None) -> Gate | None:
     raise _bad(gate)
 
 
-def checked_gate(gate: str | Gate | None) -> str | None:
-    """A gate as a configuration keeps it: its text, or None.
-
-    Raises:
-        InvalidInputError: as :func:`find_gate`.
-    """
-    found = parse_gate(gate)
-    return None if found is None else str(found)
+def that_closes(gate: Gate | None) -> Gate | None:
+    """Leave out a gate that never closes, which is none."""
+    return None if gate is None or gate.never_closes else gate
 
 
 def _threshold(gate: str, number: str) -> float:
@@ -214,16 +178,20 @@ def _bad(gate: object) -> InvalidInputError:
     )
 
 
-def gated(rule: Rule, problem: Problem, gate: Gate | None) -> tuple[Answer, Bool[Tensor, " B"], float]:
-    """(the rule's answer where the gate is open and its own elsewhere, where it is closed, seconds of the rule)."""
-    closed = torch.zeros_like(problem.log_p[0, :, 0], dtype=torch.bool)
-    if gate is not None and not gate.never_closes:
-        closed = ~gate.open(rule, problem)
+def gated(problem: Problem) -> tuple[Answer, Bool[Tensor, " B"], float]:
+    """Ask the rule where the gate is open.
+
+    Returns:
+        (the rule's answer there and the gate's own elsewhere, where the gate is closed, seconds that the rule took).
+    """
+    settings = problem.settings
+    gate, rule = that_closes(settings.gate), settings.rule
+    closed = torch.zeros_like(problem.log_p[0, :, 0], dtype=torch.bool) if gate is None else ~gate.open(problem)
     started = time.perf_counter()
     if gate is None or not closed.any():
-        return rule.answer(problem), closed, time.perf_counter() - started
+        return answered(rule, problem), closed, time.perf_counter() - started
     rows = (~closed).nonzero().squeeze(-1)
-    solved = rule.answer(problem.take(rows)) if len(rows) else None
+    solved = answered(rule, problem.take(rows)) if len(rows) else None
     seconds = time.perf_counter() - started
-    answer = gate.instead(rule, problem)
+    answer = gate.instead(problem)
     return answer if solved is None else answer.put(rows, solved), closed, seconds

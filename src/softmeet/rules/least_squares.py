@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
+from pydantic import Field
 from torch import Tensor
 
 from softmeet.rules.exact import Bounds, Choice, ExactRule
@@ -34,6 +36,9 @@ class LeastSquares(ExactRule):
     summary = "the distribution whose moments are nearest to the members'; gives most tokens probability 0"
     can_assign_zeros = True
     always_answers = True
+    metric: Literal["whitened", "raw"] = Field(
+        default="whitened", description="Of the moments' distance: whitened, or raw for ‖Wᵀ(p - p̂)‖."
+    )
 
     def constrained(self, problem: Problem) -> bool:
         """The moments are as near as they can be."""
@@ -43,7 +48,7 @@ class LeastSquares(ExactRule):
         """The nearest p; of several, the I-projection of the pool."""
         if member is not None:
             return Choice(member, torch.zeros_like(row.target), 0)
-        T = _metric(row)
+        T = self._metric(row)
         columns = row.tokens if T is None else Mapped(row.tokens, T)
         target = row.target if T is None else row.target @ T
         found = nearest(row, columns, target)
@@ -54,33 +59,31 @@ class LeastSquares(ExactRule):
 
     def bounds(self, row: Row, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
         """The Frank-Wolfe gap at p."""
-        r, scores = _excess_and_scores(row, p)
+        r, scores = self._excess_and_scores(row, p)
         value = float(r.square().sum())
         gap = 2 * float((p * scores).sum() - scores[row.alive].min())
         return Bounds(value, max(value - gap, 0.0))
 
     def proof(self, row: Row, p: Float[Tensor, " v"]) -> Float[Tensor, " m"]:
         """The excess turned round, if that separates the members' moments from those of every p."""
-        T, (r, _) = _metric(row), _excess_and_scores(row, p)
+        T, (r, _) = self._metric(row), self._excess_and_scores(row, p)
         y = -(r if T is None else T @ r)
         y[-1] = 0.0
         return y if proves_empty(row, y) else torch.zeros_like(y)
 
+    def _metric(self, row: Row) -> Float[Tensor, "m k"] | None:
+        """What takes whitened moments to those that are compared; None for whitened ones themselves."""
+        if self.metric == "whitened":
+            return None
+        T: Tensor = torch.block_diag(*(h.whitening.inverse for h in row.heads), torch.ones_like(row.target[:1, None]))
+        return T
 
-def _metric(row: Row) -> Float[Tensor, "m k"] | None:
-    """What takes whitened moments to those that are compared; None for whitened ones themselves."""
-    if row.problem.options.metric == "whitened":
-        return None
-    T: Tensor = torch.block_diag(*(h.whitening.inverse for h in row.heads), torch.ones_like(row.target[:1, None]))
-    return T
-
-
-def _excess_and_scores(row: Row, p: Float[Tensor, " v"]) -> tuple[Float[Tensor, " k"], Float[Tensor, " v"]]:
-    """R = Gᵀp - g in the metric, and G r."""
-    T, r = _metric(row), row.excess(p)
-    r[-1] = 0.0
-    r = r if T is None else r @ T
-    return r, row.tokens.times(r if T is None else T @ r)
+    def _excess_and_scores(self, row: Row, p: Float[Tensor, " v"]) -> tuple[Float[Tensor, " k"], Float[Tensor, " v"]]:
+        """R = Gᵀp - g in the metric, and G r."""
+        T, r = self._metric(row), row.excess(p)
+        r[-1] = 0.0
+        r = r if T is None else r @ T
+        return r, row.tokens.times(r if T is None else T @ r)
 
 
 def _finished(row: Row, columns: Columns, target: Float[Tensor, " k"], found: Optimum) -> Optimum:

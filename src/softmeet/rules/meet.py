@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import fields, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from softmeet.rules.base import Answer, Rule, closed_form
+from softmeet.rules.answer import Answer, closed_form
+from softmeet.rules.base import Rule
+from softmeet.rules.dual_point import looked_at
 from softmeet.rules.points import entropic, exact_gap, moments_hold, only, separating
 from softmeet.rules.problem import Problem
 from softmeet.rules.row import Row, may_be_unique
+from softmeet.rules.verify import Recomputed
 from softmeet.simplex import kl, log_normalize
 from softmeet.solvers.base import Status, iterate
 from softmeet.solvers.dual import DualState
@@ -37,11 +41,9 @@ class Meet(Rule):
 
     name = "meet"
     summary = "the pool, moved to where the members agree up to a price in nats (the default)"
-    uses_heads = True
-
-    def effective_trust(self, problem: Problem) -> tuple[float, ...]:
-        """The trusts that this rule solves with."""
-        return problem.trust
+    reads_heads = True
+    uses_trust = True
+    tilts_pool = True
 
     def solve(self, problem: Problem) -> Answer:
         """By Newton's method."""
@@ -49,12 +51,12 @@ class Meet(Rule):
 
     def _descended(self, problem: Problem) -> Answer:
         """Members of trust 0 drop out; the rest go to the solver."""
-        trust = self.effective_trust(problem)
+        trust = self.effective_trust(problem.trust)
         trusted = [i for i, rho in enumerate(trust) if rho > 0]
         if not trusted:
             return closed_form(problem, problem.log_pool, torch.zeros_like(problem.log_pool[:, 0]))
         projection = problem.projection(trusted, trust)
-        answer = _answer(problem, projection, trusted, _solved(projection, problem.max_steps))
+        answer = _answer(problem, projection, trusted, _solved(projection, problem.settings.max_steps))
         late = (answer.status == Status.NOT_CONVERGED).nonzero().squeeze(-1)
         # Scores of single precision may be too coarse for a row near the edge of what is feasible, and a start too far.
         dtype = torch.float64 if full_hessian_pays(projection) else problem.dtype
@@ -64,6 +66,16 @@ class Meet(Rule):
         again.steps += answer.steps[late]
         again.passes += answer.passes[late]
         return answer.put(late, again)
+
+    def verify(self, problem: Problem, answer: Answer) -> Recomputed:
+        """Evaluate the dual at the stored point, row by row."""
+        trust = self.effective_trust(problem.trust)
+        looks = [looked_at(row, trust, answer, k) for k, row in enumerate(Row.of(problem))]
+        return Recomputed.of_rows(looks, answer.log_probs)
+
+    def pool_bound(self, problem: Problem) -> Float[Tensor, " B"] | None:
+        """Σ ρ_i KL(q‖p̂_i), where trusts are finite."""
+        return None if any(map(math.isinf, self.effective_trust(problem.trust))) else problem.pool_bound()
 
 
 class MaxEntropy(Meet):
@@ -76,10 +88,12 @@ class MaxEntropy(Meet):
 
     name = "max-entropy"
     summary = "the maximum-entropy distribution with every member's moments, where there is one"
+    uses_trust = False
+    is_feasible = True
 
-    def effective_trust(self, problem: Problem) -> tuple[float, ...]:
-        """Every trust is infinite."""
-        return (math.inf,) * len(problem.trust)
+    def effective_trust(self, trust: Sequence[float]) -> tuple[float, ...]:
+        """Make every trust infinite."""
+        return (math.inf,) * len(trust)
 
     def solve(self, problem: Problem) -> Answer:
         """By linear algebra where moments leave no choice, else as ``meet``; what that leaves is settled row by row."""
@@ -92,6 +106,14 @@ class MaxEntropy(Meet):
         for k in (answer.status == Status.NOT_CONVERGED).nonzero().flatten().tolist():
             _settle(answer, k, Row.of(problem.take(torch.tensor([k], device=problem.log_p.device)))[0])
         return answer
+
+    def verify(self, problem: Problem, answer: Answer) -> Recomputed:
+        """As ``meet``; where moments leave no choice, see whether they hold."""
+        found = super().verify(problem, answer)
+        for k, row in enumerate(Row.of(problem)):
+            if _is_only_point(row, answer.log_probs[k]):
+                found.log_probs[k], found.gap[k], found.status[k] = answer.log_probs[k], 0.0, int(Status.OPTIMAL)
+        return found
 
     def _solve_row(self, row: Row) -> Answer:
         if not row.unique:
@@ -107,6 +129,10 @@ class MaxEntropy(Meet):
         else:
             answer = closed_form(row.problem, p.log()[None], kl(p.log(), row.log_q)[None])
         return replace(answer, passes=answer.passes + row.passes())
+
+
+def _is_only_point(row: Row, log_p: Float[Tensor, " v"]) -> bool:
+    return may_be_unique(row.problem) and row.unique and moments_hold(row, log_p.exp())
 
 
 def _settle(answer: Answer, k: int, row: Row) -> None:

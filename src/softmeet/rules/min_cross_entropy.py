@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from softmeet.rules.cross_entropy import CrossEntropyRule, extremes
+from softmeet.rules.cross_entropy import CrossEntropyRule
 from softmeet.rules.exact import Bounds
 from softmeet.rules.row import Row
 from softmeet.solvers.program import Optimum
@@ -40,12 +40,12 @@ class MinCrossEntropy(CrossEntropyRule):
 
     def optimum(self, row: Row, member: Float[Tensor, " v"] | None) -> Optimum:
         """The linear program."""
-        return extremes(row, self.gradient(row, row.log_q), member)
+        return self.extremes(row, self.gradient(row, row.log_q), member)
 
     def most(self, row: Row, member: Float[Tensor, " v"]) -> float:
         """By the linear program with the opposite cost."""
         cost = self.gradient(row, row.log_q)
-        return float(cost @ extremes(row, -cost, member).p)
+        return float(cost @ self.extremes(row, -cost, member).p)
 
     def bounds(self, row: Row, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
         """By linear duality."""

@@ -36,7 +36,7 @@ class MinReverseCrossEntropy(ExactRule):
         columns = columns if len(ids) == len(row.log_q) else Chosen(columns, ids, len(row.log_q))
         nothing = torch.zeros_like(target)
         program = Program(columns, target, torch.zeros_like(mean), nothing, mean, len(nothing) - 1, barrier=mean)
-        found = interior_point(program, row.problem.max_steps)
+        found = interior_point(program, row.problem.settings.max_steps)
         p = torch.zeros_like(row.log_q).index_copy(0, ids, found.x)
         p, y = p / p.sum(), row.joint @ found.y / (target @ found.y)
         if member is not None and self.status(row, p, self.proved(row, p, y)) == Status.NOT_CONVERGED:

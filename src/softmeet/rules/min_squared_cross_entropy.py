@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from softmeet.rules.cross_entropy import CrossEntropyRule, extremes, program
+from softmeet.rules.cross_entropy import CrossEntropyRule
 from softmeet.rules.exact import Bounds
 from softmeet.rules.row import Row
 from softmeet.solvers.program import Optimum, minimise
@@ -51,12 +51,12 @@ class MinSquaredCrossEntropy(CrossEntropyRule):
         """The quadratic program, with one soft column √w_i log p̂_i per member."""
         log_p, _ = self._sums(row, row.log_q.exp())
         extra = (row.problem.weights.sqrt()[:, None] * log_p).T
-        return minimise(program(row, torch.zeros_like(row.log_q), member, extra), row.problem.max_steps)
+        return minimise(self.program(row, torch.zeros_like(row.log_q), member, extra), row.problem.settings.max_steps)
 
     def most(self, row: Row, member: Float[Tensor, " v"]) -> float:
         """Member by member."""
         log_p, _ = self._sums(row, row.log_q.exp())
-        largest = [-float(own @ extremes(row, own, member).p) for own in log_p]
+        largest = [-float(own @ self.extremes(row, own, member).p) for own in log_p]
         return float(sum(w * x**2 for w, x in zip(row.problem.weights.tolist(), largest, strict=True)))
 
     def bounds(self, row: Row, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:

@@ -51,7 +51,7 @@ class MinUnderestimation(ExactRule):
         program = Program(
             Stacked(tokens, -target[None]), nothing, cost, nothing, limits / 2, len(nothing) - 1, upper=limits
         )
-        found = interior_point(program, row.problem.max_steps)
+        found = interior_point(program, row.problem.settings.max_steps)
         x = torch.zeros_like(floor).index_copy(0, ids, found.x[:-1])
         vertex = _basic(row, x, torch.zeros_like(floor).index_copy(0, ids, upper))
         # What x has of the objective beyond the optimum, for moments that are not quite met.
@@ -129,7 +129,7 @@ def _nearest_to_pool(
         chosen(columns, ids, len(p)), target, nothing, torch.zeros_like(target), start, len(target) - 1,
         upper=limit[ids], reference=row.log_q.exp()[ids].clamp_min(torch.finfo(p.dtype).tiny),
     )  # fmt: skip
-    found = interior_point(program, row.problem.max_steps)
+    found = interior_point(program, row.problem.settings.max_steps)
     if found.residual > _FACE_MOMENTS:
         return p, found.steps
     moved = p.index_copy(0, ids, found.x)

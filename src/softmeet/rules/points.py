@@ -34,7 +34,7 @@ def nearest(row: Row, columns: Columns, target: Float[Tensor, " m"]) -> Optimum:
         weight=row.log_mean,
         tol=_NEAREST * (1 + float(target.square().sum())),
     )
-    return minimise(program, row.problem.max_steps)
+    return minimise(program, row.problem.settings.max_steps)
 
 
 def separating(row: Row) -> Float[Tensor, " m"] | None:
@@ -72,7 +72,7 @@ def entropic(
     start = reference[ids].clamp_min(torch.finfo(reference.dtype).eps ** 2)
     nothing = torch.zeros_like(start)
     program = Program(columns, target, nothing, torch.zeros_like(target), start, len(target) - 1, reference=start)
-    found = interior_point(program, row.problem.max_steps)
+    found = interior_point(program, row.problem.settings.max_steps)
     p = torch.zeros_like(reference).index_copy(0, ids, found.x)
     return p / p.sum(), _without_sum(row.joint @ found.y), found.steps
 

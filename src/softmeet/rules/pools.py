@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import torch
 
-from softmeet.rules.base import Answer, Rule, closed_form
+from softmeet.rules.answer import Answer, closed_form
+from softmeet.rules.answered import answered
+from softmeet.rules.base import Rule
 from softmeet.rules.problem import Problem
+from softmeet.rules.verify import Recomputed
 from softmeet.simplex import kl, log_normalize, logit_mean, prob_mean
 
 
-class LogitMean(Rule):
+class _ClosedForm(Rule):
+    def verify(self, problem: Problem, answer: Answer) -> Recomputed:
+        """Evaluate the formula again."""
+        again = answered(self, problem)
+        return Recomputed(again.log_probs, again.gap, again.status)
+
+
+class LogitMean(_ClosedForm):
     """minimise Σ w_i KL(p‖p̂_i): p ∝ Π p̂_i^{w_i}, the weighted average of logits. The essay's baseline.
 
     With ``free_weights`` the weights need not sum to one, and the objective is Σ w_i (-pᵀ log p̂_i) - H(p).
@@ -17,7 +27,7 @@ class LogitMean(Rule):
 
     name = "logit-mean"
     summary = "the weighted average of the members' logits"
-    uses_heads = False
+    is_average = True
 
     def solve(self, problem: Problem) -> Answer:
         """In closed form."""
@@ -27,7 +37,7 @@ class LogitMean(Rule):
         return closed_form(problem, log_probs, cross + (log_probs.exp() * safe).sum(-1))
 
 
-class ProbMean(Rule):
+class ProbMean(_ClosedForm):
     """minimise Σ w_i KL(p̂_i‖p): p = Σ w_i p̂_i / Σ w_i, the weighted average of probabilities.
 
     Where a support is given, the average is conditioned on it, and the objective, over all tokens, is infinite.
@@ -35,7 +45,7 @@ class ProbMean(Rule):
 
     name = "prob-mean"
     summary = "the weighted average of the members' probabilities"
-    uses_heads = False
+    is_average = True
 
     def solve(self, problem: Problem) -> Answer:
         """In closed form."""
@@ -47,7 +57,7 @@ class ProbMean(Rule):
         return closed_form(problem, log_probs, objective)
 
 
-class OneHot(Rule):
+class OneHot(_ClosedForm):
     """minimise -Σ w_i pᵀ log p̂_i over the simplex: one-hot at argmax_j Σ w_i log p̂_ij.
 
     The essay's linear program without its constraints. The first of several maximal tokens is taken.
@@ -55,7 +65,6 @@ class OneHot(Rule):
 
     name = "one-hot"
     summary = "all mass on the token of the largest average logit"
-    uses_heads = False
     can_assign_zeros = True
 
     def solve(self, problem: Problem) -> Answer:

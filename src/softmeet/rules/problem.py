@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,44 +14,11 @@ from torch import Tensor
 
 from softmeet.errors import DisjointSupportError
 from softmeet.heads import SoftmaxHead, WhitenedHead, Whitening
-from softmeet.simplex import log_normalize, logit_mean, prob_mean
+from softmeet.rules.settings import Settings, finite_trust
+from softmeet.simplex import kl, log_normalize, logit_mean, prob_mean
 from softmeet.solvers.projection import Projection
 
-Pool = Literal["logit-mean", "prob-mean"]
-OnInfeasible = Literal["meet", "raise"]
-Metric = Literal["whitened", "raw"]
-# Small enough to cost little where the premise fails; `softmeet fit` chooses better ones from text.
-DEFAULT_TRUST = 0.3
-POOLS = {"logit-mean": logit_mean, "prob-mean": prob_mean}
-
-
-@dataclass(frozen=True)
-class Options:
-    """What else a rule may be asked for.
-
-    Args:
-        rank: keep this many of each head's largest singular directions; None for all. A relaxation.
-        free_radial: free the directions that the final norm hides from the gradient.
-        metric: of ``least-squares``.
-        slack: τ: moments may differ from the members' at ‖Qᵀ(p - p̂)‖² / 2τ nats; of the linear and quadratic programs.
-        vertex: answer a degenerate linear or quadratic program by some vertex.
-    """
-
-    rank: int | None = None
-    free_radial: bool = False
-    metric: Metric = "whitened"
-    slack: float = 0.0
-    vertex: bool = False
-
-    @property
-    def moments(self) -> tuple[int | None, bool]:
-        """What says which moments count; the other options are of single rules."""
-        return self.rank, self.free_radial
-
-    def relaxes(self, heads: Sequence[SoftmaxHead]) -> bool:
-        """Whether fewer moments count than every member's."""
-        cut = self.rank is not None and any(self.rank < head.whitening().rank for head in heads)
-        return cut or self.free_radial
+_POOLING = {"logit-mean": logit_mean, "prob-mean": prob_mean}
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,14 +59,9 @@ class Problem:
         log_p: the members' log-probabilities, (n, B, v), fp64, normalised.
         heads: n heads; head i may have fewer than v rows.
         slopes: per member, the slope of its soft-cap, (B, v), or None.
-        weights: (n,), fp64.
-        trust: ρ_i in [0, inf].
-        pool: which pool the relaxation starts from.
+        settings: how they are combined, with a weight and a trust for each member.
         support: (v,), the tokens that may be answered, or None for all.
-        tol: nats.
-        max_steps: the solver's limit.
         dtype: of products with heads, fp32 or fp64.
-        options: see :class:`Options`.
         free: per member, directions of its hidden state that carry no constraint, (B, k_i, d_i); empty for none.
         start: where the search for an I-projection begins; at the pool if None.
         precision: the unit round-off of the log-probabilities as they were given.
@@ -108,17 +70,31 @@ class Problem:
     log_p: Float[Tensor, "n B v"]
     heads: tuple[SoftmaxHead, ...]
     slopes: tuple[Float[Tensor, "B v"] | None, ...]
-    weights: Float[Tensor, " n"]
-    trust: tuple[float, ...]
-    pool: Pool
+    settings: Settings
     support: Bool[Tensor, " v"] | None
-    tol: float
-    max_steps: int
     dtype: torch.dtype
-    options: Options = Options()
     free: tuple[Float[Tensor, "B _ _"], ...] = ()
     start: Start | None = None
     precision: float = torch.finfo(torch.float64).eps
+
+    @cached_property
+    def weights(self) -> Float[Tensor, " n"]:
+        """The pool's weights, fp64."""
+        return self.log_p.new_tensor(self.settings.weights)
+
+    @property
+    def trust(self) -> tuple[float, ...]:
+        """ρ_i in [0, inf]."""
+        return self.settings.member_trust
+
+    @property
+    def tol(self) -> float:
+        """The gap in nats at which a row is done."""
+        return self.settings.tol
+
+    def changed(self, dtype: torch.dtype | None = None, **settings: Any) -> Problem:
+        """Copy with some settings, or the dtype of products, replaced; they are not checked again."""
+        return replace(self, settings=self.settings.model_copy(update=settings), dtype=dtype or self.dtype)
 
     def take(self, rows: Int[Tensor, " k"]) -> Problem:
         """Some rows of the batch."""
@@ -155,7 +131,7 @@ class Problem:
         if self.support is not None:
             shared &= self.support
         _refuse_empty(~shared.any(-1))
-        q = POOLS[self.pool](self.log_p, self.weights)
+        q = _POOLING[self.settings.pool](self.log_p, self.weights)
         # Rows that lose nothing stay what the pool's own rule gives, to the last bit.
         cut = (~shared & ~q.isneginf()).any(-1, keepdim=True)
         return torch.where(cut, log_normalize(q.masked_fill(~shared, -torch.inf)), q)
@@ -182,7 +158,7 @@ class Problem:
 
         W_iᵀ(p - p̂_i) = R⁻ᵀ Q_iᵀ(p - p̂_i) is a combination of directions u exactly if Q_iᵀ(p - p̂_i) is one of Rᵀu.
         """
-        whole = self.heads[i].whitening(self.options.rank)
+        whole = self.heads[i].whitening(self.settings.rank)
         if not self.free or not self.log_p.shape[1]:
             return whole
         assert self.log_p.shape[1] == 1, "rows with free directions are solved one by one"
@@ -197,7 +173,7 @@ class Problem:
             log_p=self.log_p[list(members)].transpose(0, 1),
             heads=self.views(members),
             trust=tuple(trust[i] for i in members),
-            tol=self.tol,
+            tol=self.settings.tol,
         )
         if self.start is None:
             return projection
@@ -207,22 +183,38 @@ class Problem:
 
     def met_alike(self, other: Problem) -> bool:
         """Whether ``meet``'s solution of this problem is one of ``other``, if both have the same heads."""
+        same = [
+            (p.trust, p.settings.pool, p.settings.weights, p.settings.rank, p.settings.free_radial)
+            for p in (self, other)
+        ]
         mine, theirs = self.support, other.support
         support = mine is theirs or (mine is not None and theirs is not None and torch.equal(mine, theirs))
-        rows = torch.equal(self.log_p, other.log_p) and torch.equal(self.weights, other.weights)
-        return (
-            (self.trust, self.pool, self.options.moments) == (other.trust, other.pool, other.options.moments)
-            and rows and support and self.tol <= other.tol
-        )  # fmt: skip
+        return same[0] == same[1] and support and self.tol <= other.tol and torch.equal(self.log_p, other.log_p)
 
     def relaxed(self) -> Problem:
         """The same problem with the default trust wherever it is infinite."""
-        return replace(self, trust=finite_trust(self.trust))
+        return replace(self, settings=self.settings.relaxed())
 
+    def pool_bound(self) -> Float[Tensor, " B"]:
+        """Σ_i ρ_i KL(q‖p̂_i) in nats, with q the pool and ρ_i the trusts; an infinite trust counts as the default.
 
-def finite_trust(trust: Sequence[float]) -> tuple[float, ...]:
-    """With the default in place of infinity: of what answers rows that have no feasible distribution."""
-    return tuple(DEFAULT_TRUST if math.isinf(rho) else rho for rho in trust)
+        It needs the pool and the members' log-probabilities, which every rule has anyway, and no head, and depends on
+        the members' distributions alone: W_i → W_i M, constants added to logits and the order of tokens and members are
+        nothing to it.
+
+        Why it is weighed by trust and not by weight: ``meet`` would improve its objective by V = -f* nats over the
+        pool, and the pool's and the members' in-family errors together by exactly that (docs/mathematics.md §4). V is
+        concave in the trusts, with ∂V/∂ρ_i = KL(r_i‖p̂_i), so that to first order at ρ = 0 it is Σ ρ_i KL(s_i‖p̂_i), s_i
+        the member of model i's family with the moments of q. By Pythagoras KL(q‖p̂_i) = KL(q‖s_i) + KL(s_i‖p̂_i), so this
+        sum bounds V at every trust: where it is below T the pool is proved to be within T nats of optimal and within
+        √(T/2) in total variation, whatever the heads are. A member of trust 0 cannot move the answer, and does not
+        count.
+        """
+        total = torch.zeros_like(self.log_pool[:, 0])
+        for member, rho in zip(self.log_p, finite_trust(self.trust), strict=True):
+            if rho:
+                total = total + rho * kl(self.log_pool, member)
+        return total
 
 
 def _refuse_empty(rows: Bool[Tensor, " B"]) -> None:

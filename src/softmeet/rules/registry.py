@@ -1,38 +1,176 @@
-"""Every rule, in the order in which they are documented. A new rule is one file and one line here."""
+"""Which rules there are, by name: softmeet's own, those of installed packages, and those registered by hand.
+
+A package makes a rule known by an entry point of the group ``softmeet.rules``, as softmeet does with its own; nothing
+is imported before it is asked for. A name belongs to the first that has it: softmeet's own before packages, packages
+before what is registered by hand.
+"""
 
 from __future__ import annotations
 
-from softmeet.errors import InvalidInputError
+import inspect
+import re
+import warnings
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points, packages_distributions
+from typing import TypeVar
+
+from softmeet.errors import InvalidInputError, RuleError
 from softmeet.rules.base import Rule
-from softmeet.rules.least_squares import LeastSquares
-from softmeet.rules.meet import MaxEntropy, Meet
-from softmeet.rules.min_cross_entropy import MinCrossEntropy
-from softmeet.rules.min_reverse_cross_entropy import MinReverseCrossEntropy
-from softmeet.rules.min_squared_cross_entropy import MinSquaredCrossEntropy
-from softmeet.rules.min_underestimation import MinUnderestimation
-from softmeet.rules.pools import LogitMean, OneHot, ProbMean
+from softmeet.rules.frozen import unknown
 
-RULES: tuple[Rule, ...] = (
-    Meet(),
-    MaxEntropy(),
-    LeastSquares(),
-    MinCrossEntropy(),
-    MinSquaredCrossEntropy(),
-    MinUnderestimation(),
-    MinReverseCrossEntropy(),
-    LogitMean(),
-    ProbMean(),
-    OneHot(),
-)
+GROUP = "softmeet.rules"
+# In the order in which they are documented. A new rule is one file and one line here.
+_OWN = {
+    "meet": "softmeet.rules.meet:Meet",
+    "max-entropy": "softmeet.rules.meet:MaxEntropy",
+    "least-squares": "softmeet.rules.least_squares:LeastSquares",
+    "min-cross-entropy": "softmeet.rules.min_cross_entropy:MinCrossEntropy",
+    "min-squared-cross-entropy": "softmeet.rules.min_squared_cross_entropy:MinSquaredCrossEntropy",
+    "min-underestimation": "softmeet.rules.min_underestimation:MinUnderestimation",
+    "min-reverse-cross-entropy": "softmeet.rules.min_reverse_cross_entropy:MinReverseCrossEntropy",
+    "logit-mean": "softmeet.rules.pools:LogitMean",
+    "prob-mean": "softmeet.rules.pools:ProbMean",
+    "one-hot": "softmeet.rules.pools:OneHot",
+}
+DEFAULT = "meet"
+_NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+_registered: dict[str, type[Rule]] = {}
+
+R = TypeVar("R", bound=type[Rule])
 
 
-def find_rule(name: str) -> Rule:
-    """The rule of that name.
+def register_rule(rule: R) -> R:
+    """Make a rule known by its name, in this process; usable as a decorator.
+
+    Args:
+        rule: a subclass of :class:`Rule` with a name, a summary and a default for each option.
+
+    Returns:
+        The rule itself.
 
     Raises:
-        InvalidInputError: there is none.
+        InvalidInputError: it is no such class, or its name is taken.
+
+    Example:
+        >>> import softmeet
+        >>> @softmeet.register_rule
+        ... class First(softmeet.Rule):
+        ...     \"\"\"p = p̂_1.\"\"\"
+        ...     name = "first-member"
+        ...     summary = "the first member alone"
+        ...     def solve(self, problem):
+        ...         return problem.restricted(problem.log_p[0])
+        >>> "first-member" in softmeet.rule_names()
+        True
     """
-    for rule in RULES:
-        if rule.name == name:
-            return rule
-    raise InvalidInputError(f"unknown rule {name!r}: expected one of {', '.join(r.name for r in RULES)}")
+    _require_rule(rule, "register_rule")
+    known = _registered.get(rule.name)
+    if rule.name in _installed() or (known is not None and _place(known) != _place(rule)):
+        raise InvalidInputError(f"the name {rule.name!r} is taken: there is such a rule; give yours another name")
+    _registered[rule.name] = rule
+    return rule
+
+
+def rule_names() -> list[str]:
+    """List the names of all rules, without importing any of them.
+
+    Example:
+        >>> import softmeet
+        >>> softmeet.rule_names()[:2]
+        ['meet', 'max-entropy']
+    """
+    return [*_installed(), *(name for name in _registered if name not in _installed())]
+
+
+def rule_class(name: str) -> type[Rule]:
+    """Find the class of a rule by its name.
+
+    Raises:
+        InvalidInputError: there is none of that name; the message has the nearest one.
+        RuleError: a package names it, and does not give it.
+    """
+    if name in _installed():
+        return _loaded(_installed()[name])
+    if name in _registered:
+        return _registered[name]
+    raise unknown(f"unknown rule {name!r}", name, rule_names())
+
+
+def all_rules() -> tuple[Rule, ...]:
+    """Give every rule that can be had, under its default options; a package's that is broken is left out."""
+    found = []
+    for name in rule_names():
+        try:
+            found.append(rule_class(name)())
+        except RuleError as error:
+            warnings.warn(str(error), stacklevel=2)
+    return tuple(found)
+
+
+def source_of(rule: Rule) -> str | None:
+    """Name what brings a rule, for whoever lacks it: an installed package, or the module; None for softmeet's own."""
+    if rule.name in _OWN:
+        return None
+    entry = _installed().get(rule.name)
+    if entry is not None and entry.dist is not None:
+        return f"package {entry.dist.name}"
+    module = type(rule).__module__
+    packages = packages_distributions().get(module.partition(".")[0])
+    return f"package {packages[0]}" if packages else f"module {module}"
+
+
+@cache
+def _installed() -> dict[str, EntryPoint]:
+    found = {name: EntryPoint(name, target, GROUP) for name, target in _OWN.items()}
+    for entry in entry_points(group=GROUP):
+        if entry.name in found:
+            warnings.warn(
+                f"the rule {entry.name!r} of {_origin(entry)} is left out: there is a rule of that name; "
+                "it needs another one",
+                stacklevel=2,
+            )
+        else:
+            found[entry.name] = entry
+    return found
+
+
+@cache
+def _loaded(entry: EntryPoint) -> type[Rule]:
+    try:
+        rule = entry.load()
+    except Exception as error:
+        raise RuleError(
+            f"the rule {entry.name!r} of {_origin(entry)} cannot be loaded: {type(error).__name__}: {error}"
+        ) from error
+    try:
+        _require_rule(rule, entry.value)
+    except InvalidInputError as error:
+        raise RuleError(f"the rule {entry.name!r} of {_origin(entry)} is none: {error}") from error
+    if rule.name != entry.name:
+        raise RuleError(
+            f"the rule {entry.name!r} of {_origin(entry)} calls itself {rule.name!r}: expected one name in both places"
+        )
+    found: type[Rule] = rule
+    return found
+
+
+def _require_rule(rule: object, where: str) -> None:
+    if not (inspect.isclass(rule) and issubclass(rule, Rule)) or inspect.isabstract(rule):
+        raise InvalidInputError(f"expected a subclass of softmeet.Rule with a method solve in {where}, got {rule!r}")
+    name, summary = getattr(rule, "name", None), getattr(rule, "summary", None)
+    if not (isinstance(name, str) and _NAME.fullmatch(name) and isinstance(summary, str) and summary):
+        raise InvalidInputError(
+            f"expected {rule.__name__} to have a name of small letters, digits and hyphens, and a summary, got "
+            f"name = {name!r}, summary = {summary!r}"
+        )
+    if needy := [option for option, field in rule.model_fields.items() if field.is_required()]:
+        raise InvalidInputError(f"expected a default for each option of the rule {name!r}, got none for {needy[0]}")
+
+
+def _origin(entry: EntryPoint) -> str:
+    return f"the package {entry.dist.name}" if entry.dist is not None else f"the entry point {entry.value}"
+
+
+def _place(rule: type[Rule]) -> tuple[str, str]:
+    """Say where a class is defined: a notebook's cell or a module that is run again may register it again."""
+    return rule.__module__, rule.__qualname__

@@ -174,4 +174,4 @@ class Row:
 def may_be_unique(problem: Problem) -> bool:
     """Whether the heads are wide enough for moments to determine a distribution, in some row."""
     alive = (~problem.log_p.isneginf()).all(0).sum(-1)
-    return 1 + sum(head.whitening(problem.options.rank).rank for head in problem.heads) >= int(alive.min())
+    return 1 + sum(head.whitening(problem.settings.rank).rank for head in problem.heads) >= int(alive.min())

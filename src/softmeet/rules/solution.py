@@ -12,9 +12,9 @@ from torch import Tensor
 
 from softmeet.errors import InvalidInputError
 from softmeet.heads import SoftmaxHead
-from softmeet.rules.base import Answer
+from softmeet.rules.answer import Answer
 from softmeet.rules.problem import Problem, Start
-from softmeet.rules.registry import find_rule
+from softmeet.rules.settings import rule_of
 from softmeet.rules.validate import restate
 from softmeet.rules.verify import Verification, residuals, verify
 from softmeet.simplex import log_normalize
@@ -60,7 +60,6 @@ class Solution:
     disagreement_is_bound: Bool[Tensor, n * batch]
     gated: Bool[Tensor, "*batch"]
     seconds: float
-    rule: str
     _answer: Answer = field(repr=False)
     _problem: Problem = field(repr=False)
 
@@ -68,6 +67,11 @@ class Solution:
     def residual(self) -> Float[Tensor, n * batch]:
         """‖Q_iᵀ(p - p̂_i)‖ in whitened coordinates, (n, *batch). Reads every head once, when first asked for."""
         return residuals(self._problem, self._answer.log_probs).reshape(len(self.disagreement), *self.status.shape)
+
+    @property
+    def rule(self) -> str:
+        """The rule's text, such as ``meet`` or ``least-squares:metric=raw``."""
+        return str(self._problem.settings.rule)
 
     @property
     def proof(self) -> tuple[Float[Tensor, "*batch _"], ...]:
@@ -80,12 +84,12 @@ class Solution:
     def remark(self) -> str:
         """Why nothing was chosen, in a sentence, if a row is DEGENERATE; else empty."""
         degenerate = bool((self.status == Status.DEGENERATE).any())
-        return find_rule(self.rule).why_degenerate(self._problem) if degenerate else ""
+        return self._problem.settings.rule.why_degenerate(self._problem) if degenerate else ""
 
     @property
     def relaxed(self) -> bool:
         """Whether ``rank``, ``free_radial`` or ``slack`` asked the rule for less than every member's moments."""
-        return find_rule(self.rule).relaxes(self._problem)
+        return self._problem.settings.rule.relaxes(self._problem)
 
     @property
     def problem(self) -> Problem:
@@ -105,7 +109,7 @@ class Solution:
         """
         given = [tuple(part.shape) for part in self._answer.dual]
         expected = [(log_p.shape[1], head.d) for head in heads]
-        if self.rule not in ("meet", "max-entropy") or given != expected:
+        if not self._problem.settings.rule.tilts_pool or given != expected:
             raise InvalidInputError(
                 f"start= takes a solution by meet or max-entropy of the same rows and heads, λ of shapes {expected}, "
                 f"got one by {self.rule} with {given}: leave it out to start from the pool"
@@ -120,7 +124,8 @@ class Solution:
             InvalidInputError: this is not the solution of that problem, relaxed, by ``meet``.
         """
         mine, other = self._problem, problem.relaxed()
-        if self.rule != "meet" or bool(self.gated.any()) or not mine.met_alike(other):
+        fallback = rule_of(problem.settings.on_infeasible)
+        if self._problem.settings.rule != fallback or bool(self.gated.any()) or not mine.met_alike(other):
             raise InvalidInputError(
                 f"on_infeasible= takes the solution by meet of the same rows and settings, with trusts {other.trust}, "
                 f"no gate, got one by {self.rule} with trusts {mine.trust}: 'meet' solves what is needed"
@@ -161,11 +166,10 @@ class Solution:
         # Of what is as the rule gave it, there are more digits.
         same = (given == answer.log_probs.to(given.dtype)).all(-1, keepdim=True)
         answer = replace(answer, log_probs=torch.where(same, answer.log_probs, given.double()))
-        return verify(self.rule, problem, answer, self.fallback.reshape(-1)).reshape(self.status.shape)
+        return verify(problem, answer, self.fallback.reshape(-1)).reshape(self.status.shape)
 
 
 def from_answer(
-    rule: str,
     problem: Problem,
     answer: Answer,
     which: tuple[Bool[Tensor, " B"], Bool[Tensor, " B"]],
@@ -190,7 +194,6 @@ def from_answer(
         disagreement_is_bound=answer.disagreement_is_bound.T.reshape(n, *shape),
         gated=gated.reshape(shape),
         seconds=seconds,
-        rule=rule,
         _answer=answer,
         _problem=problem,
     )

@@ -1,14 +1,10 @@
-"""The one place where what ``combine`` was given is checked."""
+"""The one place where the tensors that ``combine`` was given are checked; :mod:`.settings` checks all else."""
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Sequence
-from numbers import Real
-from typing import Any, SupportsIndex, get_args
+from dataclasses import replace
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -17,70 +13,10 @@ from torch.nn.functional import pad
 from softmeet.errors import InvalidInputError, NonFiniteError
 from softmeet.heads import SoftmaxHead, WhitenedHead, as_head
 from softmeet.norms import FinalNorm
-from softmeet.rules.problem import DEFAULT_TRUST, Metric, OnInfeasible, Options, Pool, Problem
-from softmeet.simplex import log_normalize
+from softmeet.rules.problem import Problem
 
 # Half-precision log-probabilities sum to one only this well.
 _NORMALISATION_TOLERANCE = 0.05
-
-
-def checked_weights(weights: Sequence[float] | Tensor | None, n: int, *, free: bool) -> list[float]:
-    """N weights that are finite, not negative, not all zero and (unless ``free``) sum to one; uniform if None.
-
-    Raises:
-        InvalidInputError: they are not.
-    """
-    values = [1 / n] * n if weights is None else list(_floats("weights", weights))
-    if len(values) != n:
-        raise InvalidInputError(f"expected one weight per member, {n} in all, got {len(values)}: {values}")
-    if not all(math.isfinite(w) and w >= 0 for w in values):
-        raise InvalidInputError(f"expected finite weights, none negative, got {values}")
-    if not 0 < sum(values) < math.inf:
-        raise InvalidInputError(f"expected a positive weight and a finite sum, got {values}")
-    if not free and abs(sum(values) - 1) > 1e-6:
-        raise InvalidInputError(
-            f"expected weights that sum to 1, got {values} with sum {sum(values):g}: divide by the sum, or say "
-            "free_weights=True to use them as exponents"
-        )
-    return values
-
-
-def _floats(name: str, values: Any) -> tuple[float, ...]:
-    """One number, or several, as floats."""
-    try:
-        array = np.atleast_1d(np.asarray(values.cpu() if isinstance(values, Tensor) else values, dtype=np.float64))
-    except (TypeError, ValueError):
-        raise InvalidInputError(f"expected {name} as a number or a list of numbers, got {values!r}") from None
-    if array.ndim != 1:
-        raise InvalidInputError(
-            f"expected {name} as a number or a list of numbers, got an array of shape {array.shape}"
-        )
-    return tuple(array.tolist())
-
-
-def checked_trust(trust: float | Sequence[float | str] | Tensor | None, n: int, bands: int = 1) -> tuple[float, ...]:
-    """N · bands trusts in [0, inf]; one number serves every member, one per member all of its bands.
-
-    Raises:
-        InvalidInputError: the length is neither n nor n · bands, or a trust is negative or NaN.
-    """
-    if trust is None:
-        return (DEFAULT_TRUST,) * (n * bands)
-    values = _floats("trust", trust)
-    values = values * n if len(values) == 1 and not isinstance(trust, list | tuple) else values
-    if len(values) not in (n, n * bands):
-        each = f", or one for each member's {bands} bands, {n * bands} in all" if bands > 1 else ""
-        raise InvalidInputError(f"expected one trust, or one per member, {n} in all{each}, got {len(values)}: {values}")
-    if not all(rho >= 0 for rho in values):
-        raise InvalidInputError(f"expected trusts from 0 to inf, got {values}")
-    return values if len(values) == n * bands else tuple(rho for rho in values for _ in range(bands))
-
-
-def checked_number(name: str, value: float, *, positive: bool) -> float:
-    """A finite number that is positive (or not negative)."""
-    if not (isinstance(value, Real) and math.isfinite(value) and (value > 0 if positive else value >= 0)):
-        raise InvalidInputError(f"expected a {'positive' if positive else 'non-negative'} {name}, got {value}")
-    return float(value)
 
 
 def checked_log_probs(log_probs: Float[Tensor, "n *b v"]) -> Float[Tensor, "n B v"]:
@@ -96,24 +32,39 @@ def checked_log_probs(log_probs: Float[Tensor, "n *b v"]) -> Float[Tensor, "n B 
             f"{log_probs.dtype} of shape {tuple(log_probs.shape)}"
         )
     flat = log_probs.detach().reshape(log_probs.shape[0], -1, log_probs.shape[-1]).double()
-    bad = (flat.isnan() | flat.isposinf()).any(-1) | flat.isneginf().all(-1)
-    if bad.any():
-        member, row = bad.nonzero()[0].tolist()
-        what = (
-            "NaN" if flat[member, row].isnan().any() else "+inf" if flat[member, row].isposinf().any() else "only -inf"
-        )
-        raise NonFiniteError(
-            f"expected finite log-probabilities (or -inf for an impossible token), got {what} from member {member} "
-            f"in {int(bad[member].sum())} of {flat.shape[1]} rows, first row {row}"
-        )
-    excess = flat.logsumexp(-1).abs()
+    total = _finite_total(flat)
+    excess = total.squeeze(-1).abs()
     if excess.numel() and excess.max() > _NORMALISATION_TOLERANCE:
         member = int(excess.amax(-1).argmax())
         raise InvalidInputError(
             f"expected log-probabilities, but those of member {member} sum to exp({excess.max():.3g}): "
             "pass log_softmax(logits) (and the logits themselves as logits= if a head has a soft-cap)"
         )
-    return log_normalize(flat)
+    return flat - total
+
+
+def normalised(scores: Float[Tensor, "n B v"]) -> Float[Tensor, "n B v"]:
+    """Normalise members' logits, or log-probabilities up to a constant, to log-probabilities in nats, fp64.
+
+    Raises:
+        NonFiniteError: NaN, +inf or a row of -inf; the message names the member.
+    """
+    flat = scores.detach().double()
+    return flat - _finite_total(flat)
+
+
+def _finite_total(flat: Float[Tensor, "n B v"]) -> Float[Tensor, "n B 1"]:
+    total = flat.logsumexp(-1, keepdim=True)
+    if bool(total.isfinite().all()):
+        return total
+    bad = ~total.isfinite().squeeze(-1)
+    member, row = bad.nonzero()[0].tolist()
+    own = flat[member, row]
+    what = "NaN" if own.isnan().any() else "+inf" if own.isposinf().any() else "only -inf"
+    raise NonFiniteError(
+        f"expected finite log-probabilities (or -inf for an impossible token), got {what} from member {member} "
+        f"in {int(bad[member].sum())} of {flat.shape[1]} rows, first row {row}"
+    )
 
 
 def checked_heads(heads: Sequence[SoftmaxHead | Tensor], log_p: Float[Tensor, "n B v"]) -> tuple[SoftmaxHead, ...]:
@@ -168,13 +119,6 @@ def slopes_of(
     return tuple(found)
 
 
-def checked_pool(pool: str) -> Pool:
-    """The name of a pool."""
-    if pool not in get_args(Pool):
-        raise InvalidInputError(f"unknown pool {pool!r}: expected one of {', '.join(get_args(Pool))}")
-    return pool  # type: ignore[return-value]
-
-
 def checked_support(support: Bool[Tensor, " v"] | None, log_p: Float[Tensor, "n B v"]) -> Bool[Tensor, " v"] | None:
     """A mask of tokens that may be answered."""
     if support is not None and (support.dtype != torch.bool or support.shape != log_p.shape[-1:]):
@@ -182,52 +126,6 @@ def checked_support(support: Bool[Tensor, " v"] | None, log_p: Float[Tensor, "n 
             f"expected a bool mask of shape ({log_p.shape[-1]},), got {support.dtype} of shape {tuple(support.shape)}"
         )
     return support
-
-
-def checked_on_infeasible(on_infeasible: str) -> OnInfeasible:
-    """What answers rows that have no feasible distribution.
-
-    Raises:
-        InvalidInputError: neither "meet" nor "raise".
-    """
-    if on_infeasible not in get_args(OnInfeasible):
-        raise InvalidInputError(f"expected on_infeasible='meet' or 'raise', got {on_infeasible!r}")
-    return on_infeasible  # type: ignore[return-value]
-
-
-def checked_options(
-    *, rank: SupportsIndex | None, free_radial: bool, metric: str, slack: float, vertex: bool
-) -> Options:
-    """What else a rule may be asked for.
-
-    Raises:
-        InvalidInputError: a rank that is no integer or below 1, an unknown metric, or a slack that is negative or not
-            finite.
-    """
-    if metric not in get_args(Metric):
-        raise InvalidInputError(f"unknown metric {metric!r}: expected one of {', '.join(get_args(Metric))}")
-    return Options(
-        rank=None if rank is None else checked_count("rank", rank),
-        free_radial=bool(free_radial),
-        metric=metric,  # type: ignore[arg-type]
-        slack=checked_number("slack", slack, positive=False),
-        vertex=bool(vertex),
-    )
-
-
-def checked_count(name: str, value: SupportsIndex) -> int:
-    """An integer of any kind, at least 1.
-
-    Raises:
-        InvalidInputError: it is none, or smaller.
-    """
-    try:
-        found = 0 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        found = 0
-    if found < 1:
-        raise InvalidInputError(f"expected {name} to be an integer of at least 1, got {value!r}")
-    return found
 
 
 def free_directions(
@@ -284,18 +182,11 @@ def restate(
     found = checked_heads(heads, log_p)
     if [head.d for head in found] != [head.d for head in problem.heads]:
         raise InvalidInputError(f"expected heads of widths {[head.d for head in problem.heads]}, in the order combined")
-    return Problem(
+    return replace(
+        problem,
         log_p=log_p,
         heads=found,
         slopes=slopes_of(found, logits, log_p, log_probs.shape),
-        weights=problem.weights,
-        trust=problem.trust,
-        pool=problem.pool,
-        support=problem.support,
-        tol=problem.tol,
-        max_steps=problem.max_steps,
-        dtype=problem.dtype,
-        options=problem.options,
-        free=free_directions(found, log_p, logits, hidden, log_probs.shape) if problem.options.free_radial else (),
-        precision=problem.precision,
+        free=free_directions(found, log_p, logits, hidden, log_probs.shape) if problem.settings.free_radial else (),
+        start=None,
     )

@@ -79,13 +79,10 @@ async def model(name: str, request: Request) -> dict[str, Any]:
 
 def _model(served: Any) -> dict[str, Any]:
     config = served.ensemble.model.config
+    shown = config.settings.plain()
     facts = {
         "members": list(served.names),
-        "rule": config.rule,
-        "trust": config.to_dict()["trust"],
-        "weights": config.weights,
-        "pool": config.pool,
-        "gate": config.gate,
+        **{name: shown[name] for name in ("rule", "trust", "weights", "pool", "gate")},
         "context": getattr(config, "max_position_embeddings", None),
     }
     return {"id": served.name, "object": "model", "created": served.created, "owned_by": "softmeet", "softmeet": facts}

@@ -222,7 +222,7 @@ class Engine:
         found: list[Token] = []
         if len(hidden[0]):
             how = s.work.combination
-            for log_probs, solution in how.model.solve_in_chunks(hidden, asked, **how.changes()):
+            for log_probs, solution in how.model.solve_in_chunks(hidden, how.settings, asked):
                 found += [_token(s, solution, log_probs, k, next(tokens)) for k in range(log_probs.shape[1])]
         self._emit(s, PromptScored(found))
 
@@ -232,7 +232,7 @@ class Engine:
         """Give each row of a group its next token, solved together; one by one if a row's own data forbid that."""
         stacked = [torch.cat(member) for member in zip(*(hidden[row] for row in rows), strict=True)]
         try:
-            chunks = list(combination.model.solve_in_chunks(stacked, asked_of(rows), **combination.changes()))
+            chunks = list(combination.model.solve_in_chunks(stacked, combination.settings, asked_of(rows)))
         except SoftmeetError as error:
             if len(rows) == 1:
                 self._fail(rows[0], error)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -13,10 +15,14 @@ from transformers import PreTrainedModel
 from softmeet.ensemble import Ensemble
 from softmeet.errors import InvalidInputError
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
-from softmeet.members.zoo import short
+from softmeet.members.zoo import DEFAULT, short
+from softmeet.rules.settings import Settings, parse_rule
 from softmeet.server.errors import RequestError
 from softmeet.server.schemas import CHANGES, Extension
 from softmeet.server.work import Combination
+
+# NAME= before a member: a member's own text may hold an equals sign behind a plus.
+_PREFIX = re.compile(r"([\w.-]+)=")
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,16 +42,14 @@ class Served:
             InvalidInputError: a setting is wrong.
         """
         given = {name: value for name in CHANGES if (value := getattr(asked, name)) is not None}
-        if refused := sorted(set(given) - set(allowed)):
+        named = parse_rule(asked.rule)[1] if asked.rule is not None else {}
+        if refused := sorted({*given, *named} - set(allowed)):
             raise RequestError(
                 f"this server does not let requests change {', '.join(refused)}", param=f"softmeet.{refused[0]}"
             )
         chosen = self._chosen(given.pop("members", self.names))
         model = self.ensemble.model if len(chosen) == len(self.names) else _part(self, chosen)
-        own = model.config
-        settings = {name: given.get(name, getattr(own, name)) for name in ("rule", "weights", "trust", "pool", "gate")}
-        found = EnsembleConfig(members=own.members, free_weights=own.free_weights, bands=own.bands, **settings)
-        return Combination.of(model, found), tuple(self.names[k] for k in chosen)
+        return Combination(model, model.settings.changed(**given)), tuple(self.names[k] for k in chosen)
 
     def _chosen(self, wanted: Iterable[str]) -> tuple[int, ...]:
         asked = set(wanted)
@@ -64,13 +68,12 @@ def _part(served: Served, chosen: tuple[int, ...]) -> EnsembleForCausalLM:
     config, total = whole.config, sum(whole.config.weights)
     weights = [config.weights[k] for k in chosen]
     share = sum(weights) or 1.0
-    own = config.combine_arguments() | {
+    own = config.settings.fields() | {
         "weights": [total * w / share for w in weights] if sum(weights) else None,
-        "trust": [rho for k in chosen for rho in config.trusts()[k]],
-        "bands": config.bands,
-        "gate": config.gate,
+        "trust": [rho for k in chosen for rho in config.settings.trusts()[k]],
     }
-    settings, models = EnsembleConfig([config.members[k] for k in chosen], **own), [whole.members[k] for k in chosen]
+    settings = EnsembleConfig([config.members[k] for k in chosen], settings=Settings.of(own))
+    models = [whole.members[k] for k in chosen]
     part: EnsembleForCausalLM = EnsembleForCausalLM(settings, models).eval()
     part.adopt(whole.tokenizer)
     part.generation_config = whole.generation_config
@@ -106,20 +109,32 @@ class Ensembles:
         return {m: name for s in self for m, name in zip(s.ensemble.model.members, s.names, strict=True)}
 
 
-def named(given: Sequence[str]) -> dict[str, list[str]]:
-    """What is to be served, by name, from ``NAME=MEMBER,MEMBER``; without a name, by the end of the last member's.
+def named(given: Sequence[str], members: Sequence[str] = ()) -> dict[str, list[str]]:
+    """Say what is to be served, by name.
+
+    Args:
+        given: saved ensembles and families; without ``NAME=`` by the end of their names. Members joined by commas are
+            an old form.
+        members: of the ensemble ``default``, or with ``NAME=`` of others.
 
     Raises:
         InvalidInputError: a name comes twice.
     """
     found: dict[str, list[str]] = {}
+    for text in members:
+        prefix = _PREFIX.match(text)
+        name = prefix.group(1) if prefix else "default"
+        found.setdefault(name, []).append(text[prefix.end() :] if prefix else text)
     for text in given:
-        name, _, members = text.rpartition("=")
-        name = name or short(members)
+        name, _, parts = text.rpartition("=")
+        name = name or short(parts)
         if name in found:
             raise InvalidInputError(f"expected a name for each ensemble, got {name!r} twice: give names as NAME=…")
-        found[name] = members.split(",")
-    return found
+        found[name] = parts.split(",")
+        if len(found[name]) > 1:
+            today = " ".join(f"-m {name}={part}" for part in found[name])
+            warnings.warn(f"members joined by commas are an old form and end with 0.3.0: say {today}", stacklevel=2)
+    return found or {"default": [DEFAULT]}
 
 
 def load(named: dict[str, list[str]], find: Callable[..., Ensemble] | None = None, **settings: Any) -> Ensembles:

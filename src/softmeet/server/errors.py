@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from softmeet.errors import InvalidInputError, SoftmeetError
+from softmeet.errors import InvalidInputError, RuleError, SoftmeetError
 
 
 class BusyError(SoftmeetError):
@@ -69,25 +69,25 @@ class Problem:
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
 
+# The first that an error is of says how it is sent: (status, type, code); the code None is the error's own name.
+_SENT: tuple[tuple[type[SoftmeetError], int, str, str | None], ...] = (
+    (BusyError, 429, "rate_limit_error", "busy"),
+    (ClosingError, 503, "service_unavailable_error", "shutting_down"),
+    (ReplicaLostError, 503, "service_unavailable_error", "replica_lost"),
+    (TooLateError, 504, "timeout_error", "timeout"),
+    (RuleError, 500, "server_error", "rule_failed"),
+    (InvalidInputError, 400, "invalid_request_error", None),
+    (SoftmeetError, 422, "invalid_request_error", None),
+)
+
+
 def problem(error: Exception) -> Problem:
     """Any error as it is sent."""
-    text = str(error)
-    match error:
-        case RequestError():
-            kinds = {401: "authentication_error", 404: "not_found_error"}
-            return Problem(
-                error.status, text, kinds.get(error.status, "invalid_request_error"), error.code, error.param
-            )
-        case BusyError():
-            return Problem(429, text, "rate_limit_error", "busy")
-        case ClosingError():
-            return Problem(503, text, "service_unavailable_error", "shutting_down")
-        case ReplicaLostError():
-            return Problem(503, text, "service_unavailable_error", "replica_lost")
-        case TooLateError():
-            return Problem(504, text, "timeout_error", "timeout")
-        case InvalidInputError():
-            return Problem(400, text, "invalid_request_error", type(error).__name__)
-        case SoftmeetError() if not isinstance(error, InternalError):
-            return Problem(422, text, "invalid_request_error", type(error).__name__)
+    if isinstance(error, RequestError):
+        kinds = {401: "authentication_error", 404: "not_found_error"}
+        kind = kinds.get(error.status, "invalid_request_error")
+        return Problem(error.status, str(error), kind, error.code, error.param)
+    for known, status, kind, code in _SENT:
+        if isinstance(error, known) and not isinstance(error, InternalError):
+            return Problem(status, str(error), kind, code or type(error).__name__)
     return Problem(500, "the server failed: its log says why", "server_error", "internal")

@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 from softmeet.hf.asking import whom_to_ask
 from softmeet.hf.combining import Asked
 from softmeet.hf.recorder import Savings
-from softmeet.rules.gates import find_gate
 from softmeet.rules.solution import Solution
 from softmeet.server.batch import MemberBatch
 from softmeet.server.metrics import Metrics
@@ -102,11 +101,11 @@ class Gates:
     def saved(self, rows: Sequence[Row], solution: Solution) -> float:
         """Count some rows of one combination that were solved; about how many seconds each closed one saved."""
         combination = rows[0].sequence.work.combination
-        gate = find_gate(combination.gate)
+        gate = combination.gate
         if gate is None:
             return 0.0
         names = tuple(self._batches[model].name for model in rows[0].members)
-        so_far, closed = self._savings[gate.name, combination.rule, names], int(solution.gated.sum())
+        so_far, closed = self._savings[gate.name, combination.settings.rule, names], int(solution.gated.sum())
         so_far.add(len(rows), closed, solution.seconds + sum(row.spent for row in rows))
         each = (so_far.saved or 0.0) / so_far.gated if so_far.gated else 0.0
         self._metrics.gated.labels(gate.name).inc(closed)

@@ -87,9 +87,9 @@ class Reply(ABC):
 
     def _settings(self) -> dict[str, Any]:
         how = self.plan.work.combination
-        trust = ["inf" if math.isinf(rho) else rho for rho in how.trust]
-        found = {"rule": how.rule, "trust": trust, "weights": list(how.weights), "pool": how.pool}
-        found |= {"gate": how.gate} if how.gate else {}
+        shown = how.settings.plain()
+        found = {name: shown[name] for name in ("rule", "trust", "weights", "pool")}
+        found |= {"gate": shown["gate"]} if how.gate else {}
         return {"members": list(self.plan.members), **found, "seed": self.plan.work.sampling.seed}
 
     def _reported(self, part: Part) -> dict[str, Any]:

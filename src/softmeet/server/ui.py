@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from pydantic import ValidationError
 
 from softmeet.errors import SoftmeetError
-from softmeet.rules.registry import RULES
+from softmeet.rules.registry import rule_names
 from softmeet.server.answer import Answer
 from softmeet.server.ensembles import Served
 from softmeet.server.schemas import CompletionRequest, Extension, explained
@@ -68,7 +68,7 @@ def page(serving: Serving) -> gr.Blocks:
     served = {s.name: s for s in serving.ensembles}
     first = next(iter(served.values()))
     free = {name: name in serving.settings.allowed for name in ("rule", "trust", "members")}
-    rules, choose = [rule.name for rule in RULES], _file("page.js")
+    choose = _file("page.js")
     with gr.Blocks(title="softmeet: look inside", analytics_enabled=False) as blocks:
         gr.HTML(
             "<h1>softmeet</h1><p>Several language models, sampled as one. Watch where they agree.</p>",
@@ -88,6 +88,7 @@ def page(serving: Serving) -> gr.Blocks:
                 )
         with gr.Row():
             config = first.ensemble.model.config
+            rules = list(dict.fromkeys([*rule_names(), config.rule]))
             rule = gr.Dropdown(rules, value=config.rule, label="Rule", interactive=free["rule"], elem_id="rule")
             other = gr.Dropdown(
                 [_ALONE, *rules], value=_ALONE, label="Compare with", interactive=free["rule"], elem_id="other"
@@ -164,7 +165,7 @@ async def _pictures(
             asked = _asked(serving, name, members, chosen, trust)
             plan = await serving.completion(CompletionRequest.model_validate(given | {"softmeet": asked}))
             answers.append(await serving.answer(plan))
-        sides = [Side(a.plan.combination.rule, a.plan.members, prompt) for a in answers]
+        sides = [Side(str(a.plan.combination.settings.rule), a.plan.members, prompt) for a in answers]
         feeds = [asyncio.create_task(_feed(a, side)) for a, side in zip(answers, sides, strict=True)]
         while not all(feed.done() for feed in feeds):
             yield *_texts(sides), _HINT, _trouble(""), sides

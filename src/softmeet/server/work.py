@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.hf.report import TokenReport
-from softmeet.rules.gates import Unsure, find_gate
+from softmeet.rules.gates import Gate, Unsure, that_closes
+from softmeet.rules.settings import Settings
 from softmeet.server.sampling import Sampling
 
 
@@ -18,16 +18,7 @@ class Combination:
     """An ensemble and how it is combined: what rows must have in common to be solved together."""
 
     model: EnsembleForCausalLM
-    rule: str
-    weights: tuple[float, ...]
-    trust: tuple[float, ...]
-    pool: str
-    gate: str | None = None
-
-    @classmethod
-    def of(cls, model: EnsembleForCausalLM, settings: Any) -> Combination:
-        """As a configuration of that ensemble has it."""
-        return cls(model, settings.rule, tuple(settings.weights), tuple(settings.trust), settings.pool, settings.gate)
+    settings: Settings
 
     def room(self, length: int) -> int:
         """How many tokens fit after a prompt of that length into the shortest context."""
@@ -35,15 +26,14 @@ class Combination:
         return 1 << 30 if limit is None else max(limit - length, 0)
 
     @cached_property
+    def gate(self) -> Gate | None:
+        """The gate, if there is one that closes."""
+        return that_closes(self.settings.gate)
+
+    @property
     def unsure(self) -> Unsure | None:
         """The gate that keeps members from running, if there is one."""
-        found = find_gate(self.gate)
-        return found if isinstance(found, Unsure) else None
-
-    def changes(self) -> dict[str, Any]:
-        """The arguments of :func:`softmeet.combine`."""
-        settings = {"rule": self.rule, "weights": self.weights, "trust": self.trust, "pool": self.pool}
-        return settings | {"gate": self.gate}
+        return self.gate if isinstance(self.gate, Unsure) else None
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ class Status(IntEnum):
     DEGENERATE = 1
     INFEASIBLE = 2
     NOT_CONVERGED = 3
+    UNVERIFIED = 4
+    BUDGET = 5
 
     def __str__(self) -> str:
         return _SENTENCES[self]
@@ -30,6 +32,8 @@ _SENTENCES = {
     Status.DEGENERATE: "every feasible distribution is optimal: the objective is constant on the feasible set",
     Status.INFEASIBLE: "no distribution has every member's moments",
     Status.NOT_CONVERGED: "the tolerance was not reached: raise it, or max_steps where num_steps is as many",
+    Status.UNVERIFIED: "the rule has no second look at an answer: nothing was verified",
+    Status.BUDGET: "the budget of steps or time ended first: this is the best point found",
 }
 
 

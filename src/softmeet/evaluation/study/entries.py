@@ -13,6 +13,7 @@ from torch import Tensor
 
 from softmeet import combine
 from softmeet.heads import SoftmaxHead
+from softmeet.rules.registry import rule_names
 from softmeet.simplex import kl
 from softmeet.solvers.base import Status
 
@@ -39,7 +40,10 @@ EXACT = (
     Entry("min-underestimation", "min-underestimation"),
     Entry("min-reverse-cross-entropy", "min-reverse-cross-entropy"),
 )
-ALL = (*BASELINES, *MEETS, *EXACT)
+_NAMED = {entry.rule for entry in (*BASELINES, *MEETS, *EXACT)}
+# Rules of installed packages, under their default options.
+OTHERS = tuple(Entry(name, name) for name in rule_names() if name not in _NAMED)
+ALL = (*BASELINES, *MEETS, *EXACT, *OTHERS)
 
 
 @dataclass(frozen=True, eq=False)

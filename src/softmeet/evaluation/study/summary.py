@@ -8,7 +8,7 @@ from statistics import fmean
 from softmeet.evaluation.study.entries import ALL
 from softmeet.evaluation.study.report import Table, mean_text, number
 from softmeet.evaluation.study.runs import Json
-from softmeet.rules.problem import DEFAULT_TRUST
+from softmeet.rules.settings import DEFAULT_TRUST, rule_of
 
 Values = list[float | None]
 # Rules that plots show.
@@ -64,7 +64,7 @@ def endings(title: str, columns: Sequence[tuple[str, list[Json]]]) -> Table:
         share = 100 * (1 - counted(cells, label, "infeasible") / max(rows, 1))
         return f"{share:.0f} %" + (f", {unsolved} unsolved" if unsolved else "")
 
-    exact = [e.label for e in ALL if e.rule not in ("meet", "logit-mean", "prob-mean", "one-hot")]
+    exact = [e.label for e in ALL if rule_of(e.rule).is_feasible]
     rows = [[label, *(cell(cells, label) for _, cells in columns)] for label in exact]
     title += f" (where there is none `meet` at trust {DEFAULT_TRUST:g} answers, but for least squares)"
     return Table(title, ["rule", *(name for name, _ in columns)], rows)

@@ -23,12 +23,12 @@ from softmeet.evaluation.intervals import Clusters, clusters, paired
 from softmeet.evaluation.perplexity import evaluate
 from softmeet.evaluation.positions import Positions
 from softmeet.evaluation.premise import Premise
-from softmeet.evaluation.study.entries import BASELINES, EXACT, MEETS, TRUSTS, Entry
+from softmeet.evaluation.study.entries import BASELINES, EXACT, MEETS, OTHERS, TRUSTS, Entry
 from softmeet.evaluation.study.plots import Plot
 from softmeet.evaluation.study.report import Report, Table, mean_text
 from softmeet.evaluation.study.runs import Cell, Json
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
-from softmeet.rules.problem import DEFAULT_TRUST
+from softmeet.rules.settings import DEFAULT_TRUST
 
 MAX_ENTROPY = next(entry for entry in EXACT if entry.label == "max-entropy")
 BASE = BASELINES[0]
@@ -101,7 +101,7 @@ def cells(settings: Settings, ensemble: Ensemble, positions: Positions) -> Itera
         entries = (*BASELINES[:2], *MEETS[:4], MAX_ENTROPY)
         for k, chunk in enumerate(spread(positions, settings.meet).chunks(settings.rows)):
             yield Cell(f"first {size}: {k}", partial(_nats, part, entries, replace(chunk, hidden=chunk.hidden[:size])))
-    for entry in (*BASELINES, *MEETS, *EXACT) if settings.tokens else ():
+    for entry in (*BASELINES, *MEETS, *EXACT, *OTHERS) if settings.tokens else ():
         yield Cell(f"sample {entry.label}", partial(_sample, ensemble, entry, settings))
 
 
@@ -111,7 +111,7 @@ def _kinds(settings: Settings, positions: Positions) -> list[tuple[str, Sequence
         ("averages", BASELINES, every),
         ("meet", (BASE, *MEETS), spread(every, settings.meet)),
         ("max-entropy", (BASE, RELAXED, MAX_ENTROPY), spread(every, settings.exact)),
-        ("the other rules", (BASE, RELAXED, *EXACT), spread(every, settings.slow)),
+        ("the other rules", (BASE, RELAXED, *EXACT, *OTHERS), spread(every, settings.slow)),
     ]
     return [kind for kind in kinds if len(kind[2])]
 

@@ -1,0 +1,120 @@
+"""Spellings of older versions, read as today's with a warning; they end with 0.3.0.
+
+====================================  =====================================
+before                                today
+====================================  =====================================
+``--members A B``, ``-t A B``         ``-m A -m B``, ``-t A -t B``
+``--rules logit-mean,meet:trust=1``   ``--rule logit-mean --rule meet:trust=1``
+``--rule least-squares --metric raw``  ``--rule least-squares:metric=raw``
+``--device cuda:0,cuda:1``            ``--device cuda:0 --device cuda:1``
+====================================  =====================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from softmeet.errors import InvalidInputError
+
+_MEMBER, _TEXT, _RULE = ("--member", "--members", "-m"), ("--text", "-t"), ("--rule", "--rules")
+_LISTS = _MEMBER + _TEXT
+# Options of single rules that had flags of their own.
+_OF_RULES = ("metric", "slack", "vertex")
+_FLAGS = ("vertex",)
+
+
+def warn(before: str, today: str) -> None:
+    """Say on stderr how something is spelled today."""
+    from softmeet.cli.options import say
+
+    say(f"{before} is an old form and ends with 0.3.0: {today}")
+
+
+def modern_words(words: Sequence[str]) -> list[str]:
+    """Read a command's words in older spellings as today's."""
+    found: list[str] = []
+    own: dict[str, str] = {}
+    option, several, rest = "", False, iter(words)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if name.removeprefix("--") in _OF_RULES and name.startswith("--"):
+            key = name.removeprefix("--")
+            own[key] = "true" if key in _FLAGS else value if equals else next(rest, "")
+        elif word.startswith("-") and word != "-":
+            option = name if name in _LISTS + _RULE else ""
+            several = False
+            found += [_renamed(name), value] if equals and option else [_renamed(word)]
+            several = bool(equals and option)
+        elif option in _LISTS and several:
+            warn(f"{option} with several values", f"repeat it: {option} A {option} B")
+            found += [_renamed(option), word]
+        else:
+            found.append(word)
+            several = bool(option)
+    return _with_own_options(_split_rules(found), own)
+
+
+def _renamed(word: str) -> str:
+    if word == "--members":
+        warn(word, "say --member or -m, once for each")
+        return "--member"
+    return word
+
+
+def _split_rules(words: list[str]) -> list[str]:
+    found: list[str] = []
+    for word in words:
+        if found and found[-1] == "--rules":
+            warn("--rules", "repeat --rule: --rule A --rule B")
+            found.pop()
+            found += [part for rule in split(word) for part in ("--rule", rule)]
+        else:
+            found.append(word)
+    return found
+
+
+def _with_own_options(words: list[str], own: Mapping[str, str]) -> list[str]:
+    """Options of the rule go behind its name."""
+    if not own:
+        return words
+    first = next(iter(own))
+    if "--rule" not in words[:-1]:
+        raise InvalidInputError(f"--{first} belongs to a rule: say --rule NAME:{first}={own[first]}")
+    k = words.index("--rule") + 1
+    text = ":".join([words[k], *(f"{key}={value}" for key, value in own.items())])
+    warn(", ".join(f"--{key}" for key in own), f"say --rule {text}")
+    return [*words[:k], text, *words[k + 1 :]]
+
+
+def modern_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Read a configuration file's names in older spellings as today's."""
+    found = dict(values)
+    if "members" in found:
+        warn("members: in a configuration file", "say member:")
+        found["member"] = found.pop("members")
+    if "rules" in found:
+        warn("rules: in a configuration file", "say rule:, with a list")
+        rules = found.pop("rules")
+        found["rule"] = split(rules) if isinstance(rules, str) else rules
+    own = {key: found.pop(key) for key in _OF_RULES if key in found}
+    own = {key: str(value).lower() if isinstance(value, bool) else value for key, value in own.items() if value}
+    if own:
+        if not isinstance(found.get("rule"), str):
+            raise InvalidInputError(f"{next(iter(own))} belongs to a rule: say rule: NAME:{next(iter(own))}=…")
+        found["rule"] = ":".join([found["rule"], *(f"{key}={value}" for key, value in own.items())])
+        warn(f"{', '.join(own)} in a configuration file", f"say rule: {found['rule']}")
+    return found
+
+
+def split(text: str) -> list[str]:
+    """Split a list with commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def repeated(option: str, values: Sequence[str] | None) -> list[str] | None:
+    """Read the values of an option that is repeated, and that took one list with commas before."""
+    if values is None or not any("," in value for value in values):
+        return None if values is None else list(values)
+    warn(f"{option} with commas", f"repeat it: {option} A {option} B")
+    return [part for value in values for part in split(value)]

@@ -1,0 +1,53 @@
+"""Ask a rule, and take nothing from it that is no distribution: rules may be anybody's."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from softmeet.errors import RuleError, SoftmeetError
+from softmeet.rules.answer import Answer, closed_form
+from softmeet.rules.base import Rule
+from softmeet.rules.problem import Problem
+
+# By how much a row's probabilities may miss 1: what rounding of half-precision log-probabilities comes to.
+_MASS_TOLERANCE = 1e-3
+
+
+def answered(rule: Rule, problem: Problem) -> Answer:
+    """Ask a rule about every row, in parts whose rows share one view of each head.
+
+    Raises:
+        RuleError: the rule fails, or gives another shape, NaN, or probabilities that do not sum to 1 over the tokens
+            that may be answered; the message names the rule.
+    """
+    parts = problem.pieces()
+    if len(parts) == 1:
+        return _one(rule, problem)
+    return Answer.joined([_one(rule, part) for part in parts])
+
+
+def _one(rule: Rule, problem: Problem) -> Answer:
+    try:
+        found = rule.solve(problem)
+    except SoftmeetError:
+        raise
+    except Exception as error:
+        raise RuleError(f"the rule {rule} failed: {type(error).__name__}: {error}") from error
+    log_probs = found if isinstance(found, Tensor) else getattr(found, "log_probs", None)
+    expected = problem.log_p.shape[1:]
+    if not isinstance(log_probs, Tensor) or log_probs.shape != expected or not log_probs.is_floating_point():
+        what = f"{log_probs.dtype} of shape {tuple(log_probs.shape)}" if isinstance(log_probs, Tensor) else repr(found)
+        raise RuleError(
+            f"the rule {rule} gave {what}: expected floating log-probabilities of shape {tuple(expected)}, or an Answer"
+        )
+    if isinstance(found, Tensor):
+        log_probs = problem.restricted(log_probs.double())
+    mass = log_probs.exp() if problem.support is None else log_probs.exp()[:, problem.support]
+    off = (mass.sum(-1) - 1).abs()
+    if not bool((off <= _MASS_TOLERANCE).all()):
+        row = int((~(off <= _MASS_TOLERANCE)).nonzero()[0, 0])
+        raise RuleError(
+            f"the rule {rule} gave no distribution in row {row}: its probabilities sum to {float(mass[row].sum()):.6g}"
+            + ("" if problem.support is None else " over the ids that are tokens")
+        )
+    return closed_form(problem, log_probs) if isinstance(found, Tensor) else found

@@ -1,0 +1,342 @@
+"""How members are combined: one object with every setting, checked once.
+
+``combine`` takes its fields as arguments, a configuration saves them, the commands have a flag for each, the server
+lets requests change some, and evaluation sweeps them. A new setting is a field here; a new option of one rule is a
+field of that rule. Both are written alike in a rule's text: ``meet:trust=1/0/0.3:pool=prob-mean``, lists with slashes.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+
+import numpy as np
+from pydantic import BeforeValidator, Field
+
+from softmeet.errors import InvalidInputError
+from softmeet.rules.base import Rule
+from softmeet.rules.frozen import Frozen, takes, unknown
+from softmeet.rules.registry import DEFAULT, all_rules, rule_class
+
+if TYPE_CHECKING:
+    from softmeet.heads import SoftmaxHead
+
+Pool = Literal["logit-mean", "prob-mean"]
+OnInfeasible = Literal["meet", "raise"]
+POOLS: tuple[Pool, ...] = get_args(Pool)
+# Small enough to cost little where the premise fails; `softmeet fit` chooses better ones from text.
+DEFAULT_TRUST = 0.3
+# A colon that parts options, not the one of gate=unsure:0.5.
+_COLON = re.compile(r":(?![\d.])")
+# The name of a field in a rule's text, where a shorter one serves.
+_SHORT = {"temperature": "rule_temperature"}
+
+
+def _numbers(value: Any) -> Any:
+    """One number, or several, as floats: of a list, an array or a tensor on any device."""
+    if value is None:
+        return None
+    value = value.detach().cpu().numpy() if hasattr(value, "detach") else value
+    try:
+        array = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise InvalidInputError(f"to be a number or a list of numbers, got {value!r}") from None
+    if array.ndim > 1:
+        raise InvalidInputError(f"to be a number or a list of numbers, got an array of shape {array.shape}")
+    # A single number in an array serves every member, as a bare one does; in a list it is the list of one member.
+    bare = array.ndim == 0 or (array.size == 1 and not isinstance(value, list | tuple))
+    return float(array.reshape(-1)[0]) if bare else tuple(array.tolist())
+
+
+def _count(value: Any) -> Any:
+    """An integer of any kind, at least 1; None where that is allowed."""
+    if value is None:
+        return None
+    try:
+        found = 0 if isinstance(value, bool) else operator.index(int(value) if isinstance(value, str) else value)
+    except (TypeError, ValueError):
+        found = 0
+    if found < 1:
+        raise InvalidInputError(f"to be an integer of at least 1, got {value!r}")
+    return found
+
+
+def _rule(value: Any) -> Any:
+    if isinstance(value, str):
+        return rule_of(value)
+    if not isinstance(value, Rule):
+        raise InvalidInputError(f"expected a rule's name, or an instance of softmeet.Rule, got {value!r}")
+    return value
+
+
+def _gate(value: Any) -> Any:
+    from softmeet.rules.gates import parse_gate
+
+    return parse_gate(value)
+
+
+def _trusts(value: Any) -> Any:
+    found = _numbers(value)
+    if not all(rho >= 0 for rho in ([found] if isinstance(found, float) else found)):
+        raise InvalidInputError(f"expected trusts from 0 to inf, got {found}")
+    return found
+
+
+Count = Annotated[int, BeforeValidator(_count)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Settings(Frozen):
+    """How n members are combined; every field is an argument of :func:`softmeet.combine`.
+
+    Raises:
+        InvalidInputError: a field is unknown or has a value that it does not take.
+
+    Example:
+        >>> from softmeet.rules.settings import Settings
+        >>> settings = Settings.of({"rule": "meet:trust=1/0", "pool": "prob-mean"}).for_members(2)
+        >>> settings.trust, settings.weights, settings.pool
+        ((1.0, 0.0), (0.5, 0.5), 'prob-mean')
+    """
+
+    rule: Annotated[Rule, BeforeValidator(_rule)] = Field(
+        default=DEFAULT,
+        validate_default=True,
+        description="The rule: a name, with options as in meet:trust=1/0/0.3:pool=prob-mean.",
+    )
+    trust: Annotated[float | tuple[float, ...], BeforeValidator(_trusts)] = Field(
+        default=DEFAULT_TRUST,
+        description="ρ in nats per nat, for all members or one each, from 0 (the pool) to inf (exact moments).",
+    )
+    weights: Annotated[tuple[float, ...] | float | None, BeforeValidator(_numbers)] = Field(
+        default=None, description="The pool's weights, one each; they sum to 1. Uniform by default."
+    )
+    pool: Pool = Field(
+        default="logit-mean", description="What a rule starts from, or stays near: logit-mean or prob-mean."
+    )
+    tol: Positive = Field(default=1e-4, description="The duality gap in nats at which a token is solved.")
+    max_steps: Count = Field(default=50, description="The solver's steps, at most; then NOT_CONVERGED.")
+    on_infeasible: OnInfeasible = Field(
+        default="meet", description="Where no distribution has every member's moments: answer by meet, or raise."
+    )
+    free_weights: bool = Field(default=False, description="Weights need not sum to 1: they are exponents.")
+    rank: Annotated[int | None, BeforeValidator(_count)] = Field(
+        default=None, description="How many of each head's largest directions to constrain; all by default."
+    )
+    free_radial: bool = Field(default=False, description="Do not constrain the directions that the final norm hides.")
+    rule_temperature: Positive = Field(
+        default=1.0, description="Of the rule's answer: p^(1/T), normalised. In a rule's text: temperature."
+    )
+    bands: Count = Field(default=1, description="Of each head's principal directions, each with a trust of its own.")
+    gate: Annotated[Any, BeforeValidator(_gate)] = Field(
+        default=None,
+        description="unsure:T asks the other members only where the first one's largest probability is below T; "
+        "disagreement:T solves only where members disagree by more than T nats; none.",
+    )
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Settings:
+        """Make settings from arguments, in which a rule may be a text with options, and may come with its own.
+
+        Args:
+            given: fields of this class and of the rule; None stands for the default.
+
+        Raises:
+            InvalidInputError: as the class; or an option is named twice.
+        """
+        return cls(**_resolved(given, None))
+
+    def changed(self, **changes: Any) -> Settings:
+        """Copy with some settings changed, for as many members; None stands for the default.
+
+        Raises:
+            InvalidInputError: as :meth:`of`.
+        """
+        if not changes:
+            return self
+        found = Settings(**{**self.fields(), **_resolved(changes, self.rule)})
+        return found if self.weights is None else found.for_members(len(self.weights))  # type: ignore[arg-type]
+
+    def fields(self) -> dict[str, Any]:
+        """Give every setting by name."""
+        return {name: getattr(self, name) for name in type(self).model_fields}
+
+    def plain(self) -> dict[str, Any]:
+        """Give every setting as JSON and YAML have it: rules and gates as text, lists, ``"inf"``."""
+        return {name: _plain(value) for name, value in self.fields().items()}
+
+    def for_members(self, n: int) -> Settings:
+        """Copy with a weight for each of n members and a trust for each of their bands.
+
+        Raises:
+            InvalidInputError: they are not as many; or weights are negative, all zero, or do not sum to 1.
+        """
+        weights = _checked_weights(self.weights, n, free=self.free_weights)
+        return self.model_copy(update={"weights": weights, "trust": _checked_trust(self.trust, n, self.bands)})
+
+    def ungated(self) -> Settings:
+        """Copy without a gate."""
+        return self if self.gate is None else self.model_copy(update={"gate": None})
+
+    def relaxes(self, heads: Iterable[SoftmaxHead]) -> bool:
+        """Say whether fewer moments count than every member's."""
+        return self.free_radial or (self.rank is not None and any(self.rank < head.whitening().rank for head in heads))
+
+    @property
+    def member_trust(self) -> tuple[float, ...]:
+        """The trusts of settings that are :meth:`for_members`."""
+        return self.trust  # type: ignore[return-value]
+
+    def trusts(self) -> list[list[float]]:
+        """Give each member's trusts, one per band."""
+        trust = list(self.trust)  # type: ignore[arg-type]
+        return [trust[i : i + self.bands] for i in range(0, len(trust), self.bands)]
+
+    def for_bands(self) -> Settings:
+        """Give the settings of an ensemble with a member for each band; the pool knows each member once."""
+        weights = [w for own in self.weights for w in (own, *[0.0] * (self.bands - 1))]  # type: ignore[union-attr]
+        return self.model_copy(update={"weights": tuple(weights), "bands": 1})
+
+    def relaxed(self) -> Settings:
+        """Copy with the default trust wherever it is infinite: of what answers rows without a feasible distribution."""
+        return self.model_copy(update={"trust": finite_trust(self.trust)})  # type: ignore[arg-type]
+
+
+def finite_trust(trust: Sequence[float]) -> tuple[float, ...]:
+    """Put the default in place of infinity."""
+    return tuple([DEFAULT_TRUST if math.isinf(rho) else rho for rho in trust])
+
+
+def rule_of(text: str) -> Rule:
+    """Read a rule's text that has options of its own only, such as ``least-squares:metric=raw``.
+
+    Raises:
+        InvalidInputError: no such rule, no such option, a bad value, or a setting of the ensemble.
+    """
+    rule, settings = parse_rule(text)
+    if settings:
+        raise InvalidInputError(f"expected a rule with its own options alone, got {next(iter(settings))} in {text!r}")
+    return rule
+
+
+def parse_rule(text: str) -> tuple[Rule, dict[str, Any]]:
+    """Read a rule's text: ``NAME:option=value:option=value``, lists with slashes.
+
+    Returns:
+        (the rule, with the options that are its own; the settings that came with it, by name).
+
+    Raises:
+        InvalidInputError: no such rule, no such option, one that comes twice, or a bad value.
+
+    Example:
+        >>> from softmeet.rules.settings import parse_rule
+        >>> parse_rule("meet:trust=1/0.5:temperature=0.9")
+        (Meet(), {'trust': (1.0, 0.5), 'rule_temperature': '0.9'})
+        >>> parse_rule("least-squares:metric=raw")
+        (LeastSquares(metric='raw'), {})
+    """
+    name, *options = _COLON.split(text.strip())
+    kind = rule_class(name)
+    own: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
+    for option in options:
+        key, equals, value = option.partition("=")
+        key = _SHORT.get(key, key)
+        if not equals or not value or key == "rule":
+            raise InvalidInputError(f"expected option=value after the colon in {text!r}, got {option!r}")
+        if key in own or key in settings:
+            raise InvalidInputError(f"expected each option once, got {key} twice in {text!r}")
+        if key in kind.model_fields:
+            own[key] = _listed(value, text) if takes(kind.model_fields[key], tuple) else value
+        elif key in Settings.model_fields:
+            settings[key] = _listed(value, text) if takes(Settings.model_fields[key], tuple) else value
+        else:
+            known = [*kind.model_fields, *(k for k in Settings.model_fields if k != "rule")]
+            raise unknown(f"unknown option {key!r} in {text!r}", key, known)
+    try:
+        checked = Settings(**settings) if settings else None
+        return kind(**own), {key: getattr(checked, key) for key in settings} if checked else {}
+    except InvalidInputError as error:
+        raise InvalidInputError(f"in {text!r}: {error}") from error
+
+
+def _listed(value: str, text: str) -> Any:
+    """A number, or several with slashes between."""
+    try:
+        numbers = tuple(float(part) for part in value.split("/"))
+    except ValueError:
+        raise InvalidInputError(f"expected NUMBER or NUMBER/NUMBER in {text!r}, got {value!r}") from None
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
+def _resolved(given: Mapping[str, Any], before: Rule | None) -> dict[str, Any]:
+    """Give the fields of :class:`Settings` that arguments stand for; ``before`` is the rule that they may change."""
+    named = {key: value for key, value in given.items() if value is not None}
+    reset = {key: Settings.model_fields[key].get_default() for key in given.keys() - named.keys() if _is_setting(key)}
+    rule, settings = named.pop("rule", before), dict[str, Any]()
+    if isinstance(rule, str):
+        text = rule
+        rule, settings = parse_rule(text)
+        if both := sorted((settings.keys() | rule.own_options().keys()) & named.keys()):
+            raise InvalidInputError(
+                f"{both[0]} is named twice, in the rule {text!r} and as {both[0]}={named[both[0]]!r}: leave one out"
+            )
+    if own := {key: value for key, value in named.items() if not _is_setting(key)}:
+        rule = _with_options(_rule(rule or DEFAULT), own)
+    named = {key: value for key, value in named.items() if _is_setting(key)}
+    return {**reset, **named, **settings} | ({} if rule is None else {"rule": rule})
+
+
+def _is_setting(name: str) -> bool:
+    return name in Settings.model_fields
+
+
+def _with_options(rule: Rule, own: Mapping[str, Any]) -> Rule:
+    """Copy a rule with some of its options changed; those of other rules are checked, so that one call serves several."""
+    kind = type(rule)
+    for name in own.keys() - kind.model_fields.keys():
+        owners = [type(other) for other in all_rules() if name in type(other).model_fields]
+        if not owners:
+            known = [*kind.model_fields, *Settings.model_fields]
+            raise unknown(f"neither an ensemble nor the rule {rule.name} has an option {name!r}", name, known)
+        owners[0](**{name: own[name]})
+    mine = {name: value for name, value in own.items() if name in kind.model_fields}
+    return kind(**{**rule.own_options(), **mine})
+
+
+def _checked_weights(weights: Any, n: int, *, free: bool) -> tuple[float, ...]:
+    values = (1 / n,) * n if weights is None else (weights,) if isinstance(weights, float) else tuple(weights)
+    if len(values) != n:
+        raise InvalidInputError(f"expected one weight per member, {n} in all, got {len(values)}: {list(values)}")
+    if not all(math.isfinite(w) and w >= 0 for w in values):
+        raise InvalidInputError(f"expected finite weights, none negative, got {list(values)}")
+    if n and not 0 < sum(values) < math.inf:
+        raise InvalidInputError(f"expected a positive weight and a finite sum, got {list(values)}")
+    if n and not free and abs(sum(values) - 1) > 1e-6:
+        raise InvalidInputError(
+            f"expected weights that sum to 1, got {list(values)} with sum {sum(values):g}: divide by the sum, or say "
+            "free_weights=True to use them as exponents"
+        )
+    return values
+
+
+def _checked_trust(trust: float | Sequence[float], n: int, bands: int) -> tuple[float, ...]:
+    """N · bands trusts; one number serves every member, one per member all of its bands."""
+    values = (trust,) * n if isinstance(trust, float) else tuple(trust)
+    if len(values) not in (n, n * bands):
+        each = f", or one for each member's {bands} bands, {n * bands} in all" if bands > 1 else ""
+        raise InvalidInputError(
+            f"expected one trust, or one per member, {n} in all{each}, got {len(values)}: {list(values)}"
+        )
+    return values if len(values) == n * bands else tuple(rho for rho in values for _ in range(bands))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(x) for x in value]
+    if isinstance(value, float):
+        return "inf" if math.isinf(value) else value
+    return value if value is None or isinstance(value, bool | int | str) else str(value)

@@ -1,0 +1,30 @@
+"""Signatures and documentation of functions that take settings, made from the settings themselves."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from softmeet.rules.settings import Settings
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def takes_settings(function: F) -> F:
+    """List the settings that a function takes as ``**settings`` in its signature and its documentation.
+
+    What the function names itself is left as it is.
+    """
+    signature = inspect.signature(function)
+    *named, rest = signature.parameters.values()
+    assert rest.kind is inspect.Parameter.VAR_KEYWORD, "the function has to take **settings"
+    fields = {name: field for name, field in Settings.model_fields.items() if name not in signature.parameters}
+    extra = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.get_default())
+        for name, field in fields.items()
+    ]
+    function.__signature__ = signature.replace(parameters=[*named, *extra, rest])  # type: ignore[attr-defined]
+    lines = [f"    {name}: {field.description}" for name, field in fields.items()]
+    function.__doc__ = "\n".join([inspect.cleandoc(function.__doc__ or ""), "", "Settings:", *lines])
+    return function
