@@ -40,14 +40,14 @@ def _one(rule: Rule, problem: Problem) -> Answer:
         raise RuleError(
             f"the rule {rule} gave {what}: expected floating log-probabilities of shape {tuple(expected)}, or an Answer"
         )
-    if isinstance(found, Tensor):
-        log_probs = problem.restricted(log_probs.double())
-    mass = log_probs.exp() if problem.support is None else log_probs.exp()[:, problem.support]
-    off = (mass.sum(-1) - 1).abs()
-    if not bool((off <= _MASS_TOLERANCE).all()):
-        row = int((~(off <= _MASS_TOLERANCE)).nonzero()[0, 0])
+    # Where a formula does not know which ids are tokens, the others are taken away.
+    support = None if isinstance(found, Tensor) else problem.support
+    mass = (log_probs if support is None else log_probs[:, support]).exp().sum(-1)
+    good = (mass - 1).abs() <= _MASS_TOLERANCE
+    if not bool(good.all()):
+        row = int((~good).nonzero()[0, 0])
         raise RuleError(
-            f"the rule {rule} gave no distribution in row {row}: its probabilities sum to {float(mass[row].sum()):.6g}"
-            + ("" if problem.support is None else " over the ids that are tokens")
+            f"the rule {rule} gave no distribution in row {row}: its probabilities sum to {float(mass[row]):.6g}"
+            + ("" if support is None else " over the ids that are tokens")
         )
-    return closed_form(problem, log_probs) if isinstance(found, Tensor) else found
+    return closed_form(problem, problem.restricted(log_probs.double())) if isinstance(found, Tensor) else found

@@ -295,7 +295,7 @@ def _is_setting(name: str) -> bool:
 
 
 def _with_options(rule: Rule, own: Mapping[str, Any]) -> Rule:
-    """Copy a rule with some of its options changed; those of other rules are checked, so that one call serves several."""
+    """Copy a rule with some of its options changed; those of other rules are checked, and of no effect."""
     kind = type(rule)
     for name in own.keys() - kind.model_fields.keys():
         owners = [type(other) for other in all_rules() if name in type(other).model_fields]

@@ -36,6 +36,8 @@ RATIOS = tuple(Fraction(x) for x in ("1/16", "1/8", "1/4", "1/2", "3/4", "7/8", 
 TRUTHS = ("zipf", "dirichlet")
 NOISES = (0.0, 0.01, 0.03, 0.1, 0.3)
 TOL = 1e-8
+# Labels of the entries whose objective's range over the feasible set is shown.
+_RANGED = ("min-cross-entropy", "min-squared-cross-entropy")
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ def _claims(exact: list[Json]) -> list[str]:
 
 def _ranges(columns: list[tuple[str, list[Json]]]) -> Table:
     rows = []
-    for label in ("min-cross-entropy", "min-squared-cross-entropy"):
+    for label in _RANGED:
         values = [largest(cells, label, "range") for _, cells in columns]
         rows.append([label, *("-" if x is None else number(x) for x in values)])
     return Table("Largest range of the objective over the feasible set", ["rule", *(name for name, _ in columns)], rows)
