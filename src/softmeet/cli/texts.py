@@ -22,7 +22,7 @@ Members = options.Members
 Text = Annotated[
     list[str] | None,
     typer.Option(
-        "--text", "-t", help="A UTF-8 file, - for stdin, or a folder written by datasets.save_to_disk; repeat it."
+        "--text", "-t", help="A UTF-8 file, a pattern ('books/*.txt'), - for stdin, or a folder of datasets.save_to_disk; repeat it."
     ),
 ]
 Separator = Annotated[

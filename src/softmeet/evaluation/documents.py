@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from glob import glob, has_magic
 from pathlib import Path
 
 from softmeet.errors import InvalidInputError
@@ -28,7 +29,8 @@ def read_documents(
     """The documents of some sources, in order.
 
     Args:
-        sources: UTF-8 files; ``-`` for stdin; folders written by ``datasets.save_to_disk``.
+        sources: UTF-8 files, or patterns such as ``books/*.txt``; ``-`` for stdin; folders written by
+            ``datasets.save_to_disk``.
         separator: what splits a file into documents, such as a blank line; None for one document a file.
         column: of a dataset, the one that holds the text.
 
@@ -37,7 +39,7 @@ def read_documents(
         OSError: a file cannot be read.
     """
     found: list[Document] = []
-    for source in sources:
+    for source in (each for pattern in sources for each in _matching(pattern)):
         path = Path(source)
         if str(source) == "-":
             found += _split("stdin", _decode("stdin", sys.stdin.buffer.read()), separator)
@@ -48,6 +50,15 @@ def read_documents(
     if not found:
         raise InvalidInputError("expected a text: name a file, - for stdin, or a saved dataset")
     return found
+
+
+def _matching(pattern: str | Path) -> list[str | Path]:
+    """The files that a pattern names, in order; anything else is what it is."""
+    if Path(pattern).exists() or not has_magic(str(pattern)):
+        return [pattern]
+    if not (files := sorted(glob(str(pattern)))):
+        raise InvalidInputError(f"expected files that fit {str(pattern)!r}, found none")
+    return list(files)
 
 
 def _decode(name: str, data: bytes) -> str:

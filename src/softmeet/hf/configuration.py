@@ -16,7 +16,7 @@ _OF_RULES = ("metric", "slack", "vertex")
 
 
 class EnsembleConfig(PreTrainedConfig):
-    """Members, and how they are combined; the fields of :class:`softmeet.Settings` are read and set as attributes.
+    """Members, and how they are combined; the fields of :class:`softmeet.Settings`, and the rule's options, are attributes.
 
     An attribute that is set is checked at once. As attributes, and in JSON, rules and gates are text, and an infinite
     trust is ``"inf"``. ``rule_temperature`` is of the rule's answer; that of generation comes on top. ``gate`` is of
@@ -53,16 +53,17 @@ class EnsembleConfig(PreTrainedConfig):
 
     def __getattr__(self, name: str) -> Any:
         settings = self.__dict__.get("settings")
-        if settings is None or name not in Settings.model_fields:
+        if settings is None or not _is_option(name, settings):
             raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
-        value = getattr(settings, name)
+        value = getattr(settings if name in Settings.model_fields else settings.rule, name)
         if name in ("rule", "gate"):
             return None if value is None else str(value)
         return list(value) if isinstance(value, tuple) else value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in Settings.model_fields:
-            self.settings = self.settings.changed(**{name: value})
+        settings = self.__dict__.get("settings")
+        if settings is not None and _is_option(name, settings):
+            self.settings = settings.changed(**{name: value})
         else:
             super().__setattr__(name, value)
 
@@ -74,6 +75,11 @@ class EnsembleConfig(PreTrainedConfig):
         if found.get("rule_source") is None:
             found.pop("rule_source", None)
         return found
+
+
+def _is_option(name: str, settings: Settings) -> bool:
+    """Whether a setting, or an option of the rule, goes by that name."""
+    return name in Settings.model_fields or name in type(settings.rule).model_fields
 
 
 def _names_of(rule: Any) -> tuple[str, ...]:
