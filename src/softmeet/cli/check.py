@@ -16,23 +16,22 @@ from rich.table import Table
 
 from softmeet.cli import options
 from softmeet.cli.config import Config
+from softmeet.cli.flags import flags
 from softmeet.cli.old_forms import warn
 
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
 
 
-@options.with_settings(only=("weights", "pool"))
+@flags(only=("weights", "pool"))
 def check(
+    *,
     named: Annotated[list[str] | None, typer.Argument(hidden=True, help="An old form: say -m for each.")] = None,
     members: options.Members = None,
     text: Annotated[
         Path | None, typer.Option("--text", help="Held-out text for the premise score: is the softmax to blame?")
     ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Of the text, at most.")] = 512,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    trust_remote_code: options.RemoteCode = False,
     plan: Annotated[
         bool, typer.Option("--plan", help="Instead say what goes where, in bytes, without loading any weights.")
     ] = False,
@@ -40,6 +39,7 @@ def check(
     context: Annotated[
         int | None, typer.Option(min=1, help="Of the plan: tokens of each.", show_default="the shortest context")
     ] = None,
+    loading: options.Loading,
     config: Config = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
     **settings: Any,
@@ -51,19 +51,9 @@ def check(
     if plan:
         from softmeet.cli.plan import show_plan
 
-        show_plan(
-            members or [options.DEFAULT_MEMBERS],
-            batch,
-            context,
-            as_json=as_json,
-            dtype=dtype,
-            device=device,
-            trust_remote_code=trust_remote_code,
-        )
+        show_plan(members or [options.DEFAULT], batch, context, as_json=as_json, **loading.arguments())
         return
-    ensemble = options.load_ensemble(
-        members, settings=settings, dtype=dtype, device=device, trust_remote_code=trust_remote_code
-    )
+    ensemble = loading.ensemble(members, settings)
     with options.status("comparing heads"):
         facts = _facts(ensemble)
     if text is not None:

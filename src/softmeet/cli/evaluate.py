@@ -17,6 +17,7 @@ from rich.table import Table
 
 from softmeet.cli import engines, options, texts
 from softmeet.cli.config import Config
+from softmeet.cli.flags import flag_of, flags
 from softmeet.cli.old_forms import repeated
 from softmeet.errors import InvalidInputError
 
@@ -30,10 +31,11 @@ Json = Annotated[
 Traced = Annotated[Path | None, typer.Option("--trace", help="A trace, in place of --text.")]
 
 
-@options.with_settings("rule", "gate")
+@flags("rule", "gate")
 def evaluate(
-    members: texts.Members = None,
-    text: texts.Text = None,
+    *,
+    members: options.Members = None,
+    reading: texts.Reading,
     trace: Traced = None,
     rules: Annotated[
         list[str] | None,
@@ -57,24 +59,11 @@ def evaluate(
             min=1, help="Add logit-mean with weights from the members' perplexity on so many tokens of each document."
         ),
     ] = None,
-    separator: texts.Separator = None,
-    column: texts.Column = "text",
-    window: texts.Window = None,
-    stride: texts.Stride = None,
-    bos: texts.Bos = False,
-    max_tokens: texts.MaxTokens = None,
-    max_per_document: texts.MaxPerDocument = None,
     plots: Annotated[Path | None, typer.Option(help="A folder for PNG plots.")] = None,
     as_json: Json = None,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    trust_remote_code: options.RemoteCode = False,
-    engine: engines.Name = "local",
-    workers: engines.Workers = None,
-    threads: engines.Threads = 1,
-    ray_address: engines.Address = None,
-    gpus: engines.Gpus = 0.0,
     resume: engines.Resume = None,
+    loading: options.Loading,
+    running: engines.Running,
     config: Config = None,
     **settings: Any,
 ) -> None:
@@ -84,41 +73,37 @@ def evaluate(
 
     texts.require_extra(psutil=True, scipy=True, pyarrow=trace, matplotlib=plots)
     texts.require_places(as_json, plots, resume)
-    found = texts.documents_unless(trace, text, separator, column)
+    found = reading.documents_unless(trace)
     _require_once(rules or [], settings)
-    ensemble = options.load_ensemble(
-        texts.default_members(members, trace), settings=settings,
-        dtype=dtype, device=device, trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+    ensemble = loading.ensemble(texts.default_members(members, trace), settings)
     own = ensemble.model.config
     named = [*(rules or [own.rule]), *([f"{POOLS[0]}:prompt_weights={prompt_weights}"] if prompt_weights else [])]
     tried = repeated("--gate", gates) or ([own.gate] if own.gate else [])
     parsed = under_gates(parse_choices(named, len(ensemble.names), own.bands), tried)
     choices = with_baselines(parsed, own.weights or (), own.rule_temperature)
-    read: dict[str, Any] = {"window": window, "stride": stride, "bos": bos, "max_per_document": max_per_document}
     from softmeet.evaluation.kept import Kept
     from softmeet.evaluation.pieces import evaluate_positions, evaluate_text
     from softmeet.evaluation.report import summary
 
     how = {
-        "threads": threads,
+        "threads": running.threads,
         "choices": [asdict(choice) for choice in choices],
         "ensemble": own.settings.ungated().plain(),
     }
-    positions, pinned = identified(ensemble, found, trace, max_tokens=max_tokens, **read)
+    positions, pinned = identified(ensemble, found, trace, reading)
     kept = Kept(resume, pinned | how)
     with (
         options.stoppable(after(resume)),
-        engines.engine(engine, ensemble, workers, threads, ray_address, gpus) as running,
+        running.start(ensemble) as engine,
         texts.progress() as begin,
     ):
-        where: dict[str, Any] = {"engine": running, "kept": kept}
+        where: dict[str, Any] = {"engine": engine, "kept": kept}
         if positions is not None:
             advance = begin("evaluating", 0, len(positions))
             made = evaluate_positions(ensemble, positions, choices, **where, on_progress=advance)
         else:
             made = evaluate_text(
-                ensemble, found or [], choices, **where, max_tokens=max_tokens, **read,
+                ensemble, found or [], choices, **where, max_tokens=reading.max_tokens, **reading.windows,
                 begin=lambda total: begin("evaluating", 0, total),
             )  # fmt: skip
         facts = summary(made)
@@ -142,12 +127,12 @@ def _require_once(rules: list[str], settings: dict[str, Any]) -> None:
     for rule in rules:
         _, named = parse_rule(without_prompt(rule)[0])
         if both := [name for name in named if settings.get(name) is not None]:
-            flag = options.flag_of(both[0])
+            flag = flag_of(both[0])
             raise InvalidInputError(f"{both[0]} is named twice, in the rule {rule!r} and by {flag}: leave one out")
 
 
 def identified(
-    ensemble: Ensemble, documents: Any, trace: Path | None, *, max_tokens: int | None = None, **read: Any
+    ensemble: Ensemble, documents: Any, trace: Path | None, reading: texts.Reading
 ) -> tuple[Positions | None, dict[str, Any]]:
     """The positions of a trace, if there is one, and what a command's figures depend on, but for its own settings.
 
@@ -157,13 +142,13 @@ def identified(
     from softmeet.evaluation.identity import identity
 
     dtypes = [str(head.weight.dtype) for head in ensemble.model.heads]
-    pinned = {**identity(ensemble), "dtypes": dtypes, "max_tokens": max_tokens, **read}
+    pinned = {**identity(ensemble), "dtypes": dtypes, "max_tokens": reading.max_tokens, **reading.windows}
     if trace is None:
         text = "".join(f"{document.name}\0{document.text}\0" for document in documents)
         return None, {**pinned, "source": hashlib.sha256(text.encode()).hexdigest()}
     from softmeet.evaluation.trace import Trace
 
-    if set(read.values()) - {None, False}:
+    if set(reading.windows.values()) - {None, False}:
         raise InvalidInputError(
             "a trace has its windows: --window, --stride, --bos and --max-per-document go with --text"
         )
@@ -172,7 +157,7 @@ def identified(
     positions, left_out = opened.read_whole(options.say)
     # Pieces are numbered over the positions that were read.
     damaged = {"shards left out": left_out} if left_out else {}
-    return positions.take(slice(max_tokens)), {**pinned, "source": opened.key, **damaged}
+    return positions.take(slice(reading.max_tokens)), {**pinned, "source": opened.key, **damaged}
 
 
 def after(resume: Path | None) -> str:

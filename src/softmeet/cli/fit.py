@@ -14,14 +14,17 @@ from rich.table import Table
 from softmeet.cli import engines, options, texts
 from softmeet.cli.config import Config
 from softmeet.cli.evaluate import Json, Traced, after, identified, tell, write
+from softmeet.cli.flags import flags
 
 
+@flags()
 def fit(
+    *,
     out: Annotated[
         Path, typer.Option("--out", help="The folder of the fitted ensemble: a new one, or an older ensemble's.")
     ],
-    members: texts.Members = None,
-    text: texts.Text = None,
+    members: options.Members = None,
+    reading: texts.Reading,
     trace: Traced = None,
     rules: Annotated[
         list[str] | None,
@@ -59,23 +62,10 @@ def fit(
     judge_tokens: Annotated[
         int | None, typer.Option(min=1, help="Of the part to judge by, at most.", show_default="all")
     ] = None,
-    separator: texts.Separator = None,
-    column: texts.Column = "text",
-    window: texts.Window = None,
-    stride: texts.Stride = None,
-    bos: texts.Bos = False,
-    max_tokens: texts.MaxTokens = None,
-    max_per_document: texts.MaxPerDocument = None,
     as_json: Json = None,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    trust_remote_code: options.RemoteCode = False,
-    engine: engines.Name = "local",
-    workers: engines.Workers = None,
-    threads: engines.Threads = 1,
-    ray_address: engines.Address = None,
-    gpus: engines.Gpus = 0.0,
     resume: engines.Resume = None,
+    loading: options.Loading,
+    running: engines.Running,
     config: Config = None,
 ) -> None:
     """Learn weights, temperature and trusts, and save the best ensemble; or the best average, unless meet is better."""
@@ -87,38 +77,41 @@ def fit(
     require_ensemble_folder(out)
     for rule in rules or ():
         parse_rule(rule)
-    found = texts.documents_unless(trace, text, separator, column)
-    ensemble = options.load_ensemble(
-        texts.default_members(members, trace), dtype=dtype, device=device, trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+    found = reading.documents_unless(trace)
+    ensemble = loading.ensemble(texts.default_members(members, trace))
     from softmeet.evaluation.fit import Options, figures
     from softmeet.evaluation.fit import fit as learn
     from softmeet.evaluation.kept import Kept
     from softmeet.evaluation.positions import observe_text
     from softmeet.evaluation.save import save
 
-    read: dict[str, Any] = {"window": window, "stride": stride, "bos": bos, "max_per_document": max_per_document}
     given = Options(
         free_weights, bands, meet_positions=meet_tokens, premise_positions=premise_tokens, evaluations=evaluations,
         batch=batch, select_positions=select_tokens, judge_positions=judge_tokens,
         rules=tuple(rules or ()),
     )  # fmt: skip
     # What is kept for other bands is of use for these.
-    settings = {name: value for name, value in asdict(given).items() if name != "bands"} | {"threads": threads}
-    positions, pinned = identified(ensemble, found, trace, max_tokens=max_tokens, **read)
+    settings = {name: value for name, value in asdict(given).items() if name != "bands"} | {"threads": running.threads}
+    positions, pinned = identified(ensemble, found, trace, reading)
     kept = Kept(resume, pinned | settings)
     ensemble.model.banded_heads(bands)  # made here, so that workers share them
     with (
         options.stoppable(after(resume)),
-        engines.engine(engine, ensemble, workers, threads, ray_address, gpus) as running,
+        running.start(ensemble) as engine,
         texts.progress() as begin,
     ):
         if positions is None:
             advance = begin("running the members", 0, None)
             positions = observe_text(
-                ensemble, found or [], max_tokens=max_tokens, engine=running, kept=kept, on_progress=advance, **read
+                ensemble,
+                found or [],
+                max_tokens=reading.max_tokens,
+                engine=engine,
+                kept=kept,
+                on_progress=advance,
+                **reading.windows,
             )
-        fitted = learn(ensemble, positions, given, begin, engine=running, kept=kept)
+        fitted = learn(ensemble, positions, given, begin, engine=engine, kept=kept)
     facts = figures(fitted)
     tell(facts, as_json, _show)
     try:

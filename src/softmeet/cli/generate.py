@@ -15,6 +15,7 @@ from rich.table import Table
 
 from softmeet.cli import options
 from softmeet.cli.config import Config
+from softmeet.cli.flags import flags
 from softmeet.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
     from softmeet.hf import Recorder
 
 
-@options.with_settings()
+@flags()
 def generate(
+    *,
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; - or none reads one from stdin.")] = None,
     file: Annotated[list[Path] | None, typer.Option("--file", "-f", help="A file that is one prompt.")] = None,
     members: options.Members = None,
@@ -38,9 +40,7 @@ def generate(
         bool, typer.Option("--prompt-weights", help="Weigh members by their perplexity on the prompt.")
     ] = False,
     seed: Annotated[int | None, typer.Option(help="Prompt k draws from the generator (seed, k).")] = None,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    trust_remote_code: options.RemoteCode = False,
+    loading: options.Loading,
     config: Config = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
     summary: Annotated[
@@ -50,9 +50,7 @@ def generate(
 ) -> None:
     """Continue prompts, sampling from several models as one; a single prompt streams."""
     texts = _prompts(prompts, file)
-    ensemble = options.load_ensemble(
-        members, settings=settings, dtype=dtype, device=device, trust_remote_code=trust_remote_code
-    )
+    ensemble = loading.ensemble(members, settings)
     sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "min_p": min_p, "top_k": top_k or 0}
     given: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,

@@ -16,29 +16,27 @@ from rich.text import Text
 
 from softmeet.cli import options
 from softmeet.cli.config import Config
+from softmeet.cli.flags import flags
 
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
     from softmeet.hf import TokenReport
 
 
-@options.with_settings()
+@flags()
 def inspect(
+    *,
     text: Annotated[str, typer.Argument(help="The text to look into; every token but the first is predicted.")],
     members: options.Members = None,
     top: Annotated[int, typer.Option(min=1, help="Tokens to list of each distribution.")] = 5,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    trust_remote_code: options.RemoteCode = False,
+    loading: options.Loading,
     config: Config = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write one self-contained page to this file.")] = None,
     **settings: Any,
 ) -> None:
     """Show what each member and the ensemble expected at every token of a text, and what moved."""
-    ensemble = options.load_ensemble(
-        members, settings=settings, dtype=dtype, device=device, trust_remote_code=trust_remote_code
-    )
+    ensemble = loading.ensemble(members, settings)
     reports = ensemble.inspect(text, top)
     facts = _facts(ensemble, text, reports)
     if html is not None:

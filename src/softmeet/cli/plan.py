@@ -15,16 +15,14 @@ from rich.table import Table
 from softmeet.cli import options
 
 
-def show_plan(
-    members: list[str], batch: int, context: int | None, *, as_json: bool, device: list[str] | None, **load: Any
-) -> None:
+def show_plan(members: list[str], batch: int, context: int | None, *, as_json: bool, **loading: Any) -> None:
     """Print the plan of some members, or of a saved ensemble's."""
     with options.status("reading configurations"):
         from softmeet.ensemble import member_names
         from softmeet.hf.plan import plan
 
         named = member_names(members[0] if len(members) == 1 else members)
-        found = plan(named, batch=batch, context=context, device=options.placement(device), **load)
+        found = plan(named, batch=batch, context=context, **loading)
     if as_json:
         parts = [asdict(part) for part in found.parts]
         typer.echo(json.dumps(asdict(found) | {"parts": parts, "totals": found.totals()}, indent=2))

@@ -16,6 +16,7 @@ import typer
 
 from softmeet.cli import engines, options
 from softmeet.cli.config import Config
+from softmeet.cli.flags import checked_settings, flags
 from softmeet.cli.old_forms import repeated
 from softmeet.errors import InvalidInputError
 
@@ -27,8 +28,9 @@ _KEYS = "SOFTMEET_API_KEYS"
 _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
 
-@options.with_settings()
+@flags()
 def serve(
+    *,
     ensembles: Annotated[
         list[str] | None,
         typer.Argument(
@@ -47,9 +49,6 @@ def serve(
     ] = None,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    trust_remote_code: options.RemoteCode = False,
     allow: Annotated[
         list[str] | None,
         typer.Option(help="What requests may change, or none; repeat it.", show_default="all that they can"),
@@ -95,6 +94,7 @@ def serve(
     fronts: Annotated[int, typer.Option(min=1, help="Processes that pass requests on to the replicas.")] = 1,
     ray_address: engines.Address = None,
     gpus: Annotated[float, typer.Option(min=0, help="Of each replica: a part of one, or a number.")] = 0.0,
+    loading: options.Loading,
     config: Config = None,
     **settings: Any,
 ) -> None:
@@ -102,7 +102,7 @@ def serve(
     _require_extra(ui=bool(ui))
     from softmeet.server.ensembles import named
 
-    given = options.checked_settings(settings)
+    given = checked_settings(settings)
     keys, local, allowed = _keys(api_keys), _is_local(host), _allowed(allow)
     asked = named(ensembles or [], members or [])
     if not (keys or local or open_to_all):
@@ -127,7 +127,6 @@ def serve(
         cors=cors or (),
         ui=_has("gradio") if ui is None else ui,
     )
-    loading: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     if engine == "ray":
         if ui:
             raise InvalidInputError("the page needs a process of its own: leave out --ui, or --engine ray")
@@ -135,8 +134,8 @@ def serve(
         from softmeet.server.replicas import Scale, application
 
         scale = Scale(replicas, max_replicas, target_streams, threads or 1, gpus, fronts)
-        loading |= {**given, "device": options.placement(device)}
-        _replicate(application(asked, loading, protocol, scale, grace), host, port, ray_address, scale, list(asked))
+        how = {**loading.arguments(), **given}
+        _replicate(application(asked, how, protocol, scale, grace), host, port, ray_address, scale, list(asked))
         return
     if engine != "local" or max_replicas is not None or max(replicas, fronts) > 1 or gpus:
         raise InvalidInputError("expected --engine local, or --engine ray, which --replicas and --gpus belong to")
@@ -144,7 +143,7 @@ def serve(
         import torch
 
         torch.set_num_threads(threads)
-    served = load(asked, partial(options.load_ensemble, settings=settings), **loading)
+    served = load(asked, partial(loading.ensemble, settings=settings))
     _run(Serving(served, protocol), host, port, grace, access_log=access_log)
 
 

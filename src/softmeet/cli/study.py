@@ -15,10 +15,10 @@ import typer
 from softmeet.cli import engines, options, texts
 from softmeet.cli.command import Command
 from softmeet.cli.evaluate import identified
+from softmeet.cli.flags import flags
 from softmeet.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from softmeet.ensemble import Ensemble
     from softmeet.evaluation.documents import Document
     from softmeet.evaluation.study.report import Report
     from softmeet.evaluation.study.runs import Cell
@@ -48,34 +48,30 @@ Text = Annotated[
 
 
 @study.command(cls=Command)
+@flags()
 def synthetic(
+    *,
     out: Out,
     smoke: Smoke = False,
     seed: Annotated[int, typer.Option()] = 0,
-    engine: engines.Name = "local",
-    workers: engines.Workers = None,
-    threads: engines.Threads = 1,
-    ray_address: engines.Address = None,
-    gpus: engines.Gpus = 0.0,
+    running: engines.Running,
 ) -> None:
     """Random heads, known truths, nd/v from 1/16 to 5/4; then noise on the hidden states."""
     from softmeet.evaluation.study import synthetic as tier
 
     settings = dataclasses.replace(tier.SMOKE if smoke else tier.Settings(), seed=seed)
-    with engines.engine(engine, None, workers, threads, ray_address, gpus) as running:
-        _run(out, dataclasses.asdict(settings), tier.cells(settings), partial(tier.report, settings), running)
+    with running.start(None) as engine:
+        _run(out, dataclasses.asdict(settings), tier.cells(settings), partial(tier.report, settings), engine)
 
 
 @study.command("known-truth", cls=Command)
+@flags()
 def known_truth(
+    *,
     out: Out,
     text: Text = None,
     smoke: Smoke = False,
-    engine: engines.Name = "local",
-    workers: engines.Workers = None,
-    threads: engines.Threads = 1,
-    ray_address: engines.Address = None,
-    gpus: engines.Gpus = 0.0,
+    running: engines.Running,
 ) -> None:
     """Trained heads, each with the best hidden state for a known truth: the bundled families, narrow under wide."""
     from softmeet.evaluation.study import known_truth as tier
@@ -83,13 +79,15 @@ def known_truth(
     documents = _documents(text)
     settings = tier.SMOKE if smoke else tier.Settings()
     members = tier.load(settings)
-    with engines.engine(engine, members, workers, threads, ray_address, gpus) as running:
+    with running.start(members) as engine:
         cells = tier.cells(settings, documents, members)
-        _run(out, dataclasses.asdict(settings), cells, partial(tier.report, settings), running)
+        _run(out, dataclasses.asdict(settings), cells, partial(tier.report, settings), engine)
 
 
 @study.command(cls=Command)
+@flags()
 def real(
+    *,
     out: Out,
     text: Text = None,
     smoke: Smoke = False,
@@ -100,11 +98,7 @@ def real(
     meet: Meet = 4000,
     exact: Exact = 4000,
     slow: Slow = 500,
-    engine: engines.Name = "local",
-    workers: engines.Workers = None,
-    threads: engines.Threads = 1,
-    ray_address: engines.Address = None,
-    gpus: engines.Gpus = 0.0,
+    running: engines.Running,
 ) -> None:
     """The bundled families on text: every rule, a grid of trusts, the number of members, premise scores, samples."""
     from softmeet.evaluation.study.text import SMOKE, Settings
@@ -113,14 +107,15 @@ def real(
     for name in [family] if family else ["narrow", "wide"]:
         full = Settings(positions, meet, exact, slow, sizes=(2, 3) if name == "narrow" else ())
         settings = SMOKE if smoke else full
-        place = partial(engines.engine, engine, workers=workers, threads=threads, address=ray_address, gpus=gpus)
-        _on_text(out if family else out / name, [name], settings, documents, None, place)
+        _on_text(out if family else out / name, [name], settings, documents, None, running, options.Loading())
 
 
 @study.command(cls=Command)
+@flags()
 def pretrained(
+    *,
     out: Out,
-    members: texts.Members = None,
+    members: options.Members = None,
     text: Annotated[
         list[Path] | None, typer.Option("--text", "-t", help="A UTF-8 file that is one document; repeat it.")
     ] = None,
@@ -136,14 +131,8 @@ def pretrained(
         str | None,
         typer.Option(help="Documents of the trace whose file name fits, such as '*.py'.", show_default="all"),
     ] = None,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    trust_remote_code: options.RemoteCode = False,
-    engine: engines.Name = "local",
-    workers: engines.Workers = None,
-    threads: engines.Threads = 1,
-    ray_address: engines.Address = None,
-    gpus: engines.Gpus = 0.0,
+    loading: options.Loading,
+    running: engines.Running,
 ) -> None:
     """Any members on any text: the tables of `real`."""
     from softmeet.evaluation.study.text import Settings
@@ -156,9 +145,7 @@ def pretrained(
             f"expected --members and --text, or --trace, whose members are taken if none are named, got {came}"
         )
     settings = Settings(positions, meet, exact, slow, rows=8, prompt=prompt, tokens=tokens, premise=premise, only=only)
-    places = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-    place = partial(engines.engine, engine, workers=workers, threads=threads, address=ray_address, gpus=gpus)
-    _on_text(out, named, settings, _documents(text) if text else [], trace, place, **places)
+    _on_text(out, named, settings, _documents(text) if text else [], trace, running, loading)
 
 
 def _on_text(
@@ -167,24 +154,24 @@ def _on_text(
     settings: Settings,
     documents: list[Document],
     trace: Path | None,
-    place: Callable[[Ensemble], Engine],
-    **places: Any,
+    running: engines.Running,
+    loading: options.Loading,
 ) -> None:
     from softmeet.evaluation.positions import observe_text
     from softmeet.evaluation.premise import premise_at
     from softmeet.evaluation.study import text as tier
 
     texts.require_extra(psutil=True, scipy=True, pyarrow=trace)
-    ensemble = options.load_ensemble(members, **places)
-    traced, pinned = identified(ensemble, documents, trace)
-    with place(ensemble) as running:
+    ensemble = loading.ensemble(members)
+    traced, pinned = identified(ensemble, documents, trace, texts.Reading())
+    with running.start(ensemble) as engine:
         if traced is not None:
             positions = tier.chosen(traced, settings.only)
         else:
             with options.status("running the members"):
                 # Twice what is needed: the positions that count are spread over them.
                 each = -(-2 * settings.positions // len(documents))
-                positions = observe_text(ensemble, documents, bos=True, max_per_document=each, engine=running)
+                positions = observe_text(ensemble, documents, bos=True, max_per_document=each, engine=engine)
         few = tier.spread(positions, settings.premise)
         with options.status("testing the premise"):
             premises = premise_at(ensemble, [(few.hidden, few.targets)]) if settings.premise else []
@@ -194,7 +181,7 @@ def _on_text(
             dataclasses.asdict(settings) | pinned | {"text": source},
             tier.cells(settings, ensemble, positions),
             lambda results, command: tier.report(settings, source, results, command, premises),
-            running,
+            engine,
         )
 
 

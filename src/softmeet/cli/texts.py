@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -18,26 +19,63 @@ from softmeet.errors import InvalidInputError
 if TYPE_CHECKING:
     from softmeet.evaluation.documents import Document
 
-Members = options.Members
-Text = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--text", "-t", help="A UTF-8 file, a pattern ('books/*.txt'), - for stdin, or a folder of datasets.save_to_disk; repeat it."
-    ),
-]
-Separator = Annotated[
-    str | None, typer.Option(help=r"Splits a file into documents; \n is a line end.", show_default="a file is one")
-]
-Column = Annotated[str, typer.Option(help="Of a dataset, the column that holds the text.")]
-Window = Annotated[
-    int | None, typer.Option(help="Tokens that a member reads at once.", show_default="shortest context, at most 1024")
-]
-Stride = Annotated[
-    int | None, typer.Option(help="From one window to the next; each token counts once.", show_default="the window")
-]
-Bos = Annotated[bool, typer.Option("--bos", help="Begin each document with the token that begins a text.")]
-MaxTokens = Annotated[int | None, typer.Option(min=1, help="Predictions in all, at most.")]
-MaxPerDocument = Annotated[int | None, typer.Option(min=1, help="Predictions in each document, at most.")]
+
+@dataclass
+class Reading:
+    """Which text, and how members read it."""
+
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--text",
+            "-t",
+            help="A UTF-8 file, a pattern ('books/*.txt'), - for stdin, or a folder of save_to_disk's; repeat it.",
+        ),
+    ] = None
+    separator: Annotated[
+        str | None, typer.Option(help=r"Splits a file into documents; \n is a line end.", show_default="a file is one")
+    ] = None
+    column: Annotated[str, typer.Option(help="Of a dataset, the column that holds the text.")] = "text"
+    window: Annotated[
+        int | None,
+        typer.Option(help="Tokens that a member reads at once.", show_default="shortest context, at most 1024"),
+    ] = None
+    stride: Annotated[
+        int | None,
+        typer.Option(help="From one window to the next; each token counts once.", show_default="the window"),
+    ] = None
+    bos: Annotated[bool, typer.Option("--bos", help="Begin each document with the token that begins a text.")] = False
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Predictions in all, at most.")] = None
+    max_per_document: Annotated[int | None, typer.Option(min=1, help="Predictions in each document, at most.")] = None
+
+    @property
+    def windows(self) -> dict[str, Any]:
+        """How documents are cut, under the names that evaluation has."""
+        return {name: getattr(self, name) for name in ("window", "stride", "bos", "max_per_document")}
+
+    def documents_unless(self, trace: Path | None) -> list[Document] | None:
+        """Give the documents that the options name, or None where a trace holds them.
+
+        Raises:
+            InvalidInputError: as :meth:`documents`, or both are named.
+        """
+        if trace is None:
+            return self.documents()
+        if self.text:
+            raise InvalidInputError(f"expected --trace or --text, got both: {trace} holds a text of its own")
+        return None
+
+    @options.stoppable("the text was being read, and nothing is changed")
+    def documents(self) -> list[Document]:
+        """Give the documents that the options name.
+
+        Raises:
+            InvalidInputError: there is none, or one is empty or not UTF-8.
+        """
+        from softmeet.evaluation.documents import read_documents
+
+        ends = self.separator.replace("\\n", "\n").replace("\\t", "\t") if self.separator else None
+        return read_documents(self.text or [], separator=ends, column=self.column)
 
 
 def require_extra(**packages: object) -> None:
@@ -82,34 +120,6 @@ def _require_writable(folder: Path) -> None:
             return
     except OSError as error:
         raise InvalidInputError(f"cannot write in {folder} ({error.strerror}): name another folder") from None
-
-
-def documents_unless(
-    trace: Path | None, text: list[str] | None, separator: str | None, column: str
-) -> list[Document] | None:
-    """:func:`documents`, or None where a trace holds them.
-
-    Raises:
-        InvalidInputError: as :func:`documents`, or both are named.
-    """
-    if trace is None:
-        return documents(text, separator, column)
-    if text:
-        raise InvalidInputError(f"expected --trace or --text, got both: {trace} holds a text of its own")
-    return None
-
-
-@options.stoppable("the text was being read, and nothing is changed")
-def documents(text: list[str] | None, separator: str | None, column: str) -> list[Document]:
-    """The documents that the options name.
-
-    Raises:
-        InvalidInputError: there is none, or one is empty or not UTF-8.
-    """
-    from softmeet.evaluation.documents import read_documents
-
-    ends = separator.replace("\\n", "\n").replace("\\t", "\t") if separator else None
-    return read_documents(text or [], separator=ends, column=column)
 
 
 @contextmanager

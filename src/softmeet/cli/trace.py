@@ -10,41 +10,31 @@ import typer
 
 from softmeet.cli import engines, options, texts
 from softmeet.cli.config import Config
+from softmeet.cli.flags import flags
 
 
+@flags()
 def trace(
+    *,
     out: Annotated[Path, typer.Argument(help="The folder of the trace; the same command goes on where it stopped.")],
-    text: texts.Text = None,
-    members: texts.Members = None,
-    separator: texts.Separator = None,
-    column: texts.Column = "text",
-    window: texts.Window = None,
-    stride: texts.Stride = None,
-    bos: texts.Bos = False,
-    max_tokens: texts.MaxTokens = None,
-    max_per_document: texts.MaxPerDocument = None,
+    members: options.Members = None,
+    reading: texts.Reading,
     store: Annotated[str, typer.Option(help="float32, or float16 for half the size.")] = "float32",
     shard: Annotated[int, typer.Option(min=1, help="Positions in one file, at least.")] = 4096,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    trust_remote_code: options.RemoteCode = False,
-    engine: engines.Name = "local",
-    workers: engines.Workers = None,
-    threads: engines.Threads = 1,
-    ray_address: engines.Address = None,
-    gpus: engines.Gpus = 0.0,
+    loading: options.Loading,
+    running: engines.Running,
     config: Config = None,
 ) -> None:
     """Run every member over a text once and keep its hidden states, for softmeet evaluate and softmeet fit."""
     texts.require_extra(pyarrow=True)
     texts.require_places(None, out)
-    found = texts.documents(text, separator, column)
-    ensemble = options.load_ensemble(members, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    found = reading.documents()
+    ensemble = loading.ensemble(members)
     from softmeet.evaluation.trace import record
 
     with (
         options.stoppable(f"whole shards stay in {out}; the same command goes on from there"),
-        engines.engine(engine, ensemble, workers, threads, ray_address, gpus) as running,
+        running.start(ensemble) as engine,
         texts.progress() as begin,
     ):
         bars: list[Callable[[int], None]] = []
@@ -52,14 +42,11 @@ def trace(
             ensemble,
             found,
             out,
-            window=window,
-            stride=stride,
-            bos=bos,
-            max_tokens=max_tokens,
-            max_per_document=max_per_document,
+            max_tokens=reading.max_tokens,
+            **reading.windows,
             dtype=store,  # type: ignore[arg-type]  # checked there
             shard_size=shard,
-            engine=running,
+            engine=engine,
             on_start=lambda done, total: bars.append(begin("tracing", done, total)),
             on_progress=lambda count: bars[0](count),
             on_damage=options.say,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from glob import glob, has_magic
+from glob import has_magic
 from pathlib import Path
 
 from softmeet.errors import InvalidInputError
@@ -54,11 +54,12 @@ def read_documents(
 
 def _matching(pattern: str | Path) -> list[str | Path]:
     """The files that a pattern names, in order; anything else is what it is."""
-    if Path(pattern).exists() or not has_magic(str(pattern)):
+    path = Path(pattern)
+    if path.exists() or not has_magic(path.name):
         return [pattern]
-    if not (files := sorted(glob(str(pattern)))):
+    if not (files := sorted(path.parent.glob(path.name))):
         raise InvalidInputError(f"expected files that fit {str(pattern)!r}, found none")
-    return list(files)
+    return [*files]
 
 
 def _decode(name: str, data: bytes) -> str:

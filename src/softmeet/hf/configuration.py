@@ -16,7 +16,7 @@ _OF_RULES = ("metric", "slack", "vertex")
 
 
 class EnsembleConfig(PreTrainedConfig):
-    """Members, and how they are combined; the fields of :class:`softmeet.Settings`, and the rule's options, are attributes.
+    """Members, and how they are combined: the fields of :class:`softmeet.Settings` and the rule's options.
 
     An attribute that is set is checked at once. As attributes, and in JSON, rules and gates are text, and an infinite
     trust is ``"inf"``. ``rule_temperature`` is of the rule's answer; that of generation comes on top. ``gate`` is of

@@ -13,7 +13,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-import numpy as np
 from pydantic import BeforeValidator, Field
 
 from softmeet.errors import InvalidInputError
@@ -39,6 +38,8 @@ def _numbers(value: Any) -> Any:
     """One number, or several, as floats: of a list, an array or a tensor on any device."""
     if value is None:
         return None
+    import numpy as np  # whoever only asks for help does not wait for it
+
     value = value.detach().cpu().numpy() if hasattr(value, "detach") else value
     try:
         array = np.asarray(value, dtype=np.float64)
