@@ -45,6 +45,7 @@ def moments(problem: Projection, log_p: Float[Tensor, "B v"], log_r: Float[Tenso
     p, r = log_p.exp(), log_r.exp()
     places, D = problem.places, len(problem.scale)
     joint, own, H = p.new_zeros(len(p), D), p.new_zeros(len(p), D), p.new_zeros(len(p), D, D)
+    budget = _CACHED_ELEMENTS if p.device.type == "cpu" else _ACCELERATOR_ELEMENTS
     for tokens in blocks(problem):
         rows = _rows(problem, tokens)
         slopes = [1.0 if h.slope is None else h.slope[:, tokens] for h in problem.heads]
@@ -52,10 +53,13 @@ def moments(problem: Projection, log_p: Float[Tensor, "B v"], log_r: Float[Tenso
             of_p, of_r = slope * p[:, tokens], slope * r[:, i, tokens]
             joint[:, here] += of_p.to(Q.dtype) @ Q
             own[:, here] += of_r.to(Q.dtype) @ Q
-            alpha, gamma = problem.alpha[i], problem.gamma[i]
-            _add(H[:, here, here], slope * (alpha**2 * of_p + alpha * gamma * of_r), Q, Q)
-            for j in range(i):
-                _add(H[:, here, places[j]], slopes[j] * (alpha * problem.alpha[j] * of_p), Q, rows[j])
+            for j in range(i + 1):
+                mass = problem.alpha[i] * problem.alpha[j] * of_p
+                mass = mass + problem.alpha[i] * problem.gamma[i] * of_r if j == i else mass
+                weights = (slopes[j] * mass).to(Q.dtype)[..., None]
+                size = max(1, budget // max(1, rows[j].numel()))
+                for k in range(0, len(p), size):
+                    H[k : k + size, here, places[j]] += torch.matmul(Q.T, rows[j] * weights[k : k + size])
     for h, here in zip(problem.heads, places, strict=True):
         h.rows_read[h.at] += h.head.v
         H[:, : here.start, here] = H[:, here, : here.start].transpose(1, 2)
@@ -63,18 +67,6 @@ def moments(problem: Projection, log_p: Float[Tensor, "B v"], log_r: Float[Tenso
     for k in dominated.nonzero().flatten().tolist():
         H[k] = _about_means(problem, k, (joint[k], own[k]), (p[k], r[k]))
     return Moments(joint, own, H)
-
-
-def _add(
-    total: Float[Tensor, "B d e"], mass: Float[Tensor, "B b"], left: Float[Tensor, "b d"], right: Float[Tensor, "b e"]
-) -> None:
-    """Add ``left``ᵀ diag(mass) ``right`` for every row."""
-    weights = mass.to(left.dtype)[..., None]
-    budget = _CACHED_ELEMENTS if left.device.type == "cpu" else _ACCELERATOR_ELEMENTS
-    together = max(1, budget // max(1, right.numel()))
-    for start in range(0, len(mass), together):
-        some = slice(start, start + together)
-        total[some] += torch.matmul(left.T, right * weights[some])
 
 
 def _centre(

@@ -83,11 +83,12 @@ class _Sweep:
         direction: Float[Tensor, "B D"] | None,
     ) -> None:
         self.problem, self.z = problem, z
+        self.weights = [h.head.weight for h in problem.heads]
         B, n = z.shape[:2]
         self.log_p, self.log_r = torch.empty_like(problem.log_q), torch.empty_like(z)
         self.top = z.new_full((B, 1 + n), -torch.inf)
         self.sums = torch.zeros_like(self.top)
-        self.first = [z.new_zeros(2, B, h.head.d) for h in problem.heads]
+        self.first = [z.new_zeros(2, B, W.shape[1]) for W in self.weights]
         self.x: list[Tensor] | None = None
         self.offset = z.new_zeros(B, n)
         if direction is not None:
@@ -111,7 +112,7 @@ class _Sweep:
         for h in self.problem.heads:
             if h.slope is not None or h.dtype != torch.float32:
                 return False
-        return self.z.device.type == "cpu" and kernels.fits(*[h.head.weight for h in self.problem.heads])
+        return self.z.device.type == "cpu" and kernels.fits(*self.weights)
 
     def _compiled(self) -> None:
         """A share of the tokens for each core."""
@@ -119,7 +120,8 @@ class _Sweep:
         size = max(_LEAST_SHARE, -(-v // torch.get_num_threads()))
         shares = [slice(start, min(start + size, v)) for start in range(0, v, size)]
         found = in_parallel(self._share, shares, self.z.device)
-        self.top = torch.stack([top for top, _, _ in found]).amax(0)
+        for top, _, _ in found:
+            self.top = torch.maximum(self.top, top)
         for top, sums, first in found:
             scale = (top - self.top).nan_to_num(nan=0.0).exp()
             self.sums += sums * scale
@@ -129,7 +131,7 @@ class _Sweep:
     def _share(self, tokens: slice) -> tuple[Tensor, Tensor, Tensor]:
         problem = self.problem
         return kernels.sweep(
-            [h.head.weight for h in problem.heads],
+            self.weights,
             tokens,
             self.x,
             self.offset,
