@@ -44,10 +44,8 @@ def moment_match(
     for _ in range(_POLISH):
         newton.aim(projection, state)
         swept = sweep(projection, state.z, state.direction)
-        state = replace(
-            state,
-            nu=state.nu + state.direction, z=swept.z, gradient=swept.gradient, log_p=swept.log_p, log_r=swept.log_r,
-        )  # fmt: skip
+        state.nu, state.z = state.nu + state.direction, swept.z
+        state.gradient, state.log_p, state.log_r = swept.gradient, swept.log_p, swept.log_r
     return projection.pooled(state.z), views[0].raw(state.nu)[0]
 
 

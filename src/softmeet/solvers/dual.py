@@ -57,9 +57,8 @@ def start(problem: Projection) -> dict[str, Tensor]:
 
     Where the problem has a start, that is the first direction.
     """
-    batch = len(problem.log_q)
     gap, z = problem.pool_gap(), torch.zeros_like(problem.log_p)
-    nothing = z.new_zeros(batch, len(problem.scale))
+    nothing = z.new_zeros(len(z), len(problem.scale))
     return {
         "done": gap <= problem.tol,
         "status": torch.full_like(gap, Status.OPTIMAL, dtype=torch.int64),

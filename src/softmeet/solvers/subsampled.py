@@ -102,13 +102,12 @@ class SubsampledNewton(DualMethod[SubsampledState]):
         step, device = int(state.steps.max()), state.z.device
         size = max(1, _GROUP_BYTES // gathered_bytes(problem)) if device.type == "cpu" else len(state.z)
         groups = torch.arange(len(state.z), device=device).split(size)
-        some = [problem.take(rows) for rows in groups]
 
-        def one(k: int) -> Found:
-            here = state.take(groups[k])
-            return look(some[k], here, here.memory, step, None if goal is None else goal[groups[k]], self.certify)
+        def one(rows: Int[Tensor, " k"]) -> Found:
+            here, wanted = state.take(rows), None if goal is None else goal[rows]
+            return look(problem.take(rows), here, here.memory, step, wanted, self.certify)
 
         found = Found.empty(state.direction)
-        for rows, answer in zip(groups, in_parallel(one, range(len(groups)), device), strict=True):
+        for rows, answer in zip(groups, in_parallel(one, groups, device), strict=True):
             found.put(rows, answer)
         return found

@@ -38,10 +38,6 @@ class Swept:
     own: Float[Tensor, "B D"]
     gradient: Float[Tensor, "B D"]
 
-    def take(self, rows: Int[Tensor, " k"]) -> Swept:
-        """Some rows."""
-        return Swept(*(getattr(self, f.name)[rows] for f in fields(self)))
-
     def put(self, rows: Int[Tensor, " k"], other: Swept) -> Swept:
         """With some rows replaced."""
         names = [f.name for f in fields(self)]
