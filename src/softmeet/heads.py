@@ -7,6 +7,7 @@ is never copied: whitening goes through a d × d factor.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -39,6 +40,10 @@ class SoftmaxHead:
         soft_cap: c > 0, or None.
         norm: the model's last normalisation, whose output is h; only ``free_radial`` asks for it.
 
+    Attributes:
+        v: the number of rows: the vocabulary, padding included.
+        d: the width.
+
     Raises:
         InvalidInputError: a shape that does not fit, a weight that is not finite, or a soft-cap that is not positive.
     """
@@ -48,6 +53,8 @@ class SoftmaxHead:
     scale: float = 1.0
     soft_cap: float | None = None
     norm: FinalNorm | None = None
+    v: int = field(init=False, repr=False)
+    d: int = field(init=False, repr=False)
     _whitening: dict[tuple[torch.device, bool, int | None], Whitening] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -58,20 +65,11 @@ class SoftmaxHead:
             )
         if 0 in self.weight.shape:
             raise InvalidInputError(f"a head has at least one row and one column, got {tuple(self.weight.shape)}")
+        vars(self).update(v=self.weight.shape[0], d=self.weight.shape[1])
         if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
             raise InvalidInputError(f"a head's bias has shape ({self.v},), got {tuple(self.bias.shape)}")
         if self.soft_cap is not None and not self.soft_cap > 0:
             raise InvalidInputError(f"a soft-cap is a positive number or None, got {self.soft_cap}")
-
-    @property
-    def v(self) -> int:
-        """The number of rows: the vocabulary, padding included."""
-        return self.weight.shape[0]
-
-    @property
-    def d(self) -> int:
-        """The width."""
-        return self.weight.shape[1]
 
     def blocks(self, dtype: torch.dtype, *, cut: bool = False) -> Iterator[tuple[slice, Float[Tensor, "b d"]]]:
         """Blocks of rows in ``dtype``: the whole head at once, as a view, when nothing has to be cast or ``cut``."""
@@ -82,6 +80,8 @@ class SoftmaxHead:
 
     def scores(self, x: Float[Tensor, "b d"]) -> Float[Tensor, "b v"]:
         """W x for every row of ``x``, in the dtype of ``x``; one read of the head."""
+        if self.weight.dtype == x.dtype:
+            return x @ self.weight.detach().T
         return torch.cat([x @ block.T for _, block in self.blocks(x.dtype)], dim=-1)
 
     def moments(self, p: Float[Tensor, "b v"]) -> Float[Tensor, "b d"]:
@@ -190,8 +190,6 @@ class Whitening:
 
     def to(self, device: torch.device) -> Whitening:
         """The same on another device."""
-        if device == self.factor.device:
-            return self
         return Whitening(self.center.to(device), self.factor.to(device), self.inverse.to(device), self.offset)
 
 
@@ -199,7 +197,7 @@ class WhitenedHead:
     """Q = S (W - 1cᵀ) R for a batch of B rows, as solvers read it; S is the slope of a soft-cap, per row, or 1.
 
     Products run in ``dtype``, on the head's own device, and come back in fp64 on ``device``. ``rows_read[k]`` counts
-    the rows of W read on behalf of batch row k, gathers included.
+    the rows of W read on behalf of batch row k, gathers included; ``at`` are the rows of that batch that this view has.
     """
 
     def __init__(
@@ -214,40 +212,39 @@ class WhitenedHead:
     ) -> None:
         self.head, self.v, self.dtype, self.slope = head, v, dtype, slope  # slope: (B, v), zero past the last row
         self.home, self.device = head.weight.device, torch.device(device or head.weight.device)
-        self.whitening = (whitening or head.whitening()).to(self.device)
+        self.whitening = whitening or head.whitening()
+        if self.whitening.factor.device != self.device:
+            self.whitening = self.whitening.to(self.device)
         if self.whitening.offset > _LARGE_OFFSET:
             self.dtype = torch.float64
         self.rank = self.whitening.rank
-        self.rows_read = torch.zeros(batch, dtype=torch.int64)
+        self.rows_read = torch.zeros(batch, dtype=torch.int64, device=self.device)
+        self.at = torch.arange(batch, device=self.device)
 
     def take(self, rows: Int[Tensor, " k"]) -> WhitenedHead:
-        """The view for some rows of the batch, with a counter of its own."""
-        slope = None if self.slope is None else self.slope[rows]
-        return WhitenedHead(self.head, self.v, self.dtype, slope, len(rows), self.device, self.whitening)
+        """The view for some rows of the batch, which counts for them what it reads."""
+        some = copy(self)
+        some.at, some.slope = self.at[rows], None if self.slope is None else self.slope[rows]
+        return some
 
     def scores(self, lam: Float[Tensor, "B rank"]) -> Float[Tensor, "B v"]:
         """Q λ; one read of the head."""
         x, center = self.raw(lam)
         out = self.head.scores(x.to(self.home, self.dtype)).to(self.device, torch.float64) - center[:, None]
-        self.rows_read += self.head.v
+        self.rows_read[self.at] += self.head.v
         return self._sloped(pad(out, (0, self.v - self.head.v)))
 
     def moments(self, *ps: Float[Tensor, "B v"]) -> list[Float[Tensor, "B _"]]:
         """Qᵀ p for each of ``ps``; one read of the head for all of them."""
         p = torch.cat([self._sloped(p) for p in ps])[:, : self.head.v]
         raw = self.head.moments(p.to(self.home, self.dtype)).to(self.device, torch.float64)
-        self.rows_read += self.head.v
+        self.rows_read[self.at] += self.head.v
         return list(((raw - p.sum(-1, keepdim=True) * self.whitening.center) @ self.whitening.factor).chunk(len(ps)))
 
     def raw(self, lam: Float[Tensor, "B rank"]) -> tuple[Float[Tensor, "B d"], Float[Tensor, " B"]]:
         """(x, c) with Q λ = W x - c, before any slope."""
         x = lam @ self.whitening.factor.T
         return x, x @ self.whitening.center
-
-    def lost_digits(self, lam: Float[Tensor, "B rank"]) -> Float[Tensor, " B"]:
-        """The size of what centring cancels in :meth:`scores`, times the unit round-off of the product."""
-        x = lam @ self.whitening.factor.T
-        return torch.finfo(self.dtype).eps * (x.abs() @ self.whitening.center.abs())
 
     def _sloped(self, x: Float[Tensor, "B v"]) -> Float[Tensor, "B v"]:
         return x if self.slope is None else x * self.slope
@@ -265,7 +262,7 @@ class WhitenedHead:
             found *= (tokens < self.head.v).to(self.dtype)[..., None]
         if self.slope is not None:
             found *= self.slope.gather(-1, tokens).to(self.dtype)[..., None]
-        self.rows_read += tokens.shape[-1]
+        self.rows_read[self.at] += tokens.shape[-1]
         return found
 
     def gather(self, tokens: Int[Tensor, "B k"]) -> Float[Tensor, "B k rank"]:

@@ -26,7 +26,10 @@ _TOKENS = 64
 
 def fits(*matrices: Tensor) -> bool:
     """Whether the compiled loops can read these: contiguous fp32 matrices in ordinary memory."""
-    return ENABLED and all(m.device.type == "cpu" and m.dtype == torch.float32 and m.is_contiguous() for m in matrices)
+    for m in matrices:
+        if m.device.type != "cpu" or m.dtype != torch.float32 or not m.is_contiguous():
+            return False
+    return ENABLED
 
 
 if numba is not None:
@@ -323,7 +326,7 @@ def curve(
 
 def arrays(matrices: list[Tensor]) -> tuple[Any, ...]:
     """As numpy arrays that share their memory."""
-    return tuple(m.detach().numpy() for m in matrices)
+    return tuple([m.detach().numpy() for m in matrices])
 
 
 def ends_of(matrices: list[Tensor]) -> Any:

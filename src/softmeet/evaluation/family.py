@@ -15,6 +15,7 @@ from softmeet.solvers.base import iterate
 from softmeet.solvers.newton import DualNewton
 from softmeet.solvers.projection import Projection
 from softmeet.solvers.subsampled import SubsampledNewton
+from softmeet.solvers.sweep import sweep
 
 _STEPS, _POLISH = 100, 2
 _COARSE = 1e-4
@@ -40,11 +41,11 @@ def moment_match(
         return found.log_p, views[0].raw(found.nu)[0]
     state = iterate(newton, projection, _STEPS)
     # The dual value stands still at the square root of rounding; whole steps bring the moments down to rounding itself.
-    swept, everyone = newton.measure(projection, state, None), torch.arange(len(state.z), device=state.z.device)
     for _ in range(_POLISH):
-        newton.go_on(projection, state, everyone, swept)
-        swept = newton.measure(projection, state, state.direction)
+        newton.aim(projection, state)
+        swept = sweep(projection, state.z, state.direction)
         state.nu, state.z = state.nu + state.direction, swept.z
+        state.gradient, state.log_p, state.log_r = swept.gradient, swept.log_p, swept.log_r
     return projection.pooled(state.z), views[0].raw(state.nu)[0]
 
 

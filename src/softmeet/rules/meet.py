@@ -164,7 +164,7 @@ def _settle(answer: Answer, k: int, row: Row) -> None:
 
 def full_hessian_pays(projection: Projection) -> bool:
     """Whether the full Hessian is cheap, a few milliseconds per row and step, or needed, or few tokens are all."""
-    v, D = projection.log_q.shape[-1], sum(h.rank for h in projection.heads)
+    v, D = projection.log_q.shape[-1], len(projection.scale)
     cheap = v * D**2 <= (_CHEAP if projection.tol > _FINE else _PATIENT)
     return cheap or 2 * gathered_size(projection, 0) > v
 
@@ -178,7 +178,7 @@ def _solved(projection: Projection, max_steps: int) -> DualState:
 def _rescued(projection: Projection, state: SubsampledState, max_steps: int) -> SubsampledState:
     """Rows that gathered tokens did not bring home, such as near-one-hot ones, tried again with the full Hessian."""
     late = (state.status == Status.NOT_CONVERGED).nonzero().squeeze(-1)
-    v, D = projection.log_q.shape[-1], sum(h.rank for h in projection.heads)
+    v, D = projection.log_q.shape[-1], len(projection.scale)
     if not len(late) or v * D**2 > _PATIENT:
         return state
     again = iterate(DualNewton(), projection.take(late), max_steps)
@@ -195,14 +195,14 @@ def _answer(problem: Problem, projection: Projection, trusted: list[int], state:
     # A row that no step has moved is the pool itself, to the last bit.
     still = state.steps == 0
     log_probs = torch.where(still[:, None], problem.log_pool, log_probs)
-    disagreement = torch.stack([kl(log_probs, member) for member in problem.log_p], dim=-1)
+    disagreement = kl(log_probs.expand_as(problem.log_p), problem.log_p).T.contiguous()
     is_bound = torch.ones_like(disagreement, dtype=torch.bool)
+    own = kl(state.log_r, projection.log_p)
     for k, i in enumerate(trusted):
         if not math.isinf(projection.trust[k]):
-            disagreement[:, i] = torch.where(still, disagreement[:, i], kl(state.log_r[:, k], projection.log_p[:, k]))
+            disagreement[:, i] = torch.where(still, disagreement[:, i], own[:, k])
             is_bound[:, i] = still
-    widths = sum(head.d for head in problem.heads)
-    share = sum(h.head.d for h in projection.heads) / widths
+    share = projection.read / sum([head.d for head in problem.heads])
     return Answer(
         log_probs=log_probs,
         status=state.status,
@@ -224,7 +224,7 @@ def _raw_dual(
 ) -> tuple[Float[Tensor, "B _"], ...]:
     """λ_i = α_i R_i ν_i; zeros for members that dropped out."""
     out = [nu.new_zeros(len(nu), head.d) for head in problem.heads]
-    parts = nu.split([h.rank for h in projection.heads], dim=-1)
+    parts = nu.split(projection.widths, dim=-1)
     for i, alpha, head, part in zip(trusted, projection.alpha, projection.heads, parts, strict=True):
         out[i] = alpha * part @ head.whitening.factor.T
     return tuple(out)

@@ -148,10 +148,10 @@ class Problem:
         """Whitened views of some members' heads, without the directions that are free, and fresh read counters."""
         batch, v = self.log_p.shape[1:]
         place = self.log_p.device
-        return tuple(
+        return tuple([
             WhitenedHead(self.heads[i], v, self.dtype, self.slopes[i], batch, place, self._whitening(i))
             for i in members
-        )
+        ])  # fmt: skip
 
     def _whitening(self, i: int) -> Whitening:
         """Of head i, cut to ``rank`` and without its free directions.
@@ -172,14 +172,14 @@ class Problem:
             log_q=self.log_pool,
             log_p=self.log_p[list(members)].transpose(0, 1),
             heads=self.views(members),
-            trust=tuple(trust[i] for i in members),
+            trust=tuple([trust[i] for i in members]),
             tol=self.settings.tol,
         )
-        if self.start is None:
-            return projection
-        parts = zip(self.start.towards(members, trust), projection.alpha, projection.heads, strict=True)
-        white = [lam / alpha @ h.whitening.inverse.T for lam, alpha, h in parts]
-        return replace(projection, start=torch.cat(white, dim=-1))
+        if self.start is not None:
+            parts = zip(self.start.towards(members, trust), projection.alpha, projection.heads, strict=True)
+            white = [lam / alpha @ h.whitening.inverse.T for lam, alpha, h in parts]
+            projection.start = torch.cat(white, dim=-1)
+        return projection
 
     def met_alike(self, other: Problem) -> bool:
         """Whether ``meet``'s solution of this problem is one of ``other``, if both have the same heads."""

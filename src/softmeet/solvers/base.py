@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Generic, TypeVar
 
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -43,7 +42,7 @@ S = TypeVar("S", bound="State")
 
 @dataclass
 class State:
-    """One row per problem in every field; solvers add fields of their own.
+    """One row per problem in every field; solvers add fields of their own. A step makes new tensors.
 
     ``passes`` counts reads of all heads, in rows of A divided by v.
     """
@@ -59,10 +58,11 @@ class State:
         """A copy of some rows."""
         return dataclasses.replace(self, **{f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self)})
 
-    def put(self: S, rows: Int[Tensor, " k"], other: S) -> None:
+    def put(self: S, rows: Int[Tensor, " k"], other: S) -> S:
         """Write some rows back."""
         for f in dataclasses.fields(self):
             getattr(self, f.name)[rows] = getattr(other, f.name)
+        return self
 
 
 class Solver(ABC, Generic[P, S]):
@@ -92,32 +92,22 @@ def iterate(solver: Solver[P, S], problem: P, max_steps: int) -> S:
     """
     state = solver.init(problem)
     for rows in (~state.done).nonzero().squeeze(-1).split(solver.rows_at_once(problem)):
-        _run(solver, problem, state, rows, max_steps)
+        state = _run(solver, problem, state, rows, max_steps)
     return state
 
 
-def _run(solver: Solver[P, S], problem: P, state: S, rows: Int[Tensor, " k"], max_steps: int) -> None:
-    active, problem = state.take(rows), solver.take(problem, rows)
+def _run(solver: Solver[P, S], problem: P, state: S, rows: Int[Tensor, " k"], max_steps: int) -> S:
+    active = state
+    if len(rows) < len(state.done):
+        active, problem = state.take(rows), solver.take(problem, rows)
     for _ in range(max_steps):
-        if not len(rows):
-            return
         active = solver.step(problem, active)
         # Rows leave only when they finish: what they carry may be large.
+        if active.done.all():
+            break
         if active.done.any():
             ended, going = active.done.nonzero().squeeze(-1), (~active.done).nonzero().squeeze(-1)
             state.put(rows[ended], active.take(ended))
             rows, active, problem = rows[going], active.take(going), solver.take(problem, going)
-    state.put(rows, active)
-    state.status[rows] = Status.NOT_CONVERGED
-
-
-def empty_state_fields(batch: int, device: torch.device) -> dict[str, Tensor]:
-    """The shared fields before the first step."""
-    return {
-        "done": torch.zeros(batch, dtype=torch.bool, device=device),
-        "status": torch.full((batch,), int(Status.OPTIMAL), device=device),
-        "gap": torch.full((batch,), torch.inf, dtype=torch.float64, device=device),
-        "certified": torch.zeros(batch, dtype=torch.bool, device=device),
-        "steps": torch.zeros(batch, dtype=torch.int64, device=device),
-        "passes": torch.zeros(batch, dtype=torch.float64, device=device),
-    }
+    active.status = active.status.masked_fill(~active.done, Status.NOT_CONVERGED)
+    return active if len(rows) == len(state.done) else state.put(rows, active)

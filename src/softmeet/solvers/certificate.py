@@ -53,13 +53,10 @@ def gap_bound(
     """
     low = torch.float32 if problem.eps > torch.finfo(torch.float64).eps else torch.float64
     x = problem.tilt(change)
-    bound, broken = _terms(p.to(low), (x - (p * x).sum(-1, keepdim=True)).to(low))
-    for i, rho in enumerate(problem.trust):
-        if not math.isinf(rho):
-            y = -problem.gamma[i] * change[:, i]
-            term, negative = _terms(r[:, i].to(low), (y - (r[:, i] * y).sum(-1, keepdim=True)).to(low))
-            bound, broken = bound + rho * term, broken | negative
-    return bound, broken.any(-1)
+    y = -problem.gamma[:, None] * change
+    joint, broken = _terms(p.to(low), (x - (p * x).sum(-1, keepdim=True)).to(low))
+    own, negative = _terms(r.to(low), (y - (r * y).sum(-1, keepdim=True)).to(low))
+    return joint + (problem.price * own).sum(-1), broken.any(-1) | negative.any(-1).any(-1)
 
 
 def _terms(p: Float[Tensor, "*b v"], x: Float[Tensor, "*b v"]) -> tuple[Float[Tensor, "*b"], Bool[Tensor, "*b v"]]:
@@ -84,21 +81,16 @@ def restricted_gap_bound(
         gradient: of the dual there, whitened and scaled as :class:`Projection` has it.
         limit: tokens to gather.
     """
-    rho = torch.tensor([0.0 if math.isinf(t) else t for t in problem.trust], dtype=p.dtype, device=p.device)
-    tokens = (p + rho @ r).topk(min(limit, len(p))).indices
-    one = problem.take(torch.tensor([row], device=p.device))
-    rows = [h.gather(tokens[None])[0].double() for h in one.heads]
-    for mine, read in zip(problem.heads, one.heads, strict=True):
-        mine.rows_read[row] += read.rows_read[0]
+    tokens = (p + problem.price @ r).topk(min(limit, len(p))).indices
+    one = torch.tensor([row], device=p.device)
+    rows = [h.take(one).gather(tokens[None])[0].double() for h in problem.heads]
     joint = torch.cat([alpha * a for a, alpha in zip(rows, problem.alpha, strict=True)], dim=-1)
     p, r = p[tokens], r[:, tokens]
     # One layer per distribution that may change: its mass, rows, price, place in s, and what is left of it.
     layers = [_Layer(p, joint, 1.0, slice(0, joint.shape[1]))]
-    start = 0
     for i, a in enumerate(rows):
-        if rho[i] > 0:
-            layers.append(_Layer(r[i], -problem.gamma[i] * a, float(rho[i]), slice(start, start + a.shape[1])))
-        start += a.shape[1]
+        if problem.price[i] > 0:
+            layers.append(_Layer(r[i], -problem.gamma[i] * a, float(problem.price[i]), problem.places[i]))
     for _ in range(_ROUNDS):
         H, g = torch.zeros(len(gradient), len(gradient), dtype=p.dtype, device=p.device), gradient.clone()
         for layer in layers:

@@ -159,7 +159,7 @@ class Tokens(Columns):
                 parts.append(white if h.slope is None else white * h.slope[0, tokens, None])
             yield tokens, torch.cat([*parts, self.extra[tokens]], dim=-1)
         for h in self.heads:
-            h.rows_read += h.head.v
+            h.rows_read[h.at] += h.head.v
 
 
 class Stacked(Columns):

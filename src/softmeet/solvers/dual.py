@@ -7,6 +7,7 @@ a bound on the gap. Methods differ in where their knowledge of the curvature com
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -15,9 +16,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from softmeet.solvers.base import Solver, State, Status, empty_state_fields
+from softmeet.solvers.base import Solver, State, Status
 from softmeet.solvers.projection import Projection
-from softmeet.solvers.sweep import Swept
+from softmeet.solvers.sweep import Swept, sweep
 
 _ARMIJO = 1e-4
 _HALVINGS = 40
@@ -56,21 +57,23 @@ def start(problem: Projection) -> dict[str, Tensor]:
 
     Where the problem has a start, that is the first direction.
     """
-    batch = len(problem.log_q)
-    fields = empty_state_fields(batch, problem.log_q.device)
-    gap = problem.pool_gap()
-    fields |= {"gap": gap, "done": gap <= problem.tol, "certified": gap.isfinite()}
-    z = torch.zeros_like(problem.log_p)
-    nu, gradient, direction, ray = (z.new_zeros(batch, sum(h.rank for h in problem.heads)) for _ in range(4))
-    return fields | {
-        "nu": nu,
+    gap, z = problem.pool_gap(), torch.zeros_like(problem.log_p)
+    nothing = z.new_zeros(len(z), len(problem.scale))
+    return {
+        "done": gap <= problem.tol,
+        "status": torch.full_like(gap, Status.OPTIMAL, dtype=torch.int64),
+        "gap": gap,
+        "certified": gap.isfinite(),
+        "steps": torch.zeros_like(gap, dtype=torch.int64),
+        "passes": torch.zeros_like(gap),
+        "nu": nothing,
         "z": z,
         "value": problem.dual(z),
-        "gradient": gradient,
+        "gradient": nothing.clone(),
         "log_p": problem.log_q.clone(),
         "log_r": problem.log_p.clone(),
-        "direction": direction if problem.start is None else problem.start.clone(),
-        "ray": ray,
+        "direction": nothing.clone() if problem.start is None else problem.start.clone(),
+        "ray": nothing.clone(),
     }
 
 
@@ -82,22 +85,18 @@ class DualMethod(Solver[Projection, S]):
         return problem.take(rows)
 
     @abstractmethod
-    def measure(self, problem: Projection, state: S, direction: Float[Tensor, "B D"] | None) -> Swept:
-        """The point that ``direction`` leads to; one read of the heads."""
+    def aim(self, problem: Projection, state: S) -> None:
+        """Choose the direction of the next step, where it is not known yet."""
 
     @abstractmethod
-    def begin(self, problem: Projection, state: S) -> None:
-        """Choose the first direction, at ν = 0."""
-
-    @abstractmethod
-    def judge(self, problem: Projection, before: S, after: S, swept: Swept, full: Float[Tensor, "B n v"]) -> None:
-        """Set ``gap``, ``certified``, ``done``, ``status`` and ``direction`` of ``after``, and what the method keeps.
+    def judge(self, problem: Projection, before: S, after: S, full: Float[Tensor, "B n v"]) -> None:
+        """Set ``gap``, ``certified``, ``done`` and ``status`` of ``after``, and what the method keeps.
 
         ``full`` holds the scores of the whole direction, of which the step may have been a part.
         """
 
-    def advance(self, problem: Projection, state: S, swept: Swept) -> tuple[S, Swept]:
-        """``state`` moved along its direction, as far as f falls by Armijo's condition, and the point there.
+    def advance(self, problem: Projection, state: S, swept: Swept) -> S:
+        """``state`` moved along its direction, as far as f falls by Armijo's condition.
 
         ``swept`` is the point at the whole direction.
         """
@@ -112,29 +111,28 @@ class DualMethod(Solver[Projection, S]):
                 t[rows] = search(problem.take(rows), here, swept.z[rows] - here.z, slope[rows])
         if (t != 1).any():
             rows = (t != 1).nonzero().squeeze(-1)
-            some, here = problem.take(rows), state.take(rows)
-            here.z = here.z + t[rows, None, None] * (swept.z[rows] - here.z)
-            swept = swept.put(rows, self.measure(some, here, None))
-            add_reads(problem, some, rows)
-        # What is not replaced here is changed in place later on.
-        own = {name: getattr(state, name).clone() for name in empty_state_fields(0, t.device)}
-        after = replace(
+            z = state.z[rows]
+            swept = swept.put(rows, sweep(problem.take(rows), z + t[rows, None, None] * (swept.z[rows] - z)))
+        return replace(
             state,
-            **own | {"steps": state.steps + 1},
+            steps=state.steps + 1,
             nu=state.nu + t[:, None] * state.direction,
-            **{name: getattr(swept, name) for name in ("z", "value", "gradient", "log_p", "log_r")},
+            z=swept.z,
+            value=swept.value,
+            gradient=swept.gradient,
+            log_p=swept.log_p,
+            log_r=swept.log_r,
         )
-        return after, swept
 
     def step(self, problem: Projection, state: S) -> S:
         """One read of the heads for every row, and one more for rows whose step had to be changed."""
         reads = problem.passes()
-        if problem.start is None and not state.steps.any():
-            self.begin(problem, state)
-        whole = self.measure(problem, state, state.direction)
-        after, swept = self.advance(problem, state, whole)
-        self.judge(problem, state, after, swept, whole.z - state.z)
-        look_for_a_proof(problem, state, after)
+        self.aim(problem, state)
+        whole = sweep(problem, state.z, state.direction)
+        after = self.advance(problem, state, whole)
+        self.judge(problem, state, after, whole.z - state.z)
+        if math.inf in problem.trust:
+            look_for_a_proof(problem, state, after)
         after.passes = state.passes + problem.passes() - reads
         return after
 
@@ -156,16 +154,10 @@ def look_for_a_proof(problem: Projection, before: DualState, after: DualState) -
     after.ray = torch.where(by_direction[:, None], after.nu - before.nu, after.ray)
     after.ray = torch.where(by_point[:, None], after.nu, after.ray)
     infeasible = by_point | by_direction
-    after.done |= infeasible
-    after.status[infeasible] = Status.INFEASIBLE
-    after.gap[infeasible] = torch.inf
-    after.certified[infeasible] = False
-
-
-def add_reads(problem: Projection, some: Projection, rows: Int[Tensor, " k"]) -> None:
-    """Count on ``problem`` what was read for some of its rows."""
-    for mine, theirs in zip(problem.heads, some.heads, strict=True):
-        mine.rows_read[rows.to(mine.rows_read.device)] += theirs.rows_read
+    after.done = after.done | infeasible
+    after.status = after.status.masked_fill(infeasible, Status.INFEASIBLE)
+    after.gap = after.gap.masked_fill(infeasible, torch.inf)
+    after.certified = after.certified & ~infeasible
 
 
 def _shorter(

@@ -9,7 +9,6 @@ block, as for one-hot distributions, the row is read again, each distribution ab
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +16,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from softmeet.heads import WhitenedHead
 from softmeet.solvers.projection import Projection
-from softmeet.solvers.sweep import block_size
+from softmeet.solvers.sweep import blocks
 
 # The most of a block's trace that may come off again: past it a digit and a half would be lost.
 _DOMINANT = 0.97
@@ -45,53 +43,39 @@ def moments(problem: Projection, log_p: Float[Tensor, "B v"], log_r: Float[Tenso
         log_p, log_r: the distributions at the point, in nats.
     """
     p, r = log_p.exp(), log_r.exp()
-    places = list(_places([h.rank for h in problem.heads]))
-    D = places[-1].stop
+    places, D = problem.places, len(problem.scale)
     joint, own, H = p.new_zeros(len(p), D), p.new_zeros(len(p), D), p.new_zeros(len(p), D, D)
-    for tokens in _blocks(problem):
+    budget = _CACHED_ELEMENTS if p.device.type == "cpu" else _ACCELERATOR_ELEMENTS
+    for tokens in blocks(problem):
         rows = _rows(problem, tokens)
-        slopes = [None if h.slope is None else h.slope[:, tokens] for h in problem.heads]
-        for i, (Q, here, alpha, gamma) in enumerate(zip(rows, places, problem.alpha, problem.gamma, strict=True)):
-            of_p, of_r = p[:, tokens], r[:, i, tokens]
-            joint[:, here] += _sloped(of_p, slopes[i]).to(Q.dtype) @ Q
-            own[:, here] += _sloped(of_r, slopes[i]).to(Q.dtype) @ Q
-            _add(H[:, here, here], _sloped(alpha**2 * of_p + alpha * gamma * of_r, slopes[i], slopes[i]), Q, Q)
-            for j in range(i):
-                mass = _sloped(alpha * problem.alpha[j] * of_p, slopes[i], slopes[j])
-                _add(H[:, here, places[j]], mass, Q, rows[j])
-    for h in problem.heads:
-        h.rows_read += h.head.v
-    for here in places:
+        slopes = [1.0 if h.slope is None else h.slope[:, tokens] for h in problem.heads]
+        for i, (Q, here, slope) in enumerate(zip(rows, places, slopes, strict=True)):
+            of_p, of_r = slope * p[:, tokens], slope * r[:, i, tokens]
+            joint[:, here] += of_p.to(Q.dtype) @ Q
+            own[:, here] += of_r.to(Q.dtype) @ Q
+            for j in range(i + 1):
+                mass = problem.alpha[i] * problem.alpha[j] * of_p
+                mass = mass + problem.alpha[i] * problem.gamma[i] * of_r if j == i else mass
+                weights = (slopes[j] * mass).to(Q.dtype)[..., None]
+                size = max(1, budget // max(1, rows[j].numel()))
+                for k in range(0, len(p), size):
+                    H[k : k + size, here, places[j]] += torch.matmul(Q.T, rows[j] * weights[k : k + size])
+    for h, here in zip(problem.heads, places, strict=True):
+        h.rows_read[h.at] += h.head.v
         H[:, : here.start, here] = H[:, here, : here.start].transpose(1, 2)
-    dominated = _centre(problem, places, H, joint, own)
+    dominated = _centre(problem, H, joint, own)
     for k in dominated.nonzero().flatten().tolist():
-        H[k] = _about_means(problem, places, k, (joint[k], own[k]), (p[k], r[k]))
+        H[k] = _about_means(problem, k, (joint[k], own[k]), (p[k], r[k]))
     return Moments(joint, own, H)
 
 
-def _add(
-    total: Float[Tensor, "B d e"], mass: Float[Tensor, "B b"], left: Float[Tensor, "b d"], right: Float[Tensor, "b e"]
-) -> None:
-    """Add ``left``ᵀ diag(mass) ``right`` for every row."""
-    weights = mass.to(left.dtype)[..., None]
-    budget = _CACHED_ELEMENTS if left.device.type == "cpu" else _ACCELERATOR_ELEMENTS
-    together = max(1, budget // max(1, right.numel()))
-    for start in range(0, len(mass), together):
-        some = slice(start, start + together)
-        total[some] += torch.matmul(left.T, right * weights[some])
-
-
 def _centre(
-    problem: Projection,
-    places: list[slice],
-    H: Float[Tensor, "B D D"],
-    joint: Float[Tensor, "B D"],
-    own: Float[Tensor, "B D"],
+    problem: Projection, H: Float[Tensor, "B D D"], joint: Float[Tensor, "B D"], own: Float[Tensor, "B D"]
 ) -> Bool[Tensor, " B"]:
     """Take the scatter of the means off H; the rows where it was most of a member's block."""
     dominated = torch.zeros(len(H), dtype=torch.bool, device=H.device)
-    scaled = problem.scaled(joint)
-    for here, alpha, gamma in zip(places, problem.alpha, problem.gamma, strict=True):
+    scaled = problem.scale * joint
+    for here, alpha, gamma in zip(problem.places, problem.alpha, problem.gamma, strict=True):
         block, mean = H[:, here, here], own[:, here]
         scatter = (scaled[:, here] ** 2).sum(-1) + alpha * gamma * (mean**2).sum(-1)
         dominated |= scatter > _DOMINANT * block.diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -102,7 +86,6 @@ def _centre(
 
 def _about_means(
     problem: Projection,
-    places: list[slice],
     k: int,
     means: tuple[Float[Tensor, " D"], Float[Tensor, " D"]],
     masses: tuple[Float[Tensor, " v"], Float[Tensor, "n v"]],
@@ -110,12 +93,10 @@ def _about_means(
     """H of one row, each distribution about its own mean; another read of the heads for that row."""
     (of_p, of_r), (p, r) = means, masses
     H = torch.zeros(len(of_p), len(of_p), dtype=p.dtype, device=p.device)
-    for tokens in _blocks(problem):
+    for tokens in blocks(problem):
         joint = []
-        for i, (Q, here, alpha, gamma) in enumerate(
-            zip(_rows(problem, tokens), places, problem.alpha, problem.gamma, strict=True)
-        ):
-            slope = problem.heads[i].slope
+        for i, (Q, here) in enumerate(zip(_rows(problem, tokens), problem.places, strict=True)):
+            alpha, gamma, slope = problem.alpha[i], problem.gamma[i], problem.heads[i].slope
             own = Q if slope is None else Q * slope[k, tokens, None].to(Q.dtype)
             joint.append(alpha * (own - of_p[here].to(Q.dtype)))
             own = own - of_r[here].to(Q.dtype)
@@ -123,36 +104,16 @@ def _about_means(
         x = torch.cat(joint, dim=-1)
         H += x.T @ (x * p[tokens, None].to(x.dtype))
     for h in problem.heads:
-        h.rows_read[k] += h.head.v
+        h.rows_read[h.at[k]] += h.head.v
     return H
-
-
-def _blocks(problem: Projection) -> Iterator[slice]:
-    size, v = block_size(problem), problem.log_q.shape[-1]
-    return (slice(start, min(start + size, v)) for start in range(0, v, size))
 
 
 def _rows(problem: Projection, tokens: slice) -> list[Float[Tensor, "b _"]]:
     """Rows of every Q_i before any slope, where the distributions are; 0 past a head's last row."""
-    dtype = torch.float64 if any(h.dtype == torch.float64 for h in problem.heads) else torch.float32
-    return [_rows_of(h, tokens).to(dtype) for h in problem.heads]
-
-
-def _rows_of(h: WhitenedHead, tokens: slice) -> Float[Tensor, "b rank"]:
-    W, white = h.block(tokens), h.whitening
-    found = (W.to(h.device) - white.center.to(h.dtype)) @ white.factor.to(h.dtype)
-    return pad(found, (0, 0, 0, tokens.stop - tokens.start - len(W)))
-
-
-def _sloped(mass: Float[Tensor, "B b"], *slopes: Float[Tensor, "B b"] | None) -> Float[Tensor, "B b"]:
-    """Masses times the slopes of a soft-cap, where there are any."""
-    for slope in slopes:
-        mass = mass if slope is None else mass * slope
-    return mass
-
-
-def _places(widths: list[int]) -> Iterator[slice]:
-    start = 0
-    for d in widths:
-        yield slice(start, start + d)
-        start += d
+    dtype = torch.float64 if torch.float64 in [h.dtype for h in problem.heads] else torch.float32
+    found = []
+    for h in problem.heads:
+        W, white = h.block(tokens), h.whitening
+        Q = (W.to(h.device) - white.center.to(h.dtype)) @ white.factor.to(h.dtype)
+        found.append(pad(Q, (0, 0, 0, tokens.stop - tokens.start - len(W))).to(dtype))
+    return found

@@ -71,7 +71,7 @@ class _Projected(torch.autograd.Function):
         to_pool = torch.where(problem.log_q.isneginf(), 0.0, to_pool)
         centred = y - (r * y).sum(-1, keepdim=True)
         covariance = (r * centred * state.z).sum(-1).sum(0)
-        return to_pool, covariance * torch.tensor(problem.gamma, dtype=y.dtype, device=y.device) ** 2, None, None
+        return to_pool, covariance * problem.gamma**2, None, None
 
 
 def adjoint(problem: Projection, state: DualState, b: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:

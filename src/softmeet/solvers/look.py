@@ -142,6 +142,7 @@ class _Around:
 
     def __init__(self, problem: Projection, state: DualState, step: int, certify: bool) -> None:
         self.problem, self.state, self.known, self.certify = problem, state, step > 0, certify
+        self.prices = tuple(problem.alpha.tolist()), tuple(problem.gamma.tolist()), problem.trust
         size = gathered_size(problem, step)
         sampled = size // _SAMPLED
         self.gathered = gather(problem, state.log_p, state.log_r, size - sampled, sampled, (0.5 + 0.618 * step) % 1)
@@ -207,8 +208,8 @@ class _Around:
     def _surrogate(
         self, log_u: Float[Tensor, "b M"], log_w: Float[Tensor, "b n M"], ridge: Float[Tensor, "b n"] | None
     ) -> Surrogate:
-        problem, nothing = self.problem, log_u.new_zeros(len(log_u), sum(self.gathered.widths))
-        return Surrogate(self.gathered, log_u, log_w, nothing, ridge, problem.alpha, problem.gamma, problem.trust)
+        nothing = log_u.new_zeros(len(log_u), sum(self.gathered.widths))
+        return Surrogate(self.gathered, log_u, log_w, nothing, ridge, *self.prices)
 
     def _certified(self, goal: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         """The gap by a feasible point that differs from (p, r) on the heaviest tokens only."""
@@ -220,6 +221,5 @@ class _Around:
         k = min(self.gathered.heavy, max(_LEAST_REPAIR, _REPAIR * max(h.rank for h in problem.heads)))
         own = self.problem.unwhitened(gradient)
         log_u, log_w = self.log_u[:, :k], self.log_w[..., :k]
-        prices = (problem.alpha, problem.gamma, problem.trust)
-        model = Surrogate(self.gathered.heaviest(k), log_u, log_w, torch.zeros_like(own), None, *prices)
+        model = Surrogate(self.gathered.heaviest(k), log_u, log_w, torch.zeros_like(own), None, *self.prices)
         return _bound(model.origin().matched(own), goal)

@@ -18,10 +18,9 @@ from torch import Tensor
 
 from softmeet.solvers.base import Status
 from softmeet.solvers.certificate import gap_bound, residual_slack, restricted_gap_bound
-from softmeet.solvers.dual import DualMethod, DualState, add_reads, bound_after, start
+from softmeet.solvers.dual import DualMethod, DualState, bound_after, start
 from softmeet.solvers.hessian import moments
 from softmeet.solvers.projection import Projection
-from softmeet.solvers.sweep import Swept, sweep
 
 # Elements of all Hessians at once: 32 MiB in fp64.
 _ELEMENTS = 1 << 22
@@ -53,42 +52,33 @@ class DualNewton(DualMethod[NewtonState]):
 
     def rows_at_once(self, problem: Projection) -> int:
         """As many as have room for their Hessians, and on a processor for their distributions in its cache."""
-        rows = _ELEMENTS // max(1, sum(h.rank for h in problem.heads)) ** 2
+        rows = _ELEMENTS // max(1, len(problem.scale)) ** 2
         if problem.log_p.device.type == "cpu":
             rows = min(rows, max(_FEWEST, _CACHED_ELEMENTS // problem.log_p.shape[1:].numel()))
         return max(1, rows)
 
-    def begin(self, problem: Projection, state: NewtonState) -> None:
-        """The first direction, by one read at the pool."""
-        found = moments(problem, problem.log_q, problem.log_p)
-        gradient = problem.scaled(found.joint - found.own)
-        self.aim(problem, state, torch.arange(len(gradient), device=gradient.device), gradient, found.H)
+    def aim(self, problem: Projection, state: NewtonState) -> None:
+        """The Newton direction, by one read of the heads; the first is the start's, where the problem has one."""
+        first = not state.steps.any()
+        if first and problem.start is not None:
+            return
+        found = moments(problem, state.log_p, state.log_r)
+        if first:
+            state.gradient = problem.scale * (found.joint - found.own)
+        s = _solve(found.H, state.gradient, problem.eps)
+        state.direction, state.slack = -s, residual_slack(found.H, s, state.gradient, state.gradient)
 
-    def measure(self, problem: Projection, state: NewtonState, direction: Float[Tensor, "B D"] | None) -> Swept:
-        """Without the Hessian."""
-        return sweep(problem, state.z, direction)
-
-    def judge(
-        self,
-        problem: Projection,
-        before: NewtonState,
-        after: NewtonState,
-        swept: Swept,
-        full: Float[Tensor, "B n v"],
-    ) -> None:
+    def judge(self, problem: Projection, before: NewtonState, after: NewtonState, full: Float[Tensor, "B n v"]) -> None:
         """Certify the point before, and with the fall of f the one after."""
         decrement = -(before.gradient * before.direction).sum(-1)
         fall = before.value - after.value
-        estimate = (0.5 * decrement - fall).clamp_min(0)
         # A start from elsewhere is no Newton step: it says nothing about the gap.
         given = (before.steps == 0) & (problem.start is not None)
-        estimate = estimate.masked_fill(given, torch.inf)
+        estimate = (0.5 * decrement - fall).clamp_min(0).masked_fill(given, torch.inf)
         bound, rounding = torch.full_like(fall, torch.inf), torch.zeros_like(fall)
         near = (estimate <= _FAR * problem.tol).nonzero().squeeze(-1)
         if len(near):
-            some = problem.take(near)
-            bound[near], rounding[near] = self.certify(some, before.take(near), after.take(near), full[near])
-            add_reads(problem, some, near)
+            bound[near], rounding[near] = self.certify(problem, before, after, full, near)
         certified = torch.minimum(bound, torch.where(before.certified, before.gap, torch.inf))
         certified = bound_after(certified, fall, problem.tol)
         after.certified = certified.isfinite()
@@ -96,43 +86,25 @@ class DualNewton(DualMethod[NewtonState]):
         reached = after.certified & (after.gap <= problem.tol)
         stalled = (fall <= 0) & ~reached & ~given
         after.done = reached | stalled
-        after.status[stalled] = Status.NOT_CONVERGED
-        after.gap[stalled & ~after.certified] = torch.inf
-        going = (~after.done).nonzero().squeeze(-1)
-        if len(going):
-            some = problem.take(going)
-            self.go_on(some, after, going, swept.take(going))
-            add_reads(problem, some, going)
+        after.status = after.status.masked_fill(stalled, Status.NOT_CONVERGED)
+        after.gap = after.gap.masked_fill(stalled & ~after.certified, torch.inf)
 
     def certify(
-        self, problem: Projection, before: NewtonState, after: NewtonState, full: Float[Tensor, "B n v"]
-    ) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
-        """(a bound on the gap before, inf where none was found; what rounding may add to it after)."""
-        p, r = before.log_p.exp(), before.log_r.exp()
-        bound, broken = gap_bound(problem, p, r, full)
-        bound = torch.where(broken, torch.inf, bound + before.slack)
-        decrement = -(before.gradient * before.direction).sum(-1)
-        for k in (bound.isinf() & (0.25 * decrement <= problem.tol)).nonzero().flatten().tolist():
-            bound[k] = restricted_gap_bound(problem, k, p[k], r[k], before.gradient[k])
-        return bound, problem.rounding(p, r, after.z, after.nu)
-
-    def go_on(self, problem: Projection, state: NewtonState, rows: Int[Tensor, " k"], swept: Swept) -> None:
-        """The next direction of some rows, measured at their points; one read of the heads."""
-        found = moments(problem, swept.log_p, swept.log_r)
-        self.aim(problem, state, rows, swept.gradient, found.H)
-
-    def aim(
         self,
         problem: Projection,
-        state: NewtonState,
+        before: NewtonState,
+        after: NewtonState,
+        full: Float[Tensor, "B n v"],
         rows: Int[Tensor, " k"],
-        gradient: Float[Tensor, "k D"],
-        H: Float[Tensor, "k D D"],
-    ) -> None:
-        """Set the Newton direction of some rows."""
-        s = _solve(H, gradient, problem.eps)
-        state.gradient[rows], state.direction[rows] = gradient, -s
-        state.slack[rows] = residual_slack(H, s, gradient, gradient)
+    ) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"]]:
+        """Of some rows (a bound on the gap before, inf where none was found; what rounding may add to it after)."""
+        p, r, gradient = before.log_p[rows].exp(), before.log_r[rows].exp(), before.gradient[rows]
+        bound, broken = gap_bound(problem, p, r, full[rows])
+        bound = torch.where(broken, torch.inf, bound + before.slack[rows])
+        decrement = -(gradient * before.direction[rows]).sum(-1)
+        for k in (bound.isinf() & (0.25 * decrement <= problem.tol)).nonzero().flatten().tolist():
+            bound[k] = restricted_gap_bound(problem, int(rows[k]), p[k], r[k], gradient[k])
+        return bound, problem.rounding(p, r, after.z[rows], after.nu[rows])
 
 
 def _solve(H: Float[Tensor, "B D D"], g: Float[Tensor, "B D"], eps: float) -> Float[Tensor, "B D"]:

@@ -14,11 +14,10 @@ vocabulary are fp64; only products with heads run in the heads' dtype. Everythin
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from softmeet.heads import WhitenedHead
@@ -30,7 +29,7 @@ MOMENT_TOLERANCE = 1e-6
 SEPARATED = 1e-7
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Projection:
     """A batch of relaxed I-projections.
 
@@ -41,6 +40,15 @@ class Projection:
         trust: ρ_i in (0, inf].
         tol: the gap, in nats, at which a row is done.
         start: ν to begin at, (B, D); the pool, ν = 0, if None.
+
+    Attributes:
+        alpha, gamma: α_i and γ_i, fp64.
+        scale: α_i for each coordinate of ν.
+        price: ρ_i, with 0 in place of infinity: what r_i costs where it may change.
+        exact: whether ρ_i is infinite.
+        widths, places: how many coordinates ν_i has, and which of ν they are.
+        eps: the unit round-off of the coarsest product.
+        read: Σ d_i: what a token's rows of all heads count for.
     """
 
     log_q: Float[Tensor, "B v"]
@@ -49,45 +57,49 @@ class Projection:
     trust: tuple[float, ...]
     tol: float
     start: Float[Tensor, "B D"] | None = None
+    alpha: Float[Tensor, " n"] = field(init=False)
+    gamma: Float[Tensor, " n"] = field(init=False)
+    price: Float[Tensor, " n"] = field(init=False)
+    exact: Bool[Tensor, " n"] = field(init=False)
+    scale: Float[Tensor, " D"] = field(init=False)
+    widths: list[int] = field(init=False)
+    places: list[slice] = field(init=False)
+    eps: float = field(init=False)
+    read: int = field(init=False)
 
-    @cached_property
-    def alpha(self) -> tuple[float, ...]:
-        """λ_i = α_i ν_i."""
-        return tuple(min(1.0, rho) for rho in self.trust)
-
-    @cached_property
-    def gamma(self) -> tuple[float, ...]:
-        """r_i is tilted by -γ_i z_i."""
-        return tuple(min(1.0, 1.0 / rho) for rho in self.trust)
-
-    @cached_property
-    def eps(self) -> float:
-        """The unit round-off of the coarsest product."""
-        return max(torch.finfo(h.dtype).eps for h in self.heads)
+    def __post_init__(self) -> None:
+        rho = self.log_q.new_tensor(self.trust)
+        self.alpha, self.gamma, self.exact = rho.clamp_max(1.0), (1 / rho).clamp_max(1.0), rho.isinf()
+        self.price = rho.masked_fill(self.exact, 0.0)
+        self.widths, self.places, self.eps, self.read = [], [], 0.0, 0
+        for h in self.heads:
+            start = sum(self.widths)
+            self.widths.append(h.rank)
+            self.places.append(slice(start, start + h.rank))
+            self.eps = max(self.eps, torch.finfo(h.dtype).eps)
+            self.read += h.head.d
+        self.scale = self.spread(self.alpha)
 
     def take(self, rows: Int[Tensor, " k"]) -> Projection:
-        """Some rows of the batch, with fresh read counters."""
+        """Some rows of the batch."""
         heads = tuple(h.take(rows) for h in self.heads)
         start = None if self.start is None else self.start[rows]
         return replace(self, log_q=self.log_q[rows], log_p=self.log_p[rows], heads=heads, start=start)
 
     def passes(self) -> Float[Tensor, " B"]:
         """Rows of [Q_1 | … | Q_n] read so far on behalf of each row, over v; heads count by their widths."""
-        reads = torch.stack([h.rows_read.double() * h.head.d for h in self.heads]).sum(0)
-        return (reads / sum(h.head.d for h in self.heads) / self.log_q.shape[-1]).to(self.log_q.device)
+        total = torch.zeros_like(self.log_q[:, 0])
+        for h in self.heads:
+            total += h.rows_read[h.at] * h.head.d
+        return total / self.read / self.log_q.shape[-1]
 
-    def weighted(self, z: Float[Tensor, "B n v"], factors: tuple[float, ...]) -> Float[Tensor, "B n v"]:
-        """z_i times the i-th factor."""
-        return z * torch.tensor(factors, dtype=z.dtype, device=z.device)[:, None]
-
-    def scaled(self, x: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-        """α_i times member i's part."""
-        parts = x.split([h.rank for h in self.heads], dim=-1)
-        return torch.cat([alpha * part for alpha, part in zip(self.alpha, parts, strict=True)], dim=-1)
+    def spread(self, x: Shaped[Tensor, " n"]) -> Shaped[Tensor, " D"]:
+        """What is said of each member, for each of its coordinates."""
+        return x.repeat_interleave(torch.tensor(self.widths, device=x.device))
 
     def unwhitened(self, g: Float[Tensor, "B D"]) -> Float[Tensor, "B _"]:
         """A gradient in the heads' own coordinates."""
-        parts = g.split([h.rank for h in self.heads], dim=-1)
+        parts = g.split(self.widths, dim=-1)
         return torch.cat([x @ h.whitening.inverse for h, x in zip(self.heads, parts, strict=True)], dim=-1)
 
     def whitened(self, x: Float[Tensor, "B _"]) -> Float[Tensor, "B D"]:
@@ -97,12 +109,12 @@ class Projection:
 
     def raw(self, nu: Float[Tensor, "B D"]) -> Float[Tensor, "B _"]:
         """Back: R_i ν_i, all members side by side."""
-        parts = nu.split([h.rank for h in self.heads], dim=-1)
+        parts = nu.split(self.widths, dim=-1)
         return torch.cat([part @ h.whitening.factor.T for h, part in zip(self.heads, parts, strict=True)], dim=-1)
 
     def tilt(self, z: Float[Tensor, "B n v"]) -> Float[Tensor, "B v"]:
         """Σ α_i z_i."""
-        return self.weighted(z, self.alpha).sum(1)
+        return (self.alpha[:, None] * z).sum(1)
 
     def pooled(self, z: Float[Tensor, "B n v"]) -> Float[Tensor, "B v"]:
         """Log p."""
@@ -110,25 +122,26 @@ class Projection:
 
     def corrected(self, z: Float[Tensor, "B n v"]) -> Float[Tensor, "B n v"]:
         """Log r_i."""
-        return log_normalize(self.log_p - self.weighted(z, self.gamma))
+        return log_normalize(self.log_p - self.gamma[:, None] * z)
 
     def dual(self, z: Float[Tensor, "B n v"]) -> Float[Tensor, " B"]:
         """F at the scores z: never below -(the primal optimum)."""
-        value = (self.log_q + self.tilt(z)).logsumexp(-1)
+        own = (self.log_p - self.gamma[:, None] * z).logsumexp(-1)
+        return self.value((self.log_q + self.tilt(z)).logsumexp(-1), own, z)
+
+    def value(
+        self, joint: Float[Tensor, " B"], own: Float[Tensor, "B n"], z: Float[Tensor, "B n v"]
+    ) -> Float[Tensor, " B"]:
+        """F from the logarithms of its sums at the scores z."""
         for i, rho in enumerate(self.trust):
-            if math.isinf(rho):
-                value = value - (self.log_p[:, i].exp() * z[:, i]).sum(-1)
-            else:
-                value = value + rho * (self.log_p[:, i] - self.gamma[i] * z[:, i]).logsumexp(-1)
-        return value
+            part = -(self.log_p[:, i].exp() * z[:, i]).sum(-1) if math.isinf(rho) else rho * own[:, i]
+            joint = joint + part
+        return joint
 
     def pool_gap(self) -> Float[Tensor, " B"]:
         """Σ ρ_i KL(q‖p̂_i) ≥ -f*: how far from optimal the pool itself can be, found without reading a head."""
-        total = torch.zeros_like(self.log_q[:, 0])
-        for i, rho in enumerate(self.trust):
-            divergence = kl(self.log_q, self.log_p[:, i])
-            total = total + torch.where(divergence > 0, rho * divergence, 0.0)
-        return total
+        divergence = kl(self.log_q[:, None].expand_as(self.log_p), self.log_p)
+        return torch.where(divergence > 0, divergence * divergence.new_tensor(self.trust), 0.0).sum(-1)
 
     def rounding(
         self, p: Float[Tensor, "B v"], r: Float[Tensor, "B n v"], z: Float[Tensor, "B n v"], nu: Float[Tensor, "B D"]
@@ -137,18 +150,17 @@ class Projection:
 
         ``p`` and ``r`` may be those of a point nearby.
         """
-        size = (p * self.tilt(z).abs()).sum(-1) + (r * self.weighted(z, self.alpha).abs()).sum((-1, -2))
-        total = self.eps * size
-        parts = nu.split([h.rank for h in self.heads], dim=-1)
-        for alpha, head, part in zip(self.alpha, self.heads, parts, strict=True):
-            total = total + alpha * head.lost_digits(part)
+        tilts = self.alpha[:, None] * z
+        total = self.eps * ((p * tilts.sum(1).abs()).sum(-1) + (r * tilts.abs()).sum((-1, -2)))
+        for alpha, h, part in zip(self.alpha, self.heads, nu.split(self.widths, dim=-1), strict=True):
+            # What centring cancels in the scores.
+            lost = (part @ h.whitening.factor.T).abs() @ h.whitening.center.abs()
+            total = total + alpha * torch.finfo(h.dtype).eps * lost
         return total
 
     def exact_part(self, nu: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
         """ν of the members with ρ_i = ∞; 0 for the others."""
-        exact = tuple(float(math.isinf(rho)) for rho in self.trust)
-        parts = nu.split([h.rank for h in self.heads], dim=-1)
-        return torch.cat([keep * part for keep, part in zip(exact, parts, strict=True)], dim=-1)
+        return nu * self.spread(self.exact)
 
     def excludes(
         self, z: Float[Tensor, "B n v"], nu: Float[Tensor, "B D"], size: Float[Tensor, " B"]
@@ -159,11 +171,8 @@ class Projection:
         on that support has moments that are nearer to theirs than δ, which is ``SEPARATED``. ``size`` is that of
         the scores whose rounding z has: those that it is the difference of.
         """
-        exact = [i for i, rho in enumerate(self.trust) if math.isinf(rho)]
-        if not exact:
-            return torch.zeros_like(self.log_q[:, 0], dtype=torch.bool)
-        part = z[:, exact]
-        centred = (part - (self.log_p[:, exact].exp() * part).sum(-1, keepdim=True)).sum(1)
+        part = z[:, self.exact]
+        centred = (part - (self.log_p[:, self.exact].exp() * part).sum(-1, keepdim=True)).sum(1)
         highest = torch.where(self.log_q.isneginf(), -torch.inf, centred).amax(-1)
         margin = 64 * self.eps * size + SEPARATED * self.exact_part(nu).norm(dim=-1)
         excluded: Tensor = highest < -margin

@@ -15,13 +15,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from softmeet.solvers.base import Status
-from softmeet.solvers.dual import DualMethod, DualState, add_reads, bound_after, start
+from softmeet.solvers.dual import DualMethod, DualState, bound_after, start
 from softmeet.solvers.gathered import gathered_bytes
 from softmeet.solvers.look import Found, look
 from softmeet.solvers.memory import Memory
 from softmeet.solvers.parallel import in_parallel
 from softmeet.solvers.projection import Projection
-from softmeet.solvers.sweep import Swept, sweep
 
 # Steps in a row without progress after which a row gives up.
 _PATIENCE = 2
@@ -67,21 +66,13 @@ class SubsampledNewton(DualMethod[SubsampledState]):
         """All of them: a step keeps vectors only."""
         return max(1, len(problem.log_q))
 
-    def begin(self, problem: Projection, state: SubsampledState) -> None:
+    def aim(self, problem: Projection, state: SubsampledState) -> None:
         """A first direction from gathered tokens alone."""
-        state.direction = self._look(problem, state, None).direction
-
-    def measure(self, problem: Projection, state: SubsampledState, direction: Float[Tensor, "B D"] | None) -> Swept:
-        """Without second moments."""
-        return sweep(problem, state.z, direction)
+        if problem.start is None and not state.steps.any():
+            state.direction = self._look(problem, state, None).direction
 
     def judge(
-        self,
-        problem: Projection,
-        before: SubsampledState,
-        after: SubsampledState,
-        swept: Swept,
-        full: Float[Tensor, "B n v"],
+        self, problem: Projection, before: SubsampledState, after: SubsampledState, full: Float[Tensor, "B n v"]
     ) -> None:
         """Look around the new point: a certificate there if it seems near enough, and the next direction."""
         fall = before.value - after.value
@@ -101,7 +92,7 @@ class SubsampledNewton(DualMethod[SubsampledState]):
         reached = enough & (after.gap <= problem.tol)
         given_up = (after.stalls >= _PATIENCE) & ~reached
         after.done = reached | given_up
-        after.status[given_up] = Status.NOT_CONVERGED
+        after.status = after.status.masked_fill(given_up, Status.NOT_CONVERGED)
 
     def _look(self, problem: Projection, state: SubsampledState, goal: Float[Tensor, " B"] | None) -> Found:
         """What every row's gathered tokens say; ``goal`` is the bound at which a row is done, None before any gradient.
@@ -111,14 +102,12 @@ class SubsampledNewton(DualMethod[SubsampledState]):
         step, device = int(state.steps.max()), state.z.device
         size = max(1, _GROUP_BYTES // gathered_bytes(problem)) if device.type == "cpu" else len(state.z)
         groups = torch.arange(len(state.z), device=device).split(size)
-        some = [problem.take(rows) for rows in groups]
 
-        def one(k: int) -> Found:
-            here = state.take(groups[k])
-            return look(some[k], here, here.memory, step, None if goal is None else goal[groups[k]], self.certify)
+        def one(rows: Int[Tensor, " k"]) -> Found:
+            here, wanted = state.take(rows), None if goal is None else goal[rows]
+            return look(problem.take(rows), here, here.memory, step, wanted, self.certify)
 
         found = Found.empty(state.direction)
-        for rows, part, answer in zip(groups, some, in_parallel(one, range(len(groups)), device), strict=True):
+        for rows, answer in zip(groups, in_parallel(one, groups, device), strict=True):
             found.put(rows, answer)
-            add_reads(problem, part, rows)
         return found

@@ -6,7 +6,6 @@ those masses' moments; normalisers are known at the end.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 
 import torch
@@ -39,10 +38,6 @@ class Swept:
     own: Float[Tensor, "B D"]
     gradient: Float[Tensor, "B D"]
 
-    def take(self, rows: Int[Tensor, " k"]) -> Swept:
-        """Some rows."""
-        return Swept(*(getattr(self, f.name)[rows] for f in fields(self)))
-
     def put(self, rows: Int[Tensor, " k"], other: Swept) -> Swept:
         """With some rows replaced."""
         names = [f.name for f in fields(self)]
@@ -67,7 +62,13 @@ def sweep(
 def block_size(problem: Projection) -> int:
     """Tokens in a block."""
     budget = _CACHED_ELEMENTS if problem.log_q.device.type == "cpu" else _ACCELERATOR_ELEMENTS
-    return max(64, budget // max(h.head.d for h in problem.heads))
+    return max(64, budget // max([h.head.d for h in problem.heads]))
+
+
+def blocks(problem: Projection) -> list[slice]:
+    """All tokens, a block at a time."""
+    size, v = block_size(problem), problem.log_q.shape[-1]
+    return [slice(start, min(start + size, v)) for start in range(0, v, size)]
 
 
 class _Sweep:
@@ -78,63 +79,63 @@ class _Sweep:
         direction: Float[Tensor, "B D"] | None,
     ) -> None:
         self.problem, self.z = problem, z
-        self.widths = [h.rank for h in problem.heads]
+        self.weights = [h.head.weight for h in problem.heads]
         B, n = z.shape[:2]
         self.log_p, self.log_r = torch.empty_like(problem.log_q), torch.empty_like(z)
         self.top = z.new_full((B, 1 + n), -torch.inf)
         self.sums = torch.zeros_like(self.top)
-        self.first = [z.new_zeros(2, B, h.head.d) for h in problem.heads]
-        self.x: list[tuple[Tensor, Tensor]] | None = None
+        self.first = [z.new_zeros(2, B, W.shape[1]) for W in self.weights]
+        self.x: list[Tensor] | None = None
+        self.offset = z.new_zeros(B, n)
         if direction is not None:
-            parts = direction.split(self.widths, dim=-1)
-            raw = [h.raw(part) for h, part in zip(problem.heads, parts, strict=True)]
-            self.x = [(x.to(h.home, h.dtype), c) for h, (x, c) in zip(problem.heads, raw, strict=True)]
+            self.x = []
+            for i, (h, part) in enumerate(zip(problem.heads, direction.split(problem.widths, dim=-1), strict=True)):
+                x = part @ h.whitening.factor.T
+                self.offset[:, i] = x @ h.whitening.center
+                self.x.append(x.to(h.home, h.dtype).contiguous())
 
     def run(self) -> Swept:
         if self._fits_compiled_loops():
             self._compiled()
         else:
-            size, v = block_size(self.problem), self.z.shape[-1]
-            for start in range(0, v, size):
-                self._block(slice(start, min(start + size, v)))
+            for tokens in blocks(self.problem):
+                self._block(tokens)
         for h in self.problem.heads:
-            h.rows_read += h.head.v
+            h.rows_read[h.at] += h.head.v
         return self._finish()
 
     def _fits_compiled_loops(self) -> bool:
-        heads = self.problem.heads
-        plain = all(h.slope is None and h.dtype == torch.float32 for h in heads)
-        return plain and self.z.device.type == "cpu" and kernels.fits(*[h.head.weight for h in heads])
+        for h in self.problem.heads:
+            if h.slope is not None or h.dtype != torch.float32:
+                return False
+        return self.z.device.type == "cpu" and kernels.fits(*self.weights)
 
     def _compiled(self) -> None:
         """A share of the tokens for each core."""
-        v, n = self.z.shape[-1], self.z.shape[1]
+        v = self.z.shape[-1]
         size = max(_LEAST_SHARE, -(-v // torch.get_num_threads()))
         shares = [slice(start, min(start + size, v)) for start in range(0, v, size)]
-        tops, sums, firsts = zip(*in_parallel(self._share, shares, self.z.device), strict=True)
-        self.top = torch.stack(tops).amax(0)
-        scales = [(top - self.top).nan_to_num(nan=0.0).exp() for top in tops]
-        self.sums = sum((s * scale for s, scale in zip(sums, scales, strict=True)), torch.zeros_like(self.top))
-        for first, scale in zip(firsts, scales, strict=True):
-            parts = first.split([h.head.d for h in self.problem.heads], dim=-1)
-            for i in range(n):
-                self.first[i] += (parts[i] * scale[:, [0, 1 + i], None]).transpose(0, 1)
+        found = in_parallel(self._share, shares, self.z.device)
+        for top, _, _ in found:
+            self.top = torch.maximum(self.top, top)
+        for top, sums, first in found:
+            scale = (top - self.top).nan_to_num(nan=0.0).exp()
+            self.sums += sums * scale
+            for i, part in enumerate(first.split([total.shape[-1] for total in self.first], dim=-1)):
+                self.first[i] += (part * scale[:, [0, 1 + i], None]).transpose(0, 1)
 
     def _share(self, tokens: slice) -> tuple[Tensor, Tensor, Tensor]:
-        problem, z = self.problem, self.z
-        x, offset = None, z.new_zeros(z.shape[:2])
-        if self.x is not None:
-            x, offset = [a.contiguous() for a, _ in self.x], torch.stack([c for _, c in self.x], dim=-1)
+        problem = self.problem
         return kernels.sweep(
-            [h.head.weight for h in problem.heads],
+            self.weights,
             tokens,
-            x,
-            offset,
-            z.new_tensor(problem.alpha),
-            z.new_tensor(problem.gamma),
+            self.x,
+            self.offset,
+            problem.alpha,
+            problem.gamma,
             problem.log_q,
             problem.log_p,
-            z,
+            self.z,
             self.log_p,
             self.log_r,
         )
@@ -144,13 +145,12 @@ class _Sweep:
         blocks = [h.block(tokens) for h in problem.heads]
         if self.x is not None:
             for i, (h, W) in enumerate(zip(problem.heads, blocks, strict=True)):
-                x, offset = self.x[i]
-                y = (x @ W.T).to(self.z.device, self.z.dtype) - offset[:, None]
+                y = (self.x[i] @ W.T).to(self.z.device, self.z.dtype) - self.offset[:, i, None]
                 y = y if h.slope is None else y * h.slope[:, tokens.start : tokens.start + len(W)]
                 self.z[:, i, tokens.start : tokens.start + len(W)] += y
         z = self.z[..., tokens]
         self.log_p[:, tokens] = problem.log_q[:, tokens] + problem.tilt(z)
-        torch.sub(problem.log_p[..., tokens], problem.weighted(z, problem.gamma), out=self.log_r[..., tokens])
+        torch.sub(problem.log_p[..., tokens], problem.gamma[:, None] * z, out=self.log_r[..., tokens])
         masses = self._masses(tokens)
         for i, (h, W) in enumerate(zip(problem.heads, blocks, strict=True)):
             m = torch.stack([masses[:, 0], masses[:, 1 + i]])[..., : len(W)]
@@ -177,26 +177,14 @@ class _Sweep:
         log_sums = self.top + self.sums.log()
         self.log_p -= log_sums[:, :1]
         self.log_r -= log_sums[:, 1:, None]
-        value = log_sums[:, 0]
-        for i, rho in enumerate(problem.trust):
-            if math.isinf(rho):
-                value = value - (problem.log_p[:, i].exp() * self.z[:, i]).sum(-1)
-            else:
-                value = value + rho * log_sums[:, 1 + i]
-        joint, own = [], []
+        value = problem.value(log_sums[:, 0], log_sums[:, 1:], self.z)
+        means = []
         for i, (h, total) in enumerate(zip(problem.heads, self.first, strict=True)):
-            present = 1.0 if h.slope is not None else torch.stack([self._present(h.head.v, k) for k in (0, 1 + i)])
-            mean = total / torch.stack([self.sums[:, 0], self.sums[:, 1 + i]])[..., None]
-            white = (mean - present * h.whitening.center) @ h.whitening.factor
-            joint.append(white[0])
-            own.append(white[1])
-        p_mean, r_mean = torch.cat(joint, dim=-1), torch.cat(own, dim=-1)
-        gradient = problem.scaled(p_mean - r_mean)
-        return Swept(self.z, self.log_p, self.log_r, value, p_mean, r_mean, gradient)
-
-    def _present(self, v: int, k: int) -> Float[Tensor, "B 1"]:
-        """The mass of distribution k (0 for p, i + 1 for r_i) on the first ``v`` tokens."""
-        if v == self.z.shape[-1]:
-            return torch.ones_like(self.sums[:, :1])
-        logs = self.log_p if k == 0 else self.log_r[:, k - 1]
-        return logs[:, :v].exp().sum(-1, keepdim=True)
+            mean, center = total / self.sums[:, [0, 1 + i]].T[..., None], h.whitening.center
+            if h.head.v < self.z.shape[-1]:
+                # Only the mass on the head's own tokens is centred.
+                some = torch.stack([self.log_p, self.log_r[:, i]])[..., : h.head.v]
+                center = some.exp().sum(-1, keepdim=True) * center
+            means.append((mean - center) @ h.whitening.factor)
+        p_mean, r_mean = torch.cat(means, dim=-1)
+        return Swept(self.z, self.log_p, self.log_r, value, p_mean, r_mean, problem.scale * (p_mean - r_mean))
