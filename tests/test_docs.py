@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import re
 from pathlib import Path
 
@@ -25,6 +27,16 @@ def test_snippets_run(page, tmp_path, monkeypatch):
 def test_links_lead_somewhere(page):
     targets = [page.parent / target for target, _ in LINK.findall(page.read_text())]
     assert not [t for t in targets if not t.exists()]
+
+
+@pytest.mark.parametrize("name", ["base", "combine", "registry", "settings"])
+def test_examples_in_docstrings_give_what_they_say(name, monkeypatch):
+    from softmeet.rules import registry
+
+    monkeypatch.setattr(registry, "_registered", {})
+    found = doctest.testmod(importlib.import_module(f"softmeet.rules.{name}"))
+    assert found.attempted
+    assert not found.failed
 
 
 def test_every_rule_is_documented():

@@ -13,11 +13,10 @@ from softmeet.cli.main import app
 PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
 INTRODUCTION = """# The command line
 
-A list repeats its option: `-m A -m B`, `--rule A --rule B`. Numbers in a list have commas, `--trust 1,0.3`; in a rule, which may
-hold any setting, slashes: `--rule meet:trust=1/0.3:pool=prob-mean`. A setting is named once. `--config FILE.yaml` gives any of
-a command's flags under their own names; what stands on the command line wins. An
-error is one line on stderr and exit code 2. `softmeet --install-completion` sets up your shell. This page holds what
-`--help` says.
+A list repeats its option: `-m A -m B`, `--rule A --rule B`. Numbers in a list have commas, `--trust 1,0.3`; in a rule,
+which may hold any setting, slashes: `--rule meet:trust=1/0.3:pool=prob-mean`. A setting is named once. `--config
+FILE.yaml` gives any of a command's flags under their own names; what stands on the command line wins. An error is one
+line on stderr and exit code 2. `softmeet --install-completion` sets up your shell. This page holds what `--help` says.
 """
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -39,32 +41,25 @@ class Answer:
 
     def take(self, rows: Int[Tensor, " k"]) -> Answer:
         """Copy some rows."""
-        taken: dict[str, object] = {}
-        for f in fields(self):
-            mine = getattr(self, f.name)
-            taken[f.name] = tuple(part[rows] for part in mine) if isinstance(mine, tuple) else mine[rows]
-        return Answer(**taken)  # type: ignore[arg-type]
+        return _field_by_field(lambda mine: mine[rows], self)
 
     def put(self, rows: Int[Tensor, " k"], other: Answer) -> Answer:
         """Copy with some rows replaced."""
-        merged: dict[str, object] = {}
-        for f in fields(self):
-            mine, theirs = getattr(self, f.name), getattr(other, f.name)
-            if isinstance(mine, tuple):
-                merged[f.name] = tuple(a.index_copy(0, rows, b) for a, b in zip(mine, theirs, strict=True))
-            else:
-                merged[f.name] = mine.index_copy(0, rows, theirs)
-        return replace(self, **merged)  # type: ignore[arg-type]
+        return _field_by_field(lambda mine, theirs: mine.index_copy(0, rows, theirs), self, other)
 
     @staticmethod
     def joined(parts: list[Answer]) -> Answer:
         """Join the answers of parts of a batch, in order."""
-        merged: dict[str, object] = {}
-        for f in fields(Answer):
-            values = [getattr(part, f.name) for part in parts]
-            is_tuple = isinstance(values[0], tuple)
-            merged[f.name] = tuple(torch.cat(x) for x in zip(*values, strict=True)) if is_tuple else torch.cat(values)
-        return Answer(**merged)  # type: ignore[arg-type]
+        return _field_by_field(lambda *some: torch.cat(some), *parts)
+
+
+def _field_by_field(function: Callable[..., Tensor], *answers: Answer) -> Answer:
+    """``function`` of the same tensor of every answer, for each tensor that there is."""
+    made: dict[str, Any] = {}
+    for f in fields(Answer):
+        values = [getattr(answer, f.name) for answer in answers]
+        made[f.name] = tuple(map(function, *values)) if isinstance(values[0], tuple) else function(*values)
+    return Answer(**made)
 
 
 def closed_form(

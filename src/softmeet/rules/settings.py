@@ -235,7 +235,7 @@ def parse_rule(text: str) -> tuple[Rule, dict[str, Any]]:
     Example:
         >>> from softmeet.rules.settings import parse_rule
         >>> parse_rule("meet:trust=1/0.5:temperature=0.9")
-        (Meet(), {'trust': (1.0, 0.5), 'rule_temperature': '0.9'})
+        (Meet(), {'trust': (1.0, 0.5), 'rule_temperature': 0.9})
         >>> parse_rule("least-squares:metric=raw")
         (LeastSquares(metric='raw'), {})
     """

@@ -1,0 +1,15 @@
+"""How long a token's path is, by the count of benchmarks/calls.py, which does not depend on the machine."""
+
+from __future__ import annotations
+
+import pytest
+from calls import calls_a_token
+
+
+@pytest.mark.parametrize(("rule", "most"), [("logit-mean", 120), ("prob-mean", 120), ("meet", 350)])
+def test_a_token_takes_few_calls(rule, most):
+    found = calls_a_token("narrow", rule)
+    assert 20 < sum(found.values()) <= most
+    # Normalised once, checked never.
+    assert found["/rules/validate.py:normalised"] == 1
+    assert not [name for name in found if "settings.py" in name or "checked" in name or "parse" in name]
