@@ -52,9 +52,9 @@ class Listener(queue.SimpleQueue):
 
 def sequence(model, tokens, *, seed=5, key=0, max_tokens=12, rule=None, sampling=(), **options):
     listener = Listener()
-    combination = Combination.of(model, model.config)
+    combination = Combination(model, model.settings)
     if rule is not None:
-        combination = Combination(model, rule, combination.weights, combination.trust, combination.pool)
+        combination = Combination(model, model.settings.changed(rule=rule))
     work = Work(combination, Sampling(seed=seed, **dict(sampling)), max_tokens, **options)
     return Sequence(work, tokens, key, listener.put), listener
 

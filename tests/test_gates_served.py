@@ -20,8 +20,8 @@ GATES = ("unsure:0.15", "disagreement:1.8")
 
 
 def sequence(model, tokens, gate, *, rule=None, seed=5, max_tokens=12, **options):
-    listener, c = Listener(), Combination.of(model, model.config)
-    how = Combination(model, rule or c.rule, c.weights, c.trust, c.pool, gate)
+    listener, settings = Listener(), model.settings if rule is None else model.settings.changed(rule=rule)
+    how = Combination(model, settings.changed(gate=gate))
     return Sequence(Work(how, Sampling(seed=seed), max_tokens, **options), tokens, 0, listener.put), listener
 
 
