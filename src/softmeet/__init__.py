@@ -23,18 +23,9 @@ if TYPE_CHECKING:
     from softmeet.solvers.base import Status
 
 __all__ = [
-    "RULES",
-    "Ensemble",
-    "Rule",
-    "Settings",
-    "SoftmaxHead",
-    "Solution",
-    "Status",
-    "__version__",
-    "combine",
-    "register_rule",
-    "rule_names",
-]
+    "RULES", "Ensemble", "Rule", "Settings", "SoftmaxHead", "Solution", "Status", "__version__", "combine",
+    "register_rule", "rule_names",
+]  # fmt: skip
 
 # Loaded when first used, so that `softmeet --help` does not wait for torch and transformers.
 _HOMES = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from html import escape
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -91,64 +92,37 @@ def _show(facts: dict[str, Any]) -> None:
     )
 
 
+# The page of the server, standing still: its style, with the colours that Gradio brings there.
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>softmeet: {rule}</title><style>
+:root {{ --body-text-color-subdued: #667; --border-color-primary: #ccd; --background-fill-primary: #fff; }}
 body {{ font: 16px/1.6 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
-p.text {{ white-space: pre-wrap; font-family: ui-monospace, monospace; }}
-p.text a {{ color: inherit; text-decoration: none; border-radius: 3px; }}
-section {{ border-top: 1px solid #ddd; padding: .5rem 0; }} section:target {{ background: #f4f7ff; }}
-table {{ border-collapse: collapse; font-size: 14px; }} td, th {{ padding: .1rem .7rem .1rem 0; text-align: left; }}
-code {{ background: #eee; border-radius: 3px; padding: 0 .2rem; white-space: pre; }}
+a.tok {{ color: inherit; text-decoration: none; }} .panel {{ margin: 1rem 0; }}
+.panel:target {{ outline: 2px solid #1f5fbf; }}
+{style}
 </style></head><body>
 <h1>softmeet: {rule}</h1>
-<p>{members}. {nats:.3f} nats a token.{gate} A token is the redder, the more nats the members had to be corrected by;
+<p>{members}. {nats:.3f} nats a token.{gate} A token is the warmer, the more nats the members had to be corrected by;
 click one.</p>
-<p class="text">{first}{spans}</p>
+<div class="panel">{text}</div>
 {sections}
 </body></html>
 """
 
 
 def _page(facts: dict[str, Any]) -> str:
-    from softmeet.hf.report import heat
+    from softmeet.server.ui_html import details_of, text_of
 
-    spans, sections = [], []
-    for k, token in enumerate(facts["tokens"]):
-        color = f"background: rgba(220, 60, 40, {heat(token['disagreement']):.2f})"
-        spans.append(f'<a href="#t{k}" style="{color}">{escape(token["text"])}</a>')
-        sections.append(_section(k, token, facts["members"]))
+    rule, tokens = facts["rule"], facts["tokens"]
+    sections = [
+        f'<div class="panel" id="t{k}">{details_of(t, facts["members"], rule)}</div>' for k, t in enumerate(tokens)
+    ]
     return _PAGE.format(
-        rule=escape(facts["rule"]),
+        style=files("softmeet.server").joinpath("page.css").read_text(encoding="utf-8"),
+        rule=escape(rule),
         members=escape(", ".join(facts["members"])),
         nats=facts["nats"],
         gate=f" Gate {facts['gate']}: closed at {facts['gated']:.1%} of the tokens." if facts["gate"] else "",
-        first=escape(facts["first"]),
-        spans="".join(spans),
+        text=text_of(tokens, facts["first"], rule, done=True, links=True),
         sections="\n".join(sections),
-    )
-
-
-def _section(k: int, token: dict[str, Any], members: list[str]) -> str:
-    from softmeet.hf.report import shown
-
-    def listed(rows: list[list[Any]]) -> str:
-        return " ".join(f"<code>{escape(shown(text))}</code>&nbsp;{math.exp(x):.1%}" for text, x in rows)
-
-    rows = [f"<tr><th>ensemble<td>{math.exp(token['log_prob']):.2%}<td><td>{listed(token['top'])}"]
-    for name, own, nats, bound, top in zip(
-        members, token["member_log_probs"], token["disagreement"], token["disagreement_is_bound"], token["member_top"],
-        strict=True,
-    ):  # fmt: skip
-        size = f"{'≤' if bound else ''}{nats:.4f} nats"
-        rows.append(f"<tr><th>{escape(name)}<td>{math.exp(own):.2%}<td>{size}<td>{listed(top)}")
-    moved = ", ".join(
-        f"<code>{escape(shown(text))}</code> {math.exp(before):.2%} → {math.exp(after):.2%}"
-        for text, before, after in token["moved"]
-    )
-    sure = f"gap {'at most' if token['gap_is_certified'] else 'about'} {token['gap']:.1e} nats"
-    sure = sure if math.isfinite(token["gap"]) else "gap unknown"
-    return (
-        f'<section id="t{k}"><h3><code>{escape(shown(token["text"]))}</code></h3><table>{"".join(rows)}</table>'
-        f"<p>Moved, from the pool to the answer: {moved}.<br>{token['status'].lower()}, {sure}, "
-        f"{token['num_passes']:.1f} head passes{', gate closed' if token['gated'] else ''}.</p></section>"
     )

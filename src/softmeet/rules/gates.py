@@ -134,7 +134,7 @@ def confidence(log_p: Float[Tensor, "*b v"]) -> Float[Tensor, "*b"]:
     return log_p.amax(-1).exp()
 
 
-GATES: tuple[type[Gate], ...] = (Unsure, Disagreement)
+GATES: dict[str, type[Gate]] = {kind.name: kind for kind in (Unsure, Disagreement)}
 
 
 def parse_gate(gate: str | Gate | None) -> Gate | None:
@@ -143,39 +143,24 @@ def parse_gate(gate: str | Gate | None) -> Gate | None:
     Raises:
         InvalidInputError: there is no such gate, or its threshold is not a finite number from 0.
     """
-    if gate is None or isinstance(gate, Gate):
-        return gate
-    if not isinstance(gate, str):
-        raise _bad(gate)
-    name, _, number = gate.strip().partition(":")
-    if name == NONE and not number:
-        return None
-    for kind in GATES:
-        if kind.name == name:
-            return kind(_threshold(gate, number))
-    raise _bad(gate)
+    if gate is None or isinstance(gate, Gate) or gate == NONE:
+        return None if gate == NONE else gate  # type: ignore[return-value]
+    name, _, number = str(gate).strip().partition(":")
+    try:
+        threshold = float(number)
+    except ValueError:
+        threshold = math.nan
+    if name not in GATES or not 0 <= threshold < math.inf:
+        raise InvalidInputError(
+            "expected a gate as unsure:T (T a probability), disagreement:T (T in nats) or none, T a finite number from "
+            f"0, got {gate!r}"
+        )
+    return GATES[name](threshold)
 
 
 def that_closes(gate: Gate | None) -> Gate | None:
     """Leave out a gate that never closes, which is none."""
     return None if gate is None or gate.never_closes else gate
-
-
-def _threshold(gate: str, number: str) -> float:
-    try:
-        threshold = float(number)
-    except ValueError:
-        raise _bad(gate) from None
-    if not (math.isfinite(threshold) and threshold >= 0):
-        raise _bad(gate)
-    return threshold
-
-
-def _bad(gate: object) -> InvalidInputError:
-    return InvalidInputError(
-        "expected a gate as unsure:T (T a probability), disagreement:T (T in nats) or none, T a finite number from 0, "
-        f"got {gate!r}"
-    )
 
 
 def gated(problem: Problem) -> tuple[Answer, Bool[Tensor, " B"], float]:

@@ -179,7 +179,6 @@ def from_answer(
 ) -> Solution:
     """The answer with its batch dimensions back; ``which`` rows fell back, and which were gated."""
     fallback, gated = which
-    n = len(problem.log_p)
     return Solution(
         log_probs=answer.log_probs.to(dtype).reshape(*shape, problem.log_p.shape[-1]),
         status=answer.status.reshape(shape),
@@ -190,8 +189,8 @@ def from_answer(
         objective_range=answer.objective_range.T.reshape(2, *shape),
         num_steps=answer.steps.reshape(shape),
         num_passes=answer.passes.reshape(shape),
-        disagreement=answer.disagreement.T.reshape(n, *shape),
-        disagreement_is_bound=answer.disagreement_is_bound.T.reshape(n, *shape),
+        disagreement=answer.disagreement.T.reshape(len(problem.log_p), *shape),
+        disagreement_is_bound=answer.disagreement_is_bound.T.reshape(len(problem.log_p), *shape),
         gated=gated.reshape(shape),
         seconds=seconds,
         _answer=answer,

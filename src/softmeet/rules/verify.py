@@ -7,7 +7,7 @@ that has no second look is UNVERIFIED.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -43,10 +43,10 @@ class Verification:
 
     def reshape(self, shape: torch.Size) -> Verification:
         """Give the batch dimensions back."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        residual = values.pop("residual")
-        residual = residual.reshape(len(residual), *shape)
-        return Verification(residual=residual, **{name: value.reshape(shape) for name, value in values.items()})
+        flat = (self.gap, self.total_variation, self.status)
+        return Verification(
+            self.residual.reshape(len(self.residual), *shape), *(value.reshape(shape) for value in flat)
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,9 +13,12 @@ from softmeet.hf.report import heat, known_sum, shown
 Report = dict[str, Any]
 
 
-def text_of(tokens: Sequence[Report], prompt: str, rule: str, *, done: bool) -> str:
-    """A text as it streams: every token can be chosen by pointer or keyboard, and is the warmer the more it took."""
-    spans = "".join(_span(k, token) for k, token in enumerate(tokens))
+def text_of(tokens: Sequence[Report], prompt: str, rule: str, *, done: bool, links: bool = False) -> str:
+    """A text as it streams: every token can be chosen by pointer or keyboard, and is the warmer the more it took.
+
+    With ``links``, for a page without a script, token k leads to ``#tk``.
+    """
+    spans = "".join(_span(k, token, links=links) for k, token in enumerate(tokens))
     cursor = "" if done else '<span class="cursor" aria-hidden="true"></span>'
     return (
         f'<h3>{escape(rule)}</h3><div class="text"><span class="prompt">{escape(prompt)}</span>{spans}{cursor}</div>'
@@ -23,15 +26,14 @@ def text_of(tokens: Sequence[Report], prompt: str, rule: str, *, done: bool) -> 
     )
 
 
-def _span(k: int, token: Report) -> str:
+def _span(k: int, token: Report, *, links: bool) -> str:
     nats = known_sum(token["disagreement"])
     label = f"{shown(token['text'])}, disagreement {nats:.3f} nats, {math.exp(token['log_prob']):.1%}"
     hot = heat(token["disagreement"])
     text = escape(token["text"]).replace("\n", '<span class="nl">⏎</span>\n')
-    return (
-        f'<span class="tok" role="button" tabindex="{-1 if k else 0}" data-k="{k}" style="--heat:{hot:.3f}" '
-        f'title="{escape(label)}" aria-label="{escape(label)}">{text}</span>'
-    )
+    tag, how = ("a", f'href="#t{k}"') if links else ("span", f'role="button" tabindex="{-1 if k else 0}" data-k="{k}"')
+    label = f'title="{escape(label)}" aria-label="{escape(label)}"'
+    return f'<{tag} class="tok" {how} style="--heat:{hot:.3f}" {label}>{text}</{tag}>'
 
 
 def summary(tokens: Sequence[Report]) -> str:
