@@ -66,7 +66,7 @@ def test_bad_gates_are_refused_wherever_they_are_given(gate, rows, model):
         lambda: model.generate(PROMPTS, gate=gate, max_new_tokens=1),
         lambda: parse_choices([f"meet:gate={gate or 'x'}"], 2),
     ):
-        with pytest.raises(InvalidInputError, match=r"expected a gate as unsure:T .*or none|unknown option|option=value"):
+        with pytest.raises(InvalidInputError, match=r"expected a gate as unsure:T|unknown option|option=value"):
             given()
     with pytest.raises(InvalidInputError, match="expected a gate"):
         softmeet.combine(*rows, gate=0.5)
