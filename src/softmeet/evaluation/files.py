@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from pydantic_core import to_jsonable_python
 
 from softmeet.errors import InvalidInputError, TraceError
 
@@ -79,15 +80,7 @@ def written_together(folder: Path) -> Iterator[Path]:
 
 def as_json(content: Any) -> str:
     """As the standard has it: null for infinity and NaN, which strict parsers refuse."""
-    return json.dumps(_finite(content), indent=2, allow_nan=False)
-
-
-def _finite(content: Any) -> Any:
-    if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
+    return json.dumps(to_jsonable_python(content, inf_nan_mode="null"), indent=2, allow_nan=False)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 from softmeet.evaluation.files import write_atomically
 
 try:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 except ImportError as error:  # pragma: no cover - the extra is installed where tests run
     raise ImportError("plots are drawn by matplotlib: pip install 'softmeet[eval]'") from error
@@ -25,7 +24,6 @@ def draw(facts: dict[str, Any], folder: Path) -> list[Path]:
     figures = {"gain": _gain(facts), "calibration": _calibration(facts), "differences": _differences(facts)}
     written = []
     for name, figure in figures.items():
-        FigureCanvasAgg(figure)
         written.append(folder / f"{name}.png")
         write_atomically(written[-1], partial(figure.savefig, format="png", dpi=120))
     return written
@@ -61,13 +59,8 @@ def _calibration(facts: dict[str, Any]) -> Any:
     axes.plot([0, 1], [0, 1], color="black", linewidth=0.8)
     for name, rule in facts["rules"].items():
         found = rule["calibration"]
-        axes.plot(
-            found["confidence"],
-            found["accuracy"],
-            marker="o",
-            markersize=4,
-            label=f"{name} (error {found['error']:.3f})",
-        )
+        label = f"{name} (error {found['error']:.3f})"
+        axes.plot(found["confidence"], found["accuracy"], marker="o", markersize=4, label=label)
     axes.set_xlabel("probability of the most probable token")
     axes.set_ylabel("how often it came")
     axes.legend(frameon=False)

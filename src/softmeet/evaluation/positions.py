@@ -58,10 +58,8 @@ def join(parts: Sequence[Positions], names: list[str]) -> Positions:
     """Several stretches of positions as one."""
     return Positions(
         [torch.cat(own) for own in zip(*(part.hidden for part in parts), strict=True)],
-        torch.cat([part.targets for part in parts]),
-        torch.cat([part.document for part in parts]),
-        torch.cat([part.sizes for part in parts]),
-        names,
+        **{name: torch.cat([getattr(part, name) for part in parts]) for name in OF_TEXT},
+        names=names,
     )
 
 
@@ -134,4 +132,4 @@ def _observed(ensemble: Ensemble, reading: Reading) -> Found:
 
 def _unpacked(piece: Found) -> Positions:
     hidden = [piece[f"hidden {i}"] for i in range(len(piece) - len(OF_TEXT))]
-    return Positions(hidden, piece["targets"], piece["document"], piece["sizes"], [])
+    return Positions(hidden, names=[], **{name: piece[name] for name in OF_TEXT})

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from jaxtyping import Int
@@ -29,6 +30,10 @@ class TokenizedDocument:
     name: str
     ids: Int[Tensor, " ids"]
     sizes: Int[Tensor, " t"]
+
+    def cut(self, start: int, stop: int) -> TokenizedDocument:
+        """The tokens that predictions at [start, stop) read."""
+        return TokenizedDocument(self.name, self.ids[start : stop + 1].clone(), self.sizes[start:stop].clone())
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def tokenize(
         count = min([len(one.ids) - 1, *limits])
         if count < 1:
             continue
-        found.append(TokenizedDocument(one.name, one.ids[: count + 1], one.sizes[:count]))
+        found.append(one.cut(0, count))
         left -= count if left > 0 else 0
     if not found:
         raise InvalidInputError("expected a text of at least two tokens: nothing can be predicted in a shorter one")
@@ -103,11 +108,7 @@ def _byte_ends(text: str, ends: list[int]) -> list[int]:
     else:
         lengths = torch.tensor([len(c.encode()) for c in text]).cumsum(0).tolist()
         places = [0, *lengths]  # type: ignore[assignment]
-    found, highest = [], 0
-    for end in ends:
-        highest = max(highest, places[end])
-        found.append(highest)
-    return found
+    return list(accumulate((places[end] for end in ends), max))
 
 
 def window_length(limit: int | None, window: int | None, stride: int | None) -> tuple[int, int]:
@@ -174,10 +175,7 @@ class Reading:
         places = list(dict.fromkeys(window.document for window in read))
         first = {place: min(w.start for w in read if w.document == place) for place in places}
         last = {window.document: window.stop for window in read}
-        cut = [
-            TokenizedDocument(d.name, d.ids[first[k] : last[k] + 1].clone(), d.sizes[first[k] : last[k]].clone())
-            for k, d in ((k, documents[k]) for k in places)
-        ]
+        cut = [documents[k].cut(first[k], last[k]) for k in places]
         moved = [
             Window(places.index(w.document), *(at - first[w.document] for at in (w.start, w.first, w.stop)))
             for w in read

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from dataclasses import asdict
+from itertools import accumulate
 from typing import Any
 from uuid import uuid4
+
+from pydantic_core import to_jsonable_python
 
 from softmeet.server.answer import Part, Plan
 from softmeet.server.work import Token
@@ -24,15 +27,6 @@ def dumps(document: Any) -> str:
 
 def _nats(x: float | None) -> float | None:
     return x if x is None else max(x, _IMPOSSIBLE)
-
-
-def _plain(value: Any) -> Any:
-    """A report for JSON: null where there is no number."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _plain(x) for key, x in value.items()}
-    return [_plain(x) for x in value] if isinstance(value, list | tuple) else value
 
 
 class Reply(ABC):
@@ -94,8 +88,9 @@ class Reply(ABC):
 
     def _reported(self, part: Part) -> dict[str, Any]:
         tokens = [*(part.scored or []), *part.tokens]
-        reports = [_plain(t.report.spelled(self.plan.tokenizer)) for t in tokens if t.report is not None]
-        found: dict[str, Any] = {"tokens": reports} if reports else {}
+        reports = [t.report.spelled(self.plan.tokenizer) for t in tokens if t.report is not None]
+        # Null where there is no number.
+        found = {"tokens": to_jsonable_python(reports, inf_nan_mode="null")} if reports else {}
         if part.gate is not None:
             found["gate"] = asdict(part.gate) | {"share": part.gate.gated / max(part.gate.tokens, 1)}
         return {"softmeet": found} if found else {}
@@ -112,7 +107,7 @@ class CompletionReply(Reply):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._offsets: dict[int, int] = {}
+        self._offsets: dict[int, int] = defaultdict(int)
 
     def choice(self, part: Part) -> dict[str, Any]:
         """As the API has it."""
@@ -131,11 +126,8 @@ class CompletionReply(Reply):
         scored = [] if part.scored is None else [Token(prompt[0]), *part.scored]
         rows = [*scored, *part.tokens]
         texts = [self.spell(t.token) for t in rows]
-        offsets, at = [], self._offsets.get(part.index, 0)
-        for text in texts:
-            offsets.append(at)
-            at += len(text)
-        self._offsets[part.index] = at
+        offsets = list(accumulate(map(len, texts), initial=self._offsets[part.index]))
+        self._offsets[part.index] = offsets.pop()
         return {
             "tokens": texts,
             "token_logprobs": [_nats(t.log_prob) for t in rows],

@@ -17,6 +17,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from softmeet.server.asgi import replay
 from softmeet.server.errors import RequestError, problem
 from softmeet.server.metrics import Metrics
 
@@ -68,8 +69,7 @@ class Guard:
             if message["type"] == "http.response.start":
                 self.metrics.requests.labels(path if path in _COUNTED else "other", message["status"]).inc()
                 headers = MutableHeaders(scope=message)
-                for name, value in _COMMON.items():
-                    headers[name] = value
+                headers.update(_COMMON)
                 headers["Content-Security-Policy"] = _PAGE if path.startswith("/ui") else _NO_PAGE
             await send(message)
 
@@ -87,7 +87,7 @@ class Guard:
             return
         except _GoneError:
             return
-        await self.app(scope, _replay(body, receive), sending)
+        await self.app(scope, replay(body, receive), sending)
 
     def _check(self, path: str, headers: Headers) -> None:
         if path.startswith(_UPLOADS):
@@ -136,19 +136,6 @@ def _check_json(body: bytes) -> None:
 
 class _GoneError(Exception):
     """The client left before it had sent its request."""
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    sent = False
-
-    async def replay() -> Message:
-        nonlocal sent
-        if sent:
-            return await receive()
-        sent = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return replay
 
 
 def _given(headers: Headers) -> str:
