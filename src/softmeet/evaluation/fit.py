@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -162,34 +163,29 @@ def fit(
         subset = parts["fit"].subset(options.meet_positions)
         # Minibatches are for heads that take long: one start has to do.
         begun = averages if options.batch is None else [best]
-        starts = [(_named(a), a, _first_trusts(premise, a)) for a in begun]
-        candidates += [fitter.meet(subset, *start, 1) for start in starts]
+        meets = [fitter.meet(subset, _named(a), a, _first_trusts(premise, a), 1) for a in begun]
+        candidates += meets
         if options.bands > 1:
-            meet = min(candidates[-len(starts) :], key=lambda candidate: candidate.fit_nll)
+            meet = min(meets, key=lambda candidate: candidate.fit_nll)
             trust = [rho for rho in meet.settings["trust"] for _ in range(options.bands)]
-            start = (f"{meet.name} by direction", meet, trust)
-            candidates.append(fitter.meet(subset, *start, options.bands))
+            candidates.append(fitter.meet(subset, f"{meet.name} by direction", meet, trust, options.bands))
         candidates += [_as_written(text, best, n) for text in options.rules]
     return fitter.judge(parts, candidates, premise)
 
 
-@dataclass
-class _Remembered:
+def _remembered(loss: LossAndGradient, kept: Kept, name: str, first: int = 1) -> LossAndGradient:
     """A loss whose evaluations are kept: the same steps lead to the same points again."""
+    count = itertools.count(first)
 
-    loss: LossAndGradient
-    kept: Kept
-    name: str
-    count: int = 0
-
-    def __call__(self, theta: Tensor) -> tuple[float, Tensor]:
+    def remembered(theta: Tensor) -> tuple[float, Tensor]:
         def find() -> dict[str, Tensor]:
-            value, gradient = self.loss(theta)
+            value, gradient = loss(theta)
             return {"loss": torch.tensor(value, dtype=torch.float64), "gradient": gradient}
 
-        self.count += 1
-        found = self.kept.one(f"{self.name}-{self.count:04d}", find)
+        found = kept.one(f"{name}-{next(count):04d}", find)
         return found["loss"].item(), found["gradient"]
+
+    return remembered
 
 
 @dataclass(frozen=True)
@@ -220,12 +216,12 @@ class _Fitter:
             return Loss(self.engine, self.ensemble.model, some, layout, pool, on_progress=advance, **more)
 
         if batch is None:
-            return minimise(_Remembered(on(positions), self.kept, name), layout, start, evaluations)
+            return minimise(_remembered(on(positions), self.kept, name), layout, start, evaluations)
         order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(0))
 
         def losses(k: int) -> LossAndGradient:
             rows = order[torch.arange(k * batch, (k + 1) * batch) % len(order)]
-            return _Remembered(lambda theta: on(positions.take(rows))(theta), self.kept, name, count=k)
+            return _remembered(lambda theta: on(positions.take(rows))(theta), self.kept, name, k + 1)
 
         return descend(losses, layout, start, evaluations)
 

@@ -19,7 +19,7 @@ from softmeet.evaluation.documents import Document
 from softmeet.evaluation.kept import Found, Kept
 from softmeet.evaluation.perplexity import Evaluation, Scores, distinct_names, evaluate
 from softmeet.evaluation.positions import OF_TEXT, PIECE, Positions, observe
-from softmeet.evaluation.windows import Reading, grouped, tokenize, window_length, windows
+from softmeet.evaluation.windows import Reading, grouped, readings, tokenize, window_length, windows
 from softmeet.scaling.base import Engine
 from softmeet.scaling.local import LocalEngine
 
@@ -64,7 +64,7 @@ def evaluate_text(
         "evaluate",
         _read_and_score,
         len(groups),
-        lambda k: (ensemble, Reading.of(tokens, groups[k]), choices),
+        lambda k: (ensemble, readings(tokens, groups[k]), choices),
         lambda k: advance(sizes[k]),
     )
     return _joined(ensemble, choices, found, [t.name for t in tokens])
@@ -130,8 +130,8 @@ def _stretches(positions: Positions, size: int) -> list[range]:
     return found
 
 
-def _read_and_score(ensemble: Ensemble, reading: Reading, choices: Sequence[Choice]) -> Found:
-    return _score(ensemble, observe(ensemble, reading), choices)
+def _read_and_score(ensemble: Ensemble, read: Sequence[Reading], choices: Sequence[Choice]) -> Found:
+    return _score(ensemble, observe(ensemble, read), choices)
 
 
 def _score(ensemble: Ensemble, positions: Positions, choices: Sequence[Choice]) -> Found:

@@ -31,10 +31,6 @@ class TokenizedDocument:
     ids: Int[Tensor, " ids"]
     sizes: Int[Tensor, " t"]
 
-    def cut(self, start: int, stop: int) -> TokenizedDocument:
-        """The tokens that predictions at [start, stop) read."""
-        return TokenizedDocument(self.name, self.ids[start : stop + 1].clone(), self.sizes[start:stop].clone())
-
 
 @dataclass(frozen=True)
 class Window:
@@ -79,7 +75,7 @@ def tokenize(
         count = min([len(one.ids) - 1, *limits])
         if count < 1:
             continue
-        found.append(one.cut(0, count))
+        found.append(TokenizedDocument(one.name, one.ids[: count + 1], one.sizes[:count]))
         left -= count if left > 0 else 0
     if not found:
         raise InvalidInputError("expected a text of at least two tokens: nothing can be predicted in a shorter one")
@@ -160,30 +156,24 @@ def grouped(found: Iterable[Window], size: int, *, by_document: bool) -> list[li
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """Some windows, and no more of their documents than they read.
+    """A window by itself: its tokens and the one that follows, (t + 1,), the last k of which are predicted.
 
-    ``windows`` are of ``documents``; ``places`` says which document each of those is in the whole text.
+    ``sizes``, (k,), are bytes, and ``place`` says which document of the whole text it is of.
     """
 
-    documents: list[TokenizedDocument]
-    windows: list[Window]
-    places: list[int]
+    ids: Int[Tensor, " ids"]
+    sizes: Int[Tensor, " k"]
+    place: int
 
-    @classmethod
-    def of(cls, documents: Sequence[TokenizedDocument], read: Sequence[Window]) -> Reading:
-        """What some windows, in order, read of a text."""
-        places = list(dict.fromkeys(window.document for window in read))
-        first = {place: min(w.start for w in read if w.document == place) for place in places}
-        last = {window.document: window.stop for window in read}
-        cut = [documents[k].cut(first[k], last[k]) for k in places]
-        moved = [
-            Window(places.index(w.document), *(at - first[w.document] for at in (w.start, w.first, w.stop)))
-            for w in read
-        ]
-        return cls(cut, moved, places)
 
-    def __len__(self) -> int:
-        return sum(map(len, self.windows))
+def readings(documents: Sequence[TokenizedDocument], read: Sequence[Window]) -> list[Reading]:
+    """Some windows with what they read of a text, and no more."""
+    found = []
+    for window in read:
+        ids, sizes = documents[window.document].ids, documents[window.document].sizes
+        own = ids[window.start : window.stop + 1].clone(), sizes[window.first : window.stop].clone()
+        found.append(Reading(*own, window.document))
+    return found
 
 
 def text_hash(documents: Sequence[TokenizedDocument]) -> str:

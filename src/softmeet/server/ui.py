@@ -67,6 +67,7 @@ def page(serving: Serving) -> gr.Blocks:
     """The page of a server's ensembles."""
     served = {s.name: s for s in serving.ensembles}
     first = next(iter(served.values()))
+    config, names = first.ensemble.model.config, list(first.names)
     free = {name: name in serving.settings.allowed for name in ("rule", "trust", "members")}
     choose = _file("page.js")
     with gr.Blocks(title="softmeet: look inside", analytics_enabled=False) as blocks:
@@ -80,14 +81,9 @@ def page(serving: Serving) -> gr.Blocks:
             with gr.Column(scale=2, min_width=260):
                 name = gr.Dropdown(list(served), value=first.name, label="Ensemble", elem_id="ensemble")
                 members = gr.CheckboxGroup(
-                    list(first.names),
-                    value=list(first.names),
-                    label="Members",
-                    interactive=free["members"],
-                    elem_id="members",
+                    names, value=names, label="Members", interactive=free["members"], elem_id="members"
                 )
         with gr.Row():
-            config = first.ensemble.model.config
             rules = list(dict.fromkeys([*rule_names(), config.rule]))
             rule = gr.Dropdown(rules, value=config.rule, label="Rule", interactive=free["rule"], elem_id="rule")
             other = gr.Dropdown(
@@ -165,7 +161,7 @@ async def _pictures(
             asked = _asked(serving, name, members, chosen, trust)
             plan = await serving.completion(CompletionRequest.model_validate(given | {"softmeet": asked}))
             answers.append(await serving.answer(plan))
-        sides = [Side(str(a.plan.combination.settings.rule), a.plan.members, prompt) for a in answers]
+        sides = [Side(str(a.plan.work.combination.settings.rule), a.plan.members, prompt) for a in answers]
         feeds = [asyncio.create_task(_feed(a, side)) for a, side in zip(answers, sides, strict=True)]
         while not all(feed.done() for feed in feeds):
             yield *_texts(sides), _HINT, _trouble(""), sides
