@@ -81,17 +81,15 @@ class Objective:
         total, gradient = 0.0, torch.zeros_like(theta)
         for k, chunk in enumerate(self.positions.chunks(chunk_size(self.model.config.vocab_size))):
             log_p, logits = self._log_probs(k, chunk)
-            for rows in torch.arange(len(chunk)).split(self._rows_at_once(len(chunk))):
-                some = slice(int(rows[0]), int(rows[-1]) + 1)
+            at_once = len(chunk) if self.layout.trusts else max(1, _CACHED_ELEMENTS // self.model.config.vocab_size)
+            for start in range(0, len(chunk), at_once):
+                some = slice(start, start + at_once)
                 leaf = theta.detach().clone().requires_grad_()
                 own = None if logits is None else logits[:, some]
                 loss = self.losses(leaf, log_p[:, some], own, chunk.targets[some]).sum()
                 gradient += torch.autograd.grad(loss, leaf)[0]
                 total += loss.item()
         return total, gradient
-
-    def _rows_at_once(self, chunk: int) -> int:
-        return chunk if self.layout.trusts else max(1, _CACHED_ELEMENTS // self.model.config.vocab_size)
 
     def losses(
         self, theta: Float[Tensor, " k"], log_p: Float[Tensor, "n B v"], logits: Tensor | None, targets: Tensor

@@ -94,15 +94,16 @@ def evaluate_positions(
     Raises:
         InvalidInputError: no document is longer than the prompts of ``choices``.
     """
-    _require_longer(positions.document.unique_consecutive(return_counts=True)[1].tolist(), choices)
-    pieces = _stretches(positions, _size(choices))
+    lengths = positions.document.unique_consecutive(return_counts=True)[1].tolist()
+    _require_longer(lengths, choices)
+    pieces = [rows for own in torch.arange(len(positions)).split(lengths) for rows in own.split(_size(choices))]
     found = (kept or Kept()).map(
         engine or LocalEngine(),
         stage,
         _score,
         len(pieces),
         # Copied, so that products see them aligned alike wherever they run.
-        lambda k: (ensemble, positions.take(torch.arange(pieces[k].start, pieces[k].stop)), choices),
+        lambda k: (ensemble, positions.take(pieces[k]), choices),
         lambda k: on_progress(len(pieces[k])),
     )
     return replace(_joined(ensemble, choices, found, positions.names), positions=positions)
@@ -120,14 +121,6 @@ def _require_longer(lengths: Sequence[int], choices: Sequence[Choice]) -> None:
 def _size(choices: Sequence[Choice]) -> int:
     """Of a piece; weights that follow from a document's beginning need all of it at once."""
     return 1 << 62 if any(choice.prompt for choice in choices) else PIECE
-
-
-def _stretches(positions: Positions, size: int) -> list[range]:
-    found, start = [], 0
-    for length in positions.document.unique_consecutive(return_counts=True)[1].tolist():
-        found += [range(at, min(at + size, start + length)) for at in range(start, start + length, min(size, length))]
-        start += length
-    return found
 
 
 def _read_and_score(ensemble: Ensemble, read: Sequence[Reading], choices: Sequence[Choice]) -> Found:

@@ -61,8 +61,7 @@ def _calibration(facts: dict[str, Any]) -> Any:
         found = rule["calibration"]
         label = f"{name} (error {found['error']:.3f})"
         axes.plot(found["confidence"], found["accuracy"], marker="o", markersize=4, label=label)
-    axes.set_xlabel("probability of the most probable token")
-    axes.set_ylabel("how often it came")
+    axes.set(xlabel="probability of the most probable token", ylabel="how often it came")
     axes.legend(frameon=False)
     return figure
 

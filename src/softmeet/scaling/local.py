@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from softmeet.scaling.base import Engine, Items
-from softmeet.scaling.interrupts import DeferredInterrupt
+from softmeet.scaling.interrupts import deferred_interrupt
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -37,13 +37,13 @@ class LocalEngine(Engine):
 
     def map(self, function: Callable[..., R], items: Items) -> Iterator[tuple[int, R]]:
         """As :meth:`Engine.map`."""
-        with DeferredInterrupt(self._on_stop) as interrupt:
-            left = takewhile(lambda _: not interrupt.came, enumerate(items))
+        with deferred_interrupt(self._on_stop) as interrupted:
+            left = takewhile(lambda _: not interrupted(), enumerate(items))
             if self.workers == 1:
                 yield from ((k, function(*item)) for k, item in left)
             else:
                 yield from self._in_threads(function, left)
-        if interrupt.came:
+        if interrupted():
             raise KeyboardInterrupt
 
     def _in_threads(

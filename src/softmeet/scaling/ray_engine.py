@@ -163,9 +163,7 @@ class RayEngine(Engine):
         """In the object store; a worker unpacks each that it meets once."""
         first = self._numbers[1]
         self._numbers = first, first + len(values)
-        stored: list[Any] = []
-        for k, value in enumerate(values):
-            stored.append(Stored(first + k, ray.put(pack(value, self._parts)[0])))
+        stored: list[Any] = [Stored(first + k, ray.put(pack(x, self._parts)[0])) for k, x in enumerate(values)]
         return stored
 
     def map(self, function: Callable[..., R], items: Items) -> Iterator[tuple[int, R]]:

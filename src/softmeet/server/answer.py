@@ -43,6 +43,7 @@ class Plan:
     """What a request comes to.
 
     Args:
+        model: the name of the ensemble.
         prompts: token ids.
         choices: continuations of each prompt; choice c of prompt p has index p · choices + c.
         work: of every sequence, but for its prompt, its key and where its events go.
@@ -50,6 +51,7 @@ class Plan:
         stops: strings before which a text ends.
     """
 
+    model: str
     prompts: list[tuple[int, ...]]
     choices: int
     work: Work

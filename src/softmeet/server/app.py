@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from softmeet import __version__
 from softmeet.errors import SoftmeetError
-from softmeet.server.answer import Answer, Plan
+from softmeet.server.answer import Answer
 from softmeet.server.asgi import unless_left
 from softmeet.server.errors import RequestError, problem
 from softmeet.server.replies import ChatReply, CompletionReply, Reply, dumps
@@ -91,24 +91,14 @@ def _model(served: Any) -> dict[str, Any]:
 async def completions(body: CompletionRequest, request: Request) -> Response:
     """Continue prompts."""
     plan = await _serving(request).completion(body)
-    reply = CompletionReply(plan, _name(request, body), echo=bool(body.echo), usage=_wants_usage(body))
-    return await _respond(request, plan, reply, stream=bool(body.stream))
+    return await _respond(request, CompletionReply(plan, body))
 
 
 @router.post("/v1/chat/completions")
 async def chat(body: ChatRequest, request: Request) -> Response:
     """Answer messages, put in the form of the tokenizer's chat template."""
     plan = await _serving(request).chat(body)
-    reply = ChatReply(plan, _name(request, body), usage=_wants_usage(body))
-    return await _respond(request, plan, reply, stream=bool(body.stream))
-
-
-def _name(request: Request, body: CompletionRequest | ChatRequest) -> str:
-    return _serving(request).ensembles.find(body.model).name
-
-
-def _wants_usage(body: CompletionRequest | ChatRequest) -> bool:
-    return body.stream_options is not None and body.stream_options.include_usage
+    return await _respond(request, ChatReply(plan, body))
 
 
 @router.get("/health")
@@ -133,9 +123,9 @@ async def metrics(request: Request) -> Response:
     return Response(generate_latest(_serving(request).metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-async def _respond(request: Request, plan: Plan, reply: Reply, *, stream: bool) -> Response:
-    answer = await _serving(request).answer(plan)
-    if stream:
+async def _respond(request: Request, reply: Reply) -> Response:
+    answer = await _serving(request).answer(reply.plan)
+    if reply.request.stream:
         headers = {"Cache-Control": "no-store"}
         return _Events(_events(answer, reply), media_type="text/event-stream", headers=headers)
     choices = await unless_left(answer.whole(), request.receive)

@@ -14,6 +14,7 @@ from uuid import uuid4
 from pydantic_core import to_jsonable_python
 
 from softmeet.server.answer import Part, Plan
+from softmeet.server.schemas import ChatRequest, CompletionRequest
 from softmeet.server.work import Token
 
 # What OpenAI writes for a probability of zero, which JSON has no number for.
@@ -32,9 +33,9 @@ def _nats(x: float | None) -> float | None:
 class Reply(ABC):
     """How one endpoint writes its answers."""
 
-    def __init__(self, plan: Plan, model: str, *, echo: bool = False, usage: bool = False) -> None:
-        self.plan, self.echo, self.usage = plan, echo, usage
-        self._common = {"id": self.prefix + uuid4().hex, "created": int(time.time()), "model": model}
+    def __init__(self, plan: Plan, request: CompletionRequest | ChatRequest) -> None:
+        self.plan, self.request = plan, request
+        self._common = {"id": self.prefix + uuid4().hex, "created": int(time.time()), "model": plan.model}
         self._begun: set[int] = set()
 
     prefix: str
@@ -67,7 +68,7 @@ class Reply(ABC):
 
     def last_chunk(self, tokens: int) -> dict[str, Any] | None:
         """The usage, if it was asked for."""
-        if not self.usage:
+        if self.request.stream_options is None or not self.request.stream_options.include_usage:
             return None
         return {**self._common, "object": self.chunk_kind, "choices": [], "usage": self._usage(tokens)}
 
@@ -105,9 +106,9 @@ class CompletionReply(Reply):
 
     prefix, kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._offsets: dict[int, int] = defaultdict(int)
+    def __init__(self, plan: Plan, request: CompletionRequest) -> None:
+        super().__init__(plan, request)
+        self._echo, self._offsets = bool(request.echo), defaultdict[int, int](int)
 
     def choice(self, part: Part) -> dict[str, Any]:
         """As the API has it."""
@@ -116,7 +117,7 @@ class CompletionReply(Reply):
     def delta(self, part: Part, *, first: bool) -> dict[str, Any]:
         """Text, after the prompt's if it is to be echoed, and log-probabilities."""
         prompt = self.plan.prompts[part.index // self.plan.choices]
-        echoed = self.plan.tokenizer.decode(list(prompt)) if self.echo and first else ""
+        echoed = self.plan.tokenizer.decode(list(prompt)) if self._echo and first else ""
         return {"text": echoed + part.text, "logprobs": self._log_probs(part, prompt)}
 
     def _log_probs(self, part: Part, prompt: tuple[int, ...]) -> dict[str, Any] | None:

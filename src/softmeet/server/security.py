@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from pydantic_core import from_json
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -74,7 +75,7 @@ class Guard:
 
         try:
             self._check(path, Headers(scope=scope))
-            body = await self._body(Headers(scope=scope), receive)
+            body = await self._body(Request(scope, receive))
             if body and path.startswith("/v1/"):
                 _check_json(body)
         except RequestError as error:
@@ -84,7 +85,7 @@ class Guard:
             response = JSONResponse(found.body(), found.status, {"Connection": "close", **realm})
             await response(scope, receive, sending)
             return
-        except _GoneError:
+        except ClientDisconnect:  # before it had sent its request
             return
         await self.app(scope, replay(body, receive), sending)
 
@@ -99,23 +100,21 @@ class Guard:
                 "expected a valid API key as 'Authorization: Bearer KEY'", status=401, code="invalid_api_key"
             )
 
-    async def _body(self, headers: Headers, receive: Receive) -> bytes:
+    async def _body(self, request: Request) -> bytes:
         limit = self.protection.max_body
         too_large = RequestError(f"expected a body of at most {limit:,} bytes", status=413, code="body_too_large")
-        length = headers.get("content-length", "0")
+        length = request.headers.get("content-length", "0")
         if not length.isdecimal() or int(length[:20]) > _DISCARDED * limit:
             raise too_large
-        parts, size, more = [], 0, True
+        parts, size = [], 0
         try:
             async with asyncio.timeout(self.protection.body_seconds):
-                while more and size <= _DISCARDED * limit:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise _GoneError
-                    size += len(message.get("body", b""))
-                    more = message.get("more_body", False)
+                async for part in request.stream():
+                    size += len(part)
                     if size <= limit:
-                        parts.append(message.get("body", b""))
+                        parts.append(part)
+                    elif size > _DISCARDED * limit:
+                        break
         except TimeoutError:
             raise RequestError(
                 f"expected the body within {self.protection.body_seconds:g} s", status=408, code="body_too_slow"
@@ -131,10 +130,6 @@ def _check_json(body: bytes) -> None:
         from_json(body, allow_inf_nan=False)
     except ValueError as error:
         raise RequestError(f"expected JSON in UTF-8 as the body: {error}"[:300], code="invalid_json") from None
-
-
-class _GoneError(Exception):
-    """The client left before it had sent its request."""
 
 
 def _given(headers: Headers) -> str:

@@ -124,8 +124,13 @@ def page(serving: Serving) -> gr.Blocks:
 
 def _controls(served: Served) -> tuple[Any, Any, Any]:
     """The controls as the ensemble has them."""
-    config, names = served.ensemble.model.config, list(served.names)
-    return gr.CheckboxGroup(names, value=names), config.rule, min(config.trust[0], 4)
+    own = _own(served)
+    return gr.CheckboxGroup(own["members"], value=own["members"]), own["rule"], own["trust"]
+
+
+def _own(served: Served) -> dict[str, Any]:
+    config = served.ensemble.model.config
+    return {"members": list(served.names), "rule": config.rule, "trust": min(config.trust[0], 4)}
 
 
 def _choosing(k: int) -> Any:
@@ -181,14 +186,9 @@ async def _pictures(
 
 def _asked(serving: Serving, name: str, members: list[str], rule: str, trust: float) -> Extension:
     """What differs from the ensemble's own, so that a server that allows no changes is not asked for any."""
-    served = serving.ensembles.find(name)
-    config, given = served.ensemble.model.config, dict[str, Any]()
-    if list(members) != list(served.names):
-        given["members"] = list(members)
-    if rule != config.rule:
-        given["rule"] = rule
-    if trust != min(config.trust[0], 4):
-        given["trust"] = float(trust)
+    own = _own(serving.ensembles.find(name))
+    asked = {"members": list(members), "rule": rule, "trust": float(trust)}
+    given = {name: value for name, value in asked.items() if value != own[name]}
     return Extension.model_validate(given | {"report": _LISTED})
 
 

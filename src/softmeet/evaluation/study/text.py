@@ -117,7 +117,7 @@ def _kinds(settings: Settings, positions: Positions) -> list[tuple[str, Sequence
 
 
 def _nats(ensemble: Ensemble, entries: Sequence[Entry], rows: Positions) -> Json:
-    choices = [Choice(entry.label, {"rule": entry.rule, **_options(entry, ensemble)}) for entry in entries]
+    choices = [Choice(entry.label, {"rule": entry.rule, **entry.options}) for entry in entries]
     found = evaluate(ensemble, rows, choices)
     rules = {
         name: {"nats": finite(s.nats), "fallbacks": s.fallbacks, "unsolved": s.unconverged, "passes": s.passes}
@@ -127,16 +127,9 @@ def _nats(ensemble: Ensemble, entries: Sequence[Entry], rows: Positions) -> Json
     return {"document": rows.document.tolist(), "members": members, "rules": rules}
 
 
-def _options(entry: Entry, ensemble: Ensemble) -> Json:
-    options = dict(entry.options)
-    if "trust" in options:
-        options["trust"] = [options["trust"]] * len(ensemble.names)
-    return options
-
-
 def _sample(ensemble: Ensemble, entry: Entry, settings: Settings) -> Json:
     """The same prompt and seed for every rule."""
-    writer = _variant(ensemble, len(ensemble.names), rule=entry.rule, **_options(entry, ensemble))
+    writer = _variant(ensemble, len(ensemble.names), rule=entry.rule, **entry.options)
     return {"text": writer.generate(settings.prompt, seed=1, do_sample=True, max_new_tokens=settings.tokens)}
 
 
