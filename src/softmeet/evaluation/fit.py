@@ -199,17 +199,11 @@ class _Fitter:
     kept: Kept
 
     def _found(
-        self,
-        name: str,
-        positions: Positions,
-        layout: Layout,
-        pool: Pool,
-        start: Values,
-        evaluations: int,
-        batch: int | None = None,
-        **more: Any,
+        self, name: str, positions: Positions, layout: Layout, pool: Pool, start: Values, *, cheap: bool, **more: Any
     ) -> tuple[Values, float, int]:
         """(values, loss, evaluations), on all positions at once or in minibatches."""
+        evaluations = self.options.evaluations * (_CHEAPER if cheap else 1)
+        batch = None if cheap else self.options.batch
         advance = self.begin(f"fitting {name}", 0, batch and evaluations * batch)
 
         def on(some: Positions) -> Loss:
@@ -227,10 +221,8 @@ class _Fitter:
 
     def single(self, positions: Positions, i: int) -> Candidate:
         """A member at its best temperature."""
-        n, at_most = len(self.ensemble.names), _CHEAPER * self.options.evaluations
-        values, loss, count = self._found(
-            f"member {i}", positions, Layout(1), POOLS[0], Values((1.0,)), at_most, members=[i]
-        )
+        n, start = len(self.ensemble.names), Values((1.0,))
+        values, loss, count = self._found(f"member {i}", positions, Layout(1), POOLS[0], start, cheap=True, members=[i])
         weights = [1.0 if k == i else 0.0 for k in range(n)]
         own = {"rule": POOLS[0], "weights": weights, "trust": [0.0] * n, "rule_temperature": values.temperature}
         return Candidate(distinct_names(self.ensemble)[i], own, True, loss, count)
@@ -240,8 +232,7 @@ class _Fitter:
         n, free = len(self.ensemble.names), _free(self.options, pool)
         # A free scale of the weights is a logit mean's temperature already.
         layout = Layout(n, free=free, tempered=not free)
-        at_most = _CHEAPER * self.options.evaluations
-        values, loss, count = self._found(pool, positions, layout, pool, Values((1 / n,) * n), at_most)
+        values, loss, count = self._found(pool, positions, layout, pool, Values((1 / n,) * n), cheap=True)
         return Candidate(pool, _settings(pool, pool, values, n, self.options), True, loss, count)
 
     def meet(self, positions: Positions, name: str, start: Candidate, trust: Sequence[float], bands: int) -> Candidate:
@@ -254,10 +245,8 @@ class _Fitter:
         begun = tuple(rho for i in trusted for rho in trust[i * bands : (i + 1) * bands])
         layout = Layout(n, len(begun), free=_free(self.options, pool))
         at = Values(tuple(start.settings["weights"]), start.settings["rule_temperature"], begun)
-        piece, at_most, batch = _piece(name, bands), self.options.evaluations, self.options.batch
-        values, loss, count = self._found(
-            piece, positions, layout, pool, at, at_most, batch, bands=bands, trusted=trusted
-        )
+        more = {"bands": bands, "trusted": trusted}
+        values, loss, count = self._found(_piece(name, bands), positions, layout, pool, at, cheap=False, **more)
         found = iter(values.trust)
         every = tuple(next(found) if i in trusted else 0.0 for i in range(n) for _ in range(bands))
         own = _settings(DEFAULT, pool, replace(values, trust=every), n, self.options) | {"bands": bands}
@@ -375,11 +364,7 @@ def figures(fitted: Fitted) -> dict[str, Any]:
         "trust": chosen.settings["trust"],
         "temperature": chosen.settings["rule_temperature"],
         "pool": chosen.settings.get("pool", POOLS[0]),
-        "test": {
-            "nll": test.choices[chosen.label].mean,
-            "best_baseline": best.name,
-            **against.figures(),
-        },
+        "test": {"nll": test.choices[chosen.label].mean, "best_baseline": best.name, **against.figures()},
         "fell_back": fitted.fell_back,
         "rival": {"candidate": fitted.rival.name, **fitted.difference.figures()},
         "members": {name: {"nll": scores.mean} for name, scores in test.members.items()},

@@ -81,9 +81,7 @@ def clusters(document: Int[Tensor, " N"]) -> Clusters:
         own = torch.arange(size) * parts // size
         found[place == k] = own + start
         start += parts
-    return (
-        Clusters(found, "blocks") if start > 1 else Clusters(torch.arange(len(document)) * 2 // len(document), "blocks")
-    )
+    return Clusters(found, "blocks")
 
 
 def paired(ours: Float[Tensor, " N"], theirs: Float[Tensor, " N"], within: Clusters) -> Difference:

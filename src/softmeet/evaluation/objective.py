@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -115,9 +115,7 @@ class Objective:
         # Outside the support that all members share the projection has no say: zero there from the start.
         shared = (~problem.log_p.isneginf()).all(0)
         log_q = log_normalize(torch.where(shared & ~log_q.isneginf(), log_q, -torch.inf))
-        return projected(
-            Projection(log_q, projection.log_p, projection.heads, projection.trust, self.tol), trust, solve
-        )
+        return projected(replace(projection, log_q=log_q, tol=self.tol), trust, solve)
 
     def _problem(self, log_p: Float[Tensor, "n B v"], logits: Tensor | None) -> Problem:
         heads = self.model.banded_heads(self.bands)
@@ -144,10 +142,9 @@ class Objective:
         if self.members is not None:
             some = list(self.members)
             log_p, logits = log_p[some], None if logits is None else logits[some]
-        found = log_p, logits
         if self.keep:
-            self._kept[k] = found
-        return found
+            self._kept[k] = log_p, logits
+        return log_p, logits
 
 
 class Loss:

@@ -16,6 +16,7 @@ from softmeet.ensemble import Ensemble
 from softmeet.errors import InvalidInputError
 from softmeet.evaluation.choices import Choice
 from softmeet.evaluation.positions import Positions
+from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.members.weighting import perplexity_weights
 from softmeet.rules.gates import Gate, that_closes
 from softmeet.rules.settings import Settings, rule_of
@@ -126,7 +127,7 @@ def evaluate(
             parts[name].append(_scores(own, targets))
         mean = prob_mean(log_probs, log_probs.new_full((len(names),), 1 / len(names)))
         disagreement.append(torch.stack([kl(own, mean) for own in log_probs]).mean(0).double().cpu())
-        solver = _Solver(ensemble, log_probs, logits, targets)
+        solver = _Solver(ensemble.model, log_probs, logits, targets)
         for choice in order:
             by_prompt = {"weights": weights[choice.prompt]} if choice.prompt else {}
             parts[choice.name].append(solver.scores(settings[choice.name].changed(**by_prompt)))
@@ -175,6 +176,7 @@ def _prompt_weights(ensemble: Ensemble, prompt: Positions) -> list[float]:
     return perplexity_weights(nats.mean(-1).tolist())
 
 
+@dataclass(eq=False)
 class _Solver:
     """Scores choices on one chunk.
 
@@ -182,33 +184,29 @@ class _Solver:
     from one another.
     """
 
-    def __init__(
-        self,
-        ensemble: Ensemble,
-        log_probs: Float[Tensor, "n B v"],
-        logits: Float[Tensor, "n B v"] | None,
-        targets: Int[Tensor, " B"],
-    ) -> None:
-        self._model, self._log_probs, self._logits, self._targets = ensemble.model, log_probs, logits, targets
-        self._solved: dict[Settings, tuple[Solution, Scores]] = {}
-        self._paths: dict[Settings, list[Solution]] = defaultdict(list)
+    model: EnsembleForCausalLM
+    log_probs: Float[Tensor, "n B v"]
+    logits: Float[Tensor, "n B v"] | None
+    targets: Int[Tensor, " B"]
+    solved: dict[Settings, tuple[Solution, Scores]] = field(default_factory=dict)
+    paths: dict[Settings, list[Solution]] = field(default_factory=lambda: defaultdict(list))
 
     def scores(self, settings: Settings) -> Scores:
         """Of one choice."""
         gate, plain = that_closes(settings.gate), settings.ungated()
-        if gate is not None and plain not in self._solved:
-            return _scored(self._model.combine_rows(self._log_probs, self._logits, settings), self._targets)
-        if plain not in self._solved:
+        if gate is not None and plain not in self.solved:
+            return _scored(self.model.combine_rows(self.log_probs, self.logits, settings), self.targets)
+        if plain not in self.solved:
             solution = self._solve(plain)
-            self._solved[plain] = solution, _scored(solution, self._targets)
-        solution, scores = self._solved[plain]
+            self.solved[plain] = solution, _scored(solution, self.targets)
+        solution, scores = self.solved[plain]
         return scores if gate is None else self._gated(gate, settings, solution, scores)
 
     def _solve(self, settings: Settings) -> Solution:
         rule = settings.rule
-        path = self._paths[settings.model_copy(update={"rule": None, "trust": ()})]
+        path = self.paths[settings.model_copy(update={"rule": None, "trust": ()})]
         known = self._known(settings, path) if rule.reads_heads else {}
-        solution = self._model.combine_rows(self._log_probs, self._logits, settings, **known)
+        solution = self.model.combine_rows(self.log_probs, self.logits, settings, **known)
         if rule.tilts_pool:
             path.append(solution)
         return solution
@@ -226,8 +224,8 @@ class _Solver:
         closed = ~gate.open(solution.problem)
         if not closed.any():
             return scores
-        logits = None if self._logits is None else self._logits[:, closed]
-        there = _scored(self._model.combine_rows(self._log_probs[:, closed], logits, settings), self._targets[closed])
+        logits = None if self.logits is None else self.logits[:, closed]
+        there = _scored(self.model.combine_rows(self.log_probs[:, closed], logits, settings), self.targets[closed])
         both = zip(vars(scores).values(), vars(there).values(), strict=True)
         return Scores(*(whole.masked_scatter(closed.cpu(), own) for whole, own in both))
 

@@ -21,7 +21,6 @@ from softmeet.evaluation.perplexity import Evaluation, Scores, distinct_names, e
 from softmeet.evaluation.positions import OF_TEXT, PIECE, Positions, observe
 from softmeet.evaluation.windows import Reading, grouped, readings, tokenize, window_length, windows
 from softmeet.scaling.base import Engine
-from softmeet.scaling.local import LocalEngine
 
 
 def evaluate_text(
@@ -60,7 +59,7 @@ def evaluate_text(
     sizes = [sum(map(len, group)) for group in groups]
     advance = begin(sum(sizes))
     found = (kept or Kept()).map(
-        engine or LocalEngine(),
+        engine,
         "evaluate",
         _read_and_score,
         len(groups),
@@ -98,7 +97,7 @@ def evaluate_positions(
     _require_longer(lengths, choices)
     pieces = [rows for own in torch.arange(len(positions)).split(lengths) for rows in own.split(_size(choices))]
     found = (kept or Kept()).map(
-        engine or LocalEngine(),
+        engine,
         stage,
         _score,
         len(pieces),

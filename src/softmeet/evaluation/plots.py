@@ -29,7 +29,8 @@ def draw(facts: dict[str, Any], folder: Path) -> list[Path]:
     return written
 
 
-def _axes(width: float = 7.0, height: float = 4.5) -> tuple[Any, Any]:
+def blank(width: float = 7.0, height: float = 4.5) -> tuple[Any, Any]:
+    """A figure of that size in inches, and its axes."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
@@ -41,7 +42,7 @@ def _rivals(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _gain(facts: dict[str, Any]) -> Any:
-    figure, axes = _axes()
+    figure, axes = blank()
     for name, rule in _rivals(facts).items():
         bins = rule["gain_by_disagreement"]
         x, y = [b["disagreement"] for b in bins], [b["gain"] for b in bins]
@@ -55,7 +56,7 @@ def _gain(facts: dict[str, Any]) -> Any:
 
 
 def _calibration(facts: dict[str, Any]) -> Any:
-    figure, axes = _axes(5.5, 5.0)
+    figure, axes = blank(5.5, 5.0)
     axes.plot([0, 1], [0, 1], color="black", linewidth=0.8)
     for name, rule in facts["rules"].items():
         found = rule["calibration"]
@@ -68,7 +69,7 @@ def _calibration(facts: dict[str, Any]) -> Any:
 
 def _differences(facts: dict[str, Any]) -> Any:
     rivals = _rivals(facts)
-    figure, axes = _axes(7.0, 1.5 + 0.35 * len(rivals))
+    figure, axes = blank(7.0, 1.5 + 0.35 * len(rivals))
     for k, rule in enumerate(rivals.values()):
         low, high = rule["vs"]["ci95"]
         axes.plot([low, high], [k, k], color="tab:blue")

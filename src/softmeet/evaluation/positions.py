@@ -14,7 +14,6 @@ from softmeet.evaluation.documents import Document
 from softmeet.evaluation.kept import Found, Kept
 from softmeet.evaluation.windows import Reading, grouped, readings, tokenize, window_length, windows
 from softmeet.scaling.base import Engine
-from softmeet.scaling.local import LocalEngine
 
 # Positions of a piece of work, about: many enough to be worth sending, few enough to be lost.
 PIECE = 256
@@ -111,7 +110,7 @@ def observe_text(
     found = tokenize(ensemble.tokenizer, documents, bos=bos, max_tokens=max_tokens, max_per_document=max_per_document)
     groups = grouped(windows(found, size, step), PIECE, by_document=False)
     pieces = (kept or Kept()).map(
-        engine or LocalEngine(),
+        engine,
         "observe",
         _observed,
         len(groups),

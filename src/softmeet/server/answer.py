@@ -47,7 +47,7 @@ class Plan:
         prompts: token ids.
         choices: continuations of each prompt; choice c of prompt p has index p · choices + c.
         work: of every sequence, but for its prompt, its key and where its events go.
-        combination, members, tokenizer: of the ensemble that was asked for.
+        members, tokenizer: of the ensemble that was asked for.
         stops: strings before which a text ends.
     """
 

@@ -216,10 +216,7 @@ class MemberBatch:
             # Half of the buffer or more may be in use only if a row is that long, and then it has to grow.
             if 2 * (w.end - w.first) > w.columns:
                 w.columns *= 2
-                for layer in self._cache.layers:
-                    layer.allocate((layer.keys, layer.values))
-            else:
-                self._shift(-w.first)
+            self._shift(-w.first)
         place = home(self.model)
         lengths = torch.tensor(self._lengths)
         mask = torch.arange(w.end - w.first + 1) >= w.end - w.first - lengths[:, None]

@@ -99,8 +99,7 @@ class Relay:
         except self._lost as error:
             found = problem(ReplicaLostError(_LOST))
             if not begun:
-                response = JSONResponse(found.body(), found.status, {"Retry-After": "1"})
-                await response(scope, receive, send)
+                await JSONResponse(found.body(), found.status, {"Retry-After": "1"})(scope, receive, send)
             elif start is not None and _is_stream(start):
                 end = f"data: {dumps(found.body())}\n\ndata: [DONE]\n\n".encode()
                 await send({"type": "http.response.body", "body": end, "more_body": False})

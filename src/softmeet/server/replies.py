@@ -43,27 +43,28 @@ class Reply(ABC):
     chunk_kind: str
 
     @abstractmethod
-    def choice(self, part: Part) -> dict[str, Any]:
-        """A whole choice."""
-
-    @abstractmethod
     def delta(self, part: Part, *, first: bool) -> dict[str, Any]:
         """What is new of a choice."""
 
+    def whole(self, part: Part) -> dict[str, Any]:
+        """The same of a choice that is not streamed."""
+        return self.delta(part, first=True)
+
     def document(self, choices: list[Part], tokens: int) -> dict[str, Any]:
         """The answer that is not streamed."""
-        found = [self.choice(part) | self._reported(part) for part in choices]
+        found = [self._choice(part, self.whole(part)) for part in choices]
         usage, ours = self._usage(tokens), self._settings()
         return {**self._common, "object": self.kind, "choices": found, "usage": usage, "softmeet": ours}
 
     def chunk(self, part: Part) -> dict[str, Any] | None:
         """One chunk of a stream; None where there is nothing to say."""
         first = part.index not in self._begun
-        if not (first or part.text or part.finish or part.scored is not None or self._wants_tokens):
+        wants_tokens = self.plan.work.top is not None or self.plan.work.report is not None
+        if not (first or part.text or part.finish or part.scored is not None or wants_tokens):
             return None
         self._begun.add(part.index)
-        choice = {"index": part.index, **self.delta(part, first=first), "finish_reason": part.finish}
-        found = {**self._common, "object": self.chunk_kind, "choices": [choice | self._reported(part)]}
+        choices = [self._choice(part, self.delta(part, first=first))]
+        found = {**self._common, "object": self.chunk_kind, "choices": choices}
         return found | {"softmeet": self._settings()} if first else found
 
     def last_chunk(self, tokens: int) -> dict[str, Any] | None:
@@ -71,10 +72,6 @@ class Reply(ABC):
         if self.request.stream_options is None or not self.request.stream_options.include_usage:
             return None
         return {**self._common, "object": self.chunk_kind, "choices": [], "usage": self._usage(tokens)}
-
-    @property
-    def _wants_tokens(self) -> bool:
-        return self.plan.work.top is not None or self.plan.work.report is not None
 
     def _usage(self, tokens: int) -> dict[str, int]:
         asked = sum(map(len, self.plan.prompts))
@@ -86,6 +83,9 @@ class Reply(ABC):
         found = {name: shown[name] for name in ("rule", "trust", "weights", "pool")}
         found |= {"gate": shown["gate"]} if how.gate else {}
         return {"members": list(self.plan.members), **found, "seed": self.plan.work.sampling.seed}
+
+    def _choice(self, part: Part, content: dict[str, Any]) -> dict[str, Any]:
+        return {"index": part.index, **content, "finish_reason": part.finish} | self._reported(part)
 
     def _reported(self, part: Part) -> dict[str, Any]:
         tokens = [*(part.scored or []), *part.tokens]
@@ -109,10 +109,6 @@ class CompletionReply(Reply):
     def __init__(self, plan: Plan, request: CompletionRequest) -> None:
         super().__init__(plan, request)
         self._echo, self._offsets = bool(request.echo), defaultdict[int, int](int)
-
-    def choice(self, part: Part) -> dict[str, Any]:
-        """As the API has it."""
-        return {"index": part.index, **self.delta(part, first=True), "finish_reason": part.finish}
 
     def delta(self, part: Part, *, first: bool) -> dict[str, Any]:
         """Text, after the prompt's if it is to be echoed, and log-probabilities."""
@@ -149,12 +145,10 @@ class ChatReply(Reply):
 
     prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def choice(self, part: Part) -> dict[str, Any]:
-        """As the API has it."""
+    def whole(self, part: Part) -> dict[str, Any]:
+        """The message."""
         message = {"role": "assistant", "content": part.text, "refusal": None}
-        return {
-            "index": part.index, "message": message, "logprobs": self._log_probs(part), "finish_reason": part.finish
-        }  # fmt: skip
+        return {"message": message, "logprobs": self._log_probs(part)}
 
     def delta(self, part: Part, *, first: bool) -> dict[str, Any]:
         """The new text, and whose it is at the beginning."""

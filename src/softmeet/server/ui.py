@@ -176,7 +176,8 @@ async def _pictures(
             side.done = True
         yield *_texts(sides), _HINT, _trouble(trouble), sides
     except (SoftmeetError, ValidationError) as error:
-        yield gr.skip(), gr.skip(), gr.skip(), _trouble(_said(error)), gr.skip()
+        said = explained(list(error.errors()))[0] if isinstance(error, ValidationError) else str(error)
+        yield gr.skip(), gr.skip(), gr.skip(), _trouble(said), gr.skip()
     finally:
         for answer in answers:
             answer.cancel()
@@ -209,7 +210,3 @@ def _texts(sides: list[Side]) -> tuple[Any, Any]:
 
 def _trouble(message: str) -> Any:
     return gr.HTML(alert(message), visible=bool(message))
-
-
-def _said(error: Exception) -> str:
-    return explained(list(error.errors()))[0] if isinstance(error, ValidationError) else str(error)

@@ -94,13 +94,16 @@ def report(settings: Settings, results: dict[str, Json], command: str) -> Report
     for noise in settings.noises[1:]:
         columns = _by_ratio(settings, [c for c in cells if c["noise"] == noise])
         tables += outcomes(columns, f", noise of {100 * noise:g} % on the hidden states")
-    size = settings.rows * settings.trials
+    size, lines = settings.rows * settings.trials, lines_by(exact, lambda c: float(Fraction(c["ratio"])))
     return Report(
         f"Random heads, v = {settings.v}, {settings.members} members, {size} rows of each kind",
         command,
         _claims(exact),
         tables,
-        [_against_width(exact), _against_noise(settings, cells)],
+        [
+            Plot("width", "Random heads: the premise holds", "nd / v", "KL(p*‖·), nats", lines),
+            _against_noise(settings, cells),
+        ],
     )
 
 
@@ -127,11 +130,6 @@ def _ranges(columns: list[tuple[str, list[Json]]]) -> Table:
         values = [largest(cells, label, "range") for _, cells in columns]
         rows.append([label, *("-" if x is None else number(x) for x in values)])
     return Table("Largest range of the objective over the feasible set", ["rule", *(name for name, _ in columns)], rows)
-
-
-def _against_width(exact: list[Json]) -> Plot:
-    lines = lines_by(exact, lambda c: float(Fraction(c["ratio"])))
-    return Plot("width", "Random heads: the premise holds", "nd / v", "KL(p*‖·), nats", lines)
 
 
 def _against_noise(settings: Settings, cells: list[Json]) -> Plot:
