@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from pydantic_core import to_jsonable_python
 
 from softmeet.errors import InvalidInputError, TraceError
 
@@ -25,19 +26,14 @@ def write_atomically(path: Path, write: Any) -> None:
     """
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
-        with unfinished.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    except OSError as error:
+        with _room_for(path):
+            with unfinished.open("wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(path)
+    finally:
         unfinished.unlink(missing_ok=True)
-        if error.errno in _NO_ROOM:
-            raise _no_room(path) from error
-        raise
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -45,11 +41,19 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def _no_room(path: Path) -> TraceError:
-    return TraceError(
-        f"no room on the disk for {path}: what was written before stays and is whole; make room and run the same "
-        "command again"
-    )
+@contextmanager
+def _room_for(path: Path) -> Iterator[None]:
+    """Say it where the disk is full."""
+    try:
+        yield
+    except Exception as error:
+        # Tokenizers say it in words alone.
+        if getattr(error, "errno", None) in _NO_ROOM or os.strerror(errno.ENOSPC) in str(error):
+            raise TraceError(
+                f"no room on the disk for {path}: what was written before stays and is whole; make room and run the "
+                "same command again"
+            ) from error
+        raise
 
 
 @contextmanager
@@ -63,31 +67,19 @@ def written_together(folder: Path) -> Iterator[Path]:
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        unfinished.mkdir(parents=True)
-        yield unfinished
-        folder.mkdir(exist_ok=True)
-        for path in sorted(unfinished.iterdir()):
-            path.replace(folder / path.name)
-    except Exception as error:
-        # Tokenizers say it in words alone.
-        if getattr(error, "errno", None) in _NO_ROOM or os.strerror(errno.ENOSPC) in str(error):
-            raise _no_room(folder) from error
-        raise
+        with _room_for(folder):
+            unfinished.mkdir(parents=True)
+            yield unfinished
+            folder.mkdir(exist_ok=True)
+            for path in sorted(unfinished.iterdir()):
+                path.replace(folder / path.name)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def as_json(content: Any) -> str:
     """As the standard has it: null for infinity and NaN, which strict parsers refuse."""
-    return json.dumps(_finite(content), indent=2, allow_nan=False)
-
-
-def _finite(content: Any) -> Any:
-    if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
+    return json.dumps(to_jsonable_python(content, inf_nan_mode="null"), indent=2, allow_nan=False)
 
 
 def write_json(path: Path, content: Any) -> None:

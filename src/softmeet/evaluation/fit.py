@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -25,7 +26,7 @@ from softmeet.evaluation.intervals import Difference, paired
 from softmeet.evaluation.kept import Kept
 from softmeet.evaluation.objective import Loss
 from softmeet.evaluation.parameters import NO_TRUST, Layout, Values
-from softmeet.evaluation.perplexity import Evaluation, member_name
+from softmeet.evaluation.perplexity import Evaluation, distinct_names
 from softmeet.evaluation.pieces import evaluate_positions
 from softmeet.evaluation.positions import Positions
 from softmeet.evaluation.premise import Premise, premise_at
@@ -162,34 +163,29 @@ def fit(
         subset = parts["fit"].subset(options.meet_positions)
         # Minibatches are for heads that take long: one start has to do.
         begun = averages if options.batch is None else [best]
-        starts = [(_named(a), a, _first_trusts(premise, a)) for a in begun]
-        candidates += [fitter.meet(subset, *start, 1) for start in starts]
+        meets = [fitter.meet(subset, _named(a), a, _first_trusts(premise, a), 1) for a in begun]
+        candidates += meets
         if options.bands > 1:
-            meet = min(candidates[-len(starts) :], key=lambda candidate: candidate.fit_nll)
+            meet = min(meets, key=lambda candidate: candidate.fit_nll)
             trust = [rho for rho in meet.settings["trust"] for _ in range(options.bands)]
-            start = (f"{meet.name} by direction", meet, trust)
-            candidates.append(fitter.meet(subset, *start, options.bands))
+            candidates.append(fitter.meet(subset, f"{meet.name} by direction", meet, trust, options.bands))
         candidates += [_as_written(text, best, n) for text in options.rules]
     return fitter.judge(parts, candidates, premise)
 
 
-@dataclass
-class _Remembered:
+def _remembered(loss: LossAndGradient, kept: Kept, name: str, first: int = 1) -> LossAndGradient:
     """A loss whose evaluations are kept: the same steps lead to the same points again."""
+    count = itertools.count(first)
 
-    loss: LossAndGradient
-    kept: Kept
-    name: str
-    count: int = 0
-
-    def __call__(self, theta: Tensor) -> tuple[float, Tensor]:
+    def remembered(theta: Tensor) -> tuple[float, Tensor]:
         def find() -> dict[str, Tensor]:
-            value, gradient = self.loss(theta)
+            value, gradient = loss(theta)
             return {"loss": torch.tensor(value, dtype=torch.float64), "gradient": gradient}
 
-        self.count += 1
-        found = self.kept.one(f"{self.name}-{self.count:04d}", find)
+        found = kept.one(f"{name}-{next(count):04d}", find)
         return found["loss"].item(), found["gradient"]
+
+    return remembered
 
 
 @dataclass(frozen=True)
@@ -202,49 +198,41 @@ class _Fitter:
     engine: Engine
     kept: Kept
 
-    def _minimised(
-        self, name: str, evaluations: int, positions: Positions, layout: Layout, pool: Pool, start: Values, **more: Any
+    def _found(
+        self, name: str, positions: Positions, layout: Layout, pool: Pool, start: Values, *, cheap: bool, **more: Any
     ) -> tuple[Values, float, int]:
-        advance = self.begin(f"fitting {name}", 0, None)
-        loss = Loss(self.engine, self.ensemble.model, positions, layout, pool, on_progress=advance, **more)
-        return minimise(_Remembered(loss, self.kept, name), layout, start, evaluations)
+        """(values, loss, evaluations), on all positions at once or in minibatches."""
+        evaluations = self.options.evaluations * (_CHEAPER if cheap else 1)
+        batch = None if cheap else self.options.batch
+        advance = self.begin(f"fitting {name}", 0, batch and evaluations * batch)
 
-    def _descended(
-        self, name: str, batch: int, positions: Positions, layout: Layout, pool: Pool, start: Values, **more: Any
-    ) -> tuple[Values, float, int]:
-        steps = self.options.evaluations
-        advance = self.begin(f"fitting {name}", 0, steps * batch)
+        def on(some: Positions) -> Loss:
+            return Loss(self.engine, self.ensemble.model, some, layout, pool, on_progress=advance, **more)
+
+        if batch is None:
+            return minimise(_remembered(on(positions), self.kept, name), layout, start, evaluations)
         order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(0))
 
         def losses(k: int) -> LossAndGradient:
             rows = order[torch.arange(k * batch, (k + 1) * batch) % len(order)]
+            return _remembered(lambda theta: on(positions.take(rows))(theta), self.kept, name, k + 1)
 
-            def found(theta: Tensor) -> tuple[float, Tensor]:
-                some = positions.take(rows)
-                return Loss(self.engine, self.ensemble.model, some, layout, pool, on_progress=advance, **more)(theta)
-
-            return _Remembered(found, self.kept, name, count=k)
-
-        return descend(losses, layout, start, steps)
+        return descend(losses, layout, start, evaluations)
 
     def single(self, positions: Positions, i: int) -> Candidate:
         """A member at its best temperature."""
-        name, n = member_name(self.ensemble.names, i), len(self.ensemble.names)
-        evaluations, start = _CHEAPER * self.options.evaluations, Values((1.0,))
-        values, loss, count = self._minimised(
-            f"member {i}", evaluations, positions, Layout(1), POOLS[0], start, members=[i]
-        )
+        n, start = len(self.ensemble.names), Values((1.0,))
+        values, loss, count = self._found(f"member {i}", positions, Layout(1), POOLS[0], start, cheap=True, members=[i])
         weights = [1.0 if k == i else 0.0 for k in range(n)]
         own = {"rule": POOLS[0], "weights": weights, "trust": [0.0] * n, "rule_temperature": values.temperature}
-        return Candidate(name, own, True, loss, count)
+        return Candidate(distinct_names(self.ensemble)[i], own, True, loss, count)
 
     def average(self, positions: Positions, pool: Pool) -> Candidate:
         """A pool with weights and temperature."""
         n, free = len(self.ensemble.names), _free(self.options, pool)
         # A free scale of the weights is a logit mean's temperature already.
         layout = Layout(n, free=free, tempered=not free)
-        evaluations, start = _CHEAPER * self.options.evaluations, Values((1 / n,) * n)
-        values, loss, count = self._minimised(pool, evaluations, positions, layout, pool, start)
+        values, loss, count = self._found(pool, positions, layout, pool, Values((1 / n,) * n), cheap=True)
         return Candidate(pool, _settings(pool, pool, values, n, self.options), True, loss, count)
 
     def meet(self, positions: Positions, name: str, start: Candidate, trust: Sequence[float], bands: int) -> Candidate:
@@ -257,19 +245,12 @@ class _Fitter:
         begun = tuple(rho for i in trusted for rho in trust[i * bands : (i + 1) * bands])
         layout = Layout(n, len(begun), free=_free(self.options, pool))
         at = Values(tuple(start.settings["weights"]), start.settings["rule_temperature"], begun)
-        at_most, batch, piece = self.options.evaluations, self.options.batch, _piece(name, bands)
         more = {"bands": bands, "trusted": trusted}
-        if batch is None:
-            values, loss, count = self._minimised(piece, at_most, positions, layout, pool, at, **more)
-        else:
-            values, loss, count = self._descended(piece, batch, positions, layout, pool, at, **more)
+        values, loss, count = self._found(_piece(name, bands), positions, layout, pool, at, cheap=False, **more)
         found = iter(values.trust)
-        values = replace(
-            values, trust=tuple(next(found) if i in trusted else 0.0 for i in range(n) for _ in range(bands))
-        )
-        return Candidate(
-            name, {**_settings(DEFAULT, pool, values, n, self.options), "bands": bands}, False, loss, count
-        )
+        every = tuple(next(found) if i in trusted else 0.0 for i in range(n) for _ in range(bands))
+        own = _settings(DEFAULT, pool, replace(values, trust=every), n, self.options) | {"bands": bands}
+        return Candidate(name, own, False, loss, count)
 
     def _scored(self, part: str, positions: Positions, candidates: Sequence[Candidate]) -> Evaluation:
         """Candidates of as many bands at a time, so that those of one number are kept for a fit with another, too."""
@@ -374,8 +355,7 @@ def figures(fitted: Fitted) -> dict[str, Any]:
             "evaluations": candidate.evaluations,
             "select_nll": fitted.select.choices[candidate.label].mean,
             "test_nll": scores.mean,
-            "delta": one.mean,
-            "ci95": [one.low, one.high],
+            **one.figures(),
         }
     return {
         "chosen": chosen.settings["rule"],
@@ -384,18 +364,9 @@ def figures(fitted: Fitted) -> dict[str, Any]:
         "trust": chosen.settings["trust"],
         "temperature": chosen.settings["rule_temperature"],
         "pool": chosen.settings.get("pool", POOLS[0]),
-        "test": {
-            "nll": test.choices[chosen.label].mean,
-            "best_baseline": best.name,
-            "delta": against.mean,
-            "ci95": [against.low, against.high],
-        },
+        "test": {"nll": test.choices[chosen.label].mean, "best_baseline": best.name, **against.figures()},
         "fell_back": fitted.fell_back,
-        "rival": {
-            "candidate": fitted.rival.name,
-            "delta": fitted.difference.mean,
-            "ci95": [fitted.difference.low, fitted.difference.high],
-        },
+        "rival": {"candidate": fitted.rival.name, **fitted.difference.figures()},
         "members": {name: {"nll": scores.mean} for name, scores in test.members.items()},
         "premise": [asdict(p) | {"verdict": p.verdict} for p in fitted.premise],
         "splits": fitted.sizes,

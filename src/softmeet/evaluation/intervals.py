@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -33,6 +34,10 @@ class Difference:
     def excludes_zero(self) -> bool:
         """Whether the sign is known at 95 %."""
         return self.low > 0 or self.high < 0
+
+    def figures(self) -> dict[str, Any]:
+        """As reports have it."""
+        return {"delta": self.mean, "ci95": [self.low, self.high]}
 
     def __str__(self) -> str:
         return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
@@ -76,9 +81,7 @@ def clusters(document: Int[Tensor, " N"]) -> Clusters:
         own = torch.arange(size) * parts // size
         found[place == k] = own + start
         start += parts
-    return (
-        Clusters(found, "blocks") if start > 1 else Clusters(torch.arange(len(document)) * 2 // len(document), "blocks")
-    )
+    return Clusters(found, "blocks")
 
 
 def paired(ours: Float[Tensor, " N"], theirs: Float[Tensor, " N"], within: Clusters) -> Difference:

@@ -13,6 +13,7 @@ from torch import Tensor
 from softmeet import __version__
 from softmeet.evaluation.files import claim, write_atomically
 from softmeet.scaling.base import Engine
+from softmeet.scaling.local import LocalEngine
 
 Found = dict[str, Tensor]
 
@@ -46,7 +47,7 @@ class Kept:
 
     def map(
         self,
-        engine: Engine,
+        engine: Engine | None,
         stage: str,
         function: Callable[..., Found],
         count: int,
@@ -56,7 +57,7 @@ class Kept:
         """``function(*item(k))`` for k below ``count``, in order; those that are kept are not found again.
 
         Args:
-            engine: where to.
+            engine: where to; None for here.
             stage: a name for these pieces.
             function, item: as ``engine.map`` has them.
             on_done: called with each k.
@@ -65,7 +66,7 @@ class Kept:
         for k in found:
             on_done(k)
         missing = [k for k in range(count) if k not in found]
-        for place, piece in engine.map(function, (item(k) for k in missing)):
+        for place, piece in (engine or LocalEngine()).map(function, (item(k) for k in missing)):
             k = missing[place]
             found[k] = piece
             self._write(f"{stage}-{k:06d}", piece)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -81,17 +81,15 @@ class Objective:
         total, gradient = 0.0, torch.zeros_like(theta)
         for k, chunk in enumerate(self.positions.chunks(chunk_size(self.model.config.vocab_size))):
             log_p, logits = self._log_probs(k, chunk)
-            for rows in torch.arange(len(chunk)).split(self._rows_at_once(len(chunk))):
-                some = slice(int(rows[0]), int(rows[-1]) + 1)
+            at_once = len(chunk) if self.layout.trusts else max(1, _CACHED_ELEMENTS // self.model.config.vocab_size)
+            for start in range(0, len(chunk), at_once):
+                some = slice(start, start + at_once)
                 leaf = theta.detach().clone().requires_grad_()
                 own = None if logits is None else logits[:, some]
                 loss = self.losses(leaf, log_p[:, some], own, chunk.targets[some]).sum()
                 gradient += torch.autograd.grad(loss, leaf)[0]
                 total += loss.item()
         return total, gradient
-
-    def _rows_at_once(self, chunk: int) -> int:
-        return chunk if self.layout.trusts else max(1, _CACHED_ELEMENTS // self.model.config.vocab_size)
 
     def losses(
         self, theta: Float[Tensor, " k"], log_p: Float[Tensor, "n B v"], logits: Tensor | None, targets: Tensor
@@ -117,9 +115,7 @@ class Objective:
         # Outside the support that all members share the projection has no say: zero there from the start.
         shared = (~problem.log_p.isneginf()).all(0)
         log_q = log_normalize(torch.where(shared & ~log_q.isneginf(), log_q, -torch.inf))
-        return projected(
-            Projection(log_q, projection.log_p, projection.heads, projection.trust, self.tol), trust, solve
-        )
+        return projected(replace(projection, log_q=log_q, tol=self.tol), trust, solve)
 
     def _problem(self, log_p: Float[Tensor, "n B v"], logits: Tensor | None) -> Problem:
         heads = self.model.banded_heads(self.bands)
@@ -146,10 +142,9 @@ class Objective:
         if self.members is not None:
             some = list(self.members)
             log_p, logits = log_p[some], None if logits is None else logits[some]
-        found = log_p, logits
         if self.keep:
-            self._kept[k] = found
-        return found
+            self._kept[k] = log_p, logits
+        return log_p, logits
 
 
 class Loss:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from softmeet.ensemble import Ensemble
 from softmeet.errors import InvalidInputError
 from softmeet.evaluation.choices import Choice
 from softmeet.evaluation.positions import Positions
+from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.members.weighting import perplexity_weights
 from softmeet.rules.gates import Gate, that_closes
 from softmeet.rules.settings import Settings, rule_of
@@ -36,22 +36,39 @@ class Scores:
         nats: -log p(target), (N,), fp64.
         hit: whether the target was the most probable token, (N,).
         confidence: the probability of that token, (N,).
-        passes: reads of all heads, summed; ``fallbacks`` and ``unconverged`` count rows.
-        gated: where a gate was closed, (N,); None without one.
+        num_passes: reads of all heads, (N,); this and what follows are empty for a member.
+        fallback: whether another rule answered for want of a feasible distribution, (N,).
+        not_converged: whether the rule was not solved, (N,).
+        gated: whether a gate was closed, (N,).
     """
 
     nats: Float[Tensor, " N"]
     hit: Bool[Tensor, " N"]
     confidence: Float[Tensor, " N"]
-    passes: float = 0.0
-    fallbacks: int = 0
-    unconverged: int = 0
-    gated: Bool[Tensor, " N"] | None = None
+    num_passes: Float[Tensor, " M"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    fallback: Bool[Tensor, " M"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    not_converged: Bool[Tensor, " M"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    gated: Bool[Tensor, " M"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
 
     @property
     def mean(self) -> float:
         """Nats per token."""
         return self.nats.mean().item()
+
+    @property
+    def passes(self) -> float:
+        """Reads of all heads, summed."""
+        return self.num_passes.sum().item()
+
+    @property
+    def fallbacks(self) -> int:
+        """How many rows another rule answered."""
+        return int(self.fallback.sum())
+
+    @property
+    def unconverged(self) -> int:
+        """How many rows were not solved."""
+        return int(self.not_converged.sum())
 
 
 @dataclass
@@ -93,14 +110,13 @@ def evaluate(
         choices: rules and options, changes to the ensemble's settings; a gate of the ensemble's own does not count.
         on_progress: called with the number of positions after each chunk.
     """
-    names = [member_name(ensemble.names, i) for i in range(len(ensemble.names))]
+    names = distinct_names(ensemble)
     if both := sorted({*names} & {choice.name for choice in choices}):
         raise InvalidInputError(
             f"expected members and rules of different names, but {both[0]} is both: rename the member"
         )
-    own, settings = ensemble.model.settings.ungated(), {}
-    for choice in choices:
-        settings[choice.name] = own.changed(**choice.settings)
+    ungated = ensemble.model.settings.ungated()
+    settings = {choice.name: ungated.changed(**choice.settings) for choice in choices}
     order = sorted(choices, key=lambda choice: in_turn(settings[choice.name]))
     parts: dict[str, list[Scores]] = {name: [] for name in [*names, *(choice.name for choice in choices)]}
     disagreement = []
@@ -111,12 +127,12 @@ def evaluate(
             parts[name].append(_scores(own, targets))
         mean = prob_mean(log_probs, log_probs.new_full((len(names),), 1 / len(names)))
         disagreement.append(torch.stack([kl(own, mean) for own in log_probs]).mean(0).double().cpu())
-        solver = _Solver(ensemble, log_probs, logits, targets)
+        solver = _Solver(ensemble.model, log_probs, logits, targets)
         for choice in order:
             by_prompt = {"weights": weights[choice.prompt]} if choice.prompt else {}
             parts[choice.name].append(solver.scores(settings[choice.name].changed(**by_prompt)))
         on_progress(len(chunk))
-    joined = {name: join_scores(some) for name, some in parts.items()}
+    joined = {name: _joined(some) for name, some in parts.items()}
     return Evaluation(
         positions,
         {name: joined[name] for name in names},
@@ -125,10 +141,10 @@ def evaluate(
     )
 
 
-def member_name(names: Sequence[str], i: int) -> str:
-    """A member's name, with a number where the same one comes twice."""
-    before = list(names[:i]).count(names[i])
-    return names[i] if not before else f"{names[i]}#{before + 1}"
+def distinct_names(ensemble: Ensemble) -> list[str]:
+    """The members' names, with a number where the same one comes again."""
+    before = [ensemble.names[:i].count(name) for i, name in enumerate(ensemble.names)]
+    return [f"{name}#{k + 1}" if k else name for name, k in zip(ensemble.names, before, strict=True)]
 
 
 def _chunks(
@@ -160,6 +176,7 @@ def _prompt_weights(ensemble: Ensemble, prompt: Positions) -> list[float]:
     return perplexity_weights(nats.mean(-1).tolist())
 
 
+@dataclass(eq=False)
 class _Solver:
     """Scores choices on one chunk.
 
@@ -167,33 +184,29 @@ class _Solver:
     from one another.
     """
 
-    def __init__(
-        self,
-        ensemble: Ensemble,
-        log_probs: Float[Tensor, "n B v"],
-        logits: Float[Tensor, "n B v"] | None,
-        targets: Int[Tensor, " B"],
-    ) -> None:
-        self._model, self._log_probs, self._logits, self._targets = ensemble.model, log_probs, logits, targets
-        self._solved: dict[Settings, tuple[Solution, Scores]] = {}
-        self._paths: dict[Settings, list[Solution]] = defaultdict(list)
+    model: EnsembleForCausalLM
+    log_probs: Float[Tensor, "n B v"]
+    logits: Float[Tensor, "n B v"] | None
+    targets: Int[Tensor, " B"]
+    solved: dict[Settings, tuple[Solution, Scores]] = field(default_factory=dict)
+    paths: dict[Settings, list[Solution]] = field(default_factory=lambda: defaultdict(list))
 
     def scores(self, settings: Settings) -> Scores:
         """Of one choice."""
         gate, plain = that_closes(settings.gate), settings.ungated()
-        if gate is not None and plain not in self._solved:
-            return _scored(self._model.combine_rows(self._log_probs, self._logits, settings), self._targets)
-        if plain not in self._solved:
+        if gate is not None and plain not in self.solved:
+            return _scored(self.model.combine_rows(self.log_probs, self.logits, settings), self.targets)
+        if plain not in self.solved:
             solution = self._solve(plain)
-            self._solved[plain] = solution, _scored(solution, self._targets)
-        solution, scores = self._solved[plain]
+            self.solved[plain] = solution, _scored(solution, self.targets)
+        solution, scores = self.solved[plain]
         return scores if gate is None else self._gated(gate, settings, solution, scores)
 
     def _solve(self, settings: Settings) -> Solution:
         rule = settings.rule
-        path = self._paths[settings.model_copy(update={"rule": None, "trust": ()})]
+        path = self.paths[settings.model_copy(update={"rule": None, "trust": ()})]
         known = self._known(settings, path) if rule.reads_heads else {}
-        solution = self._model.combine_rows(self._log_probs, self._logits, settings, **known)
+        solution = self.model.combine_rows(self.log_probs, self.logits, settings, **known)
         if rule.tilts_pool:
             path.append(solution)
         return solution
@@ -209,29 +222,18 @@ class _Solver:
     def _gated(self, gate: Gate, settings: Settings, solution: Solution, scores: Scores) -> Scores:
         """From what was solved without the gate: only where it is closed is anything else answered."""
         closed = ~gate.open(solution.problem)
-        is_open, found = ~closed, copy.copy(scores)
-        found.gated = closed.cpu()
-        if closed.any():
-            rows = None if self._logits is None else self._logits[:, closed]
-            own = self._model.combine_rows(self._log_probs[:, closed], rows, settings)
-            there = _scores(own.log_probs, self._targets[closed])
-            for name in ("nats", "hit", "confidence"):
-                merged = getattr(scores, name).clone()
-                merged[found.gated] = getattr(there, name)
-                setattr(found, name, merged)
-        found.passes = solution.num_passes[is_open].sum().item()
-        found.fallbacks = int(solution.fallback[is_open].sum())
-        found.unconverged = int((solution.status[is_open] == Status.NOT_CONVERGED).sum())
-        return found
+        if not closed.any():
+            return scores
+        logits = None if self.logits is None else self.logits[:, closed]
+        there = _scored(self.model.combine_rows(self.log_probs[:, closed], logits, settings), self.targets[closed])
+        both = zip(vars(scores).values(), vars(there).values(), strict=True)
+        return Scores(*(whole.masked_scatter(closed.cpu(), own) for whole, own in both))
 
 
 def _scored(solution: Solution, targets: Int[Tensor, " B"]) -> Scores:
+    ends = (solution.num_passes.double(), solution.fallback, solution.status == Status.NOT_CONVERGED, solution.gated)
     found = _scores(solution.log_probs, targets)
-    found.passes = solution.num_passes.sum().item()
-    found.fallbacks = int(solution.fallback.sum())
-    found.unconverged = int((solution.status == Status.NOT_CONVERGED).sum())
-    found.gated = solution.gated.cpu()
-    return found
+    return Scores(found.nats, found.hit, found.confidence, *(x.cpu() for x in ends))
 
 
 def _scores(log_p: Float[Tensor, "B v"], targets: Tensor) -> Scores:
@@ -240,14 +242,6 @@ def _scores(log_p: Float[Tensor, "B v"], targets: Tensor) -> Scores:
     return Scores(nats.cpu(), (best.indices == targets).cpu(), best.values.exp().double().cpu())
 
 
-def join_scores(parts: Sequence[Scores]) -> Scores:
+def _joined(parts: Sequence[Scores]) -> Scores:
     """Those of several stretches of positions, in their order."""
-    return Scores(
-        torch.cat([s.nats for s in parts]),
-        torch.cat([s.hit for s in parts]),
-        torch.cat([s.confidence for s in parts]),
-        sum(s.passes for s in parts),
-        sum(s.fallbacks for s in parts),
-        sum(s.unconverged for s in parts),
-        torch.cat([s.gated for s in parts if s.gated is not None]) if parts[0].gated is not None else None,
-    )
+    return Scores(*map(torch.cat, zip(*(vars(s).values() for s in parts), strict=True)))

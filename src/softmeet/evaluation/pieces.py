@@ -7,8 +7,7 @@ the order of the text.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
-from typing import Any
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -18,11 +17,10 @@ from softmeet.errors import InvalidInputError
 from softmeet.evaluation.choices import Choice
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.kept import Found, Kept
-from softmeet.evaluation.perplexity import Evaluation, Scores, evaluate, join_scores, member_name
+from softmeet.evaluation.perplexity import Evaluation, Scores, distinct_names, evaluate
 from softmeet.evaluation.positions import OF_TEXT, PIECE, Positions, observe
-from softmeet.evaluation.windows import Reading, grouped, tokenize, window_length, windows
+from softmeet.evaluation.windows import Reading, grouped, readings, tokenize, window_length, windows
 from softmeet.scaling.base import Engine
-from softmeet.scaling.local import LocalEngine
 
 
 def evaluate_text(
@@ -61,11 +59,11 @@ def evaluate_text(
     sizes = [sum(map(len, group)) for group in groups]
     advance = begin(sum(sizes))
     found = (kept or Kept()).map(
-        engine or LocalEngine(),
+        engine,
         "evaluate",
         _read_and_score,
         len(groups),
-        lambda k: (ensemble, Reading.of(tokens, groups[k]), choices),
+        lambda k: (ensemble, readings(tokens, groups[k]), choices),
         lambda k: advance(sizes[k]),
     )
     return _joined(ensemble, choices, found, [t.name for t in tokens])
@@ -95,19 +93,19 @@ def evaluate_positions(
     Raises:
         InvalidInputError: no document is longer than the prompts of ``choices``.
     """
-    _require_longer(positions.document.unique_consecutive(return_counts=True)[1].tolist(), choices)
-    pieces = _stretches(positions, _size(choices))
+    lengths = positions.document.unique_consecutive(return_counts=True)[1].tolist()
+    _require_longer(lengths, choices)
+    pieces = [rows for own in torch.arange(len(positions)).split(lengths) for rows in own.split(_size(choices))]
     found = (kept or Kept()).map(
-        engine or LocalEngine(),
+        engine,
         stage,
         _score,
         len(pieces),
         # Copied, so that products see them aligned alike wherever they run.
-        lambda k: (ensemble, positions.take(torch.arange(pieces[k].start, pieces[k].stop)), choices),
+        lambda k: (ensemble, positions.take(pieces[k]), choices),
         lambda k: on_progress(len(pieces[k])),
     )
-    whole = _joined(ensemble, choices, found, positions.names)
-    return Evaluation(positions, whole.members, whole.choices, whole.disagreement)
+    return replace(_joined(ensemble, choices, found, positions.names), positions=positions)
 
 
 def _require_longer(lengths: Sequence[int], choices: Sequence[Choice]) -> None:
@@ -124,16 +122,8 @@ def _size(choices: Sequence[Choice]) -> int:
     return 1 << 62 if any(choice.prompt for choice in choices) else PIECE
 
 
-def _stretches(positions: Positions, size: int) -> list[range]:
-    found, start = [], 0
-    for length in positions.document.unique_consecutive(return_counts=True)[1].tolist():
-        found += [range(at, min(at + size, start + length)) for at in range(start, start + length, min(size, length))]
-        start += length
-    return found
-
-
-def _read_and_score(ensemble: Ensemble, reading: Reading, choices: Sequence[Choice]) -> Found:
-    return _score(ensemble, observe(ensemble, reading), choices)
+def _read_and_score(ensemble: Ensemble, read: Sequence[Reading], choices: Sequence[Choice]) -> Found:
+    return _score(ensemble, observe(ensemble, read), choices)
 
 
 def _score(ensemble: Ensemble, positions: Positions, choices: Sequence[Choice]) -> Found:
@@ -141,18 +131,8 @@ def _score(ensemble: Ensemble, positions: Positions, choices: Sequence[Choice]) 
     flat = {"disagreement": found.disagreement}
     flat |= {name: getattr(positions, name).cpu() for name in OF_TEXT}
     for k, scores in enumerate([*found.members.values(), *found.choices.values()]):
-        for name, value in vars(scores).items():
-            if value is not None:
-                flat[f"{name} {k}"] = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+        flat |= {f"{name} {k}": value for name, value in vars(scores).items()}
     return flat
-
-
-def _scores(piece: Found, k: int) -> Scores:
-    """The k-th of a piece, as it was before it was flat."""
-    there: dict[str, Any] = {f.name: piece[f"{f.name} {k}"] for f in fields(Scores) if f"{f.name} {k}" in piece}
-    numbers = {f.name: type(f.default) for f in fields(Scores) if isinstance(f.default, int | float)}
-    there |= {name: number(there[name].item()) for name, number in numbers.items()}
-    return Scores(**there)
 
 
 def _joined(ensemble: Ensemble, choices: Sequence[Choice], found: Sequence[Found], names: list[str]) -> Evaluation:
@@ -161,15 +141,13 @@ def _joined(ensemble: Ensemble, choices: Sequence[Choice], found: Sequence[Found
     def whole(name: str) -> Tensor:
         return torch.cat([piece[name] for piece in found])
 
-    members = [member_name(ensemble.names, i) for i in range(len(ensemble.names))]
-    every = {
-        name: join_scores([_scores(piece, k) for piece in found])
-        for k, name in enumerate([*members, *(choice.name for choice in choices)])
-    }
-    targets, document, sizes = (whole(name) for name in OF_TEXT)
+    def scores(k: int) -> Scores:
+        return Scores(*(whole(f"{field.name} {k}") for field in fields(Scores)))
+
+    members = distinct_names(ensemble)
     return Evaluation(
-        Positions([], targets, document, sizes, names),
-        {name: every[name] for name in members},
-        {choice.name: every[choice.name] for choice in choices},
+        Positions([], names=names, **{name: whole(name) for name in OF_TEXT}),
+        {name: scores(k) for k, name in enumerate(members)},
+        {choice.name: scores(k) for k, choice in enumerate(choices, len(members))},
         whole("disagreement"),
     )

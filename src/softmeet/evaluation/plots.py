@@ -9,7 +9,6 @@ from typing import Any
 from softmeet.evaluation.files import write_atomically
 
 try:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 except ImportError as error:  # pragma: no cover - the extra is installed where tests run
     raise ImportError("plots are drawn by matplotlib: pip install 'softmeet[eval]'") from error
@@ -25,13 +24,13 @@ def draw(facts: dict[str, Any], folder: Path) -> list[Path]:
     figures = {"gain": _gain(facts), "calibration": _calibration(facts), "differences": _differences(facts)}
     written = []
     for name, figure in figures.items():
-        FigureCanvasAgg(figure)
         written.append(folder / f"{name}.png")
         write_atomically(written[-1], partial(figure.savefig, format="png", dpi=120))
     return written
 
 
-def _axes(width: float = 7.0, height: float = 4.5) -> tuple[Any, Any]:
+def blank(width: float = 7.0, height: float = 4.5) -> tuple[Any, Any]:
+    """A figure of that size in inches, and its axes."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
@@ -43,7 +42,7 @@ def _rivals(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _gain(facts: dict[str, Any]) -> Any:
-    figure, axes = _axes()
+    figure, axes = blank()
     for name, rule in _rivals(facts).items():
         bins = rule["gain_by_disagreement"]
         x, y = [b["disagreement"] for b in bins], [b["gain"] for b in bins]
@@ -57,26 +56,20 @@ def _gain(facts: dict[str, Any]) -> Any:
 
 
 def _calibration(facts: dict[str, Any]) -> Any:
-    figure, axes = _axes(5.5, 5.0)
+    figure, axes = blank(5.5, 5.0)
     axes.plot([0, 1], [0, 1], color="black", linewidth=0.8)
     for name, rule in facts["rules"].items():
         found = rule["calibration"]
-        axes.plot(
-            found["confidence"],
-            found["accuracy"],
-            marker="o",
-            markersize=4,
-            label=f"{name} (error {found['error']:.3f})",
-        )
-    axes.set_xlabel("probability of the most probable token")
-    axes.set_ylabel("how often it came")
+        label = f"{name} (error {found['error']:.3f})"
+        axes.plot(found["confidence"], found["accuracy"], marker="o", markersize=4, label=label)
+    axes.set(xlabel="probability of the most probable token", ylabel="how often it came")
     axes.legend(frameon=False)
     return figure
 
 
 def _differences(facts: dict[str, Any]) -> Any:
     rivals = _rivals(facts)
-    figure, axes = _axes(7.0, 1.5 + 0.35 * len(rivals))
+    figure, axes = blank(7.0, 1.5 + 0.35 * len(rivals))
     for k, rule in enumerate(rivals.values()):
         low, high = rule["vs"]["ci95"]
         axes.plot([low, high], [k, k], color="tab:blue")

@@ -12,9 +12,8 @@ from torch import Tensor
 from softmeet.ensemble import Ensemble
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.kept import Found, Kept
-from softmeet.evaluation.windows import Reading, grouped, tokenize, window_length, windows
+from softmeet.evaluation.windows import Reading, grouped, readings, tokenize, window_length, windows
 from softmeet.scaling.base import Engine
-from softmeet.scaling.local import LocalEngine
 
 # Positions of a piece of work, about: many enough to be worth sending, few enough to be lost.
 PIECE = 256
@@ -58,33 +57,28 @@ def join(parts: Sequence[Positions], names: list[str]) -> Positions:
     """Several stretches of positions as one."""
     return Positions(
         [torch.cat(own) for own in zip(*(part.hidden for part in parts), strict=True)],
-        torch.cat([part.targets for part in parts]),
-        torch.cat([part.document for part in parts]),
-        torch.cat([part.sizes for part in parts]),
-        names,
+        **{name: torch.cat([getattr(part, name) for part in parts]) for name in OF_TEXT},
+        names=names,
     )
 
 
 @torch.no_grad()  # not inference mode: a fit differentiates through what comes of these
-def observe(ensemble: Ensemble, reading: Reading) -> Positions:
+def observe(ensemble: Ensemble, read: Sequence[Reading]) -> Positions:
     """Run every member over some windows, one at a time.
 
     Args:
         ensemble: its members run once a window.
-        reading: the windows.
+        read: the windows.
 
     Returns:
         Their positions, on the ensemble's device, without the documents' names.
     """
     parts = []
-    for window in reading.windows:
-        document = reading.documents[window.document]
-        ids = document.ids[window.start : window.stop].to(ensemble.model.device)
-        kept, counted = slice(window.first - window.start, None), slice(window.first, window.stop)
-        hidden = [h[kept] for h in ensemble.model.hidden_states(ids[None])]
-        targets = document.ids[window.first + 1 : window.stop + 1].to(ensemble.model.device)
-        place = torch.full_like(targets, reading.places[window.document])
-        parts.append(Positions(hidden, targets, place, document.sizes[counted].to(targets.device), []))
+    for window in read:
+        ids, predicted = window.ids.to(ensemble.model.device), slice(-len(window.sizes), None)
+        hidden = [h[predicted] for h in ensemble.model.hidden_states(ids[None, :-1])]
+        place = torch.full_like(ids[predicted], window.place)
+        parts.append(Positions(hidden, ids[predicted], place, window.sizes.to(ids.device), []))
     return join(parts, [])
 
 
@@ -114,24 +108,24 @@ def observe_text(
     limit = getattr(ensemble.model.config, "max_position_embeddings", None)
     size, step = window_length(limit, window, stride)
     found = tokenize(ensemble.tokenizer, documents, bos=bos, max_tokens=max_tokens, max_per_document=max_per_document)
-    readings = [Reading.of(found, group) for group in grouped(windows(found, size, step), PIECE, by_document=False)]
+    groups = grouped(windows(found, size, step), PIECE, by_document=False)
     pieces = (kept or Kept()).map(
-        engine or LocalEngine(),
+        engine,
         "observe",
         _observed,
-        len(readings),
-        lambda k: (ensemble, readings[k]),
-        lambda k: on_progress(len(readings[k])),
+        len(groups),
+        lambda k: (ensemble, readings(found, groups[k])),
+        lambda k: on_progress(sum(map(len, groups[k]))),
     )
     return join([_unpacked(piece) for piece in pieces], [document.name for document in found])
 
 
-def _observed(ensemble: Ensemble, reading: Reading) -> Found:
-    found = observe(ensemble, reading)
+def _observed(ensemble: Ensemble, read: Sequence[Reading]) -> Found:
+    found = observe(ensemble, read)
     packed = {name: getattr(found, name).cpu() for name in OF_TEXT}
     return packed | {f"hidden {i}": hidden.cpu() for i, hidden in enumerate(found.hidden)}
 
 
 def _unpacked(piece: Found) -> Positions:
     hidden = [piece[f"hidden {i}"] for i in range(len(piece) - len(OF_TEXT))]
-    return Positions(hidden, piece["targets"], piece["document"], piece["sizes"], [])
+    return Positions(hidden, names=[], **{name: piece[name] for name in OF_TEXT})

@@ -68,17 +68,13 @@ def premise_at(ensemble: Ensemble, stretches: Iterable[tuple[list[Tensor], Tenso
     # The pool itself, whatever the rule.
     own = ensemble.model.settings.ungated().changed(**pool)
     settings = own.changed(rule=own.pool, rule_temperature=1.0, bands=1, trust=0.0)
-    gains: list[list[Float[Tensor, " B"]]] = [[] for _ in ensemble.names]
-    expected: list[list[Float[Tensor, " B"]]] = [[] for _ in ensemble.names]
+    members, found = range(len(ensemble.names)), []
     for hidden, targets in stretches:
         for start in range(0, len(targets), _CHUNK):
             rows = slice(start, start + _CHUNK)
             _, solution = ensemble.model.solve_rows([h[rows] for h in hidden], settings)
-            for i in range(len(ensemble.names)):
-                gain, mean = _first_order(solution, i, targets[rows])
-                gains[i].append(gain)
-                expected[i].append(mean)
-    return [_summary(torch.cat(g), torch.cat(e)) for g, e in zip(gains, expected, strict=True)]
+            found.append(torch.stack([torch.stack(_first_order(solution, i, targets[rows])) for i in members]))
+    return [_summary(gain, expected) for gain, expected in torch.cat(found, -1)]
 
 
 def _first_order(

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from softmeet.evaluation.choices import BASELINES, UNIFORM
-from softmeet.evaluation.intervals import Difference, clusters, paired
+from softmeet.evaluation.intervals import clusters, paired
 from softmeet.evaluation.perplexity import Evaluation, Scores
 
 BINS = 10
@@ -24,10 +24,8 @@ def summary(found: Evaluation) -> dict[str, Any]:
     """
     within = clusters(found.positions.document)
     bytes_, count = int(found.positions.sizes.sum()), len(found.positions)
-    baselines = {
-        **found.members,
-        **{name: found.choices[name] for name in (*UNIFORM, *BASELINES) if name in found.choices},
-    }
+    averages = {name: found.choices[name] for name in (*UNIFORM, *BASELINES) if name in found.choices}
+    baselines = found.members | averages
     best = min(baselines, key=lambda name: baselines[name].mean)
     rules = {}
     for name, scores in found.choices.items():
@@ -37,8 +35,8 @@ def summary(found: Evaluation) -> dict[str, Any]:
             "passes": scores.passes / count,
             "fallbacks": scores.fallbacks,
             "unconverged": scores.unconverged,
-            "gated": scores.gated.double().mean().item() if scores.gated is not None else 0.0,
-            "vs": {"baseline": best, **_difference(against)},
+            "gated": scores.gated.double().mean().item(),
+            "vs": {"baseline": best, **against.figures()},
             "gain_by_disagreement": gain_by_disagreement(scores, baselines[best], found.disagreement),
         }
     return {
@@ -51,10 +49,6 @@ def summary(found: Evaluation) -> dict[str, Any]:
         "best_baseline": best,
         "disagreement": found.disagreement.mean().item(),
     }
-
-
-def _difference(d: Difference) -> dict[str, Any]:
-    return {"delta": d.mean, "ci95": [d.low, d.high]}
 
 
 def _figures(scores: Scores, bytes_: int) -> dict[str, Any]:

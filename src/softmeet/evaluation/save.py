@@ -68,10 +68,6 @@ def save(ensemble: Ensemble, fitted: Fitted, folder: str | Path) -> dict[str, An
     return facts
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", r"\|")
-
-
 def _card(facts: dict[str, Any]) -> str:
     rows = []
     for name, row in facts["candidates"].items():
@@ -79,7 +75,14 @@ def _card(facts: dict[str, Any]) -> str:
         difference = f"{row['delta']:+.4f} [{low:+.4f}, {high:+.4f}]" if name != facts["test"]["best_baseline"] else ""
         weights, trust = (", ".join(f"{x:.3g}" for x in row[key]) for key in ("weights", "trust"))
         trust = trust if rule_of(row["rule"]).uses_trust else ""
-        cells = [_cell(name), f"{row['test_nll']:.4f}", difference, weights, trust, f"{row['rule_temperature']:.3f}"]
+        cells = [
+            name.replace("|", r"\|"),
+            f"{row['test_nll']:.4f}",
+            difference,
+            weights,
+            trust,
+            f"{row['rule_temperature']:.3f}",
+        ]
         rows.append(f"| {' | '.join(cells)} |")
     return CARD.format(
         rows="\n".join(rows), best=facts["test"]["best_baseline"], verdict=verdict(facts), **facts["splits"]

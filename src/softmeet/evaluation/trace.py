@@ -24,7 +24,7 @@ from softmeet.evaluation.files import write_text
 from softmeet.evaluation.identity import identity
 from softmeet.evaluation.positions import Positions, join, observe
 from softmeet.evaluation.shards import read_shard, write_shard
-from softmeet.evaluation.windows import Reading, grouped, text_hash, tokenize, window_length, windows
+from softmeet.evaluation.windows import grouped, readings, text_hash, tokenize, window_length, windows
 from softmeet.scaling.base import Engine
 from softmeet.scaling.local import LocalEngine
 
@@ -215,8 +215,8 @@ def record(
     missing = [k for k in range(len(groups)) if not _is_whole(trace, k, on_damage)]
     total = sum(trace.facts["shards"])
     on_start(total - sum(trace.facts["shards"][k] for k in missing), total)
-    readings = ((ensemble, Reading.of(tokens, groups[k])) for k in missing)
-    for place, positions in (engine or LocalEngine()).map(observe, readings):
+    read = ((ensemble, readings(tokens, groups[k])) for k in missing)
+    for place, positions in (engine or LocalEngine()).map(observe, read):
         k = missing[place]
         on_progress(len(positions))
         if dtype == "float16":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from jaxtyping import Int
@@ -103,11 +104,7 @@ def _byte_ends(text: str, ends: list[int]) -> list[int]:
     else:
         lengths = torch.tensor([len(c.encode()) for c in text]).cumsum(0).tolist()
         places = [0, *lengths]  # type: ignore[assignment]
-    found, highest = [], 0
-    for end in ends:
-        highest = max(highest, places[end])
-        found.append(highest)
-    return found
+    return list(accumulate((places[end] for end in ends), max))
 
 
 def window_length(limit: int | None, window: int | None, stride: int | None) -> tuple[int, int]:
@@ -159,33 +156,24 @@ def grouped(found: Iterable[Window], size: int, *, by_document: bool) -> list[li
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """Some windows, and no more of their documents than they read.
+    """A window by itself: its tokens and the one that follows, (t + 1,), the last k of which are predicted.
 
-    ``windows`` are of ``documents``; ``places`` says which document each of those is in the whole text.
+    ``sizes``, (k,), are bytes, and ``place`` says which document of the whole text it is of.
     """
 
-    documents: list[TokenizedDocument]
-    windows: list[Window]
-    places: list[int]
+    ids: Int[Tensor, " ids"]
+    sizes: Int[Tensor, " k"]
+    place: int
 
-    @classmethod
-    def of(cls, documents: Sequence[TokenizedDocument], read: Sequence[Window]) -> Reading:
-        """What some windows, in order, read of a text."""
-        places = list(dict.fromkeys(window.document for window in read))
-        first = {place: min(w.start for w in read if w.document == place) for place in places}
-        last = {window.document: window.stop for window in read}
-        cut = [
-            TokenizedDocument(d.name, d.ids[first[k] : last[k] + 1].clone(), d.sizes[first[k] : last[k]].clone())
-            for k, d in ((k, documents[k]) for k in places)
-        ]
-        moved = [
-            Window(places.index(w.document), *(at - first[w.document] for at in (w.start, w.first, w.stop)))
-            for w in read
-        ]
-        return cls(cut, moved, places)
 
-    def __len__(self) -> int:
-        return sum(map(len, self.windows))
+def readings(documents: Sequence[TokenizedDocument], read: Sequence[Window]) -> list[Reading]:
+    """Some windows with what they read of a text, and no more."""
+    found = []
+    for window in read:
+        ids, sizes = documents[window.document].ids, documents[window.document].sizes
+        own = ids[window.start : window.stop + 1].clone(), sizes[window.first : window.stop].clone()
+        found.append(Reading(*own, window.document))
+    return found
 
 
 def text_hash(documents: Sequence[TokenizedDocument]) -> str:

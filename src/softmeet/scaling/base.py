@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from types import TracebackType
 from typing import Any, Self, TypeVar
+
+import torch
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -17,7 +18,9 @@ Items = Iterable[tuple[Any, ...]]
 
 
 class Engine(ABC):
-    """Used as a context manager; outside of one it maps nothing."""
+    """Used as a context manager, inside of which torch has ``threads`` threads; outside of one it maps nothing."""
+
+    threads: int
 
     @abstractmethod
     def map(self, function: Callable[..., R], items: Items) -> Iterator[tuple[int, R]]:
@@ -41,10 +44,10 @@ class Engine(ABC):
         before are let go.
         """
 
-    @abstractmethod
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        self._before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        return self
 
-    @abstractmethod
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *error: object) -> None:
+        torch.set_num_threads(self._before)

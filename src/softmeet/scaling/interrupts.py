@@ -4,42 +4,35 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
-from types import FrameType, TracebackType
-from typing import Self
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 
-class DeferredInterrupt:
-    """A context in which a first Ctrl-C is noted, and a second one is raised at once.
+@contextmanager
+def deferred_interrupt(on_first: Callable[[str], None] | None) -> Iterator[Callable[[], bool]]:
+    """A context in which a first Ctrl-C is noted, and a second one is raised at once; it gives whether there was one.
 
     Where Ctrl-C is not the main thread's to handle, or is handled in another way already, nothing changes.
 
     Args:
         on_first: called with a sentence; None to change nothing.
-
-    Attributes:
-        came: whether there was a first one.
     """
+    came = False
+    here = threading.current_thread() is threading.main_thread()
+    if on_first is None or not here or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield lambda: False
+        return
 
-    def __init__(self, on_first: Callable[[str], None] | None) -> None:
-        self._on_first, self._ours, self.came = on_first, False, False
-
-    def __enter__(self) -> Self:
-        here = threading.current_thread() is threading.main_thread()
-        free = here and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        self._ours = free and self._on_first is not None
-        if self._ours:
-            signal.signal(signal.SIGINT, self._note)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.came or self._on_first is None:
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal came
+        if came:
             raise KeyboardInterrupt
-        self.came = True
-        self._on_first("finishing what is under way; Ctrl-C again leaves it")
+        came = True
+        on_first("finishing what is under way; Ctrl-C again leaves it")
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: came
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -6,13 +6,12 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import takewhile
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from softmeet.scaling.base import Engine, Items
-from softmeet.scaling.interrupts import DeferredInterrupt
+from softmeet.scaling.interrupts import deferred_interrupt
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -35,27 +34,16 @@ class LocalEngine(Engine):
 
     def __init__(self, workers: int = 1, threads: int = 1, *, on_stop: Callable[[str], None] | None = None) -> None:
         self.workers, self.threads, self._on_stop = workers, threads, on_stop
-        self._before = torch.get_num_threads()
-
-    def __enter__(self) -> Self:
-        self._before = torch.get_num_threads()
-        torch.set_num_threads(self.threads)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        torch.set_num_threads(self._before)
 
     def map(self, function: Callable[..., R], items: Items) -> Iterator[tuple[int, R]]:
         """As :meth:`Engine.map`."""
-        with DeferredInterrupt(self._on_stop) as interrupt:
-            left = takewhile(lambda _: not interrupt.came, enumerate(items))
+        with deferred_interrupt(self._on_stop) as interrupted:
+            left = takewhile(lambda _: not interrupted(), enumerate(items))
             if self.workers == 1:
                 yield from ((k, function(*item)) for k, item in left)
             else:
                 yield from self._in_threads(function, left)
-        if interrupt.came:
+        if interrupted():
             raise KeyboardInterrupt
 
     def _in_threads(

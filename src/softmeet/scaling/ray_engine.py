@@ -10,11 +10,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import ray
-import torch
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, WorkerCrashedError
 
 from softmeet.errors import InvalidInputError, WorkerLostError
@@ -113,15 +111,13 @@ class RayEngine(Engine):
             raise InvalidInputError(f"expected a part of one device or a whole number of them a worker, got {gpus:g}")
         self._ensemble, self._wanted, self.threads, self._gpus = ensemble, workers, threads, gpus
         self._address, self._patience, self._on_loss = address, patience, on_loss
-        self._before, self._own_cluster = torch.get_num_threads(), False
-        self._parts, self._slots = parts(ensemble), list[_Slot]()
+        self._parts, self._slots, self._own_cluster = parts(ensemble), list[_Slot](), False
         self._numbers, self._failed_beginnings = (0, 0), 0
         self.redone: list[int] = []
         self.sent = self.received = 0
 
     def __enter__(self) -> Self:
-        self._before = torch.get_num_threads()
-        torch.set_num_threads(self.threads)
+        super().__enter__()
         # Workers that were asked for all begin, however few cores there are.
         self._own_cluster = connect(self._address, (self._wanted or 0) * self.threads)
         try:
@@ -129,19 +125,17 @@ class RayEngine(Engine):
             self._packed = ray.put(pack(self._ensemble)[0])
             self._slots = [self._begin(k) for k in range(self.workers)]
         except BaseException:
-            self.__exit__(None, None, None)
+            self.__exit__()
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for slot in self._slots:
             ray.kill(slot.actor)
         self._slots, self._packed = [], None
         if self._own_cluster:
             leave()
-        torch.set_num_threads(self._before)
+        super().__exit__()
 
     def _room(self) -> int:
         found = ray.cluster_resources()
@@ -169,9 +163,7 @@ class RayEngine(Engine):
         """In the object store; a worker unpacks each that it meets once."""
         first = self._numbers[1]
         self._numbers = first, first + len(values)
-        stored: list[Any] = []
-        for k, value in enumerate(values):
-            stored.append(Stored(first + k, ray.put(pack(value, self._parts)[0])))
+        stored: list[Any] = [Stored(first + k, ray.put(pack(x, self._parts)[0])) for k, x in enumerate(values)]
         return stored
 
     def map(self, function: Callable[..., R], items: Items) -> Iterator[tuple[int, R]]:

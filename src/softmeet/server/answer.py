@@ -10,7 +10,7 @@ from typing import Any
 
 from softmeet.server.engine import Engine
 from softmeet.server.text import TextStream
-from softmeet.server.work import Combination, Event, Failed, Finished, PromptScored, Sequence, Token, Work
+from softmeet.server.work import Event, Failed, Finished, PromptScored, Sequence, Token, Work
 
 
 @dataclass(frozen=True)
@@ -43,24 +43,21 @@ class Plan:
     """What a request comes to.
 
     Args:
+        model: the name of the ensemble.
         prompts: token ids.
         choices: continuations of each prompt; choice c of prompt p has index p · choices + c.
         work: of every sequence, but for its prompt, its key and where its events go.
-        combination, members, tokenizer: of the ensemble that was asked for.
+        members, tokenizer: of the ensemble that was asked for.
         stops: strings before which a text ends.
     """
 
+    model: str
     prompts: list[tuple[int, ...]]
     choices: int
     work: Work
     members: tuple[str, ...]
     tokenizer: Any
     stops: tuple[str, ...] = ()
-
-    @property
-    def combination(self) -> Combination:
-        """How the members are combined."""
-        return self.work.combination
 
 
 class Answer:
@@ -119,7 +116,7 @@ class Answer:
         for token in part.tokens:
             found = Gated(found.tokens + 1, found.gated + token.gated, found.seconds_saved + token.saved)
         self._gates[part.index] = found
-        return replace(part, gate=found) if part.finish is not None and self.plan.combination.gate else part
+        return replace(part, gate=found) if part.finish is not None and self.plan.work.combination.gate else part
 
     def _part(self, index: int, event: Event) -> Part:
         text = self._texts[index]

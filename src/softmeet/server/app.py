@@ -17,8 +17,9 @@ from starlette.types import Receive, Scope, Send
 
 from softmeet import __version__
 from softmeet.errors import SoftmeetError
-from softmeet.server.answer import Answer, Plan
-from softmeet.server.errors import Problem, RequestError, problem
+from softmeet.server.answer import Answer
+from softmeet.server.asgi import unless_left
+from softmeet.server.errors import RequestError, problem
 from softmeet.server.replies import ChatReply, CompletionReply, Reply, dumps
 from softmeet.server.schemas import ChatRequest, CompletionRequest, ErrorBody, explained
 from softmeet.server.security import Guard
@@ -41,10 +42,8 @@ def create_app(serving: Serving) -> FastAPI:
     app = FastAPI(title="softmeet", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.serving = serving
     app.include_router(router)
-    app.add_exception_handler(SoftmeetError, _on_error)
-    app.add_exception_handler(RequestValidationError, _on_invalid)
-    app.add_exception_handler(HTTPException, _on_http)
-    app.add_exception_handler(Exception, _on_error)
+    for kind in (SoftmeetError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, _on_error)
     if serving.settings.ui:
         from softmeet.server.ui import mount
 
@@ -92,24 +91,14 @@ def _model(served: Any) -> dict[str, Any]:
 async def completions(body: CompletionRequest, request: Request) -> Response:
     """Continue prompts."""
     plan = await _serving(request).completion(body)
-    reply = CompletionReply(plan, _name(request, body), echo=bool(body.echo), usage=_wants_usage(body))
-    return await _respond(request, plan, reply, stream=bool(body.stream))
+    return await _respond(request, CompletionReply(plan, body))
 
 
 @router.post("/v1/chat/completions")
 async def chat(body: ChatRequest, request: Request) -> Response:
     """Answer messages, put in the form of the tokenizer's chat template."""
     plan = await _serving(request).chat(body)
-    reply = ChatReply(plan, _name(request, body), usage=_wants_usage(body))
-    return await _respond(request, plan, reply, stream=bool(body.stream))
-
-
-def _name(request: Request, body: CompletionRequest | ChatRequest) -> str:
-    return _serving(request).ensembles.find(body.model).name
-
-
-def _wants_usage(body: CompletionRequest | ChatRequest) -> bool:
-    return body.stream_options is not None and body.stream_options.include_usage
+    return await _respond(request, ChatReply(plan, body))
 
 
 @router.get("/health")
@@ -134,24 +123,15 @@ async def metrics(request: Request) -> Response:
     return Response(generate_latest(_serving(request).metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-async def _respond(request: Request, plan: Plan, reply: Reply, *, stream: bool) -> Response:
-    answer = await _serving(request).answer(plan)
-    if stream:
-        return _Events(_events(answer, reply))
-    task, gone = asyncio.ensure_future(answer.whole()), asyncio.ensure_future(_left(request.receive))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            return Response(status_code=499)  # nobody reads it
-        return Response(dumps(reply.document(task.result(), answer.completion_tokens)), media_type="application/json")
-    finally:
-        task.cancel()
-        gone.cancel()
-
-
-async def _left(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+async def _respond(request: Request, reply: Reply) -> Response:
+    answer = await _serving(request).answer(reply.plan)
+    if reply.request.stream:
+        headers = {"Cache-Control": "no-store"}
+        return _Events(_events(answer, reply), media_type="text/event-stream", headers=headers)
+    choices = await unless_left(answer.whole(), request.receive)
+    if choices is None:
+        return Response(status_code=499)  # nobody reads it
+    return Response(dumps(reply.document(choices, answer.completion_tokens)), media_type="application/json")
 
 
 async def _events(answer: Answer, reply: Reply) -> AsyncIterator[str]:
@@ -176,39 +156,23 @@ def _event(document: dict[str, Any]) -> str:
 class _Events(StreamingResponse):
     """Server-sent events that end when the client leaves, wherever they are."""
 
-    def __init__(self, events: AsyncIterator[str]) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        self._events = events
-
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send until the end, or until the client has left."""
-        sending, gone = asyncio.ensure_future(self.stream_response(send)), asyncio.ensure_future(_left(receive))
-        try:
-            await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in (sending, gone):
-                task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, OSError):
-                await sending
-            await self._events.aclose()  # type: ignore[attr-defined]
-
-
-def _answer(found: Problem) -> Response:
-    headers = {"Retry-After": "1"} if found.status in (429, 503) else {}
-    return JSONResponse(found.body(), found.status, headers)
+        async with contextlib.aclosing(self.body_iterator):  # type: ignore[type-var]
+            with contextlib.suppress(OSError):
+                await unless_left(self.stream_response(send), receive)
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
-    return _answer(problem(error))
-
-
-async def _on_invalid(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    message, param = explained(list(error.errors()))
-    return _answer(problem(RequestError(message, param=param)))
-
-
-async def _on_http(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    messages = {404: "there is nothing here: expected a path under /v1, /health, /ready, /metrics or /ui"}
-    return _answer(problem(RequestError(messages.get(error.status_code, str(error.detail)), status=error.status_code)))
+    match error:
+        case RequestValidationError():
+            message, param = explained(list(error.errors()))
+            error = RequestError(message, param=param)
+        case HTTPException(status_code=404):
+            message = "there is nothing here: expected a path under /v1, /health, /ready, /metrics or /ui"
+            error = RequestError(message, status=404)
+        case HTTPException():
+            error = RequestError(str(error.detail), status=error.status_code)
+    found = problem(error)
+    headers = {"Retry-After": "1"} if found.status in (429, 503) else {}
+    return JSONResponse(found.body(), found.status, headers)

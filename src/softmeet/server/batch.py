@@ -178,8 +178,9 @@ class MemberBatch:
             states: as :meth:`prefill` gives them.
         """
         w, length = self._window, states[0][0].shape[2]
-        w.slots = max(w.slots, _doubled(w.slots, len(self.rows) + 1))
-        w.columns = max(w.columns, _doubled(w.columns, max(length, w.end - w.first) + 1))
+        # Powers of two with room for one more.
+        w.slots = max(w.slots, 1 << len(self.rows).bit_length())
+        w.columns = max(w.columns, 1 << max(length, w.end - w.first).bit_length())
         layers: list[_Layer] = self._cache.layers
         for layer, like in zip(layers, states, strict=True):
             layer.allocate(like)
@@ -215,10 +216,7 @@ class MemberBatch:
             # Half of the buffer or more may be in use only if a row is that long, and then it has to grow.
             if 2 * (w.end - w.first) > w.columns:
                 w.columns *= 2
-                for layer in self._cache.layers:
-                    layer.allocate((layer.keys, layer.values))
-            else:
-                self._shift(-w.first)
+            self._shift(-w.first)
         place = home(self.model)
         lengths = torch.tensor(self._lengths)
         mask = torch.arange(w.end - w.first + 1) >= w.end - w.first - lengths[:, None]
@@ -242,9 +240,3 @@ class MemberBatch:
             layer.allocate((layer.keys, layer.values))
             layer.shift(by)
         w.first, w.end = w.first + by, w.end + by
-
-
-def _doubled(size: int, needed: int) -> int:
-    while size < needed:
-        size *= 2
-    return size

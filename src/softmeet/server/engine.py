@@ -22,7 +22,7 @@ from softmeet.hf.report import token_report
 from softmeet.rules.solution import Solution
 from softmeet.server.batch import MemberBatch
 from softmeet.server.errors import BusyError, ClosingError, InternalError, TooLateError
-from softmeet.server.gating import Gates, asked_of
+from softmeet.server.gating import Gates, Hidden, asked_of
 from softmeet.server.metrics import Metrics
 from softmeet.server.row import Row
 from softmeet.server.sampling import next_tokens
@@ -168,12 +168,12 @@ class Engine:
         return TooLateError("the answer was not done in time: ask for fewer tokens, or raise the server's --timeout")
 
     def _step(self, new: list[Row]) -> None:
-        hidden: dict[Row, list[Float[Tensor, "1 _"]]] = {}
+        hidden: dict[Row, Hidden] = {}
         self._each_row(new, self._prefill, hidden)
         outputs: dict[tuple[PreTrainedModel, int], Float[Tensor, "1 d"]] = {}
-        busy = [(model, batch) for model, batch in self._batches.items() if batch.rows]
-        for (model, batch), out in zip(busy, self._map(self._forward, [b for _, b in busy]), strict=True):
-            outputs |= {(model, name): out[k : k + 1] for k, name in enumerate(batch.rows)}
+        busy = [batch for batch in self._batches.values() if batch.rows]
+        for batch, out in zip(busy, self._map(self._forward, busy), strict=True):
+            outputs |= {(batch.model, name): out[k : k + 1] for k, name in enumerate(batch.rows)}
         running = list(self._rows.values())
         self._each_row(running, lambda row: self._finite(row, [outputs[m, id(row)] for m in row.batched]), hidden)
         every = self._gates.ask({row: own[0] for row, own in hidden.items() if row.trails})
@@ -184,12 +184,7 @@ class Engine:
         for combination, rows in groups.items():
             self._advance(combination, rows, hidden)
 
-    def _each_row(
-        self,
-        rows: list[Row],
-        function: Callable[[Row], list[Float[Tensor, "1 _"]]],
-        found: dict[Row, list[Float[Tensor, "1 _"]]],
-    ) -> None:
+    def _each_row(self, rows: list[Row], function: Callable[[Row], Hidden], found: dict[Row, Hidden]) -> None:
         """Put what ``function`` gives for each row into ``found``; a row that fails by its own fault fails alone."""
         for row in rows:
             try:
@@ -204,7 +199,7 @@ class Engine:
     def _forward(self, batch: MemberBatch) -> Float[Tensor, "B d"]:
         return batch.step([self._rows[name].tokens[-1] for name in batch.rows])
 
-    def _prefill(self, row: Row) -> list[Float[Tensor, "1 _"]]:
+    def _prefill(self, row: Row) -> Hidden:
         s = row.sequence
         runs = self._map(lambda m: self._batches[m].prefill(s.prompt, every=s.work.score_prompt), row.batched)
         hidden = self._finite(row, [found for found, _, _ in runs])
@@ -217,7 +212,7 @@ class Engine:
             self._score(row, [own[kept] for own in self._finite(row, every)], asked and asked.take(kept))
         return [states[-1:] for states in hidden]
 
-    def _score(self, row: Row, hidden: list[Float[Tensor, "t _"]], asked: Asked | None) -> None:
+    def _score(self, row: Row, hidden: Hidden, asked: Asked | None) -> None:
         s, tokens = row.sequence, iter(row.sequence.prompt[1:])
         found: list[Token] = []
         if len(hidden[0]):
@@ -226,9 +221,7 @@ class Engine:
                 found += [_token(s, solution, log_probs, k, next(tokens)) for k in range(log_probs.shape[1])]
         self._emit(s, PromptScored(found))
 
-    def _advance(
-        self, combination: Combination, rows: list[Row], hidden: dict[Row, list[Float[Tensor, "1 _"]]]
-    ) -> None:
+    def _advance(self, combination: Combination, rows: list[Row], hidden: dict[Row, Hidden]) -> None:
         """Give each row of a group its next token, solved together; one by one if a row's own data forbid that."""
         stacked = [torch.cat(member) for member in zip(*(hidden[row] for row in rows), strict=True)]
         try:
@@ -271,7 +264,7 @@ class Engine:
         row.states, row.joined = [], True
         self._rows[id(row)] = row
 
-    def _finite(self, row: Row, hidden: list[Float[Tensor, "k _"]]) -> list[Float[Tensor, "k _"]]:
+    def _finite(self, row: Row, hidden: Hidden) -> Hidden:
         bad = [self._batches[m].name for m, h in zip(row.members, hidden, strict=False) if not h.isfinite().all()]
         if bad:
             raise NonFiniteError(

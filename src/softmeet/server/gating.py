@@ -25,6 +25,7 @@ from softmeet.server.metrics import Metrics
 from softmeet.server.row import Row
 from softmeet.server.work import Combination
 
+# Each member's hidden states at some positions of a row.
 Hidden = list[Float[Tensor, "t _"]]
 
 

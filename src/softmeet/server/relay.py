@@ -11,9 +11,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any, Protocol
 
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from softmeet.server.asgi import replay, unless_left
 from softmeet.server.errors import ReplicaLostError, problem
 from softmeet.server.replies import dumps
 
@@ -36,17 +38,13 @@ class Answering(Protocol):
 async def run(app: ASGIApp, scope: dict[str, Any], body: bytes) -> AsyncGenerator[Message, None]:
     """What an application sends for one request; to leave the iteration is to leave as a client does."""
     messages: asyncio.Queue[Message | None] = asyncio.Queue()
-    given, gone = False, asyncio.Event()
+    gone = asyncio.Event()
 
-    async def receive() -> Message:
-        nonlocal given
-        if not given:
-            given = True
-            return {"type": "http.request", "body": body, "more_body": False}
+    async def leave() -> Message:
         await gone.wait()
         return {"type": "http.disconnect"}
 
-    task = asyncio.ensure_future(app(scope, receive, messages.put))
+    task = asyncio.ensure_future(app(scope, replay(body, leave), messages.put))
     task.add_done_callback(lambda done: messages.put_nowait(None))
     try:
         while (message := await messages.get()) is not None:
@@ -75,27 +73,15 @@ class Relay:
             await _live(receive, send)
         if scope["type"] != "http":
             return
-        body = b""
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            body += message.get("body", b"")
-            if not message.get("more_body", False):
-                break
-        answer = self._ask({key: scope[key] for key in _SENT_ON if key in scope}, body)
-        sending = asyncio.ensure_future(self._send(answer, scope, receive, send))
-        gone = asyncio.ensure_future(_left(receive))
         try:
-            await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if sending.done():
-                sending.result()
+            body = await Request(scope, receive).body()
+        except ClientDisconnect:
+            return
+        answer = self._ask({key: scope[key] for key in _SENT_ON if key in scope}, body)
+        try:
+            await unless_left(self._send(answer, scope, receive, send), receive)
         finally:
             answer.cancel()
-            for task in (sending, gone):
-                task.cancel()
-            # Nobody reads what is left: how it ends, which is the engine's way to cancel, is no error.
-            await asyncio.gather(sending, gone, return_exceptions=True)
 
     async def _send(self, answer: Answering, scope: Scope, receive: Receive, send: Send) -> None:
         # The beginning waits for what follows, so that an answer without any can still become an error.
@@ -113,8 +99,7 @@ class Relay:
         except self._lost as error:
             found = problem(ReplicaLostError(_LOST))
             if not begun:
-                response = JSONResponse(found.body(), found.status, {"Retry-After": "1"})
-                await response(scope, receive, send)
+                await JSONResponse(found.body(), found.status, {"Retry-After": "1"})(scope, receive, send)
             elif start is not None and _is_stream(start):
                 end = f"data: {dumps(found.body())}\n\ndata: [DONE]\n\n".encode()
                 await send({"type": "http.response.body", "body": end, "more_body": False})
@@ -124,11 +109,6 @@ class Relay:
 
 def _is_stream(start: Message) -> bool:
     return Headers(raw=start["headers"]).get("content-type", "").startswith("text/event-stream")
-
-
-async def _left(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _live(receive: Receive, send: Send) -> None:

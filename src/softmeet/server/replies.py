@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from dataclasses import asdict
+from itertools import accumulate
 from typing import Any
 from uuid import uuid4
 
+from pydantic_core import to_jsonable_python
+
 from softmeet.server.answer import Part, Plan
+from softmeet.server.schemas import ChatRequest, CompletionRequest
 from softmeet.server.work import Token
 
 # What OpenAI writes for a probability of zero, which JSON has no number for.
@@ -26,21 +30,12 @@ def _nats(x: float | None) -> float | None:
     return x if x is None else max(x, _IMPOSSIBLE)
 
 
-def _plain(value: Any) -> Any:
-    """A report for JSON: null where there is no number."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _plain(x) for key, x in value.items()}
-    return [_plain(x) for x in value] if isinstance(value, list | tuple) else value
-
-
 class Reply(ABC):
     """How one endpoint writes its answers."""
 
-    def __init__(self, plan: Plan, model: str, *, echo: bool = False, usage: bool = False) -> None:
-        self.plan, self.echo, self.usage = plan, echo, usage
-        self._common = {"id": self.prefix + uuid4().hex, "created": int(time.time()), "model": model}
+    def __init__(self, plan: Plan, request: CompletionRequest | ChatRequest) -> None:
+        self.plan, self.request = plan, request
+        self._common = {"id": self.prefix + uuid4().hex, "created": int(time.time()), "model": plan.model}
         self._begun: set[int] = set()
 
     prefix: str
@@ -48,38 +43,35 @@ class Reply(ABC):
     chunk_kind: str
 
     @abstractmethod
-    def choice(self, part: Part) -> dict[str, Any]:
-        """A whole choice."""
-
-    @abstractmethod
     def delta(self, part: Part, *, first: bool) -> dict[str, Any]:
         """What is new of a choice."""
 
+    def whole(self, part: Part) -> dict[str, Any]:
+        """The same of a choice that is not streamed."""
+        return self.delta(part, first=True)
+
     def document(self, choices: list[Part], tokens: int) -> dict[str, Any]:
         """The answer that is not streamed."""
-        found = [self.choice(part) | self._reported(part) for part in choices]
+        found = [self._choice(part, self.whole(part)) for part in choices]
         usage, ours = self._usage(tokens), self._settings()
         return {**self._common, "object": self.kind, "choices": found, "usage": usage, "softmeet": ours}
 
     def chunk(self, part: Part) -> dict[str, Any] | None:
         """One chunk of a stream; None where there is nothing to say."""
         first = part.index not in self._begun
-        if not (first or part.text or part.finish or part.scored is not None or self._wants_tokens):
+        wants_tokens = self.plan.work.top is not None or self.plan.work.report is not None
+        if not (first or part.text or part.finish or part.scored is not None or wants_tokens):
             return None
         self._begun.add(part.index)
-        choice = {"index": part.index, **self.delta(part, first=first), "finish_reason": part.finish}
-        found = {**self._common, "object": self.chunk_kind, "choices": [choice | self._reported(part)]}
+        choices = [self._choice(part, self.delta(part, first=first))]
+        found = {**self._common, "object": self.chunk_kind, "choices": choices}
         return found | {"softmeet": self._settings()} if first else found
 
     def last_chunk(self, tokens: int) -> dict[str, Any] | None:
         """The usage, if it was asked for."""
-        if not self.usage:
+        if self.request.stream_options is None or not self.request.stream_options.include_usage:
             return None
         return {**self._common, "object": self.chunk_kind, "choices": [], "usage": self._usage(tokens)}
-
-    @property
-    def _wants_tokens(self) -> bool:
-        return self.plan.work.top is not None or self.plan.work.report is not None
 
     def _usage(self, tokens: int) -> dict[str, int]:
         asked = sum(map(len, self.plan.prompts))
@@ -92,10 +84,14 @@ class Reply(ABC):
         found |= {"gate": shown["gate"]} if how.gate else {}
         return {"members": list(self.plan.members), **found, "seed": self.plan.work.sampling.seed}
 
+    def _choice(self, part: Part, content: dict[str, Any]) -> dict[str, Any]:
+        return {"index": part.index, **content, "finish_reason": part.finish} | self._reported(part)
+
     def _reported(self, part: Part) -> dict[str, Any]:
         tokens = [*(part.scored or []), *part.tokens]
-        reports = [_plain(t.report.spelled(self.plan.tokenizer)) for t in tokens if t.report is not None]
-        found: dict[str, Any] = {"tokens": reports} if reports else {}
+        reports = [t.report.spelled(self.plan.tokenizer) for t in tokens if t.report is not None]
+        # Null where there is no number.
+        found = {"tokens": to_jsonable_python(reports, inf_nan_mode="null")} if reports else {}
         if part.gate is not None:
             found["gate"] = asdict(part.gate) | {"share": part.gate.gated / max(part.gate.tokens, 1)}
         return {"softmeet": found} if found else {}
@@ -110,18 +106,14 @@ class CompletionReply(Reply):
 
     prefix, kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._offsets: dict[int, int] = {}
-
-    def choice(self, part: Part) -> dict[str, Any]:
-        """As the API has it."""
-        return {"index": part.index, **self.delta(part, first=True), "finish_reason": part.finish}
+    def __init__(self, plan: Plan, request: CompletionRequest) -> None:
+        super().__init__(plan, request)
+        self._echo, self._offsets = bool(request.echo), defaultdict[int, int](int)
 
     def delta(self, part: Part, *, first: bool) -> dict[str, Any]:
         """Text, after the prompt's if it is to be echoed, and log-probabilities."""
         prompt = self.plan.prompts[part.index // self.plan.choices]
-        echoed = self.plan.tokenizer.decode(list(prompt)) if self.echo and first else ""
+        echoed = self.plan.tokenizer.decode(list(prompt)) if self._echo and first else ""
         return {"text": echoed + part.text, "logprobs": self._log_probs(part, prompt)}
 
     def _log_probs(self, part: Part, prompt: tuple[int, ...]) -> dict[str, Any] | None:
@@ -131,11 +123,8 @@ class CompletionReply(Reply):
         scored = [] if part.scored is None else [Token(prompt[0]), *part.scored]
         rows = [*scored, *part.tokens]
         texts = [self.spell(t.token) for t in rows]
-        offsets, at = [], self._offsets.get(part.index, 0)
-        for text in texts:
-            offsets.append(at)
-            at += len(text)
-        self._offsets[part.index] = at
+        offsets = list(accumulate(map(len, texts), initial=self._offsets[part.index]))
+        self._offsets[part.index] = offsets.pop()
         return {
             "tokens": texts,
             "token_logprobs": [_nats(t.log_prob) for t in rows],
@@ -156,12 +145,10 @@ class ChatReply(Reply):
 
     prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def choice(self, part: Part) -> dict[str, Any]:
-        """As the API has it."""
+    def whole(self, part: Part) -> dict[str, Any]:
+        """The message."""
         message = {"role": "assistant", "content": part.text, "refusal": None}
-        return {
-            "index": part.index, "message": message, "logprobs": self._log_probs(part), "finish_reason": part.finish
-        }  # fmt: skip
+        return {"message": message, "logprobs": self._log_probs(part)}
 
     def delta(self, part: Part, *, first: bool) -> dict[str, Any]:
         """The new text, and whose it is at the beginning."""

@@ -13,6 +13,7 @@ from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -48,17 +49,6 @@ class Sampling:
         return self.temperature < _COLD
 
 
-class Bias(LogitsProcessor):
-    """Adds a number to some tokens' scores."""
-
-    def __init__(self, biases: Mapping[int, float]) -> None:
-        self._tokens, self._biases = torch.tensor(list(biases)), torch.tensor(list(biases.values()))
-
-    def __call__(self, input_ids: Int[Tensor, "B t"], scores: Float[Tensor, "B v"]) -> Float[Tensor, "B v"]:
-        """A biased copy."""
-        return scores.index_add(-1, self._tokens.to(scores.device), self._biases.to(scores).expand(len(scores), -1))
-
-
 class Repeats(LogitsProcessor):
     """Takes ``presence`` and, each time, ``frequency`` from the scores of tokens that were generated before."""
 
@@ -89,7 +79,8 @@ class Sampler:
         if s.presence_penalty or s.frequency_penalty:
             readers.append(Repeats(len(prompt), s.presence_penalty, s.frequency_penalty))
         self._reads = bool(readers)
-        others = [Bias(s.logit_bias)] if s.logit_bias else []
+        biases = {(token,): float(bias) for token, bias in s.logit_bias.items()}
+        others = [SequenceBiasLogitsProcessor(biases)] if biases else []
         self._processors = LogitsProcessorList([*readers, *others, *([] if s.greedy else _warpers(s))])
 
     def scores(self, tokens: Sequence[int], log_probs: Float[Tensor, " v"]) -> Float[Tensor, " v"]:

@@ -133,12 +133,9 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
+_TOOLS = ("tools", "tool_choice", "functions", "function_call", "parallel_tool_calls")
 _REFUSED = {
-    "tools": "the members call no tools",
-    "tool_choice": "the members call no tools",
-    "functions": "the members call no tools",
-    "function_call": "the members call no tools",
-    "parallel_tool_calls": "the members call no tools",
+    **dict.fromkeys(_TOOLS, "the members call no tools"),
     "response_format": "only plain text is generated, no structured output",
     "best_of": "ask for n choices and take the best yourself",
     "suffix": "text is only continued",

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import hmac
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pydantic_core import from_json
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from softmeet.server.asgi import replay
 from softmeet.server.errors import RequestError, problem
 from softmeet.server.metrics import Metrics
 
@@ -68,14 +69,13 @@ class Guard:
             if message["type"] == "http.response.start":
                 self.metrics.requests.labels(path if path in _COUNTED else "other", message["status"]).inc()
                 headers = MutableHeaders(scope=message)
-                for name, value in _COMMON.items():
-                    headers[name] = value
+                headers.update(_COMMON)
                 headers["Content-Security-Policy"] = _PAGE if path.startswith("/ui") else _NO_PAGE
             await send(message)
 
         try:
             self._check(path, Headers(scope=scope))
-            body = await self._body(Headers(scope=scope), receive)
+            body = await self._body(Request(scope, receive))
             if body and path.startswith("/v1/"):
                 _check_json(body)
         except RequestError as error:
@@ -85,9 +85,9 @@ class Guard:
             response = JSONResponse(found.body(), found.status, {"Connection": "close", **realm})
             await response(scope, receive, sending)
             return
-        except _GoneError:
+        except ClientDisconnect:  # before it had sent its request
             return
-        await self.app(scope, _replay(body, receive), sending)
+        await self.app(scope, replay(body, receive), sending)
 
     def _check(self, path: str, headers: Headers) -> None:
         if path.startswith(_UPLOADS):
@@ -100,23 +100,21 @@ class Guard:
                 "expected a valid API key as 'Authorization: Bearer KEY'", status=401, code="invalid_api_key"
             )
 
-    async def _body(self, headers: Headers, receive: Receive) -> bytes:
+    async def _body(self, request: Request) -> bytes:
         limit = self.protection.max_body
         too_large = RequestError(f"expected a body of at most {limit:,} bytes", status=413, code="body_too_large")
-        length = headers.get("content-length", "0")
+        length = request.headers.get("content-length", "0")
         if not length.isdecimal() or int(length[:20]) > _DISCARDED * limit:
             raise too_large
-        parts, size, more = [], 0, True
+        parts, size = [], 0
         try:
             async with asyncio.timeout(self.protection.body_seconds):
-                while more and size <= _DISCARDED * limit:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise _GoneError
-                    size += len(message.get("body", b""))
-                    more = message.get("more_body", False)
+                async for part in request.stream():
+                    size += len(part)
                     if size <= limit:
-                        parts.append(message.get("body", b""))
+                        parts.append(part)
+                    elif size > _DISCARDED * limit:
+                        break
         except TimeoutError:
             raise RequestError(
                 f"expected the body within {self.protection.body_seconds:g} s", status=408, code="body_too_slow"
@@ -134,23 +132,6 @@ def _check_json(body: bytes) -> None:
         raise RequestError(f"expected JSON in UTF-8 as the body: {error}"[:300], code="invalid_json") from None
 
 
-class _GoneError(Exception):
-    """The client left before it had sent its request."""
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    sent = False
-
-    async def replay() -> Message:
-        nonlocal sent
-        if sent:
-            return await receive()
-        sent = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return replay
-
-
 def _given(headers: Headers) -> str:
     """The key of a request: a bearer token, or the password of HTTP's basic scheme, which browsers ask for."""
     scheme, _, value = headers.get("authorization", "").partition(" ")
@@ -159,7 +140,7 @@ def _given(headers: Headers) -> str:
     if scheme.lower() == "basic":
         try:
             return base64.b64decode(value, validate=True).decode("utf-8").partition(":")[2]
-        except (binascii.Error, UnicodeDecodeError):
+        except ValueError:
             return ""
     return ""
 

@@ -121,7 +121,7 @@ class Serving:
             deadline=time.monotonic() + self.settings.seconds,
         )
         stops = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
-        return Plan(prompts, choices, work, members, served.ensemble.tokenizer, stops)
+        return Plan(served.name, prompts, choices, work, members, served.ensemble.tokenizer, stops)
 
 
 def _extension(request: CompletionRequest | ChatRequest) -> Extension:

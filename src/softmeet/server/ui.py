@@ -67,6 +67,7 @@ def page(serving: Serving) -> gr.Blocks:
     """The page of a server's ensembles."""
     served = {s.name: s for s in serving.ensembles}
     first = next(iter(served.values()))
+    config, names = first.ensemble.model.config, list(first.names)
     free = {name: name in serving.settings.allowed for name in ("rule", "trust", "members")}
     choose = _file("page.js")
     with gr.Blocks(title="softmeet: look inside", analytics_enabled=False) as blocks:
@@ -80,14 +81,9 @@ def page(serving: Serving) -> gr.Blocks:
             with gr.Column(scale=2, min_width=260):
                 name = gr.Dropdown(list(served), value=first.name, label="Ensemble", elem_id="ensemble")
                 members = gr.CheckboxGroup(
-                    list(first.names),
-                    value=list(first.names),
-                    label="Members",
-                    interactive=free["members"],
-                    elem_id="members",
+                    names, value=names, label="Members", interactive=free["members"], elem_id="members"
                 )
         with gr.Row():
-            config = first.ensemble.model.config
             rules = list(dict.fromkeys([*rule_names(), config.rule]))
             rule = gr.Dropdown(rules, value=config.rule, label="Rule", interactive=free["rule"], elem_id="rule")
             other = gr.Dropdown(
@@ -128,8 +124,13 @@ def page(serving: Serving) -> gr.Blocks:
 
 def _controls(served: Served) -> tuple[Any, Any, Any]:
     """The controls as the ensemble has them."""
-    config, names = served.ensemble.model.config, list(served.names)
-    return gr.CheckboxGroup(names, value=names), config.rule, min(config.trust[0], 4)
+    own = _own(served)
+    return gr.CheckboxGroup(own["members"], value=own["members"]), own["rule"], own["trust"]
+
+
+def _own(served: Served) -> dict[str, Any]:
+    config = served.ensemble.model.config
+    return {"members": list(served.names), "rule": config.rule, "trust": min(config.trust[0], 4)}
 
 
 def _choosing(k: int) -> Any:
@@ -165,7 +166,7 @@ async def _pictures(
             asked = _asked(serving, name, members, chosen, trust)
             plan = await serving.completion(CompletionRequest.model_validate(given | {"softmeet": asked}))
             answers.append(await serving.answer(plan))
-        sides = [Side(str(a.plan.combination.settings.rule), a.plan.members, prompt) for a in answers]
+        sides = [Side(str(a.plan.work.combination.settings.rule), a.plan.members, prompt) for a in answers]
         feeds = [asyncio.create_task(_feed(a, side)) for a, side in zip(answers, sides, strict=True)]
         while not all(feed.done() for feed in feeds):
             yield *_texts(sides), _HINT, _trouble(""), sides
@@ -175,7 +176,8 @@ async def _pictures(
             side.done = True
         yield *_texts(sides), _HINT, _trouble(trouble), sides
     except (SoftmeetError, ValidationError) as error:
-        yield gr.skip(), gr.skip(), gr.skip(), _trouble(_said(error)), gr.skip()
+        said = explained(list(error.errors()))[0] if isinstance(error, ValidationError) else str(error)
+        yield gr.skip(), gr.skip(), gr.skip(), _trouble(said), gr.skip()
     finally:
         for answer in answers:
             answer.cancel()
@@ -185,14 +187,9 @@ async def _pictures(
 
 def _asked(serving: Serving, name: str, members: list[str], rule: str, trust: float) -> Extension:
     """What differs from the ensemble's own, so that a server that allows no changes is not asked for any."""
-    served = serving.ensembles.find(name)
-    config, given = served.ensemble.model.config, dict[str, Any]()
-    if list(members) != list(served.names):
-        given["members"] = list(members)
-    if rule != config.rule:
-        given["rule"] = rule
-    if trust != min(config.trust[0], 4):
-        given["trust"] = float(trust)
+    own = _own(serving.ensembles.find(name))
+    asked = {"members": list(members), "rule": rule, "trust": float(trust)}
+    given = {name: value for name, value in asked.items() if value != own[name]}
     return Extension.model_validate(given | {"report": _LISTED})
 
 
@@ -213,7 +210,3 @@ def _texts(sides: list[Side]) -> tuple[Any, Any]:
 
 def _trouble(message: str) -> Any:
     return gr.HTML(alert(message), visible=bool(message))
-
-
-def _said(error: Exception) -> str:
-    return explained(list(error.errors()))[0] if isinstance(error, ValidationError) else str(error)

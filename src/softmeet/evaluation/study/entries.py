@@ -71,9 +71,10 @@ def score(rows: Rows, entry: Entry, tol: float, max_steps: int = 100) -> dict[st
     return out
 
 
-def score_members(rows: Rows) -> list[list[float | None]]:
-    """KL(truth‖p̂_i) of every member and row."""
-    return [finite(kl(rows.log_truth, own.double())) for own in rows.log_p]
+def score_all(rows: Rows, tol: float) -> dict[str, Any]:
+    """KL(truth‖p̂_i) of every member and row, and what :func:`score` says of every rule."""
+    members = [finite(kl(rows.log_truth, own.double())) for own in rows.log_p]
+    return {"members": members, "rules": {entry.label: score(rows, entry, tol) for entry in ALL}}
 
 
 def finite(values: Float[Tensor, " B"]) -> list[float | None]:

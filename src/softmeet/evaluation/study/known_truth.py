@@ -17,11 +17,11 @@ from torch import Tensor
 from softmeet.ensemble import Ensemble
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.family import best_hidden
-from softmeet.evaluation.study.entries import ALL, Rows, score, score_members
+from softmeet.evaluation.study.entries import Rows, score_all
 from softmeet.evaluation.study.plots import Plot
 from softmeet.evaluation.study.report import Report
 from softmeet.evaluation.study.runs import Cell, Json
-from softmeet.evaluation.study.summary import by_columns, endings, lines_by, never_worse
+from softmeet.evaluation.study.summary import lines_by, never_worse, outcomes
 from softmeet.heads import SoftmaxHead
 from softmeet.simplex import log_normalize
 
@@ -73,9 +73,7 @@ def _truths(ensemble: Ensemble, text: str, count: int) -> Float[Tensor, "B v"]:
 @torch.inference_mode()
 def _scores(heads: Sequence[SoftmaxHead], log_truth: Float[Tensor, "B v"]) -> Json:
     log_p = torch.stack([head.log_probs(best_hidden(head, log_truth)) for head in heads])
-    rows = Rows(heads, log_p, log_truth)
-    found = {entry.label: score(rows, entry, TOL) for entry in ALL}
-    return {"members": score_members(rows), "size": len(heads), "rules": found}
+    return {"size": len(heads)} | score_all(Rows(heads, log_p, log_truth), TOL)
 
 
 def report(settings: Settings, results: dict[str, Json], command: str) -> Report:
@@ -84,15 +82,11 @@ def report(settings: Settings, results: dict[str, Json], command: str) -> Report
     columns = [(f"n = {k}", [c for c in cells if c["size"] == k]) for k in settings.sizes]
     several = [c for c in cells if c["size"] > 1]
     rows = sum(len(c["rules"]["logit-mean"]["kl"]) for c in columns[0][1])
+    lines = lines_by(cells, lambda c: float(c["size"]))
     return Report(
         f"Trained heads, known truths: {rows} contexts of held-out text",
         command,
         [never_worse(several, "max-entropy", "logit-mean", TOL)],
-        [by_columns("KL(p*‖·), nats", columns), endings("Rows with a feasible distribution", columns)],
-        [_against_members(cells)],
+        outcomes(columns),
+        [Plot("members", "Trained heads: the premise holds", "members", "KL(p*‖·), nats", lines, count=True)],
     )
-
-
-def _against_members(cells: list[Json]) -> Plot:
-    lines = lines_by(cells, lambda c: float(c["size"]))
-    return Plot("members", "Trained heads: the premise holds", "members", "KL(p*‖·), nats", lines, count=True)

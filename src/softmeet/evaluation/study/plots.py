@@ -34,13 +34,11 @@ def draw(plot: Plot, path: Path) -> None:
     Raises:
         TraceError: the disk is full.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    from softmeet.evaluation.plots import blank
+
+    figure, axes = blank(8, 5)
     for k, (label, points) in enumerate(plot.lines.items()):
         style: dict[str, Any] = {"marker": "osD^vP*X"[k % 8], "markersize": 4, "linewidth": 1.2, "label": label}
         if points and len(points[0]) == 3:
@@ -56,6 +54,5 @@ def draw(plot: Plot, path: Path) -> None:
     if plot.zero:
         axes.axhline(0, color="0.6", linewidth=0.8)
     axes.grid(visible=True, color="0.92")
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     write_atomically(path, partial(figure.savefig, format="png", dpi=130))

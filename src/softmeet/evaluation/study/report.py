@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -52,10 +52,7 @@ class Report:
 
     def json(self) -> dict[str, Any]:
         """Title, claims and tables."""
-        tables = [
-            {"title": t.title, "header": list(t.header), "rows": [list(row) for row in t.rows]} for t in self.tables
-        ]
-        return {"title": self.title, "claims": list(self.claims), "tables": tables}
+        return {"title": self.title, "claims": list(self.claims), "tables": [asdict(table) for table in self.tables]}
 
 
 def mean_text(values: Sequence[float | None]) -> str:

@@ -7,6 +7,7 @@ killed goes on where it stopped; a torn last line is dropped.
 from __future__ import annotations
 
 import json
+import operator
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ class Run:
             if cell.key in self.done:
                 on_done(cell.key)
         with self._lines.open("a", encoding="utf-8") as out:
-            for k, result in (engine or LocalEngine()).map(_run, ((cell.work,) for cell in todo)):
+            for k, result in (engine or LocalEngine()).map(operator.call, ((cell.work,) for cell in todo)):
                 key = todo[k].key
                 self.done[key] = result
                 out.write(json.dumps({"key": key, "result": result}) + "\n")
@@ -82,7 +83,3 @@ class Run:
         if len(whole) < len(lines):
             write_text(self._lines, "".join(whole))
         return {entry["key"]: entry["result"] for entry in map(json.loads, whole)}
-
-
-def _run(work: Callable[[], Json]) -> Json:
-    return work()

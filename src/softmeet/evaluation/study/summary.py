@@ -37,25 +37,28 @@ def best_member(cells: Iterable[Json]) -> Values:
     ]
 
 
-def by_columns(title: str, columns: Sequence[tuple[str, list[Json]]]) -> Table:
+def outcomes(columns: Sequence[tuple[str, list[Json]]], where: str = "") -> list[Table]:
+    """What became of the rows of each group of cells: how far from the truth, and how they ended."""
+    return [
+        _by_columns(f"KL(p*‖·), nats{where}", columns),
+        _endings(f"Rows with a feasible distribution{where}", columns),
+    ]
+
+
+def _by_columns(title: str, columns: Sequence[tuple[str, list[Json]]]) -> Table:
     """Mean KL to the truth of every rule, a column per group of cells; the best of each column in bold."""
-    lines: list[tuple[str, list[Values]]] = [("best member of each row", [best_member(cells) for _, cells in columns])]
-    lines += [(e.label, [gathered(cells, e.label) for _, cells in columns]) for e in ALL]
-    text = [[mean_text(values) for values in row] for _, row in lines]
+    text = {"best member of each row": [mean_text(best_member(cells)) for _, cells in columns]}
+    text |= {e.label: [mean_text(gathered(cells, e.label)) for _, cells in columns] for e in ALL}
     for k in range(len(columns)):
-        finite = [float(row[k]) for row in text if "∞" not in row[k] and row[k] != "-"]
-        for row in text:
+        finite = [float(row[k]) for row in text.values() if "∞" not in row[k] and row[k] != "-"]
+        for row in text.values():
             # Rounding has no winners.
             if finite and "∞" not in row[k] and round(float(row[k]), 4) == round(min(finite), 4):
                 row[k] = f"**{row[k]}**"
-    return Table(
-        title,
-        ["rule", *(name for name, _ in columns)],
-        [[name, *row] for (name, _), row in zip(lines, text, strict=True)],
-    )
+    return Table(title, ["rule", *(name for name, _ in columns)], [[name, *row] for name, row in text.items()])
 
 
-def endings(title: str, columns: Sequence[tuple[str, list[Json]]]) -> Table:
+def _endings(title: str, columns: Sequence[tuple[str, list[Json]]]) -> Table:
     """Per rule and group of cells: the share of rows with a feasible distribution, and rows that were not solved."""
 
     def cell(cells: list[Json], label: str) -> str:

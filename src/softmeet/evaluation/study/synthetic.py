@@ -11,24 +11,18 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from softmeet.evaluation.family import best_hidden
-from softmeet.evaluation.study.entries import ALL, Rows, generator, score, score_members
+from softmeet.evaluation.study.entries import Rows, generator, score_all
 from softmeet.evaluation.study.plots import Plot
 from softmeet.evaluation.study.report import Report, Table, number
 from softmeet.evaluation.study.runs import Cell, Json
-from softmeet.evaluation.study.summary import (
-    by_columns,
-    endings,
-    gathered,
-    largest,
-    lines_by,
-    never_worse,
-)
+from softmeet.evaluation.study.summary import gathered, largest, lines_by, never_worse, outcomes
 from softmeet.heads import SoftmaxHead
 from softmeet.simplex import log_normalize
 
@@ -60,34 +54,20 @@ def cells(settings: Settings) -> Iterator[Cell]:
     """Every ratio, kind of truth, noise and trial."""
     kinds = itertools.product(settings.ratios, TRUTHS, settings.noises, range(settings.trials))
     for ratio, truth, noise, trial in kinds:
-        yield Cell(f"{ratio} {truth} {noise:g} {trial}", _Work(settings, ratio, truth, noise, trial))
+        yield Cell(f"{ratio} {truth} {noise:g} {trial}", partial(_scores, settings, ratio, truth, noise, trial))
 
 
-@dataclass(frozen=True)
-class _Work:
-    settings: Settings
-    ratio: str
-    truth: str
-    noise: float
-    trial: int
-
-    def __call__(self) -> Json:
-        rows = self._rows()
-        found = {entry.label: score(rows, entry, TOL) for entry in ALL}
-        kind = {"ratio": self.ratio, "truth": self.truth, "noise": self.noise}
-        return kind | {"members": score_members(rows), "rules": found}
-
-    def _rows(self) -> Rows:
-        v, n = self.settings.v, self.settings.members
-        d = max(1, int(Fraction(self.ratio) * v / n))
-        # The same heads and truths at every noise, so that only the noise differs.
-        ratio = Fraction(self.ratio)
-        random = generator(self.settings.seed, ratio.numerator, ratio.denominator, TRUTHS.index(self.truth), self.trial)
-        heads = [SoftmaxHead(torch.randn(v, d, generator=random, dtype=torch.float64)) for _ in range(n)]
-        log_truth = sample_truth(self.truth, self.settings.rows, v, random)
-        hidden = [best_hidden(head, log_truth) for head in heads]
-        log_p = torch.stack([h.log_probs(_noisy(x, self.noise, random)) for h, x in zip(heads, hidden, strict=True)])
-        return Rows(heads, log_p, log_truth)
+def _scores(settings: Settings, ratio: str, truth: str, noise: float, trial: int) -> Json:
+    v, n, of_v = settings.v, settings.members, Fraction(ratio)
+    d = max(1, int(of_v * v / n))
+    # The same heads and truths at every noise, so that only the noise differs.
+    random = generator(settings.seed, of_v.numerator, of_v.denominator, TRUTHS.index(truth), trial)
+    heads = [SoftmaxHead(torch.randn(v, d, generator=random, dtype=torch.float64)) for _ in range(n)]
+    log_truth = sample_truth(truth, settings.rows, v, random)
+    hidden = [best_hidden(head, log_truth) for head in heads]
+    log_p = torch.stack([h.log_probs(_noisy(x, noise, random)) for h, x in zip(heads, hidden, strict=True)])
+    kind = {"ratio": ratio, "truth": truth, "noise": noise}
+    return kind | score_all(Rows(heads, log_p, log_truth), TOL)
 
 
 def sample_truth(kind: str, rows: int, v: int, random: torch.Generator) -> Float[Tensor, "B v"]:
@@ -110,25 +90,20 @@ def report(settings: Settings, results: dict[str, Json], command: str) -> Report
     cells = list(results.values())
     exact = [c for c in cells if c["noise"] == 0]
     columns = _by_ratio(settings, exact)
-    tables = [
-        by_columns("KL(p*‖·), nats, where the premise holds", columns),
-        endings("Rows with a feasible distribution, where the premise holds", columns),
-        _ranges(columns),
-    ]
+    tables = [*outcomes(columns, ", where the premise holds"), _ranges(columns)]
     for noise in settings.noises[1:]:
-        title = f"noise of {100 * noise:g} % on the hidden states"
         columns = _by_ratio(settings, [c for c in cells if c["noise"] == noise])
-        tables += [
-            by_columns(f"KL(p*‖·), nats, {title}", columns),
-            endings(f"Rows with a feasible distribution, {title}", columns),
-        ]
-    size = settings.rows * settings.trials
+        tables += outcomes(columns, f", noise of {100 * noise:g} % on the hidden states")
+    size, lines = settings.rows * settings.trials, lines_by(exact, lambda c: float(Fraction(c["ratio"])))
     return Report(
         f"Random heads, v = {settings.v}, {settings.members} members, {size} rows of each kind",
         command,
         _claims(exact),
         tables,
-        [_against_width(exact), _against_noise(settings, cells)],
+        [
+            Plot("width", "Random heads: the premise holds", "nd / v", "KL(p*‖·), nats", lines),
+            _against_noise(settings, cells),
+        ],
     )
 
 
@@ -155,11 +130,6 @@ def _ranges(columns: list[tuple[str, list[Json]]]) -> Table:
         values = [largest(cells, label, "range") for _, cells in columns]
         rows.append([label, *("-" if x is None else number(x) for x in values)])
     return Table("Largest range of the objective over the feasible set", ["rule", *(name for name, _ in columns)], rows)
-
-
-def _against_width(exact: list[Json]) -> Plot:
-    lines = lines_by(exact, lambda c: float(Fraction(c["ratio"])))
-    return Plot("width", "Random heads: the premise holds", "nd / v", "KL(p*‖·), nats", lines)
 
 
 def _against_noise(settings: Settings, cells: list[Json]) -> Plot:

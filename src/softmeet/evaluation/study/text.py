@@ -6,7 +6,7 @@ Cheap rules go over all positions, slow ones over a part; a difference is paired
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import partial
@@ -23,7 +23,7 @@ from softmeet.evaluation.intervals import Clusters, clusters, paired
 from softmeet.evaluation.perplexity import evaluate
 from softmeet.evaluation.positions import Positions
 from softmeet.evaluation.premise import Premise
-from softmeet.evaluation.study.entries import BASELINES, EXACT, MEETS, OTHERS, TRUSTS, Entry
+from softmeet.evaluation.study.entries import BASELINES, EXACT, MEETS, OTHERS, TRUSTS, Entry, finite
 from softmeet.evaluation.study.plots import Plot
 from softmeet.evaluation.study.report import Report, Table, mean_text
 from softmeet.evaluation.study.runs import Cell, Json
@@ -117,26 +117,19 @@ def _kinds(settings: Settings, positions: Positions) -> list[tuple[str, Sequence
 
 
 def _nats(ensemble: Ensemble, entries: Sequence[Entry], rows: Positions) -> Json:
-    choices = [Choice(entry.label, {"rule": entry.rule, **_options(entry, ensemble)}) for entry in entries]
+    choices = [Choice(entry.label, {"rule": entry.rule, **entry.options}) for entry in entries]
     found = evaluate(ensemble, rows, choices)
     rules = {
-        name: {"nats": _finite(s.nats), "fallbacks": s.fallbacks, "unsolved": s.unconverged, "passes": s.passes}
+        name: {"nats": finite(s.nats), "fallbacks": s.fallbacks, "unsolved": s.unconverged, "passes": s.passes}
         for name, s in found.choices.items()
     }
-    members = {name: _finite(s.nats) for name, s in found.members.items()}
+    members = {name: finite(s.nats) for name, s in found.members.items()}
     return {"document": rows.document.tolist(), "members": members, "rules": rules}
-
-
-def _options(entry: Entry, ensemble: Ensemble) -> Json:
-    options = dict(entry.options)
-    if "trust" in options:
-        options["trust"] = [options["trust"]] * len(ensemble.names)
-    return options
 
 
 def _sample(ensemble: Ensemble, entry: Entry, settings: Settings) -> Json:
     """The same prompt and seed for every rule."""
-    writer = _variant(ensemble, len(ensemble.names), rule=entry.rule, **_options(entry, ensemble))
+    writer = _variant(ensemble, len(ensemble.names), rule=entry.rule, **entry.options)
     return {"text": writer.generate(settings.prompt, seed=1, do_sample=True, max_new_tokens=settings.tokens)}
 
 
@@ -148,40 +141,27 @@ def _variant(ensemble: Ensemble, size: int, **settings: Any) -> Ensemble:
     return Ensemble(model, ensemble.tokenizer)
 
 
-def _finite(values: Tensor) -> list[float | None]:
-    return [x if math.isfinite(x) else None for x in values.tolist()]
-
-
 @dataclass(frozen=True, eq=False)
 class _Line:
     """One rule or member over the positions it was tried on: nats, (N,), with infinities, and their documents."""
 
     nats: Tensor
     document: Tensor
-    fallbacks: int = 0
-    unsolved: int = 0
-    passes: float = 0.0
+    fallbacks: int
+    unsolved: int
 
 
-def _lines(results: Iterable[Json], what: str) -> dict[str, _Line]:
-    parts: dict[str, list[_Line]] = {}
-    for cell in results:
-        for name, found in cell[what].items():
-            entry = found if what == "rules" else {"nats": found}
-            nats = torch.tensor([math.inf if x is None else x for x in entry["nats"]], dtype=torch.float64)
-            counts = (entry.get("fallbacks", 0), entry.get("unsolved", 0), entry.get("passes", 0.0))
-            parts.setdefault(name, []).append(_Line(nats, torch.tensor(cell["document"]), *counts))
-    return {name: _joined(lines) for name, lines in parts.items()}
+def _lines(cells: Sequence[Json], what: str) -> dict[str, _Line]:
+    document = torch.tensor([k for cell in cells for k in cell["document"]])
+    return {name: _line([cell[what][name] for cell in cells], document) for name in cells[0][what]}
 
 
-def _joined(lines: Sequence[_Line]) -> _Line:
-    return _Line(
-        torch.cat([x.nats for x in lines]),
-        torch.cat([x.document for x in lines]),
-        sum(x.fallbacks for x in lines),
-        sum(x.unsolved for x in lines),
-        sum(x.passes for x in lines),
-    )
+def _line(parts: Sequence[Any], document: Tensor) -> _Line:
+    """From what the cells hold of a rule, or of a member, which is nats alone."""
+    found = [part if isinstance(part, dict) else {"nats": part, "fallbacks": 0, "unsolved": 0} for part in parts]
+    nats = [math.inf if x is None else x for part in found for x in part["nats"]]
+    counts = (sum(part[name] for part in found) for name in ("fallbacks", "unsolved"))
+    return _Line(torch.tensor(nats, dtype=torch.float64), document, *counts)
 
 
 def report(
@@ -191,7 +171,9 @@ def report(
     groups = {name: found for name in KINDS if (found := _picked(results, f"{name} "))}
     groups |= {f"the first {size} members": _picked(results, f"first {size}: ") for size in settings.sizes}
     members = _lines(groups["averages"], "members")
-    samples = [f"- `{key.removeprefix('sample ')}`: {_flat(c['text'])}" for key, c in results.items() if "text" in c]
+    samples = [
+        f"- `{key.removeprefix('sample ')}`: {' '.join(c['text'].split())}" for key, c in results.items() if "text" in c
+    ]
     return Report(
         f"{', '.join(members)} on {text}",
         command,
@@ -206,10 +188,6 @@ def _picked(results: dict[str, Json], prefix: str) -> list[Json]:
     return [cell for key, cell in results.items() if key.startswith(prefix)]
 
 
-def _flat(text: str) -> str:
-    return " ".join(text.split())
-
-
 def _best(members: dict[str, _Line]) -> str:
     return min(members, key=lambda name: members[name].nats.mean().item())
 
@@ -221,14 +199,11 @@ def _table(name: str, cells: Sequence[Json]) -> Table:
     rows = []
     for label, line in [*members.items(), *rules.items()]:
         ends = [f"{line.fallbacks / len(line.nats):.1%}" if line.fallbacks else "", str(line.unsolved or "")]
-        rows.append([label, _mean(line.nats), _against(line, base, within), _against(line, best, within), *ends])
+        against = [_against(line, other, within) for other in (base, best)]
+        rows.append([label, mean_text(finite(line.nats)), *against, *ends])
     title = f"{name}: {len(base.nats):,} positions, intervals by {within.count} {within.kind}"
     header = ("", "nats/token", f"against {BASE.label}", f"against {_best(members)}", "infeasible", "unsolved")
     return Table(title, header, rows)
-
-
-def _mean(nats: Tensor) -> str:
-    return mean_text([x if math.isfinite(x) else None for x in nats.tolist()])
 
 
 def _against(ours: _Line, theirs: _Line, within: Clusters) -> str:
