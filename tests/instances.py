@@ -42,8 +42,12 @@ def best_outputs(heads: list[Tensor], truth: Tensor) -> Tensor:
             now = -(truth * (h @ W.T).log_softmax(-1)).sum(-1)
             for _ in range(40):
                 then = -(truth * ((h - t * step) @ W.T).log_softmax(-1)).sum(-1)
+                if not (then > now + 1e-15).any():
+                    break
                 t = torch.where((then > now + 1e-15)[:, None], t / 2, t)
             h = h - t * step
+            if step.abs().max() < 1e-13:
+                break
         rows.append((h @ W.T).log_softmax(-1))
     return torch.stack(rows)
 

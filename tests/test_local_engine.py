@@ -15,6 +15,8 @@ import tiny
 from softmeet.cli import main as cli
 from softmeet.scaling.local import LocalEngine
 
+pytestmark = pytest.mark.usefixtures("interruptible")
+
 
 def interrupted_after(begun):
     """Ctrl-C once ``begun`` is passed by all that wait there, and the caller waits for them."""
