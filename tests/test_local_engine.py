@@ -112,6 +112,6 @@ def test_ctrl_c_twice_ends_an_evaluation_at_once_and_keeps_what_was_done(tmp_pat
     running.send_signal(signal.SIGINT)
     assert "finishing what is under way" in running.stderr.readline()
     running.send_signal(signal.SIGINT)
-    rest = running.communicate(timeout=60)[1]
+    rest = running.communicate(timeout=300)[1]
     assert running.returncode == 130
     assert "stopped: finished pieces stay in" in rest
