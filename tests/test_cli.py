@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from warnings import catch_warnings, simplefilter
 
 import pytest
 import tiny
@@ -20,9 +21,10 @@ from softmeet.cli import main as cli
 def run(*arguments, stdin=""):
     """What ``softmeet`` does with these arguments, by the same entry point, in this process."""
     out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+    with pytest.MonkeyPatch.context() as patch, catch_warnings(), redirect_stdout(out), redirect_stderr(err):
+        simplefilter("ignore")
         patch.setattr(sys, "argv", ["softmeet", *map(str, arguments)])
-        patch.setattr(sys, "stdin", io.StringIO(stdin))
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8"))
         patch.setattr(cli, "keep_freed_memory", lambda: None)
         patch.setenv("COLUMNS", "120")
         with pytest.raises(SystemExit) as end:
