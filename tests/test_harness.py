@@ -111,6 +111,7 @@ def test_generation_is_ours(ensemble, samples):
 
 
 @pytest.mark.slow
+@pytest.mark.unchecked
 @pytest.mark.filterwarnings("ignore")
 def test_the_one_liner(ensemble, tasks, samples, tmp_path, monkeypatch):
     """Members are loaded as we load them: the bundled checkpoints are of half precision, which is seen at 1e-4."""
