@@ -13,7 +13,6 @@ demo: $(VENV)/.core ## Generate from the bundled members.
 
 test: ## Run the tests.
 	@echo "make test: about 6 minutes on two cores, and on first use the installation, some minutes more."
-	@command -v chromium chromium-browser google-chrome >/dev/null || echo "The page's tests need Chromium: apt-get install chromium"
 	@$(MAKE) --no-print-directory $(VENV)/.test
 	$(TEST_ENV) $(BIN)/pytest -rfEs $(PYTEST_ARGS)
 

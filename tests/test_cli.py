@@ -36,7 +36,7 @@ def process(*arguments, stdin=""):
     """The same in a process of its own, which takes seconds to start."""
     return subprocess.run(
         [sys.executable, "-m", "softmeet", *map(str, arguments)],
-        input=stdin, capture_output=True, text=True, check=False, timeout=120,
+        input=stdin, capture_output=True, text=True, check=False, timeout=900,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "120"},
     )  # fmt: skip
 

@@ -27,8 +27,8 @@ def test_ctrl_c_begins_nothing_more_and_loses_nothing():
     begun, end, said, answers = threading.Barrier(3), threading.Event(), [], []
 
     def call(k):
-        begun.wait(timeout=60)
-        end.wait(timeout=60)
+        begun.wait(timeout=300)
+        end.wait(timeout=300)
         return 10 * k
 
     interrupted_after(begun)
@@ -44,8 +44,8 @@ def test_a_second_ctrl_c_leaves_what_is_under_way():
     begun, end, ended = threading.Barrier(3), threading.Event(), []
 
     def call(k):
-        begun.wait(timeout=60)
-        ended.append(end.wait(timeout=60))
+        begun.wait(timeout=300)
+        ended.append(end.wait(timeout=300))
 
     interrupted_after(begun)
     with LocalEngine(2, on_stop=lambda sentence: signal.raise_signal(signal.SIGINT)) as engine:

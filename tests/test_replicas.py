@@ -137,7 +137,7 @@ def test_what_a_single_server_says_replicas_say(url):
         unknown = http.post("/v1/completions", content=b'{"prompt": NaN}')
         assert unknown.status_code == 400
         assert http.get("/nothing").status_code == 404
-    assert httpx.get(f"{url}/v1/models").status_code == 401
+    assert httpx.get(f"{url}/v1/models", timeout=300).status_code == 401
 
 
 def counts(http):

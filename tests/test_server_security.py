@@ -13,11 +13,10 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx
 import openai
 import pytest
 import tiny
-from serving import running, serving_of, tiny_ensemble, wait_until
+from serving import http, running, serving_of, tiny_ensemble, wait_until
 from test_cli import run
 
 from softmeet.server.engine import Limits
@@ -102,20 +101,20 @@ MALFORMED = {
 @pytest.mark.parametrize("name", MALFORMED)
 def test_a_malformed_body_gets_an_error_object_that_does_not_echo_it(url, name):
     for path in ("/v1/completions", "/v1/chat/completions"):
-        response = httpx.post(url + path, content=MALFORMED[name], headers=JSON)
+        response = http.post(url + path, content=MALFORMED[name], headers=JSON)
         assert_is_error(response)
         assert len(response.content) < 1000
-    assert httpx.post(f"{url}/v1/completions", json=GOOD).status_code == 200
+    assert http.post(f"{url}/v1/completions", json=GOOD).status_code == 200
 
 
 def test_other_wrong_requests(url):
-    assert_is_error(httpx.get(f"{url}/nowhere"), 404)
-    assert_is_error(httpx.get(f"{url}/docs"), 404)
-    assert_is_error(httpx.get(f"{url}/v1/completions"), 405)
-    assert_is_error(httpx.post(f"{url}/v1/completions", content=body(), headers={"content-type": "text/plain"}))
-    assert_is_error(httpx.post(f"{url}/v1/completions", content=b"x" * 100_001, headers=JSON), 413)
+    assert_is_error(http.get(f"{url}/nowhere"), 404)
+    assert_is_error(http.get(f"{url}/docs"), 404)
+    assert_is_error(http.get(f"{url}/v1/completions"), 405)
+    assert_is_error(http.post(f"{url}/v1/completions", content=body(), headers={"content-type": "text/plain"}))
+    assert_is_error(http.post(f"{url}/v1/completions", content=b"x" * 100_001, headers=JSON), 413)
     chunks = (b"x" * 10_000 for _ in range(20))
-    assert_is_error(httpx.post(f"{url}/v1/completions", content=chunks, headers=JSON), 413)
+    assert_is_error(http.post(f"{url}/v1/completions", content=chunks, headers=JSON), 413)
 
 
 def test_a_slow_body_is_not_waited_for():
@@ -134,11 +133,11 @@ def test_a_slow_body_is_not_waited_for():
 
 
 def test_headers_say_what_browsers_must_not_do(url):
-    headers = httpx.get(f"{url}/v1/models").headers
+    headers = http.get(f"{url}/v1/models").headers
     assert headers["x-content-type-options"] == "nosniff"
     assert headers["x-frame-options"] == "DENY"
     assert headers["content-security-policy"].startswith("default-src 'none'")
-    assert "access-control-allow-origin" not in httpx.get(f"{url}/v1/models", headers={"origin": "http://a.b"}).headers
+    assert "access-control-allow-origin" not in http.get(f"{url}/v1/models", headers={"origin": "http://a.b"}).headers
     assert "server" not in headers or "uvicorn" in headers["server"]
 
 
@@ -151,19 +150,19 @@ def test_keys_hosts_and_origins(caplog):
             {}, {"authorization": "Bearer wrong"}, {"authorization": "Bearer"}, {"authorization": "first-key"},
             {"authorization": "Basic !"}, {"authorization": "Basic /w=="},
         ):  # fmt: skip
-            assert_is_error(httpx.get(f"{url}/v1/models", headers=headers), 401)
-            assert_is_error(httpx.get(f"{url}/metrics", headers=headers), 401)
-        assert httpx.get(f"{url}/health").status_code == 200
-        assert httpx.get(f"{url}/v1/models", auth=("any", "second-kéy")).status_code == 200
+            assert_is_error(http.get(f"{url}/v1/models", headers=headers), 401)
+            assert_is_error(http.get(f"{url}/metrics", headers=headers), 401)
+        assert http.get(f"{url}/health").status_code == 200
+        assert http.get(f"{url}/v1/models", auth=("any", "second-kéy")).status_code == 200
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="first-key", max_retries=0)
         assert client.completions.create(model="plain", prompt="secret words", max_tokens=2).choices
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=f"{url}/v1", api_key="x").models.list()
         named = {"host": "evil.test", "authorization": "Bearer first-key"}
-        assert_is_error(httpx.get(f"{url}/v1/models", headers=named), 421)
-        allowed = httpx.get(f"{url}/health", headers={"origin": "http://page.test"}).headers
+        assert_is_error(http.get(f"{url}/v1/models", headers=named), 421)
+        allowed = http.get(f"{url}/health", headers={"origin": "http://page.test"}).headers
         assert allowed["access-control-allow-origin"] == "http://page.test"
-        assert "access-control-allow-origin" not in httpx.get(f"{url}/health", headers={"origin": "http://b"}).headers
+        assert "access-control-allow-origin" not in http.get(f"{url}/health", headers={"origin": "http://b"}).headers
     assert "first-key" not in caplog.text
     assert "secret words" not in caplog.text
 
@@ -172,8 +171,8 @@ def test_a_server_may_forbid_changes():
     serving = serving_of({"plain": tiny_ensemble("gpt2", "llama")}, allowed=("rule",))
     with running(serving) as url:
         asked = GOOD | {"softmeet": {"rule": "prob-mean"}}
-        assert httpx.post(f"{url}/v1/completions", json=asked).status_code == 200
-        refused = httpx.post(f"{url}/v1/completions", json=asked | {"softmeet": {"trust": 1, "weights": [1, 0]}})
+        assert http.post(f"{url}/v1/completions", json=asked).status_code == 200
+        refused = http.post(f"{url}/v1/completions", json=asked | {"softmeet": {"trust": 1, "weights": [1, 0]}})
         assert_is_error(refused, 400)
         assert "does not let requests change trust, weights" in refused.text
 
@@ -191,20 +190,20 @@ def test_a_full_queue_and_an_answer_that_takes_too_long():
     serving = serving_of({"plain": ensemble}, limits=Limits(rows=1, waiting=1), seconds=1.5)
     long = GOOD | {"max_tokens": 60, "logit_bias": {"0": -100}}
     with running(serving) as url, ThreadPoolExecutor(2) as pool:
-        assert httpx.get(f"{url}/ready").status_code == 200
-        waiting = [pool.submit(httpx.post, f"{url}/v1/completions", json=long, timeout=300) for _ in range(2)]
+        assert http.get(f"{url}/ready").status_code == 200
+        waiting = [pool.submit(http.post, f"{url}/v1/completions", json=long, timeout=300) for _ in range(2)]
         wait_until(lambda: not serving.engine.has_room)
-        busy = httpx.post(f"{url}/v1/completions", json=GOOD)
+        busy = http.post(f"{url}/v1/completions", json=GOOD)
         assert_is_error(busy, 429)
         assert busy.headers["retry-after"] == "1"
-        assert httpx.get(f"{url}/ready").status_code == 503
+        assert http.get(f"{url}/ready").status_code == 503
         time.sleep(1.6)
         go.set()
         for response in [w.result() for w in waiting]:
             assert_is_error(response, 504)
         go.clear()
         calls.clear()
-        with httpx.stream("POST", f"{url}/v1/completions", json=long | {"stream": True}, timeout=300) as stream:
+        with http.stream("POST", f"{url}/v1/completions", json=long | {"stream": True}, timeout=300) as stream:
             lines = stream.iter_lines()
             events = [next(lines)]
             time.sleep(1.6)
@@ -246,13 +245,13 @@ class Process:
 
 def streamed(url, fields):
     """The events of a stream, until the connection closes."""
-    with httpx.stream("POST", f"{url}/v1/completions", json=fields, timeout=600) as stream:
+    with http.stream("POST", f"{url}/v1/completions", json=fields, timeout=600) as stream:
         return [line.removeprefix("data: ") for line in stream.iter_lines() if line]
 
 
 def outstanding(url):
     """How many sequences the server holds."""
-    text = httpx.get(f"{url}/metrics", timeout=60).text
+    text = http.get(f"{url}/metrics", timeout=60).text
     return sum(float(text.split(f"\nsoftmeet_{name} ")[1].split()[0]) for name in ("rows", "waiting"))
 
 
@@ -319,10 +318,10 @@ def test_threads_of_clients_get_their_own_tokens(url):
     fields = [
         {"prompt": "abcdefgh"[: 1 + k % 8], "max_tokens": 3 + k % 20, "seed": k, "logprobs": 0} for k in range(24)
     ]
-    alone = [httpx.post(f"{url}/v1/completions", json=f).json()["choices"][0] for f in fields]
+    alone = [http.post(f"{url}/v1/completions", json=f).json()["choices"][0] for f in fields]
     with ThreadPoolExecutor(16) as pool:
         together = list(
-            pool.map(lambda f: httpx.post(f"{url}/v1/completions", json=f, timeout=300).json()["choices"][0], fields)
+            pool.map(lambda f: http.post(f"{url}/v1/completions", json=f, timeout=300).json()["choices"][0], fields)
         )
     for a, b in zip(alone, together, strict=True):
         assert (a["text"], a["finish_reason"]) == (b["text"], b["finish_reason"])
