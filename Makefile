@@ -4,15 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 # One BLAS thread a test process: the processes already fill the cores.
 TEST_ENV := OMP_NUM_THREADS=1
-PYTEST_ARGS ?= -n auto
+PYTEST_ARGS ?= -n auto --dist worksteal
 
 .PHONY: demo test soak bench check format lint clean
 
 demo: $(VENV)/.core ## Generate from the bundled members.
 	$(BIN)/softmeet generate "And the king said unto his daughter," --max-new-tokens 120 --temperature 0.8 --seed 4 --summary
 
-test: $(VENV)/.test ## Run the tests.
-	$(TEST_ENV) $(BIN)/pytest -rs $(PYTEST_ARGS)
+test: ## Run the tests.
+	@echo "make test: about 6 minutes on two cores, and on first use the installation, some minutes more."
+	@$(MAKE) --no-print-directory $(VENV)/.test
+	$(TEST_ENV) $(BIN)/pytest -rfEs $(PYTEST_ARGS)
 
 soak: $(VENV)/.test ## Serve 64 streams for five minutes, then ten thousand malformed requests.
 	$(BIN)/python benchmarks/soak.py

@@ -1,10 +1,14 @@
 """Fixtures shared by the suite. Two threads of BLAS on two cores, and no network."""
 
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from collections import Counter
+
+import jaxtyping
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -14,6 +18,33 @@ settings.register_profile(
 )
 settings.load_profile("suite")
 torch.set_num_threads(1)
+# Checks of shapes and types take more than half of the time of what they check.
+_ONE_IN = 4
+_checked = pytest.StashKey[bool]()
+
+
+def pytest_collection_modifyitems(items):
+    """Have shapes and types checked in the first case of every test, and in one case in four of those with many."""
+    seen = Counter()
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        item.stash[_checked] = seen[test] % _ONE_IN == 0 and not item.get_closest_marker("unchecked")
+        seen[test] += 1
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Switch the checks that ``--jaxtyping-packages`` puts in on or off."""
+    jaxtyping.config.update("jaxtyping_disable", not item.stash[_checked])
+    return (yield)
+
+
+@pytest.fixture
+def interruptible():
+    """Ctrl-C is not ignored, nor by processes that are started, though a shell's ``&`` has the tests ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -42,8 +43,12 @@ def best_outputs(heads: list[Tensor], truth: Tensor) -> Tensor:
             now = -(truth * (h @ W.T).log_softmax(-1)).sum(-1)
             for _ in range(40):
                 then = -(truth * ((h - t * step) @ W.T).log_softmax(-1)).sum(-1)
+                if not (then > now + 1e-15).any():
+                    break
                 t = torch.where((then > now + 1e-15)[:, None], t / 2, t)
             h = h - t * step
+            if step.abs().max() < 1e-13:
+                break
         rows.append((h @ W.T).log_softmax(-1))
     return torch.stack(rows)
 
@@ -102,8 +107,19 @@ def near_one_hot() -> Instance:
     return outputs(heads, 4, seed=8, sharpness=60.0), heads
 
 
+def once(build: Callable[[], Instance]) -> Callable[[], Instance]:
+    """Builds an instance once and gives copies, which may be changed."""
+    built = functools.cache(build)
+
+    def copies() -> Instance:
+        log_p, heads = built()
+        return log_p.clone(), [head.clone() for head in heads]
+
+    return copies
+
+
 INSTANCES: dict[str, Callable[[], Instance]] = {
-    f.__name__: f
+    f.__name__: once(f)
     for f in (generic, premise, sharp, peaked, rank_deficient, duplicate_heads, constant_column, wider_than_vocabulary,
               near_one_hot)
 }  # fmt: skip

@@ -6,7 +6,10 @@ import asyncio
 import contextlib
 import threading
 import time
+from functools import partial
+from types import SimpleNamespace
 
+import httpx
 import tiny
 import uvicorn
 
@@ -16,6 +19,10 @@ from softmeet.server.app import create_app
 from softmeet.server.ensembles import Ensembles, Served
 from softmeet.server.serving import Serving, Settings
 
+# As httpx itself, but patient: on a busy machine an answer may take longer than its five seconds.
+http = SimpleNamespace(
+    **{name: partial(getattr(httpx, name), timeout=httpx.Timeout(300)) for name in ("get", "post", "stream")}
+)
 TEMPLATE = (
     "{% for m in messages %}{% if m.content == 'bad' %}{{ raise_exception('no bad') }}{% endif %}"
     "{{ m.role[0] }}:{{ m.content }}!{% endfor %}a:"
@@ -49,10 +56,10 @@ def running(serving):
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(300)
 
 
-def wait_until(condition, seconds=20):
+def wait_until(condition, seconds=300):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

@@ -13,7 +13,7 @@ import tiny
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from softmeet import Ensemble
+from softmeet import Ensemble, _auto
 from softmeet.errors import CheckpointError, InvalidInputError
 from softmeet.hf import EnsembleForCausalLM
 
@@ -118,11 +118,24 @@ def test_import_softmeet_is_enough_for_the_auto_classes(ours, tmp_path):
     ours.save_pretrained(tmp_path / "ensemble")
     folder = str(tmp_path / "ensemble")
     code = f"from transformers import AutoModelForCausalLM as A; print(type(A.from_pretrained({folder!r})).__name__)"
-    for order in (f"import softmeet; {code}", f"import transformers, torch; import softmeet; {code}"):
-        done = subprocess.run([sys.executable, "-c", order], capture_output=True, text=True, check=False)
-        assert done.stdout == "EnsembleForCausalLM\n", done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", f"import softmeet; {code}"], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "EnsembleForCausalLM\n", done.stderr
     light = "import sys, softmeet; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", light], check=False).returncode == 0
+
+
+def test_auto_classes_that_are_there_already_are_told_at_once(monkeypatch):
+    imported = []
+    monkeypatch.setattr(_auto, "import_module", imported.append)
+    monkeypatch.setattr(sys, "meta_path", before := list(sys.meta_path))
+    _auto.register()
+    assert imported == ["softmeet.hf"]
+    monkeypatch.delitem(sys.modules, _auto._AUTO_CLASSES)
+    _auto.register()
+    assert imported == ["softmeet.hf"]
+    assert isinstance(before[0], _auto._AfterImport)
 
 
 def test_heads_follow_a_cast_and_a_move(ours, monkeypatch):

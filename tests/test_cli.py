@@ -1,23 +1,42 @@
-"""The command line as a user meets it: in a process of its own, by exit code, stdout and stderr."""
+"""The command line as a user meets it: by exit code, stdout and stderr; once in a process of its own."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import platform
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from warnings import catch_warnings, simplefilter
 
 import pytest
 import tiny
 
 from softmeet import Ensemble
+from softmeet.cli import main as cli
 
 
 def run(*arguments, stdin=""):
+    """What ``softmeet`` does with these arguments, by the same entry point, in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, catch_warnings(), redirect_stdout(out), redirect_stderr(err):
+        simplefilter("ignore")
+        patch.setattr(sys, "argv", ["softmeet", *map(str, arguments)])
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8"))
+        patch.setattr(cli, "keep_freed_memory", lambda: None)
+        patch.setenv("COLUMNS", "120")
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+    return subprocess.CompletedProcess(arguments, end.value.code or 0, out.getvalue(), err.getvalue())
+
+
+def process(*arguments, stdin=""):
+    """The same in a process of its own, which takes seconds to start."""
     return subprocess.run(
         [sys.executable, "-m", "softmeet", *map(str, arguments)],
-        input=stdin, capture_output=True, text=True, check=False, timeout=120,
+        input=stdin, capture_output=True, text=True, check=False, timeout=900,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "120"},
     )  # fmt: skip
 
@@ -34,7 +53,8 @@ def test_a_prompt_streams_and_is_summed_up(members):
     assert done.stdout.endswith("\n")
     assert "rule: meet" in done.stderr
     assert "head passes a token" in done.stderr
-    again = run("generate", "-", *members, "--seed", 1, "--max-new-tokens", 6, stdin="hello\n")
+    again = process("generate", "-", *members, "--seed", 1, "--max-new-tokens", 6, stdin="hello\n")
+    assert again.returncode == 0
     assert again.stdout == done.stdout
     assert again.stderr == ""
 
@@ -86,6 +106,14 @@ def test_an_error_is_one_line_and_exit_code_2(arguments, message):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+def test_an_error_in_a_process_of_its_own():
+    """Before anything is loaded, so that it comes at once."""
+    done = process("generate", "")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: expected a prompt of at least one token")
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_version_help_and_completion():
     import softmeet
 
@@ -96,24 +124,25 @@ def test_version_help_and_completion():
 
 
 _FAULTS = """
-import resource, sys, torch
+import resource, numpy
 from softmeet.cli.memory import keep_freed_memory
 
-if sys.argv[1] == "keep":
-    keep_freed_memory()
-for k in range(40):
-    several = [torch.ones(1 << 20, dtype=torch.float64) for _ in range(3)]
-    if k == 9:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+def faults():
+    for k in range(40):
+        several = [numpy.ones(1 << 20) for _ in range(3)]
+        if k == 9:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+fresh = faults()
+keep_freed_memory()
+print(faults(), fresh)
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc hands memory back so soon")
 def test_commands_keep_freed_memory():
     """Thirty times three vectors of 8 MiB: fresh pages each time, or none."""
-    faults = [
-        int(subprocess.run([sys.executable, "-c", _FAULTS, how], capture_output=True, check=True).stdout)
-        for how in ("keep", "not")
-    ]
-    assert faults[0] < 0.2 * faults[1]
+    done = subprocess.run([sys.executable, "-c", _FAULTS], capture_output=True, check=True)
+    kept, fresh = map(int, done.stdout.split())
+    assert kept < 0.2 * fresh

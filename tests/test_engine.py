@@ -43,7 +43,7 @@ class Listener(queue.SimpleQueue):
     def all(self):
         events = []
         while not events or not isinstance(events[-1], Finished | Failed):
-            events.append(self.get(timeout=60))
+            events.append(self.get(timeout=300))
         return events
 
     def tokens(self):
@@ -259,7 +259,7 @@ def test_closing_ends_what_runs_by_name_and_takes_nothing_more(serve):
     engine = serve(model)
     running, listener = sequence(model, prompt(0, 2), max_tokens=50)
     engine.submit([running])
-    listener.get(timeout=30)
+    listener.get(timeout=300)
     engine.close(grace=0)
     assert isinstance(listener.all()[-1].error, ClosingError)
     engine.join()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -54,6 +55,12 @@ def rows():
 
 
 @pytest.fixture(scope="module")
+def plain(rows):
+    """What a rule answers without a gate, each solved once."""
+    return functools.cache(lambda rule: softmeet.combine(*rows, rule))
+
+
+@pytest.fixture(scope="module")
 def model():
     return build()
 
@@ -74,8 +81,8 @@ def test_bad_gates_are_refused_wherever_they_are_given(gate, rows, model):
 
 @pytest.mark.parametrize("gate", [None, "none", "disagreement:0", "unsure:1.01", "unsure:7"])
 @pytest.mark.parametrize("rule", [rule.name for rule in RULES])
-def test_gates_that_never_close_are_no_gates(rows, rule, gate):
-    plain, ours = softmeet.combine(*rows, rule), softmeet.combine(*rows, rule, gate=gate)
+def test_gates_that_never_close_are_no_gates(rows, plain, rule, gate):
+    plain, ours = plain(rule), softmeet.combine(*rows, rule, gate=gate)
     assert that_closes(parse_gate(gate)) is None
     assert torch.equal(ours.log_probs, plain.log_probs)
     assert torch.equal(ours.status, plain.status)
@@ -100,7 +107,7 @@ def test_disagreement_is_the_pool_where_members_agree_and_the_rule_elsewhere(row
     plain = softmeet.combine(*rows, trust=[0.5, 2.0], pool=pool)
     size = sum(rho * kl(plain.pool, own) for rho, own in zip((0.5, 2.0), rows[0], strict=True))
     assert torch.allclose(size, plain.problem.pool_bound())
-    threshold = size.median().item()
+    threshold = size.sort().values[3:5].mean().item()  # between two rows, so that rounding closes none
     ours = softmeet.combine(*rows, trust=[0.5, 2.0], pool=pool, gate=f"disagreement:{threshold}")
     closed = size <= threshold
     assert 0 < closed.sum() < len(closed)
@@ -198,6 +205,7 @@ def gated_greedy(model, prompt, gate, count):
     return tokens[len(prompt) :], sum(closed)
 
 
+@functools.cache
 def median_gate(model, quantile=0.5):
     """A gate that is closed at about half of the tokens that greedy generation gives."""
     reports = TokenReports()
@@ -232,9 +240,9 @@ def test_all_asked_is_no_gate_though_each_catches_up_by_itself(rule):
     ours = build(rule)
     for options in ({}, {"num_beams": 3, "num_return_sequences": 2}, {"prompt_lookup_num_tokens": 3}):
         prompts = PROMPTS[:1] if "prompt_lookup_num_tokens" in options else PROMPTS
-        plain = ours.generate(prompts, max_new_tokens=10, **options, **GREEDY)
-        for gate in ("unsure:1", "unsure:2", "disagreement:0"):
-            assert torch.equal(ours.generate(prompts, max_new_tokens=10, gate=gate, **options, **GREEDY), plain)
+        plain = ours.generate(prompts, max_new_tokens=8, **options, **GREEDY)
+        for gate in ("unsure:1",) if options else ("unsure:1", "unsure:2", "disagreement:0"):
+            assert torch.equal(ours.generate(prompts, max_new_tokens=8, gate=gate, **options, **GREEDY), plain)
 
 
 def test_unsure_0_never_runs_the_others(model):

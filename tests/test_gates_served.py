@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import httpx
 import openai
 import pytest
 import torch
-from serving import running, serving_of, tiny_ensemble
+from serving import http, running, serving_of, tiny_ensemble
 from test_engine import LENGTHS, MEMBERS, Listener, ensemble_of, generated, prompt, serve  # noqa: F401 - a fixture
 
 from softmeet.errors import NonFiniteError
@@ -144,11 +143,11 @@ def test_requests_say_their_gate_and_hear_what_it_did():
             **options, stop=[expected[3:5]], extra_body={"softmeet": {"gate": "unsure:0.15"}}
         )
         assert 0 < stopped.choices[0].softmeet["gate"]["tokens"] < 12
-        bad = httpx.post(f"{url}/v1/completions", json={"prompt": "x", "softmeet": {"gate": "sure:1"}})
+        bad = http.post(f"{url}/v1/completions", json={"prompt": "x", "softmeet": {"gate": "sure:1"}})
         assert bad.status_code == 400
         assert "expected a gate as unsure:T" in bad.json()["error"]["message"]
     with running(serving_of({"plain": ensemble}, allowed=("rule",))) as url:
-        refused = httpx.post(f"{url}/v1/completions", json={"prompt": "x", "softmeet": {"gate": "unsure:0.5"}})
+        refused = http.post(f"{url}/v1/completions", json={"prompt": "x", "softmeet": {"gate": "unsure:0.5"}})
         assert refused.status_code == 400
         assert "does not let requests change gate" in refused.json()["error"]["message"]
 

@@ -15,6 +15,8 @@ import tiny
 from softmeet.cli import main as cli
 from softmeet.scaling.local import LocalEngine
 
+pytestmark = pytest.mark.usefixtures("interruptible")
+
 
 def interrupted_after(begun):
     """Ctrl-C once ``begun`` is passed by all that wait there, and the caller waits for them."""
@@ -25,8 +27,8 @@ def test_ctrl_c_begins_nothing_more_and_loses_nothing():
     begun, end, said, answers = threading.Barrier(3), threading.Event(), [], []
 
     def call(k):
-        begun.wait(timeout=60)
-        end.wait(timeout=60)
+        begun.wait(timeout=300)
+        end.wait(timeout=300)
         return 10 * k
 
     interrupted_after(begun)
@@ -42,8 +44,8 @@ def test_a_second_ctrl_c_leaves_what_is_under_way():
     begun, end, ended = threading.Barrier(3), threading.Event(), []
 
     def call(k):
-        begun.wait(timeout=60)
-        ended.append(end.wait(timeout=60))
+        begun.wait(timeout=300)
+        ended.append(end.wait(timeout=300))
 
     interrupted_after(begun)
     with LocalEngine(2, on_stop=lambda sentence: signal.raise_signal(signal.SIGINT)) as engine:
@@ -110,6 +112,6 @@ def test_ctrl_c_twice_ends_an_evaluation_at_once_and_keeps_what_was_done(tmp_pat
     running.send_signal(signal.SIGINT)
     assert "finishing what is under way" in running.stderr.readline()
     running.send_signal(signal.SIGINT)
-    rest = running.communicate(timeout=60)[1]
+    rest = running.communicate(timeout=300)[1]
     assert running.returncode == 130
     assert "stopped: finished pieces stay in" in rest

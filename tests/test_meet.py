@@ -153,7 +153,7 @@ def test_an_infinite_trust_mixes_with_finite_ones():
 
 def test_what_proves_an_exact_member_infeasible_is_its_own_part():
     found = 0
-    for seed in range(40):
+    for seed in range(12):
         draw = torch.Generator().manual_seed(seed)
         heads = [torch.randn(32, 4, generator=draw, dtype=torch.float64) for _ in range(2)]
         hidden = [3 * torch.randn(4, generator=draw, dtype=torch.float64) for _ in heads]

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import tiny
 import torch
-from test_cli import run
+from test_cli import process as run
 from typer.testing import CliRunner
 
 from softmeet import Ensemble

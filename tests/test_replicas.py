@@ -52,7 +52,7 @@ def url():
 
 
 def client(url):
-    return httpx.Client(base_url=url, timeout=120, headers={"Authorization": "Bearer secret"})
+    return httpx.Client(base_url=url, timeout=300, headers={"Authorization": "Bearer secret"})
 
 
 class Stream(threading.Thread):
@@ -87,7 +87,7 @@ def process_of(replica):
 
 def test_a_replica_killed_under_load(url):
     streams = [Stream(url, seed) for seed in range(6)]
-    wait_until(lambda: all(len(s.events) > 3 for s in streams), 60)
+    wait_until(lambda: all(len(s.events) > 3 for s in streams))
     replicas = {s.replica for s in streams}
     assert len(replicas) == 2
     victim = streams[0].replica
@@ -100,7 +100,7 @@ def test_a_replica_killed_under_load(url):
             assert answer.status_code == 200
             assert answer.headers[HEADER] != victim
     for stream in streams:
-        stream.join(120)
+        stream.join(300)
         assert stream.ended
         assert stream.events[-1] == "[DONE]"
         last = json.loads(stream.events[-2])
@@ -125,7 +125,7 @@ def test_a_replica_killed_under_load(url):
         assert all(answer.status_code == 200 for answer in found)
         return len({answer.headers[HEADER] for answer in found} - {victim}) == 2
 
-    wait_until(replaced, 90)
+    wait_until(replaced)
 
 
 def test_what_a_single_server_says_replicas_say(url):
@@ -137,7 +137,7 @@ def test_what_a_single_server_says_replicas_say(url):
         unknown = http.post("/v1/completions", content=b'{"prompt": NaN}')
         assert unknown.status_code == 400
         assert http.get("/nothing").status_code == 404
-    assert httpx.get(f"{url}/v1/models").status_code == 401
+    assert httpx.get(f"{url}/v1/models", timeout=300).status_code == 401
 
 
 def counts(http):

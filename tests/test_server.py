@@ -8,7 +8,7 @@ import httpx
 import openai
 import pytest
 import tiny
-from serving import TEMPLATE, running, serving_of, tiny_ensemble, wait_until
+from serving import TEMPLATE, http, running, serving_of, tiny_ensemble, wait_until
 
 from softmeet import Ensemble
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
@@ -253,9 +253,9 @@ def test_the_context_ends_an_answer_and_bounds_a_prompt(client):
 
 def test_health_readiness_and_metrics(client, url):
     ask(client)
-    assert httpx.get(f"{url}/health").json() == {"status": "ok"}
-    assert httpx.get(f"{url}/ready").status_code == 200
-    text = httpx.get(f"{url}/metrics").text
+    assert http.get(f"{url}/health").json() == {"status": "ok"}
+    assert http.get(f"{url}/ready").status_code == 200
+    text = http.get(f"{url}/metrics").text
     assert 'softmeet_requests_total{path="/v1/completions",status="200"}' in text
     for name in (
         "tokens_total",
@@ -273,7 +273,7 @@ def test_a_client_that_leaves_frees_its_place(client, url, serving):
     slow = (
         serving.ensembles.find("plain")
         .ensemble.model.members[0]
-        .base_model.register_forward_hook(lambda *_: __import__("time").sleep(0.05))
+        .base_model.register_forward_hook(lambda *_: __import__("time").sleep(0.1))
     )
     try:
         stream = ask(client, "a", max_tokens=60, stream=True, logit_bias={"0": -100})
@@ -282,8 +282,10 @@ def test_a_client_that_leaves_frees_its_place(client, url, serving):
         before = serving.metrics.registry.get_sample_value("softmeet_tokens_total")
         wait_until(lambda: not serving.engine._rows)
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(
-                f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 60, "logit_bias": {"0": -100}}, timeout=0.3
+            http.post(
+                f"{url}/v1/completions",
+                json={"prompt": "a", "max_tokens": 60, "logit_bias": {"0": -100}},
+                timeout=httpx.Timeout(300, read=0.3),
             )
         wait_until(lambda: not serving.engine._rows)
     finally:

@@ -13,11 +13,11 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx
 import openai
 import pytest
 import tiny
-from serving import running, serving_of, tiny_ensemble
+from serving import http, running, serving_of, tiny_ensemble, wait_until
+from test_cli import run
 
 from softmeet.server.engine import Limits
 from softmeet.server.security import Protection
@@ -28,7 +28,7 @@ GOOD = {"prompt": "hello", "max_tokens": 4, "seed": 1}
 
 @pytest.fixture(scope="module")
 def url():
-    limits = Protection(max_body=100_000, body_seconds=0.5)
+    limits = Protection(max_body=100_000)
     with running(serving_of({"plain": tiny_ensemble("gpt2", "llama", rule="logit-mean")}, protection=limits)) as found:
         yield found
 
@@ -101,41 +101,43 @@ MALFORMED = {
 @pytest.mark.parametrize("name", MALFORMED)
 def test_a_malformed_body_gets_an_error_object_that_does_not_echo_it(url, name):
     for path in ("/v1/completions", "/v1/chat/completions"):
-        response = httpx.post(url + path, content=MALFORMED[name], headers=JSON)
+        response = http.post(url + path, content=MALFORMED[name], headers=JSON)
         assert_is_error(response)
         assert len(response.content) < 1000
-    assert httpx.post(f"{url}/v1/completions", json=GOOD).status_code == 200
+    assert http.post(f"{url}/v1/completions", json=GOOD).status_code == 200
 
 
 def test_other_wrong_requests(url):
-    assert_is_error(httpx.get(f"{url}/nowhere"), 404)
-    assert_is_error(httpx.get(f"{url}/docs"), 404)
-    assert_is_error(httpx.get(f"{url}/v1/completions"), 405)
-    assert_is_error(httpx.post(f"{url}/v1/completions", content=body(), headers={"content-type": "text/plain"}))
-    assert_is_error(httpx.post(f"{url}/v1/completions", content=b"x" * 100_001, headers=JSON), 413)
+    assert_is_error(http.get(f"{url}/nowhere"), 404)
+    assert_is_error(http.get(f"{url}/docs"), 404)
+    assert_is_error(http.get(f"{url}/v1/completions"), 405)
+    assert_is_error(http.post(f"{url}/v1/completions", content=body(), headers={"content-type": "text/plain"}))
+    assert_is_error(http.post(f"{url}/v1/completions", content=b"x" * 100_001, headers=JSON), 413)
     chunks = (b"x" * 10_000 for _ in range(20))
-    assert_is_error(httpx.post(f"{url}/v1/completions", content=chunks, headers=JSON), 413)
+    assert_is_error(http.post(f"{url}/v1/completions", content=chunks, headers=JSON), 413)
 
 
-def test_a_slow_body_is_not_waited_for(url):
-    host, port = url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))) as connection:
-        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{")
-        connection.settimeout(10)
-        answer = b""
-        while piece := connection.recv(4096):
-            answer += piece
+def test_a_slow_body_is_not_waited_for():
+    serving = serving_of({"plain": tiny_ensemble("gpt2")}, protection=Protection(body_seconds=0.3))
+    with running(serving) as url:
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{")
+            connection.settimeout(300)
+            answer = b""
+            while piece := connection.recv(4096):
+                answer += piece
     head, _, content = answer.partition(b"\r\n\r\n")
     assert b" 408 " in head.splitlines()[0]
     assert json.loads(content)["error"]["code"] == "body_too_slow"
 
 
 def test_headers_say_what_browsers_must_not_do(url):
-    headers = httpx.get(f"{url}/v1/models").headers
+    headers = http.get(f"{url}/v1/models").headers
     assert headers["x-content-type-options"] == "nosniff"
     assert headers["x-frame-options"] == "DENY"
     assert headers["content-security-policy"].startswith("default-src 'none'")
-    assert "access-control-allow-origin" not in httpx.get(f"{url}/v1/models", headers={"origin": "http://a.b"}).headers
+    assert "access-control-allow-origin" not in http.get(f"{url}/v1/models", headers={"origin": "http://a.b"}).headers
     assert "server" not in headers or "uvicorn" in headers["server"]
 
 
@@ -148,19 +150,19 @@ def test_keys_hosts_and_origins(caplog):
             {}, {"authorization": "Bearer wrong"}, {"authorization": "Bearer"}, {"authorization": "first-key"},
             {"authorization": "Basic !"}, {"authorization": "Basic /w=="},
         ):  # fmt: skip
-            assert_is_error(httpx.get(f"{url}/v1/models", headers=headers), 401)
-            assert_is_error(httpx.get(f"{url}/metrics", headers=headers), 401)
-        assert httpx.get(f"{url}/health").status_code == 200
-        assert httpx.get(f"{url}/v1/models", auth=("any", "second-kéy")).status_code == 200
+            assert_is_error(http.get(f"{url}/v1/models", headers=headers), 401)
+            assert_is_error(http.get(f"{url}/metrics", headers=headers), 401)
+        assert http.get(f"{url}/health").status_code == 200
+        assert http.get(f"{url}/v1/models", auth=("any", "second-kéy")).status_code == 200
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="first-key", max_retries=0)
         assert client.completions.create(model="plain", prompt="secret words", max_tokens=2).choices
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=f"{url}/v1", api_key="x").models.list()
         named = {"host": "evil.test", "authorization": "Bearer first-key"}
-        assert_is_error(httpx.get(f"{url}/v1/models", headers=named), 421)
-        allowed = httpx.get(f"{url}/health", headers={"origin": "http://page.test"}).headers
+        assert_is_error(http.get(f"{url}/v1/models", headers=named), 421)
+        allowed = http.get(f"{url}/health", headers={"origin": "http://page.test"}).headers
         assert allowed["access-control-allow-origin"] == "http://page.test"
-        assert "access-control-allow-origin" not in httpx.get(f"{url}/health", headers={"origin": "http://b"}).headers
+        assert "access-control-allow-origin" not in http.get(f"{url}/health", headers={"origin": "http://b"}).headers
     assert "first-key" not in caplog.text
     assert "secret words" not in caplog.text
 
@@ -169,28 +171,44 @@ def test_a_server_may_forbid_changes():
     serving = serving_of({"plain": tiny_ensemble("gpt2", "llama")}, allowed=("rule",))
     with running(serving) as url:
         asked = GOOD | {"softmeet": {"rule": "prob-mean"}}
-        assert httpx.post(f"{url}/v1/completions", json=asked).status_code == 200
-        refused = httpx.post(f"{url}/v1/completions", json=asked | {"softmeet": {"trust": 1, "weights": [1, 0]}})
+        assert http.post(f"{url}/v1/completions", json=asked).status_code == 200
+        refused = http.post(f"{url}/v1/completions", json=asked | {"softmeet": {"trust": 1, "weights": [1, 0]}})
         assert_is_error(refused, 400)
         assert "does not let requests change trust, weights" in refused.text
 
 
 def test_a_full_queue_and_an_answer_that_takes_too_long():
-    ensemble = tiny_ensemble("gpt2", rule="logit-mean")
-    ensemble.model.members[0].base_model.register_forward_hook(lambda *_: time.sleep(0.05))
-    serving = serving_of({"plain": ensemble}, limits=Limits(rows=1, waiting=1), seconds=0.6)
+    """The member is held after the first token, until the answer's time is up."""
+    ensemble, go, calls = tiny_ensemble("gpt2", rule="logit-mean"), threading.Event(), []
+
+    def hold(*_):
+        calls.append(1)
+        if len(calls) > 1:
+            go.wait(300)
+
+    ensemble.model.members[0].base_model.register_forward_hook(hold)
+    serving = serving_of({"plain": ensemble}, limits=Limits(rows=1, waiting=1), seconds=1.5)
     long = GOOD | {"max_tokens": 60, "logit_bias": {"0": -100}}
     with running(serving) as url, ThreadPoolExecutor(2) as pool:
-        waiting = [pool.submit(httpx.post, f"{url}/v1/completions", json=long, timeout=30) for _ in range(2)]
-        time.sleep(0.3)
-        busy = httpx.post(f"{url}/v1/completions", json=GOOD)
+        assert http.get(f"{url}/ready").status_code == 200
+        waiting = [pool.submit(http.post, f"{url}/v1/completions", json=long, timeout=300) for _ in range(2)]
+        wait_until(lambda: not serving.engine.has_room)
+        busy = http.post(f"{url}/v1/completions", json=GOOD)
         assert_is_error(busy, 429)
         assert busy.headers["retry-after"] == "1"
-        assert httpx.get(f"{url}/ready").status_code == 503
+        assert http.get(f"{url}/ready").status_code == 503
+        time.sleep(1.6)
+        go.set()
         for response in [w.result() for w in waiting]:
             assert_is_error(response, 504)
-        with httpx.stream("POST", f"{url}/v1/completions", json=long | {"stream": True}, timeout=30) as stream:
-            events = [line for line in stream.iter_lines() if line]
+        go.clear()
+        calls.clear()
+        with http.stream("POST", f"{url}/v1/completions", json=long | {"stream": True}, timeout=300) as stream:
+            lines = stream.iter_lines()
+            events = [next(lines)]
+            time.sleep(1.6)
+            go.set()
+            events += [line for line in lines if line]
         assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "timeout"
         assert events[-1] == "data: [DONE]"
 
@@ -221,30 +239,40 @@ class Process:
 
     def end(self):
         """The exit code, and all that was printed."""
-        rest, _ = self.process.communicate(timeout=60)
+        rest, _ = self.process.communicate(timeout=300)
         return self.process.returncode, "".join(self.lines) + rest
 
 
 def streamed(url, fields):
     """The events of a stream, until the connection closes."""
-    with httpx.stream("POST", f"{url}/v1/completions", json=fields, timeout=60) as stream:
+    with http.stream("POST", f"{url}/v1/completions", json=fields, timeout=600) as stream:
         return [line.removeprefix("data: ") for line in stream.iter_lines() if line]
 
 
-@pytest.mark.parametrize(("grace", "reasons"), [("20", {"length"}), ("0", {"length", "shutting_down"})])
-def test_sigterm_under_load_ends_every_stream_properly(members, grace, reasons):
-    server = Process(f"pair={members}", "--rule", "logit-mean", "--no-ui", "--grace", grace, "--batch", "4")
+def outstanding(url):
+    """How many sequences the server holds."""
+    text = http.get(f"{url}/metrics", timeout=60).text
+    return sum(float(text.split(f"\nsoftmeet_{name} ")[1].split()[0]) for name in ("rows", "waiting"))
+
+
+def test_sigterm_under_load_ends_every_stream_properly(members):
+    """After a first one, answers go on to their end; at a second one, those that are left are ended by name."""
+    server = Process(f"pair={members}", "--rule", "logit-mean", "--no-ui", "--grace", "3000", "--batch", "2")
     fields = {"prompt": "a", "max_tokens": 60, "logit_bias": {"0": -100}, "stream": True}
     with ThreadPoolExecutor(24) as pool:
         streams = [pool.submit(streamed, server.url, fields) for _ in range(24)]
-        time.sleep(0.4)
+        wait_until(lambda: sum(s.done() for s in streams) + outstanding(server.url) >= 24)
+        server.process.send_signal(signal.SIGTERM)
+        before = sum(s.done() for s in streams)
+        wait_until(lambda: sum(s.done() for s in streams) > before + 2)
         server.process.send_signal(signal.SIGTERM)
         ends = [stream.result() for stream in streams]
+    reasons = set()
     for events in ends:
         assert events[-1] == "[DONE]"
         last = json.loads(events[-2])
-        reason = last["error"]["code"] if "error" in last else last["choices"][0]["finish_reason"]
-        assert reason in reasons
+        reasons.add(last["error"]["code"] if "error" in last else last["choices"][0]["finish_reason"])
+    assert reasons == {"length", "shutting_down"}
     code, text = server.end()
     assert code in (0, -signal.SIGTERM)
     assert "Traceback" not in text
@@ -259,14 +287,7 @@ def test_the_command_refuses_what_is_unsafe_or_unclear(members, tmp_path):
         (["--allow", "tol"], "expected --allow as some of rule, trust"),
         (["a=narrow/opt-a", "a=narrow/opt-a"], "got 'a' twice"),
     ):
-        done = subprocess.run(
-            [sys.executable, "-m", "softmeet.cli.main", "serve", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
-        )
+        done = run("serve", *arguments)
         assert done.returncode == 2
         assert message in done.stderr
 
@@ -295,12 +316,12 @@ def test_members_that_two_ensembles_name_are_loaded_once(members):
 def test_threads_of_clients_get_their_own_tokens(url):
     """Many at once, in any order: every answer is the one that the same request gets alone."""
     fields = [
-        {"prompt": "abcdefgh"[: 1 + k % 8], "max_tokens": 3 + k % 20, "seed": k, "logprobs": 0} for k in range(40)
+        {"prompt": "abcdefgh"[: 1 + k % 8], "max_tokens": 3 + k % 20, "seed": k, "logprobs": 0} for k in range(24)
     ]
-    alone = [httpx.post(f"{url}/v1/completions", json=f).json()["choices"][0] for f in fields]
+    alone = [http.post(f"{url}/v1/completions", json=f).json()["choices"][0] for f in fields]
     with ThreadPoolExecutor(16) as pool:
         together = list(
-            pool.map(lambda f: httpx.post(f"{url}/v1/completions", json=f, timeout=60).json()["choices"][0], fields)
+            pool.map(lambda f: http.post(f"{url}/v1/completions", json=f, timeout=300).json()["choices"][0], fields)
         )
     for a, b in zip(alone, together, strict=True):
         assert (a["text"], a["finish_reason"]) == (b["text"], b["finish_reason"])

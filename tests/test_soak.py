@@ -1,4 +1,4 @@
-"""Half a minute of the soak: 64 streams of the bundled ensemble, then malformed requests."""
+"""A few seconds of the soak: 64 streams of the bundled ensemble, then malformed requests."""
 
 from __future__ import annotations
 
@@ -15,24 +15,13 @@ SOAK = Path(__file__).parents[1] / "benchmarks" / "soak.py"
 
 @pytest.mark.slow
 def test_a_slice_of_the_soak(tmp_path):
-    arguments = [
-        "--seconds",
-        "30",
-        "--requests",
-        "500",
-        "--examples",
-        "5",
-        "--tokens",
-        "8",
-        "--json",
-        tmp_path / "soak.json",
-    ]
+    arguments = ["--seconds", 3, "--requests", 150, "--examples", 1, "--tokens", 4, "--json", tmp_path / "soak.json"]
     done = subprocess.run(
-        [sys.executable, SOAK, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=240,
+        [sys.executable, SOAK, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=900,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     (found,) = json.loads((tmp_path / "soak.json").read_text())["rows"]
     assert found["answers"] >= 64
-    assert found["good"] == 10
-    assert found["refused"] == 480
+    assert found["good"] == 3
+    assert found["refused"] == 144

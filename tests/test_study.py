@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from softmeet.errors import InvalidInputError
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.family import best_hidden
 from softmeet.evaluation.study import known_truth, synthetic
+from softmeet.evaluation.study import text as on_text
 from softmeet.evaluation.study.report import mean_text
 from softmeet.evaluation.study.runs import Cell, Run
 from softmeet.evaluation.study.summary import never_worse
@@ -156,7 +158,10 @@ def test_members_of_ones_own_need_a_text_or_a_trace(given, came, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_on_text_writes_a_report_and_goes_on(tmp_path):
+@pytest.mark.unchecked
+def test_the_command_on_text_writes_a_report_and_goes_on(tmp_path, monkeypatch):
+    small = {"positions": 12, "meet": 6, "exact": 2, "slow": 1, "rows": 3, "tokens": 2, "premise": 6}
+    monkeypatch.setattr(on_text, "SMOKE", replace(on_text.SMOKE, **small))
     text = tmp_path / "text.txt"
     text.write_text("In the beginning God created the heaven and the earth. And the earth was without form. " * 6)
     out = tmp_path / "study"
