@@ -88,15 +88,15 @@ def test_premise_scores_of_the_narrow_family(narrow):
 
 def test_check_in_json_and_on_the_terminal(members, tmp_path):  # noqa: F811
     (tmp_path / "text.txt").write_text("some words, and more of them")
-    done = run("check", *members[1::2], "--json", "--text", tmp_path / "text.txt")
+    done = run("check", *members, "--json", "--text", tmp_path / "text.txt")
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
     assert [m["width"] for m in facts["members"]] == [32, 32]
     assert facts["share"] == facts["rank"] / 64
     assert facts["members"][0]["premise"]["verdict"] in ("trust", "do not trust", "unclear")
-    shown = run("check", *members[1::2])
+    shown = run("check", *members)
     assert "median principal cosine" in shown.stdout
-    same = run("check", members[1], members[1])
+    same = run("check", "-m", members[1], "-m", members[1])
     assert "one column space" in same.stdout
     assert "meet can only be averaging" in same.stdout
 

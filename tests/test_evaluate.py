@@ -198,7 +198,8 @@ def test_rules_that_are_none(text, message):
 def test_the_command(folders, tmp_path):
     (tmp_path / "a.txt").write_text(WORDS * 3)
     done = run(
-        "evaluate", "--members", *folders, "--text", tmp_path / "a.txt", "--rules", "logit-mean,prob-mean,meet",
+        "evaluate", *tiny.each("-m", folders), "--text", tmp_path / "a.txt",
+        *tiny.each("--rule", ["logit-mean", "prob-mean", "meet"]),
         "--trust", "1.0", "--max-tokens", 50, "--json", tmp_path / "out.json", "--plots", tmp_path / "plots",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -217,17 +218,17 @@ def test_the_command(folders, tmp_path):
 def test_over_a_trace_and_over_its_text_alike(folders, tmp_path):
     (tmp_path / "a.txt").write_text(WORDS)
     done = run(
-        "trace", tmp_path / "t", "--members", *folders, "--text", tmp_path / "a.txt", "--shard", 9, "--window", 9
+        "trace", tmp_path / "t", *tiny.each("-m", folders), "--text", tmp_path / "a.txt", "--shard", 9, "--window", 9
     )
     assert done.returncode == 0, done.stderr
-    arguments = ["--rules", "meet:trust=0/1,logit-mean", "--json", "-"]
+    arguments = ["--rule", "meet:trust=0/1", "--rule", "logit-mean", "--json", "-"]
     traced = run("evaluate", "--trace", tmp_path / "t", *arguments)
     assert traced.returncode == 0, traced.stderr
-    direct = run("evaluate", "--members", *folders, "--text", tmp_path / "a.txt", "--window", 9, *arguments)
+    direct = run("evaluate", *tiny.each("-m", folders), "--text", tmp_path / "a.txt", "--window", 9, *arguments)
     a, b = json.loads(traced.stdout), json.loads(direct.stdout)
     assert a["rules"]["meet:trust=0/1"]["nll"] == pytest.approx(b["rules"]["meet:trust=0/1"]["nll"], abs=1e-6)
     assert a["bytes"] == b["bytes"]
-    done = run("evaluate", "--trace", tmp_path / "t", "--members", *folders[::-1])
+    done = run("evaluate", "--trace", tmp_path / "t", *tiny.each("-m", folders[::-1]))
     assert done.returncode == 2
     assert "in its place stands" in done.stderr
     (tmp_path / "t" / "shard-00000.parquet").write_bytes(b"PAR1")
@@ -245,7 +246,7 @@ def test_a_full_disk_takes_neither_the_table_nor_what_was_there(folders, tmp_pat
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(files.os, "fsync", full)
-    command = ["evaluate", "-m", *map(str, folders), "-t", "a.txt", "--rules", "prob-mean", "--json", "x.json"]
+    command = ["evaluate", *tiny.each("-m", folders), "-t", "a.txt", "--rule", "prob-mean", "--json", "x.json"]
     done = CliRunner().invoke(app, command)
     assert isinstance(done.exception, TraceError)
     assert "no room on the disk for x.json" in str(done.exception)
@@ -257,7 +258,18 @@ def test_a_full_disk_takes_neither_the_table_nor_what_was_there(folders, tmp_pat
 def test_infinite_nats_are_null_in_json_and_short_in_the_table(folders, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text(WORDS * 2)
-    command = ["evaluate", "-m", *map(str, folders), "-t", "a.txt", "--rules", "meet,one-hot", "--json", "x.json"]
+    command = [
+        "evaluate",
+        *tiny.each("-m", folders),
+        "-t",
+        "a.txt",
+        "--rule",
+        "meet",
+        "--rule",
+        "one-hot",
+        "--json",
+        "x.json",
+    ]
     done = CliRunner().invoke(app, [*command, "--plots", "plots"], catch_exceptions=False)
 
     def refuse(constant):
@@ -291,7 +303,7 @@ def test_a_member_called_like_a_rule_is_refused(folders, tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text(WORDS)
     shutil.copytree(folders[0], "meet")
     with pytest.raises(InvalidInputError, match="meet is both: rename the member"):
-        CliRunner().invoke(app, ["evaluate", "-m", "meet", "-t", "a.txt", "--rules", "meet"], catch_exceptions=False)
+        CliRunner().invoke(app, ["evaluate", "-m", "meet", "-t", "a.txt", "--rule", "meet"], catch_exceptions=False)
 
 
 @pytest.mark.parametrize("given", ["-3", "2.5", "0", "inf", "nan"])
@@ -315,7 +327,17 @@ def test_names_in_brackets_and_lists_behind_an_equals_sign(folders, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text(WORDS)
     shutil.copytree(folders[0], "[red]one[x]")
-    command = ["evaluate", "--members=[red]one[x]", str(folders[1]), "--text=a.txt", "a.txt", "--rules", "meet"]
+    command = [
+        "evaluate",
+        "--member=[red]one[x]",
+        "-m",
+        str(folders[1]),
+        "--text=a.txt",
+        "-t",
+        "a.txt",
+        "--rule",
+        "meet",
+    ]
     done = CliRunner().invoke(app, command, catch_exceptions=False)
     assert "[red]one[x]" in done.output
     assert "88 tokens" in done.output
@@ -338,7 +360,7 @@ def test_plots_on_a_full_disk(tmp_path, monkeypatch):
 def test_uniform_averages_stand_beside_an_ensemble_with_weights_of_its_own(folders, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text(WORDS)
-    command = ["evaluate", "-t", "a.txt", "--rules", "meet", "--json", "-", "-m", *map(str, folders)]
+    command = ["evaluate", "-t", "a.txt", "--rule", "meet", "--json", "-", *tiny.each("-m", folders)]
     plain = json.loads(CliRunner().invoke(app, command, catch_exceptions=False).output)["rules"]
     done = CliRunner().invoke(app, [*command, "--weights", "0.9,0.1"], catch_exceptions=False)
     facts = json.loads(done.output)

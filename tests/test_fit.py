@@ -219,7 +219,8 @@ def test_the_command(folders, tmp_path):
         texts.append(tmp_path / document.name)
         texts[-1].write_text(document.text)
     done = run(
-        "fit", "--members", *folders, "--text", *texts, "--out", tmp_path / "out", "--json", tmp_path / "fit.json",
+        "fit", *tiny.each("-m", folders), *tiny.each("-t", texts), "--out", tmp_path / "out",
+        "--json", tmp_path / "fit.json",
         "--evaluations", 2, "--meet-tokens", 20, "--batch", 8, "--premise-tokens", 10,
         "--select-tokens", 20, "--judge-tokens", 30,
     )  # fmt: skip
@@ -233,7 +234,7 @@ def test_the_command(folders, tmp_path):
     assert len(facts["weights"]) == len(facts["trust"]) == 2
     assert verdict(facts).split(":")[0].split()[0] in done.stdout
     assert Ensemble.from_pretrained(tmp_path / "out").generate("the", max_new_tokens=2)
-    done = run("fit", "--members", *folders, "--text", texts[0], "--max-tokens", 5, "--out", tmp_path / "other")
+    done = run("fit", *tiny.each("-m", folders), "--text", texts[0], "--max-tokens", 5, "--out", tmp_path / "other")
     assert done.returncode == 2
     assert "expected text enough for 9 clusters" in done.stderr
     assert not (tmp_path / "other").exists()
@@ -399,7 +400,7 @@ def test_figures_are_written_though_the_ensemble_has_no_room(folders, tmp_path, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(saving, "save", full)
     (tmp_path / "a.txt").write_text("\n\n".join(document.text for document in documents()))
-    command = ["fit", "-m", *map(str, folders), "-t", "a.txt", "--separator", "\n\n", "--out", "out"]
+    command = ["fit", *tiny.each("-m", folders), "-t", "a.txt", "--separator", "\n\n", "--out", "out"]
     command += ["--json", "x.json"]
     command += ["--evaluations", "1", "--meet-tokens", "20", "--premise-tokens", "20", "--resume", "kept"]
     assert isinstance(CliRunner().invoke(app, command).exception, TraceError)

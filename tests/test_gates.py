@@ -403,7 +403,7 @@ def test_gates_on_the_command_line(tmp_path):
     assert facts["seconds_saved"] is None
     (tmp_path / "text.txt").write_text("some words, and more of them")
     told = run(
-        "evaluate", "--members", members[1], members[3], "--text", tmp_path / "text.txt", "--json", "-",
+        "evaluate", *tiny.each("-m", members[1::2]), "--text", tmp_path / "text.txt", "--json", "-",
         "--gate", "unsure:0.1,disagreement:0.3",
     )  # fmt: skip
     found = json.loads(told.stdout)["rules"]

@@ -102,8 +102,8 @@ def test_ctrl_c_twice_ends_an_evaluation_at_once_and_keeps_what_was_done(tmp_pat
     (tmp_path / "a.txt").write_text("the quick brown fox jumps over the lazy dog. " * 400)
     kept = tmp_path / "kept"
     running = subprocess.Popen(
-        [sys.executable, "-m", "softmeet", "evaluate", "-m", *folders, "-t", tmp_path / "a.txt",
-         "--rules", "max-entropy", "--workers", "2", "--resume", kept],
+        [sys.executable, "-m", "softmeet", "evaluate", *tiny.each("-m", folders), "-t", tmp_path / "a.txt",
+         "--rule", "max-entropy", "--workers", "2", "--resume", kept],
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
     )  # fmt: skip
     while len(list(kept.glob("evaluate-*"))) < 2:

@@ -146,10 +146,14 @@ def test_plans_and_maps_on_the_command_line(folders, whole, tmp_path):
     where = tmp_path / "where.yaml"
     where.write_text(yaml.safe_dump(["cpu", SPREAD]))
     names = [str(folder) for folder in folders]
-    found = json.loads(run("check", *names, "--plan", "--device", where, "--batch", 2, "--context", 9, "--json").stdout)
+    found = json.loads(
+        run(
+            "check", *tiny.each("-m", names), "--plan", "--device", where, "--batch", 2, "--context", 9, "--json"
+        ).stdout
+    )
     assert found["batch"] == 2
     assert found["totals"]["disk"] == plan(folders, device=["cpu", SPREAD]).totals()["disk"]
-    shown = run("check", *names, "--plan").stdout
+    shown = run("check", *tiny.each("-m", names), "--plan").stdout
     assert "workspace" in shown
     assert "kB for each token" in shown
     options = ("--trust", "1,1", "--max-new-tokens", 10, "--no-do-sample", "--json")
@@ -159,9 +163,11 @@ def test_plans_and_maps_on_the_command_line(folders, whole, tmp_path):
         "hello", max_new_tokens=10, do_sample=False
     )
     whole.save_pretrained(tmp_path / "saved")
-    assert len(json.loads(run("check", tmp_path / "saved", "--plan", "--json").stdout)["cache_bytes_per_token"]) == 2
+    assert (
+        len(json.loads(run("check", "-m", tmp_path / "saved", "--plan", "--json").stdout)["cache_bytes_per_token"]) == 2
+    )
     where.write_text("cpu")
-    assert run("check", *names, "--plan", "--device", where).stderr.startswith("error: expected")
+    assert run("check", *tiny.each("-m", names), "--plan", "--device", where).stderr.startswith("error: expected")
 
 
 MEASURE = """

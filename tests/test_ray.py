@@ -348,7 +348,16 @@ def killed_after(arguments, pattern, folder, count):
 def test_a_command_goes_on_after_its_driver_was_killed(cluster, ensemble, folders, tmp_path):
     documents = [Document(f"{tmp_path / 'all.txt'}#{k}", WORDS[k:]) for k in range(24)]
     (tmp_path / "all.txt").write_text("|".join(document.text for document in documents))
-    asked = ["evaluate", "--members", *folders, "--text", tmp_path / "all.txt", "--separator", "|", "--rules", "meet"]
+    asked = [
+        "evaluate",
+        *tiny.each("-m", folders),
+        "--text",
+        tmp_path / "all.txt",
+        "--separator",
+        "|",
+        "--rule",
+        "meet",
+    ]
     asked += ["--engine", "ray", "--workers", 1, "--ray-address", cluster.address]
     asked += ["--resume", tmp_path / "pieces", "--json", tmp_path / "ray.json"]
     before = killed_after(asked, "*.safetensors", tmp_path / "pieces", 5)
@@ -392,7 +401,7 @@ def test_workers_share_a_device_or_have_several(cluster, ensemble):
 )
 def test_engines_that_are_none(folders, tmp_path, options, message):
     (tmp_path / "a.txt").write_text(WORDS)
-    asked = ["evaluate", "--members", *map(str, folders), "--text", str(tmp_path / "a.txt"), *options]
+    asked = ["evaluate", *tiny.each("-m", folders), "--text", str(tmp_path / "a.txt"), *options]
     with pytest.raises(InvalidInputError, match=message):
         CliRunner().invoke(commands, asked, catch_exceptions=False)
 

@@ -148,8 +148,8 @@ def test_known_truths_under_trained_heads(tmp_path):
 
 @pytest.mark.parametrize(
     ("given", "came"),
-    [([], "none of these"), (["--members", "narrow"], "--members"), (["--text", "t"], "--text"),
-     (["--members", "narrow", "--text", "t", "--trace", "r"], "--members, --text, --trace")],
+    [([], "none of these"), (["-m", "narrow"], "--member"), (["--text", "t"], "--text"),
+     (["-m", "narrow", "--text", "t", "--trace", "r"], "--member, --text, --trace")],
 )  # fmt: skip
 def test_members_of_ones_own_need_a_text_or_a_trace(given, came, tmp_path):
     result = CliRunner().invoke(app, ["study", "pretrained", str(tmp_path / "out"), *given])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from string import ascii_letters
 
@@ -68,3 +68,8 @@ def save(folder: Path, name: str, seed: int = 0, words: int = V) -> Path:
     build(name, seed).save_pretrained(folder)
     tokenizer(words).save_pretrained(folder)
     return folder
+
+
+def each(option: str, values: Iterable[object]) -> list[str]:
+    """An option, repeated for each value, as commands take lists."""
+    return [word for value in values for word in (option, str(value))]

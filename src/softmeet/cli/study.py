@@ -139,10 +139,10 @@ def pretrained(
 
     named = texts.default_members(members, trace)
     if not named or (text is None) == (trace is None):
-        given = {"--members": members, "--text": text, "--trace": trace}
+        given = {"--member": members, "--text": text, "--trace": trace}
         came = ", ".join(name for name, value in given.items() if value) or "none of these"
         raise InvalidInputError(
-            f"expected --members and --text, or --trace, whose members are taken if none are named, got {came}"
+            f"expected --member and --text, or --trace, whose members are taken if none are named, got {came}"
         )
     settings = Settings(positions, meet, exact, slow, rows=8, prompt=prompt, tokens=tokens, premise=premise, only=only)
     _on_text(out, named, settings, _documents(text) if text else [], trace, running, loading)
