@@ -171,7 +171,7 @@ def test_plans_and_maps_on_the_command_line(folders, whole, tmp_path):
 
 
 MEASURE = """
-import gc, json, sys
+import ctypes, gc, json, sys
 import psutil, torch
 import softmeet
 
@@ -185,6 +185,7 @@ def run(name, place):
 
 def resident():
     gc.collect()
+    getattr(ctypes.CDLL(None), "malloc_trim", bool)(0)  # what one measurement freed is not there for the next
     return psutil.Process().memory_full_info().uss
 
 kept = [run(small, device) for device in devices]  # so that what libraries take is there before the first figure
