@@ -38,7 +38,7 @@ def draw(plot: Plot, path: Path) -> None:
 
     from softmeet.evaluation.plots import blank
 
-    figure, axes = blank(8, 5)
+    figure, axes = blank(8.0, 5.0)
     for k, (label, points) in enumerate(plot.lines.items()):
         style: dict[str, Any] = {"marker": "osD^vP*X"[k % 8], "markersize": 4, "linewidth": 1.2, "label": label}
         if points and len(points[0]) == 3:
