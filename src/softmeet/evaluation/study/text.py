@@ -241,9 +241,8 @@ def _premise_tables(names: Sequence[str], premises: Sequence[Premise]) -> list[T
 def _plot(cells: Sequence[Json]) -> Plot:
     rules = _lines(cells, "rules")
     base = rules[BASE.label]
-    within, points = clusters(base.document), []
-    for rho, entry in zip(TRUSTS, MEETS, strict=True):
-        d = paired(rules[entry.label].nats, base.nats, within)
-        points.append((rho, d.mean, (d.high - d.low) / 2))
+    within = clusters(base.document)
+    found = [paired(rules[entry.label].nats, base.nats, within) for entry in MEETS]
+    points = [(rho, d.mean, (d.high - d.low) / 2) for rho, d in zip(TRUSTS, found, strict=True)]
     lines = {"meet": points}
     return Plot("trust", f"meet against {BASE.label}", "trust", "nats a token", lines, log_x=True, zero=True)
