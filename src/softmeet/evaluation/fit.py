@@ -347,7 +347,6 @@ def figures(fitted: Fitted) -> dict[str, Any]:
     rows = {}
     for candidate in fitted.candidates:
         scores = test.choices[candidate.label]
-        one = paired(scores.nats, test.choices[best.label].nats, fitted.test_part.within)
         rows[candidate.name] = {
             **candidate.settings,
             "baseline": candidate.baseline,
@@ -355,7 +354,7 @@ def figures(fitted: Fitted) -> dict[str, Any]:
             "evaluations": candidate.evaluations,
             "select_nll": fitted.select.choices[candidate.label].mean,
             "test_nll": scores.mean,
-            **one.figures(),
+            **paired(scores.nats, test.choices[best.label].nats, fitted.test_part.within).figures(),
         }
     return {
         "chosen": chosen.settings["rule"],

@@ -231,15 +231,15 @@ class _Solver:
 
 
 def _scored(solution: Solution, targets: Int[Tensor, " B"]) -> Scores:
-    ends = (solution.num_passes.double(), solution.fallback, solution.status == Status.NOT_CONVERGED, solution.gated)
-    found = _scores(solution.log_probs, targets)
-    return Scores(found.nats, found.hit, found.confidence, *(x.cpu() for x in ends))
+    passes, late = solution.num_passes.double(), solution.status == Status.NOT_CONVERGED
+    return _scores(solution.log_probs, targets, passes, solution.fallback, late, solution.gated)
 
 
-def _scores(log_p: Float[Tensor, "B v"], targets: Tensor) -> Scores:
+def _scores(log_p: Float[Tensor, "B v"], targets: Tensor, *ends: Tensor) -> Scores:
     best = log_p.max(-1)
     nats = -log_p.gather(-1, targets[:, None]).squeeze(-1).double()
-    return Scores(nats.cpu(), (best.indices == targets).cpu(), best.values.exp().double().cpu())
+    found = (nats, best.indices == targets, best.values.exp().double(), *ends)
+    return Scores(*(values.cpu() for values in found))
 
 
 def _joined(parts: Sequence[Scores]) -> Scores:

@@ -117,15 +117,15 @@ def observe_text(
         lambda k: (ensemble, readings(found, groups[k])),
         lambda k: on_progress(sum(map(len, groups[k]))),
     )
-    return join([_unpacked(piece) for piece in pieces], [document.name for document in found])
+
+    def whole(name: str) -> Tensor:
+        return torch.cat([piece[name] for piece in pieces])
+
+    hidden = [whole(f"hidden {i}") for i in range(len(ensemble.names))]
+    return Positions(hidden, names=[t.name for t in found], **{name: whole(name) for name in OF_TEXT})
 
 
 def _observed(ensemble: Ensemble, read: Sequence[Reading]) -> Found:
     found = observe(ensemble, read)
     packed = {name: getattr(found, name).cpu() for name in OF_TEXT}
     return packed | {f"hidden {i}": hidden.cpu() for i, hidden in enumerate(found.hidden)}
-
-
-def _unpacked(piece: Found) -> Positions:
-    hidden = [piece[f"hidden {i}"] for i in range(len(piece) - len(OF_TEXT))]
-    return Positions(hidden, names=[], **{name: piece[name] for name in OF_TEXT})

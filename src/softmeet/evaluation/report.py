@@ -29,14 +29,13 @@ def summary(found: Evaluation) -> dict[str, Any]:
     best = min(baselines, key=lambda name: baselines[name].mean)
     rules = {}
     for name, scores in found.choices.items():
-        against = paired(scores.nats, baselines[best].nats, within)
         rules[name] = {
             **_figures(scores, bytes_),
             "passes": scores.passes / count,
             "fallbacks": scores.fallbacks,
             "unconverged": scores.unconverged,
             "gated": scores.gated.double().mean().item(),
-            "vs": {"baseline": best, **against.figures()},
+            "vs": {"baseline": best, **paired(scores.nats, baselines[best].nats, within).figures()},
             "gain_by_disagreement": gain_by_disagreement(scores, baselines[best], found.disagreement),
         }
     return {

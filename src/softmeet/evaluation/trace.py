@@ -147,14 +147,11 @@ class Trace:
 
         None for fp32, or where ``float16.json``, which is written with the shards, is gone or damaged.
         """
-        found = _errors(self.folder / "float16.json")
+        found = _errors(self.folder / "float16.json").values()
         if self.facts["dtype"] == "float32" or not found:
             return None
-        count = sum(entry["positions"] for entry in found.values())
-        return {
-            "largest": max(entry["largest"] for entry in found.values()),
-            "mean": sum(entry["sum"] for entry in found.values()) / count,
-        }
+        largest, total = max(entry["largest"] for entry in found), sum(entry["sum"] for entry in found)
+        return {"largest": largest, "mean": total / sum(entry["positions"] for entry in found)}
 
 
 def record(

@@ -170,9 +170,9 @@ def readings(documents: Sequence[TokenizedDocument], read: Sequence[Window]) -> 
     """Some windows with what they read of a text, and no more."""
     found = []
     for window in read:
-        ids, sizes = documents[window.document].ids, documents[window.document].sizes
-        own = ids[window.start : window.stop + 1].clone(), sizes[window.first : window.stop].clone()
-        found.append(Reading(*own, window.document))
+        document = documents[window.document]
+        ids, sizes = document.ids[window.start : window.stop + 1], document.sizes[window.first : window.stop]
+        found.append(Reading(ids.clone(), sizes.clone(), window.document))
     return found
 
 

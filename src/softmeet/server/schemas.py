@@ -9,6 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Prob = Annotated[float, Field(gt=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+TokenId = Annotated[str, Field(pattern=r"^\d{1,9}$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Listed = Annotated[int, Field(ge=0, le=20)]
 Rho = Annotated[float, Field(ge=0, le=1e6)] | Literal["inf"]
 Word = Annotated[str, Field(max_length=200)]
 Stop = Annotated[str, Field(min_length=1, max_length=200)]
@@ -33,7 +36,7 @@ class Extension(_Strict):
     pool: Word | None = None
     members: Annotated[list[Word], Len(1, 64)] | None = Field(default=None, description="Some of the members.")
     gate: Word | None = Field(default=None, description="unsure:T, disagreement:T or none.")
-    report: Annotated[int, Field(ge=0, le=20)] | None = Field(
+    report: Listed | None = Field(
         default=None, description="Report every token, and list so many of each distribution."
     )
     top_k: Annotated[int, Field(ge=0, le=_MOST)] = 0
@@ -58,12 +61,7 @@ class _Generation(_Strict):
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: (
-        Annotated[
-            dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]], Len(0, 1024)
-        ]
-        | None
-    ) = None
+    logit_bias: Annotated[dict[TokenId, Bias], Len(0, 1024)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     softmeet: Extension | None = None
@@ -78,7 +76,7 @@ class CompletionRequest(_Generation):
     """``POST /v1/completions``."""
 
     prompt: str | Annotated[list[str], Len(1, _MOST)] | Ids | Annotated[list[Ids], Len(1, _MOST)]
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    logprobs: Listed | None = None
     echo: bool | None = None
 
 
@@ -114,7 +112,7 @@ class ChatRequest(_Generation):
     messages: Annotated[list[Message], Len(1, 4096)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=_MOST)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Listed | None = None
     response_format: ResponseFormat | None = None
 
 

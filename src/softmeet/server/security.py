@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import hmac
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -138,10 +139,8 @@ def _given(headers: Headers) -> str:
     if scheme.lower() == "bearer":
         return value.strip()
     if scheme.lower() == "basic":
-        try:
+        with contextlib.suppress(ValueError):
             return base64.b64decode(value, validate=True).decode("utf-8").partition(":")[2]
-        except ValueError:
-            return ""
     return ""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,7 +71,7 @@ class Serving:
             RequestError, InvalidInputError: it cannot be had.
         """
         served, top = self.ensembles.find(request.model), request.logprobs
-        prompts = await self._off_loop(lambda: _encoded(served, request.prompt))
+        prompts = await asyncio.get_running_loop().run_in_executor(self._thread, _encoded, served, request.prompt)
         scored = bool(request.echo) and (top is not None or _extension(request).report is not None)
         limit = 16 if request.max_tokens is None else request.max_tokens
         return self._plan(request, served, prompts, limit, top, score_prompt=scored)
@@ -83,13 +83,10 @@ class Serving:
             RequestError, InvalidInputError: it cannot be had.
         """
         served = self.ensembles.find(request.model)
-        prompts = await self._off_loop(lambda: [_templated(served, request)])
+        prompt = await asyncio.get_running_loop().run_in_executor(self._thread, _templated, served, request)
         limit = request.max_completion_tokens or request.max_tokens or self.settings.max_tokens
         top = (request.top_logprobs or 0) if request.logprobs else None
-        return self._plan(request, served, prompts, limit, top, score_prompt=False)
-
-    async def _off_loop(self, function: Callable[[], list[tuple[int, ...]]]) -> list[tuple[int, ...]]:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+        return self._plan(request, served, [prompt], limit, top, score_prompt=False)
 
     def _plan(
         self,

@@ -188,8 +188,8 @@ def _picked(results: dict[str, Json], prefix: str) -> list[Json]:
     return [cell for key, cell in results.items() if key.startswith(prefix)]
 
 
-def _best(members: dict[str, _Line]) -> str:
-    return min(members, key=lambda name: members[name].nats.mean().item())
+def _best(lines: dict[str, _Line]) -> str:
+    return min(lines, key=lambda name: lines[name].nats.mean().item())
 
 
 def _table(name: str, cells: Sequence[Json]) -> Table:
@@ -216,13 +216,12 @@ def _claims(cells: Sequence[Json]) -> list[str]:
     """The best of the rules that were tried together, against averaging and the best member."""
     members, rules = _lines(cells, "members"), _lines(cells, "rules")
     within = clusters(rules[BASE.label].document)
-    finite = {name: line for name, line in rules.items() if line.nats.isfinite().all()}
-    winner = min(finite, key=lambda name: finite[name].nats.mean().item())
-    best, size = _best(members), len(within.of)
-    against = paired(finite[winner].nats, members[best].nats, within)
+    # One with an infinite loss is no winner.
+    winner, best, size = _best(rules), _best(members), len(within.of)
+    against = paired(rules[winner].nats, members[best].nats, within)
     found = [f"{size:,} positions: of {', '.join(rules)} the least loss has `{winner}`; {against} against {best}"]
     if winner != BASE.label:
-        against = paired(finite[winner].nats, finite[BASE.label].nats, within)
+        against = paired(rules[winner].nats, rules[BASE.label].nats, within)
         sure = "excludes zero" if against.excludes_zero else "does **not** exclude zero"
         found.append(f"`{winner}` against `{BASE.label}`: {against}, which {sure}; it was chosen on the same positions")
     return found
@@ -242,9 +241,8 @@ def _premise_tables(names: Sequence[str], premises: Sequence[Premise]) -> list[T
 def _plot(cells: Sequence[Json]) -> Plot:
     rules = _lines(cells, "rules")
     base = rules[BASE.label]
-    within, points = clusters(base.document), []
-    for rho, entry in zip(TRUSTS, MEETS, strict=True):
-        d = paired(rules[entry.label].nats, base.nats, within)
-        points.append((rho, d.mean, (d.high - d.low) / 2))
+    within = clusters(base.document)
+    found = [paired(rules[entry.label].nats, base.nats, within) for entry in MEETS]
+    points = [(rho, d.mean, (d.high - d.low) / 2) for rho, d in zip(TRUSTS, found, strict=True)]
     lines = {"meet": points}
     return Plot("trust", f"meet against {BASE.label}", "trust", "nats a token", lines, log_x=True, zero=True)
