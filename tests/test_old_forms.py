@@ -41,6 +41,14 @@ def test_todays_words_stay_and_nothing_is_said(words, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_an_argument_may_follow_an_option():
+    words = ["-m", "A", "-m", "B", "a prompt"]
+    assert modern_words(words, several=False) == words
+    assert CliRunner().invoke(app, ["generate", "-m", "not/there", "a prompt", "--trust", "-1"]).exit_code == 1
+    done = CliRunner().invoke(app, ["trace", "-m", "not/there", "-t", __file__, "an-out"])
+    assert "not/there" in str(done.exception)
+
+
 def test_an_option_of_a_rule_needs_its_rule():
     with pytest.raises(InvalidInputError, match="say --rule NAME:metric=raw"):
         modern_words(["--metric", "raw"])

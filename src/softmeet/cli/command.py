@@ -8,13 +8,18 @@ from typer.core import TyperCommand
 
 from softmeet.cli.old_forms import modern_words
 
+# Commands whose options took several values in a row.
+_SEVERAL = ("trace", "evaluate", "fit", "pretrained")
+
 
 class Command(TyperCommand):
     """A command whose lists repeat their option, and whose rules may hold settings."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read older spellings as today's."""
-        return super().parse_args(ctx, modern_words(args))
+        """Read older spellings as today's: what comes after an option's value may be an argument."""
+        has_arguments = any(p.param_type_name == "argument" for p in self.params)
+        several = self.name in _SEVERAL and not (has_arguments and args[:1] and args[0].startswith("-"))
+        return super().parse_args(ctx, modern_words(args, several=several))
 
     def invoke(self, ctx: Any) -> Any:
         """Let a rule on the command line overrule the settings of a configuration file that it names itself."""

@@ -10,16 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from softmeet.cli import options
+from softmeet.cli.flags import flag
 from softmeet.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
     from softmeet.scaling.base import Engine
 
-Address = Annotated[
-    str | None,
-    typer.Option("--ray-address", help="Of a Ray cluster.", show_default="$RAY_ADDRESS, else one of this machine"),
-]
+HERE = "$RAY_ADDRESS, else one of this machine"
 Resume = Annotated[
     Path | None,
     typer.Option("--resume", help="A folder for finished pieces; the same command goes on from there."),
@@ -30,21 +28,11 @@ Resume = Annotated[
 class Running:
     """Where a command does its work."""
 
-    engine: Annotated[
-        str,
-        typer.Option("--engine", help="local: threads of this process; ray: workers of a Ray cluster (softmeet[ray])."),
-    ] = "local"
-    workers: Annotated[
-        int | None, typer.Option("--workers", min=1, help="How many.", show_default="as many as cores")
-    ] = None
-    threads: Annotated[
-        int, typer.Option("--threads", min=1, help="Of torch in each worker; the last bits of results depend on it.")
-    ] = 1
-    ray_address: Address = None
-    gpus: Annotated[
-        float,
-        typer.Option("--gpus", min=0, help="Of each Ray worker: part of one, or a number to spread its members over."),
-    ] = 0.0
+    engine: str = flag("local", "local: threads of this process; ray: workers of a Ray cluster (softmeet[ray]).")
+    workers: int | None = flag(None, "How many.", min=1, shown="as many as cores")
+    threads: int = flag(1, "Of torch in each worker; the last bits of results depend on it.", min=1)
+    ray_address: str | None = flag(None, "Of a Ray cluster.", shown=HERE)
+    gpus: float = flag(0.0, "Of each Ray worker: part of one, or a number to spread its members over.", min=0)
 
     def start(self, ensemble: Ensemble | None) -> Engine:
         """Give the engine that the options ask for; ``ensemble`` is what the work refers to.

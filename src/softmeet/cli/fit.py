@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,7 +14,46 @@ from rich.table import Table
 from softmeet.cli import engines, options, texts
 from softmeet.cli.config import Config
 from softmeet.cli.evaluate import Json, Traced, after, identified, tell, write
-from softmeet.cli.flags import flags
+from softmeet.cli.flags import flag, flags
+
+if TYPE_CHECKING:
+    from softmeet.evaluation.fit import Options
+
+
+_SIZES = ("meet", "premise", "select", "judge")
+
+
+@dataclass
+class Fitting:
+    """What is tried, and on how much of the text."""
+
+    rules: list[str] | None = flag(
+        None,
+        "One more candidate, with options: meet:trust=1/0.3; what it does not name is the fitted average's; repeat it.",
+        "--rule",
+    )
+    free_weights: bool = flag(False, "Weights need not sum to one.", "--free-weights")
+    bands: int = flag(1, "Also try a trust for each of so many bands of a head's principal directions.", min=1)
+    meet_tokens: int = flag(2000, "Size of the subset on which meet is fitted; averages take all.", min=1)
+    evaluations: int = flag(15, "Of loss and gradient, at most, for each meet; averages get five times as many.", min=1)
+    premise_tokens: int = flag(512, "Size of the subset of the premise test, which says where trusts start.", min=1)
+    batch: int | None = flag(
+        None,
+        "Positions of each evaluation for meet, where heads are so wide that its whole subset takes too long; meet "
+        "then starts from the better average only.",
+        min=1,
+        shown="the whole subset",
+    )
+    select_tokens: int | None = flag(None, "Of the part to choose by, at most.", min=1, shown="all")
+    judge_tokens: int | None = flag(None, "Of the part to judge by, at most.", min=1, shown="all")
+
+    def options(self) -> Options:
+        """Give them as :func:`softmeet.evaluation.fit.fit` takes them."""
+        from softmeet.evaluation.fit import Options
+
+        same = {name: getattr(self, name) for name in ("free_weights", "bands", "evaluations", "batch")}
+        sizes = {f"{name}_positions": getattr(self, f"{name}_tokens") for name in _SIZES}
+        return Options(**same, **sizes, rules=tuple(self.rules or ()))
 
 
 @flags()
@@ -26,42 +65,7 @@ def fit(
     members: options.Members = None,
     reading: texts.Reading,
     trace: Traced = None,
-    rules: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--rule",
-            help="One more candidate, with options: meet:trust=1/0.3; what it does not name is the fitted average's; "
-            "repeat it.",
-        ),
-    ] = None,
-    free_weights: Annotated[bool, typer.Option("--free-weights", help="Weights need not sum to one.")] = False,
-    bands: Annotated[
-        int, typer.Option(min=1, help="Also try a trust for each of so many bands of a head's principal directions.")
-    ] = 1,
-    meet_tokens: Annotated[
-        int, typer.Option(min=1, help="Size of the subset on which meet is fitted; averages take all.")
-    ] = 2000,
-    evaluations: Annotated[
-        int, typer.Option(min=1, help="Of loss and gradient, at most, for each meet; averages get five times as many.")
-    ] = 15,
-    premise_tokens: Annotated[
-        int, typer.Option(min=1, help="Size of the subset of the premise test, which says where trusts start.")
-    ] = 512,
-    batch: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Positions of each evaluation for meet, where heads are so wide that its whole subset takes too long; "
-            "meet then starts from the better average only.",
-            show_default="the whole subset",
-        ),
-    ] = None,
-    select_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Of the part to choose by, at most.", show_default="all")
-    ] = None,
-    judge_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Of the part to judge by, at most.", show_default="all")
-    ] = None,
+    fitting: Fitting,
     as_json: Json = None,
     resume: engines.Resume = None,
     loading: options.Loading,
@@ -75,26 +79,22 @@ def fit(
     texts.require_extra(psutil=True, scipy=True, pyarrow=trace)
     texts.require_places(as_json, out, resume)
     require_ensemble_folder(out)
-    for rule in rules or ():
+    for rule in fitting.rules or ():
         parse_rule(rule)
     found = reading.documents_unless(trace)
     ensemble = loading.ensemble(texts.default_members(members, trace))
-    from softmeet.evaluation.fit import Options, figures
+    from softmeet.evaluation.fit import figures
     from softmeet.evaluation.fit import fit as learn
     from softmeet.evaluation.kept import Kept
     from softmeet.evaluation.positions import observe_text
     from softmeet.evaluation.save import save
 
-    given = Options(
-        free_weights, bands, meet_positions=meet_tokens, premise_positions=premise_tokens, evaluations=evaluations,
-        batch=batch, select_positions=select_tokens, judge_positions=judge_tokens,
-        rules=tuple(rules or ()),
-    )  # fmt: skip
+    given = fitting.options()
     # What is kept for other bands is of use for these.
     settings = {name: value for name, value in asdict(given).items() if name != "bands"} | {"threads": running.threads}
     positions, pinned = identified(ensemble, found, trace, reading)
     kept = Kept(resume, pinned | settings)
-    ensemble.model.banded_heads(bands)  # made here, so that workers share them
+    ensemble.model.banded_heads(fitting.bands)  # made here, so that workers share them
     with (
         options.stoppable(after(resume)),
         running.start(ensemble) as engine,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import field, fields, is_dataclass
 from functools import wraps
 from typing import Annotated, Any, TypeVar, get_type_hints
 
@@ -34,8 +34,11 @@ def flags(*but: str, only: tuple[str, ...] = ()) -> Callable[[C], C]:
         every: list[inspect.Parameter] = []
         for p in taken:
             if p.name in groups:
-                hints = get_type_hints(groups[p.name], include_extras=True)
-                every += [_parameter(f.name, f.default, hints[f.name]) for f in fields(groups[p.name])]
+                hints = get_type_hints(groups[p.name])
+                every += [
+                    _parameter(f.name, f.default, Annotated[hints[f.name], f.metadata["option"]])
+                    for f in fields(groups[p.name])
+                ]
             elif p.kind is inspect.Parameter.VAR_KEYWORD:
                 chosen = [name for name in only or Settings.model_fields if name not in (*but, *_NO_FLAGS)]
                 place = 1 + next((k for k, q in enumerate(every) if q.name == "members"), -1)
@@ -57,17 +60,30 @@ def flags(*but: str, only: tuple[str, ...] = ()) -> Callable[[C], C]:
     return decorated
 
 
+def flag(default: Any, about: str, *names: str, shown: str | bool = True, **limits: Any) -> Any:
+    """Make a field of a dataclass that a command takes: its default, a line of help, and its flags.
+
+    Args:
+        default: of the field.
+        about: the line of help.
+        names: of the flag, where it is not the field's own.
+        shown: the default as help shows it.
+        limits: of the value, ``min`` and ``max``.
+    """
+    return field(default=default, metadata={"option": typer.Option(*names, help=about, show_default=shown, **limits)})
+
+
 def _parameter(name: str, default: Any, annotation: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def _setting(name: str) -> inspect.Parameter:
     """A setting's flag: a number, a switch, or a text that is read later."""
-    field = Settings.model_fields[name]
-    kinds = [kind for kind in (bool, int, float) if takes(field, kind) and not takes(field, tuple)]
-    shown = str(field.get_default() or "") or False
+    setting = Settings.model_fields[name]
+    kinds = [kind for kind in (bool, int, float) if takes(setting, kind) and not takes(setting, tuple)]
+    shown = str(setting.get_default() or "") or False
     about = f" Rules: {', '.join(rule_names())}." if name == "rule" else ""
-    option = typer.Option(flag_of(name), help=f"{field.description}{about}", show_default=shown)
+    option = typer.Option(flag_of(name), help=f"{setting.description}{about}", show_default=shown)
     return _parameter(name, None, Annotated[(kinds[0] if kinds else str) | None, option])
 
 

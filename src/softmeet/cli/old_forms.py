@@ -17,11 +17,18 @@ from typing import Any
 
 from softmeet.errors import InvalidInputError
 
-_MEMBER, _TEXT, _RULE = ("--member", "--members", "-m"), ("--text", "-t"), ("--rule", "--rules")
-_LISTS = _MEMBER + _TEXT
+# Options that are repeated, and what they are called today.
+_LISTS = {
+    "--members": "--member",
+    "--member": "--member",
+    "-m": "-m",
+    "--text": "--text",
+    "-t": "-t",
+    "--rules": "--rule",
+}
 # Options of single rules that had flags of their own.
 _OF_RULES = ("metric", "slack", "vertex")
-_FLAGS = ("vertex",)
+_SWITCHES = ("vertex",)
 
 
 def warn(before: str, today: str) -> None:
@@ -31,47 +38,39 @@ def warn(before: str, today: str) -> None:
     say(f"{before} is an old form and ends with 0.3.0: {today}")
 
 
-def modern_words(words: Sequence[str]) -> list[str]:
-    """Read a command's words in older spellings as today's."""
+def modern_words(words: Sequence[str], *, several: bool = True) -> list[str]:
+    """Read a command's words in older spellings as today's.
+
+    Args:
+        words: of the command line.
+        several: whether an option that is repeated takes several values too; else one, and the next word is another's.
+    """
     found: list[str] = []
     own: dict[str, str] = {}
-    option, several, rest = "", False, iter(words)
+    option, count, rest = "", 0, iter(words)
     for word in rest:
         name, equals, value = word.partition("=")
-        if name.removeprefix("--") in _OF_RULES and name.startswith("--"):
+        if name.removeprefix("--") in _OF_RULES:
             key = name.removeprefix("--")
-            own[key] = "true" if key in _FLAGS else value if equals else next(rest, "")
+            own[key] = "true" if key in _SWITCHES else value if equals else next(rest, "")
         elif word.startswith("-") and word != "-":
-            option = name if name in _LISTS + _RULE else ""
-            several = False
-            found += [_renamed(name), value] if equals and option else [_renamed(word)]
-            several = bool(equals and option)
-        elif option in _LISTS and several:
-            warn(f"{option} with several values", f"repeat it: {option} A {option} B")
-            found += [_renamed(option), word]
+            option, count = name if name in _LISTS else "", 0
+            found += [] if option else [word]
+            if option and equals:
+                found, count = found + _repeated(option, value, 0), 1
         else:
-            found.append(word)
-            several = bool(option)
-    return _with_own_options(_split_rules(found), own)
+            mine = option and (several or not count or option == "--members")
+            found += _repeated(option, word, count) if mine else [word]
+            count += 1
+    return _with_own_options(found, own)
 
 
-def _renamed(word: str) -> str:
-    if word == "--members":
-        warn(word, "say --member or -m, once for each")
-        return "--member"
-    return word
-
-
-def _split_rules(words: list[str]) -> list[str]:
-    found: list[str] = []
-    for word in words:
-        if found and found[-1] == "--rules":
-            warn("--rules", "repeat --rule: --rule A --rule B")
-            found.pop()
-            found += [part for rule in split(word) for part in ("--rule", rule)]
-        else:
-            found.append(word)
-    return found
+def _repeated(option: str, value: str, count: int) -> list[str]:
+    """One more value of an option that is repeated, under today's name."""
+    today = _LISTS[option]
+    if today != option or count:
+        warn(f"{option} with several values" if count else option, f"repeat {today}: {today} A {today} B")
+    return [word for part in (split(value) if option == "--rules" else [value]) for word in (today, part)]
 
 
 def _with_own_options(words: list[str], own: Mapping[str, str]) -> list[str]:

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from softmeet.cli.flags import checked_settings
+from softmeet.cli.flags import checked_settings, flag
 from softmeet.cli.old_forms import repeated
 from softmeet.errors import InvalidInputError
 from softmeet.members.zoo import DEFAULT as DEFAULT
@@ -74,22 +74,14 @@ def stoppable(advice: str) -> Iterator[None]:
 class Loading:
     """How members are loaded."""
 
-    dtype: Annotated[
-        str | None,
-        typer.Option("--dtype", help="float32, bfloat16, float16, float64 or auto.", show_default="float32 on CPU"),
-    ] = None
-    device: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--device",
-            help="Such as cpu, cuda, disk or auto (accelerate's choice), for all members, or repeated for each; or a "
-            "YAML or JSON file with a place for each module, or a list of such maps and places, one per member.",
-            show_default="cpu",
-        ),
-    ] = None
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with a checkpoint.")
-    ] = False
+    dtype: str | None = flag(None, "float32, bfloat16, float16, float64 or auto.", shown="float32 on CPU")
+    device: list[str] | None = flag(
+        None,
+        "Such as cpu, cuda, disk or auto (accelerate's choice), for all members, or repeated for each; or a YAML or "
+        "JSON file with a place for each module, or a list of such maps and places, one per member.",
+        shown="cpu",
+    )
+    trust_remote_code: bool = flag(False, "Run code that comes with a checkpoint.", "--trust-remote-code")
 
     def arguments(self) -> dict[str, Any]:
         """Give what ``Ensemble.from_pretrained`` takes."""

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import threading
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -16,7 +17,7 @@ import typer
 
 from softmeet.cli import engines, options
 from softmeet.cli.config import Config
-from softmeet.cli.flags import checked_settings, flags
+from softmeet.cli.flags import checked_settings, flag, flags
 from softmeet.cli.old_forms import repeated
 from softmeet.errors import InvalidInputError
 
@@ -26,6 +27,45 @@ if TYPE_CHECKING:
 
 _KEYS = "SOFTMEET_API_KEYS"
 _LOCAL = ("localhost", "127.0.0.1", "[::1]")
+
+
+@dataclass
+class Access:
+    """Who may ask, from where, and for what."""
+
+    allow: list[str] | None = flag(None, "What requests may change, or none; repeat it.", shown="all that they can")
+    api_keys: Path | None = flag(
+        None, "A file of keys, one a line; requests need one.", shown=f"${_KEYS}, else no keys"
+    )
+    open_to_all: bool = flag(False, "Listen beyond this machine although there are no keys.", "--open")
+    allow_host: list[str] | None = flag(None, "A name that requests may call this server by; repeat it.", shown=False)
+    cors: list[str] | None = flag(None, "An origin whose pages may ask; repeat it.", shown=False)
+
+
+@dataclass
+class Bounds:
+    """How much the server takes on."""
+
+    batch: int = flag(64, "Sequences that run at once.", min=1)
+    queue: int = flag(256, "Sequences that may wait; past it requests get 429.", min=0)
+    keep_tokens: int = flag(16384, "Prompt tokens kept for prompts that begin alike.", min=0)
+    max_tokens: int = flag(4096, "The most that a choice may ask for.", min=1)
+    max_choices: int = flag(16, "The most choices of a request, over its prompts.", min=1)
+    max_body: int = flag(1 << 20, "Bytes of a request's body.", min=1)
+    body_timeout: float = flag(10.0, "Seconds for a request's body to come in.", min=0.1)
+    timeout: float = flag(600.0, "Seconds that an answer may take.", min=0.1)
+
+
+@dataclass
+class Cluster:
+    """How many replicas there are on a Ray cluster, and what each takes."""
+
+    replicas: int = flag(1, "Of the server on a Ray cluster; at least so many.", min=1)
+    max_replicas: int | None = flag(None, "Add replicas up to so many under load.", min=1, shown="none are added")
+    target_streams: float = flag(32.0, "Answers at once that a replica should have, with --max-replicas.", min=1)
+    fronts: int = flag(1, "Processes that pass requests on to the replicas.", min=1)
+    ray_address: str | None = flag(None, "Of a Ray cluster.", shown=engines.HERE)
+    gpus: float = flag(0.0, "Of each replica: a part of one, or a number.", min=0)
 
 
 @flags()
@@ -49,32 +89,11 @@ def serve(
     ] = None,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    allow: Annotated[
-        list[str] | None,
-        typer.Option(help="What requests may change, or none; repeat it.", show_default="all that they can"),
-    ] = None,
-    api_keys: Annotated[
-        Path | None,
-        typer.Option(help="A file of keys, one a line; requests need one.", show_default=f"${_KEYS}, else no keys"),
-    ] = None,
-    open_to_all: Annotated[
-        bool, typer.Option("--open", help="Listen beyond this machine although there are no keys.")
-    ] = False,
-    allow_host: Annotated[
-        list[str] | None, typer.Option(help="A name that requests may call this server by; repeat it.")
-    ] = None,
-    cors: Annotated[list[str] | None, typer.Option(help="An origin whose pages may ask; repeat it.")] = None,
+    access: Access,
     ui: Annotated[
         bool | None, typer.Option("--ui/--no-ui", help="The page at /ui.", show_default="if installed")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences that run at once.")] = 64,
-    queue: Annotated[int, typer.Option(min=0, help="Sequences that may wait; past it requests get 429.")] = 256,
-    keep_tokens: Annotated[int, typer.Option(min=0, help="Prompt tokens kept for prompts that begin alike.")] = 16384,
-    max_tokens: Annotated[int, typer.Option(min=1, help="The most that a choice may ask for.")] = 4096,
-    max_choices: Annotated[int, typer.Option(min=1, help="The most choices of a request, over its prompts.")] = 16,
-    max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request's body.")] = 1 << 20,
-    body_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for a request's body to come in.")] = 10.0,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that an answer may take.")] = 600.0,
+    bounds: Bounds,
     grace: Annotated[float, typer.Option(min=0, help="Seconds for running answers after SIGTERM.")] = 30.0,
     parallel: Annotated[
         bool, typer.Option(help="Run members in threads, as those on devices of their own do anyway.")
@@ -84,16 +103,7 @@ def serve(
     engine: Annotated[
         str, typer.Option("--engine", help="local: this process; ray: replicas on a Ray cluster (softmeet[ray]).")
     ] = "local",
-    replicas: Annotated[int, typer.Option(min=1, help="Of the server on a Ray cluster; at least so many.")] = 1,
-    max_replicas: Annotated[
-        int | None, typer.Option(min=1, help="Add replicas up to so many under load.", show_default="none are added")
-    ] = None,
-    target_streams: Annotated[
-        float, typer.Option(min=1, help="Answers at once that a replica should have, with --max-replicas.")
-    ] = 32.0,
-    fronts: Annotated[int, typer.Option(min=1, help="Processes that pass requests on to the replicas.")] = 1,
-    ray_address: engines.Address = None,
-    gpus: Annotated[float, typer.Option(min=0, help="Of each replica: a part of one, or a number.")] = 0.0,
+    cluster: Cluster,
     loading: options.Loading,
     config: Config = None,
     **settings: Any,
@@ -102,10 +112,10 @@ def serve(
     _require_extra(ui=bool(ui))
     from softmeet.server.ensembles import named
 
-    given = checked_settings(settings)
-    keys, local, allowed = _keys(api_keys), _is_local(host), _allowed(allow)
+    given, c = checked_settings(settings), cluster
+    keys, local, allowed = _keys(access.api_keys), _is_local(host), _allowed(access.allow)
     asked = named(ensembles or [], members or [])
-    if not (keys or local or open_to_all):
+    if not (keys or local or access.open_to_all):
         raise InvalidInputError(
             f"refused to listen on {host} without keys: give --api-keys FILE or ${_KEYS}, or say --open"
         )
@@ -114,17 +124,16 @@ def serve(
     from softmeet.server.security import Protection
     from softmeet.server.serving import Serving, Settings
 
+    hosts = (*((*_LOCAL, host) if local else ()), *(access.allow_host or ()))
     protocol = Settings(
-        limits=Limits(batch, queue, keep_tokens),
-        protection=Protection(
-            keys, (*_LOCAL, host, *(allow_host or ())) if local else tuple(allow_host or ()), max_body, body_timeout
-        ),
-        max_tokens=max_tokens,
-        max_choices=max_choices,
-        seconds=timeout,
+        limits=Limits(bounds.batch, bounds.queue, bounds.keep_tokens),
+        protection=Protection(keys, hosts, bounds.max_body, bounds.body_timeout),
+        max_tokens=bounds.max_tokens,
+        max_choices=bounds.max_choices,
+        seconds=bounds.timeout,
         allowed=allowed,
         parallel=parallel,
-        cors=cors or (),
+        cors=access.cors or (),
         ui=_has("gradio") if ui is None else ui,
     )
     if engine == "ray":
@@ -133,11 +142,11 @@ def serve(
         engines.require_ray()
         from softmeet.server.replicas import Scale, application
 
-        scale = Scale(replicas, max_replicas, target_streams, threads or 1, gpus, fronts)
+        scale = Scale(c.replicas, c.max_replicas, c.target_streams, threads or 1, c.gpus, c.fronts)
         how = {**loading.arguments(), **given}
-        _replicate(application(asked, how, protocol, scale, grace), host, port, ray_address, scale, list(asked))
+        _replicate(application(asked, how, protocol, scale, grace), host, port, c.ray_address, scale, list(asked))
         return
-    if engine != "local" or max_replicas is not None or max(replicas, fronts) > 1 or gpus:
+    if engine != "local" or c.max_replicas is not None or max(c.replicas, c.fronts) > 1 or c.gpus:
         raise InvalidInputError("expected --engine local, or --engine ray, which --replicas and --gpus belong to")
     if threads is not None:
         import torch

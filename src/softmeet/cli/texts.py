@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from softmeet.cli import options
+from softmeet.cli.flags import flag
 from softmeet.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -24,29 +24,19 @@ if TYPE_CHECKING:
 class Reading:
     """Which text, and how members read it."""
 
-    text: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--text",
-            "-t",
-            help="A UTF-8 file, a pattern ('books/*.txt'), - for stdin, or a folder of save_to_disk's; repeat it.",
-        ),
-    ] = None
-    separator: Annotated[
-        str | None, typer.Option(help=r"Splits a file into documents; \n is a line end.", show_default="a file is one")
-    ] = None
-    column: Annotated[str, typer.Option(help="Of a dataset, the column that holds the text.")] = "text"
-    window: Annotated[
-        int | None,
-        typer.Option(help="Tokens that a member reads at once.", show_default="shortest context, at most 1024"),
-    ] = None
-    stride: Annotated[
-        int | None,
-        typer.Option(help="From one window to the next; each token counts once.", show_default="the window"),
-    ] = None
-    bos: Annotated[bool, typer.Option("--bos", help="Begin each document with the token that begins a text.")] = False
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Predictions in all, at most.")] = None
-    max_per_document: Annotated[int | None, typer.Option(min=1, help="Predictions in each document, at most.")] = None
+    text: list[str] | None = flag(
+        None,
+        "A UTF-8 file, a pattern ('books/*.txt'), - for stdin, or a folder of save_to_disk's; repeat it.",
+        "--text",
+        "-t",
+    )
+    separator: str | None = flag(None, r"Splits a file into documents; \n is a line end.", shown="a file is one")
+    column: str = flag("text", "Of a dataset, the column that holds the text.")
+    window: int | None = flag(None, "Tokens that a member reads at once.", shown="shortest context, at most 1024")
+    stride: int | None = flag(None, "From one window to the next; each token counts once.", shown="the window")
+    bos: bool = flag(False, "Begin each document with the token that begins a text.", "--bos")
+    max_tokens: int | None = flag(None, "Predictions in all, at most.", min=1)
+    max_per_document: int | None = flag(None, "Predictions in each document, at most.", min=1)
 
     @property
     def windows(self) -> dict[str, Any]:

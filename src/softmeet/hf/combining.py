@@ -51,6 +51,7 @@ class Combining:
 
     config: Any
     heads: list[SoftmaxHead]
+    capped: bool
     support: Bool[Tensor, " v"] | None
     _banded: tuple[int, list[SoftmaxHead]] | None
 
@@ -59,10 +60,6 @@ class Combining:
         """How the members are combined."""
         found: Settings = self.config.settings
         return found
-
-    @property
-    def _is_capped(self) -> bool:
-        return any(map(_has_soft_cap, self.heads))
 
     def solve_in_chunks(
         self, hidden: Sequence[Float[Tensor, "B _"]], settings: Settings | None = None, asked: Asked | None = None
@@ -116,7 +113,7 @@ class Combining:
     ) -> tuple[Float[Tensor, "n B v"], Float[Tensor, "n B v"] | None]:
         """(the members' log-probabilities, their logits if a head has a soft-cap) from each member's hidden states."""
         logits = self.own_logits(hidden)
-        return logits.log_softmax(-1), logits if self._is_capped else None
+        return logits.log_softmax(-1), logits if self.capped else None
 
     def combine_rows(
         self,
@@ -150,7 +147,7 @@ class Combining:
             raise NonFiniteError(f"{error}. Members, from 0: {', '.join(map(str, self.config.members))}") from error
         if settings.free_radial:
             self._refuse_unknown_norms(settings)
-        capped = None if logits is None or not self._is_capped else logits
+        capped = None if logits is None or not self.capped else logits
         bands = settings.bands
         if bands > 1:
             heads, settings = self.banded_heads(bands), settings.for_bands()
@@ -190,10 +187,6 @@ class Combining:
         if self._banded is None or self._banded[0] != count:
             self._banded = count, [band for head in self.heads for band in bands(head, count)]
         return self._banded[1]
-
-
-def _has_soft_cap(head: SoftmaxHead) -> bool:
-    return head.soft_cap is not None
 
 
 def _where_asked(head: SoftmaxHead, states: Float[Tensor, "B d"], asked: Asked, *, first: bool) -> Float[Tensor, "B v"]:

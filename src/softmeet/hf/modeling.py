@@ -62,6 +62,7 @@ class EnsembleForCausalLM(Combining, PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.members = nn.ModuleList(members)
         self.heads: list[SoftmaxHead] = [head_of(member) for member in members]
+        self.capped = any(head.soft_cap is not None for head in self.heads)
         self._banded: tuple[int, list[SoftmaxHead]] | None = None
         self.support = support
         self.tokenizer: PreTrainedTokenizerBase | None = None

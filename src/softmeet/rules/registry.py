@@ -136,22 +136,15 @@ def _installed() -> dict[str, EntryPoint]:
 
 @cache
 def _loaded(entry: EntryPoint) -> type[Rule]:
+    where = f"the rule {entry.name!r} of {_origin(entry)}"
     try:
-        rule = entry.load()
-    except Exception as error:
-        raise RuleError(
-            f"the rule {entry.name!r} of {_origin(entry)} cannot be loaded: {type(error).__name__}: {error}"
-        ) from error
-    try:
+        rule: type[Rule] = entry.load()
         _require_rule(rule, entry.value)
-    except InvalidInputError as error:
-        raise RuleError(f"the rule {entry.name!r} of {_origin(entry)} is none: {error}") from error
+    except Exception as error:
+        raise RuleError(f"{where} cannot be loaded: {type(error).__name__}: {error}") from error
     if rule.name != entry.name:
-        raise RuleError(
-            f"the rule {entry.name!r} of {_origin(entry)} calls itself {rule.name!r}: expected one name in both places"
-        )
-    found: type[Rule] = rule
-    return found
+        raise RuleError(f"{where} calls itself {rule.name!r}: expected one name in both places")
+    return rule
 
 
 def _require_rule(rule: object, where: str) -> None:
