@@ -144,14 +144,9 @@ class Ensemble:
         chosen = Settings.of(given) if saved is None else _saved_config(saved).settings.changed(**given)
         config = EnsembleConfig(names, settings=chosen)
         models, tokenizer = load(
-            names,
-            dtype=dtype,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            offload_folder=offload_folder,
-            on_progress=on_progress,
-            loaded=loaded,
-        )
+            names, dtype=dtype, device=device, trust_remote_code=trust_remote_code, offload_folder=offload_folder,
+            on_progress=on_progress, loaded=loaded,
+        )  # fmt: skip
         model = EnsembleForCausalLM(config, models).eval()
         model.adopt(tokenizer)
         return cls(model, tokenizer)

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from softmeet.cli.old_forms import modern_values
 from softmeet.errors import InvalidInputError
+from softmeet.rules.frozen import unknown
 
 
 def apply(context: typer.Context, parameter: Any, path: Path | None) -> Path | None:
@@ -22,31 +23,27 @@ def apply(context: typer.Context, parameter: Any, path: Path | None) -> Path | N
     """
     if path is None:
         return None
-    known = _names(context.command)
-    values = _read(path)
-    if unknown := sorted(set(values) - set(known)):
-        raise InvalidInputError(
-            f"{path}: softmeet {context.info_name} has no option {', '.join(unknown)}: expected some of "
-            + ", ".join(sorted(known))
-        )
-    context.default_map = dict(context.default_map or {}) | {known[key]: value for key, value in values.items()}
+    values = {known: value for _, known, value in _read(path, context.command)}
+    context.default_map = dict(context.default_map or {}) | values
     return path
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, command: Any) -> list[tuple[str, str, Any]]:
+    """(The name in the file, the parameter of the command, the value) of each option that a file gives.
+
+    Raises:
+        InvalidInputError: the file is no mapping, or names an option that the command does not have.
+    """
     found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     if not isinstance(found, dict):
         raise InvalidInputError(f"{path}: expected option names and values, such as 'rule: meet', got {found!r}")
+    values, known = modern_values({str(key).replace("-", "_"): value for key, value in found.items()}), _names(command)
+    if stray := sorted(values.keys() - known.keys()):
+        raise unknown(f"{path}: softmeet {command.name} has no option {stray[0]}", stray[0], sorted(known))
     # Lists of numbers may be written as YAML has them.
-    numeric = ("trust", "weights")
-    return modern_values(
-        {
-            str(key).replace("-", "_"): ",".join(map(str, value))
-            if key in numeric and isinstance(value, list)
-            else value
-            for key, value in found.items()
-        }
-    )
+    numeric = {key for key in ("trust", "weights") if isinstance(values.get(key), list)}
+    values |= {key: ",".join(map(str, values[key])) for key in numeric}
+    return [(key, known[key], value) for key, value in values.items()]
 
 
 def _names(command: Any) -> dict[str, str]:
@@ -76,12 +73,7 @@ def config(
     target = group.commands.get(command)
     if target is None:
         raise InvalidInputError(f"unknown command {command!r}: expected one of {', '.join(group.commands)}")
-    yaml.safe_dump(_resolved(target, _read(config) if config else {}), sys.stdout, sort_keys=False)
-
-
-def _resolved(target: Any, values: dict[str, Any]) -> dict[str, Any]:
-    known = _names(target)
-    if unknown := sorted(set(values) - set(known)):
-        raise InvalidInputError(f"softmeet {target.name} has no option {', '.join(unknown)}")
+    values = {name: value for name, _, value in _read(config, target)} if config else {}
     defaults = {parameter.name: parameter.default for parameter in target.params}
-    return {name: values.get(name, defaults[parameter]) for name, parameter in known.items()}
+    every = {name: values.get(name, defaults[parameter]) for name, parameter in _names(target).items()}
+    yaml.safe_dump(every, sys.stdout, sort_keys=False)

@@ -101,12 +101,10 @@ class Rule(Frozen, ABC):
 
     def relaxes(self, problem: Problem) -> bool:
         """Say whether the options ask this rule for less than every member's moments."""
-        return self.reads_heads and problem.settings.relaxes(problem.heads)
-
-    @classmethod
-    def title(cls) -> str:
-        """Give the name, for messages."""
-        return cls.name
+        rank = problem.settings.rank
+        if not self.reads_heads or rank is None or problem.settings.free_radial:
+            return self.reads_heads and problem.settings.free_radial
+        return any(rank < head.whitening().rank for head in problem.heads)
 
     def own_options(self) -> dict[str, object]:
         """Give the options that differ from their defaults."""

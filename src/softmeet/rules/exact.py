@@ -22,6 +22,7 @@ from softmeet.rules.points import entropic, moments_hold, polished
 from softmeet.rules.problem import Problem
 from softmeet.rules.row import Row
 from softmeet.rules.verify import Recomputed
+from softmeet.simplex import kl
 from softmeet.solvers.base import Status
 from softmeet.solvers.projection import MOMENT_TOLERANCE
 
@@ -128,7 +129,7 @@ class ExactRule(Rule):
         proof = self.proof(row, p)
         for mine, lam in zip(answer.ray, row.raw(proof), strict=True):
             mine[k] = lam[0] if proof.any() else mine[k]
-        answer.disagreement[k] = divergences(p, row)
+        answer.disagreement[k] = kl(p.log().expand_as(row.log_p), row.log_p)
         answer.disagreement_is_bound[k] = True
 
     def verify(self, problem: Problem, answer: Answer) -> Recomputed:
@@ -143,12 +144,6 @@ class ExactRule(Rule):
     def proof(self, row: Row, p: Float[Tensor, " v"]) -> Float[Tensor, " m"]:
         """Multipliers that prove C empty, if the rule's answer has any; 0 otherwise."""
         return torch.zeros_like(row.target)
-
-
-def divergences(p: Float[Tensor, " v"], row: Row) -> Float[Tensor, " n"]:
-    """KL(p‖p̂_i)."""
-    terms = torch.where(p > 0, p * (p.log() - row.log_p), 0.0)
-    return terms.sum(-1).clamp_min(0.0)
 
 
 def blank(problem: Problem) -> Answer:

@@ -29,11 +29,6 @@ class Frozen(BaseModel):
             raise self._explained(error) from None
 
     @classmethod
-    def title(cls) -> str:
-        """Say what the fields belong to, for messages; empty where that is plain."""
-        return ""
-
-    @classmethod
     def _explained(cls, error: ValidationError) -> InvalidInputError:
         first = error.errors()[0]
         name, reason = str(first["loc"][0]), first.get("ctx", {}).get("error")
@@ -41,9 +36,9 @@ class Frozen(BaseModel):
             said = str(reason)
             return InvalidInputError(f"expected {name} {said}") if said.startswith("to be ") else reason
         if first["type"] == "extra_forbidden":
-            return unknown(f"{cls.title() or 'an ensemble'} has no option {name!r}", name, cls.model_fields)
-        message, owner = first["msg"].removeprefix("Input should be "), cls.title()
-        whose = f" of {owner}" if owner else ""
+            return unknown(f"{getattr(cls, 'name', 'an ensemble')} has no option {name!r}", name, cls.model_fields)
+        message = first["msg"].removeprefix("Input should be ")
+        whose = f" of {cls.name}" if hasattr(cls, "name") else ""
         return InvalidInputError(f"expected {name}{whose} to be {message}, got {first['input']!r}")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from softmeet.errors import DisjointSupportError
 from softmeet.heads import SoftmaxHead, WhitenedHead, Whitening
-from softmeet.rules.settings import Settings, finite_trust
+from softmeet.rules.settings import Settings
 from softmeet.simplex import kl, log_normalize, logit_mean, prob_mean
 from softmeet.solvers.projection import Projection
 
@@ -211,7 +211,7 @@ class Problem:
         count.
         """
         total = torch.zeros_like(self.log_pool[:, 0])
-        for member, rho in zip(self.log_p, finite_trust(self.trust), strict=True):
+        for member, rho in zip(self.log_p, self.settings.relaxed().member_trust, strict=True):
             if rho:
                 total = total + rho * kl(self.log_pool, member)
         return total

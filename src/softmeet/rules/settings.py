@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field
 
@@ -19,9 +19,6 @@ from softmeet.errors import InvalidInputError
 from softmeet.rules.base import Rule
 from softmeet.rules.frozen import Frozen, takes, unknown
 from softmeet.rules.registry import DEFAULT, all_rules, rule_class
-
-if TYPE_CHECKING:
-    from softmeet.heads import SoftmaxHead
 
 Pool = Literal["logit-mean", "prob-mean"]
 OnInfeasible = Literal["meet", "raise"]
@@ -182,10 +179,6 @@ class Settings(Frozen):
         """Copy without a gate."""
         return self if self.gate is None else self.model_copy(update={"gate": None})
 
-    def relaxes(self, heads: Iterable[SoftmaxHead]) -> bool:
-        """Say whether fewer moments count than every member's."""
-        return self.free_radial or (self.rank is not None and any(self.rank < head.whitening().rank for head in heads))
-
     @property
     def member_trust(self) -> tuple[float, ...]:
         """The trusts of settings that are :meth:`for_members`."""
@@ -193,8 +186,7 @@ class Settings(Frozen):
 
     def trusts(self) -> list[list[float]]:
         """Give each member's trusts, one per band."""
-        trust = list(self.trust)  # type: ignore[arg-type]
-        return [trust[i : i + self.bands] for i in range(0, len(trust), self.bands)]
+        return [list(self.member_trust[i : i + self.bands]) for i in range(0, len(self.member_trust), self.bands)]
 
     def for_bands(self) -> Settings:
         """Give the settings of an ensemble with a member for each band; the pool knows each member once."""
@@ -203,12 +195,8 @@ class Settings(Frozen):
 
     def relaxed(self) -> Settings:
         """Copy with the default trust wherever it is infinite: of what answers rows without a feasible distribution."""
-        return self.model_copy(update={"trust": finite_trust(self.trust)})  # type: ignore[arg-type]
-
-
-def finite_trust(trust: Sequence[float]) -> tuple[float, ...]:
-    """Put the default in place of infinity."""
-    return tuple([DEFAULT_TRUST if math.isinf(rho) else rho for rho in trust])
+        trust = tuple([DEFAULT_TRUST if math.isinf(rho) else rho for rho in self.member_trust])
+        return self.model_copy(update={"trust": trust})
 
 
 def rule_of(text: str) -> Rule:
