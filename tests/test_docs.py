@@ -18,6 +18,9 @@ LINK = re.compile(r"\]\((?!https?:)([^)#]+)(#[^)]*)?\)")
 @pytest.mark.unchecked
 @pytest.mark.parametrize("page", [p for p in PAGES if SNIPPET.search(p.read_text())], ids=lambda p: p.name)
 def test_snippets_run(page, tmp_path, monkeypatch):
+    from softmeet.rules import registry
+
+    monkeypatch.setattr(registry, "_registered", {})
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
     for code in SNIPPET.findall(page.read_text()):

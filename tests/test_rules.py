@@ -54,6 +54,19 @@ def test_an_instance_is_a_rule():
     assert torch.allclose(solution.log_probs.exp(), torch.full((1, 3), 1 / 3))
     assert solution.rule == "test-minimum:sharpness=2.0"
     assert solution.num_passes.item() == 0
+    assert (solution.gap.item(), solution.gap_is_certified.item()) == (0.0, False)
+
+
+class Impostor(Minimum):
+    name = "meet"
+
+
+def test_an_instance_has_a_name_of_its_own():
+    """What is saved by its name must not come back as another rule."""
+    with pytest.raises(InvalidInputError, match="the name 'meet' of Impostor is taken"):
+        softmeet.combine(MEMBERS, HEADS, Impostor())
+    with pytest.raises(InvalidInputError, match="to have a name of small letters"):
+        softmeet.combine(MEMBERS, HEADS, Nameless())
 
 
 def test_what_cannot_be_verified_is_never_optimal():
@@ -120,6 +133,11 @@ class Nameless(Minimum):
     name = "Not a name"
 
 
+class Shared(Minimum):
+    name = "test-shared"
+    temperature: float = 1.0
+
+
 class Needy(Minimum):
     name = "test-needy"
     must: float
@@ -133,8 +151,9 @@ class Needy(Minimum):
         (softmeet.Rule, "a subclass of softmeet.Rule"),
         (Nameless, "small letters"),
         (Needy, "a default for each option"),
+        (Shared, "the option 'temperature' of the rule 'test-shared' is a setting of all"),
     ],
-    ids=["instance", "dict", "abstract", "name", "default"],
+    ids=["instance", "dict", "abstract", "name", "default", "shared"],
 )
 def test_what_is_no_rule_is_refused(registered, rule, message):
     with pytest.raises(InvalidInputError, match=message):
@@ -333,7 +352,7 @@ def test_broken_packages_harm_nobody_else(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     registry._installed.cache_clear()
     try:
-        with pytest.warns(UserWarning, match="'meet' of the package greedy-rules is left out"):
+        with pytest.warns(UserWarning, match="'meet' of the package greedy-rules is left out: softmeet itself"):
             names = softmeet.rule_names()
         assert names[0] == "meet"
         assert "bad" in names
@@ -372,6 +391,7 @@ def test_a_rules_text_reads_back(text):
         ("meet:trust=a", "NUMBER"),
         ("meet:trust=-1", "trusts from 0 to inf"),
         ("meet:truts=1", "did you mean trust"),
+        ("meet:temprature=1", "did you mean temperature"),
         ("meet:metric=raw", "unknown option 'metric'"),
         ("meet:rule=x", "expected option=value"),
         ("meet:pool=sum", "pool to be"),

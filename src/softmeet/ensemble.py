@@ -48,8 +48,7 @@ def _is_ensemble(name: str | Path) -> bool:
 
 def _saved_config(name: str | Path) -> EnsembleConfig:
     repository, _, revision = str(name).partition("@")
-    found: EnsembleConfig = EnsembleConfig.from_pretrained(repository, revision=revision or "main")
-    return found
+    return EnsembleConfig.from_pretrained(repository, revision=revision or "main")  # type: ignore[no-any-return]
 
 
 def member_names(members: Sequence[str | Path] | str | Path) -> list[str]:

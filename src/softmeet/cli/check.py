@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,11 +16,20 @@ from rich.table import Table
 
 from softmeet.cli import options
 from softmeet.cli.config import Config
-from softmeet.cli.flags import flags
+from softmeet.cli.flags import flag, flags
 from softmeet.cli.old_forms import warn
 
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
+
+
+@dataclass
+class Planning:
+    """What goes where, instead of what kind of ensemble it is."""
+
+    plan: bool = flag(False, "Instead say what goes where, in bytes, without loading any weights.", "--plan")
+    batch: int = flag(1, "Of the plan: sequences at once.", min=1)
+    context: int | None = flag(None, "Of the plan: tokens of each.", min=1, shown="the shortest context")
 
 
 @flags(only=("weights", "pool"))
@@ -32,13 +41,7 @@ def check(
         Path | None, typer.Option("--text", help="Held-out text for the premise score: is the softmax to blame?")
     ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Of the text, at most.")] = 512,
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Instead say what goes where, in bytes, without loading any weights.")
-    ] = False,
-    batch: Annotated[int, typer.Option(min=1, help="Of the plan: sequences at once.")] = 1,
-    context: Annotated[
-        int | None, typer.Option(min=1, help="Of the plan: tokens of each.", show_default="the shortest context")
-    ] = None,
+    planning: Planning,
     loading: options.Loading,
     config: Config = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
@@ -48,10 +51,12 @@ def check(
     if named:
         warn("naming members without an option", f"say {' '.join(f'-m {name}' for name in named)}")
     members = [*(members or ()), *(named or ())]
-    if plan:
+    if planning.plan:
         from softmeet.cli.plan import show_plan
 
-        show_plan(members or [options.DEFAULT], batch, context, as_json=as_json, **loading.arguments())
+        show_plan(
+            members or [options.DEFAULT], planning.batch, planning.context, as_json=as_json, **loading.arguments()
+        )
         return
     ensemble = loading.ensemble(members, settings)
     with options.status("comparing heads"):

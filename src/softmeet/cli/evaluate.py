@@ -6,7 +6,7 @@ import hashlib
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +17,7 @@ from rich.table import Table
 
 from softmeet.cli import engines, options, texts
 from softmeet.cli.config import Config
-from softmeet.cli.flags import flag_of, flags
+from softmeet.cli.flags import flag, flag_of, flags
 from softmeet.cli.old_forms import repeated
 from softmeet.errors import InvalidInputError
 
@@ -28,7 +28,23 @@ if TYPE_CHECKING:
 Json = Annotated[
     Path | None, typer.Option("--json", help="Write the figures here as JSON, infinity as null; - for stdout.")
 ]
+_OWN = "the ensemble's own"
 Traced = Annotated[Path | None, typer.Option("--trace", help="A trace, in place of --text.")]
+
+
+@dataclass
+class Tried:
+    """What is set side by side."""
+
+    rules: list[str] | None = flag(
+        None, "A rule with options: meet:trust=1/0/0.3:pool=prob-mean; repeat it.", "--rule", shown=_OWN
+    )
+    gates: list[str] | None = flag(
+        None, "Try each rule under this gate too: unsure:0.5; repeat it.", "--gate", shown=_OWN
+    )
+    prompt_weights: int | None = flag(
+        None, "Add logit-mean with weights from the members' perplexity on so many tokens of each document.", min=1
+    )
 
 
 @flags("rule", "gate")
@@ -37,28 +53,7 @@ def evaluate(
     members: options.Members = None,
     reading: texts.Reading,
     trace: Traced = None,
-    rules: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--rule",
-            help="A rule with options: meet:trust=1/0/0.3:pool=prob-mean; repeat it.",
-            show_default="the ensemble's own",
-        ),
-    ] = None,
-    gates: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--gate",
-            help="Try each rule under this gate too: unsure:0.5; repeat it.",
-            show_default="the ensemble's own",
-        ),
-    ] = None,
-    prompt_weights: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Add logit-mean with weights from the members' perplexity on so many tokens of each document."
-        ),
-    ] = None,
+    tried: Tried,
     plots: Annotated[Path | None, typer.Option(help="A folder for PNG plots.")] = None,
     as_json: Json = None,
     resume: engines.Resume = None,
@@ -74,12 +69,13 @@ def evaluate(
     texts.require_extra(psutil=True, scipy=True, pyarrow=trace, matplotlib=plots)
     texts.require_places(as_json, plots, resume)
     found = reading.documents_unless(trace)
-    _require_once(rules or [], settings)
+    _require_once(tried.rules or [], settings)
     ensemble = loading.ensemble(texts.default_members(members, trace), settings)
     own = ensemble.model.config
-    named = [*(rules or [own.rule]), *([f"{POOLS[0]}:prompt_weights={prompt_weights}"] if prompt_weights else [])]
-    tried = repeated("--gate", gates) or ([own.gate] if own.gate else [])
-    parsed = under_gates(parse_choices(named, len(ensemble.names), own.bands), tried)
+    prompt = tried.prompt_weights
+    named = [*(tried.rules or [own.rule]), *([f"{POOLS[0]}:prompt_weights={prompt}"] if prompt else [])]
+    gates = repeated("--gate", tried.gates) or ([own.gate] if own.gate else [])
+    parsed = under_gates(parse_choices(named, len(ensemble.names), own.bands), gates)
     choices = with_baselines(parsed, own.weights or (), own.rule_temperature)
     from softmeet.evaluation.kept import Kept
     from softmeet.evaluation.pieces import evaluate_positions, evaluate_text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,12 +16,30 @@ from rich.table import Table
 
 from softmeet.cli import options
 from softmeet.cli.config import Config
-from softmeet.cli.flags import flags
+from softmeet.cli.flags import flag, flags
 from softmeet.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
     from softmeet.hf import Recorder
+
+
+@dataclass
+class Sampling:
+    """How tokens are drawn, under transformers' names."""
+
+    max_new_tokens: int = flag(100, "Tokens to add to each prompt, at most.", min=1)
+    do_sample: bool = flag(True, "Sample; else take the most probable token.")
+    temperature: float | None = flag(None, "Of the ensemble's distribution.")
+    top_k: int = flag(0, "Keep the k most probable tokens.", shown="all")
+    top_p: float | None = flag(None, "Keep the most probable tokens up to this mass.")
+    min_p: float | None = flag(None, "Keep tokens above this share of the largest.")
+    repetition_penalty: float | None = flag(None, "Divide the scores of tokens that came before by this.")
+
+    def given(self) -> dict[str, Any]:
+        """Give what ``generate`` takes: what truncates only where there is something to draw."""
+        kept = vars(self).keys() - (() if self.do_sample else {"temperature", "top_k", "top_p", "min_p"})
+        return {name: getattr(self, name) for name in kept if getattr(self, name) is not None}
 
 
 @flags()
@@ -29,13 +48,7 @@ def generate(
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; - or none reads one from stdin.")] = None,
     file: Annotated[list[Path] | None, typer.Option("--file", "-f", help="A file that is one prompt.")] = None,
     members: options.Members = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
-    do_sample: Annotated[bool, typer.Option(help="Sample; else take the most probable token.")] = True,
-    temperature: Annotated[float | None, typer.Option(help="Of the ensemble's distribution.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Keep the k most probable tokens.", show_default="all")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Keep the most probable tokens up to this mass.")] = None,
-    min_p: Annotated[float | None, typer.Option(help="Keep tokens above this share of the largest.")] = None,
-    repetition_penalty: Annotated[float | None, typer.Option()] = None,
+    sampling: Sampling,
     prompt_weights: Annotated[
         bool, typer.Option("--prompt-weights", help="Weigh members by their perplexity on the prompt.")
     ] = False,
@@ -51,16 +64,8 @@ def generate(
     """Continue prompts, sampling from several models as one; a single prompt streams."""
     texts = _prompts(prompts, file)
     ensemble = loading.ensemble(members, settings)
-    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "min_p": min_p, "top_k": top_k or 0}
-    given: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "do_sample": do_sample,
-        "repetition_penalty": repetition_penalty,
-    }
-    given |= sampling if do_sample else {}
     own = [ensemble.prompt_weights(text) for text in texts] if prompt_weights else None
-    given = {k: v for k, v in given.items() if v is not None}
-    _run(ensemble, texts, given, own, seed, as_json=as_json, summary=summary)
+    _run(ensemble, texts, sampling.given(), own, seed, as_json=as_json, summary=summary)
 
 
 def _prompts(prompts: list[str] | None, files: list[Path] | None) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -54,6 +55,7 @@ def _root(
 def main() -> None:
     """Run the command line; exit code 2 and one line on stderr for anything that the user can put right."""
     keep_freed_memory()
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         app()
     except SystemExit as end:

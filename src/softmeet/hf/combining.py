@@ -58,8 +58,7 @@ class Combining:
     @property
     def settings(self) -> Settings:
         """How the members are combined."""
-        found: Settings = self.config.settings
-        return found
+        return self.config.settings  # type: ignore[no-any-return]
 
     def solve_in_chunks(
         self, hidden: Sequence[Float[Tensor, "B _"]], settings: Settings | None = None, asked: Asked | None = None

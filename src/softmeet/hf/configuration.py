@@ -92,7 +92,9 @@ def _require_rule(rule: Any, source: str | None) -> None:
     name = rule.partition(":")[0] if isinstance(rule, str) else None
     if source is not None and name is not None and name not in rule_names():
         kind, _, origin = source.partition(" ")
-        advice = f"pip install {origin}" if kind == "package" else f"import {origin} before the ensemble is loaded"
+        advice = (
+            f"pip install {origin}" if kind == "package" else f"softmeet.register_rule({origin}), then load it again"
+        )
         raise InvalidInputError(
             f"the rule {name!r} of this ensemble comes from the {source}, which is not here: {advice}"
         )

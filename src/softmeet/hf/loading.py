@@ -27,7 +27,7 @@ This folder names its members and how they are combined; it holds none of their 
 |---|---|---|
 {rows}
 
-Rule: `{rule}`, pool: `{pool}`, tolerance: {tol:g} nats.
+Rule: `{rule}`{source}, pool: `{pool}`, tolerance: {tol:g} nats.
 
 ```python
 import softmeet

@@ -155,7 +155,9 @@ class EnsembleForCausalLM(Combining, PreTrainedModel, GenerationMixin):
         table = "\n".join(
             f"| `{name}` | {weight:g} | {', '.join(f'{rho:g}' for rho in own)} |" for name, weight, own in rows
         )
-        card = CARD.format(n=len(config.members), rows=table, rule=config.rule, pool=config.pool, tol=config.tol)
+        shown = {"rule": config.rule, "pool": config.pool, "tol": config.tol}
+        source = f" (of the {config.rule_source}, which has to be here)" if config.rule_source else ""
+        card = CARD.format(n=len(config.members), rows=table, source=source, **shown)
         (folder / "README.md").write_text(card, encoding="utf-8")
         if push_to_hub:
             self.push_to_hub(**kwargs)

@@ -5,7 +5,6 @@ A rule of one's own is a subclass of :class:`Rule`; :mod:`softmeet.rules.registr
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
@@ -124,6 +123,4 @@ def _text(value: object) -> str:
         return str(value).lower()
     if isinstance(value, list | tuple):
         return "/".join(map(_text, value))
-    if isinstance(value, float):
-        return "inf" if math.isinf(value) else repr(value)
     return str(value)

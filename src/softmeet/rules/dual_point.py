@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from softmeet.heads import WhitenedHead
 from softmeet.rules.answer import Answer
 from softmeet.rules.points import exact_gap, proves_empty
 from softmeet.rules.problem import Problem
@@ -41,7 +40,9 @@ def _gap_at(problem: Problem, trust: Sequence[float], answer: Answer, k: int) ->
     if not used:
         return 0.0, problem.log_pool[0]
     projection = problem.projection(used, trust)
-    u = [_scores(h, answer.dual[i][k]) for i, h in zip(used, projection.heads, strict=True)]
+    # Q R⁻¹ λ: the scores of what λ says about the directions that are constrained, up to a constant.
+    pairs = zip(used, projection.heads, strict=True)
+    u = [h.scores((h.whitening.inverse @ answer.dual[i][k])[None])[0] for i, h in pairs]
     z = torch.stack([x / alpha for x, alpha in zip(u, projection.alpha, strict=True)])[None]
     p, r = projection.pooled(z).exp(), projection.corrected(z).exp()
     parts = zip(projection.alpha, projection.heads, range(len(used)), strict=True)
@@ -52,11 +53,6 @@ def _gap_at(problem: Problem, trust: Sequence[float], answer: Answer, k: int) ->
     if all(math.isinf(rho) for rho in trust):
         bounds.append(exact_gap(Row(problem), log_p, tuple(d[k] for d in answer.dual)))
     return min(bounds), log_p
-
-
-def _scores(head: WhitenedHead, lam: Float[Tensor, " d"]) -> Float[Tensor, " v"]:
-    """Q R⁻¹ λ, the scores of what λ says about the directions that are constrained, up to a constant."""
-    return head.scores((head.whitening.inverse @ lam)[None])[0]
 
 
 def _proves(row: Row, answer: Answer, k: int) -> bool:

@@ -24,8 +24,6 @@ from softmeet.rules.answer import Answer, closed_form
 from softmeet.rules.answered import answered
 from softmeet.rules.problem import Problem
 
-NONE = "none"
-
 
 @dataclass(frozen=True)
 class Gate(ABC):
@@ -143,8 +141,8 @@ def parse_gate(gate: str | Gate | None) -> Gate | None:
     Raises:
         InvalidInputError: there is no such gate, or its threshold is not a finite number from 0.
     """
-    if gate is None or isinstance(gate, Gate) or gate == NONE:
-        return None if gate == NONE else gate  # type: ignore[return-value]
+    if gate is None or isinstance(gate, Gate) or gate == "none":
+        return gate if isinstance(gate, Gate) else None
     name, _, number = str(gate).strip().partition(":")
     try:
         threshold = float(number)

@@ -111,7 +111,7 @@ class MaxEntropy(Meet):
         """As ``meet``; where moments leave no choice, see whether they hold."""
         found = super().verify(problem, answer)
         for k, row in enumerate(Row.of(problem)):
-            if _is_only_point(row, answer.log_probs[k]):
+            if may_be_unique(row.problem) and row.unique and moments_hold(row, answer.log_probs[k].exp()):
                 found.log_probs[k], found.gap[k], found.status[k] = answer.log_probs[k], 0.0, int(Status.OPTIMAL)
         return found
 
@@ -129,10 +129,6 @@ class MaxEntropy(Meet):
         else:
             answer = closed_form(row.problem, p.log()[None], kl(p.log(), row.log_q)[None])
         return replace(answer, passes=answer.passes + row.passes())
-
-
-def _is_only_point(row: Row, log_p: Float[Tensor, " v"]) -> bool:
-    return may_be_unique(row.problem) and row.unique and moments_hold(row, log_p.exp())
 
 
 def _settle(answer: Answer, k: int, row: Row) -> None:

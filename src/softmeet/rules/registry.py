@@ -63,7 +63,7 @@ def register_rule(rule: R) -> R:
         >>> "first-member" in softmeet.rule_names()
         True
     """
-    _require_rule(rule, "register_rule")
+    require_rule(rule, "register_rule")
     known = _registered.get(rule.name)
     if rule.name in _installed() or (known is not None and _place(known) != _place(rule)):
         raise InvalidInputError(f"the name {rule.name!r} is taken: there is such a rule; give yours another name")
@@ -114,9 +114,20 @@ def source_of(rule: Rule) -> str | None:
     entry = _installed().get(rule.name)
     if entry is not None and entry.dist is not None:
         return f"package {entry.dist.name}"
-    module = type(rule).__module__
-    packages = packages_distributions().get(module.partition(".")[0])
-    return f"package {packages[0]}" if packages else f"module {module}"
+    packages = packages_distributions().get(type(rule).__module__.partition(".")[0])
+    return f"package {packages[0]}" if packages else f"class {type(rule).__qualname__}"
+
+
+def require_own_name(rule: Rule) -> None:
+    """Refuse an instance of a rule that cannot be named: another class has its name, or it has none.
+
+    Raises:
+        InvalidInputError: so it is.
+    """
+    kind = type(rule)
+    require_rule(kind, "rule=")
+    if kind.name in rule_names() and _place(rule_class(kind.name)) != _place(kind):
+        raise InvalidInputError(f"the name {kind.name!r} of {kind.__qualname__} is taken: give it another one")
 
 
 @cache
@@ -125,7 +136,7 @@ def _installed() -> dict[str, EntryPoint]:
     for entry in entry_points(group=GROUP):
         if entry.name in found:
             warnings.warn(
-                f"the rule {entry.name!r} of {_origin(entry)} is left out: there is a rule of that name; "
+                f"the rule {entry.name!r} of {_origin(entry)} is left out: {_origin(found[entry.name])} has that name; "
                 "it needs another one",
                 stacklevel=2,
             )
@@ -139,7 +150,7 @@ def _loaded(entry: EntryPoint) -> type[Rule]:
     where = f"the rule {entry.name!r} of {_origin(entry)}"
     try:
         rule: type[Rule] = entry.load()
-        _require_rule(rule, entry.value)
+        require_rule(rule, entry.value)
     except Exception as error:
         raise RuleError(f"{where} cannot be loaded: {type(error).__name__}: {error}") from error
     if rule.name != entry.name:
@@ -147,7 +158,12 @@ def _loaded(entry: EntryPoint) -> type[Rule]:
     return rule
 
 
-def _require_rule(rule: object, where: str) -> None:
+def require_rule(rule: object, where: str) -> None:
+    """Refuse what is no rule, or has no name, no summary, or options that cannot be told from settings.
+
+    Raises:
+        InvalidInputError: so it is.
+    """
     if not (inspect.isclass(rule) and issubclass(rule, Rule)) or inspect.isabstract(rule):
         raise InvalidInputError(f"expected a subclass of softmeet.Rule with a method solve in {where}, got {rule!r}")
     name, summary = getattr(rule, "name", None), getattr(rule, "summary", None)
@@ -156,12 +172,21 @@ def _require_rule(rule: object, where: str) -> None:
             f"expected {rule.__name__} to have a name of small letters, digits and hyphens, and a summary, got "
             f"name = {name!r}, summary = {summary!r}"
         )
+    if shared := sorted(_reserved() & rule.model_fields.keys()):
+        raise InvalidInputError(f"the option {shared[0]!r} of the rule {name!r} is a setting of all: name it otherwise")
     if needy := [option for option, field in rule.model_fields.items() if field.is_required()]:
         raise InvalidInputError(f"expected a default for each option of the rule {name!r}, got none for {needy[0]}")
 
 
+def _reserved() -> set[str]:
+    from softmeet.rules.settings import SHORT, Settings
+
+    return {*Settings.model_fields, *SHORT, "prompt_weights"}
+
+
 def _origin(entry: EntryPoint) -> str:
-    return f"the package {entry.dist.name}" if entry.dist is not None else f"the entry point {entry.value}"
+    owner = "softmeet itself" if entry.name in _OWN else f"the entry point {entry.value}"
+    return owner if entry.dist is None else f"the package {entry.dist.name}"
 
 
 def _place(rule: type[Rule]) -> tuple[str, str]:

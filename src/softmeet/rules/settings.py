@@ -18,7 +18,7 @@ from pydantic import BeforeValidator, Field
 from softmeet.errors import InvalidInputError
 from softmeet.rules.base import Rule
 from softmeet.rules.frozen import Frozen, takes, unknown
-from softmeet.rules.registry import DEFAULT, all_rules, rule_class
+from softmeet.rules.registry import DEFAULT, all_rules, require_own_name, rule_class
 
 Pool = Literal["logit-mean", "prob-mean"]
 OnInfeasible = Literal["meet", "raise"]
@@ -28,7 +28,7 @@ DEFAULT_TRUST = 0.3
 # A colon that parts options, not the one of gate=unsure:0.5.
 _COLON = re.compile(r":(?![\d.])")
 # The name of a field in a rule's text, where a shorter one serves.
-_SHORT = {"temperature": "rule_temperature"}
+SHORT = {"temperature": "rule_temperature"}
 
 
 def _numbers(value: Any) -> Any:
@@ -67,6 +67,7 @@ def _rule(value: Any) -> Any:
         return rule_of(value)
     if not isinstance(value, Rule):
         raise InvalidInputError(f"expected a rule's name, or an instance of softmeet.Rule, got {value!r}")
+    require_own_name(value)
     return value
 
 
@@ -155,16 +156,12 @@ class Settings(Frozen):
         """
         if not changes:
             return self
-        found = Settings(**{**self.fields(), **_resolved(changes, self.rule)})
+        found = Settings(**{**dict(self), **_resolved(changes, self.rule)})
         return found if self.weights is None else found.for_members(len(self.weights))  # type: ignore[arg-type]
-
-    def fields(self) -> dict[str, Any]:
-        """Give every setting by name."""
-        return {name: getattr(self, name) for name in type(self).model_fields}
 
     def plain(self) -> dict[str, Any]:
         """Give every setting as JSON and YAML have it: rules and gates as text, lists, ``"inf"``."""
-        return {name: _plain(value) for name, value in self.fields().items()}
+        return {name: _plain(value) for name, value in self}
 
     def for_members(self, n: int) -> Settings:
         """Copy with a weight for each of n members and a trust for each of their bands.
@@ -233,7 +230,7 @@ def parse_rule(text: str) -> tuple[Rule, dict[str, Any]]:
     settings: dict[str, Any] = {}
     for option in options:
         key, equals, value = option.partition("=")
-        key = _SHORT.get(key, key)
+        key = SHORT.get(key, key)
         if not equals or not value or key == "rule":
             raise InvalidInputError(f"expected option=value after the colon in {text!r}, got {option!r}")
         if key in own or key in settings:
@@ -243,8 +240,8 @@ def parse_rule(text: str) -> tuple[Rule, dict[str, Any]]:
         elif key in Settings.model_fields:
             settings[key] = _listed(value, text) if takes(Settings.model_fields[key], tuple) else value
         else:
-            known = [*kind.model_fields, *(k for k in Settings.model_fields if k != "rule")]
-            raise unknown(f"unknown option {key!r} in {text!r}", key, known)
+            shared = [name for name in (*SHORT, *Settings.model_fields) if name not in ("rule", *SHORT.values())]
+            raise unknown(f"unknown option {key!r} in {text!r}", key, [*kind.model_fields, *shared])
     try:
         checked = Settings(**settings) if settings else None
         return kind(**own), {key: getattr(checked, key) for key in settings} if checked else {}

@@ -14,7 +14,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from softmeet.rules.answer import Answer
-from softmeet.rules.base import Rule
 from softmeet.rules.problem import Problem
 from softmeet.rules.settings import rule_of
 from softmeet.simplex import total_variation
@@ -92,14 +91,10 @@ def verify(problem: Problem, answer: Answer, fallback: Bool[Tensor, " B"]) -> Ve
     for which, relaxed in ((~fallback, False), (fallback, True)):
         rows = which.nonzero().squeeze(-1)
         if len(rows):
-            part = problem.take(rows)
-            found = _second_look(part.relaxed() if relaxed else part, answer.take(rows), fallback=relaxed)
+            part, some = problem.take(rows), answer.take(rows)
+            part = part.relaxed() if relaxed else part
+            rule = rule_of(part.settings.on_infeasible) if relaxed else part.settings.rule
+            found = rule.verify(part, some) or Recomputed.nothing(some)
             claimed[rows], gap[rows], status[rows] = found.log_probs, found.gap, found.status
     distance = total_variation(answer.log_probs, claimed)
     return Verification(residuals(problem, answer.log_probs), gap, distance, status)
-
-
-def _second_look(problem: Problem, answer: Answer, *, fallback: bool) -> Recomputed:
-    settings = problem.settings
-    rule: Rule = rule_of(settings.on_infeasible) if fallback else settings.rule
-    return rule.verify(problem, answer) or Recomputed.nothing(answer)

@@ -68,7 +68,7 @@ def _part(served: Served, chosen: tuple[int, ...]) -> EnsembleForCausalLM:
     config, total = whole.config, sum(whole.config.weights)
     weights = [config.weights[k] for k in chosen]
     share = sum(weights) or 1.0
-    own = config.settings.fields() | {
+    own = dict(config.settings) | {
         "weights": [total * w / share for w in weights] if sum(weights) else None,
         "trust": [rho for k in chosen for rho in config.settings.trusts()[k]],
     }
