@@ -107,6 +107,7 @@ def test_num_passes_is_what_an_instrumented_head_sees(trust):
 @pytest.mark.parametrize("sharpness", [0.1, 40.0], ids=["flat", "one-hot, at different tokens"])
 def test_sweep_and_hessian_in_blocks_equal_dense_algebra_and_count_their_reads(monkeypatch, sharpness):
     monkeypatch.setattr(sweeping, "_CACHED_ELEMENTS", 320)
+    torch.manual_seed(0)
     short, full = head(v=150, d=4, dtype=torch.float64), head(v=200, d=5, dtype=torch.float64)
     views = tuple(WhitenedHead(W, 200, torch.float64, batch=3) for W in (short, full))
     log_q = (sharpness * torch.randn(3, 200, dtype=torch.float64)).log_softmax(-1)

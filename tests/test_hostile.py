@@ -82,10 +82,10 @@ def test_a_member_without_weight_or_mass_brings_no_nan():
     [
         ({"weights": [1e308, 1e308], "free_weights": True}, InvalidInputError, "finite sum"),
         ({"weights": 0.5}, InvalidInputError, "one weight per member, 2 in all, got 1"),
-        ({"weights": "much"}, InvalidInputError, "weights as a number or a list"),
-        ({"trust": "much"}, InvalidInputError, "trust as a number or a list"),
+        ({"weights": "much"}, InvalidInputError, "weights to be a number or a list"),
+        ({"trust": "much"}, InvalidInputError, "trust to be a number or a list"),
         ({"trust": torch.ones(2, 2)}, InvalidInputError, r"array of shape \(2, 2\)"),
-        ({"tol": None}, InvalidInputError, "positive tol"),
+        ({"tol": "much"}, InvalidInputError, "tol to be a valid number"),
         ({"heads": [torch.zeros(60, 0), HEADS[1]]}, InvalidInputError, "at least one row and one column"),
         ({"heads": [HEADS[0] * 1e200, HEADS[1]]}, InvalidInputError, "overflows"),
         ({"heads": BROKEN, "logits": LOG_P}, InvalidInputError, "finite"),

@@ -66,8 +66,8 @@ def premise_at(ensemble: Ensemble, stretches: Iterable[tuple[list[Tensor], Tenso
     ``pool`` are settings of the pool, such as ``weights``, in place of the ensemble's.
     """
     # The pool itself, whatever the rule.
-    own = ensemble.model.settings.ungated().changed(**pool)
-    settings = own.changed(rule=own.pool, rule_temperature=1.0, bands=1, trust=0.0)
+    own = ensemble.model.settings.ungated().changed(**{**pool, "rule_temperature": 1.0, "bands": 1, "trust": 0.0})
+    settings = own.changed(rule=own.pool)
     members, found = range(len(ensemble.names)), []
     for hidden, targets in stretches:
         for start in range(0, len(targets), _CHUNK):
