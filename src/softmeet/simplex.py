@@ -27,11 +27,16 @@ def kl(log_p: Float[Tensor, "*b v"], log_q: Float[Tensor, "*b v"]) -> Float[Tens
 
 def logit_mean(log_p: Float[Tensor, "n *b v"], weights: Float[Tensor, " n"]) -> Float[Tensor, "*b v"]:
     """softmax(Σ w_i log p_i): the weighted average of the members' logits (a logarithmic pool)."""
+    return log_normalize(weighted_log_probs(log_p, weights))
+
+
+def weighted_log_probs(log_p: Float[Tensor, "n *b v"], weights: Float[Tensor, " n"]) -> Float[Tensor, "*b v"]:
+    """Σ w_i log p_i, not normalised; -inf where a member with any weight has it."""
     scores = torch.zeros_like(log_p[0])
     for member, weight in zip(log_p, weights.tolist(), strict=True):
         if weight:  # a member without weight excludes nothing, and 0 * -inf would be NaN
             scores = scores + weight * member
-    return log_normalize(scores)
+    return scores
 
 
 def prob_mean(log_p: Float[Tensor, "n *b v"], weights: Float[Tensor, " n"]) -> Float[Tensor, "*b v"]:

@@ -9,7 +9,7 @@ from softmeet.rules.answered import answered
 from softmeet.rules.base import Rule
 from softmeet.rules.problem import Problem
 from softmeet.rules.verify import Recomputed
-from softmeet.simplex import kl, log_normalize, logit_mean, prob_mean
+from softmeet.simplex import kl, log_normalize, prob_mean, weighted_log_probs
 
 
 class _ClosedForm(Rule):
@@ -31,9 +31,10 @@ class LogitMean(_ClosedForm):
 
     def solve(self, problem: Problem) -> Answer:
         """In closed form."""
-        log_probs = problem.restricted(logit_mean(problem.log_p, problem.weights))
+        scores = weighted_log_probs(problem.log_p, problem.weights)
+        log_probs = problem.restricted(log_normalize(scores))
         safe = log_probs.masked_fill(log_probs.isneginf(), 0.0)
-        cross = -(log_probs.exp() * _weighted_log_probs(problem).masked_fill(log_probs.isneginf(), 0.0)).sum(-1)
+        cross = -(log_probs.exp() * scores.masked_fill(log_probs.isneginf(), 0.0)).sum(-1)
         return closed_form(problem, log_probs, cross + (log_probs.exp() * safe).sum(-1))
 
 
@@ -69,15 +70,7 @@ class OneHot(_ClosedForm):
 
     def solve(self, problem: Problem) -> Answer:
         """In closed form."""
-        scores = problem.restricted(log_normalize(_weighted_log_probs(problem)))
-        best = scores.argmax(-1, keepdim=True)
+        scores = weighted_log_probs(problem.log_p, problem.weights)
+        best = problem.restricted(log_normalize(scores)).argmax(-1, keepdim=True)
         log_probs = torch.full_like(scores, -torch.inf).scatter(-1, best, 0.0)
-        return closed_form(problem, log_probs, -_weighted_log_probs(problem).gather(-1, best).squeeze(-1))
-
-
-def _weighted_log_probs(problem: Problem) -> torch.Tensor:
-    total = torch.zeros_like(problem.log_p[0])
-    for member, weight in zip(problem.log_p, problem.weights.tolist(), strict=True):
-        if weight:
-            total = total + weight * member
-    return total
+        return closed_form(problem, log_probs, -scores.gather(-1, best).squeeze(-1))
