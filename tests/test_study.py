@@ -160,7 +160,7 @@ def test_members_of_ones_own_need_a_text_or_a_trace(given, came, tmp_path):
 
 @pytest.mark.unchecked
 def test_the_command_on_text_writes_a_report_and_goes_on(tmp_path, monkeypatch):
-    small = {"positions": 12, "meet": 6, "exact": 2, "slow": 1, "rows": 3, "tokens": 2, "premise": 6}
+    small = {"positions": 12, "meet": 6, "exact": 2, "slow": 2, "rows": 3, "tokens": 2, "premise": 6}
     monkeypatch.setattr(on_text, "SMOKE", replace(on_text.SMOKE, **small))
     text = tmp_path / "text.txt"
     text.write_text("In the beginning God created the heaven and the earth. And the earth was without form. " * 6)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields, replace
+from dataclasses import fields
 
 import pytest
 import torch
@@ -355,5 +355,5 @@ def test_what_is_wanted_exactly_gets_the_full_hessian():
     heads = random_heads(20_000, (128, 128), seed=1)
     problem = softmeet.combine(outputs(heads, 1, seed=1), heads, "logit-mean").problem
     everyone, exact = [0, 1], (math.inf, math.inf)
-    assert meet.full_hessian_pays(replace(problem, tol=1e-12).projection(everyone, exact))
-    assert not meet.full_hessian_pays(replace(problem, tol=1e-6).projection(everyone, exact))
+    assert meet.full_hessian_pays(problem.changed(tol=1e-12).projection(everyone, exact))
+    assert not meet.full_hessian_pays(problem.changed(tol=1e-6).projection(everyone, exact))
