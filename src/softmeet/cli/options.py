@@ -72,7 +72,7 @@ def stoppable(advice: str) -> Iterator[None]:
 
 @dataclass
 class Loading:
-    """How members are loaded."""
+    """Say in which dtype and where members are loaded, and whether their own code may run."""
 
     dtype: str | None = flag(None, "float32, bfloat16, float16, float64 or auto.", shown="float32 on CPU")
     device: list[str] | None = flag(
@@ -84,7 +84,7 @@ class Loading:
     trust_remote_code: bool = flag(False, "Run code that comes with a checkpoint.", "--trust-remote-code")
 
     def arguments(self) -> dict[str, Any]:
-        """Give what ``Ensemble.from_pretrained`` takes."""
+        """Give the options as arguments of ``Ensemble.from_pretrained``, devices read."""
         return {**vars(self), "device": placement(self.device)}
 
     @stoppable("members were being loaded, and nothing is changed")
@@ -118,7 +118,7 @@ class Loading:
 
 
 def say(sentence: str) -> None:
-    """A notice on stderr."""
+    """Print a notice on stderr, so that stdout holds results alone."""
     err.print(sentence, style="yellow", highlight=False, soft_wrap=True, markup=False)
 
 

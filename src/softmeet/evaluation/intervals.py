@@ -36,7 +36,7 @@ class Difference:
         return self.low > 0 or self.high < 0
 
     def figures(self) -> dict[str, Any]:
-        """As reports have it."""
+        """Give the difference in nats and its 95 % interval, under the names that reports have."""
         return {"delta": self.mean, "ci95": [self.low, self.high]}
 
     def __str__(self) -> str:

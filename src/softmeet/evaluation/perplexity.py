@@ -192,7 +192,7 @@ class _Solver:
     paths: dict[Settings, list[Solution]] = field(default_factory=lambda: defaultdict(list))
 
     def scores(self, settings: Settings) -> Scores:
-        """Of one choice."""
+        """Score a rule under some settings on the chunk, from what is solved already where that will do."""
         gate, plain = that_closes(settings.gate), settings.ungated()
         if gate is not None and plain not in self.solved:
             return _scored(self.model.combine_rows(self.log_probs, self.logits, settings), self.targets)
