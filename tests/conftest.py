@@ -1,12 +1,11 @@
 """Fixtures shared by the suite. Two threads of BLAS on two cores, and no network."""
 
+import gc
 import os
 import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-from collections import Counter
 
 import jaxtyping
 import pytest
@@ -18,18 +17,30 @@ settings.register_profile(
 )
 settings.load_profile("suite")
 torch.set_num_threads(1)
-# Checks of shapes and types take more than half of the time of what they check.
-_ONE_IN = 4
+# Checks of shapes and types take more than half of the time of what they check: they are on where each part is tested
+# by itself, and off where all of them work together.
+_PARTS = {
+    "test_bands", "test_certificate", "test_checkpoint", "test_combine", "test_evaluate", "test_exact_options",
+    "test_exact_rules", "test_heads", "test_hostile", "test_implicit", "test_interior", "test_laws", "test_meet",
+    "test_members", "test_report", "test_simplex", "test_subsampled", "test_trace", "test_vertex",
+}  # fmt: skip
 _checked = pytest.StashKey[bool]()
 
 
 def pytest_collection_modifyitems(items):
-    """Have shapes and types checked in the first case of every test, and in one case in four of those with many."""
-    seen = Counter()
+    """Have shapes and types checked in the first case of every test of a part."""
+    seen = set()
     for item in items:
         test = item.nodeid.partition("[")[0]
-        item.stash[_checked] = seen[test] % _ONE_IN == 0 and not item.get_closest_marker("unchecked")
-        seen[test] += 1
+        part = item.path.stem in _PARTS and not item.get_closest_marker("unchecked")
+        item.stash[_checked] = part and test not in seen
+        seen.add(test)
+
+
+def pytest_collection_finish():
+    """Spare the garbage collector what was imported: it would look through all of it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

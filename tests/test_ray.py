@@ -15,7 +15,6 @@ import psutil
 import pytest
 import tiny
 import torch
-from test_cli import process as run
 from typer.testing import CliRunner
 
 from softmeet import Ensemble
@@ -66,9 +65,9 @@ def cluster():
     made = Cluster(
         initialize_head=True,
         connect=True,
-        head_node_args={"num_cpus": 3, "num_gpus": 2, "object_store_memory": 1 << 28, "include_dashboard": False},
+        head_node_args={"num_cpus": 4, "num_gpus": 2, "object_store_memory": 1 << 28, "include_dashboard": False},
     )
-    made.add_node(num_cpus=3, num_gpus=2, object_store_memory=1 << 28)
+    made.add_node(num_cpus=4, num_gpus=2, object_store_memory=1 << 28)
     made.wait_for_nodes()
     yield made
     ray.shutdown()
@@ -76,10 +75,25 @@ def cluster():
 
 
 @pytest.fixture(scope="module")
+def engine(cluster, ensemble):
+    """Two workers that have the ensemble."""
+    with RayEngine(ensemble, 2) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
 def plain(cluster):
-    """Workers without an ensemble."""
+    """Two without, which begin in half the time."""
     with RayEngine(None, 2) as engine:
         yield engine
+
+
+@pytest.fixture(autouse=True)
+def _nothing_was_redone(request):
+    """Each test has a count of its own of what its engine began again."""
+    for name in ("engine", "plain"):
+        if name in request.fixturenames:
+            request.getfixturevalue(name).redone.clear()
 
 
 def evaluated(ensemble, engine, **options):
@@ -100,28 +114,26 @@ def test_threads_of_one_process_agree(ensemble, expected):
         assert evaluated(ensemble, engine) == expected
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_an_evaluation_is_the_same_to_the_last_byte(cluster, ensemble, expected, workers):
-    with RayEngine(ensemble, workers) as engine:
-        assert evaluated(ensemble, engine) == expected
-        assert engine.redone == []
+def test_an_evaluation_is_the_same_to_the_last_byte(engine, ensemble, expected):
+    """With two workers; with three and with one in later tests."""
+    assert evaluated(ensemble, engine) == expected
+    assert engine.redone == []
 
 
-def test_a_worker_that_is_killed_changes_nothing(cluster, ensemble, expected):
+def test_a_worker_that_is_killed_changes_nothing(engine, ensemble, expected):
     """It is stopped before it gets its piece, so that it surely has one when it is killed."""
-    with RayEngine(ensemble, 2) as engine:
-        victim = engine.processes()[0]
-        os.kill(victim, signal.SIGSTOP)
-        pieces = []
+    victim = engine.processes()[0]
+    os.kill(victim, signal.SIGSTOP)
+    pieces = []
 
-        def advance(count):
-            pieces.append(count)
-            if len(pieces) == 1:
-                os.kill(victim, signal.SIGKILL)
+    def advance(count):
+        pieces.append(count)
+        if len(pieces) == 1:
+            os.kill(victim, signal.SIGKILL)
 
-        assert evaluated(ensemble, engine, begin=lambda total: advance) == expected
-        assert len(pieces) == len(DOCUMENTS)
-        assert len(engine.redone) == 1
+    assert evaluated(ensemble, engine, begin=lambda total: advance) == expected
+    assert len(pieces) == len(DOCUMENTS)
+    assert len(engine.redone) == 1
 
 
 def _begin(k, folder):
@@ -137,7 +149,6 @@ def test_what_was_under_way_is_begun_twice_and_nothing_else_is(plain, tmp_path, 
     (tmp_path / "kill").touch()
     said = []
     monkeypatch.setattr(plain, "_on_loss", said.append)
-    monkeypatch.setattr(plain, "redone", [])
     done = dict(plain.map(_begin, [(k, tmp_path) for k in range(12)]))
     assert sorted(done) == list(range(12))
     assert all(done[k][0] == k for k in done)
@@ -155,9 +166,8 @@ def _once(folder):
     return os.getpid()
 
 
-def test_a_worker_with_nothing_to_do_takes_over(plain, tmp_path, monkeypatch):
+def test_a_worker_with_nothing_to_do_takes_over(plain, tmp_path):
     """Nobody waits for the dead one's place to be taken."""
-    monkeypatch.setattr(plain, "redone", [])
     (tmp_path / "kill").touch()
     before = plain.processes()
     ((_, found),) = plain.map(_once, [(tmp_path,)])
@@ -173,8 +183,7 @@ def _act(what):
     return what
 
 
-def test_what_kills_every_worker_is_named_and_errors_are_the_calls_own(plain, monkeypatch):
-    monkeypatch.setattr(plain, "redone", [])
+def test_what_kills_every_worker_is_named_and_errors_are_the_calls_own(plain):
     with pytest.raises(NonFiniteError, match="NaN from a member"):
         list(plain.map(_act, [("fail",), ("well",)]))
     assert list(plain.map(_act, [("well",)])) == [(0, "well")]
@@ -229,12 +238,14 @@ def _look(model, seconds):
     return os.getpid(), ray.get_runtime_context().get_node_id(), place, added, total
 
 
-def test_heads_lie_once_on_each_node(cluster):
-    ensemble = large_ensemble()
-    size = ensemble.model.heads[0].weight.nbytes
-    with RayEngine(ensemble, 3) as engine:
+def test_heads_lie_once_on_each_node(cluster, ensemble, expected):
+    large = large_ensemble()
+    size = large.model.heads[0].weight.nbytes
+    with RayEngine(large, 3) as engine:
         engine.processes()
-        found = [answer for _, answer in engine.map(_look, [(ensemble.model, 0.5)] * 6)]
+        found = [answer for _, answer in engine.map(_look, [(large.model, 0.5)] * 6)]
+        # Three workers, none of which has this ensemble.
+        assert evaluated(ensemble, engine) == expected
         assert all(not array.flags.writeable for array in ray.get(engine._packed)[1])
     assert len({process for process, *_ in found}) == 3
     places = {(node, place) for _, node, place, _, _ in found}
@@ -271,7 +282,7 @@ def test_packing_gives_the_same_tensors_back(ensemble):
     assert copy.model.members[0].get_input_embeddings().weight is copy.model.heads[0].weight
 
 
-def test_positions_fits_and_studies_are_the_same(cluster, ensemble, tmp_path):
+def test_positions_fits_and_studies_are_the_same(engine, ensemble, tmp_path):
     options = Options(meet_positions=60, premise_positions=40, evaluations=3)
     parsed = parse_choices(["meet:trust=0.5", "logit-mean:prompt_weights=20"], 2)
 
@@ -284,24 +295,22 @@ def test_positions_fits_and_studies_are_the_same(cluster, ensemble, tmp_path):
         results = Run(folder / "text", {}).each(list(text.cells(settings, ensemble, positions)), engine)
         return json.dumps([scores, fitted, results])
 
-    with LocalEngine() as engine:
-        ours = everything(engine, tmp_path / "local")
-    with RayEngine(ensemble, 2) as engine:
-        assert everything(engine, tmp_path / "ray") == ours
+    with LocalEngine() as local:
+        ours = everything(local, tmp_path / "local")
+    assert everything(engine, tmp_path / "ray") == ours
     for folder in ("trace", "fit"):
         local, there = (sorted((tmp_path / name / folder).iterdir()) for name in ("local", "ray"))
         assert [p.name for p in local] == [p.name for p in there]
         assert [p.read_bytes() for p in local] == [p.read_bytes() for p in there]
 
 
-def test_a_study_of_heads_is_the_same(cluster, tmp_path):
+def test_a_study_of_heads_is_the_same(engine, tmp_path):
     settings = known_truth.Settings(positions=2, rows=2, documents=1, sizes=(2,))
     members = known_truth.load(settings)
     cells = list(known_truth.cells(settings, [Document("text", "And it came to pass, when men began. " * 8)], members))
-    with LocalEngine() as engine:
-        ours = Run(tmp_path / "local", {}).each(cells, engine)
-    with RayEngine(members, 1) as engine:
-        assert json.dumps(Run(tmp_path / "ray", {}).each(cells, engine)) == json.dumps(ours)
+    with LocalEngine() as local:
+        ours = Run(tmp_path / "local", {}).each(cells, local)
+    assert json.dumps(Run(tmp_path / "ray", {}).each(cells, engine)) == json.dumps(ours)
 
 
 def test_a_fit_goes_on_where_it_stopped(ensemble, tmp_path):
@@ -362,8 +371,7 @@ def test_a_command_goes_on_after_its_driver_was_killed(cluster, ensemble, folder
     asked += ["--resume", tmp_path / "pieces", "--json", tmp_path / "ray.json"]
     before = killed_after(asked, "*.safetensors", tmp_path / "pieces", 5)
     assert 5 <= len(before) < 24
-    done = run(*asked)
-    assert done.returncode == 0, done.stderr
+    CliRunner().invoke(commands, list(map(str, asked)), catch_exceptions=False)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     choices = with_baselines(parse_choices(["meet"], 2))
     with LocalEngine(2) as engine:
