@@ -272,7 +272,7 @@ def test_raw_least_squares_with_free_directions():
 @pytest.mark.parametrize("shared", [4, 8])
 def test_rounding_in_shared_directions_is_no_proof(shared):
     """Members with biases of their own agree there to rounding, which multipliers without bound would amplify."""
-    for seed in range(5):
+    for seed in range(3):
         draw = torch.Generator().manual_seed(seed)
         heads = [torch.randn(64, 8, generator=draw, dtype=torch.float64) for _ in range(2)]
         heads[1][:, :shared] = heads[0][:, :shared]

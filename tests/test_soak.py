@@ -15,7 +15,7 @@ SOAK = Path(__file__).parents[1] / "benchmarks" / "soak.py"
 
 @pytest.mark.slow
 def test_a_slice_of_the_soak(tmp_path):
-    arguments = ["--seconds", 3, "--requests", 50, "--examples", 1, "--tokens", 4, "--json", tmp_path / "soak.json"]
+    arguments = ["--seconds", 1, "--requests", 50, "--examples", 1, "--tokens", 4, "--json", tmp_path / "soak.json"]
     done = subprocess.run(
         [sys.executable, SOAK, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=900,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -87,12 +87,12 @@ def test_the_certificate_is_never_below_the_true_gap(sharpness, trust):
     log_p, heads = log_p[:, :2].double(), [W.double() for W in heads]
     exact = full(log_p, heads, trust=trust)
     certified = 0
-    for tol in (1e-2, 1e-4, 1e-6):
+    for tol in (1e-2, 1e-5):
         ours = softmeet.combine(log_p, heads, trust=trust, tol=tol)
         true_gap = exact.objective - ours.objective
         assert (true_gap[ours.gap_is_certified] <= ours.gap[ours.gap_is_certified] + 1e-11).all()
         certified += int(ours.gap_is_certified.sum())
-    assert certified == 3 * log_p.shape[1]
+    assert certified == 2 * log_p.shape[1]
 
 
 @pytest.mark.parametrize("trust", [0.3, 5.0])
