@@ -21,6 +21,7 @@ from softmeet.server.ui_html import details_of, text_of
 SHOTS = Path(__file__).parents[1] / "build" / "screenshots"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PATIENCE = 300_000
+expect.set_options(timeout=PATIENCE)
 
 # Gradio's own, in its thread.
 pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")
