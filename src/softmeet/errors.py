@@ -6,7 +6,7 @@
     ├── InvalidInputError (ValueError)    an argument has the wrong shape, sign, length or value
     │   ├── NonFiniteError                NaN or +inf in one member's log-probabilities
     │   ├── DisjointSupportError          no token has positive probability under every member
-    │   ├── VocabularyMismatchError       the members' tokenizers differ
+    │   ├── VocabularyMismatchError       the members' tokenizers differ, or cannot be read as bytes
     │   └── TraceError                    a trace is damaged, of other members, or the disk is full
     ├── CheckpointError (OSError)         a member cannot be loaded
     ├── UnsupportedHeadError              a model whose output layer is not a plain softmax head
@@ -36,7 +36,7 @@ class DisjointSupportError(InvalidInputError):
 
 
 class VocabularyMismatchError(InvalidInputError):
-    """The members' tokenizers give the same ids to different tokens, or have different sizes."""
+    """The members' tokenizers give the same ids to different tokens, or one of them cannot be read byte by byte."""
 
 
 class TraceError(InvalidInputError):

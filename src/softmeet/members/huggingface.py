@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softmeet.errors import CheckpointError, InvalidInputError
 from softmeet.members import zoo
@@ -111,10 +112,10 @@ def _load(name: str, dtype: Dtype, device: Device, trust_remote_code: bool, offl
     placement: dict[str, Any] = {} if spread is None else {"device_map": spread}
     placement |= {} if offload_folder is None or spread is None else {"offload_folder": str(offload_folder)}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
             **where, **placement, dtype=wanted, use_safetensors=True, output_loading_info=True
         )
-        tokenizer = AutoTokenizer.from_pretrained(**where, padding_side="left")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**where, padding_side="left")
     except SafetensorError as error:
         raise CheckpointError(
             f"cannot load {name}: its safetensors are damaged or truncated ({error}): fetch them again"

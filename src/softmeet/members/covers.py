@@ -1,0 +1,293 @@
+"""What a token model says of a text's next byte: the sum over all tokenizations of the text, as far as their mass goes.
+
+A *cover* of the bytes x is a sequence of whole tokens that the model was asked about, and the *rest* of x, with which
+the next token has to begin. Its mass is the probability of its tokens and of a next token that is longer than the rest.
+Where the rest is a token itself, that token begins a new cover, behind which the model has to be asked: until then it
+is *open*, and what comes next is estimated. Open covers whose share of all mass is ``prune`` or more are closed, by
+asking, before the next byte is predicted. With ``prune=0`` nothing is estimated, and the product of the bytes'
+probabilities is the sum over all tokenizations of the text (Phan et al., arXiv:2410.09303, proposition 2).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+
+from softmeet.members.spelling import Spelling
+from softmeet.members.token_tree import Path
+
+# The 256 bytes, and the end of the text.
+SYMBOLS = 257
+END = 256
+Masses = np.ndarray[Any, np.dtype[np.float64]]
+# The probability, as it is estimated, that an open cover which is a byte old or more goes on as closed ones do.
+_ALIKE = 0.1
+AnyCover = TypeVar("AnyCover", "Cover", "Open")
+# Shares of mass below which covers are let go while there are others.
+_LIGHT = 1e-12
+
+
+def by_symbol(symbols: np.ndarray[Any, np.dtype[np.uint8]], masses: Masses) -> Masses:
+    """(257,), the sum of the masses of each symbol."""
+    return np.bincount(symbols, masses, SYMBOLS).astype(np.float64, copy=False)
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """How far tokenizations are followed.
+
+    Attributes:
+        prune: share of all mass from which an open cover is followed by asking the model; 0 to follow all.
+        covers: the heaviest so many, open or closed, are kept; None for all.
+    """
+
+    prune: float = 0.01
+    covers: int | None = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """The next token's probabilities behind whole tokens.
+
+    Attributes:
+        path: of the last token in the tree of all that the model has run for this text.
+        probs: (m,) of the spelling's tokens in its order; with the end's they sum to one.
+        root: (257,) of the next token's first byte, and of the end.
+    """
+
+    path: Path
+    probs: Masses
+    root: Masses
+
+    def moved(self, path: Path) -> Asked:
+        """The same at another place in the tree."""
+        found = copy.copy(self)
+        object.__setattr__(found, "path", path)
+        return found
+
+    def masses(self, spelling: Spelling, length: int, longer: int, end: int) -> Masses:
+        """(257,) of the byte after the first ``length`` of tokens ``longer`` to ``end``."""
+        tokens = slice(longer, end)
+        return by_symbol(spelling.flat[spelling.offsets[:-1][tokens] + length], self.probs[tokens])
+
+    def total(self, longer: int, end: int) -> float:
+        """The probability of tokens ``longer`` to ``end``."""
+        return float(self.probs[longer:end].sum())
+
+    def prob(self, k: int) -> float:
+        """Of token k of the spelling."""
+        return float(self.probs[k])
+
+
+class AskedAlong(Asked):
+    """The same for a text whose next bytes are known: what it takes along them, without the vocabulary."""
+
+    def __init__(self, asked: Asked, spelling: Spelling, text: bytes) -> None:
+        self._masses: dict[int, Masses] = {}
+        self._totals: dict[tuple[int, int], float] = {}
+        self._probs: dict[int, float] = {}
+        longer, end = 0, len(spelling.words)
+        for length in range(1, len(text) + 1):
+            first, longer, end = spelling.among(text[:length], longer, end)
+            self._probs |= {k: asked.prob(k) for k in range(first, longer)}
+            if longer == end:
+                break
+            self._masses[length] = asked.masses(spelling, length, longer, end)
+            self._totals[longer, end] = asked.total(longer, end)
+        super().__init__(asked.path, np.empty(0), asked.root)
+
+    def masses(self, spelling: Spelling, length: int, longer: int, end: int) -> Masses:
+        """As :meth:`Asked.masses`."""
+        return self._masses[length]
+
+    def total(self, longer: int, end: int) -> float:
+        """As :meth:`Asked.total`."""
+        return self._totals[longer, end]
+
+    def prob(self, k: int) -> float:
+        """As :meth:`Asked.prob`."""
+        return self._probs[k]
+
+
+@dataclass(frozen=True, eq=False)
+class Cover:
+    """Tokens that were asked about, and a rest, from which tokens ``longer`` to ``end`` of the spelling go on.
+
+    ``weight`` is the tokens' share of all mass, ``mass`` theirs with the next token's.
+    """
+
+    asked: Asked
+    weight: float
+    mass: float
+    rest: bytes
+    longer: int
+    end: int
+
+    def masses(self, spelling: Spelling) -> Masses:
+        """(257,), how much of the mass each next symbol takes."""
+        if not self.rest:
+            return self.weight * self.asked.root
+        return self.weight * self.asked.masses(spelling, len(self.rest), self.longer, self.end)
+
+
+@dataclass(frozen=True, eq=False)
+class Open:
+    """A cover, a token behind it and the bytes since, about which the model was not asked; ``mass`` is an estimate."""
+
+    asked: Asked
+    token: int
+    weight: float
+    mass: float
+    rest: bytes
+
+    def estimate(self, live: Masses, spelling: Spelling) -> Masses:
+        """(257,), what comes next: at first what follows a token there, later what follows the closed covers."""
+        if not self.rest:
+            return (self.asked.root + spelling.beginnings) / 2
+        return _ALIKE * np.where(live > 0, live, self.asked.root)
+
+
+@dataclass(frozen=True, eq=False)
+class Covers:
+    """All covers of one text by one member, as far as they are followed; their masses sum to one."""
+
+    closed: tuple[Cover, ...]
+    open: tuple[Open, ...] = ()
+    dropped: float = 0.0
+
+    @property
+    def unasked(self) -> float:
+        """The share of mass that is estimated, or was let go at this byte."""
+        return self.dropped + sum(cover.mass for cover in self.open)
+
+
+def begun(asked: Asked, spelling: Spelling) -> Covers:
+    """The covers of no bytes."""
+    return Covers((Cover(asked, 1.0, 1.0, b"", 0, len(spelling.words)),))
+
+
+def prediction(spelling: Spelling, covers: Covers) -> Masses:
+    """(257,), the next symbol's probabilities."""
+    live = _live(spelling, covers.closed)
+    found = sum((cover.mass for cover in covers.closed), 0.0) * live
+    for cover in covers.open:
+        found += cover.mass * cover.estimate(live, spelling)
+    return found / float(found.sum())
+
+
+def followed(spelling: Spelling, covers: Covers, byte: int, pruning: Pruning) -> Covers:
+    """The covers of one byte more; none is left where the member cannot write it."""
+    closed: list[Cover] = []
+    opened: list[Open] = []
+    for cover in covers.closed:
+        own, new = _longer(spelling, cover, byte)
+        closed += own
+        opened += new
+    if covers.open:
+        live = _live(spelling, covers.closed)
+        opened += [_estimated(spelling, cover, byte, live) for cover in covers.open]
+    return _shares(closed, opened, pruning)
+
+
+def wanted(covers: Covers, pruning: Pruning) -> list[Open]:
+    """The open covers that the model is to be asked about before the next byte is predicted."""
+    found = [cover for cover in covers.open if cover.mass >= pruning.prune]
+    return found or (list(covers.open[:1]) if not covers.closed else [])
+
+
+def closed(spelling: Spelling, covers: Covers, answers: Sequence[tuple[Open, Asked]], pruning: Pruning) -> Covers:
+    """The same covers, some of which the model was asked about."""
+    answered = {id(cover) for cover, _ in answers}
+    whole, opened = list(covers.closed), [cover for cover in covers.open if id(cover) not in answered]
+    for cover, asked in answers:
+        own = [Cover(asked, cover.weight, cover.weight, b"", 0, len(spelling.words))]
+        new: list[Open] = []
+        for byte in cover.rest:
+            live = _live(spelling, own)
+            new = [_estimated(spelling, one, byte, live) for one in new]
+            pairs = [_longer(spelling, one, byte) for one in own]
+            own = [one for pair in pairs for one in pair[0]]
+            new += [one for pair in pairs for one in pair[1]]
+        whole += own
+        opened += new
+    return _shares(whole, opened, pruning)
+
+
+def _live(spelling: Spelling, covers: Sequence[Cover]) -> Masses:
+    """(257,), the next symbol's probabilities by the closed covers alone; zeros where there are none."""
+    found = np.zeros(SYMBOLS)
+    for cover in covers:
+        found += cover.masses(spelling)
+    total = found.sum()
+    return found / total if total > 0 else found
+
+
+def _estimated(spelling: Spelling, cover: Open, byte: int, live: Masses) -> Open:
+    mass = cover.mass * float(cover.estimate(live, spelling)[byte])
+    return replace(cover, mass=mass, rest=cover.rest + bytes([byte]))
+
+
+def _longer(spelling: Spelling, cover: Cover, byte: int) -> tuple[list[Cover], list[Open]]:
+    """A cover whose rest has a byte more, and the tokens that are just that rest."""
+    rest = cover.rest + bytes([byte])
+    first, longer, end = spelling.among(rest, cover.longer, cover.end)
+    asked, weight = cover.asked, cover.weight
+    own = [Cover(asked, weight, weight * asked.total(longer, end), rest, longer, end)] if longer < end else []
+    masses = [(k, weight * asked.prob(k)) for k in range(first, longer)]
+    return own, [Open(asked, int(spelling.tokens[k]), mass, mass, b"") for k, mass in masses]
+
+
+def _shares(whole: list[Cover], opened: list[Open], pruning: Pruning) -> Covers:
+    """Masses that sum to one; the lightest covers are let go."""
+    kept = [cover for cover in whole if cover.mass > 0]
+    light = [cover for cover in opened if cover.mass > 0]
+    if pruning.prune:
+        kept, light = _recombined(kept, light)
+    light = sorted(light, key=_by_mass)
+    before = sum(cover.mass for cover in kept) + sum(cover.mass for cover in light)
+    if pruning.covers is not None:
+        kept = sorted(kept, key=_by_mass)[: pruning.covers]
+        light = light[: pruning.covers]
+        kept = [cover for k, cover in enumerate(kept) if not k or cover.mass > _LIGHT * before]
+        light = [cover for k, cover in enumerate(light) if not k or cover.mass > _LIGHT * before]
+    total = sum(cover.mass for cover in kept) + sum(cover.mass for cover in light)
+    if not total:
+        return Covers(())
+    return Covers(
+        tuple(replace(cover, weight=cover.weight / total, mass=cover.mass / total) for cover in kept),
+        tuple(replace(cover, weight=cover.weight / total, mass=cover.mass / total) for cover in light),
+        1 - total / before,
+    )
+
+
+def _recombined(whole: list[Cover], opened: list[Open]) -> tuple[list[Cover], list[Open]]:
+    """Of the covers that begin their rest at one byte, the heaviest with the mass of all.
+
+    They differ by the tokens before that byte, of which what comes next depends little.
+    """
+    best: dict[int, Cover] = {}
+    for cover in sorted(whole, key=_by_mass):
+        place = len(cover.rest)
+        best[place] = _heavier(best[place], cover.mass) if place in best else cover
+    light: dict[int, Open] = {}
+    for other in sorted(opened, key=_by_mass):
+        place = len(other.rest)
+        if place in best:
+            best[place] = _heavier(best[place], other.mass)
+        else:
+            light[place] = _heavier(light[place], other.mass) if place in light else other
+    return list(best.values()), list(light.values())
+
+
+def _by_mass(cover: Cover | Open) -> float:
+    return -cover.mass
+
+
+def _heavier(cover: AnyCover, mass: float) -> AnyCover:
+    """A cover with so much more mass."""
+    more = (cover.mass + mass) / cover.mass
+    return replace(cover, mass=cover.mass * more, weight=cover.weight * more)

@@ -1,0 +1,143 @@
+"""Reading a text whose bytes are known: the tokenizer's tokens in one call of the model, other covers in few more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from softmeet.members.covers import (
+    Asked,
+    AskedAlong,
+    Covers,
+    Masses,
+    Open,
+    Pruning,
+    begun,
+    closed,
+    followed,
+    prediction,
+    wanted,
+)
+from softmeet.members.token_tree import Growth, Path, TokenTree
+
+if TYPE_CHECKING:
+    from softmeet.members.byte_member import ByteMember
+
+# Positions whose next tokens' probabilities are held at once.
+_POSITIONS = 32
+# The tree's node that tokens stand behind, and the token.
+Step = tuple[int, int]
+
+
+@dataclass
+class Walk:
+    """What following a text byte by byte came to.
+
+    Attributes:
+        covers: of the whole text.
+        predictions: for every byte and for what comes after the last, if they are wanted.
+        missing: open covers that the model should have been asked about; they were estimated.
+        dropped: mass that was estimated or let go, over all bytes.
+    """
+
+    covers: Covers
+    predictions: list[Masses] = field(default_factory=list)
+    missing: dict[Step, Open] = field(default_factory=dict)
+    dropped: float = 0.0
+
+
+class KnownText:
+    """A text, and what a member says behind its covers, as far as the model was asked.
+
+    Args:
+        member: who reads it.
+        text: of any bytes.
+        look_back: follow all tokenizations of so many bytes at the end alone; 0 for all of the text.
+
+    Attributes:
+        text: the bytes that the member's tokens spell: with its dummy prefix, without what it cannot write.
+        place: the byte from which tokenizations are followed.
+        tree: what the model keeps.
+    """
+
+    def __init__(self, member: ByteMember, text: bytes, look_back: int) -> None:
+        spelling = member.spelling
+        self.member, self.text = member, spelling.dummy + text.translate(None, spelling.unwritable)
+        self._longest = max(map(len, spelling.words))
+        self._places: dict[int, int] = {}
+        self._behind: dict[Step, Asked] = {}
+        tokens = spelling.encode(text)
+        ends = np.cumsum([0, *(len(spelling.spelled([token])) for token in tokens)])
+        first = 0
+        if look_back:
+            first = int(np.searchsorted(ends, max(0, len(self.text) - look_back), side="right")) - 1
+        self.place = int(ends[first])
+        chain = [*member.prefix, *tokens]
+        ((self.tree, (hidden,)),) = member.run([Growth(TokenTree(), [np.empty(0, np.int64)], [chain])])
+        before = len(member.prefix) - 1
+        columns = range(before + first, len(chain))
+        along = self._along([np.arange(c + 1) for c in columns], ends[first:].tolist(), hidden[columns.start :])
+        # By the byte at which it ends, the tokenizer's own cover.
+        self._own = dict(zip(ends[first:].tolist(), along, strict=True))
+        self._behind |= {
+            (column - 1, token): asked
+            for column, token, asked in zip(columns[1:], tokens[first:], list(self._own.values())[1:], strict=True)
+        }
+
+    def _along(self, paths: Sequence[Path], places: Sequence[int], hidden: Float[Tensor, "k d"]) -> Iterator[Asked]:
+        """What comes behind each path, whose tokens end at a byte of the text, some at a time."""
+        for start in range(0, len(paths), _POSITIONS):
+            some = slice(start, start + _POSITIONS)
+            for asked, place in zip(self.member.asked(paths[some], hidden[some]), places[some], strict=True):
+                self._places[int(asked.path[-1])] = place
+                if place + self._longest < len(self.text):
+                    yield AskedAlong(asked, self.member.spelling, self.text[place : place + self._longest])
+                else:
+                    yield asked
+
+    def walk(self, pruning: Pruning, *, everything: bool) -> Walk:
+        """Follow the text, with the model's answers as far as they are there."""
+        spelling = self.member.spelling
+        this = Walk(begun(self._own[self.place], spelling))
+        for byte in self.text[self.place :]:
+            if everything:
+                this.predictions.append(prediction(spelling, this.covers))
+            this.covers = followed(spelling, this.covers, byte, pruning)
+            while answers := self._answers(this, pruning):
+                this.covers = closed(spelling, this.covers, answers, pruning)
+            this.dropped += this.covers.unasked
+        if everything:
+            this.predictions.append(prediction(spelling, this.covers))
+        return this
+
+    def _answers(self, this: Walk, pruning: Pruning) -> list[tuple[Open, Asked]]:
+        """Those that are there, of the open covers that the model is to be asked about."""
+        found = []
+        for one in wanted(this.covers, pruning):
+            step = int(one.asked.path[-1]), one.token
+            # Covers that end at one byte differ little, and the tokenizer's own was run with the others.
+            asked = self._own.get(self._end(one)) if pruning.prune else None
+            asked = asked or self._behind.get(step)
+            if asked is None:
+                this.missing[step] = one
+            else:
+                found.append((one, asked))
+        return found
+
+    def _end(self, one: Open) -> int:
+        return self._places[int(one.asked.path[-1])] + len(self.member.spelling.spelled([one.token]))
+
+    def ask(self, missing: dict[Step, Open]) -> None:
+        """Ask the model about open covers in one call."""
+        opened, before = list(missing.values()), self.tree.columns
+        growth = Growth(self.tree, [one.asked.path for one in opened], [[one.token] for one in opened])
+        ((self.tree, states),) = self.member.run([growth])
+        paths = [np.append(one.asked.path, before + i) for i, one in enumerate(opened)]
+        places = [self._end(one) for one in opened]
+        self._behind |= zip(missing, self._along(paths, places, torch.cat(states)), strict=True)

@@ -1,0 +1,246 @@
+"""What every token of a tokenizer spells in bytes, and how the tokenizer cuts bytes into tokens."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from softmeet.errors import VocabularyMismatchError
+
+_SPACE = "\u2581"
+_KINDS = (
+    "byte members need a tokenizer that can write every byte and loses none: byte-level BPE, or SentencePiece with "
+    "byte fallback. Choose another member, or members that share this one's tokenizer (vocabulary='tokens')"
+)
+# What each part of a tokenizer does to a text before it is cut that cannot be undone.
+_CHANGES = {
+    "Lowercase": "lower-cases text", "NFKC": "applies NFKC", "NFKD": "applies NFKD", "NFD": "applies NFD",
+    "Strip": "strips spaces", "StripAccents": "strips accents", "BertNormalizer": "cleans text as BERT does",
+    "Precompiled": "maps characters as SentencePiece does (nmt_nfkc)", "Nmt": "removes control characters",
+    "Whitespace": "drops spaces", "WhitespaceSplit": "drops spaces", "BertPreTokenizer": "drops spaces",
+    "CharDelimiterSplit": "drops a character", "ByteLevel normalizer": "writes bytes before it cuts",
+}  # fmt: skip
+# Of printable ASCII, white space, and characters of the planes 0 to 3; SmolLM2, for one, lacks 21 of the others.
+_NEEDED = frozenset((*b"\t\n\r", *range(0x20, 0x7F), *range(0x80, 0xC0), *range(0xC2, 0xF1)))
+_TRIED = ("A b  c\n\n\td", "\u00e9t\u00e9 \u65e5\u672c \U0001f642", " a~", "\u0130\ufb01 \u212b")
+
+
+@dataclass(frozen=True, eq=False)
+class Spelling:
+    """A tokenizer's tokens as byte strings, in the order of the strings.
+
+    Attributes:
+        name: the member's.
+        words: what the tokens spell, sorted; two tokens may spell the same.
+        tokens: (m,), the id of each.
+        flat, offsets: the words one after another, (bytes,) uint8 and (m + 1,), where each begins.
+        ends: ids that end a text.
+        start: ids before a text.
+        dummy: bytes that the tokenizer puts before every text.
+        unwritable: bytes that no token spells; control characters and such as no UTF-8 of assigned characters holds.
+    """
+
+    name: str
+    words: list[bytes]
+    tokens: np.ndarray[Any, np.dtype[np.int64]]
+    flat: np.ndarray[Any, np.dtype[np.uint8]]
+    offsets: np.ndarray[Any, np.dtype[np.int64]]
+    ends: tuple[int, ...]
+    start: tuple[int, ...]
+    dummy: bytes
+    unwritable: bytes
+    _core: Tokenizer
+    _own: dict[int, bytes]
+    _single: dict[int, int]
+
+    @cached_property
+    def beginnings(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """(257,), the share of tokens that begin with each byte."""
+        return np.bincount(self.flat[self.offsets[:-1]], minlength=257) / len(self.words)
+
+    def among(self, rest: bytes, low: int = 0, high: int | None = None) -> tuple[int, int, int]:
+        """Where the words that begin with ``rest`` are: (first, first that is longer, end)."""
+        high = len(self.words) if high is None else high
+        first = bisect_left(self.words, rest, low, high)
+        end = bisect_left(self.words, _next(rest), first, high) if rest.strip(b"\xff") else high
+        return first, bisect_right(self.words, rest, first, end), end
+
+    def spelled(self, tokens: Sequence[int]) -> bytes:
+        """The bytes of some tokens; nothing for special ones."""
+        return b"".join(self._own.get(token, b"") for token in tokens)
+
+    def encode(self, text: bytes) -> list[int]:
+        """The tokens that the tokenizer makes of ``dummy`` and a text; they spell exactly these.
+
+        Bytes that are no UTF-8 become tokens of one byte each, and text that the tokenizer would compose (NFC) is cut
+        as it is. The text of a special token becomes ordinary tokens. Bytes that no token spells are left out.
+        """
+        parts = list(_valid(text.translate(None, self.unwritable)))
+        found = [] if parts and isinstance(parts[0], str) else self._longest(self.dummy)
+        for part in parts:
+            if isinstance(part, bytes):
+                found += [self._single[byte] for byte in part]
+                continue
+            wanted = part.encode() if found else self.dummy + part.encode()
+            tokens = self._core.encode(part, add_special_tokens=False).ids
+            found += tokens if self.spelled(tokens) == wanted else self._longest(wanted)
+        return found
+
+    def _longest(self, text: bytes) -> list[int]:
+        """The longest token that fits, again and again: for what the tokenizer does not spell as it is."""
+        found, longest = [], max(map(len, self.words))
+        while text:
+            for length in range(min(longest, len(text)), 0, -1):
+                first, longer, _ = self.among(text[:length])
+                if first < longer:
+                    found.append(int(self.tokens[first]))
+                    text = text[length:]
+                    break
+        return found
+
+
+def _next(rest: bytes) -> bytes:
+    """The smallest string after all that begin with ``rest``."""
+    rest = rest.rstrip(b"\xff")
+    return rest[:-1] + bytes([rest[-1] + 1])
+
+
+def _valid(text: bytes) -> Iterator[str | bytes]:
+    """The parts of a text that are UTF-8, as strings, and those that are not, as bytes."""
+    while text:
+        try:
+            yield text.decode()
+            return
+        except UnicodeDecodeError as error:
+            if error.start:
+                yield text[: error.start].decode()
+            yield text[error.start : error.end]
+            text = text[error.end :]
+
+
+def _parts(component: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """The components of one that may be a sequence of others."""
+    if component is None:
+        return
+    inner = next((component[key] for key in ("normalizers", "pretokenizers", "decoders") if key in component), None)
+    if inner is None:
+        yield component
+    else:
+        for part in inner:
+            yield from _parts(part)
+
+
+def _refuse(name: str, why: str) -> VocabularyMismatchError:
+    return VocabularyMismatchError(f"cannot use {name} over bytes: {why}; {_KINDS}")
+
+
+def _check_text_is_kept(name: str, described: dict[str, Any]) -> None:
+    for part in _parts(described.get("normalizer")):
+        kind = part["type"]
+        if kind == "Replace" and (part["pattern"], part["content"]) == ({"String": " "}, _SPACE):
+            continue
+        if kind == "Replace":
+            raise _refuse(name, f"its tokenizer replaces {next(iter(part['pattern'].values()))!r} in a text")
+        if kind not in ("NFC", "Prepend"):
+            raise _refuse(name, f"its tokenizer {_CHANGES.get(kind, f'changes text ({kind})')}")
+    for part in _parts(described.get("pre_tokenizer")):
+        if part["type"] in _CHANGES or str(part.get("behavior")).lower() == "removed":
+            raise _refuse(name, f"its tokenizer {_CHANGES.get(part['type'], 'drops what it splits at')}")
+
+
+def _words(name: str, described: dict[str, Any]) -> dict[int, bytes]:
+    """What each ordinary token spells."""
+    model = described["model"]
+    vocab = model["vocab"]
+    pieces = {piece: k for k, (piece, _) in enumerate(vocab)} if isinstance(vocab, list) else dict(vocab)
+    added = described.get("added_tokens", [])
+    special = {token["id"] for token in added if token["special"]}
+    plain = {token["id"]: token["content"].encode() for token in added if not token["special"]}
+    kinds = {part["type"] for key in ("decoder", "pre_tokenizer") for part in _parts(described.get(key))}
+    found: dict[int, bytes] = {}
+    if "ByteLevel" in kinds:
+        back = {character: byte for byte, character in bytes_to_unicode().items()}
+        for piece, k in pieces.items():
+            if all(character in back for character in piece):
+                found[k] = bytes(back[character] for character in piece)
+    elif model.get("byte_fallback") or "ByteFallback" in kinds:
+        fallback = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
+        for piece, k in pieces.items():
+            found[k] = fallback.get(piece, piece.replace(_SPACE, " ").encode())
+    else:
+        kind = model.get("type") or "tokenizer"
+        raise _refuse(name, f"it has a {kind} vocabulary without bytes")
+    found |= plain
+    found = {k: word for k, word in found.items() if word and k not in special}
+    if missing := sorted(_NEEDED - {word[0] for word in found.values() if len(word) == 1}):
+        shown = ", ".join(f"0x{byte:02X}" for byte in missing[:5])
+        raise _refuse(name, f"its tokenizer has no token for {len(missing)} bytes ({shown})")
+    return found
+
+
+def _core(described: dict[str, Any]) -> Tokenizer:
+    """The tokenizer without composition (NFC), which no text typed by a user leads to a special token."""
+    kept = [part for part in _parts(described.get("normalizer")) if part["type"] != "NFC"]
+    normalizer = {"type": "Sequence", "normalizers": kept} if kept else None
+    core = Tokenizer.from_str(json.dumps(described | {"normalizer": normalizer, "truncation": None, "padding": None}))
+    core.encode_special_tokens = True
+    return core
+
+
+def _start(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """What stands before a text: what the tokenizer puts there, else the mark between documents."""
+    marked, plain = (tokenizer("a", add_special_tokens=own)["input_ids"] for own in (True, False))
+    before = tuple(marked[: len(marked) - len(plain)]) if marked[len(marked) - len(plain) :] == plain else marked[:1]
+    if len(marked) > len(plain) and before:
+        return tuple(before)
+    vocab = tokenizer.get_vocab()
+    candidates = (vocab.get("<|endoftext|>"), tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return tuple(k for k in candidates if k is not None)[:1]
+
+
+def spelling_of(name: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None) -> Spelling:
+    """Read a member's tokenizer.
+
+    Args:
+        name: of the member, for messages.
+        tokenizer: a fast one.
+        model: whose generation configuration may name more tokens that end a text.
+
+    Raises:
+        VocabularyMismatchError: texts are not kept as they are, or there are bytes that no token spells.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise _refuse(name, "its tokenizer is written in Python, and its tokens cannot be read")
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    _check_text_is_kept(name, described)
+    own = _words(name, described)
+    core = _core(described)
+    ordered = sorted(own.items(), key=lambda item: (item[1], item[0]))
+    words = [word for _, word in ordered]
+    single = {word[0]: k for k, word in ordered if len(word) == 1}
+    named = None if model is None else model.generation_config.eos_token_id
+    ends = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id} - {None}
+    tried = core.encode("a", add_special_tokens=False).ids
+    dummy = b"".join(own.get(k, b"") for k in tried).removesuffix(b"a")
+    spelling = Spelling(
+        name=name, words=words, tokens=np.array([k for k, _ in ordered]),
+        flat=np.frombuffer(b"".join(words), np.uint8), offsets=np.cumsum([0, *map(len, words)]),
+        ends=tuple(sorted(ends)), start=_start(tokenizer), dummy=dummy,
+        unwritable=bytes(sorted(set(range(256)) - single.keys())), _core=core, _own=own, _single=single,
+    )  # fmt: skip
+    for text in _TRIED:
+        found = spelling.spelled(core.encode(text, add_special_tokens=False).ids)
+        if found.removeprefix(dummy) != text.encode() and found != text.encode():
+            raise _refuse(name, f"its tokenizer turns {text!r} into {found.decode(errors='replace')!r}")
+    if not spelling.start:
+        raise _refuse(name, "its tokenizer has no token to begin a text with")
+    return spelling

@@ -1,0 +1,261 @@
+"""Members over bytes: exhaustive sums over tokenizations, trees of tokens, what is pruned, and what is refused."""
+
+from __future__ import annotations
+
+import math
+
+import byte_tokenizers
+import numpy as np
+import pytest
+import tiny
+import torch
+import transformers as tf
+
+from softmeet.errors import VocabularyMismatchError
+from softmeet.members.byte_member import ByteMember, Work
+from softmeet.members.covers import END, SYMBOLS, Pruning
+from softmeet.members.spelling import spelling_of
+from softmeet.members.token_tree import Growth, TokenTree, run
+
+EXACT = Pruning(0.0, None)
+ROOT = np.empty(0, np.int64)
+# Words that merge, a space before and none, a character of several bytes, a byte that is no UTF-8, an NFC composition.
+TEXTS = (b" ther th", b"the\n\ne", "h\u00e9".encode(), b"t\xffhe", "e\u0301r".encode())
+HOSTILE = (
+    b"", " \u05e9\u05dc\u05d5\u05dd \U0001f642\u200d\u2642".encode(), b"\x00\x04t\x00", b"\xf0\x9f",
+    b"<|endoftext|>the</s>", b" " * 70 + b"the", b"a" * 10_000,
+)  # fmt: skip
+
+
+def model_of(tokenizer, seed=0, scale=6.0):
+    """A random model whose logits spread."""
+    torch.manual_seed(seed)
+    end = tokenizer.eos_token_id
+    config = tf.GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=10_050,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=end,
+        eos_token_id=end,
+    )
+    model = tf.GPT2LMHeadModel(config).double().eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(scale)
+    return model
+
+
+def member_of(kind, pruning=EXACT, seed=0):
+    tokenizer = byte_tokenizers.KINDS[kind]()
+    return ByteMember(kind, model_of(tokenizer, seed), tokenizer, pruning)
+
+
+def step_by_step(member, text):
+    """The log-probability of a text and its end, byte by byte."""
+    (reading, total) = member.begin(b""), 0.0
+    for byte in text:
+        total += member.log_probs([reading])[0, byte].item()
+        (reading,) = member.advance([reading], [byte])
+    return total + member.log_probs([reading])[0, END].item()
+
+
+def at_once(member, text):
+    _, log_probs = member.score(text)
+    return sum(log_probs[k, byte] for k, byte in enumerate(text)) + log_probs[len(text), END]
+
+
+def tilings(words, text):
+    if not text:
+        yield []
+    for length in range(1, len(text) + 1):
+        for token in words.get(text[:length], ()):
+            for rest in tilings(words, text[length:]):
+                yield [token, *rest]
+
+
+def summed(member, text, *, end):
+    """The log-probability of a text by the sum over every one of its tokenizations, each run by itself."""
+    spelling, words = member.spelling, {}
+    for token, word in zip(spelling.tokens.tolist(), spelling.words, strict=True):
+        words.setdefault(word, []).append(token)
+    allowed = torch.full((member.model.config.vocab_size,), -torch.inf, dtype=torch.float64)
+    allowed[[*spelling.tokens.tolist(), *spelling.ends]] = 0
+    every = list(tilings(words, text))
+    totals = []
+    for tokens in every:
+        with torch.inference_mode():
+            logits = member.model(torch.tensor([[*member.prefix, *tokens]])).logits[0] + allowed
+        log_p = logits.log_softmax(-1)[len(member.prefix) - 1 :]
+        own = sum(log_p[k, token].item() for k, token in enumerate(tokens))
+        totals.append(own + (log_p[-1, list(spelling.ends)].logsumexp(-1).item() if end else 0.0))
+    return torch.tensor(totals, dtype=torch.float64).logsumexp(0).item()
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("kind", byte_tokenizers.KINDS)
+def test_bytes_multiply_to_the_sum_over_all_tokenizations(kind, text):
+    """With the end; where a space is put before every text, given that space."""
+    member = member_of(kind)
+    expected = summed(member, member.spelling.dummy + text, end=True)
+    if member.spelling.dummy:
+        # Of all texts, those that begin with the space: all that the first token can be.
+        with torch.inference_mode():
+            logits = member.model(torch.tensor([member.prefix])).logits[0, -1]
+        ids = [*member.spelling.tokens.tolist(), *member.spelling.ends]
+        spaced = [k for k, word in zip(*member_words(member), strict=True) if word.startswith(b" ")]
+        expected -= (logits[spaced].logsumexp(-1) - logits[ids].logsumexp(-1)).item()
+    assert step_by_step(member, text) == pytest.approx(expected, abs=1e-9)
+    assert at_once(member, text) == pytest.approx(expected, abs=1e-9)
+    assert member.work.dropped < 1e-12
+
+
+def member_words(member):
+    return member.spelling.tokens.tolist(), member.spelling.words
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+@pytest.mark.parametrize("kind", byte_tokenizers.KINDS)
+def test_tokens_spell_the_text(kind, text):
+    spelling = spelling_of(kind, byte_tokenizers.KINDS[kind]())
+    tokens = spelling.encode(text)
+    assert spelling.spelled(tokens) == spelling.dummy + text
+    assert not set(tokens) & set(spelling.ends)
+
+
+@pytest.mark.parametrize("why", byte_tokenizers.REFUSED)
+def test_tokenizers_that_lose_something_are_refused(why):
+    with pytest.raises(VocabularyMismatchError, match=f"cannot use odd over bytes: .*{why}"):
+        spelling_of("odd", byte_tokenizers.REFUSED[why]())
+
+
+def test_a_byte_that_no_token_spells_has_no_probability_and_is_not_seen():
+    tokenizer = byte_tokenizers.byte_level(missing=b"\x04\xf5")
+    member = ByteMember("lacking", model_of(tokenizer), tokenizer, Pruning())
+    (one, two), texts = (member.begin(text) for text in (b"the\x04", b"the")), (b"t\x04h", b"th")
+    assert torch.equal(member.log_probs([one]), member.log_probs([two]))
+    (after,) = member.advance([two], [4])
+    assert torch.equal(member.log_probs([after]), member.log_probs([two]))
+    scores = [member.score(text)[1] for text in texts]
+    assert scores[0][1, 4] == -math.inf
+    assert np.allclose(scores[0][[0, 1, 3]], scores[1], atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", byte_tokenizers.KINDS)
+def test_what_is_pruned_is_little_and_told(kind):
+    text = b" the other there, he threw"
+    exact = at_once(member_of(kind, Pruning(1e-9, None)), text)
+    found = []
+    for prune in (0.3, 0.03, 0.003):
+        member = member_of(kind, Pruning(prune))
+        found.append((abs(at_once(member, text) - exact), member.work.dropped))
+        _, log_probs = member.score(text)
+        assert np.abs(np.logaddexp.reduce(log_probs, 1)).max() < 1e-9
+    assert found[2][0] < 0.02 * abs(exact)
+    assert found[0][1] > found[1][1] > found[2][1]
+
+
+def test_a_batch_is_its_rows():
+    member = member_of("gpt2", Pruning(0.02))
+    texts = [b"the th", b"", b"he said: there", b"\n\nth"]
+    alone = []
+    for text in texts:
+        (reading,) = [member.begin(text)]
+        for byte in b"e the":
+            (reading,) = member.advance([reading], [byte])
+        alone.append(member.log_probs([reading]))
+    before = member.work.calls
+    readings = [member.begin(text) for text in texts]
+    for byte in b"e the":
+        readings = member.advance(readings, [byte] * len(texts))
+    assert torch.allclose(member.log_probs(readings), torch.cat(alone), atol=1e-9)
+    assert member.work.calls - before < before
+
+
+def test_after_the_end_comes_the_end():
+    member = member_of("gpt2", Pruning())
+    (reading,) = member.advance([member.begin(b"the")], [END])
+    assert member.log_probs([reading])[0].exp().tolist() == [0.0] * (SYMBOLS - 1) + [1.0]
+    assert member.advance([reading], [65])[0].ended
+
+
+def test_long_texts_keep_little_and_ask_little():
+    """States of covers that were let go are let go, and most bytes cost no call."""
+    member = member_of("gpt2", Pruning(0.05))
+    reading, text = member.begin(b"the"), b" there, then he the other" * 12
+    member.work = Work()
+    for byte in text:
+        (reading,) = member.advance([reading], [byte])
+    own = len(member.spelling.encode(b"the" + text))
+    assert reading.tree.columns < own + 80
+    assert member.work.calls <= len(text)
+
+
+@pytest.mark.parametrize("text", HOSTILE[1:6], ids=range(1, 6))
+def test_hostile_texts_are_read(text):
+    member = member_of("gpt2", Pruning())
+    reading, log_probs = member.score(text)
+    assert np.isfinite(log_probs[range(len(text)), list(text)]).all()
+    (more,) = member.advance([reading], [ord("t")])
+    assert member.log_probs([more]).exp().sum().item() == pytest.approx(1)
+
+
+def test_a_prompt_is_read_from_its_end():
+    """The tokenizer's own tokens stand for what lies further back; what comes next is the same."""
+    member = member_of("gpt2", Pruning(1e-4))
+    text = b"he said that the other there threw it, " * 5
+    whole, _ = member.score(text)
+    found = member.log_probs([whole, member.begin(text)]).exp()
+    assert (found[0] - found[1]).abs().sum() < 1e-3
+
+
+def test_a_prefix_of_ones_own():
+    tokenizer = byte_tokenizers.byte_level()
+    model = model_of(tokenizer)
+    plain = ByteMember("m", model, tokenizer, EXACT)
+    own = ByteMember("m", model, tokenizer, EXACT, prefix=[0, *plain.spelling.encode(b"the")])
+    with torch.inference_mode():
+        log_p = model(torch.tensor([own.prefix])).logits[0, -1].log_softmax(-1)
+    assert own.log_probs([own.begin(b"")])[0, END].item() == pytest.approx(log_p[0].item(), abs=1e-9)
+
+
+WINDOWED = {
+    "mistral": lambda: tf.MistralForCausalLM(tf.MistralConfig(**tiny.SMALL, num_key_value_heads=2, sliding_window=4)),
+    "gemma3": lambda: tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**tiny.SMALL, **tiny.GQA, sliding_window=4)),
+    "qwen2": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**tiny.SMALL, num_key_value_heads=2)),
+}
+
+
+@pytest.mark.parametrize("name", [*tiny.BUILDERS, *WINDOWED])
+def test_a_tree_of_tokens_says_what_each_of_its_paths_says(name):
+    """Two trees in a batch, grown twice; windows are counted along the path."""
+    if name in WINDOWED:
+        torch.manual_seed(0)
+        model = WINDOWED[name]().eval().double()
+    else:
+        model = tiny.build(name).double()
+    trunks = [[3, 9, 4, 1, 7, 2], [5, 6]]
+    with torch.inference_mode():
+        begun = run(model, [Growth(TokenTree(), [ROOT], [trunk]) for trunk in trunks])
+        paths = [np.arange(len(trunk)) for trunk in trunks]
+        grown = run(
+            model,
+            [
+                Growth(begun[0][0], [paths[0], paths[0][:3], paths[0]], [[8], [10, 11], [12]]),
+                Growth(begun[1][0], [paths[1][:1]], [[13]]),
+            ],
+        )
+        deep = np.append(paths[0][:3], [7, 8])
+        ((_, (last,)),) = run(model, [Growth(grown[0][0], [deep], [[14, 15, 16]])])
+
+        def plain(tokens):
+            return model.base_model(torch.tensor([tokens])).last_hidden_state[0]
+
+        found = [*grown[0][1], *grown[1][1], last]
+        expected = [
+            plain([*trunks[0], 8])[-1:], plain([3, 9, 4, 10, 11])[-2:], plain([*trunks[0], 12])[-1:],
+            plain([5, 13])[-1:], plain([3, 9, 4, 10, 11, 14, 15, 16])[-3:],
+        ]  # fmt: skip
+    # Some norms are taken in single precision whatever the model's is.
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
