@@ -18,14 +18,16 @@ from transformers import (
 )
 
 from softmeet.errors import InvalidInputError
+from softmeet.hf.assembling import assemble, require_vocabulary
+from softmeet.hf.byte_modeling import BYTE_RULE, require_no_heads
 from softmeet.hf.configuration import EnsembleConfig
-from softmeet.hf.loading import absolute, load
+from softmeet.hf.loading import absolute
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.hf.recorder import Recorder
 from softmeet.hf.report import TokenReport, TokenReports
 from softmeet.hf.sampling import RowSampler
 from softmeet.members import zoo
-from softmeet.members.huggingface import Dtype, Member
+from softmeet.members.huggingface import Dtype, Member, load_members
 from softmeet.members.placement import Device
 from softmeet.members.weighting import perplexity_weights
 from softmeet.rules.base import Rule
@@ -111,6 +113,8 @@ class Ensemble:
         offload_folder: str | Path | None = None,
         on_progress: Callable[[str], None] = lambda name: None,
         loaded: dict[Any, Member] | None = None,
+        vocabulary: str | None = None,
+        prune: float | None = None,
         **settings: Any,
     ) -> Ensemble:
         """Load members and combine them by a rule, or load a saved ensemble.
@@ -128,27 +132,38 @@ class Ensemble:
             offload_folder: for weights on disk that cannot be read from the checkpoint as they are.
             on_progress: called with each member's name before it is loaded.
             loaded: what earlier calls loaded; members that are there already are shared, new ones are added.
+            vocabulary: what members are combined over: ``"tokens"``, for which their tokenizers have to be the same,
+                or ``"bytes"``, for which they may differ. Over bytes the rule is an average, ``prob-mean`` if none is
+                given, and ``max_new_tokens`` counts bytes. None for tokens, or for what a saved ensemble has.
+            prune: over bytes, the share of mass from which a tokenization of the text is followed; 0 for all of them.
+                None for 0.01, or for what a saved ensemble has.
             settings: the fields of :class:`softmeet.Settings`, listed below, and options of the rule itself; None for
                 the default, or for what a saved ensemble has.
 
         Raises:
             InvalidInputError: a setting is wrong, or no member is named.
             CheckpointError: a member cannot be loaded.
-            VocabularyMismatchError: the tokenizers differ.
-            UnsupportedHeadError: a member's output layer is not a plain softmax head.
+            VocabularyMismatchError: the tokenizers differ; over bytes, one of them cannot be read.
+            UnsupportedHeadError: a member's output layer is not a plain softmax head; over bytes, the rule reads heads.
         """
         saved = members if isinstance(members, str | Path) and _is_ensemble(members) else None
         given = {name: value for name, value in {"rule": rule, **settings}.items() if value is not None}
         names = member_names(members)
         chosen = Settings.of(given) if saved is None else _saved_config(saved).settings.changed(**given)
-        config = EnsembleConfig(names, settings=chosen)
-        models, tokenizer = load(
+        over = EnsembleConfig(names) if saved is None else _saved_config(saved)
+        vocabulary, prune = vocabulary or over.vocabulary, over.prune if prune is None else prune
+        require_vocabulary(vocabulary, prune)
+        if vocabulary == "bytes" and saved is None and rule is None:
+            chosen = chosen.changed(rule=BYTE_RULE)
+        config = EnsembleConfig(names, settings=chosen, vocabulary=vocabulary, prune=prune)
+        if vocabulary == "bytes":
+            require_no_heads(config.settings)
+        loaded_members = load_members(
             names, dtype=dtype, device=device, trust_remote_code=trust_remote_code, offload_folder=offload_folder,
             on_progress=on_progress, loaded=loaded,
         )  # fmt: skip
-        model = EnsembleForCausalLM(config, models).eval()
-        model.adopt(tokenizer)
-        return cls(model, tokenizer)
+        model = assemble(config, loaded_members)
+        return cls(model, model.tokenizer)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write an ensemble directory: it names the members and the rule, and holds no weights."""
@@ -206,8 +221,9 @@ class Ensemble:
             (hidden states of each member, (t, d_i); the tokens that came, (t,)).
 
         Raises:
-            InvalidInputError: the text has fewer than two tokens.
+            InvalidInputError: the text has fewer than two tokens, or the ensemble is over bytes.
         """
+        self.model.require_tokens("evaluation")
         ids = self.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0, : limit + 1]
         if len(ids) < 2:
             raise InvalidInputError(f"expected a text of at least two tokens, got {len(ids)}")

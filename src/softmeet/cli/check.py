@@ -59,6 +59,7 @@ def check(
         )
         return
     ensemble = loading.ensemble(members, settings)
+    ensemble.model.require_tokens("check")
     with options.status("comparing heads"):
         facts = _facts(ensemble)
     if text is not None:

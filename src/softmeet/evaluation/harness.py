@@ -31,6 +31,7 @@ class EnsembleLM(HFLM):  # type: ignore[misc]
 
     def __init__(self, pretrained: Any, *, dtype: Any = None, **options: Any) -> None:
         super().__init__(pretrained, dtype=dtype, **options)
+        self.model.require_tokens("lm-eval")
 
 
 def harness_model(ensemble: Ensemble, **options: Any) -> EnsembleLM:

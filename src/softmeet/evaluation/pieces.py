@@ -52,6 +52,7 @@ def evaluate_text(
         InvalidInputError: the text is too short, also for the prompts of ``choices``, or window and stride do not fit.
     """
     limit = getattr(ensemble.model.config, "max_position_embeddings", None)
+    ensemble.model.require_tokens("evaluation")
     size, step = window_length(limit, window, stride)
     tokens = tokenize(ensemble.tokenizer, documents, bos=bos, max_tokens=max_tokens, max_per_document=max_per_document)
     _require_longer([len(t.sizes) for t in tokens], choices)

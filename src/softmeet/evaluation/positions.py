@@ -106,6 +106,7 @@ def observe_text(
         InvalidInputError: the text is too short, or window and stride do not fit.
     """
     limit = getattr(ensemble.model.config, "max_position_embeddings", None)
+    ensemble.model.require_tokens("evaluation")
     size, step = window_length(limit, window, stride)
     found = tokenize(ensemble.tokenizer, documents, bos=bos, max_tokens=max_tokens, max_per_document=max_per_document)
     groups = grouped(windows(found, size, step), PIECE, by_document=False)

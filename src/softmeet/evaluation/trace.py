@@ -192,6 +192,7 @@ def record(
     if dtype not in ("float32", "float16") or shard_size < 1:
         raise InvalidInputError(f"expected float32 or float16 and a positive shard size, got {dtype} and {shard_size}")
     limit = getattr(ensemble.model.config, "max_position_embeddings", None)
+    ensemble.model.require_tokens("a trace")
     size, step = window_length(limit, window, stride)
     tokens = tokenize(ensemble.tokenizer, documents, bos=bos, max_tokens=max_tokens, max_per_document=max_per_document)
     groups = grouped(windows(tokens, size, step), shard_size, by_document=False)

@@ -26,6 +26,8 @@ class EnsembleConfig(PreTrainedConfig):
         members: their names, in order.
         settings: all that decides how they are combined; it never changes in itself.
         rule_source: what brings the rule, if it is not softmeet's own.
+        vocabulary: what the members are combined over, their common ``"tokens"`` or ``"bytes"``.
+        prune: over bytes, the share of mass from which a tokenization of the text is followed; 0 for all of them.
 
     Raises:
         InvalidInputError: a setting is wrong; checked here, before any member is loaded or run.
@@ -40,13 +42,15 @@ class EnsembleConfig(PreTrainedConfig):
         *,
         settings: Settings | None = None,
         rule_source: str | None = None,
+        vocabulary: str = "tokens",
+        prune: float = 0.01,
         **given: Any,
     ) -> None:
         if settings is None:
             _require_rule(rule, rule_source)
             own = {name: given.pop(name) for name in (*_names_of(rule), *_OF_RULES) if name in given}
             settings = Settings.of({"rule": rule, **own})
-        self.members = [str(member) for member in members]
+        self.members, self.vocabulary, self.prune = [str(member) for member in members], vocabulary, prune
         self.settings = settings.for_members(len(self.members))
         self.rule_source = source_of(self.settings.rule)
         super().__init__(**given)

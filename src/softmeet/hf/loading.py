@@ -1,19 +1,15 @@
-"""From the names in a configuration to an ensemble, and back to a folder that names its members."""
+"""The names of members in a configuration, and in a folder that holds one."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from softmeet.errors import CheckpointError, InvalidInputError
 from softmeet.members import zoo
-from softmeet.members.huggingface import Dtype, Member, load_members
 from softmeet.members.placement import Device
-from softmeet.members.vocabulary import require_same_vocabulary
 
 CARD = """---
 library_name: softmeet
@@ -89,34 +85,3 @@ def places(device_map: Device | Sequence[Device], n: int) -> Device | Sequence[D
             raise InvalidInputError(f"expected a map of members.0 to members.{n - 1} and their modules, got {name!r}")
         found[int(head)][rest] = place
     return [own[""] if set(own) == {""} else own or None for own in found]
-
-
-def load(
-    names: Sequence[str],
-    *,
-    dtype: Dtype | Sequence[Dtype],
-    device: Device | Sequence[Device],
-    trust_remote_code: bool,
-    offload_folder: str | Path | None = None,
-    on_progress: Callable[[str], None] = lambda name: None,
-    loaded: dict[Any, Member] | None = None,
-) -> tuple[list[PreTrainedModel], PreTrainedTokenizerBase]:
-    """(models, common tokenizer, set up for left padding).
-
-    Raises:
-        CheckpointError, VocabularyMismatchError, InvalidInputError: as ``Ensemble.from_pretrained``.
-    """
-    members = load_members(
-        names,
-        dtype=dtype,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        offload_folder=offload_folder,
-        on_progress=on_progress,
-        loaded=loaded,
-    )
-    require_same_vocabulary(names, [member.tokenizer for member in members])
-    tokenizer = members[0].tokenizer
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return [member.model for member in members], tokenizer

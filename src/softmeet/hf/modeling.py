@@ -27,12 +27,12 @@ from softmeet.hf.asking import ask
 from softmeet.hf.cache import EnsembleCache
 from softmeet.hf.combining import Asked, Combining
 from softmeet.hf.configuration import EnsembleConfig
-from softmeet.hf.loading import CARD, absolute, load, places, relative
+from softmeet.hf.loading import CARD, absolute, places, relative
 from softmeet.hf.recorder import Recorder
 from softmeet.hf.refused import refuse
 from softmeet.hf.sampling import RowSampler
 from softmeet.members.heads import head_of, replace_weight
-from softmeet.members.huggingface import Dtype, last_hidden
+from softmeet.members.huggingface import Dtype, last_hidden, load_members
 from softmeet.members.placement import Device, each_in_a_thread, whereabouts
 from softmeet.members.vocabulary import token_support
 from softmeet.rules.gates import Gate, Unsure, parse_gate, that_closes
@@ -108,6 +108,8 @@ class EnsembleForCausalLM(Combining, PreTrainedModel, GenerationMixin):
             CheckpointError: a member is missing; the message says where it was expected.
             InvalidInputError: there is no such place or member.
         """
+        from softmeet.hf.assembling import assemble  # which knows this class
+
         folder = kwargs.pop("offload_folder", None)
         if config is None:
             config, kwargs = EnsembleConfig.from_pretrained(
@@ -115,15 +117,14 @@ class EnsembleForCausalLM(Combining, PreTrainedModel, GenerationMixin):
             )
         base = Path(pretrained_model_name_or_path)
         config.members = absolute(config.members, base)
-        models, tokenizer = load(
+        members = load_members(
             config.members,
             dtype=dtype,
             device=places(device_map, len(config.members)),
             trust_remote_code=bool(trust_remote_code),
             offload_folder=folder,
         )
-        model: EnsembleForCausalLM = cls(config, models).eval()
-        model.adopt(tokenizer)
+        model = assemble(config, members)
         if (base / "generation_config.json").exists():
             model.generation_config = GenerationConfig.from_pretrained(base)
         return model
@@ -136,6 +137,13 @@ class EnsembleForCausalLM(Combining, PreTrainedModel, GenerationMixin):
         """
         self.tokenizer = tokenizer
         self.support = token_support(tokenizer, self.config.members, self.heads)
+
+    def require_tokens(self, what: str) -> None:
+        """Check that members share their tokens, for what needs that; an ensemble over bytes raises here.
+
+        Args:
+            what: as the subject of a sentence, such as "evaluation".
+        """
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write a configuration that names the members, a generation configuration, the tokenizer and a card.
@@ -236,7 +244,7 @@ class EnsembleForCausalLM(Combining, PreTrainedModel, GenerationMixin):
             unsure = closing if isinstance(closing, Unsure) else None
             hidden, asked = ask(list(self.members), self.heads, self.each, unsure, input_ids, kept, cache, **shared)
         else:
-            hidden = [states[:, kept] for states in self.run(input_ids, cache, **shared)]
+            hidden = self.run(input_ids, cache, kept, **shared)
         log_probs = self._solve(hidden, settings, asked, recorder)
         loss = None
         if labels is not None:
@@ -253,12 +261,21 @@ class EnsembleForCausalLM(Combining, PreTrainedModel, GenerationMixin):
         return settings if gate is None else settings.model_copy(update={"gate": parse_gate(gate)})
 
     def run(
-        self, input_ids: Int[Tensor, "B t"], cache: EnsembleCache | None, **shared: Any
-    ) -> list[Float[Tensor, "B t _"]]:
-        """Every member's last hidden states at new tokens; ``shared`` are options of the members' own forward."""
+        self,
+        input_ids: Int[Tensor, "B t"],
+        cache: EnsembleCache | None,
+        kept: slice | Int[Tensor, " k"] = slice(None),
+        **shared: Any,
+    ) -> list[Float[Tensor, "B k _"]]:
+        """Every member's last hidden states at those of the new tokens that are kept.
+
+        ``shared`` are options of the members' own forward.
+        """
         caches = [None] * len(self.heads) if cache is None else cache.members
         members = self.members
-        return self.each(lambda i: last_hidden(members[i], input_ids, cache=caches[i], **shared), range(len(members)))
+        return self.each(
+            lambda i: last_hidden(members[i], input_ids, cache=caches[i], **shared)[:, kept], range(len(members))
+        )
 
     def _checked_length(self, input_ids: Int[Tensor, "B t"] | None, cache: EnsembleCache | None) -> Int[Tensor, "B t"]:
         if input_ids is None:

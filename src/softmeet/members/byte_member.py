@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from softmeet.errors import InvalidInputError
 from softmeet.heads import SoftmaxHead
 from softmeet.members.covers import (
     END,
@@ -27,7 +28,7 @@ from softmeet.members.covers import (
     prediction,
     wanted,
 )
-from softmeet.members.heads import head_of
+from softmeet.members.heads import head_of, replace_weight
 from softmeet.members.known_text import KnownText
 from softmeet.members.spelling import spelling_of
 from softmeet.members.token_tree import Growth, Path, TokenTree
@@ -87,6 +88,11 @@ class ByteMember:
         columns = [*self.spelling.tokens.tolist(), *self.spelling.ends]
         self._columns = torch.tensor(columns, device=self.head.weight.device)
         self._first = self.spelling.flat[self.spelling.offsets[:-1]]
+
+    def find_head_again(self) -> None:
+        """Read the model's output layer where it is now."""
+        self.head = replace_weight(self.head, self.model)
+        self._columns = self._columns.to(self.head.weight.device)
 
     def begin(self, text: bytes) -> Reading:
         """Read a prompt: all tokenizations of its end, behind the tokenizer's own of what comes before."""
@@ -151,6 +157,14 @@ class ByteMember:
 
     def run(self, growths: Sequence[Growth]) -> list[tuple[TokenTree, list[Float[Tensor, "t d"]]]]:
         """Run tokens, and count them."""
+        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        pairs = [(path, own) for growth in growths for path, own in zip(growth.paths, growth.tokens, strict=True)]
+        longest = max(len(path) + len(own) for path, own in pairs)
+        if limit is not None and longest > limit:
+            raise InvalidInputError(
+                f"expected a text of at most {limit} tokens, the context of {self.name}, got {longest}: shorten the "
+                "prompt or lower max_new_tokens"
+            )
         self.work.calls += 1
         self.work.tokens += sum(len(tokens) for growth in growths for tokens in growth.tokens)
         with torch.inference_mode():

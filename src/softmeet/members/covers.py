@@ -27,6 +27,8 @@ Masses = np.ndarray[Any, np.dtype[np.float64]]
 # The probability, as it is estimated, that an open cover which is a byte old or more goes on as closed ones do.
 _ALIKE = 0.1
 AnyCover = TypeVar("AnyCover", "Cover", "Open")
+# Share of the heaviest cover's mass from which one of fewer tokens may stand for all that end where it does.
+_NOT_LIGHT = 0.05
 # Shares of mass below which covers are let go while there are others.
 _LIGHT = 1e-12
 
@@ -265,22 +267,33 @@ def _shares(whole: list[Cover], opened: list[Open], pruning: Pruning) -> Covers:
 
 
 def _recombined(whole: list[Cover], opened: list[Open]) -> tuple[list[Cover], list[Open]]:
-    """Of the covers that begin their rest at one byte, the heaviest with the mass of all.
+    """Of the covers that begin their rest at one byte, that of fewest tokens which is not light, with the mass of all.
 
-    They differ by the tokens before that byte, of which what comes next depends little.
+    They differ by the tokens before that byte, of which what comes next depends little; the one of fewest tokens is
+    nearly always the tokenizer's own.
     """
     best: dict[int, Cover] = {}
-    for cover in sorted(whole, key=_by_mass):
+    for cover in _few_tokens_first(whole):
         place = len(cover.rest)
         best[place] = _heavier(best[place], cover.mass) if place in best else cover
     light: dict[int, Open] = {}
-    for other in sorted(opened, key=_by_mass):
+    for other in _few_tokens_first(opened):
         place = len(other.rest)
         if place in best:
             best[place] = _heavier(best[place], other.mass)
         else:
             light[place] = _heavier(light[place], other.mass) if place in light else other
     return list(best.values()), list(light.values())
+
+
+def _few_tokens_first(covers: Sequence[AnyCover]) -> list[AnyCover]:
+    heaviest: dict[int, float] = {}
+    for cover in covers:
+        heaviest[len(cover.rest)] = max(cover.mass, heaviest.get(len(cover.rest), 0.0))
+    return sorted(
+        covers,
+        key=lambda cover: (cover.mass < _NOT_LIGHT * heaviest[len(cover.rest)], len(cover.asked.path), -cover.mass),
+    )
 
 
 def _by_mass(cover: Cover | Open) -> float:

@@ -32,7 +32,7 @@ def require_same_vocabulary(names: Sequence[str], tokenizers: Sequence[PreTraine
         raise VocabularyMismatchError(
             f"expected members with one vocabulary, but {names[0]} ({len(first):,} tokens) and {name} ({len(other):,} "
             f"tokens) differ in {len(ids):,} ids ({shown}{', …' if len(ids) > _SHOWN else ''}): choose members of one "
-            "family; ensembles across tokenizers are not supported"
+            "family, or combine them over bytes: vocabulary='bytes'"
         )
 
 

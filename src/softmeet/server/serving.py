@@ -54,6 +54,8 @@ class Serving:
     """Ensembles, the engine that runs them, and what requests may ask of them."""
 
     def __init__(self, ensembles: Ensembles, settings: Settings) -> None:
+        for served in ensembles:
+            served.ensemble.model.require_tokens("the server")
         self.ensembles, self.settings, self.metrics = ensembles, settings, Metrics()
         parallel = settings.parallel or any(s.ensemble.model.apart for s in ensembles)
         self.engine = Engine(ensembles.members(), settings.limits, parallel=parallel, metrics=self.metrics)

@@ -1,0 +1,217 @@
+"""``ByteEnsembleForCausalLM``: members whatever their vocabularies, combined over the bytes of a text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+
+from softmeet.errors import InvalidInputError, UnsupportedHeadError
+from softmeet.heads import SoftmaxHead
+from softmeet.hf.byte_cache import ByteCache, Row
+from softmeet.hf.byte_tokenizer import byte_tokenizer
+from softmeet.hf.combining import Asked
+from softmeet.hf.configuration import EnsembleConfig
+from softmeet.hf.modeling import EnsembleForCausalLM
+from softmeet.members.byte_member import ByteMember, Reading
+from softmeet.members.covers import END, SYMBOLS, Pruning
+from softmeet.rules.gates import Gate, Unsure, parse_gate, that_closes
+from softmeet.rules.registry import all_rules
+from softmeet.rules.settings import Settings
+
+# The rule of byte ensembles for which none is named.
+BYTE_RULE = "prob-mean"
+
+
+class ByteEnsembleForCausalLM(EnsembleForCausalLM):
+    """A causal LM over 256 bytes and an end, symbol 256, from members that are read byte by byte.
+
+    ``input_ids`` are bytes, and ``max_new_tokens`` counts bytes. Rules that read heads are refused: a byte has no row
+    of a softmax matrix.
+
+    Args:
+        config: the settings; ``config.members`` names the members.
+        members: the models, in the order of the configuration.
+        tokenizers: theirs.
+
+    Raises:
+        VocabularyMismatchError: a tokenizer cannot be read byte by byte.
+        UnsupportedHeadError: the rule reads heads.
+        InvalidInputError: the gate ``unsure``.
+    """
+
+    def __init__(
+        self,
+        config: EnsembleConfig,
+        members: Sequence[PreTrainedModel],
+        tokenizers: Sequence[PreTrainedTokenizerBase],
+    ) -> None:
+        require_no_heads(config.settings)
+        super().__init__(config, members)
+        pairs = zip(config.members, members, tokenizers, strict=True)
+        pruning = Pruning(config.prune) if config.prune else Pruning(0.0, None)
+        self.readers = [ByteMember(name, model, tokenizer, pruning) for name, model, tokenizer in pairs]
+        # Bytes have no rows of a softmax matrix: one column of zeros says nothing of any of them.
+        self.heads = [SoftmaxHead(torch.zeros(SYMBOLS, 1)) for _ in members]
+        self.capped = False
+        config.vocab_size, config.max_position_embeddings = SYMBOLS, None
+        config.bos_token_id, config.eos_token_id, config.pad_token_id = None, END, END
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(self.generation_config, key, getattr(config, key))
+        self.adopt(byte_tokenizer())
+
+    def require_tokens(self, what: str) -> None:
+        """Refuse what is not there over bytes.
+
+        Raises:
+            InvalidInputError: always.
+        """
+        raise InvalidInputError(
+            f"{what} does not take ensembles over bytes: load members that share a tokenizer, with vocabulary='tokens'"
+        )
+
+    def adopt(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Take the tokenizer of bytes."""
+        self.tokenizer = tokenizer
+
+    def find_heads_again(self) -> None:
+        """Read the members' output layers where they are now."""
+        for reader in self.readers:
+            reader.find_head_again()
+
+    @property
+    def device(self) -> torch.device:
+        """Where distributions are combined: on the processor, where bytes are counted."""
+        return torch.device("cpu")
+
+    def new_cache(self, gate: str | Gate | None = None) -> Any:
+        """Make an empty cache."""
+        if isinstance(that_closes(parse_gate(gate)), Unsure):
+            raise InvalidInputError(
+                "the gate 'unsure' is not for byte ensembles, whose members are never behind each other: leave it out"
+            )
+        return ByteCache(len(self.readers))
+
+    def run(
+        self,
+        input_ids: Int[Tensor, "B t"],
+        cache: Any,
+        kept: slice | Int[Tensor, " k"] = slice(None),
+        attention_mask: Int[Tensor, "B s"] | None = None,
+        **shared: Any,
+    ) -> list[Float[Tensor, "B k 257"]]:
+        """Every member's log-probabilities of what follows each of the kept symbols."""
+        new, wanted = input_ids.shape[1], torch.arange(input_ids.shape[1])[kept].tolist()
+        seen = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -new:]
+        symbols = [row[mask.bool()].tolist() for row, mask in zip(input_ids.cpu(), seen.cpu(), strict=True)]
+        found = []
+        for i, reader in enumerate(self.readers):
+            rows = cache.members[i].rows if cache is not None and cache.members[i].rows else [Row()] * len(symbols)
+            rows, log_probs = _read_on(reader, rows, symbols, new, wanted)
+            if cache is not None:
+                cache.members[i].rows = rows
+            found.append(log_probs)
+        return found
+
+    def own_logits(self, hidden: Sequence[Float[Tensor, "B _"]], asked: Asked | None = None) -> Float[Tensor, "n B v"]:
+        """The members' log-probabilities, which stand in place of hidden states."""
+        return torch.stack(list(hidden))
+
+    def _get_logits_processor(self, *args: Any, model_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+        """The usual ones behind one that keeps a text UTF-8."""
+        processors = super()._get_logits_processor(*args, model_kwargs=model_kwargs, **kwargs)
+        return LogitsProcessorList([WholeCharacters(), *processors])
+
+
+class WholeCharacters(LogitsProcessor):
+    """Forbids bytes with which a text would not be UTF-8, and an end within a character."""
+
+    def __call__(self, input_ids: Int[Tensor, "B t"], scores: Float[Tensor, "B v"]) -> Float[Tensor, "B v"]:
+        """Scores that are -inf at what is forbidden."""
+        allowed = torch.tensor([_following(row) for row in input_ids[:, -3:].tolist()])
+        return scores.masked_fill(~allowed.to(scores.device), -torch.inf)
+
+
+def _following(last: Sequence[int]) -> list[bool]:
+    """Which of 257 symbols may follow the last three."""
+    for back in range(1, len(last) + 1):
+        lead, behind = last[-back], back - 1
+        if lead >= 0xC2 and lead <= 0xF4:
+            length = 2 + (lead >= 0xE0) + (lead >= 0xF0)
+            if behind + 1 >= length:
+                break
+            low, high = (_SECOND.get(lead, (0x80, 0xBF))) if not behind else (0x80, 0xBF)
+            return [low <= k <= high for k in range(SYMBOLS)]
+        if not 0x80 <= lead < 0xC0:
+            break
+    return _BEGINNINGS
+
+
+# What the second byte may be where a longer spelling, a surrogate or a number past the last character would begin.
+_SECOND = {0xE0: (0xA0, 0xBF), 0xED: (0x80, 0x9F), 0xF0: (0x90, 0xBF), 0xF4: (0x80, 0x8F)}
+_BEGINNINGS = [k < 0x80 or 0xC2 <= k <= 0xF4 or k == END for k in range(SYMBOLS)]
+
+
+def require_no_heads(settings: Settings) -> None:
+    """Check that a rule can be used over bytes.
+
+    Raises:
+        UnsupportedHeadError: it reads heads.
+    """
+    rule = settings.rule
+    if rule.reads_heads:
+        averages = " or ".join(one.name for one in all_rules() if one.is_average)
+        raise UnsupportedHeadError(
+            f"the rule {rule.name} reads the rows of softmax matrices, and bytes have none: choose {averages}, or "
+            "members that share a tokenizer"
+        )
+
+
+def _read_on(
+    reader: ByteMember, rows: Sequence[Row], symbols: Sequence[Sequence[int]], new: int, wanted: Sequence[int]
+) -> tuple[list[Row], Float[Tensor, "B k 257"]]:
+    """Each row with its new symbols, and the log-probabilities after those that are wanted."""
+    out = torch.full((len(rows), len(wanted), SYMBOLS), -torch.log(torch.tensor(SYMBOLS)).item(), dtype=torch.float64)
+    found = list(rows)
+    going = {k for k, row in enumerate(rows) if row.readings}
+    for k, own in enumerate(symbols):
+        if k not in going:
+            found[k], log_probs = _read(reader, (*rows[k].symbols, *own), len(own), new, wanted)
+            out[k] = log_probs
+    for column in range(new):
+        # A row's new symbols stand at the end of the columns.
+        now = [k for k in sorted(going) if column >= new - len(symbols[k])]
+        if not now:
+            continue
+        given = [symbols[k][column - new + len(symbols[k])] for k in now]
+        readings = reader.advance([found[k].readings[-1] for k in now], given)
+        for k, symbol, reading in zip(now, given, readings, strict=True):
+            found[k] = found[k].longer(symbol, reading)
+        if column in wanted:
+            out[now, list(wanted).index(column)] = reader.log_probs(readings)
+    return found, out
+
+
+def _read(
+    reader: ByteMember, symbols: tuple[int, ...], count: int, new: int, wanted: Sequence[int]
+) -> tuple[Row, Float[Tensor, "k 257"]]:
+    """A row from its beginning; what comes after the end is another text."""
+    ends = [k for k, symbol in enumerate(symbols) if symbol == END]
+    text = bytes(symbols[ends[-1] + 1 if ends else 0 :])
+    out = torch.full((len(wanted), SYMBOLS), -torch.log(torch.tensor(SYMBOLS)).item(), dtype=torch.float64)
+    if list(wanted) in ([new - 1], []):
+        reading: Reading = reader.begin(text)
+        if wanted:
+            out[0] = reader.log_probs([reading])[0]
+        return Row(symbols, (reading,)), out
+    reading, log_probs = reader.score(text)
+    for place, column in enumerate(wanted):
+        # Column new - 1 is the last symbol, after which the last row of the scores comes.
+        behind = new - 1 - column
+        if behind < min(count, len(text)):
+            out[place] = torch.from_numpy(log_probs[len(text) - behind])
+    return Row(symbols, (reading,)), out
