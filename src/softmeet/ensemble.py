@@ -133,7 +133,7 @@ class Ensemble:
             on_progress: called with each member's name before it is loaded.
             loaded: what earlier calls loaded; members that are there already are shared, new ones are added.
             vocabulary: what members are combined over: ``"tokens"``, for which their tokenizers have to be the same,
-                or ``"bytes"``, for which they may differ. Over bytes the rule is an average, ``prob-mean`` if none is
+                or ``"bytes"``, for which they may differ. Over bytes the rule is an average, ``logit-mean`` if none is
                 given, and ``max_new_tokens`` counts bytes. None for tokens, or for what a saved ensemble has.
             prune: over bytes, the share of mass from which a tokenization of the text is followed; 0 for all of them.
                 None for 0.01, or for what a saved ensemble has.

@@ -24,7 +24,7 @@ from softmeet.rules.registry import all_rules
 from softmeet.rules.settings import Settings
 
 # The rule of byte ensembles for which none is named.
-BYTE_RULE = "prob-mean"
+BYTE_RULE = "logit-mean"
 
 
 class ByteEnsembleForCausalLM(EnsembleForCausalLM):
