@@ -135,10 +135,13 @@ def test_beams_find_what_is_at_least_as_likely(ensemble):
             log_p = ensemble.model(input_ids=ids).logits[0, :-1]
         return log_p.gather(-1, ids[0, 1:, None])[len(prompt.encode()) - 1 :].sum().item()
 
+    compared = 0
     for prompt, beam in zip(PROMPTS, together, strict=True):
         greedy = ensemble.generate(prompt, **GREEDY)
         if len(beam.encode()) == len(greedy.encode()) == 4:
+            compared += 1
             assert log_probability(prompt, beam) >= log_probability(prompt, greedy) - 0.05
+    assert compared
 
 
 def test_what_is_generated_is_utf8(pruned):
@@ -210,3 +213,5 @@ def test_what_bytes_are_not_there_for_says_so(pruned, folders, tmp_path):
             use()
     with pytest.raises(InvalidInputError, match="the gate 'unsure' is not for byte ensembles"):
         pruned.generate("the", gate="unsure:0.5", max_new_tokens=1)
+    with pytest.raises(InvalidInputError, match="the gate 'unsure' is not for byte ensembles"):
+        pruned.model(input_ids=torch.tensor([[65]]), gate="unsure:0.5", use_cache=False)

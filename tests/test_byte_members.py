@@ -200,6 +200,17 @@ def test_hostile_texts_are_read(text):
     assert member.log_probs([more]).exp().sum().item() == pytest.approx(1)
 
 
+@pytest.mark.parametrize("pruning", [Pruning(), EXACT])
+def test_bytes_that_a_member_holds_for_impossible_may_come(pruning):
+    """Logits so far apart that most probabilities are 0 to the last bit."""
+    tokenizer = byte_tokenizers.byte_level()
+    member = ByteMember("certain", model_of(tokenizer, scale=1e6), tokenizer, pruning)
+    text = b"the he"
+    assert np.isfinite(at_once(member, text))
+    assert np.isfinite(step_by_step(member, text))
+    assert at_once(member, text) < -1000
+
+
 def test_a_prompt_is_read_from_its_end():
     """The tokenizer's own tokens stand for what lies further back; what comes next is the same."""
     member = member_of("gpt2", Pruning(1e-4))

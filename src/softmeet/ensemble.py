@@ -19,7 +19,7 @@ from transformers import (
 
 from softmeet.errors import InvalidInputError
 from softmeet.hf.assembling import assemble, require_vocabulary
-from softmeet.hf.byte_modeling import BYTE_RULE, require_no_heads
+from softmeet.hf.byte_modeling import BYTE_RULE, require_for_bytes
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.loading import absolute
 from softmeet.hf.modeling import EnsembleForCausalLM
@@ -157,7 +157,7 @@ class Ensemble:
             chosen = chosen.changed(rule=BYTE_RULE)
         config = EnsembleConfig(names, settings=chosen, vocabulary=vocabulary, prune=prune)
         if vocabulary == "bytes":
-            require_no_heads(config.settings)
+            require_for_bytes(config.settings)
         loaded_members = load_members(
             names, dtype=dtype, device=device, trust_remote_code=trust_remote_code, offload_folder=offload_folder,
             on_progress=on_progress, loaded=loaded,

@@ -37,7 +37,7 @@ def write_atomically(path: Path, write: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """:func:`write_atomically`, in UTF-8."""
+    """Write a text in UTF-8, all of it or nothing (:func:`write_atomically`)."""
     write_atomically(path, lambda file: file.write(text.encode()))
 
 

@@ -52,7 +52,7 @@ class Clusters:
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """How many clusters the interval is taken over."""
         return int(self.of.max()) + 1
 
     def sums(self, values: Float[Tensor, " N"]) -> Float[Tensor, " C"]:

@@ -52,7 +52,7 @@ class Scores:
 
     @property
     def mean(self) -> float:
-        """Nats per token."""
+        """The mean loss over all positions, in nats a token."""
         return self.nats.mean().item()
 
     @property

@@ -43,7 +43,7 @@ class Positions:
         return len(self.targets)
 
     def take(self, rows: slice | Tensor) -> Positions:
-        """Some positions."""
+        """Select some of the positions, in the order of the index."""
         hidden = [h[rows] for h in self.hidden]
         return Positions(hidden, self.targets[rows], self.document[rows], self.sizes[rows], self.names)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.members.byte_member import ByteMember, Reading
 from softmeet.members.covers import END, SYMBOLS, Pruning
-from softmeet.rules.gates import Gate, Unsure, parse_gate, that_closes
+from softmeet.rules.gates import Gate, Unsure, that_closes
 from softmeet.rules.registry import all_rules
 from softmeet.rules.settings import Settings
 
@@ -50,7 +51,7 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
         members: Sequence[PreTrainedModel],
         tokenizers: Sequence[PreTrainedTokenizerBase],
     ) -> None:
-        require_no_heads(config.settings)
+        require_for_bytes(config.settings)
         super().__init__(config, members)
         pairs = zip(config.members, members, tokenizers, strict=True)
         pruning = Pruning(config.prune) if config.prune else Pruning(0.0, None)
@@ -74,6 +75,16 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
             f"{what} does not take ensembles over bytes: load members that share a tokenizer, with vocabulary='tokens'"
         )
 
+    def with_changes(self, weights: Sequence[float] | None, gate: str | Gate | None) -> Settings:
+        """As for tokens; refuses what has no meaning over bytes.
+
+        Raises:
+            UnsupportedHeadError, InvalidInputError: as :func:`require_for_bytes`.
+        """
+        settings = super().with_changes(weights, gate)
+        require_for_bytes(settings)
+        return settings
+
     def adopt(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Take the tokenizer of bytes."""
         self.tokenizer = tokenizer
@@ -90,10 +101,6 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
 
     def new_cache(self, gate: str | Gate | None = None) -> Any:
         """Make an empty cache."""
-        if isinstance(that_closes(parse_gate(gate)), Unsure):
-            raise InvalidInputError(
-                "the gate 'unsure' is not for byte ensembles, whose members are never behind each other: leave it out"
-            )
         return ByteCache(len(self.readers))
 
     def run(
@@ -156,12 +163,17 @@ _SECOND = {0xE0: (0xA0, 0xBF), 0xED: (0x80, 0x9F), 0xF0: (0x90, 0xBF), 0xF4: (0x
 _BEGINNINGS = [k < 0x80 or 0xC2 <= k <= 0xF4 or k == END for k in range(SYMBOLS)]
 
 
-def require_no_heads(settings: Settings) -> None:
-    """Check that a rule can be used over bytes.
+def require_for_bytes(settings: Settings) -> None:
+    """Check that a rule and a gate can be used over bytes.
 
     Raises:
-        UnsupportedHeadError: it reads heads.
+        UnsupportedHeadError: the rule reads heads.
+        InvalidInputError: the gate is ``unsure``.
     """
+    if isinstance(that_closes(settings.gate), Unsure):
+        raise InvalidInputError(
+            "the gate 'unsure' is not for byte ensembles, whose members are never behind each other: leave it out"
+        )
     rule = settings.rule
     if rule.reads_heads:
         averages = " or ".join(one.name for one in all_rules() if one.is_average)
@@ -171,11 +183,16 @@ def require_no_heads(settings: Settings) -> None:
         )
 
 
+def _nothing_known(*shape: int) -> Float[Tensor, "... 257"]:
+    """What stands at padding: all symbols alike."""
+    return torch.full((*shape, SYMBOLS), -math.log(SYMBOLS), dtype=torch.float64)
+
+
 def _read_on(
     reader: ByteMember, rows: Sequence[Row], symbols: Sequence[Sequence[int]], new: int, wanted: Sequence[int]
 ) -> tuple[list[Row], Float[Tensor, "B k 257"]]:
     """Each row with its new symbols, and the log-probabilities after those that are wanted."""
-    out = torch.full((len(rows), len(wanted), SYMBOLS), -torch.log(torch.tensor(SYMBOLS)).item(), dtype=torch.float64)
+    out = _nothing_known(len(rows), len(wanted))
     found = list(rows)
     going = {k for k, row in enumerate(rows) if row.readings}
     for k, own in enumerate(symbols):
@@ -202,7 +219,7 @@ def _read(
     """A row from its beginning; what comes after the end is another text."""
     ends = [k for k, symbol in enumerate(symbols) if symbol == END]
     text = bytes(symbols[ends[-1] + 1 if ends else 0 :])
-    out = torch.full((len(wanted), SYMBOLS), -torch.log(torch.tensor(SYMBOLS)).item(), dtype=torch.float64)
+    out = _nothing_known(len(wanted))
     if list(wanted) in ([new - 1], []):
         reading: Reading = reader.begin(text)
         if wanted:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,69 +14,85 @@ from transformers.cache_utils import CacheLayerMixin
 from softmeet.members.trails import Trail, catch_up, layers_of_keys_and_values
 
 
-class Lagging(CacheLayerMixin):
-    """A member's rows, each of which may be behind by any number of tokens; to transformers a layer of the cache."""
+class _Row(Protocol):
+    @property
+    def length(self) -> int: ...
+
+    def shorter(self, by: int) -> Any: ...
+
+
+AnyRow = TypeVar("AnyRow", bound=_Row)
+
+
+class RowsLayer(CacheLayerMixin, Generic[AnyRow]):
+    """What a member knows of each row, as a row of its own; to transformers a layer of the cache.
+
+    A row has a ``length`` and a method ``shorter``, which takes its last tokens away.
+    """
 
     is_croppable = True
     supports_early_init = False
 
     def __init__(self) -> None:
         super().__init__()
-        self.trails: list[Trail] = []
+        self.rows: list[AnyRow] = []
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Do nothing: rows bring their own."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Refuse, as transformers requires the method and no model sees this as its cache."""
+        raise NotImplementedError
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Give the sizes of any layer's mask."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Count the tokens of the longest row, run or not."""
+        return max((row.length for row in self.rows), default=0)
+
+    def get_max_length(self) -> int:
+        """Say, by -1, that rows may grow without bound."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget all rows, as before the first token."""
+        self.rows = []
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the last tokens of every row away; the number is negative, as in transformers."""
+        self.rows = [row.shorter(abs(tokens_to_remove)) for row in self.rows]
+
+    def reorder_cache(self, beam_idx: Int[Tensor, " B"]) -> None:
+        """Make row k what row beam_idx[k] was."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row so many times."""
+        self.rows = [row for row in self.rows for _ in range(repeats)]
+
+    def batch_select_indices(self, indices: Int[Tensor, " B"] | Bool[Tensor, " B"]) -> None:
+        """Keep some rows, in the order of their indices."""
+        if self.rows:
+            self.rows = [self.rows[k] for k in torch.arange(len(self.rows))[indices.cpu()].tolist()]
+
+
+class Lagging(RowsLayer[Trail]):
+    """A member's rows, each of which may be behind by any number of tokens."""
 
     def follow(self, tokens: Sequence[Sequence[int]]) -> None:
         """Note the new tokens of every row, without running them."""
-        rows = self.trails or [Trail()] * len(tokens)
-        self.trails = [trail.longer(new) for trail, new in zip(rows, tokens, strict=True)]
+        rows = self.rows or [Trail()] * len(tokens)
+        self.rows = [trail.longer(new) for trail, new in zip(rows, tokens, strict=True)]
 
     def run(self, model: PreTrainedModel, rows: Int[Tensor, " k"]) -> list[Float[Tensor, "t d"]]:
         """Bring some rows up to date; their hidden states at the tokens that were pending."""
         chosen = rows.tolist()
-        caught, hidden = catch_up(model, [self.trails[k] for k in chosen])
+        caught, hidden = catch_up(model, [self.rows[k] for k in chosen])
         for k, trail in zip(chosen, caught, strict=True):
-            self.trails[k] = trail
+            self.rows[k] = trail
         return hidden
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: rows bring their own."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Never called: no model sees this as its cache."""
-        raise NotImplementedError
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """As any layer's."""
-        return self.get_seq_length() + query_length, 0
-
-    def get_seq_length(self) -> int:
-        """The tokens of the longest row, run or not."""
-        return max((trail.run + len(trail.pending) for trail in self.trails), default=0)
-
-    def get_max_length(self) -> int:
-        """None."""
-        return -1
-
-    def reset(self) -> None:
-        """Forget all rows."""
-        self.trails = []
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take the last tokens of every row away; the number is negative, as in transformers."""
-        self.trails = [trail.shorter(abs(tokens_to_remove)) for trail in self.trails]
-
-    def reorder_cache(self, beam_idx: Int[Tensor, " B"]) -> None:
-        """Row k becomes what row beam_idx[k] was."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row so many times."""
-        self.trails = [trail for trail in self.trails for _ in range(repeats)]
-
-    def batch_select_indices(self, indices: Int[Tensor, " B"] | Bool[Tensor, " B"]) -> None:
-        """Some rows, in that order."""
-        if self.trails:
-            kept = torch.arange(len(self.trails))[indices.cpu()]
-            self.trails = [self.trails[k] for k in kept.tolist()]
 
 
 class EnsembleCache(Cache):

@@ -34,6 +34,8 @@ from softmeet.members.spelling import spelling_of
 from softmeet.members.token_tree import Growth, Path, TokenTree
 from softmeet.members.token_tree import run as run_trees
 
+# The least probability of a token: without it, masses of all covers could be rounded to nothing.
+_LEAST = 1e-300
 # Bytes before the end of a prompt from which all tokenizations are followed; before them, the tokenizer's alone.
 _LOOK_BACK = 64
 
@@ -125,9 +127,6 @@ class ByteMember:
                 continue
             covers = followed(self.spelling, reading.covers, symbol, self.pruning)
             self.work.bytes += 1
-            if not covers.closed and not covers.open:
-                found[k] = self.begin(text)  # the member holds this byte for impossible, and yet it came
-                continue
             found[k] = Reading(covers, reading.tree, text)
         return self._settled(found)
 
@@ -174,7 +173,8 @@ class ByteMember:
         """The next token's probabilities behind each path."""
         with torch.inference_mode():
             logits = self.head.logits(hidden)[:, self._columns].double()
-            probs = logits.softmax(-1).cpu().numpy()
+            # A byte that a member holds for impossible may come all the same: something has to be left to go on from.
+            probs = logits.softmax(-1).clamp_min(_LEAST).cpu().numpy()
         m = len(self.spelling.words)
         found = []
         for path, own in zip(paths, probs, strict=True):

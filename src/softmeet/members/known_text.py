@@ -69,7 +69,7 @@ class KnownText:
     def __init__(self, member: ByteMember, text: bytes, look_back: int) -> None:
         spelling = member.spelling
         self.member, self.text = member, spelling.dummy + text.translate(None, spelling.unwritable)
-        self._longest = max(map(len, spelling.words))
+        self._longest = spelling.longest
         self._places: dict[int, int] = {}
         self._behind: dict[Step, Asked] = {}
         tokens = spelling.encode(text)

@@ -27,7 +27,7 @@ _CHANGES = {
     "Strip": "strips spaces", "StripAccents": "strips accents", "BertNormalizer": "cleans text as BERT does",
     "Precompiled": "maps characters as SentencePiece does (nmt_nfkc)", "Nmt": "removes control characters",
     "Whitespace": "drops spaces", "WhitespaceSplit": "drops spaces", "BertPreTokenizer": "drops spaces",
-    "CharDelimiterSplit": "drops a character", "ByteLevel normalizer": "writes bytes before it cuts",
+    "CharDelimiterSplit": "drops a character",
 }  # fmt: skip
 # Of printable ASCII, white space, and characters of the planes 0 to 3; SmolLM2, for one, lacks 21 of the others.
 _NEEDED = frozenset((*b"\t\n\r", *range(0x20, 0x7F), *range(0x80, 0xC0), *range(0xC2, 0xF1)))
@@ -67,6 +67,11 @@ class Spelling:
         """(257,), the share of tokens that begin with each byte."""
         return np.bincount(self.flat[self.offsets[:-1]], minlength=257) / len(self.words)
 
+    @cached_property
+    def longest(self) -> int:
+        """The bytes of the longest word."""
+        return max(map(len, self.words))
+
     def among(self, rest: bytes, low: int = 0, high: int | None = None) -> tuple[int, int, int]:
         """Where the words that begin with ``rest`` are: (first, first that is longer, end)."""
         high = len(self.words) if high is None else high
@@ -97,9 +102,9 @@ class Spelling:
 
     def _longest(self, text: bytes) -> list[int]:
         """The longest token that fits, again and again: for what the tokenizer does not spell as it is."""
-        found, longest = [], max(map(len, self.words))
+        found = list[int]()
         while text:
-            for length in range(min(longest, len(text)), 0, -1):
+            for length in range(min(self.longest, len(text)), 0, -1):
                 first, longer, _ = self.among(text[:length])
                 if first < longer:
                     found.append(int(self.tokens[first]))

@@ -55,6 +55,11 @@ class Trail:
         """How many tokens the states are of."""
         return self.states[0][0].shape[2] if self.states else 0
 
+    @property
+    def length(self) -> int:
+        """How many tokens there are, run or not."""
+        return self.run + len(self.pending)
+
     def longer(self, tokens: Sequence[int]) -> Trail:
         """With more tokens that have not been run."""
         return replace(self, pending=(*self.pending, *tokens))

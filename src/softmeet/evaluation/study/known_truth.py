@@ -46,7 +46,7 @@ SMOKE = Settings(positions=2, rows=2, documents=2, sizes=(2,))
 
 
 def load(settings: Settings) -> Ensemble:
-    """The members."""
+    """Load the members whose heads are used."""
     return Ensemble.from_pretrained(list(settings.members))
 
 

@@ -22,7 +22,7 @@ class Table:
     rows: Sequence[Sequence[str]]
 
     def markdown(self) -> str:
-        """As a Markdown table."""
+        """Write the rows as a Markdown table."""
         lines = [self.header, ["---"] * len(self.header), *self.rows]
         return f"### {self.title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
@@ -51,7 +51,7 @@ class Report:
         return path
 
     def json(self) -> dict[str, Any]:
-        """Title, claims and tables."""
+        """Give the title, the claims and the tables as JSON has them."""
         return {"title": self.title, "claims": list(self.claims), "tables": [asdict(table) for table in self.tables]}
 
 

@@ -72,7 +72,7 @@ class Run:
         return {cell.key: self.done[cell.key] for cell in cells}
 
     def finish(self, result: Json) -> None:
-        """Write ``result.json``."""
+        """Write ``result.json``, with which a run is complete."""
         write_text(self.folder / "result.json", json.dumps({"settings": self.settings, **result}, indent=1) + "\n")
 
     def _read(self) -> dict[str, Json]:
