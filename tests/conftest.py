@@ -19,6 +19,7 @@ settings.register_profile(
 )
 settings.load_profile("suite")
 torch.set_num_threads(1)
+gc.disable()  # until everything is imported
 # Checks of shapes and types take more than half of the time of what they check: they are on where each part is tested
 # by itself, and off where all of them work together.
 _PARTS = {
@@ -43,6 +44,7 @@ def pytest_collection_finish():
     """Spare the garbage collector what was imported: it would look through all of it again and again."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(wrapper=True)

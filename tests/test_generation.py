@@ -36,8 +36,7 @@ def test_prompt_lookup_equals_greedy(rule):
     assert torch.equal(plain, looked_up)
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("family", ["narrow", "wide"])
+@pytest.mark.parametrize(("family", "rule"), [("narrow", rule) for rule in RULES] + [("wide", "meet")])
 @pytest.mark.unchecked
 def test_the_bundled_members_too(family, rule, tmp_path):
     """Cached equals uncached, batched equals single, prompt lookup equals greedy, loaded equals saved."""

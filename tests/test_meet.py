@@ -221,7 +221,7 @@ def test_the_certificate_is_never_below_the_true_gap(name, dtype, trust):
     log_p, heads = INSTANCES[name]()
     log_p, heads = log_p.to(dtype), [W.to(dtype) for W in heads]
     exact = softmeet.combine(log_p.double(), [W.double() for W in heads], trust=trust, tol=1e-12, max_steps=200)
-    for steps in range(1, 7):
+    for steps in (1, 2, 4, 6):
         solution = softmeet.combine(log_p, heads, trust=trust, tol=1e-14, max_steps=steps)
         true_gap = exact.objective - solution.objective
         certified = solution.gap_is_certified

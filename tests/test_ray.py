@@ -15,6 +15,7 @@ import psutil
 import pytest
 import tiny
 import torch
+from transformers import OPTConfig, OPTForCausalLM
 from typer.testing import CliRunner
 
 from softmeet import Ensemble
@@ -50,8 +51,16 @@ DOCUMENTS = [Document(f"d{k}", WORDS[k:] * 2) for k in range(12)]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
+    """Two members, of which one has 8 MiB of positions: they cost no time, and cannot be overlooked in memory."""
     folder = tmp_path_factory.mktemp("members")
-    return [tiny.save(folder / name, name, seed=k) for k, name in enumerate(("gpt2", "llama"))]
+    long = OPTConfig(
+        vocab_size=tiny.V, hidden_size=32, word_embed_proj_dim=8, ffn_dim=48, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=1 << 16, init_std=0.2, **tiny.IDS,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    OPTForCausalLM(long).save_pretrained(folder / "long")
+    tiny.tokenizer().save_pretrained(folder / "long")
+    return [tiny.save(folder / "gpt2", "gpt2"), folder / "long"]
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +85,8 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def engine(cluster, ensemble):
-    """Two workers that have the ensemble."""
-    with RayEngine(ensemble, 2) as engine:
+    """Three workers that have the ensemble."""
+    with RayEngine(ensemble, 3) as engine:
         yield engine
 
 
@@ -115,7 +124,7 @@ def test_threads_of_one_process_agree(ensemble, expected):
 
 
 def test_an_evaluation_is_the_same_to_the_last_byte(engine, ensemble, expected):
-    """With two workers; with three and with one in later tests."""
+    """With three workers; with one in a later test."""
     assert evaluated(ensemble, engine) == expected
     assert engine.redone == []
 
@@ -207,53 +216,41 @@ def test_no_more_is_under_way_than_there_are_workers(plain):
     assert len(taken) == 20
 
 
-def large_ensemble():
-    """One member with a head of 40 MiB."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
-
-    torch.manual_seed(0)
-    member = GPT2LMHeadModel(
-        GPT2Config(vocab_size=20480, n_positions=64, n_embd=512, n_layer=1, n_head=4, **tiny.IDS)
-    ).eval()
-    model = EnsembleForCausalLM(EnsembleConfig(members=["large"]), [member]).eval()
-    model.adopt(tiny.tokenizer())
-    return Ensemble(model, model.tokenizer)
-
-
 def _look(model, seconds):
-    """(process, node, where in which file of shared memory the head lies, what reading it added to the process)."""
-    weight, own = model.heads[0].weight, psutil.Process()
+    """(process, node, where in which file of shared memory the head lies, what reading all weights added, their sum).
+
+    What was added is of the memory that is this process's own.
+    """
+    head, own = model.heads[0].weight, psutil.Process()
     for line in Path("/proc/self/maps").read_text().splitlines():
         span, _, offset, device, inode, *path = line.split()
         low, high = (int(x, 16) for x in span.split("-"))
-        if low <= weight.data_ptr() < high:
+        if low <= head.data_ptr() < high:
             break
     before = own.memory_full_info().uss
-    total = model.heads[0].moments(torch.ones(1, model.heads[0].v)).sum()
+    total = sum(weight.sum().item() for weight in model.parameters())
     added = own.memory_full_info().uss - before
     time.sleep(seconds)
-    place = path[0].startswith("/dev/shm"), device, inode, int(offset, 16) + weight.data_ptr() - low
+    place = path[0].startswith("/dev/shm"), device, inode, int(offset, 16) + head.data_ptr() - low
     return os.getpid(), ray.get_runtime_context().get_node_id(), place, added, total
 
 
-def test_heads_lie_once_on_each_node(cluster, ensemble, expected):
-    large = large_ensemble()
-    size = large.model.heads[0].weight.nbytes
-    with RayEngine(large, 3) as engine:
-        engine.processes()
-        found = [answer for _, answer in engine.map(_look, [(large.model, 0.5)] * 6)]
-        # Three workers, none of which has this ensemble.
-        assert evaluated(ensemble, engine) == expected
-        assert all(not array.flags.writeable for array in ray.get(engine._packed)[1])
+def test_weights_lie_once_on_each_node(engine, ensemble):
+    size = sum(weight.nbytes for weight in ensemble.model.parameters())
+    engine.processes()
+    found = [answer for _, answer in engine.map(_look, [(ensemble.model, 0.5)] * 6)]
+    assert all(not array.flags.writeable for array in ray.get(engine._packed)[1])
     assert len({process for process, *_ in found}) == 3
     places = {(node, place) for _, node, place, _, _ in found}
     assert len({node for node, _ in places}) == 2
     assert len(places) == 2  # the same bytes of the same file for all workers of a node
     assert all(place[0] for _, place in places)
     assert all(added < size / 10 for *_, added, _ in found)
-    assert len({total.item() for *_, total in found}) == 1
+    assert len({total for *_, total in found}) == 1
+
+
+def test_workers_evaluate_an_ensemble_that_they_do_not_have(plain, ensemble, expected):
+    assert evaluated(ensemble, plain) == expected
 
 
 def test_packing_gives_the_same_tensors_back(ensemble):

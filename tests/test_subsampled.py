@@ -22,7 +22,7 @@ from softmeet.solvers.look import _Around
 from softmeet.solvers.projection import Projection
 from softmeet.solvers.subsampled import SubsampledNewton
 
-V = 3000
+V = 1600
 
 
 @pytest.fixture(autouse=True)
@@ -47,15 +47,15 @@ def as_fp64(W):
     return W.double()
 
 
-def language(batch=6, widths=(24, 32), seed=1, sharpness=3.0):
+def language(batch=6, widths=(24, 32), seed=1, sharpness=3.0, v=V):
     """Correlated members with frequent and rare tokens: p̂ of a few nats' entropy, and a tail that counts."""
     generator = torch.Generator().manual_seed(seed)
-    common = torch.randn(V, max(widths), generator=generator)
+    common = torch.randn(v, max(widths), generator=generator)
     context = torch.randn(batch, max(widths), generator=generator)
     heads, log_probs = [], []
     for d in widths:
-        W = common[:, :d] + 0.5 * torch.randn(V, d, generator=generator)
-        W[:, 0] = -torch.arange(1, V + 1).log() / 2
+        W = common[:, :d] + 0.5 * torch.randn(v, d, generator=generator)
+        W[:, 0] = -torch.arange(1, v + 1).log() / 2
         h = sharpness * (context[:, :d] + 0.3 * torch.randn(batch, d, generator=generator)) / d**0.5
         h[:, 0] = 1.5
         heads.append(W)
@@ -188,6 +188,7 @@ def sharpened(log_p, nats):
     return (log_p * low.exp()).log_softmax(-1)
 
 
+@pytest.mark.unchecked
 def test_peaked_rows_take_few_reads():
     """As of pretrained members, where one is nearly certain and the other is not: light tokens have to move by many
     nats, which one Newton step from where they are does not foresee. One row in fifteen or so goes without a
@@ -203,9 +204,10 @@ def test_peaked_rows_take_few_reads():
     assert sum(quick) >= 0.8 * len(quick)
 
 
+@pytest.mark.unchecked
 def test_rounding_does_not_make_a_certificate():
     """Where masses span many orders the certificate's preconditioner is rounding, and would say too little."""
-    (one, two), heads = language(batch=4, widths=(20, 28), seed=0)
+    (one, two), heads = language(batch=4, widths=(20, 28), seed=0, v=3000)
     log_p = torch.stack([sharpened(one, 0.02), sharpened(two, 2.7)]).double()
     heads = [W.double() for W in heads]
     ours = softmeet.combine(log_p, heads, trust=(1.7, 0.13), tol=1.5e-3)
@@ -214,6 +216,7 @@ def test_rounding_does_not_make_a_certificate():
     assert (ours.status == Status.OPTIMAL).all()
 
 
+@pytest.mark.unchecked
 def test_nearly_certain_members_without_common_moments_leave_numbers():
     (one, two), heads = language(batch=4, widths=(34, 15), seed=9)
     log_p = torch.stack([sharpened(one, 0.005), sharpened(two, 0.3)])
@@ -259,9 +262,10 @@ def rank_deficient():
 
 
 @pytest.mark.unchecked
-@pytest.mark.parametrize("trust", [0.3, 3.0, 1e3])
 @pytest.mark.parametrize(
-    "make", [soft_capped, padded, duplicated, near_one_hot, disagreeing, rank_deficient], ids=lambda f: f.__name__
+    ("make", "trust"),
+    [(make, trust) for make in (soft_capped, padded, duplicated, rank_deficient) for trust in (0.3, 3.0)]
+    + [(make, trust) for make in (near_one_hot, disagreeing) for trust in (0.3, 3.0, 1e3)],
 )
 def test_hostile_rows_reach_the_tolerance_or_say_so(make, trust):
     log_p, heads, options = make()
