@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import math
+from pathlib import Path
+
 import byte_tokenizers
 import numpy as np
 import pytest
+import tiny
 import torch
 import transformers as tf
 from serving import serving_of
@@ -12,9 +17,12 @@ from typer.testing import CliRunner
 
 from softmeet import Ensemble
 from softmeet.cli.main import app as commands
-from softmeet.errors import InvalidInputError, UnsupportedHeadError, VocabularyMismatchError
+from softmeet.errors import InvalidInputError, TraceError, UnsupportedHeadError, VocabularyMismatchError
+from softmeet.evaluation.choices import parse_choices
 from softmeet.evaluation.documents import Document
+from softmeet.evaluation.fit import Options, fit
 from softmeet.evaluation.harness import harness_model
+from softmeet.evaluation.pieces import evaluate_text
 from softmeet.evaluation.positions import observe_text
 from softmeet.evaluation.trace import record
 from softmeet.hf.byte_modeling import WholeCharacters
@@ -65,8 +73,8 @@ def pruned(folders):
 
 def test_different_tokenizers_need_bytes(folders):
     with pytest.raises(VocabularyMismatchError, match="vocabulary='bytes'"):
-        Ensemble.from_pretrained(folders)
-    with pytest.raises(InvalidInputError, match="expected a vocabulary, tokens or bytes, got 'words'"):
+        Ensemble.from_pretrained(folders, vocabulary="tokens")
+    with pytest.raises(InvalidInputError, match="expected a vocabulary, auto, tokens, bytes, got 'words'"):
         Ensemble.from_pretrained(folders, vocabulary="words")
 
 
@@ -198,15 +206,12 @@ def test_a_text_past_a_members_context_is_refused_by_name(pruned, folders):
 
 
 def test_what_bytes_are_not_there_for_says_so(pruned, folders, tmp_path):
-    pruned.save_pretrained(tmp_path / "saved")
     documents = [Document("a", "the other the")]
     refusing = {
-        "evaluation": lambda: observe_text(pruned, documents),
         "evaluation does": lambda: list(pruned.positions("the other", 5)),
-        "a trace": lambda: record(pruned, documents, tmp_path / "trace"),
+        "a trace in float16": lambda: record(pruned, documents, tmp_path / "trace", dtype="float16"),
         "lm-eval": lambda: harness_model(pruned),
         "the server": lambda: serving_of({"bytes": pruned}),
-        "check": lambda: CliRunner().invoke(commands, ["check", "-m", str(tmp_path / "saved")], catch_exceptions=False),
     }
     for what, use in refusing.items():
         with pytest.raises(InvalidInputError, match=f"{what} .*over bytes"):
@@ -215,3 +220,119 @@ def test_what_bytes_are_not_there_for_says_so(pruned, folders, tmp_path):
         pruned.generate("the", gate="unsure:0.5", max_new_tokens=1)
     with pytest.raises(InvalidInputError, match="the gate 'unsure' is not for byte ensembles"):
         pruned.model(input_ids=torch.tensor([[65]]), gate="unsure:0.5", use_cache=False)
+    for use in (
+        lambda: evaluate_text(pruned, documents, parse_choices(["meet"], 2)),
+        lambda: fit(pruned, observe_text(pruned, documents), Options(rules=("max-entropy",))),
+    ):
+        with pytest.raises(UnsupportedHeadError, match="bytes have none: choose logit-mean or prob-mean"):
+            use()
+
+
+def test_bytes_are_chosen_where_tokenizers_differ_and_said(folders, caplog):
+    with caplog.at_level("WARNING", "softmeet"):
+        differing = Ensemble.from_pretrained(folders)
+    assert differing.model.config.vocabulary == "bytes"
+    assert differing.model.config.rule == "logit-mean"
+    (record,) = caplog.records
+    assert record.message.startswith("combined over bytes, which max_new_tokens counts, as these have different tokens")
+    assert all(f"{folder} (" in record.message for folder in folders)
+    caplog.clear()
+    same = Ensemble.from_pretrained([folders[0], folders[0]])
+    assert same.model.config.vocabulary == "tokens"
+    assert same.model.config.rule == "meet"
+    assert not caplog.records
+    with pytest.raises(UnsupportedHeadError, match="the rule meet reads the rows of softmax matrices"):
+        Ensemble.from_pretrained(folders, "meet")
+
+
+def lines(folder, count=12):
+    """Documents, each a file, as a pattern."""
+    for k in range(count):
+        (folder / f"{k:02d}.txt").write_text(f"the other there, he threw the {k}th then \u00e9t\u00e9 " * 2)
+    return folder / "*.txt"
+
+
+def command(*arguments):
+    found = CliRunner().invoke(commands, list(map(str, arguments)), catch_exceptions=False)
+    assert found.exit_code == 0, found.output
+    return found.stdout
+
+
+def test_evaluation_is_what_members_say_of_every_byte(folders, tmp_path):
+    asked = ["evaluate", *tiny.each("-m", folders), "--text", lines(tmp_path), "--json", tmp_path / "found.json"]
+    command(*asked, "--rule", "prob-mean:weights=0.3/0.7")
+    facts = json.loads((tmp_path / "found.json").read_text())
+    texts = [path.read_bytes() for path in sorted(tmp_path.glob("*.txt"))]
+    assert (facts["vocabulary"], facts["documents"]) == ("bytes", 12)
+    assert facts["bytes"] == facts["tokens"] == sum(map(len, texts)) - 12
+    ours = Ensemble.from_pretrained(folders)
+    nats, costs = np.zeros(2), np.zeros((2, 3))
+    for text in texts:
+        for i, reader in enumerate(ours.model.readers):
+            # The last byte is predicted, and not read.
+            reading, log_probs, _ = reader.score(text[:-1])
+            nats[i] -= log_probs[range(1, len(text)), list(text[1:])].sum()
+            costs[i] += reading.work.dropped, reading.work.calls, reading.work.tokens
+    for i, own in enumerate(facts["members"].values()):
+        assert own["bits_per_byte"] == pytest.approx(nats[i] / facts["bytes"] / math.log(2), rel=1e-9)
+        found = own["dropped"], own["forward_steps"], own["tokens_run"]
+        assert found == pytest.approx((costs[i] / facts["bytes"]).tolist(), rel=1e-6)
+    assert {"logit-mean", "prob-mean"} < facts["rules"].keys()
+    assert all("forward_steps" not in own for own in facts["rules"].values())
+
+
+def test_a_trace_and_a_fit_give_what_the_text_gives(folders, tmp_path):
+    members, source = tiny.each("-m", folders), lines(tmp_path)
+    command("trace", tmp_path / "trace", *members, "--text", source)
+    found = []
+    for k, given in enumerate((["--text", source], ["--trace", tmp_path / "trace"])):
+        file = tmp_path / f"{k}.json"
+        command("evaluate", *members, "--rule", "logit-mean", *given, "--json", file)
+        found.append(json.loads(file.read_text())["rules"]["logit-mean"]["bits_per_byte"])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    with pytest.raises(TraceError, match=r"was made over bytes \(prune 0.01\), but these .* over bytes \(prune 0.5\)"):
+        command("evaluate", *members, "--trace", tmp_path / "trace", "--prune", 0.5)
+    out = tmp_path / "fitted"
+    command("fit", "--out", out, *members, "--trace", tmp_path / "trace", "--json", tmp_path / "fit.json")
+    facts = json.loads((tmp_path / "fit.json").read_text())
+    assert {Path(name).name for name in facts["candidates"]} == {"gpt2", "llama", "logit-mean", "prob-mean"}
+    again = Ensemble.from_pretrained(out)
+    assert (again.model.config.vocabulary, again.model.config.prune) == ("bytes", 0.01)
+    assert again.model.config.weights == pytest.approx(facts["weights"])
+    assert len(again.generate("the", **GREEDY).encode()) == GREEDY["max_new_tokens"]
+
+
+def test_check_says_what_is_shared_and_what_it_costs(folders, tmp_path):
+    text = "the other there, he threw"
+    (tmp_path / "a.txt").write_text(text)
+    asked = ["check", *tiny.each("-m", folders), "--text", tmp_path / "a.txt"]
+    facts = json.loads(command(*asked, "--json"))
+    one, other = (reader.spelling for reader in Ensemble.from_pretrained(folders).model.readers)
+    (pair,) = facts["pairs"]
+    assert pair["shared_tokens"] == len(set(one.words) & set(other.words)) > 0
+    assert all(0 < share <= 1 for share in pair["shared_boundaries"])
+    for member, spelling in zip(facts["members"], (one, other), strict=True):
+        assert member["own_tokens_per_byte"] == len(spelling.encode(text.encode())) / len(text)
+        assert member["tokens_run_per_byte"] >= member["own_tokens_per_byte"]
+    assert "over bytes" in facts["advice"]
+    assert "tokens in common" in command(*asked)
+    forced = ["check", "-m", folders[0], "-m", folders[0], "--vocabulary", "bytes", "--json"]
+    assert "--vocabulary tokens" in json.loads(command(*forced))["advice"]
+
+
+def test_inspect_reports_between_places_where_all_members_cut(folders, ensemble):
+    text = "the \u00e9t other"
+    found, symbols = ensemble.inspect(text, 3), list(text.encode())
+    assert "".join(report.text for report in found) == text
+    assert 1 < len(found) < len(text)
+    for i, reader in enumerate(ensemble.model.readers):
+        whole = reader.score(bytes(symbols))[1][range(len(symbols)), symbols].sum()
+        assert sum(report.member_log_probs[i] for report in found) == pytest.approx(whole, abs=1e-9)
+        # What a member expects at the beginning are the most probable of its own tokens there.
+        with torch.inference_mode():
+            log_p = reader.model(torch.tensor([reader.prefix])).logits[0, -1].log_softmax(-1)
+        assert [x for _, x in found[0].member_top[i]] == pytest.approx(log_p.topk(3).values.tolist())
+    facts = json.loads(command("inspect", *tiny.each("-m", folders), text, "--json"))
+    assert facts["first"] == ""
+    assert "".join(token["text"] for token in facts["tokens"]) == text
+    assert facts["nats"] == pytest.approx(-sum(token["log_prob"] for token in facts["tokens"]) / len(symbols))

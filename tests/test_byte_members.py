@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import astuple
 
 import byte_tokenizers
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 import transformers as tf
 
 from softmeet.errors import VocabularyMismatchError
-from softmeet.members.byte_member import ByteMember, Work
+from softmeet.members.byte_member import ByteMember
 from softmeet.members.covers import END, SYMBOLS, Pruning
 from softmeet.members.spelling import spelling_of
 from softmeet.members.token_tree import Growth, TokenTree, run
@@ -48,7 +49,7 @@ def model_of(tokenizer, seed=0, scale=6.0):
 
 def member_of(kind, pruning=EXACT, seed=0):
     tokenizer = byte_tokenizers.KINDS[kind]()
-    return ByteMember(kind, model_of(tokenizer, seed), tokenizer, pruning)
+    return ByteMember(model_of(tokenizer, seed), spelling_of(kind, tokenizer), pruning)
 
 
 def step_by_step(member, text):
@@ -61,7 +62,7 @@ def step_by_step(member, text):
 
 
 def at_once(member, text):
-    _, log_probs = member.score(text)
+    _, log_probs, _ = member.score(text)
     return sum(log_probs[k, byte] for k, byte in enumerate(text)) + log_probs[len(text), END]
 
 
@@ -80,7 +81,7 @@ def summed(member, text, *, end):
     for token, word in zip(spelling.tokens.tolist(), spelling.words, strict=True):
         words.setdefault(word, []).append(token)
     allowed = torch.full((member.model.config.vocab_size,), -torch.inf, dtype=torch.float64)
-    allowed[[*spelling.tokens.tolist(), *spelling.ends]] = 0
+    allowed[[*spelling.tokens.tolist(), *member.ends]] = 0
     every = list(tilings(words, text))
     totals = []
     for tokens in every:
@@ -88,7 +89,7 @@ def summed(member, text, *, end):
             logits = member.model(torch.tensor([[*member.prefix, *tokens]])).logits[0] + allowed
         log_p = logits.log_softmax(-1)[len(member.prefix) - 1 :]
         own = sum(log_p[k, token].item() for k, token in enumerate(tokens))
-        totals.append(own + (log_p[-1, list(spelling.ends)].logsumexp(-1).item() if end else 0.0))
+        totals.append(own + (log_p[-1, member.ends].logsumexp(-1).item() if end else 0.0))
     return torch.tensor(totals, dtype=torch.float64).logsumexp(0).item()
 
 
@@ -102,12 +103,12 @@ def test_bytes_multiply_to_the_sum_over_all_tokenizations(kind, text):
         # Of all texts, those that begin with the space: all that the first token can be.
         with torch.inference_mode():
             logits = member.model(torch.tensor([member.prefix])).logits[0, -1]
-        ids = [*member.spelling.tokens.tolist(), *member.spelling.ends]
+        ids = [*member.spelling.tokens.tolist(), *member.ends]
         spaced = [k for k, word in zip(*member_words(member), strict=True) if word.startswith(b" ")]
         expected -= (logits[spaced].logsumexp(-1) - logits[ids].logsumexp(-1)).item()
     assert step_by_step(member, text) == pytest.approx(expected, abs=1e-9)
     assert at_once(member, text) == pytest.approx(expected, abs=1e-9)
-    assert member.work.dropped < 1e-12
+    assert member.score(text)[0].work.dropped < 1e-12
 
 
 def member_words(member):
@@ -120,7 +121,7 @@ def test_tokens_spell_the_text(kind, text):
     spelling = spelling_of(kind, byte_tokenizers.KINDS[kind]())
     tokens = spelling.encode(text)
     assert spelling.spelled(tokens) == spelling.dummy + text
-    assert not set(tokens) & set(spelling.ends)
+    assert not set(tokens) & {spelling.end}
 
 
 @pytest.mark.parametrize("why", byte_tokenizers.REFUSED)
@@ -131,7 +132,7 @@ def test_tokenizers_that_lose_something_are_refused(why):
 
 def test_a_byte_that_no_token_spells_has_no_probability_and_is_not_seen():
     tokenizer = byte_tokenizers.byte_level(missing=b"\x04\xf5")
-    member = ByteMember("lacking", model_of(tokenizer), tokenizer, Pruning())
+    member = ByteMember(model_of(tokenizer), spelling_of("lacking", tokenizer), Pruning())
     (one, two), texts = (member.begin(text) for text in (b"the\x04", b"the")), (b"t\x04h", b"th")
     assert torch.equal(member.log_probs([one]), member.log_probs([two]))
     (after,) = member.advance([two], [4])
@@ -148,28 +149,39 @@ def test_what_is_pruned_is_little_and_told(kind):
     found = []
     for prune in (0.3, 0.03, 0.003):
         member = member_of(kind, Pruning(prune))
-        found.append((abs(at_once(member, text) - exact), member.work.dropped))
-        _, log_probs = member.score(text)
+        reading, log_probs, unasked = member.score(text)
+        found.append((abs(at_once(member, text) - exact), reading.work.dropped))
+        assert reading.work.dropped == pytest.approx(unasked.sum())
         assert np.abs(np.logaddexp.reduce(log_probs, 1)).max() < 1e-9
     assert found[2][0] < 0.02 * abs(exact)
     assert found[0][1] > found[1][1] > found[2][1]
 
 
-def test_a_batch_is_its_rows():
+def test_a_batch_is_its_rows(monkeypatch):
     member = member_of("gpt2", Pruning(0.02))
     texts = [b"the th", b"", b"he said: there", b"\n\nth"]
+    calls, run = [], member.run
+
+    def counted(growths):
+        calls.append(len(growths))
+        return run(growths)
+
+    monkeypatch.setattr(member, "run", counted)
     alone = []
     for text in texts:
         (reading,) = [member.begin(text)]
         for byte in b"e the":
             (reading,) = member.advance([reading], [byte])
-        alone.append(member.log_probs([reading]))
-    before = member.work.calls
+        alone.append(reading)
+    before = len(calls)
     readings = [member.begin(text) for text in texts]
     for byte in b"e the":
         readings = member.advance(readings, [byte] * len(texts))
-    assert torch.allclose(member.log_probs(readings), torch.cat(alone), atol=1e-9)
-    assert member.work.calls - before < before
+    assert torch.allclose(member.log_probs(readings), member.log_probs(alone), atol=1e-9)
+    for own, other in zip(readings, alone, strict=True):
+        assert astuple(own.work) == pytest.approx(astuple(other.work))
+    assert len(calls) - before < before
+    assert sum(calls[:before]) == sum(reading.work.calls for reading in alone)
 
 
 def test_after_the_end_comes_the_end():
@@ -183,18 +195,18 @@ def test_long_texts_keep_little_and_ask_little():
     """States of covers that were let go are let go, and most bytes cost no call."""
     member = member_of("gpt2", Pruning(0.05))
     reading, text = member.begin(b"the"), b" there, then he the other" * 12
-    member.work = Work()
+    before = reading.work
     for byte in text:
         (reading,) = member.advance([reading], [byte])
     own = len(member.spelling.encode(b"the" + text))
     assert reading.tree.columns < own + 80
-    assert member.work.calls <= len(text)
+    assert reading.work.calls - before.calls <= len(text)
 
 
 @pytest.mark.parametrize("text", HOSTILE[1:6], ids=range(1, 6))
 def test_hostile_texts_are_read(text):
     member = member_of("gpt2", Pruning())
-    reading, log_probs = member.score(text)
+    reading, log_probs, _ = member.score(text)
     assert np.isfinite(log_probs[range(len(text)), list(text)]).all()
     (more,) = member.advance([reading], [ord("t")])
     assert member.log_probs([more]).exp().sum().item() == pytest.approx(1)
@@ -204,7 +216,7 @@ def test_hostile_texts_are_read(text):
 def test_bytes_that_a_member_holds_for_impossible_may_come(pruning):
     """Logits so far apart that most probabilities are 0 to the last bit."""
     tokenizer = byte_tokenizers.byte_level()
-    member = ByteMember("certain", model_of(tokenizer, scale=1e6), tokenizer, pruning)
+    member = ByteMember(model_of(tokenizer, scale=1e6), spelling_of("certain", tokenizer), pruning)
     text = b"the he"
     assert np.isfinite(at_once(member, text))
     assert np.isfinite(step_by_step(member, text))
@@ -215,7 +227,7 @@ def test_a_prompt_is_read_from_its_end():
     """The tokenizer's own tokens stand for what lies further back; what comes next is the same."""
     member = member_of("gpt2", Pruning(1e-4))
     text = b"he said that the other there threw it, " * 5
-    whole, _ = member.score(text)
+    whole, *_ = member.score(text)
     found = member.log_probs([whole, member.begin(text)]).exp()
     assert (found[0] - found[1]).abs().sum() < 1e-3
 
@@ -223,8 +235,8 @@ def test_a_prompt_is_read_from_its_end():
 def test_a_prefix_of_ones_own():
     tokenizer = byte_tokenizers.byte_level()
     model = model_of(tokenizer)
-    plain = ByteMember("m", model, tokenizer, EXACT)
-    own = ByteMember("m", model, tokenizer, EXACT, prefix=[0, *plain.spelling.encode(b"the")])
+    spelling = spelling_of("m", tokenizer)
+    own = ByteMember(model, spelling, EXACT, prefix=[0, *spelling.encode(b"the")])
     with torch.inference_mode():
         log_p = model(torch.tensor([own.prefix])).logits[0, -1].log_softmax(-1)
     assert own.log_probs([own.begin(b"")])[0, END].item() == pytest.approx(log_p[0].item(), abs=1e-9)

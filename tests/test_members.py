@@ -14,7 +14,7 @@ from softmeet.heads import SoftmaxHead
 from softmeet.members import zoo
 from softmeet.members.heads import head_of
 from softmeet.members.huggingface import load_members
-from softmeet.members.vocabulary import require_same_vocabulary, token_support
+from softmeet.members.vocabulary import common_vocabulary, token_ids, token_support
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -78,9 +78,10 @@ def test_load_members_in_order_with_progress(tmp_path):
     folders = [tiny.save(tmp_path / name, name) for name in ("gpt2", "llama")]
     seen = []
     members = load_members(folders, on_progress=seen.append)
-    assert [m.name for m in members] == seen == [str(f) for f in folders]
-    assert all(p.dtype == torch.float32 for m in members for p in m.model.parameters())
-    assert load_members(folders[:1], dtype=torch.bfloat16)[0].model.dtype == torch.bfloat16
+    assert seen == [str(f) for f in folders]
+    assert [type(m).__name__ for m in members] == ["GPT2LMHeadModel", "LlamaForCausalLM"]
+    assert all(p.dtype == torch.float32 for m in members for p in m.parameters())
+    assert load_members(folders[:1], dtype=torch.bfloat16)[0].dtype == torch.bfloat16
     with pytest.raises(InvalidInputError, match="at least one member"):
         load_members([])
 
@@ -164,16 +165,39 @@ def test_a_folder_that_holds_no_model_hides_no_bundled_member(tmp_path, monkeypa
 
 def test_different_vocabularies_say_which_tokens_differ():
     ours, other = tiny.tokenizer(), tiny.tokenizer(60)
-    require_same_vocabulary(["a", "b"], [ours, tiny.tokenizer()])
+    assert common_vocabulary(["a", "b"], [ours, tiny.tokenizer()]).ids == set(range(64))
     with pytest.raises(
         VocabularyMismatchError, match=r"a \(64 tokens\) and b \(60 tokens\) differ in 4 ids \(id 60: '&' and None"
     ):
-        require_same_vocabulary(["a", "b"], [ours, other])
+        common_vocabulary(["a", "b"], [ours, other])
+
+
+def test_vocabularies_may_differ_in_padding_and_added_tokens():
+    plain, chat, padded = tiny.tokenizer(60), tiny.tokenizer(60), tiny.tokenizer(60)
+    chat.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    padded.add_tokens([f"[PAD{k}]" for k in range(60, 70)])
+    for pair in ([plain, chat], [chat, padded], [padded, plain]):
+        found = common_vocabulary(["a", "b"], pair)
+        assert found.ids == set(range(60))
+        assert found.tokenizer is (plain if padded in pair and plain in pair else pair[0])
+    chat.eos_token = "<|turn|>"
+    with pytest.raises(VocabularyMismatchError, match=r"differ in 1 ids \(id 60: None and '<\|turn\|>'\)"):
+        common_vocabulary(["a", "b"], [plain, chat])
+
+
+def test_a_tokenizer_that_would_make_tokens_of_its_own_is_not_the_common_one():
+    plain, more = tiny.tokenizer(60), tiny.tokenizer(60)
+    more.add_tokens(["the"])
+    assert common_vocabulary(["a", "b"], [more, plain]).tokenizer is plain
+    other = tiny.tokenizer(60)
+    other.add_tokens(["and"])
+    with pytest.raises(VocabularyMismatchError, match="differ in 1 ids"):
+        common_vocabulary(["a", "b"], [more, other])
 
 
 def test_padded_rows_are_no_tokens():
     head = SoftmaxHead(torch.randn(70, 3))
-    assert token_support(tiny.tokenizer(), ["a"], [head]).tolist() == [True] * 64 + [False] * 6
-    assert token_support(tiny.tokenizer(), ["a"], [SoftmaxHead(torch.randn(64, 3))]) is None
+    assert token_support(token_ids(tiny.tokenizer()), ["a"], [head]).tolist() == [True] * 64 + [False] * 6
+    assert token_support(token_ids(tiny.tokenizer()), ["a"], [SoftmaxHead(torch.randn(64, 3))]) is None
     with pytest.raises(VocabularyMismatchError, match="each of the tokenizer's 64 ids, but small has 60"):
-        token_support(tiny.tokenizer(), ["small"], [SoftmaxHead(torch.randn(60, 3))])
+        token_support(token_ids(tiny.tokenizer()), ["small"], [SoftmaxHead(torch.randn(60, 3))])

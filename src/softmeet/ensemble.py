@@ -11,6 +11,7 @@ from typing import Any, overload
 import torch
 from transformers import (
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -18,8 +19,9 @@ from transformers import (
 )
 
 from softmeet.errors import InvalidInputError
-from softmeet.hf.assembling import assemble, require_vocabulary
-from softmeet.hf.byte_modeling import BYTE_RULE, require_for_bytes
+from softmeet.hf.assembling import assemble, choose_vocabulary, require_vocabulary
+from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM, require_for_bytes
+from softmeet.hf.byte_report import GroupReport, group_reports
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.loading import absolute
 from softmeet.hf.modeling import EnsembleForCausalLM
@@ -27,7 +29,7 @@ from softmeet.hf.recorder import Recorder
 from softmeet.hf.report import TokenReport, TokenReports
 from softmeet.hf.sampling import RowSampler
 from softmeet.members import zoo
-from softmeet.members.huggingface import Dtype, Member, load_members
+from softmeet.members.huggingface import Dtype, load_members, load_tokenizers
 from softmeet.members.placement import Device
 from softmeet.members.weighting import perplexity_weights
 from softmeet.rules.base import Rule
@@ -112,7 +114,7 @@ class Ensemble:
         trust_remote_code: bool = False,
         offload_folder: str | Path | None = None,
         on_progress: Callable[[str], None] = lambda name: None,
-        loaded: dict[Any, Member] | None = None,
+        loaded: dict[Any, PreTrainedModel] | None = None,
         vocabulary: str | None = None,
         prune: float | None = None,
         **settings: Any,
@@ -132,9 +134,10 @@ class Ensemble:
             offload_folder: for weights on disk that cannot be read from the checkpoint as they are.
             on_progress: called with each member's name before it is loaded.
             loaded: what earlier calls loaded; members that are there already are shared, new ones are added.
-            vocabulary: what members are combined over: ``"tokens"``, for which their tokenizers have to be the same,
-                or ``"bytes"``, for which they may differ. Over bytes the rule is an average, ``logit-mean`` if none is
-                given, and ``max_new_tokens`` counts bytes. None for tokens, or for what a saved ensemble has.
+            vocabulary: what members are combined over: ``"tokens"``, for which their tokenizers have to be the same up
+                to padding and added tokens; ``"bytes"``, for which they may differ; or ``"auto"``, bytes where they do
+                differ, which is logged. Over bytes the rule is an average, ``logit-mean`` if none is given, and
+                ``max_new_tokens`` counts bytes. None for ``"auto"``, or for what a saved ensemble has.
             prune: over bytes, the share of mass from which a tokenization of the text is followed; 0 for all of them.
                 None for 0.01, or for what a saved ensemble has.
             settings: the fields of :class:`softmeet.Settings`, listed below, and options of the rule itself; None for
@@ -153,16 +156,17 @@ class Ensemble:
         over = EnsembleConfig(names) if saved is None else _saved_config(saved)
         vocabulary, prune = vocabulary or over.vocabulary, over.prune if prune is None else prune
         require_vocabulary(vocabulary, prune)
-        if vocabulary == "bytes" and saved is None and rule is None:
-            chosen = chosen.changed(rule=BYTE_RULE)
         config = EnsembleConfig(names, settings=chosen, vocabulary=vocabulary, prune=prune)
-        if vocabulary == "bytes":
+        any_average = saved is None and rule is None
+        if vocabulary == "bytes" and not any_average:
             require_for_bytes(config.settings)
-        loaded_members = load_members(
+        tokenizers = load_tokenizers(names, trust_remote_code=trust_remote_code)
+        common = choose_vocabulary(config, tokenizers, any_average=any_average)
+        models = load_members(
             names, dtype=dtype, device=device, trust_remote_code=trust_remote_code, offload_folder=offload_folder,
             on_progress=on_progress, loaded=loaded,
         )  # fmt: skip
-        model = assemble(config, loaded_members)
+        model = assemble(config, models, common)
         return cls(model, model.tokenizer)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -182,12 +186,17 @@ class Ensemble:
         return NextToken(self._top(solution.log_probs[0], top), members, solution)
 
     @torch.inference_mode()
-    def inspect(self, text: str, top: int = 5) -> list[TokenReport]:
+    def inspect(self, text: str, top: int = 5) -> list[TokenReport] | list[GroupReport]:
         """A report for every token of ``text`` but the first, at which nobody could be asked.
+
+        Over bytes, one for every stretch of characters that all members read as whole tokens, from the first on.
 
         Raises:
             InvalidInputError: the text has fewer than two tokens, or more than the shortest context.
         """
+        if isinstance(self.model, ByteEnsembleForCausalLM):
+            self._encode([text])
+            return group_reports(self.model, text.encode(), top)
         inputs = self._encode([text])
         tokens = inputs["input_ids"][0, 1:]
         if not len(tokens):

@@ -38,28 +38,40 @@ def check(
     named: Annotated[list[str] | None, typer.Argument(hidden=True, help="An old form: say -m for each.")] = None,
     members: options.Members = None,
     text: Annotated[
-        Path | None, typer.Option("--text", help="Held-out text for the premise score: is the softmax to blame?")
+        Path | None,
+        typer.Option(
+            "--text",
+            help="Held-out text: is the softmax to blame? Over bytes: how do members cut it, and at what cost?",
+        ),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=2, help="Of the text, at most.")] = 512,
+    tokens: Annotated[
+        int, typer.Option(min=2, help="Of the text, at most; over bytes four times as many bytes.")
+    ] = 512,
     planning: Planning,
     loading: options.Loading,
     config: Config = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
     **settings: Any,
 ) -> None:
-    """Compare members: vocabularies, heads, the angles between them, memory, and whom to trust."""
+    """Compare members: vocabularies, heads, the angles between them, memory, and whom to trust.
+
+    Where tokenizers differ: what tokens they share, and, on a text, how alike they cut it and what reading it costs.
+    """
     if named:
         warn("naming members without an option", f"say {' '.join(f'-m {name}' for name in named)}")
     members = [*(members or ()), *(named or ())]
     if planning.plan:
         from softmeet.cli.plan import show_plan
 
-        show_plan(
-            members or [options.DEFAULT], planning.batch, planning.context, as_json=as_json, **loading.arguments()
-        )
+        where = {name: loading.arguments()[name] for name in ("dtype", "device", "trust_remote_code")}
+        show_plan(members or [options.DEFAULT], planning.batch, planning.context, as_json=as_json, **where)
         return
     ensemble = loading.ensemble(members, settings)
-    ensemble.model.require_tokens("check")
+    if ensemble.model.over_bytes:
+        from softmeet.cli.check_bytes import check_bytes
+
+        check_bytes(ensemble, None if text is None else text.read_text(encoding="utf-8"), tokens, as_json=as_json)
+        return
     with options.status("comparing heads"):
         facts = _facts(ensemble)
     if text is not None:
@@ -108,6 +120,7 @@ def _facts(ensemble: Ensemble) -> dict[str, Any]:
         )
     width, tokens = sum(head.whitening().rank for head in heads), len(ensemble.tokenizer.get_vocab())
     return {
+        "vocabulary": "tokens",
         "members": members,
         "pairs": pairs,
         "tokens": tokens,

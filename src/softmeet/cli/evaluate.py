@@ -137,7 +137,7 @@ def identified(
     """
     from softmeet.evaluation.identity import identity
 
-    dtypes = [str(head.weight.dtype) for head in ensemble.model.heads]
+    dtypes = [str(head.weight.dtype) for head in ensemble.model.member_heads]
     pinned = {**identity(ensemble), "dtypes": dtypes, "max_tokens": reading.max_tokens, **reading.windows}
     if trace is None:
         text = "".join(f"{document.name}\0{document.text}\0" for document in documents)
@@ -185,7 +185,8 @@ def show(facts: dict[str, Any]) -> None:
     """A table on the terminal."""
     spread = f"{facts['clusters']['count']} {facts['clusters']['kind']}"
     console = Console()
-    table = Table(title=f"{facts['tokens']:,} tokens; intervals by {spread}")
+    unit = facts["vocabulary"]
+    table = Table(title=f"{facts['tokens']:,} {unit}; intervals by {spread}")
     table.add_column("", min_width=14, overflow="fold")
     gated = any(row["gated"] for row in facts["rules"].values())
     for name in ("nats", "perpl.", "bits/B", "top-1", "cal.", *(["gated"] if gated else []), "vs best baseline"):
@@ -209,7 +210,7 @@ def show(facts: dict[str, Any]) -> None:
         if notes := _notes(row):
             console.print(f"{name}: {notes}", markup=False)
     console.print(
-        f"members disagree by {facts['disagreement']:.3f} nats a token (Jensen-Shannon); differences are 95 %, "
+        f"members disagree by {facts['disagreement']:.3f} nats a {unit[:-1]} (Jensen-Shannon); differences are 95 %, "
         "negative is better"
     )
 

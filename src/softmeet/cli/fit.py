@@ -94,6 +94,8 @@ def fit(
     settings = {name: value for name, value in asdict(given).items() if name != "bands"} | {"threads": running.threads}
     positions, pinned = identified(ensemble, found, trace, reading)
     kept = Kept(resume, pinned | settings)
+    if fitting.bands > 1:
+        ensemble.model.require_tokens("--bands")
     ensemble.model.banded_heads(fitting.bands)  # made here, so that workers share them
     with (
         options.stoppable(after(resume)),

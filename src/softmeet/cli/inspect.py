@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -22,6 +23,7 @@ from softmeet.cli.flags import flags
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
     from softmeet.hf import TokenReport
+    from softmeet.hf.byte_report import GroupReport
 
 
 @flags()
@@ -51,15 +53,17 @@ def inspect(
         _show(facts)
 
 
-def _facts(ensemble: Ensemble, text: str, reports: list[TokenReport]) -> dict[str, Any]:
+def _facts(ensemble: Ensemble, text: str, reports: Sequence[TokenReport | GroupReport]) -> dict[str, Any]:
     tokens = [report.spelled(ensemble.tokenizer) for report in reports]
     names = [options.short(name) for name in ensemble.names]
-    first = str(ensemble.tokenizer.decode([ensemble.tokenizer(text)["input_ids"][0]]))
-    nats = -sum(report.log_prob for report in reports) / len(reports)
-    gated = sum(report.gated for report in reports) / len(reports)
-    config = ensemble.model.config
-    facts = {"members": names, "rule": config.rule, "gate": config.gate, "gated": gated}
-    return facts | {"first": first, "nats": nats, "tokens": tokens}
+    config, over_bytes = ensemble.model.config, ensemble.model.over_bytes
+    # Over bytes the first characters are predicted, too.
+    first = "" if over_bytes else str(ensemble.tokenizer.decode([ensemble.tokenizer(text)["input_ids"][0]]))
+    count = len(text.encode()) if over_bytes else len(tokens)
+    nats = -sum(token["log_prob"] for token in tokens) / count
+    gated = sum(token["gated"] for token in tokens) / len(tokens)
+    facts = {"members": names, "vocabulary": config.vocabulary, "rule": config.rule, "gate": config.gate}
+    return facts | {"gated": gated, "first": first, "nats": nats, "tokens": tokens}
 
 
 def _show(facts: dict[str, Any]) -> None:
@@ -86,8 +90,9 @@ def _show(facts: dict[str, Any]) -> None:
             moved,
         )
     console.print(table)
+    unit = facts["vocabulary"][:-1]
     console.print(
-        f"rule {facts['rule']}: {facts['nats']:.3f} nats a token; disagreement in nats, summed over members"
+        f"rule {facts['rule']}: {facts['nats']:.3f} nats a {unit}; disagreement in nats, summed over members"
         + (f"; gate {facts['gate']} closed at {facts['gated']:.1%} of the tokens" if facts["gate"] else "")
     )
 
@@ -102,7 +107,7 @@ a.tok {{ color: inherit; text-decoration: none; }} .panel {{ margin: 1rem 0; }}
 {style}
 </style></head><body>
 <h1>softmeet: {rule}</h1>
-<p>{members}. {nats:.3f} nats a token.{gate} A token is the warmer, the more nats the members had to be corrected by;
+<p>{members}. {nats:.3f} nats a {unit}.{gate} A token is the warmer, the more nats the members had to be corrected by;
 click one.</p>
 <div class="panel">{text}</div>
 {sections}
@@ -122,6 +127,7 @@ def _page(facts: dict[str, Any]) -> str:
         rule=escape(rule),
         members=escape(", ".join(facts["members"])),
         nats=facts["nats"],
+        unit=facts["vocabulary"][:-1],
         gate=f" Gate {facts['gate']}: closed at {facts['gated']:.1%} of the tokens." if facts["gate"] else "",
         text=text_of(tokens, facts["first"], rule, done=True, links=True),
         sections="\n".join(sections),

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from softmeet.cli.flags import checked_settings, flag
+from softmeet.cli.memory import uncollected
 from softmeet.cli.old_forms import repeated
 from softmeet.errors import InvalidInputError
 from softmeet.members.zoo import DEFAULT as DEFAULT
@@ -82,6 +83,14 @@ class Loading:
         shown="cpu",
     )
     trust_remote_code: bool = flag(False, "Run code that comes with a checkpoint.", "--trust-remote-code")
+    vocabulary: str | None = flag(
+        None,
+        "What members are combined over: tokens, which they have to share; bytes, by an average; or auto.",
+        shown="auto: bytes where tokenizers differ",
+    )
+    prune: float | None = flag(
+        None, "Over bytes, the share of mass from which a tokenization is followed; 0 for all.", shown="0.01", min=0
+    )
 
     def arguments(self) -> dict[str, Any]:
         """Give the options as arguments of ``Ensemble.from_pretrained``, devices read."""
@@ -100,7 +109,7 @@ class Loading:
             InvalidInputError, CheckpointError, VocabularyMismatchError, UnsupportedHeadError: as ``Ensemble``.
         """
         given = checked_settings(settings or {})
-        with status("loading softmeet"):
+        with status("loading softmeet"), uncollected():
             from transformers.utils import logging
 
             from softmeet.ensemble import Ensemble

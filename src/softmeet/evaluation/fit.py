@@ -146,6 +146,8 @@ def fit(
     Raises:
         InvalidInputError: the text is too short to split.
     """
+    for text in (options or Options()).rules:
+        ensemble.model.require(Settings.of({"rule": text}))
     fitter = _Fitter(ensemble, options or Options(), begin, engine or LocalEngine(), kept or Kept())
     options = fitter.options
     parts = split(positions)
@@ -159,6 +161,7 @@ def fit(
         averages = [fitter.average(parts["fit"].positions, pool) for pool in POOLS]
         candidates += averages
         best = min(averages, key=lambda candidate: candidate.fit_nll)
+    if n > 1 and not ensemble.model.over_bytes:
         premise = _premise(ensemble, parts["fit"].subset(options.premise_positions), best)
         subset = parts["fit"].subset(options.meet_positions)
         # Minibatches are for heads that take long: one start has to do.
@@ -169,6 +172,7 @@ def fit(
             meet = min(meets, key=lambda candidate: candidate.fit_nll)
             trust = [rho for rho in meet.settings["trust"] for _ in range(options.bands)]
             candidates.append(fitter.meet(subset, f"{meet.name} by direction", meet, trust, options.bands))
+    if n > 1:
         candidates += [_as_written(text, best, n) for text in options.rules]
     return fitter.judge(parts, candidates, premise)
 

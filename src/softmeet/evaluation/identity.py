@@ -49,17 +49,20 @@ def body_hash(model: torch.nn.Module) -> str:
 
 def identity(ensemble: Ensemble) -> dict[str, Any]:
     """What a trace says of the members that made it."""
-    heads, models = ensemble.model.heads, ensemble.model.members
-    return {
+    model = ensemble.model
+    facts: dict[str, Any] = {"prune": model.config.prune} if model.over_bytes else {}
+    return facts | {
         "members": [
             {
                 "name": name,
-                "width": head.d,
+                "width": width,
                 "dtype": str(head.weight.dtype).removeprefix("torch."),
                 "head": head_hash(head),
-                "body": body_hash(model),
+                "body": body_hash(member),
             }
-            for name, head, model in zip(ensemble.names, heads, models, strict=True)
+            for name, width, head, member in zip(
+                ensemble.names, model.widths, model.member_heads, model.members, strict=True
+            )
         ],
         "tokenizer": tokenizer_hash(ensemble.tokenizer),
     }

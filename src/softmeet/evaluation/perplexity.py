@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -40,6 +40,7 @@ class Scores:
         fallback: whether another rule answered for want of a feasible distribution, (N,).
         not_converged: whether the rule was not solved, (N,).
         gated: whether a gate was closed, (N,).
+        work: of a member over bytes, (N, 3), as ``model.work`` has it; empty for all others.
     """
 
     nats: Float[Tensor, " N"]
@@ -49,6 +50,7 @@ class Scores:
     fallback: Bool[Tensor, " M"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
     not_converged: Bool[Tensor, " M"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
     gated: Bool[Tensor, " M"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    work: Float[Tensor, "K 3"] = field(default_factory=lambda: torch.zeros(0, 3, dtype=torch.float64))
 
     @property
     def mean(self) -> float:
@@ -76,12 +78,14 @@ class Evaluation:
     """Scores of every member and choice on the same positions, whose hidden states need not be there any more.
 
     ``disagreement`` is the mean of KL(p̂_i‖mean of p̂) over members, (N,), nats: their Jensen-Shannon divergence.
+    ``vocabulary`` is what positions are of, ``"tokens"`` or ``"bytes"``.
     """
 
     positions: Positions
     members: dict[str, Scores] = field(default_factory=dict)
     choices: dict[str, Scores] = field(default_factory=dict)
     disagreement: Float[Tensor, " N"] = field(default_factory=lambda: torch.zeros(0))
+    vocabulary: str = "tokens"
 
 
 def in_turn(settings: Settings) -> tuple[bool, float]:
@@ -115,16 +119,15 @@ def evaluate(
         raise InvalidInputError(
             f"expected members and rules of different names, but {both[0]} is both: rename the member"
         )
-    ungated = ensemble.model.settings.ungated()
-    settings = {choice.name: ungated.changed(**choice.settings) for choice in choices}
+    settings = settings_of(ensemble, choices)
     order = sorted(choices, key=lambda choice: in_turn(settings[choice.name]))
     parts: dict[str, list[Scores]] = {name: [] for name in [*names, *(choice.name for choice in choices)]}
     disagreement = []
     for chunk, weights in _chunks(ensemble, positions, choices):
         log_probs, logits = ensemble.model.own_log_probs(chunk.hidden)
         targets = chunk.targets.to(log_probs.device)
-        for name, own in zip(names, log_probs, strict=True):
-            parts[name].append(_scores(own, targets))
+        for name, own, hidden in zip(names, log_probs, chunk.hidden, strict=True):
+            parts[name].append(replace(_scores(own, targets), work=ensemble.model.work(hidden).double().cpu()))
         mean = prob_mean(log_probs, log_probs.new_full((len(names),), 1 / len(names)))
         disagreement.append(torch.stack([kl(own, mean) for own in log_probs]).mean(0).double().cpu())
         solver = _Solver(ensemble.model, log_probs, logits, targets)
@@ -138,7 +141,21 @@ def evaluate(
         {name: joined[name] for name in names},
         {choice.name: joined[choice.name] for choice in choices},
         torch.cat(disagreement),
+        ensemble.model.config.vocabulary,
     )
+
+
+def settings_of(ensemble: Ensemble, choices: Sequence[Choice]) -> dict[str, Settings]:
+    """The settings that each choice stands for.
+
+    Raises:
+        UnsupportedHeadError, InvalidInputError: the ensemble is over bytes, and one of them is not for those.
+    """
+    ungated = ensemble.model.settings.ungated()
+    found = {choice.name: ungated.changed(**choice.settings) for choice in choices}
+    for settings in found.values():
+        ensemble.model.require(settings)
+    return found
 
 
 def distinct_names(ensemble: Ensemble) -> list[str]:
@@ -226,7 +243,7 @@ class _Solver:
             return scores
         logits = None if self.logits is None else self.logits[:, closed]
         there = _scored(self.model.combine_rows(self.log_probs[:, closed], logits, settings), self.targets[closed])
-        both = zip(vars(scores).values(), vars(there).values(), strict=True)
+        both = zip(_of_a_rule(scores), _of_a_rule(there), strict=True)
         return Scores(*(whole.masked_scatter(closed.cpu(), own) for whole, own in both))
 
 
@@ -240,6 +257,10 @@ def _scores(log_p: Float[Tensor, "B v"], targets: Tensor, *ends: Tensor) -> Scor
     nats = -log_p.gather(-1, targets[:, None]).squeeze(-1).double()
     found = (nats, best.indices == targets, best.values.exp().double(), *ends)
     return Scores(*(values.cpu() for values in found))
+
+
+def _of_a_rule(scores: Scores) -> list[Tensor]:
+    return [value for name, value in vars(scores).items() if name != "work"]
 
 
 def _joined(parts: Sequence[Scores]) -> Scores:

@@ -17,9 +17,9 @@ from softmeet.errors import InvalidInputError
 from softmeet.evaluation.choices import Choice
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.kept import Found, Kept
-from softmeet.evaluation.perplexity import Evaluation, Scores, distinct_names, evaluate
+from softmeet.evaluation.perplexity import Evaluation, Scores, distinct_names, evaluate, settings_of
 from softmeet.evaluation.positions import OF_TEXT, PIECE, Positions, observe
-from softmeet.evaluation.windows import Reading, grouped, readings, tokenize, window_length, windows
+from softmeet.evaluation.windows import Reading, cut, grouped, readings, windows
 from softmeet.scaling.base import Engine
 
 
@@ -43,7 +43,7 @@ def evaluate_text(
         ensemble: the members and their settings.
         documents: the text.
         choices: rules and options.
-        window, stride, bos, max_tokens, max_per_document: as ``tokenize`` and ``window_length`` have them.
+        window, stride, bos, max_tokens, max_per_document: as :func:`~softmeet.evaluation.windows.cut` has them.
         engine: where to run; None for here.
         kept: pieces that earlier runs finished.
         begin: called with the number of positions; gives what to call with the size of each piece.
@@ -51,11 +51,10 @@ def evaluate_text(
     Raises:
         InvalidInputError: the text is too short, also for the prompts of ``choices``, or window and stride do not fit.
     """
-    limit = getattr(ensemble.model.config, "max_position_embeddings", None)
-    ensemble.model.require_tokens("evaluation")
-    size, step = window_length(limit, window, stride)
-    tokens = tokenize(ensemble.tokenizer, documents, bos=bos, max_tokens=max_tokens, max_per_document=max_per_document)
+    limits = {"bos": bos, "max_tokens": max_tokens, "max_per_document": max_per_document}
+    tokens, size, step = cut(ensemble, documents, window=window, stride=stride, **limits)
     _require_longer([len(t.sizes) for t in tokens], choices)
+    settings_of(ensemble, choices)
     groups = grouped(windows(tokens, size, step), _size(choices), by_document=True)
     sizes = [sum(map(len, group)) for group in groups]
     advance = begin(sum(sizes))
@@ -151,4 +150,5 @@ def _joined(ensemble: Ensemble, choices: Sequence[Choice], found: Sequence[Found
         {name: scores(k) for k, name in enumerate(members)},
         {choice.name: scores(k) for k, choice in enumerate(choices, len(members))},
         whole("disagreement"),
+        ensemble.model.config.vocabulary,
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 from softmeet.ensemble import Ensemble
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.kept import Found, Kept
-from softmeet.evaluation.windows import Reading, grouped, readings, tokenize, window_length, windows
+from softmeet.evaluation.windows import Reading, cut, grouped, readings, windows
 from softmeet.scaling.base import Engine
 
 # Positions of a piece of work, about: many enough to be worth sending, few enough to be lost.
@@ -95,7 +95,7 @@ def observe_text(
     kept: Kept | None = None,
     on_progress: Callable[[int], None] = lambda positions: None,
 ) -> Positions:
-    """Tokenize documents and run every member over them; arguments as ``tokenize`` and ``window_length`` have them.
+    """Tokenize documents and run every member over them; arguments as :func:`cut` has them.
 
     Args:
         engine: where to run the members; None for here.
@@ -105,10 +105,8 @@ def observe_text(
     Raises:
         InvalidInputError: the text is too short, or window and stride do not fit.
     """
-    limit = getattr(ensemble.model.config, "max_position_embeddings", None)
-    ensemble.model.require_tokens("evaluation")
-    size, step = window_length(limit, window, stride)
-    found = tokenize(ensemble.tokenizer, documents, bos=bos, max_tokens=max_tokens, max_per_document=max_per_document)
+    limits = {"bos": bos, "max_tokens": max_tokens, "max_per_document": max_per_document}
+    found, size, step = cut(ensemble, documents, window=window, stride=stride, **limits)
     groups = grouped(windows(found, size, step), PIECE, by_document=False)
     pieces = (kept or Kept()).map(
         engine,

@@ -17,7 +17,9 @@ BINS = 10
 
 
 def summary(found: Evaluation) -> dict[str, Any]:
-    """Figures of an evaluation; nats per token unless a name says otherwise. JSON has null for infinity and NaN.
+    """Figures of an evaluation; nats per token (per byte, over bytes) unless a name says otherwise.
+
+    JSON has null for infinity and NaN.
 
     The baseline of every difference is the best of the single members and the averages on this very text, so it is, if
     anything, too good.
@@ -39,11 +41,12 @@ def summary(found: Evaluation) -> dict[str, Any]:
             "gain_by_disagreement": gain_by_disagreement(scores, baselines[best], found.disagreement),
         }
     return {
+        "vocabulary": found.vocabulary,
         "tokens": count,
         "bytes": bytes_,
         "documents": len(found.positions.document.unique()),
         "clusters": {"kind": within.kind, "count": within.count},
-        "members": {name: _figures(scores, bytes_) for name, scores in found.members.items()},
+        "members": {name: _figures(scores, bytes_) | _work(scores) for name, scores in found.members.items()},
         "rules": rules,
         "best_baseline": best,
         "disagreement": found.disagreement.mean().item(),
@@ -58,6 +61,12 @@ def _figures(scores: Scores, bytes_: int) -> dict[str, Any]:
         "top1": scores.hit.double().mean().item(),
         "calibration": calibration(scores),
     }
+
+
+def _work(scores: Scores) -> dict[str, Any]:
+    """Over bytes, a byte of text: mass that was estimated, calls of the model, and tokens run in them."""
+    names = ("dropped", "forward_steps", "tokens_run")
+    return dict(zip(names, scores.work.mean(0).tolist(), strict=True)) if len(scores.work) else {}
 
 
 def calibration(scores: Scores) -> dict[str, Any]:

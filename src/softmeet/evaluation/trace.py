@@ -24,7 +24,7 @@ from softmeet.evaluation.files import write_text
 from softmeet.evaluation.identity import identity
 from softmeet.evaluation.positions import Positions, join, observe
 from softmeet.evaluation.shards import read_shard, write_shard
-from softmeet.evaluation.windows import grouped, readings, text_hash, tokenize, window_length, windows
+from softmeet.evaluation.windows import cut, grouped, readings, text_hash, windows
 from softmeet.scaling.base import Engine
 from softmeet.scaling.local import LocalEngine
 
@@ -107,6 +107,12 @@ class Trace:
                     f"{self.folder} was made by {theirs['name']}, but {own['name']} in its place has other weights "
                     "below the same head: name the members that made it, in order, or trace again"
                 )
+        if found.get("prune") != self.facts.get("prune"):
+            over = {facts.get("prune"): f"over bytes (prune {facts.get('prune')})" for facts in (found, self.facts)}
+            made, here = (
+                over[facts.get("prune")] if "prune" in facts else "over tokens" for facts in (self.facts, found)
+            )
+            raise TraceError(f"{self.folder} was made {made}, but these members are combined {here}: trace again")
         if found["tokenizer"] != self.facts["tokenizer"]:
             raise TraceError(f"{self.folder} was made with another tokenizer than these members': trace again")
 
@@ -191,10 +197,10 @@ def record(
     """
     if dtype not in ("float32", "float16") or shard_size < 1:
         raise InvalidInputError(f"expected float32 or float16 and a positive shard size, got {dtype} and {shard_size}")
-    limit = getattr(ensemble.model.config, "max_position_embeddings", None)
-    ensemble.model.require_tokens("a trace")
-    size, step = window_length(limit, window, stride)
-    tokens = tokenize(ensemble.tokenizer, documents, bos=bos, max_tokens=max_tokens, max_per_document=max_per_document)
+    if dtype == "float16":
+        ensemble.model.require_tokens("a trace in float16")
+    limits = {"bos": bos, "max_tokens": max_tokens, "max_per_document": max_per_document}
+    tokens, size, step = cut(ensemble, documents, window=window, stride=stride, **limits)
     groups = grouped(windows(tokens, size, step), shard_size, by_document=False)
     trace = _prepare(
         Path(folder),

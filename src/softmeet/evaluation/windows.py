@@ -11,16 +11,16 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from softmeet.ensemble import Ensemble
 from softmeet.errors import InvalidInputError
 from softmeet.evaluation.documents import Document
-
-_LONGEST = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,13 +107,13 @@ def _byte_ends(text: str, ends: list[int]) -> list[int]:
     return list(accumulate((places[end] for end in ends), max))
 
 
-def window_length(limit: int | None, window: int | None, stride: int | None) -> tuple[int, int]:
-    """(window, stride): what was asked for, or the shortest context (1,024 at most) without overlap.
+def window_length(limit: int | None, default: int, window: int | None, stride: int | None) -> tuple[int, int]:
+    """(window, stride): what was asked for, or the default without overlap.
 
     Raises:
         InvalidInputError: the window does not fit the context, or the stride does not fit the window.
     """
-    found = min(limit or _LONGEST, _LONGEST) if window is None else window
+    found = default if window is None else window
     if found < 1 or (limit is not None and found > limit):
         raise InvalidInputError(
             f"expected a window from 1 to {limit or 'any'} tokens, the shortest member's context, got {found}"
@@ -122,6 +122,31 @@ def window_length(limit: int | None, window: int | None, stride: int | None) -> 
     if not 1 <= step <= found:
         raise InvalidInputError(f"expected a stride from 1 to the window of {found} tokens, got {step}")
     return found, step
+
+
+def cut(
+    ensemble: Ensemble,
+    documents: Sequence[Document],
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    **limits: Any,
+) -> tuple[list[TokenizedDocument], int, int]:
+    """Cut documents into what an ensemble reads: (their tokens, or bytes; the window; the stride).
+
+    Args:
+        ensemble: whose tokenizer and context count.
+        documents: in order.
+        window: tokens that a member reads at once; None for ``model.window``.
+        stride: from one window to the next; None for the window.
+        limits: ``bos``, ``max_tokens`` and ``max_per_document`` of :func:`tokenize`.
+
+    Raises:
+        InvalidInputError: the text is too short, or window and stride do not fit.
+    """
+    model = ensemble.model
+    limit = getattr(model.config, "max_position_embeddings", None)
+    return tokenize(ensemble.tokenizer, documents, **limits), *window_length(limit, model.window, window, stride)
 
 
 def windows(documents: Sequence[TokenizedDocument], window: int, stride: int) -> Iterator[Window]:

@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from softmeet.errors import InvalidInputError, UnsupportedHeadError
 from softmeet.heads import SoftmaxHead
@@ -19,13 +20,15 @@ from softmeet.hf.combining import Asked
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.members.byte_member import ByteMember, Reading
-from softmeet.members.covers import END, SYMBOLS, Pruning
+from softmeet.members.covers import END, SYMBOLS
 from softmeet.rules.gates import Gate, Unsure, that_closes
 from softmeet.rules.registry import all_rules
 from softmeet.rules.settings import Settings
 
 # The rule of byte ensembles for which none is named.
 BYTE_RULE = "logit-mean"
+# Of a text that is evaluated.
+_WINDOW = 4096
 
 
 class ByteEnsembleForCausalLM(EnsembleForCausalLM):
@@ -36,34 +39,49 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
 
     Args:
         config: the settings; ``config.members`` names the members.
-        members: the models, in the order of the configuration.
-        tokenizers: theirs.
+        readers: the members, in the order of the configuration.
 
     Raises:
-        VocabularyMismatchError: a tokenizer cannot be read byte by byte.
         UnsupportedHeadError: the rule reads heads.
         InvalidInputError: the gate ``unsure``.
     """
 
-    def __init__(
-        self,
-        config: EnsembleConfig,
-        members: Sequence[PreTrainedModel],
-        tokenizers: Sequence[PreTrainedTokenizerBase],
-    ) -> None:
+    def __init__(self, config: EnsembleConfig, readers: Sequence[ByteMember]) -> None:
         require_for_bytes(config.settings)
-        super().__init__(config, members)
-        pairs = zip(config.members, members, tokenizers, strict=True)
-        pruning = Pruning(config.prune) if config.prune else Pruning(0.0, None)
-        self.readers = [ByteMember(name, model, tokenizer, pruning) for name, model, tokenizer in pairs]
+        super().__init__(config, [reader.model for reader in readers])
+        self.readers = list(readers)
         # Bytes have no rows of a softmax matrix: one column of zeros says nothing of any of them.
-        self.heads = [SoftmaxHead(torch.zeros(SYMBOLS, 1)) for _ in members]
+        self.heads = [SoftmaxHead(torch.zeros(SYMBOLS, 1)) for _ in readers]
         self.capped = False
         config.vocab_size, config.max_position_embeddings = SYMBOLS, None
         config.bos_token_id, config.eos_token_id, config.pad_token_id = None, END, END
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(self.generation_config, key, getattr(config, key))
         self.adopt(byte_tokenizer())
+
+    over_bytes = True
+
+    @property
+    def member_heads(self) -> list[SoftmaxHead]:
+        """The members' own output layers."""
+        return [reader.head for reader in self.readers]
+
+    @property
+    def widths(self) -> list[int]:
+        """Of a row of each member's :meth:`hidden_states`."""
+        return [SYMBOLS + 3] * len(self.readers)
+
+    def work(self, hidden: Float[Tensor, "t 260"]) -> Float[Tensor, "t 3"]:
+        """What rows of a member's :meth:`hidden_states` cost: mass estimated, calls, and tokens run in them."""
+        return hidden[:, SYMBOLS:]
+
+    def require(self, settings: Settings) -> None:
+        """Check that members can be combined by these settings.
+
+        Raises:
+            UnsupportedHeadError, InvalidInputError: as :func:`require_for_bytes`.
+        """
+        require_for_bytes(settings)
 
     def require_tokens(self, what: str) -> None:
         """Refuse what is not there over bytes.
@@ -82,12 +100,22 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
             UnsupportedHeadError, InvalidInputError: as :func:`require_for_bytes`.
         """
         settings = super().with_changes(weights, gate)
-        require_for_bytes(settings)
+        self.require(settings)
         return settings
 
-    def adopt(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    @property
+    def window(self) -> int:
+        """Bytes that a text is read by at once, unless one says otherwise: what fits every context, 4,096 at most."""
+        return min(_WINDOW, *(reader.room for reader in self.readers))
+
+    def adopt(self, tokenizer: PreTrainedTokenizerBase, ids: frozenset[int] | None = None) -> None:
         """Take the tokenizer of bytes."""
         self.tokenizer = tokenizer
+
+    def part(self, chosen: Sequence[int], config: EnsembleConfig) -> EnsembleForCausalLM:
+        """As for tokens."""
+        over_bytes: EnsembleForCausalLM = ByteEnsembleForCausalLM(config, [self.readers[k] for k in chosen]).eval()
+        return over_bytes
 
     def find_heads_again(self) -> None:
         """Read the members' output layers where they are now."""
@@ -124,9 +152,24 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
             found.append(log_probs)
         return found
 
+    def hidden_states(self, input_ids: Int[Tensor, "1 t"]) -> list[Float[Tensor, "t 260"]]:
+        """Each member's log-probabilities after every byte, and what they cost.
+
+        The three columns behind the 257 of the symbols are the share of mass that was estimated, the calls of the model
+        and the tokens run in them; these two are in the last row.
+        """
+        text, found = bytes(input_ids[0].tolist()), []
+        for reader in self.readers:
+            reading, log_probs, unasked = reader.score(text)
+            costs = np.zeros((len(text), 3))
+            costs[:, 0] = unasked[1:]
+            costs[-1, 1:] = reading.work.calls, reading.work.tokens
+            found.append(torch.from_numpy(np.hstack([log_probs[1:], costs])))
+        return found
+
     def own_logits(self, hidden: Sequence[Float[Tensor, "B _"]], asked: Asked | None = None) -> Float[Tensor, "n B v"]:
         """The members' log-probabilities, which stand in place of hidden states."""
-        return torch.stack(list(hidden))
+        return torch.stack([h[:, :SYMBOLS] for h in hidden])
 
     def _get_logits_processor(self, *args: Any, model_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> Any:
         """The usual ones behind one that keeps a text UTF-8."""
@@ -225,7 +268,7 @@ def _read(
         if wanted:
             out[0] = reader.log_probs([reading])[0]
         return Row(symbols, (reading,)), out
-    reading, log_probs = reader.score(text)
+    reading, log_probs, _ = reader.score(text)
     for place, column in enumerate(wanted):
         # Column new - 1 is the last symbol, after which the last row of the scores comes.
         behind = new - 1 - column

@@ -26,7 +26,8 @@ class EnsembleConfig(PreTrainedConfig):
         members: their names, in order.
         settings: all that decides how they are combined; it never changes in itself.
         rule_source: what brings the rule, if it is not softmeet's own.
-        vocabulary: what the members are combined over, their common ``"tokens"`` or ``"bytes"``.
+        vocabulary: what the members are combined over, their common ``"tokens"`` or ``"bytes"``; ``"auto"``
+            until that is known.
         prune: over bytes, the share of mass from which a tokenization of the text is followed; 0 for all of them.
 
     Raises:
@@ -42,7 +43,7 @@ class EnsembleConfig(PreTrainedConfig):
         *,
         settings: Settings | None = None,
         rule_source: str | None = None,
-        vocabulary: str = "tokens",
+        vocabulary: str = "auto",
         prune: float = 0.01,
         **given: Any,
     ) -> None:

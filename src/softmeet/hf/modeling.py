@@ -32,11 +32,14 @@ from softmeet.hf.recorder import Recorder
 from softmeet.hf.refused import refuse
 from softmeet.hf.sampling import RowSampler
 from softmeet.members.heads import head_of, replace_weight
-from softmeet.members.huggingface import Dtype, last_hidden, load_members
+from softmeet.members.huggingface import Dtype, last_hidden, load_members, load_tokenizers
 from softmeet.members.placement import Device, each_in_a_thread, whereabouts
-from softmeet.members.vocabulary import token_support
+from softmeet.members.vocabulary import token_ids, token_support
 from softmeet.rules.gates import Gate, Unsure, parse_gate, that_closes
 from softmeet.rules.settings import Settings
+
+# Of a text that is evaluated.
+_WINDOW = 1024
 
 
 class EnsembleForCausalLM(Combining, PreTrainedModel, GenerationMixin):
@@ -70,6 +73,11 @@ class EnsembleForCausalLM(Combining, PreTrainedModel, GenerationMixin):
         self.generation_config.bos_token_id = first.bos_token_id
         self.generation_config.eos_token_id = first.eos_token_id
         self.generation_config.pad_token_id = first.pad_token_id
+
+    @property
+    def window(self) -> int:
+        """Tokens that a text is read by at once, unless one says otherwise: the shortest context, 1,024 at most."""
+        return min(getattr(self.config, "max_position_embeddings", None) or _WINDOW, _WINDOW)
 
     @staticmethod
     def _adopt_limits(config: EnsembleConfig, members: Sequence[PreTrainedModel]) -> None:
@@ -108,7 +116,7 @@ class EnsembleForCausalLM(Combining, PreTrainedModel, GenerationMixin):
             CheckpointError: a member is missing; the message says where it was expected.
             InvalidInputError: there is no such place or member.
         """
-        from softmeet.hf.assembling import assemble  # which knows this class
+        from softmeet.hf.assembling import assemble, choose_vocabulary  # which knows this class
 
         folder = kwargs.pop("offload_folder", None)
         if config is None:
@@ -117,6 +125,8 @@ class EnsembleForCausalLM(Combining, PreTrainedModel, GenerationMixin):
             )
         base = Path(pretrained_model_name_or_path)
         config.members = absolute(config.members, base)
+        tokenizers = load_tokenizers(config.members, trust_remote_code=bool(trust_remote_code))
+        vocabulary = choose_vocabulary(config, tokenizers)
         members = load_members(
             config.members,
             dtype=dtype,
@@ -124,19 +134,56 @@ class EnsembleForCausalLM(Combining, PreTrainedModel, GenerationMixin):
             trust_remote_code=bool(trust_remote_code),
             offload_folder=folder,
         )
-        model = assemble(config, members)
+        model = assemble(config, members, vocabulary)
         if (base / "generation_config.json").exists():
             model.generation_config = GenerationConfig.from_pretrained(base)
         return model
 
-    def adopt(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Take the members' common tokenizer: it says which rows of padded heads are tokens.
+    def adopt(self, tokenizer: PreTrainedTokenizerBase, ids: frozenset[int] | None = None) -> None:
+        """Take the members' common tokenizer.
+
+        Args:
+            tokenizer: makes tokens of text.
+            ids: the rows of the heads that are tokens of all members; None for all of the tokenizer's.
 
         Raises:
-            VocabularyMismatchError: a head has fewer rows than the tokenizer has tokens.
+            VocabularyMismatchError: a head has no row for a token.
         """
         self.tokenizer = tokenizer
-        self.support = token_support(tokenizer, self.config.members, self.heads)
+        self.support = token_support(ids or token_ids(tokenizer), self.config.members, self.heads)
+
+    def part(self, chosen: Sequence[int], config: EnsembleConfig) -> EnsembleForCausalLM:
+        """Make an ensemble of some of the members, which both then share.
+
+        Args:
+            chosen: their numbers.
+            config: how they are combined.
+        """
+        part: EnsembleForCausalLM = EnsembleForCausalLM(config, [self.members[k] for k in chosen]).eval()
+        if self.tokenizer is not None:
+            v = max(head.v for head in self.heads)
+            ids = range(v) if self.support is None else self.support.nonzero().squeeze(-1).tolist()
+            part.adopt(self.tokenizer, frozenset(ids))
+        return part
+
+    over_bytes = False
+
+    @property
+    def member_heads(self) -> list[SoftmaxHead]:
+        """The members' own output layers."""
+        return self.heads
+
+    @property
+    def widths(self) -> list[int]:
+        """Of a row of each member's :meth:`hidden_states`."""
+        return [head.d for head in self.heads]
+
+    def work(self, hidden: Float[Tensor, "t _"]) -> Float[Tensor, "_ 3"]:
+        """What rows of a member's :meth:`hidden_states` cost it; known over bytes alone."""
+        return hidden.new_zeros(0, 3)
+
+    def require(self, settings: Settings) -> None:
+        """Check that members can be combined by these settings; over bytes not by all."""
 
     def require_tokens(self, what: str) -> None:
         """Check that members share their tokens, for what needs that; an ensemble over bytes raises here.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from softmeet.errors import InvalidInputError
 from softmeet.heads import SoftmaxHead
@@ -30,7 +31,7 @@ from softmeet.members.covers import (
 )
 from softmeet.members.heads import head_of, replace_weight
 from softmeet.members.known_text import KnownText
-from softmeet.members.spelling import spelling_of
+from softmeet.members.spelling import Spelling
 from softmeet.members.token_tree import Growth, Path, TokenTree
 from softmeet.members.token_tree import run as run_trees
 
@@ -40,14 +41,20 @@ _LEAST = 1e-300
 _LOOK_BACK = 64
 
 
-@dataclass
+@dataclass(frozen=True)
 class Work:
-    """What bytes have cost: calls of the model, tokens that it ran in them, bytes, and mass that was estimated."""
+    """What a text has cost one member: calls of its model, tokens run in them, and mass estimated, summed over bytes.
+
+    A call that serves several texts counts for each of them.
+    """
 
     calls: int = 0
     tokens: int = 0
-    bytes: int = 0
     dropped: float = 0.0
+
+    def and_(self, calls: int = 0, tokens: int = 0, dropped: float = 0.0) -> Work:
+        """Add more work."""
+        return Work(self.calls + calls, self.tokens + tokens, self.dropped + dropped)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +64,7 @@ class Reading:
     covers: Covers
     tree: TokenTree
     text: bytes
+    work: Work = Work()
     ended: bool = False
 
 
@@ -64,30 +72,26 @@ class ByteMember:
     """A token model, read byte by byte.
 
     Args:
-        name: for messages.
         model: in evaluation mode.
-        tokenizer: a fast one that loses no bytes.
+        spelling: how its tokenizer cuts text into tokens.
         pruning: how far tokenizations are followed.
         prefix: tokens that stand before every text in place of the tokenizer's own.
-
-    Raises:
-        VocabularyMismatchError: the tokenizer changes text, or cannot write every byte.
     """
 
     def __init__(
         self,
-        name: str,
         model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        spelling: Spelling,
         pruning: Pruning | None = None,
         prefix: Sequence[int] | None = None,
     ) -> None:
-        self.name, self.model, self.pruning = name, model, pruning or Pruning()
-        self.spelling = spelling_of(name, tokenizer, model)
+        self.model, self.spelling, self.pruning = model, spelling, pruning or Pruning()
+        named = model.generation_config.eos_token_id
+        self.ends = sorted({spelling.end, *(named if isinstance(named, list) else [named])} - {None})
         self.head: SoftmaxHead = head_of(model)
+        self._limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         self.prefix = list(self.spelling.start if prefix is None else prefix)
-        self.work = Work()
-        columns = [*self.spelling.tokens.tolist(), *self.spelling.ends]
+        columns = [*self.spelling.tokens.tolist(), *self.ends]
         self._columns = torch.tensor(columns, device=self.head.weight.device)
         self._first = self.spelling.flat[self.spelling.offsets[:-1]]
 
@@ -96,15 +100,53 @@ class ByteMember:
         self.head = replace_weight(self.head, self.model)
         self._columns = self._columns.to(self.head.weight.device)
 
+    @property
+    def room(self) -> int:
+        """Bytes that fit into the context, whatever tokens they make."""
+        # A token behind every one may have to be asked about, and the dummy prefix is one.
+        return sys.maxsize if self._limit is None else max(1, self._limit - len(self.prefix) - 2)
+
     def begin(self, text: bytes) -> Reading:
         """Read a prompt: all tokenizations of its end, behind the tokenizer's own of what comes before."""
         return self._read(text, everything=False)[0]
 
-    def score(self, text: bytes) -> tuple[Reading, Float[np.ndarray, "t 257"]]:
-        """Read a text, and the log-probabilities in nats of every byte's alternatives, of the first byte's too."""
-        reading, found = self._read(text, everything=True)
+    def score(self, text: bytes) -> tuple[Reading, Float[np.ndarray, "t 257"], Float[np.ndarray, " t"]]:
+        """Read a text and say how probable every byte's alternatives were.
+
+        Returns:
+            The text as read; the log-probabilities in nats of what could stand in each byte's place, of the first byte
+            too, and after the last; and the share of mass that each of these rests on estimates for.
+        """
+        reading, found, unasked = self._read(text, everything=True)
         with np.errstate(divide="ignore"):
-            return reading, np.log(found)
+            return reading, np.log(found), unasked
+
+    def expected(self, text: bytes, top: int) -> dict[int, list[tuple[str, float]]]:
+        """By the byte at which a token of the text begins, the most probable tokens there and their log-probabilities.
+
+        Args:
+            text: of any bytes.
+            top: tokens to list.
+        """
+        spelling = self.spelling
+        tokens = spelling.encode(text)
+        chain, first = [*self.prefix, *tokens], len(self.prefix) - 1
+        ((_, (hidden,)),) = self.run([Growth(TokenTree(), [np.empty(0, np.int64)], [chain])])
+        read = np.cumsum([0, *(len(spelling.spelled([token])) for token in tokens[:-1])])
+        # Where they are in the text, which may hold bytes that the member does not see, and no dummy prefix.
+        seen = [k for k, byte in enumerate(text) if byte not in spelling.unwritable]
+        found = {}
+        for place, state in zip(read.tolist(), hidden[first : first + len(tokens)], strict=True):
+            with torch.inference_mode():
+                best = self.head.logits(state[None])[0].log_softmax(-1).topk(top)
+            listed = [(self._named(k), x) for k, x in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+            found[seen[max(0, place - len(spelling.dummy))]] = listed
+        return found
+
+    def _named(self, token: int) -> str:
+        """A token as text; one that ends a text, or stands for none, by its number."""
+        word = self.spelling.spelled([token])
+        return word.decode(errors="backslashreplace") if word else f"<{token}>"
 
     def log_probs(self, readings: Sequence[Reading]) -> Float[Tensor, "B 257"]:
         """The next symbol's log-probabilities in nats, fp64; 256 is the end, and all that follows the end."""
@@ -126,8 +168,7 @@ class ByteMember:
                 found[k] = replace(reading, text=text)
                 continue
             covers = followed(self.spelling, reading.covers, symbol, self.pruning)
-            self.work.bytes += 1
-            found[k] = Reading(covers, reading.tree, text)
+            found[k] = replace(reading, covers=covers, text=text)
         return self._settled(found)
 
     def _settled(self, readings: list[Reading]) -> list[Reading]:
@@ -147,25 +188,27 @@ class ByteMember:
                 paths = [np.append(o.asked.path, before + i) for i, o in enumerate(opened)]
                 answers = list(zip(opened, self.asked(paths, torch.cat(states)), strict=True))
                 covers = closed(self.spelling, readings[k].covers, answers, self.pruning)
-                readings[k] = replace(readings[k], covers=covers, tree=tree)
+                work = readings[k].work.and_(calls=1, tokens=len(opened))
+                readings[k] = replace(readings[k], covers=covers, tree=tree, work=work)
         for k, reading in enumerate(readings):
             if not reading.ended:
-                self.work.dropped += reading.covers.unasked
-                readings[k] = _compact(reading)
+                readings[k] = _compact(replace(reading, work=reading.work.and_(dropped=reading.covers.unasked)))
         return readings
 
     def run(self, growths: Sequence[Growth]) -> list[tuple[TokenTree, list[Float[Tensor, "t d"]]]]:
-        """Run tokens, and count them."""
-        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        """Run tokens.
+
+        Raises:
+            InvalidInputError: they are more than the model's context holds.
+        """
+        limit = self._limit
         pairs = [(path, own) for growth in growths for path, own in zip(growth.paths, growth.tokens, strict=True)]
         longest = max(len(path) + len(own) for path, own in pairs)
         if limit is not None and longest > limit:
             raise InvalidInputError(
-                f"expected a text of at most {limit} tokens, the context of {self.name}, got {longest}: shorten the "
-                "prompt or lower max_new_tokens"
+                f"expected a text of at most {limit} tokens, the context of {self.spelling.name}, got {longest}: "
+                "shorten the prompt or lower max_new_tokens"
             )
-        self.work.calls += 1
-        self.work.tokens += sum(len(tokens) for growth in growths for tokens in growth.tokens)
         with torch.inference_mode():
             return run_trees(self.model, growths)
 
@@ -183,12 +226,12 @@ class ByteMember:
             found.append(Asked(path, own[:m], root))
         return found
 
-    def _read(self, text: bytes, *, everything: bool) -> tuple[Reading, Masses]:
+    def _read(self, text: bytes, *, everything: bool) -> tuple[Reading, Masses, Masses]:
         """Read a text whose bytes are all known, in one call for the tokenizer's tokens and few for others.
 
         Returns:
-            (the text as read; the probabilities of each byte's alternatives and of what comes after the text, if
-            everything is wanted).
+            As :meth:`score`, probabilities in place of their logarithms; nothing but the reading if not everything is
+            wanted.
         """
         spelling, pruning = self.spelling, self.pruning
         known = KnownText(self, text, 0 if everything or not pruning.prune else _LOOK_BACK)
@@ -197,13 +240,11 @@ class ByteMember:
             if not walk.missing:
                 break
             known.ask(walk.missing)
-        self.work.bytes += len(known.text) - known.place
-        self.work.dropped += walk.dropped
-        found = np.empty((0, SYMBOLS))
-        if everything:
-            written = np.cumsum([len(spelling.dummy), *(byte not in spelling.unwritable for byte in text)])
-            found = np.array(walk.predictions)[written]
-        return _compact(Reading(walk.covers, known.tree, text)), found
+        reading = _compact(Reading(walk.covers, known.tree, text, Work(known.calls, known.tokens, sum(walk.unasked))))
+        if not everything:
+            return reading, np.empty((0, SYMBOLS)), np.empty(0)
+        written = np.cumsum([len(spelling.dummy), *(byte not in spelling.unwritable for byte in text)])
+        return reading, np.array(walk.predictions)[written], np.array(walk.unasked)[written]
 
 
 def _compact(reading: Reading) -> Reading:

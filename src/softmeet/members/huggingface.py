@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,6 @@ from softmeet.members.placement import Device, device_map_of, home, main_device
 Dtype = torch.dtype | str | None
 
 
-@dataclass(frozen=True)
-class Member:
-    """A loaded member: its model in evaluation mode and its tokenizer."""
-
-    name: str
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-
-
 def load_members(
     names: Sequence[str | Path],
     *,
@@ -39,9 +29,9 @@ def load_members(
     trust_remote_code: bool = False,
     offload_folder: str | Path | None = None,
     on_progress: Callable[[str], None] = lambda name: None,
-    loaded: dict[Any, Member] | None = None,
-) -> list[Member]:
-    """Load members in order; a bundled family name stands for its members.
+    loaded: dict[Any, PreTrainedModel] | None = None,
+) -> list[PreTrainedModel]:
+    """Load members in order, in evaluation mode; a bundled family name stands for its members.
 
     Args:
         names: hub ids (``org/model`` or ``org/model@revision``), folders, ``.gguf`` files, or bundled names (``wide``,
@@ -65,7 +55,7 @@ def load_members(
     dtypes, devices = one_each(dtype, "dtype", len(expanded)), one_each(device, "device", len(expanded))
     for own in devices:
         device_map_of(own)
-    members: list[Member] = []
+    members: list[PreTrainedModel] = []
     shared = {} if loaded is None else loaded
     for name, own_dtype, own_device in zip(expanded, dtypes, devices, strict=True):
         place = zoo.locate(name)
@@ -76,6 +66,22 @@ def load_members(
             shared[key] = _load(name, own_dtype, own_device, trust_remote_code, folder)
         members.append(shared[key])
     return members
+
+
+def load_tokenizers(names: Sequence[str], *, trust_remote_code: bool = False) -> list[PreTrainedTokenizerBase]:
+    """Load the members' tokenizers, which takes little time beside their weights.
+
+    Raises:
+        CheckpointError: a member is missing, or needs remote code.
+    """
+    found = []
+    for name in names:
+        where = checkpoint_of(name) | {"trust_remote_code": trust_remote_code}
+        try:
+            found.append(transformers.AutoTokenizer.from_pretrained(**where, padding_side="left"))
+        except (OSError, ValueError, ImportError, RuntimeError) as error:
+            raise CheckpointError(f"cannot load {name}: {_first_line(error)}{_advice(error)}") from error
+    return found
 
 
 def last_hidden(model: PreTrainedModel, input_ids: Int[Tensor, "B t"], **options: Any) -> Float[Tensor, "B t d"]:
@@ -106,7 +112,9 @@ def dtype_of(dtype: Dtype, device: Device) -> torch.dtype | str:
     return torch.float32 if on_cpu else "auto"
 
 
-def _load(name: str, dtype: Dtype, device: Device, trust_remote_code: bool, offload_folder: Path | None) -> Member:
+def _load(
+    name: str, dtype: Dtype, device: Device, trust_remote_code: bool, offload_folder: Path | None
+) -> PreTrainedModel:
     where = checkpoint_of(name) | {"trust_remote_code": trust_remote_code}
     spread, wanted = device_map_of(device), dtype_of(dtype, device)
     placement: dict[str, Any] = {} if spread is None else {"device_map": spread}
@@ -115,14 +123,12 @@ def _load(name: str, dtype: Dtype, device: Device, trust_remote_code: bool, offl
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             **where, **placement, dtype=wanted, use_safetensors=True, output_loading_info=True
         )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**where, padding_side="left")
     except SafetensorError as error:
         raise CheckpointError(
             f"cannot load {name}: its safetensors are damaged or truncated ({error}): fetch them again"
         ) from error
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        advice = ": read that code, then pass trust_remote_code=True (--trust-remote-code)"
-        advice = advice if "custom code" in str(error) else ""
+        advice = _advice(error)
         if isinstance(spread, dict) and "meta device" in str(error):
             advice = ": where the output layer shares its weights with the embeddings, put both in one place"
         raise CheckpointError(f"cannot load {name}: {_first_line(error)}{advice}") from error
@@ -132,7 +138,7 @@ def _load(name: str, dtype: Dtype, device: Device, trust_remote_code: bool, offl
             f"cannot load {name}: {len(absent)} weights are missing or misshapen (first: {absent[0]}): fetch it again"
         )
     whole = None if isinstance(device, dict) or placement else torch.device(device or "cpu")
-    return Member(name, (model if whole is None else model.to(whole)).eval(), tokenizer)
+    return (model if whole is None else model.to(whole)).eval()
 
 
 def checkpoint_of(name: str) -> dict[str, Any]:
@@ -148,6 +154,11 @@ def checkpoint_of(name: str) -> dict[str, Any]:
         raise CheckpointError(f"cannot load {name}: there is no such folder")
     repository, _, revision = place.partition("@")
     return {"pretrained_model_name_or_path": repository, **({"revision": revision} if revision else {})}
+
+
+def _advice(error: Exception) -> str:
+    custom = "custom code" in str(error)
+    return ": read that code, then pass trust_remote_code=True (--trust-remote-code)" if custom else ""
 
 
 def _first_line(error: Exception) -> str:

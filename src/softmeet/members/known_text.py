@@ -42,14 +42,14 @@ class Walk:
     Attributes:
         covers: of the whole text.
         predictions: for every byte and for what comes after the last, if they are wanted.
+        unasked: the share of mass that was estimated or let go, for every byte and for what comes after the last.
         missing: open covers that the model should have been asked about; they were estimated.
-        dropped: mass that was estimated or let go, over all bytes.
     """
 
     covers: Covers
     predictions: list[Masses] = field(default_factory=list)
+    unasked: list[float] = field(default_factory=list)
     missing: dict[Step, Open] = field(default_factory=dict)
-    dropped: float = 0.0
 
 
 class KnownText:
@@ -64,6 +64,7 @@ class KnownText:
         text: the bytes that the member's tokens spell: with its dummy prefix, without what it cannot write.
         place: the byte from which tokenizations are followed.
         tree: what the model keeps.
+        calls, tokens: of the model, and tokens run in them.
     """
 
     def __init__(self, member: ByteMember, text: bytes, look_back: int) -> None:
@@ -79,6 +80,7 @@ class KnownText:
             first = int(np.searchsorted(ends, max(0, len(self.text) - look_back), side="right")) - 1
         self.place = int(ends[first])
         chain = [*member.prefix, *tokens]
+        self.calls, self.tokens = 1, len(chain)
         ((self.tree, (hidden,)),) = member.run([Growth(TokenTree(), [np.empty(0, np.int64)], [chain])])
         before = len(member.prefix) - 1
         columns = range(before + first, len(chain))
@@ -106,15 +108,18 @@ class KnownText:
         spelling = self.member.spelling
         this = Walk(begun(self._own[self.place], spelling))
         for byte in self.text[self.place :]:
-            if everything:
-                this.predictions.append(prediction(spelling, this.covers))
+            self._note(this, everything=everything)
             this.covers = followed(spelling, this.covers, byte, pruning)
             while answers := self._answers(this, pruning):
                 this.covers = closed(spelling, this.covers, answers, pruning)
-            this.dropped += this.covers.unasked
-        if everything:
-            this.predictions.append(prediction(spelling, this.covers))
+        self._note(this, everything=everything)
         return this
+
+    def _note(self, this: Walk, *, everything: bool) -> None:
+        """Keep what is known of the next byte."""
+        this.unasked.append(this.covers.unasked)
+        if everything:
+            this.predictions.append(prediction(self.member.spelling, this.covers))
 
     def _answers(self, this: Walk, pruning: Pruning) -> list[tuple[Open, Asked]]:
         """Those that are there, of the open covers that the model is to be asked about."""
@@ -136,6 +141,7 @@ class KnownText:
     def ask(self, missing: dict[Step, Open]) -> None:
         """Ask the model about open covers in one call."""
         opened, before = list(missing.values()), self.tree.columns
+        self.calls, self.tokens = self.calls + 1, self.tokens + len(opened)
         growth = Growth(self.tree, [one.asked.path for one in opened], [[one.token] for one in opened])
         ((self.tree, states),) = self.member.run([growth])
         paths = [np.append(one.asked.path, before + i) for i, one in enumerate(opened)]

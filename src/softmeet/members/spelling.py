@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from softmeet.errors import VocabularyMismatchError
@@ -43,7 +43,7 @@ class Spelling:
         words: what the tokens spell, sorted; two tokens may spell the same.
         tokens: (m,), the id of each.
         flat, offsets: the words one after another, (bytes,) uint8 and (m + 1,), where each begins.
-        ends: ids that end a text.
+        end: the id that ends a text, if there is one; a model may know more.
         start: ids before a text.
         dummy: bytes that the tokenizer puts before every text.
         unwritable: bytes that no token spells; control characters and such as no UTF-8 of assigned characters holds.
@@ -54,7 +54,7 @@ class Spelling:
     tokens: np.ndarray[Any, np.dtype[np.int64]]
     flat: np.ndarray[Any, np.dtype[np.uint8]]
     offsets: np.ndarray[Any, np.dtype[np.int64]]
-    ends: tuple[int, ...]
+    end: int | None
     start: tuple[int, ...]
     dummy: bytes
     unwritable: bytes
@@ -212,13 +212,12 @@ def _start(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return tuple(k for k in candidates if k is not None)[:1]
 
 
-def spelling_of(name: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None) -> Spelling:
+def spelling_of(name: str, tokenizer: PreTrainedTokenizerBase) -> Spelling:
     """Read a member's tokenizer.
 
     Args:
         name: of the member, for messages.
         tokenizer: a fast one.
-        model: whose generation configuration may name more tokens that end a text.
 
     Raises:
         VocabularyMismatchError: texts are not kept as they are, or there are bytes that no token spells.
@@ -232,14 +231,12 @@ def spelling_of(name: str, tokenizer: PreTrainedTokenizerBase, model: PreTrained
     ordered = sorted(own.items(), key=lambda item: (item[1], item[0]))
     words = [word for _, word in ordered]
     single = {word[0]: k for k, word in ordered if len(word) == 1}
-    named = None if model is None else model.generation_config.eos_token_id
-    ends = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id} - {None}
     tried = core.encode("a", add_special_tokens=False).ids
     dummy = b"".join(own.get(k, b"") for k in tried).removesuffix(b"a")
     spelling = Spelling(
         name=name, words=words, tokens=np.array([k for k, _ in ordered]),
         flat=np.frombuffer(b"".join(words), np.uint8), offsets=np.cumsum([0, *map(len, words)]),
-        ends=tuple(sorted(ends)), start=_start(tokenizer), dummy=dummy,
+        end=tokenizer.eos_token_id, start=_start(tokenizer), dummy=dummy,
         unwritable=bytes(sorted(set(range(256)) - single.keys())), _core=core, _own=own, _single=single,
     )  # fmt: skip
     for text in _TRIED:

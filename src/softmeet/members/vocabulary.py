@@ -1,8 +1,10 @@
-"""Whether members share a vocabulary, and which rows of their heads are tokens."""
+"""Whether members share a vocabulary, and which rows of their heads are tokens of all of them."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool
@@ -13,42 +15,83 @@ from softmeet.errors import VocabularyMismatchError
 from softmeet.heads import SoftmaxHead
 
 _SHOWN = 5
+# As converters to GGUF name rows of a head that stand for nothing.
+_PADDING = re.compile(r"\[PAD\d+\]")
 
 
-def require_same_vocabulary(names: Sequence[str], tokenizers: Sequence[PreTrainedTokenizerBase]) -> None:
-    """Every tokenizer must give the same ids to the same tokens as the first.
+@dataclass(frozen=True, eq=False)
+class CommonVocabulary:
+    """What members' tokenizers have in common.
+
+    Attributes:
+        tokenizer: one of the members' that makes of a text only tokens that all have: the first's, if it does.
+        ids: those that are the same token for every member.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    ids: frozenset[int]
+
+
+def common_vocabulary(names: Sequence[str], tokenizers: Sequence[PreTrainedTokenizerBase]) -> CommonVocabulary:
+    """Find the tokens that all members have under one id.
+
+    Vocabularies may differ in padding, and in tokens that were added to them, as those of a model and of its variant
+    for chat do. All others have to be the same, and so have those that end a text.
+
+    Args:
+        names: of the members, for the message.
+        tokenizers: theirs.
 
     Raises:
-        VocabularyMismatchError: one does not; the message says which tokens differ.
+        VocabularyMismatchError: they are not; the message says which tokens differ.
     """
-    first = tokenizers[0].get_vocab()
-    for name, tokenizer in zip(names[1:], tokenizers[1:], strict=True):
-        other = tokenizer.get_vocab()
-        if other == first:
-            continue
-        by_id, by_id_other = _by_id(first), _by_id(other)
-        ids = sorted(i for i in by_id.keys() | by_id_other.keys() if by_id.get(i) != by_id_other.get(i))
-        shown = "; ".join(f"id {i}: {by_id.get(i)!r} and {by_id_other.get(i)!r}" for i in ids[:_SHOWN])
-        raise VocabularyMismatchError(
-            f"expected members with one vocabulary, but {names[0]} ({len(first):,} tokens) and {name} ({len(other):,} "
-            f"tokens) differ in {len(ids):,} ids ({shown}{', …' if len(ids) > _SHOWN else ''}): choose members of one "
-            "family, or combine them over bytes: vocabulary='bytes'"
-        )
+    every = [_by_id(tokenizer) for tokenizer in tokenizers]
+    added = [set(tokenizer.added_tokens_decoder) for tokenizer in tokenizers]
+    ordinary = [{i: word for i, word in own.items() if i not in new} for own, new in zip(every, added, strict=True)]
+    for k, own in enumerate(every):
+        # One of two may have added what the other always had.
+        if any(own.get(i) != word for i, word in ordinary[0].items()) or any(
+            every[0].get(i) != word for i, word in ordinary[k].items()
+        ):
+            raise _mismatch(names, tokenizers, 0, k)
+    ids = frozenset(i for i, word in every[0].items() if all(own.get(i) == word for own in every[1:]))
+    # Whoever ends a text has to do so with a token of all.
+    if {tokenizer.eos_token_id for tokenizer in tokenizers} - {None} <= ids:
+        for tokenizer in tokenizers:
+            if {i for i, token in tokenizer.added_tokens_decoder.items() if not token.special} <= ids:
+                return CommonVocabulary(tokenizer, ids)
+    raise _mismatch(names, tokenizers, 0, next(k for k, own in enumerate(every) if own != every[0]))
 
 
-def _by_id(vocabulary: dict[str, int]) -> dict[int, str]:
-    return {index: token for token, index in vocabulary.items()}
+def _by_id(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    return {i: word for word, i in tokenizer.get_vocab().items() if not _PADDING.fullmatch(word)}
 
 
-def token_support(
-    tokenizer: PreTrainedTokenizerBase, names: Sequence[str], heads: Sequence[SoftmaxHead]
-) -> Bool[Tensor, " v"] | None:
-    """A mask of the ids that are tokens, over the rows of the largest head; None where no head is padded.
+def _mismatch(
+    names: Sequence[str], tokenizers: Sequence[PreTrainedTokenizerBase], i: int, k: int
+) -> VocabularyMismatchError:
+    one, other = _by_id(tokenizers[i]), _by_id(tokenizers[k])
+    ids = sorted(j for j in one.keys() | other.keys() if one.get(j) != other.get(j))
+    shown = "; ".join(f"id {j}: {one.get(j)!r} and {other.get(j)!r}" for j in ids[:_SHOWN])
+    return VocabularyMismatchError(
+        f"expected members with one vocabulary, but {names[i]} ({len(one):,} tokens) and {names[k]} ({len(other):,} "
+        f"tokens) differ in {len(ids):,} ids ({shown}{', …' if len(ids) > _SHOWN else ''}): choose members of one "
+        "family, or combine them over bytes: vocabulary='bytes'"
+    )
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The ids of a tokenizer's tokens, without those that pad its vocabulary."""
+    return frozenset(_by_id(tokenizer))
+
+
+def token_support(ids: frozenset[int], names: Sequence[str], heads: Sequence[SoftmaxHead]) -> Bool[Tensor, " v"] | None:
+    """Mark the ids that are tokens, over the rows of the largest head; None where all rows are.
 
     Raises:
-        VocabularyMismatchError: a head has fewer rows than the tokenizer has tokens.
+        VocabularyMismatchError: a head has no row for some of them.
     """
-    tokens = max(tokenizer.get_vocab().values()) + 1
+    tokens = max(ids) + 1
     for name, head in zip(names, heads, strict=True):
         if head.v < tokens:
             raise VocabularyMismatchError(
@@ -56,7 +99,8 @@ def token_support(
                 "the checkpoint and its tokenizer do not belong together"
             )
     v = max(head.v for head in heads)
-    if tokens == v:
+    if len(ids) == v:
         return None
-    mask: Tensor = torch.arange(v, device=heads[0].weight.device) < tokens
+    mask = torch.zeros(v, dtype=torch.bool, device=heads[0].weight.device)
+    mask[list(ids)] = True
     return mask

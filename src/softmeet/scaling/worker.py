@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,11 @@ class Worker:
 
     def __init__(self, packed: Packed, threads: int, devices: int) -> None:
         torch.set_num_threads(threads)
+        # What is imported to unpack an ensemble is a million objects, through which the collector would go many times.
+        gc.disable()
         ensemble: Ensemble | None = unpack(packed)
+        gc.freeze()
+        gc.enable()
         if devices and ensemble is not None:
             spread(ensemble, devices)
         self._parts = parts(ensemble)

@@ -72,10 +72,7 @@ def _part(served: Served, chosen: tuple[int, ...]) -> EnsembleForCausalLM:
         "weights": [total * w / share for w in weights] if sum(weights) else None,
         "trust": [rho for k in chosen for rho in config.settings.trusts()[k]],
     }
-    settings = EnsembleConfig([config.members[k] for k in chosen], settings=Settings.of(own))
-    models = [whole.members[k] for k in chosen]
-    part: EnsembleForCausalLM = EnsembleForCausalLM(settings, models).eval()
-    part.adopt(whole.tokenizer)
+    part = whole.part(chosen, EnsembleConfig([config.members[k] for k in chosen], settings=Settings.of(own)))
     part.generation_config = whole.generation_config
     return part
 

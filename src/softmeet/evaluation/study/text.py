@@ -27,7 +27,7 @@ from softmeet.evaluation.study.entries import BASELINES, EXACT, MEETS, OTHERS, T
 from softmeet.evaluation.study.plots import Plot
 from softmeet.evaluation.study.report import Report, Table, mean_text
 from softmeet.evaluation.study.runs import Cell, Json
-from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
+from softmeet.hf import EnsembleConfig
 from softmeet.rules.settings import DEFAULT_TRUST
 
 MAX_ENTROPY = EXACT[0]
@@ -136,9 +136,7 @@ def _sample(ensemble: Ensemble, entry: Entry, settings: Settings) -> Json:
 def _variant(ensemble: Ensemble, size: int, **settings: Any) -> Ensemble:
     """The first ``size`` members, already loaded, under other settings."""
     config = EnsembleConfig(members=ensemble.names[:size], **settings)
-    model = EnsembleForCausalLM(config, list(ensemble.model.members)[:size]).eval()
-    model.adopt(ensemble.tokenizer)
-    return Ensemble(model, ensemble.tokenizer)
+    return Ensemble(ensemble.model.part(range(size), config), ensemble.tokenizer)
 
 
 @dataclass(frozen=True, eq=False)
