@@ -336,3 +336,80 @@ def test_inspect_reports_between_places_where_all_members_cut(folders, ensemble)
     assert facts["first"] == ""
     assert "".join(token["text"] for token in facts["tokens"]) == text
     assert facts["nats"] == pytest.approx(-sum(token["log_prob"] for token in facts["tokens"]) / len(symbols))
+
+
+def begun_with(reader, text):
+    """A prompt in a member's own tokens, behind those that begin a text."""
+    return [*reader.spelling.start, *reader.spelling.encode(text)]
+
+
+def test_members_begin_after_prompts_of_their_own(ensemble, folders, tmp_path):
+    """Of every row, and of all texts: cached or not, in a batch or alone, in beams, saved."""
+    readers = ensemble.model.readers
+    prefixes = [[begun_with(readers[0], b"he t"), None], [None, begun_with(readers[1], b"there ")]]
+    inputs = ensemble.tokenizer(PROMPTS[:2], return_tensors="pt", padding=True)
+    found = ensemble.model(**inputs, prefixes=prefixes).logits[:, -1]
+    for k, own in enumerate(prefixes):
+        expected = [
+            reader.log_probs([reader.begin(PROMPTS[k].encode(), prefix)])[0]
+            for reader, prefix in zip(readers, own, strict=True)
+        ]
+        mean = torch.stack(expected).mean(0).log_softmax(-1)
+        assert torch.allclose(found[k].double(), mean, atol=1e-5)
+    assert not torch.allclose(found, ensemble.model(**inputs).logits[:, -1], atol=1e-2)
+    for options in (GREEDY, GREEDY | {"num_beams": 2}):
+        together = ensemble.generate(PROMPTS[:2], prefixes=prefixes, **options)
+        alone = [
+            ensemble.generate(prompt, prefixes=[own], **options)
+            for prompt, own in zip(PROMPTS[:2], prefixes, strict=True)
+        ]
+        assert together == alone
+        assert together == ensemble.generate(PROMPTS[:2], prefixes=prefixes, use_cache=False, **options)
+    fixed = Ensemble.from_pretrained(folders, vocabulary="bytes", prune=0.0, dtype=torch.float64, prefixes=prefixes[0])
+    assert fixed.generate(PROMPTS[0], **GREEDY) == ensemble.generate(PROMPTS[0], prefixes=prefixes[:1], **GREEDY)
+    fixed.save_pretrained(tmp_path / "fixed")
+    again = Ensemble.from_pretrained(tmp_path / "fixed", dtype=torch.float64)
+    assert again.model.config.prefixes == prefixes[0]
+    assert again.generate(PROMPTS[0], **GREEDY) == fixed.generate(PROMPTS[0], **GREEDY)
+
+
+def test_a_prefix_is_read_once(pruned, monkeypatch):
+    reader, asked = pruned.model.readers[0], []
+    run = reader.run
+    monkeypatch.setattr(reader, "run", lambda growths: asked.append(sum(map(len, growths[0].tokens))) or run(growths))
+    prefix = begun_with(reader, b"the other there he " * 3)
+    pruned.generate(["the", "he "], prefixes=[[prefix, None]] * 2, **GREEDY)
+    assert asked.count(len(prefix)) == 1
+    assert sum(count >= len(prefix) for count in asked) == 1
+
+
+def test_prefixes_that_do_not_fit_are_refused(pruned, folders):
+    with pytest.raises(InvalidInputError, match="expected 2 prefixes, one per member, got 1"):
+        Ensemble.from_pretrained(folders, prefixes=[[1]])
+    with pytest.raises(InvalidInputError, match="expected vocabulary='bytes' with prefixes"):
+        Ensemble.from_pretrained([folders[0], folders[0]], prefixes=[[1], None])
+    with pytest.raises(InvalidInputError, match="expected prefixes for each of 1 prompts, got 2"):
+        pruned.generate("the", prefixes=[[None, None]] * 2, **GREEDY)
+    with pytest.raises(InvalidInputError, match="a prefix of at least one token"):
+        pruned.generate("the", prefixes=[[[], None]], **GREEDY)
+    tokens = Ensemble.from_pretrained([folders[0]])
+    with pytest.raises(InvalidInputError, match="expected no prefixes over tokens"):
+        tokens.model(input_ids=torch.tensor([[5]]), prefixes=[[None]])
+
+
+def test_an_empty_prompt_begins_a_text(ensemble):
+    found = ensemble.model(input_ids=torch.tensor([[END]])).logits[0, -1].double()
+    expected = torch.stack([reader.log_probs([reader.begin(b"")])[0] for reader in ensemble.model.readers])
+    assert torch.allclose(found, expected.mean(0).log_softmax(-1), atol=1e-5)
+    alone = ensemble.generate("", **GREEDY)
+    assert ensemble.generate(["", "the"], **GREEDY)[0] == alone
+    assert "".join(ensemble.stream("", **GREEDY)) == alone
+    assert ensemble.next_token("").solution.log_probs[0].double() == pytest.approx(found, abs=1e-5)
+
+
+def test_bos_has_the_first_byte_predicted(pruned):
+    documents = [Document("a", "the other")]
+    plain, begun = (observe_text(pruned, documents, bos=bos) for bos in (False, True))
+    assert len(plain) == 8
+    assert bytes(begun.targets.tolist()) == b"the other"
+    assert torch.allclose(begun.hidden[0][1:, :SYMBOLS], plain.hidden[0][:, :SYMBOLS], atol=1e-12)

@@ -117,6 +117,7 @@ class Ensemble:
         loaded: dict[Any, PreTrainedModel] | None = None,
         vocabulary: str | None = None,
         prune: float | None = None,
+        prefixes: Sequence[Sequence[int] | None] | None = None,
         **settings: Any,
     ) -> Ensemble:
         """Load members and combine them by a rule, or load a saved ensemble.
@@ -140,6 +141,8 @@ class Ensemble:
                 ``max_new_tokens`` counts bytes. None for ``"auto"``, or for what a saved ensemble has.
             prune: over bytes, the share of mass from which a tokenization of the text is followed; 0 for all of them.
                 None for 0.01, or for what a saved ensemble has.
+            prefixes: over bytes, for each member its own tokens before every text, such as a prompt that it alone has;
+                None for what its tokenizer puts there, or for what a saved ensemble has.
             settings: the fields of :class:`softmeet.Settings`, listed below, and options of the rule itself; None for
                 the default, or for what a saved ensemble has.
 
@@ -156,7 +159,8 @@ class Ensemble:
         over = EnsembleConfig(names) if saved is None else _saved_config(saved)
         vocabulary, prune = vocabulary or over.vocabulary, over.prune if prune is None else prune
         require_vocabulary(vocabulary, prune)
-        config = EnsembleConfig(names, settings=chosen, vocabulary=vocabulary, prune=prune)
+        prefixes = over.prefixes if prefixes is None else prefixes
+        config = EnsembleConfig(names, settings=chosen, vocabulary=vocabulary, prune=prune, prefixes=prefixes)
         any_average = saved is None and rule is None
         if vocabulary == "bytes" and not any_average:
             require_for_bytes(config.settings)
@@ -274,7 +278,8 @@ class Ensemble:
                 the gate, for this call.
 
         Raises:
-            InvalidInputError: a prompt is empty or leaves no room in the shortest context.
+            InvalidInputError: a prompt is empty, which it may be over bytes alone, or leaves no room in the shortest
+                context.
         """
         prompts = [text] if isinstance(text, str) else list(text)
         if prompt_weights:
@@ -317,9 +322,14 @@ class Ensemble:
             raise failures[0]
 
     def _encode(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        if not prompts or not all(prompts):
+        over_bytes = self.model.over_bytes
+        if not prompts or not (all(prompts) or over_bytes):
             raise InvalidInputError("expected a prompt of at least one token, got an empty one")
         inputs = self.tokenizer(prompts, return_tensors="pt", padding=len(prompts) > 1, verbose=False)
+        if inputs["input_ids"].shape[1] == 0 and over_bytes:
+            # Behind the end begins a text.
+            begun = torch.full((len(prompts), 1), self.model.config.bos_token_id)
+            inputs = {"input_ids": begun, "attention_mask": torch.ones_like(begun)}
         if inputs["input_ids"].shape[1] == 0:
             raise InvalidInputError(f"expected a prompt of at least one token, got {prompts!r}")
         found = {key: inputs[key].to(self.model.device) for key in ("input_ids", "attention_mask")}

@@ -50,7 +50,7 @@ def body_hash(model: torch.nn.Module) -> str:
 def identity(ensemble: Ensemble) -> dict[str, Any]:
     """What a trace says of the members that made it."""
     model = ensemble.model
-    facts: dict[str, Any] = {"prune": model.config.prune} if model.over_bytes else {}
+    facts: dict[str, Any] = {"prune": model.config.prune, "prefixes": model.config.prefixes} if model.over_bytes else {}
     return facts | {
         "members": [
             {

@@ -12,7 +12,16 @@ from softmeet.hf.configuration import EnsembleConfig
 from softmeet.rules.settings import rule_of
 
 # What an ensemble knows of its members.
-_KEPT = ("vocabulary", "prune", "vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+_KEPT = (
+    "vocabulary",
+    "prune",
+    "prefixes",
+    "vocab_size",
+    "max_position_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
 CARD = """
 ## How it was chosen
 

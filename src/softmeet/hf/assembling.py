@@ -63,6 +63,10 @@ def choose_vocabulary(
                 "combined over bytes, which max_new_tokens counts, as these have different tokens: %s", members
             )
         else:
+            if config.prefixes is not None:
+                raise InvalidInputError(
+                    "expected vocabulary='bytes' with prefixes: over tokens, members share every token of a prompt"
+                )
             config.vocabulary = "tokens"
             return found
     config.vocabulary = "bytes"
@@ -88,7 +92,8 @@ def assemble(
     """
     if not isinstance(vocabulary, CommonVocabulary):
         pruning = Pruning(config.prune) if config.prune else Pruning(0.0, None)
-        readers = [ByteMember(model, own, pruning) for model, own in zip(models, vocabulary, strict=True)]
+        prefixes = config.prefixes or [None] * len(models)
+        readers = [ByteMember(*own, pruning, before) for *own, before in zip(models, vocabulary, prefixes, strict=True)]
         over_bytes: EnsembleForCausalLM = ByteEnsembleForCausalLM(config, readers).eval()
         return over_bytes
     tokenizer = vocabulary.tokenizer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import Cache
 
@@ -15,10 +15,14 @@ _KEPT = 16
 
 @dataclass(frozen=True)
 class Row:
-    """One row: its symbols, and the readings after the last few of them, the newest last; none if it has to be read."""
+    """One row: its symbols, and the readings after the last few of them, the newest last; none if it has to be read.
+
+    ``prefix`` are the member's tokens before it; None for those before every text.
+    """
 
     symbols: tuple[int, ...] = ()
     readings: tuple[Reading, ...] = ()
+    prefix: tuple[int, ...] | None = None
 
     @property
     def length(self) -> int:
@@ -27,11 +31,12 @@ class Row:
 
     def longer(self, symbol: int, reading: Reading) -> Row:
         """Add a symbol, and what was read with it."""
-        return Row((*self.symbols, symbol), (*self.readings[1 - _KEPT :], reading))
+        return replace(self, symbols=(*self.symbols, symbol), readings=(*self.readings[1 - _KEPT :], reading))
 
     def shorter(self, by: int) -> Row:
         """Take the last symbols away; without a reading that is left, the row is read anew."""
-        return Row(self.symbols[: len(self.symbols) - by], self.readings[: max(0, len(self.readings) - by)])
+        left = self.readings[: max(0, len(self.readings) - by)]
+        return replace(self, symbols=self.symbols[: len(self.symbols) - by], readings=left)
 
 
 class ByteCache(Cache):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ from softmeet.rules.gates import Gate, Unsure, that_closes
 from softmeet.rules.registry import all_rules
 from softmeet.rules.settings import Settings
 
+# For each row, each member's tokens before it; None for those before every text.
+Prefixes = Sequence[Sequence[Sequence[int] | None]]
 # The rule of byte ensembles for which none is named.
 BYTE_RULE = "logit-mean"
 # Of a text that is evaluated.
@@ -54,7 +57,7 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
         self.heads = [SoftmaxHead(torch.zeros(SYMBOLS, 1)) for _ in readers]
         self.capped = False
         config.vocab_size, config.max_position_embeddings = SYMBOLS, None
-        config.bos_token_id, config.eos_token_id, config.pad_token_id = None, END, END
+        config.bos_token_id, config.eos_token_id, config.pad_token_id = END, END, END
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(self.generation_config, key, getattr(config, key))
         self.adopt(byte_tokenizer())
@@ -137,15 +140,20 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
         cache: Any,
         kept: slice | Int[Tensor, " k"] = slice(None),
         attention_mask: Int[Tensor, "B s"] | None = None,
+        prefixes: Prefixes | None = None,
         **shared: Any,
     ) -> list[Float[Tensor, "B k 257"]]:
-        """Every member's log-probabilities of what follows each of the kept symbols."""
+        """Every member's log-probabilities of what follows each of the kept symbols.
+
+        ``prefixes`` are each member's own tokens before each row, or before each prompt of several rows.
+        """
         new, wanted = input_ids.shape[1], torch.arange(input_ids.shape[1])[kept].tolist()
         seen = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -new:]
         symbols = [row[mask.bool()].tolist() for row, mask in zip(input_ids.cpu(), seen.cpu(), strict=True)]
         found = []
         for i, reader in enumerate(self.readers):
-            rows = cache.members[i].rows if cache is not None and cache.members[i].rows else [Row()] * len(symbols)
+            rows = cache.members[i].rows if cache is not None else []
+            rows = rows or _fresh(len(symbols), None if prefixes is None else [own[i] for own in prefixes])
             rows, log_probs = _read_on(reader, rows, symbols, new, wanted)
             if cache is not None:
                 cache.members[i].rows = rows
@@ -158,13 +166,15 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
         The three columns behind the 257 of the symbols are the share of mass that was estimated, the calls of the model
         and the tokens run in them; these two are in the last row.
         """
-        text, found = bytes(input_ids[0].tolist()), []
+        symbols, found = input_ids[0].tolist(), []
+        # Behind the end begins a text, whose first byte is then predicted, too.
+        begun = symbols[:1] == [END]
         for reader in self.readers:
-            reading, log_probs, unasked = reader.score(text)
-            costs = np.zeros((len(text), 3))
-            costs[:, 0] = unasked[1:]
+            reading, log_probs, unasked = reader.score(bytes(symbols[begun:]))
+            costs = np.zeros((len(log_probs), 3))
+            costs[:, 0] = unasked
             costs[-1, 1:] = reading.work.calls, reading.work.tokens
-            found.append(torch.from_numpy(np.hstack([log_probs[1:], costs])))
+            found.append(torch.from_numpy(np.hstack([log_probs, costs])[not begun :]))
         return found
 
     def own_logits(self, hidden: Sequence[Float[Tensor, "B _"]], asked: Asked | None = None) -> Float[Tensor, "n B v"]:
@@ -231,6 +241,20 @@ def _nothing_known(*shape: int) -> Float[Tensor, "... 257"]:
     return torch.full((*shape, SYMBOLS), -math.log(SYMBOLS), dtype=torch.float64)
 
 
+def _fresh(count: int, prefixes: Sequence[Sequence[int] | None] | None) -> list[Row]:
+    """So many rows of which nothing was read.
+
+    Raises:
+        InvalidInputError: they cannot be dealt out to so many prefixes.
+    """
+    if prefixes is None:
+        return [Row()] * count
+    if not prefixes or count % len(prefixes):
+        raise InvalidInputError(f"expected prefixes for each of {count} prompts, got {len(prefixes)}")
+    own = [None if prefix is None else tuple(prefix) for prefix in prefixes]
+    return [Row(prefix=prefix) for prefix in own for _ in range(count // len(prefixes))]
+
+
 def _read_on(
     reader: ByteMember, rows: Sequence[Row], symbols: Sequence[Sequence[int]], new: int, wanted: Sequence[int]
 ) -> tuple[list[Row], Float[Tensor, "B k 257"]]:
@@ -240,7 +264,8 @@ def _read_on(
     going = {k for k, row in enumerate(rows) if row.readings}
     for k, own in enumerate(symbols):
         if k not in going:
-            found[k], log_probs = _read(reader, (*rows[k].symbols, *own), len(own), new, wanted)
+            row = replace(rows[k], symbols=(*rows[k].symbols, *own))
+            found[k], log_probs = _read(reader, row, len(own), new, wanted)
             out[k] = log_probs
     for column in range(new):
         # A row's new symbols stand at the end of the columns.
@@ -257,21 +282,22 @@ def _read_on(
 
 
 def _read(
-    reader: ByteMember, symbols: tuple[int, ...], count: int, new: int, wanted: Sequence[int]
+    reader: ByteMember, row: Row, count: int, new: int, wanted: Sequence[int]
 ) -> tuple[Row, Float[Tensor, "k 257"]]:
     """A row from its beginning; what comes after the end is another text."""
+    symbols = row.symbols
     ends = [k for k, symbol in enumerate(symbols) if symbol == END]
     text = bytes(symbols[ends[-1] + 1 if ends else 0 :])
     out = _nothing_known(len(wanted))
     if list(wanted) in ([new - 1], []):
-        reading: Reading = reader.begin(text)
+        reading: Reading = reader.begin(text, row.prefix)
         if wanted:
             out[0] = reader.log_probs([reading])[0]
-        return Row(symbols, (reading,)), out
-    reading, log_probs, _ = reader.score(text)
+        return replace(row, readings=(reading,)), out
+    reading, log_probs, _ = reader.score(text, row.prefix)
     for place, column in enumerate(wanted):
         # Column new - 1 is the last symbol, after which the last row of the scores comes.
         behind = new - 1 - column
         if behind < min(count, len(text)):
             out[place] = torch.from_numpy(log_probs[len(text) - behind])
-    return Row(symbols, (reading,)), out
+    return replace(row, readings=(reading,)), out

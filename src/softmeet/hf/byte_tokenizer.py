@@ -25,6 +25,6 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     core.add_special_tokens([AddedToken(_END, special=True)])
     assert core.token_to_id(_END) == END
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token=_END, pad_token=_END, padding_side="left", split_special_tokens=True,
-        clean_up_tokenization_spaces=False,
+        tokenizer_object=core, bos_token=_END, eos_token=_END, pad_token=_END, padding_side="left",
+        split_special_tokens=True, clean_up_tokenization_spaces=False,
     )  # fmt: skip

@@ -29,6 +29,7 @@ class EnsembleConfig(PreTrainedConfig):
         vocabulary: what the members are combined over, their common ``"tokens"`` or ``"bytes"``; ``"auto"``
             until that is known.
         prune: over bytes, the share of mass from which a tokenization of the text is followed; 0 for all of them.
+        prefixes: over bytes, for each member its own tokens before every text; None for what its tokenizer puts there.
 
     Raises:
         InvalidInputError: a setting is wrong; checked here, before any member is loaded or run.
@@ -45,6 +46,7 @@ class EnsembleConfig(PreTrainedConfig):
         rule_source: str | None = None,
         vocabulary: str = "auto",
         prune: float = 0.01,
+        prefixes: Sequence[Sequence[int] | None] | None = None,
         **given: Any,
     ) -> None:
         if settings is None:
@@ -53,6 +55,9 @@ class EnsembleConfig(PreTrainedConfig):
             settings = Settings.of({"rule": rule, **own})
         self.members, self.vocabulary, self.prune = [str(member) for member in members], vocabulary, prune
         self.settings = settings.for_members(len(self.members))
+        if prefixes is not None and len(prefixes) != len(self.members):
+            raise InvalidInputError(f"expected {len(self.members)} prefixes, one per member, got {len(prefixes)}")
+        self.prefixes = None if prefixes is None else [None if own is None else list(own) for own in prefixes]
         self.rule_source = source_of(self.settings.rule)
         super().__init__(**given)
 

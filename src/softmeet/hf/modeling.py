@@ -262,6 +262,7 @@ class EnsembleForCausalLM(Combining, PreTrainedModel, GenerationMixin):
         settings: Settings | None = None,
         weights: Sequence[float] | None = None,
         gate: str | None = None,
+        prefixes: Sequence[Sequence[Sequence[int] | None]] | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
@@ -272,9 +273,12 @@ class EnsembleForCausalLM(Combining, PreTrainedModel, GenerationMixin):
             settings: how to combine, in place of the configuration's, for this call alone.
             weights: of the pool; the same, where the rest stays as it is.
             gate: the same; ``"none"`` for none.
+            prefixes: over bytes, for each row each member's own tokens before it, in place of those before every text;
+                None for these.
 
         Raises:
             NonFiniteError: a member's logits hold NaN or +inf; the message names it.
+            InvalidInputError: prefixes over tokens, or not for every row.
         """
         settings = settings or self.with_changes(weights, gate)
         if use_cache and cache is None:
@@ -285,6 +289,10 @@ class EnsembleForCausalLM(Combining, PreTrainedModel, GenerationMixin):
             "position_ids": position_ids,
             "use_cache": bool(use_cache),
         }
+        if prefixes is not None:
+            if not self.over_bytes:
+                raise InvalidInputError("expected no prefixes over tokens, where members share every token of a prompt")
+            shared["prefixes"] = prefixes
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         closing, asked = that_closes(settings.gate), None
         if isinstance(closing, Unsure) or (cache is not None and cache.lagging):

@@ -39,13 +39,15 @@ from softmeet.members.token_tree import run as run_trees
 _LEAST = 1e-300
 # Bytes before the end of a prompt from which all tokenizations are followed; before them, the tokenizer's alone.
 _LOOK_BACK = 64
+# Prefixes whose states are kept.
+_PREFIXES = 16
 
 
 @dataclass(frozen=True)
 class Work:
     """What a text has cost one member: calls of its model, tokens run in them, and mass estimated, summed over bytes.
 
-    A call that serves several texts counts for each of them.
+    A call that serves several texts counts for each of them, and one that reads a prefix, which is kept, for none.
     """
 
     calls: int = 0
@@ -75,7 +77,7 @@ class ByteMember:
         model: in evaluation mode.
         spelling: how its tokenizer cuts text into tokens.
         pruning: how far tokenizations are followed.
-        prefix: tokens that stand before every text in place of the tokenizer's own.
+        prefix: tokens before every text that has no others, in place of the tokenizer's own.
     """
 
     def __init__(
@@ -93,12 +95,14 @@ class ByteMember:
         self.prefix = list(self.spelling.start if prefix is None else prefix)
         columns = [*self.spelling.tokens.tolist(), *self.ends]
         self._columns = torch.tensor(columns, device=self.head.weight.device)
+        self._prefixes: dict[tuple[int, ...], tuple[TokenTree, Tensor]] = {}
         self._first = self.spelling.flat[self.spelling.offsets[:-1]]
 
     def find_head_again(self) -> None:
         """Read the model's output layer where it is now."""
         self.head = replace_weight(self.head, self.model)
         self._columns = self._columns.to(self.head.weight.device)
+        self._prefixes.clear()
 
     @property
     def room(self) -> int:
@@ -106,18 +110,45 @@ class ByteMember:
         # A token behind every one may have to be asked about, and the dummy prefix is one.
         return sys.maxsize if self._limit is None else max(1, self._limit - len(self.prefix) - 2)
 
-    def begin(self, text: bytes) -> Reading:
-        """Read a prompt: all tokenizations of its end, behind the tokenizer's own of what comes before."""
-        return self._read(text, everything=False)[0]
+    def behind(self, prefix: Sequence[int]) -> tuple[TokenTree, Float[Tensor, "1 d"]]:
+        """Read tokens that stand before a text: what the model keeps, and its last hidden state; kept for other texts.
 
-    def score(self, text: bytes) -> tuple[Reading, Float[np.ndarray, "t 257"], Float[np.ndarray, " t"]]:
+        Raises:
+            InvalidInputError: there is no token.
+        """
+        key = tuple(prefix)
+        if not key:
+            raise InvalidInputError("expected a prefix of at least one token, such as the one that begins a text")
+        if key not in self._prefixes:
+            ((tree, (hidden,)),) = self.run([Growth(TokenTree(), [np.empty(0, np.int64)], [list(key)])])
+            for old in list(self._prefixes)[: 1 - _PREFIXES]:
+                self._prefixes.pop(old, None)
+            self._prefixes[key] = tree, hidden[-1:]
+        return self._prefixes[key]
+
+    def begin(self, text: bytes, prefix: Sequence[int] | None = None) -> Reading:
+        """Read a prompt: all tokenizations of its end, behind the tokenizer's own of what comes before.
+
+        Args:
+            text: of any bytes.
+            prefix: tokens before it; None for the member's own.
+        """
+        return self._read(text, prefix, everything=False)[0]
+
+    def score(
+        self, text: bytes, prefix: Sequence[int] | None = None
+    ) -> tuple[Reading, Float[np.ndarray, "t 257"], Float[np.ndarray, " t"]]:
         """Read a text and say how probable every byte's alternatives were.
+
+        Args:
+            text: of any bytes.
+            prefix: tokens before it; None for the member's own.
 
         Returns:
             The text as read; the log-probabilities in nats of what could stand in each byte's place, of the first byte
             too, and after the last; and the share of mass that each of these rests on estimates for.
         """
-        reading, found, unasked = self._read(text, everything=True)
+        reading, found, unasked = self._read(text, prefix, everything=True)
         with np.errstate(divide="ignore"):
             return reading, np.log(found), unasked
 
@@ -226,7 +257,7 @@ class ByteMember:
             found.append(Asked(path, own[:m], root))
         return found
 
-    def _read(self, text: bytes, *, everything: bool) -> tuple[Reading, Masses, Masses]:
+    def _read(self, text: bytes, prefix: Sequence[int] | None, *, everything: bool) -> tuple[Reading, Masses, Masses]:
         """Read a text whose bytes are all known, in one call for the tokenizer's tokens and few for others.
 
         Returns:
@@ -234,7 +265,8 @@ class ByteMember:
             wanted.
         """
         spelling, pruning = self.spelling, self.pruning
-        known = KnownText(self, text, 0 if everything or not pruning.prune else _LOOK_BACK)
+        prefix = self.prefix if prefix is None else prefix
+        known = KnownText(self, prefix, text, 0 if everything or not pruning.prune else _LOOK_BACK)
         while True:
             walk = known.walk(pruning, everything=everything)
             if not walk.missing:

@@ -24,7 +24,7 @@ from softmeet.members.covers import (
     prediction,
     wanted,
 )
-from softmeet.members.token_tree import Growth, Path, TokenTree
+from softmeet.members.token_tree import Growth, Path
 
 if TYPE_CHECKING:
     from softmeet.members.byte_member import ByteMember
@@ -57,6 +57,7 @@ class KnownText:
 
     Args:
         member: who reads it.
+        prefix: tokens that it has read before.
         text: of any bytes.
         look_back: follow all tokenizations of so many bytes at the end alone; 0 for all of the text.
 
@@ -67,7 +68,7 @@ class KnownText:
         calls, tokens: of the model, and tokens run in them.
     """
 
-    def __init__(self, member: ByteMember, text: bytes, look_back: int) -> None:
+    def __init__(self, member: ByteMember, prefix: Sequence[int], text: bytes, look_back: int) -> None:
         spelling = member.spelling
         self.member, self.text = member, spelling.dummy + text.translate(None, spelling.unwritable)
         self._longest = spelling.longest
@@ -79,12 +80,14 @@ class KnownText:
         if look_back:
             first = int(np.searchsorted(ends, max(0, len(self.text) - look_back), side="right")) - 1
         self.place = int(ends[first])
-        chain = [*member.prefix, *tokens]
-        self.calls, self.tokens = 1, len(chain)
-        ((self.tree, (hidden,)),) = member.run([Growth(TokenTree(), [np.empty(0, np.int64)], [chain])])
-        before = len(member.prefix) - 1
-        columns = range(before + first, len(chain))
-        along = self._along([np.arange(c + 1) for c in columns], ends[first:].tolist(), hidden[columns.start :])
+        self.tree, hidden = member.behind(prefix)
+        self.calls, self.tokens = 0, len(tokens)
+        if tokens:
+            ((self.tree, (states,)),) = member.run([Growth(self.tree, [np.arange(len(prefix))], [tokens])])
+            self.calls, hidden = 1, torch.cat([hidden, states])
+        before = len(prefix) - 1
+        columns = range(before + first, len(prefix) + len(tokens))
+        along = self._along([np.arange(c + 1) for c in columns], ends[first:].tolist(), hidden[first:])
         # By the byte at which it ends, the tokenizer's own cover.
         self._own = dict(zip(ends[first:].tolist(), along, strict=True))
         self._behind |= {
