@@ -201,4 +201,6 @@ def test_a_stream_that_is_left_stops_the_generation(folders):
 def test_members_of_different_tokenizers(folders, tmp_path):
     other = tiny.save(tmp_path / "other", "llama", words=60)
     with pytest.raises(VocabularyMismatchError, match="differ in 4 ids"):
+        Ensemble.from_pretrained([folders[0], other], vocabulary="tokens")
+    with pytest.raises(VocabularyMismatchError, match="over bytes: it has a WordLevel vocabulary without bytes"):
         Ensemble.from_pretrained([folders[0], other])

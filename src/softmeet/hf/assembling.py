@@ -50,18 +50,13 @@ def choose_vocabulary(
         UnsupportedHeadError: over bytes, the rule reads heads.
         InvalidInputError: over bytes, the gate is ``unsure``.
     """
+    chosen = config.vocabulary == "auto"
     if config.vocabulary != "bytes":
         try:
             found = common_vocabulary(config.members, tokenizers)
         except VocabularyMismatchError:
-            if config.vocabulary == "tokens":
+            if not chosen:
                 raise
-            members = ", ".join(
-                f"{name} ({len(own.get_vocab()):,})" for name, own in zip(config.members, tokenizers, strict=True)
-            )
-            _log.warning(
-                "combined over bytes, which max_new_tokens counts, as these have different tokens: %s", members
-            )
         else:
             if config.prefixes is not None:
                 raise InvalidInputError(
@@ -73,7 +68,12 @@ def choose_vocabulary(
     if any_average:
         config.rule = BYTE_RULE
     require_for_bytes(config.settings)
-    return [spelling_of(name, own) for name, own in zip(config.members, tokenizers, strict=True)]
+    pairs = list(zip(config.members, tokenizers, strict=True))
+    spellings = [spelling_of(name, own) for name, own in pairs]
+    if chosen:
+        members = ", ".join(f"{name} ({len(own.get_vocab()):,})" for name, own in pairs)
+        _log.warning("combined over bytes, which max_new_tokens counts, as these have different tokens: %s", members)
+    return spellings
 
 
 def assemble(
@@ -93,7 +93,10 @@ def assemble(
     if not isinstance(vocabulary, CommonVocabulary):
         pruning = Pruning(config.prune) if config.prune else Pruning(0.0, None)
         prefixes = config.prefixes or [None] * len(models)
-        readers = [ByteMember(*own, pruning, before) for *own, before in zip(models, vocabulary, prefixes, strict=True)]
+        readers = [
+            ByteMember(model, spelling, pruning, prefix)
+            for model, spelling, prefix in zip(models, vocabulary, prefixes, strict=True)
+        ]
         over_bytes: EnsembleForCausalLM = ByteEnsembleForCausalLM(config, readers).eval()
         return over_bytes
     tokenizer = vocabulary.tokenizer
