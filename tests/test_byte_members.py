@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import astuple
 
 import byte_tokenizers
@@ -11,6 +12,7 @@ import pytest
 import tiny
 import torch
 import transformers as tf
+from scipy.stats import chi2_contingency
 
 from softmeet.errors import VocabularyMismatchError
 from softmeet.members.byte_member import ByteMember
@@ -283,3 +285,55 @@ def test_a_tree_of_tokens_says_what_each_of_its_paths_says(name):
     # Some norms are taken in single precision whatever the model's is.
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_sampled_bytes_have_the_members_own_distribution():
+    """The first three bytes of texts drawn byte by byte, and of texts drawn token by token."""
+    member, count, length = member_of("gpt2", seed=3), 500, 3
+    # Tokens of which some begin others are far more probable than the rest.
+    favoured = [k for k, word in zip(*member_words(member), strict=True) if word in (b"t", b"h", b"e", b"th", b"the")]
+    along = torch.ones(16, dtype=torch.float64)
+    with torch.no_grad():
+        member.model.transformer.ln_f.bias += along
+        member.model.lm_head.weight[[*favoured, *member.ends]] += 6 * along / 16
+    member = ByteMember(member.model, member.spelling, EXACT)
+    generator = torch.Generator().manual_seed(0)
+    readings = [member.begin(b"")] * count
+    for _ in range(length):
+        drawn = torch.multinomial(member.log_probs(readings).exp(), 1, generator=generator).squeeze(-1)
+        readings = member.advance(readings, drawn.tolist())
+    allowed = torch.full((member.model.config.vocab_size,), -torch.inf, dtype=torch.float64)
+    allowed[[*member.spelling.tokens.tolist(), *member.ends]] = 0
+    tokens = torch.tensor([member.prefix] * count)
+    with torch.inference_mode():
+        for _ in range(length):
+            p = (member.model(tokens).logits[:, -1] + allowed).softmax(-1)
+            tokens = torch.cat([tokens, torch.multinomial(p, 1, generator=generator)], 1)
+    found = [reading.text for reading in readings]
+    expected = []
+    for row in tokens[:, len(member.prefix) :].tolist():
+        end = next((k for k, token in enumerate(row) if token in member.ends), len(row))
+        expected.append(member.spelling.spelled(row[:end])[:length])
+    common = [text for text, _ in Counter(found + expected).most_common(12)]
+    table = [[own.count(text) for text in common] for own in (found, expected)]
+    table = [[*row, count - sum(row)] for row in table]
+    assert sum(table[0][:-1]) > 0.5 * count
+    assert chi2_contingency(table).pvalue > 0.01
+
+
+def test_the_first_byte_of_two_members_of_one_tokenizer_is_that_of_their_mixture_of_tokens():
+    members, weights = [member_of("gpt2", seed=seed) for seed in (1, 2)], (0.3, 0.7)
+    mixture = torch.zeros(members[0].model.config.vocab_size, dtype=torch.float64)
+    for member, weight in zip(members, weights, strict=True):
+        ids = [*member.spelling.tokens.tolist(), *member.ends]
+        with torch.inference_mode():
+            mixture[ids] += weight * member.model(torch.tensor([member.prefix])).logits[0, -1][ids].softmax(-1)
+    spelling = members[0].spelling
+    expected = torch.zeros(SYMBOLS, dtype=torch.float64)
+    for token, word in zip(spelling.tokens.tolist(), spelling.words, strict=True):
+        expected[word[0]] += mixture[token]
+    expected[END] = mixture[members[0].ends].sum()
+    found = sum(
+        weight * member.log_probs([member.begin(b"")])[0].exp() for member, weight in zip(members, weights, strict=True)
+    )
+    assert torch.allclose(found, expected, atol=1e-12)
