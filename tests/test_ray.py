@@ -249,8 +249,10 @@ def test_weights_lie_once_on_each_node(engine, ensemble):
     assert len({total for *_, total in found}) == 1
 
 
-def test_workers_evaluate_an_ensemble_that_they_do_not_have(plain, ensemble, expected):
-    assert evaluated(ensemble, plain) == expected
+def test_workers_evaluate_an_ensemble_that_they_do_not_have(engine, folders):
+    other = Ensemble.from_pretrained(folders[::-1])
+    with LocalEngine() as local:
+        assert evaluated(other, engine) == evaluated(other, local)
 
 
 def test_packing_gives_the_same_tensors_back(ensemble):

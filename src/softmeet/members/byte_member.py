@@ -26,6 +26,7 @@ from softmeet.members.covers import (
     by_symbol,
     closed,
     followed,
+    likely,
     prediction,
     wanted,
 )
@@ -39,6 +40,8 @@ from softmeet.members.token_tree import run as run_trees
 _LEAST = 1e-300
 # Bytes before the end of a prompt from which all tokenizations are followed; before them, the tokenizer's alone.
 _LOOK_BACK = 64
+# Share of all mass from which a token is run before it is known to come, and how many are, beside what has to be asked.
+_LIKELY, _GUESSES = 0.15, 3
 # Prefixes whose states are kept.
 _PREFIXES = 16
 
@@ -60,13 +63,27 @@ class Work:
 
 
 @dataclass(frozen=True, eq=False)
+class Guess:
+    """A token that a text is likely to go on with, run before it is known to: the model's state behind it."""
+
+    behind: Asked
+    token: int
+    path: Path
+    hidden: Float[Tensor, " d"]
+
+
+@dataclass(frozen=True, eq=False)
 class Reading:
-    """One text as one member has read it so far: ``covers`` of all its bytes, and what the model keeps of them."""
+    """One text as one member has read it so far: ``covers`` of all its bytes, and what the model keeps of them.
+
+    ``guesses`` are tokens beyond it that the model was given along with others.
+    """
 
     covers: Covers
     tree: TokenTree
     text: bytes
     work: Work = Work()
+    guesses: tuple[Guess, ...] = ()
     ended: bool = False
 
 
@@ -203,28 +220,73 @@ class ByteMember:
         return self._settled(found)
 
     def _settled(self, readings: list[Reading]) -> list[Reading]:
-        """Ask about all open covers that count."""
+        """Ask about all open covers that count, and along with them about what may come next."""
         while True:
+            readings = [reading if reading.ended else self._foreseen(reading) for reading in readings]
             asking = {k: wanted(r.covers, self.pruning) for k, r in enumerate(readings) if not r.ended}
             asking = {k: opened for k, opened in asking.items() if opened}
             if not asking:
                 break
-            growths = [
-                Growth(readings[k].tree, [o.asked.path for o in opened], [[o.token] for o in opened])
+            steps = {
+                k: [*((one.asked, one.token) for one in opened), *self._likely(readings[k])]
                 for k, opened in asking.items()
+            }
+            growths = [
+                Growth(readings[k].tree, [asked.path for asked, _ in own], [[token] for _, token in own])
+                for k, own in steps.items()
             ]
-            hidden = self.run(growths)
-            for (k, opened), (tree, states) in zip(asking.items(), hidden, strict=True):
-                before = readings[k].tree.columns
-                paths = [np.append(o.asked.path, before + i) for i, o in enumerate(opened)]
-                answers = list(zip(opened, self.asked(paths, torch.cat(states)), strict=True))
-                covers = closed(self.spelling, readings[k].covers, answers, self.pruning)
-                work = readings[k].work.and_(calls=1, tokens=len(opened))
-                readings[k] = replace(readings[k], covers=covers, tree=tree, work=work)
+            for (k, opened), own, (tree, states) in zip(asking.items(), steps.values(), self.run(growths), strict=True):
+                before, count = readings[k].tree.columns, len(opened)
+                paths = [np.append(asked.path, before + i) for i, (asked, _) in enumerate(own)]
+                answers = list(zip(opened, self.asked(paths[:count], torch.cat(states[:count])), strict=True))
+                ahead = zip(own[count:], paths[count:], states[count:], strict=True)
+                guesses = [Guess(asked, token, path, state[0]) for (asked, token), path, state in ahead]
+                readings[k] = replace(
+                    readings[k],
+                    covers=closed(self.spelling, readings[k].covers, answers, self.pruning),
+                    tree=tree,
+                    work=readings[k].work.and_(calls=1, tokens=len(own)),
+                    guesses=(*readings[k].guesses, *guesses),
+                )
         for k, reading in enumerate(readings):
             if not reading.ended:
-                readings[k] = _compact(replace(reading, work=reading.work.and_(dropped=reading.covers.unasked)))
+                work = reading.work.and_(dropped=reading.covers.unasked)
+                readings[k] = _compact(replace(reading, work=work, guesses=self._possible(reading)))
         return readings
+
+    def _foreseen(self, reading: Reading) -> Reading:
+        """Close the open covers that were guessed."""
+        while True:
+            known = {(id(guess.behind), guess.token): guess for guess in reading.guesses}
+            pairs = [(one, known.get((id(one.asked), one.token))) for one in wanted(reading.covers, self.pruning)]
+            found = [(one, guess) for one, guess in pairs if guess is not None]
+            if not found:
+                return reading
+            asked = self.asked([guess.path for _, guess in found], torch.stack([guess.hidden for _, guess in found]))
+            answers = list(zip((one for one, _ in found), asked, strict=True))
+            reading = replace(reading, covers=closed(self.spelling, reading.covers, answers, self.pruning))
+
+    def _likely(self, reading: Reading) -> list[tuple[Asked, int]]:
+        """What to guess: tokens with what they stand behind, in the model's numbers."""
+        if not self.pruning.prune:
+            return []
+        known = {(id(guess.behind), guess.token) for guess in reading.guesses}
+        found = [(asked, int(self.spelling.tokens[k])) for asked, k in likely(reading.covers, _LIKELY, _GUESSES)]
+        full = {id(asked) for asked, _ in found if self._limit is not None and len(asked.path) >= self._limit}
+        return [one for one in found if id(one[0]) not in full and (id(one[0]), one[1]) not in known]
+
+    def _possible(self, reading: Reading) -> tuple[Guess, ...]:
+        """The guesses that may still come true."""
+        rests = {id(cover.asked): cover.rest for cover in reading.covers.closed}
+        return tuple(
+            guess
+            for guess in reading.guesses
+            if id(guess.behind) in rests and self._longer(guess.token, rests[id(guess.behind)])
+        )
+
+    def _longer(self, token: int, rest: bytes) -> bool:
+        word = self.spelling.spelled([token])
+        return len(word) > len(rest) and word.startswith(rest)
 
     def run(self, growths: Sequence[Growth]) -> list[tuple[TokenTree, list[Float[Tensor, "t d"]]]]:
         """Run tokens.
@@ -281,16 +343,18 @@ class ByteMember:
 
 def _compact(reading: Reading) -> Reading:
     """Without what the model keeps of covers that were let go."""
-    covers = reading.covers
+    covers, guesses = reading.covers, reading.guesses
     every: list[Cover | Open] = [*covers.closed, *covers.open]
     behind = {id(one.asked): one.asked for one in every}
-    tree, paths = reading.tree.kept([asked.path for asked in behind.values()])
+    tree, paths = reading.tree.kept([*(asked.path for asked in behind.values()), *(guess.path for guess in guesses)])
     if tree is reading.tree:
         return reading
-    moved = {key: asked.moved(path) for (key, asked), path in zip(behind.items(), paths, strict=True)}
+    moved = {key: asked.moved(path) for (key, asked), path in zip(behind.items(), paths[: len(behind)], strict=True)}
+    ahead = zip(guesses, paths[len(behind) :], strict=True)
     return replace(
         reading,
         tree=tree,
+        guesses=tuple(replace(guess, behind=moved[id(guess.behind)], path=path) for guess, path in ahead),
         covers=replace(
             covers,
             closed=tuple(replace(one, asked=moved[id(one.asked)]) for one in covers.closed),

@@ -201,6 +201,25 @@ def wanted(covers: Covers, pruning: Pruning) -> list[Open]:
     return found or (list(covers.open[:1]) if not covers.closed else [])
 
 
+def likely(covers: Covers, least: float, most: int) -> list[tuple[Asked, int]]:
+    """The tokens, and what they stand behind, with which some closed cover goes on at no less than that share of all.
+
+    Args:
+        covers: of a text.
+        least: share of mass.
+        most: so many, the likeliest first.
+
+    Returns:
+        Of each, what the model was asked behind which it stands, and its number in the spelling.
+    """
+    found = []
+    for cover in covers.closed:
+        masses = cover.weight * cover.asked.probs[cover.longer : cover.end]
+        found += [(masses[k], cover.asked, cover.longer + int(k)) for k in np.flatnonzero(masses >= least)]
+    found.sort(key=lambda one: -one[0])
+    return [(asked, k) for _, asked, k in found[:most]]
+
+
 def closed(spelling: Spelling, covers: Covers, answers: Sequence[tuple[Open, Asked]], pruning: Pruning) -> Covers:
     """The same covers, some of which the model was asked about."""
     answered = {id(cover) for cover, _ in answers}

@@ -1,0 +1,100 @@
+"""What a byte costs that is generated: python benchmarks/byte_decode.py -m MEMBER --prompt prompt.txt
+
+One member over bytes beside its own generation over tokens, both sampled with one seed, several times in turn. Calls of
+the model and tokens run are set against the tokens that the member's own tokenizer makes of what was generated.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from report import show
+from softmeet import Ensemble
+from softmeet.members.zoo import short
+
+
+class Watched:
+    """A function, with the time that was spent in it and what it was called with."""
+
+    def __init__(self, function: Any) -> None:
+        self.function, self.seconds, self.calls, self.tokens = function, 0.0, 0, 0
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Call it."""
+        start = time.perf_counter()
+        found = self.function(*arguments)
+        self.seconds += time.perf_counter() - start
+        self.calls += 1
+        if isinstance(arguments[0], list):
+            self.tokens += sum(len(tokens) for growth in arguments[0] for tokens in growth.tokens)
+        return found
+
+
+def by_bytes(ensemble: Ensemble, prompt: str, count: int, seed: int) -> dict[str, float]:
+    """Generate so many bytes."""
+    (reader,) = ensemble.model.readers
+    run, logits = Watched(type(reader).run.__get__(reader)), Watched(type(reader.head).logits.__get__(reader.head))
+    reader.run = run
+    object.__setattr__(reader.head, "logits", logits)
+    start = time.perf_counter()
+    text = ensemble.generate(prompt, seed=seed, do_sample=True, top_k=0, max_new_tokens=count, min_new_tokens=count)
+    taken = time.perf_counter() - start
+    del reader.run
+    object.__delattr__(reader.head, "logits")
+    size, own = len(text.encode()), len(reader.spelling.encode(text.encode()))
+    outside = taken - run.seconds - logits.seconds
+    return {
+        "ms/B": 1000 * taken / size, "outside the model ms/B": 1000 * outside / size, "bytes a token": size / own,
+        "calls a token": run.calls / own, "run a token": (run.tokens - len(reader.spelling.encode(prompt.encode()))) / own,
+    }  # fmt: skip
+
+
+@torch.inference_mode()
+def by_tokens(ensemble: Ensemble, prompt: str, count: int, seed: int) -> float:
+    """Milliseconds a byte of the member's own generation."""
+    (reader,) = ensemble.model.readers
+    ids = torch.tensor([[*reader.prefix, *reader.spelling.encode(prompt.encode())]])
+    torch.manual_seed(seed)
+    start = time.perf_counter()
+    out = reader.model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
+        max_new_tokens=count, min_new_tokens=count, pad_token_id=0,
+    )  # fmt: skip
+    taken = time.perf_counter() - start
+    return 1000 * taken / max(1, len(reader.spelling.spelled(out[0, ids.shape[1] :].tolist())))
+
+
+def main(
+    members: Annotated[list[str], typer.Option("--member", "-m", help="Hub ids, folders or GGUF files; one by one.")],
+    prompt: Annotated[Path, typer.Option(help="A text to go on from.")],
+    count: Annotated[int, typer.Option(help="Bytes to generate.")] = 240,
+    repeats: Annotated[int, typer.Option(help="Seeds.")] = 3,
+    prune: Annotated[float, typer.Option(help="As for every ensemble over bytes.")] = 0.01,
+    out: Annotated[Path | None, typer.Option(help="JSON of all figures.")] = None,
+) -> None:
+    """Print a row for each member: medians over seeds."""
+    rows, text = [], prompt.read_text(encoding="utf-8")
+    for name in members:
+        ensemble = Ensemble.from_pretrained([name], vocabulary="bytes", prune=prune)
+        by_bytes(ensemble, text, 8, 0), by_tokens(ensemble, text, 2, 0)
+        found = []
+        for seed in range(1, repeats + 1):
+            ours = by_bytes(ensemble, text, count, seed)
+            tokens = max(8, round(count / ours["bytes a token"]))
+            found.append(ours | {"own ms/B": by_tokens(ensemble, text, tokens, seed)})
+        rows.append(
+            {"member": short(name)}
+            | {key: median(row[key] for row in found) for key in found[0]}
+            | {"times the own": median(row["ms/B"] / row["own ms/B"] for row in found)}
+        )
+    show(f"Generation over bytes beside the members' own, prune {prune:g}", rows, out, repeats=repeats)
+
+
+if __name__ == "__main__":
+    typer.run(main)
