@@ -35,6 +35,7 @@ from softmeet.members.known_text import KnownText
 from softmeet.members.spelling import Spelling
 from softmeet.members.token_tree import Growth, Path, TokenTree
 from softmeet.members.token_tree import run as run_trees
+from softmeet.members.typical import SAMPLE, typical
 
 # The least probability of a token: without it, masses of all covers could be rounded to nothing.
 _LEAST = 1e-300
@@ -42,7 +43,8 @@ _LEAST = 1e-300
 _LOOK_BACK = 64
 # Share of all mass from which a token is run before it is known to come, and how many are, beside what has to be asked.
 _LIKELY, _GUESSES = 0.15, 3
-# Prefixes whose states are kept.
+# Positions whose next tokens' probabilities are held at once, and prefixes whose states are kept.
+_AT_ONCE = 32
 _PREFIXES = 16
 
 
@@ -113,7 +115,17 @@ class ByteMember:
         columns = [*self.spelling.tokens.tolist(), *self.ends]
         self._columns = torch.tensor(columns, device=self.head.weight.device)
         self._prefixes: dict[tuple[int, ...], tuple[TokenTree, Tensor]] = {}
-        self._first = self.spelling.flat[self.spelling.offsets[:-1]]
+        self._first = spelling.flat[spelling.offsets[:-1]]
+        if self.pruning.prune:
+            self.spelling = replace(spelling, typical=self._typical())
+
+    def _typical(self) -> Masses:
+        start = self.spelling.start
+        tokens = self.spelling.encode(SAMPLE.encode())[: None if self._limit is None else self._limit - len(start)]
+        ((_, (hidden,)),) = self.run([Growth(TokenTree(), [np.empty(0, np.int64)], [[*start, *tokens]])])
+        behind, nowhere = hidden[len(start) :].split(_AT_ONCE), np.empty(0, np.int64)
+        roots = [one.root for states in behind for one in self.asked([nowhere] * len(states), states)]
+        return typical(self.spelling, tokens, roots)
 
     def find_head_again(self) -> None:
         """Read the model's output layer where it is now."""

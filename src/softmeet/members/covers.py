@@ -24,8 +24,13 @@ from softmeet.members.token_tree import Path
 SYMBOLS = 257
 END = 256
 Masses = np.ndarray[Any, np.dtype[np.float64]]
+# Of what is estimated to follow a token, the part that is typical of its last byte; the rest follows what it stands on.
+_TYPICAL = 0.75
 # The probability, as it is estimated, that an open cover which is a byte old or more goes on as closed ones do.
 _ALIKE = 0.1
+# How probable a byte is behind an open cover by a good guess; and how many times ``prune`` its mass may be by such
+# guesses before the model is asked all the same. Where a byte surprises the closed covers, open ones may be right.
+_GOOD, _MOST = 0.2, 2.0
 AnyCover = TypeVar("AnyCover", "Cover", "Open")
 # Share of the heaviest cover's mass from which one of fewer tokens may stand for all that end where it does.
 _NOT_LIGHT = 0.05
@@ -138,18 +143,23 @@ class Cover:
 
 @dataclass(frozen=True, eq=False)
 class Open:
-    """A cover, a token behind it and the bytes since, about which the model was not asked; ``mass`` is an estimate."""
+    """A cover, a token behind it and the bytes since, about which the model was not asked; ``mass`` is an estimate.
+
+    ``most`` is what its mass may be, had each byte since been as probable behind it as a good guess.
+    """
 
     asked: Asked
     token: int
     weight: float
     mass: float
     rest: bytes
+    most: float
 
     def estimate(self, live: Masses, spelling: Spelling) -> Masses:
-        """(257,), what comes next: at first what follows a token there, later what follows the closed covers."""
+        """(257,), what comes next: at first what follows such a token, later what follows the closed covers."""
         if not self.rest:
-            return (self.asked.root + spelling.beginnings) / 2
+            usual: Masses = spelling.typical[spelling.last(self.token)]
+            return _TYPICAL * usual + (1 - _TYPICAL) * self.asked.root
         return _ALIKE * np.where(live > 0, live, self.asked.root)
 
 
@@ -197,7 +207,7 @@ def followed(spelling: Spelling, covers: Covers, byte: int, pruning: Pruning) ->
 
 def wanted(covers: Covers, pruning: Pruning) -> list[Open]:
     """The open covers that the model is to be asked about before the next byte is predicted."""
-    found = [cover for cover in covers.open if cover.mass >= pruning.prune]
+    found = [cover for cover in covers.open if cover.mass >= pruning.prune or cover.most >= _MOST * pruning.prune]
     return found or (list(covers.open[:1]) if not covers.closed else [])
 
 
@@ -248,8 +258,9 @@ def _live(spelling: Spelling, covers: Sequence[Cover]) -> Masses:
 
 
 def _estimated(spelling: Spelling, cover: Open, byte: int, live: Masses) -> Open:
-    mass = cover.mass * float(cover.estimate(live, spelling)[byte])
-    return replace(cover, mass=mass, rest=cover.rest + bytes([byte]))
+    share = float(cover.estimate(live, spelling)[byte])
+    rest = cover.rest + bytes([byte])
+    return replace(cover, mass=cover.mass * share, most=cover.most * max(share, _GOOD), rest=rest)
 
 
 def _longer(spelling: Spelling, cover: Cover, byte: int) -> tuple[list[Cover], list[Open]]:
@@ -259,7 +270,7 @@ def _longer(spelling: Spelling, cover: Cover, byte: int) -> tuple[list[Cover], l
     asked, weight = cover.asked, cover.weight
     own = [Cover(asked, weight, weight * asked.total(longer, end), rest, longer, end)] if longer < end else []
     masses = [(k, weight * asked.prob(k)) for k in range(first, longer)]
-    return own, [Open(asked, int(spelling.tokens[k]), mass, mass, b"") for k, mass in masses]
+    return own, [Open(asked, int(spelling.tokens[k]), mass, mass, b"", mass) for k, mass in masses]
 
 
 def _shares(whole: list[Cover], opened: list[Open], pruning: Pruning) -> Covers:
@@ -280,7 +291,10 @@ def _shares(whole: list[Cover], opened: list[Open], pruning: Pruning) -> Covers:
         return Covers(())
     return Covers(
         tuple(replace(cover, weight=cover.weight / total, mass=cover.mass / total) for cover in kept),
-        tuple(replace(cover, weight=cover.weight / total, mass=cover.mass / total) for cover in light),
+        tuple(
+            replace(cover, weight=cover.weight / total, mass=cover.mass / total, most=cover.most / total)
+            for cover in light
+        ),
         1 - total / before,
     )
 

@@ -47,6 +47,8 @@ class Spelling:
         start: ids before a text.
         dummy: bytes that the tokenizer puts before every text.
         unwritable: bytes that no token spells; control characters and such as no UTF-8 of assigned characters holds.
+        typical: (256, 257), by a token's last byte, how probable the member holds each first byte of what follows: the
+            shares of tokens that begin with it, until a model knows better.
     """
 
     name: str
@@ -61,11 +63,11 @@ class Spelling:
     _core: Tokenizer
     _own: dict[int, bytes]
     _single: dict[int, int]
+    typical: np.ndarray[Any, np.dtype[np.float64]]
 
-    @cached_property
-    def beginnings(self) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """(257,), the share of tokens that begin with each byte."""
-        return np.bincount(self.flat[self.offsets[:-1]], minlength=257) / len(self.words)
+    def last(self, token: int) -> int:
+        """The last byte of an ordinary token."""
+        return self._own[token][-1]
 
     @cached_property
     def longest(self) -> int:
@@ -233,9 +235,11 @@ def spelling_of(name: str, tokenizer: PreTrainedTokenizerBase) -> Spelling:
     single = {word[0]: k for k, word in ordered if len(word) == 1}
     tried = core.encode("a", add_special_tokens=False).ids
     dummy = b"".join(own.get(k, b"") for k in tried).removesuffix(b"a")
+    flat, offsets = np.frombuffer(b"".join(words), np.uint8), np.cumsum([0, *map(len, words)])
+    beginnings = np.bincount(flat[offsets[:-1]], minlength=257) / len(words)
     spelling = Spelling(
         name=name, words=words, tokens=np.array([k for k, _ in ordered]),
-        flat=np.frombuffer(b"".join(words), np.uint8), offsets=np.cumsum([0, *map(len, words)]),
+        flat=flat, offsets=offsets, typical=np.tile(beginnings, (256, 1)),
         end=tokenizer.eos_token_id, start=_start(tokenizer), dummy=dummy,
         unwritable=bytes(sorted(set(range(256)) - single.keys())), _core=core, _own=own, _single=single,
     )  # fmt: skip
