@@ -1,7 +1,8 @@
-"""What a byte costs that is generated: python benchmarks/byte_decode.py -m MEMBER --prompt prompt.txt
+"""What a byte costs that is generated: python benchmarks/byte_decode.py -m MEMBER -t 'texts/prose/*.txt'
 
-One member over bytes beside its own generation over tokens, both sampled with one seed, several times in turn. Calls of
-the model and tokens run are set against the tokens that the member's own tokenizer makes of what was generated.
+One member over bytes beside its own generation over tokens, both sampled with one seed, several times in turn, from the
+first text's beginning. Calls of the model and tokens run are set against the tokens that the member's own tokenizer
+makes of the same bytes: of what was generated, and of the texts, read byte by byte as if they were being generated.
 """
 
 from __future__ import annotations
@@ -16,7 +17,11 @@ import typer
 
 from report import show
 from softmeet import Ensemble
+from softmeet.evaluation.documents import read_documents
 from softmeet.members.zoo import short
+
+# Bytes of a text from which the rest is generated or read.
+_BEGINNING = 300
 
 
 class Watched:
@@ -39,6 +44,7 @@ class Watched:
 def by_bytes(ensemble: Ensemble, prompt: str, count: int, seed: int) -> dict[str, float]:
     """Generate so many bytes."""
     (reader,) = ensemble.model.readers
+    before = reader.begin(prompt.encode()).work
     run, logits = Watched(type(reader).run.__get__(reader)), Watched(type(reader.head).logits.__get__(reader.head))
     reader.run = run
     object.__setattr__(reader.head, "logits", logits)
@@ -51,7 +57,7 @@ def by_bytes(ensemble: Ensemble, prompt: str, count: int, seed: int) -> dict[str
     outside = taken - run.seconds - logits.seconds
     return {
         "ms/B": 1000 * taken / size, "outside the model ms/B": 1000 * outside / size, "bytes a token": size / own,
-        "calls a token": run.calls / own, "run a token": (run.tokens - len(reader.spelling.encode(prompt.encode()))) / own,
+        "calls a token": (run.calls - before.calls) / own, "run a token": (run.tokens - before.tokens) / own,
     }  # fmt: skip
 
 
@@ -70,27 +76,45 @@ def by_tokens(ensemble: Ensemble, prompt: str, count: int, seed: int) -> float:
     return 1000 * taken / max(1, len(reader.spelling.spelled(out[0, ids.shape[1] :].tolist())))
 
 
+def read(ensemble: Ensemble, texts: list[bytes]) -> dict[str, float]:
+    """Read the rest of each text byte by byte, behind its first ones."""
+    (reader,) = ensemble.model.readers
+    calls, run, own = 0, 0, 0
+    for text in texts:
+        reading = reader.begin(text[:_BEGINNING])
+        before = reading.work
+        for byte in text[_BEGINNING:]:
+            (reading,) = reader.advance([reading], [byte])
+        calls, run = calls + reading.work.calls - before.calls, run + reading.work.tokens - before.tokens
+        own += len(reader.spelling.encode(text)) - len(reader.spelling.encode(text[:_BEGINNING]))
+    return {"calls a token, texts": calls / own, "run a token, texts": run / own}
+
+
 def main(
     members: Annotated[list[str], typer.Option("--member", "-m", help="Hub ids, folders or GGUF files; one by one.")],
-    prompt: Annotated[Path, typer.Option(help="A text to go on from.")],
+    text: Annotated[list[str], typer.Option("--text", "-t", help="Files or patterns.")],
+    documents: Annotated[int, typer.Option(help="So many of the texts are read.")] = 6,
     count: Annotated[int, typer.Option(help="Bytes to generate.")] = 240,
     repeats: Annotated[int, typer.Option(help="Seeds.")] = 3,
     prune: Annotated[float, typer.Option(help="As for every ensemble over bytes.")] = 0.01,
     out: Annotated[Path | None, typer.Option(help="JSON of all figures.")] = None,
 ) -> None:
     """Print a row for each member: medians over seeds."""
-    rows, text = [], prompt.read_text(encoding="utf-8")
+    rows = []
+    some = [document.text for document in read_documents(text)[:documents]]
+    prompt = some[0].encode()[:_BEGINNING].decode(errors="ignore")
     for name in members:
         ensemble = Ensemble.from_pretrained([name], vocabulary="bytes", prune=prune)
-        by_bytes(ensemble, text, 8, 0), by_tokens(ensemble, text, 2, 0)
+        by_bytes(ensemble, prompt, 8, 0), by_tokens(ensemble, prompt, 2, 0)
         found = []
         for seed in range(1, repeats + 1):
-            ours = by_bytes(ensemble, text, count, seed)
+            ours = by_bytes(ensemble, prompt, count, seed)
             tokens = max(8, round(count / ours["bytes a token"]))
-            found.append(ours | {"own ms/B": by_tokens(ensemble, text, tokens, seed)})
+            found.append(ours | {"own ms/B": by_tokens(ensemble, prompt, tokens, seed)})
         rows.append(
             {"member": short(name)}
             | {key: median(row[key] for row in found) for key in found[0]}
+            | read(ensemble, [text.encode() for text in some])
             | {"times the own": median(row["ms/B"] / row["own ms/B"] for row in found)}
         )
     show(f"Generation over bytes beside the members' own, prune {prune:g}", rows, out, repeats=repeats)
