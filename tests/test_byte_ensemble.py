@@ -320,12 +320,12 @@ def test_check_says_what_is_shared_and_what_it_costs(folders, tmp_path):
     assert "--vocabulary tokens" in json.loads(command(*forced))["advice"]
 
 
-def test_inspect_reports_between_places_where_all_members_cut(folders, ensemble):
+def test_inspect_reports_between_places_where_all_members_cut(folders, pruned):
     text = "the \u00e9t other"
-    found, symbols = ensemble.inspect(text, 3), list(text.encode())
+    found, symbols = pruned.inspect(text, 3), list(text.encode())
     assert "".join(report.text for report in found) == text
     assert 1 < len(found) < len(text)
-    for i, reader in enumerate(ensemble.model.readers):
+    for i, reader in enumerate(pruned.model.readers):
         whole = reader.score(bytes(symbols))[1][range(len(symbols)), symbols].sum()
         assert sum(report.member_log_probs[i] for report in found) == pytest.approx(whole, abs=1e-9)
         # What a member expects at the beginning are the most probable of its own tokens there.

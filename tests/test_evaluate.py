@@ -287,6 +287,7 @@ def test_a_table_in_80_columns_cuts_no_figure(capsys, monkeypatch):
     row = {"nll": 2.1234, "perplexity": 812.34, "bits_per_byte": 1.2345, "top1": 0.512, "calibration": {"error": 0.123}}
     row |= {"gated": 0.256, "vs": {"delta": -0.0123, "ci95": [-0.03, 0.0]}, "fallbacks": 795, "unconverged": 12}
     facts = {"clusters": {"count": 20, "kind": "blocks"}, "tokens": 900, "best_baseline": "a", "disagreement": 0.2}
+    facts["vocabulary"] = "tokens"
     show({**facts, "members": {}, "rules": {"meet:trust=1/0.3:pool=prob-mean": row}})
     shown = capsys.readouterr().out
     for figure in ("2.1234", "812.34", "1.2345", "0.512", "0.123", "25.6%", "-0.0123 ± 0.0150"):

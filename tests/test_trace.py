@@ -299,7 +299,7 @@ def test_a_damaged_dataset_is_named(tmp_path, left):
 def test_windows_that_do_not_fit(ensemble):
     for window, stride, message in [(65, None, "window from 1 to 64"), (0, None, "window"), (8, 9, "stride from 1 to")]:
         with pytest.raises(InvalidInputError, match=message):
-            window_length(64, window, stride)
+            window_length(64, 64, window, stride)
     with pytest.raises(InvalidInputError, match="at least two tokens"):
         observe_text(ensemble, [Document("c", "x")])
     assert len(observe_text(ensemble, [Document("s", "ab")])) == 1

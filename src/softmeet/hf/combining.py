@@ -55,6 +55,22 @@ class Combining:
     support: Bool[Tensor, " v"] | None
     _banded: tuple[int, list[SoftmaxHead]] | None
 
+    over_bytes = False
+
+    @property
+    def member_heads(self) -> list[SoftmaxHead]:
+        """The members' own output layers."""
+        return self.heads
+
+    @property
+    def widths(self) -> list[int]:
+        """Of a row of each member's :meth:`hidden_states`."""
+        return [head.d for head in self.heads]
+
+    def work(self, hidden: Float[Tensor, "t _"]) -> Float[Tensor, "_ 3"]:
+        """What rows of a member's :meth:`hidden_states` cost it; known over bytes alone."""
+        return hidden.new_zeros(0, 3)
+
     @property
     def settings(self) -> Settings:
         """How the members are combined."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -27,10 +26,11 @@ from softmeet.hf.asking import ask
 from softmeet.hf.cache import EnsembleCache
 from softmeet.hf.combining import Asked, Combining
 from softmeet.hf.configuration import EnsembleConfig
-from softmeet.hf.loading import CARD, absolute, places, relative
+from softmeet.hf.loading import absolute, places
 from softmeet.hf.recorder import Recorder
 from softmeet.hf.refused import refuse
 from softmeet.hf.sampling import RowSampler
+from softmeet.hf.saving import Saving
 from softmeet.members.heads import head_of, replace_weight
 from softmeet.members.huggingface import Dtype, last_hidden, load_members, load_tokenizers
 from softmeet.members.placement import Device, each_in_a_thread, whereabouts
@@ -42,7 +42,7 @@ from softmeet.rules.settings import Settings
 _WINDOW = 1024
 
 
-class EnsembleForCausalLM(Combining, PreTrainedModel, GenerationMixin):
+class EnsembleForCausalLM(Combining, Saving, PreTrainedModel, GenerationMixin):
     """A causal LM whose logits are the log-probabilities, in nats, of a rule over its members.
 
     Args:
@@ -166,22 +166,6 @@ class EnsembleForCausalLM(Combining, PreTrainedModel, GenerationMixin):
             part.adopt(self.tokenizer, frozenset(ids))
         return part
 
-    over_bytes = False
-
-    @property
-    def member_heads(self) -> list[SoftmaxHead]:
-        """The members' own output layers."""
-        return self.heads
-
-    @property
-    def widths(self) -> list[int]:
-        """Of a row of each member's :meth:`hidden_states`."""
-        return [head.d for head in self.heads]
-
-    def work(self, hidden: Float[Tensor, "t _"]) -> Float[Tensor, "_ 3"]:
-        """What rows of a member's :meth:`hidden_states` cost it; known over bytes alone."""
-        return hidden.new_zeros(0, 3)
-
     def require(self, settings: Settings) -> None:
         """Check that members can be combined by these settings; over bytes not by all."""
 
@@ -191,45 +175,6 @@ class EnsembleForCausalLM(Combining, PreTrainedModel, GenerationMixin):
         Args:
             what: as the subject of a sentence, such as "evaluation".
         """
-
-    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Write a configuration that names the members, a generation configuration, the tokenizer and a card.
-
-        No member's weights are written: local folders are named by their path relative to ``save_directory``.
-        """
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = copy.deepcopy(self.config)
-        config.members = relative(config.members, folder)
-        config.architectures = [type(self).__name__]
-        config.save_pretrained(folder)
-        self.generation_config.save_pretrained(folder)
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(folder)
-        rows = zip(config.members, config.weights, config.settings.trusts(), strict=True)
-        table = "\n".join(
-            f"| `{name}` | {weight:g} | {', '.join(f'{rho:g}' for rho in own)} |" for name, weight, own in rows
-        )
-        shown = {"rule": config.rule, "pool": config.pool, "tol": config.tol}
-        source = f" (of the {config.rule_source}, which has to be here)" if config.rule_source else ""
-        card = CARD.format(n=len(config.members), rows=table, source=source, **shown)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-        if push_to_hub:
-            self.push_to_hub(**kwargs)
-
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', for an ensemble whose members are on the hub.
-
-        Raises:
-            InvalidInputError: a member is a local folder, which nobody else could load.
-        """
-        local = [name for name in self.config.members if Path(name).exists()]
-        if local:
-            raise InvalidInputError(
-                f"expected members on the hub, got local folders {local}: push them first, then build the ensemble "
-                "from their hub ids"
-            )
-        return super().push_to_hub(*args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> EnsembleForCausalLM:
         """After a move or a cast of the weights, heads are read from where they are now."""
