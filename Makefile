@@ -12,7 +12,7 @@ demo: $(VENV)/.core ## Generate from the bundled members.
 	$(BIN)/softmeet generate "And the king said unto his daughter," --max-new-tokens 120 --temperature 0.8 --seed 4 --summary
 
 test: ## Run the tests.
-	@echo "make test: about 8 minutes on two cores, and on first use the installation, some minutes more."
+	@echo "make test: about 6 minutes on two cores, and on first use the installation, some minutes more."
 	@$(MAKE) --no-print-directory $(VENV)/.test
 	$(TEST_ENV) $(BIN)/pytest -rfEs $(PYTEST_ARGS)
 
