@@ -24,7 +24,7 @@ from softmeet.evaluation.fit import Options, fit
 from softmeet.evaluation.harness import harness_model
 from softmeet.evaluation.pieces import evaluate_text
 from softmeet.evaluation.positions import observe_text
-from softmeet.evaluation.trace import record
+from softmeet.evaluation.trace import Trace, record
 from softmeet.hf.byte_modeling import WholeCharacters
 from softmeet.hf.byte_tokenizer import byte_tokenizer
 from softmeet.members.covers import END, SYMBOLS
@@ -292,6 +292,8 @@ def test_a_trace_and_a_fit_give_what_the_text_gives(folders, tmp_path):
     assert found[0] == pytest.approx(found[1], rel=1e-6)
     with pytest.raises(TraceError, match=r"was made over bytes \(prune 0.01\), but these .* over bytes \(prune 0.5\)"):
         command("evaluate", *members, "--trace", tmp_path / "trace", "--prune", 0.5)
+    with pytest.raises(TraceError, match="behind other prefixes"):
+        Trace.open(tmp_path / "trace").require(Ensemble.from_pretrained(folders, prefixes=[[1], None]))
     out = tmp_path / "fitted"
     command("fit", "--out", out, *members, "--trace", tmp_path / "trace", "--json", tmp_path / "fit.json")
     facts = json.loads((tmp_path / "fit.json").read_text())

@@ -113,6 +113,8 @@ class Trace:
                 over[facts.get("prune")] if "prune" in facts else "over tokens" for facts in (self.facts, found)
             )
             raise TraceError(f"{self.folder} was made {made}, but these members are combined {here}: trace again")
+        if found.get("prefixes") != self.facts.get("prefixes"):
+            raise TraceError(f"{self.folder} was made behind other prefixes than these members': trace again")
         if found["tokenizer"] != self.facts["tokenizer"]:
             raise TraceError(f"{self.folder} was made with another tokenizer than these members': trace again")
 

@@ -116,7 +116,7 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
         self.tokenizer = tokenizer
 
     def part(self, chosen: Sequence[int], config: EnsembleConfig) -> EnsembleForCausalLM:
-        """As for tokens."""
+        """Make an ensemble of some of the members, which both then share, under another configuration."""
         over_bytes: EnsembleForCausalLM = ByteEnsembleForCausalLM(config, [self.readers[k] for k in chosen]).eval()
         return over_bytes
 
@@ -131,7 +131,7 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
         return torch.device("cpu")
 
     def new_cache(self, gate: str | Gate | None = None) -> Any:
-        """Make an empty cache."""
+        """Make a cache in which no member has read anything of any row; gates make no difference to it."""
         return ByteCache(len(self.readers))
 
     def run(

@@ -62,7 +62,8 @@ def group_reports(model: ByteEnsembleForCausalLM, text: bytes, top: int) -> list
         ours.append(solution.log_probs)
         disagreement.append(solution.disagreement)
     answer, apart = torch.cat(ours), torch.cat(disagreement, -1)
-    places = sorted(set.intersection(*(set(found) for found in expected)))
+    # Where a member does not see the first byte, the first stretch begins there all the same.
+    places = sorted({0}.union(set.intersection(*(set(found) for found in expected))))
     places = [place for place in places if text[place] & 0xC0 != 0x80]
     symbols = torch.tensor(list(text))
     came = answer.gather(-1, symbols[:, None]).squeeze(-1)
@@ -77,7 +78,7 @@ def group_reports(model: ByteEnsembleForCausalLM, text: bytes, top: int) -> list
                 log_prob=came[rows].sum().item(),
                 member_log_probs=members[:, rows].sum(-1).tolist(),
                 top=[(shown_byte(k), x) for k, x in zip(best.indices.tolist(), best.values.tolist(), strict=True)],
-                member_top=[own[start] for own in expected],
+                member_top=[own.get(start, []) for own in expected],
                 disagreement=apart[:, rows].sum(-1).tolist(),
             )
         )

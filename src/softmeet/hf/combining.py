@@ -42,7 +42,7 @@ class Asked:
     seconds: float = 0.0
 
     def take(self, rows: slice) -> Asked:
-        """Some positions."""
+        """Give the same for some of the positions."""
         return Asked(self.rows[rows], None if self.logits is None else self.logits[rows])
 
 

@@ -60,7 +60,7 @@ class Work:
     dropped: float = 0.0
 
     def and_(self, calls: int = 0, tokens: int = 0, dropped: float = 0.0) -> Work:
-        """Add more work."""
+        """Give this work with so many more calls, tokens and so much more estimated mass."""
         return Work(self.calls + calls, self.tokens + tokens, self.dropped + dropped)
 
 
@@ -198,7 +198,7 @@ class ByteMember:
         found = {}
         for place, state in zip(read.tolist(), hidden[first : first + len(tokens)], strict=True):
             with torch.inference_mode():
-                best = self.head.logits(state[None])[0].log_softmax(-1).topk(top)
+                best = self.head.logits(state[None])[0].log_softmax(-1).topk(min(top, self.head.v))
             listed = [(self._named(k), x) for k, x in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
             found[seen[max(0, place - len(spelling.dummy))]] = listed
         return found

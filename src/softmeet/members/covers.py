@@ -108,15 +108,15 @@ class AskedAlong(Asked):
         super().__init__(asked.path, np.empty(0), asked.root)
 
     def masses(self, spelling: Spelling, length: int, longer: int, end: int) -> Masses:
-        """As :meth:`Asked.masses`."""
+        """Give what was kept of :meth:`Asked.masses` along the text."""
         return self._masses[length]
 
     def total(self, longer: int, end: int) -> float:
-        """As :meth:`Asked.total`."""
+        """Give what was kept of :meth:`Asked.total` along the text."""
         return self._totals[longer, end]
 
     def prob(self, k: int) -> float:
-        """As :meth:`Asked.prob`."""
+        """Give what was kept of :meth:`Asked.prob` along the text."""
         return self._probs[k]
 
 
