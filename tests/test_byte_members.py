@@ -224,7 +224,7 @@ def test_bytes_that_a_member_holds_for_impossible_may_come(pruning):
     text = b"the he"
     assert np.isfinite(at_once(member, text))
     assert np.isfinite(step_by_step(member, text))
-    assert at_once(member, text) < -1000
+    assert at_once(member, text) < -87  # no token is held for less likely than 1e-38
 
 
 def test_a_prompt_is_read_from_its_end():

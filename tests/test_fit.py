@@ -194,8 +194,8 @@ def test_a_member_that_knows_nothing_gets_next_to_no_weight_and_trust(tmp_path):
     from held_out import held_out_documents
 
     ensemble = Ensemble.from_pretrained(["narrow/opt-c", shuffled("narrow/opt-a", tmp_path / "bad")])
-    positions = observe_text(ensemble, held_out_documents()[::2], max_per_document=60)
-    found = fit(ensemble, positions, Options(meet_positions=30, premise_positions=30, evaluations=6))
+    positions = observe_text(ensemble, held_out_documents()[::3], max_per_document=60)
+    found = fit(ensemble, positions, Options(meet_positions=20, premise_positions=20, evaluations=6))
     for candidate in found.candidates[2:]:
         # A few hundred tokens leave a logit mean some per cent of noise (0.036 here); what is saved has none.
         assert candidate.settings["weights"][1] < 0.06

@@ -1,23 +1,25 @@
 """Rebuild the bundled members: python tools/train_zoo.py --help.
 
 Two families share one byte-level BPE tokenizer of 4,096 tokens: `wide`, three architectures with heads 96 to 160
-wide, and `narrow`, four OPT models whose head is 16 wide. Training is resumable: kill it and run it again.
+wide, and `narrow`, four OPT models whose head is 16 wide. The two members of `mixed` have each a tokenizer of its own.
+Training is resumable: kill it and run it again.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
 from rich.console import Console
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -36,13 +38,12 @@ from transformers import (
 from softmeet.evaluation.documents import Document
 from zoo_texts import kjv_works, shingle_share, split_by_work, stage_works
 
-VOCABULARY = 4096
 CONTEXT = 256
 END_OF_TEXT = "<|endoftext|>"
 BATCH = 8
 EVALUATIONS = 10
 ZOO = Path(__file__).parents[1] / "src" / "softmeet" / "zoo"
-COMMON = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+SPACE = "\u2581"  # SentencePiece's
 
 console = Console()
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -58,49 +59,58 @@ class Recipe:
     epochs: float
     learning_rate: float
 
-    def model(self) -> PreTrainedModel:
+    @property
+    def kind(self) -> str:
+        return f"{self.family}/{self.name.split('-')[0]}"
+
+    def model(self, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+        ends = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
         torch.manual_seed(self.seed)
-        return BUILDERS[self.name.split("-")[0]]()
+        return BUILDERS[self.kind](vocab_size=len(tokenizer), **ends)
 
 
-def _gpt2() -> PreTrainedModel:
+def _gpt2(width: int, heads: int, **common: int) -> PreTrainedModel:
     # The same tanh GELU as GPT-2's, from a fused kernel.
     return GPT2LMHeadModel(
         GPT2Config(
-            **COMMON, n_positions=CONTEXT, n_embd=160, n_layer=3, n_head=5, activation_function="gelu_pytorch_tanh",
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+            **common, n_positions=CONTEXT, n_embd=width, n_layer=3, n_head=heads, resid_pdrop=0.0, embd_pdrop=0.0,
+            attn_pdrop=0.0, activation_function="gelu_pytorch_tanh",
         )
     )  # fmt: skip
 
 
-def _llama() -> PreTrainedModel:
+def _llama(width: int, inner: int, **common: int) -> PreTrainedModel:
     return LlamaForCausalLM(
         LlamaConfig(
-            **COMMON, hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+            **common, hidden_size=width, intermediate_size=inner, num_hidden_layers=3, num_attention_heads=4,
             max_position_embeddings=CONTEXT, tie_word_embeddings=True,
         )
     )  # fmt: skip
 
 
-def _neox() -> PreTrainedModel:
+def _neox(**common: int) -> PreTrainedModel:
     return GPTNeoXForCausalLM(
         GPTNeoXConfig(
-            **COMMON, hidden_size=96, intermediate_size=384, num_hidden_layers=5, num_attention_heads=4,
+            **common, hidden_size=96, intermediate_size=384, num_hidden_layers=5, num_attention_heads=4,
             max_position_embeddings=CONTEXT,
         )
     )  # fmt: skip
 
 
-def _opt() -> PreTrainedModel:
+def _opt(**common: int) -> PreTrainedModel:
     return OPTForCausalLM(
         OPTConfig(
-            **COMMON, hidden_size=128, word_embed_proj_dim=16, ffn_dim=512, num_hidden_layers=3,
+            **common, hidden_size=128, word_embed_proj_dim=16, ffn_dim=512, num_hidden_layers=3,
             num_attention_heads=4, max_position_embeddings=CONTEXT, dropout=0.0, init_std=0.06,
         )
     )  # fmt: skip
 
 
-BUILDERS = {"gpt2": _gpt2, "llama": _llama, "neox": _neox, "opt": _opt}
+BUILDERS: dict[str, Callable[..., PreTrainedModel]] = {
+    "wide/gpt2": partial(_gpt2, 160, 5), "wide/llama": partial(_llama, 96, 256), "wide/neox": _neox,
+    "narrow/opt": _opt,
+    "mixed/gpt2": partial(_gpt2, 128, 4), "mixed/llama": partial(_llama, 128, 352),
+}  # fmt: skip
 RECIPES = (
     Recipe("wide", "gpt2", seed=1, epochs=3, learning_rate=3e-3),
     # Two epochs, for a loss between those of the other two: members of a family are to be of similar strength.
@@ -110,15 +120,18 @@ RECIPES = (
     Recipe("narrow", "opt-b", seed=12, epochs=3, learning_rate=5e-3),
     Recipe("narrow", "opt-c", seed=15, epochs=3.2, learning_rate=5e-3),
     Recipe("narrow", "opt-d", seed=14, epochs=3, learning_rate=5e-3),
+    Recipe("mixed", "gpt2", seed=21, epochs=2.5, learning_rate=3e-3),
+    Recipe("mixed", "llama", seed=22, epochs=2, learning_rate=3e-3),
 )
 
 
-def make_tokenizer(training: list[Document]) -> PreTrainedTokenizerFast:
+def byte_level(vocabulary: int, training: list[Document]) -> PreTrainedTokenizerFast:
+    """As GPT-2's, but for its pre-tokens: BPE over bytes."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -128,10 +141,39 @@ def make_tokenizer(training: list[Document]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=CONTEXT, **special)
 
 
+def sentence_pieces(vocabulary: int, training: list[Document]) -> PreTrainedTokenizerFast:
+    """As Llama-2's: BPE over characters, bytes for the others, and a space before the text."""
+    bytes_ = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    learnt = Tokenizer(models.BPE())
+    words = [pre_tokenizers.Split("\n", "removed"), pre_tokenizers.Metaspace(SPACE, "always")]
+    learnt.pre_tokenizer = pre_tokenizers.Sequence(words)
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary - len(bytes_), limit_alphabet=80, show_progress=False)
+    learnt.train_from_iterator((w.text for w in training), trainer)
+    model = json.loads(learnt.to_str())["model"]
+    pieces = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    ids = {piece: k for k, piece in enumerate([*bytes_, *pieces])}
+    merges = [tuple(pair) for pair in model["merges"]]
+    tokenizer = Tokenizer(models.BPE(ids, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))  # noqa: S106
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+    back = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(back)
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", 1)])
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=CONTEXT, **special)
+
+
+TOKENIZERS: dict[str, Callable[[list[Document]], PreTrainedTokenizerFast]] = {
+    "wide": partial(byte_level, 4096), "narrow": partial(byte_level, 4096),
+    "mixed/gpt2": partial(byte_level, 2048), "mixed/llama": partial(sentence_pieces, 1536),
+}  # fmt: skip
+
+
 def encode(tokenizer: PreTrainedTokenizerFast, works: list[Document]) -> Tensor:
-    """All works in one row of token ids, <|endoftext|> before each."""
-    rows = tokenizer([END_OF_TEXT + w.text for w in works], verbose=False)["input_ids"]
-    return torch.tensor(np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]))
+    """All works in one row of token ids, each after the token that begins a text."""
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    after = [] if end == begin else [end]
+    rows = tokenizer([w.text for w in works], add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(np.concatenate([np.asarray([begin, *row, *after], dtype=np.int64) for row in rows]))
 
 
 def windows(ids: Tensor, offset: int = 0) -> Tensor:
@@ -174,9 +216,9 @@ def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
 class Training:
     """One member's training state: model, optimiser, step and held-out curve, saved at each evaluation."""
 
-    def __init__(self, recipe: Recipe, folder: Path, steps: int) -> None:
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, folder: Path, steps: int) -> None:
         self.recipe, self.steps = recipe, steps
-        self.model = recipe.model()
+        self.model = recipe.model(tokenizer)
         matrices = [p for p in self.model.parameters() if p.ndim > 1]
         vectors = [p for p in self.model.parameters() if p.ndim <= 1]
         groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
@@ -239,7 +281,7 @@ A small {architecture} for tests and demonstrations of ensembles, one of the bun
 | context | {context} tokens |
 | seed, data order | {seed} |
 | training | {steps:,} steps of {batch} x {context} tokens ({epochs:g} epochs of {training_tokens:,} tokens), AdamW, peak learning rate {learning_rate:g}, cosine |
-| held-out loss | {loss:.4f} nats per token over {held_out_tokens:,} tokens ({perplexity:.1f} perplexity) |
+| held-out loss | {loss:.4f} nats per token over {held_out_tokens:,} tokens ({perplexity:.1f} perplexity), {bits:.4f} bits a byte |
 | its fall over the last tenth of the steps | {fall:.4f} nats |
 | held-out 12-word shingles that occur in the training part | {share:.3%} |
 
@@ -251,28 +293,31 @@ Rebuilt by `python tools/train_zoo.py`. fp16 safetensors; not for any use that n
 """  # noqa: E501
 
 
-def export(training: Training, tokenizer: PreTrainedTokenizerFast, facts: dict[str, object], held_out: Tensor) -> None:
+def export(training: Training, tokenizer: PreTrainedTokenizerFast, facts: dict[str, Any], held_out: Tensor) -> None:
     recipe, model = training.recipe, training.model
     folder = ZOO / recipe.family / recipe.name
     model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     loss = held_out_loss(model.float(), held_out)
-    width = model.get_output_embeddings().weight.shape[1]
+    vocabulary, width = model.get_output_embeddings().weight.shape
+    bits = loss / math.log(2) * len(held_out) / facts["held_out_bytes"]
     card = CARD.format(
         **facts, family=recipe.family, name=recipe.name, architecture=type(model).__name__,
-        parameters=model.num_parameters(), vocabulary=VOCABULARY, width=width, context=CONTEXT, seed=recipe.seed,
+        parameters=model.num_parameters(), vocabulary=vocabulary, width=width, context=CONTEXT, seed=recipe.seed,
         steps=training.steps, batch=BATCH, epochs=recipe.epochs, learning_rate=recipe.learning_rate,
-        loss=loss, perplexity=math.exp(loss), fall=training.curve[-2][1] - training.curve[-1][1],
+        loss=loss, perplexity=math.exp(loss), bits=bits, fall=training.curve[-2][1] - training.curve[-1][1],
     )  # fmt: skip
     (folder / "README.md").write_text(card, encoding="utf-8")
-    curve = {"held_out_nats": loss, "curve": training.curve}
+    curve = {"held_out_nats": loss, "held_out_bits_per_byte": bits, "curve": training.curve}
     (folder / "training.json").write_text(json.dumps(curve) + "\n", encoding="utf-8")
     console.log(f"{recipe.family}/{recipe.name}: {loss:.4f} nats held out, written to {folder}")
 
 
 @app.command()
 def main(
-    members: Annotated[list[str] | None, typer.Argument(help="Members to train, such as opt-a; all if none.")] = None,
+    members: Annotated[
+        list[str] | None, typer.Argument(help="Members to train, such as opt-a or mixed/gpt2; all if none.")
+    ] = None,
     work: Annotated[Path, typer.Option(help="Folder for texts and training states.")] = Path("build/zoo"),
     threads: Annotated[int, typer.Option(help="Threads for torch.")] = 2,
     check_split: Annotated[bool, typer.Option(help="Only print the share of shared 12-word shingles.")] = False,
@@ -284,19 +329,23 @@ def main(
     console.log(f"{share:.3%} of the held-out part's 12-word shingles occur in the training part (at most 0.5 %)")
     if check_split:
         raise typer.Exit(share > 0.005)
-    tokenizer = make_tokenizer(training_works)
-    training_ids, held_out_ids = encode(tokenizer, training_works), encode(tokenizer, held_out_works)
-    facts: dict[str, object] = {
-        "share": share, "training_tokens": len(training_ids), "held_out_tokens": len(held_out_ids),
+    facts: dict[str, Any] = {
+        "share": share,
+        "held_out_bytes": sum(len(w.text.encode()) for w in held_out_works),
         "works": ", ".join(w.name.removesuffix("_gut").replace("_", " ") for w in held_out_works),
-    }  # fmt: skip
-    console.log(f"{len(training_ids):,} training tokens, {len(held_out_ids):,} held out")
+    }
     for recipe in RECIPES:
-        if not members or recipe.name in members:
-            steps = round(recipe.epochs * len(training_ids) / (BATCH * CONTEXT))
-            training = Training(recipe, work, steps)
-            training.run(training_ids, held_out_ids)
-            export(training, tokenizer, facts, held_out_ids)
+        if members and not {recipe.name, f"{recipe.family}/{recipe.name}"} & set(members):
+            continue
+        make = TOKENIZERS.get(recipe.kind) or TOKENIZERS[recipe.family]
+        tokenizer = make(training_works)
+        training_ids, held_out_ids = encode(tokenizer, training_works), encode(tokenizer, held_out_works)
+        facts |= {"training_tokens": len(training_ids), "held_out_tokens": len(held_out_ids)}
+        console.log(f"{len(training_ids):,} training tokens, {len(held_out_ids):,} held out")
+        steps = round(recipe.epochs * len(training_ids) / (BATCH * CONTEXT))
+        training = Training(recipe, tokenizer, work, steps)
+        training.run(training_ids, held_out_ids)
+        export(training, tokenizer, facts, held_out_ids)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ from softmeet.members.covers import (
     Masses,
     Open,
     Pruning,
-    by_symbol,
     closed,
     followed,
     likely,
@@ -38,7 +37,7 @@ from softmeet.members.token_tree import run as run_trees
 from softmeet.members.typical import SAMPLE, typical
 
 # The least probability of a token: without it, masses of all covers could be rounded to nothing.
-_LEAST = 1e-300
+_LEAST = torch.finfo(torch.float32).tiny
 # Bytes before the end of a prompt from which all tokenizations are followed; before them, the tokenizer's alone.
 _LOOK_BACK = 64
 # Share of all mass from which a token is run before it is known to come, and how many are, beside what has to be asked.
@@ -115,7 +114,6 @@ class ByteMember:
         columns = [*self.spelling.tokens.tolist(), *self.ends]
         self._columns = torch.tensor(columns, device=self.head.weight.device)
         self._prefixes: dict[tuple[int, ...], tuple[TokenTree, Tensor]] = {}
-        self._first = spelling.flat[spelling.offsets[:-1]]
         if self.pruning.prune:
             self.spelling = replace(spelling, typical=self._typical())
 
@@ -320,16 +318,14 @@ class ByteMember:
     def asked(self, paths: Sequence[Path], hidden: Float[Tensor, "k d"]) -> list[Asked]:
         """The next token's probabilities behind each path."""
         with torch.inference_mode():
-            logits = self.head.logits(hidden)[:, self._columns].double()
+            logits = self.head.logits(hidden).index_select(1, self._columns)
             # A byte that a member holds for impossible may come all the same: something has to be left to go on from.
             probs = logits.softmax(-1).clamp_min(_LEAST).cpu().numpy()
         m = len(self.spelling.words)
-        found = []
-        for path, own in zip(paths, probs, strict=True):
-            root = by_symbol(self._first, own[:m])
-            root[END] = own[m:].sum()
-            found.append(Asked(path, own[:m], root))
-        return found
+        roots, (letters, where) = np.zeros((len(paths), SYMBOLS)), self.spelling.beginnings
+        roots[:, letters] = np.add.reduceat(probs[:, :m], where, axis=1, dtype=np.float64)
+        roots[:, END] = probs[:, m:].sum(1, dtype=np.float64)
+        return [Asked(path, own[:m], root) for path, own, root in zip(paths, probs, roots, strict=True)]
 
     def _read(self, text: bytes, prefix: Sequence[int] | None, *, everything: bool) -> tuple[Reading, Masses, Masses]:
         """Read a text whose bytes are all known, in one call for the tokenizer's tokens and few for others.
@@ -341,16 +337,15 @@ class ByteMember:
         spelling, pruning = self.spelling, self.pruning
         prefix = self.prefix if prefix is None else prefix
         known = KnownText(self, prefix, text, 0 if everything or not pruning.prune else _LOOK_BACK)
-        while True:
-            walk = known.walk(pruning, everything=everything)
-            if not walk.missing:
-                break
-            known.ask(walk.missing)
-        reading = _compact(Reading(walk.covers, known.tree, text, Work(known.calls, known.tokens, sum(walk.unasked))))
+        while missing := known.walk(pruning):
+            known.ask(missing)
+        unasked = [covers.unasked for covers in known.covers]
+        reading = _compact(Reading(known.covers[-1], known.tree, text, Work(known.calls, known.tokens, sum(unasked))))
         if not everything:
             return reading, np.empty((0, SYMBOLS)), np.empty(0)
         written = np.cumsum([len(spelling.dummy), *(byte not in spelling.unwritable for byte in text)])
-        return reading, np.array(walk.predictions)[written], np.array(walk.unasked)[written]
+        predictions = np.array([prediction(spelling, covers) for covers in known.covers])
+        return reading, predictions[written], np.array(unasked)[written]
 
 
 def _compact(reading: Reading) -> Reading:
@@ -369,7 +364,7 @@ def _compact(reading: Reading) -> Reading:
         guesses=tuple(replace(guess, behind=moved[id(guess.behind)], path=path) for guess, path in ahead),
         covers=replace(
             covers,
-            closed=tuple(replace(one, asked=moved[id(one.asked)]) for one in covers.closed),
-            open=tuple(replace(one, asked=moved[id(one.asked)]) for one in covers.open),
+            closed=tuple(one._replace(asked=moved[id(one.asked)]) for one in covers.closed),
+            open=tuple(one._replace(asked=moved[id(one.asked)]) for one in covers.open),
         ),
     )

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -36,6 +36,8 @@ AnyCover = TypeVar("AnyCover", "Cover", "Open")
 _NOT_LIGHT = 0.05
 # Shares of mass below which covers are let go while there are others.
 _LIGHT = 1e-12
+# All covers' mass below which their weights are scaled: it falls with every byte.
+_SMALL = 1e-30
 
 
 def by_symbol(symbols: np.ndarray[Any, np.dtype[np.uint8]], masses: Masses) -> Masses:
@@ -120,11 +122,11 @@ class AskedAlong(Asked):
         return self._probs[k]
 
 
-@dataclass(frozen=True, eq=False)
-class Cover:
+class Cover(NamedTuple):
     """Tokens that were asked about, and a rest, from which tokens ``longer`` to ``end`` of the spelling go on.
 
-    ``weight`` is the tokens' share of all mass, ``mass`` theirs with the next token's.
+    ``weight`` is the probability of the tokens, ``mass`` theirs with the next token's, both up to the scale of
+    :class:`Covers`.
     """
 
     asked: Asked
@@ -141,8 +143,7 @@ class Cover:
         return self.weight * self.asked.masses(spelling, len(self.rest), self.longer, self.end)
 
 
-@dataclass(frozen=True, eq=False)
-class Open:
+class Open(NamedTuple):
     """A cover, a token behind it and the bytes since, about which the model was not asked; ``mass`` is an estimate.
 
     ``most`` is what its mass may be, had each byte since been as probable behind it as a good guess.
@@ -162,19 +163,36 @@ class Open:
             return _TYPICAL * usual + (1 - _TYPICAL) * self.asked.root
         return _ALIKE * np.where(live > 0, live, self.asked.root)
 
+    def longer(self, byte: int, live: float, spelling: Spelling) -> Open:
+        """The same with one byte more, to which the closed covers gave the probability ``live``."""
+        root = float(self.asked.root[byte])
+        if self.rest:
+            share = _ALIKE * (live or root)
+        else:
+            share = _TYPICAL * float(spelling.typical[spelling.last(self.token), byte]) + (1 - _TYPICAL) * root
+        most = self.most * max(share, _GOOD)
+        return Open(self.asked, self.token, self.weight, self.mass * share, self.rest + bytes([byte]), most)
+
 
 @dataclass(frozen=True, eq=False)
 class Covers:
-    """All covers of one text by one member, as far as they are followed; their masses sum to one."""
+    """All covers of one text by one member, as far as they are followed.
+
+    Attributes:
+        closed, open: with masses on one scale.
+        total: all their masses together.
+        dropped: the share of mass that was let go at the last byte.
+    """
 
     closed: tuple[Cover, ...]
     open: tuple[Open, ...] = ()
+    total: float = 1.0
     dropped: float = 0.0
 
     @property
     def unasked(self) -> float:
         """The share of mass that is estimated, or was let go at this byte."""
-        return self.dropped + sum(cover.mass for cover in self.open)
+        return self.dropped + sum(cover.mass for cover in self.open) / self.total
 
 
 def begun(asked: Asked, spelling: Spelling) -> Covers:
@@ -184,30 +202,24 @@ def begun(asked: Asked, spelling: Spelling) -> Covers:
 
 def prediction(spelling: Spelling, covers: Covers) -> Masses:
     """(257,), the next symbol's probabilities."""
-    live = _live(spelling, covers.closed)
-    found = sum((cover.mass for cover in covers.closed), 0.0) * live
-    for cover in covers.open:
-        found += cover.mass * cover.estimate(live, spelling)
-    return found / float(found.sum())
+    found = sum((cover.masses(spelling) for cover in covers.closed), np.zeros(SYMBOLS))
+    if covers.open:
+        live = found / (found.sum() or 1.0)
+        for cover in covers.open:
+            found += cover.mass * cover.estimate(live, spelling)
+    return found / found.sum()
 
 
 def followed(spelling: Spelling, covers: Covers, byte: int, pruning: Pruning) -> Covers:
     """The covers of one byte more; none is left where the member cannot write it."""
-    closed: list[Cover] = []
-    opened: list[Open] = []
-    for cover in covers.closed:
-        own, new = _longer(spelling, cover, byte)
-        closed += own
-        opened += new
-    if covers.open:
-        live = _live(spelling, covers.closed)
-        opened += [_estimated(spelling, cover, byte, live) for cover in covers.open]
-    return _shares(closed, opened, pruning)
+    own, opened = _longer(spelling, covers.closed, covers.open, byte)
+    return _kept(own, opened, pruning)
 
 
 def wanted(covers: Covers, pruning: Pruning) -> list[Open]:
     """The open covers that the model is to be asked about before the next byte is predicted."""
-    found = [cover for cover in covers.open if cover.mass >= pruning.prune or cover.most >= _MOST * pruning.prune]
+    least = pruning.prune * covers.total
+    found = [cover for cover in covers.open if cover.mass >= least or cover.most >= _MOST * least]
     return found or (list(covers.open[:1]) if not covers.closed else [])
 
 
@@ -225,7 +237,9 @@ def likely(covers: Covers, least: float, most: int) -> list[tuple[Asked, int]]:
     found = []
     for cover in covers.closed:
         masses = cover.weight * cover.asked.probs[cover.longer : cover.end]
-        found += [(masses[k], cover.asked, cover.longer + int(k)) for k in np.flatnonzero(masses >= least)]
+        found += [
+            (masses[k], cover.asked, cover.longer + int(k)) for k in np.flatnonzero(masses >= least * covers.total)
+        ]
     found.sort(key=lambda one: -one[0])
     return [(asked, k) for _, asked, k in found[:most]]
 
@@ -238,65 +252,56 @@ def closed(spelling: Spelling, covers: Covers, answers: Sequence[tuple[Open, Ask
         own = [Cover(asked, cover.weight, cover.weight, b"", 0, len(spelling.words))]
         new: list[Open] = []
         for byte in cover.rest:
-            live = _live(spelling, own)
-            new = [_estimated(spelling, one, byte, live) for one in new]
-            pairs = [_longer(spelling, one, byte) for one in own]
-            own = [one for pair in pairs for one in pair[0]]
-            new += [one for pair in pairs for one in pair[1]]
+            own, new = _longer(spelling, own, new, byte)
         whole += own
         opened += new
-    return _shares(whole, opened, pruning)
+    return _kept(whole, opened, pruning)
 
 
-def _live(spelling: Spelling, covers: Sequence[Cover]) -> Masses:
-    """(257,), the next symbol's probabilities by the closed covers alone; zeros where there are none."""
-    found = np.zeros(SYMBOLS)
-    for cover in covers:
-        found += cover.masses(spelling)
-    total = found.sum()
-    return found / total if total > 0 else found
+def _longer(
+    spelling: Spelling, closed: Sequence[Cover], opened: Sequence[Open], byte: int
+) -> tuple[list[Cover], list[Open]]:
+    """All covers with one byte more, and the tokens that end with it."""
+    own: list[Cover] = []
+    new: list[Open] = []
+    for cover in closed:
+        rest = cover.rest + bytes([byte])
+        first, longer, end = spelling.among(rest, cover.longer, cover.end)
+        asked, weight = cover.asked, cover.weight
+        if longer < end:
+            own.append(Cover(asked, weight, weight * asked.total(longer, end), rest, longer, end))
+        for k in range(first, longer):
+            mass = weight * asked.prob(k)
+            new.append(Open(asked, int(spelling.tokens[k]), mass, mass, b"", mass))
+    if opened:
+        before, after = sum(cover.mass for cover in closed), sum(cover.mass for cover in [*own, *new])
+        live = after / before if before else 0.0
+        new += [cover.longer(byte, live, spelling) for cover in opened]
+    return own, new
 
 
-def _estimated(spelling: Spelling, cover: Open, byte: int, live: Masses) -> Open:
-    share = float(cover.estimate(live, spelling)[byte])
-    rest = cover.rest + bytes([byte])
-    return replace(cover, mass=cover.mass * share, most=cover.most * max(share, _GOOD), rest=rest)
-
-
-def _longer(spelling: Spelling, cover: Cover, byte: int) -> tuple[list[Cover], list[Open]]:
-    """A cover whose rest has a byte more, and the tokens that are just that rest."""
-    rest = cover.rest + bytes([byte])
-    first, longer, end = spelling.among(rest, cover.longer, cover.end)
-    asked, weight = cover.asked, cover.weight
-    own = [Cover(asked, weight, weight * asked.total(longer, end), rest, longer, end)] if longer < end else []
-    masses = [(k, weight * asked.prob(k)) for k in range(first, longer)]
-    return own, [Open(asked, int(spelling.tokens[k]), mass, mass, b"", mass) for k, mass in masses]
-
-
-def _shares(whole: list[Cover], opened: list[Open], pruning: Pruning) -> Covers:
-    """Masses that sum to one; the lightest covers are let go."""
+def _kept(whole: Sequence[Cover], opened: Sequence[Open], pruning: Pruning) -> Covers:
+    """Covers without the lightest, which are let go."""
     kept = [cover for cover in whole if cover.mass > 0]
     light = [cover for cover in opened if cover.mass > 0]
     if pruning.prune:
         kept, light = _recombined(kept, light)
-    light = sorted(light, key=_by_mass)
-    before = sum(cover.mass for cover in kept) + sum(cover.mass for cover in light)
+    light.sort(key=_by_mass)
+    before = total = sum(cover.mass for cover in [*kept, *light])
     if pruning.covers is not None:
+        least = _LIGHT * before
         kept = sorted(kept, key=_by_mass)[: pruning.covers]
-        light = light[: pruning.covers]
-        kept = [cover for k, cover in enumerate(kept) if not k or cover.mass > _LIGHT * before]
-        light = [cover for k, cover in enumerate(light) if not k or cover.mass > _LIGHT * before]
-    total = sum(cover.mass for cover in kept) + sum(cover.mass for cover in light)
+        kept = [cover for k, cover in enumerate(kept) if not k or cover.mass > least]
+        light = [cover for k, cover in enumerate(light[: pruning.covers]) if not k or cover.mass > least]
+        total = sum(cover.mass for cover in [*kept, *light])
     if not total:
         return Covers(())
-    return Covers(
-        tuple(replace(cover, weight=cover.weight / total, mass=cover.mass / total) for cover in kept),
-        tuple(
-            replace(cover, weight=cover.weight / total, mass=cover.mass / total, most=cover.most / total)
-            for cover in light
-        ),
-        1 - total / before,
-    )
+    dropped = 1 - total / before
+    if total < _SMALL:
+        kept = [one._replace(weight=one.weight / total, mass=one.mass / total) for one in kept]
+        light = [one._replace(weight=one.weight / total, mass=one.mass / total, most=one.most / total) for one in light]
+        total = 1.0
+    return Covers(tuple(kept), tuple(light), total, dropped)
 
 
 def _recombined(whole: list[Cover], opened: list[Open]) -> tuple[list[Cover], list[Open]]:
@@ -305,6 +310,8 @@ def _recombined(whole: list[Cover], opened: list[Open]) -> tuple[list[Cover], li
     They differ by the tokens before that byte, of which what comes next depends little; the one of fewest tokens is
     nearly always the tokenizer's own.
     """
+    if len({len(cover.rest) for cover in [*whole, *opened]}) == len(whole) + len(opened):
+        return whole, opened
     best: dict[int, Cover] = {}
     for cover in _few_tokens_first(whole):
         place = len(cover.rest)
@@ -336,4 +343,4 @@ def _by_mass(cover: Cover | Open) -> float:
 def _heavier(cover: AnyCover, mass: float) -> AnyCover:
     """A cover with so much more mass."""
     more = (cover.mass + mass) / cover.mass
-    return replace(cover, mass=cover.mass * more, weight=cover.weight * more)
+    return cover._replace(mass=cover.mass * more, weight=cover.weight * more)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,13 +14,11 @@ from softmeet.members.covers import (
     Asked,
     AskedAlong,
     Covers,
-    Masses,
     Open,
     Pruning,
     begun,
     closed,
     followed,
-    prediction,
     wanted,
 )
 from softmeet.members.token_tree import Growth, Path
@@ -30,26 +27,9 @@ if TYPE_CHECKING:
     from softmeet.members.byte_member import ByteMember
 
 # Positions whose next tokens' probabilities are held at once.
-_POSITIONS = 32
+_POSITIONS = 64
 # The tree's node that tokens stand behind, and the token.
 Step = tuple[int, int]
-
-
-@dataclass
-class Walk:
-    """What following a text byte by byte came to.
-
-    Attributes:
-        covers: of the whole text.
-        predictions: for every byte and for what comes after the last, if they are wanted.
-        unasked: the share of mass that was estimated or let go, for every byte and for what comes after the last.
-        missing: open covers that the model should have been asked about; they were estimated.
-    """
-
-    covers: Covers
-    predictions: list[Masses] = field(default_factory=list)
-    unasked: list[float] = field(default_factory=list)
-    missing: dict[Step, Open] = field(default_factory=dict)
 
 
 class KnownText:
@@ -64,6 +44,7 @@ class KnownText:
     Attributes:
         text: the bytes that the member's tokens spell: with its dummy prefix, without what it cannot write.
         place: the byte from which tokenizations are followed.
+        covers: of the text as far as that place, and one byte further each.
         tree: what the model keeps.
         calls, tokens: of the model, and tokens run in them.
     """
@@ -94,6 +75,8 @@ class KnownText:
             (column - 1, token): asked
             for column, token, asked in zip(columns[1:], tokens[first:], list(self._own.values())[1:], strict=True)
         }
+        self.covers = [begun(self._own[self.place], spelling)]
+        self._sure = 1  # So many of them rest on no answer that was missing.
 
     def _along(self, paths: Sequence[Path], places: Sequence[int], hidden: Float[Tensor, "k d"]) -> Iterator[Asked]:
         """What comes behind each path, whose tokens end at a byte of the text, some at a time."""
@@ -106,34 +89,33 @@ class KnownText:
                 else:
                     yield asked
 
-    def walk(self, pruning: Pruning, *, everything: bool) -> Walk:
-        """Follow the text, with the model's answers as far as they are there."""
-        spelling = self.member.spelling
-        this = Walk(begun(self._own[self.place], spelling))
-        for byte in self.text[self.place :]:
-            self._note(this, everything=everything)
-            this.covers = followed(spelling, this.covers, byte, pruning)
-            while answers := self._answers(this, pruning):
-                this.covers = closed(spelling, this.covers, answers, pruning)
-        self._note(this, everything=everything)
-        return this
+    def walk(self, pruning: Pruning) -> dict[Step, Open]:
+        """Follow the text, with the model's answers as far as they are there.
 
-    def _note(self, this: Walk, *, everything: bool) -> None:
-        """Keep what is known of the next byte."""
-        this.unasked.append(this.covers.unasked)
-        if everything:
-            this.predictions.append(prediction(self.member.spelling, this.covers))
+        Returns:
+            open covers that the model should have been asked about; they were estimated.
+        """
+        spelling, missing = self.member.spelling, dict[Step, Open]()
+        del self.covers[self._sure :]
+        for byte in self.text[self.place + self._sure - 1 :]:
+            covers = followed(spelling, self.covers[-1], byte, pruning)
+            while answers := self._answers(covers, missing, pruning):
+                covers = closed(spelling, covers, answers, pruning)
+            self.covers.append(covers)
+            if not missing:
+                self._sure = len(self.covers)
+        return missing
 
-    def _answers(self, this: Walk, pruning: Pruning) -> list[tuple[Open, Asked]]:
-        """Those that are there, of the open covers that the model is to be asked about."""
+    def _answers(self, covers: Covers, missing: dict[Step, Open], pruning: Pruning) -> list[tuple[Open, Asked]]:
+        """Those that are there, of the open covers that the model is to be asked about; the others go to ``missing``."""
         found = []
-        for one in wanted(this.covers, pruning):
+        for one in wanted(covers, pruning):
             step = int(one.asked.path[-1]), one.token
             # Covers that end at one byte differ little, and the tokenizer's own was run with the others.
             asked = self._own.get(self._end(one)) if pruning.prune else None
             asked = asked or self._behind.get(step)
             if asked is None:
-                this.missing[step] = one
+                missing[step] = one
             else:
                 found.append((one, asked))
         return found

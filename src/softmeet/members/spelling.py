@@ -70,6 +70,11 @@ class Spelling:
         return self._own[token][-1]
 
     @cached_property
+    def beginnings(self) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], np.ndarray[Any, np.dtype[np.int64]]]:
+        """The bytes with which words begin, and the first word of each."""
+        return np.unique(self.flat[self.offsets[:-1]], return_index=True)
+
+    @cached_property
     def longest(self) -> int:
         """The bytes of the longest word."""
         return max(map(len, self.words))
