@@ -207,7 +207,8 @@ def prediction(spelling: Spelling, covers: Covers) -> Masses:
         live = found / (found.sum() or 1.0)
         for cover in covers.open:
             found += cover.mass * cover.estimate(live, spelling)
-    return found / found.sum()
+    whole: Masses = found / found.sum()
+    return whole
 
 
 def followed(spelling: Spelling, covers: Covers, byte: int, pruning: Pruning) -> Covers:
@@ -274,8 +275,8 @@ def _longer(
             mass = weight * asked.prob(k)
             new.append(Open(asked, int(spelling.tokens[k]), mass, mass, b"", mass))
     if opened:
-        before, after = sum(cover.mass for cover in closed), sum(cover.mass for cover in [*own, *new])
-        live = after / before if before else 0.0
+        before = _mass(closed)
+        live = _mass(own, new) / before if before else 0.0
         new += [cover.longer(byte, live, spelling) for cover in opened]
     return own, new
 
@@ -287,13 +288,13 @@ def _kept(whole: Sequence[Cover], opened: Sequence[Open], pruning: Pruning) -> C
     if pruning.prune:
         kept, light = _recombined(kept, light)
     light.sort(key=_by_mass)
-    before = total = sum(cover.mass for cover in [*kept, *light])
+    before = total = _mass(kept, light)
     if pruning.covers is not None:
         least = _LIGHT * before
         kept = sorted(kept, key=_by_mass)[: pruning.covers]
         kept = [cover for k, cover in enumerate(kept) if not k or cover.mass > least]
         light = [cover for k, cover in enumerate(light[: pruning.covers]) if not k or cover.mass > least]
-        total = sum(cover.mass for cover in [*kept, *light])
+        total = _mass(kept, light)
     if not total:
         return Covers(())
     dropped = 1 - total / before
@@ -310,7 +311,7 @@ def _recombined(whole: list[Cover], opened: list[Open]) -> tuple[list[Cover], li
     They differ by the tokens before that byte, of which what comes next depends little; the one of fewest tokens is
     nearly always the tokenizer's own.
     """
-    if len({len(cover.rest) for cover in [*whole, *opened]}) == len(whole) + len(opened):
+    if len({len(cover.rest) for group in (whole, opened) for cover in group}) == len(whole) + len(opened):
         return whole, opened
     best: dict[int, Cover] = {}
     for cover in _few_tokens_first(whole):
@@ -334,6 +335,11 @@ def _few_tokens_first(covers: Sequence[AnyCover]) -> list[AnyCover]:
         covers,
         key=lambda cover: (cover.mass < _NOT_LIGHT * heaviest[len(cover.rest)], len(cover.asked.path), -cover.mass),
     )
+
+
+def _mass(*groups: Sequence[Cover | Open]) -> float:
+    """All of it together."""
+    return sum(cover.mass for group in groups for cover in group)
 
 
 def _by_mass(cover: Cover | Open) -> float:

@@ -107,7 +107,7 @@ class KnownText:
         return missing
 
     def _answers(self, covers: Covers, missing: dict[Step, Open], pruning: Pruning) -> list[tuple[Open, Asked]]:
-        """Those that are there, of the open covers that the model is to be asked about; the others go to ``missing``."""
+        """Those there are, of the open covers that the model is to be asked about; the others go to ``missing``."""
         found = []
         for one in wanted(covers, pruning):
             step = int(one.asked.path[-1]), one.token
