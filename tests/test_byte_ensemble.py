@@ -281,6 +281,23 @@ def test_evaluation_is_what_members_say_of_every_byte(folders, tmp_path):
     assert all("forward_steps" not in own for own in facts["rules"].values())
 
 
+def test_generate_says_what_bytes_cost(folders):
+    asked = ["generate", "the other", *tiny.each("-m", folders), "--seed", 1, "--max-new-tokens", 8]
+    facts = json.loads(command(*asked, "--json"))
+    assert (facts["vocabulary"], facts["tokens"]) == ("bytes", 8)
+    ours = Ensemble.from_pretrained(folders)
+    before = ours.model.spent
+    ours.generate("the other", seed=1, do_sample=True, top_k=0, max_new_tokens=8)
+    for own, old, new in zip(facts["members"], before, ours.model.spent, strict=True):
+        assert own["width"] > 1
+        assert own["forward_steps"] == (new.calls - old.calls) / 8 > 0
+        assert own["tokens_run"] == (new.tokens - old.tokens) / 8 >= own["forward_steps"]
+        assert own["dropped"] == pytest.approx((new.dropped - old.dropped) / 8)
+    shown = CliRunner().invoke(commands, [*map(str, asked), "--summary"]).output
+    assert "over bytes" in shown
+    assert "forward" in shown
+
+
 def test_a_trace_and_a_fit_give_what_the_text_gives(folders, tmp_path):
     members, source = tiny.each("-m", folders), lines(tmp_path)
     command("trace", tmp_path / "trace", *members, "--text", source)

@@ -22,6 +22,7 @@ from softmeet.errors import InvalidInputError
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
     from softmeet.hf import Recorder
+    from softmeet.members.work import Work
 
 
 @dataclass
@@ -89,7 +90,7 @@ def _run(
 ) -> None:
     from softmeet.hf import Recorder
 
-    recorder, started = Recorder(), time.perf_counter()
+    recorder, before, started = Recorder(), _spent(ensemble), time.perf_counter()
     given = {"seed": seed, "recorder": recorder, **given}
     each: list[dict[str, Any]] = [{}] * len(texts) if weights is None else [{"weights": own} for own in weights]
     if len(texts) == 1 and not as_json:
@@ -107,6 +108,8 @@ def _run(
                 completions = [ensemble.generate(text, **given, **own) for text, own in pairs]
     seconds = time.perf_counter() - started
     facts = _facts(ensemble, recorder, seconds, weights)
+    for member, costs in zip(facts["members"], _costs(before, _spent(ensemble), recorder.rows), strict=False):
+        member |= costs
     if as_json:
         made = [{"prompt": p, "text": t, **own} for p, t, own in zip(texts, completions, each, strict=True)]
         typer.echo(json.dumps({"completions": made, **facts}, ensure_ascii=False, indent=2))
@@ -114,7 +117,7 @@ def _run(
         for prompt, text in zip(texts, completions, strict=False):
             typer.echo(f"=== {prompt}\n{text}\n")
     if summary or (summary is None and sys.stderr.isatty()):
-        _show(facts)
+        (_show_bytes if facts["vocabulary"] == "bytes" else _show)(facts)
 
 
 def _facts(ensemble: Ensemble, recorder: Recorder, seconds: float, weights: list[list[float]] | None) -> dict[str, Any]:
@@ -132,10 +135,11 @@ def _facts(ensemble: Ensemble, recorder: Recorder, seconds: float, weights: list
                 "disagreement": x / asked,
             }
             for name, head, w, t, x in zip(
-                ensemble.names, ensemble.model.heads, used, config.settings.trusts(), disagreement, strict=True
+                ensemble.names, ensemble.model.member_heads, used, config.settings.trusts(), disagreement, strict=True
             )
         ],
         "rule": config.rule,
+        "vocabulary": "bytes" if ensemble.model.over_bytes else "tokens",
         "tokens": recorder.rows,
         "tokens_per_second": recorder.rows / seconds,
         "head_passes_per_token": recorder.passes / rows,
@@ -146,6 +150,33 @@ def _facts(ensemble: Ensemble, recorder: Recorder, seconds: float, weights: list
         "gated": recorder.gate.share,
         "seconds_saved": recorder.gate.saved,
     }
+
+
+def _spent(ensemble: Ensemble) -> list[Work]:
+    """What every member has cost, over bytes."""
+    return ensemble.model.spent
+
+
+def _costs(before: list[Work], after: list[Work], count: int) -> list[dict[str, float]]:
+    """Each member's costs of so many bytes, prompts included: a byte."""
+    return [
+        {
+            "forward_steps": (new.calls - old.calls) / max(count, 1),
+            "tokens_run": (new.tokens - old.tokens) / max(count, 1),
+            "dropped": (new.dropped - old.dropped) / max(count, 1),
+        }
+        for old, new in zip(before, after, strict=True)
+    ]
+
+
+def _show_bytes(facts: dict[str, Any]) -> None:
+    columns = ("member", "weight", "disagreement (nats/byte)", "forward steps a byte", "tokens run a byte", "dropped")
+    table = Table(*columns, title=f"rule: {facts['rule']}, over bytes")
+    for m in facts["members"]:
+        costs = [f"{m[name]:.4f}" for name in ("disagreement", "forward_steps", "tokens_run", "dropped")]
+        table.add_row(escape(m["name"]), f"{m['weight']:.3g}", *costs)
+    options.err.print(table)
+    options.err.print(f"{facts['tokens']} bytes, {facts['tokens_per_second']:.1f} bytes/s")
 
 
 def _show(facts: dict[str, Any]) -> None:

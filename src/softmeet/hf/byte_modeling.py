@@ -22,6 +22,7 @@ from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.members.byte_member import ByteMember, Reading
 from softmeet.members.covers import END, SYMBOLS
+from softmeet.members.work import Work
 from softmeet.rules.gates import Gate, Unsure, that_closes
 from softmeet.rules.registry import all_rules
 from softmeet.rules.settings import Settings
@@ -73,6 +74,11 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
     def widths(self) -> list[int]:
         """Of a row of each member's :meth:`hidden_states`."""
         return [SYMBOLS + 3] * len(self.readers)
+
+    @property
+    def spent(self) -> list[Work]:
+        """What each member has cost since it was loaded."""
+        return [reader.spent for reader in self.readers]
 
     def work(self, hidden: Float[Tensor, "t 260"]) -> Float[Tensor, "t 3"]:
         """What rows of a member's :meth:`hidden_states` cost: mass estimated, calls, and tokens run in them."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from softmeet.errors import InvalidInputError, NonFiniteError, UnsupportedHeadError
 from softmeet.heads import SoftmaxHead
 from softmeet.members.bands import bands
+from softmeet.members.work import Work
 from softmeet.rules.combine import product_dtype, solve
 from softmeet.rules.gates import Unsure
 from softmeet.rules.problem import Problem
@@ -66,6 +67,11 @@ class Combining:
     def widths(self) -> list[int]:
         """Of a row of each member's :meth:`hidden_states`."""
         return [head.d for head in self.heads]
+
+    @property
+    def spent(self) -> list[Work]:
+        """What each member has cost since it was loaded; known over bytes alone."""
+        return []
 
     def work(self, hidden: Float[Tensor, "t _"]) -> Float[Tensor, "_ 3"]:
         """What rows of a member's :meth:`hidden_states` cost it; known over bytes alone."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -35,32 +35,17 @@ from softmeet.members.spelling import Spelling
 from softmeet.members.token_tree import Growth, Path, TokenTree
 from softmeet.members.token_tree import run as run_trees
 from softmeet.members.typical import SAMPLE, typical
+from softmeet.members.work import Work
 
 # The least probability of a token: without it, masses of all covers could be rounded to nothing.
 _LEAST = torch.finfo(torch.float32).tiny
 # Bytes before the end of a prompt from which all tokenizations are followed; before them, the tokenizer's alone.
 _LOOK_BACK = 64
 # Share of all mass from which a token is run before it is known to come, and how many are, beside what has to be asked.
-_LIKELY, _GUESSES = 0.15, 3
+_LIKELY, _GUESSES = 0.04, 5
 # Positions whose next tokens' probabilities are held at once, and prefixes whose states are kept.
 _AT_ONCE = 32
 _PREFIXES = 16
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a text has cost one member: calls of its model, tokens run in them, and mass estimated, summed over bytes.
-
-    A call that serves several texts counts for each of them, and one that reads a prefix, which is kept, for none.
-    """
-
-    calls: int = 0
-    tokens: int = 0
-    dropped: float = 0.0
-
-    def and_(self, calls: int = 0, tokens: int = 0, dropped: float = 0.0) -> Work:
-        """Give this work with so many more calls, tokens and so much more estimated mass."""
-        return Work(self.calls + calls, self.tokens + tokens, self.dropped + dropped)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +68,7 @@ class Reading:
     covers: Covers
     tree: TokenTree
     text: bytes
-    work: Work = Work()
+    work: Work = field(default_factory=Work)
     guesses: tuple[Guess, ...] = ()
     ended: bool = False
 
@@ -114,6 +99,8 @@ class ByteMember:
         columns = [*self.spelling.tokens.tolist(), *self.ends]
         self._columns = torch.tensor(columns, device=self.head.weight.device)
         self._prefixes: dict[tuple[int, ...], tuple[TokenTree, Tensor]] = {}
+        # Of all texts, a call that serves several counted once.
+        self.spent = Work()
         if self.pruning.prune:
             self.spelling = replace(spelling, typical=self._typical())
 
@@ -261,6 +248,7 @@ class ByteMember:
         for k, reading in enumerate(readings):
             if not reading.ended:
                 work = reading.work.and_(dropped=reading.covers.unasked)
+                self.spent = self.spent.and_(dropped=reading.covers.unasked)
                 readings[k] = _compact(replace(reading, work=work, guesses=self._possible(reading)))
         return readings
 
@@ -312,6 +300,7 @@ class ByteMember:
                 f"expected a text of at most {limit} tokens, the context of {self.spelling.name}, got {longest}: "
                 "shorten the prompt or lower max_new_tokens"
             )
+        self.spent = self.spent.and_(calls=1, tokens=sum(len(own) for _, own in pairs))
         with torch.inference_mode():
             return run_trees(self.model, growths)
 

@@ -3,7 +3,7 @@
 A *cover* of the bytes x is a sequence of whole tokens that the model was asked about, and the *rest* of x, with which
 the next token has to begin. Its mass is the probability of its tokens and of a next token that is longer than the rest.
 Where the rest is a token itself, that token begins a new cover, behind which the model has to be asked: until then it
-is *open*, and what comes next is estimated. Open covers whose share of all mass is ``prune`` or more are closed, by
+is *open*, and what comes next is estimated. Open covers whose share of all mass may be ``prune`` or more are closed, by
 asking, before the next byte is predicted. With ``prune=0`` nothing is estimated, and the product of the bytes'
 probabilities is the sum over all tokenizations of the text (Phan et al., arXiv:2410.09303, proposition 2).
 """
@@ -28,9 +28,9 @@ Masses = np.ndarray[Any, np.dtype[np.float64]]
 _TYPICAL = 0.75
 # The probability, as it is estimated, that an open cover which is a byte old or more goes on as closed ones do.
 _ALIKE = 0.1
-# How probable a byte is behind an open cover by a good guess; and how many times ``prune`` its mass may be by such
-# guesses before the model is asked all the same. Where a byte surprises the closed covers, open ones may be right.
-_GOOD, _MOST = 0.2, 2.0
+# How probable a byte is behind an open cover by a good guess: where a byte surprises the closed covers, open ones may
+# be right, and the model is asked about those that by such guesses have the share ``prune`` of all mass.
+_GOOD = 0.2
 AnyCover = TypeVar("AnyCover", "Cover", "Open")
 # Share of the heaviest cover's mass from which one of fewer tokens may stand for all that end where it does.
 _NOT_LIGHT = 0.05
@@ -50,7 +50,7 @@ class Pruning:
     """How far tokenizations are followed.
 
     Attributes:
-        prune: share of all mass from which an open cover is followed by asking the model; 0 to follow all.
+        prune: share of all mass that an open cover may have before it is followed by asking the model; 0 to follow all.
         covers: the heaviest so many, open or closed, are kept; None for all.
     """
 
@@ -219,8 +219,7 @@ def followed(spelling: Spelling, covers: Covers, byte: int, pruning: Pruning) ->
 
 def wanted(covers: Covers, pruning: Pruning) -> list[Open]:
     """The open covers that the model is to be asked about before the next byte is predicted."""
-    least = pruning.prune * covers.total
-    found = [cover for cover in covers.open if cover.mass >= least or cover.most >= _MOST * least]
+    found = [cover for cover in covers.open if cover.most >= pruning.prune * covers.total]
     return found or (list(covers.open[:1]) if not covers.closed else [])
 
 

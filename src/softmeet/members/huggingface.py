@@ -35,7 +35,7 @@ def load_members(
 
     Args:
         names: hub ids (``org/model`` or ``org/model@revision``), folders, ``.gguf`` files, or bundled names (``wide``,
-            ``narrow``, ``wide/gpt2``).
+            ``narrow``, ``mixed``, ``wide/gpt2``).
         dtype: None for fp32 on CPU and the checkpoint's own dtype elsewhere; ``"auto"`` for the latter. One for all
             members, or one each.
         device: where to put them: None for CPU, a device, ``"disk"``, ``"auto"`` or another of accelerate's strategies,

@@ -1,4 +1,4 @@
-"""The bundled members, by name: two families trained on public-domain text by ``tools/train_zoo.py``."""
+"""The bundled members, by name: three families trained on public-domain text by ``tools/train_zoo.py``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from softmeet.errors import CheckpointError
 
-FAMILIES = ("wide", "narrow")
+FAMILIES = ("wide", "narrow", "mixed")
 DEFAULT = "wide"
 
 
