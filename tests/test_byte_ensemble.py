@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import byte_tokenizers
@@ -205,13 +206,17 @@ def test_a_text_past_a_members_context_is_refused_by_name(pruned, folders):
         pruned.generate("x" * 140, **GREEDY)
 
 
+@pytest.mark.filterwarnings("ignore")  # of Ray's import
 def test_what_bytes_are_not_there_for_says_so(pruned, folders, tmp_path):
+    from softmeet.scaling.ray_engine import RayEngine
+
     documents = [Document("a", "the other the")]
     refusing = {
         "evaluation does": lambda: list(pruned.positions("the other", 5)),
         "a trace in float16": lambda: record(pruned, documents, tmp_path / "trace", dtype="float16"),
         "lm-eval": lambda: harness_model(pruned),
         "the server": lambda: serving_of({"bytes": pruned}),
+        "Ray": lambda: RayEngine(pruned),
     }
     for what, use in refusing.items():
         with pytest.raises(InvalidInputError, match=f"{what} .*over bytes"):
@@ -279,6 +284,23 @@ def test_evaluation_is_what_members_say_of_every_byte(folders, tmp_path):
         assert found == pytest.approx((costs[i] / facts["bytes"]).tolist(), rel=1e-6)
     assert {"logit-mean", "prob-mean"} < facts["rules"].keys()
     assert all("forward_steps" not in own for own in facts["rules"].values())
+
+
+def test_inspect_lists_no_more_than_there_is_and_begins_where_the_text_does(pruned, folders):
+    """SmolLM2 has no token for some bytes; here the first member has none for NUL."""
+    whole = pruned.inspect("the", 10_000)[0]
+    assert len(whole.top) == 257
+    assert [len(own) for own in whole.member_top] == [head.v for head in pruned.model.member_heads]
+    first, *_ = pruned.model.readers
+    blind = first.spelling
+    first.spelling = replace(blind, unwritable=b"\0")
+    try:
+        found = pruned.inspect("\0the", 3)
+    finally:
+        first.spelling = blind
+    assert "".join(group.text for group in found) == "\0the"
+    assert found[0].member_top[0] == []
+    assert len(found[0].member_top[1]) == 3
 
 
 def test_generate_says_what_bytes_cost(folders):

@@ -93,7 +93,8 @@ class RayEngine(Engine):
         sent, received: bytes of items and of answers.
 
     Raises:
-        InvalidInputError: there is no cluster at the address, or it has no room for a single worker.
+        InvalidInputError: there is no cluster at the address, or it has no room for a single worker; or the ensemble
+            is one over bytes.
     """
 
     def __init__(
@@ -109,6 +110,8 @@ class RayEngine(Engine):
     ) -> None:
         if gpus > 1 and gpus != int(gpus):
             raise InvalidInputError(f"expected a part of one device or a whole number of them a worker, got {gpus:g}")
+        if ensemble is not None:
+            ensemble.model.require_tokens("Ray")
         self._ensemble, self._wanted, self.threads, self._gpus = ensemble, workers, threads, gpus
         self._address, self._patience, self._on_loss = address, patience, on_loss
         self._parts, self._slots, self._own_cluster = parts(ensemble), list[_Slot](), False
