@@ -8,8 +8,9 @@ PYTEST_ARGS ?= -n auto --dist worksteal
 
 .PHONY: demo test soak bench check format lint clean
 
-demo: $(VENV)/.core ## Generate from the bundled members.
+demo: $(VENV)/.core ## Generate from the bundled members: of one tokenizer, and of two.
 	$(BIN)/softmeet generate "And the king said unto his daughter," --max-new-tokens 120 --temperature 0.8 --seed 4 --summary
+	$(BIN)/softmeet generate -m mixed "And the king said unto his daughter," --max-new-tokens 400 --temperature 0.8 --seed 4 --summary
 
 test: ## Run the tests.
 	@echo "make test: about 6 minutes on two cores, and on first use the installation, some minutes more."

@@ -79,7 +79,8 @@ def run(model: PreTrainedModel, growths: Sequence[Growth]) -> list[tuple[TokenTr
             at += len(tokens)
     cache = _joined([growth.tree for growth in growths], before, model)
     plain = len(growths) == 1 and len(growths[0].tokens) == 1 and len(growths[0].paths[0]) == before
-    mask = None if plain else _mask(model, allowed, positions, growths, before)
+    # Without any mask transformers warns of padding, which a text behind such a token is not.
+    mask = torch.ones(1, before + new) if plain else _mask(model, allowed, positions, growths, before)
     hidden = last_hidden(model, ids, cache=cache, use_cache=True, attention_mask=mask, position_ids=positions)
     found = []
     for row, growth in enumerate(growths):
