@@ -69,7 +69,7 @@ def test_the_sdist_holds_what_is_needed_to_build_and_test(dist):
         "docs/mathematics.md",
     }
     assert expected <= names
-    assert sum(name.endswith("model.safetensors") for name in names) == 7
+    assert sum(name.endswith("model.safetensors") for name in names) == 9
 
 
 def test_metadata():

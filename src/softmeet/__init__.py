@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from softmeet.rules.registry import register_rule, rule_names
     from softmeet.rules.settings import Settings
     from softmeet.rules.solution import Solution
-    from softmeet.solvers.base import Status
+    from softmeet.solvers.base import Status, StoppedBy
 
 __all__ = [
-    "RULES", "Ensemble", "Rule", "Settings", "SoftmaxHead", "Solution", "Status", "__version__", "combine",
-    "register_rule", "rule_names",
+    "RULES", "Ensemble", "Rule", "Settings", "SoftmaxHead", "Solution", "Status", "StoppedBy", "__version__",
+    "combine", "register_rule", "rule_names",
 ]  # fmt: skip
 
 # Loaded when first used, so that `softmeet --help` does not wait for torch and transformers.
@@ -35,6 +35,7 @@ _HOMES = {
     "SoftmaxHead": "softmeet.heads",
     "Solution": "softmeet.rules.solution",
     "Status": "softmeet.solvers.base",
+    "StoppedBy": "softmeet.solvers.base",
     "combine": "softmeet.rules.combine",
     "register_rule": "softmeet.rules.registry",
     "rule_names": "softmeet.rules.registry",

@@ -47,6 +47,9 @@ def check(
     tokens: Annotated[
         int, typer.Option(min=2, help="Of the text, at most; over bytes four times as many bytes.")
     ] = 512,
+    sampled: Annotated[
+        int, typer.Option(min=0, help="Without a text: tokens that the ensemble samples, to see how far meet moves it.")
+    ] = 64,
     planning: Planning,
     loading: options.Loading,
     config: Config = None,
@@ -81,11 +84,27 @@ def check(
             scores = premise_scores(ensemble, text.read_text(encoding="utf-8"), tokens)
         for member, score in zip(facts["members"], scores, strict=True):
             member["premise"] = asdict(score) | {"verdict": score.verdict}
+    if len(ensemble.names) > 1 and (text is not None or sampled):
+        with options.status("seeing how far meet moves the pool"):
+            facts["movement"] = _movement(ensemble, None if text is None else text.read_text("utf-8"), tokens, sampled)
     facts["advice"] = _advice(facts)
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
     else:
         _show(facts)
+
+
+def _movement(ensemble: Ensemble, text: str | None, tokens: int, sampled: int) -> dict[str, Any]:
+    import torch
+
+    from softmeet.hf.moved import moved, own_text
+
+    if text is None:
+        hidden = own_text(ensemble.model, sampled)
+    else:
+        stretches = [states for states, _ in ensemble.positions(text, tokens)]
+        hidden = [torch.cat(own) for own in zip(*stretches, strict=True)]
+    return moved(ensemble.model, hidden).figures()
 
 
 def _facts(ensemble: Ensemble) -> dict[str, Any]:
@@ -147,7 +166,7 @@ def _advice(facts: dict[str, Any]) -> str:
         return f"Trust {', '.join(trusted)}{others}; then compare with logit-mean on other text."
     if facts["share"] >= 1:
         return "The heads together are as wide as the vocabulary, so exact agreement has at most one answer: use meet."
-    return "The heads differ, so meet and averaging will: give --text to see which members to trust."
+    return "Give --text to see which members to trust."
 
 
 def _show(facts: dict[str, Any]) -> None:
@@ -175,4 +194,6 @@ def _show(facts: dict[str, Any]) -> None:
         f"Together {facts['rank']} directions for {facts['tokens']:,} tokens ({facts['share']:.1%}); the solver needs "
         f"about {facts['solver_megabytes_per_row']:,.1f} MB a row beside the models."
     )
+    if "movement" in facts:
+        console.print(f"On {facts['movement']['positions']} tokens {escape(facts['movement']['says'])}")
     console.print(f"[bold]{escape(facts['advice'])}")

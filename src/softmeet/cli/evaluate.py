@@ -207,8 +207,8 @@ def show(facts: dict[str, Any]) -> None:
         table.padding = 0
     console.print(table)
     for name, row in facts["rules"].items():
-        if notes := _notes(row):
-            console.print(f"{name}: {notes}", markup=False)
+        for note in _notes(row):
+            console.print(f"{name}: {note}", markup=False)
     console.print(
         f"members disagree by {facts['disagreement']:.3f} nats a {unit[:-1]} (Jensen-Shannon); differences are 95 %, "
         "negative is better"
@@ -229,7 +229,7 @@ def _against(name: str, row: dict[str, Any], best: str) -> str:
     return interval + (f" ± {(high - low) / 2:.4f}" if math.isfinite(high - low) else "")
 
 
-def _notes(row: dict[str, Any]) -> str:
+def _notes(row: dict[str, Any]) -> list[str]:
     notes = [f"{row['fallbacks']:,} by meet"] if row["fallbacks"] else []
     notes += [f"{row['unconverged']:,} not converged"] if row["unconverged"] else []
-    return ", ".join(notes)
+    return [", ".join(notes)] * bool(notes) + ([row["movement"]["says"]] if "movement" in row else [])

@@ -19,6 +19,7 @@ from softmeet.evaluation.positions import Positions
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.members.weighting import perplexity_weights
 from softmeet.rules.gates import Gate, that_closes
+from softmeet.rules.movement import Movement
 from softmeet.rules.settings import Settings, rule_of
 from softmeet.rules.solution import Solution
 from softmeet.simplex import kl, prob_mean
@@ -41,6 +42,7 @@ class Scores:
         not_converged: whether the rule was not solved, (N,).
         gated: whether a gate was closed, (N,).
         work: of a member over bytes, (N, 3), as ``model.work`` has it; empty for all others.
+        movement: of a rule that tilts the pool, without a gate, (N, 5), as :meth:`Movement.table` has it; else empty.
     """
 
     nats: Float[Tensor, " N"]
@@ -51,6 +53,7 @@ class Scores:
     not_converged: Bool[Tensor, " M"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
     gated: Bool[Tensor, " M"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
     work: Float[Tensor, "K 3"] = field(default_factory=lambda: torch.zeros(0, 3, dtype=torch.float64))
+    movement: Float[Tensor, "L 5"] = field(default_factory=lambda: torch.zeros(0, 5, dtype=torch.float64))
 
     @property
     def mean(self) -> float:
@@ -249,7 +252,9 @@ class _Solver:
 
 def _scored(solution: Solution, targets: Int[Tensor, " B"]) -> Scores:
     passes, late = solution.num_passes.double(), solution.status == Status.NOT_CONVERGED
-    return _scores(solution.log_probs, targets, passes, solution.fallback, late, solution.gated)
+    found = _scores(solution.log_probs, targets, passes, solution.fallback, late, solution.gated)
+    moved = None if that_closes(solution.problem.settings.gate) else Movement.of(solution)
+    return found if moved is None else replace(found, movement=moved.table())
 
 
 def _scores(log_p: Float[Tensor, "B v"], targets: Tensor, *ends: Tensor) -> Scores:
@@ -260,7 +265,7 @@ def _scores(log_p: Float[Tensor, "B v"], targets: Tensor, *ends: Tensor) -> Scor
 
 
 def _of_a_rule(scores: Scores) -> list[Tensor]:
-    return [value for name, value in vars(scores).items() if name != "work"]
+    return [value for name, value in vars(scores).items() if name not in ("work", "movement")]
 
 
 def _joined(parts: Sequence[Scores]) -> Scores:

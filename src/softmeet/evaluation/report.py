@@ -12,6 +12,7 @@ from torch import Tensor
 from softmeet.evaluation.choices import BASELINES, UNIFORM
 from softmeet.evaluation.intervals import clusters, paired
 from softmeet.evaluation.perplexity import Evaluation, Scores
+from softmeet.rules.movement import Movement
 
 BINS = 10
 
@@ -40,6 +41,8 @@ def summary(found: Evaluation) -> dict[str, Any]:
             "vs": {"baseline": best, **paired(scores.nats, baselines[best].nats, within).figures()},
             "gain_by_disagreement": gain_by_disagreement(scores, baselines[best], found.disagreement),
         }
+        if len(scores.movement):
+            rules[name]["movement"] = Movement.stacked(scores.movement).figures()
     return {
         "vocabulary": found.vocabulary,
         "tokens": count,

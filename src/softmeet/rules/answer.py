@@ -23,7 +23,8 @@ class Answer:
     holds such a λ with max_j Σ_i λ_iᵀ(a_ij - b_i) < 0 where the status is INFEASIBLE: the proof; zeros elsewhere.
     ``disagreement`` is KL(r_i‖p̂_i), or, where ``disagreement_is_bound``, its upper bound KL(p‖p̂_i).
     ``objective_range`` holds the least and the largest value of the objective over the feasible set, or bounds on
-    them; NaN for a rule without such a set.
+    them; NaN for a rule without such a set. ``by_pool`` says where the pool answers for a solver, proved to be near
+    enough, with the dual point that proves it.
     """
 
     log_probs: Float[Tensor, "B v"]
@@ -38,6 +39,7 @@ class Answer:
     disagreement_is_bound: Bool[Tensor, "B n"]
     dual: tuple[Float[Tensor, "B _"], ...]
     ray: tuple[Float[Tensor, "B _"], ...]
+    by_pool: Bool[Tensor, " B"]
 
     def take(self, rows: Int[Tensor, " k"]) -> Answer:
         """Copy some rows."""
@@ -91,4 +93,5 @@ def closed_form(
         disagreement_is_bound=yes[:, None].expand_as(disagreement).clone(),
         dual=nothing,
         ray=tuple([part.clone() for part in nothing]),
+        by_pool=~yes,
     )

@@ -27,7 +27,7 @@ def looked_at(row: Row, trust: Sequence[float], answer: Answer, k: int) -> tuple
         k: the row's place in it.
 
     Returns:
-        (log p at the dual point, certified gap in nats, status).
+        (log p at the dual point, or of the pool where that answers, certified gap in nats, status).
     """
     gap, log_p = _gap_at(row.problem, trust, answer, k)
     status = Status.OPTIMAL if gap <= row.problem.tol else Status.NOT_CONVERGED
@@ -47,6 +47,8 @@ def _gap_at(problem: Problem, trust: Sequence[float], answer: Answer, k: int) ->
     p, r = projection.pooled(z).exp(), projection.corrected(z).exp()
     parts = zip(projection.alpha, projection.heads, range(len(used)), strict=True)
     gradient = torch.cat([alpha * h.moments(p - r[:, i])[0][0] for alpha, h, i in parts])
+    if answer.by_pool[k]:
+        return float(projection.pool_gap()[0] + projection.dual(z)[0]), problem.log_pool[0]
     log_p, bounds = projection.pooled(z)[0], [restricted_gap_bound(projection, 0, p[0], r[0], gradient)]
     if not any(d[k].any() for d in answer.dual):
         bounds.append(float(projection.pool_gap()[0]))

@@ -55,7 +55,7 @@ class Meet(Rule):
         trusted = [i for i, rho in enumerate(trust) if rho > 0]
         if not trusted:
             return closed_form(problem, problem.log_pool, torch.zeros_like(problem.log_pool[:, 0]))
-        projection = problem.projection(trusted, trust)
+        projection = replace(problem.projection(trusted, trust), pool_may_answer=not self.is_feasible)
         answer = _answer(problem, projection, trusted, _solved(projection, problem.settings.max_steps))
         late = (answer.status == Status.NOT_CONVERGED).nonzero().squeeze(-1)
         # Scores of single precision may be too coarse for a row near the edge of what is feasible, and a start too far.
@@ -187,17 +187,21 @@ def _rescued(projection: Projection, state: SubsampledState, max_steps: int) -> 
 
 
 def _answer(problem: Problem, projection: Projection, trusted: list[int], state: DualState) -> Answer:
-    log_probs = state.log_p
-    # A row that no step has moved is the pool itself, to the last bit.
-    still = state.steps == 0
-    log_probs = torch.where(still[:, None], problem.log_pool, log_probs)
+    # A row that came to no end is answered by whichever is proved to be nearer: where f rose, that is the pool.
+    late = (state.status == Status.NOT_CONVERGED) & projection.pool_may_answer
+    late &= (state.pool_bound < state.gap) | ~state.certified
+    state.gap = torch.where(late, state.pool_bound, state.gap)
+    state.certified = state.certified | (late & state.gap.isfinite())
+    # The pool itself, to the last bit.
+    by_pool = state.by_pool | late
+    log_probs = torch.where(by_pool[:, None], problem.log_pool, state.log_p)
     disagreement = kl(log_probs.expand_as(problem.log_p), problem.log_p).T.contiguous()
     is_bound = torch.ones_like(disagreement, dtype=torch.bool)
     own = kl(state.log_r, projection.log_p)
     for k, i in enumerate(trusted):
         if not math.isinf(projection.trust[k]):
-            disagreement[:, i] = torch.where(still, disagreement[:, i], own[:, k])
-            is_bound[:, i] = still
+            disagreement[:, i] = torch.where(by_pool, disagreement[:, i], own[:, k])
+            is_bound[:, i] = by_pool
     share = projection.read / sum([head.d for head in problem.heads])
     return Answer(
         log_probs=log_probs,
@@ -212,6 +216,7 @@ def _answer(problem: Problem, projection: Projection, trusted: list[int], state:
         disagreement_is_bound=is_bound,
         dual=_raw_dual(problem, projection, trusted, state.nu),
         ray=_raw_dual(problem, projection, trusted, projection.exact_part(state.ray)),
+        by_pool=by_pool,
     )
 
 

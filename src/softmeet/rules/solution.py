@@ -18,7 +18,7 @@ from softmeet.rules.settings import rule_of
 from softmeet.rules.validate import restate
 from softmeet.rules.verify import Verification, residuals, verify
 from softmeet.simplex import log_normalize
-from softmeet.solvers.base import Status
+from softmeet.solvers.base import Status, StoppedBy
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +44,9 @@ class Solution:
             the upper bound KL(p‖p̂_i), (n, *batch).
         gated: rows that a gate closed, (*batch): its answer stands in the rule's place, and ``status``, ``gap`` (inf
             where nothing is known) and ``objective`` are of that answer; ``verify`` holds it against the rule.
+        stopped_by: :class:`softmeet.StoppedBy` as int, (*batch): ``GAP`` where the answer is the rule's own, ``POOL``
+            where the pool was proved to be within ``tol`` nats of it, KL(q‖p°), and answers, ``GATE``, or ``BUDGET``
+            where the steps ended first.
         seconds: that the rule took, for the whole batch.
     """
 
@@ -59,6 +62,7 @@ class Solution:
     disagreement: Float[Tensor, n * batch]
     disagreement_is_bound: Bool[Tensor, n * batch]
     gated: Bool[Tensor, "*batch"]
+    stopped_by: Int[Tensor, "*batch"]
     seconds: float
     _answer: Answer = field(repr=False)
     _problem: Problem = field(repr=False)
@@ -192,7 +196,15 @@ def from_answer(
         disagreement=answer.disagreement.T.reshape(len(problem.log_p), *shape),
         disagreement_is_bound=answer.disagreement_is_bound.T.reshape(len(problem.log_p), *shape),
         gated=gated.reshape(shape),
+        stopped_by=_stopped_by(answer, gated).reshape(shape),
         seconds=seconds,
         _answer=answer,
         _problem=problem,
     )
+
+
+def _stopped_by(answer: Answer, gated: Bool[Tensor, " B"]) -> Int[Tensor, " B"]:
+    late = (answer.status == Status.NOT_CONVERGED) | (answer.status == Status.BUDGET)
+    found = torch.where(answer.by_pool, int(StoppedBy.POOL), int(StoppedBy.GAP))
+    found = torch.where(late, int(StoppedBy.BUDGET), found)
+    return torch.where(gated, int(StoppedBy.GATE), found)

@@ -26,6 +26,22 @@ class Status(IntEnum):
         return _SENTENCES[self]
 
 
+class StoppedBy(IntEnum):
+    """What ended the work on a row: its answer is the solver's, the pool, or whatever a gate has answer.
+
+    ``GAP``: the answer p was proved to be near enough, KL(p°‖p) ≤ tol. ``POOL``: the pool q was, KL(q‖p°) ≤ tol.
+    ``GATE``: a gate was closed. ``BUDGET``: the steps ended.
+    """
+
+    GAP = 0
+    POOL = 1
+    GATE = 2
+    BUDGET = 3
+
+    def __str__(self) -> str:
+        return self.name.lower()
+
+
 _SENTENCES = {
     Status.OPTIMAL: "solved to the tolerance",
     Status.DEGENERATE: "every feasible distribution is optimal: the objective is constant on the feasible set",

@@ -37,6 +37,8 @@ class DualState(State):
         log_p, log_r: log p and log r_i there.
         direction: of the next step; 0 before the first look.
         ray: a Farkas proof of infeasibility, or 0.
+        free: Σ ρ_i KL(q‖p̂_i).
+        by_pool: whether the pool is proved to be as near the optimum as was asked, and answers.
     """
 
     nu: Float[Tensor, "B D"]
@@ -47,6 +49,13 @@ class DualState(State):
     log_r: Float[Tensor, "B n v"]
     direction: Float[Tensor, "B D"]
     ray: Float[Tensor, "B D"]
+    free: Float[Tensor, " B"]
+    by_pool: Bool[Tensor, " B"]
+
+    @property
+    def pool_bound(self) -> Float[Tensor, " B"]:
+        """KL(q‖p°) is at most this, in nats, whatever the dual point: it falls with f (docs/mathematics.md)."""
+        return (self.free + self.value).clamp_min(0)
 
 
 S = TypeVar("S", bound=DualState)
@@ -74,6 +83,8 @@ def start(problem: Projection) -> dict[str, Tensor]:
         "log_r": problem.log_p.clone(),
         "direction": nothing.clone() if problem.start is None else problem.start.clone(),
         "ray": nothing.clone(),
+        "free": gap.clone(),
+        "by_pool": gap <= problem.tol,
     }
 
 
@@ -124,15 +135,30 @@ class DualMethod(Solver[Projection, S]):
             log_r=swept.log_r,
         )
 
+    def pool_is_near(self, problem: Projection, state: S) -> Bool[Tensor, " B"]:
+        """The rows that the pool answers, where the problem lets it, with what rounding of scores may hide."""
+        near = state.pool_bound <= problem.tol
+        if not problem.pool_may_answer or not near.any():
+            return torch.zeros_like(near)
+        hidden = problem.rounding(state.log_p.exp(), state.log_r.exp(), state.z, state.nu)
+        return state.pool_bound + hidden <= problem.tol
+
     def step(self, problem: Projection, state: S) -> S:
         """One read of the heads for every row, and one more for rows whose step had to be changed."""
         reads = problem.passes()
         self.aim(problem, state)
         whole = sweep(problem, state.z, state.direction)
         after = self.advance(problem, state, whole)
-        self.judge(problem, state, after, whole.z - state.z)
-        if math.inf in problem.trust:
-            look_for_a_proof(problem, state, after)
+        near = self.pool_is_near(problem, after)
+        if not near.all():
+            self.judge(problem, state, after, whole.z - state.z)
+            near &= ~(after.done & (after.status == Status.OPTIMAL))
+            if math.inf in problem.trust:
+                look_for_a_proof(problem, state, after)
+        after.by_pool, after.done = near, after.done | near
+        after.status = after.status.masked_fill(near, Status.OPTIMAL)
+        after.gap = torch.where(near, after.pool_bound, after.gap)
+        after.certified = after.certified | near
         after.passes = state.passes + problem.passes() - reads
         return after
 

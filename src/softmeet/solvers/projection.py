@@ -40,6 +40,7 @@ class Projection:
         trust: ρ_i in (0, inf].
         tol: the gap, in nats, at which a row is done.
         start: ν to begin at, (B, D); the pool, ν = 0, if None.
+        pool_may_answer: a row is done, too, once KL(q‖p°) is proved to be at most ``tol``.
 
     Attributes:
         alpha, gamma: α_i and γ_i, fp64.
@@ -57,6 +58,7 @@ class Projection:
     trust: tuple[float, ...]
     tol: float
     start: Float[Tensor, "B D"] | None = None
+    pool_may_answer: bool = False
     alpha: Float[Tensor, " n"] = field(init=False)
     gamma: Float[Tensor, " n"] = field(init=False)
     price: Float[Tensor, " n"] = field(init=False)

@@ -1,0 +1,89 @@
+"""How far ``meet`` moves the pool: what the members' heads are too narrow to express, measured without labels.
+
+With p° the optimum, V its objective and q the pool, KL(q‖p°) + Σ ρ_i KL(q‖r_i°) = Σ ρ_i KL(q‖p̂_i) - V: the *excess*.
+Where it is 0 every head can express the pool, and meeting is averaging (docs/mathematics.md).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from softmeet.rules.solution import Solution
+from softmeet.simplex import kl, total_variation
+
+# What is quoted of a distribution over positions.
+_QUANTILES = {"5 %": 0.05, "median": 0.5, "95 %": 0.95}
+# Mean total variation between pool and answer below which no text can tell them apart, and below which few can.
+_NOTHING, _LITTLE = 0.005, 0.03
+
+
+@dataclass(frozen=True, eq=False)
+class Movement:
+    """Of B positions; nats, but for the total variation.
+
+    Attributes:
+        forward: KL(p°‖q).
+        backward: KL(q‖p°).
+        total_variation: between p° and q.
+        free: Σ ρ_i KL(q‖p̂_i), which no head need be read for.
+        excess: free - V.
+    """
+
+    forward: Float[Tensor, " B"]
+    backward: Float[Tensor, " B"]
+    total_variation: Float[Tensor, " B"]
+    free: Float[Tensor, " B"]
+    excess: Float[Tensor, " B"]
+
+    @staticmethod
+    def of(solution: Solution) -> Movement | None:
+        """Measure a solution of a rule that tilts the pool; None where that is not so, or a trust is infinite.
+
+        What a solver leaves open, its gap, is left open here: solve to a small ``tol`` without a gate.
+        """
+        problem = solution.problem
+        rule, trust = problem.settings.rule, problem.settings.rule.effective_trust(problem.trust)
+        if not rule.tilts_pool or any(map(math.isinf, trust)):
+            return None
+        log_p = solution.log_probs.reshape(problem.log_pool.shape).double()
+        log_q, free = problem.log_pool, problem.pool_bound()
+        return Movement(
+            forward=kl(log_p, log_q).clamp_min(0).cpu(),
+            backward=kl(log_q, log_p).clamp_min(0).cpu(),
+            total_variation=total_variation(log_p, log_q).cpu(),
+            free=free.cpu(),
+            excess=(free - solution.objective.reshape(-1)).clamp_min(0).cpu(),
+        )
+
+    @staticmethod
+    def stacked(rows: Float[Tensor, "B 5"]) -> Movement:
+        """Read what :meth:`table` wrote."""
+        return Movement(*rows.unbind(-1))
+
+    def table(self) -> Float[Tensor, "B 5"]:
+        """All of it, a column each."""
+        return torch.stack([getattr(self, f.name) for f in fields(self)], dim=-1)
+
+    def figures(self) -> dict[str, Any]:
+        """Means and quantiles over positions, and what they say in a sentence."""
+        found: dict[str, Any] = {}
+        for f in fields(self):
+            values = getattr(self, f.name).double()
+            found[f.name] = {"mean": values.mean().item()}
+            found[f.name] |= {name: values.quantile(q).item() for name, q in _QUANTILES.items()}
+        return found | {"positions": len(self.free), "says": self._says()}
+
+    def _says(self) -> str:
+        nats, apart = self.forward.mean().item(), self.total_variation.mean().item()
+        moved = f"meet moves the pool by {nats:.4f} nats a token (total variation {apart:.1%})"
+        if apart < _NOTHING:
+            return f"{moved}: these members meet where they are averaged, and the average alone will do."
+        if apart < _LITTLE:
+            return f"{moved}: it can change little over the average; compare the two on text before you pay for it."
+        return f"{moved}: the heads are too narrow for the pool, and meet may gain over it; compare the two on text."
