@@ -96,6 +96,9 @@ def main(
     prune: Annotated[float, typer.Option(help="As for every ensemble over bytes.")] = 0.01,
     timed: Annotated[int, typer.Option(help="Documents on which the members' own tokens are compared.")] = 6,
     kept: Annotated[Path | None, typer.Option(help="A folder for what members made of the texts.")] = None,
+    control: Annotated[
+        list[str] | None, typer.Option(help="A model read by its own tokens alone, to be set beside the averages.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON of all figures.")] = None,
 ) -> None:
     """Print a table for each text."""
@@ -142,6 +145,15 @@ def main(
                                 "weights": " ".join(f"{w:.2f}" for w in weights),
                             }
                         )  # fmt: skip
+    for name in control or ():
+        (reader,) = Ensemble.from_pretrained([name], vocabulary="bytes").model.readers
+        for pattern in text:
+            texts = [document.text.encode() for document in read_documents([pattern])]
+            start, size = time.perf_counter(), sum(map(len, texts))
+            bits = sum(own_bits(reader, own) for own in texts) / size
+            found = {"text": pattern, "members": f"{short(name)}, its own tokens", "bits/B": bits}
+            taken = {f"own ms/B of {timed}": 1000 * (time.perf_counter() - start) / size}
+            rows.append(dict.fromkeys(rows[0]) | found | taken)
     show(f"Averages over bytes, prune {prune:g}", rows, out)
 
 
