@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
@@ -198,8 +199,13 @@ class WholeCharacters(LogitsProcessor):
 
     def __call__(self, input_ids: Int[Tensor, "B t"], scores: Float[Tensor, "B v"]) -> Float[Tensor, "B v"]:
         """Scores that are -inf at what is forbidden."""
-        allowed = torch.tensor([_following(row) for row in input_ids[:, -3:].tolist()])
-        return scores.masked_fill(~allowed.to(scores.device), -torch.inf)
+        forbidden = torch.stack([_forbidden(tuple(row)) for row in input_ids[:, -3:].tolist()])
+        return scores.masked_fill(forbidden.to(scores.device), -torch.inf)
+
+
+@lru_cache(maxsize=4096)
+def _forbidden(last: tuple[int, ...]) -> Bool[Tensor, " v"]:
+    return ~torch.tensor(_following(last))
 
 
 def _following(last: Sequence[int]) -> list[bool]:

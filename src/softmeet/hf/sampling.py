@@ -41,7 +41,7 @@ def draw(scores: Float[Tensor, "B v"], generators: Sequence[torch.Generator]) ->
     u = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators]).to(scores.device)
     p = scores.double().softmax(-1)
     total = p.cumsum(-1)
-    # Stay below the last positive entry, whatever rounding did to the sum.
-    drawn = torch.searchsorted(total, (u * total[:, -1])[:, None], right=True)
-    last = p.shape[-1] - 1 - p.flip(-1).gt(0).int().argmax(-1, keepdim=True)
-    return torch.minimum(drawn, last).squeeze(-1)
+    # Below the whole sum, whatever rounding makes of the product, so that the first entry past it has some mass.
+    all_mass = total[:, -1]
+    place = torch.minimum(u * all_mass, torch.nextafter(all_mass, torch.zeros_like(all_mass)))
+    return torch.searchsorted(total, place[:, None], right=True).squeeze(-1)

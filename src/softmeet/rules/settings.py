@@ -116,7 +116,7 @@ class Settings(Frozen):
     pool: Pool = Field(
         default="logit-mean", description="What a rule starts from, or stays near: logit-mean or prob-mean."
     )
-    tol: Positive = Field(default=1e-4, description="A token is solved when its answer p is within so many nats of the rule's, KL.")
+    tol: Positive = Field(default=1e-4, description="How near the rule's answer a token's has to be: KL, in nats.")
     max_steps: Count = Field(default=50, description="The solver's steps, at most; then NOT_CONVERGED.")
     on_infeasible: OnInfeasible = Field(
         default="meet", description="Where no distribution has every member's moments: answer by meet, or raise."
