@@ -357,6 +357,10 @@ def test_check_says_what_is_shared_and_what_it_costs(folders, tmp_path):
         assert member["tokens_run_per_byte"] >= member["own_tokens_per_byte"]
     assert "over bytes" in facts["advice"]
     assert "tokens in common" in command(*asked)
+    # Longer than a context of 128 tokens.
+    (tmp_path / "long.txt").write_text("the other there, " * 40)
+    long = ["check", *tiny.each("-m", folders), "--text", tmp_path / "long.txt", "--json"]
+    assert all(m["bits_per_byte"] > 0 for m in json.loads(command(*long))["members"])
     forced = ["check", "-m", folders[0], "-m", folders[0], "--vocabulary", "bytes", "--json"]
     assert "--vocabulary tokens" in json.loads(command(*forced))["advice"]
 
@@ -434,9 +438,56 @@ def test_prefixes_that_do_not_fit_are_refused(pruned, folders):
         pruned.generate("the", prefixes=[[None, None]] * 2, **GREEDY)
     with pytest.raises(InvalidInputError, match="a prefix of at least one token"):
         pruned.generate("the", prefixes=[[[], None]], **GREEDY)
+    for wrong in ([[[1], None, None]], [[[1]]], [[1], None, None], [[1]], [["x", None]], [None]):
+        with pytest.raises(InvalidInputError, match="token ids or None for each of 2 members"):
+            pruned.generate("the", prefixes=wrong, **GREEDY)
+    for wrong in ([99_999], [-1], [True]):
+        with pytest.raises(InvalidInputError, match=f"token ids of {folders[0]}, from 0 to .*got {wrong[0]}"):
+            pruned.generate("the", prefixes=[[wrong, None]], **GREEDY)
     tokens = Ensemble.from_pretrained([folders[0]])
     with pytest.raises(InvalidInputError, match="expected no prefixes over tokens"):
         tokens.model(input_ids=torch.tensor([[5]]), prefixes=[[None]])
+
+
+@pytest.mark.parametrize("rule", ["logit-mean", "prob-mean"])
+def test_a_text_ends_where_a_members_context_is_full(folders, rule, caplog):
+    """Of 128 tokens, whatever the other member has room for; what was generated until then is kept."""
+    ours = Ensemble.from_pretrained(folders, rule)
+    found = ours.generate(["x" * 120, "the"], max_new_tokens=40, do_sample=True, seed=1)
+    assert 0 < len(found[0].encode()) < 20
+    assert len(found[1].encode()) > 20
+    record, *others = (one for one in caplog.records if "is full" in one.message)
+    assert len(others) <= 1  # one for each member
+    assert str(folders[0]) in record.message or str(folders[1]) in record.message
+    with pytest.raises(InvalidInputError, match="lower min_new_tokens"):
+        ours.generate("x" * 120, min_new_tokens=40, max_new_tokens=40, do_sample=True, seed=1)
+
+
+def test_all_tokenizations_are_for_a_few_words(ensemble):
+    with pytest.raises(InvalidInputError, match="more than 2,048 here, is for a few words: give a prune above 0"):
+        ensemble.generate("the other there", max_new_tokens=1)
+
+
+def test_the_next_byte_is_shown_as_a_byte(pruned):
+    shown = dict(pruned.next_token("the", top=257).top)
+    assert len(shown) == 257
+    assert {"t", "\\xC3", "<|end|>"} < shown.keys()
+
+
+def test_an_empty_prompt_on_the_command_line(folders):
+    asked = ["generate", "", *tiny.each("-m", folders), "--max-new-tokens", 4, "--seed", 1]
+    ours = Ensemble.from_pretrained(folders)
+    assert command(*asked) == ours.generate("", max_new_tokens=4, do_sample=True, top_k=0, seed=1) + "\n"
+    with pytest.raises(InvalidInputError, match="a text of at least one byte"):
+        ours.inspect("")
+    with pytest.raises(InvalidInputError, match="a prompt of at least one token"):
+        command("generate", "", "-m", folders[0])
+
+
+def test_a_pipeline_knows_the_class(pruned, caplog):
+    pipeline = tf.pipeline("text-generation", model=pruned.model, tokenizer=pruned.tokenizer)
+    assert pipeline("the", **GREEDY)[0]["generated_text"] == "the" + pruned.generate("the", **GREEDY)
+    assert not [record for record in caplog.records if "not supported" in record.message]
 
 
 def test_an_empty_prompt_begins_a_text(ensemble):

@@ -21,7 +21,7 @@ from transformers import (
 from softmeet.errors import InvalidInputError
 from softmeet.hf.assembling import assemble, choose_vocabulary, require_vocabulary
 from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM, require_for_bytes
-from softmeet.hf.byte_report import GroupReport, group_reports
+from softmeet.hf.byte_report import GroupReport, group_reports, shown_byte
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.loading import absolute
 from softmeet.hf.modeling import EnsembleForCausalLM
@@ -199,7 +199,8 @@ class Ensemble:
             InvalidInputError: the text has fewer than two tokens, or more than the shortest context.
         """
         if isinstance(self.model, ByteEnsembleForCausalLM):
-            self._encode([text])
+            if not text:
+                raise InvalidInputError("expected a text of at least one byte, got an empty one")
             return group_reports(self.model, text.encode(), top)
         inputs = self._encode([text])
         tokens = inputs["input_ids"][0, 1:]
@@ -247,9 +248,8 @@ class Ensemble:
 
     def _top(self, log_probs: torch.Tensor, count: int) -> list[tuple[str, float]]:
         best = log_probs.exp().topk(min(count, len(log_probs)))
-        return [
-            (self.tokenizer.decode([i]), p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        ]
+        named = shown_byte if self.model.over_bytes else lambda i: self.tokenizer.decode([i])
+        return [(named(i), p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
 
     @overload
     def generate(self, text: str, **options: Any) -> str: ...

@@ -97,7 +97,8 @@ class SoftmaxHead:
         out = self.scores(hidden.reshape(-1, self.d).to(dtype))
         if self.bias is not None:
             out = out + self.bias.to(dtype)
-        out = out * self.scale
+        # A pass over the vocabulary for every position, where there is nothing to scale.
+        out = out if self.scale == 1 else out * self.scale
         if self.soft_cap is not None:
             out = self.soft_cap * torch.tanh(out / self.soft_cap)
         return out.reshape(*hidden.shape[:-1], self.v)

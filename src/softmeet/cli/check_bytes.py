@@ -50,7 +50,7 @@ def _facts(model: ByteEnsembleForCausalLM, names: list[str], text: bytes | None)
         megabytes = sum(p.numel() * p.element_size() for p in reader.model.parameters()) / 1e6
         own: dict[str, Any] = {"name": name, "tokens": len(spelling.words), "width": reader.head.d}
         own |= {"unwritable_bytes": len(spelling.unwritable), "megabytes": megabytes}
-        members.append(own | ({} if text is None else _read(reader, text)))
+        members.append(own | ({} if text is None else _read(reader, text, model.window)))
     for i, j in itertools.combinations(range(len(names)), 2):
         one, other = model.readers[i].spelling, model.readers[j].spelling
         pair: dict[str, Any] = {"members": [names[i], names[j]], "shared_tokens": shared_words(one, other)}
@@ -61,12 +61,16 @@ def _facts(model: ByteEnsembleForCausalLM, names: list[str], text: bytes | None)
     return {"vocabulary": "bytes", "members": members, "pairs": pairs, "advice": advice}
 
 
-def _read(reader: Any, text: bytes) -> dict[str, float]:
-    """What a text costs one member, a byte."""
-    reading, log_probs, _ = reader.score(text)
-    bits = -log_probs[range(len(text)), list(text)].sum() / math.log(2)
-    own = len(reader.spelling.encode(text))
-    costs = {"own_tokens": own, "tokens_run": reading.work.tokens, "dropped": reading.work.dropped}
+def _read(reader: Any, text: bytes, window: int) -> dict[str, float]:
+    """What a text costs one member, a byte, in windows that fit every context."""
+    bits, costs = 0.0, {"own_tokens": 0.0, "tokens_run": 0.0, "dropped": 0.0}
+    for start in range(0, len(text), window):
+        piece = text[start : start + window]
+        reading, log_probs, _ = reader.score(piece)
+        bits -= log_probs[range(len(piece)), list(piece)].sum() / math.log(2)
+        costs["own_tokens"] += len(reader.spelling.encode(piece))
+        costs["tokens_run"] += reading.work.tokens
+        costs["dropped"] += reading.work.dropped
     return {"bits_per_byte": bits / len(text)} | {f"{name}_per_byte": x / len(text) for name, x in costs.items()}
 
 

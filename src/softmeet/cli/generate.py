@@ -65,6 +65,8 @@ def generate(
     """Continue prompts, sampling from several models as one; a single prompt streams."""
     texts = _prompts(prompts, file)
     ensemble = loading.ensemble(members, settings)
+    if not all(texts) and not ensemble.model.over_bytes:
+        raise InvalidInputError("expected a prompt of at least one token, got an empty one")
     own = [ensemble.prompt_weights(text) for text in texts] if prompt_weights else None
     _run(ensemble, texts, sampling.given(), own, seed, as_json=as_json, summary=summary)
 
@@ -73,8 +75,6 @@ def _prompts(prompts: list[str] | None, files: list[Path] | None) -> list[str]:
     found = [path.read_text(encoding="utf-8") for path in files or []]
     given = prompts or ([] if found else ["-"])
     found += [sys.stdin.read().rstrip("\n") if prompt == "-" else prompt for prompt in given]
-    if not all(found):
-        raise InvalidInputError("expected a prompt of at least one token, got an empty one: give it as an argument")
     return found
 
 

@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM
 from softmeet.hf.cache import EnsembleCache
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.modeling import EnsembleForCausalLM
@@ -11,4 +12,6 @@ from softmeet.hf.report import TokenReport, TokenReports
 __all__ = ["EnsembleCache", "EnsembleConfig", "EnsembleForCausalLM", "Recorder", "TokenReport", "TokenReports"]
 
 AutoConfig.register(EnsembleConfig.model_type, EnsembleConfig, exist_ok=True)
-AutoModelForCausalLM.register(EnsembleConfig, EnsembleForCausalLM, exist_ok=True)
+# Either class loads whatever ensemble a configuration describes; pipelines look for a model's own among them.
+CLASSES = (EnsembleForCausalLM, ByteEnsembleForCausalLM)
+AutoModelForCausalLM._model_mapping.register(EnsembleConfig, CLASSES, exist_ok=True)

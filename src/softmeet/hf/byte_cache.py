@@ -29,6 +29,11 @@ class Row:
         """How many symbols there are."""
         return len(self.symbols)
 
+    @property
+    def fills_up(self) -> bool:
+        """Whether the last symbol is the first that the member had no room for."""
+        return bool(self.readings) and self.readings[-1].full and not any(one.full for one in self.readings[:-1])
+
     def longer(self, symbol: int, reading: Reading) -> Row:
         """Add a symbol, and what was read with it."""
         return replace(self, symbols=(*self.symbols, symbol), readings=(*self.readings[1 - _KEPT :], reading))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -34,6 +35,7 @@ Prefixes = Sequence[Sequence[Sequence[int] | None]]
 BYTE_RULE = "logit-mean"
 # Of a text that is evaluated.
 _WINDOW = 4096
+_log = logging.getLogger("softmeet")
 
 
 class ByteEnsembleForCausalLM(EnsembleForCausalLM):
@@ -157,7 +159,9 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
         new, wanted = input_ids.shape[1], torch.arange(input_ids.shape[1])[kept].tolist()
         seen = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -new:]
         symbols = [row[mask.bool()].tolist() for row, mask in zip(input_ids.cpu(), seen.cpu(), strict=True)]
-        found = []
+        if prefixes is not None:
+            self._require_prefixes(prefixes)
+        found, full = [], set[int]()
         for i, reader in enumerate(self.readers):
             rows = cache.members[i].rows if cache is not None else []
             rows = rows or _fresh(len(symbols), None if prefixes is None else [own[i] for own in prefixes])
@@ -165,7 +169,25 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
             if cache is not None:
                 cache.members[i].rows = rows
             found.append(log_probs)
+            full |= {k for k, row in enumerate(rows) if row.readings and row.readings[-1].full}
+            if any(row.fills_up for row in rows):
+                _log.warning("a text ends because the context of %s is full", reader.spelling.name)
+        for log_probs in found:
+            # What no member can read on ends for all of them.
+            log_probs[sorted(full), -1:] = torch.eye(SYMBOLS, dtype=torch.float64)[END].log()
         return found
+
+    def _require_prefixes(self, prefixes: Prefixes) -> None:
+        n = len(self.readers)
+        for own in prefixes:
+            each = isinstance(own, Sequence) and not isinstance(own, str) and len(own) == n
+            if not each or any(
+                one is not None and (isinstance(one, str) or not isinstance(one, Sequence)) for one in own
+            ):
+                raise InvalidInputError(
+                    f"expected prefixes as a list for each prompt, with token ids or None for each of {n} members, got "
+                    f"{own!r}"
+                )
 
     def hidden_states(self, input_ids: Int[Tensor, "1 t"]) -> list[Float[Tensor, "t 260"]]:
         """Each member's log-probabilities after every byte, and what they cost.
@@ -189,9 +211,10 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
         return torch.stack([h[:, :SYMBOLS] for h in hidden])
 
     def _get_logits_processor(self, *args: Any, model_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> Any:
-        """The usual ones behind one that keeps a text UTF-8."""
+        """The usual ones, between one that keeps a text UTF-8 and one that looks whether anything is left."""
         processors = super()._get_logits_processor(*args, model_kwargs=model_kwargs, **kwargs)
-        return LogitsProcessorList([WholeCharacters(), *processors])
+        last = len(processors) - ((model_kwargs or {}).get("row_sampler") is not None)
+        return LogitsProcessorList([WholeCharacters(), *processors[:last], SomethingLeft(), *processors[last:]])
 
 
 class WholeCharacters(LogitsProcessor):
@@ -200,7 +223,26 @@ class WholeCharacters(LogitsProcessor):
     def __call__(self, input_ids: Int[Tensor, "B t"], scores: Float[Tensor, "B v"]) -> Float[Tensor, "B v"]:
         """Scores that are -inf at what is forbidden."""
         forbidden = torch.stack([_forbidden(tuple(row)) for row in input_ids[:, -3:].tolist()])
-        return scores.masked_fill(forbidden.to(scores.device), -torch.inf)
+        found = scores.masked_fill(forbidden.to(scores.device), -torch.inf)
+        # A text whose context is full ends within a character if it has to.
+        return torch.where(found.isneginf().all(-1, keepdim=True), scores, found)
+
+
+class SomethingLeft(LogitsProcessor):
+    """Refuses to go on where no symbol is possible any more."""
+
+    def __call__(self, input_ids: Int[Tensor, "B t"], scores: Float[Tensor, "B v"]) -> Float[Tensor, "B v"]:
+        """The scores as they are.
+
+        Raises:
+            InvalidInputError: a row has none above -inf.
+        """
+        if bool(scores.isneginf().all(-1).any()):
+            raise InvalidInputError(
+                "a text has to end, as the context of a member is full, but an option forbids its end: lower "
+                "min_new_tokens, or take symbol 256 out of suppress_tokens"
+            )
+        return scores
 
 
 @lru_cache(maxsize=4096)

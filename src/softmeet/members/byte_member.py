@@ -62,7 +62,8 @@ class Guess:
 class Reading:
     """One text as one member has read it so far: ``covers`` of all its bytes, and what the model keeps of them.
 
-    ``guesses`` are tokens beyond it that the model was given along with others.
+    ``guesses`` are tokens beyond it that the model was given along with others. ``full`` says that it ended because the
+    model's context was.
     """
 
     covers: Covers
@@ -71,6 +72,7 @@ class Reading:
     work: Work = field(default_factory=Work)
     guesses: tuple[Guess, ...] = ()
     ended: bool = False
+    full: bool = False
 
 
 class ByteMember:
@@ -128,11 +130,16 @@ class ByteMember:
         """Read tokens that stand before a text: what the model keeps, and its last hidden state; kept for other texts.
 
         Raises:
-            InvalidInputError: there is no token.
+            InvalidInputError: there is no token, or one that the model does not have.
         """
         key = tuple(prefix)
         if not key:
             raise InvalidInputError("expected a prefix of at least one token, such as the one that begins a text")
+        known = range(self.head.v)
+        if wrong := [token for token in key if isinstance(token, bool | str) or token not in known]:
+            raise InvalidInputError(
+                f"expected a prefix of token ids of {self.spelling.name}, from 0 to {self.head.v - 1}, got {wrong[0]!r}"
+            )
         if key not in self._prefixes:
             ((tree, (hidden,)),) = self.run([Growth(TokenTree(), [np.empty(0, np.int64)], [list(key)])])
             for old in list(self._prefixes)[: 1 - _PREFIXES]:
@@ -202,7 +209,10 @@ class ByteMember:
         return np.eye(SYMBOLS)[END] if reading.ended else prediction(self.spelling, reading.covers)
 
     def advance(self, readings: Sequence[Reading], symbols: Sequence[int]) -> list[Reading]:
-        """Each text with one more byte, or ended; all that the model has to be asked goes through it in one batch."""
+        """Each text with one more byte, or ended; all that the model has to be asked goes through it in one batch.
+
+        A text that would not fit into the model's context ends.
+        """
         found = list(readings)
         for k, (reading, symbol) in enumerate(zip(readings, symbols, strict=True)):
             if symbol == END or reading.ended:
@@ -222,6 +232,10 @@ class ByteMember:
             readings = [reading if reading.ended else self._foreseen(reading) for reading in readings]
             asking = {k: wanted(r.covers, self.pruning) for k, r in enumerate(readings) if not r.ended}
             asking = {k: opened for k, opened in asking.items() if opened}
+            for k, opened in list(asking.items()):
+                if self._limit is not None and any(len(one.asked.path) >= self._limit for one in opened):
+                    readings[k] = replace(readings[k], ended=True, full=True)
+                    del asking[k]
             if not asking:
                 break
             steps = {
@@ -309,7 +323,7 @@ class ByteMember:
         with torch.inference_mode():
             logits = self.head.logits(hidden).index_select(1, self._columns)
             # A byte that a member holds for impossible may come all the same: something has to be left to go on from.
-            probs = logits.softmax(-1).clamp_min(_LEAST).cpu().numpy()
+            probs = logits.softmax(-1).clamp_min_(_LEAST).cpu().numpy()
         m = len(self.spelling.words)
         roots, (letters, where) = np.zeros((len(paths), SYMBOLS)), self.spelling.beginnings
         roots[:, letters] = np.add.reduceat(probs[:, :m], where, axis=1, dtype=np.float64)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from softmeet.errors import InvalidInputError
 from softmeet.members.spelling import Spelling
 from softmeet.members.token_tree import Path
 
@@ -38,6 +39,8 @@ _NOT_LIGHT = 0.05
 _LIGHT = 1e-12
 # All covers' mass below which their weights are scaled: it falls with every byte.
 _SMALL = 1e-30
+# The most that are followed where none is let go; each keeps the probabilities of a vocabulary.
+_FOLLOWED = 2048
 
 
 def by_symbol(symbols: np.ndarray[Any, np.dtype[np.uint8]], masses: Masses) -> Masses:
@@ -142,6 +145,10 @@ class Cover(NamedTuple):
             return self.weight * self.asked.root
         return self.weight * self.asked.masses(spelling, len(self.rest), self.longer, self.end)
 
+    def times(self, x: float) -> Cover:
+        """The same with so many times the mass."""
+        return Cover(self.asked, self.weight * x, self.mass * x, self.rest, self.longer, self.end)
+
 
 class Open(NamedTuple):
     """A cover, a token behind it and the bytes since, about which the model was not asked; ``mass`` is an estimate.
@@ -172,6 +179,10 @@ class Open(NamedTuple):
             share = _TYPICAL * float(spelling.typical[spelling.last(self.token), byte]) + (1 - _TYPICAL) * root
         most = self.most * max(share, _GOOD)
         return Open(self.asked, self.token, self.weight, self.mass * share, self.rest + bytes([byte]), most)
+
+    def times(self, x: float, most: float = 1.0) -> Open:
+        """The same with so many times the mass, and ``most``."""
+        return Open(self.asked, self.token, self.weight * x, self.mass * x, self.rest, self.most * most)
 
 
 @dataclass(frozen=True, eq=False)
@@ -286,6 +297,11 @@ def _kept(whole: Sequence[Cover], opened: Sequence[Open], pruning: Pruning) -> C
     light = [cover for cover in opened if cover.mass > 0]
     if pruning.prune:
         kept, light = _recombined(kept, light)
+    if pruning.covers is None and len(kept) + len(light) > _FOLLOWED:
+        raise InvalidInputError(
+            f"following all tokenizations of a text, of which there are more than {_FOLLOWED:,} here, is for a few "
+            "words: give a prune above 0, such as 0.01"
+        )
     light.sort(key=_by_mass)
     before = total = _mass(kept, light)
     if pruning.covers is not None:
@@ -298,8 +314,8 @@ def _kept(whole: Sequence[Cover], opened: Sequence[Open], pruning: Pruning) -> C
         return Covers(())
     dropped = 1 - total / before
     if total < _SMALL:
-        kept = [one._replace(weight=one.weight / total, mass=one.mass / total) for one in kept]
-        light = [one._replace(weight=one.weight / total, mass=one.mass / total, most=one.most / total) for one in light]
+        kept = [one.times(1 / total) for one in kept]
+        light = [one.times(1 / total, 1 / total) for one in light]
         total = 1.0
     return Covers(tuple(kept), tuple(light), total, dropped)
 
@@ -347,5 +363,4 @@ def _by_mass(cover: Cover | Open) -> float:
 
 def _heavier(cover: AnyCover, mass: float) -> AnyCover:
     """A cover with so much more mass."""
-    more = (cover.mass + mass) / cover.mass
-    return cover._replace(mass=cover.mass * more, weight=cover.weight * more)
+    return cover.times((cover.mass + mass) / cover.mass)

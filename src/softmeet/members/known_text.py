@@ -26,8 +26,8 @@ from softmeet.members.token_tree import Growth, Path
 if TYPE_CHECKING:
     from softmeet.members.byte_member import ByteMember
 
-# Positions whose next tokens' probabilities are held at once.
-_POSITIONS = 64
+# Probabilities of next tokens that are held at once: 128 MiB in fp32.
+_ELEMENTS = 1 << 25
 # The tree's node that tokens stand behind, and the token.
 Step = tuple[int, int]
 
@@ -80,8 +80,9 @@ class KnownText:
 
     def _along(self, paths: Sequence[Path], places: Sequence[int], hidden: Float[Tensor, "k d"]) -> Iterator[Asked]:
         """What comes behind each path, whose tokens end at a byte of the text, some at a time."""
-        for start in range(0, len(paths), _POSITIONS):
-            some = slice(start, start + _POSITIONS)
+        size = max(1, _ELEMENTS // self.member.head.v)
+        for start in range(0, len(paths), size):
+            some = slice(start, start + size)
             for asked, place in zip(self.member.asked(paths[some], hidden[some]), places[some], strict=True):
                 self._places[int(asked.path[-1])] = place
                 if place + self._longest < len(self.text):
