@@ -353,3 +353,17 @@ def test_likely_tokens_that_are_run_along_save_calls_and_change_nothing(monkeypa
     assert torch.allclose(ours, expected, atol=1e-9)
     assert along.text == without.text
     assert along.work.calls < without.work.calls
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_no_estimate_is_above_what_it_may_be(kind):
+    """Whether the model is asked goes by the second alone; where covers are joined, both grow."""
+    member = member_of(kind, Pruning(0.2))
+    reading = member.begin(b"the other there")
+    seen = 0
+    for byte in b" the her there other the":
+        (reading,) = member.advance([reading], [byte])
+        for cover in reading.covers.open:
+            assert cover.mass <= cover.most * (1 + 1e-12)
+            seen += 1
+    assert seen

@@ -90,7 +90,7 @@ def _run(
 ) -> None:
     from softmeet.hf import Recorder
 
-    recorder, before, started = Recorder(), _spent(ensemble), time.perf_counter()
+    recorder, before, started = Recorder(), ensemble.model.spent, time.perf_counter()
     given = {"seed": seed, "recorder": recorder, **given}
     each: list[dict[str, Any]] = [{}] * len(texts) if weights is None else [{"weights": own} for own in weights]
     if len(texts) == 1 and not as_json:
@@ -108,7 +108,7 @@ def _run(
                 completions = [ensemble.generate(text, **given, **own) for text, own in pairs]
     seconds = time.perf_counter() - started
     facts = _facts(ensemble, recorder, seconds, weights)
-    for member, costs in zip(facts["members"], _costs(before, _spent(ensemble), recorder.rows), strict=False):
+    for member, costs in zip(facts["members"], _costs(before, ensemble.model.spent, recorder.rows), strict=False):
         member |= costs
     if as_json:
         made = [{"prompt": p, "text": t, **own} for p, t, own in zip(texts, completions, each, strict=True)]
@@ -139,7 +139,7 @@ def _facts(ensemble: Ensemble, recorder: Recorder, seconds: float, weights: list
             )
         ],
         "rule": config.rule,
-        "vocabulary": "bytes" if ensemble.model.over_bytes else "tokens",
+        "vocabulary": config.vocabulary,
         "tokens": recorder.rows,
         "tokens_per_second": recorder.rows / seconds,
         "head_passes_per_token": recorder.passes / rows,
@@ -150,11 +150,6 @@ def _facts(ensemble: Ensemble, recorder: Recorder, seconds: float, weights: list
         "gated": recorder.gate.share,
         "seconds_saved": recorder.gate.saved,
     }
-
-
-def _spent(ensemble: Ensemble) -> list[Work]:
-    """What every member has cost, over bytes."""
-    return ensemble.model.spent
 
 
 def _costs(before: list[Work], after: list[Work], count: int) -> list[dict[str, float]]:

@@ -172,8 +172,8 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
             full |= {k for k, row in enumerate(rows) if row.readings and row.readings[-1].full}
             if any(row.fills_up for row in rows):
                 _log.warning("a text ends because the context of %s is full", reader.spelling.name)
-        for log_probs in found:
-            # What no member can read on ends for all of them.
+        for log_probs in found if full else ():
+            # What one member cannot read on ends for all of them.
             log_probs[sorted(full), -1:] = torch.eye(SYMBOLS, dtype=torch.float64)[END].log()
         return found
 

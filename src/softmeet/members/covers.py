@@ -180,9 +180,9 @@ class Open(NamedTuple):
         most = self.most * max(share, _GOOD)
         return Open(self.asked, self.token, self.weight, self.mass * share, self.rest + bytes([byte]), most)
 
-    def times(self, x: float, most: float = 1.0) -> Open:
-        """The same with so many times the mass, and ``most``."""
-        return Open(self.asked, self.token, self.weight * x, self.mass * x, self.rest, self.most * most)
+    def times(self, x: float) -> Open:
+        """The same with so many times the mass, and so many times what it may be."""
+        return Open(self.asked, self.token, self.weight * x, self.mass * x, self.rest, self.most * x)
 
 
 @dataclass(frozen=True, eq=False)
@@ -315,7 +315,7 @@ def _kept(whole: Sequence[Cover], opened: Sequence[Open], pruning: Pruning) -> C
     dropped = 1 - total / before
     if total < _SMALL:
         kept = [one.times(1 / total) for one in kept]
-        light = [one.times(1 / total, 1 / total) for one in light]
+        light = [one.times(1 / total) for one in light]
         total = 1.0
     return Covers(tuple(kept), tuple(light), total, dropped)
 

@@ -46,7 +46,7 @@ class Meet(Rule):
     tilts_pool = True
 
     def solve(self, problem: Problem) -> Answer:
-        """By Newton's method."""
+        """Minimise the dual by Newton's method, and answer with the pool where that is proved to be near enough."""
         return self._descended(problem)
 
     def _descended(self, problem: Problem) -> Answer:
@@ -92,7 +92,7 @@ class MaxEntropy(Meet):
     is_feasible = True
 
     def effective_trust(self, trust: Sequence[float]) -> tuple[float, ...]:
-        """Make every trust infinite."""
+        """Make every trust infinite: moments hold exactly, whatever was asked for."""
         return (math.inf,) * len(trust)
 
     def solve(self, problem: Problem) -> Answer:

@@ -63,7 +63,7 @@ class Movement:
 
     @staticmethod
     def stacked(rows: Float[Tensor, "B 5"]) -> Movement:
-        """Read what :meth:`table` wrote."""
+        """Take apart the columns that :meth:`table` puts side by side."""
         return Movement(*rows.unbind(-1))
 
     def table(self) -> Float[Tensor, "B 5"]:

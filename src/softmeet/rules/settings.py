@@ -173,7 +173,7 @@ class Settings(Frozen):
         return self.model_copy(update={"weights": weights, "trust": _checked_trust(self.trust, n, self.bands)})
 
     def ungated(self) -> Settings:
-        """Copy without a gate."""
+        """Copy without a gate, so that the rule is solved everywhere."""
         return self if self.gate is None else self.model_copy(update={"gate": None})
 
     @property

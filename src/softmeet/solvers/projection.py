@@ -115,15 +115,15 @@ class Projection:
         return torch.cat([part @ h.whitening.factor.T for h, part in zip(self.heads, parts, strict=True)], dim=-1)
 
     def tilt(self, z: Float[Tensor, "B n v"]) -> Float[Tensor, "B v"]:
-        """Σ α_i z_i."""
+        """What scores add to the logarithm of the pool: Σ α_i z_i."""
         return (self.alpha[:, None] * z).sum(1)
 
     def pooled(self, z: Float[Tensor, "B n v"]) -> Float[Tensor, "B v"]:
-        """Log p."""
+        """The answer at some scores, log p = log q + Σ α_i z_i, normalised."""
         return log_normalize(self.log_q + self.tilt(z))
 
     def corrected(self, z: Float[Tensor, "B n v"]) -> Float[Tensor, "B n v"]:
-        """Log r_i."""
+        """Every member as corrected by some scores, log r_i = log p̂_i - γ_i z_i, normalised."""
         return log_normalize(self.log_p - self.gamma[:, None] * z)
 
     def dual(self, z: Float[Tensor, "B n v"]) -> Float[Tensor, " B"]:
