@@ -56,6 +56,8 @@ class SoftmaxHead:
     v: int = field(init=False, repr=False)
     d: int = field(init=False, repr=False)
     _whitening: dict[tuple[torch.device, bool, int | None], Whitening] = field(default_factory=dict, repr=False)
+    # What solvers found of this head with others, and keep.
+    tails: list[tuple[tuple[Whitening, ...], object]] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
         if self.weight.ndim != 2 or not self.weight.is_floating_point():
@@ -269,6 +271,13 @@ class WhitenedHead:
     def gather(self, tokens: Int[Tensor, "B k"]) -> Float[Tensor, "B k rank"]:
         """Some rows of Q for each row of the batch, in ``dtype``."""
         return self.rows(tokens) @ self.whitening.factor.to(self.dtype)
+
+    def even_rows(self, tokens: Int[Tensor, " k"]) -> Float[Tensor, "k rank"]:
+        """The same rows of Q for every row of the batch, without slopes, in fp32; the caller need not count them."""
+        ids = tokens.clamp_max(self.head.v - 1).to(self.home)
+        found = self.head.weight.detach().index_select(0, ids).to(self.device, torch.float32)
+        found = (found - self.whitening.center.float()) @ self.whitening.factor.float()
+        return found * (tokens < self.head.v).to(self.device, torch.float32)[:, None]
 
     def block(self, tokens: slice) -> Float[Tensor, "b d"]:
         """Rows ``tokens`` of W in ``dtype``, at home; fewer past the head's last row. The caller counts them."""

@@ -22,11 +22,11 @@ from softmeet.rules.settings import Pool, Settings
 from softmeet.scaling.base import Engine
 from softmeet.simplex import log_normalize
 from softmeet.solvers.base import iterate
+from softmeet.solvers.dense import DenseNewton
 from softmeet.solvers.dual import DualState
 from softmeet.solvers.implicit import projected
 from softmeet.solvers.newton import DualNewton
 from softmeet.solvers.projection import Projection
-from softmeet.solvers.subsampled import SubsampledNewton
 
 _MAX_STEPS = 50
 # Elements of log-probabilities that an average's loss works on at once: what stays in a core's cache.
@@ -39,7 +39,7 @@ def solve(problem: Projection) -> DualState:
     """As the rule ``meet`` does, without certificates of wide heads, nor its rescue of rows in trouble."""
     if full_hessian_pays(problem):
         return iterate(DualNewton(), problem, _MAX_STEPS)
-    return iterate(SubsampledNewton(certify=False), problem, _MAX_STEPS)
+    return iterate(DenseNewton(certify=False), problem, _MAX_STEPS)
 
 
 @dataclass

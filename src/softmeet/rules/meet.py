@@ -19,11 +19,10 @@ from softmeet.rules.row import Row, may_be_unique
 from softmeet.rules.verify import Recomputed
 from softmeet.simplex import kl, log_normalize
 from softmeet.solvers.base import Status, iterate
+from softmeet.solvers.dense import DenseNewton, DenseState
 from softmeet.solvers.dual import DualState
-from softmeet.solvers.gathered import gathered_size
 from softmeet.solvers.newton import DualNewton
 from softmeet.solvers.projection import Projection
-from softmeet.solvers.subsampled import SubsampledNewton, SubsampledState
 
 # Multiplications for one Hessian, v D².
 _CHEAP = 2**30
@@ -161,18 +160,17 @@ def _settle(answer: Answer, k: int, row: Row) -> None:
 def full_hessian_pays(projection: Projection) -> bool:
     """Whether the full Hessian is cheap, a few milliseconds per row and step, or needed, or few tokens are all."""
     v, D = projection.log_q.shape[-1], len(projection.scale)
-    cheap = v * D**2 <= (_CHEAP if projection.tol > _FINE else _PATIENT)
-    return cheap or 2 * gathered_size(projection, 0) > v
+    return v * D**2 <= (_CHEAP if projection.tol > _FINE else _PATIENT)
 
 
 def _solved(projection: Projection, max_steps: int) -> DualState:
     if full_hessian_pays(projection):
         return iterate(DualNewton(), projection, max_steps)
-    return _rescued(projection, iterate(SubsampledNewton(), projection, max_steps), max_steps)
+    return _rescued(projection, iterate(DenseNewton(), projection, max_steps), max_steps)
 
 
-def _rescued(projection: Projection, state: SubsampledState, max_steps: int) -> SubsampledState:
-    """Rows that gathered tokens did not bring home, such as near-one-hot ones, tried again with the full Hessian."""
+def _rescued(projection: Projection, state: DenseState, max_steps: int) -> DenseState:
+    """Rows that few steps did not bring home, such as near-one-hot ones, tried again with the full Hessian."""
     late = (state.status == Status.NOT_CONVERGED).nonzero().squeeze(-1)
     v, D = projection.log_q.shape[-1], len(projection.scale)
     if not len(late) or v * D**2 > _PATIENT:

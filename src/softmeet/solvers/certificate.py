@@ -51,11 +51,18 @@ def gap_bound(
 
     Terms are in fp32 where the products with heads were: each is found to a relative 1e-5.
     """
-    low = torch.float32 if problem.eps > torch.finfo(torch.float64).eps else torch.float64
     x = problem.tilt(change)
     y = -problem.gamma[:, None] * change
-    joint, broken = _terms(p.to(low), (x - (p * x).sum(-1, keepdim=True)).to(low))
-    own, negative = _terms(r.to(low), (y - (r * y).sum(-1, keepdim=True)).to(low))
+    return cost(problem, p, r, x - (p * x).sum(-1, keepdim=True), y - (r * y).sum(-1, keepdim=True))
+
+
+def cost(
+    problem: Projection, p: Float[Tensor, "B v"], r: Float[Tensor, "B n v"], x: Tensor, y: Tensor
+) -> tuple[Float[Tensor, " B"], Bool[Tensor, " B"]]:
+    """(Σ p φ(x) + Σ ρ_i Σ r_i φ(y_i), rows where a token would turn negative) of changes p(1 + x), r_i(1 + y_i)."""
+    low = torch.float32 if problem.eps > torch.finfo(torch.float64).eps else torch.float64
+    joint, broken = _terms(p.to(low), x.to(low))
+    own, negative = _terms(r.to(low), y.to(low))
     return joint + (problem.price * own).sum(-1), broken.any(-1) | negative.any(-1).any(-1)
 
 

@@ -135,32 +135,38 @@ class DualMethod(Solver[Projection, S]):
             log_r=swept.log_r,
         )
 
-    def pool_is_near(self, problem: Projection, state: S) -> Bool[Tensor, " B"]:
-        """The rows that the pool answers, where the problem lets it, with what rounding of scores may hide."""
-        near = state.pool_bound <= problem.tol
-        if not problem.pool_may_answer or not near.any():
-            return torch.zeros_like(near)
-        hidden = problem.rounding(state.log_p.exp(), state.log_r.exp(), state.z, state.nu)
-        return state.pool_bound + hidden <= problem.tol
-
     def step(self, problem: Projection, state: S) -> S:
         """One read of the heads for every row, and one more for rows whose step had to be changed."""
         reads = problem.passes()
         self.aim(problem, state)
         whole = sweep(problem, state.z, state.direction)
         after = self.advance(problem, state, whole)
-        near = self.pool_is_near(problem, after)
+        near = pool_is_near(problem, after)
         if not near.all():
             self.judge(problem, state, after, whole.z - state.z)
-            near &= ~(after.done & (after.status == Status.OPTIMAL))
             if math.inf in problem.trust:
                 look_for_a_proof(problem, state, after)
-        after.by_pool, after.done = near, after.done | near
-        after.status = after.status.masked_fill(near, Status.OPTIMAL)
-        after.gap = torch.where(near, after.pool_bound, after.gap)
-        after.certified = after.certified | near
+        end_by_pool(after, near)
         after.passes = state.passes + problem.passes() - reads
         return after
+
+
+def pool_is_near(problem: Projection, state: DualState) -> Bool[Tensor, " B"]:
+    """The rows that the pool may answer, with what rounding of scores may hide."""
+    near = state.pool_bound <= problem.tol
+    if not problem.pool_may_answer or not near.any():
+        return torch.zeros_like(near)
+    hidden = problem.rounding(state.log_p.exp(), state.log_r.exp(), state.z, state.nu)
+    return state.pool_bound + hidden <= problem.tol
+
+
+def end_by_pool(state: DualState, near: Bool[Tensor, " B"]) -> None:
+    """Have the pool answer rows that it may answer, unless their own answer was proved to be near enough."""
+    near = near & ~(state.done & (state.status == Status.OPTIMAL))
+    state.by_pool, state.done = near, state.done | near
+    state.status = state.status.masked_fill(near, Status.OPTIMAL)
+    state.gap = torch.where(near, state.pool_bound, state.gap)
+    state.certified = state.certified | near
 
 
 def bound_after(bound: Float[Tensor, " B"], fall: Float[Tensor, " B"], tol: float) -> Float[Tensor, " B"]:

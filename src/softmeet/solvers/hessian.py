@@ -69,6 +69,17 @@ def moments(problem: Projection, log_p: Float[Tensor, "B v"], log_r: Float[Tenso
     return Moments(joint, own, H)
 
 
+def curved(
+    problem: Projection, p: Float[Tensor, "B v"], r: Float[Tensor, "B n v"], y: Float[Tensor, "B n v"]
+) -> Float[Tensor, "B D"]:
+    """H d for a direction d with the scores ``y``, by one read of every head."""
+    x = problem.tilt(y)
+    joint = p * (x - (p * x).sum(-1, keepdim=True))
+    own = r * (y - (r * y).sum(-1, keepdim=True))
+    parts = zip(problem.heads, problem.alpha, problem.gamma, range(len(problem.heads)), strict=True)
+    return torch.cat([alpha * h.moments(joint + gamma * own[:, i])[0] for h, alpha, gamma, i in parts], dim=-1)
+
+
 def _centre(
     problem: Projection, H: Float[Tensor, "B D D"], joint: Float[Tensor, "B D"], own: Float[Tensor, "B D"]
 ) -> Bool[Tensor, " B"]:

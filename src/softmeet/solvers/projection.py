@@ -114,6 +114,15 @@ class Projection:
         parts = nu.split(self.widths, dim=-1)
         return torch.cat([part @ h.whitening.factor.T for h, part in zip(self.heads, parts, strict=True)], dim=-1)
 
+    def spread_rows(self, x: Float[Tensor, "B n"]) -> Float[Tensor, "B D"]:
+        """What is said of each member in each row, for each of its coordinates."""
+        return x.repeat_interleave(torch.tensor(self.widths, device=x.device), dim=-1)
+
+    def scores(self, nu: Float[Tensor, "B D"]) -> Float[Tensor, "B n v"]:
+        """Q_i ν_i; one read of every head."""
+        parts = zip(self.heads, nu.split(self.widths, dim=-1), strict=True)
+        return torch.stack([h.scores(part) for h, part in parts], dim=1)
+
     def tilt(self, z: Float[Tensor, "B n v"]) -> Float[Tensor, "B v"]:
         """What scores add to the logarithm of the pool: Σ α_i z_i."""
         return (self.alpha[:, None] * z).sum(1)

@@ -1,4 +1,4 @@
-"""The sub-sampled solver against the full Hessian in fp64: answers, certificates, hostile rows, compiled loops."""
+"""The solver of few dense steps against the full Hessian in fp64: answers, certificates, hostile rows."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ from softmeet.evaluation import family
 from softmeet.heads import WhitenedHead
 from softmeet.rules import meet
 from softmeet.simplex import total_variation
-from softmeet.solvers import gathered, inner
+from softmeet.solvers import heavy, repaired, tail
 from softmeet.solvers import sweep as sweeps
 from softmeet.solvers.base import iterate
-from softmeet.solvers.look import _Around
+from softmeet.solvers.dense import DenseNewton
 from softmeet.solvers.projection import Projection
-from softmeet.solvers.subsampled import SubsampledNewton
 
 V = 1600
 
 
 @pytest.fixture(autouse=True)
 def _small_enough_to_check(monkeypatch):
-    """Every row of these sizes goes to the sub-sampled solver, with few tokens."""
+    """Every row of these sizes goes to this solver, with few tokens."""
     monkeypatch.setattr(meet, "_CHEAP", 0)
-    monkeypatch.setattr(gathered, "_FEWEST", 256)
+    monkeypatch.setattr(heavy, "_HEAVY", 32)
+    monkeypatch.setattr(heavy, "_HEAVIEST", 64)
+    monkeypatch.setattr(tail, "_LEAST", 256)
+    monkeypatch.setattr(repaired, "_LEAST", 128)
 
 
 def full(log_p, heads, **options):
@@ -154,28 +156,6 @@ def test_compiled_reads_equal_library_products(monkeypatch, batch, threads):
         for name in (f.name for f in fields(plain)):
             torch.testing.assert_close(getattr(fast, name), getattr(plain, name), rtol=1e-5, atol=1e-5)
     torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("trust", [(0.3, 2.0), (1.0, math.inf)])
-def test_compiled_conjugate_gradients_equal_those_of_the_library(monkeypatch, trust):
-    """With the ridge's products from recurrences; whether F falls is left out."""
-    monkeypatch.setattr(inner, "_FALL", -math.inf)
-    log_p, heads = language(batch=1)
-    log_p = log_p.double().transpose(0, 1)
-    views = tuple(WhitenedHead(softmeet.SoftmaxHead(W), V, torch.float32, batch=1) for W in heads)
-    problem = Projection(log_p.mean(1).log_softmax(-1), log_p, views, trust, 1e-5)
-    state = SubsampledNewton().init(problem)
-    around = _Around(problem, state, 1, certify=False)
-    start = around.origin
-    hessian, g = inner.Hessian(start), start.gradient
-    fast = hessian.solve(g, around.heavy, 1e-4, 100)
-    left = g - hessian(fast)
-    length = ((left * around.heavy(left)).sum() / (g * around.heavy(g)).sum()).sqrt()
-    monkeypatch.setattr(kernels, "ENABLED", False)
-    plain = _Around(problem, state, 1, certify=False)
-    again = inner.Hessian(plain.origin).solve(g, plain.heavy, 1e-4, 100)
-    assert length < 5e-4
-    assert (fast - again).norm() < 1e-3 * again.norm()
 
 
 def sharpened(log_p, nats):
@@ -339,7 +319,7 @@ def test_without_certificates_the_answer_is_as_near():
     views = tuple(WhitenedHead(softmeet.SoftmaxHead(W), V, torch.float32, batch=log_p.shape[1]) for W in heads)
     pool = log_p.double().mean(0).log_softmax(-1)
     problem = Projection(pool, log_p.double().transpose(0, 1), views, (1.0, 1.0), 1e-5)
-    found = {certify: iterate(SubsampledNewton(certify=certify), problem, 50) for certify in (True, False)}
+    found = {certify: iterate(DenseNewton(certify=certify), problem, 50) for certify in (True, False)}
     assert (found[False].status == Status.OPTIMAL).all()
     assert not found[False].certified.any()
     assert total_variation(found[False].log_p, exact.log_probs).max() < math.sqrt(1e-5 / 2) + 1e-5
