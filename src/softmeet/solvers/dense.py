@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from softmeet.solvers.base import Solver, Status
+from softmeet.solvers.certificate import restricted_gap_bound
 from softmeet.solvers.dual import DualState, bound_after, end_by_pool, look_for_a_proof, pool_is_near, start
 from softmeet.solvers.heavy import direction
 from softmeet.solvers.least import least
@@ -123,14 +124,21 @@ class DenseNewton(Solver[Projection, DenseState]):
         rounding = problem.rounding(after.log_p.exp(), after.log_r.exp(), after.z, after.nu)
         known = bound_after(torch.where(before.certified, before.gap, torch.inf), fall, problem.tol)
         close = _LOOSE * estimate + rounding <= problem.tol
-        if self.certify:
-            rows = close.nonzero().squeeze(-1)
-            if len(rows):
-                bound = repaired_gap_bound(problem.take(rows), after.take(rows))
-                known[rows] = torch.minimum(known[rows], bound + rounding[rows])
+        rows = close.nonzero().squeeze(-1)
+        if self.certify and len(rows):
+            known[rows] = torch.minimum(known[rows], _bound(problem.take(rows), after.take(rows)) + rounding[rows])
         certified = known.isfinite() & self.certify
         after.gap, after.certified = torch.where(certified, known, estimate + rounding), certified
         reached = (certified if self.certify else close) & (after.gap <= problem.tol)
         given_up = (after.stalls >= _PATIENCE) & ~reached
         after.done = reached | given_up
         after.status = after.status.masked_fill(given_up, Status.NOT_CONVERGED)
+
+
+def _bound(problem: Projection, state: DualState) -> Float[Tensor, " B"]:
+    """On the gap: by each member's own repair, else by one of all of them together, a row at a time."""
+    exact = math.inf in problem.trust
+    bound = torch.full_like(state.gap, torch.inf) if exact else repaired_gap_bound(problem, state)
+    for k in bound.isinf().nonzero().flatten().tolist():
+        bound[k] = restricted_gap_bound(problem, k, state.log_p[k].exp(), state.log_r[k].exp(), state.gradient[k])
+    return bound
