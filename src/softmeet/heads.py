@@ -199,7 +199,7 @@ class Whitening:
 class WhitenedHead:
     """Q = S (W - 1cᵀ) R for a batch of B rows, as solvers read it; S is the slope of a soft-cap, per row, or 1.
 
-    Products run in ``dtype``, on the head's own device, and come back in fp64 on ``device``. ``rows_read[k]`` counts
+    Products run in ``dtype``, on the head's own device, and come back on ``device`` in the dtype of what is given. ``rows_read[k]`` counts
     the rows of W read on behalf of batch row k, gathers included; ``at`` are the rows of that batch that this view has.
     """
 
@@ -233,7 +233,7 @@ class WhitenedHead:
     def scores(self, lam: Float[Tensor, "B rank"]) -> Float[Tensor, "B v"]:
         """Q λ; one read of the head."""
         x, center = self.raw(lam)
-        out = self.head.scores(x.to(self.home, self.dtype)).to(self.device, torch.float64) - center[:, None]
+        out = self.head.scores(x.to(self.home, self.dtype)).to(self.device, lam.dtype) - center[:, None].to(lam)
         self.rows_read[self.at] += self.head.v
         return self._sloped(pad(out, (0, self.v - self.head.v)))
 
@@ -242,15 +242,16 @@ class WhitenedHead:
         p = torch.cat([self._sloped(p) for p in ps])[:, : self.head.v]
         raw = self.head.moments(p.to(self.home, self.dtype)).to(self.device, torch.float64)
         self.rows_read[self.at] += self.head.v
-        return list(((raw - p.sum(-1, keepdim=True) * self.whitening.center) @ self.whitening.factor).chunk(len(ps)))
+        found = (raw - p.sum(-1, keepdim=True) * self.whitening.center) @ self.whitening.factor
+        return list(found.to(p.dtype).chunk(len(ps)))
 
     def raw(self, lam: Float[Tensor, "B rank"]) -> tuple[Float[Tensor, "B d"], Float[Tensor, " B"]]:
         """(x, c) with Q λ = W x - c, before any slope."""
-        x = lam @ self.whitening.factor.T
+        x = lam.double() @ self.whitening.factor.T
         return x, x @ self.whitening.center
 
     def _sloped(self, x: Float[Tensor, "B v"]) -> Float[Tensor, "B v"]:
-        return x if self.slope is None else x * self.slope
+        return x if self.slope is None else x * self.slope.to(x.dtype)
 
     def rows(self, tokens: Int[Tensor, "B k"]) -> Float[Tensor, "B k d"]:
         """Some rows of S (W - 1cᵀ) for each row of the batch, in ``dtype``; times R they are rows of Q."""
@@ -272,11 +273,11 @@ class WhitenedHead:
         """Some rows of Q for each row of the batch, in ``dtype``."""
         return self.rows(tokens) @ self.whitening.factor.to(self.dtype)
 
-    def even_rows(self, tokens: Int[Tensor, " k"]) -> Float[Tensor, "k rank"]:
-        """The same rows of Q for every row of the batch, without slopes, in fp32; the caller need not count them."""
+    def even_rows(self, tokens: Int[Tensor, " k"]) -> Float[Tensor, "k d"]:
+        """Some rows of W - 1cᵀ, without slopes, in fp32; the caller need not count them."""
         ids = tokens.clamp_max(self.head.v - 1).to(self.home)
         found = self.head.weight.detach().index_select(0, ids).to(self.device, torch.float32)
-        found = (found - self.whitening.center.float()) @ self.whitening.factor.float()
+        found -= self.whitening.center.float()
         return found * (tokens < self.head.v).to(self.device, torch.float32)[:, None]
 
     def block(self, tokens: slice) -> Float[Tensor, "b d"]:

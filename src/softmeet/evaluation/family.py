@@ -12,7 +12,7 @@ from torch import Tensor
 from softmeet.heads import SoftmaxHead, WhitenedHead
 from softmeet.rules.meet import full_hessian_pays
 from softmeet.solvers.base import iterate
-from softmeet.solvers.dense import DenseNewton
+from softmeet.solvers.dense import dense
 from softmeet.solvers.newton import DualNewton
 from softmeet.solvers.projection import Projection
 from softmeet.solvers.sweep import sweep
@@ -37,7 +37,7 @@ def moment_match(
     """
     projection, newton = Projection(log_start, log_truth[:, None], views, (math.inf,), tol), DualNewton()
     if not full_hessian_pays(projection):
-        found = iterate(DenseNewton(certify=False), replace(projection, tol=max(tol, _COARSE)), _STEPS)
+        found = dense(replace(projection, tol=max(tol, _COARSE)), _STEPS, certify=False)
         return found.log_p, views[0].raw(found.nu)[0]
     state = iterate(newton, projection, _STEPS)
     # The dual value stands still at the square root of rounding; whole steps bring the moments down to rounding itself.

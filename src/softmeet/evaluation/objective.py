@@ -22,7 +22,7 @@ from softmeet.rules.settings import Pool, Settings
 from softmeet.scaling.base import Engine
 from softmeet.simplex import log_normalize
 from softmeet.solvers.base import iterate
-from softmeet.solvers.dense import DenseNewton
+from softmeet.solvers.dense import dense
 from softmeet.solvers.dual import DualState
 from softmeet.solvers.implicit import projected
 from softmeet.solvers.newton import DualNewton
@@ -39,7 +39,7 @@ def solve(problem: Projection) -> DualState:
     """As the rule ``meet`` does, without certificates of wide heads, nor its rescue of rows in trouble."""
     if full_hessian_pays(problem):
         return iterate(DualNewton(), problem, _MAX_STEPS)
-    return iterate(DenseNewton(certify=False), problem, _MAX_STEPS)
+    return dense(problem, _MAX_STEPS, certify=False)
 
 
 @dataclass

@@ -19,7 +19,7 @@ from softmeet.rules.row import Row, may_be_unique
 from softmeet.rules.verify import Recomputed
 from softmeet.simplex import kl, log_normalize
 from softmeet.solvers.base import Status, iterate
-from softmeet.solvers.dense import DenseNewton, DenseState
+from softmeet.solvers.dense import DenseState, dense
 from softmeet.solvers.dual import DualState
 from softmeet.solvers.newton import DualNewton
 from softmeet.solvers.projection import Projection
@@ -166,7 +166,7 @@ def full_hessian_pays(projection: Projection) -> bool:
 def _solved(projection: Projection, max_steps: int) -> DualState:
     if full_hessian_pays(projection):
         return iterate(DualNewton(), projection, max_steps)
-    return _rescued(projection, iterate(DenseNewton(), projection, max_steps), max_steps)
+    return _rescued(projection, dense(projection, max_steps), max_steps)
 
 
 def _rescued(projection: Projection, state: DenseState, max_steps: int) -> DenseState:

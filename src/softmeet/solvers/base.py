@@ -81,6 +81,11 @@ class State:
         return self
 
 
+def some(rows: Bool[Tensor, " B"]) -> bool:
+    """Whether a mask holds any row; on an accelerator, where looking waits for it, that it does is taken for granted."""
+    return rows.device.type != "cpu" or bool(rows.any())
+
+
 class Solver(ABC, Generic[P, S]):
     """A batched iterative method: how to begin, one step of unfinished rows, and how to cut a problem to some rows."""
 

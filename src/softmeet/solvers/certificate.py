@@ -88,16 +88,17 @@ def restricted_gap_bound(
         gradient: of the dual there, whitened and scaled as :class:`Projection` has it.
         limit: tokens to gather.
     """
-    tokens = (p + problem.price @ r).topk(min(limit, len(p))).indices
+    p, r, gradient, price = p.double(), r.double(), gradient.double(), problem.price.double()
+    tokens = (p + price @ r).topk(min(limit, len(p))).indices
     one = torch.tensor([row], device=p.device)
     rows = [h.take(one).gather(tokens[None])[0].double() for h in problem.heads]
-    joint = torch.cat([alpha * a for a, alpha in zip(rows, problem.alpha, strict=True)], dim=-1)
+    joint = torch.cat([alpha * a for a, alpha in zip(rows, problem.alpha.tolist(), strict=True)], dim=-1)
     p, r = p[tokens], r[:, tokens]
     # One layer per distribution that may change: its mass, rows, price, place in s, and what is left of it.
     layers = [_Layer(p, joint, 1.0, slice(0, joint.shape[1]))]
     for i, a in enumerate(rows):
-        if problem.price[i] > 0:
-            layers.append(_Layer(r[i], -problem.gamma[i] * a, float(problem.price[i]), problem.places[i]))
+        if price[i] > 0:
+            layers.append(_Layer(r[i], -float(problem.gamma[i]) * a, float(price[i]), problem.places[i]))
     for _ in range(_ROUNDS):
         H, g = torch.zeros(len(gradient), len(gradient), dtype=p.dtype, device=p.device), gradient.clone()
         for layer in layers:

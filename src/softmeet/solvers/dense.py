@@ -1,43 +1,47 @@
 """Newton's method on the dual of a relaxed I-projection in few dense steps: no sampling, and every row in one product.
 
-A step reads the heads once or twice. From the gradient a direction is found by conjugate gradients on the curvature of
-the heaviest tokens, exactly, and of all others as :mod:`softmeet.solvers.tail` has it. Then f is minimised over that
-direction and the last step, of each member by itself (:mod:`softmeet.solvers.least`). A poor direction costs a step and
-nothing else: f never rises.
+A step reads the heads twice: for the gradient, and for the scores of a direction found by conjugate gradients on the
+curvature of the heaviest tokens, exactly, and of all others as :mod:`softmeet.solvers.tail` has it. Then f is minimised
+over that direction and the last step, of each member by itself (:mod:`softmeet.solvers.least`). A poor direction costs
+a step and nothing else: f never rises. A third read bounds what is left where that may end a row.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from softmeet.solvers.base import Solver, Status
+from softmeet.solvers.base import Solver, Status, iterate, some
 from softmeet.solvers.certificate import restricted_gap_bound
-from softmeet.solvers.dual import DualState, bound_after, end_by_pool, look_for_a_proof, pool_is_near, start
+from softmeet.solvers.dual import DualState, end_by_pool, look_for_a_proof, pool_is_near, start
 from softmeet.solvers.heavy import direction
-from softmeet.solvers.least import least
+from softmeet.solvers.least import Point, least
 from softmeet.solvers.projection import Projection
 from softmeet.solvers.repaired import repaired_gap_bound
-from softmeet.solvers.sweep import sweep
 
-# Elements of one row's vectors over the vocabulary, and how many all rows of a step may have: 1 GiB in fp64.
+# Elements of one row's vectors over the vocabulary, and how many all rows of a step may have: 512 MiB in fp32.
 _VECTORS, _ELEMENTS = 16, 1 << 27
 # Steps in a row without progress after which a row gives up.
 _PATIENCE = 2
-# How many times as far f has to fall at its least for a second read.
-_WORTH = 1.1
-# A bound is rarely less than so many times the estimate of the gap: no use to look for one sooner.
-_LOOSE = 1.5
+# A row whose estimated gap was so many tolerances before a step may end with it.
+_NEAR = 2.0
+# Where it is this share of one, a bound is worth a system of all members' columns.
+_TINY = 0.1
+# The tolerance that vectors in fp32 can tell, per unit of price, and the share of it that they are to reach.
+_SINGLE, _KEPT = 5e-5, 0.98
 
 
 @dataclass
 class DenseState(DualState):
-    """``moved`` and ``step``: the last step's scores and its ν; ``stalls``: steps in a row without progress."""
+    """``floor``: f is proved to be nowhere below it; ``moved`` and ``step``: the last step's scores and its ν;
+    ``stalls``: steps in a row without progress.
+    """
 
+    floor: Float[Tensor, " B"]
     moved: Float[Tensor, "B n v"]
     step: Float[Tensor, "B D"]
     stalls: Int[Tensor, " B"]
@@ -55,13 +59,14 @@ class DenseNewton(Solver[Projection, DenseState]):
 
     def init(self, problem: Projection) -> DenseState:
         """The pool."""
-        fields = start(problem)
-        fields["certified"] &= fields["done"] | self.certify
+        pool = start(problem)
+        pool["certified"] &= pool["done"] | self.certify
         return DenseState(
-            **fields,
-            moved=torch.zeros_like(fields["z"]),
-            step=torch.zeros_like(fields["nu"]),
-            stalls=torch.zeros_like(fields["steps"]),
+            **pool,
+            floor=-pool["gap"],
+            moved=torch.zeros_like(pool["z"]),
+            step=torch.zeros_like(pool["nu"]),
+            stalls=torch.zeros_like(pool["steps"]),
         )
 
     def take(self, problem: Projection, rows: Int[Tensor, " k"]) -> Projection:
@@ -74,71 +79,101 @@ class DenseNewton(Solver[Projection, DenseState]):
 
     def step(self, problem: Projection, state: DenseState) -> DenseState:
         """One step of every row, and a look at what is left."""
-        reads = problem.passes()
-        if not state.steps.any():
-            self._begin(problem, state)
-        swept, step = sweep(problem, state.z, state.direction), state.direction
-        columns, steps = torch.stack([swept.z - state.z, state.moved], dim=2), torch.stack([step, state.step], dim=-1)
-        if not state.steps.any():
+        reads, first = problem.passes(), not state.steps.any()
+        here = Point.at(problem, state.z)
+        estimate = self._aim(problem, state, here, first)
+        y = problem.scores(state.direction)
+        floor = self._floor(problem, state, here, y, estimate)
+        columns, steps = torch.stack([y, state.moved], dim=2), torch.stack([state.direction, state.step], dim=-1)
+        if first:
             columns, steps = columns[:, :, :1], steps[..., :1]
-        a, z, value = least(problem, state.z, columns)
-        # What the whole direction reaches is known without another read.
-        rows = (state.value - value > _WORTH * (state.value - swept.value)).nonzero().squeeze(-1)
-        if len(rows):
-            swept = swept.put(rows, sweep(problem.take(rows), z[rows]))
-            a = a[rows].repeat_interleave(torch.tensor(problem.widths, device=a.device), dim=1)
-            step = step.index_copy(0, rows, (a * steps[rows]).sum(-1))
+        a, there = least(problem, here, columns)
+        step = (problem.spread_rows(a) * steps).sum(-1)
+        log_p, log_r = there.logs(problem)
         after = replace(
             state,
             steps=state.steps + 1,
             nu=state.nu + step,
-            z=swept.z,
-            value=swept.value,
-            gradient=swept.gradient,
-            log_p=swept.log_p,
-            log_r=swept.log_r,
-            moved=swept.z - state.z,
+            z=there.z,
+            value=there.value,
+            log_p=log_p,
+            log_r=log_r,
+            floor=floor,
+            moved=there.z - state.z,
             step=step,
+            stalls=torch.where(there.value < state.value, 0, state.stalls + 1),
         )
         near = pool_is_near(problem, after)
-        if not near.all():
-            self._judge(problem, state, after)
-            if math.inf in problem.trust:
-                look_for_a_proof(problem, state, after)
+        self._judge(problem, after, there, estimate)
+        if math.inf in problem.trust:
+            look_for_a_proof(problem, state, after)
         end_by_pool(after, near)
         after.passes = state.passes + problem.passes() - reads
         return after
 
-    def _begin(self, problem: Projection, state: DenseState) -> None:
-        """The first direction: the start's, or from the gradient at the pool."""
-        if problem.start is None:
-            state.gradient = sweep(problem, state.z).gradient
-            state.direction = direction(problem, state)
+    def _aim(self, problem: Projection, state: DenseState, here: Point, first: bool) -> Float[Tensor, " B"]:
+        """Set the gradient and the direction, the start's where there is one; an estimate of the gap."""
+        if first and problem.start is not None:
+            return torch.full_like(state.value, torch.inf)
+        parts = zip(problem.heads, problem.alpha, range(len(problem.heads)), strict=True)
+        state.gradient = torch.cat([alpha * h.moments(here.p - here.r[:, i])[0] for h, alpha, i in parts], dim=-1)
+        state.direction = direction(problem, state.gradient, here.p, here.r, int(state.steps.max()))
+        return -0.5 * (state.gradient * state.direction).sum(-1)
 
-    def _judge(self, problem: Projection, before: DenseState, after: DenseState) -> None:
-        """Choose the next direction, and with it look how far f is from its least value."""
-        fall = before.value - after.value
-        after.stalls = torch.where(fall <= 0, before.stalls + 1, 0)
-        after.direction = direction(problem, after)
-        estimate = -0.5 * (after.gradient * after.direction).sum(-1)
-        rounding = problem.rounding(after.log_p.exp(), after.log_r.exp(), after.z, after.nu)
-        known = bound_after(torch.where(before.certified, before.gap, torch.inf), fall, problem.tol)
-        close = _LOOSE * estimate + rounding <= problem.tol
-        rows = close.nonzero().squeeze(-1)
-        if self.certify and len(rows):
-            known[rows] = torch.minimum(known[rows], _bound(problem.take(rows), after.take(rows)) + rounding[rows])
-        certified = known.isfinite() & self.certify
-        after.gap, after.certified = torch.where(certified, known, estimate + rounding), certified
-        reached = (certified if self.certify else close) & (after.gap <= problem.tol)
+    def _floor(
+        self,
+        problem: Projection,
+        state: DenseState,
+        here: Point,
+        y: Float[Tensor, "B n v"],
+        estimate: Float[Tensor, " B"],
+    ) -> Float[Tensor, " B"]:
+        """What f is nowhere below, with a bound on the gap where that may end a row."""
+        near = estimate <= _NEAR * problem.tol
+        if not self.certify or not some(near):
+            return state.floor
+        rows = near.nonzero().squeeze(-1)
+        some_of, p, r, gradient = problem.take(rows), here.p[rows], here.r[rows], state.gradient[rows]
+        sizes = gradient.norm(dim=-1), state.direction[rows].norm(dim=-1)
+        bound = torch.full_like(p[:, 0], torch.inf)
+        if math.inf not in problem.trust:
+            bound = repaired_gap_bound(some_of, p, r, y[rows], sizes)
+        for k in (bound.isinf() & (estimate[rows] <= _TINY * problem.tol)).nonzero().flatten().tolist():
+            bound[k] = restricted_gap_bound(some_of, k, p[k], r[k], gradient[k])
+        return state.floor.index_copy(0, rows, torch.maximum(state.floor[rows], here.value[rows] - bound))
+
+    def _judge(self, problem: Projection, after: DenseState, there: Point, estimate: Float[Tensor, " B"]) -> None:
+        """Set ``gap``, ``certified``, ``done`` and ``status``."""
+        # Rounding can spoil a bound: where f falls far below it, it is none.
+        after.floor = torch.where(after.value < after.floor - problem.tol, -torch.inf, after.floor)
+        rounding = problem.rounding(there.p, there.r, after.z, after.nu)
+        bound = (after.value - after.floor).clamp_min(0) + rounding
+        after.certified = bound.isfinite() & self.certify
+        after.gap = torch.where(after.certified, bound, estimate + rounding)
+        reached = (after.certified | (not self.certify)) & (after.gap <= problem.tol)
         given_up = (after.stalls >= _PATIENCE) & ~reached
         after.done = reached | given_up
         after.status = after.status.masked_fill(given_up, Status.NOT_CONVERGED)
 
 
-def _bound(problem: Projection, state: DualState) -> Float[Tensor, " B"]:
-    """On the gap: by each member's own repair, else by one of all of them together, a row at a time."""
-    exact = math.inf in problem.trust
-    bound = torch.full_like(state.gap, torch.inf) if exact else repaired_gap_bound(problem, state)
-    for k in bound.isinf().nonzero().flatten().tolist():
-        bound[k] = restricted_gap_bound(problem, k, state.log_p[k].exp(), state.log_r[k].exp(), state.gradient[k])
-    return bound
+def dense(problem: Projection, max_steps: int, *, certify: bool = True) -> DenseState:
+    """Run :class:`DenseNewton`, its vectors in fp32 where that tells a gap of ``tol``, and evaluate the end in fp64.
+
+    Args:
+        problem: the projection.
+        max_steps: steps a row, at most.
+        certify: as there.
+    """
+    prices = max(1.0, float(problem.price.sum()))
+    coarse = problem.tol >= _SINGLE * prices
+    if not coarse:
+        return iterate(DenseNewton(certify), problem, max_steps)
+    found = iterate(DenseNewton(certify), replace(problem.single(), tol=_KEPT * problem.tol), max_steps)
+    for f in fields(found):
+        value = getattr(found, f.name)
+        setattr(found, f.name, value.double() if value.is_floating_point() else value)
+    at = Point.at(problem, found.z)
+    found.log_p, found.log_r = at.logs(problem)
+    found.gap = (found.gap + at.value - found.value).clamp_min(0)
+    found.value, found.free = at.value, problem.pool_gap()
+    return found

@@ -5,64 +5,86 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
-from softmeet.solvers.dual import DualState
 from softmeet.solvers.projection import Projection
 from softmeet.solvers.tail import tail_of
 
-# Heavy tokens at the first step and at the most, and conjugate gradients of a direction.
-_HEAVY, _HEAVIEST, _GRADIENTS = 128, 512, 10
+# Heavy tokens of a first step are a share of the vocabulary, which costs about what reading the heads does, but no
+# fewer than these; every step doubles them, for the tail is what steps are lost to, up to a larger share and a number.
+_SHARE, _FEWEST, _LARGEST, _MOST = 1 / 48, 256, 1 / 4, 2048
+# Conjugate gradients of a direction, and the masses that their preconditioner has exactly.
+_GRADIENTS, _EXACT = 8, 96
 # Elements of gathered rows that are worked on together: what stays in a processor's cache.
 _CACHED_ELEMENTS = 1 << 21
 # The least share of mass that a tail is taken to have.
 _LEAST = 1e-6
 
 
-def heaviest(problem: Projection, state: DualState, count: int) -> Int[Tensor, "B k"]:
-    """The tokens of largest p + Σ ρ_i r_i, infinite trusts left out."""
-    weight = state.log_p.exp() + (problem.price[:, None] * state.log_r.exp()).sum(1)
-    return weight.topk(min(count, weight.shape[-1]), dim=-1).indices
-
-
-def direction(problem: Projection, state: DualState) -> Float[Tensor, "B D"]:
+def direction(
+    problem: Projection, gradient: Float[Tensor, "B D"], p: Float[Tensor, "B v"], r: Float[Tensor, "B n v"], step: int
+) -> Float[Tensor, "B D"]:
     """-H⁻¹ ∇f, about: a direction in which f falls.
 
     Args:
         problem: the projection.
-        state: where the gradient is known.
+        gradient: ∇f at the point.
+        p, r: the distributions there.
+        step: how many were taken before.
     """
-    # Later steps are worth more.
-    count = min(_HEAVIEST, _HEAVY << int(state.steps.max()))
-    found = torch.empty_like(state.gradient)
-    size = max(1, _CACHED_ELEMENTS // (count * len(problem.scale))) if found.device.type == "cpu" else len(found)
+    found = torch.empty_like(gradient)
+    count = heavy_tokens(problem, step)
+    row = count * problem.read
+    size = max(1, _CACHED_ELEMENTS // row) if found.device.type == "cpu" else len(found)
     for rows in torch.arange(len(found), device=found.device).split(size):
-        here = state.take(rows)
-        x = Around(problem.take(rows), here, count).solve(-here.gradient, _GRADIENTS)
+        g = gradient[rows]
+        here = problem.take(rows)
+        x = Around(here, p[rows], r[rows], count).solve(-here.unwhitened(g), _GRADIENTS)
+        x = here.whitened(x)
         # Where it is no number, or f would rise along it, the gradient will do.
-        falls = (x * here.gradient).sum(-1, keepdim=True) < 0
-        found[rows] = torch.where(falls & x.isfinite().all(-1, keepdim=True), x, -here.gradient)
+        falls = (x * g).sum(-1, keepdim=True) < 0
+        found[rows] = torch.where(falls & x.isfinite().all(-1, keepdim=True), x, -g)
     return found
 
 
-class Around:
-    """H at some rows' points: of K heavy tokens, and of the mass of all others at the tail's curvature."""
+def heavy_tokens(problem: Projection, step: int) -> int:
+    """How many tokens of a row have their curvature exactly."""
+    v = problem.log_q.shape[-1]
+    first = max(_FEWEST, int(_SHARE * v))
+    return min(v, _MOST, max(first, min(first << step, int(_LARGEST * v))))
 
-    def __init__(self, problem: Projection, state: DualState, count: int) -> None:
+
+class Around:
+    """H at some rows' points: of K heavy tokens, and of the mass of all others at the tail's curvature.
+
+    In the heads' own coordinates, D = Σ d_i: rows are not whitened, only what goes in and what comes out.
+    """
+
+    def __init__(self, problem: Projection, p: Float[Tensor, "b v"], r: Float[Tensor, "b n v"], count: int) -> None:
         self.problem, self.tail = problem, tail_of(problem)
-        tokens = heaviest(problem, state, count)
-        self.rows = [h.gather(tokens) for h in problem.heads]
-        dtype = max((x.dtype for x in self.rows), key=lambda one: one.itemsize)
-        self.rows, self.dtype = [x.to(dtype) for x in self.rows], dtype
-        self.scale, self.alpha, self.gamma = (x.to(dtype) for x in (problem.scale, problem.alpha, problem.gamma))
-        self.p = state.log_p.gather(-1, tokens).exp().to(dtype)
-        self.r = state.log_r.gather(-1, tokens[:, None].expand(-1, len(self.alpha), -1)).exp().to(dtype)
+        # Infinite trusts have no price: there r does not change.
+        weight = p + (problem.price[:, None] * r).sum(1)
+        tokens: Int[Tensor, "b K"] = weight.topk(count, dim=-1).indices
+        rows = [h.rows(tokens) for h in problem.heads]
+        self.dtype = max((x.dtype for x in rows), key=lambda one: one.itemsize)
+        self.rows = [x.to(self.dtype) for x in rows]
+        self.alpha, self.gamma = problem.alpha.to(self.dtype), problem.gamma.to(self.dtype)
+        ends = torch.tensor([0] + [x.shape[-1] for x in rows]).cumsum(0).tolist()
+        self.places = [slice(*pair) for pair in zip(ends, ends[1:], strict=False)]
+        self.scale = self._spread(self.alpha)
+        self.p = p.gather(-1, tokens).to(self.dtype)
+        self.r = r.gather(-1, tokens[:, None].expand(-1, len(self.alpha), -1)).to(self.dtype)
         self.of_p = (1 - self.p.sum(-1, keepdim=True)).clamp_min(_LEAST)
         self.of_r = (1 - self.r.sum(-1)).clamp_min(_LEAST)
-        self.mean, self.covariance = self.tail.mean.to(dtype), self.tail.covariance.to(dtype)
-        self.of_r_wide = problem.spread_rows(self.of_r)
+        self.mean, self.covariance = self.tail.mean.to(self.dtype), self.tail.covariance.to(self.dtype)
+        self.of_r_wide = self._spread(self.of_r)
         self.joint_mean = self._sums(self.p[:, None].expand_as(self.r)) + self.of_p * self.mean
         self.own_mean = self._sums(self.r) + self.of_r_wide * self.mean
-        self.blocks = [self.covariance[here, here] for here in problem.places]
+        self.blocks = [self.covariance[here, here] for here in self.places]
+
+    def _spread(self, x: Float[Tensor, "*b n"]) -> Float[Tensor, "*b D"]:
+        widths = torch.tensor([h.stop - h.start for h in self.places], device=x.device)
+        return x.repeat_interleave(widths, dim=-1)
 
     def _sums(self, m: Float[Tensor, "b n K"]) -> Float[Tensor, "b D"]:
         """Σ_j m_ij q_ij of every member, side by side."""
@@ -70,35 +92,67 @@ class Around:
 
     def times(self, x: Float[Tensor, "b D"]) -> Float[Tensor, "b D"]:
         """H x."""
-        problem = self.problem
         # As row vectors on the left, the only form that batched products of this shape are fast in.
-        parts = zip(self.rows, problem.places, strict=True)
+        parts = zip(self.rows, self.places, strict=True)
         y = torch.cat([torch.bmm(x[:, None, here], rows.transpose(1, 2)) for rows, here in parts], dim=1)
         scaled = self.scale * x
         joint = (self.alpha[:, None] * y).sum(1) - (self.joint_mean * scaled).sum(-1, keepdim=True)
         joint = self.p * joint
-        centres = torch.stack([(self.own_mean[:, here] * x[:, here]).sum(-1) for here in problem.places], dim=1)
+        centres = torch.stack([(self.own_mean[:, here] * x[:, here]).sum(-1) for here in self.places], dim=1)
         own = self.r * (y - centres[..., None])
         found = self._sums(joint[:, None] + self.gamma[:, None] * own)
         found = found - joint.sum(-1, keepdim=True) * self.joint_mean + self.of_p * (scaled @ self.covariance)
-        lost = problem.spread_rows(self.gamma * own.sum(-1)) * self.own_mean
-        light = torch.cat([x[:, here] @ C for here, C in zip(problem.places, self.blocks, strict=True)], dim=-1)
-        gamma = problem.spread(self.gamma)
-        return self.scale * (found - lost + gamma * self.of_r_wide * light)
+        lost = self._spread(self.gamma * own.sum(-1)) * self.own_mean
+        light = torch.cat([x[:, here] @ C for here, C in zip(self.places, self.blocks, strict=True)], dim=-1)
+        return self.scale * (found - lost + self._spread(self.gamma) * self.of_r_wide * light)
 
     def solve(self, b: Float[Tensor, "b D"], steps: int) -> Float[Tensor, "b D"]:
-        """H⁻¹ b by conjugate gradients, with the tail's curvature at the mean mass of all tails as preconditioner."""
-        inverse = self.tail.inverse(self.problem).to(self.dtype)
-        mass = ((self.of_p[:, 0] + self.of_r.sum(-1)) / (1 + self.of_r.shape[1]))[:, None]
+        """H⁻¹ b by preconditioned conjugate gradients."""
+        precondition = _Preconditioner(self)
         residual = b.to(self.dtype)
-        x, z = torch.zeros_like(residual), residual @ inverse / mass
+        x, z = torch.zeros_like(residual), precondition(residual)
         d, size = z, (residual * z).sum(-1, keepdim=True)
         tiny = torch.finfo(x.dtype).tiny
         for _ in range(steps):
             product = self.times(d)
             t = size / (d * product).sum(-1, keepdim=True).clamp_min(tiny)
             x, residual = x + t * d, residual - t * product
-            z = residual @ inverse / mass
+            z = precondition(residual)
             new = (residual * z).sum(-1, keepdim=True)
             d, size = z + new / size.clamp_min(tiny) * d, new
-        return x.double()
+        return x.to(b)
+
+
+class _Preconditioner:
+    """H⁻¹ with the largest masses of p and all r_i exactly, and the tail's curvature at the mean mass of all tails.
+
+    By Woodbury: (τ T + UᵀU)⁻¹ = (T⁻¹ - T⁻¹Uᵀ(τ + U T⁻¹Uᵀ)⁻¹U T⁻¹) / τ.
+    """
+
+    def __init__(self, around: Around) -> None:
+        K = around.p.shape[1]
+        self.inverse = around.tail.inverse(around.problem).to(around.dtype)
+        self.mass = ((around.of_p[:, 0] + around.of_r.sum(-1)) / (1 + around.of_r.shape[1]))[:, None]
+        own = (around.alpha * around.gamma)[:, None] * around.r
+        heaviest = torch.cat([around.p[:, None], own], dim=1).flatten(1).topk(max(1, min(_EXACT, K // 4)), dim=-1)
+        layer, token = heaviest.indices // K, heaviest.indices % K
+        U = torch.cat([rows.gather(1, token[..., None].expand(-1, -1, rows.shape[-1])) for rows in around.rows], dim=-1)
+        own_means = [pad(around.own_mean[:, h], (h.start, U.shape[-1] - h.stop)) for h in around.places]
+        means = [around.joint_mean, *own_means]
+        share = torch.zeros(len(means), U.shape[-1], dtype=U.dtype, device=U.device)
+        share[0] = around.scale
+        for i, here in enumerate(around.places):
+            share[1 + i, here] = 1
+        wide = layer[..., None].expand(-1, -1, U.shape[-1])
+        U = U * share[layer] - torch.stack(means, dim=1).gather(1, wide) * share[layer]
+        U = U * heaviest.values.sqrt()[..., None]
+        self.low = U @ self.inverse
+        G = torch.bmm(self.low, U.transpose(1, 2)).double()
+        diagonal = G.diagonal(dim1=-2, dim2=-1)
+        diagonal += self.mass.double() + torch.finfo(U.dtype).eps * diagonal.mean(-1, keepdim=True)
+        factor, _ = torch.linalg.cholesky_ex(G)
+        self.low_inverse = torch.cholesky_inverse(factor)
+
+    def __call__(self, g: Float[Tensor, "b D"]) -> Float[Tensor, "b D"]:
+        low = torch.bmm(torch.bmm(g[:, None], self.low.transpose(1, 2)).double(), self.low_inverse)
+        return (g @ self.inverse - torch.bmm(low.to(g), self.low)[:, 0]) / self.mass

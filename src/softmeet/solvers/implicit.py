@@ -22,7 +22,7 @@ from torch import Tensor
 
 from softmeet.solvers.conjugate import Linear, conjugate_gradients
 from softmeet.solvers.dual import DualState
-from softmeet.solvers.heavy import Around
+from softmeet.solvers.heavy import Around, heavy_tokens
 from softmeet.solvers.hessian import curved, moments
 from softmeet.solvers.projection import Projection
 
@@ -32,8 +32,8 @@ _ELEMENTS = 1 << 26
 # Gradients to about a hundredth, which takes a tenth of the products that four digits do.
 _REDUCTION = 0.05
 _STEPS = 60
-# Of the preconditioner: heavy tokens, inner steps, and rows at once.
-_HEAVY, _INNER, _GROUP = 256, 40, 4
+# Of the preconditioner: inner steps, and rows at once.
+_INNER, _GROUP = 24, 4
 
 
 def projected(problem: Projection, trust: Float[Tensor, " n"], solve: Solve) -> Float[Tensor, "B v"]:
@@ -111,10 +111,10 @@ def iterative(
 def _heavy_tokens(problem: Projection, state: DualState) -> Linear:
     """By so many inner steps that it is linear but for rounding; rows in groups, for what each gathers."""
     groups = torch.arange(len(state.z), device=state.z.device).split(_GROUP)
-    parts = [Around(problem.take(rows), state.take(rows), _HEAVY) for rows in groups]
+    parts = [Around(problem.take(rows), state.log_p[rows].exp(), state.log_r[rows].exp(), heavy_tokens(problem, 1)) for rows in groups]
 
     def precondition(g: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-        return torch.cat([part.solve(g[rows], _INNER) for rows, part in zip(groups, parts, strict=True)])
+        return torch.cat([problem.take(rows).whitened(part.solve(problem.take(rows).unwhitened(g[rows]), _INNER)) for rows, part in zip(groups, parts, strict=True)])
 
     return precondition
 

@@ -2,87 +2,128 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from softmeet.solvers.base import some
 from softmeet.solvers.projection import Projection
 
-_STEPS, _HALVINGS = 6, 20
-# A Newton step that promises less than this share of what was gained before is the last.
+# Newton steps of the coefficients, and how often one is shortened until f falls.
+_STEPS, _SHORTENED = 6, 12
+# A step that promises less than this share of what was gained before is the last.
 _ENOUGH = 0.02
-# Added to the diagonal of a few coefficients' Hessian: its own rounding, where directions are all but one.
-_RIDGE, _TINY = 1e-10, 1e-200
+# Added to the diagonal of the coefficients' Hessian, in its own rounding: directions may be all but one.
+_RIDGE, _TINY = 16.0, 1e-30
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """The distributions at some scores z, and the dual value there: log p and log r_i are log q + Σ α_i z_i - joint
+    and log p̂_i - γ_i z_i - own.
+    """
+
+    z: Float[Tensor, "B n v"]
+    p: Float[Tensor, "B v"]
+    r: Float[Tensor, "B n v"]
+    joint: Float[Tensor, "B 1"]
+    own: Float[Tensor, "B n 1"]
+    value: Float[Tensor, " B"]
+
+    @classmethod
+    def at(cls, problem: Projection, z: Float[Tensor, "B n v"]) -> Point:
+        """Evaluate the dual, with one exponential of each entry."""
+        p, joint = _softmax(problem.log_q + problem.tilt(z))
+        r, own = _softmax(problem.log_p - problem.gamma[:, None] * z)
+        return cls(z, p, r, joint, own, problem.value(joint[..., 0], own[..., 0], z))
+
+    def logs(self, problem: Projection) -> tuple[Float[Tensor, "B v"], Float[Tensor, "B n v"]]:
+        """(log p, log r)."""
+        log_p = problem.log_q + problem.tilt(self.z) - self.joint
+        return log_p, problem.log_p - problem.gamma[:, None] * self.z - self.own
+
+    def put(self, rows: Int[Tensor, " k"], other: Point) -> Point:
+        """With some rows replaced."""
+        names = [f.name for f in fields(self)]
+        return Point(*(getattr(self, name).index_copy(0, rows, getattr(other, name)) for name in names))
+
+
+def _softmax(x: Float[Tensor, "*b v"]) -> tuple[Float[Tensor, "*b v"], Float[Tensor, "*b 1"]]:
+    """(softmax, log of its normaliser)."""
+    top = x.amax(-1, keepdim=True)
+    p = (x - top).exp_()
+    total = p.sum(-1, keepdim=True)
+    return p.div_(total), top + total.log()
 
 
 def least(
-    problem: Projection, z: Float[Tensor, "B n v"], columns: Float[Tensor, "B n c v"]
-) -> tuple[Float[Tensor, "B n c"], Float[Tensor, "B n v"], Float[Tensor, " B"]]:
+    problem: Projection, start: Point, columns: Float[Tensor, "B n c v"]
+) -> tuple[Float[Tensor, "B n c"], Point]:
     """Minimise f over z + Σ_k a_ik columns_ik by Newton's method on the coefficients, each member's its own.
 
     Args:
         problem: the projection.
-        z: scores to start from.
+        start: the point to start from.
         columns: scores of each member's directions.
 
     Returns:
-        (coefficients, the scores there, f there); f never rises.
+        (coefficients, the point there); f never rises.
     """
     B, n, c, _ = columns.shape
-    a, at, value = columns.new_zeros(B, n, c), z, problem.dual(z)
-    first, going = value, torch.ones_like(value, dtype=torch.bool)
+    a, at = columns.new_zeros(B, n, c), start
+    going = torch.ones_like(start.value, dtype=torch.bool)
     for _ in range(_STEPS):
         H, g = _derivatives(problem, at, columns)
-        diagonal = H.diagonal(dim1=-2, dim2=-1)
-        diagonal += _RIDGE * diagonal + _TINY
         # A row that is done stays where it is, whatever others need.
-        step = torch.where(going[:, None], -torch.linalg.solve(H, g), 0.0)
+        step = torch.where(going[:, None], -torch.linalg.solve(H, g), 0.0).nan_to_num(0.0, 0.0, 0.0)
         promised = -0.5 * (g * step).sum(-1)
-        a, at, value = _shorter(problem, z, columns, (a, at, value), step.view(B, n, c))
-        going = going & (promised > _ENOUGH * (first - value))
-        if not going.any():
+        a, at = _shorter(problem, columns, (a, at), start, step.view(B, n, c).to(a))
+        going = going & (promised > _ENOUGH * (start.value - at.value))
+        if not some(going):
             break
-    return a, at, value
+    return a, at
 
 
 def _derivatives(
-    problem: Projection, z: Float[Tensor, "B n v"], columns: Float[Tensor, "B n c v"]
+    problem: Projection, at: Point, columns: Float[Tensor, "B n c v"]
 ) -> tuple[Float[Tensor, "B k k"], Float[Tensor, "B k"]]:
-    """The Hessian and the gradient of f in the coefficients, members side by side."""
+    """The Hessian and the gradient of f in the coefficients, members side by side, fp64."""
     B, n, c, v = columns.shape
-    p, r = problem.pooled(z).exp(), problem.corrected(z).exp()
     joint = (problem.alpha[:, None, None] * columns).view(B, n * c, v)
-    weighted = joint * p[:, None]
-    mean = weighted.sum(-1)
-    H, g = weighted @ joint.transpose(1, 2) - mean[:, :, None] * mean[:, None], mean
-    weighted = columns * r[:, :, None]
-    means = weighted.sum(-1)
-    own = weighted @ columns.transpose(2, 3) - means[..., None] * means[..., None, :]
+    weighted = joint * at.p[:, None]
+    mean = weighted.sum(-1).double()
+    H, g = torch.bmm(weighted, joint.transpose(1, 2)).double() - mean[:, :, None] * mean[:, None], mean
+    weighted = columns * at.r[:, :, None]
+    means = weighted.sum(-1).double()
+    own = (weighted @ columns.transpose(2, 3)).double() - means[..., None] * means[..., None, :]
     for i, (alpha, gamma) in enumerate(zip(problem.alpha, problem.gamma, strict=True)):
         here = slice(i * c, (i + 1) * c)
         H[:, here, here] += alpha * gamma * own[:, i]
         g[:, here] -= alpha * means[:, i]
+    diagonal = H.diagonal(dim1=-2, dim2=-1)
+    diagonal.copy_(diagonal.clamp_min(0) * (1 + _RIDGE * torch.finfo(columns.dtype).eps) + _TINY)
     return H, g
 
 
 def _shorter(
     problem: Projection,
-    z: Float[Tensor, "B n v"],
     columns: Float[Tensor, "B n c v"],
-    here: tuple[Tensor, Tensor, Tensor],
+    here: tuple[Float[Tensor, "B n c"], Point],
+    start: Point,
     step: Float[Tensor, "B n c"],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(coefficients, scores, f) after as much of a step as lowers f; none of it where nothing does."""
-    a, at, value = here
-    step = step.nan_to_num(0.0, 0.0, 0.0)
-    t = torch.ones_like(value)
-    for _ in range(_HALVINGS):
+) -> tuple[Float[Tensor, "B n c"], Point]:
+    """(coefficients, point) after as much of a step as lowers f; none of it where nothing does."""
+    a, at = here
+    t = torch.ones_like(at.value)
+    for _ in range(_SHORTENED):
         new = a + t[:, None, None] * step
-        there = z + (new[..., None] * columns).sum(2)
-        found = problem.dual(there)
-        worse = ~(found <= value)
-        if not worse.any():
-            return new, there, found
+        found = Point.at(problem, start.z + torch.matmul(new[:, :, None], columns)[:, :, 0])
+        worse = ~(found.value <= at.value)
+        if not some(worse):
+            return new, found
         t = torch.where(worse, t / 3, t)
+    rows = worse.nonzero().squeeze(-1)
     keep = worse[:, None, None]
-    return torch.where(keep, a, new), torch.where(keep, at, there), torch.where(worse, value, found)
+    return torch.where(keep, a, new), found.put(rows, Point(*(getattr(at, f.name)[rows] for f in fields(at))))

@@ -102,21 +102,28 @@ class Projection:
     def unwhitened(self, g: Float[Tensor, "B D"]) -> Float[Tensor, "B _"]:
         """A gradient in the heads' own coordinates."""
         parts = g.split(self.widths, dim=-1)
-        return torch.cat([x @ h.whitening.inverse for h, x in zip(self.heads, parts, strict=True)], dim=-1)
+        found = [x.double() @ h.whitening.inverse for h, x in zip(self.heads, parts, strict=True)]
+        return torch.cat(found, dim=-1).to(g)
 
     def whitened(self, x: Float[Tensor, "B _"]) -> Float[Tensor, "B D"]:
         """A displacement from there in the coordinates of ν."""
         parts = x.split([h.head.d for h in self.heads], dim=-1)
-        return torch.cat([x @ h.whitening.inverse.T for h, x in zip(self.heads, parts, strict=True)], dim=-1)
+        found = [y.double() @ h.whitening.inverse.T for h, y in zip(self.heads, parts, strict=True)]
+        return torch.cat(found, dim=-1).to(x)
 
     def raw(self, nu: Float[Tensor, "B D"]) -> Float[Tensor, "B _"]:
         """Back: R_i ν_i, all members side by side."""
         parts = nu.split(self.widths, dim=-1)
         return torch.cat([part @ h.whitening.factor.T for h, part in zip(self.heads, parts, strict=True)], dim=-1)
 
-    def spread_rows(self, x: Float[Tensor, "B n"]) -> Float[Tensor, "B D"]:
+    def spread_rows(self, x: Float[Tensor, "B n *c"]) -> Float[Tensor, "B D *c"]:
         """What is said of each member in each row, for each of its coordinates."""
-        return x.repeat_interleave(torch.tensor(self.widths, device=x.device), dim=-1)
+        return x.repeat_interleave(torch.tensor(self.widths, device=x.device), dim=1)
+
+    def single(self) -> Projection:
+        """The same with vectors over the vocabulary in fp32."""
+        start = None if self.start is None else self.start.float()
+        return replace(self, log_q=self.log_q.float(), log_p=self.log_p.float(), start=start)
 
     def scores(self, nu: Float[Tensor, "B D"]) -> Float[Tensor, "B n v"]:
         """Q_i ν_i; one read of every head."""
@@ -165,7 +172,7 @@ class Projection:
         total = self.eps * ((p * tilts.sum(1).abs()).sum(-1) + (r * tilts.abs()).sum((-1, -2)))
         for alpha, h, part in zip(self.alpha, self.heads, nu.split(self.widths, dim=-1), strict=True):
             # What centring cancels in the scores.
-            lost = (part @ h.whitening.factor.T).abs() @ h.whitening.center.abs()
+            lost = (h.raw(part)[0].abs() @ h.whitening.center.abs()).to(total)
             total = total + alpha * torch.finfo(h.dtype).eps * lost
         return total
 

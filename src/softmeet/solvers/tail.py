@@ -1,8 +1,11 @@
 """The curvature that a dual's many light tokens bring, taken to be that of tokens drawn evenly from the vocabulary.
 
-Found once for some heads: the covariance C of whitened rows, all members side by side, and with trusts the inverse of
+Found once for some heads, in the heads' own coordinates, all members side by side: the covariance C of rows of W_i, and
+with trusts the inverse of
 
-    C + blockdiag(α_i γ_i C_ii)   in the coordinates of :class:`softmeet.solvers.projection.Projection`.
+    diag(α) C diag(α) + blockdiag(α_i γ_i C_ii)
+
+within the directions that the heads have (:class:`softmeet.solvers.projection.Projection`).
 """
 
 from __future__ import annotations
@@ -23,21 +26,23 @@ _RIDGE = 1e-3
 
 @dataclass(eq=False)
 class Tail:
-    """``mean`` and ``covariance`` of rows of [Q_1 | … | Q_n], fp32; inverses for the trusts that were asked for."""
+    """``mean`` and ``covariance`` of rows of [W_1 - c_1 | … | W_n - c_n], fp32; inverses for the trusts asked for."""
 
     mean: Float[Tensor, " D"]
     covariance: Float[Tensor, "D D"]
     _inverses: dict[tuple[float, ...], Tensor] = field(default_factory=dict)
 
     def inverse(self, problem: Projection) -> Float[Tensor, "D D"]:
-        """Of the curvature at one unit of mass of p and of every r_i."""
+        """Of the curvature at one unit of mass of p and of every r_i, fp32."""
         if problem.trust not in self._inverses:
-            scale = problem.scale
-            H = self.covariance.double() * scale[:, None] * scale
-            for here, alpha, gamma in zip(problem.places, problem.alpha, problem.gamma, strict=True):
-                H[here, here] += alpha * gamma * self.covariance[here, here]
+            F = torch.block_diag(*(h.whitening.factor for h in problem.heads))
+            C = F.T @ self.covariance.double() @ F
+            scale = problem.scale.double()
+            H = C * scale[:, None] * scale
+            for here, alpha, gamma in zip(problem.places, problem.alpha.tolist(), problem.gamma.tolist(), strict=True):
+                H[here, here] += alpha * gamma * C[here, here]
             H.diagonal().add_(_RIDGE * H.diagonal().mean())
-            self._inverses[problem.trust] = torch.cholesky_inverse(torch.linalg.cholesky(H)).float()
+            self._inverses[problem.trust] = (F @ torch.cholesky_solve(F.T, torch.linalg.cholesky(H))).float()
         return self._inverses[problem.trust]
 
 
@@ -48,8 +53,8 @@ def tail_of(problem: Projection) -> Tail:
     for known, tail in first.tails:
         if len(known) == len(key) and all(a is b for a, b in zip(known, key, strict=True)):
             return tail  # type: ignore[return-value]
-    v, D = problem.log_q.shape[-1], len(problem.scale)
-    count = min(v, max(_LEAST, _TIMES * D))
+    v = problem.log_q.shape[-1]
+    count = min(v, max(_LEAST, _TIMES * problem.read))
     tokens = (torch.arange(count, dtype=torch.float64) * (v / count)).long()
     X = torch.cat([h.even_rows(tokens) for h in problem.heads], dim=-1)
     mean = X.mean(0)
