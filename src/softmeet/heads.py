@@ -16,7 +16,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from softmeet import kernels
 from softmeet.errors import InvalidInputError
 from softmeet.norms import FinalNorm
 from softmeet.simplex import log_normalize
@@ -199,8 +198,9 @@ class Whitening:
 class WhitenedHead:
     """Q = S (W - 1cᵀ) R for a batch of B rows, as solvers read it; S is the slope of a soft-cap, per row, or 1.
 
-    Products run in ``dtype``, on the head's own device, and come back on ``device`` in the dtype of what is given. ``rows_read[k]`` counts
-    the rows of W read on behalf of batch row k, gathers included; ``at`` are the rows of that batch that this view has.
+    Products run in ``dtype``, on the head's own device, and come back on ``device`` in the dtype of what is given.
+    ``rows_read[k]`` counts the rows of W read on behalf of batch row k, gathers included; ``at`` are the rows of that
+    batch that this view has.
     """
 
     def __init__(
@@ -256,11 +256,8 @@ class WhitenedHead:
     def rows(self, tokens: Int[Tensor, "B k"]) -> Float[Tensor, "B k d"]:
         """Some rows of S (W - 1cᵀ) for each row of the batch, in ``dtype``; times R they are rows of Q."""
         ids, center = tokens.clamp_max(self.head.v - 1).flatten().to(self.home), self.whitening.center.to(self.dtype)
-        if self.dtype == torch.float32 and kernels.fits(self.head.weight, center):
-            found = kernels.centred(self.head.weight, ids, center)
-        else:
-            found = self.head.weight.detach().index_select(0, ids).to(self.device, self.dtype)
-            found -= center
+        found = self.head.weight.detach().index_select(0, ids).to(self.device, self.dtype)
+        found -= center
         found = found.view(*tokens.shape, -1)
         if self.head.v < self.v:
             found *= (tokens < self.head.v).to(self.dtype)[..., None]

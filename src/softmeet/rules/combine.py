@@ -74,7 +74,7 @@ def combine(
         >>> members = torch.tensor([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25]]).log()
         >>> solution = softmeet.combine(members, heads, "meet", trust=1.0)
         >>> solution.log_probs.exp(), softmeet.Status(int(solution.status)).name
-        (tensor([0.4035, 0.4035, 0.1930]), 'OPTIMAL')
+        (tensor([0.4024, 0.4024, 0.1952]), 'OPTIMAL')
     """
     relaxed = settings.get("on_infeasible")
     if isinstance(relaxed, Solution):

@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor
 
 from softmeet.rules.answer import Answer, closed_form
@@ -24,11 +25,9 @@ from softmeet.solvers.dual import DualState
 from softmeet.solvers.newton import DualNewton
 from softmeet.solvers.projection import Projection
 
-# Multiplications for one Hessian, v D².
-_CHEAP = 2**30
-# The most that a row in trouble may cost, a few seconds a step, and one that is wanted more exactly than gathered
-# tokens can tell.
-_PATIENT, _FINE = 2**38, 1e-9
+# Multiplications for one Hessian, v D², that cost less than dense steps; that do where a gap is to be smaller than
+# this; and the most that a row in trouble may cost, a few seconds a step.
+_CHEAP, _FINE, _PATIENT = (2**27, 2**32), 1e-5, 2**38
 
 
 class Meet(Rule):
@@ -36,7 +35,16 @@ class Meet(Rule):
 
     Each member may be corrected inside its own family, r_i = softmax(W_i(h_i - λ_i/ρ_i)), at ρ_i nats per nat. Trust 0
     is the pool; infinite trust is the exact constraint. Solved by Newton's method on the dual.
+
+    With ``budget`` the solver takes so many steps a token, for decoding: no bound on the gap is looked for, and a row
+    whose estimated gap did not come below ``tol`` ends with ``Status.BUDGET`` and the best point found.
     """
+
+    budget: int | None = Field(
+        default=None,
+        ge=1,
+        description="Steps a token, without a bound on what is left; as many as tol takes by default.",
+    )
 
     name = "meet"
     summary = "the pool, moved to where the members agree up to a price in nats (the default)"
@@ -55,6 +63,8 @@ class Meet(Rule):
         if not trusted:
             return closed_form(problem, problem.log_pool, torch.zeros_like(problem.log_pool[:, 0]))
         projection = replace(problem.projection(trusted, trust), pool_may_answer=not self.is_feasible)
+        if self.budget is not None:
+            return _answer(problem, projection, trusted, _within(projection, self.budget))
         answer = _answer(problem, projection, trusted, _solved(projection, problem.settings.max_steps))
         late = (answer.status == Status.NOT_CONVERGED).nonzero().squeeze(-1)
         # Scores of single precision may be too coarse for a row near the edge of what is feasible, and a start too far.
@@ -158,15 +168,25 @@ def _settle(answer: Answer, k: int, row: Row) -> None:
 
 
 def full_hessian_pays(projection: Projection) -> bool:
-    """Whether the full Hessian is cheap, a few milliseconds per row and step, or needed, or few tokens are all."""
+    """Whether Newton's method with the full Hessian costs less than dense steps."""
     v, D = projection.log_q.shape[-1], len(projection.scale)
-    return v * D**2 <= (_CHEAP if projection.tol > _FINE else _PATIENT)
+    return v * D**2 <= _CHEAP[projection.tol < _FINE]
 
 
 def _solved(projection: Projection, max_steps: int) -> DualState:
     if full_hessian_pays(projection):
         return iterate(DualNewton(), projection, max_steps)
     return _rescued(projection, dense(projection, max_steps), max_steps)
+
+
+def _within(projection: Projection, budget: int) -> DualState:
+    """So many steps and no bound, but where the full Hessian gives it away; what is not done then has spent them."""
+    if full_hessian_pays(projection):
+        state: DualState = iterate(DualNewton(), projection, budget)
+    else:
+        state = dense(projection, budget, certify=False)
+    state.status = state.status.masked_fill(state.status == Status.NOT_CONVERGED, Status.BUDGET)
+    return state
 
 
 def _rescued(projection: Projection, state: DenseState, max_steps: int) -> DenseState:
@@ -178,16 +198,17 @@ def _rescued(projection: Projection, state: DenseState, max_steps: int) -> Dense
     again = iterate(DualNewton(), projection.take(late), max_steps)
     again.steps += state.steps[late]
     again.passes += state.passes[late]
-    better = again.value <= state.value[late]
+    better = (again.status == Status.OPTIMAL) | (again.value <= state.value[late])
     for name in (f.name for f in fields(DualState)):
         getattr(state, name)[late[better]] = getattr(again, name)[better]
     return state
 
 
 def _answer(problem: Problem, projection: Projection, trusted: list[int], state: DualState) -> Answer:
-    # A row that came to no end is answered by whichever is proved to be nearer: where f rose, that is the pool.
-    late = (state.status == Status.NOT_CONVERGED) & projection.pool_may_answer
-    late &= (state.pool_bound < state.gap) | ~state.certified
+    # A row that came to no end is answered by whichever is proved to be nearer, or seems to be: where f rose, the pool.
+    unproved = (state.status == Status.NOT_CONVERGED) & ~state.certified
+    late = (state.status >= Status.NOT_CONVERGED) & (unproved | (state.pool_bound < state.gap))
+    late &= projection.pool_may_answer
     state.gap = torch.where(late, state.pool_bound, state.gap)
     state.certified = state.certified | (late & state.gap.isfinite())
     # The pool itself, to the last bit.

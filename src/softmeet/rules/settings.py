@@ -116,7 +116,7 @@ class Settings(Frozen):
     pool: Pool = Field(
         default="logit-mean", description="What a rule starts from, or stays near: logit-mean or prob-mean."
     )
-    tol: Positive = Field(default=1e-4, description="How near the rule's answer a token's has to be: KL, in nats.")
+    tol: Positive = Field(default=1e-3, description="How near the rule's answer a token's has to be: KL, in nats.")
     max_steps: Count = Field(default=50, description="The solver's steps, at most; then NOT_CONVERGED.")
     on_infeasible: OnInfeasible = Field(
         default="meet", description="Where no distribution has every member's moments: answer by meet, or raise."
@@ -220,7 +220,7 @@ def parse_rule(text: str) -> tuple[Rule, dict[str, Any]]:
     Example:
         >>> from softmeet.rules.settings import parse_rule
         >>> parse_rule("meet:trust=1/0.5:temperature=0.9")
-        (Meet(), {'trust': (1.0, 0.5), 'rule_temperature': 0.9})
+        (Meet(budget=None), {'trust': (1.0, 0.5), 'rule_temperature': 0.9})
         >>> parse_rule("least-squares:metric=raw")
         (LeastSquares(metric='raw'), {})
     """

@@ -82,7 +82,7 @@ class State:
 
 
 def some(rows: Bool[Tensor, " B"]) -> bool:
-    """Whether a mask holds any row; on an accelerator, where looking waits for it, that it does is taken for granted."""
+    """Whether a mask holds any row; taken for granted on an accelerator, where looking would wait for it."""
     return rows.device.type != "cpu" or bool(rows.any())
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 Linear = Callable[[Float[Tensor, "b D"]], Float[Tensor, "b D"]]
-Accept = Callable[[Float[Tensor, "b D"], Float[Tensor, " b"], Float[Tensor, " b"]], Bool[Tensor, " b"]]
 
 
 def conjugate_gradients(
@@ -18,7 +17,6 @@ def conjugate_gradients(
     precondition: Linear,
     reduction: float,
     limit: int,
-    accept: Accept | None = None,
 ) -> Float[Tensor, "b D"]:
     """H⁻¹ g, until the preconditioned residual has fallen by ``reduction`` in every row.
 
@@ -28,23 +26,18 @@ def conjugate_gradients(
         precondition: by an approximate inverse of H.
         reduction: of √(rᵀM⁻¹r), the residual's length in the preconditioner's metric.
         limit: of steps.
-        accept: told a new s, the length of the step to it along the last vector that ``product`` was given, and by how
-            much ½ sᵀHs - gᵀs falls there; which rows may go there. All may take the first step.
     """
     s, residual = torch.zeros_like(g), g
     y = precondition(residual)
     d, size = y, (residual * y).sum(-1)
     goal = reduction**2 * size
-    for k in range(limit):
+    for _ in range(limit):
         Hd = product(d)
         curvature = (d * Hd).sum(-1)
         going = (size > goal) & (curvature > 0)
         if not going.any():
             break
         step = torch.where(going, size / curvature, 0.0)
-        if accept is not None:
-            going &= accept(s + step[:, None] * d, step, 0.5 * step * size) | (k == 0)
-            step = torch.where(going, step, 0.0)
         s, residual = s + step[:, None] * d, residual - step[:, None] * Hd
         y = precondition(residual)
         new = (residual * y).sum(-1)

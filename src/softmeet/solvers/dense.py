@@ -31,6 +31,8 @@ _PATIENCE = 2
 _NEAR = 2.0
 # Where it is this share of one, a bound is worth a system of all members' columns.
 _TINY = 0.1
+# The least share of its estimated gap that a row is taken to have after a step.
+_LEFT = 0.25
 # The tolerance that vectors in fp32 can tell, per unit of price, and the share of it that they are to reach.
 _SINGLE, _KEPT = 5e-5, 0.98
 
@@ -104,7 +106,8 @@ class DenseNewton(Solver[Projection, DenseState]):
             stalls=torch.where(there.value < state.value, 0, state.stalls + 1),
         )
         near = pool_is_near(problem, after)
-        self._judge(problem, after, there, estimate)
+        left = torch.maximum(estimate - (state.value - there.value), _LEFT * estimate)
+        self._judge(problem, after, there, left)
         if math.inf in problem.trust:
             look_for_a_proof(problem, state, after)
         end_by_pool(after, near)
@@ -142,14 +145,14 @@ class DenseNewton(Solver[Projection, DenseState]):
             bound[k] = restricted_gap_bound(some_of, k, p[k], r[k], gradient[k])
         return state.floor.index_copy(0, rows, torch.maximum(state.floor[rows], here.value[rows] - bound))
 
-    def _judge(self, problem: Projection, after: DenseState, there: Point, estimate: Float[Tensor, " B"]) -> None:
-        """Set ``gap``, ``certified``, ``done`` and ``status``."""
+    def _judge(self, problem: Projection, after: DenseState, there: Point, left: Float[Tensor, " B"]) -> None:
+        """Set ``gap``, ``certified``, ``done`` and ``status``; ``left`` estimates the gap."""
         # Rounding can spoil a bound: where f falls far below it, it is none.
         after.floor = torch.where(after.value < after.floor - problem.tol, -torch.inf, after.floor)
         rounding = problem.rounding(there.p, there.r, after.z, after.nu)
         bound = (after.value - after.floor).clamp_min(0) + rounding
         after.certified = bound.isfinite() & self.certify
-        after.gap = torch.where(after.certified, bound, estimate + rounding)
+        after.gap = torch.where(after.certified, bound, left + rounding)
         reached = (after.certified | (not self.certify)) & (after.gap <= problem.tol)
         given_up = (after.stalls >= _PATIENCE) & ~reached
         after.done = reached | given_up

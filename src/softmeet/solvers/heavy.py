@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -11,7 +13,7 @@ from softmeet.solvers.projection import Projection
 from softmeet.solvers.tail import tail_of
 
 # Heavy tokens of a first step are a share of the vocabulary, which costs about what reading the heads does, but no
-# fewer than these; every step doubles them, for the tail is what steps are lost to, up to a larger share and a number.
+# fewer than these. Steps from the third on double them, up to a larger share and a number: tails are what is left.
 _SHARE, _FEWEST, _LARGEST, _MOST = 1 / 48, 256, 1 / 4, 2048
 # Conjugate gradients of a direction, and the masses that their preconditioner has exactly.
 _GRADIENTS, _EXACT = 8, 96
@@ -51,7 +53,7 @@ def heavy_tokens(problem: Projection, step: int) -> int:
     """How many tokens of a row have their curvature exactly."""
     v = problem.log_q.shape[-1]
     first = max(_FEWEST, int(_SHARE * v))
-    return min(v, _MOST, max(first, min(first << step, int(_LARGEST * v))))
+    return min(v, _MOST, max(first, min(first << max(0, step - 1), int(_LARGEST * v))))
 
 
 class Around:
@@ -70,7 +72,7 @@ class Around:
         self.rows = [x.to(self.dtype) for x in rows]
         self.alpha, self.gamma = problem.alpha.to(self.dtype), problem.gamma.to(self.dtype)
         ends = torch.tensor([0] + [x.shape[-1] for x in rows]).cumsum(0).tolist()
-        self.places = [slice(*pair) for pair in zip(ends, ends[1:], strict=False)]
+        self.places = [slice(*pair) for pair in pairwise(ends)]
         self.scale = self._spread(self.alpha)
         self.p = p.gather(-1, tokens).to(self.dtype)
         self.r = r.gather(-1, tokens[:, None].expand(-1, len(self.alpha), -1)).to(self.dtype)
@@ -101,8 +103,9 @@ class Around:
         centres = torch.stack([(self.own_mean[:, here] * x[:, here]).sum(-1) for here in self.places], dim=1)
         own = self.r * (y - centres[..., None])
         found = self._sums(joint[:, None] + self.gamma[:, None] * own)
-        found = found - joint.sum(-1, keepdim=True) * self.joint_mean + self.of_p * (scaled @ self.covariance)
-        lost = self._spread(self.gamma * own.sum(-1)) * self.own_mean
+        # Deviations from a mean sum to 0 with those of light tokens, so the sums of the others tell theirs.
+        found = found - joint.sum(-1, keepdim=True) * self.mean + self.of_p * (scaled @ self.covariance)
+        lost = self._spread(self.gamma * own.sum(-1)) * self.mean
         light = torch.cat([x[:, here] @ C for here, C in zip(self.places, self.blocks, strict=True)], dim=-1)
         return self.scale * (found - lost + self._spread(self.gamma) * self.of_r_wide * light)
 

@@ -111,10 +111,18 @@ def iterative(
 def _heavy_tokens(problem: Projection, state: DualState) -> Linear:
     """By so many inner steps that it is linear but for rounding; rows in groups, for what each gathers."""
     groups = torch.arange(len(state.z), device=state.z.device).split(_GROUP)
-    parts = [Around(problem.take(rows), state.log_p[rows].exp(), state.log_r[rows].exp(), heavy_tokens(problem, 1)) for rows in groups]
+    parts = [
+        Around(problem.take(rows), state.log_p[rows].exp(), state.log_r[rows].exp(), heavy_tokens(problem, 1))
+        for rows in groups
+    ]
 
     def precondition(g: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-        return torch.cat([problem.take(rows).whitened(part.solve(problem.take(rows).unwhitened(g[rows]), _INNER)) for rows, part in zip(groups, parts, strict=True)])
+        return torch.cat(
+            [
+                problem.take(rows).whitened(part.solve(problem.take(rows).unwhitened(g[rows]), _INNER))
+                for rows, part in zip(groups, parts, strict=True)
+            ]
+        )
 
     return precondition
 

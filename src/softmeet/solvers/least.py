@@ -58,9 +58,7 @@ def _softmax(x: Float[Tensor, "*b v"]) -> tuple[Float[Tensor, "*b v"], Float[Ten
     return p.div_(total), top + total.log()
 
 
-def least(
-    problem: Projection, start: Point, columns: Float[Tensor, "B n c v"]
-) -> tuple[Float[Tensor, "B n c"], Point]:
+def least(problem: Projection, start: Point, columns: Float[Tensor, "B n c v"]) -> tuple[Float[Tensor, "B n c"], Point]:
     """Minimise f over z + Σ_k a_ik columns_ik by Newton's method on the coefficients, each member's its own.
 
     Args:

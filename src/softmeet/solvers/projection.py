@@ -48,7 +48,7 @@ class Projection:
         price: ρ_i, with 0 in place of infinity: what r_i costs where it may change.
         exact: whether ρ_i is infinite.
         widths, places: how many coordinates ν_i has, and which of ν they are.
-        eps: the unit round-off of the coarsest product.
+        eps: the unit round-off of the vectors, or of the coarsest product.
         read: Σ d_i: what a token's rows of all heads count for.
     """
 
@@ -73,7 +73,7 @@ class Projection:
         rho = self.log_q.new_tensor(self.trust)
         self.alpha, self.gamma, self.exact = rho.clamp_max(1.0), (1 / rho).clamp_max(1.0), rho.isinf()
         self.price = rho.masked_fill(self.exact, 0.0)
-        self.widths, self.places, self.eps, self.read = [], [], 0.0, 0
+        self.widths, self.places, self.eps, self.read = [], [], torch.finfo(self.log_q.dtype).eps, 0
         for h in self.heads:
             start = sum(self.widths)
             self.widths.append(h.rank)

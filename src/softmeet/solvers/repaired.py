@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from softmeet.solvers.base import some
 from softmeet.solvers.certificate import phi
 from softmeet.solvers.projection import Projection
 
@@ -21,8 +22,8 @@ from softmeet.solvers.projection import Projection
 _TIMES, _LEAST = 3, 512
 # Elements of gathered rows at once.
 _ELEMENTS = 1 << 24
-# Steps of a repair.
-_ROUNDS = 6
+# Systems of a repair, for tokens that reach 0, and refinements of one.
+_ROUNDS, _REFINED = 4, 2
 # What rounding leaves of a gradient, as a share of it, past which a bound is none.
 _SOLVED = 1e-4
 
@@ -51,10 +52,10 @@ def repaired_gap_bound(
         size = max(1, _ELEMENTS // (tokens.shape[1] * max(1, h.rank)))
         left, whole = torch.zeros_like(bound), own[:, i]
         for rows in torch.arange(len(r), device=r.device).split(size):
-            some = tokens[rows]
-            mass, lowest = r[rows, i].gather(-1, some), -1 - whole[rows].gather(-1, some)
-            w, rest = _taken_up(h.take(rows).gather(some), mass, e[rows], lowest)
-            whole[rows] = whole[rows].scatter_add(-1, some, w.to(whole))
+            ids = tokens[rows]
+            mass, lowest = r[rows, i].gather(-1, ids), -1 - whole[rows].gather(-1, ids)
+            w, rest = _taken_up(h.take(rows).gather(ids), mass, e[rows], lowest)
+            whole[rows] = whole[rows].scatter_add(-1, ids, w.to(whole))
             left[rows] = problem.alpha[i] * rest.to(left)
         cost = problem.price[i] * (r[:, i] * phi(whole.clamp_min(-1))).sum(-1)
         # What is not taken up moves the bound by at most its product with the way to the optimum.
@@ -73,25 +74,31 @@ def _taken_up(
 ) -> tuple[Float[Tensor, "b M"], Float[Tensor, " b"]]:
     """(w ≥ lowest with Σ mass w x = e and Σ mass w = 0, about; how much is left over, inf where it is no number).
 
-    By steps of the system that holds where no token is at its lowest: where few are, they come to an end all the same.
+    Tokens that reach their lowest stay there, and the others take up what is left, a few times.
     """
     mass, lowest = mass.double(), lowest.double()
-    total = mass.sum(-1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
-    mean = torch.bmm((mass / total).to(X.dtype)[:, None], X)
-    X = X - mean
-    weighted = X * mass.sqrt().to(X.dtype)[..., None]
-    gram = torch.bmm(weighted.transpose(1, 2), weighted).double()
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    diagonal += torch.finfo(X.dtype).eps * diagonal.mean(-1, keepdim=True)
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    w, left, lost = torch.zeros_like(mass), e.double(), torch.zeros_like(total)
+    w, left, lost = torch.zeros_like(mass), e.double(), torch.zeros_like(mass[:, :1])
+    free, wrong = torch.ones_like(mass, dtype=torch.bool), torch.zeros_like(mass[:, 0], dtype=torch.bool)
     for _ in range(_ROUNDS):
-        t = torch.cholesky_solve(left[..., None], factor)[..., 0]
-        change = torch.bmm(X, t[..., None].to(X.dtype))[..., 0].double() + lost / total
-        w = torch.maximum(w + change, lowest)
-        lost = -(mass * w).sum(-1, keepdim=True)
-        left = e - torch.bmm((mass * w)[:, None].to(X.dtype), X)[:, 0].double()
+        some_mass = mass.masked_fill(~free, 0.0)
+        total = some_mass.sum(-1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
+        mean = torch.bmm((some_mass / total).to(X.dtype)[:, None], X)
+        centred = X - mean
+        weighted = centred * some_mass.sqrt().to(X.dtype)[..., None]
+        gram = torch.bmm(weighted.transpose(1, 2), weighted).double()
+        diagonal = gram.diagonal(dim1=-2, dim2=-1)
+        diagonal += torch.finfo(X.dtype).eps * diagonal.mean(-1, keepdim=True)
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        for _ in range(_REFINED):
+            t = torch.cholesky_solve((left - lost * mean[:, 0])[..., None], factor)[..., 0]
+            change = torch.bmm(centred, t[..., None].to(X.dtype))[..., 0].double() + lost / total
+            w = torch.maximum(w + change.masked_fill(~free, 0.0), lowest)
+            lost = -(mass * w).sum(-1, keepdim=True)
+            left = e - torch.bmm((mass * w)[:, None].to(X.dtype), X)[:, 0].double()
+        wrong, free = wrong | (failed != 0), free & (w > lowest)
+        if not some((left.norm(dim=-1) > _SOLVED * e.norm(dim=-1)) & ~wrong):
+            break
     # Mass that was lost or won would move the moments by as much of the mean.
     rest = left.norm(dim=-1) + (lost.abs() * mean[:, 0].norm(dim=-1, keepdim=True))[:, 0]
-    broken = (failed != 0) | ~rest.isfinite()
-    return torch.where(broken[:, None], 0.0, w), torch.where(broken, torch.inf, rest)
+    wrong |= ~rest.isfinite()
+    return torch.where(wrong[:, None], 0.0, w), torch.where(wrong, torch.inf, rest)

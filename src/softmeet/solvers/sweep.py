@@ -12,15 +12,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from softmeet import kernels
-from softmeet.solvers.parallel import in_parallel
 from softmeet.solvers.projection import Projection
 
 # Elements of a block of one head: what stays in a core's cache between its two products; more on an accelerator.
 _CACHED_ELEMENTS = 1 << 19
 _ACCELERATOR_ELEMENTS = 1 << 24
-# Tokens that a core of its own is worth.
-_LEAST_SHARE = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,12 +75,11 @@ class _Sweep:
         direction: Float[Tensor, "B D"] | None,
     ) -> None:
         self.problem, self.z = problem, z
-        self.weights = [h.head.weight for h in problem.heads]
         B, n = z.shape[:2]
         self.log_p, self.log_r = torch.empty_like(problem.log_q), torch.empty_like(z)
         self.top = z.new_full((B, 1 + n), -torch.inf)
         self.sums = torch.zeros_like(self.top)
-        self.first = [z.new_zeros(2, B, W.shape[1]) for W in self.weights]
+        self.first = [z.new_zeros(2, B, h.head.d) for h in problem.heads]
         self.x: list[Tensor] | None = None
         self.offset = z.new_zeros(B, n)
         if direction is not None:
@@ -95,50 +90,11 @@ class _Sweep:
                 self.x.append(x.to(h.home, h.dtype).contiguous())
 
     def run(self) -> Swept:
-        if self._fits_compiled_loops():
-            self._compiled()
-        else:
-            for tokens in blocks(self.problem):
-                self._block(tokens)
+        for tokens in blocks(self.problem):
+            self._block(tokens)
         for h in self.problem.heads:
             h.rows_read[h.at] += h.head.v
         return self._finish()
-
-    def _fits_compiled_loops(self) -> bool:
-        for h in self.problem.heads:
-            if h.slope is not None or h.dtype != torch.float32:
-                return False
-        return self.z.device.type == "cpu" and kernels.fits(*self.weights)
-
-    def _compiled(self) -> None:
-        """A share of the tokens for each core."""
-        v = self.z.shape[-1]
-        size = max(_LEAST_SHARE, -(-v // torch.get_num_threads()))
-        shares = [slice(start, min(start + size, v)) for start in range(0, v, size)]
-        found = in_parallel(self._share, shares, self.z.device)
-        for top, _, _ in found:
-            self.top = torch.maximum(self.top, top)
-        for top, sums, first in found:
-            scale = (top - self.top).nan_to_num(nan=0.0).exp()
-            self.sums += sums * scale
-            for i, part in enumerate(first.split([total.shape[-1] for total in self.first], dim=-1)):
-                self.first[i] += (part * scale[:, [0, 1 + i], None]).transpose(0, 1)
-
-    def _share(self, tokens: slice) -> tuple[Tensor, Tensor, Tensor]:
-        problem = self.problem
-        return kernels.sweep(
-            self.weights,
-            tokens,
-            self.x,
-            self.offset,
-            problem.alpha,
-            problem.gamma,
-            problem.log_q,
-            problem.log_p,
-            self.z,
-            self.log_p,
-            self.log_r,
-        )
 
     def _block(self, tokens: slice) -> None:
         problem = self.problem
