@@ -54,6 +54,15 @@ def pytest_runtest_protocol(item):
     return (yield)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _rules_everywhere(tmp_path_factory):
+    """New ensembles have no gate, so that their rules answer every token; tests of the default one say so."""
+    import softmeet.ensemble
+
+    softmeet.ensemble.DEFAULT_GATE = None
+    os.environ["SOFTMEET_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
 def interruptible():
     """Ctrl-C is not ignored, nor by processes that are started, though a shell's ``&`` has the tests ignore it."""

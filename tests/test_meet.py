@@ -394,7 +394,7 @@ def test_a_solved_meet_answers_infeasible_rows():
         assert known.num_passes.sum() < solved.num_passes.sum()
 
 
-@pytest.mark.parametrize("other", [{"trust": 1.0}, {"pool": "prob-mean"}, {"tol": 1e-3}, {"weights": [0.2, 0.8]}])
+@pytest.mark.parametrize("other", [{"trust": 1.0}, {"pool": "prob-mean"}, {"tol": 1e-2}, {"weights": [0.2, 0.8]}])
 def test_only_the_meet_that_would_be_solved_stands_in(other):
     log_p, heads = INSTANCES["generic"]()
     met = softmeet.combine(log_p, heads, **other)

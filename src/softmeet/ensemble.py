@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -22,6 +22,7 @@ from softmeet.errors import InvalidInputError
 from softmeet.hf.assembling import assemble, choose_vocabulary, require_vocabulary
 from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM, require_for_bytes
 from softmeet.hf.byte_report import GroupReport, group_reports, shown_byte
+from softmeet.hf.calibrated import resolved
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.loading import absolute
 from softmeet.hf.modeling import EnsembleForCausalLM
@@ -33,7 +34,7 @@ from softmeet.members.huggingface import Dtype, load_members, load_tokenizers
 from softmeet.members.placement import Device
 from softmeet.members.weighting import perplexity_weights
 from softmeet.rules.base import Rule
-from softmeet.rules.settings import Settings
+from softmeet.rules.settings import Settings, parse_rule
 from softmeet.rules.signatures import takes_settings
 from softmeet.rules.solution import Solution
 
@@ -65,6 +66,10 @@ def member_names(members: Sequence[str | Path] | str | Path) -> list[str]:
         return absolute(_saved_config(members).members, Path(members))
     named = [members] if isinstance(members, str | Path) else list(members)
     return [name for entry in named for name in zoo.expand(entry)]
+
+
+# Of new ensembles, where none is named: the pool answers where no text could tell it from the rule.
+DEFAULT_GATE: str | None = "auto"
 
 
 @dataclass(frozen=True)
@@ -144,7 +149,8 @@ class Ensemble:
             prefixes: over bytes, for each member its own tokens before every text, such as a prompt that it alone has;
                 None for what its tokenizer puts there, or for what a saved ensemble has.
             settings: the fields of :class:`softmeet.Settings`, listed below, and options of the rule itself; None for
-                the default, or for what a saved ensemble has.
+                the default, or for what a saved ensemble has. The gate of a new ensemble is ``auto``, which is for
+                generation and serving.
 
         Raises:
             InvalidInputError: a setting is wrong, or no member is named.
@@ -155,12 +161,15 @@ class Ensemble:
         saved = members if isinstance(members, str | Path) and _is_ensemble(members) else None
         given = {name: value for name, value in {"rule": rule, **settings}.items() if value is not None}
         names = member_names(members)
+        given = given if saved is not None or _names_a_gate(given) else {"gate": DEFAULT_GATE, **given}
         chosen = Settings.of(given) if saved is None else _saved_config(saved).settings.changed(**given)
         over = EnsembleConfig(names) if saved is None else _saved_config(saved)
         vocabulary, prune = vocabulary or over.vocabulary, over.prune if prune is None else prune
         require_vocabulary(vocabulary, prune)
         prefixes = over.prefixes if prefixes is None else prefixes
-        config = EnsembleConfig(names, settings=chosen, vocabulary=vocabulary, prune=prune, prefixes=prefixes)
+        config = EnsembleConfig(
+            names, settings=chosen, vocabulary=vocabulary, prune=prune, prefixes=prefixes, movement=over.movement
+        )
         any_average = saved is None and rule is None
         if vocabulary == "bytes" and not any_average:
             require_for_bytes(config.settings)
@@ -185,7 +194,7 @@ class Ensemble:
             InvalidInputError: the prompt is empty or longer than the shortest context.
         """
         hidden = [h[-1:] for h in self.model.hidden_states(self._encode([text])["input_ids"])]
-        log_probs, solution = self.model.solve_rows(hidden, self.model.settings)
+        log_probs, solution = self.model.solve_rows(hidden, resolved(self.model, self.model.settings))
         members = {name: self._top(own[0], top) for name, own in zip(self.names, log_probs, strict=True)}
         return NextToken(self._top(solution.log_probs[0], top), members, solution)
 
@@ -209,7 +218,7 @@ class Ensemble:
         reports = TokenReports(top)
         # Every member is asked everywhere, to be seen; a gate says where its answer would not have counted.
         hidden = [states[:-1] for states in self.model.hidden_states(inputs["input_ids"])]
-        for log_probs, solution in self.model.solve_in_chunks(hidden, self.model.settings):
+        for log_probs, solution in self.model.solve_in_chunks(hidden, resolved(self.model, self.model.settings)):
             reports.add(solution, log_probs)
         return [reports.at(row, token) for row, token in enumerate(tokens.tolist())]
 
@@ -353,3 +362,9 @@ class Ensemble:
         if seed is not None:
             found["row_sampler"] = RowSampler(seed, range(len(inputs["input_ids"])))
         return found
+
+
+def _names_a_gate(given: Mapping[str, Any]) -> bool:
+    """Whether arguments say which gate, by themselves or in the text of the rule."""
+    rule = given.get("rule")
+    return "gate" in given or (isinstance(rule, str) and "gate" in parse_rule(rule)[1])

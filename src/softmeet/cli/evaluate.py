@@ -74,7 +74,7 @@ def evaluate(
     own = ensemble.model.config
     prompt = tried.prompt_weights
     named = [*(tried.rules or [own.rule]), *([f"{POOLS[0]}:prompt_weights={prompt}"] if prompt else [])]
-    gates = repeated("--gate", tried.gates) or ([own.gate] if own.gate else [])
+    gates = repeated("--gate", tried.gates) or ([own.gate] if own.gate and own.gate != "auto" else [])
     parsed = under_gates(parse_choices(named, len(ensemble.names), own.bands), gates)
     choices = with_baselines(parsed, own.weights or (), own.rule_temperature)
     from softmeet.evaluation.kept import Kept

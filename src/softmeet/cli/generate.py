@@ -125,6 +125,8 @@ def _facts(ensemble: Ensemble, recorder: Recorder, seconds: float, weights: list
     config, rows, asked = ensemble.model.config, max(recorder.rows, 1), max(recorder.asked, 1)
     used = config.weights if weights is None else list(map(fmean, zip(*weights, strict=True)))
     disagreement = recorder.disagreement.tolist() or [0.0] * len(ensemble.names)
+    from softmeet.hf.calibrated import gate_of
+
     return {
         "members": [
             {
@@ -146,7 +148,7 @@ def _facts(ensemble: Ensemble, recorder: Recorder, seconds: float, weights: list
         "fallbacks": recorder.fallbacks,
         "not_converged": recorder.unconverged,
         "largest_gap": recorder.largest_gap,
-        "gate": config.gate,
+        "gate": gate_of(ensemble.model),
         "gated": recorder.gate.share,
         "seconds_saved": recorder.gate.saved,
     }

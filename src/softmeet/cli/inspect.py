@@ -54,6 +54,8 @@ def inspect(
 
 
 def _facts(ensemble: Ensemble, text: str, reports: Sequence[TokenReport | GroupReport]) -> dict[str, Any]:
+    from softmeet.hf.calibrated import gate_of
+
     tokens = [report.spelled(ensemble.tokenizer) for report in reports]
     names = [options.short(name) for name in ensemble.names]
     config, over_bytes = ensemble.model.config, ensemble.model.over_bytes
@@ -62,7 +64,7 @@ def _facts(ensemble: Ensemble, text: str, reports: Sequence[TokenReport | GroupR
     count = len(text.encode()) if over_bytes else len(tokens)
     nats = -sum(token["log_prob"] for token in tokens) / count
     gated = sum(token["gated"] for token in tokens) / len(tokens)
-    facts = {"members": names, "vocabulary": config.vocabulary, "rule": config.rule, "gate": config.gate}
+    facts = {"members": names, "vocabulary": config.vocabulary, "rule": config.rule, "gate": gate_of(ensemble.model)}
     return facts | {"gated": gated, "first": first, "nats": nats, "tokens": tokens}
 
 

@@ -11,9 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from softmeet.ensemble import Ensemble
 from softmeet.heads import SoftmaxHead
-
-# Of each parameter, about so many numbers are hashed.
-_SAMPLED = 1024
+from softmeet.members.identity import body_hash
 
 
 def head_hash(head: SoftmaxHead) -> str:
@@ -29,22 +27,6 @@ def head_hash(head: SoftmaxHead) -> str:
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 of the vocabulary: which token has which id."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
-
-
-def body_hash(model: torch.nn.Module) -> str:
-    """SHA-256 over every parameter's name, shape and some of its numbers as fp32, evenly spread.
-
-    Enough to tell a fine-tuned model, of whose head nothing has changed, from what it was made of, at no cost. What is
-    not in memory counts by its shape.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(repr((name, tuple(parameter.shape))).encode())
-        if not parameter.is_meta:
-            flat = parameter.detach().reshape(-1)
-            some = flat[:: max(1, len(flat) // _SAMPLED)]
-            digest.update(some.float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def identity(ensemble: Ensemble) -> dict[str, Any]:

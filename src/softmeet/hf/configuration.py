@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -30,6 +30,8 @@ class EnsembleConfig(PreTrainedConfig):
             until that is known.
         prune: over bytes, the share of mass from which a tokenization of the text is followed; 0 for all of them.
         prefixes: over bytes, for each member its own tokens before every text; None for what its tokenizer puts there.
+        movement: what the gate ``movement`` knows of these members, by the settings that it was found for
+            (``hf/calibrated.py``).
 
     Raises:
         InvalidInputError: a setting is wrong; checked here, before any member is loaded or run.
@@ -47,6 +49,7 @@ class EnsembleConfig(PreTrainedConfig):
         vocabulary: str = "auto",
         prune: float = 0.01,
         prefixes: Sequence[Sequence[int] | None] | None = None,
+        movement: Mapping[str, float | None] | None = None,
         **given: Any,
     ) -> None:
         if settings is None:
@@ -58,6 +61,7 @@ class EnsembleConfig(PreTrainedConfig):
         if prefixes is not None and len(prefixes) != len(self.members):
             raise InvalidInputError(f"expected {len(self.members)} prefixes, one per member, got {len(prefixes)}")
         self.prefixes = None if prefixes is None else [None if own is None else list(own) for own in prefixes]
+        self.movement = dict(movement or {})
         self.rule_source = source_of(self.settings.rule)
         super().__init__(**given)
 

@@ -24,6 +24,7 @@ from softmeet.errors import InvalidInputError
 from softmeet.heads import SoftmaxHead
 from softmeet.hf.asking import ask
 from softmeet.hf.cache import EnsembleCache
+from softmeet.hf.calibrated import resolved
 from softmeet.hf.combining import Asked, Combining
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.loading import absolute, places
@@ -225,7 +226,7 @@ class EnsembleForCausalLM(Combining, Saving, PreTrainedModel, GenerationMixin):
             NonFiniteError: a member's logits hold NaN or +inf; the message names it.
             InvalidInputError: prefixes over tokens, or not for every row.
         """
-        settings = settings or self.with_changes(weights, gate)
+        settings = resolved(self, settings or self.with_changes(weights, gate))
         if use_cache and cache is None:
             cache = self.new_cache(settings.gate)
         input_ids = self._checked_length(input_ids, cache)
@@ -311,8 +312,9 @@ class EnsembleForCausalLM(Combining, Saving, PreTrainedModel, GenerationMixin):
             InvalidInputError: an option that has no meaning for an ensemble, or no such gate; the message says why.
         """
         refuse(generation_config, kwargs)
-        if kwargs.get("weights") is not None or kwargs.get("gate") is not None:
-            kwargs["settings"] = self.with_changes(kwargs.pop("weights", None), kwargs.pop("gate", None))
+        given = kwargs.pop("settings", None)
+        changed = self.with_changes(kwargs.pop("weights", None), kwargs.pop("gate", None))
+        kwargs["settings"] = resolved(self, given or changed)
         return super().generate(inputs, generation_config=generation_config, **kwargs)
 
     def new_cache(self, gate: str | Gate | None = None) -> EnsembleCache:

@@ -2,9 +2,11 @@
 
 ``unsure:T``         the first member answers alone, unless its largest next-token probability is below T.
 ``disagreement:T``   the pool answers, unless the members' first-order disagreement exceeds T nats.
+``movement:T``       the pool answers, unless the rule is predicted to move it by T nats or more.
+``auto``             ``movement`` at a threshold that no text can feel: the default of generation and serving.
 
-Where ``unsure`` is closed nobody else needs to run, which is what saves most; ``disagreement`` needs every member and
-saves the solve. ``unsure:T`` with T above 1 and ``disagreement:0`` are no gates, and are treated as none.
+Where ``unsure`` is closed nobody else needs to run, which is what saves most; the others need every member and save the
+solve. ``unsure:T`` with T above 1, ``disagreement:0`` and ``movement:0`` are no gates, and are treated as none.
 """
 
 from __future__ import annotations
@@ -127,12 +129,63 @@ class Disagreement(Gate):
         return replace(answer, gap=gap, certified=gap.isfinite())
 
 
+@dataclass(frozen=True)
+class PredictedMovement(Gate):
+    """The pool, where the rule is predicted to move it by less than ``threshold`` nats, KL(p‖q).
+
+    The prediction is Σ ρ_i KL(q‖p̂_i), which needs no head, times a factor that belongs to the members, the pool and the
+    trusts: the mean movement over the mean of that sum, on text of the ensemble's own (``hf/calibrated.py``). The bound
+    that a closed row has for its gap is the sum itself, which is far larger. A rule that does not move a pool, or at
+    infinite trust, is always asked.
+
+    Args:
+        threshold: in nats a token; at 0 the gate never closes.
+        factor: None until it is known.
+        auto: whether the threshold is the default one.
+    """
+
+    factor: float | None = field(default=None, compare=False)
+    auto: bool = field(default=False, compare=False)
+
+    name = "movement"
+
+    def __str__(self) -> str:
+        return "auto" if self.auto else super().__str__()
+
+    @property
+    def never_closes(self) -> bool:
+        """At 0: no prediction is below."""
+        return self.threshold <= 0
+
+    def open(self, problem: Problem) -> Bool[Tensor, " B"]:
+        """By the predicted movement.
+
+        Raises:
+            InvalidInputError: no factor is known.
+        """
+        free = problem.settings.rule.pool_bound(problem)
+        if free is None:
+            return torch.ones_like(problem.log_p[0, :, 0], dtype=torch.bool)
+        if self.factor is None:
+            raise InvalidInputError(
+                f"expected a gate that needs no calibration, got {self}, which only an Ensemble can have: use "
+                "disagreement:T"
+            )
+        return self.factor * free >= self.threshold
+
+    def instead(self, problem: Problem) -> Answer:
+        """The pool, as by :class:`Disagreement`."""
+        return Disagreement(self.threshold).instead(problem)
+
+
 def confidence(log_p: Float[Tensor, "*b v"]) -> Float[Tensor, "*b"]:
     """The probability of the most probable token."""
     return log_p.amax(-1).exp()
 
 
-GATES: dict[str, type[Gate]] = {kind.name: kind for kind in (Unsure, Disagreement)}
+GATES: dict[str, type[Gate]] = {kind.name: kind for kind in (Unsure, Disagreement, PredictedMovement)}
+# Nats a token that ``auto`` gives up at most, where it closes: a thousandth of what a token costs.
+_AUTO = 1e-3
 
 
 def parse_gate(gate: str | Gate | None) -> Gate | None:
@@ -143,6 +196,8 @@ def parse_gate(gate: str | Gate | None) -> Gate | None:
     """
     if gate is None or isinstance(gate, Gate) or gate == "none":
         return gate if isinstance(gate, Gate) else None
+    if gate == "auto":
+        return PredictedMovement(_AUTO, auto=True)
     name, _, number = str(gate).strip().partition(":")
     try:
         threshold = float(number)
@@ -150,8 +205,8 @@ def parse_gate(gate: str | Gate | None) -> Gate | None:
         threshold = math.nan
     if name not in GATES or not 0 <= threshold < math.inf:
         raise InvalidInputError(
-            "expected a gate as unsure:T (T a probability), disagreement:T (T in nats) or none, T a finite number from "
-            f"0, got {gate!r}"
+            "expected a gate as unsure:T (T a probability), disagreement:T or movement:T (T in nats), auto or none, T "
+            f"a finite number from 0, got {gate!r}"
         )
     return GATES[name](threshold)
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from softmeet.ensemble import Ensemble
 from softmeet.errors import InvalidInputError
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
+from softmeet.hf.calibrated import resolved
 from softmeet.members.zoo import DEFAULT, short
 from softmeet.rules.settings import Settings, parse_rule
 from softmeet.server.errors import RequestError
@@ -49,7 +50,9 @@ class Served:
             )
         chosen = self._chosen(given.pop("members", self.names))
         model = self.ensemble.model if len(chosen) == len(self.names) else _part(self, chosen)
-        return Combination(model, model.settings.changed(**given)), tuple(self.names[k] for k in chosen)
+        # Nothing is calibrated while requests wait.
+        settings = resolved(model, model.settings.changed(**given), may_calibrate=False)
+        return Combination(model, settings), tuple(self.names[k] for k in chosen)
 
     def _chosen(self, wanted: Iterable[str]) -> tuple[int, ...]:
         asked = set(wanted)
@@ -146,6 +149,7 @@ def load(named: dict[str, list[str]], find: Callable[..., Ensemble] | None = Non
     served = []
     for name, members in named.items():
         ensemble = (find or _found)(members, loaded=shared, **settings)
+        resolved(ensemble.model, ensemble.model.settings)
         served.append(Served(name, ensemble, tuple(map(short, ensemble.names))))
     return Ensembles(served)
 

@@ -1,0 +1,164 @@
+"""What the gate ``movement`` knows of an ensemble: how far ``meet`` moves its pool, by how far the members disagree.
+
+The factor belongs to the members, the pool and the trusts. It is found once, on text that the ensemble samples, and
+kept in three places: in the ensemble's configuration, which checkpoints and replicas have; in a file of this machine,
+under ``$SOFTMEET_CACHE`` or where caches are kept; and for the bundled families in a file that comes with them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from softmeet.hf.moved import own_text
+from softmeet.members import zoo
+from softmeet.members.identity import body_hash
+from softmeet.rules.gates import PredictedMovement
+from softmeet.rules.movement import Movement
+from softmeet.rules.settings import Settings
+
+if TYPE_CHECKING:
+    from softmeet.hf.modeling import EnsembleForCausalLM
+
+# Positions in all, those solved at once, and seconds after which no more are begun and nothing is known.
+_POSITIONS, _AT_ONCE, _SECONDS = 64, 16, 120.0
+# A movement of a few thousandths of a nat is to be told, not its digits.
+_TOL = 1e-4
+# What the factor belongs to, beside the members.
+_SETTINGS = ("rule", "trust", "weights", "pool", "rank", "bands", "free_radial", "free_weights")
+_log = logging.getLogger("softmeet")
+
+
+def resolved(model: EnsembleForCausalLM, settings: Settings, *, may_calibrate: bool = True) -> Settings:
+    """Give settings whose gate ``movement`` knows its factor, or that have no gate where none can be known.
+
+    Args:
+        model: whose members are to be combined.
+        settings: with any gate, or none.
+        may_calibrate: find a factor that is nowhere kept, which takes as long as a few dozen tokens.
+    """
+    gate = settings.gate
+    if not isinstance(gate, PredictedMovement) or gate.factor is not None:
+        return settings
+    if gate.never_closes or not _moves(settings):
+        return settings.ungated()
+    own = key_of(settings)
+    factors: dict[str, float | None] = model.config.movement
+    if own not in factors:
+        factor = _kept(model, own)
+        if factor is None and not may_calibrate:
+            return settings.ungated()
+        factors[own] = _calibrated(model, settings, own) if factor is None else factor
+    factor = factors[own]
+    found = None if factor is None else PredictedMovement(gate.threshold, factor, gate.auto)
+    return settings.model_copy(update={"gate": found})
+
+
+def gate_of(model: EnsembleForCausalLM) -> str | None:
+    """Name the gate of an ensemble, where it can close."""
+    gate = resolved(model, model.settings, may_calibrate=False).gate
+    return None if gate is None else str(gate)
+
+
+def _moves(settings: Settings) -> bool:
+    """Whether the rule moves a pool, by finite trusts."""
+    trust = settings.rule.effective_trust(settings.member_trust)
+    return settings.rule.tilts_pool and any(trust) and not any(map(math.isinf, trust)) and len(trust) > 1
+
+
+def _kept(model: EnsembleForCausalLM, own: str) -> float | None:
+    """From the bundled families' file, or this machine's."""
+    for file in (zoo.folder() / "movement.json", cache_file()):
+        known = _read(file).get(members_hash(model), {})
+        if own in known:
+            return float(known[own])
+    return None
+
+
+def key_of(settings: Settings) -> str:
+    """Name the settings that a factor belongs to, as JSON."""
+    plain = settings.plain()
+    return json.dumps({name: plain[name] for name in _SETTINGS}, sort_keys=True)
+
+
+def members_hash(model: EnsembleForCausalLM) -> str:
+    """SHA-256 of the members, in order."""
+    return hashlib.sha256("".join(map(body_hash, model.members)).encode()).hexdigest()
+
+
+def _calibrated(model: EnsembleForCausalLM, settings: Settings, own: str) -> float | None:
+    """By sampling and solving, which is said; None, which is said too, where that cannot be done in time."""
+    if any(parameter.is_meta for parameter in model.parameters()) or model.tokenizer is None:
+        _log.warning("the gate %s is off: calibrating it takes members in memory, and a tokenizer", settings.gate)
+        return None
+    _log.warning(
+        "calibrating the gate %s for these members and trusts, once: %d tokens of their own", settings.gate, _POSITIONS
+    )
+    factor = calibrate(model, settings)
+    if factor is None:
+        _log.warning(
+            "the gate %s is off: calibrating it took longer than %g s; meet is solved at every token, unless you say "
+            "gate='disagreement:T'",
+            settings.gate,
+            _SECONDS,
+        )
+    else:
+        _keep(cache_file(), members_hash(model), own, factor)
+    return factor
+
+
+@torch.inference_mode()
+def calibrate(model: EnsembleForCausalLM, settings: Settings) -> float | None:
+    """Find the mean of KL(p°‖q) over that of Σ ρ_i KL(q‖p̂_i) on text of the ensemble's own; None if time runs out.
+
+    Args:
+        model: of members over tokens.
+        settings: with the rule, trusts and pool that the factor is to hold for.
+    """
+    started, hidden = time.monotonic(), own_text(model, _POSITIONS)
+    plain = settings.ungated().model_copy(update={"rule_temperature": 1.0, "tol": min(_TOL, settings.tol)})
+    moved, free = 0.0, 0.0
+    for start in range(0, len(hidden[0]), _AT_ONCE):
+        if time.monotonic() - started > _SECONDS:
+            return None
+        _, solution = model.solve_rows([h[start : start + _AT_ONCE] for h in hidden], plain)
+        found = Movement.of(solution)
+        if found is None:
+            return None
+        moved, free = moved + found.forward.sum().item(), free + found.free.sum().item()
+    return moved / max(free, 1e-300)
+
+
+def cache_file() -> Path:
+    """Where this machine keeps factors."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("SOFTMEET_CACHE") or Path(base) / "softmeet") / "movement.json"
+
+
+def _read(file: Path) -> dict[str, dict[str, float]]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _keep(file: Path, who: str, own: str, factor: float) -> None:
+    """Add to the file; nothing is lost but time where it cannot be written."""
+    known = _read(file)
+    known.setdefault(who, {})[own] = factor
+    partial = file.with_name(f"{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        partial.replace(file)
+    except OSError:
+        _log.debug("could not write %s", file)
