@@ -5,8 +5,9 @@ from torch.overrides import TorchFunctionMode
 import softmeet
 from softmeet.errors import InvalidInputError
 from softmeet.heads import SoftmaxHead, WhitenedHead
-from softmeet.solvers import sweep as sweeping
+from softmeet.solvers import hessian
 from softmeet.solvers.hessian import moments
+from softmeet.solvers.point import Point
 from softmeet.solvers.projection import Projection
 
 
@@ -72,7 +73,7 @@ def test_views_agree_with_dense_algebra_under_a_soft_cap():
 
 
 class RowsRead(TorchFunctionMode):
-    """Counts the rows of one weight that pass through slicing, by watching torch itself."""
+    """Counts the rows of one weight that are sliced, gathered or multiplied by whole, by watching torch itself."""
 
     def __init__(self, weight):
         super().__init__()
@@ -83,6 +84,9 @@ class RowsRead(TorchFunctionMode):
         reads = (torch.Tensor.__getitem__, torch.Tensor.index_select)
         if func in reads and args[0].data_ptr() == self.weight.data_ptr() and args[0].shape == self.weight.shape:
             self.rows += len(out)
+        whole = func is torch.Tensor.__matmul__ and args[1].data_ptr() == self.weight.data_ptr()
+        if whole and args[1].shape == self.weight.T.shape:
+            self.rows += len(self.weight)
         return out
 
 
@@ -100,23 +104,22 @@ def test_num_passes_is_what_an_instrumented_head_sees(trust):
 
 
 @pytest.mark.parametrize("sharpness", [0.1, 40.0], ids=["flat", "one-hot, at different tokens"])
-def test_sweep_and_hessian_in_blocks_equal_dense_algebra_and_count_their_reads(monkeypatch, sharpness):
-    monkeypatch.setattr(sweeping, "_CACHED_ELEMENTS", 320)
+def test_points_and_the_hessian_in_blocks_equal_dense_algebra_and_count_their_reads(monkeypatch, sharpness):
+    monkeypatch.setattr(hessian, "_BLOCK_ELEMENTS", 320)
     torch.manual_seed(0)
     short, full = head(v=150, d=4, dtype=torch.float64), head(v=200, d=5, dtype=torch.float64)
     views = tuple(WhitenedHead(W, 200, torch.float64, batch=3) for W in (short, full))
     log_q = (sharpness * torch.randn(3, 200, dtype=torch.float64)).log_softmax(-1)
     log_p = (sharpness * torch.randn(3, 2, 200, dtype=torch.float64)).log_softmax(-1)
     problem = Projection(log_q, log_p, views, trust=(0.5, 4.0), tol=1e-4)
-    assert sweeping.block_size(problem) < 150
+    assert len(hessian.blocks(problem)) > 1
     direction = sharpness * torch.randn(3, sum(h.rank for h in views), dtype=torch.float64)
-    found = sweeping.sweep(problem, torch.zeros_like(log_p), direction)
+    z = problem.scores(direction)
     assert [h.rows_read.tolist() for h in views] == [[150] * 3, [200] * 3]
-    parts = direction.split([h.rank for h in views], dim=-1)
-    z = torch.stack([h.scores(x) for h, x in zip(views, parts, strict=True)], dim=1)
-    assert torch.allclose(found.z, z, atol=1e-12)
-    assert torch.allclose(found.log_p, problem.pooled(z), atol=1e-12)
-    assert torch.allclose(found.log_r, problem.corrected(z), atol=1e-12)
+    found = Point.at(problem, z)
+    joint, own = found.logs(problem)
+    assert torch.allclose(joint, problem.pooled(z), atol=1e-12)
+    assert torch.allclose(own, problem.corrected(z), atol=1e-12)
     assert torch.allclose(found.value, problem.dual(z), atol=1e-12)
     Q = [h.gather(torch.arange(200)[None])[0] for h in views]
 
@@ -124,16 +127,16 @@ def test_sweep_and_hessian_in_blocks_equal_dense_algebra_and_count_their_reads(m
         scores = torch.stack([A @ x for A, x in zip(Q, nu.split([h.rank for h in views]), strict=True)])[None]
         return Projection(log_q[:1], log_p[:1], views, (0.5, 4.0), 1e-4).dual(scores).sum()
 
-    assert torch.allclose(found.gradient[0], torch.autograd.functional.jacobian(dual, direction[0]), atol=1e-10)
+    gradient = torch.autograd.functional.jacobian(dual, direction[0])
+    assert torch.allclose(found.slope(problem, z)[0], gradient @ direction[0], atol=1e-10)
     before = [h.rows_read.clone() for h in views]
-    second = moments(problem, found.log_p, found.log_r)
+    second = moments(problem, joint, own)
     again = [((h.rows_read - reads) / h.head.v).tolist() for h, reads in zip(views, before, strict=True)]
     # Blocks that are made anew cost a member's rows once more.
     assert again == [[1] * 3] * 2 if sharpness < 1 else max(again[0]) == 2
     dense = torch.autograd.functional.hessian(dual, direction[0])
     assert torch.allclose(second.H[0], dense, atol=1e-10 * dense.abs().max())
-    assert torch.allclose(second.joint, found.joint, atol=1e-12)
-    assert torch.allclose(second.own, found.own, atol=1e-12)
+    assert torch.allclose(problem.scale * (second.joint - second.own)[0], gradient, atol=1e-10)
 
 
 def test_nothing_is_mutated_and_no_head_is_copied_whole():

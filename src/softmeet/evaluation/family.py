@@ -15,7 +15,6 @@ from softmeet.solvers.base import iterate
 from softmeet.solvers.dense import dense
 from softmeet.solvers.newton import DualNewton
 from softmeet.solvers.projection import Projection
-from softmeet.solvers.sweep import sweep
 
 _STEPS, _POLISH = 100, 2
 _COARSE = 1e-4
@@ -43,9 +42,8 @@ def moment_match(
     # The dual value stands still at the square root of rounding; whole steps bring the moments down to rounding itself.
     for _ in range(_POLISH):
         newton.aim(projection, state)
-        swept = sweep(projection, state.z, state.direction)
-        state.nu, state.z = state.nu + state.direction, swept.z
-        state.gradient, state.log_p, state.log_r = swept.gradient, swept.log_p, swept.log_r
+        state.nu, state.z = state.nu + state.direction, state.z + projection.scores(state.direction)
+        state.log_p, state.log_r = projection.pooled(state.z), projection.corrected(state.z)
     return projection.pooled(state.z), views[0].raw(state.nu)[0]
 
 

@@ -19,7 +19,8 @@ from softmeet.solvers.base import Solver, Status, iterate, some
 from softmeet.solvers.certificate import restricted_gap_bound
 from softmeet.solvers.dual import DualState, end_by_pool, look_for_a_proof, pool_is_near, start
 from softmeet.solvers.heavy import direction
-from softmeet.solvers.least import Point, least
+from softmeet.solvers.least import least
+from softmeet.solvers.point import Point
 from softmeet.solvers.projection import Projection
 from softmeet.solvers.repaired import repaired_gap_bound
 

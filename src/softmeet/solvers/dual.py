@@ -1,8 +1,7 @@
 """Descent on the dual of a relaxed I-projection: what its methods share.
 
-A step is one read of every head (:mod:`softmeet.solvers.sweep`): it goes along the direction that was chosen before,
-shortened where f does not fall enough and lengthened where f is straight, and then looks for the next direction and for
-a bound on the gap. Methods differ in where their knowledge of the curvature comes from.
+A step goes along a direction whose scores one read of every head gives, shortened where f does not fall enough and
+lengthened where f is straight, and then looks for a bound on the gap.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from softmeet.solvers.base import Solver, State, Status
+from softmeet.solvers.point import Point
 from softmeet.solvers.projection import Projection
-from softmeet.solvers.sweep import Swept, sweep
 
 _ARMIJO = 1e-4
 _HALVINGS = 40
@@ -33,7 +32,8 @@ class DualState(State):
 
     Attributes:
         nu, z: the dual variables in whitened coordinates and their scores Q_i ν_i.
-        value, gradient: f and ∇f there; the gradient is 0 until a head has been read.
+        value: f there.
+        gradient: ∇f where the last direction was chosen; 0 until a head has been read.
         log_p, log_r: log p and log r_i there.
         direction: of the next step; 0 before the first look.
         ray: a Farkas proof of infeasibility, or 0.
@@ -106,44 +106,41 @@ class DualMethod(Solver[Projection, S]):
         ``full`` holds the scores of the whole direction, of which the step may have been a part.
         """
 
-    def advance(self, problem: Projection, state: S, swept: Swept) -> S:
-        """``state`` moved along its direction, as far as f falls by Armijo's condition.
-
-        ``swept`` is the point at the whole direction.
-        """
-        slope = (state.gradient * state.direction).sum(-1)
+    def advance(self, problem: Projection, state: S, y: Float[Tensor, "B n v"]) -> S:
+        """Move ``state`` along its direction, with the scores ``y``, as far as f falls by Armijo's condition."""
+        there, slope = Point.at(problem, state.z + y), (state.gradient * state.direction).sum(-1)
         t = torch.ones_like(slope)
-        failed = ~(swept.value <= state.value + _ARMIJO * slope)
-        straight = ~failed & (slope < 0) & ((swept.gradient * state.direction).sum(-1) < _STRAIGHT * slope)
+        failed = ~(there.value <= state.value + _ARMIJO * slope)
+        straight = ~failed & (slope < 0) & (there.slope(problem, y) < _STRAIGHT * slope)
         for which, search in ((failed, _shorter), (straight, _longer)):
             if which.any():
                 rows = which.nonzero().squeeze(-1)
                 here = state.take(rows)
-                t[rows] = search(problem.take(rows), here, swept.z[rows] - here.z, slope[rows])
+                t[rows] = search(problem.take(rows), here, y[rows], slope[rows])
         if (t != 1).any():
             rows = (t != 1).nonzero().squeeze(-1)
-            z = state.z[rows]
-            swept = swept.put(rows, sweep(problem.take(rows), z + t[rows, None, None] * (swept.z[rows] - z)))
+            moved = state.z[rows] + t[rows, None, None] * y[rows]
+            there = there.put(rows, Point.at(problem.take(rows), moved))
+        log_p, log_r = there.logs(problem)
         return replace(
             state,
             steps=state.steps + 1,
             nu=state.nu + t[:, None] * state.direction,
-            z=swept.z,
-            value=swept.value,
-            gradient=swept.gradient,
-            log_p=swept.log_p,
-            log_r=swept.log_r,
+            z=there.z,
+            value=there.value,
+            log_p=log_p,
+            log_r=log_r,
         )
 
     def step(self, problem: Projection, state: S) -> S:
-        """One read of the heads for every row, and one more for rows whose step had to be changed."""
+        """A direction, one read of the heads for its scores, and as much of it as lowers f."""
         reads = problem.passes()
         self.aim(problem, state)
-        whole = sweep(problem, state.z, state.direction)
-        after = self.advance(problem, state, whole)
+        y = problem.scores(state.direction)
+        after = self.advance(problem, state, y)
         near = pool_is_near(problem, after)
         if not near.all():
-            self.judge(problem, state, after, whole.z - state.z)
+            self.judge(problem, state, after, y)
             if math.inf in problem.trust:
                 look_for_a_proof(problem, state, after)
         end_by_pool(after, near)

@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from softmeet.solvers.projection import Projection
-from softmeet.solvers.sweep import blocks
 
 # The most of a block's trace that may come off again: past it a digit and a half would be lost.
 _DOMINANT = 0.97
+# Elements of a block of one head: what stays in a core's cache between its products; more on an accelerator.
+_BLOCK_ELEMENTS, _ACCELERATOR_BLOCK_ELEMENTS = 1 << 19, 1 << 24
 # Elements of a member's weighted rows that are made at once: what stays in a core's cache; more on an accelerator.
 _CACHED_ELEMENTS = 1 << 18
 _ACCELERATOR_ELEMENTS = 1 << 26
@@ -67,6 +68,13 @@ def moments(problem: Projection, log_p: Float[Tensor, "B v"], log_r: Float[Tenso
     for k in dominated.nonzero().flatten().tolist():
         H[k] = _about_means(problem, k, (joint[k], own[k]), (p[k], r[k]))
     return Moments(joint, own, H)
+
+
+def blocks(problem: Projection) -> list[slice]:
+    """All tokens, a block at a time."""
+    budget = _BLOCK_ELEMENTS if problem.log_q.device.type == "cpu" else _ACCELERATOR_BLOCK_ELEMENTS
+    size, v = max(64, budget // max(h.head.d for h in problem.heads)), problem.log_q.shape[-1]
+    return [slice(start, min(start + size, v)) for start in range(0, v, size)]
 
 
 def curved(

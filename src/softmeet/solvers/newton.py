@@ -63,8 +63,7 @@ class DualNewton(DualMethod[NewtonState]):
         if first and problem.start is not None:
             return
         found = moments(problem, state.log_p, state.log_r)
-        if first:
-            state.gradient = problem.scale * (found.joint - found.own)
+        state.gradient = problem.scale * (found.joint - found.own)
         s = _solve(found.H, state.gradient, problem.eps)
         state.direction, state.slack = -s, residual_slack(found.H, s, state.gradient, state.gradient)
 
