@@ -84,7 +84,7 @@ class RowsRead(TorchFunctionMode):
         reads = (torch.Tensor.__getitem__, torch.Tensor.index_select)
         if func in reads and args[0].data_ptr() == self.weight.data_ptr() and args[0].shape == self.weight.shape:
             self.rows += len(out)
-        whole = func is torch.Tensor.__matmul__ and args[1].data_ptr() == self.weight.data_ptr()
+        whole = func is torch.Tensor.matmul and args[1].data_ptr() == self.weight.data_ptr()
         if whole and args[1].shape == self.weight.T.shape:
             self.rows += len(self.weight)
         return out
