@@ -53,7 +53,8 @@ def test_a_prompt_streams_and_is_summed_up(members):
     assert done.stdout.endswith("\n")
     assert "rule: meet" in done.stderr
     assert "head passes a token" in done.stderr
-    again = process("generate", "-", *members, "--seed", 1, "--max-new-tokens", 6, stdin="hello\n")
+    plain = ("--gate", "none", "--seed", 1, "--max-new-tokens", 6)
+    again = process("generate", "-", *members, *plain, stdin="hello\n")
     assert again.returncode == 0
     assert again.stdout == done.stdout
     assert again.stderr == ""

@@ -312,9 +312,11 @@ class EnsembleForCausalLM(Combining, Saving, PreTrainedModel, GenerationMixin):
             InvalidInputError: an option that has no meaning for an ensemble, or no such gate; the message says why.
         """
         refuse(generation_config, kwargs)
-        given = kwargs.pop("settings", None)
-        changed = self.with_changes(kwargs.pop("weights", None), kwargs.pop("gate", None))
-        kwargs["settings"] = resolved(self, given or changed)
+        weights, gate = kwargs.pop("weights", None), kwargs.pop("gate", None)
+        settings = kwargs.pop("settings", None) or self.with_changes(weights, gate)
+        # An assistant is given every argument, and knows no settings; without them each token finds the ensemble's own.
+        if settings is not self.settings or kwargs.get("assistant_model") is None:
+            kwargs["settings"] = resolved(self, settings)
         return super().generate(inputs, generation_config=generation_config, **kwargs)
 
     def new_cache(self, gate: str | Gate | None = None) -> EnsembleCache:
