@@ -110,7 +110,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         names = save_pair(Path(folder), shared)
         model = ensemble_of(names, load_pair(names), "meet", trust)
-    clock.watch(modeling.EnsembleForCausalLM, "_hidden", "members")
+    clock.watch(modeling.EnsembleForCausalLM, "run", "members")
     clock.watch(modeling.EnsembleForCausalLM, "solve_rows", "rows")
     clock.watch(dense, "direction", "directions")
     clock.watch(dense, "least", "coefficients")

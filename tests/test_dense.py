@@ -26,7 +26,7 @@ V = 1600
 def _small_enough_to_check(monkeypatch):
     """Every row of these sizes goes to this solver, with few tokens."""
     monkeypatch.setattr(meet, "_CHEAP", (0, 0))
-    monkeypatch.setattr(heavy, "_FEWEST", 64)
+    monkeypatch.setattr(heavy, "_HEAVY", 64)
     monkeypatch.setattr(tail, "_LEAST", 256)
     monkeypatch.setattr(repaired, "_LEAST", 128)
 
@@ -335,3 +335,28 @@ def test_a_budget_answers_with_the_pool_where_that_is_proved_to_be_nearer():
     assert (ours.gap[by_pool] < 1e-2).all()
     with pytest.raises(softmeet.errors.InvalidInputError, match="budget"):
         softmeet.combine(log_p, heads, "meet:budget=0")
+
+
+def test_rows_that_the_pool_answers_take_no_step():
+    log_p, heads = language(batch=2)
+    same = softmeet.combine(log_p[:1].expand(2, -1, -1), heads, trust=1.0)
+    assert (same.num_steps == 0).all()
+    assert (same.num_passes == 0).all()
+    assert (same.stopped_by == softmeet.StoppedBy.POOL).all()
+
+
+def test_generation_looks_for_no_bounds(monkeypatch):
+    monkeypatch.undo()
+    ensemble = softmeet.Ensemble.from_pretrained("wide", trust=1.0)
+    hidden = [
+        h[:12] for h in ensemble.model.hidden_states(ensemble._encode(["And the king said unto him"])["input_ids"])
+    ]
+    settings = ensemble.model.settings
+    (_, proved), (_, quick) = (ensemble.model.solve_rows(hidden, settings, proved=proved) for proved in (True, False))
+    assert proved.gap_is_certified.all()
+    assert not quick.gap_is_certified[quick.num_steps > 0].any()
+    assert (quick.gap <= settings.tol).all()
+    assert quick.num_passes.sum() < 0.8 * proved.num_passes.sum()
+    assert total_variation(quick.log_probs, proved.log_probs).max() < math.sqrt(settings.tol / 2)
+    logits = ensemble.model(ensemble._encode(["And the king said unto him"])["input_ids"]).logits[0, :12]
+    assert torch.allclose(logits, quick.log_probs, atol=1e-4)

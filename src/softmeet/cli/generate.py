@@ -185,7 +185,7 @@ def _show(facts: dict[str, Any]) -> None:
     options.err.print(table)
     options.err.print(
         f"{facts['tokens']} tokens, {facts['tokens_per_second']:.1f} tokens/s, "
-        f"{facts['head_passes_per_token']:.1f} head passes a token, duality gap at most {facts['largest_gap']:.1e} nats"
+        f"{facts['head_passes_per_token']:.1f} head passes a token, largest gap {facts['largest_gap']:.1e} nats"
         + (f", {facts['fallbacks']} answered by meet" if facts["fallbacks"] else "")
         + (f", {facts['not_converged']} not converged" if facts["not_converged"] else "")
     )

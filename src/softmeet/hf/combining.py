@@ -83,20 +83,31 @@ class Combining:
         return self.config.settings  # type: ignore[no-any-return]
 
     def solve_in_chunks(
-        self, hidden: Sequence[Float[Tensor, "B _"]], settings: Settings | None = None, asked: Asked | None = None
+        self,
+        hidden: Sequence[Float[Tensor, "B _"]],
+        settings: Settings | None = None,
+        asked: Asked | None = None,
+        *,
+        proved: bool = True,
     ) -> Iterator[tuple[Float[Tensor, "n b v"], Solution]]:
         """As :meth:`solve_rows`, some rows at a time in their order, so that memory stays bounded."""
         chunk = rows_at_once(self.config.vocab_size, len(hidden))
         if len(hidden[0]) <= chunk:
             if len(hidden[0]):
-                yield self.solve_rows(hidden, settings, asked)
+                yield self.solve_rows(hidden, settings, asked, proved=proved)
             return
         for start in range(0, len(hidden[0]), chunk):
             rows = slice(start, start + chunk)
-            yield self.solve_rows([h[rows] for h in hidden], settings, None if asked is None else asked.take(rows))
+            some = None if asked is None else asked.take(rows)
+            yield self.solve_rows([h[rows] for h in hidden], settings, some, proved=proved)
 
     def solve_rows(
-        self, hidden: Sequence[Float[Tensor, "B _"]], settings: Settings | None = None, asked: Asked | None = None
+        self,
+        hidden: Sequence[Float[Tensor, "B _"]],
+        settings: Settings | None = None,
+        asked: Asked | None = None,
+        *,
+        proved: bool = True,
     ) -> tuple[Float[Tensor, "n B v"], Solution]:
         """(the members' log-probabilities, the rule's solution) at B positions, from each member's hidden states.
 
@@ -105,13 +116,14 @@ class Combining:
             settings: in place of the configuration's, whose gate is for whoever runs members, and not heeded here.
             asked: the rows at which all members ran; elsewhere the first one answers alone, what stands in place of the
                 others' hidden states is not read, and what they would say is NaN. None if they ran everywhere.
+            proved: end rows on bounds; else an estimate of what is left to gain will do, as in generation.
         """
         logits = self.own_logits(hidden, asked)
         settings = settings or self.settings.ungated()
         if asked is not None:
             settings = settings.model_copy(update={"gate": Unsure(1.0, asked.rows.to(logits.device))})
         states = [h.to(logits.device) for h in hidden] if settings.free_radial else None
-        solution = self.combine_rows(logits, logits, settings, hidden=states)
+        solution = self.combine_rows(logits, logits, settings, hidden=states, proved=proved)
         log_probs = solution.problem.log_p[:: settings.bands]
         return (log_probs, solution) if asked is None else _unasked(log_probs, solution)
 
@@ -145,6 +157,7 @@ class Combining:
         hidden: Sequence[Float[Tensor, "B _"]] | None = None,
         start: Solution | None = None,
         relaxed: Solution | None = None,
+        proved: bool = True,
     ) -> Solution:
         """The rule's solution, from the members' logits, or from their log-probabilities.
 
@@ -156,6 +169,7 @@ class Combining:
             settings: in place of the configuration's, whose gate is not heeded here.
             hidden: for ``free_radial``.
             start, relaxed: as ``start`` and ``on_infeasible`` of :func:`softmeet.combine`.
+            proved: as of :meth:`solve_rows`.
 
         Raises:
             NonFiniteError: NaN or +inf from a member, which the message names.
@@ -184,6 +198,7 @@ class Combining:
             free=free_directions(heads, log_p, capped, hidden, log_p.shape) if settings.free_radial else (),
             start=None if start is None else start.as_start(heads, log_p),
             precision=torch.finfo(dtype).eps,
+            proved=proved,
         )
         known = None if relaxed is None else relaxed.as_fallback(problem)
         solution = solve(problem, log_p.shape[1:2], dtype, known)

@@ -354,7 +354,9 @@ class EnsembleForCausalLM(Combining, Saving, PreTrainedModel, GenerationMixin):
         parts = []
         if recorder is not None and asked is not None:
             recorder.gate.seconds += asked.seconds
-        for log_probs, solution in self.solve_in_chunks([h.flatten(0, 1) for h in hidden], settings, asked):
+        for log_probs, solution in self.solve_in_chunks(
+            [h.flatten(0, 1) for h in hidden], settings, asked, proved=False
+        ):
             if recorder is not None:
                 recorder.add(solution, log_probs)
             parts.append(solution.log_probs)

@@ -65,7 +65,7 @@ class Meet(Rule):
         projection = replace(problem.projection(trusted, trust), pool_may_answer=not self.is_feasible)
         if self.budget is not None:
             return _answer(problem, projection, trusted, _within(projection, self.budget))
-        answer = _answer(problem, projection, trusted, _solved(projection, problem.settings.max_steps))
+        answer = _answer(problem, projection, trusted, _solved(projection, problem))
         late = (answer.status == Status.NOT_CONVERGED).nonzero().squeeze(-1)
         # Scores of single precision may be too coarse for a row near the edge of what is feasible, and a start too far.
         dtype = torch.float64 if full_hessian_pays(projection) else problem.dtype
@@ -173,10 +173,11 @@ def full_hessian_pays(projection: Projection) -> bool:
     return v * D**2 <= _CHEAP[projection.tol < _FINE]
 
 
-def _solved(projection: Projection, max_steps: int) -> DualState:
+def _solved(projection: Projection, problem: Problem) -> DualState:
+    max_steps = problem.settings.max_steps
     if full_hessian_pays(projection):
         return iterate(DualNewton(), projection, max_steps)
-    return _rescued(projection, dense(projection, max_steps), max_steps)
+    return _rescued(projection, dense(projection, max_steps, certify=problem.proved), max_steps)
 
 
 def _within(projection: Projection, budget: int) -> DualState:

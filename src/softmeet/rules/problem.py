@@ -65,6 +65,7 @@ class Problem:
         free: per member, directions of its hidden state that carry no constraint, (B, k_i, d_i); empty for none.
         start: where the search for an I-projection begins; at the pool if None.
         precision: the unit round-off of the log-probabilities as they were given.
+        proved: whether an answer's gap has to be bounded; else the solver's estimate of it will do.
     """
 
     log_p: Float[Tensor, "n B v"]
@@ -76,6 +77,7 @@ class Problem:
     free: tuple[Float[Tensor, "B _ _"], ...] = ()
     start: Start | None = None
     precision: float = torch.finfo(torch.float64).eps
+    proved: bool = True
 
     @cached_property
     def weights(self) -> Float[Tensor, " n"]:

@@ -217,7 +217,7 @@ class Engine:
         found: list[Token] = []
         if len(hidden[0]):
             how = s.work.combination
-            for log_probs, solution in how.model.solve_in_chunks(hidden, how.settings, asked):
+            for log_probs, solution in how.model.solve_in_chunks(hidden, how.settings, asked, proved=False):
                 found += [_token(s, solution, log_probs, k, next(tokens)) for k in range(log_probs.shape[1])]
         self._emit(s, PromptScored(found))
 
@@ -225,7 +225,9 @@ class Engine:
         """Give each row of a group its next token, solved together; one by one if a row's own data forbid that."""
         stacked = [torch.cat(member) for member in zip(*(hidden[row] for row in rows), strict=True)]
         try:
-            chunks = list(combination.model.solve_in_chunks(stacked, combination.settings, asked_of(rows)))
+            chunks = list(
+                combination.model.solve_in_chunks(stacked, combination.settings, asked_of(rows), proved=False)
+            )
         except SoftmeetError as error:
             if len(rows) == 1:
                 self._fail(rows[0], error)

@@ -112,7 +112,8 @@ def iterate(solver: Solver[P, S], problem: P, max_steps: int) -> S:
     A row that is not done at the end is ``NOT_CONVERGED``. No more rows run at once than the solver asks for.
     """
     state = solver.init(problem)
-    for rows in (~state.done).nonzero().squeeze(-1).split(solver.rows_at_once(problem)):
+    going = (~state.done).nonzero().squeeze(-1)
+    for rows in going.split(solver.rows_at_once(problem)) if len(going) else ():
         state = _run(solver, problem, state, rows, max_steps)
     return state
 

@@ -28,11 +28,11 @@ from softmeet.solvers.repaired import repaired_gap_bound
 _VECTORS, _ELEMENTS = 16, 1 << 27
 # Steps in a row without progress after which a row gives up.
 _PATIENCE = 2
-# A row whose estimated gap was so many tolerances before a step may end with it.
-_NEAR = 2.0
+# By how much a bound exceeds the estimated gap, before the first one tells, and at the most that is believed of one.
+_LOOSE, _LOOSEST = 1.5, 8.0
 # Where it is this share of one, a bound is worth a system of all members' columns.
 _TINY = 0.1
-# The least share of its estimated gap that a row is taken to have after a step.
+# The least share of its estimated gap that a row is taken to have left after a step.
 _LEFT = 0.25
 # The tolerance that vectors in fp32 can tell, per unit of price, and the share of it that they are to reach.
 _SINGLE, _KEPT = 5e-5, 0.98
@@ -40,11 +40,12 @@ _SINGLE, _KEPT = 5e-5, 0.98
 
 @dataclass
 class DenseState(DualState):
-    """``floor``: f is proved to be nowhere below it; ``moved`` and ``step``: the last step's scores and its ν;
-    ``stalls``: steps in a row without progress.
+    """``floor``: f is proved to be nowhere below it; ``looseness``: the last bound over the estimated gap; ``moved``,
+    ``step``: the last step's scores and its ν; ``stalls``: steps in a row without progress.
     """
 
     floor: Float[Tensor, " B"]
+    looseness: Float[Tensor, " B"]
     moved: Float[Tensor, "B n v"]
     step: Float[Tensor, "B D"]
     stalls: Int[Tensor, " B"]
@@ -67,6 +68,7 @@ class DenseNewton(Solver[Projection, DenseState]):
         return DenseState(
             **pool,
             floor=-pool["gap"],
+            looseness=torch.full_like(pool["gap"], _LOOSE),
             moved=torch.zeros_like(pool["z"]),
             step=torch.zeros_like(pool["nu"]),
             stalls=torch.zeros_like(pool["steps"]),
@@ -133,7 +135,8 @@ class DenseNewton(Solver[Projection, DenseState]):
         estimate: Float[Tensor, " B"],
     ) -> Float[Tensor, " B"]:
         """What f is nowhere below, with a bound on the gap where that may end a row."""
-        near = estimate <= _NEAR * problem.tol
+        # What is left of a bound once f has fallen is what the bound exceeded the gap by, and a share of the gap.
+        near = estimate * (state.looseness - 1 + _LEFT) <= problem.tol
         if not self.certify or not some(near):
             return state.floor
         rows = near.nonzero().squeeze(-1)
@@ -144,6 +147,8 @@ class DenseNewton(Solver[Projection, DenseState]):
             bound = repaired_gap_bound(some_of, p, r, y[rows], sizes)
         for k in (bound.isinf() & (estimate[rows] <= _TINY * problem.tol)).nonzero().flatten().tolist():
             bound[k] = restricted_gap_bound(some_of, k, p[k], r[k], gradient[k])
+        told = (bound / estimate[rows].clamp_min(torch.finfo(bound.dtype).tiny)).clamp(1.0, _LOOSEST)
+        state.looseness = state.looseness.index_copy(0, rows, told)
         return state.floor.index_copy(0, rows, torch.maximum(state.floor[rows], here.value[rows] - bound))
 
     def _judge(self, problem: Projection, after: DenseState, there: Point, left: Float[Tensor, " B"]) -> None:

@@ -12,13 +12,13 @@ from torch.nn.functional import pad
 from softmeet.solvers.projection import Projection
 from softmeet.solvers.tail import tail_of
 
-# Heavy tokens of a first step are a share of the vocabulary, which costs about what reading the heads does, but no
-# fewer than these. Steps from the third on double them, up to a larger share and a number: tails are what is left.
-_SHARE, _FEWEST, _LARGEST, _MOST = 1 / 48, 256, 1 / 4, 2048
+# Heavy tokens of a row. Steps from the third on double them, up to a share of the vocabulary and a number: tails are what
+# late steps are lost to.
+_HEAVY, _LARGEST, _MOST = 256, 1 / 4, 2048
 # Conjugate gradients of a direction, and the masses that their preconditioner has exactly.
 _GRADIENTS, _EXACT = 8, 96
 # Elements of gathered rows that are worked on together: what stays in a processor's cache.
-_CACHED_ELEMENTS = 1 << 21
+_CACHED_ELEMENTS = 1 << 23
 # The least share of mass that a tail is taken to have.
 _LEAST = 1e-6
 
@@ -52,8 +52,7 @@ def direction(
 def heavy_tokens(problem: Projection, step: int) -> int:
     """How many tokens of a row have their curvature exactly."""
     v = problem.log_q.shape[-1]
-    first = max(_FEWEST, int(_SHARE * v))
-    return min(v, _MOST, max(first, min(first << max(0, step - 1), int(_LARGEST * v))))
+    return min(v, _MOST, max(_HEAVY, min(_HEAVY << max(0, step - 1), int(_LARGEST * v))))
 
 
 class Around:

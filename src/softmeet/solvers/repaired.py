@@ -19,7 +19,7 @@ from softmeet.solvers.certificate import phi
 from softmeet.solvers.projection import Projection
 
 # Tokens that take up what is left, in columns of the head, and at least.
-_TIMES, _LEAST = 3, 512
+_TIMES, _LEAST = 2, 512
 # Elements of gathered rows at once.
 _ELEMENTS = 1 << 24
 # Systems of a repair, for tokens that reach 0, and refinements of one.
