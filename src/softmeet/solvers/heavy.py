@@ -9,14 +9,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
+from softmeet.solvers.base import some
 from softmeet.solvers.projection import Projection
 from softmeet.solvers.tail import tail_of
 
-# Heavy tokens of a row. Steps from the third on double them, up to a share of the vocabulary and a number: tails are what
-# late steps are lost to.
+# Heavy tokens of a row. Steps from the third on double them, up to a share of the vocabulary and a number: late steps
+# are lost to tails.
 _HEAVY, _LARGEST, _MOST = 256, 1 / 4, 2048
-# Conjugate gradients of a direction, and the masses that their preconditioner has exactly.
-_GRADIENTS, _EXACT = 8, 96
+# Conjugate gradients of a direction, at most, and the masses that their preconditioner has exactly.
+_GRADIENTS, _EXACT = 64, 96
+# The share of the residual, in the preconditioner's metric, that they leave: on peaked rows what they leave is what has
+# to move furthest.
+_REDUCTION = 0.1
 # Elements of gathered rows that are worked on together: what stays in a processor's cache.
 _CACHED_ELEMENTS = 1 << 23
 # The least share of mass that a tail is taken to have.
@@ -109,19 +113,23 @@ class Around:
         return self.scale * (found - lost + self._spread(self.gamma) * self.of_r_wide * light)
 
     def solve(self, b: Float[Tensor, "b D"], steps: int) -> Float[Tensor, "b D"]:
-        """H⁻¹ b by preconditioned conjugate gradients."""
+        """H⁻¹ b by preconditioned conjugate gradients, so many steps at most."""
         precondition = _Preconditioner(self)
         residual = b.to(self.dtype)
         x, z = torch.zeros_like(residual), precondition(residual)
         d, size = z, (residual * z).sum(-1, keepdim=True)
-        tiny = torch.finfo(x.dtype).tiny
+        goal, tiny = _REDUCTION**2 * size, torch.finfo(x.dtype).tiny
         for _ in range(steps):
+            going = size > goal
+            if not some(going):
+                break
             product = self.times(d)
-            t = size / (d * product).sum(-1, keepdim=True).clamp_min(tiny)
+            t = torch.where(going, size / (d * product).sum(-1, keepdim=True).clamp_min(tiny), 0.0)
             x, residual = x + t * d, residual - t * product
             z = precondition(residual)
             new = (residual * z).sum(-1, keepdim=True)
-            d, size = z + new / size.clamp_min(tiny) * d, new
+            # A row that is done stays where it is, whatever others need.
+            d, size = torch.where(going, z + new / size.clamp_min(tiny) * d, d), torch.where(going, new, size)
         return x.to(b)
 
 
