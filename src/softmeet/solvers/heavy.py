@@ -121,7 +121,7 @@ class Around:
         goal, tiny = _REDUCTION**2 * size, torch.finfo(x.dtype).tiny
         for _ in range(steps):
             going = size > goal
-            if not some(going):
+            if not some(going[:, 0]):
                 break
             product = self.times(d)
             t = torch.where(going, size / (d * product).sum(-1, keepdim=True).clamp_min(tiny), 0.0)
