@@ -45,7 +45,7 @@ def direction(
     for rows in torch.arange(len(found), device=found.device).split(size):
         g = gradient[rows]
         here = problem.take(rows)
-        x = Around(here, p[rows], r[rows], count).solve(-here.unwhitened(g), _GRADIENTS)
+        x = Around(here, p[rows], r[rows], count).solve(-here.unwhitened(g), _GRADIENTS, _REDUCTION)
         x = here.whitened(x)
         # Where it is no number, or f would rise along it, the gradient will do.
         falls = (x * g).sum(-1, keepdim=True) < 0
@@ -112,13 +112,13 @@ class Around:
         light = torch.cat([x[:, here] @ C for here, C in zip(self.places, self.blocks, strict=True)], dim=-1)
         return self.scale * (found - lost + self._spread(self.gamma) * self.of_r_wide * light)
 
-    def solve(self, b: Float[Tensor, "b D"], steps: int) -> Float[Tensor, "b D"]:
-        """H⁻¹ b by preconditioned conjugate gradients, so many steps at most."""
+    def solve(self, b: Float[Tensor, "b D"], steps: int, reduction: float = 0.0) -> Float[Tensor, "b D"]:
+        """H⁻¹ b by preconditioned conjugate gradients, so many steps or until the residual has fallen by ``reduction``."""
         precondition = _Preconditioner(self)
         residual = b.to(self.dtype)
         x, z = torch.zeros_like(residual), precondition(residual)
         d, size = z, (residual * z).sum(-1, keepdim=True)
-        goal, tiny = _REDUCTION**2 * size, torch.finfo(x.dtype).tiny
+        goal, tiny = reduction**2 * size, torch.finfo(x.dtype).tiny
         for _ in range(steps):
             going = size > goal
             if not some(going[:, 0]):
