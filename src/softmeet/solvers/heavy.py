@@ -113,7 +113,7 @@ class Around:
         return self.scale * (found - lost + self._spread(self.gamma) * self.of_r_wide * light)
 
     def solve(self, b: Float[Tensor, "b D"], steps: int, reduction: float = 0.0) -> Float[Tensor, "b D"]:
-        """H⁻¹ b by preconditioned conjugate gradients, until the residual has fallen by ``reduction`` if steps allow."""
+        """H⁻¹ b by preconditioned conjugate gradients, until the residual falls by ``reduction`` or the steps end."""
         precondition = _Preconditioner(self)
         residual = b.to(self.dtype)
         x, z = torch.zeros_like(residual), precondition(residual)
