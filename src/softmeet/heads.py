@@ -180,16 +180,6 @@ class Whitening:
         basis = torch.linalg.qr(directions.to(self.inverse).T).Q
         return Whitening(self.center, self.factor, self.inverse - (self.inverse @ basis) @ basis.T, self.offset)
 
-    @cached_property
-    def covariance(self) -> Float[Tensor, "d d"]:
-        """(W - 1cᵀ)ᵀ(W - 1cᵀ), fp32: |Q_i ν|² = xᵀ covariance x for x = R ν."""
-        return (self.inverse.T @ self.inverse).float()
-
-    @cached_property
-    def precision(self) -> Float[Tensor, "d d"]:
-        """R Rᵀ, fp32: the pseudo-inverse of :attr:`covariance`."""
-        return (self.factor @ self.factor.T).float()
-
     def to(self, device: torch.device) -> Whitening:
         """The same on another device."""
         return Whitening(self.center.to(device), self.factor.to(device), self.inverse.to(device), self.offset)

@@ -34,6 +34,8 @@ _LOOSE, _LOOSEST = 1.5, 8.0
 _TINY = 0.1
 # The least share of its estimated gap that a row is taken to have left after a step.
 _LEFT = 0.25
+# So many times the estimated gap is more than f can fall by, if the estimate is right.
+_FORETOLD = 2.0
 # The tolerance that vectors in fp32 can tell, per unit of price, and the share of it that they are to reach.
 _SINGLE, _KEPT = 5e-5, 0.98
 
@@ -109,7 +111,10 @@ class DenseNewton(Solver[Projection, DenseState]):
             stalls=torch.where(there.value < state.value, 0, state.stalls + 1),
         )
         near = pool_is_near(problem, after)
-        left = torch.maximum(estimate - (state.value - there.value), _LEFT * estimate)
+        fall = state.value - there.value
+        left = torch.maximum(estimate - fall, _LEFT * estimate)
+        # Where f falls by far more than was foretold, an estimate is not to be believed.
+        left = torch.where(fall > _FORETOLD * estimate, torch.maximum(left, fall), left)
         self._judge(problem, after, there, left)
         if math.inf in problem.trust:
             look_for_a_proof(problem, state, after)

@@ -45,8 +45,9 @@ def projected(problem: Projection, trust: Float[Tensor, " n"], solve: Solve) -> 
         solve: from a projection to a converged state; its tolerance limits the gradient's precision.
     """
     given = replace(problem, trust=tuple(trust.tolist()))
-    found: Tensor = _Projected.apply(problem.log_q, trust, given, solve)  # type: ignore[no-untyped-call]
-    return found
+    # Typed in some versions of torch only.
+    apply: Callable[..., Tensor] = _Projected.apply
+    return apply(problem.log_q, trust, given, solve)
 
 
 class _Projected(torch.autograd.Function):

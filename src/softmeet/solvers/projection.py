@@ -111,11 +111,6 @@ class Projection:
         found = [y.double() @ h.whitening.inverse.T for h, y in zip(self.heads, parts, strict=True)]
         return torch.cat(found, dim=-1).to(x)
 
-    def raw(self, nu: Float[Tensor, "B D"]) -> Float[Tensor, "B _"]:
-        """Back: R_i ν_i, all members side by side."""
-        parts = nu.split(self.widths, dim=-1)
-        return torch.cat([part @ h.whitening.factor.T for h, part in zip(self.heads, parts, strict=True)], dim=-1)
-
     def spread_rows(self, x: Float[Tensor, "B n *c"]) -> Float[Tensor, "B D *c"]:
         """What is said of each member in each row, for each of its coordinates."""
         return x.repeat_interleave(torch.tensor(self.widths, device=x.device), dim=1)
