@@ -158,6 +158,7 @@ def test_where_calibrating_takes_too_long_the_gate_is_off_and_says_so(default_ga
         found = ensemble.generate("a b", **GREEDY)
     assert any("the gate auto is off" in r.message for r in caplog.records)
     assert not default_gate.exists()
+    assert ensemble.model.config.to_dict()["movement"] == {}
     assert found == Ensemble.from_pretrained(pair, gate="none").generate("a b", **GREEDY)
 
 

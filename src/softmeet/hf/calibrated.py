@@ -76,8 +76,9 @@ def _moves(settings: Settings) -> bool:
 
 def _kept(model: EnsembleForCausalLM, own: str) -> float | None:
     """From the bundled families' file, or this machine's."""
+    who = members_hash(model)
     for file in (zoo.folder() / "movement.json", cache_file()):
-        known = _read(file).get(members_hash(model), {})
+        known = _read(file).get(who, {})
         if own in known:
             return float(known[own])
     return None

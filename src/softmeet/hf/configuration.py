@@ -86,6 +86,8 @@ class EnsembleConfig(PreTrainedConfig):
         found: dict[str, Any] = super().to_dict()
         if isinstance(found.pop("settings", None), Settings):
             found |= self.settings.plain()
+        # What could not be found in time on one machine may be on another.
+        found["movement"] = {key: factor for key, factor in self.movement.items() if factor is not None}
         if found.get("rule_source") is None:
             found.pop("rule_source", None)
         return found

@@ -33,7 +33,7 @@ class Start:
     trust: tuple[float, ...]
 
     def take(self, rows: Int[Tensor, " k"]) -> Start:
-        """Some rows."""
+        """Cut the start to some rows of its batch."""
         return replace(self, dual=tuple(part[rows] for part in self.dual), ray=tuple(part[rows] for part in self.ray))
 
     def towards(self, members: Sequence[int], trust: Sequence[float]) -> list[Float[Tensor, "B _"]]:
@@ -81,12 +81,12 @@ class Problem:
 
     @cached_property
     def weights(self) -> Float[Tensor, " n"]:
-        """The pool's weights, fp64."""
+        """The weight of each member in the pool, fp64."""
         return self.log_p.new_tensor(self.settings.weights)
 
     @property
     def trust(self) -> tuple[float, ...]:
-        """ρ_i in [0, inf]."""
+        """The trust ρ_i of each member, in nats per nat, from 0 to inf."""
         return self.settings.member_trust
 
     @property
@@ -105,7 +105,7 @@ class Problem:
         return replace(self, log_p=self.log_p[:, rows], slopes=slopes, free=free, start=start)
 
     def rows(self) -> list[Problem]:
-        """One problem per row."""
+        """Split the batch into problems of one row each."""
         return [self.take(torch.tensor([k], device=self.log_p.device)) for k in range(self.log_p.shape[1])]
 
     def pieces(self) -> list[Problem]:

@@ -75,7 +75,7 @@ class State:
         return dataclasses.replace(self, **{f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self)})
 
     def put(self: S, rows: Int[Tensor, " k"], other: S) -> S:
-        """Write some rows back."""
+        """Write the rows of another state back into this one, and return it."""
         for f in dataclasses.fields(self):
             getattr(self, f.name)[rows] = getattr(other, f.name)
         return self

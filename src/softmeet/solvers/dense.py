@@ -64,7 +64,7 @@ class DenseNewton(Solver[Projection, DenseState]):
     certify: bool = True
 
     def init(self, problem: Projection) -> DenseState:
-        """The pool."""
+        """Begin at the pool, where no head has been read."""
         pool = start(problem)
         pool["certified"] &= pool["done"] | self.certify
         return DenseState(
@@ -77,7 +77,7 @@ class DenseNewton(Solver[Projection, DenseState]):
         )
 
     def take(self, problem: Projection, rows: Int[Tensor, " k"]) -> Projection:
-        """Some rows."""
+        """Cut the problem to some rows of its batch."""
         return problem.take(rows)
 
     def rows_at_once(self, problem: Projection) -> int:

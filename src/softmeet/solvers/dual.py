@@ -89,10 +89,10 @@ def start(problem: Projection) -> dict[str, Tensor]:
 
 
 class DualMethod(Solver[Projection, S]):
-    """See the module's docstring."""
+    """A Newton-like method on the dual: subclasses choose the direction, and judge where it led."""
 
     def take(self, problem: Projection, rows: Int[Tensor, " k"]) -> Projection:
-        """Some rows."""
+        """Cut the problem to some rows of its batch."""
         return problem.take(rows)
 
     @abstractmethod

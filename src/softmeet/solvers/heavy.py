@@ -96,7 +96,7 @@ class Around:
         return torch.cat([torch.bmm(m[:, i, None], rows)[:, 0] for i, rows in enumerate(self.rows)], dim=-1)
 
     def times(self, x: Float[Tensor, "b D"]) -> Float[Tensor, "b D"]:
-        """H x."""
+        """Multiply directions by H, which is never formed."""
         # As row vectors on the left, the only form that batched products of this shape are fast in.
         parts = zip(self.rows, self.places, strict=True)
         y = torch.cat([torch.bmm(x[:, None, here], rows.transpose(1, 2)) for rows, here in parts], dim=1)

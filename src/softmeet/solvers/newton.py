@@ -43,7 +43,7 @@ class NewtonState(DualState):
 
 
 class DualNewton(DualMethod[NewtonState]):
-    """See the module's docstring."""
+    """Newton's method with the full Hessian, for heads that are small or answers that are wanted exactly."""
 
     def init(self, problem: Projection) -> NewtonState:
         """The pool."""
