@@ -41,11 +41,15 @@ from softmeet.members.work import Work
 _LEAST = torch.finfo(torch.float32).tiny
 # Bytes before the end of a prompt from which all tokenizations are followed; before them, the tokenizer's alone.
 _LOOK_BACK = 64
-# Share of all mass from which a token is run before it is known to come, and how many are, beside what has to be asked.
-_LIKELY, _GUESSES = 0.04, 5
+# The probability from which a token is run before the model has to be asked about it, how many are at once, and what
+# their probabilities have to sum to where else one token would be run alone: for a processor a product with one vector
+# takes half of the time of one with several.
+_LIKELY, _GUESSES, _WORTH = 0.04, 5, 0.6
 # Positions whose next tokens' probabilities are held at once, and prefixes whose states are kept.
 _AT_ONCE = 32
 _PREFIXES = 16
+# Logits whose probabilities are taken at once.
+_CACHED = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,7 +243,7 @@ class ByteMember:
             if not asking:
                 break
             steps = {
-                k: [*((one.asked, one.token) for one in opened), *self._likely(readings[k])]
+                k: [*((one.asked, one.token) for one in opened), *self._likely(readings[k], len(opened))]
                 for k, opened in asking.items()
             }
             growths = [
@@ -278,14 +282,20 @@ class ByteMember:
             answers = list(zip((one for one, _ in found), asked, strict=True))
             reading = replace(reading, covers=closed(self.spelling, reading.covers, answers, self.pruning))
 
-    def _likely(self, reading: Reading) -> list[tuple[Asked, int]]:
-        """What to guess: tokens with what they stand behind, in the model's numbers."""
+    def _likely(self, reading: Reading, asking: int) -> list[tuple[Asked, int]]:
+        """What to guess along with so many open covers: tokens with what they stand behind, in the model's numbers."""
         if not self.pruning.prune:
             return []
         known = {(id(guess.behind), guess.token) for guess in reading.guesses}
-        found = [(asked, int(self.spelling.tokens[k])) for asked, k in likely(reading.covers, _LIKELY, _GUESSES)]
-        full = {id(asked) for asked, _ in found if self._limit is not None and len(asked.path) >= self._limit}
-        return [one for one in found if id(one[0]) not in full and (id(one[0]), one[1]) not in known]
+        expected = [
+            (asked, int(self.spelling.tokens[k]), share)
+            for asked, k, share in likely(self.spelling, reading.covers, _LIKELY, _GUESSES)
+            if self._limit is None or len(asked.path) < self._limit
+        ]
+        found = [(asked, token, share) for asked, token, share in expected if (id(asked), token) not in known]
+        if asking == 1 and sum(share for _, _, share in found) < _WORTH:
+            return []
+        return [(asked, token) for asked, token, _ in found]
 
     def _possible(self, reading: Reading) -> tuple[Guess, ...]:
         """The guesses that may still come true."""
@@ -320,15 +330,20 @@ class ByteMember:
 
     def asked(self, paths: Sequence[Path], hidden: Float[Tensor, "k d"]) -> list[Asked]:
         """The next token's probabilities behind each path."""
+        found, m = list[Asked](), len(self.spelling.words)
         with torch.inference_mode():
-            logits = self.head.logits(hidden).index_select(1, self._columns)
+            logits = self.head.logits(hidden)
+        # Several passes over a vocabulary follow: those over a few rows stay in the processor's caches.
+        for some in logits.split(max(1, _CACHED // self.head.v)):
             # A byte that a member holds for impossible may come all the same: something has to be left to go on from.
-            probs = logits.softmax(-1).clamp_min_(_LEAST).cpu().numpy()
-        m = len(self.spelling.words)
-        roots, (letters, where) = np.zeros((len(paths), SYMBOLS)), self.spelling.beginnings
-        roots[:, letters] = np.add.reduceat(probs[:, :m], where, axis=1, dtype=np.float64)
-        roots[:, END] = probs[:, m:].sum(1, dtype=np.float64)
-        return [Asked(path, own[:m], root) for path, own, root in zip(paths, probs, roots, strict=True)]
+            own = some.gather(1, self._columns.expand(len(some), -1)).softmax(-1).clamp_min_(_LEAST)
+            probs, (letters, where) = own.cpu().numpy(), self.spelling.beginnings
+            roots = np.zeros((len(some), SYMBOLS))
+            roots[:, letters] = np.add.reduceat(probs[:, :m], where, axis=1, dtype=np.float64)
+            roots[:, END] = probs[:, m:].sum(1, dtype=np.float64)
+            places = paths[len(found) : len(found) + len(some)]
+            found += [Asked(path, own[:m], root) for path, own, root in zip(places, probs, roots, strict=True)]
+        return found
 
     def _read(self, text: bytes, prefix: Sequence[int] | None, *, everything: bool) -> tuple[Reading, Masses, Masses]:
         """Read a text whose bytes are all known, in one call for the tokenizer's tokens and few for others.

@@ -35,6 +35,8 @@ _GOOD = 0.2
 AnyCover = TypeVar("AnyCover", "Cover", "Open")
 # Share of the heaviest cover's mass from which one of fewer tokens may stand for all that end where it does.
 _NOT_LIGHT = 0.05
+# The share that a token needs of all that begin with its bytes to be asked about before it is known to come.
+_NOT_RARE = 0.02
 # Shares of mass below which covers are let go while there are others.
 _LIGHT = 1e-12
 # All covers' mass below which their weights are scaled: it falls with every byte.
@@ -234,25 +236,30 @@ def wanted(covers: Covers, pruning: Pruning) -> list[Open]:
     return found or (list(covers.open[:1]) if not covers.closed else [])
 
 
-def likely(covers: Covers, least: float, most: int) -> list[tuple[Asked, int]]:
-    """The tokens, and what they stand behind, with which some closed cover goes on at no less than that share of all.
+def likely(spelling: Spelling, covers: Covers, least: float, most: int) -> list[tuple[Asked, int, float]]:
+    """The tokens, and what they stand behind, about which the model will likely have to be asked.
+
+    That is so where the text goes on with a token's bytes, by it or by a longer one, unless the token is a rare way to.
 
     Args:
+        spelling: of the member.
         covers: of a text.
-        least: share of mass.
+        least: how probable that has to be.
         most: so many, the likeliest first.
 
     Returns:
-        Of each, what the model was asked behind which it stands, and its number in the spelling.
+        Of each, what the model was asked behind which it stands, its number in the spelling, and how probable it is
+        that the text goes on with its bytes.
     """
-    found = []
+    found = list[tuple[Asked, int, float]]()
     for cover in covers.closed:
-        masses = cover.weight * cover.asked.probs[cover.longer : cover.end]
-        found += [
-            (masses[k], cover.asked, cover.longer + int(k)) for k in np.flatnonzero(masses >= least * covers.total)
-        ]
-    found.sort(key=lambda one: -one[0])
-    return [(asked, k) for _, asked, k in found[:most]]
+        low, probs, share = cover.longer, cover.asked.probs[cover.longer : cover.end], cover.weight / covers.total
+        for k in np.flatnonzero(share * probs >= _NOT_RARE * least):
+            _, _, end = spelling.among(spelling.words[low + k], low + int(k), cover.end)
+            along = float(probs[k : end - low].sum())
+            if share * along >= least and probs[k] >= _NOT_RARE * along:
+                found.append((cover.asked, low + int(k), share * along))
+    return sorted(found, key=lambda one: -one[2])[:most]
 
 
 def closed(spelling: Spelling, covers: Covers, answers: Sequence[tuple[Open, Asked]], pruning: Pruning) -> Covers:
