@@ -337,6 +337,10 @@ def test_a_trace_and_a_fit_give_what_the_text_gives(folders, tmp_path):
     command("fit", "--out", out, *members, "--trace", tmp_path / "trace", "--json", tmp_path / "fit.json")
     facts = json.loads((tmp_path / "fit.json").read_text())
     assert {Path(name).name for name in facts["candidates"]} == {"gpt2", "llama", "logit-mean", "prob-mean"}
+    assert facts["vocabulary"] == "bytes"
+    card = (out / "README.md").read_text()
+    assert "| nats/byte |" in card
+    assert " bytes, chosen on" in card
     again = Ensemble.from_pretrained(out)
     assert (again.model.config.vocabulary, again.model.config.prune) == ("bytes", 0.01)
     assert again.model.config.weights == pytest.approx(facts["weights"])

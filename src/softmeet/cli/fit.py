@@ -130,9 +130,8 @@ def _show(facts: dict[str, Any]) -> None:
 
     parts = facts["splits"]
     sizes = ", ".join(f"{parts[name]['tokens']:,} to {name}" for name in parts)
-    table = Table(
-        "candidate", "nats", "vs best baseline", "weights", "trust", "T", title=f"{sizes}; figures on the last"
-    )
+    title = f"{facts['vocabulary']}: {sizes}; figures on the last"
+    table = Table("candidate", "nats", "vs best baseline", "weights", "trust", "T", title=title)
     for name, row in facts["candidates"].items():
         low, high = row["ci95"]
         best = name == facts["test"]["best_baseline"]

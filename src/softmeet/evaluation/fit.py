@@ -361,6 +361,7 @@ def figures(fitted: Fitted) -> dict[str, Any]:
             **paired(scores.nats, test.choices[best.label].nats, fitted.test_part.within).figures(),
         }
     return {
+        "vocabulary": test.vocabulary,
         "chosen": chosen.settings["rule"],
         "candidate": chosen.name,
         "weights": chosen.settings["weights"],

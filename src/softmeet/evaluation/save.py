@@ -25,11 +25,11 @@ _KEPT = (
 CARD = """
 ## How it was chosen
 
-Fitted on {fit[tokens]:,} tokens, chosen on {select[tokens]:,}, judged once on {test[tokens]:,}, in {fit[clusters]},
-{select[clusters]} and {test[clusters]} {test[kind]}. Differences are against the best fitted baseline, `{best}`, on the
-part for judging; 95 %, paired, by {test[kind]}; negative is better.
+Fitted on {fit[tokens]:,} {vocabulary}, chosen on {select[tokens]:,}, judged once on {test[tokens]:,}, in
+{fit[clusters]}, {select[clusters]} and {test[clusters]} {test[kind]}. Differences are against the best fitted baseline,
+`{best}`, on the part for judging; 95 %, paired, by {test[kind]}; negative is better.
 
-| candidate | nats/token | against the best baseline | weights | trust | temperature |
+| candidate | nats/{unit} | against the best baseline | weights | trust | temperature |
 |---|---|---|---|---|---|
 {rows}
 
@@ -37,6 +37,11 @@ part for judging; 95 %, paired, by {test[kind]}; negative is better.
 
 All figures are in `fit.json`.
 """
+
+
+def unit(facts: dict[str, Any]) -> str:
+    """What a figure is of: a token or a byte."""
+    return str(facts["vocabulary"]).removesuffix("s")
 
 
 def verdict(facts: dict[str, Any]) -> str:
@@ -51,7 +56,9 @@ def verdict(facts: dict[str, Any]) -> str:
         )
     if facts["candidate"] == best:
         return f"Uses {best}: no rule did better on the part for choosing."
-    return f"Uses {rival}: {facts['rival']['delta']:+.4f} nats a token against {best} [{low:+.4f}, {high:+.4f}]."
+    return (
+        f"Uses {rival}: {facts['rival']['delta']:+.4f} nats a {unit(facts)} against {best} [{low:+.4f}, {high:+.4f}]."
+    )
 
 
 def save(ensemble: Ensemble, fitted: Fitted, folder: str | Path) -> dict[str, Any]:
@@ -94,5 +101,6 @@ def _card(facts: dict[str, Any]) -> str:
         ]
         rows.append(f"| {' | '.join(cells)} |")
     return CARD.format(
-        rows="\n".join(rows), best=facts["test"]["best_baseline"], verdict=verdict(facts), **facts["splits"]
-    )
+        rows="\n".join(rows), best=facts["test"]["best_baseline"], verdict=verdict(facts), unit=unit(facts),
+        vocabulary=facts["vocabulary"], **facts["splits"],
+    )  # fmt: skip
