@@ -16,6 +16,14 @@ Array = NDArray[np.float64]
 
 def plain_newton(log_q: Array, log_p: Array, heads: Sequence[Array], trust: Sequence[float]) -> tuple[Array, float]:
     """(p, f*) of one row, by Newton's method on the dual in the heads' own coordinates; infinite trust allowed."""
+    p, least, _ = damped_newton(log_q, log_p, heads, trust)
+    return p, least
+
+
+def damped_newton(
+    log_q: Array, log_p: Array, heads: Sequence[Array], trust: Sequence[float], tol: float = 0.0
+) -> tuple[Array, float, int]:
+    """The same with the steps it took, until its own estimate of the gap, half of the decrement, is ``tol``."""
     heads = [W - W.mean(0) for W in heads]
     sizes = [W.shape[1] for W in heads]
     places = [slice(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
@@ -30,7 +38,7 @@ def plain_newton(log_q: Array, log_p: Array, heads: Sequence[Array], trust: Sequ
         return float(total)
 
     before = math.inf
-    for _ in range(400):
+    for steps in range(400):
         p = softmax(log_q + A @ lam)
         H = (A * p[:, None]).T @ A - np.outer(A.T @ p, A.T @ p)
         g = A.T @ p
@@ -41,6 +49,8 @@ def plain_newton(log_q: Array, log_p: Array, heads: Sequence[Array], trust: Sequ
                 H[place, place] += ((W * r[:, None]).T @ W - np.outer(W.T @ r, W.T @ r)) / rho
         step = np.linalg.lstsq(H, g, rcond=1e-13)[0]
         t, now, fall = 1.0, value(lam), g @ step
+        if fall <= 2 * tol:
+            break
         if fall < 1e-16 or before / 2 < fall < 1e-10:
             # The last step doubles the digits; what is left of the slope then is rounding, which never falls.
             lam = lam - step
@@ -51,7 +61,7 @@ def plain_newton(log_q: Array, log_p: Array, heads: Sequence[Array], trust: Sequ
         if t <= 1e-12:
             break
         lam = lam - t * step
-    return softmax(log_q + A @ lam), value(lam)
+    return softmax(log_q + A @ lam), value(lam), steps
 
 
 def by_cvxpy(log_q: Array, log_p: Array, heads: Sequence[Array], trust: Sequence[float]) -> tuple[Array, float]:
