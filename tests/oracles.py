@@ -38,7 +38,8 @@ def damped_newton(
         return float(total)
 
     before = math.inf
-    for steps in range(400):
+    steps = 0
+    while steps < 400:
         p = softmax(log_q + A @ lam)
         H = (A * p[:, None]).T @ A - np.outer(A.T @ p, A.T @ p)
         g = A.T @ p
@@ -60,7 +61,7 @@ def damped_newton(
             t /= 2
         if t <= 1e-12:
             break
-        lam = lam - t * step
+        lam, steps = lam - t * step, steps + 1
     return softmax(log_q + A @ lam), value(lam), steps
 
 

@@ -70,7 +70,7 @@ def test_no_row_is_worse_than_the_pool(rows, trust):
         assert fall(log_q[k], own[:, k], weights, trust, at) <= 1e-6 * max(1.0, *trust)
         if not solved[k] and not torch.equal(ours.log_probs[k], pool.log_probs[k]):
             assert ours.gap_is_certified[k]
-            assert ours.gap[k] <= free[k]
+            assert ours.gap[k] <= min(free[k], 2.0)
 
 
 @pytest.mark.parametrize("trust", [(1.0, 1.0), (1e-3, 1e3)])

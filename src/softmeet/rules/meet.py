@@ -28,6 +28,8 @@ from softmeet.solvers.projection import Projection
 # Multiplications for one Hessian, v D², that cost less than dense steps; that do where a gap is to be smaller than
 # this; and the most that a row in trouble may cost, a few seconds a step.
 _CHEAP, _FINE, _PATIENT = (2**27, 2**32), 1e-5, 2**38
+# A gap, in nats, that bounds no total variation: √(gap / 2) is one.
+_VACUOUS = 2.0
 
 
 class Meet(Rule):
@@ -206,9 +208,12 @@ def _rescued(projection: Projection, state: DenseState, max_steps: int) -> Dense
 
 
 def _answer(problem: Problem, projection: Projection, trusted: list[int], state: DualState) -> Answer:
-    # A row that came to no end is answered by whichever is proved to be nearer, or seems to be: where f rose, the pool.
+    # A row that came to no end is answered by whichever is proved to be nearer, or seems to be: where f rose, the pool,
+    # and where nothing is proved of either, too.
     unproved = (state.status == Status.NOT_CONVERGED) & ~state.certified
-    late = (state.status >= Status.NOT_CONVERGED) & (unproved | (state.pool_bound < state.gap))
+    late = (state.status >= Status.NOT_CONVERGED) & (
+        unproved | (state.pool_bound < state.gap) | (state.gap > _VACUOUS)
+    )
     late &= projection.pool_may_answer
     state.gap = torch.where(late, state.pool_bound, state.gap)
     state.certified = state.certified | (late & state.gap.isfinite())
