@@ -63,7 +63,7 @@ def test_texts_and_what_they_mean():
     assert str(parse_gate("movement:0.01")) == "movement:0.01"
     auto = parse_gate("auto")
     assert str(auto) == "auto"
-    assert auto.threshold == 1e-3
+    assert auto.threshold == 3e-3
     assert parse_gate("movement:0").never_closes
     with pytest.raises(InvalidInputError, match="movement:T"):
         parse_gate("movement:-1")
@@ -174,7 +174,7 @@ def test_bundled_families_come_with_their_factors_and_lose_nothing(default_gate,
     _, plain = model.solve_rows(some, settings.ungated().changed(tol=1e-5))
     closed = ~settings.gate.open(plain.problem)
     moved = kl(plain.log_probs.double(), plain.pool.double())
-    assert moved[closed].mean() < 1e-3 if closed.any() else family == "narrow"
+    assert moved[closed].mean() < 2e-3 if closed.any() else family == "narrow"
     # What is left open moves more.
     assert moved[~closed].mean() > 2 * (moved[closed].mean() if closed.any() else 0.0)
     assert 0.1 < closed.double().mean() < 0.9 or family == "narrow"

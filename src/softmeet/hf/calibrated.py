@@ -28,10 +28,10 @@ from softmeet.rules.settings import Settings
 if TYPE_CHECKING:
     from softmeet.hf.modeling import EnsembleForCausalLM
 
-# Positions in all, those solved at once, and seconds after which no more are begun and nothing is known.
+# Positions in all, those solved at once, and seconds after which no more are begun: what was solved by then has to do.
 _POSITIONS, _AT_ONCE, _SECONDS = 64, 16, 120.0
-# A movement of a few thousandths of a nat is to be told, not its digits.
-_TOL = 1e-4
+# By estimates of this size, without bounds, the mean movement is known to a twentieth.
+_TOL = 1e-3
 # What the factor belongs to, beside the members.
 _SETTINGS = ("rule", "trust", "weights", "pool", "rank", "bands", "free_radial", "free_weights")
 _log = logging.getLogger("softmeet")
@@ -118,7 +118,9 @@ def _calibrated(model: EnsembleForCausalLM, settings: Settings, own: str) -> flo
 
 @torch.inference_mode()
 def calibrate(model: EnsembleForCausalLM, settings: Settings) -> float | None:
-    """Find the mean of KL(p°‖q) over that of Σ ρ_i KL(q‖p̂_i) on text of the ensemble's own; None if time runs out.
+    """Find the mean of KL(p°‖q) over that of Σ ρ_i KL(q‖p̂_i) on text of the ensemble's own.
+
+    None where time runs out before anything is known.
 
     Args:
         model: of members over tokens.
@@ -129,13 +131,13 @@ def calibrate(model: EnsembleForCausalLM, settings: Settings) -> float | None:
     moved, free = 0.0, 0.0
     for start in range(0, len(hidden[0]), _AT_ONCE):
         if time.monotonic() - started > _SECONDS:
-            return None
-        _, solution = model.solve_rows([h[start : start + _AT_ONCE] for h in hidden], plain)
+            break
+        _, solution = model.solve_rows([h[start : start + _AT_ONCE] for h in hidden], plain, proved=False)
         found = Movement.of(solution)
         if found is None:
             return None
         moved, free = moved + found.forward.sum().item(), free + found.free.sum().item()
-    return moved / max(free, 1e-300)
+    return moved / max(free, 1e-300) if free else None
 
 
 def cache_file() -> Path:

@@ -134,7 +134,7 @@ class Settings(Frozen):
         default=None,
         description="unsure:T asks the other members only where the first one's largest probability is below T; "
         "disagreement:T solves only where members disagree by more than T nats, movement:T where meet is predicted "
-        "to move the pool by T nats or more; auto is movement:0.001; none.",
+        "to move the pool by T nats or more; auto is movement:0.003; none.",
     )
 
     @classmethod

@@ -13,9 +13,9 @@ from softmeet.solvers.base import some
 from softmeet.solvers.projection import Projection
 from softmeet.solvers.tail import tail_of
 
-# Heavy tokens of a row. Steps from the third on double them, up to a share of the vocabulary and a number: late steps
-# are lost to tails.
-_HEAVY, _LARGEST, _MOST = 256, 1 / 4, 2048
+# Heavy tokens of a row: at least so many, and so many for a column of all heads. Steps from the third on double them, up
+# to a share of the vocabulary and a number: late steps are lost to tails.
+_HEAVY, _FOR_A_COLUMN, _LARGEST, _MOST = 256, 5 / 12, 1 / 4, 2048
 # Conjugate gradients of a direction, at most, and the masses that their preconditioner has exactly.
 _GRADIENTS, _EXACT = 64, 96
 # The share of the residual, in the preconditioner's metric, that they leave: on peaked rows what they leave is what has
@@ -55,8 +55,8 @@ def direction(
 
 def heavy_tokens(problem: Projection, step: int) -> int:
     """How many tokens of a row have their curvature exactly."""
-    v = problem.log_q.shape[-1]
-    return min(v, _MOST, max(_HEAVY, min(_HEAVY << max(0, step - 1), int(_LARGEST * v))))
+    v, least = problem.log_q.shape[-1], max(_HEAVY, int(_FOR_A_COLUMN * problem.read))
+    return min(v, _MOST, max(least, min(least << max(0, step - 1), int(_LARGEST * v))))
 
 
 class Around:
