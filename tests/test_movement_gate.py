@@ -12,8 +12,10 @@ import torch
 import softmeet
 from softmeet import Ensemble
 from softmeet.errors import InvalidInputError
+from softmeet.evaluation.choices import parse_choices
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.held_out import held_out_books
+from softmeet.evaluation.pieces import evaluate_text
 from softmeet.evaluation.positions import observe_text
 from softmeet.hf import Recorder, calibrated
 from softmeet.rules.gates import PredictedMovement, parse_gate
@@ -192,3 +194,27 @@ def test_a_server_calibrates_when_it_loads_and_never_for_a_request(default_gate,
     assert len(calls) == 1
     with pytest.raises(RequestError):
         served.combination(Extension(trust=0.4), ())
+
+
+def test_beams_under_it(default_gate, pair, monkeypatch):
+    """Closed everywhere it is the pool's beams, and open everywhere those of no gate."""
+    monkeypatch.setattr(calibrated, "calibrate", lambda model, settings: 0.02)
+    beams = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False}
+    found = {
+        gate: Ensemble.from_pretrained(pair, gate=gate, trust=3.0).generate("a b", **beams)
+        for gate in ("movement:1e9", "movement:1e-12", "none")
+    }
+    pool = Ensemble.from_pretrained(pair, "logit-mean").generate("a b", **beams)
+    assert found["movement:1e9"] == pool
+    assert found["movement:1e-12"] == found["none"]
+    assert found["none"] != pool
+
+
+def test_an_evaluation_under_it_is_calibrated_before_anything_is_sent(default_gate, pair, monkeypatch):
+    calls = count(monkeypatch)
+    ensemble = Ensemble.from_pretrained(pair)
+    choices = parse_choices(["meet", "meet:gate=movement:0.001"], 2)
+    found = evaluate_text(ensemble, [Document("one", "a b c d e f g a b c d")], choices)
+    assert len(calls) == 1
+    assert not found.choices["meet"].gated.any()
+    assert list(ensemble.model.config.movement.values()) != [None]

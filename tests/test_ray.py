@@ -107,7 +107,7 @@ def _nothing_was_redone(request):
 
 def evaluated(ensemble, engine, **options):
     """The reduced JSON; both gates are closed at some positions."""
-    gated = ",".join(f"meet:trust=0.5:gate={gate}" for gate in ("disagreement:0.1", "unsure:0.2"))
+    gated = ",".join(f"meet:trust=0.5:gate={gate}" for gate in ("disagreement:0.1", "unsure:0.2", "movement:0.002"))
     choices = parse_choices(["logit-mean", "meet:trust=0.5", *gated.split(",")], 2)
     return json.dumps(summary(evaluate_text(ensemble, DOCUMENTS, choices, engine=engine, **options)))
 

@@ -16,6 +16,7 @@ from softmeet.ensemble import Ensemble
 from softmeet.errors import InvalidInputError
 from softmeet.evaluation.choices import Choice
 from softmeet.evaluation.positions import Positions
+from softmeet.hf.calibrated import resolved
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.members.weighting import perplexity_weights
 from softmeet.rules.gates import Gate, that_closes
@@ -149,7 +150,7 @@ def evaluate(
 
 
 def settings_of(ensemble: Ensemble, choices: Sequence[Choice]) -> dict[str, Settings]:
-    """The settings that each choice stands for.
+    """The settings that each choice stands for; a gate ``movement`` is calibrated, and what it found is kept.
 
     Raises:
         UnsupportedHeadError, InvalidInputError: the ensemble is over bytes, and one of them is not for those.
@@ -158,7 +159,7 @@ def settings_of(ensemble: Ensemble, choices: Sequence[Choice]) -> dict[str, Sett
     found = {choice.name: ungated.changed(**choice.settings) for choice in choices}
     for settings in found.values():
         ensemble.model.require(settings)
-    return found
+    return {name: resolved(ensemble.model, settings) for name, settings in found.items()}
 
 
 def distinct_names(ensemble: Ensemble) -> list[str]:

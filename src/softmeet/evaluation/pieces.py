@@ -95,6 +95,7 @@ def evaluate_positions(
     """
     lengths = positions.document.unique_consecutive(return_counts=True)[1].tolist()
     _require_longer(lengths, choices)
+    settings_of(ensemble, choices)
     pieces = [rows for own in torch.arange(len(positions)).split(lengths) for rows in own.split(_size(choices))]
     found = (kept or Kept()).map(
         engine,

@@ -211,9 +211,7 @@ def _answer(problem: Problem, projection: Projection, trusted: list[int], state:
     # A row that came to no end is answered by whichever is proved to be nearer, or seems to be: where f rose, the pool,
     # and where nothing is proved of either, too.
     unproved = (state.status == Status.NOT_CONVERGED) & ~state.certified
-    late = (state.status >= Status.NOT_CONVERGED) & (
-        unproved | (state.pool_bound < state.gap) | (state.gap > _VACUOUS)
-    )
+    late = (state.status >= Status.NOT_CONVERGED) & (unproved | (state.pool_bound < state.gap) | (state.gap > _VACUOUS))
     late &= projection.pool_may_answer
     state.gap = torch.where(late, state.pool_bound, state.gap)
     state.certified = state.certified | (late & state.gap.isfinite())

@@ -13,8 +13,8 @@ from softmeet.solvers.base import some
 from softmeet.solvers.projection import Projection
 from softmeet.solvers.tail import tail_of
 
-# Heavy tokens of a row: at least so many, and so many for a column of all heads. Steps from the third on double them, up
-# to a share of the vocabulary and a number: late steps are lost to tails.
+# Heavy tokens of a row: at least so many, and so many for a column of all heads. Steps from the third on double them,
+# up to a share of the vocabulary and a number: late steps are lost to tails.
 _HEAVY, _FOR_A_COLUMN, _LARGEST, _MOST = 256, 5 / 12, 1 / 4, 2048
 # Conjugate gradients of a direction, at most, and the masses that their preconditioner has exactly.
 _GRADIENTS, _EXACT = 64, 96
