@@ -218,3 +218,16 @@ def test_an_evaluation_under_it_is_calibrated_before_anything_is_sent(default_ga
     assert len(calls) == 1
     assert not found.choices["meet"].gated.any()
     assert list(ensemble.model.config.movement.values()) != [None]
+
+
+def test_what_was_solved_when_time_is_up_has_to_do(default_gate, pair, monkeypatch):
+    ensemble = Ensemble.from_pretrained(pair)
+    settings = ensemble.model.settings
+    whole = calibrated.calibrate(ensemble.model, settings)
+    # The beginning, a look before each of two chunks, and one that comes too late.
+    clock = iter([0.0, 0.0, 0.0, 1e9])
+    monkeypatch.setattr(calibrated.time, "monotonic", lambda: next(clock, 1e9))
+    half = calibrated.calibrate(ensemble.model, settings)
+    assert half is not None
+    assert half != whole
+    assert half == pytest.approx(whole, rel=0.5)

@@ -333,8 +333,9 @@ class ByteMember:
         found, m = list[Asked](), len(self.spelling.words)
         with torch.inference_mode():
             logits = self.head.logits(hidden)
-        # Several passes over a vocabulary follow: those over a few rows stay in the processor's caches.
-        for some in logits.split(max(1, _CACHED // self.head.v)):
+        # Several passes over a vocabulary follow: those over a few rows stay in a processor's caches.
+        size = _CACHED // self.head.v if logits.device.type == "cpu" else len(logits)
+        for some in logits.split(max(1, size)):
             # A byte that a member holds for impossible may come all the same: something has to be left to go on from.
             own = some.gather(1, self._columns.expand(len(some), -1)).softmax(-1).clamp_min_(_LEAST)
             probs, (letters, where) = own.cpu().numpy(), self.spelling.beginnings

@@ -209,9 +209,10 @@ def _rescued(projection: Projection, state: DenseState, max_steps: int) -> Dense
 
 def _answer(problem: Problem, projection: Projection, trusted: list[int], state: DualState) -> Answer:
     # A row that came to no end is answered by whichever is proved to be nearer, or seems to be: where f rose, the pool,
-    # and where nothing is proved of either, too.
+    # and where nothing is proved of either, too, if trusts are finite.
     unproved = (state.status == Status.NOT_CONVERGED) & ~state.certified
-    late = (state.status >= Status.NOT_CONVERGED) & (unproved | (state.pool_bound < state.gap) | (state.gap > _VACUOUS))
+    vacuous = (state.gap > _VACUOUS) & state.pool_bound.isfinite()
+    late = (state.status >= Status.NOT_CONVERGED) & (unproved | (state.pool_bound < state.gap) | vacuous)
     late &= projection.pool_may_answer
     state.gap = torch.where(late, state.pool_bound, state.gap)
     state.certified = state.certified | (late & state.gap.isfinite())

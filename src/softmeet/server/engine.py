@@ -74,7 +74,7 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="softmeet-engine", daemon=True)
 
     def start(self) -> None:
-        """Begin to work."""
+        """Start the thread that serves requests; before, they only queue up."""
         self._thread.start()
 
     @property

@@ -46,7 +46,7 @@ class DualNewton(DualMethod[NewtonState]):
     """Newton's method with the full Hessian, for heads that are small or answers that are wanted exactly."""
 
     def init(self, problem: Projection) -> NewtonState:
-        """The pool."""
+        """Begin at the pool, where no head has been read."""
         fields = start(problem)
         return NewtonState(**fields, slack=torch.zeros_like(fields["value"]))
 
