@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import signal
+import socket
 import threading
 import warnings
 
@@ -43,10 +44,13 @@ def url():
     from softmeet.scaling.cluster import connect
 
     connect(cores=4)
-    serve.start(http_options={"host": "127.0.0.1", "port": 8731})
+    # Not a fixed port: Ray shares one that is taken, and another process's tests may have it.
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
     settings = Settings(limits=Limits(rows=16), protection=Protection(keys=("secret",)))
     serve.run(application({"default": ["narrow"]}, {"rule": "meet"}, settings, Scale(2)), name=NAME, route_prefix="/")
-    yield "http://127.0.0.1:8731"
+    yield f"http://127.0.0.1:{port}"
     serve.shutdown()
     ray.shutdown()
 
@@ -112,7 +116,7 @@ def test_a_replica_killed_under_load(url):
             assert not any("error" in json.loads(event) for event in stream.events[:-1])
             assert last["choices"][0]["finish_reason"] == "length"
             assert len(stream.events) > 100
-    ensemble = Ensemble.from_pretrained("narrow")
+    ensemble = Ensemble.from_pretrained("narrow", gate="auto")  # as the replicas, which have no fixture of ours
     whole = next(s for s in streams if s.replica != victim)
     expected = ensemble.generate(
         BODY["prompt"], seed=whole.seed, do_sample=True, top_k=0, max_new_tokens=20, suppress_tokens=[0]
