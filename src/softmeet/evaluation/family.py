@@ -10,9 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from softmeet.heads import SoftmaxHead, WhitenedHead
-from softmeet.rules.meet import full_hessian_pays
 from softmeet.solvers.base import iterate
-from softmeet.solvers.dense import dense
+from softmeet.solvers.minimise import full_hessian_pays, minimise
 from softmeet.solvers.newton import DualNewton
 from softmeet.solvers.projection import Projection
 
@@ -36,7 +35,8 @@ def moment_match(
     """
     projection, newton = Projection(log_start, log_truth[:, None], views, (math.inf,), tol), DualNewton()
     if not full_hessian_pays(projection):
-        found = dense(replace(projection, tol=max(tol, _COARSE)), _STEPS, certify=False)
+        coarse = replace(projection, tol=max(tol, _COARSE))
+        found = minimise(coarse, _STEPS, certify=False, rescue=False)
         return found.log_p, views[0].raw(found.nu)[0]
     state = iterate(newton, projection, _STEPS)
     # The dual value stands still at the square root of rounding; whole steps bring the moments down to rounding itself.

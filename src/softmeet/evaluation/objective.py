@@ -16,16 +16,13 @@ from softmeet.evaluation.perplexity import chunk_size
 from softmeet.evaluation.positions import PIECE, Positions
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.rules.combine import product_dtype
-from softmeet.rules.meet import full_hessian_pays
 from softmeet.rules.problem import Problem
 from softmeet.rules.settings import Pool, Settings
 from softmeet.scaling.base import Engine
 from softmeet.simplex import log_normalize
-from softmeet.solvers.base import iterate
-from softmeet.solvers.dense import dense
 from softmeet.solvers.dual import DualState
 from softmeet.solvers.implicit import projected
-from softmeet.solvers.newton import DualNewton
+from softmeet.solvers.minimise import minimise
 from softmeet.solvers.projection import Projection
 
 _MAX_STEPS = 50
@@ -37,9 +34,7 @@ _KEPT = 0.4
 
 def solve(problem: Projection) -> DualState:
     """As the rule ``meet`` does, without certificates of wide heads, nor its rescue of rows in trouble."""
-    if full_hessian_pays(problem):
-        return iterate(DualNewton(), problem, _MAX_STEPS)
-    return dense(problem, _MAX_STEPS, certify=False)
+    return minimise(problem, _MAX_STEPS, certify=False, rescue=False)
 
 
 @dataclass

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from softmeet.batched import Batched
 from softmeet.rules.problem import Problem
 from softmeet.simplex import kl
 from softmeet.solvers.base import Status
 
 
 @dataclass
-class Answer:
+class Answer(Batched):
     """A distribution per row of a problem, and what is known of it; every field has one row per row of the problem.
 
     ``dual`` holds, per member, λ_i in the head's own coordinates, (B, d_i); zeros for a rule without a dual. ``ray``
@@ -40,28 +39,6 @@ class Answer:
     dual: tuple[Float[Tensor, "B _"], ...]
     ray: tuple[Float[Tensor, "B _"], ...]
     by_pool: Bool[Tensor, " B"]
-
-    def take(self, rows: Int[Tensor, " k"]) -> Answer:
-        """Copy some rows."""
-        return _field_by_field(lambda mine: mine[rows], self)
-
-    def put(self, rows: Int[Tensor, " k"], other: Answer) -> Answer:
-        """Copy with some rows replaced."""
-        return _field_by_field(lambda mine, theirs: mine.index_copy(0, rows, theirs), self, other)
-
-    @staticmethod
-    def joined(parts: list[Answer]) -> Answer:
-        """Join the answers of parts of a batch, in order."""
-        return _field_by_field(lambda *some: torch.cat(some), *parts)
-
-
-def _field_by_field(function: Callable[..., Tensor], *answers: Answer) -> Answer:
-    """``function`` of the same tensor of every answer, for each tensor that there is."""
-    made: dict[str, Any] = {}
-    for f in fields(Answer):
-        values = [getattr(answer, f.name) for answer in answers]
-        made[f.name] = tuple(map(function, *values)) if isinstance(values[0], tuple) else function(*values)
-    return Answer(**made)
 
 
 def closed_form(

@@ -1,10 +1,10 @@
-"""The rules that make the members agree: ``max-entropy``, exactly, and ``meet``, up to a price in nats."""
+"""The rule that makes the members agree, up to a price in nats."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -13,21 +13,15 @@ from torch import Tensor
 
 from softmeet.rules.answer import Answer, closed_form
 from softmeet.rules.base import Rule
-from softmeet.rules.dual_point import looked_at
-from softmeet.rules.points import entropic, exact_gap, moments_hold, only, separating
 from softmeet.rules.problem import Problem
-from softmeet.rules.row import Row, may_be_unique
 from softmeet.rules.verify import Recomputed
-from softmeet.simplex import kl, log_normalize
-from softmeet.solvers.base import Status, iterate
-from softmeet.solvers.dense import DenseState, dense
+from softmeet.simplex import kl
+from softmeet.solvers.base import Status
+from softmeet.solvers.certificate import restricted_gap_bound
 from softmeet.solvers.dual import DualState
-from softmeet.solvers.newton import DualNewton
-from softmeet.solvers.projection import Projection
+from softmeet.solvers.minimise import full_hessian_pays, minimise
+from softmeet.solvers.projection import Point, Projection
 
-# Multiplications for one Hessian, v D², that cost less than dense steps; that do where a gap is to be smaller than
-# this; and the most that a row in trouble may cost, a few seconds a step.
-_CHEAP, _FINE, _PATIENT = (2**27, 2**32), 1e-5, 2**38
 # A gap, in nats, that bounds no total variation: √(gap / 2) is one.
 _VACUOUS = 2.0
 
@@ -55,156 +49,40 @@ class Meet(Rule):
     tilts_pool = True
 
     def solve(self, problem: Problem) -> Answer:
-        """Minimise the dual by Newton's method, and answer with the pool where that is proved to be near enough."""
-        return self._descended(problem)
+        """Minimise the dual by Newton's method, and answer with the pool where that is proved to be near enough.
 
-    def _descended(self, problem: Problem) -> Answer:
-        """Members of trust 0 drop out; the rest go to the solver."""
+        Members of trust 0 take no part.
+        """
         trust = self.effective_trust(problem.trust)
         trusted = [i for i, rho in enumerate(trust) if rho > 0]
         if not trusted:
             return closed_form(problem, problem.log_pool, torch.zeros_like(problem.log_pool[:, 0]))
         projection = replace(problem.projection(trusted, trust), pool_may_answer=not self.is_feasible)
         if self.budget is not None:
-            return _answer(problem, projection, trusted, _within(projection, self.budget))
-        answer = _answer(problem, projection, trusted, _solved(projection, problem))
+            state = minimise(projection, self.budget, certify=False, rescue=False)
+            state.status = state.status.masked_fill(state.status == Status.NOT_CONVERGED, Status.BUDGET)
+            return _answer(problem, projection, trusted, state)
+        state = minimise(projection, problem.settings.max_steps, certify=problem.proved)
+        answer = _answer(problem, projection, trusted, state)
         late = (answer.status == Status.NOT_CONVERGED).nonzero().squeeze(-1)
         # Scores of single precision may be too coarse for a row near the edge of what is feasible, and a start too far.
         dtype = torch.float64 if full_hessian_pays(projection) else problem.dtype
         if not len(late) or (problem.start is None and dtype == problem.dtype):
             return answer
-        again = self._descended(replace(problem.take(late), dtype=dtype, start=None))
+        again = Meet.solve(self, replace(problem.take(late), dtype=dtype, start=None))
         again.steps += answer.steps[late]
         again.passes += answer.passes[late]
         return answer.put(late, again)
 
     def verify(self, problem: Problem, answer: Answer) -> Recomputed:
-        """Evaluate the dual at the stored point, row by row."""
+        """Evaluate the dual at the stored point, and the stored proof, row by row."""
         trust = self.effective_trust(problem.trust)
-        looks = [looked_at(row, trust, answer, k) for k, row in enumerate(Row.of(problem))]
+        looks = [_look(row, trust, answer, k) for k, row in enumerate(problem.changed(dtype=torch.float64).rows())]
         return Recomputed.of_rows(looks, answer.log_probs)
 
     def pool_bound(self, problem: Problem) -> Float[Tensor, " B"] | None:
-        """Σ ρ_i KL(q‖p̂_i), where trusts are finite."""
+        """Return Σ ρ_i KL(q‖p̂_i) in nats, where trusts are finite."""
         return None if any(map(math.isinf, self.effective_trust(problem.trust))) else problem.pool_bound()
-
-
-class MaxEntropy(Meet):
-    """minimise KL(p‖q) over p with W_iᵀ p = W_iᵀ p̂_i for every member: the I-projection of the pool q.
-
-    Without bias and soft-cap, and from the logit mean, this is the member of maximum entropy, at every weighting. The
-    feasible set is often empty for real models; then the status is INFEASIBLE, proved by a Farkas vector. Where
-    rank [1, A] is the number of tokens, at most one distribution has the moments, and it is found by linear algebra.
-    """
-
-    name = "max-entropy"
-    summary = "the maximum-entropy distribution with every member's moments, where there is one"
-    uses_trust = False
-    is_feasible = True
-
-    def effective_trust(self, trust: Sequence[float]) -> tuple[float, ...]:
-        """Make every trust infinite: moments hold exactly, whatever was asked for."""
-        return (math.inf,) * len(trust)
-
-    def solve(self, problem: Problem) -> Answer:
-        """By linear algebra where moments leave no choice, else as ``meet``; what that leaves is settled row by row."""
-        if not problem.log_p.shape[1] or not may_be_unique(problem):
-            answer = self._descended(problem)
-        else:
-            problem.require_common_tokens()
-            rows = replace(problem, dtype=torch.float64).rows()
-            answer = Answer.joined([self._solve_row(Row(one)) for one in rows])
-        for k in (answer.status == Status.NOT_CONVERGED).nonzero().flatten().tolist():
-            _settle(answer, k, Row.of(problem.take(torch.tensor([k], device=problem.log_p.device)))[0])
-        return answer
-
-    def verify(self, problem: Problem, answer: Answer) -> Recomputed:
-        """As ``meet``; where moments leave no choice, see whether they hold."""
-        found = super().verify(problem, answer)
-        for k, row in enumerate(Row.of(problem)):
-            if may_be_unique(row.problem) and row.unique and moments_hold(row, answer.log_probs[k].exp()):
-                found.log_probs[k], found.gap[k], found.status[k] = answer.log_probs[k], 0.0, int(Status.OPTIMAL)
-        return found
-
-    def _solve_row(self, row: Row) -> Answer:
-        if not row.unique:
-            return self._descended(row.problem)
-        p, proof = only(row)
-        if p is None and not proof.any():
-            return self._descended(row.problem)
-        if p is None:
-            answer = closed_form(row.problem, row.log_q[None], torch.full_like(row.log_q[:1], torch.inf))
-            unsolved = torch.full_like(answer.gap, torch.inf)
-            status = torch.full_like(answer.status, int(Status.INFEASIBLE))
-            answer = replace(answer, ray=row.raw(proof), status=status, gap=unsolved, certified=unsolved < 0)
-        else:
-            answer = closed_form(row.problem, p.log()[None], kl(p.log(), row.log_q)[None])
-        return replace(answer, passes=answer.passes + row.passes())
-
-
-def _settle(answer: Answer, k: int, row: Row) -> None:
-    """A row that Newton's method left open: empty by the nearest moments, or solved by interior points.
-
-    Those count directions once that members share, and so come to an end where multipliers grow without bound.
-    """
-    y = separating(row)
-    if y is not None:
-        answer.status[k] = Status.INFEASIBLE
-        for mine, lam in zip(answer.ray, row.raw(y), strict=True):
-            mine[k] = lam[0]
-    elif full_hessian_pays(row.problem.projection(range(len(row.heads)), (math.inf,) * len(row.heads))):
-        p, y, steps = entropic(row, row.alive, row.log_q.exp(), row.target)
-        log_p, dual = log_normalize(row.log_q + row.tokens.times(y)), row.raw(y)
-        gap = exact_gap(row, log_p, tuple(lam[0] for lam in dual))
-        answer.steps[k] += steps
-        if gap > row.problem.tol:
-            # On the boundary multipliers have no end, and where Newton's ray was left is no place to answer from.
-            answer.log_probs[k] = p.log() if moments_hold(row, p) else row.log_q
-        else:
-            answer.status[k], answer.gap[k], answer.certified[k] = Status.OPTIMAL, gap, True
-            answer.log_probs[k], answer.objective[k] = log_p, kl(log_p, row.log_q) - gap
-            answer.disagreement[k] = kl(log_p.expand_as(row.log_p), row.log_p)
-            for mine, lam in zip(answer.dual, dual, strict=True):
-                mine[k] = lam[0]
-    answer.passes[k] += row.passes()
-
-
-def full_hessian_pays(projection: Projection) -> bool:
-    """Whether Newton's method with the full Hessian costs less than dense steps."""
-    v, D = projection.log_q.shape[-1], len(projection.scale)
-    return v * D**2 <= _CHEAP[projection.tol < _FINE]
-
-
-def _solved(projection: Projection, problem: Problem) -> DualState:
-    max_steps = problem.settings.max_steps
-    if full_hessian_pays(projection):
-        return iterate(DualNewton(), projection, max_steps)
-    return _rescued(projection, dense(projection, max_steps, certify=problem.proved), max_steps)
-
-
-def _within(projection: Projection, budget: int) -> DualState:
-    """So many steps and no bound, but where the full Hessian gives it away; what is not done then has spent them."""
-    if full_hessian_pays(projection):
-        state: DualState = iterate(DualNewton(), projection, budget)
-    else:
-        state = dense(projection, budget, certify=False)
-    state.status = state.status.masked_fill(state.status == Status.NOT_CONVERGED, Status.BUDGET)
-    return state
-
-
-def _rescued(projection: Projection, state: DenseState, max_steps: int) -> DenseState:
-    """Rows that few steps did not bring home, such as near-one-hot ones, tried again with the full Hessian."""
-    late = (state.status == Status.NOT_CONVERGED).nonzero().squeeze(-1)
-    v, D = projection.log_q.shape[-1], len(projection.scale)
-    if not len(late) or v * D**2 > _PATIENT:
-        return state
-    again = iterate(DualNewton(), projection.take(late), max_steps)
-    again.steps += state.steps[late]
-    again.passes += state.passes[late]
-    better = (again.status == Status.OPTIMAL) | (again.value <= state.value[late])
-    for name in (f.name for f in fields(DualState)):
-        getattr(state, name)[late[better]] = getattr(again, name)[better]
-    return state
 
 
 def _answer(problem: Problem, projection: Projection, trusted: list[int], state: DualState) -> Answer:
@@ -214,8 +92,7 @@ def _answer(problem: Problem, projection: Projection, trusted: list[int], state:
     vacuous = (state.gap > _VACUOUS) & state.pool_bound.isfinite()
     late = (state.status >= Status.NOT_CONVERGED) & (unproved | (state.pool_bound < state.gap) | vacuous)
     late &= projection.pool_may_answer
-    state.gap = torch.where(late, state.pool_bound, state.gap)
-    state.certified = state.certified | (late & state.gap.isfinite())
+    gap = torch.where(late, state.pool_bound, state.gap)
     # The pool itself, to the last bit.
     by_pool = state.by_pool | late
     log_probs = torch.where(by_pool[:, None], problem.log_pool, state.log_p)
@@ -230,8 +107,8 @@ def _answer(problem: Problem, projection: Projection, trusted: list[int], state:
     return Answer(
         log_probs=log_probs,
         status=state.status,
-        gap=state.gap,
-        certified=state.certified,
+        gap=gap,
+        certified=state.certified | (late & gap.isfinite()),
         objective=-state.value,
         objective_range=torch.full_like(state.value, torch.nan)[:, None].repeat(1, 2),
         steps=state.steps,
@@ -247,9 +124,58 @@ def _answer(problem: Problem, projection: Projection, trusted: list[int], state:
 def _raw_dual(
     problem: Problem, projection: Projection, trusted: list[int], nu: Float[Tensor, "B D"]
 ) -> tuple[Float[Tensor, "B _"], ...]:
-    """λ_i = α_i R_i ν_i; zeros for members that dropped out."""
+    """Return λ_i = α_i R_i ν_i of every member, with zeros for those that took no part."""
     out = [nu.new_zeros(len(nu), head.d) for head in problem.heads]
     parts = nu.split(projection.widths, dim=-1)
     for i, alpha, head, part in zip(trusted, projection.alpha, projection.heads, parts, strict=True):
         out[i] = alpha * part @ head.whitening.factor.T
     return tuple(out)
+
+
+def _look(
+    problem: Problem, trust: Sequence[float], answer: Answer, k: int
+) -> tuple[Float[Tensor, " v"], float, Status]:
+    """Evaluate the dual point and the proof that are stored for row k, in fp64 and without the solver.
+
+    Args:
+        problem: of that row alone.
+        trust: of every member, as the rule solved with them.
+        answer: of the whole batch.
+        k: the row's place in it.
+
+    Returns:
+        (log p at the dual point, or of the pool where that answers, certified gap in nats, status).
+    """
+    used = [i for i, rho in enumerate(trust) if rho > 0]
+    if not used:
+        return problem.log_pool[0], 0.0, Status.OPTIMAL
+    projection = problem.projection(used, trust)
+    nu, z = _scores(projection, [answer.dual[i][k] for i in used])
+    at = Point.at(projection, z)
+    if answer.by_pool[k]:
+        log_p, gap = problem.log_pool[0], float(projection.pool_gap()[0] + at.value[0])
+    else:
+        log_p, gradient = projection.pooled(z)[0], projection.moments(at.p[:, None] - at.r)[0]
+        gap = restricted_gap_bound(projection, 0, at.p[0], at.r[0], gradient)
+        gap = gap if nu.any() else min(gap, float(projection.pool_gap()[0]))
+    if _proves_empty(problem, [ray[k] for ray in answer.ray]):
+        return log_p, gap, Status.INFEASIBLE
+    return log_p, gap, Status.OPTIMAL if gap <= problem.tol else Status.NOT_CONVERGED
+
+
+def _proves_empty(problem: Problem, ray: Sequence[Float[Tensor, " _"]]) -> bool:
+    """Return whether λ shows that no p has every member's moments, whatever the trusts of this problem."""
+    if not any(lam.any() for lam in ray):
+        return False
+    exact = problem.projection(range(len(ray)), (math.inf,) * len(ray))
+    nu, z = _scores(exact, ray)
+    return bool(exact.excludes(z, nu, z.abs().amax((-1, -2))))
+
+
+def _scores(
+    projection: Projection, dual: Sequence[Float[Tensor, " _"]]
+) -> tuple[Float[Tensor, "1 D"], Float[Tensor, "1 n v"]]:
+    """Return ν and the scores Q_i ν_i of what λ says about the directions that are constrained."""
+    parts = zip(dual, projection.alpha, projection.heads, strict=True)
+    nu = torch.cat([h.whitening.inverse @ lam / alpha for lam, alpha, h in parts])[None]
+    return nu, projection.scores(nu)

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from softmeet.batched import Batched
 from softmeet.errors import DisjointSupportError
 from softmeet.heads import SoftmaxHead, WhitenedHead, Whitening
 from softmeet.rules.settings import Settings
@@ -22,7 +23,7 @@ _POOLING = {"logit-mean": logit_mean, "prob-mean": prob_mean}
 
 
 @dataclass(frozen=True, eq=False)
-class Start:
+class Start(Batched):
     """Where to begin: each member's λ_i, (B, d_i), in its head's own coordinates, found at those trusts.
 
     ``ray`` is a proof that a row has no feasible distribution, of the same shapes; zeros where there is none.
@@ -31,10 +32,6 @@ class Start:
     dual: tuple[Float[Tensor, "B _"], ...]
     ray: tuple[Float[Tensor, "B _"], ...]
     trust: tuple[float, ...]
-
-    def take(self, rows: Int[Tensor, " k"]) -> Start:
-        """Cut the start to some rows of its batch."""
-        return replace(self, dual=tuple(part[rows] for part in self.dual), ray=tuple(part[rows] for part in self.ray))
 
     def towards(self, members: Sequence[int], trust: Sequence[float]) -> list[Float[Tensor, "B _"]]:
         """Each λ_i for those trusts: member i's correction λ_i / ρ_i changes little with ρ.

@@ -22,12 +22,12 @@ GROUP = "softmeet.rules"
 # In the order in which they are documented. A new rule is one file and one line here.
 _OWN = {
     "meet": "softmeet.rules.meet:Meet",
-    "max-entropy": "softmeet.rules.meet:MaxEntropy",
-    "least-squares": "softmeet.rules.least_squares:LeastSquares",
-    "min-cross-entropy": "softmeet.rules.min_cross_entropy:MinCrossEntropy",
-    "min-squared-cross-entropy": "softmeet.rules.min_squared_cross_entropy:MinSquaredCrossEntropy",
-    "min-underestimation": "softmeet.rules.min_underestimation:MinUnderestimation",
-    "min-reverse-cross-entropy": "softmeet.rules.min_reverse_cross_entropy:MinReverseCrossEntropy",
+    "max-entropy": "softmeet.essay.max_entropy:MaxEntropy",
+    "least-squares": "softmeet.essay.least_squares:LeastSquares",
+    "min-cross-entropy": "softmeet.essay.min_cross_entropy:MinCrossEntropy",
+    "min-squared-cross-entropy": "softmeet.essay.min_squared_cross_entropy:MinSquaredCrossEntropy",
+    "min-underestimation": "softmeet.essay.min_underestimation:MinUnderestimation",
+    "min-reverse-cross-entropy": "softmeet.essay.min_reverse_cross_entropy:MinReverseCrossEntropy",
     "logit-mean": "softmeet.rules.pools:LogitMean",
     "prob-mean": "softmeet.rules.pools:ProbMean",
     "one-hot": "softmeet.rules.pools:OneHot",

@@ -1,19 +1,28 @@
-"""What every solver shares: statuses, and the one loop that owns step limits and the masking of finished rows."""
+"""What every solver shares: how rows end, and the one loop, which owns step limits and drops finished rows."""
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Generic, TypeVar
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from softmeet.batched import Batched
+from softmeet.solvers.projection import Projection
+
 
 class Status(IntEnum):
-    """How one row ended. ``str(status)`` is the sentence for the user."""
+    """How one row ended. ``str(status)`` is the sentence for the user.
+
+    Example:
+        >>> from softmeet import Status
+        >>> Status(3).name, str(Status.OPTIMAL)
+        ('NOT_CONVERGED', 'solved to the tolerance')
+    """
 
     OPTIMAL = 0
     DEGENERATE = 1
@@ -27,7 +36,7 @@ class Status(IntEnum):
 
 
 class StoppedBy(IntEnum):
-    """What ended the work on a row: its answer is the solver's, the pool, or whatever a gate has answer.
+    """What ended the work on a row: its answer is the solver's, the pool, or what a gate has answer in its place.
 
     ``GAP``: the answer p was proved to be near enough, KL(p°‖p) ≤ tol. ``POOL``: the pool q was, KL(q‖p°) ≤ tol.
     ``GATE``: a gate was closed. ``BUDGET``: the steps ended.
@@ -52,15 +61,12 @@ _SENTENCES = {
 }
 
 
-P = TypeVar("P")
-S = TypeVar("S", bound="State")
-
-
 @dataclass
-class State:
-    """One row per problem in every field; solvers add fields of their own. A step makes new tensors.
+class State(Batched):
+    """What a solver knows of each row; solvers add fields of their own.
 
-    ``passes`` counts reads of all heads, in rows of A divided by v.
+    ``gap`` is in nats, an estimate where it is not ``certified``. ``passes`` counts reads of all heads, in rows of
+    [W_1 | … | W_n] divided by the size of the vocabulary.
     """
 
     done: Bool[Tensor, " B"]
@@ -70,66 +76,48 @@ class State:
     steps: Int[Tensor, " B"]
     passes: Float[Tensor, " B"]
 
-    def take(self: S, rows: Int[Tensor, " k"]) -> S:
-        """A copy of some rows."""
-        return dataclasses.replace(self, **{f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self)})
 
-    def put(self: S, rows: Int[Tensor, " k"], other: S) -> S:
-        """Write the rows of another state back into this one, and return it."""
-        for f in dataclasses.fields(self):
-            getattr(self, f.name)[rows] = getattr(other, f.name)
-        return self
+S = TypeVar("S", bound=State)
 
 
-def some(rows: Bool[Tensor, " B"]) -> bool:
-    """Whether a mask holds any row; taken for granted on an accelerator, where looking would wait for it."""
-    return rows.device.type != "cpu" or bool(rows.any())
-
-
-class Solver(ABC, Generic[P, S]):
-    """A batched iterative method: how to begin, one step of unfinished rows, and how to cut a problem to some rows."""
+class Solver(ABC, Generic[S]):
+    """A batched iterative method: how to begin, and one step of unfinished rows."""
 
     @abstractmethod
-    def init(self, problem: P) -> S:
-        """The state before the first step."""
+    def init(self, problem: Projection) -> S:
+        """Return the state before the first step."""
 
     @abstractmethod
-    def step(self, problem: P, state: S) -> S:
-        """One step of every row; sets ``done``, ``status`` and ``gap``."""
+    def step(self, problem: Projection, state: S) -> S:
+        """Take one step of every row, and set ``done``, ``status`` and ``gap`` in the state that is returned."""
 
     @abstractmethod
-    def take(self, problem: P, rows: Int[Tensor, " k"]) -> P:
-        """The problem of some rows."""
-
-    @abstractmethod
-    def rows_at_once(self, problem: P) -> int:
-        """How many rows to run together, for what a step keeps in memory."""
+    def rows_at_once(self, problem: Projection) -> int:
+        """Return how many rows to run together, by what a step keeps in memory."""
 
 
-def iterate(solver: Solver[P, S], problem: P, max_steps: int) -> S:
-    """Run ``solver`` until every row is done or has taken ``max_steps``; finished rows are left alone.
+def iterate(solver: Solver[S], problem: Projection, max_steps: int) -> S:
+    """Run ``solver`` until every row is done or has taken ``max_steps``; finished rows take no further part.
 
     A row that is not done at the end is ``NOT_CONVERGED``. No more rows run at once than the solver asks for.
     """
     state = solver.init(problem)
-    going = (~state.done).nonzero().squeeze(-1)
-    for rows in going.split(solver.rows_at_once(problem)) if len(going) else ():
-        state = _run(solver, problem, state, rows, max_steps)
-    return state
-
-
-def _run(solver: Solver[P, S], problem: P, state: S, rows: Int[Tensor, " k"], max_steps: int) -> S:
-    active = state
-    if len(rows) < len(state.done):
-        active, problem = state.take(rows), solver.take(problem, rows)
-    for _ in range(max_steps):
-        active = solver.step(problem, active)
-        # Rows leave only when they finish: what they carry may be large.
-        if active.done.all():
-            break
-        if active.done.any():
-            ended, going = active.done.nonzero().squeeze(-1), (~active.done).nonzero().squeeze(-1)
-            state.put(rows[ended], active.take(ended))
-            rows, active, problem = rows[going], active.take(going), solver.take(problem, going)
-    active.status = active.status.masked_fill(~active.done, Status.NOT_CONVERGED)
-    return active if len(rows) == len(state.done) else state.put(rows, active)
+    done, going = state.done.nonzero().squeeze(-1), (~state.done).nonzero().squeeze(-1)
+    if not len(going):
+        return state
+    places, ended = [done], [state.take(done)]
+    for rows in going.split(solver.rows_at_once(problem)):
+        whole = len(rows) == len(state.done)
+        active, part = (state, problem) if whole else (state.take(rows), problem.take(rows))
+        for _ in range(max_steps):
+            active = solver.step(part, active)
+            # Rows are taken out only when some finish: what they carry may be large.
+            if active.done.all():
+                break
+            if active.done.any():
+                out, on = active.done.nonzero().squeeze(-1), (~active.done).nonzero().squeeze(-1)
+                places, ended = [*places, rows[out]], [*ended, active.take(out)]
+                rows, active, part = rows[on], active.take(on), part.take(on)
+        active.status = active.status.masked_fill(~active.done, Status.NOT_CONVERGED)
+        places, ended = [*places, rows], [*ended, active]
+    return ended[-1] if len(places[-1]) == len(state.done) else State.joined(ended).take(torch.cat(places).argsort())

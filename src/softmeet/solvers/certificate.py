@@ -1,4 +1,4 @@
-"""Upper bounds on the duality gap of a relaxed I-projection, from one linear solve.
+"""Upper bounds on the duality gap of a relaxed I-projection, from a direction that solves the Newton system, or nearly.
 
 For feasible (p̃, r̃), primal(p̃, r̃) + f(λ) = KL(p̃‖p_λ) + Σ ρ_i KL(r̃_i‖r_i,λ): the right-hand side bounds f(λ) - f*.
 With H s = g, the changes x_j = -(a_j - m)ᵀs and y_ij = γ_i (a_ij - m_i)ᵀs_i make p̃ = p(1 + x), r̃_i = r_i(1 + y_i)
@@ -8,6 +8,13 @@ feasible when all are at least -1, and then
 
 :func:`gap_bound` takes all tokens and a direction whose scores are known. :func:`restricted_gap_bound` reads some rows
 of the heads, changes those tokens only, and gives tokens that would turn negative the probability 0, at φ(-1) = 1.
+
+:func:`repaired_gap_bound` takes a direction that only nearly solves the system. Along it every token changes a little,
+p̃ ∝ p(1 + x)₊ and r̃_i ∝ r_i(1 + y_i)₊. What is left of the moments' difference, e_i = Q_iᵀ(p̃ - r̃_i), each r̃_i takes
+up on its M heaviest tokens J: r_i w_i is added there, w_i = (q - m_J)ᵀt_i with Cov_J(Q_i) t_i = e_i. That point is
+feasible, so by (6) in docs/mathematics.md
+
+    gap ≤ Σ_j p_j φ(x̃_j) + Σ_i ρ_i Σ_j r_ij φ(ỹ_ij),   p̃ = p(1 + x̃),   r̃_i + r_i w_i = r_i(1 + ỹ_i).
 """
 
 from __future__ import annotations
@@ -18,6 +25,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from softmeet.solvers import tuning
+from softmeet.solvers.linalg import add_ridge, held, some
 from softmeet.solvers.projection import Projection
 
 # A change smaller than this share of all mass is below the rounding of the sums that it enters.
@@ -26,10 +35,20 @@ _ROUNDS = 8
 # Where the series of φ is used, and the last power in it: its relative error there, and that of the closed form beyond,
 # are far below what a bound needs.
 _SERIES = {torch.float32: (0.1, 8), torch.float64: (1e-3, 5)}
+# Systems of a repair, for tokens that reach 0, and refinements of one.
+_REPAIRS, _REFINED = 4, 2
+# What rounding leaves of a gradient, as a share of it, past which a bound is none.
+_SOLVED = 1e-4
 
 
 def phi(x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-    """(1 + x) log(1 + x) - x for x ≥ -1, without cancellation near 0: Σ_k (-x)^k / (k (k - 1)), k from 2."""
+    """Compute (1 + x) log(1 + x) - x for x ≥ -1 without cancellation near 0, by Σ_k (-x)^k / (k (k - 1)), k from 2.
+
+    Example:
+        >>> import torch
+        >>> phi(torch.tensor([-1.0, 0.0, 1e-6], dtype=torch.float64))
+        tensor([1.0000e+00, 0.0000e+00, 5.0000e-13], dtype=torch.float64)
+    """
     near, terms = _SERIES[x.dtype]
     series = torch.full_like(x, 1 / (terms * (terms - 1)))
     for k in range(terms - 1, 1, -1):
@@ -42,32 +61,27 @@ def phi(x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
 def gap_bound(
     problem: Projection, p: Float[Tensor, "B v"], r: Float[Tensor, "B n v"], change: Float[Tensor, "B n v"]
 ) -> tuple[Float[Tensor, " B"], Bool[Tensor, " B"]]:
-    """(bound in nats, rows where it does not hold because a token would turn negative).
+    """Bound the gap of every row by a Newton direction.
 
     Args:
         problem: the projection.
         p, r: the distributions at the current dual point.
         change: Q_i(-s_i), the scores of the Newton direction.
 
-    Terms are in fp32 where the products with heads were: each is found to a relative 1e-5.
+    Returns:
+        (the bound in nats, rows where it does not hold because a token would turn negative). Terms are in fp32 where
+        the products with heads were: each is found to a relative 1e-5.
     """
     x = problem.tilt(change)
     y = -problem.gamma[:, None] * change
-    return cost(problem, p, r, x - (p * x).sum(-1, keepdim=True), y - (r * y).sum(-1, keepdim=True))
-
-
-def cost(
-    problem: Projection, p: Float[Tensor, "B v"], r: Float[Tensor, "B n v"], x: Tensor, y: Tensor
-) -> tuple[Float[Tensor, " B"], Bool[Tensor, " B"]]:
-    """(Σ p φ(x) + Σ ρ_i Σ r_i φ(y_i), rows where a token would turn negative) of changes p(1 + x), r_i(1 + y_i)."""
     low = torch.float32 if problem.eps > torch.finfo(torch.float64).eps else torch.float64
-    joint, broken = _terms(p.to(low), x.to(low))
-    own, negative = _terms(r.to(low), y.to(low))
+    joint, broken = _terms(p.to(low), (x - (p * x).sum(-1, keepdim=True)).to(low))
+    own, negative = _terms(r.to(low), (y - (r * y).sum(-1, keepdim=True)).to(low))
     return joint + (problem.price * own).sum(-1), broken.any(-1) | negative.any(-1).any(-1)
 
 
 def _terms(p: Float[Tensor, "*b v"], x: Float[Tensor, "*b v"]) -> tuple[Float[Tensor, "*b"], Bool[Tensor, "*b v"]]:
-    """(Σ p φ(x), the tokens where p(1 + x) would be negative); a token of negligible change is left as it is."""
+    """Return (Σ p φ(x), the tokens where p(1 + x) would be negative); negligible changes count as none."""
     x = torch.where(p * x.abs() < _NEGLIGIBLE, 0.0, x)
     return (p * phi(x.clamp_min(-1))).sum(-1).double(), x < -1
 
@@ -80,13 +94,13 @@ def restricted_gap_bound(
     gradient: Float[Tensor, " D"],
     limit: int = 4096,
 ) -> float:
-    """The bound of one row from at most ``limit`` gathered tokens, the heaviest by p + Σ ρ_i r_i; inf if none is found.
+    """Bound the gap of one row, in nats, by changing few tokens; return inf where no bound is found.
 
     Args:
         problem, row: the projection and the row of its batch.
         p, r: the distributions at the dual point.
         gradient: of the dual there, whitened and scaled as :class:`Projection` has it.
-        limit: tokens to gather.
+        limit: how many tokens may change: the heaviest by p + Σ ρ_i r_i.
     """
     p, r, gradient, price = p.double(), r.double(), gradient.double(), problem.price.double()
     tokens = (p + price @ r).topk(min(limit, len(p))).indices
@@ -95,10 +109,10 @@ def restricted_gap_bound(
     joint = torch.cat([alpha * a for a, alpha in zip(rows, problem.alpha.tolist(), strict=True)], dim=-1)
     p, r = p[tokens], r[:, tokens]
     # One layer per distribution that may change: its mass, rows, price, place in s, and what is left of it.
-    layers = [_Layer(p, joint, 1.0, slice(0, joint.shape[1]))]
+    layers = [_Share(p, joint, 1.0, slice(0, joint.shape[1]))]
     for i, a in enumerate(rows):
         if price[i] > 0:
-            layers.append(_Layer(r[i], -float(problem.gamma[i]) * a, float(price[i]), problem.places[i]))
+            layers.append(_Share(r[i], -float(problem.gamma[i]) * a, float(price[i]), problem.places[i]))
     for _ in range(_ROUNDS):
         H, g = torch.zeros(len(gradient), len(gradient), dtype=p.dtype, device=p.device), gradient.clone()
         for layer in layers:
@@ -113,7 +127,7 @@ def restricted_gap_bound(
 def _solved(
     H: Float[Tensor, "D D"], g: Float[Tensor, " D"], gradient: Float[Tensor, " D"]
 ) -> tuple[Float[Tensor, " D"], Float[Tensor, ""]]:
-    """H⁻¹g and its :func:`residual_slack`: by Cholesky's factor, or where that is of no use by singular values."""
+    """Return H⁻¹g and its :func:`residual_slack`, by Cholesky's factor or, where that does not do, singular values."""
     factor, failed = torch.linalg.cholesky_ex(H)
     if not failed:
         s = torch.cholesky_solve(g[:, None], factor).squeeze(-1)
@@ -127,16 +141,91 @@ def _solved(
 def residual_slack(
     H: Float[Tensor, "*b D D"], s: Float[Tensor, "*b D"], g: Float[Tensor, "*b D"], gradient: Float[Tensor, "*b D"]
 ) -> Float[Tensor, "*b"]:
-    """What H s ≠ g may hide: an infeasibility e moves the bound by at most |e·(λ - λ*)|, taken as 4 |e| |s|.
+    """Estimate what H s ≠ g may hide of the gap: a residual e moves it by at most |e·(λ - λ*)|, taken as 4 |e| |s|.
 
     A residual past rounding, against the size of the gradient, gives inf: no certificate.
     """
     e = ((H @ s[..., None]).squeeze(-1) - g).norm(dim=-1)
-    return torch.where(e <= 1e-4 * gradient.norm(dim=-1), 4 * e * s.norm(dim=-1), math.inf)
+    return torch.where(e <= _SOLVED * gradient.norm(dim=-1), 4 * e * s.norm(dim=-1), math.inf)
 
 
-class _Layer:
-    """One distribution's share of the linear system: p with rows α_i a_i, or r_i with rows -γ_i a_i and price ρ_i."""
+def repaired_gap_bound(
+    problem: Projection,
+    p: Float[Tensor, "B v"],
+    r: Float[Tensor, "B n v"],
+    y: Float[Tensor, "B n v"],
+    sizes: tuple[Float[Tensor, " B"], Float[Tensor, " B"]],
+) -> Float[Tensor, " B"]:
+    """Bound the gap of every row, in nats, for finite trusts; inf where no bound is found. One read of every head.
+
+    Args:
+        problem: the projection.
+        p, r: the distributions at the dual point.
+        y: scores of a direction in which f falls.
+        sizes: lengths of the gradient and of the direction.
+    """
+    x, own = _changed(p, problem.tilt(y)), _changed(r, -problem.gamma[:, None] * y)
+    gradient, length = sizes
+    bound = (p * phi(x)).sum(-1)
+    for i, h in enumerate(problem.heads):
+        e = h.moments(p * (1 + x) - r[:, i] * (1 + own[:, i]))[0]
+        count = max(tuning.REPAIRED, tuning.REPAIRED_PER_COLUMN * h.rank)
+        tokens = r[:, i].topk(min(r.shape[-1], count), dim=-1).indices
+        size = held(tokens.shape[1] * h.rank)
+        left, whole = torch.zeros_like(bound), own[:, i]
+        for rows in torch.arange(len(r), device=r.device).split(size):
+            ids = tokens[rows]
+            mass, lowest = r[rows, i].gather(-1, ids), -1 - whole[rows].gather(-1, ids)
+            w, rest = _taken_up(h.take(rows).gather(ids), mass, e[rows], lowest)
+            whole[rows] = whole[rows].scatter_add(-1, ids, w.to(whole))
+            left[rows] = problem.alpha[i] * rest.to(left)
+        cost = problem.price[i] * (r[:, i] * phi(whole.clamp_min(-1))).sum(-1)
+        # What is not taken up moves the bound by at most its product with the way to the optimum.
+        bound = bound + torch.where(left <= _SOLVED * gradient, cost + 4 * left * length, torch.inf)
+    return bound
+
+
+def _changed(p: Float[Tensor, "*b v"], x: Float[Tensor, "*b v"]) -> Float[Tensor, "*b v"]:
+    """Return x̃ with p(1 + x̃) ∝ p(1 + x - E_p x)₊."""
+    up = (1 + x - (p * x).sum(-1, keepdim=True)).clamp_min(0)
+    return up / (p * up).sum(-1, keepdim=True) - 1
+
+
+def _taken_up(
+    X: Float[Tensor, "b M d"], mass: Float[Tensor, "b M"], e: Float[Tensor, "b d"], lowest: Float[Tensor, "b M"]
+) -> tuple[Float[Tensor, "b M"], Float[Tensor, " b"]]:
+    """Return (w ≥ lowest with Σ mass w x = e and Σ mass w = 0, about; how much is left over, inf if no number).
+
+    Tokens that reach their lowest stay there, and the others take up what is left, a few times.
+    """
+    mass, lowest = mass.double(), lowest.double()
+    w, left, lost = torch.zeros_like(mass), e.double(), torch.zeros_like(mass[:, :1])
+    free, wrong = torch.ones_like(mass, dtype=torch.bool), torch.zeros_like(mass[:, 0], dtype=torch.bool)
+    for _ in range(_REPAIRS):
+        some_mass = mass.masked_fill(~free, 0.0)
+        total = some_mass.sum(-1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
+        mean = torch.bmm((some_mass / total).to(X.dtype)[:, None], X)
+        centred = X - mean
+        weighted = centred * some_mass.sqrt().to(X.dtype)[..., None]
+        gram = add_ridge(torch.bmm(weighted.transpose(1, 2), weighted).double(), torch.finfo(X.dtype).eps)
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        for _ in range(_REFINED):
+            t = torch.cholesky_solve((left - lost * mean[:, 0])[..., None], factor)[..., 0]
+            change = torch.bmm(centred, t[..., None].to(X.dtype))[..., 0].double() + lost / total
+            w = torch.maximum(w + change.masked_fill(~free, 0.0), lowest)
+            lost = -(mass * w).sum(-1, keepdim=True)
+            left = e - torch.bmm((mass * w)[:, None].to(X.dtype), X)[:, 0].double()
+        wrong, free = wrong | (failed != 0), free & (w > lowest)
+        if not some((left.norm(dim=-1) > _SOLVED * e.norm(dim=-1)) & ~wrong):
+            break
+    # Mass that was lost or won would move the moments by as much of the mean.
+    rest = left.norm(dim=-1) + (lost.abs() * mean[:, 0].norm(dim=-1, keepdim=True))[:, 0]
+    wrong |= ~rest.isfinite()
+    return torch.where(wrong[:, None], 0.0, w), torch.where(wrong, torch.inf, rest)
+
+
+class _Share:
+    """The share of one distribution in the system: p with rows α_i a_i, or r_i with rows -γ_i a_i and price ρ_i."""
 
     def __init__(self, mass: Float[Tensor, " k"], rows: Float[Tensor, "k d"], price: float, place: slice) -> None:
         self.mass, self.rows, self.price, self.place = mass, rows, price, place
@@ -151,7 +240,7 @@ class _Layer:
         g[self.place] -= self.price * (self.lost @ self.centred)
 
     def bound(self, s: Float[Tensor, " D"]) -> tuple[float, bool]:
-        """(price · KL-like cost, whether tokens had to be dropped and the system must be solved again)."""
+        """Return (price · Σ mass φ, whether tokens had to be dropped and the system must be solved again)."""
         x = self.lost.sum() / self.kept.sum() - self.centred @ s[self.place]
         cost, broken = _terms(self.kept, x)
         self.dropped = self.dropped | broken

@@ -1,49 +1,45 @@
 """Newton's method on the dual of a relaxed I-projection in few dense steps: no sampling, and every row in one product.
 
 A step reads the heads twice: for the gradient, and for the scores of a direction found by conjugate gradients on the
-curvature of the heaviest tokens, exactly, and of all others as :mod:`softmeet.solvers.tail` has it. Then f is minimised
-over that direction and the last step, of each member by itself (:mod:`softmeet.solvers.least`). A poor direction costs
-a step and nothing else: f never rises. A third read bounds what is left where that may end a row.
+curvature of the heaviest tokens, exactly, and of all others together (:mod:`softmeet.solvers.direction`). Then f is
+minimised over that direction and the last step, of each member by itself. A poor direction costs a step and nothing
+else: f never rises. A third read bounds what is left where that may end a row.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from softmeet.solvers.base import Solver, Status, iterate, some
-from softmeet.solvers.certificate import restricted_gap_bound
-from softmeet.solvers.dual import DualState, end_by_pool, look_for_a_proof, pool_is_near, start
-from softmeet.solvers.heavy import direction
-from softmeet.solvers.least import least
-from softmeet.solvers.point import Point
-from softmeet.solvers.projection import Projection
-from softmeet.solvers.repaired import repaired_gap_bound
+from softmeet.solvers import tuning
+from softmeet.solvers.base import Solver, Status, iterate
+from softmeet.solvers.certificate import repaired_gap_bound, restricted_gap_bound
+from softmeet.solvers.direction import direction
+from softmeet.solvers.dual import DualState, end_by_pool, end_by_proof, pool_is_near, start
+from softmeet.solvers.linalg import backtrack, held, some
+from softmeet.solvers.projection import Point, Projection
 
-# Elements of one row's vectors over the vocabulary, and how many all rows of a step may have: 512 MiB in fp32.
-_VECTORS, _ELEMENTS = 16, 1 << 27
-# Steps in a row without progress after which a row gives up.
-_PATIENCE = 2
-# By how much a bound exceeds the estimated gap, before the first one tells, and at the most that is believed of one.
-_LOOSE, _LOOSEST = 1.5, 8.0
-# Where it is this share of one, a bound is worth a system of all members' columns.
+# A bound on the gap is worth a system of all members' columns once the estimate is this share of ``tol``.
 _TINY = 0.1
-# The least share of its estimated gap that a row is taken to have left after a step.
-_LEFT = 0.25
-# So many times the estimated gap is more than f can fall by, if the estimate is right.
-_FORETOLD = 2.0
-# The tolerance that vectors in fp32 can tell, per unit of price, and the share of it that they are to reach.
-_SINGLE, _KEPT = 5e-5, 0.98
+# Newton steps of the coefficients of a step's directions, and how often one is shortened until f falls.
+_COEFFICIENT_STEPS, _SHORTENED = 6, 12
+# Added to the diagonal of the coefficients' Hessian, in its own rounding: directions may be all but one.
+_RIDGE, _LEAST = 16.0, 1e-30
 
 
 @dataclass
 class DenseState(DualState):
-    """``floor``: f is proved to be nowhere below it; ``looseness``: the last bound over the estimated gap; ``moved``,
-    ``step``: the last step's scores and its ν; ``stalls``: steps in a row without progress.
+    """A :class:`DualState` with what dense steps remember.
+
+    Attributes:
+        floor: f is proved to be nowhere below it.
+        looseness: the last bound over the estimated gap.
+        moved, step: the last step in scores and in ν.
+        stalls: how many steps in a row brought no progress.
     """
 
     floor: Float[Tensor, " B"]
@@ -54,8 +50,8 @@ class DenseState(DualState):
 
 
 @dataclass(frozen=True)
-class DenseNewton(Solver[Projection, DenseState]):
-    """See the module's docstring.
+class DenseNewton(Solver[DenseState]):
+    """Newton's method in few dense steps: see the module's docstring.
 
     Args:
         certify: end a row on a bound; else on the estimate of its gap, which proves nothing.
@@ -70,22 +66,18 @@ class DenseNewton(Solver[Projection, DenseState]):
         return DenseState(
             **pool,
             floor=-pool["gap"],
-            looseness=torch.full_like(pool["gap"], _LOOSE),
+            looseness=torch.full_like(pool["gap"], tuning.LOOSE),
             moved=torch.zeros_like(pool["z"]),
             step=torch.zeros_like(pool["nu"]),
             stalls=torch.zeros_like(pool["steps"]),
         )
 
-    def take(self, problem: Projection, rows: Int[Tensor, " k"]) -> Projection:
-        """Cut the problem to some rows of its batch."""
-        return problem.take(rows)
-
     def rows_at_once(self, problem: Projection) -> int:
-        """As many as a step has room for."""
-        return max(1, _ELEMENTS // (_VECTORS * max(1, problem.log_p.shape[1:].numel())))
+        """Return how many rows memory has room for: a step keeps about sixteen vectors for each and each member."""
+        return held(problem.log_p.shape[1:].numel())
 
     def step(self, problem: Projection, state: DenseState) -> DenseState:
-        """One step of every row, and a look at what is left."""
+        """Take one step of every row, and see what is left."""
         reads, first = problem.passes(), not state.steps.any()
         here = Point.at(problem, state.z)
         estimate = self._aim(problem, state, here, first)
@@ -94,8 +86,8 @@ class DenseNewton(Solver[Projection, DenseState]):
         columns, steps = torch.stack([y, state.moved], dim=2), torch.stack([state.direction, state.step], dim=-1)
         if first:
             columns, steps = columns[:, :, :1], steps[..., :1]
-        a, there = least(problem, here, columns)
-        step = (problem.spread_rows(a) * steps).sum(-1)
+        a, there = _least(problem, here, columns)
+        step = (problem.spread(a.transpose(1, 2)).transpose(1, 2) * steps).sum(-1)
         log_p, log_r = there.logs(problem)
         after = replace(
             state,
@@ -112,22 +104,20 @@ class DenseNewton(Solver[Projection, DenseState]):
         )
         near = pool_is_near(problem, after)
         fall = state.value - there.value
-        left = torch.maximum(estimate - fall, _LEFT * estimate)
+        left = torch.maximum(estimate - fall, tuning.LEFT * estimate)
         # Where f falls by far more than was foretold, an estimate is not to be believed.
-        left = torch.where(fall > _FORETOLD * estimate, torch.maximum(left, fall), left)
+        left = torch.where(fall > tuning.FORETOLD * estimate, torch.maximum(left, fall), left)
         self._judge(problem, after, there, left)
-        if math.inf in problem.trust:
-            look_for_a_proof(problem, state, after)
+        end_by_proof(problem, state, after)
         end_by_pool(after, near)
         after.passes = state.passes + problem.passes() - reads
         return after
 
     def _aim(self, problem: Projection, state: DenseState, here: Point, first: bool) -> Float[Tensor, " B"]:
-        """Set the gradient and the direction, the start's where there is one; an estimate of the gap."""
+        """Set the gradient and the direction, the start's where there is one; return an estimate of the gap."""
         if first and problem.start is not None:
             return torch.full_like(state.value, torch.inf)
-        parts = zip(problem.heads, problem.alpha, range(len(problem.heads)), strict=True)
-        state.gradient = torch.cat([alpha * h.moments(here.p - here.r[:, i])[0] for h, alpha, i in parts], dim=-1)
+        state.gradient = problem.moments(here.p[:, None] - here.r)
         state.direction = direction(problem, state.gradient, here.p, here.r, int(state.steps.max()))
         return -0.5 * (state.gradient * state.direction).sum(-1)
 
@@ -139,9 +129,9 @@ class DenseNewton(Solver[Projection, DenseState]):
         y: Float[Tensor, "B n v"],
         estimate: Float[Tensor, " B"],
     ) -> Float[Tensor, " B"]:
-        """What f is nowhere below, with a bound on the gap where that may end a row."""
+        """Return what f is nowhere below, by a bound on the gap where that may end a row."""
         # What is left of a bound once f has fallen is what the bound exceeded the gap by, and a share of the gap.
-        near = estimate * (state.looseness - 1 + _LEFT) <= problem.tol
+        near = estimate * (state.looseness - 1 + tuning.LEFT) <= problem.tol
         if not self.certify or not some(near):
             return state.floor
         rows = near.nonzero().squeeze(-1)
@@ -152,7 +142,7 @@ class DenseNewton(Solver[Projection, DenseState]):
             bound = repaired_gap_bound(some_of, p, r, y[rows], sizes)
         for k in (bound.isinf() & (estimate[rows] <= _TINY * problem.tol)).nonzero().flatten().tolist():
             bound[k] = restricted_gap_bound(some_of, k, p[k], r[k], gradient[k])
-        told = (bound / estimate[rows].clamp_min(torch.finfo(bound.dtype).tiny)).clamp(1.0, _LOOSEST)
+        told = (bound / estimate[rows].clamp_min(torch.finfo(bound.dtype).tiny)).clamp(1.0, tuning.LOOSEST)
         state.looseness = state.looseness.index_copy(0, rows, told)
         return state.floor.index_copy(0, rows, torch.maximum(state.floor[rows], here.value[rows] - bound))
 
@@ -165,7 +155,7 @@ class DenseNewton(Solver[Projection, DenseState]):
         after.certified = bound.isfinite() & self.certify
         after.gap = torch.where(after.certified, bound, left + rounding)
         reached = (after.certified | (not self.certify)) & (after.gap <= problem.tol)
-        given_up = (after.stalls >= _PATIENCE) & ~reached
+        given_up = (after.stalls >= tuning.PATIENCE) & ~reached
         after.done = reached | given_up
         after.status = after.status.masked_fill(given_up, Status.NOT_CONVERGED)
 
@@ -176,18 +166,83 @@ def dense(problem: Projection, max_steps: int, *, certify: bool = True) -> Dense
     Args:
         problem: the projection.
         max_steps: steps a row, at most.
-        certify: as there.
+        certify: end a row on a bound on its gap; else on an estimate, which proves nothing.
     """
     prices = max(1.0, float(problem.price.sum()))
-    coarse = problem.tol >= _SINGLE * prices
+    coarse = problem.tol >= tuning.SINGLE * prices
     if not coarse:
         return iterate(DenseNewton(certify), problem, max_steps)
-    found = iterate(DenseNewton(certify), replace(problem.single(), tol=_KEPT * problem.tol), max_steps)
-    for f in fields(found):
-        value = getattr(found, f.name)
-        setattr(found, f.name, value.double() if value.is_floating_point() else value)
+    found = iterate(DenseNewton(certify), replace(problem.single(), tol=tuning.KEPT * problem.tol), max_steps)
+    found = found.mapped(lambda value: value.double() if value.is_floating_point() else value)
     at = Point.at(problem, found.z)
     found.log_p, found.log_r = at.logs(problem)
     found.gap = (found.gap + at.value - found.value).clamp_min(0)
     found.value, found.free = at.value, problem.pool_gap()
     return found
+
+
+def _least(
+    problem: Projection, start: Point, columns: Float[Tensor, "B n c v"]
+) -> tuple[Float[Tensor, "B n c"], Point]:
+    """Minimise f over z + Σ_k a_ik columns_ik by Newton's method on the coefficients; return them and the point there.
+
+    ``columns`` are the scores of each member's directions. f never rises.
+    """
+    B, n, c, _ = columns.shape
+    a, at = columns.new_zeros(B, n, c), start
+    going = torch.ones_like(start.value, dtype=torch.bool)
+    for _ in range(_COEFFICIENT_STEPS):
+        H, g = _derivatives(problem, at, columns)
+        # A row that is done stays where it is, whatever others need.
+        step = torch.where(going[:, None], -torch.linalg.solve(H, g), 0.0).nan_to_num(0.0, 0.0, 0.0)
+        promised = -0.5 * (g * step).sum(-1)
+        a, at = _fallen(problem, columns, (a, at), start, step.view(B, n, c).to(a))
+        going = going & (promised > tuning.ENOUGH * (start.value - at.value))
+        if not some(going):
+            break
+    return a, at
+
+
+def _derivatives(
+    problem: Projection, at: Point, columns: Float[Tensor, "B n c v"]
+) -> tuple[Float[Tensor, "B k k"], Float[Tensor, "B k"]]:
+    """Return the Hessian and the gradient of f in the coefficients, members side by side, fp64."""
+    B, n, c, v = columns.shape
+    joint = (problem.alpha[:, None, None] * columns).view(B, n * c, v)
+    weighted = joint * at.p[:, None]
+    mean = weighted.sum(-1).double()
+    H, g = torch.bmm(weighted, joint.transpose(1, 2)).double() - mean[:, :, None] * mean[:, None], mean
+    weighted = columns * at.r[:, :, None]
+    means = weighted.sum(-1).double()
+    own = (weighted @ columns.transpose(2, 3)).double() - means[..., None] * means[..., None, :]
+    for i, (alpha, gamma) in enumerate(zip(problem.alpha, problem.gamma, strict=True)):
+        here = slice(i * c, (i + 1) * c)
+        H[:, here, here] += alpha * gamma * own[:, i]
+        g[:, here] -= alpha * means[:, i]
+    diagonal = H.diagonal(dim1=-2, dim2=-1)
+    diagonal.copy_(diagonal.clamp_min(0) * (1 + _RIDGE * torch.finfo(columns.dtype).eps) + _LEAST)
+    return H, g
+
+
+def _fallen(
+    problem: Projection,
+    columns: Float[Tensor, "B n c v"],
+    here: tuple[Float[Tensor, "B n c"], Point],
+    start: Point,
+    step: Float[Tensor, "B n c"],
+) -> tuple[Float[Tensor, "B n c"], Point]:
+    """Return (coefficients, point) after as much of a step as lowers f; none of it where nothing does."""
+    (a, at), found = here, start
+
+    def worse(t: Float[Tensor, " B"]) -> Bool[Tensor, " B"]:
+        nonlocal found
+        moved = a + t[:, None, None] * step
+        found = Point.at(problem, start.z + torch.matmul(moved[:, :, None], columns)[:, :, 0])
+        return ~(found.value <= at.value)
+
+    t, failed = backtrack(worse, torch.ones_like(at.value), 1 / 3, _SHORTENED)
+    new = a + t[:, None, None] * step
+    if not some(failed):
+        return new, found
+    rows = failed.nonzero().squeeze(-1)
+    return torch.where(failed[:, None, None], a, new), found.put(rows, at.take(rows))

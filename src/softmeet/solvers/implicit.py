@@ -20,10 +20,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from softmeet.solvers.conjugate import Linear, conjugate_gradients
+from softmeet.solvers.direction import Around, heavy_tokens
 from softmeet.solvers.dual import DualState
-from softmeet.solvers.heavy import Around, heavy_tokens
-from softmeet.solvers.hessian import curved, moments
+from softmeet.solvers.linalg import Linear, add_ridge, conjugate_gradients
+from softmeet.solvers.oracle import curved, moments
 from softmeet.solvers.projection import Projection
 
 Solve = Callable[[Projection], DualState]
@@ -37,7 +37,7 @@ _INNER, _GROUP = 24, 4
 
 
 def projected(problem: Projection, trust: Float[Tensor, " n"], solve: Solve) -> Float[Tensor, "B v"]:
-    """Log p of the relaxed I-projection, differentiable in ``problem.log_q`` and ``trust``.
+    """Return log p of the relaxed I-projection in nats, differentiable in ``problem.log_q`` and ``trust``.
 
     Args:
         problem: whose ``log_q`` may require a gradient; its own trusts are replaced.
@@ -66,7 +66,7 @@ class _Projected(torch.autograd.Function):
         problem, state = ctx.problem, ctx.state
         p, r = state.log_p.exp(), state.log_r.exp()
         inner = g - p * g.sum(-1, keepdim=True)
-        b = torch.cat([a * h.moments(inner)[0] for a, h in zip(problem.alpha, problem.heads, strict=True)], dim=-1)
+        b = problem.moments(inner[:, None].expand_as(r))
         y = problem.scores(adjoint(problem, state, b))
         x = problem.tilt(y)
         to_pool = inner - p * (x - (p * x).sum(-1, keepdim=True))
@@ -77,59 +77,41 @@ class _Projected(torch.autograd.Function):
 
 
 def adjoint(problem: Projection, state: DualState, b: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-    """S with H s = b at the state's point."""
-    if b.shape[1] ** 2 * len(b) <= _ELEMENTS:
-        return _direct(problem, state, b)
-    return iterative(problem, state, b)
-
-
-def _direct(problem: Projection, state: DualState, b: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-    H = moments(problem, state.log_p, state.log_r).H
-    scale = H.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(H.dtype).tiny)
-    H.diagonal(dim1=-2, dim2=-1).add_(problem.eps * scale[:, None])
-    s: Tensor = torch.linalg.solve(H, b)
+    """Return s with H s = b at the state's point, with H itself where it is small."""
+    if b.shape[1] ** 2 * len(b) > _ELEMENTS:
+        return iterative(problem, state, b)
+    s: Tensor = torch.linalg.solve(add_ridge(moments(problem, state.log_p, state.log_r).H, problem.eps), b)
     return s
 
 
 def iterative(
     problem: Projection, state: DualState, b: Float[Tensor, "B D"], reduction: float = _REDUCTION, limit: int = _STEPS
 ) -> Float[Tensor, "B D"]:
-    """H⁻¹ b by conjugate gradients, two reads of the heads a step; a row stops at ``reduction`` of its residual.
+    """Return H⁻¹ b by conjugate gradients, two reads of the heads a step; a row stops at ``reduction`` of its residual.
 
     The rows in which few tokens have nearly all the mass, and directions of few others nearly no curvature, would take
     hundreds of steps without a preconditioner.
     """
     p, r = state.log_p.exp(), state.log_r.exp()
-    precondition = _heavy_tokens(problem, state)
 
     def product(d: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
         rows = d.any(-1).nonzero().squeeze(-1)
-        return torch.zeros_like(d).index_copy(0, rows, _product(problem.take(rows), p[rows], r[rows], d[rows]))
+        part = problem.take(rows)
+        return torch.zeros_like(d).index_copy(0, rows, curved(part, p[rows], r[rows], part.scores(d[rows])))
 
-    return conjugate_gradients(product, b, precondition, reduction, limit)
+    return conjugate_gradients(product, b, _by_heavy_tokens(problem, p, r), reduction, limit)
 
 
-def _heavy_tokens(problem: Projection, state: DualState) -> Linear:
-    """By so many inner steps that it is linear but for rounding; rows in groups, for what each gathers."""
-    groups = torch.arange(len(state.z), device=state.z.device).split(_GROUP)
-    parts = [
-        Around(problem.take(rows), state.log_p[rows].exp(), state.log_r[rows].exp(), heavy_tokens(problem, 1))
-        for rows in groups
-    ]
+def _by_heavy_tokens(problem: Projection, p: Float[Tensor, "B v"], r: Float[Tensor, "B n v"]) -> Linear:
+    """Return a preconditioner of so many inner steps that it is linear but for rounding; rows in groups, for memory."""
+    groups = torch.arange(len(p), device=p.device).split(_GROUP)
+    parts = [Around(problem.take(rows), p[rows], r[rows], heavy_tokens(problem, 1)) for rows in groups]
 
     def precondition(g: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-        return torch.cat(
-            [
-                problem.take(rows).whitened(part.solve(problem.take(rows).unwhitened(g[rows]), _INNER))
-                for rows, part in zip(groups, parts, strict=True)
-            ]
-        )
+        found = []
+        for rows, part in zip(groups, parts, strict=True):
+            here = problem.take(rows)
+            found.append(here.whitened(part.solve(here.unwhitened(g[rows]), _INNER)))
+        return torch.cat(found)
 
     return precondition
-
-
-def _product(
-    problem: Projection, p: Float[Tensor, "B v"], r: Float[Tensor, "B n v"], d: Float[Tensor, "B D"]
-) -> Float[Tensor, "B D"]:
-    """H d, two reads of every head."""
-    return curved(problem, p, r, problem.scores(d))

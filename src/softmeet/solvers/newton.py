@@ -3,46 +3,44 @@
     H = Cov_p([α_1 Q_1 | … | α_n Q_n]) + blockdiag(α_i γ_i Cov_{r_i}(Q_i)),   H s = g,   ν ← ν - t s
 
 A step reads every head twice: for the Hessian at a point, which costs v D² per row, and for the scores of the direction
-and the gradient where it leads. The scores also certify the point that was left (:mod:`softmeet.solvers.certificate`),
-and a step lowers f by a known amount, so the bound at the new point needs no further read, and a row that it ends no
-further Hessian.
+and the gradient where it leads. It is shortened where f does not fall enough, and lengthened where f is straight. The
+scores also certify the point that was left (:mod:`softmeet.solvers.certificate`), and a step lowers f by a known
+amount, so the bound at the new point needs no further read, and a row that it ends no further Hessian.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from softmeet.solvers.base import Status
+from softmeet.solvers.base import Solver, Status
 from softmeet.solvers.certificate import gap_bound, residual_slack, restricted_gap_bound
-from softmeet.solvers.dual import DualMethod, DualState, bound_after, start
-from softmeet.solvers.hessian import moments
-from softmeet.solvers.projection import Projection
+from softmeet.solvers.dual import DualState, end_by_pool, end_by_proof, pool_is_near, start
+from softmeet.solvers.linalg import backtrack, cached, held, solve_ridged
+from softmeet.solvers.oracle import moments
+from softmeet.solvers.projection import Point, Projection
 
-# Elements of all Hessians at once: 32 MiB in fp64.
-_ELEMENTS = 1 << 22
-# Elements of all members' distributions at once, 4 MiB: rows that share the cost of starting each operation without
-# leaving the processor's cache; and rows that products pay for anyway.
-_CACHED_ELEMENTS, _FEWEST = 1 << 19, 8
-# The share of a gradient that a direction may leave over before it is refined.
-_SOLVED = 1e-7
+# Rows that share the cost of starting each operation, even where their vectors leave the processor's cache.
+_FEWEST = 8
 # A row whose estimated gap is so many tolerances gets no bound: it would not end there.
 _FAR = 10.0
-# The longest direction, in whitened coordinates: scores of single precision do not overflow yet.
-_LONGEST = 1e30
+# The share of the slope by which f has to fall; a step at whose end more of the slope than ``_STRAIGHT`` is left has
+# met little curvature, as where every distribution is one-hot.
+_ARMIJO, _STRAIGHT = 1e-4, 0.5
+_HALVINGS, _DOUBLINGS = 40, 20
 
 
 @dataclass
 class NewtonState(DualState):
-    """``slack``: what H s ≠ g may hide, in nats."""
+    """A :class:`DualState` with ``slack``: what H s ≠ g may hide of the gap, in nats."""
 
     slack: Float[Tensor, " B"]
 
 
-class DualNewton(DualMethod[NewtonState]):
+class DualNewton(Solver[NewtonState]):
     """Newton's method with the full Hessian, for heads that are small or answers that are wanted exactly."""
 
     def init(self, problem: Projection) -> NewtonState:
@@ -51,24 +49,38 @@ class DualNewton(DualMethod[NewtonState]):
         return NewtonState(**fields, slack=torch.zeros_like(fields["value"]))
 
     def rows_at_once(self, problem: Projection) -> int:
-        """As many as have room for their Hessians, and on a processor for their distributions in its cache."""
-        rows = _ELEMENTS // max(1, len(problem.scale)) ** 2
-        if problem.log_p.device.type == "cpu":
-            rows = min(rows, max(_FEWEST, _CACHED_ELEMENTS // problem.log_p.shape[1:].numel()))
-        return max(1, rows)
+        """Return how many rows have room for their Hessians, and on a processor for their vectors in its cache."""
+        rows, place = held(len(problem.scale) ** 2), problem.log_p.device
+        if place.type == "cpu":
+            rows = min(rows, cached(problem.log_p.shape[1:].numel(), place, _FEWEST))
+        return rows
+
+    def step(self, problem: Projection, state: NewtonState) -> NewtonState:
+        """Find the Newton direction, and go along it as far as f falls."""
+        reads = problem.passes()
+        self.aim(problem, state)
+        y = problem.scores(state.direction)
+        after = _moved(problem, state, y)
+        near = pool_is_near(problem, after)
+        if not near.all():
+            self._judge(problem, state, after, y)
+            end_by_proof(problem, state, after)
+        end_by_pool(after, near)
+        after.passes = state.passes + problem.passes() - reads
+        return after
 
     def aim(self, problem: Projection, state: NewtonState) -> None:
-        """The Newton direction, by one read of the heads; the first is the start's, where the problem has one."""
+        """Set the Newton direction, by one read of the heads; the first is the start's, where the problem has one."""
         first = not state.steps.any()
         if first and problem.start is not None:
             return
         found = moments(problem, state.log_p, state.log_r)
         state.gradient = problem.scale * (found.joint - found.own)
-        s = _solve(found.H, state.gradient, problem.eps)
+        s = solve_ridged(found.H, state.gradient, problem.eps)
         state.direction, state.slack = -s, residual_slack(found.H, s, state.gradient, state.gradient)
 
-    def judge(self, problem: Projection, before: NewtonState, after: NewtonState, full: Float[Tensor, "B n v"]) -> None:
-        """Certify the point before, and with the fall of f the one after."""
+    def _judge(self, problem: Projection, before: NewtonState, after: NewtonState, y: Float[Tensor, "B n v"]) -> None:
+        """Bound the gap before the step by the direction's scores y, and with the fall of f the gap after it."""
         decrement = -(before.gradient * before.direction).sum(-1)
         fall = before.value - after.value
         # A start from elsewhere is no Newton step: it says nothing about the gap.
@@ -77,7 +89,7 @@ class DualNewton(DualMethod[NewtonState]):
         bound, rounding = torch.full_like(fall, torch.inf), torch.zeros_like(fall)
         near = (estimate <= _FAR * problem.tol).nonzero().squeeze(-1)
         if len(near):
-            bound[near], rounding[near] = self.certify(problem, before, after, full, near)
+            bound[near], rounding[near] = _certified(problem, before, after, y, near)
         certified = torch.minimum(bound, torch.where(before.certified, before.gap, torch.inf))
         certified = bound_after(certified, fall, problem.tol)
         after.certified = certified.isfinite()
@@ -88,42 +100,92 @@ class DualNewton(DualMethod[NewtonState]):
         after.status = after.status.masked_fill(stalled, Status.NOT_CONVERGED)
         after.gap = after.gap.masked_fill(stalled & ~after.certified, torch.inf)
 
-    def certify(
-        self,
-        problem: Projection,
-        before: NewtonState,
-        after: NewtonState,
-        full: Float[Tensor, "B n v"],
-        rows: Int[Tensor, " k"],
-    ) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"]]:
-        """Of some rows (a bound on the gap before, inf where none was found; what rounding may add to it after)."""
-        p, r, gradient = before.log_p[rows].exp(), before.log_r[rows].exp(), before.gradient[rows]
-        bound, broken = gap_bound(problem, p, r, full[rows])
-        bound = torch.where(broken, torch.inf, bound + before.slack[rows])
-        decrement = -(gradient * before.direction[rows]).sum(-1)
-        for k in (bound.isinf() & (0.25 * decrement <= problem.tol)).nonzero().flatten().tolist():
-            bound[k] = restricted_gap_bound(problem, int(rows[k]), p[k], r[k], gradient[k])
-        return bound, problem.rounding(p, r, after.z[rows], after.nu[rows])
+
+def bound_after(bound: Float[Tensor, " B"], fall: Float[Tensor, " B"], tol: float) -> Float[Tensor, " B"]:
+    """Return what is left of a bound on the gap, in nats, once f has fallen by so much.
+
+    Where f fell by more than ``tol`` beyond it, the bound was none, and inf is returned: rounding can spoil that of a
+    Hessian in single precision, where one token has all the mass.
+    """
+    left = bound - fall
+    return torch.where(left < -tol, torch.inf, left.clamp_min(0))
 
 
-def _solve(H: Float[Tensor, "B D D"], g: Float[Tensor, "B D"], eps: float) -> Float[Tensor, "B D"]:
-    """H⁻¹ g by Cholesky with a ridge at the rounding of H, refined twice; a failing row gets a larger ridge."""
-    scale = H.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(H.dtype).tiny)
-    ridged, ridge = H.clone(), eps * scale
-    for _ in range(12):
-        ridged.diagonal(dim1=-2, dim2=-1).copy_(H.diagonal(dim1=-2, dim2=-1) + ridge[:, None])
-        L, info = torch.linalg.cholesky_ex(ridged)
-        if not info.any():
-            break
-        ridge = torch.where(info > 0, 10 * ridge, ridge)
-    s, residual, going = torch.zeros_like(g), g, torch.ones_like(g[..., :1], dtype=torch.bool)
-    for _ in range(3):
-        # A row that is solved stays as it is, whatever others need.
-        s = torch.where(going, s + torch.cholesky_solve(residual[..., None], L).squeeze(-1), s)
-        residual = g - (H @ s[..., None]).squeeze(-1)
-        going = residual.norm(dim=-1, keepdim=True) > _SOLVED * g.norm(dim=-1, keepdim=True)
+def _certified(
+    problem: Projection, before: NewtonState, after: NewtonState, y: Float[Tensor, "B n v"], rows: Int[Tensor, " k"]
+) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"]]:
+    """Return, of some rows, (a bound on the gap before, inf where none is found; what rounding may add after)."""
+    p, r, gradient = before.log_p[rows].exp(), before.log_r[rows].exp(), before.gradient[rows]
+    bound, broken = gap_bound(problem, p, r, y[rows])
+    bound = torch.where(broken, torch.inf, bound + before.slack[rows])
+    decrement = -(gradient * before.direction[rows]).sum(-1)
+    for k in (bound.isinf() & (0.25 * decrement <= problem.tol)).nonzero().flatten().tolist():
+        bound[k] = restricted_gap_bound(problem, int(rows[k]), p[k], r[k], gradient[k])
+    return bound, problem.rounding(p, r, after.z[rows], after.nu[rows])
+
+
+def _moved(problem: Projection, state: NewtonState, y: Float[Tensor, "B n v"]) -> NewtonState:
+    """Go along the direction, with the scores y, by a whole step or by one that Armijo's condition allows."""
+    there, slope = Point.at(problem, state.z + y), (state.gradient * state.direction).sum(-1)
+    t = torch.ones_like(slope)
+    failed = ~(there.value <= state.value + _ARMIJO * slope)
+    straight = ~failed & (slope < 0) & (there.slope(problem, y) < _STRAIGHT * slope)
+    for which, search in ((failed, _shorter), (straight, _longer)):
+        if which.any():
+            rows = which.nonzero().squeeze(-1)
+            t[rows] = search(problem.take(rows), state.take(rows), y[rows], slope[rows])
+    if (t != 1).any():
+        rows = (t != 1).nonzero().squeeze(-1)
+        moved = state.z[rows] + t[rows, None, None] * y[rows]
+        there = there.put(rows, Point.at(problem.take(rows), moved))
+    log_p, log_r = there.logs(problem)
+    return replace(
+        state,
+        steps=state.steps + 1,
+        nu=state.nu + t[:, None] * state.direction,
+        z=there.z,
+        value=there.value,
+        log_p=log_p,
+        log_r=log_r,
+    )
+
+
+def _shorter(
+    problem: Projection, state: NewtonState, y: Float[Tensor, "B n v"], slope: Float[Tensor, " B"]
+) -> Float[Tensor, " B"]:
+    """Find a step below 1 by halving until Armijo's condition holds; 0 where f never falls. Reads no head."""
+
+    def value(t: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+        return problem.dual(state.z + t[:, None, None] * y)
+
+    def worse(t: Float[Tensor, " B"]) -> Bool[Tensor, " B"]:
+        return ~(value(t) <= state.value + _ARMIJO * t * slope)
+
+    t = torch.minimum(torch.full_like(slope, 0.5), 4 * _safe_step(problem, y))
+    t, failed = backtrack(worse, t, 0.5, _HALVINGS)
+    return torch.where(value(t) <= state.value, t, 0.0) if failed.any() else t
+
+
+def _longer(
+    problem: Projection, state: NewtonState, y: Float[Tensor, "B n v"], slope: Float[Tensor, " B"]
+) -> Float[Tensor, " B"]:
+    """Find a step of 1 or more, by doubling while f falls and Armijo's condition holds. Reads no head."""
+    t = torch.ones_like(slope)
+    value, going = problem.dual(state.z + y), torch.ones_like(state.done)
+    for _ in range(_DOUBLINGS):
+        further = problem.dual(state.z + 2 * t[:, None, None] * y)
+        going = going & (further < value) & (further <= state.value + _ARMIJO * 2 * t * slope)
         if not going.any():
             break
-    # Where H all but vanishes, as for one-hot distributions, the gradient is still a direction, and may be a Farkas
-    # proof; a step that is not a number, or whose scores would overflow, is none.
-    return torch.where(s.norm(dim=-1, keepdim=True) <= _LONGEST, s, g)
+        t, value = torch.where(going, 2 * t, t), torch.where(going, further, value)
+    return t
+
+
+def _safe_step(problem: Projection, y: Float[Tensor, "B n v"]) -> Float[Tensor, " B"]:
+    """Return log(1 + d) / d, d the range of the tilts, a step that lowers a generalised self-concordant f.
+
+    It is needed where every distribution is one-hot (Sun and Tran-Dinh, Math. Program. 178, 2019, eq. 23 with ν = 2).
+    """
+    tilts = torch.cat([problem.tilt(y)[:, None], problem.gamma[:, None] * y], dim=1)
+    span = (tilts.amax(-1) - tilts.amin(-1)).amax(-1)
+    return torch.log1p(span) / span.clamp_min(torch.finfo(span.dtype).tiny)

@@ -1,7 +1,17 @@
-"""A Newton direction from the heaviest tokens, whose curvature is exact, and a tail of known curvature."""
+"""A Newton direction from the heaviest tokens, whose curvature is exact, and a tail of known curvature.
+
+The many light tokens of a row together are taken to have the curvature of tokens drawn evenly from the vocabulary. That
+is found once for some heads, in the heads' own coordinates, all members side by side: the covariance C of rows of W_i,
+and with trusts the inverse of
+
+    diag(α) C diag(α) + blockdiag(α_i γ_i C_ii)
+
+within the directions that the heads have (:class:`softmeet.solvers.projection.Projection`).
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -9,20 +19,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from softmeet.solvers.base import some
+from softmeet.solvers import tuning
+from softmeet.solvers.linalg import add_ridge, conjugate_gradients, held
 from softmeet.solvers.projection import Projection
-from softmeet.solvers.tail import tail_of
 
-# Heavy tokens of a row: at least so many, and so many for a column of all heads. Steps from the third on double them,
-# up to a share of the vocabulary and a number: late steps are lost to tails.
-_HEAVY, _FOR_A_COLUMN, _LARGEST, _MOST = 256, 5 / 12, 1 / 4, 2048
-# Conjugate gradients of a direction, at most, and the masses that their preconditioner has exactly.
-_GRADIENTS, _EXACT = 64, 96
-# The share of the residual, in the preconditioner's metric, that they leave: on peaked rows what they leave is what has
-# to move furthest.
-_REDUCTION = 0.1
-# Elements of gathered rows that are worked on together: what stays in a processor's cache.
-_CACHED_ELEMENTS = 1 << 23
 # The least share of mass that a tail is taken to have.
 _LEAST = 1e-6
 
@@ -30,22 +30,23 @@ _LEAST = 1e-6
 def direction(
     problem: Projection, gradient: Float[Tensor, "B D"], p: Float[Tensor, "B v"], r: Float[Tensor, "B n v"], step: int
 ) -> Float[Tensor, "B D"]:
-    """-H⁻¹ ∇f, about: a direction in which f falls.
+    """Return a direction in which f falls, (B, D): -H⁻¹ ∇f, about.
 
     Args:
         problem: the projection.
         gradient: ∇f at the point.
         p, r: the distributions there.
-        step: how many were taken before.
+        step: how many steps were taken before.
     """
     found = torch.empty_like(gradient)
     count = heavy_tokens(problem, step)
-    row = count * problem.read
-    size = max(1, _CACHED_ELEMENTS // row) if found.device.type == "cpu" else len(found)
+    size = held(count * problem.read) if found.device.type == "cpu" else max(1, len(found))
     for rows in torch.arange(len(found), device=found.device).split(size):
         g = gradient[rows]
         here = problem.take(rows)
-        x = Around(here, p[rows], r[rows], count).solve(-here.unwhitened(g), _GRADIENTS, _REDUCTION)
+        x = Around(here, p[rows], r[rows], count).solve(
+            -here.unwhitened(g), tuning.CONJUGATE_STEPS, tuning.CONJUGATE_REDUCTION
+        )
         x = here.whitened(x)
         # Where it is no number, or f would rise along it, the gradient will do.
         falls = (x * g).sum(-1, keepdim=True) < 0
@@ -54,13 +55,16 @@ def direction(
 
 
 def heavy_tokens(problem: Projection, step: int) -> int:
-    """How many tokens of a row have their curvature exactly."""
-    v, least = problem.log_q.shape[-1], max(_HEAVY, int(_FOR_A_COLUMN * problem.read))
-    return min(v, _MOST, max(least, min(least << max(0, step - 1), int(_LARGEST * v))))
+    """Return how many tokens of a row have their curvature exactly.
+
+    Steps from the third on double them, up to a share of the vocabulary and a number: late steps are lost to tails.
+    """
+    v, least = problem.log_q.shape[-1], max(tuning.HEAVY, int(tuning.HEAVY_PER_COLUMN * problem.read))
+    return min(v, tuning.HEAVY_AT_MOST, max(least, min(least << max(0, step - 1), int(tuning.HEAVY_SHARE * v))))
 
 
 class Around:
-    """H at some rows' points: of K heavy tokens, and of the mass of all others at the tail's curvature.
+    """The Hessian H at some rows' points, of K heavy tokens and of the mass of all others at the tail's curvature.
 
     In the heads' own coordinates, D = Σ d_i: rows are not whitened, only what goes in and what comes out.
     """
@@ -92,7 +96,7 @@ class Around:
         return x.repeat_interleave(widths, dim=-1)
 
     def _sums(self, m: Float[Tensor, "b n K"]) -> Float[Tensor, "b D"]:
-        """Σ_j m_ij q_ij of every member, side by side."""
+        """Return Σ_j m_ij q_ij of every member, side by side."""
         return torch.cat([torch.bmm(m[:, i, None], rows)[:, 0] for i, rows in enumerate(self.rows)], dim=-1)
 
     def times(self, x: Float[Tensor, "b D"]) -> Float[Tensor, "b D"]:
@@ -113,28 +117,12 @@ class Around:
         return self.scale * (found - lost + self._spread(self.gamma) * self.of_r_wide * light)
 
     def solve(self, b: Float[Tensor, "b D"], steps: int, reduction: float = 0.0) -> Float[Tensor, "b D"]:
-        """H⁻¹ b by preconditioned conjugate gradients, until the residual falls by ``reduction`` or the steps end."""
-        precondition = _Preconditioner(self)
-        residual = b.to(self.dtype)
-        x, z = torch.zeros_like(residual), precondition(residual)
-        d, size = z, (residual * z).sum(-1, keepdim=True)
-        goal, tiny = reduction**2 * size, torch.finfo(x.dtype).tiny
-        for _ in range(steps):
-            going = size > goal
-            if not some(going[:, 0]):
-                break
-            product = self.times(d)
-            t = torch.where(going, size / (d * product).sum(-1, keepdim=True).clamp_min(tiny), 0.0)
-            x, residual = x + t * d, residual - t * product
-            z = precondition(residual)
-            new = (residual * z).sum(-1, keepdim=True)
-            # A row that is done stays where it is, whatever others need.
-            d, size = torch.where(going, z + new / size.clamp_min(tiny) * d, d), torch.where(going, new, size)
-        return x.to(b)
+        """Return H⁻¹ b by preconditioned conjugate gradients, until the residual falls by ``reduction``."""
+        return conjugate_gradients(self.times, b.to(self.dtype), _Preconditioner(self), reduction, steps).to(b)
 
 
 class _Preconditioner:
-    """H⁻¹ with the largest masses of p and all r_i exactly, and the tail's curvature at the mean mass of all tails.
+    """Multiplies by H⁻¹ of the largest masses of p and all r_i, and of the tail's curvature at the mean mass of tails.
 
     By Woodbury: (τ T + UᵀU)⁻¹ = (T⁻¹ - T⁻¹Uᵀ(τ + U T⁻¹Uᵀ)⁻¹U T⁻¹) / τ.
     """
@@ -144,7 +132,11 @@ class _Preconditioner:
         self.inverse = around.tail.inverse(around.problem).to(around.dtype)
         self.mass = ((around.of_p[:, 0] + around.of_r.sum(-1)) / (1 + around.of_r.shape[1]))[:, None]
         own = (around.alpha * around.gamma)[:, None] * around.r
-        heaviest = torch.cat([around.p[:, None], own], dim=1).flatten(1).topk(max(1, min(_EXACT, K // 4)), dim=-1)
+        heaviest = (
+            torch.cat([around.p[:, None], own], dim=1)
+            .flatten(1)
+            .topk(max(1, min(tuning.PRECONDITIONED, K // 4)), dim=-1)
+        )
         layer, token = heaviest.indices // K, heaviest.indices % K
         U = torch.cat([rows.gather(1, token[..., None].expand(-1, -1, rows.shape[-1])) for rows in around.rows], dim=-1)
         own_means = [pad(around.own_mean[:, h], (h.start, U.shape[-1] - h.stop)) for h in around.places]
@@ -157,12 +149,53 @@ class _Preconditioner:
         U = U * share[layer] - torch.stack(means, dim=1).gather(1, wide) * share[layer]
         U = U * heaviest.values.sqrt()[..., None]
         self.low = U @ self.inverse
-        G = torch.bmm(self.low, U.transpose(1, 2)).double()
-        diagonal = G.diagonal(dim1=-2, dim2=-1)
-        diagonal += self.mass.double() + torch.finfo(U.dtype).eps * diagonal.mean(-1, keepdim=True)
+        G = add_ridge(torch.bmm(self.low, U.transpose(1, 2)).double(), torch.finfo(U.dtype).eps)
+        G.diagonal(dim1=-2, dim2=-1).add_(self.mass.double())
         factor, _ = torch.linalg.cholesky_ex(G)
         self.low_inverse = torch.cholesky_inverse(factor)
 
     def __call__(self, g: Float[Tensor, "b D"]) -> Float[Tensor, "b D"]:
         low = torch.bmm(torch.bmm(g[:, None], self.low.transpose(1, 2)).double(), self.low_inverse)
         return (g @ self.inverse - torch.bmm(low.to(g), self.low)[:, 0]) / self.mass
+
+
+@dataclass(eq=False)
+class Tail:
+    """The mean and covariance of rows of [W_1 - c_1 | … | W_n - c_n] in fp32, and inverses for the trusts asked for."""
+
+    mean: Float[Tensor, " D"]
+    covariance: Float[Tensor, "D D"]
+    _inverses: dict[tuple[float, ...], Tensor] = field(default_factory=dict)
+
+    def inverse(self, problem: Projection) -> Float[Tensor, "D D"]:
+        """Return the inverse of the curvature at one unit of mass of p and of every r_i, fp32."""
+        if problem.trust not in self._inverses:
+            F = torch.block_diag(*(h.whitening.factor for h in problem.heads))
+            C = F.T @ self.covariance.double() @ F
+            scale = problem.scale.double()
+            H = C * scale[:, None] * scale
+            for here, alpha, gamma in zip(problem.places, problem.alpha.tolist(), problem.gamma.tolist(), strict=True):
+                H[here, here] += alpha * gamma * C[here, here]
+            # Evenly drawn tokens miss directions.
+            add_ridge(H, tuning.TAIL_RIDGE)
+            self._inverses[problem.trust] = (F @ torch.cholesky_solve(F.T, torch.linalg.cholesky(H))).float()
+        return self._inverses[problem.trust]
+
+
+def tail_of(problem: Projection) -> Tail:
+    """Return the tail of a problem's heads, which is kept with the first of them."""
+    first = problem.heads[0].head
+    key = tuple(h.whitening for h in problem.heads)
+    for known, tail in first.tails:
+        if len(known) == len(key) and all(a is b for a, b in zip(known, key, strict=True)):
+            return tail  # type: ignore[return-value]
+    v = problem.log_q.shape[-1]
+    count = min(v, max(tuning.TAIL, tuning.TAIL_PER_COLUMN * problem.read))
+    tokens = (torch.arange(count, dtype=torch.float64) * (v / count)).long()
+    X = torch.cat([h.even_rows(tokens) for h in problem.heads], dim=-1)
+    mean = X.mean(0)
+    X -= mean
+    tail = Tail(mean, X.T @ X / count)
+    # Views of one row each, as of free directions, would fill it.
+    first.tails[:] = [*first.tails[-3:], (key, tail)]
+    return tail

@@ -6,11 +6,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from softmeet.rules.row import Row
+from softmeet.essay.column_generation import Optimum, SimplexProgram, minimise
+from softmeet.essay.columns import Columns, chosen
+from softmeet.essay.feasible_set import FeasibleSet
+from softmeet.essay.interior import Program, interior_point
 from softmeet.simplex import kl
-from softmeet.solvers.columns import Columns, chosen
-from softmeet.solvers.interior import Program, factored, interior_point
-from softmeet.solvers.program import Optimum, SimplexProgram, minimise
+from softmeet.solvers.linalg import Factored
 from softmeet.solvers.projection import MOMENT_TOLERANCE, SEPARATED
 
 # The gap of a squared distance in whitened coordinates: round-off there.
@@ -19,7 +20,7 @@ _NEAREST = 1e-12
 _NEGATIVE = 1e-9
 
 
-def nearest(row: Row, columns: Columns, target: Float[Tensor, " m"]) -> Optimum:
+def nearest(row: FeasibleSet, columns: Columns, target: Float[Tensor, " m"]) -> Optimum:
     """A p in the simplex that minimises |Gᵀp - g|², for columns G that end with the ones."""
     softness = torch.ones_like(target)
     softness[-1] = 0.0
@@ -37,7 +38,7 @@ def nearest(row: Row, columns: Columns, target: Float[Tensor, " m"]) -> Optimum:
     return minimise(program, row.problem.settings.max_steps)
 
 
-def separating(row: Row) -> Float[Tensor, " m"] | None:
+def separating(row: FeasibleSet) -> Float[Tensor, " m"] | None:
     """Multipliers that prove C empty, from the nearest p: its excess, turned round; None if they do not.
 
     At the nearest p, r = Gᵀp - g has rᵀ(g_j - g) ≥ |r|² for every token j (the Frank-Wolfe gap is zero).
@@ -47,7 +48,7 @@ def separating(row: Row) -> Float[Tensor, " m"] | None:
     return y if proves_empty(row, y) else None
 
 
-def proves_empty(row: Row, y: Float[Tensor, " m"]) -> bool:
+def proves_empty(row: FeasibleSet, y: Float[Tensor, " m"]) -> bool:
     """Whether no p has the members' moments, nor any that are all but those.
 
     That is so if Σ_i λ_iᵀ(a_ij - b_i) < -δ|y| for every token that may be answered, y the whitened multipliers, and δ
@@ -56,13 +57,13 @@ def proves_empty(row: Row, y: Float[Tensor, " m"]) -> bool:
     return bool(row.scores(y)[row.alive].max() < -SEPARATED * y[:-1].norm())
 
 
-def moments_hold(row: Row, p: Float[Tensor, " v"]) -> bool:
+def moments_hold(row: FeasibleSet, p: Float[Tensor, " v"]) -> bool:
     """Whether p has the members' moments."""
     return float(row.excess(p).norm()) <= MOMENT_TOLERANCE
 
 
 def entropic(
-    row: Row, tokens: Bool[Tensor, " v"], reference: Float[Tensor, " v"], target: Float[Tensor, " m"]
+    row: FeasibleSet, tokens: Bool[Tensor, " v"], reference: Float[Tensor, " v"], target: Float[Tensor, " m"]
 ) -> tuple[Float[Tensor, " v"], Float[Tensor, " m"], int]:
     """(p, multipliers, steps): the I-projection of ``reference`` onto the p on ``tokens`` with moments ``target``."""
     ids = tokens.nonzero().squeeze(-1)
@@ -77,11 +78,11 @@ def entropic(
     return p / p.sum(), _without_sum(row.joint @ found.y), found.steps
 
 
-def polished(row: Row, p: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
+def polished(row: FeasibleSet, p: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
     """P with its moments repaired to round-off: the smallest change that does it, weighing tokens by 1 / p."""
     for _ in range(2):
         columns, target = row.system
-        solve = factored(columns.gram(p))
+        solve = Factored.of(columns.gram(p))
         if solve is None:
             break
         moved = p * (1 - columns.times(solve(columns.sums(p) - target)))
@@ -91,7 +92,7 @@ def polished(row: Row, p: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
     return p
 
 
-def exact_gap(row: Row, log_p: Float[Tensor, " v"], dual: tuple[Float[Tensor, " _"], ...]) -> float:
+def exact_gap(row: FeasibleSet, log_p: Float[Tensor, " v"], dual: tuple[Float[Tensor, " _"], ...]) -> float:
     """KL(p̃‖p), the gap by the feasible p̃ nearest to p; what is left of p̃'s excess counts at the dual point's price.
 
     Where nearly all mass is on a few tokens, none but tiny masses can repair moments, and this still finds a bound.
@@ -100,7 +101,7 @@ def exact_gap(row: Row, log_p: Float[Tensor, " v"], dual: tuple[Float[Tensor, " 
     return float(kl(repaired.log(), log_p)) + float(row.excess(repaired).norm() * row.whitened(dual).norm())
 
 
-def only(row: Row) -> tuple[Float[Tensor, " v"] | None, Float[Tensor, " m"]]:
+def only(row: FeasibleSet) -> tuple[Float[Tensor, " v"] | None, Float[Tensor, " m"]]:
     """(p, 0) with the one p that has the members' moments, or (None, y) with a proof that there is none, or (None, 0).
 
     For rows that are ``unique``: Gᵀp = g has at most one solution. If it has none, g's distance e from the range of Gᵀ

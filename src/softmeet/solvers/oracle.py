@@ -1,4 +1,4 @@
-"""Moments of a relaxed I-projection at a point, and the Hessian of its dual, by one read of every head.
+"""Moments of a relaxed I-projection at a point and the Hessian of its dual, by one read of every head.
 
     H = Cov_p([α_1 Q_1 | … | α_n Q_n]) + blockdiag(α_i γ_i Cov_{r_i}(Q_i))
 
@@ -16,20 +16,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from softmeet.solvers.linalg import cached
 from softmeet.solvers.projection import Projection
 
 # The most of a block's trace that may come off again: past it a digit and a half would be lost.
 _DOMINANT = 0.97
-# Elements of a block of one head: what stays in a core's cache between its products; more on an accelerator.
-_BLOCK_ELEMENTS, _ACCELERATOR_BLOCK_ELEMENTS = 1 << 19, 1 << 24
-# Elements of a member's weighted rows that are made at once: what stays in a core's cache; more on an accelerator.
-_CACHED_ELEMENTS = 1 << 18
-_ACCELERATOR_ELEMENTS = 1 << 26
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """``joint`` and ``own``: the means of Q_i under p and r_i, members side by side; ``H``: the Hessian. fp64."""
+    """The means of Q_i under p, ``joint``, and under r_i, ``own``, members side by side, and the Hessian H; in fp64."""
 
     joint: Float[Tensor, "B D"]
     own: Float[Tensor, "B D"]
@@ -37,7 +33,7 @@ class Moments:
 
 
 def moments(problem: Projection, log_p: Float[Tensor, "B v"], log_r: Float[Tensor, "B n v"]) -> Moments:
-    """First and second moments in whitened coordinates; products run in the heads' dtype.
+    """Compute first and second moments in whitened coordinates; products run in the heads' dtype.
 
     Args:
         problem: the projection.
@@ -46,8 +42,7 @@ def moments(problem: Projection, log_p: Float[Tensor, "B v"], log_r: Float[Tenso
     p, r = log_p.exp(), log_r.exp()
     places, D = problem.places, len(problem.scale)
     joint, own, H = p.new_zeros(len(p), D), p.new_zeros(len(p), D), p.new_zeros(len(p), D, D)
-    budget = _CACHED_ELEMENTS if p.device.type == "cpu" else _ACCELERATOR_ELEMENTS
-    for tokens in blocks(problem):
+    for tokens in _blocks(problem):
         rows = _rows(problem, tokens)
         slopes = [1.0 if h.slope is None else h.slope[:, tokens] for h in problem.heads]
         for i, (Q, here, slope) in enumerate(zip(rows, places, slopes, strict=True)):
@@ -58,7 +53,7 @@ def moments(problem: Projection, log_p: Float[Tensor, "B v"], log_r: Float[Tenso
                 mass = problem.alpha[i] * problem.alpha[j] * of_p
                 mass = mass + problem.alpha[i] * problem.gamma[i] * of_r if j == i else mass
                 weights = (slopes[j] * mass).to(Q.dtype)[..., None]
-                size = max(1, budget // max(1, rows[j].numel()))
+                size = cached(2 * rows[j].numel(), p.device)
                 for k in range(0, len(p), size):
                     H[k : k + size, here, places[j]] += torch.matmul(Q.T, rows[j] * weights[k : k + size])
     for h, here in zip(problem.heads, places, strict=True):
@@ -70,28 +65,27 @@ def moments(problem: Projection, log_p: Float[Tensor, "B v"], log_r: Float[Tenso
     return Moments(joint, own, H)
 
 
-def blocks(problem: Projection) -> list[slice]:
-    """All tokens, a block at a time."""
-    budget = _BLOCK_ELEMENTS if problem.log_q.device.type == "cpu" else _ACCELERATOR_BLOCK_ELEMENTS
-    size, v = max(64, budget // max(h.head.d for h in problem.heads)), problem.log_q.shape[-1]
+def _blocks(problem: Projection) -> list[slice]:
+    """Cut the vocabulary into blocks of which a head's rows stay in a processor's cache between their products."""
+    v = problem.log_q.shape[-1]
+    size = cached(max(h.head.d for h in problem.heads), problem.log_q.device, 64)
     return [slice(start, min(start + size, v)) for start in range(0, v, size)]
 
 
 def curved(
     problem: Projection, p: Float[Tensor, "B v"], r: Float[Tensor, "B n v"], y: Float[Tensor, "B n v"]
 ) -> Float[Tensor, "B D"]:
-    """H d for a direction d with the scores ``y``, by one read of every head."""
+    """Return H d for a direction d with the scores ``y``, by one read of every head."""
     x = problem.tilt(y)
     joint = p * (x - (p * x).sum(-1, keepdim=True))
     own = r * (y - (r * y).sum(-1, keepdim=True))
-    parts = zip(problem.heads, problem.alpha, problem.gamma, range(len(problem.heads)), strict=True)
-    return torch.cat([alpha * h.moments(joint + gamma * own[:, i])[0] for h, alpha, gamma, i in parts], dim=-1)
+    return problem.moments(joint[:, None] + problem.gamma[:, None] * own)
 
 
 def _centre(
     problem: Projection, H: Float[Tensor, "B D D"], joint: Float[Tensor, "B D"], own: Float[Tensor, "B D"]
 ) -> Bool[Tensor, " B"]:
-    """Take the scatter of the means off H; the rows where it was most of a member's block."""
+    """Take the scatter of the means off H, in place; return the rows where it was most of a member's block."""
     dominated = torch.zeros(len(H), dtype=torch.bool, device=H.device)
     scaled = problem.scale * joint
     for here, alpha, gamma in zip(problem.places, problem.alpha, problem.gamma, strict=True):
@@ -109,10 +103,10 @@ def _about_means(
     means: tuple[Float[Tensor, " D"], Float[Tensor, " D"]],
     masses: tuple[Float[Tensor, " v"], Float[Tensor, "n v"]],
 ) -> Float[Tensor, "D D"]:
-    """H of one row, each distribution about its own mean; another read of the heads for that row."""
+    """Compute H of one row, each distribution about its own mean, by another read of the heads for that row."""
     (of_p, of_r), (p, r) = means, masses
     H = torch.zeros(len(of_p), len(of_p), dtype=p.dtype, device=p.device)
-    for tokens in blocks(problem):
+    for tokens in _blocks(problem):
         joint = []
         for i, (Q, here) in enumerate(zip(_rows(problem, tokens), problem.places, strict=True)):
             alpha, gamma, slope = problem.alpha[i], problem.gamma[i], problem.heads[i].slope
@@ -128,7 +122,7 @@ def _about_means(
 
 
 def _rows(problem: Projection, tokens: slice) -> list[Float[Tensor, "b _"]]:
-    """Rows of every Q_i before any slope, where the distributions are; 0 past a head's last row."""
+    """Return rows of every Q_i before any slope, on the distributions' device; 0 past a head's last row."""
     dtype = torch.float64 if torch.float64 in [h.dtype for h in problem.heads] else torch.float32
     found = []
     for h in problem.heads:

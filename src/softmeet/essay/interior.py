@@ -25,7 +25,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from softmeet.solvers.columns import Columns
+from softmeet.essay.columns import Columns
+from softmeet.solvers.linalg import Factored
 
 # How far towards the boundary a step may go; where a barrier keeps x inside, farther than it should ever be.
 _DAMPING, _INSIDE = 0.9995, 0.9
@@ -180,7 +181,7 @@ class _Method:
         dual = dual if self.w is None else dual + self.w
         M = self.G.gram(theta)
         M.diagonal().add_(program.softness)
-        solve = factored(M)
+        solve = Factored.of(M)
         if solve is None:
             return False
         mu = self._mean_complementarity()
@@ -214,7 +215,7 @@ class _Method:
         dx, _, dz, dw = step
         return -share * dx * dz, None if dw is None else share * dx * dw
 
-    def _refined(self, solve: Solve, theta: Tensor, step: _Step) -> _Step:
+    def _refined(self, solve: Factored, theta: Tensor, step: _Step) -> _Step:
         """``step`` with what rounding of sums over masses of all sizes has left of its moments."""
         dx, dy, dz, dw = step
         for _ in range(_REFINED):
@@ -229,7 +230,9 @@ class _Method:
             dz, dw = self._dual_part(lower, upper, self.program.curvature(self.x) * change - along, (dz, dw))
         return dx, dy, dz, dw
 
-    def _direction(self, solve: Solve, theta: Tensor, dual: Tensor, mu: float, correction: _Products | None) -> _Step:
+    def _direction(
+        self, solve: Factored, theta: Tensor, dual: Tensor, mu: float, correction: _Products | None
+    ) -> _Step:
         """Newton's step towards x z = c + mu, both products corrected."""
         x, z, w = self.x, self.z, self.w
         lower = self.c + mu - x * z
@@ -266,7 +269,7 @@ class _Method:
         return so_far[0] + dz, None if dw is None or so_far[1] is None else so_far[1] + dw
 
     def _more_central(
-        self, solve: Solve, theta: Tensor, dual: Tensor, mu: float, correction: _Products, step: _Step
+        self, solve: Factored, theta: Tensor, dual: Tensor, mu: float, correction: _Products, step: _Step
     ) -> tuple[_Step, tuple[float, float]]:
         """``step``, bent towards products that are not far from ``mu`` while that makes it longer, and its length."""
         length = self._longest(step)
@@ -329,33 +332,6 @@ def _towards(mu: float, products: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
     """What brings products within a factor of ``mu``; no more is taken from large ones than that."""
     change = products.clamp(mu * _CLOSE, mu / _CLOSE) - products
     return change.clamp_min(-mu / _CLOSE)
-
-
-class Solve:
-    """M⁻¹ by Cholesky with M scaled to a unit diagonal, refined twice against M itself."""
-
-    def __init__(self, M: Float[Tensor, "m m"], scale: Float[Tensor, " m"], L: Float[Tensor, "m m"]) -> None:
-        self.M, self.scale, self.L = M, scale, L
-
-    def __call__(self, b: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
-        y = torch.zeros_like(b)
-        for _ in range(3):
-            e = (b - self.M @ y) * self.scale
-            y = y + self.scale * torch.cholesky_solve(e[:, None], self.L).squeeze(-1)
-        return y
-
-
-def factored(M: Float[Tensor, "m m"]) -> Solve | None:
-    """A factor of M plus the smallest ridge that Cholesky accepts; None where there is none."""
-    scale = M.diagonal().clamp_min(torch.finfo(M.dtype).tiny).rsqrt()
-    unit = scale[:, None] * M * scale
-    ridge = 1e-15
-    while ridge < 1e-4:
-        L, info = torch.linalg.cholesky_ex(unit + ridge * torch.eye(len(M), dtype=M.dtype, device=M.device))
-        if not info and L.isfinite().all():
-            return Solve(M, scale, L)
-        ridge *= 10
-    return None
 
 
 def _ratio(x: Float[Tensor, " N"], dx: Float[Tensor, " N"]) -> float:

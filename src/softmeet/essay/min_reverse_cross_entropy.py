@@ -6,12 +6,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from softmeet.rules.exact import Bounds, Choice, ExactRule, members_of_c
-from softmeet.rules.row import Row
+from softmeet.essay.base import Bounds, Choice, ExactRule
+from softmeet.essay.columns import Chosen
+from softmeet.essay.feasible_set import FeasibleSet
+from softmeet.essay.interior import Program, interior_point
+from softmeet.essay.max_entropy import members_of
 from softmeet.simplex import log_normalize
 from softmeet.solvers.base import Status
-from softmeet.solvers.columns import Chosen
-from softmeet.solvers.interior import Program, interior_point
 
 
 class MinReverseCrossEntropy(ExactRule):
@@ -28,7 +29,7 @@ class MinReverseCrossEntropy(ExactRule):
     summary = "the least cross-entropy of the members to the answer: empirical likelihood around the probability mean"
     exactness = 1e-2  # only whether there is one
 
-    def choose(self, row: Row, member: Float[Tensor, " v"] | None) -> Choice:
+    def choose(self, row: FeasibleSet, member: Float[Tensor, " v"] | None) -> Choice:
         """By Newton steps towards p z = p̄."""
         ids = row.alive.nonzero().squeeze(-1)
         mean = log_normalize(row.log_mean[ids]).exp().clamp_min(torch.finfo(row.log_q.dtype).tiny)
@@ -40,11 +41,11 @@ class MinReverseCrossEntropy(ExactRule):
         p = torch.zeros_like(row.log_q).index_copy(0, ids, found.x)
         p, y = p / p.sum(), row.joint @ found.y / (target @ found.y)
         if member is not None and self.status(row, p, self.proved(row, p, y)) == Status.NOT_CONVERGED:
-            projected = members_of_c(row.problem)
+            projected = members_of(row.problem)
             return Choice(projected.log_probs[0].exp(), y, found.steps + int(projected.steps[0]))
         return Choice(p, y, found.steps)
 
-    def bounds(self, row: Row, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
+    def bounds(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
         """By Gibbs' inequality: Σ p̄ log(p z / p̄) ≤ 0 for p in C, as Σ p z = 1."""
         log_mean = log_normalize(row.log_mean[row.alive])
         mean, z = log_mean.exp(), 1 + row.scores(y)[row.alive]

@@ -9,14 +9,14 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from softmeet.rules.exact import Bounds, Choice, ExactRule
-from softmeet.rules.points import moments_hold
+from softmeet.essay.base import Bounds, Choice, ExactRule
+from softmeet.essay.column_generation import Optimum, SimplexProgram, minimise
+from softmeet.essay.columns import Tokens, mapped
+from softmeet.essay.feasible_set import FeasibleSet
+from softmeet.essay.points import moments_hold
+from softmeet.essay.vertex import vertex
 from softmeet.rules.problem import Problem
-from softmeet.rules.row import Row
 from softmeet.solvers.base import Status
-from softmeet.solvers.columns import Tokens, mapped
-from softmeet.solvers.program import Optimum, SimplexProgram, minimise
-from softmeet.solvers.vertex import vertex
 
 
 class CrossEntropyRule(ExactRule):
@@ -56,22 +56,22 @@ class CrossEntropyRule(ExactRule):
         )
 
     @abstractmethod
-    def is_constant(self, row: Row) -> bool:
+    def is_constant(self, row: FeasibleSet) -> bool:
         """Whether the objective varies by at most ``tol`` over C."""
 
     @abstractmethod
-    def gradient(self, row: Row, p: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
+    def gradient(self, row: FeasibleSet, p: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
         """Of the objective without slack, 0 where a token may not be answered."""
 
     @abstractmethod
-    def optimum(self, row: Row, member: Float[Tensor, " v"] | None) -> Optimum:
+    def optimum(self, row: FeasibleSet, member: Float[Tensor, " v"] | None) -> Optimum:
         """The solution of the program."""
 
     @abstractmethod
-    def most(self, row: Row, member: Float[Tensor, " v"]) -> float:
+    def most(self, row: FeasibleSet, member: Float[Tensor, " v"]) -> float:
         """The largest value of the objective over C, or what it cannot exceed."""
 
-    def choose(self, row: Row, member: Float[Tensor, " v"] | None) -> Choice:
+    def choose(self, row: FeasibleSet, member: Float[Tensor, " v"] | None) -> Choice:
         """The optimum, or, where the objective is constant on C, the I-projection of the pool."""
         if member is None:
             found = self.optimum(row, None)
@@ -85,14 +85,14 @@ class CrossEntropyRule(ExactRule):
         p = self._kept(row, member)
         return Choice(p, row.fit(self.gradient(row, p)), 0)
 
-    def status(self, row: Row, p: Float[Tensor, " v"], found: Bounds) -> Status:
+    def status(self, row: FeasibleSet, p: Float[Tensor, " v"], found: Bounds) -> Status:
         """DEGENERATE also where the gap is that of log-probabilities given with few digits."""
         status = super().status(row, p, found)
         if status == Status.DEGENERATE or not self.constrained(row.problem) or row.unique:
             return status
         return Status.DEGENERATE if moments_hold(row, p) and self.is_constant(row) else status
 
-    def off(self, row: Row, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> tuple[float, float]:
+    def off(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> tuple[float, float]:
         """(what p pays for its slack, what the multipliers y gain from slack at most)."""
         tau = self.slack
         if tau == 0:
@@ -100,13 +100,13 @@ class CrossEntropyRule(ExactRule):
         r, moments = row.excess(p)[:-1], y[: len(row.target) - 1]
         return float(r.square().sum()) / (2 * tau), float(tau / 2 * moments.square().sum())
 
-    def _kept(self, row: Row, member: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
+    def _kept(self, row: FeasibleSet, member: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
         """Give what a program that chooses nothing is answered by."""
         return vertex(row.system[0], member) if self.vertex else member
 
     def program(
         self,
-        row: Row,
+        row: FeasibleSet,
         cost: Float[Tensor, " v"],
         member: Float[Tensor, " v"] | None,
         extra: Float[Tensor, "v k"] | None = None,
@@ -124,10 +124,10 @@ class CrossEntropyRule(ExactRule):
         weight = row.log_mean if member is None else member
         return SimplexProgram(columns, target, softness, cost, row.alive, unit, member, weight, 0.01 * row.problem.tol)
 
-    def multipliers(self, row: Row, y: Float[Tensor, " r"]) -> Float[Tensor, " m"]:
+    def multipliers(self, row: FeasibleSet, y: Float[Tensor, " r"]) -> Float[Tensor, " m"]:
         """Take those of the moments from the multipliers of :meth:`program`."""
         return y[: len(row.target)] if self.slack > 0 else row.joint @ y[: row.joint.shape[1]]
 
-    def extremes(self, row: Row, cost: Float[Tensor, " v"], member: Float[Tensor, " v"] | None) -> Optimum:
+    def extremes(self, row: FeasibleSet, cost: Float[Tensor, " v"], member: Float[Tensor, " v"] | None) -> Optimum:
         """Find the p that minimises a linear cost."""
         return minimise(self.program(row, cost, member), row.problem.settings.max_steps)

@@ -10,12 +10,12 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
 
-from softmeet.rules.exact import Bounds, Choice, ExactRule
-from softmeet.rules.points import entropic, nearest, proves_empty
+from softmeet.essay.base import Bounds, Choice, ExactRule
+from softmeet.essay.column_generation import Optimum
+from softmeet.essay.columns import Columns, Mapped
+from softmeet.essay.feasible_set import FeasibleSet
+from softmeet.essay.points import entropic, nearest, proves_empty
 from softmeet.rules.problem import Problem
-from softmeet.rules.row import Row
-from softmeet.solvers.columns import Columns, Mapped
-from softmeet.solvers.program import Optimum
 
 # Relative to their spread, scores this close to the least are on the face of nearest points.
 _FACE = 1e-8
@@ -44,7 +44,7 @@ class LeastSquares(ExactRule):
         """The moments are as near as they can be."""
         return False
 
-    def choose(self, row: Row, member: Float[Tensor, " v"] | None) -> Choice:
+    def choose(self, row: FeasibleSet, member: Float[Tensor, " v"] | None) -> Choice:
         """The nearest p; of several, the I-projection of the pool."""
         if member is not None:
             return Choice(member, torch.zeros_like(row.target), 0)
@@ -57,28 +57,30 @@ class LeastSquares(ExactRule):
         p, steps = _most_entropy(row, columns, found, face | (found.p > 0))
         return Choice(p, torch.zeros_like(row.target), found.steps + steps)
 
-    def bounds(self, row: Row, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
+    def bounds(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
         """The Frank-Wolfe gap at p."""
         r, scores = self._excess_and_scores(row, p)
         value = float(r.square().sum())
         gap = 2 * float((p * scores).sum() - scores[row.alive].min())
         return Bounds(value, max(value - gap, 0.0))
 
-    def proof(self, row: Row, p: Float[Tensor, " v"]) -> Float[Tensor, " m"]:
+    def proof(self, row: FeasibleSet, p: Float[Tensor, " v"]) -> Float[Tensor, " m"]:
         """The excess turned round, if that separates the members' moments from those of every p."""
         T, (r, _) = self._metric(row), self._excess_and_scores(row, p)
         y = -(r if T is None else T @ r)
         y[-1] = 0.0
         return y if proves_empty(row, y) else torch.zeros_like(y)
 
-    def _metric(self, row: Row) -> Float[Tensor, "m k"] | None:
+    def _metric(self, row: FeasibleSet) -> Float[Tensor, "m k"] | None:
         """What takes whitened moments to those that are compared; None for whitened ones themselves."""
         if self.metric == "whitened":
             return None
         T: Tensor = torch.block_diag(*(h.whitening.inverse for h in row.heads), torch.ones_like(row.target[:1, None]))
         return T
 
-    def _excess_and_scores(self, row: Row, p: Float[Tensor, " v"]) -> tuple[Float[Tensor, " k"], Float[Tensor, " v"]]:
+    def _excess_and_scores(
+        self, row: FeasibleSet, p: Float[Tensor, " v"]
+    ) -> tuple[Float[Tensor, " k"], Float[Tensor, " v"]]:
         """R = Gᵀp - g in the metric, and G r."""
         T, r = self._metric(row), row.excess(p)
         r[-1] = 0.0
@@ -86,7 +88,7 @@ class LeastSquares(ExactRule):
         return r, row.tokens.times(r if T is None else T @ r)
 
 
-def _finished(row: Row, columns: Columns, target: Float[Tensor, " k"], found: Optimum) -> Optimum:
+def _finished(row: FeasibleSet, columns: Columns, target: Float[Tensor, " k"], found: Optimum) -> Optimum:
     """With the masses on the support solved for exactly; kept if that lowers the gap.
 
     min ‖Σ u_j (g_j - g)‖² + (Σu - 1)² is least at a multiple of the answer, and tokens that would turn negative leave
@@ -108,7 +110,7 @@ def _finished(row: Row, columns: Columns, target: Float[Tensor, " k"], found: Op
     return replace(found, p=p) if better else found
 
 
-def _gap(row: Row, columns: Columns, target: Float[Tensor, " k"], p: Float[Tensor, " v"]) -> float:
+def _gap(row: FeasibleSet, columns: Columns, target: Float[Tensor, " k"], p: Float[Tensor, " v"]) -> float:
     """Of Frank and Wolfe."""
     r = columns.sums(p) - target
     r[-1] = 0.0
@@ -116,12 +118,12 @@ def _gap(row: Row, columns: Columns, target: Float[Tensor, " k"], p: Float[Tenso
     return 2 * float((p * scores).sum() - scores[row.alive].min())
 
 
-def _positive(row: Row, found: Optimum) -> Bool[Tensor, " v"]:
+def _positive(row: FeasibleSet, found: Optimum) -> Bool[Tensor, " v"]:
     """The tokens whose masses are positive, not on their way to zero: by strict complementarity."""
     return row.alive & (found.p > found.reduced - found.reduced[row.alive].min())
 
 
-def _face(row: Row, found: Optimum) -> Bool[Tensor, " v"]:
+def _face(row: FeasibleSet, found: Optimum) -> Bool[Tensor, " v"]:
     """The tokens that nearest points may use: all, where members with one column space disagree."""
     reduced = found.reduced[row.alive]
     close = found.reduced - reduced.min() <= _FACE * (reduced.max() - reduced.min())
@@ -129,7 +131,7 @@ def _face(row: Row, found: Optimum) -> Bool[Tensor, " v"]:
 
 
 def _most_entropy(
-    row: Row, columns: Columns, found: Optimum, face: Bool[Tensor, " v"]
+    row: FeasibleSet, columns: Columns, found: Optimum, face: Bool[Tensor, " v"]
 ) -> tuple[Float[Tensor, " v"], int]:
     """The I-projection of the pool onto the nearest points: those on the exposed face with the same moments."""
     ids = face.nonzero().squeeze(-1)

@@ -16,13 +16,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from softmeet.heads import WhitenedHead
+from softmeet.solvers.linalg import gram
 
 # Elements of a matrix that is held rather than read again: 512 MiB in fp64.
 _HELD = 1 << 26
 # The share of a Gram matrix's trace that rounding hides.
 _LOST = 1e-18
-# Rows of a block of a Gram matrix, what stays in a core's cache; columns of it that are formed together.
-_ROWS, _STRIP = 4096, 192
+# Rows of a block of a Gram matrix: what stays in a core's cache.
+_ROWS = 4096
 
 
 class Columns(ABC):
@@ -66,7 +67,7 @@ class Held(Columns):
             matrix, theta = matrix[some], theta[some]
         total = matrix.new_zeros(matrix.shape[1], matrix.shape[1])
         for block, weight in zip(matrix.split(_ROWS), theta.sqrt().split(_ROWS), strict=True):
-            total += squared(block * weight[:, None])
+            total += gram(block * weight[:, None])
         return total
 
     @cached_property
@@ -86,24 +87,6 @@ def _counting(theta: Float[Tensor, " N"], lengths: Float[Tensor, " N"]) -> Int[T
     smallest = weight.sort()
     lost = smallest.values.cumsum(0) <= _LOST * weight.sum()
     return smallest.indices[~lost]
-
-
-def squared(x: Float[Tensor, "*b k m"]) -> Float[Tensor, "*b m m"]:
-    """Xᵀ X by strips of its lower triangle: the library has no symmetric product.
-
-    For one matrix, on one thread, by numpy, which has one; on several its threads would get in the way of torch's.
-    """
-    if x.ndim == 2 and x.device.type == "cpu" and torch.get_num_threads() == 1:
-        rows = x.numpy()
-        return torch.from_numpy(rows.T @ rows)
-    m = x.shape[-1]
-    gram = x.new_empty(*x.shape[:-2], m, m)
-    for start in range(0, m, _STRIP):
-        stop = min(start + _STRIP, m)
-        strip = x[..., start:stop].transpose(-1, -2) @ x[..., :stop]
-        gram[..., start:stop, :stop] = strip
-        gram[..., :stop, start:stop] = strip.transpose(-1, -2)
-    return gram
 
 
 class Tokens(Columns):
@@ -135,7 +118,7 @@ class Tokens(Columns):
         m = sum(self.widths) + self.extra.shape[1]
         total = theta.new_zeros(m, m)
         for tokens, block in self._blocks():
-            total += squared(block * theta[tokens, None].sqrt())
+            total += gram(block * theta[tokens, None].sqrt())
         return total
 
     def rows(self, variables: Int[Tensor, " k"]) -> Float[Tensor, "k m"]:

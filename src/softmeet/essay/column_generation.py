@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from softmeet.solvers.columns import Columns, Held, Stacked
-from softmeet.solvers.interior import Program, interior_point
+from softmeet.essay.columns import Columns, Held, Stacked
+from softmeet.essay.interior import Program, interior_point
 
 # Columns to begin with, per constraint, and the fewest that are worth a choice.
 _PER_CONSTRAINT = 4

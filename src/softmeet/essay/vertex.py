@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from softmeet.solvers.columns import Columns
+from softmeet.essay.columns import Columns
 
 # Singular values and entries below this share of the largest are zero.
 _TINY = 1e-10

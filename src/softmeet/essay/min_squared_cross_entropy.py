@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from softmeet.rules.cross_entropy import CrossEntropyRule
-from softmeet.rules.exact import Bounds
-from softmeet.rules.row import Row
-from softmeet.solvers.program import Optimum, minimise
+from softmeet.essay.base import Bounds
+from softmeet.essay.column_generation import Optimum, minimise
+from softmeet.essay.cross_entropy import CrossEntropyRule
+from softmeet.essay.feasible_set import FeasibleSet
 
 
 class MinSquaredCrossEntropy(CrossEntropyRule):
@@ -22,44 +22,44 @@ class MinSquaredCrossEntropy(CrossEntropyRule):
     name = "min-squared-cross-entropy"
     summary = "the least squares of the cross-entropies, a quadratic program; constant, or zeros, like the linear one"
 
-    def _sums(self, row: Row, p: Float[Tensor, " v"]) -> tuple[Float[Tensor, "n v"], Float[Tensor, " n"]]:
+    def _sums(self, row: FeasibleSet, p: Float[Tensor, " v"]) -> tuple[Float[Tensor, "n v"], Float[Tensor, " n"]]:
         """(log p̂_i on the tokens alive, pᵀ log p̂_i)."""
         log_p = row.log_p.masked_fill(~row.alive, 0.0)
         return log_p, log_p @ p
 
-    def gradient(self, row: Row, p: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
+    def gradient(self, row: FeasibleSet, p: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
         """2 Σ w_i (pᵀ log p̂_i) log p̂_i."""
         log_p, sums = self._sums(row, p)
         return 2 * (row.problem.weights * sums) @ log_p
 
-    def _ranges(self, row: Row) -> list[tuple[float, float]]:
+    def _ranges(self, row: FeasibleSet) -> list[tuple[float, float]]:
         log_p, _ = self._sums(row, row.log_q.exp())
         return [row.range_of(own, row.fit(own)) for own in log_p]
 
-    def _ends(self, row: Row) -> tuple[float, float]:
+    def _ends(self, row: FeasibleSet) -> tuple[float, float]:
         """Between what the objective lies on C, by the best fits of the log p̂_i by moments."""
         ranges, weights = self._ranges(row), row.problem.weights.tolist()
         least = sum(w * min(high, 0.0) ** 2 for w, (_, high) in zip(weights, ranges, strict=True))
         return least, sum(w * low**2 for w, (low, _) in zip(weights, ranges, strict=True))
 
-    def is_constant(self, row: Row) -> bool:
+    def is_constant(self, row: FeasibleSet) -> bool:
         """If every log p̂_i is a combination of moments."""
         least, most = self._ends(row)
         return most - least <= row.problem.tol or all(high - low <= row.indistinct for low, high in self._ranges(row))
 
-    def optimum(self, row: Row, member: Float[Tensor, " v"] | None) -> Optimum:
+    def optimum(self, row: FeasibleSet, member: Float[Tensor, " v"] | None) -> Optimum:
         """The quadratic program, with one soft column √w_i log p̂_i per member."""
         log_p, _ = self._sums(row, row.log_q.exp())
         extra = (row.problem.weights.sqrt()[:, None] * log_p).T
         return minimise(self.program(row, torch.zeros_like(row.log_q), member, extra), row.problem.settings.max_steps)
 
-    def most(self, row: Row, member: Float[Tensor, " v"]) -> float:
+    def most(self, row: FeasibleSet, member: Float[Tensor, " v"]) -> float:
         """Member by member."""
         log_p, _ = self._sums(row, row.log_q.exp())
         largest = [-float(own @ self.extremes(row, own, member).p) for own in log_p]
         return float(sum(w * x**2 for w, x in zip(row.problem.weights.tolist(), largest, strict=True)))
 
-    def bounds(self, row: Row, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
+    def bounds(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
         """By linear duality at the tangent, which lies below the objective."""
         _, sums = self._sums(row, p)
         value = float((row.problem.weights * sums.square()).sum())

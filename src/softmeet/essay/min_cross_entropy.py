@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from softmeet.rules.cross_entropy import CrossEntropyRule
-from softmeet.rules.exact import Bounds
-from softmeet.rules.row import Row
-from softmeet.solvers.program import Optimum
+from softmeet.essay.base import Bounds
+from softmeet.essay.column_generation import Optimum
+from softmeet.essay.cross_entropy import CrossEntropyRule
+from softmeet.essay.feasible_set import FeasibleSet
 
 
 class MinCrossEntropy(CrossEntropyRule):
@@ -26,28 +26,28 @@ class MinCrossEntropy(CrossEntropyRule):
         "gives most tokens probability 0"
     )
 
-    def gradient(self, row: Row, p: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
+    def gradient(self, row: FeasibleSet, p: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
         """C = -Σ w_i log p̂_i."""
         log_p = row.log_p.masked_fill(~row.alive, 0.0)
         cost: Tensor = -(row.problem.weights[:, None] * log_p).sum(0)
         return cost
 
-    def is_constant(self, row: Row) -> bool:
+    def is_constant(self, row: FeasibleSet) -> bool:
         """By the best fit of the cost by moments."""
         cost = self.gradient(row, row.log_q)
         low, high = row.range_of(cost, row.fit(cost))
         return high - low <= row.indistinct
 
-    def optimum(self, row: Row, member: Float[Tensor, " v"] | None) -> Optimum:
+    def optimum(self, row: FeasibleSet, member: Float[Tensor, " v"] | None) -> Optimum:
         """The linear program."""
         return self.extremes(row, self.gradient(row, row.log_q), member)
 
-    def most(self, row: Row, member: Float[Tensor, " v"]) -> float:
+    def most(self, row: FeasibleSet, member: Float[Tensor, " v"]) -> float:
         """By the linear program with the opposite cost."""
         cost = self.gradient(row, row.log_q)
         return float(cost @ self.extremes(row, -cost, member).p)
 
-    def bounds(self, row: Row, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
+    def bounds(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
         """By linear duality."""
         cost = self.gradient(row, p)
         low, high = row.range_of(cost, y)

@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from softmeet.rules.exact import Bounds, Choice, ExactRule
-from softmeet.rules.row import Row
-from softmeet.solvers.columns import Chosen, Stacked, chosen
-from softmeet.solvers.interior import Program, interior_point
+from softmeet.essay.base import Bounds, Choice, ExactRule
+from softmeet.essay.columns import Chosen, Stacked, chosen
+from softmeet.essay.feasible_set import FeasibleSet
+from softmeet.essay.interior import Program, interior_point
 
 # A mass this close to one of its bounds, relative to their distance, is at it.
 _AT_BOUND = 1e-5
@@ -36,7 +36,7 @@ class MinUnderestimation(ExactRule):
     can_assign_zeros = True
     exactness = 1e-2  # only whether there is one
 
-    def choose(self, row: Row, member: Float[Tensor, " v"] | None) -> Choice:
+    def choose(self, row: FeasibleSet, member: Float[Tensor, " v"] | None) -> Choice:
         """By a bounded-variable interior-point method over all tokens: the support is dense."""
         floor = row.log_p.amin(0)
         ids = (row.alive & (floor > floor[row.alive].max() - _LIGHTEST)).nonzero().squeeze(-1)
@@ -67,7 +67,7 @@ class MinUnderestimation(ExactRule):
             steps += more
         return Choice(p, y, steps)
 
-    def bounds(self, row: Row, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
+    def bounds(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
         """By the unconstrained dual."""
         floor = row.log_p.amin(0)[row.alive]
         value = float((p[row.alive].log() - floor).max())
@@ -76,7 +76,7 @@ class MinUnderestimation(ExactRule):
         return Bounds(value, max(least, 0.0))
 
 
-def _basic(row: Row, x: Float[Tensor, " v"], upper: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
+def _basic(row: FeasibleSet, x: Float[Tensor, " v"], upper: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
     """A vertex that ``x`` may have reached: all but as many masses as there are moments exactly at a bound.
 
     ``x`` itself where none is found. It has the moments, and may have less of the objective.
@@ -106,7 +106,7 @@ def _basic(row: Row, x: Float[Tensor, " v"], upper: Float[Tensor, " v"]) -> Floa
     return x
 
 
-def _several(row: Row, between: Bool[Tensor, " v"]) -> bool:
+def _several(row: FeasibleSet, between: Bool[Tensor, " v"]) -> bool:
     """Whether the masses that are at no bound can move without changing the moments."""
     ids = between.nonzero().squeeze(-1)
     if len(ids) < 2:
@@ -118,7 +118,7 @@ def _several(row: Row, between: Bool[Tensor, " v"]) -> bool:
 
 
 def _nearest_to_pool(
-    row: Row, p: Float[Tensor, " v"], limit: Float[Tensor, " v"], between: Bool[Tensor, " v"]
+    row: FeasibleSet, p: Float[Tensor, " v"], limit: Float[Tensor, " v"], between: Bool[Tensor, " v"]
 ) -> tuple[Float[Tensor, " v"], int]:
     """Move the masses that are at no bound to the I-projection of the pool, moments and bounds kept."""
     ids = between.nonzero().squeeze(-1)

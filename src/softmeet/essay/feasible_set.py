@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from softmeet.essay.columns import Columns, Tokens, mapped
 from softmeet.heads import WhitenedHead
 from softmeet.rules.problem import Problem
 from softmeet.simplex import prob_mean
-from softmeet.solvers.columns import Columns, Tokens, mapped
 
 # Principal directions of the heads together, below this share of the largest, are rounding.
 _JOINT_TOLERANCE = 1e-6
@@ -22,15 +22,15 @@ _RANK_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, eq=False)
-class Row:
+class FeasibleSet:
     """A problem of one row, in fp64."""
 
     problem: Problem
 
     @staticmethod
-    def of(problem: Problem) -> list[Row]:
+    def of(problem: Problem) -> list[FeasibleSet]:
         """Every row of a batch."""
-        return [Row(one) for one in replace(problem, dtype=torch.float64).rows()]
+        return [FeasibleSet(one) for one in replace(problem, dtype=torch.float64).rows()]
 
     @cached_property
     def heads(self) -> tuple[WhitenedHead, ...]:

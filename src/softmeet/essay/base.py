@@ -15,19 +15,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from softmeet.essay.feasible_set import FeasibleSet
+from softmeet.essay.max_entropy import EXACT, members_of
+from softmeet.essay.points import moments_hold
 from softmeet.rules.answer import Answer, closed_form
 from softmeet.rules.base import Rule
-from softmeet.rules.meet import MaxEntropy
-from softmeet.rules.points import entropic, moments_hold, polished
 from softmeet.rules.problem import Problem
-from softmeet.rules.row import Row
 from softmeet.rules.verify import Recomputed
 from softmeet.simplex import kl
 from softmeet.solvers.base import Status
 from softmeet.solvers.projection import MOMENT_TOLERANCE
-
-# How exactly a member of C is found before a rule chooses.
-_EXACT = 1e-12
 
 
 @dataclass(frozen=True)
@@ -69,17 +66,17 @@ class ExactRule(Rule):
     is_feasible = True
     always_answers: ClassVar[bool] = False
     # In nats: how well a member of C must be known before the rule chooses.
-    exactness: ClassVar[float] = _EXACT
+    exactness: ClassVar[float] = EXACT
 
     @abstractmethod
-    def choose(self, row: Row, member: Float[Tensor, " v"] | None) -> Choice:
+    def choose(self, row: FeasibleSet, member: Float[Tensor, " v"] | None) -> Choice:
         """The rule's distribution; ``member`` is the I-projection of the pool onto C, if looked for and found."""
 
     @abstractmethod
-    def bounds(self, row: Row, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
+    def bounds(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
         """What p and the multipliers prove, by evaluation alone."""
 
-    def proved(self, row: Row, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
+    def proved(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
         """:meth:`bounds`, closed where p is the only one with the members' moments; void if p is not in the simplex."""
         found = self.bounds(row, p, y)
         if bool(p[~row.alive].any()) or not abs(float(p.sum()) - 1) <= MOMENT_TOLERANCE:
@@ -92,7 +89,7 @@ class ExactRule(Rule):
         """Whether the moments must hold exactly."""
         return True
 
-    def status(self, row: Row, p: Float[Tensor, " v"], found: Bounds) -> Status:
+    def status(self, row: FeasibleSet, p: Float[Tensor, " v"], found: Bounds) -> Status:
         """OPTIMAL where the gap is within ``tol`` and the moments hold; DEGENERATE where nothing was chosen."""
         exact = not self.constrained(row.problem) or moments_hold(row, p)
         if not exact or not found.gap <= row.problem.tol:
@@ -101,17 +98,17 @@ class ExactRule(Rule):
         return Status.DEGENERATE if nothing_chosen else Status.OPTIMAL
 
     def solve(self, problem: Problem) -> Answer:
-        """Row by row: each has a working set of its own."""
+        """FeasibleSet by row: each has a working set of its own."""
         seeks = self.constrained(problem) or self.always_answers
-        answer = members_of_c(problem, self.exactness) if seeks else blank(problem)
+        answer = members_of(problem, self.exactness) if seeks else blank(problem)
         empty = (answer.status == Status.INFEASIBLE).tolist()
         lost = (answer.status == Status.NOT_CONVERGED).tolist()
-        for k, row in enumerate(Row.of(problem)):
+        for k, row in enumerate(FeasibleSet.of(problem)):
             if self.always_answers or not (empty[k] or lost[k]):
                 self._write(answer, k, row, answer.log_probs[k].exp() if seeks and not (empty[k] or lost[k]) else None)
         return answer
 
-    def _write(self, answer: Answer, k: int, row: Row, member: Float[Tensor, " v"] | None) -> None:
+    def _write(self, answer: Answer, k: int, row: FeasibleSet, member: Float[Tensor, " v"] | None) -> None:
         choice = self.choose(row, member)
         p, y = choice.p, choice.y
         found = self.proved(row, p, y)
@@ -135,13 +132,13 @@ class ExactRule(Rule):
     def verify(self, problem: Problem, answer: Answer) -> Recomputed:
         """Evaluate what the answer and its multipliers prove, row by row."""
         looks = []
-        for k, row in enumerate(Row.of(problem)):
+        for k, row in enumerate(FeasibleSet.of(problem)):
             p = answer.log_probs[k].exp()
             found = self.proved(row, p, row.whitened(tuple(lam[k] for lam in answer.dual)))
             looks.append(((p / p.sum()).log(), found.gap, self.status(row, p, found)))
         return Recomputed.of_rows(looks, answer.log_probs)
 
-    def proof(self, row: Row, p: Float[Tensor, " v"]) -> Float[Tensor, " m"]:
+    def proof(self, row: FeasibleSet, p: Float[Tensor, " v"]) -> Float[Tensor, " m"]:
         """Multipliers that prove C empty, if the rule's answer has any; 0 otherwise."""
         return torch.zeros_like(row.target)
 
@@ -150,28 +147,3 @@ def blank(problem: Problem) -> Answer:
     """An answer to be filled in; the pool, so far."""
     start = problem.log_pool.clone()
     return closed_form(problem, start, torch.zeros_like(start[:, 0]))
-
-
-def members_of_c(problem: Problem, exactness: float = _EXACT) -> Answer:
-    """The I-projection of the pool onto C for every row; INFEASIBLE with a proof where C is empty.
-
-    ``max-entropy`` finds most of either. Where C touches the boundary of the simplex its dual has no optimum, and an
-    interior-point method looks for a member; where it finds none either the row is left NOT_CONVERGED.
-    """
-    problem = problem.changed(tol=exactness, dtype=torch.float64)
-    answer = MaxEntropy().solve(problem)
-    for k in (answer.status == Status.NOT_CONVERGED).nonzero().flatten().tolist():
-        row = Row(problem.take(torch.tensor([k], device=problem.log_p.device)))
-        _settle(answer, k, row)
-    exact = exactness <= _EXACT
-    for k in (answer.status == Status.OPTIMAL).nonzero().flatten().tolist() if exact else ():
-        row = Row(problem.take(torch.tensor([k], device=problem.log_p.device)))
-        answer.log_probs[k] = polished(row, answer.log_probs[k].exp()).log()
-    return answer
-
-
-def _settle(answer: Answer, k: int, row: Row) -> None:
-    p, _, steps = entropic(row, row.alive, row.log_q.exp(), row.target)
-    answer.steps[k] += steps
-    if moments_hold(row, p):
-        answer.log_probs[k], answer.status[k] = p.log(), Status.OPTIMAL

@@ -1,0 +1,141 @@
+"""The essay's answer: of the distributions with every member's moments, the one of maximum entropy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from softmeet.essay.feasible_set import FeasibleSet, may_be_unique
+from softmeet.essay.points import entropic, exact_gap, moments_hold, only, polished, separating
+from softmeet.rules.answer import Answer, closed_form
+from softmeet.rules.meet import Meet
+from softmeet.rules.problem import Problem
+from softmeet.rules.verify import Recomputed
+from softmeet.simplex import kl, log_normalize
+from softmeet.solvers.base import Status
+from softmeet.solvers.minimise import full_hessian_pays
+
+# In nats: how exactly a member of the feasible set is found before another rule chooses from the set.
+EXACT = 1e-12
+
+
+class MaxEntropy(Meet):
+    """minimise KL(p‖q) over p with W_iᵀ p = W_iᵀ p̂_i for every member: the I-projection of the pool q.
+
+    Without bias and soft-cap, and from the logit mean, this is the member of maximum entropy, at every weighting. The
+    feasible set is often empty for real models; then the status is INFEASIBLE, proved by a Farkas vector. Where
+    rank [1, A] is the number of tokens, at most one distribution has the moments, and it is found by linear algebra.
+    """
+
+    name = "max-entropy"
+    summary = "the maximum-entropy distribution with every member's moments, where there is one"
+    uses_trust = False
+    is_feasible = True
+
+    def effective_trust(self, trust: Sequence[float]) -> tuple[float, ...]:
+        """Make every trust infinite: moments hold exactly, whatever was asked for."""
+        return (math.inf,) * len(trust)
+
+    def solve(self, problem: Problem) -> Answer:
+        """Solve by linear algebra where moments leave no choice, else as ``meet``; settle what that leaves by row."""
+        return self.projected(problem)
+
+    def projected(self, problem: Problem, *, any_member: bool = False) -> Answer:
+        """Find the I-projection of the pool onto every row's feasible set, or a proof that the set is empty.
+
+        Args:
+            problem: the batch.
+            any_member: where the set touches the boundary of the simplex and the dual has no optimum, take any member
+                of the set that interior points find.
+        """
+        if not problem.log_p.shape[1] or not may_be_unique(problem):
+            answer = super().solve(problem)
+        else:
+            problem.require_common_tokens()
+            rows = replace(problem, dtype=torch.float64).rows()
+            answer = Answer.joined([self._solve_row(FeasibleSet(one)) for one in rows])
+        for k in (answer.status == Status.NOT_CONVERGED).nonzero().flatten().tolist():
+            _settle(
+                answer, k, FeasibleSet.of(problem.take(torch.tensor([k], device=problem.log_p.device)))[0], any_member
+            )
+        return answer
+
+    def verify(self, problem: Problem, answer: Answer) -> Recomputed:
+        """Evaluate the stored point as ``meet`` does; where moments leave no choice, see whether they hold."""
+        found = super().verify(problem, answer)
+        for k, row in enumerate(FeasibleSet.of(problem)):
+            if may_be_unique(row.problem) and row.unique and moments_hold(row, answer.log_probs[k].exp()):
+                found.log_probs[k], found.gap[k], found.status[k] = answer.log_probs[k], 0.0, int(Status.OPTIMAL)
+                continue
+            gap = exact_gap(row, found.log_probs[k], tuple(d[k] for d in answer.dual))
+            if gap < found.gap[k]:
+                found.gap[k] = gap
+                if found.status[k] == Status.NOT_CONVERGED and gap <= problem.tol:
+                    found.status[k] = int(Status.OPTIMAL)
+        return found
+
+    def _solve_row(self, row: FeasibleSet) -> Answer:
+        if not row.unique:
+            return super().solve(row.problem)
+        p, proof = only(row)
+        if p is None and not proof.any():
+            return super().solve(row.problem)
+        if p is None:
+            answer = closed_form(row.problem, row.log_q[None], torch.full_like(row.log_q[:1], torch.inf))
+            unsolved = torch.full_like(answer.gap, torch.inf)
+            status = torch.full_like(answer.status, int(Status.INFEASIBLE))
+            answer = replace(answer, ray=row.raw(proof), status=status, gap=unsolved, certified=unsolved < 0)
+        else:
+            answer = closed_form(row.problem, p.log()[None], kl(p.log(), row.log_q)[None])
+        return replace(answer, passes=answer.passes + row.passes())
+
+
+def members_of(problem: Problem, exactness: float = EXACT) -> Answer:
+    """Find a member of every row's feasible set: the I-projection of the pool, if it has one.
+
+    A row is INFEASIBLE with a proof where the set is empty, and NOT_CONVERGED where neither a member nor a proof was
+    found.
+
+    Args:
+        problem: the batch.
+        exactness: the gap in nats to solve to; at ``EXACT`` moments are then brought down to round-off.
+    """
+    problem = problem.changed(tol=exactness, dtype=torch.float64)
+    answer = MaxEntropy().projected(problem, any_member=True)
+    for k in (answer.status == Status.OPTIMAL).nonzero().flatten().tolist() if exactness <= EXACT else ():
+        row = FeasibleSet(problem.take(torch.tensor([k], device=problem.log_p.device)))
+        answer.log_probs[k] = polished(row, answer.log_probs[k].exp()).log()
+    return answer
+
+
+def _settle(answer: Answer, k: int, row: FeasibleSet, any_member: bool) -> None:
+    """Settle a row that Newton's method left open: empty by the nearest moments, or solved by interior points.
+
+    Those count directions once that members share, and so come to an end where multipliers grow without bound.
+    """
+    y = separating(row)
+    n = len(row.heads)
+    if y is not None:
+        answer.status[k] = Status.INFEASIBLE
+        for mine, lam in zip(answer.ray, row.raw(y), strict=True):
+            mine[k] = lam[0]
+    elif any_member or full_hessian_pays(row.problem.projection(range(n), (math.inf,) * n)):
+        p, y, steps = entropic(row, row.alive, row.log_q.exp(), row.target)
+        log_p, dual = log_normalize(row.log_q + row.tokens.times(y)), row.raw(y)
+        gap = exact_gap(row, log_p, tuple(lam[0] for lam in dual))
+        answer.steps[k] += steps
+        if gap > row.problem.tol:
+            # On the boundary multipliers have no end, and where Newton's ray was left is no place to answer from.
+            holds = moments_hold(row, p)
+            answer.log_probs[k] = p.log() if holds else row.log_q
+            answer.status[k] = Status.OPTIMAL if holds and any_member else Status.NOT_CONVERGED
+        else:
+            answer.status[k], answer.gap[k], answer.certified[k] = Status.OPTIMAL, gap, True
+            answer.log_probs[k], answer.objective[k] = log_p, kl(log_p, row.log_q) - gap
+            answer.disagreement[k] = kl(log_p.expand_as(row.log_p), row.log_p)
+            for mine, lam in zip(answer.dual, dual, strict=True):
+                mine[k] = lam[0]
+    answer.passes[k] += row.passes()
