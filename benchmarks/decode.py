@@ -113,7 +113,7 @@ def main(
     clock.watch(modeling.EnsembleForCausalLM, "run", "members")
     clock.watch(modeling.EnsembleForCausalLM, "solve_rows", "rows")
     clock.watch(dense, "direction", "directions")
-    clock.watch(dense, "least", "coefficients")
+    clock.watch(dense, "_least", "coefficients")
     clock.watch(dense.DenseNewton, "_floor", "bounds")
     rules = ["logit-mean", *(rule or ["meet", "meet:budget=2"])]
     far = distance(model, rules)

@@ -23,10 +23,10 @@ from scipy.optimize import linprog
 import softmeet
 from problems import premise
 from report import show
-from softmeet.rules.exact import members_of_c
-from softmeet.rules.min_cross_entropy import MinCrossEntropy
-from softmeet.rules.row import Row
-from softmeet.solvers import program
+from softmeet.essay import column_generation
+from softmeet.essay.feasible_set import FeasibleSet
+from softmeet.essay.max_entropy import members_of
+from softmeet.essay.min_cross_entropy import MinCrossEntropy
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 SIZES = {"1024 x 64": (1024, (32, 32)), "4096 x 256": (4096, (128, 128)), "16384 x 512": (16384, (256, 256))}
@@ -58,7 +58,7 @@ def measure(name: str, limit: float, *, only_first: bool) -> list[dict[str, Any]
     v, widths = SIZES[name]
     rows, _ = premise(v, widths, 1)
     solution = softmeet.combine(rows.log_probs, rows.heads, "min-underestimation", tol=1e-7)  # whitens the heads
-    row = Row.of(solution.problem)[0]
+    row = FeasibleSet.of(solution.problem)[0]
     G, g = row.tokens.rows(torch.arange(v)).numpy(), row.target.numpy()
     m = row.log_p.amin(0).exp()
     table = []
@@ -77,18 +77,18 @@ def measure(name: str, limit: float, *, only_first: bool) -> list[dict[str, Any]
     return table if only_first else table + linear(name, row, G, g, limit)
 
 
-def linear(name: str, row: Row, G: Array, g: Array, limit: float) -> list[dict[str, Any]]:
+def linear(name: str, row: FeasibleSet, G: Array, g: Array, limit: float) -> list[dict[str, Any]]:
     """The table of a linear cost."""
     start = time.perf_counter()
-    member = members_of_c(row.problem).log_probs[0].exp()
+    member = members_of(row.problem).log_probs[0].exp()
     first = time.perf_counter() - start
     cost = torch.randn(len(member), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def ours() -> float:
-        return float(cost @ MinCrossEntropy().extremes(Row(replace(row.problem)), cost, member).p)
+        return float(cost @ MinCrossEntropy().extremes(FeasibleSet(replace(row.problem)), cost, member).p)
 
     table = [entry(name, "a linear cost", "column generation", *timed(ours))]
-    with mock.patch.object(program, "_FEWEST", len(cost)):
+    with mock.patch.object(column_generation, "_FEWEST", len(cost)):
         table.append(entry(name, "a linear cost", "all columns", *timed(ours)))
     table.append(entry(name, "a linear cost", "highs", *by_highs(cost.numpy(), G, g, None, limit)))
     table.append(entry(name, "(a first member of C)", "Newton", first, None))

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from softmeet.solvers.certificate import phi
-from softmeet.solvers.dual import bound_after
+from softmeet.solvers.newton import bound_after
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1.2e-5), (torch.float64, 1e-9)])

@@ -12,9 +12,8 @@ import softmeet
 from softmeet import Status
 from softmeet.evaluation import family
 from softmeet.heads import WhitenedHead
-from softmeet.rules import meet
 from softmeet.simplex import total_variation
-from softmeet.solvers import heavy, repaired, tail
+from softmeet.solvers import minimise, tuning
 from softmeet.solvers.base import iterate
 from softmeet.solvers.dense import DenseNewton
 from softmeet.solvers.projection import Projection
@@ -25,16 +24,17 @@ V = 1600
 @pytest.fixture(autouse=True)
 def _small_enough_to_check(monkeypatch):
     """Every row of these sizes goes to this solver, with few tokens."""
-    monkeypatch.setattr(meet, "_CHEAP", (0, 0))
-    monkeypatch.setattr(heavy, "_HEAVY", 64)
-    monkeypatch.setattr(tail, "_LEAST", 256)
-    monkeypatch.setattr(repaired, "_LEAST", 128)
+    monkeypatch.setattr(tuning, "HESSIAN", 0)
+    monkeypatch.setattr(tuning, "HESSIAN_WHERE_FINE", 0)
+    monkeypatch.setattr(tuning, "HEAVY", 64)
+    monkeypatch.setattr(tuning, "TAIL", 256)
+    monkeypatch.setattr(tuning, "REPAIRED", 128)
 
 
 def full(log_p, heads, **options):
     """The answer by the full Hessian in fp64."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(meet, "full_hessian_pays", lambda projection: True)
+        patch.setattr(minimise, "full_hessian_pays", lambda projection: True)
         options = options | {"tol": 1e-11, "max_steps": 200}
         return softmeet.combine(log_p.double(), [as_fp64(W) for W in heads], **options)
 
@@ -131,7 +131,8 @@ def test_peaked_rows_take_few_reads(monkeypatch):
     nats, which one Newton step from where they are does not foresee.
     """
     monkeypatch.undo()
-    monkeypatch.setattr(meet, "_CHEAP", (0, 0))
+    monkeypatch.setattr(tuning, "HESSIAN", 0)
+    monkeypatch.setattr(tuning, "HESSIAN_WHERE_FINE", 0)
     (one, two), heads = language(batch=6, seed=1)
     log_p = torch.stack([sharpened(one, 0.6), sharpened(two, 0.05)])
     ours = softmeet.combine(log_p, heads, trust=0.3, tol=1e-4)
@@ -302,8 +303,8 @@ def test_what_is_wanted_exactly_gets_the_full_hessian(monkeypatch):
     heads = random_heads(20_000, (64, 64), seed=1)
     problem = softmeet.combine(outputs(heads, 1, seed=1), heads, "logit-mean").problem
     everyone, exact = [0, 1], (math.inf, math.inf)
-    assert meet.full_hessian_pays(problem.changed(tol=1e-12).projection(everyone, exact))
-    assert not meet.full_hessian_pays(problem.changed(tol=1e-3).projection(everyone, exact))
+    assert minimise.full_hessian_pays(problem.changed(tol=1e-12).projection(everyone, exact))
+    assert not minimise.full_hessian_pays(problem.changed(tol=1e-3).projection(everyone, exact))
 
 
 def test_a_budget_ends_the_work_and_says_so():

@@ -5,10 +5,9 @@ from torch.overrides import TorchFunctionMode
 import softmeet
 from softmeet.errors import InvalidInputError
 from softmeet.heads import SoftmaxHead, WhitenedHead
-from softmeet.solvers import hessian
-from softmeet.solvers.hessian import moments
-from softmeet.solvers.point import Point
-from softmeet.solvers.projection import Projection
+from softmeet.solvers import linalg, oracle
+from softmeet.solvers.oracle import moments
+from softmeet.solvers.projection import Point, Projection
 
 
 def head(v=60, d=5, dtype=torch.float32, **kwargs):
@@ -105,14 +104,14 @@ def test_num_passes_is_what_an_instrumented_head_sees(trust):
 
 @pytest.mark.parametrize("sharpness", [0.1, 40.0], ids=["flat", "one-hot, at different tokens"])
 def test_points_and_the_hessian_in_blocks_equal_dense_algebra_and_count_their_reads(monkeypatch, sharpness):
-    monkeypatch.setattr(hessian, "_BLOCK_ELEMENTS", 320)
+    monkeypatch.setattr(linalg, "_CACHED", 320)
     torch.manual_seed(0)
     short, full = head(v=150, d=4, dtype=torch.float64), head(v=200, d=5, dtype=torch.float64)
     views = tuple(WhitenedHead(W, 200, torch.float64, batch=3) for W in (short, full))
     log_q = (sharpness * torch.randn(3, 200, dtype=torch.float64)).log_softmax(-1)
     log_p = (sharpness * torch.randn(3, 2, 200, dtype=torch.float64)).log_softmax(-1)
     problem = Projection(log_q, log_p, views, trust=(0.5, 4.0), tol=1e-4)
-    assert len(hessian.blocks(problem)) > 1
+    assert len(oracle._blocks(problem)) > 1
     direction = sharpness * torch.randn(3, sum(h.rank for h in views), dtype=torch.float64)
     z = problem.scores(direction)
     assert [h.rows_read.tolist() for h in views] == [[150] * 3, [200] * 3]

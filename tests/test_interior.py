@@ -7,9 +7,9 @@ import pytest
 import torch
 from scipy.optimize import linprog
 
-from softmeet.solvers import columns
-from softmeet.solvers.columns import Held
-from softmeet.solvers.interior import Program, interior_point
+from softmeet.essay import columns
+from softmeet.essay.columns import Held
+from softmeet.essay.interior import Program, interior_point
 
 
 def linear(N, m, sharpness, seed):

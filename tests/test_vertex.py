@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from softmeet.solvers.columns import Held
-from softmeet.solvers.vertex import vertex
+from softmeet.essay.columns import Held
+from softmeet.essay.vertex import vertex
 
 
 @pytest.mark.parametrize(("N", "m", "rank"), [(300, 20, 20), (50, 20, 12), (7, 20, 7), (40, 1, 1)])
