@@ -40,7 +40,7 @@ class Bounds:
 
     @property
     def gap(self) -> float:
-        """How far p can be from optimal; a value below the bound is that of a p whose moments are off."""
+        """How far p can be from optimal; a value below the bound belongs to a p whose moments are off."""
         return abs(self.value - self.least)
 
 
@@ -70,14 +70,14 @@ class ExactRule(Rule):
 
     @abstractmethod
     def choose(self, row: FeasibleSet, member: Float[Tensor, " v"] | None) -> Choice:
-        """The rule's distribution; ``member`` is the I-projection of the pool onto C, if looked for and found."""
+        """Choose the row's distribution; ``member`` is the I-projection of the pool onto C, if looked for and found."""
 
     @abstractmethod
     def bounds(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
-        """What p and the multipliers prove, by evaluation alone."""
+        """Bound the objective over C by what p and the multipliers prove, without a solver."""
 
     def proved(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
-        """:meth:`bounds`, closed where p is the only one with the members' moments; void if p is not in the simplex."""
+        """Return :meth:`bounds`, closed where no other p has the moments, and void if p is not in the simplex."""
         found = self.bounds(row, p, y)
         if bool(p[~row.alive].any()) or not abs(float(p.sum()) - 1) <= MOMENT_TOLERANCE:
             return Bounds(found.value, -torch.inf)
@@ -86,11 +86,11 @@ class ExactRule(Rule):
         return found
 
     def constrained(self, problem: Problem) -> bool:
-        """Whether the moments must hold exactly."""
+        """Say whether the moments must hold exactly."""
         return True
 
     def status(self, row: FeasibleSet, p: Float[Tensor, " v"], found: Bounds) -> Status:
-        """OPTIMAL where the gap is within ``tol`` and the moments hold; DEGENERATE where nothing was chosen."""
+        """Return OPTIMAL where the gap is within ``tol`` and the moments hold, DEGENERATE where nothing was chosen."""
         exact = not self.constrained(row.problem) or moments_hold(row, p)
         if not exact or not found.gap <= row.problem.tol:
             return Status.NOT_CONVERGED
@@ -98,7 +98,7 @@ class ExactRule(Rule):
         return Status.DEGENERATE if nothing_chosen else Status.OPTIMAL
 
     def solve(self, problem: Problem) -> Answer:
-        """FeasibleSet by row: each has a working set of its own."""
+        """Solve row by row: each has a working set of its own."""
         seeks = self.constrained(problem) or self.always_answers
         answer = members_of(problem, self.exactness) if seeks else blank(problem)
         empty = (answer.status == Status.INFEASIBLE).tolist()
@@ -139,11 +139,11 @@ class ExactRule(Rule):
         return Recomputed.of_rows(looks, answer.log_probs)
 
     def proof(self, row: FeasibleSet, p: Float[Tensor, " v"]) -> Float[Tensor, " m"]:
-        """Multipliers that prove C empty, if the rule's answer has any; 0 otherwise."""
+        """Return multipliers that prove C empty, if the rule's answer has any; 0 otherwise."""
         return torch.zeros_like(row.target)
 
 
 def blank(problem: Problem) -> Answer:
-    """An answer to be filled in; the pool, so far."""
+    """Make an answer that is to be filled in: the pool, so far."""
     start = problem.log_pool.clone()
     return closed_form(problem, start, torch.zeros_like(start[:, 0]))

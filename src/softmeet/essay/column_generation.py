@@ -32,7 +32,7 @@ _ZERO = 1e-9
 
 @dataclass(frozen=True, eq=False)
 class SimplexProgram:
-    """One program.
+    """One linear or quadratic program over the simplex of tokens: see the module's docstring.
 
     Args:
         columns: G over all tokens, (v, m); one of its columns is 1 throughout.
@@ -57,20 +57,20 @@ class SimplexProgram:
     tol: float
 
     def value(self, p: Float[Tensor, " v"]) -> float:
-        """The objective at p."""
+        """Return the objective at p."""
         soft = self.softness > 0
         off = (self.columns.sums(p) - self.target)[soft]
         return float(self.cost @ p + 0.5 * (off.square() / self.softness[soft]).sum())
 
     def bound(self, reduced: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> float:
-        """Below the optimum, from the reduced costs c - G y."""
+        """Return a lower bound on the optimum, from the reduced costs c - G y."""
         least = reduced[self.alive].min()
         return float(least + self.target @ y - 0.5 * (self.softness * y.square()).sum())
 
 
 @dataclass(frozen=True, eq=False)
 class Optimum:
-    """p, the multipliers y, the steps of all programs, and the reduced costs c - G y."""
+    """The solution p, the multipliers y, the steps of all programs, and the reduced costs c - G y."""
 
     p: Float[Tensor, " v"]
     y: Float[Tensor, " m"]
@@ -79,7 +79,7 @@ class Optimum:
 
 
 def minimise(program: SimplexProgram, max_steps: int) -> Optimum:
-    """Solve to ``tol``, or as well as it gets; callers certify the answer."""
+    """Solve a program to ``tol``, or as well as it gets; callers certify the answer."""
     chosen = _first(program)
     steps = 0
     for _ in range(_ROUNDS):
@@ -111,7 +111,7 @@ def _first(program: SimplexProgram) -> Bool[Tensor, " v"]:
 def _more(
     program: SimplexProgram, chosen: Bool[Tensor, " v"], reduced: Float[Tensor, " v"]
 ) -> Bool[Tensor, " v"] | None:
-    """With the tokens that price out best, half as many again at most, in place of those that price out worst.
+    """Let the tokens that price out best enter, half as many again at most, and those that price out worst leave.
 
     As many leave as enter, but a few, as long as the support has room: what is held stays of one size. None where no
     token prices out: what is left of the gap is then the interior point's own.

@@ -31,19 +31,19 @@ class Columns(ABC):
 
     @abstractmethod
     def times(self, y: Float[Tensor, " m"]) -> Float[Tensor, " N"]:
-        """G y."""
+        """Return G y."""
 
     @abstractmethod
     def sums(self, x: Float[Tensor, " N"]) -> Float[Tensor, " m"]:
-        """Gᵀ x."""
+        """Return Gᵀ x."""
 
     @abstractmethod
     def gram(self, theta: Float[Tensor, " N"]) -> Float[Tensor, "m m"]:
-        """Σ_j θ_j g_j g_jᵀ."""
+        """Return Σ_j θ_j g_j g_jᵀ."""
 
     @abstractmethod
     def rows(self, variables: Int[Tensor, " k"]) -> Float[Tensor, "k m"]:
-        """Some rows of G."""
+        """Return some rows of G."""
 
 
 class Held(Columns):
@@ -53,15 +53,15 @@ class Held(Columns):
         self.matrix = matrix
 
     def times(self, y: Float[Tensor, " m"]) -> Float[Tensor, " N"]:
-        """G y."""
+        """Return G y."""
         return self.matrix @ y
 
     def sums(self, x: Float[Tensor, " N"]) -> Float[Tensor, " m"]:
-        """Gᵀ x."""
+        """Return Gᵀ x."""
         return x @ self.matrix
 
     def gram(self, theta: Float[Tensor, " N"]) -> Float[Tensor, "m m"]:
-        """Σ_j θ_j g_j g_jᵀ."""
+        """Return Σ_j θ_j g_j g_jᵀ."""
         matrix, some = self.matrix, _counting(theta, self.lengths)
         if 2 * len(some) <= len(theta):
             matrix, theta = matrix[some], theta[some]
@@ -77,12 +77,12 @@ class Held(Columns):
         return lengths
 
     def rows(self, variables: Int[Tensor, " k"]) -> Float[Tensor, "k m"]:
-        """Some rows of G."""
+        """Return some rows of G."""
         return self.matrix[variables]
 
 
 def _counting(theta: Float[Tensor, " N"], lengths: Float[Tensor, " N"]) -> Int[Tensor, " k"]:
-    """All variables but those that a Gram matrix would lose to rounding."""
+    """Return all variables but those that a Gram matrix would lose to rounding."""
     weight = theta * lengths
     smallest = weight.sort()
     lost = smallest.values.cumsum(0) <= _LOST * weight.sum()
@@ -102,7 +102,7 @@ class Tokens(Columns):
         self.widths = [h.rank for h in heads]
 
     def times(self, y: Float[Tensor, " m"]) -> Float[Tensor, " N"]:
-        """G y; one read of every head."""
+        """Return G y, by one read of every head."""
         *parts, last = y.split([*self.widths, self.extra.shape[1]])
         total: Tensor = self.extra @ last
         for h, part in zip(self.heads, parts, strict=True):
@@ -110,11 +110,11 @@ class Tokens(Columns):
         return total
 
     def sums(self, x: Float[Tensor, " N"]) -> Float[Tensor, " m"]:
-        """Gᵀ x; one read of every head."""
+        """Return Gᵀ x, by one read of every head."""
         return torch.cat([*(h.moments(x[None])[0][0] for h in self.heads), x @ self.extra])
 
     def gram(self, theta: Float[Tensor, " N"]) -> Float[Tensor, "m m"]:
-        """Σ_j θ_j g_j g_jᵀ; one read of every head."""
+        """Return Σ_j θ_j g_j g_jᵀ, by one read of every head."""
         m = sum(self.widths) + self.extra.shape[1]
         total = theta.new_zeros(m, m)
         for tokens, block in self._blocks():
@@ -122,11 +122,11 @@ class Tokens(Columns):
         return total
 
     def rows(self, variables: Int[Tensor, " k"]) -> Float[Tensor, "k m"]:
-        """Some rows of G, gathered."""
+        """Gather some rows of G."""
         return torch.cat([*(h.gather(variables[None])[0].double() for h in self.heads), self.extra[variables]], dim=-1)
 
     def held(self) -> Columns:
-        """The same as a matrix, where it is small enough to hold."""
+        """Return the same as a matrix, where it is small enough to hold."""
         if len(self.extra) * (sum(self.widths) + self.extra.shape[1]) > _HELD:
             return self
         return Held(torch.cat([block for _, block in self._blocks()]))
@@ -152,26 +152,26 @@ class Stacked(Columns):
         self.base, self.below = base, below
 
     def times(self, y: Float[Tensor, " m"]) -> Float[Tensor, " N"]:
-        """G y."""
+        """Return G y."""
         return torch.cat([self.base.times(y), self.below @ y])
 
     def sums(self, x: Float[Tensor, " N"]) -> Float[Tensor, " m"]:
-        """Gᵀ x."""
+        """Return Gᵀ x."""
         k = len(self.below)
         return self.base.sums(x[:-k]) + x[-k:] @ self.below
 
     def gram(self, theta: Float[Tensor, " N"]) -> Float[Tensor, "m m"]:
-        """Σ_j θ_j g_j g_jᵀ."""
+        """Return Σ_j θ_j g_j g_jᵀ."""
         k = len(self.below)
         return self.base.gram(theta[:-k]) + (self.below * theta[-k:, None]).T @ self.below
 
     def rows(self, variables: Int[Tensor, " k"]) -> Float[Tensor, "k m"]:
-        """Some rows of the matrix above."""
+        """Return some rows of the matrix above."""
         return self.base.rows(variables)
 
 
 def mapped(base: Columns, matrix: Float[Tensor, "m k"]) -> Columns:
-    """G T, held where G is."""
+    """Return the columns G T, held in memory where G is."""
     return Held(base.matrix @ matrix) if isinstance(base, Held) else Mapped(base, matrix)
 
 
@@ -182,19 +182,19 @@ class Mapped(Columns):
         self.base, self.matrix = base, matrix
 
     def times(self, y: Float[Tensor, " k"]) -> Float[Tensor, " N"]:
-        """G T y."""
+        """Return G T y."""
         return self.base.times(self.matrix @ y)
 
     def sums(self, x: Float[Tensor, " N"]) -> Float[Tensor, " k"]:
-        """Tᵀ Gᵀ x."""
+        """Return Tᵀ Gᵀ x."""
         return self.base.sums(x) @ self.matrix
 
     def gram(self, theta: Float[Tensor, " N"]) -> Float[Tensor, "k k"]:
-        """Tᵀ Gᵀ diag(θ) G T."""
+        """Return Tᵀ Gᵀ diag(θ) G T."""
         return self.matrix.T @ self.base.gram(theta) @ self.matrix
 
     def rows(self, variables: Int[Tensor, " j"]) -> Float[Tensor, "j k"]:
-        """Some rows of G T."""
+        """Return some rows of G T."""
         return self.base.rows(variables) @ self.matrix
 
 
@@ -208,23 +208,23 @@ class Chosen(Columns):
         return x.new_zeros(self.N).index_copy(0, self.variables, x)
 
     def times(self, y: Float[Tensor, " m"]) -> Float[Tensor, " k"]:
-        """G y on the chosen variables."""
+        """Return G y on the chosen variables."""
         return self.base.times(y)[self.variables]
 
     def sums(self, x: Float[Tensor, " k"]) -> Float[Tensor, " m"]:
-        """Gᵀ x."""
+        """Return Gᵀ x."""
         return self.base.sums(self._spread(x))
 
     def gram(self, theta: Float[Tensor, " k"]) -> Float[Tensor, "m m"]:
-        """Σ_j θ_j g_j g_jᵀ over the chosen variables."""
+        """Return Σ_j θ_j g_j g_jᵀ over the chosen variables."""
         return self.base.gram(self._spread(theta))
 
     def rows(self, variables: Int[Tensor, " j"]) -> Float[Tensor, "j m"]:
-        """Some rows of G."""
+        """Return some rows of G."""
         return self.base.rows(self.variables[variables])
 
 
 def chosen(base: Columns, variables: Int[Tensor, " k"], N: int) -> Columns:
-    """Some variables of a matrix of N: a copy of their rows where that is small, for Gram matrices of them alone."""
+    """Choose some variables of N, with a copy of their rows where that is small and makes Gram matrices cheaper."""
     few = 2 * len(variables) <= N and len(variables) * base.rows(variables[:1]).shape[1] <= _HELD
     return Held(base.rows(variables)) if few else Chosen(base, variables, N)

@@ -35,15 +35,15 @@ class CrossEntropyRule(ExactRule):
     )
 
     def constrained(self, problem: Problem) -> bool:
-        """Without slack."""
+        """Say whether there is no slack."""
         return self.slack == 0
 
     def relaxes(self, problem: Problem) -> bool:
-        """With slack, too."""
+        """Say whether the options, or slack, ask for less than every member's moments."""
         return super().relaxes(problem) or self.slack > 0
 
     def why_degenerate(self, problem: Problem) -> str:
-        """From the heads."""
+        """Explain by the heads why the objective is constant."""
         plain = all(head.bias is None and head.soft_cap is None for head in problem.heads)
         why = (
             "without bias and soft-cap, -pᵀ log p̂_i = H(p̂_i) for every feasible p"
@@ -57,22 +57,22 @@ class CrossEntropyRule(ExactRule):
 
     @abstractmethod
     def is_constant(self, row: FeasibleSet) -> bool:
-        """Whether the objective varies by at most ``tol`` over C."""
+        """Say whether the objective varies by at most ``tol`` over C."""
 
     @abstractmethod
     def gradient(self, row: FeasibleSet, p: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
-        """Of the objective without slack, 0 where a token may not be answered."""
+        """Return the gradient of the objective without slack, with 0 where a token may not be answered."""
 
     @abstractmethod
     def optimum(self, row: FeasibleSet, member: Float[Tensor, " v"] | None) -> Optimum:
-        """The solution of the program."""
+        """Solve the rule's program."""
 
     @abstractmethod
     def most(self, row: FeasibleSet, member: Float[Tensor, " v"]) -> float:
-        """The largest value of the objective over C, or what it cannot exceed."""
+        """Return the largest value of the objective over C, or what it cannot exceed."""
 
     def choose(self, row: FeasibleSet, member: Float[Tensor, " v"] | None) -> Choice:
-        """The optimum, or, where the objective is constant on C, the I-projection of the pool."""
+        """Choose the optimum or, where the objective is constant on C, the I-projection of the pool."""
         if member is None:
             found = self.optimum(row, None)
             return Choice(found.p, self.multipliers(row, found.y), found.steps)
@@ -86,14 +86,14 @@ class CrossEntropyRule(ExactRule):
         return Choice(p, row.fit(self.gradient(row, p)), 0)
 
     def status(self, row: FeasibleSet, p: Float[Tensor, " v"], found: Bounds) -> Status:
-        """DEGENERATE also where the gap is that of log-probabilities given with few digits."""
+        """Return DEGENERATE also where the gap is what log-probabilities of few digits leave."""
         status = super().status(row, p, found)
         if status == Status.DEGENERATE or not self.constrained(row.problem) or row.unique:
             return status
         return Status.DEGENERATE if moments_hold(row, p) and self.is_constant(row) else status
 
     def off(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> tuple[float, float]:
-        """(what p pays for its slack, what the multipliers y gain from slack at most)."""
+        """Return (what p pays for its slack, what the multipliers y gain from slack at most)."""
         tau = self.slack
         if tau == 0:
             return 0.0, 0.0

@@ -1,4 +1,4 @@
-"""One row of a problem as the exact rules see it: tokens as columns of moments, in fp64."""
+"""The feasible set of one row, as the essay's rules see it: tokens as columns of moments, in fp64."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _RANK_TOLERANCE = 1e-4
 
 @dataclass(frozen=True, eq=False)
 class FeasibleSet:
-    """A problem of one row, in fp64."""
+    """The distributions with every member's moments in one row, C = { p : Gᵀp = g }, in fp64."""
 
     problem: Problem
 
     @staticmethod
     def of(problem: Problem) -> list[FeasibleSet]:
-        """Every row of a batch."""
+        """Split a batch into its rows' feasible sets."""
         return [FeasibleSet(one) for one in replace(problem, dtype=torch.float64).rows()]
 
     @cached_property
@@ -110,25 +110,25 @@ class FeasibleSet:
         return mapped(self.tokens, self.joint), self.target @ self.joint
 
     def excess(self, p: Float[Tensor, " v"]) -> Float[Tensor, " m"]:
-        """Gᵀp - g: by how much p's moments differ from the members'."""
+        """Return Gᵀp - g, by which p's moments differ from the members'."""
         return self.tokens.sums(p) - self.target
 
     def raw(self, y: Float[Tensor, " m"]) -> tuple[Float[Tensor, "1 _"], ...]:
-        """Multipliers of the moments in the heads' own coordinates; that of the sum is left out."""
+        """Return multipliers of the moments in the heads' own coordinates, without that of the sum."""
         parts = y[: sum(self.widths)].split(self.widths)
         return tuple((part @ h.whitening.factor.T)[None] for h, part in zip(self.heads, parts, strict=True))
 
     def whitened(self, raw: tuple[Float[Tensor, " _"], ...]) -> Float[Tensor, " m"]:
-        """The multipliers that :meth:`raw` was given, with 0 for the sum: what is outside the constraints is cut."""
+        """Return the multipliers that :meth:`raw` was given, with 0 for the sum; what is not constrained is cut."""
         parts = [h.whitening.inverse @ lam.to(self.target) for h, lam in zip(self.heads, raw, strict=True)]
         return torch.cat([*parts, torch.zeros_like(self.ones[0])])
 
     def scores(self, y: Float[Tensor, " m"]) -> Float[Tensor, " v"]:
-        """Σ_i λ_iᵀ(a_ij - b_i) for every token."""
+        """Return Σ_i λ_iᵀ(a_ij - b_i) for every token."""
         return self.tokens.times(y) - self.target @ y
 
     def passes(self) -> float:
-        """Rows of A read so far, over v."""
+        """Return the rows of A read so far, divided by v."""
         reads = sum(int(h.rows_read[0]) * h.head.d for h in self.heads)
         return reads / sum(h.head.d for h in self.heads) / len(self.log_q)
 
@@ -153,7 +153,7 @@ class FeasibleSet:
         return values, vectors, scale
 
     def fit(self, cost: Float[Tensor, " v"]) -> Float[Tensor, " m"]:
-        """Multipliers y of the moments for which ``cost`` - G y is nearest to a constant, over the tokens alive."""
+        """Return the multipliers y for which ``cost`` - G y is nearest to a constant over the tokens alive."""
         weight = self.alive.to(self.target)
         cost = torch.where(self.alive, cost, 0.0)
         values, vectors, scale = self._spectrum
@@ -166,12 +166,12 @@ class FeasibleSet:
         return y
 
     def range_of(self, cost: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> tuple[float, float]:
-        """Between what Σ cost_j p_j lies for every p in C, whatever the multipliers y."""
+        """Return (least, largest): bounds on Σ cost_j p_j for every p in C, valid for any multipliers y."""
         reduced = (cost - self.scores(y))[self.alive]
         return float(reduced.min()), float(reduced.max())
 
 
 def may_be_unique(problem: Problem) -> bool:
-    """Whether the heads are wide enough for moments to determine a distribution, in some row."""
+    """Say whether the heads are wide enough for moments to determine a distribution in some row."""
     alive = (~problem.log_p.isneginf()).all(0).sum(-1)
     return 1 + sum(head.whitening(problem.settings.rank).rank for head in problem.heads) >= int(alive.min())

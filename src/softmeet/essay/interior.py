@@ -47,7 +47,7 @@ _ENOUGH, _NEARLY = 3, 1e-8
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """One program; see the module's docstring.
+    """One separable convex program with linear constraints: see the module's docstring.
 
     Args:
         columns: G, (N, m).
@@ -72,17 +72,17 @@ class Program:
     reference: Float[Tensor, " N"] | None = None
 
     def slope(self, x: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-        """φ'."""
+        """Return φ'(x)."""
         return self.cost if self.reference is None else self.cost + (x / self.reference).log()
 
     def curvature(self, x: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-        """φ''."""
+        """Return φ''(x)."""
         return torch.zeros_like(x) if self.reference is None else 1 / x
 
 
 @dataclass(frozen=True, eq=False)
 class Interior:
-    """Where the method ended: x > 0, the multipliers y, and how many steps it took.
+    """The point at which the method ended: x > 0, the multipliers y, and how many steps it took.
 
     ``residual`` is |Gᵀx + E y - g| and ``complementarity`` Σ |x z - c| + Σ (u - x) w.
     """
@@ -151,7 +151,7 @@ class _Method:
 
     @property
     def slack(self) -> Tensor:
-        """U - x."""
+        """The distance u - x to the upper bounds."""
         assert self.program.upper is not None
         return self.program.upper - self.x
 
@@ -171,7 +171,7 @@ class _Method:
         return self.complementary(_COMPLEMENTARY) and self.report(0).residual <= _FEASIBLE * self.scale
 
     def advance(self) -> bool:
-        """One predictor and corrector step; False where the linear algebra gives nothing to go on with."""
+        """Take one predictor and corrector step; return False where linear algebra gives nothing to go on with."""
         program, x, z = self.program, self.x, self.z
         theta = program.curvature(x) + z / x
         if self.w is not None:
@@ -211,12 +211,12 @@ class _Method:
         return True
 
     def _second_order(self, step: _Step, share: float) -> _Products:
-        """What the products x z and (u - x) w change beyond first order along ``step``, or a share of that."""
+        """Return how the products x z and (u - x) w change beyond first order along ``step``, or a share of that."""
         dx, _, dz, dw = step
         return -share * dx * dz, None if dw is None else share * dx * dw
 
     def _refined(self, solve: Factored, theta: Tensor, step: _Step) -> _Step:
-        """``step`` with what rounding of sums over masses of all sizes has left of its moments."""
+        """Correct ``step`` by what rounding of sums over masses of all sizes has left of its moments."""
         dx, dy, dz, dw = step
         for _ in range(_REFINED):
             left = self.residual - self.G.sums(dx) - self.program.softness * dy
@@ -233,7 +233,7 @@ class _Method:
     def _direction(
         self, solve: Factored, theta: Tensor, dual: Tensor, mu: float, correction: _Products | None
     ) -> _Step:
-        """Newton's step towards x z = c + mu, both products corrected."""
+        """Return Newton's step towards x z = c + mu, with both products corrected."""
         x, z, w = self.x, self.z, self.w
         lower = self.c + mu - x * z
         if correction is not None:
@@ -256,7 +256,7 @@ class _Method:
     def _dual_part(
         self, dz: Tensor, dw: Tensor | None, change: Tensor, so_far: tuple[Tensor, Tensor | None] | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """(dz, dw), added to those ``so_far``, from the products' equations and from dz - dw = ``change``.
+        """Return (dz, dw), added to those ``so_far``, from the products' equations and from dz - dw = ``change``.
 
         Where x is nearly zero, division by it would blow the rounding of dx up, and the dual would not stay feasible.
         """
@@ -271,7 +271,7 @@ class _Method:
     def _more_central(
         self, solve: Factored, theta: Tensor, dual: Tensor, mu: float, correction: _Products, step: _Step
     ) -> tuple[_Step, tuple[float, float]]:
-        """``step``, bent towards products that are not far from ``mu`` while that makes it longer, and its length."""
+        """Bend ``step`` towards products not far from ``mu`` while that makes it longer; return it and its length."""
         length = self._longest(step)
         for _ in range(_CORRECTIONS):
             primal, dual_length = (min(1.0, t + _LONGER) for t in length)
@@ -289,7 +289,7 @@ class _Method:
         return step, length
 
     def _longest(self, step: _Step) -> tuple[float, float]:
-        """The longest primal and dual steps that keep x, u - x, z and w positive; one length where φ is curved."""
+        """Return the longest primal and dual steps that keep x, u - x, z and w positive, one where φ is curved."""
         dx, _, dz, dw = step
         primal, dual = _ratio(self.x, dx), _ratio(self.z, dz)
         if self.w is not None and dw is not None:
@@ -329,7 +329,7 @@ def _finite(step: _Step) -> bool:
 
 
 def _towards(mu: float, products: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """What brings products within a factor of ``mu``; no more is taken from large ones than that."""
+    """Return what brings products within a factor of ``mu``, taking no more than that from large ones."""
     change = products.clamp(mu * _CLOSE, mu / _CLOSE) - products
     return change.clamp_min(-mu / _CLOSE)
 

@@ -41,11 +41,11 @@ class LeastSquares(ExactRule):
     )
 
     def constrained(self, problem: Problem) -> bool:
-        """The moments are as near as they can be."""
+        """Say that moments need not hold: they are as near as they can be."""
         return False
 
     def choose(self, row: FeasibleSet, member: Float[Tensor, " v"] | None) -> Choice:
-        """The nearest p; of several, the I-projection of the pool."""
+        """Choose the nearest p; of several, the I-projection of the pool."""
         if member is not None:
             return Choice(member, torch.zeros_like(row.target), 0)
         T = self._metric(row)
@@ -58,21 +58,21 @@ class LeastSquares(ExactRule):
         return Choice(p, torch.zeros_like(row.target), found.steps + steps)
 
     def bounds(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
-        """The Frank-Wolfe gap at p."""
+        """Bound the objective by the Frank-Wolfe gap at p."""
         r, scores = self._excess_and_scores(row, p)
         value = float(r.square().sum())
         gap = 2 * float((p * scores).sum() - scores[row.alive].min())
         return Bounds(value, max(value - gap, 0.0))
 
     def proof(self, row: FeasibleSet, p: Float[Tensor, " v"]) -> Float[Tensor, " m"]:
-        """The excess turned round, if that separates the members' moments from those of every p."""
+        """Return the negative excess, if that separates the members' moments from those of every p."""
         T, (r, _) = self._metric(row), self._excess_and_scores(row, p)
         y = -(r if T is None else T @ r)
         y[-1] = 0.0
         return y if proves_empty(row, y) else torch.zeros_like(y)
 
     def _metric(self, row: FeasibleSet) -> Float[Tensor, "m k"] | None:
-        """What takes whitened moments to those that are compared; None for whitened ones themselves."""
+        """Return what takes whitened moments to those that are compared; None for whitened ones themselves."""
         if self.metric == "whitened":
             return None
         T: Tensor = torch.block_diag(*(h.whitening.inverse for h in row.heads), torch.ones_like(row.target[:1, None]))
@@ -81,7 +81,7 @@ class LeastSquares(ExactRule):
     def _excess_and_scores(
         self, row: FeasibleSet, p: Float[Tensor, " v"]
     ) -> tuple[Float[Tensor, " k"], Float[Tensor, " v"]]:
-        """R = Gᵀp - g in the metric, and G r."""
+        """Return r = Gᵀp - g in the metric, and G r."""
         T, r = self._metric(row), row.excess(p)
         r[-1] = 0.0
         r = r if T is None else r @ T
@@ -89,7 +89,7 @@ class LeastSquares(ExactRule):
 
 
 def _finished(row: FeasibleSet, columns: Columns, target: Float[Tensor, " k"], found: Optimum) -> Optimum:
-    """With the masses on the support solved for exactly; kept if that lowers the gap.
+    """Solve for the masses on the support exactly; keep them if that lowers the gap.
 
     min ‖Σ u_j (g_j - g)‖² + (Σu - 1)² is least at a multiple of the answer, and tokens that would turn negative leave
     (Lawson and Hanson 1974).
@@ -111,7 +111,7 @@ def _finished(row: FeasibleSet, columns: Columns, target: Float[Tensor, " k"], f
 
 
 def _gap(row: FeasibleSet, columns: Columns, target: Float[Tensor, " k"], p: Float[Tensor, " v"]) -> float:
-    """Of Frank and Wolfe."""
+    """Return the gap of Frank and Wolfe at p: how far |Gᵀp - g|² can be from its least value."""
     r = columns.sums(p) - target
     r[-1] = 0.0
     scores = columns.times(r)
@@ -119,12 +119,12 @@ def _gap(row: FeasibleSet, columns: Columns, target: Float[Tensor, " k"], p: Flo
 
 
 def _positive(row: FeasibleSet, found: Optimum) -> Bool[Tensor, " v"]:
-    """The tokens whose masses are positive, not on their way to zero: by strict complementarity."""
+    """Return the tokens whose masses are positive, not on their way to zero, by strict complementarity."""
     return row.alive & (found.p > found.reduced - found.reduced[row.alive].min())
 
 
 def _face(row: FeasibleSet, found: Optimum) -> Bool[Tensor, " v"]:
-    """The tokens that nearest points may use: all, where members with one column space disagree."""
+    """Return the tokens that nearest points may use: all, where members with one column space disagree."""
     reduced = found.reduced[row.alive]
     close = found.reduced - reduced.min() <= _FACE * (reduced.max() - reduced.min())
     return row.alive & (close | _positive(row, found))
@@ -133,7 +133,7 @@ def _face(row: FeasibleSet, found: Optimum) -> Bool[Tensor, " v"]:
 def _most_entropy(
     row: FeasibleSet, columns: Columns, found: Optimum, face: Bool[Tensor, " v"]
 ) -> tuple[Float[Tensor, " v"], int]:
-    """The I-projection of the pool onto the nearest points: those on the exposed face with the same moments."""
+    """Project the pool onto the nearest points, which are those on the exposed face with the same moments."""
     ids = face.nonzero().squeeze(-1)
     rank = len(ids) if len(ids) <= 1 else int(torch.linalg.matrix_rank(columns.rows(ids), rtol=1e-9))
     if rank == len(ids):

@@ -27,28 +27,28 @@ class MinCrossEntropy(CrossEntropyRule):
     )
 
     def gradient(self, row: FeasibleSet, p: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
-        """C = -Σ w_i log p̂_i."""
+        """Return the cost c = -Σ w_i log p̂_i."""
         log_p = row.log_p.masked_fill(~row.alive, 0.0)
         cost: Tensor = -(row.problem.weights[:, None] * log_p).sum(0)
         return cost
 
     def is_constant(self, row: FeasibleSet) -> bool:
-        """By the best fit of the cost by moments."""
+        """Say so if the best fit of the cost by moments leaves next to nothing."""
         cost = self.gradient(row, row.log_q)
         low, high = row.range_of(cost, row.fit(cost))
         return high - low <= row.indistinct
 
     def optimum(self, row: FeasibleSet, member: Float[Tensor, " v"] | None) -> Optimum:
-        """The linear program."""
+        """Solve the linear program."""
         return self.extremes(row, self.gradient(row, row.log_q), member)
 
     def most(self, row: FeasibleSet, member: Float[Tensor, " v"]) -> float:
-        """By the linear program with the opposite cost."""
+        """Return the largest cost over C, by the linear program with the opposite cost."""
         cost = self.gradient(row, row.log_q)
         return float(cost @ self.extremes(row, -cost, member).p)
 
     def bounds(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
-        """By linear duality."""
+        """Bound the objective by linear duality."""
         cost = self.gradient(row, p)
         low, high = row.range_of(cost, y)
         paid, gained = self.off(row, p, y)

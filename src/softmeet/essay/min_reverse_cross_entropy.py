@@ -30,7 +30,7 @@ class MinReverseCrossEntropy(ExactRule):
     exactness = 1e-2  # only whether there is one
 
     def choose(self, row: FeasibleSet, member: Float[Tensor, " v"] | None) -> Choice:
-        """By Newton steps towards p z = p̄."""
+        """Choose by Newton steps towards p z = p̄."""
         ids = row.alive.nonzero().squeeze(-1)
         mean = log_normalize(row.log_mean[ids]).exp().clamp_min(torch.finfo(row.log_q.dtype).tiny)
         columns, target = row.system
@@ -46,7 +46,7 @@ class MinReverseCrossEntropy(ExactRule):
         return Choice(p, y, found.steps)
 
     def bounds(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
-        """By Gibbs' inequality: Σ p̄ log(p z / p̄) ≤ 0 for p in C, as Σ p z = 1."""
+        """Bound the objective by Gibbs' inequality: Σ p̄ log(p z / p̄) ≤ 0 for p in C, as Σ p z = 1."""
         log_mean = log_normalize(row.log_mean[row.alive])
         mean, z = log_mean.exp(), 1 + row.scores(y)[row.alive]
         value = -float(torch.special.xlogy(mean, p[row.alive]).sum())

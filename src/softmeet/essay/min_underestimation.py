@@ -37,7 +37,7 @@ class MinUnderestimation(ExactRule):
     exactness = 1e-2  # only whether there is one
 
     def choose(self, row: FeasibleSet, member: Float[Tensor, " v"] | None) -> Choice:
-        """By a bounded-variable interior-point method over all tokens: the support is dense."""
+        """Choose by a bounded-variable interior-point method over all tokens: the support is dense."""
         floor = row.log_p.amin(0)
         ids = (row.alive & (floor > floor[row.alive].max() - _LIGHTEST)).nonzero().squeeze(-1)
         upper = (floor - floor[ids].logsumexp(-1))[ids].exp().clamp_min(torch.finfo(floor.dtype).tiny)
@@ -68,7 +68,7 @@ class MinUnderestimation(ExactRule):
         return Choice(p, y, steps)
 
     def bounds(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
-        """By the unconstrained dual."""
+        """Bound the objective by the unconstrained dual."""
         floor = row.log_p.amin(0)[row.alive]
         value = float((p[row.alive].log() - floor).max())
         scores = row.scores(y)[row.alive]
@@ -77,7 +77,7 @@ class MinUnderestimation(ExactRule):
 
 
 def _basic(row: FeasibleSet, x: Float[Tensor, " v"], upper: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
-    """A vertex that ``x`` may have reached: all but as many masses as there are moments exactly at a bound.
+    """Return a vertex that ``x`` may have reached: all but as many masses as there are moments exactly at a bound.
 
     ``x`` itself where none is found. It has the moments, and may have less of the objective.
     """
@@ -107,7 +107,7 @@ def _basic(row: FeasibleSet, x: Float[Tensor, " v"], upper: Float[Tensor, " v"])
 
 
 def _several(row: FeasibleSet, between: Bool[Tensor, " v"]) -> bool:
-    """Whether the masses that are at no bound can move without changing the moments."""
+    """Say whether the masses that are at no bound can move without changing the moments."""
     ids = between.nonzero().squeeze(-1)
     if len(ids) < 2:
         return False

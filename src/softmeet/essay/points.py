@@ -21,7 +21,7 @@ _NEGATIVE = 1e-9
 
 
 def nearest(row: FeasibleSet, columns: Columns, target: Float[Tensor, " m"]) -> Optimum:
-    """A p in the simplex that minimises |Gᵀp - g|², for columns G that end with the ones."""
+    """Find a p in the simplex that minimises |Gᵀp - g|², for columns G that end with the ones."""
     softness = torch.ones_like(target)
     softness[-1] = 0.0
     program = SimplexProgram(
@@ -39,7 +39,7 @@ def nearest(row: FeasibleSet, columns: Columns, target: Float[Tensor, " m"]) -> 
 
 
 def separating(row: FeasibleSet) -> Float[Tensor, " m"] | None:
-    """Multipliers that prove C empty, from the nearest p: its excess, turned round; None if they do not.
+    """Return multipliers that prove C empty, the negative excess of the nearest p; None if they do not.
 
     At the nearest p, r = Gᵀp - g has rᵀ(g_j - g) ≥ |r|² for every token j (the Frank-Wolfe gap is zero).
     """
@@ -49,7 +49,7 @@ def separating(row: FeasibleSet) -> Float[Tensor, " m"] | None:
 
 
 def proves_empty(row: FeasibleSet, y: Float[Tensor, " m"]) -> bool:
-    """Whether no p has the members' moments, nor any that are all but those.
+    """Say whether multipliers prove that no p has the members' moments, nor any that are all but those.
 
     That is so if Σ_i λ_iᵀ(a_ij - b_i) < -δ|y| for every token that may be answered, y the whitened multipliers, and δ
     ``SEPARATED``: a smaller margin may be rounding where heads share directions.
@@ -58,14 +58,14 @@ def proves_empty(row: FeasibleSet, y: Float[Tensor, " m"]) -> bool:
 
 
 def moments_hold(row: FeasibleSet, p: Float[Tensor, " v"]) -> bool:
-    """Whether p has the members' moments."""
+    """Say whether p has the members' moments."""
     return float(row.excess(p).norm()) <= MOMENT_TOLERANCE
 
 
 def entropic(
     row: FeasibleSet, tokens: Bool[Tensor, " v"], reference: Float[Tensor, " v"], target: Float[Tensor, " m"]
 ) -> tuple[Float[Tensor, " v"], Float[Tensor, " m"], int]:
-    """(p, multipliers, steps): the I-projection of ``reference`` onto the p on ``tokens`` with moments ``target``."""
+    """Project ``reference`` onto the p on ``tokens`` with moments ``target``; return (p, multipliers, steps)."""
     ids = tokens.nonzero().squeeze(-1)
     columns, target = row.system[0], target @ row.joint
     columns = columns if len(ids) == len(tokens) else chosen(columns, ids, len(tokens))
@@ -79,7 +79,7 @@ def entropic(
 
 
 def polished(row: FeasibleSet, p: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
-    """P with its moments repaired to round-off: the smallest change that does it, weighing tokens by 1 / p."""
+    """Repair p's moments to round-off by the smallest change that does it, weighing tokens by 1 / p."""
     for _ in range(2):
         columns, target = row.system
         solve = Factored.of(columns.gram(p))
@@ -93,7 +93,7 @@ def polished(row: FeasibleSet, p: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
 
 
 def exact_gap(row: FeasibleSet, log_p: Float[Tensor, " v"], dual: tuple[Float[Tensor, " _"], ...]) -> float:
-    """KL(p̃‖p), the gap by the feasible p̃ nearest to p; what is left of p̃'s excess counts at the dual point's price.
+    """Return KL(p̃‖p), a bound on the gap by the feasible p̃ nearest to p; p̃'s excess counts at the dual's price.
 
     Where nearly all mass is on a few tokens, none but tiny masses can repair moments, and this still finds a bound.
     """
@@ -102,7 +102,7 @@ def exact_gap(row: FeasibleSet, log_p: Float[Tensor, " v"], dual: tuple[Float[Te
 
 
 def only(row: FeasibleSet) -> tuple[Float[Tensor, " v"] | None, Float[Tensor, " m"]]:
-    """(p, 0) with the one p that has the members' moments, or (None, y) with a proof that there is none, or (None, 0).
+    """Return (p, 0) with the one p that has the members' moments, (None, y) with a proof of none, or (None, 0).
 
     For rows that are ``unique``: Gᵀp = g has at most one solution. If it has none, g's distance e from the range of Gᵀ
     has G e = 0 and gᵀe = |e|² > 0, and proves it. If its solution has a p_j < 0, the y with G y = -1_j proves that no
@@ -128,7 +128,7 @@ def only(row: FeasibleSet) -> tuple[Float[Tensor, " v"] | None, Float[Tensor, " 
 
 
 def _without_sum(y: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
-    """Multipliers of the moments alone: that of the sum moves every score by the same."""
+    """Return the multipliers of the moments alone: that of the sum moves every score by the same."""
     y = y.clone()
     y[-1] = 0.0
     return y

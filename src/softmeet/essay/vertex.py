@@ -18,7 +18,7 @@ _TINY = 1e-10
 
 
 def vertex(columns: Columns, x: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """A vertex with the moments of ``x``; light tokens lose their mass first.
+    """Return a vertex with the moments of ``x``; light tokens lose their mass first.
 
     Args:
         columns: G, (N, m); one combination of its columns is 1 for every token.
@@ -35,7 +35,7 @@ def vertex(columns: Columns, x: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
 
 
 def _null_space(G: Float[Tensor, "k m"]) -> Float[Tensor, "k r"]:
-    """An orthonormal basis of { n : Gᵀn = 0 }."""
+    """Return an orthonormal basis of { n : Gᵀn = 0 }."""
     found = torch.linalg.svd(G, full_matrices=True)
     rank = int(torch.count_nonzero(_TINY * found.S.max() < found.S))
     basis: Tensor = found.U[:, rank:]
@@ -43,7 +43,7 @@ def _null_space(G: Float[Tensor, "k m"]) -> Float[Tensor, "k r"]:
 
 
 def _eliminated(x: Float[Tensor, " k"], null: Float[Tensor, "k r"]) -> Float[Tensor, " k"]:
-    """Masses with one more zero for every column of ``null``, and the same moments."""
+    """Return masses with one more zero for every column of ``null``, and the same moments."""
     x, null = x.clone(), null.clone()
     while null.shape[1]:
         n = null[:, 0] if null[:, 0].max() >= -null[:, 0].min() else -null[:, 0]

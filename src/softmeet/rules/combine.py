@@ -134,7 +134,7 @@ def solve(
 
 
 def _tempered(solution: Solution) -> Solution:
-    """At the rule's temperature, but for rows at which the first member answers alone."""
+    """Apply the rule's temperature, but for rows at which the first member answers alone."""
     settings = solution.problem.settings
     found = solution.at_temperature(settings.rule_temperature)
     if not isinstance(settings.gate, Unsure):

@@ -29,7 +29,7 @@ from softmeet.rules.problem import Problem
 
 @dataclass(frozen=True)
 class Gate(ABC):
-    """Where a rule is solved, and what answers where it is not."""
+    """A decision, before any head is read, where a rule is solved, and what answers where it is not."""
 
     threshold: float
 
@@ -45,11 +45,11 @@ class Gate(ABC):
 
     @abstractmethod
     def open(self, problem: Problem) -> Bool[Tensor, " B"]:
-        """The rows that the rule is solved at."""
+        """Return a mask of the rows that the rule is solved at."""
 
     @abstractmethod
     def instead(self, problem: Problem) -> Answer:
-        """What answers where the rule is not solved, for every row; no head is read."""
+        """Return what answers every row where the rule is not solved; no head is read."""
 
 
 @dataclass(frozen=True)
@@ -75,15 +75,15 @@ class Unsure(Gate):
         return self.threshold > 1
 
     def open(self, problem: Problem) -> Bool[Tensor, " B"]:
-        """By the first member's confidence."""
+        """Open rows at which the first member is not confident."""
         return self.among(problem.log_p[0]) if self.asked is None else self.asked
 
     def among(self, log_p: Float[Tensor, "B v"]) -> Bool[Tensor, " B"]:
-        """The rows at which the others have to be asked, from the first member's log-probabilities."""
+        """Return a mask of the rows at which the others have to be asked, from the first member's log-probabilities."""
         return confidence(log_p) < self.threshold
 
     def instead(self, problem: Problem) -> Answer:
-        """The first member's own answer."""
+        """Answer by the first member alone."""
         rule = problem.settings.rule
         alone = replace(
             problem,
@@ -116,13 +116,13 @@ class Disagreement(Gate):
         return self.threshold <= 0
 
     def open(self, problem: Problem) -> Bool[Tensor, " B"]:
-        """By the disagreement of the members about the pool."""
+        """Open rows at which members disagree about the pool by more than the threshold."""
         if not problem.settings.rule.reads_heads:
             return torch.ones_like(problem.log_p[0, :, 0], dtype=torch.bool)
         return problem.pool_bound() > self.threshold
 
     def instead(self, problem: Problem) -> Answer:
-        """The pool, with what the rule could still gain over it as its gap, where that is known."""
+        """Answer by the pool; its gap is what the rule could still gain over it, where that is known."""
         answer = closed_form(problem, problem.log_pool, torch.zeros_like(problem.log_pool[:, 0]))
         bound = problem.settings.rule.pool_bound(problem)
         gap = torch.full_like(answer.gap, torch.inf) if bound is None else bound
@@ -158,7 +158,7 @@ class PredictedMovement(Gate):
         return self.threshold <= 0
 
     def open(self, problem: Problem) -> Bool[Tensor, " B"]:
-        """By the predicted movement.
+        """Open rows that the rule is predicted to move by the threshold or more.
 
         Raises:
             InvalidInputError: no factor is known.
@@ -174,12 +174,12 @@ class PredictedMovement(Gate):
         return self.factor * free >= self.threshold
 
     def instead(self, problem: Problem) -> Answer:
-        """The pool, as by :class:`Disagreement`."""
+        """Answer by the pool, as :class:`Disagreement` does."""
         return Disagreement(self.threshold).instead(problem)
 
 
 def confidence(log_p: Float[Tensor, "*b v"]) -> Float[Tensor, "*b"]:
-    """The probability of the most probable token."""
+    """Return the probability of the most probable token."""
     return log_p.amax(-1).exp()
 
 
@@ -189,7 +189,7 @@ _AUTO = 3e-3
 
 
 def parse_gate(gate: str | Gate | None) -> Gate | None:
-    """Read a gate from a text such as ``unsure:0.5``; None for None and for ``none``.
+    """Read a gate from a text such as ``unsure:0.5``; return None for None and for ``none``.
 
     Raises:
         InvalidInputError: there is no such gate, or its threshold is not a finite number from 0.
@@ -212,7 +212,7 @@ def parse_gate(gate: str | Gate | None) -> Gate | None:
 
 
 def that_closes(gate: Gate | None) -> Gate | None:
-    """Leave out a gate that never closes, which is none."""
+    """Return the gate, or None where it never closes."""
     return None if gate is None or gate.never_closes else gate
 
 

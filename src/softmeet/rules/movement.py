@@ -25,7 +25,7 @@ _NOTHING, _LITTLE = 0.005, 0.03
 
 @dataclass(frozen=True, eq=False)
 class Movement:
-    """Of B positions; nats, but for the total variation.
+    """How far a rule moves the pool at B positions; in nats, but for the total variation.
 
     Attributes:
         forward: KL(p°‖q).
@@ -67,11 +67,11 @@ class Movement:
         return Movement(*rows.unbind(-1))
 
     def table(self) -> Float[Tensor, "B 5"]:
-        """All of it, a column each."""
+        """Return all measures side by side, a column each."""
         return torch.stack([getattr(self, f.name) for f in fields(self)], dim=-1)
 
     def figures(self) -> dict[str, Any]:
-        """Means and quantiles over positions, and what they say in a sentence."""
+        """Return means and quantiles over positions, and what they say in a sentence."""
         found: dict[str, Any] = {}
         for f in fields(self):
             values = getattr(self, f.name).double()

@@ -30,7 +30,7 @@ class LogitMean(_ClosedForm):
     is_average = True
 
     def solve(self, problem: Problem) -> Answer:
-        """In closed form."""
+        """Answer in closed form."""
         scores = weighted_log_probs(problem.log_p, problem.weights)
         log_probs = problem.restricted(log_normalize(scores))
         safe = log_probs.masked_fill(log_probs.isneginf(), 0.0)
@@ -49,7 +49,7 @@ class ProbMean(_ClosedForm):
     is_average = True
 
     def solve(self, problem: Problem) -> Answer:
-        """In closed form."""
+        """Answer in closed form."""
         log_probs = problem.restricted(prob_mean(problem.log_p, problem.weights))
         objective = torch.zeros_like(log_probs[:, 0])
         for member, weight in zip(problem.log_p, (problem.weights / problem.weights.sum()).tolist(), strict=True):
@@ -69,7 +69,7 @@ class OneHot(_ClosedForm):
     can_assign_zeros = True
 
     def solve(self, problem: Problem) -> Answer:
-        """In closed form."""
+        """Answer in closed form."""
         scores = weighted_log_probs(problem.log_p, problem.weights)
         best = problem.restricted(log_normalize(scores)).argmax(-1, keepdim=True)
         log_probs = torch.full_like(scores, -torch.inf).scatter(-1, best, 0.0)

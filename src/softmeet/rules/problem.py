@@ -34,7 +34,7 @@ class Start(Batched):
     trust: tuple[float, ...]
 
     def towards(self, members: Sequence[int], trust: Sequence[float]) -> list[Float[Tensor, "B _"]]:
-        """Each λ_i for those trusts: member i's correction λ_i / ρ_i changes little with ρ.
+        """Return each λ_i for other trusts: member i's correction λ_i / ρ_i changes little with ρ.
 
         If all are infinite, a row whose proof is known begins with it.
         """
@@ -96,7 +96,7 @@ class Problem:
         return replace(self, settings=self.settings.model_copy(update=settings), dtype=dtype or self.dtype)
 
     def take(self, rows: Int[Tensor, " k"]) -> Problem:
-        """Some rows of the batch."""
+        """Return the problem of some rows of the batch, (k,)."""
         slopes = tuple(None if s is None else s[rows] for s in self.slopes)
         free, start = tuple(f[rows] for f in self.free), None if self.start is None else self.start.take(rows)
         return replace(self, log_p=self.log_p[:, rows], slopes=slopes, free=free, start=start)
@@ -106,11 +106,11 @@ class Problem:
         return [self.take(torch.tensor([k], device=self.log_p.device)) for k in range(self.log_p.shape[1])]
 
     def pieces(self) -> list[Problem]:
-        """Parts whose rows share one view of each head: all of it, or one row each where directions are free."""
+        """Split into parts whose rows share one view of each head: one part, or one a row where directions are free."""
         return self.rows() if self.free and self.log_p.shape[1] > 1 else [self]
 
     def restricted(self, log_q: Float[Tensor, "B v"]) -> Float[Tensor, "B v"]:
-        """``log_q`` on the tokens that may be answered, renormalised.
+        """Restrict log-probabilities to the tokens that may be answered, renormalised.
 
         Raises:
             DisjointSupportError: a row has no such token.
@@ -144,7 +144,7 @@ class Problem:
         assert self.log_pool is not None
 
     def views(self, members: Sequence[int]) -> tuple[WhitenedHead, ...]:
-        """Whitened views of some members' heads, without the directions that are free, and fresh read counters."""
+        """Return whitened views of some members' heads, without free directions and with fresh read counters."""
         batch, v = self.log_p.shape[1:]
         place = self.log_p.device
         return tuple([
@@ -153,7 +153,7 @@ class Problem:
         ])  # fmt: skip
 
     def _whitening(self, i: int) -> Whitening:
-        """Of head i, cut to ``rank`` and without its free directions.
+        """Return the whitening of head i, cut to ``rank`` and without its free directions.
 
         W_iᵀ(p - p̂_i) = R⁻ᵀ Q_iᵀ(p - p̂_i) is a combination of directions u exactly if Q_iᵀ(p - p̂_i) is one of Rᵀu.
         """
@@ -166,7 +166,7 @@ class Problem:
         return whole.narrowed(kept.T).without(self.free[i][0])
 
     def projection(self, members: Sequence[int], trust: Sequence[float]) -> Projection:
-        """The relaxed I-projection of the pool for those members, all of positive trust."""
+        """State the relaxed I-projection of the pool for some members, all of positive trust."""
         projection = Projection(
             log_q=self.log_pool,
             log_p=self.log_p[list(members)].transpose(0, 1),
@@ -181,7 +181,7 @@ class Problem:
         return projection
 
     def met_alike(self, other: Problem) -> bool:
-        """Whether ``meet``'s solution of this problem is one of ``other``, if both have the same heads."""
+        """Say whether ``meet``'s solution of this problem is one of ``other``, if both have the same heads."""
         same = [
             (p.trust, p.settings.pool, p.settings.weights, p.settings.rank, p.settings.free_radial)
             for p in (self, other)
@@ -191,11 +191,11 @@ class Problem:
         return same[0] == same[1] and support and self.tol <= other.tol and torch.equal(self.log_p, other.log_p)
 
     def relaxed(self) -> Problem:
-        """The same problem with the default trust wherever it is infinite."""
+        """Return the problem with the default trust wherever it is infinite."""
         return replace(self, settings=self.settings.relaxed())
 
     def pool_bound(self) -> Float[Tensor, " B"]:
-        """Σ_i ρ_i KL(q‖p̂_i) in nats, with q the pool and ρ_i the trusts; an infinite trust counts as the default.
+        """Return Σ_i ρ_i KL(q‖p̂_i) in nats, q the pool and ρ_i the trusts; an infinite one counts as the default.
 
         It needs the pool and the members' log-probabilities, which every rule has anyway, and no head, and depends on
         the members' distributions alone: W_i → W_i M, constants added to logits and the order of tokens and members are

@@ -32,7 +32,7 @@ SHORT = {"temperature": "rule_temperature"}
 
 
 def _numbers(value: Any) -> Any:
-    """One number, or several, as floats: of a list, an array or a tensor on any device."""
+    """Read one number, or several, as floats: of a list, an array or a tensor on any device."""
     if value is None:
         return None
     import numpy as np  # whoever only asks for help does not wait for it
@@ -50,7 +50,7 @@ def _numbers(value: Any) -> Any:
 
 
 def _count(value: Any) -> Any:
-    """An integer of any kind, at least 1; None where that is allowed."""
+    """Check an integer of any kind, at least 1; let None through."""
     if value is None:
         return None
     try:
@@ -251,7 +251,7 @@ def parse_rule(text: str) -> tuple[Rule, dict[str, Any]]:
 
 
 def _listed(value: str, text: str) -> Any:
-    """A number, or several with slashes between."""
+    """Read a number, or several with slashes between."""
     try:
         numbers = tuple(float(part) for part in value.split("/"))
     except ValueError:

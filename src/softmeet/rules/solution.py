@@ -1,4 +1,4 @@
-"""What ``combine`` returns."""
+"""The solution that ``combine`` returns, and what is known about it."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class Solution:
         return self._problem.log_pool.to(self.log_probs.dtype).reshape(self.log_probs.shape)
 
     def as_start(self, heads: Sequence[SoftmaxHead], log_p: Float[Tensor, "n B v"]) -> Start:
-        """Where another problem with these heads may begin.
+        """Return where the search for another problem's answer, with these heads, may begin.
 
         Raises:
             InvalidInputError: the rule has no dual, or rows or heads are not as many or as wide.
@@ -122,7 +122,7 @@ class Solution:
         return Start(dual, ray, self._problem.trust)
 
     def as_fallback(self, problem: Problem) -> Answer:
-        """What answers rows of a problem that have no feasible distribution, without reading a head for it.
+        """Return what answers rows of a problem without a feasible distribution, reading no head for it.
 
         Raises:
             InvalidInputError: this is not the solution of that problem, relaxed, by ``meet``.
@@ -138,11 +138,11 @@ class Solution:
         return replace(self._answer, passes=nothing, steps=torch.zeros_like(self._answer.steps))
 
     def at_temperature(self, temperature: float) -> Solution:
-        """The same with ``log_probs`` ∝ p^(1/temperature); all else is of the answer before."""
+        """Return a copy with ``log_probs`` ∝ p^(1/temperature); all else is of the answer before."""
         return replace(self, log_probs=log_normalize(self.log_probs / temperature))
 
     def by_member(self, count: int) -> Solution:
-        """The same with the ``disagreement`` of each member's ``count`` copies added up."""
+        """Return a copy with the ``disagreement`` of each member's ``count`` copies added up."""
         split = (-1, count, *self.disagreement.shape[1:])
         total, is_bound = self.disagreement.reshape(split).sum(1), self.disagreement_is_bound.reshape(split).any(1)
         return replace(self, disagreement=total, disagreement_is_bound=is_bound)
@@ -155,7 +155,7 @@ class Solution:
         logits: Tensor | None = None,
         hidden: Sequence[Tensor] | None = None,
     ) -> Verification:
-        """Residual, gap and status again, in fp64 and without the solver, from the members and this answer alone.
+        """Compute residual, gap and status again, in fp64, from the members and this answer, without the solver.
 
         ``log_probs`` are taken as they are here, changed or not, and with them the multipliers and proofs.
 
@@ -181,7 +181,7 @@ def from_answer(
     shape: torch.Size,
     dtype: torch.dtype,
 ) -> Solution:
-    """The answer with its batch dimensions back; ``which`` rows fell back, and which were gated."""
+    """Give an answer its batch dimensions back; ``which`` says which rows fell back, and which were gated."""
     fallback, gated = which
     return Solution(
         log_probs=answer.log_probs.to(dtype).reshape(*shape, problem.log_p.shape[-1]),

@@ -20,7 +20,7 @@ _NORMALISATION_TOLERANCE = 0.05
 
 
 def checked_log_probs(log_probs: Float[Tensor, "n *b v"]) -> Float[Tensor, "n B v"]:
-    """The members' log-probabilities with one batch dimension, in fp64, normalised.
+    """Check the members' log-probabilities; return them with one batch dimension, in fp64, normalised.
 
     Raises:
         InvalidInputError: not a floating tensor (n, *batch, v), or the rows are not log-probabilities.
@@ -68,7 +68,7 @@ def _finite_total(flat: Float[Tensor, "n B v"]) -> Float[Tensor, "n B 1"]:
 
 
 def checked_heads(heads: Sequence[SoftmaxHead | Tensor], log_p: Float[Tensor, "n B v"]) -> tuple[SoftmaxHead, ...]:
-    """One head per member; a head with fewer rows than v belongs to a member that excludes the tokens past its end.
+    """Check that there is a head for each member; one of fewer than v rows excludes the tokens past its end.
 
     Raises:
         InvalidInputError: the number of heads or of their rows does not fit.
@@ -92,7 +92,7 @@ def slopes_of(
     log_p: Float[Tensor, "n B v"],
     shape: torch.Size,
 ) -> tuple[Float[Tensor, "B v"] | None, ...]:
-    """The slope of each head's soft-cap at the members' logits, zero past a head's last row.
+    """Return the slope of each head's soft-cap at the members' logits, zero past a head's last row.
 
     Raises:
         InvalidInputError: a head has a soft-cap and there are no logits, or they have another shape.
@@ -120,7 +120,7 @@ def slopes_of(
 
 
 def checked_support(support: Bool[Tensor, " v"] | None, log_p: Float[Tensor, "n B v"]) -> Bool[Tensor, " v"] | None:
-    """A mask of tokens that may be answered."""
+    """Check a mask of the tokens that may be answered."""
     if support is not None and (support.dtype != torch.bool or support.shape != log_p.shape[-1:]):
         raise InvalidInputError(
             f"expected a bool mask of shape ({log_p.shape[-1]},), got {support.dtype} of shape {tuple(support.shape)}"
@@ -135,7 +135,7 @@ def free_directions(
     hidden: Sequence[Tensor] | None,
     shape: torch.Size,
 ) -> tuple[Float[Tensor, "B _ _"], ...]:
-    """The directions of every member's hidden state that the final norm hides, (B, k, d_i), fp64.
+    """Return the directions of every member's hidden state that the final norm hides, (B, k, d_i), fp64.
 
     Raises:
         InvalidInputError: the hidden states have another shape, or cannot be recovered from infinite logits.
@@ -156,7 +156,7 @@ def free_directions(
 
 
 def _recovered(i: int, head: SoftmaxHead, logits: Float[Tensor, "B v"]) -> Float[Tensor, "B d"]:
-    """The hidden states behind some logits, up to what the head does not see."""
+    """Recover the hidden states behind some logits, up to what the head does not see."""
     if logits.isneginf().any():
         raise InvalidInputError(
             f"the hidden states of member {i} cannot be recovered from infinite logits: pass them as hidden="
@@ -175,7 +175,7 @@ def restate(
     logits: Tensor | None,
     hidden: Sequence[Tensor] | None = None,
 ) -> Problem:
-    """``problem`` with its settings, but with heads and log-probabilities given anew."""
+    """Return ``problem`` with its settings, but with heads and log-probabilities given anew."""
     log_p = checked_log_probs(log_probs)
     if log_p.shape != problem.log_p.shape:
         raise InvalidInputError(f"expected what was combined, {tuple(problem.log_p.shape)}, got {tuple(log_p.shape)}")
