@@ -14,8 +14,8 @@ from softmeet.simplex import kl
 from softmeet.solvers.linalg import Factored
 from softmeet.solvers.projection import MOMENT_TOLERANCE, SEPARATED
 
-# The gap of a squared distance in whitened coordinates: round-off there.
-_NEAREST = 1e-12
+# The Frank-Wolfe gap at which the nearest p is found, of a squared distance in whitened coordinates: round-off there.
+_FRANK_WOLFE_TOLERANCE = 1e-12
 # Probabilities below zero by this much are rounding, of moments that are themselves rounded.
 _NEGATIVE = 1e-9
 
@@ -33,7 +33,7 @@ def nearest(row: FeasibleSet, columns: Columns, target: Float[Tensor, " m"]) -> 
         unit=len(target) - 1,
         feasible=None,
         weight=row.log_mean,
-        tol=_NEAREST * (1 + float(target.square().sum())),
+        tol=_FRANK_WOLFE_TOLERANCE * (1 + float(target.square().sum())),
     )
     return minimise(program, row.problem.settings.max_steps)
 
