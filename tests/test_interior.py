@@ -7,9 +7,9 @@ import pytest
 import torch
 from scipy.optimize import linprog
 
-from softmeet.essay import columns
-from softmeet.essay.columns import Held
+from softmeet.essay import matrices
 from softmeet.essay.interior import Program, interior_point
+from softmeet.essay.matrices import DenseMatrix
 
 
 def linear(N, m, sharpness, seed):
@@ -22,7 +22,7 @@ def linear(N, m, sharpness, seed):
     G = torch.cat([G, torch.ones(N, 1, dtype=torch.float64)], dim=1)
     cost = torch.randn(N, generator=generator, dtype=torch.float64)
     softness, start = torch.zeros(m + 1, dtype=torch.float64), torch.full((N,), 1 / N, dtype=torch.float64)
-    return Program(Held(G), p @ G, cost, softness, start, m)
+    return Program(DenseMatrix(G), p @ G, cost, softness, start, m)
 
 
 def highs(program):
@@ -63,8 +63,8 @@ def test_a_gram_matrix_leaves_out_only_what_rounding_loses():
     G = torch.randn(5000, 30, generator=generator, dtype=torch.float64)
     weight = torch.rand(5000, generator=generator, dtype=torch.float64) * 1e-25
     weight[::100] = 10.0 ** -torch.arange(50, dtype=torch.float64).div(5)
-    held = Held(G)
-    assert len(columns._counting(weight, held.lengths)) < 100
+    held = DenseMatrix(G)
+    assert len(matrices._counting(weight, held.lengths)) < 100
     exact = np.longdouble(G.numpy()).T @ (np.longdouble(weight.numpy())[:, None] * np.longdouble(G.numpy()))
     off = np.abs(held.gram(weight).numpy() - exact).max() / np.abs(exact).max()
     assert off < 1e-15

@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from softmeet.essay.columns import Columns, Held, Stacked
 from softmeet.essay.interior import Program, interior_point
+from softmeet.essay.matrices import DenseMatrix, MomentMatrix, StackedMatrix
 
-# Columns to begin with, per constraint, and the fewest that are worth a choice.
+# MomentMatrix to begin with, per constraint, and the fewest that are worth a choice.
 _PER_CONSTRAINT = 4
 _FEWEST = 2048
 _ROUNDS = 60
@@ -46,7 +46,7 @@ class SimplexProgram:
         tol: the gap at which to stop.
     """
 
-    columns: Columns
+    columns: MomentMatrix
     target: Float[Tensor, " m"]
     softness: Float[Tensor, " m"]
     cost: Float[Tensor, " v"]
@@ -78,7 +78,7 @@ class Optimum:
     reduced: Float[Tensor, " v"]
 
 
-def minimise(program: SimplexProgram, max_steps: int) -> Optimum:
+def solve_program(program: SimplexProgram, max_steps: int) -> Optimum:
     """Solve a program to ``tol``, or as well as it gets; callers certify the answer."""
     chosen = _first(program)
     steps = 0
@@ -134,10 +134,10 @@ def _restricted(
 ) -> tuple[Float[Tensor, " v"], Float[Tensor, " m"], int]:
     tokens = chosen.nonzero().squeeze(-1)
     everything = len(tokens) == len(chosen)
-    columns: Columns = program.columns if everything else Held(program.columns.rows(tokens))
+    columns: MomentMatrix = program.columns if everything else DenseMatrix(program.columns.rows(tokens))
     cost, feasible = program.cost[tokens], program.feasible
     if feasible is not None and not bool((chosen | ~program.alive).all()):
-        columns = Stacked(columns, program.columns.sums(feasible)[None])
+        columns = StackedMatrix(columns, program.columns.sums(feasible)[None])
         cost = torch.cat([cost, (program.cost @ feasible)[None]])
     start = torch.full_like(cost, 1 / len(cost))
     found = interior_point(

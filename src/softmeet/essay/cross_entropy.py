@@ -10,9 +10,9 @@ from pydantic import Field
 from torch import Tensor
 
 from softmeet.essay.base import Bounds, Choice, ExactRule
-from softmeet.essay.column_generation import Optimum, SimplexProgram, minimise
-from softmeet.essay.columns import Tokens, mapped
+from softmeet.essay.column_generation import Optimum, SimplexProgram, solve_program
 from softmeet.essay.feasible_set import FeasibleSet
+from softmeet.essay.matrices import StreamedMatrix, mapped
 from softmeet.essay.points import moments_hold
 from softmeet.essay.vertex import vertex
 from softmeet.rules.problem import Problem
@@ -117,7 +117,7 @@ class CrossEntropyRule(ExactRule):
         softness = torch.full_like(target, self.slack)
         softness[-1], unit = 0.0, len(target) - 1
         if extra is not None:
-            columns = Tokens(row.heads, torch.cat([row.ones, extra], dim=-1)).held()
+            columns = StreamedMatrix(row.heads, torch.cat([row.ones, extra], dim=-1)).held()
             same = torch.eye(extra.shape[1], dtype=target.dtype, device=target.device)
             columns = columns if soft else mapped(columns, torch.block_diag(row.joint, same))
             target, softness = torch.cat([target, 0 * same[0]]), torch.cat([softness, 0 * same[0] + 0.5])
@@ -130,4 +130,4 @@ class CrossEntropyRule(ExactRule):
 
     def extremes(self, row: FeasibleSet, cost: Float[Tensor, " v"], member: Float[Tensor, " v"] | None) -> Optimum:
         """Find the p that minimises a linear cost."""
-        return minimise(self.program(row, cost, member), row.problem.settings.max_steps)
+        return solve_program(self.program(row, cost, member), row.problem.settings.max_steps)

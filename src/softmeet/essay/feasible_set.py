@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from softmeet.essay.columns import Columns, Tokens, mapped
+from softmeet.essay.matrices import MomentMatrix, StreamedMatrix, mapped
 from softmeet.heads import WhitenedHead
 from softmeet.rules.problem import Problem
 from softmeet.simplex import prob_mean
@@ -75,9 +75,9 @@ class FeasibleSet:
         return torch.ones_like(self.log_q)[:, None]
 
     @cached_property
-    def tokens(self) -> Columns:
+    def tokens(self) -> MomentMatrix:
         """G = [Q_1 | … | Q_n | 1] over all tokens."""
-        return Tokens(self.heads, self.ones).held()
+        return StreamedMatrix(self.heads, self.ones).held()
 
     @cached_property
     def target(self) -> Float[Tensor, " m"]:
@@ -105,7 +105,7 @@ class FeasibleSet:
         return torch.cat([torch.cat([T, centre[None]]), last[:, None]], dim=-1)
 
     @cached_property
-    def system(self) -> tuple[Columns, Float[Tensor, " r"]]:
+    def system(self) -> tuple[MomentMatrix, Float[Tensor, " r"]]:
         """(G T, Tᵀg): the moments as a well conditioned system; ``joint`` takes its multipliers back."""
         return mapped(self.tokens, self.joint), self.target @ self.joint
 

@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from softmeet.essay.columns import Columns
+from softmeet.essay.matrices import MomentMatrix
 from softmeet.solvers.linalg import Factored
 
 # How far towards the boundary a step may go; where a barrier keeps x inside, farther than it should ever be.
@@ -61,7 +61,7 @@ class Program:
         unit: the index of a constraint whose column is 1 for every variable, by which the dual starts feasible.
     """
 
-    columns: Columns
+    columns: MomentMatrix
     target: Float[Tensor, " m"]
     cost: Float[Tensor, " N"]
     softness: Float[Tensor, " m"]

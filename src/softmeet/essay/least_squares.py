@@ -12,9 +12,9 @@ from torch import Tensor
 
 from softmeet.essay.base import Bounds, Choice, ExactRule
 from softmeet.essay.column_generation import Optimum
-from softmeet.essay.columns import Columns, Mapped
 from softmeet.essay.feasible_set import FeasibleSet
-from softmeet.essay.points import entropic, nearest, proves_empty
+from softmeet.essay.matrices import MappedMatrix, MomentMatrix
+from softmeet.essay.points import entropic_projection, least_squares_point, proves_empty
 from softmeet.rules.problem import Problem
 
 # Relative to their spread, scores this close to the least are on the face of nearest points.
@@ -49,9 +49,9 @@ class LeastSquares(ExactRule):
         if member is not None:
             return Choice(member, torch.zeros_like(row.target), 0)
         T = self._metric(row)
-        columns = row.tokens if T is None else Mapped(row.tokens, T)
+        columns = row.tokens if T is None else MappedMatrix(row.tokens, T)
         target = row.target if T is None else row.target @ T
-        found = nearest(row, columns, target)
+        found = least_squares_point(row, columns, target)
         face = _face(row, found)
         found = _finished(row, columns, target, found)
         p, steps = _most_entropy(row, columns, found, face | (found.p > 0))
@@ -88,7 +88,7 @@ class LeastSquares(ExactRule):
         return r, row.tokens.times(r if T is None else T @ r)
 
 
-def _finished(row: FeasibleSet, columns: Columns, target: Float[Tensor, " k"], found: Optimum) -> Optimum:
+def _finished(row: FeasibleSet, columns: MomentMatrix, target: Float[Tensor, " k"], found: Optimum) -> Optimum:
     """Solve for the masses on the support exactly; keep them if that lowers the gap.
 
     min ‖Σ u_j (g_j - g)‖² + (Σu - 1)² is least at a multiple of the answer, and tokens that would turn negative leave
@@ -110,7 +110,7 @@ def _finished(row: FeasibleSet, columns: Columns, target: Float[Tensor, " k"], f
     return replace(found, p=p) if better else found
 
 
-def _gap(row: FeasibleSet, columns: Columns, target: Float[Tensor, " k"], p: Float[Tensor, " v"]) -> float:
+def _gap(row: FeasibleSet, columns: MomentMatrix, target: Float[Tensor, " k"], p: Float[Tensor, " v"]) -> float:
     """Return the gap of Frank and Wolfe at p: how far |Gᵀp - g|² can be from its least value."""
     r = columns.sums(p) - target
     r[-1] = 0.0
@@ -131,13 +131,13 @@ def _face(row: FeasibleSet, found: Optimum) -> Bool[Tensor, " v"]:
 
 
 def _most_entropy(
-    row: FeasibleSet, columns: Columns, found: Optimum, face: Bool[Tensor, " v"]
+    row: FeasibleSet, columns: MomentMatrix, found: Optimum, face: Bool[Tensor, " v"]
 ) -> tuple[Float[Tensor, " v"], int]:
     """Project the pool onto the nearest points, which are those on the exposed face with the same moments."""
     ids = face.nonzero().squeeze(-1)
     rank = len(ids) if len(ids) <= 1 else int(torch.linalg.matrix_rank(columns.rows(ids), rtol=1e-9))
     if rank == len(ids):
         return found.p, 0
-    p, _, steps = entropic(row, face, row.log_q.exp(), row.tokens.sums(found.p))
+    p, _, steps = entropic_projection(row, face, row.log_q.exp(), row.tokens.sums(found.p))
     kept = float((row.tokens.sums(p - found.p)).norm()) <= _FACE
     return (p, steps) if kept else (found.p, steps)

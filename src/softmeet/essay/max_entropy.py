@@ -9,7 +9,14 @@ from dataclasses import replace
 import torch
 
 from softmeet.essay.feasible_set import FeasibleSet, may_be_unique
-from softmeet.essay.points import entropic, exact_gap, moments_hold, only, polished, separating
+from softmeet.essay.points import (
+    entropic_projection,
+    exact_gap,
+    moments_hold,
+    moments_repaired,
+    separating_multipliers,
+    unique_feasible_point,
+)
 from softmeet.rules.answer import Answer, closed_form
 from softmeet.rules.meet import Meet
 from softmeet.rules.problem import Problem
@@ -80,7 +87,7 @@ class MaxEntropy(Meet):
     def _solve_row(self, row: FeasibleSet) -> Answer:
         if not row.unique:
             return super().solve(row.problem)
-        p, proof = only(row)
+        p, proof = unique_feasible_point(row)
         if p is None and not proof.any():
             return super().solve(row.problem)
         if p is None:
@@ -107,7 +114,7 @@ def members_of(problem: Problem, exactness: float = EXACT) -> Answer:
     answer = MaxEntropy().projected(problem, any_member=True)
     for k in (answer.status == Status.OPTIMAL).nonzero().flatten().tolist() if exactness <= EXACT else ():
         row = FeasibleSet(problem.take(torch.tensor([k], device=problem.log_p.device)))
-        answer.log_probs[k] = polished(row, answer.log_probs[k].exp()).log()
+        answer.log_probs[k] = moments_repaired(row, answer.log_probs[k].exp()).log()
     return answer
 
 
@@ -116,14 +123,14 @@ def _settle(answer: Answer, k: int, row: FeasibleSet, any_member: bool) -> None:
 
     Those count directions once that members share, and so come to an end where multipliers grow without bound.
     """
-    y = separating(row)
+    y = separating_multipliers(row)
     n = len(row.heads)
     if y is not None:
         answer.status[k] = Status.INFEASIBLE
         for mine, lam in zip(answer.ray, row.raw(y), strict=True):
             mine[k] = lam[0]
     elif any_member or full_hessian_pays(row.problem.projection(range(n), (math.inf,) * n)):
-        p, y, steps = entropic(row, row.alive, row.log_q.exp(), row.target)
+        p, y, steps = entropic_projection(row, row.alive, row.log_q.exp(), row.target)
         log_p, dual = log_normalize(row.log_q + row.tokens.times(y)), row.raw(y)
         gap = exact_gap(row, log_p, tuple(lam[0] for lam in dual))
         answer.steps[k] += steps

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from softmeet.essay.base import Bounds
-from softmeet.essay.column_generation import Optimum, minimise
+from softmeet.essay.column_generation import Optimum, solve_program
 from softmeet.essay.cross_entropy import CrossEntropyRule
 from softmeet.essay.feasible_set import FeasibleSet
 
@@ -51,7 +51,9 @@ class MinSquaredCrossEntropy(CrossEntropyRule):
         """Solve the quadratic program, with one soft column √w_i log p̂_i per member."""
         log_p, _ = self._sums(row, row.log_q.exp())
         extra = (row.problem.weights.sqrt()[:, None] * log_p).T
-        return minimise(self.program(row, torch.zeros_like(row.log_q), member, extra), row.problem.settings.max_steps)
+        return solve_program(
+            self.program(row, torch.zeros_like(row.log_q), member, extra), row.problem.settings.max_steps
+        )
 
     def most(self, row: FeasibleSet, member: Float[Tensor, " v"]) -> float:
         """Return a bound on the largest value over C, member by member."""

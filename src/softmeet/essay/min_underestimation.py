@@ -7,9 +7,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from softmeet.essay.base import Bounds, Choice, ExactRule
-from softmeet.essay.columns import Chosen, Stacked, chosen
 from softmeet.essay.feasible_set import FeasibleSet
 from softmeet.essay.interior import Program, interior_point
+from softmeet.essay.matrices import StackedMatrix, SubsetMatrix, subset
 
 # A mass this close to one of its bounds, relative to their distance, is at it.
 _AT_BOUND = 1e-5
@@ -42,14 +42,14 @@ class MinUnderestimation(ExactRule):
         ids = (row.alive & (floor > floor[row.alive].max() - _LIGHTEST)).nonzero().squeeze(-1)
         upper = (floor - floor[ids].logsumexp(-1))[ids].exp().clamp_min(torch.finfo(floor.dtype).tiny)
         tokens, target = row.system
-        tokens = tokens if len(ids) == len(floor) else Chosen(tokens, ids, len(floor))
+        tokens = tokens if len(ids) == len(floor) else SubsetMatrix(tokens, ids, len(floor))
         # The last variable is Σx, bounded by Σ upper = 1.
         cost = torch.zeros(len(ids) + 1, dtype=floor.dtype, device=floor.device)
         cost[-1] = -1.0
         limits = torch.cat([upper, upper.new_full((1,), 1.5)])
         nothing = torch.zeros_like(target)
         program = Program(
-            Stacked(tokens, -target[None]), nothing, cost, nothing, limits / 2, len(nothing) - 1, upper=limits
+            StackedMatrix(tokens, -target[None]), nothing, cost, nothing, limits / 2, len(nothing) - 1, upper=limits
         )
         found = interior_point(program, row.problem.settings.max_steps)
         x = torch.zeros_like(floor).index_copy(0, ids, found.x[:-1])
@@ -126,7 +126,7 @@ def _nearest_to_pool(
     target = columns.sums(torch.where(between, p, 0.0))
     start, nothing = p[ids], torch.zeros_like(p[ids])
     program = Program(
-        chosen(columns, ids, len(p)), target, nothing, torch.zeros_like(target), start, len(target) - 1,
+        subset(columns, ids, len(p)), target, nothing, torch.zeros_like(target), start, len(target) - 1,
         upper=limit[ids], reference=row.log_q.exp()[ids].clamp_min(torch.finfo(p.dtype).tiny),
     )  # fmt: skip
     found = interior_point(program, row.problem.settings.max_steps)

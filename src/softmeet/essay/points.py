@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from softmeet.essay.column_generation import Optimum, SimplexProgram, minimise
-from softmeet.essay.columns import Columns, chosen
+from softmeet.essay.column_generation import Optimum, SimplexProgram, solve_program
 from softmeet.essay.feasible_set import FeasibleSet
 from softmeet.essay.interior import Program, interior_point
+from softmeet.essay.matrices import MomentMatrix, subset
 from softmeet.simplex import kl
 from softmeet.solvers.linalg import Factored
 from softmeet.solvers.projection import MOMENT_TOLERANCE, SEPARATED
@@ -20,7 +20,7 @@ _FRANK_WOLFE_TOLERANCE = 1e-12
 _NEGATIVE = 1e-9
 
 
-def nearest(row: FeasibleSet, columns: Columns, target: Float[Tensor, " m"]) -> Optimum:
+def least_squares_point(row: FeasibleSet, columns: MomentMatrix, target: Float[Tensor, " m"]) -> Optimum:
     """Find a p in the simplex that minimises |Gᵀp - g|², for columns G that end with the ones."""
     softness = torch.ones_like(target)
     softness[-1] = 0.0
@@ -35,15 +35,15 @@ def nearest(row: FeasibleSet, columns: Columns, target: Float[Tensor, " m"]) -> 
         weight=row.log_mean,
         tol=_FRANK_WOLFE_TOLERANCE * (1 + float(target.square().sum())),
     )
-    return minimise(program, row.problem.settings.max_steps)
+    return solve_program(program, row.problem.settings.max_steps)
 
 
-def separating(row: FeasibleSet) -> Float[Tensor, " m"] | None:
+def separating_multipliers(row: FeasibleSet) -> Float[Tensor, " m"] | None:
     """Return multipliers that prove C empty, the negative excess of the nearest p; None if they do not.
 
     At the nearest p, r = Gᵀp - g has rᵀ(g_j - g) ≥ |r|² for every token j (the Frank-Wolfe gap is zero).
     """
-    y = -row.excess(nearest(row, row.tokens, row.target).p)
+    y = -row.excess(least_squares_point(row, row.tokens, row.target).p)
     y[-1] = 0.0
     return y if proves_empty(row, y) else None
 
@@ -62,13 +62,13 @@ def moments_hold(row: FeasibleSet, p: Float[Tensor, " v"]) -> bool:
     return float(row.excess(p).norm()) <= MOMENT_TOLERANCE
 
 
-def entropic(
+def entropic_projection(
     row: FeasibleSet, tokens: Bool[Tensor, " v"], reference: Float[Tensor, " v"], target: Float[Tensor, " m"]
 ) -> tuple[Float[Tensor, " v"], Float[Tensor, " m"], int]:
     """Project ``reference`` onto the p on ``tokens`` with moments ``target``; return (p, multipliers, steps)."""
     ids = tokens.nonzero().squeeze(-1)
     columns, target = row.system[0], target @ row.joint
-    columns = columns if len(ids) == len(tokens) else chosen(columns, ids, len(tokens))
+    columns = columns if len(ids) == len(tokens) else subset(columns, ids, len(tokens))
     # A reference that underflows keeps its place, at no cost that could be measured.
     start = reference[ids].clamp_min(torch.finfo(reference.dtype).eps ** 2)
     nothing = torch.zeros_like(start)
@@ -78,7 +78,7 @@ def entropic(
     return p / p.sum(), _without_sum(row.joint @ found.y), found.steps
 
 
-def polished(row: FeasibleSet, p: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
+def moments_repaired(row: FeasibleSet, p: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
     """Repair p's moments to round-off by the smallest change that does it, weighing tokens by 1 / p."""
     for _ in range(2):
         columns, target = row.system
@@ -97,11 +97,11 @@ def exact_gap(row: FeasibleSet, log_p: Float[Tensor, " v"], dual: tuple[Float[Te
 
     Where nearly all mass is on a few tokens, none but tiny masses can repair moments, and this still finds a bound.
     """
-    repaired = polished(row, log_p.exp())
+    repaired = moments_repaired(row, log_p.exp())
     return float(kl(repaired.log(), log_p)) + float(row.excess(repaired).norm() * row.whitened(dual).norm())
 
 
-def only(row: FeasibleSet) -> tuple[Float[Tensor, " v"] | None, Float[Tensor, " m"]]:
+def unique_feasible_point(row: FeasibleSet) -> tuple[Float[Tensor, " v"] | None, Float[Tensor, " m"]]:
     """Return (p, 0) with the one p that has the members' moments, (None, y) with a proof of none, or (None, 0).
 
     For rows that are ``unique``: Gᵀp = g has at most one solution. If it has none, g's distance e from the range of Gᵀ
@@ -122,7 +122,7 @@ def only(row: FeasibleSet) -> tuple[Float[Tensor, " v"] | None, Float[Tensor, " 
         return p, nothing
     y = _without_sum(e if off else -inverse[:, int(signed.argmin())])
     if not proves_empty(row, y):
-        nearer = separating(row)
+        nearer = separating_multipliers(row)
         return None, nothing if nearer is None else nearer
     return None, y
 

@@ -11,13 +11,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from softmeet.essay.columns import Columns
+from softmeet.essay.matrices import MomentMatrix
 
 # Singular values and entries below this share of the largest are zero.
 _TINY = 1e-10
 
 
-def vertex(columns: Columns, x: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+def vertex(columns: MomentMatrix, x: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
     """Return a vertex with the moments of ``x``; light tokens lose their mass first.
 
     Args:

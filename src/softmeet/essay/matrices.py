@@ -26,7 +26,7 @@ _LOST = 1e-18
 _ROWS = 4096
 
 
-class Columns(ABC):
+class MomentMatrix(ABC):
     """G, (N, m): one row per variable of a program whose constraints are Gᵀx = g."""
 
     @abstractmethod
@@ -46,7 +46,7 @@ class Columns(ABC):
         """Return some rows of G."""
 
 
-class Held(Columns):
+class DenseMatrix(MomentMatrix):
     """A matrix in memory."""
 
     def __init__(self, matrix: Float[Tensor, "N m"]) -> None:
@@ -89,7 +89,7 @@ def _counting(theta: Float[Tensor, " N"], lengths: Float[Tensor, " N"]) -> Int[T
     return smallest.indices[~lost]
 
 
-class Tokens(Columns):
+class StreamedMatrix(MomentMatrix):
     """[Q_1 | … | Q_n | extra] over all tokens, read from the heads of one row.
 
     Args:
@@ -125,11 +125,11 @@ class Tokens(Columns):
         """Gather some rows of G."""
         return torch.cat([*(h.gather(variables[None])[0].double() for h in self.heads), self.extra[variables]], dim=-1)
 
-    def held(self) -> Columns:
+    def held(self) -> MomentMatrix:
         """Return the same as a matrix, where it is small enough to hold."""
         if len(self.extra) * (sum(self.widths) + self.extra.shape[1]) > _HELD:
             return self
-        return Held(torch.cat([block for _, block in self._blocks()]))
+        return DenseMatrix(torch.cat([block for _, block in self._blocks()]))
 
     def _blocks(self) -> Iterator[tuple[slice, Float[Tensor, "b m"]]]:
         v = len(self.extra)
@@ -145,10 +145,10 @@ class Tokens(Columns):
             h.rows_read[h.at] += h.head.v
 
 
-class Stacked(Columns):
+class StackedMatrix(MomentMatrix):
     """Further variables below those of another matrix."""
 
-    def __init__(self, base: Columns, below: Float[Tensor, "k m"]) -> None:
+    def __init__(self, base: MomentMatrix, below: Float[Tensor, "k m"]) -> None:
         self.base, self.below = base, below
 
     def times(self, y: Float[Tensor, " m"]) -> Float[Tensor, " N"]:
@@ -170,15 +170,15 @@ class Stacked(Columns):
         return self.base.rows(variables)
 
 
-def mapped(base: Columns, matrix: Float[Tensor, "m k"]) -> Columns:
+def mapped(base: MomentMatrix, matrix: Float[Tensor, "m k"]) -> MomentMatrix:
     """Return the columns G T, held in memory where G is."""
-    return Held(base.matrix @ matrix) if isinstance(base, Held) else Mapped(base, matrix)
+    return DenseMatrix(base.matrix @ matrix) if isinstance(base, DenseMatrix) else MappedMatrix(base, matrix)
 
 
-class Mapped(Columns):
+class MappedMatrix(MomentMatrix):
     """G T: linear combinations of another matrix's columns."""
 
-    def __init__(self, base: Columns, matrix: Float[Tensor, "m k"]) -> None:
+    def __init__(self, base: MomentMatrix, matrix: Float[Tensor, "m k"]) -> None:
         self.base, self.matrix = base, matrix
 
     def times(self, y: Float[Tensor, " k"]) -> Float[Tensor, " N"]:
@@ -198,10 +198,10 @@ class Mapped(Columns):
         return self.base.rows(variables) @ self.matrix
 
 
-class Chosen(Columns):
+class SubsetMatrix(MomentMatrix):
     """Some variables of another matrix, without a copy of their rows."""
 
-    def __init__(self, base: Columns, variables: Int[Tensor, " k"], N: int) -> None:
+    def __init__(self, base: MomentMatrix, variables: Int[Tensor, " k"], N: int) -> None:
         self.base, self.variables, self.N = base, variables, N
 
     def _spread(self, x: Float[Tensor, " k"]) -> Float[Tensor, " N"]:
@@ -224,7 +224,7 @@ class Chosen(Columns):
         return self.base.rows(self.variables[variables])
 
 
-def chosen(base: Columns, variables: Int[Tensor, " k"], N: int) -> Columns:
+def subset(base: MomentMatrix, variables: Int[Tensor, " k"], N: int) -> MomentMatrix:
     """Choose some variables of N, with a copy of their rows where that is small and makes Gram matrices cheaper."""
     few = 2 * len(variables) <= N and len(variables) * base.rows(variables[:1]).shape[1] <= _HELD
-    return Held(base.rows(variables)) if few else Chosen(base, variables, N)
+    return DenseMatrix(base.rows(variables)) if few else SubsetMatrix(base, variables, N)
