@@ -21,8 +21,8 @@ from report import median, show
 from softmeet.rules.meet import Meet
 from softmeet.solvers import tuning
 
-# They choose between the two methods, and are measured by benchmarks/solver.py.
-CHOICES = ("HESSIAN", "HESSIAN_WHERE_FINE", "HESSIAN_AS_RESCUE", "FINE")
+# They choose between the two methods, or belong to the other one: benchmarks/solver.py.
+CHOICES = ("HESSIAN", "HESSIAN_WHERE_FINE", "HESSIAN_AS_RESCUE", "FINE", "FAR")
 
 
 def constants() -> dict[str, float]:

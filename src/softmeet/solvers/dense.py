@@ -27,6 +27,12 @@ from softmeet.solvers.projection import Point, Projection
 _TINY = 0.1
 # Newton steps of the coefficients of a step's directions, and how often one is shortened until f falls.
 _COEFFICIENT_STEPS, _SHORTENED = 6, 12
+# Newton's method on them ends where it promises less than this share of what was gained before.
+_ENOUGH = 0.02
+# Steps without progress after which a row gives up.
+_PATIENCE = 2
+# The tolerance, per unit of price, that vectors in single precision can tell, and the share of it that they aim at.
+_SINGLE, _KEPT = 5e-5, 0.98
 # Added to the diagonal of the coefficients' Hessian, in its own rounding: directions may be all but one.
 _RIDGE, _LEAST = 16.0, 1e-30
 
@@ -155,7 +161,7 @@ class DenseNewton(Solver[DenseState]):
         after.certified = bound.isfinite() & self.certify
         after.gap = torch.where(after.certified, bound, left + rounding)
         reached = (after.certified | (not self.certify)) & (after.gap <= problem.tol)
-        given_up = (after.stalls >= tuning.PATIENCE) & ~reached
+        given_up = (after.stalls >= _PATIENCE) & ~reached
         after.done = reached | given_up
         after.status = after.status.masked_fill(given_up, Status.NOT_CONVERGED)
 
@@ -169,10 +175,10 @@ def dense(problem: Projection, max_steps: int, *, certify: bool = True) -> Dense
         certify: end a row on a bound on its gap; else on an estimate, which proves nothing.
     """
     prices = max(1.0, float(problem.price.sum()))
-    coarse = problem.tol >= tuning.SINGLE * prices
+    coarse = problem.tol >= _SINGLE * prices
     if not coarse:
         return iterate(DenseNewton(certify), problem, max_steps)
-    found = iterate(DenseNewton(certify), replace(problem.single(), tol=tuning.KEPT * problem.tol), max_steps)
+    found = iterate(DenseNewton(certify), replace(problem.single(), tol=_KEPT * problem.tol), max_steps)
     found = found.mapped(lambda value: value.double() if value.is_floating_point() else value)
     at = Point.at(problem, found.z)
     found.log_p, found.log_r = at.logs(problem)
@@ -197,7 +203,7 @@ def _least(
         step = torch.where(going[:, None], -torch.linalg.solve(H, g), 0.0).nan_to_num(0.0, 0.0, 0.0)
         promised = -0.5 * (g * step).sum(-1)
         a, at = _fallen(problem, columns, (a, at), start, step.view(B, n, c).to(a))
-        going = going & (promised > tuning.ENOUGH * (start.value - at.value))
+        going = going & (promised > _ENOUGH * (start.value - at.value))
         if not some(going):
             break
     return a, at

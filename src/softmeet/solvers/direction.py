@@ -23,6 +23,11 @@ from softmeet.solvers import tuning
 from softmeet.solvers.linalg import add_ridge, conjugate_gradients, held
 from softmeet.solvers.projection import Projection
 
+# Steps of conjugate gradients, at most.
+_STEPS = 64
+# Tokens drawn for each column, without which a covariance would be singular, and what is added to its diagonal, as a
+# share of its mean.
+_PER_COLUMN, _RIDGE = 4, 1e-3
 # The least share of mass that a tail is taken to have.
 _LEAST = 1e-6
 
@@ -44,9 +49,7 @@ def direction(
     for rows in torch.arange(len(found), device=found.device).split(size):
         g = gradient[rows]
         here = problem.take(rows)
-        x = Around(here, p[rows], r[rows], count).solve(
-            -here.unwhitened(g), tuning.CONJUGATE_STEPS, tuning.CONJUGATE_REDUCTION
-        )
+        x = Around(here, p[rows], r[rows], count).solve(-here.unwhitened(g), _STEPS, tuning.CONJUGATE_REDUCTION)
         x = here.whitened(x)
         # Where it is no number, or f would rise along it, the gradient will do.
         falls = (x * g).sum(-1, keepdim=True) < 0
@@ -177,7 +180,7 @@ class Tail:
             for here, alpha, gamma in zip(problem.places, problem.alpha.tolist(), problem.gamma.tolist(), strict=True):
                 H[here, here] += alpha * gamma * C[here, here]
             # Evenly drawn tokens miss directions.
-            add_ridge(H, tuning.TAIL_RIDGE)
+            add_ridge(H, _RIDGE)
             self._inverses[problem.trust] = (F @ torch.cholesky_solve(F.T, torch.linalg.cholesky(H))).float()
         return self._inverses[problem.trust]
 
@@ -190,7 +193,7 @@ def tail_of(problem: Projection) -> Tail:
         if len(known) == len(key) and all(a is b for a, b in zip(known, key, strict=True)):
             return tail  # type: ignore[return-value]
     v = problem.log_q.shape[-1]
-    count = min(v, max(tuning.TAIL, tuning.TAIL_PER_COLUMN * problem.read))
+    count = min(v, max(tuning.TAIL, _PER_COLUMN * problem.read))
     tokens = (torch.arange(count, dtype=torch.float64) * (v / count)).long()
     X = torch.cat([h.even_rows(tokens) for h in problem.heads], dim=-1)
     mean = X.mean(0)

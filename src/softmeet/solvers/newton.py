@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from softmeet.solvers import tuning
 from softmeet.solvers.base import Solver, Status
 from softmeet.solvers.certificate import gap_bound, residual_slack, restricted_gap_bound
 from softmeet.solvers.dual import DualState, end_by_pool, end_by_proof, pool_is_near, start
@@ -25,8 +26,6 @@ from softmeet.solvers.projection import Point, Projection
 
 # Rows that share the cost of starting each operation, even where their vectors leave the processor's cache.
 _FEWEST = 8
-# A row whose estimated gap is so many tolerances gets no bound: it would not end there.
-_FAR = 10.0
 # The share of the slope by which f has to fall; a step at whose end more of the slope than ``_STRAIGHT`` is left has
 # met little curvature, as where every distribution is one-hot.
 _ARMIJO, _STRAIGHT = 1e-4, 0.5
@@ -87,7 +86,7 @@ class DualNewton(Solver[NewtonState]):
         given = (before.steps == 0) & (problem.start is not None)
         estimate = (0.5 * decrement - fall).clamp_min(0).masked_fill(given, torch.inf)
         bound, rounding = torch.full_like(fall, torch.inf), torch.zeros_like(fall)
-        near = (estimate <= _FAR * problem.tol).nonzero().squeeze(-1)
+        near = (estimate <= tuning.FAR * problem.tol).nonzero().squeeze(-1)
         if len(near):
             bound[near], rounding[near] = _certified(problem, before, after, y, near)
         certified = torch.minimum(bound, torch.where(before.certified, before.gap, torch.inf))
