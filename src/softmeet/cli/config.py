@@ -16,44 +16,43 @@ from softmeet.rules.frozen import unknown
 
 
 def apply(context: typer.Context, parameter: Any, path: Path | None) -> Path | None:
-    """A callback: the file's values become the defaults of the command's own options.
+    """Make a file's values the defaults of the command's own options; a callback of ``--config``.
 
     Raises:
         InvalidInputError: the file is no mapping, or names an option that the command does not have.
     """
-    if path is None:
-        return None
-    values = {known: value for _, known, value in _read(path, context.command)}
-    context.default_map = dict(context.default_map or {}) | values
+    if path is not None:
+        known = _parameters(context.command)
+        values = {known[name]: value for name, value in _read(path, context.command).items()}
+        context.default_map = dict(context.default_map or {}) | values
     return path
 
 
-def _read(path: Path, command: Any) -> list[tuple[str, str, Any]]:
-    """(The name in the file, the parameter of the command, the value) of each option that a file gives.
-
-    Raises:
-        InvalidInputError: the file is no mapping, or names an option that the command does not have.
-    """
+def _read(path: Path, command: Any) -> dict[str, Any]:
+    """Read the options that a file gives, under the names that the file has for them."""
     found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     if not isinstance(found, dict):
         raise InvalidInputError(f"{path}: expected option names and values, such as 'rule: meet', got {found!r}")
-    values, known = modern_values({str(key).replace("-", "_"): value for key, value in found.items()}), _names(command)
+    values, known = (
+        modern_values({str(key).replace("-", "_"): value for key, value in found.items()}),
+        _parameters(command),
+    )
     if stray := sorted(values.keys() - known.keys()):
         raise unknown(f"{path}: softmeet {command.name} has no option {stray[0]}", stray[0], sorted(known))
     # Lists of numbers may be written as YAML has them.
     numeric = {key for key in ("trust", "weights") if isinstance(values.get(key), list)}
-    values |= {key: ",".join(map(str, values[key])) for key in numeric}
-    return [(key, known[key], value) for key, value in values.items()]
+    return values | {key: ",".join(map(str, values[key])) for key in numeric}
 
 
-def _names(command: Any) -> dict[str, str]:
-    """The names of flags, as a file has them, to the names of parameters."""
-    found = {}
-    for parameter in command.params:
-        for flag in parameter.opts:
-            if flag.startswith("--") and parameter.name not in ("config", "help"):
-                found[flag.removeprefix("--").replace("-", "_")] = str(parameter.name)
-    return found
+def _parameters(command: Any) -> dict[str, str]:
+    """Map the names of flags, as a file has them, to the names of the command's parameters."""
+    return {
+        flag.removeprefix("--").replace("-", "_"): str(parameter.name)
+        for parameter in command.params
+        if parameter.name not in ("config", "help")
+        for flag in parameter.opts
+        if flag.startswith("--")
+    }
 
 
 Config = Annotated[
@@ -73,7 +72,7 @@ def config(
     target = group.commands.get(command)
     if target is None:
         raise InvalidInputError(f"unknown command {command!r}: expected one of {', '.join(group.commands)}")
-    values = {name: value for name, _, value in _read(config, target)} if config else {}
+    values = _read(config, target) if config else {}
     defaults = {parameter.name: parameter.default for parameter in target.params}
-    every = {name: values.get(name, defaults[parameter]) for name, parameter in _names(target).items()}
+    every = {name: values.get(name, defaults[parameter]) for name, parameter in _parameters(target).items()}
     yaml.safe_dump(every, sys.stdout, sort_keys=False)

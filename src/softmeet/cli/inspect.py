@@ -18,7 +18,7 @@ from rich.text import Text
 
 from softmeet.cli import options
 from softmeet.cli.config import Config
-from softmeet.cli.flags import flags
+from softmeet.cli.flags import flag, flags
 
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
@@ -31,11 +31,11 @@ def inspect(
     *,
     text: Annotated[str, typer.Argument(help="The text to look into; every token but the first is predicted.")],
     members: options.Members = None,
-    top: Annotated[int, typer.Option(min=1, help="Tokens to list of each distribution.")] = 5,
-    loading: options.Loading,
+    top: int = flag(5, "Tokens to list of each distribution.", min=1),
+    loading: options.LoadingFlags,
     config: Config = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
-    html: Annotated[Path | None, typer.Option(help="Write one self-contained page to this file.")] = None,
+    as_json: bool = flag(False, "One JSON document on stdout.", "--json"),
+    html: Path | None = flag(None, "Write one self-contained page to this file."),
     **settings: Any,
 ) -> None:
     """Show what each member and the ensemble expected at every token of a text, and what moved."""

@@ -8,18 +8,17 @@ import warnings
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from softmeet import __version__
 from softmeet.cli.check import check
-from softmeet.cli.command import Command
 from softmeet.cli.config import config
 from softmeet.cli.evaluate import evaluate
 from softmeet.cli.fit import fit
+from softmeet.cli.flags import Command
 from softmeet.cli.generate import generate
 from softmeet.cli.inspect import inspect
 from softmeet.cli.memory import keep_freed_memory
-from softmeet.cli.options import STOPPED, stoppable
+from softmeet.cli.options import STOPPED, err, stoppable
 from softmeet.cli.serve import serve
 from softmeet.cli.study import study
 from softmeet.cli.trace import trace
@@ -64,15 +63,12 @@ def main() -> None:
             sys.stdout.flush()
             os._exit(STOPPED)
         raise
+    except BrokenPipeError:
+        sys.exit(0)
     except (SoftmeetError, ValueError, OSError) as error:
-        if isinstance(error, BrokenPipeError):
-            sys.exit(0)
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False)
+        line = " ".join(str(error).split()).replace("[", r"\[")
+        err.print(f"[bold red]error:[/] {line}", highlight=False, soft_wrap=True)
         sys.exit(2)
-
-
-def _escaped(text: str) -> str:
-    return " ".join(text.split()).replace("[", r"\[")
 
 
 if __name__ == "__main__":

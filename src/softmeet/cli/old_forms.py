@@ -18,14 +18,7 @@ from typing import Any
 from softmeet.errors import InvalidInputError
 
 # Options that are repeated, and what they are called today.
-_LISTS = {
-    "--members": "--member",
-    "--member": "--member",
-    "-m": "-m",
-    "--text": "--text",
-    "-t": "-t",
-    "--rules": "--rule",
-}
+_LISTS = {"--members": "--member", "--rules": "--rule"} | {name: name for name in ("--member", "-m", "--text", "-t")}
 # Options of single rules that had flags of their own.
 _OF_RULES = ("metric", "slack", "vertex")
 _SWITCHES = ("vertex",)
@@ -50,8 +43,7 @@ def modern_words(words: Sequence[str], *, several: bool = True) -> list[str]:
     option, count, rest = "", 0, iter(words)
     for word in rest:
         name, equals, value = word.partition("=")
-        if name.removeprefix("--") in _OF_RULES:
-            key = name.removeprefix("--")
+        if (key := name.removeprefix("--")) in _OF_RULES:
             own[key] = "true" if key in _SWITCHES else value if equals else next(rest, "")
         elif word.startswith("-") and word != "-":
             option, count = name if name in _LISTS else "", 0
@@ -62,11 +54,11 @@ def modern_words(words: Sequence[str], *, several: bool = True) -> list[str]:
             mine = option and (several or not count or option == "--members")
             found += _repeated(option, word, count) if mine else [word]
             count += 1
-    return _with_own_options(found, own)
+    return _with_own_options(found, own) if own else found
 
 
 def _repeated(option: str, value: str, count: int) -> list[str]:
-    """One more value of an option that is repeated, under today's name."""
+    """Write the value number ``count`` of an option as words of today, the option's name before each value."""
     today = _LISTS[option]
     if today != option or count:
         warn(f"{option} with several values" if count else option, f"repeat {today}: {today} A {today} B")
@@ -74,9 +66,7 @@ def _repeated(option: str, value: str, count: int) -> list[str]:
 
 
 def _with_own_options(words: list[str], own: Mapping[str, str]) -> list[str]:
-    """Options of the rule go behind its name."""
-    if not own:
-        return words
+    """Move options of the rule into the rule's text."""
     first = next(iter(own))
     if "--rule" not in words[:-1]:
         raise InvalidInputError(f"--{first} belongs to a rule: say --rule NAME:{first}={own[first]}")
