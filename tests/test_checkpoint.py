@@ -94,7 +94,7 @@ def test_an_ensemble_on_the_hub_is_told_from_a_model(monkeypatch, tmp_path):
     """The hub itself is out of reach: its answer to a request for config.json is played back."""
     from softmeet import ensemble
 
-    answers = {"org/ensemble": {"model_type": "softmeet"}, "org/model": {"model_type": "llama"}}
+    answers = {"org/ensemble": {"model_type": "softmeet", "members": ["a"]}, "org/model": {"model_type": "llama"}}
     asked = []
 
     def config_of(name, revision=None):
