@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +15,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from softmeet.cli import options
-from softmeet.cli.config import Config
 from softmeet.cli.flags import flag, flags
 from softmeet.cli.old_forms import warn
 
@@ -24,15 +23,6 @@ if TYPE_CHECKING:
 
 # Bytes of the text for each token that is asked for, where members are combined over bytes.
 _BYTES_PER_TOKEN = 4
-
-
-@dataclass
-class PlanFlags:
-    """What to plan for: what goes where, instead of what kind of ensemble it is."""
-
-    plan: bool = flag(False, "Instead say what goes where, in bytes, without loading any weights.", "--plan")
-    batch: int = flag(1, "Of the plan: sequences at once.", min=1)
-    context: int | None = flag(None, "Of the plan: tokens of each.", min=1, shown="the shortest context")
 
 
 @flags(only=("weights", "pool"))
@@ -45,9 +35,10 @@ def check(
     ),
     tokens: int = flag(512, "Of the text, at most; over bytes four times as many bytes.", min=2),
     sampled: int = flag(64, "Without a text: tokens that the ensemble samples, to see how far meet moves it.", min=0),
-    planning: PlanFlags,
+    plan: bool = flag(False, "Instead say what goes where, in bytes, without loading any weights.", "--plan"),
+    batch: int = flag(1, "Of the plan: sequences at once.", min=1),
+    context: int | None = flag(None, "Of the plan: tokens of each.", min=1, shown="the shortest context"),
     loading: options.LoadingFlags,
-    config: Config = None,
     as_json: bool = flag(False, "One JSON document on stdout.", "--json"),
     **settings: Any,
 ) -> None:
@@ -58,8 +49,8 @@ def check(
     if named:
         warn("naming members without an option", f"say {' '.join(f'-m {name}' for name in named)}")
     members = [*(members or ()), *(named or ())]
-    if planning.plan:
-        facts, show = _plan(members or [options.DEFAULT], planning, loading), _show_plan
+    if plan:
+        facts, show = _plan(members or [options.DEFAULT], batch, context, loading), _show_plan
     else:
         ensemble = loading.ensemble(members, settings)
         read = None if text is None else text.read_text(encoding="utf-8")
@@ -117,7 +108,7 @@ def _heads(ensemble: Ensemble) -> dict[str, Any]:
             "bias": head.bias is not None,
             "scale": head.scale,
             "soft_cap": head.soft_cap,
-            "megabytes": _megabytes(model),
+            "megabytes": sum(p.nbytes for p in model.parameters()) / 1e6,
         }
         for name, head, model in zip(names, heads, ensemble.model.members, strict=True)
     ]
@@ -143,10 +134,6 @@ def _heads(ensemble: Ensemble) -> dict[str, Any]:
         "share": width / tokens,
         "solver_megabytes_per_row": solver_bytes(tokens, len(heads), width, 1) / 1e6,
     }
-
-
-def _megabytes(model: Any) -> float:
-    return sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6  # type: ignore[no-any-return]
 
 
 def _advice(facts: dict[str, Any]) -> str:
@@ -208,7 +195,10 @@ def _facts_over_bytes(ensemble: Ensemble, text: str | None, tokens: int) -> dict
     with options.err.status("comparing tokenizers"):
         for name, reader in named:
             own: dict[str, Any] = {"name": name, "tokens": len(reader.spelling.words), "width": reader.head.d}
-            own |= {"unwritable_bytes": len(reader.spelling.unwritable), "megabytes": _megabytes(reader.model)}
+            own |= {
+                "unwritable_bytes": len(reader.spelling.unwritable),
+                "megabytes": sum(p.nbytes for p in reader.model.parameters()) / 1e6,
+            }
             members.append(own | ({} if data is None else _costs(reader, data, model.window)))
         for (one, first), (other, second) in combinations(named, 2):
             words = first.spelling, second.spelling
@@ -255,7 +245,7 @@ def _show_over_bytes(facts: dict[str, Any]) -> None:
     console.print(f"[bold]{escape(facts['advice'])}")
 
 
-def _plan(members: list[str], planning: PlanFlags, loading: options.LoadingFlags) -> dict[str, Any]:
+def _plan(members: list[str], batch: int, context: int | None, loading: options.LoadingFlags) -> dict[str, Any]:
     """Say what goes where, for some members or for a saved ensemble's."""
     with options.err.status("reading configurations"):
         from softmeet.ensemble import member_names
@@ -263,7 +253,7 @@ def _plan(members: list[str], planning: PlanFlags, loading: options.LoadingFlags
 
         where = {name: loading.arguments()[name] for name in ("dtype", "device", "trust_remote_code")}
         named = member_names(members[0] if len(members) == 1 else members)
-        found = plan(named, batch=planning.batch, context=planning.context, **where)
+        found = plan(named, batch=batch, context=context, **where)
     return asdict(found) | {"totals": found.totals()}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from softmeet.cli import options, texts
-from softmeet.cli.config import Config
 from softmeet.cli.flags import flag, flag_of, flags
 from softmeet.cli.old_forms import repeated
 from softmeet.errors import InvalidInputError
@@ -22,32 +21,24 @@ from softmeet.rules.settings import POOLS, parse_rule
 _OWN = "the ensemble's own"
 
 
-@dataclass
-class ComparisonFlags:
-    """What is compared with the members and the averages."""
-
-    rules: list[str] | None = flag(
-        None, "A rule with options: meet:trust=1/0/0.3:pool=prob-mean; repeat it.", "--rule", shown=_OWN
-    )
-    gates: list[str] | None = flag(
-        None, "Try each rule under this gate too: unsure:0.5; repeat it.", "--gate", shown=_OWN
-    )
-    prompt_weights: int | None = flag(
-        None, "Add logit-mean with weights from the members' perplexity on so many tokens of each document.", min=1
-    )
-
-
 @flags("rule", "gate")
 def evaluate(
     *,
     members: options.Members = None,
     source: texts.SourceFlags,
-    tried: ComparisonFlags,
+    rules: list[str] | None = flag(
+        None, "A rule with options: meet:trust=1/0/0.3:pool=prob-mean; repeat it.", "--rule", shown=_OWN
+    ),
+    gates: list[str] | None = flag(
+        None, "Try each rule under this gate too: unsure:0.5; repeat it.", "--gate", shown=_OWN
+    ),
+    prompt_weights: int | None = flag(
+        None, "Add logit-mean with weights from the members' perplexity on so many tokens of each document.", min=1
+    ),
     plots: Path | None = flag(None, "A folder for PNG plots."),
     result: texts.ResultFlags,
     loading: options.LoadingFlags,
     running: options.EngineFlags,
-    config: Config = None,
     **settings: Any,
 ) -> None:
     """Measure rules on a text in nats per token, beside members and averages, with paired intervals by document."""
@@ -56,13 +47,13 @@ def evaluate(
     texts.require_extra(psutil=True, scipy=True, pyarrow=source.trace, matplotlib=plots)
     texts.require_places(result.as_json, plots, result.resume)
     found = source.documents()
-    _require_once(tried.rules or [], settings)
+    _require_once(rules or [], settings)
     ensemble = loading.ensemble(source.members(members), settings)
     own = ensemble.model.config
-    named = tried.rules or [own.rule]
-    if tried.prompt_weights:
-        named = [*named, f"{POOLS[0]}:prompt_weights={tried.prompt_weights}"]
-    gates = repeated("--gate", tried.gates) or ([own.gate] if own.gate and own.gate != "auto" else [])
+    named = rules or [own.rule]
+    if prompt_weights:
+        named = [*named, f"{POOLS[0]}:prompt_weights={prompt_weights}"]
+    gates = repeated("--gate", gates) or ([own.gate] if own.gate and own.gate != "auto" else [])
     parsed = under_gates(parse_choices(named, len(ensemble.names), own.bands), gates)
     choices = with_baselines(parsed, own.weights or (), own.rule_temperature)
     from softmeet.evaluation.kept import Kept

@@ -12,7 +12,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from softmeet.cli import options, texts
-from softmeet.cli.config import Config
 from softmeet.cli.flags import flag, flags
 from softmeet.rules.settings import parse_rule, rule_of
 
@@ -64,7 +63,6 @@ def fit(
     result: texts.ResultFlags,
     loading: options.LoadingFlags,
     running: options.EngineFlags,
-    config: Config = None,
 ) -> None:
     """Learn weights, temperature and trusts, and save the best ensemble; or the best average, unless meet is better."""
     from softmeet.evaluation.files import require_ensemble_folder

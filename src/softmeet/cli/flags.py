@@ -1,19 +1,22 @@
-"""The flags of a command: one for each field of a dataclass that it takes, and ``**settings`` for all settings."""
+"""The flags of a command, and configuration files that give their values (``--config``, ``softmeet config``)."""
 
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import Field, field, fields, is_dataclass
 from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
-from typer.core import TyperCommand
+import yaml
+from typer.core import TyperCommand, TyperGroup
 
-from softmeet.cli.old_forms import modern_words
+from softmeet.cli.old_forms import modern_values, modern_words
 from softmeet.errors import InvalidInputError
-from softmeet.rules.frozen import takes
+from softmeet.rules.frozen import takes, unknown
 from softmeet.rules.registry import rule_names
 from softmeet.rules.settings import Settings, parse_rule
 
@@ -54,9 +57,9 @@ def _on_command_line(ctx: Any, name: str) -> bool:
 
 
 def flags(*but: str, only: tuple[str, ...] = ()) -> Callable[[C], C]:
-    """Give a command a flag for each :func:`flag`, and, if it takes ``**settings``, for each setting of an ensemble.
+    """Give a command its flags: those that :func:`flag` declares, one for each setting of an ensemble, ``--config``.
 
-    Parameters whose type is a dataclass stand for the fields of that dataclass.
+    Parameters whose type is a dataclass stand for the fields of that dataclass, and ``**settings`` for the settings.
 
     Args:
         but: names of settings that get no flag.
@@ -80,9 +83,11 @@ def flags(*but: str, only: tuple[str, ...] = ()) -> Callable[[C], C]:
                 every[place:place] = map(_setting, chosen)
             else:
                 every.append(_parameter(p.name, p.annotation, p.default))
+        about = "A YAML file of options, under the flags' names."
+        every.append(_parameter("config", Path | None, flag(None, about, is_eager=True, callback=_apply)))
 
         @wraps(command)
-        def run(**values: Any) -> Any:
+        def run(config: Path | None = None, **values: Any) -> Any:
             made = {
                 name: group(**{f.name: values.pop(f.name) for f in fields(group)}) for name, group in groups.items()
             }
@@ -103,7 +108,7 @@ def flag(default: Any, about: str, *names: str, shown: str | bool = True, **limi
         about: one line of help.
         names: how the flag is spelled, if not as the parameter or field.
         shown: the default as help shows it; False hides it.
-        limits: ``min`` and ``max`` of a number.
+        limits: ``min`` and ``max`` of a number, and what else a typer.Option takes.
 
     Returns:
         A field for dataclasses; :func:`flags` reads it.
@@ -161,3 +166,56 @@ def _read(name: str, value: Any) -> Any:
         ) from None
     # One trust serves all members; one weight is that of the only member.
     return numbers[0] if len(numbers) == 1 and name == "trust" else numbers
+
+
+def _apply(context: typer.Context, parameter: Any, path: Path | None) -> Path | None:
+    """Make a file's values the defaults of the command's own options; the callback of ``--config``."""
+    if path is not None:
+        known = _parameters(context.command)
+        values = {known[name]: value for name, value in _values_of(path, context.command).items()}
+        context.default_map = dict(context.default_map or {}) | values
+    return path
+
+
+def _values_of(path: Path, command: Any) -> dict[str, Any]:
+    """Read the options that a file gives, under the names that the file has for them."""
+    found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if not isinstance(found, dict):
+        raise InvalidInputError(f"{path}: expected option names and values, such as 'rule: meet', got {found!r}")
+    values, known = (
+        modern_values({str(key).replace("-", "_"): value for key, value in found.items()}),
+        _parameters(command),
+    )
+    if stray := sorted(values.keys() - known.keys()):
+        raise unknown(f"{path}: softmeet {command.name} has no option {stray[0]}", stray[0], sorted(known))
+    # Lists of numbers may be written as YAML has them.
+    numeric = {key for key in ("trust", "weights") if isinstance(values.get(key), list)}
+    return values | {key: ",".join(map(str, values[key])) for key in numeric}
+
+
+def _parameters(command: Any) -> dict[str, str]:
+    """Map the names of flags, as a file has them, to the names of the command's parameters."""
+    return {
+        flag.removeprefix("--").replace("-", "_"): str(parameter.name)
+        for parameter in command.params
+        if parameter.name not in ("config", "help")
+        for flag in parameter.opts
+        if flag.startswith("--")
+    }
+
+
+def config(
+    context: typer.Context,
+    command: Annotated[str, typer.Argument(help="Which command's options.")] = "generate",
+    config: Annotated[Path | None, typer.Option(help="A YAML file of options.")] = None,
+) -> None:
+    """Show a command's options as a YAML file would have them, with a file's values if --config gives one."""
+    group = context.parent.command if context.parent else None
+    assert isinstance(group, TyperGroup)
+    target = group.commands.get(command)
+    if target is None:
+        raise InvalidInputError(f"unknown command {command!r}: expected one of {', '.join(group.commands)}")
+    values = _values_of(config, target) if config else {}
+    defaults = {parameter.name: parameter.default for parameter in target.params}
+    every = {name: values.get(name, defaults[parameter]) for name, parameter in _parameters(target).items()}
+    yaml.safe_dump(every, sys.stdout, sort_keys=False)

@@ -15,7 +15,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from softmeet.cli import options
-from softmeet.cli.config import Config
 from softmeet.cli.flags import flag, flags
 
 if TYPE_CHECKING:
@@ -52,7 +51,6 @@ def generate(
     prompt_weights: bool = flag(False, "Weigh members by their perplexity on the prompt.", "--prompt-weights"),
     seed: int | None = flag(None, "Prompt k draws from the generator (seed, k)."),
     loading: options.LoadingFlags,
-    config: Config = None,
     as_json: bool = flag(False, "One JSON document on stdout.", "--json"),
     summary: bool | None = flag(None, "A summary on stderr.", "--summary/--no-summary", shown="on a terminal"),
     **settings: Any,

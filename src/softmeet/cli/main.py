@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import warnings
@@ -11,18 +12,20 @@ import typer
 
 from softmeet import __version__
 from softmeet.cli.check import check
-from softmeet.cli.config import config
 from softmeet.cli.evaluate import evaluate
 from softmeet.cli.fit import fit
-from softmeet.cli.flags import Command
+from softmeet.cli.flags import Command, config
 from softmeet.cli.generate import generate
 from softmeet.cli.inspect import inspect
-from softmeet.cli.memory import keep_freed_memory
 from softmeet.cli.options import STOPPED, err, stoppable
 from softmeet.cli.serve import serve
 from softmeet.cli.study import study
 from softmeet.cli.trace import trace
 from softmeet.errors import SoftmeetError
+
+# Of mallopt(3), glibc: free memory at the end of the heap that is kept, and what comes from the heap at all.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_KEPT, _LARGEST = 1 << 30, 32 << 20
 
 app = typer.Typer(
     help="Sample from several language models as one.",
@@ -49,6 +52,20 @@ def _root(
     ] = False,
 ) -> None:
     """Sample from several language models as one."""
+
+
+def keep_freed_memory() -> None:
+    """Have freed memory used again at once instead of handed back to the system.
+
+    Vectors over a large vocabulary come and go by the thousand, and fresh pages for each take longer than the
+    arithmetic. Does nothing where the C library has no such settings.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(_MMAP_THRESHOLD, _LARGEST)
+    mallopt(_TRIM_THRESHOLD, _KEPT)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from rich.console import Console
 from rich.markup import escape
 
 from softmeet.cli.flags import checked_settings, flag
-from softmeet.cli.memory import uncollected
 from softmeet.cli.old_forms import repeated
 from softmeet.errors import InvalidInputError
 from softmeet.members.zoo import DEFAULT as DEFAULT
@@ -64,6 +64,17 @@ def stoppable(advice: str) -> Iterator[None]:
     except KeyboardInterrupt:
         say(f"stopped: {advice}")
         raise typer.Exit(STOPPED) from None
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Import without the garbage collector, which would look through a million lasting objects time and again."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @dataclass

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from softmeet.cli import options
-from softmeet.cli.config import Config
 from softmeet.cli.flags import checked_settings, flag, flags
 from softmeet.cli.old_forms import repeated
 from softmeet.errors import InvalidInputError
@@ -93,7 +92,6 @@ def serve(
     engine: str = flag("local", "local: this process; ray: replicas on a Ray cluster (softmeet[ray])."),
     cluster: ClusterFlags,
     loading: options.LoadingFlags,
-    config: Config = None,
     **settings: Any,
 ) -> None:
     """Serve ensembles behind an OpenAI-compatible API, with a page to look inside at /ui."""

@@ -182,24 +182,21 @@ def require_places(file: Path | None, *folders: Path | None) -> None:
         InvalidInputError: the file's folder is not there, the file is a folder, a folder is a file or under one, or
             nothing can be written there.
     """
+    written = []
     if file not in (None, Path("-")):
         if file.is_dir() or not file.parent.is_dir():
             raise InvalidInputError(f"expected a file in a folder that is there, got {file}: make {file.parent} first")
-        if file.is_file() or not file.exists():
-            _require_writable(file.parent)
+        written += [file.parent] if file.is_file() or not file.exists() else []
     for folder in filter(None, folders):
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if not there.is_dir():
             raise InvalidInputError(f"expected a folder, got {folder}, but {there} is a file: name another one")
-        _require_writable(there)
-
-
-def _require_writable(folder: Path) -> None:
-    try:
-        with TemporaryFile(dir=folder):
-            return
-    except OSError as error:
-        raise InvalidInputError(f"cannot write in {folder} ({error.strerror}): name another folder") from None
+        written.append(there)
+    for folder in written:
+        try:
+            TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise InvalidInputError(f"cannot write in {folder} ({error.strerror}): name another folder") from None
 
 
 @contextmanager

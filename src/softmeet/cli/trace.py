@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from softmeet.cli import options, texts
-from softmeet.cli.config import Config
 from softmeet.cli.flags import flag, flags
 
 
@@ -22,7 +21,6 @@ def trace(
     shard: int = flag(4096, "Positions in one file, at least.", min=1),
     loading: options.LoadingFlags,
     running: options.EngineFlags,
-    config: Config = None,
 ) -> None:
     """Run every member over a text once and keep its hidden states, for softmeet evaluate and softmeet fit."""
     texts.require_extra(pyarrow=True)
