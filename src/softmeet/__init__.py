@@ -8,7 +8,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from softmeet._auto import register
+from softmeet._auto import register as _register
 from softmeet._version import __version__
 
 if TYPE_CHECKING:
@@ -41,9 +41,7 @@ _HOMES = {
     "rule_names": "softmeet.rules.registry",
 }
 
-
-register()
-del register
+_register()
 
 
 def __getattr__(name: str) -> Any:

@@ -161,9 +161,8 @@ class Ensemble:
             names, settings=chosen, vocabulary=vocabulary, prune=prune, movement=before.movement,
             prefixes=before.prefixes if prefixes is None else prefixes,
         )  # fmt: skip
-        any_average = saved is None and rule is None
         tokenizers = load_tokenizers(names, trust_remote_code=trust_remote_code)
-        common = choose_vocabulary(config, tokenizers, any_average=any_average)
+        common = choose_vocabulary(config, tokenizers, any_average=saved is None and rule is None)
         models = load_members(
             names, dtype=dtype, device=device, trust_remote_code=trust_remote_code, offload_folder=offload_folder,
             on_progress=on_progress, loaded=loaded,
@@ -371,11 +370,9 @@ class Ensemble:
         limit = getattr(self.model.config, "max_position_embeddings", None)
         if limit is not None and "max_new_tokens" not in found and "max_length" not in found:
             found["max_new_tokens"] = limit - inputs["input_ids"].shape[1]
-        if recorder is not None:
-            found["recorder"] = recorder
-        if seed is not None:
-            found["row_sampler"] = RowSampler(seed, range(len(prompts)))
-        return found
+        sampler = None if seed is None else RowSampler(seed, range(len(prompts)))
+        more = {"recorder": recorder, "row_sampler": sampler}
+        return found | {name: value for name, value in more.items() if value is not None}
 
     def _encode(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         """Return token ids and the attention mask, (B, t), on the model's device."""

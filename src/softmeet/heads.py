@@ -203,13 +203,12 @@ class WhitenedHead:
         device: torch.device | str | None = None,
         whitening: Whitening | None = None,
     ) -> None:
-        self.head, self.v, self.dtype, self.slope = head, v, dtype, slope  # slope: (B, v), zero past the last row
+        self.head, self.v, self.slope = head, v, slope  # slope: (B, v), zero past the last row
         self.home, self.device = head.weight.device, torch.device(device or head.weight.device)
         self.whitening = whitening or head.whitening()
         if self.whitening.factor.device != self.device:
             self.whitening = self.whitening.to(self.device)
-        if self.whitening.offset > _LARGE_OFFSET:
-            self.dtype = torch.float64
+        self.dtype = torch.float64 if self.whitening.offset > _LARGE_OFFSET else dtype
         self.rank = self.whitening.rank
         self.rows_read = torch.zeros(batch, dtype=torch.int64, device=self.device)
         self.at = torch.arange(batch, device=self.device)
@@ -244,13 +243,8 @@ class WhitenedHead:
         return x if self.slope is None else x * self.slope.to(x.dtype)
 
     def rows(self, tokens: Int[Tensor, "B k"]) -> Float[Tensor, "B k d"]:
-        """Some rows of S (W - 1cᵀ) for each row of the batch, in ``dtype``; times R they are rows of Q."""
-        ids, center = tokens.clamp_max(self.head.v - 1).flatten().to(self.home), self.whitening.center.to(self.dtype)
-        found = self.head.weight.detach().index_select(0, ids).to(self.device, self.dtype)
-        found -= center
-        found = found.view(*tokens.shape, -1)
-        if self.head.v < self.v:
-            found *= (tokens < self.head.v).to(self.dtype)[..., None]
+        """Return the rows ``tokens`` of S (W - 1cᵀ) for each row of the batch, in ``dtype``; times R, rows of Q."""
+        found = self.even_rows(tokens, self.dtype)
         if self.slope is not None:
             found *= self.slope.gather(-1, tokens).to(self.dtype)[..., None]
         self.rows_read[self.at] += tokens.shape[-1]
@@ -260,12 +254,15 @@ class WhitenedHead:
         """Some rows of Q for each row of the batch, in ``dtype``."""
         return self.rows(tokens) @ self.whitening.factor.to(self.dtype)
 
-    def even_rows(self, tokens: Int[Tensor, " k"]) -> Float[Tensor, "k d"]:
-        """Some rows of W - 1cᵀ, without slopes, in fp32; the caller need not count them."""
-        ids = tokens.clamp_max(self.head.v - 1).to(self.home)
-        found = self.head.weight.detach().index_select(0, ids).to(self.device, torch.float32)
-        found -= self.whitening.center.float()
-        return found * (tokens < self.head.v).to(self.device, torch.float32)[:, None]
+    def even_rows(self, tokens: Int[Tensor, "*B k"], dtype: torch.dtype = torch.float32) -> Float[Tensor, "*B k d"]:
+        """Return the rows ``tokens`` of W - 1cᵀ, without slopes and without counting them as read."""
+        ids = tokens.clamp_max(self.head.v - 1).flatten().to(self.home)
+        found = self.head.weight.detach().index_select(0, ids).to(self.device, dtype)
+        found -= self.whitening.center.to(dtype)
+        found = found.view(*tokens.shape, -1)
+        if self.head.v < self.v:
+            found *= (tokens < self.head.v).to(self.device, dtype)[..., None]
+        return found
 
     def block(self, tokens: slice) -> Float[Tensor, "b d"]:
         """Rows ``tokens`` of W in ``dtype``, at home; fewer past the head's last row. The caller counts them."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import normalize
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +36,4 @@ class FinalNorm:
         if self.centred:
             found.append((1 / gain).expand_as(hidden))
         lost = torch.stack(found, dim=-2)
-        lengths = lost.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(lost.dtype).tiny)
-        unit: Tensor = lost / lengths
-        return unit
+        return normalize(lost, dim=-1, eps=torch.finfo(lost.dtype).tiny)

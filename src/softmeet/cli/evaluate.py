@@ -18,8 +18,6 @@ from softmeet.cli.old_forms import repeated
 from softmeet.errors import InvalidInputError
 from softmeet.rules.settings import POOLS, parse_rule
 
-_OWN = "the ensemble's own"
-
 
 @flags("rule", "gate")
 def evaluate(
@@ -27,10 +25,10 @@ def evaluate(
     members: options.Members = None,
     source: texts.SourceFlags,
     rules: list[str] | None = flag(
-        None, "A rule with options: meet:trust=1/0/0.3:pool=prob-mean; repeat it.", "--rule", shown=_OWN
+        None, "A rule with options: meet:trust=1/0/0.3:pool=prob-mean; repeat it.", "--rule", shown="the ensemble's own"
     ),
     gates: list[str] | None = flag(
-        None, "Try each rule under this gate too: unsure:0.5; repeat it.", "--gate", shown=_OWN
+        None, "Try each rule under this gate too: unsure:0.5; repeat it.", "--gate", shown="the ensemble's own"
     ),
     prompt_weights: int | None = flag(
         None, "Add logit-mean with weights from the members' perplexity on so many tokens of each document.", min=1

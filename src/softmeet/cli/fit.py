@@ -101,7 +101,7 @@ def fit(
         save(ensemble, fitted, out)
     finally:  # the figures may have room elsewhere
         result.write(facts)
-    if not result.to_stdout:
+    if result.as_json != Path("-"):
         Console().print(f"saved in {out}", markup=False)
 
 
@@ -113,11 +113,10 @@ def _show(facts: dict[str, Any]) -> None:
     table = Table("candidate", "nats", "vs best baseline", "weights", "trust", "T", title=title)
     for name, row in facts["candidates"].items():
         low, high = row["ci95"]
-        best = name == facts["test"]["best_baseline"]
         weights, trust = (" ".join(f"{x:.2f}" for x in row[key]) for key in ("weights", "trust"))
         table.add_row(
             escape(options.short(name) if "/" in name else name), f"{row['test_nll']:.4f}",
-            "is it" if best else f"{row['delta']:+.4f} ± {(high - low) / 2:.4f}",
+            "is it" if name == facts["test"]["best_baseline"] else f"{row['delta']:+.4f} ± {(high - low) / 2:.4f}",
             weights, trust if rule_of(row["rule"]).uses_trust else "", f"{row['rule_temperature']:.2f}",
         )  # fmt: skip
     Console().print(table)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 import yaml
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperCommand
 
 from softmeet.cli.old_forms import modern_values, modern_words
 from softmeet.errors import InvalidInputError
@@ -52,8 +52,7 @@ class Command(TyperCommand):
 
 
 def _on_command_line(ctx: Any, name: str) -> bool:
-    source = ctx.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
+    return getattr(ctx.get_parameter_source(name), "name", None) == "COMMANDLINE"
 
 
 def flags(*but: str, only: tuple[str, ...] = ()) -> Callable[[C], C]:
@@ -210,11 +209,10 @@ def config(
     config: Annotated[Path | None, typer.Option(help="A YAML file of options.")] = None,
 ) -> None:
     """Show a command's options as a YAML file would have them, with a file's values if --config gives one."""
-    group = context.parent.command if context.parent else None
-    assert isinstance(group, TyperGroup)
-    target = group.commands.get(command)
-    if target is None:
-        raise InvalidInputError(f"unknown command {command!r}: expected one of {', '.join(group.commands)}")
+    commands = context.parent.command.commands  # type: ignore[union-attr]  # softmeet is a group
+    if command not in commands:
+        raise InvalidInputError(f"unknown command {command!r}: expected one of {', '.join(commands)}")
+    target = commands[command]
     values = _values_of(config, target) if config else {}
     defaults = {parameter.name: parameter.default for parameter in target.params}
     every = {name: values.get(name, defaults[parameter]) for name, parameter in _parameters(target).items()}

@@ -76,8 +76,7 @@ def generate(
             if weights is None:
                 completions = ensemble.generate(texts, **given)
             else:
-                pairs = zip(texts, each, strict=True)
-                completions = [ensemble.generate(text, **given, **own) for text, own in pairs]
+                completions = [ensemble.generate(texts[k], **given, **own) for k, own in enumerate(each)]
     facts = _facts(ensemble, recorder, time.perf_counter() - started, weights, before)
     if as_json:
         made = [{"prompt": p, "text": t, **own} for p, t, own in zip(texts, completions, each, strict=True)]
@@ -100,12 +99,10 @@ def _facts(
 
     config, rows, asked = ensemble.model.config, max(recorder.rows, 1), max(recorder.asked, 1)
     used = config.weights if weights is None else list(map(fmean, zip(*weights, strict=True)))
-    disagreement = recorder.disagreement.tolist() or [0.0] * len(ensemble.names)
+    disagreement, trusts = recorder.disagreement.tolist() or [0.0] * len(ensemble.names), config.settings.trusts()
     members: list[dict[str, Any]] = [
         {"name": options.short(name), "width": head.d, "weight": w, "trust": "/".join(f"{rho:g}" for rho in t)}
-        for name, head, w, t in zip(
-            ensemble.names, ensemble.model.member_heads, used, config.settings.trusts(), strict=True
-        )
+        for name, head, w, t in zip(ensemble.names, ensemble.model.member_heads, used, trusts, strict=True)
     ]
     for member, nats in zip(members, disagreement, strict=True):
         member["disagreement"] = nats / asked
@@ -153,6 +150,5 @@ def _show(facts: dict[str, Any]) -> None:
         + (f", {facts['not_converged']} not converged" if facts["not_converged"] else "")
     )
     if facts["gate"]:
-        saved = facts["seconds_saved"]
-        time_saved = "" if saved is None else f", which saved about {saved:.1f} s"
-        options.err.print(f"gate {facts['gate']}: closed at {facts['gated']:.1%} of the tokens{time_saved}")
+        saved = "" if facts["seconds_saved"] is None else f", which saved about {facts['seconds_saved']:.1f} s"
+        options.err.print(f"gate {facts['gate']}: closed at {facts['gated']:.1%} of the tokens{saved}")

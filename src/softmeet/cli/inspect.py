@@ -75,8 +75,8 @@ def _show(facts: dict[str, Any]) -> None:
         hot = heat(token["disagreement"])
         line.append(token["text"], style=f"on rgb({int(40 + 180 * hot)},{int(70 * (1 - hot))},40)" if hot else "")
     console.print(line)
-    names = map(markup, facts["members"])
-    table = Table("token", "ensemble", *names, "disagreement", "what moved: token pool → answer")
+    members = map(markup, facts["members"])
+    table = Table("token", "ensemble", *members, "disagreement", "what moved: token pool → answer")
     for token in facts["tokens"]:
         moved = "  ".join(
             f"{markup(shown(text))} {math.exp(before):.1%}→{math.exp(after):.1%}"

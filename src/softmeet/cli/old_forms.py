@@ -21,7 +21,6 @@ from softmeet.errors import InvalidInputError
 _LISTS = {"--members": "--member", "--rules": "--rule"} | {name: name for name in ("--member", "-m", "--text", "-t")}
 # Options of single rules that had flags of their own.
 _OF_RULES = ("metric", "slack", "vertex")
-_SWITCHES = ("vertex",)
 
 
 def warn(before: str, today: str) -> None:
@@ -44,7 +43,7 @@ def modern_words(words: Sequence[str], *, several: bool = True) -> list[str]:
     for word in rest:
         name, equals, value = word.partition("=")
         if (key := name.removeprefix("--")) in _OF_RULES:
-            own[key] = "true" if key in _SWITCHES else value if equals else next(rest, "")
+            own[key] = "true" if key == "vertex" else value if equals else next(rest, "")
         elif word.startswith("-") and word != "-":
             option, count = name if name in _LISTS else "", 0
             found += [] if option else [word]

@@ -38,11 +38,9 @@ def placement(given: list[str] | None) -> Any:
         InvalidInputError: the file is not YAML, or holds neither a map nor a list.
     """
     places = repeated("--device", given)
-    if not places:
-        return None
-    device = places[0] if len(places) == 1 else ""
-    if not device.endswith((".yaml", ".yml", ".json")):
-        return device or places
+    device = places[0] if places and len(places) == 1 else places or None
+    if not isinstance(device, str) or not device.endswith((".yaml", ".yml", ".json")):
+        return device
     import yaml
 
     try:

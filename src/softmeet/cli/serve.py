@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _KEYS = "SOFTMEET_API_KEYS"
 _ENSEMBLES = "What to serve beside the members: a saved ensemble or a bundled family; NAME=… names it."
+_MEMBERS = "A member of the ensemble named default; repeat it; NAME=MEMBER adds it to another one."
 _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -73,13 +74,7 @@ class ClusterFlags:
 def serve(
     *,
     ensembles: Annotated[list[str] | None, typer.Argument(help=_ENSEMBLES, show_default="default=wide")] = None,
-    members: list[str] | None = flag(
-        None,
-        "A member of the ensemble named default; repeat it; NAME=MEMBER adds it to another one.",
-        "--member",
-        "-m",
-        shown=False,
-    ),
+    members: list[str] | None = flag(None, _MEMBERS, "--member", "-m", shown=False),
     host: str = flag("127.0.0.1", "The address to listen on."),
     port: int = flag(8000, "0 takes a free one.", min=0, max=65535),
     access: AccessFlags,

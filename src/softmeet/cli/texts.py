@@ -24,16 +24,14 @@ if TYPE_CHECKING:
     from softmeet.evaluation.positions import Positions
 
 
+_TEXT = "A UTF-8 file, a pattern ('books/*.txt'), - for stdin, or a folder of save_to_disk's; repeat it."
+
+
 @dataclass
 class TextFlags:
     """Which text is read, and in which windows."""
 
-    text: list[str] | None = flag(
-        None,
-        "A UTF-8 file, a pattern ('books/*.txt'), - for stdin, or a folder of save_to_disk's; repeat it.",
-        "--text",
-        "-t",
-    )
+    text: list[str] | None = flag(None, _TEXT, "--text", "-t")
     separator: str | None = flag(None, r"Splits a file into documents; \n is a line end.", shown="a file is one")
     column: str = flag("text", "Of a dataset, the column that holds the text.")
     window: int | None = flag(None, "Tokens that a member reads at once.", shown="shortest context, at most 1024")
@@ -136,16 +134,11 @@ class ResultFlags:
             )
         return options.stoppable(f"finished pieces stay in {self.resume}; the same command goes on from there")
 
-    @property
-    def to_stdout(self) -> bool:
-        """Whether the JSON takes the place of tables on stdout."""
-        return self.as_json == Path("-")
-
     def tell(self, facts: dict[str, Any], table: Callable[[dict[str, Any]], None]) -> None:
         """Print figures by ``table``, or as JSON where that goes to stdout; before :meth:`write`, which may fail."""
         from softmeet.evaluation.files import as_json
 
-        if self.to_stdout:
+        if self.as_json == Path("-"):
             typer.echo(as_json(facts))
         else:
             table(facts)
@@ -154,7 +147,7 @@ class ResultFlags:
         """Write figures as JSON to the file that is named, if one is."""
         from softmeet.evaluation.files import write_json
 
-        if self.as_json is not None and not self.to_stdout:
+        if self.as_json not in (None, Path("-")):
             write_json(self.as_json, facts)
 
 
