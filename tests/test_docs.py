@@ -33,12 +33,25 @@ def test_links_lead_somewhere(page):
     assert not [t for t in targets if not t.exists()]
 
 
-@pytest.mark.parametrize("name", ["base", "combine", "registry", "settings"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".ensemble",
+        ".heads",
+        ".norms",
+        ".simplex",
+        ".rules.base",
+        ".rules.combine",
+        ".rules.registry",
+        ".rules.settings",
+    ],
+)
 def test_examples_in_docstrings_give_what_they_say(name, monkeypatch):
     from softmeet.rules import registry
 
     monkeypatch.setattr(registry, "_registered", {})
-    found = doctest.testmod(importlib.import_module(f"softmeet.rules.{name}"))
+    found = doctest.testmod(importlib.import_module(f"softmeet{name}"))
     assert found.attempted
     assert not found.failed
 
