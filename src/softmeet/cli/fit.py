@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class FitFlags:
-    """What a fit tries, and on how much of the text."""
+    """Flags that say what a fit tries, and on how much of the text."""
 
     rules: list[str] | None = flag(
         None,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class SamplingFlags:
-    """How tokens are drawn, under transformers' names."""
+    """Flags that say how tokens are drawn, under transformers' names."""
 
     max_new_tokens: int = flag(100, "Tokens to add to each prompt, at most.", min=1)
     do_sample: bool = flag(True, "Sample; else take the most probable token.")

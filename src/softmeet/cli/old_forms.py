@@ -24,7 +24,7 @@ _OF_RULES = ("metric", "slack", "vertex")
 
 
 def warn(before: str, today: str) -> None:
-    """Say on stderr how something is spelled today."""
+    """Say on stderr that a spelling is old, and how the same is said today."""
     from softmeet.cli.options import say
 
     say(f"{before} is an old form and ends with 0.3.0: {today}")
@@ -96,12 +96,12 @@ def modern_values(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def split(text: str) -> list[str]:
-    """Split a list with commas."""
+    """Split a list at its commas, without blanks and empty parts."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def repeated(option: str, values: Sequence[str] | None) -> list[str] | None:
-    """Read the values of an option that is repeated, and that took one list with commas before."""
+    """Read the values of an option that is repeated today, and that took one list with commas before."""
     if values is None or not any("," in value for value in values):
         return None if values is None else list(values)
     warn(f"{option} with commas", f"repeat it: {option} A {option} B")

@@ -77,7 +77,7 @@ def uncollected() -> Iterator[None]:
 
 @dataclass
 class LoadingFlags:
-    """In which dtype and where members are loaded, whether their own code may run, and what they are combined over."""
+    """Flags that say how and where members are loaded, and what they are combined over."""
 
     dtype: str | None = flag(None, "float32, bfloat16, float16, float64 or auto.", shown="float32 on CPU")
     device: list[str] | None = flag(
@@ -133,9 +133,9 @@ class LoadingFlags:
 
 @dataclass
 class EngineFlags:
-    """Where a command does its work: in threads of its own process, or on a Ray cluster."""
+    """Flags that say where a command does its work: in threads of its own process, or on a Ray cluster."""
 
-    engine: str = flag("local", "local: threads of this process; ray: workers of a Ray cluster (softmeet[ray]).")
+    engine: str = flag("local", r"local: threads of this process; ray: workers of a Ray cluster (softmeet\[ray]).")
     workers: int | None = flag(None, "How many.", min=1, shown="as many as cores")
     threads: int = flag(1, "Of torch in each worker; the last bits of results depend on it.", min=1)
     ray_address: str | None = flag(None, "Of a Ray cluster.", shown=DEFAULT_CLUSTER)

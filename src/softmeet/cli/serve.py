@@ -33,7 +33,7 @@ _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
 @dataclass
 class AccessFlags:
-    """Who may send requests, from where, and what requests may change."""
+    """Flags that say who may send requests, from where, and what requests may change."""
 
     allow: list[str] | None = flag(None, "What requests may change, or none; repeat it.", shown="all that they can")
     api_keys: Path | None = flag(
@@ -46,7 +46,7 @@ class AccessFlags:
 
 @dataclass
 class LimitFlags:
-    """How much work the server accepts, at once and in one request."""
+    """Flags that limit the work that the server accepts, at once and in one request."""
 
     batch: int = flag(64, "Sequences that run at once.", min=1)
     queue: int = flag(256, "Sequences that may wait; past it requests get 429.", min=0)
@@ -60,7 +60,7 @@ class LimitFlags:
 
 @dataclass
 class ClusterFlags:
-    """How many replicas of the server a Ray cluster runs, and what each of them takes."""
+    """Flags that say how many replicas of the server a Ray cluster runs, and what each of them takes."""
 
     replicas: int = flag(1, "Of the server on a Ray cluster; at least so many.", min=1)
     max_replicas: int | None = flag(None, "Add replicas up to so many under load.", min=1, shown="none are added")
@@ -84,7 +84,7 @@ def serve(
     parallel: bool = flag(False, "Run members in threads, as those on devices of their own do anyway."),
     threads: int | None = flag(None, "Of torch.", min=1, shown="torch's own"),
     access_log: bool = flag(False, "Log a line for every request; never a key or a prompt."),
-    engine: str = flag("local", "local: this process; ray: replicas on a Ray cluster (softmeet[ray])."),
+    engine: str = flag("local", r"local: this process; ray: replicas on a Ray cluster (softmeet\[ray])."),
     cluster: ClusterFlags,
     loading: options.LoadingFlags,
     **settings: Any,

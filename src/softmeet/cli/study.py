@@ -1,4 +1,4 @@
-"""``softmeet study``: the essay's questions, tier by tier; each goes on where it was stopped."""
+"""``softmeet study``: compare every rule where the truth is known, and on text; goes on where it was stopped."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ _TEXT = "A UTF-8 file, a pattern ('books/*.txt'), - for stdin, or a folder of sa
 
 @dataclass
 class TextFlags:
-    """Which text is read, and in which windows."""
+    """Flags that say which text is read, and in which windows."""
 
     text: list[str] | None = flag(None, _TEXT, "--text", "-t")
     separator: str | None = flag(None, r"Splits a file into documents; \n is a line end.", shown="a file is one")
@@ -60,7 +60,7 @@ class TextFlags:
 
 @dataclass
 class SourceFlags(TextFlags):
-    """A text, or a trace, which holds the members' hidden states over a text."""
+    """Flags that name a text, or a trace, which holds the members' hidden states over a text."""
 
     trace: Path | None = flag(None, "A trace, in place of --text.")
 
@@ -121,7 +121,7 @@ class SourceFlags(TextFlags):
 
 @dataclass
 class ResultFlags:
-    """Where figures go, and where finished pieces stay until the command is through."""
+    """Flags that say where figures go, and where finished pieces stay until the command is through."""
 
     as_json: Path | None = flag(None, "Write the figures here as JSON, infinity as null; - for stdout.", "--json")
     resume: Path | None = flag(None, "A folder for finished pieces; the same command goes on from there.")
