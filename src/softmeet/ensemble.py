@@ -276,7 +276,7 @@ class Ensemble:
         ids = self.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0, : limit + 1]
         if len(ids) < 2:
             raise InvalidInputError(f"expected a text of at least two tokens, got {len(ids)}")
-        ids, window = ids.to(self.model.device), self.model.config.max_position_embeddings or limit
+        ids, window = ids.to(self.model.device), getattr(self.model.config, "max_position_embeddings", None) or limit
         for start in range(0, len(ids) - 1, window):
             targets = ids[start + 1 : start + window + 1]
             yield self.model.hidden_states(ids[None, start : start + len(targets)]), targets
