@@ -94,7 +94,7 @@ def test_an_ensemble_on_the_hub_is_told_from_a_model(monkeypatch, tmp_path):
     """The hub itself is out of reach: its answer to a request for config.json is played back."""
     from softmeet import ensemble
 
-    answers = {"org/ensemble": {"model_type": "softmeet"}, "org/model": {"model_type": "llama"}}
+    answers = {"org/ensemble": {"model_type": "softmeet", "members": ["a"]}, "org/model": {"model_type": "llama"}}
     asked = []
 
     def config_of(name, revision=None):
@@ -103,9 +103,9 @@ def test_an_ensemble_on_the_hub_is_told_from_a_model(monkeypatch, tmp_path):
             raise OSError("not found")
         return answers[name], {}
 
-    monkeypatch.setattr(ensemble.PreTrainedConfig, "get_config_dict", config_of)
+    monkeypatch.setattr(ensemble.EnsembleConfig, "get_config_dict", config_of)
     names = ("org/ensemble", "org/model", "org/absent", "wide", "wide/gpt2", "a.gguf", "org/ensemble@v2")
-    assert [name for name in names if ensemble._is_ensemble(name)] == ["org/ensemble", "org/ensemble@v2"]
+    assert [name for name in names if ensemble._saved_config(name)] == ["org/ensemble", "org/ensemble@v2"]
     assert asked == [("org/ensemble", None), ("org/model", None), ("org/absent", None), ("org/ensemble", "v2")]
 
 

@@ -126,7 +126,7 @@ def test_version_help_and_completion():
 
 _FAULTS = """
 import resource, numpy
-from softmeet.cli.memory import keep_freed_memory
+from softmeet.cli.main import keep_freed_memory
 
 def faults():
     for k in range(40):

@@ -9,7 +9,7 @@ import pytest
 import tiny
 from typer.testing import CliRunner
 
-from softmeet.cli.command import Command
+from softmeet.cli.flags import Command
 from softmeet.cli.main import app
 from softmeet.cli.old_forms import modern_values, modern_words
 from softmeet.errors import InvalidInputError

@@ -296,11 +296,11 @@ def test_missing_packages_are_named(monkeypatch):
     from softmeet.cli import serve
     from softmeet.errors import InvalidInputError
 
-    monkeypatch.setattr(serve, "_has", lambda module: module != "gradio")
+    monkeypatch.setattr(serve, "find_spec", lambda module: module != "gradio")
     serve._require_extra(ui=False)
     with pytest.raises(InvalidInputError, match=r"softmeet\[ui\]"):
         serve._require_extra(ui=True)
-    monkeypatch.setattr(serve, "_has", lambda module: module != "uvicorn")
+    monkeypatch.setattr(serve, "find_spec", lambda module: module != "uvicorn")
     with pytest.raises(InvalidInputError, match=r"softmeet\[server\]"):
         serve._require_extra(ui=False)
 

@@ -46,7 +46,8 @@ def _row(parameter: Any) -> str:
         if parameter.default is None or parameter.default is False
         else parameter.default
     )
-    return f"| {flags or parameter.name.upper()} | {getattr(parameter, 'help', None) or ''} | {default} |"
+    about = (getattr(parameter, "help", None) or "").replace("\\[", "[")  # escaped for rich
+    return f"| {flags or parameter.name.upper()} | {about} | {default} |"
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""softmeet samples from several language models as one.
+"""Sample from several language models as one.
 
 >>> import softmeet
 >>> ensemble = softmeet.Ensemble.from_pretrained("wide")
->>> ensemble.generate("In the beginning", max_new_tokens=20)  # doctest: +SKIP
+>>> ensemble.generate("In the beginning", max_new_tokens=5, do_sample=False)
+' of the earth, and'
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from softmeet._auto import register
+from softmeet._auto import register as _register
 from softmeet._version import __version__
 
 if TYPE_CHECKING:
@@ -41,9 +42,7 @@ _HOMES = {
     "rule_names": "softmeet.rules.registry",
 }
 
-
-register()
-del register
+_register()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""``python -m softmeet`` is ``softmeet``."""
+"""Run ``softmeet`` as ``python -m softmeet``."""
 
 from softmeet.cli.main import main
 

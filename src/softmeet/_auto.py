@@ -1,4 +1,4 @@
-"""Makes transformers' Auto classes know ensembles, without importing transformers before anyone else does.
+"""Make transformers' Auto classes know ensembles, without importing transformers before anyone else does.
 
 ``import softmeet`` must be enough for ``AutoModelForCausalLM.from_pretrained(an_ensemble)``, and ``softmeet --help``
 must not wait for torch. So the registration runs right after the module with the Auto classes has been executed.
@@ -20,18 +20,13 @@ _AUTO_CLASSES = "transformers.models.auto.modeling_auto"
 def register() -> None:
     """Register now if the Auto classes are there, else as soon as they are."""
     if _AUTO_CLASSES in sys.modules:
-        _register()
+        import_module("softmeet.hf")  # which registers them; it may be under way, and be what imports the Auto classes
     else:
         sys.meta_path.insert(0, _AfterImport())
 
 
-def _register() -> None:
-    # Importing it is registering; it may be under way already, and be what imports the Auto classes.
-    import_module("softmeet.hf")
-
-
 class _AfterImport(MetaPathFinder):
-    """Steps aside at the first import of the Auto classes' module, and adds a call after it."""
+    """A finder that steps aside at the first import of the Auto classes' module, and adds a call after it."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -40,13 +35,12 @@ class _AfterImport(MetaPathFinder):
             return None
         sys.meta_path.remove(self)
         spec = find_spec(fullname)
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
 
-        def execute_and_register(module: ModuleType) -> None:
-            execute(module)
-            _register()
+            def execute_and_register(module: ModuleType) -> None:
+                execute(module)
+                import_module("softmeet.hf")
 
-        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec

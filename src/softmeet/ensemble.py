@@ -1,26 +1,20 @@
-"""``Ensemble``: text in, text out; the everyday face of the library."""
+"""``Ensemble``: load several language models, and continue text with them as one."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
 import torch
-from transformers import (
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TextIteratorStreamer,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList, TextIteratorStreamer
 
 from softmeet.errors import InvalidInputError
 from softmeet.hf.assembling import assemble, choose_vocabulary, require_vocabulary
-from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM, require_for_bytes
+from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM
 from softmeet.hf.byte_report import GroupReport, group_reports, shown_byte
 from softmeet.hf.calibrated import resolved
 from softmeet.hf.configuration import EnsembleConfig
@@ -39,31 +33,28 @@ from softmeet.rules.signatures import takes_settings
 from softmeet.rules.solution import Solution
 
 
-def _is_ensemble(name: str | Path) -> bool:
-    """Whether a folder or hub id holds an ensemble rather than a model; a name that leads nowhere does not."""
-    if zoo.expand(name) != [str(name)] or zoo.locate(str(name)) != str(name) or Path(name).suffix == ".gguf":
-        return False
+def _saved_config(name: Any) -> EnsembleConfig | None:
+    """Read the configuration of a saved ensemble; None where there is a model, several names, or nothing."""
+    plain = isinstance(name, str | Path) and Path(name).suffix != ".gguf"
+    if not plain or list(map(zoo.locate, zoo.expand(name))) != [str(name)]:
+        return None
     repository, _, revision = str(name).partition("@")
     try:
-        found = PreTrainedConfig.get_config_dict(repository, revision=revision or None)[0]
+        found = EnsembleConfig.get_config_dict(repository, revision=revision or None)[0]
     except (OSError, ValueError):
-        return False
-    return bool(found.get("model_type") == EnsembleConfig.model_type)
-
-
-def _saved_config(name: str | Path) -> EnsembleConfig:
-    repository, _, revision = str(name).partition("@")
-    return EnsembleConfig.from_pretrained(repository, revision=revision or "main")  # type: ignore[no-any-return]
+        return None
+    return EnsembleConfig.from_dict(found) if found.get("model_type") == EnsembleConfig.model_type else None
 
 
 def member_names(members: Sequence[str | Path] | str | Path) -> list[str]:
-    """The members that a saved ensemble, a bundled family or a list of names stands for.
+    """List the members that a saved ensemble, a bundled family or a list of names stands for.
 
     Raises:
         CheckpointError: a saved ensemble names a member that is not there.
     """
-    if isinstance(members, str | Path) and _is_ensemble(members):
-        return absolute(_saved_config(members).members, Path(members))
+    saved = _saved_config(members)
+    if saved is not None:
+        return absolute(saved.members, Path(str(members)))
     named = [members] if isinstance(members, str | Path) else list(members)
     return [name for entry in named for name in zoo.expand(entry)]
 
@@ -74,9 +65,12 @@ DEFAULT_GATE: str | None = "auto"
 
 @dataclass(frozen=True)
 class NextToken:
-    """The distribution after a prompt.
+    """The distribution of the token after a prompt.
 
-    ``top`` and each of ``members`` hold (token text, probability), the most probable first; ``solution`` holds all.
+    Attributes:
+        top: (text, probability) of the ensemble's most probable tokens, the most probable first.
+        members: the same for each member by name, as it predicts on its own.
+        solution: log-probabilities of all tokens, in nats, and how they were found.
     """
 
     top: list[tuple[str, float]]
@@ -84,22 +78,14 @@ class NextToken:
     solution: Solution
 
 
-class _Cancelled(StoppingCriteria):  # type: ignore[misc]
-    """Stops every row once an event is set."""
-
-    def __init__(self, event: threading.Event) -> None:
-        self._event = event
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        return torch.full((len(input_ids),), self._event.is_set(), dtype=torch.bool, device=input_ids.device)
-
-
 class Ensemble:
     """Several language models that sample as one.
 
+    :meth:`from_pretrained` loads members by name; the constructor takes an ensemble that is loaded.
+
     Attributes:
-        model: an :class:`softmeet.hf.EnsembleForCausalLM`, for everything transformers can do.
-        tokenizer: the members' common tokenizer.
+        model: the ensemble as a causal LM, for everything that transformers can do.
+        tokenizer: the members' common tokenizer; over bytes, one whose tokens are bytes.
         names: the members' names.
     """
 
@@ -127,11 +113,12 @@ class Ensemble:
     ) -> Ensemble:
         """Load members and combine them by a rule, or load a saved ensemble.
 
+        None stands for the default of a new ensemble, and for what a saved ensemble has.
+
         Args:
-            members: hub ids (``org/model@revision``), folders, ``.gguf`` files or bundled names, or one saved ensemble;
-                the bundled wide family by default.
-            rule: a name, with options as in ``"meet:trust=1/0.3"``, or an instance of :class:`softmeet.Rule`; if None
-                ``meet``, or what a saved ensemble has.
+            members: hub ids (``org/model@revision``), folders, ``.gguf`` files or bundled names, or one saved ensemble.
+            rule: a name, with options as in ``"meet:trust=1/0.3"``, or an instance of :class:`softmeet.Rule`; ``meet``
+                by default.
             dtype: None for fp32 on CPU and the checkpoints' own elsewhere; one for all members or one each.
             device: None for CPU, ``"auto"`` to leave it to accelerate, or a dict with a device, ``"cpu"`` or ``"disk"``
                 for each module by name; one for all members or one each. Members in different places run at the same
@@ -141,40 +128,41 @@ class Ensemble:
             on_progress: called with each member's name before it is loaded.
             loaded: what earlier calls loaded; members that are there already are shared, new ones are added.
             vocabulary: what members are combined over: ``"tokens"``, for which their tokenizers have to be the same up
-                to padding and added tokens; ``"bytes"``, for which they may differ; or ``"auto"``, bytes where they do
-                differ, which is logged. Over bytes the rule is an average, ``logit-mean`` if none is given, and
-                ``max_new_tokens`` counts bytes. None for ``"auto"``, or for what a saved ensemble has.
-            prune: over bytes, the share of mass from which a tokenization of the text is followed; 0 for all of them.
-                None for 0.01, or for what a saved ensemble has.
+                to padding and added tokens; ``"bytes"``, for which they may differ; or ``"auto"``, the default: bytes
+                where they do differ, which is logged. Over bytes the rule is an average, ``logit-mean`` if none is
+                given, and ``max_new_tokens`` counts bytes.
+            prune: over bytes, the share of mass from which a tokenization of the text is followed; 0 for all of them,
+                0.01 by default.
             prefixes: over bytes, for each member its own tokens before every text, such as a prompt that it alone has;
-                None for what its tokenizer puts there, or for what a saved ensemble has.
-            settings: the fields of :class:`softmeet.Settings`, listed below, and options of the rule itself; None for
-                the default, or for what a saved ensemble has. The gate of a new ensemble is ``auto``, which is for
-                generation and serving.
+                by default, what its tokenizer puts there.
+            settings: the fields of :class:`softmeet.Settings`, listed below, and options of the rule itself. The gate
+                of a new ensemble is ``auto``, which is for generation and serving.
 
         Raises:
             InvalidInputError: a setting is wrong, or no member is named.
             CheckpointError: a member cannot be loaded.
             VocabularyMismatchError: the tokenizers differ; over bytes, one of them cannot be read.
             UnsupportedHeadError: a member's output layer is not a plain softmax head; over bytes, the rule reads heads.
+
+        Example:
+            >>> Ensemble.from_pretrained(["wide/gpt2", "wide/llama"], trust=1.0, weights=[0.25, 0.75]).names
+            ['wide/gpt2', 'wide/llama']
         """
-        saved = members if isinstance(members, str | Path) and _is_ensemble(members) else None
+        saved, names = _saved_config(members), member_names(members)
         given = {name: value for name, value in {"rule": rule, **settings}.items() if value is not None}
-        names = member_names(members)
-        given = given if saved is not None or _names_a_gate(given) else {"gate": DEFAULT_GATE, **given}
-        chosen = Settings.of(given) if saved is None else _saved_config(saved).settings.changed(**given)
-        over = EnsembleConfig(names) if saved is None else _saved_config(saved)
-        vocabulary, prune = vocabulary or over.vocabulary, over.prune if prune is None else prune
+        if saved is None:
+            gated = "gate" in given or (isinstance(rule, str) and "gate" in parse_rule(rule)[1])
+            before, chosen = EnsembleConfig(names), Settings.of(given if gated else {"gate": DEFAULT_GATE, **given})
+        else:
+            before, chosen = saved, saved.settings.changed(**given)
+        vocabulary, prune = vocabulary or before.vocabulary, before.prune if prune is None else prune
         require_vocabulary(vocabulary, prune)
-        prefixes = over.prefixes if prefixes is None else prefixes
         config = EnsembleConfig(
-            names, settings=chosen, vocabulary=vocabulary, prune=prune, prefixes=prefixes, movement=over.movement
-        )
-        any_average = saved is None and rule is None
-        if vocabulary == "bytes" and not any_average:
-            require_for_bytes(config.settings)
+            names, settings=chosen, vocabulary=vocabulary, prune=prune, movement=before.movement,
+            prefixes=before.prefixes if prefixes is None else prefixes,
+        )  # fmt: skip
         tokenizers = load_tokenizers(names, trust_remote_code=trust_remote_code)
-        common = choose_vocabulary(config, tokenizers, any_average=any_average)
+        common = choose_vocabulary(config, tokenizers, any_average=saved is None and rule is None)
         models = load_members(
             names, dtype=dtype, device=device, trust_remote_code=trust_remote_code, offload_folder=offload_folder,
             on_progress=on_progress, loaded=loaded,
@@ -183,15 +171,28 @@ class Ensemble:
         return cls(model, model.tokenizer)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write an ensemble directory: it names the members and the rule, and holds no weights."""
+        """Write an ensemble directory: it names the members and how they are combined, and holds no weights.
+
+        Example:
+            >>> from tempfile import mkdtemp
+            >>> folder = mkdtemp()
+            >>> Ensemble.from_pretrained("wide", "prob-mean").save_pretrained(folder)
+            >>> Ensemble.from_pretrained(folder).model.config.rule
+            'prob-mean'
+        """
         self.model.save_pretrained(folder)
 
     @torch.inference_mode()
     def next_token(self, text: str, top: int = 10) -> NextToken:
-        """The next-token distribution after ``text``.
+        """Predict the token after a prompt (over bytes, the byte), and list the ``top`` most probable ones.
 
         Raises:
             InvalidInputError: the prompt is empty or longer than the shortest context.
+
+        Example:
+            >>> found = Ensemble.from_pretrained("wide", "logit-mean").next_token("In the beginning", top=2)
+            >>> [(token, round(probability, 2)) for token, probability in found.top]
+            [(' of', 0.26), (',', 0.14)]
         """
         hidden = [h[-1:] for h in self.model.hidden_states(self._encode([text])["input_ids"])]
         log_probs, solution = self.model.solve_rows(hidden, resolved(self.model, self.model.settings))
@@ -200,12 +201,23 @@ class Ensemble:
 
     @torch.inference_mode()
     def inspect(self, text: str, top: int = 5) -> list[TokenReport] | list[GroupReport]:
-        """A report for every token of ``text`` but the first, at which nobody could be asked.
+        """Report on every token of ``text`` but the first, which nothing comes before: who expected what.
 
-        Over bytes, one for every stretch of characters that all members read as whole tokens, from the first on.
+        Args:
+            text: at least two tokens; over bytes, one byte.
+            top: how many tokens to list of each distribution.
+
+        Returns:
+            A report for each token, log-probabilities in nats. Over bytes, one for each stretch of characters that all
+            members read as whole tokens, from the first on.
 
         Raises:
-            InvalidInputError: the text has fewer than two tokens, or more than the shortest context.
+            InvalidInputError: the text is too short, or longer than the shortest context.
+
+        Example:
+            >>> reports = Ensemble.from_pretrained("wide", "logit-mean").inspect("In the beginning")
+            >>> [round(report.log_prob, 2) for report in reports]
+            [-2.99, -6.61, -0.15]
         """
         if isinstance(self.model, ByteEnsembleForCausalLM):
             if not text:
@@ -224,10 +236,15 @@ class Ensemble:
 
     @torch.inference_mode()
     def prompt_weights(self, text: str) -> list[float]:
-        """Weights that sum to one, from each member's perplexity on ``text`` (``members/weighting.py``).
+        """Weigh each member by how well it predicts ``text``: by 1 / its perplexity there, with a sum of one.
 
         Raises:
             InvalidInputError: the text has fewer than two tokens, or more than the shortest context.
+
+        Example:
+            >>> weights = Ensemble.from_pretrained("wide", "logit-mean").prompt_weights("In the beginning")
+            >>> [round(weight, 2) for weight in weights]
+            [0.35, 0.26, 0.39]
         """
         ids = self._encode([text])["input_ids"]
         if ids.shape[1] < 2:
@@ -238,19 +255,28 @@ class Ensemble:
 
     @torch.inference_mode()
     def positions(self, text: str, limit: int) -> Iterator[tuple[list[torch.Tensor], torch.Tensor]]:
-        """The first ``limit`` predictions over a text, in windows of the shortest context.
+        """Run the members over a text, in windows of the shortest context.
+
+        Args:
+            text: at least two tokens.
+            limit: how many tokens to predict, at most.
 
         Yields:
-            (hidden states of each member, (t, d_i); the tokens that came, (t,)).
+            For each window, (the last hidden states of each member, (t, d_i) in its dtype; the tokens that came, (t,)).
 
         Raises:
             InvalidInputError: the text has fewer than two tokens, or the ensemble is over bytes.
+
+        Example:
+            >>> (window,) = Ensemble.from_pretrained("wide", "logit-mean").positions("In the beginning", 100)
+            >>> [tuple(states.shape) for states in window[0]], window[1].tolist()
+            ([(3, 160), (3, 96), (3, 96)], [260, 2224, 1228])
         """
         self.model.require_tokens("evaluation")
         ids = self.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0, : limit + 1]
         if len(ids) < 2:
             raise InvalidInputError(f"expected a text of at least two tokens, got {len(ids)}")
-        ids, window = ids.to(self.model.device), self.model.config.max_position_embeddings or limit
+        ids, window = ids.to(self.model.device), getattr(self.model.config, "max_position_embeddings", None) or limit
         for start in range(0, len(ids) - 1, window):
             targets = ids[start + 1 : start + window + 1]
             yield self.model.hidden_states(ids[None, start : start + len(targets)]), targets
@@ -274,13 +300,13 @@ class Ensemble:
         prompt_weights: bool = False,
         **options: Any,
     ) -> str | list[str]:
-        """Continue one prompt, or several in one batch; returns the new text only.
+        """Continue one prompt, or several in one batch, and return the new text only.
 
         Args:
             text: a prompt or a list of prompts.
             seed: prompt k draws from its own generator (seed, k), so its tokens do not depend on the others. None for
                 torch's global generator.
-            recorder: sums up what the rule did.
+            recorder: a :class:`softmeet.hf.Recorder`, which sums up what the rule did.
             prompt_weights: weigh the members by how well each predicts the prompt (:meth:`prompt_weights`); prompts are
                 then continued one after another.
             options: of transformers' ``generate``, under their own names; ``weights`` are the pool's and ``gate`` is
@@ -289,82 +315,81 @@ class Ensemble:
         Raises:
             InvalidInputError: a prompt is empty, which it may be over bytes alone, or leaves no room in the shortest
                 context.
+
+        Example:
+            >>> ensemble = Ensemble.from_pretrained("wide", "logit-mean")
+            >>> ensemble.generate("In the beginning", max_new_tokens=5, do_sample=False)
+            ' of the earth, and'
         """
         prompts = [text] if isinstance(text, str) else list(text)
         if prompt_weights:
             shared = {"seed": seed, "recorder": recorder, **options}
-            own = [self.generate(prompt, **shared, weights=self.prompt_weights(prompt)) for prompt in prompts]
-            return own[0] if isinstance(text, str) else own
-        inputs = self._encode(prompts)
-        out = self.model.generate(**inputs, **self._options(inputs, seed, recorder, options))
-        texts = self.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return texts[0] if isinstance(text, str) else list(texts)
+            texts = [self.generate(prompt, **shared, weights=self.prompt_weights(prompt)) for prompt in prompts]
+        else:
+            arguments = self._arguments(prompts, seed, recorder, options)
+            made = self.model.generate(**arguments)[:, arguments["input_ids"].shape[1] :]
+            texts = list(self.tokenizer.batch_decode(made, skip_special_tokens=True))
+        return texts[0] if isinstance(text, str) else texts
 
     def stream(
         self, text: str, *, seed: int | None = None, recorder: Recorder | None = None, **options: Any
     ) -> Iterator[str]:
-        """As :meth:`generate` for one prompt, yielding text as it comes; an error in generation is raised here."""
-        inputs = self._encode([text])
-        arguments = {**inputs, **self._options(inputs, seed, recorder, options)}
+        """Continue one prompt as :meth:`generate` does, and yield the new text as it comes.
+
+        A caller that stops listening ends the generation; what goes wrong there is raised here.
+
+        Example:
+            >>> ensemble = Ensemble.from_pretrained("wide", "logit-mean")
+            >>> "".join(ensemble.stream("In the beginning", max_new_tokens=5, do_sample=False))
+            ' of the earth, and'
+        """
+        arguments = self._arguments([text], seed, recorder, options)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        failures: list[BaseException] = []
-        cancelled = threading.Event()
-        criteria = StoppingCriteriaList([_Cancelled(cancelled), *arguments.pop("stopping_criteria", [])])
+        stopped = threading.Event()
 
-        def run() -> None:
+        def stop_all(input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+            return torch.full((len(input_ids),), stopped.is_set(), dtype=torch.bool, device=input_ids.device)
+
+        criteria = StoppingCriteriaList([stop_all, *arguments.pop("stopping_criteria", [])])
+        run = torch.inference_mode()(self.model.generate)
+        with ThreadPoolExecutor(1) as pool:
+            done = pool.submit(run, **arguments, streamer=streamer, stopping_criteria=criteria)
+            done.add_done_callback(lambda _: streamer.end())  # generate itself ends it only where nothing goes wrong
             try:
-                with torch.inference_mode():
-                    self.model.generate(**arguments, streamer=streamer, stopping_criteria=criteria)
-            except BaseException as error:
-                failures.append(error)
-                streamer.end()
+                yield from streamer
+            finally:
+                stopped.set()
+        done.result()
 
-        worker = threading.Thread(target=run, daemon=True)
-        worker.start()
-        try:
-            yield from streamer
-        finally:
-            # A caller that stops listening also stops the generation.
-            cancelled.set()
-            worker.join()
-        if failures:
-            raise failures[0]
+    def _arguments(
+        self, prompts: list[str], seed: int | None, recorder: Recorder | None, options: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Return the arguments of the model's ``generate``; without a length, text may fill the shortest context."""
+        inputs = self._encode(prompts)
+        found = {**inputs, "pad_token_id": self.tokenizer.pad_token_id, **options}
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        if limit is not None and "max_new_tokens" not in found and "max_length" not in found:
+            found["max_new_tokens"] = limit - inputs["input_ids"].shape[1]
+        sampler = None if seed is None else RowSampler(seed, range(len(prompts)))
+        more = {"recorder": recorder, "row_sampler": sampler}
+        return found | {name: value for name, value in more.items() if value is not None}
 
     def _encode(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        """Return token ids and the attention mask, (B, t), on the model's device."""
         over_bytes = self.model.over_bytes
         if not prompts or not (all(prompts) or over_bytes):
             raise InvalidInputError("expected a prompt of at least one token, got an empty one")
         inputs = self.tokenizer(prompts, return_tensors="pt", padding=len(prompts) > 1, verbose=False)
-        if inputs["input_ids"].shape[1] == 0 and over_bytes:
+        if inputs["input_ids"].shape[1] == 0:
+            if not over_bytes:
+                raise InvalidInputError(f"expected a prompt of at least one token, got {prompts!r}")
             # Behind the end begins a text.
             begun = torch.full((len(prompts), 1), self.model.config.bos_token_id)
             inputs = {"input_ids": begun, "attention_mask": torch.ones_like(begun)}
-        if inputs["input_ids"].shape[1] == 0:
-            raise InvalidInputError(f"expected a prompt of at least one token, got {prompts!r}")
-        found = {key: inputs[key].to(self.model.device) for key in ("input_ids", "attention_mask")}
-        length, limit = found["input_ids"].shape[1], getattr(self.model.config, "max_position_embeddings", None)
+        length, limit = inputs["input_ids"].shape[1], getattr(self.model.config, "max_position_embeddings", None)
         if limit is not None and length >= limit:
             raise InvalidInputError(
                 f"expected a prompt shorter than the shortest member's context of {limit} tokens, got {length}: "
                 "shorten the prompt"
             )
-        return found
-
-    def _options(
-        self, inputs: dict[str, torch.Tensor], seed: int | None, recorder: Recorder | None, options: dict[str, Any]
-    ) -> dict[str, Any]:
-        found = {"pad_token_id": self.tokenizer.pad_token_id, **options}
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        if limit is not None and "max_new_tokens" not in found and "max_length" not in found:
-            found["max_new_tokens"] = limit - inputs["input_ids"].shape[1]
-        if recorder is not None:
-            found["recorder"] = recorder
-        if seed is not None:
-            found["row_sampler"] = RowSampler(seed, range(len(inputs["input_ids"])))
-        return found
-
-
-def _names_a_gate(given: Mapping[str, Any]) -> bool:
-    """Whether arguments say which gate, by themselves or in the text of the rule."""
-    rule = given.get("rule")
-    return "gate" in given or (isinstance(rule, str) and "gate" in parse_rule(rule)[1])
+        return {key: inputs[key].to(self.model.device) for key in ("input_ids", "attention_mask")}

@@ -30,13 +30,15 @@ _LARGE_OFFSET = 30.0
 
 @dataclass(frozen=True, eq=False)
 class SoftmaxHead:
-    """logits = cap(scale · (W h + β)), with cap(x) = c·tanh(x / c) where a final soft-cap c is set.
+    """The output layer of a language model: logits = cap(scale · (W h + β)) of a hidden state h.
+
+    cap(x) is c·tanh(x / c) where a final soft-cap c is set, else x. Logits and log-probabilities are in nats.
 
     Args:
         weight: W, (v, d), any floating dtype; kept as it is, never copied.
-        bias: β, (v,), or None.
+        bias: β, (v,), any floating dtype; None for zeros.
         scale: a factor on the logits.
-        soft_cap: c > 0, or None.
+        soft_cap: c > 0, or None for none.
         norm: the model's last normalisation, whose output is h; only ``free_radial`` asks for it.
 
     Attributes:
@@ -44,7 +46,13 @@ class SoftmaxHead:
         d: the width.
 
     Raises:
-        InvalidInputError: a shape that does not fit, a weight that is not finite, or a soft-cap that is not positive.
+        InvalidInputError: a shape does not fit, the weight is not floating, or the soft-cap is not positive; as soon as
+            the head is whitened, the weight is not finite.
+
+    Example:
+        >>> head = SoftmaxHead(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]), bias=torch.tensor([0.0, 0.0, 1.0]))
+        >>> head.v, head.d, head.logits(torch.tensor([2.0, -1.0])).tolist()
+        (3, 2, [2.0, -1.0, 1.0])
     """
 
     weight: Float[Tensor, "v d"]
@@ -73,27 +81,51 @@ class SoftmaxHead:
             raise InvalidInputError(f"a soft-cap is a positive number or None, got {self.soft_cap}")
 
     def blocks(self, dtype: torch.dtype, *, cut: bool = False) -> Iterator[tuple[slice, Float[Tensor, "b d"]]]:
-        """Blocks of rows in ``dtype``: the whole head at once, as a view, when nothing has to be cast or ``cut``."""
+        """Yield (rows, W[rows] in ``dtype``) for the whole head: in blocks where it has to be cast, else at once.
+
+        With ``cut``, in blocks in any case.
+
+        Example:
+            >>> [(rows, block.dtype) for rows, block in SoftmaxHead(torch.ones(3, 2)).blocks(torch.float64)]
+            [(slice(0, 3, None), torch.float64)]
+        """
         size = self.v if self.weight.dtype == dtype and not cut else max(1, _BLOCK_ELEMENTS // max(self.d, 1))
         for start in range(0, self.v, size):
             rows = slice(start, min(start + size, self.v))
             yield rows, self.weight[rows].detach().to(dtype)
 
     def scores(self, x: Float[Tensor, "b d"]) -> Float[Tensor, "b v"]:
-        """W x for every row of ``x``, in the dtype of ``x``; one read of the head."""
+        """Return W x for every row of ``x``, in the dtype of ``x``; one read of the head.
+
+        Example:
+            >>> SoftmaxHead(torch.tensor([[1.0, 0.0], [1.0, 1.0]])).scores(torch.tensor([[2.0, 3.0]]))
+            tensor([[2., 5.]])
+        """
         if self.weight.dtype == x.dtype:
             return x @ self.weight.detach().T
         return torch.cat([x @ block.T for _, block in self.blocks(x.dtype)], dim=-1)
 
     def moments(self, p: Float[Tensor, "b v"]) -> Float[Tensor, "b d"]:
-        """Wᵀ p for every row of ``p``, in the dtype of ``p``; one read of the head."""
+        """Return Wᵀ p for every row of ``p``, in the dtype of ``p``; one read of the head.
+
+        Of a distribution p, these are the expected rows of W: the moments that the I-projection matches.
+
+        Example:
+            >>> SoftmaxHead(torch.tensor([[1.0, 0.0], [1.0, 1.0]])).moments(torch.tensor([[0.5, 0.5]]))
+            tensor([[1.0000, 0.5000]])
+        """
         total = p.new_zeros(p.shape[0], self.d)
         for rows, block in self.blocks(p.dtype):
             total += p[:, rows] @ block
         return total
 
     def logits(self, hidden: Float[Tensor, "*b d"]) -> Float[Tensor, "*b v"]:
-        """The model's logits from its last hidden state, in fp32 (fp64 for fp64 states)."""
+        """Return the model's logits at its last hidden states, in nats: fp32, or fp64 for fp64 states.
+
+        Example:
+            >>> SoftmaxHead(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), soft_cap=2.0).logits(torch.tensor([4.0, -4.0]))
+            tensor([1.9281, 0.0000])
+        """
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         out = self.scores(hidden.reshape(-1, self.d).to(dtype))
         if self.bias is not None:
@@ -105,19 +137,38 @@ class SoftmaxHead:
         return out.reshape(*hidden.shape[:-1], self.v)
 
     def log_probs(self, hidden: Float[Tensor, "*b d"]) -> Float[Tensor, "*b v"]:
-        """Log softmax of :meth:`logits`, in nats."""
+        """Return the log-softmax of :meth:`logits`, in nats and in the same dtype.
+
+        Example:
+            >>> SoftmaxHead(torch.zeros(4, 2)).log_probs(torch.ones(2)).exp()
+            tensor([0.2500, 0.2500, 0.2500, 0.2500])
+        """
         return log_normalize(self.logits(hidden))
 
     def slope(self, logits: Float[Tensor, "*b v"]) -> Float[Tensor, "*b v"] | None:
-        """1 - (ℓ / c)², the factor on the rows of W that a soft-cap brings; None without one, 0 at -inf."""
+        """Return 1 - (ℓ / c)², the derivative of the soft-cap at capped logits ℓ; None without one, 0 at -inf.
+
+        Example:
+            >>> SoftmaxHead(torch.ones(2, 1), soft_cap=2.0).slope(torch.tensor([1.0, -torch.inf]))
+            tensor([0.7500, 0.0000])
+        """
         if self.soft_cap is None:
             return None
         return torch.where(logits.isneginf(), 0.0, 1 - (logits / self.soft_cap) ** 2)
 
     def whitening(self, rank: int | None = None) -> Whitening:
-        """Centre and factor of the head, computed once per device; not centred under a soft-cap.
+        """Find the centre and the factor that make the head's columns orthonormal, once per device.
 
-        With ``rank``, of the head cut to that many of its largest singular directions.
+        Args:
+            rank: cut the (centred) head to that many of its largest singular directions; None for all of them.
+
+        Raises:
+            InvalidInputError: the weight is not finite, or its squares are not.
+
+        Example:
+            >>> head = SoftmaxHead(torch.tensor([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]))
+            >>> head.whitening().rank, head.whitening().center.tolist()
+            (1, [2.0, 2.0])
         """
         key = (self.weight.device, self.soft_cap is None, rank)
         if key not in self._whitening:
@@ -152,9 +203,13 @@ class SoftmaxHead:
 
 @dataclass(frozen=True)
 class Whitening:
-    """c and R such that Q = (W - 1cᵀ) R has orthonormal columns; R is (d, rank), fp64, and ``inverse`` R = 1.
+    """A centre c and a factor R such that Q = (W - 1cᵀ) R has orthonormal columns, all in fp64.
 
-    ``offset`` is how far the columns' means exceed their spreads, at most.
+    Attributes:
+        center: c: the mean row of W; zero for a head with a soft-cap.
+        factor: R.
+        inverse: its left inverse: ``inverse`` R = 1.
+        offset: by how much the columns' means exceed their spreads, at most.
     """
 
     center: Float[Tensor, " d"]
@@ -168,29 +223,41 @@ class Whitening:
         return self.factor.shape[1]
 
     def narrowed(self, basis: Float[Tensor, "rank k"]) -> Whitening:
-        """That of Q times ``basis``, which has orthonormal columns."""
+        """Return the whitening whose Q is this one's times ``basis``, which has orthonormal columns."""
         return Whitening(self.center, self.factor @ basis, basis.T @ self.inverse, self.offset)
 
     def truncated(self, rank: int) -> Whitening:
-        """That of the ``rank`` largest singular directions of W - 1cᵀ = Q R⁻¹."""
+        """Return the whitening of the ``rank`` largest singular directions of W - 1cᵀ = Q R⁻¹."""
         return self.narrowed(torch.linalg.svd(self.inverse, full_matrices=False).U[:, :rank])
 
     def without(self, directions: Float[Tensor, "k d"]) -> Whitening:
-        """With lengths in the head's own coordinates measured at right angles to ``directions``, which R leaves out."""
+        """Return the whitening whose inverse measures lengths at right angles to ``directions``, which R leaves out."""
         basis = torch.linalg.qr(directions.to(self.inverse).T).Q
         return Whitening(self.center, self.factor, self.inverse - (self.inverse @ basis) @ basis.T, self.offset)
 
     def to(self, device: torch.device) -> Whitening:
-        """The same on another device."""
+        """Return this whitening on another device."""
         return Whitening(self.center.to(device), self.factor.to(device), self.inverse.to(device), self.offset)
 
 
 class WhitenedHead:
-    """Q = S (W - 1cᵀ) R for a batch of B rows, as solvers read it; S is the slope of a soft-cap, per row, or 1.
+    """A view of a head through which solvers read it: Q = S (W - 1cᵀ) R for a batch of B rows.
 
-    Products run in ``dtype``, on the head's own device, and come back on ``device`` in the dtype of what is given.
-    ``rows_read[k]`` counts the rows of W read on behalf of batch row k, gathers included; ``at`` are the rows of that
-    batch that this view has.
+    S is the slope of a soft-cap, for each row of the batch, or 1. Products run in ``dtype``, on the head's own device,
+    and come back on ``device`` in the dtype of what is given.
+
+    Args:
+        head: of at most v rows; it has no mass past its last row.
+        v: the number of tokens.
+        dtype: of products; fp64 in any case where columns' means exceed their spreads too far for fp32.
+        slope: S, zero past the head's last row; None for 1.
+        batch: B.
+        device: where solvers compute; None for the head's own.
+        whitening: c and R; None for the head's own.
+
+    Attributes:
+        rows_read: (B,), how many rows of W were read for each row of the batch, gathers included.
+        at: which rows of that batch this view has.
     """
 
     def __init__(
@@ -203,32 +270,31 @@ class WhitenedHead:
         device: torch.device | str | None = None,
         whitening: Whitening | None = None,
     ) -> None:
-        self.head, self.v, self.dtype, self.slope = head, v, dtype, slope  # slope: (B, v), zero past the last row
+        self.head, self.v, self.slope = head, v, slope
         self.home, self.device = head.weight.device, torch.device(device or head.weight.device)
         self.whitening = whitening or head.whitening()
         if self.whitening.factor.device != self.device:
             self.whitening = self.whitening.to(self.device)
-        if self.whitening.offset > _LARGE_OFFSET:
-            self.dtype = torch.float64
+        self.dtype = torch.float64 if self.whitening.offset > _LARGE_OFFSET else dtype
         self.rank = self.whitening.rank
         self.rows_read = torch.zeros(batch, dtype=torch.int64, device=self.device)
         self.at = torch.arange(batch, device=self.device)
 
     def take(self, rows: Int[Tensor, " k"]) -> WhitenedHead:
-        """The view for some rows of the batch, which counts for them what it reads."""
+        """Return a view for some rows of the batch; what it reads counts for them."""
         some = copy(self)
         some.at, some.slope = self.at[rows], None if self.slope is None else self.slope[rows]
         return some
 
     def scores(self, lam: Float[Tensor, "B rank"]) -> Float[Tensor, "B v"]:
-        """Q λ; one read of the head."""
+        """Return Q λ for each row of the batch; one read of the head."""
         x, center = self.raw(lam)
         out = self.head.scores(x.to(self.home, self.dtype)).to(self.device, lam.dtype) - center[:, None].to(lam)
         self.rows_read[self.at] += self.head.v
         return self._sloped(pad(out, (0, self.v - self.head.v)))
 
     def moments(self, *ps: Float[Tensor, "B v"]) -> list[Float[Tensor, "B _"]]:
-        """Qᵀ p for each of ``ps``; one read of the head for all of them."""
+        """Return Qᵀ p for each of ``ps``; one read of the head for all of them."""
         p = torch.cat([self._sloped(p) for p in ps])[:, : self.head.v]
         raw = self.head.moments(p.to(self.home, self.dtype)).to(self.device, torch.float64)
         self.rows_read[self.at] += self.head.v
@@ -236,7 +302,7 @@ class WhitenedHead:
         return list(found.to(p.dtype).chunk(len(ps)))
 
     def raw(self, lam: Float[Tensor, "B rank"]) -> tuple[Float[Tensor, "B d"], Float[Tensor, " B"]]:
-        """(x, c) with Q λ = W x - c, before any slope."""
+        """Return (x, c) with Q λ = W x - c, before any slope, in fp64."""
         x = lam.double() @ self.whitening.factor.T
         return x, x @ self.whitening.center
 
@@ -244,34 +310,35 @@ class WhitenedHead:
         return x if self.slope is None else x * self.slope.to(x.dtype)
 
     def rows(self, tokens: Int[Tensor, "B k"]) -> Float[Tensor, "B k d"]:
-        """Some rows of S (W - 1cᵀ) for each row of the batch, in ``dtype``; times R they are rows of Q."""
-        ids, center = tokens.clamp_max(self.head.v - 1).flatten().to(self.home), self.whitening.center.to(self.dtype)
-        found = self.head.weight.detach().index_select(0, ids).to(self.device, self.dtype)
-        found -= center
-        found = found.view(*tokens.shape, -1)
-        if self.head.v < self.v:
-            found *= (tokens < self.head.v).to(self.dtype)[..., None]
+        """Return the rows ``tokens`` of S (W - 1cᵀ) for each row of the batch, in ``dtype``; times R, rows of Q."""
+        found = self.even_rows(tokens, self.dtype)
         if self.slope is not None:
             found *= self.slope.gather(-1, tokens).to(self.dtype)[..., None]
         self.rows_read[self.at] += tokens.shape[-1]
         return found
 
     def gather(self, tokens: Int[Tensor, "B k"]) -> Float[Tensor, "B k rank"]:
-        """Some rows of Q for each row of the batch, in ``dtype``."""
+        """Return the rows ``tokens`` of Q for each row of the batch, in ``dtype``."""
         return self.rows(tokens) @ self.whitening.factor.to(self.dtype)
 
-    def even_rows(self, tokens: Int[Tensor, " k"]) -> Float[Tensor, "k d"]:
-        """Some rows of W - 1cᵀ, without slopes, in fp32; the caller need not count them."""
-        ids = tokens.clamp_max(self.head.v - 1).to(self.home)
-        found = self.head.weight.detach().index_select(0, ids).to(self.device, torch.float32)
-        found -= self.whitening.center.float()
-        return found * (tokens < self.head.v).to(self.device, torch.float32)[:, None]
+    def even_rows(self, tokens: Int[Tensor, "*B k"], dtype: torch.dtype = torch.float32) -> Float[Tensor, "*B k d"]:
+        """Return the rows ``tokens`` of W - 1cᵀ, without slopes and without counting them as read."""
+        ids = tokens.clamp_max(self.head.v - 1).flatten().to(self.home)
+        found = self.head.weight.detach().index_select(0, ids).to(self.device, dtype)
+        found -= self.whitening.center.to(dtype)
+        found = found.view(*tokens.shape, -1)
+        if self.head.v < self.v:
+            found *= (tokens < self.head.v).to(self.device, dtype)[..., None]
+        return found
 
     def block(self, tokens: slice) -> Float[Tensor, "b d"]:
-        """Rows ``tokens`` of W in ``dtype``, at home; fewer past the head's last row. The caller counts them."""
+        """Return the rows ``tokens`` of W in ``dtype``, on the head's device; fewer past the head's last row.
+
+        They are not counted as read.
+        """
         return self.head.weight[tokens].detach().to(self.dtype)
 
 
 def as_head(head: SoftmaxHead | Tensor) -> SoftmaxHead:
-    """A tensor (v, d) as a head without bias."""
+    """Return a head as it is, and a tensor (v, d) as a head without bias."""
     return head if isinstance(head, SoftmaxHead) else SoftmaxHead(head)

@@ -1,4 +1,4 @@
-"""Distributions over tokens, as log-probabilities in nats. Zeros are -inf; 0 log 0 = 0."""
+"""Distributions over v tokens, as log-probabilities in nats of any floating dtype. Zeros are -inf; 0 log 0 = 0."""
 
 from __future__ import annotations
 
@@ -8,30 +8,64 @@ from torch import Tensor
 
 
 def log_normalize(scores: Float[Tensor, "*b v"]) -> Float[Tensor, "*b v"]:
-    """Scores - logsumexp(scores): the log-probabilities proportional to exp(scores)."""
+    """Return the log-probabilities proportional to exp(scores): scores - logsumexp(scores), in nats.
+
+    Example:
+        >>> log_normalize(torch.tensor([0.0, 0.0, -torch.inf])).exp()
+        tensor([0.5000, 0.5000, 0.0000])
+    """
     return scores - scores.logsumexp(-1, keepdim=True)
 
 
 def entropy(log_p: Float[Tensor, "*b v"]) -> Float[Tensor, "*b"]:
-    """H(p) = -Σ p log p, in nats."""
+    """Return H(p) = -Σ p log p, in nats.
+
+    Example:
+        >>> entropy(torch.tensor([0.5, 0.5, 0.0]).log())
+        tensor(0.6931)
+    """
     p: Tensor = log_p.exp()
     return -torch.where(p > 0, p * log_p, 0.0).sum(-1)
 
 
 def kl(log_p: Float[Tensor, "*b v"], log_q: Float[Tensor, "*b v"]) -> Float[Tensor, "*b"]:
-    """KL(p‖q) = Σ p (log p - log q), in nats; +inf where p has mass outside the support of q."""
+    """Return KL(p‖q) = Σ p (log p - log q), in nats; +inf where p has mass outside the support of q.
+
+    Example:
+        >>> p, q = torch.tensor([1.0, 0.0]).log(), torch.tensor([0.5, 0.5]).log()
+        >>> kl(p, q), kl(q, p)
+        (tensor(0.6931), tensor(inf))
+    """
     p = log_p.exp()  # may underflow to 0 where log_p is finite
     terms = torch.where(p == 0, 0.0, p * (log_p - log_q))
     return terms.sum(-1).clamp_min(0.0)
 
 
 def logit_mean(log_p: Float[Tensor, "n *b v"], weights: Float[Tensor, " n"]) -> Float[Tensor, "*b v"]:
-    """softmax(Σ w_i log p_i): the weighted average of the members' logits (a logarithmic pool)."""
+    """Return softmax(Σ w_i log p_i), the logarithmic pool of n members: the weighted average of their logits.
+
+    Args:
+        log_p: the members' log-probabilities, in nats; a token that one member with a weight excludes is excluded.
+        weights: w, of any sum; at least one is positive.
+
+    Returns:
+        Log-probabilities, in nats.
+
+    Example:
+        >>> members = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
+        >>> logit_mean(members, torch.tensor([0.5, 0.5])).exp()
+        tensor([0.7500, 0.2500])
+    """
     return log_normalize(weighted_log_probs(log_p, weights))
 
 
 def weighted_log_probs(log_p: Float[Tensor, "n *b v"], weights: Float[Tensor, " n"]) -> Float[Tensor, "*b v"]:
-    """Σ w_i log p_i, not normalised; -inf where a member with any weight has it."""
+    """Return Σ w_i log p_i in nats, not normalised; -inf where a member with any weight has it.
+
+    Example:
+        >>> weighted_log_probs(torch.tensor([[0.0, -2.0], [0.0, -torch.inf]]), torch.tensor([1.0, 0.0]))
+        tensor([ 0., -2.])
+    """
     scores = torch.zeros_like(log_p[0])
     for member, weight in zip(log_p, weights.tolist(), strict=True):
         if weight:  # a member without weight excludes nothing, and 0 * -inf would be NaN
@@ -40,11 +74,29 @@ def weighted_log_probs(log_p: Float[Tensor, "n *b v"], weights: Float[Tensor, " 
 
 
 def prob_mean(log_p: Float[Tensor, "n *b v"], weights: Float[Tensor, " n"]) -> Float[Tensor, "*b v"]:
-    """Σ w_i p_i / Σ w_i: the weighted average of the members' probabilities (a linear pool)."""
+    """Return Σ w_i p_i / Σ w_i, the linear pool of n members: the weighted average of their probabilities.
+
+    Args:
+        log_p: the members' log-probabilities, in nats.
+        weights: w, of any sum; at least one is positive.
+
+    Returns:
+        Log-probabilities, in nats.
+
+    Example:
+        >>> members = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
+        >>> prob_mean(members, torch.tensor([0.5, 0.5])).exp()
+        tensor([0.7000, 0.3000])
+    """
     shape = (-1,) + (1,) * (log_p.ndim - 1)
     return log_normalize((log_p + weights.log().reshape(shape)).logsumexp(0))
 
 
 def total_variation(log_p: Float[Tensor, "*b v"], log_q: Float[Tensor, "*b v"]) -> Float[Tensor, "*b"]:
-    """TV(p, q) = ½ Σ |p - q|."""
+    """Return the total variation distance ½ Σ |p - q|, from 0 to 1.
+
+    Example:
+        >>> total_variation(torch.tensor([0.5, 0.5]).log(), torch.tensor([0.75, 0.25]).log())
+        tensor(0.2500)
+    """
     return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)

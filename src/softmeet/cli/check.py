@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,21 +15,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from softmeet.cli import options
-from softmeet.cli.config import Config
 from softmeet.cli.flags import flag, flags
 from softmeet.cli.old_forms import warn
 
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
 
-
-@dataclass
-class Planning:
-    """What goes where, instead of what kind of ensemble it is."""
-
-    plan: bool = flag(False, "Instead say what goes where, in bytes, without loading any weights.", "--plan")
-    batch: int = flag(1, "Of the plan: sequences at once.", min=1)
-    context: int | None = flag(None, "Of the plan: tokens of each.", min=1, shown="the shortest context")
+# Bytes of the text for each token that is asked for, where members are combined over bytes.
+_BYTES_PER_TOKEN = 4
 
 
 @flags(only=("weights", "pool"))
@@ -37,23 +30,16 @@ def check(
     *,
     named: Annotated[list[str] | None, typer.Argument(hidden=True, help="An old form: say -m for each.")] = None,
     members: options.Members = None,
-    text: Annotated[
-        Path | None,
-        typer.Option(
-            "--text",
-            help="Held-out text: is the softmax to blame? Over bytes: how do members cut it, and at what cost?",
-        ),
-    ] = None,
-    tokens: Annotated[
-        int, typer.Option(min=2, help="Of the text, at most; over bytes four times as many bytes.")
-    ] = 512,
-    sampled: Annotated[
-        int, typer.Option(min=0, help="Without a text: tokens that the ensemble samples, to see how far meet moves it.")
-    ] = 64,
-    planning: Planning,
-    loading: options.Loading,
-    config: Config = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    text: Path | None = flag(
+        None, "Held-out text: is the softmax to blame? Over bytes: how do members cut it, and at what cost?", "--text"
+    ),
+    tokens: int = flag(512, "Of the text, at most; over bytes four times as many bytes.", min=2),
+    sampled: int = flag(64, "Without a text: tokens that the ensemble samples, to see how far meet moves it.", min=0),
+    plan: bool = flag(False, "Instead say what goes where, in bytes, without loading any weights.", "--plan"),
+    batch: int = flag(1, "Of the plan: sequences at once.", min=1),
+    context: int | None = flag(None, "Of the plan: tokens of each.", min=1, shown="the shortest context"),
+    loading: options.LoadingFlags,
+    as_json: bool = flag(False, "One JSON document on stdout.", "--json"),
     **settings: Any,
 ) -> None:
     """Compare members: vocabularies, heads, the angles between them, memory, and whom to trust.
@@ -63,35 +49,36 @@ def check(
     if named:
         warn("naming members without an option", f"say {' '.join(f'-m {name}' for name in named)}")
     members = [*(members or ()), *(named or ())]
-    if planning.plan:
-        from softmeet.cli.plan import show_plan
-
-        where = {name: loading.arguments()[name] for name in ("dtype", "device", "trust_remote_code")}
-        show_plan(members or [options.DEFAULT], planning.batch, planning.context, as_json=as_json, **where)
-        return
-    ensemble = loading.ensemble(members, settings)
-    if ensemble.model.over_bytes:
-        from softmeet.cli.check_bytes import check_bytes
-
-        check_bytes(ensemble, None if text is None else text.read_text(encoding="utf-8"), tokens, as_json=as_json)
-        return
-    with options.status("comparing heads"):
-        facts = _facts(ensemble)
-    if text is not None:
-        from softmeet.evaluation.premise import premise_scores
-
-        with options.status("testing the premise"):
-            scores = premise_scores(ensemble, text.read_text(encoding="utf-8"), tokens)
-        for member, score in zip(facts["members"], scores, strict=True):
-            member["premise"] = asdict(score) | {"verdict": score.verdict}
-    if len(ensemble.names) > 1 and (text is not None or sampled):
-        with options.status("seeing how far meet moves the pool"):
-            facts["movement"] = _movement(ensemble, None if text is None else text.read_text("utf-8"), tokens, sampled)
-    facts["advice"] = _advice(facts)
+    if plan:
+        facts, show = _plan(members or [options.DEFAULT], batch, context, loading), _show_plan
+    else:
+        ensemble = loading.ensemble(members, settings)
+        read = None if text is None else text.read_text(encoding="utf-8")
+        if ensemble.model.over_bytes:
+            facts, show = _facts_over_bytes(ensemble, read, tokens), _show_over_bytes
+        else:
+            facts, show = _facts(ensemble, read, tokens, sampled), _show
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
     else:
-        _show(facts)
+        show(facts)
+
+
+def _facts(ensemble: Ensemble, text: str | None, tokens: int, sampled: int) -> dict[str, Any]:
+    """Compare heads and, on a text or on sampled tokens, say how far ``meet`` moves the pool."""
+    with options.err.status("comparing heads"):
+        facts = _heads(ensemble)
+    if text is not None:
+        from softmeet.evaluation.premise import premise_scores
+
+        with options.err.status("testing the premise"):
+            scores = premise_scores(ensemble, text, tokens)
+        for member, score in zip(facts["members"], scores, strict=True):
+            member["premise"] = asdict(score) | {"verdict": score.verdict}
+    if len(ensemble.names) > 1 and (text is not None or sampled):
+        with options.err.status("seeing how far meet moves the pool"):
+            facts["movement"] = _movement(ensemble, text, tokens, sampled)
+    return facts | {"advice": _advice(facts)}
 
 
 def _movement(ensemble: Ensemble, text: str | None, tokens: int, sampled: int) -> dict[str, Any]:
@@ -107,7 +94,7 @@ def _movement(ensemble: Ensemble, text: str | None, tokens: int, sampled: int) -
     return moved(ensemble.model, hidden).figures()
 
 
-def _facts(ensemble: Ensemble) -> dict[str, Any]:
+def _heads(ensemble: Ensemble) -> dict[str, Any]:
     from softmeet.hf.plan import solver_bytes
     from softmeet.members.compare import principal_cosines, same_column_space
 
@@ -121,20 +108,20 @@ def _facts(ensemble: Ensemble) -> dict[str, Any]:
             "bias": head.bias is not None,
             "scale": head.scale,
             "soft_cap": head.soft_cap,
-            "megabytes": sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6,
+            "megabytes": sum(p.nbytes for p in model.parameters()) / 1e6,
         }
         for name, head, model in zip(names, heads, ensemble.model.members, strict=True)
     ]
     pairs = []
-    for i, j in itertools.combinations(range(len(heads)), 2):
-        cosines = principal_cosines(heads[i], heads[j])
+    for (one, first), (other, second) in combinations(zip(names, heads, strict=True), 2):
+        cosines = principal_cosines(first, second)
         pairs.append(
             {
-                "members": [names[i], names[j]],
+                "members": [one, other],
                 "median_cosine": cosines.median().item() if len(cosines) else math.nan,
                 "cosines_above_0.9": int((cosines > 0.9).sum()),
                 "of": len(cosines),
-                "shared": same_column_space(heads[i], heads[j]),
+                "shared": same_column_space(first, second),
             }
         )
     width, tokens = sum(head.whitening().rank for head in heads), len(ensemble.tokenizer.get_vocab())
@@ -150,11 +137,11 @@ def _facts(ensemble: Ensemble) -> dict[str, Any]:
 
 
 def _advice(facts: dict[str, Any]) -> str:
-    """One sentence."""
+    """Say in one sentence which rule suits the members."""
     members, pairs = facts["members"], facts["pairs"]
     if len(members) == 1:
         return "One member: every rule returns its own distribution."
-    if pairs and all(pair["shared"] for pair in pairs):
+    if all(pair["shared"] for pair in pairs):
         return "All heads span one column space, so meet can only be averaging: use logit-mean and save its cost."
     verdicts = {m["name"]: m["premise"]["verdict"] for m in members if "premise" in m}
     trusted = [name for name, verdict in verdicts.items() if verdict == "trust"]
@@ -171,12 +158,10 @@ def _advice(facts: dict[str, Any]) -> str:
 
 def _show(facts: dict[str, Any]) -> None:
     console = Console()
-    tested = "premise" in facts["members"][0]
-    table = Table(
-        "member", "rows", "width", "rank", "bias", "soft-cap", "MB", title=f"{facts['tokens']:,} common tokens"
-    )
-    for name in ("premise score", "first-order gain (nats per unit of trust)", "verdict") if tested else ():
-        table.add_column(name)
+    columns = ["member", "rows", "width", "rank", "bias", "soft-cap", "MB"]
+    if tested := "premise" in facts["members"][0]:
+        columns += ["premise score", "first-order gain (nats per unit of trust)", "verdict"]
+    table = Table(*columns, title=f"{facts['tokens']:,} common tokens")
     for m in facts["members"]:
         row = [escape(m["name"]), f"{m['rows']:,}", str(m["width"]), str(m["rank"]), "yes" if m["bias"] else "no"]
         row += [f"{m['soft_cap']:g}" if m["soft_cap"] else "no", f"{m['megabytes']:,.1f}"]
@@ -197,3 +182,94 @@ def _show(facts: dict[str, Any]) -> None:
     if "movement" in facts:
         console.print(f"On {facts['movement']['positions']} tokens {escape(facts['movement']['says'])}")
     console.print(f"[bold]{escape(facts['advice'])}")
+
+
+def _facts_over_bytes(ensemble: Ensemble, text: str | None, tokens: int) -> dict[str, Any]:
+    """Compare the tokens of members with different tokenizers and, on a text, how they cut it and what it costs."""
+    from softmeet.members.overlap import shared_boundaries, shared_words
+
+    model: Any = ensemble.model
+    data = None if text is None else text.encode()[: _BYTES_PER_TOKEN * tokens]
+    named = [(options.short(name), reader) for name, reader in zip(ensemble.names, model.readers, strict=True)]
+    members, pairs = [], []
+    with options.err.status("comparing tokenizers"):
+        for name, reader in named:
+            own: dict[str, Any] = {"name": name, "tokens": len(reader.spelling.words), "width": reader.head.d}
+            own |= {
+                "unwritable_bytes": len(reader.spelling.unwritable),
+                "megabytes": sum(p.nbytes for p in reader.model.parameters()) / 1e6,
+            }
+            members.append(own | ({} if data is None else _costs(reader, data, model.window)))
+        for (one, first), (other, second) in combinations(named, 2):
+            words = first.spelling, second.spelling
+            pair: dict[str, Any] = {"members": [one, other], "shared_tokens": shared_words(*words)}
+            pairs.append(pair | ({} if data is None else {"shared_boundaries": shared_boundaries(*words, data)}))
+    advice = "Combine them over bytes, by logit-mean or prob-mean: softmeet evaluate says which is better on your text."
+    if all(reader.spelling.words == model.readers[0].spelling.words for reader in model.readers[1:]):
+        advice = "They spell the same tokens: over tokens (--vocabulary tokens) they cost less, and take every rule."
+    return {"vocabulary": "bytes", "members": members, "pairs": pairs, "advice": advice}
+
+
+def _costs(reader: Any, text: bytes, window: int) -> dict[str, float]:
+    """Return one member's bits and work per byte of a text, which it reads in windows that fit every context."""
+    bits, costs = 0.0, {"own_tokens": 0.0, "tokens_run": 0.0, "dropped": 0.0}
+    for start in range(0, len(text), window):
+        piece = text[start : start + window]
+        reading, log_probs, _ = reader.score(piece)
+        bits -= log_probs[range(len(piece)), list(piece)].sum() / math.log(2)
+        costs["own_tokens"] += len(reader.spelling.encode(piece))
+        costs["tokens_run"] += reading.work.tokens
+        costs["dropped"] += reading.work.dropped
+    return {"bits_per_byte": bits / len(text)} | {f"{name}_per_byte": x / len(text) for name, x in costs.items()}
+
+
+def _show_over_bytes(facts: dict[str, Any]) -> None:
+    console, columns = Console(), ["member", "tokens", "width", "MB"]
+    if read := "bits_per_byte" in facts["members"][0]:
+        columns += ["bits/B", "own tokens/B", "run/B", "estimated/B"]
+    table = Table(*columns, title="combined over bytes")
+    for m in facts["members"]:
+        row = [escape(m["name"]), f"{m['tokens']:,}", str(m["width"]), f"{m['megabytes']:,.1f}"]
+        if read:
+            row += [f"{m['bits_per_byte']:.4f}", f"{m['own_tokens_per_byte']:.3f}", f"{m['tokens_run_per_byte']:.3f}"]
+            row += [f"{m['dropped_per_byte']:.2%}"]
+        table.add_row(*row)
+    console.print(table)
+    for pair in facts["pairs"]:
+        one, other = map(escape, pair["members"])
+        line = f"{one} and {other}: {pair['shared_tokens']:,} tokens in common"
+        if "shared_boundaries" in pair:
+            left, right = pair["shared_boundaries"]
+            line += f"; {left:.0%} of the places where {one} cuts the text are {other}'s too, {right:.0%} the other way"
+        console.print(line)
+    console.print(f"[bold]{escape(facts['advice'])}")
+
+
+def _plan(members: list[str], batch: int, context: int | None, loading: options.LoadingFlags) -> dict[str, Any]:
+    """Say what goes where, for some members or for a saved ensemble's."""
+    with options.err.status("reading configurations"):
+        from softmeet.ensemble import member_names
+        from softmeet.hf.plan import plan
+
+        where = {name: loading.arguments()[name] for name in ("dtype", "device", "trust_remote_code")}
+        named = member_names(members[0] if len(members) == 1 else members)
+        found = plan(named, batch=batch, context=context, **where)
+    return asdict(found) | {"totals": found.totals()}
+
+
+def _show_plan(facts: dict[str, Any]) -> None:
+    title = (
+        f"{facts['batch']} sequences of {facts['context']:,} tokens; {facts['rows_at_once']} positions solved at once"
+    )
+    table = Table("", "what", "where", "dtype", "MB", title=title)
+    for part in facts["parts"]:
+        owner = escape(options.short(part["owner"]) or part["owner"])
+        table.add_row(owner, part["what"], part["device"], part["dtype"], f"{part['bytes'] / 1e6:,.2f}")
+    table.add_section()
+    for place, size in facts["totals"].items():
+        table.add_row("together", "", place, "", f"{size / 1e6:,.2f}")
+    console = Console()
+    console.print(table)
+    for name, size in facts["cache_bytes_per_token"].items():
+        console.print(f"{escape(options.short(name))} keeps {size / 1e3:,.1f} kB for each token of a sequence.")
+    console.print("Beside this come Python with its libraries, some 500 MB, and activations while a prompt is run.")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
+from string import Template
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,8 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from softmeet.cli import options
-from softmeet.cli.config import Config
-from softmeet.cli.flags import flags
+from softmeet.cli.flags import flag, flags
 
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
@@ -31,11 +31,10 @@ def inspect(
     *,
     text: Annotated[str, typer.Argument(help="The text to look into; every token but the first is predicted.")],
     members: options.Members = None,
-    top: Annotated[int, typer.Option(min=1, help="Tokens to list of each distribution.")] = 5,
-    loading: options.Loading,
-    config: Config = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
-    html: Annotated[Path | None, typer.Option(help="Write one self-contained page to this file.")] = None,
+    top: int = flag(5, "Tokens to list of each distribution.", min=1),
+    loading: options.LoadingFlags,
+    as_json: bool = flag(False, "One JSON document on stdout.", "--json"),
+    html: Path | None = flag(None, "Write one self-contained page to this file."),
     **settings: Any,
 ) -> None:
     """Show what each member and the ensemble expected at every token of a text, and what moved."""
@@ -76,8 +75,8 @@ def _show(facts: dict[str, Any]) -> None:
         hot = heat(token["disagreement"])
         line.append(token["text"], style=f"on rgb({int(40 + 180 * hot)},{int(70 * (1 - hot))},40)" if hot else "")
     console.print(line)
-    names = map(markup, facts["members"])
-    table = Table("token", "ensemble", *names, "disagreement", "what moved: token pool → answer")
+    members = map(markup, facts["members"])
+    table = Table("token", "ensemble", *members, "disagreement", "what moved: token pool → answer")
     for token in facts["tokens"]:
         moved = "  ".join(
             f"{markup(shown(text))} {math.exp(before):.1%}→{math.exp(after):.1%}"
@@ -99,36 +98,19 @@ def _show(facts: dict[str, Any]) -> None:
     )
 
 
-# The page of the server, standing still: its style, with the colours that Gradio brings there.
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>softmeet: {rule}</title><style>
-:root {{ --body-text-color-subdued: #667; --border-color-primary: #ccd; --background-fill-primary: #fff; }}
-body {{ font: 16px/1.6 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
-a.tok {{ color: inherit; text-decoration: none; }} .panel {{ margin: 1rem 0; }}
-.panel:target {{ outline: 2px solid #1f5fbf; }}
-{style}
-</style></head><body>
-<h1>softmeet: {rule}</h1>
-<p>{members}. {nats:.3f} nats a {unit}.{gate} A token is the warmer, the more nats the members had to be corrected by;
-click one.</p>
-<div class="panel">{text}</div>
-{sections}
-</body></html>
-"""
-
-
 def _page(facts: dict[str, Any]) -> str:
+    """Return the server's page, standing still: with its style, and the colours that Gradio brings there."""
     from softmeet.server.ui_html import details_of, text_of
 
     rule, tokens = facts["rule"], facts["tokens"]
     sections = [
         f'<div class="panel" id="t{k}">{details_of(t, facts["members"], rule)}</div>' for k, t in enumerate(tokens)
     ]
-    return _PAGE.format(
+    return Template(files("softmeet.cli").joinpath("inspect.html").read_text(encoding="utf-8")).substitute(
         style=files("softmeet.server").joinpath("page.css").read_text(encoding="utf-8"),
         rule=escape(rule),
         members=escape(", ".join(facts["members"])),
-        nats=facts["nats"],
+        nats=f"{facts['nats']:.3f}",
         unit=facts["vocabulary"][:-1],
         gate=f" Gate {facts['gate']}: closed at {facts['gated']:.1%} of the tokens." if facts["gate"] else "",
         text=text_of(tokens, facts["first"], rule, done=True, links=True),

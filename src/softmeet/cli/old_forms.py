@@ -18,21 +18,13 @@ from typing import Any
 from softmeet.errors import InvalidInputError
 
 # Options that are repeated, and what they are called today.
-_LISTS = {
-    "--members": "--member",
-    "--member": "--member",
-    "-m": "-m",
-    "--text": "--text",
-    "-t": "-t",
-    "--rules": "--rule",
-}
+_LISTS = {"--members": "--member", "--rules": "--rule"} | {name: name for name in ("--member", "-m", "--text", "-t")}
 # Options of single rules that had flags of their own.
 _OF_RULES = ("metric", "slack", "vertex")
-_SWITCHES = ("vertex",)
 
 
 def warn(before: str, today: str) -> None:
-    """Say on stderr how something is spelled today."""
+    """Say on stderr that a spelling is old, and how the same is said today."""
     from softmeet.cli.options import say
 
     say(f"{before} is an old form and ends with 0.3.0: {today}")
@@ -50,9 +42,8 @@ def modern_words(words: Sequence[str], *, several: bool = True) -> list[str]:
     option, count, rest = "", 0, iter(words)
     for word in rest:
         name, equals, value = word.partition("=")
-        if name.removeprefix("--") in _OF_RULES:
-            key = name.removeprefix("--")
-            own[key] = "true" if key in _SWITCHES else value if equals else next(rest, "")
+        if (key := name.removeprefix("--")) in _OF_RULES:
+            own[key] = "true" if key == "vertex" else value if equals else next(rest, "")
         elif word.startswith("-") and word != "-":
             option, count = name if name in _LISTS else "", 0
             found += [] if option else [word]
@@ -62,11 +53,11 @@ def modern_words(words: Sequence[str], *, several: bool = True) -> list[str]:
             mine = option and (several or not count or option == "--members")
             found += _repeated(option, word, count) if mine else [word]
             count += 1
-    return _with_own_options(found, own)
+    return _with_own_options(found, own) if own else found
 
 
 def _repeated(option: str, value: str, count: int) -> list[str]:
-    """One more value of an option that is repeated, under today's name."""
+    """Write the value number ``count`` of an option as words of today, the option's name before each value."""
     today = _LISTS[option]
     if today != option or count:
         warn(f"{option} with several values" if count else option, f"repeat {today}: {today} A {today} B")
@@ -74,9 +65,7 @@ def _repeated(option: str, value: str, count: int) -> list[str]:
 
 
 def _with_own_options(words: list[str], own: Mapping[str, str]) -> list[str]:
-    """Options of the rule go behind its name."""
-    if not own:
-        return words
+    """Move options of the rule into the rule's text."""
     first = next(iter(own))
     if "--rule" not in words[:-1]:
         raise InvalidInputError(f"--{first} belongs to a rule: say --rule NAME:{first}={own[first]}")
@@ -107,12 +96,12 @@ def modern_values(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def split(text: str) -> list[str]:
-    """Split a list with commas."""
+    """Split a list at its commas, without blanks and empty parts."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def repeated(option: str, values: Sequence[str] | None) -> list[str] | None:
-    """Read the values of an option that is repeated, and that took one list with commas before."""
+    """Read the values of an option that is repeated today, and that took one list with commas before."""
     if values is None or not any("," in value for value in values):
         return None if values is None else list(values)
     warn(f"{option} with commas", f"repeat it: {option} A {option} B")

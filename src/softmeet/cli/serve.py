@@ -9,14 +9,14 @@ import socket
 import threading
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from softmeet.cli import engines, options
-from softmeet.cli.config import Config
+from softmeet.cli import options
 from softmeet.cli.flags import checked_settings, flag, flags
 from softmeet.cli.old_forms import repeated
 from softmeet.errors import InvalidInputError
@@ -26,12 +26,14 @@ if TYPE_CHECKING:
     from softmeet.server.serving import Serving
 
 _KEYS = "SOFTMEET_API_KEYS"
+_ENSEMBLES = "What to serve beside the members: a saved ensemble or a bundled family; NAME=… names it."
+_MEMBERS = "A member of the ensemble named default; repeat it; NAME=MEMBER adds it to another one."
 _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
 
 @dataclass
-class Access:
-    """Who may ask, from where, and for what."""
+class AccessFlags:
+    """Flags that say who may send requests, from where, and what requests may change."""
 
     allow: list[str] | None = flag(None, "What requests may change, or none; repeat it.", shown="all that they can")
     api_keys: Path | None = flag(
@@ -43,8 +45,8 @@ class Access:
 
 
 @dataclass
-class Bounds:
-    """How much the server takes on."""
+class LimitFlags:
+    """Flags that limit the work that the server accepts, at once and in one request."""
 
     batch: int = flag(64, "Sequences that run at once.", min=1)
     queue: int = flag(256, "Sequences that may wait; past it requests get 429.", min=0)
@@ -57,62 +59,41 @@ class Bounds:
 
 
 @dataclass
-class Cluster:
-    """How many replicas there are on a Ray cluster, and what each takes."""
+class ClusterFlags:
+    """Flags that say how many replicas of the server a Ray cluster runs, and what each of them takes."""
 
     replicas: int = flag(1, "Of the server on a Ray cluster; at least so many.", min=1)
     max_replicas: int | None = flag(None, "Add replicas up to so many under load.", min=1, shown="none are added")
     target_streams: float = flag(32.0, "Answers at once that a replica should have, with --max-replicas.", min=1)
     fronts: int = flag(1, "Processes that pass requests on to the replicas.", min=1)
-    ray_address: str | None = flag(None, "Of a Ray cluster.", shown=engines.HERE)
+    ray_address: str | None = flag(None, "Of a Ray cluster.", shown=options.DEFAULT_CLUSTER)
     gpus: float = flag(0.0, "Of each replica: a part of one, or a number.", min=0)
 
 
 @flags()
 def serve(
     *,
-    ensembles: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="What to serve beside the members: a saved ensemble or a bundled family; NAME=… names it.",
-            show_default="default=wide",
-        ),
-    ] = None,
-    members: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--member",
-            "-m",
-            help="A member of the ensemble named default; repeat it; NAME=MEMBER adds it to another one.",
-            show_default=False,
-        ),
-    ] = None,
-    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    access: Access,
-    ui: Annotated[
-        bool | None, typer.Option("--ui/--no-ui", help="The page at /ui.", show_default="if installed")
-    ] = None,
-    bounds: Bounds,
-    grace: Annotated[float, typer.Option(min=0, help="Seconds for running answers after SIGTERM.")] = 30.0,
-    parallel: Annotated[
-        bool, typer.Option(help="Run members in threads, as those on devices of their own do anyway.")
-    ] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="Of torch.", show_default="torch's own")] = None,
-    access_log: Annotated[bool, typer.Option(help="Log a line for every request; never a key or a prompt.")] = False,
-    engine: Annotated[
-        str, typer.Option("--engine", help="local: this process; ray: replicas on a Ray cluster (softmeet[ray]).")
-    ] = "local",
-    cluster: Cluster,
-    loading: options.Loading,
-    config: Config = None,
+    ensembles: Annotated[list[str] | None, typer.Argument(help=_ENSEMBLES, show_default="default=wide")] = None,
+    members: list[str] | None = flag(None, _MEMBERS, "--member", "-m", shown=False),
+    host: str = flag("127.0.0.1", "The address to listen on."),
+    port: int = flag(8000, "0 takes a free one.", min=0, max=65535),
+    access: AccessFlags,
+    ui: bool | None = flag(None, "The page at /ui.", "--ui/--no-ui", shown="if installed"),
+    limits: LimitFlags,
+    grace: float = flag(30.0, "Seconds for running answers after SIGTERM.", min=0),
+    parallel: bool = flag(False, "Run members in threads, as those on devices of their own do anyway."),
+    threads: int | None = flag(None, "Of torch.", min=1, shown="torch's own"),
+    access_log: bool = flag(False, "Log a line for every request; never a key or a prompt."),
+    engine: str = flag("local", r"local: this process; ray: replicas on a Ray cluster (softmeet\[ray])."),
+    cluster: ClusterFlags,
+    loading: options.LoadingFlags,
     **settings: Any,
 ) -> None:
     """Serve ensembles behind an OpenAI-compatible API, with a page to look inside at /ui."""
     _require_extra(ui=bool(ui))
     from softmeet.server.ensembles import named
 
-    given, c = checked_settings(settings), cluster
+    given = checked_settings(settings)
     keys, local, allowed = _keys(access.api_keys), _is_local(host), _allowed(access.allow)
     asked = named(ensembles or [], members or [])
     if not (keys or local or access.open_to_all):
@@ -126,25 +107,26 @@ def serve(
 
     hosts = (*((*_LOCAL, host) if local else ()), *(access.allow_host or ()))
     protocol = Settings(
-        limits=Limits(bounds.batch, bounds.queue, bounds.keep_tokens),
-        protection=Protection(keys, hosts, bounds.max_body, bounds.body_timeout),
-        max_tokens=bounds.max_tokens,
-        max_choices=bounds.max_choices,
-        seconds=bounds.timeout,
+        limits=Limits(limits.batch, limits.queue, limits.keep_tokens),
+        protection=Protection(keys, hosts, limits.max_body, limits.body_timeout),
+        max_tokens=limits.max_tokens,
+        max_choices=limits.max_choices,
+        seconds=limits.timeout,
         allowed=allowed,
         parallel=parallel,
         cors=access.cors or (),
-        ui=_has("gradio") if ui is None else ui,
+        ui=bool(find_spec("gradio")) if ui is None else ui,
     )
+    c = cluster
     if engine == "ray":
         if ui:
             raise InvalidInputError("the page needs a process of its own: leave out --ui, or --engine ray")
-        engines.require_ray()
+        options.require_ray()
         from softmeet.server.replicas import Scale, application
 
         scale = Scale(c.replicas, c.max_replicas, c.target_streams, threads or 1, c.gpus, c.fronts)
-        how = {**loading.arguments(), **given}
-        _replicate(application(asked, how, protocol, scale, grace), host, port, c.ray_address, scale, list(asked))
+        made = application(asked, {**loading.arguments(), **given}, protocol, scale, grace)
+        _replicate(made, host, port, c.ray_address, scale, list(asked))
         return
     if engine != "local" or c.max_replicas is not None or max(c.replicas, c.fronts) > 1 or c.gpus:
         raise InvalidInputError("expected --engine local, or --engine ray, which --replicas and --gpus belong to")
@@ -157,16 +139,10 @@ def serve(
 
 
 def _require_extra(*, ui: bool) -> None:
-    if not (_has("fastapi") and _has("uvicorn") and _has("prometheus_client")):
+    if not all(map(find_spec, ("fastapi", "uvicorn", "prometheus_client"))):
         raise InvalidInputError("serving needs more packages: pip install 'softmeet[server]'")
-    if ui and not _has("gradio"):
+    if ui and not find_spec("gradio"):
         raise InvalidInputError("the page needs more packages: pip install 'softmeet[ui]', or say --no-ui")
-
-
-def _has(module: str) -> bool:
-    from importlib.util import find_spec
-
-    return find_spec(module) is not None
 
 
 def _keys(path: Path | None) -> tuple[str, ...]:
@@ -196,7 +172,7 @@ def _allowed(given: list[str] | None) -> tuple[str, ...]:
 
 
 def _replicate(application: Any, host: str, port: int, address: str | None, scale: Scale, names: list[str]) -> None:
-    """Deploy, and wait for a signal to take it down again."""
+    """Deploy the application on a Ray cluster, and take it down again at a signal."""
     from ray import serve
 
     from softmeet.scaling.cluster import connect, leave
@@ -228,7 +204,7 @@ def _run(serving: Serving, host: str, port: int, grace: float, *, access_log: bo
     from softmeet.server.app import create_app
 
     class Server(uvicorn.Server):
-        """Tells the engine at the first signal, so that streams end before connections do."""
+        """A server that tells the engine at the first signal, so that streams end before connections do."""
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             serving.engine.close(0 if self.should_exit or (sig == signal.SIGINT and grace == 0) else grace)
@@ -240,12 +216,7 @@ def _run(serving: Serving, host: str, port: int, grace: float, *, access_log: bo
             options.err.print(f"serving {', '.join(s.name for s in serving.ensembles)}{page}")
 
     config = uvicorn.Config(
-        create_app(serving),
-        host=host,
-        port=port,
-        access_log=access_log,
-        log_level="info",
-        timeout_graceful_shutdown=int(grace) + 10,
-        server_header=False,
-    )
+        create_app(serving), host=host, port=port, access_log=access_log, log_level="info",
+        timeout_graceful_shutdown=int(grace) + 10, server_header=False,
+    )  # fmt: skip
     Server(config).run()

@@ -1,4 +1,4 @@
-"""``softmeet study``: the essay's questions, tier by tier; each goes on where it was stopped."""
+"""``softmeet study``: compare every rule where the truth is known, and on text; goes on where it was stopped."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from softmeet.cli import engines, options, texts
-from softmeet.cli.command import Command
-from softmeet.cli.evaluate import identified
-from softmeet.cli.flags import flags
+from softmeet.cli import options, texts
+from softmeet.cli.flags import Command, flag, flags
 from softmeet.errors import InvalidInputError
 
 if TYPE_CHECKING:
+    from softmeet.ensemble import Ensemble
     from softmeet.evaluation.documents import Document
     from softmeet.evaluation.study.report import Report
     from softmeet.evaluation.study.runs import Cell
@@ -30,33 +29,22 @@ study = typer.Typer(
     no_args_is_help=True,
 )
 
+_DOCUMENT = "A UTF-8 file that is one document; repeat it."
+_BOOKS = "the bundled members' held-out books"
 Out = Annotated[Path, typer.Argument(help="The folder of the study; the same command goes on where it stopped.")]
-Positions = Annotated[int, typer.Option(min=2, help="For the averages, spread over the text.")]
+Smoke = Annotated[bool, typer.Option("--smoke", help="A size that runs in a minute.")]
+Text = Annotated[list[Path] | None, typer.Option("--text", "-t", help=_DOCUMENT, show_default=_BOOKS)]
+Count = Annotated[int, typer.Option(min=2, help="For the averages, spread over the text.")]
 Meet = Annotated[int, typer.Option(min=0, help="Of them for meet at each trust.")]
 Exact = Annotated[int, typer.Option(min=0, help="Of them for max-entropy.")]
 Slow = Annotated[int, typer.Option(min=0, help="Of them for the other rules.")]
-Smoke = Annotated[bool, typer.Option("--smoke", help="A size that runs in a minute.")]
-Text = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--text",
-        "-t",
-        help="A UTF-8 file that is one document; repeat it.",
-        show_default="the bundled members' held-out books",
-    ),
-]
 
 
 @study.command(cls=Command)
 @flags()
-def synthetic(
-    *,
-    out: Out,
-    smoke: Smoke = False,
-    seed: Annotated[int, typer.Option()] = 0,
-    running: engines.Running,
-) -> None:
-    """Random heads, known truths, nd/v from 1/16 to 5/4; then noise on the hidden states."""
+def synthetic(*, out: Out, smoke: Smoke = False, seed: int = 0, running: options.EngineFlags) -> None:
+    """Compare rules on random heads with known truths, nd/v from 1/16 to 5/4; then noise on the hidden states."""
+    texts.require_extra(psutil=True, scipy=True)
     from softmeet.evaluation.study import synthetic as tier
 
     settings = dataclasses.replace(tier.SMOKE if smoke else tier.Settings(), seed=seed)
@@ -66,14 +54,9 @@ def synthetic(
 
 @study.command("known-truth", cls=Command)
 @flags()
-def known_truth(
-    *,
-    out: Out,
-    text: Text = None,
-    smoke: Smoke = False,
-    running: engines.Running,
-) -> None:
-    """Trained heads, each with the best hidden state for a known truth: the bundled families, narrow under wide."""
+def known_truth(*, out: Out, text: Text = None, smoke: Smoke = False, running: options.EngineFlags) -> None:
+    """Compare rules on trained heads, at the best states for a known truth: the bundled families, narrow under wide."""
+    texts.require_extra(psutil=True, scipy=True)
     from softmeet.evaluation.study import known_truth as tier
 
     documents = _documents(text)
@@ -91,23 +74,22 @@ def real(
     out: Out,
     text: Text = None,
     smoke: Smoke = False,
-    family: Annotated[
-        str | None, typer.Option(help="narrow or wide.", show_default="both, in folders of their own")
-    ] = None,
-    positions: Positions = 4000,
+    family: str | None = flag(None, "narrow or wide.", shown="both, in folders of their own"),
+    positions: Count = 4000,
     meet: Meet = 4000,
     exact: Exact = 4000,
     slow: Slow = 500,
-    running: engines.Running,
+    running: options.EngineFlags,
 ) -> None:
-    """The bundled families on text: every rule, a grid of trusts, the number of members, premise scores, samples."""
+    """Compare rules with the bundled families on text: over trusts and numbers of members; premise scores, samples."""
+    texts.require_extra(psutil=True, scipy=True)
     from softmeet.evaluation.study.text import SMOKE, Settings
 
     documents = _documents(text)
     for name in [family] if family else ["narrow", "wide"]:
         full = Settings(positions, meet, exact, slow, sizes=(2, 3) if name == "narrow" else ())
-        settings = SMOKE if smoke else full
-        _on_text(out if family else out / name, [name], settings, documents, None, running, options.Loading())
+        ensemble = options.LoadingFlags().ensemble([name])
+        _on_text(out if family else out / name, ensemble, SMOKE if smoke else full, documents, None, running)
 
 
 @study.command(cls=Command)
@@ -116,28 +98,24 @@ def pretrained(
     *,
     out: Out,
     members: options.Members = None,
-    text: Annotated[
-        list[Path] | None, typer.Option("--text", "-t", help="A UTF-8 file that is one document; repeat it.")
-    ] = None,
-    trace: Annotated[Path | None, typer.Option(help="Of the same members, instead of a text.")] = None,
-    positions: Positions = 4000,
+    text: list[Path] | None = flag(None, _DOCUMENT, "--text", "-t"),
+    trace: Path | None = flag(None, "Of the same members, instead of a text."),
+    positions: Count = 4000,
     meet: Meet = 1000,
     exact: Exact = 500,
     slow: Slow = 100,
-    prompt: Annotated[str, typer.Option(help="What every rule continues.")] = "def main(",
-    tokens: Annotated[int, typer.Option(min=0, help="Of each rule's sample; 0 for none.")] = 40,
-    premise: Annotated[int, typer.Option(min=0, help="Positions for premise scores: slow for wide heads.")] = 0,
-    only: Annotated[
-        str | None,
-        typer.Option(help="Documents of the trace whose file name fits, such as '*.py'.", show_default="all"),
-    ] = None,
-    loading: options.Loading,
-    running: engines.Running,
+    prompt: str = flag("def main(", "What every rule continues."),
+    tokens: int = flag(40, "Of each rule's sample; 0 for none.", min=0),
+    premise: int = flag(0, "Positions for premise scores: slow for wide heads.", min=0),
+    only: str | None = flag(None, "Documents of the trace whose file name fits, such as '*.py'.", shown="all"),
+    loading: options.LoadingFlags,
+    running: options.EngineFlags,
 ) -> None:
-    """Any members on any text: the tables of `real`."""
+    """Compare rules with any members on any text: the tables of `real`."""
+    texts.require_extra(psutil=True, scipy=True, pyarrow=trace)
     from softmeet.evaluation.study.text import Settings
 
-    named = texts.default_members(members, trace)
+    named = texts.SourceFlags(trace=trace).members(members)
     if not named or (text is None) == (trace is None):
         given = {"--member": members, "--text": text, "--trace": trace}
         came = ", ".join(name for name, value in given.items() if value) or "none of these"
@@ -145,35 +123,33 @@ def pretrained(
             f"expected --member and --text, or --trace, whose members are taken if none are named, got {came}"
         )
     settings = Settings(positions, meet, exact, slow, rows=8, prompt=prompt, tokens=tokens, premise=premise, only=only)
-    _on_text(out, named, settings, _documents(text) if text else [], trace, running, loading)
+    documents = _documents(text) if text else []
+    _on_text(out, loading.ensemble(named), settings, documents, trace, running)
 
 
 def _on_text(
     out: Path,
-    members: list[str],
+    ensemble: Ensemble,
     settings: Settings,
     documents: list[Document],
     trace: Path | None,
-    running: engines.Running,
-    loading: options.Loading,
+    running: options.EngineFlags,
 ) -> None:
     from softmeet.evaluation.positions import observe_text
     from softmeet.evaluation.premise import premise_at
     from softmeet.evaluation.study import text as tier
 
-    texts.require_extra(psutil=True, scipy=True, pyarrow=trace)
-    ensemble = loading.ensemble(members)
-    traced, pinned = identified(ensemble, documents, trace, texts.Reading())
+    traced, pinned = texts.SourceFlags(trace=trace).identified(ensemble, documents)
     with running.start(ensemble) as engine:
         if traced is not None:
             positions = tier.chosen(traced, settings.only)
         else:
-            with options.status("running the members"):
+            with options.err.status("running the members"):
                 # Twice what is needed: the positions that count are spread over them.
                 each = -(-2 * settings.positions // len(documents))
                 positions = observe_text(ensemble, documents, bos=True, max_per_document=each, engine=engine)
         few = tier.spread(positions, settings.premise)
-        with options.status("testing the premise"):
+        with options.err.status("testing the premise"):
             premises = premise_at(ensemble, [(few.hidden, few.targets)]) if settings.premise else []
         source = f"{trace or 'text'}: {len(positions):,} positions of {len(positions.document.unique())} documents"
         _run(
@@ -201,9 +177,8 @@ def _run(
 ) -> None:
     from softmeet.evaluation.study.runs import Run
 
-    texts.require_extra(psutil=True, scipy=True)
     run = Run(out, settings)
-    with options.status("preparing"):
+    with options.err.status("preparing"):
         work = list(cells)
     with (
         options.stoppable(f"finished cells stay in {out}; the same command goes on from there"),

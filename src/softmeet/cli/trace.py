@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from softmeet.cli import engines, options, texts
-from softmeet.cli.config import Config
-from softmeet.cli.flags import flags
+from softmeet.cli import options, texts
+from softmeet.cli.flags import flag, flags
 
 
 @flags()
@@ -18,17 +16,16 @@ def trace(
     *,
     out: Annotated[Path, typer.Argument(help="The folder of the trace; the same command goes on where it stopped.")],
     members: options.Members = None,
-    reading: texts.Reading,
-    store: Annotated[str, typer.Option(help="float32, or float16 for half the size.")] = "float32",
-    shard: Annotated[int, typer.Option(min=1, help="Positions in one file, at least.")] = 4096,
-    loading: options.Loading,
-    running: engines.Running,
-    config: Config = None,
+    source: texts.TextFlags,
+    store: str = flag("float32", "float32, or float16 for half the size."),
+    shard: int = flag(4096, "Positions in one file, at least.", min=1),
+    loading: options.LoadingFlags,
+    running: options.EngineFlags,
 ) -> None:
     """Run every member over a text once and keep its hidden states, for softmeet evaluate and softmeet fit."""
     texts.require_extra(pyarrow=True)
     texts.require_places(None, out)
-    found = reading.documents()
+    found = source.documents()
     ensemble = loading.ensemble(members)
     from softmeet.evaluation.trace import record
 
@@ -37,13 +34,13 @@ def trace(
         running.start(ensemble) as engine,
         texts.progress() as begin,
     ):
-        bars: list[Callable[[int], None]] = []
+        bars: list[Any] = []
         made = record(
             ensemble,
             found,
             out,
-            max_tokens=reading.max_tokens,
-            **reading.windows,
+            max_tokens=source.max_tokens,
+            **source.windows,
             dtype=store,  # type: ignore[arg-type]  # checked there
             shard_size=shard,
             engine=engine,
