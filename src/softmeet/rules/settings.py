@@ -295,7 +295,7 @@ def _with_options(rule: Rule, own: Mapping[str, Any]) -> Rule:
 
 
 def _checked_weights(weights: Any, n: int, *, free: bool) -> tuple[float, ...]:
-    values = (1 / n,) * n if weights is None else (weights,) if isinstance(weights, float) else tuple(weights)
+    values = (1 / max(n, 1),) * n if weights is None else (weights,) if isinstance(weights, float) else tuple(weights)
     if len(values) != n:
         raise InvalidInputError(f"expected one weight per member, {n} in all, got {len(values)}: {list(values)}")
     if not all(math.isfinite(w) and w >= 0 for w in values):
