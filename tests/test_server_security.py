@@ -19,7 +19,7 @@ import tiny
 from serving import http, running, serving_of, tiny_ensemble, wait_until
 from test_cli import run
 
-from softmeet.server.engine import Limits
+from softmeet.server.batcher import Limits
 from softmeet.server.security import Protection
 
 JSON = {"content-type": "application/json"}
@@ -192,7 +192,7 @@ def test_a_full_queue_and_an_answer_that_takes_too_long():
     with running(serving) as url, ThreadPoolExecutor(2) as pool:
         assert http.get(f"{url}/ready").status_code == 200
         waiting = [pool.submit(http.post, f"{url}/v1/completions", json=long, timeout=300) for _ in range(2)]
-        wait_until(lambda: not serving.engine.has_room)
+        wait_until(lambda: not serving.batcher.has_room)
         busy = http.post(f"{url}/v1/completions", json=GOOD)
         assert_is_error(busy, 429)
         assert busy.headers["retry-after"] == "1"

@@ -119,13 +119,13 @@ def serve(
         raise InvalidInputError(
             f"refused to listen on {host} without keys: give --api-keys FILE or ${_KEYS}, or say --open"
         )
-    from softmeet.server.engine import Limits
+    from softmeet.server.batcher import Limits
     from softmeet.server.ensembles import load
     from softmeet.server.security import Protection
-    from softmeet.server.serving import Serving, Settings
+    from softmeet.server.serving import ServerSettings, Serving
 
     hosts = (*((*_LOCAL, host) if local else ()), *(access.allow_host or ()))
-    protocol = Settings(
+    protocol = ServerSettings(
         limits=Limits(bounds.batch, bounds.queue, bounds.keep_tokens),
         protection=Protection(keys, hosts, bounds.max_body, bounds.body_timeout),
         max_tokens=bounds.max_tokens,
@@ -142,7 +142,10 @@ def serve(
         engines.require_ray()
         from softmeet.server.replicas import Scale, application
 
-        scale = Scale(c.replicas, c.max_replicas, c.target_streams, threads or 1, c.gpus, c.fronts)
+        scale = Scale(
+            replicas=c.replicas, max_replicas=c.max_replicas, streams=c.target_streams, threads=threads or 1,
+            gpus=c.gpus, fronts=c.fronts,
+        )  # fmt: skip
         how = {**loading.arguments(), **given}
         _replicate(application(asked, how, protocol, scale, grace), host, port, c.ray_address, scale, list(asked))
         return
@@ -202,7 +205,7 @@ def _replicate(application: Any, host: str, port: int, address: str | None, scal
     from softmeet.scaling.cluster import connect, leave
     from softmeet.server.replicas import NAME
 
-    connect(address, (scale.most or scale.replicas) * scale.threads)
+    connect(address, (scale.max_replicas or scale.replicas) * scale.threads)
     if port == 0:
         with socket.socket() as free:
             free.bind((host, 0))
@@ -228,10 +231,10 @@ def _run(serving: Serving, host: str, port: int, grace: float, *, access_log: bo
     from softmeet.server.app import create_app
 
     class Server(uvicorn.Server):
-        """Tells the engine at the first signal, so that streams end before connections do."""
+        """Tells the batcher at the first signal, so that streams end before connections do."""
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            serving.engine.close(0 if self.should_exit or (sig == signal.SIGINT and grace == 0) else grace)
+            serving.batcher.close(0 if self.should_exit or (sig == signal.SIGINT and grace == 0) else grace)
             super().handle_exit(sig, frame)
 
         def _log_started_message(self, listeners: Any) -> None:

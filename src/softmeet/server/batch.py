@@ -7,8 +7,11 @@ or leaves, or the columns reach the end of the buffers.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
+from operator import eq
 from typing import Any
 
 import torch
@@ -18,14 +21,50 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from softmeet.members.huggingface import last_hidden
-from softmeet.members.placement import home
 from softmeet.members.trails import Prefix, Trail, catch_up, layers_of_keys_and_values
-from softmeet.server.prefixes import Prefixes
+
+
+class PrefixCache:
+    """Keys and values of past prompts, for prompts that begin alike; the least recently used go first.
+
+    Args:
+        limit: how many tokens may be kept, over all prompts.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._kept: OrderedDict[tuple[int, ...], tuple[Prefix, ...]] = OrderedDict()
+
+    def longest(self, tokens: Sequence[int]) -> tuple[int, tuple[Prefix, ...]]:
+        """Return how many leading tokens are known, and each layer's keys and values of at least those.
+
+        At least the last token is left to compute. If no token is known, there are no keys and values.
+        """
+        best, key = 0, None
+        for known in self._kept:
+            shared = min(sum(takewhile(bool, map(eq, known, tokens))), len(tokens) - 1)
+            if shared > best:
+                best, key = shared, known
+        if key is None:
+            return 0, ()
+        self._kept.move_to_end(key)
+        return best, self._kept[key]
+
+    def keep(self, tokens: Sequence[int], states: tuple[Prefix, ...]) -> None:
+        """Keep each layer's keys and values of a prompt, unless it is longer than all that may be kept."""
+        key = tuple(tokens)
+        if len(key) <= self.limit and key not in self._kept:
+            self._kept[key] = states
+            while sum(map(len, self._kept)) > self.limit:
+                self._kept.popitem(last=False)
 
 
 @dataclass
 class _Window:
-    """Which part of the buffers is in use: the first ``rows`` rows, columns from ``first`` to before ``end``."""
+    """Which part of the buffers is in use: the first ``rows`` rows, columns from ``first`` to before ``end``.
+
+    The buffers have ``slots`` rows and ``columns`` columns.
+    """
 
     rows: int = 0
     first: int = 0
@@ -34,7 +73,7 @@ class _Window:
     columns: int = 256
 
 
-class _Layer(DynamicLayer):
+class _BatchLayer(DynamicLayer):
     """Keys and values of one layer, (slots, heads, columns, width), written in place at the window's end.
 
     A sliding layer keeps everything too: the mask says what it sees.
@@ -45,7 +84,7 @@ class _Layer(DynamicLayer):
         self.window = window
 
     def allocate(self, like: Prefix) -> None:
-        """Make the buffers for states like those, or larger ones if the window has grown."""
+        """Make buffers for keys and values shaped like those, or larger ones if the window has grown."""
         w = self.window
         for name, part in zip(("keys", "values"), like, strict=True):
             old = getattr(self, name)
@@ -58,7 +97,7 @@ class _Layer(DynamicLayer):
         self.is_initialized = True
 
     def put(self, row: int, states: Prefix) -> None:
-        """Write a prompt's states into a row, ending at the window's end, and zeros before it."""
+        """Write one sequence's keys and values into a row, so that they end where the window ends, and zeros before."""
         w = self.window
         for buffer, part in zip((self.keys, self.values), states, strict=True):
             # A masked NaN is still a NaN, so that what another row left behind has to go.
@@ -66,7 +105,7 @@ class _Layer(DynamicLayer):
             buffer[row, :, w.end - part.shape[2] : w.end] = part[0]
 
     def shift(self, by: int) -> None:
-        """Move the columns in use by so many to the right (to the left if negative)."""
+        """Move the columns in use by ``by`` to the right; to the left if that is negative."""
         w = self.window
         for buffer in (self.keys, self.values):
             part = buffer[: w.rows, :, w.first : w.end].clone()
@@ -79,7 +118,7 @@ class _Layer(DynamicLayer):
             buffer[target] = buffer[source]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write one token of every row at the window's end; give back all that the rows hold."""
+        """Write the keys and values of one token of every row at the window's end; return all that the rows hold."""
         w = self.window
         seen = slice(w.first, w.end + 1)
         self.keys[: w.rows, :, w.end] = key_states[:, :, 0]
@@ -87,21 +126,21 @@ class _Layer(DynamicLayer):
         return self.keys[: w.rows, :, seen], self.values[: w.rows, :, seen]
 
     def get_seq_length(self) -> int:
-        """The columns before the one that is written next."""
+        """Return how many columns in use there are before the one that is written next."""
         return self.window.end - self.window.first
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """As :meth:`get_seq_length`, with the query, and where they begin."""
+        """Return how many columns a mask has for a query of ``query_length`` tokens, and its first column."""
         return self.get_seq_length() + query_length, 0
 
 
 class MemberBatch:
-    """A member and the rows that it is running.
+    """A member and the rows that it is running, in ``rows``, by whatever their owner names them.
 
     Args:
-        name: for messages.
-        model: in evaluation mode.
-        kept_tokens: how many prompt tokens may keep their states for prompts that begin alike.
+        name: of the member, for messages.
+        model: the member, in evaluation mode.
+        kept_tokens: how many prompt tokens may keep their keys and values for prompts that begin alike.
 
     Raises:
         InvalidInputError: the member's cache holds something else than keys and values.
@@ -109,79 +148,56 @@ class MemberBatch:
 
     def __init__(self, name: str, model: PreTrainedModel, kept_tokens: int = 16384) -> None:
         self.name, self.model = name, model
-        self.prefixes = Prefixes(kept_tokens)
+        self.rows: list[Any] = []
         advice = "its rows cannot join a running batch; use softmeet generate"
-        self._depth = layers_of_keys_and_values(name, model.config, advice)
+        depth = layers_of_keys_and_values(name, model.config, advice)
+        self._prefixes = PrefixCache(kept_tokens)
         self._window = _Window()
-        self._cache = Cache(layers=[_Layer(self._window) for _ in range(self._depth)])
+        self._cache = Cache(layers=[_BatchLayer(self._window) for _ in range(depth)])
         self._lengths: list[int] = []
-        self.rows: list[int] = []
-
-    @torch.inference_mode()
-    def prefill(self, tokens: Sequence[int], *, every: bool) -> tuple[Float[Tensor, "t d"], list[Prefix], int]:
-        """Run a prompt by itself.
-
-        Args:
-            tokens: the prompt.
-            every: want the hidden states of every position, not only of the last ones.
-
-        Returns:
-            (hidden states of the last positions, keys and values of each layer, how many tokens were not computed
-            again).
-        """
-        reused, states = (0, None) if every else self.prefixes.longest(tokens)
-        cache = Cache(layers=[DynamicLayer() for _ in range(self._depth)])
-        if states is not None:
-            for layer, (keys, values) in zip(cache.layers, states, strict=True):
-                layer.update(keys[:, :, :reused], values[:, :, :reused])
-        ids = torch.tensor([tokens[reused:]], device=home(self.model))
-        mask = torch.ones(1, len(tokens), dtype=torch.int64, device=ids.device)
-        hidden = last_hidden(self.model, ids, cache=cache, use_cache=True, attention_mask=mask)[0]
-        found = [(layer.keys, layer.values) for layer in cache.layers]
-        if hidden.isfinite().all():
-            self.prefixes.keep(tokens, found)
-        return hidden, found, reused
 
     @torch.inference_mode()
     def catch_up(
-        self, rows: Sequence[tuple[Trail, Sequence[int], int, bool]]
+        self, sequences: Sequence[tuple[Trail, Sequence[int], int]], *, every: bool = False
     ) -> tuple[list[Trail], list[Float[Tensor, "t d"]]]:
-        """Run what sequences outside the batch have not run, each in one chunk.
+        """Run what sequences outside the batch have not run, such as their prompts, each in one chunk.
 
         Args:
-            rows: for each its trail, all of its tokens, how many of them are its prompt, and whether every one's hidden
-                states are wanted, so that a prompt that begins like an earlier one is computed all the same.
+            sequences: for each its trail, all of its tokens, and how many of them are its prompt.
+            every: whether the hidden states of every token are wanted, so that a prompt that begins like an earlier one
+                is computed all the same.
 
         Returns:
-            (the trails with nothing pending; the hidden states at the tokens that were).
+            (the trails with nothing pending; the hidden states at the tokens that were run).
         """
-        trails = [self._begun(trail, tokens, every=every) for trail, tokens, _, every in rows]
+        trails = [self._begun(trail, tokens, every=every) for trail, tokens, _ in sequences]
         done, hidden = catch_up(self.model, trails)
-        for (trail, tokens, prompt, _), new, states in zip(rows, done, hidden, strict=True):
+        for (trail, tokens, prompt), new, states in zip(sequences, done, hidden, strict=True):
             if not trail.run and states.isfinite().all():
-                self.prefixes.keep(tokens[:prompt], list(new.shorter(len(tokens) - prompt).states))
+                self._prefixes.keep(tokens[:prompt], new.shorter(len(tokens) - prompt).states)
         return done, hidden
 
     def _begun(self, trail: Trail, tokens: Sequence[int], *, every: bool) -> Trail:
-        """With the rest of the tokens pending, and what is known of a prompt that begins alike."""
+        """Add the tokens that have not been run; a trail that is empty begins with what is known of its prompt."""
         if not trail.run and not every:
-            reused, states = self.prefixes.longest(tokens)
-            trail = Trail(tuple(states or ())).shorter(states[0][0].shape[2] - reused) if states else trail
+            reused, states = self._prefixes.longest(tokens)
+            trail = Trail(states)
+            trail = trail.shorter(trail.run - reused)
         return trail.longer(tokens[trail.run :])
 
     @torch.inference_mode()
-    def join(self, row: int, states: list[Prefix]) -> None:
-        """A prompt that was run becomes a row of the batch.
+    def join(self, row: Any, states: Sequence[Prefix]) -> None:
+        """Make a sequence that was run a row of the batch.
 
         Args:
             row: its name, for :meth:`leave`.
-            states: as :meth:`prefill` gives them.
+            states: each layer's keys and values of it.
         """
         w, length = self._window, states[0][0].shape[2]
         # Powers of two with room for one more.
         w.slots = max(w.slots, 1 << len(self.rows).bit_length())
         w.columns = max(w.columns, 1 << max(length, w.end - w.first).bit_length())
-        layers: list[_Layer] = self._cache.layers
+        layers: list[_BatchLayer] = self._cache.layers
         for layer, like in zip(layers, states, strict=True):
             layer.allocate(like)
         if not self.rows:
@@ -196,8 +212,8 @@ class MemberBatch:
         self._lengths.append(length)
 
     @torch.inference_mode()
-    def leave(self, row: int) -> None:
-        """Take a row out; the last one takes its place."""
+    def leave(self, row: Any) -> None:
+        """Take a row out of the batch; the last row takes its place."""
         k, last = self.rows.index(row), len(self.rows) - 1
         if k != last:
             for layer in self._cache.layers:
@@ -210,29 +226,29 @@ class MemberBatch:
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> Float[Tensor, "B d"]:
-        """One more token for every row, in the order of ``rows``; the hidden states there."""
+        """Run one more token of every row, in the order of ``rows``, and return the hidden states there."""
         w = self._window
         if w.end >= w.columns:
             # Half of the buffer or more may be in use only if a row is that long, and then it has to grow.
             if 2 * (w.end - w.first) > w.columns:
                 w.columns *= 2
             self._shift(-w.first)
-        place = home(self.model)
         lengths = torch.tensor(self._lengths)
         mask = torch.arange(w.end - w.first + 1) >= w.end - w.first - lengths[:, None]
         hidden = last_hidden(
             self.model,
-            torch.tensor(tokens)[:, None].to(place),
+            torch.tensor(tokens)[:, None],
             cache=self._cache,
             use_cache=True,
-            attention_mask=mask.long().to(place),
-            position_ids=lengths[:, None].to(place),
+            attention_mask=mask.long(),
+            position_ids=lengths[:, None],
         )
         w.end += 1
         self._lengths = [length + 1 for length in self._lengths]
         return hidden[:, -1]
 
     def _shift(self, by: int) -> None:
+        """Move the columns in use, in buffers that are large enough for it."""
         w = self._window
         while w.end + by >= w.columns:
             w.columns *= 2

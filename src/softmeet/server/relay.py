@@ -12,12 +12,11 @@ from typing import Any, Protocol
 
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from softmeet.server.asgi import replay, unless_left
-from softmeet.server.errors import ReplicaLostError, problem
-from softmeet.server.replies import dumps
+from softmeet.server.errors import ReplicaLostError, described, error_response
+from softmeet.server.replies import LAST_EVENT, event
 
 _SENT_ON = (
     "type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers",
@@ -97,14 +96,14 @@ class Relay:
                     await send(start)
                 await send(message)
         except self._lost as error:
-            found = problem(ReplicaLostError(_LOST))
+            lost = ReplicaLostError(_LOST)
             if not begun:
-                await JSONResponse(found.body(), found.status, {"Retry-After": "1"})(scope, receive, send)
+                await error_response(lost)(scope, receive, send)
             elif start is not None and _is_stream(start):
-                end = f"data: {dumps(found.body())}\n\ndata: [DONE]\n\n".encode()
+                end = (event(described(lost)[1]) + LAST_EVENT).encode()
                 await send({"type": "http.response.body", "body": end, "more_body": False})
             else:
-                raise ReplicaLostError(_LOST) from error
+                raise lost from error
 
 
 def _is_stream(start: Message) -> bool:
@@ -112,6 +111,6 @@ def _is_stream(start: Message) -> bool:
 
 
 async def _live(receive: Receive, send: Send) -> None:
-    for event in ("startup", "shutdown"):
+    for stage in ("startup", "shutdown"):
         await receive()
-        await send({"type": f"lifespan.{event}.complete"})
+        await send({"type": f"lifespan.{stage}.complete"})

@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pydantic_core import from_json
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from softmeet.server.asgi import replay
-from softmeet.server.errors import RequestError, problem
+from softmeet.server.errors import RequestError, error_response
 from softmeet.server.metrics import Metrics
 
 _OPEN = ("/health", "/ready")
@@ -80,11 +79,9 @@ class Guard:
             if body and path.startswith("/v1/"):
                 _check_json(body)
         except RequestError as error:
-            found = problem(error)
-            realm = {"WWW-Authenticate": 'Basic realm="softmeet"'} if found.status == 401 and path[:3] == "/ui" else {}
+            ask = {"WWW-Authenticate": 'Basic realm="softmeet"'} if error.status == 401 and path[:3] == "/ui" else {}
             # What has not been read of the body would be taken for the next request.
-            response = JSONResponse(found.body(), found.status, {"Connection": "close", **realm})
-            await response(scope, receive, sending)
+            await error_response(error, {"Connection": "close"} | ask)(scope, receive, sending)
             return
         except ClientDisconnect:  # before it had sent its request
             return
