@@ -13,10 +13,10 @@ from softmeet import Ensemble
 from softmeet.errors import NonFiniteError
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
 from softmeet.hf.sampling import RowSampler
-from softmeet.members.trails import Trail
 from softmeet.server.batch import MemberBatch, PrefixCache
 from softmeet.server.batcher import Batcher, Limits
 from softmeet.server.errors import BusyError, ClosingError, TooLateError
+from softmeet.server.metrics import Metrics
 from softmeet.server.sampling import Sampling
 from softmeet.server.sequences import Combination, Failed, Finished, GenerationRequest, PromptScored, Sequence, Token
 from softmeet.simplex import total_variation
@@ -73,7 +73,7 @@ def serve():
 
     def start(*models, **options):
         names = {m: f"member {k}" for k, m in enumerate({m: 0 for model in models for m in model.members})}
-        engines.append(Batcher(names, **options))
+        engines.append(Batcher(names, options.pop("limits", Limits()), Metrics(), **options))
         engines[-1].start()
         return engines[-1]
 
@@ -317,10 +317,13 @@ def test_company_changes_a_row_by_rounding_alone(narrow, rule):
 
     def after(lengths):
         batches = [MemberBatch("a member", member) for member in members]
-        for batch in batches:
-            for row, length in enumerate(lengths):
-                batch.join(row, batch.catch_up([(Trail(), ids[:length], length)])[0][0].states)
-        hidden = [batch.step([50] * len(lengths)) for batch in batches]
+        for length in lengths:
+            row, _ = sequence(narrow.model, tuple(ids[:length]))
+            for k, batch in enumerate(batches):
+                batch.catch_up([(row, k)])
+                batch.join(row, k)
+            row.tokens.append(50)
+        hidden = [batch.step() for batch in batches]
         with torch.inference_mode():
             return narrow.model.solve_rows(hidden, narrow.model.settings.changed(rule=rule))[1].log_probs
 

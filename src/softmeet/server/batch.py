@@ -8,7 +8,6 @@ or leaves, or the columns reach the end of the buffers.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from operator import eq
@@ -22,6 +21,7 @@ from transformers.cache_utils import DynamicLayer
 
 from softmeet.members.huggingface import last_hidden
 from softmeet.members.trails import Prefix, Trail, catch_up, layers_of_keys_and_values
+from softmeet.server.sequences import Sequence
 
 
 class PrefixCache:
@@ -35,7 +35,7 @@ class PrefixCache:
         self.limit = limit
         self._kept: OrderedDict[tuple[int, ...], tuple[Prefix, ...]] = OrderedDict()
 
-    def longest(self, tokens: Sequence[int]) -> tuple[int, tuple[Prefix, ...]]:
+    def longest(self, tokens: list[int] | tuple[int, ...]) -> tuple[int, tuple[Prefix, ...]]:
         """Return how many leading tokens are known, and each layer's keys and values of at least those.
 
         At least the last token is left to compute. If no token is known, there are no keys and values.
@@ -50,7 +50,7 @@ class PrefixCache:
         self._kept.move_to_end(key)
         return best, self._kept[key]
 
-    def keep(self, tokens: Sequence[int], states: tuple[Prefix, ...]) -> None:
+    def keep(self, tokens: list[int] | tuple[int, ...], states: tuple[Prefix, ...]) -> None:
         """Keep each layer's keys and values of a prompt, unless it is longer than all that may be kept."""
         key = tuple(tokens)
         if len(key) <= self.limit and key not in self._kept:
@@ -135,7 +135,7 @@ class _BatchLayer(DynamicLayer):
 
 
 class MemberBatch:
-    """A member and the rows that it is running, in ``rows``, by whatever their owner names them.
+    """A member, the sequences that it is running as ``rows`` of one batch, and prompts that it has run before.
 
     Args:
         name: of the member, for messages.
@@ -148,7 +148,7 @@ class MemberBatch:
 
     def __init__(self, name: str, model: PreTrainedModel, kept_tokens: int = 16384) -> None:
         self.name, self.model = name, model
-        self.rows: list[Any] = []
+        self.rows: list[Sequence] = []
         advice = "its rows cannot join a running batch; use softmeet generate"
         depth = layers_of_keys_and_values(name, model.config, advice)
         self._prefixes = PrefixCache(kept_tokens)
@@ -157,42 +157,39 @@ class MemberBatch:
         self._lengths: list[int] = []
 
     @torch.inference_mode()
-    def catch_up(
-        self, sequences: Sequence[tuple[Trail, Sequence[int], int]], *, every: bool = False
-    ) -> tuple[list[Trail], list[Float[Tensor, "t d"]]]:
+    def catch_up(self, sequences: list[tuple[Sequence, int]], *, every: bool = False) -> list[Float[Tensor, "t d"]]:
         """Run what sequences outside the batch have not run, such as their prompts, each in one chunk.
 
         Args:
-            sequences: for each its trail, all of its tokens, and how many of them are its prompt.
+            sequences: each with the index of this member among its members; at least one token is new to the member.
             every: whether the hidden states of every token are wanted, so that a prompt that begins like an earlier one
                 is computed all the same.
 
         Returns:
-            (the trails with nothing pending; the hidden states at the tokens that were run).
+            the hidden states of each at the tokens that were run.
         """
-        trails = [self._begun(trail, tokens, every=every) for trail, tokens, _ in sequences]
-        done, hidden = catch_up(self.model, trails)
-        for (trail, tokens, prompt), new, states in zip(sequences, done, hidden, strict=True):
-            if not trail.run and states.isfinite().all():
-                self._prefixes.keep(tokens[:prompt], new.shorter(len(tokens) - prompt).states)
-        return done, hidden
+        done, hidden = catch_up(self.model, [self._begun(s, s.trails[i], every=every) for s, i in sequences])
+        for (s, i), new, states in zip(sequences, done, hidden, strict=True):
+            if not s.trails[i].run and states.isfinite().all():
+                self._prefixes.keep(s.prompt, new.shorter(s.drawn).states)
+            s.trails[i] = new
+        return hidden
 
-    def _begun(self, trail: Trail, tokens: Sequence[int], *, every: bool) -> Trail:
-        """Add the tokens that have not been run; a trail that is empty begins with what is known of its prompt."""
+    def _begun(self, s: Sequence, trail: Trail, *, every: bool) -> Trail:
+        """Return a sequence's trail with all that was not run; an empty one begins with what is known of its prompt."""
         if not trail.run and not every:
-            reused, states = self._prefixes.longest(tokens)
+            reused, states = self._prefixes.longest(s.tokens)
             trail = Trail(states)
             trail = trail.shorter(trail.run - reused)
-        return trail.longer(tokens[trail.run :])
+        return trail.longer(s.tokens[trail.run :])
 
     @torch.inference_mode()
-    def join(self, row: Any, states: Sequence[Prefix]) -> None:
-        """Make a sequence that was run a row of the batch.
+    def join(self, s: Sequence, i: int) -> None:
+        """Make a sequence whose prompt was run, and whose member ``i`` this is, a row of the batch.
 
-        Args:
-            row: its name, for :meth:`leave`.
-            states: each layer's keys and values of it.
+        The batch takes over its keys and values.
         """
+        states, s.trails[i] = s.trails[i].states, Trail()
         w, length = self._window, states[0][0].shape[2]
         # Powers of two with room for one more.
         w.slots = max(w.slots, 1 << len(self.rows).bit_length())
@@ -208,13 +205,13 @@ class MemberBatch:
         for layer, like in zip(layers, states, strict=True):
             layer.put(w.rows - 1, like)
         w.first = min(w.first, w.end - length)
-        self.rows.append(row)
+        self.rows.append(s)
         self._lengths.append(length)
 
     @torch.inference_mode()
-    def leave(self, row: Any) -> None:
-        """Take a row out of the batch; the last row takes its place."""
-        k, last = self.rows.index(row), len(self.rows) - 1
+    def leave(self, s: Sequence) -> None:
+        """Take a sequence out of the batch; the last row takes its place."""
+        k, last = self.rows.index(s), len(self.rows) - 1
         if k != last:
             for layer in self._cache.layers:
                 layer.move(last, k)
@@ -225,8 +222,8 @@ class MemberBatch:
             self._window.first = self._window.end - max(self._lengths)
 
     @torch.inference_mode()
-    def step(self, tokens: Sequence[int]) -> Float[Tensor, "B d"]:
-        """Run one more token of every row, in the order of ``rows``, and return the hidden states there."""
+    def step(self) -> Float[Tensor, "B d"]:
+        """Run the newest token of every row, and return the hidden states there."""
         w = self._window
         if w.end >= w.columns:
             # Half of the buffer or more may be in use only if a row is that long, and then it has to grow.
@@ -237,7 +234,7 @@ class MemberBatch:
         mask = torch.arange(w.end - w.first + 1) >= w.end - w.first - lengths[:, None]
         hidden = last_hidden(
             self.model,
-            torch.tensor(tokens)[:, None],
+            torch.tensor([s.tokens[-1:] for s in self.rows]),
             cache=self._cache,
             use_cache=True,
             attention_mask=mask.long(),

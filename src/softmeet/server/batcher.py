@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 from softmeet.errors import NonFiniteError, SoftmeetError
 from softmeet.hf.combining import Asked
 from softmeet.hf.report import token_report
-from softmeet.members.trails import Trail
 from softmeet.rules.solution import Solution
 from softmeet.server.batch import MemberBatch
 from softmeet.server.errors import BusyError, ClosingError, InternalError, TooLateError
@@ -58,19 +57,14 @@ class Batcher:
     Args:
         names: every member once, with its name for messages.
         limits: what to take on at once.
-        parallel: run the members of a step in threads of their own; for members on devices of their own.
         metrics: where to count.
+        parallel: run the members of a step in threads of their own; for members on devices of their own.
     """
 
     def __init__(
-        self,
-        names: dict[PreTrainedModel, str],
-        limits: Limits = Limits(),
-        *,
-        parallel: bool = False,
-        metrics: Metrics | None = None,
+        self, names: dict[PreTrainedModel, str], limits: Limits, metrics: Metrics, *, parallel: bool = False
     ) -> None:
-        self.limits, self.metrics = limits, metrics or Metrics()
+        self.limits, self.metrics = limits, metrics
         self._batches = {model: MemberBatch(name, model, limits.kept_tokens) for model, name in names.items()}
         self._map: Callable[..., Iterable[Any]] = ThreadPoolExecutor(len(names)).map if parallel else map
         self._gates = Gates(partial(self._catch_up, members=slice(1, None)), self.metrics)
@@ -176,7 +170,7 @@ class Batcher:
                 self._fail(s, error)
         outputs: dict[tuple[PreTrainedModel, Sequence], Float[Tensor, "1 d"]] = {}
         busy = [batch for batch in self._batches.values() if batch.rows]
-        for batch, out in zip(busy, self._map(_step_batch, busy), strict=True):
+        for batch, out in zip(busy, self._map(MemberBatch.step, busy), strict=True):
             outputs |= {(batch.model, s): out[k : k + 1] for k, s in enumerate(batch.rows)}
         hidden |= {s: [outputs[model, s] for model in s.batched] for s in self._running}
         hidden |= self._gates.ask({s: own[0] for s, own in hidden.items() if s.combination.unsure})
@@ -196,20 +190,15 @@ class Batcher:
         Returns:
             for each sequence the hidden states of those members at those tokens.
         """
-        work: dict[PreTrainedModel, list[tuple[Sequence, int]]] = defaultdict(list)
+        behind: dict[PreTrainedModel, list[tuple[Sequence, int]]] = defaultdict(list)
         for s in sequences:
             for i in range(len(s.members))[members]:
-                work[s.members[i]].append((s, i))
-
-        def run(model: PreTrainedModel) -> Any:
-            behind = [(s.trails[i], s.tokens, len(s.prompt)) for s, i in work[model]]
-            return self._batches[model].catch_up(behind, every=every)
-
-        hidden: dict[Sequence, dict[int, Float[Tensor, "t _"]]] = {s: {} for s in sequences}
-        for entries, results in zip(work.values(), self._map(run, work), strict=True):
-            for (s, i), trail, own in zip(entries, *results, strict=True):
-                s.trails[i], hidden[s][i] = trail, own
-        return {s: [own[i] for i in sorted(own)] for s, own in hidden.items()}
+                behind[s.members[i]].append((s, i))
+        hidden: dict[tuple[Sequence, int], Float[Tensor, "t _"]] = {}
+        runs = self._map(lambda model: self._batches[model].catch_up(behind[model], every=every), behind)
+        for entries, states in zip(behind.values(), runs, strict=True):
+            hidden |= zip(entries, states, strict=True)
+        return {s: [hidden[s, i] for i in range(len(s.members))[members]] for s in sequences}
 
     def _run_prompt(self, s: Sequence) -> Hidden:
         """Run a prompt by itself, so that its states do not depend on who else is there; score it if that is asked.
@@ -272,8 +261,7 @@ class Batcher:
             self._finish(s, Finished("length"))
         elif not s.joined:
             for i, model in enumerate(s.batched):
-                self._batches[model].join(s, s.trails[i].states)
-                s.trails[i] = Trail()
+                self._batches[model].join(s, i)
             s.joined = True
             self._running.append(s)
 
@@ -308,10 +296,6 @@ class Batcher:
             s.cancel()
 
 
-def _step_batch(batch: MemberBatch) -> Float[Tensor, "B d"]:
-    return batch.step([s.tokens[-1] for s in batch.rows])
-
-
 def _ends(model: Any) -> tuple[int, ...]:
     """Return the tokens at which an ensemble's texts end."""
     found = model.generation_config.eos_token_id
@@ -326,15 +310,10 @@ def _token(
     ``saved`` are the seconds that a closed gate saves.
     """
     ours, gated = solution.log_probs[row], bool(solution.gated[row])
-    saved = saved if gated else 0.0
-    if s.request.top is None and s.request.report is None:
+    top, report, saved = s.request.top, s.request.report, saved if gated else 0.0
+    if top is None and report is None:
         return Token(token, gated=gated, saved=saved)
-    best = ours.topk(min(s.request.top or 0, len(ours)))
-    return Token(
-        token,
-        ours[token].item(),
-        list(zip(best.indices.tolist(), best.values.tolist(), strict=True)),
-        None if s.request.report is None else token_report(solution, log_probs, row, token, s.request.report),
-        gated=gated,
-        saved=saved,
-    )
+    best = ours.topk(min(top or 0, len(ours)))
+    listed = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    found = None if report is None else token_report(solution, log_probs, row, token, report)
+    return Token(token, ours[token].item(), listed, found, gated, saved)

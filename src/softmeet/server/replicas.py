@@ -71,13 +71,8 @@ class Scale(BaseModel):
             return {"num_replicas": self.replicas}
         if self.max_replicas < self.replicas:
             raise InvalidInputError(f"expected at most {self.replicas} replicas or more, got {self.max_replicas}")
-        return {
-            "autoscaling_config": {
-                "min_replicas": self.replicas,
-                "max_replicas": self.max_replicas,
-                "target_ongoing_requests": self.streams,
-            }
-        }
+        bounds = {"min_replicas": self.replicas, "max_replicas": self.max_replicas}
+        return {"autoscaling_config": {**bounds, "target_ongoing_requests": self.streams}}
 
 
 class Replica:

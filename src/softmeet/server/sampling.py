@@ -6,18 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import transformers as tf
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    SequenceBiasLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from softmeet.hf.sampling import draw, row_generator
 
@@ -40,7 +31,7 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
 
 
-class RepeatPenalties(LogitsProcessor):
+class RepeatPenalties(tf.LogitsProcessor):
     """OpenAI's penalties on tokens that were generated before: ``presence`` once, and ``frequency`` for each time."""
 
     def __init__(self, prompt_length: int, presence: float, frequency: float) -> None:
@@ -65,15 +56,15 @@ class Sampler:
     def __init__(self, sampling: Sampling, key: int, prompt_length: int) -> None:
         s = sampling
         self.greedy, self.generator = s.temperature < _COLD, row_generator(s.seed, key)
-        found: list[LogitsProcessor] = []
+        found: list[tf.LogitsProcessor] = []
         if s.repetition_penalty != 1:
-            found.append(RepetitionPenaltyLogitsProcessor(s.repetition_penalty))
+            found.append(tf.RepetitionPenaltyLogitsProcessor(s.repetition_penalty))
         if s.presence_penalty or s.frequency_penalty:
             found.append(RepeatPenalties(prompt_length, s.presence_penalty, s.frequency_penalty))
         self._reads_tokens = bool(found)
         if s.logit_bias:
-            found.append(SequenceBiasLogitsProcessor({(token,): float(x) for token, x in s.logit_bias.items()}))
-        self._processors = LogitsProcessorList(found if self.greedy else [*found, *_warpers(s)])
+            found.append(tf.SequenceBiasLogitsProcessor({(token,): float(x) for token, x in s.logit_bias.items()}))
+        self._processors = tf.LogitsProcessorList(found if self.greedy else [*found, *_warpers(s)])
 
     def scores(self, tokens: Sequence[int], log_probs: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
         """Return the scores to draw the next token from.
@@ -89,12 +80,12 @@ class Sampler:
         return found[0]
 
 
-def _warpers(s: Sampling) -> list[LogitsProcessor]:
+def _warpers(s: Sampling) -> list[tf.LogitsProcessor]:
     """Return transformers' own temperature and truncation, in its order."""
-    found = [TemperatureLogitsWarper(float(s.temperature))] if s.temperature != 1 else []
-    found += [TopKLogitsWarper(s.top_k)] if s.top_k else []
-    found += [TopPLogitsWarper(s.top_p)] if s.top_p < 1 else []
-    return found + ([MinPLogitsWarper(s.min_p)] if s.min_p is not None else [])
+    found = [tf.TemperatureLogitsWarper(float(s.temperature))] if s.temperature != 1 else []
+    found += [tf.TopKLogitsWarper(s.top_k)] if s.top_k else []
+    found += [tf.TopPLogitsWarper(s.top_p)] if s.top_p < 1 else []
+    return found + ([tf.MinPLogitsWarper(s.min_p)] if s.min_p is not None else [])
 
 
 def next_tokens(samplers: Sequence[Sampler], scores: Float[Tensor, "B v"]) -> list[int]:

@@ -129,7 +129,7 @@ class Sequence:
 
     Attributes:
         tokens: the prompt and what was drawn.
-        trails: for each member, its keys and values of the sequence while they are not part of a running batch.
+        trails: what each member has run, if it does not run the sequence in its batch, or not yet.
         ahead: hidden states at the newest token of all members but the first, where they are known before anybody asks.
         asked: whether those members are to be asked at the newest token; None without a gate that decides that.
         spent: this sequence's part of the seconds that it took to ask them.

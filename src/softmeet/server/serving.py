@@ -59,7 +59,7 @@ class Serving:
             served.ensemble.model.require_tokens("the server")
         self.ensembles, self.settings, self.metrics = ensembles, settings, Metrics()
         parallel = settings.parallel or any(s.ensemble.model.apart for s in ensembles)
-        self.batcher = Batcher(ensembles.members(), settings.limits, parallel=parallel, metrics=self.metrics)
+        self.batcher = Batcher(ensembles.members(), settings.limits, self.metrics, parallel=parallel)
         # Fast tokenizers change their own state; one thread keeps calls apart, and off the event loop.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="softmeet-tokenizer")
 

@@ -44,10 +44,6 @@ class Side:
     tokens: list[Report] = field(default_factory=list)
     done: bool = False
 
-    def html(self) -> str:
-        """Return the text as it is now."""
-        return text_of(self.tokens, self.prompt, self.rule, done=self.done)
-
 
 def mount(app: FastAPI, serving: Serving) -> None:
     """Serve the page at /ui."""
@@ -77,9 +73,8 @@ def page(serving: Serving) -> gr.Blocks:
             with gr.Column(scale=3):
                 prompt = gr.Textbox(_EXAMPLE, label="Prompt", lines=4, max_lines=12, elem_id="prompt")
             with gr.Column(scale=2, min_width=260):
-                name = gr.Dropdown(
-                    [s.name for s in serving.ensembles], value=first.name, label="Ensemble", elem_id="ensemble"
-                )
+                names = [s.name for s in serving.ensembles]
+                name = gr.Dropdown(names, value=first.name, label="Ensemble", elem_id="ensemble")
                 members = gr.CheckboxGroup(
                     own["members"],
                     value=own["members"],
@@ -113,10 +108,6 @@ def page(serving: Serving) -> gr.Blocks:
             async for picture in _pictures(serving, *given):
                 yield picture
 
-        def change(chosen: str) -> tuple[Any, Any, Any]:
-            new = _controls(serving.ensembles.find(chosen))
-            return gr.CheckboxGroup(new["members"], value=new["members"]), new["rule"], new["trust"]
-
         inputs = [prompt, name, members, rule, other, trust, length, temperature, seed]
         outputs = [left, right, details, trouble, sides]
         started = gr.on(
@@ -126,7 +117,8 @@ def page(serving: Serving) -> gr.Blocks:
         stop.click(None, cancels=[started])
         for k, side in enumerate((left, right)):
             side.click(_choosing(k), [sides], [details], show_progress="hidden", concurrency_limit=None, queue=False)
-        name.change(change, [name], [members, rule, trust], queue=False)
+        shown = [members, rule, trust]
+        name.change(lambda chosen: _changed(serving.ensembles.find(chosen)), [name], shown, queue=False)
     return blocks
 
 
@@ -134,6 +126,11 @@ def _controls(served: Served) -> dict[str, Any]:
     """Return what the controls show for an ensemble, until somebody changes them."""
     config = served.ensemble.model.config
     return {"members": list(served.names), "rule": config.rule, "trust": min(config.trust[0], 4)}
+
+
+def _changed(served: Served) -> tuple[Any, Any, Any]:
+    new = _controls(served)
+    return gr.CheckboxGroup(new["members"], value=new["members"]), new["rule"], new["trust"]
 
 
 def _choosing(k: int) -> Any:
@@ -206,8 +203,8 @@ async def _feed(answer: AnswerStream, side: Side) -> str:
 
 
 def _texts(sides: list[Side]) -> tuple[Any, Any]:
-    right = gr.HTML(sides[1].html(), visible=True) if len(sides) > 1 else gr.HTML("", visible=False)
-    return sides[0].html(), right
+    left, *right = [text_of(side.tokens, side.prompt, side.rule, done=side.done) for side in sides]
+    return left, gr.HTML("".join(right), visible=bool(right))
 
 
 def _trouble(message: str) -> Any:
