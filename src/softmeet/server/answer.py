@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from tokenizers.decoders import DecodeStream
@@ -81,27 +82,6 @@ class ChoiceDelta:
     finish: str | None = None
 
 
-@dataclass(frozen=True)
-class PreparedRequest:
-    """A request of the API, checked and in tokens.
-
-    Args:
-        model: the name of the ensemble.
-        prompts: token ids.
-        choices: how many continuations of each prompt; choice c of prompt p has index p · choices + c.
-        generation: what is asked of the batcher.
-        tokenizer: of the ensemble.
-        stops: strings before which a text ends.
-    """
-
-    model: str
-    prompts: list[tuple[int, ...]]
-    choices: int
-    generation: GenerationRequest
-    tokenizer: Any
-    stops: tuple[str, ...] = ()
-
-
 class AnswerStream:
     """The choices of one request as the batcher writes them; leaving an iteration early gives their places up.
 
@@ -114,20 +94,19 @@ class AnswerStream:
         BusyError, ClosingError: the batcher does not take the request.
     """
 
-    def __init__(self, batcher: Batcher, request: PreparedRequest) -> None:
+    def __init__(self, batcher: Batcher, request: GenerationRequest) -> None:
         self.request, self.completion_tokens = request, 0
         self._metrics, self._started = batcher.metrics, time.perf_counter()
-        self._loop, self._events = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
-        indices = range(len(request.prompts) * request.choices)
-        self._texts = [TextStream(request.tokenizer, request.stops) for _ in indices]
-        self._sequences = [self._sequence(k) for k in indices]
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def emit(index: int, event: Event) -> None:
+            loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+
+        prompts = [prompt for prompt in request.prompts for _ in range(request.choices)]
+        self._texts = [TextStream(request.tokenizer, request.stops) for _ in prompts]
+        self._sequences = [Sequence(request, prompt, k, partial(emit, k)) for k, prompt in enumerate(prompts)]
         batcher.submit(self._sequences)
-
-    def _sequence(self, index: int) -> Sequence:
-        def emit(event: Event) -> None:
-            self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
-
-        return Sequence(self.request.generation, self.request.prompts[index // self.request.choices], index, emit)
 
     async def deltas(self) -> AsyncIterator[ChoiceDelta]:
         """Yield what is new of any choice, as it comes, until all have ended.

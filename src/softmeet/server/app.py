@@ -123,7 +123,7 @@ async def metrics(request: Request) -> Response:
 
 
 async def _respond(request: Request, reply: Reply) -> Response:
-    answer = AnswerStream(_serving(request).batcher, reply.prepared)
+    answer = AnswerStream(_serving(request).batcher, reply.asked)
     if reply.body.stream:
         headers = {"Cache-Control": "no-store"}
         return _Events(_events(answer, reply), media_type="text/event-stream", headers=headers)

@@ -40,15 +40,15 @@ class PrefixCache:
 
         At least the last token is left to compute. If no token is known, there are no keys and values.
         """
-        best, key = 0, None
-        for known in self._kept:
-            shared = min(sum(takewhile(bool, map(eq, known, tokens))), len(tokens) - 1)
-            if shared > best:
-                best, key = shared, known
-        if key is None:
+
+        def shared(known: tuple[int, ...]) -> int:
+            return min(sum(1 for _ in takewhile(bool, map(eq, known, tokens))), len(tokens) - 1)
+
+        best = max(self._kept, key=shared, default=())
+        if not shared(best):
             return 0, ()
-        self._kept.move_to_end(key)
-        return best, self._kept[key]
+        self._kept.move_to_end(best)
+        return shared(best), self._kept[best]
 
     def keep(self, tokens: list[int] | tuple[int, ...], states: tuple[Prefix, ...]) -> None:
         """Keep each layer's keys and values of a prompt, unless it is longer than all that may be kept."""

@@ -218,10 +218,9 @@ class Batcher:
         return [states[-1:] for states in hidden]
 
     def _score(self, s: Sequence, hidden: Hidden, asked: Asked | None) -> None:
-        tokens, found = iter(s.prompt[1:]), []
-        for log_probs, solution in s.combination.model.solve_in_chunks(
-            hidden, s.combination.settings, asked, proved=False
-        ):
+        """Report a prompt's tokens but the first, given the hidden states before them and who was asked there."""
+        how, tokens, found = s.combination, iter(s.prompt[1:]), []
+        for log_probs, solution in how.model.solve_in_chunks(hidden, how.settings, asked, proved=False):
             found += [_token(s, solution, log_probs, k, next(tokens)) for k in range(log_probs.shape[1])]
         self._emit(s, PromptScored(found))
 

@@ -12,9 +12,9 @@ from uuid import uuid4
 
 from pydantic_core import to_jsonable_python
 
-from softmeet.server.answer import ChoiceDelta, PreparedRequest
+from softmeet.server.answer import ChoiceDelta
 from softmeet.server.schemas import ChatRequest, CompletionRequest
-from softmeet.server.sequences import Token
+from softmeet.server.sequences import GenerationRequest, Token
 
 # What OpenAI writes for a probability of zero, which JSON has no number for.
 _IMPOSSIBLE = -9999.0
@@ -39,7 +39,7 @@ class Reply(ABC):
     """How one endpoint writes its answers.
 
     Args:
-        prepared: what is answered.
+        asked: what is answered.
         body: the request as it was sent.
     """
 
@@ -47,9 +47,9 @@ class Reply(ABC):
     kind: str
     chunk_kind: str
 
-    def __init__(self, prepared: PreparedRequest, body: CompletionRequest | ChatRequest) -> None:
-        self.prepared, self.body = prepared, body
-        self._common = {"id": self.prefix + uuid4().hex, "created": int(time.time()), "model": prepared.model}
+    def __init__(self, asked: GenerationRequest, body: CompletionRequest | ChatRequest) -> None:
+        self.asked, self.body = asked, body
+        self._common = {"id": self.prefix + uuid4().hex, "created": int(time.time()), "model": asked.model}
         self._begun: set[int] = set()
         self._offsets = defaultdict[int, int](int)
         self._gates = defaultdict[int, Any](lambda: {"tokens": 0, "gated": 0, "seconds_saved": 0.0})
@@ -69,8 +69,7 @@ class Reply(ABC):
         first = delta.index not in self._begun
         self._begun.add(delta.index)
         choice = self._choice(delta, first=first)
-        asked = self.prepared.generation
-        wants_tokens = asked.top is not None or asked.report is not None
+        wants_tokens = self.asked.top is not None or self.asked.report is not None
         if not (first or delta.text or delta.finish or delta.scored is not None or wants_tokens):
             return None
         found = {**self._common, "object": self.chunk_kind, "choices": [choice]}
@@ -83,23 +82,23 @@ class Reply(ABC):
         return {**self._common, "object": self.chunk_kind, "choices": [], "usage": self._usage(tokens)}
 
     def _usage(self, tokens: int) -> dict[str, int]:
-        asked = sum(map(len, self.prepared.prompts))
-        return {"prompt_tokens": asked, "completion_tokens": tokens, "total_tokens": asked + tokens}
+        prompts = sum(map(len, self.asked.prompts))
+        return {"prompt_tokens": prompts, "completion_tokens": tokens, "total_tokens": prompts + tokens}
 
     def _settings(self) -> dict[str, Any]:
-        how = self.prepared.generation.combination
+        how = self.asked.combination
         settings = how.settings.plain()
         names = ["rule", "trust", "weights", "pool"] + (["gate"] if how.gate else [])
         shown = {name: settings[name] for name in names}
-        return {"members": list(how.names), **shown, "seed": self.prepared.generation.sampling.seed}
+        return {"members": list(how.names), **shown, "seed": self.asked.sampling.seed}
 
     def _choice(self, delta: ChoiceDelta, *, first: bool) -> dict[str, Any]:
         found: dict[str, Any] = {}
         tokens = [*(delta.scored or []), *delta.tokens]
-        if reports := [t.report.spelled(self.prepared.tokenizer) for t in tokens if t.report is not None]:
+        if reports := [t.report.spelled(self.asked.tokenizer) for t in tokens if t.report is not None]:
             # Null where there is no number.
             found["tokens"] = to_jsonable_python(reports, inf_nan_mode="null")
-        if self.prepared.generation.combination.gate:
+        if self.asked.combination.gate:
             gate = self._gates[delta.index]
             for token in delta.tokens:
                 gate["tokens"] += 1
@@ -112,7 +111,7 @@ class Reply(ABC):
 
     def spell(self, token: int) -> str:
         """Return one token's text."""
-        return str(self.prepared.tokenizer.decode([token]))
+        return str(self.asked.tokenizer.decode([token]))
 
 
 class CompletionReply(Reply):
@@ -123,12 +122,12 @@ class CompletionReply(Reply):
 
     def content(self, delta: ChoiceDelta, *, first: bool) -> dict[str, Any]:
         """Return text, after the prompt's if it is to be echoed, and log-probabilities."""
-        prompt = self.prepared.prompts[delta.index // self.prepared.choices]
-        echoed = self.prepared.tokenizer.decode(list(prompt)) if self.body.echo and first else ""
+        prompt = self.asked.prompts[delta.index // self.asked.choices]
+        echoed = self.asked.tokenizer.decode(list(prompt)) if self.body.echo and first else ""
         return {"text": echoed + delta.text, "logprobs": self._log_probs(delta, prompt)}
 
     def _log_probs(self, delta: ChoiceDelta, prompt: tuple[int, ...]) -> dict[str, Any] | None:
-        if self.prepared.generation.top is None:
+        if self.asked.top is None:
             return None
         # At the prompt's first token nobody could be asked.
         scored = [] if delta.scored is None else [Token(prompt[0]), *delta.scored]
@@ -164,7 +163,7 @@ class ChatReply(Reply):
         return found | {"logprobs": self._log_probs(delta)}
 
     def _log_probs(self, delta: ChoiceDelta) -> dict[str, Any] | None:
-        if self.prepared.generation.top is None:
+        if self.asked.top is None:
             return None
         found = [
             self._entry(t.token, t.log_prob) | {"top_logprobs": [self._entry(j, x) for j, x in t.top]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -96,7 +97,7 @@ Event = Token | PromptScored | Finished | Failed
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What the sequences of one request have in common.
+    """What a client asks for, checked and in tokens: several continuations of each of some prompts.
 
     Args:
         combination: which ensemble, and how its members are combined.
@@ -105,8 +106,13 @@ class GenerationRequest:
         top: how many of the most probable tokens to list at each token; 0 for the token's own log-probability alone,
             None for none at all.
         report: how many tokens the report of each token lists, None for no reports.
-        score_prompt: whether to score the prompt's tokens too.
+        score_prompt: whether to score the prompts' tokens too.
         deadline: when to give up, on the clock of ``time.monotonic``.
+        prompts: token ids.
+        choices: how many continuations of each prompt; choice c of prompt p has index p · choices + c.
+        stops: strings before which a text ends.
+        model: the name of the ensemble.
+        tokenizer: of the ensemble.
     """
 
     combination: Combination
@@ -116,6 +122,11 @@ class GenerationRequest:
     report: int | None = None
     score_prompt: bool = False
     deadline: float = float("inf")
+    prompts: tuple[tuple[int, ...], ...] = ()
+    choices: int = 1
+    stops: tuple[str, ...] = ()
+    model: str = ""
+    tokenizer: Any = None
 
 
 class Sequence:

@@ -13,7 +13,6 @@ from typing import Any
 
 import jinja2
 
-from softmeet.server.answer import PreparedRequest
 from softmeet.server.batcher import Batcher, Limits
 from softmeet.server.ensembles import Ensembles, Served
 from softmeet.server.errors import RequestError
@@ -63,7 +62,7 @@ class Serving:
         # Fast tokenizers change their own state; one thread keeps calls apart, and off the event loop.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="softmeet-tokenizer")
 
-    async def prepare(self, body: CompletionRequest | ChatRequest) -> PreparedRequest:
+    async def prepare(self, body: CompletionRequest | ChatRequest) -> GenerationRequest:
         """Check a request against the ensembles and the server's limits, and prepare it for the batcher.
 
         Raises:
@@ -87,7 +86,7 @@ class Serving:
             )
         for prompt in prompts:
             _check_prompt(prompt, combination, limit)
-        generation = GenerationRequest(
+        return GenerationRequest(
             combination=combination,
             sampling=_sampling(body, ours, combination.model.config.vocab_size),
             max_tokens=min(limit, self.settings.max_tokens),
@@ -95,9 +94,12 @@ class Serving:
             report=ours.report,
             score_prompt=score_prompt,
             deadline=time.monotonic() + self.settings.seconds,
+            prompts=tuple(prompts),
+            choices=choices,
+            stops=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
+            model=served.name,
+            tokenizer=served.ensemble.tokenizer,
         )
-        stops = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
-        return PreparedRequest(served.name, prompts, choices, generation, served.ensemble.tokenizer, stops)
 
 
 def _sampling(body: CompletionRequest | ChatRequest, ours: Extension, vocabulary: int) -> Sampling:

@@ -29,6 +29,7 @@ _FRAME = 0.1
 _LISTED = 8
 # Browsers would ask for an icon that is not there.
 _HEAD = '<link rel="icon" href="data:,">'
+_TITLE = "<h1>softmeet</h1><p>Several language models, sampled as one. Watch where they agree.</p>"
 _ALONE = "nothing"
 _HINT = "<p>Choose a token, with the pointer or with the arrow keys and Enter, to see what was behind it.</p>"
 _EXAMPLE = "And the king said unto his daughter,"
@@ -65,22 +66,16 @@ def page(serving: Serving) -> gr.Blocks:
     own = _controls(first)
     free = {name: name in serving.settings.allowed for name in own}
     with gr.Blocks(title="softmeet: look inside", analytics_enabled=False) as blocks:
-        gr.HTML(
-            "<h1>softmeet</h1><p>Several language models, sampled as one. Watch where they agree.</p>",
-            elem_classes="head",
-        )
+        gr.HTML(_TITLE, elem_classes="head")
         with gr.Row():
             with gr.Column(scale=3):
                 prompt = gr.Textbox(_EXAMPLE, label="Prompt", lines=4, max_lines=12, elem_id="prompt")
             with gr.Column(scale=2, min_width=260):
                 names = [s.name for s in serving.ensembles]
                 name = gr.Dropdown(names, value=first.name, label="Ensemble", elem_id="ensemble")
+                all_members, may_change = own["members"], free["members"]
                 members = gr.CheckboxGroup(
-                    own["members"],
-                    value=own["members"],
-                    label="Members",
-                    interactive=free["members"],
-                    elem_id="members",
+                    all_members, value=all_members, label="Members", interactive=may_change, elem_id="members"
                 )
         with gr.Row():
             rules = list(dict.fromkeys([*rule_names(), own["rule"]]))
@@ -141,19 +136,9 @@ def _choosing(k: int) -> Any:
     return choose
 
 
-async def _pictures(
-    serving: Serving,
-    prompt: str,
-    name: str,
-    members: list[str],
-    rule: str,
-    other: str,
-    trust: float,
-    length: int,
-    temperature: float,
-    seed: float | None,
-) -> AsyncIterator[Any]:
-    """Yield the page's outputs as texts grow: (left, right, details, trouble, sides)."""
+async def _pictures(serving: Serving, *inputs: Any) -> AsyncIterator[Any]:
+    """Yield the page's outputs as texts grow, (left, right, details, trouble, sides), given what its inputs hold."""
+    prompt, name, members, rule, other, trust, length, temperature, seed = inputs
     given = {
         "model": name, "prompt": prompt, "max_tokens": int(length), "temperature": float(temperature),
         "seed": secrets.randbits(32) if seed is None else int(seed),
@@ -163,9 +148,9 @@ async def _pictures(
     try:
         for chosen in [rule] if other == _ALONE else [rule, other]:
             asked = _asked(serving, name, members, chosen, trust)
-            prepared = await serving.prepare(CompletionRequest.model_validate(given | {"softmeet": asked}))
-            answers.append(AnswerStream(serving.batcher, prepared))
-        ways = [answer.request.generation.combination for answer in answers]
+            request = await serving.prepare(CompletionRequest.model_validate(given | {"softmeet": asked}))
+            answers.append(AnswerStream(serving.batcher, request))
+        ways = [answer.request.combination for answer in answers]
         sides = [Side(str(how.settings.rule), how.names, prompt) for how in ways]
         feeds = [asyncio.create_task(_feed(a, side)) for a, side in zip(answers, sides, strict=True)]
         while not all(feed.done() for feed in feeds):
