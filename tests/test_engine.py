@@ -1,4 +1,4 @@
-"""The engine: seeded rows are generate's, whoever shares the batch; rows come, go, fail and time out alone."""
+"""The batcher: seeded rows are generate's, whoever shares the batch; rows come, go, fail and time out alone."""
 
 from __future__ import annotations
 

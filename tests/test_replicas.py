@@ -21,9 +21,10 @@ from softmeet import Ensemble
 from softmeet.cli.main import app as commands
 from softmeet.errors import InvalidInputError
 from softmeet.server.app import create_app
+from softmeet.server.asgi import run
 from softmeet.server.batcher import Limits
 from softmeet.server.errors import ReplicaLostError
-from softmeet.server.relay import Relay, run
+from softmeet.server.relay import Relay
 from softmeet.server.security import Protection
 from softmeet.server.serving import ServerSettings
 

@@ -30,9 +30,7 @@ class TextStream:
         self._tokenizer, self._stops = tokenizer, stops
         self._stream = DecodeStream(skip_special_tokens=True)
         self._tokens: list[int] = []
-        self._decoded = 0
-        self._held = ""
-        self.stopped = False
+        self._decoded, self._held, self.stopped = 0, "", False
 
     def push(self, token: int) -> str:
         """Return the text that is certain with one more token, beyond what was returned before; it may be empty."""

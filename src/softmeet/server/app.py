@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, cast
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -61,8 +61,7 @@ def create_app(serving: Serving) -> FastAPI:
 
 
 def _serving(request: Request) -> Serving:
-    found: Serving = request.app.state.serving
-    return found
+    return cast(Serving, request.app.state.serving)
 
 
 @router.get("/v1/models")

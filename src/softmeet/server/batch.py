@@ -88,12 +88,11 @@ class _BatchLayer(DynamicLayer):
         w = self.window
         for name, part in zip(("keys", "values"), like, strict=True):
             old = getattr(self, name)
-            if old is not None and old.shape[0] >= w.slots and old.shape[2] >= w.columns:
-                continue
-            new = part.new_zeros(w.slots, part.shape[1], w.columns, part.shape[3])
-            if old is not None:
-                new[: old.shape[0], :, : old.shape[2]] = old
-            setattr(self, name, new)
+            if old is None or old.shape[0] < w.slots or old.shape[2] < w.columns:
+                new = part.new_zeros(w.slots, part.shape[1], w.columns, part.shape[3])
+                if old is not None:
+                    new[: old.shape[0], :, : old.shape[2]] = old
+                setattr(self, name, new)
         self.is_initialized = True
 
     def put(self, row: int, states: Prefix) -> None:
@@ -111,11 +110,6 @@ class _BatchLayer(DynamicLayer):
             part = buffer[: w.rows, :, w.first : w.end].clone()
             buffer[: w.rows] = 0
             buffer[: w.rows, :, w.first + by : w.end + by] = part
-
-    def move(self, source: int, target: int) -> None:
-        """Copy one row over another."""
-        for buffer in (self.keys, self.values):
-            buffer[target] = buffer[source]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the keys and values of one token of every row at the window's end; return all that the rows hold."""
@@ -194,15 +188,13 @@ class MemberBatch:
         # Powers of two with room for one more.
         w.slots = max(w.slots, 1 << len(self.rows).bit_length())
         w.columns = max(w.columns, 1 << max(length, w.end - w.first).bit_length())
-        layers: list[_BatchLayer] = self._cache.layers
-        for layer, like in zip(layers, states, strict=True):
-            layer.allocate(like)
         if not self.rows:
             w.first, w.end = 0, length
         elif length > w.end:
             self._shift(length - w.end)
         w.rows = len(self.rows) + 1
-        for layer, like in zip(layers, states, strict=True):
+        for layer, like in zip(self._cache.layers, states, strict=True):
+            layer.allocate(like)
             layer.put(w.rows - 1, like)
         w.first = min(w.first, w.end - length)
         self.rows.append(s)
@@ -212,9 +204,8 @@ class MemberBatch:
     def leave(self, s: Sequence) -> None:
         """Take a sequence out of the batch; the last row takes its place."""
         k, last = self.rows.index(s), len(self.rows) - 1
-        if k != last:
-            for layer in self._cache.layers:
-                layer.move(last, k)
+        for layer in self._cache.layers:
+            layer.keys[k], layer.values[k] = layer.keys[last], layer.values[last]
         self.rows[k], self._lengths[k] = self.rows[last], self._lengths[last]
         del self.rows[last], self._lengths[last]
         self._window.rows = last
@@ -232,9 +223,10 @@ class MemberBatch:
             self._shift(-w.first)
         lengths = torch.tensor(self._lengths)
         mask = torch.arange(w.end - w.first + 1) >= w.end - w.first - lengths[:, None]
+        ids = torch.tensor([s.tokens[-1:] for s in self.rows])
         hidden = last_hidden(
             self.model,
-            torch.tensor([s.tokens[-1:] for s in self.rows]),
+            ids,
             cache=self._cache,
             use_cache=True,
             attention_mask=mask.long(),

@@ -51,8 +51,10 @@ class Limits:
     kept_tokens: int = 16384
 
 
-class Batcher:
-    """Runs sequences of any number of ensembles; each member runs once a step, for all sequences that it is part of.
+class Batcher(threading.Thread):
+    """A thread that runs sequences of any number of ensembles, each member once a step for all that it is part of.
+
+    Before it is started, sequences only queue up; to end it, close and join it.
 
     Args:
         names: every member once, with its name for messages.
@@ -64,6 +66,7 @@ class Batcher:
     def __init__(
         self, names: dict[PreTrainedModel, str], limits: Limits, metrics: Metrics, *, parallel: bool = False
     ) -> None:
+        super().__init__(name="softmeet-batcher", daemon=True)
         self.limits, self.metrics = limits, metrics
         self._batches = {model: MemberBatch(name, model, limits.kept_tokens) for model, name in names.items()}
         self._map: Callable[..., Iterable[Any]] = ThreadPoolExecutor(len(names)).map if parallel else map
@@ -72,16 +75,11 @@ class Batcher:
         self._running: list[Sequence] = []
         self._wake = threading.Condition()
         self._closing, self._last_call = False, float("inf")
-        self._thread = threading.Thread(target=self._run, name="softmeet-batcher", daemon=True)
-
-    def start(self) -> None:
-        """Start the thread that runs sequences; before, they only queue up."""
-        self._thread.start()
 
     @property
     def alive(self) -> bool:
         """Whether the thread is at work and takes more."""
-        return self._thread.is_alive() and not self._closing
+        return self.is_alive() and not self._closing
 
     @property
     def has_room(self) -> bool:
@@ -101,11 +99,9 @@ class Batcher:
         with self._wake:
             if self._closing:
                 raise ClosingError("the server is shutting down: ask another one, or again later")
-            if len(sequences) > (free := self._free()):
-                raise BusyError(
-                    f"expected room for {len(sequences)} more in a queue of {self.limits.waiting}, found {free}: ask "
-                    "again later"
-                )
+            more, waiting, free = len(sequences), self.limits.waiting, self._free()
+            if more > free:
+                raise BusyError(f"expected room for {more} more in a queue of {waiting}, found {free}: ask again later")
             self._waiting += sequences
             self._wake.notify()
 
@@ -115,11 +111,8 @@ class Batcher:
             self._closing, self._last_call = True, time.monotonic() + grace
             self._wake.notify()
 
-    def join(self) -> None:
-        """Wait until the batcher, which was closed, has ended."""
-        self._thread.join()
-
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Run sequences until the batcher was closed and all have ended."""
         with torch.inference_mode():
             while (new := self._admit()) is not None:
                 started = time.perf_counter()

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from softmeet.ensemble import Ensemble
 from softmeet.errors import InvalidInputError
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
@@ -110,10 +108,6 @@ class Ensembles:
                 status=404, param="model", code="model_not_found",
             )  # fmt: skip
         return self._by_name[name]
-
-    def members(self) -> dict[PreTrainedModel, str]:
-        """Return every member once, with its name."""
-        return {m: name for s in self for m, name in zip(s.ensemble.model.members, s.names, strict=True)}
 
 
 def named(given: Sequence[str], members: Sequence[str] = ()) -> dict[str, list[str]]:

@@ -6,15 +6,14 @@ they stop coming because that process died, the relay ends the answer with the e
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
-from softmeet.server.asgi import replay, unless_left
+from softmeet.server.asgi import unless_left
 from softmeet.server.errors import ReplicaLostError, described, error_response
 from softmeet.server.replies import LAST_EVENT, event
 
@@ -23,25 +22,6 @@ _SENT_ON = (
     "client", "server",
 )  # fmt: skip
 _LOST = "the replica that was to answer has died: what came before is as it was; ask again"
-
-
-async def run(app: ASGIApp, scope: dict[str, Any], body: bytes) -> AsyncGenerator[Message, None]:
-    """Yield the messages that an application sends for one request; leaving the iteration is leaving as a client."""
-    messages: asyncio.Queue[Message | None] = asyncio.Queue()
-    gone = asyncio.Event()
-
-    async def leave() -> Message:
-        await gone.wait()
-        return {"type": "http.disconnect"}
-
-    task = asyncio.ensure_future(app(scope, replay(body, leave), messages.put))
-    task.add_done_callback(lambda done: messages.put_nowait(None))
-    try:
-        while (message := await messages.get()) is not None:
-            yield message
-        await task
-    finally:
-        gone.set()
 
 
 class Relay:

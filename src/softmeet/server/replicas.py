@@ -21,10 +21,11 @@ from starlette.types import ASGIApp, Message
 
 from softmeet.errors import InvalidInputError
 from softmeet.server.app import create_app
+from softmeet.server.asgi import run
 from softmeet.server.ensembles import load, named
 from softmeet.server.errors import InternalError
 from softmeet.server.metrics import Metrics
-from softmeet.server.relay import Relay, run
+from softmeet.server.relay import Relay
 from softmeet.server.security import Guard, Protection
 from softmeet.server.serving import ServerSettings, Serving
 
@@ -139,8 +140,7 @@ def _front(protection: Protection) -> Callable[[], ASGIApp]:
 
     def build() -> ASGIApp:
         replicas = serve.get_deployment_handle("replicas").options(stream=True)
-        lost = (RayActorError, DeploymentUnavailableError)
-        return Guard(Relay(lambda scope, body: replicas.remote(scope, body), lost), protection, Metrics())
+        return Guard(Relay(replicas.remote, (RayActorError, DeploymentUnavailableError)), protection, Metrics())
 
     return build
 

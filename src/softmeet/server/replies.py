@@ -43,9 +43,7 @@ class Reply(ABC):
         body: the request as it was sent.
     """
 
-    prefix: str
-    kind: str
-    chunk_kind: str
+    prefix = kind = chunk_kind = ""
 
     def __init__(self, asked: GenerationRequest, body: CompletionRequest | ChatRequest) -> None:
         self.asked, self.body = asked, body
@@ -88,8 +86,7 @@ class Reply(ABC):
     def _settings(self) -> dict[str, Any]:
         how = self.asked.combination
         settings = how.settings.plain()
-        names = ["rule", "trust", "weights", "pool"] + (["gate"] if how.gate else [])
-        shown = {name: settings[name] for name in names}
+        shown = {name: settings[name] for name in ("rule", "trust", "weights", "pool", *(["gate"] if how.gate else []))}
         return {"members": list(how.names), **shown, "seed": self.asked.sampling.seed}
 
     def _choice(self, delta: ChoiceDelta, *, first: bool) -> dict[str, Any]:
@@ -157,8 +154,7 @@ class ChatReply(Reply):
 
     def content(self, delta: ChoiceDelta, *, first: bool) -> dict[str, Any]:
         """Return the message, or of a stream the new text and at the beginning whose it is."""
-        role = {"role": "assistant"} if first else {}
-        message = role | {"content": delta.text}
+        message = ({"role": "assistant"} if first else {}) | {"content": delta.text}
         found = {"delta": message} if self.body.stream else {"message": message | {"refusal": None}}
         return found | {"logprobs": self._log_probs(delta)}
 

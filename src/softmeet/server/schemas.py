@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from softmeet.server.errors import RequestError
 
-Prob = Annotated[float, Field(gt=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 TokenId = Annotated[str, Field(pattern=r"^\d{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
@@ -58,7 +57,7 @@ class _Generation(_Strict):
     model: Word | None = Field(default=None, description="As /v1/models names them; else the first.")
     max_tokens: Annotated[int, Field(ge=0, le=_MOST)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Prob | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     stop: Stop | Annotated[list[Stop], Len(0, 16)] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None

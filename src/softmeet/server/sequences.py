@@ -93,6 +93,7 @@ class Failed:
 
 
 Event = Token | PromptScored | Finished | Failed
+Listener = Callable[[Event], None]
 
 
 @dataclass(frozen=True)
@@ -147,9 +148,7 @@ class Sequence:
         joined, done: whether it has joined the running batch, and whether it has ended.
     """
 
-    def __init__(
-        self, request: GenerationRequest, prompt: tuple[int, ...], key: int, emit: Callable[[Event], None]
-    ) -> None:
+    def __init__(self, request: GenerationRequest, prompt: tuple[int, ...], key: int, emit: Listener) -> None:
         self.request, self.prompt, self.emit = request, prompt, emit
         self.combination = request.combination
         self.sampler = Sampler(request.sampling, key, len(prompt))

@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -58,7 +58,8 @@ class Serving:
             served.ensemble.model.require_tokens("the server")
         self.ensembles, self.settings, self.metrics = ensembles, settings, Metrics()
         parallel = settings.parallel or any(s.ensemble.model.apart for s in ensembles)
-        self.batcher = Batcher(ensembles.members(), settings.limits, self.metrics, parallel=parallel)
+        names = {m: name for s in ensembles for m, name in zip(s.ensemble.model.members, s.names, strict=True)}
+        self.batcher = Batcher(names, settings.limits, self.metrics, parallel=parallel)
         # Fast tokenizers change their own state; one thread keeps calls apart, and off the event loop.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="softmeet-tokenizer")
 
@@ -109,7 +110,7 @@ def _sampling(body: CompletionRequest | ChatRequest, ours: Extension, vocabulary
         raise RequestError(
             f"expected token ids below {vocabulary:,} in logit_bias, got {absent[0]}", param="logit_bias"
         )
-    names = {field.name for field in fields(Sampling)}
+    names = Sampling.__dataclass_fields__
     given = {name: x for source in (body, ours) for name, x in source if name in names and x is not None}
     return Sampling(**({"seed": secrets.randbits(53)} | given | {"logit_bias": biases}))
 
@@ -132,9 +133,8 @@ def _templated(served: Served, body: ChatRequest) -> list[tuple[int, ...]]:
             param="messages", code="no_chat_template",
         )  # fmt: skip
     try:
-        found = tokenizer.apply_chat_template(
-            [message.plain() for message in body.messages], add_generation_prompt=True, return_dict=False
-        )
+        messages = [message.plain() for message in body.messages]
+        found = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     except jinja2.TemplateError as error:
         raise RequestError(f"the chat template refuses these messages: {error}"[:300], param="messages") from error
     return [tuple(found)]

@@ -7,7 +7,6 @@ import os
 import secrets
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from importlib.resources import files
 from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -22,7 +21,7 @@ from softmeet.server.answer import AnswerStream
 from softmeet.server.ensembles import Served
 from softmeet.server.schemas import CompletionRequest, Extension, refusal
 from softmeet.server.serving import Serving
-from softmeet.server.ui_html import LEGEND, Report, alert, details_of, text_of
+from softmeet.server.ui_html import LEGEND, Report, alert, details_of, resource, text_of
 
 # Seconds between two pictures of a text that streams.
 _FRAME = 0.1
@@ -43,7 +42,6 @@ class Side:
     members: tuple[str, ...]
     prompt: str
     tokens: list[Report] = field(default_factory=list)
-    done: bool = False
 
 
 def mount(app: FastAPI, serving: Serving) -> None:
@@ -51,18 +49,14 @@ def mount(app: FastAPI, serving: Serving) -> None:
     sans, mono = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
     theme = gr.themes.Base(primary_hue="blue", neutral_hue="slate", font=sans, font_mono=mono)
     gr.mount_gradio_app(
-        app, page(serving), path="/ui", theme=theme, css=_file("page.css"), head=_HEAD, footer_links=[], ssr_mode=False,
-        show_error=False, run_history=False, pwa=False, enable_monitoring=False,
+        app, page(serving), path="/ui", theme=theme, css=resource("page.css"), head=_HEAD, footer_links=[],
+        ssr_mode=False, show_error=False, run_history=False, pwa=False, enable_monitoring=False,
     )  # fmt: skip
-
-
-def _file(name: str) -> str:
-    return files("softmeet.server").joinpath(name).read_text(encoding="utf-8")
 
 
 def page(serving: Serving) -> gr.Blocks:
     """Return the page of a server's ensembles."""
-    first, choose = serving.ensembles.find(None), _file("page.js")
+    first, choose = serving.ensembles.find(None), resource("page.js")
     own = _controls(first)
     free = {name: name in serving.settings.allowed for name in own}
     with gr.Blocks(title="softmeet: look inside", analytics_enabled=False) as blocks:
@@ -112,8 +106,9 @@ def page(serving: Serving) -> gr.Blocks:
         stop.click(None, cancels=[started])
         for k, side in enumerate((left, right)):
             side.click(_choosing(k), [sides], [details], show_progress="hidden", concurrency_limit=None, queue=False)
-        shown = [members, rule, trust]
-        name.change(lambda chosen: _changed(serving.ensembles.find(chosen)), [name], shown, queue=False)
+        name.change(
+            lambda chosen: _changed(serving.ensembles.find(chosen)), [name], [members, rule, trust], queue=False
+        )
     return blocks
 
 
@@ -150,18 +145,16 @@ async def _pictures(serving: Serving, *inputs: Any) -> AsyncIterator[Any]:
             asked = _asked(serving, name, members, chosen, trust)
             request = await serving.prepare(CompletionRequest.model_validate(given | {"softmeet": asked}))
             answers.append(AnswerStream(serving.batcher, request))
-        ways = [answer.request.combination for answer in answers]
-        sides = [Side(str(how.settings.rule), how.names, prompt) for how in ways]
+        sides = [Side(str(how.settings.rule), how.names, prompt) for how in (a.request.combination for a in answers)]
         feeds = [asyncio.create_task(_feed(a, side)) for a, side in zip(answers, sides, strict=True)]
         while not all(feed.done() for feed in feeds):
-            yield *_texts(sides), _HINT, _trouble(""), sides
+            yield *_texts(sides, done=False), _HINT, _trouble(""), sides
             await asyncio.wait(feeds, timeout=_FRAME)
-        for side in sides:
-            side.done = True
-        yield *_texts(sides), _HINT, _trouble(" ".join(filter(None, (feed.result() for feed in feeds)))), sides
+        said = " ".join(filter(None, (feed.result() for feed in feeds)))
+        yield *_texts(sides, done=True), _HINT, _trouble(said), sides
     except (SoftmeetError, ValidationError) as error:
-        said = refusal(error.errors()) if isinstance(error, ValidationError) else error
-        yield gr.skip(), gr.skip(), gr.skip(), _trouble(str(said)), gr.skip()
+        found = refusal(error.errors()) if isinstance(error, ValidationError) else error
+        yield gr.skip(), gr.skip(), gr.skip(), _trouble(str(found)), gr.skip()
     finally:
         for answer in answers:
             answer.cancel()
@@ -187,8 +180,8 @@ async def _feed(answer: AnswerStream, side: Side) -> str:
     return ""
 
 
-def _texts(sides: list[Side]) -> tuple[Any, Any]:
-    left, *right = [text_of(side.tokens, side.prompt, side.rule, done=side.done) for side in sides]
+def _texts(sides: list[Side], *, done: bool) -> tuple[Any, Any]:
+    left, *right = [text_of(side.tokens, side.prompt, side.rule, done=done) for side in sides]
     return left, gr.HTML("".join(right), visible=bool(right))
 
 

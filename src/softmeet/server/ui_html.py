@@ -22,14 +22,18 @@ LEGEND = (
 )
 
 
+def resource(name: str) -> str:
+    """Return the text of a file that comes with the page."""
+    return files("softmeet.server").joinpath(name).read_text(encoding="utf-8")
+
+
 def _macros() -> Any:
     """Compile the templates, which are laid out for people: newlines and indents are none of the page's."""
     found = Environment(autoescape=False)  # noqa: S701 - whatever is not ours is escaped by name, as ever
     found.filters |= {"e": escape, "exp": math.exp, "finite": math.isfinite}
     found.filters |= {"heat": heat, "known_sum": known_sum, "shown": shown}
     found.filters["percent"] = lambda log_prob, digits: f"{math.exp(log_prob):.{digits}%}"
-    source = files("softmeet.server").joinpath("tokens.html").read_text(encoding="utf-8")
-    return found.from_string(re.sub(r"\n *", "", source)).module
+    return found.from_string(re.sub(r"\n *", "", resource("tokens.html"))).module
 
 
 _MACROS = _macros()
