@@ -41,7 +41,12 @@ async def run(app: ASGIApp, scope: dict[str, Any], body: bytes) -> AsyncGenerato
 
 
 async def unless_left(work: Coroutine[Any, Any, T], receive: Receive) -> T | None:
-    """Return what some work comes to; None if the client leaves before, and the work is given up."""
+    """Return the result of some work; None if the client leaves before it is done, and the work is cancelled.
+
+    Args:
+        work: what is to be done for the client.
+        receive: gives the client's messages, of which the last says that it has left.
+    """
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_left(receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)

@@ -86,7 +86,13 @@ _REQUEST_ERRORS = {401: "authentication_error", 404: "not_found_error"}
 
 
 def described(error: Exception) -> tuple[int, dict[str, Any]]:
-    """Return the HTTP status by which any error is sent, and OpenAI's error object as the body."""
+    """Return the HTTP status by which any error is sent, and OpenAI's error object as the body.
+
+    >>> described(BusyError("ask again later"))[0]
+    429
+    >>> described(ZeroDivisionError("a secret"))[1]["error"]["message"]
+    'the server failed: its log says why'
+    """
     message, param = str(error), None
     if isinstance(error, RequestError):
         status, param, code = error.status, error.param, error.code

@@ -61,7 +61,7 @@ class Gates:
         return [*hidden, *others], asked
 
     def ask(self, first: Mapping[Sequence, Float[Tensor, "1 d"]]) -> dict[Sequence, Hidden]:
-        """Return every member's hidden states at the newest token of sequences under the gate ``unsure``.
+        """Return the hidden states of every member at the newest token of sequences under the gate ``unsure``.
 
         Each sequence notes whether its members were asked; where they were not, zeros stand in for their hidden states.
 

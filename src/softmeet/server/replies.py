@@ -22,7 +22,14 @@ LAST_EVENT = "data: [DONE]\n\n"
 
 
 def dumps(document: Any) -> str:
-    """Return a document as JSON, compact; NaN and infinities, which not everybody can read back, are refused."""
+    """Return a document as compact JSON.
+
+    Raises:
+        ValueError: it holds NaN or an infinity, which not everybody can read back.
+
+    >>> dumps({"text": "é", "logprob": -0.5})
+    '{"text":"é","logprob":-0.5}'
+    """
     return json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 

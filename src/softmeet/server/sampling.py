@@ -45,7 +45,7 @@ class RepeatPenalties(tf.LogitsProcessor):
 
 
 class Sampler:
-    """Draws the tokens of one sequence.
+    """What draws the tokens of one sequence.
 
     Args:
         sampling: how tokens are drawn.
