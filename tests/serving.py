@@ -17,7 +17,7 @@ from softmeet import Ensemble
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
 from softmeet.server.app import create_app
 from softmeet.server.ensembles import Ensembles, Served
-from softmeet.server.serving import Serving, Settings
+from softmeet.server.serving import ServerSettings, Serving
 
 # As httpx itself, but patient: on a busy machine an answer may take longer than its five seconds.
 http = SimpleNamespace(
@@ -40,7 +40,7 @@ def tiny_ensemble(*names, rule="meet", seeds=(0, 1), template=None, models=None)
 
 def serving_of(ensembles, **settings):
     served = [Served(name, e, tuple(e.names)) for name, e in ensembles.items()]
-    return Serving(Ensembles(served), Settings(**{"ui": False} | settings))
+    return Serving(Ensembles(served), ServerSettings(**{"ui": False} | settings))
 
 
 @contextlib.contextmanager

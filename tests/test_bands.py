@@ -84,7 +84,7 @@ def test_an_ensemble_with_bands_is_served(folders):
     ensemble = Ensemble.from_pretrained(folders)
     ensemble.model.config.bands, ensemble.model.config.trust = 2, [0.5, 0.1, 1.0, 0.0]
     served = Served("e", ensemble, ("a", "b"))
-    assert served.combination(Extension(), CHANGES)[0].settings.trust == (0.5, 0.1, 1.0, 0.0)
-    assert served.combination(Extension(trust=[1.0, 2.0]), CHANGES)[0].settings.trust == (1.0, 1.0, 2.0, 2.0)
-    alone, _ = served.combination(Extension(members=["b"]), CHANGES)
+    assert served.combination(Extension(), CHANGES).settings.trust == (0.5, 0.1, 1.0, 0.0)
+    assert served.combination(Extension(trust=[1.0, 2.0]), CHANGES).settings.trust == (1.0, 1.0, 2.0, 2.0)
+    alone = served.combination(Extension(members=["b"]), CHANGES)
     assert (alone.settings.trust, alone.model.config.bands) == ((1.0, 0.0), 2)

@@ -1,4 +1,4 @@
-"""The engine: seeded rows are generate's, whoever shares the batch; rows come, go, fail and time out alone."""
+"""The batcher: seeded rows are generate's, whoever shares the batch; rows come, go, fail and time out alone."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from softmeet import Ensemble
 from softmeet.errors import NonFiniteError
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
 from softmeet.hf.sampling import RowSampler
-from softmeet.server.batch import MemberBatch
-from softmeet.server.engine import Engine, Limits
+from softmeet.server.batch import MemberBatch, PrefixCache
+from softmeet.server.batcher import Batcher, Limits
 from softmeet.server.errors import BusyError, ClosingError, TooLateError
-from softmeet.server.prefixes import Prefixes
+from softmeet.server.metrics import Metrics
 from softmeet.server.sampling import Sampling
-from softmeet.server.work import Combination, Failed, Finished, PromptScored, Sequence, Token, Work
+from softmeet.server.sequences import Combination, Failed, Finished, GenerationRequest, PromptScored, Sequence, Token
 from softmeet.simplex import total_variation
 
 # Rotary, learned and offset positions, grouped heads, a sliding window, a soft-cap.
@@ -55,8 +55,8 @@ def sequence(model, tokens, *, seed=5, key=0, max_tokens=12, rule=None, sampling
     combination = Combination(model, model.settings)
     if rule is not None:
         combination = Combination(model, model.settings.changed(rule=rule))
-    work = Work(combination, Sampling(seed=seed, **dict(sampling)), max_tokens, **options)
-    return Sequence(work, tokens, key, listener.put), listener
+    request = GenerationRequest(combination, Sampling(seed=seed, **dict(sampling)), max_tokens, **options)
+    return Sequence(request, tokens, key, listener.put), listener
 
 
 def generated(model, tokens, *, seed=5, max_tokens=12, **options):
@@ -73,7 +73,7 @@ def serve():
 
     def start(*models, **options):
         names = {m: f"member {k}" for k, m in enumerate({m: 0 for model in models for m in model.members})}
-        engines.append(Engine(names, **options))
+        engines.append(Batcher(names, options.pop("limits", Limits()), Metrics(), **options))
         engines[-1].start()
         return engines[-1]
 
@@ -146,7 +146,9 @@ def test_columns_shift_and_buffers_grow_under_long_rows(serve):
     asked.append(sequence(model, prompt(9, 300), seed=9, max_tokens=300))
     engine.submit([one for one, _ in asked])
     for one, listener in asked:
-        assert listener.tokens() == generated(model, one.prompt, seed=one.sampling.seed, max_tokens=one.max_tokens)
+        assert listener.tokens() == generated(
+            model, one.prompt, seed=one.request.sampling.seed, max_tokens=one.max_tokens
+        )
 
 
 def test_a_repeated_prefix_is_not_computed_again(serve):
@@ -161,15 +163,15 @@ def test_a_repeated_prefix_is_not_computed_again(serve):
 
 
 def test_prefixes_forget_the_oldest_and_always_leave_a_token():
-    kept = Prefixes(limit=10)
+    kept = PrefixCache(limit=10)
     kept.keep([1, 2, 3, 4], ["a"])
     kept.keep([1, 2, 5], ["b"])
     assert kept.longest([1, 2, 3, 4]) == (3, ["a"])
-    assert kept.longest([7, 7]) == (0, None)
+    assert kept.longest([7, 7]) == (0, ())
     kept.keep([8] * 4, ["c"])
     assert kept.longest([1, 2, 5, 6]) == (2, ["a"])
     kept.keep([9] * 11, ["d"])
-    assert kept.longest([9, 9]) == (0, None)
+    assert kept.longest([9, 9]) == (0, ())
 
 
 def test_ensembles_that_share_a_member_run_it_once(serve):
@@ -184,7 +186,7 @@ def test_ensembles_that_share_a_member_run_it_once(serve):
     asked = [sequence(model, prompt(k, 4), seed=k) for k, model in enumerate((first, second, first))]
     engine.submit([one for one, _ in asked])
     for k, (one, listener) in enumerate(asked):
-        assert listener.tokens() == generated(one.work.combination.model, one.prompt, seed=k)
+        assert listener.tokens() == generated(one.combination.model, one.prompt, seed=k)
     assert calls[:14] == [1, 1, 1] + [3] * 11
 
 
@@ -315,10 +317,13 @@ def test_company_changes_a_row_by_rounding_alone(narrow, rule):
 
     def after(lengths):
         batches = [MemberBatch("a member", member) for member in members]
-        for batch in batches:
-            for row, length in enumerate(lengths):
-                batch.join(row, batch.prefill(ids[:length], every=False)[1])
-        hidden = [batch.step([50] * len(lengths)) for batch in batches]
+        for length in lengths:
+            row, _ = sequence(narrow.model, tuple(ids[:length]))
+            for k, batch in enumerate(batches):
+                batch.catch_up([(row, k)])
+                batch.join(row, k)
+            row.tokens.append(50)
+        hidden = [batch.step() for batch in batches]
         with torch.inference_mode():
             return narrow.model.solve_rows(hidden, narrow.model.settings.changed(rule=rule))[1].log_probs
 

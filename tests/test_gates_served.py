@@ -10,9 +10,9 @@ from test_engine import LENGTHS, MEMBERS, Listener, ensemble_of, generated, prom
 
 from softmeet.errors import NonFiniteError
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM, Recorder
-from softmeet.server.engine import Limits
+from softmeet.server.batcher import Limits
 from softmeet.server.sampling import Sampling
-from softmeet.server.work import Combination, PromptScored, Sequence, Work
+from softmeet.server.sequences import Combination, GenerationRequest, PromptScored, Sequence
 
 # Closed at about half of the tokens that the tiny members draw.
 GATES = ("unsure:0.15", "disagreement:1.8")
@@ -21,7 +21,9 @@ GATES = ("unsure:0.15", "disagreement:1.8")
 def sequence(model, tokens, gate, *, rule=None, seed=5, max_tokens=12, **options):
     listener, settings = Listener(), model.settings if rule is None else model.settings.changed(rule=rule)
     how = Combination(model, settings.changed(gate=gate))
-    return Sequence(Work(how, Sampling(seed=seed), max_tokens, **options), tokens, 0, listener.put), listener
+    return Sequence(
+        GenerationRequest(how, Sampling(seed=seed), max_tokens, **options), tokens, 0, listener.put
+    ), listener
 
 
 @pytest.mark.parametrize("gate", GATES)

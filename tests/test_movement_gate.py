@@ -186,10 +186,10 @@ def test_a_server_calibrates_when_it_loads_and_never_for_a_request(default_gate,
     calls = count(monkeypatch)
     (served,) = load({"default": pair})
     assert len(calls) == 1
-    usual, _ = served.combination(Extension(), ())
+    usual = served.combination(Extension(), ())
     assert isinstance(usual.gate, PredictedMovement)
     assert usual.gate.factor is not None
-    changed, _ = served.combination(Extension(trust=0.4), ("trust",))
+    changed = served.combination(Extension(trust=0.4), ("trust",))
     assert changed.gate is None
     assert len(calls) == 1
     with pytest.raises(RequestError):

@@ -21,11 +21,12 @@ from softmeet import Ensemble
 from softmeet.cli.main import app as commands
 from softmeet.errors import InvalidInputError
 from softmeet.server.app import create_app
-from softmeet.server.engine import Limits
+from softmeet.server.asgi import run
+from softmeet.server.batcher import Limits
 from softmeet.server.errors import ReplicaLostError
-from softmeet.server.relay import Relay, run
+from softmeet.server.relay import Relay
 from softmeet.server.security import Protection
-from softmeet.server.serving import Settings
+from softmeet.server.serving import ServerSettings
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -48,8 +49,10 @@ def url():
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    settings = Settings(limits=Limits(rows=16), protection=Protection(keys=("secret",)))
-    serve.run(application({"default": ["narrow"]}, {"rule": "meet"}, settings, Scale(2)), name=NAME, route_prefix="/")
+    settings = ServerSettings(limits=Limits(rows=16), protection=Protection(keys=("secret",)))
+    serve.run(
+        application({"default": ["narrow"]}, {"rule": "meet"}, settings, Scale(replicas=2)), name=NAME, route_prefix="/"
+    )
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
     ray.shutdown()
@@ -275,21 +278,21 @@ def test_an_application_run_by_messages_and_left():
                     break
         return whole
 
-    serving.engine.start()
+    serving.batcher.start()
     whole = asyncio.run(both())
     assert whole[0]["status"] == 200
     assert json.loads(b"".join(m["body"] for m in whole[1:]))["choices"][0]["finish_reason"] in ("length", "stop")
-    wait_until(lambda: not serving.engine._rows)
-    serving.engine.close(0)
-    serving.engine.join()
+    wait_until(lambda: not serving.batcher._running)
+    serving.batcher.close(0)
+    serving.batcher.join()
 
 
 def test_autoscaling_is_set():
-    assert Scale(2).options() == {"num_replicas": 2}
-    found = Scale(1, 4, streams=8).options()["autoscaling_config"]
+    assert Scale(replicas=2).options() == {"num_replicas": 2}
+    found = Scale(max_replicas=4, streams=8).options()["autoscaling_config"]
     assert found == {"min_replicas": 1, "max_replicas": 4, "target_ongoing_requests": 8}
     with pytest.raises(InvalidInputError, match="at most 3 replicas or more, got 2"):
-        Scale(3, 2).options()
+        Scale(replicas=3, max_replicas=2).options()
     assert isinstance(app(Arguments(ensembles="wide narrow", max_replicas=3)), serve.Application)
     # As `serve run` finds out what to make of name=value.
     assert inspect.signature(app).parameters["arguments"].annotation is Arguments

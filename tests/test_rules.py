@@ -271,9 +271,9 @@ def test_a_server_takes_it_in_requests(installed, folders):
 
     from softmeet.server.app import create_app
     from softmeet.server.ensembles import load
-    from softmeet.server.serving import Serving, Settings
+    from softmeet.server.serving import ServerSettings, Serving
 
-    serving = Serving(load({"default": folders}, rule="pointwise-minimum"), Settings())
+    serving = Serving(load({"default": folders}, rule="pointwise-minimum"), ServerSettings())
     with TestClient(create_app(serving), base_url="http://localhost") as client:
         asked = {"prompt": "the king", "max_tokens": 2, "seed": 1}
         own = client.post("/v1/completions", json=asked).json()
@@ -298,10 +298,10 @@ def test_a_broken_rule_fails_its_own_requests_alone(registered, folders):
 
     from softmeet.server.app import create_app
     from softmeet.server.ensembles import load
-    from softmeet.server.serving import Serving, Settings
+    from softmeet.server.serving import ServerSettings, Serving
 
     registered(type(broken(lambda problem: 1 / 0)))
-    serving = Serving(load({"default": folders}, rule="logit-mean"), Settings())
+    serving = Serving(load({"default": folders}, rule="logit-mean"), ServerSettings())
     with TestClient(create_app(serving), base_url="http://localhost") as client:
         asked = {"prompt": "the king", "max_tokens": 2, "seed": 1}
         bad = client.post("/v1/completions", json=asked | {"softmeet": {"rule": "test-broken"}})

@@ -280,14 +280,14 @@ def test_a_client_that_leaves_frees_its_place(client, url, serving):
         next(iter(stream))
         stream.close()
         before = serving.metrics.registry.get_sample_value("softmeet_tokens_total")
-        wait_until(lambda: not serving.engine._rows)
+        wait_until(lambda: not serving.batcher._running)
         with pytest.raises(httpx.ReadTimeout):
             http.post(
                 f"{url}/v1/completions",
                 json={"prompt": "a", "max_tokens": 60, "logit_bias": {"0": -100}},
                 timeout=httpx.Timeout(300, read=0.3),
             )
-        wait_until(lambda: not serving.engine._rows)
+        wait_until(lambda: not serving.batcher._running)
     finally:
         slow.remove()
     assert serving.metrics.registry.get_sample_value("softmeet_tokens_total") < before + 60

@@ -19,7 +19,7 @@ import tiny
 from serving import http, running, serving_of, tiny_ensemble, wait_until
 from test_cli import run
 
-from softmeet.server.engine import Limits
+from softmeet.server.batcher import Limits
 from softmeet.server.security import Protection
 
 JSON = {"content-type": "application/json"}
@@ -192,7 +192,7 @@ def test_a_full_queue_and_an_answer_that_takes_too_long():
     with running(serving) as url, ThreadPoolExecutor(2) as pool:
         assert http.get(f"{url}/ready").status_code == 200
         waiting = [pool.submit(http.post, f"{url}/v1/completions", json=long, timeout=300) for _ in range(2)]
-        wait_until(lambda: not serving.engine.has_room)
+        wait_until(lambda: not serving.batcher.has_room)
         busy = http.post(f"{url}/v1/completions", json=GOOD)
         assert_is_error(busy, 429)
         assert busy.headers["retry-after"] == "1"
@@ -309,7 +309,7 @@ def test_members_that_two_ensembles_name_are_loaded_once(members):
     from softmeet.server.ensembles import load
 
     found = load({"both": members.split(","), "one": members.split(",")[:1]})
-    assert len(found.members()) == 2
+    assert len({m for served in found for m in served.ensemble.model.members}) == 2
     assert found.find("one").ensemble.model.members[0] is found.find("both").ensemble.model.members[0]
 
 

@@ -100,13 +100,13 @@ def serve(
         raise InvalidInputError(
             f"refused to listen on {host} without keys: give --api-keys FILE or ${_KEYS}, or say --open"
         )
-    from softmeet.server.engine import Limits
+    from softmeet.server.batcher import Limits
     from softmeet.server.ensembles import load
     from softmeet.server.security import Protection
-    from softmeet.server.serving import Serving, Settings
+    from softmeet.server.serving import ServerSettings, Serving
 
     hosts = (*((*_LOCAL, host) if local else ()), *(access.allow_host or ()))
-    protocol = Settings(
+    protocol = ServerSettings(
         limits=Limits(limits.batch, limits.queue, limits.keep_tokens),
         protection=Protection(keys, hosts, limits.max_body, limits.body_timeout),
         max_tokens=limits.max_tokens,
@@ -124,7 +124,10 @@ def serve(
         options.require_ray()
         from softmeet.server.replicas import Scale, application
 
-        scale = Scale(c.replicas, c.max_replicas, c.target_streams, threads or 1, c.gpus, c.fronts)
+        scale = Scale(
+            replicas=c.replicas, max_replicas=c.max_replicas, streams=c.target_streams, threads=threads or 1,
+            gpus=c.gpus, fronts=c.fronts,
+        )  # fmt: skip
         made = application(asked, {**loading.arguments(), **given}, protocol, scale, grace)
         _replicate(made, host, port, c.ray_address, scale, list(asked))
         return
@@ -178,7 +181,7 @@ def _replicate(application: Any, host: str, port: int, address: str | None, scal
     from softmeet.scaling.cluster import connect, leave
     from softmeet.server.replicas import NAME
 
-    connect(address, (scale.most or scale.replicas) * scale.threads)
+    connect(address, (scale.max_replicas or scale.replicas) * scale.threads)
     if port == 0:
         with socket.socket() as free:
             free.bind((host, 0))
@@ -204,10 +207,10 @@ def _run(serving: Serving, host: str, port: int, grace: float, *, access_log: bo
     from softmeet.server.app import create_app
 
     class Server(uvicorn.Server):
-        """A server that tells the engine at the first signal, so that streams end before connections do."""
+        """A server that tells the batcher at the first signal, so that streams end before connections do."""
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            serving.engine.close(0 if self.should_exit or (sig == signal.SIGINT and grace == 0) else grace)
+            serving.batcher.close(0 if self.should_exit or (sig == signal.SIGINT and grace == 0) else grace)
             super().handle_exit(sig, frame)
 
         def _log_started_message(self, listeners: Any) -> None:

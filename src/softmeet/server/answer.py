@@ -1,33 +1,76 @@
-"""An answer under way: the sequences of one request, from events on the engine's thread to parts on the event loop."""
+"""An answer that is being written: the sequences of one request, from the batcher's thread to the event loop."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from softmeet.server.engine import Engine
-from softmeet.server.text import TextStream
-from softmeet.server.work import Event, Failed, Finished, PromptScored, Sequence, Token, Work
+from tokenizers.decoders import DecodeStream
+
+from softmeet.server.batcher import Batcher
+from softmeet.server.sequences import Event, Failed, Finished, GenerationRequest, PromptScored, Sequence, Token
 
 
-@dataclass(frozen=True)
-class Gated:
-    """Of a choice's tokens, those at which a gate was closed, and about how many seconds that saved."""
+class TextStream:
+    """The text of one sequence as its tokens come: no half characters, and nothing of a stop string.
 
-    tokens: int = 0
-    gated: int = 0
-    seconds_saved: float = 0.0
+    Args:
+        tokenizer: a fast tokenizer of transformers'.
+        stops: strings before which the text ends.
+
+    Attributes:
+        stopped: whether one of them came.
+    """
+
+    def __init__(self, tokenizer: Any, stops: tuple[str, ...] = ()) -> None:
+        self._tokenizer, self._stops = tokenizer, stops
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._tokens: list[int] = []
+        self._decoded, self._held, self.stopped = 0, "", False
+
+    def push(self, token: int) -> str:
+        """Return the text that is certain with one more token, beyond what was returned before; it may be empty."""
+        self._tokens.append(token)
+        piece = self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
+        self._decoded += len(piece)
+        return self._release(piece, final=False)
+
+    def end(self) -> str:
+        """Return the text that was held back, now that no token follows."""
+        whole: str = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+        return self._release(whole[self._decoded :], final=True)
+
+    def _release(self, piece: str, *, final: bool) -> str:
+        """Return what was held back and one more piece, up to a stop string or what may become one."""
+        text = self._held + piece
+        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        self.stopped = bool(found)
+        if found:
+            return text[: min(found)]
+        keep = 0 if final else max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
 
 
-@dataclass(frozen=True)
-class Part:
-    """Something new of one choice: text that is certain, tokens that came, or the end.
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest end of ``text`` that begins ``stop``."""
+    return next((k for k in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:k])), 0)
 
-    ``scored`` holds the prompt's tokens but the first, where they were asked for. At the end, ``gate`` says at how many
-    tokens a gate was closed, and about how many seconds that saved.
+
+@dataclass
+class ChoiceDelta:
+    """What is new of one choice of an answer, or the whole choice, which is all of its deltas together.
+
+    Args:
+        index: of the choice within the answer.
+        text: that is certain, and new.
+        tokens: that were drawn.
+        scored: the prompt's tokens but the first, where they were asked for.
+        finish: why the choice has ended, ``"stop"`` or ``"length"``; None before.
     """
 
     index: int
@@ -35,60 +78,36 @@ class Part:
     tokens: list[Token] = field(default_factory=list)
     scored: list[Token] | None = None
     finish: str | None = None
-    gate: Gated | None = None
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a request comes to.
+class AnswerStream:
+    """The choices of one request as the batcher writes them; leaving an iteration early gives their places up.
 
-    Args:
-        model: the name of the ensemble.
-        prompts: token ids.
-        choices: continuations of each prompt; choice c of prompt p has index p · choices + c.
-        work: of every sequence, but for its prompt, its key and where its events go.
-        members, tokenizer: of the ensemble that was asked for.
-        stops: strings before which a text ends.
-    """
-
-    model: str
-    prompts: list[tuple[int, ...]]
-    choices: int
-    work: Work
-    members: tuple[str, ...]
-    tokenizer: Any
-    stops: tuple[str, ...] = ()
-
-
-class Answer:
-    """Runs a plan; whoever leaves the iteration early gives its places up.
+    Needs a running event loop.
 
     Attributes:
-        completion_tokens: how many came so far, over all choices.
+        completion_tokens: how many tokens came so far, over all choices.
 
     Raises:
-        BusyError, ClosingError: as ``Engine.submit``.
+        BusyError, ClosingError: the batcher does not take the request.
     """
 
-    def __init__(self, engine: Engine, plan: Plan) -> None:
-        self.plan, self.completion_tokens = plan, 0
+    def __init__(self, batcher: Batcher, request: GenerationRequest) -> None:
+        self.request, self.completion_tokens = request, 0
+        self._metrics, self._started = batcher.metrics, time.perf_counter()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        self._loop = asyncio.get_running_loop()
-        self._engine, self._started = engine, time.perf_counter()
-        indices = range(len(plan.prompts) * plan.choices)
-        self._gates = [Gated() for _ in indices]
-        self._texts = [TextStream(plan.tokenizer, plan.stops) for _ in indices]
-        self._sequences = [self._sequence(k) for k in indices]
-        engine.submit(self._sequences)
+        loop = asyncio.get_running_loop()
 
-    def _sequence(self, index: int) -> Sequence:
-        def emit(event: Event) -> None:
-            self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+        def emit(index: int, event: Event) -> None:
+            loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
-        return Sequence(self.plan.work, self.plan.prompts[index // self.plan.choices], index, emit)
+        prompts = [prompt for prompt in request.prompts for _ in range(request.choices)]
+        self._texts = [TextStream(request.tokenizer, request.stops) for _ in prompts]
+        self._sequences = [Sequence(request, prompt, k, partial(emit, k)) for k, prompt in enumerate(prompts)]
+        batcher.submit(self._sequences)
 
-    async def parts(self) -> AsyncIterator[Part]:
-        """Everything new, of any choice, as it comes.
+    async def deltas(self) -> AsyncIterator[ChoiceDelta]:
+        """Yield what is new of any choice, as it comes, until all have ended.
 
         Raises:
             SoftmeetError: what made a sequence fail.
@@ -97,12 +116,11 @@ class Answer:
         try:
             while running:
                 index, event = await self._events.get()
-                if index not in running:
-                    continue
-                part = self._with_gate(self._part(index, event))
-                if part.finish is not None:
-                    running.discard(index)
-                yield part
+                if index in running:
+                    delta = self._delta(index, event)
+                    if delta.finish is not None:
+                        running.discard(index)
+                    yield delta
         finally:
             self.cancel()
 
@@ -111,46 +129,36 @@ class Answer:
         for sequence in self._sequences:
             sequence.cancel()
 
-    def _with_gate(self, part: Part) -> Part:
-        found = self._gates[part.index]
-        for token in part.tokens:
-            found = Gated(found.tokens + 1, found.gated + token.gated, found.seconds_saved + token.saved)
-        self._gates[part.index] = found
-        return replace(part, gate=found) if part.finish is not None and self.plan.work.combination.gate else part
-
-    def _part(self, index: int, event: Event) -> Part:
+    def _delta(self, index: int, event: Event) -> ChoiceDelta:
         text = self._texts[index]
         match event:
             case Failed(error):
                 raise error
             case PromptScored(tokens):
-                return Part(index, scored=tokens)
+                return ChoiceDelta(index, scored=tokens)
             case Finished(reason):
                 rest = text.end()
-                return Part(index, rest, finish="stop" if text.stopped else reason)
+                return ChoiceDelta(index, rest, finish="stop" if text.stopped else reason)
         if not self.completion_tokens:
-            self._engine.metrics.first.observe(time.perf_counter() - self._started)
+            self._metrics.first.observe(time.perf_counter() - self._started)
         self.completion_tokens += 1
         piece = text.push(event.token)
         if text.stopped:
             self._sequences[index].cancel()
-        return Part(index, piece, [event], finish="stop" if text.stopped else None)
+        return ChoiceDelta(index, piece, [event], finish="stop" if text.stopped else None)
 
-    async def whole(self) -> list[Part]:
-        """Every choice at its end, with all of its text and tokens.
+    async def whole(self) -> list[ChoiceDelta]:
+        """Wait for the end, and return every choice with all of its text and tokens.
 
         Raises:
             SoftmeetError: what made a sequence fail.
         """
-        found = [Part(k) for k in range(len(self._sequences))]
-        async for part in self.parts():
-            old = found[part.index]
-            found[part.index] = replace(
-                old,
-                text=old.text + part.text,
-                tokens=old.tokens + part.tokens,
-                scored=part.scored if part.scored is not None else old.scored,
-                finish=part.finish,
-                gate=part.gate,
-            )
+        found = [ChoiceDelta(k) for k in range(len(self._sequences))]
+        async for delta in self.deltas():
+            choice = found[delta.index]
+            choice.text += delta.text
+            choice.tokens += delta.tokens
+            choice.finish = delta.finish
+            if delta.scored is not None:
+                choice.scored = delta.scored
         return found

@@ -1,11 +1,11 @@
-"""The application: routes, and what an error becomes."""
+"""The application: its routes, and how errors are answered."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, cast
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -17,11 +17,12 @@ from starlette.types import Receive, Scope, Send
 
 from softmeet import __version__
 from softmeet.errors import SoftmeetError
-from softmeet.server.answer import Answer
+from softmeet.server.answer import AnswerStream
 from softmeet.server.asgi import unless_left
-from softmeet.server.errors import RequestError, problem
-from softmeet.server.replies import ChatReply, CompletionReply, Reply, dumps
-from softmeet.server.schemas import ChatRequest, CompletionRequest, ErrorBody, explained
+from softmeet.server.ensembles import Served
+from softmeet.server.errors import ErrorBody, RequestError, described, error_response
+from softmeet.server.replies import LAST_EVENT, ChatReply, CompletionReply, Reply, dumps, event
+from softmeet.server.schemas import ChatRequest, CompletionRequest, refusal
 from softmeet.server.security import Guard
 from softmeet.server.serving import Serving
 
@@ -30,14 +31,14 @@ router = APIRouter(responses={status: {"model": ErrorBody} for status in _STATUS
 
 
 def create_app(serving: Serving) -> FastAPI:
-    """The ASGI application; its lifespan starts and ends the engine."""
+    """Return the ASGI application of a server; its lifespan starts and ends the batcher."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        serving.engine.start()
+        serving.batcher.start()
         yield
-        serving.engine.close(grace=0)
-        await asyncio.to_thread(serving.engine.join)
+        serving.batcher.close(grace=0)
+        await asyncio.to_thread(serving.batcher.join)
 
     app = FastAPI(title="softmeet", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.serving = serving
@@ -60,28 +61,27 @@ def create_app(serving: Serving) -> FastAPI:
 
 
 def _serving(request: Request) -> Serving:
-    found: Serving = request.app.state.serving
-    return found
+    return cast(Serving, request.app.state.serving)
 
 
 @router.get("/v1/models")
 async def models(request: Request) -> dict[str, Any]:
-    """The ensembles, with their members and how they are combined."""
+    """List the ensembles, with their members and how they are combined."""
     return {"object": "list", "data": [_model(served) for served in _serving(request).ensembles]}
 
 
 @router.get("/v1/models/{name:path}")
 async def model(name: str, request: Request) -> dict[str, Any]:
-    """One ensemble."""
+    """Show one ensemble, with its members and how they are combined."""
     return _model(_serving(request).ensembles.find(name))
 
 
-def _model(served: Any) -> dict[str, Any]:
+def _model(served: Served) -> dict[str, Any]:
     config = served.ensemble.model.config
-    shown = config.settings.plain()
+    settings = config.settings.plain()
     facts = {
         "members": list(served.names),
-        **{name: shown[name] for name in ("rule", "trust", "weights", "pool", "gate")},
+        **{name: settings[name] for name in ("rule", "trust", "weights", "pool", "gate")},
         "context": getattr(config, "max_position_embeddings", None),
     }
     return {"id": served.name, "object": "model", "created": served.created, "owned_by": "softmeet", "softmeet": facts}
@@ -90,27 +90,25 @@ def _model(served: Any) -> dict[str, Any]:
 @router.post("/v1/completions")
 async def completions(body: CompletionRequest, request: Request) -> Response:
     """Continue prompts."""
-    plan = await _serving(request).completion(body)
-    return await _respond(request, CompletionReply(plan, body))
+    return await _respond(request, CompletionReply(await _serving(request).prepare(body), body))
 
 
 @router.post("/v1/chat/completions")
 async def chat(body: ChatRequest, request: Request) -> Response:
     """Answer messages, put in the form of the tokenizer's chat template."""
-    plan = await _serving(request).chat(body)
-    return await _respond(request, ChatReply(plan, body))
+    return await _respond(request, ChatReply(await _serving(request).prepare(body), body))
 
 
 @router.get("/health")
 async def health(request: Request) -> Response:
-    """Whether the engine lives."""
-    return _state(_serving(request).engine.alive)
+    """Tell whether the server is at work."""
+    return _state(_serving(request).batcher.alive)
 
 
 @router.get("/ready")
 async def ready(request: Request) -> Response:
-    """Whether a request would be taken now."""
-    return _state(_serving(request).engine.has_room)
+    """Tell whether a request would be taken now."""
+    return _state(_serving(request).batcher.has_room)
 
 
 def _state(good: bool) -> Response:
@@ -119,13 +117,13 @@ def _state(good: bool) -> Response:
 
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
-    """Counters for Prometheus."""
+    """Give counters, for Prometheus."""
     return Response(generate_latest(_serving(request).metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 async def _respond(request: Request, reply: Reply) -> Response:
-    answer = await _serving(request).answer(reply.plan)
-    if reply.request.stream:
+    answer = AnswerStream(_serving(request).batcher, reply.asked)
+    if reply.body.stream:
         headers = {"Cache-Control": "no-store"}
         return _Events(_events(answer, reply), media_type="text/event-stream", headers=headers)
     choices = await unless_left(answer.whole(), request.receive)
@@ -134,23 +132,19 @@ async def _respond(request: Request, reply: Reply) -> Response:
     return Response(dumps(reply.document(choices, answer.completion_tokens)), media_type="application/json")
 
 
-async def _events(answer: Answer, reply: Reply) -> AsyncIterator[str]:
+async def _events(answer: AnswerStream, reply: Reply) -> AsyncIterator[str]:
     try:
-        async for part in answer.parts():
-            if (chunk := reply.chunk(part)) is not None:
-                yield _event(chunk)
+        async for delta in answer.deltas():
+            if (chunk := reply.chunk(delta)) is not None:
+                yield event(chunk)
         if (last := reply.last_chunk(answer.completion_tokens)) is not None:
-            yield _event(last)
+            yield event(last)
     except SoftmeetError as error:
         # The status has been sent, so that the error can only be an event of its own.
-        yield _event(problem(error).body())
+        yield event(described(error)[1])
     finally:
         answer.cancel()
-    yield "data: [DONE]\n\n"
-
-
-def _event(document: dict[str, Any]) -> str:
-    return f"data: {dumps(document)}\n\n"
+    yield LAST_EVENT
 
 
 class _Events(StreamingResponse):
@@ -166,13 +160,10 @@ class _Events(StreamingResponse):
 async def _on_error(request: Request, error: Exception) -> Response:
     match error:
         case RequestValidationError():
-            message, param = explained(list(error.errors()))
-            error = RequestError(message, param=param)
+            error = refusal(error.errors())
         case HTTPException(status_code=404):
             message = "there is nothing here: expected a path under /v1, /health, /ready, /metrics or /ui"
             error = RequestError(message, status=404)
         case HTTPException():
             error = RequestError(str(error.detail), status=error.status_code)
-    found = problem(error)
-    headers = {"Retry-After": "1"} if found.status in (429, 503) else {}
-    return JSONResponse(found.body(), found.status, headers)
+    return error_response(error)

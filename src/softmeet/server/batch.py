@@ -7,8 +7,10 @@ or leaves, or the columns reach the end of the buffers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import takewhile
+from operator import eq
 from typing import Any
 
 import torch
@@ -18,14 +20,51 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from softmeet.members.huggingface import last_hidden
-from softmeet.members.placement import home
 from softmeet.members.trails import Prefix, Trail, catch_up, layers_of_keys_and_values
-from softmeet.server.prefixes import Prefixes
+from softmeet.server.sequences import Sequence
+
+
+class PrefixCache:
+    """Keys and values of past prompts, for prompts that begin alike; the least recently used go first.
+
+    Args:
+        limit: how many tokens may be kept, over all prompts.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._kept: OrderedDict[tuple[int, ...], tuple[Prefix, ...]] = OrderedDict()
+
+    def longest(self, tokens: list[int] | tuple[int, ...]) -> tuple[int, tuple[Prefix, ...]]:
+        """Return how many leading tokens are known, and each layer's keys and values of at least those.
+
+        At least the last token is left to compute. If no token is known, there are no keys and values.
+        """
+
+        def shared(known: tuple[int, ...]) -> int:
+            return min(sum(1 for _ in takewhile(bool, map(eq, known, tokens))), len(tokens) - 1)
+
+        best = max(self._kept, key=shared, default=())
+        if not shared(best):
+            return 0, ()
+        self._kept.move_to_end(best)
+        return shared(best), self._kept[best]
+
+    def keep(self, tokens: list[int] | tuple[int, ...], states: tuple[Prefix, ...]) -> None:
+        """Keep each layer's keys and values of a prompt, unless it is longer than all that may be kept."""
+        key = tuple(tokens)
+        if len(key) <= self.limit and key not in self._kept:
+            self._kept[key] = states
+            while sum(map(len, self._kept)) > self.limit:
+                self._kept.popitem(last=False)
 
 
 @dataclass
 class _Window:
-    """Which part of the buffers is in use: the first ``rows`` rows, columns from ``first`` to before ``end``."""
+    """Which part of the buffers is in use: the first ``rows`` rows, columns from ``first`` to before ``end``.
+
+    The buffers have ``slots`` rows and ``columns`` columns.
+    """
 
     rows: int = 0
     first: int = 0
@@ -34,7 +73,7 @@ class _Window:
     columns: int = 256
 
 
-class _Layer(DynamicLayer):
+class _BatchLayer(DynamicLayer):
     """Keys and values of one layer, (slots, heads, columns, width), written in place at the window's end.
 
     A sliding layer keeps everything too: the mask says what it sees.
@@ -45,20 +84,19 @@ class _Layer(DynamicLayer):
         self.window = window
 
     def allocate(self, like: Prefix) -> None:
-        """Make the buffers for states like those, or larger ones if the window has grown."""
+        """Make buffers for keys and values shaped like those, or larger ones if the window has grown."""
         w = self.window
         for name, part in zip(("keys", "values"), like, strict=True):
             old = getattr(self, name)
-            if old is not None and old.shape[0] >= w.slots and old.shape[2] >= w.columns:
-                continue
-            new = part.new_zeros(w.slots, part.shape[1], w.columns, part.shape[3])
-            if old is not None:
-                new[: old.shape[0], :, : old.shape[2]] = old
-            setattr(self, name, new)
+            if old is None or old.shape[0] < w.slots or old.shape[2] < w.columns:
+                new = part.new_zeros(w.slots, part.shape[1], w.columns, part.shape[3])
+                if old is not None:
+                    new[: old.shape[0], :, : old.shape[2]] = old
+                setattr(self, name, new)
         self.is_initialized = True
 
     def put(self, row: int, states: Prefix) -> None:
-        """Write a prompt's states into a row, ending at the window's end, and zeros before it."""
+        """Write one sequence's keys and values into a row, so that they end where the window ends, and zeros before."""
         w = self.window
         for buffer, part in zip((self.keys, self.values), states, strict=True):
             # A masked NaN is still a NaN, so that what another row left behind has to go.
@@ -66,20 +104,15 @@ class _Layer(DynamicLayer):
             buffer[row, :, w.end - part.shape[2] : w.end] = part[0]
 
     def shift(self, by: int) -> None:
-        """Move the columns in use by so many to the right (to the left if negative)."""
+        """Move the columns in use by ``by`` to the right; to the left if that is negative."""
         w = self.window
         for buffer in (self.keys, self.values):
             part = buffer[: w.rows, :, w.first : w.end].clone()
             buffer[: w.rows] = 0
             buffer[: w.rows, :, w.first + by : w.end + by] = part
 
-    def move(self, source: int, target: int) -> None:
-        """Copy one row over another."""
-        for buffer in (self.keys, self.values):
-            buffer[target] = buffer[source]
-
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write one token of every row at the window's end; give back all that the rows hold."""
+        """Write the keys and values of one token of every row at the window's end; return all that the rows hold."""
         w = self.window
         seen = slice(w.first, w.end + 1)
         self.keys[: w.rows, :, w.end] = key_states[:, :, 0]
@@ -87,21 +120,21 @@ class _Layer(DynamicLayer):
         return self.keys[: w.rows, :, seen], self.values[: w.rows, :, seen]
 
     def get_seq_length(self) -> int:
-        """The columns before the one that is written next."""
+        """Return how many columns in use there are before the one that is written next."""
         return self.window.end - self.window.first
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """As :meth:`get_seq_length`, with the query, and where they begin."""
+        """Return how many columns a mask has for a query of ``query_length`` tokens, and its first column."""
         return self.get_seq_length() + query_length, 0
 
 
 class MemberBatch:
-    """A member and the rows that it is running.
+    """A member, the sequences that it is running as ``rows`` of one batch, and prompts that it has run before.
 
     Args:
-        name: for messages.
-        model: in evaluation mode.
-        kept_tokens: how many prompt tokens may keep their states for prompts that begin alike.
+        name: of the member, for messages.
+        model: the member, in evaluation mode.
+        kept_tokens: how many prompt tokens may keep their keys and values for prompts that begin alike.
 
     Raises:
         InvalidInputError: the member's cache holds something else than keys and values.
@@ -109,99 +142,70 @@ class MemberBatch:
 
     def __init__(self, name: str, model: PreTrainedModel, kept_tokens: int = 16384) -> None:
         self.name, self.model = name, model
-        self.prefixes = Prefixes(kept_tokens)
+        self.rows: list[Sequence] = []
         advice = "its rows cannot join a running batch; use softmeet generate"
-        self._depth = layers_of_keys_and_values(name, model.config, advice)
+        depth = layers_of_keys_and_values(name, model.config, advice)
+        self._prefixes = PrefixCache(kept_tokens)
         self._window = _Window()
-        self._cache = Cache(layers=[_Layer(self._window) for _ in range(self._depth)])
+        self._cache = Cache(layers=[_BatchLayer(self._window) for _ in range(depth)])
         self._lengths: list[int] = []
-        self.rows: list[int] = []
 
     @torch.inference_mode()
-    def prefill(self, tokens: Sequence[int], *, every: bool) -> tuple[Float[Tensor, "t d"], list[Prefix], int]:
-        """Run a prompt by itself.
+    def catch_up(self, sequences: list[tuple[Sequence, int]], *, every: bool = False) -> list[Float[Tensor, "t d"]]:
+        """Run what sequences outside the batch have not run, such as their prompts, each in one chunk.
 
         Args:
-            tokens: the prompt.
-            every: want the hidden states of every position, not only of the last ones.
+            sequences: each with the index of this member among its members; at least one token is new to the member.
+            every: whether the hidden states of every token are wanted, so that a prompt that begins like an earlier one
+                is computed all the same.
 
         Returns:
-            (hidden states of the last positions, keys and values of each layer, how many tokens were not computed
-            again).
+            the hidden states of each at the tokens that were run.
         """
-        reused, states = (0, None) if every else self.prefixes.longest(tokens)
-        cache = Cache(layers=[DynamicLayer() for _ in range(self._depth)])
-        if states is not None:
-            for layer, (keys, values) in zip(cache.layers, states, strict=True):
-                layer.update(keys[:, :, :reused], values[:, :, :reused])
-        ids = torch.tensor([tokens[reused:]], device=home(self.model))
-        mask = torch.ones(1, len(tokens), dtype=torch.int64, device=ids.device)
-        hidden = last_hidden(self.model, ids, cache=cache, use_cache=True, attention_mask=mask)[0]
-        found = [(layer.keys, layer.values) for layer in cache.layers]
-        if hidden.isfinite().all():
-            self.prefixes.keep(tokens, found)
-        return hidden, found, reused
+        done, hidden = catch_up(self.model, [self._begun(s, s.trails[i], every=every) for s, i in sequences])
+        for (s, i), new, states in zip(sequences, done, hidden, strict=True):
+            if not s.trails[i].run and states.isfinite().all():
+                self._prefixes.keep(s.prompt, new.shorter(s.drawn).states)
+            s.trails[i] = new
+        return hidden
 
-    @torch.inference_mode()
-    def catch_up(
-        self, rows: Sequence[tuple[Trail, Sequence[int], int, bool]]
-    ) -> tuple[list[Trail], list[Float[Tensor, "t d"]]]:
-        """Run what sequences outside the batch have not run, each in one chunk.
-
-        Args:
-            rows: for each its trail, all of its tokens, how many of them are its prompt, and whether every one's hidden
-                states are wanted, so that a prompt that begins like an earlier one is computed all the same.
-
-        Returns:
-            (the trails with nothing pending; the hidden states at the tokens that were).
-        """
-        trails = [self._begun(trail, tokens, every=every) for trail, tokens, _, every in rows]
-        done, hidden = catch_up(self.model, trails)
-        for (trail, tokens, prompt, _), new, states in zip(rows, done, hidden, strict=True):
-            if not trail.run and states.isfinite().all():
-                self.prefixes.keep(tokens[:prompt], list(new.shorter(len(tokens) - prompt).states))
-        return done, hidden
-
-    def _begun(self, trail: Trail, tokens: Sequence[int], *, every: bool) -> Trail:
-        """With the rest of the tokens pending, and what is known of a prompt that begins alike."""
+    def _begun(self, s: Sequence, trail: Trail, *, every: bool) -> Trail:
+        """Return a sequence's trail with all that was not run; an empty one begins with what is known of its prompt."""
         if not trail.run and not every:
-            reused, states = self.prefixes.longest(tokens)
-            trail = Trail(tuple(states or ())).shorter(states[0][0].shape[2] - reused) if states else trail
-        return trail.longer(tokens[trail.run :])
+            reused, states = self._prefixes.longest(s.tokens)
+            trail = Trail(states)
+            trail = trail.shorter(trail.run - reused)
+        return trail.longer(s.tokens[trail.run :])
 
     @torch.inference_mode()
-    def join(self, row: int, states: list[Prefix]) -> None:
-        """A prompt that was run becomes a row of the batch.
+    def join(self, s: Sequence, i: int) -> None:
+        """Make a sequence whose prompt was run, and whose member ``i`` this is, a row of the batch.
 
-        Args:
-            row: its name, for :meth:`leave`.
-            states: as :meth:`prefill` gives them.
+        The batch takes over its keys and values.
         """
+        states, s.trails[i] = s.trails[i].states, Trail()
         w, length = self._window, states[0][0].shape[2]
         # Powers of two with room for one more.
         w.slots = max(w.slots, 1 << len(self.rows).bit_length())
         w.columns = max(w.columns, 1 << max(length, w.end - w.first).bit_length())
-        layers: list[_Layer] = self._cache.layers
-        for layer, like in zip(layers, states, strict=True):
-            layer.allocate(like)
         if not self.rows:
             w.first, w.end = 0, length
         elif length > w.end:
             self._shift(length - w.end)
         w.rows = len(self.rows) + 1
-        for layer, like in zip(layers, states, strict=True):
+        for layer, like in zip(self._cache.layers, states, strict=True):
+            layer.allocate(like)
             layer.put(w.rows - 1, like)
         w.first = min(w.first, w.end - length)
-        self.rows.append(row)
+        self.rows.append(s)
         self._lengths.append(length)
 
     @torch.inference_mode()
-    def leave(self, row: int) -> None:
-        """Take a row out; the last one takes its place."""
-        k, last = self.rows.index(row), len(self.rows) - 1
-        if k != last:
-            for layer in self._cache.layers:
-                layer.move(last, k)
+    def leave(self, s: Sequence) -> None:
+        """Take a sequence out of the batch; the last row takes its place."""
+        k, last = self.rows.index(s), len(self.rows) - 1
+        for layer in self._cache.layers:
+            layer.keys[k], layer.values[k] = layer.keys[last], layer.values[last]
         self.rows[k], self._lengths[k] = self.rows[last], self._lengths[last]
         del self.rows[last], self._lengths[last]
         self._window.rows = last
@@ -209,30 +213,31 @@ class MemberBatch:
             self._window.first = self._window.end - max(self._lengths)
 
     @torch.inference_mode()
-    def step(self, tokens: Sequence[int]) -> Float[Tensor, "B d"]:
-        """One more token for every row, in the order of ``rows``; the hidden states there."""
+    def step(self) -> Float[Tensor, "B d"]:
+        """Run the newest token of every row, and return the hidden states there."""
         w = self._window
         if w.end >= w.columns:
             # Half of the buffer or more may be in use only if a row is that long, and then it has to grow.
             if 2 * (w.end - w.first) > w.columns:
                 w.columns *= 2
             self._shift(-w.first)
-        place = home(self.model)
         lengths = torch.tensor(self._lengths)
         mask = torch.arange(w.end - w.first + 1) >= w.end - w.first - lengths[:, None]
+        ids = torch.tensor([s.tokens[-1:] for s in self.rows])
         hidden = last_hidden(
             self.model,
-            torch.tensor(tokens)[:, None].to(place),
+            ids,
             cache=self._cache,
             use_cache=True,
-            attention_mask=mask.long().to(place),
-            position_ids=lengths[:, None].to(place),
+            attention_mask=mask.long(),
+            position_ids=lengths[:, None],
         )
         w.end += 1
         self._lengths = [length + 1 for length in self._lengths]
         return hidden[:, -1]
 
     def _shift(self, by: int) -> None:
+        """Move the columns in use, in buffers that are large enough for it."""
         w = self._window
         while w.end + by >= w.columns:
             w.columns *= 2

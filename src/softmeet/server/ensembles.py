@@ -5,12 +5,10 @@ from __future__ import annotations
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
-
-from transformers import PreTrainedModel
 
 from softmeet.ensemble import Ensemble
 from softmeet.errors import InvalidInputError
@@ -20,7 +18,7 @@ from softmeet.members.zoo import DEFAULT, short
 from softmeet.rules.settings import Settings, parse_rule
 from softmeet.server.errors import RequestError
 from softmeet.server.schemas import CHANGES, Extension
-from softmeet.server.work import Combination
+from softmeet.server.sequences import Combination
 
 # NAME= before a member: a member's own text may hold an equals sign behind a plus.
 _PREFIX = re.compile(r"([\w.-]+)=")
@@ -28,46 +26,53 @@ _PREFIX = re.compile(r"([\w.-]+)=")
 
 @dataclass(frozen=True, eq=False)
 class Served:
-    """An ensemble under the name by which requests ask for it; ``names`` are its members' short names."""
+    """An ensemble that is served.
+
+    Args:
+        name: by which requests ask for it.
+        ensemble: that answers.
+        names: of its members, short.
+        created: when it was loaded, in seconds since 1970.
+    """
 
     name: str
     ensemble: Ensemble
     names: tuple[str, ...]
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def combination(self, asked: Extension, allowed: Sequence[str]) -> tuple[Combination, tuple[str, ...]]:
-        """(how to combine for a request, the names of the members that take part).
+    def combination(self, asked: Extension, allowed: Sequence[str]) -> Combination:
+        """Return the members and the settings by which a request is answered.
+
+        Args:
+            asked: what the request says about them.
+            allowed: what requests may change, of :data:`softmeet.server.schemas.CHANGES`.
 
         Raises:
-            RequestError: a change that this server does not allow, or a member that there is not.
+            RequestError: the request changes what it may not, or names a member that there is not.
             InvalidInputError: a setting is wrong.
         """
         given = {name: value for name in CHANGES if (value := getattr(asked, name)) is not None}
-        named = parse_rule(asked.rule)[1] if asked.rule is not None else {}
-        if refused := sorted({*given, *named} - set(allowed)):
+        in_rule = parse_rule(asked.rule)[1] if asked.rule is not None else {}
+        if refused := sorted({*given, *in_rule} - set(allowed)):
             raise RequestError(
                 f"this server does not let requests change {', '.join(refused)}", param=f"softmeet.{refused[0]}"
             )
-        chosen = self._chosen(given.pop("members", self.names))
-        model = self.ensemble.model if len(chosen) == len(self.names) else _part(self, chosen)
-        # Nothing is calibrated while requests wait.
-        settings = resolved(model, model.settings.changed(**given), may_calibrate=False)
-        return Combination(model, settings), tuple(self.names[k] for k in chosen)
-
-    def _chosen(self, wanted: Iterable[str]) -> tuple[int, ...]:
-        asked = set(wanted)
-        if absent := sorted(asked - set(self.names)):
+        wanted = set(given.pop("members", self.names))
+        if absent := sorted(wanted - set(self.names)):
             raise RequestError(
                 f"the ensemble {self.name} has no member {absent[0]!r}: expected some of {', '.join(self.names)}",
                 param="softmeet.members",
             )
-        return tuple(k for k, name in enumerate(self.names) if name in asked)
+        chosen = tuple(k for k, name in enumerate(self.names) if name in wanted)
+        model = self.ensemble.model if len(chosen) == len(self.names) else _part(self.ensemble.model, chosen)
+        # Nothing is calibrated while requests wait.
+        settings = resolved(model, model.settings.changed(**given), may_calibrate=False)
+        return Combination(model, settings, tuple(self.names[k] for k in chosen))
 
 
 @lru_cache(maxsize=64)
-def _part(served: Served, chosen: tuple[int, ...]) -> EnsembleForCausalLM:
-    """An ensemble of some of the members; their weights in the pool are scaled to sum to what all had."""
-    whole = served.ensemble.model
+def _part(whole: EnsembleForCausalLM, chosen: tuple[int, ...]) -> EnsembleForCausalLM:
+    """Return an ensemble of some of the members; their weights in the pool are scaled to sum to what all had."""
     config, total = whole.config, sum(whole.config.weights)
     weights = [config.weights[k] for k in chosen]
     share = sum(weights) or 1.0
@@ -90,10 +95,10 @@ class Ensembles:
         return iter(self._by_name.values())
 
     def find(self, name: str | None) -> Served:
-        """The ensemble of that name.
+        """Return the ensemble of that name, or the first for None.
 
         Raises:
-            RequestError: there is none.
+            RequestError: there is none of that name.
         """
         if name is None:
             return next(iter(self))
@@ -104,21 +109,22 @@ class Ensembles:
             )  # fmt: skip
         return self._by_name[name]
 
-    def members(self) -> dict[PreTrainedModel, str]:
-        """Every member once, with its name."""
-        return {m: name for s in self for m, name in zip(s.ensemble.model.members, s.names, strict=True)}
-
 
 def named(given: Sequence[str], members: Sequence[str] = ()) -> dict[str, list[str]]:
-    """Say what is to be served, by name.
+    """Return what each ensemble that is to be served is made of, by the ensemble's name.
 
     Args:
-        given: saved ensembles and families; without ``NAME=`` by the end of their names. Members joined by commas are
-            an old form.
-        members: of the ensemble ``default``, or with ``NAME=`` of others.
+        given: saved ensembles and bundled families, with their names as ``NAME=…``; without one, an ensemble is called
+            by the end of its path. Members joined by commas are an old form.
+        members: of the ensemble ``default``, or as ``NAME=…`` of another one.
 
     Raises:
         InvalidInputError: a name comes twice.
+
+    >>> named(["narrow", "big=folder/wide"])
+    {'narrow': ['narrow'], 'big': ['folder/wide']}
+    >>> named([], ["gpt2", "other=distilgpt2", "opt"])
+    {'default': ['gpt2', 'opt'], 'other': ['distilgpt2']}
     """
     found: dict[str, list[str]] = {}
     for text in members:
@@ -138,12 +144,12 @@ def named(given: Sequence[str], members: Sequence[str] = ()) -> dict[str, list[s
 
 
 def load(named: dict[str, list[str]], find: Callable[..., Ensemble] | None = None, **settings: Any) -> Ensembles:
-    """Ensembles by name, with members that several of them name loaded once.
+    """Load ensembles by name; a member that several of them name is loaded once.
 
     Args:
-        named: a saved ensemble, a bundled family, or members, for each name.
-        find: from such a list to an ensemble; None for ``Ensemble.from_pretrained``.
-        settings: of it.
+        named: for each name a saved ensemble or a bundled family, or several members.
+        find: loads an ensemble from such a list; None for ``Ensemble.from_pretrained``.
+        settings: passed on to it.
     """
     shared: dict[Any, Any] = {}
     served = []

@@ -1,4 +1,4 @@
-"""What goes wrong in serving, as exceptions, and every error as the object that OpenAI's clients know.
+"""What goes wrong in serving, as exceptions, and every error as the response that OpenAI's clients know.
 
 ::
 
@@ -13,39 +13,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
+
+from pydantic import BaseModel
+from starlette.responses import JSONResponse
 
 from softmeet.errors import InvalidInputError, RuleError, SoftmeetError
 
 
 class BusyError(SoftmeetError):
-    """Too many sequences are waiting."""
+    """Raised where too many sequences are waiting."""
 
 
 class ClosingError(SoftmeetError):
-    """The server is shutting down."""
+    """Raised for requests while the server shuts down."""
 
 
 class TooLateError(SoftmeetError):
-    """The answer was not done in time."""
+    """Raised where an answer was not done in time."""
 
 
 class ReplicaLostError(SoftmeetError):
-    """The replica that wrote the answer has died, or there is none."""
+    """Raised where the replica that wrote the answer has died, or there is none."""
 
 
 class InternalError(SoftmeetError):
-    """A defect of the server; the message says nothing that a stranger should not know."""
+    """Raised for a defect of the server; clients are told nothing but that there is one."""
 
 
 class RequestError(SoftmeetError):
-    """A request that cannot be served as it stands.
+    """Raised for a request that cannot be served as it stands.
 
     Args:
-        message: what was expected, what came and what to do.
-        status: of the HTTP response.
-        param: the field to blame.
+        message: what was expected, what came, and what to do.
+        status: HTTP status of the response.
+        param: the field of the request that is to blame.
         code: a word for programs.
     """
 
@@ -54,23 +56,24 @@ class RequestError(SoftmeetError):
         self.status, self.param, self.code = status, param, code
 
 
-@dataclass(frozen=True)
-class Problem:
-    """An error as it is sent: an HTTP status and the fields of OpenAI's error object."""
+class ErrorDetail(BaseModel):
+    """What went wrong."""
 
-    status: int
     message: str
-    kind: str
-    code: str | None = None
-    param: str | None = None
-
-    def body(self) -> dict[str, Any]:
-        """The JSON document."""
-        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+    type: str
+    param: str | None
+    code: str | None
 
 
-# The first that an error is of says how it is sent: (status, type, code); the code None is the error's own name.
+class ErrorBody(BaseModel):
+    """Every answer that is not a success."""
+
+    error: ErrorDetail
+
+
+# The first class that an error is of says how it is sent: (status, type, code); the code None is the error's own name.
 _SENT: tuple[tuple[type[SoftmeetError], int, str, str | None], ...] = (
+    (InternalError, 500, "server_error", "internal"),
     (BusyError, 429, "rate_limit_error", "busy"),
     (ClosingError, 503, "service_unavailable_error", "shutting_down"),
     (ReplicaLostError, 503, "service_unavailable_error", "replica_lost"),
@@ -79,15 +82,32 @@ _SENT: tuple[tuple[type[SoftmeetError], int, str, str | None], ...] = (
     (InvalidInputError, 400, "invalid_request_error", None),
     (SoftmeetError, 422, "invalid_request_error", None),
 )
+_REQUEST_ERRORS = {401: "authentication_error", 404: "not_found_error"}
 
 
-def problem(error: Exception) -> Problem:
-    """Any error as it is sent."""
+def described(error: Exception) -> tuple[int, dict[str, Any]]:
+    """Return the HTTP status by which any error is sent, and OpenAI's error object as the body.
+
+    >>> described(BusyError("ask again later"))[0]
+    429
+    >>> described(ZeroDivisionError("a secret"))[1]["error"]["message"]
+    'the server failed: its log says why'
+    """
+    message, param = str(error), None
     if isinstance(error, RequestError):
-        kinds = {401: "authentication_error", 404: "not_found_error"}
-        kind = kinds.get(error.status, "invalid_request_error")
-        return Problem(error.status, str(error), kind, error.code, error.param)
-    for known, status, kind, code in _SENT:
-        if isinstance(error, known) and not isinstance(error, InternalError):
-            return Problem(status, str(error), kind, code or type(error).__name__)
-    return Problem(500, "the server failed: its log says why", "server_error", "internal")
+        status, param, code = error.status, error.param, error.code
+        kind = _REQUEST_ERRORS.get(status, "invalid_request_error")
+    else:
+        known = error if isinstance(error, SoftmeetError) else InternalError()
+        _, status, kind, code = next(sent for sent in _SENT if isinstance(known, sent[0]))
+        code = code or type(error).__name__
+        if isinstance(known, InternalError):
+            message = "the server failed: its log says why"
+    return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_response(error: Exception, headers: dict[str, str] | None = None) -> JSONResponse:
+    """Return the response that tells a client of any error; it says when to ask again where that may help."""
+    status, body = described(error)
+    retry = {"Retry-After": "1"} if status in (429, 503) else {}
+    return JSONResponse(body, status, retry | (headers or {}))

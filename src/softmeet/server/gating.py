@@ -1,132 +1,118 @@
-"""Rows under a gate in the running batch: who is asked, catching up, and what that saves.
+"""Gates in the running batch: which members are asked about which sequences, and what that saves.
 
-By ``unsure`` the first member of a row is in its batch as ever. The others keep the row beside theirs, behind by any
-number of tokens, and catch up where the first is unsure: all rows that need a member at a step together.
+Under the gate ``unsure`` the first member of a sequence has it in its batch as ever. The others keep its keys and
+values beside their batches, are behind by any number of tokens, and catch up where the first is unsure: all sequences
+that need a member at a step together.
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from softmeet.hf.asking import whom_to_ask
 from softmeet.hf.combining import Asked
 from softmeet.hf.recorder import Savings
 from softmeet.rules.solution import Solution
-from softmeet.server.batch import MemberBatch
 from softmeet.server.metrics import Metrics
-from softmeet.server.row import Row
-from softmeet.server.work import Combination
+from softmeet.server.sequences import Combination, Sequence
 
-# Each member's hidden states at some positions of a row.
+# Hidden states of one sequence at some tokens, of each member.
 Hidden = list[Float[Tensor, "t _"]]
 
 
 class Gates:
-    """What the engine asks about rows under gates.
+    """Ask members about sequences under gates, and count what the gates save.
 
     Args:
-        batches: of every member.
-        each: ``map``, or one that uses threads.
+        catch_up: runs all members but the first on the tokens of some sequences that they have not run; ``every=True``
+            where the hidden states of all tokens are wanted.
         metrics: where to count.
     """
 
-    def __init__(
-        self, batches: Mapping[PreTrainedModel, MemberBatch], each: Callable[..., list[Any]], metrics: Metrics
-    ) -> None:
-        self._batches, self._each, self._metrics = batches, each, metrics
+    def __init__(self, catch_up: Callable[..., dict[Sequence, Hidden]], metrics: Metrics) -> None:
+        self._catch_up, self._metrics = catch_up, metrics
         self._savings: dict[tuple[Any, ...], Savings] = defaultdict(Savings)
 
-    def over_prompt(self, row: Row, first: Float[Tensor, "t d"]) -> tuple[Hidden, Asked | None]:
-        """(every member's hidden states over a prompt, who was asked), for a prompt whose tokens are scored."""
-        gate, model = row.sequence.work.combination.unsure, row.sequence.work.combination.model
-        if gate is None:
-            return [first], None
-        asked = whom_to_ask(model.heads[0], gate, first)
-        if not bool(asked.rows.any()):
-            return [first, *_nothing(model, first)], asked
-        hidden = self._caught_up([row], every=True)[row]
-        row.ahead = [states[-1:] for states in hidden]
-        return [first, *hidden], asked
+    def over_prompt(self, sequence: Sequence, hidden: Hidden) -> tuple[Hidden, Asked | None]:
+        """Complete the hidden states over a prompt whose tokens are scored.
 
-    def ask(self, first: Mapping[Row, Float[Tensor, "1 d"]]) -> dict[Row, Hidden]:
-        """Every member's hidden states at the newest token of rows under ``unsure``, from the first member's.
+        Args:
+            sequence: whose prompt it is.
+            hidden: of the members that run it in their batches.
 
-        Rows note who was asked; those that were not get zeros.
+        Returns:
+            (hidden states of every member; who was asked at which token, None for everybody everywhere).
         """
-        groups: dict[Combination, list[Row]] = defaultdict(list)
-        for row in first:
-            groups[row.sequence.work.combination].append(row)
-        for combination, rows in groups.items():
+        gate, heads = sequence.combination.unsure, sequence.combination.model.heads
+        if gate is None:
+            return hidden, None
+        asked = whom_to_ask(heads[0], gate, hidden[0])
+        if not bool(asked.rows.any()):
+            return [*hidden, *_unread(sequence, hidden[0])], asked
+        others = self._catch_up([sequence], every=True)[sequence]
+        sequence.ahead = [states[-1:] for states in others]
+        return [*hidden, *others], asked
+
+    def ask(self, first: Mapping[Sequence, Float[Tensor, "1 d"]]) -> dict[Sequence, Hidden]:
+        """Return the hidden states of every member at the newest token of sequences under the gate ``unsure``.
+
+        Each sequence notes whether its members were asked; where they were not, zeros stand in for their hidden states.
+
+        Args:
+            first: the first member's hidden states there.
+        """
+        groups: dict[Combination, list[Sequence]] = defaultdict(list)
+        for s in first:
+            groups[s.combination].append(s)
+        for combination, group in groups.items():
             assert combination.unsure is not None
-            stacked = torch.cat([first[row] for row in rows])
+            stacked = torch.cat([first[s] for s in group])
             asked = whom_to_ask(combination.model.heads[0], combination.unsure, stacked)
-            for k, row in enumerate(rows):
-                row.asked, row.spent = asked.take(slice(k, k + 1)), 0.0
-        is_open = [row for row in first if row.asked is not None and bool(row.asked.rows)]
+            for k, s in enumerate(group):
+                s.asked, s.spent = asked.take(slice(k, k + 1)), 0.0
+        is_open = [s for s in first if s.asked is not None and bool(s.asked.rows)]
         started = time.perf_counter()
-        found = {row: row.ahead for row in is_open if row.ahead}
-        found |= self._caught_up([row for row in is_open if not row.ahead])
-        for row in is_open:
-            row.spent = (time.perf_counter() - started) / len(is_open)
+        caught_up = self._catch_up([s for s in is_open if not s.ahead])
+        seconds = time.perf_counter() - started
+        for s in is_open:
+            s.spent = seconds / len(is_open)
         hidden = {}
-        for row, own in first.items():
-            others = [states[-1:] for states in found[row]] if row in found else _nothing(_model(row), own)
-            hidden[row], row.ahead = [own, *others], []
+        for s, own in first.items():
+            others = [states[-1:] for states in caught_up.get(s, s.ahead)] or _unread(s, own)
+            hidden[s], s.ahead = [own, *others], []
         return hidden
 
-    def _caught_up(self, rows: Sequence[Row], *, every: bool = False) -> dict[Row, Hidden]:
-        """The hidden states of all but the first member at what they had not run of some rows."""
-        work: dict[PreTrainedModel, list[tuple[Row, int]]] = defaultdict(list)
-        for row in rows:
-            for i, model in enumerate(row.members[1:]):
-                work[model].append((row, i))
-
-        def run(model: PreTrainedModel) -> Any:
-            own = [(r.trails[i], r.tokens, len(r.sequence.prompt), every) for r, i in work[model]]
-            return self._batches[model].catch_up(own)
-
-        hidden: dict[tuple[Row, int], Float[Tensor, "t _"]] = {}
-        for entries, (trails, states) in zip(work.values(), self._each(run, list(work)), strict=True):
-            for (row, i), trail, own in zip(entries, trails, states, strict=True):
-                row.trails[i], hidden[row, i] = trail, own
-        return {row: [hidden[row, i] for i in range(len(row.trails))] for row in rows}
-
-    def saved(self, rows: Sequence[Row], solution: Solution) -> float:
-        """Count some rows of one combination that were solved; about how many seconds each closed one saved."""
-        combination = rows[0].sequence.work.combination
+    def saved(self, sequences: list[Sequence], solution: Solution) -> float:
+        """Count sequences of one combination that were solved; return about how many seconds each closed gate saved."""
+        combination = sequences[0].combination
         gate = combination.gate
         if gate is None:
             return 0.0
-        names = tuple(self._batches[model].name for model in rows[0].members)
-        so_far, closed = self._savings[gate.name, combination.settings.rule, names], int(solution.gated.sum())
-        so_far.add(len(rows), closed, solution.seconds + sum(row.spent for row in rows))
-        each = (so_far.saved or 0.0) / so_far.gated if so_far.gated else 0.0
+        savings = self._savings[gate.name, combination.settings.rule, *sequences[0].members]
+        closed = int(solution.gated.sum())
+        savings.add(len(sequences), closed, solution.seconds + sum(s.spent for s in sequences))
+        each = (savings.saved or 0.0) / max(savings.gated, 1)
         self._metrics.gated.labels(gate.name).inc(closed)
         self._metrics.saved.labels(gate.name).inc(closed * each)
         return each
 
 
-def asked_of(rows: Sequence[Row]) -> Asked | None:
-    """Who was asked in some rows of one combination; None if there is no gate that decides."""
-    found = [row.asked for row in rows if row.asked is not None]
+def joined(sequences: list[Sequence]) -> Asked | None:
+    """Return who was asked about sequences of one combination; None if no gate decides that."""
+    found = [s.asked for s in sequences if s.asked is not None]
     if not found:
         return None
     logits = [one.logits for one in found if one.logits is not None]
     return Asked(torch.cat([one.rows for one in found]), torch.cat(logits) if len(logits) == len(found) else None)
 
 
-def _model(row: Row) -> Any:
-    return row.sequence.work.combination.model
-
-
-def _nothing(model: Any, like: Float[Tensor, "t d"]) -> Hidden:
-    """In place of the other members' hidden states, where nobody reads them."""
-    return [like.new_zeros(len(like), head.d) for head in model.heads[1:]]
+def _unread(sequence: Sequence, like: Float[Tensor, "t d"]) -> Hidden:
+    """Return zeros in place of the hidden states of all members but the first, where nobody reads them."""
+    return [like.new_zeros(len(like), head.d) for head in sequence.combination.model.heads[1:]]

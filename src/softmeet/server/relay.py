@@ -6,18 +6,16 @@ they stop coming because that process died, the relay ends the answer with the e
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
-from softmeet.server.asgi import replay, unless_left
-from softmeet.server.errors import ReplicaLostError, problem
-from softmeet.server.replies import dumps
+from softmeet.server.asgi import unless_left
+from softmeet.server.errors import ReplicaLostError, described, error_response
+from softmeet.server.replies import LAST_EVENT, event
 
 _SENT_ON = (
     "type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers",
@@ -26,51 +24,24 @@ _SENT_ON = (
 _LOST = "the replica that was to answer has died: what came before is as it was; ask again"
 
 
-class Answering(Protocol):
-    """The messages of one answer, which may be given up."""
-
-    def __aiter__(self) -> AsyncIterator[Message]: ...
-
-    def cancel(self) -> Any:
-        """Nobody reads them any more."""
-
-
-async def run(app: ASGIApp, scope: dict[str, Any], body: bytes) -> AsyncGenerator[Message, None]:
-    """What an application sends for one request; to leave the iteration is to leave as a client does."""
-    messages: asyncio.Queue[Message | None] = asyncio.Queue()
-    gone = asyncio.Event()
-
-    async def leave() -> Message:
-        await gone.wait()
-        return {"type": "http.disconnect"}
-
-    task = asyncio.ensure_future(app(scope, replay(body, leave), messages.put))
-    task.add_done_callback(lambda done: messages.put_nowait(None))
-    try:
-        while (message := await messages.get()) is not None:
-            yield message
-        await task
-    finally:
-        gone.set()
-
-
 class Relay:
     """An ASGI application that has its answers from elsewhere.
 
     Args:
-        ask: from the scope and the body of a request to the messages of its answer.
-        lost: the exceptions which say that whoever was writing them has died.
+        ask: gives for the scope and the body of a request the ASGI messages of its answer, as an asynchronous iterator
+            with a method ``cancel``.
+        lost: the exceptions which say that whoever was writing an answer has died.
     """
 
-    def __init__(
-        self, ask: Callable[[dict[str, Any], bytes], Answering], lost: tuple[type[BaseException], ...]
-    ) -> None:
+    def __init__(self, ask: Callable[[dict[str, Any], bytes], Any], lost: tuple[type[BaseException], ...]) -> None:
         self._ask, self._lost = ask, lost
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass one request on, and its answer back, until the client leaves."""
         if scope["type"] == "lifespan":
-            await _live(receive, send)
+            for stage in ("startup", "shutdown"):
+                await receive()
+                await send({"type": f"lifespan.{stage}.complete"})
         if scope["type"] != "http":
             return
         try:
@@ -83,7 +54,7 @@ class Relay:
         finally:
             answer.cancel()
 
-    async def _send(self, answer: Answering, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _send(self, answer: Any, scope: Scope, receive: Receive, send: Send) -> None:
         # The beginning waits for what follows, so that an answer without any can still become an error.
         start: Message | None = None
         begun = False
@@ -97,21 +68,11 @@ class Relay:
                     await send(start)
                 await send(message)
         except self._lost as error:
-            found = problem(ReplicaLostError(_LOST))
+            lost = ReplicaLostError(_LOST)
             if not begun:
-                await JSONResponse(found.body(), found.status, {"Retry-After": "1"})(scope, receive, send)
-            elif start is not None and _is_stream(start):
-                end = f"data: {dumps(found.body())}\n\ndata: [DONE]\n\n".encode()
+                await error_response(lost)(scope, receive, send)
+            elif start and Headers(raw=start["headers"]).get("content-type", "").startswith("text/event-stream"):
+                end = (event(described(lost)[1]) + LAST_EVENT).encode()
                 await send({"type": "http.response.body", "body": end, "more_body": False})
             else:
-                raise ReplicaLostError(_LOST) from error
-
-
-def _is_stream(start: Message) -> bool:
-    return Headers(raw=start["headers"]).get("content-type", "").startswith("text/event-stream")
-
-
-async def _live(receive: Receive, send: Send) -> None:
-    for event in ("startup", "shutdown"):
-        await receive()
-        await send({"type": f"lifespan.{event}.complete"})
+                raise lost from error

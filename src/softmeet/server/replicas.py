@@ -11,7 +11,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,12 +21,13 @@ from starlette.types import ASGIApp, Message
 
 from softmeet.errors import InvalidInputError
 from softmeet.server.app import create_app
+from softmeet.server.asgi import run
 from softmeet.server.ensembles import load, named
 from softmeet.server.errors import InternalError
 from softmeet.server.metrics import Metrics
-from softmeet.server.relay import Relay, run
+from softmeet.server.relay import Relay
 from softmeet.server.security import Guard, Protection
-from softmeet.server.serving import Serving, Settings
+from softmeet.server.serving import ServerSettings, Serving
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 with warnings.catch_warnings():  # of its own imports
@@ -40,63 +41,61 @@ HEADER = "x-softmeet-replica"
 _MOST = 10_000
 
 
-@dataclass(frozen=True)
-class Scale:
+class Scale(BaseModel):
     """How many replicas there are, and what each takes.
 
     Args:
-        replicas: at least.
-        most: at most; None for a fixed number.
-        streams: that a replica should have at once: where there are more or fewer, replicas come or go.
+        replicas: how many at least.
+        max_replicas: how many at most; None for a fixed number.
+        streams: how many a replica should have at once: where there are more or fewer, replicas come or go.
         threads: of torch, and cores, of each.
         gpus: devices of each, or a part of one.
         fronts: processes that pass requests on; where one dies, its connections break.
     """
 
+    model_config = ConfigDict(extra="forbid")
+
     replicas: int = 1
-    most: int | None = None
+    max_replicas: int | None = None
     streams: float = 32.0
     threads: int = 1
     gpus: float = 0.0
     fronts: int = 1
 
     def options(self) -> dict[str, Any]:
-        """As Ray Serve has them.
+        """Return the number of replicas as Ray Serve takes it.
 
         Raises:
-            InvalidInputError: at most fewer than at least.
+            InvalidInputError: there are to be fewer at most than at least.
         """
-        if self.most is None:
+        if self.max_replicas is None:
             return {"num_replicas": self.replicas}
-        if self.most < self.replicas:
-            raise InvalidInputError(f"expected at most {self.replicas} replicas or more, got {self.most}")
-        return {
-            "autoscaling_config": {
-                "min_replicas": self.replicas,
-                "max_replicas": self.most,
-                "target_ongoing_requests": self.streams,
-            }
-        }
+        if self.max_replicas < self.replicas:
+            raise InvalidInputError(f"expected at most {self.replicas} replicas or more, got {self.max_replicas}")
+        bounds = {"min_replicas": self.replicas, "max_replicas": self.max_replicas}
+        return {"autoscaling_config": {**bounds, "target_ongoing_requests": self.streams}}
 
 
 class Replica:
-    """Ensembles and their engine, in a process of their own.
+    """Ensembles and their batcher, in a process of their own.
 
     Args:
         named, options: what to serve, as :func:`softmeet.server.ensembles.load` has them.
         settings: of the server.
-        threads: of torch.
+        threads: how many torch uses.
     """
 
-    def __init__(self, named: dict[str, list[str]], options: dict[str, Any], settings: Settings, threads: int) -> None:
+    def __init__(
+        self, named: dict[str, list[str]], options: dict[str, Any], settings: ServerSettings, threads: int
+    ) -> None:
         torch.set_num_threads(threads)
         self._serving = Serving(load(named, **options), settings)
         self._app = create_app(self._serving)
         self._name = serve.get_replica_context().replica_id.unique_id
-        self._serving.engine.start()
+        self._serving.batcher.start()
 
     async def __call__(self, scope: dict[str, Any], body: bytes) -> AsyncIterator[Message]:
-        """The messages of one answer."""
+        """Yield the ASGI messages of the answer to one request, given its ASGI scope and its body."""
         async with contextlib.aclosing(run(self._app, scope, body)) as messages:
             async for message in messages:
                 if message["type"] == "http.response.start":
@@ -104,21 +103,21 @@ class Replica:
                 yield message
 
     def check_health(self) -> None:
-        """Raises where the engine has ended: then this replica is replaced."""
-        if not self._serving.engine.alive:
+        """Raise InternalError where the batcher has ended: Ray then replaces this replica."""
+        if not self._serving.batcher.alive:
             raise InternalError("the engine has ended")
 
 
 def application(
-    named: dict[str, list[str]], options: dict[str, Any], settings: Settings, scale: Scale, grace: float = 30.0
+    named: dict[str, list[str]], options: dict[str, Any], settings: ServerSettings, scale: Scale, grace: float = 30.0
 ) -> serve.Application:
-    """The application, for ``serve.run``.
+    """Return the application, for ``serve.run``.
 
     Args:
         named, options: what to serve, as :func:`softmeet.server.ensembles.load` has them.
-        settings: of each replica, but for the page, which needs a process of its own.
-        scale: how many replicas.
-        grace: seconds that a replica which is taken away has for its answers.
+        settings: of each replica, without the page, which needs a process of its own.
+        scale: how many replicas there are, and what each takes.
+        grace: how many seconds a replica which is taken away has to end its answers.
     """
     settings = replace(settings, ui=False)
     limits = settings.limits
@@ -137,32 +136,24 @@ def application(
 
 
 def _front(protection: Protection) -> Callable[[], ASGIApp]:
-    """What builds the front where it runs."""
+    """Return what builds the front, in the process where it is to run."""
 
     def build() -> ASGIApp:
         replicas = serve.get_deployment_handle("replicas").options(stream=True)
-        lost = (RayActorError, DeploymentUnavailableError)
-        return Guard(Relay(lambda scope, body: replicas.remote(scope, body), lost), protection, Metrics())
+        return Guard(Relay(replicas.remote, (RayActorError, DeploymentUnavailableError)), protection, Metrics())
 
     return build
 
 
-class Arguments(BaseModel):
+class Arguments(Scale):
     """What ``serve run softmeet.server.replicas:app`` takes, as ``name=value``; as ``softmeet serve`` has it.
 
-    ``ensembles`` are separated by spaces. Without keys the cluster's own network is all that protects the application.
+    ``ensembles`` are separated by spaces, ``keys`` by commas. Without keys the cluster's own network is all that
+    protects the application.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     ensembles: str = "default=wide"
     rule: str | None = None
-    replicas: int = 1
-    max_replicas: int | None = None
-    streams: float = 32.0
-    threads: int = 1
-    gpus: float = 0.0
-    fronts: int = 1
     device: str | None = None
     dtype: str | None = None
     keys: str = ""
@@ -170,9 +161,8 @@ class Arguments(BaseModel):
 
 # Ray asks which class ``arguments`` is of: no annotation of this module may be a string.
 def app(arguments: Arguments) -> serve.Application:
-    """The application from text arguments."""
+    """Return the application that text arguments describe."""
     options = {"rule": arguments.rule, "device": arguments.device, "dtype": arguments.dtype}
     keys = tuple(key for key in arguments.keys.split(",") if key)
-    a = arguments
-    scale = Scale(a.replicas, a.max_replicas, a.streams, a.threads, a.gpus, a.fronts)
-    return application(named(arguments.ensembles.split()), options, Settings(protection=Protection(keys)), scale)
+    settings = ServerSettings(protection=Protection(keys))
+    return application(named(arguments.ensembles.split()), options, settings, arguments)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from annotated_types import Len
 from pydantic import BaseModel, ConfigDict, Field
 
-Prob = Annotated[float, Field(gt=0, le=1)]
+from softmeet.server.errors import RequestError
+
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 TokenId = Annotated[str, Field(pattern=r"^\d{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
@@ -55,7 +57,7 @@ class _Generation(_Strict):
     model: Word | None = Field(default=None, description="As /v1/models names them; else the first.")
     max_tokens: Annotated[int, Field(ge=0, le=_MOST)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Prob | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     stop: Stop | Annotated[list[Stop], Len(0, 16)] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
@@ -95,7 +97,7 @@ class Message(_Strict):
     name: Word | None = None
 
     def plain(self) -> dict[str, str]:
-        """As chat templates know it."""
+        """Return the message as chat templates know it, its text in one piece."""
         parts = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": self.role, "content": parts} | ({"name": self.name} if self.name else {})
 
@@ -116,21 +118,6 @@ class ChatRequest(_Generation):
     response_format: ResponseFormat | None = None
 
 
-class ErrorDetail(BaseModel):
-    """What went wrong."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorBody(BaseModel):
-    """Every answer that is not a success."""
-
-    error: ErrorDetail
-
-
 _TOOLS = ("tools", "tool_choice", "functions", "function_call", "parallel_tool_calls")
 _REFUSED = {
     **dict.fromkeys(_TOOLS, "the members call no tools"),
@@ -145,18 +132,23 @@ _REFUSED = {
 }
 
 
-def explained(errors: list[Any]) -> tuple[str, str | None]:
-    """(what to tell the sender, which field is to blame), from pydantic's list; never what the field held."""
+def refusal(errors: Sequence[Any]) -> RequestError:
+    """Return the error that tells a sender what is wrong and in which field, but never what the field held.
+
+    Args:
+        errors: what pydantic found wrong with a request.
+    """
     first = errors[0]
     path = [str(part) for part in first["loc"] if part != "body"]
-    field = path[0][:100] if path else None
+    field, name = path[0][:100] if path else None, ".".join(path)[:200]
     if first["type"] == "extra_forbidden":
-        reason = _REFUSED.get(path[-1][:40], "there is no such field")
-        return f"{'.'.join(path)[:200]} is not supported: {reason}", field
-    if field == "prompt":
-        return "expected prompt as a string, a list of strings, token ids or a list of lists of token ids", field
-    if field in _REFUSED:
-        return f"{field} is not supported: {_REFUSED[field]}", field
-    if not field:
-        return "expected one JSON object as the body", None
-    return f"{'.'.join(path)[:200]}: {first['msg'][0].lower()}{first['msg'][1:300]}", field
+        message = f"{name} is not supported: {_REFUSED.get(path[-1][:40], 'there is no such field')}"
+    elif field == "prompt":
+        message = "expected prompt as a string, a list of strings, token ids or a list of lists of token ids"
+    elif field in _REFUSED:
+        message = f"{field} is not supported: {_REFUSED[field]}"
+    elif not field:
+        message, field = "expected one JSON object as the body", None
+    else:
+        message = f"{name}: {first['msg'][0].lower()}{first['msg'][1:300]}"
+    return RequestError(message, param=field)

@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pydantic_core import from_json
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from softmeet.server.asgi import replay
-from softmeet.server.errors import RequestError, problem
+from softmeet.server.errors import RequestError, error_response
 from softmeet.server.metrics import Metrics
 
 _OPEN = ("/health", "/ready")
@@ -45,7 +44,14 @@ _NO_PAGE = "default-src 'none'; frame-ancestors 'none'"
 
 @dataclass(frozen=True)
 class Protection:
-    """Keys (none: everyone may), hosts that a request may name (none: any), and the limits on a body."""
+    """Who may ask, and how much they may send.
+
+    Args:
+        keys: one of which a request needs; none if everybody may ask.
+        hosts: that a request may name in its header ``Host``; none if it may name any.
+        max_body: bytes of a request's body.
+        body_seconds: within which a body has to come in.
+    """
 
     keys: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
@@ -54,7 +60,13 @@ class Protection:
 
 
 class Guard:
-    """The outermost layer of the application."""
+    """The outermost layer of the application, which refuses what must not come in, and counts what is answered.
+
+    Args:
+        app: the application behind it.
+        protection: who may ask, and how much they may send.
+        metrics: where to count.
+    """
 
     def __init__(self, app: ASGIApp, protection: Protection, metrics: Metrics) -> None:
         self.app, self.protection, self.metrics = app, protection, metrics
@@ -80,11 +92,9 @@ class Guard:
             if body and path.startswith("/v1/"):
                 _check_json(body)
         except RequestError as error:
-            found = problem(error)
-            realm = {"WWW-Authenticate": 'Basic realm="softmeet"'} if found.status == 401 and path[:3] == "/ui" else {}
+            ask = {"WWW-Authenticate": 'Basic realm="softmeet"'} if error.status == 401 and path[:3] == "/ui" else {}
             # What has not been read of the body would be taken for the next request.
-            response = JSONResponse(found.body(), found.status, {"Connection": "close", **realm})
-            await response(scope, receive, sending)
+            await error_response(error, {"Connection": "close"} | ask)(scope, receive, sending)
             return
         except ClientDisconnect:  # before it had sent its request
             return
@@ -134,7 +144,7 @@ def _check_json(body: bytes) -> None:
 
 
 def _given(headers: Headers) -> str:
-    """The key of a request: a bearer token, or the password of HTTP's basic scheme, which browsers ask for."""
+    """Return the key of a request: a bearer token, or the password of HTTP's basic scheme, which browsers ask for."""
     scheme, _, value = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
         return value.strip()
@@ -145,6 +155,5 @@ def _given(headers: Headers) -> str:
 
 
 def _known(given: str, keys: Sequence[str]) -> bool:
-    """Compared with every key, in a time that tells nothing about any of them."""
-    matches = [hmac.compare_digest(given.encode(), key.encode()) for key in keys]
-    return any(matches)
+    """Return whether a key is one of several; all are compared, in a time that tells nothing about any of them."""
+    return sum(hmac.compare_digest(given.encode(), key.encode()) for key in keys) > 0

@@ -7,7 +7,6 @@ import os
 import secrets
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from importlib.resources import files
 from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -18,17 +17,18 @@ from pydantic import ValidationError
 
 from softmeet.errors import SoftmeetError
 from softmeet.rules.registry import rule_names
-from softmeet.server.answer import Answer
+from softmeet.server.answer import AnswerStream
 from softmeet.server.ensembles import Served
-from softmeet.server.schemas import CompletionRequest, Extension, explained
+from softmeet.server.schemas import CompletionRequest, Extension, refusal
 from softmeet.server.serving import Serving
-from softmeet.server.ui_html import LEGEND, Report, alert, details_of, text_of
+from softmeet.server.ui_html import LEGEND, Report, alert, details_of, resource, text_of
 
 # Seconds between two pictures of a text that streams.
 _FRAME = 0.1
 _LISTED = 8
 # Browsers would ask for an icon that is not there.
 _HEAD = '<link rel="icon" href="data:,">'
+_TITLE = "<h1>softmeet</h1><p>Several language models, sampled as one. Watch where they agree.</p>"
 _ALONE = "nothing"
 _HINT = "<p>Choose a token, with the pointer or with the arrow keys and Enter, to see what was behind it.</p>"
 _EXAMPLE = "And the king said unto his daughter,"
@@ -36,60 +36,48 @@ _EXAMPLE = "And the king said unto his daughter,"
 
 @dataclass
 class Side:
-    """One of the texts that are compared."""
+    """One of the texts that are compared, with the reports of its tokens."""
 
     rule: str
     members: tuple[str, ...]
     prompt: str
     tokens: list[Report] = field(default_factory=list)
-    done: bool = False
-
-    def html(self) -> str:
-        """As it is now."""
-        return text_of(self.tokens, self.prompt, self.rule, done=self.done)
 
 
 def mount(app: FastAPI, serving: Serving) -> None:
-    """Put the page at /ui."""
+    """Serve the page at /ui."""
     sans, mono = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
     theme = gr.themes.Base(primary_hue="blue", neutral_hue="slate", font=sans, font_mono=mono)
     gr.mount_gradio_app(
-        app, page(serving), path="/ui", theme=theme, css=_file("page.css"), head=_HEAD, footer_links=[], ssr_mode=False,
-        show_error=False, run_history=False, pwa=False, enable_monitoring=False,
+        app, page(serving), path="/ui", theme=theme, css=resource("page.css"), head=_HEAD, footer_links=[],
+        ssr_mode=False, show_error=False, run_history=False, pwa=False, enable_monitoring=False,
     )  # fmt: skip
 
 
-def _file(name: str) -> str:
-    return files("softmeet.server").joinpath(name).read_text(encoding="utf-8")
-
-
 def page(serving: Serving) -> gr.Blocks:
-    """The page of a server's ensembles."""
-    served = {s.name: s for s in serving.ensembles}
-    first = next(iter(served.values()))
-    config, names = first.ensemble.model.config, list(first.names)
-    free = {name: name in serving.settings.allowed for name in ("rule", "trust", "members")}
-    choose = _file("page.js")
+    """Return the page of a server's ensembles."""
+    first, choose = serving.ensembles.find(None), resource("page.js")
+    own = _controls(first)
+    free = {name: name in serving.settings.allowed for name in own}
     with gr.Blocks(title="softmeet: look inside", analytics_enabled=False) as blocks:
-        gr.HTML(
-            "<h1>softmeet</h1><p>Several language models, sampled as one. Watch where they agree.</p>",
-            elem_classes="head",
-        )
+        gr.HTML(_TITLE, elem_classes="head")
         with gr.Row():
             with gr.Column(scale=3):
                 prompt = gr.Textbox(_EXAMPLE, label="Prompt", lines=4, max_lines=12, elem_id="prompt")
             with gr.Column(scale=2, min_width=260):
-                name = gr.Dropdown(list(served), value=first.name, label="Ensemble", elem_id="ensemble")
+                names = [s.name for s in serving.ensembles]
+                name = gr.Dropdown(names, value=first.name, label="Ensemble", elem_id="ensemble")
+                all_members, may_change = own["members"], free["members"]
                 members = gr.CheckboxGroup(
-                    names, value=names, label="Members", interactive=free["members"], elem_id="members"
+                    all_members, value=all_members, label="Members", interactive=may_change, elem_id="members"
                 )
         with gr.Row():
-            rules = list(dict.fromkeys([*rule_names(), config.rule]))
-            rule = gr.Dropdown(rules, value=config.rule, label="Rule", interactive=free["rule"], elem_id="rule")
+            rules = list(dict.fromkeys([*rule_names(), own["rule"]]))
+            rule = gr.Dropdown(rules, value=own["rule"], label="Rule", interactive=free["rule"], elem_id="rule")
             other = gr.Dropdown(
                 [_ALONE, *rules], value=_ALONE, label="Compare with", interactive=free["rule"], elem_id="other"
             )
-            trust = gr.Slider(0, 4, config.trust[0], step=0.05, label="Trust", interactive=free["trust"])
+            trust = gr.Slider(0, 4, own["trust"], step=0.05, label="Trust", interactive=free["trust"])
         with gr.Accordion("Sampling", open=False), gr.Row():
             length = gr.Slider(1, min(200, serving.settings.max_tokens), 60, step=1, label="Tokens", elem_id="length")
             temperature = gr.Slider(0, 2, 0.8, step=0.05, label="Temperature", elem_id="temperature")
@@ -118,19 +106,21 @@ def page(serving: Serving) -> gr.Blocks:
         stop.click(None, cancels=[started])
         for k, side in enumerate((left, right)):
             side.click(_choosing(k), [sides], [details], show_progress="hidden", concurrency_limit=None, queue=False)
-        name.change(lambda chosen: _controls(served[chosen]), [name], [members, rule, trust], queue=False)
+        name.change(
+            lambda chosen: _changed(serving.ensembles.find(chosen)), [name], [members, rule, trust], queue=False
+        )
     return blocks
 
 
-def _controls(served: Served) -> tuple[Any, Any, Any]:
-    """The controls as the ensemble has them."""
-    own = _own(served)
-    return gr.CheckboxGroup(own["members"], value=own["members"]), own["rule"], own["trust"]
-
-
-def _own(served: Served) -> dict[str, Any]:
+def _controls(served: Served) -> dict[str, Any]:
+    """Return what the controls show for an ensemble, until somebody changes them."""
     config = served.ensemble.model.config
     return {"members": list(served.names), "rule": config.rule, "trust": min(config.trust[0], 4)}
+
+
+def _changed(served: Served) -> tuple[Any, Any, Any]:
+    new = _controls(served)
+    return gr.CheckboxGroup(new["members"], value=new["members"]), new["rule"], new["trust"]
 
 
 def _choosing(k: int) -> Any:
@@ -141,43 +131,30 @@ def _choosing(k: int) -> Any:
     return choose
 
 
-async def _pictures(
-    serving: Serving,
-    prompt: str,
-    name: str,
-    members: list[str],
-    rule: str,
-    other: str,
-    trust: float,
-    length: int,
-    temperature: float,
-    seed: float | None,
-) -> AsyncIterator[Any]:
-    """The page's outputs as texts grow: (left, right, details, trouble, sides)."""
-    two = other != _ALONE
+async def _pictures(serving: Serving, *inputs: Any) -> AsyncIterator[Any]:
+    """Yield the page's outputs as texts grow, (left, right, details, trouble, sides), given what its inputs hold."""
+    prompt, name, members, rule, other, trust, length, temperature, seed = inputs
     given = {
         "model": name, "prompt": prompt, "max_tokens": int(length), "temperature": float(temperature),
         "seed": secrets.randbits(32) if seed is None else int(seed),
     }  # fmt: skip
-    answers: list[Answer] = []
+    answers: list[AnswerStream] = []
     feeds: list[asyncio.Task[str]] = []
     try:
-        for chosen in [rule, other] if two else [rule]:
+        for chosen in [rule] if other == _ALONE else [rule, other]:
             asked = _asked(serving, name, members, chosen, trust)
-            plan = await serving.completion(CompletionRequest.model_validate(given | {"softmeet": asked}))
-            answers.append(await serving.answer(plan))
-        sides = [Side(str(a.plan.work.combination.settings.rule), a.plan.members, prompt) for a in answers]
+            request = await serving.prepare(CompletionRequest.model_validate(given | {"softmeet": asked}))
+            answers.append(AnswerStream(serving.batcher, request))
+        sides = [Side(str(how.settings.rule), how.names, prompt) for how in (a.request.combination for a in answers)]
         feeds = [asyncio.create_task(_feed(a, side)) for a, side in zip(answers, sides, strict=True)]
         while not all(feed.done() for feed in feeds):
-            yield *_texts(sides), _HINT, _trouble(""), sides
+            yield *_texts(sides, done=False), _HINT, _trouble(""), sides
             await asyncio.wait(feeds, timeout=_FRAME)
-        trouble = " ".join(filter(None, (feed.result() for feed in feeds)))
-        for side in sides:
-            side.done = True
-        yield *_texts(sides), _HINT, _trouble(trouble), sides
+        said = " ".join(filter(None, (feed.result() for feed in feeds)))
+        yield *_texts(sides, done=True), _HINT, _trouble(said), sides
     except (SoftmeetError, ValidationError) as error:
-        said = explained(list(error.errors()))[0] if isinstance(error, ValidationError) else str(error)
-        yield gr.skip(), gr.skip(), gr.skip(), _trouble(said), gr.skip()
+        found = refusal(error.errors()) if isinstance(error, ValidationError) else error
+        yield gr.skip(), gr.skip(), gr.skip(), _trouble(str(found)), gr.skip()
     finally:
         for answer in answers:
             answer.cancel()
@@ -186,26 +163,26 @@ async def _pictures(
 
 
 def _asked(serving: Serving, name: str, members: list[str], rule: str, trust: float) -> Extension:
-    """What differs from the ensemble's own, so that a server that allows no changes is not asked for any."""
-    own = _own(serving.ensembles.find(name))
+    """Return what differs from the ensemble's own, so that a server that allows no changes is not asked for any."""
+    own = _controls(serving.ensembles.find(name))
     asked = {"members": list(members), "rule": rule, "trust": float(trust)}
     given = {name: value for name, value in asked.items() if value != own[name]}
     return Extension.model_validate(given | {"report": _LISTED})
 
 
-async def _feed(answer: Answer, side: Side) -> str:
-    """Add tokens to a side until its text ends; what went wrong, if anything did."""
+async def _feed(answer: AnswerStream, side: Side) -> str:
+    """Add tokens to a side until its text ends; return what went wrong, or nothing."""
     try:
-        async for part in answer.parts():
-            side.tokens += [t.report.spelled(answer.plan.tokenizer) for t in part.tokens if t.report is not None]
+        async for delta in answer.deltas():
+            side.tokens += [t.report.spelled(answer.request.tokenizer) for t in delta.tokens if t.report is not None]
     except SoftmeetError as error:
         return str(error)
     return ""
 
 
-def _texts(sides: list[Side]) -> tuple[Any, Any]:
-    right = gr.HTML(sides[1].html(), visible=True) if len(sides) > 1 else gr.HTML("", visible=False)
-    return sides[0].html(), right
+def _texts(sides: list[Side], *, done: bool) -> tuple[Any, Any]:
+    left, *right = [text_of(side.tokens, side.prompt, side.rule, done=done) for side in sides]
+    return left, gr.HTML("".join(right), visible=bool(right))
 
 
 def _trouble(message: str) -> Any:

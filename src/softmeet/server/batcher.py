@@ -1,0 +1,311 @@
+"""The batcher: one thread that owns the members, and a batch that sequences join and leave at any token."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from softmeet.errors import NonFiniteError, SoftmeetError
+from softmeet.hf.combining import Asked
+from softmeet.hf.report import token_report
+from softmeet.rules.solution import Solution
+from softmeet.server.batch import MemberBatch
+from softmeet.server.errors import BusyError, ClosingError, InternalError, TooLateError
+from softmeet.server.gating import Gates, Hidden, joined
+from softmeet.server.metrics import Metrics
+from softmeet.server.sampling import next_tokens
+from softmeet.server.sequences import Combination, Event, Failed, Finished, PromptScored, Sequence, Token
+
+_log = logging.getLogger("softmeet.server")
+# Prompt tokens that one step runs before the sequences that are under way get their next token.
+_PROMPT_TOKENS_A_STEP = 1024
+_CLOSED = "the server is shutting down and ended this answer before its end: ask another one"
+_LATE = "the answer was not done in time: ask for fewer tokens, or raise the server's --timeout"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the batcher takes on at once.
+
+    Args:
+        rows: sequences in the running batch.
+        waiting: sequences in the queue.
+        kept_tokens: prompt tokens whose keys and values each member keeps, for prompts that begin alike.
+    """
+
+    rows: int = 64
+    waiting: int = 256
+    kept_tokens: int = 16384
+
+
+class Batcher(threading.Thread):
+    """A thread that runs sequences of any number of ensembles, each member once a step for all that it is part of.
+
+    Before it is started, sequences only queue up; to end it, close and join it.
+
+    Args:
+        names: every member once, with its name for messages.
+        limits: what to take on at once.
+        metrics: where to count.
+        parallel: run the members of a step in threads of their own; for members on devices of their own.
+    """
+
+    def __init__(
+        self, names: dict[PreTrainedModel, str], limits: Limits, metrics: Metrics, *, parallel: bool = False
+    ) -> None:
+        super().__init__(name="softmeet-batcher", daemon=True)
+        self.limits, self.metrics = limits, metrics
+        self._batches = {model: MemberBatch(name, model, limits.kept_tokens) for model, name in names.items()}
+        self._map: Callable[..., Iterable[Any]] = ThreadPoolExecutor(len(names)).map if parallel else map
+        self._gates = Gates(partial(self._catch_up, members=slice(1, None)), self.metrics)
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self._wake = threading.Condition()
+        self._closing, self._last_call = False, float("inf")
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread is at work and takes more."""
+        return self.is_alive() and not self._closing
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more sequence would be taken now."""
+        return self.alive and self._free() > 0
+
+    def _free(self) -> int:
+        return self.limits.rows - len(self._running) + self.limits.waiting - len(self._waiting)
+
+    def submit(self, sequences: list[Sequence]) -> None:
+        """Line sequences up for the batch, all or none.
+
+        Raises:
+            BusyError: too many are waiting.
+            ClosingError: the batcher is shutting down.
+        """
+        with self._wake:
+            if self._closing:
+                raise ClosingError("the server is shutting down: ask another one, or again later")
+            more, waiting, free = len(sequences), self.limits.waiting, self._free()
+            if more > free:
+                raise BusyError(f"expected room for {more} more in a queue of {waiting}, found {free}: ask again later")
+            self._waiting += sequences
+            self._wake.notify()
+
+    def close(self, grace: float) -> None:
+        """Take nothing more, and after ``grace`` seconds end what is not done, by an error. Returns at once."""
+        with self._wake:
+            self._closing, self._last_call = True, time.monotonic() + grace
+            self._wake.notify()
+
+    def run(self) -> None:
+        """Run sequences until the batcher was closed and all have ended."""
+        with torch.inference_mode():
+            while (new := self._admit()) is not None:
+                started = time.perf_counter()
+                try:
+                    self._step(new)
+                except Exception as error:
+                    # A bug must not leave every client waiting for ever.
+                    _log.exception("a step failed")
+                    for s in [*self._running, *new]:
+                        self._fail(s, error)
+                self.metrics.steps.observe(time.perf_counter() - started)
+
+    def _admit(self) -> list[Sequence] | None:
+        """Return the sequences that join now; wait while there is nothing to do; return None at the end."""
+        with self._wake:
+            while not (self._waiting or self._running or self._closing):
+                self._wake.wait()
+            if self._closing and not (self._waiting or self._running):
+                return None
+            self._drop()
+            new: list[Sequence] = []
+            tokens = 0
+            while self._waiting and len(self._running) + len(new) < self.limits.rows:
+                tokens += len(self._waiting[0].prompt)
+                if new and tokens > _PROMPT_TOKENS_A_STEP:
+                    break
+                new.append(self._waiting.popleft())
+            self.metrics.waiting.set(len(self._waiting))
+            self.metrics.rows.set(len(self._running) + len(new))
+            return new
+
+    def _drop(self) -> None:
+        """Take out what was given up or is out of time, wherever it is."""
+        now = time.monotonic()
+        for s in [*self._waiting, *self._running]:
+            if s.cancelled or now > min(s.request.deadline, self._last_call):
+                if not s.joined:
+                    self._waiting.remove(s)
+                self._fail(s, ClosingError(_CLOSED) if now > self._last_call else TooLateError(_LATE))
+
+    def _step(self, new: list[Sequence]) -> None:
+        """Run the prompts of new sequences and one token of the others, and give every sequence its next token."""
+        hidden: dict[Sequence, Hidden] = {}
+        for s in new:
+            try:
+                hidden[s] = self._run_prompt(s)
+            except SoftmeetError as error:
+                self._fail(s, error)
+        outputs: dict[tuple[PreTrainedModel, Sequence], Float[Tensor, "1 d"]] = {}
+        busy = [batch for batch in self._batches.values() if batch.rows]
+        for batch, out in zip(busy, self._map(MemberBatch.step, busy), strict=True):
+            outputs |= {(batch.model, s): out[k : k + 1] for k, s in enumerate(batch.rows)}
+        hidden |= {s: [outputs[model, s] for model in s.batched] for s in self._running}
+        hidden |= self._gates.ask({s: own[0] for s, own in hidden.items() if s.combination.unsure})
+        groups: dict[Combination, list[Sequence]] = defaultdict(list)
+        for s, own in hidden.items():
+            try:
+                self._check_finite(s, own)
+                groups[s.combination].append(s)
+            except SoftmeetError as error:
+                self._fail(s, error)
+        for group in groups.values():
+            self._advance(group, hidden)
+
+    def _catch_up(self, sequences: list[Sequence], *, members: slice, every: bool = False) -> dict[Sequence, Hidden]:
+        """Run members on the tokens of sequences that they have not run, each member on all sequences together.
+
+        Returns:
+            for each sequence the hidden states of those members at those tokens.
+        """
+        behind: dict[PreTrainedModel, list[tuple[Sequence, int]]] = defaultdict(list)
+        for s in sequences:
+            for i in range(len(s.members))[members]:
+                behind[s.members[i]].append((s, i))
+        hidden: dict[tuple[Sequence, int], Float[Tensor, "t _"]] = {}
+        runs = self._map(lambda model: self._batches[model].catch_up(behind[model], every=every), behind)
+        for entries, states in zip(behind.values(), runs, strict=True):
+            hidden |= zip(entries, states, strict=True)
+        return {s: [hidden[s, i] for i in range(len(s.members))[members]] for s in sequences}
+
+    def _run_prompt(self, s: Sequence) -> Hidden:
+        """Run a prompt by itself, so that its states do not depend on who else is there; score it if that is asked.
+
+        Returns:
+            the hidden states at its last token.
+        """
+        scored = s.request.score_prompt
+        hidden = self._catch_up([s], members=slice(len(s.batched)), every=scored)[s]
+        self._check_finite(s, hidden)
+        self.metrics.prompt_tokens.inc(len(s.prompt))
+        self.metrics.reused_tokens.inc(len(s.prompt) - max(map(len, hidden)))
+        if scored:
+            every, asked = self._gates.over_prompt(s, hidden)
+            self._check_finite(s, every)
+            self._score(s, [own[:-1] for own in every], asked and asked.take(slice(-1)))
+        return [states[-1:] for states in hidden]
+
+    def _score(self, s: Sequence, hidden: Hidden, asked: Asked | None) -> None:
+        """Report a prompt's tokens but the first, given the hidden states before them and who was asked there."""
+        how, tokens, found = s.combination, iter(s.prompt[1:]), []
+        for log_probs, solution in how.model.solve_in_chunks(hidden, how.settings, asked, proved=False):
+            found += [_token(s, solution, log_probs, k, next(tokens)) for k in range(log_probs.shape[1])]
+        self._emit(s, PromptScored(found))
+
+    def _advance(self, group: list[Sequence], hidden: dict[Sequence, Hidden]) -> None:
+        """Draw the next tokens of sequences of one combination, solved together; one by one if one's data forbid it."""
+        combination = group[0].combination
+        stacked = [torch.cat(member) for member in zip(*(hidden[s] for s in group), strict=True)]
+        try:
+            chunks = list(combination.model.solve_in_chunks(stacked, combination.settings, joined(group), proved=False))
+        except SoftmeetError as error:
+            if len(group) == 1:
+                self._fail(group[0], error)
+            else:
+                for s in group:
+                    self._advance([s], hidden)
+            return
+        rest = iter(group)
+        for log_probs, solution in chunks:
+            part = list(islice(rest, log_probs.shape[1]))
+            self.metrics.passes.inc(solution.num_passes.sum().item())
+            saved = self._gates.saved(part, solution)
+            scores = [s.sampler.scores(s.tokens, solution.log_probs[k]) for k, s in enumerate(part)]
+            drawn = next_tokens([s.sampler for s in part], torch.stack(scores))
+            for k, (s, token) in enumerate(zip(part, drawn, strict=True)):
+                self._give(s, _token(s, solution, log_probs, k, token, saved))
+
+    def _give(self, s: Sequence, token: Token) -> None:
+        """Give a sequence its next token, and end it or let it join the running batch."""
+        if s.drawn < s.max_tokens:
+            s.tokens.append(token.token)
+            self.metrics.tokens.inc()
+            self._emit(s, token)
+            if token.token in _ends(s.combination.model):
+                self._finish(s, Finished("stop"))
+                return
+        if s.drawn >= s.max_tokens:
+            self._finish(s, Finished("length"))
+        elif not s.joined:
+            for i, model in enumerate(s.batched):
+                self._batches[model].join(s, i)
+            s.joined = True
+            self._running.append(s)
+
+    def _check_finite(self, s: Sequence, hidden: Hidden) -> None:
+        """Raise NonFiniteError, with the names of the members, if hidden states are not all finite."""
+        bad = [self._batches[m].name for m, h in zip(s.members, hidden, strict=False) if not h.isfinite().all()]
+        if bad:
+            raise NonFiniteError(
+                f"expected finite hidden states, got NaN or an infinity from {', '.join(bad)}: leave it out of this "
+                "request, or change the prompt"
+            )
+
+    def _fail(self, s: Sequence, error: Exception) -> None:
+        known = error if isinstance(error, SoftmeetError) else InternalError("the server failed: see its log")
+        self._finish(s, Failed(known))
+
+    def _finish(self, s: Sequence, event: Finished | Failed) -> None:
+        if s.done:
+            return
+        s.done = True
+        if s.joined:
+            for model in s.batched:
+                self._batches[model].leave(s)
+            self._running.remove(s)
+        s.trails = []  # whoever listens may keep the sequence longer than its memory should last
+        self._emit(s, event)
+
+    def _emit(self, s: Sequence, event: Event) -> None:
+        try:
+            s.emit(event)
+        except RuntimeError:  # the listener's event loop has ended
+            s.cancel()
+
+
+def _ends(model: Any) -> tuple[int, ...]:
+    """Return the tokens at which an ensemble's texts end."""
+    found = model.generation_config.eos_token_id
+    return () if found is None else (found,) if isinstance(found, int) else tuple(found)
+
+
+def _token(
+    s: Sequence, solution: Solution, log_probs: Float[Tensor, "n B v"], row: int, token: int, saved: float = 0.0
+) -> Token:
+    """Return a token with what its sequence asked to know about it, from the solution's row and the members'.
+
+    ``saved`` are the seconds that a closed gate saves.
+    """
+    ours, gated = solution.log_probs[row], bool(solution.gated[row])
+    top, report, saved = s.request.top, s.request.report, saved if gated else 0.0
+    if top is None and report is None:
+        return Token(token, gated=gated, saved=saved)
+    best = ours.topk(min(top or 0, len(ours)))
+    listed = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    found = None if report is None else token_report(solution, log_probs, row, token, report)
+    return Token(token, ours[token].item(), listed, found, gated, saved)
