@@ -21,13 +21,14 @@ from typer.testing import CliRunner
 from softmeet import Ensemble
 from softmeet.cli.main import app as commands
 from softmeet.errors import InvalidInputError, NonFiniteError, WorkerLostError
+from softmeet.evaluation.cache import PieceCache
 from softmeet.evaluation.choices import parse_choices, with_baselines
 from softmeet.evaluation.documents import Document
-from softmeet.evaluation.fit import Options, figures, fit
-from softmeet.evaluation.kept import Kept
+from softmeet.evaluation.fit import Options, fit
 from softmeet.evaluation.pieces import evaluate_positions, evaluate_text
 from softmeet.evaluation.positions import observe_text
 from softmeet.evaluation.report import summary
+from softmeet.evaluation.save import figures
 from softmeet.evaluation.study import known_truth, text
 from softmeet.evaluation.study.runs import Run
 from softmeet.evaluation.trace import record
@@ -289,8 +290,8 @@ def test_positions_fits_and_studies_are_the_same(engine, ensemble, tmp_path):
         traced = record(ensemble, DOCUMENTS, folder / "trace", max_per_document=40, shard_size=100, engine=engine)
         positions = traced.read()
         scores = summary(evaluate_positions(ensemble, positions, with_baselines(parsed), engine=engine))
-        fitted = figures(fit(ensemble, positions, options, engine=engine, kept=Kept(folder / "fit", {})))
-        settings = text.Settings(12, 8, 4, 2, rows=4, sizes=(1,), prompt="the ", tokens=3, premise=0)
+        fitted = figures(fit(ensemble, positions, options, engine=engine, cache=PieceCache(folder / "fit", {})))
+        settings = text.TextSettings(12, 8, 4, 2, rows=4, sizes=(1,), prompt="the ", tokens=3, premise=0)
         results = Run(folder / "text", {}).each(list(text.cells(settings, ensemble, positions)), engine)
         return json.dumps([scores, fitted, results])
 
@@ -304,7 +305,7 @@ def test_positions_fits_and_studies_are_the_same(engine, ensemble, tmp_path):
 
 
 def test_a_study_of_heads_is_the_same(engine, tmp_path):
-    settings = known_truth.Settings(positions=2, rows=2, documents=1, sizes=(2,))
+    settings = known_truth.KnownTruthSettings(positions=2, rows=2, documents=1, sizes=(2,))
     members = known_truth.load(settings)
     cells = list(known_truth.cells(settings, [Document("text", "And it came to pass, when men began. " * 8)], members))
     with LocalEngine() as local:
@@ -323,16 +324,16 @@ def test_a_fit_goes_on_where_it_stopped(ensemble, tmp_path):
         return lambda count: None
 
     with pytest.raises(KeyboardInterrupt):
-        fit(ensemble, positions, options, stop, kept=Kept(tmp_path, {}))
+        fit(ensemble, positions, options, stop, cache=PieceCache(tmp_path, {}))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors")}
     assert {path.name.rpartition("-")[0] for path in before} == {"member-0", "member-1", "logit-mean", "prob-mean"}
     advanced = []
     begin = lambda description, done, total: lambda count: advanced.append(description)  # noqa: E731
-    assert figures(fit(ensemble, positions, options, begin, kept=Kept(tmp_path, {}))) == whole
+    assert figures(fit(ensemble, positions, options, begin, cache=PieceCache(tmp_path, {}))) == whole
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert not {"fitting member 0", "fitting logit-mean", "fitting prob-mean"} & set(advanced)
     with pytest.raises(InvalidInputError, match="pieces of a command with other settings"):
-        Kept(tmp_path, {"trust": 1})
+        PieceCache(tmp_path, {"trust": 1})
 
 
 def command(*arguments):

@@ -13,17 +13,16 @@ from typer.testing import CliRunner
 from softmeet.cli.main import app
 from softmeet.errors import InvalidInputError
 from softmeet.evaluation.documents import Document
-from softmeet.evaluation.family import best_hidden
+from softmeet.evaluation.premise import best_hidden
 from softmeet.evaluation.study import known_truth, synthetic
 from softmeet.evaluation.study import text as on_text
-from softmeet.evaluation.study.report import mean_text
+from softmeet.evaluation.study.report import mean_text, never_worse
 from softmeet.evaluation.study.runs import Cell, Run
-from softmeet.evaluation.study.summary import never_worse
 from softmeet.heads import SoftmaxHead
 from softmeet.scaling.local import LocalEngine
 from softmeet.simplex import kl
 
-TINY = synthetic.Settings(v=32, rows=2, trials=1, ratios=("1/4", "1"), noises=(0.0, 0.1))
+TINY = synthetic.SyntheticSettings(v=32, rows=2, trials=1, ratios=("1/4", "1"), noises=(0.0, 0.1))
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -130,7 +129,7 @@ def test_the_report_holds_every_rule_and_the_plots(synthetic_results, tmp_path):
 
 
 def test_known_truths_under_trained_heads(tmp_path):
-    settings = known_truth.Settings(positions=2, rows=2, documents=1, sizes=(2,))
+    settings = known_truth.KnownTruthSettings(positions=2, rows=2, documents=1, sizes=(2,))
     text = "And it came to pass, when men began to multiply on the face of the earth, that there were giants. " * 4
     (cell,) = known_truth.cells(settings, [Document("text", text)])
     result = cell.work()

@@ -83,17 +83,16 @@ def fit(
         parse_rule(rule)
     found = reading.documents_unless(trace)
     ensemble = loading.ensemble(texts.default_members(members, trace))
-    from softmeet.evaluation.fit import figures
+    from softmeet.evaluation.cache import PieceCache
     from softmeet.evaluation.fit import fit as learn
-    from softmeet.evaluation.kept import Kept
     from softmeet.evaluation.positions import observe_text
-    from softmeet.evaluation.save import save
+    from softmeet.evaluation.save import figures, save
 
     given = fitting.options()
     # What is kept for other bands is of use for these.
     settings = {name: value for name, value in asdict(given).items() if name != "bands"} | {"threads": running.threads}
     positions, pinned = identified(ensemble, found, trace, reading)
-    kept = Kept(resume, pinned | settings)
+    kept = PieceCache(resume, pinned | settings)
     if fitting.bands > 1:
         ensemble.model.require_tokens("--bands")
     ensemble.model.banded_heads(fitting.bands)  # made here, so that workers share them
@@ -109,11 +108,11 @@ def fit(
                 found or [],
                 max_tokens=reading.max_tokens,
                 engine=engine,
-                kept=kept,
+                cache=kept,
                 on_progress=advance,
                 **reading.windows,
             )
-        fitted = learn(ensemble, positions, given, begin, engine=engine, kept=kept)
+        fitted = learn(ensemble, positions, given, begin, engine=engine, cache=kept)
     facts = figures(fitted)
     tell(facts, as_json, _show)
     try:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from softmeet.evaluation.documents import Document
     from softmeet.evaluation.study.report import Report
     from softmeet.evaluation.study.runs import Cell
-    from softmeet.evaluation.study.text import Settings
+    from softmeet.evaluation.study.text import TextSettings
     from softmeet.scaling.base import Engine
 
 study = typer.Typer(
@@ -59,7 +59,7 @@ def synthetic(
     """Random heads, known truths, nd/v from 1/16 to 5/4; then noise on the hidden states."""
     from softmeet.evaluation.study import synthetic as tier
 
-    settings = dataclasses.replace(tier.SMOKE if smoke else tier.Settings(), seed=seed)
+    settings = dataclasses.replace(tier.SMOKE if smoke else tier.SyntheticSettings(), seed=seed)
     with running.start(None) as engine:
         _run(out, dataclasses.asdict(settings), tier.cells(settings), partial(tier.report, settings), engine)
 
@@ -77,7 +77,7 @@ def known_truth(
     from softmeet.evaluation.study import known_truth as tier
 
     documents = _documents(text)
-    settings = tier.SMOKE if smoke else tier.Settings()
+    settings = tier.SMOKE if smoke else tier.KnownTruthSettings()
     members = tier.load(settings)
     with running.start(members) as engine:
         cells = tier.cells(settings, documents, members)
@@ -101,11 +101,11 @@ def real(
     running: engines.Running,
 ) -> None:
     """The bundled families on text: every rule, a grid of trusts, the number of members, premise scores, samples."""
-    from softmeet.evaluation.study.text import SMOKE, Settings
+    from softmeet.evaluation.study.text import SMOKE, TextSettings
 
     documents = _documents(text)
     for name in [family] if family else ["narrow", "wide"]:
-        full = Settings(positions, meet, exact, slow, sizes=(2, 3) if name == "narrow" else ())
+        full = TextSettings(positions, meet, exact, slow, sizes=(2, 3) if name == "narrow" else ())
         settings = SMOKE if smoke else full
         _on_text(out if family else out / name, [name], settings, documents, None, running, options.Loading())
 
@@ -135,7 +135,7 @@ def pretrained(
     running: engines.Running,
 ) -> None:
     """Any members on any text: the tables of `real`."""
-    from softmeet.evaluation.study.text import Settings
+    from softmeet.evaluation.study.text import TextSettings
 
     named = texts.default_members(members, trace)
     if not named or (text is None) == (trace is None):
@@ -144,14 +144,16 @@ def pretrained(
         raise InvalidInputError(
             f"expected --member and --text, or --trace, whose members are taken if none are named, got {came}"
         )
-    settings = Settings(positions, meet, exact, slow, rows=8, prompt=prompt, tokens=tokens, premise=premise, only=only)
+    settings = TextSettings(
+        positions, meet, exact, slow, rows=8, prompt=prompt, tokens=tokens, premise=premise, only=only
+    )
     _on_text(out, named, settings, _documents(text) if text else [], trace, running, loading)
 
 
 def _on_text(
     out: Path,
     members: list[str],
-    settings: Settings,
+    settings: TextSettings,
     documents: list[Document],
     trace: Path | None,
     running: engines.Running,

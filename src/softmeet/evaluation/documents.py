@@ -1,4 +1,4 @@
-"""Text to evaluate on: files, stdin and saved datasets, as documents.
+"""Read text to evaluate on: files, stdin and saved datasets, as documents.
 
 A document is what intervals are clustered by, and no window crosses its end. A file is one document unless a separator
 splits it; a row of a dataset is one.
@@ -26,7 +26,7 @@ class Document:
 def read_documents(
     sources: Sequence[str | Path], *, separator: str | None = None, column: str = "text"
 ) -> list[Document]:
-    """The documents of some sources, in order.
+    """Read the documents of some sources, in order.
 
     Args:
         sources: UTF-8 files, or patterns such as ``books/*.txt``; ``-`` for stdin; folders written by
@@ -53,7 +53,7 @@ def read_documents(
 
 
 def _matching(pattern: str | Path) -> list[str | Path]:
-    """The files that a pattern names, in order; anything else is what it is."""
+    """Return the files that a pattern names, in order, or else the source itself."""
     path = Path(pattern)
     if path.exists() or not has_magic(path.name):
         return [pattern]

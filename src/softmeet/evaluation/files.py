@@ -1,4 +1,4 @@
-"""Files that appear under their names when they are whole, and folders that say what they hold."""
+"""Write files that appear under their names when they are whole, and folders that say what they hold."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def _room_for(path: Path) -> Iterator[None]:
-    """Say it where the disk is full."""
+    """Raise a TraceError that says what to do where the disk is full."""
     try:
         yield
     except Exception as error:
@@ -57,8 +57,8 @@ def _room_for(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def written_together(folder: Path) -> Iterator[Path]:
-    """A new folder beside ``folder``, whose files replace those there once all of them are on the disk.
+def replace_together(folder: Path) -> Iterator[Path]:
+    """Replace files of a folder together, once the context ends, by those written in the new folder that it gives.
 
     Raises:
         TraceError: the disk is full; what was there before stays.
@@ -78,12 +78,18 @@ def written_together(folder: Path) -> Iterator[Path]:
 
 
 def as_json(content: Any) -> str:
-    """As the standard has it: null for infinity and NaN, which strict parsers refuse."""
+    """Return standard JSON of some content: null for infinity and NaN, which strict parsers refuse.
+
+    >>> print(as_json({"loss": float("inf")}))
+    {
+      "loss": null
+    }
+    """
     return json.dumps(to_jsonable_python(content, inf_nan_mode="null"), indent=2, allow_nan=False)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write :func:`as_json`; a file that was there stays until the new one is whole.
+    """Write what :func:`as_json` returns; a file that was there stays until the new one is whole.
 
     Raises:
         TraceError: the disk is full.
@@ -96,15 +102,15 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def claim(folder: Path, what: str, settings: dict[str, Any]) -> None:
-    """Make a folder whose ``settings.json`` says what its contents depend on, or find that one there.
+    """Make a folder whose ``settings.json`` says what its contents depend on, or check that a folder there agrees.
 
     Args:
         folder: to make.
-        what: it will hold, for the message.
+        what: the folder holds, for the message.
         settings: as JSON has them.
 
     Raises:
-        InvalidInputError: it holds the same with other settings.
+        InvalidInputError: the folder has other settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, now = folder / "settings.json", json.loads(json.dumps(settings))
@@ -121,7 +127,7 @@ def require_ensemble_folder(folder: Path) -> None:
     """Check that saving an ensemble in a folder overwrites an older ensemble at most.
 
     Raises:
-        InvalidInputError: it holds files of something else, such as a member's checkpoint.
+        InvalidInputError: the folder holds other files, such as a member's checkpoint.
     """
     if not folder.is_dir() or not any(path.is_file() for path in folder.iterdir()):
         return

@@ -35,7 +35,7 @@ class EnsembleLM(HFLM):  # type: ignore[misc]
 
 
 def harness_model(ensemble: Ensemble, **options: Any) -> EnsembleLM:
-    """The ensemble as an ``lm_eval`` model, for ``lm_eval.simple_evaluate(model=…, tasks=…)``.
+    """Wrap an ensemble as an ``lm_eval`` model, for ``lm_eval.simple_evaluate(model=…, tasks=…)``.
 
     Args:
         ensemble: in memory.

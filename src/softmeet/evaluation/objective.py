@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from softmeet.evaluation.parameters import Layout
+from softmeet.evaluation.descent import Layout
 from softmeet.evaluation.perplexity import chunk_size
 from softmeet.evaluation.positions import PIECE, Positions
 from softmeet.hf.modeling import EnsembleForCausalLM
@@ -32,11 +32,11 @@ _MAX_STEPS = 50
 # Elements of log-probabilities that an average's loss works on at once: what stays in a core's cache.
 _CACHED_ELEMENTS = 1 << 18
 # The share of the machine's memory that log-probabilities may take between evaluations instead of being made again.
-_KEPT = 0.4
+_HELD = 0.4
 
 
-def solve(problem: Projection) -> DualState:
-    """As the rule ``meet`` does, without certificates of wide heads, nor its rescue of rows in trouble."""
+def _solve(problem: Projection) -> DualState:
+    """Solve as the rule ``meet`` does, without certificates of wide heads, nor its rescue of rows in trouble."""
     if full_hessian_pays(problem):
         return iterate(DualNewton(), problem, _MAX_STEPS)
     return dense(problem, _MAX_STEPS, certify=False)
@@ -44,9 +44,9 @@ def solve(problem: Projection) -> DualState:
 
 @dataclass
 class Objective:
-    """Mean nats per token of a pool, or of ``meet`` from that pool where the layout has trusts.
+    """The loss of a pool at some positions, or of ``meet`` from that pool where the layout has trusts.
 
-    Args:
+    Attributes:
         model: the members' heads.
         positions: of the text to fit on.
         layout: of the parameters.
@@ -55,7 +55,7 @@ class Objective:
         bands: of principal directions, each with a trust of its own.
         trusted: members whose moments count, by index, in the order of the layout's trusts; all if None.
         tol: of the solver, in nats.
-        keep: log-probabilities between evaluations, instead of making them again from hidden states.
+        keep: hold log-probabilities between evaluations, instead of making them again from hidden states.
     """
 
     model: EnsembleForCausalLM
@@ -69,19 +69,14 @@ class Objective:
     keep: bool = True
 
     def __post_init__(self) -> None:
-        self._kept: dict[int, tuple[Tensor, Tensor | None]] = {}
-
-    def __call__(self, theta: Float[Tensor, " k"]) -> tuple[float, Float[Tensor, " k"]]:
-        """(loss, gradient) at a vector of parameters."""
-        total, gradient = self.sums(theta)
-        return total / len(self.positions), gradient / len(self.positions)
+        self._held: dict[int, tuple[Tensor, Tensor | None]] = {}
 
     def sums(self, theta: Float[Tensor, " k"]) -> tuple[float, Float[Tensor, " k"]]:
-        """Sums over positions of the same."""
-        total, gradient = 0.0, torch.zeros_like(theta)
-        for k, chunk in enumerate(self.positions.chunks(chunk_size(self.model.config.vocab_size))):
+        """Return the loss in nats, summed over positions, and its gradient at a vector of parameters."""
+        total, gradient, v = 0.0, torch.zeros_like(theta), self.model.config.vocab_size
+        for k, chunk in enumerate(self.positions.chunks(chunk_size(v))):
             log_p, logits = self._log_probs(k, chunk)
-            at_once = len(chunk) if self.layout.trusts else max(1, _CACHED_ELEMENTS // self.model.config.vocab_size)
+            at_once = len(chunk) if self.layout.trusts else max(1, _CACHED_ELEMENTS // v)
             for start in range(0, len(chunk), at_once):
                 some = slice(start, start + at_once)
                 leaf = theta.detach().clone().requires_grad_()
@@ -94,7 +89,14 @@ class Objective:
     def losses(
         self, theta: Float[Tensor, " k"], log_p: Float[Tensor, "n B v"], logits: Tensor | None, targets: Tensor
     ) -> Float[Tensor, " B"]:
-        """-log p(target) of each row, differentiable in ``theta``."""
+        """Return -log p(target) of each row in nats, differentiable in ``theta``.
+
+        Args:
+            theta: the parameters.
+            log_p: the members' log-probabilities.
+            logits: their logits, if a head has a soft-cap.
+            targets: the tokens that came, (B,).
+        """
         weights, temperature, trust = self.layout.unpack(theta)
         # A logit mean takes the temperature into its weights, which saves two thirds of the time.
         folded = self.pool == "logit-mean" and not self.layout.trusts
@@ -106,49 +108,42 @@ class Objective:
     def _met(
         self, log_q: Float[Tensor, "B v"], trust: Tensor, log_p: Float[Tensor, "n B v"], logits: Tensor | None
     ) -> Float[Tensor, "B v"]:
-        who = range(len(log_p)) if self.trusted is None else self.trusted
-        banded = [i for i in who for _ in range(self.bands)]
-        log_p, logits = log_p[banded], None if logits is None else logits[banded]
-        problem = self._problem(log_p, logits)
-        everyone = list(range(len(log_p)))
-        projection = problem.projection(everyone, problem.trust)
-        # Outside the support that all members share the projection has no say: zero there from the start.
-        shared = (~problem.log_p.isneginf()).all(0)
-        log_q = log_normalize(torch.where(shared & ~log_q.isneginf(), log_q, -torch.inf))
-        return projected(replace(projection, log_q=log_q, tol=self.tol), trust, solve)
-
-    def _problem(self, log_p: Float[Tensor, "n B v"], logits: Tensor | None) -> Problem:
-        heads = self.model.banded_heads(self.bands)
-        if self.trusted is not None:
-            heads = [heads[i * self.bands + band] for i in self.trusted for band in range(self.bands)]
-        slopes = tuple(
-            None if head.soft_cap is None or logits is None else head.slope(logits[i].double())
-            for i, head in enumerate(heads)
-        )
-        return Problem(
-            log_p=log_normalize(log_p.double()),
-            heads=tuple(heads),
-            slopes=slopes,
-            settings=Settings(trust=1.0, pool="prob-mean", tol=self.tol, max_steps=_MAX_STEPS).for_members(len(log_p)),
+        """Return the log-probabilities of ``meet`` from a pool, which a member's bands enter as members do."""
+        who, banded = range(len(log_p)) if self.trusted is None else self.trusted, self.model.banded_heads(self.bands)
+        rows = [i for i in who for _ in range(self.bands)]
+        heads = tuple(banded[i * self.bands + band] for i in who for band in range(self.bands))
+        problem = Problem(
+            log_p=log_normalize(log_p[rows].double()),
+            heads=heads,
+            slopes=tuple(
+                None if head.soft_cap is None or logits is None else head.slope(logits[i].double())
+                for i, head in zip(rows, heads, strict=True)
+            ),
+            settings=Settings(trust=1.0, pool="prob-mean", tol=self.tol, max_steps=_MAX_STEPS).for_members(len(rows)),
             support=self.model.support,
             dtype=product_dtype(torch.float32, self.tol),
         )
+        projection = problem.projection(list(range(len(rows))), problem.trust)
+        # Outside the support that all members share the projection has no say: zero there from the start.
+        shared = (~problem.log_p.isneginf()).all(0)
+        log_q = log_normalize(torch.where(shared & ~log_q.isneginf(), log_q, -torch.inf))
+        return projected(replace(projection, log_q=log_q, tol=self.tol), trust, _solve)
 
     @torch.no_grad()
     def _log_probs(self, k: int, chunk: Positions) -> tuple[Tensor, Tensor | None]:
-        if k in self._kept:
-            return self._kept[k]
+        if k in self._held:
+            return self._held[k]
         log_p, logits = self.model.own_log_probs(chunk.hidden)
         if self.members is not None:
             some = list(self.members)
             log_p, logits = log_p[some], None if logits is None else logits[some]
         if self.keep:
-            self._kept[k] = log_p, logits
+            self._held[k] = log_p, logits
         return log_p, logits
 
 
 class Loss:
-    """An objective whose positions are dealt out in pieces, and put together in their order.
+    """The mean of an :class:`Objective` over positions that are dealt out in pieces, and put together in their order.
 
     Args:
         engine: where the pieces go.
@@ -167,32 +162,37 @@ class Loss:
         on_progress: Callable[[int], None] = lambda positions: None,
         **options: Any,
     ) -> None:
-        self.layout, self._engine, self._count, self._on_progress = layout, engine, len(positions), on_progress
+        self._engine, self._on_progress, v = engine, on_progress, model.config.vocab_size
         members = len(options.get("members") or model.heads)
-        keep = 4 * members * model.config.vocab_size * len(positions) <= _KEPT * psutil.virtual_memory().total
+        keep = 4 * members * v * len(positions) <= _HELD * psutil.virtual_memory().total
         # Pieces of wide heads are smaller, so that a minibatch goes to every worker.
-        parts = list(positions.chunks(min(PIECE, 2 * chunk_size(model.config.vocab_size))))
+        parts = list(positions.chunks(min(PIECE, 2 * chunk_size(v))))
         self._sizes = [len(part) for part in parts]
         self._pieces = engine.keep([Objective(model, part, layout, pool, keep=keep, **options) for part in parts])
 
     def __call__(self, theta: Float[Tensor, " k"]) -> tuple[float, Float[Tensor, " k"]]:
-        """(loss, gradient) at a vector of parameters."""
+        """Return (loss, gradient) at a vector of parameters, in nats a position."""
         found = {}
         for k, sums in self._engine.map(Objective.sums, [(piece, theta) for piece in self._pieces]):
             found[k] = sums
             self._on_progress(self._sizes[k])
-        total, gradient = 0.0, torch.zeros_like(theta)
-        for k in range(len(found)):
-            total, gradient = total + found[k][0], gradient + found[k][1]
-        return total / self._count, gradient / self._count
+        totals, gradients = zip(*(found[k] for k in range(len(found))), strict=True)
+        return sum(totals) / sum(self._sizes), sum(gradients, torch.zeros_like(theta)) / sum(self._sizes)
 
 
 def pooled(
     pool: Pool, log_p: Float[Tensor, "n B v"], weights: Float[Tensor, " n"], support: Tensor | None
 ) -> Float[Tensor, "B v"]:
-    """Log-probabilities of a pool up to a constant, differentiable in the weights; zero where a member's is.
+    """Return a pool's log-probabilities up to a constant, differentiable in the weights.
 
-    (A probability mean keeps tokens that some member excludes, as :func:`softmeet.simplex.prob_mean` does.)
+    A logit mean excludes tokens that a member excludes; a probability mean keeps them, as
+    :func:`softmeet.simplex.prob_mean` does.
+
+    Args:
+        pool: which average.
+        log_p: the members' log-probabilities in nats.
+        weights: one a member.
+        support: which ids are tokens, (v,); None if all are.
     """
     if pool == "logit-mean":
         # Without zeros, as a rule, nothing has to be kept out of the sum.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from softmeet.ensemble import Ensemble
 from softmeet.errors import InvalidInputError
-from softmeet.evaluation.choices import Choice
+from softmeet.evaluation.choices import RuleChoice
 from softmeet.evaluation.positions import Positions
 from softmeet.hf.calibrated import resolved
 from softmeet.hf.modeling import EnsembleForCausalLM
@@ -79,27 +79,25 @@ class Scores:
 
 @dataclass
 class Evaluation:
-    """Scores of every member and choice on the same positions, whose hidden states need not be there any more.
+    """Scores of every member and choice on the same positions.
 
-    ``disagreement`` is the mean of KL(p̂_i‖mean of p̂) over members, (N,), nats: their Jensen-Shannon divergence.
-    ``vocabulary`` is what positions are of, ``"tokens"`` or ``"bytes"``.
+    Attributes:
+        positions: where; their hidden states need not be there any more.
+        members: the scores of each member, under a name of its own.
+        choices: the scores of each choice by name.
+        disagreement: the mean of KL(p̂_i‖mean of p̂) over members, (N,), nats: their Jensen-Shannon divergence.
+        vocabulary: what positions are of, ``"tokens"`` or ``"bytes"``.
     """
 
     positions: Positions
-    members: dict[str, Scores] = field(default_factory=dict)
-    choices: dict[str, Scores] = field(default_factory=dict)
-    disagreement: Float[Tensor, " N"] = field(default_factory=lambda: torch.zeros(0))
-    vocabulary: str = "tokens"
-
-
-def in_turn(settings: Settings) -> tuple[bool, float]:
-    """The order to solve in: what tilts the pool, by its trusts, then the rest; each may start from those before."""
-    rule = settings.rule
-    return (False, sum(rule.effective_trust(settings.member_trust))) if rule.tilts_pool else (True, 0.0)
+    members: dict[str, Scores]
+    choices: dict[str, Scores]
+    disagreement: Float[Tensor, " N"]
+    vocabulary: str
 
 
 def chunk_size(v: int) -> int:
-    """Positions to solve at once."""
+    """Return how many positions to solve at once over a vocabulary of ``v`` tokens."""
     return max(4, min(64, _ELEMENTS // v))
 
 
@@ -107,16 +105,20 @@ def chunk_size(v: int) -> int:
 def evaluate(
     ensemble: Ensemble,
     positions: Positions,
-    choices: Sequence[Choice],
+    choices: Sequence[RuleChoice],
     on_progress: Callable[[int], None] = lambda positions: None,
 ) -> Evaluation:
-    """Every member and every choice at every position.
+    """Score every member and every choice at every position.
 
     Args:
         ensemble: whose heads and settings are used.
         positions: of a text, or from a trace.
         choices: rules and options, changes to the ensemble's settings; a gate of the ensemble's own does not count.
         on_progress: called with the number of positions after each chunk.
+
+    Raises:
+        InvalidInputError: a member and a choice have the same name, or the ensemble is over bytes and a choice is not
+            for those.
     """
     names = distinct_names(ensemble)
     if both := sorted({*names} & {choice.name for choice in choices}):
@@ -124,7 +126,7 @@ def evaluate(
             f"expected members and rules of different names, but {both[0]} is both: rename the member"
         )
     settings = settings_of(ensemble, choices)
-    order = sorted(choices, key=lambda choice: in_turn(settings[choice.name]))
+    order = sorted(choices, key=lambda choice: _solving_order(settings[choice.name]))
     parts: dict[str, list[Scores]] = {name: [] for name in [*names, *(choice.name for choice in choices)]}
     disagreement = []
     for chunk, weights in _chunks(ensemble, positions, choices):
@@ -139,7 +141,8 @@ def evaluate(
             by_prompt = {"weights": weights[choice.prompt]} if choice.prompt else {}
             parts[choice.name].append(solver.scores(settings[choice.name].changed(**by_prompt)))
         on_progress(len(chunk))
-    joined = {name: _joined(some) for name, some in parts.items()}
+    columns = {name: zip(*(vars(scores).values() for scores in part), strict=True) for name, part in parts.items()}
+    joined = {name: Scores(*map(torch.cat, own)) for name, own in columns.items()}
     return Evaluation(
         positions,
         {name: joined[name] for name in names},
@@ -149,11 +152,17 @@ def evaluate(
     )
 
 
-def settings_of(ensemble: Ensemble, choices: Sequence[Choice]) -> dict[str, Settings]:
-    """The settings that each choice stands for; a gate ``movement`` is calibrated, and what it found is kept.
+def _solving_order(settings: Settings) -> tuple[bool, float]:
+    """Rules that tilt the pool come first, by their trusts; each may start from those before it."""
+    rule = settings.rule
+    return (False, sum(rule.effective_trust(settings.member_trust))) if rule.tilts_pool else (True, 0.0)
+
+
+def settings_of(ensemble: Ensemble, choices: Sequence[RuleChoice]) -> dict[str, Settings]:
+    """Return the settings that each choice stands for; a gate ``movement`` is calibrated, and its threshold remembered.
 
     Raises:
-        UnsupportedHeadError, InvalidInputError: the ensemble is over bytes, and one of them is not for those.
+        UnsupportedHeadError, InvalidInputError: the ensemble is over bytes, and a choice is not for those.
     """
     ungated = ensemble.model.settings.ungated()
     found = {choice.name: ungated.changed(**choice.settings) for choice in choices}
@@ -163,15 +172,15 @@ def settings_of(ensemble: Ensemble, choices: Sequence[Choice]) -> dict[str, Sett
 
 
 def distinct_names(ensemble: Ensemble) -> list[str]:
-    """The members' names, with a number where the same one comes again."""
+    """Return the members' names, with a number where the same one comes again."""
     before = [ensemble.names[:i].count(name) for i, name in enumerate(ensemble.names)]
     return [f"{name}#{k + 1}" if k else name for name, k in zip(ensemble.names, before, strict=True)]
 
 
 def _chunks(
-    ensemble: Ensemble, positions: Positions, choices: Sequence[Choice]
+    ensemble: Ensemble, positions: Positions, choices: Sequence[RuleChoice]
 ) -> Iterator[tuple[Positions, dict[int, list[float]]]]:
-    """Chunks, and for each length of prompt the weights that it gives there; then no chunk crosses a document."""
+    """Yield chunks with the weights that each length of prompt gives there; then no chunk crosses a document."""
     size = chunk_size(ensemble.model.config.vocab_size)
     prompts = sorted({choice.prompt for choice in choices if choice.prompt})
     if not prompts:
@@ -224,30 +233,28 @@ class _Solver:
         return scores if gate is None else self._gated(gate, settings, solution, scores)
 
     def _solve(self, settings: Settings) -> Solution:
-        rule = settings.rule
+        """Solve, starting from a solution that was found before; one of those may also answer infeasible rows."""
+        rule, known = settings.rule, dict[str, Any]()
         path = self.paths[settings.model_copy(update={"rule": None, "trust": ()})]
-        known = self._known(settings, path) if rule.reads_heads else {}
+        if rule.reads_heads and path:
+            known["start"] = path[-1]
+            if settings.on_infeasible != "raise":
+                wanted = rule_of(settings.on_infeasible), settings.relaxed().trust
+                fits = (s for s in path if (s.problem.settings.rule, s.problem.trust) == wanted)
+                known["relaxed"] = next(fits, None)
         solution = self.model.combine_rows(self.log_probs, self.logits, settings, **known)
         if rule.tilts_pool:
             path.append(solution)
         return solution
 
-    def _known(self, settings: Settings, path: list[Solution]) -> dict[str, Any]:
-        """What was found on a path that spares a rule some work: where it starts, and what answers infeasible rows."""
-        if not path or settings.on_infeasible == "raise":
-            return {"start": path[-1]} if path else {}
-        fallback, trust = rule_of(settings.on_infeasible), settings.relaxed().trust
-        fits = [s for s in path if s.problem.settings.rule == fallback and s.problem.trust == trust]
-        return {"start": path[-1], "relaxed": fits[0] if fits else None}
-
     def _gated(self, gate: Gate, settings: Settings, solution: Solution, scores: Scores) -> Scores:
-        """From what was solved without the gate: only where it is closed is anything else answered."""
+        """Replace the scores of what was solved without the gate where the gate is closed."""
         closed = ~gate.open(solution.problem)
         if not closed.any():
             return scores
         logits = None if self.logits is None else self.logits[:, closed]
         there = _scored(self.model.combine_rows(self.log_probs[:, closed], logits, settings), self.targets[closed])
-        both = zip(_of_a_rule(scores), _of_a_rule(there), strict=True)
+        both = zip(_without_movement(scores), _without_movement(there), strict=True)
         return Scores(*(whole.masked_scatter(closed.cpu(), own) for whole, own in both))
 
 
@@ -265,10 +272,5 @@ def _scores(log_p: Float[Tensor, "B v"], targets: Tensor, *ends: Tensor) -> Scor
     return Scores(*(values.cpu() for values in found))
 
 
-def _of_a_rule(scores: Scores) -> list[Tensor]:
+def _without_movement(scores: Scores) -> list[Tensor]:
     return [value for name, value in vars(scores).items() if name not in ("work", "movement")]
-
-
-def _joined(parts: Sequence[Scores]) -> Scores:
-    """Those of several stretches of positions, in their order."""
-    return Scores(*map(torch.cat, zip(*(vars(s).values() for s in parts), strict=True)))

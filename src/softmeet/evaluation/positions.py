@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Unpack
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from softmeet.ensemble import Ensemble
+from softmeet.evaluation.cache import PieceCache, Tensors
 from softmeet.evaluation.documents import Document
-from softmeet.evaluation.kept import Found, Kept
-from softmeet.evaluation.windows import Reading, cut, grouped, readings, windows
+from softmeet.evaluation.windows import Window, Windowing, cut, grouped, windows
 from softmeet.scaling.base import Engine
 
 # Positions of a piece of work, about: many enough to be worth sending, few enough to be lost.
 PIECE = 256
-# What a piece holds of the text.
-OF_TEXT = ("targets", "document", "sizes")
+_OF_TEXT = ("targets", "document", "sizes")
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,37 +48,44 @@ class Positions:
         return Positions(hidden, self.targets[rows], self.document[rows], self.sizes[rows], self.names)
 
     def chunks(self, size: int) -> Iterator[Positions]:
-        """All positions, in order, ``size`` at a time."""
+        """Yield all positions, in order, ``size`` at a time."""
         for start in range(0, len(self), size):
             yield self.take(slice(start, start + size))
 
+    def tensors(self) -> Tensors:
+        """Return all tensors by name, in the processor's memory."""
+        found = {name: getattr(self, name).cpu() for name in _OF_TEXT}
+        return found | {f"hidden {i}": hidden.cpu() for i, hidden in enumerate(self.hidden)}
+
+
+def from_tensors(found: Tensors, names: list[str]) -> Positions:
+    """Make positions of what :meth:`Positions.tensors` returned; other tensors in ``found`` are ignored."""
+    hidden = [found[f"hidden {i}"] for i in range(sum(name.startswith("hidden ") for name in found))]
+    return Positions(hidden, **{name: found[name] for name in _OF_TEXT}, names=names)
+
 
 def join(parts: Sequence[Positions], names: list[str]) -> Positions:
-    """Several stretches of positions as one."""
+    """Join stretches of positions, in order, whose documents are called ``names``."""
     return Positions(
         [torch.cat(own) for own in zip(*(part.hidden for part in parts), strict=True)],
-        **{name: torch.cat([getattr(part, name) for part in parts]) for name in OF_TEXT},
+        **{name: torch.cat([getattr(part, name) for part in parts]) for name in _OF_TEXT},
         names=names,
     )
 
 
 @torch.no_grad()  # not inference mode: a fit differentiates through what comes of these
-def observe(ensemble: Ensemble, read: Sequence[Reading]) -> Positions:
-    """Run every member over some windows, one at a time.
-
-    Args:
-        ensemble: its members run once a window.
-        read: the windows.
+def observe(ensemble: Ensemble, read: Sequence[Window]) -> Positions:
+    """Run every member over some windows, one window at a time.
 
     Returns:
-        Their positions, on the ensemble's device, without the documents' names.
+        The windows' positions, on the ensemble's device, without the documents' names.
     """
     parts = []
     for window in read:
-        ids, predicted = window.ids.to(ensemble.model.device), slice(-len(window.sizes), None)
+        ids, predicted = window.ids.to(ensemble.model.device), slice(-len(window), None)
         hidden = [h[predicted] for h in ensemble.model.hidden_states(ids[None, :-1])]
-        place = torch.full_like(ids[predicted], window.place)
-        parts.append(Positions(hidden, ids[predicted], place, window.sizes.to(ids.device), []))
+        document = torch.full_like(ids[predicted], window.document)
+        parts.append(Positions(hidden, ids[predicted], document, window.sizes.to(ids.device), []))
     return join(parts, [])
 
 
@@ -86,45 +93,33 @@ def observe_text(
     ensemble: Ensemble,
     documents: Sequence[Document],
     *,
-    window: int | None = None,
-    stride: int | None = None,
-    bos: bool = False,
-    max_tokens: int | None = None,
-    max_per_document: int | None = None,
     engine: Engine | None = None,
-    kept: Kept | None = None,
+    cache: PieceCache | None = None,
     on_progress: Callable[[int], None] = lambda positions: None,
+    **windowing: Unpack[Windowing],
 ) -> Positions:
-    """Tokenize documents and run every member over them; arguments as :func:`cut` has them.
+    """Tokenize documents and run every member over them.
 
     Args:
-        engine: where to run the members; None for here.
-        kept: pieces that earlier runs finished.
-        on_progress: called with numbers of positions that are done.
+        ensemble: the members.
+        documents: the text.
+        engine: where to run the members; None for this process.
+        cache: pieces that earlier runs finished.
+        on_progress: called with the number of positions of each piece that is done.
+        windowing: ``window``, ``stride``, ``bos``, ``max_tokens`` and ``max_per_document``, as
+            :func:`softmeet.evaluation.windows.cut` has them.
 
     Raises:
         InvalidInputError: the text is too short, or window and stride do not fit.
     """
-    limits = {"bos": bos, "max_tokens": max_tokens, "max_per_document": max_per_document}
-    found, size, step = cut(ensemble, documents, window=window, stride=stride, **limits)
-    groups = grouped(windows(found, size, step), PIECE, by_document=False)
-    pieces = (kept or Kept()).map(
-        engine,
-        "observe",
-        _observed,
-        len(groups),
-        lambda k: (ensemble, readings(found, groups[k])),
-        lambda k: on_progress(sum(map(len, groups[k]))),
-    )
-
-    def whole(name: str) -> Tensor:
-        return torch.cat([piece[name] for piece in pieces])
-
-    hidden = [whole(f"hidden {i}") for i in range(len(ensemble.names))]
-    return Positions(hidden, names=[t.name for t in found], **{name: whole(name) for name in OF_TEXT})
+    tokens, window, stride = cut(ensemble, documents, **windowing)
+    groups = grouped(windows(tokens, window, stride), PIECE, by_document=False)
+    found = (cache or PieceCache()).map(
+        engine, "observe", _observe_piece, groups, lambda group: (ensemble, group),
+        lambda group: on_progress(sum(map(len, group))),
+    )  # fmt: skip
+    return join([from_tensors(piece, []) for piece in found], [t.name for t in tokens])
 
 
-def _observed(ensemble: Ensemble, read: Sequence[Reading]) -> Found:
-    found = observe(ensemble, read)
-    packed = {name: getattr(found, name).cpu() for name in OF_TEXT}
-    return packed | {f"hidden {i}": hidden.cpu() for i, hidden in enumerate(found.hidden)}
+def _observe_piece(ensemble: Ensemble, read: Sequence[Window]) -> Tensors:
+    return observe(ensemble, read).tensors()

@@ -16,12 +16,10 @@ from torch import Tensor
 
 from softmeet.ensemble import Ensemble
 from softmeet.evaluation.documents import Document
-from softmeet.evaluation.family import best_hidden
-from softmeet.evaluation.study.entries import Rows, score_all
-from softmeet.evaluation.study.plots import Plot
-from softmeet.evaluation.study.report import Report
+from softmeet.evaluation.premise import best_hidden
+from softmeet.evaluation.study.entries import score_all
+from softmeet.evaluation.study.report import LinePlot, Report, lines_by, never_worse, outcomes
 from softmeet.evaluation.study.runs import Cell, Json
-from softmeet.evaluation.study.summary import lines_by, never_worse, outcomes
 from softmeet.heads import SoftmaxHead
 from softmeet.simplex import log_normalize
 
@@ -31,8 +29,17 @@ _APART = 32
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The members, those whose pool is the truth, how many positions of every document, and ``rows`` of them a cell."""
+class KnownTruthSettings:
+    """The members and the size of the study.
+
+    Attributes:
+        members: whose heads are used.
+        truth: the members whose pool is the truth.
+        positions: of every document.
+        rows: positions of a cell.
+        documents: how many, at most.
+        sizes: numbers of members to try, the first so many.
+    """
 
     members: tuple[str, ...] = ("narrow",)
     truth: tuple[str, ...] = ("wide",)
@@ -42,16 +49,24 @@ class Settings:
     sizes: tuple[int, ...] = (1, 2, 3, 4)
 
 
-SMOKE = Settings(positions=2, rows=2, documents=2, sizes=(2,))
+SMOKE = KnownTruthSettings(positions=2, rows=2, documents=2, sizes=(2,))
 
 
-def load(settings: Settings) -> Ensemble:
+def load(settings: KnownTruthSettings) -> Ensemble:
     """Load the members whose heads are used."""
     return Ensemble.from_pretrained(list(settings.members))
 
 
-def cells(settings: Settings, documents: Sequence[Document], ensemble: Ensemble | None = None) -> Iterator[Cell]:
-    """Every document's positions, in groups, for the first k members (``ensemble``) with k in ``sizes``."""
+def cells(
+    settings: KnownTruthSettings, documents: Sequence[Document], ensemble: Ensemble | None = None
+) -> Iterator[Cell]:
+    """Yield cells of every document's positions, for each number of members.
+
+    Args:
+        settings: the size.
+        documents: the text.
+        ensemble: the members, as :func:`load` gives them; None to load them.
+    """
     heads = (ensemble or load(settings)).model.heads
     stronger = Ensemble.from_pretrained(list(settings.truth), "logit-mean")
     for document in documents[: settings.documents]:
@@ -64,7 +79,7 @@ def cells(settings: Settings, documents: Sequence[Document], ensemble: Ensemble 
 
 @torch.inference_mode()
 def _truths(ensemble: Ensemble, text: str, count: int) -> Float[Tensor, "B v"]:
-    """The pool at ``count`` positions, spread over the beginning of a text: neighbours have much in common."""
+    """Return the pool at ``count`` positions, spread over the beginning of a text: neighbours have much in common."""
     seen = ensemble.positions(text, _APART * count)
     every = torch.cat([ensemble.model.solve_rows(hidden)[1].log_probs for hidden, _ in seen])
     return log_normalize(every[torch.linspace(0, len(every) - 1, count).long()].double())
@@ -73,11 +88,11 @@ def _truths(ensemble: Ensemble, text: str, count: int) -> Float[Tensor, "B v"]:
 @torch.inference_mode()
 def _scores(heads: Sequence[SoftmaxHead], log_truth: Float[Tensor, "B v"]) -> Json:
     log_p = torch.stack([head.log_probs(best_hidden(head, log_truth)) for head in heads])
-    return {"size": len(heads)} | score_all(Rows(heads, log_p, log_truth), TOL)
+    return {"size": len(heads)} | score_all(heads, log_p, log_truth, TOL)
 
 
-def report(settings: Settings, results: dict[str, Json], command: str) -> Report:
-    """A column for each number of members."""
+def report(settings: KnownTruthSettings, results: dict[str, Json], command: str) -> Report:
+    """Make tables with a column for each number of members, a claim and a plot."""
     cells = list(results.values())
     columns = [(f"n = {k}", [c for c in cells if c["size"] == k]) for k in settings.sizes]
     several = [c for c in cells if c["size"] > 1]
@@ -88,5 +103,5 @@ def report(settings: Settings, results: dict[str, Json], command: str) -> Report
         command,
         [never_worse(several, "max-entropy", "logit-mean", TOL)],
         outcomes(columns),
-        [Plot("members", "Trained heads: the premise holds", "members", "KL(p*‖·), nats", lines, count=True)],
+        [LinePlot("members", "Trained heads: the premise holds", "members", "KL(p*‖·), nats", lines, count=True)],
     )

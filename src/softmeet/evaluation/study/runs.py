@@ -24,14 +24,14 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Cell:
-    """A piece of a study: its key, unique in the study, and how to find its result."""
+    """A piece of a study: a key that is unique in the study, and a call that gives its result."""
 
     key: str
     work: Callable[[], Json]
 
 
 class Run:
-    """The folder of one study.
+    """Stores the results of one study's cells in a folder.
 
     Args:
         folder: made if there is none.
@@ -50,11 +50,11 @@ class Run:
     def each(
         self, cells: Sequence[Cell], engine: Engine | None = None, on_done: Callable[[str], None] = lambda key: None
     ) -> dict[str, Json]:
-        """The results of ``cells`` by key; those that an earlier run finished are not run again.
+        """Return the results of ``cells`` by key; those that an earlier run finished are not run again.
 
         Args:
             cells: in the order of the results.
-            engine: where they run; None for here.
+            engine: where they run; None for this process.
             on_done: called with each key.
         """
         todo = [cell for cell in cells if cell.key not in self.done]
