@@ -23,10 +23,9 @@ from torch import Tensor
 from report import show
 from softmeet import Ensemble
 from softmeet.evaluation.cache import PieceCache
-from softmeet.evaluation.descent import Layout, Values, fit_by_lbfgs
 from softmeet.evaluation.documents import read_documents
 from softmeet.evaluation.intervals import Clusters, paired
-from softmeet.evaluation.objective import Loss, pooled
+from softmeet.evaluation.objective import Layout, Objective, Values, minimise, pooled
 from softmeet.evaluation.positions import Positions, observe_text
 from softmeet.hf import EnsembleConfig
 from softmeet.members.byte_member import ByteMember
@@ -48,8 +47,8 @@ def fitted(ensemble: Ensemble, positions: Positions, pool: Any) -> Tensor:
     """The weights of least loss."""
     n = len(ensemble.names)
     with LocalEngine() as engine:
-        loss = Loss(engine, ensemble.model, positions, Layout(n, tempered=False), pool)
-        values, _, _ = fit_by_lbfgs(loss, Layout(n, tempered=False), Values((1 / n,) * n), 40)
+        objective = Objective(ensemble.model, positions, Layout(n, tempered=False), pool)
+        values, _, _ = minimise(objective, Values((1 / n,) * n), 40, engine)
     return torch.tensor(values.weights, dtype=torch.float64)
 
 

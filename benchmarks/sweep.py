@@ -19,7 +19,7 @@ from held_out import meet
 from report import show
 from softmeet import Ensemble
 from softmeet.evaluation.choices import RuleChoice
-from softmeet.evaluation.pieces import evaluate_positions
+from softmeet.evaluation.perplexity import evaluate_positions
 from softmeet.evaluation.report import summary
 from softmeet.scaling.local import LocalEngine
 

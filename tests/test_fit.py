@@ -20,11 +20,10 @@ from softmeet.evaluation import fit as fitting
 from softmeet.evaluation import positions as positions_module
 from softmeet.evaluation import save as saving
 from softmeet.evaluation.cache import PieceCache
-from softmeet.evaluation.descent import Layout, Values
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.fit import Options, fit
 from softmeet.evaluation.intervals import PARTS, split
-from softmeet.evaluation.objective import Loss, Objective
+from softmeet.evaluation.objective import Layout, Objective, Values
 from softmeet.evaluation.positions import observe_text
 from softmeet.evaluation.save import figures, save, verdict
 from softmeet.evaluation.trace import record
@@ -278,7 +277,7 @@ def test_minibatches_are_kept_and_go_on(ensemble, positions, tmp_path, monkeypat
     def again(self, theta):
         raise AssertionError("a loss was evaluated again")
 
-    monkeypatch.setattr(Loss, "__call__", again)
+    monkeypatch.setattr(Objective, "sums", again)
     assert figures(fit(ensemble, positions, options, cache=PieceCache(tmp_path / "kept", {}))) == first
 
 

@@ -21,16 +21,16 @@ from typer.testing import CliRunner
 from softmeet import Ensemble
 from softmeet.cli.main import app as commands
 from softmeet.errors import InvalidInputError, NonFiniteError, WorkerLostError
-from softmeet.evaluation.cache import PieceCache
+from softmeet.evaluation.cache import PieceCache, Run
 from softmeet.evaluation.choices import parse_choices, with_baselines
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.fit import Options, fit
-from softmeet.evaluation.pieces import evaluate_positions, evaluate_text
+from softmeet.evaluation.perplexity import evaluate_positions, evaluate_text
 from softmeet.evaluation.positions import observe_text
 from softmeet.evaluation.report import summary
 from softmeet.evaluation.save import figures
-from softmeet.evaluation.study import known_truth, text
-from softmeet.evaluation.study.runs import Run
+from softmeet.evaluation.study.known_truth import KnownTruthStudy
+from softmeet.evaluation.study.text import TextStudy
 from softmeet.evaluation.trace import record
 from softmeet.scaling.local import LocalEngine
 from softmeet.scaling.packing import pack, parts, unpack
@@ -291,8 +291,8 @@ def test_positions_fits_and_studies_are_the_same(engine, ensemble, tmp_path):
         positions = traced.read()
         scores = summary(evaluate_positions(ensemble, positions, with_baselines(parsed), engine=engine))
         fitted = figures(fit(ensemble, positions, options, engine=engine, cache=PieceCache(folder / "fit", {})))
-        settings = text.TextSettings(12, 8, 4, 2, rows=4, sizes=(1,), prompt="the ", tokens=3, premise=0)
-        results = Run(folder / "text", {}).each(list(text.cells(settings, ensemble, positions)), engine)
+        study = TextStudy(12, 8, 4, 2, rows=4, sizes=(1,), prompt="the ", tokens=3, premise=0)
+        results = Run(folder / "text", {}).each(list(study.cells(ensemble, positions)), engine)
         return json.dumps([scores, fitted, results])
 
     with LocalEngine() as local:
@@ -305,9 +305,9 @@ def test_positions_fits_and_studies_are_the_same(engine, ensemble, tmp_path):
 
 
 def test_a_study_of_heads_is_the_same(engine, tmp_path):
-    settings = known_truth.KnownTruthSettings(positions=2, rows=2, documents=1, sizes=(2,))
-    members = known_truth.load(settings)
-    cells = list(known_truth.cells(settings, [Document("text", "And it came to pass, when men began. " * 8)], members))
+    study = KnownTruthStudy(positions=2, rows=2, documents=1, sizes=(2,))
+    documents = [Document("text", "And it came to pass, when men began. " * 8)]
+    cells = list(study.cells(documents, study.load()))
     with LocalEngine() as local:
         ours = Run(tmp_path / "local", {}).each(cells, local)
     assert json.dumps(Run(tmp_path / "ray", {}).each(cells, engine)) == json.dumps(ours)

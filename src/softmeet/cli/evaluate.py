@@ -78,7 +78,7 @@ def evaluate(
     parsed = under_gates(parse_choices(named, len(ensemble.names), own.bands), gates)
     choices = with_baselines(parsed, own.weights or (), own.rule_temperature)
     from softmeet.evaluation.cache import PieceCache
-    from softmeet.evaluation.pieces import evaluate_positions, evaluate_text
+    from softmeet.evaluation.perplexity import evaluate_positions, evaluate_text
     from softmeet.evaluation.report import summary
 
     how = {

@@ -6,7 +6,6 @@ import dataclasses
 import shlex
 import sys
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,10 +18,10 @@ from softmeet.cli.flags import flags
 from softmeet.errors import InvalidInputError
 
 if TYPE_CHECKING:
+    from softmeet.evaluation.cache import Cell
     from softmeet.evaluation.documents import Document
     from softmeet.evaluation.study.report import Report
-    from softmeet.evaluation.study.runs import Cell
-    from softmeet.evaluation.study.text import TextSettings
+    from softmeet.evaluation.study.text import TextStudy
     from softmeet.scaling.base import Engine
 
 study = typer.Typer(
@@ -57,11 +56,11 @@ def synthetic(
     running: engines.Running,
 ) -> None:
     """Random heads, known truths, nd/v from 1/16 to 5/4; then noise on the hidden states."""
-    from softmeet.evaluation.study import synthetic as tier
+    from softmeet.evaluation.study.known_truth import SMOKE_SYNTHETIC, SyntheticStudy
 
-    settings = dataclasses.replace(tier.SMOKE if smoke else tier.SyntheticSettings(), seed=seed)
+    tier = dataclasses.replace(SMOKE_SYNTHETIC if smoke else SyntheticStudy(), seed=seed)
     with running.start(None) as engine:
-        _run(out, dataclasses.asdict(settings), tier.cells(settings), partial(tier.report, settings), engine)
+        _run(out, dataclasses.asdict(tier), tier.cells(), tier.report, engine)
 
 
 @study.command("known-truth", cls=Command)
@@ -74,14 +73,13 @@ def known_truth(
     running: engines.Running,
 ) -> None:
     """Trained heads, each with the best hidden state for a known truth: the bundled families, narrow under wide."""
-    from softmeet.evaluation.study import known_truth as tier
+    from softmeet.evaluation.study.known_truth import SMOKE_KNOWN_TRUTH, KnownTruthStudy
 
     documents = _documents(text)
-    settings = tier.SMOKE if smoke else tier.KnownTruthSettings()
-    members = tier.load(settings)
+    tier = SMOKE_KNOWN_TRUTH if smoke else KnownTruthStudy()
+    members = tier.load()
     with running.start(members) as engine:
-        cells = tier.cells(settings, documents, members)
-        _run(out, dataclasses.asdict(settings), cells, partial(tier.report, settings), engine)
+        _run(out, dataclasses.asdict(tier), tier.cells(documents, members), tier.report, engine)
 
 
 @study.command(cls=Command)
@@ -101,11 +99,11 @@ def real(
     running: engines.Running,
 ) -> None:
     """The bundled families on text: every rule, a grid of trusts, the number of members, premise scores, samples."""
-    from softmeet.evaluation.study.text import SMOKE, TextSettings
+    from softmeet.evaluation.study.text import SMOKE, TextStudy
 
     documents = _documents(text)
     for name in [family] if family else ["narrow", "wide"]:
-        full = TextSettings(positions, meet, exact, slow, sizes=(2, 3) if name == "narrow" else ())
+        full = TextStudy(positions, meet, exact, slow, sizes=(2, 3) if name == "narrow" else ())
         settings = SMOKE if smoke else full
         _on_text(out if family else out / name, [name], settings, documents, None, running, options.Loading())
 
@@ -135,7 +133,7 @@ def pretrained(
     running: engines.Running,
 ) -> None:
     """Any members on any text: the tables of `real`."""
-    from softmeet.evaluation.study.text import TextSettings
+    from softmeet.evaluation.study.text import TextStudy
 
     named = texts.default_members(members, trace)
     if not named or (text is None) == (trace is None):
@@ -144,16 +142,14 @@ def pretrained(
         raise InvalidInputError(
             f"expected --member and --text, or --trace, whose members are taken if none are named, got {came}"
         )
-    settings = TextSettings(
-        positions, meet, exact, slow, rows=8, prompt=prompt, tokens=tokens, premise=premise, only=only
-    )
+    settings = TextStudy(positions, meet, exact, slow, rows=8, prompt=prompt, tokens=tokens, premise=premise, only=only)
     _on_text(out, named, settings, _documents(text) if text else [], trace, running, loading)
 
 
 def _on_text(
     out: Path,
     members: list[str],
-    settings: TextSettings,
+    settings: TextStudy,
     documents: list[Document],
     trace: Path | None,
     running: engines.Running,
@@ -181,8 +177,8 @@ def _on_text(
         _run(
             out,
             dataclasses.asdict(settings) | pinned | {"text": source},
-            tier.cells(settings, ensemble, positions),
-            lambda results, command: tier.report(settings, source, results, command, premises),
+            settings.cells(ensemble, positions),
+            lambda results, command: settings.report(source, results, command, premises),
             engine,
         )
 
@@ -201,7 +197,7 @@ def _run(
     report: Callable[[dict[str, Any], str], Report],
     engine: Engine,
 ) -> None:
-    from softmeet.evaluation.study.runs import Run
+    from softmeet.evaluation.cache import Run
 
     texts.require_extra(psutil=True, scipy=True)
     run = Run(out, settings)

@@ -7,7 +7,7 @@ splits it; a row of a dataset is one.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from glob import has_magic
 from pathlib import Path
@@ -75,14 +75,12 @@ def _decode(name: str, data: bytes) -> str:
         ) from None
 
 
-def _split(name: str, text: str, separator: str | None) -> Iterable[Document]:
-    if not separator:
-        return [Document(name, text)]
-    parts = [part for part in text.split(separator) if part.strip()]
+def _split(name: str, text: str, separator: str | None) -> list[Document]:
+    parts = [part for part in text.split(separator) if part.strip()] if separator else []
     return [Document(f"{name}#{k}", part) for k, part in enumerate(parts)] if len(parts) > 1 else [Document(name, text)]
 
 
-def _dataset(folder: Path, column: str) -> Iterable[Document]:
+def _dataset(folder: Path, column: str) -> list[Document]:
     try:
         from datasets import DatasetDict, load_from_disk
         from pyarrow import ArrowInvalid
@@ -104,17 +102,15 @@ def _dataset(folder: Path, column: str) -> Iterable[Document]:
         raise InvalidInputError(
             f"{folder} has no column {column!r}: expected one of {', '.join(data.column_names)} (--column)"
         )
-    rows = [Document(f"{folder.name}[{k}]", text) for k, text in _texts(folder, column, data[column]) if text.strip()]
-    if not rows:
-        raise InvalidInputError(f"expected text in {folder}, but every row of {column!r} is empty")
-    return rows
-
-
-def _texts(folder: Path, column: str, rows: Iterable[object]) -> Iterable[tuple[int, str]]:
-    for k, text in enumerate(rows):
+    rows = []
+    for k, text in enumerate(data[column]):
         if not isinstance(text, str):
             raise InvalidInputError(
                 f"expected text in every row of {column!r} in {folder}, but row {k} holds {text!r:.40}: leave such "
                 "rows out, for instance with datasets' filter"
             )
-        yield k, text
+        if text.strip():
+            rows.append(Document(f"{folder.name}[{k}]", text))
+    if not rows:
+        raise InvalidInputError(f"expected text in {folder}, but every row of {column!r} is empty")
+    return rows

@@ -10,23 +10,17 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from softmeet.ensemble import Ensemble
-from softmeet.evaluation.cache import PieceCache, Tensors
+from softmeet.evaluation.cache import PieceCache
 from softmeet.evaluation.choices import RuleChoice
-from softmeet.evaluation.descent import NO_TRUST, Layout, LossAndGradient, Values, fit_by_adam, fit_by_lbfgs
 from softmeet.evaluation.intervals import Difference, TextPart, paired, split
-from softmeet.evaluation.objective import Loss
-from softmeet.evaluation.perplexity import Evaluation, distinct_names
-from softmeet.evaluation.pieces import evaluate_positions
+from softmeet.evaluation.objective import NO_TRUST, Layout, Objective, Values, minimise
+from softmeet.evaluation.perplexity import Evaluation, distinct_names, evaluate_positions
 from softmeet.evaluation.positions import Positions
 from softmeet.evaluation.premise import Premise, premise_at
 from softmeet.rules.registry import DEFAULT
@@ -185,21 +179,6 @@ def fit(
     return fitter.judge(parts, candidates, premise)
 
 
-def _cached(loss: LossAndGradient, cache: PieceCache, name: str, first: int = 1) -> LossAndGradient:
-    """Store a loss's evaluations by their number: the same steps lead to the same points again."""
-    count = itertools.count(first)
-
-    def cached(theta: Tensor) -> tuple[float, Tensor]:
-        def compute() -> Tensors:
-            value, gradient = loss(theta)
-            return {"loss": torch.tensor(value, dtype=torch.float64), "gradient": gradient}
-
-        found = cache.get(f"{name}-{next(count):04d}", compute)
-        return found["loss"].item(), found["gradient"]
-
-    return cached
-
-
 @dataclass(frozen=True)
 class _Fitter:
     """Fits one candidate after another; what costs time goes through the engine."""
@@ -210,33 +189,18 @@ class _Fitter:
     engine: Engine
     cache: PieceCache
 
-    def _minimise(
-        self, name: str, positions: Positions, layout: Layout, pool: Pool, start: Values, *, cheap: bool, **more: Any
-    ) -> tuple[Values, float, int]:
+    def _minimise(self, name: str, whole: Objective, start: Values, *, cheap: bool) -> tuple[Values, float, int]:
         """Return (values, loss, evaluations), on all positions at once or in minibatches."""
         evaluations = self.options.evaluations * (_CHEAPER if cheap else 1)
         batch = None if cheap else self.options.batch
         advance = self.begin(f"fitting {name}", 0, batch and evaluations * batch)
-
-        def loss(some: Positions) -> Loss:
-            return Loss(self.engine, self.ensemble.model, some, layout, pool, on_progress=advance, **more)
-
-        if batch is None:
-            return fit_by_lbfgs(_cached(loss(positions), self.cache, name), layout, start, evaluations)
-        order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(0))
-
-        def losses(k: int) -> LossAndGradient:
-            rows = order[torch.arange(k * batch, (k + 1) * batch) % len(order)]
-            return _cached(lambda theta: loss(positions.take(rows))(theta), self.cache, name, k + 1)
-
-        return fit_by_adam(losses, layout, start, evaluations)
+        how: dict[str, Any] = {"batch": batch, "cache": self.cache, "name": name, "on_progress": advance}
+        return minimise(whole, start, evaluations, self.engine, **how)
 
     def single(self, positions: Positions, i: int) -> Candidate:
         """Fit the temperature of a member."""
-        n, start = len(self.ensemble.names), Values((1.0,))
-        values, loss, count = self._minimise(
-            f"member {i}", positions, Layout(1), POOLS[0], start, cheap=True, members=[i]
-        )
+        n, alone = len(self.ensemble.names), Objective(self.ensemble.model, positions, Layout(1), POOLS[0], members=[i])
+        values, loss, count = self._minimise(f"member {i}", alone, Values((1.0,)), cheap=True)
         weights = [1.0 if k == i else 0.0 for k in range(n)]
         own = {"rule": POOLS[0], "weights": weights, "trust": [0.0] * n, "rule_temperature": values.temperature}
         return Candidate(distinct_names(self.ensemble)[i], own, True, loss, count)
@@ -246,7 +210,8 @@ class _Fitter:
         n, free = len(self.ensemble.names), self._free(pool)
         # A free scale of the weights is a logit mean's temperature already.
         layout = Layout(n, free=free, tempered=not free)
-        values, loss, count = self._minimise(pool, positions, layout, pool, Values((1 / n,) * n), cheap=True)
+        whole = Objective(self.ensemble.model, positions, layout, pool)
+        values, loss, count = self._minimise(pool, whole, Values((1 / n,) * n), cheap=True)
         return Candidate(pool, self._settings(pool, pool, values), True, loss, count)
 
     def meet(self, positions: Positions, name: str, start: Candidate, trust: Sequence[float], bands: int) -> Candidate:
@@ -259,9 +224,8 @@ class _Fitter:
         begun = tuple(rho for i in trusted for rho in trust[i * bands : (i + 1) * bands])
         layout = Layout(n, len(begun), free=self._free(pool))
         at = Values(tuple(start.settings["weights"]), start.settings["rule_temperature"], begun)
-        values, loss, count = self._minimise(
-            _piece(name, bands), positions, layout, pool, at, cheap=False, bands=bands, trusted=trusted
-        )
+        whole = Objective(self.ensemble.model, positions, layout, pool, bands=bands, trusted=trusted)
+        values, loss, count = self._minimise(_piece(name, bands), whole, at, cheap=False)
         found = iter(values.trust)
         every = tuple(next(found) if i in trusted else 0.0 for i in range(n) for _ in range(bands))
         own = self._settings(DEFAULT, pool, replace(values, trust=every)) | {"bands": bands}

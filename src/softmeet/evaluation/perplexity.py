@@ -1,12 +1,17 @@
-"""How well members and rules predict a text: nats, hits and confidence at each position."""
+"""How well members and rules predict a text: nats, hits and confidence at each position.
+
+An evaluation may go in pieces: documents, or stretches of long ones, each of which any worker can do by itself. Pieces,
+and the chunks in which a piece is solved, follow from the text alone, and what comes of them is put together in the
+order of the text.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from itertools import count, pairwise
+from typing import Any, Unpack
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,8 +19,11 @@ from torch import Tensor
 
 from softmeet.ensemble import Ensemble
 from softmeet.errors import InvalidInputError
+from softmeet.evaluation.cache import PieceCache, Tensors, join_tensors
 from softmeet.evaluation.choices import RuleChoice
-from softmeet.evaluation.positions import Positions
+from softmeet.evaluation.documents import Document
+from softmeet.evaluation.positions import PIECE, Positions, from_tensors, observe
+from softmeet.evaluation.windows import Window, Windowing, cut, grouped, windows
 from softmeet.hf.calibrated import resolved
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.members.weighting import perplexity_weights
@@ -23,6 +31,7 @@ from softmeet.rules.gates import Gate, that_closes
 from softmeet.rules.movement import Movement
 from softmeet.rules.settings import Settings, rule_of
 from softmeet.rules.solution import Solution
+from softmeet.scaling.base import Engine
 from softmeet.simplex import kl, prob_mean
 from softmeet.solvers.base import Status
 
@@ -101,14 +110,13 @@ def chunk_size(v: int) -> int:
     return max(4, min(64, _ELEMENTS // v))
 
 
-@torch.inference_mode()
 def evaluate(
     ensemble: Ensemble,
     positions: Positions,
     choices: Sequence[RuleChoice],
     on_progress: Callable[[int], None] = lambda positions: None,
 ) -> Evaluation:
-    """Score every member and every choice at every position.
+    """Score every member and every choice at every position, here and at once.
 
     Args:
         ensemble: whose heads and settings are used.
@@ -120,34 +128,144 @@ def evaluate(
         InvalidInputError: a member and a choice have the same name, or the ensemble is over bytes and a choice is not
             for those.
     """
+    found = _score(ensemble, positions, choices, on_progress)
+    return replace(_as_evaluation(ensemble, choices, [found], positions.names), positions=positions)
+
+
+def evaluate_text(
+    ensemble: Ensemble,
+    documents: Sequence[Document],
+    choices: Sequence[RuleChoice],
+    *,
+    engine: Engine | None = None,
+    cache: PieceCache | None = None,
+    begin: Callable[[int], Callable[[int], None]] = lambda total: lambda count: None,
+    **windowing: Unpack[Windowing],
+) -> Evaluation:
+    """Score every member and every choice on a text; hidden states are let go of with their piece.
+
+    Args:
+        ensemble: the members and their settings.
+        documents: the text.
+        choices: rules and options.
+        engine: where to run; None for this process.
+        cache: pieces that earlier runs finished.
+        begin: called with the number of positions; gives what to call with the size of each piece that is done.
+        windowing: ``window``, ``stride``, ``bos``, ``max_tokens`` and ``max_per_document``, as
+            :func:`softmeet.evaluation.windows.cut` has them.
+
+    Raises:
+        InvalidInputError: the text is too short, also for the prompts of ``choices``, or window and stride do not fit.
+    """
+    tokens, window, stride = cut(ensemble, documents, **windowing)
+    size = _piece_size(ensemble, [len(t.sizes) for t in tokens], choices)
+    groups = grouped(windows(tokens, window, stride), size, by_document=True)
+    advance = begin(sum(len(t.sizes) for t in tokens))
+    found = (cache or PieceCache()).map(
+        engine, "evaluate", _observe_and_score, groups, lambda group: (ensemble, group, choices),
+        lambda group: advance(sum(map(len, group))),
+    )  # fmt: skip
+    return _as_evaluation(ensemble, choices, found, [t.name for t in tokens])
+
+
+def evaluate_positions(
+    ensemble: Ensemble,
+    positions: Positions,
+    choices: Sequence[RuleChoice],
+    *,
+    engine: Engine | None = None,
+    cache: PieceCache | None = None,
+    stage: str = "evaluate",
+    on_progress: Callable[[int], None] = lambda positions: None,
+) -> Evaluation:
+    """Score every member and every choice at positions whose hidden states are known.
+
+    Args:
+        ensemble: whose heads and settings are used.
+        positions: of a text, or from a trace.
+        choices: rules and options.
+        engine: where to run; None for this process.
+        cache: pieces that earlier runs finished.
+        stage: what these pieces are called in the cache.
+        on_progress: called with the number of positions of each piece that is done.
+
+    Raises:
+        InvalidInputError: no document is longer than the prompts of ``choices``.
+    """
+    lengths = positions.document.unique_consecutive(return_counts=True)[1].tolist()
+    size = _piece_size(ensemble, lengths, choices)
+    pieces = [rows for own in torch.arange(len(positions)).split(lengths) for rows in own.split(size)]
+    found = (cache or PieceCache()).map(
+        # Rows are copied, so that products see them aligned alike wherever they run.
+        engine, stage, _score, pieces, lambda rows: (ensemble, positions.take(rows), choices),
+        lambda rows: on_progress(len(rows)),
+    )  # fmt: skip
+    return replace(_as_evaluation(ensemble, choices, found, positions.names), positions=positions)
+
+
+def _piece_size(ensemble: Ensemble, lengths: Sequence[int], choices: Sequence[RuleChoice]) -> int:
+    """Check the choices for documents of some lengths, and return how many positions make a piece.
+
+    Weights that follow from a document's beginning need all of it at once.
+    """
+    longest, prompt = max(lengths), max((choice.prompt for choice in choices), default=0)
+    if prompt >= longest:
+        raise InvalidInputError(
+            f"expected a document of more than {prompt:,} predictions for weights from so many, but the longest has "
+            f"{longest:,}: give fewer prompt weights"
+        )
+    settings_of(ensemble, choices)
+    return longest if prompt else PIECE
+
+
+def _observe_and_score(ensemble: Ensemble, read: Sequence[Window], choices: Sequence[RuleChoice]) -> Tensors:
+    return _score(ensemble, observe(ensemble, read), choices)
+
+
+@torch.inference_mode()
+def _score(
+    ensemble: Ensemble,
+    positions: Positions,
+    choices: Sequence[RuleChoice],
+    on_progress: Callable[[int], None] = lambda positions: None,
+) -> Tensors:
+    """Evaluate a piece; the tensors of its scores are numbered, members first."""
     names = distinct_names(ensemble)
     if both := sorted({*names} & {choice.name for choice in choices}):
         raise InvalidInputError(
             f"expected members and rules of different names, but {both[0]} is both: rename the member"
         )
-    settings = settings_of(ensemble, choices)
+    settings, pieces = settings_of(ensemble, choices), []
     order = sorted(choices, key=lambda choice: _solving_order(settings[choice.name]))
-    parts: dict[str, list[Scores]] = {name: [] for name in [*names, *(choice.name for choice in choices)]}
-    disagreement = []
     for chunk, weights in _chunks(ensemble, positions, choices):
         log_probs, logits = ensemble.model.own_log_probs(chunk.hidden)
-        targets = chunk.targets.to(log_probs.device)
+        targets, scores = chunk.targets.to(log_probs.device), dict[str, Scores]()
         for name, own, hidden in zip(names, log_probs, chunk.hidden, strict=True):
-            parts[name].append(replace(_scores(own, targets), work=ensemble.model.work(hidden).double().cpu()))
-        mean = prob_mean(log_probs, log_probs.new_full((len(names),), 1 / len(names)))
-        disagreement.append(torch.stack([kl(own, mean) for own in log_probs]).mean(0).double().cpu())
+            scores[name] = replace(_scores(own, targets), work=ensemble.model.work(hidden).double().cpu())
         solver = _Solver(ensemble.model, log_probs, logits, targets)
         for choice in order:
             by_prompt = {"weights": weights[choice.prompt]} if choice.prompt else {}
-            parts[choice.name].append(solver.scores(settings[choice.name].changed(**by_prompt)))
+            scores[choice.name] = solver.scores(settings[choice.name].changed(**by_prompt))
+        mean = prob_mean(log_probs, log_probs.new_full((len(names),), 1 / len(names)))
+        disagreement = torch.stack([kl(own, mean) for own in log_probs]).mean(0).double().cpu()
+        pieces.append(replace(chunk, hidden=[]).tensors() | {"disagreement": disagreement})
+        for k, name in enumerate([*names, *(choice.name for choice in choices)]):
+            pieces[-1] |= {f"{field} {k}": value for field, value in vars(scores[name]).items()}
         on_progress(len(chunk))
-    columns = {name: zip(*(vars(scores).values() for scores in part), strict=True) for name, part in parts.items()}
-    joined = {name: Scores(*map(torch.cat, own)) for name, own in columns.items()}
+    return join_tensors(pieces)
+
+
+def _as_evaluation(
+    ensemble: Ensemble, choices: Sequence[RuleChoice], pieces: Sequence[Tensors], names: list[str]
+) -> Evaluation:
+    """Join pieces, in order, to an evaluation without hidden states, of documents that are called ``names``."""
+    tensors = join_tensors(pieces)
+    scores = (Scores(*(tensors[f"{field.name} {k}"] for field in fields(Scores))) for k in count())
     return Evaluation(
-        positions,
-        {name: joined[name] for name in names},
-        {choice.name: joined[choice.name] for choice in choices},
-        torch.cat(disagreement),
+        from_tensors(tensors, names),
+        {name: next(scores) for name in distinct_names(ensemble)},
+        {choice.name: next(scores) for choice in choices},
+        tensors["disagreement"],
         ensemble.model.config.vocabulary,
     )
 

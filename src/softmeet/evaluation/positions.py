@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from softmeet.ensemble import Ensemble
-from softmeet.evaluation.cache import PieceCache, Tensors
+from softmeet.evaluation.cache import PieceCache, Tensors, join_tensors
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.windows import Window, Windowing, cut, grouped, windows
 from softmeet.scaling.base import Engine
@@ -118,7 +118,7 @@ def observe_text(
         engine, "observe", _observe_piece, groups, lambda group: (ensemble, group),
         lambda group: on_progress(sum(map(len, group))),
     )  # fmt: skip
-    return join([from_tensors(piece, []) for piece in found], [t.name for t in tokens])
+    return from_tensors(join_tensors(found), [t.name for t in tokens])
 
 
 def _observe_piece(ensemble: Ensemble, read: Sequence[Window]) -> Tensors:

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any, Literal, Unpack
 
 import torch
+from pydantic import BaseModel, PositiveInt, TypeAdapter
 
 from softmeet.ensemble import Ensemble
 from softmeet.errors import InvalidInputError, TraceError
 from softmeet.evaluation.documents import Document
-from softmeet.evaluation.files import write_text
+from softmeet.evaluation.files import write_atomically, write_text
 from softmeet.evaluation.identity import identity
 from softmeet.evaluation.positions import Positions, join, observe
 from softmeet.evaluation.shards import read_shard, write_shard
@@ -32,8 +33,17 @@ FORMAT = 1
 Dtype = Literal["float32", "float16"]
 _CHUNK = 64
 _FACTS = {"members", "tokenizer", "text", "bos", "window", "stride", "dtype", "documents", "shards"}
-# What is noted of each shard of fp16.
-_ERROR = ("largest", "sum", "positions")
+
+
+class _Float16Error(BaseModel):
+    """What fp16 does to the targets' log-probabilities in a shard, in nats; the sum is of the members' mean."""
+
+    largest: float
+    sum: float
+    positions: PositiveInt
+
+
+_ERRORS = TypeAdapter(dict[int, _Float16Error])
 
 
 @dataclass(frozen=True)
@@ -126,29 +136,24 @@ class Trace:
 
     def read_whole(self, on_damage: Callable[[str], None]) -> tuple[Positions, list[int]]:
         """Read as :meth:`read` does, and return the numbers of the shards that are left out as well."""
-        parts, left_out = [], []
-        for k, size in enumerate(self.facts["shards"]):
-            try:
-                parts.append(self.read_shard(k))
-            except TraceError as error:
-                left_out.append(k)
-                on_damage(
-                    f"{error}: its {size:,} positions are left out; softmeet trace, run as before, makes it again"
-                )
+        says = "its {:,} positions are left out; softmeet trace, run as before, makes it again"
+        sizes = self.facts["shards"]
+        found = {k: self.read_if_whole(k, on_damage, says.format(size)) for k, size in enumerate(sizes)}
+        parts = [part for part in found.values() if part is not None]
         if not parts:
             raise TraceError(f"no shard of {self.folder} is whole: run softmeet trace as before")
-        return join(parts, parts[0].names), left_out
+        return join(parts, parts[0].names), [k for k, part in found.items() if part is None]
 
-    def read_shard(self, k: int) -> Positions:
-        """Read one shard.
-
-        Raises:
-            TraceError: it is missing, damaged or of another trace.
-        """
+    def read_if_whole(self, k: int, on_damage: Callable[[str], None], says: str) -> Positions | None:
+        """Read shard k, or call ``on_damage`` with what is wrong with it and what follows (``says``)."""
         names = [document["name"] for document in self.facts["documents"]]
         widths = [member["width"] for member in self.facts["members"]]
         dtype = getattr(torch, self.facts["dtype"])
-        return read_shard(self.shard(k), self.key, names, self.facts["shards"][k], widths, dtype)
+        try:
+            return read_shard(self.shard(k), self.key, names, self.facts["shards"][k], widths, dtype)
+        except TraceError as error:
+            on_damage(f"{error}: {says}")
+            return None
 
     def float16_error(self) -> dict[str, float] | None:
         """Return the largest and the mean error of a target's log-probability under any member, in nats.
@@ -158,8 +163,8 @@ class Trace:
         found = _float16_errors(self.folder / "float16.json").values()
         if self.facts["dtype"] == "float32" or not found:
             return None
-        largest, total = max(entry["largest"] for entry in found), sum(entry["sum"] for entry in found)
-        return {"largest": largest, "mean": total / sum(entry["positions"] for entry in found)}
+        mean = sum(entry.sum for entry in found) / sum(entry.positions for entry in found)
+        return {"largest": max(entry.largest for entry in found), "mean": mean}
 
 
 def record(
@@ -215,7 +220,11 @@ def record(
             "shards": sizes,
         },
     )
-    missing = [k for k in range(len(groups)) if not _is_whole(trace, k, on_damage)]
+    whole = [
+        trace.shard(k).exists() and trace.read_if_whole(k, on_damage, "it is made again") is not None
+        for k in range(len(groups))
+    ]
+    missing = [k for k in range(len(groups)) if not whole[k]]
     on_start(sum(sizes) - sum(sizes[k] for k in missing), sum(sizes))
     for place, positions in (engine or LocalEngine()).map(observe, ((ensemble, groups[k]) for k in missing)):
         k = missing[place]
@@ -250,17 +259,6 @@ def _prepare(folder: Path, facts: dict[str, Any]) -> Trace:
     return Trace(folder, facts)
 
 
-def _is_whole(trace: Trace, k: int, on_damage: Callable[[str], None]) -> bool:
-    if not trace.shard(k).exists():
-        return False
-    try:
-        trace.read_shard(k)
-    except TraceError as error:
-        on_damage(f"{error}: it is made again")
-        return False
-    return True
-
-
 @torch.inference_mode()
 def _note_error(ensemble: Ensemble, trace: Trace, k: int, positions: Positions) -> None:
     """Measure what fp16 does to each target's log-probability, and add it to ``float16.json``."""
@@ -278,22 +276,13 @@ def _note_error(ensemble: Ensemble, trace: Trace, k: int, positions: Positions) 
             error = (pair[0] - pair[1]).gather(-1, chunk.targets[:, None]).abs()
             largest, total = max(largest, error.max().item()), total + error.sum().item() / len(ensemble.names)
     path = trace.folder / "float16.json"
-    known = _float16_errors(path)
-    known[str(k)] = {"largest": largest, "sum": total, "positions": len(positions)}
-    write_text(path, json.dumps(known, sort_keys=True))
+    known = _float16_errors(path) | {k: _Float16Error(largest=largest, sum=total, positions=len(positions))}
+    write_atomically(path, lambda file: file.write(_ERRORS.dump_json(dict(sorted(known.items())))))
 
 
-def _float16_errors(path: Path) -> dict[str, Any]:
-    """Read what is noted of each shard of fp16; nothing if it is damaged."""
+def _float16_errors(path: Path) -> dict[int, _Float16Error]:
+    """Read what is noted of each shard of fp16; nothing if the file is gone or damaged."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return _ERRORS.validate_json(path.read_bytes())
     except (OSError, ValueError):
         return {}
-    entries = found.items() if isinstance(found, dict) else ()
-    return {
-        k: entry
-        for k, entry in entries
-        if isinstance(entry, dict)
-        and all(isinstance(entry.get(name), int | float) for name in _ERROR)
-        and entry["positions"] > 0
-    }

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from softmeet.evaluation.files import write_atomically, write_text
-from softmeet.evaluation.study.entries import ALL
-from softmeet.evaluation.study.runs import Json
-from softmeet.rules.settings import DEFAULT_TRUST, rule_of
+from jaxtyping import Float
+from torch import Tensor
 
-Numbers = list[float | None]
-Columns = Sequence[tuple[str, list[Json]]]
-# Rules that plots show.
-_SHOWN = (
-    "logit-mean", "prob-mean", "meet 1", "meet 10", "max-entropy", "least-squares", "min-underestimation",
-    "min-reverse-cross-entropy",
-)  # fmt: skip
+from softmeet.evaluation.files import write_atomically, write_text
 
 
 @dataclass(frozen=True)
@@ -160,84 +152,11 @@ def number(x: float | None) -> str:
     return f"{x:.1e}" if x and abs(x) < 5e-4 else f"{x:.4f}"
 
 
-def all_rows(cells: Iterable[Json], rule: str, what: str = "kl") -> Numbers:
-    """Return one rule's values over all rows of some cells."""
-    return [x for cell in cells for x in cell["rules"][rule].get(what, [])]
+def finite_or_none(values: Float[Tensor, " B"]) -> list[float | None]:
+    """Return numbers as JSON has them, None for infinity and NaN.
 
-
-def largest(cells: list[Json], rule: str, what: str = "kl") -> float | None:
-    """Return the largest value of a rule; None if one is infinite or there is none."""
-    values = all_rows(cells, rule, what)
-    return None if not values or None in values else max(x for x in values if x is not None)
-
-
-def outcomes(columns: Columns, where: str = "") -> list[StudyTable]:
-    """Make tables of how far each rule is from the truth, and of how its rows ended.
-
-    Args:
-        columns: groups of cells and their names.
-        where: the titles end in this.
+    >>> import torch
+    >>> finite_or_none(torch.tensor([0.5, float("inf")]))
+    [0.5, None]
     """
-    return [
-        _distances(f"KL(p*‖·), nats{where}", columns),
-        _endings(f"Rows with a feasible distribution{where}", columns),
-    ]
-
-
-def by_column(title: str, columns: Columns, rows: Mapping[str, Sequence[str]]) -> StudyTable:
-    """Make a table of a row for each rule and a column for each group of cells."""
-    return StudyTable(title, ["rule", *(name for name, _ in columns)], [[name, *row] for name, row in rows.items()])
-
-
-def _distances(title: str, columns: Columns) -> StudyTable:
-    """Write the mean KL to the truth of every rule, and of the member that is best for each row; the least in bold."""
-    text = {"best member of each row": [mean_text(_best_member(cells)) for _, cells in columns]}
-    text |= {entry.name: [mean_text(all_rows(cells, entry.name)) for _, cells in columns] for entry in ALL}
-    for k in range(len(columns)):
-        finite = [float(row[k]) for row in text.values() if "∞" not in row[k] and row[k] != "-"]
-        for row in text.values():
-            # Rounding has no winners.
-            if finite and "∞" not in row[k] and round(float(row[k]), 4) == round(min(finite), 4):
-                row[k] = f"**{row[k]}**"
-    return by_column(title, columns, text)
-
-
-def _best_member(cells: Iterable[Json]) -> Numbers:
-    """Return the KL of the best member of each row: an oracle's choice, stronger than the member best on average."""
-    rows = (row for cell in cells for row in zip(*cell["members"], strict=True))
-    return [min((x for x in row if x is not None), default=None) for row in rows]
-
-
-def _endings(title: str, columns: Columns) -> StudyTable:
-    """Write each rule's share of rows with a feasible distribution, and the number of rows that were not solved."""
-
-    def ending(cells: list[Json], rule: str) -> str:
-        infeasible, unsolved = (sum(cell["rules"][rule][what] for cell in cells) for what in ("infeasible", "unsolved"))
-        share = 100 * (1 - infeasible / max(len(all_rows(cells, rule)), 1))
-        return f"{share:.0f} %" + (f", {unsolved} unsolved" if unsolved else "")
-
-    exact = [entry.name for entry in ALL if rule_of(entry.settings["rule"]).is_feasible]
-    title += f" (where there is none `meet` at trust {DEFAULT_TRUST:g} answers, but for least squares)"
-    return by_column(title, columns, {rule: [ending(cells, rule) for _, cells in columns] for rule in exact})
-
-
-def never_worse(cells: list[Json], ours: str, theirs: str, within: float) -> str:
-    """Claim that ``ours`` has no larger KL to the truth than ``theirs`` in any row, up to ``within`` nats."""
-    a, b = all_rows(cells, ours), all_rows(cells, theirs)
-    worse = [x - y for x, y in zip(a, b, strict=True) if x is not None and y is not None and x > y + within]
-    lost = sum(x is None for x in a)
-    verdict = "holds in" if not worse and not lost else f"**fails** in {len(worse) + lost} of"
-    extra = f" (by up to {number(max(worse))} nats)" if worse else ""
-    return f"`{ours}` is never worse than `{theirs}`: {verdict} {len(a)} rows{extra}"
-
-
-def lines_by(cells: list[Json], x: Callable[[Json], float]) -> dict[str, list[tuple[float, ...]]]:
-    """Return means by ``x`` of each rule that is shown; no point where a rule gives some truth an infinite loss."""
-    lines: dict[str, list[tuple[float, ...]]] = {rule: [] for rule in _SHOWN}
-    for place in sorted({x(c) for c in cells}):
-        here = [c for c in cells if x(c) == place]
-        for rule, points in lines.items():
-            values = all_rows(here, rule)
-            if None not in values:
-                points.append((place, fmean(v for v in values if v is not None)))
-    return lines
+    return [x if math.isfinite(x) else None for x in values.tolist()]

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from softmeet.ensemble import Ensemble
 from softmeet.errors import InvalidInputError
+from softmeet.evaluation.cache import Cell, Json
 from softmeet.evaluation.choices import RuleChoice
 from softmeet.evaluation.intervals import clusters, paired
 from softmeet.evaluation.perplexity import evaluate
 from softmeet.evaluation.positions import Positions
 from softmeet.evaluation.premise import Premise
-from softmeet.evaluation.study.entries import BASELINES, EXACT, MEETS, OTHERS, TRUSTS, finite_or_none
-from softmeet.evaluation.study.report import LinePlot, Report, StudyTable, mean_text
-from softmeet.evaluation.study.runs import Cell, Json
+from softmeet.evaluation.study.entries import BASELINES, EXACT, MEETS, OTHERS, TRUSTS
+from softmeet.evaluation.study.report import LinePlot, Report, StudyTable, finite_or_none, mean_text
 from softmeet.hf import EnsembleConfig
 from softmeet.rules.settings import DEFAULT_TRUST
 
@@ -37,8 +37,8 @@ KINDS = ("averages", "meet", "max-entropy", "the other rules")
 
 
 @dataclass(frozen=True)
-class TextSettings:
-    """The size of the study, beside its members and text.
+class TextStudy:
+    """A study of members on text.
 
     Attributes:
         positions: for the averages, spread evenly over the text.
@@ -63,8 +63,64 @@ class TextSettings:
     premise: int = 512
     only: str | None = None
 
+    def cells(self, ensemble: Ensemble, positions: Positions) -> Iterator[Cell]:
+        """Yield cells of positions for each kind of rule and number of members, and of a sample by each rule."""
+        every = spread(positions, self.positions)
+        kinds: list[tuple[str, Sequence[RuleChoice], int]] = [
+            ("averages", BASELINES, self.positions),
+            ("meet", (BASE, *MEETS), self.meet),
+            ("max-entropy", (BASE, RELAXED, MAX_ENTROPY), self.exact),
+            ("the other rules", (BASE, RELAXED, *EXACT, *OTHERS), self.slow),
+        ]
+        for kind, entries, rows in kinds:
+            for k, chunk in enumerate(spread(every, rows).chunks(self.rows)):
+                yield Cell(f"{kind} {k}", partial(_nats, ensemble, entries, chunk))
+        for size in self.sizes:
+            part = _variant(ensemble, size)
+            entries = (*BASELINES[:2], *MEETS[:4], MAX_ENTROPY)
+            for k, chunk in enumerate(spread(positions, self.meet).chunks(self.rows)):
+                yield Cell(
+                    f"first {size}: {k}", partial(_nats, part, entries, replace(chunk, hidden=chunk.hidden[:size]))
+                )
+        for entry in (*BASELINES, *MEETS, *EXACT, *OTHERS) if self.tokens else ():
+            yield Cell(f"sample {entry.name}", partial(self._sample, ensemble, entry))
 
-SMOKE = TextSettings(positions=40, meet=20, exact=10, slow=4, rows=10, tokens=5, premise=20)
+    def _sample(self, ensemble: Ensemble, entry: RuleChoice) -> Json:
+        """Write on after the prompt, which is the same for every rule, as the seed is."""
+        writer = _variant(ensemble, len(ensemble.names), **entry.settings)
+        return {"text": writer.generate(self.prompt, seed=1, do_sample=True, max_new_tokens=self.tokens)}
+
+    def report(self, text: str, results: dict[str, Json], command: str, premises: Sequence[Premise]) -> Report:
+        """Make a table for each part of the positions and number of members, one of premise scores, and list samples.
+
+        Args:
+            text: its name, for the title.
+            results: of the cells, by key.
+            command: that made them.
+            premises: a test for each member; none for no table.
+        """
+        prefixes = {name: f"{name} " for name in KINDS} | {f"the first {k} members": f"first {k}: " for k in self.sizes}
+        picked = {
+            name: [cell for key, cell in results.items() if key.startswith(prefix)] for name, prefix in prefixes.items()
+        }
+        groups = {name: _Group(cells) for name, cells in picked.items() if cells}
+        members = groups["averages"].members
+        samples = [
+            f"- `{key.removeprefix('sample ')}`: {' '.join(c['text'].split())}"
+            for key, c in results.items()
+            if "text" in c
+        ]
+        return Report(
+            f"{', '.join(members)} on {text}",
+            command,
+            [claim for name in KINDS[:2] if name in groups for claim in _claims(groups[name])],
+            [*(_table(name, group) for name, group in groups.items()), *_premise_tables(list(members), premises)],
+            [_plot(groups["meet"])] if "meet" in groups else [],
+            {f"After “{self.prompt}”, the same seed for every rule": "\n".join(samples)} if samples else {},
+        )
+
+
+SMOKE = TextStudy(positions=40, meet=20, exact=10, slow=4, rows=10, tokens=5, premise=20)
 
 
 def chosen(positions: Positions, only: str | None) -> Positions:
@@ -90,31 +146,6 @@ def spread(positions: Positions, count: int) -> Positions:
     return positions.take(torch.linspace(0, len(positions) - 1, count).round().long())
 
 
-def cells(settings: TextSettings, ensemble: Ensemble, positions: Positions) -> Iterator[Cell]:
-    """Yield cells of positions for each kind of rule and number of members; then of a sample of text by each rule."""
-    for kind, entries, rows in _kinds(settings, positions):
-        for k, chunk in enumerate(rows.chunks(settings.rows)):
-            yield Cell(f"{kind} {k}", partial(_nats, ensemble, entries, chunk))
-    for size in settings.sizes:
-        part = _variant(ensemble, size)
-        entries = (*BASELINES[:2], *MEETS[:4], MAX_ENTROPY)
-        for k, chunk in enumerate(spread(positions, settings.meet).chunks(settings.rows)):
-            yield Cell(f"first {size}: {k}", partial(_nats, part, entries, replace(chunk, hidden=chunk.hidden[:size])))
-    for entry in (*BASELINES, *MEETS, *EXACT, *OTHERS) if settings.tokens else ():
-        yield Cell(f"sample {entry.name}", partial(_sample, ensemble, entry, settings))
-
-
-def _kinds(settings: TextSettings, positions: Positions) -> list[tuple[str, Sequence[RuleChoice], Positions]]:
-    every = spread(positions, settings.positions)
-    kinds = [
-        ("averages", BASELINES, every),
-        ("meet", (BASE, *MEETS), spread(every, settings.meet)),
-        ("max-entropy", (BASE, RELAXED, MAX_ENTROPY), spread(every, settings.exact)),
-        ("the other rules", (BASE, RELAXED, *EXACT, *OTHERS), spread(every, settings.slow)),
-    ]
-    return [kind for kind in kinds if len(kind[2])]
-
-
 def _nats(ensemble: Ensemble, entries: Sequence[RuleChoice], rows: Positions) -> Json:
     found = evaluate(ensemble, rows, entries)
     rules = {
@@ -123,12 +154,6 @@ def _nats(ensemble: Ensemble, entries: Sequence[RuleChoice], rows: Positions) ->
     }
     members = {name: finite_or_none(s.nats) for name, s in found.members.items()}
     return {"document": rows.document.tolist(), "members": members, "rules": rules}
-
-
-def _sample(ensemble: Ensemble, entry: RuleChoice, settings: TextSettings) -> Json:
-    """Write on after the prompt, which is the same for every rule, as the seed is."""
-    writer = _variant(ensemble, len(ensemble.names), **entry.settings)
-    return {"text": writer.generate(settings.prompt, seed=1, do_sample=True, max_new_tokens=settings.tokens)}
 
 
 def _variant(ensemble: Ensemble, size: int, **settings: Any) -> Ensemble:
@@ -166,37 +191,6 @@ class _Group:
         if ours is theirs:
             return ""
         return str(paired(ours, theirs, self.within)) if ours.isfinite().all() else "∞"
-
-
-def report(
-    settings: TextSettings, text: str, results: dict[str, Json], command: str, premises: Sequence[Premise]
-) -> Report:
-    """Make a table for each part of the positions and number of members, one of premise scores, and list samples.
-
-    Args:
-        settings: the size of the study.
-        text: its name, for the title.
-        results: of the cells, by key.
-        command: that made them.
-        premises: a test for each member; none for no table.
-    """
-    prefixes = {name: f"{name} " for name in KINDS} | {f"the first {k} members": f"first {k}: " for k in settings.sizes}
-    picked = {
-        name: [cell for key, cell in results.items() if key.startswith(prefix)] for name, prefix in prefixes.items()
-    }
-    groups = {name: _Group(cells) for name, cells in picked.items() if cells}
-    members = groups["averages"].members
-    samples = [
-        f"- `{key.removeprefix('sample ')}`: {' '.join(c['text'].split())}" for key, c in results.items() if "text" in c
-    ]
-    return Report(
-        f"{', '.join(members)} on {text}",
-        command,
-        [claim for name in KINDS[:2] if name in groups for claim in _claims(groups[name])],
-        [*(_table(name, group) for name, group in groups.items()), *_premise_tables(list(members), premises)],
-        [_plot(groups["meet"])] if "meet" in groups else [],
-        {f"After “{settings.prompt}”, the same seed for every rule": "\n".join(samples)} if samples else {},
-    )
 
 
 def _table(name: str, group: _Group) -> StudyTable:
