@@ -22,8 +22,8 @@ from torch import Tensor
 
 from report import show
 from softmeet import Ensemble
-from softmeet.evaluation.cache import PieceCache
 from softmeet.evaluation.documents import read_documents
+from softmeet.evaluation.files import PieceCache
 from softmeet.evaluation.intervals import Clusters, paired
 from softmeet.evaluation.objective import Layout, Objective, Values, minimise, pooled
 from softmeet.evaluation.positions import Positions, observe_text

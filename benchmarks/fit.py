@@ -20,7 +20,7 @@ import typer
 from held_out import held_out_documents
 from report import machine, show
 from softmeet import Ensemble
-from softmeet.evaluation.cache import PieceCache
+from softmeet.evaluation.files import PieceCache
 from softmeet.evaluation.fit import Options, fit
 from softmeet.evaluation.save import save, verdict
 from softmeet.evaluation.trace import Trace, record

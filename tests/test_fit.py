@@ -19,8 +19,8 @@ from softmeet.errors import InvalidInputError, TraceError
 from softmeet.evaluation import fit as fitting
 from softmeet.evaluation import positions as positions_module
 from softmeet.evaluation import save as saving
-from softmeet.evaluation.cache import PieceCache
 from softmeet.evaluation.documents import Document
+from softmeet.evaluation.files import PieceCache
 from softmeet.evaluation.fit import Options, fit
 from softmeet.evaluation.intervals import PARTS, split
 from softmeet.evaluation.objective import Layout, Objective, Values

@@ -21,9 +21,9 @@ from typer.testing import CliRunner
 from softmeet import Ensemble
 from softmeet.cli.main import app as commands
 from softmeet.errors import InvalidInputError, NonFiniteError, WorkerLostError
-from softmeet.evaluation.cache import PieceCache, Run
 from softmeet.evaluation.choices import parse_choices, with_baselines
 from softmeet.evaluation.documents import Document
+from softmeet.evaluation.files import PieceCache, Run
 from softmeet.evaluation.fit import Options, fit
 from softmeet.evaluation.perplexity import evaluate_positions, evaluate_text
 from softmeet.evaluation.positions import observe_text

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from softmeet.cli.main import app
 from softmeet.errors import InvalidInputError
-from softmeet.evaluation.cache import Cell, Run
 from softmeet.evaluation.documents import Document
+from softmeet.evaluation.files import Cell, Run
 from softmeet.evaluation.premise import best_hidden
 from softmeet.evaluation.study import text as on_text
 from softmeet.evaluation.study.known_truth import KnownTruthStudy, SyntheticStudy, never_worse

@@ -22,9 +22,8 @@ from softmeet import Ensemble
 from softmeet.errors import InvalidInputError, TraceError
 from softmeet.evaluation import files
 from softmeet.evaluation.documents import Document, read_documents
-from softmeet.evaluation.positions import observe_text
+from softmeet.evaluation.positions import observe_text, tokenize, windows
 from softmeet.evaluation.trace import Trace, record
-from softmeet.evaluation.windows import tokenize, windows
 from softmeet.members import zoo
 
 WORDS = "the quick brown fox jumps over the lazy dog. "

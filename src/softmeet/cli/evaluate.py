@@ -77,7 +77,7 @@ def evaluate(
     gates = repeated("--gate", tried.gates) or ([own.gate] if own.gate and own.gate != "auto" else [])
     parsed = under_gates(parse_choices(named, len(ensemble.names), own.bands), gates)
     choices = with_baselines(parsed, own.weights or (), own.rule_temperature)
-    from softmeet.evaluation.cache import PieceCache
+    from softmeet.evaluation.files import PieceCache
     from softmeet.evaluation.perplexity import evaluate_positions, evaluate_text
     from softmeet.evaluation.report import summary
 
@@ -135,7 +135,7 @@ def identified(
     Raises:
         InvalidInputError: the trace is of other members or damaged.
     """
-    from softmeet.evaluation.identity import identity
+    from softmeet.evaluation.trace import identity
 
     dtypes = [str(head.weight.dtype) for head in ensemble.model.member_heads]
     pinned = {**identity(ensemble), "dtypes": dtypes, "max_tokens": reading.max_tokens, **reading.windows}

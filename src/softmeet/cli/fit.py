@@ -83,7 +83,7 @@ def fit(
         parse_rule(rule)
     found = reading.documents_unless(trace)
     ensemble = loading.ensemble(texts.default_members(members, trace))
-    from softmeet.evaluation.cache import PieceCache
+    from softmeet.evaluation.files import PieceCache
     from softmeet.evaluation.fit import fit as learn
     from softmeet.evaluation.positions import observe_text
     from softmeet.evaluation.save import figures, save

@@ -18,8 +18,8 @@ from softmeet.cli.flags import flags
 from softmeet.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from softmeet.evaluation.cache import Cell
     from softmeet.evaluation.documents import Document
+    from softmeet.evaluation.files import Cell
     from softmeet.evaluation.study.report import Report
     from softmeet.evaluation.study.text import TextStudy
     from softmeet.scaling.base import Engine
@@ -197,7 +197,7 @@ def _run(
     report: Callable[[dict[str, Any], str], Report],
     engine: Engine,
 ) -> None:
-    from softmeet.evaluation.cache import Run
+    from softmeet.evaluation.files import Run
 
     texts.require_extra(psutil=True, scipy=True)
     run = Run(out, settings)

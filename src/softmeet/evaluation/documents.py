@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from glob import has_magic
 from pathlib import Path
+from typing import Any
 
 from softmeet.errors import InvalidInputError
 
@@ -80,7 +81,7 @@ def _split(name: str, text: str, separator: str | None) -> list[Document]:
     return [Document(f"{name}#{k}", part) for k, part in enumerate(parts)] if len(parts) > 1 else [Document(name, text)]
 
 
-def _dataset(folder: Path, column: str) -> list[Document]:
+def _load_dataset(folder: Path) -> Any:
     try:
         from datasets import DatasetDict, load_from_disk
         from pyarrow import ArrowInvalid
@@ -98,11 +99,15 @@ def _dataset(folder: Path, column: str) -> list[Document]:
         ) from None
     if isinstance(data, DatasetDict):
         raise InvalidInputError(f"{folder} holds several splits: name one of {', '.join(map(str, data))} inside it")
+    return data
+
+
+def _dataset(folder: Path, column: str) -> list[Document]:
+    data, rows = _load_dataset(folder), []
     if column not in data.column_names:
         raise InvalidInputError(
             f"{folder} has no column {column!r}: expected one of {', '.join(data.column_names)} (--column)"
         )
-    rows = []
     for k, text in enumerate(data[column]):
         if not isinstance(text, str):
             raise InvalidInputError(

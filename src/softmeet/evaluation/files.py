@@ -1,20 +1,39 @@
-"""Write files that appear under their names when they are whole, and folders that say what they hold."""
+"""Files that appear under their names when they are whole, and what a long command has found so far.
+
+Pieces of an evaluation or a fit are files of tensors. Cells of a study are lines of JSON; a torn last line is dropped.
+Both are in folders that say what they depend on, so that a command goes on where it was stopped.
+"""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
+import operator
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import safetensors.torch
+import torch
 from pydantic_core import to_jsonable_python
+from torch import Tensor
 
+from softmeet import __version__
 from softmeet.errors import InvalidInputError, TraceError
+from softmeet.scaling.base import Engine
+from softmeet.scaling.local import LocalEngine
 
+P = TypeVar("P")
+Tensors = dict[str, Tensor]
+Json = dict[str, Any]
+
+# Bytes of the checksum at the end of each file.
+_DIGEST = 32
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -145,3 +164,147 @@ def require_ensemble_folder(folder: Path) -> None:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:99]}…"
+
+
+def join_tensors(pieces: Sequence[Tensors]) -> Tensors:
+    """Join the tensors of one name of several pieces, in order, along their first dimension.
+
+    >>> join_tensors([{"x": torch.zeros(1)}, {"x": torch.ones(2)}])
+    {'x': tensor([0., 1., 1.])}
+    """
+    return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+class PieceCache:
+    """Stores tensors of finished pieces of work in a folder; without a folder it stores nothing.
+
+    Args:
+        folder: made if there is none.
+        settings: all that the pieces depend on, as JSON has it.
+
+    Raises:
+        InvalidInputError: the folder holds pieces of other settings.
+    """
+
+    def __init__(self, folder: Path | None = None, settings: Json | None = None) -> None:
+        self._folder = folder
+        if folder is not None:
+            claim(folder, "pieces of a command", {"version": __version__, **(settings or {})})
+
+    def get(self, name: str, compute: Callable[[], Tensors]) -> Tensors:
+        """Return the piece of that name; ``compute`` makes it if it is not stored, or damaged."""
+        found = self._read(name)
+        if found is None:
+            found = compute()
+            self._write(name, found)
+        return found
+
+    def map(
+        self,
+        engine: Engine | None,
+        stage: str,
+        function: Callable[..., Tensors],
+        pieces: Sequence[P],
+        arguments: Callable[[P], tuple[Any, ...]],
+        on_done: Callable[[P], None] = lambda piece: None,
+    ) -> list[Tensors]:
+        """Return ``function(*arguments(piece))`` for every piece, in order; stored ones are not computed again.
+
+        Args:
+            engine: where calls run; None for this process.
+            stage: what names of stored pieces begin with.
+            function: as ``engine.map`` has it.
+            pieces: of the work, always the same ones in the same order.
+            arguments: of the call for a piece.
+            on_done: called with each piece that is there.
+        """
+        names = [f"{stage}-{k:06d}" for k in range(len(pieces))]
+        found = {k: stored for k, name in enumerate(names) if (stored := self._read(name)) is not None}
+        for k in found:
+            on_done(pieces[k])
+        missing = [k for k in range(len(pieces)) if k not in found]
+        for place, made in (engine or LocalEngine()).map(function, (arguments(pieces[k]) for k in missing)):
+            k = missing[place]
+            found[k] = made
+            self._write(names[k], made)
+            on_done(pieces[k])
+        return [found[k] for k in range(len(pieces))]
+
+    def _path(self, name: str) -> Path | None:
+        return None if self._folder is None else self._folder / f"{name.replace(' ', '-')}.safetensors"
+
+    def _read(self, name: str) -> Tensors | None:
+        path = self._path(name)
+        if path is None or not path.exists():
+            return None
+        data = path.read_bytes()
+        data, digest = data[:-_DIGEST], data[-_DIGEST:]
+        return safetensors.torch.load(data) if hashlib.sha256(data).digest() == digest else None
+
+    def _write(self, name: str, found: Tensors) -> None:
+        if (path := self._path(name)) is not None:
+            data = safetensors.torch.save({key: value.contiguous() for key, value in found.items()})
+            write_atomically(path, lambda file: file.write(data + hashlib.sha256(data).digest()))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A piece of a study: a key that is unique in the study, and a call that gives its result."""
+
+    key: str
+    work: Callable[[], Json]
+
+
+class Run:
+    """Stores the results of one study's cells in a folder.
+
+    Args:
+        folder: made if there is none.
+        settings: what the results depend on; a folder with others is refused.
+
+    Raises:
+        InvalidInputError: the folder holds another study, or the same one with other settings.
+    """
+
+    def __init__(self, folder: Path, settings: Json) -> None:
+        self.folder, self.settings = folder, {"version": __version__, **settings}
+        claim(folder, "a study", self.settings)
+        self._lines = folder / "cells.jsonl"
+        self.done = self._read()
+
+    def each(
+        self, cells: Sequence[Cell], engine: Engine | None = None, on_done: Callable[[str], None] = lambda key: None
+    ) -> dict[str, Json]:
+        """Return the results of ``cells`` by key; those that an earlier run finished are not run again.
+
+        Args:
+            cells: in the order of the results.
+            engine: where they run; None for this process.
+            on_done: called with each key.
+        """
+        todo = [cell for cell in cells if cell.key not in self.done]
+        for cell in cells:
+            if cell.key in self.done:
+                on_done(cell.key)
+        with self._lines.open("a", encoding="utf-8") as out:
+            for k, result in (engine or LocalEngine()).map(operator.call, ((cell.work,) for cell in todo)):
+                key = todo[k].key
+                self.done[key] = result
+                out.write(json.dumps({"key": key, "result": result}) + "\n")
+                out.flush()
+                os.fsync(out.fileno())
+                on_done(key)
+        return {cell.key: self.done[cell.key] for cell in cells}
+
+    def finish(self, result: Json) -> None:
+        """Write ``result.json``, with which a run is complete."""
+        write_text(self.folder / "result.json", json.dumps({"settings": self.settings, **result}, indent=1) + "\n")
+
+    def _read(self) -> dict[str, Json]:
+        if not self._lines.exists():
+            return {}
+        lines = self._lines.read_text(encoding="utf-8").splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]
+        if len(whole) < len(lines):
+            write_text(self._lines, "".join(whole))
+        return {entry["key"]: entry["result"] for entry in map(json.loads, whole)}

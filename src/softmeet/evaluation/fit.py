@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from softmeet.ensemble import Ensemble
-from softmeet.evaluation.cache import PieceCache
 from softmeet.evaluation.choices import RuleChoice
+from softmeet.evaluation.files import PieceCache
 from softmeet.evaluation.intervals import Difference, TextPart, paired, split
 from softmeet.evaluation.objective import NO_TRUST, Layout, Objective, Values, minimise
 from softmeet.evaluation.perplexity import Evaluation, distinct_names, evaluate_positions

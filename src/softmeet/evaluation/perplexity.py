@@ -19,11 +19,10 @@ from torch import Tensor
 
 from softmeet.ensemble import Ensemble
 from softmeet.errors import InvalidInputError
-from softmeet.evaluation.cache import PieceCache, Tensors, join_tensors
 from softmeet.evaluation.choices import RuleChoice
 from softmeet.evaluation.documents import Document
-from softmeet.evaluation.positions import PIECE, Positions, from_tensors, observe
-from softmeet.evaluation.windows import Window, Windowing, cut, grouped, windows
+from softmeet.evaluation.files import PieceCache, Tensors, join_tensors
+from softmeet.evaluation.positions import PIECE, Positions, Window, Windowing, cut, from_tensors, grouped, observe
 from softmeet.hf.calibrated import resolved
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.members.weighting import perplexity_weights
@@ -159,7 +158,7 @@ def evaluate_text(
     """
     tokens, window, stride = cut(ensemble, documents, **windowing)
     size = _piece_size(ensemble, [len(t.sizes) for t in tokens], choices)
-    groups = grouped(windows(tokens, window, stride), size, by_document=True)
+    groups = grouped(tokens, window, stride, size, by_document=True)
     advance = begin(sum(len(t.sizes) for t in tokens))
     found = (cache or PieceCache()).map(
         engine, "evaluate", _observe_and_score, groups, lambda group: (ensemble, group, choices),

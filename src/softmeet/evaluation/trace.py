@@ -22,10 +22,9 @@ from softmeet.ensemble import Ensemble
 from softmeet.errors import InvalidInputError, TraceError
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.files import write_atomically, write_text
-from softmeet.evaluation.identity import identity
-from softmeet.evaluation.positions import Positions, join, observe
-from softmeet.evaluation.shards import read_shard, write_shard
-from softmeet.evaluation.windows import Windowing, cut, grouped, text_hash, windows
+from softmeet.evaluation.positions import Positions, TokenizedDocument, Windowing, cut, grouped, join, observe
+from softmeet.heads import SoftmaxHead
+from softmeet.members.identity import body_hash
 from softmeet.scaling.base import Engine
 from softmeet.scaling.local import LocalEngine
 
@@ -146,6 +145,8 @@ class Trace:
 
     def read_if_whole(self, k: int, on_damage: Callable[[str], None], says: str) -> Positions | None:
         """Read shard k, or call ``on_damage`` with what is wrong with it and what follows (``says``)."""
+        from softmeet.evaluation.shards import read_shard  # which needs pyarrow
+
         names = [document["name"] for document in self.facts["documents"]]
         widths = [member["width"] for member in self.facts["members"]]
         dtype = getattr(torch, self.facts["dtype"])
@@ -193,25 +194,27 @@ def record(
         on_progress: called with the number of positions of each new shard.
         on_damage: called with a sentence about each shard that has to be made again.
         windowing: ``window``, ``stride``, ``bos``, ``max_tokens`` and ``max_per_document``, as
-            :func:`softmeet.evaluation.windows.cut` has them.
+            :func:`softmeet.evaluation.positions.cut` has them.
 
     Raises:
         InvalidInputError: the text is too short, the windows do not fit, or hidden states overflow fp16.
         TraceError: the folder holds another trace, or the disk is full.
     """
+    from softmeet.evaluation.shards import write_shard
+
     if dtype not in ("float32", "float16") or shard_size < 1:
         raise InvalidInputError(f"expected float32 or float16 and a positive shard size, got {dtype} and {shard_size}")
     if dtype == "float16":
         ensemble.model.require_tokens("a trace in float16")
     tokens, window, stride = cut(ensemble, documents, **windowing)
-    groups = grouped(windows(tokens, window, stride), shard_size, by_document=False)
+    groups = grouped(tokens, window, stride, shard_size, by_document=False)
     sizes = [sum(map(len, group)) for group in groups]
     trace = _prepare(
         Path(folder),
         {
             "format": FORMAT,
             **identity(ensemble),
-            "text": text_hash(tokens),
+            "text": _text_hash(tokens),
             "bos": windowing.get("bos", False),
             "window": window,
             "stride": stride,
@@ -286,3 +289,49 @@ def _float16_errors(path: Path) -> dict[int, _Float16Error]:
         return _ERRORS.validate_json(path.read_bytes())
     except (OSError, ValueError):
         return {}
+
+
+def _head_hash(head: SoftmaxHead) -> str:
+    """Compute SHA-256 of a head's numbers as fp32, so that loading them in a wider dtype changes nothing."""
+    digest = hashlib.sha256(repr((head.v, head.d, head.scale, head.soft_cap)).encode())
+    for _, block in head.blocks(torch.float32, cut=True):
+        digest.update(block.cpu().contiguous().numpy().tobytes())
+    if head.bias is not None:
+        digest.update(head.bias.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def identity(ensemble: Ensemble) -> dict[str, Any]:
+    """Return what a trace says of the members that made it.
+
+    Returns:
+        ``members``, each with its ``name``, the ``width`` and the ``dtype`` of its head, and hashes of the ``head`` and
+        of a sample of all weights (``body``); ``tokenizer``, a hash of which token has which id; over bytes also
+        ``prune`` and ``prefixes``.
+    """
+    model, vocabulary = ensemble.model, sorted(ensemble.tokenizer.get_vocab().items())
+    facts: dict[str, Any] = {"prune": model.config.prune, "prefixes": model.config.prefixes} if model.over_bytes else {}
+    members = zip(ensemble.names, model.widths, model.member_heads, model.members, strict=True)
+    return facts | {
+        "members": [
+            {
+                "name": name,
+                "width": width,
+                "dtype": str(head.weight.dtype).removeprefix("torch."),
+                "head": _head_hash(head),
+                "body": body_hash(member),
+            }
+            for name, width, head, member in members
+        ],
+        "tokenizer": hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest(),
+    }
+
+
+def _text_hash(documents: Sequence[TokenizedDocument]) -> str:
+    """Compute SHA-256 over the names, token ids and byte counts of documents."""
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(document.name.encode() + b"\0")
+        digest.update(document.ids.numpy().tobytes())
+        digest.update(document.sizes.numpy().tobytes())
+    return digest.hexdigest()

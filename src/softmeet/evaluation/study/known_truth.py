@@ -24,8 +24,8 @@ from torch import Tensor
 
 from softmeet import combine
 from softmeet.ensemble import Ensemble
-from softmeet.evaluation.cache import Cell, Json
 from softmeet.evaluation.documents import Document
+from softmeet.evaluation.files import Cell, Json
 from softmeet.evaluation.premise import best_hidden
 from softmeet.evaluation.study.entries import ALL
 from softmeet.evaluation.study.report import LinePlot, Report, StudyTable, finite_or_none, mean_text, number

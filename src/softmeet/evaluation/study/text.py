@@ -18,8 +18,8 @@ from torch import Tensor
 
 from softmeet.ensemble import Ensemble
 from softmeet.errors import InvalidInputError
-from softmeet.evaluation.cache import Cell, Json
 from softmeet.evaluation.choices import RuleChoice
+from softmeet.evaluation.files import Cell, Json
 from softmeet.evaluation.intervals import clusters, paired
 from softmeet.evaluation.perplexity import evaluate
 from softmeet.evaluation.positions import Positions
