@@ -98,6 +98,11 @@ def plain(cluster):
         yield engine
 
 
+def processes(engine):
+    """Those of the workers, once all of them are ready."""
+    return [ray.get(slot.actor.process.remote(), timeout=120) for slot in engine._slots]
+
+
 @pytest.fixture(autouse=True)
 def _nothing_was_redone(request):
     """Each test has a count of its own of what its engine began again."""
@@ -132,7 +137,7 @@ def test_an_evaluation_is_the_same_to_the_last_byte(engine, ensemble, expected):
 
 def test_a_worker_that_is_killed_changes_nothing(engine, ensemble, expected):
     """It is stopped before it gets its piece, so that it surely has one when it is killed."""
-    victim = engine.processes()[0]
+    victim = processes(engine)[0]
     os.kill(victim, signal.SIGSTOP)
     pieces = []
 
@@ -179,7 +184,7 @@ def _once(folder):
 def test_a_worker_with_nothing_to_do_takes_over(plain, tmp_path):
     """Nobody waits for the dead one's place to be taken."""
     (tmp_path / "kill").touch()
-    before = plain.processes()
+    before = processes(plain)
     ((_, found),) = plain.map(_once, [(tmp_path,)])
     assert found in before
     assert plain.redone == [0]
@@ -238,7 +243,7 @@ def _look(model, seconds):
 
 def test_weights_lie_once_on_each_node(engine, ensemble):
     size = sum(weight.nbytes for weight in ensemble.model.parameters())
-    engine.processes()
+    processes(engine)
     found = [answer for _, answer in engine.map(_look, [(ensemble.model, 0.5)] * 6)]
     assert all(not array.flags.writeable for array in ray.get(engine._packed)[1])
     assert len({process for process, *_ in found}) == 3
@@ -292,7 +297,7 @@ def test_positions_fits_and_studies_are_the_same(engine, ensemble, tmp_path):
         scores = summary(evaluate_positions(ensemble, positions, with_baselines(parsed), engine=engine))
         fitted = figures(fit(ensemble, positions, options, engine=engine, cache=PieceCache(folder / "fit", {})))
         study = TextStudy(12, 8, 4, 2, rows=4, sizes=(1,), prompt="the ", tokens=3, premise=0)
-        results = Run(folder / "text", {}).each(list(study.cells(ensemble, positions)), engine)
+        results = Run(folder / "text", {}).each(dict(study.cells(ensemble, positions)), engine)
         return json.dumps([scores, fitted, results])
 
     with LocalEngine() as local:
@@ -307,7 +312,7 @@ def test_positions_fits_and_studies_are_the_same(engine, ensemble, tmp_path):
 def test_a_study_of_heads_is_the_same(engine, tmp_path):
     study = KnownTruthStudy(positions=2, rows=2, documents=1, sizes=(2,))
     documents = [Document("text", "And it came to pass, when men began. " * 8)]
-    cells = list(study.cells(documents, study.load()))
+    cells = dict(study.cells(documents, study.load()))
     with LocalEngine() as local:
         ours = Run(tmp_path / "local", {}).each(cells, local)
     assert json.dumps(Run(tmp_path / "ray", {}).each(cells, engine)) == json.dumps(ours)
@@ -394,7 +399,7 @@ def test_workers_share_a_device_or_have_several(cluster, ensemble):
     with RayEngine(None, 1, gpus=2) as engine:
         assert len(ray.get(engine._slots[0].actor.__ray_call__.remote(_devices))) == 2
     moved = unpack(pack(ensemble)[0])
-    worker.spread(moved, 2, "meta")
+    worker.spread(moved, [torch.device("meta")] * 2)
     assert all(weight.is_meta for member in moved.model.members for weight in member.parameters())
     with pytest.raises(InvalidInputError, match="part of one device or a whole number"):
         RayEngine(None, gpus=1.5)

@@ -22,7 +22,7 @@ from softmeet import Ensemble
 from softmeet.errors import InvalidInputError, TraceError
 from softmeet.evaluation import files
 from softmeet.evaluation.documents import Document, read_documents
-from softmeet.evaluation.positions import observe_text, tokenize, windows
+from softmeet.evaluation.positions import cut, observe_text, tokenize, windows
 from softmeet.evaluation.trace import Trace, record
 from softmeet.members import zoo
 
@@ -48,7 +48,7 @@ def same(a, b):
 
 @pytest.mark.parametrize(("window", "stride"), [(10, 10), (10, 3), (64, 1), (7, 7)])
 def test_every_token_but_the_first_is_predicted_once(ensemble, window, stride):
-    documents = [replace(d, ids=torch.arange(len(d.ids))) for d in tokenize(ensemble.tokenizer, DOCUMENTS[:2])]
+    documents = [replace(d, ids=torch.arange(len(d.ids))) for d in cut(ensemble, DOCUMENTS[:2])[0]]
     for k, document in enumerate(documents):
         own = [w for w in windows(documents, window, stride) if w.document == k]
         assert torch.cat([w.ids[-len(w) :] for w in own]).tolist() == list(range(1, len(document.ids)))
@@ -79,11 +79,11 @@ def test_bytes_add_up_to_the_text():
     """The bundled vocabulary is of bytes: a character may take several tokens, and its bytes count once."""
     tokenizer = AutoTokenizer.from_pretrained(zoo.locate("wide/gpt2"))
     text = "a é б 語 🙂 c"
-    (plain,) = tokenize(tokenizer, [Document("d", text)])
+    plain = tokenize(tokenizer, Document("d", text))
     assert len(plain.ids) > len(text)
     assert int(plain.sizes.sum()) == len(text.encode()) - 1
     assert int(plain.sizes.min()) == 0
-    (begun,) = tokenize(tokenizer, [Document("d", text)], bos=True)
+    begun = tokenize(tokenizer, Document("d", text), bos=True)
     assert begun.ids[0] == tokenizer.bos_token_id
     assert begun.ids[1:].tolist() == plain.ids.tolist()
     assert int(begun.sizes.sum()) == len(text.encode())

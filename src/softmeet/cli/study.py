@@ -19,7 +19,7 @@ from softmeet.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from softmeet.evaluation.documents import Document
-    from softmeet.evaluation.files import Cell
+    from softmeet.evaluation.files import Json
     from softmeet.evaluation.study.report import Report
     from softmeet.evaluation.study.text import TextStudy
     from softmeet.scaling.base import Engine
@@ -193,7 +193,7 @@ def _documents(text: list[Path] | None) -> list[Document]:
 def _run(
     out: Path,
     settings: dict[str, Any],
-    cells: Iterable[Cell],
+    cells: Iterable[tuple[str, Callable[[], Json]]],
     report: Callable[[dict[str, Any], str], Report],
     engine: Engine,
 ) -> None:
@@ -202,7 +202,7 @@ def _run(
     texts.require_extra(psutil=True, scipy=True)
     run = Run(out, settings)
     with options.status("preparing"):
-        work = list(cells)
+        work = dict(cells)
     with (
         options.stoppable(f"finished cells stay in {out}; the same command goes on from there"),
         texts.progress() as begin,

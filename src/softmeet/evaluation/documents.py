@@ -18,7 +18,7 @@ from softmeet.errors import InvalidInputError
 
 @dataclass(frozen=True)
 class Document:
-    """A name and a text."""
+    """A text with a name."""
 
     name: str
     text: str

@@ -12,9 +12,8 @@ import json
 import operator
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +30,7 @@ from softmeet.scaling.local import LocalEngine
 P = TypeVar("P")
 Tensors = dict[str, Tensor]
 Json = dict[str, Any]
+Cells = Mapping[str, Callable[[], Json]]
 
 # Bytes of the checksum at the end of each file.
 _DIGEST = 32
@@ -247,14 +247,6 @@ class PieceCache:
             write_atomically(path, lambda file: file.write(data + hashlib.sha256(data).digest()))
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A piece of a study: a key that is unique in the study, and a call that gives its result."""
-
-    key: str
-    work: Callable[[], Json]
-
-
 class Run:
     """Stores the results of one study's cells in a folder.
 
@@ -273,28 +265,26 @@ class Run:
         self.done = self._read()
 
     def each(
-        self, cells: Sequence[Cell], engine: Engine | None = None, on_done: Callable[[str], None] = lambda key: None
+        self, cells: Cells, engine: Engine | None = None, on_done: Callable[[str], None] = lambda key: None
     ) -> dict[str, Json]:
-        """Return the results of ``cells`` by key; those that an earlier run finished are not run again.
+        """Return the results of cells by key; those that an earlier run finished are not run again.
 
         Args:
-            cells: in the order of the results.
+            cells: calls that give the results, by a key that is unique in the study, in the order of the results.
             engine: where they run; None for this process.
             on_done: called with each key.
         """
-        todo = [cell for cell in cells if cell.key not in self.done]
-        for cell in cells:
-            if cell.key in self.done:
-                on_done(cell.key)
+        for key in filter(self.done.__contains__, cells):
+            on_done(key)
+        todo = [key for key in cells if key not in self.done]
         with self._lines.open("a", encoding="utf-8") as out:
-            for k, result in (engine or LocalEngine()).map(operator.call, ((cell.work,) for cell in todo)):
-                key = todo[k].key
-                self.done[key] = result
-                out.write(json.dumps({"key": key, "result": result}) + "\n")
+            for k, result in (engine or LocalEngine()).map(operator.call, ((cells[key],) for key in todo)):
+                self.done[todo[k]] = result
+                out.write(json.dumps({"key": todo[k], "result": result}) + "\n")
                 out.flush()
                 os.fsync(out.fileno())
-                on_done(key)
-        return {cell.key: self.done[cell.key] for cell in cells}
+                on_done(todo[k])
+        return {key: self.done[key] for key in cells}
 
     def finish(self, result: Json) -> None:
         """Write ``result.json``, with which a run is complete."""

@@ -43,7 +43,7 @@ Begin = Callable[[str, int, int | None], Callable[[int], None]]
 
 @dataclass(frozen=True)
 class Options:
-    """How to fit.
+    """Settings of a fit.
 
     Attributes:
         free_weights: let weights sum to anything, not only to one.
@@ -70,7 +70,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A fitted rule.
+    """A fitted rule, one of those that a fit chooses from.
 
     Attributes:
         name: as reports have it.
@@ -88,13 +88,13 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        """Its name among scores, where a member's own name stands for the member as it is."""
+        """The candidate's name among scores, where a member's own name stands for the member as it is."""
         return f"fitted {self.name}"
 
 
 @dataclass
 class Fitted:
-    """What a fit found.
+    """The result of a fit: the candidates, and how one of them was chosen.
 
     Attributes:
         candidates: in the order tried.

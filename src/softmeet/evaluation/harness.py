@@ -24,9 +24,9 @@ except ImportError as error:  # pragma: no cover - the extra is installed where 
 
 @register_model("softmeet")
 class EnsembleLM(HFLM):  # type: ignore[misc]
-    """The harness's ``hf``, but members are loaded as :meth:`Ensemble.from_pretrained` does unless ``dtype`` is given.
+    """Runs an ensemble as the harness's ``hf`` does, but loads members as :meth:`Ensemble.from_pretrained` does.
 
-    (With ``hf`` they are loaded in their checkpoints' own dtype, on CPU too.)
+    That is unless ``dtype`` is given. With ``hf`` they are loaded in their checkpoints' own dtype, on CPU too.
     """
 
     def __init__(self, pretrained: Any, *, dtype: Any = None, **options: Any) -> None:

@@ -36,7 +36,7 @@ class Difference:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the sign is known at 95 %."""
+        """Whether the 95 % interval excludes zero."""
         return self.low > 0 or self.high < 0
 
     def figures(self) -> dict[str, Any]:
@@ -53,14 +53,14 @@ class Difference:
 
 @dataclass(frozen=True, eq=False)
 class Clusters:
-    """Which cluster each position is in, (N,), numbered from 0 in order; ``kind`` is ``documents`` or ``blocks``."""
+    """The cluster of each position, ``of``, (N,), numbered from 0; ``kind`` says if they are ``documents`` or ``blocks``."""
 
     of: Int[Tensor, " N"]
     kind: str
 
     @property
     def count(self) -> int:
-        """How many clusters the interval is taken over."""
+        """The number of clusters."""
         return int(self.of.max()) + 1
 
     def sums(self, values: Float[Tensor, " N"]) -> Float[Tensor, " C"]:

@@ -26,6 +26,7 @@ from softmeet.rules.combine import product_dtype
 from softmeet.rules.meet import full_hessian_pays
 from softmeet.rules.problem import Problem
 from softmeet.rules.settings import Pool, Settings
+from softmeet.rules.validate import slopes_of
 from softmeet.scaling.base import Engine
 from softmeet.simplex import log_normalize
 from softmeet.solvers.base import iterate
@@ -62,7 +63,7 @@ class Values:
 
 @dataclass(frozen=True)
 class Layout:
-    """Which parameters a vector holds.
+    """The parameters that a vector holds, in this order: weights, a temperature, trusts.
 
     Attributes:
         n: the number of weights.
@@ -185,13 +186,11 @@ class Objective:
         who, banded = range(len(log_p)) if self.trusted is None else self.trusted, self.model.banded_heads(self.bands)
         rows = [i for i in who for _ in range(self.bands)]
         heads = tuple(banded[i * self.bands + band] for i in who for band in range(self.bands))
+        log_p = log_normalize(log_p[rows].double())
         problem = Problem(
-            log_p=log_normalize(log_p[rows].double()),
+            log_p=log_p,
             heads=heads,
-            slopes=tuple(
-                None if head.soft_cap is None or logits is None else head.slope(logits[i].double())
-                for i, head in zip(rows, heads, strict=True)
-            ),
+            slopes=slopes_of(heads, None if logits is None else logits[rows], log_p, log_p.shape),
             settings=Settings(trust=1.0, pool="prob-mean", tol=self.tol, max_steps=_MAX_STEPS).for_members(len(rows)),
             support=self.model.support,
             dtype=product_dtype(torch.float32, self.tol),

@@ -76,12 +76,12 @@ class Scores:
 
     @property
     def fallbacks(self) -> int:
-        """How many rows another rule answered."""
+        """The number of positions that another rule answered."""
         return int(self.fallback.sum())
 
     @property
     def unconverged(self) -> int:
-        """How many rows were not solved."""
+        """The number of positions that were not solved."""
         return int(self.not_converged.sum())
 
 

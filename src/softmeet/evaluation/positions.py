@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, TypedDict, Unpack
+from typing import TypedDict, Unpack
 
 import torch
 from jaxtyping import Int
@@ -66,42 +66,66 @@ class Window:
         return len(self.sizes)
 
 
-def tokenize(
-    tokenizer: PreTrainedTokenizerBase,
+def cut(
+    ensemble: Ensemble,
     documents: Sequence[Document],
     *,
+    window: int | None = None,
+    stride: int | None = None,
     bos: bool = False,
     max_tokens: int | None = None,
     max_per_document: int | None = None,
-) -> list[TokenizedDocument]:
-    """Return token ids and byte counts of each document; one of a single token is left out.
+) -> tuple[list[TokenizedDocument], int, int]:
+    """Tokenize documents for an ensemble, and say in which windows it reads them.
 
     Args:
-        tokenizer: the members'.
-        documents: in order.
-        bos: put the token that begins a text before each, if the tokenizer has one and does not do so itself; the
-            first word is then predicted too.
+        ensemble: whose tokenizer and context count.
+        documents: in order; one of a single token is left out.
+        window: tokens that a member reads at once; None for the shortest member's context, 1,024 at most.
+        stride: tokens from one window to the next; None for the window, so that windows do not overlap.
+        bos: put the token that begins a text before each document, if the tokenizer has one and does not do so itself;
+            the first word is then predicted too.
         max_tokens: the most predictions over all documents.
         max_per_document: the most predictions in each.
 
+    Returns:
+        (the documents' tokens, or bytes over bytes; the window; the stride).
+
     Raises:
-        InvalidInputError: no document has two tokens.
+        InvalidInputError: no document has two tokens, the window does not fit the members' context, or the stride does
+            not fit the window.
     """
-    found, left = [], math.inf if max_tokens is None else max_tokens
+    tokens, left = [], math.inf if max_tokens is None else max_tokens
     for document in documents:
         if left <= 0:
             break
-        one = _tokenize(tokenizer, document, bos)
+        one = tokenize(ensemble.tokenizer, document, bos=bos)
         most = int(min(len(one.sizes), left, math.inf if max_per_document is None else max_per_document))
         if most > 0:
-            found.append(TokenizedDocument(one.name, one.ids[: most + 1], one.sizes[:most]))
+            tokens.append(TokenizedDocument(one.name, one.ids[: most + 1], one.sizes[:most]))
             left -= most
-    if not found:
+    if not tokens:
         raise InvalidInputError("expected a text of at least two tokens: nothing can be predicted in a shorter one")
-    return found
+    limit = getattr(ensemble.model.config, "max_position_embeddings", None)
+    window = ensemble.model.window if window is None else window
+    if window < 1 or (limit is not None and window > limit):
+        raise InvalidInputError(
+            f"expected a window from 1 to {limit or 'any'} tokens, the shortest member's context, got {window}"
+        )
+    stride = window if stride is None else stride
+    if not 1 <= stride <= window:
+        raise InvalidInputError(f"expected a stride from 1 to the window of {window} tokens, got {stride}")
+    return tokens, window, stride
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, document: Document, bos: bool) -> TokenizedDocument:
+def tokenize(tokenizer: PreTrainedTokenizerBase, document: Document, *, bos: bool = False) -> TokenizedDocument:
+    """Return the token ids of a document, and the bytes of text that each adds.
+
+    Args:
+        tokenizer: the members'.
+        document: the text.
+        bos: as :func:`cut` has it.
+    """
     fast = bool(getattr(tokenizer, "is_fast", False))
     out = tokenizer(document.text, verbose=False, return_offsets_mapping=fast)
     ids = list(out["input_ids"])
@@ -116,48 +140,11 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, document: Document, bos: bool)
     return TokenizedDocument(document.name, torch.tensor(ids, dtype=torch.int64), sizes)
 
 
-def cut(
-    ensemble: Ensemble,
-    documents: Sequence[Document],
-    *,
-    window: int | None = None,
-    stride: int | None = None,
-    **limits: Any,
-) -> tuple[list[TokenizedDocument], int, int]:
-    """Tokenize documents for an ensemble, and say in which windows it reads them.
-
-    Args:
-        ensemble: whose tokenizer and context count.
-        documents: in order.
-        window: tokens that a member reads at once; None for the shortest member's context, 1,024 at most.
-        stride: tokens from one window to the next; None for the window, so that windows do not overlap.
-        limits: ``bos``, ``max_tokens`` and ``max_per_document`` of :func:`tokenize`.
-
-    Returns:
-        (the documents' tokens, or bytes over bytes; the window; the stride).
-
-    Raises:
-        InvalidInputError: the text is too short, the window does not fit the members' context, or the stride does not
-            fit the window.
-    """
-    tokens = tokenize(ensemble.tokenizer, documents, **limits)
-    limit = getattr(ensemble.model.config, "max_position_embeddings", None)
-    window = ensemble.model.window if window is None else window
-    if window < 1 or (limit is not None and window > limit):
-        raise InvalidInputError(
-            f"expected a window from 1 to {limit or 'any'} tokens, the shortest member's context, got {window}"
-        )
-    stride = window if stride is None else stride
-    if not 1 <= stride <= window:
-        raise InvalidInputError(f"expected a stride from 1 to the window of {window} tokens, got {stride}")
-    return tokens, window, stride
-
-
 def windows(documents: Sequence[TokenizedDocument], window: int, stride: int) -> Iterator[Window]:
     """Yield the windows of every document, in order.
 
     Args:
-        documents: as :func:`tokenize` gives them.
+        documents: as :func:`cut` gives them.
         window, stride: in tokens; the stride is at most the window.
 
     >>> document = TokenizedDocument("a", torch.arange(8), torch.ones(7, dtype=torch.int64))

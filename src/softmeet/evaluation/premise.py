@@ -34,7 +34,7 @@ _COARSE = 1e-4
 
 @dataclass(frozen=True)
 class Premise:
-    """One member's test over some tokens; ``gain`` and ``error`` in nats per token and unit of trust.
+    """The result of one member's premise test; ``gain`` and ``error`` are in nats per token and unit of trust.
 
     Attributes:
         gain: the mean of what trusting it lowers the loss by, to first order.

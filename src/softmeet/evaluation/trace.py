@@ -35,7 +35,7 @@ _FACTS = {"members", "tokenizer", "text", "bos", "window", "stride", "dtype", "d
 
 
 class _Float16Error(BaseModel):
-    """What fp16 does to the targets' log-probabilities in a shard, in nats; the sum is of the members' mean."""
+    """Errors of targets' log-probabilities in a shard of fp16, in nats: the largest, and the sum of members' means."""
 
     largest: float
     sum: float

@@ -25,7 +25,7 @@ from torch import Tensor
 from softmeet import combine
 from softmeet.ensemble import Ensemble
 from softmeet.evaluation.documents import Document
-from softmeet.evaluation.files import Cell, Json
+from softmeet.evaluation.files import Json
 from softmeet.evaluation.premise import best_hidden
 from softmeet.evaluation.study.entries import ALL
 from softmeet.evaluation.study.report import LinePlot, Report, StudyTable, finite_or_none, mean_text, number
@@ -73,10 +73,10 @@ class SyntheticStudy:
     seed: int = 0
     tol: ClassVar[float] = 1e-8
 
-    def cells(self) -> Iterator[Cell]:
-        """Yield a cell for every ratio, kind of truth, noise and trial."""
+    def cells(self) -> Iterator[tuple[str, Callable[[], Json]]]:
+        """Yield (key, call that gives a cell's result) for every ratio, kind of truth, noise and trial."""
         for kind in itertools.product(self.ratios, _TRUTHS, self.noises, range(self.trials)):
-            yield Cell("{} {} {:g} {}".format(*kind), partial(self._scores, *kind))
+            yield "{} {} {:g} {}".format(*kind), partial(self._scores, *kind)
 
     def _scores(self, ratio: str, truth: str, noise: float, trial: int) -> Json:
         v, n, of_v = self.v, self.members, Fraction(ratio)
@@ -189,8 +189,8 @@ class KnownTruthStudy:
         """Load the members whose heads are used."""
         return Ensemble.from_pretrained(list(self.members))
 
-    def cells(self, documents: Sequence[Document], ensemble: Ensemble) -> Iterator[Cell]:
-        """Yield cells of every document's positions, for each number of members.
+    def cells(self, documents: Sequence[Document], ensemble: Ensemble) -> Iterator[tuple[str, Callable[[], Json]]]:
+        """Yield (key, call that gives a cell's result) for positions of every document and numbers of members.
 
         Args:
             documents: the text.
@@ -202,7 +202,7 @@ class KnownTruthStudy:
             for start in range(0, self.positions, self.rows):
                 part = truths[start : start + self.rows]
                 for size in self.sizes:
-                    yield Cell(f"{document.name} {start} {size}", partial(self._scores, heads[:size], part))
+                    yield f"{document.name} {start} {size}", partial(self._scores, heads[:size], part)
 
     @torch.inference_mode()
     def _truths(self, ensemble: Ensemble, text: str) -> Float[Tensor, "B v"]:

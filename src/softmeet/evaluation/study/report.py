@@ -18,7 +18,7 @@ from softmeet.evaluation.files import write_atomically, write_text
 
 @dataclass(frozen=True)
 class StudyTable:
-    """A title, column names, and rows of text."""
+    """A table of text: a title, column names, and rows."""
 
     title: str
     header: Sequence[str]
@@ -93,7 +93,7 @@ class LinePlot:
 
 @dataclass(frozen=True)
 class Report:
-    """What a study found.
+    """The result of a study, to be written as Markdown and JSON.
 
     Attributes:
         title: of the report.

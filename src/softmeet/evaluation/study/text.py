@@ -19,7 +19,7 @@ from torch import Tensor
 from softmeet.ensemble import Ensemble
 from softmeet.errors import InvalidInputError
 from softmeet.evaluation.choices import RuleChoice
-from softmeet.evaluation.files import Cell, Json
+from softmeet.evaluation.files import Json
 from softmeet.evaluation.intervals import clusters, paired
 from softmeet.evaluation.perplexity import evaluate
 from softmeet.evaluation.positions import Positions
@@ -63,8 +63,8 @@ class TextStudy:
     premise: int = 512
     only: str | None = None
 
-    def cells(self, ensemble: Ensemble, positions: Positions) -> Iterator[Cell]:
-        """Yield cells of positions for each kind of rule and number of members, and of a sample by each rule."""
+    def cells(self, ensemble: Ensemble, positions: Positions) -> Iterator[tuple[str, Callable[[], Json]]]:
+        """Yield (key, call that gives a cell's result) for kinds of rules and numbers of members, then for samples."""
         every = spread(positions, self.positions)
         kinds: list[tuple[str, Sequence[RuleChoice], int]] = [
             ("averages", BASELINES, self.positions),
@@ -72,18 +72,17 @@ class TextStudy:
             ("max-entropy", (BASE, RELAXED, MAX_ENTROPY), self.exact),
             ("the other rules", (BASE, RELAXED, *EXACT, *OTHERS), self.slow),
         ]
-        for kind, entries, rows in kinds:
-            for k, chunk in enumerate(spread(every, rows).chunks(self.rows)):
-                yield Cell(f"{kind} {k}", partial(_nats, ensemble, entries, chunk))
+        for kind, entries, count in kinds:
+            for k, chunk in enumerate(spread(every, count).chunks(self.rows)):
+                yield f"{kind} {k}", partial(_nats, ensemble, entries, chunk)
         for size in self.sizes:
             part = _variant(ensemble, size)
             entries = (*BASELINES[:2], *MEETS[:4], MAX_ENTROPY)
             for k, chunk in enumerate(spread(positions, self.meet).chunks(self.rows)):
-                yield Cell(
-                    f"first {size}: {k}", partial(_nats, part, entries, replace(chunk, hidden=chunk.hidden[:size]))
-                )
+                rows = replace(chunk, hidden=chunk.hidden[:size])
+                yield f"first {size}: {k}", partial(_nats, part, entries, rows)
         for entry in (*BASELINES, *MEETS, *EXACT, *OTHERS) if self.tokens else ():
-            yield Cell(f"sample {entry.name}", partial(self._sample, ensemble, entry))
+            yield f"sample {entry.name}", partial(self._sample, ensemble, entry)
 
     def _sample(self, ensemble: Ensemble, entry: RuleChoice) -> Json:
         """Write on after the prompt, which is the same for every rule, as the seed is."""
@@ -163,7 +162,7 @@ def _variant(ensemble: Ensemble, size: int, **settings: Any) -> Ensemble:
 
 
 class _Group:
-    """What the cells of one kind found: nats, (N,), of each member and rule by name, infinite where that is None."""
+    """The results of cells of one kind: nats, (N,), of each member and rule by name, and clusters of the positions."""
 
     def __init__(self, cells: Sequence[Json]) -> None:
         def whole(kind: str, nats: Callable[[Any], list[float | None]]) -> dict[str, Tensor]:
