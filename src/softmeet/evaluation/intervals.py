@@ -53,7 +53,7 @@ class Difference:
 
 @dataclass(frozen=True, eq=False)
 class Clusters:
-    """The cluster of each position, ``of``, (N,), numbered from 0; ``kind`` says if they are ``documents`` or ``blocks``."""
+    """The cluster of each position, ``of``, (N,), numbered from 0; ``kind`` is ``documents`` or ``blocks``."""
 
     of: Int[Tensor, " N"]
     kind: str
