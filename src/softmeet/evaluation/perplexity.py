@@ -127,7 +127,7 @@ def evaluate(
         InvalidInputError: a member and a choice have the same name, or the ensemble is over bytes and a choice is not
             for those.
     """
-    found = _score(ensemble, positions, choices, on_progress)
+    found = _score_piece(ensemble, positions, choices, on_progress)
     return replace(_as_evaluation(ensemble, choices, [found], positions.names), positions=positions)
 
 
@@ -196,7 +196,7 @@ def evaluate_positions(
     pieces = [rows for own in torch.arange(len(positions)).split(lengths) for rows in own.split(size)]
     found = (cache or PieceCache()).map(
         # Rows are copied, so that products see them aligned alike wherever they run.
-        engine, stage, _score, pieces, lambda rows: (ensemble, positions.take(rows), choices),
+        engine, stage, _score_piece, pieces, lambda rows: (ensemble, positions.take(rows), choices),
         lambda rows: on_progress(len(rows)),
     )  # fmt: skip
     return replace(_as_evaluation(ensemble, choices, found, positions.names), positions=positions)
@@ -218,11 +218,11 @@ def _piece_size(ensemble: Ensemble, lengths: Sequence[int], choices: Sequence[Ru
 
 
 def _observe_and_score(ensemble: Ensemble, read: Sequence[Window], choices: Sequence[RuleChoice]) -> Tensors:
-    return _score(ensemble, observe(ensemble, read), choices)
+    return _score_piece(ensemble, observe(ensemble, read), choices)
 
 
 @torch.inference_mode()
-def _score(
+def _score_piece(
     ensemble: Ensemble,
     positions: Positions,
     choices: Sequence[RuleChoice],
@@ -240,7 +240,7 @@ def _score(
         log_probs, logits = ensemble.model.own_log_probs(chunk.hidden)
         targets, scores = chunk.targets.to(log_probs.device), dict[str, Scores]()
         for name, own, hidden in zip(names, log_probs, chunk.hidden, strict=True):
-            scores[name] = replace(_scores(own, targets), work=ensemble.model.work(hidden).double().cpu())
+            scores[name] = replace(_prediction_scores(own, targets), work=ensemble.model.work(hidden).double().cpu())
         solver = _Solver(ensemble.model, log_probs, logits, targets)
         for choice in order:
             by_prompt = {"weights": weights[choice.prompt]} if choice.prompt else {}
@@ -342,12 +342,12 @@ class _Solver:
         """Score a rule under some settings on the chunk, from what is solved already where that will do."""
         gate, plain = that_closes(settings.gate), settings.ungated()
         if gate is not None and plain not in self.solved:
-            return _scored(self.model.combine_rows(self.log_probs, self.logits, settings), self.targets)
+            return _solution_scores(self.model.combine_rows(self.log_probs, self.logits, settings), self.targets)
         if plain not in self.solved:
             solution = self._solve(plain)
-            self.solved[plain] = solution, _scored(solution, self.targets)
+            self.solved[plain] = solution, _solution_scores(solution, self.targets)
         solution, scores = self.solved[plain]
-        return scores if gate is None else self._gated(gate, settings, solution, scores)
+        return scores if gate is None else self._under_gate(gate, settings, solution, scores)
 
     def _solve(self, settings: Settings) -> Solution:
         """Solve, starting from a solution that was found before; one of those may also answer infeasible rows."""
@@ -364,25 +364,28 @@ class _Solver:
             path.append(solution)
         return solution
 
-    def _gated(self, gate: Gate, settings: Settings, solution: Solution, scores: Scores) -> Scores:
+    def _under_gate(self, gate: Gate, settings: Settings, solution: Solution, scores: Scores) -> Scores:
         """Replace the scores of what was solved without the gate where the gate is closed."""
         closed = ~gate.open(solution.problem)
         if not closed.any():
             return scores
         logits = None if self.logits is None else self.logits[:, closed]
-        there = _scored(self.model.combine_rows(self.log_probs[:, closed], logits, settings), self.targets[closed])
+        solved = self.model.combine_rows(self.log_probs[:, closed], logits, settings)
+        there = _solution_scores(solved, self.targets[closed])
         both = zip(_without_movement(scores), _without_movement(there), strict=True)
         return Scores(*(whole.masked_scatter(closed.cpu(), own) for whole, own in both))
 
 
-def _scored(solution: Solution, targets: Int[Tensor, " B"]) -> Scores:
+def _solution_scores(solution: Solution, targets: Int[Tensor, " B"]) -> Scores:
+    """Score a rule's solution, with how its rows ended and how far it moves the pool."""
     passes, late = solution.num_passes.double(), solution.status == Status.NOT_CONVERGED
-    found = _scores(solution.log_probs, targets, passes, solution.fallback, late, solution.gated)
+    found = _prediction_scores(solution.log_probs, targets, passes, solution.fallback, late, solution.gated)
     moved = None if that_closes(solution.problem.settings.gate) else Movement.of(solution)
     return found if moved is None else replace(found, movement=moved.table())
 
 
-def _scores(log_p: Float[Tensor, "B v"], targets: Tensor, *ends: Tensor) -> Scores:
+def _prediction_scores(log_p: Float[Tensor, "B v"], targets: Tensor, *ends: Tensor) -> Scores:
+    """Score log-probabilities; ``ends`` are the fields of a rule's scores that say how its rows ended."""
     best = log_p.max(-1)
     nats = -log_p.gather(-1, targets[:, None]).squeeze(-1).double()
     found = (nats, best.indices == targets, best.values.exp().double(), *ends)
