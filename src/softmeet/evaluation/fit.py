@@ -18,7 +18,7 @@ from typing import Any
 from softmeet.ensemble import Ensemble
 from softmeet.evaluation.choices import RuleChoice
 from softmeet.evaluation.files import PieceCache
-from softmeet.evaluation.intervals import Difference, TextPart, paired, split
+from softmeet.evaluation.intervals import Difference, SplitPart, paired, split
 from softmeet.evaluation.objective import NO_TRUST, Layout, Objective, Values, minimise
 from softmeet.evaluation.perplexity import Evaluation, distinct_names, evaluate_positions
 from softmeet.evaluation.positions import Positions
@@ -114,7 +114,7 @@ class Fitted:
     difference: Difference
     select: Evaluation
     test: Evaluation
-    parts: dict[str, TextPart]
+    parts: dict[str, SplitPart]
     premise: list[Premise]
 
     @property
@@ -257,7 +257,7 @@ class _Fitter:
             scored.append(evaluate_positions(self.ensemble, positions, choices, **where, on_progress=advance))
         return replace(scored[0], choices={name: s for one in scored for name, s in one.choices.items()})
 
-    def judge(self, parts: dict[str, TextPart], candidates: list[Candidate], premise: list[Premise]) -> Fitted:
+    def judge(self, parts: dict[str, SplitPart], candidates: list[Candidate], premise: list[Premise]) -> Fitted:
         """Choose the best candidate and the best baseline on the second part, and have the third confirm the choice."""
         select, test = (self._scored(name, parts[name].positions, candidates) for name in ("select", "test"))
 

@@ -120,21 +120,21 @@ def paired(ours: Float[Tensor, " N"], theirs: Float[Tensor, " N"], within: Clust
 
 
 @dataclass(frozen=True, eq=False)
-class TextPart:
+class SplitPart:
     """Positions of some of a text's clusters, with those clusters."""
 
     positions: Positions
     within: Clusters
 
-    def spread(self, count: int | None) -> TextPart:
+    def spread(self, count: int | None) -> SplitPart:
         """Select at most ``count`` positions, evenly spread; all of them if it is None."""
         if count is None or len(self.positions) <= count:
             return self
         rows: Int[Tensor, " k"] = torch.arange(count) * len(self.positions) // count
-        return TextPart(self.positions.take(rows), self.within.take(rows))
+        return SplitPart(self.positions.take(rows), self.within.take(rows))
 
 
-def split(positions: Positions) -> dict[str, TextPart]:
+def split(positions: Positions) -> dict[str, SplitPart]:
     """Split a text into three parts: to fit on, to choose by, and to judge by (``fit``, ``select`` and ``test``).
 
     Clusters are dealt out in turn, so that each part holds text from everywhere and no cluster is in two parts.
@@ -149,4 +149,4 @@ def split(positions: Positions) -> dict[str, TextPart]:
             f"{within.kind}: give more text"
         )
     rows = [(within.of % len(PARTS) == k).nonzero().squeeze(-1) for k in range(len(PARTS))]
-    return {name: TextPart(positions.take(own), within.take(own)) for name, own in zip(PARTS, rows, strict=True)}
+    return {name: SplitPart(positions.take(own), within.take(own)) for name, own in zip(PARTS, rows, strict=True)}
