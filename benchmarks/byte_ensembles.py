@@ -22,12 +22,10 @@ from torch import Tensor
 
 from report import show
 from softmeet import Ensemble
-from softmeet.evaluation.descent import minimise
 from softmeet.evaluation.documents import read_documents
+from softmeet.evaluation.files import PieceCache
 from softmeet.evaluation.intervals import Clusters, paired
-from softmeet.evaluation.kept import Kept
-from softmeet.evaluation.objective import Loss, pooled
-from softmeet.evaluation.parameters import Layout, Values
+from softmeet.evaluation.objective import Layout, Objective, Values, minimise, pooled
 from softmeet.evaluation.positions import Positions, observe_text
 from softmeet.hf import EnsembleConfig
 from softmeet.members.byte_member import ByteMember
@@ -49,8 +47,8 @@ def fitted(ensemble: Ensemble, positions: Positions, pool: Any) -> Tensor:
     """The weights of least loss."""
     n = len(ensemble.names)
     with LocalEngine() as engine:
-        loss = Loss(engine, ensemble.model, positions, Layout(n, tempered=False), pool)
-        values, _, _ = minimise(loss, Layout(n, tempered=False), Values((1 / n,) * n), 40)
+        objective = Objective(ensemble.model, positions, Layout(n, tempered=False), pool)
+        values, _, _ = minimise(objective, Values((1 / n,) * n), 40, engine)
     return torch.tensor(values.weights, dtype=torch.float64)
 
 
@@ -118,7 +116,7 @@ def main(
         documents = read_documents([pattern])
         key = hashlib.sha256(repr((pattern, members, prune)).encode()).hexdigest()[:12]
         folder = kept and kept / key
-        positions = observe_text(ensemble, documents, kept=Kept(folder, {"texts": [d.name for d in documents]}))
+        positions = observe_text(ensemble, documents, cache=PieceCache(folder, {"texts": [d.name for d in documents]}))
         within = Clusters(positions.document, "documents")
         log_probs = torch.stack([h[:, :SYMBOLS].double() for h in positions.hidden])
         single = [-own.gather(-1, positions.targets[:, None]).squeeze(-1) for own in log_probs]

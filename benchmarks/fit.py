@@ -20,8 +20,8 @@ import typer
 from held_out import held_out_documents
 from report import machine, show
 from softmeet import Ensemble
+from softmeet.evaluation.files import PieceCache
 from softmeet.evaluation.fit import Options, fit
-from softmeet.evaluation.kept import Kept
 from softmeet.evaluation.save import save, verdict
 from softmeet.evaluation.trace import Trace, record
 from softmeet.members import zoo
@@ -66,9 +66,11 @@ def main(
         ensemble = Ensemble.from_pretrained(names)
         positions = traced(ensemble, tokens, trace or Path(scratch) / "trace").read()
         options = Options(meet_positions=meet_tokens, evaluations=evaluations)
-        kept = Kept(resume, asdict(options) | {"family": family, "tokens": tokens, "bad": bad, "threads": threads})
+        kept = PieceCache(
+            resume, asdict(options) | {"family": family, "tokens": tokens, "bad": bad, "threads": threads}
+        )
         started = time.perf_counter()
-        fitted = fit(ensemble, positions, options, kept=kept)
+        fitted = fit(ensemble, positions, options, cache=kept)
         seconds = time.perf_counter() - started
         facts = save(ensemble, fitted, out or Path(scratch) / "ensemble")
     rows: list[dict[str, Any]] = [

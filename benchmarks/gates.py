@@ -20,7 +20,7 @@ from rich.progress import Progress, track
 
 from report import show
 from softmeet import Ensemble
-from softmeet.evaluation.choices import Choice, under_gates
+from softmeet.evaluation.choices import RuleChoice, under_gates
 from softmeet.evaluation.held_out import held_out_books
 from softmeet.evaluation.intervals import clusters, paired
 from softmeet.evaluation.perplexity import Evaluation, evaluate
@@ -32,7 +32,7 @@ from softmeet.rules.gates import confidence
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
 PROMPT = 16
 OPTIONS: dict[str, Any] = {"do_sample": True, "top_k": 0, "eos_token_id": None, "pad_token_id": 0}
-MEET = Choice("meet", {"rule": "meet"})
+MEET = RuleChoice("meet", {"rule": "meet"})
 
 
 @torch.inference_mode()

@@ -18,7 +18,7 @@ from rich.progress import track
 from rich.table import Table
 
 from softmeet import Ensemble
-from softmeet.evaluation.choices import Choice
+from softmeet.evaluation.choices import RuleChoice
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.intervals import clusters, paired
 from softmeet.evaluation.perplexity import Evaluation, evaluate
@@ -45,12 +45,12 @@ def read(ensemble: Ensemble, tokens: int) -> tuple[Positions, Positions]:
     return first, second
 
 
-def meet(trust: float, n: int) -> Choice:
+def meet(trust: float, n: int) -> RuleChoice:
     """``meet`` with one trust for every member."""
-    return Choice(f"meet, trust {trust:g}", {"rule": "meet", "trust": [trust] * n})
+    return RuleChoice(f"meet, trust {trust:g}", {"rule": "meet", "trust": [trust] * n})
 
 
-def compare(ensemble: Ensemble, positions: Positions, choices: Sequence[Choice]) -> Evaluation:
+def compare(ensemble: Ensemble, positions: Positions, choices: Sequence[RuleChoice]) -> Evaluation:
     """Every choice at every position, with a spinner on the terminal."""
     with Console(stderr=True).status("rules"):
         return evaluate(ensemble, positions, choices)
@@ -75,7 +75,7 @@ def main(
     tuning, test = read(ensemble, tokens)
     trusts = [float(rho) for rho in trust.split(",")]
     best = meet(choose_trust(ensemble, tuning, trusts), len(ensemble.names)).name
-    choices = [Choice(name, {"rule": name}) for name in ("logit-mean", "prob-mean")]
+    choices = [RuleChoice(name, {"rule": name}) for name in ("logit-mean", "prob-mean")]
     choices += [meet(rho, len(ensemble.names)) for rho in trusts]
     found = compare(ensemble, test, choices)
     within, baseline = clusters(test.document), found.choices["logit-mean"].nats
@@ -86,7 +86,7 @@ def main(
         mark = "  (chosen on other books)" if name == best else ""
         table.add_row(Path(name).name, f"{scores.mean:.4f}", against + mark)
     Console(width=100).print(table)
-    exact, few = Choice("max-entropy", {"rule": "max-entropy"}), list(_first(test, FEW))
+    exact, few = RuleChoice("max-entropy", {"rule": "max-entropy"}), list(_first(test, FEW))
     infeasible = sum(evaluate(ensemble, part, [exact]).choices["max-entropy"].fallbacks for part in track(few))
     Console(width=100).print(
         f"max-entropy is infeasible, with proof, at {infeasible} of {sum(map(len, few))} positions"

@@ -19,7 +19,7 @@ from report import show
 from softmeet import Ensemble
 from softmeet.evaluation.choices import parse_choices, with_baselines
 from softmeet.evaluation.held_out import held_out_books
-from softmeet.evaluation.pieces import evaluate_text
+from softmeet.evaluation.perplexity import evaluate_text
 from softmeet.evaluation.report import summary
 from softmeet.scaling.base import Engine
 from softmeet.scaling.local import LocalEngine

@@ -18,8 +18,8 @@ from fit import traced
 from held_out import meet
 from report import show
 from softmeet import Ensemble
-from softmeet.evaluation.choices import Choice
-from softmeet.evaluation.pieces import evaluate_positions
+from softmeet.evaluation.choices import RuleChoice
+from softmeet.evaluation.perplexity import evaluate_positions
 from softmeet.evaluation.report import summary
 from softmeet.scaling.local import LocalEngine
 
@@ -40,7 +40,7 @@ def main(
         start = time.perf_counter()
         positions = traced(ensemble, tokens, trace or Path(scratch) / "trace").read()
         tracing = time.perf_counter() - start
-    choices = [Choice(name, {"rule": name}) for name in ("logit-mean", "prob-mean", "max-entropy")]
+    choices = [RuleChoice(name, {"rule": name}) for name in ("logit-mean", "prob-mean", "max-entropy")]
     choices += [meet(rho, len(ensemble.names)) for rho in TRUSTS]
     start = time.perf_counter()
     with LocalEngine(workers) as engine:

@@ -8,7 +8,7 @@ import torch
 
 from softmeet import Ensemble, combine
 from softmeet.errors import InvalidInputError
-from softmeet.evaluation.choices import Choice, parse_choices
+from softmeet.evaluation.choices import RuleChoice, parse_choices
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.perplexity import evaluate
 from softmeet.evaluation.positions import observe_text
@@ -74,7 +74,7 @@ def test_one_trust_per_member_serves_all_its_bands(folders, tmp_path):
     positions = observe_text(ensemble, [Document("", "hello there")])
     rules = ("meet", "max-entropy")
     short, long = (
-        evaluate(ensemble, positions, [Choice(rule, {"rule": rule, "trust": trust}) for rule in rules]).choices
+        evaluate(ensemble, positions, [RuleChoice(rule, {"rule": rule, "trust": trust}) for rule in rules]).choices
         for trust in ([0.3, 1.0], [0.3, 0.3, 1.0, 1.0])
     )
     assert all(torch.equal(short[rule].nats, long[rule].nats) for rule in rules)

@@ -23,7 +23,7 @@ from softmeet.evaluation.choices import parse_choices
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.fit import Options, fit
 from softmeet.evaluation.harness import harness_model
-from softmeet.evaluation.pieces import evaluate_text
+from softmeet.evaluation.perplexity import evaluate_text
 from softmeet.evaluation.positions import observe_text
 from softmeet.evaluation.trace import Trace, record
 from softmeet.hf.byte_modeling import WholeCharacters

@@ -10,7 +10,7 @@ from instances import best_outputs, outputs, random_heads, zipf
 
 import softmeet
 from softmeet import Status
-from softmeet.evaluation import family
+from softmeet.evaluation import premise
 from softmeet.heads import WhitenedHead
 from softmeet.simplex import total_variation
 from softmeet.solvers import minimise, tuning
@@ -265,10 +265,10 @@ def test_the_best_of_a_family_at_the_size_of_real_heads(monkeypatch):
     log_p, head = log_p.double(), heads[1].double()
     truth = log_p.mean(0).log_softmax(-1)
     views = (WhitenedHead(softmeet.SoftmaxHead(head), V, torch.float64, batch=4),)
-    ours, added = family.moment_match(truth, log_p[1], views, 1e-6)
+    ours, added = premise.moment_match(truth, log_p[1], views, 1e-6)
     assert torch.allclose((log_p[1] + added @ head.T).log_softmax(-1), ours, atol=1e-9)
-    monkeypatch.setattr(family, "full_hessian_pays", lambda projection: True)
-    exact, _ = family.moment_match(truth, log_p[1], views, 1e-10)
+    monkeypatch.setattr(premise, "full_hessian_pays", lambda projection: True)
+    exact, _ = premise.moment_match(truth, log_p[1], views, 1e-10)
     assert total_variation(ours, exact).max() < math.sqrt(1e-4 / 2)
     assert total_variation(ours, log_p[1]).max() > 0.05
 

@@ -19,14 +19,13 @@ from softmeet.cli.evaluate import show
 from softmeet.cli.main import app
 from softmeet.errors import InvalidInputError, TraceError
 from softmeet.evaluation import files
-from softmeet.evaluation.choices import Choice, parse_choices, with_baselines
+from softmeet.evaluation.choices import RuleChoice, parse_choices, with_baselines
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.intervals import clusters, paired
-from softmeet.evaluation.perplexity import Scores, evaluate
-from softmeet.evaluation.pieces import evaluate_positions, evaluate_text
+from softmeet.evaluation.perplexity import Scores, evaluate, evaluate_positions, evaluate_text
 from softmeet.evaluation.positions import observe_text
 from softmeet.evaluation.report import calibration, gain_by_disagreement, summary
-from softmeet.evaluation.study.plots import Plot, draw
+from softmeet.evaluation.study.report import LinePlot
 from softmeet.members.weighting import perplexity_weights
 
 WORDS = "the quick brown fox jumps over the lazy dog. "
@@ -47,7 +46,7 @@ def test_one_member_has_transformers_own_loss(ensemble):
     """On the same sliding windows, with transformers masking what was counted before."""
     window, stride = 24, 10
     positions = observe_text(ensemble, [Document("d", WORDS * 3)], window=window, stride=stride)
-    found = evaluate(ensemble, positions, [Choice("average", {"rule": "logit-mean"})])
+    found = evaluate(ensemble, positions, [RuleChoice("average", {"rule": "logit-mean"})])
     ids = ensemble.tokenizer(WORDS * 3, return_tensors="pt")["input_ids"]
     for member, scores in zip(ensemble.model.members, found.members.values(), strict=True):
         total, done = 0.0, 1
@@ -66,8 +65,8 @@ def test_one_member_has_transformers_own_loss(ensemble):
 def test_rules_are_those_of_combine(ensemble):
     positions = observe_text(ensemble, [Document("d", WORDS)])
     choices = [
-        Choice("meet", {"rule": "meet", "trust": [0.5, 2.0]}),
-        Choice("cool", {"rule": "prob-mean", "weights": [0.25, 0.75], "rule_temperature": 0.5}),
+        RuleChoice("meet", {"rule": "meet", "trust": [0.5, 2.0]}),
+        RuleChoice("cool", {"rule": "prob-mean", "weights": [0.25, 0.75], "rule_temperature": 0.5}),
     ]
     found = evaluate(ensemble, positions, choices)
     log_probs, meet = ensemble.model.solve_rows(
@@ -84,8 +83,8 @@ def test_rules_are_those_of_combine(ensemble):
 def test_a_sweep_answers_as_each_rule_alone():
     ensemble = Ensemble.from_pretrained("narrow")
     positions = observe_text(ensemble, [Document("d", "And the king said unto his daughter, Arise, and go forth.")])
-    choices = [Choice(rule, {"rule": rule}) for rule in ("max-entropy", "min-reverse-cross-entropy", "logit-mean")]
-    choices += [Choice(f"meet {trust:g}", {"rule": "meet", "trust": trust}) for trust in (2.0, 0.3, 0.1)]
+    choices = [RuleChoice(rule, {"rule": rule}) for rule in ("max-entropy", "min-reverse-cross-entropy", "logit-mean")]
+    choices += [RuleChoice(f"meet {trust:g}", {"rule": "meet", "trust": trust}) for trust in (2.0, 0.3, 0.1)]
     together = evaluate(ensemble, positions, choices)
     assert together.choices["max-entropy"].fallbacks
     for choice in choices:
@@ -100,7 +99,7 @@ def test_a_sweep_answers_as_each_rule_alone():
 def test_weights_from_the_prompt_apply_after_it(ensemble):
     documents = [Document("a", WORDS), Document("b", WORDS[::-1])]
     positions = observe_text(ensemble, documents)
-    found = evaluate(ensemble, positions, [Choice("packed", {"rule": "logit-mean"}, prompt=10)])
+    found = evaluate(ensemble, positions, [RuleChoice("packed", {"rule": "logit-mean"}, prompt=10)])
     log_probs, _ = ensemble.model.own_log_probs(positions.hidden)
     nats = -log_probs.gather(-1, positions.targets.expand(2, -1)[..., None])[..., 0]
     for k in range(2):
@@ -167,7 +166,7 @@ def test_calibration_and_gain_by_disagreement():
 
 def test_the_baseline_is_the_best_of_members_and_averages(ensemble):
     positions = observe_text(ensemble, [Document("d", WORDS * 2)])
-    facts = summary(evaluate(ensemble, positions, with_baselines([Choice("meet", {"rule": "meet"})])))
+    facts = summary(evaluate(ensemble, positions, with_baselines([RuleChoice("meet", {"rule": "meet"})])))
     every = {**facts["members"], **{name: facts["rules"][name] for name in ("logit-mean", "prob-mean")}}
     best = min(every, key=lambda name: every[name]["nll"])
     assert facts["rules"]["meet"]["vs"]["baseline"] == best
@@ -354,7 +353,7 @@ def test_plots_on_a_full_disk(tmp_path, monkeypatch):
 
     monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(TraceError, match=r"no room on the disk for .*x.png"):
-        draw(Plot("x", "title", "x", "y", {"line": [(0.0, 1.0), (1.0, 2.0)]}), tmp_path / "x.png")
+        LinePlot("x", "title", "x", "y", {"line": [(0.0, 1.0), (1.0, 2.0)]}).draw(tmp_path / "x.png")
     assert list(tmp_path.iterdir()) == []
 
 

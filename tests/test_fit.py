@@ -20,15 +20,21 @@ from softmeet.evaluation import fit as fitting
 from softmeet.evaluation import positions as positions_module
 from softmeet.evaluation import save as saving
 from softmeet.evaluation.documents import Document
-from softmeet.evaluation.fit import Options, figures, fit
-from softmeet.evaluation.kept import Kept
-from softmeet.evaluation.objective import Loss, Objective
-from softmeet.evaluation.parameters import Layout, Values
+from softmeet.evaluation.files import PieceCache
+from softmeet.evaluation.fit import Options, fit
+from softmeet.evaluation.intervals import PARTS, split
+from softmeet.evaluation.objective import Layout, Objective, Values
 from softmeet.evaluation.positions import observe_text
-from softmeet.evaluation.save import save, verdict
-from softmeet.evaluation.splits import PARTS, split
+from softmeet.evaluation.save import figures, save, verdict
 from softmeet.evaluation.trace import record
 from softmeet.scaling.local import LocalEngine
+
+
+def mean_loss(objective, theta):
+    """The objective's loss and gradient, a position."""
+    total, gradient = objective.sums(theta)
+    return total / len(objective.positions), gradient / len(objective.positions)
+
 
 LETTERS = "the quick brown fox jumps over a lazy dog and then it rains in spain"
 
@@ -70,11 +76,11 @@ def test_the_gradient_is_that_of_the_loss(ensemble, positions, pool, trusts, fre
     few = replace(few, hidden=[h.double() for h in few.hidden])
     objective = Objective(ensemble.model, few, layout, pool, tol=1e-12)
     theta = layout.pack(Values((0.3, 0.6), 1.2, (0.4, 1.5)[:trusts]))
-    _, gradient = objective(theta)
+    _, gradient = mean_loss(objective, theta)
     for k in range(len(theta)):
         step = torch.zeros_like(theta)
         step[k] = 1e-4
-        slope = (objective(theta + step)[0] - objective(theta - step)[0]) / 2e-4
+        slope = (mean_loss(objective, theta + step)[0] - mean_loss(objective, theta - step)[0]) / 2e-4
         assert gradient[k].item() == pytest.approx(slope, abs=1e-6)
 
 
@@ -84,10 +90,10 @@ def test_a_member_without_trust_is_one_of_next_to_none(ensemble, positions, band
     both = Objective(ensemble.model, few, Layout(2, 2 * bands), "logit-mean", bands=bands, tol=tol)
     one = Objective(ensemble.model, few, Layout(2, bands), "logit-mean", bands=bands, trusted=[1], tol=tol)
     weights, trust = (0.3, 0.7), (0.4, 1.5)[:bands]
-    alone = one(one.layout.pack(Values(weights, 1.2, trust)))
+    alone = mean_loss(one, one.layout.pack(Values(weights, 1.2, trust)))
     theta = both.layout.pack(Values(weights, 1.2, (0.0,) * bands + trust))
     theta[3 : 3 + bands] = -25.0  # below the bounds of a fit
-    beside = both(theta)
+    beside = mean_loss(both, theta)
     assert alone[0] == pytest.approx(beside[0], abs=1e-8)
     assert torch.allclose(alone[1], torch.cat([beside[1][:3], beside[1][3 + bands :]]), atol=1e-7)
 
@@ -126,7 +132,7 @@ def test_fitting_lowers_the_loss_and_every_candidate_is_kept(fitted, ensemble, p
     part = split(positions)["fit"].positions
     for pool in ("logit-mean", "prob-mean"):
         objective = Objective(ensemble.model, part, Layout(2), pool)
-        start, _ = objective(objective.layout.pack(Values((0.5, 0.5))))
+        start, _ = mean_loss(objective, objective.layout.pack(Values((0.5, 0.5))))
         assert by_name[pool].fit_nll < start - 0.01
         assert sum(by_name[pool].settings["weights"]) == pytest.approx(1)
 
@@ -177,7 +183,7 @@ def test_an_interval_that_holds_zero_means_the_baseline(ensemble, fitted, positi
         return found
 
     monkeypatch.setattr(fitting, "evaluate_positions", scored)
-    fitter = fitting._Fitter(ensemble, Options(), lambda *args: None, LocalEngine(), Kept())
+    fitter = fitting._Fitter(ensemble, Options(), lambda *args: None, LocalEngine(), PieceCache())
     judged = fitter.judge(parts, fitted.candidates, fitted.premise)
     assert judged.rival is low
     assert (judged.chosen is low) == kept
@@ -244,16 +250,16 @@ def test_minibatches_go_down_the_same_loss(ensemble, positions, fitted):
     sizes = {"meet_positions": 40, "premise_positions": 40, "select_positions": 100, "judge_positions": 100}
     options = Options(**sizes, evaluations=12, batch=16)
     found = fit(ensemble, positions, options)
-    assert found.sizes["fit"]["tokens"] == fitted.sizes["fit"]["tokens"]
-    assert found.sizes["select"]["tokens"] == found.sizes["test"]["tokens"] == 100
-    subset = split(positions)["fit"].subset(40)
+    assert len(found.parts["fit"].positions) == len(fitted.parts["fit"].positions)
+    assert len(found.parts["select"].positions) == len(found.parts["test"].positions) == 100
+    subset = split(positions)["fit"].spread(40).positions
     [ours] = [candidate for candidate in found.candidates if not candidate.baseline]
     pool = ours.settings["pool"]
     objective = Objective(ensemble.model, subset, Layout(2, 2), pool)
 
     def loss(settings):
         values = Values(tuple(settings["weights"]), settings["rule_temperature"], tuple(settings["trust"]))
-        return objective(objective.layout.pack(values))[0]
+        return mean_loss(objective, objective.layout.pack(values))[0]
 
     whole, parts, start = (
         {c.name: c.settings for c in one.candidates}[name]
@@ -266,22 +272,22 @@ def test_minibatches_go_down_the_same_loss(ensemble, positions, fitted):
 
 def test_minibatches_are_kept_and_go_on(ensemble, positions, tmp_path, monkeypatch):
     options = Options(meet_positions=40, premise_positions=40, evaluations=3, batch=8, judge_positions=20)
-    first = figures(fit(ensemble, positions, options, kept=Kept(tmp_path / "kept", {})))
+    first = figures(fit(ensemble, positions, options, cache=PieceCache(tmp_path / "kept", {})))
 
     def again(self, theta):
         raise AssertionError("a loss was evaluated again")
 
-    monkeypatch.setattr(Loss, "__call__", again)
-    assert figures(fit(ensemble, positions, options, kept=Kept(tmp_path / "kept", {}))) == first
+    monkeypatch.setattr(Objective, "sums", again)
+    assert figures(fit(ensemble, positions, options, cache=PieceCache(tmp_path / "kept", {}))) == first
 
 
 def test_a_fit_with_bands_goes_on_from_one_without(ensemble, positions, tmp_path, monkeypatch):
     options = Options(meet_positions=40, premise_positions=40, evaluations=3, batch=8, judge_positions=20)
-    kept, banded, names = Kept(tmp_path / "kept", {}), replace(options, bands=2), set()
-    first, alone = figures(fit(ensemble, positions, options, kept=kept)), figures(fit(ensemble, positions, banded))
-    write = Kept._write
-    monkeypatch.setattr(Kept, "_write", lambda self, name, found: (names.add(name), write(self, name, found)))
-    both = figures(fit(ensemble, positions, banded, kept=kept))
+    kept, banded, names = PieceCache(tmp_path / "kept", {}), replace(options, bands=2), set()
+    first, alone = figures(fit(ensemble, positions, options, cache=kept)), figures(fit(ensemble, positions, banded))
+    write = PieceCache._write
+    monkeypatch.setattr(PieceCache, "_write", lambda self, name, found: (names.add(name), write(self, name, found)))
+    both = figures(fit(ensemble, positions, banded, cache=kept))
     assert names
     assert all(" 2-" in name for name in names)
     assert both == alone
@@ -302,7 +308,7 @@ def test_pieces_of_a_damaged_trace_are_not_those_of_the_whole(command, ensemble,
         raise KeyboardInterrupt
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Kept, "_write", stop)
+    monkeypatch.setattr(PieceCache, "_write", stop)
     made = record(ensemble, documents(), "t", shard_size=120)
     whole, again = made.shard(1).read_bytes(), [*command, "--trace", "t", "--resume", "kept"]
     made.shard(1).write_bytes(whole[: len(whole) // 2])
@@ -411,16 +417,16 @@ def test_figures_are_written_though_the_ensemble_has_no_room(folders, tmp_path, 
 
 
 def test_a_damaged_piece_is_found_again(tmp_path):
-    kept = Kept(tmp_path, {})
-    kept.one("x", lambda: {"a": torch.arange(4.0)})
+    kept = PieceCache(tmp_path, {})
+    kept.get("x", lambda: {"a": torch.arange(4.0)})
     [path] = tmp_path.glob("x*")
     data = bytearray(path.read_bytes())
     data[-40] ^= 1
     path.write_bytes(data)
-    assert kept.one("x", lambda: {"a": torch.ones(1)})["a"].tolist() == [1.0]
-    assert kept.one("x", dict)["a"].tolist() == [1.0]
+    assert kept.get("x", lambda: {"a": torch.ones(1)})["a"].tolist() == [1.0]
+    assert kept.get("x", dict)["a"].tolist() == [1.0]
     path.write_bytes(b"")
-    assert kept.one("x", lambda: {"a": torch.zeros(1)})["a"].tolist() == [0.0]
+    assert kept.get("x", lambda: {"a": torch.zeros(1)})["a"].tolist() == [0.0]
 
 
 def test_a_bar_in_a_name_does_not_break_the_card(fitted):

@@ -16,7 +16,7 @@ from test_generation import GREEDY, MEMBERS, PROMPTS, build
 import softmeet
 from softmeet import RULES, Ensemble, Status
 from softmeet.errors import InvalidInputError
-from softmeet.evaluation.choices import Choice, parse_choices, under_gates
+from softmeet.evaluation.choices import RuleChoice, parse_choices, under_gates
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.perplexity import evaluate
 from softmeet.evaluation.positions import observe_text
@@ -364,7 +364,7 @@ def test_evaluation_position_by_position(tmp_path):
     folders = [tiny.save(tmp_path / name, name, seed=k) for k, name in enumerate(("gpt2", "llama"))]
     ensemble = Ensemble.from_pretrained(folders, trust=1.0, gate="unsure:0")
     positions = observe_text(ensemble, [Document("d", "the quick brown fox jumps over the lazy dog. ")])
-    plain = Choice("meet", {"rule": "meet"})
+    plain = RuleChoice("meet", {"rule": "meet"})
     (_, sure, near) = under_gates([plain], ["unsure:0.1", "disagreement:0.3"])
     found = evaluate(ensemble, positions, [plain, sure, near])
     alone = evaluate(ensemble, positions, [sure, near])

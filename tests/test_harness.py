@@ -88,14 +88,14 @@ def test_choices_have_our_log_probabilities(ensemble, samples):
 
 @pytest.mark.filterwarnings("ignore")
 def test_rolling_is_our_evaluation_with_a_token_to_begin(ensemble, samples):
-    from softmeet.evaluation.choices import Choice
+    from softmeet.evaluation.choices import RuleChoice
     from softmeet.evaluation.documents import Document
     from softmeet.evaluation.perplexity import evaluate
     from softmeet.evaluation.positions import observe_text
 
     for doc, sample in zip(DOCS, samples["rolling"], strict=True):
         positions = observe_text(ensemble, [Document("", doc["question"])], bos=True)
-        scores = evaluate(ensemble, positions, [Choice("own")]).choices["own"]
+        scores = evaluate(ensemble, positions, [RuleChoice("own")]).choices["own"]
         first = sample["resps"][0][0]
         theirs = float(first[0] if isinstance(first, list | tuple) else first)
         assert theirs == pytest.approx(-scores.nats.sum().item(), abs=1e-5)

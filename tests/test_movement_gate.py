@@ -15,7 +15,7 @@ from softmeet.errors import InvalidInputError
 from softmeet.evaluation.choices import parse_choices
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.held_out import held_out_books
-from softmeet.evaluation.pieces import evaluate_text
+from softmeet.evaluation.perplexity import evaluate_text
 from softmeet.evaluation.positions import observe_text
 from softmeet.hf import Recorder, calibrated
 from softmeet.rules.gates import PredictedMovement, parse_gate

@@ -23,13 +23,14 @@ from softmeet.cli.main import app as commands
 from softmeet.errors import InvalidInputError, NonFiniteError, WorkerLostError
 from softmeet.evaluation.choices import parse_choices, with_baselines
 from softmeet.evaluation.documents import Document
-from softmeet.evaluation.fit import Options, figures, fit
-from softmeet.evaluation.kept import Kept
-from softmeet.evaluation.pieces import evaluate_positions, evaluate_text
+from softmeet.evaluation.files import PieceCache, Run
+from softmeet.evaluation.fit import Options, fit
+from softmeet.evaluation.perplexity import evaluate_positions, evaluate_text
 from softmeet.evaluation.positions import observe_text
 from softmeet.evaluation.report import summary
-from softmeet.evaluation.study import known_truth, text
-from softmeet.evaluation.study.runs import Run
+from softmeet.evaluation.save import figures
+from softmeet.evaluation.study.known_truth import KnownTruthStudy
+from softmeet.evaluation.study.text import TextStudy
 from softmeet.evaluation.trace import record
 from softmeet.scaling.local import LocalEngine
 from softmeet.scaling.packing import pack, parts, unpack
@@ -97,6 +98,11 @@ def plain(cluster):
         yield engine
 
 
+def processes(engine):
+    """Those of the workers, once all of them are ready."""
+    return [ray.get(slot.actor.process.remote(), timeout=120) for slot in engine._slots]
+
+
 @pytest.fixture(autouse=True)
 def _nothing_was_redone(request):
     """Each test has a count of its own of what its engine began again."""
@@ -131,7 +137,7 @@ def test_an_evaluation_is_the_same_to_the_last_byte(engine, ensemble, expected):
 
 def test_a_worker_that_is_killed_changes_nothing(engine, ensemble, expected):
     """It is stopped before it gets its piece, so that it surely has one when it is killed."""
-    victim = engine.processes()[0]
+    victim = processes(engine)[0]
     os.kill(victim, signal.SIGSTOP)
     pieces = []
 
@@ -178,7 +184,7 @@ def _once(folder):
 def test_a_worker_with_nothing_to_do_takes_over(plain, tmp_path):
     """Nobody waits for the dead one's place to be taken."""
     (tmp_path / "kill").touch()
-    before = plain.processes()
+    before = processes(plain)
     ((_, found),) = plain.map(_once, [(tmp_path,)])
     assert found in before
     assert plain.redone == [0]
@@ -237,7 +243,7 @@ def _look(model, seconds):
 
 def test_weights_lie_once_on_each_node(engine, ensemble):
     size = sum(weight.nbytes for weight in ensemble.model.parameters())
-    engine.processes()
+    processes(engine)
     found = [answer for _, answer in engine.map(_look, [(ensemble.model, 0.5)] * 6)]
     assert all(not array.flags.writeable for array in ray.get(engine._packed)[1])
     assert len({process for process, *_ in found}) == 3
@@ -289,9 +295,9 @@ def test_positions_fits_and_studies_are_the_same(engine, ensemble, tmp_path):
         traced = record(ensemble, DOCUMENTS, folder / "trace", max_per_document=40, shard_size=100, engine=engine)
         positions = traced.read()
         scores = summary(evaluate_positions(ensemble, positions, with_baselines(parsed), engine=engine))
-        fitted = figures(fit(ensemble, positions, options, engine=engine, kept=Kept(folder / "fit", {})))
-        settings = text.Settings(12, 8, 4, 2, rows=4, sizes=(1,), prompt="the ", tokens=3, premise=0)
-        results = Run(folder / "text", {}).each(list(text.cells(settings, ensemble, positions)), engine)
+        fitted = figures(fit(ensemble, positions, options, engine=engine, cache=PieceCache(folder / "fit", {})))
+        study = TextStudy(12, 8, 4, 2, rows=4, sizes=(1,), prompt="the ", tokens=3, premise=0)
+        results = Run(folder / "text", {}).each(dict(study.cells(ensemble, positions)), engine)
         return json.dumps([scores, fitted, results])
 
     with LocalEngine() as local:
@@ -304,9 +310,9 @@ def test_positions_fits_and_studies_are_the_same(engine, ensemble, tmp_path):
 
 
 def test_a_study_of_heads_is_the_same(engine, tmp_path):
-    settings = known_truth.Settings(positions=2, rows=2, documents=1, sizes=(2,))
-    members = known_truth.load(settings)
-    cells = list(known_truth.cells(settings, [Document("text", "And it came to pass, when men began. " * 8)], members))
+    study = KnownTruthStudy(positions=2, rows=2, documents=1, sizes=(2,))
+    documents = [Document("text", "And it came to pass, when men began. " * 8)]
+    cells = dict(study.cells(documents, study.load()))
     with LocalEngine() as local:
         ours = Run(tmp_path / "local", {}).each(cells, local)
     assert json.dumps(Run(tmp_path / "ray", {}).each(cells, engine)) == json.dumps(ours)
@@ -323,16 +329,16 @@ def test_a_fit_goes_on_where_it_stopped(ensemble, tmp_path):
         return lambda count: None
 
     with pytest.raises(KeyboardInterrupt):
-        fit(ensemble, positions, options, stop, kept=Kept(tmp_path, {}))
+        fit(ensemble, positions, options, stop, cache=PieceCache(tmp_path, {}))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors")}
     assert {path.name.rpartition("-")[0] for path in before} == {"member-0", "member-1", "logit-mean", "prob-mean"}
     advanced = []
     begin = lambda description, done, total: lambda count: advanced.append(description)  # noqa: E731
-    assert figures(fit(ensemble, positions, options, begin, kept=Kept(tmp_path, {}))) == whole
+    assert figures(fit(ensemble, positions, options, begin, cache=PieceCache(tmp_path, {}))) == whole
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert not {"fitting member 0", "fitting logit-mean", "fitting prob-mean"} & set(advanced)
     with pytest.raises(InvalidInputError, match="pieces of a command with other settings"):
-        Kept(tmp_path, {"trust": 1})
+        PieceCache(tmp_path, {"trust": 1})
 
 
 def command(*arguments):
@@ -393,7 +399,7 @@ def test_workers_share_a_device_or_have_several(cluster, ensemble):
     with RayEngine(None, 1, gpus=2) as engine:
         assert len(ray.get(engine._slots[0].actor.__ray_call__.remote(_devices))) == 2
     moved = unpack(pack(ensemble)[0])
-    worker.spread(moved, 2, "meta")
+    worker.spread(moved, [torch.device("meta")] * 2)
     assert all(weight.is_meta for member in moved.model.members for weight in member.parameters())
     with pytest.raises(InvalidInputError, match="part of one device or a whole number"):
         RayEngine(None, gpus=1.5)

@@ -13,17 +13,16 @@ from typer.testing import CliRunner
 from softmeet.cli.main import app
 from softmeet.errors import InvalidInputError
 from softmeet.evaluation.documents import Document
-from softmeet.evaluation.family import best_hidden
-from softmeet.evaluation.study import known_truth, synthetic
+from softmeet.evaluation.files import Run
+from softmeet.evaluation.premise import best_hidden
 from softmeet.evaluation.study import text as on_text
+from softmeet.evaluation.study.known_truth import KnownTruthStudy, SyntheticStudy, never_worse
 from softmeet.evaluation.study.report import mean_text
-from softmeet.evaluation.study.runs import Cell, Run
-from softmeet.evaluation.study.summary import never_worse
 from softmeet.heads import SoftmaxHead
 from softmeet.scaling.local import LocalEngine
 from softmeet.simplex import kl
 
-TINY = synthetic.Settings(v=32, rows=2, trials=1, ratios=("1/4", "1"), noises=(0.0, 0.1))
+TINY = SyntheticStudy(v=32, rows=2, trials=1, ratios=("1/4", "1"), noises=(0.0, 0.1))
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -46,13 +45,13 @@ def test_best_hidden_of_a_wide_head_is_the_truth():
 
 
 def _cells(ran):
-    return [Cell(key, lambda key=key: ran.append(key) or {"key": key}) for key in "abc"]
+    return {key: lambda key=key: ran.append(key) or {"key": key} for key in "abc"}
 
 
 def test_a_run_goes_on_where_it_stopped_and_drops_a_torn_line(tmp_path):
     ran = []
     first = Run(tmp_path, {"size": 1})
-    assert first.each(_cells(ran)[:2]).keys() == {"a", "b"}
+    assert first.each(dict(list(_cells(ran).items())[:2])).keys() == {"a", "b"}
     with (tmp_path / "cells.jsonl").open("a") as out:
         out.write('{"key": "c", "resu')
     again = Run(tmp_path, {"size": 1})
@@ -65,7 +64,7 @@ def test_a_failing_cell_loses_no_other(tmp_path):
     def fail():
         raise RuntimeError("no")
 
-    cells = [*_cells([]), Cell("d", fail)]
+    cells = {**_cells([]), "d": fail}
     with pytest.raises(RuntimeError, match="no"):
         Run(tmp_path, {}).each(cells)
     assert Run(tmp_path, {}).done.keys() == {"a", "b", "c"}
@@ -92,7 +91,7 @@ def test_a_broken_theorem_would_be_seen():
 @pytest.fixture(scope="module")
 def synthetic_results(tmp_path_factory):
     run = Run(tmp_path_factory.mktemp("synthetic"), {})
-    return run.each(list(synthetic.cells(TINY)))
+    return run.each(dict(TINY.cells()))
 
 
 def test_max_entropy_is_never_worse_than_averaging_where_the_premise_holds(synthetic_results):
@@ -101,7 +100,7 @@ def test_max_entropy_is_never_worse_than_averaging_where_the_premise_holds(synth
         rules = cell["rules"]
         assert rules["max-entropy"]["infeasible"] == 0
         for ours, theirs in zip(rules["max-entropy"]["kl"], rules["logit-mean"]["kl"], strict=True):
-            assert ours <= theirs + synthetic.TOL
+            assert ours <= theirs + TINY.tol
         if cell["ratio"] == "1":
             assert max(rules["max-entropy"]["kl"]) < 1e-6
 
@@ -115,13 +114,13 @@ def test_the_linear_program_chooses_nothing(synthetic_results):
 
 
 def test_cells_do_not_depend_on_which_others_run(synthetic_results):
-    last = list(synthetic.cells(TINY))[-1]
-    again = last.work()
-    assert again["rules"]["meet 1"]["kl"] == synthetic_results[last.key]["rules"]["meet 1"]["kl"]
+    key, work = list(TINY.cells())[-1]
+    again = work()
+    assert again["rules"]["meet 1"]["kl"] == synthetic_results[key]["rules"]["meet 1"]["kl"]
 
 
 def test_the_report_holds_every_rule_and_the_plots(synthetic_results, tmp_path):
-    report = synthetic.report(TINY, synthetic_results, "softmeet study synthetic")
+    report = TINY.report(synthetic_results, "softmeet study synthetic")
     text = report.write(tmp_path).read_text()
     assert "`max-entropy` is never worse than `logit-mean`: holds in 8 rows" in text
     assert "min-reverse-cross-entropy" in text
@@ -130,16 +129,16 @@ def test_the_report_holds_every_rule_and_the_plots(synthetic_results, tmp_path):
 
 
 def test_known_truths_under_trained_heads(tmp_path):
-    settings = known_truth.Settings(positions=2, rows=2, documents=1, sizes=(2,))
+    study = KnownTruthStudy(positions=2, rows=2, documents=1, sizes=(2,))
     text = "And it came to pass, when men began to multiply on the face of the earth, that there were giants. " * 4
-    (cell,) = known_truth.cells(settings, [Document("text", text)])
-    result = cell.work()
+    ((key, work),) = study.cells([Document("text", text)], study.load())
+    result = work()
     found = result["rules"]
     assert found["max-entropy"]["infeasible"] == 0
     for ours, theirs in zip(found["max-entropy"]["kl"], found["logit-mean"]["kl"], strict=True):
-        assert ours <= theirs + known_truth.TOL
+        assert ours <= theirs + study.tol
         assert math.isfinite(ours)
-    report = known_truth.report(settings, {cell.key: result}, "softmeet study known-truth")
+    report = study.report({key: result}, "softmeet study known-truth")
     assert "![Trained heads: the premise holds](members.png)" in report.write(tmp_path).read_text()
     assert (tmp_path / "members.png").stat().st_size
     (plot,) = report.plots

@@ -9,6 +9,7 @@ import random
 import signal
 import time
 import warnings
+from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
@@ -21,9 +22,8 @@ from softmeet import Ensemble
 from softmeet.errors import InvalidInputError, TraceError
 from softmeet.evaluation import files
 from softmeet.evaluation.documents import Document, read_documents
-from softmeet.evaluation.positions import observe_text
+from softmeet.evaluation.positions import cut, observe_text, tokenize, windows
 from softmeet.evaluation.trace import Trace, record
-from softmeet.evaluation.windows import tokenize, window_length, windows
 from softmeet.members import zoo
 
 WORDS = "the quick brown fox jumps over the lazy dog. "
@@ -48,13 +48,13 @@ def same(a, b):
 
 @pytest.mark.parametrize(("window", "stride"), [(10, 10), (10, 3), (64, 1), (7, 7)])
 def test_every_token_but_the_first_is_predicted_once(ensemble, window, stride):
-    documents = tokenize(ensemble.tokenizer, DOCUMENTS[:2])
+    documents = [replace(d, ids=torch.arange(len(d.ids))) for d in cut(ensemble, DOCUMENTS[:2])[0]]
     for k, document in enumerate(documents):
         own = [w for w in windows(documents, window, stride) if w.document == k]
-        seen = [position for w in own for position in range(w.first, w.stop)]
-        assert seen == list(range(len(document.ids) - 1))
-        assert all(w.stop - w.start <= window and w.start <= w.first for w in own)
-        assert all(w.first - w.start >= window - stride for w in own[1:])
+        assert torch.cat([w.ids[-len(w) :] for w in own]).tolist() == list(range(1, len(document.ids)))
+        assert torch.equal(torch.cat([w.sizes for w in own]), document.sizes)
+        assert all(len(w) < len(w.ids) <= window + 1 for w in own)
+        assert all(len(w.ids) - len(w) - 1 >= window - stride for w in own[1:])
 
 
 def test_fp32_rebuilds_each_members_log_probabilities(ensemble, tmp_path):
@@ -79,11 +79,11 @@ def test_bytes_add_up_to_the_text():
     """The bundled vocabulary is of bytes: a character may take several tokens, and its bytes count once."""
     tokenizer = AutoTokenizer.from_pretrained(zoo.locate("wide/gpt2"))
     text = "a é б 語 🙂 c"
-    (plain,) = tokenize(tokenizer, [Document("d", text)])
+    plain = tokenize(tokenizer, Document("d", text))
     assert len(plain.ids) > len(text)
     assert int(plain.sizes.sum()) == len(text.encode()) - 1
     assert int(plain.sizes.min()) == 0
-    (begun,) = tokenize(tokenizer, [Document("d", text)], bos=True)
+    begun = tokenize(tokenizer, Document("d", text), bos=True)
     assert begun.ids[0] == tokenizer.bos_token_id
     assert begun.ids[1:].tolist() == plain.ids.tolist()
     assert int(begun.sizes.sum()) == len(text.encode())
@@ -299,7 +299,7 @@ def test_a_damaged_dataset_is_named(tmp_path, left):
 def test_windows_that_do_not_fit(ensemble):
     for window, stride, message in [(65, None, "window from 1 to 64"), (0, None, "window"), (8, 9, "stride from 1 to")]:
         with pytest.raises(InvalidInputError, match=message):
-            window_length(64, 64, window, stride)
+            observe_text(ensemble, DOCUMENTS, window=window, stride=stride)
     with pytest.raises(InvalidInputError, match="at least two tokens"):
         observe_text(ensemble, [Document("c", "x")])
     assert len(observe_text(ensemble, [Document("s", "ab")])) == 1

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from held_out import choose_trust, compare, held_out_documents, meet, read
 from softmeet import Ensemble
-from softmeet.evaluation.choices import Choice, with_baselines
+from softmeet.evaluation.choices import RuleChoice, with_baselines
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.intervals import Clusters, clusters, paired
 from softmeet.evaluation.perplexity import evaluate
@@ -117,7 +117,7 @@ def test_meet_beats_logit_averaging_on_the_narrow_family(narrow):
     every_third = tuning.take(torch.arange(0, len(tuning), 3))
     choice = meet(choose_trust(narrow, every_third, (0.3, 1.0)), 4)
     assert len(test) >= 1000
-    found = compare(narrow, test, [choice, Choice("logit-mean", {"rule": "logit-mean"})]).choices
+    found = compare(narrow, test, [choice, RuleChoice("logit-mean", {"rule": "logit-mean"})]).choices
     within = clusters(test.document)
     assert (within.kind, within.count) == ("documents", 10)
     assert paired(found[choice.name].nats, found["logit-mean"].nats, within).high < -0.005

@@ -54,8 +54,8 @@ def evaluate(
     gates = repeated("--gate", gates) or ([own.gate] if own.gate and own.gate != "auto" else [])
     parsed = under_gates(parse_choices(named, len(ensemble.names), own.bands), gates)
     choices = with_baselines(parsed, own.weights or (), own.rule_temperature)
-    from softmeet.evaluation.kept import Kept
-    from softmeet.evaluation.pieces import evaluate_positions, evaluate_text
+    from softmeet.evaluation.files import PieceCache
+    from softmeet.evaluation.perplexity import evaluate_positions, evaluate_text
     from softmeet.evaluation.report import summary
 
     how = {
@@ -64,9 +64,9 @@ def evaluate(
         "ensemble": own.settings.ungated().plain(),
     }
     positions, pinned = source.identified(ensemble, found)
-    kept = Kept(result.resume, pinned | how)
+    kept = PieceCache(result.resume, pinned | how)
     with result.stoppable(), running.start(ensemble) as engine, texts.progress() as begin:
-        where: dict[str, Any] = {"engine": engine, "kept": kept}
+        where: dict[str, Any] = {"engine": engine, "cache": kept}
         if positions is not None:
             advance = begin("evaluating", 0, len(positions))
             made = evaluate_positions(ensemble, positions, choices, **where, on_progress=advance)

@@ -74,27 +74,26 @@ def fit(
         parse_rule(rule)
     found = source.documents()
     ensemble = loading.ensemble(source.members(members))
-    from softmeet.evaluation.fit import figures
+    from softmeet.evaluation.files import PieceCache
     from softmeet.evaluation.fit import fit as learn
-    from softmeet.evaluation.kept import Kept
     from softmeet.evaluation.positions import observe_text
-    from softmeet.evaluation.save import save
+    from softmeet.evaluation.save import figures, save
 
     given = fitting.options()
     # What is kept for other bands is of use for these.
     settings = {name: value for name, value in asdict(given).items() if name != "bands"} | {"threads": running.threads}
     positions, pinned = source.identified(ensemble, found)
-    kept = Kept(result.resume, pinned | settings)
+    kept = PieceCache(result.resume, pinned | settings)
     if fitting.bands > 1:
         ensemble.model.require_tokens("--bands")
     ensemble.model.banded_heads(fitting.bands)  # made here, so that workers share them
     with result.stoppable(), running.start(ensemble) as engine, texts.progress() as begin:
         if positions is None:
             positions = observe_text(
-                ensemble, found, max_tokens=source.max_tokens, **source.windows, engine=engine, kept=kept,
+                ensemble, found, max_tokens=source.max_tokens, **source.windows, engine=engine, cache=kept,
                 on_progress=begin("running the members", 0, None),
             )  # fmt: skip
-        fitted = learn(ensemble, positions, given, begin, engine=engine, kept=kept)
+        fitted = learn(ensemble, positions, given, begin, engine=engine, cache=kept)
     facts = figures(fitted)
     result.tell(facts, _show)
     try:

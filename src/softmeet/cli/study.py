@@ -6,7 +6,6 @@ import dataclasses
 import shlex
 import sys
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,9 +18,9 @@ from softmeet.errors import InvalidInputError
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
     from softmeet.evaluation.documents import Document
+    from softmeet.evaluation.files import Json
     from softmeet.evaluation.study.report import Report
-    from softmeet.evaluation.study.runs import Cell
-    from softmeet.evaluation.study.text import Settings
+    from softmeet.evaluation.study.text import TextStudy
     from softmeet.scaling.base import Engine
 
 study = typer.Typer(
@@ -45,11 +44,11 @@ Slow = Annotated[int, typer.Option(min=0, help="Of them for the other rules.")]
 def synthetic(*, out: Out, smoke: Smoke = False, seed: int = 0, running: options.EngineFlags) -> None:
     """Compare rules on random heads with known truths, nd/v from 1/16 to 5/4; then noise on the hidden states."""
     texts.require_extra(psutil=True, scipy=True)
-    from softmeet.evaluation.study import synthetic as tier
+    from softmeet.evaluation.study.known_truth import SMOKE_SYNTHETIC, SyntheticStudy
 
-    settings = dataclasses.replace(tier.SMOKE if smoke else tier.Settings(), seed=seed)
+    tier = dataclasses.replace(SMOKE_SYNTHETIC if smoke else SyntheticStudy(), seed=seed)
     with running.start(None) as engine:
-        _run(out, dataclasses.asdict(settings), tier.cells(settings), partial(tier.report, settings), engine)
+        _run(out, dataclasses.asdict(tier), tier.cells(), tier.report, engine)
 
 
 @study.command("known-truth", cls=Command)
@@ -57,14 +56,13 @@ def synthetic(*, out: Out, smoke: Smoke = False, seed: int = 0, running: options
 def known_truth(*, out: Out, text: Text = None, smoke: Smoke = False, running: options.EngineFlags) -> None:
     """Compare rules on trained heads, at the best states for a known truth: the bundled families, narrow under wide."""
     texts.require_extra(psutil=True, scipy=True)
-    from softmeet.evaluation.study import known_truth as tier
+    from softmeet.evaluation.study.known_truth import SMOKE_KNOWN_TRUTH, KnownTruthStudy
 
     documents = _documents(text)
-    settings = tier.SMOKE if smoke else tier.Settings()
-    members = tier.load(settings)
+    tier = SMOKE_KNOWN_TRUTH if smoke else KnownTruthStudy()
+    members = tier.load()
     with running.start(members) as engine:
-        cells = tier.cells(settings, documents, members)
-        _run(out, dataclasses.asdict(settings), cells, partial(tier.report, settings), engine)
+        _run(out, dataclasses.asdict(tier), tier.cells(documents, members), tier.report, engine)
 
 
 @study.command(cls=Command)
@@ -83,11 +81,11 @@ def real(
 ) -> None:
     """Compare rules with the bundled families on text: over trusts and numbers of members; premise scores, samples."""
     texts.require_extra(psutil=True, scipy=True)
-    from softmeet.evaluation.study.text import SMOKE, Settings
+    from softmeet.evaluation.study.text import SMOKE, TextStudy
 
     documents = _documents(text)
     for name in [family] if family else ["narrow", "wide"]:
-        full = Settings(positions, meet, exact, slow, sizes=(2, 3) if name == "narrow" else ())
+        full = TextStudy(positions, meet, exact, slow, sizes=(2, 3) if name == "narrow" else ())
         ensemble = options.LoadingFlags().ensemble([name])
         _on_text(out if family else out / name, ensemble, SMOKE if smoke else full, documents, None, running)
 
@@ -113,7 +111,7 @@ def pretrained(
 ) -> None:
     """Compare rules with any members on any text: the tables of `real`."""
     texts.require_extra(psutil=True, scipy=True, pyarrow=trace)
-    from softmeet.evaluation.study.text import Settings
+    from softmeet.evaluation.study.text import TextStudy
 
     named = texts.SourceFlags(trace=trace).members(members)
     if not named or (text is None) == (trace is None):
@@ -122,7 +120,7 @@ def pretrained(
         raise InvalidInputError(
             f"expected --member and --text, or --trace, whose members are taken if none are named, got {came}"
         )
-    settings = Settings(positions, meet, exact, slow, rows=8, prompt=prompt, tokens=tokens, premise=premise, only=only)
+    settings = TextStudy(positions, meet, exact, slow, rows=8, prompt=prompt, tokens=tokens, premise=premise, only=only)
     documents = _documents(text) if text else []
     _on_text(out, loading.ensemble(named), settings, documents, trace, running)
 
@@ -130,7 +128,7 @@ def pretrained(
 def _on_text(
     out: Path,
     ensemble: Ensemble,
-    settings: Settings,
+    settings: TextStudy,
     documents: list[Document],
     trace: Path | None,
     running: options.EngineFlags,
@@ -155,8 +153,8 @@ def _on_text(
         _run(
             out,
             dataclasses.asdict(settings) | pinned | {"text": source},
-            tier.cells(settings, ensemble, positions),
-            lambda results, command: tier.report(settings, source, results, command, premises),
+            settings.cells(ensemble, positions),
+            lambda results, command: settings.report(source, results, command, premises),
             engine,
         )
 
@@ -171,15 +169,15 @@ def _documents(text: list[Path] | None) -> list[Document]:
 def _run(
     out: Path,
     settings: dict[str, Any],
-    cells: Iterable[Cell],
+    cells: Iterable[tuple[str, Callable[[], Json]]],
     report: Callable[[dict[str, Any], str], Report],
     engine: Engine,
 ) -> None:
-    from softmeet.evaluation.study.runs import Run
+    from softmeet.evaluation.files import Run
 
     run = Run(out, settings)
     with options.err.status("preparing"):
-        work = list(cells)
+        work = dict(cells)
     with (
         options.stoppable(f"finished cells stay in {out}; the same command goes on from there"),
         texts.progress() as begin,

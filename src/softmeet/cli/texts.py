@@ -98,7 +98,7 @@ class SourceFlags(TextFlags):
         Raises:
             InvalidInputError: the trace is of other members or damaged, or a flag says how to cut it into windows.
         """
-        from softmeet.evaluation.identity import identity
+        from softmeet.evaluation.trace import identity
 
         dtypes = [str(head.weight.dtype) for head in ensemble.model.member_heads]
         pinned = {**identity(ensemble), "dtypes": dtypes, "max_tokens": self.max_tokens, **self.windows}

@@ -1,4 +1,4 @@
-"""Text to evaluate on: files, stdin and saved datasets, as documents.
+"""Read text to evaluate on: files, stdin and saved datasets, as documents.
 
 A document is what intervals are clustered by, and no window crosses its end. A file is one document unless a separator
 splits it; a row of a dataset is one.
@@ -7,17 +7,18 @@ splits it; a row of a dataset is one.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from glob import has_magic
 from pathlib import Path
+from typing import Any
 
 from softmeet.errors import InvalidInputError
 
 
 @dataclass(frozen=True)
 class Document:
-    """A name and a text."""
+    """A text with a name."""
 
     name: str
     text: str
@@ -26,7 +27,7 @@ class Document:
 def read_documents(
     sources: Sequence[str | Path], *, separator: str | None = None, column: str = "text"
 ) -> list[Document]:
-    """The documents of some sources, in order.
+    """Read the documents of some sources, in order.
 
     Args:
         sources: UTF-8 files, or patterns such as ``books/*.txt``; ``-`` for stdin; folders written by
@@ -53,7 +54,7 @@ def read_documents(
 
 
 def _matching(pattern: str | Path) -> list[str | Path]:
-    """The files that a pattern names, in order; anything else is what it is."""
+    """Return the files that a pattern names, in order, or else the source itself."""
     path = Path(pattern)
     if path.exists() or not has_magic(path.name):
         return [pattern]
@@ -75,14 +76,12 @@ def _decode(name: str, data: bytes) -> str:
         ) from None
 
 
-def _split(name: str, text: str, separator: str | None) -> Iterable[Document]:
-    if not separator:
-        return [Document(name, text)]
-    parts = [part for part in text.split(separator) if part.strip()]
+def _split(name: str, text: str, separator: str | None) -> list[Document]:
+    parts = [part for part in text.split(separator) if part.strip()] if separator else []
     return [Document(f"{name}#{k}", part) for k, part in enumerate(parts)] if len(parts) > 1 else [Document(name, text)]
 
 
-def _dataset(folder: Path, column: str) -> Iterable[Document]:
+def _load_dataset(folder: Path) -> Any:
     try:
         from datasets import DatasetDict, load_from_disk
         from pyarrow import ArrowInvalid
@@ -100,21 +99,23 @@ def _dataset(folder: Path, column: str) -> Iterable[Document]:
         ) from None
     if isinstance(data, DatasetDict):
         raise InvalidInputError(f"{folder} holds several splits: name one of {', '.join(map(str, data))} inside it")
+    return data
+
+
+def _dataset(folder: Path, column: str) -> list[Document]:
+    data, rows = _load_dataset(folder), []
     if column not in data.column_names:
         raise InvalidInputError(
             f"{folder} has no column {column!r}: expected one of {', '.join(data.column_names)} (--column)"
         )
-    rows = [Document(f"{folder.name}[{k}]", text) for k, text in _texts(folder, column, data[column]) if text.strip()]
-    if not rows:
-        raise InvalidInputError(f"expected text in {folder}, but every row of {column!r} is empty")
-    return rows
-
-
-def _texts(folder: Path, column: str, rows: Iterable[object]) -> Iterable[tuple[int, str]]:
-    for k, text in enumerate(rows):
+    for k, text in enumerate(data[column]):
         if not isinstance(text, str):
             raise InvalidInputError(
                 f"expected text in every row of {column!r} in {folder}, but row {k} holds {text!r:.40}: leave such "
                 "rows out, for instance with datasets' filter"
             )
-        yield k, text
+        if text.strip():
+            rows.append(Document(f"{folder.name}[{k}]", text))
+    if not rows:
+        raise InvalidInputError(f"expected text in {folder}, but every row of {column!r} is empty")
+    return rows

@@ -1,20 +1,39 @@
-"""Files that appear under their names when they are whole, and folders that say what they hold."""
+"""Files that appear under their names when they are whole, and what a long command has found so far.
+
+Pieces of an evaluation or a fit are files of tensors. Cells of a study are lines of JSON; a torn last line is dropped.
+Both are in folders that say what they depend on, so that a command goes on where it was stopped.
+"""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
+import operator
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import safetensors.torch
+import torch
 from pydantic_core import to_jsonable_python
+from torch import Tensor
 
+from softmeet import __version__
 from softmeet.errors import InvalidInputError, TraceError
+from softmeet.scaling.base import Engine
+from softmeet.scaling.local import LocalEngine
 
+P = TypeVar("P")
+Tensors = dict[str, Tensor]
+Json = dict[str, Any]
+Cells = Mapping[str, Callable[[], Json]]
+
+# Bytes of the checksum at the end of each file.
+_DIGEST = 32
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -43,7 +62,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def _room_for(path: Path) -> Iterator[None]:
-    """Say it where the disk is full."""
+    """Raise a TraceError that says what to do where the disk is full."""
     try:
         yield
     except Exception as error:
@@ -57,8 +76,8 @@ def _room_for(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def written_together(folder: Path) -> Iterator[Path]:
-    """A new folder beside ``folder``, whose files replace those there once all of them are on the disk.
+def replace_together(folder: Path) -> Iterator[Path]:
+    """Replace files of a folder together, once the context ends, by those written in the new folder that it gives.
 
     Raises:
         TraceError: the disk is full; what was there before stays.
@@ -78,12 +97,18 @@ def written_together(folder: Path) -> Iterator[Path]:
 
 
 def as_json(content: Any) -> str:
-    """As the standard has it: null for infinity and NaN, which strict parsers refuse."""
+    """Return standard JSON of some content: null for infinity and NaN, which strict parsers refuse.
+
+    >>> print(as_json({"loss": float("inf")}))
+    {
+      "loss": null
+    }
+    """
     return json.dumps(to_jsonable_python(content, inf_nan_mode="null"), indent=2, allow_nan=False)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write :func:`as_json`; a file that was there stays until the new one is whole.
+    """Write what :func:`as_json` returns; a file that was there stays until the new one is whole.
 
     Raises:
         TraceError: the disk is full.
@@ -96,15 +121,15 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def claim(folder: Path, what: str, settings: dict[str, Any]) -> None:
-    """Make a folder whose ``settings.json`` says what its contents depend on, or find that one there.
+    """Make a folder whose ``settings.json`` says what its contents depend on, or check that a folder there agrees.
 
     Args:
         folder: to make.
-        what: it will hold, for the message.
+        what: the folder holds, for the message.
         settings: as JSON has them.
 
     Raises:
-        InvalidInputError: it holds the same with other settings.
+        InvalidInputError: the folder has other settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, now = folder / "settings.json", json.loads(json.dumps(settings))
@@ -121,7 +146,7 @@ def require_ensemble_folder(folder: Path) -> None:
     """Check that saving an ensemble in a folder overwrites an older ensemble at most.
 
     Raises:
-        InvalidInputError: it holds files of something else, such as a member's checkpoint.
+        InvalidInputError: the folder holds other files, such as a member's checkpoint.
     """
     if not folder.is_dir() or not any(path.is_file() for path in folder.iterdir()):
         return
@@ -139,3 +164,137 @@ def require_ensemble_folder(folder: Path) -> None:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:99]}…"
+
+
+def join_tensors(pieces: Sequence[Tensors]) -> Tensors:
+    """Join the tensors of one name of several pieces, in order, along their first dimension.
+
+    >>> join_tensors([{"x": torch.zeros(1)}, {"x": torch.ones(2)}])
+    {'x': tensor([0., 1., 1.])}
+    """
+    return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+class PieceCache:
+    """Stores tensors of finished pieces of work in a folder; without a folder it stores nothing.
+
+    Args:
+        folder: made if there is none.
+        settings: all that the pieces depend on, as JSON has it.
+
+    Raises:
+        InvalidInputError: the folder holds pieces of other settings.
+    """
+
+    def __init__(self, folder: Path | None = None, settings: Json | None = None) -> None:
+        self._folder = folder
+        if folder is not None:
+            claim(folder, "pieces of a command", {"version": __version__, **(settings or {})})
+
+    def get(self, name: str, compute: Callable[[], Tensors]) -> Tensors:
+        """Return the piece of that name; ``compute`` makes it if it is not stored, or damaged."""
+        found = self._read(name)
+        if found is None:
+            found = compute()
+            self._write(name, found)
+        return found
+
+    def map(
+        self,
+        engine: Engine | None,
+        stage: str,
+        function: Callable[..., Tensors],
+        pieces: Sequence[P],
+        arguments: Callable[[P], tuple[Any, ...]],
+        on_done: Callable[[P], None] = lambda piece: None,
+    ) -> list[Tensors]:
+        """Return ``function(*arguments(piece))`` for every piece, in order; stored ones are not computed again.
+
+        Args:
+            engine: where calls run; None for this process.
+            stage: what names of stored pieces begin with.
+            function: as ``engine.map`` has it.
+            pieces: of the work, always the same ones in the same order.
+            arguments: of the call for a piece.
+            on_done: called with each piece that is there.
+        """
+        names = [f"{stage}-{k:06d}" for k in range(len(pieces))]
+        found = {k: stored for k, name in enumerate(names) if (stored := self._read(name)) is not None}
+        for k in found:
+            on_done(pieces[k])
+        missing = [k for k in range(len(pieces)) if k not in found]
+        for place, made in (engine or LocalEngine()).map(function, (arguments(pieces[k]) for k in missing)):
+            k = missing[place]
+            found[k] = made
+            self._write(names[k], made)
+            on_done(pieces[k])
+        return [found[k] for k in range(len(pieces))]
+
+    def _path(self, name: str) -> Path | None:
+        return None if self._folder is None else self._folder / f"{name.replace(' ', '-')}.safetensors"
+
+    def _read(self, name: str) -> Tensors | None:
+        path = self._path(name)
+        if path is None or not path.exists():
+            return None
+        data = path.read_bytes()
+        data, digest = data[:-_DIGEST], data[-_DIGEST:]
+        return safetensors.torch.load(data) if hashlib.sha256(data).digest() == digest else None
+
+    def _write(self, name: str, found: Tensors) -> None:
+        if (path := self._path(name)) is not None:
+            data = safetensors.torch.save({key: value.contiguous() for key, value in found.items()})
+            write_atomically(path, lambda file: file.write(data + hashlib.sha256(data).digest()))
+
+
+class Run:
+    """Stores the results of one study's cells in a folder.
+
+    Args:
+        folder: made if there is none.
+        settings: what the results depend on; a folder with others is refused.
+
+    Raises:
+        InvalidInputError: the folder holds another study, or the same one with other settings.
+    """
+
+    def __init__(self, folder: Path, settings: Json) -> None:
+        self.folder, self.settings = folder, {"version": __version__, **settings}
+        claim(folder, "a study", self.settings)
+        self._lines = folder / "cells.jsonl"
+        self.done = self._read()
+
+    def each(
+        self, cells: Cells, engine: Engine | None = None, on_done: Callable[[str], None] = lambda key: None
+    ) -> dict[str, Json]:
+        """Return the results of cells by key; those that an earlier run finished are not run again.
+
+        Args:
+            cells: calls that give the results, by a key that is unique in the study, in the order of the results.
+            engine: where they run; None for this process.
+            on_done: called with each key.
+        """
+        for key in filter(self.done.__contains__, cells):
+            on_done(key)
+        todo = [key for key in cells if key not in self.done]
+        with self._lines.open("a", encoding="utf-8") as out:
+            for k, result in (engine or LocalEngine()).map(operator.call, ((cells[key],) for key in todo)):
+                self.done[todo[k]] = result
+                out.write(json.dumps({"key": todo[k], "result": result}) + "\n")
+                out.flush()
+                os.fsync(out.fileno())
+                on_done(todo[k])
+        return {key: self.done[key] for key in cells}
+
+    def finish(self, result: Json) -> None:
+        """Write ``result.json``, with which a run is complete."""
+        write_text(self.folder / "result.json", json.dumps({"settings": self.settings, **result}, indent=1) + "\n")
+
+    def _read(self) -> dict[str, Json]:
+        if not self._lines.exists():
+            return {}
+        lines = self._lines.read_text(encoding="utf-8").splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]
+        if len(whole) < len(lines):
+            write_text(self._lines, "".join(whole))
+        return {entry["key"]: entry["result"] for entry in map(json.loads, whole)}

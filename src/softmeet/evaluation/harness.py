@@ -24,9 +24,9 @@ except ImportError as error:  # pragma: no cover - the extra is installed where 
 
 @register_model("softmeet")
 class EnsembleLM(HFLM):  # type: ignore[misc]
-    """The harness's ``hf``, but members are loaded as :meth:`Ensemble.from_pretrained` does unless ``dtype`` is given.
+    """Runs an ensemble as the harness's ``hf`` does, but loads members as :meth:`Ensemble.from_pretrained` does.
 
-    (With ``hf`` they are loaded in their checkpoints' own dtype, on CPU too.)
+    That is unless ``dtype`` is given. With ``hf`` they are loaded in their checkpoints' own dtype, on CPU too.
     """
 
     def __init__(self, pretrained: Any, *, dtype: Any = None, **options: Any) -> None:
@@ -35,7 +35,7 @@ class EnsembleLM(HFLM):  # type: ignore[misc]
 
 
 def harness_model(ensemble: Ensemble, **options: Any) -> EnsembleLM:
-    """The ensemble as an ``lm_eval`` model, for ``lm_eval.simple_evaluate(model=…, tasks=…)``.
+    """Wrap an ensemble as an ``lm_eval`` model, for ``lm_eval.simple_evaluate(model=…, tasks=…)``.
 
     Args:
         ensemble: in memory.

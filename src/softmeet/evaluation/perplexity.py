@@ -1,12 +1,17 @@
-"""How well members and rules predict a text: nats, hits and confidence at each position."""
+"""How well members and rules predict a text: nats, hits and confidence at each position.
+
+An evaluation may go in pieces: documents, or stretches of long ones, each of which any worker can do by itself. Pieces,
+and the chunks in which a piece is solved, follow from the text alone, and what comes of them is put together in the
+order of the text.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from itertools import count, pairwise
+from typing import Any, Unpack
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,8 +19,10 @@ from torch import Tensor
 
 from softmeet.ensemble import Ensemble
 from softmeet.errors import InvalidInputError
-from softmeet.evaluation.choices import Choice
-from softmeet.evaluation.positions import Positions
+from softmeet.evaluation.choices import RuleChoice
+from softmeet.evaluation.documents import Document
+from softmeet.evaluation.files import PieceCache, Tensors, join_tensors
+from softmeet.evaluation.positions import PIECE, Positions, Window, Windowing, cut, from_tensors, grouped, observe
 from softmeet.hf.calibrated import resolved
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.members.weighting import perplexity_weights
@@ -23,6 +30,7 @@ from softmeet.rules.gates import Gate, that_closes
 from softmeet.rules.movement import Movement
 from softmeet.rules.settings import Settings, rule_of
 from softmeet.rules.solution import Solution
+from softmeet.scaling.base import Engine
 from softmeet.simplex import kl, prob_mean
 from softmeet.solvers.base import Status
 
@@ -68,92 +76,210 @@ class Scores:
 
     @property
     def fallbacks(self) -> int:
-        """How many rows another rule answered."""
+        """The number of positions that another rule answered."""
         return int(self.fallback.sum())
 
     @property
     def unconverged(self) -> int:
-        """How many rows were not solved."""
+        """The number of positions that were not solved."""
         return int(self.not_converged.sum())
 
 
 @dataclass
 class Evaluation:
-    """Scores of every member and choice on the same positions, whose hidden states need not be there any more.
+    """Scores of every member and choice on the same positions.
 
-    ``disagreement`` is the mean of KL(p̂_i‖mean of p̂) over members, (N,), nats: their Jensen-Shannon divergence.
-    ``vocabulary`` is what positions are of, ``"tokens"`` or ``"bytes"``.
+    Attributes:
+        positions: where; their hidden states need not be there any more.
+        members: the scores of each member, under a name of its own.
+        choices: the scores of each choice by name.
+        disagreement: the mean of KL(p̂_i‖mean of p̂) over members, (N,), nats: their Jensen-Shannon divergence.
+        vocabulary: what positions are of, ``"tokens"`` or ``"bytes"``.
     """
 
     positions: Positions
-    members: dict[str, Scores] = field(default_factory=dict)
-    choices: dict[str, Scores] = field(default_factory=dict)
-    disagreement: Float[Tensor, " N"] = field(default_factory=lambda: torch.zeros(0))
-    vocabulary: str = "tokens"
-
-
-def in_turn(settings: Settings) -> tuple[bool, float]:
-    """The order to solve in: what tilts the pool, by its trusts, then the rest; each may start from those before."""
-    rule = settings.rule
-    return (False, sum(rule.effective_trust(settings.member_trust))) if rule.tilts_pool else (True, 0.0)
+    members: dict[str, Scores]
+    choices: dict[str, Scores]
+    disagreement: Float[Tensor, " N"]
+    vocabulary: str
 
 
 def chunk_size(v: int) -> int:
-    """Positions to solve at once."""
+    """Return how many positions to solve at once over a vocabulary of ``v`` tokens."""
     return max(4, min(64, _ELEMENTS // v))
 
 
-@torch.inference_mode()
 def evaluate(
     ensemble: Ensemble,
     positions: Positions,
-    choices: Sequence[Choice],
+    choices: Sequence[RuleChoice],
     on_progress: Callable[[int], None] = lambda positions: None,
 ) -> Evaluation:
-    """Every member and every choice at every position.
+    """Score every member and every choice at every position, here and at once.
 
     Args:
         ensemble: whose heads and settings are used.
         positions: of a text, or from a trace.
         choices: rules and options, changes to the ensemble's settings; a gate of the ensemble's own does not count.
         on_progress: called with the number of positions after each chunk.
+
+    Raises:
+        InvalidInputError: a member and a choice have the same name, or the ensemble is over bytes and a choice is not
+            for those.
     """
+    found = _score_piece(ensemble, positions, choices, on_progress)
+    return replace(_as_evaluation(ensemble, choices, [found], positions.names), positions=positions)
+
+
+def evaluate_text(
+    ensemble: Ensemble,
+    documents: Sequence[Document],
+    choices: Sequence[RuleChoice],
+    *,
+    engine: Engine | None = None,
+    cache: PieceCache | None = None,
+    begin: Callable[[int], Callable[[int], None]] = lambda total: lambda count: None,
+    **windowing: Unpack[Windowing],
+) -> Evaluation:
+    """Score every member and every choice on a text; hidden states are let go of with their piece.
+
+    Args:
+        ensemble: the members and their settings.
+        documents: the text.
+        choices: rules and options.
+        engine: where to run; None for this process.
+        cache: pieces that earlier runs finished.
+        begin: called with the number of positions; gives what to call with the size of each piece that is done.
+        windowing: ``window``, ``stride``, ``bos``, ``max_tokens`` and ``max_per_document``, as
+            :func:`softmeet.evaluation.windows.cut` has them.
+
+    Raises:
+        InvalidInputError: the text is too short, also for the prompts of ``choices``, or window and stride do not fit.
+    """
+    tokens, window, stride = cut(ensemble, documents, **windowing)
+    size = _piece_size(ensemble, [len(t.sizes) for t in tokens], choices)
+    groups = grouped(tokens, window, stride, size, by_document=True)
+    advance = begin(sum(len(t.sizes) for t in tokens))
+    found = (cache or PieceCache()).map(
+        engine, "evaluate", _observe_and_score, groups, lambda group: (ensemble, group, choices),
+        lambda group: advance(sum(map(len, group))),
+    )  # fmt: skip
+    return _as_evaluation(ensemble, choices, found, [t.name for t in tokens])
+
+
+def evaluate_positions(
+    ensemble: Ensemble,
+    positions: Positions,
+    choices: Sequence[RuleChoice],
+    *,
+    engine: Engine | None = None,
+    cache: PieceCache | None = None,
+    stage: str = "evaluate",
+    on_progress: Callable[[int], None] = lambda positions: None,
+) -> Evaluation:
+    """Score every member and every choice at positions whose hidden states are known.
+
+    Args:
+        ensemble: whose heads and settings are used.
+        positions: of a text, or from a trace.
+        choices: rules and options.
+        engine: where to run; None for this process.
+        cache: pieces that earlier runs finished.
+        stage: what these pieces are called in the cache.
+        on_progress: called with the number of positions of each piece that is done.
+
+    Raises:
+        InvalidInputError: no document is longer than the prompts of ``choices``.
+    """
+    lengths = positions.document.unique_consecutive(return_counts=True)[1].tolist()
+    size = _piece_size(ensemble, lengths, choices)
+    pieces = [rows for own in torch.arange(len(positions)).split(lengths) for rows in own.split(size)]
+    found = (cache or PieceCache()).map(
+        # Rows are copied, so that products see them aligned alike wherever they run.
+        engine, stage, _score_piece, pieces, lambda rows: (ensemble, positions.take(rows), choices),
+        lambda rows: on_progress(len(rows)),
+    )  # fmt: skip
+    return replace(_as_evaluation(ensemble, choices, found, positions.names), positions=positions)
+
+
+def _piece_size(ensemble: Ensemble, lengths: Sequence[int], choices: Sequence[RuleChoice]) -> int:
+    """Check the choices for documents of some lengths, and return how many positions make a piece.
+
+    Weights that follow from a document's beginning need all of it at once.
+    """
+    longest, prompt = max(lengths), max((choice.prompt for choice in choices), default=0)
+    if prompt >= longest:
+        raise InvalidInputError(
+            f"expected a document of more than {prompt:,} predictions for weights from so many, but the longest has "
+            f"{longest:,}: give fewer prompt weights"
+        )
+    settings_of(ensemble, choices)
+    return longest if prompt else PIECE
+
+
+def _observe_and_score(ensemble: Ensemble, read: Sequence[Window], choices: Sequence[RuleChoice]) -> Tensors:
+    return _score_piece(ensemble, observe(ensemble, read), choices)
+
+
+@torch.inference_mode()
+def _score_piece(
+    ensemble: Ensemble,
+    positions: Positions,
+    choices: Sequence[RuleChoice],
+    on_progress: Callable[[int], None] = lambda positions: None,
+) -> Tensors:
+    """Evaluate a piece; the tensors of its scores are numbered, members first."""
     names = distinct_names(ensemble)
     if both := sorted({*names} & {choice.name for choice in choices}):
         raise InvalidInputError(
             f"expected members and rules of different names, but {both[0]} is both: rename the member"
         )
-    settings = settings_of(ensemble, choices)
-    order = sorted(choices, key=lambda choice: in_turn(settings[choice.name]))
-    parts: dict[str, list[Scores]] = {name: [] for name in [*names, *(choice.name for choice in choices)]}
-    disagreement = []
+    settings, pieces = settings_of(ensemble, choices), []
+    order = sorted(choices, key=lambda choice: _solving_order(settings[choice.name]))
     for chunk, weights in _chunks(ensemble, positions, choices):
         log_probs, logits = ensemble.model.own_log_probs(chunk.hidden)
-        targets = chunk.targets.to(log_probs.device)
+        targets, scores = chunk.targets.to(log_probs.device), dict[str, Scores]()
         for name, own, hidden in zip(names, log_probs, chunk.hidden, strict=True):
-            parts[name].append(replace(_scores(own, targets), work=ensemble.model.work(hidden).double().cpu()))
-        mean = prob_mean(log_probs, log_probs.new_full((len(names),), 1 / len(names)))
-        disagreement.append(torch.stack([kl(own, mean) for own in log_probs]).mean(0).double().cpu())
+            scores[name] = replace(_prediction_scores(own, targets), work=ensemble.model.work(hidden).double().cpu())
         solver = _Solver(ensemble.model, log_probs, logits, targets)
         for choice in order:
             by_prompt = {"weights": weights[choice.prompt]} if choice.prompt else {}
-            parts[choice.name].append(solver.scores(settings[choice.name].changed(**by_prompt)))
+            scores[choice.name] = solver.scores(settings[choice.name].changed(**by_prompt))
+        mean = prob_mean(log_probs, log_probs.new_full((len(names),), 1 / len(names)))
+        disagreement = torch.stack([kl(own, mean) for own in log_probs]).mean(0).double().cpu()
+        pieces.append(replace(chunk, hidden=[]).tensors() | {"disagreement": disagreement})
+        for k, name in enumerate([*names, *(choice.name for choice in choices)]):
+            pieces[-1] |= {f"{field} {k}": value for field, value in vars(scores[name]).items()}
         on_progress(len(chunk))
-    joined = {name: _joined(some) for name, some in parts.items()}
+    return join_tensors(pieces)
+
+
+def _as_evaluation(
+    ensemble: Ensemble, choices: Sequence[RuleChoice], pieces: Sequence[Tensors], names: list[str]
+) -> Evaluation:
+    """Join pieces, in order, to an evaluation without hidden states, of documents that are called ``names``."""
+    tensors = join_tensors(pieces)
+    scores = (Scores(*(tensors[f"{field.name} {k}"] for field in fields(Scores))) for k in count())
     return Evaluation(
-        positions,
-        {name: joined[name] for name in names},
-        {choice.name: joined[choice.name] for choice in choices},
-        torch.cat(disagreement),
+        from_tensors(tensors, names),
+        {name: next(scores) for name in distinct_names(ensemble)},
+        {choice.name: next(scores) for choice in choices},
+        tensors["disagreement"],
         ensemble.model.config.vocabulary,
     )
 
 
-def settings_of(ensemble: Ensemble, choices: Sequence[Choice]) -> dict[str, Settings]:
-    """The settings that each choice stands for; a gate ``movement`` is calibrated, and what it found is kept.
+def _solving_order(settings: Settings) -> tuple[bool, float]:
+    """Rules that tilt the pool come first, by their trusts; each may start from those before it."""
+    rule = settings.rule
+    return (False, sum(rule.effective_trust(settings.member_trust))) if rule.tilts_pool else (True, 0.0)
+
+
+def settings_of(ensemble: Ensemble, choices: Sequence[RuleChoice]) -> dict[str, Settings]:
+    """Return the settings that each choice stands for; a gate ``movement`` is calibrated, and its threshold remembered.
 
     Raises:
-        UnsupportedHeadError, InvalidInputError: the ensemble is over bytes, and one of them is not for those.
+        UnsupportedHeadError, InvalidInputError: the ensemble is over bytes, and a choice is not for those.
     """
     ungated = ensemble.model.settings.ungated()
     found = {choice.name: ungated.changed(**choice.settings) for choice in choices}
@@ -163,15 +289,15 @@ def settings_of(ensemble: Ensemble, choices: Sequence[Choice]) -> dict[str, Sett
 
 
 def distinct_names(ensemble: Ensemble) -> list[str]:
-    """The members' names, with a number where the same one comes again."""
+    """Return the members' names, with a number where the same one comes again."""
     before = [ensemble.names[:i].count(name) for i, name in enumerate(ensemble.names)]
     return [f"{name}#{k + 1}" if k else name for name, k in zip(ensemble.names, before, strict=True)]
 
 
 def _chunks(
-    ensemble: Ensemble, positions: Positions, choices: Sequence[Choice]
+    ensemble: Ensemble, positions: Positions, choices: Sequence[RuleChoice]
 ) -> Iterator[tuple[Positions, dict[int, list[float]]]]:
-    """Chunks, and for each length of prompt the weights that it gives there; then no chunk crosses a document."""
+    """Yield chunks with the weights that each length of prompt gives there; then no chunk crosses a document."""
     size = chunk_size(ensemble.model.config.vocab_size)
     prompts = sorted({choice.prompt for choice in choices if choice.prompt})
     if not prompts:
@@ -216,59 +342,55 @@ class _Solver:
         """Score a rule under some settings on the chunk, from what is solved already where that will do."""
         gate, plain = that_closes(settings.gate), settings.ungated()
         if gate is not None and plain not in self.solved:
-            return _scored(self.model.combine_rows(self.log_probs, self.logits, settings), self.targets)
+            return _solution_scores(self.model.combine_rows(self.log_probs, self.logits, settings), self.targets)
         if plain not in self.solved:
             solution = self._solve(plain)
-            self.solved[plain] = solution, _scored(solution, self.targets)
+            self.solved[plain] = solution, _solution_scores(solution, self.targets)
         solution, scores = self.solved[plain]
-        return scores if gate is None else self._gated(gate, settings, solution, scores)
+        return scores if gate is None else self._under_gate(gate, settings, solution, scores)
 
     def _solve(self, settings: Settings) -> Solution:
-        rule = settings.rule
+        """Solve, starting from a solution that was found before; one of those may also answer infeasible rows."""
+        rule, known = settings.rule, dict[str, Any]()
         path = self.paths[settings.model_copy(update={"rule": None, "trust": ()})]
-        known = self._known(settings, path) if rule.reads_heads else {}
+        if rule.reads_heads and path:
+            known["start"] = path[-1]
+            if settings.on_infeasible != "raise":
+                wanted = rule_of(settings.on_infeasible), settings.relaxed().trust
+                fits = (s for s in path if (s.problem.settings.rule, s.problem.trust) == wanted)
+                known["relaxed"] = next(fits, None)
         solution = self.model.combine_rows(self.log_probs, self.logits, settings, **known)
         if rule.tilts_pool:
             path.append(solution)
         return solution
 
-    def _known(self, settings: Settings, path: list[Solution]) -> dict[str, Any]:
-        """What was found on a path that spares a rule some work: where it starts, and what answers infeasible rows."""
-        if not path or settings.on_infeasible == "raise":
-            return {"start": path[-1]} if path else {}
-        fallback, trust = rule_of(settings.on_infeasible), settings.relaxed().trust
-        fits = [s for s in path if s.problem.settings.rule == fallback and s.problem.trust == trust]
-        return {"start": path[-1], "relaxed": fits[0] if fits else None}
-
-    def _gated(self, gate: Gate, settings: Settings, solution: Solution, scores: Scores) -> Scores:
-        """From what was solved without the gate: only where it is closed is anything else answered."""
+    def _under_gate(self, gate: Gate, settings: Settings, solution: Solution, scores: Scores) -> Scores:
+        """Replace the scores of what was solved without the gate where the gate is closed."""
         closed = ~gate.open(solution.problem)
         if not closed.any():
             return scores
         logits = None if self.logits is None else self.logits[:, closed]
-        there = _scored(self.model.combine_rows(self.log_probs[:, closed], logits, settings), self.targets[closed])
-        both = zip(_of_a_rule(scores), _of_a_rule(there), strict=True)
+        solved = self.model.combine_rows(self.log_probs[:, closed], logits, settings)
+        there = _solution_scores(solved, self.targets[closed])
+        both = zip(_without_movement(scores), _without_movement(there), strict=True)
         return Scores(*(whole.masked_scatter(closed.cpu(), own) for whole, own in both))
 
 
-def _scored(solution: Solution, targets: Int[Tensor, " B"]) -> Scores:
+def _solution_scores(solution: Solution, targets: Int[Tensor, " B"]) -> Scores:
+    """Score a rule's solution, with how its rows ended and how far it moves the pool."""
     passes, late = solution.num_passes.double(), solution.status == Status.NOT_CONVERGED
-    found = _scores(solution.log_probs, targets, passes, solution.fallback, late, solution.gated)
+    found = _prediction_scores(solution.log_probs, targets, passes, solution.fallback, late, solution.gated)
     moved = None if that_closes(solution.problem.settings.gate) else Movement.of(solution)
     return found if moved is None else replace(found, movement=moved.table())
 
 
-def _scores(log_p: Float[Tensor, "B v"], targets: Tensor, *ends: Tensor) -> Scores:
+def _prediction_scores(log_p: Float[Tensor, "B v"], targets: Tensor, *ends: Tensor) -> Scores:
+    """Score log-probabilities; ``ends`` are the fields of a rule's scores that say how its rows ended."""
     best = log_p.max(-1)
     nats = -log_p.gather(-1, targets[:, None]).squeeze(-1).double()
     found = (nats, best.indices == targets, best.values.exp().double(), *ends)
     return Scores(*(values.cpu() for values in found))
 
 
-def _of_a_rule(scores: Scores) -> list[Tensor]:
+def _without_movement(scores: Scores) -> list[Tensor]:
     return [value for name, value in vars(scores).items() if name not in ("work", "movement")]
-
-
-def _joined(parts: Sequence[Scores]) -> Scores:
-    """Those of several stretches of positions, in their order."""
-    return Scores(*map(torch.cat, zip(*(vars(s).values() for s in parts), strict=True)))

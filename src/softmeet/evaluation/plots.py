@@ -15,7 +15,7 @@ except ImportError as error:  # pragma: no cover - the extra is installed where 
 
 
 def draw(facts: dict[str, Any], folder: Path) -> list[Path]:
-    """Draw what :func:`softmeet.evaluation.report.summary` gives into a folder; returns the files.
+    """Draw what :func:`softmeet.evaluation.report.summary` returns as PNG files in a folder, and return their paths.
 
     Raises:
         TraceError: the disk is full.
@@ -30,7 +30,7 @@ def draw(facts: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def blank(width: float = 7.0, height: float = 4.5) -> tuple[Any, Any]:
-    """A figure of that size in inches, and its axes."""
+    """Return a figure of that size in inches, and its axes."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)

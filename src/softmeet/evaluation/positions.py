@@ -1,24 +1,182 @@
-"""Positions: what members made of a text, from which every rule can be tried without running a model again."""
+"""Positions: what members made of a text, from which every rule can be tried without running a model again.
+
+Documents are cut into windows. Window k reads tokens [kS, kS + W) of its document and predicts, at each, the one that
+follows. Predictions that the window before made already are not counted again, so every token but the first is
+predicted exactly once, from at least W - S tokens past the first window. The stride S is at most the window W.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import TypedDict, Unpack
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from softmeet.ensemble import Ensemble
+from softmeet.errors import InvalidInputError
 from softmeet.evaluation.documents import Document
-from softmeet.evaluation.kept import Found, Kept
-from softmeet.evaluation.windows import Reading, cut, grouped, readings, windows
+from softmeet.evaluation.files import PieceCache, Tensors, join_tensors
 from softmeet.scaling.base import Engine
 
 # Positions of a piece of work, about: many enough to be worth sending, few enough to be lost.
 PIECE = 256
-# What a piece holds of the text.
-OF_TEXT = ("targets", "document", "sizes")
+_OF_TEXT = ("targets", "document", "sizes")
+
+
+class Windowing(TypedDict, total=False):
+    """Keyword arguments of :func:`cut`, which all functions that read a text take."""
+
+    window: int | None
+    stride: int | None
+    bos: bool
+    max_tokens: int | None
+    max_per_document: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class TokenizedDocument:
+    """Token ids (T + 1,), and the UTF-8 bytes that each but the first adds to the text, (T,)."""
+
+    name: str
+    ids: Int[Tensor, " ids"]
+    sizes: Int[Tensor, " t"]
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """Tokens that are read at once.
+
+    Attributes:
+        document: the document's place in the text.
+        ids: the tokens that are read and the one that follows, (t + 1,); the last k of them are predicted.
+        sizes: UTF-8 bytes of each predicted token, (k,).
+    """
+
+    document: int
+    ids: Int[Tensor, " ids"]
+    sizes: Int[Tensor, " k"]
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+
+def cut(
+    ensemble: Ensemble,
+    documents: Sequence[Document],
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    bos: bool = False,
+    max_tokens: int | None = None,
+    max_per_document: int | None = None,
+) -> tuple[list[TokenizedDocument], int, int]:
+    """Tokenize documents for an ensemble, and say in which windows it reads them.
+
+    Args:
+        ensemble: whose tokenizer and context count.
+        documents: in order; one of a single token is left out.
+        window: tokens that a member reads at once; None for the shortest member's context, 1,024 at most.
+        stride: tokens from one window to the next; None for the window, so that windows do not overlap.
+        bos: put the token that begins a text before each document, if the tokenizer has one and does not do so itself;
+            the first word is then predicted too.
+        max_tokens: the most predictions over all documents.
+        max_per_document: the most predictions in each.
+
+    Returns:
+        (the documents' tokens, or bytes over bytes; the window; the stride).
+
+    Raises:
+        InvalidInputError: no document has two tokens, the window does not fit the members' context, or the stride does
+            not fit the window.
+    """
+    tokens, left = [], math.inf if max_tokens is None else max_tokens
+    for document in documents:
+        if left <= 0:
+            break
+        one = tokenize(ensemble.tokenizer, document, bos=bos)
+        most = int(min(len(one.sizes), left, math.inf if max_per_document is None else max_per_document))
+        if most > 0:
+            tokens.append(TokenizedDocument(one.name, one.ids[: most + 1], one.sizes[:most]))
+            left -= most
+    if not tokens:
+        raise InvalidInputError("expected a text of at least two tokens: nothing can be predicted in a shorter one")
+    limit = getattr(ensemble.model.config, "max_position_embeddings", None)
+    window = ensemble.model.window if window is None else window
+    if window < 1 or (limit is not None and window > limit):
+        raise InvalidInputError(
+            f"expected a window from 1 to {limit or 'any'} tokens, the shortest member's context, got {window}"
+        )
+    stride = window if stride is None else stride
+    if not 1 <= stride <= window:
+        raise InvalidInputError(f"expected a stride from 1 to the window of {window} tokens, got {stride}")
+    return tokens, window, stride
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, document: Document, *, bos: bool = False) -> TokenizedDocument:
+    """Return the token ids of a document, and the bytes of text that each adds.
+
+    Args:
+        tokenizer: the members'.
+        document: the text.
+        bos: as :func:`cut` has it.
+    """
+    fast = bool(getattr(tokenizer, "is_fast", False))
+    out = tokenizer(document.text, verbose=False, return_offsets_mapping=fast)
+    ids = list(out["input_ids"])
+    places = list(accumulate((len(c.encode()) for c in document.text), initial=0))
+    if fast:  # special tokens have no place of their own, so that ends must be kept from falling
+        ends = list(accumulate((places[end] for _, end in out["offset_mapping"]), max))
+    else:  # no offsets: bytes are spread evenly, and their sum is exact
+        ends = [round(places[-1] * (k + 1) / len(ids)) for k in range(len(ids))]
+    if bos and tokenizer.bos_token_id is not None and ids[:1] != [tokenizer.bos_token_id]:
+        ids, ends = [tokenizer.bos_token_id, *ids], [0, *ends]
+    sizes = torch.tensor(ends, dtype=torch.int64).diff()
+    return TokenizedDocument(document.name, torch.tensor(ids, dtype=torch.int64), sizes)
+
+
+def windows(documents: Sequence[TokenizedDocument], window: int, stride: int) -> Iterator[Window]:
+    """Yield the windows of every document, in order.
+
+    Args:
+        documents: as :func:`cut` gives them.
+        window, stride: in tokens; the stride is at most the window.
+
+    >>> document = TokenizedDocument("a", torch.arange(8), torch.ones(7, dtype=torch.int64))
+    >>> [(w.ids.tolist(), len(w)) for w in windows([document], 4, 2)]
+    [([0, 1, 2, 3, 4], 4), ([2, 3, 4, 5, 6], 2), ([4, 5, 6, 7], 1)]
+    """
+    for k, document in enumerate(documents):
+        length, done = len(document.sizes), 0
+        for start in range(0, length, stride):
+            stop = min(start + window, length)
+            if stop > done:
+                yield Window(k, document.ids[start : stop + 1], document.sizes[done:stop])
+                done = stop
+
+
+def grouped(
+    documents: Sequence[TokenizedDocument], window: int, stride: int, size: int, *, by_document: bool
+) -> list[list[Window]]:
+    """Put the windows of documents, in order, in groups of at least ``size`` predictions; the last may have fewer.
+
+    Args:
+        documents, window, stride: as :func:`cut` gives them.
+        size: predictions in a group.
+        by_document: let no group hold windows of two documents; the last of each document may then have fewer.
+    """
+    groups: list[list[Window]] = []
+    for found in windows(documents, window, stride):
+        last = groups[-1] if groups else []
+        if sum(map(len, last)) >= size or not last or (by_document and last[0].document != found.document):
+            groups.append([])
+        groups[-1].append(found)
+    return groups
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,37 +206,44 @@ class Positions:
         return Positions(hidden, self.targets[rows], self.document[rows], self.sizes[rows], self.names)
 
     def chunks(self, size: int) -> Iterator[Positions]:
-        """All positions, in order, ``size`` at a time."""
+        """Yield all positions, in order, ``size`` at a time."""
         for start in range(0, len(self), size):
             yield self.take(slice(start, start + size))
 
+    def tensors(self) -> Tensors:
+        """Return all tensors by name, in the processor's memory."""
+        found = {name: getattr(self, name).cpu() for name in _OF_TEXT}
+        return found | {f"hidden {i}": hidden.cpu() for i, hidden in enumerate(self.hidden)}
+
+
+def from_tensors(found: Tensors, names: list[str]) -> Positions:
+    """Make positions of what :meth:`Positions.tensors` returned; other tensors in ``found`` are ignored."""
+    hidden = [found[f"hidden {i}"] for i in range(sum(name.startswith("hidden ") for name in found))]
+    return Positions(hidden, **{name: found[name] for name in _OF_TEXT}, names=names)
+
 
 def join(parts: Sequence[Positions], names: list[str]) -> Positions:
-    """Several stretches of positions as one."""
+    """Join stretches of positions, in order, whose documents are called ``names``."""
     return Positions(
         [torch.cat(own) for own in zip(*(part.hidden for part in parts), strict=True)],
-        **{name: torch.cat([getattr(part, name) for part in parts]) for name in OF_TEXT},
+        **{name: torch.cat([getattr(part, name) for part in parts]) for name in _OF_TEXT},
         names=names,
     )
 
 
 @torch.no_grad()  # not inference mode: a fit differentiates through what comes of these
-def observe(ensemble: Ensemble, read: Sequence[Reading]) -> Positions:
-    """Run every member over some windows, one at a time.
-
-    Args:
-        ensemble: its members run once a window.
-        read: the windows.
+def observe(ensemble: Ensemble, read: Sequence[Window]) -> Positions:
+    """Run every member over some windows, one window at a time.
 
     Returns:
-        Their positions, on the ensemble's device, without the documents' names.
+        The windows' positions, on the ensemble's device, without the documents' names.
     """
     parts = []
     for window in read:
-        ids, predicted = window.ids.to(ensemble.model.device), slice(-len(window.sizes), None)
+        ids, predicted = window.ids.to(ensemble.model.device), slice(-len(window), None)
         hidden = [h[predicted] for h in ensemble.model.hidden_states(ids[None, :-1])]
-        place = torch.full_like(ids[predicted], window.place)
-        parts.append(Positions(hidden, ids[predicted], place, window.sizes.to(ids.device), []))
+        document = torch.full_like(ids[predicted], window.document)
+        parts.append(Positions(hidden, ids[predicted], document, window.sizes.to(ids.device), []))
     return join(parts, [])
 
 
@@ -86,45 +251,33 @@ def observe_text(
     ensemble: Ensemble,
     documents: Sequence[Document],
     *,
-    window: int | None = None,
-    stride: int | None = None,
-    bos: bool = False,
-    max_tokens: int | None = None,
-    max_per_document: int | None = None,
     engine: Engine | None = None,
-    kept: Kept | None = None,
+    cache: PieceCache | None = None,
     on_progress: Callable[[int], None] = lambda positions: None,
+    **windowing: Unpack[Windowing],
 ) -> Positions:
-    """Tokenize documents and run every member over them; arguments as :func:`cut` has them.
+    """Tokenize documents and run every member over them.
 
     Args:
-        engine: where to run the members; None for here.
-        kept: pieces that earlier runs finished.
-        on_progress: called with numbers of positions that are done.
+        ensemble: the members.
+        documents: the text.
+        engine: where to run the members; None for this process.
+        cache: pieces that earlier runs finished.
+        on_progress: called with the number of positions of each piece that is done.
+        windowing: ``window``, ``stride``, ``bos``, ``max_tokens`` and ``max_per_document``, as
+            :func:`cut` has them.
 
     Raises:
         InvalidInputError: the text is too short, or window and stride do not fit.
     """
-    limits = {"bos": bos, "max_tokens": max_tokens, "max_per_document": max_per_document}
-    found, size, step = cut(ensemble, documents, window=window, stride=stride, **limits)
-    groups = grouped(windows(found, size, step), PIECE, by_document=False)
-    pieces = (kept or Kept()).map(
-        engine,
-        "observe",
-        _observed,
-        len(groups),
-        lambda k: (ensemble, readings(found, groups[k])),
-        lambda k: on_progress(sum(map(len, groups[k]))),
-    )
-
-    def whole(name: str) -> Tensor:
-        return torch.cat([piece[name] for piece in pieces])
-
-    hidden = [whole(f"hidden {i}") for i in range(len(ensemble.names))]
-    return Positions(hidden, names=[t.name for t in found], **{name: whole(name) for name in OF_TEXT})
+    tokens, window, stride = cut(ensemble, documents, **windowing)
+    groups = grouped(tokens, window, stride, PIECE, by_document=False)
+    found = (cache or PieceCache()).map(
+        engine, "observe", _observe_piece, groups, lambda group: (ensemble, group),
+        lambda group: on_progress(sum(map(len, group))),
+    )  # fmt: skip
+    return from_tensors(join_tensors(found), [t.name for t in tokens])
 
 
-def _observed(ensemble: Ensemble, read: Sequence[Reading]) -> Found:
-    found = observe(ensemble, read)
-    packed = {name: getattr(found, name).cpu() for name in OF_TEXT}
-    return packed | {f"hidden {i}": hidden.cpu() for i, hidden in enumerate(found.hidden)}
+def _observe_piece(ensemble: Ensemble, read: Sequence[Window]) -> Tensors:
+    return observe(ensemble, read).tensors()

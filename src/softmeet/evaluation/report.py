@@ -18,9 +18,7 @@ BINS = 10
 
 
 def summary(found: Evaluation) -> dict[str, Any]:
-    """Figures of an evaluation; nats per token (per byte, over bytes) unless a name says otherwise.
-
-    JSON has null for infinity and NaN.
+    """Return the figures of an evaluation, in nats per token (per byte, over bytes) unless a name says otherwise.
 
     The baseline of every difference is the best of the single members and the averages on this very text, so it is, if
     anything, too good.
@@ -67,13 +65,13 @@ def _figures(scores: Scores, bytes_: int) -> dict[str, Any]:
 
 
 def _work(scores: Scores) -> dict[str, Any]:
-    """Over bytes, a byte of text: mass that was estimated, calls of the model, and tokens run in them."""
+    """Return, over bytes, a byte: the mass that was estimated, calls of the model, and tokens run in them."""
     names = ("dropped", "forward_steps", "tokens_run")
     return dict(zip(names, scores.work.mean(0).tolist(), strict=True)) if len(scores.work) else {}
 
 
 def calibration(scores: Scores) -> dict[str, Any]:
-    """How often the most probable token comes, in ten bins of its probability, and the mean error over positions.
+    """Compute how often the most probable token comes, in ten bins of its probability, and the calibration error.
 
     ``error`` is the expected calibration error: the mean over bins, by their size, of |confidence - accuracy|.
     """
@@ -93,7 +91,7 @@ def calibration(scores: Scores) -> dict[str, Any]:
 def gain_by_disagreement(
     ours: Scores, baseline: Scores, disagreement: Float[Tensor, " N"], bins: int = BINS
 ) -> list[dict[str, float]]:
-    """What a rule gains over a baseline where members disagree little, and where they disagree much.
+    """Compute what a rule gains over a baseline where members disagree little, and where they disagree much, in nats.
 
     Positions are sorted by disagreement into bins of equal size; ``error`` is one standard error over positions.
     """

@@ -1,28 +1,24 @@
-"""Saving a fitted ensemble: a directory that loads as any ensemble does, with a card of what was tried."""
+"""Save a fitted ensemble as a directory that loads as any ensemble does, with figures and a card of what was tried."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from softmeet.ensemble import Ensemble
-from softmeet.evaluation.files import require_ensemble_folder, write_json, written_together
-from softmeet.evaluation.fit import Fitted, figures
+from softmeet.evaluation.files import replace_together, require_ensemble_folder, write_json
+from softmeet.evaluation.fit import Fitted
+from softmeet.evaluation.intervals import Difference, paired
 from softmeet.hf.configuration import EnsembleConfig
-from softmeet.rules.settings import rule_of
+from softmeet.rules.settings import POOLS, rule_of
 
 # What an ensemble knows of its members.
 _KEPT = (
-    "vocabulary",
-    "prune",
-    "prefixes",
-    "vocab_size",
-    "max_position_embeddings",
-    "bos_token_id",
-    "eos_token_id",
+    "vocabulary", "prune", "prefixes", "vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id",
     "pad_token_id",
-)
-CARD = """
+)  # fmt: skip
+_CARD = """
 ## How it was chosen
 
 Fitted on {fit[tokens]:,} {vocabulary}, chosen on {select[tokens]:,}, judged once on {test[tokens]:,}, in
@@ -39,26 +35,56 @@ All figures are in `fit.json`.
 """
 
 
-def unit(facts: dict[str, Any]) -> str:
-    """What a figure is of: a token or a byte."""
-    return str(facts["vocabulary"]).removesuffix("s")
+def figures(fitted: Fitted) -> dict[str, Any]:
+    """Return the figures of a fit, as ``softmeet fit --json`` and ``fit.json`` have them; losses in nats a token."""
+    test, chosen, best = fitted.test, fitted.chosen, fitted.best_baseline
+    against = Difference(0.0, 0.0, 0.0) if chosen is best else fitted.difference
+    rows = {}
+    for candidate in fitted.candidates:
+        scores = test.choices[candidate.label]
+        rows[candidate.name] = {
+            **candidate.settings,
+            "baseline": candidate.baseline,
+            "fit_nll": candidate.fit_nll,
+            "evaluations": candidate.evaluations,
+            "select_nll": fitted.select.choices[candidate.label].mean,
+            "test_nll": scores.mean,
+            **paired(scores.nats, test.choices[best.label].nats, fitted.parts["test"].within).figures(),
+        }
+    return {
+        "vocabulary": test.vocabulary,
+        "chosen": chosen.settings["rule"],
+        "candidate": chosen.name,
+        "weights": chosen.settings["weights"],
+        "trust": chosen.settings["trust"],
+        "temperature": chosen.settings["rule_temperature"],
+        "pool": chosen.settings.get("pool", POOLS[0]),
+        "test": {"nll": test.choices[chosen.label].mean, "best_baseline": best.name, **against.figures()},
+        "fell_back": fitted.fell_back,
+        "rival": {"candidate": fitted.rival.name, **fitted.difference.figures()},
+        "members": {name: {"nll": scores.mean} for name, scores in test.members.items()},
+        "premise": [asdict(p) | {"verdict": p.verdict} for p in fitted.premise],
+        "splits": {
+            name: {"tokens": len(part.positions), "clusters": part.within.count, "kind": part.within.kind}
+            for name, part in fitted.parts.items()
+        },
+        "candidates": rows,
+    }
 
 
 def verdict(facts: dict[str, Any]) -> str:
-    """What was chosen and why, in a sentence or two."""
+    """Say in a sentence or two what was chosen and why, from :func:`figures`."""
     best, rival = facts["test"]["best_baseline"], facts["rival"]["candidate"]
-    low, high = facts["rival"]["ci95"]
+    low, high = (f"{x:+.4f}" for x in facts["rival"]["ci95"])
+    difference = f"{facts['rival']['delta']:+.4f} nats"
     if facts["fell_back"]:
         return (
             f"Falls back to {best}: {rival} was best on the part for choosing, but on the part for judging its "
-            f"difference of {facts['rival']['delta']:+.4f} nats has the interval [{low:+.4f}, {high:+.4f}], which does "
-            "not exclude zero in its favour."
+            f"difference of {difference} has the interval [{low}, {high}], which does not exclude zero in its favour."
         )
     if facts["candidate"] == best:
         return f"Uses {best}: no rule did better on the part for choosing."
-    return (
-        f"Uses {rival}: {facts['rival']['delta']:+.4f} nats a {unit(facts)} against {best} [{low:+.4f}, {high:+.4f}]."
-    )
+    return f"Uses {rival}: {difference} a {_unit(facts)} against {best} [{low}, {high}]."
 
 
 def save(ensemble: Ensemble, fitted: Fitted, folder: str | Path) -> dict[str, Any]:
@@ -76,7 +102,7 @@ def save(ensemble: Ensemble, fitted: Fitted, folder: str | Path) -> dict[str, An
     before = ensemble.model.config
     kept: dict[str, Any] = {key: getattr(before, key) for key in _KEPT if hasattr(before, key)}
     ensemble.model.config = EnsembleConfig(ensemble.names, **fitted.chosen.settings, **kept)
-    with written_together(Path(folder)) as new:
+    with replace_together(Path(folder)) as new:
         ensemble.save_pretrained(new)
         with (new / "README.md").open("a", encoding="utf-8") as card:
             card.write(_card(facts))
@@ -87,20 +113,19 @@ def save(ensemble: Ensemble, fitted: Fitted, folder: str | Path) -> dict[str, An
 def _card(facts: dict[str, Any]) -> str:
     rows = []
     for name, row in facts["candidates"].items():
-        low, high = row["ci95"]
-        difference = f"{row['delta']:+.4f} [{low:+.4f}, {high:+.4f}]" if name != facts["test"]["best_baseline"] else ""
+        difference = Difference(row["delta"], *row["ci95"]) if name != facts["test"]["best_baseline"] else ""
         weights, trust = (", ".join(f"{x:.3g}" for x in row[key]) for key in ("weights", "trust"))
         trust = trust if rule_of(row["rule"]).uses_trust else ""
-        cells = [
-            name.replace("|", r"\|"),
-            f"{row['test_nll']:.4f}",
-            difference,
-            weights,
-            trust,
-            f"{row['rule_temperature']:.3f}",
-        ]
-        rows.append(f"| {' | '.join(cells)} |")
-    return CARD.format(
-        rows="\n".join(rows), best=facts["test"]["best_baseline"], verdict=verdict(facts), unit=unit(facts),
+        title = name.replace("|", r"\|")
+        rows.append(
+            f"| {title} | {row['test_nll']:.4f} | {difference} | {weights} | {trust} | {row['rule_temperature']:.3f} |"
+        )
+    return _CARD.format(
+        rows="\n".join(rows), best=facts["test"]["best_baseline"], verdict=verdict(facts), unit=_unit(facts),
         vocabulary=facts["vocabulary"], **facts["splits"],
     )  # fmt: skip
+
+
+def _unit(facts: dict[str, Any]) -> str:
+    """Return what a figure is of: a token or a byte."""
+    return str(facts["vocabulary"]).removesuffix("s")

@@ -1,4 +1,4 @@
-"""One shard of a trace: a Parquet file that appears under its name when it is whole, and not before.
+"""Write and read shards of a trace: Parquet files that appear under their names when they are whole, and not before.
 
 Columns are ``document``, ``target`` and ``bytes`` (int32), and for member i ``hidden_i``, a list of d_i floats. Pages
 carry checksums, and the file's metadata the identity of its trace and a hash of all columns, since no checksum of
@@ -48,18 +48,14 @@ def write_shard(path: Path, positions: Positions, dtype: torch.dtype, key: str) 
     table = pa.table(columns, schema=_schema([hidden.shape[1] for hidden in positions.hidden], dtype))
     table = table.replace_schema_metadata({_KEY: key.encode(), _HASH: _hash(table)})
     # Floats of a hidden state neither repeat nor compress: plain pages are read fastest.
-    write_atomically(
-        path,
-        lambda file: pq.write_table(
-            table, file, compression="none", use_dictionary=False, write_page_checksum=True, row_group_size=1 << 14
-        ),
-    )
+    how = {"compression": "none", "use_dictionary": False, "write_page_checksum": True, "row_group_size": 1 << 14}
+    write_atomically(path, lambda file: pq.write_table(table, file, **how))
 
 
 def read_shard(
     path: Path, key: str, names: list[str], count: int, widths: Sequence[int], dtype: torch.dtype
 ) -> Positions:
-    """What :func:`write_shard` wrote, hidden states in fp32.
+    """Read what :func:`write_shard` wrote, hidden states in fp32.
 
     Args:
         path: of the file.
@@ -97,14 +93,14 @@ def _schema(widths: Sequence[int], dtype: torch.dtype) -> Any:
 
 
 def _columns(table: Any) -> list[Any]:
-    """As NumPy arrays, flat."""
+    """Return the columns as flat NumPy arrays."""
     columns = [column.combine_chunks() for column in table.columns]
     flat = [column.flatten() if pa.types.is_fixed_size_list(column.type) else column for column in columns]
     return [column.to_numpy(zero_copy_only=False) for column in flat]
 
 
 def _hash(table: Any) -> bytes:
-    """SHA-256 of all numbers."""
+    """Compute SHA-256 of all numbers."""
     digest = hashlib.sha256()
     for column in _columns(table):
         digest.update(column)

@@ -13,18 +13,18 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
+from pydantic import BaseModel, PositiveInt, TypeAdapter
 
 from softmeet.ensemble import Ensemble
 from softmeet.errors import InvalidInputError, TraceError
 from softmeet.evaluation.documents import Document
-from softmeet.evaluation.files import write_text
-from softmeet.evaluation.identity import identity
-from softmeet.evaluation.positions import Positions, join, observe
-from softmeet.evaluation.shards import read_shard, write_shard
-from softmeet.evaluation.windows import cut, grouped, readings, text_hash, windows
+from softmeet.evaluation.files import write_atomically, write_text
+from softmeet.evaluation.positions import Positions, TokenizedDocument, Windowing, cut, grouped, join, observe
+from softmeet.heads import SoftmaxHead
+from softmeet.members.identity import body_hash
 from softmeet.scaling.base import Engine
 from softmeet.scaling.local import LocalEngine
 
@@ -32,8 +32,17 @@ FORMAT = 1
 Dtype = Literal["float32", "float16"]
 _CHUNK = 64
 _FACTS = {"members", "tokenizer", "text", "bos", "window", "stride", "dtype", "documents", "shards"}
-# What is noted of each shard of fp16.
-_ERROR = ("largest", "sum", "positions")
+
+
+class _Float16Error(BaseModel):
+    """Errors of targets' log-probabilities in a shard of fp16, in nats: the largest, and the sum of members' means."""
+
+    largest: float
+    sum: float
+    positions: PositiveInt
+
+
+_ERRORS = TypeAdapter(dict[int, _Float16Error])
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,7 @@ class Trace:
 
     @classmethod
     def open(cls, folder: str | Path) -> Trace:
-        """A trace that is there.
+        """Open a trace that is there.
 
         Raises:
             TraceError: it is not one, or of a format that this version does not know.
@@ -73,33 +82,31 @@ class Trace:
 
     @property
     def key(self) -> str:
-        """What every shard of it carries."""
+        """A hash of the facts, which every shard carries."""
         return hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()
 
     def shard(self, k: int) -> Path:
-        """The file of shard k."""
+        """Return the path of shard k."""
         return self.folder / f"shard-{k:05d}.parquet"
 
     def require(self, ensemble: Ensemble) -> None:
-        """Check that an ensemble's members are those that made it.
+        """Check that an ensemble's members are those that made the trace.
 
         Raises:
             TraceError: they are not; the message names the first that differs.
         """
-        found = identity(ensemble)
-        if len(found["members"]) != len(self.facts["members"]):
+        here, made = identity(ensemble), self.facts
+        if len(here["members"]) != len(made["members"]):
             raise TraceError(
-                f"{self.folder} was made by {len(self.facts['members'])} members ({', '.join(self.members)}), got "
-                f"{len(found['members'])}: name those, in that order, or trace again"
+                f"{self.folder} was made by {len(made['members'])} members ({', '.join(self.members)}), got "
+                f"{len(here['members'])}: name those, in that order, or trace again"
             )
-        for own, theirs in zip(found["members"], self.facts["members"], strict=True):
+        for own, theirs in zip(here["members"], made["members"], strict=True):
             if own["head"] != theirs["head"]:
-                made_in = theirs.get("dtype", own["dtype"])
-                advice = (
-                    "name the members that made it, in order" if made_in == own["dtype"] else f"try --dtype {made_in}"
-                )
+                dtype = theirs.get("dtype", own["dtype"])
+                advice = "name the members that made it, in order" if dtype == own["dtype"] else f"try --dtype {dtype}"
                 raise TraceError(
-                    f"{self.folder} was made by {theirs['name']} (head {theirs['head'][:12]}, {made_in}), but in its "
+                    f"{self.folder} was made by {theirs['name']} (head {theirs['head'][:12]}, {dtype}), but in its "
                     f"place stands {own['name']} (head {own['head'][:12]}, {own['dtype']}): {advice}, or trace again"
                 )
             if own["body"] != theirs.get("body", own["body"]):
@@ -107,19 +114,16 @@ class Trace:
                     f"{self.folder} was made by {theirs['name']}, but {own['name']} in its place has other weights "
                     "below the same head: name the members that made it, in order, or trace again"
                 )
-        if found.get("prune") != self.facts.get("prune"):
-            over = {facts.get("prune"): f"over bytes (prune {facts.get('prune')})" for facts in (found, self.facts)}
-            made, here = (
-                over[facts.get("prune")] if "prune" in facts else "over tokens" for facts in (self.facts, found)
-            )
-            raise TraceError(f"{self.folder} was made {made}, but these members are combined {here}: trace again")
-        if found.get("prefixes") != self.facts.get("prefixes"):
+        if here.get("prune") != made.get("prune"):
+            over = [f"over bytes (prune {x['prune']})" if "prune" in x else "over tokens" for x in (made, here)]
+            raise TraceError(f"{self.folder} was made {over[0]}, but these members are combined {over[1]}: trace again")
+        if here.get("prefixes") != made.get("prefixes"):
             raise TraceError(f"{self.folder} was made behind other prefixes than these members': trace again")
-        if found["tokenizer"] != self.facts["tokenizer"]:
+        if here["tokenizer"] != made["tokenizer"]:
             raise TraceError(f"{self.folder} was made with another tokenizer than these members': trace again")
 
     def read(self, on_damage: Callable[[str], None] | None = None) -> Positions:
-        """All positions of shards that are whole.
+        """Read all positions of shards that are whole.
 
         Args:
             on_damage: called with a sentence for each shard that is missing or damaged; a warning if None.
@@ -130,36 +134,38 @@ class Trace:
         return self.read_whole(on_damage or (lambda sentence: warnings.warn(sentence, stacklevel=4)))[0]
 
     def read_whole(self, on_damage: Callable[[str], None]) -> tuple[Positions, list[int]]:
-        """The same, and which shards are left out."""
-        names = [document["name"] for document in self.facts["documents"]]
-        parts, left_out = [], []
-        for k, size in enumerate(self.facts["shards"]):
-            try:
-                parts.append(self._read(k, names))
-            except TraceError as error:
-                left_out.append(k)
-                on_damage(
-                    f"{error}: its {size:,} positions are left out; softmeet trace, run as before, makes it again"
-                )
+        """Read as :meth:`read` does, and return the numbers of the shards that are left out as well."""
+        says = "its {:,} positions are left out; softmeet trace, run as before, makes it again"
+        sizes = self.facts["shards"]
+        found = {k: self.read_if_whole(k, on_damage, says.format(size)) for k, size in enumerate(sizes)}
+        parts = [part for part in found.values() if part is not None]
         if not parts:
             raise TraceError(f"no shard of {self.folder} is whole: run softmeet trace as before")
-        return join(parts, names), left_out
+        return join(parts, parts[0].names), [k for k, part in found.items() if part is None]
 
-    def _read(self, k: int, names: list[str]) -> Positions:
+    def read_if_whole(self, k: int, on_damage: Callable[[str], None], says: str) -> Positions | None:
+        """Read shard k, or call ``on_damage`` with what is wrong with it and what follows (``says``)."""
+        from softmeet.evaluation.shards import read_shard  # which needs pyarrow
+
+        names = [document["name"] for document in self.facts["documents"]]
         widths = [member["width"] for member in self.facts["members"]]
         dtype = getattr(torch, self.facts["dtype"])
-        return read_shard(self.shard(k), self.key, names, self.facts["shards"][k], widths, dtype)
+        try:
+            return read_shard(self.shard(k), self.key, names, self.facts["shards"][k], widths, dtype)
+        except TraceError as error:
+            on_damage(f"{error}: {says}")
+            return None
 
     def float16_error(self) -> dict[str, float] | None:
-        """The largest and the mean error of a target's log-probability under any member, nats.
+        """Return the largest and the mean error of a target's log-probability under any member, in nats.
 
         None for fp32, or where ``float16.json``, which is written with the shards, is gone or damaged.
         """
-        found = _errors(self.folder / "float16.json").values()
+        found = _float16_errors(self.folder / "float16.json").values()
         if self.facts["dtype"] == "float32" or not found:
             return None
-        largest, total = max(entry["largest"] for entry in found), sum(entry["sum"] for entry in found)
-        return {"largest": largest, "mean": total / sum(entry["positions"] for entry in found)}
+        mean = sum(entry.sum for entry in found) / sum(entry.positions for entry in found)
+        return {"largest": max(entry.largest for entry in found), "mean": mean}
 
 
 def record(
@@ -167,17 +173,13 @@ def record(
     documents: Sequence[Document],
     folder: str | Path,
     *,
-    window: int | None = None,
-    stride: int | None = None,
-    bos: bool = False,
-    max_tokens: int | None = None,
-    max_per_document: int | None = None,
     dtype: Dtype = "float32",
     shard_size: int = 4096,
     engine: Engine | None = None,
     on_start: Callable[[int, int], None] = lambda done, total: None,
     on_progress: Callable[[int], None] = lambda positions: None,
     on_damage: Callable[[str], None] = lambda sentence: None,
+    **windowing: Unpack[Windowing],
 ) -> Trace:
     """Run every member over a text and keep its hidden states; goes on where an earlier run of the same stopped.
 
@@ -185,44 +187,49 @@ def record(
         ensemble: the members.
         documents: the text.
         folder: of the trace.
-        window, stride, bos, max_tokens, max_per_document: as ``observe_text`` has them.
         dtype: of the hidden states on disk; fp16 halves the size, and its error in nats is measured.
         shard_size: positions in a shard, at least.
-        engine: where to run the members; None for here.
+        engine: where to run the members; None for this process.
         on_start: called with (positions that are there, positions in all).
         on_progress: called with the number of positions of each new shard.
         on_damage: called with a sentence about each shard that has to be made again.
+        windowing: ``window``, ``stride``, ``bos``, ``max_tokens`` and ``max_per_document``, as
+            :func:`softmeet.evaluation.positions.cut` has them.
 
     Raises:
         InvalidInputError: the text is too short, the windows do not fit, or hidden states overflow fp16.
         TraceError: the folder holds another trace, or the disk is full.
     """
+    from softmeet.evaluation.shards import write_shard
+
     if dtype not in ("float32", "float16") or shard_size < 1:
         raise InvalidInputError(f"expected float32 or float16 and a positive shard size, got {dtype} and {shard_size}")
     if dtype == "float16":
         ensemble.model.require_tokens("a trace in float16")
-    limits = {"bos": bos, "max_tokens": max_tokens, "max_per_document": max_per_document}
-    tokens, size, step = cut(ensemble, documents, window=window, stride=stride, **limits)
-    groups = grouped(windows(tokens, size, step), shard_size, by_document=False)
+    tokens, window, stride = cut(ensemble, documents, **windowing)
+    groups = grouped(tokens, window, stride, shard_size, by_document=False)
+    sizes = [sum(map(len, group)) for group in groups]
     trace = _prepare(
         Path(folder),
         {
             "format": FORMAT,
-            **_located(identity(ensemble)),
-            "text": text_hash(tokens),
-            "bos": bos,
-            "window": size,
-            "stride": step,
+            **identity(ensemble),
+            "text": _text_hash(tokens),
+            "bos": windowing.get("bos", False),
+            "window": window,
+            "stride": stride,
             "dtype": dtype,
-            "documents": [{"name": t.name, "positions": len(t.ids) - 1, "bytes": int(t.sizes.sum())} for t in tokens],
-            "shards": [sum(map(len, group)) for group in groups],
+            "documents": [{"name": t.name, "positions": len(t.sizes), "bytes": int(t.sizes.sum())} for t in tokens],
+            "shards": sizes,
         },
     )
-    missing = [k for k in range(len(groups)) if not _is_whole(trace, k, on_damage)]
-    total = sum(trace.facts["shards"])
-    on_start(total - sum(trace.facts["shards"][k] for k in missing), total)
-    read = ((ensemble, readings(tokens, groups[k])) for k in missing)
-    for place, positions in (engine or LocalEngine()).map(observe, read):
+    whole = [
+        trace.shard(k).exists() and trace.read_if_whole(k, on_damage, "it is made again") is not None
+        for k in range(len(groups))
+    ]
+    missing = [k for k in range(len(groups)) if not whole[k]]
+    on_start(sum(sizes) - sum(sizes[k] for k in missing), sum(sizes))
+    for place, positions in (engine or LocalEngine()).map(observe, ((ensemble, groups[k]) for k in missing)):
         k = missing[place]
         on_progress(len(positions))
         if dtype == "float16":
@@ -231,22 +238,20 @@ def record(
     return trace
 
 
-def _located(found: dict[str, Any]) -> dict[str, Any]:
-    """Members that are files or folders by their whole paths, so that the trace can be used from anywhere."""
-    for member in found["members"]:
+def _prepare(folder: Path, facts: dict[str, Any]) -> Trace:
+    """Make a trace's folder with its ``trace.json``; of a folder that is there, check that it holds this trace."""
+    path = folder / "trace.json"
+    # Members that are files or folders have their whole paths, so that the trace can be used from anywhere.
+    for member in facts["members"]:
         if Path(member["name"]).exists():
             member["name"] = str(Path(member["name"]).absolute())
-    return found
-
-
-def _prepare(folder: Path, facts: dict[str, Any]) -> Trace:
-    """The folder with its ``trace.json``, which is as it was if this is the trace that is there."""
-    path = folder / "trace.json"
     if path.exists():
         there = Trace.open(folder).facts
-        names = [{**m, "name": ""} for m in facts["members"]], [{**m, "name": ""} for m in there["members"]]
-        differing = sorted(key for key in facts if key != "members" and facts[key] != there.get(key))
-        differing += ["members"] if names[0] != names[1] else []
+        named = facts | {"members": [{**m, "name": ""} for m in facts["members"]]}
+        found = there | {"members": [{**m, "name": ""} for m in there["members"]]}
+        differing = sorted(
+            (key for key in named if named[key] != found.get(key)), key=lambda key: (key == "members", key)
+        )
         if differing:
             raise TraceError(
                 f"{folder} holds another trace (it differs in {', '.join(differing)}): name another folder or remove it"
@@ -255,17 +260,6 @@ def _prepare(folder: Path, facts: dict[str, Any]) -> Trace:
     folder.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(facts, indent=1))
     return Trace(folder, facts)
-
-
-def _is_whole(trace: Trace, k: int, on_damage: Callable[[str], None]) -> bool:
-    if not trace.shard(k).exists():
-        return False
-    try:
-        trace._read(k, [])
-    except TraceError as error:
-        on_damage(f"{error}: it is made again")
-        return False
-    return True
 
 
 @torch.inference_mode()
@@ -285,19 +279,59 @@ def _note_error(ensemble: Ensemble, trace: Trace, k: int, positions: Positions) 
             error = (pair[0] - pair[1]).gather(-1, chunk.targets[:, None]).abs()
             largest, total = max(largest, error.max().item()), total + error.sum().item() / len(ensemble.names)
     path = trace.folder / "float16.json"
-    known = _errors(path)
-    known[str(k)] = {"largest": largest, "sum": total, "positions": len(positions)}
-    write_text(path, json.dumps(known, sort_keys=True))
+    known = _float16_errors(path) | {k: _Float16Error(largest=largest, sum=total, positions=len(positions))}
+    write_atomically(path, lambda file: file.write(_ERRORS.dump_json(dict(sorted(known.items())))))
 
 
-def _errors(path: Path) -> dict[str, Any]:
+def _float16_errors(path: Path) -> dict[int, _Float16Error]:
+    """Read what is noted of each shard of fp16; nothing if the file is gone or damaged."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return _ERRORS.validate_json(path.read_bytes())
     except (OSError, ValueError):
         return {}
-    entries = found.items() if isinstance(found, dict) else ()
-    return {k: entry for k, entry in entries if isinstance(entry, dict) and _is_error(entry)}
 
 
-def _is_error(entry: dict[str, Any]) -> bool:
-    return all(isinstance(entry.get(name), int | float) for name in _ERROR) and entry["positions"] > 0
+def _head_hash(head: SoftmaxHead) -> str:
+    """Compute SHA-256 of a head's numbers as fp32, so that loading them in a wider dtype changes nothing."""
+    digest = hashlib.sha256(repr((head.v, head.d, head.scale, head.soft_cap)).encode())
+    for _, block in head.blocks(torch.float32, cut=True):
+        digest.update(block.cpu().contiguous().numpy().tobytes())
+    if head.bias is not None:
+        digest.update(head.bias.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def identity(ensemble: Ensemble) -> dict[str, Any]:
+    """Return what a trace says of the members that made it.
+
+    Returns:
+        ``members``, each with its ``name``, the ``width`` and the ``dtype`` of its head, and hashes of the ``head`` and
+        of a sample of all weights (``body``); ``tokenizer``, a hash of which token has which id; over bytes also
+        ``prune`` and ``prefixes``.
+    """
+    model, vocabulary = ensemble.model, sorted(ensemble.tokenizer.get_vocab().items())
+    facts: dict[str, Any] = {"prune": model.config.prune, "prefixes": model.config.prefixes} if model.over_bytes else {}
+    members = zip(ensemble.names, model.widths, model.member_heads, model.members, strict=True)
+    return facts | {
+        "members": [
+            {
+                "name": name,
+                "width": width,
+                "dtype": str(head.weight.dtype).removeprefix("torch."),
+                "head": _head_hash(head),
+                "body": body_hash(member),
+            }
+            for name, width, head, member in members
+        ],
+        "tokenizer": hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest(),
+    }
+
+
+def _text_hash(documents: Sequence[TokenizedDocument]) -> str:
+    """Compute SHA-256 over the names, token ids and byte counts of documents."""
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(document.name.encode() + b"\0")
+        digest.update(document.ids.numpy().tobytes())
+        digest.update(document.sizes.numpy().tobytes())
+    return digest.hexdigest()

@@ -19,7 +19,7 @@ from softmeet.simplex import kl
 from softmeet.solvers.base import Status
 from softmeet.solvers.certificate import restricted_gap_bound
 from softmeet.solvers.dual import DualState
-from softmeet.solvers.minimise import full_hessian_pays, minimise
+from softmeet.solvers.minimise import full_hessian_pays, minimise_dual
 from softmeet.solvers.projection import Point, Projection
 
 # A gap, in nats, that bounds no total variation: √(gap / 2) is one.
@@ -59,10 +59,10 @@ class Meet(Rule):
             return closed_form(problem, problem.log_pool, torch.zeros_like(problem.log_pool[:, 0]))
         projection = replace(problem.projection(trusted, trust), pool_may_answer=not self.is_feasible)
         if self.budget is not None:
-            state = minimise(projection, self.budget, certify=False, rescue=False)
+            state = minimise_dual(projection, self.budget, certify=False, rescue=False)
             state.status = state.status.masked_fill(state.status == Status.NOT_CONVERGED, Status.BUDGET)
             return _answer(problem, projection, trusted, state)
-        state = minimise(projection, problem.settings.max_steps, certify=problem.proved)
+        state = minimise_dual(projection, problem.settings.max_steps, certify=problem.proved)
         answer = _answer(problem, projection, trusted, state)
         late = (answer.status == Status.NOT_CONVERGED).nonzero().squeeze(-1)
         # Scores of single precision may be too coarse for a row near the edge of what is feasible, and a start too far.

@@ -18,13 +18,13 @@ Items = Iterable[tuple[Any, ...]]
 
 
 class Engine(ABC):
-    """Used as a context manager, inside of which torch has ``threads`` threads; outside of one it maps nothing."""
+    """Maps a function over items, as a context manager inside of which torch has ``threads`` threads."""
 
     threads: int
 
     @abstractmethod
     def map(self, function: Callable[..., R], items: Items) -> Iterator[tuple[int, R]]:
-        """(k, ``function(*item)`` of the k-th item), in the order in which they are done.
+        """Yield (k, ``function(*item)`` of the k-th item), in the order in which they are done.
 
         Items are taken from the iterable as there is room: no more are under way than there are workers.
 
@@ -38,10 +38,9 @@ class Engine(ABC):
 
     @abstractmethod
     def keep(self, values: Sequence[T]) -> list[T]:
-        """Stand-ins for values, to be used in items of several ``map`` in their place.
+        """Return stand-ins for values, to be used in their place in the items of several ``map``.
 
-        A worker that has met one keeps the value, and whatever calls have stored in it; those of the last ``keep``
-        before are let go.
+        A worker that has met one keeps the value, with whatever calls have stored in it, until the next ``keep``.
         """
 
     def __enter__(self) -> Self:

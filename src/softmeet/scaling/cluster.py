@@ -1,4 +1,4 @@
-"""Reaching a Ray cluster, or starting one on this machine, that sends nothing home."""
+"""Reach a Ray cluster, or start one on this machine; no statistics of use are sent."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def connect(address: str | None = None, cores: int = 0) -> bool:
 
     Args:
         address: as ``ray.init`` has it.
-        cores: that a cluster which is started claims to have, at least.
+        cores: the least that a cluster which is started claims to have.
 
     Returns:
         False if this process was in a cluster already: then whoever joined it leaves it.

@@ -1,4 +1,4 @@
-"""Values in two parts: bytes that say how they are built, and arrays that may stay where they are.
+"""Pack values in two parts: bytes that say how they are built, and arrays that may stay where they are.
 
 Ray's object store maps numpy arrays into every process of a node, read-only and without a copy. Torch's own pickling
 would copy each tensor, so tensors travel as arrays of bytes, and come back as contiguous views of them.
@@ -11,6 +11,7 @@ import math
 import pickle
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,7 +28,7 @@ _BOUNDARY = 64
 
 
 def parts(ensemble: Ensemble | None) -> list[Any]:
-    """What of an ensemble other values may refer to: always in the same order, in every process."""
+    """List the objects of an ensemble that other values may refer to, in the same order in every process."""
     if ensemble is None:
         return []
     model = ensemble.model
@@ -35,11 +36,12 @@ def parts(ensemble: Ensemble | None) -> list[Any]:
     return [ensemble, model, *model.members, *model.heads, *tensors]
 
 
+@dataclass(frozen=True)
 class Stored:
-    """A value that workers keep: its number among all that were ever stored, and where it lies."""
+    """A value that workers keep: its number among all that were ever stored, and Ray's reference to it."""
 
-    def __init__(self, number: int, reference: Any) -> None:
-        self.number, self.reference = number, reference
+    number: int
+    reference: Any
 
 
 class _Packer(CloudPickler):  # type: ignore[misc]
@@ -88,13 +90,13 @@ class _Unpacker(pickle.Unpickler):
 
 
 def _shifted(value: Tensor) -> Tensor:
-    """Its bytes, behind as many others as it lies past a boundary: products round differently from there."""
+    """Return a tensor's bytes behind as many zeros as it lies past a boundary: where it lies, products round alike."""
     flat, past = value.flatten().view(torch.uint8), value.data_ptr() % _BOUNDARY
     return torch.cat([flat.new_zeros(past), flat]) if past else flat
 
 
 def _view(array: np.ndarray[Any, Any], size: int, *, copy: bool) -> Tensor:
-    """The last ``size`` bytes, as far past a boundary as :func:`_shifted` found them."""
+    """Return the last ``size`` bytes as a tensor, as far past a boundary as :func:`_shifted` found them."""
     if not size:
         return torch.empty(0, dtype=torch.uint8)
     with warnings.catch_warnings():
@@ -104,17 +106,20 @@ def _view(array: np.ndarray[Any, Any], size: int, *, copy: bool) -> Tensor:
     return (found.clone() if copy or found.data_ptr() % _BOUNDARY else found)[len(found) - size :]
 
 
-def weight(packed: Packed) -> int:
-    """Its bytes."""
+def packed_bytes(packed: Packed) -> int:
+    """Return the size of a packed value in bytes."""
     return len(packed[0]) + sum(int(array.nbytes) for array in packed[1])
 
 
 def pack(value: Any, known: Sequence[Any] = ()) -> tuple[Packed, list[Stored]]:
-    """A value in its two parts, and what is stored of it.
+    """Pack a value.
 
     Args:
         value: anything that cloudpickle takes.
-        known: objects that whoever unpacks has too: they travel as their place in it.
+        known: objects that whoever unpacks has too; each travels as its place in this list.
+
+    Returns:
+        (the two parts; the :class:`Stored` values that were met, in order).
     """
     file = io.BytesIO()
     packer = _Packer(file, {id(part): k for k, part in enumerate(known)})
@@ -123,12 +128,12 @@ def pack(value: Any, known: Sequence[Any] = ()) -> tuple[Packed, list[Stored]]:
 
 
 def unpack(packed: Packed, known: Sequence[Any] = (), stored: Sequence[Any] = (), *, copy: bool = False) -> Any:
-    """What :func:`pack` took; its tensors are views of the arrays, to be read only, unless they are copied.
+    """Rebuild what :func:`pack` took.
 
     Args:
         packed: the two parts.
         known: as in packing, in the same order.
         stored: the values of what was stored.
-        copy: let go of the arrays.
+        copy: copy the arrays; else tensors are views of them, to be read only.
     """
     return _Unpacker(packed, known, stored, copy=copy).load()

@@ -10,22 +10,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 
 import ray
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, WorkerCrashedError
 
 from softmeet.errors import InvalidInputError, WorkerLostError
-from softmeet.scaling.base import Engine, Items
+from softmeet.scaling.base import Engine, Items, R, T
 from softmeet.scaling.cluster import connect, leave
-from softmeet.scaling.packing import Stored, pack, parts, unpack, weight
+from softmeet.scaling.packing import Stored, pack, packed_bytes, parts, unpack
 from softmeet.scaling.worker import Worker
 
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
 
-R = TypeVar("R")
-T = TypeVar("T")
 # So often a call may lose its worker before it is held to be the cause.
 _TRIES = 3
 _LOST = (RayActorError, ObjectLostError, WorkerCrashedError, OutOfMemoryError)
@@ -33,7 +31,7 @@ _LOST = (RayActorError, ObjectLostError, WorkerCrashedError, OutOfMemoryError)
 
 @dataclass(eq=False)
 class _Slot:
-    """A place for a worker, and what it is busy with: an item, its beginning, or nothing."""
+    """A worker's place: its actor, the reference that it is waited for by, and the number of its item if it has one."""
 
     number: int
     actor: Any
@@ -44,7 +42,7 @@ class _Slot:
 
 @dataclass
 class _Round:
-    """One ``map``: the items that are left, those under way, and how often each has lost its worker."""
+    """The state of one ``map``: items that are left, items under way, and how often each item has lost its worker."""
 
     left: Iterator[tuple[int, tuple[Any, ...]]]
     workers: int
@@ -53,7 +51,7 @@ class _Round:
     losses: Counter[int] = field(default_factory=Counter)
 
     def take(self, slot: int) -> int | None:
-        """The number of an item, which is now in ``running``; None at the end.
+        """Choose an item for a slot, and return its number; None at the end.
 
         Items come in order, but that a worker prefers those that it had in the ``map`` before, whose values it keeps.
         """
@@ -64,23 +62,23 @@ class _Round:
         return k
 
     def more(self) -> bool:
-        """Whether an item waits for a worker."""
+        """Return whether an item waits for a worker."""
         while len(self.ahead) < self.workers and (found := next(self.left, None)) is not None:
             self.ahead[found[0]] = found[1]
         return bool(self.ahead)
 
     def give_back(self, k: int) -> None:
-        """It has lost its worker."""
+        """Line an item up again that has lost its worker."""
         self.losses[k] += 1
         self.ahead[k] = self.running.pop(k)
 
 
 class RayEngine(Engine):
-    """Calls run on the workers of a Ray cluster.
+    """Runs calls on the workers of a Ray cluster.
 
     Args:
         ensemble: what the items of ``map`` refer to, on this machine's processor; None if they refer to none.
-        workers: how many; None for as many as the cluster has cores (or devices) for.
+        workers: how many; None for all that the cluster has cores (or devices) for.
         threads: of torch in each worker, and cores that it takes.
         gpus: devices of each worker: a part of one (0.25: four workers share it), or a number, over which its members
             are spread.
@@ -158,19 +156,15 @@ class RayEngine(Engine):
         actor = ray.remote(Worker).options(**wanted).remote(self._packed, self.threads, devices)
         return _Slot(number, actor, actor.process.remote())
 
-    def processes(self) -> list[int]:
-        """Of the workers, once all of them are ready."""
-        return [ray.get(slot.actor.process.remote(), timeout=self._patience) for slot in self._slots]
-
     def keep(self, values: Sequence[T]) -> list[T]:
-        """In the object store; a worker unpacks each that it meets once."""
+        """Put values in the object store; a worker unpacks each that it meets once."""
         first = self._numbers[1]
         self._numbers = first, first + len(values)
         stored: list[Any] = [Stored(first + k, ray.put(pack(x, self._parts)[0])) for k, x in enumerate(values)]
         return stored
 
     def map(self, function: Callable[..., R], items: Items) -> Iterator[tuple[int, R]]:
-        """As :meth:`Engine.map`.
+        """Run calls as :meth:`Engine.map` says.
 
         Raises:
             WorkerLostError: an item lost three workers one after another, or no worker was ready in time.
@@ -184,7 +178,7 @@ class RayEngine(Engine):
                 for slot in self._done():
                     found = self._settle(slot, this)
                     # Its next call is under way while the caller deals with this one's answer.
-                    self._send(slot, function, this)
+                    self._send(self._slots[slot.number], function, this)
                     if found is not None:
                         yield found
         finally:
@@ -196,12 +190,12 @@ class RayEngine(Engine):
         if slot.waits_for is not None or (k := this.take(slot.number)) is None:
             return
         packed, stored = pack((function, this.running[k]), self._parts)
-        self.sent += weight(packed)
+        self.sent += packed_bytes(packed)
         names = [(s.number, self._numbers[0]) for s in stored]
         slot.item, slot.waits_for = k, slot.actor.call.remote(packed, names, *(s.reference for s in stored))
 
     def _done(self) -> list[_Slot]:
-        """Slots whose call or beginning has ended, in one way or another."""
+        """Wait for slots whose call or beginning has ended, in one way or another."""
         waiting = {slot.waits_for: slot for slot in self._slots if slot.waits_for is not None}
         busy = any(slot.begun and slot.waits_for is not None for slot in self._slots)
         ready, _ = ray.wait(list(waiting), timeout=None if busy else self._patience)
@@ -213,7 +207,7 @@ class RayEngine(Engine):
         return [waiting[reference] for reference in ready]
 
     def _settle(self, slot: _Slot, this: _Round) -> tuple[int, Any] | None:
-        """Take what a slot has to say: (number, answer) of an item, or None."""
+        """Return (number, answer) of the item that a slot has done, or None where it has begun or lost its worker."""
         k, reference = slot.item, slot.waits_for
         slot.item, slot.waits_for = None, None
         try:
@@ -226,7 +220,7 @@ class RayEngine(Engine):
             return None
         del this.running[k]
         well, packed = said
-        self.received += weight(packed)
+        self.received += packed_bytes(packed)
         answer = unpack(packed, self._parts, copy=True)
         if not well:
             raise answer
@@ -244,5 +238,4 @@ class RayEngine(Engine):
             what = "workers do not begin" if k is None else f"the same piece of work ({k}) lost {_TRIES} workers"
             raise WorkerLostError(f"{what}: {reason}; see the logs of Ray, and give each worker more memory") from error
         ray.kill(slot.actor)  # it may only have been out of reach
-        fresh = self._begin(slot.number)
-        slot.actor, slot.waits_for, slot.begun = fresh.actor, fresh.waits_for, False
+        self._slots[slot.number] = self._begin(slot.number)

@@ -1,9 +1,10 @@
-"""What runs in a process of its own: an actor that holds an ensemble's members."""
+"""The actor that runs in a process of its own and holds an ensemble's members."""
 
 from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,12 +16,12 @@ if TYPE_CHECKING:
 
 
 class Worker:
-    """Holds an ensemble whose weights stay in the node's object store, and calls functions with it.
+    """Holds an ensemble, whose weights stay in the node's object store, and calls functions with it.
 
     Args:
         packed: the ensemble, or None, in two parts; the arrays are views of shared memory.
         threads: of torch.
-        devices: one for each member, in turn, which its weights are copied to; none to compute on the processor.
+        devices: how many hold the members' weights, in turn; 0 to compute on the processor.
     """
 
     def __init__(self, packed: Packed, threads: int, devices: int) -> None:
@@ -31,22 +32,25 @@ class Worker:
         gc.freeze()
         gc.enable()
         if devices and ensemble is not None:
-            spread(ensemble, devices)
+            spread(ensemble, [torch.device("cuda", k) for k in range(devices)])
         self._parts = parts(ensemble)
         self._stored: dict[int, Any] = {}
         self._first = 0
 
     def process(self) -> int:
-        """Its number, once it can work."""
+        """Return the number of the worker's process, once it can work."""
         return os.getpid()
 
     def call(self, packed: Packed, stored: list[tuple[int, int]], *values: Packed) -> tuple[bool, Packed]:
-        """(whether all went well, the answer or the exception).
+        """Call a function.
 
         Args:
             packed: function and arguments.
-            stored: number, and the first number of what is still of use, of each stored value among the arguments.
-            values: those values.
+            stored: for each stored value among the arguments its number, and the first number that is still of use.
+            values: the stored values.
+
+        Returns:
+            (whether all went well, the answer or the exception, packed).
         """
         try:
             kept = [self._value(*name, value) for name, value in zip(stored, values, strict=True)]
@@ -64,9 +68,8 @@ class Worker:
         return self._stored[number]
 
 
-def spread(ensemble: Ensemble, devices: int, kind: str = "cuda") -> None:
-    """Copy member i to device i modulo ``devices``; one device holds all of them."""
-    model = ensemble.model
-    for i, member in enumerate(model.members):
-        member.to(torch.device(kind, i % devices) if kind == "cuda" else torch.device(kind))
-    model.find_heads_again()
+def spread(ensemble: Ensemble, devices: Sequence[torch.device]) -> None:
+    """Copy member i to device i modulo their number; one device holds all of them."""
+    for i, member in enumerate(ensemble.model.members):
+        member.to(devices[i % len(devices)])
+    ensemble.model.find_heads_again()

@@ -10,7 +10,7 @@ from softmeet.solvers.newton import DualNewton
 from softmeet.solvers.projection import Projection
 
 
-def minimise(problem: Projection, max_steps: int, *, certify: bool = True, rescue: bool = True) -> DualState:
+def minimise_dual(problem: Projection, max_steps: int, *, certify: bool = True, rescue: bool = True) -> DualState:
     """Minimise the dual of every row to ``problem.tol``.
 
     Args:

@@ -1,38 +1,181 @@
-"""Trained heads and a known truth: the premise holds exactly, in the geometry of real members.
+"""Studies of rules where the truth is known, so that the premise holds exactly or fails by a known amount.
 
-The truth of a context is the logit mean of one family, the stronger; each member of the other has its head as trained,
-and the hidden state that is best for that truth.
+**Synthetic.** Random heads with normal entries, nd/v from 1/16 to 5/4; truths from Zipf's law in a random order and
+from a Dirichlet distribution, each member's hidden state the best for that truth. Then noise on the hidden states,
+relative to their length.
+
+**Known truth.** Trained heads, in the geometry of real members: the truth of a context is the logit mean of one family,
+the stronger; each member of the other has its head as trained, and the hidden state that is best for that truth.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
+from statistics import fmean
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from softmeet import combine
 from softmeet.ensemble import Ensemble
 from softmeet.evaluation.documents import Document
-from softmeet.evaluation.family import best_hidden
-from softmeet.evaluation.study.entries import Rows, score_all
-from softmeet.evaluation.study.plots import Plot
-from softmeet.evaluation.study.report import Report
-from softmeet.evaluation.study.runs import Cell, Json
-from softmeet.evaluation.study.summary import lines_by, never_worse, outcomes
+from softmeet.evaluation.files import Json
+from softmeet.evaluation.premise import best_hidden
+from softmeet.evaluation.study.entries import ALL
+from softmeet.evaluation.study.report import LinePlot, Report, StudyTable, finite_or_none, mean_text, number
 from softmeet.heads import SoftmaxHead
-from softmeet.simplex import log_normalize
+from softmeet.rules.settings import DEFAULT_TRUST, rule_of
+from softmeet.simplex import kl, log_normalize
+from softmeet.solvers.base import Status
 
-TOL = 1e-6
-# Positions between two that are used.
+Numbers = list[float | None]
+Columns = Sequence[tuple[str, list[Json]]]
+# Rules that plots show.
+_SHOWN = (
+    "logit-mean", "prob-mean", "meet 1", "meet 10", "max-entropy", "least-squares", "min-underestimation",
+    "min-reverse-cross-entropy",
+)  # fmt: skip
+_RATIOS = ("1/16", "1/8", "1/4", "1/2", "3/4", "7/8", "1", "5/4")
+_TRUTHS = ("zipf", "dirichlet")
+# Rules whose objective's range over the feasible set is shown.
+_RANGED = ("min-cross-entropy", "min-squared-cross-entropy")
+# Positions between two that are used of a text.
 _APART = 32
+_KL = "KL(p*‖·), nats"
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The members, those whose pool is the truth, how many positions of every document, and ``rows`` of them a cell."""
+class SyntheticStudy:
+    """A study of random heads.
+
+    Attributes:
+        v: tokens.
+        members: how many.
+        rows: truths of a cell, which is one set of heads.
+        trials: cells of each kind.
+        ratios: of the heads' total width to v.
+        noises: on the hidden states, relative to their length.
+        seed: of everything random.
+    """
+
+    v: int = 256
+    members: int = 2
+    rows: int = 5
+    trials: int = 4
+    ratios: tuple[str, ...] = _RATIOS
+    noises: tuple[float, ...] = (0.0, 0.01, 0.03, 0.1, 0.3)
+    seed: int = 0
+    tol: ClassVar[float] = 1e-8
+
+    def cells(self) -> Iterator[tuple[str, Callable[[], Json]]]:
+        """Yield (key, call that gives a cell's result) for every ratio, kind of truth, noise and trial."""
+        for kind in itertools.product(self.ratios, _TRUTHS, self.noises, range(self.trials)):
+            yield "{} {} {:g} {}".format(*kind), partial(self._scores, *kind)
+
+    def _scores(self, ratio: str, truth: str, noise: float, trial: int) -> Json:
+        v, n, of_v = self.v, self.members, Fraction(ratio)
+        d = max(1, int(of_v * v / n))
+        # The same heads and truths at every noise, so that only the noise differs.
+        random = _generator(self.seed, of_v.numerator, of_v.denominator, _TRUTHS.index(truth), trial)
+        heads = [SoftmaxHead(torch.randn(v, d, generator=random, dtype=torch.float64)) for _ in range(n)]
+        log_truth = sample_truth(truth, self.rows, v, random)
+        hidden = [best_hidden(head, log_truth) for head in heads]
+        log_p = torch.stack([h.log_probs(_noisy(x, noise, random)) for h, x in zip(heads, hidden, strict=True)])
+        return {"ratio": ratio, "truth": truth, "noise": noise} | _score_all(heads, log_p, log_truth, self.tol)
+
+    def report(self, results: dict[str, Json], command: str) -> Report:
+        """Make tables by nd/v and by noise, claims that check the theorems row by row, and two plots.
+
+        Args:
+            results: of the cells, by key.
+            command: that made them.
+        """
+        cells = list(results.values())
+        exact = [c for c in cells if c["noise"] == 0]
+        columns = self._by_ratio(exact)
+        ranges = {rule: [_largest(cells, rule, "range") for _, cells in columns] for rule in _RANGED}
+        shown = {rule: ["-" if x is None else number(x) for x in values] for rule, values in ranges.items()}
+        tables = [
+            *_outcomes(columns, ", where the premise holds"),
+            _by_column("Largest range of the objective over the feasible set", columns, shown),
+        ]
+        for noise in self.noises[1:]:
+            columns = self._by_ratio([c for c in cells if c["noise"] == noise])
+            tables += _outcomes(columns, f", noise of {100 * noise:g} % on the hidden states")
+        ratio = "1/2" if "1/2" in self.ratios else self.ratios[0]
+        widths = _lines_by(exact, lambda c: float(Fraction(c["ratio"])))
+        noises = _lines_by([c for c in cells if c["ratio"] == ratio], lambda c: 100 * c["noise"])
+        plots = [
+            LinePlot("width", "Random heads: the premise holds", "nd / v", _KL, widths),
+            LinePlot("noise", f"Random heads, nd/v = {ratio}", "noise on the hidden states, %", _KL, noises),
+        ]
+        size = f"v = {self.v}, {self.members} members, {self.rows * self.trials} rows of each kind"
+        return Report(f"Random heads, {size}", command, self._claims(exact), tables, plots)
+
+    def _by_ratio(self, cells: list[Json]) -> Columns:
+        return [(f"nd/v = {r}", [c for c in cells if c["ratio"] == r]) for r in self.ratios]
+
+    def _claims(self, exact: list[Json]) -> list[str]:
+        found = [never_worse(exact, "max-entropy", "logit-mean", self.tol)]
+        if complete := [c for c in exact if Fraction(c["ratio"]) >= 1]:
+            worst, rows = number(_largest(complete, "max-entropy")), len(_all_rows(complete, "max-entropy"))
+            found.append(f"`max-entropy` at nd ≥ v: the largest KL to the truth of {rows} rows is {worst} nats")
+        if (widest := _largest(exact, "min-cross-entropy", "range")) is not None:
+            found.append(f"the LP's objective over the feasible set: largest range {number(widest)} nats")
+        return found
+
+
+SMOKE_SYNTHETIC = SyntheticStudy(v=64, rows=2, trials=1, ratios=("1/4", "1", "5/4"), noises=(0.0, 0.1))
+
+
+def _generator(*seed: int) -> torch.Generator:
+    """Make a generator that depends on all of ``seed``."""
+    state = 0
+    for part in seed:
+        state = (state * 1_000_003 + part + 1) % (1 << 62)
+    return torch.Generator().manual_seed(state)
+
+
+def sample_truth(kind: str, rows: int, v: int, random: torch.Generator) -> Float[Tensor, "B v"]:
+    """Draw log-probabilities in nats, fp64.
+
+    Args:
+        kind: ``zipf`` for Zipf's law in a random order, or ``dirichlet``, with concentration 1/2.
+        rows: how many distributions.
+        v: over how many tokens.
+        random: what they are drawn from.
+    """
+    if kind == "zipf":
+        ranks = torch.stack([torch.randperm(v, generator=random) for _ in range(rows)]).double() + 1
+        return log_normalize(-ranks.log())
+    # A gamma variate of shape 1/2 is half a squared normal one.
+    return log_normalize(torch.randn(rows, v, generator=random, dtype=torch.float64).square().log())
+
+
+def _noisy(x: Float[Tensor, "B d"], noise: float, random: torch.Generator) -> Float[Tensor, "B d"]:
+    away = torch.randn(x.shape, generator=random, dtype=x.dtype)
+    ratio: Tensor = x.norm(dim=-1, keepdim=True) / away.norm(dim=-1, keepdim=True)
+    return x + noise * ratio * away
+
+
+@dataclass(frozen=True)
+class KnownTruthStudy:
+    """A study of trained heads.
+
+    Attributes:
+        members: whose heads are used.
+        truth: the members whose pool is the truth.
+        positions: of every document.
+        rows: positions of a cell.
+        documents: how many, at most.
+        sizes: numbers of members to try, the first so many.
+    """
 
     members: tuple[str, ...] = ("narrow",)
     truth: tuple[str, ...] = ("wide",)
@@ -40,53 +183,172 @@ class Settings:
     rows: int = 8
     documents: int = 20
     sizes: tuple[int, ...] = (1, 2, 3, 4)
+    tol: ClassVar[float] = 1e-6
+
+    def load(self) -> Ensemble:
+        """Load the members whose heads are used."""
+        return Ensemble.from_pretrained(list(self.members))
+
+    def cells(self, documents: Sequence[Document], ensemble: Ensemble) -> Iterator[tuple[str, Callable[[], Json]]]:
+        """Yield (key, call that gives a cell's result) for positions of every document and numbers of members.
+
+        Args:
+            documents: the text.
+            ensemble: the members, as :meth:`load` gives them.
+        """
+        heads, stronger = ensemble.model.heads, Ensemble.from_pretrained(list(self.truth), "logit-mean")
+        for document in documents[: self.documents]:
+            truths = self._truths(stronger, document.text)
+            for start in range(0, self.positions, self.rows):
+                part = truths[start : start + self.rows]
+                for size in self.sizes:
+                    yield f"{document.name} {start} {size}", partial(self._scores, heads[:size], part)
+
+    @torch.inference_mode()
+    def _truths(self, ensemble: Ensemble, text: str) -> Float[Tensor, "B v"]:
+        """Return the pool at positions spread over the beginning of a text: neighbours have much in common."""
+        seen = ensemble.positions(text, _APART * self.positions)
+        every = torch.cat([ensemble.model.solve_rows(hidden)[1].log_probs for hidden, _ in seen])
+        return log_normalize(every[torch.linspace(0, len(every) - 1, self.positions).long()].double())
+
+    @torch.inference_mode()
+    def _scores(self, heads: Sequence[SoftmaxHead], log_truth: Float[Tensor, "B v"]) -> Json:
+        log_p = torch.stack([head.log_probs(best_hidden(head, log_truth)) for head in heads])
+        return {"size": len(heads)} | _score_all(heads, log_p, log_truth, self.tol)
+
+    def report(self, results: dict[str, Json], command: str) -> Report:
+        """Make tables with a column for each number of members, a claim and a plot.
+
+        Args:
+            results: of the cells, by key.
+            command: that made them.
+        """
+        cells = list(results.values())
+        columns = [(f"n = {k}", [c for c in cells if c["size"] == k]) for k in self.sizes]
+        several = [c for c in cells if c["size"] > 1]
+        lines = _lines_by(cells, lambda c: float(c["size"]))
+        return Report(
+            f"Trained heads, known truths: {len(_all_rows(columns[0][1], 'logit-mean'))} contexts of held-out text",
+            command,
+            [never_worse(several, "max-entropy", "logit-mean", self.tol)],
+            _outcomes(columns),
+            [LinePlot("members", "Trained heads: the premise holds", "members", _KL, lines, count=True)],
+        )
 
 
-SMOKE = Settings(positions=2, rows=2, documents=2, sizes=(2,))
+SMOKE_KNOWN_TRUTH = KnownTruthStudy(positions=2, rows=2, documents=2, sizes=(2,))
 
 
-def load(settings: Settings) -> Ensemble:
-    """Load the members whose heads are used."""
-    return Ensemble.from_pretrained(list(settings.members))
+def _score_all(
+    heads: Sequence[SoftmaxHead], log_p: Float[Tensor, "n B v"], log_truth: Float[Tensor, "B v"], tol: float
+) -> dict[str, Any]:
+    """Compare every member and every rule with a known truth.
+
+    Args:
+        heads: the members'.
+        log_p: their log-probabilities in nats, fp64.
+        log_truth: the true ones.
+        tol: of the solvers, in nats.
+
+    Returns:
+        ``members``, KL(truth‖p̂_i) of each member and row, and ``rules``, what became of each by name: ``kl``, the same
+        of every row; how many rows are ``infeasible`` (proved to be, whoever answers them), ``degenerate`` or
+        ``unsolved``; and the objective's ``range`` over the feasible set where it is known.
+    """
+    members = [finite_or_none(kl(log_truth, own.double())) for own in log_p]
+    rules = {}
+    for entry in ALL:
+        found = combine(log_p, heads, **entry.settings, tol=tol, max_steps=100)
+        proved = torch.stack([lam.ne(0).any(-1) for lam in found.proof]).any(0)
+        least, most = found.objective_range
+        rules[entry.name] = {
+            "kl": finite_or_none(kl(log_truth, found.log_probs.double())),
+            "infeasible": int((found.fallback | proved).sum()),
+            "degenerate": int((found.status == Status.DEGENERATE).sum()),
+            "unsolved": int((found.status == Status.NOT_CONVERGED).sum()),
+            "range": finite_or_none((most - least)[~found.fallback & ~least.isnan()]),
+        }
+    return {"members": members, "rules": rules}
 
 
-def cells(settings: Settings, documents: Sequence[Document], ensemble: Ensemble | None = None) -> Iterator[Cell]:
-    """Every document's positions, in groups, for the first k members (``ensemble``) with k in ``sizes``."""
-    heads = (ensemble or load(settings)).model.heads
-    stronger = Ensemble.from_pretrained(list(settings.truth), "logit-mean")
-    for document in documents[: settings.documents]:
-        truths = _truths(stronger, document.text, settings.positions)
-        for start in range(0, settings.positions, settings.rows):
-            part = truths[start : start + settings.rows]
-            for size in settings.sizes:
-                yield Cell(f"{document.name} {start} {size}", partial(_scores, heads[:size], part))
+def _all_rows(cells: Iterable[Json], rule: str, what: str = "kl") -> Numbers:
+    """Return one rule's values over all rows of some cells."""
+    return [x for cell in cells for x in cell["rules"][rule].get(what, [])]
 
 
-@torch.inference_mode()
-def _truths(ensemble: Ensemble, text: str, count: int) -> Float[Tensor, "B v"]:
-    """The pool at ``count`` positions, spread over the beginning of a text: neighbours have much in common."""
-    seen = ensemble.positions(text, _APART * count)
-    every = torch.cat([ensemble.model.solve_rows(hidden)[1].log_probs for hidden, _ in seen])
-    return log_normalize(every[torch.linspace(0, len(every) - 1, count).long()].double())
+def _largest(cells: list[Json], rule: str, what: str = "kl") -> float | None:
+    """Return the _largest value of a rule; None if one is infinite or there is none."""
+    values = _all_rows(cells, rule, what)
+    return None if not values or None in values else max(x for x in values if x is not None)
 
 
-@torch.inference_mode()
-def _scores(heads: Sequence[SoftmaxHead], log_truth: Float[Tensor, "B v"]) -> Json:
-    log_p = torch.stack([head.log_probs(best_hidden(head, log_truth)) for head in heads])
-    return {"size": len(heads)} | score_all(Rows(heads, log_p, log_truth), TOL)
+def _outcomes(columns: Columns, where: str = "") -> list[StudyTable]:
+    """Make tables of how far each rule is from the truth, and of how its rows ended.
+
+    Args:
+        columns: groups of cells and their names.
+        where: the titles end in this.
+    """
+    return [
+        _distances(f"KL(p*‖·), nats{where}", columns),
+        _endings(f"Rows with a feasible distribution{where}", columns),
+    ]
 
 
-def report(settings: Settings, results: dict[str, Json], command: str) -> Report:
-    """A column for each number of members."""
-    cells = list(results.values())
-    columns = [(f"n = {k}", [c for c in cells if c["size"] == k]) for k in settings.sizes]
-    several = [c for c in cells if c["size"] > 1]
-    rows = sum(len(c["rules"]["logit-mean"]["kl"]) for c in columns[0][1])
-    lines = lines_by(cells, lambda c: float(c["size"]))
-    return Report(
-        f"Trained heads, known truths: {rows} contexts of held-out text",
-        command,
-        [never_worse(several, "max-entropy", "logit-mean", TOL)],
-        outcomes(columns),
-        [Plot("members", "Trained heads: the premise holds", "members", "KL(p*‖·), nats", lines, count=True)],
-    )
+def _by_column(title: str, columns: Columns, rows: Mapping[str, Sequence[str]]) -> StudyTable:
+    """Make a table of a row for each rule and a column for each group of cells."""
+    return StudyTable(title, ["rule", *(name for name, _ in columns)], [[name, *row] for name, row in rows.items()])
+
+
+def _distances(title: str, columns: Columns) -> StudyTable:
+    """Write the mean KL to the truth of every rule, and of the member that is best for each row; the least in bold."""
+    text = {"best member of each row": [mean_text(_best_member(cells)) for _, cells in columns]}
+    text |= {entry.name: [mean_text(_all_rows(cells, entry.name)) for _, cells in columns] for entry in ALL}
+    for k in range(len(columns)):
+        finite = [float(row[k]) for row in text.values() if "∞" not in row[k] and row[k] != "-"]
+        for row in text.values():
+            # Rounding has no winners.
+            if finite and "∞" not in row[k] and round(float(row[k]), 4) == round(min(finite), 4):
+                row[k] = f"**{row[k]}**"
+    return _by_column(title, columns, text)
+
+
+def _best_member(cells: Iterable[Json]) -> Numbers:
+    """Return the KL of the best member of each row: an oracle's choice, stronger than the member best on average."""
+    rows = (row for cell in cells for row in zip(*cell["members"], strict=True))
+    return [min((x for x in row if x is not None), default=None) for row in rows]
+
+
+def _endings(title: str, columns: Columns) -> StudyTable:
+    """Write each rule's share of rows with a feasible distribution, and the number of rows that were not solved."""
+
+    def ending(cells: list[Json], rule: str) -> str:
+        infeasible, unsolved = (sum(cell["rules"][rule][what] for cell in cells) for what in ("infeasible", "unsolved"))
+        share = 100 * (1 - infeasible / max(len(_all_rows(cells, rule)), 1))
+        return f"{share:.0f} %" + (f", {unsolved} unsolved" if unsolved else "")
+
+    exact = [entry.name for entry in ALL if rule_of(entry.settings["rule"]).is_feasible]
+    title += f" (where there is none `meet` at trust {DEFAULT_TRUST:g} answers, but for least squares)"
+    return _by_column(title, columns, {rule: [ending(cells, rule) for _, cells in columns] for rule in exact})
+
+
+def never_worse(cells: list[Json], ours: str, theirs: str, within: float) -> str:
+    """Claim that ``ours`` has no larger KL to the truth than ``theirs`` in any row, up to ``within`` nats."""
+    a, b = _all_rows(cells, ours), _all_rows(cells, theirs)
+    worse = [x - y for x, y in zip(a, b, strict=True) if x is not None and y is not None and x > y + within]
+    lost = sum(x is None for x in a)
+    verdict = "holds in" if not worse and not lost else f"**fails** in {len(worse) + lost} of"
+    extra = f" (by up to {number(max(worse))} nats)" if worse else ""
+    return f"`{ours}` is never worse than `{theirs}`: {verdict} {len(a)} rows{extra}"
+
+
+def _lines_by(cells: list[Json], x: Callable[[Json], float]) -> dict[str, list[tuple[float, ...]]]:
+    """Return means by ``x`` of each rule that is shown; no point where a rule gives some truth an infinite loss."""
+    lines: dict[str, list[tuple[float, ...]]] = {rule: [] for rule in _SHOWN}
+    for place in sorted({x(c) for c in cells}):
+        here = [c for c in cells if x(c) == place]
+        for rule, points in lines.items():
+            values = _all_rows(here, rule)
+            if None not in values:
+                points.append((place, fmean(v for v in values if v is not None)))
+    return lines

@@ -3,47 +3,119 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from softmeet.evaluation.files import write_text
-from softmeet.evaluation.study.plots import Plot, draw
+from jaxtyping import Float
+from torch import Tensor
+
+from softmeet.evaluation.files import write_atomically, write_text
 
 
 @dataclass(frozen=True)
-class Table:
-    """A title, column names, and rows of text."""
+class StudyTable:
+    """A table of text: a title, column names, and rows."""
 
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
 
     def markdown(self) -> str:
-        """Write the rows as a Markdown table."""
+        """Return the table in Markdown, under its title.
+
+        >>> print(StudyTable("Loss", ["rule", "nats"], [["meet", "4.5"]]).markdown())
+        ### Loss
+        <BLANKLINE>
+        | rule | nats |
+        | --- | --- |
+        | meet | 4.5 |
+        <BLANKLINE>
+        """
         lines = [self.header, ["---"] * len(self.header), *self.rows]
         return f"### {self.title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 @dataclass(frozen=True)
+class LinePlot:
+    """A plot of nats against something, one line a rule.
+
+    Attributes:
+        name: of the file, without its ending.
+        title, x, y: what is written at the plot and its axes.
+        lines: by label, each a list of (x, y) or of (x, y, half an interval), without points where y is infinite.
+        log_x: whether the axis of x is logarithmic.
+        zero: whether there is a line at zero.
+        count: whether x is a whole number.
+    """
+
+    name: str
+    title: str
+    x: str
+    y: str
+    lines: Mapping[str, Sequence[tuple[float, ...]]]
+    log_x: bool = False
+    zero: bool = False
+    count: bool = False
+
+    def draw(self, path: Path) -> None:
+        """Write the plot as a PNG file.
+
+        Raises:
+            TraceError: the disk is full.
+        """
+        from matplotlib.ticker import MaxNLocator
+
+        from softmeet.evaluation.plots import blank
+
+        figure, axes = blank(8.0, 5.0)
+        for k, (label, points) in enumerate(self.lines.items()):
+            style: dict[str, Any] = {"marker": "osD^vP*X"[k % 8], "markersize": 4, "linewidth": 1.2, "label": label}
+            if points and len(points[0]) == 3:
+                x, y, half = zip(*points, strict=True)
+                axes.errorbar(x, y, half, capsize=2, **style)
+            else:
+                axes.plot(*zip(*points, strict=True), **style)
+        axes.set(xlabel=self.x, ylabel=self.y, title=self.title)
+        if self.log_x:
+            axes.set_xscale("log")
+        if self.count:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if self.zero:
+            axes.axhline(0, color="0.6", linewidth=0.8)
+        axes.grid(visible=True, color="0.92")
+        axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+        write_atomically(path, partial(figure.savefig, format="png", dpi=130))
+
+
+@dataclass(frozen=True)
 class Report:
-    """``claims`` are sentences with their verdicts; ``texts`` are passages by heading."""
+    """The result of a study, to be written as Markdown and JSON.
+
+    Attributes:
+        title: of the report.
+        command: that made it.
+        claims: sentences with their verdicts.
+        tables, plots: below them.
+        texts: passages by heading.
+    """
 
     title: str
     command: str
     claims: Sequence[str]
-    tables: Sequence[Table]
-    plots: Sequence[Plot] = ()
+    tables: Sequence[StudyTable]
+    plots: Sequence[LinePlot] = ()
     texts: dict[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path) -> Path:
-        """``report.md`` and the plots; the path of the former."""
+        """Write ``report.md`` and the plots in a folder, and return the path of the former."""
         parts = [f"# {self.title}", f"`{self.command}`", "\n".join(f"- {claim}" for claim in self.claims)]
         parts += [table.markdown() for table in self.tables]
         for plot in self.plots:
-            draw(plot, folder / f"{plot.name}.png")
+            plot.draw(folder / f"{plot.name}.png")
             parts.append(f"![{plot.title}]({plot.name}.png)")
         parts += [f"### {heading}\n\n{text}" for heading, text in self.texts.items()]
         path = folder / "report.md"
@@ -51,12 +123,16 @@ class Report:
         return path
 
     def json(self) -> dict[str, Any]:
-        """Give the title, the claims and the tables as JSON has them."""
+        """Return the title, the claims and the tables as JSON has them."""
         return {"title": self.title, "claims": list(self.claims), "tables": [asdict(table) for table in self.tables]}
 
 
 def mean_text(values: Sequence[float | None]) -> str:
-    """The mean; where some are infinite (None), their share as well: ``∞ (40 %)``."""
+    """Write a mean; where some values are infinite (None), write their share instead.
+
+    >>> mean_text([0.5, 0.25]), mean_text([0.5, None])
+    ('0.3750', '∞ (50 %)')
+    """
     if not values:
         return "-"
     infinite = sum(x is None for x in values)
@@ -65,6 +141,22 @@ def mean_text(values: Sequence[float | None]) -> str:
     return number(fmean(x for x in values if x is not None))
 
 
-def number(x: float) -> str:
-    """Four decimals, or an exponent where those would show nothing."""
-    return f"{x:.1e}" if x and abs(x) < 5e-4 else f"{x:.4f}" if math.isfinite(x) else "∞"
+def number(x: float | None) -> str:
+    """Write a number with four decimals, or an exponent where those would show nothing; None is infinity.
+
+    >>> number(0.25), number(1e-6), number(None)
+    ('0.2500', '1.0e-06', '∞')
+    """
+    if x is None or not math.isfinite(x):
+        return "∞"
+    return f"{x:.1e}" if x and abs(x) < 5e-4 else f"{x:.4f}"
+
+
+def finite_or_none(values: Float[Tensor, " B"]) -> list[float | None]:
+    """Return numbers as JSON has them, None for infinity and NaN.
+
+    >>> import torch
+    >>> finite_or_none(torch.tensor([0.5, float("inf")]))
+    [0.5, None]
+    """
+    return [x if math.isfinite(x) else None for x in values.tolist()]
