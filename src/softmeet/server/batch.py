@@ -95,7 +95,7 @@ class _BatchLayer(DynamicLayer):
                 setattr(self, name, new)
         self.is_initialized = True
 
-    def put(self, row: int, states: Prefix) -> None:
+    def write(self, row: int, states: Prefix) -> None:
         """Write one sequence's keys and values into a row, so that they end where the window ends, and zeros before."""
         w = self.window
         for buffer, part in zip((self.keys, self.values), states, strict=True):
@@ -195,7 +195,7 @@ class MemberBatch:
         w.rows = len(self.rows) + 1
         for layer, like in zip(self._cache.layers, states, strict=True):
             layer.allocate(like)
-            layer.put(w.rows - 1, like)
+            layer.write(w.rows - 1, like)
         w.first = min(w.first, w.end - length)
         self.rows.append(s)
         self._lengths.append(length)
