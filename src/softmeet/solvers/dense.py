@@ -18,7 +18,7 @@ from torch import Tensor
 from softmeet.solvers import tuning
 from softmeet.solvers.base import Solver, Status, iterate
 from softmeet.solvers.certificate import repaired_gap_bound, restricted_gap_bound
-from softmeet.solvers.direction import direction
+from softmeet.solvers.direction import direction, heavy_tokens
 from softmeet.solvers.dual import DualState, end_by_pool, end_by_proof, pool_is_near, start
 from softmeet.solvers.linalg import backtrack, held, some
 from softmeet.solvers.projection import Point, Projection
@@ -124,7 +124,8 @@ class DenseNewton(Solver[DenseState]):
         if first and problem.start is not None:
             return torch.full_like(state.value, torch.inf)
         state.gradient = problem.moments(here.p[:, None] - here.r)
-        state.direction = direction(problem, state.gradient, here.p, here.r, int(state.steps.max()))
+        heavy = heavy_tokens(problem, int(state.steps.max()), bounded=self.certify)
+        state.direction = direction(problem, state.gradient, here.p, here.r, heavy)
         return -0.5 * (state.gradient * state.direction).sum(-1)
 
     def _floor(

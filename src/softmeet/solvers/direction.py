@@ -33,7 +33,7 @@ _LEAST = 1e-6
 
 
 def direction(
-    problem: Projection, gradient: Float[Tensor, "B D"], p: Float[Tensor, "B v"], r: Float[Tensor, "B n v"], step: int
+    problem: Projection, gradient: Float[Tensor, "B D"], p: Float[Tensor, "B v"], r: Float[Tensor, "B n v"], count: int
 ) -> Float[Tensor, "B D"]:
     """Return a direction in which f falls, (B, D): -H⁻¹ ∇f, about.
 
@@ -41,10 +41,9 @@ def direction(
         problem: the projection.
         gradient: ∇f at the point.
         p, r: the distributions there.
-        step: how many steps were taken before.
+        count: of tokens whose curvature is exact, as :func:`heavy_tokens` gives it.
     """
     found = torch.empty_like(gradient)
-    count = heavy_tokens(problem, step)
     size = held(count * problem.read) if found.device.type == "cpu" else max(1, len(found))
     for rows in torch.arange(len(found), device=found.device).split(size):
         g = gradient[rows]
@@ -57,12 +56,18 @@ def direction(
     return found
 
 
-def heavy_tokens(problem: Projection, step: int) -> int:
+def heavy_tokens(problem: Projection, step: int, *, bounded: bool = False) -> int:
     """Return how many tokens of a row have their curvature exactly.
 
     Steps from the third on double them, up to a share of the vocabulary and a number: late steps are lost to tails.
+
+    Args:
+        problem: the projection.
+        step: how many steps were taken before.
+        bounded: whether a bound is to end the row, which needs a direction that leaves little.
     """
-    v, least = problem.log_q.shape[-1], max(tuning.HEAVY, int(tuning.HEAVY_PER_COLUMN * problem.read))
+    share = tuning.HEAVY_PER_COLUMN_FOR_BOUNDS if bounded else tuning.HEAVY_PER_COLUMN
+    v, least = problem.log_q.shape[-1], max(tuning.HEAVY, int(share * problem.read))
     return min(v, tuning.HEAVY_AT_MOST, max(least, min(least << max(0, step - 1), int(tuning.HEAVY_SHARE * v))))
 
 

@@ -14,7 +14,7 @@ FINE = 1e-5
 FAR = 10.0
 # Heavy tokens of a row, whose curvature is exact: at least so many (wide: 16.7 and 10.6, 14.9 and 9.0), and so many for
 # a column of all heads (pair: 11.8 and 5.8, 9.1 and 4.6, at the price of twice the rows in every product).
-HEAVY, HEAVY_PER_COLUMN = 256, 5 / 12
+HEAVY, HEAVY_PER_COLUMN, HEAVY_PER_COLUMN_FOR_BOUNDS = 256, 5 / 12, 5 / 6
 # From the third step on they double, up to a share of the vocabulary (wide: 16.5 and 8.6, 14.7 and 8.9) and a number
 # (pair: 11.7 and 5.0, 11.4 and 5.0).
 HEAVY_SHARE, HEAVY_AT_MOST = 1 / 4, 2048
@@ -32,4 +32,4 @@ LEFT, FORETOLD = 0.25, 2.0
 LOOSE, LOOSEST = 1.5, 8.0
 # Tokens that take up what a direction leaves of the moments: at least so many (wide: 14.7, 14.6), and so many for a
 # column of the head (pair: 12.2, 10.0, at the price of larger systems).
-REPAIRED, REPAIRED_PER_COLUMN = 512, 2
+REPAIRED, REPAIRED_PER_COLUMN = 512, 4
