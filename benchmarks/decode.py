@@ -85,11 +85,11 @@ def run(
 def distance(model: modeling.EnsembleForCausalLM, rules: list[str], count: int = 16) -> dict[str, float]:
     """Mean total variation of each rule's answer to that of `meet` at a small tolerance, at some random prefixes."""
     ids = torch.randint(0, model.config.vocab_size, (count, 32), generator=torch.Generator().manual_seed(2))
-    states = [h[:, -1] for h in model.run(ids, None, use_cache=False)]
-    _, exact = model.solve_rows(states, model.settings.changed(rule="meet", tol=1e-6, gate=None))
+    states = [h[:, -1] for h in model.run(ids, None, use_cache=False)[0]]
+    _, exact = model.combiner.solve_rows(states, model.settings.changed(rule="meet", tol=1e-6, gate=None))
     found = {}
     for rule in rules:
-        _, solution = model.solve_rows(states, model.settings.changed(rule=rule, gate=None), proved=False)
+        _, solution = model.combiner.solve_rows(states, model.settings.changed(rule=rule, gate=None), proved=False)
         found[rule] = total_variation(solution.log_probs.double(), exact.log_probs.double()).mean().item()
     return found
 
@@ -127,7 +127,7 @@ def main(
         rows += pair
     with torch.inference_mode():
         states = [h[-1:] for h in model.hidden_states(ids[:1])]
-        log_p, _ = model.solve_rows(states, model.settings.changed(rule="logit-mean"))
+        log_p, _ = model.combiner.solve_rows(states, model.settings.changed(rule="logit-mean"))
     nats = [*entropy(log_p)[:, 0].tolist(), kl(log_p[0], log_p[1]).item()]
     facts = "entropies {:.1f} and {:.1f} nats, KL {:.2f}".format(*nats)
     show(f"decoding, two members of GPT-2 small's shape, trust {trust:g}; {facts}", rows, json)

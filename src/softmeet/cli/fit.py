@@ -96,7 +96,7 @@ def fit(
     kept = Kept(resume, pinned | settings)
     if fitting.bands > 1:
         ensemble.model.require_tokens("--bands")
-    ensemble.model.banded_heads(fitting.bands)  # made here, so that workers share them
+    ensemble.model.combiner.banded_heads(fitting.bands)  # made here, so that workers share them
     with (
         options.stoppable(after(resume)),
         running.start(ensemble) as engine,

@@ -99,7 +99,9 @@ class Objective:
         # A logit mean takes the temperature into its weights, which saves two thirds of the time.
         folded = self.pool == "logit-mean" and not self.layout.trusts
         # Sums over the vocabulary of single precision would leave an error of a hundredth in the weights' gradient.
-        scores = pooled(self.pool, log_p.double(), weights / temperature if folded else weights, self.model.support)
+        scores = pooled(
+            self.pool, log_p.double(), weights / temperature if folded else weights, self.model.combiner.support
+        )
         scores = self._met(scores, trust, log_p, logits) if self.layout.trusts else scores
         return nn.functional.cross_entropy(scores if folded else scores / temperature, targets, reduction="none")
 
@@ -118,7 +120,7 @@ class Objective:
         return projected(replace(projection, log_q=log_q, tol=self.tol), trust, solve)
 
     def _problem(self, log_p: Float[Tensor, "n B v"], logits: Tensor | None) -> Problem:
-        heads = self.model.banded_heads(self.bands)
+        heads = self.model.combiner.banded_heads(self.bands)
         if self.trusted is not None:
             heads = [heads[i * self.bands + band] for i in self.trusted for band in range(self.bands)]
         slopes = tuple(
@@ -130,7 +132,7 @@ class Objective:
             heads=tuple(heads),
             slopes=slopes,
             settings=Settings(trust=1.0, pool="prob-mean", tol=self.tol, max_steps=_MAX_STEPS).for_members(len(log_p)),
-            support=self.model.support,
+            support=self.model.combiner.support,
             dtype=product_dtype(torch.float32, self.tol),
         )
 
@@ -138,7 +140,7 @@ class Objective:
     def _log_probs(self, k: int, chunk: Positions) -> tuple[Tensor, Tensor | None]:
         if k in self._kept:
             return self._kept[k]
-        log_p, logits = self.model.own_log_probs(chunk.hidden)
+        log_p, logits = self.model.combiner.own_log_probs(chunk.hidden)
         if self.members is not None:
             some = list(self.members)
             log_p, logits = log_p[some], None if logits is None else logits[some]

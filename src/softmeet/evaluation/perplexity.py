@@ -128,7 +128,7 @@ def evaluate(
     parts: dict[str, list[Scores]] = {name: [] for name in [*names, *(choice.name for choice in choices)]}
     disagreement = []
     for chunk, weights in _chunks(ensemble, positions, choices):
-        log_probs, logits = ensemble.model.own_log_probs(chunk.hidden)
+        log_probs, logits = ensemble.model.combiner.own_log_probs(chunk.hidden)
         targets = chunk.targets.to(log_probs.device)
         for name, own, hidden in zip(names, log_probs, chunk.hidden, strict=True):
             parts[name].append(replace(_scores(own, targets), work=ensemble.model.work(hidden).double().cpu()))
@@ -191,7 +191,7 @@ def _chunks(
 
 
 def _prompt_weights(ensemble: Ensemble, prompt: Positions) -> list[float]:
-    log_probs, _ = ensemble.model.own_log_probs(prompt.hidden)
+    log_probs, _ = ensemble.model.combiner.own_log_probs(prompt.hidden)
     targets = prompt.targets.to(log_probs.device)
     nats = -log_probs.gather(-1, targets.expand(len(log_probs), -1)[..., None]).squeeze(-1)
     return perplexity_weights(nats.mean(-1).tolist())
@@ -216,7 +216,7 @@ class _Solver:
         """Score a rule under some settings on the chunk, from what is solved already where that will do."""
         gate, plain = that_closes(settings.gate), settings.ungated()
         if gate is not None and plain not in self.solved:
-            return _scored(self.model.combine_rows(self.log_probs, self.logits, settings), self.targets)
+            return _scored(self.model.combiner.combine_rows(self.log_probs, self.logits, settings), self.targets)
         if plain not in self.solved:
             solution = self._solve(plain)
             self.solved[plain] = solution, _scored(solution, self.targets)
@@ -227,7 +227,7 @@ class _Solver:
         rule = settings.rule
         path = self.paths[settings.model_copy(update={"rule": None, "trust": ()})]
         known = self._known(settings, path) if rule.reads_heads else {}
-        solution = self.model.combine_rows(self.log_probs, self.logits, settings, **known)
+        solution = self.model.combiner.combine_rows(self.log_probs, self.logits, settings, **known)
         if rule.tilts_pool:
             path.append(solution)
         return solution
@@ -246,7 +246,9 @@ class _Solver:
         if not closed.any():
             return scores
         logits = None if self.logits is None else self.logits[:, closed]
-        there = _scored(self.model.combine_rows(self.log_probs[:, closed], logits, settings), self.targets[closed])
+        there = _scored(
+            self.model.combiner.combine_rows(self.log_probs[:, closed], logits, settings), self.targets[closed]
+        )
         both = zip(_of_a_rule(scores), _of_a_rule(there), strict=True)
         return Scores(*(whole.masked_scatter(closed.cpu(), own) for whole, own in both))
 

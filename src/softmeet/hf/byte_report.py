@@ -58,7 +58,7 @@ def group_reports(model: ByteEnsembleForCausalLM, text: bytes, top: int) -> list
     log_probs = torch.stack([torch.from_numpy(reader.score(text)[1][: len(text)]) for reader in model.readers])
     expected = [reader.expected(text, top) for reader in model.readers]
     ours, disagreement = [], []
-    for _, solution in model.solve_in_chunks(list(log_probs), model.settings):
+    for _, solution in model.combiner.solve_in_chunks(list(log_probs), model.settings):
         ours.append(solution.log_probs)
         disagreement.append(solution.disagreement)
     answer, apart = torch.cat(ours), torch.cat(disagreement, -1)

@@ -132,7 +132,7 @@ def calibrate(model: EnsembleForCausalLM, settings: Settings) -> float | None:
     for start in range(0, len(hidden[0]), _AT_ONCE):
         if time.monotonic() - started > _SECONDS:
             break
-        _, solution = model.solve_rows([h[start : start + _AT_ONCE] for h in hidden], plain, proved=False)
+        _, solution = model.combiner.solve_rows([h[start : start + _AT_ONCE] for h in hidden], plain, proved=False)
         found = Movement.of(solution)
         if found is None:
             return None

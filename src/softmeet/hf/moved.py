@@ -52,5 +52,5 @@ def as_meet(settings: Settings) -> Settings:
 @torch.inference_mode()
 def moved(model: EnsembleForCausalLM, hidden: Sequence[Float[Tensor, "t _"]]) -> Movement:
     """Measure how far ``meet`` would move the pool at some positions, from each member's hidden states."""
-    found = [Movement.of(solution) for _, solution in model.solve_in_chunks(hidden, as_meet(model.settings))]
+    found = [Movement.of(solution) for _, solution in model.combiner.solve_in_chunks(hidden, as_meet(model.settings))]
     return Movement.stacked(torch.cat([one.table() for one in found if one is not None]))

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from softmeet.errors import CheckpointError, InvalidInputError
+from softmeet.errors import InvalidInputError
 from softmeet.hf.combining import rows_at_once
 from softmeet.members import zoo
-from softmeet.members.huggingface import Dtype, checkpoint_of, dtype_of, one_each
+from softmeet.members.huggingface import Dtype, dtype_of, one_each, random_member
 from softmeet.members.placement import Device, device_map_of, main_device
 
 _FP64 = 8
@@ -131,17 +131,9 @@ def solver_bytes(v: int, n: int, width: int, rows: int) -> int:
 
 
 def _shape(name: str, dtype: Dtype, device: Device, trust_remote_code: bool) -> _Shape:
-    where = checkpoint_of(name) | {"trust_remote_code": trust_remote_code}
-    try:
-        config = AutoConfig.from_pretrained(**where)
-        wanted = dtype_of(dtype, device)
-        own = getattr(config, "dtype", None) or torch.float32
-        chosen = own if wanted == "auto" else getattr(torch, wanted) if isinstance(wanted, str) else wanted
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        raise CheckpointError(f"cannot plan {name}: {str(error).strip().splitlines()[0]}") from error
-    return _Shape(name, model.config.get_text_config(decoder=True), model, chosen, _places(model, device))
+    with torch.device("meta"):
+        model = random_member(name, dtype_of(dtype, device), trust_remote_code=trust_remote_code)
+    return _Shape(name, model.config.get_text_config(decoder=True), model, model.dtype, _places(model, device))
 
 
 def _places(model: PreTrainedModel, device: Device) -> dict[str, Any]:

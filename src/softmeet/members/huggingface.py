@@ -84,6 +84,29 @@ def load_tokenizers(names: Sequence[str], *, trust_remote_code: bool = False) ->
     return found
 
 
+def random_member(
+    name: str, dtype: torch.dtype | str | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Build a member of its configuration alone, with random weights, on torch's default device.
+
+    Args:
+        name: as :func:`load_members` has it.
+        dtype: None for torch's default; ``"auto"`` for the checkpoint's own.
+        trust_remote_code: run code that comes with a checkpoint.
+
+    Raises:
+        CheckpointError: the configuration cannot be read.
+    """
+    where = checkpoint_of(name) | {"trust_remote_code": trust_remote_code}
+    try:
+        config = transformers.AutoConfig.from_pretrained(**where)
+        own = getattr(config, "dtype", None) or torch.float32
+        chosen = own if dtype == "auto" else dtype or torch.get_default_dtype()
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise CheckpointError(f"cannot build {name}: {_first_line(error)}{_advice(error)}") from error
+
+
 def last_hidden(model: PreTrainedModel, input_ids: Int[Tensor, "B t"], **options: Any) -> Float[Tensor, "B t d"]:
     """The input of the model's head, where the head is; ``options`` are the base model's, tensors anywhere."""
     base: Any = model.base_model

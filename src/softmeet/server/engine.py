@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softmeet.errors import NonFiniteError, SoftmeetError
-from softmeet.hf.combining import Asked
+from softmeet.hf.combining import Deferral
 from softmeet.hf.report import token_report
 from softmeet.rules.solution import Solution
 from softmeet.server.batch import MemberBatch
@@ -212,12 +212,12 @@ class Engine:
             self._score(row, [own[kept] for own in self._finite(row, every)], asked and asked.take(kept))
         return [states[-1:] for states in hidden]
 
-    def _score(self, row: Row, hidden: Hidden, asked: Asked | None) -> None:
+    def _score(self, row: Row, hidden: Hidden, asked: Deferral | None) -> None:
         s, tokens = row.sequence, iter(row.sequence.prompt[1:])
         found: list[Token] = []
         if len(hidden[0]):
             how = s.work.combination
-            for log_probs, solution in how.model.solve_in_chunks(hidden, how.settings, asked, proved=False):
+            for log_probs, solution in how.model.combiner.solve_in_chunks(hidden, how.settings, asked, proved=False):
                 found += [_token(s, solution, log_probs, k, next(tokens)) for k in range(log_probs.shape[1])]
         self._emit(s, PromptScored(found))
 
@@ -226,7 +226,7 @@ class Engine:
         stacked = [torch.cat(member) for member in zip(*(hidden[row] for row in rows), strict=True)]
         try:
             chunks = list(
-                combination.model.solve_in_chunks(stacked, combination.settings, asked_of(rows), proved=False)
+                combination.model.combiner.solve_in_chunks(stacked, combination.settings, asked_of(rows), proved=False)
             )
         except SoftmeetError as error:
             if len(rows) == 1:

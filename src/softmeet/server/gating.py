@@ -16,8 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softmeet.hf.asking import whom_to_ask
-from softmeet.hf.combining import Asked
+from softmeet.hf.combining import Deferral
 from softmeet.hf.recorder import Savings
 from softmeet.rules.solution import Solution
 from softmeet.server.batch import MemberBatch
@@ -44,12 +43,12 @@ class Gates:
         self._batches, self._each, self._metrics = batches, each, metrics
         self._savings: dict[tuple[Any, ...], Savings] = defaultdict(Savings)
 
-    def over_prompt(self, row: Row, first: Float[Tensor, "t d"]) -> tuple[Hidden, Asked | None]:
+    def over_prompt(self, row: Row, first: Float[Tensor, "t d"]) -> tuple[Hidden, Deferral | None]:
         """(every member's hidden states over a prompt, who was asked), for a prompt whose tokens are scored."""
         gate, model = row.sequence.work.combination.unsure, row.sequence.work.combination.model
         if gate is None:
             return [first], None
-        asked = whom_to_ask(model.heads[0], gate, first)
+        asked = Deferral.of(model.heads[0], gate, first)
         if not bool(asked.rows.any()):
             return [first, *_nothing(model, first)], asked
         hidden = self._caught_up([row], every=True)[row]
@@ -67,7 +66,7 @@ class Gates:
         for combination, rows in groups.items():
             assert combination.unsure is not None
             stacked = torch.cat([first[row] for row in rows])
-            asked = whom_to_ask(combination.model.heads[0], combination.unsure, stacked)
+            asked = Deferral.of(combination.model.heads[0], combination.unsure, stacked)
             for k, row in enumerate(rows):
                 row.asked, row.spent = asked.take(slice(k, k + 1)), 0.0
         is_open = [row for row in first if row.asked is not None and bool(row.asked.rows)]
@@ -114,13 +113,13 @@ class Gates:
         return each
 
 
-def asked_of(rows: Sequence[Row]) -> Asked | None:
+def asked_of(rows: Sequence[Row]) -> Deferral | None:
     """Who was asked in some rows of one combination; None if there is no gate that decides."""
     found = [row.asked for row in rows if row.asked is not None]
     if not found:
         return None
     logits = [one.logits for one in found if one.logits is not None]
-    return Asked(torch.cat([one.rows for one in found]), torch.cat(logits) if len(logits) == len(found) else None)
+    return Deferral(torch.cat([one.rows for one in found]), torch.cat(logits) if len(logits) == len(found) else None)
 
 
 def _model(row: Row) -> Any:

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softmeet.hf.combining import Asked
+from softmeet.hf.combining import Deferral
 from softmeet.members.trails import Prefix, Trail
 from softmeet.server.sampling import Sampler
 from softmeet.server.work import Sequence
@@ -32,7 +32,7 @@ class Row:
         gated = sequence.work.combination.unsure is not None
         self.trails = [Trail()] * (len(self.members) - 1) if gated else []
         self.ahead: list[Float[Tensor, "1 _"]] = []
-        self.asked: Asked | None = None
+        self.asked: Deferral | None = None
         self.spent = 0.0
 
     @property
