@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from softmeet.members.trails import Trail, catch_up, layers_of_keys_and_values
+from softmeet.members.partial_cache import PartialCache, catch_up, layers_of_keys_and_values
 
 
 class _Row(Protocol):
@@ -78,12 +78,12 @@ class RowsLayer(CacheLayerMixin, Generic[AnyRow]):
             self.rows = [self.rows[k] for k in torch.arange(len(self.rows))[indices.cpu()].tolist()]
 
 
-class Lagging(RowsLayer[Trail]):
+class Lagging(RowsLayer[PartialCache]):
     """A member's rows, each of which may be behind by any number of tokens."""
 
     def follow(self, tokens: Sequence[Sequence[int]]) -> None:
         """Note the new tokens of every row, without running them."""
-        rows = self.rows or [Trail()] * len(tokens)
+        rows = self.rows or [PartialCache()] * len(tokens)
         self.rows = [trail.longer(new) for trail, new in zip(rows, tokens, strict=True)]
 
     def run(self, model: PreTrainedModel, rows: Int[Tensor, " k"]) -> list[Float[Tensor, "t d"]]:

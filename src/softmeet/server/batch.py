@@ -18,8 +18,8 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from softmeet.members.huggingface import last_hidden
+from softmeet.members.partial_cache import KeysValues, PartialCache, catch_up, layers_of_keys_and_values
 from softmeet.members.placement import home
-from softmeet.members.trails import Prefix, Trail, catch_up, layers_of_keys_and_values
 from softmeet.server.prefixes import Prefixes
 
 
@@ -44,7 +44,7 @@ class _Layer(DynamicLayer):
         super().__init__()
         self.window = window
 
-    def allocate(self, like: Prefix) -> None:
+    def allocate(self, like: KeysValues) -> None:
         """Make the buffers for states like those, or larger ones if the window has grown."""
         w = self.window
         for name, part in zip(("keys", "values"), like, strict=True):
@@ -57,7 +57,7 @@ class _Layer(DynamicLayer):
             setattr(self, name, new)
         self.is_initialized = True
 
-    def put(self, row: int, states: Prefix) -> None:
+    def put(self, row: int, states: KeysValues) -> None:
         """Write a prompt's states into a row, ending at the window's end, and zeros before it."""
         w = self.window
         for buffer, part in zip((self.keys, self.values), states, strict=True):
@@ -118,7 +118,7 @@ class MemberBatch:
         self.rows: list[int] = []
 
     @torch.inference_mode()
-    def prefill(self, tokens: Sequence[int], *, every: bool) -> tuple[Float[Tensor, "t d"], list[Prefix], int]:
+    def prefill(self, tokens: Sequence[int], *, every: bool) -> tuple[Float[Tensor, "t d"], list[KeysValues], int]:
         """Run a prompt by itself.
 
         Args:
@@ -144,8 +144,8 @@ class MemberBatch:
 
     @torch.inference_mode()
     def catch_up(
-        self, rows: Sequence[tuple[Trail, Sequence[int], int, bool]]
-    ) -> tuple[list[Trail], list[Float[Tensor, "t d"]]]:
+        self, rows: Sequence[tuple[PartialCache, Sequence[int], int, bool]]
+    ) -> tuple[list[PartialCache], list[Float[Tensor, "t d"]]]:
         """Run what sequences outside the batch have not run, each in one chunk.
 
         Args:
@@ -162,15 +162,15 @@ class MemberBatch:
                 self.prefixes.keep(tokens[:prompt], list(new.shorter(len(tokens) - prompt).states))
         return done, hidden
 
-    def _begun(self, trail: Trail, tokens: Sequence[int], *, every: bool) -> Trail:
+    def _begun(self, trail: PartialCache, tokens: Sequence[int], *, every: bool) -> PartialCache:
         """With the rest of the tokens pending, and what is known of a prompt that begins alike."""
         if not trail.run and not every:
             reused, states = self.prefixes.longest(tokens)
-            trail = Trail(tuple(states or ())).shorter(states[0][0].shape[2] - reused) if states else trail
+            trail = PartialCache(tuple(states or ())).shorter(states[0][0].shape[2] - reused) if states else trail
         return trail.longer(tokens[trail.run :])
 
     @torch.inference_mode()
-    def join(self, row: int, states: list[Prefix]) -> None:
+    def join(self, row: int, states: list[KeysValues]) -> None:
         """A prompt that was run becomes a row of the batch.
 
         Args:

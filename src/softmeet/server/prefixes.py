@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import takewhile
 
-from softmeet.members.trails import Prefix
+from softmeet.members.partial_cache import KeysValues
 
 
 class Prefixes:
@@ -14,10 +14,10 @@ class Prefixes:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._kept: OrderedDict[tuple[int, ...], list[Prefix]] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, ...], list[KeysValues]] = OrderedDict()
         self._size = 0
 
-    def longest(self, tokens: Sequence[int]) -> tuple[int, list[Prefix] | None]:
+    def longest(self, tokens: Sequence[int]) -> tuple[int, list[KeysValues] | None]:
         """(how many leading tokens are known, their states or more); at least the last token is left to compute."""
         best, key = 0, None
         for known in (known for known in self._kept if known[0] == tokens[0]):
@@ -29,7 +29,7 @@ class Prefixes:
         self._kept.move_to_end(key)
         return best, self._kept[key]
 
-    def keep(self, tokens: Sequence[int], states: list[Prefix]) -> None:
+    def keep(self, tokens: Sequence[int], states: list[KeysValues]) -> None:
         """Remember a prompt, unless it is longer than everything that may be kept."""
         key = tuple(tokens)
         if len(key) > self.limit or key in self._kept:

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softmeet.hf.combining import Deferral
-from softmeet.members.trails import Prefix, Trail
+from softmeet.members.partial_cache import KeysValues, PartialCache
 from softmeet.server.sampling import Sampler
 from softmeet.server.work import Sequence
 
@@ -27,10 +27,10 @@ class Row:
         self.sequence = sequence
         self.tokens = list(sequence.prompt)
         self.sampler = Sampler(sequence.sampling, sequence.prompt)
-        self.states: list[list[Prefix]] = []
+        self.states: list[list[KeysValues]] = []
         self.joined = self.done = False
         gated = sequence.work.combination.unsure is not None
-        self.trails = [Trail()] * (len(self.members) - 1) if gated else []
+        self.trails = [PartialCache()] * (len(self.members) - 1) if gated else []
         self.ahead: list[Float[Tensor, "1 _"]] = []
         self.asked: Deferral | None = None
         self.spent = 0.0
