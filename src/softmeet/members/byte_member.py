@@ -14,21 +14,8 @@ from transformers import PreTrainedModel
 
 from softmeet.errors import InvalidInputError
 from softmeet.heads import SoftmaxHead
-from softmeet.members.covers import (
-    END,
-    SYMBOLS,
-    Asked,
-    Cover,
-    Covers,
-    Masses,
-    Open,
-    Pruning,
-    closed,
-    followed,
-    likely,
-    prediction,
-    wanted,
-)
+from softmeet.members import covers as following
+from softmeet.members.covers import END, SYMBOLS, Cover, Covers, Masses, NextTokenProbs, Open, Pruning
 from softmeet.members.heads import head_of, replace_weight
 from softmeet.members.known_text import KnownText
 from softmeet.members.spelling import Spelling
@@ -54,9 +41,16 @@ _CACHED = 1 << 20
 
 @dataclass(frozen=True, eq=False)
 class Guess:
-    """A token that a text is likely to go on with, run before it is known to: the model's state behind it."""
+    """A token that a text is likely to go on with, run before it is known to come.
 
-    behind: Asked
+    Attributes:
+        behind: what the token stands behind.
+        token: its id.
+        path: of the token in the tree of what has been run.
+        hidden: (d,), the model's last hidden state at it.
+    """
+
+    behind: NextTokenProbs
     token: int
     path: Path
     hidden: Float[Tensor, " d"]
@@ -64,10 +58,16 @@ class Guess:
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """One text as one member has read it so far: ``covers`` of all its bytes, and what the model keeps of them.
+    """One text as one member has read it so far.
 
-    ``guesses`` are tokens beyond it that the model was given along with others. ``full`` says that it ended because the
-    model's context was.
+    Attributes:
+        covers: of all its bytes.
+        tree: what the model keeps of them.
+        text: the bytes.
+        work: what reading them has cost.
+        guesses: tokens beyond them that the model was given along with others.
+        ended: whether nothing can follow.
+        full: whether that is because the model's context is full.
     """
 
     covers: Covers
@@ -100,7 +100,8 @@ class ByteMember:
         named = model.generation_config.eos_token_id
         self.ends = sorted({spelling.end, *(named if isinstance(named, list) else [named])} - {None})
         self.head: SoftmaxHead = head_of(model)
-        self._limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        self._limit: int = sys.maxsize if limit is None else limit
         self.prefix = list(self.spelling.start if prefix is None else prefix)
         columns = [*self.spelling.tokens.tolist(), *self.ends]
         self._columns = torch.tensor(columns, device=self.head.weight.device)
@@ -111,11 +112,16 @@ class ByteMember:
             self.spelling = replace(spelling, typical=self._typical())
 
     def _typical(self) -> Masses:
+        """Find what the model expects behind a token, by the token's last byte, on a short text."""
         start = self.spelling.start
-        tokens = self.spelling.encode(SAMPLE.encode())[: None if self._limit is None else self._limit - len(start)]
-        ((_, (hidden,)),) = self.run([Growth(TokenTree(), [np.empty(0, np.int64)], [[*start, *tokens]])])
-        behind, nowhere = hidden[len(start) :].split(_AT_ONCE), np.empty(0, np.int64)
-        roots = [one.root for states in behind for one in self.asked([nowhere] * len(states), states)]
+        tokens = self.spelling.encode(SAMPLE.encode())[: self._limit - len(start)]
+        _, hidden = self.run_chain([*start, *tokens])
+        nowhere = np.empty(0, np.int64)
+        roots = [
+            one.root
+            for states in hidden[len(start) :].split(_AT_ONCE)
+            for one in self.next_token_probs([nowhere] * len(states), states)
+        ]
         return typical(self.spelling, tokens, roots)
 
     def find_head_again(self) -> None:
@@ -128,10 +134,13 @@ class ByteMember:
     def room(self) -> int:
         """Bytes that fit into the context, whatever tokens they make."""
         # A token behind every one may have to be asked about, and the dummy prefix is one.
-        return sys.maxsize if self._limit is None else max(1, self._limit - len(self.prefix) - 2)
+        return max(1, self._limit - len(self.prefix) - 2)
 
     def behind(self, prefix: Sequence[int]) -> tuple[TokenTree, Float[Tensor, "1 d"]]:
-        """Read tokens that stand before a text: what the model keeps, and its last hidden state; kept for other texts.
+        """Read tokens that stand before a text, and keep the result for other texts.
+
+        Returns:
+            (what the model keeps, its last hidden state).
 
         Raises:
             InvalidInputError: there is no token, or one that the model does not have.
@@ -145,7 +154,7 @@ class ByteMember:
                 f"expected a prefix of token ids of {self.spelling.name}, from 0 to {self.head.v - 1}, got {wrong[0]!r}"
             )
         if key not in self._prefixes:
-            ((tree, (hidden,)),) = self.run([Growth(TokenTree(), [np.empty(0, np.int64)], [list(key)])])
+            tree, hidden = self.run_chain(key)
             for old in list(self._prefixes)[: 1 - _PREFIXES]:
                 self._prefixes.pop(old, None)
             self._prefixes[key] = tree, hidden[-1:]
@@ -163,7 +172,7 @@ class ByteMember:
     def score(
         self, text: bytes, prefix: Sequence[int] | None = None
     ) -> tuple[Reading, Float[np.ndarray, "t 257"], Float[np.ndarray, " t"]]:
-        """Read a text and say how probable every byte's alternatives were.
+        """Read a text, and return how probable every byte's alternatives were.
 
         Args:
             text: of any bytes.
@@ -178,21 +187,25 @@ class ByteMember:
             return reading, np.log(found), unasked
 
     def expected(self, text: bytes, top: int) -> dict[int, list[tuple[str, float]]]:
-        """By the byte at which a token of the text begins, the most probable tokens there and their log-probabilities.
+        """List the tokens that the model expects where a token of a text begins.
 
         Args:
             text: of any bytes.
             top: tokens to list.
+
+        Returns:
+            By the byte at which a token of the text begins, the most probable tokens there, as text, and their
+            log-probabilities in nats.
         """
         spelling = self.spelling
         tokens = spelling.encode(text)
-        chain, first = [*self.prefix, *tokens], len(self.prefix) - 1
-        ((_, (hidden,)),) = self.run([Growth(TokenTree(), [np.empty(0, np.int64)], [chain])])
+        _, hidden = self.run_chain([*self.prefix, *tokens])
+        behind = hidden[len(self.prefix) - 1 :][: len(tokens)]
         read = np.cumsum([0, *(len(spelling.spelled([token])) for token in tokens[:-1])])
         # Where they are in the text, which may hold bytes that the member does not see, and no dummy prefix.
         seen = [k for k, byte in enumerate(text) if byte not in spelling.unwritable]
         found = {}
-        for place, state in zip(read.tolist(), hidden[first : first + len(tokens)], strict=True):
+        for place, state in zip(read.tolist(), behind, strict=True):
             with torch.inference_mode():
                 best = self.head.logits(state[None])[0].log_softmax(-1).topk(min(top, self.head.v))
             listed = [(self._named(k), x) for k, x in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
@@ -200,20 +213,19 @@ class ByteMember:
         return found
 
     def _named(self, token: int) -> str:
-        """A token as text; one that ends a text, or stands for none, by its number."""
+        """Return a token as text; one that ends a text, or stands for none, by its number."""
         word = self.spelling.spelled([token])
         return word.decode(errors="backslashreplace") if word else f"<{token}>"
 
     def log_probs(self, readings: Sequence[Reading]) -> Float[Tensor, "B 257"]:
-        """The next symbol's log-probabilities in nats, fp64; 256 is the end, and all that follows the end."""
+        """Return the next symbol's log-probabilities in nats, fp64; 256 is the end, and all that follows the end."""
+        end = np.eye(SYMBOLS)[END]
+        found = [end if one.ended else following.prediction(self.spelling, one.covers) for one in readings]
         with np.errstate(divide="ignore"):
-            return torch.from_numpy(np.log(np.stack([self._predict(reading) for reading in readings])))
-
-    def _predict(self, reading: Reading) -> Masses:
-        return np.eye(SYMBOLS)[END] if reading.ended else prediction(self.spelling, reading.covers)
+            return torch.from_numpy(np.log(np.stack(found)))
 
     def advance(self, readings: Sequence[Reading], symbols: Sequence[int]) -> list[Reading]:
-        """Each text with one more byte, or ended; all that the model has to be asked goes through it in one batch.
+        """Read one more symbol of each text; all that the model has to be asked goes through it in one batch.
 
         A text that would not fit into the model's context ends.
         """
@@ -222,43 +234,37 @@ class ByteMember:
             if symbol == END or reading.ended:
                 found[k] = replace(reading, ended=True)
                 continue
-            text = reading.text + bytes([symbol])
-            if symbol in self.spelling.unwritable:
-                found[k] = replace(reading, text=text)
-                continue
-            covers = followed(self.spelling, reading.covers, symbol, self.pruning)
+            text, covers = reading.text + bytes([symbol]), reading.covers
+            if symbol not in self.spelling.unwritable:
+                covers = following.followed(self.spelling, covers, symbol, self.pruning)
             found[k] = replace(reading, covers=covers, text=text)
         return self._settled(found)
 
     def _settled(self, readings: list[Reading]) -> list[Reading]:
         """Ask about all open covers that count, and along with them about what may come next."""
         while True:
-            readings = [reading if reading.ended else self._foreseen(reading) for reading in readings]
-            asking = {k: wanted(r.covers, self.pruning) for k, r in enumerate(readings) if not r.ended}
-            asking = {k: opened for k, opened in asking.items() if opened}
-            for k, opened in list(asking.items()):
-                if self._limit is not None and any(len(one.asked.path) >= self._limit for one in opened):
-                    readings[k] = replace(readings[k], ended=True, full=True)
-                    del asking[k]
+            readings = [reading if reading.ended else self._close_guessed(reading) for reading in readings]
+            asking = self._wanted(readings)
             if not asking:
                 break
             steps = {
-                k: [*((one.asked, one.token) for one in opened), *self._likely(readings[k], len(opened))]
+                k: [*((one.probs, one.token) for one in opened), *self._likely(readings[k], len(opened))]
                 for k, opened in asking.items()
             }
             growths = [
-                Growth(readings[k].tree, [asked.path for asked, _ in own], [[token] for _, token in own])
+                Growth(readings[k].tree, [probs.path for probs, _ in own], [[token] for _, token in own])
                 for k, own in steps.items()
             ]
             for (k, opened), own, (tree, states) in zip(asking.items(), steps.values(), self.run(growths), strict=True):
                 before, count = readings[k].tree.columns, len(opened)
-                paths = [np.append(asked.path, before + i) for i, (asked, _) in enumerate(own)]
-                answers = list(zip(opened, self.asked(paths[:count], torch.cat(states[:count])), strict=True))
+                paths = [np.append(probs.path, before + i) for i, (probs, _) in enumerate(own)]
+                found = self.next_token_probs(paths[:count], torch.cat(states[:count]))
+                answers = list(zip(opened, found, strict=True))
                 ahead = zip(own[count:], paths[count:], states[count:], strict=True)
-                guesses = [Guess(asked, token, path, state[0]) for (asked, token), path, state in ahead]
+                guesses = [Guess(probs, token, path, state[0]) for (probs, token), path, state in ahead]
                 readings[k] = replace(
                     readings[k],
-                    covers=closed(self.spelling, readings[k].covers, answers, self.pruning),
+                    covers=following.closed(self.spelling, readings[k].covers, answers, self.pruning),
                     tree=tree,
                     work=readings[k].work.and_(calls=1, tokens=len(own)),
                     guesses=(*readings[k].guesses, *guesses),
@@ -270,45 +276,65 @@ class ByteMember:
                 readings[k] = _compact(replace(reading, work=work, guesses=self._possible(reading)))
         return readings
 
-    def _foreseen(self, reading: Reading) -> Reading:
-        """Close the open covers that were guessed."""
+    def _wanted(self, readings: list[Reading]) -> dict[int, list[Open]]:
+        """Return the open covers of each text to ask the model about, and end texts for which it has no room."""
+        found = {}
+        for k, reading in enumerate(readings):
+            opened = [] if reading.ended else following.wanted(reading.covers, self.pruning)
+            if any(len(one.probs.path) >= self._limit for one in opened):
+                readings[k] = replace(reading, ended=True, full=True)
+            elif opened:
+                found[k] = opened
+        return found
+
+    def _close_guessed(self, reading: Reading) -> Reading:
+        """Close the open covers whose token was guessed."""
+        known = {(id(guess.behind), guess.token): guess for guess in reading.guesses}
         while True:
-            known = {(id(guess.behind), guess.token): guess for guess in reading.guesses}
-            pairs = [(one, known.get((id(one.asked), one.token))) for one in wanted(reading.covers, self.pruning)]
+            pairs = [
+                (one, known.get((id(one.probs), one.token))) for one in following.wanted(reading.covers, self.pruning)
+            ]
             found = [(one, guess) for one, guess in pairs if guess is not None]
             if not found:
                 return reading
-            asked = self.asked([guess.path for _, guess in found], torch.stack([guess.hidden for _, guess in found]))
-            answers = list(zip((one for one, _ in found), asked, strict=True))
-            reading = replace(reading, covers=closed(self.spelling, reading.covers, answers, self.pruning))
+            paths, hidden = [guess.path for _, guess in found], torch.stack([guess.hidden for _, guess in found])
+            answers = list(zip((one for one, _ in found), self.next_token_probs(paths, hidden), strict=True))
+            reading = replace(reading, covers=following.closed(self.spelling, reading.covers, answers, self.pruning))
 
-    def _likely(self, reading: Reading, asking: int) -> list[tuple[Asked, int]]:
-        """What to guess along with so many open covers: tokens with what they stand behind, in the model's numbers."""
+    def _likely(self, reading: Reading, asking: int) -> list[tuple[NextTokenProbs, int]]:
+        """Choose tokens to guess along with so many open covers, and return them with what they stand behind."""
         if not self.pruning.prune:
             return []
         known = {(id(guess.behind), guess.token) for guess in reading.guesses}
         expected = [
-            (asked, int(self.spelling.tokens[k]), share)
-            for asked, k, share in likely(self.spelling, reading.covers, _LIKELY, _GUESSES)
-            if self._limit is None or len(asked.path) < self._limit
+            (probs, int(self.spelling.tokens[k]), share)
+            for probs, k, share in following.likely(self.spelling, reading.covers, _LIKELY, _GUESSES)
+            if len(probs.path) < self._limit
         ]
-        found = [(asked, token, share) for asked, token, share in expected if (id(asked), token) not in known]
+        found = [(probs, token, share) for probs, token, share in expected if (id(probs), token) not in known]
         if asking == 1 and sum(share for _, _, share in found) < _WORTH:
             return []
-        return [(asked, token) for asked, token, _ in found]
+        return [(probs, token) for probs, token, _ in found]
 
     def _possible(self, reading: Reading) -> tuple[Guess, ...]:
-        """The guesses that may still come true."""
-        rests = {id(cover.asked): cover.rest for cover in reading.covers.closed}
-        return tuple(
-            guess
-            for guess in reading.guesses
-            if id(guess.behind) in rests and self._longer(guess.token, rests[id(guess.behind)])
-        )
+        """Return the guesses that may still come true: their token begins with the bytes since, and is longer."""
+        rests = {id(cover.probs): cover.rest for cover in reading.covers.closed}
+        found = []
+        for guess in reading.guesses:
+            rest, word = rests.get(id(guess.behind)), self.spelling.spelled([guess.token])
+            if rest is not None and len(word) > len(rest) and word.startswith(rest):
+                found.append(guess)
+        return tuple(found)
 
-    def _longer(self, token: int, rest: bytes) -> bool:
-        word = self.spelling.spelled([token])
-        return len(word) > len(rest) and word.startswith(rest)
+    def run_chain(self, tokens: Sequence[int], tree: TokenTree | None = None) -> tuple[TokenTree, Float[Tensor, "t d"]]:
+        """Run tokens one behind the other, behind the only chain of a tree, if one is given.
+
+        Returns:
+            (what the model keeps, its last hidden states at the tokens).
+        """
+        tree = tree or TokenTree()
+        ((tree, (hidden,)),) = self.run([Growth(tree, [np.arange(tree.columns)], [list(tokens)])])
+        return tree, hidden
 
     def run(self, growths: Sequence[Growth]) -> list[tuple[TokenTree, list[Float[Tensor, "t d"]]]]:
         """Run tokens.
@@ -316,21 +342,20 @@ class ByteMember:
         Raises:
             InvalidInputError: they are more than the model's context holds.
         """
-        limit = self._limit
         pairs = [(path, own) for growth in growths for path, own in zip(growth.paths, growth.tokens, strict=True)]
         longest = max(len(path) + len(own) for path, own in pairs)
-        if limit is not None and longest > limit:
+        if longest > self._limit:
             raise InvalidInputError(
-                f"expected a text of at most {limit} tokens, the context of {self.spelling.name}, got {longest}: "
+                f"expected a text of at most {self._limit} tokens, the context of {self.spelling.name}, got {longest}: "
                 "shorten the prompt or lower max_new_tokens"
             )
         self.spent = self.spent.and_(calls=1, tokens=sum(len(own) for _, own in pairs))
         with torch.inference_mode():
             return run_trees(self.model, growths)
 
-    def asked(self, paths: Sequence[Path], hidden: Float[Tensor, "k d"]) -> list[Asked]:
-        """The next token's probabilities behind each path."""
-        found, m = list[Asked](), len(self.spelling.words)
+    def next_token_probs(self, paths: Sequence[Path], hidden: Float[Tensor, "k d"]) -> list[NextTokenProbs]:
+        """Compute the next token's probabilities behind each path, from the last hidden states there."""
+        found, m = list[NextTokenProbs](), len(self.spelling.words)
         with torch.inference_mode():
             logits = self.head.logits(hidden)
         # Several passes over a vocabulary follow: those over a few rows stay in a processor's caches.
@@ -343,7 +368,7 @@ class ByteMember:
             roots[:, letters] = np.add.reduceat(probs[:, :m], where, axis=1, dtype=np.float64)
             roots[:, END] = probs[:, m:].sum(1, dtype=np.float64)
             places = paths[len(found) : len(found) + len(some)]
-            found += [Asked(path, own[:m], root) for path, own, root in zip(places, probs, roots, strict=True)]
+            found += [NextTokenProbs(*one) for one in zip(places, probs[:, :m], roots, strict=True)]
         return found
 
     def _read(self, text: bytes, prefix: Sequence[int] | None, *, everything: bool) -> tuple[Reading, Masses, Masses]:
@@ -363,19 +388,19 @@ class ByteMember:
         if not everything:
             return reading, np.empty((0, SYMBOLS)), np.empty(0)
         written = np.cumsum([len(spelling.dummy), *(byte not in spelling.unwritable for byte in text)])
-        predictions = np.array([prediction(spelling, covers) for covers in known.covers])
+        predictions = np.array([following.prediction(spelling, covers) for covers in known.covers])
         return reading, predictions[written], np.array(unasked)[written]
 
 
 def _compact(reading: Reading) -> Reading:
-    """Without what the model keeps of covers that were let go."""
+    """Drop what the model keeps of covers that were let go."""
     covers, guesses = reading.covers, reading.guesses
     every: list[Cover | Open] = [*covers.closed, *covers.open]
-    behind = {id(one.asked): one.asked for one in every}
-    tree, paths = reading.tree.kept([*(asked.path for asked in behind.values()), *(guess.path for guess in guesses)])
+    behind = {id(one.probs): one.probs for one in every}
+    tree, paths = reading.tree.kept([*(probs.path for probs in behind.values()), *(guess.path for guess in guesses)])
     if tree is reading.tree:
         return reading
-    moved = {key: asked.moved(path) for (key, asked), path in zip(behind.items(), paths[: len(behind)], strict=True)}
+    moved = {key: probs.moved(path) for (key, probs), path in zip(behind.items(), paths[: len(behind)], strict=True)}
     ahead = zip(guesses, paths[len(behind) :], strict=True)
     return replace(
         reading,
@@ -383,7 +408,7 @@ def _compact(reading: Reading) -> Reading:
         guesses=tuple(replace(guess, behind=moved[id(guess.behind)], path=path) for guess, path in ahead),
         covers=replace(
             covers,
-            closed=tuple(one._replace(asked=moved[id(one.asked)]) for one in covers.closed),
-            open=tuple(one._replace(asked=moved[id(one.asked)]) for one in covers.open),
+            closed=tuple(one._replace(probs=moved[id(one.probs)]) for one in covers.closed),
+            open=tuple(one._replace(probs=moved[id(one.probs)]) for one in covers.open),
         ),
     )
