@@ -97,7 +97,7 @@ def check(
 def _movement(ensemble: Ensemble, text: str | None, tokens: int, sampled: int) -> dict[str, Any]:
     import torch
 
-    from softmeet.hf.moved import moved, own_text
+    from softmeet.hf.calibrated import moved, own_text
 
     if text is None:
         hidden = own_text(ensemble.model, sampled)
@@ -109,7 +109,7 @@ def _movement(ensemble: Ensemble, text: str | None, tokens: int, sampled: int) -
 
 def _facts(ensemble: Ensemble) -> dict[str, Any]:
     from softmeet.hf.plan import solver_bytes
-    from softmeet.members.compare import principal_cosines, same_column_space
+    from softmeet.members.heads import principal_cosines, same_column_space
 
     heads, names = ensemble.model.heads, [options.short(name) for name in ensemble.names]
     members = [

@@ -42,7 +42,7 @@ def check_bytes(ensemble: Ensemble, text: str | None, tokens: int, *, as_json: b
 
 
 def _facts(model: ByteEnsembleForCausalLM, names: list[str], text: bytes | None) -> dict[str, Any]:
-    from softmeet.members.overlap import shared_boundaries, shared_words
+    from softmeet.members.spelling import shared_boundaries, shared_words
 
     members, pairs = [], []
     for name, reader in zip(names, model.readers, strict=True):

@@ -23,11 +23,10 @@ from softmeet.hf.combining import Combiner, Deferral
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.hf.vocabulary import require_for_bytes
-from softmeet.members.byte_member import ByteMember
+from softmeet.members.byte_member import ByteMember, Work
 from softmeet.members.covers import END, SYMBOLS, Pruning
 from softmeet.members.spelling import Spelling
 from softmeet.members.vocabulary import CommonVocabulary
-from softmeet.members.work import Work
 from softmeet.rules.gates import Gate
 
 # Of a text that is evaluated.

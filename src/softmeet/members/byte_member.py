@@ -22,7 +22,6 @@ from softmeet.members.spelling import Spelling
 from softmeet.members.token_tree import Growth, Path, TokenTree
 from softmeet.members.token_tree import run as run_trees
 from softmeet.members.typical import SAMPLE, typical
-from softmeet.members.work import Work
 
 # The least probability of a token: without it, masses of all covers could be rounded to nothing.
 _LEAST = torch.finfo(torch.float32).tiny
@@ -37,6 +36,22 @@ _AT_ONCE = 32
 _PREFIXES = 16
 # Logits whose probabilities are taken at once.
 _CACHED = 1 << 20
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a text has cost one member: calls of its model, tokens run in them, and mass estimated, summed over bytes.
+
+    A call that serves several texts counts for each of them, and one that reads a prefix, which is kept, for none.
+    """
+
+    calls: int = 0
+    tokens: int = 0
+    dropped: float = 0.0
+
+    def and_(self, calls: int = 0, tokens: int = 0, dropped: float = 0.0) -> Work:
+        """Return this work with so many more calls, tokens and so much more estimated mass."""
+        return Work(self.calls + calls, self.tokens + tokens, self.dropped + dropped)
 
 
 @dataclass(frozen=True, eq=False)

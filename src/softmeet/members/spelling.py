@@ -7,6 +7,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -255,3 +256,18 @@ def spelling_of(name: str, tokenizer: PreTrainedTokenizerBase) -> Spelling:
     if not spelling.start:
         raise _refuse(name, "its tokenizer has no token to begin a text with")
     return spelling
+
+
+def shared_words(one: Spelling, other: Spelling) -> int:
+    """Count the byte strings that are tokens of two tokenizers."""
+    return len(set(one.words) & set(other.words))
+
+
+def shared_boundaries(one: Spelling, other: Spelling, text: bytes) -> tuple[float, float]:
+    """Return the share of one's token ends in a text at which the other's tokens end too, and the other way round."""
+    ends = [
+        {end - len(own.dummy) for end in accumulate(len(own.spelled([token])) for token in own.encode(text))}
+        for own in (one, other)
+    ]
+    both = len(ends[0] & ends[1])
+    return both / max(1, len(ends[0])), both / max(1, len(ends[1]))
