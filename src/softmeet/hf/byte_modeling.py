@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import logging
 from collections.abc import Sequence
 from functools import lru_cache
@@ -199,10 +200,7 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
     def _require_prefixes(self, prefixes: Prefixes) -> None:
         n = len(self.readers)
         for own in prefixes:
-            each = isinstance(own, Sequence) and not isinstance(own, str) and len(own) == n
-            if not each or any(
-                one is not None and (isinstance(one, str) or not isinstance(one, Sequence)) for one in own
-            ):
+            if not _is_list(own) or len(own) != n or not all(one is None or _is_list(one) for one in own):
                 raise InvalidInputError(
                     f"expected prefixes as a list for each prompt, with token ids or None for each of {n} members, got "
                     f"{own!r}"
@@ -232,11 +230,15 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
         return LogitsProcessorList([WholeCharacters(), *processors[:last], SomethingLeft(), *processors[last:]])
 
 
+def _is_list(given: Any) -> bool:
+    return isinstance(given, Sequence) and not isinstance(given, str)
+
+
 class WholeCharacters(LogitsProcessor):
     """Forbids bytes with which a text would not be UTF-8, and an end within a character."""
 
     def __call__(self, input_ids: Int[Tensor, "B t"], scores: Float[Tensor, "B v"]) -> Float[Tensor, "B v"]:
-        """Scores that are -inf at what is forbidden."""
+        """Set the scores of what is forbidden to -inf."""
         forbidden = torch.stack([_forbidden(tuple(row)) for row in input_ids[:, -3:].tolist()])
         found = scores.masked_fill(forbidden.to(scores.device), -torch.inf)
         # A text whose context is full ends within a character if it has to.
@@ -247,7 +249,7 @@ class SomethingLeft(LogitsProcessor):
     """Refuses to go on where no symbol is possible any more."""
 
     def __call__(self, input_ids: Int[Tensor, "B t"], scores: Float[Tensor, "B v"]) -> Float[Tensor, "B v"]:
-        """The scores as they are.
+        """Return the scores as they are.
 
         Raises:
             InvalidInputError: a row has none above -inf.
@@ -262,24 +264,16 @@ class SomethingLeft(LogitsProcessor):
 
 @lru_cache(maxsize=4096)
 def _forbidden(last: tuple[int, ...]) -> Bool[Tensor, " v"]:
-    return ~torch.tensor(_following(last))
+    """Mark the symbols that may not follow the last three."""
+    text = bytes(symbol % END for symbol in last)  # after the end a text begins, as after any whole character
+    begun = text[codecs.utf_8_decode(text, "replace", False)[1] :]
 
+    def fits(byte: int) -> bool:
+        try:
+            codecs.utf_8_decode(begun + bytes([byte]), "strict", False)
+        except UnicodeDecodeError:
+            return False
+        # Whether a character is a surrogate the decoder tells by its third byte, too late.
+        return begun != b"\xed" or byte < 0xA0
 
-def _following(last: Sequence[int]) -> list[bool]:
-    """Which of 257 symbols may follow the last three."""
-    for back in range(1, len(last) + 1):
-        lead, behind = last[-back], back - 1
-        if lead >= 0xC2 and lead <= 0xF4:
-            length = 2 + (lead >= 0xE0) + (lead >= 0xF0)
-            if behind + 1 >= length:
-                break
-            low, high = (_SECOND.get(lead, (0x80, 0xBF))) if not behind else (0x80, 0xBF)
-            return [low <= k <= high for k in range(SYMBOLS)]
-        if not 0x80 <= lead < 0xC0:
-            break
-    return _BEGINNINGS
-
-
-# What the second byte may be where a longer spelling, a surrogate or a number past the last character would begin.
-_SECOND = {0xE0: (0xA0, 0xBF), 0xED: (0x80, 0x9F), 0xF0: (0x90, 0xBF), 0xF4: (0x80, 0x8F)}
-_BEGINNINGS = [k < 0x80 or 0xC2 <= k <= 0xF4 or k == END for k in range(SYMBOLS)]
+    return ~torch.tensor([*map(fits, range(END)), not begun])

@@ -64,7 +64,7 @@ class ByteCache(EnsembleCache):
     lagging = False
 
     def __init__(self, n: int) -> None:
-        self.members = [RowsLayer[ByteRow]() for _ in range(n)]
+        self.members = [RowsLayer() for _ in range(n)]
         Cache.__init__(self, layers=list(self.members))
 
 

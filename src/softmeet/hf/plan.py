@@ -1,7 +1,7 @@
 """What goes where, in bytes, before anything is loaded: weights, heads, caches and the solver's room.
 
 Shapes come from the members' configurations, built without memory on torch's meta device; a strategy such as ``"auto"``
-is worked out as it is at loading, by accelerate from what the machine has free.
+is worked out as it is at loading, from what the machine has free.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.accelerate import _get_device_map
 
 from softmeet.errors import InvalidInputError
 from softmeet.hf.combining import rows_at_once
@@ -25,7 +26,7 @@ _FP64 = 8
 
 
 @dataclass(frozen=True)
-class Part:
+class PlanPart:
     """Something that takes room: ``bytes`` of ``dtype`` at ``device`` (or disk) for ``owner``, a member or the solver.
 
     ``what`` is body (all weights but the output layer's), head, head copy (of one that is offloaded, for the solver),
@@ -51,7 +52,7 @@ class Plan:
     context: int
     rows_at_once: int
     cache_bytes_per_token: dict[str, int]
-    parts: list[Part]
+    parts: list[PlanPart]
 
     def totals(self) -> dict[str, int]:
         """Bytes of each device, and of the disk."""
@@ -137,26 +138,13 @@ def _shape(name: str, dtype: Dtype, device: Device, trust_remote_code: bool) -> 
 
 
 def _places(model: PreTrainedModel, device: Device) -> dict[str, Any]:
+    """Say where each module goes, by name; a strategy such as ``"auto"`` is worked out as transformers does it."""
     spread = device_map_of(device)
-    if isinstance(spread, dict):
-        return spread
-    if spread is None:
-        return {"": str(device or "cpu")}
-    from accelerate import infer_auto_device_map
-    from accelerate.utils import get_balanced_memory, get_max_memory
-
-    classes = list(model._no_split_modules or [])
-    low = spread == "balanced_low_0"
-    free = (
-        get_max_memory()
-        if spread == "sequential"
-        else get_balanced_memory(model, no_split_module_classes=classes, low_zero=low)
-    )
-    found: dict[str, Any] = infer_auto_device_map(model, max_memory=free, no_split_module_classes=classes)
+    found: dict[str, Any] = {"": str(device or "cpu")} if spread is None else _get_device_map(model, spread, None, None)
     return found
 
 
-def _weights(shape: _Shape) -> list[Part]:
+def _weights(shape: _Shape) -> list[PlanPart]:
     """The body's weights and the head's; what is offloaded also needs room to come back to, and its head a copy."""
     head = set(shape.model.get_output_embeddings().parameters())
     found: dict[tuple[str, str], int] = defaultdict(int)
@@ -189,7 +177,7 @@ def _cache_of_a_token(shape: _Shape) -> list[int]:
     return [2 * heads * width * shape.dtype.itemsize] * len(DynamicCache(config=c).layers)
 
 
-def _caches(shape: _Shape, batch: int, context: int) -> list[Part]:
+def _caches(shape: _Shape, batch: int, context: int) -> list[PlanPart]:
     """At the full context; a sliding layer keeps its window."""
     layers = DynamicCache(config=shape.config).layers
     kept = [min(context, getattr(layer, "sliding_window", context)) for layer in layers]
@@ -201,17 +189,17 @@ def _rows(shape: _Shape) -> int:
     return int(shape.model.get_output_embeddings().weight.shape[0])
 
 
-def _workspace(shapes: Sequence[_Shape], rows: int) -> list[Part]:
+def _workspace(shapes: Sequence[_Shape], rows: int) -> list[PlanPart]:
     """The solver's, with the first member's head, and each head's whitening beside it."""
     widths = [int(shape.model.get_output_embeddings().weight.shape[1]) for shape in shapes]
     room = solver_bytes(max(map(_rows, shapes)), len(shapes), sum(widths), rows)
     whitening = _FP64 * sum(2 * d**2 + d for d in widths)
     place = shapes[0].home
     return [
-        Part("solver", "workspace", place, "float64", room),
-        Part("solver", "whitening", place, "float64", whitening),
+        PlanPart("solver", "workspace", place, "float64", room),
+        PlanPart("solver", "whitening", place, "float64", whitening),
     ]
 
 
-def _part(shape: _Shape, what: str, place: str, size: int) -> Part:
-    return Part(shape.name, what, place, str(shape.dtype).removeprefix("torch."), size)
+def _part(shape: _Shape, what: str, place: str, size: int) -> PlanPart:
+    return PlanPart(shape.name, what, place, str(shape.dtype).removeprefix("torch."), size)

@@ -46,17 +46,13 @@ class TokenReport:
     num_passes: float
     gated: bool = False
 
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return asdict(self)
-
     def spelled(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        """As JSON has it for people: the token's ``text``, and texts in place of ids in what is listed."""
+        """Return the report for people, as JSON has it: with the token's ``text``, and texts in place of listed ids."""
 
         def spell(token: int) -> str:
             return str(tokenizer.decode([token]))
 
-        return self.as_dict() | {
+        return asdict(self) | {
             "text": spell(self.token),
             "top": [[spell(j), x] for j, x in self.top],
             "member_top": [[[spell(j), x] for j, x in rows] for rows in self.member_top],
