@@ -18,11 +18,14 @@ Listed = list[tuple[str, float]]
 
 @dataclass(frozen=True)
 class GroupReport:
-    """Some characters that every member reads as whole tokens. Everything in nats.
+    """A stretch of characters that every member reads as whole tokens; log-probabilities and disagreement are in nats.
 
-    ``log_prob`` and ``member_log_probs`` are of all their bytes. ``top`` holds (byte, log-probability) of what the
-    ensemble expected as the first byte, ``member_top`` (token, log-probability) of what each member did, in its own
-    tokens, the most probable first. ``disagreement`` is each member's, summed over the bytes.
+    Attributes:
+        text: the characters.
+        log_prob, member_log_probs: of all their bytes, by the ensemble and by each member.
+        top: (byte, log-probability) of what the ensemble expected as the first byte, the most probable first.
+        member_top: (token, log-probability) of what each member expected there, in its own tokens.
+        disagreement: each member's, summed over the bytes.
     """
 
     text: str
@@ -33,7 +36,7 @@ class GroupReport:
     disagreement: list[float]
 
     def spelled(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        """As JSON has it for people, with what :class:`TokenReport` has: an average moves nothing, and is exact."""
+        """Return the report as :meth:`TokenReport.spelled` does: an average moves nothing, and is exact."""
         return asdict(self) | {
             "moved": [],
             "pushes": [],
@@ -86,7 +89,12 @@ def group_reports(model: ByteEnsembleForCausalLM, text: bytes, top: int) -> list
 
 
 def shown_byte(symbol: int) -> str:
-    r"""A byte as its ASCII character, else as ``\xNN``; the end as ``<|end|>``."""
+    r"""Return a byte as its ASCII character, else as ``\xNN``; the end as ``<|end|>``.
+
+    Example:
+        >>> shown_byte(65), shown_byte(200), shown_byte(256)
+        ('A', '\\xC8', '<|end|>')
+    """
     if symbol == END:
         return "<|end|>"
     return chr(symbol) if symbol < 0x80 else f"\\x{symbol:02X}"

@@ -45,7 +45,7 @@ _log = logging.getLogger("softmeet")
 
 
 def resolved(model: EnsembleForCausalLM, settings: Settings, *, may_calibrate: bool = True) -> Settings:
-    """Give settings whose gate ``movement`` knows its factor, or that have no gate where none can be known.
+    """Return settings whose gate ``movement`` knows its factor, or that have no gate where none can be known.
 
     Args:
         model: whose members are to be combined.
@@ -70,19 +70,19 @@ def resolved(model: EnsembleForCausalLM, settings: Settings, *, may_calibrate: b
 
 
 def gate_of(model: EnsembleForCausalLM) -> str | None:
-    """Name the gate of an ensemble, where it can close."""
+    """Return the gate of an ensemble as text; None where there is none that can close."""
     gate = resolved(model, model.settings, may_calibrate=False).gate
     return None if gate is None else str(gate)
 
 
 def _moves(settings: Settings) -> bool:
-    """Whether the rule moves a pool, by finite trusts."""
+    """Say whether the rule moves a pool, by finite trusts."""
     trust = settings.rule.effective_trust(settings.member_trust)
     return settings.rule.tilts_pool and any(trust) and not any(map(math.isinf, trust)) and len(trust) > 1
 
 
 def _kept(model: EnsembleForCausalLM, own: str) -> float | None:
-    """From the bundled families' file, or this machine's."""
+    """Look a factor up in the bundled families' file, and in this machine's."""
     who = members_hash(model)
     for file in (zoo.folder() / "movement.json", cache_file()):
         known = _read(file).get(who, {})
@@ -98,12 +98,12 @@ def key_of(settings: Settings) -> str:
 
 
 def members_hash(model: EnsembleForCausalLM) -> str:
-    """SHA-256 of the members, in order."""
+    """Compute SHA-256 of an ensemble's members, in order."""
     return hashlib.sha256("".join(map(body_hash, model.members)).encode()).hexdigest()
 
 
 def _calibrated(model: EnsembleForCausalLM, settings: Settings, own: str) -> float | None:
-    """By sampling and solving, which is said; None, which is said too, where that cannot be done in time."""
+    """Find a factor by sampling and solving, which is logged; None, logged too, where that cannot be done in time."""
     if any(parameter.is_meta for parameter in model.parameters()) or model.tokenizer is None:
         _log.warning("the gate %s is off: calibrating it takes members in memory, and a tokenizer", settings.gate)
         return None
@@ -148,7 +148,7 @@ def calibrate(model: EnsembleForCausalLM, settings: Settings) -> float | None:
 
 
 def cache_file() -> Path:
-    """Where this machine keeps factors."""
+    """Return the file in which this machine keeps factors."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("SOFTMEET_CACHE") or Path(base) / "softmeet") / "movement.json"
 
@@ -162,7 +162,7 @@ def _read(file: Path) -> dict[str, dict[str, float]]:
 
 
 def _keep(file: Path, who: str, own: str, factor: float) -> None:
-    """Add to the file; nothing is lost but time where it cannot be written."""
+    """Add a factor to the file; nothing is lost but time where it cannot be written."""
     known = _read(file)
     known.setdefault(who, {})[own] = factor
     partial = file.with_name(f"{file.name}.{os.getpid()}")
@@ -176,7 +176,7 @@ def _keep(file: Path, who: str, own: str, factor: float) -> None:
 
 @torch.inference_mode()
 def own_text(model: EnsembleForCausalLM, count: int) -> list[Float[Tensor, "t _"]]:
-    """Sample tokens from the pool of an ensemble over tokens, and give each member's hidden states before them.
+    """Sample tokens from the pool of an ensemble over tokens, and return each member's hidden states before them.
 
     Args:
         model: which has a tokenizer.
@@ -196,7 +196,7 @@ def own_text(model: EnsembleForCausalLM, count: int) -> list[Float[Tensor, "t _"
 
 
 def _as_meet(settings: Settings) -> Settings:
-    """Give the settings by which ``meet`` would answer everywhere, to a small tolerance, with finite trusts."""
+    """Return the settings by which ``meet`` would answer everywhere, to a small tolerance, with finite trusts."""
     rule = settings.rule if settings.rule.tilts_pool and not settings.rule.is_feasible else rule_of("meet")
     plain = settings.ungated().relaxed()
     return plain.model_copy(update={"rule": rule, "rule_temperature": 1.0, "tol": min(_SMALL, plain.tol)})

@@ -266,7 +266,7 @@ def _where_run(
 def _nan_where_not_run(
     log_probs: Float[Tensor, "n B v"], solution: Solution
 ) -> tuple[Float[Tensor, "n B v"], Solution]:
-    """Put NaN wherever a member did not run."""
+    """Put NaN in place of what a member that did not run would say."""
     log_probs, disagreement = log_probs.clone(), solution.disagreement.clone()
     log_probs[1:, solution.gated] = torch.nan
     disagreement[1:, solution.gated] = torch.nan

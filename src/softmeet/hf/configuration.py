@@ -95,7 +95,7 @@ class EnsembleConfig(PreTrainedConfig):
             setattr(self, key, getattr(configs[0], key, None))
 
     def to_dict(self) -> dict[str, Any]:
-        """Give all of it as JSON has it."""
+        """Return all of it as JSON has it."""
         found: dict[str, Any] = super().to_dict()
         if isinstance(found.pop("settings", None), Settings):
             found |= self.settings.plain()
@@ -107,12 +107,12 @@ class EnsembleConfig(PreTrainedConfig):
 
 
 def _is_option(name: str, settings: Settings) -> bool:
-    """Whether a setting, or an option of the rule, goes by that name."""
+    """Say whether a setting, or an option of the rule, goes by that name."""
     return name in Settings.model_fields or name in type(settings.rule).model_fields
 
 
 def _names_of(rule: Any) -> tuple[str, ...]:
-    """The names of all settings, and of the options of a rule that is named by text or given."""
+    """Return the names of all settings, and of the options of a rule that is named by text or given."""
     kind = type(parse_rule(rule)[0] if isinstance(rule, str) else rule)
     return (*(name for name in Settings.model_fields if name != "rule"), *getattr(kind, "model_fields", ()))
 

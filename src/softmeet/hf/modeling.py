@@ -162,7 +162,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
                 "expected a cache whose members may be behind, for the gate 'unsure': make it with "
                 "new_cache('unsure:…'), or go on with the gate that it was begun with"
             )
-        lagging = [Lagging() for _ in members[1:]] if cache is None else caches[1:]
+        lagging: Any = [Lagging() for _ in members[1:]] if cache is None else caches[1:]
         mask = shared.get("attention_mask")
         return run_others(self.each, list(members), self.heads, lagging, hidden(0), kept, input_ids, mask, unsure)
 

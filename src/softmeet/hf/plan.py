@@ -27,10 +27,16 @@ _FP64 = 8
 
 @dataclass(frozen=True)
 class PlanPart:
-    """Something that takes room: ``bytes`` of ``dtype`` at ``device`` (or disk) for ``owner``, a member or the solver.
+    """Something that takes room.
 
-    ``what`` is body (all weights but the output layer's), head, head copy (of one that is offloaded, for the solver),
-    cache, streamed (room for the largest module that comes back from where it is offloaded), workspace or whitening.
+    Attributes:
+        owner: a member's name, or "solver".
+        what: body (all weights but the output layer's), head, head copy (of one that is offloaded, for the solver),
+            cache, streamed (room for the largest module that comes back from where it is offloaded), workspace or
+            whitening.
+        device: or "disk".
+        dtype: by name.
+        bytes: how many.
     """
 
     owner: str
@@ -42,10 +48,13 @@ class PlanPart:
 
 @dataclass(frozen=True)
 class Plan:
-    """Where everything goes for ``batch`` sequences of ``context`` tokens.
+    """Where everything goes; the interpreter, its libraries, and activations while a prompt is run are not counted.
 
-    ``cache_bytes_per_token`` is of one sequence, per member; ``rows_at_once`` are the positions that one solve takes.
-    Not counted are the interpreter and its libraries, and activations while a prompt is run.
+    Attributes:
+        batch, context: so many sequences of so many tokens.
+        rows_at_once: the positions that one solve takes.
+        cache_bytes_per_token: of one sequence, by member.
+        parts: all that takes room.
     """
 
     batch: int
@@ -55,7 +64,7 @@ class Plan:
     parts: list[PlanPart]
 
     def totals(self) -> dict[str, int]:
-        """Bytes of each device, and of the disk."""
+        """Sum the bytes of each device, and of the disk."""
         found: dict[str, int] = defaultdict(int)
         for part in self.parts:
             found[part.device] += part.bytes
@@ -73,7 +82,7 @@ class _Shape:
     places: dict[str, Any]
 
     def place(self, parameter: str) -> str:
-        """Where a parameter is kept: as the longest name in the map that it is under, else on the CPU."""
+        """Say where a parameter is kept: as the longest name in the map that it is under, else on the CPU."""
         best = max((m for m in self.places if not m or f"{parameter}.".startswith(f"{m}.")), key=len, default=None)
         return "cpu" if best is None else str(self.places[best])
 
@@ -127,7 +136,14 @@ def plan(
 
 
 def solver_bytes(v: int, n: int, width: int, rows: int) -> int:
-    """Room that combining takes: fp64 vectors over v tokens, 4n + 4 a row, and two squares of the heads' widths."""
+    """Estimate the bytes that combining takes: fp64 vectors over the tokens, and two squares of the heads' widths.
+
+    Args:
+        v: tokens.
+        n: members, for which a row takes 4n + 4 vectors.
+        width: of all heads together.
+        rows: solved at once.
+    """
     return _FP64 * (rows * v * (4 * n + 4) + 2 * width**2)
 
 
@@ -145,7 +161,7 @@ def _places(model: PreTrainedModel, device: Device) -> dict[str, Any]:
 
 
 def _weights(shape: _Shape) -> list[PlanPart]:
-    """The body's weights and the head's; what is offloaded also needs room to come back to, and its head a copy."""
+    """List the body's weights and the head's; offloaded ones also need room to come back to, and a head's a copy."""
     head = set(shape.model.get_output_embeddings().parameters())
     found: dict[tuple[str, str], int] = defaultdict(int)
     for name, parameter in shape.model.named_parameters():
@@ -164,13 +180,13 @@ def _is_offloaded(shape: _Shape, place: str) -> bool:
 
 
 def _own_bytes(shape: _Shape, module: torch.nn.Module, name: str) -> int:
-    """Of a module's own parameters, those that are offloaded."""
+    """Count the bytes of a module's own parameters that are offloaded."""
     own = module.named_parameters(prefix=name, recurse=False)
     return sum(p.nbytes for key, p in own if _is_offloaded(shape, shape.place(key)))
 
 
 def _cache_of_a_token(shape: _Shape) -> list[int]:
-    """Bytes of keys and values, layer by layer."""
+    """Count the bytes of a token's keys and values, layer by layer."""
     c = shape.config
     heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
     width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
@@ -178,7 +194,7 @@ def _cache_of_a_token(shape: _Shape) -> list[int]:
 
 
 def _caches(shape: _Shape, batch: int, context: int) -> list[PlanPart]:
-    """At the full context; a sliding layer keeps its window."""
+    """List the caches at the full context, of which a sliding layer keeps its window."""
     layers = DynamicCache(config=shape.config).layers
     kept = [min(context, getattr(layer, "sliding_window", context)) for layer in layers]
     each = zip(kept, _cache_of_a_token(shape), strict=True)
@@ -190,7 +206,7 @@ def _rows(shape: _Shape) -> int:
 
 
 def _workspace(shapes: Sequence[_Shape], rows: int) -> list[PlanPart]:
-    """The solver's, with the first member's head, and each head's whitening beside it."""
+    """List the solver's room, with the first member's head, and that of each head's whitening beside it."""
     widths = [int(shape.model.get_output_embeddings().weight.shape[1]) for shape in shapes]
     room = solver_bytes(max(map(_rows, shapes)), len(shapes), sum(widths), rows)
     whitening = _FP64 * sum(2 * d**2 + d for d in widths)

@@ -1,4 +1,4 @@
-"""What generate() does for one model and an ensemble cannot: refused by name, with the reason."""
+"""Refusals, by name and with the reason, of what generate() does for one model and cannot do for an ensemble."""
 
 from __future__ import annotations
 

@@ -22,12 +22,20 @@ _FULL = 0.5
 
 @dataclass(frozen=True)
 class TokenReport:
-    """One position and the token that came there. Everything in nats, token ids as ints.
+    """One position and the token that came there; log-probabilities, disagreement and gaps are in nats.
 
-    ``top`` and ``member_top`` hold (token, log-probability), the most probable first. ``moved`` holds (token,
-    log-probability in the pool, in the answer), the largest change of probability first, and ``pushes`` each member's
-    part in it: log p_j - log q_j = Σ_i push_ij + a constant, where a push is u_ij less its mean over the vocabulary.
     Where a gate was closed (``gated``) nothing moved; members that were not asked have NaN and an empty list.
+
+    Attributes:
+        token: the id that came.
+        log_prob, member_log_probs: its, by the ensemble and by each member.
+        top, member_top: (id, log-probability), the most probable first.
+        moved: (id, log-probability in the pool, in the answer), the largest change of probability first.
+        pushes: for each of ``moved``, each member's part in it: log p_j - log q_j = Σ_i push_ij + a constant, where a
+            push is u_ij less its mean over the vocabulary.
+        disagreement, disagreement_is_bound: each member's, and whether it is only known to be no larger.
+        status, fallback, gap, gap_is_certified, num_passes: as of :class:`softmeet.Solution`.
+        gated: whether a gate was closed.
     """
 
     token: int
@@ -61,7 +69,7 @@ class TokenReport:
 
 
 def token_report(solution: Solution, log_probs: Float[Tensor, "n B v"], row: int, token: int, top: int) -> TokenReport:
-    """The report of one row of a solved batch, at the token that came.
+    """Report on one row of a solved batch, at the token that came.
 
     Args:
         solution: of the batch (B,).
@@ -93,7 +101,7 @@ def token_report(solution: Solution, log_probs: Float[Tensor, "n B v"], row: int
 
 
 def _pushes(solution: Solution, row: int, tokens: list[int]) -> list[list[float]]:
-    """What each member adds to each token's score, (tokens, members), in nats; 0 where the rule tilts no pool."""
+    """Compute what each member adds to each token's score, (tokens, members), in nats; 0 where no pool is tilted."""
     problem, dual = solution.problem, solution._answer.dual
     columns = [torch.zeros(len(tokens), dtype=torch.float64)] * len(dual)
     if problem.settings.rule.tilts_pool and tokens:
@@ -104,17 +112,32 @@ def _pushes(solution: Solution, row: int, tokens: list[int]) -> list[list[float]
 
 
 def heat(disagreement: Sequence[float]) -> float:
-    """0 where the members agree, 1 where they had to be corrected by half a nat or more in all."""
+    """Map members' disagreement in nats to a colour: 0 where they agree, 1 from half a nat in all.
+
+    Example:
+        >>> heat([0.1, 0.15]), heat([3.0, float("nan")])
+        (0.5, 1.0)
+    """
     return min(known_sum(disagreement) / _FULL, 1.0)
 
 
 def known_sum(disagreement: Sequence[float]) -> float:
-    """The sum over the members that were asked."""
+    """Sum over the members that were asked; the others have NaN.
+
+    Example:
+        >>> known_sum([0.25, float("nan")])
+        0.25
+    """
     return sum(x for x in disagreement if not math.isnan(x))
 
 
 def shown(text: str) -> str:
-    """A token with its spaces and line ends visible."""
+    """Return a token's text with its spaces and line ends visible.
+
+    Example:
+        >>> shown(" a")
+        '␣a'
+    """
     return text.replace(" ", "␣").replace("\n", "⏎")
 
 
@@ -124,7 +147,7 @@ def _top(log_p: Float[Tensor, " v"], count: int) -> list[tuple[int, float]]:
 
 
 class TokenReports(Recorder):
-    """A recorder that keeps every position, for :meth:`of`; (n + 2) v floats each while it lives.
+    """A recorder that keeps every position to report on, for which it holds (n + 2) v numbers each.
 
     Pass it to ``generate`` as ``recorder=``; with beams also ask for ``return_dict_in_generate`` and ``output_scores``,
     which give the beam that each token came from.
@@ -143,7 +166,7 @@ class TokenReports(Recorder):
     def of(
         self, generated: Sequence[Sequence[int]], rows: int, beam_indices: Int[Tensor, "s t"] | None = None
     ) -> list[list[TokenReport]]:
-        """The reports of generated sequences.
+        """Report on generated sequences, token by token.
 
         Args:
             generated: the new tokens of each sequence, without prompt and padding.
@@ -157,5 +180,5 @@ class TokenReports(Recorder):
         return found
 
     def at(self, index: int, token: int) -> TokenReport:
-        """The report of the index-th row that was solved, at the token that came there."""
+        """Report on the index-th row that was solved, at the token that came there."""
         return token_report(*self._kept[index], token, self.top)

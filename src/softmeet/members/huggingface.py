@@ -108,7 +108,13 @@ def random_member(
 
 
 def last_hidden(model: PreTrainedModel, input_ids: Int[Tensor, "B t"], **options: Any) -> Float[Tensor, "B t d"]:
-    """The input of the model's head, where the head is; ``options`` are the base model's, tensors anywhere."""
+    """Run a model's body, and return the input of its head, on the head's device.
+
+    Args:
+        model: a causal LM.
+        input_ids: on any device.
+        options: of the base model; tensors on any device.
+    """
     base: Any = model.base_model
     place, head = home(model), model.get_output_embeddings().weight
     moved = {k: x.to(place) if isinstance(x, Tensor) else x for k, x in options.items()}
@@ -117,6 +123,11 @@ def last_hidden(model: PreTrainedModel, input_ids: Int[Tensor, "B t"], **options
 
 
 def one_each(value: Any, what: str, n: int) -> list[Any]:
+    """Return n values, from a list of them or from one for all.
+
+    Raises:
+        InvalidInputError: there are not n; ``what`` says of what.
+    """
     values = list(value) if isinstance(value, list | tuple) else [value] * n
     if len(values) != n:
         raise InvalidInputError(f"expected one {what}, or one per member, {n} in all, got {len(values)}")
@@ -124,7 +135,7 @@ def one_each(value: Any, what: str, n: int) -> list[Any]:
 
 
 def dtype_of(dtype: Dtype, device: Device) -> torch.dtype | str:
-    """The dtype to load in: fp32 where it was left open and the CPU computes, else the checkpoint's own."""
+    """Choose the dtype to load in: fp32 where it is left open and the CPU computes, else the checkpoint's own."""
     if dtype is not None:
         return dtype
     spread = device_map_of(device)
@@ -165,7 +176,11 @@ def _load(
 
 
 def checkpoint_of(name: str) -> dict[str, Any]:
-    """What transformers is to be asked for; refuses what it would load but we will not."""
+    """Return the arguments by which transformers finds a member's checkpoint.
+
+    Raises:
+        CheckpointError: there is no such folder, or its weights are pickled, so that loading them could run code.
+    """
     place = zoo.locate(name)
     path = Path(place)
     if path.suffix == ".gguf":

@@ -67,7 +67,7 @@ class Spelling:
     typical: np.ndarray[Any, np.dtype[np.float64]]
 
     def last(self, token: int) -> int:
-        """The last byte of an ordinary token."""
+        """Return the last byte of an ordinary token."""
         return self._own[token][-1]
 
     @cached_property
@@ -81,18 +81,18 @@ class Spelling:
         return max(map(len, self.words))
 
     def among(self, rest: bytes, low: int = 0, high: int | None = None) -> tuple[int, int, int]:
-        """Where the words that begin with ``rest`` are: (first, first that is longer, end)."""
+        """Find the words that begin with ``rest``, among those from ``low`` to ``high``: (first, first longer, end)."""
         high = len(self.words) if high is None else high
         first = bisect_left(self.words, rest, low, high)
         end = bisect_left(self.words, _next(rest), first, high) if rest.strip(b"\xff") else high
         return first, bisect_right(self.words, rest, first, end), end
 
     def spelled(self, tokens: Sequence[int]) -> bytes:
-        """The bytes of some tokens; nothing for special ones."""
+        """Return the bytes of some tokens; nothing for special ones."""
         return b"".join(self._own.get(token, b"") for token in tokens)
 
     def encode(self, text: bytes) -> list[int]:
-        """The tokens that the tokenizer makes of ``dummy`` and a text; they spell exactly these.
+        """Cut ``dummy`` and a text into tokens as the tokenizer does; they spell exactly these bytes.
 
         Bytes that are no UTF-8 become tokens of one byte each, and text that the tokenizer would compose (NFC) is cut
         as it is. The text of a special token becomes ordinary tokens. Bytes that no token spells are left out.
@@ -109,7 +109,7 @@ class Spelling:
         return found
 
     def _longest(self, text: bytes) -> list[int]:
-        """The longest token that fits, again and again: for what the tokenizer does not spell as it is."""
+        """Cut a text into the longest tokens that fit, from its beginning, where the tokenizer would change it."""
         found = list[int]()
         while text:
             for length in range(min(self.longest, len(text)), 0, -1):
@@ -122,13 +122,13 @@ class Spelling:
 
 
 def _next(rest: bytes) -> bytes:
-    """The smallest string after all that begin with ``rest``."""
+    """Return the smallest string after all that begin with ``rest``."""
     rest = rest.rstrip(b"\xff")
     return rest[:-1] + bytes([rest[-1] + 1])
 
 
 def _valid(text: bytes) -> Iterator[str | bytes]:
-    """The parts of a text that are UTF-8, as strings, and those that are not, as bytes."""
+    """Yield the parts of a text that are UTF-8, as strings, and those that are not, as bytes."""
     while text:
         try:
             yield text.decode()
@@ -141,7 +141,7 @@ def _valid(text: bytes) -> Iterator[str | bytes]:
 
 
 def _parts(component: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    """The components of one that may be a sequence of others."""
+    """Yield the components of a part of a tokenizer that may be a sequence of others."""
     if component is None:
         return
     inner = next((component[key] for key in ("normalizers", "pretokenizers", "decoders") if key in component), None)
@@ -171,7 +171,7 @@ def _check_text_is_kept(name: str, described: dict[str, Any]) -> None:
 
 
 def _words(name: str, described: dict[str, Any]) -> dict[int, bytes]:
-    """What each ordinary token spells."""
+    """Return the bytes of each ordinary token, by its id."""
     model = described["model"]
     vocab = model["vocab"]
     pieces = {piece: k for k, (piece, _) in enumerate(vocab)} if isinstance(vocab, list) else dict(vocab)
@@ -201,7 +201,7 @@ def _words(name: str, described: dict[str, Any]) -> dict[int, bytes]:
 
 
 def _core(described: dict[str, Any]) -> Tokenizer:
-    """The tokenizer without composition (NFC), which no text typed by a user leads to a special token."""
+    """Make the tokenizer without composition (NFC), so that no text that a user types leads to a special token."""
     kept = [part for part in _parts(described.get("normalizer")) if part["type"] != "NFC"]
     normalizer = {"type": "Sequence", "normalizers": kept} if kept else None
     core = Tokenizer.from_str(json.dumps(described | {"normalizer": normalizer, "truncation": None, "padding": None}))
@@ -210,7 +210,7 @@ def _core(described: dict[str, Any]) -> Tokenizer:
 
 
 def _start(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """What stands before a text: what the tokenizer puts there, else the mark between documents."""
+    """Return the ids before a text: those that the tokenizer puts there, else the mark between documents."""
     marked, plain = (tokenizer("a", add_special_tokens=own)["input_ids"] for own in (True, False))
     before = tuple(marked[: len(marked) - len(plain)]) if marked[len(marked) - len(plain) :] == plain else marked[:1]
     if len(marked) > len(plain) and before:

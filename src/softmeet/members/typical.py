@@ -39,7 +39,12 @@ _PRIOR = 4.0
 
 
 def kind(byte: int) -> int:
-    """Sort a byte: (a part of) a letter, a digit, a space, the end of a line, a bracket that opens, another mark."""
+    """Sort a byte into a part of a letter (0), digit, space, end of a line, opening bracket, or other mark (5).
+
+    Example:
+        >>> [kind(byte) for byte in b"a1 \\n(."]
+        [0, 1, 2, 3, 4, 5]
+    """
     character = chr(byte)
     if byte >= 0x80 or character.isalpha():
         return 0
@@ -55,12 +60,15 @@ def kind(byte: int) -> int:
 def typical(
     spelling: Spelling, tokens: Sequence[int], roots: Sequence[np.ndarray[Any, np.dtype[np.float64]]]
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Average what follows tokens, by the kind of their last byte: (256, 257), a row for each last byte.
+    """Average what follows tokens, by the kind of their last byte.
 
     Args:
         spelling: of the tokens.
         tokens: of :data:`SAMPLE`.
-        roots: (257,), the first byte of what follows each.
+        roots: (257,), the probabilities of the first byte of what follows each.
+
+    Returns:
+        (256, 257), for each last byte the probabilities of the first byte of what follows.
     """
     sums, counts = _PRIOR * spelling.typical[:6], np.full(6, _PRIOR)
     for token, root in zip(tokens, roots, strict=True):

@@ -81,7 +81,7 @@ def _mismatch(
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The ids of a tokenizer's tokens, without those that pad its vocabulary."""
+    """Return the ids of a tokenizer's tokens, without those that pad its vocabulary."""
     return frozenset(_by_id(tokenizer))
 
 
