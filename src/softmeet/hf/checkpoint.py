@@ -48,18 +48,13 @@ def absolute(names: Sequence[str], base: Path) -> list[str]:
     Raises:
         CheckpointError: such a path leads nowhere.
     """
-    found = []
-    for name in names:
-        if not name.startswith("."):
-            found.append(name)
-            continue
-        path = Path(os.path.normpath(base.resolve() / name))
-        if not path.exists():
+    found = [os.path.normpath(base.resolve() / name) if name.startswith(".") else name for name in names]
+    for name, path in zip(names, found, strict=True):
+        if name.startswith(".") and not Path(path).exists():
             raise CheckpointError(
                 f"the ensemble in {base} names a member {name}, but there is no {path}: move the member there, or edit "
                 f"members in {base / 'config.json'}"
             )
-        found.append(str(path))
     return found
 
 

@@ -21,6 +21,9 @@ from softmeet.rules.settings import Settings
 from softmeet.rules.solution import Solution
 from softmeet.rules.validate import free_directions, normalised, slopes_of
 
+# Hidden states of every member at B positions; and logits or log-probabilities of every member there.
+Hidden = Sequence[Float[Tensor, "B _"]]
+Scores = Float[Tensor, "n B v"]
 # Elements of fp64 vectors over the vocabulary that one call of combine may hold: 512 MiB.
 _ELEMENTS = 1 << 26
 
@@ -107,12 +110,7 @@ class Combiner:
         return torch.cat(parts).reshape(*hidden[0].shape[:2], -1)
 
     def solve_in_chunks(
-        self,
-        hidden: Sequence[Float[Tensor, "B _"]],
-        settings: Settings | None = None,
-        deferral: Deferral | None = None,
-        *,
-        proved: bool = True,
+        self, hidden: Hidden, settings: Settings | None = None, deferral: Deferral | None = None, *, proved: bool = True
     ) -> Iterator[tuple[Float[Tensor, "n b v"], Solution]]:
         """Solve positions in their order, as :meth:`solve_rows` does, some at a time so that memory stays bounded."""
         chunk = rows_at_once(self.config.vocab_size, len(hidden))
@@ -122,13 +120,8 @@ class Combiner:
             yield self.solve_rows([h[rows] for h in hidden], settings, some, proved=proved)
 
     def solve_rows(
-        self,
-        hidden: Sequence[Float[Tensor, "B _"]],
-        settings: Settings | None = None,
-        deferral: Deferral | None = None,
-        *,
-        proved: bool = True,
-    ) -> tuple[Float[Tensor, "n B v"], Solution]:
+        self, hidden: Hidden, settings: Settings | None = None, deferral: Deferral | None = None, *, proved: bool = True
+    ) -> tuple[Scores, Solution]:
         """Combine the members at B positions, from their hidden states.
 
         Args:
@@ -151,9 +144,7 @@ class Combiner:
         log_probs = solution.problem.log_p[:: settings.bands]
         return (log_probs, solution) if deferral is None else _nan_where_not_run(log_probs, solution)
 
-    def own_logits(
-        self, hidden: Sequence[Float[Tensor, "B _"]], deferral: Deferral | None = None
-    ) -> Float[Tensor, "n B v"]:
+    def own_logits(self, hidden: Hidden, deferral: Deferral | None = None) -> Scores:
         """Compute the members' logits, in fp32 or fp64, from their hidden states; -inf past a head's last row.
 
         At positions without ``deferral`` to them, all members but the first are given equal logits.
@@ -167,20 +158,18 @@ class Combiner:
             found.append(nn.functional.pad(own, (0, v - head.v), value=-torch.inf) if head.v < v else own)
         return torch.stack(found)
 
-    def own_log_probs(
-        self, hidden: Sequence[Float[Tensor, "B _"]]
-    ) -> tuple[Float[Tensor, "n B v"], Float[Tensor, "n B v"] | None]:
+    def own_log_probs(self, hidden: Hidden) -> tuple[Scores, Scores | None]:
         """Compute (the members' log-probabilities in nats, their logits if a head has a soft-cap, else None)."""
         logits = self.own_logits(hidden)
         return logits.log_softmax(-1), logits if self.capped else None
 
     def combine_rows(
         self,
-        scores: Float[Tensor, "n B v"],
-        logits: Float[Tensor, "n B v"] | None,
+        scores: Scores,
+        logits: Scores | None,
         settings: Settings,
         *,
-        hidden: Sequence[Float[Tensor, "B _"]] | None = None,
+        hidden: Hidden | None = None,
         start: Solution | None = None,
         relaxed: Solution | None = None,
         proved: bool = True,
@@ -263,9 +252,7 @@ def _where_run(
     return out.index_copy(0, rows, head.logits(states[rows]).to(out.device)) if len(rows) else out
 
 
-def _nan_where_not_run(
-    log_probs: Float[Tensor, "n B v"], solution: Solution
-) -> tuple[Float[Tensor, "n B v"], Solution]:
+def _nan_where_not_run(log_probs: Scores, solution: Solution) -> tuple[Scores, Solution]:
     """Put NaN in place of what a member that did not run would say."""
     log_probs, disagreement = log_probs.clone(), solution.disagreement.clone()
     log_probs[1:, solution.gated] = torch.nan

@@ -91,12 +91,6 @@ class _Shape:
         """Where it computes."""
         return str(main_device(self.places))
 
-    @property
-    def context(self) -> int | None:
-        """The longest sequence; None where there is no limit."""
-        limit: int | None = getattr(self.config, "max_position_embeddings", None)
-        return limit
-
 
 def plan(
     names: Sequence[str | Path],
@@ -127,8 +121,8 @@ def plan(
         expanded, one_each(dtype, "dtype", len(expanded)), one_each(device, "device", len(expanded)), strict=True
     )
     shapes = [_shape(name, own_dtype, own_device, trust_remote_code) for name, own_dtype, own_device in given]
-    limits = [shape.context for shape in shapes if shape.context is not None]
-    length = context if context is not None else min(limits, default=1)
+    limits = [getattr(shape.config, "max_position_embeddings", None) for shape in shapes]
+    length = context or min((limit for limit in limits if limit is not None), default=1)
     tokens = {shape.name: sum(_cache_of_a_token(shape)) for shape in shapes}
     rows = min(batch, rows_at_once(max(_rows(shape) for shape in shapes), len(shapes)))
     parts = [part for shape in shapes for part in (*_weights(shape), *_caches(shape, batch, length))]

@@ -182,7 +182,7 @@ class ByteMember:
             text: of any bytes.
             prefix: tokens before it; None for the member's own.
         """
-        return self._read(text, prefix, everything=False)[0]
+        return self._read(text, prefix, _LOOK_BACK if self.pruning.prune else 0)[0]
 
     def score(
         self, text: bytes, prefix: Sequence[int] | None = None
@@ -197,9 +197,24 @@ class ByteMember:
             The text as read; the log-probabilities in nats of what could stand in each byte's place, of the first byte
             too, and after the last; and the share of mass that each of these rests on estimates for.
         """
-        reading, found, unasked = self._read(text, prefix, everything=True)
+        spelling = self.spelling
+        reading, covers = self._read(text, prefix, 0)
+        written = np.cumsum([len(spelling.dummy), *(byte not in spelling.unwritable for byte in text)])
+        found = np.array([following.prediction(spelling, one) for one in covers])[written]
         with np.errstate(divide="ignore"):
-            return reading, np.log(found), unasked
+            return reading, np.log(found), np.array([one.unasked for one in covers])[written]
+
+    def _read(self, text: bytes, prefix: Sequence[int] | None, look_back: int) -> tuple[Reading, list[Covers]]:
+        """Read a text whose bytes are all known, in one call for the tokenizer's tokens and few for others.
+
+        Returns:
+            (the text as read; its covers from the place on from which all tokenizations are followed, byte by byte).
+        """
+        known = KnownText(self, self.prefix if prefix is None else prefix, text, look_back)
+        while missing := known.walk(self.pruning):
+            known.ask(missing)
+        work = Work(known.calls, known.tokens, sum(covers.unasked for covers in known.covers))
+        return _compact(Reading(known.covers[-1], known.tree, text, work)), known.covers
 
     def expected(self, text: bytes, top: int) -> dict[int, list[tuple[str, float]]]:
         """List the tokens that the model expects where a token of a text begins.
@@ -385,26 +400,6 @@ class ByteMember:
             places = paths[len(found) : len(found) + len(some)]
             found += [NextTokenProbs(*one) for one in zip(places, probs[:, :m], roots, strict=True)]
         return found
-
-    def _read(self, text: bytes, prefix: Sequence[int] | None, *, everything: bool) -> tuple[Reading, Masses, Masses]:
-        """Read a text whose bytes are all known, in one call for the tokenizer's tokens and few for others.
-
-        Returns:
-            As :meth:`score`, probabilities in place of their logarithms; nothing but the reading if not everything is
-            wanted.
-        """
-        spelling, pruning = self.spelling, self.pruning
-        prefix = self.prefix if prefix is None else prefix
-        known = KnownText(self, prefix, text, 0 if everything or not pruning.prune else _LOOK_BACK)
-        while missing := known.walk(pruning):
-            known.ask(missing)
-        unasked = [covers.unasked for covers in known.covers]
-        reading = _compact(Reading(known.covers[-1], known.tree, text, Work(known.calls, known.tokens, sum(unasked))))
-        if not everything:
-            return reading, np.empty((0, SYMBOLS)), np.empty(0)
-        written = np.cumsum([len(spelling.dummy), *(byte not in spelling.unwritable for byte in text)])
-        predictions = np.array([following.prediction(spelling, covers) for covers in known.covers])
-        return reading, predictions[written], np.array(unasked)[written]
 
 
 def _compact(reading: Reading) -> Reading:

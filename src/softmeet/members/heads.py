@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -12,9 +14,8 @@ from softmeet.heads import SoftmaxHead, Whitening
 from softmeet.members.placement import in_memory
 from softmeet.norms import FinalNorm
 
-# Each factor multiplies the logits; None of these is set in most configs.
-_DIVISORS = ("logits_scaling",)
-_FACTORS = ("logit_scale", "lm_head_multiplier")
+# Each factor multiplies the logits; none of these is set in most configurations.
+_FACTORS, _DIVISOR = ("logit_scale", "lm_head_multiplier"), "logits_scaling"
 # Cosines this close to 1 are the same direction, to the rounding of half-precision weights.
 _SAME = 1 - 1e-4
 
@@ -43,11 +44,8 @@ def head_of(model: PreTrainedModel) -> SoftmaxHead:
     if not layer.weight.is_floating_point():
         raise UnsupportedHeadError(f"{name}'s output layer is quantised ({layer.weight.dtype}): load it unquantised")
     config = model.config.get_text_config(decoder=True)
-    scale = 1.0
-    for key in _DIVISORS:
-        scale /= getattr(config, key, None) or 1.0
-    for key in _FACTORS:
-        scale *= getattr(config, key, None) or 1.0
+    scale = math.prod(getattr(config, key, None) or 1.0 for key in _FACTORS)
+    scale /= getattr(config, _DIVISOR, None) or 1.0
     cap, norm = getattr(config, "final_logit_softcapping", None), final_norm(model)
     head = SoftmaxHead(weights["weight"], weights.get("bias"), scale, cap, norm)
     _check(model, head)
