@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from softmeet.hf.report import most_probable
 from softmeet.members.covers import END
 
 if TYPE_CHECKING:
@@ -60,11 +61,9 @@ def group_reports(model: ByteEnsembleForCausalLM, text: bytes, top: int) -> list
     """
     log_probs = torch.stack([torch.from_numpy(reader.score(text)[1][: len(text)]) for reader in model.readers])
     expected = [reader.expected(text, top) for reader in model.readers]
-    ours, disagreement = [], []
-    for _, solution in model.combiner.solve_in_chunks(list(log_probs), model.settings):
-        ours.append(solution.log_probs)
-        disagreement.append(solution.disagreement)
-    answer, apart = torch.cat(ours), torch.cat(disagreement, -1)
+    solutions = [solution for _, solution in model.combiner.solve_in_chunks(list(log_probs), model.settings)]
+    answer = torch.cat([solution.log_probs for solution in solutions])
+    apart = torch.cat([solution.disagreement for solution in solutions], -1)
     # Where a member does not see the first byte, the first stretch begins there all the same.
     places = sorted({0}.union(set.intersection(*(set(found) for found in expected))))
     places = [place for place in places if text[place] & 0xC0 != 0x80]
@@ -74,13 +73,12 @@ def group_reports(model: ByteEnsembleForCausalLM, text: bytes, top: int) -> list
     found = []
     for start, end in zip(places, [*places[1:], len(text)], strict=True):
         rows = slice(start, end)
-        best = answer[start].topk(min(top, answer.shape[-1]))
         found.append(
             GroupReport(
                 text=text[rows].decode(),
                 log_prob=came[rows].sum().item(),
                 member_log_probs=members[:, rows].sum(-1).tolist(),
-                top=[(shown_byte(k), x) for k, x in zip(best.indices.tolist(), best.values.tolist(), strict=True)],
+                top=[(shown_byte(k), x) for k, x in most_probable(answer[start], top)],
                 member_top=[own.get(start, []) for own in expected],
                 disagreement=apart[:, rows].sum(-1).tolist(),
             )

@@ -85,8 +85,8 @@ def token_report(solution: Solution, log_probs: Float[Tensor, "n B v"], row: int
         token=token,
         log_prob=ours[token].item(),
         member_log_probs=log_probs[:, row, token].tolist(),
-        top=_top(ours, top),
-        member_top=[[] if member[token].isnan() else _top(member, top) for member in log_probs[:, row]],
+        top=most_probable(ours, top),
+        member_top=[[] if member[token].isnan() else most_probable(member, top) for member in log_probs[:, row]],
         moved=[(j, pool[j].item(), ours[j].item()) for j in change],
         pushes=_pushes(solution, row, change),
         disagreement=solution.disagreement[:, row].tolist(),
@@ -141,7 +141,13 @@ def shown(text: str) -> str:
     return text.replace(" ", "␣").replace("\n", "⏎")
 
 
-def _top(log_p: Float[Tensor, " v"], count: int) -> list[tuple[int, float]]:
+def most_probable(log_p: Float[Tensor, " v"], count: int) -> list[tuple[int, float]]:
+    """List the most probable tokens, the first one first, each with its log-probability in nats.
+
+    Example:
+        >>> most_probable(torch.tensor([0.25, 0.5, 0.25]).log2(), 1)
+        [(1, -1.0)]
+    """
     best = log_p.topk(min(count, len(log_p)))
     return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,10 @@ _CHANGES = {
 # Of printable ASCII, white space, and characters of the planes 0 to 3; SmolLM2, for one, lacks 21 of the others.
 _NEEDED = frozenset((*b"\t\n\r", *range(0x20, 0x7F), *range(0x80, 0xC0), *range(0xC2, 0xF1)))
 _TRIED = ("A b  c\n\n\td", "\u00e9t\u00e9 \u65e5\u672c \U0001f642", " a~", "\u0130\ufb01 \u212b")
+
+
+# Bytes that are not UTF-8, as Python escapes them.
+_ESCAPED = re.compile("([\udc80-\udcff]+)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,15 +102,16 @@ class Spelling:
         Bytes that are no UTF-8 become tokens of one byte each, and text that the tokenizer would compose (NFC) is cut
         as it is. The text of a special token becomes ordinary tokens. Bytes that no token spells are left out.
         """
-        parts = list(_valid(text.translate(None, self.unwritable)))
-        found = [] if parts and isinstance(parts[0], str) else self._longest(self.dummy)
-        for part in parts:
-            if isinstance(part, bytes):
-                found += [self._single[byte] for byte in part]
-                continue
-            wanted = part.encode() if found else self.dummy + part.encode()
-            tokens = self._core.encode(part, add_special_tokens=False).ids
-            found += tokens if self.spelled(tokens) == wanted else self._longest(wanted)
+        written = text.translate(None, self.unwritable).decode(errors="surrogateescape")
+        parts = _ESCAPED.split(written)
+        found = [] if parts[0] else self._longest(self.dummy)
+        for k, part in enumerate(parts):
+            if k % 2:
+                found += [self._single[byte] for byte in part.encode(errors="surrogateescape")]
+            elif part:
+                wanted = part.encode() if found else self.dummy + part.encode()
+                tokens = self._core.encode(part, add_special_tokens=False).ids
+                found += tokens if self.spelled(tokens) == wanted else self._longest(wanted)
         return found
 
     def _longest(self, text: bytes) -> list[int]:
@@ -125,19 +131,6 @@ def _next(rest: bytes) -> bytes:
     """Return the smallest string after all that begin with ``rest``."""
     rest = rest.rstrip(b"\xff")
     return rest[:-1] + bytes([rest[-1] + 1])
-
-
-def _valid(text: bytes) -> Iterator[str | bytes]:
-    """Yield the parts of a text that are UTF-8, as strings, and those that are not, as bytes."""
-    while text:
-        try:
-            yield text.decode()
-            return
-        except UnicodeDecodeError as error:
-            if error.start:
-                yield text[: error.start].decode()
-            yield text[error.start : error.end]
-            text = text[error.end :]
 
 
 def _parts(component: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
