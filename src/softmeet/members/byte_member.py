@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from softmeet.errors import InvalidInputError
 from softmeet.heads import SoftmaxHead
-from softmeet.members import covers as following
 from softmeet.members.covers import END, SYMBOLS, Cover, Covers, Masses, NextTokenProbs, Open, Pruning
 from softmeet.members.heads import head_of, replace_weight
 from softmeet.members.known_text import KnownText
@@ -200,7 +199,7 @@ class ByteMember:
         spelling = self.spelling
         reading, covers = self._read(text, prefix, 0)
         written = np.cumsum([len(spelling.dummy), *(byte not in spelling.unwritable for byte in text)])
-        found = np.array([following.prediction(spelling, one) for one in covers])[written]
+        found = np.array([one.prediction(spelling) for one in covers])[written]
         with np.errstate(divide="ignore"):
             return reading, np.log(found), np.array([one.unasked for one in covers])[written]
 
@@ -250,7 +249,7 @@ class ByteMember:
     def log_probs(self, readings: Sequence[Reading]) -> Float[Tensor, "B 257"]:
         """Return the next symbol's log-probabilities in nats, fp64; 256 is the end, and all that follows the end."""
         end = np.eye(SYMBOLS)[END]
-        found = [end if one.ended else following.prediction(self.spelling, one.covers) for one in readings]
+        found = [end if one.ended else one.covers.prediction(self.spelling) for one in readings]
         with np.errstate(divide="ignore"):
             return torch.from_numpy(np.log(np.stack(found)))
 
@@ -266,7 +265,7 @@ class ByteMember:
                 continue
             text, covers = reading.text + bytes([symbol]), reading.covers
             if symbol not in self.spelling.unwritable:
-                covers = following.followed(self.spelling, covers, symbol, self.pruning)
+                covers = covers.followed(self.spelling, symbol, self.pruning)
             found[k] = replace(reading, covers=covers, text=text)
         return self._settled(found)
 
@@ -294,7 +293,7 @@ class ByteMember:
                 guesses = [Guess(probs, token, path, state[0]) for (probs, token), path, state in ahead]
                 readings[k] = replace(
                     readings[k],
-                    covers=following.closed(self.spelling, readings[k].covers, answers, self.pruning),
+                    covers=readings[k].covers.answered(self.spelling, answers, self.pruning),
                     tree=tree,
                     work=readings[k].work.and_(calls=1, tokens=len(own)),
                     guesses=(*readings[k].guesses, *guesses),
@@ -310,7 +309,7 @@ class ByteMember:
         """Return the open covers of each text to ask the model about, and end texts for which it has no room."""
         found = {}
         for k, reading in enumerate(readings):
-            opened = [] if reading.ended else following.wanted(reading.covers, self.pruning)
+            opened = [] if reading.ended else reading.covers.wanted(self.pruning)
             if any(len(one.probs.path) >= self._limit for one in opened):
                 readings[k] = replace(reading, ended=True, full=True)
             elif opened:
@@ -321,15 +320,13 @@ class ByteMember:
         """Close the open covers whose token was guessed."""
         known = {(id(guess.behind), guess.token): guess for guess in reading.guesses}
         while True:
-            pairs = [
-                (one, known.get((id(one.probs), one.token))) for one in following.wanted(reading.covers, self.pruning)
-            ]
+            pairs = [(one, known.get((id(one.probs), one.token))) for one in reading.covers.wanted(self.pruning)]
             found = [(one, guess) for one, guess in pairs if guess is not None]
             if not found:
                 return reading
             paths, hidden = [guess.path for _, guess in found], torch.stack([guess.hidden for _, guess in found])
             answers = list(zip((one for one, _ in found), self.next_token_probs(paths, hidden), strict=True))
-            reading = replace(reading, covers=following.closed(self.spelling, reading.covers, answers, self.pruning))
+            reading = replace(reading, covers=reading.covers.answered(self.spelling, answers, self.pruning))
 
     def _likely(self, reading: Reading, asking: int) -> list[tuple[NextTokenProbs, int]]:
         """Choose tokens to guess along with so many open covers, and return them with what they stand behind."""
@@ -338,7 +335,7 @@ class ByteMember:
         known = {(id(guess.behind), guess.token) for guess in reading.guesses}
         expected = [
             (probs, int(self.spelling.tokens[k]), share)
-            for probs, k, share in following.likely(self.spelling, reading.covers, _LIKELY, _GUESSES)
+            for probs, k, share in reading.covers.likely(self.spelling, _LIKELY, _GUESSES)
             if len(probs.path) < self._limit
         ]
         found = [(probs, token, share) for probs, token, share in expected if (id(probs), token) not in known]

@@ -217,75 +217,67 @@ class Covers:
         """The share of mass that is estimated, or was let go at this byte."""
         return self.dropped + sum(cover.mass for cover in self.open) / self.total
 
+    @staticmethod
+    def begun(probs: NextTokenProbs, spelling: Spelling) -> Covers:
+        """Return the covers of a text of no bytes, from what its first token may be."""
+        return Covers((Cover(probs, 1.0, 1.0, b"", 0, len(spelling.words)),))
 
-def begun(probs: NextTokenProbs, spelling: Spelling) -> Covers:
-    """Return the covers of a text of no bytes, from what its first token may be."""
-    return Covers((Cover(probs, 1.0, 1.0, b"", 0, len(spelling.words)),))
+    def prediction(self, spelling: Spelling) -> Masses:
+        """Return the next symbol's probabilities, (257,)."""
+        found = sum((cover.masses(spelling) for cover in self.closed), np.zeros(SYMBOLS))
+        if self.open:
+            live = found / (found.sum() or 1.0)
+            for cover in self.open:
+                found += cover.mass * cover.estimate(live, spelling)
+        whole: Masses = found / found.sum()
+        return whole
 
+    def followed(self, spelling: Spelling, byte: int, pruning: Pruning) -> Covers:
+        """Return the covers of one byte more; none is left where the member cannot write it."""
+        own, opened = _longer(spelling, self.closed, self.open, byte)
+        return _kept(own, opened, pruning)
 
-def prediction(spelling: Spelling, covers: Covers) -> Masses:
-    """Return the next symbol's probabilities, (257,)."""
-    found = sum((cover.masses(spelling) for cover in covers.closed), np.zeros(SYMBOLS))
-    if covers.open:
-        live = found / (found.sum() or 1.0)
-        for cover in covers.open:
-            found += cover.mass * cover.estimate(live, spelling)
-    whole: Masses = found / found.sum()
-    return whole
+    def wanted(self, pruning: Pruning) -> list[Open]:
+        """Return the open covers that the model is to be asked about before the next byte is predicted."""
+        found = [cover for cover in self.open if cover.most >= pruning.prune * self.total]
+        return found or (list(self.open[:1]) if not self.closed else [])
 
+    def likely(self, spelling: Spelling, least: float, most: int) -> list[tuple[NextTokenProbs, int, float]]:
+        """List the tokens, with what they stand behind, about which the model will likely have to be asked.
 
-def followed(spelling: Spelling, covers: Covers, byte: int, pruning: Pruning) -> Covers:
-    """Return the covers of one byte more; none is left where the member cannot write it."""
-    own, opened = _longer(spelling, covers.closed, covers.open, byte)
-    return _kept(own, opened, pruning)
+        That is so where the text goes on with a token's bytes, by it or by a longer one, unless it is a rare way to.
 
+        Args:
+            spelling: of the member.
+            least: how probable that has to be.
+            most: so many, the likeliest first.
 
-def wanted(covers: Covers, pruning: Pruning) -> list[Open]:
-    """Return the open covers that the model is to be asked about before the next byte is predicted."""
-    found = [cover for cover in covers.open if cover.most >= pruning.prune * covers.total]
-    return found or (list(covers.open[:1]) if not covers.closed else [])
+        Returns:
+            For each, what it stands behind, its number in the spelling, and how probable it is that the text goes on
+            with its bytes.
+        """
+        found = list[tuple[NextTokenProbs, int, float]]()
+        for cover in self.closed:
+            low, probs, share = cover.longer, cover.probs.tokens[cover.longer : cover.end], cover.weight / self.total
+            for k in np.flatnonzero(share * probs >= _NOT_RARE * least):
+                _, _, end = spelling.among(spelling.words[low + k], low + int(k), cover.end)
+                along = float(probs[k : end - low].sum())
+                if share * along >= least and probs[k] >= _NOT_RARE * along:
+                    found.append((cover.probs, low + int(k), share * along))
+        return sorted(found, key=lambda one: -one[2])[:most]
 
-
-def likely(spelling: Spelling, covers: Covers, least: float, most: int) -> list[tuple[NextTokenProbs, int, float]]:
-    """List the tokens, with what they stand behind, about which the model will likely have to be asked.
-
-    That is so where the text goes on with a token's bytes, by it or by a longer one, unless the token is a rare way to.
-
-    Args:
-        spelling: of the member.
-        covers: of a text.
-        least: how probable that has to be.
-        most: so many, the likeliest first.
-
-    Returns:
-        For each, what it stands behind, its number in the spelling, and how probable it is that the text goes on with
-        its bytes.
-    """
-    found = list[tuple[NextTokenProbs, int, float]]()
-    for cover in covers.closed:
-        low, probs, share = cover.longer, cover.probs.tokens[cover.longer : cover.end], cover.weight / covers.total
-        for k in np.flatnonzero(share * probs >= _NOT_RARE * least):
-            _, _, end = spelling.among(spelling.words[low + k], low + int(k), cover.end)
-            along = float(probs[k : end - low].sum())
-            if share * along >= least and probs[k] >= _NOT_RARE * along:
-                found.append((cover.probs, low + int(k), share * along))
-    return sorted(found, key=lambda one: -one[2])[:most]
-
-
-def closed(
-    spelling: Spelling, covers: Covers, answers: Sequence[tuple[Open, NextTokenProbs]], pruning: Pruning
-) -> Covers:
-    """Close some open covers of a text by the model's answers about them."""
-    answered = {id(cover) for cover, _ in answers}
-    whole, opened = list(covers.closed), [cover for cover in covers.open if id(cover) not in answered]
-    for cover, probs in answers:
-        own = [Cover(probs, cover.weight, cover.weight, b"", 0, len(spelling.words))]
-        new: list[Open] = []
-        for byte in cover.rest:
-            own, new = _longer(spelling, own, new, byte)
-        whole += own
-        opened += new
-    return _kept(whole, opened, pruning)
+    def answered(self, spelling: Spelling, answers: Sequence[tuple[Open, NextTokenProbs]], pruning: Pruning) -> Covers:
+        """Return the same covers, of which the model's answers close some open ones."""
+        known = {id(cover) for cover, _ in answers}
+        whole, opened = list(self.closed), [cover for cover in self.open if id(cover) not in known]
+        for cover, probs in answers:
+            own = [Cover(probs, cover.weight, cover.weight, b"", 0, len(spelling.words))]
+            new: list[Open] = []
+            for byte in cover.rest:
+                own, new = _longer(spelling, own, new, byte)
+            whole += own
+            opened += new
+        return _kept(whole, opened, pruning)
 
 
 def _longer(

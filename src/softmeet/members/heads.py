@@ -36,7 +36,7 @@ def head_of(model: PreTrainedModel) -> SoftmaxHead:
             f"expected {name}'s output layer to be a plain linear layer, got {type(layer).__module__}."
             f"{type(layer).__name__}: load the model unquantised, and merge adapters into it first"
         )
-    weights = in_memory(layer) if hasattr(layer, "_hf_hook") else dict(layer.named_parameters())
+    weights = in_memory(layer)
     if weights["weight"].is_meta:
         raise UnsupportedHeadError(
             f"{name}'s output layer is offloaded to where it cannot be read: load it with device="
@@ -73,7 +73,7 @@ def final_norm(model: PreTrainedModel) -> FinalNorm | None:
     ]
     if len(outside) != 1 or model.config.hidden_size % 2:
         return None
-    own = in_memory(outside[0]) if hasattr(outside[0], "_hf_hook") else dict(outside[0].named_parameters())
+    own = in_memory(outside[0])
     weight = next(iter(own.values()), None)
     if weight is None or weight.is_meta or len(weight) != model.get_output_embeddings().weight.shape[1]:
         return None

@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from softmeet.members import covers as following
 from softmeet.members.covers import Covers, NextTokenProbs, Open, ProbsAlongText, Pruning
 from softmeet.members.token_tree import Growth, Path
 
@@ -67,7 +66,7 @@ class KnownText:
             (column - 1, token): probs
             for column, token, probs in zip(columns[1:], tokens[first:], list(self._own.values())[1:], strict=True)
         }
-        self.covers = [following.begun(self._own[self.place], spelling)]
+        self.covers = [Covers.begun(self._own[self.place], spelling)]
         self._sure = 1  # So many of them rest on no answer that was missing.
 
     def _along(
@@ -93,9 +92,9 @@ class KnownText:
         spelling, missing = self.member.spelling, dict[Step, Open]()
         del self.covers[self._sure :]
         for byte in self.text[self.place + self._sure - 1 :]:
-            covers = following.followed(spelling, self.covers[-1], byte, pruning)
+            covers = self.covers[-1].followed(spelling, byte, pruning)
             while answers := self._answers(covers, missing, pruning):
-                covers = following.closed(spelling, covers, answers, pruning)
+                covers = covers.answered(spelling, answers, pruning)
             self.covers.append(covers)
             if not missing:
                 self._sure = len(self.covers)
@@ -104,7 +103,7 @@ class KnownText:
     def _answers(self, covers: Covers, missing: dict[Step, Open], pruning: Pruning) -> Answers:
         """Return the answers that are there about the covers that need one; the others go to ``missing``."""
         found = []
-        for one in following.wanted(covers, pruning):
+        for one in covers.wanted(pruning):
             step = int(one.probs.path[-1]), one.token
             # Covers that end at one byte differ little, and the tokenizer's own was run with the others.
             probs = self._own.get(self._end(one)) if pruning.prune else None

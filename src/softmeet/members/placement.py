@@ -73,7 +73,7 @@ def whereabouts(model: PreTrainedModel) -> frozenset[str]:
 
 def in_memory(layer: nn.Module) -> dict[str, Tensor]:
     """Return a layer's parameters by name; offloaded ones as copies, on the device that computes with them."""
-    if not any(p.is_meta for p in layer.parameters()):
+    if not hasattr(layer, "_hf_hook") or not any(p.is_meta for p in layer.parameters()):
         return dict(layer.named_parameters())
     from accelerate.utils import align_module_device
 
