@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -74,23 +74,25 @@ def run(model: PreTrainedModel, growths: Sequence[Growth]) -> list[tuple[TokenTr
     before = max(growth.tree.columns for growth in growths)
     new = max(sum(map(len, growth.tokens)) for growth in growths)
     ids = torch.zeros(len(growths), new, dtype=torch.int64)
-    positions = torch.zeros(len(growths), new, dtype=torch.int64)
+    depths = np.zeros((len(growths), before + new), np.int64)
     allowed = np.zeros((len(growths), new, before + new), bool)
     # What is there to fill a batch attends to itself, since a softmax of nothing is NaN.
     allowed[:, np.arange(new), before + np.arange(new)] = True
     for row, growth in enumerate(growths):
         at, shift = 0, before - growth.tree.columns
         for path, tokens in zip(growth.paths, growth.tokens, strict=True):
-            chain = slice(at, at + len(tokens))
+            chain, columns = slice(at, at + len(tokens)), slice(before + at, before + at + len(tokens))
             ids[row, chain] = torch.tensor(tokens)
-            positions[row, chain] = torch.arange(len(path), len(path) + len(tokens))
+            depths[row, path + shift] = np.arange(len(path))
+            depths[row, columns] = np.arange(len(path), len(path) + len(tokens))
             allowed[row, chain, path + shift] = True
-            allowed[row, chain, before + at : before + at + len(tokens)] = np.tri(len(tokens), dtype=bool)
+            allowed[row, chain, columns] = np.tri(len(tokens), dtype=bool)
             at += len(tokens)
     cache = side_by_side([growth.tree.states for growth in growths], model)
+    positions = torch.from_numpy(depths[:, before:])
     plain = len(growths) == 1 and len(growths[0].tokens) == 1 and len(growths[0].paths[0]) == before
     # Without any mask transformers warns of padding, which a text behind such a token is not.
-    mask = torch.ones(1, before + new) if plain else _mask(model, allowed, positions, growths, before)
+    mask = torch.ones(1, before + new) if plain else _mask(model, allowed, depths)
     hidden = last_hidden(model, ids, cache=cache, use_cache=True, attention_mask=mask, position_ids=positions)
     found = []
     for row, growth in enumerate(growths):
@@ -100,26 +102,16 @@ def run(model: PreTrainedModel, growths: Sequence[Growth]) -> list[tuple[TokenTr
     return found
 
 
-def _mask(
-    model: PreTrainedModel,
-    allowed: Bool[np.ndarray, "B q k"],
-    positions: Tensor,
-    growths: Sequence[Growth],
-    before: int,
-) -> Any:
+def _mask(model: PreTrainedModel, allowed: Bool[np.ndarray, "B q k"], depths: Int[np.ndarray, "B k"]) -> Any:
     """Make additive masks, as transformers takes them: one, or one for each kind of layer where windows matter."""
     config = model.config.get_text_config(decoder=True)
     place, dtype = home(model), next(model.parameters()).dtype
     full = _additive(torch.from_numpy(allowed), dtype).to(place)
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if window is None or int(positions.max()) < window:
+    new = depths[:, -allowed.shape[1] :]
+    if window is None or new.max() < window:
         return full
-    depth = np.zeros((len(growths), allowed.shape[2]), np.int64)
-    depth[:, before:] = positions.numpy()
-    for row, growth in enumerate(growths):
-        for path in growth.paths:
-            depth[row, path + before - growth.tree.columns] = np.arange(len(path))
-    near = positions.numpy()[:, :, None] - depth[:, None, :] < window
+    near = new[:, :, None] - depths[:, None, :] < window
     narrow = _additive(torch.from_numpy(allowed & near), dtype).to(place)
     kinds = getattr(config, "layer_types", None)
     return narrow if kinds is None else {"full_attention": full, "sliding_attention": narrow}
