@@ -22,7 +22,7 @@ from softmeet.errors import InvalidInputError
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
     from softmeet.hf import Recorder
-    from softmeet.members.byte_member import Work
+    from softmeet.members.reading import Work
 
 
 @dataclass

@@ -24,8 +24,9 @@ from softmeet.hf.combining import Combiner, Deferral
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.hf.vocabulary import require_for_bytes
-from softmeet.members.byte_member import ByteMember, Work
+from softmeet.members.byte_member import ByteMember
 from softmeet.members.covers import END, SYMBOLS, Pruning
+from softmeet.members.reading import Work
 from softmeet.members.spelling import Spelling
 from softmeet.members.vocabulary import CommonVocabulary
 from softmeet.rules.gates import Gate

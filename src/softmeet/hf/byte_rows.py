@@ -13,8 +13,9 @@ from transformers import Cache
 
 from softmeet.errors import InvalidInputError
 from softmeet.hf.cache import EnsembleCache, RowsLayer
-from softmeet.members.byte_member import ByteMember, Reading
+from softmeet.members.byte_member import ByteMember
 from softmeet.members.covers import END, SYMBOLS
+from softmeet.members.reading import Reading
 
 # Readings of each row that are kept, so that as many symbols can be taken back without reading anew.
 _KEPT = 16

@@ -60,13 +60,11 @@ def absolute(names: Sequence[str], base: Path) -> list[str]:
 
 def relative(names: Sequence[str], base: Path) -> list[str]:
     """Return names of members as they are saved in ``base``: local folders relative to it, all others as they are."""
-    found = []
-    for name in names:
-        if zoo.locate(name) != name or not Path(name).exists():
-            found.append(name)
-        else:
+    found = list(names)
+    for k, name in enumerate(names):
+        if zoo.locate(name) == name and Path(name).exists():
             path = os.path.relpath(Path(name).resolve(), base.resolve())
-            found.append(path if path.startswith(".") else f"./{path}")
+            found[k] = path if path.startswith(".") else f"./{path}"
     return found
 
 

@@ -24,10 +24,10 @@ from softmeet.hf.combining import Combiner, Deferral
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.refused import refuse, refuse_other_caches
 from softmeet.hf.vocabulary import require_for_bytes
-from softmeet.members.byte_member import Work
 from softmeet.members.heads import head_of, replace_weight
 from softmeet.members.huggingface import Dtype, last_hidden
 from softmeet.members.placement import Device, each_in_a_thread, whereabouts
+from softmeet.members.reading import Work
 from softmeet.members.vocabulary import CommonVocabulary, token_ids, token_support
 from softmeet.rules.gates import Gate, Unsure, parse_gate, that_closes
 from softmeet.rules.settings import Settings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 
 from softmeet.errors import InvalidInputError
 from softmeet.heads import SoftmaxHead
-from softmeet.members.covers import END, SYMBOLS, Cover, Covers, Masses, NextTokenProbs, Open, Pruning
+from softmeet.members.covers import END, SYMBOLS, Covers, Masses, NextTokenProbs, Open, Pruning
 from softmeet.members.heads import head_of, replace_weight
 from softmeet.members.known_text import KnownText
+from softmeet.members.reading import Guess, Reading, Work
 from softmeet.members.spelling import Spelling
 from softmeet.members.token_tree import Growth, Path, TokenTree
 from softmeet.members.token_tree import run as run_trees
@@ -35,62 +36,6 @@ _AT_ONCE = 32
 _PREFIXES = 16
 # Logits whose probabilities are taken at once.
 _CACHED = 1 << 20
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a text has cost one member: calls of its model, tokens run in them, and mass estimated, summed over bytes.
-
-    A call that serves several texts counts for each of them, and one that reads a prefix, which is kept, for none.
-    """
-
-    calls: int = 0
-    tokens: int = 0
-    dropped: float = 0.0
-
-    def and_(self, calls: int = 0, tokens: int = 0, dropped: float = 0.0) -> Work:
-        """Return this work with so many more calls, tokens and so much more estimated mass."""
-        return Work(self.calls + calls, self.tokens + tokens, self.dropped + dropped)
-
-
-@dataclass(frozen=True, eq=False)
-class Guess:
-    """A token that a text is likely to go on with, run before it is known to come.
-
-    Attributes:
-        behind: what the token stands behind.
-        token: its id.
-        path: of the token in the tree of what has been run.
-        hidden: (d,), the model's last hidden state at it.
-    """
-
-    behind: NextTokenProbs
-    token: int
-    path: Path
-    hidden: Float[Tensor, " d"]
-
-
-@dataclass(frozen=True, eq=False)
-class Reading:
-    """One text as one member has read it so far.
-
-    Attributes:
-        covers: of all its bytes.
-        tree: what the model keeps of them.
-        text: the bytes.
-        work: what reading them has cost.
-        guesses: tokens beyond them that the model was given along with others.
-        ended: whether nothing can follow.
-        full: whether that is because the model's context is full.
-    """
-
-    covers: Covers
-    tree: TokenTree
-    text: bytes
-    work: Work = field(default_factory=Work)
-    guesses: tuple[Guess, ...] = ()
-    ended: bool = False
-    full: bool = False
 
 
 class ByteMember:
@@ -212,8 +157,8 @@ class ByteMember:
         known = KnownText(self, self.prefix if prefix is None else prefix, text, look_back)
         while missing := known.walk(self.pruning):
             known.ask(missing)
-        work = Work(known.calls, known.tokens, sum(covers.unasked for covers in known.covers))
-        return _compact(Reading(known.covers[-1], known.tree, text, work)), known.covers
+        work = known.work.and_(dropped=sum(covers.unasked for covers in known.covers))
+        return Reading(known.covers[-1], known.tree, text, work).compact(), known.covers
 
     def expected(self, text: bytes, top: int) -> dict[int, list[tuple[str, float]]]:
         """List the tokens that the model expects where a token of a text begins.
@@ -302,7 +247,7 @@ class ByteMember:
             if not reading.ended:
                 work = reading.work.and_(dropped=reading.covers.unasked)
                 self.spent = self.spent.and_(dropped=reading.covers.unasked)
-                readings[k] = _compact(replace(reading, work=work, guesses=self._possible(reading)))
+                readings[k] = replace(reading, work=work, guesses=self._possible(reading)).compact()
         return readings
 
     def _wanted(self, readings: list[Reading]) -> dict[int, list[Open]]:
@@ -397,25 +342,3 @@ class ByteMember:
             places = paths[len(found) : len(found) + len(some)]
             found += [NextTokenProbs(*one) for one in zip(places, probs[:, :m], roots, strict=True)]
         return found
-
-
-def _compact(reading: Reading) -> Reading:
-    """Drop what the model keeps of covers that were let go."""
-    covers, guesses = reading.covers, reading.guesses
-    every: list[Cover | Open] = [*covers.closed, *covers.open]
-    behind = {id(one.probs): one.probs for one in every}
-    tree, paths = reading.tree.kept([*(probs.path for probs in behind.values()), *(guess.path for guess in guesses)])
-    if tree is reading.tree:
-        return reading
-    moved = {key: probs.moved(path) for (key, probs), path in zip(behind.items(), paths[: len(behind)], strict=True)}
-    ahead = zip(guesses, paths[len(behind) :], strict=True)
-    return replace(
-        reading,
-        tree=tree,
-        guesses=tuple(replace(guess, behind=moved[id(guess.behind)], path=path) for guess, path in ahead),
-        covers=replace(
-            covers,
-            closed=tuple(one._replace(probs=moved[id(one.probs)]) for one in covers.closed),
-            open=tuple(one._replace(probs=moved[id(one.probs)]) for one in covers.open),
-        ),
-    )

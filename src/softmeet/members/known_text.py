@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from softmeet.members.covers import Covers, NextTokenProbs, Open, ProbsAlongText, Pruning
+from softmeet.members.reading import Work
 from softmeet.members.token_tree import Growth, Path
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class KnownText:
         place: the byte from which tokenizations are followed.
         covers: of the text as far as that place, and one byte further each.
         tree: what the model keeps.
-        calls, tokens: of the model, and tokens run in them.
+        work: what reading has cost.
     """
 
     def __init__(self, member: ByteMember, prefix: Sequence[int], text: bytes, look_back: int) -> None:
@@ -53,10 +54,10 @@ class KnownText:
             first = int(np.searchsorted(ends, max(0, len(self.text) - look_back), side="right")) - 1
         self.place = int(ends[first])
         self.tree, hidden = member.behind(prefix)
-        self.calls, self.tokens = 0, len(tokens)
+        self.work = Work()
         if tokens:
             self.tree, states = member.run_chain(tokens, self.tree)
-            self.calls, hidden = 1, torch.cat([hidden, states])
+            self.work, hidden = Work(1, len(tokens)), torch.cat([hidden, states])
         before = len(prefix) - 1
         columns = range(before + first, len(prefix) + len(tokens))
         along = self._along([np.arange(c + 1) for c in columns], ends[first:].tolist(), hidden[first:])
@@ -120,7 +121,7 @@ class KnownText:
     def ask(self, missing: dict[Step, Open]) -> None:
         """Ask the model about open covers in one call."""
         opened, before = list(missing.values()), self.tree.columns
-        self.calls, self.tokens = self.calls + 1, self.tokens + len(opened)
+        self.work = self.work.and_(calls=1, tokens=len(opened))
         growth = Growth(self.tree, [one.probs.path for one in opened], [[one.token] for one in opened])
         ((self.tree, states),) = self.member.run([growth])
         paths = [np.append(one.probs.path, before + i) for i, one in enumerate(opened)]
