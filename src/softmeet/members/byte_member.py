@@ -175,11 +175,10 @@ class ByteMember:
         tokens = spelling.encode(text)
         _, hidden = self.run_chain([*self.prefix, *tokens])
         behind = hidden[len(self.prefix) - 1 :][: len(tokens)]
-        read = np.cumsum([0, *(len(spelling.spelled([token])) for token in tokens[:-1])])
         # Where they are in the text, which may hold bytes that the member does not see, and no dummy prefix.
         seen = [k for k, byte in enumerate(text) if byte not in spelling.unwritable]
         found = {}
-        for place, state in zip(read.tolist(), behind, strict=True):
+        for place, state in zip(spelling.bounds(tokens)[:-1].tolist(), behind, strict=True):
             with torch.inference_mode():
                 best = self.head.logits(state[None])[0].log_softmax(-1).topk(min(top, self.head.v))
             listed = [(self._named(k), x) for k, x in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
@@ -278,15 +277,13 @@ class ByteMember:
         if not self.pruning.prune:
             return []
         known = {(id(guess.behind), guess.token) for guess in reading.guesses}
-        expected = [
-            (probs, int(self.spelling.tokens[k]), share)
-            for probs, k, share in reading.covers.likely(self.spelling, _LIKELY, _GUESSES)
-            if len(probs.path) < self._limit
-        ]
-        found = [(probs, token, share) for probs, token, share in expected if (id(probs), token) not in known]
-        if asking == 1 and sum(share for _, _, share in found) < _WORTH:
-            return []
-        return [(probs, token) for probs, token, _ in found]
+        found, together = list[tuple[NextTokenProbs, int]](), 0.0
+        for probs, k, share in reading.covers.likely(self.spelling, _LIKELY, _GUESSES):
+            token = int(self.spelling.tokens[k])
+            if len(probs.path) < self._limit and (id(probs), token) not in known:
+                found.append((probs, token))
+                together += share
+        return [] if asking == 1 and together < _WORTH else found
 
     def _possible(self, reading: Reading) -> tuple[Guess, ...]:
         """Return the guesses that may still come true: their token begins with the bytes since, and is longer."""

@@ -44,12 +44,9 @@ class KnownText:
     def __init__(self, member: ByteMember, prefix: Sequence[int], text: bytes, look_back: int) -> None:
         spelling = member.spelling
         self.member, self.text = member, spelling.dummy + text.translate(None, spelling.unwritable)
-        self._longest = spelling.longest
         self._places: dict[int, int] = {}
-        self._behind: dict[Step, NextTokenProbs] = {}
-        tokens = spelling.encode(text)
-        ends = np.cumsum([0, *(len(spelling.spelled([token])) for token in tokens)])
-        first = 0
+        tokens, first = spelling.encode(text), 0
+        ends = spelling.bounds(tokens)
         if look_back:
             first = int(np.searchsorted(ends, max(0, len(self.text) - look_back), side="right")) - 1
         self.place = int(ends[first])
@@ -63,7 +60,7 @@ class KnownText:
         along = self._along([np.arange(c + 1) for c in columns], ends[first:].tolist(), hidden[first:])
         # By the byte at which it ends, the tokenizer's own cover.
         self._own = dict(zip(ends[first:].tolist(), along, strict=True))
-        self._behind |= {
+        self._behind: dict[Step, NextTokenProbs] = {
             (column - 1, token): probs
             for column, token, probs in zip(columns[1:], tokens[first:], list(self._own.values())[1:], strict=True)
         }
@@ -74,13 +71,13 @@ class KnownText:
         self, paths: Sequence[Path], places: Sequence[int], hidden: Float[Tensor, "k d"]
     ) -> Iterator[NextTokenProbs]:
         """Compute, some at a time, what comes behind each path, whose tokens end at a byte of the text."""
-        size = max(1, _ELEMENTS // self.member.head.v)
+        size, longest = max(1, _ELEMENTS // self.member.head.v), self.member.spelling.longest
         for start in range(0, len(paths), size):
             some = slice(start, start + size)
             for probs, place in zip(self.member.next_token_probs(paths[some], hidden[some]), places[some], strict=True):
                 self._places[int(probs.path[-1])] = place
-                if place + self._longest < len(self.text):
-                    yield ProbsAlongText(probs, self.member.spelling, self.text[place : place + self._longest])
+                if place + longest < len(self.text):
+                    yield ProbsAlongText(probs, self.member.spelling, self.text[place : place + longest])
                 else:
                     yield probs
 

@@ -8,7 +8,6 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -95,6 +94,10 @@ class Spelling:
     def spelled(self, tokens: Sequence[int]) -> bytes:
         """Return the bytes of some tokens; nothing for special ones."""
         return b"".join(self._own.get(token, b"") for token in tokens)
+
+    def bounds(self, tokens: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Return the bytes at which each of some tokens begins, and at which the last one ends: one more than tokens."""
+        return np.cumsum([0, *(len(self.spelled([token])) for token in tokens)])
 
     def encode(self, text: bytes) -> list[int]:
         """Cut ``dummy`` and a text into tokens as the tokenizer does; they spell exactly these bytes.
@@ -258,9 +261,6 @@ def shared_words(one: Spelling, other: Spelling) -> int:
 
 def shared_boundaries(one: Spelling, other: Spelling, text: bytes) -> tuple[float, float]:
     """Return the share of one's token ends in a text at which the other's tokens end too, and the other way round."""
-    ends = [
-        {end - len(own.dummy) for end in accumulate(len(own.spelled([token])) for token in own.encode(text))}
-        for own in (one, other)
-    ]
+    ends = [set((own.bounds(own.encode(text))[1:] - len(own.dummy)).tolist()) for own in (one, other)]
     both = len(ends[0] & ends[1])
     return both / max(1, len(ends[0])), both / max(1, len(ends[1]))
