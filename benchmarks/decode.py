@@ -17,7 +17,7 @@ import typer
 
 from members import ensemble_of, load_pair, save_pair
 from report import median, show
-from softmeet.hf import modeling
+from softmeet.hf import combining, modeling
 from softmeet.hf.recorder import Recorder
 from softmeet.simplex import entropy, kl, total_variation
 from softmeet.solvers import dense
@@ -111,7 +111,7 @@ def main(
         names = save_pair(Path(folder), shared)
         model = ensemble_of(names, load_pair(names), "meet", trust)
     clock.watch(modeling.EnsembleForCausalLM, "run", "members")
-    clock.watch(modeling.EnsembleForCausalLM, "solve_rows", "rows")
+    clock.watch(combining.Combiner, "solve_rows", "rows")
     clock.watch(dense, "direction", "directions")
     clock.watch(dense, "least", "coefficients")
     clock.watch(dense.DenseNewton, "_floor", "bounds")

@@ -96,7 +96,7 @@ class Spelling:
         return b"".join(self._own.get(token, b"") for token in tokens)
 
     def bounds(self, tokens: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Return the bytes at which each of some tokens begins, and at which the last one ends: one more than tokens."""
+        """Return where each of some tokens begins, in bytes, and where the last one ends: one more than tokens."""
         return np.cumsum([0, *(len(self.spelled([token])) for token in tokens)])
 
     def encode(self, text: bytes) -> list[int]:
