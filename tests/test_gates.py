@@ -368,7 +368,7 @@ def test_evaluation_position_by_position(tmp_path):
     (_, sure, near) = under_gates([plain], ["unsure:0.1", "disagreement:0.3"])
     found = evaluate(ensemble, positions, [plain, sure, near])
     alone = evaluate(ensemble, positions, [sure, near])
-    log_probs, solution = ensemble.model.combiner.solve_rows(positions.hidden)
+    log_probs, solution = ensemble.model.combiner.solve_rows(positions.hidden, ensemble.model.settings.ungated())
     target = positions.targets[:, None]
     rule = -solution.log_probs.gather(-1, target)[:, 0].double()
     assert torch.allclose(found.choices["meet"].nats, rule, atol=1e-6)  # its own gate does not count

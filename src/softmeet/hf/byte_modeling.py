@@ -113,7 +113,7 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
         for own in (config, self.generation_config):
             own.bos_token_id, own.eos_token_id, own.pad_token_id = END, END, END
         # Bytes have no rows of a softmax matrix: one column of zeros says nothing of any of them.
-        self.combiner = _ByteCombiner(config, [SoftmaxHead(torch.zeros(SYMBOLS, 1)) for _ in readers])
+        self.combiner = _ByteCombiner(config.members, [SoftmaxHead(torch.zeros(SYMBOLS, 1)) for _ in readers])
         self.tokenizer = byte_tokenizer()
 
     @property

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from softmeet.errors import InvalidInputError, NonFiniteError, UnsupportedHeadError
 from softmeet.heads import SoftmaxHead
-from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.recorder import Recorder
 from softmeet.members.bands import bands
 from softmeet.rules.combine import product_dtype, solve
@@ -69,19 +68,21 @@ class Deferral:
 
 
 class Combiner:
-    """The heads of an ensemble and its rule, applied to hidden states that the members have computed.
+    """The heads of an ensemble, by which a rule is applied to hidden states that the members have computed.
 
     Attributes:
-        config: names the members, and says how they are combined where a call does not.
-        heads: the members' output layers, in order.
+        names: of the members, for messages.
+        heads: their output layers, in order.
+        v: the rows of the largest head.
         support: (v,), which ids are tokens where heads are padded; None if all are.
         capped: whether a head has a soft-cap, so that rules need the logits themselves.
     """
 
     def __init__(
-        self, config: EnsembleConfig, heads: Sequence[SoftmaxHead], support: Bool[Tensor, " v"] | None = None
+        self, names: Sequence[str], heads: Sequence[SoftmaxHead], support: Bool[Tensor, " v"] | None = None
     ) -> None:
-        self.config, self.heads, self.support = config, list(heads), support
+        self.names, self.heads, self.support = names, list(heads), support
+        self.v = max(head.v for head in heads)
         self.capped = any(head.soft_cap is not None for head in heads)
         self._banded: tuple[int, list[SoftmaxHead]] | None = None
 
@@ -110,23 +111,23 @@ class Combiner:
         return torch.cat(parts).reshape(*hidden[0].shape[:2], -1)
 
     def solve_in_chunks(
-        self, hidden: Hidden, settings: Settings | None = None, deferral: Deferral | None = None, *, proved: bool = True
+        self, hidden: Hidden, settings: Settings, deferral: Deferral | None = None, *, proved: bool = True
     ) -> Iterator[tuple[Float[Tensor, "n b v"], Solution]]:
         """Solve positions in their order, as :meth:`solve_rows` does, some at a time so that memory stays bounded."""
-        chunk = rows_at_once(self.config.vocab_size, len(hidden))
+        chunk = rows_at_once(self.v, len(hidden))
         for start in range(0, len(hidden[0]), chunk):
             rows = slice(start, start + chunk)
             some = None if deferral is None else deferral.take(rows)
             yield self.solve_rows([h[rows] for h in hidden], settings, some, proved=proved)
 
     def solve_rows(
-        self, hidden: Hidden, settings: Settings | None = None, deferral: Deferral | None = None, *, proved: bool = True
+        self, hidden: Hidden, settings: Settings, deferral: Deferral | None = None, *, proved: bool = True
     ) -> tuple[Scores, Solution]:
         """Combine the members at B positions, from their hidden states.
 
         Args:
             hidden: (B, d_i) for member i.
-            settings: how to combine; None for the configuration's, without their gate.
+            settings: how to combine.
             deferral: the positions at which all members ran; elsewhere the first one answers alone, what stands in
                 place of the others' hidden states is not read, and what they would say is NaN. None if all members ran
                 at all positions.
@@ -136,7 +137,6 @@ class Combiner:
             (the members' log-probabilities in nats, the rule's solution).
         """
         logits = self.own_logits(hidden, deferral)
-        settings = settings or self.config.settings.ungated()
         if deferral is not None:
             settings = settings.model_copy(update={"gate": Unsure(1.0, deferral.rows.to(logits.device))})
         states = [h.to(logits.device) for h in hidden] if settings.free_radial else None
@@ -149,7 +149,7 @@ class Combiner:
 
         At positions without ``deferral`` to them, all members but the first are given equal logits.
         """
-        place, v = self.heads[0].weight.device, self.config.vocab_size
+        place, v = self.heads[0].weight.device, self.v
         found = []
         for i, (head, states) in enumerate(zip(self.heads, hidden, strict=True)):
             states = states.to(head.weight.device)
@@ -193,7 +193,7 @@ class Combiner:
         try:
             log_p = normalised(scores)
         except NonFiniteError as error:
-            raise NonFiniteError(f"{error}. Members, from 0: {', '.join(map(str, self.config.members))}") from error
+            raise NonFiniteError(f"{error}. Members, from 0: {', '.join(self.names)}") from error
         if settings.free_radial:
             self._refuse_unknown_norms(settings)
         capped = None if logits is None or not self.capped else logits
@@ -223,11 +223,11 @@ class Combiner:
             raise InvalidInputError(
                 f"free_radial needs whole heads, got {settings.bands} bands of each: leave out one of both"
             )
-        names = zip(self.config.members, self.heads, strict=True)
+        names = zip(self.names, self.heads, strict=True)
         if unknown := [name for name, head in names if head.norm is None]:
             raise UnsupportedHeadError(
                 f"free_radial needs a final norm of a known kind right before the output layer, and found none in "
-                f"{', '.join(map(str, unknown))}: leave it out"
+                f"{', '.join(unknown)}: leave it out"
             )
 
     def banded_heads(self, count: int) -> list[SoftmaxHead]:

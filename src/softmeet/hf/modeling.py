@@ -76,7 +76,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         config.adopt_limits(members)
         super().__init__(config)
         self.members = nn.ModuleList(members)
-        self.combiner = Combiner(config, [head_of(member) for member in members], support)
+        self.combiner = Combiner(config.members, [head_of(member) for member in members], support)
         self.tokenizer: PreTrainedTokenizerBase | None = None
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(self.generation_config, key, getattr(members[0].generation_config, key))
@@ -314,7 +314,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         """Read the members' output layers where they are, after members have been moved or cast one by one."""
         self.__dict__.pop("apart", None)
         heads = [replace_weight(head, member) for head, member in zip(self.heads, self.members, strict=True)]
-        self.combiner = Combiner(self.config, heads, self.combiner.support)
+        self.combiner = Combiner(self.config.members, heads, self.combiner.support)
 
     def adopt(self, tokenizer: PreTrainedTokenizerBase, ids: frozenset[int] | None = None) -> None:
         """Take the members' common tokenizer.

@@ -66,7 +66,8 @@ def cells(settings: Settings, documents: Sequence[Document], ensemble: Ensemble 
 def _truths(ensemble: Ensemble, text: str, count: int) -> Float[Tensor, "B v"]:
     """The pool at ``count`` positions, spread over the beginning of a text: neighbours have much in common."""
     seen = ensemble.positions(text, _APART * count)
-    every = torch.cat([ensemble.model.combiner.solve_rows(hidden)[1].log_probs for hidden, _ in seen])
+    plain = ensemble.model.settings.ungated()
+    every = torch.cat([ensemble.model.combiner.solve_rows(hidden, plain)[1].log_probs for hidden, _ in seen])
     return log_normalize(every[torch.linspace(0, len(every) - 1, count).long()].double())
 
 
