@@ -1,4 +1,4 @@
-"""What every member of a byte ensemble has read of each row, behind the interface of a cache, and reading on."""
+"""The rows of a byte ensemble: what each member has read of them, kept as a cache, and how it reads on."""
 
 from __future__ import annotations
 
