@@ -17,7 +17,7 @@ import typer
 
 from members import ensemble_of, load_pair, save_pair
 from report import median, show
-from softmeet.hf import modeling
+from softmeet.hf import combining, modeling
 from softmeet.hf.recorder import Recorder
 from softmeet.simplex import entropy, kl, total_variation
 from softmeet.solvers import dense
@@ -85,11 +85,11 @@ def run(
 def distance(model: modeling.EnsembleForCausalLM, rules: list[str], count: int = 16) -> dict[str, float]:
     """Mean total variation of each rule's answer to that of `meet` at a small tolerance, at some random prefixes."""
     ids = torch.randint(0, model.config.vocab_size, (count, 32), generator=torch.Generator().manual_seed(2))
-    states = [h[:, -1] for h in model.run(ids, None, use_cache=False)]
-    _, exact = model.solve_rows(states, model.settings.changed(rule="meet", tol=1e-6, gate=None))
+    states = [h[:, -1] for h in model.run(ids, None, use_cache=False)[0]]
+    _, exact = model.combiner.solve_rows(states, model.settings.changed(rule="meet", tol=1e-6, gate=None))
     found = {}
     for rule in rules:
-        _, solution = model.solve_rows(states, model.settings.changed(rule=rule, gate=None), proved=False)
+        _, solution = model.combiner.solve_rows(states, model.settings.changed(rule=rule, gate=None), proved=False)
         found[rule] = total_variation(solution.log_probs.double(), exact.log_probs.double()).mean().item()
     return found
 
@@ -111,7 +111,7 @@ def main(
         names = save_pair(Path(folder), shared)
         model = ensemble_of(names, load_pair(names), "meet", trust)
     clock.watch(modeling.EnsembleForCausalLM, "run", "members")
-    clock.watch(modeling.EnsembleForCausalLM, "solve_rows", "rows")
+    clock.watch(combining.Combiner, "solve_rows", "rows")
     clock.watch(dense, "direction", "directions")
     clock.watch(dense, "_least", "coefficients")
     clock.watch(dense.DenseNewton, "_floor", "bounds")
@@ -127,7 +127,7 @@ def main(
         rows += pair
     with torch.inference_mode():
         states = [h[-1:] for h in model.hidden_states(ids[:1])]
-        log_p, _ = model.solve_rows(states, model.settings.changed(rule="logit-mean"))
+        log_p, _ = model.combiner.solve_rows(states, model.settings.changed(rule="logit-mean"))
     nats = [*entropy(log_p)[:, 0].tolist(), kl(log_p[0], log_p[1]).item()]
     facts = "entropies {:.1f} and {:.1f} nats, KL {:.2f}".format(*nats)
     show(f"decoding, two members of GPT-2 small's shape, trust {trust:g}; {facts}", rows, json)

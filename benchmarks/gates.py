@@ -39,9 +39,9 @@ MEET = RuleChoice("meet", {"rule": "meet"})
 def gates_of(ensemble: Ensemble, positions: Positions) -> list[str]:
     """None, gates that close at about these shares of the positions, and those that always close."""
     model, found = ensemble.model, []
-    log_p, logits = model.own_log_probs(positions.hidden)
+    log_p, logits = model.combiner.own_log_probs(positions.hidden)
     # No trust is solved for: the pool and the disagreement are the same at any rate.
-    problem = model.combine_rows(log_p, logits, model.settings.changed(gate="disagreement:1e9")).problem
+    problem = model.combiner.combine_rows(log_p, logits, model.settings.changed(gate="disagreement:1e9")).problem
     for name, sizes, signs in (
         ("unsure", confidence(log_p[0]), [1 - share for share in SHARES]),
         ("disagreement", problem.pool_bound(), SHARES),

@@ -36,7 +36,7 @@ def measured(
     moved, free, cost = [], [], []
     for start in range(0, len(some), 16):
         part = some.take(torch.arange(start, min(start + 16, len(some))))
-        _, solution = model.solve_rows(list(part.hidden), settings.ungated().changed(tol=1e-4))
+        _, solution = model.combiner.solve_rows(list(part.hidden), settings.ungated().changed(tol=1e-4))
         p, q = solution.log_probs.double(), solution.problem.log_pool.double()
         moved.append(kl(p, q))
         free.append(solution.problem.pool_bound())

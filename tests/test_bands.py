@@ -38,9 +38,9 @@ def test_a_trust_of_zero_drops_a_bands_constraint_and_no_other(folders):
     """With every other band at zero, one band is a member whose head has those directions alone."""
     ensemble = Ensemble.from_pretrained(folders)
     hidden = ensemble.model.hidden_states(torch.arange(1, 5)[None])
-    log_p, _ = ensemble.model.own_log_probs(hidden)
+    log_p, _ = ensemble.model.combiner.own_log_probs(hidden)
     banded = ensemble.model.settings.changed(bands=2, trust=[0.7, 0, 0, 0], tol=1e-9)
-    found = ensemble.model.combine_rows(log_p, None, banded)
+    found = ensemble.model.combiner.combine_rows(log_p, None, banded)
     (first, _) = bands(ensemble.model.heads[0], 2)
     other = ensemble.model.heads[1]
     expected = combine(log_p, [first, other], trust=[0.7, 0.0], tol=1e-9)

@@ -26,7 +26,8 @@ from softmeet.evaluation.harness import harness_model
 from softmeet.evaluation.perplexity import evaluate_text
 from softmeet.evaluation.positions import observe_text
 from softmeet.evaluation.trace import Trace, record
-from softmeet.hf.byte_modeling import WholeCharacters
+from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
+from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM, WholeCharacters
 from softmeet.hf.byte_tokenizer import byte_tokenizer
 from softmeet.members.covers import END, SYMBOLS
 
@@ -186,6 +187,26 @@ def test_it_is_saved_and_loaded(ensemble, tmp_path):
     out = model.generate(**ids, **GREEDY)
     assert tokenizer.decode(out[0, ids["input_ids"].shape[1] :]) == ensemble.generate("the", **GREEDY)
     assert tokenizer("<|end|>")["input_ids"] == list(b"<|end|>")
+
+
+def test_it_can_be_made_of_its_configuration_alone(folders):
+    config = EnsembleConfig(folders, "prob-mean", vocabulary="bytes")
+    model = tf.AutoModelForCausalLM.from_config(config)
+    assert type(model) is ByteEnsembleForCausalLM
+    assert [reader.spelling.name for reader in model.readers] == list(map(str, folders))
+    text = torch.tensor([list(b"the")])
+    assert model.generate(text, max_new_tokens=3, min_new_tokens=3, do_sample=False).shape == (1, 6)
+    with pytest.raises(InvalidInputError, match="expected a configuration with vocabulary='tokens', got 'bytes'"):
+        EnsembleForCausalLM(config)
+    with pytest.raises(VocabularyMismatchError, match="vocabulary='bytes'"):
+        tf.AutoModelForCausalLM.from_config(EnsembleConfig(folders))
+
+
+def test_it_overrides_what_a_kind_of_ensemble_has_to():
+    """Nothing else, so that EnsembleForCausalLM says what its kinds may differ in."""
+    own = vars(ByteEnsembleForCausalLM).keys() & vars(EnsembleForCausalLM).keys()
+    own -= {"config_class"}  # which transformers sets
+    assert {name for name in own if not name.startswith("__")} == set(EnsembleForCausalLM.OF_A_KIND)
 
 
 def test_the_next_symbol(ensemble):

@@ -17,7 +17,7 @@ from softmeet import Ensemble
 from softmeet.errors import InvalidInputError
 from softmeet.evaluation.premise import _first_order, _summary, premise_scores
 from softmeet.heads import SoftmaxHead
-from softmeet.members.compare import principal_cosines, same_column_space
+from softmeet.members.heads import principal_cosines, same_column_space
 
 
 def test_principal_cosines_are_those_of_scipy():

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from softmeet import Ensemble, _auto
 from softmeet.errors import CheckpointError, InvalidInputError
-from softmeet.hf import EnsembleForCausalLM
+from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
 
 
 @pytest.fixture
@@ -136,6 +136,25 @@ def test_auto_classes_that_are_there_already_are_told_at_once(monkeypatch):
     _auto.register()
     assert imported == ["softmeet.hf"]
     assert isinstance(before[0], _auto._AfterImport)
+
+
+def test_an_ensemble_can_be_made_of_its_configuration_alone(ours, tmp_path):
+    """Of the members' architectures, with random weights, as from_config means it for any model."""
+    ours.save_pretrained(tmp_path / "ensemble")
+    saved = AutoConfig.from_pretrained(tmp_path / "ensemble")
+    for config in (saved, EnsembleConfig(ours.names, settings=ours.model.settings)):
+        model = AutoModelForCausalLM.from_config(config)
+        assert type(model) is EnsembleForCausalLM
+        assert [type(one) for one in model.members] == [type(one) for one in ours.model.members]
+        shapes = [{name: x.shape for name, x in one.state_dict().items()} for one in (model, ours.model)]
+        assert shapes[0] == shapes[1]
+        assert answer(model).shape == answer(ours.model).shape
+        assert not torch.equal(answer(model), answer(ours.model))
+        assert model.generate(torch.tensor([[1, 2]]), max_new_tokens=3, min_new_tokens=3).shape == (1, 5)
+    single = AutoModelForCausalLM.from_config(saved, dtype=torch.float64)
+    assert {one.dtype for one in single.members} == {torch.float64}
+    with pytest.raises(CheckpointError, match="there is no such folder"):
+        EnsembleForCausalLM(EnsembleConfig([str(tmp_path / "absent")]))
 
 
 def test_heads_follow_a_cast_and_a_move(ours, monkeypatch):

@@ -353,7 +353,9 @@ def test_generation_looks_for_no_bounds(monkeypatch):
         h[:12] for h in ensemble.model.hidden_states(ensemble._encode(["And the king said unto him"])["input_ids"])
     ]
     settings = ensemble.model.settings
-    (_, proved), (_, quick) = (ensemble.model.solve_rows(hidden, settings, proved=proved) for proved in (True, False))
+    (_, proved), (_, quick) = (
+        ensemble.model.combiner.solve_rows(hidden, settings, proved=proved) for proved in (True, False)
+    )
     assert proved.gap_is_certified.all()
     assert not quick.gap_is_certified[quick.num_steps > 0].any()
     assert (quick.gap <= settings.tol).all()

@@ -69,7 +69,7 @@ def test_rules_are_those_of_combine(ensemble):
         RuleChoice("cool", {"rule": "prob-mean", "weights": [0.25, 0.75], "rule_temperature": 0.5}),
     ]
     found = evaluate(ensemble, positions, choices)
-    log_probs, meet = ensemble.model.solve_rows(
+    log_probs, meet = ensemble.model.combiner.solve_rows(
         positions.hidden, ensemble.model.settings.changed(rule="meet", trust=[0.5, 2.0])
     )
     target = positions.targets[:, None]
@@ -100,14 +100,14 @@ def test_weights_from_the_prompt_apply_after_it(ensemble):
     documents = [Document("a", WORDS), Document("b", WORDS[::-1])]
     positions = observe_text(ensemble, documents)
     found = evaluate(ensemble, positions, [RuleChoice("packed", {"rule": "logit-mean"}, prompt=10)])
-    log_probs, _ = ensemble.model.own_log_probs(positions.hidden)
+    log_probs, _ = ensemble.model.combiner.own_log_probs(positions.hidden)
     nats = -log_probs.gather(-1, positions.targets.expand(2, -1)[..., None])[..., 0]
     for k in range(2):
         own = (positions.document == k).nonzero()[:, 0]
         weights = perplexity_weights(nats[:, own[:10]].mean(-1).tolist())
         for rows, w in ((own[:10], [0.5, 0.5]), (own[10:], weights)):
             settings = ensemble.model.settings.changed(rule="logit-mean", weights=w)
-            _, solution = ensemble.model.solve_rows([h[rows] for h in positions.hidden], settings)
+            _, solution = ensemble.model.combiner.solve_rows([h[rows] for h in positions.hidden], settings)
             expected = -solution.log_probs.gather(-1, positions.targets[rows, None])[:, 0].double()
             assert torch.allclose(found.choices["packed"].nats[rows], expected, atol=1e-6)
 

@@ -285,11 +285,10 @@ def test_options_reach_the_ensemble(tmp_path):
         with pytest.raises(InvalidInputError, match=f"expected {name} to be an integer of at least 1, got True"):
             EnsembleConfig(members=["a"], **{name: True})
     radial = build("max-entropy", free_radial=True, tol=1e-8)
-    log_p, solution = radial.solve_rows(
-        [torch.randn(2, 32, generator=torch.Generator().manual_seed(k)) for k in (1, 2)]
-    )
+    hidden = [torch.randn(2, 32, generator=torch.Generator().manual_seed(k)) for k in (1, 2)]
+    log_p, solution = radial.combiner.solve_rows(hidden, radial.settings)
     assert solution.relaxed
     assert log_p.shape == (2, 2, tiny.V)
     radial.heads[0] = SoftmaxHead(radial.heads[0].weight)
     with pytest.raises(UnsupportedHeadError, match="final norm of a known kind"):
-        radial.solve_rows([torch.randn(2, 32), torch.randn(2, 32)])
+        radial.combiner.solve_rows(hidden, radial.settings)

@@ -145,7 +145,7 @@ def test_the_choice_is_the_saved_rule_and_its_figures_are_evaluations(fitted, en
     for key in ("rule", "weights", "trust", "rule_temperature"):
         assert getattr(again.model.config, key) == pytest.approx(fitted.chosen.settings[key])
     test = fitted.test.positions
-    _, solution = again.model.solve_rows(test.hidden)
+    _, solution = again.model.combiner.solve_rows(test.hidden, again.model.settings.ungated())
     nll = -solution.log_probs.gather(-1, test.targets[:, None]).mean().item()
     assert facts["test"]["nll"] == pytest.approx(nll, abs=1e-4)
     import softmeet  # noqa: F401

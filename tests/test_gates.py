@@ -24,7 +24,7 @@ from softmeet.evaluation.report import summary
 from softmeet.hf import EnsembleConfig, Recorder, TokenReports
 from softmeet.hf.cache import EnsembleCache
 from softmeet.hf.sampling import RowSampler
-from softmeet.members.trails import Trail, catch_up
+from softmeet.members.partial_cache import PartialCache, catch_up
 from softmeet.rules.gates import parse_gate, that_closes
 from softmeet.simplex import kl, total_variation
 
@@ -161,7 +161,7 @@ def test_catching_up_is_running_token_by_token():
         # Gemma's norms are fp32 whatever the dtype.
         rounding = 1e-5 if "Gemma" in type(model).__name__ else 1e-12
         texts = [torch.randint(1, tiny.V, (length,), generator=generator).tolist() for length in (20, 7, 13, 12, 1)]
-        trails = [Trail()] * len(texts)
+        trails = [PartialCache()] * len(texts)
         found = [[] for _ in texts]
         with torch.inference_mode():
             # In three strides that part each text elsewhere.
@@ -186,7 +186,7 @@ def _part(text, stride, k):
 def test_a_trail_can_be_cut_anywhere():
     model = tiny.build("llama").double()
     with torch.inference_mode():
-        ((trail,), (whole,)) = catch_up(model, [Trail().longer([5, 6, 7, 8, 9])])
+        ((trail,), (whole,)) = catch_up(model, [PartialCache().longer([5, 6, 7, 8, 9])])
         for cut in range(6):
             shorter = trail.longer([3, 4]).shorter(cut)
             assert shorter.run + len(shorter.pending) == 7 - cut
@@ -368,7 +368,7 @@ def test_evaluation_position_by_position(tmp_path):
     (_, sure, near) = under_gates([plain], ["unsure:0.1", "disagreement:0.3"])
     found = evaluate(ensemble, positions, [plain, sure, near])
     alone = evaluate(ensemble, positions, [sure, near])
-    log_probs, solution = ensemble.model.solve_rows(positions.hidden)
+    log_probs, solution = ensemble.model.combiner.solve_rows(positions.hidden, ensemble.model.settings.ungated())
     target = positions.targets[:, None]
     rule = -solution.log_probs.gather(-1, target)[:, 0].double()
     assert torch.allclose(found.choices["meet"].nats, rule, atol=1e-6)  # its own gate does not count

@@ -152,6 +152,31 @@ def test_assisted_decoding_on_either_side(model):
         assert torch.equal(plain, main.generate(PROMPTS[:1], assistant_model=assistant, **options))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_an_assistant_is_not_given_the_options_of_the_call(model):
+    options = {"max_new_tokens": 8, "weights": [0.8, 0.1, 0.1], **GREEDY}
+    plain, reports = model.generate(PROMPTS[:1], **options), TokenReports()
+    for assistant in (tiny.build("llama", 1).double(), build("prob-mean")):
+        helped = model.generate(PROMPTS[:1], assistant_model=assistant, recorder=reports, **options)
+        assert torch.equal(plain, helped)
+    assert reports.rows >= 8
+
+
+def test_a_call_of_the_model_itself_takes_the_same_options(model):
+    weights, reports = [0.8, 0.1, 0.1], TokenReports()
+    changed = build()
+    changed.config.weights = weights
+    with torch.inference_mode():
+        expected = changed(PROMPTS).logits
+        found = model(PROMPTS, weights=weights, gate="none", recorder=reports).logits
+        by_settings = model(PROMPTS, settings=changed.settings).logits
+    assert torch.equal(found, expected)
+    assert torch.equal(by_settings, expected)
+    assert reports.rows == PROMPTS.numel()
+    with pytest.raises(InvalidInputError, match="no prefixes over tokens"):
+        model(PROMPTS, prefixes=[[None] * 3] * 2)
+
+
 def test_constrained_decoding(model):
     allowed = {"prefix_allowed_tokens_fn": lambda batch, ids: [3, 4]}
     assert set(model.generate(PROMPTS, max_new_tokens=6, **allowed, **GREEDY)[:, 4:].flatten().tolist()) <= {3, 4}

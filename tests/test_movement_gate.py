@@ -173,7 +173,7 @@ def test_bundled_families_come_with_their_factors_and_lose_nothing(default_gate,
     texts = [Document(book.name, book.text[1000:1800]) for book in held_out_books()[:4]]
     hidden = observe_text(ensemble, texts).hidden
     some = [h[::6] for h in hidden]
-    _, plain = model.solve_rows(some, settings.ungated().changed(tol=1e-5))
+    _, plain = model.combiner.solve_rows(some, settings.ungated().changed(tol=1e-5))
     closed = ~settings.gate.open(plain.problem)
     moved = kl(plain.log_probs.double(), plain.pool.double())
     assert moved[closed].mean() < 2e-3 if closed.any() else family == "narrow"

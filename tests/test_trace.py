@@ -60,7 +60,7 @@ def test_every_token_but_the_first_is_predicted_once(ensemble, window, stride):
 def test_fp32_rebuilds_each_members_log_probabilities(ensemble, tmp_path):
     positions = record(ensemble, DOCUMENTS, tmp_path / "t", window=16, shard_size=40).read()
     assert positions.names == ["a", "b", "d"]  # one token cannot be predicted from nothing
-    rebuilt, _ = ensemble.model.own_log_probs(positions.hidden)
+    rebuilt, _ = ensemble.model.combiner.own_log_probs(positions.hidden)
     start = 0
     for document in (DOCUMENTS[0], DOCUMENTS[1], DOCUMENTS[3]):
         ids = ensemble.tokenizer(document.text, return_tensors="pt")["input_ids"][0]
@@ -92,7 +92,7 @@ def test_bytes_add_up_to_the_text():
 def test_fp16_says_what_it_costs(ensemble, tmp_path):
     made = record(ensemble, DOCUMENTS, tmp_path / "t", dtype="float16", shard_size=50)
     exact = record(ensemble, DOCUMENTS, tmp_path / "u").read()
-    log_p = [ensemble.model.own_log_probs(p.hidden)[0] for p in (made.read(), exact)]
+    log_p = [ensemble.model.combiner.own_log_probs(p.hidden)[0] for p in (made.read(), exact)]
     error = (log_p[0] - log_p[1]).gather(-1, exact.targets.expand(2, -1)[..., None]).abs()
     assert made.float16_error()["largest"] == pytest.approx(error.max().item(), rel=1e-2)
     assert made.float16_error()["mean"] == pytest.approx(error.mean().item(), rel=1e-2)

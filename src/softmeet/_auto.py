@@ -1,7 +1,8 @@
-"""Make transformers' Auto classes know ensembles, without importing transformers before anyone else does.
+"""Makes transformers' Auto classes know ensembles, without importing transformers before anyone else does.
 
 ``import softmeet`` must be enough for ``AutoModelForCausalLM.from_pretrained(an_ensemble)``, and ``softmeet --help``
-must not wait for torch. So the registration runs right after the module with the Auto classes has been executed.
+must not wait for torch, which ``AutoModelForCausalLM.register`` would have to import. So it is called right after the
+module with the Auto classes has been executed, which nothing but a hook of the import system can tell.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ _AUTO_CLASSES = "transformers.models.auto.modeling_auto"
 
 
 def register() -> None:
-    """Register now if the Auto classes are there, else as soon as they are."""
+    """Register ensembles if the Auto classes are there, else as soon as they are."""
     if _AUTO_CLASSES in sys.modules:
-        import_module("softmeet.hf")  # which registers them; it may be under way, and be what imports the Auto classes
+        import_module("softmeet.hf")  # registers; it may be under way, and be what imports the Auto classes
     else:
         sys.meta_path.insert(0, _AfterImport())
 
 
 class _AfterImport(MetaPathFinder):
-    """A finder that steps aside at the first import of the Auto classes' module, and adds a call after it."""
+    """Calls :func:`register` after the Auto classes' module has been imported, once."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -40,7 +41,7 @@ class _AfterImport(MetaPathFinder):
 
             def execute_and_register(module: ModuleType) -> None:
                 execute(module)
-                import_module("softmeet.hf")
+                register()
 
             spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec

@@ -13,16 +13,16 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList, TextIteratorStreamer
 
 from softmeet.errors import InvalidInputError
-from softmeet.hf.assembling import assemble, choose_vocabulary, require_vocabulary
-from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM
+from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM, assemble
 from softmeet.hf.byte_report import GroupReport, group_reports, shown_byte
 from softmeet.hf.calibrated import resolved
+from softmeet.hf.checkpoint import absolute
 from softmeet.hf.configuration import EnsembleConfig
-from softmeet.hf.loading import absolute
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.hf.recorder import Recorder
 from softmeet.hf.report import TokenReport, TokenReports
 from softmeet.hf.sampling import RowSampler
+from softmeet.hf.vocabulary import choose_vocabulary, require_vocabulary
 from softmeet.members import zoo
 from softmeet.members.huggingface import Dtype, load_members, load_tokenizers
 from softmeet.members.placement import Device
@@ -195,7 +195,7 @@ class Ensemble:
             [(' of', 0.26), (',', 0.14)]
         """
         hidden = [h[-1:] for h in self.model.hidden_states(self._encode([text])["input_ids"])]
-        log_probs, solution = self.model.solve_rows(hidden, resolved(self.model, self.model.settings))
+        log_probs, solution = self.model.combiner.solve_rows(hidden, resolved(self.model, self.model.settings))
         members = {name: self._top(own[0], top) for name, own in zip(self.names, log_probs, strict=True)}
         return NextToken(self._top(solution.log_probs[0], top), members, solution)
 
@@ -230,7 +230,8 @@ class Ensemble:
         reports = TokenReports(top)
         # Every member is asked everywhere, to be seen; a gate says where its answer would not have counted.
         hidden = [states[:-1] for states in self.model.hidden_states(inputs["input_ids"])]
-        for log_probs, solution in self.model.solve_in_chunks(hidden, resolved(self.model, self.model.settings)):
+        settings = resolved(self.model, self.model.settings)
+        for log_probs, solution in self.model.combiner.solve_in_chunks(hidden, settings):
             reports.add(solution, log_probs)
         return [reports.at(row, token) for row, token in enumerate(tokens.tolist())]
 
@@ -249,7 +250,7 @@ class Ensemble:
         ids = self._encode([text])["input_ids"]
         if ids.shape[1] < 2:
             raise InvalidInputError(f"expected a prompt of at least two tokens to weigh members by, got {text!r}")
-        log_probs, _ = self.model.own_log_probs([h[:-1] for h in self.model.hidden_states(ids)])
+        log_probs, _ = self.model.combiner.own_log_probs([h[:-1] for h in self.model.hidden_states(ids)])
         targets = ids[0, 1:].to(log_probs.device).expand(len(log_probs), -1)
         return perplexity_weights((-log_probs.gather(-1, targets[..., None])).squeeze(-1).mean(-1).tolist())
 

@@ -84,7 +84,7 @@ def _facts(ensemble: Ensemble, text: str | None, tokens: int, sampled: int) -> d
 def _movement(ensemble: Ensemble, text: str | None, tokens: int, sampled: int) -> dict[str, Any]:
     import torch
 
-    from softmeet.hf.moved import moved, own_text
+    from softmeet.hf.calibrated import moved, own_text
 
     if text is None:
         hidden = own_text(ensemble.model, sampled)
@@ -96,7 +96,7 @@ def _movement(ensemble: Ensemble, text: str | None, tokens: int, sampled: int) -
 
 def _heads(ensemble: Ensemble) -> dict[str, Any]:
     from softmeet.hf.plan import solver_bytes
-    from softmeet.members.compare import principal_cosines, same_column_space
+    from softmeet.members.heads import principal_cosines, same_column_space
 
     heads, names = ensemble.model.heads, [options.short(name) for name in ensemble.names]
     members = [
@@ -186,7 +186,7 @@ def _show(facts: dict[str, Any]) -> None:
 
 def _facts_over_bytes(ensemble: Ensemble, text: str | None, tokens: int) -> dict[str, Any]:
     """Compare the tokens of members with different tokenizers and, on a text, how they cut it and what it costs."""
-    from softmeet.members.overlap import shared_boundaries, shared_words
+    from softmeet.members.spelling import shared_boundaries, shared_words
 
     model: Any = ensemble.model
     data = None if text is None else text.encode()[: _BYTES_PER_TOKEN * tokens]

@@ -86,7 +86,7 @@ def fit(
     kept = PieceCache(result.resume, pinned | settings)
     if fitting.bands > 1:
         ensemble.model.require_tokens("--bands")
-    ensemble.model.banded_heads(fitting.bands)  # made here, so that workers share them
+    ensemble.model.combiner.banded_heads(fitting.bands)  # made here, so that workers share them
     with result.stoppable(), running.start(ensemble) as engine, texts.progress() as begin:
         if positions is None:
             positions = observe_text(

@@ -20,7 +20,7 @@ from softmeet.cli.flags import flag, flags
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
     from softmeet.hf import Recorder
-    from softmeet.members.work import Work
+    from softmeet.members.reading import Work
 
 
 @dataclass

@@ -170,7 +170,9 @@ class Objective:
         # A logit mean takes the temperature into its weights, which saves two thirds of the time.
         folded = self.pool == "logit-mean" and not self.layout.trusts
         # Sums over the vocabulary of single precision would leave an error of a hundredth in the weights' gradient.
-        scores = pooled(self.pool, log_p.double(), weights / temperature if folded else weights, self.model.support)
+        scores = pooled(
+            self.pool, log_p.double(), weights / temperature if folded else weights, self.model.combiner.support
+        )
         scores = self._met(scores, trust, log_p, logits) if self.layout.trusts else scores
         return nn.functional.cross_entropy(scores if folded else scores / temperature, targets, reduction="none")
 
@@ -178,7 +180,10 @@ class Objective:
         self, log_q: Float[Tensor, "B v"], trust: Tensor, log_p: Float[Tensor, "n B v"], logits: Tensor | None
     ) -> Float[Tensor, "B v"]:
         """Return the log-probabilities of ``meet`` from a pool, which a member's bands enter as members do."""
-        who, banded = range(len(log_p)) if self.trusted is None else self.trusted, self.model.banded_heads(self.bands)
+        who, banded = (
+            range(len(log_p)) if self.trusted is None else self.trusted,
+            self.model.combiner.banded_heads(self.bands),
+        )
         rows = [i for i in who for _ in range(self.bands)]
         heads = tuple(banded[i * self.bands + band] for i in who for band in range(self.bands))
         log_p = log_normalize(log_p[rows].double())
@@ -187,7 +192,7 @@ class Objective:
             heads=heads,
             slopes=slopes_of(heads, None if logits is None else logits[rows], log_p, log_p.shape),
             settings=Settings(trust=1.0, pool="prob-mean", tol=self.tol, max_steps=_MAX_STEPS).for_members(len(rows)),
-            support=self.model.support,
+            support=self.model.combiner.support,
             dtype=product_dtype(torch.float32, self.tol),
         )
         projection = problem.projection(list(range(len(rows))), problem.trust)
@@ -200,7 +205,7 @@ class Objective:
     def _log_probs(self, k: int, chunk: Positions) -> tuple[Tensor, Tensor | None]:
         if k in self._held:
             return self._held[k]
-        log_p, logits = self.model.own_log_probs(chunk.hidden)
+        log_p, logits = self.model.combiner.own_log_probs(chunk.hidden)
         if self.members is not None:
             some = list(self.members)
             log_p, logits = log_p[some], None if logits is None else logits[some]

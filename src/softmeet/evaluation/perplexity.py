@@ -237,7 +237,7 @@ def _score_piece(
     settings, pieces = settings_of(ensemble, choices), []
     order = sorted(choices, key=lambda choice: _solving_order(settings[choice.name]))
     for chunk, weights in _chunks(ensemble, positions, choices):
-        log_probs, logits = ensemble.model.own_log_probs(chunk.hidden)
+        log_probs, logits = ensemble.model.combiner.own_log_probs(chunk.hidden)
         targets, scores = chunk.targets.to(log_probs.device), dict[str, Scores]()
         for name, own, hidden in zip(names, log_probs, chunk.hidden, strict=True):
             scores[name] = replace(_prediction_scores(own, targets), work=ensemble.model.work(hidden).double().cpu())
@@ -317,7 +317,7 @@ def _chunks(
 
 
 def _prompt_weights(ensemble: Ensemble, prompt: Positions) -> list[float]:
-    log_probs, _ = ensemble.model.own_log_probs(prompt.hidden)
+    log_probs, _ = ensemble.model.combiner.own_log_probs(prompt.hidden)
     targets = prompt.targets.to(log_probs.device)
     nats = -log_probs.gather(-1, targets.expand(len(log_probs), -1)[..., None]).squeeze(-1)
     return perplexity_weights(nats.mean(-1).tolist())
@@ -342,7 +342,9 @@ class _Solver:
         """Score a rule under some settings on the chunk, from what is solved already where that will do."""
         gate, plain = that_closes(settings.gate), settings.ungated()
         if gate is not None and plain not in self.solved:
-            return _solution_scores(self.model.combine_rows(self.log_probs, self.logits, settings), self.targets)
+            return _solution_scores(
+                self.model.combiner.combine_rows(self.log_probs, self.logits, settings), self.targets
+            )
         if plain not in self.solved:
             solution = self._solve(plain)
             self.solved[plain] = solution, _solution_scores(solution, self.targets)
@@ -359,7 +361,7 @@ class _Solver:
                 wanted = rule_of(settings.on_infeasible), settings.relaxed().trust
                 fits = (s for s in path if (s.problem.settings.rule, s.problem.trust) == wanted)
                 known["relaxed"] = next(fits, None)
-        solution = self.model.combine_rows(self.log_probs, self.logits, settings, **known)
+        solution = self.model.combiner.combine_rows(self.log_probs, self.logits, settings, **known)
         if rule.tilts_pool:
             path.append(solution)
         return solution
@@ -370,7 +372,7 @@ class _Solver:
         if not closed.any():
             return scores
         logits = None if self.logits is None else self.logits[:, closed]
-        solved = self.model.combine_rows(self.log_probs[:, closed], logits, settings)
+        solved = self.model.combiner.combine_rows(self.log_probs[:, closed], logits, settings)
         there = _solution_scores(solved, self.targets[closed])
         both = zip(_without_movement(scores), _without_movement(there), strict=True)
         return Scores(*(whole.masked_scatter(closed.cpu(), own) for whole, own in both))

@@ -84,7 +84,7 @@ def premise_at(ensemble: Ensemble, stretches: Iterable[tuple[list[Tensor], Tenso
     for hidden, targets in stretches:
         for start in range(0, len(targets), _CHUNK):
             rows = slice(start, start + _CHUNK)
-            _, solution = ensemble.model.solve_rows([h[rows] for h in hidden], settings)
+            _, solution = ensemble.model.combiner.solve_rows([h[rows] for h in hidden], settings)
             found.append(torch.stack([torch.stack(_first_order(solution, i, targets[rows])) for i in members]))
     return [_summary(gain, expected) for gain, expected in torch.cat(found, -1)]
 

@@ -12,6 +12,5 @@ from softmeet.hf.report import TokenReport, TokenReports
 __all__ = ["EnsembleCache", "EnsembleConfig", "EnsembleForCausalLM", "Recorder", "TokenReport", "TokenReports"]
 
 AutoConfig.register(EnsembleConfig.model_type, EnsembleConfig, exist_ok=True)
-# Either class loads whatever ensemble a configuration describes; pipelines look for a model's own among them.
-CLASSES = (EnsembleForCausalLM, ByteEnsembleForCausalLM)
-AutoModelForCausalLM._model_mapping.register(EnsembleConfig, CLASSES, exist_ok=True)
+# The configuration's architecture chooses between them, and pipelines look for a model's own class among them.
+AutoModelForCausalLM.register(EnsembleConfig, (EnsembleForCausalLM, ByteEnsembleForCausalLM), exist_ok=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from softmeet.hf.report import most_probable
 from softmeet.members.covers import END
 
 if TYPE_CHECKING:
@@ -18,11 +19,14 @@ Listed = list[tuple[str, float]]
 
 @dataclass(frozen=True)
 class GroupReport:
-    """Some characters that every member reads as whole tokens. Everything in nats.
+    """A stretch of characters that every member reads as whole tokens; log-probabilities and disagreement are in nats.
 
-    ``log_prob`` and ``member_log_probs`` are of all their bytes. ``top`` holds (byte, log-probability) of what the
-    ensemble expected as the first byte, ``member_top`` (token, log-probability) of what each member did, in its own
-    tokens, the most probable first. ``disagreement`` is each member's, summed over the bytes.
+    Attributes:
+        text: the characters.
+        log_prob, member_log_probs: of all their bytes, by the ensemble and by each member.
+        top: (byte, log-probability) of what the ensemble expected as the first byte, the most probable first.
+        member_top: (token, log-probability) of what each member expected there, in its own tokens.
+        disagreement: each member's, summed over the bytes.
     """
 
     text: str
@@ -33,7 +37,7 @@ class GroupReport:
     disagreement: list[float]
 
     def spelled(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        """As JSON has it for people, with what :class:`TokenReport` has: an average moves nothing, and is exact."""
+        """Return the report as :meth:`TokenReport.spelled` does: an average moves nothing, and is exact."""
         return asdict(self) | {
             "moved": [],
             "pushes": [],
@@ -57,11 +61,9 @@ def group_reports(model: ByteEnsembleForCausalLM, text: bytes, top: int) -> list
     """
     log_probs = torch.stack([torch.from_numpy(reader.score(text)[1][: len(text)]) for reader in model.readers])
     expected = [reader.expected(text, top) for reader in model.readers]
-    ours, disagreement = [], []
-    for _, solution in model.solve_in_chunks(list(log_probs), model.settings):
-        ours.append(solution.log_probs)
-        disagreement.append(solution.disagreement)
-    answer, apart = torch.cat(ours), torch.cat(disagreement, -1)
+    solutions = [solution for _, solution in model.combiner.solve_in_chunks(list(log_probs), model.settings)]
+    answer = torch.cat([solution.log_probs for solution in solutions])
+    apart = torch.cat([solution.disagreement for solution in solutions], -1)
     # Where a member does not see the first byte, the first stretch begins there all the same.
     places = sorted({0}.union(set.intersection(*(set(found) for found in expected))))
     places = [place for place in places if text[place] & 0xC0 != 0x80]
@@ -71,13 +73,12 @@ def group_reports(model: ByteEnsembleForCausalLM, text: bytes, top: int) -> list
     found = []
     for start, end in zip(places, [*places[1:], len(text)], strict=True):
         rows = slice(start, end)
-        best = answer[start].topk(min(top, answer.shape[-1]))
         found.append(
             GroupReport(
                 text=text[rows].decode(),
                 log_prob=came[rows].sum().item(),
                 member_log_probs=members[:, rows].sum(-1).tolist(),
-                top=[(shown_byte(k), x) for k, x in zip(best.indices.tolist(), best.values.tolist(), strict=True)],
+                top=[(shown_byte(k), x) for k, x in most_probable(answer[start], top)],
                 member_top=[own.get(start, []) for own in expected],
                 disagreement=apart[:, rows].sum(-1).tolist(),
             )
@@ -86,7 +87,12 @@ def group_reports(model: ByteEnsembleForCausalLM, text: bytes, top: int) -> list
 
 
 def shown_byte(symbol: int) -> str:
-    r"""A byte as its ASCII character, else as ``\xNN``; the end as ``<|end|>``."""
+    r"""Return a byte as its ASCII character, else as ``\xNN``; the end as ``<|end|>``.
+
+    Example:
+        >>> shown_byte(65), shown_byte(200), shown_byte(256)
+        ('A', '\\xC8', '<|end|>')
+    """
     if symbol == END:
         return "<|end|>"
     return chr(symbol) if symbol < 0x80 else f"\\x{symbol:02X}"

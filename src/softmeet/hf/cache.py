@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,23 +11,14 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from softmeet.members.trails import Trail, catch_up, layers_of_keys_and_values
+from softmeet.members.partial_cache import PartialCache, catch_up, layers_of_keys_and_values
 
 
-class _Row(Protocol):
-    @property
-    def length(self) -> int: ...
+class RowsLayer(CacheLayerMixin):
+    """What a member knows of each row, as an object of its own; to transformers a layer of the cache.
 
-    def shorter(self, by: int) -> Any: ...
-
-
-AnyRow = TypeVar("AnyRow", bound=_Row)
-
-
-class RowsLayer(CacheLayerMixin, Generic[AnyRow]):
-    """What a member knows of each row, as a row of its own; to transformers a layer of the cache.
-
-    A row has a ``length`` and a method ``shorter``, which takes its last tokens away.
+    Attributes:
+        rows: each has a ``length`` in tokens, and a method ``shorter``, which takes so many of its last tokens away.
     """
 
     is_croppable = True
@@ -35,7 +26,7 @@ class RowsLayer(CacheLayerMixin, Generic[AnyRow]):
 
     def __init__(self) -> None:
         super().__init__()
-        self.rows: list[AnyRow] = []
+        self.rows: list[Any] = []
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Do nothing: rows bring their own."""
@@ -45,7 +36,7 @@ class RowsLayer(CacheLayerMixin, Generic[AnyRow]):
         raise NotImplementedError
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Give the sizes of any layer's mask."""
+        """Return the sizes of any layer's mask."""
         return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
@@ -64,10 +55,6 @@ class RowsLayer(CacheLayerMixin, Generic[AnyRow]):
         """Take the last tokens of every row away; the number is negative, as in transformers."""
         self.rows = [row.shorter(abs(tokens_to_remove)) for row in self.rows]
 
-    def reorder_cache(self, beam_idx: Int[Tensor, " B"]) -> None:
-        """Make row k what row beam_idx[k] was."""
-        self.batch_select_indices(beam_idx)
-
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row so many times."""
         self.rows = [row for row in self.rows for _ in range(repeats)]
@@ -77,21 +64,23 @@ class RowsLayer(CacheLayerMixin, Generic[AnyRow]):
         if self.rows:
             self.rows = [self.rows[k] for k in torch.arange(len(self.rows))[indices.cpu()].tolist()]
 
+    reorder_cache = batch_select_indices
 
-class Lagging(RowsLayer[Trail]):
-    """A member's rows, each of which may be behind by any number of tokens."""
+
+class Lagging(RowsLayer):
+    """A member's rows as partial KV caches, each of which may be behind by any number of tokens."""
 
     def follow(self, tokens: Sequence[Sequence[int]]) -> None:
         """Note the new tokens of every row, without running them."""
-        rows = self.rows or [Trail()] * len(tokens)
-        self.rows = [trail.longer(new) for trail, new in zip(rows, tokens, strict=True)]
+        rows = self.rows or [PartialCache()] * len(tokens)
+        self.rows = [row.longer(new) for row, new in zip(rows, tokens, strict=True)]
 
     def run(self, model: PreTrainedModel, rows: Int[Tensor, " k"]) -> list[Float[Tensor, "t d"]]:
-        """Bring some rows up to date; their hidden states at the tokens that were pending."""
+        """Bring some rows up to date, and return their last hidden states at the tokens that were pending."""
         chosen = rows.tolist()
         caught, hidden = catch_up(model, [self.rows[k] for k in chosen])
-        for k, trail in zip(chosen, caught, strict=True):
-            self.rows[k] = trail
+        for k, row in zip(chosen, caught, strict=True):
+            self.rows[k] = row
         return hidden
 
 
@@ -108,13 +97,10 @@ class EnsembleCache(Cache):
 
     def __init__(self, configs: Sequence[PreTrainedConfig], *, lagging: bool = False) -> None:
         self.lagging = lagging
-        self.members: list[DynamicCache | Lagging] = []
+        self.members: list[Any] = []
         for i, config in enumerate(configs):
             if lagging and i:
                 layers_of_keys_and_values(f"member {i}", config, "it cannot catch up, so leave out the gate 'unsure'")
             self.members.append(Lagging() if lagging and i else DynamicCache(config=config))
-        super().__init__(layers=[layer for member in self.members for layer in _layers(member)])
-
-
-def _layers(member: DynamicCache | Lagging) -> list[Any]:
-    return [member] if isinstance(member, Lagging) else list(member.layers)
+        layers = [[one] if isinstance(one, Lagging) else one.layers for one in self.members]
+        super().__init__(layers=[layer for own in layers for layer in own])

@@ -13,17 +13,20 @@ import logging
 import math
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from softmeet.hf.moved import own_text
+from softmeet.hf.sampling import RowSampler
 from softmeet.members import zoo
 from softmeet.members.identity import body_hash
 from softmeet.rules.gates import PredictedMovement
 from softmeet.rules.movement import Movement
-from softmeet.rules.settings import Settings
+from softmeet.rules.settings import Settings, rule_of
 
 if TYPE_CHECKING:
     from softmeet.hf.modeling import EnsembleForCausalLM
@@ -32,13 +35,17 @@ if TYPE_CHECKING:
 _POSITIONS, _AT_ONCE, _SECONDS = 64, 16, 120.0
 # By estimates of this size, without bounds, the mean movement is known to a twentieth.
 _TOL = 1e-3
+# Nats; what ``meet`` moves by less is of no interest.
+_SMALL = 1e-5
+# Of the text that an ensemble samples for itself.
+_PROMPT, _SEED = "The", 0
 # What the factor belongs to, beside the members.
 _SETTINGS = ("rule", "trust", "weights", "pool", "rank", "bands", "free_radial", "free_weights")
 _log = logging.getLogger("softmeet")
 
 
 def resolved(model: EnsembleForCausalLM, settings: Settings, *, may_calibrate: bool = True) -> Settings:
-    """Give settings whose gate ``movement`` knows its factor, or that have no gate where none can be known.
+    """Return settings whose gate ``movement`` knows its factor, or that have no gate where none can be known.
 
     Args:
         model: whose members are to be combined.
@@ -63,19 +70,19 @@ def resolved(model: EnsembleForCausalLM, settings: Settings, *, may_calibrate: b
 
 
 def gate_of(model: EnsembleForCausalLM) -> str | None:
-    """Name the gate of an ensemble, where it can close."""
+    """Return the gate of an ensemble as text; None where there is none that can close."""
     gate = resolved(model, model.settings, may_calibrate=False).gate
     return None if gate is None else str(gate)
 
 
 def _moves(settings: Settings) -> bool:
-    """Whether the rule moves a pool, by finite trusts."""
+    """Say whether the rule moves a pool, by finite trusts."""
     trust = settings.rule.effective_trust(settings.member_trust)
     return settings.rule.tilts_pool and any(trust) and not any(map(math.isinf, trust)) and len(trust) > 1
 
 
 def _kept(model: EnsembleForCausalLM, own: str) -> float | None:
-    """From the bundled families' file, or this machine's."""
+    """Look a factor up in the bundled families' file, and in this machine's."""
     who = members_hash(model)
     for file in (zoo.folder() / "movement.json", cache_file()):
         known = _read(file).get(who, {})
@@ -91,12 +98,12 @@ def key_of(settings: Settings) -> str:
 
 
 def members_hash(model: EnsembleForCausalLM) -> str:
-    """SHA-256 of the members, in order."""
+    """Compute SHA-256 of an ensemble's members, in order."""
     return hashlib.sha256("".join(map(body_hash, model.members)).encode()).hexdigest()
 
 
 def _calibrated(model: EnsembleForCausalLM, settings: Settings, own: str) -> float | None:
-    """By sampling and solving, which is said; None, which is said too, where that cannot be done in time."""
+    """Find a factor by sampling and solving, which is logged; None, logged too, where that cannot be done in time."""
     if any(parameter.is_meta for parameter in model.parameters()) or model.tokenizer is None:
         _log.warning("the gate %s is off: calibrating it takes members in memory, and a tokenizer", settings.gate)
         return None
@@ -132,7 +139,7 @@ def calibrate(model: EnsembleForCausalLM, settings: Settings) -> float | None:
     for start in range(0, len(hidden[0]), _AT_ONCE):
         if time.monotonic() - started > _SECONDS:
             break
-        _, solution = model.solve_rows([h[start : start + _AT_ONCE] for h in hidden], plain, proved=False)
+        _, solution = model.combiner.solve_rows([h[start : start + _AT_ONCE] for h in hidden], plain, proved=False)
         found = Movement.of(solution)
         if found is None:
             return None
@@ -141,7 +148,7 @@ def calibrate(model: EnsembleForCausalLM, settings: Settings) -> float | None:
 
 
 def cache_file() -> Path:
-    """Where this machine keeps factors."""
+    """Return the file in which this machine keeps factors."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("SOFTMEET_CACHE") or Path(base) / "softmeet") / "movement.json"
 
@@ -155,7 +162,7 @@ def _read(file: Path) -> dict[str, dict[str, float]]:
 
 
 def _keep(file: Path, who: str, own: str, factor: float) -> None:
-    """Add to the file; nothing is lost but time where it cannot be written."""
+    """Add a factor to the file; nothing is lost but time where it cannot be written."""
     known = _read(file)
     known.setdefault(who, {})[own] = factor
     partial = file.with_name(f"{file.name}.{os.getpid()}")
@@ -165,3 +172,38 @@ def _keep(file: Path, who: str, own: str, factor: float) -> None:
         partial.replace(file)
     except OSError:
         _log.debug("could not write %s", file)
+
+
+@torch.inference_mode()
+def own_text(model: EnsembleForCausalLM, count: int) -> list[Float[Tensor, "t _"]]:
+    """Sample tokens from the pool of an ensemble over tokens, and return each member's hidden states before them.
+
+    Args:
+        model: which has a tokenizer.
+        count: tokens; fewer where the shortest context ends.
+    """
+    tokenizer: Any = model.tokenizer
+    ids = tokenizer(_PROMPT, return_tensors="pt")["input_ids"].to(model.device)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    count = count if limit is None else min(count, limit - ids.shape[1])
+    settings = model.settings.ungated().changed(rule=model.settings.pool, rule_temperature=1.0, bands=1, trust=0.0)
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), settings=settings, row_sampler=RowSampler(_SEED, [0]), do_sample=True,
+        temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=count, min_new_tokens=count,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return [states[ids.shape[1] - 1 :] for states in model.hidden_states(out[:, :-1])]
+
+
+def _as_meet(settings: Settings) -> Settings:
+    """Return the settings by which ``meet`` would answer everywhere, to a small tolerance, with finite trusts."""
+    rule = settings.rule if settings.rule.tilts_pool and not settings.rule.is_feasible else rule_of("meet")
+    plain = settings.ungated().relaxed()
+    return plain.model_copy(update={"rule": rule, "rule_temperature": 1.0, "tol": min(_SMALL, plain.tol)})
+
+
+@torch.inference_mode()
+def moved(model: EnsembleForCausalLM, hidden: Sequence[Float[Tensor, "t _"]]) -> Movement:
+    """Measure how far ``meet`` would move the pool at some positions, from each member's hidden states."""
+    found = [Movement.of(solution) for _, solution in model.combiner.solve_in_chunks(hidden, _as_meet(model.settings))]
+    return Movement.stacked(torch.cat([one.table() for one in found if one is not None]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -12,8 +11,8 @@ from torch import Tensor, nn
 
 from softmeet.errors import InvalidInputError, NonFiniteError, UnsupportedHeadError
 from softmeet.heads import SoftmaxHead
+from softmeet.hf.recorder import Recorder
 from softmeet.members.bands import bands
-from softmeet.members.work import Work
 from softmeet.rules.combine import product_dtype, solve
 from softmeet.rules.gates import Unsure
 from softmeet.rules.problem import Problem
@@ -21,165 +20,180 @@ from softmeet.rules.settings import Settings
 from softmeet.rules.solution import Solution
 from softmeet.rules.validate import free_directions, normalised, slopes_of
 
+# Hidden states of every member at B positions; and logits or log-probabilities of every member there.
+Hidden = Sequence[Float[Tensor, "B _"]]
+Scores = Float[Tensor, "n B v"]
 # Elements of fp64 vectors over the vocabulary that one call of combine may hold: 512 MiB.
 _ELEMENTS = 1 << 26
 
 
 def rows_at_once(v: int, n: int) -> int:
-    """How many positions n members' distributions over v tokens are combined at."""
+    """Return at how many positions n members' distributions over v tokens are combined in one solve."""
     return max(1, _ELEMENTS // (v * 4 * n))
 
 
 @dataclass
-class Asked:
-    """At which positions all members ran, and not the first one alone.
+class Deferral:
+    """The positions at which the first member of a cascade deferred to the others, so that all of them ran.
 
-    ``logits`` are the first member's at all B positions, where whoever decided has them already; ``seconds`` is what it
-    took to run the others.
+    Attributes:
+        rows: (B,), True where all members ran, and False where the first one answers alone.
+        logits: (B, v), the first member's at all B positions, where they are known already.
+        seconds: that the other members took.
     """
 
     rows: Bool[Tensor, " B"]
     logits: Float[Tensor, "B v"] | None = None
     seconds: float = 0.0
 
-    def take(self, rows: slice) -> Asked:
-        """Give the same for some of the positions."""
-        return Asked(self.rows[rows], None if self.logits is None else self.logits[rows])
+    def take(self, rows: slice) -> Deferral:
+        """Return the same for some of the positions."""
+        return Deferral(self.rows[rows], None if self.logits is None else self.logits[rows])
+
+    @staticmethod
+    def of(head: SoftmaxHead, gate: Unsure, hidden: Float[Tensor, "B d"]) -> Deferral:
+        """Decide by a gate at which positions a first member defers to the others.
+
+        Args:
+            head: the first member's.
+            gate: open where that member is unsure.
+            hidden: (B, d), that member's last hidden states.
+        """
+        chunk = rows_at_once(head.v, 1)
+        if len(hidden) <= chunk:
+            logits = head.logits(hidden)
+            return Deferral(gate.among(logits.log_softmax(-1)), logits)
+        # Too many to keep: they are made again, some at a time, when they are combined.
+        return Deferral(torch.cat([gate.among(head.log_probs(part)) for part in hidden.split(chunk)]))
 
 
-class Combining:
-    """The heads of an ensemble and its rule, over hidden states that somebody else has computed."""
+class Combiner:
+    """The heads of an ensemble, by which a rule is applied to hidden states that the members have computed.
 
-    config: Any
-    heads: list[SoftmaxHead]
-    capped: bool
-    support: Bool[Tensor, " v"] | None
-    _banded: tuple[int, list[SoftmaxHead]] | None
+    Attributes:
+        names: of the members, for messages.
+        heads: their output layers, in order.
+        v: the rows of the largest head.
+        support: (v,), which ids are tokens where heads are padded; None if all are.
+        capped: whether a head has a soft-cap, so that rules need the logits themselves.
+    """
 
-    over_bytes = False
+    def __init__(
+        self, names: Sequence[str], heads: Sequence[SoftmaxHead], support: Bool[Tensor, " v"] | None = None
+    ) -> None:
+        self.names, self.heads, self.support = names, list(heads), support
+        self.v = max(head.v for head in heads)
+        self.capped = any(head.soft_cap is not None for head in heads)
+        self._banded: tuple[int, list[SoftmaxHead]] | None = None
 
-    @property
-    def member_heads(self) -> list[SoftmaxHead]:
-        """The members' own output layers."""
-        return self.heads
+    def combine(
+        self,
+        hidden: Sequence[Float[Tensor, "B k _"]],
+        settings: Settings,
+        deferral: Deferral | None = None,
+        recorder: Recorder | None = None,
+    ) -> Float[Tensor, "B k v"]:
+        """Return the rule's log-probabilities in nats at k positions of B rows, and tell the recorder how they came.
 
-    @property
-    def widths(self) -> list[int]:
-        """Of a row of each member's :meth:`hidden_states`."""
-        return [head.d for head in self.heads]
-
-    @property
-    def spent(self) -> list[Work]:
-        """What each member has cost since it was loaded; known over bytes alone."""
-        return []
-
-    def work(self, hidden: Float[Tensor, "t _"]) -> Float[Tensor, "_ 3"]:
-        """What rows of a member's :meth:`hidden_states` cost it; known over bytes alone."""
-        return hidden.new_zeros(0, 3)
-
-    @property
-    def settings(self) -> Settings:
-        """How the members are combined."""
-        return self.config.settings  # type: ignore[no-any-return]
+        Args:
+            hidden: (B, k, d_i) for member i.
+            settings, deferral: as of :meth:`solve_rows`.
+            recorder: receives every solution; None for nobody.
+        """
+        parts = []
+        if recorder is not None and deferral is not None:
+            recorder.gate.seconds += deferral.seconds
+        flat = [h.flatten(0, 1) for h in hidden]
+        for log_probs, solution in self.solve_in_chunks(flat, settings, deferral, proved=False):
+            if recorder is not None:
+                recorder.add(solution, log_probs)
+            parts.append(solution.log_probs)
+        return torch.cat(parts).reshape(*hidden[0].shape[:2], -1)
 
     def solve_in_chunks(
-        self,
-        hidden: Sequence[Float[Tensor, "B _"]],
-        settings: Settings | None = None,
-        asked: Asked | None = None,
-        *,
-        proved: bool = True,
+        self, hidden: Hidden, settings: Settings, deferral: Deferral | None = None, *, proved: bool = True
     ) -> Iterator[tuple[Float[Tensor, "n b v"], Solution]]:
-        """As :meth:`solve_rows`, some rows at a time in their order, so that memory stays bounded."""
-        chunk = rows_at_once(self.config.vocab_size, len(hidden))
-        if len(hidden[0]) <= chunk:
-            if len(hidden[0]):
-                yield self.solve_rows(hidden, settings, asked, proved=proved)
-            return
+        """Solve positions in their order, as :meth:`solve_rows` does, some at a time so that memory stays bounded."""
+        chunk = rows_at_once(self.v, len(hidden))
         for start in range(0, len(hidden[0]), chunk):
             rows = slice(start, start + chunk)
-            some = None if asked is None else asked.take(rows)
+            some = None if deferral is None else deferral.take(rows)
             yield self.solve_rows([h[rows] for h in hidden], settings, some, proved=proved)
 
     def solve_rows(
-        self,
-        hidden: Sequence[Float[Tensor, "B _"]],
-        settings: Settings | None = None,
-        asked: Asked | None = None,
-        *,
-        proved: bool = True,
-    ) -> tuple[Float[Tensor, "n B v"], Solution]:
-        """(the members' log-probabilities, the rule's solution) at B positions, from each member's hidden states.
+        self, hidden: Hidden, settings: Settings, deferral: Deferral | None = None, *, proved: bool = True
+    ) -> tuple[Scores, Solution]:
+        """Combine the members at B positions, from their hidden states.
 
         Args:
             hidden: (B, d_i) for member i.
-            settings: in place of the configuration's, whose gate is for whoever runs members, and not heeded here.
-            asked: the rows at which all members ran; elsewhere the first one answers alone, what stands in place of the
-                others' hidden states is not read, and what they would say is NaN. None if they ran everywhere.
+            settings: how to combine.
+            deferral: the positions at which all members ran; elsewhere the first one answers alone, what stands in
+                place of the others' hidden states is not read, and what they would say is NaN. None if all members ran
+                at all positions.
             proved: end rows on bounds; else an estimate of what is left to gain will do, as in generation.
+
+        Returns:
+            (the members' log-probabilities in nats, the rule's solution).
         """
-        logits = self.own_logits(hidden, asked)
-        settings = settings or self.settings.ungated()
-        if asked is not None:
-            settings = settings.model_copy(update={"gate": Unsure(1.0, asked.rows.to(logits.device))})
+        logits = self.own_logits(hidden, deferral)
+        if deferral is not None:
+            settings = settings.model_copy(update={"gate": Unsure(1.0, deferral.rows.to(logits.device))})
         states = [h.to(logits.device) for h in hidden] if settings.free_radial else None
         solution = self.combine_rows(logits, logits, settings, hidden=states, proved=proved)
         log_probs = solution.problem.log_p[:: settings.bands]
-        return (log_probs, solution) if asked is None else _unasked(log_probs, solution)
+        return (log_probs, solution) if deferral is None else _nan_where_not_run(log_probs, solution)
 
-    def own_logits(self, hidden: Sequence[Float[Tensor, "B _"]], asked: Asked | None = None) -> Float[Tensor, "n B v"]:
-        """The members' logits from each member's hidden states, in fp32 or fp64; -inf past a head's last row.
+    def own_logits(self, hidden: Hidden, deferral: Deferral | None = None) -> Scores:
+        """Compute the members' logits, in fp32 or fp64, from their hidden states; -inf past a head's last row.
 
-        Where the members were not ``asked``, all but the first are given equal ones.
+        At positions without ``deferral`` to them, all members but the first are given equal logits.
         """
-        place, v = self.heads[0].weight.device, self.config.vocab_size
+        place, v = self.heads[0].weight.device, self.v
         found = []
         for i, (head, states) in enumerate(zip(self.heads, hidden, strict=True)):
             states = states.to(head.weight.device)
-            own = head.logits(states) if asked is None else _where_asked(head, states, asked, first=not i)
+            own = head.logits(states) if deferral is None else _where_run(head, states, deferral, first=not i)
             own = own.to(place)
             found.append(nn.functional.pad(own, (0, v - head.v), value=-torch.inf) if head.v < v else own)
         return torch.stack(found)
 
-    def own_log_probs(
-        self, hidden: Sequence[Float[Tensor, "B _"]]
-    ) -> tuple[Float[Tensor, "n B v"], Float[Tensor, "n B v"] | None]:
-        """(the members' log-probabilities, their logits if a head has a soft-cap) from each member's hidden states."""
+    def own_log_probs(self, hidden: Hidden) -> tuple[Scores, Scores | None]:
+        """Compute (the members' log-probabilities in nats, their logits if a head has a soft-cap, else None)."""
         logits = self.own_logits(hidden)
         return logits.log_softmax(-1), logits if self.capped else None
 
     def combine_rows(
         self,
-        scores: Float[Tensor, "n B v"],
-        logits: Float[Tensor, "n B v"] | None,
-        settings: Settings | None = None,
+        scores: Scores,
+        logits: Scores | None,
+        settings: Settings,
         *,
-        hidden: Sequence[Float[Tensor, "B _"]] | None = None,
+        hidden: Hidden | None = None,
         start: Solution | None = None,
         relaxed: Solution | None = None,
         proved: bool = True,
     ) -> Solution:
-        """The rule's solution, from the members' logits, or from their log-probabilities.
+        """Combine the members at B positions, from their logits or log-probabilities.
 
         Where the gate ``unsure`` is closed, the first member answers without the rule's temperature too.
 
         Args:
             scores: log-probabilities up to a constant, which is all that counts of logits without a soft-cap.
             logits: where a head has a soft-cap.
-            settings: in place of the configuration's, whose gate is not heeded here.
-            hidden: for ``free_radial``.
+            settings: how to combine.
+            hidden: each member's hidden states, for ``free_radial``.
             start, relaxed: as ``start`` and ``on_infeasible`` of :func:`softmeet.combine`.
             proved: as of :meth:`solve_rows`.
 
         Raises:
             NonFiniteError: NaN or +inf from a member, which the message names.
         """
-        settings = settings or self.settings.ungated()
         heads, dtype = self.heads, scores.dtype
         try:
             log_p = normalised(scores)
         except NonFiniteError as error:
-            raise NonFiniteError(f"{error}. Members, from 0: {', '.join(map(str, self.config.members))}") from error
+            raise NonFiniteError(f"{error}. Members, from 0: {', '.join(self.names)}") from error
         if settings.free_radial:
             self._refuse_unknown_norms(settings)
         capped = None if logits is None or not self.capped else logits
@@ -209,15 +223,15 @@ class Combining:
             raise InvalidInputError(
                 f"free_radial needs whole heads, got {settings.bands} bands of each: leave out one of both"
             )
-        names = zip(self.config.members, self.heads, strict=True)
+        names = zip(self.names, self.heads, strict=True)
         if unknown := [name for name, head in names if head.norm is None]:
             raise UnsupportedHeadError(
                 f"free_radial needs a final norm of a known kind right before the output layer, and found none in "
-                f"{', '.join(map(str, unknown))}: leave it out"
+                f"{', '.join(unknown)}: leave it out"
             )
 
     def banded_heads(self, count: int) -> list[SoftmaxHead]:
-        """``count`` bands of principal directions of each head in turn; made once, together as large as the heads."""
+        """Cut each head in turn into so many bands of principal directions; done once, and as large as the heads."""
         if count == 1:
             return self.heads
         if self._banded is None or self._banded[0] != count:
@@ -225,21 +239,22 @@ class Combining:
         return self._banded[1]
 
 
-def _where_asked(head: SoftmaxHead, states: Float[Tensor, "B d"], asked: Asked, *, first: bool) -> Float[Tensor, "B v"]:
-    """A member's logits, in fp32 or fp64; equal ones, and no product with the head, where it was not asked."""
-    if first and asked.logits is not None:
-        return asked.logits
-    if first or bool(asked.rows.all()):
+def _where_run(
+    head: SoftmaxHead, states: Float[Tensor, "B d"], deferral: Deferral, *, first: bool
+) -> Float[Tensor, "B v"]:
+    """Compute a member's logits, in fp32 or fp64; equal ones, and no product with the head, where it did not run."""
+    if first and deferral.logits is not None:
+        return deferral.logits
+    if first or bool(deferral.rows.all()):
         return head.logits(states)
     out = states.new_zeros(len(states), head.v, dtype=torch.promote_types(states.dtype, torch.float32))
-    rows = asked.rows.nonzero().squeeze(-1).to(states.device)
+    rows = deferral.rows.nonzero().squeeze(-1).to(states.device)
     return out.index_copy(0, rows, head.logits(states[rows]).to(out.device)) if len(rows) else out
 
 
-def _unasked(log_probs: Float[Tensor, "n B v"], solution: Solution) -> tuple[Float[Tensor, "n B v"], Solution]:
-    """With NaN wherever a member did not run."""
-    log_probs = log_probs.clone()
-    disagreement = solution.disagreement.clone()
+def _nan_where_not_run(log_probs: Scores, solution: Solution) -> tuple[Scores, Solution]:
+    """Put NaN in place of what a member that did not run would say."""
+    log_probs, disagreement = log_probs.clone(), solution.disagreement.clone()
     log_probs[1:, solution.gated] = torch.nan
     disagreement[1:, solution.gated] = torch.nan
     return log_probs, replace(solution, disagreement=disagreement)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from softmeet.errors import InvalidInputError
 from softmeet.rules.registry import rule_names, source_of
@@ -63,6 +63,10 @@ class EnsembleConfig(PreTrainedConfig):
         self.prefixes = None if prefixes is None else [None if own is None else list(own) for own in prefixes]
         self.movement = dict(movement or {})
         self.rule_source = source_of(self.settings.rule)
+        # By it transformers chooses the class, where there are no weights to be loaded with it.
+        given.setdefault(
+            "architectures", ["ByteEnsembleForCausalLM" if vocabulary == "bytes" else "EnsembleForCausalLM"]
+        )
         super().__init__(**given)
 
     def __getattr__(self, name: str) -> Any:
@@ -81,8 +85,17 @@ class EnsembleConfig(PreTrainedConfig):
         else:
             super().__setattr__(name, value)
 
+    def adopt_limits(self, members: Sequence[PreTrainedModel]) -> None:
+        """Note what follows from the members over tokens: their vocabulary's size, shortest context and special ids."""
+        configs = [member.config.get_text_config(decoder=True) for member in members]
+        self.vocab_size = max(member.get_output_embeddings().weight.shape[0] for member in members)
+        limits = [getattr(own, "max_position_embeddings", None) for own in configs]
+        self.max_position_embeddings = min((limit for limit in limits if limit is not None), default=None)
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(self, key, getattr(configs[0], key, None))
+
     def to_dict(self) -> dict[str, Any]:
-        """Give all of it as JSON has it."""
+        """Return all of it as JSON has it."""
         found: dict[str, Any] = super().to_dict()
         if isinstance(found.pop("settings", None), Settings):
             found |= self.settings.plain()
@@ -94,12 +107,12 @@ class EnsembleConfig(PreTrainedConfig):
 
 
 def _is_option(name: str, settings: Settings) -> bool:
-    """Whether a setting, or an option of the rule, goes by that name."""
+    """Say whether a setting, or an option of the rule, goes by that name."""
     return name in Settings.model_fields or name in type(settings.rule).model_fields
 
 
 def _names_of(rule: Any) -> tuple[str, ...]:
-    """The names of all settings, and of the options of a rule that is named by text or given."""
+    """Return the names of all settings, and of the options of a rule that is named by text or given."""
     kind = type(parse_rule(rule)[0] if isinstance(rule, str) else rule)
     return (*(name for name in Settings.model_fields if name != "rule"), *getattr(kind, "model_fields", ()))
 

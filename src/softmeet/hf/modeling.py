@@ -11,31 +11,24 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import (
-    GenerationConfig,
-    GenerationMixin,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationMixin, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from softmeet.errors import InvalidInputError
 from softmeet.heads import SoftmaxHead
-from softmeet.hf.asking import ask
-from softmeet.hf.cache import EnsembleCache
-from softmeet.hf.calibrated import resolved
-from softmeet.hf.combining import Asked, Combining
+from softmeet.hf import checkpoint
+from softmeet.hf.cache import EnsembleCache, Lagging
+from softmeet.hf.call_options import CallOptions
+from softmeet.hf.cascade import run_others
+from softmeet.hf.combining import Combiner, Deferral
 from softmeet.hf.configuration import EnsembleConfig
-from softmeet.hf.loading import absolute, places
-from softmeet.hf.recorder import Recorder
-from softmeet.hf.refused import refuse
-from softmeet.hf.sampling import RowSampler
-from softmeet.hf.saving import Saving
+from softmeet.hf.refused import refuse, refuse_other_caches
+from softmeet.hf.vocabulary import require_for_bytes
 from softmeet.members.heads import head_of, replace_weight
-from softmeet.members.huggingface import Dtype, last_hidden, load_members, load_tokenizers
+from softmeet.members.huggingface import Dtype, last_hidden
 from softmeet.members.placement import Device, each_in_a_thread, whereabouts
-from softmeet.members.vocabulary import token_ids, token_support
+from softmeet.members.reading import Work
+from softmeet.members.vocabulary import CommonVocabulary, token_ids, token_support
 from softmeet.rules.gates import Gate, Unsure, parse_gate, that_closes
 from softmeet.rules.settings import Settings
 
@@ -43,53 +36,314 @@ from softmeet.rules.settings import Settings
 _WINDOW = 1024
 
 
-class EnsembleForCausalLM(Combining, Saving, PreTrainedModel, GenerationMixin):
+class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
     """A causal LM whose logits are the log-probabilities, in nats, of a rule over its members.
+
+    This class is the ensemble over tokens that all members share, and the base of other kinds, such as that over bytes.
+    A kind is a subclass that overrides all of ``OF_A_KIND``; the rest, from ``forward`` on, serves every kind.
 
     Args:
         config: the settings; ``config.members`` names the members.
-        members: the models, in the order of the configuration.
+        members: the models, in the order of the configuration; None to build them of their own configurations, with
+            random weights, which is what ``AutoModelForCausalLM.from_config`` does.
         support: (v,), which ids are tokens where heads are padded; None if all are.
 
     Raises:
         UnsupportedHeadError: a member's output layer is not a plain softmax head.
+        CheckpointError: without ``members``, a configuration or a tokenizer of theirs cannot be read.
+        VocabularyMismatchError: without ``members``, their tokenizers differ.
+        InvalidInputError: without ``members``, the configuration is of an ensemble over bytes.
     """
 
     config_class = EnsembleConfig
     main_input_name = "input_ids"
     _supports_sdpa = True
+    OF_A_KIND = (
+        "over_bytes", "member_heads", "widths", "window", "spent", "work", "part", "find_heads_again", "new_cache",
+        "run", "hidden_states", "_get_logits_processor",
+    )  # fmt: skip
+    over_bytes = False
 
     def __init__(
-        self, config: EnsembleConfig, members: Sequence[PreTrainedModel], support: Bool[Tensor, " v"] | None = None
+        self,
+        config: EnsembleConfig,
+        members: Sequence[PreTrainedModel] | None = None,
+        support: Bool[Tensor, " v"] | None = None,
     ) -> None:
-        self._adopt_limits(config, members)
+        common = None
+        if members is None:
+            members, common = checkpoint.random_members(config, over_bytes=False)
+        config.adopt_limits(members)
         super().__init__(config)
         self.members = nn.ModuleList(members)
-        self.heads: list[SoftmaxHead] = [head_of(member) for member in members]
-        self.capped = any(head.soft_cap is not None for head in self.heads)
-        self._banded: tuple[int, list[SoftmaxHead]] | None = None
-        self.support = support
+        self.combiner = Combiner(config.members, [head_of(member) for member in members], support)
         self.tokenizer: PreTrainedTokenizerBase | None = None
-        first = members[0].generation_config
-        self.generation_config.bos_token_id = first.bos_token_id
-        self.generation_config.eos_token_id = first.eos_token_id
-        self.generation_config.pad_token_id = first.pad_token_id
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(self.generation_config, key, getattr(members[0].generation_config, key))
+        if isinstance(common, CommonVocabulary):
+            self.adopt(common.tokenizer, common.ids)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B t"] | None = None,
+        attention_mask: Int[Tensor, "B s"] | None = None,
+        position_ids: Int[Tensor, "B t"] | None = None,
+        cache: EnsembleCache | None = None,
+        use_cache: bool | None = None,
+        labels: Int[Tensor, "B t"] | None = None,
+        logits_to_keep: int | Int[Tensor, " k"] = 0,
+        call_options: CallOptions | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Run the members on new tokens, as any causal LM, and combine them at the positions to keep.
+
+        Args:
+            call_options: what ``generate`` made of its arguments; None to make it of ``kwargs``.
+            kwargs: the options that :meth:`CallOptions.of` takes; others of transformers' are ignored.
+
+        Returns:
+            ``logits`` (B, k, v), which are normalised log-probabilities in nats, fp32; ``cache`` if it is used; and
+            ``loss`` with ``labels``.
+
+        Raises:
+            NonFiniteError: a member's logits hold NaN or +inf; the message names it.
+            InvalidInputError: prefixes over tokens, or not for every row; or more tokens than the shortest context.
+        """
+        options = call_options or CallOptions.of(self, kwargs)
+        if use_cache and cache is None:
+            cache = self.new_cache(options.settings.gate)
+        input_ids = self._checked_length(input_ids, cache)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        hidden, deferral = self.run(
+            input_ids, cache, kept, options,
+            attention_mask=attention_mask, position_ids=position_ids, use_cache=bool(use_cache),
+        )  # fmt: skip
+        log_probs = self.combiner.combine(hidden, options.settings, deferral, options.recorder)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=log_probs, labels=labels, vocab_size=self.config.vocab_size)
+        return CausalLMOutputWithPast(loss=loss, logits=log_probs, cache=cache)
+
+    def run(
+        self,
+        input_ids: Int[Tensor, "B t"],
+        cache: EnsembleCache | None,
+        kept: slice | Int[Tensor, " k"] = slice(None),
+        options: CallOptions | None = None,
+        **shared: Any,
+    ) -> tuple[list[Float[Tensor, "B k _"]], Deferral | None]:
+        """Run the members on new tokens: all of them, or by the gate ``unsure`` the others where the first is unsure.
+
+        Args:
+            input_ids: the new tokens.
+            cache: of the tokens before them; None if there are none.
+            kept: the positions among the new tokens that are to be combined.
+            options: of the call; None to run all members.
+            shared: options of the members' own forward.
+
+        Returns:
+            (each member's last hidden states at the kept positions; the positions at which all members ran, None for
+            all).
+
+        Raises:
+            InvalidInputError: the gate is ``unsure``, and the cache's members all go together.
+        """
+        unsure = None if options is None else options.unsure
+        members, caches = self.members, [None] * len(self.members) if cache is None else cache.members
+
+        def hidden(i: int) -> Float[Tensor, "B k _"]:
+            return last_hidden(members[i], input_ids, cache=caches[i], **shared)[:, kept]
+
+        if unsure is None and not (cache is not None and cache.lagging):
+            return self.each(hidden, range(len(members))), None
+        if cache is not None and not cache.lagging:
+            raise InvalidInputError(
+                "expected a cache whose members may be behind, for the gate 'unsure': make it with "
+                "new_cache('unsure:…'), or go on with the gate that it was begun with"
+            )
+        lagging: Any = [Lagging() for _ in members[1:]] if cache is None else caches[1:]
+        mask = shared.get("attention_mask")
+        return run_others(self.each, list(members), self.heads, lagging, hidden(0), kept, input_ids, mask, unsure)
+
+    def hidden_states(self, input_ids: Int[Tensor, "1 t"]) -> list[Float[Tensor, "t _"]]:
+        """Compute each member's last hidden states over one text, without a cache."""
+        self._checked_length(input_ids, None)
+        return [states[0] for states in self.run(input_ids, None, use_cache=False)[0]]
+
+    def _checked_length(self, input_ids: Int[Tensor, "B t"] | None, cache: EnsembleCache | None) -> Int[Tensor, "B t"]:
+        if input_ids is None:
+            raise InvalidInputError(
+                "expected input_ids: members share tokens, not embeddings, so inputs_embeds is refused"
+            )
+        length = input_ids.shape[1] + (0 if cache is None else cache.get_seq_length())
+        limit = self.config.max_position_embeddings
+        if limit is not None and length > limit:
+            raise InvalidInputError(
+                f"expected at most {limit} tokens, the shortest member's context, got {length}: shorten the prompt or "
+                "lower max_new_tokens"
+            )
+        return input_ids
+
+    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
+        """Generate as any causal LM of transformers', with the options of :meth:`CallOptions.of` too.
+
+        Raises:
+            InvalidInputError: an option that has no meaning for an ensemble, or no such gate; the message says why.
+        """
+        refuse(generation_config, kwargs)
+        kwargs["call_options"] = CallOptions.of(self, kwargs)
+        return super().generate(inputs, generation_config=generation_config, **kwargs)
+
+    def _prepare_generated_length(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """Cut off what runs past the shortest context, with a warning."""
+        generation_config = super()._prepare_generated_length(generation_config, *args, **kwargs)
+        limit = self.config.max_position_embeddings
+        if limit is not None and generation_config.max_length > limit:
+            past = f"max_length {generation_config.max_length} is past the shortest member's context"
+            warnings.warn(f"{past}: cut to {limit} tokens", stacklevel=4)
+            generation_config.max_length = limit
+        return generation_config
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Give the loop a cache of every member, unless it has one or is to go without."""
+        refuse_other_caches(generation_config, model_kwargs.get("cache"))
+        if model_kwargs.get("cache") is None and generation_config.use_cache:
+            model_kwargs["cache"] = self.new_cache(model_kwargs["call_options"].settings.gate)
+
+    def _get_logits_processor(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+        """Put the row sampler, if the call has one, behind the usual processors."""
+        processors: LogitsProcessorList = super()._get_logits_processor(*args, model_kwargs=model_kwargs, **kwargs)
+        sampler = model_kwargs["call_options"].row_sampler
+        if sampler is not None:
+            processors.append(sampler)
+        return processors
+
+    def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+        """Keep the call's options from an assistant, which knows none or has its own."""
+        known = {name: value for name, value in model_kwargs.items() if name != "call_options"}
+        return super()._get_candidate_generator(*args, model_kwargs=known, **kwargs)
+
+    def new_cache(self, gate: str | Gate | None = None) -> EnsembleCache:
+        """Make an empty cache, one per member; for the gate ``unsure`` one in which all but the first may be behind."""
+        lagging = isinstance(that_closes(parse_gate(gate)), Unsure)
+        return EnsembleCache([member.config for member in self.members], lagging=lagging)
+
+    @property
+    def settings(self) -> Settings:
+        """How the members are combined."""
+        return self.config.settings  # type: ignore[no-any-return]
+
+    @property
+    def heads(self) -> list[SoftmaxHead]:
+        """What stands for the members' output layers in a rule."""
+        return self.combiner.heads
+
+    @property
+    def member_heads(self) -> list[SoftmaxHead]:
+        """The members' own output layers."""
+        return self.heads
+
+    @property
+    def widths(self) -> list[int]:
+        """The width of each member's :meth:`hidden_states`."""
+        return [head.d for head in self.heads]
 
     @property
     def window(self) -> int:
         """Tokens that a text is read by at once, unless one says otherwise: the shortest context, 1,024 at most."""
-        return min(getattr(self.config, "max_position_embeddings", None) or _WINDOW, _WINDOW)
+        return min(self.config.max_position_embeddings or _WINDOW, _WINDOW)
 
-    @staticmethod
-    def _adopt_limits(config: EnsembleConfig, members: Sequence[PreTrainedModel]) -> None:
-        configs = [member.config.get_text_config(decoder=True) for member in members]
-        config.vocab_size = max(member.get_output_embeddings().weight.shape[0] for member in members)
-        limits = [getattr(c, "max_position_embeddings", None) for c in configs]
-        known = [limit for limit in limits if limit is not None]
-        if known:
-            config.max_position_embeddings = min(known)
-        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            setattr(config, key, getattr(configs[0], key, None))
+    @property
+    def spent(self) -> list[Work]:
+        """What each member has cost since it was loaded; known over bytes alone."""
+        return []
+
+    def work(self, hidden: Float[Tensor, "t _"]) -> Float[Tensor, "_ 3"]:
+        """Return what rows of a member's :meth:`hidden_states` cost it, (t, 3); known over bytes alone, else (0, 3)."""
+        return hidden.new_zeros(0, 3)
+
+    def require(self, settings: Settings) -> None:
+        """Check that members can be combined by some settings: over bytes, as ``vocabulary.require_for_bytes`` does."""
+        if self.over_bytes:
+            require_for_bytes(settings)
+
+    def require_tokens(self, what: str) -> None:
+        """Check that members share their tokens, for what needs that.
+
+        Args:
+            what: as the subject of a sentence, such as "evaluation".
+
+        Raises:
+            InvalidInputError: the ensemble is over bytes.
+        """
+        if self.over_bytes:
+            raise InvalidInputError(
+                f"{what} does not take ensembles over bytes: load members that share a tokenizer, with "
+                "vocabulary='tokens'"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        """Where distributions are combined: with the first member's head."""
+        return self.combiner.heads[0].weight.device
+
+    @cached_property
+    def apart(self) -> bool:
+        """Whether members are in different places, so that it pays to run them at the same time."""
+        return len({whereabouts(member) for member in self.members}) > 1
+
+    def each(self, function: Callable[[int], Any], members: Sequence[int]) -> list[Any]:
+        """Apply a function to some members' numbers, at the same time where they are in different places."""
+        return each_in_a_thread(function, members) if self.apart else list(map(function, members))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> EnsembleForCausalLM:
+        """Move or cast the weights, and read heads from where they are then."""
+        if any(p.is_meta for p in self.parameters()):
+            raise InvalidInputError(
+                "expected members whose weights are in memory: those that are offloaded stay where and as they were "
+                "loaded; load them anew with device= and dtype="
+            )
+        super()._apply(fn, recurse)
+        self.find_heads_again()
+        return self
+
+    def find_heads_again(self) -> None:
+        """Read the members' output layers where they are, after members have been moved or cast one by one."""
+        self.__dict__.pop("apart", None)
+        heads = [replace_weight(head, member) for head, member in zip(self.heads, self.members, strict=True)]
+        self.combiner = Combiner(self.config.members, heads, self.combiner.support)
+
+    def adopt(self, tokenizer: PreTrainedTokenizerBase, ids: frozenset[int] | None = None) -> None:
+        """Take the members' common tokenizer.
+
+        Args:
+            tokenizer: makes tokens of text.
+            ids: the rows of the heads that are tokens of all members; None for all of the tokenizer's.
+
+        Raises:
+            VocabularyMismatchError: a head has no row for a token.
+        """
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        self.tokenizer = tokenizer
+        self.combiner.support = token_support(ids or token_ids(tokenizer), self.config.members, self.heads)
+
+    def part(self, chosen: Sequence[int], config: EnsembleConfig) -> EnsembleForCausalLM:
+        """Make an ensemble of some of the members, which both then share.
+
+        Args:
+            chosen: their numbers.
+            config: how they are combined.
+        """
+        part: EnsembleForCausalLM = EnsembleForCausalLM(config, [self.members[k] for k in chosen]).eval()
+        if self.tokenizer is not None:
+            v, support = max(head.v for head in self.heads), self.combiner.support
+            ids = range(v) if support is None else support.nonzero().squeeze(-1).tolist()
+            part.adopt(self.tokenizer, frozenset(ids))
+        return part
 
     @classmethod
     def from_pretrained(
@@ -117,277 +371,28 @@ class EnsembleForCausalLM(Combining, Saving, PreTrainedModel, GenerationMixin):
             CheckpointError: a member is missing; the message says where it was expected.
             InvalidInputError: there is no such place or member.
         """
-        from softmeet.hf.assembling import assemble, choose_vocabulary  # which knows this class
+        folder = Path(pretrained_model_name_or_path)
+        return checkpoint.load(folder, config, dtype, device_map, bool(trust_remote_code), **kwargs)
 
-        folder = kwargs.pop("offload_folder", None)
-        if config is None:
-            config, kwargs = EnsembleConfig.from_pretrained(
-                pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
-            )
-        base = Path(pretrained_model_name_or_path)
-        config.members = absolute(config.members, base)
-        tokenizers = load_tokenizers(config.members, trust_remote_code=bool(trust_remote_code))
-        vocabulary = choose_vocabulary(config, tokenizers)
-        members = load_members(
-            config.members,
-            dtype=dtype,
-            device=places(device_map, len(config.members)),
-            trust_remote_code=bool(trust_remote_code),
-            offload_folder=folder,
-        )
-        model = assemble(config, members, vocabulary)
-        if (base / "generation_config.json").exists():
-            model.generation_config = GenerationConfig.from_pretrained(base)
-        return model
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write a configuration that names the members, a generation configuration, the tokenizer and a card.
 
-    def adopt(self, tokenizer: PreTrainedTokenizerBase, ids: frozenset[int] | None = None) -> None:
-        """Take the members' common tokenizer.
+        No member's weights are written: local folders are named by their path relative to ``save_directory``.
+        """
+        checkpoint.save(self, Path(save_directory))
+        if push_to_hub:
+            self.push_to_hub(**kwargs)
 
-        Args:
-            tokenizer: makes tokens of text.
-            ids: the rows of the heads that are tokens of all members; None for all of the tokenizer's.
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Upload the ensemble, as transformers does it, where its members are on the hub.
 
         Raises:
-            VocabularyMismatchError: a head has no row for a token.
+            InvalidInputError: a member is a local folder, which nobody else could load.
         """
-        self.tokenizer = tokenizer
-        self.support = token_support(ids or token_ids(tokenizer), self.config.members, self.heads)
-
-    def part(self, chosen: Sequence[int], config: EnsembleConfig) -> EnsembleForCausalLM:
-        """Make an ensemble of some of the members, which both then share.
-
-        Args:
-            chosen: their numbers.
-            config: how they are combined.
-        """
-        part: EnsembleForCausalLM = EnsembleForCausalLM(config, [self.members[k] for k in chosen]).eval()
-        if self.tokenizer is not None:
-            v = max(head.v for head in self.heads)
-            ids = range(v) if self.support is None else self.support.nonzero().squeeze(-1).tolist()
-            part.adopt(self.tokenizer, frozenset(ids))
-        return part
-
-    def require(self, settings: Settings) -> None:
-        """Check that members can be combined by these settings; over bytes not by all."""
-
-    def require_tokens(self, what: str) -> None:
-        """Check that members share their tokens, for what needs that; an ensemble over bytes raises here.
-
-        Args:
-            what: as the subject of a sentence, such as "evaluation".
-        """
-
-    def _apply(self, fn: Any, recurse: bool = True) -> EnsembleForCausalLM:
-        """After a move or a cast of the weights, heads are read from where they are now."""
-        if any(p.is_meta for p in self.parameters()):
+        local = [name for name in self.config.members if Path(name).exists()]
+        if local:
             raise InvalidInputError(
-                "expected members whose weights are in memory: those that are offloaded stay where and as they were "
-                "loaded; load them anew with device= and dtype="
+                f"expected members on the hub, got local folders {local}: push them first, then build the ensemble "
+                "from their hub ids"
             )
-        super()._apply(fn, recurse)
-        self.find_heads_again()
-        return self
-
-    def find_heads_again(self) -> None:
-        """To be called after members have been moved or cast one by one."""
-        self._banded = None
-        self.__dict__.pop("apart", None)
-        self.heads = [replace_weight(head, member) for head, member in zip(self.heads, self.members, strict=True)]
-
-    def forward(
-        self,
-        input_ids: Int[Tensor, "B t"] | None = None,
-        attention_mask: Int[Tensor, "B s"] | None = None,
-        position_ids: Int[Tensor, "B t"] | None = None,
-        cache: EnsembleCache | None = None,
-        use_cache: bool | None = None,
-        labels: Int[Tensor, "B t"] | None = None,
-        logits_to_keep: int | Int[Tensor, " k"] = 0,
-        recorder: Recorder | None = None,
-        row_sampler: RowSampler | None = None,
-        settings: Settings | None = None,
-        weights: Sequence[float] | None = None,
-        gate: str | None = None,
-        prefixes: Sequence[Sequence[Sequence[int] | None]] | None = None,
-        return_dict: bool | None = None,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """As any causal LM's; ``logits`` are normalised log-probabilities in nats, fp32.
-
-        Args:
-            recorder: receives the solution of every position whose logits are kept.
-            settings: how to combine, in place of the configuration's, for this call alone.
-            weights: of the pool; the same, where the rest stays as it is.
-            gate: the same; ``"none"`` for none.
-            prefixes: over bytes, for each row each member's own tokens before it, in place of those before every text;
-                None for these.
-
-        Raises:
-            NonFiniteError: a member's logits hold NaN or +inf; the message names it.
-            InvalidInputError: prefixes over tokens, or not for every row.
-        """
-        settings = resolved(self, settings or self.with_changes(weights, gate))
-        if use_cache and cache is None:
-            cache = self.new_cache(settings.gate)
-        input_ids = self._checked_length(input_ids, cache)
-        shared: dict[str, Any] = {
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "use_cache": bool(use_cache),
-        }
-        if prefixes is not None:
-            if not self.over_bytes:
-                raise InvalidInputError("expected no prefixes over tokens, where members share every token of a prompt")
-            shared["prefixes"] = prefixes
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        closing, asked = that_closes(settings.gate), None
-        if isinstance(closing, Unsure) or (cache is not None and cache.lagging):
-            unsure = closing if isinstance(closing, Unsure) else None
-            hidden, asked = ask(list(self.members), self.heads, self.each, unsure, input_ids, kept, cache, **shared)
-        else:
-            hidden = self.run(input_ids, cache, kept, **shared)
-        log_probs = self._solve(hidden, settings, asked, recorder)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=log_probs, labels=labels, vocab_size=self.config.vocab_size)
-        return CausalLMOutputWithPast(loss=loss, logits=log_probs, cache=cache)
-
-    def with_changes(self, weights: Sequence[float] | None, gate: str | Gate | None) -> Settings:
-        """The configuration's settings with other weights, or another gate; None leaves either as it is.
-
-        Raises:
-            InvalidInputError: as :class:`softmeet.Settings`.
-        """
-        settings = self.settings if weights is None else self.settings.changed(weights=weights)
-        return settings if gate is None else settings.model_copy(update={"gate": parse_gate(gate)})
-
-    def run(
-        self,
-        input_ids: Int[Tensor, "B t"],
-        cache: EnsembleCache | None,
-        kept: slice | Int[Tensor, " k"] = slice(None),
-        **shared: Any,
-    ) -> list[Float[Tensor, "B k _"]]:
-        """Every member's last hidden states at those of the new tokens that are kept.
-
-        ``shared`` are options of the members' own forward.
-        """
-        caches = [None] * len(self.heads) if cache is None else cache.members
-        members = self.members
-        return self.each(
-            lambda i: last_hidden(members[i], input_ids, cache=caches[i], **shared)[:, kept], range(len(members))
-        )
-
-    def _checked_length(self, input_ids: Int[Tensor, "B t"] | None, cache: EnsembleCache | None) -> Int[Tensor, "B t"]:
-        if input_ids is None:
-            raise InvalidInputError(
-                "expected input_ids: members share tokens, not embeddings, so inputs_embeds is refused"
-            )
-        length = input_ids.shape[1] + (0 if cache is None else cache.get_seq_length())
-        limit = getattr(self.config, "max_position_embeddings", None)
-        if limit is not None and length > limit:
-            raise InvalidInputError(
-                f"expected at most {limit} tokens, the shortest member's context, got {length}: shorten the prompt or "
-                "lower max_new_tokens"
-            )
-        return input_ids
-
-    def _prepare_generated_length(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', with what runs past the shortest context cut off, and a warning."""
-        generation_config = super()._prepare_generated_length(generation_config, *args, **kwargs)
-        limit = getattr(self.config, "max_position_embeddings", None)
-        if limit is not None and generation_config.max_length > limit:
-            warnings.warn(
-                f"max_length {generation_config.max_length} is past the shortest member's context: cut to {limit} "
-                "tokens",
-                stacklevel=4,
-            )
-            generation_config.max_length = limit
-        return generation_config
-
-    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
-        """As transformers'.
-
-        Raises:
-            InvalidInputError: an option that has no meaning for an ensemble, or no such gate; the message says why.
-        """
-        refuse(generation_config, kwargs)
-        weights, gate = kwargs.pop("weights", None), kwargs.pop("gate", None)
-        settings = kwargs.pop("settings", None) or self.with_changes(weights, gate)
-        # An assistant is given every argument, and knows no settings; without them each token finds the ensemble's own.
-        if settings is not self.settings or kwargs.get("assistant_model") is None:
-            kwargs["settings"] = resolved(self, settings)
-        return super().generate(inputs, generation_config=generation_config, **kwargs)
-
-    def new_cache(self, gate: str | Gate | None = None) -> EnsembleCache:
-        """An empty cache: one per member; for the gate ``unsure`` one in which all but the first may be behind."""
-        lagging = isinstance(that_closes(parse_gate(gate)), Unsure)
-        return EnsembleCache([member.config for member in self.members], lagging=lagging)
-
-    @property
-    def device(self) -> torch.device:
-        """Where distributions are combined: with the first member's head."""
-        return self.heads[0].weight.device
-
-    @cached_property
-    def apart(self) -> bool:
-        """Whether members are in different places, so that it pays to run them at the same time."""
-        return len({whereabouts(member) for member in self.members}) > 1
-
-    def each(self, function: Callable[[int], Any], members: Sequence[int]) -> list[Any]:
-        """``function`` of some members' indices; at the same time where they are in different places."""
-        return each_in_a_thread(function, members) if self.apart else list(map(function, members))
-
-    def hidden_states(self, input_ids: Int[Tensor, "1 t"]) -> list[Float[Tensor, "t _"]]:
-        """Each member's last hidden states over one text, without a cache."""
-        self._checked_length(input_ids, None)
-        return [states[0] for states in self.run(input_ids, None, use_cache=False)]
-
-    def _solve(
-        self,
-        hidden: list[Float[Tensor, "B k _"]],
-        settings: Settings,
-        asked: Asked | None,
-        recorder: Recorder | None,
-    ) -> Float[Tensor, "B k v"]:
-        """Combine every position."""
-        parts = []
-        if recorder is not None and asked is not None:
-            recorder.gate.seconds += asked.seconds
-        for log_probs, solution in self.solve_in_chunks(
-            [h.flatten(0, 1) for h in hidden], settings, asked, proved=False
-        ):
-            if recorder is not None:
-                recorder.add(solution, log_probs)
-            parts.append(solution.log_probs)
-        return torch.cat(parts).reshape(*hidden[0].shape[:2], -1)
-
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: Any,
-        model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> None:
-        given = model_kwargs.get("cache")
-        if given is not None and not isinstance(given, EnsembleCache):
-            raise InvalidInputError(
-                f"expected an EnsembleCache, as model.new_cache() gives, got {type(given).__name__}"
-            )
-        if generation_config.cache_implementation is not None:
-            raise InvalidInputError(
-                f"an ensemble keeps one dynamic cache per member; cache_implementation="
-                f"{generation_config.cache_implementation!r} is not supported: leave it out"
-            )
-        if given is None and generation_config.use_cache:
-            settings = model_kwargs.get("settings") or self.settings
-            model_kwargs["cache"] = self.new_cache(settings.gate)
-
-    def _get_logits_processor(self, *args: Any, model_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> Any:
-        """The usual processors, and last the row sampler, if one was given to generate."""
-        processors: LogitsProcessorList = super()._get_logits_processor(*args, model_kwargs=model_kwargs, **kwargs)
-        sampler = (model_kwargs or {}).get("row_sampler")
-        if sampler is not None:
-            processors.append(sampler)
-        return processors
+        return super().push_to_hub(*args, **kwargs)

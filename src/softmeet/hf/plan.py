@@ -1,7 +1,7 @@
 """What goes where, in bytes, before anything is loaded: weights, heads, caches and the solver's room.
 
 Shapes come from the members' configurations, built without memory on torch's meta device; a strategy such as ``"auto"``
-is worked out as it is at loading, by accelerate from what the machine has free.
+is worked out as it is at loading, from what the machine has free.
 """
 
 from __future__ import annotations
@@ -13,23 +13,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.accelerate import _get_device_map
 
-from softmeet.errors import CheckpointError, InvalidInputError
+from softmeet.errors import InvalidInputError
 from softmeet.hf.combining import rows_at_once
 from softmeet.members import zoo
-from softmeet.members.huggingface import Dtype, checkpoint_of, dtype_of, one_each
+from softmeet.members.huggingface import Dtype, dtype_of, one_each, random_member
 from softmeet.members.placement import Device, device_map_of, main_device
 
 _FP64 = 8
 
 
 @dataclass(frozen=True)
-class Part:
-    """Something that takes room: ``bytes`` of ``dtype`` at ``device`` (or disk) for ``owner``, a member or the solver.
+class PlanPart:
+    """Something that takes room.
 
-    ``what`` is body (all weights but the output layer's), head, head copy (of one that is offloaded, for the solver),
-    cache, streamed (room for the largest module that comes back from where it is offloaded), workspace or whitening.
+    Attributes:
+        owner: a member's name, or "solver".
+        what: body (all weights but the output layer's), head, head copy (of one that is offloaded, for the solver),
+            cache, streamed (room for the largest module that comes back from where it is offloaded), workspace or
+            whitening.
+        device: or "disk".
+        dtype: by name.
+        bytes: how many.
     """
 
     owner: str
@@ -41,20 +48,23 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """Where everything goes for ``batch`` sequences of ``context`` tokens.
+    """Where everything goes; the interpreter, its libraries, and activations while a prompt is run are not counted.
 
-    ``cache_bytes_per_token`` is of one sequence, per member; ``rows_at_once`` are the positions that one solve takes.
-    Not counted are the interpreter and its libraries, and activations while a prompt is run.
+    Attributes:
+        batch, context: so many sequences of so many tokens.
+        rows_at_once: the positions that one solve takes.
+        cache_bytes_per_token: of one sequence, by member.
+        parts: all that takes room.
     """
 
     batch: int
     context: int
     rows_at_once: int
     cache_bytes_per_token: dict[str, int]
-    parts: list[Part]
+    parts: list[PlanPart]
 
     def totals(self) -> dict[str, int]:
-        """Bytes of each device, and of the disk."""
+        """Sum the bytes of each device, and of the disk."""
         found: dict[str, int] = defaultdict(int)
         for part in self.parts:
             found[part.device] += part.bytes
@@ -63,29 +73,43 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Shape:
-    """A member as it would be loaded, without its weights."""
+    """A member as it would be loaded, without its weights, and where each of its modules goes, by name."""
 
     name: str
-    config: PreTrainedConfig
     model: PreTrainedModel
-    dtype: torch.dtype
     places: dict[str, Any]
 
-    def place(self, parameter: str) -> str:
-        """Where a parameter is kept: as the longest name in the map that it is under, else on the CPU."""
-        best = max((m for m in self.places if not m or f"{parameter}.".startswith(f"{m}.")), key=len, default=None)
-        return "cpu" if best is None else str(self.places[best])
+    @property
+    def config(self) -> PreTrainedConfig:
+        """That of the language model."""
+        return self.model.config.get_text_config(decoder=True)
+
+    @property
+    def head(self) -> torch.Size:
+        """The head's rows and width."""
+        return self.model.get_output_embeddings().weight.shape  # type: ignore[no-any-return]
 
     @property
     def home(self) -> str:
         """Where it computes."""
         return str(main_device(self.places))
 
-    @property
-    def context(self) -> int | None:
-        """The longest sequence; None where there is no limit."""
-        limit: int | None = getattr(self.config, "max_position_embeddings", None)
-        return limit
+    def place(self, parameter: str) -> str:
+        """Say where a parameter is kept: as the longest name in the map that it is under, else on the CPU."""
+        best = max((m for m in self.places if not m or f"{parameter}.".startswith(f"{m}.")), key=len, default=None)
+        return "cpu" if best is None else str(self.places[best])
+
+    def cache_bytes(self, batch: int, context: int) -> int:
+        """Count the bytes of keys and values; a sliding layer keeps its window."""
+        c = self.config
+        heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+        width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        kept = sum(min(context, getattr(layer, "sliding_window", context)) for layer in DynamicCache(config=c).layers)
+        return int(batch * kept * 2 * heads * width * self.model.dtype.itemsize)
+
+    def part(self, what: str, place: str, size: int) -> PlanPart:
+        """Return a part of this member."""
+        return PlanPart(self.name, what, place, str(self.model.dtype).removeprefix("torch."), size)
 
 
 def plan(
@@ -113,113 +137,57 @@ def plan(
         raise InvalidInputError(
             f"expected members, and a batch and a context of at least 1, got {len(expanded)}, {batch} and {context}"
         )
-    given = zip(
-        expanded, one_each(dtype, "dtype", len(expanded)), one_each(device, "device", len(expanded)), strict=True
-    )
-    shapes = [_shape(name, own_dtype, own_device, trust_remote_code) for name, own_dtype, own_device in given]
-    limits = [shape.context for shape in shapes if shape.context is not None]
-    length = context if context is not None else min(limits, default=1)
-    tokens = {shape.name: sum(_cache_of_a_token(shape)) for shape in shapes}
-    rows = min(batch, rows_at_once(max(_rows(shape) for shape in shapes), len(shapes)))
-    parts = [part for shape in shapes for part in (*_weights(shape), *_caches(shape, batch, length))]
-    return Plan(batch, length, rows, tokens, [*parts, *_workspace(shapes, rows)])
+    given = zip(one_each(dtype, "dtype", len(expanded)), one_each(device, "device", len(expanded)), strict=True)
+    shapes = [_shape(name, *own, trust_remote_code) for name, own in zip(expanded, given, strict=True)]
+    limits = [getattr(shape.config, "max_position_embeddings", None) for shape in shapes]
+    length = context or min((limit for limit in limits if limit is not None), default=1)
+    tokens = {shape.name: shape.cache_bytes(1, 1) for shape in shapes}
+    v, widths = max(shape.head[0] for shape in shapes), [shape.head[1] for shape in shapes]
+    rows = min(batch, rows_at_once(v, len(shapes)))
+    parts = []
+    for shape in shapes:
+        parts += [*_weights(shape), shape.part("cache", shape.home, shape.cache_bytes(batch, length))]
+    # The solver is where the first member's head is, and each head's whitening beside it.
+    room = solver_bytes(v, len(shapes), sum(widths), rows)
+    parts.append(PlanPart("solver", "workspace", shapes[0].home, "float64", room))
+    whitening = _FP64 * sum(2 * d**2 + d for d in widths)
+    parts.append(PlanPart("solver", "whitening", shapes[0].home, "float64", whitening))
+    return Plan(batch, length, rows, tokens, parts)
 
 
 def solver_bytes(v: int, n: int, width: int, rows: int) -> int:
-    """Room that combining takes: fp64 vectors over v tokens, 4n + 4 a row, and two squares of the heads' widths."""
+    """Estimate the bytes that combining takes: fp64 vectors over the tokens, and two squares of the heads' widths.
+
+    Args:
+        v: tokens.
+        n: members, for which a row takes 4n + 4 vectors.
+        width: of all heads together.
+        rows: solved at once.
+    """
     return _FP64 * (rows * v * (4 * n + 4) + 2 * width**2)
 
 
 def _shape(name: str, dtype: Dtype, device: Device, trust_remote_code: bool) -> _Shape:
-    where = checkpoint_of(name) | {"trust_remote_code": trust_remote_code}
-    try:
-        config = AutoConfig.from_pretrained(**where)
-        wanted = dtype_of(dtype, device)
-        own = getattr(config, "dtype", None) or torch.float32
-        chosen = own if wanted == "auto" else getattr(torch, wanted) if isinstance(wanted, str) else wanted
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        raise CheckpointError(f"cannot plan {name}: {str(error).strip().splitlines()[0]}") from error
-    return _Shape(name, model.config.get_text_config(decoder=True), model, chosen, _places(model, device))
-
-
-def _places(model: PreTrainedModel, device: Device) -> dict[str, Any]:
+    """Build a member without memory; a strategy such as ``"auto"`` is worked out as transformers does it."""
+    with torch.device("meta"):
+        model = random_member(name, dtype_of(dtype, device), trust_remote_code=trust_remote_code)
     spread = device_map_of(device)
-    if isinstance(spread, dict):
-        return spread
-    if spread is None:
-        return {"": str(device or "cpu")}
-    from accelerate import infer_auto_device_map
-    from accelerate.utils import get_balanced_memory, get_max_memory
-
-    classes = list(model._no_split_modules or [])
-    low = spread == "balanced_low_0"
-    free = (
-        get_max_memory()
-        if spread == "sequential"
-        else get_balanced_memory(model, no_split_module_classes=classes, low_zero=low)
-    )
-    found: dict[str, Any] = infer_auto_device_map(model, max_memory=free, no_split_module_classes=classes)
-    return found
+    places = {"": str(device or "cpu")} if spread is None else _get_device_map(model, spread, None, None)
+    return _Shape(name, model, places)
 
 
-def _weights(shape: _Shape) -> list[Part]:
-    """The body's weights and the head's; what is offloaded also needs room to come back to, and its head a copy."""
-    head = set(shape.model.get_output_embeddings().parameters())
+def _weights(shape: _Shape) -> list[PlanPart]:
+    """List the body's weights and the head's; offloaded ones also need room to come back to, and a head's a copy."""
+    head, home = set(shape.model.get_output_embeddings().parameters()), shape.home
     found: dict[tuple[str, str], int] = defaultdict(int)
+    streamed: dict[str, int] = defaultdict(int)
     for name, parameter in shape.model.named_parameters():
         place, what = shape.place(name), "head" if parameter in head else "body"
         found[what, place] += parameter.nbytes
-        if what == "head" and _is_offloaded(shape, place):
-            found["head copy", shape.home] += parameter.nbytes
-    streamed = max((_own_bytes(shape, module, name) for name, module in shape.model.named_modules()), default=0)
+        if place == "disk" or (place == "cpu" and home != "cpu"):
+            streamed[name.rpartition(".")[0]] += parameter.nbytes
+            if what == "head":
+                found["head copy", home] += parameter.nbytes
     if streamed:
-        found["streamed", shape.home] = streamed
-    return [_part(shape, what, place, size) for (what, place), size in found.items()]
-
-
-def _is_offloaded(shape: _Shape, place: str) -> bool:
-    return place == "disk" or (place == "cpu" and shape.home != "cpu")
-
-
-def _own_bytes(shape: _Shape, module: torch.nn.Module, name: str) -> int:
-    """Of a module's own parameters, those that are offloaded."""
-    own = module.named_parameters(prefix=name, recurse=False)
-    return sum(p.nbytes for key, p in own if _is_offloaded(shape, shape.place(key)))
-
-
-def _cache_of_a_token(shape: _Shape) -> list[int]:
-    """Bytes of keys and values, layer by layer."""
-    c = shape.config
-    heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
-    width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    return [2 * heads * width * shape.dtype.itemsize] * len(DynamicCache(config=c).layers)
-
-
-def _caches(shape: _Shape, batch: int, context: int) -> list[Part]:
-    """At the full context; a sliding layer keeps its window."""
-    layers = DynamicCache(config=shape.config).layers
-    kept = [min(context, getattr(layer, "sliding_window", context)) for layer in layers]
-    each = zip(kept, _cache_of_a_token(shape), strict=True)
-    return [_part(shape, "cache", shape.home, batch * sum(tokens * size for tokens, size in each))]
-
-
-def _rows(shape: _Shape) -> int:
-    return int(shape.model.get_output_embeddings().weight.shape[0])
-
-
-def _workspace(shapes: Sequence[_Shape], rows: int) -> list[Part]:
-    """The solver's, with the first member's head, and each head's whitening beside it."""
-    widths = [int(shape.model.get_output_embeddings().weight.shape[1]) for shape in shapes]
-    room = solver_bytes(max(map(_rows, shapes)), len(shapes), sum(widths), rows)
-    whitening = _FP64 * sum(2 * d**2 + d for d in widths)
-    place = shapes[0].home
-    return [
-        Part("solver", "workspace", place, "float64", room),
-        Part("solver", "whitening", place, "float64", whitening),
-    ]
-
-
-def _part(shape: _Shape, what: str, place: str, size: int) -> Part:
-    return Part(shape.name, what, place, str(shape.dtype).removeprefix("torch."), size)
+        found["streamed", home] = max(streamed.values())
+    return [shape.part(what, place, size) for (what, place), size in found.items()]

@@ -14,9 +14,12 @@ from softmeet.solvers.base import Status
 
 @dataclass
 class Savings:
-    """What a gate kept from being done: rows in all, those of them that it closed, and the seconds of the open ones.
+    """What a gate kept from being done.
 
-    ``seconds`` counts what a closed row goes without: the rule, and by ``unsure`` the other members.
+    Attributes:
+        rows: in all.
+        gated: those of them that the gate closed.
+        seconds: that the open ones took for what a closed one goes without: the rule, and by ``unsure`` other members.
     """
 
     rows: int = 0
@@ -29,7 +32,7 @@ class Savings:
 
     @property
     def share(self) -> float:
-        """Of the rows, those that were closed; 0 of none."""
+        """The share of the rows that were closed; 0 of none."""
         return self.gated / max(self.rows, 1)
 
     @property
@@ -47,8 +50,14 @@ class Savings:
 class Recorder:
     """Sums over the rows solved while it was passed to ``forward`` or ``generate`` as ``recorder=``.
 
-    ``passes`` is a sum over ``rows``, and ``disagreement`` (n,) one over ``asked``, the rows at which every member ran;
-    means are what one quotes. ``gate`` says how many rows a gate closed, ``largest_gap`` is of the others.
+    Attributes:
+        rows: how many there were.
+        asked: those of them at which every member ran.
+        passes: summed over ``rows``; divide by them to quote it.
+        fallbacks, unconverged: how many rows were answered by the fallback, or not solved to the tolerance.
+        largest_gap: in nats, of the rows that no gate closed.
+        gate: what a gate saved.
+        disagreement: (n,) each member's in nats, summed over ``asked``.
     """
 
     rows: int = 0
@@ -61,7 +70,12 @@ class Recorder:
     disagreement: Float[Tensor, " n"] = field(default_factory=lambda: torch.zeros(0))
 
     def add(self, solution: Solution, log_probs: Float[Tensor, "n B v"]) -> None:
-        """Count the rows of one solution; ``log_probs`` are the members'."""
+        """Count the rows of one solution.
+
+        Args:
+            solution: of B rows.
+            log_probs: the members', in nats; subclasses keep them.
+        """
         is_open, known = ~solution.gated, ~solution.disagreement.isnan().any(0)
         self.rows += solution.status.numel()
         self.asked += int(known.sum())

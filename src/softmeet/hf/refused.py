@@ -1,4 +1,4 @@
-"""What generate() does for one model and an ensemble cannot: refused by name, with the reason."""
+"""Refusals, by name and with the reason, of what generate() does for one model and cannot do for an ensemble."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from softmeet.errors import InvalidInputError
+from softmeet.hf.cache import EnsembleCache
 
 _REASONS = {
     "penalty_alpha": "contrastive search compares hidden states, and each member has its own",
@@ -27,3 +28,18 @@ def refuse(generation_config: Any, options: Mapping[str, Any]) -> None:
         given = options.get(name, getattr(generation_config, name, None))
         if given is not None and given is not False:
             raise InvalidInputError(f"{name} is not supported for an ensemble: {reason}")
+
+
+def refuse_other_caches(generation_config: Any, given: Any) -> None:
+    """Refuse caches that are not of an ensemble.
+
+    Raises:
+        InvalidInputError: the given cache is another one, or the generation configuration asks for another kind.
+    """
+    if given is not None and not isinstance(given, EnsembleCache):
+        raise InvalidInputError(f"expected an EnsembleCache, as model.new_cache() gives, got {type(given).__name__}")
+    if generation_config.cache_implementation is not None:
+        raise InvalidInputError(
+            f"an ensemble keeps one dynamic cache per member; cache_implementation="
+            f"{generation_config.cache_implementation!r} is not supported: leave it out"
+        )

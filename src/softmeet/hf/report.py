@@ -22,12 +22,20 @@ _FULL = 0.5
 
 @dataclass(frozen=True)
 class TokenReport:
-    """One position and the token that came there. Everything in nats, token ids as ints.
+    """One position and the token that came there; log-probabilities, disagreement and gaps are in nats.
 
-    ``top`` and ``member_top`` hold (token, log-probability), the most probable first. ``moved`` holds (token,
-    log-probability in the pool, in the answer), the largest change of probability first, and ``pushes`` each member's
-    part in it: log p_j - log q_j = Σ_i push_ij + a constant, where a push is u_ij less its mean over the vocabulary.
     Where a gate was closed (``gated``) nothing moved; members that were not asked have NaN and an empty list.
+
+    Attributes:
+        token: the id that came.
+        log_prob, member_log_probs: its, by the ensemble and by each member.
+        top, member_top: (id, log-probability), the most probable first.
+        moved: (id, log-probability in the pool, in the answer), the largest change of probability first.
+        pushes: for each of ``moved``, each member's part in it: log p_j - log q_j = Σ_i push_ij + a constant, where a
+            push is u_ij less its mean over the vocabulary.
+        disagreement, disagreement_is_bound: each member's, and whether it is only known to be no larger.
+        status, fallback, gap, gap_is_certified, num_passes: as of :class:`softmeet.Solution`.
+        gated: whether a gate was closed.
     """
 
     token: int
@@ -46,17 +54,13 @@ class TokenReport:
     num_passes: float
     gated: bool = False
 
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return asdict(self)
-
     def spelled(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        """As JSON has it for people: the token's ``text``, and texts in place of ids in what is listed."""
+        """Return the report for people, as JSON has it: with the token's ``text``, and texts in place of listed ids."""
 
         def spell(token: int) -> str:
             return str(tokenizer.decode([token]))
 
-        return self.as_dict() | {
+        return asdict(self) | {
             "text": spell(self.token),
             "top": [[spell(j), x] for j, x in self.top],
             "member_top": [[[spell(j), x] for j, x in rows] for rows in self.member_top],
@@ -65,7 +69,7 @@ class TokenReport:
 
 
 def token_report(solution: Solution, log_probs: Float[Tensor, "n B v"], row: int, token: int, top: int) -> TokenReport:
-    """The report of one row of a solved batch, at the token that came.
+    """Report on one row of a solved batch, at the token that came.
 
     Args:
         solution: of the batch (B,).
@@ -81,8 +85,8 @@ def token_report(solution: Solution, log_probs: Float[Tensor, "n B v"], row: int
         token=token,
         log_prob=ours[token].item(),
         member_log_probs=log_probs[:, row, token].tolist(),
-        top=_top(ours, top),
-        member_top=[[] if member[token].isnan() else _top(member, top) for member in log_probs[:, row]],
+        top=most_probable(ours, top),
+        member_top=[[] if member[token].isnan() else most_probable(member, top) for member in log_probs[:, row]],
         moved=[(j, pool[j].item(), ours[j].item()) for j in change],
         pushes=_pushes(solution, row, change),
         disagreement=solution.disagreement[:, row].tolist(),
@@ -97,7 +101,7 @@ def token_report(solution: Solution, log_probs: Float[Tensor, "n B v"], row: int
 
 
 def _pushes(solution: Solution, row: int, tokens: list[int]) -> list[list[float]]:
-    """What each member adds to each token's score, (tokens, members), in nats; 0 where the rule tilts no pool."""
+    """Compute what each member adds to each token's score, (tokens, members), in nats; 0 where no pool is tilted."""
     problem, dual = solution.problem, solution._answer.dual
     columns = [torch.zeros(len(tokens), dtype=torch.float64)] * len(dual)
     if problem.settings.rule.tilts_pool and tokens:
@@ -108,27 +112,48 @@ def _pushes(solution: Solution, row: int, tokens: list[int]) -> list[list[float]
 
 
 def heat(disagreement: Sequence[float]) -> float:
-    """0 where the members agree, 1 where they had to be corrected by half a nat or more in all."""
+    """Map members' disagreement in nats to a colour: 0 where they agree, 1 from half a nat in all.
+
+    Example:
+        >>> heat([0.1, 0.15]), heat([3.0, float("nan")])
+        (0.5, 1.0)
+    """
     return min(known_sum(disagreement) / _FULL, 1.0)
 
 
 def known_sum(disagreement: Sequence[float]) -> float:
-    """The sum over the members that were asked."""
+    """Sum over the members that were asked; the others have NaN.
+
+    Example:
+        >>> known_sum([0.25, float("nan")])
+        0.25
+    """
     return sum(x for x in disagreement if not math.isnan(x))
 
 
 def shown(text: str) -> str:
-    """A token with its spaces and line ends visible."""
+    """Return a token's text with its spaces and line ends visible.
+
+    Example:
+        >>> shown(" a")
+        '␣a'
+    """
     return text.replace(" ", "␣").replace("\n", "⏎")
 
 
-def _top(log_p: Float[Tensor, " v"], count: int) -> list[tuple[int, float]]:
+def most_probable(log_p: Float[Tensor, " v"], count: int) -> list[tuple[int, float]]:
+    """List the most probable tokens, the first one first, each with its log-probability in nats.
+
+    Example:
+        >>> most_probable(torch.tensor([0.25, 0.5, 0.25]).log2(), 1)
+        [(1, -1.0)]
+    """
     best = log_p.topk(min(count, len(log_p)))
     return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
 
 class TokenReports(Recorder):
-    """A recorder that keeps every position, for :meth:`of`; (n + 2) v floats each while it lives.
+    """A recorder that keeps every position to report on, for which it holds (n + 2) v numbers each.
 
     Pass it to ``generate`` as ``recorder=``; with beams also ask for ``return_dict_in_generate`` and ``output_scores``,
     which give the beam that each token came from.
@@ -147,7 +172,7 @@ class TokenReports(Recorder):
     def of(
         self, generated: Sequence[Sequence[int]], rows: int, beam_indices: Int[Tensor, "s t"] | None = None
     ) -> list[list[TokenReport]]:
-        """The reports of generated sequences.
+        """Report on generated sequences, token by token.
 
         Args:
             generated: the new tokens of each sequence, without prompt and padding.
@@ -161,5 +186,5 @@ class TokenReports(Recorder):
         return found
 
     def at(self, index: int, token: int) -> TokenReport:
-        """The report of the index-th row that was solved, at the token that came there."""
+        """Report on the index-th row that was solved, at the token that came there."""
         return token_report(*self._kept[index], token, self.top)

@@ -25,19 +25,20 @@ class RowSampler(LogitsProcessor):
         self._generators = [row_generator(seed, key) for key in keys]
 
     def __call__(self, input_ids: Int[Tensor, "B t"], scores: Float[Tensor, "B v"]) -> Float[Tensor, "B v"]:
-        """Scores that are 0 at the drawn token and -inf elsewhere."""
+        """Return scores that are 0 at the drawn token and -inf elsewhere."""
         drawn = draw(scores, self._generators)
         return torch.full_like(scores, -torch.inf).scatter(-1, drawn[:, None], 0.0)
 
 
 def row_generator(seed: int, key: int) -> torch.Generator:
-    """The generator (seed, key): distinct odd multipliers keep pairs apart over the range of generator seeds."""
+    """Make the generator (seed, key)."""
+    # Distinct odd multipliers keep pairs apart over the range of generator seeds.
     mixed = (seed * 0x9E3779B97F4A7C15 + key * 0xD1B54A32D192ED03) % (1 << 63)
     return torch.Generator().manual_seed(mixed)
 
 
 def draw(scores: Float[Tensor, "B v"], generators: Sequence[torch.Generator]) -> Int[Tensor, " B"]:
-    """One token per row from softmax(scores), by inverting it at a number from the row's generator."""
+    """Draw one token per row from softmax(scores), by inverting it at a number from the row's generator."""
     u = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators]).to(scores.device)
     p = scores.double().softmax(-1)
     total = p.cumsum(-1)

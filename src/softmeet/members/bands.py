@@ -20,7 +20,7 @@ from softmeet.heads import SoftmaxHead
 
 
 def principal_directions(head: SoftmaxHead) -> Float[Tensor, "d d"]:
-    """V, (d, d), fp64: right singular vectors of the centred head in columns, the largest singular value first."""
+    """Return the right singular vectors of the centred head in columns, (d, d) fp64, largest singular value first."""
     center = torch.zeros(head.d, dtype=torch.float64, device=head.weight.device)
     gram = center.new_zeros(head.d, head.d)
     for _, block in head.blocks(torch.float64, cut=True):
@@ -31,7 +31,14 @@ def principal_directions(head: SoftmaxHead) -> Float[Tensor, "d d"]:
 
 
 def bands(head: SoftmaxHead, count: int) -> list[SoftmaxHead]:
-    """The head's bands, as equal in width as can be.
+    """Cut a head into bands of its principal directions, as equal in width as can be.
+
+    Args:
+        head: of d directions.
+        count: how many bands.
+
+    Returns:
+        the bands, those of the largest singular values first; the head itself for one band.
 
     Raises:
         InvalidInputError: there are more bands than directions.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -14,28 +14,14 @@ from transformers import PreTrainedModel
 
 from softmeet.errors import InvalidInputError
 from softmeet.heads import SoftmaxHead
-from softmeet.members.covers import (
-    END,
-    SYMBOLS,
-    Asked,
-    Cover,
-    Covers,
-    Masses,
-    Open,
-    Pruning,
-    closed,
-    followed,
-    likely,
-    prediction,
-    wanted,
-)
+from softmeet.members.covers import END, SYMBOLS, Covers, Masses, NextTokenProbs, Open, Pruning
 from softmeet.members.heads import head_of, replace_weight
 from softmeet.members.known_text import KnownText
+from softmeet.members.reading import Guess, Reading, Work
 from softmeet.members.spelling import Spelling
 from softmeet.members.token_tree import Growth, Path, TokenTree
 from softmeet.members.token_tree import run as run_trees
 from softmeet.members.typical import SAMPLE, typical
-from softmeet.members.work import Work
 
 # The least probability of a token: without it, masses of all covers could be rounded to nothing.
 _LEAST = torch.finfo(torch.float32).tiny
@@ -50,33 +36,6 @@ _AT_ONCE = 32
 _PREFIXES = 16
 # Logits whose probabilities are taken at once.
 _CACHED = 1 << 20
-
-
-@dataclass(frozen=True, eq=False)
-class Guess:
-    """A token that a text is likely to go on with, run before it is known to: the model's state behind it."""
-
-    behind: Asked
-    token: int
-    path: Path
-    hidden: Float[Tensor, " d"]
-
-
-@dataclass(frozen=True, eq=False)
-class Reading:
-    """One text as one member has read it so far: ``covers`` of all its bytes, and what the model keeps of them.
-
-    ``guesses`` are tokens beyond it that the model was given along with others. ``full`` says that it ended because the
-    model's context was.
-    """
-
-    covers: Covers
-    tree: TokenTree
-    text: bytes
-    work: Work = field(default_factory=Work)
-    guesses: tuple[Guess, ...] = ()
-    ended: bool = False
-    full: bool = False
 
 
 class ByteMember:
@@ -100,7 +59,8 @@ class ByteMember:
         named = model.generation_config.eos_token_id
         self.ends = sorted({spelling.end, *(named if isinstance(named, list) else [named])} - {None})
         self.head: SoftmaxHead = head_of(model)
-        self._limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        self._limit: int = sys.maxsize if limit is None else limit
         self.prefix = list(self.spelling.start if prefix is None else prefix)
         columns = [*self.spelling.tokens.tolist(), *self.ends]
         self._columns = torch.tensor(columns, device=self.head.weight.device)
@@ -111,11 +71,16 @@ class ByteMember:
             self.spelling = replace(spelling, typical=self._typical())
 
     def _typical(self) -> Masses:
+        """Find what the model expects behind a token, by the token's last byte, on a short text."""
         start = self.spelling.start
-        tokens = self.spelling.encode(SAMPLE.encode())[: None if self._limit is None else self._limit - len(start)]
-        ((_, (hidden,)),) = self.run([Growth(TokenTree(), [np.empty(0, np.int64)], [[*start, *tokens]])])
-        behind, nowhere = hidden[len(start) :].split(_AT_ONCE), np.empty(0, np.int64)
-        roots = [one.root for states in behind for one in self.asked([nowhere] * len(states), states)]
+        tokens = self.spelling.encode(SAMPLE.encode())[: self._limit - len(start)]
+        _, hidden = self.run_chain([*start, *tokens])
+        nowhere = np.empty(0, np.int64)
+        roots = [
+            one.root
+            for states in hidden[len(start) :].split(_AT_ONCE)
+            for one in self.next_token_probs([nowhere] * len(states), states)
+        ]
         return typical(self.spelling, tokens, roots)
 
     def find_head_again(self) -> None:
@@ -128,10 +93,13 @@ class ByteMember:
     def room(self) -> int:
         """Bytes that fit into the context, whatever tokens they make."""
         # A token behind every one may have to be asked about, and the dummy prefix is one.
-        return sys.maxsize if self._limit is None else max(1, self._limit - len(self.prefix) - 2)
+        return max(1, self._limit - len(self.prefix) - 2)
 
     def behind(self, prefix: Sequence[int]) -> tuple[TokenTree, Float[Tensor, "1 d"]]:
-        """Read tokens that stand before a text: what the model keeps, and its last hidden state; kept for other texts.
+        """Read tokens that stand before a text, and keep the result for other texts.
+
+        Returns:
+            (what the model keeps, its last hidden state).
 
         Raises:
             InvalidInputError: there is no token, or one that the model does not have.
@@ -145,7 +113,7 @@ class ByteMember:
                 f"expected a prefix of token ids of {self.spelling.name}, from 0 to {self.head.v - 1}, got {wrong[0]!r}"
             )
         if key not in self._prefixes:
-            ((tree, (hidden,)),) = self.run([Growth(TokenTree(), [np.empty(0, np.int64)], [list(key)])])
+            tree, hidden = self.run_chain(key)
             for old in list(self._prefixes)[: 1 - _PREFIXES]:
                 self._prefixes.pop(old, None)
             self._prefixes[key] = tree, hidden[-1:]
@@ -158,12 +126,12 @@ class ByteMember:
             text: of any bytes.
             prefix: tokens before it; None for the member's own.
         """
-        return self._read(text, prefix, everything=False)[0]
+        return self._read(text, prefix, _LOOK_BACK if self.pruning.prune else 0)[0]
 
     def score(
         self, text: bytes, prefix: Sequence[int] | None = None
     ) -> tuple[Reading, Float[np.ndarray, "t 257"], Float[np.ndarray, " t"]]:
-        """Read a text and say how probable every byte's alternatives were.
+        """Read a text, and return how probable every byte's alternatives were.
 
         Args:
             text: of any bytes.
@@ -173,26 +141,44 @@ class ByteMember:
             The text as read; the log-probabilities in nats of what could stand in each byte's place, of the first byte
             too, and after the last; and the share of mass that each of these rests on estimates for.
         """
-        reading, found, unasked = self._read(text, prefix, everything=True)
+        spelling = self.spelling
+        reading, covers = self._read(text, prefix, 0)
+        written = np.cumsum([len(spelling.dummy), *(byte not in spelling.unwritable for byte in text)])
+        found = np.array([one.prediction(spelling) for one in covers])[written]
         with np.errstate(divide="ignore"):
-            return reading, np.log(found), unasked
+            return reading, np.log(found), np.array([one.unasked for one in covers])[written]
+
+    def _read(self, text: bytes, prefix: Sequence[int] | None, look_back: int) -> tuple[Reading, list[Covers]]:
+        """Read a text whose bytes are all known, in one call for the tokenizer's tokens and few for others.
+
+        Returns:
+            (the text as read; its covers from the place on from which all tokenizations are followed, byte by byte).
+        """
+        known = KnownText(self, self.prefix if prefix is None else prefix, text, look_back)
+        while missing := known.walk(self.pruning):
+            known.ask(missing)
+        work = known.work.and_(dropped=sum(covers.unasked for covers in known.covers))
+        return Reading(known.covers[-1], known.tree, text, work).compact(), known.covers
 
     def expected(self, text: bytes, top: int) -> dict[int, list[tuple[str, float]]]:
-        """By the byte at which a token of the text begins, the most probable tokens there and their log-probabilities.
+        """List the tokens that the model expects where a token of a text begins.
 
         Args:
             text: of any bytes.
             top: tokens to list.
+
+        Returns:
+            By the byte at which a token of the text begins, the most probable tokens there, as text, and their
+            log-probabilities in nats.
         """
         spelling = self.spelling
         tokens = spelling.encode(text)
-        chain, first = [*self.prefix, *tokens], len(self.prefix) - 1
-        ((_, (hidden,)),) = self.run([Growth(TokenTree(), [np.empty(0, np.int64)], [chain])])
-        read = np.cumsum([0, *(len(spelling.spelled([token])) for token in tokens[:-1])])
+        _, hidden = self.run_chain([*self.prefix, *tokens])
+        behind = hidden[len(self.prefix) - 1 :][: len(tokens)]
         # Where they are in the text, which may hold bytes that the member does not see, and no dummy prefix.
         seen = [k for k, byte in enumerate(text) if byte not in spelling.unwritable]
         found = {}
-        for place, state in zip(read.tolist(), hidden[first : first + len(tokens)], strict=True):
+        for place, state in zip(spelling.bounds(tokens)[:-1].tolist(), behind, strict=True):
             with torch.inference_mode():
                 best = self.head.logits(state[None])[0].log_softmax(-1).topk(min(top, self.head.v))
             listed = [(self._named(k), x) for k, x in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
@@ -200,20 +186,19 @@ class ByteMember:
         return found
 
     def _named(self, token: int) -> str:
-        """A token as text; one that ends a text, or stands for none, by its number."""
+        """Return a token as text; one that ends a text, or stands for none, by its number."""
         word = self.spelling.spelled([token])
         return word.decode(errors="backslashreplace") if word else f"<{token}>"
 
     def log_probs(self, readings: Sequence[Reading]) -> Float[Tensor, "B 257"]:
-        """The next symbol's log-probabilities in nats, fp64; 256 is the end, and all that follows the end."""
+        """Return the next symbol's log-probabilities in nats, fp64; 256 is the end, and all that follows the end."""
+        end = np.eye(SYMBOLS)[END]
+        found = [end if one.ended else one.covers.prediction(self.spelling) for one in readings]
         with np.errstate(divide="ignore"):
-            return torch.from_numpy(np.log(np.stack([self._predict(reading) for reading in readings])))
-
-    def _predict(self, reading: Reading) -> Masses:
-        return np.eye(SYMBOLS)[END] if reading.ended else prediction(self.spelling, reading.covers)
+            return torch.from_numpy(np.log(np.stack(found)))
 
     def advance(self, readings: Sequence[Reading], symbols: Sequence[int]) -> list[Reading]:
-        """Each text with one more byte, or ended; all that the model has to be asked goes through it in one batch.
+        """Read one more symbol of each text; all that the model has to be asked goes through it in one batch.
 
         A text that would not fit into the model's context ends.
         """
@@ -222,43 +207,37 @@ class ByteMember:
             if symbol == END or reading.ended:
                 found[k] = replace(reading, ended=True)
                 continue
-            text = reading.text + bytes([symbol])
-            if symbol in self.spelling.unwritable:
-                found[k] = replace(reading, text=text)
-                continue
-            covers = followed(self.spelling, reading.covers, symbol, self.pruning)
+            text, covers = reading.text + bytes([symbol]), reading.covers
+            if symbol not in self.spelling.unwritable:
+                covers = covers.followed(self.spelling, symbol, self.pruning)
             found[k] = replace(reading, covers=covers, text=text)
         return self._settled(found)
 
     def _settled(self, readings: list[Reading]) -> list[Reading]:
         """Ask about all open covers that count, and along with them about what may come next."""
         while True:
-            readings = [reading if reading.ended else self._foreseen(reading) for reading in readings]
-            asking = {k: wanted(r.covers, self.pruning) for k, r in enumerate(readings) if not r.ended}
-            asking = {k: opened for k, opened in asking.items() if opened}
-            for k, opened in list(asking.items()):
-                if self._limit is not None and any(len(one.asked.path) >= self._limit for one in opened):
-                    readings[k] = replace(readings[k], ended=True, full=True)
-                    del asking[k]
+            readings = [reading if reading.ended else self._close_guessed(reading) for reading in readings]
+            asking = self._wanted(readings)
             if not asking:
                 break
             steps = {
-                k: [*((one.asked, one.token) for one in opened), *self._likely(readings[k], len(opened))]
+                k: [*((one.probs, one.token) for one in opened), *self._likely(readings[k], len(opened))]
                 for k, opened in asking.items()
             }
             growths = [
-                Growth(readings[k].tree, [asked.path for asked, _ in own], [[token] for _, token in own])
+                Growth(readings[k].tree, [probs.path for probs, _ in own], [[token] for _, token in own])
                 for k, own in steps.items()
             ]
             for (k, opened), own, (tree, states) in zip(asking.items(), steps.values(), self.run(growths), strict=True):
                 before, count = readings[k].tree.columns, len(opened)
-                paths = [np.append(asked.path, before + i) for i, (asked, _) in enumerate(own)]
-                answers = list(zip(opened, self.asked(paths[:count], torch.cat(states[:count])), strict=True))
+                paths = [np.append(probs.path, before + i) for i, (probs, _) in enumerate(own)]
+                found = self.next_token_probs(paths[:count], torch.cat(states[:count]))
+                answers = list(zip(opened, found, strict=True))
                 ahead = zip(own[count:], paths[count:], states[count:], strict=True)
-                guesses = [Guess(asked, token, path, state[0]) for (asked, token), path, state in ahead]
+                guesses = [Guess(probs, token, path, state[0]) for (probs, token), path, state in ahead]
                 readings[k] = replace(
                     readings[k],
-                    covers=closed(self.spelling, readings[k].covers, answers, self.pruning),
+                    covers=readings[k].covers.answered(self.spelling, answers, self.pruning),
                     tree=tree,
                     work=readings[k].work.and_(calls=1, tokens=len(own)),
                     guesses=(*readings[k].guesses, *guesses),
@@ -267,48 +246,64 @@ class ByteMember:
             if not reading.ended:
                 work = reading.work.and_(dropped=reading.covers.unasked)
                 self.spent = self.spent.and_(dropped=reading.covers.unasked)
-                readings[k] = _compact(replace(reading, work=work, guesses=self._possible(reading)))
+                readings[k] = replace(reading, work=work, guesses=self._possible(reading)).compact()
         return readings
 
-    def _foreseen(self, reading: Reading) -> Reading:
-        """Close the open covers that were guessed."""
+    def _wanted(self, readings: list[Reading]) -> dict[int, list[Open]]:
+        """Return the open covers of each text to ask the model about, and end texts for which it has no room."""
+        found = {}
+        for k, reading in enumerate(readings):
+            opened = [] if reading.ended else reading.covers.wanted(self.pruning)
+            if any(len(one.probs.path) >= self._limit for one in opened):
+                readings[k] = replace(reading, ended=True, full=True)
+            elif opened:
+                found[k] = opened
+        return found
+
+    def _close_guessed(self, reading: Reading) -> Reading:
+        """Close the open covers whose token was guessed."""
+        known = {(id(guess.behind), guess.token): guess for guess in reading.guesses}
         while True:
-            known = {(id(guess.behind), guess.token): guess for guess in reading.guesses}
-            pairs = [(one, known.get((id(one.asked), one.token))) for one in wanted(reading.covers, self.pruning)]
+            pairs = [(one, known.get((id(one.probs), one.token))) for one in reading.covers.wanted(self.pruning)]
             found = [(one, guess) for one, guess in pairs if guess is not None]
             if not found:
                 return reading
-            asked = self.asked([guess.path for _, guess in found], torch.stack([guess.hidden for _, guess in found]))
-            answers = list(zip((one for one, _ in found), asked, strict=True))
-            reading = replace(reading, covers=closed(self.spelling, reading.covers, answers, self.pruning))
+            paths, hidden = [guess.path for _, guess in found], torch.stack([guess.hidden for _, guess in found])
+            answers = list(zip((one for one, _ in found), self.next_token_probs(paths, hidden), strict=True))
+            reading = replace(reading, covers=reading.covers.answered(self.spelling, answers, self.pruning))
 
-    def _likely(self, reading: Reading, asking: int) -> list[tuple[Asked, int]]:
-        """What to guess along with so many open covers: tokens with what they stand behind, in the model's numbers."""
+    def _likely(self, reading: Reading, asking: int) -> list[tuple[NextTokenProbs, int]]:
+        """Choose tokens to guess along with so many open covers, and return them with what they stand behind."""
         if not self.pruning.prune:
             return []
         known = {(id(guess.behind), guess.token) for guess in reading.guesses}
-        expected = [
-            (asked, int(self.spelling.tokens[k]), share)
-            for asked, k, share in likely(self.spelling, reading.covers, _LIKELY, _GUESSES)
-            if self._limit is None or len(asked.path) < self._limit
-        ]
-        found = [(asked, token, share) for asked, token, share in expected if (id(asked), token) not in known]
-        if asking == 1 and sum(share for _, _, share in found) < _WORTH:
-            return []
-        return [(asked, token) for asked, token, _ in found]
+        found, together = list[tuple[NextTokenProbs, int]](), 0.0
+        for probs, k, share in reading.covers.likely(self.spelling, _LIKELY, _GUESSES):
+            token = int(self.spelling.tokens[k])
+            if len(probs.path) < self._limit and (id(probs), token) not in known:
+                found.append((probs, token))
+                together += share
+        return [] if asking == 1 and together < _WORTH else found
 
     def _possible(self, reading: Reading) -> tuple[Guess, ...]:
-        """The guesses that may still come true."""
-        rests = {id(cover.asked): cover.rest for cover in reading.covers.closed}
-        return tuple(
-            guess
-            for guess in reading.guesses
-            if id(guess.behind) in rests and self._longer(guess.token, rests[id(guess.behind)])
-        )
+        """Return the guesses that may still come true: their token begins with the bytes since, and is longer."""
+        rests = {id(cover.probs): cover.rest for cover in reading.covers.closed}
+        found = []
+        for guess in reading.guesses:
+            rest, word = rests.get(id(guess.behind)), self.spelling.spelled([guess.token])
+            if rest is not None and len(word) > len(rest) and word.startswith(rest):
+                found.append(guess)
+        return tuple(found)
 
-    def _longer(self, token: int, rest: bytes) -> bool:
-        word = self.spelling.spelled([token])
-        return len(word) > len(rest) and word.startswith(rest)
+    def run_chain(self, tokens: Sequence[int], tree: TokenTree | None = None) -> tuple[TokenTree, Float[Tensor, "t d"]]:
+        """Run tokens one behind the other, behind the only chain of a tree, if one is given.
+
+        Returns:
+            (what the model keeps, its last hidden states at the tokens).
+        """
+        tree = tree or TokenTree()
+        ((tree, (hidden,)),) = self.run([Growth(tree, [np.arange(tree.columns)], [list(tokens)])])
+        return tree, hidden
 
     def run(self, growths: Sequence[Growth]) -> list[tuple[TokenTree, list[Float[Tensor, "t d"]]]]:
         """Run tokens.
@@ -316,21 +311,20 @@ class ByteMember:
         Raises:
             InvalidInputError: they are more than the model's context holds.
         """
-        limit = self._limit
         pairs = [(path, own) for growth in growths for path, own in zip(growth.paths, growth.tokens, strict=True)]
         longest = max(len(path) + len(own) for path, own in pairs)
-        if limit is not None and longest > limit:
+        if longest > self._limit:
             raise InvalidInputError(
-                f"expected a text of at most {limit} tokens, the context of {self.spelling.name}, got {longest}: "
+                f"expected a text of at most {self._limit} tokens, the context of {self.spelling.name}, got {longest}: "
                 "shorten the prompt or lower max_new_tokens"
             )
         self.spent = self.spent.and_(calls=1, tokens=sum(len(own) for _, own in pairs))
         with torch.inference_mode():
             return run_trees(self.model, growths)
 
-    def asked(self, paths: Sequence[Path], hidden: Float[Tensor, "k d"]) -> list[Asked]:
-        """The next token's probabilities behind each path."""
-        found, m = list[Asked](), len(self.spelling.words)
+    def next_token_probs(self, paths: Sequence[Path], hidden: Float[Tensor, "k d"]) -> list[NextTokenProbs]:
+        """Compute the next token's probabilities behind each path, from the last hidden states there."""
+        found, m = list[NextTokenProbs](), len(self.spelling.words)
         with torch.inference_mode():
             logits = self.head.logits(hidden)
         # Several passes over a vocabulary follow: those over a few rows stay in a processor's caches.
@@ -343,47 +337,5 @@ class ByteMember:
             roots[:, letters] = np.add.reduceat(probs[:, :m], where, axis=1, dtype=np.float64)
             roots[:, END] = probs[:, m:].sum(1, dtype=np.float64)
             places = paths[len(found) : len(found) + len(some)]
-            found += [Asked(path, own[:m], root) for path, own, root in zip(places, probs, roots, strict=True)]
+            found += [NextTokenProbs(*one) for one in zip(places, probs[:, :m], roots, strict=True)]
         return found
-
-    def _read(self, text: bytes, prefix: Sequence[int] | None, *, everything: bool) -> tuple[Reading, Masses, Masses]:
-        """Read a text whose bytes are all known, in one call for the tokenizer's tokens and few for others.
-
-        Returns:
-            As :meth:`score`, probabilities in place of their logarithms; nothing but the reading if not everything is
-            wanted.
-        """
-        spelling, pruning = self.spelling, self.pruning
-        prefix = self.prefix if prefix is None else prefix
-        known = KnownText(self, prefix, text, 0 if everything or not pruning.prune else _LOOK_BACK)
-        while missing := known.walk(pruning):
-            known.ask(missing)
-        unasked = [covers.unasked for covers in known.covers]
-        reading = _compact(Reading(known.covers[-1], known.tree, text, Work(known.calls, known.tokens, sum(unasked))))
-        if not everything:
-            return reading, np.empty((0, SYMBOLS)), np.empty(0)
-        written = np.cumsum([len(spelling.dummy), *(byte not in spelling.unwritable for byte in text)])
-        predictions = np.array([prediction(spelling, covers) for covers in known.covers])
-        return reading, predictions[written], np.array(unasked)[written]
-
-
-def _compact(reading: Reading) -> Reading:
-    """Without what the model keeps of covers that were let go."""
-    covers, guesses = reading.covers, reading.guesses
-    every: list[Cover | Open] = [*covers.closed, *covers.open]
-    behind = {id(one.asked): one.asked for one in every}
-    tree, paths = reading.tree.kept([*(asked.path for asked in behind.values()), *(guess.path for guess in guesses)])
-    if tree is reading.tree:
-        return reading
-    moved = {key: asked.moved(path) for (key, asked), path in zip(behind.items(), paths[: len(behind)], strict=True)}
-    ahead = zip(guesses, paths[len(behind) :], strict=True)
-    return replace(
-        reading,
-        tree=tree,
-        guesses=tuple(replace(guess, behind=moved[id(guess.behind)], path=path) for guess, path in ahead),
-        covers=replace(
-            covers,
-            closed=tuple(one._replace(asked=moved[id(one.asked)]) for one in covers.closed),
-            open=tuple(one._replace(asked=moved[id(one.asked)]) for one in covers.open),
-        ),
-    )

@@ -46,7 +46,7 @@ _FOLLOWED = 2048
 
 
 def by_symbol(symbols: np.ndarray[Any, np.dtype[np.uint8]], masses: Masses) -> Masses:
-    """(257,), the sum of the masses of each symbol."""
+    """Return the sum of the masses of each symbol, (257,)."""
     return np.bincount(symbols, masses, SYMBOLS).astype(np.float64, copy=False)
 
 
@@ -64,77 +64,81 @@ class Pruning:
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
-    """The next token's probabilities behind whole tokens.
+class NextTokenProbs:
+    """The next token's probabilities behind whole tokens, as the model gave them.
 
     Attributes:
         path: of the last token in the tree of all that the model has run for this text.
-        probs: (m,) of the spelling's tokens in its order; with the end's they sum to one.
+        tokens: (m,) of the spelling's tokens in its order; with the end's they sum to one.
         root: (257,) of the next token's first byte, and of the end.
     """
 
     path: Path
-    probs: Masses
+    tokens: Masses
     root: Masses
 
-    def moved(self, path: Path) -> Asked:
-        """The same at another place in the tree."""
+    def moved(self, path: Path) -> NextTokenProbs:
+        """Return the same at another place in the tree."""
         found = copy.copy(self)
         object.__setattr__(found, "path", path)
         return found
 
     def masses(self, spelling: Spelling, length: int, longer: int, end: int) -> Masses:
-        """(257,) of the byte after the first ``length`` of tokens ``longer`` to ``end``."""
-        tokens = slice(longer, end)
-        return by_symbol(spelling.flat[spelling.offsets[:-1][tokens] + length], self.probs[tokens])
+        """Sum, by the byte after the first ``length``, the probabilities of tokens ``longer`` to ``end``: (257,)."""
+        some = slice(longer, end)
+        return by_symbol(spelling.flat[spelling.offsets[:-1][some] + length], self.tokens[some])
 
     def total(self, longer: int, end: int) -> float:
-        """The probability of tokens ``longer`` to ``end``."""
-        return float(self.probs[longer:end].sum())
+        """Sum the probabilities of tokens ``longer`` to ``end``."""
+        return float(self.tokens[longer:end].sum())
 
     def prob(self, k: int) -> float:
-        """Of token k of the spelling."""
-        return float(self.probs[k])
+        """Return the probability of token k of the spelling."""
+        return float(self.tokens[k])
 
 
-class AskedAlong(Asked):
+class ProbsAlongText(NextTokenProbs):
     """The same for a text whose next bytes are known: what it takes along them, without the vocabulary."""
 
-    def __init__(self, asked: Asked, spelling: Spelling, text: bytes) -> None:
+    def __init__(self, probs: NextTokenProbs, spelling: Spelling, text: bytes) -> None:
         self._masses: dict[int, Masses] = {}
         self._totals: dict[tuple[int, int], float] = {}
         self._probs: dict[int, float] = {}
         longer, end = 0, len(spelling.words)
         for length in range(1, len(text) + 1):
             first, longer, end = spelling.among(text[:length], longer, end)
-            self._probs |= {k: asked.prob(k) for k in range(first, longer)}
+            self._probs |= {k: probs.prob(k) for k in range(first, longer)}
             if longer == end:
                 break
-            self._masses[length] = asked.masses(spelling, length, longer, end)
-            self._totals[longer, end] = asked.total(longer, end)
-        super().__init__(asked.path, np.empty(0), asked.root)
+            self._masses[length] = probs.masses(spelling, length, longer, end)
+            self._totals[longer, end] = probs.total(longer, end)
+        super().__init__(probs.path, np.empty(0), probs.root)
 
     def masses(self, spelling: Spelling, length: int, longer: int, end: int) -> Masses:
-        """Give what was kept of :meth:`Asked.masses` along the text."""
+        """Return what :meth:`NextTokenProbs.masses` gave along the text."""
         return self._masses[length]
 
     def total(self, longer: int, end: int) -> float:
-        """Give what was kept of :meth:`Asked.total` along the text."""
+        """Return what :meth:`NextTokenProbs.total` gave along the text."""
         return self._totals[longer, end]
 
     def prob(self, k: int) -> float:
-        """Give what was kept of :meth:`Asked.prob` along the text."""
+        """Return what :meth:`NextTokenProbs.prob` gave along the text."""
         return self._probs[k]
 
 
 class Cover(NamedTuple):
-    """Tokens that were asked about, and a rest, from which tokens ``longer`` to ``end`` of the spelling go on.
+    """Whole tokens that the model was asked about, and the bytes behind them.
 
-    ``weight`` is the probability of the tokens, ``mass`` theirs with the next token's, both up to the scale of
-    :class:`Covers`.
+    Attributes:
+        probs: of the token that goes on behind the tokens.
+        weight: the probability of the tokens, on the scale of :class:`Covers`.
+        mass: the same with the next token's.
+        rest: the bytes behind the tokens, with which the next token begins.
+        longer, end: the tokens of the spelling that are longer than the rest and begin with it.
     """
 
-    asked: Asked
+    probs: NextTokenProbs
     weight: float
     mass: float
     rest: bytes
@@ -142,23 +146,29 @@ class Cover(NamedTuple):
     end: int
 
     def masses(self, spelling: Spelling) -> Masses:
-        """(257,), how much of the mass each next symbol takes."""
+        """Return how much of the mass each next symbol takes, (257,)."""
         if not self.rest:
-            return self.weight * self.asked.root
-        return self.weight * self.asked.masses(spelling, len(self.rest), self.longer, self.end)
+            return self.weight * self.probs.root
+        return self.weight * self.probs.masses(spelling, len(self.rest), self.longer, self.end)
 
     def times(self, x: float) -> Cover:
-        """The same with so many times the mass."""
-        return Cover(self.asked, self.weight * x, self.mass * x, self.rest, self.longer, self.end)
+        """Return the same with x times the mass."""
+        return self._replace(weight=self.weight * x, mass=self.mass * x)
 
 
 class Open(NamedTuple):
-    """A cover, a token behind it and the bytes since, about which the model was not asked; ``mass`` is an estimate.
+    """A cover, and a token behind it about which the model was not asked.
 
-    ``most`` is what its mass may be, had each byte since been as probable behind it as a good guess.
+    Attributes:
+        probs: of the token, behind the cover.
+        token: its id.
+        weight: the probability of the cover's tokens and of this one, on the scale of :class:`Covers`.
+        mass: the same with an estimate of what comes behind.
+        rest: the bytes since.
+        most: what the mass may be, had each byte since been as probable behind the token as a good guess.
     """
 
-    asked: Asked
+    probs: NextTokenProbs
     token: int
     weight: float
     mass: float
@@ -166,25 +176,25 @@ class Open(NamedTuple):
     most: float
 
     def estimate(self, live: Masses, spelling: Spelling) -> Masses:
-        """(257,), what comes next: at first what follows such a token, later what follows the closed covers."""
-        if not self.rest:
-            usual: Masses = spelling.typical[spelling.last(self.token)]
-            return _TYPICAL * usual + (1 - _TYPICAL) * self.asked.root
-        return _ALIKE * np.where(live > 0, live, self.asked.root)
+        """Estimate the next symbol, (257,): at first as behind such a token, later as behind the closed covers."""
+        if self.rest:
+            return _ALIKE * np.where(live > 0, live, self.probs.root)
+        usual: Masses = spelling.typical[spelling.last(self.token)]
+        return _TYPICAL * usual + (1 - _TYPICAL) * self.probs.root
 
     def longer(self, byte: int, live: float, spelling: Spelling) -> Open:
-        """The same with one byte more, to which the closed covers gave the probability ``live``."""
-        root = float(self.asked.root[byte])
+        """Return the same with one byte more, to which the closed covers gave the probability ``live``."""
+        root = float(self.probs.root[byte])
         if self.rest:
             share = _ALIKE * (live or root)
         else:
             share = _TYPICAL * float(spelling.typical[spelling.last(self.token), byte]) + (1 - _TYPICAL) * root
         most = self.most * max(share, _GOOD)
-        return Open(self.asked, self.token, self.weight, self.mass * share, self.rest + bytes([byte]), most)
+        return self._replace(mass=self.mass * share, rest=self.rest + bytes([byte]), most=most)
 
     def times(self, x: float) -> Open:
-        """The same with so many times the mass, and so many times what it may be."""
-        return Open(self.asked, self.token, self.weight * x, self.mass * x, self.rest, self.most * x)
+        """Return the same with x times the mass, and x times what it may be."""
+        return self._replace(weight=self.weight * x, mass=self.mass * x, most=self.most * x)
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,90 +217,84 @@ class Covers:
         """The share of mass that is estimated, or was let go at this byte."""
         return self.dropped + sum(cover.mass for cover in self.open) / self.total
 
+    @staticmethod
+    def begun(probs: NextTokenProbs, spelling: Spelling) -> Covers:
+        """Return the covers of a text of no bytes, from what its first token may be."""
+        return Covers((Cover(probs, 1.0, 1.0, b"", 0, len(spelling.words)),))
 
-def begun(asked: Asked, spelling: Spelling) -> Covers:
-    """The covers of no bytes."""
-    return Covers((Cover(asked, 1.0, 1.0, b"", 0, len(spelling.words)),))
+    def prediction(self, spelling: Spelling) -> Masses:
+        """Return the next symbol's probabilities, (257,)."""
+        found = sum((cover.masses(spelling) for cover in self.closed), np.zeros(SYMBOLS))
+        if self.open:
+            live = found / (found.sum() or 1.0)
+            for cover in self.open:
+                found += cover.mass * cover.estimate(live, spelling)
+        whole: Masses = found / found.sum()
+        return whole
 
+    def followed(self, spelling: Spelling, byte: int, pruning: Pruning) -> Covers:
+        """Return the covers of one byte more; none is left where the member cannot write it."""
+        own, opened = _longer(spelling, self.closed, self.open, byte)
+        return _kept(own, opened, pruning)
 
-def prediction(spelling: Spelling, covers: Covers) -> Masses:
-    """(257,), the next symbol's probabilities."""
-    found = sum((cover.masses(spelling) for cover in covers.closed), np.zeros(SYMBOLS))
-    if covers.open:
-        live = found / (found.sum() or 1.0)
-        for cover in covers.open:
-            found += cover.mass * cover.estimate(live, spelling)
-    whole: Masses = found / found.sum()
-    return whole
+    def wanted(self, pruning: Pruning) -> list[Open]:
+        """Return the open covers that the model is to be asked about before the next byte is predicted."""
+        found = [cover for cover in self.open if cover.most >= pruning.prune * self.total]
+        return found or (list(self.open[:1]) if not self.closed else [])
 
+    def likely(self, spelling: Spelling, least: float, most: int) -> list[tuple[NextTokenProbs, int, float]]:
+        """List the tokens, with what they stand behind, about which the model will likely have to be asked.
 
-def followed(spelling: Spelling, covers: Covers, byte: int, pruning: Pruning) -> Covers:
-    """The covers of one byte more; none is left where the member cannot write it."""
-    own, opened = _longer(spelling, covers.closed, covers.open, byte)
-    return _kept(own, opened, pruning)
+        That is so where the text goes on with a token's bytes, by it or by a longer one, unless it is a rare way to.
 
+        Args:
+            spelling: of the member.
+            least: how probable that has to be.
+            most: so many, the likeliest first.
 
-def wanted(covers: Covers, pruning: Pruning) -> list[Open]:
-    """The open covers that the model is to be asked about before the next byte is predicted."""
-    found = [cover for cover in covers.open if cover.most >= pruning.prune * covers.total]
-    return found or (list(covers.open[:1]) if not covers.closed else [])
+        Returns:
+            For each, what it stands behind, its number in the spelling, and how probable it is that the text goes on
+            with its bytes.
+        """
+        found = list[tuple[NextTokenProbs, int, float]]()
+        for cover in self.closed:
+            low, probs, share = cover.longer, cover.probs.tokens[cover.longer : cover.end], cover.weight / self.total
+            for k in np.flatnonzero(share * probs >= _NOT_RARE * least):
+                _, _, end = spelling.among(spelling.words[low + k], low + int(k), cover.end)
+                along = float(probs[k : end - low].sum())
+                if share * along >= least and probs[k] >= _NOT_RARE * along:
+                    found.append((cover.probs, low + int(k), share * along))
+        return sorted(found, key=lambda one: -one[2])[:most]
 
-
-def likely(spelling: Spelling, covers: Covers, least: float, most: int) -> list[tuple[Asked, int, float]]:
-    """The tokens, and what they stand behind, about which the model will likely have to be asked.
-
-    That is so where the text goes on with a token's bytes, by it or by a longer one, unless the token is a rare way to.
-
-    Args:
-        spelling: of the member.
-        covers: of a text.
-        least: how probable that has to be.
-        most: so many, the likeliest first.
-
-    Returns:
-        Of each, what the model was asked behind which it stands, its number in the spelling, and how probable it is
-        that the text goes on with its bytes.
-    """
-    found = list[tuple[Asked, int, float]]()
-    for cover in covers.closed:
-        low, probs, share = cover.longer, cover.asked.probs[cover.longer : cover.end], cover.weight / covers.total
-        for k in np.flatnonzero(share * probs >= _NOT_RARE * least):
-            _, _, end = spelling.among(spelling.words[low + k], low + int(k), cover.end)
-            along = float(probs[k : end - low].sum())
-            if share * along >= least and probs[k] >= _NOT_RARE * along:
-                found.append((cover.asked, low + int(k), share * along))
-    return sorted(found, key=lambda one: -one[2])[:most]
-
-
-def closed(spelling: Spelling, covers: Covers, answers: Sequence[tuple[Open, Asked]], pruning: Pruning) -> Covers:
-    """The same covers, some of which the model was asked about."""
-    answered = {id(cover) for cover, _ in answers}
-    whole, opened = list(covers.closed), [cover for cover in covers.open if id(cover) not in answered]
-    for cover, asked in answers:
-        own = [Cover(asked, cover.weight, cover.weight, b"", 0, len(spelling.words))]
-        new: list[Open] = []
-        for byte in cover.rest:
-            own, new = _longer(spelling, own, new, byte)
-        whole += own
-        opened += new
-    return _kept(whole, opened, pruning)
+    def answered(self, spelling: Spelling, answers: Sequence[tuple[Open, NextTokenProbs]], pruning: Pruning) -> Covers:
+        """Return the same covers, of which the model's answers close some open ones."""
+        known = {id(cover) for cover, _ in answers}
+        whole, opened = list(self.closed), [cover for cover in self.open if id(cover) not in known]
+        for cover, probs in answers:
+            own = [Cover(probs, cover.weight, cover.weight, b"", 0, len(spelling.words))]
+            new: list[Open] = []
+            for byte in cover.rest:
+                own, new = _longer(spelling, own, new, byte)
+            whole += own
+            opened += new
+        return _kept(whole, opened, pruning)
 
 
 def _longer(
     spelling: Spelling, closed: Sequence[Cover], opened: Sequence[Open], byte: int
 ) -> tuple[list[Cover], list[Open]]:
-    """All covers with one byte more, and the tokens that end with it."""
+    """Follow all covers by one byte more: those that go on, and open ones by the tokens that end with the byte."""
     own: list[Cover] = []
     new: list[Open] = []
     for cover in closed:
         rest = cover.rest + bytes([byte])
         first, longer, end = spelling.among(rest, cover.longer, cover.end)
-        asked, weight = cover.asked, cover.weight
+        probs, weight = cover.probs, cover.weight
         if longer < end:
-            own.append(Cover(asked, weight, weight * asked.total(longer, end), rest, longer, end))
+            own.append(Cover(probs, weight, weight * probs.total(longer, end), rest, longer, end))
         for k in range(first, longer):
-            mass = weight * asked.prob(k)
-            new.append(Open(asked, int(spelling.tokens[k]), mass, mass, b"", mass))
+            mass = weight * probs.prob(k)
+            new.append(Open(probs, int(spelling.tokens[k]), mass, mass, b"", mass))
     if opened:
         before = _mass(closed)
         live = _mass(own, new) / before if before else 0.0
@@ -299,7 +303,7 @@ def _longer(
 
 
 def _kept(whole: Sequence[Cover], opened: Sequence[Open], pruning: Pruning) -> Covers:
-    """Covers without the lightest, which are let go."""
+    """Let the lightest covers go."""
     kept = [cover for cover in whole if cover.mass > 0]
     light = [cover for cover in opened if cover.mass > 0]
     if pruning.prune:
@@ -312,10 +316,8 @@ def _kept(whole: Sequence[Cover], opened: Sequence[Open], pruning: Pruning) -> C
     light.sort(key=_by_mass)
     before = total = _mass(kept, light)
     if pruning.covers is not None:
-        least = _LIGHT * before
-        kept = sorted(kept, key=_by_mass)[: pruning.covers]
-        kept = [cover for k, cover in enumerate(kept) if not k or cover.mass > least]
-        light = [cover for k, cover in enumerate(light[: pruning.covers]) if not k or cover.mass > least]
+        kept = _heaviest(kept, pruning.covers, _LIGHT * before)
+        light = _heaviest(light, pruning.covers, _LIGHT * before)
         total = _mass(kept, light)
     if not total:
         return Covers(())
@@ -327,11 +329,17 @@ def _kept(whole: Sequence[Cover], opened: Sequence[Open], pruning: Pruning) -> C
     return Covers(tuple(kept), tuple(light), total, dropped)
 
 
+def _heaviest(covers: list[AnyCover], count: int, least: float) -> list[AnyCover]:
+    """Return the heaviest covers, so many at most; from the second on, those with more than the least mass."""
+    ordered = sorted(covers, key=_by_mass)[:count]
+    return ordered[:1] + [cover for cover in ordered[1:] if cover.mass > least]
+
+
 def _recombined(whole: list[Cover], opened: list[Open]) -> tuple[list[Cover], list[Open]]:
-    """Of the covers that begin their rest at one byte, that of fewest tokens which is not light, with the mass of all.
+    """Keep, of the covers that begin their rest at one byte, that of fewest tokens which is not light, with all mass.
 
     They differ by the tokens before that byte, of which what comes next depends little; the one of fewest tokens is
-    nearly always the tokenizer's own.
+    nearly always the tokenizer's own. Open covers give their mass to a closed one, where there is one.
     """
     if len({len(cover.rest) for group in (whole, opened) for cover in group}) == len(whole) + len(opened):
         return whole, opened
@@ -350,17 +358,18 @@ def _recombined(whole: list[Cover], opened: list[Open]) -> tuple[list[Cover], li
 
 
 def _few_tokens_first(covers: Sequence[AnyCover]) -> list[AnyCover]:
+    """Sort covers by their number of tokens, those last that are light beside others of the same rest."""
     heaviest: dict[int, float] = {}
     for cover in covers:
         heaviest[len(cover.rest)] = max(cover.mass, heaviest.get(len(cover.rest), 0.0))
     return sorted(
         covers,
-        key=lambda cover: (cover.mass < _NOT_LIGHT * heaviest[len(cover.rest)], len(cover.asked.path), -cover.mass),
+        key=lambda cover: (cover.mass < _NOT_LIGHT * heaviest[len(cover.rest)], len(cover.probs.path), -cover.mass),
     )
 
 
 def _mass(*groups: Sequence[Cover | Open]) -> float:
-    """All of it together."""
+    """Sum the mass of all covers."""
     return sum(cover.mass for group in groups for cover in group)
 
 
@@ -369,5 +378,5 @@ def _by_mass(cover: Cover | Open) -> float:
 
 
 def _heavier(cover: AnyCover, mass: float) -> AnyCover:
-    """A cover with so much more mass."""
+    """Return a cover with so much more mass."""
     return cover.times((cover.mass + mass) / cover.mass)

@@ -1,23 +1,27 @@
-"""The softmax head of a transformers causal LM, found by its structure and checked against the model's own logits."""
+"""The softmax heads of transformers causal LMs: found by structure, checked against the logits, and compared."""
 
 from __future__ import annotations
 
+import math
+
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from softmeet.errors import CheckpointError, UnsupportedHeadError
-from softmeet.heads import SoftmaxHead
+from softmeet.heads import SoftmaxHead, Whitening
 from softmeet.members.placement import in_memory
 from softmeet.norms import FinalNorm
 
-# Each factor multiplies the logits; None of these is set in most configs.
-_DIVISORS = ("logits_scaling",)
-_FACTORS = ("logit_scale", "lm_head_multiplier")
+# Each factor multiplies the logits; none of these is set in most configurations.
+_FACTORS, _DIVISOR = ("logit_scale", "lm_head_multiplier"), "logits_scaling"
+# Cosines this close to 1 are the same direction, to the rounding of half-precision weights.
+_SAME = 1 - 1e-4
 
 
 def head_of(model: PreTrainedModel) -> SoftmaxHead:
-    """The model's output layer, sharing its weights; one that is offloaded is copied to the device that computes.
+    """Return the model's output layer, sharing its weights; an offloaded one is copied to the device that computes.
 
     Raises:
         UnsupportedHeadError: the layer is quantised, adapted or otherwise not a plain linear layer, or the
@@ -32,7 +36,7 @@ def head_of(model: PreTrainedModel) -> SoftmaxHead:
             f"expected {name}'s output layer to be a plain linear layer, got {type(layer).__module__}."
             f"{type(layer).__name__}: load the model unquantised, and merge adapters into it first"
         )
-    weights = in_memory(layer) if hasattr(layer, "_hf_hook") else dict(layer.named_parameters())
+    weights = in_memory(layer)
     if weights["weight"].is_meta:
         raise UnsupportedHeadError(
             f"{name}'s output layer is offloaded to where it cannot be read: load it with device="
@@ -40,11 +44,8 @@ def head_of(model: PreTrainedModel) -> SoftmaxHead:
     if not layer.weight.is_floating_point():
         raise UnsupportedHeadError(f"{name}'s output layer is quantised ({layer.weight.dtype}): load it unquantised")
     config = model.config.get_text_config(decoder=True)
-    scale = 1.0
-    for key in _DIVISORS:
-        scale /= getattr(config, key, None) or 1.0
-    for key in _FACTORS:
-        scale *= getattr(config, key, None) or 1.0
+    scale = math.prod(getattr(config, key, None) or 1.0 for key in _FACTORS)
+    scale /= getattr(config, _DIVISOR, None) or 1.0
     cap, norm = getattr(config, "final_logit_softcapping", None), final_norm(model)
     head = SoftmaxHead(weights["weight"], weights.get("bias"), scale, cap, norm)
     _check(model, head)
@@ -52,7 +53,7 @@ def head_of(model: PreTrainedModel) -> SoftmaxHead:
 
 
 def replace_weight(head: SoftmaxHead, model: PreTrainedModel) -> SoftmaxHead:
-    """``head`` with the weight and bias that the model has now, after a move or a cast; a copy stays as it is."""
+    """Return a head with the weight and bias that its model has after a move or a cast; a copy stays as it is."""
     layer = model.get_output_embeddings()
     if layer.weight.is_meta:
         return head
@@ -61,7 +62,7 @@ def replace_weight(head: SoftmaxHead, model: PreTrainedModel) -> SoftmaxHead:
 
 @torch.inference_mode()
 def final_norm(model: PreTrainedModel) -> FinalNorm | None:
-    """The normalisation whose output is the last hidden state; None if there is none of a known kind.
+    """Find the normalisation whose output is the last hidden state; None if there is none of a known kind.
 
     It is found by what it does: the only norm outside the layers, run on vectors of ones and minus ones.
     """
@@ -72,7 +73,7 @@ def final_norm(model: PreTrainedModel) -> FinalNorm | None:
     ]
     if len(outside) != 1 or model.config.hidden_size % 2:
         return None
-    own = in_memory(outside[0]) if hasattr(outside[0], "_hf_hook") else dict(outside[0].named_parameters())
+    own = in_memory(outside[0])
     weight = next(iter(own.values()), None)
     if weight is None or weight.is_meta or len(weight) != model.get_output_embeddings().weight.shape[1]:
         return None
@@ -106,3 +107,34 @@ def _check(model: PreTrainedModel, head: SoftmaxHead) -> None:
             f"{type(model).__name__} computes its logits in a way that softmeet does not know: its head applied to its "
             "last hidden state does not give its logits"
         )
+
+
+def principal_cosines(a: SoftmaxHead, b: SoftmaxHead) -> Float[Tensor, " k"]:
+    """Compute the cosines of the principal angles between the centred column spaces of two heads.
+
+    Rows past the shorter head are left out. Björck and Golub, Math. Comp. 27, 1973: the singular values of Q_aᵀQ_b.
+
+    Returns:
+        (k,) fp64, the largest first.
+    """
+    v, home = min(a.v, b.v), a.weight.device
+    cross = torch.zeros(a.d, b.d, dtype=torch.float64, device=home)
+    for rows, block in a.blocks(torch.float64, cut=True):
+        other = b.weight[rows].detach().to(home, torch.float64)
+        cross += block[: len(other)].T @ other[: len(block)]
+    wa, wb = _whitening(a, v), _whitening(b, v)
+    inner = cross - v * torch.outer(wa.center, wb.center.to(home))
+    cosines: Tensor = torch.linalg.svdvals(wa.factor.T @ inner @ wb.factor.to(home))
+    return cosines.clamp(0, 1)
+
+
+def _whitening(head: SoftmaxHead, v: int) -> Whitening:
+    centred = SoftmaxHead(head.weight[:v].detach()) if v < head.v or head.soft_cap is not None else head
+    return centred.whitening()
+
+
+def same_column_space(a: SoftmaxHead, b: SoftmaxHead) -> bool:
+    """Say whether two heads span one space, so that ``meet`` between such members can only be averaging."""
+    cosines = principal_cosines(a, b)
+    ranks = a.whitening().rank, b.whitening().rank
+    return ranks[0] == ranks[1] and bool((cosines > _SAME).all())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,16 +77,41 @@ def load_tokenizers(names: Sequence[str], *, trust_remote_code: bool = False) ->
     """
     found = []
     for name in names:
-        where = checkpoint_of(name) | {"trust_remote_code": trust_remote_code}
-        try:
+        where = _checkpoint_of(name, trust_remote_code)
+        with _named_in_errors(name):
             found.append(transformers.AutoTokenizer.from_pretrained(**where, padding_side="left"))
-        except (OSError, ValueError, ImportError, RuntimeError) as error:
-            raise CheckpointError(f"cannot load {name}: {_first_line(error)}{_advice(error)}") from error
     return found
 
 
+def random_member(
+    name: str, dtype: torch.dtype | str | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Build a member of its configuration alone, with random weights, on torch's default device.
+
+    Args:
+        name: as :func:`load_members` has it.
+        dtype: None for torch's default; ``"auto"`` for the checkpoint's own.
+        trust_remote_code: run code that comes with a checkpoint.
+
+    Raises:
+        CheckpointError: the configuration cannot be read.
+    """
+    where = _checkpoint_of(name, trust_remote_code)
+    with _named_in_errors(name):
+        config = transformers.AutoConfig.from_pretrained(**where)
+        own = getattr(config, "dtype", None) or torch.float32
+        chosen = own if dtype == "auto" else dtype or torch.get_default_dtype()
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=trust_remote_code)
+
+
 def last_hidden(model: PreTrainedModel, input_ids: Int[Tensor, "B t"], **options: Any) -> Float[Tensor, "B t d"]:
-    """The input of the model's head, where the head is; ``options`` are the base model's, tensors anywhere."""
+    """Run a model's body, and return the input of its head, on the head's device.
+
+    Args:
+        model: a causal LM.
+        input_ids: on any device.
+        options: of the base model; tensors on any device.
+    """
     base: Any = model.base_model
     place, head = home(model), model.get_output_embeddings().weight
     moved = {k: x.to(place) if isinstance(x, Tensor) else x for k, x in options.items()}
@@ -94,6 +120,11 @@ def last_hidden(model: PreTrainedModel, input_ids: Int[Tensor, "B t"], **options
 
 
 def one_each(value: Any, what: str, n: int) -> list[Any]:
+    """Return n values, from a list of them or from one for all.
+
+    Raises:
+        InvalidInputError: there are not n; ``what`` says of what.
+    """
     values = list(value) if isinstance(value, list | tuple) else [value] * n
     if len(values) != n:
         raise InvalidInputError(f"expected one {what}, or one per member, {n} in all, got {len(values)}")
@@ -101,7 +132,7 @@ def one_each(value: Any, what: str, n: int) -> list[Any]:
 
 
 def dtype_of(dtype: Dtype, device: Device) -> torch.dtype | str:
-    """The dtype to load in: fp32 where it was left open and the CPU computes, else the checkpoint's own."""
+    """Choose the dtype to load in: fp32 where it is left open and the CPU computes, else the checkpoint's own."""
     if dtype is not None:
         return dtype
     spread = device_map_of(device)
@@ -115,23 +146,14 @@ def dtype_of(dtype: Dtype, device: Device) -> torch.dtype | str:
 def _load(
     name: str, dtype: Dtype, device: Device, trust_remote_code: bool, offload_folder: Path | None
 ) -> PreTrainedModel:
-    where = checkpoint_of(name) | {"trust_remote_code": trust_remote_code}
     spread, wanted = device_map_of(device), dtype_of(dtype, device)
     placement: dict[str, Any] = {} if spread is None else {"device_map": spread}
     placement |= {} if offload_folder is None or spread is None else {"offload_folder": str(offload_folder)}
-    try:
+    where = _checkpoint_of(name, trust_remote_code)
+    with _named_in_errors(name):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             **where, **placement, dtype=wanted, use_safetensors=True, output_loading_info=True
         )
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"cannot load {name}: its safetensors are damaged or truncated ({error}): fetch them again"
-        ) from error
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        advice = _advice(error)
-        if isinstance(spread, dict) and "meta device" in str(error):
-            advice = ": where the output layer shares its weights with the embeddings, put both in one place"
-        raise CheckpointError(f"cannot load {name}: {_first_line(error)}{advice}") from error
     if info["missing_keys"] or info["mismatched_keys"]:
         absent = sorted(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]])
         raise CheckpointError(
@@ -141,28 +163,41 @@ def _load(
     return (model if whole is None else model.to(whole)).eval()
 
 
-def checkpoint_of(name: str) -> dict[str, Any]:
-    """What transformers is to be asked for; refuses what it would load but we will not."""
-    place = zoo.locate(name)
+def _checkpoint_of(name: str, trust_remote_code: bool) -> dict[str, Any]:
+    """Return the arguments by which transformers finds a member's checkpoint.
+
+    Raises:
+        CheckpointError: there is no such folder, or its weights are pickled, so that loading them could run code.
+    """
+    place, found = zoo.locate(name), dict[str, Any](trust_remote_code=trust_remote_code)
     path = Path(place)
     if path.suffix == ".gguf":
-        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+        return found | {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     if path.is_dir():
         _refuse_pickles(path)
-        return {"pretrained_model_name_or_path": place}
+        return found | {"pretrained_model_name_or_path": place}
     if path.is_absolute() or place.startswith(".") or len(path.parts) > 2:
         raise CheckpointError(f"cannot load {name}: there is no such folder")
     repository, _, revision = place.partition("@")
-    return {"pretrained_model_name_or_path": repository, **({"revision": revision} if revision else {})}
+    return found | {"pretrained_model_name_or_path": repository} | ({"revision": revision} if revision else {})
 
 
-def _advice(error: Exception) -> str:
-    custom = "custom code" in str(error)
-    return ": read that code, then pass trust_remote_code=True (--trust-remote-code)" if custom else ""
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+@contextmanager
+def _named_in_errors(name: str) -> Iterator[None]:
+    """Turn what transformers raises about a member into an error that names it, and says what to do."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"cannot load {name}: its safetensors are damaged or truncated ({error}): fetch them again"
+        ) from error
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        first, advice = (str(error).strip() or type(error).__name__).splitlines()[0], ""
+        if "custom code" in str(error):
+            advice = ": read that code, then pass trust_remote_code=True (--trust-remote-code)"
+        elif "meta device" in str(error):
+            advice = ": where the output layer shares its weights with the embeddings, put both in one place"
+        raise CheckpointError(f"cannot load {name}: {first}{advice}") from error
 
 
 def _refuse_pickles(folder: Path) -> None:

@@ -11,7 +11,7 @@ _SAMPLED = 1024
 
 
 def body_hash(model: torch.nn.Module) -> str:
-    """SHA-256 over every parameter's name, shape and some of its numbers as fp32, evenly spread.
+    """Compute SHA-256 over every parameter's name, shape and some of its numbers as fp32, evenly spread.
 
     Enough to tell a fine-tuned model, of whose head nothing has changed, from what it was made of, at no cost. What is
     not in memory counts by its shape.

@@ -21,7 +21,7 @@ _OFFLOADED = ("cpu", "disk")
 
 
 def device_map_of(device: Device) -> str | dict[str, Any] | None:
-    """What accelerate is to be given; None for a member that goes to one device as a whole.
+    """Return a strategy, or a map from modules to devices, for transformers; None where one device takes all modules.
 
     Raises:
         InvalidInputError: neither a device, a strategy of accelerate's nor a map from modules to devices.
@@ -51,20 +51,20 @@ def _named(place: Any) -> Any:
 
 
 def main_device(device_map: dict[str, Any]) -> torch.device:
-    """Where what is offloaded comes back to when it is needed, as accelerate has it: the first that is no store."""
+    """Return where offloaded weights come back to when they are needed: the first device in a map that is no store."""
     real = [place for place in device_map.values() if str(place) not in _OFFLOADED]
     return torch.device(real[0]) if real else torch.device("cpu")
 
 
 def home(model: PreTrainedModel) -> torch.device:
-    """Where the model's inputs go."""
+    """Return the device that a model's inputs go to."""
     spread = getattr(model, "hf_device_map", None) or {}
     weights = next(model.parameters()).device
     return weights if len(set(map(str, spread.values()))) < 2 and weights.type != "meta" else main_device(spread)
 
 
 def whereabouts(model: PreTrainedModel) -> frozenset[str]:
-    """All places that hold some of the model."""
+    """Return all places that hold some of a model's weights."""
     spread = getattr(model, "hf_device_map", None) or {}
     meta = any(p.is_meta for p in model.parameters())
     own = {str(p.device) for p in model.parameters() if not p.is_meta}
@@ -72,8 +72,8 @@ def whereabouts(model: PreTrainedModel) -> frozenset[str]:
 
 
 def in_memory(layer: nn.Module) -> dict[str, Tensor]:
-    """A layer's parameters by name, with copies of those that are offloaded, on the device that computes with them."""
-    if not any(p.is_meta for p in layer.parameters()):
+    """Return a layer's parameters by name; offloaded ones as copies, on the device that computes with them."""
+    if not hasattr(layer, "_hf_hook") or not any(p.is_meta for p in layer.parameters()):
         return dict(layer.named_parameters())
     from accelerate.utils import align_module_device
 
@@ -82,7 +82,7 @@ def in_memory(layer: nn.Module) -> dict[str, Tensor]:
 
 
 def each_in_a_thread(function: Callable[[T], U], items: Sequence[T]) -> list[U]:
-    """``function`` of every item, all at once, each under the caller's modes of autograd."""
+    """Apply a function to every item, all at once, each under the caller's modes of autograd."""
     inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
 
     def run(item: T) -> U:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,10 @@ _CHANGES = {
 # Of printable ASCII, white space, and characters of the planes 0 to 3; SmolLM2, for one, lacks 21 of the others.
 _NEEDED = frozenset((*b"\t\n\r", *range(0x20, 0x7F), *range(0x80, 0xC0), *range(0xC2, 0xF1)))
 _TRIED = ("A b  c\n\n\td", "\u00e9t\u00e9 \u65e5\u672c \U0001f642", " a~", "\u0130\ufb01 \u212b")
+
+
+# Bytes that are not UTF-8, as Python escapes them.
+_ESCAPED = re.compile("([\udc80-\udcff]+)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +71,7 @@ class Spelling:
     typical: np.ndarray[Any, np.dtype[np.float64]]
 
     def last(self, token: int) -> int:
-        """The last byte of an ordinary token."""
+        """Return the last byte of an ordinary token."""
         return self._own[token][-1]
 
     @cached_property
@@ -80,35 +85,40 @@ class Spelling:
         return max(map(len, self.words))
 
     def among(self, rest: bytes, low: int = 0, high: int | None = None) -> tuple[int, int, int]:
-        """Where the words that begin with ``rest`` are: (first, first that is longer, end)."""
+        """Find the words that begin with ``rest``, among those from ``low`` to ``high``: (first, first longer, end)."""
         high = len(self.words) if high is None else high
         first = bisect_left(self.words, rest, low, high)
         end = bisect_left(self.words, _next(rest), first, high) if rest.strip(b"\xff") else high
         return first, bisect_right(self.words, rest, first, end), end
 
     def spelled(self, tokens: Sequence[int]) -> bytes:
-        """The bytes of some tokens; nothing for special ones."""
+        """Return the bytes of some tokens; nothing for special ones."""
         return b"".join(self._own.get(token, b"") for token in tokens)
 
+    def bounds(self, tokens: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Return where each of some tokens begins, in bytes, and where the last one ends: one more than tokens."""
+        return np.cumsum([0, *(len(self.spelled([token])) for token in tokens)])
+
     def encode(self, text: bytes) -> list[int]:
-        """The tokens that the tokenizer makes of ``dummy`` and a text; they spell exactly these.
+        """Cut ``dummy`` and a text into tokens as the tokenizer does; they spell exactly these bytes.
 
         Bytes that are no UTF-8 become tokens of one byte each, and text that the tokenizer would compose (NFC) is cut
         as it is. The text of a special token becomes ordinary tokens. Bytes that no token spells are left out.
         """
-        parts = list(_valid(text.translate(None, self.unwritable)))
-        found = [] if parts and isinstance(parts[0], str) else self._longest(self.dummy)
-        for part in parts:
-            if isinstance(part, bytes):
-                found += [self._single[byte] for byte in part]
-                continue
-            wanted = part.encode() if found else self.dummy + part.encode()
-            tokens = self._core.encode(part, add_special_tokens=False).ids
-            found += tokens if self.spelled(tokens) == wanted else self._longest(wanted)
+        written = text.translate(None, self.unwritable).decode(errors="surrogateescape")
+        parts = _ESCAPED.split(written)
+        found = [] if parts[0] else self._longest(self.dummy)
+        for k, part in enumerate(parts):
+            if k % 2:
+                found += [self._single[byte] for byte in part.encode(errors="surrogateescape")]
+            elif part:
+                wanted = part.encode() if found else self.dummy + part.encode()
+                tokens = self._core.encode(part, add_special_tokens=False).ids
+                found += tokens if self.spelled(tokens) == wanted else self._longest(wanted)
         return found
 
     def _longest(self, text: bytes) -> list[int]:
-        """The longest token that fits, again and again: for what the tokenizer does not spell as it is."""
+        """Cut a text into the longest tokens that fit, from its beginning, where the tokenizer would change it."""
         found = list[int]()
         while text:
             for length in range(min(self.longest, len(text)), 0, -1):
@@ -121,26 +131,13 @@ class Spelling:
 
 
 def _next(rest: bytes) -> bytes:
-    """The smallest string after all that begin with ``rest``."""
+    """Return the smallest string after all that begin with ``rest``."""
     rest = rest.rstrip(b"\xff")
     return rest[:-1] + bytes([rest[-1] + 1])
 
 
-def _valid(text: bytes) -> Iterator[str | bytes]:
-    """The parts of a text that are UTF-8, as strings, and those that are not, as bytes."""
-    while text:
-        try:
-            yield text.decode()
-            return
-        except UnicodeDecodeError as error:
-            if error.start:
-                yield text[: error.start].decode()
-            yield text[error.start : error.end]
-            text = text[error.end :]
-
-
 def _parts(component: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    """The components of one that may be a sequence of others."""
+    """Yield the components of a part of a tokenizer that may be a sequence of others."""
     if component is None:
         return
     inner = next((component[key] for key in ("normalizers", "pretokenizers", "decoders") if key in component), None)
@@ -170,7 +167,7 @@ def _check_text_is_kept(name: str, described: dict[str, Any]) -> None:
 
 
 def _words(name: str, described: dict[str, Any]) -> dict[int, bytes]:
-    """What each ordinary token spells."""
+    """Return the bytes of each ordinary token, by its id."""
     model = described["model"]
     vocab = model["vocab"]
     pieces = {piece: k for k, (piece, _) in enumerate(vocab)} if isinstance(vocab, list) else dict(vocab)
@@ -200,7 +197,7 @@ def _words(name: str, described: dict[str, Any]) -> dict[int, bytes]:
 
 
 def _core(described: dict[str, Any]) -> Tokenizer:
-    """The tokenizer without composition (NFC), which no text typed by a user leads to a special token."""
+    """Make the tokenizer without composition (NFC), so that no text that a user types leads to a special token."""
     kept = [part for part in _parts(described.get("normalizer")) if part["type"] != "NFC"]
     normalizer = {"type": "Sequence", "normalizers": kept} if kept else None
     core = Tokenizer.from_str(json.dumps(described | {"normalizer": normalizer, "truncation": None, "padding": None}))
@@ -209,7 +206,7 @@ def _core(described: dict[str, Any]) -> Tokenizer:
 
 
 def _start(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """What stands before a text: what the tokenizer puts there, else the mark between documents."""
+    """Return the ids before a text: those that the tokenizer puts there, else the mark between documents."""
     marked, plain = (tokenizer("a", add_special_tokens=own)["input_ids"] for own in (True, False))
     before = tuple(marked[: len(marked) - len(plain)]) if marked[len(marked) - len(plain) :] == plain else marked[:1]
     if len(marked) > len(plain) and before:
@@ -255,3 +252,15 @@ def spelling_of(name: str, tokenizer: PreTrainedTokenizerBase) -> Spelling:
     if not spelling.start:
         raise _refuse(name, "its tokenizer has no token to begin a text with")
     return spelling
+
+
+def shared_words(one: Spelling, other: Spelling) -> int:
+    """Count the byte strings that are tokens of two tokenizers."""
+    return len(set(one.words) & set(other.words))
+
+
+def shared_boundaries(one: Spelling, other: Spelling, text: bytes) -> tuple[float, float]:
+    """Return the share of one's token ends in a text at which the other's tokens end too, and the other way round."""
+    ends = [set((own.bounds(own.encode(text))[1:] - len(own.dummy)).tolist()) for own in (one, other)]
+    both = len(ends[0] & ends[1])
+    return both / max(1, len(ends[0])), both / max(1, len(ends[1]))

@@ -50,38 +50,36 @@ def common_vocabulary(names: Sequence[str], tokenizers: Sequence[PreTrainedToken
     ordinary = [{i: word for i, word in own.items() if i not in new} for own, new in zip(every, added, strict=True)]
     for k, own in enumerate(every):
         # One of two may have added what the other always had.
-        if any(own.get(i) != word for i, word in ordinary[0].items()) or any(
-            every[0].get(i) != word for i, word in ordinary[k].items()
-        ):
-            raise _mismatch(names, tokenizers, 0, k)
+        if not (ordinary[0].items() <= own.items() and ordinary[k].items() <= every[0].items()):
+            raise _mismatch(names, tokenizers, k)
     ids = frozenset(i for i, word in every[0].items() if all(own.get(i) == word for own in every[1:]))
     # Whoever ends a text has to do so with a token of all.
     if {tokenizer.eos_token_id for tokenizer in tokenizers} - {None} <= ids:
         for tokenizer in tokenizers:
             if {i for i, token in tokenizer.added_tokens_decoder.items() if not token.special} <= ids:
                 return CommonVocabulary(tokenizer, ids)
-    raise _mismatch(names, tokenizers, 0, next(k for k, own in enumerate(every) if own != every[0]))
+    raise _mismatch(names, tokenizers, next(k for k, own in enumerate(every) if own != every[0]))
 
 
 def _by_id(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Return a tokenizer's tokens by id, without those that pad its vocabulary."""
     return {i: word for word, i in tokenizer.get_vocab().items() if not _PADDING.fullmatch(word)}
 
 
-def _mismatch(
-    names: Sequence[str], tokenizers: Sequence[PreTrainedTokenizerBase], i: int, k: int
-) -> VocabularyMismatchError:
-    one, other = _by_id(tokenizers[i]), _by_id(tokenizers[k])
+def _mismatch(names: Sequence[str], tokenizers: Sequence[PreTrainedTokenizerBase], k: int) -> VocabularyMismatchError:
+    """Say how member k's tokens differ from the first one's."""
+    one, other = _by_id(tokenizers[0]), _by_id(tokenizers[k])
     ids = sorted(j for j in one.keys() | other.keys() if one.get(j) != other.get(j))
     shown = "; ".join(f"id {j}: {one.get(j)!r} and {other.get(j)!r}" for j in ids[:_SHOWN])
     return VocabularyMismatchError(
-        f"expected members with one vocabulary, but {names[i]} ({len(one):,} tokens) and {names[k]} ({len(other):,} "
+        f"expected members with one vocabulary, but {names[0]} ({len(one):,} tokens) and {names[k]} ({len(other):,} "
         f"tokens) differ in {len(ids):,} ids ({shown}{', …' if len(ids) > _SHOWN else ''}): choose members of one "
         "family, or combine them over bytes: vocabulary='bytes'"
     )
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The ids of a tokenizer's tokens, without those that pad its vocabulary."""
+    """Return the ids of a tokenizer's tokens, without those that pad its vocabulary."""
     return frozenset(_by_id(tokenizer))
 
 

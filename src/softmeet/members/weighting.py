@@ -13,6 +13,15 @@ import torch
 
 
 def perplexity_weights(nats: Sequence[float], temperature: float = 1.0) -> list[float]:
-    """Weights that sum to one, from each member's nats per token on a prompt."""
+    """Compute weights that sum to one, from each member's nats per token on a prompt.
+
+    Args:
+        nats: the lower, the heavier the member.
+        temperature: nats by which a member has to be worse to weigh e times less.
+
+    Example:
+        >>> [round(w, 3) for w in perplexity_weights([2.0, 3.0])]
+        [0.731, 0.269]
+    """
     losses = torch.tensor(list(nats), dtype=torch.float64)
     return [float(w) for w in (-losses / temperature).softmax(0)]

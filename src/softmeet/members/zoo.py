@@ -12,19 +12,24 @@ DEFAULT = "wide"
 
 
 def folder() -> Path:
-    """Where the bundled members are."""
+    """Return the folder of the bundled members."""
     return Path(str(files("softmeet"))) / "zoo"
 
 
 def expand(name: str | Path) -> list[str]:
-    """A bundled family's members by name (``wide`` → ``wide/gpt2``, …); any other name as it is."""
+    """Return a bundled family's members by name; of any other name a list of it alone.
+
+    Example:
+        >>> expand("narrow")[:2], expand("org/model")
+        (['narrow/opt-a', 'narrow/opt-b'], ['org/model'])
+    """
     if str(name) in FAMILIES and not _is_model(Path(name)):
         return [f"{name}/{p.name}" for p in sorted((folder() / str(name)).iterdir()) if (p / "config.json").exists()]
     return [str(name)]
 
 
 def locate(name: str) -> str:
-    """The folder of a bundled member; any other name, or the path of a model, as it is.
+    """Return the folder of a bundled member; any other name, or the path of a model, as it is.
 
     Raises:
         CheckpointError: the name begins like a bundled one, and there is none.
@@ -42,10 +47,15 @@ def locate(name: str) -> str:
 
 
 def _is_model(path: Path) -> bool:
-    """Not, for instance, a trace that somebody called ``narrow``."""
+    """Tell a model from, for instance, a trace that somebody called ``narrow``."""
     return path.is_file() or (path / "config.json").exists()
 
 
 def short(name: str) -> str:
-    """The last two parts of a path: ``wide/gpt2``."""
+    """Return the last two parts of a path, as a name to show.
+
+    Example:
+        >>> short("/models/wide/gpt2")
+        'wide/gpt2'
+    """
     return "/".join(Path(name).parts[-2:])

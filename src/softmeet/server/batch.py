@@ -20,7 +20,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from softmeet.members.huggingface import last_hidden
-from softmeet.members.trails import Prefix, Trail, catch_up, layers_of_keys_and_values
+from softmeet.members.partial_cache import KeysValues, PartialCache, catch_up, layers_of_keys_and_values
 from softmeet.server.sequences import Sequence
 
 
@@ -33,9 +33,9 @@ class PrefixCache:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._kept: OrderedDict[tuple[int, ...], tuple[Prefix, ...]] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, ...], tuple[KeysValues, ...]] = OrderedDict()
 
-    def longest(self, tokens: list[int] | tuple[int, ...]) -> tuple[int, tuple[Prefix, ...]]:
+    def longest(self, tokens: list[int] | tuple[int, ...]) -> tuple[int, tuple[KeysValues, ...]]:
         """Return how many leading tokens are known, and each layer's keys and values of at least those.
 
         At least the last token is left to compute. If no token is known, there are no keys and values.
@@ -50,7 +50,7 @@ class PrefixCache:
         self._kept.move_to_end(best)
         return shared(best), self._kept[best]
 
-    def keep(self, tokens: list[int] | tuple[int, ...], states: tuple[Prefix, ...]) -> None:
+    def keep(self, tokens: list[int] | tuple[int, ...], states: tuple[KeysValues, ...]) -> None:
         """Keep each layer's keys and values of a prompt, unless it is longer than all that may be kept."""
         key = tuple(tokens)
         if len(key) <= self.limit and key not in self._kept:
@@ -83,7 +83,7 @@ class _BatchLayer(DynamicLayer):
         super().__init__()
         self.window = window
 
-    def allocate(self, like: Prefix) -> None:
+    def allocate(self, like: KeysValues) -> None:
         """Make buffers for keys and values shaped like those, or larger ones if the window has grown."""
         w = self.window
         for name, part in zip(("keys", "values"), like, strict=True):
@@ -95,7 +95,7 @@ class _BatchLayer(DynamicLayer):
                 setattr(self, name, new)
         self.is_initialized = True
 
-    def write(self, row: int, states: Prefix) -> None:
+    def write(self, row: int, states: KeysValues) -> None:
         """Write one sequence's keys and values into a row, so that they end where the window ends, and zeros before."""
         w = self.window
         for buffer, part in zip((self.keys, self.values), states, strict=True):
@@ -169,11 +169,11 @@ class MemberBatch:
             s.trails[i] = new
         return hidden
 
-    def _begun(self, s: Sequence, trail: Trail, *, every: bool) -> Trail:
+    def _begun(self, s: Sequence, trail: PartialCache, *, every: bool) -> PartialCache:
         """Return a sequence's trail with all that was not run; an empty one begins with what is known of its prompt."""
         if not trail.run and not every:
             reused, states = self._prefixes.longest(s.tokens)
-            trail = Trail(states)
+            trail = PartialCache(states)
             trail = trail.shorter(trail.run - reused)
         return trail.longer(s.tokens[trail.run :])
 
@@ -183,7 +183,7 @@ class MemberBatch:
 
         The batch takes over its keys and values.
         """
-        states, s.trails[i] = s.trails[i].states, Trail()
+        states, s.trails[i] = s.trails[i].states, PartialCache()
         w, length = self._window, states[0][0].shape[2]
         # Powers of two with room for one more.
         w.slots = max(w.slots, 1 << len(self.rows).bit_length())

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softmeet.errors import NonFiniteError, SoftmeetError
-from softmeet.hf.combining import Asked
+from softmeet.hf.combining import Deferral
 from softmeet.hf.report import token_report
 from softmeet.rules.solution import Solution
 from softmeet.server.batch import MemberBatch
@@ -210,10 +210,10 @@ class Batcher(threading.Thread):
             self._score(s, [own[:-1] for own in every], asked and asked.take(slice(-1)))
         return [states[-1:] for states in hidden]
 
-    def _score(self, s: Sequence, hidden: Hidden, asked: Asked | None) -> None:
+    def _score(self, s: Sequence, hidden: Hidden, asked: Deferral | None) -> None:
         """Report a prompt's tokens but the first, given the hidden states before them and who was asked there."""
         how, tokens, found = s.combination, iter(s.prompt[1:]), []
-        for log_probs, solution in how.model.solve_in_chunks(hidden, how.settings, asked, proved=False):
+        for log_probs, solution in how.model.combiner.solve_in_chunks(hidden, how.settings, asked, proved=False):
             found += [_token(s, solution, log_probs, k, next(tokens)) for k in range(log_probs.shape[1])]
         self._emit(s, PromptScored(found))
 
@@ -222,7 +222,9 @@ class Batcher(threading.Thread):
         combination = group[0].combination
         stacked = [torch.cat(member) for member in zip(*(hidden[s] for s in group), strict=True)]
         try:
-            chunks = list(combination.model.solve_in_chunks(stacked, combination.settings, joined(group), proved=False))
+            chunks = list(
+                combination.model.combiner.solve_in_chunks(stacked, combination.settings, joined(group), proved=False)
+            )
         except SoftmeetError as error:
             if len(group) == 1:
                 self._fail(group[0], error)

@@ -16,8 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from softmeet.hf.asking import whom_to_ask
-from softmeet.hf.combining import Asked
+from softmeet.hf.combining import Deferral
 from softmeet.hf.recorder import Savings
 from softmeet.rules.solution import Solution
 from softmeet.server.metrics import Metrics
@@ -40,7 +39,7 @@ class Gates:
         self._catch_up, self._metrics = catch_up, metrics
         self._savings: dict[tuple[Any, ...], Savings] = defaultdict(Savings)
 
-    def over_prompt(self, sequence: Sequence, hidden: Hidden) -> tuple[Hidden, Asked | None]:
+    def over_prompt(self, sequence: Sequence, hidden: Hidden) -> tuple[Hidden, Deferral | None]:
         """Complete the hidden states over a prompt whose tokens are scored.
 
         Args:
@@ -53,7 +52,7 @@ class Gates:
         gate, heads = sequence.combination.unsure, sequence.combination.model.heads
         if gate is None:
             return hidden, None
-        asked = whom_to_ask(heads[0], gate, hidden[0])
+        asked = Deferral.of(heads[0], gate, hidden[0])
         if not bool(asked.rows.any()):
             return [*hidden, *_unread(sequence, hidden[0])], asked
         others = self._catch_up([sequence], every=True)[sequence]
@@ -74,7 +73,7 @@ class Gates:
         for combination, group in groups.items():
             assert combination.unsure is not None
             stacked = torch.cat([first[s] for s in group])
-            asked = whom_to_ask(combination.model.heads[0], combination.unsure, stacked)
+            asked = Deferral.of(combination.model.heads[0], combination.unsure, stacked)
             for k, s in enumerate(group):
                 s.asked, s.spent = asked.take(slice(k, k + 1)), 0.0
         is_open = [s for s in first if s.asked is not None and bool(s.asked.rows)]
@@ -104,13 +103,13 @@ class Gates:
         return each
 
 
-def joined(sequences: list[Sequence]) -> Asked | None:
+def joined(sequences: list[Sequence]) -> Deferral | None:
     """Return who was asked about sequences of one combination; None if no gate decides that."""
     found = [s.asked for s in sequences if s.asked is not None]
     if not found:
         return None
     logits = [one.logits for one in found if one.logits is not None]
-    return Asked(torch.cat([one.rows for one in found]), torch.cat(logits) if len(logits) == len(found) else None)
+    return Deferral(torch.cat([one.rows for one in found]), torch.cat(logits) if len(logits) == len(found) else None)
 
 
 def _unread(sequence: Sequence, like: Float[Tensor, "t d"]) -> Hidden:

@@ -11,10 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softmeet.hf.combining import Asked
+from softmeet.hf.combining import Deferral
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.hf.report import TokenReport
-from softmeet.members.trails import Trail
+from softmeet.members.partial_cache import PartialCache
 from softmeet.rules.gates import Gate, Unsure, that_closes
 from softmeet.rules.settings import Settings
 from softmeet.server.sampling import Sampler, Sampling
@@ -156,9 +156,9 @@ class Sequence:
         self.cancelled = self.joined = self.done = False
         self.tokens = list(prompt)
         self.members: list[PreTrainedModel] = list(self.combination.model.members)
-        self.trails = [Trail() for _ in self.members]
+        self.trails = [PartialCache() for _ in self.members]
         self.ahead: list[Float[Tensor, "1 _"]] = []
-        self.asked: Asked | None = None
+        self.asked: Deferral | None = None
         self.spent = 0.0
 
     @property

@@ -208,7 +208,8 @@ class KnownTruthStudy:
     def _truths(self, ensemble: Ensemble, text: str) -> Float[Tensor, "B v"]:
         """Return the pool at positions spread over the beginning of a text: neighbours have much in common."""
         seen = ensemble.positions(text, _APART * self.positions)
-        every = torch.cat([ensemble.model.solve_rows(hidden)[1].log_probs for hidden, _ in seen])
+        plain = ensemble.model.settings.ungated()
+        every = torch.cat([ensemble.model.combiner.solve_rows(hidden, plain)[1].log_probs for hidden, _ in seen])
         return log_normalize(every[torch.linspace(0, len(every) - 1, self.positions).long()].double())
 
     @torch.inference_mode()

@@ -1,22 +1,23 @@
-"""From members to the ensemble of tokens, or of bytes, that they make."""
+"""What an ensemble is combined over: its members' common tokens, or the bytes of a text."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from softmeet.errors import InvalidInputError, VocabularyMismatchError
-from softmeet.hf.byte_modeling import BYTE_RULE, ByteEnsembleForCausalLM, require_for_bytes
+from softmeet.errors import InvalidInputError, UnsupportedHeadError, VocabularyMismatchError
 from softmeet.hf.configuration import EnsembleConfig
-from softmeet.hf.modeling import EnsembleForCausalLM
-from softmeet.members.byte_member import ByteMember
-from softmeet.members.covers import Pruning
 from softmeet.members.spelling import Spelling, spelling_of
 from softmeet.members.vocabulary import CommonVocabulary, common_vocabulary
+from softmeet.rules.gates import Unsure, that_closes
+from softmeet.rules.registry import all_rules
+from softmeet.rules.settings import Settings
 
 VOCABULARIES = ("auto", "tokens", "bytes")
+# The rule of ensembles over bytes for which none is named.
+BYTE_RULE = "logit-mean"
 _log = logging.getLogger("softmeet")
 
 
@@ -76,32 +77,21 @@ def choose_vocabulary(
     return spellings
 
 
-def assemble(
-    config: EnsembleConfig, models: Sequence[PreTrainedModel], vocabulary: CommonVocabulary | Sequence[Spelling]
-) -> EnsembleForCausalLM:
-    """Make the ensemble of loaded members, in evaluation mode.
-
-    Args:
-        config: names them.
-        models: the members.
-        vocabulary: as :func:`choose_vocabulary` found it.
+def require_for_bytes(settings: Settings) -> None:
+    """Check that a rule and a gate can be used over bytes.
 
     Raises:
-        UnsupportedHeadError: a member's output layer is not a plain softmax head.
-        VocabularyMismatchError: a head has no row for a token.
+        UnsupportedHeadError: the rule reads heads.
+        InvalidInputError: the gate is ``unsure``.
     """
-    if not isinstance(vocabulary, CommonVocabulary):
-        pruning = Pruning(config.prune) if config.prune else Pruning(0.0, None)
-        prefixes = config.prefixes or [None] * len(models)
-        readers = [
-            ByteMember(model, spelling, pruning, prefix)
-            for model, spelling, prefix in zip(models, vocabulary, prefixes, strict=True)
-        ]
-        over_bytes: EnsembleForCausalLM = ByteEnsembleForCausalLM(config, readers).eval()
-        return over_bytes
-    tokenizer = vocabulary.tokenizer
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model: EnsembleForCausalLM = EnsembleForCausalLM(config, models).eval()
-    model.adopt(tokenizer, vocabulary.ids)
-    return model
+    if isinstance(that_closes(settings.gate), Unsure):
+        raise InvalidInputError(
+            "the gate 'unsure' is not for byte ensembles, whose members are never behind each other: leave it out"
+        )
+    rule = settings.rule
+    if rule.reads_heads:
+        averages = " or ".join(one.name for one in all_rules() if one.is_average)
+        raise UnsupportedHeadError(
+            f"the rule {rule.name} reads the rows of softmax matrices, and bytes have none: choose {averages}, or "
+            "members that share a tokenizer"
+        )

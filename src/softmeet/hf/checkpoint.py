@@ -1,0 +1,171 @@
+"""The checkpoint of an ensemble: a folder that names its members, and holds none of their weights."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import GenerationConfig, PreTrainedModel
+
+from softmeet.errors import CheckpointError, InvalidInputError
+from softmeet.hf.configuration import EnsembleConfig
+from softmeet.hf.vocabulary import choose_vocabulary
+from softmeet.members import zoo
+from softmeet.members.huggingface import Dtype, load_members, load_tokenizers, random_member
+from softmeet.members.placement import Device
+
+if TYPE_CHECKING:
+    from softmeet.hf.modeling import EnsembleForCausalLM
+
+_CARD = """---
+library_name: softmeet
+pipeline_tag: text-generation
+---
+# An ensemble of {n} language models
+
+This folder names its members and how they are combined; it holds none of their weights.
+
+| member | weight | trust |
+|---|---|---|
+{rows}
+
+Rule: `{rule}`{source}, pool: `{pool}`, tolerance: {tol:g} nats.
+
+```python
+import softmeet
+
+ensemble = softmeet.Ensemble.from_pretrained("this folder")
+```
+"""
+
+
+def absolute(names: Sequence[str], base: Path) -> list[str]:
+    """Return saved names of members with their paths, which begin with a dot, taken from the folder ``base``.
+
+    Raises:
+        CheckpointError: such a path leads nowhere.
+    """
+    found = [os.path.normpath(base.resolve() / name) if name.startswith(".") else name for name in names]
+    for name, path in zip(names, found, strict=True):
+        if name.startswith(".") and not Path(path).exists():
+            raise CheckpointError(
+                f"the ensemble in {base} names a member {name}, but there is no {path}: move the member there, or edit "
+                f"members in {base / 'config.json'}"
+            )
+    return found
+
+
+def relative(names: Sequence[str], base: Path) -> list[str]:
+    """Return names of members as they are saved in ``base``: local folders relative to it, all others as they are."""
+    found = list(names)
+    for k, name in enumerate(names):
+        if zoo.locate(name) == name and Path(name).exists():
+            path = os.path.relpath(Path(name).resolve(), base.resolve())
+            found[k] = path if path.startswith(".") else f"./{path}"
+    return found
+
+
+def places(device_map: Device | Sequence[Device], n: int) -> Device | Sequence[Device]:
+    """Say where each of n members goes, from a map that may name them as modules of the ensemble.
+
+    Raises:
+        InvalidInputError: it names a member that there is not.
+    """
+    if not isinstance(device_map, dict):
+        return device_map
+    if set(device_map) == {""}:
+        return device_map[""]  # type: ignore[no-any-return]
+    if not any(str(name).startswith("members.") for name in device_map):
+        return device_map
+    found: list[dict[str, Any]] = [{} for _ in range(n)]
+    for name, place in device_map.items():
+        head, _, rest = str(name).removeprefix("members.").partition(".")
+        if not (str(name).startswith("members.") and head.isdigit() and int(head) < n):
+            raise InvalidInputError(f"expected a map of members.0 to members.{n - 1} and their modules, got {name!r}")
+        found[int(head)][rest] = place
+    return [own[""] if set(own) == {""} else own or None for own in found]
+
+
+def load(
+    folder: Path,
+    config: EnsembleConfig | None,
+    dtype: Dtype | Sequence[Dtype],
+    device_map: Device | Sequence[Device],
+    trust_remote_code: bool,
+    offload_folder: str | Path | None = None,
+    **changes: Any,
+) -> EnsembleForCausalLM:
+    """Load a saved ensemble and its members.
+
+    Args:
+        folder: or hub id that it was saved in, from which its members' paths are taken.
+        config: in place of the saved one.
+        dtype, device_map, trust_remote_code: as :meth:`EnsembleForCausalLM.from_pretrained` has them.
+        offload_folder: for weights on disk that cannot be read from a member's checkpoint as they are.
+        changes: settings in place of the saved ones; others of transformers' are ignored.
+    """
+    from softmeet.hf.byte_modeling import assemble  # which is built on modeling, and that on this module
+
+    if config is None:
+        config, _ = EnsembleConfig.from_pretrained(str(folder), return_unused_kwargs=True, **changes)
+    config.members = absolute(config.members, folder)
+    vocabulary = choose_vocabulary(config, load_tokenizers(config.members, trust_remote_code=trust_remote_code))
+    members = load_members(
+        config.members,
+        dtype=dtype,
+        device=places(device_map, len(config.members)),
+        trust_remote_code=trust_remote_code,
+        offload_folder=offload_folder,
+    )
+    model = assemble(config, members, vocabulary)
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def random_members(config: EnsembleConfig, *, over_bytes: bool) -> tuple[list[PreTrainedModel], Any]:
+    """Build the members of their own configurations, with random weights, in evaluation mode.
+
+    Args:
+        config: names the members; its vocabulary is set where it is left open (``auto``).
+        over_bytes: what is wanted: an ensemble over bytes, or one over tokens.
+
+    Returns:
+        (the members, what :func:`choose_vocabulary` returns).
+
+    Raises:
+        InvalidInputError: the configuration is of an ensemble of the other kind.
+        CheckpointError: a member's configuration or tokenizer cannot be read.
+        VocabularyMismatchError: as :func:`choose_vocabulary`.
+    """
+    wanted = "bytes" if over_bytes else "tokens"
+    if config.vocabulary not in ("auto", wanted):
+        raise InvalidInputError(
+            f"expected a configuration with vocabulary={wanted!r}, got {config.vocabulary!r}: leave the class to "
+            "AutoModelForCausalLM.from_config"
+        )
+    config.vocabulary, config.members = wanted, absolute(config.members, Path(config.name_or_path))
+    vocabulary = choose_vocabulary(config, load_tokenizers(config.members))
+    return [random_member(name, config.dtype).eval() for name in config.members], vocabulary
+
+
+def save(model: EnsembleForCausalLM, folder: Path) -> None:
+    """Write an ensemble's configuration, generation configuration, tokenizer and card."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = copy.deepcopy(model.config)
+    config.members = relative(config.members, folder)
+    config.architectures = [type(model).__name__]
+    for part in (config, model.generation_config, model.tokenizer):
+        if part is not None:
+            part.save_pretrained(folder)
+    rows = zip(config.members, config.weights, config.settings.trusts(), strict=True)
+    table = "\n".join(
+        f"| `{name}` | {weight:g} | {', '.join(f'{rho:g}' for rho in own)} |" for name, weight, own in rows
+    )
+    shown = {"rule": config.rule, "pool": config.pool, "tol": config.tol}
+    source = f" (of the {config.rule_source}, which has to be here)" if config.rule_source else ""
+    card = _CARD.format(n=len(config.members), rows=table, source=source, **shown)
+    (folder / "README.md").write_text(card, encoding="utf-8")
