@@ -9,7 +9,7 @@ from scipy.optimize import linprog
 
 from softmeet.essay import matrices
 from softmeet.essay.interior import Program, interior_point
-from softmeet.essay.matrices import DenseMatrix
+from softmeet.essay.matrices import dense_matrix
 
 
 def linear(N, m, sharpness, seed):
@@ -22,11 +22,11 @@ def linear(N, m, sharpness, seed):
     G = torch.cat([G, torch.ones(N, 1, dtype=torch.float64)], dim=1)
     cost = torch.randn(N, generator=generator, dtype=torch.float64)
     softness, start = torch.zeros(m + 1, dtype=torch.float64), torch.full((N,), 1 / N, dtype=torch.float64)
-    return Program(DenseMatrix(G), p @ G, cost, softness, start, m)
+    return Program(dense_matrix(G), p @ G, cost, softness, start, m)
 
 
 def highs(program):
-    found = linprog(program.cost.numpy(), A_eq=program.columns.matrix.T.numpy(), b_eq=program.target.numpy())
+    found = linprog(program.cost.numpy(), A_eq=program.columns.dense.T.numpy(), b_eq=program.target.numpy())
     assert found.status == 0
     return found.fun
 
@@ -63,8 +63,8 @@ def test_a_gram_matrix_leaves_out_only_what_rounding_loses():
     G = torch.randn(5000, 30, generator=generator, dtype=torch.float64)
     weight = torch.rand(5000, generator=generator, dtype=torch.float64) * 1e-25
     weight[::100] = 10.0 ** -torch.arange(50, dtype=torch.float64).div(5)
-    held = DenseMatrix(G)
-    assert len(matrices._counting(weight, held.lengths)) < 100
+    held = dense_matrix(G)
+    assert len(matrices._counting(weight, torch.linalg.vecdot(held.dense, held.dense))) < 100
     exact = np.longdouble(G.numpy()).T @ (np.longdouble(weight.numpy())[:, None] * np.longdouble(G.numpy()))
     off = np.abs(held.gram(weight).numpy() - exact).max() / np.abs(exact).max()
     assert off < 1e-15

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from softmeet.essay.matrices import DenseMatrix
+from softmeet.essay.matrices import dense_matrix
 from softmeet.essay.vertex import vertex
 
 
@@ -16,7 +16,7 @@ def test_vertices(N, m, rank):
     G = torch.cat([G, torch.ones(N, 1, dtype=torch.float64)], dim=1)
     x = torch.rand(N, generator=generator, dtype=torch.float64) ** 20
     before = x.clone()
-    found = vertex(DenseMatrix(G), x)
+    found = vertex(dense_matrix(G), x)
     assert torch.equal(x, before)
     assert (found >= 0).all()
     assert (G.T @ (found - x)).abs().max() < 1e-10
@@ -28,4 +28,4 @@ def test_vertices(N, m, rank):
 def test_a_vertex_stays_what_it_is():
     x = torch.tensor([0.0, 0.4, 0.0, 0.6], dtype=torch.float64)
     G = torch.tensor([[1.0, 1.0], [2.0, 1.0], [3.0, 1.0], [5.0, 1.0]], dtype=torch.float64)
-    assert torch.equal(vertex(DenseMatrix(G), x), x)
+    assert torch.equal(vertex(dense_matrix(G), x), x)

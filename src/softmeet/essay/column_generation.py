@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from softmeet.essay.interior import Program, interior_point
-from softmeet.essay.matrices import DenseMatrix, MomentMatrix, StackedMatrix
+from softmeet.essay.matrices import MomentMatrix, dense_matrix, stacked
 
 # MomentMatrix to begin with, per constraint, and the fewest that are worth a choice.
 _PER_CONSTRAINT = 4
@@ -134,10 +134,10 @@ def _restricted(
 ) -> tuple[Float[Tensor, " v"], Float[Tensor, " m"], int]:
     tokens = chosen.nonzero().squeeze(-1)
     everything = len(tokens) == len(chosen)
-    columns: MomentMatrix = program.columns if everything else DenseMatrix(program.columns.rows(tokens))
+    columns: MomentMatrix = program.columns if everything else dense_matrix(program.columns.rows(tokens))
     cost, feasible = program.cost[tokens], program.feasible
     if feasible is not None and not bool((chosen | ~program.alive).all()):
-        columns = StackedMatrix(columns, program.columns.sums(feasible)[None])
+        columns = stacked(columns, program.columns.sums(feasible)[None])
         cost = torch.cat([cost, (program.cost @ feasible)[None]])
     start = torch.full_like(cost, 1 / len(cost))
     found = interior_point(

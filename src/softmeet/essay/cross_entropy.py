@@ -12,7 +12,7 @@ from torch import Tensor
 from softmeet.essay.base import Bounds, Choice, ExactRule
 from softmeet.essay.column_generation import Optimum, SimplexProgram, solve_program
 from softmeet.essay.feasible_set import FeasibleSet
-from softmeet.essay.matrices import StreamedMatrix, mapped
+from softmeet.essay.matrices import mapped, token_matrix
 from softmeet.essay.points import moments_hold
 from softmeet.essay.vertex import vertex
 from softmeet.rules.problem import Problem
@@ -117,7 +117,7 @@ class CrossEntropyRule(ExactRule):
         softness = torch.full_like(target, self.slack)
         softness[-1], unit = 0.0, len(target) - 1
         if extra is not None:
-            columns = StreamedMatrix(row.heads, torch.cat([row.ones, extra], dim=-1)).held()
+            columns = token_matrix(row.heads, torch.cat([row.ones, extra], dim=-1))
             same = torch.eye(extra.shape[1], dtype=target.dtype, device=target.device)
             columns = columns if soft else mapped(columns, torch.block_diag(row.joint, same))
             target, softness = torch.cat([target, 0 * same[0]]), torch.cat([softness, 0 * same[0] + 0.5])

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from softmeet.essay.matrices import MomentMatrix, StreamedMatrix, mapped
+from softmeet.essay.matrices import MomentMatrix, mapped, token_matrix
 from softmeet.heads import WhitenedHead
 from softmeet.rules.problem import Problem
 from softmeet.simplex import prob_mean
@@ -77,7 +77,7 @@ class FeasibleSet:
     @cached_property
     def tokens(self) -> MomentMatrix:
         """G = [Q_1 | … | Q_n | 1] over all tokens."""
-        return StreamedMatrix(self.heads, self.ones).held()
+        return token_matrix(self.heads, self.ones)
 
     @cached_property
     def target(self) -> Float[Tensor, " m"]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from softmeet.essay.base import Bounds, Choice, ExactRule
 from softmeet.essay.column_generation import Optimum
 from softmeet.essay.feasible_set import FeasibleSet
-from softmeet.essay.matrices import MappedMatrix, MomentMatrix
+from softmeet.essay.matrices import MomentMatrix, mapped
 from softmeet.essay.points import entropic_projection, least_squares_point, proves_empty
 from softmeet.rules.problem import Problem
 
@@ -49,7 +49,7 @@ class LeastSquares(ExactRule):
         if member is not None:
             return Choice(member, torch.zeros_like(row.target), 0)
         T = self._metric(row)
-        columns = row.tokens if T is None else MappedMatrix(row.tokens, T)
+        columns = row.tokens if T is None else mapped(row.tokens, T)
         target = row.target if T is None else row.target @ T
         found = least_squares_point(row, columns, target)
         face = _face(row, found)

@@ -1,14 +1,14 @@
-"""The moments of tokens as a matrix with one row per variable: products, and the weighted Gram matrix, in fp64.
+"""The moments of tokens as a matrix with one row per variable, known by what is done with it, in fp64.
 
-Interior-point methods need nothing else of the heads. Few tokens are held as a matrix; all tokens of large heads are
-read in blocks, so that no copy of a head is made.
+The essay's programs need products and weighted Gram matrices and nothing else of the heads. Few tokens are held as a
+dense matrix; all tokens of large heads are streamed in blocks, so that no copy of a head is made.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 from jaxtyping import Float, Int
@@ -26,205 +26,127 @@ _LOST = 1e-18
 _ROWS = 4096
 
 
-class MomentMatrix(ABC):
-    """G, (N, m): one row per variable of a program whose constraints are Gᵀx = g."""
+@dataclass(frozen=True, eq=False)
+class MomentMatrix:
+    """G, (N, m): one row per variable of a program whose constraints are Gᵀx = g.
 
-    @abstractmethod
-    def times(self, y: Float[Tensor, " m"]) -> Float[Tensor, " N"]:
-        """Return G y."""
+    Attributes:
+        times: from y, (m,), to G y.
+        sums: from x, (N,), to Gᵀ x.
+        gram: from θ, (N,), to Σ_j θ_j g_j g_jᵀ, (m, m).
+        rows: from the numbers of k variables to their rows of G, (k, m).
+        dense: G, where it is in memory.
+    """
 
-    @abstractmethod
-    def sums(self, x: Float[Tensor, " N"]) -> Float[Tensor, " m"]:
-        """Return Gᵀ x."""
-
-    @abstractmethod
-    def gram(self, theta: Float[Tensor, " N"]) -> Float[Tensor, "m m"]:
-        """Return Σ_j θ_j g_j g_jᵀ."""
-
-    @abstractmethod
-    def rows(self, variables: Int[Tensor, " k"]) -> Float[Tensor, "k m"]:
-        """Return some rows of G."""
+    times: Callable[[Float[Tensor, " m"]], Float[Tensor, " N"]]
+    sums: Callable[[Float[Tensor, " N"]], Float[Tensor, " m"]]
+    gram: Callable[[Float[Tensor, " N"]], Float[Tensor, "m m"]]
+    rows: Callable[[Int[Tensor, " k"]], Float[Tensor, "k m"]]
+    dense: Float[Tensor, "N m"] | None = None
 
 
-class DenseMatrix(MomentMatrix):
-    """A matrix in memory."""
+def dense_matrix(G: Float[Tensor, "N m"]) -> MomentMatrix:
+    """Make a matrix that is in memory.
 
-    def __init__(self, matrix: Float[Tensor, "N m"]) -> None:
-        self.matrix = matrix
+    Example:
+        >>> import torch
+        >>> dense_matrix(torch.eye(2)).gram(torch.tensor([1.0, 4.0]))
+        tensor([[1., 0.],
+                [0., 4.]])
+    """
+    lengths = cache(lambda: torch.linalg.vecdot(G, G))
 
-    def times(self, y: Float[Tensor, " m"]) -> Float[Tensor, " N"]:
-        """Return G y."""
-        return self.matrix @ y
-
-    def sums(self, x: Float[Tensor, " N"]) -> Float[Tensor, " m"]:
-        """Return Gᵀ x."""
-        return x @ self.matrix
-
-    def gram(self, theta: Float[Tensor, " N"]) -> Float[Tensor, "m m"]:
-        """Return Σ_j θ_j g_j g_jᵀ."""
-        matrix, some = self.matrix, _counting(theta, self.lengths)
+    def weighted(theta: Float[Tensor, " N"]) -> Float[Tensor, "m m"]:
+        part, some = G, _counting(theta, lengths())
         if 2 * len(some) <= len(theta):
-            matrix, theta = matrix[some], theta[some]
-        total = matrix.new_zeros(matrix.shape[1], matrix.shape[1])
-        for block, weight in zip(matrix.split(_ROWS), theta.sqrt().split(_ROWS), strict=True):
-            total += gram(block * weight[:, None])
-        return total
+            part, theta = G[some], theta[some]
+        blocks = zip(part.split(_ROWS), theta.sqrt().split(_ROWS), strict=True)
+        return sum((gram(block * weight[:, None]) for block, weight in blocks), G.new_zeros(G.shape[1], G.shape[1]))
 
-    @cached_property
-    def lengths(self) -> Float[Tensor, " N"]:
-        """|g_j|²."""
-        lengths: Tensor = torch.linalg.vecdot(self.matrix, self.matrix)
-        return lengths
-
-    def rows(self, variables: Int[Tensor, " k"]) -> Float[Tensor, "k m"]:
-        """Return some rows of G."""
-        return self.matrix[variables]
+    return MomentMatrix(lambda y: G @ y, lambda x: x @ G, weighted, lambda ids: G[ids], G)
 
 
 def _counting(theta: Float[Tensor, " N"], lengths: Float[Tensor, " N"]) -> Int[Tensor, " k"]:
-    """Return all variables but those that a Gram matrix would lose to rounding."""
+    """Return all variables but those that a Gram matrix would lose to rounding, by their weights and |g_j|²."""
     weight = theta * lengths
     smallest = weight.sort()
     lost = smallest.values.cumsum(0) <= _LOST * weight.sum()
     return smallest.indices[~lost]
 
 
-class StreamedMatrix(MomentMatrix):
-    """[Q_1 | … | Q_n | extra] over all tokens, read from the heads of one row.
+def token_matrix(heads: Sequence[WhitenedHead], extra: Float[Tensor, "v k"]) -> MomentMatrix:
+    """Make [Q_1 | … | Q_n | extra] over all tokens: dense where it is small, else streamed from the heads.
 
     Args:
-        heads: whitened views of one row, in fp64.
-        extra: further columns, (v, k), such as the ones that keep the sum.
+        heads: whitened views of one row, in fp64; each product reads every one of them once.
+        extra: further columns, such as the ones that keep the sum.
     """
+    v, m = len(extra), sum(h.rank for h in heads) + extra.shape[1]
 
-    def __init__(self, heads: Sequence[WhitenedHead], extra: Float[Tensor, "v k"]) -> None:
-        self.heads, self.extra = tuple(heads), extra
-        self.widths = [h.rank for h in heads]
-
-    def times(self, y: Float[Tensor, " m"]) -> Float[Tensor, " N"]:
-        """Return G y, by one read of every head."""
-        *parts, last = y.split([*self.widths, self.extra.shape[1]])
-        total: Tensor = self.extra @ last
-        for h, part in zip(self.heads, parts, strict=True):
-            total = total + h.scores(part[None])[0]
-        return total
-
-    def sums(self, x: Float[Tensor, " N"]) -> Float[Tensor, " m"]:
-        """Return Gᵀ x, by one read of every head."""
-        return torch.cat([*(h.moments(x[None])[0][0] for h in self.heads), x @ self.extra])
-
-    def gram(self, theta: Float[Tensor, " N"]) -> Float[Tensor, "m m"]:
-        """Return Σ_j θ_j g_j g_jᵀ, by one read of every head."""
-        m = sum(self.widths) + self.extra.shape[1]
-        total = theta.new_zeros(m, m)
-        for tokens, block in self._blocks():
-            total += gram(block * theta[tokens, None].sqrt())
-        return total
-
-    def rows(self, variables: Int[Tensor, " k"]) -> Float[Tensor, "k m"]:
-        """Gather some rows of G."""
-        return torch.cat([*(h.gather(variables[None])[0].double() for h in self.heads), self.extra[variables]], dim=-1)
-
-    def held(self) -> MomentMatrix:
-        """Return the same as a matrix, where it is small enough to hold."""
-        if len(self.extra) * (sum(self.widths) + self.extra.shape[1]) > _HELD:
-            return self
-        return DenseMatrix(torch.cat([block for _, block in self._blocks()]))
-
-    def _blocks(self) -> Iterator[tuple[slice, Float[Tensor, "b m"]]]:
-        v = len(self.extra)
+    def blocks() -> Iterator[tuple[slice, Float[Tensor, "b m"]]]:
         for start in range(0, v, _ROWS):
             tokens = slice(start, min(start + _ROWS, v))
             parts = []
-            for h in self.heads:
-                raw = h.block(tokens).double().to(self.extra.device) - h.whitening.center
+            for h in heads:
+                raw = h.block(tokens).double().to(extra.device) - h.whitening.center
                 white = pad(raw @ h.whitening.factor, (0, 0, 0, tokens.stop - tokens.start - len(raw)))
                 parts.append(white if h.slope is None else white * h.slope[0, tokens, None])
-            yield tokens, torch.cat([*parts, self.extra[tokens]], dim=-1)
-        for h in self.heads:
+            yield tokens, torch.cat([*parts, extra[tokens]], dim=-1)
+        for h in heads:
             h.rows_read[h.at] += h.head.v
 
+    if v * m <= _HELD:
+        return dense_matrix(torch.cat([block for _, block in blocks()]))
 
-class StackedMatrix(MomentMatrix):
-    """Further variables below those of another matrix."""
+    def times(y: Float[Tensor, " m"]) -> Float[Tensor, " v"]:
+        *parts, last = y.split([*(h.rank for h in heads), extra.shape[1]])
+        return sum((h.scores(part[None])[0] for h, part in zip(heads, parts, strict=True)), extra @ last)
 
-    def __init__(self, base: MomentMatrix, below: Float[Tensor, "k m"]) -> None:
-        self.base, self.below = base, below
+    def weighted(theta: Float[Tensor, " v"]) -> Float[Tensor, "m m"]:
+        return sum((gram(block * theta[tokens, None].sqrt()) for tokens, block in blocks()), theta.new_zeros(m, m))
 
-    def times(self, y: Float[Tensor, " m"]) -> Float[Tensor, " N"]:
-        """Return G y."""
-        return torch.cat([self.base.times(y), self.below @ y])
-
-    def sums(self, x: Float[Tensor, " N"]) -> Float[Tensor, " m"]:
-        """Return Gᵀ x."""
-        k = len(self.below)
-        return self.base.sums(x[:-k]) + x[-k:] @ self.below
-
-    def gram(self, theta: Float[Tensor, " N"]) -> Float[Tensor, "m m"]:
-        """Return Σ_j θ_j g_j g_jᵀ."""
-        k = len(self.below)
-        return self.base.gram(theta[:-k]) + (self.below * theta[-k:, None]).T @ self.below
-
-    def rows(self, variables: Int[Tensor, " k"]) -> Float[Tensor, "k m"]:
-        """Return some rows of the matrix above."""
-        return self.base.rows(variables)
+    return MomentMatrix(
+        times,
+        lambda x: torch.cat([*(h.moments(x[None])[0][0] for h in heads), x @ extra]),
+        weighted,
+        lambda ids: torch.cat([*(h.gather(ids[None])[0].double() for h in heads), extra[ids]], dim=-1),
+    )
 
 
-def mapped(base: MomentMatrix, matrix: Float[Tensor, "m k"]) -> MomentMatrix:
-    """Return the columns G T, held in memory where G is."""
-    return DenseMatrix(base.matrix @ matrix) if isinstance(base, DenseMatrix) else MappedMatrix(base, matrix)
+def stacked(base: MomentMatrix, below: Float[Tensor, "k m"]) -> MomentMatrix:
+    """Put the rows of further variables below a matrix; ``rows`` are those of the matrix above."""
+    k = len(below)
+    return MomentMatrix(
+        lambda y: torch.cat([base.times(y), below @ y]),
+        lambda x: base.sums(x[:-k]) + x[-k:] @ below,
+        lambda theta: base.gram(theta[:-k]) + (below * theta[-k:, None]).T @ below,
+        base.rows,
+    )
 
 
-class MappedMatrix(MomentMatrix):
-    """G T: linear combinations of another matrix's columns."""
-
-    def __init__(self, base: MomentMatrix, matrix: Float[Tensor, "m k"]) -> None:
-        self.base, self.matrix = base, matrix
-
-    def times(self, y: Float[Tensor, " k"]) -> Float[Tensor, " N"]:
-        """Return G T y."""
-        return self.base.times(self.matrix @ y)
-
-    def sums(self, x: Float[Tensor, " N"]) -> Float[Tensor, " k"]:
-        """Return Tᵀ Gᵀ x."""
-        return self.base.sums(x) @ self.matrix
-
-    def gram(self, theta: Float[Tensor, " N"]) -> Float[Tensor, "k k"]:
-        """Return Tᵀ Gᵀ diag(θ) G T."""
-        return self.matrix.T @ self.base.gram(theta) @ self.matrix
-
-    def rows(self, variables: Int[Tensor, " j"]) -> Float[Tensor, "j k"]:
-        """Return some rows of G T."""
-        return self.base.rows(variables) @ self.matrix
-
-
-class SubsetMatrix(MomentMatrix):
-    """Some variables of another matrix, without a copy of their rows."""
-
-    def __init__(self, base: MomentMatrix, variables: Int[Tensor, " k"], N: int) -> None:
-        self.base, self.variables, self.N = base, variables, N
-
-    def _spread(self, x: Float[Tensor, " k"]) -> Float[Tensor, " N"]:
-        return x.new_zeros(self.N).index_copy(0, self.variables, x)
-
-    def times(self, y: Float[Tensor, " m"]) -> Float[Tensor, " k"]:
-        """Return G y on the chosen variables."""
-        return self.base.times(y)[self.variables]
-
-    def sums(self, x: Float[Tensor, " k"]) -> Float[Tensor, " m"]:
-        """Return Gᵀ x."""
-        return self.base.sums(self._spread(x))
-
-    def gram(self, theta: Float[Tensor, " k"]) -> Float[Tensor, "m m"]:
-        """Return Σ_j θ_j g_j g_jᵀ over the chosen variables."""
-        return self.base.gram(self._spread(theta))
-
-    def rows(self, variables: Int[Tensor, " j"]) -> Float[Tensor, "j m"]:
-        """Return some rows of G."""
-        return self.base.rows(self.variables[variables])
+def mapped(base: MomentMatrix, T: Float[Tensor, "m k"]) -> MomentMatrix:
+    """Make G T, linear combinations of a matrix's columns; dense where G is."""
+    if base.dense is not None:
+        return dense_matrix(base.dense @ T)
+    return MomentMatrix(
+        lambda y: base.times(T @ y),
+        lambda x: base.sums(x) @ T,
+        lambda theta: T.T @ base.gram(theta) @ T,
+        lambda ids: base.rows(ids) @ T,
+    )
 
 
 def subset(base: MomentMatrix, variables: Int[Tensor, " k"], N: int) -> MomentMatrix:
     """Choose some variables of N, with a copy of their rows where that is small and makes Gram matrices cheaper."""
-    few = 2 * len(variables) <= N and len(variables) * base.rows(variables[:1]).shape[1] <= _HELD
-    return DenseMatrix(base.rows(variables)) if few else SubsetMatrix(base, variables, N)
+    if 2 * len(variables) <= N and len(variables) * base.rows(variables[:1]).shape[1] <= _HELD:
+        return dense_matrix(base.rows(variables))
+
+    def spread(x: Float[Tensor, " k"]) -> Float[Tensor, " N"]:
+        return x.new_zeros(N).index_copy(0, variables, x)
+
+    return MomentMatrix(
+        lambda y: base.times(y)[variables],
+        lambda x: base.sums(spread(x)),
+        lambda theta: base.gram(spread(theta)),
+        lambda ids: base.rows(variables[ids]),
+    )

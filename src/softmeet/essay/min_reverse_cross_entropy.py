@@ -9,7 +9,7 @@ from torch import Tensor
 from softmeet.essay.base import Bounds, Choice, ExactRule
 from softmeet.essay.feasible_set import FeasibleSet
 from softmeet.essay.interior import Program, interior_point
-from softmeet.essay.matrices import SubsetMatrix
+from softmeet.essay.matrices import subset
 from softmeet.essay.max_entropy import members_of
 from softmeet.simplex import log_normalize
 from softmeet.solvers.base import Status
@@ -34,7 +34,7 @@ class MinReverseCrossEntropy(ExactRule):
         ids = row.alive.nonzero().squeeze(-1)
         mean = log_normalize(row.log_mean[ids]).exp().clamp_min(torch.finfo(row.log_q.dtype).tiny)
         columns, target = row.system
-        columns = columns if len(ids) == len(row.log_q) else SubsetMatrix(columns, ids, len(row.log_q))
+        columns = columns if len(ids) == len(row.log_q) else subset(columns, ids, len(row.log_q))
         nothing = torch.zeros_like(target)
         program = Program(columns, target, torch.zeros_like(mean), nothing, mean, len(nothing) - 1, barrier=mean)
         found = interior_point(program, row.problem.settings.max_steps)

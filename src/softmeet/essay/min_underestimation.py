@@ -9,7 +9,7 @@ from torch import Tensor
 from softmeet.essay.base import Bounds, Choice, ExactRule
 from softmeet.essay.feasible_set import FeasibleSet
 from softmeet.essay.interior import Program, interior_point
-from softmeet.essay.matrices import StackedMatrix, SubsetMatrix, subset
+from softmeet.essay.matrices import stacked, subset
 
 # A mass this close to one of its bounds, relative to their distance, is at it.
 _AT_BOUND = 1e-5
@@ -42,14 +42,14 @@ class MinUnderestimation(ExactRule):
         ids = (row.alive & (floor > floor[row.alive].max() - _LIGHTEST)).nonzero().squeeze(-1)
         upper = (floor - floor[ids].logsumexp(-1))[ids].exp().clamp_min(torch.finfo(floor.dtype).tiny)
         tokens, target = row.system
-        tokens = tokens if len(ids) == len(floor) else SubsetMatrix(tokens, ids, len(floor))
+        tokens = tokens if len(ids) == len(floor) else subset(tokens, ids, len(floor))
         # The last variable is Σx, bounded by Σ upper = 1.
         cost = torch.zeros(len(ids) + 1, dtype=floor.dtype, device=floor.device)
         cost[-1] = -1.0
         limits = torch.cat([upper, upper.new_full((1,), 1.5)])
         nothing = torch.zeros_like(target)
         program = Program(
-            StackedMatrix(tokens, -target[None]), nothing, cost, nothing, limits / 2, len(nothing) - 1, upper=limits
+            stacked(tokens, -target[None]), nothing, cost, nothing, limits / 2, len(nothing) - 1, upper=limits
         )
         found = interior_point(program, row.problem.settings.max_steps)
         x = torch.zeros_like(floor).index_copy(0, ids, found.x[:-1])
