@@ -25,7 +25,7 @@ from softmeet.hf import EnsembleConfig, Recorder, TokenReports
 from softmeet.hf.cache import EnsembleCache
 from softmeet.hf.sampling import RowSampler
 from softmeet.members.partial_cache import PartialCache, catch_up
-from softmeet.rules.gates import parse_gate, that_closes
+from softmeet.rules.gates import Disagreement, parse_gate, that_closes
 from softmeet.simplex import kl, total_variation
 
 # Nats of first-order disagreement that about half of the tiny members' tokens exceed.
@@ -422,3 +422,34 @@ def test_gates_on_the_command_line(tmp_path):
     wrong = run("generate", "hello", *members, "--gate", "sure")
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: expected a gate as unsure:T")
+
+
+class AfterPunctuation(Disagreement):
+    """The pool answers behind a full stop or a comma."""
+
+    name = "after-punctuation"
+    never_closes = False
+
+    def open(self, problem):
+        return torch.tensor([text.strip() not in {".", ","} for text in problem.text_before()])
+
+
+@pytest.mark.unchecked
+def test_a_gate_may_look_at_the_text_before_each_token(rows):
+    ensemble, closed = Ensemble.from_pretrained("narrow"), []
+
+    class Closed(Recorder):
+        def add(self, solution, log_probs):
+            closed.extend(solution.gated.tolist())
+
+    prompt = "And the king said unto him, Go up."
+    text = ensemble.generate(
+        prompt, max_new_tokens=30, do_sample=True, seed=3, gate=AfterPunctuation(0.0), recorder=Closed()
+    )
+    ids = ensemble.tokenizer(prompt + text)["input_ids"]
+    before = [ensemble.tokenizer.decode([token]).strip() for token in ids[-31:-1]]
+    assert closed == [word in {".", ","} for word in before]
+    assert any(closed)
+    assert not all(closed)
+    with pytest.raises(InvalidInputError, match="text before each token"):
+        softmeet.combine(*rows, gate=AfterPunctuation(0.0))

@@ -34,7 +34,7 @@ class Batched:
         """Return a copy in which ``function`` was applied to every tensor."""
         return _by_field(function, [self])
 
-    def take(self: B, rows: Int[Tensor, " k"]) -> B:
+    def take(self: B, rows: Int[Tensor, " k"] | slice) -> B:
         """Return a copy with some rows, (k,)."""
         return self.mapped(lambda mine: mine[rows])
 

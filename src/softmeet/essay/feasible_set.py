@@ -44,7 +44,7 @@ class FeasibleSet:
 
     @cached_property
     def log_p(self) -> Float[Tensor, "n v"]:
-        """The members."""
+        """The members' log-probabilities in nats."""
         return self.problem.log_p[:, 0]
 
     @cached_property
@@ -55,7 +55,7 @@ class FeasibleSet:
 
     @cached_property
     def log_q(self) -> Float[Tensor, " v"]:
-        """The pool."""
+        """The pool's log-probabilities in nats."""
         return self.problem.log_pool[0]
 
     @cached_property

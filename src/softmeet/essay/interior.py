@@ -72,11 +72,11 @@ class Program:
     reference: Float[Tensor, " N"] | None = None
 
     def slope(self, x: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-        """Return φ'(x)."""
+        """Return φ'(x), for each variable."""
         return self.cost if self.reference is None else self.cost + (x / self.reference).log()
 
     def curvature(self, x: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-        """Return φ''(x)."""
+        """Return φ''(x), for each variable."""
         return torch.zeros_like(x) if self.reference is None else 1 / x
 
 

@@ -15,7 +15,7 @@ from softmeet.hf.recorder import Recorder
 from softmeet.members.bands import bands
 from softmeet.rules.combine import product_dtype, solve
 from softmeet.rules.gates import Unsure
-from softmeet.rules.problem import Problem
+from softmeet.rules.problem import Problem, TokensBefore
 from softmeet.rules.settings import Settings
 from softmeet.rules.solution import Solution
 from softmeet.rules.validate import free_directions, normalised, slopes_of
@@ -92,36 +92,50 @@ class Combiner:
         settings: Settings,
         deferral: Deferral | None = None,
         recorder: Recorder | None = None,
+        before: TokensBefore | None = None,
     ) -> Float[Tensor, "B k v"]:
         """Return the rule's log-probabilities in nats at k positions of B rows, and tell the recorder how they came.
 
         Args:
             hidden: (B, k, d_i) for member i.
-            settings, deferral: as of :meth:`solve_rows`.
+            settings, deferral, before: as of :meth:`solve_rows`.
             recorder: receives every solution; None for nobody.
         """
         parts = []
         if recorder is not None and deferral is not None:
             recorder.gate.seconds += deferral.seconds
         flat = [h.flatten(0, 1) for h in hidden]
-        for log_probs, solution in self.solve_in_chunks(flat, settings, deferral, proved=False):
+        for log_probs, solution in self.solve_in_chunks(flat, settings, deferral, before, proved=False):
             if recorder is not None:
                 recorder.add(solution, log_probs)
             parts.append(solution.log_probs)
         return torch.cat(parts).reshape(*hidden[0].shape[:2], -1)
 
     def solve_in_chunks(
-        self, hidden: Hidden, settings: Settings, deferral: Deferral | None = None, *, proved: bool = True
+        self,
+        hidden: Hidden,
+        settings: Settings,
+        deferral: Deferral | None = None,
+        before: TokensBefore | None = None,
+        *,
+        proved: bool = True,
     ) -> Iterator[tuple[Float[Tensor, "n b v"], Solution]]:
         """Solve positions in their order, as :meth:`solve_rows` does, some at a time so that memory stays bounded."""
         chunk = rows_at_once(self.v, len(hidden))
         for start in range(0, len(hidden[0]), chunk):
             rows = slice(start, start + chunk)
             some = None if deferral is None else deferral.take(rows)
-            yield self.solve_rows([h[rows] for h in hidden], settings, some, proved=proved)
+            known = None if before is None else before.take(rows)
+            yield self.solve_rows([h[rows] for h in hidden], settings, some, known, proved=proved)
 
     def solve_rows(
-        self, hidden: Hidden, settings: Settings, deferral: Deferral | None = None, *, proved: bool = True
+        self,
+        hidden: Hidden,
+        settings: Settings,
+        deferral: Deferral | None = None,
+        before: TokensBefore | None = None,
+        *,
+        proved: bool = True,
     ) -> tuple[Scores, Solution]:
         """Combine the members at B positions, from their hidden states.
 
@@ -131,6 +145,7 @@ class Combiner:
             deferral: the positions at which all members ran; elsewhere the first one answers alone, what stands in
                 place of the others' hidden states is not read, and what they would say is NaN. None if all members ran
                 at all positions.
+            before: the token before each position, for gates that look at the text.
             proved: end rows on bounds; else an estimate of what is left to gain will do, as in generation.
 
         Returns:
@@ -140,7 +155,7 @@ class Combiner:
         if deferral is not None:
             settings = settings.model_copy(update={"gate": Unsure(1.0, deferral.rows.to(logits.device))})
         states = [h.to(logits.device) for h in hidden] if settings.free_radial else None
-        solution = self.combine_rows(logits, logits, settings, hidden=states, proved=proved)
+        solution = self.combine_rows(logits, logits, settings, hidden=states, proved=proved, before=before)
         log_probs = solution.problem.log_p[:: settings.bands]
         return (log_probs, solution) if deferral is None else _nan_where_not_run(log_probs, solution)
 
@@ -173,6 +188,7 @@ class Combiner:
         start: Solution | None = None,
         relaxed: Solution | None = None,
         proved: bool = True,
+        before: TokensBefore | None = None,
     ) -> Solution:
         """Combine the members at B positions, from their logits or log-probabilities.
 
@@ -184,7 +200,7 @@ class Combiner:
             settings: how to combine.
             hidden: each member's hidden states, for ``free_radial``.
             start, relaxed: as ``start`` and ``on_infeasible`` of :func:`softmeet.combine`.
-            proved: as of :meth:`solve_rows`.
+            proved, before: as of :meth:`solve_rows`.
 
         Raises:
             NonFiniteError: NaN or +inf from a member, which the message names.
@@ -213,6 +229,7 @@ class Combiner:
             start=None if start is None else start.as_start(heads, log_p),
             precision=torch.finfo(dtype).eps,
             proved=proved,
+            before=before,
         )
         known = None if relaxed is None else relaxed.as_fallback(problem)
         solution = solve(problem, log_p.shape[1:2], dtype, known)

@@ -30,6 +30,7 @@ from softmeet.members.placement import Device, each_in_a_thread, whereabouts
 from softmeet.members.reading import Work
 from softmeet.members.vocabulary import CommonVocabulary, token_ids, token_support
 from softmeet.rules.gates import Gate, Unsure, parse_gate, that_closes
+from softmeet.rules.problem import TokensBefore
 from softmeet.rules.settings import Settings
 
 # Of a text that is evaluated.
@@ -119,7 +120,8 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids, cache, kept, options,
             attention_mask=attention_mask, position_ids=position_ids, use_cache=bool(use_cache),
         )  # fmt: skip
-        log_probs = self.combiner.combine(hidden, options.settings, deferral, options.recorder)
+        before = TokensBefore.of(input_ids[:, kept].flatten(), self.tokenizer)
+        log_probs = self.combiner.combine(hidden, options.settings, deferral, options.recorder, before)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=log_probs, labels=labels, vocab_size=self.config.vocab_size)

@@ -50,9 +50,7 @@ def load_members(
         InvalidInputError: no name, no such device, or not one dtype or device per member.
         CheckpointError: a member is missing, truncated, pickled, or needs remote code.
     """
-    expanded = [path for name in names for path in zoo.expand(name)]
-    if not expanded:
-        raise InvalidInputError("expected at least one member: a hub id, a folder, or a bundled name such as 'wide'")
+    expanded = _expanded(names)
     dtypes, devices = one_each(dtype, "dtype", len(expanded)), one_each(device, "device", len(expanded))
     for own in devices:
         device_map_of(own)
@@ -69,14 +67,22 @@ def load_members(
     return members
 
 
+def _expanded(names: Sequence[str | Path]) -> list[str]:
+    """Give the members that names stand for, of which a bundled family has several; at least one."""
+    if not names:
+        raise InvalidInputError("expected at least one member: a hub id, a folder, or a bundled name such as 'wide'")
+    return [path for name in names for path in zoo.expand(name)]
+
+
 def load_tokenizers(names: Sequence[str], *, trust_remote_code: bool = False) -> list[PreTrainedTokenizerBase]:
     """Load the members' tokenizers, which takes little time beside their weights.
 
     Raises:
+        InvalidInputError: no name.
         CheckpointError: a member is missing, or needs remote code.
     """
     found = []
-    for name in names:
+    for name in _expanded(names):
         where = _checkpoint_of(name, trust_remote_code)
         with _named_in_errors(name):
             found.append(transformers.AutoTokenizer.from_pretrained(**where, padding_side="left"))

@@ -5,8 +5,10 @@
 ``movement:T``       the pool answers, unless the rule is predicted to move it by T nats or more.
 ``auto``             ``movement`` at a threshold that no text can feel: the default of generation and serving.
 
-Where ``unsure`` is closed nobody else needs to run, which is what saves most; the others need every member and save the
-solve. ``unsure:T`` with T above 1, ``disagreement:0`` and ``movement:0`` are no gates, and are treated as none.
+A gate is a subclass of :class:`Gate`, named in ``GATES``; it sees the problem, and by ``problem.text_before()`` the
+text of the token before each row. Where ``unsure`` is closed nobody else needs to run, which is what saves most; the
+others need every member and save the solve. ``unsure:T`` with T above 1, ``disagreement:0`` and ``movement:0`` are no
+gates, and are treated as none.
 """
 
 from __future__ import annotations
@@ -130,7 +132,7 @@ class Disagreement(Gate):
 
 
 @dataclass(frozen=True)
-class PredictedMovement(Gate):
+class PredictedMovement(Disagreement):
     """The pool, where the rule is predicted to move it by less than ``threshold`` nats, KL(p‖q).
 
     The prediction is Σ ρ_i KL(q‖p̂_i), which needs no head, times a factor that belongs to the members, the pool and the
@@ -152,11 +154,6 @@ class PredictedMovement(Gate):
     def __str__(self) -> str:
         return "auto" if self.auto else super().__str__()
 
-    @property
-    def never_closes(self) -> bool:
-        """At 0: no prediction is below."""
-        return self.threshold <= 0
-
     def open(self, problem: Problem) -> Bool[Tensor, " B"]:
         """Open rows that the rule is predicted to move by the threshold or more.
 
@@ -172,10 +169,6 @@ class PredictedMovement(Gate):
                 "disagreement:T"
             )
         return self.factor * free >= self.threshold
-
-    def instead(self, problem: Problem) -> Answer:
-        """Answer by the pool, as :class:`Disagreement` does."""
-        return Disagreement(self.threshold).instead(problem)
 
 
 def confidence(log_p: Float[Tensor, "*b v"]) -> Float[Tensor, "*b"]:

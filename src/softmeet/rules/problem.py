@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from softmeet.batched import Batched
-from softmeet.errors import DisjointSupportError
+from softmeet.errors import DisjointSupportError, InvalidInputError
 from softmeet.heads import SoftmaxHead, WhitenedHead, Whitening
 from softmeet.rules.settings import Settings
 from softmeet.simplex import kl, log_normalize, logit_mean, prob_mean
@@ -49,6 +49,19 @@ class Start(Batched):
 
 
 @dataclass(frozen=True, eq=False)
+class TokensBefore(Batched):
+    """The token before each row, (B,), and what spells it: a tokenizer's ``decode``."""
+
+    ids: Int[Tensor, " B"]
+    spell: Callable[[list[int]], str]
+
+    @classmethod
+    def of(cls, ids: Int[Tensor, " B"], tokenizer: Any) -> TokensBefore | None:
+        """Pair token ids, (B,), with the tokenizer that spells them; return None where there is no tokenizer."""
+        return None if tokenizer is None else cls(ids, tokenizer.decode)
+
+
+@dataclass(frozen=True, eq=False)
 class Problem:
     """A batch of rows to combine.
 
@@ -63,6 +76,7 @@ class Problem:
         start: where the search for an I-projection begins; at the pool if None.
         precision: the unit round-off of the log-probabilities as they were given.
         proved: whether an answer's gap has to be bounded; else the solver's estimate of it will do.
+        before: the token before each row, where the text is known, as in generation.
     """
 
     log_p: Float[Tensor, "n B v"]
@@ -75,6 +89,7 @@ class Problem:
     start: Start | None = None
     precision: float = torch.finfo(torch.float64).eps
     proved: bool = True
+    before: TokensBefore | None = None
 
     @cached_property
     def weights(self) -> Float[Tensor, " n"]:
@@ -99,7 +114,21 @@ class Problem:
         """Return the problem of some rows of the batch, (k,)."""
         slopes = tuple(None if s is None else s[rows] for s in self.slopes)
         free, start = tuple(f[rows] for f in self.free), None if self.start is None else self.start.take(rows)
-        return replace(self, log_p=self.log_p[:, rows], slopes=slopes, free=free, start=start)
+        before = None if self.before is None else self.before.take(rows)
+        return replace(self, log_p=self.log_p[:, rows], slopes=slopes, free=free, start=start, before=before)
+
+    def text_before(self) -> list[str]:
+        """Spell the token before each row, for gates that look at the text.
+
+        Raises:
+            InvalidInputError: the text is not known, as in ``combine`` and ``evaluate``.
+        """
+        if self.before is None:
+            raise InvalidInputError(
+                f"the gate {self.settings.gate} looks at the text before each token, which is known in generation and "
+                "serving alone: use it there"
+            )
+        return [self.before.spell([token]) for token in self.before.ids.tolist()]
 
     def rows(self) -> list[Problem]:
         """Split the batch into problems of one row each."""

@@ -89,7 +89,7 @@ def _model(served: Served) -> dict[str, Any]:
 
 @router.post("/v1/completions")
 async def completions(body: CompletionRequest, request: Request) -> Response:
-    """Continue prompts."""
+    """Continue prompts, as tokens or text, each as often as was asked."""
     return await _respond(request, CompletionReply(await _serving(request).prepare(body), body))
 
 

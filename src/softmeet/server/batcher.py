@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from softmeet.errors import NonFiniteError, SoftmeetError
 from softmeet.hf.combining import Deferral
 from softmeet.hf.report import token_report
+from softmeet.rules.problem import TokensBefore
 from softmeet.rules.solution import Solution
 from softmeet.server.batch import MemberBatch
 from softmeet.server.errors import BusyError, ClosingError, InternalError, TooLateError
@@ -213,7 +214,9 @@ class Batcher(threading.Thread):
     def _score(self, s: Sequence, hidden: Hidden, asked: Deferral | None) -> None:
         """Report a prompt's tokens but the first, given the hidden states before them and who was asked there."""
         how, tokens, found = s.combination, iter(s.prompt[1:]), []
-        for log_probs, solution in how.model.combiner.solve_in_chunks(hidden, how.settings, asked, proved=False):
+        before = TokensBefore.of(torch.tensor(s.prompt[:-1]), how.model.tokenizer)
+        chunks = how.model.combiner.solve_in_chunks(hidden, how.settings, asked, before, proved=False)
+        for log_probs, solution in chunks:
             found += [_token(s, solution, log_probs, k, next(tokens)) for k in range(log_probs.shape[1])]
         self._emit(s, PromptScored(found))
 
@@ -222,9 +225,9 @@ class Batcher(threading.Thread):
         combination = group[0].combination
         stacked = [torch.cat(member) for member in zip(*(hidden[s] for s in group), strict=True)]
         try:
-            chunks = list(
-                combination.model.combiner.solve_in_chunks(stacked, combination.settings, joined(group), proved=False)
-            )
+            before = TokensBefore.of(torch.tensor([s.tokens[-1] for s in group]), combination.model.tokenizer)
+            solve = combination.model.combiner.solve_in_chunks
+            chunks = list(solve(stacked, combination.settings, joined(group), before, proved=False))
         except SoftmeetError as error:
             if len(group) == 1:
                 self._fail(group[0], error)

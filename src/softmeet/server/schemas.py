@@ -75,7 +75,7 @@ class _Generation(_Strict):
 
 
 class CompletionRequest(_Generation):
-    """``POST /v1/completions``."""
+    """The body of ``POST /v1/completions``."""
 
     prompt: str | Annotated[list[str], Len(1, _MOST)] | Ids | Annotated[list[Ids], Len(1, _MOST)]
     logprobs: Listed | None = None
@@ -90,7 +90,7 @@ class TextPart(_Strict):
 
 
 class Message(_Strict):
-    """One turn."""
+    """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Len(1, 1024)]
@@ -109,7 +109,7 @@ class ResponseFormat(_Strict):
 
 
 class ChatRequest(_Generation):
-    """``POST /v1/chat/completions``."""
+    """The body of ``POST /v1/chat/completions``."""
 
     messages: Annotated[list[Message], Len(1, 4096)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=_MOST)] | None = None
