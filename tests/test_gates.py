@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import dataclass
 
 import pytest
 import tiny
@@ -25,7 +26,7 @@ from softmeet.hf import EnsembleConfig, Recorder, TokenReports
 from softmeet.hf.cache import EnsembleCache
 from softmeet.hf.sampling import RowSampler
 from softmeet.members.partial_cache import PartialCache, catch_up
-from softmeet.rules.gates import Disagreement, parse_gate, that_closes
+from softmeet.rules.gates import GATES, Disagreement, parse_gate, that_closes
 from softmeet.simplex import kl, total_variation
 
 # Nats of first-order disagreement that about half of the tiny members' tokens exceed.
@@ -424,10 +425,12 @@ def test_gates_on_the_command_line(tmp_path):
     assert wrong.stderr.startswith("error: expected a gate as unsure:T")
 
 
+@dataclass(frozen=True)
 class AfterPunctuation(Disagreement):
     """The pool answers behind a full stop or a comma."""
 
-    name = "after-punctuation"
+    threshold: float = 1.0
+    name = form = "after-punctuation"
     never_closes = False
 
     def open(self, problem):
@@ -435,7 +438,8 @@ class AfterPunctuation(Disagreement):
 
 
 @pytest.mark.unchecked
-def test_a_gate_may_look_at_the_text_before_each_token(rows):
+def test_a_gate_of_ones_own_has_a_name_and_may_look_at_the_text_before_each_token(rows, monkeypatch):
+    monkeypatch.setitem(GATES, AfterPunctuation.name, AfterPunctuation)
     ensemble, closed = Ensemble.from_pretrained("narrow"), []
 
     class Closed(Recorder):
@@ -444,7 +448,7 @@ def test_a_gate_may_look_at_the_text_before_each_token(rows):
 
     prompt = "And the king said unto him, Go up."
     text = ensemble.generate(
-        prompt, max_new_tokens=30, do_sample=True, seed=3, gate=AfterPunctuation(0.0), recorder=Closed()
+        prompt, max_new_tokens=30, do_sample=True, seed=3, gate="after-punctuation", recorder=Closed()
     )
     ids = ensemble.tokenizer(prompt + text)["input_ids"]
     before = [ensemble.tokenizer.decode([token]).strip() for token in ids[-31:-1]]
@@ -452,4 +456,4 @@ def test_a_gate_may_look_at_the_text_before_each_token(rows):
     assert any(closed)
     assert not all(closed)
     with pytest.raises(InvalidInputError, match="text before each token"):
-        softmeet.combine(*rows, gate=AfterPunctuation(0.0))
+        softmeet.combine(*rows, gate="after-punctuation")

@@ -151,7 +151,7 @@ def evaluate_text(
         cache: pieces that earlier runs finished.
         begin: called with the number of positions; gives what to call with the size of each piece that is done.
         windowing: ``window``, ``stride``, ``bos``, ``max_tokens`` and ``max_per_document``, as
-            :func:`softmeet.evaluation.windows.cut` has them.
+            :func:`softmeet.evaluation.positions.cut` has them.
 
     Raises:
         InvalidInputError: the text is too short, also for the prompts of ``choices``, or window and stride do not fit.

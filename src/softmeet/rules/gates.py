@@ -17,7 +17,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -36,6 +36,7 @@ class Gate(ABC):
     threshold: float
 
     name: ClassVar[str]
+    form: ClassVar[str]  # of its text, for messages
 
     def __str__(self) -> str:
         return f"{self.name}:{self.threshold!r}"
@@ -70,6 +71,7 @@ class Unsure(Gate):
     asked: Bool[Tensor, " B"] | None = field(default=None, compare=False)
 
     name = "unsure"
+    form = "unsure:T (T a probability)"
 
     @property
     def never_closes(self) -> bool:
@@ -111,6 +113,7 @@ class Disagreement(Gate):
     """
 
     name = "disagreement"
+    form = "disagreement:T (T in nats)"
 
     @property
     def never_closes(self) -> bool:
@@ -150,6 +153,7 @@ class PredictedMovement(Disagreement):
     auto: bool = field(default=False, compare=False)
 
     name = "movement"
+    form = "movement:T (T in nats)"
 
     def __str__(self) -> str:
         return "auto" if self.auto else super().__str__()
@@ -192,16 +196,17 @@ def parse_gate(gate: str | Gate | None) -> Gate | None:
     if gate == "auto":
         return PredictedMovement(_AUTO, auto=True)
     name, _, number = str(gate).strip().partition(":")
+    kind: Any = GATES.get(name)
+    if kind is not None and not number and hasattr(kind, "threshold"):  # one that has a default
+        return kind()  # type: ignore[no-any-return]
     try:
         threshold = float(number)
     except ValueError:
         threshold = math.nan
-    if name not in GATES or not 0 <= threshold < math.inf:
-        raise InvalidInputError(
-            "expected a gate as unsure:T (T a probability), disagreement:T or movement:T (T in nats), auto or none, T "
-            f"a finite number from 0, got {gate!r}"
-        )
-    return GATES[name](threshold)
+    if kind is None or not 0 <= threshold < math.inf:
+        forms = ", ".join(one.form for one in GATES.values())
+        raise InvalidInputError(f"expected a gate as {forms}, auto or none, T a finite number from 0, got {gate!r}")
+    return kind(threshold)  # type: ignore[no-any-return]
 
 
 def that_closes(gate: Gate | None) -> Gate | None:

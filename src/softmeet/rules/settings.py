@@ -220,10 +220,9 @@ def parse_rule(text: str) -> tuple[Rule, dict[str, Any]]:
 
     Example:
         >>> from softmeet.rules.settings import parse_rule
-        >>> parse_rule("meet:trust=1/0.5:temperature=0.9")
-        (Meet(budget=None), {'trust': (1.0, 0.5), 'rule_temperature': 0.9})
-        >>> parse_rule("least-squares:metric=raw")
-        (LeastSquares(metric='raw'), {})
+        >>> rule, settings = parse_rule("meet:budget=3:trust=1/0.5:temperature=0.9")
+        >>> str(rule), settings
+        ('meet:budget=3', {'trust': (1.0, 0.5), 'rule_temperature': 0.9})
     """
     name, *options = _COLON.split(text.strip())
     kind = rule_class(name)
