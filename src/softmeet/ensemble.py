@@ -22,7 +22,7 @@ from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.hf.recorder import Recorder
 from softmeet.hf.report import TokenReport, TokenReports
 from softmeet.hf.sampling import RowSampler
-from softmeet.hf.vocabulary import choose_vocabulary, require_vocabulary
+from softmeet.hf.vocabulary import choose_vocabulary, require_for_bytes, require_vocabulary
 from softmeet.members import zoo
 from softmeet.members.huggingface import Dtype, load_members, load_tokenizers
 from softmeet.members.placement import Device
@@ -149,6 +149,7 @@ class Ensemble:
             ['wide/gpt2', 'wide/llama']
         """
         saved, names = _saved_config(members), member_names(members)
+        any_average = saved is None and rule is None
         given = {name: value for name, value in {"rule": rule, **settings}.items() if value is not None}
         if saved is None:
             gated = "gate" in given or (isinstance(rule, str) and "gate" in parse_rule(rule)[1])
@@ -157,12 +158,14 @@ class Ensemble:
             before, chosen = saved, saved.settings.changed(**given)
         vocabulary, prune = vocabulary or before.vocabulary, before.prune if prune is None else prune
         require_vocabulary(vocabulary, prune)
+        if vocabulary == "bytes" and not any_average:
+            require_for_bytes(chosen)  # before anything is loaded
         config = EnsembleConfig(
             names, settings=chosen, vocabulary=vocabulary, prune=prune, movement=before.movement,
             prefixes=before.prefixes if prefixes is None else prefixes,
         )  # fmt: skip
         tokenizers = load_tokenizers(names, trust_remote_code=trust_remote_code)
-        common = choose_vocabulary(config, tokenizers, any_average=saved is None and rule is None)
+        common = choose_vocabulary(config, tokenizers, any_average=any_average)
         models = load_members(
             names, dtype=dtype, device=device, trust_remote_code=trust_remote_code, offload_folder=offload_folder,
             on_progress=on_progress, loaded=loaded,
