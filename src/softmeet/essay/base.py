@@ -100,7 +100,7 @@ class ExactRule(Rule):
     def solve(self, problem: Problem) -> Answer:
         """Solve row by row: each has a working set of its own."""
         seeks = self.constrained(problem) or self.always_answers
-        answer = members_of(problem, self.exactness) if seeks else blank(problem)
+        answer = members_of(problem, self.exactness) if seeks else closed_form(problem, problem.log_pool.clone())
         empty = (answer.status == Status.INFEASIBLE).tolist()
         lost = (answer.status == Status.NOT_CONVERGED).tolist()
         for k, row in enumerate(FeasibleSet.of(problem)):
@@ -141,9 +141,3 @@ class ExactRule(Rule):
     def proof(self, row: FeasibleSet, p: Float[Tensor, " v"]) -> Float[Tensor, " m"]:
         """Return multipliers that prove C empty, if the rule's answer has any; 0 otherwise."""
         return torch.zeros_like(row.target)
-
-
-def blank(problem: Problem) -> Answer:
-    """Make an answer that is to be filled in: the pool, so far."""
-    start = problem.log_pool.clone()
-    return closed_form(problem, start, torch.zeros_like(start[:, 0]))

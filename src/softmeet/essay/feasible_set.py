@@ -38,11 +38,6 @@ class FeasibleSet:
         return self.problem.views(range(len(self.problem.heads)))
 
     @cached_property
-    def widths(self) -> list[int]:
-        """The ranks of the views."""
-        return [h.rank for h in self.heads]
-
-    @cached_property
     def log_p(self) -> Float[Tensor, "n v"]:
         """The members' log-probabilities in nats."""
         return self.problem.log_p[:, 0]
@@ -115,7 +110,7 @@ class FeasibleSet:
 
     def raw(self, y: Float[Tensor, " m"]) -> tuple[Float[Tensor, "1 _"], ...]:
         """Return multipliers of the moments in the heads' own coordinates, without that of the sum."""
-        parts = y[: sum(self.widths)].split(self.widths)
+        parts = y[: len(self.target) - 1].split([h.rank for h in self.heads])
         return tuple((part @ h.whitening.factor.T)[None] for h, part in zip(self.heads, parts, strict=True))
 
     def whitened(self, raw: tuple[Float[Tensor, " _"], ...]) -> Float[Tensor, " m"]:

@@ -61,7 +61,7 @@ class MaxEntropy(Meet):
         if not problem.log_p.shape[1] or not may_be_unique(problem):
             answer = super().solve(problem)
         else:
-            problem.require_common_tokens()
+            assert problem.log_pool is not None  # raises for all rows at once, before they are taken one by one
             rows = replace(problem, dtype=torch.float64).rows()
             answer = Answer.joined([self._solve_row(FeasibleSet(one)) for one in rows])
         for k in (answer.status == Status.NOT_CONVERGED).nonzero().flatten().tolist():

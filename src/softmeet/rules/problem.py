@@ -164,14 +164,6 @@ class Problem:
         cut = (~shared & ~q.isneginf()).any(-1, keepdim=True)
         return torch.where(cut, log_normalize(q.masked_fill(~shared, -torch.inf)), q)
 
-    def require_common_tokens(self) -> None:
-        """Raise for all rows at once, before they are taken one by one.
-
-        Raises:
-            DisjointSupportError: a row has no token that every member allows.
-        """
-        assert self.log_pool is not None
-
     def views(self, members: Sequence[int]) -> tuple[WhitenedHead, ...]:
         """Return whitened views of some members' heads, without free directions and with fresh read counters."""
         batch, v = self.log_p.shape[1:]
