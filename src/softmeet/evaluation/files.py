@@ -204,7 +204,7 @@ class PieceCache:
             claim(folder, "pieces of a command", {"version": __version__, **(settings or {})})
 
     def get(self, name: str, compute: Callable[[], Tensors]) -> Tensors:
-        """Return the stored piece ``name``; if there is none, or it is damaged, call ``compute`` and store its result."""
+        """Return the stored piece ``name``; if it is missing or damaged, call ``compute`` and store its result."""
         found = self._read(name)
         if found is None:
             found = compute()

@@ -295,7 +295,7 @@ def _prepare(folder: Path, facts: dict[str, Any]) -> Trace:
 
 @torch.inference_mode()
 def _note_error(ensemble: Ensemble, trace: Trace, k: int, positions: Positions) -> None:
-    """Measure the error that fp16 causes in the targets' log-probabilities in shard ``k``; note it in ``float16.json``."""
+    """Measure the errors that fp16 causes in the targets' log-probabilities in shard ``k``, for ``float16.json``."""
     largest, total = 0.0, 0.0
     for i, head in enumerate(ensemble.model.heads):
         for chunk in positions.chunks(_CHUNK):
