@@ -40,7 +40,7 @@ def parse_choices(rules: Sequence[str], n: int, bands: int = 1) -> list[RuleChoi
     Args:
         rules: a text for each rule; one that is repeated counts once.
         n: the number of members.
-        bands: bands of each member's head, each of which may be given a trust of its own.
+        bands: the number of bands that each member's head is cut into, each of which may be given its own trust.
 
     Raises:
         InvalidInputError: if a rule or an option is unknown or has a bad value, or ``rules`` is empty.
@@ -80,7 +80,7 @@ def without_prompt(entry: str) -> tuple[str, int]:
 def with_baselines(
     choices: Sequence[RuleChoice], weights: Sequence[float] = (), temperature: float = 1.0
 ) -> list[RuleChoice]:
-    """Return ``choices``, preceded by those of the averages ``logit-mean`` and ``prob-mean`` that they do not name.
+    """Return ``choices``, preceded by the averages ``logit-mean`` and ``prob-mean`` unless ``choices`` name them.
 
     Args:
         choices: rules.

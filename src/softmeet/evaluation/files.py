@@ -86,7 +86,7 @@ def _room_for(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replace_together(folder: Path) -> Iterator[Path]:
-    """Give a new empty folder, and once the context ends without an error, move its files into ``folder``.
+    """Yield a new empty folder, and once the context ends without an error, move its files into ``folder``.
 
     Files of the same names are replaced; others in ``folder`` stay. After an error nothing in ``folder`` has changed,
     unless the error came while files were moved.

@@ -49,16 +49,16 @@ class Options:
 
     Attributes:
         free_weights: whether a logit mean's weights may sum to anything, not only to one.
-        bands: bands of each head's principal directions; more than one adds a ``meet`` with a trust for each band.
+        bands: the number of bands that each head's principal directions are cut into; more than one adds a ``meet``
+            with a trust for each band.
         meet_positions: the most positions that ``meet`` is fitted on.
-        premise_positions: the most positions of the premise test.
-        evaluations: evaluations of the loss with its gradient for each ``meet``, at most; averages get five times as
-            many.
+        premise_positions: the most positions of the premise test, which suggests the first trusts.
+        evaluations: the most evaluations of the loss with its gradient for each ``meet``; averages get five times this.
         batch: positions in each evaluation for ``meet``, as minibatches of its subset; it then starts from the better
             average only. None for the whole subset at once.
         select_positions, judge_positions: the most positions to choose by and to judge by, evenly spread; None for all.
-        rules: further candidates, such as ``"meet:trust=0.3"``; the pool, its weights and ``free_weights`` are those of
-            the better average unless a rule names them.
+        rules: further candidates, such as ``"meet:trust=0.3"``; unless a rule names its pool, weights or
+            ``free_weights``, the better average's are used.
     """
 
     free_weights: bool = False
@@ -231,7 +231,7 @@ class _Fitter:
             name: the candidate's name.
             start: a fitted average, or a fitted ``meet``.
             trust: the first trusts, one for each band of each member.
-            bands: bands of each head's principal directions.
+            bands: the number of bands of each head.
         """
         n, pool = len(self.ensemble.names), start.settings["pool"]
         trusted = [i for i in range(n) if max(trust[i * bands : (i + 1) * bands]) >= NO_TRUST]

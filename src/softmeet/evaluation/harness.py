@@ -25,10 +25,10 @@ except ImportError as error:  # pragma: no cover - the extra is installed where 
 
 @register_model("softmeet")
 class EnsembleLM(HFLM):  # type: ignore[misc]
-    """The harness's model ``softmeet``: its ``hf``, but with members loaded as by :meth:`Ensemble.from_pretrained`.
+    """The harness's model ``softmeet``: its ``hf`` model for ensembles, with another default dtype.
 
-    ``hf`` loads members in their checkpoints' own dtype, on CPU too; here they are in another dtype than
-    :meth:`Ensemble.from_pretrained` chooses only if ``dtype`` asks for it.
+    Unless ``dtype`` is given, members are loaded as :meth:`Ensemble.from_pretrained` does (in fp32 on CPU); ``hf``
+    keeps their checkpoints' own dtype.
     """
 
     def __init__(self, pretrained: Any, *, dtype: Any = None, **options: Any) -> None:

@@ -135,7 +135,7 @@ class Objective:
         layout: the parameters in θ.
         pool: the average, ``"logit-mean"`` or ``"prob-mean"``.
         members: indices of the members that the average takes; None for all.
-        bands: bands that each head's principal directions are cut into, each with a trust of its own.
+        bands: the number of bands that each head's principal directions are cut into, each with a trust of its own.
         trusted: indices of the members whose moments ``meet`` constrains, in the order of the layout's trusts (all
             bands of one before the next); None for all.
         tol: the solver's tolerance, in nats.
@@ -334,6 +334,7 @@ def minimise(
 
 
 def _lbfgs(loss: LossAndGradient, layout: Layout, start: Values, evaluations: int) -> tuple[Values, float, int]:
+    """Minimise by L-BFGS within the bounds; return (the best values, their loss, the number of evaluations)."""
     from scipy.optimize import minimize
 
     best: list[Any] = [math.inf, layout.pack(start)]
@@ -355,6 +356,7 @@ def _lbfgs(loss: LossAndGradient, layout: Layout, start: Values, evaluations: in
 def _adam(
     loss: Callable[[int, Tensor], tuple[float, Tensor]], layout: Layout, start: Values, steps: int
 ) -> tuple[Values, float, int]:
+    """Minimise by Adam, ``loss`` of (step, θ); return (the last values, the mean loss of the later half, the steps)."""
     theta = torch.nn.Parameter(layout.pack(start))
     adam = torch.optim.Adam([theta], lr=_RATE, betas=(0.8, 0.95))
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)

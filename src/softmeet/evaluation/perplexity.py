@@ -197,7 +197,7 @@ def evaluate_positions(
     size = _piece_size(ensemble, lengths, choices)
     pieces = [rows for own in torch.arange(len(positions)).split(lengths) for rows in own.split(size)]
     found = (cache or PieceCache()).map(
-        # Rows are copied, so that products see them aligned alike wherever they run.
+        # Rows are copied, for the same alignment in memory, on which products' last bits depend, in every process.
         engine, stage, _score_piece, pieces, lambda rows: (ensemble, positions.take(rows), choices),
         lambda rows: on_progress(len(rows)),
     )  # fmt: skip
@@ -275,9 +275,9 @@ def _solving_order(settings: Settings) -> tuple[bool, float]:
 
 
 def settings_of(ensemble: Ensemble, choices: Sequence[RuleChoice]) -> dict[str, Settings]:
-    """Return each choice's complete settings by its name; a gate ``movement`` gets the factor that it needs.
+    """Return each choice's complete settings by its name: the ensemble's, changed, and without the ensemble's own gate.
 
-    The ensemble's own gate is left out. A factor that is not yet known is measured, and kept in the ensemble.
+    A choice's gate ``movement`` is calibrated for the members if need be, or left out if that is impossible.
 
     Raises:
         UnsupportedHeadError: if the ensemble is over bytes and a choice reads heads.

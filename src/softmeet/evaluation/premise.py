@@ -54,7 +54,7 @@ class Premise:
 
     @property
     def verdict(self) -> str:
-        """The conclusion: ``unclear`` if ``gain`` is within two standard errors of 0, else ``trust`` or ``do not trust``."""
+        """The conclusion: ``unclear`` if ``gain`` is within 2 ``error`` of 0, else ``trust`` or ``do not trust``."""
         if abs(self.gain) < 2 * self.error:
             return "unclear"
         return "trust" if self.gain > 0 else "do not trust"
@@ -103,7 +103,7 @@ def _first_order(
     """Return (the gain from trusting member ``i`` at each target, its expectation under the premise), nats, (B,)."""
     problem = solution.problem
     log_q, log_p = problem.log_pool, problem.log_p[i]
-    # s_i is the I-projection of p̂_i onto the distributions with the moments of q: q plays the exact member.
+    # s_i is the I-projection of p̂_i onto the distributions with the moments of q, which stands for the truth.
     log_s, _ = moment_match(log_q, log_p, problem.views([i]), _TOL)
     gathered = (log_p - log_s).gather(-1, targets[:, None]).squeeze(-1)
     return gathered + kl(log_s, log_p), kl(log_s, log_p) + kl(log_p, log_s)

@@ -73,7 +73,7 @@ def read_shard(
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             metadata, table = file.schema_arrow.metadata or {}, file.read()
-    except Exception as error:  # a damaged footer makes pyarrow raise anything
+    except Exception as error:  # a damaged footer may raise any exception in pyarrow
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise TraceError(f"{path} is damaged ({reason})") from error
     if metadata.get(_KEY) != key.encode():

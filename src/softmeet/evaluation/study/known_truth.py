@@ -60,7 +60,7 @@ class SyntheticStudy:
     Attributes:
         v: the number of tokens.
         members: the number of members n, all of the same width d.
-        rows: truths in each cell; a cell is one set of heads.
+        rows: truths in each cell; a cell is a piece of the study's work with one set of heads.
         trials: cells of each combination of ratio, kind of truth and noise.
         ratios: values of nd/v, the heads' total width divided by the number of tokens, as fractions.
         noises: lengths of the noise on the hidden states, relative to the states' own; the first is 0.
@@ -177,10 +177,10 @@ class KnownTruthStudy:
     Attributes:
         members: names of the members, or of the family, whose heads are used.
         truth: names of the members, or of the family, whose logit mean is the truth.
-        positions: positions of every document.
-        rows: positions in each cell.
+        positions: the number of positions in every document.
+        rows: positions in each cell (a piece of the study's work).
         documents: the most documents.
-        sizes: numbers of members k, for each of which the first k members are combined.
+        sizes: numbers k of members; for each, the first k members are combined.
         tol: the rules' tolerance, in nats.
     """
 

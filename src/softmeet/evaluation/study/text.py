@@ -48,8 +48,8 @@ class TextStudy:
         exact: the number for ``max-entropy``.
         slow: the number for the other rules.
         rows: positions in each cell (a piece of the study's work).
-        sizes: numbers of members k, for each of which averages, ``meet`` and ``max-entropy`` are also scored with only
-            the first k members, at ``meet`` positions.
+        sizes: numbers k of members; for each, averages, ``meet`` and ``max-entropy`` are also scored with only the
+            first k members, at ``meet`` positions.
         prompt: the text that each rule continues as a sample.
         tokens: the length of these samples; 0 for none.
         premise: the number of positions for premise scores; 0 for none.
