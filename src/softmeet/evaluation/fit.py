@@ -188,7 +188,7 @@ def fit(
 
 @dataclass(frozen=True)
 class _Fitter:
-    """Fits one candidate after another; losses and scores are computed by the engine."""
+    """A fitter of one candidate after another; losses and scores are computed by the engine."""
 
     ensemble: Ensemble
     options: Options

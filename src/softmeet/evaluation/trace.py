@@ -105,8 +105,10 @@ class Trace:
     def require(self, ensemble: Ensemble) -> None:
         """Check that an ensemble has the members, in order, and the tokenizer that made the trace.
 
+        Over bytes its ``prune`` and ``prefixes`` have to be the same, too.
+
         Raises:
-            TraceError: if it does not; the message names the first difference.
+            TraceError: if something differs; the message names the first difference.
         """
         here, made = identity(ensemble), self.facts
         if len(here["members"]) != len(made["members"]):

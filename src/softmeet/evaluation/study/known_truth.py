@@ -259,11 +259,11 @@ def _score_all(
         tol: the rules' tolerance, in nats.
 
     Returns:
-        ``members``: KL(truth‖p̂_i) of each member and row, p̂_i its distribution, in nats, None if infinite. ``rules``,
-            by
-        name: ``kl``, KL(truth‖answer) of each row; the numbers of rows that are ``infeasible`` (even if the fallback
-        answered), ``degenerate`` (every feasible distribution is optimal) or ``unsolved``; and ``range``, by row, the
-        difference between the objective's largest and least value over the feasible set, if the rule has these.
+        ``members``, the KL(truth‖p̂_i) of each member and row in nats, None if infinite, p̂_i the member's
+        distribution; and ``rules``, for each name ``kl``, the KL(truth‖answer) of each row; the numbers of rows that
+        are ``infeasible`` (even if the fallback answered), ``degenerate`` (every feasible distribution is optimal) or
+        ``unsolved``; and ``range``, the difference between the objective's largest and least value over the feasible
+        set, of the rows in which it is known.
     """
     members = [finite_or_none(kl(log_truth, own.double())) for own in log_p]
     rules = {}
