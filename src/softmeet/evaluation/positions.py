@@ -65,7 +65,7 @@ class TokenizedDocument:
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """Tokens of one document that members read at once; the last k of them are predicted.
+    """A window of one document: t tokens that members read at once, and the k that are predicted.
 
     Attributes:
         document: the document's index in the text.
@@ -101,11 +101,11 @@ def cut(
         stride: tokens from one window's start to the next; None for ``window``, so that windows do not overlap.
         bos: put the token that begins a text before each document, unless the tokenizer has none or does so already;
             the first word is then predicted too.
-        max_tokens: the most predictions in all documents together; later documents are cut or left out.
-        max_per_document: the most predictions in each document.
+        max_tokens: the most predictions in all documents together; later tokens are left out. None for no limit.
+        max_per_document: the most predictions in each document; None for no limit.
 
     Returns:
-        (the tokenized documents; the window; the stride), both in tokens, or in bytes over bytes.
+        (the tokenized documents; the window; the stride), the last two in tokens, or in bytes over bytes.
 
     Raises:
         InvalidInputError: if no document has two tokens, the window does not fit the members' context, or the stride is

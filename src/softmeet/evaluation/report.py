@@ -23,9 +23,10 @@ def summary(found: Evaluation) -> dict[str, Any]:
     ``members`` and ``rules`` hold each one's ``nll`` (mean loss in nats per token, or per byte over bytes),
     ``perplexity``, ``bits_per_byte``, ``top1`` (accuracy) and ``calibration``. Rules also have ``passes`` (reads of all
     heads per position), the numbers of ``fallbacks`` and ``unconverged`` positions, the share ``gated``, ``vs`` (the
-    difference in nats from the best baseline, with its 95 % interval) and ``gain_by_disagreement``. The other entries
-    are of the text, and ``best_baseline``: the single member or average of the lowest loss. It is chosen on the text
-    that it is compared on, so it is, if anything, too good.
+    difference in nats from the best baseline, with its 95 % interval), ``gain_by_disagreement``, and, if it was
+    measured, ``movement`` (of the pool by the rule). The other entries are of the text, the mean ``disagreement`` of
+    the members in nats, and ``best_baseline``: the single member or average of the lowest loss. It is chosen on the
+    text that it is compared on, so it is, if anything, too good.
     """
     within = clusters(found.positions.document)
     bytes_, count = int(found.positions.sizes.sum()), len(found.positions)
