@@ -1,1 +1,1 @@
-"""Evaluation of ensembles on text."""
+"""Evaluation of ensembles on text: documents, positions, scores, intervals, traces, fits and studies."""

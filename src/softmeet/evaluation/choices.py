@@ -1,4 +1,4 @@
-"""Which rules to evaluate, and with which options."""
+"""The rules that an evaluation compares, each with its settings."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from softmeet.errors import InvalidInputError
 from softmeet.rules.settings import POOLS, Settings, parse_rule
 
-# The averages that every evaluation has beside its rules, and the same where the ensemble's own weights or temperature
-# would make something else of those names.
+# The averages that every evaluation adds to its rules; and their names with equal weights and temperature 1, which are
+# added if the ensemble has weights or a temperature of its own.
 BASELINES = POOLS
 UNIFORM = tuple(f"uniform {name}" for name in BASELINES)
 _PROMPT = ":prompt_weights="
@@ -18,12 +18,13 @@ _PROMPT = ":prompt_weights="
 
 @dataclass(frozen=True)
 class RuleChoice:
-    """A rule with options, to be evaluated.
+    """A rule with settings, to be evaluated.
 
     Attributes:
-        name: what its scores are called.
-        settings: changes to the ensemble's settings, as JSON has them.
-        prompt: if positive, weights follow from the members' perplexity on so many first tokens of each document.
+        name: the name of its scores, usually the rule's text, such as ``meet:trust=0.3``.
+        settings: changes to the ensemble's settings, ``rule`` among them, as JSON allows them.
+        prompt: if positive, a number of tokens: in each document the members' weights after the first ``prompt`` tokens
+            follow from each member's loss on those; 0 to keep the weights.
     """
 
     name: str
@@ -32,17 +33,17 @@ class RuleChoice:
 
 
 def parse_choices(rules: Sequence[str], n: int, bands: int = 1) -> list[RuleChoice]:
-    """Read rules as the command line has them: ``logit-mean``, ``meet:trust=1/0/0.3:pool=prob-mean``.
+    """Read rules in the form of the command line, such as ``logit-mean`` or ``meet:trust=1/0/0.3:pool=prob-mean``.
 
-    Beside the rule's own options and an ensemble's settings there is ``prompt_weights=TOKENS``.
+    Options may be the rule's own, an ensemble's settings, or ``prompt_weights=TOKENS``, which becomes ``prompt``.
 
     Args:
-        rules: a text for each; the same one twice counts once.
+        rules: a text for each rule; one that is repeated counts once.
         n: the number of members.
-        bands: of each member's head, which may have a trust each.
+        bands: the number of bands that each member's head is cut into, each of which may be given its own trust.
 
     Raises:
-        InvalidInputError: a rule or an option is unknown or has a bad value, or there is no rule.
+        InvalidInputError: if a rule or an option is unknown or has a bad value, or ``rules`` is empty.
 
     >>> parse_choices(["meet:trust=1/0.3"], n=2)
     [RuleChoice(name='meet:trust=1/0.3', settings={'rule': 'meet', 'trust': [1.0, 0.3]}, prompt=0)]
@@ -61,10 +62,10 @@ def _parse(entry: str, n: int, bands: int) -> RuleChoice:
 
 
 def without_prompt(entry: str) -> tuple[str, int]:
-    """Split a choice into the rule's text and the tokens of ``prompt_weights``, 0 without it.
+    """Split a rule's text into (the text without ``prompt_weights``; the number of tokens that it names, 0 without it).
 
     Raises:
-        InvalidInputError: what follows ``prompt_weights=`` is not a number of tokens.
+        InvalidInputError: if the text after ``prompt_weights=`` is not a positive integer.
 
     >>> without_prompt("meet:prompt_weights=64:trust=1")
     ('meet:trust=1', 64)
@@ -79,11 +80,12 @@ def without_prompt(entry: str) -> tuple[str, int]:
 def with_baselines(
     choices: Sequence[RuleChoice], weights: Sequence[float] = (), temperature: float = 1.0
 ) -> list[RuleChoice]:
-    """Return ``choices``, and before them the averages that they do not name.
+    """Return ``choices``, preceded by the averages ``logit-mean`` and ``prob-mean`` unless ``choices`` name them.
 
     Args:
         choices: rules.
-        weights, temperature: of the ensemble itself; unless they are uniform and 1, uniform averages are added, too.
+        weights, temperature: the ensemble's own; unless they are equal weights (or empty) and 1, averages with equal
+            weights and temperature 1 are added as well, as ``uniform logit-mean`` and ``uniform prob-mean``.
 
     >>> [choice.name for choice in with_baselines(parse_choices(["meet", "prob-mean"], n=2))]
     ['logit-mean', 'meet', 'prob-mean']
@@ -99,10 +101,14 @@ def with_baselines(
 
 
 def under_gates(choices: Sequence[RuleChoice], gates: Sequence[str]) -> list[RuleChoice]:
-    """Return ``choices``, and each that has no gate of its own also under each of some gates.
+    """Return ``choices``, followed by a copy under each gate of every choice that has no gate of its own.
+
+    Args:
+        choices: rules.
+        gates: texts of gates, such as ``unsure:0.5``; ``none`` adds nothing.
 
     Raises:
-        InvalidInputError: a text is no gate.
+        InvalidInputError: if a text is not a gate.
 
     >>> [choice.name for choice in under_gates([RuleChoice("meet", {"rule": "meet"})], ["unsure:0.5"])]
     ['meet', 'meet:gate=unsure:0.5']

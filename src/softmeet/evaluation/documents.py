@@ -1,7 +1,7 @@
-"""Read text to evaluate on: files, stdin and saved datasets, as documents.
+"""Read the text to evaluate on, from files, stdin and saved datasets, as documents.
 
-A document is what intervals are clustered by, and no window crosses its end. A file is one document unless a separator
-splits it; a row of a dataset is one.
+Intervals are clustered by document, and no window crosses a document's end. A file is one document unless a separator
+splits it; each row of a dataset is one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ from softmeet.errors import InvalidInputError
 
 @dataclass(frozen=True)
 class Document:
-    """A text with a name."""
+    """A named text, on which members are evaluated.
+
+    Attributes:
+        name: such as the file's path, followed by ``#k`` for part k of a file that is split.
+        text: its contents.
+    """
 
     name: str
     text: str
@@ -27,17 +32,18 @@ class Document:
 def read_documents(
     sources: Sequence[str | Path], *, separator: str | None = None, column: str = "text"
 ) -> list[Document]:
-    """Read the documents of some sources, in order.
+    """Read the documents of all sources, in order.
 
     Args:
-        sources: UTF-8 files, or patterns such as ``books/*.txt``; ``-`` for stdin; folders written by
+        sources: UTF-8 files, patterns such as ``books/*.txt``, ``-`` for stdin, or folders written by
             ``datasets.save_to_disk``.
-        separator: what splits a file into documents, such as a blank line; None for one document a file.
-        column: of a dataset, the one that holds the text.
+        separator: the string between documents in a file, such as a blank line; None if each file is one document.
+        column: the column of a dataset that holds the text.
 
     Raises:
-        InvalidInputError: a source is empty, is not UTF-8, is a folder without a whole dataset, or a row is not text.
-        OSError: a file cannot be read.
+        InvalidInputError: if there is no source, or a source is empty, is not UTF-8, is a pattern without files, or is
+            a folder but not an intact dataset with text in every row of ``column``.
+        OSError: if a file cannot be read.
     """
     found: list[Document] = []
     for source in (each for pattern in sources for each in _matching(pattern)):
@@ -54,7 +60,7 @@ def read_documents(
 
 
 def _matching(pattern: str | Path) -> list[str | Path]:
-    """Return the files that a pattern names, in order, or else the source itself."""
+    """Return the files that a pattern in a file name matches, sorted; else the source itself, in a list."""
     path = Path(pattern)
     if path.exists() or not has_magic(path.name):
         return [pattern]

@@ -1,7 +1,8 @@
-"""Files that appear under their names when they are whole, and what a long command has found so far.
+"""Files that appear under their names only when they are complete, and stores of a long command's results so far.
 
-Pieces of an evaluation or a fit are files of tensors. Cells of a study are lines of JSON; a torn last line is dropped.
-Both are in folders that say what they depend on, so that a command goes on where it was stopped.
+The results of an evaluation or a fit are files of tensors, one for each piece of work. The results of a study are lines
+of JSON, one for each cell; a last line that was cut off is dropped. Both are in folders that also hold the settings
+they depend on, so that a command that was stopped can continue.
 """
 
 from __future__ import annotations
@@ -38,10 +39,14 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_atomically(path: Path, write: Any) -> None:
-    """Call ``write`` with a file object, and let its file appear as ``path`` once it is on the disk.
+    """Write a file through ``write``, and let it appear as ``path`` only once all of it is on the disk.
+
+    Args:
+        path: the file, which is replaced if it exists.
+        write: called with a binary file object to write to.
 
     Raises:
-        TraceError: the disk is full; nothing is left behind, and what was there before stays.
+        TraceError: if the disk is full; no partial file is left, and an existing file stays unchanged.
     """
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
@@ -56,17 +61,21 @@ def write_atomically(path: Path, write: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text in UTF-8, all of it or nothing (:func:`write_atomically`)."""
+    """Write a text as UTF-8, all of it or nothing, as :func:`write_atomically` does.
+
+    Raises:
+        TraceError: if the disk is full; an existing file stays unchanged.
+    """
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
 @contextmanager
 def _room_for(path: Path) -> Iterator[None]:
-    """Raise a TraceError that says what to do where the disk is full."""
+    """Turn an error about a full disk in the context into a TraceError that says how to continue."""
     try:
         yield
     except Exception as error:
-        # Tokenizers say it in words alone.
+        # Tokenizers' errors have no errno, only the words.
         if getattr(error, "errno", None) in _NO_ROOM or os.strerror(errno.ENOSPC) in str(error):
             raise TraceError(
                 f"no room on the disk for {path}: what was written before stays and is whole; make room and run the "
@@ -77,10 +86,13 @@ def _room_for(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replace_together(folder: Path) -> Iterator[Path]:
-    """Replace files of a folder together, once the context ends, by those written in the new folder that it gives.
+    """Yield a new empty folder, and once the context ends without an error, move its files into ``folder``.
+
+    Files of the same names are replaced; others in ``folder`` stay. After an error nothing in ``folder`` has changed,
+    unless the error came while files were moved.
 
     Raises:
-        TraceError: the disk is full; what was there before stays.
+        TraceError: if the disk is full.
     """
     folder = folder.resolve()
     unfinished = folder.with_name(f".{folder.name}.unfinished")
@@ -97,7 +109,7 @@ def replace_together(folder: Path) -> Iterator[Path]:
 
 
 def as_json(content: Any) -> str:
-    """Return standard JSON of some content: null for infinity and NaN, which strict parsers refuse.
+    """Return content as standard JSON, indented; infinity and NaN become null, since strict parsers refuse them.
 
     >>> print(as_json({"loss": float("inf")}))
     {
@@ -108,10 +120,10 @@ def as_json(content: Any) -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write what :func:`as_json` returns; a file that was there stays until the new one is whole.
+    """Write content to a file as :func:`as_json` returns it; an existing file stays until the new one is complete.
 
     Raises:
-        TraceError: the disk is full.
+        TraceError: if the disk is full.
     """
     text = as_json(content) + "\n"
     if path.exists() and not path.is_file():  # a pipe or a device is not to be replaced
@@ -121,15 +133,15 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def claim(folder: Path, what: str, settings: dict[str, Any]) -> None:
-    """Make a folder whose ``settings.json`` says what its contents depend on, or check that a folder there agrees.
+    """Make a folder with a ``settings.json``, or check that an existing folder has the same settings.
 
     Args:
-        folder: to make.
-        what: the folder holds, for the message.
-        settings: as JSON has them.
+        folder: the folder.
+        what: what the folder holds, for the message, such as "a study".
+        settings: everything that the folder's contents depend on, as JSON allows it.
 
     Raises:
-        InvalidInputError: the folder has other settings.
+        InvalidInputError: if the folder has other settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, now = folder / "settings.json", json.loads(json.dumps(settings))
@@ -143,10 +155,10 @@ def claim(folder: Path, what: str, settings: dict[str, Any]) -> None:
 
 
 def require_ensemble_folder(folder: Path) -> None:
-    """Check that saving an ensemble in a folder overwrites an older ensemble at most.
+    """Check that an ensemble can be saved in a folder without overwriting anything but an ensemble.
 
     Raises:
-        InvalidInputError: the folder holds other files, such as a member's checkpoint.
+        InvalidInputError: if the folder holds files other than a saved ensemble's, such as a member's checkpoint.
     """
     if not folder.is_dir() or not any(path.is_file() for path in folder.iterdir()):
         return
@@ -167,7 +179,7 @@ def _short(value: Any) -> str:
 
 
 def join_tensors(pieces: Sequence[Tensors]) -> Tensors:
-    """Join the tensors of one name of several pieces, in order, along their first dimension.
+    """Concatenate the tensors of each name in several pieces, in order, along their first dimension.
 
     >>> join_tensors([{"x": torch.zeros(1)}, {"x": torch.ones(2)}])
     {'x': tensor([0., 1., 1.])}
@@ -176,14 +188,14 @@ def join_tensors(pieces: Sequence[Tensors]) -> Tensors:
 
 
 class PieceCache:
-    """Stores tensors of finished pieces of work in a folder; without a folder it stores nothing.
+    """A store of the tensors of finished pieces of work, in a folder; without a folder nothing is stored.
 
     Args:
-        folder: made if there is none.
-        settings: all that the pieces depend on, as JSON has it.
+        folder: made if there is none; None to store nothing.
+        settings: everything that the pieces depend on, as JSON allows it.
 
     Raises:
-        InvalidInputError: the folder holds pieces of other settings.
+        InvalidInputError: if the folder holds pieces of other settings.
     """
 
     def __init__(self, folder: Path | None = None, settings: Json | None = None) -> None:
@@ -192,7 +204,7 @@ class PieceCache:
             claim(folder, "pieces of a command", {"version": __version__, **(settings or {})})
 
     def get(self, name: str, compute: Callable[[], Tensors]) -> Tensors:
-        """Return the piece of that name; ``compute`` makes it if it is not stored, or damaged."""
+        """Return the stored piece ``name``; if it is missing or damaged, call ``compute`` and store its result."""
         found = self._read(name)
         if found is None:
             found = compute()
@@ -208,15 +220,15 @@ class PieceCache:
         arguments: Callable[[P], tuple[Any, ...]],
         on_done: Callable[[P], None] = lambda piece: None,
     ) -> list[Tensors]:
-        """Return ``function(*arguments(piece))`` for every piece, in order; stored ones are not computed again.
+        """Return ``function(*arguments(piece))`` for every piece, in order; stored results are not computed again.
 
         Args:
-            engine: where calls run; None for this process.
-            stage: what names of stored pieces begin with.
-            function: as ``engine.map`` has it.
-            pieces: of the work, always the same ones in the same order.
-            arguments: of the call for a piece.
-            on_done: called with each piece that is there.
+            engine: runs the calls; None for this process.
+            stage: the beginning of the names under which these results are stored; a number follows.
+            function: defined at the top level of a module, so that other processes find it; returns tensors by name.
+            pieces: the pieces of the work, in every run the same ones in the same order.
+            arguments: returns the arguments of the call for a piece.
+            on_done: called with each piece whose result is there: stored ones first, then others as they finish.
         """
         names = [f"{stage}-{k:06d}" for k in range(len(pieces))]
         found = {k: stored for k, name in enumerate(names) if (stored := self._read(name)) is not None}
@@ -248,14 +260,14 @@ class PieceCache:
 
 
 class Run:
-    """Stores the results of one study's cells in a folder.
+    """A store of the results of one study's cells, in a folder.
 
     Args:
         folder: made if there is none.
-        settings: what the results depend on; a folder with others is refused.
+        settings: everything that the results depend on, as JSON allows it.
 
     Raises:
-        InvalidInputError: the folder holds another study, or the same one with other settings.
+        InvalidInputError: if the folder holds another study, or the same one with other settings.
     """
 
     def __init__(self, folder: Path, settings: Json) -> None:
@@ -267,12 +279,12 @@ class Run:
     def each(
         self, cells: Cells, engine: Engine | None = None, on_done: Callable[[str], None] = lambda key: None
     ) -> dict[str, Json]:
-        """Return the results of cells by key; those that an earlier run finished are not run again.
+        """Return the results of cells by key; cells that an earlier run finished are not run again.
 
         Args:
-            cells: calls that give the results, by a key that is unique in the study, in the order of the results.
-            engine: where they run; None for this process.
-            on_done: called with each key.
+            cells: by a key that is unique in the study, the call that returns each result; results come in this order.
+            engine: runs the calls; None for this process.
+            on_done: called with the key of each cell whose result is there.
         """
         for key in filter(self.done.__contains__, cells):
             on_done(key)
@@ -287,7 +299,7 @@ class Run:
         return {key: self.done[key] for key in cells}
 
     def finish(self, result: Json) -> None:
-        """Write ``result.json``, with which a run is complete."""
+        """Write the study's ``result`` with its settings to ``result.json``, which marks the run as complete."""
         write_text(self.folder / "result.json", json.dumps({"settings": self.settings, **result}, indent=1) + "\n")
 
     def _read(self) -> dict[str, Json]:

@@ -1,11 +1,13 @@
-"""``fit``: from members and a text to the ensemble that is worth saving, never worse than the best fitted average.
+"""``fit``: from members and a text to an ensemble to save, a fitted baseline unless a rule is shown to be better.
 
-1. The text is split by document: to fit on, to choose by, to judge by.
-2. Each single member gets a temperature, each average weights and a temperature, by L-BFGS on all positions to fit on.
-3. From each fitted average, ``meet`` starts with trusts that the premise test suggests, and weights, temperature and
-   trusts are fitted together on a subset, by gradients through the solver, all of it at once or in minibatches.
-4. On the second part the best candidate and the best baseline are chosen. On the third they meet once: unless the 95 %
-   interval of their paired difference excludes zero, the baseline is the answer.
+1. The text is split by document into three parts: to fit on, to choose by, to judge by.
+2. Each single member gets a temperature, and each average weights and a temperature, by L-BFGS on the first part.
+3. Starting from each fitted average (from the better one only, with minibatches), with trusts that the premise test
+   suggests, weights, temperature and trusts of ``meet`` are fitted together on a subset of the first part, by gradients
+   through the solver.
+4. The second part chooses the best candidate and the best baseline (a member or an average). The third compares these
+   two once: unless the 95 % interval of their paired difference shows the candidate to be better, the baseline is
+   saved.
 """
 
 from __future__ import annotations
@@ -28,12 +30,12 @@ from softmeet.rules.settings import POOLS, Pool, Settings, parse_rule
 from softmeet.scaling.base import Engine
 from softmeet.scaling.local import LocalEngine
 
-# Where a trust starts that the premise test does not support, and the most it starts with.
+# The least and the largest first trust that a premise score gives.
 _LOW, _HIGH = 0.05, 1.0
-# Averages cost little: they get so many times the evaluations.
+# Averages cost little: they get this many times the evaluations of ``meet``.
 _CHEAPER = 5
 
-# Of a rule, where a candidate does not say: what its saved ensemble has, and not what the ensemble at hand has.
+# Settings that a candidate does not name: the defaults, as in its saved ensemble, not those of the ensemble at hand.
 _DEFAULTS = {
     name: value for name, value in Settings().plain().items() if name not in ("rule", "weights", "trust", "gate")
 }
@@ -46,15 +48,17 @@ class Options:
     """Settings of a fit.
 
     Attributes:
-        free_weights: let weights sum to anything, not only to one.
-        bands: of principal directions of each head; more than one adds a ``meet`` with a trust for each.
-        meet_positions: size of the subset that ``meet`` is fitted on.
-        premise_positions: size of the subset of the premise test.
-        evaluations: of the loss and its gradient, at most, for each ``meet``; averages get five times as many.
-        batch: positions of each evaluation for ``meet``, drawn from its subset in turn, where the whole of it would
-            take too long; then it starts from the better average only. None for the whole.
-        select_positions, judge_positions: of the parts to choose and to judge by, at most, evenly spread; None for all.
-        rules: further candidates, as ``--rule`` has them; a setting that one does not name is the better average's.
+        free_weights: whether a logit mean's weights may sum to anything, not only to one.
+        bands: the number of bands that each head's principal directions are cut into; more than one adds a ``meet``
+            with a trust for each band.
+        meet_positions: the most positions that ``meet`` is fitted on.
+        premise_positions: the most positions of the premise test, which suggests the first trusts.
+        evaluations: the most evaluations of the loss with its gradient for each ``meet``; averages get five times this.
+        batch: positions in each evaluation for ``meet``, as minibatches of its subset; it then starts from the better
+            average only. None for the whole subset at once.
+        select_positions, judge_positions: the most positions to choose by and to judge by, evenly spread; None for all.
+        rules: further candidates, such as ``"meet:trust=0.3"``; unless a rule names its pool, weights or
+            ``free_weights``, the better average's are used.
     """
 
     free_weights: bool = False
@@ -70,14 +74,14 @@ class Options:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A fitted rule, one of those that a fit chooses from.
+    """A rule with fitted or given settings, one that a fit can choose.
 
     Attributes:
-        name: as reports have it.
-        settings: what was fitted and chosen, under the settings' names.
-        baseline: whether it is a member or a fitted average.
-        fit_nll: its loss on the part to fit on, in nats a token; NaN if it was not fitted.
-        evaluations: of the loss.
+        name: its name in reports.
+        settings: fitted or given values by name, as in :class:`softmeet.rules.settings.Settings`.
+        baseline: whether it is a single member or a fitted average.
+        fit_nll: its loss on the positions that it was fitted on, in nats per token; NaN if it was not fitted.
+        evaluations: the number of evaluations of the loss.
     """
 
     name: str
@@ -88,7 +92,7 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        """The candidate's name among scores, where a member's own name stands for the member as it is."""
+        """The candidate's name among scores, ``fitted NAME``; there a member's bare name is the unfitted member."""
         return f"fitted {self.name}"
 
 
@@ -97,14 +101,14 @@ class Fitted:
     """The result of a fit: the candidates, and how one of them was chosen.
 
     Attributes:
-        candidates: in the order tried.
-        chosen: the one to save.
-        rival: the one of the lowest loss on the second part; what ``chosen`` is unless the third denied it.
-        best_baseline: the baseline of the lowest loss on the second part.
-        difference: ``rival`` minus ``best_baseline`` on the third part.
-        select, test: every candidate on the second and the third part.
-        parts: the three parts of the text, by name.
-        premise: the test that the trusts started from, a member each.
+        candidates: in the order in which they were made.
+        chosen: the one to save, ``rival`` or ``best_baseline``.
+        rival: the candidate of the lowest loss on the second part, to choose by.
+        best_baseline: the baseline (single member or average) of the lowest loss on the second part.
+        difference: the loss of ``rival`` minus that of ``best_baseline`` on the third part, to judge by.
+        select, test: the scores of every candidate on the second and on the third part.
+        parts: the three parts of the text, named ``fit``, ``select`` and ``test``.
+        premise: a result of the premise test for each member; empty for a single member, or over bytes.
     """
 
     candidates: list[Candidate]
@@ -119,7 +123,7 @@ class Fitted:
 
     @property
     def fell_back(self) -> bool:
-        """Whether a rule won on the second part and the third did not confirm it."""
+        """Whether the third part did not confirm the best candidate of the second, so that the baseline was chosen."""
         return self.rival is not self.chosen
 
 
@@ -132,18 +136,21 @@ def fit(
     engine: Engine | None = None,
     cache: PieceCache | None = None,
 ) -> Fitted:
-    """Fit every candidate on one part of a text, choose on the second, and judge on the third.
+    """Fit every candidate on one part of a text, choose by the second, and judge on the third.
 
     Args:
-        ensemble: the members; its own rule and settings do not matter, and are not what is saved.
-        positions: of the text.
-        options: how.
-        begin: called with a description, 0 and a number of positions or None; gives what to call with each advance.
-        engine: where to evaluate losses and scores; None for this process.
-        cache: what an earlier run of the same fit has found.
+        ensemble: the members; its own rule and settings are ignored, and are not saved.
+        positions: of the text, with hidden states.
+        options: settings of the fit; None for the defaults.
+        begin: called as each stage begins, with (a description, 0, the number of positions to work on, or None if it is
+            unknown); returns a function that is then called with the number of positions of each finished piece.
+        engine: evaluates losses and scores; None for this process.
+        cache: keeps evaluations and scores, and supplies those of an earlier run of the same fit.
 
     Raises:
-        InvalidInputError: the text is too short to split, or a further rule is not one for these members.
+        InvalidInputError: if the text is too short to split, or a rule in ``options.rules`` is unknown or has a bad
+            value.
+        UnsupportedHeadError: if such a rule reads heads and the ensemble is over bytes.
     """
     options = options or Options()
     for text in options.rules:
@@ -164,7 +171,7 @@ def fit(
         pool = {name: best.settings[name] for name in ("weights", "pool", "free_weights")}
         premise = premise_at(ensemble, [(few.hidden, few.targets)], **_DEFAULTS | pool)
         subset = parts["fit"].spread(options.meet_positions).positions
-        # Minibatches are for heads that take long: one start has to do.
+        # Minibatches are for heads that take long: start from the better average only.
         begun = averages if options.batch is None else [best]
         names = [DEFAULT if a.name == POOLS[0] else f"{DEFAULT} from {a.name}" for a in begun]
         meets = [
@@ -181,7 +188,7 @@ def fit(
 
 @dataclass(frozen=True)
 class _Fitter:
-    """Fits one candidate after another; what costs time goes through the engine."""
+    """A fitter of one candidate after another; losses and scores are computed by the engine."""
 
     ensemble: Ensemble
     options: Options
@@ -190,7 +197,7 @@ class _Fitter:
     cache: PieceCache
 
     def _minimise(self, name: str, whole: Objective, start: Values, *, cheap: bool) -> tuple[Values, float, int]:
-        """Return (values, loss, evaluations), on all positions at once or in minibatches."""
+        """Return (values, loss in nats per position, evaluations); ``cheap`` is for averages and single members."""
         evaluations = self.options.evaluations * (_CHEAPER if cheap else 1)
         batch = None if cheap else self.options.batch
         advance = self.begin(f"fitting {name}", 0, batch and evaluations * batch)
@@ -198,7 +205,7 @@ class _Fitter:
         return minimise(whole, start, evaluations, self.engine, **how)
 
     def single(self, positions: Positions, i: int) -> Candidate:
-        """Fit the temperature of a member."""
+        """Fit the temperature of member ``i``, as a logit mean that gives it all the weight."""
         n, alone = len(self.ensemble.names), Objective(self.ensemble.model, positions, Layout(1), POOLS[0], members=[i])
         values, loss, count = self._minimise(f"member {i}", alone, Values((1.0,)), cheap=True)
         weights = [1.0 if k == i else 0.0 for k in range(n)]
@@ -206,18 +213,25 @@ class _Fitter:
         return Candidate(distinct_names(self.ensemble)[i], own, True, loss, count)
 
     def average(self, positions: Positions, pool: Pool) -> Candidate:
-        """Fit the weights and the temperature of a pool."""
+        """Fit the weights and the temperature of an average."""
         n, free = len(self.ensemble.names), self._free(pool)
-        # A free scale of the weights is a logit mean's temperature already.
+        # If weights are free, their scale already is a logit mean's temperature.
         layout = Layout(n, free=free, tempered=not free)
         whole = Objective(self.ensemble.model, positions, layout, pool)
         values, loss, count = self._minimise(pool, whole, Values((1 / n,) * n), cheap=True)
         return Candidate(pool, self._settings(pool, pool, values), True, loss, count)
 
     def meet(self, positions: Positions, name: str, start: Candidate, trust: Sequence[float], bands: int) -> Candidate:
-        """Fit weights, temperature and trusts of ``meet`` together, from those of ``start`` and from given trusts.
+        """Fit weights, temperature and trusts of ``meet`` together, beginning at those of ``start`` and at ``trust``.
 
-        A member that starts with next to no trust keeps none: its moments would be the costliest to meet.
+        A member whose first trusts are all below 0.005 keeps trust 0: its moments would be the costliest to meet.
+
+        Args:
+            positions: to fit on.
+            name: the candidate's name.
+            start: a fitted average, or a fitted ``meet``.
+            trust: the first trusts, one for each band of each member.
+            bands: the number of bands of each head.
         """
         n, pool = len(self.ensemble.names), start.settings["pool"]
         trusted = [i for i in range(n) if max(trust[i * bands : (i + 1) * bands]) >= NO_TRUST]
@@ -232,7 +246,7 @@ class _Fitter:
         return Candidate(name, own, False, loss, count)
 
     def _free(self, pool: Pool) -> bool:
-        """Return whether weights may sum to anything; a probability mean has no use for that."""
+        """Return whether weights may sum to anything; the sum of a probability mean's weights makes no difference."""
         return self.options.free_weights and pool == POOLS[0]
 
     def _settings(self, rule: str, pool: Pool, values: Values) -> dict[str, Any]:
@@ -246,7 +260,7 @@ class _Fitter:
         }
 
     def _scored(self, name: str, positions: Positions, candidates: Sequence[Candidate]) -> Evaluation:
-        """Evaluate candidates on a part; those of one number of bands at once, so that other fits can reuse scores."""
+        """Score candidates on a part, one number of bands at a time, so that another fit can reuse the scores."""
         counts = [candidate.settings.get("bands", 1) for candidate in candidates]
         advance = self.begin(f"scoring the {name} part", 0, len(positions) * len(set(counts)))
         scored = []
@@ -258,7 +272,13 @@ class _Fitter:
         return replace(scored[0], choices={name: s for one in scored for name, s in one.choices.items()})
 
     def judge(self, parts: dict[str, SplitPart], candidates: list[Candidate], premise: list[Premise]) -> Fitted:
-        """Choose the best candidate and the best baseline on the second part, and have the third confirm the choice."""
+        """Choose the best candidate and the best baseline by the second part, and confirm the choice on the third.
+
+        Args:
+            parts: the parts of the text, by name.
+            candidates: all candidates, baselines among them.
+            premise: results of the premise test, to be kept with the fit.
+        """
         select, test = (self._scored(name, parts[name].positions, candidates) for name in ("select", "test"))
 
         def loss(candidate: Candidate) -> float:
@@ -273,19 +293,19 @@ class _Fitter:
 
 
 def _first_trusts(premise: Sequence[Premise], average: Candidate) -> list[float]:
-    """Bound each premise score, and lower it where the fitted average has next to no use for the member."""
+    """Return each member's first trust: its premise score, from 0.05 to 1, lower if its weight is below average."""
     scores = [min(max(p.score, _LOW), _HIGH) if math.isfinite(p.score) else _LOW for p in premise]
     weights = average.settings["weights"]
     return [score * min(1.0, len(weights) * w / sum(weights)) for score, w in zip(scores, weights, strict=True)]
 
 
 def _piece(name: str, bands: int) -> str:
-    """Name what is stored in the cache for one number of bands."""
+    """Name the pieces in the cache for a number of bands."""
     return name if bands == 1 else f"{name} {bands}"
 
 
 def _as_written(text: str, average: Candidate, n: int) -> Candidate:
-    """Make a candidate of a rule; weights and pool that it does not name are those of a fitted average."""
+    """Make a candidate of a rule's text; pool, weights and ``free_weights`` that it does not name are the average's."""
     rule, given = parse_rule(text)
     own = {key: average.settings[key] for key in ("pool", "weights", "free_weights")} | given
     complete = Settings(**own).for_members(n).plain()

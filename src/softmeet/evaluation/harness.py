@@ -4,8 +4,9 @@ From a shell, with the harness's own options::
 
     python -m softmeet.evaluation.harness --model softmeet --model_args pretrained=my-ensemble --tasks hellaswag
 
-which is ``lm_eval`` in a process that knows ensembles; or :func:`harness_model` from Python. The ensemble solves every
-position, padding included, in chunks of bounded memory, but the harness holds the answers of a batch, (B, t, v) floats.
+This runs ``lm_eval`` in a process in which ensembles are known. In Python, use :func:`harness_model`. The ensemble
+solves every position, padding included, in chunks of bounded memory, but the harness holds the log-probabilities of a
+whole batch, (B, t, v) floats.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ except ImportError as error:  # pragma: no cover - the extra is installed where 
 
 @register_model("softmeet")
 class EnsembleLM(HFLM):  # type: ignore[misc]
-    """Runs an ensemble as the harness's ``hf`` does, but loads members as :meth:`Ensemble.from_pretrained` does.
+    """The harness's model ``softmeet``: its ``hf`` model for ensembles, with another default dtype.
 
-    That is unless ``dtype`` is given. With ``hf`` they are loaded in their checkpoints' own dtype, on CPU too.
+    Unless ``dtype`` is given, members are loaded as :meth:`Ensemble.from_pretrained` does (in fp32 on CPU); ``hf``
+    keeps their checkpoints' own dtype.
     """
 
     def __init__(self, pretrained: Any, *, dtype: Any = None, **options: Any) -> None:
@@ -35,12 +37,12 @@ class EnsembleLM(HFLM):  # type: ignore[misc]
 
 
 def harness_model(ensemble: Ensemble, **options: Any) -> EnsembleLM:
-    """Wrap an ensemble as an ``lm_eval`` model, for ``lm_eval.simple_evaluate(model=…, tasks=…)``.
+    """Wrap an ensemble in memory as an ``lm_eval`` model, for ``lm_eval.simple_evaluate(model=…, tasks=…)``.
 
     Args:
-        ensemble: in memory.
-        options: of the harness's ``HFLM``, such as ``batch_size``; ``max_length`` is the shortest member's context
-            unless given.
+        ensemble: the ensemble, over tokens.
+        options: options of the harness's ``HFLM``, such as ``batch_size``; by default ``max_length`` is the shortest
+            member's context, and ``device`` the ensemble's.
     """
     limit = getattr(ensemble.model.config, "max_position_embeddings", None)
     given = {"max_length": limit, "device": str(ensemble.model.device), **options}

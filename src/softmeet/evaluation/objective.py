@@ -1,8 +1,8 @@
-"""The loss that a fit minimises, with its gradient, in chunks of bounded memory; and the parameters that it is of.
+"""The loss that a fit minimises, with its gradient, in chunks of bounded memory; and the parameters that it depends on.
 
-What is fitted is one vector: pool weights, temperature and trusts, each through a smooth map onto what it may be.
-Weights on the simplex are softmax(a), free ones exp(a); the temperature is exp(b) and each trust exp(c). A weight or a
-trust that is of no use tends to zero, and is set to zero at the end where it is small enough.
+The parameters are one vector θ: pool weights, then a temperature, then trusts, each through a smooth map from the real
+numbers. Weights are softmax(a), or exp(a) if they need not sum to one; the temperature is exp(b) and each trust exp(c).
+A weight or a trust that does not help tends to zero, and is set to zero at the end if it is small enough.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from softmeet.solvers.projection import Projection
 
 LossAndGradient = Callable[[Float[Tensor, " k"]], tuple[float, Float[Tensor, " k"]]]
 
-# Below these a weight, or a trust, is zero.
+# Below these a weight, as a share of all, or a trust is set to zero.
 NO_WEIGHT, NO_TRUST = 2e-3, 5e-3
 _BOUNDS = {"weights": (-9.0, 3.0), "temperature": (-1.5, 1.5), "trust": (math.log(NO_TRUST) - 0.5, math.log(30.0))}
 _MAX_STEPS = 50
-# Elements of log-probabilities that an average's loss works on at once: what stays in a core's cache.
+# Elements of log-probabilities in one step of an average's loss: they stay in a core's cache.
 _CACHED_ELEMENTS = 1 << 18
-# The share of the machine's memory that log-probabilities may take between evaluations instead of being made again.
+# The share of the machine's memory up to which log-probabilities are kept between evaluations, not computed again.
 _HELD = 0.4
-# L-BFGS takes its first step as long as the gradient: in units of a twentieth of a nat that is about right.
+# L-BFGS's first step is as long as the gradient, which is about right with losses in twentieths of a nat.
 _UNIT = 20.0
 # Adam's first step, in the logarithms that are learnt; it falls to zero along half a cosine.
 _RATE = 0.2
@@ -51,7 +51,13 @@ _RATE = 0.2
 
 @dataclass(frozen=True)
 class Values:
-    """Weights, temperature and trusts in their own units; ``trust`` is empty for an average."""
+    """Fitted values in their own units.
+
+    Attributes:
+        weights: the pool's weight of each member.
+        temperature: of the rule's answer, p^(1/temperature).
+        trust: trusts ρ in nats per nat, one for each trusted member and band; empty for an average.
+    """
 
     weights: tuple[float, ...]
     temperature: float = 1.0
@@ -60,12 +66,12 @@ class Values:
 
 @dataclass(frozen=True)
 class Layout:
-    """The parameters that a vector holds, in this order: weights, a temperature, trusts.
+    """The parameters that a vector θ holds: logarithms of weights, of a temperature and of trusts, in this order.
 
     Attributes:
         n: the number of weights.
         trusts: the number of trusts.
-        free: whether weights may sum to anything, not only to one.
+        free: whether weights may sum to anything, exp(θ), rather than to one, softmax(θ).
         tempered: whether there is a temperature.
     """
 
@@ -75,7 +81,7 @@ class Layout:
     tempered: bool = True
 
     def pack(self, values: Values) -> Float[Tensor, " k"]:
-        """Return some values as a vector, clipped to the bounds.
+        """Return the vector θ of some values, (k,), fp64, clipped to the bounds.
 
         >>> Layout(2).pack(Values((0.5, 0.5)))
         tensor([-0.6931, -0.6931,  0.0000], dtype=torch.float64)
@@ -84,13 +90,17 @@ class Layout:
         return self.clip(torch.tensor(numbers, dtype=torch.float64).clamp_min(1e-9).log())
 
     def unpack(self, theta: Float[Tensor, " k"]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (weights, temperature, trusts) of a vector, differentiable."""
+        """Return (weights, (n,); temperature, (); trusts, (trusts,)) of a vector θ, differentiable in it."""
         a = theta[: self.n]
         temperature = theta[self.n].exp() if self.tempered else theta.new_ones(())
         return (a.exp() if self.free else a.softmax(0)), temperature, theta[self.n + int(self.tempered) :].exp()
 
     def values(self, theta: Float[Tensor, " k"]) -> Values:
-        """Return the values of a vector, with weights and trusts that are next to nothing set to zero."""
+        """Return the values of a vector θ, with weights and trusts near zero set to zero.
+
+        Weights below 0.002 of their sum and trusts below 0.005 count as near zero; the other weights are rescaled to
+        sum to one, unless they are ``free``.
+        """
         tensors = self.unpack(theta.detach())
         weights, temperature, trust = tensors[0].tolist(), tensors[1].item(), tensors[2].tolist()
         some = [w if w >= NO_WEIGHT * sum(weights) else 0.0 for w in weights]
@@ -99,34 +109,37 @@ class Layout:
         return Values(tuple(w / scale for w in some), temperature, rounded)
 
     def bounds(self) -> Sequence[tuple[float, float]]:
-        """Return the least and the largest value of each entry of a vector."""
+        """Return (the least, the largest value) of each entry of a vector θ."""
         parts = [_BOUNDS["weights"]] * self.n + [_BOUNDS["temperature"]] * self.tempered
         return parts + [_BOUNDS["trust"]] * self.trusts
 
     def clip(self, theta: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
-        """Clip a vector to the bounds."""
+        """Return a vector θ with each entry clipped to its bounds."""
         return theta.clamp(*torch.tensor(self.bounds(), dtype=torch.float64).unbind(-1))
 
 
 def _solve(problem: Projection) -> DualState:
-    """Solve as the rule ``meet`` does, without certificates of wide heads, nor its rescue of rows in trouble."""
+    """Solve as the rule ``meet`` does, but without certificates for wide heads or a second try for failed rows."""
     return minimise_dual(problem, _MAX_STEPS, certify=False, rescue=False)
 
 
 @dataclass
 class Objective:
-    """The loss of a pool at some positions, or of ``meet`` from that pool where the layout has trusts.
+    """The loss -log p(target) of a pool, or of ``meet`` from that pool if the layout has trusts, as a function of θ.
+
+    θ is the vector of parameters that ``layout`` describes.
 
     Attributes:
-        model: the members' heads.
-        positions: of the text to fit on.
-        layout: of the parameters.
-        pool: which average.
-        members: those that take part, by index; all if None.
-        bands: of principal directions, each with a trust of its own.
-        trusted: members whose moments count, by index, in the order of the layout's trusts; all if None.
-        tol: of the solver, in nats.
-        keep: hold log-probabilities between evaluations, instead of making them again from hidden states.
+        model: the ensemble, for its members' heads.
+        positions: of the text to fit on, with hidden states.
+        layout: the parameters in θ.
+        pool: the average, ``"logit-mean"`` or ``"prob-mean"``.
+        members: indices of the members that the average takes; None for all.
+        bands: the number of bands that each head's principal directions are cut into, each with a trust of its own.
+        trusted: indices of the members whose moments ``meet`` constrains, in the order of the layout's trusts (all
+            bands of one before the next); None for all.
+        tol: the solver's tolerance, in nats.
+        keep: whether log-probabilities are kept between evaluations, rather than computed again from hidden states.
     """
 
     model: EnsembleForCausalLM
@@ -141,7 +154,7 @@ class Objective:
     _held: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict, init=False)
 
     def sums(self, theta: Float[Tensor, " k"]) -> tuple[float, Float[Tensor, " k"]]:
-        """Return the loss in nats, summed over positions, and its gradient at a vector of parameters."""
+        """Return (the loss in nats, summed over all positions; its gradient in θ, (k,)) at ``theta``."""
         total, gradient, v = 0.0, torch.zeros_like(theta), self.model.config.vocab_size
         for k, chunk in enumerate(self.positions.chunks(chunk_size(v))):
             log_p, logits = self._log_probs(k, chunk)
@@ -158,18 +171,18 @@ class Objective:
     def losses(
         self, theta: Float[Tensor, " k"], log_p: Float[Tensor, "n B v"], logits: Tensor | None, targets: Tensor
     ) -> Float[Tensor, " B"]:
-        """Return -log p(target) of each row in nats, differentiable in ``theta``.
+        """Return -log p(target) of each row in nats, (B,), differentiable in ``theta``.
 
         Args:
-            theta: the parameters.
-            log_p: the members' log-probabilities.
-            logits: their logits, if a head has a soft-cap.
+            theta: the parameters θ, as ``layout`` describes them.
+            log_p: the members' log-probabilities in nats.
+            logits: their logits, (n, B, v), if a head has a soft-cap; else None.
             targets: the tokens that came, (B,).
         """
         weights, temperature, trust = self.layout.unpack(theta)
-        # A logit mean takes the temperature into its weights, which saves two thirds of the time.
+        # A logit mean's temperature can divide its weights instead, which saves two thirds of the time.
         folded = self.pool == "logit-mean" and not self.layout.trusts
-        # Sums over the vocabulary of single precision would leave an error of a hundredth in the weights' gradient.
+        # Sums over the vocabulary in fp32 would leave an error of a hundredth in the weights' gradient.
         scores = pooled(
             self.pool, log_p.double(), weights / temperature if folded else weights, self.model.combiner.support
         )
@@ -179,7 +192,7 @@ class Objective:
     def _met(
         self, log_q: Float[Tensor, "B v"], trust: Tensor, log_p: Float[Tensor, "n B v"], logits: Tensor | None
     ) -> Float[Tensor, "B v"]:
-        """Return the log-probabilities of ``meet`` from a pool, which a member's bands enter as members do."""
+        """Return the log-probabilities of ``meet`` from the pool ``log_q``; each band of a head counts as a member."""
         who, banded = (
             range(len(log_p)) if self.trusted is None else self.trusted,
             self.model.combiner.banded_heads(self.bands),
@@ -196,13 +209,14 @@ class Objective:
             dtype=product_dtype(torch.float32, self.tol),
         )
         projection = problem.projection(list(range(len(rows))), problem.trust)
-        # Outside the support that all members share the projection has no say: zero there from the start.
+        # Outside the support that all members share the projection is zero, so the pool is restricted to it first.
         shared = (~problem.log_p.isneginf()).all(0)
         log_q = log_normalize(torch.where(shared & ~log_q.isneginf(), log_q, -torch.inf))
         return projected(replace(projection, log_q=log_q, tol=self.tol), trust, _solve)
 
     @torch.no_grad()
     def _log_probs(self, k: int, chunk: Positions) -> tuple[Tensor, Tensor | None]:
+        """Return (log-probabilities, logits or None) of the members at chunk ``k``, kept or computed."""
         if k in self._held:
             return self._held[k]
         log_p, logits = self.model.combiner.own_log_probs(chunk.hidden)
@@ -217,14 +231,14 @@ class Objective:
 def _loss_in_pieces(
     engine: Engine, whole: Objective, on_progress: Callable[[int], None] = lambda positions: None
 ) -> LossAndGradient:
-    """Return the mean of an objective, in nats a position, whose positions are dealt out in pieces.
+    """Return a function from θ to the mean of an objective over its positions, in nats, with its gradient.
 
-    The pieces are put together in their order, so that the loss does not depend on where they run.
+    The mean is computed in pieces, and their results are added in order, so that it does not depend on where they ran.
 
     Args:
-        engine: where the pieces go.
-        whole: the objective at all positions; whether log-probabilities are held follows from the memory there is.
-        on_progress: called with the number of positions of each piece that is done.
+        engine: runs the pieces.
+        whole: the objective at all positions; its ``keep`` is replaced by whether the machine's memory suffices.
+        on_progress: called with the number of positions of each finished piece.
     """
     v, positions = whole.model.config.vocab_size, whole.positions
     size = 4 * len(whole.members or whole.model.heads) * v * len(positions)
@@ -247,19 +261,19 @@ def _loss_in_pieces(
 def pooled(
     pool: Pool, log_p: Float[Tensor, "n B v"], weights: Float[Tensor, " n"], support: Tensor | None
 ) -> Float[Tensor, "B v"]:
-    """Return a pool's log-probabilities up to a constant, differentiable in the weights.
+    """Return a pool's log-probabilities up to a constant, in nats, differentiable in the weights.
 
-    A logit mean excludes tokens that a member excludes; a probability mean keeps them, as
-    :func:`softmeet.simplex.prob_mean` does.
+    A logit mean excludes each token to which a member gives probability 0; a probability mean does not, like
+    :func:`softmeet.simplex.prob_mean`.
 
     Args:
-        pool: which average.
+        pool: the average, ``"logit-mean"`` or ``"prob-mean"``.
         log_p: the members' log-probabilities in nats.
-        weights: one a member.
-        support: which ids are tokens, (v,); None if all are.
+        weights: one for each member.
+        support: a mask of the ids that may be answered, (v,); None for all.
     """
     if pool == "logit-mean":
-        # Without zeros, as a rule, nothing has to be kept out of the sum.
+        # Usually no probability is zero, and no copy without -inf is needed.
         zero = log_p.isneginf() if bool(log_p.amin().isneginf()) else None
         scores = torch.einsum("n,nbv->bv", weights, log_p if zero is None else log_p.masked_fill(zero, 0.0))
         scores = scores if zero is None else scores.masked_fill(zero.any(0), -torch.inf)
@@ -283,17 +297,18 @@ def minimise(
 
     Args:
         whole: the objective at all positions.
-        start: where to begin.
-        evaluations: of the loss and its gradient: the most for L-BFGS, the number of steps for Adam.
-        engine: where losses are evaluated.
-        batch: positions of each step of Adam, drawn in turn; None for L-BFGS.
-        cache: evaluations of an earlier run, which led to the same points.
-        name: what evaluations are called in the cache.
-        on_progress: called with numbers of positions that are done.
+        start: the values to begin at.
+        evaluations: of the loss with its gradient: at most, for L-BFGS; the number of steps, for Adam.
+        engine: runs the evaluations, in pieces.
+        batch: positions in each minibatch, taken in turn from one random order; None for L-BFGS.
+        cache: keeps each evaluation by ``name`` and number, and supplies those of an earlier run, which must have had
+            the same arguments.
+        name: the name of these evaluations in the cache.
+        on_progress: called with the number of positions of each finished piece.
 
     Returns:
-        (the best values of L-BFGS or the last ones of Adam; their loss, or the mean one of the last half of the steps;
-        the number of evaluations).
+        (the values: the best ones for L-BFGS, the last ones for Adam; the loss in nats per position: the best one for
+        L-BFGS, the mean over the later half of the steps for Adam; the number of evaluations).
     """
     numbers, stored = itertools.count(1), cache or PieceCache()
 
@@ -319,6 +334,7 @@ def minimise(
 
 
 def _lbfgs(loss: LossAndGradient, layout: Layout, start: Values, evaluations: int) -> tuple[Values, float, int]:
+    """Minimise by L-BFGS within the bounds; return (the best values, their loss, the number of evaluations)."""
     from scipy.optimize import minimize
 
     best: list[Any] = [math.inf, layout.pack(start)]
@@ -340,6 +356,7 @@ def _lbfgs(loss: LossAndGradient, layout: Layout, start: Values, evaluations: in
 def _adam(
     loss: Callable[[int, Tensor], tuple[float, Tensor]], layout: Layout, start: Values, steps: int
 ) -> tuple[Values, float, int]:
+    """Minimise by Adam, ``loss`` of (step, θ); return (the last values, the mean loss of the later half, the steps)."""
     theta = torch.nn.Parameter(layout.pack(start))
     adam = torch.optim.Adam([theta], lr=_RATE, betas=(0.8, 0.95))
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)

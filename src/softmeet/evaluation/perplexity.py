@@ -1,7 +1,7 @@
-"""How well members and rules predict a text: nats, hits and confidence at each position.
+"""Scores of members and rules on a text: the loss, whether the top token was right, and its probability, by position.
 
-An evaluation may go in pieces: documents, or stretches of long ones, each of which any worker can do by itself. Pieces,
-and the chunks in which a piece is solved, follow from the text alone, and what comes of them is put together in the
+A text is scored in pieces: documents, or stretches of long ones. Each piece can be scored alone, by any worker. The
+pieces, and the chunks in which a piece is solved, do not depend on the number of workers, and results are joined in the
 order of the text.
 """
 
@@ -34,24 +34,25 @@ from softmeet.scaling.base import Engine
 from softmeet.simplex import kl, prob_mean
 from softmeet.solvers.base import Status
 
-# Elements of one member's log-probabilities at once.
+# Elements of one member's log-probabilities in a chunk.
 _ELEMENTS = 1 << 22
 
 
 @dataclass
 class Scores:
-    """One member's or rule's predictions at N positions; rows in the order of the text.
+    """One member's or one rule's predictions of the targets (the tokens that came) at N positions, in the text's order.
 
     Attributes:
-        nats: -log p(target), (N,), fp64.
+        nats: the loss -log p(target) in nats, (N,), fp64.
         hit: whether the target was the most probable token, (N,).
-        confidence: the probability of that token, (N,).
-        num_passes: reads of all heads, (N,); this and what follows are empty for a member.
-        fallback: whether another rule answered for want of a feasible distribution, (N,).
-        not_converged: whether the rule was not solved, (N,).
-        gated: whether a gate was closed, (N,).
-        work: of a member over bytes, (N, 3), as ``model.work`` has it; empty for all others.
-        movement: of a rule that tilts the pool, without a gate, (N, 5), as :meth:`Movement.table` has it; else empty.
+        confidence: the probability of the most probable token, (N,), fp64.
+        num_passes: the reads of all heads, (N,); for a member this and the next three are empty.
+        fallback: whether the fallback answered because no distribution was feasible, (N,).
+        not_converged: whether the solver's steps ended before the tolerance was reached, (N,).
+        gated: whether a gate was closed, so that the gate's answer stands in place of the rule's, (N,).
+        work: of a member over bytes: the share of mass estimated, model calls, tokens run, (N, 3); else (0, 3).
+        movement: how far a rule such as ``meet``, with finite trusts and no gate, moves the pool, (N, 5), in the
+            columns of :meth:`Movement.table`; else (0, 5).
     """
 
     nats: Float[Tensor, " N"]
@@ -66,35 +67,35 @@ class Scores:
 
     @property
     def mean(self) -> float:
-        """The mean loss over all positions, in nats a token."""
+        """The mean loss over all positions, in nats per token (over bytes: per byte)."""
         return self.nats.mean().item()
 
     @property
     def passes(self) -> float:
-        """Reads of all heads, summed."""
+        """The number of reads of all heads, summed over positions; 0 for a member."""
         return self.num_passes.sum().item()
 
     @property
     def fallbacks(self) -> int:
-        """The number of positions that another rule answered."""
+        """The number of positions that the fallback answered because no distribution was feasible."""
         return int(self.fallback.sum())
 
     @property
     def unconverged(self) -> int:
-        """The number of positions that were not solved."""
+        """The number of positions at which the solver's steps ended before the tolerance was reached."""
         return int(self.not_converged.sum())
 
 
 @dataclass
 class Evaluation:
-    """Scores of every member and choice on the same positions.
+    """Scores of every member and every choice (a rule with its settings) at the same N positions.
 
     Attributes:
-        positions: where; their hidden states need not be there any more.
-        members: the scores of each member, under a name of its own.
-        choices: the scores of each choice by name.
-        disagreement: the mean of KL(p̂_i‖mean of p̂) over members, (N,), nats: their Jensen-Shannon divergence.
-        vocabulary: what positions are of, ``"tokens"`` or ``"bytes"``.
+        positions: the targets and their documents; ``hidden`` may be empty.
+        members: each member's scores by name; a repeated name gets a number (:func:`distinct_names`).
+        choices: each choice's scores by its name.
+        disagreement: the mean over members of KL(p̂_i‖their mean), p̂_i the members' distributions, (N,), nats.
+        vocabulary: ``"tokens"`` or ``"bytes"``, the entries that are predicted.
     """
 
     positions: Positions
@@ -105,7 +106,7 @@ class Evaluation:
 
 
 def chunk_size(v: int) -> int:
-    """Return how many positions to solve at once over a vocabulary of ``v`` tokens."""
+    """Return the number of positions to solve at once over ``v`` tokens: 2²² / ``v``, at least 4 and at most 64."""
     return max(4, min(64, _ELEMENTS // v))
 
 
@@ -115,17 +116,17 @@ def evaluate(
     choices: Sequence[RuleChoice],
     on_progress: Callable[[int], None] = lambda positions: None,
 ) -> Evaluation:
-    """Score every member and every choice at every position, here and at once.
+    """Score every member and every choice at every position, in this process.
 
     Args:
-        ensemble: whose heads and settings are used.
-        positions: of a text, or from a trace.
-        choices: rules and options, changes to the ensemble's settings; a gate of the ensemble's own does not count.
-        on_progress: called with the number of positions after each chunk.
+        ensemble: supplies the heads and the settings that choices change; its own gate is ignored.
+        positions: from :func:`softmeet.evaluation.positions.observe_text`, or from a trace.
+        choices: rules, each with changes to the ensemble's settings.
+        on_progress: called after each chunk with the number of positions in it.
 
     Raises:
-        InvalidInputError: a member and a choice have the same name, or the ensemble is over bytes and a choice is not
-            for those.
+        InvalidInputError: if a member and a choice have the same name, or a choice cannot be used over bytes.
+        UnsupportedHeadError: if the ensemble is over bytes and a choice reads heads.
     """
     found = _score_piece(ensemble, positions, choices, on_progress)
     return replace(_as_evaluation(ensemble, choices, [found], positions.names), positions=positions)
@@ -141,20 +142,21 @@ def evaluate_text(
     begin: Callable[[int], Callable[[int], None]] = lambda total: lambda count: None,
     **windowing: Unpack[Windowing],
 ) -> Evaluation:
-    """Score every member and every choice on a text; hidden states are let go of with their piece.
+    """Score every member and every choice on a text; a piece's hidden states are freed once it is scored.
 
     Args:
         ensemble: the members and their settings.
         documents: the text.
-        choices: rules and options.
-        engine: where to run; None for this process.
-        cache: pieces that earlier runs finished.
-        begin: called with the number of positions; gives what to call with the size of each piece that is done.
-        windowing: ``window``, ``stride``, ``bos``, ``max_tokens`` and ``max_per_document``, as
-            :func:`softmeet.evaluation.positions.cut` has them.
+        choices: rules, each with changes to the ensemble's settings.
+        engine: runs the pieces; None for this process.
+        cache: keeps finished pieces, and supplies those that an earlier run finished.
+        begin: called once with the number of positions; returns a function, called with that of each finished piece.
+        windowing: ``window``, ``stride``, ``bos``, ``max_tokens`` and ``max_per_document``, as in
+            :func:`softmeet.evaluation.positions.cut`.
 
     Raises:
-        InvalidInputError: the text is too short, also for the prompts of ``choices``, or window and stride do not fit.
+        InvalidInputError, UnsupportedHeadError: as in :func:`evaluate`; or if the text is too short (also for a
+            choice's ``prompt``), or window and stride do not fit.
     """
     tokens, window, stride = cut(ensemble, documents, **windowing)
     size = _piece_size(ensemble, [len(t.sizes) for t in tokens], choices)
@@ -177,25 +179,25 @@ def evaluate_positions(
     stage: str = "evaluate",
     on_progress: Callable[[int], None] = lambda positions: None,
 ) -> Evaluation:
-    """Score every member and every choice at positions whose hidden states are known.
+    """Score every member and every choice at positions whose hidden states are known, in pieces that an engine runs.
 
     Args:
-        ensemble: whose heads and settings are used.
-        positions: of a text, or from a trace.
-        choices: rules and options.
-        engine: where to run; None for this process.
-        cache: pieces that earlier runs finished.
-        stage: what these pieces are called in the cache.
-        on_progress: called with the number of positions of each piece that is done.
+        ensemble: supplies the heads and the settings that choices change; its own gate is ignored.
+        positions: from :func:`softmeet.evaluation.positions.observe_text`, or from a trace.
+        choices: rules, each with changes to the ensemble's settings.
+        engine: runs the pieces; None for this process.
+        cache: keeps finished pieces, and supplies those that an earlier run finished.
+        stage: the name of these pieces in the cache.
+        on_progress: called with the number of positions of each finished piece.
 
     Raises:
-        InvalidInputError: no document is longer than the prompts of ``choices``.
+        InvalidInputError, UnsupportedHeadError: as in :func:`evaluate`; or if no document is longer than a ``prompt``.
     """
     lengths = positions.document.unique_consecutive(return_counts=True)[1].tolist()
     size = _piece_size(ensemble, lengths, choices)
     pieces = [rows for own in torch.arange(len(positions)).split(lengths) for rows in own.split(size)]
     found = (cache or PieceCache()).map(
-        # Rows are copied, so that products see them aligned alike wherever they run.
+        # Rows are copied, for the same alignment in memory, on which products' last bits depend, in every process.
         engine, stage, _score_piece, pieces, lambda rows: (ensemble, positions.take(rows), choices),
         lambda rows: on_progress(len(rows)),
     )  # fmt: skip
@@ -203,10 +205,7 @@ def evaluate_positions(
 
 
 def _piece_size(ensemble: Ensemble, lengths: Sequence[int], choices: Sequence[RuleChoice]) -> int:
-    """Check the choices for documents of some lengths, and return how many positions make a piece.
-
-    Weights that follow from a document's beginning need all of it at once.
-    """
+    """Check the choices for documents of some lengths; return the most positions in a piece (with prompts: all)."""
     longest, prompt = max(lengths), max((choice.prompt for choice in choices), default=0)
     if prompt >= longest:
         raise InvalidInputError(
@@ -228,7 +227,7 @@ def _score_piece(
     choices: Sequence[RuleChoice],
     on_progress: Callable[[int], None] = lambda positions: None,
 ) -> Tensors:
-    """Evaluate a piece; the tensors of its scores are numbered, members first."""
+    """Score a piece; return the tensors of its targets and scores, the scores under numbered names, members first."""
     names = distinct_names(ensemble)
     if both := sorted({*names} & {choice.name for choice in choices}):
         raise InvalidInputError(
@@ -257,7 +256,7 @@ def _score_piece(
 def _as_evaluation(
     ensemble: Ensemble, choices: Sequence[RuleChoice], pieces: Sequence[Tensors], names: list[str]
 ) -> Evaluation:
-    """Join pieces, in order, to an evaluation without hidden states, of documents that are called ``names``."""
+    """Join the tensors of pieces, in order, to an evaluation without hidden states; ``names`` are the documents'."""
     tensors = join_tensors(pieces)
     scores = (Scores(*(tensors[f"{field.name} {k}"] for field in fields(Scores))) for k in count())
     return Evaluation(
@@ -270,16 +269,19 @@ def _as_evaluation(
 
 
 def _solving_order(settings: Settings) -> tuple[bool, float]:
-    """Rules that tilt the pool come first, by their trusts; each may start from those before it."""
+    """Return a sorting key: rules that tilt the pool first, by their trusts' sum; each may start from one before."""
     rule = settings.rule
     return (False, sum(rule.effective_trust(settings.member_trust))) if rule.tilts_pool else (True, 0.0)
 
 
 def settings_of(ensemble: Ensemble, choices: Sequence[RuleChoice]) -> dict[str, Settings]:
-    """Return the settings that each choice stands for; a gate ``movement`` is calibrated, and its threshold remembered.
+    """Return each choice's complete settings by its name: the ensemble's, changed, and without the ensemble's own gate.
+
+    A choice's gate ``movement`` is calibrated for the members if need be, or left out if that is impossible.
 
     Raises:
-        UnsupportedHeadError, InvalidInputError: the ensemble is over bytes, and a choice is not for those.
+        UnsupportedHeadError: if the ensemble is over bytes and a choice reads heads.
+        InvalidInputError: if a setting is invalid, or a choice's gate cannot be used over bytes.
     """
     ungated = ensemble.model.settings.ungated()
     found = {choice.name: ungated.changed(**choice.settings) for choice in choices}
@@ -289,7 +291,7 @@ def settings_of(ensemble: Ensemble, choices: Sequence[RuleChoice]) -> dict[str, 
 
 
 def distinct_names(ensemble: Ensemble) -> list[str]:
-    """Return the members' names, with a number where the same one comes again."""
+    """Return the members' names, with ``#2``, ``#3`` and so on added to repeated ones."""
     before = [ensemble.names[:i].count(name) for i, name in enumerate(ensemble.names)]
     return [f"{name}#{k + 1}" if k else name for name, k in zip(ensemble.names, before, strict=True)]
 
@@ -297,7 +299,7 @@ def distinct_names(ensemble: Ensemble) -> list[str]:
 def _chunks(
     ensemble: Ensemble, positions: Positions, choices: Sequence[RuleChoice]
 ) -> Iterator[tuple[Positions, dict[int, list[float]]]]:
-    """Yield chunks with the weights that each length of prompt gives there; then no chunk crosses a document."""
+    """Yield (chunk, the members' weights in it by length of prompt); with prompts no chunk crosses a document's end."""
     size = chunk_size(ensemble.model.config.vocab_size)
     prompts = sorted({choice.prompt for choice in choices if choice.prompt})
     if not prompts:
@@ -311,7 +313,7 @@ def _chunks(
         known = {p: _prompt_weights(ensemble, document.take(slice(p))) for p in prompts}
         own = list(ensemble.model.config.weights)
         for first, last in pairwise(cuts):
-            # A prompt's own tokens are predicted with the weights that there are before it.
+            # A prompt's own tokens are predicted with the ensemble's weights.
             weights = {p: known[p] if first >= p else own for p in prompts}
             yield from ((chunk, weights) for chunk in document.take(slice(first, last)).chunks(size))
 
@@ -325,10 +327,10 @@ def _prompt_weights(ensemble: Ensemble, prompt: Positions) -> list[float]:
 
 @dataclass(eq=False)
 class _Solver:
-    """Scores choices on one chunk.
+    """A scorer of choices on one chunk of B positions.
 
-    Those that differ in their gates alone share what was solved without one; those that differ in their trusts start
-    from one another.
+    Choices that differ only in their gates share one ungated solution; those that differ only in trusts start from
+    one another's solutions.
     """
 
     model: EnsembleForCausalLM
@@ -339,7 +341,7 @@ class _Solver:
     paths: dict[Settings, list[Solution]] = field(default_factory=lambda: defaultdict(list))
 
     def scores(self, settings: Settings) -> Scores:
-        """Score a rule under some settings on the chunk, from what is solved already where that will do."""
+        """Score a rule under some settings on the chunk, reusing a solution without the gate if there is one."""
         gate, plain = that_closes(settings.gate), settings.ungated()
         if gate is not None and plain not in self.solved:
             return _solution_scores(
@@ -352,7 +354,7 @@ class _Solver:
         return scores if gate is None else self._under_gate(gate, settings, solution, scores)
 
     def _solve(self, settings: Settings) -> Solution:
-        """Solve, starting from a solution that was found before; one of those may also answer infeasible rows."""
+        """Solve without a gate, starting from an earlier solution if there is one; another may be the fallback."""
         rule, known = settings.rule, dict[str, Any]()
         path = self.paths[settings.model_copy(update={"rule": None, "trust": ()})]
         if rule.reads_heads and path:
@@ -367,7 +369,7 @@ class _Solver:
         return solution
 
     def _under_gate(self, gate: Gate, settings: Settings, solution: Solution, scores: Scores) -> Scores:
-        """Replace the scores of what was solved without the gate where the gate is closed."""
+        """Replace ungated scores by those under the gate, at the positions at which the gate is closed."""
         closed = ~gate.open(solution.problem)
         if not closed.any():
             return scores
@@ -379,7 +381,7 @@ class _Solver:
 
 
 def _solution_scores(solution: Solution, targets: Int[Tensor, " B"]) -> Scores:
-    """Score a rule's solution, with how its rows ended and how far it moves the pool."""
+    """Score a rule's solution at B positions, with how its rows ended and how far it moves the pool."""
     passes, late = solution.num_passes.double(), solution.status == Status.NOT_CONVERGED
     found = _prediction_scores(solution.log_probs, targets, passes, solution.fallback, late, solution.gated)
     moved = None if that_closes(solution.problem.settings.gate) else Movement.of(solution)
@@ -387,7 +389,7 @@ def _solution_scores(solution: Solution, targets: Int[Tensor, " B"]) -> Scores:
 
 
 def _prediction_scores(log_p: Float[Tensor, "B v"], targets: Tensor, *ends: Tensor) -> Scores:
-    """Score log-probabilities; ``ends`` are the fields of a rule's scores that say how its rows ended."""
+    """Score log-probabilities in nats; ``ends`` are a rule's values of ``num_passes`` to ``gated``, in that order."""
     best = log_p.max(-1)
     nats = -log_p.gather(-1, targets[:, None]).squeeze(-1).double()
     found = (nats, best.indices == targets, best.values.exp().double(), *ends)

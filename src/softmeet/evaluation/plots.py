@@ -1,4 +1,4 @@
-"""Plots of an evaluation, as PNG files: gain against disagreement, calibration, and the differences with intervals."""
+"""Plots of an evaluation, as PNG files: gain by disagreement, calibration, and differences with intervals."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ except ImportError as error:  # pragma: no cover - the extra is installed where 
 
 
 def draw(facts: dict[str, Any], folder: Path) -> list[Path]:
-    """Draw what :func:`softmeet.evaluation.report.summary` returns as PNG files in a folder, and return their paths.
+    """Draw the plots of an evaluation as PNG files in a folder, which is made if there is none, and return their paths.
+
+    Args:
+        facts: the figures, as :func:`softmeet.evaluation.report.summary` returns them.
+        folder: gets ``gain.png``, ``calibration.png`` and ``differences.png``.
 
     Raises:
-        TraceError: the disk is full.
+        TraceError: if the disk is full.
     """
     folder.mkdir(parents=True, exist_ok=True)
     figures = {"gain": _gain(facts), "calibration": _calibration(facts), "differences": _differences(facts)}
@@ -30,7 +34,7 @@ def draw(facts: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def blank(width: float = 7.0, height: float = 4.5) -> tuple[Any, Any]:
-    """Return a figure of that size in inches, and its axes."""
+    """Return (a Matplotlib figure of ``width`` by ``height`` inches, its axes), with nothing drawn."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,8 +1,9 @@
-"""Positions: what members made of a text, from which every rule can be tried without running a model again.
+"""Positions: the members' hidden states over a text, from which every rule can be tried without running a model again.
 
-Documents are cut into windows. Window k reads tokens [kS, kS + W) of its document and predicts, at each, the one that
-follows. Predictions that the window before made already are not counted again, so every token but the first is
-predicted exactly once, from at least W - S tokens past the first window. The stride S is at most the window W.
+Documents are cut into windows, and a member reads a window at once. With window W and stride S ≤ W, window k reads the
+tokens [kS, kS + W) of its document and predicts the token after each. A token that the window before predicted is not
+predicted again. So every token but the first is predicted exactly once; in all windows but the first from at least
+W - S tokens before it.
 """
 
 from __future__ import annotations
@@ -24,13 +25,21 @@ from softmeet.evaluation.documents import Document
 from softmeet.evaluation.files import PieceCache, Tensors, join_tensors
 from softmeet.scaling.base import Engine
 
-# Positions of a piece of work, about: many enough to be worth sending, few enough to be lost.
+# About how many positions a piece has: enough to be worth sending to a worker, few enough to lose if a run is stopped.
 PIECE = 256
 _OF_TEXT = ("targets", "document", "sizes")
 
 
 class Windowing(TypedDict, total=False):
-    """Keyword arguments of :func:`cut`, which all functions that read a text take."""
+    """The keyword arguments that say how a text is cut into windows; :func:`cut` describes each.
+
+    Attributes:
+        window: tokens that a member reads at once; None for the shortest context, at most 1,024.
+        stride: tokens from one window's start to the next; None for ``window``.
+        bos: whether the token that begins a text is put before each document.
+        max_tokens: the most predictions in all documents together; None for no limit.
+        max_per_document: the most predictions in each document; None for no limit.
+    """
 
     window: int | None
     stride: int | None
@@ -41,7 +50,13 @@ class Windowing(TypedDict, total=False):
 
 @dataclass(frozen=True, eq=False)
 class TokenizedDocument:
-    """Token ids (T + 1,), and the UTF-8 bytes that each but the first adds to the text, (T,)."""
+    """A document as T + 1 tokens; all but the first are predicted.
+
+    Attributes:
+        name: the document's name.
+        ids: token ids, (T + 1,), int64; over bytes, symbols.
+        sizes: the UTF-8 bytes of text that each token but the first adds, (T,), int64.
+    """
 
     name: str
     ids: Int[Tensor, " ids"]
@@ -50,12 +65,12 @@ class TokenizedDocument:
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """Tokens that are read at once.
+    """A window of one document: t tokens that members read at once, and the k that are predicted.
 
     Attributes:
-        document: the document's place in the text.
-        ids: the tokens that are read and the one that follows, (t + 1,); the last k of them are predicted.
-        sizes: UTF-8 bytes of each predicted token, (k,).
+        document: the document's index in the text.
+        ids: the t tokens that are read and the one after them, (t + 1,); the last k of these are predicted.
+        sizes: the UTF-8 bytes of text that each predicted token adds, (k,).
     """
 
     document: int
@@ -76,24 +91,25 @@ def cut(
     max_tokens: int | None = None,
     max_per_document: int | None = None,
 ) -> tuple[list[TokenizedDocument], int, int]:
-    """Tokenize documents for an ensemble, and say in which windows it reads them.
+    """Tokenize documents for an ensemble, and settle the window and the stride in which it reads them.
 
     Args:
-        ensemble: whose tokenizer and context count.
-        documents: in order; one of a single token is left out.
-        window: tokens that a member reads at once; None for the shortest member's context, 1,024 at most.
-        stride: tokens from one window to the next; None for the window, so that windows do not overlap.
-        bos: put the token that begins a text before each document, if the tokenizer has one and does not do so itself;
+        ensemble: supplies the tokenizer and the context length.
+        documents: the text, in order; a document of a single token is left out.
+        window: tokens that a member reads at once; None for the shortest member's context, at most 1,024 (over bytes:
+            the bytes that fit every context, at most 4,096).
+        stride: tokens from one window's start to the next; None for ``window``, so that windows do not overlap.
+        bos: put the token that begins a text before each document, unless the tokenizer has none or does so already;
             the first word is then predicted too.
-        max_tokens: the most predictions over all documents.
-        max_per_document: the most predictions in each.
+        max_tokens: the most predictions in all documents together; later tokens are left out. None for no limit.
+        max_per_document: the most predictions in each document; None for no limit.
 
     Returns:
-        (the documents' tokens, or bytes over bytes; the window; the stride).
+        (the tokenized documents; the window; the stride), the last two in tokens, or in bytes over bytes.
 
     Raises:
-        InvalidInputError: no document has two tokens, the window does not fit the members' context, or the stride does
-            not fit the window.
+        InvalidInputError: if no document has two tokens, the window does not fit the members' context, or the stride is
+            not from 1 to the window.
     """
     tokens, left = [], math.inf if max_tokens is None else max_tokens
     for document in documents:
@@ -119,18 +135,20 @@ def cut(
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, document: Document, *, bos: bool = False) -> TokenizedDocument:
-    """Return the token ids of a document, and the bytes of text that each adds.
+    """Return the token ids of a document, and the UTF-8 bytes of text that each token after the first adds.
+
+    The bytes are exact with a fast tokenizer; else they are spread evenly over the tokens, and only their sum is exact.
 
     Args:
-        tokenizer: the members'.
+        tokenizer: the members' tokenizer.
         document: the text.
-        bos: as :func:`cut` has it.
+        bos: put the token that begins a text before it, unless the tokenizer has none or does so already.
     """
     fast = bool(getattr(tokenizer, "is_fast", False))
     out = tokenizer(document.text, verbose=False, return_offsets_mapping=fast)
     ids = list(out["input_ids"])
     places = list(accumulate((len(c.encode()) for c in document.text), initial=0))
-    if fast:  # special tokens have no place of their own, so that ends must be kept from falling
+    if fast:  # special tokens have no place in the text: keep ends from falling at them
         ends = list(accumulate((places[end] for _, end in out["offset_mapping"]), max))
     else:  # no offsets: bytes are spread evenly, and their sum is exact
         ends = [round(places[-1] * (k + 1) / len(ids)) for k in range(len(ids))]
@@ -144,8 +162,9 @@ def windows(documents: Sequence[TokenizedDocument], window: int, stride: int) ->
     """Yield the windows of every document, in order.
 
     Args:
-        documents: as :func:`cut` gives them.
-        window, stride: in tokens; the stride is at most the window.
+        documents: tokenized, as :func:`cut` returns them.
+        window: the most tokens that are read at once.
+        stride: tokens from one window's start to the next, at most ``window``.
 
     >>> document = TokenizedDocument("a", torch.arange(8), torch.ones(7, dtype=torch.int64))
     >>> [(w.ids.tolist(), len(w)) for w in windows([document], 4, 2)]
@@ -163,12 +182,12 @@ def windows(documents: Sequence[TokenizedDocument], window: int, stride: int) ->
 def grouped(
     documents: Sequence[TokenizedDocument], window: int, stride: int, size: int, *, by_document: bool
 ) -> list[list[Window]]:
-    """Put the windows of documents, in order, in groups of at least ``size`` predictions; the last may have fewer.
+    """Put the windows of documents, in order, into groups of at least ``size`` predictions; the last may have fewer.
 
     Args:
-        documents, window, stride: as :func:`cut` gives them.
-        size: predictions in a group.
-        by_document: let no group hold windows of two documents; the last of each document may then have fewer.
+        documents, window, stride: as :func:`cut` returns them.
+        size: the least number of predictions in a group.
+        by_document: start a new group with each document; the last group of each may then have fewer predictions.
     """
     groups: list[list[Window]] = []
     for found in windows(documents, window, stride):
@@ -181,14 +200,14 @@ def grouped(
 
 @dataclass(frozen=True, eq=False)
 class Positions:
-    """N positions of a text.
+    """N positions of a text: each member's hidden states, and the tokens that came.
 
     Attributes:
-        hidden: each member's last hidden states, (N, d_i).
-        targets: the tokens that came, (N,).
-        document: which document each position belongs to, (N,), an index into ``names``.
-        sizes: UTF-8 bytes that each target adds to the text, (N,).
-        names: of the documents.
+        hidden: each member's last hidden states, (N, d_i), one tensor a member; empty if they are no longer needed.
+        targets: the tokens that came, (N,), int64.
+        document: the document of each position, an index into ``names``, (N,).
+        sizes: the UTF-8 bytes of text that each target adds, (N,).
+        names: the documents' names.
     """
 
     hidden: list[Tensor]
@@ -201,29 +220,34 @@ class Positions:
         return len(self.targets)
 
     def take(self, rows: slice | Tensor) -> Positions:
-        """Select some of the positions, in the order of the index."""
+        """Return the positions at ``rows`` (a slice, indices or a mask), in that order."""
         hidden = [h[rows] for h in self.hidden]
         return Positions(hidden, self.targets[rows], self.document[rows], self.sizes[rows], self.names)
 
     def chunks(self, size: int) -> Iterator[Positions]:
-        """Yield all positions, in order, ``size`` at a time."""
+        """Yield all positions, in order, ``size`` at a time; the last chunk may be smaller."""
         for start in range(0, len(self), size):
             yield self.take(slice(start, start + size))
 
     def tensors(self) -> Tensors:
-        """Return all tensors by name, in the processor's memory."""
+        """Return all tensors on the CPU by name: ``targets``, ``document``, ``sizes``, and ``hidden 0`` and so on."""
         found = {name: getattr(self, name).cpu() for name in _OF_TEXT}
         return found | {f"hidden {i}": hidden.cpu() for i, hidden in enumerate(self.hidden)}
 
 
 def from_tensors(found: Tensors, names: list[str]) -> Positions:
-    """Make positions of what :meth:`Positions.tensors` returned; other tensors in ``found`` are ignored."""
+    """Make positions from the tensors that :meth:`Positions.tensors` returned, ignoring others in ``found``.
+
+    Args:
+        found: tensors by name.
+        names: the documents' names.
+    """
     hidden = [found[f"hidden {i}"] for i in range(sum(name.startswith("hidden ") for name in found))]
     return Positions(hidden, **{name: found[name] for name in _OF_TEXT}, names=names)
 
 
 def join(parts: Sequence[Positions], names: list[str]) -> Positions:
-    """Join stretches of positions, in order, whose documents are called ``names``."""
+    """Join several runs of positions, in order, to one; ``names`` are the documents' names for the result."""
     return Positions(
         [torch.cat(own) for own in zip(*(part.hidden for part in parts), strict=True)],
         **{name: torch.cat([getattr(part, name) for part in parts]) for name in _OF_TEXT},
@@ -231,12 +255,12 @@ def join(parts: Sequence[Positions], names: list[str]) -> Positions:
     )
 
 
-@torch.no_grad()  # not inference mode: a fit differentiates through what comes of these
+@torch.no_grad()  # not inference mode: a fit's graph may hold these tensors
 def observe(ensemble: Ensemble, read: Sequence[Window]) -> Positions:
     """Run every member over some windows, one window at a time.
 
     Returns:
-        The windows' positions, on the ensemble's device, without the documents' names.
+        The predicted positions of all windows, in order, on the ensemble's device; ``names`` is empty.
     """
     parts = []
     for window in read:
@@ -256,19 +280,18 @@ def observe_text(
     on_progress: Callable[[int], None] = lambda positions: None,
     **windowing: Unpack[Windowing],
 ) -> Positions:
-    """Tokenize documents and run every member over them.
+    """Tokenize documents, run every member over them, and return the positions with hidden states, on the CPU.
 
     Args:
         ensemble: the members.
         documents: the text.
-        engine: where to run the members; None for this process.
-        cache: pieces that earlier runs finished.
-        on_progress: called with the number of positions of each piece that is done.
-        windowing: ``window``, ``stride``, ``bos``, ``max_tokens`` and ``max_per_document``, as
-            :func:`cut` has them.
+        engine: runs the members; None for this process.
+        cache: keeps finished pieces, and supplies those that an earlier run finished.
+        on_progress: called with the number of positions of each finished piece.
+        windowing: ``window``, ``stride``, ``bos``, ``max_tokens`` and ``max_per_document``, as in :func:`cut`.
 
     Raises:
-        InvalidInputError: the text is too short, or window and stride do not fit.
+        InvalidInputError: if the text is too short, or window and stride do not fit.
     """
     tokens, window, stride = cut(ensemble, documents, **windowing)
     groups = grouped(tokens, window, stride, PIECE, by_document=False)

@@ -1,8 +1,10 @@
-"""Test whether a member's softmax explains its errors: to first order, on held-out text, before any fitting.
+"""Test whether a member errs only because its head is too narrow (the premise), on held-out text, before any fitting.
 
-Let q be the pool and s_i the distribution of member i's family with the moments of q. To first order in its trust,
-trusting member i lowers the loss at a token y by log p̂_i(y) - log s_i(y) + KL(s_i‖p̂_i). Under the premise its mean is
-KL(s_i‖p̂_i) + KL(p̂_i‖s_i): the ratio of both means is the *premise score*, 1 when the premise holds.
+The premise: member i's hidden state minimises the cross-entropy to the true distribution, so that the truth has the
+member's moments. Let q be the pool, p̂_i the member's distribution, and s_i that distribution tilted by the member's
+head (s_i ∝ p̂_i exp(W_i x) without a soft-cap) to have the moments of q. To first order in its trust, trusting member i
+lowers the loss at a token y by log p̂_i(y) - log s_i(y) + KL(s_i‖p̂_i) nats. Under the premise the mean of this is
+KL(s_i‖p̂_i) + KL(p̂_i‖s_i). The ratio of the two means is the *premise score*, 1 if the premise holds.
 """
 
 from __future__ import annotations
@@ -33,13 +35,16 @@ _COARSE = 1e-4
 
 @dataclass(frozen=True)
 class Premise:
-    """The result of one member's premise test; ``gain`` and ``error`` are in nats per token and unit of trust.
+    """The result of one member's premise test: whether trusting it lowers the loss, to first order in its trust.
+
+    The premise is that the member errs only because its head is too narrow; the module has the formulas.
 
     Attributes:
-        gain: the mean of what trusting it lowers the loss by, to first order.
-        error: its standard error over tokens; neighbouring tokens are not independent, so it is a lower bound.
-        score: ``gain`` over what it would be under the premise.
-        score_error: the same for the score.
+        gain: the mean decrease of the loss, in nats per token and unit of trust; negative if trust does harm.
+        error: the standard error of ``gain`` over tokens; too small, since neighbouring tokens are not independent.
+        score: ``gain`` divided by its expectation under the premise: 1 if the premise holds, 0 if trust does not help;
+            NaN if the expectation is (nearly) 0.
+        score_error: the standard error of ``score``.
     """
 
     gain: float
@@ -49,7 +54,7 @@ class Premise:
 
     @property
     def verdict(self) -> str:
-        """One word: ``trust``, ``do not trust`` or ``unclear`` at two standard errors."""
+        """The conclusion: ``unclear`` if ``gain`` is within 2 ``error`` of 0, else ``trust`` or ``do not trust``."""
         if abs(self.gain) < 2 * self.error:
             return "unclear"
         return "trust" if self.gain > 0 else "do not trust"
@@ -57,27 +62,30 @@ class Premise:
 
 @torch.inference_mode()
 def premise_scores(ensemble: Ensemble, text: str, limit: int = 512) -> list[Premise]:
-    """Test every member against the ensemble's pool on the first ``limit`` tokens of a text.
+    """Test on the first ``limit`` tokens of a text whether trusting each member lowers the loss of the ensemble's pool.
+
+    Returns:
+        A result for each member, in order; :class:`Premise` says what is tested.
 
     Raises:
-        InvalidInputError: the text has fewer than two tokens.
+        InvalidInputError: if the text has fewer than two tokens, or the ensemble is over bytes.
     """
     return premise_at(ensemble, ensemble.positions(text, limit))
 
 
 @torch.inference_mode()
 def premise_at(ensemble: Ensemble, stretches: Iterable[tuple[list[Tensor], Tensor]], **pool: Any) -> list[Premise]:
-    """Test every member against a pool at some positions.
+    """Test at given positions whether trusting each member lowers the loss of a pool.
 
     Args:
         ensemble: the members.
-        stretches: pairs of each member's hidden states, (t, d_i), and the tokens that came, (t,).
-        pool: settings of the pool, such as ``weights``, in place of the ensemble's.
+        stretches: pairs of (each member's last hidden states, (t, d_i); the tokens that came, (t,)).
+        pool: settings such as ``weights`` and ``pool`` that replace the ensemble's.
 
     Returns:
-        A result for each member.
+        A result for each member, in order; :class:`Premise` says what is tested.
     """
-    # The pool itself, whatever the rule.
+    # Solve for the pool itself, whatever the ensemble's rule is.
     own = ensemble.model.settings.ungated().changed(**{**pool, "rule_temperature": 1.0, "bands": 1, "trust": 0.0})
     settings = own.changed(rule=own.pool)
     members, found = range(len(ensemble.names)), []
@@ -92,10 +100,10 @@ def premise_at(ensemble: Ensemble, stretches: Iterable[tuple[list[Tensor], Tenso
 def _first_order(
     solution: Solution, i: int, targets: Int[Tensor, " B"]
 ) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
-    """Return (what trusting member i would gain at each target, the mean of that under the premise), in nats."""
+    """Return (the gain from trusting member ``i`` at each target, its expectation under the premise), nats, (B,)."""
     problem = solution.problem
     log_q, log_p = problem.log_pool, problem.log_p[i]
-    # s_i is the I-projection of p̂_i onto the distributions with the moments of q: q plays the exact member.
+    # s_i is the I-projection of p̂_i onto the distributions with the moments of q, which stands for the truth.
     log_s, _ = moment_match(log_q, log_p, problem.views([i]), _TOL)
     gathered = (log_p - log_s).gather(-1, targets[:, None]).squeeze(-1)
     return gathered + kl(log_s, log_p), kl(log_s, log_p) + kl(log_p, log_s)
@@ -114,16 +122,19 @@ def _summary(gain: Float[Tensor, " t"], expected: Float[Tensor, " t"]) -> Premis
 def moment_match(
     log_truth: Float[Tensor, "B v"], log_start: Float[Tensor, "B v"], views: tuple[WhitenedHead, ...], tol: float
 ) -> tuple[Float[Tensor, "B v"], Float[Tensor, "B d"]]:
-    """Find the I-projection of ``log_start`` onto the distributions with the moments of ``log_truth`` under one head.
+    """Tilt ``log_start`` by one head until it has the moments of ``log_truth``: the I-projection onto those moments.
+
+    Without a soft-cap the result is the s ∝ start · exp(W x) with Wᵀs = Wᵀtruth, W the head's matrix; with one, the
+    rows of W are multiplied by its slopes.
 
     Args:
         log_truth: log-probabilities in nats, fp64.
-        log_start: the family's base: any of its members.
-        views: the head, whitened, over the same batch.
-        tol: nats; at the size of real models no less than 10⁻⁴.
+        log_start: log-probabilities in nats, fp64.
+        views: the head, whitened, over the same batch, as a tuple of one.
+        tol: the solver's tolerance in nats; raised to at least 10⁻⁴ for a head that is too large for the full Hessian.
 
     Returns:
-        (the projection's log-probabilities; what to add to the base's hidden state, (B, d)), fp64.
+        (log s in nats, fp64; x, which is added to the hidden state that gives the start, (B, d), fp64).
     """
     projection, newton = Projection(log_start, log_truth[:, None], views, (math.inf,), tol), DualNewton()
     if not full_hessian_pays(projection):
@@ -131,7 +142,8 @@ def moment_match(
         found = minimise_dual(coarse, _STEPS, certify=False, rescue=False)
         return found.log_p, views[0].raw(found.nu)[0]
     state = iterate(newton, projection, _STEPS)
-    # The dual value stands still at the square root of rounding; whole steps bring the moments down to rounding itself.
+    # The dual's value stops changing while the moments are still off by the square root of round-off: take whole steps
+    # that bring them to round-off.
     for _ in range(_POLISH):
         newton.aim(projection, state)
         state.nu, state.z = state.nu + state.direction, state.z + projection.scores(state.direction)
@@ -140,12 +152,14 @@ def moment_match(
 
 
 def best_hidden(head: SoftmaxHead, log_truth: Float[Tensor, "B v"], tol: float = 1e-12) -> Float[Tensor, "B d"]:
-    """Find the hidden states h, fp64, of least KL(truth‖softmax(W h + β)): a member's own where the premise holds.
+    """Find the hidden states h, (B, d), fp64, at which a head's softmax distribution p_h minimises KL(truth‖p_h).
+
+    These are the hidden states of a member that errs only because its head is too narrow.
 
     Args:
-        head: without a soft-cap, for which the moments do not determine the best h.
-        log_truth: log-probabilities in nats; where its support is not full the best h may be at infinity.
-        tol: nats.
+        head: without a soft-cap, since with one the moments do not determine the best h.
+        log_truth: log-probabilities in nats; if some probabilities are 0, the best h may be at infinity.
+        tol: the solver's tolerance, in nats.
     """
     B, v = log_truth.shape
     base = torch.zeros(v, dtype=torch.float64) if head.bias is None else head.bias.double() * head.scale

@@ -1,4 +1,4 @@
-"""An evaluation in figures: what ``softmeet evaluate`` prints and writes as JSON."""
+"""The figures of an evaluation, as ``softmeet evaluate`` prints them and writes them as JSON."""
 
 from __future__ import annotations
 
@@ -18,10 +18,15 @@ BINS = 10
 
 
 def summary(found: Evaluation) -> dict[str, Any]:
-    """Return the figures of an evaluation, in nats per token (per byte, over bytes) unless a name says otherwise.
+    """Return the figures of an evaluation as a dictionary for JSON.
 
-    The baseline of every difference is the best of the single members and the averages on this very text, so it is, if
-    anything, too good.
+    ``members`` and ``rules`` hold each one's ``nll`` (mean loss in nats per token, or per byte over bytes),
+    ``perplexity``, ``bits_per_byte``, ``top1`` (accuracy) and ``calibration``. Rules also have ``passes`` (reads of all
+    heads per position), the numbers of ``fallbacks`` and ``unconverged`` positions, the share ``gated``, ``vs`` (the
+    difference in nats from the best baseline, with its 95 % interval), ``gain_by_disagreement``, and, if it was
+    measured, ``movement`` (of the pool by the rule). The other entries are of the text, the mean ``disagreement`` of
+    the members in nats, and ``best_baseline``: the single member or average of the lowest loss. It is chosen on the
+    text that it is compared on, so it is, if anything, too good.
     """
     within = clusters(found.positions.document)
     bytes_, count = int(found.positions.sizes.sum()), len(found.positions)
@@ -65,15 +70,18 @@ def _figures(scores: Scores, bytes_: int) -> dict[str, Any]:
 
 
 def _work(scores: Scores) -> dict[str, Any]:
-    """Return, over bytes, a byte: the mass that was estimated, calls of the model, and tokens run in them."""
+    """Return a byte member's share of mass estimated, model calls and tokens run in them, per byte; else {}."""
     names = ("dropped", "forward_steps", "tokens_run")
     return dict(zip(names, scores.work.mean(0).tolist(), strict=True)) if len(scores.work) else {}
 
 
 def calibration(scores: Scores) -> dict[str, Any]:
-    """Compute how often the most probable token comes, in ten bins of its probability, and the calibration error.
+    """Compare the most probable token's probability (its confidence) with how often it came (accuracy).
 
-    ``error`` is the expected calibration error: the mean over bins, by their size, of |confidence - accuracy|.
+    Returns:
+        For each of ten equal intervals of confidence that has positions, in order: the mean ``confidence``, the
+        ``accuracy`` and the number of ``positions``; and ``error``, the expected calibration error: the mean over
+        positions of their interval's |confidence - accuracy|.
     """
     place = (scores.confidence * BINS).long().clamp_max(BINS - 1)
     size = torch.bincount(place, minlength=BINS).double()
@@ -91,9 +99,17 @@ def calibration(scores: Scores) -> dict[str, Any]:
 def gain_by_disagreement(
     ours: Scores, baseline: Scores, disagreement: Float[Tensor, " N"], bins: int = BINS
 ) -> list[dict[str, float]]:
-    """Compute what a rule gains over a baseline where members disagree little, and where they disagree much, in nats.
+    """Compute a rule's mean gain over a baseline, in nats, in bins of positions by members' disagreement.
 
-    Positions are sorted by disagreement into bins of equal size; ``error`` is one standard error over positions.
+    Args:
+        ours: the rule's scores.
+        baseline: the baseline's scores at the same positions.
+        disagreement: of the members at each position, in nats.
+        bins: the number of bins; positions are sorted by disagreement and split into bins of equal size.
+
+    Returns:
+        For each bin, lowest disagreement first: its mean ``disagreement``, its mean ``gain`` (baseline's loss minus the
+        rule's) and ``error``, one standard error of the gain that treats positions as independent.
     """
     gain = baseline.nats - ours.nats
     found = []

@@ -1,4 +1,4 @@
-"""Save a fitted ensemble as a directory that loads as any ensemble does, with figures and a card of what was tried."""
+"""Save a fitted ensemble as a folder that loads like any ensemble, with the fit's figures and a description of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from softmeet.evaluation.intervals import Difference, paired
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.rules.settings import POOLS, rule_of
 
-# What an ensemble knows of its members.
+# Fields of the configuration that depend on the members alone, and stay.
 _KEPT = (
     "vocabulary", "prune", "prefixes", "vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id",
     "pad_token_id",
@@ -36,7 +36,15 @@ All figures are in `fit.json`.
 
 
 def figures(fitted: Fitted) -> dict[str, Any]:
-    """Return the figures of a fit, as ``softmeet fit --json`` and ``fit.json`` have them; losses in nats a token."""
+    """Return a fit's figures as a dictionary, for ``fit.json`` and ``softmeet fit --json``; losses in nats per token.
+
+    ``chosen`` (the rule), ``candidate`` (its name), ``weights``, ``trust``, ``temperature`` and ``pool`` are of the
+    chosen candidate. ``test`` has its loss on the part to judge by, and its difference there from the best baseline,
+    with the 95 % interval; ``rival`` has the difference there of the candidate that was best on the part to choose by,
+    and ``fell_back`` says whether it was refused. ``candidates`` has settings, losses and differences of all,
+    ``members`` the unfitted members' losses, ``premise`` the results of the premise test, ``splits`` the sizes of the
+    three parts.
+    """
     test, chosen, best = fitted.test, fitted.chosen, fitted.best_baseline
     against = Difference(0.0, 0.0, 0.0) if chosen is best else fitted.difference
     rows = {}
@@ -73,7 +81,7 @@ def figures(fitted: Fitted) -> dict[str, Any]:
 
 
 def verdict(facts: dict[str, Any]) -> str:
-    """Say in a sentence or two what was chosen and why, from :func:`figures`."""
+    """Return a sentence that says which rule was chosen and why, from the figures that :func:`figures` returns."""
     best, rival = facts["test"]["best_baseline"], facts["rival"]["candidate"]
     low, high = (f"{x:+.4f}" for x in facts["rival"]["ci95"])
     difference = f"{facts['rival']['delta']:+.4f} nats"
@@ -88,14 +96,19 @@ def verdict(facts: dict[str, Any]) -> str:
 
 
 def save(ensemble: Ensemble, fitted: Fitted, folder: str | Path) -> dict[str, Any]:
-    """Write the chosen ensemble and its card; the ensemble in memory takes the chosen settings too.
+    """Write the chosen ensemble, its README and ``fit.json`` to a folder; ``ensemble`` takes the chosen settings, too.
+
+    Args:
+        ensemble: the ensemble that was fitted.
+        fitted: the result of the fit.
+        folder: made if there is none; an ensemble in it is replaced.
 
     Returns:
-        The figures, as ``fit.json`` has them.
+        The figures of the fit, as in ``fit.json``.
 
     Raises:
-        InvalidInputError: the folder holds something other than an ensemble.
-        TraceError: the disk is full; an ensemble that was there stays as it was.
+        InvalidInputError: if the folder holds files other than an ensemble's.
+        TraceError: if the disk is full; an ensemble that was there stays.
     """
     require_ensemble_folder(Path(folder))
     facts = figures(fitted)
@@ -127,5 +140,5 @@ def _card(facts: dict[str, Any]) -> str:
 
 
 def _unit(facts: dict[str, Any]) -> str:
-    """Return what a figure is of: a token or a byte."""
+    """Return the unit that losses are per, ``token`` or ``byte``."""
     return str(facts["vocabulary"]).removesuffix("s")

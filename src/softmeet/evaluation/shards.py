@@ -1,8 +1,8 @@
-"""Write and read shards of a trace: Parquet files that appear under their names when they are whole, and not before.
+"""Write and read shards of a trace: Parquet files that appear under their names only when they are complete.
 
-Columns are ``document``, ``target`` and ``bytes`` (int32), and for member i ``hidden_i``, a list of d_i floats. Pages
-carry checksums, and the file's metadata the identity of its trace and a hash of all columns, since no checksum of
-Parquet's covers the footer that says where they are.
+Columns are ``document``, ``target`` and ``bytes`` (int32), and ``hidden_i`` for member i, a list of d_i floats. Pages
+have checksums. The file's metadata has the key of its trace and a hash of all columns, since Parquet has no checksum
+of the footer, which says where the columns are.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ _TYPES = {torch.float32: pa.float32(), torch.float16: pa.float16()}
 
 
 def write_shard(path: Path, positions: Positions, dtype: torch.dtype, key: str) -> None:
-    """Write one shard, its hidden states in ``dtype``.
+    """Write positions as one shard of a trace, a Parquet file.
 
     Args:
-        path: where to.
-        positions: what to write.
-        dtype: fp32 or fp16.
-        key: the identity of the trace.
+        path: the file.
+        positions: with hidden states.
+        dtype: of the hidden states on disk, fp32 or fp16.
+        key: the identity of the trace, :attr:`Trace.key`.
 
     Raises:
-        TraceError: the disk is full.
+        TraceError: if the disk is full.
     """
     of_text = (positions.document, positions.targets, positions.sizes)
     columns = [pa.array(x.to(torch.int32).cpu().numpy()) for x in of_text]
@@ -55,25 +55,25 @@ def write_shard(path: Path, positions: Positions, dtype: torch.dtype, key: str) 
 def read_shard(
     path: Path, key: str, names: list[str], count: int, widths: Sequence[int], dtype: torch.dtype
 ) -> Positions:
-    """Read what :func:`write_shard` wrote, hidden states in fp32.
+    """Read the positions of a shard that :func:`write_shard` wrote, and check them; hidden states in fp32.
 
     Args:
-        path: of the file.
-        key: the identity of the trace.
-        names: of the documents.
-        count: of its positions.
-        widths: of the members' hidden states, d_i.
-        dtype: of the hidden states on disk.
+        path: the file.
+        key: the identity that the shard has to have, :attr:`Trace.key`.
+        names: the documents' names, for the result.
+        count: the number of positions that the shard has to have.
+        widths: the widths d_i of the members' hidden states.
+        dtype: of the hidden states on disk, fp32 or fp16.
 
     Raises:
-        TraceError: the file is missing, damaged or of another trace.
+        TraceError: if the file is missing or damaged, or belongs to another trace.
     """
     if not path.exists():
         raise TraceError(f"{path} is missing")
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             metadata, table = file.schema_arrow.metadata or {}, file.read()
-    except Exception as error:  # a damaged footer makes pyarrow raise anything
+    except Exception as error:  # a damaged footer may raise any exception in pyarrow
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise TraceError(f"{path} is damaged ({reason})") from error
     if metadata.get(_KEY) != key.encode():
@@ -88,6 +88,7 @@ def read_shard(
 
 
 def _schema(widths: Sequence[int], dtype: torch.dtype) -> Any:
+    """Return the Arrow schema of a shard."""
     of_text = [(name, pa.int32()) for name in ("document", "target", "bytes")]
     return pa.schema(of_text + [(f"hidden_{i}", pa.list_(_TYPES[dtype], d)) for i, d in enumerate(widths)])
 
@@ -100,7 +101,7 @@ def _columns(table: Any) -> list[Any]:
 
 
 def _hash(table: Any) -> bytes:
-    """Compute SHA-256 of all numbers."""
+    """Compute the SHA-256 of all columns' numbers, in hexadecimal."""
     digest = hashlib.sha256()
     for column in _columns(table):
         digest.update(column)

@@ -1,8 +1,9 @@
 """Traces: every member runs over a text once, and its hidden states stay on disk for any number of rules.
 
-A trace is a folder: ``trace.json`` says which members made it (hashes of heads and tokenizer), of which text, in which
-windows, and what each shard holds; ``shard-00000.parquet`` and so on hold the positions. What each shard will hold
-follows from the settings alone, so a run that was stopped goes on with the shards that are not there.
+A trace is a folder. ``trace.json`` holds the members (with hashes of their heads, of a sample of their weights and of
+the tokenizer), a hash of the text, the windows, and the number of positions in each shard. The files
+``shard-00000.parquet`` and so on hold the positions. The contents of each shard follow from the settings alone, so a
+run that was stopped continues with the missing shards.
 """
 
 from __future__ import annotations
@@ -35,7 +36,13 @@ _FACTS = {"members", "tokenizer", "text", "bos", "window", "stride", "dtype", "d
 
 
 class _Float16Error(BaseModel):
-    """Errors of targets' log-probabilities in a shard of fp16, in nats: the largest, and the sum of members' means."""
+    """The error that fp16 causes in the targets' log-probabilities in one shard.
+
+    Attributes:
+        largest: the largest absolute error, in nats, over positions and members.
+        sum: the sum over positions of the absolute error, averaged over members, in nats.
+        positions: the number of positions in the shard.
+    """
 
     largest: float
     sum: float
@@ -47,17 +54,23 @@ _ERRORS = TypeAdapter(dict[int, _Float16Error])
 
 @dataclass(frozen=True)
 class Trace:
-    """A folder of positions and what is known about it (``facts``, the contents of ``trace.json``)."""
+    """An opened trace: a folder of positions with the members' hidden states.
+
+    Attributes:
+        folder: the folder.
+        facts: the contents of its ``trace.json``.
+    """
 
     folder: Path
     facts: dict[str, Any]
 
     @classmethod
     def open(cls, folder: str | Path) -> Trace:
-        """Open a trace that is there.
+        """Open an existing trace by reading its ``trace.json``; shards are not read.
 
         Raises:
-            TraceError: it is not one, or of a format that this version does not know.
+            TraceError: if the folder is not a trace, ``trace.json`` is damaged, or its format is unknown to this
+                version.
         """
         path = Path(folder) / "trace.json"
         try:
@@ -77,23 +90,25 @@ class Trace:
 
     @property
     def members(self) -> list[str]:
-        """The names of the members that made it."""
+        """The names of the members that made the trace, in order."""
         return [member["name"] for member in self.facts["members"]]
 
     @property
     def key(self) -> str:
-        """A hash of the facts, which every shard carries."""
+        """The SHA-256 of ``facts``, in hexadecimal, which every shard carries to show that it belongs to this trace."""
         return hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()
 
     def shard(self, k: int) -> Path:
-        """Return the path of shard k."""
+        """Return the path of shard ``k``, counted from 0."""
         return self.folder / f"shard-{k:05d}.parquet"
 
     def require(self, ensemble: Ensemble) -> None:
-        """Check that an ensemble's members are those that made the trace.
+        """Check that an ensemble has the members, in order, and the tokenizer that made the trace.
+
+        Over bytes its ``prune`` and ``prefixes`` have to be the same, too.
 
         Raises:
-            TraceError: they are not; the message names the first that differs.
+            TraceError: if something differs; the message names the first difference.
         """
         here, made = identity(ensemble), self.facts
         if len(here["members"]) != len(made["members"]):
@@ -123,18 +138,28 @@ class Trace:
             raise TraceError(f"{self.folder} was made with another tokenizer than these members': trace again")
 
     def read(self, on_damage: Callable[[str], None] | None = None) -> Positions:
-        """Read all positions of shards that are whole.
+        """Read the positions of all intact shards, in order, hidden states in fp32.
 
         Args:
-            on_damage: called with a sentence for each shard that is missing or damaged; a warning if None.
+            on_damage: called with a sentence for each shard that is missing or damaged; None to warn instead.
 
         Raises:
-            TraceError: no shard is whole.
+            TraceError: if no shard is intact.
         """
         return self.read_whole(on_damage or (lambda sentence: warnings.warn(sentence, stacklevel=4)))[0]
 
     def read_whole(self, on_damage: Callable[[str], None]) -> tuple[Positions, list[int]]:
-        """Read as :meth:`read` does, and return the numbers of the shards that are left out as well."""
+        """Read the positions of all intact shards, in order, hidden states in fp32.
+
+        Args:
+            on_damage: called with a sentence for each shard that is missing or damaged.
+
+        Returns:
+            (the positions; the numbers of the missing or damaged shards).
+
+        Raises:
+            TraceError: if no shard is intact.
+        """
         says = "its {:,} positions are left out; softmeet trace, run as before, makes it again"
         sizes = self.facts["shards"]
         found = {k: self.read_if_whole(k, on_damage, says.format(size)) for k, size in enumerate(sizes)}
@@ -144,7 +169,13 @@ class Trace:
         return join(parts, parts[0].names), [k for k, part in found.items() if part is None]
 
     def read_if_whole(self, k: int, on_damage: Callable[[str], None], says: str) -> Positions | None:
-        """Read shard k, or call ``on_damage`` with what is wrong with it and what follows (``says``)."""
+        """Read shard ``k``, or return None if it is missing or damaged.
+
+        Args:
+            k: the shard's number, from 0.
+            on_damage: called if the shard is missing or damaged, with a sentence that says so and ends in ``says``.
+            says: the consequence, such as "it is made again".
+        """
         from softmeet.evaluation.shards import read_shard  # which needs pyarrow
 
         names = [document["name"] for document in self.facts["documents"]]
@@ -157,9 +188,10 @@ class Trace:
             return None
 
     def float16_error(self) -> dict[str, float] | None:
-        """Return the largest and the mean error of a target's log-probability under any member, in nats.
+        """Return the errors that fp16 causes in the targets' log-probabilities: ``largest`` and ``mean``, in nats.
 
-        None for fp32, or where ``float16.json``, which is written with the shards, is gone or damaged.
+        Errors are absolute; ``largest`` and ``mean`` are over positions and members. The result is None for a trace in
+        fp32, or if ``float16.json``, which is written with the shards, is missing or damaged.
         """
         found = _float16_errors(self.folder / "float16.json").values()
         if self.facts["dtype"] == "float32" or not found:
@@ -181,24 +213,25 @@ def record(
     on_damage: Callable[[str], None] = lambda sentence: None,
     **windowing: Unpack[Windowing],
 ) -> Trace:
-    """Run every member over a text and keep its hidden states; goes on where an earlier run of the same stopped.
+    """Run every member over a text and keep its hidden states in a trace, skipping shards that an earlier run finished.
 
     Args:
         ensemble: the members.
         documents: the text.
-        folder: of the trace.
-        dtype: of the hidden states on disk; fp16 halves the size, and its error in nats is measured.
-        shard_size: positions in a shard, at least.
-        engine: where to run the members; None for this process.
-        on_start: called with (positions that are there, positions in all).
+        folder: the trace's folder, made if there is none.
+        dtype: of the hidden states on disk; ``"float16"`` halves the size, and its error in nats is measured.
+        shard_size: the least number of positions in a shard; the last may have fewer.
+        engine: runs the members; None for this process.
+        on_start: called with (the number of positions already on disk, the number in all).
         on_progress: called with the number of positions of each new shard.
-        on_damage: called with a sentence about each shard that has to be made again.
-        windowing: ``window``, ``stride``, ``bos``, ``max_tokens`` and ``max_per_document``, as
-            :func:`softmeet.evaluation.positions.cut` has them.
+        on_damage: called with a sentence about each damaged shard, which is made again.
+        windowing: ``window``, ``stride``, ``bos``, ``max_tokens`` and ``max_per_document``, as in
+            :func:`softmeet.evaluation.positions.cut`.
 
     Raises:
-        InvalidInputError: the text is too short, the windows do not fit, or hidden states overflow fp16.
-        TraceError: the folder holds another trace, or the disk is full.
+        InvalidInputError: if the text is too short, the windows do not fit, an argument has a bad value, hidden states
+            overflow fp16, or fp16 is asked for over bytes.
+        TraceError: if the folder holds another trace, or the disk is full.
     """
     from softmeet.evaluation.shards import write_shard
 
@@ -239,9 +272,9 @@ def record(
 
 
 def _prepare(folder: Path, facts: dict[str, Any]) -> Trace:
-    """Make a trace's folder with its ``trace.json``; of a folder that is there, check that it holds this trace."""
+    """Make a trace's folder with its ``trace.json``; if the folder exists, check that it holds this trace."""
     path = folder / "trace.json"
-    # Members that are files or folders have their whole paths, so that the trace can be used from anywhere.
+    # Members that are files or folders get absolute paths, so that the trace can be used from any folder.
     for member in facts["members"]:
         if Path(member["name"]).exists():
             member["name"] = str(Path(member["name"]).absolute())
@@ -264,7 +297,7 @@ def _prepare(folder: Path, facts: dict[str, Any]) -> Trace:
 
 @torch.inference_mode()
 def _note_error(ensemble: Ensemble, trace: Trace, k: int, positions: Positions) -> None:
-    """Measure what fp16 does to each target's log-probability, and add it to ``float16.json``."""
+    """Measure the errors that fp16 causes in the targets' log-probabilities in shard ``k``, for ``float16.json``."""
     largest, total = 0.0, 0.0
     for i, head in enumerate(ensemble.model.heads):
         for chunk in positions.chunks(_CHUNK):
@@ -284,7 +317,7 @@ def _note_error(ensemble: Ensemble, trace: Trace, k: int, positions: Positions) 
 
 
 def _float16_errors(path: Path) -> dict[int, _Float16Error]:
-    """Read what is noted of each shard of fp16; nothing if the file is gone or damaged."""
+    """Read the errors of fp16 by shard; an empty dictionary if the file is missing or damaged."""
     try:
         return _ERRORS.validate_json(path.read_bytes())
     except (OSError, ValueError):
@@ -292,7 +325,7 @@ def _float16_errors(path: Path) -> dict[int, _Float16Error]:
 
 
 def _head_hash(head: SoftmaxHead) -> str:
-    """Compute SHA-256 of a head's numbers as fp32, so that loading them in a wider dtype changes nothing."""
+    """Compute the SHA-256 of a head's numbers as fp32, so that loading them in a wider dtype changes nothing."""
     digest = hashlib.sha256(repr((head.v, head.d, head.scale, head.soft_cap)).encode())
     for _, block in head.blocks(torch.float32, cut=True):
         digest.update(block.cpu().contiguous().numpy().tobytes())
@@ -302,12 +335,12 @@ def _head_hash(head: SoftmaxHead) -> str:
 
 
 def identity(ensemble: Ensemble) -> dict[str, Any]:
-    """Return what a trace says of the members that made it.
+    """Return the facts by which a trace recognises the members that made it.
 
     Returns:
-        ``members``, each with its ``name``, the ``width`` and the ``dtype`` of its head, and hashes of the ``head`` and
-        of a sample of all weights (``body``); ``tokenizer``, a hash of which token has which id; over bytes also
-        ``prune`` and ``prefixes``.
+        ``members``, a list of each one's ``name``, ``width`` (of its hidden states), ``dtype`` (of its head), and
+        hashes of its ``head`` and of a sample of all its weights (``body``); ``tokenizer``, a hash of the vocabulary
+        with its ids; over bytes also ``prune`` and ``prefixes``, as in the ensemble's configuration.
     """
     model, vocabulary = ensemble.model, sorted(ensemble.tokenizer.get_vocab().items())
     facts: dict[str, Any] = {"prune": model.config.prune, "prefixes": model.config.prefixes} if model.over_bytes else {}

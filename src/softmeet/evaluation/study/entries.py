@@ -1,4 +1,4 @@
-"""The rules that a study compares."""
+"""The rules that a study compares, each with its options."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from softmeet.rules.registry import rule_names
 
 
 def _entry(name: str, **options: Any) -> RuleChoice:
-    """Make a line of a study's tables; the first word of its name is the rule."""
+    """Make one entry of a study; the first word of its name is the rule."""
     return RuleChoice(name, {"rule": name.split()[0], **options})
 
 

@@ -1,11 +1,14 @@
-"""Studies of rules where the truth is known, so that the premise holds exactly or fails by a known amount.
+"""Studies of rules with a known truth, so that the premise holds exactly or fails by a known amount.
 
-**Synthetic.** Random heads with normal entries, nd/v from 1/16 to 5/4; truths from Zipf's law in a random order and
-from a Dirichlet distribution, each member's hidden state the best for that truth. Then noise on the hidden states,
-relative to their length.
+The premise: each member's hidden state is the best for the truth, so that the member errs only because its head is too
+narrow.
 
-**Known truth.** Trained heads, in the geometry of real members: the truth of a context is the logit mean of one family,
-the stronger; each member of the other has its head as trained, and the hidden state that is best for that truth.
+**Synthetic.** Random heads with normal entries, with a total width nd from v/16 to 5v/4 (n members of width d, v
+tokens). Truths follow Zipf's law in a random order, or are drawn from a Dirichlet distribution; each member's hidden
+state is the best for that truth. Then noise is added to the hidden states, relative to their length.
+
+**Known truth.** Trained heads. The truth at a position is the logit mean of one family, the stronger; each member of
+the other family keeps its head, and gets the hidden state that is best for that truth.
 """
 
 from __future__ import annotations
@@ -45,23 +48,24 @@ _RATIOS = ("1/16", "1/8", "1/4", "1/2", "3/4", "7/8", "1", "5/4")
 _TRUTHS = ("zipf", "dirichlet")
 # Rules whose objective's range over the feasible set is shown.
 _RANGED = ("min-cross-entropy", "min-squared-cross-entropy")
-# Positions between two that are used of a text.
+# The distance between positions of a text that are used.
 _APART = 32
 _KL = "KL(p*‖·), nats"
 
 
 @dataclass(frozen=True)
 class SyntheticStudy:
-    """A study of random heads.
+    """A study of rules on random heads and random truths.
 
     Attributes:
-        v: tokens.
-        members: how many.
-        rows: truths of a cell, which is one set of heads.
-        trials: cells of each kind.
-        ratios: of the heads' total width to v.
-        noises: on the hidden states, relative to their length.
-        seed: of everything random.
+        v: the number of tokens.
+        members: the number of members n, all of the same width d.
+        rows: truths in each cell; a cell is a piece of the study's work with one set of heads.
+        trials: cells of each combination of ratio, kind of truth and noise.
+        ratios: values of nd/v, the heads' total width divided by the number of tokens, as fractions.
+        noises: lengths of the noise on the hidden states, relative to the states' own; the first is 0.
+        seed: the seed of everything random.
+        tol: the rules' tolerance, in nats.
     """
 
     v: int = 256
@@ -74,7 +78,7 @@ class SyntheticStudy:
     tol: ClassVar[float] = 1e-8
 
     def cells(self) -> Iterator[tuple[str, Callable[[], Json]]]:
-        """Yield (key, call that gives a cell's result) for every ratio, kind of truth, noise and trial."""
+        """Yield (key, call that returns the cell's result) for every ratio, kind of truth, noise and trial."""
         for kind in itertools.product(self.ratios, _TRUTHS, self.noises, range(self.trials)):
             yield "{} {} {:g} {}".format(*kind), partial(self._scores, *kind)
 
@@ -90,11 +94,11 @@ class SyntheticStudy:
         return {"ratio": ratio, "truth": truth, "noise": noise} | _score_all(heads, log_p, log_truth, self.tol)
 
     def report(self, results: dict[str, Json], command: str) -> Report:
-        """Make tables by nd/v and by noise, claims that check the theorems row by row, and two plots.
+        """Make the report: tables by nd/v for each noise, claims that check the theorems row by row, and two plots.
 
         Args:
-            results: of the cells, by key.
-            command: that made them.
+            results: the cells' results, by key.
+            command: the command that made them.
         """
         cells = list(results.values())
         exact = [c for c in cells if c["noise"] == 0]
@@ -135,7 +139,7 @@ SMOKE_SYNTHETIC = SyntheticStudy(v=64, rows=2, trials=1, ratios=("1/4", "1", "5/
 
 
 def _generator(*seed: int) -> torch.Generator:
-    """Make a generator that depends on all of ``seed``."""
+    """Make a generator whose state depends on all the integers in ``seed``."""
     state = 0
     for part in seed:
         state = (state * 1_000_003 + part + 1) % (1 << 62)
@@ -143,13 +147,14 @@ def _generator(*seed: int) -> torch.Generator:
 
 
 def sample_truth(kind: str, rows: int, v: int, random: torch.Generator) -> Float[Tensor, "B v"]:
-    """Draw log-probabilities in nats, fp64.
+    """Draw the log-probabilities of random distributions, in nats, (B, v), fp64.
 
     Args:
-        kind: ``zipf`` for Zipf's law in a random order, or ``dirichlet``, with concentration 1/2.
-        rows: how many distributions.
-        v: over how many tokens.
-        random: what they are drawn from.
+        kind: ``"zipf"`` for probabilities ∝ 1/rank, the ranks in a random order; ``"dirichlet"`` for a Dirichlet
+            distribution with concentration 1/2.
+        rows: the number of distributions, B.
+        v: the number of tokens.
+        random: the generator that is drawn from.
     """
     if kind == "zipf":
         ranks = torch.stack([torch.randperm(v, generator=random) for _ in range(rows)]).double() + 1
@@ -159,6 +164,7 @@ def sample_truth(kind: str, rows: int, v: int, random: torch.Generator) -> Float
 
 
 def _noisy(x: Float[Tensor, "B d"], noise: float, random: torch.Generator) -> Float[Tensor, "B d"]:
+    """Add normal noise to hidden states, of ``noise`` times each one's length."""
     away = torch.randn(x.shape, generator=random, dtype=x.dtype)
     ratio: Tensor = x.norm(dim=-1, keepdim=True) / away.norm(dim=-1, keepdim=True)
     return x + noise * ratio * away
@@ -166,15 +172,16 @@ def _noisy(x: Float[Tensor, "B d"], noise: float, random: torch.Generator) -> Fl
 
 @dataclass(frozen=True)
 class KnownTruthStudy:
-    """A study of trained heads.
+    """A study of rules on trained heads, with the logit mean of stronger members as the truth.
 
     Attributes:
-        members: whose heads are used.
-        truth: the members whose pool is the truth.
-        positions: of every document.
-        rows: positions of a cell.
-        documents: how many, at most.
-        sizes: numbers of members to try, the first so many.
+        members: names of the members, or of the family, whose heads are used.
+        truth: names of the members, or of the family, whose logit mean is the truth.
+        positions: the number of positions in every document.
+        rows: positions in each cell (a piece of the study's work).
+        documents: the most documents.
+        sizes: numbers k of members; for each, the first k members are combined.
+        tol: the rules' tolerance, in nats.
     """
 
     members: tuple[str, ...] = ("narrow",)
@@ -186,15 +193,15 @@ class KnownTruthStudy:
     tol: ClassVar[float] = 1e-6
 
     def load(self) -> Ensemble:
-        """Load the members whose heads are used."""
+        """Load the members whose heads are used, as an ensemble."""
         return Ensemble.from_pretrained(list(self.members))
 
     def cells(self, documents: Sequence[Document], ensemble: Ensemble) -> Iterator[tuple[str, Callable[[], Json]]]:
-        """Yield (key, call that gives a cell's result) for positions of every document and numbers of members.
+        """Yield (key, call that returns the cell's result) for positions of every document and every number of members.
 
         Args:
             documents: the text.
-            ensemble: the members, as :meth:`load` gives them.
+            ensemble: the members, as :meth:`load` returns them.
         """
         heads, stronger = ensemble.model.heads, Ensemble.from_pretrained(list(self.truth), "logit-mean")
         for document in documents[: self.documents]:
@@ -206,7 +213,7 @@ class KnownTruthStudy:
 
     @torch.inference_mode()
     def _truths(self, ensemble: Ensemble, text: str) -> Float[Tensor, "B v"]:
-        """Return the pool at positions spread over the beginning of a text: neighbours have much in common."""
+        """Return the pool's log-probabilities at positions spread over a text's beginning: neighbours are similar."""
         seen = ensemble.positions(text, _APART * self.positions)
         plain = ensemble.model.settings.ungated()
         every = torch.cat([ensemble.model.combiner.solve_rows(hidden, plain)[1].log_probs for hidden, _ in seen])
@@ -218,11 +225,11 @@ class KnownTruthStudy:
         return {"size": len(heads)} | _score_all(heads, log_p, log_truth, self.tol)
 
     def report(self, results: dict[str, Json], command: str) -> Report:
-        """Make tables with a column for each number of members, a claim and a plot.
+        """Make the report: tables with a column for each number of members, a claim and a plot.
 
         Args:
-            results: of the cells, by key.
-            command: that made them.
+            results: the cells' results, by key.
+            command: the command that made them.
         """
         cells = list(results.values())
         columns = [(f"n = {k}", [c for c in cells if c["size"] == k]) for k in self.sizes]
@@ -246,15 +253,17 @@ def _score_all(
     """Compare every member and every rule with a known truth.
 
     Args:
-        heads: the members'.
-        log_p: their log-probabilities in nats, fp64.
-        log_truth: the true ones.
-        tol: of the solvers, in nats.
+        heads: the members' heads.
+        log_p: the members' log-probabilities in nats, fp64.
+        log_truth: the true log-probabilities in nats.
+        tol: the rules' tolerance, in nats.
 
     Returns:
-        ``members``, KL(truth‖p̂_i) of each member and row, and ``rules``, what became of each by name: ``kl``, the same
-        of every row; how many rows are ``infeasible`` (proved to be, whoever answers them), ``degenerate`` or
-        ``unsolved``; and the objective's ``range`` over the feasible set where it is known.
+        ``members``, the KL(truth‖p̂_i) of each member and row in nats, None if infinite, p̂_i the member's
+        distribution; and ``rules``, for each name ``kl``, the KL(truth‖answer) of each row; the numbers of rows that
+        are ``infeasible`` (even if the fallback answered), ``degenerate`` (every feasible distribution is optimal) or
+        ``unsolved``; and ``range``, the difference between the objective's largest and least value over the feasible
+        set, of the rows in which it is known.
     """
     members = [finite_or_none(kl(log_truth, own.double())) for own in log_p]
     rules = {}
@@ -278,17 +287,17 @@ def _all_rows(cells: Iterable[Json], rule: str, what: str = "kl") -> Numbers:
 
 
 def _largest(cells: list[Json], rule: str, what: str = "kl") -> float | None:
-    """Return the _largest value of a rule; None if one is infinite or there is none."""
+    """Return the largest value of a rule; None if one is infinite or there is none."""
     values = _all_rows(cells, rule, what)
     return None if not values or None in values else max(x for x in values if x is not None)
 
 
 def _outcomes(columns: Columns, where: str = "") -> list[StudyTable]:
-    """Make tables of how far each rule is from the truth, and of how its rows ended.
+    """Make a table of how far each rule is from the truth, and one of how its rows ended.
 
     Args:
-        columns: groups of cells and their names.
-        where: the titles end in this.
+        columns: pairs of (a column's name, its cells).
+        where: the end of the tables' titles.
     """
     return [
         _distances(f"KL(p*‖·), nats{where}", columns),
@@ -297,31 +306,31 @@ def _outcomes(columns: Columns, where: str = "") -> list[StudyTable]:
 
 
 def _by_column(title: str, columns: Columns, rows: Mapping[str, Sequence[str]]) -> StudyTable:
-    """Make a table of a row for each rule and a column for each group of cells."""
+    """Make a table with a row for each rule and a column for each group of cells."""
     return StudyTable(title, ["rule", *(name for name, _ in columns)], [[name, *row] for name, row in rows.items()])
 
 
 def _distances(title: str, columns: Columns) -> StudyTable:
-    """Write the mean KL to the truth of every rule, and of the member that is best for each row; the least in bold."""
+    """Make a table of every rule's mean KL from the truth, and of each row's best member; the least are in bold."""
     text = {"best member of each row": [mean_text(_best_member(cells)) for _, cells in columns]}
     text |= {entry.name: [mean_text(_all_rows(cells, entry.name)) for _, cells in columns] for entry in ALL}
     for k in range(len(columns)):
         finite = [float(row[k]) for row in text.values() if "∞" not in row[k] and row[k] != "-"]
         for row in text.values():
-            # Rounding has no winners.
+            # Rules that are equal after rounding are all in bold.
             if finite and "∞" not in row[k] and round(float(row[k]), 4) == round(min(finite), 4):
                 row[k] = f"**{row[k]}**"
     return _by_column(title, columns, text)
 
 
 def _best_member(cells: Iterable[Json]) -> Numbers:
-    """Return the KL of the best member of each row: an oracle's choice, stronger than the member best on average."""
+    """Return each row's least KL over members, which no choice of a single member for all rows can beat."""
     rows = (row for cell in cells for row in zip(*cell["members"], strict=True))
     return [min((x for x in row if x is not None), default=None) for row in rows]
 
 
 def _endings(title: str, columns: Columns) -> StudyTable:
-    """Write each rule's share of rows with a feasible distribution, and the number of rows that were not solved."""
+    """Make a table of each rule's share of rows with a feasible distribution, and its number of unsolved rows."""
 
     def ending(cells: list[Json], rule: str) -> str:
         infeasible, unsolved = (sum(cell["rules"][rule][what] for cell in cells) for what in ("infeasible", "unsolved"))
@@ -334,7 +343,13 @@ def _endings(title: str, columns: Columns) -> StudyTable:
 
 
 def never_worse(cells: list[Json], ours: str, theirs: str, within: float) -> str:
-    """Claim that ``ours`` has no larger KL to the truth than ``theirs`` in any row, up to ``within`` nats."""
+    """State in a sentence whether ``ours`` has in no row a larger KL from the truth than ``theirs``.
+
+    Args:
+        cells: the cells whose rows are compared.
+        ours, theirs: names of rules.
+        within: the difference in nats that does not count.
+    """
     a, b = _all_rows(cells, ours), _all_rows(cells, theirs)
     worse = [x - y for x, y in zip(a, b, strict=True) if x is not None and y is not None and x > y + within]
     lost = sum(x is None for x in a)
@@ -344,7 +359,7 @@ def never_worse(cells: list[Json], ours: str, theirs: str, within: float) -> str
 
 
 def _lines_by(cells: list[Json], x: Callable[[Json], float]) -> dict[str, list[tuple[float, ...]]]:
-    """Return means by ``x`` of each rule that is shown; no point where a rule gives some truth an infinite loss."""
+    """Return, for each rule that plots show, points (x, mean KL), without those at which a KL is infinite."""
     lines: dict[str, list[tuple[float, ...]]] = {rule: [] for rule in _SHOWN}
     for place in sorted({x(c) for c in cells}):
         here = [c for c in cells if x(c) == place]

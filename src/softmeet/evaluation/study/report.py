@@ -1,4 +1,4 @@
-"""What a study says at the end: tables, sentences that the numbers bear out or not, and plots; Markdown and JSON."""
+"""The report of a study: tables, plots, and claims with their verdicts, as Markdown and JSON."""
 
 from __future__ import annotations
 
@@ -18,14 +18,20 @@ from softmeet.evaluation.files import write_atomically, write_text
 
 @dataclass(frozen=True)
 class StudyTable:
-    """A table of text: a title, column names, and rows."""
+    """A table of text for a study's report.
+
+    Attributes:
+        title: the heading above it.
+        header: the columns' names.
+        rows: each row's cells, one for each column.
+    """
 
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
 
     def markdown(self) -> str:
-        """Return the table in Markdown, under its title.
+        """Return the table in Markdown, under its title as a heading.
 
         >>> print(StudyTable("Loss", ["rule", "nats"], [["meet", "4.5"]]).markdown())
         ### Loss
@@ -41,15 +47,15 @@ class StudyTable:
 
 @dataclass(frozen=True)
 class LinePlot:
-    """A plot of nats against something, one line a rule.
+    """A plot of nats against another quantity, with one line for each rule.
 
     Attributes:
-        name: of the file, without its ending.
-        title, x, y: what is written at the plot and its axes.
-        lines: by label, each a list of (x, y) or of (x, y, half an interval), without points where y is infinite.
-        log_x: whether the axis of x is logarithmic.
-        zero: whether there is a line at zero.
-        count: whether x is a whole number.
+        name: the file's name, without its ending.
+        title, x, y: the texts above the plot and along its axes.
+        lines: by label, each line's points: (x, y), or (x, y, half the width of an interval); y is finite.
+        log_x: whether the x axis is logarithmic.
+        zero: whether a horizontal line is drawn at 0.
+        count: whether x is an integer, so that the axis has ticks at integers only.
     """
 
     name: str
@@ -62,10 +68,10 @@ class LinePlot:
     count: bool = False
 
     def draw(self, path: Path) -> None:
-        """Write the plot as a PNG file.
+        """Draw the plot as a PNG file at ``path``.
 
         Raises:
-            TraceError: the disk is full.
+            TraceError: if the disk is full.
         """
         from matplotlib.ticker import MaxNLocator
 
@@ -93,14 +99,14 @@ class LinePlot:
 
 @dataclass(frozen=True)
 class Report:
-    """The result of a study, to be written as Markdown and JSON.
+    """The report of a study.
 
     Attributes:
-        title: of the report.
-        command: that made it.
-        claims: sentences with their verdicts.
-        tables, plots: below them.
-        texts: passages by heading.
+        title: its heading.
+        command: the command that made it.
+        claims: sentences with their verdicts, or with figures.
+        tables, plots: shown below the claims, in this order.
+        texts: further passages, by heading.
     """
 
     title: str
@@ -111,7 +117,11 @@ class Report:
     texts: dict[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path) -> Path:
-        """Write ``report.md`` and the plots in a folder, and return the path of the former."""
+        """Write ``report.md`` and the plots to a folder, and return the path of ``report.md``.
+
+        Raises:
+            TraceError: if the disk is full.
+        """
         parts = [f"# {self.title}", f"`{self.command}`", "\n".join(f"- {claim}" for claim in self.claims)]
         parts += [table.markdown() for table in self.tables]
         for plot in self.plots:
@@ -123,12 +133,12 @@ class Report:
         return path
 
     def json(self) -> dict[str, Any]:
-        """Return the title, the claims and the tables as JSON has them."""
+        """Return the title, the claims and the tables as a dictionary for JSON."""
         return {"title": self.title, "claims": list(self.claims), "tables": [asdict(table) for table in self.tables]}
 
 
 def mean_text(values: Sequence[float | None]) -> str:
-    """Write a mean; where some values are infinite (None), write their share instead.
+    """Return the mean as text; if some values are None, which stands for infinity, ``∞`` and their share.
 
     >>> mean_text([0.5, 0.25]), mean_text([0.5, None])
     ('0.3750', '∞ (50 %)')
@@ -142,7 +152,7 @@ def mean_text(values: Sequence[float | None]) -> str:
 
 
 def number(x: float | None) -> str:
-    """Write a number with four decimals, or an exponent where those would show nothing; None is infinity.
+    """Return a number as text: with four decimals, or an exponent if it is too small for those; ∞ for None.
 
     >>> number(0.25), number(1e-6), number(None)
     ('0.2500', '1.0e-06', '∞')
@@ -153,7 +163,7 @@ def number(x: float | None) -> str:
 
 
 def finite_or_none(values: Float[Tensor, " B"]) -> list[float | None]:
-    """Return numbers as JSON has them, None for infinity and NaN.
+    """Return numbers as a list for JSON, with None for infinity and NaN.
 
     >>> import torch
     >>> finite_or_none(torch.tensor([0.5, float("inf")]))

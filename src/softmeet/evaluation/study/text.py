@@ -1,6 +1,7 @@
-"""Trained members on text: every rule against averaging and the best single member, with intervals by document.
+"""A study of trained members on text: every rule against averaging and the best single member, with intervals.
 
-Cheap rules go over all positions, slow ones over a part; a difference is paired, on the positions of the slower one.
+Fast rules are scored at all positions, slow ones at a part of them. A difference is paired, over the positions at
+which both rules were scored; intervals are by document, or by blocks of text if there are few documents.
 """
 
 from __future__ import annotations
@@ -31,25 +32,28 @@ from softmeet.rules.settings import DEFAULT_TRUST
 
 MAX_ENTROPY = EXACT[0]
 BASE = BASELINES[0]
-# What answers where nothing is feasible: solved once for all rules.
+# The fallback of rows without a feasible distribution; as a choice of its own it is solved once for all rules.
 RELAXED = MEETS[TRUSTS.index(DEFAULT_TRUST)]
 KINDS = ("averages", "meet", "max-entropy", "the other rules")
 
 
 @dataclass(frozen=True)
 class TextStudy:
-    """A study of members on text.
+    """A study of members on text: which rules are scored at how many positions.
 
     Attributes:
-        positions: for the averages, spread evenly over the text.
-        meet: of them, for ``meet``.
-        exact: of them, for ``max-entropy``.
-        slow: of them, for the other rules.
-        rows: a cell.
-        sizes: numbers of members to try, the first so many.
-        tokens: of the sample that each rule writes; 0 for none.
-        premise: of the positions, for premise scores; 0 for none.
-        only: a pattern that file names of documents must fit.
+        positions: the number of positions for the averages, spread evenly over the text; the next three are parts of
+            these.
+        meet: the number for ``meet``, at every trust.
+        exact: the number for ``max-entropy``.
+        slow: the number for the other rules.
+        rows: positions in each cell (a piece of the study's work).
+        sizes: numbers k of members; for each, averages, ``meet`` and ``max-entropy`` are also scored with only the
+            first k members, at ``meet`` positions.
+        prompt: the text that each rule continues as a sample.
+        tokens: the length of these samples; 0 for none.
+        premise: the number of positions for premise scores; 0 for none.
+        only: a pattern such as ``*.py`` that documents' file names have to match; None for all documents.
     """
 
     positions: int = 4000
@@ -64,7 +68,12 @@ class TextStudy:
     only: str | None = None
 
     def cells(self, ensemble: Ensemble, positions: Positions) -> Iterator[tuple[str, Callable[[], Json]]]:
-        """Yield (key, call that gives a cell's result) for kinds of rules and numbers of members, then for samples."""
+        """Yield (key, call that returns the cell's result) for each cell: scores of rules at some positions; samples.
+
+        Args:
+            ensemble: the members.
+            positions: of the text, with hidden states.
+        """
         every = spread(positions, self.positions)
         kinds: list[tuple[str, Sequence[RuleChoice], int]] = [
             ("averages", BASELINES, self.positions),
@@ -85,18 +94,18 @@ class TextStudy:
             yield f"sample {entry.name}", partial(self._sample, ensemble, entry)
 
     def _sample(self, ensemble: Ensemble, entry: RuleChoice) -> Json:
-        """Write on after the prompt, which is the same for every rule, as the seed is."""
+        """Return a continuation of the prompt by one rule; prompt and seed are the same for every rule."""
         writer = _variant(ensemble, len(ensemble.names), **entry.settings)
         return {"text": writer.generate(self.prompt, seed=1, do_sample=True, max_new_tokens=self.tokens)}
 
     def report(self, text: str, results: dict[str, Json], command: str, premises: Sequence[Premise]) -> Report:
-        """Make a table for each part of the positions and number of members, one of premise scores, and list samples.
+        """Make the report: tables for each group of rules and number of members, premise scores, a plot, and samples.
 
         Args:
-            text: its name, for the title.
-            results: of the cells, by key.
-            command: that made them.
-            premises: a test for each member; none for no table.
+            text: the text's name, for the title.
+            results: the cells' results, by key.
+            command: the command that made them.
+            premises: a premise test for each member; empty for no table of these.
         """
         prefixes = {name: f"{name} " for name in KINDS} | {f"the first {k} members": f"first {k}: " for k in self.sizes}
         picked = {
@@ -123,10 +132,10 @@ SMOKE = TextStudy(positions=40, meet=20, exact=10, slow=4, rows=10, tokens=5, pr
 
 
 def chosen(positions: Positions, only: str | None) -> Positions:
-    """Select the positions of documents whose file name fits a pattern; all of them if it is None.
+    """Return the positions of documents whose file name matches the pattern ``only``; all positions if it is None.
 
     Raises:
-        InvalidInputError: none does.
+        InvalidInputError: if fewer than two positions remain.
     """
     if only is None:
         return positions
@@ -139,13 +148,14 @@ def chosen(positions: Positions, only: str | None) -> Positions:
 
 
 def spread(positions: Positions, count: int) -> Positions:
-    """Select at most ``count`` positions, evenly spread."""
+    """Return at most ``count`` of the positions, evenly spread."""
     if count >= len(positions):
         return positions
     return positions.take(torch.linspace(0, len(positions) - 1, count).round().long())
 
 
 def _nats(ensemble: Ensemble, entries: Sequence[RuleChoice], rows: Positions) -> Json:
+    """Score some rules and the members at some positions; return losses in nats (None if infinite) and counts."""
     found = evaluate(ensemble, rows, entries)
     rules = {
         name: {"nats": finite_or_none(s.nats), "fallbacks": s.fallbacks, "unsolved": s.unconverged, "passes": s.passes}
@@ -156,13 +166,13 @@ def _nats(ensemble: Ensemble, entries: Sequence[RuleChoice], rows: Positions) ->
 
 
 def _variant(ensemble: Ensemble, size: int, **settings: Any) -> Ensemble:
-    """Make an ensemble of the first ``size`` members, already loaded, under other settings."""
+    """Make an ensemble of the first ``size`` members, which are shared, not loaded again, under other settings."""
     config = EnsembleConfig(members=ensemble.names[:size], **settings)
     return Ensemble(ensemble.model.part(range(size), config), ensemble.tokenizer)
 
 
 class _Group:
-    """The results of cells of one kind: nats, (N,), of each member and rule by name, and clusters of the positions."""
+    """The joined results of one kind's cells: losses in nats, (N,), by member and rule, and the positions' clusters."""
 
     def __init__(self, cells: Sequence[Json]) -> None:
         def whole(kind: str, nats: Callable[[Any], list[float | None]]) -> dict[str, Tensor]:
@@ -176,17 +186,17 @@ class _Group:
         self.within = clusters(torch.tensor([k for cell in cells for k in cell["document"]]))
         self.members = whole("members", lambda nats: nats)
         self.rules = whole("rules", lambda found: found["nats"])
-        # A rule with an infinite loss is no winner.
+        # A rule with an infinite loss cannot be the best.
         self.best_member, self.best_rule = (
             min(own, key=lambda name: own[name].mean().item()) for own in (self.members, self.rules)
         )
 
     def counted(self, rule: str, what: str) -> int:
-        """Count a rule's rows that ended in some way; none of a member's do."""
+        """Return the number of a rule's positions that ended in ``what``, such as ``fallbacks``; of a member, 0."""
         return sum(cell["rules"][rule][what] for cell in self.cells if rule in self.rules)
 
     def against(self, ours: Tensor, theirs: Tensor) -> str:
-        """Write the paired difference of two losses with its interval."""
+        """Return the paired difference of two losses with its interval, as text."""
         if ours is theirs:
             return ""
         return str(paired(ours, theirs, self.within)) if ours.isfinite().all() else "∞"
@@ -206,7 +216,7 @@ def _table(name: str, group: _Group) -> StudyTable:
 
 
 def _claims(group: _Group) -> list[str]:
-    """Claim which of the rules that were tried together is best, against averaging and the best member."""
+    """State which rule of a group has the least loss, and its difference from the best member and from averaging."""
     winner, best, base = group.best_rule, group.best_member, group.rules[BASE.name]
     against = paired(group.rules[winner], group.members[best], group.within)
     found = [
