@@ -74,7 +74,7 @@ class KnownText:
     def _along(
         self, paths: Sequence[Path], places: Sequence[int], hidden: Float[Tensor, "k d"]
     ) -> Iterator[NextTokenProbs]:
-        """Compute the next token's probabilities after each path, whose tokens end at that byte of the text in ``places``."""
+        """Compute the next token's probabilities after each path, whose tokens end at its byte in ``places``."""
         size, longest = max(1, _ELEMENTS // self.member.head.v), self.member.spelling.longest
         for start in range(0, len(paths), size):
             some = slice(start, start + size)
@@ -109,7 +109,7 @@ class KnownText:
         found = []
         for one in covers.wanted(pruning):
             step = int(one.probs.path[-1]), one.token
-            # After tokens that end at one byte, predictions differ little, and the tokenizer's own tokens have been run.
+            # Predictions after tokens that end at one byte differ little, and the tokenizer's own have been run.
             probs = self._own.get(self._end(one)) if pruning.prune else None
             probs = probs or self._behind.get(step)
             if probs is None:

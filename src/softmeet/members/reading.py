@@ -73,7 +73,7 @@ class Reading:
     full: bool = False
 
     def compact(self) -> Reading:
-        """Drop from the tree the tokens that no cover and no guess needs; return the reading itself if that saves little."""
+        """Drop from the tree the tokens that no cover or guess needs; return this very reading if that saves little."""
         covers, guesses = self.covers, self.guesses
         behind = {id(one.probs): one.probs for group in (covers.closed, covers.open) for one in group}
         tree, paths = self.tree.kept([*(probs.path for probs in behind.values()), *(guess.path for guess in guesses)])
