@@ -198,7 +198,7 @@ class Open(NamedTuple):
         return _TYPICAL * usual + (1 - _TYPICAL) * self.probs.root
 
     def longer(self, byte: int, live: float, spelling: Spelling) -> Open:
-        """Return a copy with one byte more, whose probability is estimated from ``live``, the closed covers' (or 0)."""
+        """Return a copy with ``byte`` added, its probability estimated from that under the closed covers, ``live``."""
         root = float(self.probs.root[byte])
         if self.rest:
             share = _ALIKE * (live or root)
@@ -214,7 +214,7 @@ class Open(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Covers:
-    """The covers (tokenizations; see the module) of one text by one member's tokens that are followed.
+    """The followed tokenizations of one text by one member's tokens (covers; see the module docstring).
 
     Attributes:
         closed, open: those on all of whose tokens the model was run, and the others; all masses have one common factor.
@@ -285,7 +285,7 @@ class Covers:
         return sorted(found, key=lambda one: -one[2])[:most]
 
     def answered(self, spelling: Spelling, answers: Sequence[tuple[Open, NextTokenProbs]], pruning: Pruning) -> Covers:
-        """Close open covers, given the next token's probabilities behind each, and return all covers anew."""
+        """Close open covers by the model's answers (cover, next token's probabilities behind it); return all covers."""
         known = {id(cover) for cover, _ in answers}
         whole, opened = list(self.closed), [cover for cover in self.open if id(cover) not in known]
         for cover, probs in answers:

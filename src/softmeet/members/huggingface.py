@@ -43,8 +43,7 @@ def load_members(
             accelerate, or a dict from modules' names to such devices or ``"disk"``. One for all members, or a list of
             one for each.
         trust_remote_code: whether to run code that comes with a checkpoint.
-        offload_folder: where to write weights that are to be offloaded to disk and cannot be read from the checkpoint
-            there.
+        offload_folder: a folder for weights that are offloaded to disk and cannot be read from the checkpoint's files.
         on_progress: called with each name before it is loaded.
         loaded: members that earlier calls have loaded; they are used instead of being loaded again, and new ones are
             added to it. None to load each name anew, even one that occurs twice.

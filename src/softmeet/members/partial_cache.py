@@ -112,7 +112,7 @@ def _run(caches: Sequence[PartialCache], model: PreTrainedModel) -> list[tuple[P
     runs = torch.tensor([[one.run] for one in caches])
     counts = torch.tensor([[len(one.pending)] for one in caches])
     mask = (columns >= before - runs) & (columns < before + counts)
-    # A position past the last one might not exist.
+    # Padding repeats the last position, since a later one might exceed the model's context.
     positions = (runs + torch.minimum(torch.arange(new), counts - 1)).clamp_min(0)
     cache = side_by_side([one.states for one in caches], model)
     hidden = last_hidden(model, ids, cache=cache, use_cache=True, attention_mask=mask.long(), position_ids=positions)

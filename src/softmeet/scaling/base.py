@@ -18,9 +18,9 @@ Items = Iterable[tuple[Any, ...]]
 
 
 class Engine(ABC):
-    """An engine maps a function over items in parallel.
+    """A parallel ``map`` of a function over items.
 
-    Use it as a context manager: within it, torch has ``threads`` threads.
+    It is used as a context manager; within it, torch has ``threads`` threads in each call.
     """
 
     threads: int

@@ -52,7 +52,7 @@ def _deferred_interrupt(on_first: Callable[[str], None] | None) -> Iterator[Call
 
 
 class LocalEngine(Engine):
-    """Runs calls in threads of this process, in parallel as far as torch and compiled code release Python's lock.
+    """The engine that runs calls in threads of this process; compiled code in them, such as torch's, runs in parallel.
 
     Args:
         workers: the number of threads; with 1, calls run in the caller's own thread.

@@ -91,7 +91,7 @@ class _Round:
 
 
 class RayEngine(Engine):
-    """Runs calls on the workers of a Ray cluster.
+    """The engine that runs calls on the workers of a Ray cluster.
 
     Workers start when the engine is entered as a context manager, and end with it.
 
