@@ -110,7 +110,7 @@ class NextTokenProbs:
 class ProbsAlongText(NextTokenProbs):
     """Next-token probabilities before known bytes, reduced to the sums that following these bytes asks for.
 
-    Built from the whole ``probs`` and of the bytes ``text`` that follow; answers :meth:`masses`, :meth:`total` and
+    Built from the whole ``probs`` and the bytes ``text`` that follow; answers :meth:`masses`, :meth:`total` and
     :meth:`prob` for tokens along these bytes alone. ``tokens`` is empty.
     """
 
