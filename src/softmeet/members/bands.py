@@ -1,12 +1,14 @@
-"""A head cut into bands of its principal directions, so that each band can have a trust of its own.
+"""A head cut into bands of its principal directions, so that each band can have its own trust.
 
-W - 1cᵀ = U S Vᵀ; band k takes a share of the right singular vectors V, those of the largest singular values first, and
-is the head W V_k. ``meet`` over bands is ``meet`` with a copy of the member for each, which constrains only the band's
-own directions:
+W - 1cᵀ = U S Vᵀ is the singular value decomposition of a head's matrix W (v, d) minus the mean c of its rows. Its right
+singular vectors V, ordered by falling singular value, are split into consecutive groups V_k, the bands; band k is the
+head W V_k. In ``meet`` with bands, each member i occurs once for each band k, with a corrected distribution r_ik of its
+own and trust ρ_ik, and matches the moments of the band's directions alone (p̂_i is the member's distribution, q the
+pool):
 
     minimise KL(p‖q) + Σ_ik ρ_ik KL(r_ik‖p̂_i)   over p, r_ik in the simplex,  V_ikᵀW_iᵀ p = V_ikᵀW_iᵀ r_ik.
 
-So nothing in the solver or its certificates changes. Bands are copies: together as large as the head.
+So solver and certificates stay the same. Bands are copies: together as large as the head.
 """
 
 from __future__ import annotations
@@ -20,7 +22,11 @@ from softmeet.heads import SoftmaxHead
 
 
 def principal_directions(head: SoftmaxHead) -> Float[Tensor, "d d"]:
-    """Return the right singular vectors of the centred head in columns, (d, d) fp64, largest singular value first."""
+    """Compute the right singular vectors of a head's centred matrix W - 1cᵀ, with c the mean of its rows.
+
+    Returns:
+        (d, d) fp64, a vector in each column, that of the largest singular value first.
+    """
     center = torch.zeros(head.d, dtype=torch.float64, device=head.weight.device)
     gram = center.new_zeros(head.d, head.d)
     for _, block in head.blocks(torch.float64, cut=True):
@@ -31,17 +37,16 @@ def principal_directions(head: SoftmaxHead) -> Float[Tensor, "d d"]:
 
 
 def bands(head: SoftmaxHead, count: int) -> list[SoftmaxHead]:
-    """Cut a head into bands of its principal directions, as equal in width as can be.
+    """Cut a head into ``count`` heads W V_k of its principal directions, as equal in width as possible.
 
-    Args:
-        head: of d directions.
-        count: how many bands.
+    W (v, d) is the head's matrix, and V_k are consecutive groups of its right singular vectors (see the module).
 
     Returns:
-        the bands, those of the largest singular values first; the head itself for one band.
+        The bands, that of the largest singular values first, in fp32 (fp64 for a head in fp64), without bias and scale;
+        the head itself for one band.
 
     Raises:
-        InvalidInputError: there are more bands than directions.
+        InvalidInputError: if ``count`` is not from 1 to d.
     """
     if not 1 <= count <= head.d:
         raise InvalidInputError(f"expected from 1 to {head.d} bands of principal directions, got {count}")

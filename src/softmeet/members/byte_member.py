@@ -1,4 +1,9 @@
-"""A member over bytes: the probabilities of a text's next byte, from a model of tokens underneath."""
+"""A causal language model over tokens that is read byte by byte: the probabilities of a text's next byte.
+
+docs/bytes.md states the method. A text's bytes can be cut into tokens in several ways; each way that is followed is a
+*cover*: whole tokens that spell the beginning of the text, with the text's remaining bytes as the beginning of the next
+token (:mod:`softmeet.members.covers`). A *symbol* is one of the 256 bytes, or 256: the end of the text.
+"""
 
 from __future__ import annotations
 
@@ -23,29 +28,43 @@ from softmeet.members.token_tree import Growth, Path, TokenTree
 from softmeet.members.token_tree import run as run_trees
 from softmeet.members.typical import SAMPLE, typical
 
-# The least probability of a token: without it, masses of all covers could be rounded to nothing.
+# The least probability of a token: without it, rounding could leave all covers without mass.
 _LEAST = torch.finfo(torch.float32).tiny
-# Bytes before the end of a prompt from which all tokenizations are followed; before them, the tokenizer's alone.
+# Several tokenizations are followed in this many last bytes of a prompt; before them, the tokenizer's alone.
 _LOOK_BACK = 64
-# The probability from which a token is run before the model has to be asked about it, how many are at once, and what
-# their probabilities have to sum to where else one token would be run alone: for a processor a product with one vector
-# takes half of the time of one with several.
+# A likely next token is run before it is needed if its probability is at least _LIKELY, at most _GUESSES at once.
+# Beside a single open cover they are run only if their probabilities sum to _WORTH: on a CPU, a product with one
+# vector takes half the time of one with several.
 _LIKELY, _GUESSES, _WORTH = 0.04, 5, 0.6
 # Positions whose next tokens' probabilities are held at once, and prefixes whose states are kept.
 _AT_ONCE = 32
 _PREFIXES = 16
-# Logits whose probabilities are taken at once.
+# Logits that are normalised at once on a CPU.
 _CACHED = 1 << 20
 
 
 class ByteMember:
-    """A token model, read byte by byte.
+    """A causal language model over tokens that is read byte by byte.
+
+    :meth:`begin` and :meth:`score` read a text and return a ``Reading``; :meth:`advance` lengthens readings by a symbol
+    (a byte 0 to 255, or 256 for the end), and :meth:`log_probs` gives the next symbol's distribution after each.
 
     Args:
-        model: in evaluation mode.
-        spelling: how its tokenizer cuts text into tokens.
-        pruning: how far tokenizations are followed.
-        prefix: tokens before every text that has no others, in place of the tokenizer's own.
+        model: a causal LM of transformers, in evaluation mode.
+        spelling: the bytes that each token of its tokenizer spells, and how the tokenizer cuts bytes into tokens.
+        pruning: which tokenizations of a text are followed; None for the defaults of ``Pruning``.
+        prefix: ids of the tokens that precede each text for which no other prefix is given; None for
+            ``spelling.start``, the tokenizer's own.
+
+    Attributes:
+        head: the model's output layer.
+        ends: ids of the tokens that end a text.
+        spent: calls of the model and tokens run in them so far, prefixes included (a call that serves several texts
+            counts once), and the mass estimated in :meth:`advance`.
+
+    Raises:
+        UnsupportedHeadError: if the model's output layer is not a plain softmax head.
+        CheckpointError: if the model gives NaN.
     """
 
     def __init__(
@@ -65,13 +84,16 @@ class ByteMember:
         columns = [*self.spelling.tokens.tolist(), *self.ends]
         self._columns = torch.tensor(columns, device=self.head.weight.device)
         self._prefixes: dict[tuple[int, ...], tuple[TokenTree, Tensor]] = {}
-        # Of all texts, a call that serves several counted once.
         self.spent = Work()
         if self.pruning.prune:
             self.spelling = replace(spelling, typical=self._typical())
 
     def _typical(self) -> Masses:
-        """Find what the model expects behind a token, by the token's last byte, on a short text."""
+        """Estimate the next token's first byte by the last byte of the token before it, from the model on ``SAMPLE``.
+
+        Returns:
+            (256, 257), fp64: by last byte, the probabilities of the next token's first byte, and at 256 of the end.
+        """
         start = self.spelling.start
         tokens = self.spelling.encode(SAMPLE.encode())[: self._limit - len(start)]
         _, hidden = self.run_chain([*start, *tokens])
@@ -84,25 +106,25 @@ class ByteMember:
         return typical(self.spelling, tokens, roots)
 
     def find_head_again(self) -> None:
-        """Read the model's output layer where it is now."""
+        """Take the model's output layer anew after a move or a cast, and forget the prefixes read so far."""
         self.head = replace_weight(self.head, self.model)
         self._columns = self._columns.to(self.head.weight.device)
         self._prefixes.clear()
 
     @property
     def room(self) -> int:
-        """Bytes that fit into the context, whatever tokens they make."""
-        # A token behind every one may have to be asked about, and the dummy prefix is one.
+        """The number of bytes, at least 1, that fit into the context behind the member's prefix at a token each."""
+        # The model may have to be run on one token more than the bytes make, and the dummy prefix is another.
         return max(1, self._limit - len(self.prefix) - 2)
 
     def behind(self, prefix: Sequence[int]) -> tuple[TokenTree, Float[Tensor, "1 d"]]:
-        """Read tokens that stand before a text, and keep the result for other texts.
+        """Run a prefix's tokens through the model, and keep the result for later texts (for the 16 newest prefixes).
 
         Returns:
-            (what the model keeps, its last hidden state).
+            (the tree of tokens with the prefix's keys and values; (1, d), the last hidden state at its last token).
 
         Raises:
-            InvalidInputError: there is no token, or one that the model does not have.
+            InvalidInputError: if the prefix is empty, has an id that the model does not know, or exceeds its context.
         """
         key = tuple(prefix)
         if not key:
@@ -120,26 +142,38 @@ class ByteMember:
         return self._prefixes[key]
 
     def begin(self, text: bytes, prefix: Sequence[int] | None = None) -> Reading:
-        """Read a prompt: all tokenizations of its end, behind the tokenizer's own of what comes before.
+        """Read a prompt, and return the reading, from which :meth:`log_probs` and :meth:`advance` continue.
+
+        Several tokenizations are followed only in the last 64 bytes or a little more; the bytes before them are cut as
+        the tokenizer cuts them. With ``pruning.prune`` = 0 all tokenizations of the whole prompt are followed.
 
         Args:
-            text: of any bytes.
-            prefix: tokens before it; None for the member's own.
+            text: the prompt: any bytes, UTF-8 or not.
+            prefix: ids of the tokens that precede it; None for the member's own.
+
+        Raises:
+            InvalidInputError: if prefix and text exceed the model's context, the prefix is invalid, or
+                ``pruning.prune`` is 0 and the text has more tokenizations than can be followed.
         """
         return self._read(text, prefix, _LOOK_BACK if self.pruning.prune else 0)[0]
 
     def score(
         self, text: bytes, prefix: Sequence[int] | None = None
     ) -> tuple[Reading, Float[np.ndarray, "t 257"], Float[np.ndarray, " t"]]:
-        """Read a text, and return how probable every byte's alternatives were.
+        """Read a whole text, and return the log-probabilities of all symbols at each of its places.
 
         Args:
-            text: of any bytes.
-            prefix: tokens before it; None for the member's own.
+            text: t - 1 bytes, UTF-8 or not.
+            prefix: ids of the tokens that precede it; None for the member's own.
 
         Returns:
-            The text as read; the log-probabilities in nats of what could stand in each byte's place, of the first byte
-            too, and after the last; and the share of mass that each of these rests on estimates for.
+            (reading, log_probs, unasked): the reading of the whole text; (t, 257) fp64 in nats, in row k the
+            distribution of the symbol after the first k bytes (column 256 is the end), so that the last row is that
+            after the text; (t,), for each row the share of probability mass that was estimated or dropped, instead of
+            computed by the model.
+
+        Raises:
+            InvalidInputError: for the reasons of :meth:`begin`.
         """
         spelling = self.spelling
         reading, covers = self._read(text, prefix, 0)
@@ -149,10 +183,13 @@ class ByteMember:
             return reading, np.log(found), np.array([one.unasked for one in covers])[written]
 
     def _read(self, text: bytes, prefix: Sequence[int] | None, look_back: int) -> tuple[Reading, list[Covers]]:
-        """Read a text whose bytes are all known, in one call for the tokenizer's tokens and few for others.
+        """Read a text whose bytes are all known: one call of the model for the tokenizer's tokens, few for others.
+
+        Several tokenizations are followed in the last ``look_back`` bytes or a little more; 0 for the whole text.
 
         Returns:
-            (the text as read; its covers from the place on from which all tokenizations are followed, byte by byte).
+            (the reading; the covers at the first byte from which several tokenizations are followed, and after each
+            later byte).
         """
         known = KnownText(self, self.prefix if prefix is None else prefix, text, look_back)
         while missing := known.walk(self.pruning):
@@ -161,21 +198,23 @@ class ByteMember:
         return Reading(known.covers[-1], known.tree, text, work).compact(), known.covers
 
     def expected(self, text: bytes, top: int) -> dict[int, list[tuple[str, float]]]:
-        """List the tokens that the model expects where a token of a text begins.
+        """List the tokens that the model holds most probable at each place at which a token of the text begins.
+
+        The text is read behind the member's own prefix, cut into tokens as the tokenizer cuts it.
 
         Args:
-            text: of any bytes.
-            top: tokens to list.
+            text: any bytes.
+            top: the number of tokens to list at each place.
 
         Returns:
-            By the byte at which a token of the text begins, the most probable tokens there, as text, and their
-            log-probabilities in nats.
+            A dict from the index in ``text`` of the first byte of each of its tokens to ``top`` pairs (token as text,
+            log-probability in nats), the most probable first.
         """
         spelling = self.spelling
         tokens = spelling.encode(text)
         _, hidden = self.run_chain([*self.prefix, *tokens])
         behind = hidden[len(self.prefix) - 1 :][: len(tokens)]
-        # Where they are in the text, which may hold bytes that the member does not see, and no dummy prefix.
+        # Indices in the text of the bytes that tokens spell: it may have bytes without a token, and no dummy prefix.
         seen = [k for k, byte in enumerate(text) if byte not in spelling.unwritable]
         found = {}
         for place, state in zip(spelling.bounds(tokens)[:-1].tolist(), behind, strict=True):
@@ -186,21 +225,25 @@ class ByteMember:
         return found
 
     def _named(self, token: int) -> str:
-        """Return a token as text; one that ends a text, or stands for none, by its number."""
+        """Return a token as text, bytes that are not UTF-8 with backslash escapes; ``<id>`` if it spells nothing."""
         word = self.spelling.spelled([token])
         return word.decode(errors="backslashreplace") if word else f"<{token}>"
 
     def log_probs(self, readings: Sequence[Reading]) -> Float[Tensor, "B 257"]:
-        """Return the next symbol's log-probabilities in nats, fp64; 256 is the end, and all that follows the end."""
+        """Return the next symbol's log-probabilities after each of B readings, (B, 257) fp64, in nats, on the CPU.
+
+        Columns 0 to 255 are bytes, 256 is the end. A reading that has ended gives the end probability 1.
+        """
         end = np.eye(SYMBOLS)[END]
         found = [end if one.ended else one.covers.prediction(self.spelling) for one in readings]
         with np.errstate(divide="ignore"):
             return torch.from_numpy(np.log(np.stack(found)))
 
     def advance(self, readings: Sequence[Reading], symbols: Sequence[int]) -> list[Reading]:
-        """Read one more symbol of each text; all that the model has to be asked goes through it in one batch.
+        """Lengthen each reading by one symbol, and return the new readings; each call of the model serves all of them.
 
-        A text that would not fit into the model's context ends.
+        A symbol is a byte, 0 to 255, or 256: the end. A reading comes back ended if its symbol is 256, if it had ended
+        before, or if its tokens would exceed the model's context; in the last case it is also marked ``full``.
         """
         found = list(readings)
         for k, (reading, symbol) in enumerate(zip(readings, symbols, strict=True)):
@@ -214,7 +257,7 @@ class ByteMember:
         return self._settled(found)
 
     def _settled(self, readings: list[Reading]) -> list[Reading]:
-        """Ask about all open covers that count, and along with them about what may come next."""
+        """Run the model, for all readings at once, on the open covers that weigh enough and on likely next tokens."""
         while True:
             readings = [reading if reading.ended else self._close_guessed(reading) for reading in readings]
             asking = self._wanted(readings)
@@ -250,7 +293,7 @@ class ByteMember:
         return readings
 
     def _wanted(self, readings: list[Reading]) -> dict[int, list[Open]]:
-        """Return the open covers of each text to ask the model about, and end texts for which it has no room."""
+        """Return the open covers to run the model on, by index of reading; end readings that exceed its context."""
         found = {}
         for k, reading in enumerate(readings):
             opened = [] if reading.ended else reading.covers.wanted(self.pruning)
@@ -261,7 +304,7 @@ class ByteMember:
         return found
 
     def _close_guessed(self, reading: Reading) -> Reading:
-        """Close the open covers whose token was guessed."""
+        """Close the open covers whose last token was run as a guess, with the hidden states kept then."""
         known = {(id(guess.behind), guess.token): guess for guess in reading.guesses}
         while True:
             pairs = [(one, known.get((id(one.probs), one.token))) for one in reading.covers.wanted(self.pruning)]
@@ -273,7 +316,7 @@ class ByteMember:
             reading = replace(reading, covers=reading.covers.answered(self.spelling, answers, self.pruning))
 
     def _likely(self, reading: Reading, asking: int) -> list[tuple[NextTokenProbs, int]]:
-        """Choose tokens to guess along with so many open covers, and return them with what they stand behind."""
+        """Choose likely next tokens to run beside ``asking`` open covers: (the probabilities at its place, id) each."""
         if not self.pruning.prune:
             return []
         known = {(id(guess.behind), guess.token) for guess in reading.guesses}
@@ -286,7 +329,7 @@ class ByteMember:
         return [] if asking == 1 and together < _WORTH else found
 
     def _possible(self, reading: Reading) -> tuple[Guess, ...]:
-        """Return the guesses that may still come true: their token begins with the bytes since, and is longer."""
+        """Return the guesses that may still be used: their token begins with the bytes read since, and is longer."""
         rests = {id(cover.probs): cover.rest for cover in reading.covers.closed}
         found = []
         for guess in reading.guesses:
@@ -296,20 +339,27 @@ class ByteMember:
         return tuple(found)
 
     def run_chain(self, tokens: Sequence[int], tree: TokenTree | None = None) -> tuple[TokenTree, Float[Tensor, "t d"]]:
-        """Run tokens one behind the other, behind the only chain of a tree, if one is given.
+        """Run tokens, each after the one before it, behind all tokens of a tree that is itself a single chain.
+
+        Args:
+            tokens: t ids, at least one.
+            tree: tokens that were run before; None for none.
 
         Returns:
-            (what the model keeps, its last hidden states at the tokens).
+            (the tree with the new tokens; (t, d), the last hidden states at them).
         """
         tree = tree or TokenTree()
         ((tree, (hidden,)),) = self.run([Growth(tree, [np.arange(tree.columns)], [list(tokens)])])
         return tree, hidden
 
     def run(self, growths: Sequence[Growth]) -> list[tuple[TokenTree, list[Float[Tensor, "t d"]]]]:
-        """Run tokens.
+        """Run chains of tokens in several trees, one ``Growth`` each, in one call of the model; count it in ``spent``.
+
+        Returns:
+            For each tree, (the tree with the new tokens; for each chain of t tokens, the last hidden states, (t, d)).
 
         Raises:
-            InvalidInputError: they are more than the model's context holds.
+            InvalidInputError: if a chain, with the tokens before it, is longer than the model's context.
         """
         pairs = [(path, own) for growth in growths for path, own in zip(growth.paths, growth.tokens, strict=True)]
         longest = max(len(path) + len(own) for path, own in pairs)
@@ -323,14 +373,22 @@ class ByteMember:
             return run_trees(self.model, growths)
 
     def next_token_probs(self, paths: Sequence[Path], hidden: Float[Tensor, "k d"]) -> list[NextTokenProbs]:
-        """Compute the next token's probabilities behind each path, from the last hidden states there."""
+        """Compute the next token's probabilities at k places from the last hidden states there.
+
+        Only tokens that spell bytes and those that end a text count: probabilities are normalised over them, and none
+        is 0.
+
+        Args:
+            paths: for each place, the columns in its tree of the tokens before it.
+            hidden: (k, d), the last hidden states at the last of these tokens.
+        """
         found, m = list[NextTokenProbs](), len(self.spelling.words)
         with torch.inference_mode():
             logits = self.head.logits(hidden)
-        # Several passes over a vocabulary follow: those over a few rows stay in a processor's caches.
+        # Several passes over the vocabulary follow: a few rows at a time stay in the CPU's caches.
         size = _CACHED // self.head.v if logits.device.type == "cpu" else len(logits)
         for some in logits.split(max(1, size)):
-            # A byte that a member holds for impossible may come all the same: something has to be left to go on from.
+            # A byte to which the member gives probability 0 may come all the same, and some cover has to continue then.
             own = some.gather(1, self._columns.expand(len(some), -1)).softmax(-1).clamp_min_(_LEAST)
             probs, (letters, where) = own.cpu().numpy(), self.spelling.beginnings
             roots = np.zeros((len(some), SYMBOLS))

@@ -1,11 +1,15 @@
-"""What a token model says of a text's next byte: the sum over all tokenizations of the text, as far as their mass goes.
+"""The probabilities of a text's next byte under a model of tokens: a sum over all tokenizations of the text.
 
-A *cover* of the bytes x is a sequence of whole tokens that the model was asked about, and the *rest* of x, with which
-the next token has to begin. Its mass is the probability of its tokens and of a next token that is longer than the rest.
-Where the rest is a token itself, that token begins a new cover, behind which the model has to be asked: until then it
-is *open*, and what comes next is estimated. Open covers whose share of all mass may be ``prune`` or more are closed, by
-asking, before the next byte is predicted. With ``prune=0`` nothing is estimated, and the product of the bytes'
-probabilities is the sum over all tokenizations of the text (Phan et al., arXiv:2410.09303, proposition 2).
+A *cover* of the bytes x is a sequence s of whole tokens and the *rest* r: the bytes of x behind those that s spells,
+with which the next token has to begin. Its *weight* is P(s), its *mass* P(s) Σ P(t | s) over the tokens t that begin
+with r and are longer. If r is itself a token, (s, r) is the beginning of another cover. It is *open*, with an estimate
+of what follows its last token, until the model has been run on that token; then it is *closed*. Open covers whose share
+of all mass may be ``prune`` or more are closed before the next byte is predicted. With ``prune=0`` nothing is
+estimated, and the product of the bytes' probabilities is the sum over all tokenizations of the text (Phan et al.,
+arXiv:2410.09303, proposition 2).
+
+A *symbol* is one of the 256 bytes, or ``END`` = 256: the end of the text. A token's *number* is its index in
+``Spelling.words``, the sorted strings that tokens spell; its *id* is the tokenizer's.
 """
 
 from __future__ import annotations
@@ -25,38 +29,41 @@ from softmeet.members.token_tree import Path
 SYMBOLS = 257
 END = 256
 Masses = np.ndarray[Any, np.dtype[np.float64]]
-# Of what is estimated to follow a token, the part that is typical of its last byte; the rest follows what it stands on.
+# Estimates of what follows a token mix what usually follows its last byte, with this weight, with the probabilities of
+# the token's own place.
 _TYPICAL = 0.75
-# The probability, as it is estimated, that an open cover which is a byte old or more goes on as closed ones do.
+# The guessed probability that an open cover with bytes behind its last token continues as closed ones do.
 _ALIKE = 0.1
-# How probable a byte is behind an open cover by a good guess: where a byte surprises the closed covers, open ones may
-# be right, and the model is asked about those that by such guesses have the share ``prune`` of all mass.
+# The least probability of a byte behind an open cover in its optimistic mass, ``most``: if a byte surprises the closed
+# covers, open ones may be right, and those whose optimistic share of all mass is ``prune`` or more are closed.
 _GOOD = 0.2
 AnyCover = TypeVar("AnyCover", "Cover", "Open")
-# Share of the heaviest cover's mass from which one of fewer tokens may stand for all that end where it does.
+# Of covers with equally long rests, that of fewest tokens stands for all if it has this share of the heaviest's mass.
 _NOT_LIGHT = 0.05
-# The share that a token needs of all that begin with its bytes to be asked about before it is known to come.
+# A token is run before it is needed if it has this share of the probability of all tokens that begin with its bytes.
 _NOT_RARE = 0.02
-# Shares of mass below which covers are let go while there are others.
+# Share of all mass up to which a cover is dropped, unless it is the heaviest.
 _LIGHT = 1e-12
-# All covers' mass below which their weights are scaled: it falls with every byte.
+# If the sum of all masses, which falls with every byte, is below this, all are scaled to a sum of 1.
 _SMALL = 1e-30
-# The most that are followed where none is let go; each keeps the probabilities of a vocabulary.
+# The greatest number of covers if none is dropped: each keeps the probabilities of a vocabulary.
 _FOLLOWED = 2048
 
 
 def by_symbol(symbols: np.ndarray[Any, np.dtype[np.uint8]], masses: Masses) -> Masses:
-    """Return the sum of the masses of each symbol, (257,)."""
+    """Sum k masses by the symbols that they belong to (both (k,)), and return the sums, (257,) fp64."""
     return np.bincount(symbols, masses, SYMBOLS).astype(np.float64, copy=False)
 
 
 @dataclass(frozen=True)
 class Pruning:
-    """How far tokenizations are followed.
+    """Which tokenizations of a text are followed by running the model on their tokens.
 
     Attributes:
-        prune: share of all mass that an open cover may have before it is followed by asking the model; 0 to follow all.
-        covers: the heaviest so many, open or closed, are kept; None for all.
+        prune: a tokenization on whose last token the model has not been run is followed if its share of all probability
+            mass may be this or more, and estimated otherwise; 0 to follow all.
+        covers: after each byte, this many tokenizations of most mass are kept among those that the model has been run
+            on, and as many among the others; None to keep all.
     """
 
     prune: float = 0.01
@@ -65,12 +72,12 @@ class Pruning:
 
 @dataclass(frozen=True, eq=False)
 class NextTokenProbs:
-    """The next token's probabilities behind whole tokens, as the model gave them.
+    """A model's probabilities of the next token, after a sequence of whole tokens.
 
     Attributes:
-        path: of the last token in the tree of all that the model has run for this text.
-        tokens: (m,) of the spelling's tokens in its order; with the end's they sum to one.
-        root: (257,) of the next token's first byte, and of the end.
+        path: the columns of the sequence's tokens in the tree of all tokens that were run for the text, first to last.
+        tokens: (m,), the probability of each of the spelling's m tokens; with the end's, ``root[256]``, they sum to 1.
+        root: (257,), the probability of each first byte of the next token, and at 256 that of the end.
     """
 
     path: Path
@@ -78,27 +85,34 @@ class NextTokenProbs:
     root: Masses
 
     def moved(self, path: Path) -> NextTokenProbs:
-        """Return the same at another place in the tree."""
+        """Return a copy with another path, for a tree whose columns were renumbered."""
         found = copy.copy(self)
         object.__setattr__(found, "path", path)
         return found
 
     def masses(self, spelling: Spelling, length: int, longer: int, end: int) -> Masses:
-        """Sum, by the byte after the first ``length``, the probabilities of tokens ``longer`` to ``end``: (257,)."""
+        """Sum the probabilities of the tokens ``longer`` to ``end - 1`` by their byte at index ``length``, (257,) fp64.
+
+        The tokens are given by number (index in ``spelling.words``) and have more than ``length`` bytes.
+        """
         some = slice(longer, end)
         return by_symbol(spelling.flat[spelling.offsets[:-1][some] + length], self.tokens[some])
 
     def total(self, longer: int, end: int) -> float:
-        """Sum the probabilities of tokens ``longer`` to ``end``."""
+        """Return the sum of the probabilities of the tokens whose numbers are ``longer`` to ``end - 1``."""
         return float(self.tokens[longer:end].sum())
 
     def prob(self, k: int) -> float:
-        """Return the probability of token k of the spelling."""
+        """Return the probability of the token whose number (index in ``spelling.words``) is ``k``."""
         return float(self.tokens[k])
 
 
 class ProbsAlongText(NextTokenProbs):
-    """The same for a text whose next bytes are known: what it takes along them, without the vocabulary."""
+    """Next-token probabilities before known bytes, reduced to the sums that following these bytes asks for.
+
+    Built from the whole ``probs`` and the bytes ``text`` that follow; answers :meth:`masses`, :meth:`total` and
+    :meth:`prob` for tokens along these bytes alone. ``tokens`` is empty.
+    """
 
     def __init__(self, probs: NextTokenProbs, spelling: Spelling, text: bytes) -> None:
         self._masses: dict[int, Masses] = {}
@@ -115,27 +129,28 @@ class ProbsAlongText(NextTokenProbs):
         super().__init__(probs.path, np.empty(0), probs.root)
 
     def masses(self, spelling: Spelling, length: int, longer: int, end: int) -> Masses:
-        """Return what :meth:`NextTokenProbs.masses` gave along the text."""
+        """Return the result of :meth:`NextTokenProbs.masses`, kept for the first ``length`` of the known bytes."""
         return self._masses[length]
 
     def total(self, longer: int, end: int) -> float:
-        """Return what :meth:`NextTokenProbs.total` gave along the text."""
+        """Return the result of :meth:`NextTokenProbs.total`, kept for the ranges of tokens along the known bytes."""
         return self._totals[longer, end]
 
     def prob(self, k: int) -> float:
-        """Return what :meth:`NextTokenProbs.prob` gave along the text."""
+        """Return the result of :meth:`NextTokenProbs.prob`, kept for the tokens that the known bytes begin with."""
         return self._probs[k]
 
 
 class Cover(NamedTuple):
-    """Whole tokens that the model was asked about, and the bytes behind them.
+    """A closed cover: whole tokens on all of which the model was run, and the bytes behind them.
 
     Attributes:
-        probs: of the token that goes on behind the tokens.
-        weight: the probability of the tokens, on the scale of :class:`Covers`.
-        mass: the same with the next token's.
+        probs: the next token's probabilities after these tokens.
+        weight: the probability of these tokens, up to a factor common to all covers of the same ``Covers``.
+        mass: ``weight`` times the probability that the next token begins with ``rest`` and is longer.
         rest: the bytes behind the tokens, with which the next token begins.
-        longer, end: the tokens of the spelling that are longer than the rest and begin with it.
+        longer, end: tokens number ``longer`` to ``end - 1`` of the spelling are those that begin with ``rest`` and are
+            longer.
     """
 
     probs: NextTokenProbs
@@ -146,26 +161,26 @@ class Cover(NamedTuple):
     end: int
 
     def masses(self, spelling: Spelling) -> Masses:
-        """Return how much of the mass each next symbol takes, (257,)."""
+        """Return the part of the mass that each next symbol takes, (257,)."""
         if not self.rest:
             return self.weight * self.probs.root
         return self.weight * self.probs.masses(spelling, len(self.rest), self.longer, self.end)
 
     def times(self, x: float) -> Cover:
-        """Return the same with x times the mass."""
+        """Return a copy with weight and mass multiplied by ``x``."""
         return self._replace(weight=self.weight * x, mass=self.mass * x)
 
 
 class Open(NamedTuple):
-    """A cover, and a token behind it about which the model was not asked.
+    """An open cover: whole tokens, on the last of which the model was not run, and the bytes behind them.
 
     Attributes:
-        probs: of the token, behind the cover.
-        token: its id.
-        weight: the probability of the cover's tokens and of this one, on the scale of :class:`Covers`.
-        mass: the same with an estimate of what comes behind.
-        rest: the bytes since.
-        most: what the mass may be, had each byte since been as probable behind the token as a good guess.
+        probs: the probabilities of the last token's place, after the tokens before it.
+        token: the last token's id.
+        weight: the probability of all tokens, the last included, up to a factor common to all of the same ``Covers``.
+        mass: ``weight`` times an estimate of the probability of ``rest``.
+        rest: the bytes behind the last token.
+        most: an optimistic ``mass``, in which every byte of ``rest`` has at least the probability 0.2.
     """
 
     probs: NextTokenProbs
@@ -176,14 +191,14 @@ class Open(NamedTuple):
     most: float
 
     def estimate(self, live: Masses, spelling: Spelling) -> Masses:
-        """Estimate the next symbol, (257,): at first as behind such a token, later as behind the closed covers."""
+        """Estimate each symbol's share of the mass, (257,), given the closed covers' distribution ``live``, (257,)."""
         if self.rest:
             return _ALIKE * np.where(live > 0, live, self.probs.root)
         usual: Masses = spelling.typical[spelling.last(self.token)]
         return _TYPICAL * usual + (1 - _TYPICAL) * self.probs.root
 
     def longer(self, byte: int, live: float, spelling: Spelling) -> Open:
-        """Return the same with one byte more, to which the closed covers gave the probability ``live``."""
+        """Return a copy with ``byte`` added, its probability estimated from that under the closed covers, ``live``."""
         root = float(self.probs.root[byte])
         if self.rest:
             share = _ALIKE * (live or root)
@@ -193,18 +208,18 @@ class Open(NamedTuple):
         return self._replace(mass=self.mass * share, rest=self.rest + bytes([byte]), most=most)
 
     def times(self, x: float) -> Open:
-        """Return the same with x times the mass, and x times what it may be."""
+        """Return a copy with weight, mass and ``most`` multiplied by ``x``."""
         return self._replace(weight=self.weight * x, mass=self.mass * x, most=self.most * x)
 
 
 @dataclass(frozen=True, eq=False)
 class Covers:
-    """All covers of one text by one member, as far as they are followed.
+    """The followed tokenizations of one text by one member's tokens (covers; see the module docstring).
 
     Attributes:
-        closed, open: with masses on one scale.
-        total: all their masses together.
-        dropped: the share of mass that was let go at the last byte.
+        closed, open: those on all of whose tokens the model was run, and the others; all masses have one common factor.
+        total: the sum of all their masses.
+        dropped: the share of mass lost when the lightest covers were last dropped.
     """
 
     closed: tuple[Cover, ...]
@@ -214,16 +229,16 @@ class Covers:
 
     @property
     def unasked(self) -> float:
-        """The share of mass that is estimated, or was let go at this byte."""
+        """The share of mass that does not come from the model: that of the open covers, and ``dropped``."""
         return self.dropped + sum(cover.mass for cover in self.open) / self.total
 
     @staticmethod
     def begun(probs: NextTokenProbs, spelling: Spelling) -> Covers:
-        """Return the covers of a text of no bytes, from what its first token may be."""
+        """Return the covers of a text of no bytes; ``probs`` are the probabilities of its first token."""
         return Covers((Cover(probs, 1.0, 1.0, b"", 0, len(spelling.words)),))
 
     def prediction(self, spelling: Spelling) -> Masses:
-        """Return the next symbol's probabilities, (257,)."""
+        """Return the next symbol's probabilities, (257,) fp64."""
         found = sum((cover.masses(spelling) for cover in self.closed), np.zeros(SYMBOLS))
         if self.open:
             live = found / (found.sum() or 1.0)
@@ -233,28 +248,31 @@ class Covers:
         return whole
 
     def followed(self, spelling: Spelling, byte: int, pruning: Pruning) -> Covers:
-        """Return the covers of one byte more; none is left where the member cannot write it."""
+        """Return the covers of the text with ``byte`` added; none if no token can spell it there."""
         own, opened = _longer(spelling, self.closed, self.open, byte)
         return _kept(own, opened, pruning)
 
     def wanted(self, pruning: Pruning) -> list[Open]:
-        """Return the open covers that the model is to be asked about before the next byte is predicted."""
+        """Return the open covers to run the model on before the next byte is predicted.
+
+        These are the ones whose ``most`` is at least ``pruning.prune`` of all mass; else, if none is closed, the
+        heaviest.
+        """
         found = [cover for cover in self.open if cover.most >= pruning.prune * self.total]
         return found or (list(self.open[:1]) if not self.closed else [])
 
     def likely(self, spelling: Spelling, least: float, most: int) -> list[tuple[NextTokenProbs, int, float]]:
-        """List the tokens, with what they stand behind, about which the model will likely have to be asked.
-
-        That is so where the text goes on with a token's bytes, by it or by a longer one, unless it is a rare way to.
+        """List the tokens on which the model will probably have to be run when the text continues.
 
         Args:
-            spelling: of the member.
-            least: how probable that has to be.
-            most: so many, the likeliest first.
+            spelling: the member's.
+            least: list a token if the text continues with its bytes (by it or a longer token) with this probability or
+                more, unless it is rare among the tokens that begin with these bytes.
+            most: the greatest number of tokens to list.
 
         Returns:
-            For each, what it stands behind, its number in the spelling, and how probable it is that the text goes on
-            with its bytes.
+            For each token, (the probabilities at its place, its number in ``spelling.words``, the probability that the
+            text continues with its bytes), the most probable first.
         """
         found = list[tuple[NextTokenProbs, int, float]]()
         for cover in self.closed:
@@ -267,7 +285,7 @@ class Covers:
         return sorted(found, key=lambda one: -one[2])[:most]
 
     def answered(self, spelling: Spelling, answers: Sequence[tuple[Open, NextTokenProbs]], pruning: Pruning) -> Covers:
-        """Return the same covers, of which the model's answers close some open ones."""
+        """Close open covers by the model's answers (cover, next token's probabilities behind it); return all covers."""
         known = {id(cover) for cover, _ in answers}
         whole, opened = list(self.closed), [cover for cover in self.open if id(cover) not in known]
         for cover, probs in answers:
@@ -283,7 +301,7 @@ class Covers:
 def _longer(
     spelling: Spelling, closed: Sequence[Cover], opened: Sequence[Open], byte: int
 ) -> tuple[list[Cover], list[Open]]:
-    """Follow all covers by one byte more: those that go on, and open ones by the tokens that end with the byte."""
+    """Extend all covers by one byte, and return (closed, open): a token that ends with it makes an open cover."""
     own: list[Cover] = []
     new: list[Open] = []
     for cover in closed:
@@ -303,7 +321,7 @@ def _longer(
 
 
 def _kept(whole: Sequence[Cover], opened: Sequence[Open], pruning: Pruning) -> Covers:
-    """Let the lightest covers go."""
+    """Merge covers whose rests are equally long if pruned, drop the lightest, and return the others."""
     kept = [cover for cover in whole if cover.mass > 0]
     light = [cover for cover in opened if cover.mass > 0]
     if pruning.prune:
@@ -330,16 +348,16 @@ def _kept(whole: Sequence[Cover], opened: Sequence[Open], pruning: Pruning) -> C
 
 
 def _heaviest(covers: list[AnyCover], count: int, least: float) -> list[AnyCover]:
-    """Return the heaviest covers, so many at most; from the second on, those with more than the least mass."""
+    """Return at most ``count`` covers, the heaviest first; after the first, only those of more than ``least`` mass."""
     ordered = sorted(covers, key=_by_mass)[:count]
     return ordered[:1] + [cover for cover in ordered[1:] if cover.mass > least]
 
 
 def _recombined(whole: list[Cover], opened: list[Open]) -> tuple[list[Cover], list[Open]]:
-    """Keep, of the covers that begin their rest at one byte, that of fewest tokens which is not light, with all mass.
+    """Merge covers whose rests begin at the same byte into one that has the mass of all: a closed one if there is one.
 
-    They differ by the tokens before that byte, of which what comes next depends little; the one of fewest tokens is
-    nearly always the tokenizer's own. Open covers give their mass to a closed one, where there is one.
+    They differ by the tokens before that byte, on which the continuation depends little. The one of fewest tokens that
+    is not light stands for all: it is nearly always the tokenizer's own.
     """
     if len({len(cover.rest) for group in (whole, opened) for cover in group}) == len(whole) + len(opened):
         return whole, opened
@@ -358,7 +376,7 @@ def _recombined(whole: list[Cover], opened: list[Open]) -> tuple[list[Cover], li
 
 
 def _few_tokens_first(covers: Sequence[AnyCover]) -> list[AnyCover]:
-    """Sort covers by their number of tokens, those last that are light beside others of the same rest."""
+    """Sort covers by their number of tokens; those much lighter than the heaviest of the same rest come last."""
     heaviest: dict[int, float] = {}
     for cover in covers:
         heaviest[len(cover.rest)] = max(cover.mass, heaviest.get(len(cover.rest), 0.0))
@@ -369,7 +387,7 @@ def _few_tokens_first(covers: Sequence[AnyCover]) -> list[AnyCover]:
 
 
 def _mass(*groups: Sequence[Cover | Open]) -> float:
-    """Sum the mass of all covers."""
+    """Return the sum of the masses of all covers of all groups."""
     return sum(cover.mass for group in groups for cover in group)
 
 
@@ -378,5 +396,5 @@ def _by_mass(cover: Cover | Open) -> float:
 
 
 def _heavier(cover: AnyCover, mass: float) -> AnyCover:
-    """Return a cover with so much more mass."""
+    """Return a copy of a cover with ``mass`` added to its mass, and its weight in proportion."""
     return cover.times((cover.mass + mass) / cover.mass)

@@ -1,4 +1,4 @@
-"""The softmax heads of transformers causal LMs: found by structure, checked against the logits, and compared."""
+"""The softmax heads of causal LMs of transformers: found by structure, checked against the logits, and compared."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ from softmeet.heads import SoftmaxHead, Whitening
 from softmeet.members.placement import in_memory
 from softmeet.norms import FinalNorm
 
-# Each factor multiplies the logits; none of these is set in most configurations.
+# Names, in models' configurations, of factors of the logits and of a divisor; most configurations have none.
 _FACTORS, _DIVISOR = ("logit_scale", "lm_head_multiplier"), "logits_scaling"
-# Cosines this close to 1 are the same direction, to the rounding of half-precision weights.
+# Directions with a cosine above this are the same, up to the rounding of half-precision weights.
 _SAME = 1 - 1e-4
 
 
 def head_of(model: PreTrainedModel) -> SoftmaxHead:
-    """Return the model's output layer, sharing its weights; an offloaded one is copied to the device that computes.
+    """Return a model's output layer as a ``SoftmaxHead``, and check on three tokens that it gives the model's logits.
+
+    The head shares the model's weights; offloaded ones are copied to the device that computes.
 
     Raises:
-        UnsupportedHeadError: the layer is quantised, adapted or otherwise not a plain linear layer, or the
-            head does not reproduce the model's logits.
-        CheckpointError: the model gives NaN.
+        UnsupportedHeadError: if the output layer is missing, quantised, adapted or otherwise not a plain linear layer,
+            or if the head does not reproduce the model's logits.
+        CheckpointError: if the model gives NaN.
     """
     layer, name = model.get_output_embeddings(), type(model).__name__
     if layer is None:
@@ -53,7 +55,10 @@ def head_of(model: PreTrainedModel) -> SoftmaxHead:
 
 
 def replace_weight(head: SoftmaxHead, model: PreTrainedModel) -> SoftmaxHead:
-    """Return a head with the weight and bias that its model has after a move or a cast; a copy stays as it is."""
+    """Return the head with its model's present weight and bias, after a move or a cast of the model.
+
+    The head itself is returned if the model's output layer is offloaded, so that the head has a copy of it.
+    """
     layer = model.get_output_embeddings()
     if layer.weight.is_meta:
         return head
@@ -62,9 +67,11 @@ def replace_weight(head: SoftmaxHead, model: PreTrainedModel) -> SoftmaxHead:
 
 @torch.inference_mode()
 def final_norm(model: PreTrainedModel) -> FinalNorm | None:
-    """Find the normalisation whose output is the last hidden state; None if there is none of a known kind.
+    """Find the model's last norm, RMS norm or LayerNorm, whose output is the head's input, by running it.
 
-    It is found by what it does: the only norm outside the layers, run on vectors of ones and minus ones.
+    Returns:
+        The norm; None unless the model has exactly one module outside its layers that is called a norm, with a weight
+        in memory of the head's width d, which is even.
     """
     outside = [
         module
@@ -88,7 +95,12 @@ def final_norm(model: PreTrainedModel) -> FinalNorm | None:
 
 @torch.inference_mode()
 def _check(model: PreTrainedModel, head: SoftmaxHead) -> None:
-    """Run three tokens through the model: a head that is read wrongly must never pass in silence."""
+    """Check on three tokens that the head gives the model's logits, so that no head is silently read wrongly.
+
+    Raises:
+        CheckpointError: if the model gives NaN.
+        UnsupportedHeadError: if the logits differ by more than rounding.
+    """
     ids = torch.arange(1, 4, device=head.weight.device)[None] % head.v
     training = model.training
     model.eval()
@@ -110,12 +122,14 @@ def _check(model: PreTrainedModel, head: SoftmaxHead) -> None:
 
 
 def principal_cosines(a: SoftmaxHead, b: SoftmaxHead) -> Float[Tensor, " k"]:
-    """Compute the cosines of the principal angles between the centred column spaces of two heads.
+    """Compute the cosines of the principal angles between the column spaces of two heads' centred matrices W.
 
-    Rows past the shorter head are left out. Björck and Golub, Math. Comp. 27, 1973: the singular values of Q_aᵀQ_b.
+    A matrix W (v, d) is centred by subtracting the mean of its rows. Rows past the end of the shorter matrix are left
+    out. The cosines are the singular values of Q_aᵀQ_b, with Q an orthonormal basis of each space (Björck and Golub,
+    Math. Comp. 27, 1973).
 
     Returns:
-        (k,) fp64, the largest first.
+        (k,) fp64, the largest first; k is the smaller of the two ranks.
     """
     v, home = min(a.v, b.v), a.weight.device
     cross = torch.zeros(a.d, b.d, dtype=torch.float64, device=home)
@@ -129,12 +143,16 @@ def principal_cosines(a: SoftmaxHead, b: SoftmaxHead) -> Float[Tensor, " k"]:
 
 
 def _whitening(head: SoftmaxHead, v: int) -> Whitening:
+    """Return the whitening of the first v rows of a head, centred in any case."""
     centred = SoftmaxHead(head.weight[:v].detach()) if v < head.v or head.soft_cap is not None else head
     return centred.whitening()
 
 
 def same_column_space(a: SoftmaxHead, b: SoftmaxHead) -> bool:
-    """Say whether two heads span one space, so that ``meet`` between such members can only be averaging."""
+    """Tell whether the centred columns of two heads span the same space: equal ranks, and principal angles of about 0.
+
+    The rule ``meet`` can do no more than average such members.
+    """
     cosines = principal_cosines(a, b)
     ranks = a.whitening().rank, b.whitening().rank
     return ranks[0] == ranks[1] and bool((cosines > _SAME).all())

@@ -1,4 +1,4 @@
-"""Loading members: any transformers causal LM, by hub id, local folder, GGUF file or bundled name."""
+"""Loading members: any causal LM of transformers, by hub id, local folder, GGUF file or bundled name."""
 
 from __future__ import annotations
 
@@ -32,23 +32,26 @@ def load_members(
     on_progress: Callable[[str], None] = lambda name: None,
     loaded: dict[Any, PreTrainedModel] | None = None,
 ) -> list[PreTrainedModel]:
-    """Load members in order, in evaluation mode; a bundled family name stands for its members.
+    """Load models in the order of their names, in evaluation mode; a bundled family's name stands for all its members.
 
     Args:
         names: hub ids (``org/model`` or ``org/model@revision``), folders, ``.gguf`` files, or bundled names (``wide``,
             ``narrow``, ``mixed``, ``wide/gpt2``).
-        dtype: None for fp32 on CPU and the checkpoint's own dtype elsewhere; ``"auto"`` for the latter. One for all
-            members, or one each.
-        device: where to put them: None for CPU, a device, ``"disk"``, ``"auto"`` or another of accelerate's strategies,
-            or a dict with one of those places for each module by name. One for all, or one each.
-        trust_remote_code: run code that comes with a checkpoint. Off unless asked for.
-        offload_folder: for weights on disk that cannot be read from the checkpoint as they are.
+        dtype: of the weights: None for fp32 on CPU and the checkpoint's own elsewhere, ``"auto"`` for the checkpoint's
+            own everywhere. One for all members, or a list of one for each.
+        device: where to put the weights: None for CPU, a device, ``"disk"``, ``"auto"`` or another strategy of
+            accelerate, or a dict from modules' names to such devices or ``"disk"``. One for all members, or a list of
+            one for each.
+        trust_remote_code: whether to run code that comes with a checkpoint.
+        offload_folder: a folder for weights that are offloaded to disk and cannot be read from the checkpoint's files.
         on_progress: called with each name before it is loaded.
-        loaded: members that earlier calls loaded, to be shared; new ones are added.
+        loaded: members that earlier calls have loaded; they are used instead of being loaded again, and new ones are
+            added to it. None to load each name anew, even one that occurs twice.
 
     Raises:
-        InvalidInputError: no name, no such device, or not one dtype or device per member.
-        CheckpointError: a member is missing, truncated, pickled, or needs remote code.
+        InvalidInputError: if there is no name, a device is unknown, or there is neither one dtype (or device) nor one
+            for each member.
+        CheckpointError: if a checkpoint is missing, truncated or pickled, or needs remote code that is not trusted.
     """
     expanded = _expanded(names)
     dtypes, devices = one_each(dtype, "dtype", len(expanded)), one_each(device, "device", len(expanded))
@@ -68,18 +71,22 @@ def load_members(
 
 
 def _expanded(names: Sequence[str | Path]) -> list[str]:
-    """Give the members that names stand for, of which a bundled family has several; at least one."""
+    """Return the names of all members, those of bundled families in place of the family's name.
+
+    Raises:
+        InvalidInputError: if there is none.
+    """
     if not names:
         raise InvalidInputError("expected at least one member: a hub id, a folder, or a bundled name such as 'wide'")
     return [path for name in names for path in zoo.expand(name)]
 
 
 def load_tokenizers(names: Sequence[str], *, trust_remote_code: bool = False) -> list[PreTrainedTokenizerBase]:
-    """Load the members' tokenizers, which takes little time beside their weights.
+    """Load the members' tokenizers, in the order of ``names`` (as in :func:`load_members`); they pad at the left.
 
     Raises:
-        InvalidInputError: no name.
-        CheckpointError: a member is missing, or needs remote code.
+        InvalidInputError: if there is no name.
+        CheckpointError: if a checkpoint is missing, or needs remote code that is not trusted.
     """
     found = []
     for name in _expanded(names):
@@ -92,15 +99,15 @@ def load_tokenizers(names: Sequence[str], *, trust_remote_code: bool = False) ->
 def random_member(
     name: str, dtype: torch.dtype | str | None = None, *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """Build a member of its configuration alone, with random weights, on torch's default device.
+    """Build a member from its configuration alone, with random weights, on torch's default device.
 
     Args:
-        name: as :func:`load_members` has it.
-        dtype: None for torch's default; ``"auto"`` for the checkpoint's own.
-        trust_remote_code: run code that comes with a checkpoint.
+        name: as in :func:`load_members`, but not a family's.
+        dtype: of the weights: None for torch's default, ``"auto"`` for the checkpoint's own.
+        trust_remote_code: whether to run code that comes with a checkpoint.
 
     Raises:
-        CheckpointError: the configuration cannot be read.
+        CheckpointError: if the configuration cannot be read.
     """
     where = _checkpoint_of(name, trust_remote_code)
     with _named_in_errors(name):
@@ -111,12 +118,12 @@ def random_member(
 
 
 def last_hidden(model: PreTrainedModel, input_ids: Int[Tensor, "B t"], **options: Any) -> Float[Tensor, "B t d"]:
-    """Run a model's body, and return the input of its head, on the head's device.
+    """Run a model without its head, and return the last hidden states, the head's input, on the head's device.
 
     Args:
-        model: a causal LM.
-        input_ids: on any device.
-        options: of the base model; tensors on any device.
+        model: a causal LM of transformers.
+        input_ids: token ids, on any device.
+        options: keyword arguments of the base model's ``forward``, tensors on any device.
     """
     base: Any = model.base_model
     place, head = home(model), model.get_output_embeddings().weight
@@ -126,10 +133,15 @@ def last_hidden(model: PreTrainedModel, input_ids: Int[Tensor, "B t"], **options
 
 
 def one_each(value: Any, what: str, n: int) -> list[Any]:
-    """Return n values, from a list of them or from one for all.
+    """Return a list of n values: the given list of n, or one given value n times.
+
+    Args:
+        value: a list or tuple of n values, or one value.
+        what: the noun for a value in the message, such as ``"dtype"``.
+        n: the number of members.
 
     Raises:
-        InvalidInputError: there are not n; ``what`` says of what.
+        InvalidInputError: if a list has another length.
     """
     values = list(value) if isinstance(value, list | tuple) else [value] * n
     if len(values) != n:
@@ -138,7 +150,10 @@ def one_each(value: Any, what: str, n: int) -> list[Any]:
 
 
 def dtype_of(dtype: Dtype, device: Device) -> torch.dtype | str:
-    """Choose the dtype to load in: fp32 where it is left open and the CPU computes, else the checkpoint's own."""
+    """Choose the dtype in which to load a member: ``dtype`` if given, else fp32 if the CPU computes, else ``"auto"``.
+
+    ``"auto"`` is the checkpoint's own dtype.
+    """
     if dtype is not None:
         return dtype
     spread = device_map_of(device)
@@ -152,6 +167,12 @@ def dtype_of(dtype: Dtype, device: Device) -> torch.dtype | str:
 def _load(
     name: str, dtype: Dtype, device: Device, trust_remote_code: bool, offload_folder: Path | None
 ) -> PreTrainedModel:
+    """Load one member, in evaluation mode.
+
+    Raises:
+        CheckpointError: if it cannot be loaded, or weights are missing or have other shapes than the configuration
+            says.
+    """
     spread, wanted = device_map_of(device), dtype_of(dtype, device)
     placement: dict[str, Any] = {} if spread is None else {"device_map": spread}
     placement |= {} if offload_folder is None or spread is None else {"offload_folder": str(offload_folder)}
@@ -173,7 +194,7 @@ def _checkpoint_of(name: str, trust_remote_code: bool) -> dict[str, Any]:
     """Return the arguments by which transformers finds a member's checkpoint.
 
     Raises:
-        CheckpointError: there is no such folder, or its weights are pickled, so that loading them could run code.
+        CheckpointError: if there is no such folder, or its weights are pickled, so that loading them could run code.
     """
     place, found = zoo.locate(name), dict[str, Any](trust_remote_code=trust_remote_code)
     path = Path(place)
@@ -190,7 +211,7 @@ def _checkpoint_of(name: str, trust_remote_code: bool) -> dict[str, Any]:
 
 @contextmanager
 def _named_in_errors(name: str) -> Iterator[None]:
-    """Turn what transformers raises about a member into an error that names it, and says what to do."""
+    """Turn errors of transformers about a member into a ``CheckpointError`` that names it and says what to do."""
     try:
         yield
     except SafetensorError as error:
@@ -207,6 +228,7 @@ def _named_in_errors(name: str) -> Iterator[None]:
 
 
 def _refuse_pickles(folder: Path) -> None:
+    """Raise a ``CheckpointError`` unless a folder has a config.json and weights as safetensors."""
     if not (folder / "config.json").exists():
         raise CheckpointError(f"cannot load {folder}: it has no config.json: expected a saved transformers model")
     if any(folder.glob("*.safetensors")):

@@ -1,4 +1,4 @@
-"""What tells one member from another: a hash of its parameters."""
+"""A hash of a member's parameters, by which members are told apart."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import hashlib
 
 import torch
 
-# Of each parameter, about so many numbers are hashed.
+# About this many numbers of each parameter are hashed.
 _SAMPLED = 1024
 
 
 def body_hash(model: torch.nn.Module) -> str:
-    """Compute SHA-256 over every parameter's name, shape and some of its numbers as fp32, evenly spread.
+    """Compute the SHA-256 of every parameter's name, its shape and up to 2,047 of its numbers, evenly spread, as fp32.
 
-    Enough to tell a fine-tuned model, of whose head nothing has changed, from what it was made of, at no cost. What is
-    not in memory counts by its shape.
+    It tells a fine-tuned model from the original even if their heads are equal, in little time. Of parameters on the
+    meta device (offloaded ones), only name and shape count. Returned in hexadecimal.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):

@@ -1,4 +1,4 @@
-"""Reading a text whose bytes are known: the tokenizer's tokens in one call of the model, other covers in few more."""
+"""Reading a text whose bytes are all known: the tokenizer's tokens in one call of the model, others in few more."""
 
 from __future__ import annotations
 
@@ -19,26 +19,30 @@ if TYPE_CHECKING:
 
 # Probabilities of next tokens that are held at once: 128 MiB in fp32.
 _ELEMENTS = 1 << 25
-# The tree's node that a token stands behind, and the token.
+# The last token of an open cover: (the column of the token before it, its id).
 Step = tuple[int, int]
 Answers = list[tuple[Open, NextTokenProbs]]
 
 
 class KnownText:
-    """A text whose bytes are known, and what a member says behind its covers, as far as the model was asked.
+    """A text whose bytes are all known, with the covers that are followed and the model's answers about them so far.
+
+    A cover is one way to cut the bytes into tokens (see :mod:`softmeet.members.covers`). The model is first run on the
+    tokenizer's own tokens; then :meth:`walk` and :meth:`ask` alternate until :meth:`walk` returns nothing.
 
     Args:
-        member: who reads it.
-        prefix: tokens that it has read before.
-        text: of any bytes.
-        look_back: follow all tokenizations of so many bytes at the end alone; 0 for all of the text.
+        member: the member that reads.
+        prefix: ids of the tokens before the text.
+        text: any bytes.
+        look_back: the number of last bytes in which several tokenizations are followed; 0 for the whole text.
 
     Attributes:
-        text: the bytes that the member's tokens spell: with its dummy prefix, without what it cannot write.
-        place: the byte from which tokenizations are followed.
-        covers: of the text as far as that place, and one byte further each.
-        tree: what the model keeps.
-        work: what reading has cost.
+        text: the bytes that the member's tokens spell: the tokenizer's dummy prefix and the text, without unwritable
+            bytes.
+        place: the index in this text of the byte from which several tokenizations are followed.
+        covers: entry k, the covers after the first ``place + k`` bytes.
+        tree: the keys and values of the tokens that have been run.
+        work: the cost of reading so far.
     """
 
     def __init__(self, member: ByteMember, prefix: Sequence[int], text: bytes, look_back: int) -> None:
@@ -58,19 +62,19 @@ class KnownText:
         before = len(prefix) - 1
         columns = range(before + first, len(prefix) + len(tokens))
         along = self._along([np.arange(c + 1) for c in columns], ends[first:].tolist(), hidden[first:])
-        # By the byte at which it ends, the tokenizer's own cover.
+        # The next token's probabilities after the tokenizer's own tokens, by the byte at which these end.
         self._own = dict(zip(ends[first:].tolist(), along, strict=True))
         self._behind: dict[Step, NextTokenProbs] = {
             (column - 1, token): probs
             for column, token, probs in zip(columns[1:], tokens[first:], list(self._own.values())[1:], strict=True)
         }
         self.covers = [Covers.begun(self._own[self.place], spelling)]
-        self._sure = 1  # So many of them rest on no answer that was missing.
+        self._sure = 1  # This many of them, the first, need no answer that is missing.
 
     def _along(
         self, paths: Sequence[Path], places: Sequence[int], hidden: Float[Tensor, "k d"]
     ) -> Iterator[NextTokenProbs]:
-        """Compute, some at a time, what comes behind each path, whose tokens end at a byte of the text."""
+        """Compute the next token's probabilities after each path, whose tokens end at its byte in ``places``."""
         size, longest = max(1, _ELEMENTS // self.member.head.v), self.member.spelling.longest
         for start in range(0, len(paths), size):
             some = slice(start, start + size)
@@ -82,10 +86,12 @@ class KnownText:
                     yield probs
 
     def walk(self, pruning: Pruning) -> dict[Step, Open]:
-        """Follow the text, with the model's answers as far as they are there.
+        """Follow the text byte by byte to its end, with the model's answers so far, and complete ``covers``.
 
         Returns:
-            the open covers that the model should have been asked about, and that were estimated.
+            The open covers on which the model has not been run yet, so that they were estimated, by (column of the
+            token before the last, last token's id); :meth:`ask` runs the model on them. Empty if the reading is
+            complete.
         """
         spelling, missing = self.member.spelling, dict[Step, Open]()
         del self.covers[self._sure :]
@@ -99,11 +105,11 @@ class KnownText:
         return missing
 
     def _answers(self, covers: Covers, missing: dict[Step, Open], pruning: Pruning) -> Answers:
-        """Return the answers that are there about the covers that need one; the others go to ``missing``."""
+        """Return the open covers to close and the model's answers; add those without an answer to ``missing``."""
         found = []
         for one in covers.wanted(pruning):
             step = int(one.probs.path[-1]), one.token
-            # Covers that end at one byte differ little, and the tokenizer's own was run with the others.
+            # Predictions after tokens that end at one byte differ little, and the tokenizer's own have been run.
             probs = self._own.get(self._end(one)) if pruning.prune else None
             probs = probs or self._behind.get(step)
             if probs is None:
@@ -113,10 +119,11 @@ class KnownText:
         return found
 
     def _end(self, one: Open) -> int:
+        """Return the index in the text of the byte at which an open cover's last token ends."""
         return self._places[int(one.probs.path[-1])] + len(self.member.spelling.spelled([one.token]))
 
     def ask(self, missing: dict[Step, Open]) -> None:
-        """Ask the model about open covers in one call."""
+        """Run the model on the last tokens of the open covers that :meth:`walk` returned, in one call."""
         opened, before = list(missing.values()), self.tree.columns
         self.work = self.work.and_(calls=1, tokens=len(opened))
         growth = Growth(self.tree, [one.probs.path for one in opened], [[one.token] for one in opened])

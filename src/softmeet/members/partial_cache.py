@@ -1,8 +1,9 @@
-"""Partial KV caches: sequences whose newest tokens a member has not run, and catching up in one chunk.
+"""Partial KV caches: the keys and values of single sequences, whose newest tokens a member may not have run yet.
 
-Each sequence keeps its own keys and values, without padding, so that sequences may be behind by any number of tokens,
-be copied as beams are, and be cut. To catch up, the states of several sequences are put side by side so that each ends
-where its new tokens begin: padding is left of the states and right of the tokens, and no query that counts sees it.
+Each sequence has its own keys and values, without padding, so that sequences may be behind by any number of tokens, be
+copied as beams are, and be cut. To run the missing tokens, the states of several sequences are put side by side, each
+ending at the column at which its new tokens begin: padding is left of the states and right of the new tokens, and no
+real token attends to it.
 """
 
 from __future__ import annotations
@@ -26,14 +27,15 @@ _KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 def layers_of_keys_and_values(name: str, config: PreTrainedConfig, what: str) -> int:
-    """Count the layers of a member's cache.
+    """Count the layers of a member's KV cache, and check that they hold nothing but keys and values.
 
     Args:
-        name, config: of the member.
-        what: cannot be done, for the message.
+        name: the member's, for the message.
+        config: the member's configuration.
+        what: the end of the message: what is impossible therefore, or what to do.
 
     Raises:
-        InvalidInputError: the cache holds something else than keys and values.
+        InvalidInputError: if a layer of the cache holds something else, such as the state of a recurrent layer.
     """
     layers = DynamicCache(config=config).layers
     if other := sorted({type(one).__name__ for one in layers if type(one) not in _KEYS_AND_VALUES}):
@@ -45,11 +47,12 @@ def layers_of_keys_and_values(name: str, config: PreTrainedConfig, what: str) ->
 
 @dataclass(frozen=True)
 class PartialCache:
-    """One sequence as one member knows it.
+    """The KV cache of one sequence for one member, which may not have run the newest tokens yet.
 
     Attributes:
-        states: each layer's keys and values of the tokens that the member has run; empty before the first one.
-        pending: the tokens behind them that it has not run.
+        states: for each layer, (keys, values) of the tokens that have been run, (1, heads, tokens, width) each; no
+            layers before the first token.
+        pending: the ids of the tokens after them, which have not been run.
     """
 
     states: tuple[KeysValues, ...] = ()
@@ -62,15 +65,15 @@ class PartialCache:
 
     @property
     def length(self) -> int:
-        """The number of tokens, run or not."""
+        """The number of all tokens, run or pending."""
         return self.run + len(self.pending)
 
     def longer(self, tokens: Sequence[int]) -> PartialCache:
-        """Add tokens that have not been run."""
+        """Return a copy with token ids added to ``pending``."""
         return replace(self, pending=(*self.pending, *tokens))
 
     def shorter(self, by: int) -> PartialCache:
-        """Take the last tokens away, run or not."""
+        """Return a copy without the last ``by`` tokens, run or pending."""
         if by <= len(self.pending):
             return replace(self, pending=self.pending[: len(self.pending) - by])
         kept = self.run - (by - len(self.pending))
@@ -80,14 +83,15 @@ class PartialCache:
 def catch_up(
     model: PreTrainedModel, caches: Sequence[PartialCache]
 ) -> tuple[list[PartialCache], list[Float[Tensor, "t d"]]]:
-    """Run what each sequence has pending, each in one chunk; all of about the same length in one batch.
+    """Run the pending tokens of each sequence, in one batch for all sequences with about as many of them.
 
     Args:
         model: the member, in evaluation mode, whose cache holds keys and values.
-        caches: at least one token of each is pending.
+        caches: the sequences; each has at least one pending token.
 
     Returns:
-        (the sequences with nothing pending; the last hidden states at the tokens that were pending).
+        (the sequences with nothing pending; for each, the last hidden states at its t formerly pending tokens, (t, d)),
+        both in the order of ``caches``.
     """
     # Batched with one that is less than twice as long, no sequence is padded to more than twice its length.
     batches: dict[int, list[int]] = defaultdict(list)
@@ -100,6 +104,7 @@ def catch_up(
 
 
 def _run(caches: Sequence[PartialCache], model: PreTrainedModel) -> list[tuple[PartialCache, Float[Tensor, "t d"]]]:
+    """Run the pending tokens of all sequences in one batch; returns (sequence, last hidden states) for each."""
     before = max(one.run for one in caches)
     new = max(len(one.pending) for one in caches)
     ids = torch.tensor([[*one.pending, *[one.pending[-1]] * (new - len(one.pending))] for one in caches])
@@ -107,7 +112,7 @@ def _run(caches: Sequence[PartialCache], model: PreTrainedModel) -> list[tuple[P
     runs = torch.tensor([[one.run] for one in caches])
     counts = torch.tensor([[len(one.pending)] for one in caches])
     mask = (columns >= before - runs) & (columns < before + counts)
-    # A position past the last one might not exist.
+    # Padding repeats the last position, since a later one might exceed the model's context.
     positions = (runs + torch.minimum(torch.arange(new), counts - 1)).clamp_min(0)
     cache = side_by_side([one.states for one in caches], model)
     hidden = last_hidden(model, ids, cache=cache, use_cache=True, attention_mask=mask.long(), position_ids=positions)
@@ -118,7 +123,13 @@ def _run(caches: Sequence[PartialCache], model: PreTrainedModel) -> list[tuple[P
 
 
 def side_by_side(sequences: Sequence[tuple[KeysValues, ...]], model: PreTrainedModel) -> Cache:
-    """Make one cache of several sequences' keys and values, each ending at the last column, with zeros before it."""
+    """Make one cache of B sequences' keys and values, aligned at the right, with zeros at the left.
+
+    Args:
+        sequences: for each sequence, (keys, values) of each layer, (1, heads, tokens, width) each; no layers if it is
+            empty.
+        model: the member, whose configuration gives the number of layers.
+    """
     cache = Cache(layers=[DynamicLayer() for _ in DynamicCache(config=model.config).layers])
     known = next((states for states in sequences if states), ())
     length = max(states[0][0].shape[2] if states else 0 for states in sequences)
@@ -134,7 +145,11 @@ def side_by_side(sequences: Sequence[tuple[KeysValues, ...]], model: PreTrainedM
 
 
 def cut(cache: Cache, row: int, start: int, stop: int) -> tuple[KeysValues, ...]:
-    """Return one sequence's keys and values: all there is, or a copy, as a view would keep the whole batch's memory."""
+    """Return one sequence's keys and values: columns ``start`` to ``stop - 1`` of its row, for each layer.
+
+    They are copies, since a view would keep the whole batch in memory; a cache of a single row is returned whole,
+    uncopied.
+    """
     pairs = [(layer.keys, layer.values) for layer in cache.layers]
     if len(pairs[0][0]) == 1:
         return tuple(pairs)

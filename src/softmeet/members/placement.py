@@ -1,4 +1,4 @@
-"""Where a member's weights are: on one device, or by module on several, on CPU and on disk, as accelerate put them."""
+"""The places of a member's weights: one device, or several with CPU and disk among them, by accelerate's device map."""
 
 from __future__ import annotations
 
@@ -14,17 +14,22 @@ from softmeet.errors import InvalidInputError
 
 T = TypeVar("T")
 U = TypeVar("U")
-# A device, one of accelerate's strategies, or a device for each module by name.
+# A device or "disk", one of accelerate's strategies, or a dict from modules' names to such places; None for CPU.
 Device = torch.device | str | dict[Any, Any] | None
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 _OFFLOADED = ("cpu", "disk")
 
 
 def device_map_of(device: Device) -> str | dict[str, Any] | None:
-    """Return a strategy, or a map from modules to devices, for transformers; None where one device takes all modules.
+    """Convert a member's ``device`` to the ``device_map`` with which transformers loads it.
+
+    Returns:
+        A strategy of accelerate unchanged; a dict from modules' names to places (for ``"disk"``, all modules to disk);
+        None if one device holds the whole model.
 
     Raises:
-        InvalidInputError: neither a device, a strategy of accelerate's nor a map from modules to devices.
+        InvalidInputError: if ``device`` is not a device, ``"disk"``, a strategy of accelerate or a dict from modules'
+            names to devices or ``"disk"``.
     """
     if isinstance(device, dict):
         if not device or not all(isinstance(name, str) for name in device):
@@ -39,6 +44,7 @@ def device_map_of(device: Device) -> str | dict[str, Any] | None:
 
 
 def _named(place: Any) -> Any:
+    """Return a place unchanged if it is a device, a device's number or ``"disk"``; refuse any other."""
     if place == "disk" or isinstance(place, int):
         return place
     try:
@@ -51,20 +57,20 @@ def _named(place: Any) -> Any:
 
 
 def main_device(device_map: dict[str, Any]) -> torch.device:
-    """Return where offloaded weights come back to when they are needed: the first device in a map that is no store."""
+    """Return the device on which offloaded weights compute: the first in the map that is not CPU or disk, else CPU."""
     real = [place for place in device_map.values() if str(place) not in _OFFLOADED]
     return torch.device(real[0]) if real else torch.device("cpu")
 
 
 def home(model: PreTrainedModel) -> torch.device:
-    """Return the device that a model's inputs go to."""
+    """Return the device that a model's inputs have to be on."""
     spread = getattr(model, "hf_device_map", None) or {}
     weights = next(model.parameters()).device
     return weights if len(set(map(str, spread.values()))) < 2 and weights.type != "meta" else main_device(spread)
 
 
 def whereabouts(model: PreTrainedModel) -> frozenset[str]:
-    """Return all places that hold some of a model's weights."""
+    """Return the names of all places that hold some of a model's weights, such as ``cuda:0``, ``cpu`` or ``disk``."""
     spread = getattr(model, "hf_device_map", None) or {}
     meta = any(p.is_meta for p in model.parameters())
     own = {str(p.device) for p in model.parameters() if not p.is_meta}
@@ -72,7 +78,7 @@ def whereabouts(model: PreTrainedModel) -> frozenset[str]:
 
 
 def in_memory(layer: nn.Module) -> dict[str, Tensor]:
-    """Return a layer's parameters by name; offloaded ones as copies, on the device that computes with them."""
+    """Return a layer's parameters by name; offloaded ones as copies on the device that computes with them."""
     if not hasattr(layer, "_hf_hook") or not any(p.is_meta for p in layer.parameters()):
         return dict(layer.named_parameters())
     from accelerate.utils import align_module_device
@@ -82,7 +88,7 @@ def in_memory(layer: nn.Module) -> dict[str, Tensor]:
 
 
 def each_in_a_thread(function: Callable[[T], U], items: Sequence[T]) -> list[U]:
-    """Apply a function to every item, all at once, each under the caller's modes of autograd."""
+    """Apply a function to all items at once, each in a thread in the caller's autograd modes; return the results."""
     inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
 
     def run(item: T) -> U:

@@ -1,4 +1,4 @@
-"""What a member has read of a text, and what that has cost."""
+"""The state of one text that one member has read byte by byte, and what reading has cost."""
 
 from __future__ import annotations
 
@@ -13,9 +13,15 @@ from softmeet.members.token_tree import Path, TokenTree
 
 @dataclass(frozen=True)
 class Work:
-    """What a text has cost one member: calls of its model, tokens run in them, and mass estimated, summed over bytes.
+    """The cost of a text for one member, summed over its bytes.
 
-    A call that serves several texts counts for each of them, and one that reads a prefix, which is kept, for none.
+    A call of the model that serves several texts counts for each of them; one that reads a prefix, for none.
+
+    Attributes:
+        calls: calls of the model.
+        tokens: tokens run in them.
+        dropped: for each byte, the share of probability mass that was estimated or dropped instead of computed by the
+            model; the sum of these shares.
     """
 
     calls: int = 0
@@ -23,18 +29,18 @@ class Work:
     dropped: float = 0.0
 
     def and_(self, calls: int = 0, tokens: int = 0, dropped: float = 0.0) -> Work:
-        """Return this work with so many more calls, tokens and so much more estimated mass."""
+        """Return the sum of this work and of further calls, tokens and estimated mass."""
         return Work(self.calls + calls, self.tokens + tokens, self.dropped + dropped)
 
 
 @dataclass(frozen=True, eq=False)
 class Guess:
-    """A token that a text is likely to go on with, run before it is known to come.
+    """A token that was run because the text is likely to continue with it, before its bytes have come.
 
     Attributes:
-        behind: what the token stands behind.
+        behind: the next token's probabilities at the token's place; the object, by identity, marks the place.
         token: its id.
-        path: of the token in the tree of what has been run.
+        path: the columns, in the tree of tokens run, of the tokens before it and of itself.
         hidden: (d,), the model's last hidden state at it.
     """
 
@@ -46,16 +52,16 @@ class Guess:
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """One text as one member has read it so far.
+    """One text as one member has read it so far; immutable.
 
     Attributes:
-        covers: of all its bytes.
-        tree: what the model keeps of them.
-        text: the bytes.
-        work: what reading them has cost.
-        guesses: tokens beyond them that the model was given along with others.
-        ended: whether nothing can follow.
-        full: whether that is because the model's context is full.
+        covers: the tokenizations of the text that are followed, each with the next token's probabilities after it.
+        tree: the keys and values of all tokens that were run for the text.
+        text: the bytes read.
+        work: the cost of reading them.
+        guesses: likely next tokens that were run beside others, and that may still come.
+        ended: whether nothing can follow: the end has come, or the model's context is full.
+        full: whether it has ended because the model's context is full.
     """
 
     covers: Covers
@@ -67,7 +73,7 @@ class Reading:
     full: bool = False
 
     def compact(self) -> Reading:
-        """Drop what the model keeps of covers that were let go."""
+        """Drop from the tree the tokens that no cover or guess needs; return this very reading if that saves little."""
         covers, guesses = self.covers, self.guesses
         behind = {id(one.probs): one.probs for group in (covers.closed, covers.open) for one in group}
         tree, paths = self.tree.kept([*(probs.path for probs in behind.values()), *(guess.path for guess in guesses)])

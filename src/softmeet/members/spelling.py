@@ -1,4 +1,4 @@
-"""What every token of a tokenizer spells in bytes, and how the tokenizer cuts bytes into tokens."""
+"""The bytes that each token of a tokenizer spells, and the cutting of bytes into tokens as the tokenizer does it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _KINDS = (
     "byte members need a tokenizer that can write every byte and loses none: byte-level BPE, or SentencePiece with "
     "byte fallback. Choose another member, or members that share this one's tokenizer (vocabulary='tokens')"
 )
-# What each part of a tokenizer does to a text before it is cut that cannot be undone.
+# The irreversible change that each of these components makes to a text before it is cut into tokens.
 _CHANGES = {
     "Lowercase": "lower-cases text", "NFKC": "applies NFKC", "NFKD": "applies NFKD", "NFD": "applies NFD",
     "Strip": "strips spaces", "StripAccents": "strips accents", "BertNormalizer": "cleans text as BERT does",
@@ -30,7 +30,7 @@ _CHANGES = {
     "Whitespace": "drops spaces", "WhitespaceSplit": "drops spaces", "BertPreTokenizer": "drops spaces",
     "CharDelimiterSplit": "drops a character",
 }  # fmt: skip
-# Of printable ASCII, white space, and characters of the planes 0 to 3; SmolLM2, for one, lacks 21 of the others.
+# The bytes of white space, printable ASCII, and characters of planes 0 to 3; SmolLM2, for one, lacks 21 others.
 _NEEDED = frozenset((*b"\t\n\r", *range(0x20, 0x7F), *range(0x80, 0xC0), *range(0xC2, 0xF1)))
 _TRIED = ("A b  c\n\n\td", "\u00e9t\u00e9 \u65e5\u672c \U0001f642", " a~", "\u0130\ufb01 \u212b")
 
@@ -41,19 +41,23 @@ _ESCAPED = re.compile("([\udc80-\udcff]+)")
 
 @dataclass(frozen=True, eq=False)
 class Spelling:
-    """A tokenizer's tokens as byte strings, in the order of the strings.
+    """A tokenizer's ordinary tokens as byte strings, sorted. A token's *number* is its index in this order, not its id.
 
     Attributes:
-        name: the member's.
-        words: what the tokens spell, sorted; two tokens may spell the same.
-        tokens: (m,), the id of each.
-        flat, offsets: the words one after another, (bytes,) uint8 and (m + 1,), where each begins.
-        end: the id that ends a text, if there is one; a model may know more.
-        start: ids before a text.
-        dummy: bytes that the tokenizer puts before every text.
-        unwritable: bytes that no token spells; control characters and such as no UTF-8 of assigned characters holds.
-        typical: (256, 257), by a token's last byte, how probable the member holds each first byte of what follows: the
-            shares of tokens that begin with it, until a model knows better.
+        name: the member's, for messages.
+        words: m byte strings, sorted: what each token spells; two tokens may spell the same.
+        tokens: (m,), the token id of each word.
+        flat: all words one after another, (bytes,) uint8.
+        offsets: (m + 1,), the index in ``flat`` at which each word begins, and at last its length.
+        end: the id of the tokenizer's token that ends a text, or None; a model's configuration may name further ones.
+        start: ids of the tokens before each text: those that the tokenizer puts there, else one that begins or ends
+            texts.
+        dummy: bytes that the tokenizer puts before each text, such as SentencePiece's space; may be empty.
+        unwritable: the bytes that no token spells; :meth:`encode` leaves them out. They are among the control
+            characters and the bytes that no character of Unicode's planes 0 to 3 has in UTF-8.
+        typical: (256, 257): for each last byte of a token, the probabilities of the first byte of the next token, and
+            at 256 of the end. In a new spelling, they are the shares of tokens that begin with the byte, equal in all
+            rows.
     """
 
     name: str
@@ -71,39 +75,49 @@ class Spelling:
     typical: np.ndarray[Any, np.dtype[np.float64]]
 
     def last(self, token: int) -> int:
-        """Return the last byte of an ordinary token."""
+        """Return the last byte of what a token spells; ``token`` is the id of an ordinary token."""
         return self._own[token][-1]
 
     @cached_property
     def beginnings(self) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], np.ndarray[Any, np.dtype[np.int64]]]:
-        """The bytes with which words begin, and the first word of each."""
+        """The distinct first bytes of words, (k,) uint8, and the number of the first word with each, (k,) int64."""
         return np.unique(self.flat[self.offsets[:-1]], return_index=True)
 
     @cached_property
     def longest(self) -> int:
-        """The bytes of the longest word."""
+        """The length in bytes of the longest word."""
         return max(map(len, self.words))
 
     def among(self, rest: bytes, low: int = 0, high: int | None = None) -> tuple[int, int, int]:
-        """Find the words that begin with ``rest``, among those from ``low`` to ``high``: (first, first longer, end)."""
+        """Find the words that begin with ``rest``, among those numbered ``low`` to ``high - 1``.
+
+        Args:
+            rest: the bytes that the words have to begin with.
+            low, high: the range of numbers to search; ``high`` is None for all from ``low``.
+
+        Returns:
+            (first, longer, end): words ``first`` to ``longer - 1`` equal ``rest``; words ``longer`` to ``end - 1``
+            begin with it and are longer.
+        """
         high = len(self.words) if high is None else high
         first = bisect_left(self.words, rest, low, high)
         end = bisect_left(self.words, _next(rest), first, high) if rest.strip(b"\xff") else high
         return first, bisect_right(self.words, rest, first, end), end
 
     def spelled(self, tokens: Sequence[int]) -> bytes:
-        """Return the bytes of some tokens; nothing for special ones."""
+        """Return the bytes that tokens spell, by their ids; special tokens spell nothing."""
         return b"".join(self._own.get(token, b"") for token in tokens)
 
     def bounds(self, tokens: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Return where each of some tokens begins, in bytes, and where the last one ends: one more than tokens."""
+        """Return the byte at which each of t tokens begins and the byte at which the last one ends, (t + 1,) int64."""
         return np.cumsum([0, *(len(self.spelled([token])) for token in tokens)])
 
     def encode(self, text: bytes) -> list[int]:
-        """Cut ``dummy`` and a text into tokens as the tokenizer does; they spell exactly these bytes.
+        """Cut ``dummy`` followed by a text into tokens as the tokenizer does, and return their ids.
 
-        Bytes that are no UTF-8 become tokens of one byte each, and text that the tokenizer would compose (NFC) is cut
-        as it is. The text of a special token becomes ordinary tokens. Bytes that no token spells are left out.
+        The tokens spell exactly these bytes, but for bytes that no token spells, which are left out. Bytes that are not
+        UTF-8 become tokens of one byte each; a text is not normalised to NFC first, even if the tokenizer does so; the
+        text of a special token becomes ordinary tokens.
         """
         written = text.translate(None, self.unwritable).decode(errors="surrogateescape")
         parts = _ESCAPED.split(written)
@@ -118,7 +132,7 @@ class Spelling:
         return found
 
     def _longest(self, text: bytes) -> list[int]:
-        """Cut a text into the longest tokens that fit, from its beginning, where the tokenizer would change it."""
+        """Cut bytes into tokens, the longest that fits first, for text that the tokenizer itself would change."""
         found = list[int]()
         while text:
             for length in range(min(self.longest, len(text)), 0, -1):
@@ -131,13 +145,13 @@ class Spelling:
 
 
 def _next(rest: bytes) -> bytes:
-    """Return the smallest string after all that begin with ``rest``."""
+    """Return the least byte string that is greater than all that begin with ``rest``."""
     rest = rest.rstrip(b"\xff")
     return rest[:-1] + bytes([rest[-1] + 1])
 
 
 def _parts(component: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    """Yield the components of a part of a tokenizer that may be a sequence of others."""
+    """Yield the elementary components of a normalizer, pre-tokenizer or decoder, which may be a sequence."""
     if component is None:
         return
     inner = next((component[key] for key in ("normalizers", "pretokenizers", "decoders") if key in component), None)
@@ -149,10 +163,12 @@ def _parts(component: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
 
 
 def _refuse(name: str, why: str) -> VocabularyMismatchError:
+    """Make the error that says why a member cannot be read over bytes."""
     return VocabularyMismatchError(f"cannot use {name} over bytes: {why}; {_KINDS}")
 
 
 def _check_text_is_kept(name: str, described: dict[str, Any]) -> None:
+    """Raise an error if the tokenizer's normalizer or pre-tokenizer loses or changes text."""
     for part in _parts(described.get("normalizer")):
         kind = part["type"]
         if kind == "Replace" and (part["pattern"], part["content"]) == ({"String": " "}, _SPACE):
@@ -167,7 +183,7 @@ def _check_text_is_kept(name: str, described: dict[str, Any]) -> None:
 
 
 def _words(name: str, described: dict[str, Any]) -> dict[int, bytes]:
-    """Return the bytes of each ordinary token, by its id."""
+    """Return the bytes that each ordinary token spells, by its id."""
     model = described["model"]
     vocab = model["vocab"]
     pieces = {piece: k for k, (piece, _) in enumerate(vocab)} if isinstance(vocab, list) else dict(vocab)
@@ -197,7 +213,7 @@ def _words(name: str, described: dict[str, Any]) -> dict[int, bytes]:
 
 
 def _core(described: dict[str, Any]) -> Tokenizer:
-    """Make the tokenizer without composition (NFC), so that no text that a user types leads to a special token."""
+    """Make the tokenizer without normalisation to NFC, and such that special tokens' text is ordinary text."""
     kept = [part for part in _parts(described.get("normalizer")) if part["type"] != "NFC"]
     normalizer = {"type": "Sequence", "normalizers": kept} if kept else None
     core = Tokenizer.from_str(json.dumps(described | {"normalizer": normalizer, "truncation": None, "padding": None}))
@@ -206,7 +222,7 @@ def _core(described: dict[str, Any]) -> Tokenizer:
 
 
 def _start(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return the ids before a text: those that the tokenizer puts there, else the mark between documents."""
+    """Return the ids before a text: those that the tokenizer puts there, else ``<|endoftext|>``, BOS or EOS."""
     marked, plain = (tokenizer("a", add_special_tokens=own)["input_ids"] for own in (True, False))
     before = tuple(marked[: len(marked) - len(plain)]) if marked[len(marked) - len(plain) :] == plain else marked[:1]
     if len(marked) > len(plain) and before:
@@ -217,14 +233,15 @@ def _start(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 
 def spelling_of(name: str, tokenizer: PreTrainedTokenizerBase) -> Spelling:
-    """Read a member's tokenizer.
+    """Find the bytes that each token of a member's tokenizer spells.
 
     Args:
-        name: of the member, for messages.
-        tokenizer: a fast one.
+        name: the member's, for messages.
+        tokenizer: a fast tokenizer of transformers (byte-level BPE, or SentencePiece with byte fallback).
 
     Raises:
-        VocabularyMismatchError: texts are not kept as they are, or there are bytes that no token spells.
+        VocabularyMismatchError: if the tokenizer is not a fast one, changes or loses text (say, lower-cases it), lacks
+            a token for a byte that text needs, or has no token to begin a text with.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise _refuse(name, "its tokenizer is written in Python, and its tokens cannot be read")
@@ -255,12 +272,17 @@ def spelling_of(name: str, tokenizer: PreTrainedTokenizerBase) -> Spelling:
 
 
 def shared_words(one: Spelling, other: Spelling) -> int:
-    """Count the byte strings that are tokens of two tokenizers."""
+    """Count the byte strings that are tokens of both tokenizers."""
     return len(set(one.words) & set(other.words))
 
 
 def shared_boundaries(one: Spelling, other: Spelling, text: bytes) -> tuple[float, float]:
-    """Return the share of one's token ends in a text at which the other's tokens end too, and the other way round."""
+    """Compute how many ends of tokens two tokenizers have in common in a text.
+
+    Returns:
+        (the share, from 0 to 1, of the first one's token ends at which a token of the second ends too; the same of the
+        second one's).
+    """
     ends = [set((own.bounds(own.encode(text))[1:] - len(own.dummy)).tolist()) for own in (one, other)]
     both = len(ends[0] & ends[1])
     return both / max(1, len(ends[0])), both / max(1, len(ends[1]))

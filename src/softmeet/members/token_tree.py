@@ -1,7 +1,7 @@
-"""A text under several tokenizations at once: a tree of tokens, of which a model runs any number in one call.
+"""A text under several tokenizations at once: a tree of tokens, any number of which a model runs in one call.
 
-Every token attends to its ancestors alone (a 4-D attention mask) and stands at the position that its depth gives it.
-What the model keeps of each token, its keys and values, is a column of one cache, in the order in which tokens came.
+Each token attends to its ancestors alone (a 4-D attention mask), and its position is its depth in the tree. The keys
+and values of each token are one column of one cache, in the order in which tokens were run.
 """
 
 from __future__ import annotations
@@ -20,17 +20,19 @@ from softmeet.members.huggingface import last_hidden
 from softmeet.members.partial_cache import KeysValues, cut, side_by_side
 from softmeet.members.placement import home
 
-# Columns of a node's ancestors and of itself, from the first token on.
+# The columns of a token's ancestors and of itself, first to last.
 Path = np.ndarray[Any, np.dtype[np.int64]]
 _SPARE = 64
 
 
 @dataclass(frozen=True, eq=False)
 class TokenTree:
-    """What a model keeps of the tokens that it has run.
+    """The keys and values of all tokens that a model has run for a text under several tokenizations.
+
+    A node of the tree is a token after the tokens before it; its *path* lists the columns of its ancestors and its own.
 
     Attributes:
-        states: each layer's keys and values, a column for each token; empty before the first one.
+        states: for each layer, (keys, values), (1, heads, columns, width) each; no layers before the first token.
     """
 
     states: tuple[KeysValues, ...] = ()
@@ -41,7 +43,16 @@ class TokenTree:
         return self.states[0][0].shape[2] if self.states else 0
 
     def kept(self, paths: Sequence[Path]) -> tuple[TokenTree, list[Path]]:
-        """Drop all nodes but those on some paths, and renumber these paths; do nothing while little would be saved."""
+        """Drop all tokens that are on none of the given paths, and renumber the columns.
+
+        The tree is returned unchanged if fewer than 64 columns, or less than a quarter of them, would be dropped.
+
+        Args:
+            paths: columns of each node's ancestors and of itself, (tokens,) int64 each.
+
+        Returns:
+            (the smaller tree, the same paths with the new columns).
+        """
         used = np.unique(np.concatenate(paths)) if paths else np.empty(0, np.int64)
         if self.columns - len(used) < max(_SPARE, self.columns // 4):
             return self, list(paths)
@@ -52,12 +63,12 @@ class TokenTree:
 
 @dataclass(frozen=True, eq=False)
 class Growth:
-    """Chains of tokens to run in a tree.
+    """Chains of tokens to run in one tree, each after a node of it.
 
     Attributes:
-        tree: what has been run.
-        paths: for each chain, the path of the node that it stands behind.
-        tokens: of each chain.
+        tree: the tokens that have been run.
+        paths: for each chain, the columns of the tokens before it in the tree.
+        tokens: for each chain, its token ids.
     """
 
     tree: TokenTree
@@ -66,17 +77,22 @@ class Growth:
 
 
 def run(model: PreTrainedModel, growths: Sequence[Growth]) -> list[tuple[TokenTree, list[Float[Tensor, "t d"]]]]:
-    """Run chains of tokens, each behind a node of its tree, for several trees in one call of the model.
+    """Run chains of tokens, each after a node of its tree, for several trees in one call of the model.
+
+    Args:
+        model: a causal LM, in evaluation mode, whose cache holds keys and values.
+        growths: for each tree, the chains to add.
 
     Returns:
-        for each tree: (itself with the new columns, chain after chain; the last hidden states of every chain).
+        For each tree, (the tree with the new columns, chain after chain; for each chain of t tokens, the last hidden
+        states at them, (t, d)).
     """
     before = max(growth.tree.columns for growth in growths)
     new = max(sum(map(len, growth.tokens)) for growth in growths)
     ids = torch.zeros(len(growths), new, dtype=torch.int64)
     depths = np.zeros((len(growths), before + new), np.int64)
     allowed = np.zeros((len(growths), new, before + new), bool)
-    # What is there to fill a batch attends to itself, since a softmax of nothing is NaN.
+    # Tokens that only fill the batch attend to themselves, since a softmax over nothing is NaN.
     allowed[:, np.arange(new), before + np.arange(new)] = True
     for row, growth in enumerate(growths):
         at, shift = 0, before - growth.tree.columns
@@ -91,7 +107,7 @@ def run(model: PreTrainedModel, growths: Sequence[Growth]) -> list[tuple[TokenTr
     cache = side_by_side([growth.tree.states for growth in growths], model)
     positions = torch.from_numpy(depths[:, before:])
     plain = len(growths) == 1 and len(growths[0].tokens) == 1 and len(growths[0].paths[0]) == before
-    # Without any mask transformers warns of padding, which a text behind such a token is not.
+    # Without any mask transformers warns of padding if a token equals the padding token, as a text's first one may.
     mask = torch.ones(1, before + new) if plain else _mask(model, allowed, depths)
     hidden = last_hidden(model, ids, cache=cache, use_cache=True, attention_mask=mask, position_ids=positions)
     found = []
@@ -103,7 +119,7 @@ def run(model: PreTrainedModel, growths: Sequence[Growth]) -> list[tuple[TokenTr
 
 
 def _mask(model: PreTrainedModel, allowed: Bool[np.ndarray, "B q k"], depths: Int[np.ndarray, "B k"]) -> Any:
-    """Make additive masks, as transformers takes them: one, or one for each kind of layer where windows matter."""
+    """Make the additive attention mask, (B, 1, queries, keys); a dict of one by kind of layer if windows matter."""
     config = model.config.get_text_config(decoder=True)
     place, dtype = home(model), next(model.parameters()).dtype
     full = _additive(torch.from_numpy(allowed), dtype).to(place)

@@ -1,4 +1,4 @@
-"""What a member expects behind a token, by the token's last byte alone: from a short text that it is given once."""
+"""Which byte a member expects after a token, given the token's last byte alone: averages over a short sample text."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from softmeet.members.spelling import Spelling
 
 # Prose, code, lists and figures, so that every kind of last byte occurs in several surroundings.
 SAMPLE = files("softmeet.members").joinpath("sample.txt").read_text(encoding="utf-8")
-# So many boundaries' worth of the tokens' own first bytes are mixed in, for kinds that hardly occur.
+# The shares of first bytes among all tokens count as this many observations of each kind, since some kinds are rare.
 _PRIOR = 4.0
 
 
 def kind(byte: int) -> int:
-    r"""Sort a byte into a part of a letter (0), digit, space, end of a line, opening bracket, or other mark (5).
+    r"""Classify a byte: part of a letter 0, digit 1, space or tab 2, end of a line 3, opening bracket 4, other 5.
+
+    Bytes from 0x80, which are parts of characters in UTF-8, count as letters.
 
     Example:
         >>> [kind(byte) for byte in b"a1 \n(."]
@@ -31,15 +33,17 @@ def kind(byte: int) -> int:
 def typical(
     spelling: Spelling, tokens: Sequence[int], roots: Sequence[np.ndarray[Any, np.dtype[np.float64]]]
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Average what follows tokens, by the kind of their last byte.
+    """Average the model's distributions of the byte after a token over tokens whose last bytes are of one :func:`kind`.
 
     Args:
-        spelling: of the tokens.
-        tokens: of :data:`SAMPLE`.
-        roots: (257,), the probabilities of the first byte of what follows each.
+        spelling: the tokenizer's, whose own ``typical`` counts as four further tokens of each kind.
+        tokens: the ids of the tokens of :data:`SAMPLE`.
+        roots: after each of these tokens, the probabilities of the first byte of the next token and, at 256, of the
+            end: (257,) each.
 
     Returns:
-        (256, 257), for each last byte the probabilities of the first byte of what follows.
+        (256, 257), for each last byte of a token the probabilities of the first byte of the next token, at 256 of the
+        end.
     """
     sums, counts = _PRIOR * spelling.typical[:6], np.full(6, _PRIOR)
     for token, root in zip(tokens, roots, strict=True):

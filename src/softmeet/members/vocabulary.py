@@ -1,4 +1,4 @@
-"""Whether members share a vocabulary, and which rows of their heads are tokens of all of them."""
+"""Whether members share a vocabulary, and which ids are tokens of all of them."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from softmeet.errors import VocabularyMismatchError
 from softmeet.heads import SoftmaxHead
 
 _SHOWN = 5
-# As converters to GGUF name rows of a head that stand for nothing.
+# Names that converters to GGUF give to rows of a head that stand for no token.
 _PADDING = re.compile(r"\[PAD\d+\]")
 
 
 @dataclass(frozen=True, eq=False)
 class CommonVocabulary:
-    """What members' tokenizers have in common.
+    """The tokens that all members' tokenizers have under one id, and a tokenizer that uses only these.
 
     Attributes:
-        tokenizer: one of the members' that makes of a text only tokens that all have: the first's, if it does.
-        ids: those that are the same token for every member.
+        tokenizer: the first of the members' tokenizers that encodes ordinary text into tokens that all members have.
+        ids: the ids that stand for the same token in all members.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -33,27 +33,27 @@ class CommonVocabulary:
 
 
 def common_vocabulary(names: Sequence[str], tokenizers: Sequence[PreTrainedTokenizerBase]) -> CommonVocabulary:
-    """Find the tokens that all members have under one id.
+    """Find the tokens that all members have under the same id.
 
-    Vocabularies may differ in padding, and in tokens that were added to them, as those of a model and of its variant
-    for chat do. All others have to be the same, and so have those that end a text.
+    Vocabularies may differ in padding and in tokens that were added to them, as those of a model and of its chat
+    variant do. All other tokens have to be the same, and the tokens that end a text have to be common to all.
 
     Args:
-        names: of the members, for the message.
-        tokenizers: theirs.
+        names: the members' names, for the message.
+        tokenizers: the members' tokenizers.
 
     Raises:
-        VocabularyMismatchError: they are not; the message says which tokens differ.
+        VocabularyMismatchError: if the vocabularies differ otherwise; the message names ids that differ.
     """
     every = [_by_id(tokenizer) for tokenizer in tokenizers]
     added = [set(tokenizer.added_tokens_decoder) for tokenizer in tokenizers]
     ordinary = [{i: word for i, word in own.items() if i not in new} for own, new in zip(every, added, strict=True)]
     for k, own in enumerate(every):
-        # One of two may have added what the other always had.
+        # A token that one member added may be an ordinary token of another.
         if not (ordinary[0].items() <= own.items() and ordinary[k].items() <= every[0].items()):
             raise _mismatch(names, tokenizers, k)
     ids = frozenset(i for i, word in every[0].items() if all(own.get(i) == word for own in every[1:]))
-    # Whoever ends a text has to do so with a token of all.
+    # Each token that ends a text has to be a token of all members.
     if {tokenizer.eos_token_id for tokenizer in tokenizers} - {None} <= ids:
         for tokenizer in tokenizers:
             if {i for i, token in tokenizer.added_tokens_decoder.items() if not token.special} <= ids:
@@ -62,12 +62,12 @@ def common_vocabulary(names: Sequence[str], tokenizers: Sequence[PreTrainedToken
 
 
 def _by_id(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """Return a tokenizer's tokens by id, without those that pad its vocabulary."""
+    """Return a tokenizer's tokens by id, without the ones that only pad its vocabulary."""
     return {i: word for word, i in tokenizer.get_vocab().items() if not _PADDING.fullmatch(word)}
 
 
 def _mismatch(names: Sequence[str], tokenizers: Sequence[PreTrainedTokenizerBase], k: int) -> VocabularyMismatchError:
-    """Say how member k's tokens differ from the first one's."""
+    """Make the error that says how the tokens of member ``k`` differ from those of the first."""
     one, other = _by_id(tokenizers[0]), _by_id(tokenizers[k])
     ids = sorted(j for j in one.keys() | other.keys() if one.get(j) != other.get(j))
     shown = "; ".join(f"id {j}: {one.get(j)!r} and {other.get(j)!r}" for j in ids[:_SHOWN])
@@ -79,15 +79,23 @@ def _mismatch(names: Sequence[str], tokenizers: Sequence[PreTrainedTokenizerBase
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return the ids of a tokenizer's tokens, without those that pad its vocabulary."""
+    """Return the ids of a tokenizer's tokens, without the ones that only pad its vocabulary."""
     return frozenset(_by_id(tokenizer))
 
 
 def token_support(ids: frozenset[int], names: Sequence[str], heads: Sequence[SoftmaxHead]) -> Bool[Tensor, " v"] | None:
-    """Mark the ids that are tokens, over the rows of the largest head; None where all rows are.
+    """Mark the ids that are tokens, among the v rows of the largest head.
+
+    Args:
+        ids: the ids that are tokens.
+        names: the members' names, for the message.
+        heads: the members' output layers.
+
+    Returns:
+        (v,), True for ids that are tokens, on the first head's device; None if all of them are.
 
     Raises:
-        VocabularyMismatchError: a head has no row for some of them.
+        VocabularyMismatchError: if a head has no row for some of the ids.
     """
     tokens = max(ids) + 1
     for name, head in zip(names, heads, strict=True):

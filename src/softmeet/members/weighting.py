@@ -1,6 +1,6 @@
-"""Weights from how well each member predicts a prompt: the lower its perplexity, the more it counts.
+"""Weights from how well each member predicts a prompt: the lower its perplexity, the greater its weight.
 
-    w_i ∝ exp(-ℓ_i / τ),  ℓ_i the member's mean loss on the prompt in nats per token
+    w_i ∝ exp(-ℓ_i / τ),  ℓ_i the mean loss of member i on the prompt in nats per token, τ the temperature
 
 as PackLLM weights its members before any search (Mavromatis et al., arXiv:2404.11531, PackLLM-sim).
 """
@@ -13,11 +13,11 @@ import torch
 
 
 def perplexity_weights(nats: Sequence[float], temperature: float = 1.0) -> list[float]:
-    """Compute weights that sum to one, from each member's nats per token on a prompt.
+    """Compute the members' weights w_i ∝ exp(-ℓ_i / τ) from their losses ℓ_i on a prompt; the weights sum to 1.
 
     Args:
-        nats: the lower, the heavier the member.
-        temperature: nats by which a member has to be worse to weigh e times less.
+        nats: ℓ_i, each member's mean loss in nats per token.
+        temperature: τ > 0, in nats: the difference in loss at which one weight is e times the other.
 
     Example:
         >>> [round(w, 3) for w in perplexity_weights([2.0, 3.0])]

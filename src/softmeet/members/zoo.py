@@ -1,4 +1,4 @@
-"""The bundled members, by name: three families trained on public-domain text by ``tools/train_zoo.py``."""
+"""The bundled members, by name: three families, trained on public-domain text by ``tools/train_zoo.py``."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ DEFAULT = "wide"
 
 
 def folder() -> Path:
-    """Return the folder of the bundled members."""
+    """Return the folder that holds the bundled members."""
     return Path(str(files("softmeet"))) / "zoo"
 
 
 def expand(name: str | Path) -> list[str]:
-    """Return a bundled family's members by name; of any other name a list of it alone.
+    """Return the names of a bundled family's members; a list of the name alone if it names no family.
+
+    A model (a file, or a folder with a config.json) in the working directory that is called like a family takes
+    precedence.
 
     Example:
         >>> expand("narrow")[:2], expand("org/model")
@@ -29,10 +32,10 @@ def expand(name: str | Path) -> list[str]:
 
 
 def locate(name: str) -> str:
-    """Return the folder of a bundled member; any other name, or the path of a model, as it is.
+    """Return the folder of a bundled member (``family/name``); any other name, and the path of a model, unchanged.
 
     Raises:
-        CheckpointError: the name begins like a bundled one, and there is none.
+        CheckpointError: if the name begins like a bundled one, and there is no such member.
     """
     family, _, rest = name.partition("/")
     if _is_model(Path(name)) or family not in FAMILIES or not rest:
@@ -47,7 +50,7 @@ def locate(name: str) -> str:
 
 
 def _is_model(path: Path) -> bool:
-    """Tell a model from, for instance, a trace that somebody called ``narrow``."""
+    """Tell a model (a file, or a folder with a config.json) from another folder, such as a trace called ``narrow``."""
     return path.is_file() or (path / "config.json").exists()
 
 

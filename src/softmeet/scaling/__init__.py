@@ -1,1 +1,1 @@
-"""Where work is done: in this process, or on the workers of a Ray cluster."""
+"""Engines, which run calls of a function: in this process, or on the workers of a Ray cluster."""

@@ -1,7 +1,7 @@
-"""An engine: a ``map`` whose answers do not depend on where it ran.
+"""The interface of engines: a parallel ``map`` whose results do not depend on where the calls ran.
 
-What is mapped is cut the same way for every engine, runs with the same number of threads, and is put together by the
-caller in the order of the items; so results are the same to the last bit on processors of one kind.
+Callers cut work into the same items for every engine, each call has the same number of threads, and callers put results
+together in the order of the items; so results are equal to the last bit on processors of one kind.
 """
 
 from __future__ import annotations
@@ -18,29 +18,35 @@ Items = Iterable[tuple[Any, ...]]
 
 
 class Engine(ABC):
-    """Maps a function over items, as a context manager inside of which torch has ``threads`` threads."""
+    """A parallel ``map`` of a function over items.
+
+    It is used as a context manager; within it, torch has ``threads`` threads in each call.
+    """
 
     threads: int
 
     @abstractmethod
     def map(self, function: Callable[..., R], items: Items) -> Iterator[tuple[int, R]]:
-        """Yield (k, ``function(*item)`` of the k-th item), in the order in which they are done.
+        """Call ``function(*item)`` for each item, and yield (index of the item, result) as calls finish, in any order.
 
-        Items are taken from the iterable as there is room: no more are under way than there are workers.
+        No more calls run at once than there are workers, and items are drawn from the iterable only as workers need
+        them.
 
         Args:
-            function: of a module, so that other processes find it; it keeps no state that another call could see.
-            items: the arguments of each call.
+            function: a function at the top level of a module, so that other processes can import it; it keeps no state
+                that another call could see.
+            items: the tuple of arguments of each call.
 
         Raises:
-            Exception: what a call raised.
+            Exception: if a call raised it.
         """
 
     @abstractmethod
     def keep(self, values: Sequence[T]) -> list[T]:
-        """Return stand-ins for values, to be used in their place in the items of several ``map``.
+        """Return a stand-in for each value, to be used in its place in the items of any number of later ``map`` calls.
 
-        A worker that has met one keeps the value, with whatever calls have stored in it, until the next ``keep``.
+        A worker that needs a value keeps it, with all changes that calls make to it, until :meth:`keep` is called
+        again.
         """
 
     def __enter__(self) -> Self:

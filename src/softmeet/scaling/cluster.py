@@ -1,4 +1,4 @@
-"""Reach a Ray cluster, or start one on this machine; no statistics of use are sent."""
+"""Connecting to a Ray cluster, or starting one on this machine; no usage statistics are sent."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 
 def connect(address: str | None = None, cores: int = 0) -> bool:
-    """Join the cluster at ``address``, else at ``$RAY_ADDRESS``, else start one of this machine, without a dashboard.
+    """Join a Ray cluster, or start one on this machine, without a dashboard, if there is no address.
 
     Args:
-        address: as ``ray.init`` has it.
-        cores: the least that a cluster which is started claims to have.
+        address: of the cluster, in the form that ``ray.init`` takes; None for the environment's ``RAY_ADDRESS``.
+        cores: the least number of cores that a cluster which is started here claims to have.
 
     Returns:
-        False if this process was in a cluster already: then whoever joined it leaves it.
+        Whether this call joined or started the cluster, so that its caller has to :func:`leave` it; False if the
+        process was in a cluster already.
 
     Raises:
-        InvalidInputError: there is no cluster at the address.
+        InvalidInputError: if there is no cluster at the address.
     """
     if ray.is_initialized():
         return False
@@ -45,12 +46,16 @@ def connect(address: str | None = None, cores: int = 0) -> bool:
 
 
 def leave() -> None:
-    """End what :func:`connect` began."""
+    """Leave the cluster that :func:`connect` joined, or end the one that it started."""
     ray.shutdown()
 
 
 def _require_listener(address: str) -> None:
-    """Fail at once where Ray would try for minutes: nobody listens at ``host:port``."""
+    """Check that something listens at ``host:port``, since Ray would try for minutes; other forms of address pass.
+
+    Raises:
+        OSError: if nothing does.
+    """
     host, _, port = address.rpartition(":")
     if host and "/" not in host and port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()

@@ -1,4 +1,4 @@
-"""The engine of this process: threads, each on cores of its own."""
+"""The engine that runs calls in threads of this process."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from softmeet.scaling.base import Engine, Items, R, T
 
 
 def cores() -> int:
-    """Return how many cores this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
 def _deferred_interrupt(on_first: Callable[[str], None] | None) -> Iterator[Callable[[], bool]]:
-    """Note a first Ctrl-C instead of raising it, and raise a second one at once; gives a call that says if one came.
+    """Note a first Ctrl-C instead of raising it, and raise a second one; yields a function that tells if one has come.
 
-    Where Ctrl-C is not the main thread's to handle, or is handled in another way already, nothing changes.
+    Nothing changes outside of the main thread, or if something else handles Ctrl-C.
 
     Args:
-        on_first: called with a sentence; None to change nothing.
+        on_first: called with a sentence to show at the first Ctrl-C; None to change nothing.
     """
     came = False
     here = threading.current_thread() is threading.main_thread()
@@ -52,20 +52,21 @@ def _deferred_interrupt(on_first: Callable[[str], None] | None) -> Iterator[Call
 
 
 class LocalEngine(Engine):
-    """Runs calls in threads of this process: products and compiled loops release the interpreter.
+    """The engine that runs calls in threads of this process; compiled code in them, such as torch's, runs in parallel.
 
     Args:
-        workers: threads; one runs every call in the caller's own.
-        threads: of torch, in each.
-        on_stop: called with a sentence at Ctrl-C, which then begins no further call: those under way end, and are
-            answered, before it is raised. A second one leaves them. None to raise the first one at once.
+        workers: the number of threads; with 1, calls run in the caller's own thread.
+        threads: the number of torch's threads in each.
+        on_stop: called with a sentence to show at a first Ctrl-C. No further call begins then; running calls finish and
+            their results are yielded before ``KeyboardInterrupt`` is raised. A second Ctrl-C raises it at once. None to
+            raise at the first one.
     """
 
     def __init__(self, workers: int = 1, threads: int = 1, *, on_stop: Callable[[str], None] | None = None) -> None:
         self.workers, self.threads, self._on_stop = workers, threads, on_stop
 
     def map(self, function: Callable[..., R], items: Items) -> Iterator[tuple[int, R]]:
-        """Run calls as :meth:`Engine.map` says."""
+        """Call ``function(*item)`` for each item; yield (index, result) as calls finish, as in :meth:`Engine.map`."""
         with _deferred_interrupt(self._on_stop) as interrupted:
             left = takewhile(lambda _: not interrupted(), enumerate(items))
             if self.workers == 1:
@@ -78,6 +79,7 @@ class LocalEngine(Engine):
     def _in_threads(
         self, function: Callable[..., R], left: Iterator[tuple[int, tuple[Any, ...]]]
     ) -> Iterator[tuple[int, R]]:
+        """Run calls in a pool of threads; abandon the running ones if Ctrl-C or the caller stops the map."""
         running, patient = dict[Future[R], int](), True
         pool = ThreadPoolExecutor(self.workers, "softmeet", torch.set_num_threads, (self.threads,))
         try:
@@ -95,5 +97,5 @@ class LocalEngine(Engine):
             pool.shutdown(wait=patient, cancel_futures=True)
 
     def keep(self, values: Sequence[T]) -> list[T]:
-        """Return the values themselves: threads share them."""
+        """Return the values themselves, since threads share them."""
         return list(values)

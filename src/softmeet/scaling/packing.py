@@ -1,7 +1,7 @@
-"""Pack values in two parts: bytes that say how they are built, and arrays that may stay where they are.
+"""Packing values for Ray in two parts: bytes that say how a value is built, and its tensors' memory as numpy arrays.
 
-Ray's object store maps numpy arrays into every process of a node, read-only and without a copy. Torch's own pickling
-would copy each tensor, so tensors travel as arrays of bytes, and come back as contiguous views of them.
+Ray's object store maps numpy arrays into every process of a node, read-only and without a copy. Pickling of torch would
+copy each tensor, so tensors travel as arrays of bytes, and come back as contiguous views of these.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
 
 Packed = tuple[bytes, list[Any]]
-# Of the allocator's memory, and of the object store's.
+# The alignment in bytes of memory from torch's allocator and from the object store.
 _BOUNDARY = 64
 
 
 def parts(ensemble: Ensemble | None) -> list[Any]:
-    """List the objects of an ensemble that other values may refer to, in the same order in every process."""
+    """List the objects of an ensemble that packed values may refer to, in the same order in every process.
+
+    These are the ensemble, its model, members, heads, parameters and buffers; an empty list for None.
+    """
     if ensemble is None:
         return []
     model = ensemble.model
@@ -38,17 +41,24 @@ def parts(ensemble: Ensemble | None) -> list[Any]:
 
 @dataclass(frozen=True)
 class Stored:
-    """A value that workers keep: its number among all that were ever stored, and Ray's reference to it."""
+    """A value that workers keep, by its number and by Ray's reference to it.
+
+    Attributes:
+        number: its index among all values that the engine has ever stored.
+        reference: the ``ObjectRef`` of the packed value in Ray's object store.
+    """
 
     number: int
     reference: Any
 
 
 class _Packer(CloudPickler):  # type: ignore[misc]
+    """A pickler that takes tensors out as arrays, ``Stored`` values as references, and known objects as indices."""
+
     def __init__(self, file: io.BytesIO, known: Mapping[int, int]) -> None:
         super().__init__(file)
         self._known, self.arrays, self.stored = known, list[Any](), list[Stored]()
-        # Held, so that no other object takes the place in memory, and with it the number, of one that was met.
+        # By id(): (index in arrays, tensor). Tensors are held so that no other object gets the id of one.
         self._met: dict[int, tuple[int, Tensor]] = {}
 
     def persistent_id(self, value: Any) -> Any:
@@ -70,6 +80,8 @@ class _Packer(CloudPickler):  # type: ignore[misc]
 
 
 class _Unpacker(pickle.Unpickler):
+    """The counterpart of ``_Packer``, which puts tensors, stored values and known objects back."""
+
     def __init__(self, packed: Packed, parts: Sequence[Any], stored: Sequence[Any], *, copy: bool) -> None:
         super().__init__(io.BytesIO(packed[0]))
         self._arrays, self._parts, self._stored, self._copy = packed[1], parts, stored, copy
@@ -90,17 +102,20 @@ class _Unpacker(pickle.Unpickler):
 
 
 def _shifted(value: Tensor) -> Tensor:
-    """Return a tensor's bytes behind as many zeros as it lies past a boundary: where it lies, products round alike."""
+    """Return a tensor's bytes after as many zeros as it lies past a 64-byte boundary.
+
+    So its copy can lie equally far past one, as the rounding of products depends on that.
+    """
     flat, past = value.flatten().view(torch.uint8), value.data_ptr() % _BOUNDARY
     return torch.cat([flat.new_zeros(past), flat]) if past else flat
 
 
 def _view(array: np.ndarray[Any, Any], size: int, *, copy: bool) -> Tensor:
-    """Return the last ``size`` bytes as a tensor, as far past a boundary as :func:`_shifted` found them."""
+    """Return an array's last ``size`` bytes as a tensor, as far past a 64-byte boundary as before :func:`_shifted`."""
     if not size:
         return torch.empty(0, dtype=torch.uint8)
     with warnings.catch_warnings():
-        # It cannot be written to, and nobody does.
+        # The array is read-only, and nothing writes to it.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         found = torch.from_numpy(array)
     return (found.clone() if copy or found.data_ptr() % _BOUNDARY else found)[len(found) - size :]
@@ -112,14 +127,14 @@ def packed_bytes(packed: Packed) -> int:
 
 
 def pack(value: Any, known: Sequence[Any] = ()) -> tuple[Packed, list[Stored]]:
-    """Pack a value.
+    """Pack a value for another process.
 
     Args:
-        value: anything that cloudpickle takes.
-        known: objects that whoever unpacks has too; each travels as its place in this list.
+        value: anything that cloudpickle can pickle.
+        known: objects that the unpacking process has, too; each is packed as its index in this list.
 
     Returns:
-        (the two parts; the :class:`Stored` values that were met, in order).
+        ((bytes of the pickle, arrays of the tensors), the :class:`Stored` values inside of the value, in order).
     """
     file = io.BytesIO()
     packer = _Packer(file, {id(part): k for k, part in enumerate(known)})
@@ -128,12 +143,12 @@ def pack(value: Any, known: Sequence[Any] = ()) -> tuple[Packed, list[Stored]]:
 
 
 def unpack(packed: Packed, known: Sequence[Any] = (), stored: Sequence[Any] = (), *, copy: bool = False) -> Any:
-    """Rebuild what :func:`pack` took.
+    """Rebuild a value from the result of :func:`pack`.
 
     Args:
-        packed: the two parts.
-        known: as in packing, in the same order.
-        stored: the values of what was stored.
-        copy: copy the arrays; else tensors are views of them, to be read only.
+        packed: (bytes of the pickle, arrays of the tensors).
+        known: the unpacking process's own objects, in the order of the list given to :func:`pack`.
+        stored: the values in place of the :class:`Stored` ones, in the order in which :func:`pack` returned those.
+        copy: whether tensors are copies; if not, they are views of the arrays, and must not be written to.
     """
     return _Unpacker(packed, known, stored, copy=copy).load()

@@ -1,8 +1,8 @@
 """The engine of a Ray cluster: workers in processes of their own, on one machine or many.
 
-The ensemble goes into the object store once: every node holds one copy, which all of its workers read in place. A
-worker has one call at a time; the next is sent when its answer has come, so that no more is under way than there are
-workers. When a worker dies, its call is made again by another one, and a worker takes its place.
+The ensemble goes into Ray's object store once: every node holds one copy, which all its workers read in place. A worker
+has one call at a time; the next is sent when its result has come, so that no more calls are running than there are
+workers. If a worker dies, another one repeats its call, and a new worker takes its place.
 """
 
 from __future__ import annotations
@@ -24,14 +24,22 @@ from softmeet.scaling.worker import Worker
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
 
-# So often a call may lose its worker before it is held to be the cause.
+# A call whose worker has died this often is taken to be the cause, and the map fails.
 _TRIES = 3
 _LOST = (RayActorError, ObjectLostError, WorkerCrashedError, OutOfMemoryError)
 
 
 @dataclass(eq=False)
 class _Slot:
-    """A worker's place: its actor, the reference that it is waited for by, and the number of its item if it has one."""
+    """The place of one worker.
+
+    Attributes:
+        number: its index among the slots.
+        actor: the worker's Ray actor.
+        waits_for: the reference of its running call or start; None if it is idle.
+        item: the index of the item of that call; None if there is none.
+        begun: whether the worker has started.
+    """
 
     number: int
     actor: Any
@@ -42,7 +50,15 @@ class _Slot:
 
 @dataclass
 class _Round:
-    """The state of one ``map``: items that are left, items under way, and how often each item has lost its worker."""
+    """The state of one ``map``.
+
+    Attributes:
+        left: items not yet drawn, with their indices.
+        workers: the number of workers.
+        ahead: items drawn that wait for a worker, by index.
+        running: items with a worker, by index.
+        losses: how often each item has lost its worker.
+    """
 
     left: Iterator[tuple[int, tuple[Any, ...]]]
     workers: int
@@ -51,9 +67,10 @@ class _Round:
     losses: Counter[int] = field(default_factory=Counter)
 
     def take(self, slot: int) -> int | None:
-        """Choose an item for a slot, and return its number; None at the end.
+        """Choose an item for the worker in ``slot``, mark it as running, and return its index; None if none is left.
 
-        Items come in order, but that a worker prefers those that it had in the ``map`` before, whose values it keeps.
+        Items come in order, but a worker prefers those whose index modulo the number of workers is its slot: it
+        probably had these in the last ``map``, too, and keeps their values.
         """
         if not self.more():
             return None
@@ -62,37 +79,41 @@ class _Round:
         return k
 
     def more(self) -> bool:
-        """Return whether an item waits for a worker."""
+        """Draw items until as many wait as there are workers, and tell whether any waits."""
         while len(self.ahead) < self.workers and (found := next(self.left, None)) is not None:
             self.ahead[found[0]] = found[1]
         return bool(self.ahead)
 
     def give_back(self, k: int) -> None:
-        """Line an item up again that has lost its worker."""
+        """Make an item that has lost its worker wait for another one."""
         self.losses[k] += 1
         self.ahead[k] = self.running.pop(k)
 
 
 class RayEngine(Engine):
-    """Runs calls on the workers of a Ray cluster.
+    """The engine that runs calls on the workers of a Ray cluster.
+
+    Workers start when the engine is entered as a context manager, and end with it.
 
     Args:
-        ensemble: what the items of ``map`` refer to, on this machine's processor; None if they refer to none.
-        workers: how many; None for all that the cluster has cores (or devices) for.
-        threads: of torch in each worker, and cores that it takes.
-        gpus: devices of each worker: a part of one (0.25: four workers share it), or a number, over which its members
-            are spread.
-        address: of a cluster; None for ``$RAY_ADDRESS``, else a cluster of this machine that ends with the engine.
-        patience: seconds until a worker has to be ready.
-        on_loss: called with a sentence for each worker that dies.
+        ensemble: the ensemble, in CPU memory, to which the items of ``map`` refer; None if they refer to none.
+        workers: the number of workers; None for as many as the cluster has cores (and, if ``gpus``, GPUs) for.
+        threads: the number of torch's threads in each worker, and of the cores that it takes.
+        gpus: the number of GPUs of each worker, over which its members are spread; a fraction to share one (0.25: four
+            workers on one GPU), 0 to compute on the CPU.
+        address: of the cluster; None for the environment's ``RAY_ADDRESS``, else a cluster on this machine, which ends
+            with the engine.
+        patience: the seconds to wait for a worker to start while none is working.
+        on_loss: called with a sentence to show for each worker that dies in a call.
 
     Attributes:
-        redone: the number, in its ``map``, of each item that was made again, in order.
-        sent, received: bytes of items and of answers.
+        redone: the indices, each in its own ``map``, of the items whose calls were repeated, in the order of the
+            losses.
+        sent, received: bytes of all items sent and of all results received.
 
     Raises:
-        InvalidInputError: there is no cluster at the address, or it has no room for a single worker; or the ensemble
-            is one over bytes.
+        InvalidInputError: if ``gpus`` is above 1 and not whole, or the ensemble is one over bytes; on entering, if
+            there is no cluster at the address, or it has no room for a single worker.
     """
 
     def __init__(
@@ -119,7 +140,7 @@ class RayEngine(Engine):
 
     def __enter__(self) -> Self:
         super().__enter__()
-        # Workers that were asked for all begin, however few cores there are.
+        # A cluster started here claims enough cores for all workers that were asked for, so that all of them start.
         self._own_cluster = connect(self._address, (self._wanted or 0) * self.threads)
         try:
             self.workers = self._wanted or self._room()
@@ -139,6 +160,7 @@ class RayEngine(Engine):
         super().__exit__()
 
     def _room(self) -> int:
+        """Return the number of workers for which the cluster has cores and GPUs."""
         found = ray.cluster_resources()
         room = int(found.get("CPU", 0) // self.threads)
         if self._gpus:
@@ -151,28 +173,29 @@ class RayEngine(Engine):
         return room
 
     def _begin(self, number: int) -> _Slot:
+        """Start a worker for slot ``number``."""
         devices = int(self._gpus) if self._gpus >= 1 else int(self._gpus > 0)
         wanted = {"num_cpus": self.threads, "num_gpus": self._gpus, "scheduling_strategy": "SPREAD"}
         actor = ray.remote(Worker).options(**wanted).remote(self._packed, self.threads, devices)
         return _Slot(number, actor, actor.process.remote())
 
     def keep(self, values: Sequence[T]) -> list[T]:
-        """Put values in the object store; a worker unpacks each that it meets once."""
+        """Put values in Ray's object store, and return references; a worker unpacks once each value that it needs."""
         first = self._numbers[1]
         self._numbers = first, first + len(values)
         stored: list[Any] = [Stored(first + k, ray.put(pack(x, self._parts)[0])) for k, x in enumerate(values)]
         return stored
 
     def map(self, function: Callable[..., R], items: Items) -> Iterator[tuple[int, R]]:
-        """Run calls as :meth:`Engine.map` says.
+        """Call ``function(*item)`` for each item; yield (index, result) as calls finish, as in :meth:`Engine.map`.
 
         Raises:
-            WorkerLostError: an item lost three workers one after another, or no worker was ready in time.
+            WorkerLostError: if an item's worker has died three times, workers do not start, or none is ready in time.
         """
         this = _Round(enumerate(items), self.workers)
         try:
             while this.running or this.more():
-                # Also to a worker that has had nothing to do, should another one's item need to be made again.
+                # To idle workers, too: an item whose worker has died may be waiting.
                 for slot in self._slots:
                     self._send(slot, function, this)
                 for slot in self._done():
@@ -182,11 +205,12 @@ class RayEngine(Engine):
                     if found is not None:
                         yield found
         finally:
-            # What is still under way when the caller has had enough is nobody's answer.
+            # If the caller stops early, results of running calls must not count in the next map.
             for slot in self._slots:
                 slot.item = None
 
     def _send(self, slot: _Slot, function: Callable[..., Any], this: _Round) -> None:
+        """Send the slot's worker an item, if it is idle and an item is left."""
         if slot.waits_for is not None or (k := this.take(slot.number)) is None:
             return
         packed, stored = pack((function, this.running[k]), self._parts)
@@ -195,7 +219,11 @@ class RayEngine(Engine):
         slot.item, slot.waits_for = k, slot.actor.call.remote(packed, names, *(s.reference for s in stored))
 
     def _done(self) -> list[_Slot]:
-        """Wait for slots whose call or beginning has ended, in one way or another."""
+        """Wait until at least one worker's call or start has ended or failed, and return the slots of all such workers.
+
+        Raises:
+            WorkerLostError: if no worker has started within ``patience`` seconds.
+        """
         waiting = {slot.waits_for: slot for slot in self._slots if slot.waits_for is not None}
         busy = any(slot.begun and slot.waits_for is not None for slot in self._slots)
         ready, _ = ray.wait(list(waiting), timeout=None if busy else self._patience)
@@ -207,7 +235,7 @@ class RayEngine(Engine):
         return [waiting[reference] for reference in ready]
 
     def _settle(self, slot: _Slot, this: _Round) -> tuple[int, Any] | None:
-        """Return (number, answer) of the item that a slot has done, or None where it has begun or lost its worker."""
+        """Return (index, result) of the item that a slot has done; None if its worker has only started, or died."""
         k, reference = slot.item, slot.waits_for
         slot.item, slot.waits_for = None, None
         try:
@@ -227,7 +255,12 @@ class RayEngine(Engine):
         return k, answer
 
     def _lose(self, slot: _Slot, k: int | None, this: _Round, error: Exception) -> None:
-        """Begin another worker in its place, and line its item up again."""
+        """Start another worker in a dead worker's slot, and make its item wait for a worker again.
+
+        Raises:
+            WorkerLostError: if the item's worker has died three times, or workers die again and again before they have
+                started.
+        """
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         self._failed_beginnings += not slot.begun
         if k is not None:

@@ -1,4 +1,4 @@
-"""The actor that runs in a process of its own and holds an ensemble's members."""
+"""The Ray actor that holds an ensemble's members in a process of its own."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 
 class Worker:
-    """Holds an ensemble, whose weights stay in the node's object store, and calls functions with it.
+    """A process that holds an ensemble, whose weights stay in the node's object store, and calls functions with it.
 
     Args:
-        packed: the ensemble, or None, in two parts; the arrays are views of shared memory.
-        threads: of torch.
-        devices: how many hold the members' weights, in turn; 0 to compute on the processor.
+        packed: the ensemble or None, as packed by :func:`pack`; its arrays are views of shared memory.
+        threads: the number of torch's threads.
+        devices: the number of GPUs over which the members are spread; 0 to compute on the CPU.
     """
 
     def __init__(self, packed: Packed, threads: int, devices: int) -> None:
         torch.set_num_threads(threads)
-        # What is imported to unpack an ensemble is a million objects, through which the collector would go many times.
+        # Unpacking an ensemble imports modules with a million objects, which the collector would traverse many times.
         gc.disable()
         ensemble: Ensemble | None = unpack(packed)
         gc.freeze()
@@ -38,19 +38,20 @@ class Worker:
         self._first = 0
 
     def process(self) -> int:
-        """Return the number of the worker's process, once it can work."""
+        """Return the number of the worker's process; the answer tells that the worker has started."""
         return os.getpid()
 
     def call(self, packed: Packed, stored: list[tuple[int, int]], *values: Packed) -> tuple[bool, Packed]:
-        """Call a function.
+        """Call a function, and return its result or its exception.
 
         Args:
-            packed: function and arguments.
-            stored: for each stored value among the arguments its number, and the first number that is still of use.
-            values: the stored values.
+            packed: (function, tuple of arguments), packed by :func:`pack`.
+            stored: for each stored value among the arguments, (its number, the least number of a value that is still
+                needed): kept values with smaller numbers are dropped.
+            values: the stored values, packed, in the same order.
 
         Returns:
-            (whether all went well, the answer or the exception, packed).
+            (whether the call succeeded; the result, or else the exception, packed).
         """
         try:
             kept = [self._value(*name, value) for name, value in zip(stored, values, strict=True)]
@@ -60,6 +61,7 @@ class Worker:
             return False, pack(error)[0]
 
     def _value(self, number: int, first: int, packed: Packed) -> Any:
+        """Return the stored value ``number``, unpacked once, and drop values with numbers below ``first``."""
         if first > self._first:
             self._stored = {k: value for k, value in self._stored.items() if k >= first}
             self._first = first
@@ -69,7 +71,7 @@ class Worker:
 
 
 def spread(ensemble: Ensemble, devices: Sequence[torch.device]) -> None:
-    """Copy member i to device i modulo their number; one device holds all of them."""
+    """Move member i of an ensemble to device i modulo the number of devices."""
     for i, member in enumerate(ensemble.model.members):
         member.to(devices[i % len(devices)])
     ensemble.model.find_heads_again()
