@@ -125,7 +125,7 @@ def plan(
     context: int | None = None,
     trust_remote_code: bool = False,
 ) -> Plan:
-    """Plan the memory of an ensemble over tokens, from its members' configurations, without loading weights.
+    """Plan the memory of an ensemble from its members' configurations, without loading weights.
 
     Args:
         names, dtype, device, trust_remote_code: as for :func:`softmeet.members.huggingface.load_members`.
