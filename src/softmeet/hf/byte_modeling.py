@@ -42,7 +42,7 @@ _log = logging.getLogger("softmeet")
 def assemble(
     config: EnsembleConfig, models: Sequence[PreTrainedModel], vocabulary: CommonVocabulary | Sequence[Spelling]
 ) -> EnsembleForCausalLM:
-    """Make an ensemble of loaded members, in evaluation mode.
+    """Make an ensemble, over tokens or over bytes, of loaded members, in evaluation mode.
 
     Args:
         config: the configuration, which names the members.
@@ -145,7 +145,7 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
         return [reader.spent for reader in self.readers]
 
     def work(self, hidden: Float[Tensor, "t 260"]) -> Float[Tensor, "t 3"]:
-        """Return the columns of costs of a member's :meth:`hidden_states`, which describes them."""
+        """Return the last three columns of a member's :meth:`hidden_states`: mass estimated, calls, and tokens run."""
         return hidden[:, SYMBOLS:]
 
     def part(self, chosen: Sequence[int], config: EnsembleConfig) -> EnsembleForCausalLM:

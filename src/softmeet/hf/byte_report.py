@@ -43,9 +43,10 @@ class GroupReport:
     disagreement: list[float]
 
     def spelled(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        """Return the report as a dict for JSON, with the fields that :meth:`TokenReport.spelled` has for an average.
+        """Return the report as a dict for JSON, with all fields that a report on a token has there.
 
-        An average moves no pool, needs no solver and is exact, so these fields are constants. ``tokenizer`` is unused.
+        The fields that a stretch does not have are constants: over bytes the rule is an average, which moves no pool
+        and is exact. ``tokenizer`` is unused.
         """
         return asdict(self) | {
             "moved": [],

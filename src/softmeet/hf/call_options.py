@@ -28,7 +28,7 @@ class CallOptions:
     ``generate`` makes the object once, and transformers' loop passes it to every ``forward``.
 
     Attributes:
-        settings: the settings by which the members are combined; if the gate is ``movement``, its factor is known.
+        settings: the settings by which the members are combined; a gate ``movement`` of theirs is calibrated.
         recorder: counts the solution of every position whose logits are kept; None for no record.
         row_sampler: draws each sequence's tokens from a generator of its own; None to let transformers draw them.
         prefixes: over bytes, for each sequence (or each prompt, if every prompt has the same number of sequences), the

@@ -118,7 +118,11 @@ def load(
     Args:
         folder: the folder or hub id of the checkpoint; members' relative paths start there.
         config: replaces the saved configuration; None to read that.
-        dtype, device_map, trust_remote_code: as for :meth:`EnsembleForCausalLM.from_pretrained`.
+        dtype: the weights' dtype, one for all members or one each; None for fp32 on the CPU and the checkpoints' own
+            elsewhere.
+        device_map: a device (None: the CPU), a strategy such as ``"auto"``, or a dict by module; one for all members or
+            one each. A dict may also name the members as modules of the ensemble, such as ``members.1.lm_head``.
+        trust_remote_code: whether code that comes with a member may run.
         offload_folder: a folder for weights that are to stay on disk but cannot be read from a member's checkpoint.
         changes: settings in place of the saved ones, by name, if ``config`` is None; unknown names are ignored.
 

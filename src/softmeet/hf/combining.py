@@ -102,8 +102,11 @@ class Combiner:
 
         Args:
             hidden: (B, k, d_i), the last hidden states of each member i.
-            settings, deferral, before: as for :meth:`solve_rows`, over all B · k positions, sequence by sequence.
+            settings: the rule and all other settings.
+            deferral: the positions, of all B · k sequence by sequence, at which all members ran; at the others the
+                first member answers alone. None if all members ran at all positions.
             recorder: counts every solution; None for no record.
+            before: the token before each of the B · k positions, for gates that look at the text; None if unknown.
         """
         parts = []
         if recorder is not None and deferral is not None:
@@ -124,10 +127,19 @@ class Combiner:
         *,
         proved: bool = True,
     ) -> Iterator[tuple[Float[Tensor, "n b v"], Solution]]:
-        """Solve B positions in chunks, so that memory stays bounded, and yield :meth:`solve_rows`' result for each.
+        """Combine the members at B positions, in chunks of b so that memory stays bounded, from their hidden states.
 
         Args:
-            hidden, settings, deferral, before, proved: as for :meth:`solve_rows`, over all positions.
+            hidden: (B, d_i), the last hidden states of each member i.
+            settings: the rule and all other settings.
+            deferral: the positions at which all members ran; at the others the first member answers alone. None if all
+                members ran at all positions.
+            before: the token before each position, for gates that look at the text; None if unknown.
+            proved: True to solve a row until its gap is proved to be within the tolerance; False to stop at an
+                estimate of the gap.
+
+        Yields:
+            (the members' log-probabilities in nats at b positions, (n, b, v), fp64; the rule's solution there).
         """
         chunk = rows_at_once(self.v, len(hidden))
         for start in range(0, len(hidden[0]), chunk):
@@ -215,7 +227,9 @@ class Combiner:
                 the log-probabilities.
             start: a solution of the same rows near which to begin; None to begin at the pool.
             relaxed: the solution by ``meet`` that answers rows without a feasible distribution; None to solve for it.
-            proved, before: as for :meth:`solve_rows`.
+            proved: True to solve a row until its gap is proved to be within the tolerance; False to stop at an
+                estimate of the gap.
+            before: the token before each position, for gates that look at the text; None if unknown.
 
         Raises:
             NonFiniteError: if ``scores`` hold NaN or +inf; the message names the member.
@@ -265,7 +279,10 @@ class Combiner:
             )
 
     def banded_heads(self, count: int) -> list[SoftmaxHead]:
-        """Return each head's ``count`` bands of principal directions, member by member; they are cut once and kept."""
+        """Cut each head into ``count`` bands of principal directions, each a head of its own; list them by member.
+
+        The bands are kept until another ``count`` is asked for; together they are as large as the heads.
+        """
         if count == 1:
             return self.heads
         if self._banded is None or self._banded[0] != count:

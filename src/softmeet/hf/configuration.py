@@ -29,8 +29,9 @@ class EnsembleConfig(PreTrainedConfig):
         rule_source: what defines the rule, as ``"package NAME"`` or ``"class NAME"``; None for softmeet's own rules.
         vocabulary: ``"tokens"`` for members combined over their common tokens, ``"bytes"`` over bytes; ``"auto"`` until
             the tokenizers have been compared.
-        prune: over bytes, the probability share from which a tokenization of the text is followed; 0 follows all.
-        prefixes: over bytes, each member's own token ids before every text (None: its tokenizer's default), or None.
+        prune: over bytes, the share of probability mass below which a tokenization of the text is estimated, without
+            asking the model; 0 to estimate none.
+        prefixes: over bytes, each member's own token ids before every text; None for those of its tokenizer.
         movement: the factors of the gate ``movement`` for these members, by the settings they were measured for
             (``hf/calibrated.py``); None for one that could not be measured in time.
 

@@ -101,8 +101,9 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             logits_to_keep: combine at the last k positions alone (0: at all), or at the k positions of these indices.
-            call_options: the options that ``generate`` read from its arguments; None to read them from ``kwargs``.
-            kwargs: may hold the options that :meth:`CallOptions.of` reads; all others are ignored.
+            call_options: the options of a call of ``generate``; None to read them from ``kwargs``.
+            kwargs: ``settings``, ``weights`` of the pool, ``gate``, ``recorder`` and, over bytes, ``prefixes``: each
+                member's token ids before each row. All others are ignored.
 
         Returns:
             ``logits`` (B, k, v): normalised log-probabilities in nats, fp32 or fp64; ``cache``, as given or made;
@@ -110,7 +111,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
 
         Raises:
             NonFiniteError: if a member's logits hold NaN or +inf; the message names the member.
-            InvalidInputError: if ``input_ids`` is None or longer than the shortest context, or prefixes do not fit.
+            InvalidInputError: if an option is not valid, or ``input_ids`` is None or exceeds the shortest context.
         """
         options = call_options or CallOptions.of(self, kwargs)
         if use_cache and cache is None:
@@ -136,7 +137,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         options: CallOptions | None = None,
         **shared: Any,
     ) -> tuple[list[Float[Tensor, "B k _"]], Deferral | None]:
-        """Run the members on new tokens; under the gate ``unsure``, the first, and the others in rows it is unsure of.
+        """Run the members on new tokens: all, or under the gate ``unsure`` the first alone in rows in which it is sure.
 
         Args:
             input_ids: (B, t), the new tokens.
@@ -189,7 +190,11 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         return input_ids
 
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
-        """Generate tokens as transformers' ``generate`` does; ``kwargs`` may hold options of :meth:`CallOptions.of`.
+        """Generate tokens as transformers' ``generate`` does.
+
+        Args:
+            kwargs: may also hold ``settings``, ``weights`` of the pool, ``gate``, ``recorder``, ``row_sampler`` and,
+                over bytes, ``prefixes``: each member's token ids before each prompt.
 
         Raises:
             InvalidInputError: if an option has no meaning for an ensemble, or an option's value is not valid.
@@ -265,23 +270,16 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         return []
 
     def work(self, hidden: Float[Tensor, "t _"]) -> Float[Tensor, "_ 3"]:
-        """Return the costs of the rows of a member's :meth:`hidden_states`: over bytes (t, 3), over tokens no rows."""
+        """Return the costs of a member's :meth:`hidden_states`, (t, 3) over bytes; none over tokens, (0, 3)."""
         return hidden.new_zeros(0, 3)
 
     def require(self, settings: Settings) -> None:
-        """Check that the ensemble can use ``settings``; over bytes, raise as :func:`require_for_bytes` does."""
+        """Raise an error if ``settings`` do not suit bytes (the rule reads heads, or the gate is ``unsure``)."""
         if self.over_bytes:
             require_for_bytes(settings)
 
     def require_tokens(self, what: str) -> None:
-        """Raise an error if the ensemble is over bytes, on behalf of a feature that needs members with shared tokens.
-
-        Args:
-            what: the feature's name, the subject of the message, such as "evaluation".
-
-        Raises:
-            InvalidInputError: if the ensemble is over bytes.
-        """
+        """Raise InvalidInputError if the ensemble is over bytes; the message names ``what``, such as "evaluation"."""
         if self.over_bytes:
             raise InvalidInputError(
                 f"{what} does not take ensembles over bytes: load members that share a tokenizer, with "
@@ -364,8 +362,9 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             pretrained_model_name_or_path: a folder or hub id.
             config: replaces the saved configuration.
-            dtype, device_map: one value for all members or one each, as ``dtype`` and ``device`` of
-                ``Ensemble.from_pretrained``; a dict may name the ensemble's modules, such as ``members.1.lm_head``.
+            dtype: None for fp32 on the CPU and the checkpoints' own elsewhere; one for all members or one each.
+            device_map: a device (None: the CPU), ``"auto"``, or a dict by module, such as ``members.1.lm_head``; one for
+                all members or one each.
             trust_remote_code: whether code that comes with a member may run.
             kwargs: settings in place of the saved ones, by name, and ``offload_folder``; all others are ignored.
 

@@ -128,9 +128,14 @@ def plan(
     """Plan the memory of an ensemble from its members' configurations, without loading weights.
 
     Args:
-        names, dtype, device, trust_remote_code: as for :func:`softmeet.members.huggingface.load_members`.
+        names: hub ids, folders, ``.gguf`` files or bundled names.
+        dtype: the weights' dtype, one for all members or one each; None for fp32 on the CPU and the checkpoints' own
+            elsewhere.
+        device: a device (None: the CPU), ``"disk"``, a strategy such as ``"auto"``, or a dict of places by module; one
+            for all members or one each.
         batch: the number of sequences that are generated at once.
         context: the number of tokens of each sequence; None for the shortest member's context.
+        trust_remote_code: whether code that comes with a member may run.
 
     Raises:
         InvalidInputError: if there is no name, ``batch`` or ``context`` is below 1, or a list of dtypes or devices does

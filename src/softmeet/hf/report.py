@@ -1,7 +1,7 @@
 """Reports on single tokens: what each member and the ensemble expected, and how the rule moved the pool.
 
-p is the ensemble's distribution of the next token, p̂_i member i's, and q the pool. A *position* is one that members
-were combined at; n is the number of members, B that of a batch's positions, v that of tokens.
+p is the ensemble's distribution of the next token, p̂_i member i's, and q the pool. n is the number of members, B that
+of positions in a batch, v that of tokens.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _FULL = 0.5
 class TokenReport:
     """What was expected at one position, and the token that came there; all figures are in nats.
 
-    If a gate was closed there (``gated``), the pool was not moved. A member that did not run has NaN and empty lists.
+    A member that did not run, as the gate ``unsure`` was closed, has NaN for figures, and no ``member_top``.
 
     Attributes:
         token: the id of the token that came.
@@ -37,14 +37,16 @@ class TokenReport:
         top: the ensemble's most probable tokens, as (id, log-probability), the most probable first.
         member_top: the same for each member.
         moved: the tokens j whose probability the rule changed most, as (id, log q_j, log p_j), the largest change
-            first.
-        pushes: for each token j of ``moved``, each member's contribution push_ij: log p_j - log q_j = Σ_i push_ij + a
-            constant, where push_ij is member i's score z_ij less its mean over the vocabulary; 0 for rules other than
-            tilts of the pool.
-        disagreement: each member's disagreement, the size of its correction KL(r_i‖p̂_i), or a bound of it.
+            first; without a change if ``gated``.
+        pushes: for each token j of ``moved``, each member's contribution push_ij, from its dual variables: log p_j -
+            log q_j = Σ_i push_ij + a constant. 0 if the rule is not one that tilts the pool.
+        disagreement: for each member, KL(r_i‖p̂_i) of its corrected distribution r_i, or an upper bound of it.
         disagreement_is_bound: for each member, whether ``disagreement`` is the upper bound KL(p‖p̂_i).
-        status: the name of a :class:`softmeet.Status`.
-        fallback, gap, gap_is_certified, num_passes: as in :class:`softmeet.Solution`.
+        status: how the solver ended, the name of a :class:`softmeet.Status`.
+        fallback: whether there was no feasible distribution, so that the fallback answered.
+        gap: how far the answer can be from its optimum; inf if nothing is known.
+        gap_is_certified: whether ``gap`` is a proved bound rather than an estimate.
+        num_passes: how many times the solver read all heads.
         gated: whether a gate was closed, so that the rule was not solved.
     """
 

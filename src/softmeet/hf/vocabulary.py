@@ -26,7 +26,8 @@ def require_vocabulary(name: str, prune: float) -> None:
 
     Args:
         name: the vocabulary: ``"tokens"``, ``"bytes"``, or ``"auto"`` to choose by the members' tokenizers.
-        prune: over bytes, the probability share from which a tokenization of the text is followed; 0 follows all.
+        prune: over bytes, the share of probability mass below which a tokenization of the text is estimated, without
+            asking the model; 0 to estimate none.
 
     Raises:
         InvalidInputError: if ``name`` is not one of these, or ``prune`` is not from 0 to below 1.
@@ -55,7 +56,7 @@ def choose_vocabulary(
 
     Raises:
         VocabularyMismatchError: if the tokenizers differ and ``config`` asks for tokens; or, over bytes, if a tokenizer
-            cannot write every byte.
+            is not a fast one, alters texts, or cannot write every byte.
         UnsupportedHeadError: if, over bytes, the rule reads heads.
         InvalidInputError: if, over bytes, the gate is ``unsure``; or, over tokens, there are prefixes.
     """
