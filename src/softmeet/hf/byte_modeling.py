@@ -212,6 +212,7 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
         return found, None
 
     def _require_prefixes(self, prefixes: Prefixes) -> None:
+        """Raise InvalidInputError unless each entry of ``prefixes`` has token ids or None for every member."""
         n = len(self.readers)
         for own in prefixes:
             if not _is_list(own) or len(own) != n or not all(one is None or _is_list(one) for one in own):

@@ -106,7 +106,8 @@ def read_on(
         wanted: the k columns after whose symbols the next symbol's log-probabilities are wanted.
 
     Returns:
-        (the rows with the new symbols; the log-probabilities in nats, (B, k, 257), fp64, uniform at padding).
+        (the rows with the new symbols; the log-probabilities in nats, (B, k, 257), fp64, uniform at padding and, in a
+        row that is read at once, up to an end symbol that a text follows).
     """
     out = torch.full((len(rows), len(wanted), SYMBOLS), -math.log(SYMBOLS), dtype=torch.float64)
     found = list(rows)

@@ -167,6 +167,7 @@ def cache_file() -> Path:
 
 
 def _read(file: Path) -> dict[str, dict[str, float]]:
+    """Read factors by members' hash and settings' key; return an empty dict if the file is missing or damaged."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

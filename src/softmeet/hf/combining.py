@@ -267,6 +267,7 @@ class Combiner:
         return solution if bands == 1 else solution.by_member(bands)
 
     def _refuse_unknown_norms(self, settings: Settings) -> None:
+        """Raise an error if ``free_radial`` cannot be used: a final norm is unknown, or heads are cut into bands."""
         if settings.bands > 1:
             raise InvalidInputError(
                 f"free_radial needs whole heads, got {settings.bands} bands of each: leave out one of both"

@@ -176,6 +176,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         return [states[0] for states in self.run(input_ids, None, use_cache=False)[0]]
 
     def _checked_length(self, input_ids: Int[Tensor, "B t"] | None, cache: EnsembleCache | None) -> Int[Tensor, "B t"]:
+        """Return ``input_ids``, or raise InvalidInputError if they are None or exceed the shortest context."""
         if input_ids is None:
             raise InvalidInputError(
                 "expected input_ids: members share tokens, not embeddings, so inputs_embeds is refused"
@@ -363,8 +364,8 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
             pretrained_model_name_or_path: a folder or hub id.
             config: replaces the saved configuration.
             dtype: None for fp32 on the CPU and the checkpoints' own elsewhere; one for all members or one each.
-            device_map: a device (None: the CPU), ``"auto"``, or a dict by module, such as ``members.1.lm_head``; one for
-                all members or one each.
+            device_map: a device (None: the CPU), ``"auto"``, or a dict by module, such as ``members.1.lm_head``; or
+                one of these for each member.
             trust_remote_code: whether code that comes with a member may run.
             kwargs: settings in place of the saved ones, by name, and ``offload_folder``; all others are ignored.
 

@@ -134,7 +134,7 @@ def heat(disagreement: Sequence[float]) -> float:
 
 
 def known_sum(disagreement: Sequence[float]) -> float:
-    """Sum the members' disagreement, in nats, without those of NaN, which did not run.
+    """Sum the members' disagreement, in nats; members that did not run have NaN, and are left out.
 
     Example:
         >>> known_sum([0.25, float("nan")])
