@@ -47,7 +47,7 @@ def assemble(
     Args:
         config: the configuration, which names the members.
         models: the members' models, in the same order.
-        vocabulary: what :func:`softmeet.hf.vocabulary.choose_vocabulary` returned: the members' common vocabulary for
+        vocabulary: the result of :func:`softmeet.hf.vocabulary.choose_vocabulary`: the members' common vocabulary for
             an ensemble over tokens, or each member's spelling (its tokens as byte strings) for one over bytes.
 
     Raises:
@@ -159,7 +159,7 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
             reader.find_head_again()
 
     def new_cache(self, gate: str | Gate | None = None) -> ByteCache:
-        """Make an empty cache of what the members have read; ``gate`` makes no difference over bytes."""
+        """Make an empty cache for every member; ``gate`` makes no difference over bytes."""
         return ByteCache(len(self.readers))
 
     def run(
@@ -175,7 +175,7 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
 
         Args:
             input_ids: (B, t), the new symbols, padded on the left.
-            cache: what the members have read before, a :class:`ByteCache`; it is updated. None for nothing.
+            cache: the :class:`ByteCache` of the symbols before them, which is updated; None if there are none.
             kept: the k positions among the new symbols at which the members are to be combined.
             options: the call's options; their ``prefixes`` hold each member's tokens before each sequence, or before
                 each prompt, if every prompt has the same number of sequences.
@@ -222,7 +222,7 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
                 )
 
     def hidden_states(self, input_ids: Int[Tensor, "1 t"]) -> list[Float[Tensor, "t 260"]]:
-        """Compute what each member predicts after every symbol of one text of t symbols, and what that costs.
+        """Compute each member's predictions after every symbol of one text of t symbols, and their costs.
 
         Returns:
             For each member (t, 260), fp64: 257 columns with the next symbol's log-probabilities in nats, and three of
@@ -242,7 +242,7 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
         return found
 
     def _get_logits_processor(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
-        """Put :class:`WholeCharacters` before transformers' processors, :class:`SomethingLeft` behind them."""
+        """Put :class:`WholeCharacters` before transformers' processors, :class:`SomethingLeft` after them."""
         processors = super()._get_logits_processor(*args, model_kwargs=model_kwargs, **kwargs)
         last = len(processors) - (model_kwargs["call_options"].row_sampler is not None)
         return LogitsProcessorList([WholeCharacters(), *processors[:last], SomethingLeft(), *processors[last:]])

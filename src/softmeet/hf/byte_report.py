@@ -1,4 +1,4 @@
-"""Reports on a text over bytes: what each member and the ensemble expected, stretch by stretch of the text.
+"""Reports on a text over bytes: the predictions of the ensemble and of each member, stretch by stretch of the text.
 
 A stretch is the text between two neighbouring places at which every member's tokenizer cuts it.
 """
@@ -23,7 +23,7 @@ Listed = list[tuple[str, float]]
 
 @dataclass(frozen=True)
 class GroupReport:
-    """What was expected at a stretch of text that every member reads as whole tokens; all figures are in nats.
+    """A report on a stretch of text that every member reads as whole tokens; all figures are in nats.
 
     Attributes:
         text: the stretch.

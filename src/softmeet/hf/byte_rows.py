@@ -1,4 +1,4 @@
-"""The rows of a batch over bytes, each a sequence of symbols: a cache of what members have read, and reading on.
+"""The rows of a batch over bytes, each a sequence of symbols: the members' cache of them, and reading new symbols.
 
 A *symbol* is one of 257: a byte, 0 to 255, or 256, the end of a text.
 """
@@ -20,13 +20,13 @@ from softmeet.members.byte_member import ByteMember
 from softmeet.members.covers import END, SYMBOLS
 from softmeet.members.reading import Reading
 
-# The readings of each row that are kept: up to one symbol less can be removed without reading the row anew.
+# The readings kept for each row; fewer symbols than that can be removed without reading the row anew.
 _KEPT = 16
 
 
 @dataclass(frozen=True)
 class ByteRow:
-    """One sequence of symbols of a batch, and what one member knows of it.
+    """One sequence of symbols of a batch, and one member's states after its last symbols.
 
     Attributes:
         symbols: the symbols so far.
@@ -139,12 +139,12 @@ def _read_whole(
         row: the row, new symbols included.
         count: the number of its new symbols.
         new, wanted: as for :func:`read_on`.
-        out: (k, 257), written at the wanted columns that hold a new symbol behind the last end.
+        out: (k, 257), written at the wanted columns that hold a new symbol after the last end.
 
     Returns:
         The row with the reading after its last symbol.
     """
-    # An end symbol ends a text: the member reads what is behind the last one.
+    # An end symbol ends a text: the member reads the text after the last one.
     ends = [k for k, symbol in enumerate(row.symbols) if symbol == END]
     text = bytes(row.symbols[ends[-1] + 1 if ends else 0 :])
     if list(wanted) in ([new - 1], []):

@@ -21,7 +21,7 @@ class RowsLayer(CacheLayerMixin):
     """A layer of transformers' cache that keeps one object for each sequence, in place of keys and values.
 
     Attributes:
-        rows: what a member knows of each sequence: an object with a ``length`` in tokens and a method ``shorter(k)``,
+        rows: the member's state of each sequence: an object with a ``length`` in tokens and a method ``shorter(k)``,
             which returns a copy without the last k tokens. Empty before the first token.
     """
 

@@ -3,8 +3,8 @@
 Below, p° is the answer of ``meet``, q the pool, p̂_i member i's distribution and ρ_i its trust. The gate predicts the
 movement KL(p°‖q) as factor · Σ_i ρ_i KL(q‖p̂_i), so the factor is the mean of the one over the mean of the other. It
 belongs to the members, the pool and the trusts. It is measured once, on text that the ensemble samples, and kept in
-three places: in the ensemble's configuration, which checkpoints and replicas have; in a file of this machine, in the
-folder ``$SOFTMEET_CACHE`` or ``~/.cache/softmeet``; and for the bundled families in a file that comes with softmeet.
+three places: in the ensemble's configuration, which checkpoints and replicas have; in a file of this machine, in
+``$SOFTMEET_CACHE`` or the user's cache folder; and for the bundled families in a file that comes with softmeet.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def members_hash(model: EnsembleForCausalLM) -> str:
 
 
 def _calibrated(model: EnsembleForCausalLM, settings: Settings, own: str) -> float | None:
-    """Measure a factor and keep it under the key ``own``; return None if that fails. Both are logged as warnings."""
+    """Measure a factor and keep it under the key ``own``, or return None if that fails; log either as a warning."""
     if any(parameter.is_meta for parameter in model.parameters()) or model.tokenizer is None:
         _log.warning("the gate %s is off: calibrating it takes members in memory, and a tokenizer", settings.gate)
         return None

@@ -26,7 +26,7 @@ class EnsembleConfig(PreTrainedConfig):
     Attributes:
         members: the members' names, in order.
         settings: all settings as one immutable object; setting an attribute replaces it.
-        rule_source: what defines the rule, as ``"package NAME"`` or ``"class NAME"``; None for softmeet's own rules.
+        rule_source: the rule's origin, as ``"package NAME"`` or ``"class NAME"``; None for softmeet's own rules.
         vocabulary: ``"tokens"`` for members combined over their common tokens, ``"bytes"`` over bytes; ``"auto"`` until
             the tokenizers have been compared.
         prune: over bytes, the share of probability mass below which a tokenization of the text is estimated, without

@@ -100,7 +100,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         """Run the members on new tokens and combine their predictions; the arguments are those of any causal LM.
 
         Args:
-            logits_to_keep: combine at the last k positions alone (0: at all), or at the k positions of these indices.
+            logits_to_keep: combine at the last k positions alone (0: everywhere), or at those of these k indices.
             call_options: the options of a call of ``generate``; None to read them from ``kwargs``.
             kwargs: ``settings``, ``weights`` of the pool, ``gate``, ``recorder`` and, over bytes, ``prefixes``: each
                 member's token ids before each row. All others are ignored.
@@ -137,7 +137,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         options: CallOptions | None = None,
         **shared: Any,
     ) -> tuple[list[Float[Tensor, "B k _"]], Deferral | None]:
-        """Run the members on new tokens: all, or under the gate ``unsure`` the first alone in rows in which it is sure.
+        """Run the members on new tokens: all, or under the gate ``unsure`` the first alone in sequences it is sure of.
 
         Args:
             input_ids: (B, t), the new tokens.
@@ -148,7 +148,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
 
         Returns:
             (each member's last hidden states at the kept positions, (B, k, d_i); the positions at which all members
-            ran, None if they ran at all).
+            ran, None if they ran everywhere).
 
         Raises:
             InvalidInputError: if the gate is ``unsure`` and ``cache`` was made for another gate.
@@ -275,7 +275,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         return hidden.new_zeros(0, 3)
 
     def require(self, settings: Settings) -> None:
-        """Raise an error if ``settings`` do not suit bytes (the rule reads heads, or the gate is ``unsure``)."""
+        """Raise an error if the ensemble is over bytes and the rule reads heads or the gate is ``unsure``."""
         if self.over_bytes:
             require_for_bytes(settings)
 

@@ -1,4 +1,4 @@
-"""Reports on single tokens: what each member and the ensemble expected, and how the rule moved the pool.
+"""Reports on single tokens: the predictions of the ensemble and of each member, and how the rule moved the pool.
 
 p is the ensemble's distribution of the next token, p̂_i member i's, and q the pool. n is the number of members, B that
 of positions in a batch, v that of tokens.
@@ -26,7 +26,7 @@ _FULL = 0.5
 
 @dataclass(frozen=True)
 class TokenReport:
-    """What was expected at one position, and the token that came there; all figures are in nats.
+    """A report on one position and the token that came there; all figures are in nats.
 
     A member that did not run, as the gate ``unsure`` was closed, has NaN for figures, and no ``member_top``.
 

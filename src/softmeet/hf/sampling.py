@@ -16,7 +16,7 @@ from transformers import LogitsProcessor
 class RowSampler(LogitsProcessor):
     """A logits processor that draws each row's token, and forbids all other tokens.
 
-    Put it behind all other processors, those of temperature and truncation included. As only the drawn token stays
+    Put it after all other processors, those of temperature and truncation included. As only the drawn token stays
     possible, the sampling or search that follows has to choose it.
 
     Args:
