@@ -1,4 +1,4 @@
-"""Ensembles in the transformers ecosystem: a causal LM whose next-token distribution is a rule's."""
+"""Ensembles for transformers: causal LMs whose next-token distribution a rule computes from their members'."""
 
 from transformers import AutoConfig, AutoModelForCausalLM
 

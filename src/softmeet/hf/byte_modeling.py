@@ -1,4 +1,7 @@
-"""``ByteEnsembleForCausalLM``: members whatever their vocabularies, combined over the bytes of a text."""
+"""``ByteEnsembleForCausalLM``: members with any vocabularies, combined over the bytes of a text.
+
+A *symbol* is one of 257: a byte, 0 to 255, or 256, the end of a text.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ from softmeet.members.spelling import Spelling
 from softmeet.members.vocabulary import CommonVocabulary
 from softmeet.rules.gates import Gate
 
-# Of a text that is evaluated.
+# The most bytes that evaluation reads at once by default.
 _WINDOW = 4096
 _log = logging.getLogger("softmeet")
 
@@ -39,16 +42,19 @@ _log = logging.getLogger("softmeet")
 def assemble(
     config: EnsembleConfig, models: Sequence[PreTrainedModel], vocabulary: CommonVocabulary | Sequence[Spelling]
 ) -> EnsembleForCausalLM:
-    """Make the ensemble, over tokens or over bytes, of loaded members, in evaluation mode.
+    """Make an ensemble, over tokens or over bytes, of loaded members, in evaluation mode.
 
     Args:
-        config: names them.
-        models: the members.
-        vocabulary: as :func:`softmeet.hf.vocabulary.choose_vocabulary` found it.
+        config: the configuration, which names the members.
+        models: the members' models, in the same order.
+        vocabulary: the result of :func:`softmeet.hf.vocabulary.choose_vocabulary`: the members' common vocabulary for
+            an ensemble over tokens, or each member's spelling (its tokens as byte strings) for one over bytes.
 
     Raises:
-        UnsupportedHeadError: a member's output layer is not a plain softmax head.
-        VocabularyMismatchError: a head has no row for a token.
+        UnsupportedHeadError: if a member's output layer is not a plain softmax head; or, over bytes, the rule reads
+            heads.
+        VocabularyMismatchError: if a head has no row for a token.
+        InvalidInputError: if, over bytes, the gate is ``unsure``.
     """
     model: EnsembleForCausalLM
     if isinstance(vocabulary, CommonVocabulary):
@@ -63,7 +69,7 @@ def assemble(
 def _readers(
     config: EnsembleConfig, models: Sequence[PreTrainedModel], spellings: Sequence[Spelling]
 ) -> list[ByteMember]:
-    """Make byte members of models and of how their tokenizers spell."""
+    """Make each member's reader by bytes, from its model and its spelling (its tokens as byte strings)."""
     pruning = Pruning(config.prune) if config.prune else Pruning(0.0, None)
     prefixes = config.prefixes or [None] * len(models)
     return [
@@ -73,31 +79,33 @@ def _readers(
 
 
 class _ByteCombiner(Combiner):
-    """Combines members whose log-probabilities of the next symbol stand in place of hidden states."""
+    """A combiner whose ``hidden`` arguments hold members' log-probabilities of the next symbol, not hidden states."""
 
     def own_logits(
         self, hidden: Sequence[Float[Tensor, "B _"]], deferral: Deferral | None = None
     ) -> Float[Tensor, "n B v"]:
-        """Return the members' log-probabilities, in nats."""
+        """Stack the members' log-probabilities of the 257 symbols, in nats, without further columns of ``hidden``."""
         return torch.stack([h[:, :SYMBOLS] for h in hidden])
 
 
 class ByteEnsembleForCausalLM(EnsembleForCausalLM):
-    """A causal LM over 256 bytes and an end, symbol 256, from members that are read byte by byte.
+    """A causal LM over 257 symbols, the bytes and the end of a text (256), whose members are read byte by byte.
 
-    ``input_ids`` are bytes, and ``max_new_tokens`` counts bytes. Rules that read heads are refused: a byte has no row
-    of a softmax matrix.
+    Each member's token probabilities are turned into the next byte's, which the rule then combines. ``input_ids`` are
+    symbols, and ``max_new_tokens`` counts them. Rules that read heads are refused: a byte has no row of a softmax
+    matrix.
 
     Args:
         config: the settings; ``config.members`` names the members.
-        readers: the members, in the order of the configuration; None to build them of their own configurations, with
+        readers: the members, in the order of ``config.members``; None to build each from its own configuration, with
             random weights.
 
     Raises:
-        UnsupportedHeadError: the rule reads heads.
-        InvalidInputError: the gate is ``unsure``; or, without ``readers``, the configuration is of one over tokens.
-        CheckpointError: without ``readers``, a configuration or a tokenizer of theirs cannot be read.
-        VocabularyMismatchError: without ``readers``, a tokenizer of theirs cannot be read over bytes.
+        UnsupportedHeadError: if the rule reads heads, or a member's output layer is not a plain softmax head.
+        InvalidInputError: if the gate is ``unsure``; or if ``readers`` is None and ``config`` describes an ensemble
+            over tokens.
+        CheckpointError: if ``readers`` is None and a member's configuration or tokenizer cannot be read.
+        VocabularyMismatchError: if ``readers`` is None and a member's tokenizer cannot be used over bytes.
     """
 
     over_bytes = True
@@ -112,46 +120,46 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
         config.vocab_size, config.max_position_embeddings = SYMBOLS, None
         for own in (config, self.generation_config):
             own.bos_token_id, own.eos_token_id, own.pad_token_id = END, END, END
-        # Bytes have no rows of a softmax matrix: one column of zeros says nothing of any of them.
+        # Bytes have no rows of a softmax matrix: a column of zeros stands in for a head, and constrains nothing.
         self.combiner = _ByteCombiner(config.members, [SoftmaxHead(torch.zeros(SYMBOLS, 1)) for _ in readers])
         self.tokenizer = byte_tokenizer()
 
     @property
     def member_heads(self) -> list[SoftmaxHead]:
-        """The members' own output layers."""
+        """The members' own output layers, over their tokens, in order."""
         return [reader.head for reader in self.readers]
 
     @property
     def widths(self) -> list[int]:
-        """The width of each member's :meth:`hidden_states`: the symbols, and three columns of costs."""
+        """The number of columns of each member's :meth:`hidden_states`, 260: 257 symbols and three costs."""
         return [SYMBOLS + 3] * len(self.readers)
 
     @property
     def window(self) -> int:
-        """Bytes that a text is read by at once, unless one says otherwise: what fits every context, 4,096 at most."""
+        """The bytes that evaluation reads at once by default: those that fit every member's context, at most 4,096."""
         return min(_WINDOW, *(reader.room for reader in self.readers))
 
     @property
     def spent(self) -> list[Work]:
-        """What each member has cost since it was loaded."""
+        """Each member's computation since it was loaded: model calls, tokens run, and probability mass estimated."""
         return [reader.spent for reader in self.readers]
 
     def work(self, hidden: Float[Tensor, "t 260"]) -> Float[Tensor, "t 3"]:
-        """Return what rows of a member's :meth:`hidden_states` cost: mass estimated, calls, and tokens run in them."""
+        """Return the last three columns of a member's :meth:`hidden_states`: mass estimated, calls, and tokens run."""
         return hidden[:, SYMBOLS:]
 
     def part(self, chosen: Sequence[int], config: EnsembleConfig) -> EnsembleForCausalLM:
-        """Make an ensemble of some of the members, which both then share, under another configuration."""
+        """Make an ensemble, configured by ``config``, of the members numbered ``chosen``; it shares their weights."""
         over_bytes: EnsembleForCausalLM = ByteEnsembleForCausalLM(config, [self.readers[k] for k in chosen]).eval()
         return over_bytes
 
     def find_heads_again(self) -> None:
-        """Read the members' output layers where they are now."""
+        """Make the members' heads anew from their weights, after members have been moved or cast."""
         for reader in self.readers:
             reader.find_head_again()
 
     def new_cache(self, gate: str | Gate | None = None) -> ByteCache:
-        """Make a cache in which no member has read anything of any row; gates make no difference to it."""
+        """Make an empty cache for every member; ``gate`` makes no difference over bytes."""
         return ByteCache(len(self.readers))
 
     def run(
@@ -163,18 +171,23 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
         attention_mask: Int[Tensor, "B s"] | None = None,
         **shared: Any,
     ) -> tuple[list[Float[Tensor, "B k 257"]], None]:
-        """Have every member read new symbols.
+        """Have every member read new symbols, and return its log-probabilities of the symbols that follow.
 
         Args:
-            input_ids: the new symbols.
-            cache: what the members have read before; None for nothing.
-            kept: the positions among the new symbols that are to be combined.
-            options: of the call, with each member's tokens before each row, or before each prompt of several rows.
-            attention_mask: of all symbols so far; None where there is no padding.
-            shared: not used here.
+            input_ids: (B, t), the new symbols, padded on the left.
+            cache: the :class:`ByteCache` of the symbols before them, which is updated; None if there are none.
+            kept: the k positions among the new symbols at which the members are to be combined.
+            options: the call's options; their ``prefixes`` hold each member's tokens before each sequence, or before
+                each prompt, if every prompt has the same number of sequences.
+            attention_mask: (B, s), 0 at padding, over all symbols so far; None if there is no padding.
+            shared: unused.
 
         Returns:
-            (every member's log-probabilities in nats of what follows each of the kept symbols, None).
+            (for each member the log-probabilities, in nats, fp64, of the symbol after each kept position, (B, k, 257);
+            None, as all members always run).
+
+        Raises:
+            InvalidInputError: if the prefixes are malformed, or their number does not divide the number of sequences.
         """
         new, wanted = input_ids.shape[1], torch.arange(input_ids.shape[1])[kept].tolist()
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -new:]
@@ -194,11 +207,12 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
             if any(row.fills_up for row in rows):
                 _log.warning("a text ends because the context of %s is full", reader.spelling.name)
         for log_probs in found if full else ():
-            # What one member cannot read on ends for all of them.
+            # If one member's context is full, the sequence has to end for all of them.
             log_probs[sorted(full), -1:] = torch.eye(SYMBOLS, dtype=torch.float64)[END].log()
         return found, None
 
     def _require_prefixes(self, prefixes: Prefixes) -> None:
+        """Raise InvalidInputError unless each entry of ``prefixes`` has token ids or None for every member."""
         n = len(self.readers)
         for own in prefixes:
             if not _is_list(own) or len(own) != n or not all(one is None or _is_list(one) for one in own):
@@ -208,13 +222,16 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
                 )
 
     def hidden_states(self, input_ids: Int[Tensor, "1 t"]) -> list[Float[Tensor, "t 260"]]:
-        """Compute each member's log-probabilities in nats after every byte of one text, and what they cost.
+        """Compute each member's predictions after every symbol of one text of t symbols, and their costs.
 
-        The three columns behind the 257 of the symbols are the share of mass that was estimated, the calls of the model
-        and the tokens run in them; these two are in the last row.
+        Returns:
+            For each member (t, 260), fp64: 257 columns with the next symbol's log-probabilities in nats, and three of
+            costs: the share of these probabilities' mass that was estimated rather than asked of the model, the number
+            of calls of the model, and the number of tokens run in them. The last two are of the whole text, and stand
+            in the last row; they are 0 in the others.
         """
         symbols, found = input_ids[0].tolist(), []
-        # Behind the end begins a text, whose first byte is then predicted, too.
+        # An end symbol at the start begins a text: then its first byte is predicted, too.
         begun = symbols[:1] == [END]
         for reader in self.readers:
             reading, log_probs, unasked = reader.score(bytes(symbols[begun:]))
@@ -225,7 +242,7 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
         return found
 
     def _get_logits_processor(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
-        """Put the usual ones between one that keeps a text UTF-8 and one that looks whether anything is left."""
+        """Put :class:`WholeCharacters` before transformers' processors, :class:`SomethingLeft` after them."""
         processors = super()._get_logits_processor(*args, model_kwargs=model_kwargs, **kwargs)
         last = len(processors) - (model_kwargs["call_options"].row_sampler is not None)
         return LogitsProcessorList([WholeCharacters(), *processors[:last], SomethingLeft(), *processors[last:]])
@@ -236,10 +253,10 @@ def _is_list(given: Any) -> bool:
 
 
 class WholeCharacters(LogitsProcessor):
-    """Forbids bytes with which a text would not be UTF-8, and an end within a character."""
+    """A logits processor that forbids bytes after which a text is not UTF-8, and an end within a character."""
 
     def __call__(self, input_ids: Int[Tensor, "B t"], scores: Float[Tensor, "B v"]) -> Float[Tensor, "B v"]:
-        """Set the scores of what is forbidden to -inf."""
+        """Set the scores of forbidden symbols to -inf; a row in which no others are possible stays unchanged."""
         forbidden = torch.stack([_forbidden(tuple(row)) for row in input_ids[:, -3:].tolist()])
         found = scores.masked_fill(forbidden.to(scores.device), -torch.inf)
         # A text whose context is full ends within a character if it has to.
@@ -247,13 +264,13 @@ class WholeCharacters(LogitsProcessor):
 
 
 class SomethingLeft(LogitsProcessor):
-    """Refuses to go on where no symbol is possible any more."""
+    """A logits processor that raises an error if a row has no possible symbol left."""
 
     def __call__(self, input_ids: Int[Tensor, "B t"], scores: Float[Tensor, "B v"]) -> Float[Tensor, "B v"]:
-        """Return the scores as they are.
+        """Return the scores unchanged.
 
         Raises:
-            InvalidInputError: a row has none above -inf.
+            InvalidInputError: if all scores of a row are -inf.
         """
         if bool(scores.isneginf().all(-1).any()):
             raise InvalidInputError(
@@ -265,7 +282,7 @@ class SomethingLeft(LogitsProcessor):
 
 @lru_cache(maxsize=4096)
 def _forbidden(last: tuple[int, ...]) -> Bool[Tensor, " v"]:
-    """Mark the symbols that may not follow the last three."""
+    """Return a mask, (257,) bool, of the symbols that may not follow the ``last`` symbols, at most three, in UTF-8."""
     text = bytes(symbol % END for symbol in last)  # after the end a text begins, as after any whole character
     begun = text[codecs.utf_8_decode(text, "replace", False)[1] :]
 

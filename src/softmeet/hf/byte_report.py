@@ -1,4 +1,7 @@
-"""What happened in a text over bytes: between places where every member's tokenizer cuts it, who expected what."""
+"""Reports on a text over bytes: the predictions of the ensemble and of each member, stretch by stretch of the text.
+
+A stretch is the text between two neighbouring places at which every member's tokenizer cuts it.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +17,22 @@ from softmeet.members.covers import END
 if TYPE_CHECKING:
     from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM
 
+# (symbol or token as text, log-probability in nats), the most probable first.
 Listed = list[tuple[str, float]]
 
 
 @dataclass(frozen=True)
 class GroupReport:
-    """A stretch of characters that every member reads as whole tokens; log-probabilities and disagreement are in nats.
+    """A report on a stretch of text that every member reads as whole tokens; all figures are in nats.
 
     Attributes:
-        text: the characters.
-        log_prob, member_log_probs: of all their bytes, by the ensemble and by each member.
-        top: (byte, log-probability) of what the ensemble expected as the first byte, the most probable first.
-        member_top: (token, log-probability) of what each member expected there, in its own tokens.
-        disagreement: each member's, summed over the bytes.
+        text: the stretch.
+        log_prob: the ensemble's log-probability of the stretch's bytes, given the text before.
+        member_log_probs: each member's log-probability of them.
+        top: the ensemble's most probable first bytes, as (byte, log-probability), the most probable first.
+        member_top: each member's most probable tokens at the start of the stretch, as (token, log-probability).
+        disagreement: each member's disagreement KL(p‖p̂_i), of the ensemble's p and the member's p̂_i over the next
+            byte, summed over the stretch's bytes.
     """
 
     text: str
@@ -37,7 +43,11 @@ class GroupReport:
     disagreement: list[float]
 
     def spelled(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        """Return the report as :meth:`TokenReport.spelled` does: an average moves nothing, and is exact."""
+        """Return the report as a dict for JSON, with all fields that a report on a token has there.
+
+        The fields that a stretch does not have are constants: over bytes the rule is an average, which moves no pool
+        and is exact. ``tokenizer`` is unused.
+        """
         return asdict(self) | {
             "moved": [],
             "pushes": [],
@@ -52,19 +62,19 @@ class GroupReport:
 
 
 def group_reports(model: ByteEnsembleForCausalLM, text: bytes, top: int) -> list[GroupReport]:
-    """Report on a text between the places where every member's tokenizer cuts it.
+    """Report on each stretch of a text, between neighbouring places at which every member's tokenizer cuts it.
 
     Args:
         model: the ensemble.
-        text: in UTF-8.
-        top: bytes and tokens to list of each distribution.
+        text: the text in UTF-8, at least one byte.
+        top: how many bytes or tokens to list of each distribution.
     """
     log_probs = torch.stack([torch.from_numpy(reader.score(text)[1][: len(text)]) for reader in model.readers])
     expected = [reader.expected(text, top) for reader in model.readers]
     solutions = [solution for _, solution in model.combiner.solve_in_chunks(list(log_probs), model.settings)]
     answer = torch.cat([solution.log_probs for solution in solutions])
     apart = torch.cat([solution.disagreement for solution in solutions], -1)
-    # Where a member does not see the first byte, the first stretch begins there all the same.
+    # The first stretch begins at the first byte even if a member's tokenizer drops it.
     places = sorted({0}.union(set.intersection(*(set(found) for found in expected))))
     places = [place for place in places if text[place] & 0xC0 != 0x80]
     symbols = torch.tensor(list(text))
@@ -87,7 +97,7 @@ def group_reports(model: ByteEnsembleForCausalLM, text: bytes, top: int) -> list
 
 
 def shown_byte(symbol: int) -> str:
-    r"""Return a byte as its ASCII character, else as ``\xNN``; the end as ``<|end|>``.
+    r"""Return a symbol as text: an ASCII byte as its character, another as ``\xNN``, 256 (the end) as ``<|end|>``.
 
     Example:
         >>> shown_byte(65), shown_byte(200), shown_byte(256)

@@ -1,4 +1,7 @@
-"""The rows of a byte ensemble: what each member has read of them, kept as a cache, and how it reads on."""
+"""The rows of a batch over bytes, each a sequence of symbols: the members' cache of them, and reading new symbols.
+
+A *symbol* is one of 257: a byte, 0 to 255, or 256, the end of a text.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +20,20 @@ from softmeet.members.byte_member import ByteMember
 from softmeet.members.covers import END, SYMBOLS
 from softmeet.members.reading import Reading
 
-# Readings of each row that are kept, so that as many symbols can be taken back without reading anew.
+# The readings kept for each row; fewer symbols than that can be removed without reading the row anew.
 _KEPT = 16
 
 
 @dataclass(frozen=True)
 class ByteRow:
-    """One row of a batch, as one member has read it.
+    """One sequence of symbols of a batch, and one member's states after its last symbols.
 
     Attributes:
-        symbols: bytes, and 256 for the end.
-        readings: after the last few symbols, the newest last; none if the row has to be read from its beginning.
-        prefix: the member's tokens before the row; None for those before every text.
+        symbols: the symbols so far.
+        readings: the member's state after each of the last few symbols, the newest last; empty if the member has to
+            read the row from its beginning.
+        prefix: the ids of the member's own tokens before the row; None for the member's default, which is before every
+            text.
     """
 
     symbols: tuple[int, ...] = ()
@@ -37,29 +42,29 @@ class ByteRow:
 
     @property
     def length(self) -> int:
-        """The number of symbols."""
+        """The number of symbols so far."""
         return len(self.symbols)
 
     @property
     def fills_up(self) -> bool:
-        """Whether the last symbol is the first that the member had no room for."""
+        """Whether the last symbol is the first that no longer fits into the member's context."""
         return bool(self.readings) and self.readings[-1].full and not any(one.full for one in self.readings[:-1])
 
     def longer(self, symbol: int, reading: Reading) -> ByteRow:
-        """Add a symbol, and the reading after it."""
+        """Return a copy with one more symbol, and the reading after it."""
         return replace(self, symbols=(*self.symbols, symbol), readings=(*self.readings[1 - _KEPT :], reading))
 
     def shorter(self, by: int) -> ByteRow:
-        """Take the last symbols away, and the readings after them."""
+        """Return a copy without the last ``by`` symbols and the readings after them."""
         left = self.readings[: max(0, len(self.readings) - by)]
         return replace(self, symbols=self.symbols[: len(self.symbols) - by], readings=left)
 
 
 class ByteCache(EnsembleCache):
-    """A cache of byte members: one layer for each, so that reordering, cropping and resetting reach them all.
+    """The cache of an ensemble over bytes: a layer for each member, which holds a :class:`ByteRow` for each sequence.
 
     Args:
-        n: how many members there are.
+        n: the number of members.
     """
 
     lagging = False
@@ -70,15 +75,15 @@ class ByteCache(EnsembleCache):
 
 
 def fresh_rows(count: int, prefixes: Sequence[Sequence[int] | None] | None) -> list[ByteRow]:
-    """Make rows of which a member has read nothing.
+    """Make empty rows for one member.
 
     Args:
-        count: how many.
-        prefixes: the member's tokens before each row, or before each of as many prompts as divide the rows evenly;
-            None for those before every text.
+        count: the number of rows.
+        prefixes: the member's own tokens before each row, or before each prompt, in which case the rows of a prompt
+            stand side by side; an entry of None, or None for all, stands for the member's default prefix.
 
     Raises:
-        InvalidInputError: the rows cannot be dealt out to so many prefixes.
+        InvalidInputError: if ``count`` is no multiple of the number of prefixes.
     """
     if prefixes is None:
         return [ByteRow()] * count
@@ -91,17 +96,18 @@ def fresh_rows(count: int, prefixes: Sequence[Sequence[int] | None] | None) -> l
 def read_on(
     reader: ByteMember, rows: Sequence[ByteRow], symbols: Sequence[Sequence[int]], new: int, wanted: Sequence[int]
 ) -> tuple[list[ByteRow], Float[Tensor, "B k 257"]]:
-    """Have a member read the new symbols of every row: of known rows one by one, of others all at once.
+    """Have a member read the new symbols of every row: symbol by symbol, or at once if it has no reading of the row.
 
     Args:
         reader: the member.
-        rows: what it has read.
-        symbols: each row's new ones, which stand at the end of ``new`` columns, behind padding.
-        new: how many columns there are.
-        wanted: the columns behind whose symbols the next one's log-probabilities are wanted.
+        rows: the B rows before the new symbols.
+        symbols: each row's new symbols. They are the last ones of ``new`` columns; the columns before them are padding.
+        new: the number of columns.
+        wanted: the k columns after whose symbols the next symbol's log-probabilities are wanted.
 
     Returns:
-        (the rows with their new symbols; the log-probabilities in nats, the same for all symbols at padding).
+        (the rows with the new symbols; the log-probabilities in nats, (B, k, 257), fp64, uniform at padding and, in a
+        row that is read at once, up to an end symbol that a text follows).
     """
     out = torch.full((len(rows), len(wanted), SYMBOLS), -math.log(SYMBOLS), dtype=torch.float64)
     found = list(rows)
@@ -126,8 +132,19 @@ def read_on(
 def _read_whole(
     reader: ByteMember, row: ByteRow, count: int, new: int, wanted: Sequence[int], out: Float[Tensor, "k 257"]
 ) -> ByteRow:
-    """Read a row from its beginning, and fill in what follows its last ``count`` symbols, where it is wanted."""
-    # What comes after the end is another text.
+    """Read a row from its beginning, and write the next symbol's log-probabilities into ``out``.
+
+    Args:
+        reader: the member.
+        row: the row, new symbols included.
+        count: the number of its new symbols.
+        new, wanted: as for :func:`read_on`.
+        out: (k, 257), written at the wanted columns that hold a new symbol after the last end.
+
+    Returns:
+        The row with the reading after its last symbol.
+    """
+    # An end symbol ends a text: the member reads the text after the last one.
     ends = [k for k, symbol in enumerate(row.symbols) if symbol == END]
     text = bytes(row.symbols[ends[-1] + 1 if ends else 0 :])
     if list(wanted) in ([new - 1], []):
@@ -137,7 +154,7 @@ def _read_whole(
         return replace(row, readings=(reading,))
     reading, log_probs, _ = reader.score(text, row.prefix)
     for place, column in enumerate(wanted):
-        # Column new - 1 is the last symbol, after which the last row of the scores comes.
+        # The last column, new - 1, is the last symbol, and the last row of the scores is the prediction after it.
         behind = new - 1 - column
         if behind < min(count, len(text)):
             out[place] = torch.from_numpy(log_probs[len(text) - behind])

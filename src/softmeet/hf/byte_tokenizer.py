@@ -1,4 +1,4 @@
-"""The tokenizer of byte ensembles: a token for each byte, and one for the end, which also pads."""
+"""The tokenizer of ensembles over bytes: a token for each byte, and one for the end of a text, which also pads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _END = "<|end|>"
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Make a tokenizer whose ids are a text's bytes in UTF-8; 256 is the end, which no text leads to.
+    """Make a tokenizer whose ids are the bytes of a text in UTF-8; id 256 is the end, and no text encodes to it.
 
     Example:
         >>> byte_tokenizer()("é")["input_ids"]

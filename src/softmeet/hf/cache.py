@@ -1,4 +1,7 @@
-"""One cache per member, behind the interface of one."""
+"""``EnsembleCache``: one cache per member, which transformers uses as a single cache.
+
+A *sequence* is a row of the batch that is generated: a prompt and its continuation so far.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,11 @@ from softmeet.members.partial_cache import PartialCache, catch_up, layers_of_key
 
 
 class RowsLayer(CacheLayerMixin):
-    """What a member knows of each row, as an object of its own; to transformers a layer of the cache.
+    """A layer of transformers' cache that keeps one object for each sequence, in place of keys and values.
 
     Attributes:
-        rows: each has a ``length`` in tokens, and a method ``shorter``, which takes so many of its last tokens away.
+        rows: the member's state of each sequence: an object with a ``length`` in tokens and a method ``shorter(k)``,
+            which returns a copy without the last k tokens. Empty before the first token.
     """
 
     is_croppable = True
@@ -29,38 +33,38 @@ class RowsLayer(CacheLayerMixin):
         self.rows: list[Any] = []
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Do nothing: rows bring their own."""
+        """Do nothing: the layer holds no keys and values that would need memory."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Refuse, as transformers requires the method and no model sees this as its cache."""
+        """Raise NotImplementedError: transformers requires the method, but no model writes into this layer."""
         raise NotImplementedError
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the sizes of any layer's mask."""
+        """Return (the tokens that a mask covers, ``query_length`` new ones included; its offset, 0)."""
         return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Count the tokens of the longest row, run or not."""
+        """Count the tokens of the longest sequence, whether the member has run them or not."""
         return max((row.length for row in self.rows), default=0)
 
     def get_max_length(self) -> int:
-        """Say, by -1, that rows may grow without bound."""
+        """Return -1, which tells transformers that sequences may grow without bound."""
         return -1
 
     def reset(self) -> None:
-        """Forget all rows, as before the first token."""
+        """Forget all sequences: the layer is then as before the first token."""
         self.rows = []
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take the last tokens of every row away; the number is negative, as in transformers."""
+        """Remove the last tokens of every sequence: -``tokens_to_remove``, a negative number as in transformers."""
         self.rows = [row.shorter(abs(tokens_to_remove)) for row in self.rows]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row so many times."""
+        """Repeat each sequence ``repeats`` times, its copies side by side."""
         self.rows = [row for row in self.rows for _ in range(repeats)]
 
     def batch_select_indices(self, indices: Int[Tensor, " B"] | Bool[Tensor, " B"]) -> None:
-        """Keep some rows, in the order of their indices."""
+        """Keep the sequences at ``indices``, numbers or a mask, in that order; a number may come more than once."""
         if self.rows:
             self.rows = [self.rows[k] for k in torch.arange(len(self.rows))[indices.cpu()].tolist()]
 
@@ -68,15 +72,20 @@ class RowsLayer(CacheLayerMixin):
 
 
 class Lagging(RowsLayer):
-    """A member's rows as partial KV caches, each of which may be behind by any number of tokens."""
+    """A layer with a partial KV cache of each sequence: the member may have run any number of its tokens, or none."""
 
     def follow(self, tokens: Sequence[Sequence[int]]) -> None:
-        """Note the new tokens of every row, without running them."""
+        """Add new token ids to each sequence as pending, without running them."""
         rows = self.rows or [PartialCache()] * len(tokens)
         self.rows = [row.longer(new) for row, new in zip(rows, tokens, strict=True)]
 
     def run(self, model: PreTrainedModel, rows: Int[Tensor, " k"]) -> list[Float[Tensor, "t d"]]:
-        """Bring some rows up to date, and return their last hidden states at the tokens that were pending."""
+        """Run the pending tokens of some sequences, and return the last hidden states there, (t, d) per sequence.
+
+        Args:
+            model: the member, in evaluation mode.
+            rows: (k,), the numbers of the sequences, each with at least one pending token.
+        """
         chosen = rows.tolist()
         caught, hidden = catch_up(model, [self.rows[k] for k in chosen])
         for k, row in zip(chosen, caught, strict=True):
@@ -85,14 +94,19 @@ class Lagging(RowsLayer):
 
 
 class EnsembleCache(Cache):
-    """The members' caches; its layers are theirs, so that reordering, cropping and resetting reach every member.
+    """The cache of an ensemble over tokens: its layers are the layers of all members' caches, in one list.
+
+    So transformers' reordering, cropping and resetting reach every member.
 
     Args:
         configs: the members' configurations, in order.
-        lagging: all members but the first may be behind it, as the gate ``unsure`` lets them.
+        lagging: whether members after the first may be behind it, as the gate ``unsure`` needs it.
+
+    Attributes:
+        members: each member's own cache: a ``DynamicCache``, or a :class:`Lagging` layer if the member may be behind.
 
     Raises:
-        InvalidInputError: a member that is to lag keeps something else than keys and values.
+        InvalidInputError: if ``lagging`` and the cache of a member after the first holds anything but keys and values.
     """
 
     def __init__(self, configs: Sequence[PreTrainedConfig], *, lagging: bool = False) -> None:

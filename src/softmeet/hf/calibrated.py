@@ -1,8 +1,10 @@
-"""What the gate ``movement`` knows of an ensemble: how far ``meet`` moves its pool, by how far the members disagree.
+"""The factor by which the gate ``movement`` predicts how far ``meet`` moves an ensemble's pool.
 
-The factor belongs to the members, the pool and the trusts. It is found once, on text that the ensemble samples, and
-kept in three places: in the ensemble's configuration, which checkpoints and replicas have; in a file of this machine,
-under ``$SOFTMEET_CACHE`` or where caches are kept; and for the bundled families in a file that comes with them.
+Below, p° is the answer of ``meet``, q the pool, p̂_i member i's distribution and ρ_i its trust. The gate predicts the
+movement KL(p°‖q) as factor · Σ_i ρ_i KL(q‖p̂_i), so the factor is the mean of the one over the mean of the other. It
+belongs to the members, the pool and the trusts. It is measured once, on text that the ensemble samples, and kept in
+three places: in the ensemble's configuration, which checkpoints and replicas have; in a file of this machine, in
+``$SOFTMEET_CACHE`` or the user's cache folder; and for the bundled families in a file that comes with softmeet.
 """
 
 from __future__ import annotations
@@ -31,26 +33,30 @@ from softmeet.rules.settings import Settings, rule_of
 if TYPE_CHECKING:
     from softmeet.hf.modeling import EnsembleForCausalLM
 
-# Positions in all, those solved at once, and seconds after which no more are begun: what was solved by then has to do.
+# Positions to measure at, those solved at once, and the seconds after which no more are begun: the factor is then
+# taken from the positions solved so far.
 _POSITIONS, _AT_ONCE, _SECONDS = 64, 16, 120.0
-# By estimates of this size, without bounds, the mean movement is known to a twentieth.
+# Nats; solved to an estimated gap of this size, positions give the mean movement to a twentieth.
 _TOL = 1e-3
-# Nats; what ``meet`` moves by less is of no interest.
+# Nats; movements below this are of no interest.
 _SMALL = 1e-5
-# Of the text that an ensemble samples for itself.
+# The prompt and the seed of the text that an ensemble samples.
 _PROMPT, _SEED = "The", 0
-# What the factor belongs to, beside the members.
+# The settings that the factor depends on, beside the members.
 _SETTINGS = ("rule", "trust", "weights", "pool", "rank", "bands", "free_radial", "free_weights")
 _log = logging.getLogger("softmeet")
 
 
 def resolved(model: EnsembleForCausalLM, settings: Settings, *, may_calibrate: bool = True) -> Settings:
-    """Return settings whose gate ``movement`` knows its factor, or that have no gate where none can be known.
+    """Return the settings with the factor of their gate ``movement`` filled in; with another gate or none, unchanged.
+
+    If that gate never closes, the rule cannot move the pool or has an infinite trust, or no factor can be had, the
+    settings are returned without a gate.
 
     Args:
-        model: whose members are to be combined.
-        settings: with any gate, or none.
-        may_calibrate: find a factor that is nowhere kept, which takes as long as a few dozen tokens.
+        model: the ensemble, whose configuration keeps the factor from then on.
+        settings: the settings to complete.
+        may_calibrate: whether to measure a factor that is kept nowhere, which takes as long as a few dozen tokens.
     """
     gate = settings.gate
     if not isinstance(gate, PredictedMovement) or gate.factor is not None:
@@ -70,19 +76,22 @@ def resolved(model: EnsembleForCausalLM, settings: Settings, *, may_calibrate: b
 
 
 def gate_of(model: EnsembleForCausalLM) -> str | None:
-    """Return the gate of an ensemble as text; None where there is none that can close."""
+    """Return the gate of an ensemble as text, such as ``"unsure:0.5"``; None if it has none.
+
+    A gate ``movement`` that never closes, or whose factor is kept nowhere, counts as none.
+    """
     gate = resolved(model, model.settings, may_calibrate=False).gate
     return None if gate is None else str(gate)
 
 
 def _moves(settings: Settings) -> bool:
-    """Say whether the rule moves a pool, by finite trusts."""
+    """Return whether the rule moves the pool, with two trusts or more, all of them finite and not all 0."""
     trust = settings.rule.effective_trust(settings.member_trust)
     return settings.rule.tilts_pool and any(trust) and not any(map(math.isinf, trust)) and len(trust) > 1
 
 
 def _kept(model: EnsembleForCausalLM, own: str) -> float | None:
-    """Look a factor up in the bundled families' file, and in this machine's."""
+    """Look up the factor of the key ``own`` in the file of the bundled families, then in this machine's."""
     who = members_hash(model)
     for file in (zoo.folder() / "movement.json", cache_file()):
         known = _read(file).get(who, {})
@@ -92,18 +101,18 @@ def _kept(model: EnsembleForCausalLM, own: str) -> float | None:
 
 
 def key_of(settings: Settings) -> str:
-    """Name the settings that a factor belongs to, as JSON."""
+    """Return the settings that a factor depends on, as JSON text: the key under which the factor is kept."""
     plain = settings.plain()
     return json.dumps({name: plain[name] for name in _SETTINGS}, sort_keys=True)
 
 
 def members_hash(model: EnsembleForCausalLM) -> str:
-    """Compute SHA-256 of an ensemble's members, in order."""
+    """Compute the SHA-256 hash, in hexadecimal, that identifies an ensemble's members and their order."""
     return hashlib.sha256("".join(map(body_hash, model.members)).encode()).hexdigest()
 
 
 def _calibrated(model: EnsembleForCausalLM, settings: Settings, own: str) -> float | None:
-    """Find a factor by sampling and solving, which is logged; None, logged too, where that cannot be done in time."""
+    """Measure a factor and keep it under the key ``own``, or return None if that fails; log either as a warning."""
     if any(parameter.is_meta for parameter in model.parameters()) or model.tokenizer is None:
         _log.warning("the gate %s is off: calibrating it takes members in memory, and a tokenizer", settings.gate)
         return None
@@ -125,13 +134,17 @@ def _calibrated(model: EnsembleForCausalLM, settings: Settings, own: str) -> flo
 
 @torch.inference_mode()
 def calibrate(model: EnsembleForCausalLM, settings: Settings) -> float | None:
-    """Find the mean of KL(p°‖q) over that of Σ ρ_i KL(q‖p̂_i) on text of the ensemble's own.
+    """Measure the factor of the gate ``movement``: the mean of KL(p°‖q) over the mean of Σ_i ρ_i KL(q‖p̂_i).
 
-    None where time runs out before anything is known.
+    The means are over 64 tokens that the ensemble samples, or those solved within 120 seconds.
 
     Args:
-        model: of members over tokens.
-        settings: with the rule, trusts and pool that the factor is to hold for.
+        model: an ensemble over tokens.
+        settings: the rule, trusts and pool that the factor is to hold for; their gate is ignored.
+
+    Returns:
+        The factor; None if no position was solved in time, the rule moves no pool or has an infinite trust, or no
+        member differs from the pool.
     """
     started, hidden = time.monotonic(), own_text(model, _POSITIONS)
     plain = settings.ungated().model_copy(update={"rule_temperature": 1.0, "tol": min(_TOL, settings.tol)})
@@ -148,12 +161,13 @@ def calibrate(model: EnsembleForCausalLM, settings: Settings) -> float | None:
 
 
 def cache_file() -> Path:
-    """Return the file in which this machine keeps factors."""
+    """Return the path of the JSON file in which this machine keeps factors, by members and settings."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("SOFTMEET_CACHE") or Path(base) / "softmeet") / "movement.json"
 
 
 def _read(file: Path) -> dict[str, dict[str, float]]:
+    """Read factors by members' hash and settings' key; return an empty dict if the file is missing or damaged."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -162,7 +176,7 @@ def _read(file: Path) -> dict[str, dict[str, float]]:
 
 
 def _keep(file: Path, who: str, own: str, factor: float) -> None:
-    """Add a factor to the file; nothing is lost but time where it cannot be written."""
+    """Add a factor to the file; if the file cannot be written, the factor will be measured anew next time."""
     known = _read(file)
     known.setdefault(who, {})[own] = factor
     partial = file.with_name(f"{file.name}.{os.getpid()}")
@@ -176,11 +190,13 @@ def _keep(file: Path, who: str, own: str, factor: float) -> None:
 
 @torch.inference_mode()
 def own_text(model: EnsembleForCausalLM, count: int) -> list[Float[Tensor, "t _"]]:
-    """Sample tokens from the pool of an ensemble over tokens, and return each member's hidden states before them.
+    """Sample a text from an ensemble's pool, and return each member's last hidden states, (t, d_i).
+
+    State k is that from which the k-th sampled token is predicted. The seed is fixed: the text is the same every time.
 
     Args:
-        model: which has a tokenizer.
-        count: tokens; fewer where the shortest context ends.
+        model: an ensemble over tokens, with a tokenizer.
+        count: the number t of tokens to sample; fewer are sampled if the shortest member's context ends before.
     """
     tokenizer: Any = model.tokenizer
     ids = tokenizer(_PROMPT, return_tensors="pt")["input_ids"].to(model.device)
@@ -196,7 +212,7 @@ def own_text(model: EnsembleForCausalLM, count: int) -> list[Float[Tensor, "t _"
 
 
 def _as_meet(settings: Settings) -> Settings:
-    """Return the settings by which ``meet`` would answer everywhere, to a small tolerance, with finite trusts."""
+    """Return the settings with ``meet`` as the rule, no gate, a small tolerance, and finite trusts alone."""
     rule = settings.rule if settings.rule.tilts_pool and not settings.rule.is_feasible else rule_of("meet")
     plain = settings.ungated().relaxed()
     return plain.model_copy(update={"rule": rule, "rule_temperature": 1.0, "tol": min(_SMALL, plain.tol)})
@@ -204,6 +220,11 @@ def _as_meet(settings: Settings) -> Settings:
 
 @torch.inference_mode()
 def moved(model: EnsembleForCausalLM, hidden: Sequence[Float[Tensor, "t _"]]) -> Movement:
-    """Measure how far ``meet`` would move the pool at some positions, from each member's hidden states."""
+    """Measure how far ``meet`` moves the pool at t positions, with an ensemble's settings but without its gate.
+
+    Args:
+        model: the ensemble; an infinite trust of its settings is replaced by the default trust.
+        hidden: each member's last hidden states at the positions, (t, d_i).
+    """
     found = [Movement.of(solution) for _, solution in model.combiner.solve_in_chunks(hidden, _as_meet(model.settings))]
     return Movement.stacked(torch.cat([one.table() for one in found if one is not None]))

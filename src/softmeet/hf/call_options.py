@@ -1,4 +1,4 @@
-"""What a call of an ensemble asks for beyond what transformers knows, as one object."""
+"""``CallOptions``: softmeet's own options of one call of an ensemble, as one object."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from softmeet.rules.settings import Settings
 if TYPE_CHECKING:
     from softmeet.hf.modeling import EnsembleForCausalLM
 
-# For each row, each member's tokens before it; None for those before every text.
+# For each sequence or prompt, each member's own token ids before it; None for the member's default prefix.
 Prefixes = Sequence[Sequence[Sequence[int] | None]]
 
 
 @dataclass(frozen=True, eq=False)
 class CallOptions:
-    """What one call of ``generate``, or of ``forward`` alone, asks of an ensemble.
+    """softmeet's own options of one call of ``generate``, or of a ``forward`` outside of it.
 
-    ``generate`` makes it once, and transformers' loop hands it to every ``forward`` as it is.
+    ``generate`` makes the object once, and transformers' loop passes it to every ``forward``.
 
     Attributes:
-        settings: how to combine the members; a gate of theirs is calibrated.
-        recorder: receives the solution of every position whose logits are kept; None for nobody.
-        row_sampler: draws each row's tokens by a generator of its own; None to leave that to transformers.
-        prefixes: over bytes, each member's own tokens before each row; None for those before every text.
+        settings: the settings by which the members are combined; a gate ``movement`` of theirs is calibrated.
+        recorder: counts the solution of every position whose logits are kept; None for no record.
+        row_sampler: draws each sequence's tokens from a generator of its own; None to let transformers draw them.
+        prefixes: over bytes, for each sequence (or each prompt, if every prompt has the same number of sequences), the
+            token ids that each member reads before it; None for the members' default prefixes.
     """
 
     settings: Settings
@@ -41,16 +42,17 @@ class CallOptions:
 
     @classmethod
     def of(cls, model: EnsembleForCausalLM, given: dict[str, Any]) -> CallOptions:
-        """Take what is softmeet's own out of a call's keyword arguments.
+        """Remove softmeet's own options from a call's keyword arguments, and return them, checked.
 
         Args:
-            model: that is called.
-            given: the arguments. Those that are an attribute of this class are removed, and so are ``weights`` of the
-                pool and ``gate`` (``"none"`` for none), which change the model's own settings where none are given.
+            model: the ensemble that is called.
+            given: the keyword arguments. Removed are ``settings``, ``recorder``, ``row_sampler``, ``prefixes``,
+                ``weights`` and ``gate``. Without ``settings`` the model's own hold, with the pool's ``weights`` and the
+                ``gate`` (a text such as ``"unsure:0.5"``, ``"none"`` for none) replaced by those given.
 
         Raises:
-            InvalidInputError: wrong weights, no such gate, or prefixes over tokens.
-            UnsupportedHeadError: over bytes, the rule reads heads.
+            InvalidInputError: if the weights or the gate are not valid, or prefixes are given over tokens.
+            UnsupportedHeadError: if the ensemble is over bytes, and the rule reads heads.
         """
         settings, weights, gate = (given.pop(name, None) for name in ("settings", "weights", "gate"))
         if settings is None:
@@ -64,6 +66,6 @@ class CallOptions:
 
     @cached_property
     def unsure(self) -> Unsure | None:
-        """The gate by which members need not run, if there is one that can close."""
+        """The gate ``unsure``, under which members after the first need not run; None for another gate or none."""
         gate = that_closes(self.settings.gate)
         return gate if isinstance(gate, Unsure) else None

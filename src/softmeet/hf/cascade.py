@@ -1,4 +1,7 @@
-"""Running the other members of a cascade only in rows where the first one is unsure: the gate ``unsure``."""
+"""The gate ``unsure`` at work: members after the first run only in sequences at which the first is unsure.
+
+A *sequence* is a row of the batch: a prompt and its continuation so far.
+"""
 
 from __future__ import annotations
 
@@ -28,23 +31,24 @@ def run_others(
     attention_mask: Int[Tensor, "B s"] | None,
     gate: Unsure | None,
 ) -> tuple[list[Float[Tensor, "B k _"]], Deferral | None]:
-    """Run all members but the first, on all that they have not run yet, in the rows that need it.
+    """Run members after the first in the sequences that need them, on all tokens that they have not run yet.
 
-    A row needs it if the first member is unsure at one of the positions that are kept.
+    A sequence needs them if the first member is unsure at one of its kept positions. In the other sequences the new
+    tokens are noted as pending.
 
     Args:
-        each: ``map`` over the members' numbers, or one that uses threads.
-        members, heads: of the ensemble, in order.
-        lagging: for each member but the first, what it has run of each row, and what not.
-        first: the first member's last hidden states at the kept positions.
-        kept: the positions among the new tokens that are to be combined.
-        input_ids: the new tokens.
-        attention_mask: of all tokens so far; None where there is no padding.
-        gate: None to run all rows.
+        each: applies a function to some members' numbers and lists the results, like ``map``, perhaps in threads.
+        members, heads: all members and their heads, in order.
+        lagging: the cache layer of each member after the first; it is updated.
+        first: (B, k, d), the first member's last hidden states at the kept positions.
+        kept: the k positions among the new tokens at which the members are to be combined.
+        input_ids: (B, t), the new tokens.
+        attention_mask: (B, s), 0 at padding, over all tokens so far; None if there is no padding.
+        gate: the gate that decides whether the first member is unsure; None to run every sequence.
 
     Returns:
-        (each member's hidden states at the kept positions, zeros where it was not run; the positions at which all
-        members ran, None for all).
+        (each member's last hidden states at the kept positions, zeros in sequences in which it did not run; the
+        positions at which the first member deferred to the others, None if ``gate`` is).
     """
     started = time.perf_counter()
     real = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
@@ -56,7 +60,7 @@ def run_others(
     if deferral is None:
         rows = torch.tensor([row for row, own in enumerate(tokens) if own], dtype=torch.int64)
     else:
-        # Nobody is asked about padding.
+        # Positions of padding do not make a sequence need the other members.
         there = real[:, kept if isinstance(kept, slice) else kept.cpu()]
         deferral.rows = deferral.rows & there.flatten().to(deferral.rows.device)
         rows = deferral.rows.view(first.shape[:2]).any(-1).nonzero().squeeze(-1).cpu()
@@ -78,7 +82,15 @@ def _spread_over_rows(
     real: Bool[Tensor, "B t"],
     dtype: torch.dtype,
 ) -> Float[Tensor, "B t d"]:
-    """Put hidden states of some rows, which end with their new tokens, where these are; zeros elsewhere."""
+    """Put hidden states of some sequences into the columns of their new tokens, with zeros everywhere else.
+
+    Args:
+        states: for each of ``rows``, hidden states whose last ones are of its new tokens.
+        head: the member's head, for width and device.
+        rows: (r,), the numbers of the sequences.
+        real: (B, t), True at new tokens and False at padding.
+        dtype: of the result if ``rows`` is empty; else it is that of ``states``.
+    """
     out = torch.zeros(*real.shape, head.d, dtype=states[0].dtype if states else dtype, device=head.weight.device)
     for row, own in zip(rows.tolist(), states, strict=True):
         columns = real[row].nonzero().squeeze(-1)

@@ -1,4 +1,4 @@
-"""The checkpoint of an ensemble: a folder that names its members, and holds none of their weights."""
+"""Saving and loading an ensemble: its checkpoint is a folder that names the members and holds no weights."""
 
 from __future__ import annotations
 
@@ -43,10 +43,14 @@ ensemble = softmeet.Ensemble.from_pretrained("this folder")
 
 
 def absolute(names: Sequence[str], base: Path) -> list[str]:
-    """Return saved names of members with their paths, which begin with a dot, taken from the folder ``base``.
+    """Turn the relative paths among saved names of members into absolute ones; return other names unchanged.
+
+    Args:
+        names: the saved names; those that begin with a dot are paths relative to ``base``.
+        base: the folder of the checkpoint.
 
     Raises:
-        CheckpointError: such a path leads nowhere.
+        CheckpointError: if a path does not exist.
     """
     found = [os.path.normpath(base.resolve() / name) if name.startswith(".") else name for name in names]
     for name, path in zip(names, found, strict=True):
@@ -59,7 +63,10 @@ def absolute(names: Sequence[str], base: Path) -> list[str]:
 
 
 def relative(names: Sequence[str], base: Path) -> list[str]:
-    """Return names of members as they are saved in ``base``: local folders relative to it, all others as they are."""
+    """Turn local folders among names of members into paths relative to the checkpoint's folder ``base``.
+
+    Such a path begins with a dot. Hub ids and bundled names are returned unchanged.
+    """
     found = list(names)
     for k, name in enumerate(names):
         if zoo.locate(name) == name and Path(name).exists():
@@ -69,10 +76,18 @@ def relative(names: Sequence[str], base: Path) -> list[str]:
 
 
 def places(device_map: Device | Sequence[Device], n: int) -> Device | Sequence[Device]:
-    """Say where each of n members goes, from a map that may name them as modules of the ensemble.
+    """Split a map from modules of the ensemble to devices into one for each member.
+
+    Args:
+        device_map: a dict whose keys are ``members.0`` to ``members.{n - 1}`` or modules below them, such as
+            ``members.1.lm_head``; any other value is returned unchanged, but ``{"": device}`` as the device.
+        n: the number of members.
+
+    Returns:
+        For each member a device, a map from its own modules to devices, or None if ``device_map`` leaves it out.
 
     Raises:
-        InvalidInputError: it names a member that there is not.
+        InvalidInputError: if the dict names members, and a key is of none of the n.
     """
     if not isinstance(device_map, dict):
         return device_map
@@ -101,11 +116,19 @@ def load(
     """Load a saved ensemble and its members.
 
     Args:
-        folder: or hub id that it was saved in, from which its members' paths are taken.
-        config: in place of the saved one.
-        dtype, device_map, trust_remote_code: as :meth:`EnsembleForCausalLM.from_pretrained` has them.
-        offload_folder: for weights on disk that cannot be read from a member's checkpoint as they are.
-        changes: settings in place of the saved ones; others of transformers' are ignored.
+        folder: the folder or hub id of the checkpoint; members' relative paths start there.
+        config: replaces the saved configuration; None to read that.
+        dtype: the weights' dtype, one for all members or one each; None for fp32 on the CPU and the checkpoints' own
+            elsewhere.
+        device_map: a device (None: the CPU), a strategy such as ``"auto"``, or a dict by module; one for all members or
+            one each. A dict may also name the members as modules of the ensemble, such as ``members.1.lm_head``.
+        trust_remote_code: whether code that comes with a member may run.
+        offload_folder: a folder for weights that are to stay on disk but cannot be read from a member's checkpoint.
+        changes: settings in place of the saved ones, by name, if ``config`` is None; unknown names are ignored.
+
+    Raises:
+        CheckpointError: if a member is missing.
+        InvalidInputError: if a device is unknown, or ``device_map`` names a member that does not exist.
     """
     from softmeet.hf.byte_modeling import assemble  # which is built on modeling, and that on this module
 
@@ -127,19 +150,19 @@ def load(
 
 
 def random_members(config: EnsembleConfig, *, over_bytes: bool) -> tuple[list[PreTrainedModel], Any]:
-    """Build the members of their own configurations, with random weights, in evaluation mode.
+    """Build each member from its own configuration, with random weights, in evaluation mode.
 
     Args:
-        config: names the members; its vocabulary is set where it is left open (``auto``).
-        over_bytes: what is wanted: an ensemble over bytes, or one over tokens.
+        config: the ensemble's configuration, which names the members; its ``vocabulary``, if ``"auto"``, is set.
+        over_bytes: True for the members of an ensemble over bytes, False for one over tokens.
 
     Returns:
-        (the members, what :func:`choose_vocabulary` returns).
+        (the members; the result of :func:`choose_vocabulary`).
 
     Raises:
-        InvalidInputError: the configuration is of an ensemble of the other kind.
-        CheckpointError: a member's configuration or tokenizer cannot be read.
-        VocabularyMismatchError: as :func:`choose_vocabulary`.
+        InvalidInputError: if ``config.vocabulary`` is of the other kind of ensemble.
+        CheckpointError: if a member's configuration or tokenizer cannot be read.
+        VocabularyMismatchError: if the tokenizers differ, or, over bytes, one of them cannot be used there.
     """
     wanted = "bytes" if over_bytes else "tokens"
     if config.vocabulary not in ("auto", wanted):
@@ -153,7 +176,7 @@ def random_members(config: EnsembleConfig, *, over_bytes: bool) -> tuple[list[Pr
 
 
 def save(model: EnsembleForCausalLM, folder: Path) -> None:
-    """Write an ensemble's configuration, generation configuration, tokenizer and card."""
+    """Write an ensemble's configuration, generation configuration, tokenizer and model card into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(model.config)
     config.members = relative(config.members, folder)

@@ -1,4 +1,8 @@
-"""From hidden states to the rule's distribution: what an ensemble does once its members have run."""
+"""From the members' hidden states to the rule's log-probabilities: ``Combiner``.
+
+In shapes, n is the number of members, B that of positions (rows of a batch), v the number of tokens, and d_i the width
+of member i's hidden states.
+"""
 
 from __future__ import annotations
 
@@ -20,26 +24,26 @@ from softmeet.rules.settings import Settings
 from softmeet.rules.solution import Solution
 from softmeet.rules.validate import free_directions, normalised, slopes_of
 
-# Hidden states of every member at B positions; and logits or log-probabilities of every member there.
+# Each member's last hidden states at B positions, (B, d_i); and all members' logits or log-probabilities there.
 Hidden = Sequence[Float[Tensor, "B _"]]
 Scores = Float[Tensor, "n B v"]
-# Elements of fp64 vectors over the vocabulary that one call of combine may hold: 512 MiB.
+# The most fp64 numbers that one solve may hold in vectors over the vocabulary: 512 MiB.
 _ELEMENTS = 1 << 26
 
 
 def rows_at_once(v: int, n: int) -> int:
-    """Return at how many positions n members' distributions over v tokens are combined in one solve."""
+    """Return the number of positions at which one solve combines n members over v tokens, to bound its memory."""
     return max(1, _ELEMENTS // (v * 4 * n))
 
 
 @dataclass
 class Deferral:
-    """The positions at which the first member of a cascade deferred to the others, so that all of them ran.
+    """The positions at which the gate ``unsure`` had the first member defer to the others, so that all members ran.
 
     Attributes:
-        rows: (B,), True where all members ran, and False where the first one answers alone.
-        logits: (B, v), the first member's at all B positions, where they are known already.
-        seconds: that the other members took.
+        rows: (B,) bool, True at positions at which all members ran, False at those at which the first answers alone.
+        logits: (B, v), the first member's logits at all B positions, if they were kept; else None.
+        seconds: the time that running the other members took.
     """
 
     rows: Bool[Tensor, " B"]
@@ -47,35 +51,35 @@ class Deferral:
     seconds: float = 0.0
 
     def take(self, rows: slice) -> Deferral:
-        """Return the same for some of the positions."""
+        """Return the deferral at a slice of the positions, without the seconds."""
         return Deferral(self.rows[rows], None if self.logits is None else self.logits[rows])
 
     @staticmethod
     def of(head: SoftmaxHead, gate: Unsure, hidden: Float[Tensor, "B d"]) -> Deferral:
-        """Decide by a gate at which positions a first member defers to the others.
+        """Decide by the gate at which of B positions the first member defers to the others.
 
         Args:
-            head: the first member's.
-            gate: open where that member is unsure.
-            hidden: (B, d), that member's last hidden states.
+            head: the first member's head.
+            gate: the gate; the member defers if its largest next-token probability is below ``gate.threshold``.
+            hidden: (B, d), the first member's last hidden states.
         """
         chunk = rows_at_once(head.v, 1)
         if len(hidden) <= chunk:
             logits = head.logits(hidden)
             return Deferral(gate.among(logits.log_softmax(-1)), logits)
-        # Too many to keep: they are made again, some at a time, when they are combined.
+        # The logits are too many to keep: they are computed again, in chunks, when the positions are combined.
         return Deferral(torch.cat([gate.among(head.log_probs(part)) for part in hidden.split(chunk)]))
 
 
 class Combiner:
-    """The heads of an ensemble, by which a rule is applied to hidden states that the members have computed.
+    """The members' heads, and the computation from the members' hidden states to a rule's log-probabilities.
 
     Attributes:
-        names: of the members, for messages.
-        heads: their output layers, in order.
-        v: the rows of the largest head.
-        support: (v,), which ids are tokens where heads are padded; None if all are.
-        capped: whether a head has a soft-cap, so that rules need the logits themselves.
+        names: the members' names, for messages.
+        heads: the members' output layers, in the same order.
+        v: the number of rows of the largest head, the size of the vocabulary.
+        support: (v,) bool, True for the ids that are tokens, for heads with padding rows; None if all ids are tokens.
+        capped: whether a head has a soft-cap; rules then need logits beside log-probabilities.
     """
 
     def __init__(
@@ -94,12 +98,15 @@ class Combiner:
         recorder: Recorder | None = None,
         before: TokensBefore | None = None,
     ) -> Float[Tensor, "B k v"]:
-        """Return the rule's log-probabilities in nats at k positions of B rows, and tell the recorder how they came.
+        """Return the rule's log-probabilities, in nats, at k positions of each of B sequences.
 
         Args:
-            hidden: (B, k, d_i) for member i.
-            settings, deferral, before: as of :meth:`solve_rows`.
-            recorder: receives every solution; None for nobody.
+            hidden: (B, k, d_i), the last hidden states of each member i.
+            settings: the rule and all other settings.
+            deferral: the positions, of all B · k sequence by sequence, at which all members ran; at the others the
+                first member answers alone. None if all members ran at all positions.
+            recorder: counts every solution; None for no record.
+            before: the token before each of the B · k positions, for gates that look at the text; None if unknown.
         """
         parts = []
         if recorder is not None and deferral is not None:
@@ -120,7 +127,20 @@ class Combiner:
         *,
         proved: bool = True,
     ) -> Iterator[tuple[Float[Tensor, "n b v"], Solution]]:
-        """Solve positions in their order, as :meth:`solve_rows` does, some at a time so that memory stays bounded."""
+        """Combine the members at B positions, in chunks of b so that memory stays bounded, from their hidden states.
+
+        Args:
+            hidden: (B, d_i), the last hidden states of each member i.
+            settings: the rule and all other settings.
+            deferral: the positions at which all members ran; at the others the first member answers alone. None if all
+                members ran at all positions.
+            before: the token before each position, for gates that look at the text; None if unknown.
+            proved: True to solve a row until its gap is proved to be within the tolerance; False to stop at an
+                estimate of the gap.
+
+        Yields:
+            (the members' log-probabilities in nats at b positions, (n, b, v), fp64; the rule's solution there).
+        """
         chunk = rows_at_once(self.v, len(hidden))
         for start in range(0, len(hidden[0]), chunk):
             rows = slice(start, start + chunk)
@@ -140,16 +160,20 @@ class Combiner:
         """Combine the members at B positions, from their hidden states.
 
         Args:
-            hidden: (B, d_i) for member i.
-            settings: how to combine.
-            deferral: the positions at which all members ran; elsewhere the first one answers alone, what stands in
-                place of the others' hidden states is not read, and what they would say is NaN. None if all members ran
-                at all positions.
-            before: the token before each position, for gates that look at the text.
-            proved: end rows on bounds; else an estimate of what is left to gain will do, as in generation.
+            hidden: (B, d_i), the last hidden states of each member i.
+            settings: the rule and all other settings.
+            deferral: the positions at which all members ran. At the other positions the first member answers alone:
+                the hidden states of the others are not read, and their log-probabilities are returned as NaN. None if
+                all members ran at all positions.
+            before: the token before each position, for gates that look at the text; None if it is unknown.
+            proved: True to solve a row until its gap is proved to be within the tolerance; False to stop at an
+                estimate of the gap, as generation does.
 
         Returns:
-            (the members' log-probabilities in nats, the rule's solution).
+            (the members' log-probabilities in nats, (n, B, v), fp64; the rule's solution of the B rows).
+
+        Raises:
+            NonFiniteError: if a member's logits hold NaN or +inf; the message names the member.
         """
         logits = self.own_logits(hidden, deferral)
         if deferral is not None:
@@ -160,9 +184,10 @@ class Combiner:
         return (log_probs, solution) if deferral is None else _nan_where_not_run(log_probs, solution)
 
     def own_logits(self, hidden: Hidden, deferral: Deferral | None = None) -> Scores:
-        """Compute the members' logits, in fp32 or fp64, from their hidden states; -inf past a head's last row.
+        """Compute the members' logits, (n, B, v), fp32 or fp64, from their hidden states.
 
-        At positions without ``deferral`` to them, all members but the first are given equal logits.
+        Ids past a head's last row have -inf. At positions at which, by ``deferral``, the first member answers alone,
+        all logits of the other members are 0, and their heads are not read.
         """
         place, v = self.heads[0].weight.device, self.v
         found = []
@@ -174,7 +199,7 @@ class Combiner:
         return torch.stack(found)
 
     def own_log_probs(self, hidden: Hidden) -> tuple[Scores, Scores | None]:
-        """Compute (the members' log-probabilities in nats, their logits if a head has a soft-cap, else None)."""
+        """Compute (the members' log-probabilities in nats; their logits if a head has a soft-cap, else None)."""
         logits = self.own_logits(hidden)
         return logits.log_softmax(-1), logits if self.capped else None
 
@@ -192,18 +217,24 @@ class Combiner:
     ) -> Solution:
         """Combine the members at B positions, from their logits or log-probabilities.
 
-        Where the gate ``unsure`` is closed, the first member answers without the rule's temperature too.
+        Rows for which the gate ``unsure`` is closed get the first member's distribution, and no ``rule_temperature``.
 
         Args:
-            scores: log-probabilities up to a constant, which is all that counts of logits without a soft-cap.
-            logits: where a head has a soft-cap.
-            settings: how to combine.
-            hidden: each member's hidden states, for ``free_radial``.
-            start, relaxed: as ``start`` and ``on_infeasible`` of :func:`softmeet.combine`.
-            proved, before: as of :meth:`solve_rows`.
+            scores: (n, B, v), the members' log-probabilities in nats, or their logits, which are normalised.
+            logits: (n, B, v), the members' logits, soft-cap included; needed if a head has one, else unused.
+            settings: the rule and all other settings.
+            hidden: (B, d_i), the last hidden states of each member i, for ``free_radial``; None to recover them from
+                the log-probabilities.
+            start: a solution of the same rows near which to begin; None to begin at the pool.
+            relaxed: the solution by ``meet`` that answers rows without a feasible distribution; None to solve for it.
+            proved: True to solve a row until its gap is proved to be within the tolerance; False to stop at an
+                estimate of the gap.
+            before: the token before each position, for gates that look at the text; None if unknown.
 
         Raises:
-            NonFiniteError: NaN or +inf from a member, which the message names.
+            NonFiniteError: if ``scores`` hold NaN or +inf; the message names the member.
+            UnsupportedHeadError: if ``free_radial`` is set and a member's final norm is unknown.
+            InvalidInputError: if ``free_radial`` is set with more than one band.
         """
         heads, dtype = self.heads, scores.dtype
         try:
@@ -236,6 +267,7 @@ class Combiner:
         return solution if bands == 1 else solution.by_member(bands)
 
     def _refuse_unknown_norms(self, settings: Settings) -> None:
+        """Raise an error if ``free_radial`` cannot be used: a final norm is unknown, or heads are cut into bands."""
         if settings.bands > 1:
             raise InvalidInputError(
                 f"free_radial needs whole heads, got {settings.bands} bands of each: leave out one of both"
@@ -248,7 +280,10 @@ class Combiner:
             )
 
     def banded_heads(self, count: int) -> list[SoftmaxHead]:
-        """Cut each head in turn into so many bands of principal directions; done once, and as large as the heads."""
+        """Cut each head into ``count`` bands of principal directions, each a head of its own; list them by member.
+
+        The bands are kept until another ``count`` is asked for; together they are as large as the heads.
+        """
         if count == 1:
             return self.heads
         if self._banded is None or self._banded[0] != count:
@@ -259,7 +294,7 @@ class Combiner:
 def _where_run(
     head: SoftmaxHead, states: Float[Tensor, "B d"], deferral: Deferral, *, first: bool
 ) -> Float[Tensor, "B v"]:
-    """Compute a member's logits, in fp32 or fp64; equal ones, and no product with the head, where it did not run."""
+    """Compute a member's logits, fp32 or fp64; at positions at which it did not run they are 0, without a product."""
     if first and deferral.logits is not None:
         return deferral.logits
     if first or bool(deferral.rows.all()):
@@ -270,7 +305,7 @@ def _where_run(
 
 
 def _nan_where_not_run(log_probs: Scores, solution: Solution) -> tuple[Scores, Solution]:
-    """Put NaN in place of what a member that did not run would say."""
+    """Set log-probabilities and disagreement to NaN for members that did not run, in the rows that the gate closed."""
     log_probs, disagreement = log_probs.clone(), solution.disagreement.clone()
     log_probs[1:, solution.gated] = torch.nan
     disagreement[1:, solution.gated] = torch.nan

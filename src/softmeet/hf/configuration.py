@@ -1,4 +1,4 @@
-"""The configuration of an ensemble: which members, and how they are combined."""
+"""``EnsembleConfig``: the configuration of an ensemble, with its members' names and its settings."""
 
 from __future__ import annotations
 
@@ -11,30 +11,32 @@ from softmeet.errors import InvalidInputError
 from softmeet.rules.registry import rule_names, source_of
 from softmeet.rules.settings import Settings, parse_rule
 
-# Options of single rules that checkpoints before 0.2 hold for every rule.
+# Options of single rules that checkpoints before version 0.2 hold even if their rule has no such option.
 _OF_RULES = ("metric", "slack", "vertex")
 
 
 class EnsembleConfig(PreTrainedConfig):
-    """Members, and how they are combined: the fields of :class:`softmeet.Settings` and the rule's options.
+    """The configuration of an ensemble: its members' names, and the settings by which they are combined.
 
-    An attribute that is set is checked at once. As attributes, and in JSON, rules and gates are text, and an infinite
-    trust is ``"inf"``. ``rule_temperature`` is of the rule's answer; that of generation comes on top. ``gate`` is of
-    forward and generate: where members are not asked or the rule not solved (``softmeet.rules.gates``).
+    Every field of :class:`softmeet.Settings` and every option of the rule is an argument and an attribute, too; an
+    attribute that is set is checked at once. As attributes and in JSON, rules and gates are text such as
+    ``"unsure:0.5"``; in JSON an infinite trust is ``"inf"``. ``rule_temperature`` applies to the rule's answer, and
+    the temperature of ``generate`` to the result. ``gate`` applies in ``forward`` and ``generate``.
 
     Attributes:
-        members: their names, in order.
-        settings: all that decides how they are combined; it never changes in itself.
-        rule_source: what brings the rule, if it is not softmeet's own.
-        vocabulary: what the members are combined over, their common ``"tokens"`` or ``"bytes"``; ``"auto"``
-            until that is known.
-        prune: over bytes, the share of mass from which a tokenization of the text is followed; 0 for all of them.
-        prefixes: over bytes, for each member its own tokens before every text; None for what its tokenizer puts there.
-        movement: what the gate ``movement`` knows of these members, by the settings that it was found for
-            (``hf/calibrated.py``).
+        members: the members' names, in order.
+        settings: all settings as one immutable object; setting an attribute replaces it.
+        rule_source: the rule's origin, as ``"package NAME"`` or ``"class NAME"``; None for softmeet's own rules.
+        vocabulary: ``"tokens"`` for members combined over their common tokens, ``"bytes"`` over bytes; ``"auto"`` until
+            the tokenizers have been compared.
+        prune: over bytes, the share of probability mass below which a tokenization of the text is estimated, without
+            asking the model; 0 to estimate none.
+        prefixes: over bytes, each member's own token ids before every text; None for those of its tokenizer.
+        movement: the factors of the gate ``movement`` for these members, by the settings they were measured for
+            (``hf/calibrated.py``); None for one that could not be measured in time.
 
     Raises:
-        InvalidInputError: a setting is wrong; checked here, before any member is loaded or run.
+        InvalidInputError: if a setting is not valid; no member is loaded for the check.
     """
 
     model_type = "softmeet"
@@ -63,7 +65,7 @@ class EnsembleConfig(PreTrainedConfig):
         self.prefixes = None if prefixes is None else [None if own is None else list(own) for own in prefixes]
         self.movement = dict(movement or {})
         self.rule_source = source_of(self.settings.rule)
-        # By it transformers chooses the class, where there are no weights to be loaded with it.
+        # By the architecture transformers chooses the model's class, even without a checkpoint.
         given.setdefault(
             "architectures", ["ByteEnsembleForCausalLM" if vocabulary == "bytes" else "EnsembleForCausalLM"]
         )
@@ -86,7 +88,11 @@ class EnsembleConfig(PreTrainedConfig):
             super().__setattr__(name, value)
 
     def adopt_limits(self, members: Sequence[PreTrainedModel]) -> None:
-        """Note what follows from the members over tokens: their vocabulary's size, shortest context and special ids."""
+        """Set the limits and special ids that follow from the members' models, over tokens.
+
+        ``vocab_size`` is the number of rows of the largest head, ``max_position_embeddings`` the shortest context (None
+        if no member has a limit); the ids that begin, end and pad a text are the first member's.
+        """
         configs = [member.config.get_text_config(decoder=True) for member in members]
         self.vocab_size = max(member.get_output_embeddings().weight.shape[0] for member in members)
         limits = [getattr(own, "max_position_embeddings", None) for own in configs]
@@ -95,11 +101,11 @@ class EnsembleConfig(PreTrainedConfig):
             setattr(self, key, getattr(configs[0], key, None))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all of it as JSON has it."""
+        """Return the configuration as a dict of JSON values: each setting by name, the rule and its options as text."""
         found: dict[str, Any] = super().to_dict()
         if isinstance(found.pop("settings", None), Settings):
             found |= self.settings.plain()
-        # What could not be found in time on one machine may be on another.
+        # A factor that could not be measured in time on one machine may be on another.
         found["movement"] = {key: factor for key, factor in self.movement.items() if factor is not None}
         if found.get("rule_source") is None:
             found.pop("rule_source", None)
@@ -107,17 +113,18 @@ class EnsembleConfig(PreTrainedConfig):
 
 
 def _is_option(name: str, settings: Settings) -> bool:
-    """Say whether a setting, or an option of the rule, goes by that name."""
+    """Return whether ``name`` is the name of a setting, or of an option of the settings' rule."""
     return name in Settings.model_fields or name in type(settings.rule).model_fields
 
 
 def _names_of(rule: Any) -> tuple[str, ...]:
-    """Return the names of all settings, and of the options of a rule that is named by text or given."""
+    """Return the names of all settings but the rule, and of the rule's options; ``rule`` is its text or instance."""
     kind = type(parse_rule(rule)[0] if isinstance(rule, str) else rule)
     return (*(name for name in Settings.model_fields if name != "rule"), *getattr(kind, "model_fields", ()))
 
 
 def _require_rule(rule: Any, source: str | None) -> None:
+    """Raise InvalidInputError, with advice, if a rule from elsewhere is not registered here."""
     name = rule.partition(":")[0] if isinstance(rule, str) else None
     if source is not None and name is not None and name not in rule_names():
         kind, _, origin = source.partition(" ")

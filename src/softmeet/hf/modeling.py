@@ -1,4 +1,4 @@
-"""``EnsembleForCausalLM``: several causal LMs and a rule, as one causal LM."""
+"""``EnsembleForCausalLM``: several causal LMs, combined by a rule, as one causal LM of transformers."""
 
 from __future__ import annotations
 
@@ -33,27 +33,27 @@ from softmeet.rules.gates import Gate, Unsure, parse_gate, that_closes
 from softmeet.rules.problem import TokensBefore
 from softmeet.rules.settings import Settings
 
-# Of a text that is evaluated.
+# The most tokens that evaluation reads at once by default.
 _WINDOW = 1024
 
 
 class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
-    """A causal LM whose logits are the log-probabilities, in nats, of a rule over its members.
+    """A causal LM whose logits are the log-probabilities, in nats, that a rule computes from its members' predictions.
 
-    This class is the ensemble over tokens that all members share, and the base of other kinds, such as that over bytes.
-    A kind is a subclass that overrides all of ``OF_A_KIND``; the rest, from ``forward`` on, serves every kind.
+    This class combines members over the tokens that they share. It is the base class of other kinds of ensemble, such
+    as those over bytes: a subclass overrides every name in ``OF_A_KIND``; the other methods serve every kind.
 
     Args:
         config: the settings; ``config.members`` names the members.
-        members: the models, in the order of the configuration; None to build them of their own configurations, with
-            random weights, which is what ``AutoModelForCausalLM.from_config`` does.
-        support: (v,), which ids are tokens where heads are padded; None if all are.
+        members: the models, in the order of ``config.members``; None to build each from its own configuration, with
+            random weights, as ``AutoModelForCausalLM.from_config`` does.
+        support: (v,) bool, True for the ids that are tokens, for heads with padding rows; None if all ids are tokens.
 
     Raises:
-        UnsupportedHeadError: a member's output layer is not a plain softmax head.
-        CheckpointError: without ``members``, a configuration or a tokenizer of theirs cannot be read.
-        VocabularyMismatchError: without ``members``, their tokenizers differ.
-        InvalidInputError: without ``members``, the configuration is of an ensemble over bytes.
+        UnsupportedHeadError: if a member's output layer is not a plain softmax head.
+        CheckpointError: if ``members`` is None and a member's configuration or tokenizer cannot be read.
+        VocabularyMismatchError: if ``members`` is None and the members' tokenizers differ.
+        InvalidInputError: if ``members`` is None and ``config`` describes an ensemble over bytes.
     """
 
     config_class = EnsembleConfig
@@ -97,19 +97,21 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Run the members on new tokens, as any causal LM, and combine them at the positions to keep.
+        """Run the members on new tokens and combine their predictions; the arguments are those of any causal LM.
 
         Args:
-            call_options: what ``generate`` made of its arguments; None to make it of ``kwargs``.
-            kwargs: the options that :meth:`CallOptions.of` takes; others of transformers' are ignored.
+            logits_to_keep: combine at the last k positions alone (0: everywhere), or at those of these k indices.
+            call_options: the options of a call of ``generate``; None to read them from ``kwargs``.
+            kwargs: ``settings``, ``weights`` of the pool, ``gate``, ``recorder`` and, over bytes, ``prefixes``: each
+                member's token ids before each row. All others are ignored.
 
         Returns:
-            ``logits`` (B, k, v), which are normalised log-probabilities in nats, fp32; ``cache`` if it is used; and
-            ``loss`` with ``labels``.
+            ``logits`` (B, k, v): normalised log-probabilities in nats, fp32 or fp64; ``cache``, as given or made;
+            ``loss``, the mean cross-entropy of ``labels`` in nats, if there are labels.
 
         Raises:
-            NonFiniteError: a member's logits hold NaN or +inf; the message names it.
-            InvalidInputError: prefixes over tokens, or not for every row; or more tokens than the shortest context.
+            NonFiniteError: if a member's logits hold NaN or +inf; the message names the member.
+            InvalidInputError: if an option is not valid, or ``input_ids`` is None or exceeds the shortest context.
         """
         options = call_options or CallOptions.of(self, kwargs)
         if use_cache and cache is None:
@@ -135,21 +137,21 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         options: CallOptions | None = None,
         **shared: Any,
     ) -> tuple[list[Float[Tensor, "B k _"]], Deferral | None]:
-        """Run the members on new tokens: all of them, or by the gate ``unsure`` the others where the first is unsure.
+        """Run the members on new tokens: all, or under the gate ``unsure`` the first alone in sequences it is sure of.
 
         Args:
-            input_ids: the new tokens.
-            cache: of the tokens before them; None if there are none.
-            kept: the positions among the new tokens that are to be combined.
-            options: of the call; None to run all members.
-            shared: options of the members' own forward.
+            input_ids: (B, t), the new tokens.
+            cache: the cache of the tokens before them; None if there are none.
+            kept: the k positions among the new tokens at which the members are to be combined.
+            options: the options of the call; None to run all members.
+            shared: keyword arguments of the members' own ``forward``.
 
         Returns:
-            (each member's last hidden states at the kept positions; the positions at which all members ran, None for
-            all).
+            (each member's last hidden states at the kept positions, (B, k, d_i); the positions at which all members
+            ran, None if they ran everywhere).
 
         Raises:
-            InvalidInputError: the gate is ``unsure``, and the cache's members all go together.
+            InvalidInputError: if the gate is ``unsure`` and ``cache`` was made for another gate.
         """
         unsure = None if options is None else options.unsure
         members, caches = self.members, [None] * len(self.members) if cache is None else cache.members
@@ -169,11 +171,12 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         return run_others(self.each, list(members), self.heads, lagging, hidden(0), kept, input_ids, mask, unsure)
 
     def hidden_states(self, input_ids: Int[Tensor, "1 t"]) -> list[Float[Tensor, "t _"]]:
-        """Compute each member's last hidden states over one text, without a cache."""
+        """Run the members over one text without a cache, and return the last hidden states of each, (t, d_i)."""
         self._checked_length(input_ids, None)
         return [states[0] for states in self.run(input_ids, None, use_cache=False)[0]]
 
     def _checked_length(self, input_ids: Int[Tensor, "B t"] | None, cache: EnsembleCache | None) -> Int[Tensor, "B t"]:
+        """Return ``input_ids``, or raise InvalidInputError if they are None or exceed the shortest context."""
         if input_ids is None:
             raise InvalidInputError(
                 "expected input_ids: members share tokens, not embeddings, so inputs_embeds is refused"
@@ -188,17 +191,21 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         return input_ids
 
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
-        """Generate as any causal LM of transformers', with the options of :meth:`CallOptions.of` too.
+        """Generate tokens as transformers' ``generate`` does.
+
+        Args:
+            kwargs: may also hold ``settings``, ``weights`` of the pool, ``gate``, ``recorder``, ``row_sampler`` and,
+                over bytes, ``prefixes``: each member's token ids before each prompt.
 
         Raises:
-            InvalidInputError: an option that has no meaning for an ensemble, or no such gate; the message says why.
+            InvalidInputError: if an option has no meaning for an ensemble, or an option's value is not valid.
         """
         refuse(generation_config, kwargs)
         kwargs["call_options"] = CallOptions.of(self, kwargs)
         return super().generate(inputs, generation_config=generation_config, **kwargs)
 
     def _prepare_generated_length(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
-        """Cut off what runs past the shortest context, with a warning."""
+        """Lower ``max_length`` to the shortest member's context, with a warning, if it is larger."""
         generation_config = super()._prepare_generated_length(generation_config, *args, **kwargs)
         limit = self.config.max_position_embeddings
         if limit is not None and generation_config.max_length > limit:
@@ -210,13 +217,13 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """Give the loop a cache of every member, unless it has one or is to go without."""
+        """Put a new ensemble cache into ``model_kwargs``, unless there is one or ``use_cache`` is off."""
         refuse_other_caches(generation_config, model_kwargs.get("cache"))
         if model_kwargs.get("cache") is None and generation_config.use_cache:
             model_kwargs["cache"] = self.new_cache(model_kwargs["call_options"].settings.gate)
 
     def _get_logits_processor(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
-        """Put the row sampler, if the call has one, behind the usual processors."""
+        """Append the call's row sampler, if it has one, to transformers' own processors."""
         processors: LogitsProcessorList = super()._get_logits_processor(*args, model_kwargs=model_kwargs, **kwargs)
         sampler = model_kwargs["call_options"].row_sampler
         if sampler is not None:
@@ -224,63 +231,56 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         return processors
 
     def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
-        """Keep the call's options from an assistant, which knows none or has its own."""
+        """Leave the call's options out of an assistant model's arguments: it has none, or options of its own."""
         known = {name: value for name, value in model_kwargs.items() if name != "call_options"}
         return super()._get_candidate_generator(*args, model_kwargs=known, **kwargs)
 
     def new_cache(self, gate: str | Gate | None = None) -> EnsembleCache:
-        """Make an empty cache, one per member; for the gate ``unsure`` one in which all but the first may be behind."""
+        """Make an empty cache of every member; for the gate ``unsure``, members after the first may lag behind it."""
         lagging = isinstance(that_closes(parse_gate(gate)), Unsure)
         return EnsembleCache([member.config for member in self.members], lagging=lagging)
 
     @property
     def settings(self) -> Settings:
-        """How the members are combined."""
+        """The settings by which the members are combined, kept in the configuration."""
         return self.config.settings  # type: ignore[no-any-return]
 
     @property
     def heads(self) -> list[SoftmaxHead]:
-        """What stands for the members' output layers in a rule."""
+        """The heads that the rule is given, one per member: its output layer; over bytes, one column of zeros."""
         return self.combiner.heads
 
     @property
     def member_heads(self) -> list[SoftmaxHead]:
-        """The members' own output layers."""
+        """The members' own output layers, in order."""
         return self.heads
 
     @property
     def widths(self) -> list[int]:
-        """The width of each member's :meth:`hidden_states`."""
+        """The number of columns of each member's :meth:`hidden_states`: over tokens, the width d_i of its head."""
         return [head.d for head in self.heads]
 
     @property
     def window(self) -> int:
-        """Tokens that a text is read by at once, unless one says otherwise: the shortest context, 1,024 at most."""
+        """The tokens that evaluation reads at once by default: the shortest member's context, but at most 1,024."""
         return min(self.config.max_position_embeddings or _WINDOW, _WINDOW)
 
     @property
     def spent(self) -> list[Work]:
-        """What each member has cost since it was loaded; known over bytes alone."""
+        """The computation that each member has spent since it was loaded; counted over bytes alone, else empty."""
         return []
 
     def work(self, hidden: Float[Tensor, "t _"]) -> Float[Tensor, "_ 3"]:
-        """Return what rows of a member's :meth:`hidden_states` cost it, (t, 3); known over bytes alone, else (0, 3)."""
+        """Return the costs of a member's :meth:`hidden_states`, (t, 3) over bytes; none over tokens, (0, 3)."""
         return hidden.new_zeros(0, 3)
 
     def require(self, settings: Settings) -> None:
-        """Check that members can be combined by some settings: over bytes, as ``vocabulary.require_for_bytes`` does."""
+        """Raise an error if the ensemble is over bytes and the rule reads heads or the gate is ``unsure``."""
         if self.over_bytes:
             require_for_bytes(settings)
 
     def require_tokens(self, what: str) -> None:
-        """Check that members share their tokens, for what needs that.
-
-        Args:
-            what: as the subject of a sentence, such as "evaluation".
-
-        Raises:
-            InvalidInputError: the ensemble is over bytes.
-        """
+        """Raise InvalidInputError if the ensemble is over bytes; the message names ``what``, such as "evaluation"."""
         if self.over_bytes:
             raise InvalidInputError(
                 f"{what} does not take ensembles over bytes: load members that share a tokenizer, with "
@@ -289,20 +289,20 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def device(self) -> torch.device:
-        """Where distributions are combined: with the first member's head."""
+        """The device on which distributions are combined: that of the first member's head."""
         return self.combiner.heads[0].weight.device
 
     @cached_property
     def apart(self) -> bool:
-        """Whether members are in different places, so that it pays to run them at the same time."""
+        """Whether members are on different devices, so that it pays to run them at the same time."""
         return len({whereabouts(member) for member in self.members}) > 1
 
     def each(self, function: Callable[[int], Any], members: Sequence[int]) -> list[Any]:
-        """Apply a function to some members' numbers, at the same time where they are in different places."""
+        """Apply ``function`` to some members' numbers and list the results; in threads if members are ``apart``."""
         return each_in_a_thread(function, members) if self.apart else list(map(function, members))
 
     def _apply(self, fn: Any, recurse: bool = True) -> EnsembleForCausalLM:
-        """Move or cast the weights, and read heads from where they are then."""
+        """Move or cast the weights by ``fn``, and make the heads from the new weights."""
         if any(p.is_meta for p in self.parameters()):
             raise InvalidInputError(
                 "expected members whose weights are in memory: those that are offloaded stay where and as they were "
@@ -313,20 +313,20 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         return self
 
     def find_heads_again(self) -> None:
-        """Read the members' output layers where they are, after members have been moved or cast one by one."""
+        """Make the heads anew from the members' weights, after members have been moved or cast one by one."""
         self.__dict__.pop("apart", None)
         heads = [replace_weight(head, member) for head, member in zip(self.heads, self.members, strict=True)]
         self.combiner = Combiner(self.config.members, heads, self.combiner.support)
 
     def adopt(self, tokenizer: PreTrainedTokenizerBase, ids: frozenset[int] | None = None) -> None:
-        """Take the members' common tokenizer.
+        """Set the tokenizer that the members share, and with it the ids that may be answered.
 
         Args:
-            tokenizer: makes tokens of text.
-            ids: the rows of the heads that are tokens of all members; None for all of the tokenizer's.
+            tokenizer: the tokenizer; if it has no padding token, it gets its end-of-text token as one.
+            ids: the ids that are the same token for all members; None for all of the tokenizer's.
 
         Raises:
-            VocabularyMismatchError: a head has no row for a token.
+            VocabularyMismatchError: if a head has no row for one of the ids.
         """
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -334,11 +334,11 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         self.combiner.support = token_support(ids or token_ids(tokenizer), self.config.members, self.heads)
 
     def part(self, chosen: Sequence[int], config: EnsembleConfig) -> EnsembleForCausalLM:
-        """Make an ensemble of some of the members, which both then share.
+        """Make an ensemble of some of the members; it shares their weights with this one.
 
         Args:
-            chosen: their numbers.
-            config: how they are combined.
+            chosen: the numbers of the members, from 0.
+            config: the configuration of the new ensemble, which names these members.
         """
         part: EnsembleForCausalLM = EnsembleForCausalLM(config, [self.members[k] for k in chosen]).eval()
         if self.tokenizer is not None:
@@ -362,34 +362,34 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             pretrained_model_name_or_path: a folder or hub id.
-            config: in place of the saved one.
-            dtype, device_map: one for all members or one each; as ``Ensemble.from_pretrained`` has them. A map may also
-                name the members as modules of the ensemble: ``members.0``, ``members.1.lm_head``.
-            trust_remote_code: run code that comes with a member.
-            kwargs: settings to change, under their names in the configuration, and ``offload_folder``; others of
-                transformers' are ignored.
+            config: replaces the saved configuration.
+            dtype: None for fp32 on the CPU and the checkpoints' own elsewhere; one for all members or one each.
+            device_map: a device (None: the CPU), ``"auto"``, or a dict by module, such as ``members.1.lm_head``; or
+                one of these for each member.
+            trust_remote_code: whether code that comes with a member may run.
+            kwargs: settings in place of the saved ones, by name, and ``offload_folder``; all others are ignored.
 
         Raises:
-            CheckpointError: a member is missing; the message says where it was expected.
-            InvalidInputError: there is no such place or member.
+            CheckpointError: if a member is missing; the message says where it was expected.
+            InvalidInputError: if a device is unknown, or ``device_map`` names a member that does not exist.
         """
         folder = Path(pretrained_model_name_or_path)
         return checkpoint.load(folder, config, dtype, device_map, bool(trust_remote_code), **kwargs)
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Write a configuration that names the members, a generation configuration, the tokenizer and a card.
+        """Write the configuration, generation configuration, tokenizer and a model card into ``save_directory``.
 
-        No member's weights are written: local folders are named by their path relative to ``save_directory``.
+        Weights are not written: the configuration names members, local ones by a path relative to the directory.
         """
         checkpoint.save(self, Path(save_directory))
         if push_to_hub:
             self.push_to_hub(**kwargs)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """Upload the ensemble, as transformers does it, where its members are on the hub.
+        """Upload the ensemble as transformers' ``push_to_hub`` does; all of its members have to be on the hub.
 
         Raises:
-            InvalidInputError: a member is a local folder, which nobody else could load.
+            InvalidInputError: if a member is a local folder, which nobody else could load.
         """
         local = [name for name in self.config.members if Path(name).exists()]
         if local:

@@ -1,7 +1,7 @@
-"""What goes where, in bytes, before anything is loaded: weights, heads, caches and the solver's room.
+"""The plan of an ensemble's memory, in bytes by device, before anything is loaded.
 
-Shapes come from the members' configurations, built without memory on torch's meta device; a strategy such as ``"auto"``
-is worked out as it is at loading, from what the machine has free.
+It covers weights, heads, caches and the solver's vectors. Shapes come from models that are built without weights, on
+torch's meta device. A strategy such as ``"auto"`` is worked out as at loading, from the machine's free memory.
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ _FP64 = 8
 
 @dataclass(frozen=True)
 class PlanPart:
-    """Something that takes room.
+    """One part of an ensemble's memory, on one device.
 
     Attributes:
         owner: a member's name, or "solver".
-        what: body (all weights but the output layer's), head, head copy (of one that is offloaded, for the solver),
-            cache, streamed (room for the largest module that comes back from where it is offloaded), workspace or
-            whitening.
-        device: or "disk".
-        dtype: by name.
-        bytes: how many.
+        what: the kind of part: "body" (a member's weights without its output layer), "head" (its output layer), "head
+            copy" (a copy for the solver of a head that is offloaded), "cache" (keys and values), "streamed" (space for
+            the largest offloaded module, loaded when it is needed), "workspace" (the solver's vectors) or "whitening"
+            (matrices of the whitened heads).
+        device: the device's name, such as "cpu" or "cuda:0", or "disk".
+        dtype: the dtype's name, such as "float32".
+        bytes: the size.
     """
 
     owner: str
@@ -48,13 +49,16 @@ class PlanPart:
 
 @dataclass(frozen=True)
 class Plan:
-    """Where everything goes; the interpreter, its libraries, and activations while a prompt is run are not counted.
+    """The memory that an ensemble takes, part by part.
+
+    The Python interpreter, its libraries and activations during a prompt are not counted.
 
     Attributes:
-        batch, context: so many sequences of so many tokens.
-        rows_at_once: the positions that one solve takes.
-        cache_bytes_per_token: of one sequence, by member.
-        parts: all that takes room.
+        batch: the number of sequences that are generated at once.
+        context: the number of tokens of each sequence.
+        rows_at_once: the number of positions that one solve takes.
+        cache_bytes_per_token: by member's name, the bytes of the cache for one token of one sequence.
+        parts: all parts.
     """
 
     batch: int
@@ -64,7 +68,7 @@ class Plan:
     parts: list[PlanPart]
 
     def totals(self) -> dict[str, int]:
-        """Sum the bytes of each device, and of the disk."""
+        """Return the total bytes of all parts by device, ``"disk"`` included."""
         found: dict[str, int] = defaultdict(int)
         for part in self.parts:
             found[part.device] += part.bytes
@@ -73,7 +77,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Shape:
-    """A member as it would be loaded, without its weights, and where each of its modules goes, by name."""
+    """A member built without weights, and ``places``: the device of each of its modules, by the module's name."""
 
     name: str
     model: PreTrainedModel
@@ -81,26 +85,26 @@ class _Shape:
 
     @property
     def config(self) -> PreTrainedConfig:
-        """That of the language model."""
+        """The configuration of the language model, without parts for other media."""
         return self.model.config.get_text_config(decoder=True)
 
     @property
     def head(self) -> torch.Size:
-        """The head's rows and width."""
+        """The shape of the head's weight, (v, d)."""
         return self.model.get_output_embeddings().weight.shape  # type: ignore[no-any-return]
 
     @property
     def home(self) -> str:
-        """Where it computes."""
+        """The name of the device on which the member computes."""
         return str(main_device(self.places))
 
     def place(self, parameter: str) -> str:
-        """Say where a parameter is kept: as the longest name in the map that it is under, else on the CPU."""
+        """Return the device of a parameter: that of the innermost module in ``places`` that holds it, else the CPU."""
         best = max((m for m in self.places if not m or f"{parameter}.".startswith(f"{m}.")), key=len, default=None)
         return "cpu" if best is None else str(self.places[best])
 
     def cache_bytes(self, batch: int, context: int) -> int:
-        """Count the bytes of keys and values; a sliding layer keeps its window."""
+        """Count the bytes of keys and values for ``batch`` sequences; layers of sliding attention keep their window."""
         c = self.config
         heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
         width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
@@ -108,7 +112,7 @@ class _Shape:
         return int(batch * kept * 2 * heads * width * self.model.dtype.itemsize)
 
     def part(self, what: str, place: str, size: int) -> PlanPart:
-        """Return a part of this member."""
+        """Return a part that belongs to this member: ``size`` bytes of the kind ``what`` on the device ``place``."""
         return PlanPart(self.name, what, place, str(self.model.dtype).removeprefix("torch."), size)
 
 
@@ -121,16 +125,22 @@ def plan(
     context: int | None = None,
     trust_remote_code: bool = False,
 ) -> Plan:
-    """Plan the memory of an ensemble.
+    """Plan the memory of an ensemble from its members' configurations, without loading weights.
 
     Args:
-        names, dtype, device, trust_remote_code: as ``load_members`` has them.
-        batch: sequences at once.
-        context: tokens of each; the shortest member's longest if None.
+        names: hub ids, folders, ``.gguf`` files or bundled names.
+        dtype: the weights' dtype, one for all members or one each; None for fp32 on the CPU and the checkpoints' own
+            elsewhere.
+        device: a device (None: the CPU), ``"disk"``, a strategy such as ``"auto"``, or a dict of places by module; one
+            for all members or one each.
+        batch: the number of sequences that are generated at once.
+        context: the number of tokens of each sequence; None for the shortest member's context.
+        trust_remote_code: whether code that comes with a member may run.
 
     Raises:
-        InvalidInputError: no name, a batch or context below 1, or not one dtype or device per member.
-        CheckpointError: a configuration cannot be read.
+        InvalidInputError: if there is no name, ``batch`` or ``context`` is below 1, or a list of dtypes or devices does
+            not have one per member.
+        CheckpointError: if a member's configuration cannot be read.
     """
     expanded = [path for name in names for path in zoo.expand(name)]
     if not expanded or batch < 1 or (context is not None and context < 1):
@@ -147,7 +157,7 @@ def plan(
     parts = []
     for shape in shapes:
         parts += [*_weights(shape), shape.part("cache", shape.home, shape.cache_bytes(batch, length))]
-    # The solver is where the first member's head is, and each head's whitening beside it.
+    # The solver computes on the first member's device, and keeps each head's whitening there.
     room = solver_bytes(v, len(shapes), sum(widths), rows)
     parts.append(PlanPart("solver", "workspace", shapes[0].home, "float64", room))
     whitening = _FP64 * sum(2 * d**2 + d for d in widths)
@@ -156,19 +166,19 @@ def plan(
 
 
 def solver_bytes(v: int, n: int, width: int, rows: int) -> int:
-    """Estimate the bytes that combining takes: fp64 vectors over the tokens, and two squares of the heads' widths.
+    """Estimate the bytes of a solve: 4 n + 4 fp64 vectors over the tokens per row, and two width × width matrices.
 
     Args:
-        v: tokens.
-        n: members, for which a row takes 4n + 4 vectors.
-        width: of all heads together.
-        rows: solved at once.
+        v: the number of tokens.
+        n: the number of members.
+        width: the sum of all heads' widths d_i.
+        rows: the number of rows (positions) that are solved at once.
     """
     return _FP64 * (rows * v * (4 * n + 4) + 2 * width**2)
 
 
 def _shape(name: str, dtype: Dtype, device: Device, trust_remote_code: bool) -> _Shape:
-    """Build a member without memory; a strategy such as ``"auto"`` is worked out as transformers does it."""
+    """Build a member without weights, and place its modules; transformers works out a strategy such as ``"auto"``."""
     with torch.device("meta"):
         model = random_member(name, dtype_of(dtype, device), trust_remote_code=trust_remote_code)
     spread = device_map_of(device)
@@ -177,7 +187,7 @@ def _shape(name: str, dtype: Dtype, device: Device, trust_remote_code: bool) -> 
 
 
 def _weights(shape: _Shape) -> list[PlanPart]:
-    """List the body's weights and the head's; offloaded ones also need room to come back to, and a head's a copy."""
+    """List a member's parts "body" and "head" by device and, for offloaded weights, "streamed" and "head copy"."""
     head, home = set(shape.model.get_output_embeddings().parameters()), shape.home
     found: dict[tuple[str, str], int] = defaultdict(int)
     streamed: dict[str, int] = defaultdict(int)

@@ -1,4 +1,7 @@
-"""What became of each generated position: filled by forward, when asked for."""
+"""Counts of how generated positions were solved, which ``forward`` and ``generate`` fill on request.
+
+A *row* is one position that is combined; a gate closes the rows for which it spares the rule.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,13 @@ from softmeet.solvers.base import Status
 
 @dataclass
 class Savings:
-    """What a gate kept from being done.
+    """The work that a gate saved.
 
     Attributes:
-        rows: in all.
-        gated: those of them that the gate closed.
-        seconds: that the open ones took for what a closed one goes without: the rule, and by ``unsure`` other members.
+        rows: the number of rows.
+        gated: the number of rows that the gate closed.
+        seconds: the time that the open rows took for the work that closed rows are spared: solving the rule and, under
+            the gate ``unsure``, running the members after the first.
     """
 
     rows: int = 0
@@ -27,20 +31,21 @@ class Savings:
     seconds: float = 0.0
 
     def add(self, rows: int, gated: int, seconds: float) -> None:
-        """Count some rows; the seconds are of those that were open."""
+        """Add ``rows`` rows, ``gated`` of them closed, whose open ones took ``seconds``, to the counts."""
         self.rows, self.gated, self.seconds = self.rows + rows, self.gated + gated, self.seconds + seconds
 
     @property
     def share(self) -> float:
-        """The share of the rows that were closed; 0 of none."""
+        """The share of the rows that were closed, from 0 to 1; 0 if there are no rows."""
         return self.gated / max(self.rows, 1)
 
     @property
     def saved(self) -> float | None:
-        """About how many seconds the closed rows saved: each what an open one took. None if no row was open to tell by.
+        """An estimate of the seconds that closed rows saved, at an open row's mean time each; None if none was open.
 
-        By ``unsure`` an open row also catches up on those before it, in one chunk. Where a chunk takes about as long as
-        a token, as it does while weights are what is read, that is right; where it takes longer, this is too much.
+        Under the gate ``unsure``, an open row's members also run the tokens that they skipped, in one chunk. The
+        estimate is right if a chunk takes about as long as one token, which is so while reading the weights takes most
+        of the time; if a chunk takes longer, the estimate is too high.
         """
         is_open = self.rows - self.gated
         return self.gated * self.seconds / is_open if is_open else None
@@ -48,16 +53,18 @@ class Savings:
 
 @dataclass
 class Recorder:
-    """Sums over the rows solved while it was passed to ``forward`` or ``generate`` as ``recorder=``.
+    """Counts over all rows solved by the calls of ``forward`` or ``generate`` that it is passed to as ``recorder=``.
 
     Attributes:
-        rows: how many there were.
-        asked: those of them at which every member ran.
-        passes: summed over ``rows``; divide by them to quote it.
-        fallbacks, unconverged: how many rows were answered by the fallback, or not solved to the tolerance.
-        largest_gap: in nats, of the rows that no gate closed.
-        gate: what a gate saved.
-        disagreement: (n,) each member's in nats, summed over ``asked``.
+        rows: the number of rows.
+        asked: the number of rows at which every member ran.
+        passes: reads of all heads, summed over all rows; ``passes / rows`` is the mean per row.
+        fallbacks: the number of rows that had no feasible distribution, so that the fallback answered.
+        unconverged: the number of rows that were not solved to the tolerance.
+        largest_gap: the largest gap of a row that no gate closed, in nats.
+        gate: the work that the gate saved.
+        disagreement: (n,), each member's disagreement with the answer in nats, as in :class:`softmeet.Solution`, summed
+            over the rows at which it ran; no elements before the first row.
     """
 
     rows: int = 0
@@ -73,8 +80,8 @@ class Recorder:
         """Count the rows of one solution.
 
         Args:
-            solution: of B rows.
-            log_probs: the members', in nats; subclasses keep them.
+            solution: the solution of B rows.
+            log_probs: (n, B, v), the members' log-probabilities in nats; unused here, for subclasses that keep them.
         """
         is_open, known = ~solution.gated, ~solution.disagreement.isnan().any(0)
         self.rows += solution.status.numel()

@@ -1,4 +1,4 @@
-"""Refusals, by name and with the reason, of what generate() does for one model and cannot do for an ensemble."""
+"""Refusals, with the reason, of options of ``generate`` that make sense for one model but not for an ensemble."""
 
 from __future__ import annotations
 
@@ -19,10 +19,14 @@ _REASONS = {
 
 
 def refuse(generation_config: Any, options: Mapping[str, Any]) -> None:
-    """Refuse options that have no meaning for an ensemble.
+    """Raise an error if an option of ``generate`` is set that has no meaning for an ensemble.
+
+    Args:
+        generation_config: the generation configuration of the call, or None.
+        options: the keyword arguments of the call, which take precedence.
 
     Raises:
-        InvalidInputError: one is set, in the call or in the generation configuration.
+        InvalidInputError: if such an option is set; the message names it and gives the reason.
     """
     for name, reason in _REASONS.items():
         given = options.get(name, getattr(generation_config, name, None))
@@ -31,10 +35,14 @@ def refuse(generation_config: Any, options: Mapping[str, Any]) -> None:
 
 
 def refuse_other_caches(generation_config: Any, given: Any) -> None:
-    """Refuse caches that are not of an ensemble.
+    """Raise an error if a call is to use a cache that is not an ensemble's.
+
+    Args:
+        generation_config: the generation configuration of the call.
+        given: the cache that the call was given, or None.
 
     Raises:
-        InvalidInputError: the given cache is another one, or the generation configuration asks for another kind.
+        InvalidInputError: if ``given`` is no :class:`EnsembleCache`, or ``cache_implementation`` is configured.
     """
     if given is not None and not isinstance(given, EnsembleCache):
         raise InvalidInputError(f"expected an EnsembleCache, as model.new_cache() gives, got {type(given).__name__}")

@@ -1,4 +1,8 @@
-"""What happened at a token: who expected what, what the rule did about it, and how sure that is."""
+"""Reports on single tokens: the predictions of the ensemble and of each member, and how the rule moved the pool.
+
+p is the ensemble's distribution of the next token, p̂_i member i's, and q the pool. n is the number of members, B that
+of positions in a batch, v that of tokens.
+"""
 
 from __future__ import annotations
 
@@ -16,26 +20,34 @@ from softmeet.hf.recorder import Recorder
 from softmeet.rules.solution import Solution
 from softmeet.solvers.base import Status
 
-# Nats of summed disagreement at which a token is fully coloured.
+# Nats; from this disagreement on, summed over the members, a token has the full colour.
 _FULL = 0.5
 
 
 @dataclass(frozen=True)
 class TokenReport:
-    """One position and the token that came there; log-probabilities, disagreement and gaps are in nats.
+    """A report on one position and the token that came there; all figures are in nats.
 
-    Where a gate was closed (``gated``) nothing moved; members that were not asked have NaN and an empty list.
+    A member that did not run, as the gate ``unsure`` was closed, has NaN for figures, and no ``member_top``.
 
     Attributes:
-        token: the id that came.
-        log_prob, member_log_probs: its, by the ensemble and by each member.
-        top, member_top: (id, log-probability), the most probable first.
-        moved: (id, log-probability in the pool, in the answer), the largest change of probability first.
-        pushes: for each of ``moved``, each member's part in it: log p_j - log q_j = Σ_i push_ij + a constant, where a
-            push is u_ij less its mean over the vocabulary.
-        disagreement, disagreement_is_bound: each member's, and whether it is only known to be no larger.
-        status, fallback, gap, gap_is_certified, num_passes: as of :class:`softmeet.Solution`.
-        gated: whether a gate was closed.
+        token: the id of the token that came.
+        log_prob: its log-probability by the ensemble.
+        member_log_probs: its log-probability by each member.
+        top: the ensemble's most probable tokens, as (id, log-probability), the most probable first.
+        member_top: the same for each member.
+        moved: the tokens j whose probability the rule changed most, as (id, log q_j, log p_j), the largest change
+            first; without a change if ``gated``.
+        pushes: for each token j of ``moved``, each member's contribution push_ij, from its dual variables: log p_j -
+            log q_j = Σ_i push_ij + a constant. 0 if the rule is not one that tilts the pool.
+        disagreement: for each member, KL(r_i‖p̂_i) of its corrected distribution r_i, or an upper bound of it.
+        disagreement_is_bound: for each member, whether ``disagreement`` is the upper bound KL(p‖p̂_i).
+        status: how the solver ended, the name of a :class:`softmeet.Status`.
+        fallback: whether there was no feasible distribution, so that the fallback answered.
+        gap: how far the answer can be from its optimum; inf if nothing is known.
+        gap_is_certified: whether ``gap`` is a proved bound rather than an estimate.
+        num_passes: how many times the solver read all heads.
+        gated: whether a gate was closed, so that the rule was not solved.
     """
 
     token: int
@@ -55,7 +67,7 @@ class TokenReport:
     gated: bool = False
 
     def spelled(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        """Return the report for people, as JSON has it: with the token's ``text``, and texts in place of listed ids."""
+        """Return the report as a dict for JSON, with the token's ``text``, and texts in place of the ids in lists."""
 
         def spell(token: int) -> str:
             return str(tokenizer.decode([token]))
@@ -69,14 +81,14 @@ class TokenReport:
 
 
 def token_report(solution: Solution, log_probs: Float[Tensor, "n B v"], row: int, token: int, top: int) -> TokenReport:
-    """Report on one row of a solved batch, at the token that came.
+    """Report on one position of a solved batch, and the token that came there.
 
     Args:
-        solution: of the batch (B,).
-        log_probs: the members', (n, B, v).
-        row: which row.
-        token: the token that came there.
-        top: how many tokens to list.
+        solution: the solution of the batch, B positions.
+        log_probs: (n, B, v), the members' log-probabilities in nats; NaN for a member that did not run.
+        row: the number of the position in the batch.
+        token: the id of the token that came there.
+        top: how many tokens to list of each distribution.
     """
     ours = solution.log_probs[row]
     pool = ours if solution.gated[row] else solution.pool[row]
@@ -101,7 +113,7 @@ def token_report(solution: Solution, log_probs: Float[Tensor, "n B v"], row: int
 
 
 def _pushes(solution: Solution, row: int, tokens: list[int]) -> list[list[float]]:
-    """Compute what each member adds to each token's score, (tokens, members), in nats; 0 where no pool is tilted."""
+    """Compute the pushes of :class:`TokenReport`, (tokens, members), in nats; 0 if the rule does not tilt the pool."""
     problem, dual = solution.problem, solution._answer.dual
     columns = [torch.zeros(len(tokens), dtype=torch.float64)] * len(dual)
     if problem.settings.rule.tilts_pool and tokens:
@@ -112,7 +124,7 @@ def _pushes(solution: Solution, row: int, tokens: list[int]) -> list[list[float]
 
 
 def heat(disagreement: Sequence[float]) -> float:
-    """Map members' disagreement in nats to a colour: 0 where they agree, 1 from half a nat in all.
+    """Map the members' disagreement in nats to the strength of a colour: 0 for none, 1 for a sum of 0.5 or more.
 
     Example:
         >>> heat([0.1, 0.15]), heat([3.0, float("nan")])
@@ -122,7 +134,7 @@ def heat(disagreement: Sequence[float]) -> float:
 
 
 def known_sum(disagreement: Sequence[float]) -> float:
-    """Sum over the members that were asked; the others have NaN.
+    """Sum the members' disagreement, in nats; members that did not run have NaN, and are left out.
 
     Example:
         >>> known_sum([0.25, float("nan")])
@@ -132,7 +144,7 @@ def known_sum(disagreement: Sequence[float]) -> float:
 
 
 def shown(text: str) -> str:
-    """Return a token's text with its spaces and line ends visible.
+    """Return a token's text with visible signs for spaces and line ends.
 
     Example:
         >>> shown(" a")
@@ -142,7 +154,7 @@ def shown(text: str) -> str:
 
 
 def most_probable(log_p: Float[Tensor, " v"], count: int) -> list[tuple[int, float]]:
-    """List the most probable tokens, the first one first, each with its log-probability in nats.
+    """List the ``count`` most probable tokens as (id, log-probability in nats), the most probable first.
 
     Example:
         >>> most_probable(torch.tensor([0.25, 0.5, 0.25]).log2(), 1)
@@ -153,10 +165,13 @@ def most_probable(log_p: Float[Tensor, " v"], count: int) -> list[tuple[int, flo
 
 
 class TokenReports(Recorder):
-    """A recorder that keeps every position to report on, for which it holds (n + 2) v numbers each.
+    """A recorder that keeps every position's solution, so that it can report on each; that is (n + 2) v numbers each.
 
-    Pass it to ``generate`` as ``recorder=``; with beams also ask for ``return_dict_in_generate`` and ``output_scores``,
-    which give the beam that each token came from.
+    Pass it to ``generate`` as ``recorder=``. With beam search also pass ``return_dict_in_generate`` and
+    ``output_scores``: ``generate`` then returns the ``beam_indices`` that :meth:`of` needs.
+
+    Args:
+        top: how many tokens a report lists of each distribution.
     """
 
     def __init__(self, top: int = 5) -> None:
@@ -165,19 +180,20 @@ class TokenReports(Recorder):
         self._kept: list[tuple[Solution, Float[Tensor, "n B v"], int]] = []
 
     def add(self, solution: Solution, log_probs: Float[Tensor, "n B v"]) -> None:
-        """Keep a solved batch."""
+        """Count the rows of a solution of B positions, and keep it with the members' log-probabilities, (n, B, v)."""
         super().add(solution, log_probs)
         self._kept += [(solution, log_probs, row) for row in range(solution.status.numel())]
 
     def of(
         self, generated: Sequence[Sequence[int]], rows: int, beam_indices: Int[Tensor, "s t"] | None = None
     ) -> list[list[TokenReport]]:
-        """Report on generated sequences, token by token.
+        """Report on generated sequences: a list for each of them, with a report for each token.
 
         Args:
-            generated: the new tokens of each sequence, without prompt and padding.
-            rows: of each forward pass: prompts times beams, or times returned sequences without beams.
-            beam_indices: as ``generate`` returns them; None without beams.
+            generated: the ids of the new tokens of each sequence, without prompt and padding.
+            rows: the batch size of each forward pass: the number of prompts times that of beams or, without beam
+                search, times ``num_return_sequences``.
+            beam_indices: (s, t), as ``generate`` returns them; None without beam search.
         """
         found = []
         for s, tokens in enumerate(generated):
@@ -186,5 +202,5 @@ class TokenReports(Recorder):
         return found
 
     def at(self, index: int, token: int) -> TokenReport:
-        """Report on the index-th row that was solved, at the token that came there."""
+        """Report on the position that was solved as number ``index``, from 0, and the ``token`` that came there."""
         return token_report(*self._kept[index], token, self.top)

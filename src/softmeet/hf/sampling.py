@@ -1,4 +1,7 @@
-"""Sampling in which a row's tokens depend on its own generator alone, not on its batch-mates."""
+"""Sampling in which each sequence draws its tokens from a random generator of its own.
+
+So its tokens do not depend on the other sequences of the batch. Row k of a batch is sequence k's newest position.
+"""
 
 from __future__ import annotations
 
@@ -11,38 +14,45 @@ from transformers import LogitsProcessor
 
 
 class RowSampler(LogitsProcessor):
-    """Draws each row's token by inverting its distribution at a number from the row's own generator.
+    """A logits processor that draws each row's token, and forbids all other tokens.
 
-    Comes last among the processors, after temperature and truncation, and leaves only the drawn token possible, so
-    that whatever draws next can only draw that.
+    Put it after all other processors, those of temperature and truncation included. As only the drawn token stays
+    possible, the sampling or search that follows has to choose it.
 
     Args:
-        seed: of the whole call.
-        keys: one per row; row k draws from the generator (seed, keys[k]).
+        seed: the seed of the whole call.
+        keys: one integer per row; row k draws from ``row_generator(seed, keys[k])``.
     """
 
     def __init__(self, seed: int, keys: Sequence[int]) -> None:
         self._generators = [row_generator(seed, key) for key in keys]
 
     def __call__(self, input_ids: Int[Tensor, "B t"], scores: Float[Tensor, "B v"]) -> Float[Tensor, "B v"]:
-        """Return scores that are 0 at the drawn token and -inf elsewhere."""
+        """Draw a token for each row from softmax(scores), and return scores of 0 for it and -inf for all others."""
         drawn = draw(scores, self._generators)
         return torch.full_like(scores, -torch.inf).scatter(-1, drawn[:, None], 0.0)
 
 
 def row_generator(seed: int, key: int) -> torch.Generator:
-    """Make the generator (seed, key)."""
+    """Make the random generator, on the CPU, that belongs to the pair (seed, key)."""
     # Distinct odd multipliers keep pairs apart over the range of generator seeds.
     mixed = (seed * 0x9E3779B97F4A7C15 + key * 0xD1B54A32D192ED03) % (1 << 63)
     return torch.Generator().manual_seed(mixed)
 
 
 def draw(scores: Float[Tensor, "B v"], generators: Sequence[torch.Generator]) -> Int[Tensor, " B"]:
-    """Draw one token per row from softmax(scores), by inverting it at a number from the row's generator."""
+    """Draw one token id per row from softmax(scores).
+
+    The row's cumulative distribution is inverted at a uniform number from the row's generator.
+
+    Args:
+        scores: (B, v), logits or log-probabilities in nats; -inf for an impossible token.
+        generators: B generators, on the CPU; each is advanced by one number.
+    """
     u = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators]).to(scores.device)
     p = scores.double().softmax(-1)
     total = p.cumsum(-1)
-    # Below the whole sum, whatever rounding makes of the product, so that the first entry past it has some mass.
+    # Rounding must not lift the product to the whole sum: then the first entry past it has some mass.
     all_mass = total[:, -1]
     place = torch.minimum(u * all_mass, torch.nextafter(all_mass, torch.zeros_like(all_mass)))
     return torch.searchsorted(total, place[:, None], right=True).squeeze(-1)

@@ -1,4 +1,4 @@
-"""What an ensemble is combined over: its members' common tokens, or the bytes of a text."""
+"""The choice of an ensemble's vocabulary: the tokens that its members share, or the bytes of a text."""
 
 from __future__ import annotations
 
@@ -16,16 +16,21 @@ from softmeet.rules.registry import all_rules
 from softmeet.rules.settings import Settings
 
 VOCABULARIES = ("auto", "tokens", "bytes")
-# The rule of ensembles over bytes for which none is named.
+# The default rule of ensembles over bytes.
 BYTE_RULE = "logit-mean"
 _log = logging.getLogger("softmeet")
 
 
 def require_vocabulary(name: str, prune: float) -> None:
-    """Check what an ensemble is combined over, and the share of mass that is followed there.
+    """Check the two settings of an ensemble's vocabulary.
+
+    Args:
+        name: the vocabulary: ``"tokens"``, ``"bytes"``, or ``"auto"`` to choose by the members' tokenizers.
+        prune: over bytes, the share of probability mass below which a tokenization of the text is estimated, without
+            asking the model; 0 to estimate none.
 
     Raises:
-        InvalidInputError: there is no such vocabulary, or the share is none.
+        InvalidInputError: if ``name`` is not one of these, or ``prune`` is not from 0 to below 1.
     """
     if not 0 <= prune < 1:
         raise InvalidInputError(f"expected prune to be a share of mass from 0 to below 1, got {prune}")
@@ -36,20 +41,24 @@ def require_vocabulary(name: str, prune: float) -> None:
 def choose_vocabulary(
     config: EnsembleConfig, tokenizers: Sequence[PreTrainedTokenizerBase], *, any_average: bool = False
 ) -> CommonVocabulary | list[Spelling]:
-    """Decide what members are combined over, before their weights are loaded; a choice of bytes is logged.
+    """Decide whether an ensemble is over tokens or over bytes, before its members' weights are loaded.
+
+    ``config.vocabulary`` decides. If it is ``"auto"``, the ensemble is over tokens if the tokenizers agree, and else
+    over bytes, which is logged as a warning.
 
     Args:
-        config: names the members; where it leaves the vocabulary open (``auto``), it is set.
-        tokenizers: the members'.
-        any_average: over bytes, set the rule to the average that is the default there.
+        config: the ensemble's configuration; its ``vocabulary`` is set to the choice, ``"tokens"`` or ``"bytes"``.
+        tokenizers: the members' tokenizers, in order.
+        any_average: over bytes, whether to set the rule to ``logit-mean``, the default there.
 
     Returns:
-        What they have in common; or, over bytes, how each of them is read.
+        Over tokens, the common vocabulary; over bytes, each member's spelling, its tokens as byte strings.
 
     Raises:
-        VocabularyMismatchError: the tokenizers differ and tokens were asked for; or one cannot be read over bytes.
-        UnsupportedHeadError: over bytes, the rule reads heads.
-        InvalidInputError: over bytes, the gate is ``unsure``.
+        VocabularyMismatchError: if the tokenizers differ and ``config`` asks for tokens; or, over bytes, if a tokenizer
+            is not a fast one, alters texts, or cannot write every byte.
+        UnsupportedHeadError: if, over bytes, the rule reads heads.
+        InvalidInputError: if, over bytes, the gate is ``unsure``; or, over tokens, there are prefixes.
     """
     chosen = config.vocabulary == "auto"
     if config.vocabulary != "bytes":
@@ -78,11 +87,11 @@ def choose_vocabulary(
 
 
 def require_for_bytes(settings: Settings) -> None:
-    """Check that a rule and a gate can be used over bytes.
+    """Check that the rule and the gate of ``settings`` can be used over bytes.
 
     Raises:
-        UnsupportedHeadError: the rule reads heads.
-        InvalidInputError: the gate is ``unsure``.
+        UnsupportedHeadError: if the rule reads heads, as bytes have no rows of a softmax matrix.
+        InvalidInputError: if the gate is ``unsure``.
     """
     if isinstance(that_closes(settings.gate), Unsure):
         raise InvalidInputError(
