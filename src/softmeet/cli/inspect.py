@@ -1,4 +1,4 @@
-"""``softmeet inspect``: a text token by token, coloured by how far the members had to be corrected."""
+"""``softmeet inspect``: show a text token by token, coloured by how much the rule had to correct the members."""
 
 from __future__ import annotations
 
@@ -53,6 +53,13 @@ def inspect(
 
 
 def _facts(ensemble: Ensemble, text: str, reports: Sequence[TokenReport | GroupReport]) -> dict[str, Any]:
+    """Return the document of ``--json``: members, rule, gate, nats per token (over bytes, per byte) and all reports.
+
+    Args:
+        ensemble: the ensemble that predicted the text.
+        text: the text.
+        reports: of each token of the text but the first; over bytes, of each group of bytes.
+    """
     from softmeet.hf.calibrated import gate_of
 
     tokens = [report.spelled(ensemble.tokenizer) for report in reports]
@@ -68,6 +75,7 @@ def _facts(ensemble: Ensemble, text: str, reports: Sequence[TokenReport | GroupR
 
 
 def _show(facts: dict[str, Any]) -> None:
+    """Print the coloured text, and a table with a line for each token, on stdout."""
     from softmeet.hf.report import heat, shown
 
     console, line = Console(), Text(facts["first"])
@@ -99,7 +107,7 @@ def _show(facts: dict[str, Any]) -> None:
 
 
 def _page(facts: dict[str, Any]) -> str:
-    """Return the server's page, standing still: with its style, and the colours that Gradio brings there."""
+    """Return a self-contained HTML page of the text: what the server's page shows, without a server or a script."""
     from softmeet.server.ui_html import details_of, text_of
 
     rule, tokens = facts["rule"], facts["tokens"]

@@ -154,7 +154,7 @@ class _BatchLayer(DynamicLayer):
         return self.window.end - self.window.first
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return how many columns a mask has for a query of ``query_length`` tokens, and its first column."""
+        """Return (width, first column) of the attention mask for ``query_length`` new tokens; the first column is 0."""
         return self.get_seq_length() + query_length, 0
 
 

@@ -110,7 +110,7 @@ class Replica:
                 yield message
 
     def check_health(self) -> None:
-        """Raise InternalError where the batcher has ended: Ray then replaces this replica."""
+        """Raise InternalError if the batcher has ended. Ray calls it regularly, and then replaces this replica."""
         if not self._serving.batcher.alive:
             raise InternalError("the engine has ended")
 

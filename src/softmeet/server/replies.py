@@ -119,6 +119,12 @@ class Reply(ABC):
         return {"members": list(how.names), **shown, "seed": self.asked.sampling.seed}
 
     def _choice(self, delta: ChoiceDelta, *, first: bool) -> dict[str, Any]:
+        """Return one choice as JSON: its content, ``finish_reason`` and, under ``softmeet``, reports and gate counts.
+
+        Args:
+            delta: new text and tokens of the choice, or, without streaming, the whole choice.
+            first: whether nothing of this choice was sent before.
+        """
         found: dict[str, Any] = {}
         tokens = [*(delta.scored or []), *delta.tokens]
         if reports := [t.report.spelled(self.asked.tokenizer) for t in tokens if t.report is not None]:
