@@ -21,7 +21,7 @@ from softmeet.cli.old_forms import warn
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
 
-# Bytes of the text for each token that is asked for, where members are combined over bytes.
+# For members combined over bytes, --tokens counts this many bytes as one token.
 _BYTES_PER_TOKEN = 4
 
 
@@ -235,9 +235,9 @@ def _costs(reader: Any, text: bytes, window: int) -> dict[str, float]:
         window: the number of bytes in a window, few enough for every member's context.
 
     Returns:
-        ``bits_per_byte``; ``own_tokens_per_byte``, of the text in the member's own tokenization;
-        ``tokens_run_per_byte``, which the member ran for it; ``dropped_per_byte``, the mass of tokenizations that were
-        not followed.
+        ``bits_per_byte``; ``own_tokens_per_byte``, the text's length in the member's own tokens;
+        ``tokens_run_per_byte``, the tokens that the member ran; ``dropped_per_byte``, the probability mass that was
+        estimated, since its tokenizations were not followed.
     """
     bits, costs = 0.0, {"own_tokens": 0.0, "tokens_run": 0.0, "dropped": 0.0}
     for start in range(0, len(text), window):

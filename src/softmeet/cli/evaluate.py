@@ -127,7 +127,7 @@ def show(facts: dict[str, Any]) -> None:
                 _against(name, row, facts["best_baseline"]),
             )  # fmt: skip
         table.add_section()
-    # Cells rather lose their padding than their ends.
+    # On a narrow terminal drop the cells' padding, rather than cut off their text.
     if console.measure(table, options=console.options.update(max_width=sys.maxsize)).maximum > console.width:
         table.padding = 0
     console.print(table)

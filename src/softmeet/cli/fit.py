@@ -80,7 +80,7 @@ def fit(
     from softmeet.evaluation.save import figures, save
 
     given = fitting.options()
-    # What is kept for other bands is of use for these.
+    # ``bands`` is no part of the key: pieces kept by a fit with other bands are used again.
     settings = {name: value for name, value in asdict(given).items() if name != "bands"} | {"threads": running.threads}
     positions, pinned = source.identified(ensemble, found)
     kept = PieceCache(result.resume, pinned | settings)
@@ -98,7 +98,7 @@ def fit(
     result.tell(facts, _show)
     try:
         save(ensemble, fitted, out)
-    finally:  # the figures may have room elsewhere
+    finally:  # even if saving fails, for example because that disk is full
         result.write(facts)
     if result.as_json != Path("-"):
         Console().print(f"saved in {out}", markup=False)

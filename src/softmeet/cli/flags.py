@@ -21,14 +21,14 @@ from softmeet.rules.registry import rule_names
 from softmeet.rules.settings import Settings, parse_rule
 
 C = TypeVar("C", bound=Callable[..., Any])
-# Only a fit finds values for these.
+# Settings without a flag: their values come from a fit.
 _WITHOUT_FLAG = ("bands", "rule_temperature")
 # Commands whose options took several values in a row before 0.2.
 _TOOK_SEVERAL = ("trace", "evaluate", "fit", "pretrained")
 
 
 class Command(TyperCommand):
-    """A command of typer's that also accepts older versions' spellings, and arranges ``--rule`` with ``--config``."""
+    """A typer command that accepts older versions' spellings, and in which ``--rule`` overrules ``--config``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Translate older spellings in the words of the command line to today's, and parse them.
@@ -71,9 +71,10 @@ def _on_command_line(ctx: Any, name: str) -> bool:
 def flags(*but: str, only: tuple[str, ...] = ()) -> Callable[[C], C]:
     """Return a decorator that gives a command its flags, in the form that typer reads.
 
-    A command gets a flag for each parameter declared with :func:`flag`, and ``--config``. A parameter whose type is a
-    dataclass is replaced with a flag for each of its fields, and is passed as an instance; ``**settings`` is replaced
-    with a flag for each field of :class:`softmeet.Settings` but those that only a fit finds.
+    A command gets a flag for each parameter declared with :func:`flag`, and ``--config``; parameters with an annotation
+    of typer's stay as they are. A parameter whose type is a dataclass is replaced with a flag for each of its fields,
+    and is passed as an instance; ``**settings`` is replaced with a flag for each field of :class:`softmeet.Settings`
+    but those that only a fit finds.
 
     Args:
         but: names of settings that get no flag.
@@ -125,8 +126,7 @@ def flag(default: Any, about: str, *names: str, shown: str | bool = True, **limi
         limits: ``min`` and ``max`` of a number, and any further keyword arguments of ``typer.Option``.
 
     Returns:
-        a dataclass field that holds the ``typer.Option`` in its metadata; the decorator :func:`flags` turns it into a
-            parameter.
+        a dataclass field that holds the ``typer.Option`` in its metadata; :func:`flags` makes a parameter of it.
     """
     return field(default=default, metadata={"option": typer.Option(*names, help=about, show_default=shown, **limits)})
 
@@ -184,7 +184,7 @@ def _read(name: str, value: Any) -> Any:
         raise InvalidInputError(
             f"expected {flag_of(name)} as numbers separated by commas, such as 0.3,0.7, got {value!r}"
         ) from None
-    # One trust serves all members; one weight is that of the only member.
+    # A single trust holds for all members; a single weight can only be a single member's, so it stays a list.
     return numbers[0] if len(numbers) == 1 and name == "trust" else numbers
 
 
@@ -212,7 +212,7 @@ def _values_of(path: Path, command: Any) -> dict[str, Any]:
     )
     if stray := sorted(values.keys() - known.keys()):
         raise unknown(f"{path}: softmeet {command.name} has no option {stray[0]}", stray[0], sorted(known))
-    # Lists of numbers may be written as YAML has them.
+    # Lists of numbers may also be YAML lists; the flag takes one text.
     numeric = {key for key in ("trust", "weights") if isinstance(values.get(key), list)}
     return values | {key: ",".join(map(str, values[key])) for key in numeric}
 

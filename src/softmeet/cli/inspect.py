@@ -45,7 +45,7 @@ def inspect(
         html.write_text(_page(facts), encoding="utf-8")
         options.err.print(f"written to {html}")
     if as_json:
-        # JSON has no infinity: null where nothing is known of the gap.
+        # JSON has no infinity: an unknown gap, which is infinite, becomes null.
         tokens = [t | {"gap": t["gap"] if math.isfinite(t["gap"]) else None} for t in facts["tokens"]]
         typer.echo(json.dumps(facts | {"tokens": tokens}, ensure_ascii=False, indent=2))
     elif html is None:
@@ -65,7 +65,7 @@ def _facts(ensemble: Ensemble, text: str, reports: Sequence[TokenReport | GroupR
     tokens = [report.spelled(ensemble.tokenizer) for report in reports]
     names = [options.short(name) for name in ensemble.names]
     config, over_bytes = ensemble.model.config, ensemble.model.over_bytes
-    # Over bytes the first characters are predicted, too.
+    # Over tokens the first token is not predicted, so it has no report; over bytes all characters are predicted.
     first = "" if over_bytes else str(ensemble.tokenizer.decode([ensemble.tokenizer(text)["input_ids"][0]]))
     count = len(text.encode()) if over_bytes else len(tokens)
     nats = -sum(token["log_prob"] for token in tokens) / count

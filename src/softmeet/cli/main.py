@@ -23,7 +23,8 @@ from softmeet.cli.study import study
 from softmeet.cli.trace import trace
 from softmeet.errors import SoftmeetError
 
-# Of mallopt(3), glibc: free memory at the end of the heap that is kept, and what comes from the heap at all.
+# Parameters of glibc's mallopt(3), and their values in bytes: how much free memory at the heap's end is kept, and up
+# to which size a block comes from the heap.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _KEPT, _LARGEST = 1 << 30, 32 << 20
 
@@ -81,7 +82,7 @@ def main() -> None:
         app()
     except SystemExit as end:
         if end.code == STOPPED:
-            # Threads may be amid products that nobody waits for, and Python would.
+            # A normal exit would wait for threads that are still computing, whose results nobody needs.
             sys.stdout.flush()
             os._exit(STOPPED)
         raise

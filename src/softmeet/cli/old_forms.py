@@ -17,9 +17,9 @@ from typing import Any
 
 from softmeet.errors import InvalidInputError
 
-# Options that are repeated, and what they are called today.
+# Options that may be repeated, also by their old names, and their names today.
 _LISTS = {"--members": "--member", "--rules": "--rule"} | {name: name for name in ("--member", "-m", "--text", "-t")}
-# Options of single rules that had flags of their own.
+# Options of a single rule that had flags of their own in older versions.
 _OF_RULES = ("metric", "slack", "vertex")
 
 

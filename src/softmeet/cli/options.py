@@ -156,7 +156,7 @@ class EngineFlags:
     gpus: float = flag(0.0, "Of each Ray worker: part of one, or a number to spread its members over.", min=0)
 
     def start(self, ensemble: Ensemble | None) -> Engine:
-        """Return the engine that the flags ask for, a context manager.
+        """Return the engine that the flags ask for: a context manager with a parallel ``map``.
 
         Args:
             ensemble: the ensemble that the work runs; None if it runs none.

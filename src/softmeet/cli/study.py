@@ -153,7 +153,7 @@ def _on_text(
             positions = tier.chosen(traced, settings.only)
         else:
             with options.err.status("running the members"):
-                # Twice what is needed: the positions that count are spread over them.
+                # Twice the positions needed; those that are scored are spread evenly over them.
                 each = -(-2 * settings.positions // len(documents))
                 positions = observe_text(ensemble, documents, bos=True, max_per_document=each, engine=engine)
         few = tier.spread(positions, settings.premise)

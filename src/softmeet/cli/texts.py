@@ -120,7 +120,7 @@ class SourceFlags(TextFlags):
         opened = Trace.open(self.trace)
         opened.require(ensemble)
         positions, left_out = opened.read_whole(options.say)
-        # Pieces are numbered over the positions that were read.
+        # Part of the key, since pieces are numbered by the positions that were read.
         damaged = {"shards left out": left_out} if left_out else {}
         return positions.take(slice(self.max_tokens)), {**pinned, "source": opened.key, **damaged}
 

@@ -133,7 +133,7 @@ async def _respond(request: Request, reply: Reply) -> Response:
         return _Events(_events(answer, reply), media_type="text/event-stream", headers=headers)
     choices = await unless_left(answer.whole(), request.receive)
     if choices is None:
-        return Response(status_code=499)  # nobody reads it
+        return Response(status_code=499)  # the client has left
     return Response(dumps(reply.document(choices, answer.completion_tokens)), media_type="application/json")
 
 

@@ -190,8 +190,9 @@ class MemberBatch:
         """Run the member on tokens that are new to it, of sequences outside the running batch, such as prompts.
 
         Args:
-            sequences: pairs of a sequence and this member's index in ``sequence.members``; at least one token of each
-                is new to the member. The sequence's trail at that index is brought up to date.
+            sequences: pairs of a sequence and this member's index i in ``sequence.members``; at least one token of each
+                is new to the member. ``sequence.trails[i]``, the tokens that the member has run with their keys and
+                values, is brought up to date.
             every: whether to run all tokens of a prompt that the member has not begun; else the states of those that
                 also begin an earlier prompt are taken from the cache.
 
@@ -219,7 +220,9 @@ class MemberBatch:
 
     @torch.inference_mode()
     def join(self, s: Sequence, i: int) -> None:
-        """Add a sequence to the running batch, as its last row; its trail's keys and values move to the batch.
+        """Add a sequence to the running batch, as its last row.
+
+        The keys and values in ``s.trails[i]`` move to the batch's buffers, and the trail is emptied.
 
         Args:
             s: the sequence; this member has run all of its tokens but the newest.
@@ -259,7 +262,7 @@ class MemberBatch:
         """Run the member on the newest token of every row.
 
         Returns:
-            (B, d), the last hidden states at these tokens, in the order of ``rows``.
+            (B, d), the last hidden states at these tokens, in the order of the B sequences in ``rows``.
         """
         w = self._window
         if w.end >= w.columns:

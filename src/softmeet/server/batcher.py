@@ -60,9 +60,9 @@ class Limits:
 class Batcher(threading.Thread):
     """The thread that owns a server's members and generates the tokens of all sequences, of any number of ensembles.
 
-    A member runs once in a step for all sequences that it takes part in, whatever their ensembles; sequences with equal
-    :class:`Combination` are then solved together. Sequences submitted before ``start()`` wait in the queue. To end the
-    thread, call :meth:`close` and then ``join()``.
+    In each step a member runs once for all sequences that it takes part in, whatever their ensembles; then the
+    sequences with equal :class:`Combination` are solved together, and each gets one token. Sequences submitted before
+    ``start()`` wait in the queue. To end the thread, call :meth:`close` and then ``join()``.
 
     Args:
         names: for each member, its name in messages; a member of several ensembles is named once.

@@ -44,6 +44,7 @@ class Served:
         """Return the members and settings that answer a request: the ensemble's own, with the request's changes.
 
         If a request names some of the members, their weights in the pool are scaled to the sum that all members' have.
+        A gate ``movement`` or ``auto`` that is not calibrated for these members and settings is left out.
 
         Args:
             asked: the changes, from the request's field ``softmeet``; fields that are None change nothing.

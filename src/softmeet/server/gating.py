@@ -67,8 +67,9 @@ class Gates:
     def ask(self, first: Mapping[Sequence, Float[Tensor, "1 d"]]) -> dict[Sequence, Hidden]:
         """Return every member's last hidden states at the newest token, for sequences under the gate ``unsure``.
 
-        Where the gate is open, the other members run the tokens that they have not run; where it is closed, zeros take
-        the place of their hidden states. Each sequence's ``asked`` and ``spent`` are set.
+        Where the gate is open, the other members run the tokens that they have not run; where it is closed they do not
+        run, and zeros stand for hidden states that are not known already. Each sequence's ``asked`` (whether they run)
+        and ``spent`` (its share of the seconds that this takes) are set.
 
         Args:
             first: for each sequence the first member's last hidden state at its newest token, (1, d_1).
@@ -120,11 +121,14 @@ class Gates:
 
 
 def joined(sequences: list[Sequence]) -> Deferral | None:
-    """Join what sequences of one combination have noted in ``asked``, in their order.
+    """Join the ``asked`` of sequences of one combination: for which of them all members run, not the first alone.
+
+    Args:
+        sequences: B sequences, each with ``asked`` as :meth:`Gates.ask` sets it.
 
     Returns:
-        a mask of the B sequences for which all members ran, (B,), with the first member's logits, (B, v), if every
-        sequence has them; None if the combination has no gate ``unsure``.
+        the mask of sequences for which all members run, (B,), with the first member's logits, (B, v), if every sequence
+        has them; None if the combination has no gate ``unsure``.
     """
     found = [s.asked for s in sequences if s.asked is not None]
     if not found:

@@ -30,7 +30,7 @@ from softmeet.server.security import Guard, Protection
 from softmeet.server.serving import ServerSettings, Serving
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-with warnings.catch_warnings():  # of its own imports
+with warnings.catch_warnings():  # Ray's imports warn
     warnings.simplefilter("ignore")
     from ray import serve
     from ray.serve.exceptions import DeploymentUnavailableError

@@ -51,6 +51,10 @@ class Reply(ABC):
     Args:
         asked: the checked request that is answered.
         body: the request as it was sent.
+
+    Attributes:
+        prefix: the beginning of an answer's ``id``.
+        kind, chunk_kind: the field ``object`` of a document and of a chunk.
     """
 
     prefix = kind = chunk_kind = ""

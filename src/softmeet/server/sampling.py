@@ -61,7 +61,7 @@ class RepeatPenalties(tf.LogitsProcessor):
 
         Args:
             input_ids: each row's tokens so far, prompt included.
-            scores: of the next token.
+            scores: each row's log-probabilities or scores of the next token, over v tokens.
         """
         new = input_ids[:, self._start :]
         counts = torch.zeros_like(scores).scatter_add(-1, new, torch.ones_like(new, dtype=scores.dtype))

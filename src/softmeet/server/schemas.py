@@ -104,7 +104,7 @@ class Message(_Strict):
     name: Word | None = None
 
     def plain(self) -> dict[str, str]:
-        """Return the message as chat templates know it, its text in one piece."""
+        """Return the message as a dict for chat templates: ``role``, ``content`` as one string, ``name`` if given."""
         parts = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": self.role, "content": parts} | ({"name": self.name} if self.name else {})
 

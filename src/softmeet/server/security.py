@@ -96,7 +96,7 @@ class Guard:
             # Close the connection: a part of the body may be unread, and would be taken for the next request.
             await error_response(error, {"Connection": "close"} | ask)(scope, receive, sending)
             return
-        except ClientDisconnect:  # before it had sent its request
+        except ClientDisconnect:  # the client left before its whole body had come
             return
         await self.app(scope, replay(body, receive), sending)
 

@@ -28,7 +28,7 @@ def resource(name: str) -> str:
 
 
 def _macros() -> Any:
-    """Compile the templates of ``tokens.html``, without its line ends and indents, which only make it legible."""
+    """Compile the templates of ``tokens.html``, without its line ends and indents, and return them as functions."""
     found = Environment(autoescape=False)  # noqa: S701 - the templates escape texts, names and messages with |e
     found.filters |= {"e": escape, "exp": math.exp, "finite": math.isfinite}
     found.filters |= {"heat": heat, "known_sum": known_sum, "shown": shown}
