@@ -107,7 +107,7 @@ def _show(facts: dict[str, Any]) -> None:
 
 
 def _page(facts: dict[str, Any]) -> str:
-    """Return a self-contained HTML page of the text: what the server's page shows, without a server or a script."""
+    """Return a self-contained HTML page of the text, as the server's page shows it but without a server or a script."""
     from softmeet.server.ui_html import details_of, text_of
 
     rule, tokens = facts["rule"], facts["tokens"]

@@ -73,7 +73,7 @@ def _repeated(option: str, value: str, count: int) -> list[str]:
 
     Args:
         option: the option as it was spelled.
-        value: the value; of ``--rules`` a list with commas, each part of which becomes a value.
+        value: the value; for ``--rules`` a list with commas, each part of which becomes a value.
         count: how many values of this option came directly before.
     """
     today = _LISTS[option]

@@ -46,7 +46,7 @@ class AccessFlags:
 
 @dataclass
 class LimitFlags:
-    """Flags that limit the server's work: what runs and waits at once, and what one request may ask for."""
+    """Flags that limit the server's work: the sequences that run and wait, and the size of one request."""
 
     batch: int = flag(64, "Sequences that run at once.", min=1)
     queue: int = flag(256, "Sequences that may wait; past it requests get 429.", min=0)

@@ -296,8 +296,8 @@ class Batcher(threading.Thread):
     def _give(self, s: Sequence, token: Token) -> None:
         """Append a drawn token to its sequence and emit it; end the sequence at an end-of-text token or at its limit.
 
-        A sequence that goes on after its first token becomes a row of its members' batches. If the limit is 0 tokens
-        the draw is dropped.
+        A sequence that does not end with its first token becomes a row of its members' batches then. If the limit is 0
+        tokens the draw is dropped.
         """
         if s.drawn < s.max_tokens:
             s.tokens.append(token.token)

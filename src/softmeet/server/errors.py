@@ -45,7 +45,7 @@ class RequestError(SoftmeetError):
     """Raised if a request is invalid or asks for something that the server does not offer.
 
     Args:
-        message: what was expected, what came, and what to do; sent to the client.
+        message: the expectation, the value that came, and advice; it is sent to the client.
         status: the HTTP status of the response, from 400 to 499.
         param: the name of the request's field at fault; None if there is no such field.
         code: a machine-readable word for the kind of error, such as ``model_not_found``; None for none.

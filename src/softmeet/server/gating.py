@@ -41,7 +41,7 @@ class Gates:
         self._savings: dict[tuple[Any, ...], Savings] = defaultdict(Savings)
 
     def over_prompt(self, sequence: Sequence, hidden: Hidden) -> tuple[Hidden, Deferral | None]:
-        """Complete the hidden states over a prompt whose tokens are to be scored, with those of members behind a gate.
+        """Return every member's hidden states over a prompt to be scored, given those of the members before the gate.
 
         If the gate ``unsure`` is open at any of the prompt's t tokens, the other members run the whole prompt; if it is
         closed at all of them, zeros take the place of their hidden states.

@@ -1,7 +1,7 @@
 """The server as a Ray Serve application: replicas that each hold the ensembles, behind a front without models.
 
 The front takes every request, passes it to the replica with the fewest running, and hands the answer back. Ray restarts
-a replica that dies; its unfinished answers end with an error object, and those of other replicas continue.
+a replica that dies; its unfinished answers end with an error object, and answers of other replicas continue.
 
 ``serve run softmeet.server.replicas:app ensembles=wide replicas=2`` runs it on a cluster, as does ``softmeet serve
 --engine ray``.
@@ -159,10 +159,11 @@ def _front(protection: Protection) -> Callable[[], ASGIApp]:
 class Arguments(Scale):
     """The arguments of ``serve run softmeet.server.replicas:app``, given as ``name=value``.
 
-    Without ``keys`` the application answers everybody who can reach it.
+    Without ``keys`` the application answers everybody who can reach it. The fields of :class:`Scale` are arguments as
+    well.
 
     Args:
-        ensembles: what to serve: saved ensembles or bundled families, each as PATH or NAME=PATH, separated by spaces.
+        ensembles: saved ensembles or bundled families to serve, each as PATH or NAME=PATH, separated by spaces.
         rule: the rule of all ensembles, with options, as ``--rule`` of ``softmeet serve``; None for each ensemble's
             own.
         device: the place of all members; None for CPU.

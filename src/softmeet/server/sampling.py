@@ -21,7 +21,7 @@ class Sampling:
     """The options by which a request's tokens are drawn; the defaults draw from the ensemble's distribution unchanged.
 
     Args:
-        seed: of the request; each sequence's random generator is made of it and the sequence's number.
+        seed: the request's; sequence k of the request draws from a random generator seeded with (seed, k).
         temperature: divides the scores; below 10⁻⁴ the token with the largest score is taken.
         top_k: how many of the most probable tokens stay possible; 0 for all.
         top_p: only the most probable tokens stay possible, as few as have this share of the probability together.
@@ -73,7 +73,7 @@ class Sampler:
 
     Args:
         sampling: the request's options.
-        key: the sequence's number within its request; the generator is made of the seed and this number.
+        key: the sequence's number within its request; the random generator is seeded with (seed, key).
         prompt_length: the number of prompt tokens, which presence and frequency penalties do not count.
 
     Attributes:

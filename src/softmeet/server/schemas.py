@@ -32,7 +32,7 @@ class _Strict(BaseModel):
 
 
 class Extension(_Strict):
-    """softmeet's own fields: how the members are combined, what is reported, and more options of sampling.
+    """softmeet's own fields: how the members are combined, how much is reported, and more options of sampling.
 
     Without rule, trust, weights, pool, members or gate the ensemble's own are used; without report nothing is reported.
     """
@@ -140,7 +140,7 @@ _REFUSED = {
 
 
 def refusal(errors: Sequence[Any]) -> RequestError:
-    """Return the error that names the first invalid field of a request and what is wrong, without the field's content.
+    """Return an error that names the first invalid field of a request and its fault, but not the field's content.
 
     Args:
         errors: the errors that pydantic's ``ValidationError.errors()`` lists for the request; at least one.

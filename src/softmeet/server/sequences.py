@@ -154,7 +154,7 @@ class Sequence:
     Args:
         request: the request that it is part of.
         prompt: the prompt's token ids, at least one.
-        key: the sequence's number within its request; its random generator is made of the request's seed and this.
+        key: the sequence's number within its request; its random generator is seeded with (the request's seed, key).
         emit: called on the batcher's thread with every event of the sequence; it must not block.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""HTML for the page at /ui and ``softmeet inspect --html``: a text of coloured tokens, and what is behind a token."""
+"""HTML for the page at /ui and ``softmeet inspect --html``: a text of coloured tokens, and the details of a token."""
 
 from __future__ import annotations
 
