@@ -1,1 +1,1 @@
-"""The command line: thin, one file per command."""
+"""The command line: a file for each command, a thin layer over the library."""

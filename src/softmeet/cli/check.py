@@ -1,4 +1,4 @@
-"""``softmeet check``: what kind of ensemble some members make, before any is generated from."""
+"""``softmeet check``: compare members' vocabularies, heads and memory before anything is generated."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from softmeet.cli.old_forms import warn
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
 
-# Bytes of the text for each token that is asked for, where members are combined over bytes.
+# For members combined over bytes, --tokens counts this many bytes as one token.
 _BYTES_PER_TOKEN = 4
 
 
@@ -65,7 +65,14 @@ def check(
 
 
 def _facts(ensemble: Ensemble, text: str | None, tokens: int, sampled: int) -> dict[str, Any]:
-    """Compare heads and, on a text or on sampled tokens, say how far ``meet`` moves the pool."""
+    """Return what :func:`_heads` says, with each member's premise score, how far ``meet`` moves the pool, and advice.
+
+    Args:
+        ensemble: over tokens.
+        text: a text for the premise scores and the movement; None for no scores, and movement on sampled tokens.
+        tokens: the most tokens of the text that are read.
+        sampled: without a text, how many tokens the ensemble samples for the movement; 0 for no movement.
+    """
     with options.err.status("comparing heads"):
         facts = _heads(ensemble)
     if text is not None:
@@ -82,6 +89,7 @@ def _facts(ensemble: Ensemble, text: str | None, tokens: int, sampled: int) -> d
 
 
 def _movement(ensemble: Ensemble, text: str | None, tokens: int, sampled: int) -> dict[str, Any]:
+    """Return figures of how far ``meet`` moves the pool, on a text or on ``sampled`` tokens of the ensemble's own."""
     import torch
 
     from softmeet.hf.calibrated import moved, own_text
@@ -95,6 +103,7 @@ def _movement(ensemble: Ensemble, text: str | None, tokens: int, sampled: int) -
 
 
 def _heads(ensemble: Ensemble) -> dict[str, Any]:
+    """Return each member's head, the principal angles between any two heads, and the solver's memory per row."""
     from softmeet.hf.plan import solver_bytes
     from softmeet.members.heads import principal_cosines, same_column_space
 
@@ -137,7 +146,7 @@ def _heads(ensemble: Ensemble) -> dict[str, Any]:
 
 
 def _advice(facts: dict[str, Any]) -> str:
-    """Say in one sentence which rule suits the members."""
+    """Return one sentence on which rule suits the members, judged by :func:`_facts`."""
     members, pairs = facts["members"], facts["pairs"]
     if len(members) == 1:
         return "One member: every rule returns its own distribution."
@@ -157,6 +166,7 @@ def _advice(facts: dict[str, Any]) -> str:
 
 
 def _show(facts: dict[str, Any]) -> None:
+    """Print the facts of an ensemble over tokens as tables and sentences."""
     console = Console()
     columns = ["member", "rows", "width", "rank", "bias", "soft-cap", "MB"]
     if tested := "premise" in facts["members"][0]:
@@ -185,7 +195,13 @@ def _show(facts: dict[str, Any]) -> None:
 
 
 def _facts_over_bytes(ensemble: Ensemble, text: str | None, tokens: int) -> dict[str, Any]:
-    """Compare the tokens of members with different tokenizers and, on a text, how they cut it and what it costs."""
+    """Return facts about members with different tokenizers: the tokens that they share, and how they read a text.
+
+    Args:
+        ensemble: over bytes.
+        text: a text, for shared token boundaries, bits and work per byte; None for none.
+        tokens: a quarter of the most bytes of the text that are read.
+    """
     from softmeet.members.spelling import shared_boundaries, shared_words
 
     model: Any = ensemble.model
@@ -211,7 +227,18 @@ def _facts_over_bytes(ensemble: Ensemble, text: str | None, tokens: int) -> dict
 
 
 def _costs(reader: Any, text: bytes, window: int) -> dict[str, float]:
-    """Return one member's bits and work per byte of a text, which it reads in windows that fit every context."""
+    """Return one member's cross-entropy in bits, and its work, per byte of a text that it reads in windows.
+
+    Args:
+        reader: reads the member byte by byte.
+        text: the text, of at least one byte.
+        window: the number of bytes in a window, few enough for every member's context.
+
+    Returns:
+        ``bits_per_byte``; ``own_tokens_per_byte``, the text's length in the member's own tokens;
+        ``tokens_run_per_byte``, the tokens that the member ran; ``dropped_per_byte``, the probability mass that was
+        estimated, since its tokenizations were not followed.
+    """
     bits, costs = 0.0, {"own_tokens": 0.0, "tokens_run": 0.0, "dropped": 0.0}
     for start in range(0, len(text), window):
         piece = text[start : start + window]
@@ -224,6 +251,7 @@ def _costs(reader: Any, text: bytes, window: int) -> dict[str, float]:
 
 
 def _show_over_bytes(facts: dict[str, Any]) -> None:
+    """Print the facts of an ensemble over bytes as tables and sentences."""
     console, columns = Console(), ["member", "tokens", "width", "MB"]
     if read := "bits_per_byte" in facts["members"][0]:
         columns += ["bits/B", "own tokens/B", "run/B", "estimated/B"]
@@ -246,7 +274,14 @@ def _show_over_bytes(facts: dict[str, Any]) -> None:
 
 
 def _plan(members: list[str], batch: int, context: int | None, loading: options.LoadingFlags) -> dict[str, Any]:
-    """Say what goes where, for some members or for a saved ensemble's."""
+    """Return which weights, caches and buffers go on which device, and their sizes in bytes, without loading weights.
+
+    Args:
+        members: the members' names, or one saved ensemble or bundled family.
+        batch: the number of sequences at once.
+        context: the number of tokens of each; None for the shortest context.
+        loading: the flags for dtype and devices.
+    """
     with options.err.status("reading configurations"):
         from softmeet.ensemble import member_names
         from softmeet.hf.plan import plan
@@ -258,6 +293,7 @@ def _plan(members: list[str], batch: int, context: int | None, loading: options.
 
 
 def _show_plan(facts: dict[str, Any]) -> None:
+    """Print a plan as a table, with sizes in MB."""
     title = (
         f"{facts['batch']} sequences of {facts['context']:,} tokens; {facts['rows_at_once']} positions solved at once"
     )

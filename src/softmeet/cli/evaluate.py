@@ -1,4 +1,4 @@
-"""``softmeet evaluate``: how well rules predict a text, beside every member and the averages."""
+"""``softmeet evaluate``: measure how well rules predict a text, beside every member and the averages."""
 
 from __future__ import annotations
 
@@ -85,10 +85,14 @@ def evaluate(
 
 
 def _require_once(rules: list[str], settings: dict[str, Any]) -> None:
-    """Check, before anything is loaded, that rules can be read and that no rule names a setting that a flag names.
+    """Check, before anything is loaded, that each rule can be parsed, and names no setting that a flag names as well.
+
+    Args:
+        rules: the values of ``--rule``.
+        settings: values of settings' flags by name; None if the flag was not given.
 
     Raises:
-        InvalidInputError: one does, or cannot be read.
+        InvalidInputError: if a rule cannot be parsed, or a setting is named twice.
     """
     from softmeet.evaluation.choices import without_prompt
 
@@ -100,7 +104,11 @@ def _require_once(rules: list[str], settings: dict[str, Any]) -> None:
 
 
 def show(facts: dict[str, Any]) -> None:
-    """Print figures as a table on the terminal."""
+    """Print an evaluation's figures on stdout: a table with a line for each member and rule, and notes on rules.
+
+    Args:
+        facts: the figures, as :func:`softmeet.evaluation.report.summary` returns them.
+    """
     console, unit = Console(), facts["vocabulary"]
     spread = f"{facts['clusters']['count']} {facts['clusters']['kind']}"
     table = Table(title=f"{facts['tokens']:,} {unit}; intervals by {spread}")
@@ -119,7 +127,7 @@ def show(facts: dict[str, Any]) -> None:
                 _against(name, row, facts["best_baseline"]),
             )  # fmt: skip
         table.add_section()
-    # Cells rather lose their padding than their ends.
+    # On a narrow terminal drop the cells' padding, rather than cut off their text.
     if console.measure(table, options=console.options.update(max_width=sys.maxsize)).maximum > console.width:
         table.padding = 0
     console.print(table)
@@ -133,10 +141,12 @@ def show(facts: dict[str, Any]) -> None:
 
 
 def _number(x: float, form: str) -> str:
+    """Return a number in a format such as ``.4f``, with ∞ for infinity."""
     return format(x, form).replace("inf", "∞")
 
 
 def _against(name: str, row: dict[str, Any], best: str) -> str:
+    """Return a row's difference from the best baseline, with half its 95 % interval, as a table's cell."""
     if name == best:
         return "is it"
     if "vs" not in row:
@@ -147,6 +157,7 @@ def _against(name: str, row: dict[str, Any], best: str) -> str:
 
 
 def _notes(row: dict[str, Any]) -> list[str]:
+    """Return sentences on a rule's fallbacks, on rows not converged and on how far it moved the pool; perhaps none."""
     notes = [f"{row['fallbacks']:,} by meet"] if row["fallbacks"] else []
     notes += [f"{row['unconverged']:,} not converged"] if row["unconverged"] else []
     return [", ".join(notes)] * bool(notes) + ([row["movement"]["says"]] if "movement" in row else [])

@@ -1,4 +1,4 @@
-"""``softmeet fit``: weights, temperature and trusts from a text, and an ensemble that is never worse than averaging."""
+"""``softmeet fit``: learn weights, temperature and trusts from a text, and save the ensemble that is best."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class FitFlags:
-    """Flags that say what a fit tries, and on how much of the text."""
+    """Flags for the candidates of a fit, and for how much of the text each stage uses."""
 
     rules: list[str] | None = flag(
         None,
@@ -44,7 +44,7 @@ class FitFlags:
     judge_tokens: int | None = flag(None, "Of the part to judge by, at most.", min=1, shown="all")
 
     def options(self) -> Options:
-        """Return the flags as :func:`softmeet.evaluation.fit.fit` takes them."""
+        """Return the flags as the options that :func:`softmeet.evaluation.fit.fit` takes."""
         from softmeet.evaluation.fit import Options
 
         renamed = {name.replace("_tokens", "_positions"): value for name, value in vars(self).items()}
@@ -80,7 +80,7 @@ def fit(
     from softmeet.evaluation.save import figures, save
 
     given = fitting.options()
-    # What is kept for other bands is of use for these.
+    # ``bands`` is no part of the key: pieces kept by a fit with other bands are used again.
     settings = {name: value for name, value in asdict(given).items() if name != "bands"} | {"threads": running.threads}
     positions, pinned = source.identified(ensemble, found)
     kept = PieceCache(result.resume, pinned | settings)
@@ -98,13 +98,14 @@ def fit(
     result.tell(facts, _show)
     try:
         save(ensemble, fitted, out)
-    finally:  # the figures may have room elsewhere
+    finally:  # even if saving fails, for example because that disk is full
         result.write(facts)
     if result.as_json != Path("-"):
         Console().print(f"saved in {out}", markup=False)
 
 
 def _show(facts: dict[str, Any]) -> None:
+    """Print a fit's figures on stdout: a table with a line for each candidate, and the verdict."""
     from softmeet.evaluation.save import verdict
 
     sizes = ", ".join(f"{part['tokens']:,} to {name}" for name, part in facts["splits"].items())

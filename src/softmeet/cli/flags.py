@@ -1,4 +1,4 @@
-"""The flags of a command, and configuration files that give their values (``--config``, ``softmeet config``)."""
+"""How commands get their flags, and configuration files with values for them (``--config``, ``softmeet config``)."""
 
 from __future__ import annotations
 
@@ -21,23 +21,35 @@ from softmeet.rules.registry import rule_names
 from softmeet.rules.settings import Settings, parse_rule
 
 C = TypeVar("C", bound=Callable[..., Any])
-# Only a fit finds values for these.
+# Settings without a flag: their values come from a fit.
 _WITHOUT_FLAG = ("bands", "rule_temperature")
 # Commands whose options took several values in a row before 0.2.
 _TOOK_SEVERAL = ("trace", "evaluate", "fit", "pretrained")
 
 
 class Command(TyperCommand):
-    """A command that reads the spellings of older versions, and lets a rule overrule a configuration file."""
+    """A typer command that accepts older versions' spellings, and in which ``--rule`` overrules ``--config``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Translate older spellings to today's, then parse; the word after an option's value may be an argument."""
+        """Translate older spellings in the words of the command line to today's, and parse them.
+
+        Args:
+            ctx: click's context of the command.
+            args: the words after the command's name.
+
+        Returns:
+            the words that are left over, as click's method returns them.
+        """
         has_arguments = any(p.param_type_name == "argument" for p in self.params)
         several = self.name in _TOOK_SEVERAL and not (has_arguments and args[:1] and args[0].startswith("-"))
         return super().parse_args(ctx, modern_words(args, several=several))
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; settings inside ``--rule`` on the command line win over a configuration file's."""
+        """Run the command, after dropping a configuration file's values for settings that ``--rule`` itself names.
+
+        This holds for a ``--rule NAME:setting=value`` on the command line, which would else conflict with the file's
+        value.
+        """
         rule = ctx.params.get("rule")
         if isinstance(rule, str) and ":" in rule and _on_command_line(ctx, "rule"):
             for name in parse_rule(rule)[1]:
@@ -46,26 +58,30 @@ class Command(TyperCommand):
         return super().invoke(ctx)
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """Return the parts of the usage line, with arguments before options, as in the examples."""
+        """Return the parts of the usage line in help, with arguments before ``[OPTIONS]``."""
         options, *arguments = super().collect_usage_pieces(ctx)
         return [*arguments, options]
 
 
 def _on_command_line(ctx: Any, name: str) -> bool:
+    """Return whether a parameter's value was given on the command line, not by a file or a default."""
     return getattr(ctx.get_parameter_source(name), "name", None) == "COMMANDLINE"
 
 
 def flags(*but: str, only: tuple[str, ...] = ()) -> Callable[[C], C]:
-    """Give a command its flags: those that :func:`flag` declares, one for each setting of an ensemble, ``--config``.
+    """Return a decorator that gives a command its flags, in the form that typer reads.
 
-    Parameters whose type is a dataclass stand for the fields of that dataclass, and ``**settings`` for the settings.
+    A command gets a flag for each parameter declared with :func:`flag`, and ``--config``; parameters with an annotation
+    of typer's stay as they are. A parameter whose type is a dataclass is replaced with a flag for each of its fields,
+    and is passed as an instance; ``**settings`` is replaced with a flag for each field of :class:`softmeet.Settings`
+    but those that only a fit finds.
 
     Args:
         but: names of settings that get no flag.
-        only: names of the settings that get one; all if empty.
+        only: the names of the settings that get a flag; if empty, all but ``but``.
 
     Returns:
-        A decorator for the command's function.
+        a decorator of the command's function.
     """
 
     def decorated(command: C) -> C:
@@ -103,26 +119,27 @@ def flag(default: Any, about: str, *names: str, shown: str | bool = True, **limi
     """Declare a flag, as the default of a command's parameter or of a dataclass's field.
 
     Args:
-        default: the value where the flag is not given.
+        default: the value if the flag is not given.
         about: one line of help.
-        names: how the flag is spelled, if not as the parameter or field.
-        shown: the default as help shows it; False hides it.
-        limits: ``min`` and ``max`` of a number, and what else a typer.Option takes.
+        names: the flag's spellings, such as ``"--text", "-t"``; by default the parameter's name, as typer spells it.
+        shown: the default as help shows it; True for the value itself, False for none.
+        limits: ``min`` and ``max`` of a number, and any further keyword arguments of ``typer.Option``.
 
     Returns:
-        A field for dataclasses; :func:`flags` reads it.
+        a dataclass field that holds the ``typer.Option`` in its metadata; :func:`flags` makes a parameter of it.
     """
     return field(default=default, metadata={"option": typer.Option(*names, help=about, show_default=shown, **limits)})
 
 
 def _parameter(name: str, kind: Any, default: Any) -> inspect.Parameter:
+    """Return a keyword-only parameter for typer, from a default that :func:`flag` made or any other."""
     if isinstance(default, Field):
         kind, default = Annotated[kind, default.metadata["option"]], default.default
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
 
 
 def _setting(name: str) -> inspect.Parameter:
-    """Make a setting's parameter: a number, a switch, or a text that :func:`checked_settings` reads."""
+    """Return the parameter for a setting's flag: a number, a switch, or a text that :func:`checked_settings` reads."""
     setting = Settings.model_fields[name]
     kinds = [kind for kind in (bool, int, float) if takes(setting, kind) and not takes(setting, tuple)]
     about = f" Rules: {', '.join(rule_names())}." if name == "rule" else ""
@@ -132,21 +149,22 @@ def _setting(name: str) -> inspect.Parameter:
 
 
 def flag_of(name: str) -> str:
-    """Return how a setting's flag is spelled: ``max_steps`` → ``--max-steps``."""
+    """Return the spelling of a setting's flag: ``--max-steps`` for ``max_steps``."""
     return f"--{name.replace('_', '-')}"
 
 
 def checked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the values of settings' flags, and refuse what no ensemble takes, before anything is loaded.
+    """Read the values of settings' flags, and check them before anything is loaded.
 
     Args:
-        settings: values by name, as typer parses them; None where a flag was not given.
+        settings: each setting's value as typer parsed it, by name; None if its flag was not given.
 
     Returns:
-        Those that were given, lists of numbers as lists of floats.
+        the settings that were given, by name; lists of numbers, such as ``0.3,0.7`` for ``weights``, as lists of
+        floats.
 
     Raises:
-        InvalidInputError: a value is unusable, or a setting is named twice.
+        InvalidInputError: if a value is invalid, or a setting is named both by its flag and in ``--rule``.
     """
     given = {name: _read(name, value) for name, value in settings.items() if value is not None}
     Settings.of(given)
@@ -154,7 +172,10 @@ def checked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read(name: str, value: Any) -> Any:
-    """Split lists of numbers at commas: ``0.3`` → 0.3, ``0.3,1,inf`` → [0.3, 1, inf]."""
+    """Return a setting's value with numbers separated by commas as floats: ``0.3,1,inf`` → [0.3, 1, inf].
+
+    A single number stays a number for ``trust`` (``0.3`` → 0.3), and becomes a list for ``weights``.
+    """
     if not isinstance(value, str) or not takes(Settings.model_fields[name], tuple):
         return value
     try:
@@ -163,12 +184,12 @@ def _read(name: str, value: Any) -> Any:
         raise InvalidInputError(
             f"expected {flag_of(name)} as numbers separated by commas, such as 0.3,0.7, got {value!r}"
         ) from None
-    # One trust serves all members; one weight is that of the only member.
+    # A single trust holds for all members; a single weight can only be a single member's, so it stays a list.
     return numbers[0] if len(numbers) == 1 and name == "trust" else numbers
 
 
 def _apply(context: typer.Context, parameter: Any, path: Path | None) -> Path | None:
-    """Make a file's values the defaults of the command's own options; the callback of ``--config``."""
+    """Make a file's values the defaults of the command's options; this is typer's callback of ``--config``."""
     if path is not None:
         known = _parameters(context.command)
         values = {known[name]: value for name, value in _values_of(path, context.command).items()}
@@ -177,7 +198,11 @@ def _apply(context: typer.Context, parameter: Any, path: Path | None) -> Path | 
 
 
 def _values_of(path: Path, command: Any) -> dict[str, Any]:
-    """Read the options that a file gives, under the names that the file has for them."""
+    """Return the values that a YAML file gives to a command's options, by the flags' names with underscores.
+
+    Raises:
+        InvalidInputError: if the file holds no map, or names an option that the command lacks.
+    """
     found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     if not isinstance(found, dict):
         raise InvalidInputError(f"{path}: expected option names and values, such as 'rule: meet', got {found!r}")
@@ -187,7 +212,7 @@ def _values_of(path: Path, command: Any) -> dict[str, Any]:
     )
     if stray := sorted(values.keys() - known.keys()):
         raise unknown(f"{path}: softmeet {command.name} has no option {stray[0]}", stray[0], sorted(known))
-    # Lists of numbers may be written as YAML has them.
+    # Lists of numbers may also be YAML lists; the flag takes one text.
     numeric = {key for key in ("trust", "weights") if isinstance(values.get(key), list)}
     return values | {key: ",".join(map(str, values[key])) for key in numeric}
 

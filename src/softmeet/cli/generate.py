@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class SamplingFlags:
-    """Flags that say how tokens are drawn, under transformers' names."""
+    """Flags for how tokens are drawn, named as in transformers."""
 
     max_new_tokens: int = flag(100, "Tokens to add to each prompt, at most.", min=1)
     do_sample: bool = flag(True, "Sample; else take the most probable token.")
@@ -36,7 +36,10 @@ class SamplingFlags:
     repetition_penalty: float | None = flag(None, "Divide the scores of tokens that came before by this.")
 
     def arguments(self) -> dict[str, Any]:
-        """Return arguments of ``Ensemble.generate``; what shapes sampling is left out where nothing is sampled."""
+        """Return the flags that are set as keyword arguments of ``Ensemble.generate``.
+
+        Without ``do_sample``, temperature, top-k, top-p and min-p are left out.
+        """
         unused = () if self.do_sample else ("temperature", "top_k", "top_p", "min_p")
         return {name: value for name, value in vars(self).items() if value is not None and name not in unused}
 
@@ -91,9 +94,14 @@ def generate(
 def _facts(
     ensemble: Ensemble, recorder: Recorder, seconds: float, weights: list[list[float]] | None, before: list[Work]
 ) -> dict[str, Any]:
-    """Sum up a run: what each member is and, over bytes, cost since ``before``; and what the rule did.
+    """Return a run's figures: each member's, the rule's, the gate's, and the speed, as JSON has them.
 
-    ``weights`` are those of each prompt, if it had its own; a member's weight is then their mean.
+    Args:
+        ensemble: the ensemble that generated.
+        recorder: was passed to ``generate``, and has summed over all tokens (over bytes, all bytes).
+        seconds: the time that generation took.
+        weights: each prompt's own weights of the members, whose mean is then shown; None if all used the ensemble's.
+        before: over bytes, each member's work before the run, which is subtracted.
     """
     from softmeet.hf.calibrated import gate_of
 
@@ -128,6 +136,7 @@ def _facts(
 
 
 def _show_over_bytes(facts: dict[str, Any]) -> None:
+    """Print a summary on stderr of a run of an ensemble over bytes."""
     columns = ("member", "weight", "disagreement (nats/byte)", "forward steps a byte", "tokens run a byte", "dropped")
     table = Table(*columns, title=f"rule: {facts['rule']}, over bytes")
     for m in facts["members"]:
@@ -138,6 +147,7 @@ def _show_over_bytes(facts: dict[str, Any]) -> None:
 
 
 def _show(facts: dict[str, Any]) -> None:
+    """Print a summary on stderr of a run of an ensemble over tokens."""
     columns = ("member", "head width", "weight", "trust", "disagreement (nats/token)")
     table = Table(*columns, title=f"rule: {facts['rule']}")
     for m in facts["members"]:

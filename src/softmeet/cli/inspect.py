@@ -1,4 +1,4 @@
-"""``softmeet inspect``: a text token by token, coloured by how far the members had to be corrected."""
+"""``softmeet inspect``: show a text token by token, coloured by how much the rule had to correct the members."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def inspect(
         html.write_text(_page(facts), encoding="utf-8")
         options.err.print(f"written to {html}")
     if as_json:
-        # JSON has no infinity: null where nothing is known of the gap.
+        # JSON has no infinity: an unknown gap, which is infinite, becomes null.
         tokens = [t | {"gap": t["gap"] if math.isfinite(t["gap"]) else None} for t in facts["tokens"]]
         typer.echo(json.dumps(facts | {"tokens": tokens}, ensure_ascii=False, indent=2))
     elif html is None:
@@ -53,12 +53,19 @@ def inspect(
 
 
 def _facts(ensemble: Ensemble, text: str, reports: Sequence[TokenReport | GroupReport]) -> dict[str, Any]:
+    """Return the document of ``--json``: members, rule, gate, nats per token (over bytes, per byte) and all reports.
+
+    Args:
+        ensemble: the ensemble that predicted the text.
+        text: the text.
+        reports: of each token of the text but the first; over bytes, of each group of bytes.
+    """
     from softmeet.hf.calibrated import gate_of
 
     tokens = [report.spelled(ensemble.tokenizer) for report in reports]
     names = [options.short(name) for name in ensemble.names]
     config, over_bytes = ensemble.model.config, ensemble.model.over_bytes
-    # Over bytes the first characters are predicted, too.
+    # Over tokens the first token is not predicted, so it has no report; over bytes all characters are predicted.
     first = "" if over_bytes else str(ensemble.tokenizer.decode([ensemble.tokenizer(text)["input_ids"][0]]))
     count = len(text.encode()) if over_bytes else len(tokens)
     nats = -sum(token["log_prob"] for token in tokens) / count
@@ -68,6 +75,7 @@ def _facts(ensemble: Ensemble, text: str, reports: Sequence[TokenReport | GroupR
 
 
 def _show(facts: dict[str, Any]) -> None:
+    """Print the coloured text, and a table with a line for each token, on stdout."""
     from softmeet.hf.report import heat, shown
 
     console, line = Console(), Text(facts["first"])
@@ -99,7 +107,7 @@ def _show(facts: dict[str, Any]) -> None:
 
 
 def _page(facts: dict[str, Any]) -> str:
-    """Return the server's page, standing still: with its style, and the colours that Gradio brings there."""
+    """Return a self-contained HTML page of the text, as the server's page shows it but without a server or a script."""
     from softmeet.server.ui_html import details_of, text_of
 
     rule, tokens = facts["rule"], facts["tokens"]

@@ -1,4 +1,4 @@
-"""``softmeet``: the entry point; turns errors into one line and an exit code."""
+"""``softmeet``, the entry point: it runs the commands, and turns errors into one line on stderr and an exit code."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from softmeet.cli.study import study
 from softmeet.cli.trace import trace
 from softmeet.errors import SoftmeetError
 
-# Of mallopt(3), glibc: free memory at the end of the heap that is kept, and what comes from the heap at all.
+# Parameters of glibc's mallopt(3), and their values in bytes: how much free memory at the heap's end is kept, and up
+# to which size a block comes from the heap.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _KEPT, _LARGEST = 1 << 30, 32 << 20
 
@@ -40,6 +41,7 @@ app.add_typer(study, name="study")
 
 
 def _version(wanted: bool) -> None:
+    """Print the version and exit, if ``--version`` was given."""
     if wanted:
         typer.echo(f"softmeet {__version__}")
         raise typer.Exit
@@ -55,10 +57,10 @@ def _root(
 
 
 def keep_freed_memory() -> None:
-    """Have freed memory used again at once instead of handed back to the system.
+    """Tell the C library to keep freed memory for later use instead of returning it to the operating system.
 
-    Vectors over a large vocabulary come and go by the thousand, and fresh pages for each take longer than the
-    arithmetic. Does nothing where the C library has no such settings.
+    Combining makes and frees vectors over the vocabulary by the thousand; getting fresh pages for each takes longer
+    than the arithmetic. Without glibc's ``mallopt`` nothing is done.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -69,14 +71,18 @@ def keep_freed_memory() -> None:
 
 
 def main() -> None:
-    """Run the command line; exit code 2 and one line on stderr for anything that the user can put right."""
+    """Run the command line.
+
+    Exit with code 2 and one line on stderr after an error that the user can correct (SoftmeetError, ValueError or
+    OSError), with 130 after Ctrl-C, and with 0 if the reader of stdout has gone. Other exceptions are raised.
+    """
     keep_freed_memory()
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         app()
     except SystemExit as end:
         if end.code == STOPPED:
-            # Threads may be amid products that nobody waits for, and Python would.
+            # A normal exit would wait for threads that are still computing, whose results nobody needs.
             sys.stdout.flush()
             os._exit(STOPPED)
         raise

@@ -1,4 +1,4 @@
-"""Spellings of older versions, read as today's with a warning; they end with 0.3.0.
+"""Spellings of older versions, which are accepted with a warning and end with version 0.3.0.
 
 ====================================  =====================================
 before                                today
@@ -17,25 +17,37 @@ from typing import Any
 
 from softmeet.errors import InvalidInputError
 
-# Options that are repeated, and what they are called today.
+# Options that may be repeated, also by their old names, and their names today.
 _LISTS = {"--members": "--member", "--rules": "--rule"} | {name: name for name in ("--member", "-m", "--text", "-t")}
-# Options of single rules that had flags of their own.
+# Options of a single rule that had flags of their own in older versions.
 _OF_RULES = ("metric", "slack", "vertex")
 
 
 def warn(before: str, today: str) -> None:
-    """Say on stderr that a spelling is old, and how the same is said today."""
+    """Print a warning on stderr that a spelling is an old form.
+
+    Args:
+        before: the old spelling.
+        today: advice on today's spelling, such as ``say -m A -m B``.
+    """
     from softmeet.cli.options import say
 
     say(f"{before} is an old form and ends with 0.3.0: {today}")
 
 
 def modern_words(words: Sequence[str], *, several: bool = True) -> list[str]:
-    """Read a command's words in older spellings as today's.
+    """Translate a command's words from older spellings to today's; each translation is warned of on stderr.
 
     Args:
-        words: of the command line.
-        several: whether an option that is repeated takes several values too; else one, and the next word is another's.
+        words: the words after the command's name.
+        several: whether options such as ``-m`` and ``--text`` may be followed by several values; if False, only the
+            first word after one is its value, and the next words are arguments (``--members`` always takes several).
+
+    Returns:
+        the words in today's spelling.
+
+    Raises:
+        InvalidInputError: if an option of a single rule, such as ``--metric``, comes without ``--rule``.
     """
     found: list[str] = []
     own: dict[str, str] = {}
@@ -57,7 +69,13 @@ def modern_words(words: Sequence[str], *, several: bool = True) -> list[str]:
 
 
 def _repeated(option: str, value: str, count: int) -> list[str]:
-    """Write the value number ``count`` of an option as words of today, the option's name before each value."""
+    """Return one value of an option as words of today, with the option's name before it, and warn of an old form.
+
+    Args:
+        option: the option as it was spelled.
+        value: the value; for ``--rules`` a list with commas, each part of which becomes a value.
+        count: how many values of this option came directly before.
+    """
     today = _LISTS[option]
     if today != option or count:
         warn(f"{option} with several values" if count else option, f"repeat {today}: {today} A {today} B")
@@ -65,7 +83,7 @@ def _repeated(option: str, value: str, count: int) -> list[str]:
 
 
 def _with_own_options(words: list[str], own: Mapping[str, str]) -> list[str]:
-    """Move options of the rule into the rule's text."""
+    """Return words with options of a single rule moved into the text of ``--rule``, as ``NAME:option=value``."""
     first = next(iter(own))
     if "--rule" not in words[:-1]:
         raise InvalidInputError(f"--{first} belongs to a rule: say --rule NAME:{first}={own[first]}")
@@ -76,7 +94,17 @@ def _with_own_options(words: list[str], own: Mapping[str, str]) -> list[str]:
 
 
 def modern_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Read a configuration file's names in older spellings as today's."""
+    """Translate the names in a configuration file from older spellings to today's, with a warning for each.
+
+    Args:
+        values: the file's values by name, with underscores.
+
+    Returns:
+        the values by today's names.
+
+    Raises:
+        InvalidInputError: if an option of a single rule, such as ``metric``, comes without one ``rule``.
+    """
     found = dict(values)
     if "members" in found:
         warn("members: in a configuration file", "say member:")
@@ -96,12 +124,17 @@ def modern_values(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def split(text: str) -> list[str]:
-    """Split a list at its commas, without blanks and empty parts."""
+    """Return the parts of a text between commas, stripped of blanks, without empty ones."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def repeated(option: str, values: Sequence[str] | None) -> list[str] | None:
-    """Read the values of an option that is repeated today, and that took one list with commas before."""
+    """Return the values of a repeatable option, also split at commas, which is an old form and warned of.
+
+    Args:
+        option: the option's name, for the warning.
+        values: its values; None if it was not given, which is returned unchanged.
+    """
     if values is None or not any("," in value for value in values):
         return None if values is None else list(values)
     warn(f"{option} with commas", f"repeat it: {option} A {option} B")

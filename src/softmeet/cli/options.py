@@ -1,4 +1,4 @@
-"""Flags that most commands share, how they make an ensemble and an engine, and what is said on stderr."""
+"""Flags that most commands share, the ensemble and the engine made from them, and messages on stderr."""
 
 from __future__ import annotations
 
@@ -32,10 +32,18 @@ Members = Annotated[list[str] | None, typer.Option("--member", "-m", help=_MEMBE
 
 
 def placement(given: list[str] | None) -> Any:
-    """Read ``--device``: one place for all members, or one each; of a YAML or JSON file, what it holds.
+    """Return the device or devices that ``--device`` names.
+
+    Args:
+        given: the option's values, or None if it was not given.
+
+    Returns:
+        None; one device for all members; a list with one for each member; or, if the value is a YAML or JSON file, the
+        map or list in it.
 
     Raises:
-        InvalidInputError: the file is not YAML, or holds neither a map nor a list.
+        InvalidInputError: if the file is not valid YAML or JSON, or holds neither a map nor a list.
+        OSError: if the file cannot be read.
     """
     places = repeated("--device", given)
     device = places[0] if places and len(places) == 1 else places or None
@@ -56,7 +64,10 @@ def placement(given: list[str] | None) -> Any:
 
 @contextmanager
 def stoppable(advice: str) -> Iterator[None]:
-    """Turn Ctrl-C into a sentence on stderr that ends with ``advice``, and the exit code ``STOPPED``."""
+    """Enter a context in which Ctrl-C ends the command: it prints "stopped: ``advice``" and exits with the code 130.
+
+    The text goes to stderr. The function can also decorate another, which then runs in such a context.
+    """
     try:
         yield
     except KeyboardInterrupt:
@@ -66,7 +77,10 @@ def stoppable(advice: str) -> Iterator[None]:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Import without the garbage collector, which would look through a million lasting objects time and again."""
+    """Enter a context without garbage collection, for imports, which make a million objects that are never freed.
+
+    At its end all objects are exempted from later collections (``gc.freeze``), and collection is enabled.
+    """
     gc.disable()
     try:
         yield
@@ -77,7 +91,7 @@ def uncollected() -> Iterator[None]:
 
 @dataclass
 class LoadingFlags:
-    """Flags that say how and where members are loaded, and what they are combined over."""
+    """Flags for how and where members are loaded, and whether they are combined over tokens or bytes."""
 
     dtype: str | None = flag(None, "float32, bfloat16, float16, float64 or auto.", shown="float32 on CPU")
     device: list[str] | None = flag(
@@ -97,21 +111,21 @@ class LoadingFlags:
     )
 
     def arguments(self) -> dict[str, Any]:
-        """Return the flags as arguments of ``Ensemble.from_pretrained``, with devices read from their file."""
+        """Return the flags as keyword arguments of ``Ensemble.from_pretrained``, after reading a file of devices."""
         return {**vars(self), "device": placement(self.device)}
 
     @stoppable("members were being loaded, and nothing is changed")
     def ensemble(self, members: list[str] | None, settings: Mapping[str, Any] | None = None, **more: Any) -> Ensemble:
-        """Load an ensemble with progress on stderr, and without transformers' own messages.
+        """Load an ensemble, with progress on stderr and without transformers' own messages.
 
         Args:
-            members: their names; the default family if there is none.
-            settings: values of the settings' flags.
-            more: further arguments of ``Ensemble.from_pretrained``.
+            members: the members' names, or one saved ensemble or bundled family; the default family if None or empty.
+            settings: values of settings' flags by name, as typer parsed them; None for none.
+            more: further keyword arguments of ``Ensemble.from_pretrained``.
 
         Raises:
-            InvalidInputError, CheckpointError, VocabularyMismatchError, UnsupportedHeadError: as
-                ``Ensemble.from_pretrained``.
+            InvalidInputError: if a setting or the placement is invalid.
+            CheckpointError, VocabularyMismatchError, UnsupportedHeadError: as ``Ensemble.from_pretrained`` raises them.
         """
         given = checked_settings(settings or {})
         with err.status("loading softmeet"), uncollected():
@@ -133,7 +147,7 @@ class LoadingFlags:
 
 @dataclass
 class EngineFlags:
-    """Flags that say where a command does its work: in threads of its own process, or on a Ray cluster."""
+    """Flags for where a command does its work: in threads of its own process, or in workers of a Ray cluster."""
 
     engine: str = flag("local", r"local: threads of this process; ray: workers of a Ray cluster (softmeet\[ray]).")
     workers: int | None = flag(None, "How many.", min=1, shown="as many as cores")
@@ -142,13 +156,14 @@ class EngineFlags:
     gpus: float = flag(0.0, "Of each Ray worker: part of one, or a number to spread its members over.", min=0)
 
     def start(self, ensemble: Ensemble | None) -> Engine:
-        """Start the engine that the flags ask for.
+        """Return the engine that the flags ask for: a context manager with a parallel ``map``.
 
         Args:
-            ensemble: what the work refers to, if it refers to one.
+            ensemble: the ensemble that the work runs; None if it runs none.
 
         Raises:
-            InvalidInputError: an unknown engine, a flag that it does not have, or Ray is not installed.
+            InvalidInputError: if the engine is unknown or lacks a flag that was given, if Ray is not installed, or if a
+                device is named for members that Ray's workers place.
         """
         on_processor = ensemble is None or all(x.device.type == "cpu" for x in ensemble.model.parameters())
         if self.engine == "local":
@@ -172,12 +187,12 @@ def require_ray() -> None:
     """Check that Ray is installed.
 
     Raises:
-        InvalidInputError: it is not.
+        InvalidInputError: if it is not; the message says how to install it.
     """
     if find_spec("ray") is None:
         raise InvalidInputError("--engine ray needs one more package: pip install 'softmeet[ray]'")
 
 
 def say(sentence: str) -> None:
-    """Print a notice on stderr, so that stdout holds results alone."""
+    """Print a notice on stderr, so that stdout holds a command's results alone."""
     err.print(sentence, style="yellow", highlight=False, soft_wrap=True, markup=False)

@@ -1,4 +1,4 @@
-"""``softmeet serve``: ensembles behind the API that people already use, and a page to look inside."""
+"""``softmeet serve``: serve ensembles by an OpenAI-compatible API, with a page at /ui."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
 @dataclass
 class AccessFlags:
-    """Flags that say who may send requests, from where, and what requests may change."""
+    """Flags for who may send requests, from which pages and hosts, and which settings requests may change."""
 
     allow: list[str] | None = flag(None, "What requests may change, or none; repeat it.", shown="all that they can")
     api_keys: Path | None = flag(
@@ -46,7 +46,7 @@ class AccessFlags:
 
 @dataclass
 class LimitFlags:
-    """Flags that limit the work that the server accepts, at once and in one request."""
+    """Flags that limit the server's work: the sequences that run and wait, and the size of one request."""
 
     batch: int = flag(64, "Sequences that run at once.", min=1)
     queue: int = flag(256, "Sequences that may wait; past it requests get 429.", min=0)
@@ -60,7 +60,7 @@ class LimitFlags:
 
 @dataclass
 class ClusterFlags:
-    """Flags that say how many replicas of the server a Ray cluster runs, and what each of them takes."""
+    """Flags for the replicas of the server on a Ray cluster: their number, their load and their resources."""
 
     replicas: int = flag(1, "Of the server on a Ray cluster; at least so many.", min=1)
     max_replicas: int | None = flag(None, "Add replicas up to so many under load.", min=1, shown="none are added")
@@ -142,6 +142,7 @@ def serve(
 
 
 def _require_extra(*, ui: bool) -> None:
+    """Raise InvalidInputError if packages that the server, or with ``ui`` its page, needs are not installed."""
     if not all(map(find_spec, ("fastapi", "uvicorn", "prometheus_client"))):
         raise InvalidInputError("serving needs more packages: pip install 'softmeet[server]'")
     if ui and not find_spec("gradio"):
@@ -149,6 +150,11 @@ def _require_extra(*, ui: bool) -> None:
 
 
 def _keys(path: Path | None) -> tuple[str, ...]:
+    """Return the API keys in a file, one a line; without a file those in ``$SOFTMEET_API_KEYS``, between commas.
+
+    Raises:
+        InvalidInputError: if the file holds no key.
+    """
     text = os.environ.get(_KEYS, "").replace(",", "\n") if path is None else path.read_text(encoding="utf-8")
     found = tuple(line.strip() for line in text.splitlines() if line.strip())
     if path is not None and not found:
@@ -157,6 +163,7 @@ def _keys(path: Path | None) -> tuple[str, ...]:
 
 
 def _is_local(host: str) -> bool:
+    """Return whether a host name or address to listen on is this machine's loopback."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -164,6 +171,11 @@ def _is_local(host: str) -> bool:
 
 
 def _allowed(given: list[str] | None) -> tuple[str, ...]:
+    """Return the settings that requests may change, from the values of ``--allow``; all if it was not given.
+
+    Raises:
+        InvalidInputError: if a value is no setting that requests can change, and not ``none``.
+    """
     from softmeet.server.schemas import CHANGES
 
     if given is None:
@@ -175,7 +187,16 @@ def _allowed(given: list[str] | None) -> tuple[str, ...]:
 
 
 def _replicate(application: Any, host: str, port: int, address: str | None, scale: Scale, names: list[str]) -> None:
-    """Deploy the application on a Ray cluster, and take it down again at a signal."""
+    """Deploy an application on a Ray cluster, wait for SIGINT or SIGTERM, and take it down.
+
+    Args:
+        application: of Ray Serve.
+        host: the address to listen on.
+        port: the port; 0 for a free one.
+        address: the cluster's; None for ``$RAY_ADDRESS``, or else a cluster of this machine.
+        scale: the number of replicas, and their threads.
+        names: the ensembles' names, for the message that it serves.
+    """
     from ray import serve
 
     from softmeet.scaling.cluster import connect, leave
@@ -202,18 +223,29 @@ def _replicate(application: Any, host: str, port: int, address: str | None, scal
 
 
 def _run(serving: Serving, host: str, port: int, grace: float, *, access_log: bool) -> None:
+    """Serve in this process until a signal.
+
+    Args:
+        serving: the ensembles and settings.
+        host: the address to listen on.
+        port: the port; 0 for a free one.
+        grace: seconds that running answers have to end after a first signal.
+        access_log: whether to log a line for each request.
+    """
     import uvicorn
 
     from softmeet.server.app import create_app
 
     class Server(uvicorn.Server):
-        """A server that tells the batcher at the first signal, so that streams end before connections do."""
+        """A server that closes the batcher at a signal, so that answers end before their connections do."""
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            """Close the batcher, with grace at the first signal and at once at a second, and stop the server."""
             serving.batcher.close(0 if self.should_exit or (sig == signal.SIGINT and grace == 0) else grace)
             super().handle_exit(sig, frame)
 
         def _log_started_message(self, listeners: Any) -> None:
+            """Log the address, and print the names of the ensembles on stderr."""
             super()._log_started_message(listeners)
             page = " (look inside at /ui)" if serving.settings.ui else ""
             options.err.print(f"serving {', '.join(s.name for s in serving.ensembles)}{page}")

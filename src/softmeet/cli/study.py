@@ -1,4 +1,4 @@
-"""``softmeet study``: compare every rule where the truth is known, and on text; goes on where it was stopped."""
+"""``softmeet study``: compare all rules where the true distribution is known, and on text; it can be resumed."""
 
 from __future__ import annotations
 
@@ -133,6 +133,16 @@ def _on_text(
     trace: Path | None,
     running: options.EngineFlags,
 ) -> None:
+    """Run a study of rules on a text or a trace, and write its results, plots and report.
+
+    Args:
+        out: the study's folder.
+        ensemble: the members.
+        settings: the numbers of positions, and the other settings of the study.
+        documents: the text; empty if there is a trace.
+        trace: a trace of the same members in place of the text; None for none.
+        running: the flags for the engine.
+    """
     from softmeet.evaluation.positions import observe_text
     from softmeet.evaluation.premise import premise_at
     from softmeet.evaluation.study import text as tier
@@ -143,7 +153,7 @@ def _on_text(
             positions = tier.chosen(traced, settings.only)
         else:
             with options.err.status("running the members"):
-                # Twice what is needed: the positions that count are spread over them.
+                # Twice the positions needed; those that are scored are spread evenly over them.
                 each = -(-2 * settings.positions // len(documents))
                 positions = observe_text(ensemble, documents, bos=True, max_per_document=each, engine=engine)
         few = tier.spread(positions, settings.premise)
@@ -160,6 +170,7 @@ def _on_text(
 
 
 def _documents(text: list[Path] | None) -> list[Document]:
+    """Return the documents in files, or the bundled members' held-out books if none is named."""
     from softmeet.evaluation.documents import read_documents
     from softmeet.evaluation.held_out import held_out_books
 
@@ -173,6 +184,15 @@ def _run(
     report: Callable[[dict[str, Any], str], Report],
     engine: Engine,
 ) -> None:
+    """Compute the cells of a study that its folder does not hold yet, and write its report there.
+
+    Args:
+        out: the study's folder.
+        settings: all that the results depend on, as JSON has it; a folder of other settings is refused.
+        cells: (name, function that computes the cell's results) of each.
+        report: makes the report from all cells' results by name and the command line.
+        engine: runs the cells.
+    """
     from softmeet.evaluation.files import Run
 
     run = Run(out, settings)

@@ -1,4 +1,4 @@
-"""What ``trace``, ``evaluate``, ``fit`` and ``study`` share: text or a trace, where results go, and progress."""
+"""Flags that ``trace``, ``evaluate``, ``fit`` and ``study`` share, early checks of them, and progress bars."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _TEXT = "A UTF-8 file, a pattern ('books/*.txt'), - for stdin, or a folder of sa
 
 @dataclass
 class TextFlags:
-    """Flags that say which text is read, and in which windows."""
+    """Flags for which text is read, and how it is cut into windows."""
 
     text: list[str] | None = flag(None, _TEXT, "--text", "-t")
     separator: str | None = flag(None, r"Splits a file into documents; \n is a line end.", shown="a file is one")
@@ -42,15 +42,16 @@ class TextFlags:
 
     @property
     def windows(self) -> dict[str, Any]:
-        """How documents are cut, under the names that evaluation has."""
+        """The flags for cutting documents into windows, by the names of the arguments that evaluation takes."""
         return {name: getattr(self, name) for name in ("window", "stride", "bos", "max_per_document")}
 
     @options.stoppable("the text was being read, and nothing is changed")
     def documents(self) -> list[Document]:
-        """Read the documents that the flags name.
+        """Read the documents that ``--text`` names.
 
         Raises:
-            InvalidInputError: there is none, or one is empty or not UTF-8.
+            InvalidInputError: if no text is named, or one is empty or not UTF-8.
+            OSError: if a file cannot be read.
         """
         from softmeet.evaluation.documents import read_documents
 
@@ -60,15 +61,16 @@ class TextFlags:
 
 @dataclass
 class SourceFlags(TextFlags):
-    """Flags that name a text, or a trace, which holds the members' hidden states over a text."""
+    """Flags that name a text, or a trace: a folder with the members' hidden states over a text."""
 
     trace: Path | None = flag(None, "A trace, in place of --text.")
 
     def documents(self) -> list[Document]:
-        """Read the documents that the flags name; none where a trace holds them.
+        """Read the documents that ``--text`` names; return an empty list if ``--trace`` is given instead.
 
         Raises:
-            InvalidInputError: as for :class:`TextFlags`; or both a text and a trace are named.
+            InvalidInputError: if no text and no trace is named, or both are, or a text is empty or not UTF-8.
+            OSError: if a file cannot be read.
         """
         if self.trace is None:
             return super().documents()
@@ -77,7 +79,11 @@ class SourceFlags(TextFlags):
         return []
 
     def members(self, named: list[str] | None) -> list[str] | None:
-        """Return the members that were named, else those that made the trace."""
+        """Return the members named on the command line; without any, those recorded in the trace, if one is named.
+
+        Args:
+            named: the values of ``--member``; None if it was not given.
+        """
         if named or self.trace is None:
             return named
         from softmeet.evaluation.trace import Trace
@@ -85,18 +91,18 @@ class SourceFlags(TextFlags):
         return Trace.open(self.trace).members
 
     def identified(self, ensemble: Ensemble, documents: list[Document]) -> tuple[Positions | None, dict[str, Any]]:
-        """Read the trace, if there is one, and identify what a command's figures depend on.
+        """Read the trace, if one is named, and collect everything that the members and the text contribute to results.
 
         Args:
             ensemble: the members, and how they are combined.
-            documents: those of :meth:`documents`.
+            documents: the documents that :meth:`documents` returned.
 
         Returns:
-            The positions of the trace, or None without one; and facts that are the same only where figures are, as
-            far as they depend on members and text.
+            (the trace's positions, up to ``--max-tokens``, or None without a trace; a dict, as JSON has it, that is the
+            same only if members, dtypes, text and windows are the same, by which finished pieces are recognised).
 
         Raises:
-            InvalidInputError: the trace is of other members or damaged, or a flag says how to cut it into windows.
+            InvalidInputError: if the trace is damaged or of other members, or a flag for windows is given with a trace.
         """
         from softmeet.evaluation.trace import identity
 
@@ -114,20 +120,20 @@ class SourceFlags(TextFlags):
         opened = Trace.open(self.trace)
         opened.require(ensemble)
         positions, left_out = opened.read_whole(options.say)
-        # Pieces are numbered over the positions that were read.
+        # Part of the key, since pieces are numbered by the positions that were read.
         damaged = {"shards left out": left_out} if left_out else {}
         return positions.take(slice(self.max_tokens)), {**pinned, "source": opened.key, **damaged}
 
 
 @dataclass
 class ResultFlags:
-    """Flags that say where figures go, and where finished pieces stay until the command is through."""
+    """Flags for where figures are written, and where finished pieces of work are kept until the command has ended."""
 
     as_json: Path | None = flag(None, "Write the figures here as JSON, infinity as null; - for stdout.", "--json")
     resume: Path | None = flag(None, "A folder for finished pieces; the same command goes on from there.")
 
     def stoppable(self) -> Any:
-        """Return a context in which Ctrl-C says what is left of the command."""
+        """Return a context in which Ctrl-C ends the command and says on stderr which of its work is kept, and where."""
         if self.resume is None:
             return options.stoppable(
                 "nothing is kept; softmeet trace keeps what it has done, and so does --resume FOLDER"
@@ -135,7 +141,14 @@ class ResultFlags:
         return options.stoppable(f"finished pieces stay in {self.resume}; the same command goes on from there")
 
     def tell(self, facts: dict[str, Any], table: Callable[[dict[str, Any]], None]) -> None:
-        """Print figures by ``table``, or as JSON where that goes to stdout; before :meth:`write`, which may fail."""
+        """Print figures on stdout: as JSON if ``--json -`` is given, else by ``table``.
+
+        Call it before :meth:`write`, so that figures are shown even if writing a file fails.
+
+        Args:
+            facts: the figures.
+            table: prints the figures as a table.
+        """
         from softmeet.evaluation.files import as_json
 
         if self.as_json == Path("-"):
@@ -144,7 +157,7 @@ class ResultFlags:
             table(facts)
 
     def write(self, facts: dict[str, Any]) -> None:
-        """Write figures as JSON to the file that is named, if one is."""
+        """Write figures as JSON to the file named by ``--json``; without the flag, or with ``-``, do nothing."""
         from softmeet.evaluation.files import write_json
 
         if self.as_json not in (None, Path("-")):
@@ -152,28 +165,28 @@ class ResultFlags:
 
 
 def require_extra(**packages: object) -> None:
-    """Check at once, not after hours, that the packages of ``softmeet[eval]`` that are needed are installed.
+    """Check that packages of ``softmeet[eval]`` which a command needs are installed, before it does hours of work.
 
     Args:
-        packages: each package's name, with a true value if it is needed.
+        packages: by package name, a true value if the command needs the package.
 
     Raises:
-        InvalidInputError: one that is needed is missing.
+        InvalidInputError: if a needed package is missing; the message says how to install it.
     """
     if missing := [name for name, needed in packages.items() if needed and find_spec(name) is None]:
         raise InvalidInputError(f"this command needs {' and '.join(missing)}: pip install 'softmeet[eval]'")
 
 
 def require_places(file: Path | None, *folders: Path | None) -> None:
-    """Check at once, not after hours, that results can be written where they are to go.
+    """Check that results can be written where they are to go, before a command does hours of work.
 
     Args:
-        file: a file to write; None or - for none.
-        folders: folders to write in, which need not exist; None for none.
+        file: a file to be written; None or ``-`` if there is none.
+        folders: folders to be written in, which need not exist yet; None for none.
 
     Raises:
-        InvalidInputError: the file's folder is not there, the file is a folder, a folder is a file or under one, or
-            nothing can be written there.
+        InvalidInputError: if the file's folder does not exist, the file is a folder, a folder is a file or lies under
+            one, or writing there fails.
     """
     written = []
     if file not in (None, Path("-")):
@@ -197,8 +210,8 @@ def progress() -> Iterator[Callable[[str, int, int | None], Callable[[int], None
     """Show progress bars on stderr while the context lasts.
 
     Yields:
-        A function of (description, how much is done, how much there is in all or None) that adds a bar, and returns
-        the function that advances the bar by a count.
+        a function of (description, number done, total number or None) that adds a bar, and returns a function of a
+        count that advances this bar by it.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=options.err, transient=True) as bars:

@@ -1,4 +1,4 @@
-"""``softmeet trace``: run the members over a text once, and keep what every rule needs."""
+"""``softmeet trace``: run the members over a text once, and store the hidden states that rules are computed from."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Serving: ensembles behind the API that people already use, and a page to look inside."""
+"""The server: ensembles behind an OpenAI-compatible API, and a page that shows members and rule at each token."""

@@ -1,4 +1,4 @@
-"""An answer that is being written: the sequences of one request, from the batcher's thread to the event loop."""
+"""A request's answer while it is written: events from the batcher's thread become text on the event loop."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from softmeet.server.sequences import Event, Failed, Finished, GenerationRequest
 
 
 class TextStream:
-    """The text of one sequence as its tokens come: no half characters, and nothing of a stop string.
+    """The text of one sequence, decoded as its tokens come.
+
+    A character is given once it is complete. Text that may begin a stop string is held back until that is decided; a
+    stop string and everything after it are never given.
 
     Args:
-        tokenizer: a fast tokenizer of transformers'.
-        stops: strings before which the text ends.
+        tokenizer: a fast tokenizer of transformers.
+        stops: the text ends before the first of these strings.
 
     Attributes:
-        stopped: whether one of them came.
+        stopped: whether a stop string was found, after which no more tokens should be pushed.
     """
 
     def __init__(self, tokenizer: Any, stops: tuple[str, ...] = ()) -> None:
@@ -33,19 +36,24 @@ class TextStream:
         self._decoded, self._held, self.stopped = 0, "", False
 
     def push(self, token: int) -> str:
-        """Return the text that is certain with one more token, beyond what was returned before; it may be empty."""
+        """Add a token, and return the text that has become certain by it, perhaps none; special tokens have no text."""
         self._tokens.append(token)
         piece = self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
         self._decoded += len(piece)
         return self._release(piece, final=False)
 
     def end(self) -> str:
-        """Return the text that was held back, now that no token follows."""
+        """Return the text that was held back, up to a stop string; called once, after the last token."""
         whole: str = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
         return self._release(whole[self._decoded :], final=True)
 
     def _release(self, piece: str, *, final: bool) -> str:
-        """Return what was held back and one more piece, up to a stop string or what may become one."""
+        """Add decoded text to the text held back, and return its certain part; the rest is held back.
+
+        Args:
+            piece: newly decoded text.
+            final: whether no text follows, so that everything up to a stop string is certain.
+        """
         text = self._held + piece
         found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
         self.stopped = bool(found)
@@ -57,20 +65,22 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of ``text`` that begins ``stop``."""
+    """Return the length of the longest suffix of ``text`` that is a proper prefix of ``stop``."""
     return next((k for k in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:k])), 0)
 
 
 @dataclass
 class ChoiceDelta:
-    """What is new of one choice of an answer, or the whole choice, which is all of its deltas together.
+    """New text and tokens of one choice (continuation) of an answer; or a whole choice, as all its deltas joined.
 
     Args:
-        index: of the choice within the answer.
-        text: that is certain, and new.
-        tokens: that were drawn.
-        scored: the prompt's tokens but the first, where they were asked for.
-        finish: why the choice has ended, ``"stop"`` or ``"length"``; None before.
+        index: the choice's number within the answer.
+        text: the new text, which no later token can change.
+        tokens: the newly drawn tokens.
+        scored: the prompt's tokens but the first, if they were scored and this is the delta that brings them; else
+            None.
+        finish: ``"stop"`` if the choice has ended at an end-of-text token or a stop string, ``"length"`` at the number
+            of tokens allowed; None if it has not ended.
     """
 
     index: int
@@ -81,15 +91,22 @@ class ChoiceDelta:
 
 
 class AnswerStream:
-    """The choices of one request as the batcher writes them; leaving an iteration early gives their places up.
+    """The choices of one request, submitted to the batcher and read as they are generated.
 
-    Needs a running event loop.
+    Made within a running event loop, and read once, by :meth:`deltas` or :meth:`whole`. Closing that iteration before
+    its end cancels every sequence.
+
+    Args:
+        batcher: the batcher that generates.
+        request: the prompts and how they are continued.
 
     Attributes:
-        completion_tokens: how many tokens came so far, over all choices.
+        request: the request.
+        completion_tokens: the number of tokens received so far, summed over choices.
 
     Raises:
-        BusyError, ClosingError: the batcher does not take the request.
+        BusyError: if the batcher has no room for all of the request's sequences.
+        ClosingError: if the batcher is shutting down.
     """
 
     def __init__(self, batcher: Batcher, request: GenerationRequest) -> None:
@@ -107,10 +124,10 @@ class AnswerStream:
         batcher.submit(self._sequences)
 
     async def deltas(self) -> AsyncIterator[ChoiceDelta]:
-        """Yield what is new of any choice, as it comes, until all have ended.
+        """Yield each choice's new text and tokens as they are generated, until all choices have ended.
 
         Raises:
-            SoftmeetError: what made a sequence fail.
+            SoftmeetError: if a sequence failed, which ends the whole answer.
         """
         running = set(range(len(self._sequences)))
         try:
@@ -125,11 +142,12 @@ class AnswerStream:
             self.cancel()
 
     def cancel(self) -> None:
-        """Give up what has not ended."""
+        """Cancel every sequence of the answer that has not ended, so that it leaves the batch before its next token."""
         for sequence in self._sequences:
             sequence.cancel()
 
     def _delta(self, index: int, event: Event) -> ChoiceDelta:
+        """Return the delta that an event of a choice makes; raise the event's error if it is :class:`Failed`."""
         text = self._texts[index]
         match event:
             case Failed(error):
@@ -148,10 +166,10 @@ class AnswerStream:
         return ChoiceDelta(index, piece, [event], finish="stop" if text.stopped else None)
 
     async def whole(self) -> list[ChoiceDelta]:
-        """Wait for the end, and return every choice with all of its text and tokens.
+        """Wait until all choices have ended, and return them in order, each with all of its text and tokens.
 
         Raises:
-            SoftmeetError: what made a sequence fail.
+            SoftmeetError: if a sequence failed, which ends the whole answer.
         """
         found = [ChoiceDelta(k) for k in range(len(self._sequences))]
         async for delta in self.deltas():

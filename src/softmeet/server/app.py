@@ -1,4 +1,4 @@
-"""The application: its routes, and how errors are answered."""
+"""The FastAPI application: its routes, and the answers to errors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,11 @@ router = APIRouter(responses={status: {"model": ErrorBody} for status in _STATUS
 
 
 def create_app(serving: Serving) -> FastAPI:
-    """Return the ASGI application of a server; its lifespan starts and ends the batcher."""
+    """Return the ASGI application of a server; its lifespan events start and end the batcher.
+
+    Args:
+        serving: the ensembles, their batcher and the server's settings; the application keeps it as ``state.serving``.
+    """
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -66,13 +70,13 @@ def _serving(request: Request) -> Serving:
 
 @router.get("/v1/models")
 async def models(request: Request) -> dict[str, Any]:
-    """List the ensembles, with their members and how they are combined."""
+    """List the served ensembles: each one's members, rule, trusts, weights, pool, gate and context length in tokens."""
     return {"object": "list", "data": [_model(served) for served in _serving(request).ensembles]}
 
 
 @router.get("/v1/models/{name:path}")
 async def model(name: str, request: Request) -> dict[str, Any]:
-    """Show one ensemble, with its members and how they are combined."""
+    """Show one served ensemble: its members, rule, trusts, weights, pool, gate and context length in tokens."""
     return _model(_serving(request).ensembles.find(name))
 
 
@@ -89,25 +93,25 @@ def _model(served: Served) -> dict[str, Any]:
 
 @router.post("/v1/completions")
 async def completions(body: CompletionRequest, request: Request) -> Response:
-    """Continue prompts, as tokens or text, each as often as was asked."""
+    """Continue each prompt, text or token ids, by n choices, as one JSON document or a stream of server-sent events."""
     return await _respond(request, CompletionReply(await _serving(request).prepare(body), body))
 
 
 @router.post("/v1/chat/completions")
 async def chat(body: ChatRequest, request: Request) -> Response:
-    """Answer messages, put in the form of the tokenizer's chat template."""
+    """Answer the messages, joined to a prompt by the tokenizer's chat template, as one JSON document or as a stream."""
     return await _respond(request, ChatReply(await _serving(request).prepare(body), body))
 
 
 @router.get("/health")
 async def health(request: Request) -> Response:
-    """Tell whether the server is at work."""
+    """Answer 200 if the batcher runs and accepts requests, 503 if it has ended or is shutting down."""
     return _state(_serving(request).batcher.alive)
 
 
 @router.get("/ready")
 async def ready(request: Request) -> Response:
-    """Tell whether a request would be taken now."""
+    """Answer 200 if one more sequence would be accepted now; 503 if the server is full or shutting down."""
     return _state(_serving(request).batcher.has_room)
 
 
@@ -117,22 +121,24 @@ def _state(good: bool) -> Response:
 
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
-    """Give counters, for Prometheus."""
+    """Return the server's counters and histograms in Prometheus' text format."""
     return Response(generate_latest(_serving(request).metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 async def _respond(request: Request, reply: Reply) -> Response:
+    """Submit a prepared request, and return its answer: a stream of events, or one document after the last token."""
     answer = AnswerStream(_serving(request).batcher, reply.asked)
     if reply.body.stream:
         headers = {"Cache-Control": "no-store"}
         return _Events(_events(answer, reply), media_type="text/event-stream", headers=headers)
     choices = await unless_left(answer.whole(), request.receive)
     if choices is None:
-        return Response(status_code=499)  # nobody reads it
+        return Response(status_code=499)  # the client has left
     return Response(dumps(reply.document(choices, answer.completion_tokens)), media_type="application/json")
 
 
 async def _events(answer: AnswerStream, reply: Reply) -> AsyncIterator[str]:
+    """Yield an answer as server-sent events, up to ``[DONE]``; a SoftmeetError becomes an event as well."""
     try:
         async for delta in answer.deltas():
             if (chunk := reply.chunk(delta)) is not None:
@@ -140,7 +146,7 @@ async def _events(answer: AnswerStream, reply: Reply) -> AsyncIterator[str]:
         if (last := reply.last_chunk(answer.completion_tokens)) is not None:
             yield event(last)
     except SoftmeetError as error:
-        # The status has been sent, so that the error can only be an event of its own.
+        # The status 200 has been sent already, so the error can only be sent as an event.
         yield event(described(error)[1])
     finally:
         answer.cancel()
@@ -148,16 +154,17 @@ async def _events(answer: AnswerStream, reply: Reply) -> AsyncIterator[str]:
 
 
 class _Events(StreamingResponse):
-    """Server-sent events that end when the client leaves, wherever they are."""
+    """A response of server-sent events that stops at once when the client leaves."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send until the end, or until the client has left."""
+        """Send the events until the last one, or until the client has left, and close the iterator of events."""
         async with contextlib.aclosing(self.body_iterator):  # type: ignore[type-var]
             with contextlib.suppress(OSError):
                 await unless_left(self.stream_response(send), receive)
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
+    """Return the response to an exception of a route, in the form of OpenAI's error object."""
     match error:
         case RequestValidationError():
             error = refusal(error.errors())

@@ -1,4 +1,8 @@
-"""What several layers need of ASGI: bodies that were read already, and an end to work whose client has left."""
+"""Helpers for ASGI: replay a body that was read, call an application in-process, cancel work for a client that left.
+
+In ASGI an application is called as ``app(scope, receive, send)``: it awaits ``receive()`` for the client's messages and
+``send(message)`` for each message of its answer.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,12 @@ T = TypeVar("T")
 
 
 def replay(body: bytes, then: Receive) -> Receive:
-    """Return what receives the messages of a request whose body is known, and after it those of ``then``."""
+    """Return an ASGI ``receive`` for a request whose body has been read already.
+
+    Args:
+        body: the request's whole body, which the first call gives in one ``http.request`` message.
+        then: the original ``receive``, to which every later call is passed on; it reports that the client has left.
+    """
     messages = iter([{"type": "http.request", "body": body, "more_body": False}])
 
     async def receive() -> Message:
@@ -22,7 +31,16 @@ def replay(body: bytes, then: Receive) -> Receive:
 
 
 async def run(app: ASGIApp, scope: dict[str, Any], body: bytes) -> AsyncGenerator[Message, None]:
-    """Yield the messages that an application sends for one request; leaving the iteration is leaving as a client."""
+    """Call an application for one request, and yield the ASGI messages that it sends in answer.
+
+    Closing the iterator before its end tells the application that the client has left (``http.disconnect``). An
+    exception of the application is raised after the messages that it sent before.
+
+    Args:
+        app: the application.
+        scope: the request's ASGI scope, of type ``http``.
+        body: the request's whole body.
+    """
     messages: asyncio.Queue[Message | None] = asyncio.Queue()
     gone = asyncio.Event()
 
@@ -41,11 +59,12 @@ async def run(app: ASGIApp, scope: dict[str, Any], body: bytes) -> AsyncGenerato
 
 
 async def unless_left(work: Coroutine[Any, Any, T], receive: Receive) -> T | None:
-    """Return the result of some work; None if the client leaves before it is done, and the work is cancelled.
+    """Run a coroutine for a client and return its result; if the client leaves before, cancel it and return None.
 
     Args:
-        work: what is to be done for the client.
-        receive: gives the client's messages, of which the last says that it has left.
+        work: the coroutine; an exception that it raises is raised here.
+        receive: the request's ASGI ``receive``. Messages before ``http.disconnect`` are read and dropped, so the body
+            has to have been read before.
     """
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_left(receive))
     try:
@@ -54,10 +73,11 @@ async def unless_left(work: Coroutine[Any, Any, T], receive: Receive) -> T | Non
     finally:
         task.cancel()
         gone.cancel()
-        # Nobody reads what is left: how it ends, which may be by being cancelled, is no error.
+        # Wait for both to end; how the one that was not waited for ends (cancelled, or by an error) does not matter.
         await asyncio.gather(task, gone, return_exceptions=True)
 
 
 async def _left(receive: Receive) -> None:
+    """Return as soon as the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass

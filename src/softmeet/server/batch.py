@@ -1,8 +1,8 @@
-"""One member's running batch: rows join and leave at any token, and one forward serves them all.
+"""One member's running batch: sequences join and leave it at any token, and one forward pass serves all of them.
 
-Rows end at a common column and are padded on the left, as in transformers' own batched generation, so that whatever a
-model does with a mask and positions is right. The columns move on by one a step; nothing is copied but when a row joins
-or leaves, or the columns reach the end of the buffers.
+Each sequence is a row. All rows end at the same column and are padded on the left, as in transformers' batched
+generation, so that any model which respects an attention mask and position ids is right. Every step writes one more
+column. Keys and values are copied only when a row joins or leaves, or when the columns reach the end of the buffers.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from softmeet.server.sequences import Sequence
 
 
 class PrefixCache:
-    """Keys and values of past prompts, for prompts that begin alike; the least recently used go first.
+    """One member's keys and values of earlier prompts, for reuse by prompts with the same beginning.
 
     Args:
-        limit: how many tokens may be kept, over all prompts.
+        limit: the most tokens kept, summed over prompts; beyond it the least recently used prompts are dropped.
     """
 
     def __init__(self, limit: int) -> None:
@@ -36,9 +36,14 @@ class PrefixCache:
         self._kept: OrderedDict[tuple[int, ...], tuple[KeysValues, ...]] = OrderedDict()
 
     def longest(self, tokens: list[int] | tuple[int, ...]) -> tuple[int, tuple[KeysValues, ...]]:
-        """Return how many leading tokens are known, and each layer's keys and values of at least those.
+        """Find the kept prompt that shares the most leading tokens with a new one.
 
-        At least the last token is left to compute. If no token is known, there are no keys and values.
+        Args:
+            tokens: the new prompt's ids.
+
+        Returns:
+            (the number of shared leading tokens, at most ``len(tokens)`` - 1, so that one remains to be run; each
+            layer's keys and values of the kept prompt, which may cover more tokens). (0, ()) if none is shared.
         """
 
         def shared(known: tuple[int, ...]) -> int:
@@ -51,7 +56,12 @@ class PrefixCache:
         return shared(best), self._kept[best]
 
     def keep(self, tokens: list[int] | tuple[int, ...], states: tuple[KeysValues, ...]) -> None:
-        """Keep each layer's keys and values of a prompt, unless it is longer than all that may be kept."""
+        """Store a prompt's keys and values, unless the prompt is stored already or is longer than ``limit``.
+
+        Args:
+            tokens: the prompt's ids.
+            states: each layer's keys and values of these tokens, each (1, heads, t, width).
+        """
         key = tuple(tokens)
         if len(key) <= self.limit and key not in self._kept:
             self._kept[key] = states
@@ -61,9 +71,9 @@ class PrefixCache:
 
 @dataclass
 class _Window:
-    """Which part of the buffers is in use: the first ``rows`` rows, columns from ``first`` to before ``end``.
+    """The part of a batch's buffers that is in use: rows 0 to ``rows`` - 1, and columns ``first`` to ``end`` - 1.
 
-    The buffers have ``slots`` rows and ``columns`` columns.
+    The buffers of all layers have ``slots`` rows and ``columns`` columns, or get them at the next ``allocate``.
     """
 
     rows: int = 0
@@ -74,9 +84,12 @@ class _Window:
 
 
 class _BatchLayer(DynamicLayer):
-    """Keys and values of one layer, (slots, heads, columns, width), written in place at the window's end.
+    """Keys and values of one layer for all rows of a batch, two buffers of shape (slots, heads, columns, width).
 
-    A sliding layer keeps everything too: the mask says what it sees.
+    A layer with sliding-window attention keeps all columns too; the attention mask hides those out of its window.
+
+    Args:
+        window: the part of the buffers that is in use, shared by all layers of the batch.
     """
 
     def __init__(self, window: _Window) -> None:
@@ -84,7 +97,11 @@ class _BatchLayer(DynamicLayer):
         self.window = window
 
     def allocate(self, like: KeysValues) -> None:
-        """Make buffers for keys and values shaped like those, or larger ones if the window has grown."""
+        """Make the two buffers; if they exist but have fewer slots or columns than the window, enlarge them.
+
+        Args:
+            like: keys and values, each (1, heads, t, width), whose heads, width, dtype and device the buffers take.
+        """
         w = self.window
         for name, part in zip(("keys", "values"), like, strict=True):
             old = getattr(self, name)
@@ -96,15 +113,20 @@ class _BatchLayer(DynamicLayer):
         self.is_initialized = True
 
     def write(self, row: int, states: KeysValues) -> None:
-        """Write one sequence's keys and values into a row, so that they end where the window ends, and zeros before."""
+        """Write one sequence's keys and values into a row, ending at the window's end; the rest of the row becomes 0.
+
+        Args:
+            row: the row's number.
+            states: keys and values, each (1, heads, t, width).
+        """
         w = self.window
         for buffer, part in zip((self.keys, self.values), states, strict=True):
-            # A masked NaN is still a NaN, so that what another row left behind has to go.
+            # Clear what an earlier sequence left: masked entries get weight 0, but 0 · NaN is NaN.
             buffer[row] = 0
             buffer[row, :, w.end - part.shape[2] : w.end] = part[0]
 
     def shift(self, by: int) -> None:
-        """Move the columns in use by ``by`` to the right; to the left if that is negative."""
+        """Move the columns in use ``by`` columns to the right, to the left if it is negative; all others become 0."""
         w = self.window
         for buffer in (self.keys, self.values):
             part = buffer[: w.rows, :, w.first : w.end].clone()
@@ -112,7 +134,15 @@ class _BatchLayer(DynamicLayer):
             buffer[: w.rows, :, w.first + by : w.end + by] = part
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write the keys and values of one token of every row at the window's end; return all that the rows hold."""
+        """Write one new token of every row at the column ``window.end``, in place, as a model does in its forward pass.
+
+        Args:
+            key_states, value_states: of the new token, each (rows, heads, 1, width).
+            args, kwargs: ignored; other caches of transformers take more.
+
+        Returns:
+            (keys, values) of the columns in use and the new one, each (rows, heads, columns in use + 1, width).
+        """
         w = self.window
         seen = slice(w.first, w.end + 1)
         self.keys[: w.rows, :, w.end] = key_states[:, :, 0]
@@ -120,24 +150,29 @@ class _BatchLayer(DynamicLayer):
         return self.keys[: w.rows, :, seen], self.values[: w.rows, :, seen]
 
     def get_seq_length(self) -> int:
-        """Return how many columns in use there are before the one that is written next."""
+        """Return the number of columns in use, without the one that the next token will take."""
         return self.window.end - self.window.first
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return how many columns a mask has for a query of ``query_length`` tokens, and its first column."""
+        """Return (width, first column) of the attention mask for ``query_length`` new tokens; the first column is 0."""
         return self.get_seq_length() + query_length, 0
 
 
 class MemberBatch:
-    """A member, the sequences that it is running as ``rows`` of one batch, and prompts that it has run before.
+    """One member with its running batch and its cache of earlier prompts.
+
+    Attributes:
+        name: the member's name in messages.
+        model: the member.
+        rows: the sequences in the running batch, in the order of the batch's rows.
 
     Args:
-        name: of the member, for messages.
+        name: the member's name in messages.
         model: the member, in evaluation mode.
-        kept_tokens: how many prompt tokens may keep their keys and values for prompts that begin alike.
+        kept_tokens: the most prompt tokens, over all prompts, whose keys and values are kept for later prompts.
 
     Raises:
-        InvalidInputError: the member's cache holds something else than keys and values.
+        InvalidInputError: if the member's cache holds anything but keys and values.
     """
 
     def __init__(self, name: str, model: PreTrainedModel, kept_tokens: int = 16384) -> None:
@@ -152,15 +187,17 @@ class MemberBatch:
 
     @torch.inference_mode()
     def catch_up(self, sequences: list[tuple[Sequence, int]], *, every: bool = False) -> list[Float[Tensor, "t d"]]:
-        """Run what sequences outside the batch have not run, such as their prompts, each in one chunk.
+        """Run the member on tokens that are new to it, of sequences outside the running batch, such as prompts.
 
         Args:
-            sequences: each with the index of this member among its members; at least one token is new to the member.
-            every: whether the hidden states of every token are wanted, so that a prompt that begins like an earlier one
-                is computed all the same.
+            sequences: pairs of a sequence and this member's index i in ``sequence.members``; at least one token of each
+                is new to the member. ``sequence.trails[i]``, the tokens that the member has run with their keys and
+                values, is brought up to date.
+            every: whether to run all tokens of a prompt that the member has not begun; else the states of those that
+                also begin an earlier prompt are taken from the cache.
 
         Returns:
-            the hidden states of each at the tokens that were run.
+            for each sequence the last hidden states at the t tokens that were run, (t, d).
         """
         done, hidden = catch_up(self.model, [self._begun(s, s.trails[i], every=every) for s, i in sequences])
         for (s, i), new, states in zip(sequences, done, hidden, strict=True):
@@ -170,7 +207,11 @@ class MemberBatch:
         return hidden
 
     def _begun(self, s: Sequence, trail: PartialCache, *, every: bool) -> PartialCache:
-        """Return a sequence's trail with all that was not run; an empty one begins with what is known of its prompt."""
+        """Return a sequence's trail with all tokens that were not run as pending.
+
+        If the member has run none, the trail begins with the states of an earlier prompt with the same beginning,
+        unless ``every``.
+        """
         if not trail.run and not every:
             reused, states = self._prefixes.longest(s.tokens)
             trail = PartialCache(states)
@@ -179,13 +220,17 @@ class MemberBatch:
 
     @torch.inference_mode()
     def join(self, s: Sequence, i: int) -> None:
-        """Make a sequence whose prompt was run, and whose member ``i`` this is, a row of the batch.
+        """Add a sequence to the running batch, as its last row.
 
-        The batch takes over its keys and values.
+        The keys and values in ``s.trails[i]`` move to the batch's buffers, and the trail is emptied.
+
+        Args:
+            s: the sequence; this member has run all of its tokens but the newest.
+            i: this member's index in ``s.members``.
         """
         states, s.trails[i] = s.trails[i].states, PartialCache()
         w, length = self._window, states[0][0].shape[2]
-        # Powers of two with room for one more.
+        # Powers of two, with room for one more row and one more column.
         w.slots = max(w.slots, 1 << len(self.rows).bit_length())
         w.columns = max(w.columns, 1 << max(length, w.end - w.first).bit_length())
         if not self.rows:
@@ -202,7 +247,7 @@ class MemberBatch:
 
     @torch.inference_mode()
     def leave(self, s: Sequence) -> None:
-        """Take a sequence out of the batch; the last row takes its place."""
+        """Remove a sequence from the running batch; the last row moves to the row that becomes free."""
         k, last = self.rows.index(s), len(self.rows) - 1
         for layer in self._cache.layers:
             layer.keys[k], layer.values[k] = layer.keys[last], layer.values[last]
@@ -214,10 +259,14 @@ class MemberBatch:
 
     @torch.inference_mode()
     def step(self) -> Float[Tensor, "B d"]:
-        """Run the newest token of every row, and return the hidden states there."""
+        """Run the member on the newest token of every row.
+
+        Returns:
+            (B, d), the last hidden states at these tokens, in the order of the B sequences in ``rows``.
+        """
         w = self._window
         if w.end >= w.columns:
-            # Half of the buffer or more may be in use only if a row is that long, and then it has to grow.
+            # Grow the buffers if more than half of the columns are in use; else moving them to the left is enough.
             if 2 * (w.end - w.first) > w.columns:
                 w.columns *= 2
             self._shift(-w.first)
@@ -237,7 +286,7 @@ class MemberBatch:
         return hidden[:, -1]
 
     def _shift(self, by: int) -> None:
-        """Move the columns in use, in buffers that are large enough for it."""
+        """Move the columns in use ``by`` columns right, left if it is negative; enlarge the buffers if needed."""
         w = self._window
         while w.end + by >= w.columns:
             w.columns *= 2

@@ -1,4 +1,8 @@
-"""The batcher: one thread that owns the members, and a batch that sequences join and leave at any token."""
+"""The batcher: the one thread that runs a server's members, in batches that sequences join and leave at any token.
+
+The thread works in *steps*. A step runs the prompts of sequences that join, runs each member once on the newest token
+of all sequences that it takes part in, combines the members' distributions, and draws one token for each sequence.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +35,7 @@ from softmeet.server.sampling import next_tokens
 from softmeet.server.sequences import Combination, Event, Failed, Finished, PromptScored, Sequence, Token
 
 _log = logging.getLogger("softmeet.server")
-# Prompt tokens that one step runs before the sequences that are under way get their next token.
+# The most prompt tokens of one step, though at least one prompt joins: running sequences wait for them meanwhile.
 _PROMPT_TOKENS_A_STEP = 1024
 _CLOSED = "the server is shutting down and ended this answer before its end: ask another one"
 _LATE = "the answer was not done in time: ask for fewer tokens, or raise the server's --timeout"
@@ -39,12 +43,13 @@ _LATE = "the answer was not done in time: ask for fewer tokens, or raise the ser
 
 @dataclass(frozen=True)
 class Limits:
-    """What the batcher takes on at once.
+    """The limits on the work that a batcher accepts at once.
 
     Args:
-        rows: sequences in the running batch.
-        waiting: sequences in the queue.
-        kept_tokens: prompt tokens whose keys and values each member keeps, for prompts that begin alike.
+        rows: the most sequences in the running batch.
+        waiting: the most sequences in the queue.
+        kept_tokens: for each member, the most prompt tokens whose keys and values it keeps after use, so that a later
+            prompt with the same beginning need not compute that beginning again.
     """
 
     rows: int = 64
@@ -53,15 +58,21 @@ class Limits:
 
 
 class Batcher(threading.Thread):
-    """A thread that runs sequences of any number of ensembles, each member once a step for all that it is part of.
+    """The thread that owns a server's members and generates the tokens of all sequences, of any number of ensembles.
 
-    Before it is started, sequences only queue up; to end it, close and join it.
+    In each step a member runs once for all sequences that it takes part in, whatever their ensembles; then the
+    sequences with equal :class:`Combination` are solved together, and each gets one token. Sequences submitted before
+    ``start()`` wait in the queue. To end the thread, call :meth:`close` and then ``join()``.
 
     Args:
-        names: every member once, with its name for messages.
-        limits: what to take on at once.
-        metrics: where to count.
-        parallel: run the members of a step in threads of their own; for members on devices of their own.
+        names: for each member, its name in messages; a member of several ensembles is named once.
+        limits: how many sequences may run and wait.
+        metrics: the counters that steps, tokens and head passes are added to.
+        parallel: whether the members of a step run at the same time, in a thread each; it pays if they are on different
+            devices.
+
+    Raises:
+        InvalidInputError: if a member's cache holds anything but keys and values, as a recurrent model's does.
     """
 
     def __init__(
@@ -79,23 +90,27 @@ class Batcher(threading.Thread):
 
     @property
     def alive(self) -> bool:
-        """Whether the thread is at work and takes more."""
+        """Whether the thread is running and :meth:`close` has not been called."""
         return self.is_alive() and not self._closing
 
     @property
     def has_room(self) -> bool:
-        """Whether one more sequence would be taken now."""
+        """Whether the batcher is alive and would accept one more sequence now."""
         return self.alive and self._free() > 0
 
     def _free(self) -> int:
+        """Return how many more sequences would be accepted: free places in the running batch and in the queue."""
         return self.limits.rows - len(self._running) + self.limits.waiting - len(self._waiting)
 
     def submit(self, sequences: list[Sequence]) -> None:
-        """Line sequences up for the batch, all or none.
+        """Append sequences to the queue: all of them, or none if there is no room for all.
+
+        Args:
+            sequences: new sequences, usually one request's; their events come by each sequence's ``emit``.
 
         Raises:
-            BusyError: too many are waiting.
-            ClosingError: the batcher is shutting down.
+            BusyError: if there are more sequences than free places in the batch and the queue.
+            ClosingError: if :meth:`close` has been called.
         """
         with self._wake:
             if self._closing:
@@ -107,27 +122,39 @@ class Batcher(threading.Thread):
             self._wake.notify()
 
     def close(self, grace: float) -> None:
-        """Take nothing more, and after ``grace`` seconds end what is not done, by an error. Returns at once."""
+        """Accept no more sequences from now on, and return at once; the thread ends when its last sequence does.
+
+        Args:
+            grace: seconds from now after which sequences that have not ended fail with ClosingError.
+        """
         with self._wake:
             self._closing, self._last_call = True, time.monotonic() + grace
             self._wake.notify()
 
     def run(self) -> None:
-        """Run sequences until the batcher was closed and all have ended."""
+        """Run steps until :meth:`close` has been called and every sequence has ended.
+
+        It is the thread's body: callers use ``start()``.
+        """
         with torch.inference_mode():
             while (new := self._admit()) is not None:
                 started = time.perf_counter()
                 try:
                     self._step(new)
                 except Exception as error:
-                    # A bug must not leave every client waiting for ever.
+                    # Without this, a bug would leave every client waiting for ever.
                     _log.exception("a step failed")
                     for s in [*self._running, *new]:
                         self._fail(s, error)
                 self.metrics.steps.observe(time.perf_counter() - started)
 
     def _admit(self) -> list[Sequence] | None:
-        """Return the sequences that join now; wait while there is nothing to do; return None at the end."""
+        """Wait until there is work, and return the queued sequences that join in this step, perhaps none.
+
+        Returns:
+            the sequences, at least one if there is a free row; None if the batcher is closed and every sequence has
+            ended.
+        """
         with self._wake:
             while not (self._waiting or self._running or self._closing):
                 self._wake.wait()
@@ -146,7 +173,7 @@ class Batcher(threading.Thread):
             return new
 
     def _drop(self) -> None:
-        """Take out what was given up or is out of time, wherever it is."""
+        """End all sequences that were cancelled, are past their deadline, or are past the grace of :meth:`close`."""
         now = time.monotonic()
         for s in [*self._waiting, *self._running]:
             if s.cancelled or now > min(s.request.deadline, self._last_call):
@@ -155,7 +182,10 @@ class Batcher(threading.Thread):
                 self._fail(s, ClosingError(_CLOSED) if now > self._last_call else TooLateError(_LATE))
 
     def _step(self, new: list[Sequence]) -> None:
-        """Run the prompts of new sequences and one token of the others, and give every sequence its next token."""
+        """Run one step: the prompts of new sequences and the newest tokens of the running ones, then one draw for each.
+
+        A sequence that fails is ended by an error of its own; the others are not affected.
+        """
         hidden: dict[Sequence, Hidden] = {}
         for s in new:
             try:
@@ -179,10 +209,15 @@ class Batcher(threading.Thread):
             self._advance(group, hidden)
 
     def _catch_up(self, sequences: list[Sequence], *, members: slice, every: bool = False) -> dict[Sequence, Hidden]:
-        """Run members on the tokens of sequences that they have not run, each member on all sequences together.
+        """Run members on the tokens of sequences that they have not run yet, each member on all sequences together.
+
+        Args:
+            sequences: at least one token of each is new to each of the members.
+            members: the members to run, as a slice of each sequence's ``members``.
+            every: as of :meth:`MemberBatch.catch_up`.
 
         Returns:
-            for each sequence the hidden states of those members at those tokens.
+            for each sequence, the last hidden states of each of those members at the t tokens that it ran, (t, d_i).
         """
         behind: dict[PreTrainedModel, list[tuple[Sequence, int]]] = defaultdict(list)
         for s in sequences:
@@ -195,10 +230,10 @@ class Batcher(threading.Thread):
         return {s: [hidden[s, i] for i in range(len(s.members))[members]] for s in sequences}
 
     def _run_prompt(self, s: Sequence) -> Hidden:
-        """Run a prompt by itself, so that its states do not depend on who else is there; score it if that is asked.
+        """Run a prompt alone, so that its hidden states depend on no other sequence; score it if its request asks so.
 
         Returns:
-            the hidden states at its last token.
+            the last hidden states at the prompt's last token, (1, d_i) for each member in ``s.batched``.
         """
         scored = s.request.score_prompt
         hidden = self._catch_up([s], members=slice(len(s.batched)), every=scored)[s]
@@ -212,7 +247,13 @@ class Batcher(threading.Thread):
         return [states[-1:] for states in hidden]
 
     def _score(self, s: Sequence, hidden: Hidden, asked: Deferral | None) -> None:
-        """Report a prompt's tokens but the first, given the hidden states before them and who was asked there."""
+        """Emit the event :class:`PromptScored` for a prompt's tokens but the first.
+
+        Args:
+            s: the prompt's sequence.
+            hidden: each member's last hidden states at all tokens of the prompt but the last, (t, d_i).
+            asked: at which of these tokens all members ran; None for all of them.
+        """
         how, tokens, found = s.combination, iter(s.prompt[1:]), []
         before = TokensBefore.of(torch.tensor(s.prompt[:-1]), how.model.tokenizer)
         chunks = how.model.combiner.solve_in_chunks(hidden, how.settings, asked, before, proved=False)
@@ -221,7 +262,14 @@ class Batcher(threading.Thread):
         self._emit(s, PromptScored(found))
 
     def _advance(self, group: list[Sequence], hidden: dict[Sequence, Hidden]) -> None:
-        """Draw the next tokens of sequences of one combination, solved together; one by one if one's data forbid it."""
+        """Solve sequences of one combination together, draw the next token of each, and hand it over by :meth:`_give`.
+
+        If solving them together fails, each is solved alone, so that only a sequence which fails alone is ended.
+
+        Args:
+            group: the sequences.
+            hidden: for each sequence, the last hidden states of every member at its newest token, (1, d_i).
+        """
         combination = group[0].combination
         stacked = [torch.cat(member) for member in zip(*(hidden[s] for s in group), strict=True)]
         try:
@@ -246,7 +294,11 @@ class Batcher(threading.Thread):
                 self._give(s, _token(s, solution, log_probs, k, token, saved))
 
     def _give(self, s: Sequence, token: Token) -> None:
-        """Give a sequence its next token, and end it or let it join the running batch."""
+        """Append a drawn token to its sequence and emit it; end the sequence at an end-of-text token or at its limit.
+
+        A sequence that does not end with its first token becomes a row of its members' batches then. If the limit is 0
+        tokens the draw is dropped.
+        """
         if s.drawn < s.max_tokens:
             s.tokens.append(token.token)
             self.metrics.tokens.inc()
@@ -263,7 +315,12 @@ class Batcher(threading.Thread):
             self._running.append(s)
 
     def _check_finite(self, s: Sequence, hidden: Hidden) -> None:
-        """Raise NonFiniteError, with the names of the members, if hidden states are not all finite."""
+        """Raise NonFiniteError with the names of the members at fault if any hidden state of a sequence is not finite.
+
+        Args:
+            s: the sequence.
+            hidden: the last hidden states, (t, d_i), of its members, or of the first few of them.
+        """
         bad = [self._batches[m].name for m, h in zip(s.members, hidden, strict=False) if not h.isfinite().all()]
         if bad:
             raise NonFiniteError(
@@ -272,10 +329,12 @@ class Batcher(threading.Thread):
             )
 
     def _fail(self, s: Sequence, error: Exception) -> None:
+        """End a sequence by an error event; anything but a SoftmeetError becomes an InternalError without details."""
         known = error if isinstance(error, SoftmeetError) else InternalError("the server failed: see its log")
         self._finish(s, Failed(known))
 
     def _finish(self, s: Sequence, event: Finished | Failed) -> None:
+        """End a sequence, unless it has ended: take it out of the batches, free its cache, and emit its last event."""
         if s.done:
             return
         s.done = True
@@ -283,10 +342,11 @@ class Batcher(threading.Thread):
             for model in s.batched:
                 self._batches[model].leave(s)
             self._running.remove(s)
-        s.trails = []  # whoever listens may keep the sequence longer than its memory should last
+        s.trails = []  # frees keys and values even if the listener keeps a reference to the sequence
         self._emit(s, event)
 
     def _emit(self, s: Sequence, event: Event) -> None:
+        """Pass an event to the sequence's listener; cancel the sequence if the listener's event loop has ended."""
         try:
             s.emit(event)
         except RuntimeError:  # the listener's event loop has ended
@@ -294,7 +354,7 @@ class Batcher(threading.Thread):
 
 
 def _ends(model: Any) -> tuple[int, ...]:
-    """Return the tokens at which an ensemble's texts end."""
+    """Return the ids of an ensemble's end-of-text tokens."""
     found = model.generation_config.eos_token_id
     return () if found is None else (found,) if isinstance(found, int) else tuple(found)
 
@@ -302,9 +362,15 @@ def _ends(model: Any) -> tuple[int, ...]:
 def _token(
     s: Sequence, solution: Solution, log_probs: Float[Tensor, "n B v"], row: int, token: int, saved: float = 0.0
 ) -> Token:
-    """Return a token with what its sequence asked to know about it, from the solution's row and the members'.
+    """Return a token with the log-probabilities, the listed tokens and the report that its sequence's request asks for.
 
-    ``saved`` are the seconds that a closed gate saves.
+    Args:
+        s: the sequence.
+        solution: of a solved batch of B rows.
+        log_probs: the members' log-probabilities in the same rows, in nats.
+        row: the sequence's row.
+        token: the id that was drawn, or that stands in the prompt.
+        saved: seconds that a closed gate saves in a row; ignored if the row's gate was open.
     """
     ours, gated = solution.log_probs[row], bool(solution.gated[row])
     top, report, saved = s.request.top, s.request.report, saved if gated else 0.0

@@ -1,4 +1,4 @@
-"""The ensembles of a server, by name, and what a request may change about them."""
+"""A server's ensembles by name, how they are loaded, and what a request may change about one."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from softmeet.server.errors import RequestError
 from softmeet.server.schemas import CHANGES, Extension
 from softmeet.server.sequences import Combination
 
-# NAME= before a member: a member's own text may hold an equals sign behind a plus.
+# NAME= before a member. A member's own name may hold an equals sign, but only after a plus sign.
 _PREFIX = re.compile(r"([\w.-]+)=")
 
 
 @dataclass(frozen=True, eq=False)
 class Served:
-    """An ensemble that is served.
+    """An ensemble under the name by which requests ask for it.
 
     Args:
-        name: by which requests ask for it.
-        ensemble: that answers.
-        names: of its members, short.
-        created: when it was loaded, in seconds since 1970.
+        name: the name.
+        ensemble: the loaded ensemble.
+        names: its members' short names, in order.
+        created: when it was loaded, in whole seconds since 1970.
     """
 
     name: str
@@ -41,15 +41,18 @@ class Served:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def combination(self, asked: Extension, allowed: Sequence[str]) -> Combination:
-        """Return the members and the settings by which a request is answered.
+        """Return the members and settings that answer a request: the ensemble's own, with the request's changes.
+
+        If a request names some of the members, their weights in the pool are scaled to the sum that all members' have.
+        A gate ``movement`` or ``auto`` that is not calibrated for these members and settings is left out.
 
         Args:
-            asked: what the request says about them.
-            allowed: what requests may change, of :data:`softmeet.server.schemas.CHANGES`.
+            asked: the changes, from the request's field ``softmeet``; fields that are None change nothing.
+            allowed: the fields that this server lets requests change, some of :data:`softmeet.server.schemas.CHANGES`.
 
         Raises:
-            RequestError: the request changes what it may not, or names a member that there is not.
-            InvalidInputError: a setting is wrong.
+            RequestError: if the request changes a field that is not allowed, or names a member that the ensemble lacks.
+            InvalidInputError: if a setting has an invalid value.
         """
         given = {name: value for name in CHANGES if (value := getattr(asked, name)) is not None}
         in_rule = parse_rule(asked.rule)[1] if asked.rule is not None else {}
@@ -65,14 +68,14 @@ class Served:
             )
         chosen = tuple(k for k, name in enumerate(self.names) if name in wanted)
         model = self.ensemble.model if len(chosen) == len(self.names) else _part(self.ensemble.model, chosen)
-        # Nothing is calibrated while requests wait.
+        # A gate that is not calibrated yet is left out: calibrating takes too long while a request waits.
         settings = resolved(model, model.settings.changed(**given), may_calibrate=False)
         return Combination(model, settings, tuple(self.names[k] for k in chosen))
 
 
 @lru_cache(maxsize=64)
 def _part(whole: EnsembleForCausalLM, chosen: tuple[int, ...]) -> EnsembleForCausalLM:
-    """Return an ensemble of some of the members; their weights in the pool are scaled to sum to what all had."""
+    """Return an ensemble of some members, by their indices; their weights are scaled to sum to what all members' do."""
     config, total = whole.config, sum(whole.config.weights)
     weights = [config.weights[k] for k in chosen]
     share = sum(weights) or 1.0
@@ -86,19 +89,24 @@ def _part(whole: EnsembleForCausalLM, chosen: tuple[int, ...]) -> EnsembleForCau
 
 
 class Ensembles:
-    """All ensembles of a server; the first is the one that requests get which name none."""
+    """All ensembles of a server, by name; requests that name none get the first.
+
+    Args:
+        served: the ensembles, at least one, with distinct names; iteration gives them in this order.
+    """
 
     def __init__(self, served: Sequence[Served]) -> None:
         self._by_name = {s.name: s for s in served}
 
     def __iter__(self) -> Iterator[Served]:
+        """Iterate over the ensembles in the order in which they were given."""
         return iter(self._by_name.values())
 
     def find(self, name: str | None) -> Served:
-        """Return the ensemble of that name, or the first for None.
+        """Return the ensemble with this name, or the first one if ``name`` is None.
 
         Raises:
-            RequestError: there is none of that name.
+            RequestError: if there is no ensemble with this name (status 404).
         """
         if name is None:
             return next(iter(self))
@@ -111,15 +119,19 @@ class Ensembles:
 
 
 def named(given: Sequence[str], members: Sequence[str] = ()) -> dict[str, list[str]]:
-    """Return what each ensemble that is to be served is made of, by the ensemble's name.
+    """Read the ensembles named on a command line, as a dict from each ensemble's name to the names of its members.
 
     Args:
-        given: saved ensembles and bundled families, with their names as ``NAME=…``; without one, an ensemble is called
-            by the end of its path. Members joined by commas are an old form.
-        members: of the ensemble ``default``, or as ``NAME=…`` of another one.
+        given: saved ensembles and bundled families, each as ``NAME=PATH``, or as ``PATH`` alone, whose last two parts
+            are then the name. Members joined by commas in place of a path are an old form, which warns.
+        members: single members: ``MEMBER`` belongs to the ensemble ``default``, ``NAME=MEMBER`` to the ensemble
+            ``NAME``.
+
+    Returns:
+        {name: [a saved ensemble or family]} or {name: members}; the bundled default family if nothing is named.
 
     Raises:
-        InvalidInputError: a name comes twice.
+        InvalidInputError: if two ensembles have the same name.
 
     >>> named(["narrow", "big=folder/wide"])
     {'narrow': ['narrow'], 'big': ['folder/wide']}
@@ -144,12 +156,15 @@ def named(given: Sequence[str], members: Sequence[str] = ()) -> dict[str, list[s
 
 
 def load(named: dict[str, list[str]], find: Callable[..., Ensemble] | None = None, **settings: Any) -> Ensembles:
-    """Load ensembles by name; a member that several of them name is loaded once.
+    """Load ensembles; a member that several of them contain is loaded once.
+
+    A gate that has to be calibrated for its ensemble is calibrated now, since requests cannot wait for it.
 
     Args:
-        named: for each name a saved ensemble or a bundled family, or several members.
-        find: loads an ensemble from such a list; None for ``Ensemble.from_pretrained``.
-        settings: passed on to it.
+        named: for each ensemble's name, a list with one saved ensemble or bundled family, or with its members' names.
+        find: a function that loads one ensemble from such a list; it is called with ``loaded=``, a dict of the members
+            loaded so far, and ``settings``. None for ``Ensemble.from_pretrained``.
+        settings: further arguments of ``find``, such as ``dtype`` or ``rule``, for all ensembles.
     """
     shared: dict[Any, Any] = {}
     served = []

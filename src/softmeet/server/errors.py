@@ -1,11 +1,11 @@
-"""What goes wrong in serving, as exceptions, and every error as the response that OpenAI's clients know.
+"""The exceptions of the server, and the HTTP response, with OpenAI's error object, to any exception.
 
 ::
 
     SoftmeetError
-    ├── RequestError          a request that cannot be served as it stands (4xx)
-    ├── BusyError             too many sequences are waiting (429)
-    ├── TooLateError          the answer took longer than it may (504)
+    ├── RequestError          a request is invalid or not allowed (4xx)
+    ├── BusyError             the queue has no room (429)
+    ├── TooLateError          an answer took longer than it may (504)
     ├── ClosingError          the server is shutting down (503)
     ├── ReplicaLostError      the replica that wrote the answer has died (503)
     └── InternalError         a defect of the server (500)
@@ -22,33 +22,33 @@ from softmeet.errors import InvalidInputError, RuleError, SoftmeetError
 
 
 class BusyError(SoftmeetError):
-    """Raised where too many sequences are waiting."""
+    """Raised if the batch and the queue have no room for all of a request's sequences (status 429)."""
 
 
 class ClosingError(SoftmeetError):
-    """Raised for requests while the server shuts down."""
+    """Raised for requests that come, or have not ended in time, while the server shuts down (status 503)."""
 
 
 class TooLateError(SoftmeetError):
-    """Raised where an answer was not done in time."""
+    """Raised if an answer was not complete before its deadline (status 504)."""
 
 
 class ReplicaLostError(SoftmeetError):
-    """Raised where the replica that wrote the answer has died, or there is none."""
+    """Raised if the replica that was writing an answer has died, or no replica is running (status 503)."""
 
 
 class InternalError(SoftmeetError):
-    """Raised for a defect of the server; clients are told nothing but that there is one."""
+    """Raised for a defect of the server (status 500); the client sees no details, which are in the server's log."""
 
 
 class RequestError(SoftmeetError):
-    """Raised for a request that cannot be served as it stands.
+    """Raised if a request is invalid or asks for something that the server does not offer.
 
     Args:
-        message: what was expected, what came, and what to do.
-        status: HTTP status of the response.
-        param: the field of the request that is to blame.
-        code: a word for programs.
+        message: the expectation, the value that came, and advice; it is sent to the client.
+        status: the HTTP status of the response, from 400 to 499.
+        param: the name of the request's field at fault; None if there is no such field.
+        code: a machine-readable word for the kind of error, such as ``model_not_found``; None for none.
     """
 
     def __init__(self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None) -> None:
@@ -57,7 +57,7 @@ class RequestError(SoftmeetError):
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong."""
+    """An error: a message for people, its type, the request's field at fault and a machine-readable code, or null."""
 
     message: str
     type: str
@@ -66,12 +66,12 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """Every answer that is not a success."""
+    """The body of every response whose status is 400 or more."""
 
     error: ErrorDetail
 
 
-# The first class that an error is of says how it is sent: (status, type, code); the code None is the error's own name.
+# (class, status, type, code): the first entry whose class an error belongs to counts; code None is the class's name.
 _SENT: tuple[tuple[type[SoftmeetError], int, str, str | None], ...] = (
     (InternalError, 500, "server_error", "internal"),
     (BusyError, 429, "rate_limit_error", "busy"),
@@ -86,7 +86,9 @@ _REQUEST_ERRORS = {401: "authentication_error", 404: "not_found_error"}
 
 
 def described(error: Exception) -> tuple[int, dict[str, Any]]:
-    """Return the HTTP status by which any error is sent, and OpenAI's error object as the body.
+    """Return the HTTP status that an exception is answered with, and the body: a dict with OpenAI's error object.
+
+    Exceptions that are not SoftmeetErrors, and InternalErrors, get status 500 and a message that reveals nothing.
 
     >>> described(BusyError("ask again later"))[0]
     429
@@ -107,7 +109,12 @@ def described(error: Exception) -> tuple[int, dict[str, Any]]:
 
 
 def error_response(error: Exception, headers: dict[str, str] | None = None) -> JSONResponse:
-    """Return the response that tells a client of any error; it says when to ask again where that may help."""
+    """Return the JSON response to an exception, as :func:`described` has it.
+
+    Args:
+        error: any exception.
+        headers: further headers. With status 429 or 503 the response also has ``Retry-After: 1``.
+    """
     status, body = described(error)
     retry = {"Retry-After": "1"} if status in (429, 503) else {}
     return JSONResponse(body, status, retry | (headers or {}))

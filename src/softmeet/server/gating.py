@@ -1,8 +1,8 @@
-"""Gates in the running batch: which members are asked about which sequences, and what that saves.
+"""Gates in the running batch: which members run for which sequences, and about how much time closed gates save.
 
-Under the gate ``unsure`` the first member of a sequence has it in its batch as ever. The others keep its keys and
-values beside their batches, are behind by any number of tokens, and catch up where the first is unsure: all sequences
-that need a member at a step together.
+Under the gate ``unsure`` only the first member has a sequence in its running batch. Each other member keeps the
+sequence's keys and values apart and may be behind by any number of tokens. If the first member is unsure at a token,
+the others run all tokens that they have not run, each member in one pass over all sequences that need it in this step.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ from softmeet.rules.solution import Solution
 from softmeet.server.metrics import Metrics
 from softmeet.server.sequences import Combination, Sequence
 
-# Hidden states of one sequence at some tokens, of each member.
+# For each member, its last hidden states of one sequence at the same t tokens, (t, d_i).
 Hidden = list[Float[Tensor, "t _"]]
 
 
 class Gates:
-    """Ask members about sequences under gates, and count what the gates save.
+    """Decides for sequences under the gate ``unsure`` whether the other members run, and counts what all gates save.
 
     Args:
-        catch_up: runs all members but the first on the tokens of some sequences that they have not run; ``every=True``
-            where the hidden states of all tokens are wanted.
-        metrics: where to count.
+        catch_up: a function of a list of sequences that runs all members but the first on the tokens that they have not
+            run, and returns, for each sequence, those members' last hidden states there, (t, d_i); with ``every=True``
+            it runs all of a new prompt's tokens even if some are cached.
+        metrics: the counters of gated tokens and of seconds saved.
     """
 
     def __init__(self, catch_up: Callable[..., dict[Sequence, Hidden]], metrics: Metrics) -> None:
@@ -40,14 +41,18 @@ class Gates:
         self._savings: dict[tuple[Any, ...], Savings] = defaultdict(Savings)
 
     def over_prompt(self, sequence: Sequence, hidden: Hidden) -> tuple[Hidden, Deferral | None]:
-        """Complete the hidden states over a prompt whose tokens are scored.
+        """Return every member's hidden states over a prompt to be scored, given those of the members before the gate.
+
+        If the gate ``unsure`` is open at any of the prompt's t tokens, the other members run the whole prompt; if it is
+        closed at all of them, zeros take the place of their hidden states.
 
         Args:
-            sequence: whose prompt it is.
-            hidden: of the members that run it in their batches.
+            sequence: the prompt's sequence.
+            hidden: the last hidden states of the members in ``sequence.batched`` at all t tokens, (t, d_i) each.
 
         Returns:
-            (hidden states of every member; who was asked at which token, None for everybody everywhere).
+            (the last hidden states of every member, (t, d_i) each; at which tokens the gate ``unsure`` is open, or None
+            if the sequence has no such gate).
         """
         gate, heads = sequence.combination.unsure, sequence.combination.model.heads
         if gate is None:
@@ -60,12 +65,17 @@ class Gates:
         return [*hidden, *others], asked
 
     def ask(self, first: Mapping[Sequence, Float[Tensor, "1 d"]]) -> dict[Sequence, Hidden]:
-        """Return the hidden states of every member at the newest token of sequences under the gate ``unsure``.
+        """Return every member's last hidden states at the newest token, for sequences under the gate ``unsure``.
 
-        Each sequence notes whether its members were asked; where they were not, zeros stand in for their hidden states.
+        Where the gate is open, the other members run the tokens that they have not run; where it is closed they do not
+        run, and zeros stand for hidden states that are not known already. Each sequence's ``asked`` (whether they run)
+        and ``spent`` (its share of the seconds that this takes) are set.
 
         Args:
-            first: the first member's hidden states there.
+            first: for each sequence the first member's last hidden state at its newest token, (1, d_1).
+
+        Returns:
+            for each sequence a list of one tensor (1, d_i) per member.
         """
         groups: dict[Combination, list[Sequence]] = defaultdict(list)
         for s in first:
@@ -89,7 +99,14 @@ class Gates:
         return hidden
 
     def saved(self, sequences: list[Sequence], solution: Solution) -> float:
-        """Count sequences of one combination that were solved; return about how many seconds each closed gate saved."""
+        """Count a solved batch's closed rows, and return about how many seconds each of them saved.
+
+        A closed row counts as the mean time that open rows of the same members, rule and gate have taken so far.
+
+        Args:
+            sequences: the batch's sequences, all of one combination.
+            solution: of the batch, row k for sequence k.
+        """
         combination = sequences[0].combination
         gate = combination.gate
         if gate is None:
@@ -104,7 +121,15 @@ class Gates:
 
 
 def joined(sequences: list[Sequence]) -> Deferral | None:
-    """Return who was asked about sequences of one combination; None if no gate decides that."""
+    """Join the ``asked`` of sequences of one combination: for which of them all members run, not the first alone.
+
+    Args:
+        sequences: B sequences, each with ``asked`` as :meth:`Gates.ask` sets it.
+
+    Returns:
+        the mask of sequences for which all members run, (B,), with the first member's logits, (B, v), if every sequence
+        has them; None if the combination has no gate ``unsure``.
+    """
     found = [s.asked for s in sequences if s.asked is not None]
     if not found:
         return None
@@ -113,5 +138,10 @@ def joined(sequences: list[Sequence]) -> Deferral | None:
 
 
 def _unread(sequence: Sequence, like: Float[Tensor, "t d"]) -> Hidden:
-    """Return zeros in place of the hidden states of all members but the first, where nobody reads them."""
+    """Return zeros, (t, d_i), in place of the last hidden states of each member but the first, where they are not used.
+
+    Args:
+        sequence: whose members they are.
+        like: the first member's hidden states, (t, d), which give t, dtype and device.
+    """
     return [like.new_zeros(len(like), head.d) for head in sequence.combination.model.heads[1:]]

@@ -1,4 +1,4 @@
-"""Counters for Prometheus, in a registry of their own."""
+"""The server's counters, gauges and histograms for Prometheus."""
 
 from __future__ import annotations
 
@@ -10,7 +10,22 @@ _FINE = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
 
 
 class Metrics:
-    """What the batcher and the API count, in tokens, seconds and reads of all heads."""
+    """The server's counters, gauges and histograms for Prometheus, in a registry of their own.
+
+    Attributes:
+        registry: holds all of them, for export.
+        requests: requests answered, by path and HTTP status.
+        tokens: tokens generated.
+        prompt_tokens: tokens of all prompts.
+        reused_tokens: prompt tokens that were taken from a cache instead of run.
+        passes: reads of all heads by rules, summed over rows; reading a part of them counts as that part.
+        gated: tokens at which a gate was closed, by gate.
+        saved: an estimate of the seconds that closed gates saved, by gate.
+        rows: sequences in the running batch.
+        waiting: sequences in the queue.
+        steps: seconds that a step took.
+        first: seconds from a request's submission to its first token.
+    """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()

@@ -1,7 +1,8 @@
-"""What stands before replicas: it passes requests on, and outlives the replica that was writing an answer.
+"""The relay in front of replicas: it passes requests on to them, and ends an answer properly if its replica dies.
 
-An application behind the relay runs in another process, and what it sends comes back one ASGI message at a time. Where
-they stop coming because that process died, the relay ends the answer with the error object that clients know.
+The application behind the relay runs in another process and sends back its answer one ASGI message at a time. If the
+messages stop because that process died, the relay ends the answer with an error object: as the whole response if
+nothing was sent yet, as a last event in a stream.
 """
 
 from __future__ import annotations
@@ -25,19 +26,25 @@ _LOST = "the replica that was to answer has died: what came before is as it was;
 
 
 class Relay:
-    """An ASGI application that has its answers from elsewhere.
+    """An ASGI application without models, which passes each request to another process and its answer back.
 
     Args:
-        ask: gives for the scope and the body of a request the ASGI messages of its answer, as an asynchronous iterator
-            with a method ``cancel``.
-        lost: the exceptions which say that whoever was writing an answer has died.
+        ask: a function of a request's ASGI scope and its body that returns the ASGI messages of the answer, as an
+            asynchronous iterator with a method ``cancel``.
+        lost: the exception types of that iterator which mean that the process writing the answer has died, or that
+            there is none.
     """
 
     def __init__(self, ask: Callable[[dict[str, Any], bytes], Any], lost: tuple[type[BaseException], ...]) -> None:
         self._ask, self._lost = ask, lost
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass one request on, and its answer back, until the client leaves."""
+        """Pass one request on, and its answer back, until the answer ends or the client leaves.
+
+        Raises:
+            ReplicaLostError: if the other process dies amid an answer that is no stream of events, so that the
+                connection has to break.
+        """
         if scope["type"] == "lifespan":
             for stage in ("startup", "shutdown"):
                 await receive()
@@ -55,7 +62,8 @@ class Relay:
             answer.cancel()
 
     async def _send(self, answer: Any, scope: Scope, receive: Receive, send: Send) -> None:
-        # The beginning waits for what follows, so that an answer without any can still become an error.
+        """Send an answer's messages to the client, and an error response or a last event if the other process dies."""
+        # The start message is held back until the first message after it, so that until then an error can be sent.
         start: Message | None = None
         begun = False
         try:

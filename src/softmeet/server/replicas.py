@@ -1,7 +1,7 @@
-"""The server as a Ray Serve application: replicas of the ensembles, and before them what outlives each of them.
+"""The server as a Ray Serve application: replicas that each hold the ensembles, behind a front without models.
 
-A front without models takes every request, passes it to the replica with the fewest, and hands its answer back. A
-replica that dies is started again; answers that it had begun end with an error object, those of others go on.
+The front takes every request, passes it to the replica with the fewest running, and hands the answer back. Ray restarts
+a replica that dies; its unfinished answers end with an error object, and answers of other replicas continue.
 
 ``serve run softmeet.server.replicas:app ensembles=wide replicas=2`` runs it on a cluster, as does ``softmeet serve
 --engine ray``.
@@ -30,27 +30,28 @@ from softmeet.server.security import Guard, Protection
 from softmeet.server.serving import ServerSettings, Serving
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-with warnings.catch_warnings():  # of its own imports
+with warnings.catch_warnings():  # Ray's imports warn
     warnings.simplefilter("ignore")
     from ray import serve
     from ray.serve.exceptions import DeploymentUnavailableError
 
 NAME = "softmeet"
 HEADER = "x-softmeet-replica"
-# Streams that the front holds open at once.
+# The most requests that a front has open at once.
 _MOST = 10_000
 
 
 class Scale(BaseModel):
-    """How many replicas there are, and what each takes.
+    """How many replicas and fronts there are, and which resources each replica gets.
 
     Args:
-        replicas: how many at least.
-        max_replicas: how many at most; None for a fixed number.
-        streams: how many a replica should have at once: where there are more or fewer, replicas come or go.
-        threads: of torch, and cores, of each.
-        gpus: devices of each, or a part of one.
-        fronts: processes that pass requests on; where one dies, its connections break.
+        replicas: the number of replicas, or the smallest number if ``max_replicas`` is given.
+        max_replicas: the largest number of replicas; None keeps their number fixed.
+        streams: with ``max_replicas``, the number of running requests per replica that Ray aims at: it adds replicas
+            above it and removes them below it.
+        threads: torch threads of each replica, and the number of cores reserved for it.
+        gpus: GPUs reserved for each replica; may be a fraction.
+        fronts: processes that pass requests on; if one dies, its connections break.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -63,10 +64,10 @@ class Scale(BaseModel):
     fronts: int = 1
 
     def options(self) -> dict[str, Any]:
-        """Return the number of replicas as Ray Serve takes it.
+        """Return the number of replicas, or its bounds, as options of a Ray Serve deployment.
 
         Raises:
-            InvalidInputError: there are to be fewer at most than at least.
+            InvalidInputError: if ``max_replicas`` is less than ``replicas``.
         """
         if self.max_replicas is None:
             return {"num_replicas": self.replicas}
@@ -77,12 +78,13 @@ class Scale(BaseModel):
 
 
 class Replica:
-    """Ensembles and their batcher, in a process of their own.
+    """One replica: the ensembles, their batcher and the application, in a process of its own. Ray makes it.
 
     Args:
-        named, options: what to serve, as :func:`softmeet.server.ensembles.load` has them.
-        settings: of the server.
-        threads: how many torch uses.
+        named: for each ensemble's name its members, as :func:`softmeet.server.ensembles.load` takes them.
+        options: that function's further arguments.
+        settings: the server's settings.
+        threads: the number of torch threads.
     """
 
     def __init__(
@@ -95,7 +97,12 @@ class Replica:
         self._serving.batcher.start()
 
     async def __call__(self, scope: dict[str, Any], body: bytes) -> AsyncIterator[Message]:
-        """Yield the ASGI messages of the answer to one request, given its ASGI scope and its body."""
+        """Yield the ASGI messages of the answer to one request; a header names this replica.
+
+        Args:
+            scope: the request's ASGI scope, of type ``http``.
+            body: the request's whole body.
+        """
         async with contextlib.aclosing(run(self._app, scope, body)) as messages:
             async for message in messages:
                 if message["type"] == "http.response.start":
@@ -103,7 +110,7 @@ class Replica:
                 yield message
 
     def check_health(self) -> None:
-        """Raise InternalError where the batcher has ended: Ray then replaces this replica."""
+        """Raise InternalError if the batcher has ended. Ray calls it regularly, and then replaces this replica."""
         if not self._serving.batcher.alive:
             raise InternalError("the engine has ended")
 
@@ -111,19 +118,23 @@ class Replica:
 def application(
     named: dict[str, list[str]], options: dict[str, Any], settings: ServerSettings, scale: Scale, grace: float = 30.0
 ) -> serve.Application:
-    """Return the application, for ``serve.run``.
+    """Return the Ray Serve application of replicas and fronts, to be given to ``serve.run``.
 
     Args:
-        named, options: what to serve, as :func:`softmeet.server.ensembles.load` has them.
-        settings: of each replica, without the page, which needs a process of its own.
-        scale: how many replicas there are, and what each takes.
-        grace: how many seconds a replica which is taken away has to end its answers.
+        named: for each ensemble's name its members, as :func:`softmeet.server.ensembles.load` takes them.
+        options: that function's further arguments.
+        settings: of each replica; the page at /ui is left out in any case, since it works in a single process only.
+        scale: the number of replicas and fronts, and each replica's resources.
+        grace: seconds that a replica which Ray removes has to finish its answers.
+
+    Raises:
+        InvalidInputError: if ``scale.max_replicas`` is less than ``scale.replicas``.
     """
     settings = replace(settings, ui=False)
     limits = settings.limits
     replicas = serve.deployment(Replica).options(
         name="replicas",
-        # Past its own queue a replica answers 429, as a single server does.
+        # More than a replica accepts, so that it answers 429 itself when it is full, as a single server does.
         max_ongoing_requests=limits.rows + limits.waiting + settings.max_choices,
         ray_actor_options={"num_cpus": scale.threads, "num_gpus": scale.gpus},
         graceful_shutdown_timeout_s=grace,
@@ -136,7 +147,7 @@ def application(
 
 
 def _front(protection: Protection) -> Callable[[], ASGIApp]:
-    """Return what builds the front, in the process where it is to run."""
+    """Return a function that builds the front, to be called in the process in which the front runs."""
 
     def build() -> ASGIApp:
         replicas = serve.get_deployment_handle("replicas").options(stream=True)
@@ -146,10 +157,18 @@ def _front(protection: Protection) -> Callable[[], ASGIApp]:
 
 
 class Arguments(Scale):
-    """What ``serve run softmeet.server.replicas:app`` takes, as ``name=value``; as ``softmeet serve`` has it.
+    """The arguments of ``serve run softmeet.server.replicas:app``, given as ``name=value``.
 
-    ``ensembles`` are separated by spaces, ``keys`` by commas. Without keys the cluster's own network is all that
-    protects the application.
+    Without ``keys`` the application answers everybody who can reach it. The fields of :class:`Scale` are arguments as
+    well.
+
+    Args:
+        ensembles: saved ensembles or bundled families to serve, each as PATH or NAME=PATH, separated by spaces.
+        rule: the rule of all ensembles, with options, as ``--rule`` of ``softmeet serve``; None for each ensemble's
+            own.
+        device: the place of all members; None for CPU.
+        dtype: the members' floating-point type, such as ``bfloat16``; None for fp32 on CPU.
+        keys: API keys, separated by commas; a request has to have one of them.
     """
 
     ensembles: str = "default=wide"
@@ -159,9 +178,9 @@ class Arguments(Scale):
     keys: str = ""
 
 
-# Ray asks which class ``arguments`` is of: no annotation of this module may be a string.
+# Ray reads the annotation of ``arguments``, so this module cannot have ``from __future__ import annotations``.
 def app(arguments: Arguments) -> serve.Application:
-    """Return the application that text arguments describe."""
+    """Return the Ray Serve application that ``serve run`` starts from arguments of its command line."""
     options = {"rule": arguments.rule, "device": arguments.device, "dtype": arguments.dtype}
     keys = tuple(key for key in arguments.keys.split(",") if key)
     settings = ServerSettings(protection=Protection(keys))

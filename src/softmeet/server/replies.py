@@ -1,4 +1,4 @@
-"""Answers as the documents that OpenAI's clients expect, with what is our own under ``softmeet``."""
+"""Answers in the JSON form that OpenAI's clients expect, with softmeet's own fields under the key ``softmeet``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from softmeet.server.answer import ChoiceDelta
 from softmeet.server.schemas import ChatRequest, CompletionRequest
 from softmeet.server.sequences import GenerationRequest, Token
 
-# What OpenAI writes for a probability of zero, which JSON has no number for.
+# The log-probability that OpenAI writes for probability zero, since JSON has no -inf.
 _IMPOSSIBLE = -9999.0
 LAST_EVENT = "data: [DONE]\n\n"
 
@@ -25,7 +25,7 @@ def dumps(document: Any) -> str:
     """Return a document as compact JSON.
 
     Raises:
-        ValueError: it holds NaN or an infinity, which not everybody can read back.
+        ValueError: if it holds NaN or an infinity, for which JSON has no numbers.
 
     >>> dumps({"text": "é", "logprob": -0.5})
     '{"text":"é","logprob":-0.5}'
@@ -34,20 +34,27 @@ def dumps(document: Any) -> str:
 
 
 def event(document: Any) -> str:
-    """Return a document as a server-sent event."""
+    """Return a document as one server-sent event: its compact JSON after ``data:``, and an empty line."""
     return f"data: {dumps(document)}\n\n"
 
 
 def _finite_nats(x: float | None) -> float | None:
+    """Return a log-probability in nats, with -9999 for -inf and everything below; None stays None."""
     return x if x is None else max(x, _IMPOSSIBLE)
 
 
 class Reply(ABC):
-    """How one endpoint writes its answers.
+    """Writes the answers of one endpoint, as one document or as the chunks of a stream; made anew for every request.
+
+    Subclasses say how a choice's text is written (:meth:`content`).
 
     Args:
-        asked: what is answered.
+        asked: the checked request that is answered.
         body: the request as it was sent.
+
+    Attributes:
+        prefix: the beginning of an answer's ``id``.
+        kind, chunk_kind: the field ``object`` of a document and of a chunk.
     """
 
     prefix = kind = chunk_kind = ""
@@ -61,16 +68,29 @@ class Reply(ABC):
 
     @abstractmethod
     def content(self, delta: ChoiceDelta, *, first: bool) -> dict[str, Any]:
-        """Return what is new of a choice, or the whole choice; ``first`` if nothing of it was sent before."""
+        """Return the endpoint's own fields of one choice: its text or message, and its log-probabilities.
+
+        Args:
+            delta: new text and tokens of the choice, or, without streaming, the whole choice.
+            first: whether nothing of this choice was sent before.
+        """
 
     def document(self, choices: list[ChoiceDelta], tokens: int) -> dict[str, Any]:
-        """Return the answer that is not streamed, given how many ``tokens`` were drawn for it."""
+        """Return the whole answer of a request without streaming.
+
+        Args:
+            choices: every choice, complete.
+            tokens: the number of tokens drawn, summed over choices.
+        """
         found = [self._choice(choice, first=True) for choice in choices]
         usage, ours = self._usage(tokens), self._settings()
         return {**self._common, "object": self.kind, "choices": found, "usage": usage, "softmeet": ours}
 
     def chunk(self, delta: ChoiceDelta) -> dict[str, Any] | None:
-        """Return one chunk of a stream; None where there is nothing to say."""
+        """Return the chunk of a stream that sends new text and tokens of a choice, or None if it would be empty.
+
+        The first chunk of each choice also has the settings that were used.
+        """
         first = delta.index not in self._begun
         self._begun.add(delta.index)
         choice = self._choice(delta, first=first)
@@ -81,26 +101,38 @@ class Reply(ABC):
         return found | {"softmeet": self._settings()} if first else found
 
     def last_chunk(self, tokens: int) -> dict[str, Any] | None:
-        """Return the chunk that tells how many ``tokens`` were drawn; None if nobody asked for it."""
+        """Return the chunk that ends a stream with the token counts, or None unless the request has ``include_usage``.
+
+        Args:
+            tokens: the number of tokens drawn, summed over choices.
+        """
         if self.body.stream_options is None or not self.body.stream_options.include_usage:
             return None
         return {**self._common, "object": self.chunk_kind, "choices": [], "usage": self._usage(tokens)}
 
     def _usage(self, tokens: int) -> dict[str, int]:
+        """Return the numbers of prompt tokens, of drawn ``tokens`` and of both together."""
         prompts = sum(map(len, self.asked.prompts))
         return {"prompt_tokens": prompts, "completion_tokens": tokens, "total_tokens": prompts + tokens}
 
     def _settings(self) -> dict[str, Any]:
+        """Return the members, the settings and the seed that were used for the answer."""
         how = self.asked.combination
         settings = how.settings.plain()
         shown = {name: settings[name] for name in ("rule", "trust", "weights", "pool", *(["gate"] if how.gate else []))}
         return {"members": list(how.names), **shown, "seed": self.asked.sampling.seed}
 
     def _choice(self, delta: ChoiceDelta, *, first: bool) -> dict[str, Any]:
+        """Return one choice as JSON: its content, ``finish_reason`` and, under ``softmeet``, reports and gate counts.
+
+        Args:
+            delta: new text and tokens of the choice, or, without streaming, the whole choice.
+            first: whether nothing of this choice was sent before.
+        """
         found: dict[str, Any] = {}
         tokens = [*(delta.scored or []), *delta.tokens]
         if reports := [t.report.spelled(self.asked.tokenizer) for t in tokens if t.report is not None]:
-            # Null where there is no number.
+            # JSON has no NaN and no infinity: null stands for them.
             found["tokens"] = to_jsonable_python(reports, inf_nan_mode="null")
         if self.asked.combination.gate:
             gate = self._gates[delta.index]
@@ -114,26 +146,32 @@ class Reply(ABC):
         return {"index": delta.index, **self.content(delta, first=first), "finish_reason": delta.finish, **ours}
 
     def spell(self, token: int) -> str:
-        """Return one token's text."""
+        """Return the text of one token id, decoded alone."""
         return str(self.asked.tokenizer.decode([token]))
 
 
 class CompletionReply(Reply):
-    """How ``/v1/completions`` writes its answers."""
+    """Writes the answers of ``/v1/completions``."""
 
     body: CompletionRequest
     prefix, kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
 
     def content(self, delta: ChoiceDelta, *, first: bool) -> dict[str, Any]:
-        """Return text, after the prompt's if it is to be echoed, and log-probabilities."""
+        """Return ``text`` and ``logprobs`` of one choice; with ``echo`` the first text begins with the prompt's.
+
+        Args:
+            delta: new text and tokens of the choice, or, without streaming, the whole choice.
+            first: whether nothing of this choice was sent before.
+        """
         prompt = self.asked.prompts[delta.index // self.asked.choices]
         echoed = self.asked.tokenizer.decode(list(prompt)) if self.body.echo and first else ""
         return {"text": echoed + delta.text, "logprobs": self._log_probs(delta, prompt)}
 
     def _log_probs(self, delta: ChoiceDelta, prompt: tuple[int, ...]) -> dict[str, Any] | None:
+        """Return a choice's tokens, log-probabilities in nats and text offsets; None if they are not asked for."""
         if self.asked.top is None:
             return None
-        # At the prompt's first token nobody could be asked.
+        # No member predicts the prompt's first token, so it has no log-probability.
         scored = [] if delta.scored is None else [Token(prompt[0]), *delta.scored]
         rows = [*scored, *delta.tokens]
         texts = [self.spell(t.token) for t in rows]
@@ -147,7 +185,8 @@ class CompletionReply(Reply):
         }
 
     def _top(self, token: Token) -> dict[str, float | None]:
-        # Two tokens may look alike; the more probable one keeps the name.
+        """Return log-probabilities in nats by the text of the most probable tokens and of the token itself."""
+        # Two tokens may have the same text, which is the key here; the more probable one is kept.
         found: dict[str, float | None] = {}
         for j, x in [*token.top, (token.token, token.log_prob)]:
             found.setdefault(self.spell(j), _finite_nats(x))
@@ -155,17 +194,23 @@ class CompletionReply(Reply):
 
 
 class ChatReply(Reply):
-    """How ``/v1/chat/completions`` writes its answers."""
+    """Writes the answers of ``/v1/chat/completions``."""
 
     prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
     def content(self, delta: ChoiceDelta, *, first: bool) -> dict[str, Any]:
-        """Return the message, or of a stream the new text and at the beginning whose it is."""
+        """Return ``message``, or in a stream ``delta``, and ``logprobs`` of one choice; its first delta names the role.
+
+        Args:
+            delta: new text and tokens of the choice, or, without streaming, the whole choice.
+            first: whether nothing of this choice was sent before.
+        """
         message = ({"role": "assistant"} if first else {}) | {"content": delta.text}
         found = {"delta": message} if self.body.stream else {"message": message | {"refusal": None}}
         return found | {"logprobs": self._log_probs(delta)}
 
     def _log_probs(self, delta: ChoiceDelta) -> dict[str, Any] | None:
+        """Return an entry for each token, with the most probable ones beside it; None unless they are asked for."""
         if self.asked.top is None:
             return None
         found = [
@@ -175,6 +220,7 @@ class ChatReply(Reply):
         return {"content": found, "refusal": None}
 
     def _entry(self, token: int, log_prob: float | None) -> dict[str, Any]:
+        """Return one token as OpenAI's chat format has it: text, log-probability in nats and the text's UTF-8 bytes."""
         text = self.spell(token)
-        # A piece of a character has no bytes of its own in a text.
+        # A token that is a part of a character decodes to U+FFFD, from which its bytes cannot be told.
         return {"token": text, "logprob": _finite_nats(log_prob), "bytes": None if "�" in text else list(text.encode())}

@@ -1,4 +1,4 @@
-"""Draw a sequence's next token from its distribution, with the options of transformers and of the OpenAI API."""
+"""How a sequence's next token is drawn from its distribution, with the options of transformers and of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -12,13 +12,26 @@ from torch import Tensor
 
 from softmeet.hf.sampling import draw, row_generator
 
-# Colder than this, the most probable token is all that is left, and fp32 would overflow.
+# Below this temperature the most probable token is taken: dividing by it could overflow fp32.
 _COLD = 1e-4
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn: options of transformers', and OpenAI's biases and penalties of presence and frequency."""
+    """The options by which a request's tokens are drawn; the defaults draw from the ensemble's distribution unchanged.
+
+    Args:
+        seed: the request's; sequence k of the request draws from a random generator seeded with (seed, k).
+        temperature: divides the scores; below 10⁻⁴ the token with the largest score is taken.
+        top_k: how many of the most probable tokens stay possible; 0 for all.
+        top_p: only the most probable tokens stay possible, as few as have this share of the probability together.
+        min_p: the least probability, as a share of the largest, of tokens that stay possible; None for no such limit.
+        repetition_penalty: as in transformers: scores of tokens that came before, prompt included, are divided by it if
+            positive and multiplied by it if negative.
+        presence_penalty: subtracted, in nats, from the score of every token that was drawn before.
+        frequency_penalty: subtracted, in nats, once for each time that a token was drawn before.
+        logit_bias: nats added to the scores of tokens, by id.
+    """
 
     seed: int
     temperature: float = 1.0
@@ -32,25 +45,40 @@ class Sampling:
 
 
 class RepeatPenalties(tf.LogitsProcessor):
-    """OpenAI's penalties on tokens that were generated before: ``presence`` once, and ``frequency`` for each time."""
+    """OpenAI's penalties on tokens that were drawn before, as a logits processor of transformers.
+
+    Args:
+        prompt_length: the number of leading tokens that do not count.
+        presence: nats taken from the score of each token that was drawn before.
+        frequency: nats taken for each time that the token was drawn before.
+    """
 
     def __init__(self, prompt_length: int, presence: float, frequency: float) -> None:
         self._start, self._presence, self._frequency = prompt_length, presence, frequency
 
     def __call__(self, input_ids: Int[Tensor, "B t"], scores: Float[Tensor, "B v"]) -> Float[Tensor, "B v"]:
-        """Return a copy of the scores from which the penalties are taken."""
+        """Return a copy of the scores, in nats, from which the penalties are taken.
+
+        Args:
+            input_ids: each row's tokens so far, prompt included.
+            scores: each row's log-probabilities or scores of the next token, over v tokens.
+        """
         new = input_ids[:, self._start :]
         counts = torch.zeros_like(scores).scatter_add(-1, new, torch.ones_like(new, dtype=scores.dtype))
         return scores - self._frequency * counts - self._presence * (counts > 0)
 
 
 class Sampler:
-    """What draws the tokens of one sequence.
+    """Draws the tokens of one sequence: its random generator, and its processors of scores.
 
     Args:
-        sampling: how tokens are drawn.
-        key: number of the sequence within its request: the seed and the key make its random generator.
-        prompt_length: how many tokens the prompt has, which OpenAI's penalties do not count.
+        sampling: the request's options.
+        key: the sequence's number within its request; the random generator is seeded with (seed, key).
+        prompt_length: the number of prompt tokens, which presence and frequency penalties do not count.
+
+    Attributes:
+        greedy: whether the token with the largest score is taken instead of a draw.
+        generator: the sequence's own random generator, on the CPU.
     """
 
     def __init__(self, sampling: Sampling, key: int, prompt_length: int) -> None:
@@ -67,11 +95,14 @@ class Sampler:
         self._processors = tf.LogitsProcessorList(found if self.greedy else [*found, *_warpers(s)])
 
     def scores(self, tokens: Sequence[int], log_probs: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
-        """Return the scores to draw the next token from.
+        """Return the next token's scores, (v,), whose softmax is the distribution to draw it from.
+
+        They are the log-probabilities after penalties, biases, temperature and truncation, -inf for tokens that are
+        left out.
 
         Args:
-            tokens: all so far, prompt included.
-            log_probs: the ensemble's log-probabilities, in nats.
+            tokens: the sequence's tokens so far, prompt included.
+            log_probs: the ensemble's log-probabilities of the next token, in nats.
         """
         if not self._processors:
             return log_probs
@@ -81,7 +112,7 @@ class Sampler:
 
 
 def _warpers(s: Sampling) -> list[tf.LogitsProcessor]:
-    """Return transformers' own temperature and truncation, in its order."""
+    """Return transformers' processors for temperature and truncation (top-k, top-p, min-p), in its order."""
     found = [tf.TemperatureLogitsWarper(float(s.temperature))] if s.temperature != 1 else []
     found += [tf.TopKLogitsWarper(s.top_k)] if s.top_k else []
     found += [tf.TopPLogitsWarper(s.top_p)] if s.top_p < 1 else []
@@ -89,7 +120,15 @@ def _warpers(s: Sampling) -> list[tf.LogitsProcessor]:
 
 
 def next_tokens(samplers: Sequence[Sampler], scores: Float[Tensor, "B v"]) -> list[int]:
-    """Draw one token per row of ``scores``; it depends on the row's scores and its sampler's generator alone."""
+    """Draw one token per row, which depends on that row's scores and its sampler's generator alone.
+
+    Args:
+        samplers: one per row; a greedy one takes the token with the largest score.
+        scores: the rows' scores, as :meth:`Sampler.scores` returns them.
+
+    Returns:
+        the B token ids.
+    """
     tokens = scores.argmax(-1)
     drawing = [k for k, sampler in enumerate(samplers) if not sampler.greedy]
     if drawing:

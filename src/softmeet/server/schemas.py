@@ -1,4 +1,4 @@
-"""What a request may hold: OpenAI's fields, strictly typed and bounded, and ours under ``softmeet``."""
+"""The fields of requests: OpenAI's, strictly typed and bounded, and softmeet's own under the key ``softmeet``."""
 
 from __future__ import annotations
 
@@ -17,20 +17,25 @@ Listed = Annotated[int, Field(ge=0, le=20)]
 Rho = Annotated[float, Field(ge=0, le=1e6)] | Literal["inf"]
 Word = Annotated[str, Field(max_length=200)]
 Stop = Annotated[str, Field(min_length=1, max_length=200)]
-# What a request may change under ``softmeet``, unless the server says less.
+# The settings that a request may change under ``softmeet``; a server may allow fewer.
 CHANGES = ("rule", "trust", "weights", "pool", "members", "gate")
-# More tokens or prompts than this no limit on a body lets through.
+# The most tokens or prompts of a request.
 _MOST = 1 << 20
 Ids = Annotated[list[int], Len(1, _MOST)]
 Metadata = Annotated[dict[Word, Annotated[str, Field(max_length=512)]], Len(0, 16)]
 
 
 class _Strict(BaseModel):
+    """A model that refuses unknown fields, conversions between types, NaN and infinities."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Extension(_Strict):
-    """How the members are combined and what is reported, for this request; the ensemble's own where absent."""
+    """softmeet's own fields: how the members are combined, how much is reported, and more options of sampling.
+
+    Without rule, trust, weights, pool, members or gate the ensemble's own are used; without report nothing is reported.
+    """
 
     rule: Word | None = Field(default=None, description="meet, max-entropy, logit-mean, prob-mean, …")
     trust: Rho | Annotated[list[Rho], Len(1, 64)] | None = Field(default=None, description="One for all, or one each.")
@@ -47,13 +52,15 @@ class Extension(_Strict):
 
 
 class StreamOptions(_Strict):
-    """What a stream ends with."""
+    """Options of a stream: include_usage adds a last chunk with token counts; include_obfuscation has no effect."""
 
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
 class _Generation(_Strict):
+    """The fields that both endpoints have."""
+
     model: Word | None = Field(default=None, description="As /v1/models names them; else the first.")
     max_tokens: Annotated[int, Field(ge=0, le=_MOST)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -67,7 +74,7 @@ class _Generation(_Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     softmeet: Extension | None = None
-    # Accepted, and of no effect here.
+    # Accepted, but without effect.
     user: Word | None = None
     metadata: Metadata | None = None
     store: bool | None = None
@@ -75,7 +82,7 @@ class _Generation(_Strict):
 
 
 class CompletionRequest(_Generation):
-    """The body of ``POST /v1/completions``."""
+    """The body of ``POST /v1/completions``: one or several prompts, each a text or a list of token ids."""
 
     prompt: str | Annotated[list[str], Len(1, _MOST)] | Ids | Annotated[list[Ids], Len(1, _MOST)]
     logprobs: Listed | None = None
@@ -83,33 +90,33 @@ class CompletionRequest(_Generation):
 
 
 class TextPart(_Strict):
-    """A piece of a message."""
+    """A piece of a message's text; the pieces are joined without anything between them."""
 
     type: Literal["text"]
     text: str
 
 
 class Message(_Strict):
-    """One turn of a conversation."""
+    """One turn of a conversation: who speaks, and the text, whole or in pieces."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Len(1, 1024)]
     name: Word | None = None
 
     def plain(self) -> dict[str, str]:
-        """Return the message as chat templates know it, its text in one piece."""
+        """Return the message as a dict for chat templates: ``role``, ``content`` as one string, ``name`` if given."""
         parts = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": self.role, "content": parts} | ({"name": self.name} if self.name else {})
 
 
 class ResponseFormat(_Strict):
-    """Plain text is all that there is."""
+    """The form of the answer; plain text is the only one."""
 
     type: Literal["text"]
 
 
 class ChatRequest(_Generation):
-    """The body of ``POST /v1/chat/completions``."""
+    """The body of ``POST /v1/chat/completions``: the messages of a conversation, which the answer continues."""
 
     messages: Annotated[list[Message], Len(1, 4096)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=_MOST)] | None = None
@@ -133,10 +140,10 @@ _REFUSED = {
 
 
 def refusal(errors: Sequence[Any]) -> RequestError:
-    """Return the error that tells a sender what is wrong and in which field, but never what the field held.
+    """Return an error that names the first invalid field of a request and its fault, but not the field's content.
 
     Args:
-        errors: what pydantic found wrong with a request.
+        errors: the errors that pydantic's ``ValidationError.errors()`` lists for the request; at least one.
     """
     first = errors[0]
     path = [str(part) for part in first["loc"] if part != "body"]

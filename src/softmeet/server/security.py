@@ -1,6 +1,6 @@
-"""What stands before every route: keys, hosts, and limits on bodies; and the headers behind it.
+"""The outermost layer of the server: API keys, the Host header, limits on bodies, and headers for security.
 
-Plain ASGI, so that a stream passes through untouched.
+It is plain ASGI, so that streamed answers pass through it unbuffered.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from softmeet.server.errors import RequestError, error_response
 from softmeet.server.metrics import Metrics
 
 _OPEN = ("/health", "/ready")
-# The page takes no files; Gradio would write them to the disk.
+# Uploads are refused: the page takes no files, and Gradio would write them to the disk.
 _UPLOADS = "/ui/gradio_api/upload"
 _COUNTED = ("/v1/models", "/v1/completions", "/v1/chat/completions", "/health", "/ready", "/metrics")
-# A body up to so many times too large is read to its end, so that its sender hears why it is refused.
+# A body of at most this many times the limit is read to its end, since many clients read the refusal only then.
 _DISCARDED = 16
 _COMMON = {
     "X-Content-Type-Options": "nosniff",
@@ -44,13 +44,13 @@ _NO_PAGE = "default-src 'none'; frame-ancestors 'none'"
 
 @dataclass(frozen=True)
 class Protection:
-    """Who may ask, and how much they may send.
+    """Who may send requests, and how large and slow their bodies may be.
 
     Args:
-        keys: one of which a request needs; none if everybody may ask.
-        hosts: that a request may name in its header ``Host``; none if it may name any.
-        max_body: bytes of a request's body.
-        body_seconds: within which a body has to come in.
+        keys: the valid API keys, one of which a request has to have; if empty, no key is needed.
+        hosts: the names that a request's header ``Host`` may have, without port; if empty, any name.
+        max_body: the most bytes of a request's body.
+        body_seconds: the most seconds until a body is complete.
     """
 
     keys: tuple[str, ...] = ()
@@ -60,19 +60,19 @@ class Protection:
 
 
 class Guard:
-    """The outermost layer of the application, which refuses what must not come in, and counts what is answered.
+    """The outermost ASGI layer: it refuses requests without a key, with a wrong Host or a bad body, and counts answers.
 
     Args:
         app: the application behind it.
-        protection: who may ask, and how much they may send.
-        metrics: where to count.
+        protection: the keys, hosts and limits.
+        metrics: answered requests are counted in its ``requests``.
     """
 
     def __init__(self, app: ASGIApp, protection: Protection, metrics: Metrics) -> None:
         self.app, self.protection, self.metrics = app, protection, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse what must not come in; else pass it on with its whole body at hand."""
+        """Check one request and read its whole body; refuse it, or pass it on. Every answer gets security headers."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -93,14 +93,15 @@ class Guard:
                 _check_json(body)
         except RequestError as error:
             ask = {"WWW-Authenticate": 'Basic realm="softmeet"'} if error.status == 401 and path[:3] == "/ui" else {}
-            # What has not been read of the body would be taken for the next request.
+            # Close the connection: a part of the body may be unread, and would be taken for the next request.
             await error_response(error, {"Connection": "close"} | ask)(scope, receive, sending)
             return
-        except ClientDisconnect:  # before it had sent its request
+        except ClientDisconnect:  # the client left before its whole body had come
             return
         await self.app(scope, replay(body, receive), sending)
 
     def _check(self, path: str, headers: Headers) -> None:
+        """Raise RequestError if a request is an upload, or its Host or its key is not valid."""
         if path.startswith(_UPLOADS):
             raise RequestError("nothing can be uploaded here", status=404)
         host = headers.get("host", "").rsplit(":", 1)[0] if "]" not in headers.get("host", "") else "[::1]"
@@ -112,6 +113,12 @@ class Guard:
             )
 
     async def _body(self, request: Request) -> bytes:
+        """Return a request's whole body.
+
+        Raises:
+            RequestError: if the body has more than ``max_body`` bytes, or is not complete after ``body_seconds``
+                seconds.
+        """
         limit = self.protection.max_body
         too_large = RequestError(f"expected a body of at most {limit:,} bytes", status=413, code="body_too_large")
         length = request.headers.get("content-length", "0")
@@ -136,7 +143,11 @@ class Guard:
 
 
 def _check_json(body: bytes) -> None:
-    """Refuse what Python's own reader lets pass: NaN, 1e400, lone surrogates, any depth, other encodings."""
+    """Raise RequestError if a body is not JSON in UTF-8.
+
+    NaN, numbers out of range such as 1e400, lone surrogates and deep nesting, which Python's own parser accepts, are
+    refused too.
+    """
     try:
         from_json(body, allow_inf_nan=False)
     except ValueError as error:
@@ -144,7 +155,10 @@ def _check_json(body: bytes) -> None:
 
 
 def _given(headers: Headers) -> str:
-    """Return the key of a request: a bearer token, or the password of HTTP's basic scheme, which browsers ask for."""
+    """Return the key that a request's headers give, or an empty string.
+
+    It is a bearer token, or the password of HTTP's basic scheme, for which browsers show a dialog.
+    """
     scheme, _, value = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
         return value.strip()
@@ -155,5 +169,5 @@ def _given(headers: Headers) -> str:
 
 
 def _known(given: str, keys: Sequence[str]) -> bool:
-    """Return whether a key is one of several; all are compared, in a time that tells nothing about any of them."""
+    """Return whether a key is valid, in a time that depends on the contents of no valid key."""
     return sum(hmac.compare_digest(given.encode(), key.encode()) for key in keys) > 0

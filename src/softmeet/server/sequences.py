@@ -1,4 +1,4 @@
-"""What the batcher is asked for, the sequences that it runs, and the events that it reports of them."""
+"""What passes between the API and the batcher: requests, the sequences that continue their prompts, and events."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from softmeet.server.sampling import Sampler, Sampling
 
 @dataclass(frozen=True)
 class Combination:
-    """An ensemble and how its members are combined: what sequences must have in common to be solved together.
+    """An ensemble with the settings by which its members are combined. Sequences with an equal one are solved together.
 
     Args:
         model: the ensemble.
-        settings: in place of the ensemble's own.
-        names: of its members, for people.
+        settings: the rule, trusts, gate and so on, used in place of the ensemble's own.
+        names: the members' names, as shown to clients.
     """
 
     model: EnsembleForCausalLM
@@ -35,32 +35,37 @@ class Combination:
     names: tuple[str, ...] = ()
 
     def room(self, length: int) -> int:
-        """Return how many tokens the shortest context of a member can take after a prompt of ``length`` tokens."""
+        """Return how many tokens fit into the shortest member's context after a prompt of ``length`` tokens.
+
+        It is 2³⁰ if no member has a limit.
+        """
         limit: int | None = getattr(self.model.config, "max_position_embeddings", None)
         return 1 << 30 if limit is None else max(limit - length, 0)
 
     @cached_property
     def gate(self) -> Gate | None:
-        """The gate, if there is one that closes at all."""
+        """The settings' gate; None if there is none, or if its threshold is such that it never closes."""
         return that_closes(self.settings.gate)
 
     @property
     def unsure(self) -> Unsure | None:
-        """The gate, if it is of the kind that keeps all members but the first from running."""
+        """The gate if it is ``unsure``, under which the other members run only where the first is unsure; else None."""
         return self.gate if isinstance(self.gate, Unsure) else None
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token of a sequence, drawn or of its prompt.
+    """The event that a token was drawn; also one scored token of a prompt.
 
     Args:
-        token: its id.
-        log_prob: of the token, by the ensemble and before temperature, in nats; None if nobody asked.
-        top: the most probable tokens there and their log-probabilities, likewise.
-        report: what the members expected there, if that was asked for.
-        gated: whether a gate was closed there.
-        saved: about how many seconds that saved.
+        token: the token's id.
+        log_prob: the ensemble's log-probability of the token before sampling's temperature and truncation, in nats;
+            None if neither log-probabilities nor a report were asked for, and for a prompt's first token.
+        top: (id, log-probability in nats) of the most probable tokens at this position, as many as
+            ``GenerationRequest.top`` says, the most probable first.
+        report: each member's distribution and correction at this position; None if no report was asked for.
+        gated: whether a gate was closed at this position.
+        saved: about how many seconds the closed gate saved here; 0 if it was open.
     """
 
     token: int
@@ -73,21 +78,34 @@ class Token:
 
 @dataclass(frozen=True)
 class PromptScored:
-    """The event that a prompt was scored: all of its tokens but the first, with what was asked about them."""
+    """The event that a prompt was scored.
+
+    Args:
+        tokens: all of the prompt's tokens but the first, in order, each with the log-probabilities and report asked
+            for.
+    """
 
     tokens: list[Token]
 
 
 @dataclass(frozen=True)
 class Finished:
-    """The event that a sequence has ended: ``"stop"`` at an end-of-text token, ``"length"`` at its limit."""
+    """The event that a sequence has ended as planned.
+
+    Args:
+        reason: ``"stop"`` if it ended at an end-of-text token, ``"length"`` if it reached its number of tokens.
+    """
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Failed:
-    """The event that a sequence has ended by an error, which concerns this sequence alone."""
+    """The event that a sequence was ended by an error.
+
+    Args:
+        error: a :class:`softmeet.errors.SoftmeetError`; InternalError if a defect of the server is the cause.
+    """
 
     error: Exception
 
@@ -98,22 +116,22 @@ Listener = Callable[[Event], None]
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What a client asks for, checked and in tokens: several continuations of each of some prompts.
+    """A client's request, checked and with its prompts as tokens: several continuations (choices) of each prompt.
 
     Args:
-        combination: which ensemble, and how its members are combined.
-        sampling: how tokens are drawn; each sequence has a random generator of its own.
-        max_tokens: how many tokens to draw at most.
+        combination: the ensemble, and how its members are combined.
+        sampling: how tokens are drawn; each sequence has its own random generator.
+        max_tokens: the most tokens to draw for each sequence.
         top: how many of the most probable tokens to list at each token; 0 for the token's own log-probability alone,
-            None for none at all.
-        report: how many tokens the report of each token lists, None for no reports.
-        score_prompt: whether to score the prompts' tokens too.
-        deadline: when to give up, on the clock of ``time.monotonic``.
-        prompts: token ids.
+            None for no log-probabilities.
+        report: how many tokens to list of each distribution in the report of each token; None for no reports.
+        score_prompt: whether the prompts' own tokens are scored as well.
+        deadline: the time after which its sequences fail, in seconds on the clock of ``time.monotonic``.
+        prompts: each prompt's token ids.
         choices: how many continuations of each prompt; choice c of prompt p has index p · choices + c.
-        stops: strings before which a text ends.
-        model: the name of the ensemble.
-        tokenizer: of the ensemble.
+        stops: the text of a choice ends before the first of these strings.
+        model: the ensemble's name.
+        tokenizer: the ensemble's tokenizer.
     """
 
     combination: Combination
@@ -131,21 +149,29 @@ class GenerationRequest:
 
 
 class Sequence:
-    """One continuation of one prompt, and how far its members have come with it.
+    """One continuation of one prompt: its tokens, and how many of them each member has run.
 
     Args:
-        request: what is asked.
-        prompt: token ids, at least one.
-        key: number of the sequence within its request, which tells its random generator from the others'.
-        emit: called on the batcher's thread with every event; it must not block.
+        request: the request that it is part of.
+        prompt: the prompt's token ids, at least one.
+        key: the sequence's number within its request; its random generator is seeded with (the request's seed, key).
+        emit: called on the batcher's thread with every event of the sequence; it must not block.
 
     Attributes:
-        tokens: the prompt and what was drawn.
-        trails: what each member has run, if it does not run the sequence in its batch, or not yet.
-        ahead: hidden states at the newest token of all members but the first, where they are known before anybody asks.
-        asked: whether those members are to be asked at the newest token; None without a gate that decides that.
-        spent: this sequence's part of the seconds that it took to ask them.
-        joined, done: whether it has joined the running batch, and whether it has ended.
+        combination: the request's.
+        sampler: draws the sequence's tokens.
+        max_tokens: the most tokens to draw: the request's, or fewer if the shortest context ends before.
+        tokens: the prompt's ids and those drawn so far.
+        members: the members in their order.
+        trails: for each member, the tokens that it has run outside its batch, with their keys and values; empty while
+            the sequence is in the member's batch.
+        ahead: the last hidden states of all members but the first at the newest token, (1, d_i), if scoring the prompt
+            has computed them already; else empty.
+        asked: under the gate ``unsure``, whether the other members run at the newest token; else None.
+        spent: the sequence's share of the seconds that running these other members took.
+        cancelled: whether the sequence is to be ended before its next token.
+        joined: whether it is part of the running batch, or was.
+        done: whether it has ended.
     """
 
     def __init__(self, request: GenerationRequest, prompt: tuple[int, ...], key: int, emit: Listener) -> None:
@@ -163,14 +189,14 @@ class Sequence:
 
     @property
     def batched(self) -> list[PreTrainedModel]:
-        """The members that run the sequence in their batches; those behind the gate ``unsure`` catch up when asked."""
+        """The members that have the sequence in their batches: all, or under the gate ``unsure`` the first alone."""
         return self.members[:1] if self.combination.unsure else self.members
 
     @property
     def drawn(self) -> int:
-        """How many tokens were drawn."""
+        """The number of tokens drawn so far."""
         return len(self.tokens) - len(self.prompt)
 
     def cancel(self) -> None:
-        """Give up the sequence's place before its next token; no more of its events are of use."""
+        """Ask the batcher to end the sequence before its next token; its later events are to be ignored."""
         self.cancelled = True

@@ -1,4 +1,4 @@
-"""What a server is set to, and requests checked against its ensembles and limits, and prepared for the batcher."""
+"""A server's settings, and the checks that turn a request's body into a generation request for the batcher."""
 
 from __future__ import annotations
 
@@ -25,18 +25,19 @@ from softmeet.server.sequences import Combination, GenerationRequest
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """Everything that can be set about a server but its ensembles.
+    """All settings of a server, apart from its ensembles.
 
     Args:
-        limits: what the batcher takes on at once.
-        protection: keys, hosts and the limits on bodies.
-        max_tokens: how many tokens one choice may ask for at most.
-        max_choices: how many choices one request may ask for at most, over all of its prompts.
-        seconds: how long an answer may take.
-        allowed: what requests may change, of :data:`softmeet.server.schemas.CHANGES`.
-        parallel: whether members run in threads of their own, as those on different devices do in any case.
-        cors: origins whose pages may ask.
-        ui: whether to serve the page at ``/ui``.
+        limits: how many sequences may run and wait, and how many prompt tokens are kept.
+        protection: API keys, hosts and limits on bodies.
+        max_tokens: the most tokens of a choice; a request for more gets this many.
+        max_choices: the most choices of a request, summed over its prompts; a request for more is refused.
+        seconds: the most seconds that an answer may take, waiting included.
+        allowed: the fields that requests may change, some of :data:`softmeet.server.schemas.CHANGES`.
+        parallel: whether members run at the same time, in a thread each; they do anyway if an ensemble has members on
+            different devices.
+        cors: origins (such as ``https://example.org``) whose pages may call the API from a browser.
+        ui: whether the page at ``/ui`` is served.
     """
 
     limits: Limits = field(default_factory=Limits)
@@ -51,7 +52,17 @@ class ServerSettings:
 
 
 class Serving:
-    """Ensembles, the batcher that runs them, and what requests may ask of them."""
+    """A server's ensembles, settings and metrics, with the batcher that generates for them.
+
+    The batcher is not started; the application's lifespan starts it.
+
+    Args:
+        ensembles: all ensembles, which have to be over tokens, not bytes.
+        settings: the server's settings.
+
+    Raises:
+        InvalidInputError: if an ensemble is over bytes, or a member's cache holds anything but keys and values.
+    """
 
     def __init__(self, ensembles: Ensembles, settings: ServerSettings) -> None:
         for served in ensembles:
@@ -60,14 +71,18 @@ class Serving:
         parallel = settings.parallel or any(s.ensemble.model.apart for s in ensembles)
         names = {m: name for s in ensembles for m, name in zip(s.ensemble.model.members, s.names, strict=True)}
         self.batcher = Batcher(names, settings.limits, self.metrics, parallel=parallel)
-        # Fast tokenizers change their own state; one thread keeps calls apart, and off the event loop.
+        # Fast tokenizers change their own state, so one thread makes all calls, and none holds up the event loop.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="softmeet-tokenizer")
 
     async def prepare(self, body: CompletionRequest | ChatRequest) -> GenerationRequest:
-        """Check a request against the ensembles and the server's limits, and prepare it for the batcher.
+        """Check a request's body, and return it as a generation request with its prompts as token ids.
+
+        Args:
+            body: a body whose fields' types and ranges were checked.
 
         Raises:
-            RequestError, InvalidInputError: it cannot be served.
+            RequestError: if the model, a prompt or the number of choices is not valid here, or a change is not allowed.
+            InvalidInputError: if a setting under ``softmeet`` has an invalid value.
         """
         served, ours = self.ensembles.find(body.model), body.softmeet or Extension()
         in_thread = partial(asyncio.get_running_loop().run_in_executor, self._thread)
@@ -104,7 +119,16 @@ class Serving:
 
 
 def _sampling(body: CompletionRequest | ChatRequest, ours: Extension, vocabulary: int) -> Sampling:
-    """Return how tokens are drawn: what the request says of it, under names that it shares with :class:`Sampling`."""
+    """Return the sampling options that a request gives; a seed is drawn if it gives none.
+
+    Args:
+        body: the request, whose fields have the names of :class:`Sampling`'s where they mean the same.
+        ours: its field ``softmeet``, likewise.
+        vocabulary: the number of tokens, which ids in ``logit_bias`` have to be below.
+
+    Raises:
+        RequestError: if an id in ``logit_bias`` is not below ``vocabulary``.
+    """
     biases = {int(token): bias for token, bias in (body.logit_bias or {}).items()}
     if absent := [token for token in biases if token >= vocabulary]:
         raise RequestError(
@@ -116,7 +140,7 @@ def _sampling(body: CompletionRequest | ChatRequest, ours: Extension, vocabulary
 
 
 def _encoded(served: Served, body: CompletionRequest) -> list[tuple[int, ...]]:
-    """Return the token ids of each prompt, which come in any of four forms."""
+    """Return the token ids of each prompt, given as a text, several texts, token ids or several lists of token ids."""
     prompt: Any = body.prompt
     parts = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
     tokenizer = served.ensemble.tokenizer
@@ -124,7 +148,11 @@ def _encoded(served: Served, body: CompletionRequest) -> list[tuple[int, ...]]:
 
 
 def _templated(served: Served, body: ChatRequest) -> list[tuple[int, ...]]:
-    """Return the token ids of the one prompt that the chat template makes of messages."""
+    """Return a list of one prompt: the token ids that the tokenizer's chat template makes of the messages.
+
+    Raises:
+        RequestError: if the tokenizer has no chat template, or the template refuses the messages.
+    """
     tokenizer = served.ensemble.tokenizer
     if not tokenizer.chat_template:
         raise RequestError(
@@ -141,6 +169,13 @@ def _templated(served: Served, body: ChatRequest) -> list[tuple[int, ...]]:
 
 
 def _check_prompt(prompt: tuple[int, ...], combination: Combination, limit: int) -> None:
+    """Raise RequestError if a prompt is empty, has an invalid id, or leaves no room in the shortest context.
+
+    Args:
+        prompt: the prompt's token ids.
+        combination: the ensemble whose vocabulary and context count.
+        limit: the number of tokens asked for; if it is 0, the prompt may fill the context.
+    """
     vocabulary, room = combination.model.config.vocab_size, combination.room(len(prompt))
     if not prompt:
         raise RequestError("expected a prompt of at least one token, got an empty one", param="prompt")

@@ -1,4 +1,4 @@
-"""The page at /ui: write a prompt, watch members agree and disagree token by token, and look behind each token."""
+"""The page at /ui: generate from a prompt, see token by token where members disagree, and look behind each token."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from softmeet.server.schemas import CompletionRequest, Extension, refusal
 from softmeet.server.serving import Serving
 from softmeet.server.ui_html import LEGEND, Report, alert, details_of, resource, text_of
 
-# Seconds between two pictures of a text that streams.
+# Seconds between two updates of the page while texts are generated.
 _FRAME = 0.1
 _LISTED = 8
-# Browsers would ask for an icon that is not there.
+# An empty icon, so that browsers do not ask the server for one.
 _HEAD = '<link rel="icon" href="data:,">'
 _TITLE = "<h1>softmeet</h1><p>Several language models, sampled as one. Watch where they agree.</p>"
 _ALONE = "nothing"
@@ -36,7 +36,14 @@ _EXAMPLE = "And the king said unto his daughter,"
 
 @dataclass
 class Side:
-    """One of the texts that are compared, with the reports of its tokens."""
+    """One of the one or two texts that the page compares.
+
+    Args:
+        rule: the rule that generates it, as text.
+        members: the members' names.
+        prompt: the text that it continues.
+        tokens: the reports of its tokens so far, as ``TokenReport.spelled`` returns them.
+    """
 
     rule: str
     members: tuple[str, ...]
@@ -45,7 +52,12 @@ class Side:
 
 
 def mount(app: FastAPI, serving: Serving) -> None:
-    """Serve the page at /ui."""
+    """Add the page to an application, at the path /ui.
+
+    Args:
+        app: the application.
+        serving: the ensembles and the batcher that the page generates with, in this process.
+    """
     sans, mono = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
     theme = gr.themes.Base(primary_hue="blue", neutral_hue="slate", font=sans, font_mono=mono)
     gr.mount_gradio_app(
@@ -55,7 +67,13 @@ def mount(app: FastAPI, serving: Serving) -> None:
 
 
 def page(serving: Serving) -> gr.Blocks:
-    """Return the page of a server's ensembles."""
+    """Return the page, as Gradio's blocks, for a server's ensembles.
+
+    Controls of settings that requests may not change are disabled.
+
+    Args:
+        serving: the ensembles and the batcher that the page generates with, in this process.
+    """
     first, choose = serving.ensembles.find(None), resource("page.js")
     own = _controls(first)
     free = {name: name in serving.settings.allowed for name in own}
@@ -113,17 +131,20 @@ def page(serving: Serving) -> gr.Blocks:
 
 
 def _controls(served: Served) -> dict[str, Any]:
-    """Return what the controls show for an ensemble, until somebody changes them."""
+    """Return the controls' values for an ensemble's own settings: members, rule, and the first trust, at most 4."""
     config = served.ensemble.model.config
     return {"members": list(served.names), "rule": config.rule, "trust": min(config.trust[0], 4)}
 
 
 def _changed(served: Served) -> tuple[Any, Any, Any]:
+    """Return the new values of the controls for members, rule and trust after an ensemble was chosen."""
     new = _controls(served)
     return gr.CheckboxGroup(new["members"], value=new["members"]), new["rule"], new["trust"]
 
 
 def _choosing(k: int) -> Any:
+    """Return the handler of a click on a token of text ``k`` (0 left, 1 right), which returns its details as HTML."""
+
     def choose(sides: list[Side], event: gr.EventData) -> str:
         side, index = sides[k], int(event.k)
         return details_of(side.tokens[index], side.members, side.rule) if index < len(side.tokens) else _HINT
@@ -132,7 +153,12 @@ def _choosing(k: int) -> Any:
 
 
 async def _pictures(serving: Serving, *inputs: Any) -> AsyncIterator[Any]:
-    """Yield the page's outputs as texts grow, (left, right, details, trouble, sides), given what its inputs hold."""
+    """Yield the page's outputs (left, right, details, trouble, sides), ten times a second while texts are generated.
+
+    Args:
+        serving: the ensembles and the batcher.
+        inputs: the values of the page's controls, in the order of ``inputs`` in :func:`page`.
+    """
     prompt, name, members, rule, other, trust, length, temperature, seed = inputs
     given = {
         "model": name, "prompt": prompt, "max_tokens": int(length), "temperature": float(temperature),
@@ -163,7 +189,10 @@ async def _pictures(serving: Serving, *inputs: Any) -> AsyncIterator[Any]:
 
 
 def _asked(serving: Serving, name: str, members: list[str], rule: str, trust: float) -> Extension:
-    """Return what differs from the ensemble's own, so that a server that allows no changes is not asked for any."""
+    """Return the request's field ``softmeet``: the controls that differ from the ensemble's own settings, and a report.
+
+    Without a difference nothing is asked to change, so that servers which allow no changes accept the request.
+    """
     own = _controls(serving.ensembles.find(name))
     asked = {"members": list(members), "rule": rule, "trust": float(trust)}
     given = {name: value for name, value in asked.items() if value != own[name]}
@@ -171,7 +200,7 @@ def _asked(serving: Serving, name: str, members: list[str], rule: str, trust: fl
 
 
 async def _feed(answer: AnswerStream, side: Side) -> str:
-    """Add tokens to a side until its text ends; return what went wrong, or nothing."""
+    """Append the reports of an answer's tokens to a side until the answer ends; return the error's message, or ""."""
     try:
         async for delta in answer.deltas():
             side.tokens += [t.report.spelled(answer.request.tokenizer) for t in delta.tokens if t.report is not None]
@@ -181,9 +210,11 @@ async def _feed(answer: AnswerStream, side: Side) -> str:
 
 
 def _texts(sides: list[Side], *, done: bool) -> tuple[Any, Any]:
+    """Return the one or two texts as the outputs (left, right); with one text the right panel is hidden."""
     left, *right = [text_of(side.tokens, side.prompt, side.rule, done=done) for side in sides]
     return left, gr.HTML("".join(right), visible=bool(right))
 
 
 def _trouble(message: str) -> Any:
+    """Return the output that shows an error's message; hidden if the message is empty."""
     return gr.HTML(alert(message), visible=bool(message))
