@@ -57,7 +57,7 @@ def unknown(what: str, name: str, known: Mapping[str, Any] | list[str] | tuple[s
 
 
 def takes(field: FieldInfo, kind: type) -> bool:
-    """Return whether the annotation of a pydantic field has the type ``kind``, such as ``float``, or a union with it."""
+    """Return whether a pydantic field is annotated with ``kind``, such as ``float``, alone or in a union."""
     return kind in _kinds(field.annotation)
 
 

@@ -125,7 +125,7 @@ class Problem:
         return self.settings.tol
 
     def changed(self, dtype: torch.dtype | None = None, **settings: Any) -> Problem:
-        """Return a copy with some settings, by name, or the ``dtype`` of products replaced; nothing is checked again."""
+        """Return a copy with ``settings``, by name, or the ``dtype`` of products replaced; nothing is checked again."""
         return replace(self, settings=self.settings.model_copy(update=settings), dtype=dtype or self.dtype)
 
     def take(self, rows: Int[Tensor, " k"]) -> Problem:
@@ -166,7 +166,7 @@ class Problem:
             log_q: log-probabilities in nats.
 
         Returns:
-            The log-probabilities given all of ``support``; ``log_q`` itself if ``support`` is None.
+            The log-probabilities conditional on ``support``; ``log_q`` itself if ``support`` is None.
 
         Raises:
             DisjointSupportError: if a row has no mass on ``support``.
