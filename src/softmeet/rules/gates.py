@@ -173,7 +173,7 @@ class PredictedMovement(Disagreement):
         """Return a mask, (B,), of the rows whose predicted movement is at least ``threshold`` nats.
 
         Raises:
-            InvalidInputError: if ``factor`` is None; it needs no factor if the rule has no bound: all rows are open.
+            InvalidInputError: if ``factor`` is None, unless the rule has no bound, in which case all rows are open.
         """
         free = problem.settings.rule.pool_bound(problem)
         if free is None:

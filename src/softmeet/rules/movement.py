@@ -1,7 +1,7 @@
 """Measures, without labels, of how far ``meet`` moves the pool.
 
-With q the pool, p̂_i the members, ρ_i their trusts, p° and r_i° the optimal answer and corrected members, and V the value
-of the objective there, KL(q‖p°) + Σ ρ_i KL(q‖r_i°) = Σ ρ_i KL(q‖p̂_i) - V: the *excess*. Where it is 0, every member's
+With q the pool, p̂_i the members, ρ_i their trusts, p° the optimal answer, r_i° the corrected members and V the value of
+the objective there, KL(q‖p°) + Σ ρ_i KL(q‖r_i°) = Σ ρ_i KL(q‖p̂_i) - V: the *excess*. Where it is 0, every member's
 head can express the pool, and ``meet`` is the average (docs/mathematics.md); it is large where heads are too narrow.
 """
 
@@ -44,7 +44,7 @@ class Movement:
 
     @staticmethod
     def of(solution: Solution) -> Movement | None:
-        """Measure a solution; return None if its rule does not tilt the pool (``Rule.tilts_pool``) or a trust is infinite.
+        """Measure a solution; return None if its rule has not ``Rule.tilts_pool``, or a trust is infinite.
 
         The solution's distribution counts as p°, so it should have been solved without a gate, and to a small ``tol``.
         """
