@@ -45,7 +45,7 @@ class Batched:
 
     @staticmethod
     def joined(parts: Sequence[B]) -> B:
-        """Concatenate the rows of one or more batches, in order; fields without rows are those of the first batch."""
+        """Concatenate the rows of one or more batches, in order; fields without rows come from the first batch."""
         return parts[0] if len(parts) == 1 else _by_field(lambda *each: torch.cat(each), parts)
 
 

@@ -69,7 +69,7 @@ class NextToken:
 
     Attributes:
         top: (text, probability) of the ensemble's most probable tokens, the most probable first.
-        members: by member's name, the same of the distribution that it predicts alone.
+        members: for each member by name, such a list of its own distribution.
         solution: the log-probabilities of all tokens in nats, (1, v), with status and gap.
     """
 
@@ -366,7 +366,7 @@ class Ensemble:
     def _arguments(
         self, prompts: list[str], seed: int | None, recorder: Recorder | None, options: dict[str, Any]
     ) -> dict[str, Any]:
-        """Return the arguments of the model's ``generate``; by default the text may fill the shortest context."""
+        """Return the arguments of the model's ``generate``; without a length, text may fill the shortest context."""
         inputs = self._encode(prompts)
         found = {**inputs, "pad_token_id": self.tokenizer.pad_token_id, **options}
         limit = getattr(self.model.config, "max_position_embeddings", None)

@@ -64,4 +64,4 @@ class NotConvergedError(SoftmeetError):
 
 
 class WorkerLostError(SoftmeetError):
-    """The error for a cluster whose workers died at the same piece of work, or of which none started."""
+    """The error for a cluster if workers died repeatedly at one piece of work, or none started."""

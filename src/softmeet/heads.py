@@ -65,7 +65,7 @@ class SoftmaxHead:
     v: int = field(init=False, repr=False)
     d: int = field(init=False, repr=False)
     _whitening: dict[tuple[torch.device, bool, int | None], Whitening] = field(default_factory=dict, repr=False)
-    # A cache of solvers/direction.py: the tails of ensembles of which this head is the first, by their whitenings.
+    # A cache of solvers/direction.py: the tails of ensembles with this head as the first, by their whitenings.
     tails: list[tuple[tuple[Whitening, ...], object]] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
@@ -211,7 +211,7 @@ class SoftmaxHead:
 class Whitening:
     """The centre c and the factor R with which the columns of Q = (W - 1cᵀ) R are orthonormal, for a head's weight W.
 
-    ν in the coordinates of Q is λ = R ν in those of W, and ν = ``inverse`` λ. All tensors are fp64.
+    A vector ν in the coordinates of Q is λ = R ν in the coordinates of W, and ν = ``inverse`` λ. All tensors are fp64.
 
     Attributes:
         center: c, the mean of W's rows; zero for a head with a soft-cap.
@@ -231,7 +231,7 @@ class Whitening:
         return self.factor.shape[1]
 
     def narrowed(self, basis: Float[Tensor, "rank k"]) -> Whitening:
-        """Return the whitening of which Q is this one's Q times ``basis``, whose k columns are orthonormal."""
+        """Return the whitening whose Q is this one's Q times ``basis``, which has k orthonormal columns."""
         return Whitening(self.center, self.factor @ basis, basis.T @ self.inverse, self.offset)
 
     def truncated(self, rank: int) -> Whitening:
@@ -239,9 +239,9 @@ class Whitening:
         return self.narrowed(torch.linalg.svd(self.inverse, full_matrices=False).U[:, :rank])
 
     def without(self, directions: Float[Tensor, "k d"]) -> Whitening:
-        """Return the whitening whose ``inverse`` maps ``directions``, k vectors in the coordinates of W, to 0.
+        """Return a copy whose ``inverse`` maps ``directions``, k vectors in the coordinates of W, to 0.
 
-        R has to be orthogonal to them already, so that ``inverse`` remains its left inverse.
+        The columns of ``factor`` have to be orthogonal to them, so that ``inverse`` remains its left inverse.
         """
         basis = torch.linalg.qr(directions.to(self.inverse).T).Q
         return Whitening(self.center, self.factor, self.inverse - (self.inverse @ basis) @ basis.T, self.offset)
@@ -300,14 +300,14 @@ class WhitenedHead:
         return some
 
     def scores(self, lam: Float[Tensor, "B rank"]) -> Float[Tensor, "B v"]:
-        """Return the scores Q λ for each row of the batch, by one read of the head; λ is in whitened coordinates."""
+        """Return the scores Q λ of each row's vector λ in whitened coordinates, Q the whitened head; one read of it."""
         x, center = self.raw(lam)
         out = self.head.scores(x.to(self.home, self.dtype)).to(self.device, lam.dtype) - center[:, None].to(lam)
         self.rows_read[self.at] += self.head.v
         return self._sloped(pad(out, (0, self.v - self.head.v)))
 
     def moments(self, *ps: Float[Tensor, "B v"]) -> list[Float[Tensor, "B _"]]:
-        """Return Qᵀ p for each of the tensors ``ps``, (B, rank) each, by one read of the head for all of them."""
+        """Return the whitened moments Qᵀ p, (B, rank), of each tensor in ``ps``, by one read of the head for all."""
         p = torch.cat([self._sloped(p) for p in ps])[:, : self.head.v]
         raw = self.head.moments(p.to(self.home, self.dtype)).to(self.device, torch.float64)
         self.rows_read[self.at] += self.head.v
@@ -315,7 +315,10 @@ class WhitenedHead:
         return list(found.to(p.dtype).chunk(len(ps)))
 
     def raw(self, lam: Float[Tensor, "B rank"]) -> tuple[Float[Tensor, "B d"], Float[Tensor, " B"]]:
-        """Return (x, s) with (W - 1cᵀ) R λ = W x - s: the vector x = R λ and the number s = cᵀx, in fp64."""
+        """Return (R λ, cᵀ R λ) in fp64, by which scores (W - 1cᵀ) R λ are computed from the head's weight W.
+
+        c and R are the centre and the factor of the whitening, and λ is in whitened coordinates.
+        """
         x = lam.double() @ self.whitening.factor.T
         return x, x @ self.whitening.center
 
@@ -323,7 +326,10 @@ class WhitenedHead:
         return x if self.slope is None else x * self.slope.to(x.dtype)
 
     def rows(self, tokens: Int[Tensor, "B k"]) -> Float[Tensor, "B k d"]:
-        """Return the rows of S (W - 1cᵀ) at k ``tokens`` for each row of the batch, in ``self.dtype``."""
+        """Return the weight's rows at k ``tokens`` for each row of the batch, in ``self.dtype``.
+
+        They are centred and multiplied by the soft-cap's slopes, but not whitened: times R they are rows of Q.
+        """
         found = self.even_rows(tokens, self.dtype)
         if self.slope is not None:
             found *= self.slope.gather(-1, tokens).to(self.dtype)[..., None]
@@ -331,11 +337,14 @@ class WhitenedHead:
         return found
 
     def gather(self, tokens: Int[Tensor, "B k"]) -> Float[Tensor, "B k rank"]:
-        """Return the rows of Q at k ``tokens`` for each row of the batch, in ``self.dtype``."""
+        """Return the whitened head's rows at k ``tokens`` for each row of the batch, in ``self.dtype``."""
         return self.rows(tokens) @ self.whitening.factor.to(self.dtype)
 
     def even_rows(self, tokens: Int[Tensor, "*B k"], dtype: torch.dtype = torch.float32) -> Float[Tensor, "*B k d"]:
-        """Return the rows of W - 1cᵀ at ``tokens``, without slopes, and without counting them in ``rows_read``."""
+        """Return the weight's rows at ``tokens``, centred, without a soft-cap's slopes, and not counted as read.
+
+        Rows are zero at tokens past the head's last row.
+        """
         ids = tokens.clamp_max(self.head.v - 1).flatten().to(self.home)
         found = self.head.weight.detach().index_select(0, ids).to(self.device, dtype)
         found -= self.whitening.center.to(dtype)
@@ -345,7 +354,7 @@ class WhitenedHead:
         return found
 
     def block(self, tokens: slice) -> Float[Tensor, "b d"]:
-        """Return the rows of W, not centred, at a slice of tokens, in ``self.dtype``, on the head's device.
+        """Return the weight's rows at a slice of tokens, not centred, in ``self.dtype``, on the head's device.
 
         A slice that ends past the head's last row gives fewer rows. They are not counted in ``rows_read``.
         """

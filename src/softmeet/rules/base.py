@@ -114,7 +114,8 @@ class Rule(Frozen, ABC):
     def relaxes(self, problem: Problem) -> bool:
         """Return whether the settings make this rule match only a part of every member's moments.
 
-        True if ``free_radial`` is set or ``rank`` is below the rank of a head; False for a rule that reads no heads.
+        It does if ``free_radial`` leaves the directions that the final norm removes unconstrained, or ``rank`` limits
+        the directions of a head that are constrained; never if the rule reads no heads.
         """
         rank = problem.settings.rank
         if not self.reads_heads or rank is None or problem.settings.free_radial:

@@ -127,7 +127,7 @@ def solve(
         shape: the batch dimensions, of B elements in all, that the solution gets.
         dtype: the dtype of the log-probabilities as the caller gave them; the solution's is the same, but at least
             fp32.
-        relaxed: a known answer to all B rows, to be used where there is no feasible distribution; None to solve such
+        relaxed: a known answer to all B rows, to be used in rows without a feasible distribution; None to solve such
             rows by the rule that ``on_infeasible`` names.
         throw: raise an error if a row ends with the status NOT_CONVERGED.
 

@@ -7,7 +7,7 @@
 
 The members' first-order disagreement is Σ_i ρ_i KL(q‖p̂_i), with q the pool, p̂_i the members' distributions and ρ_i
 their trusts. A gate is a subclass of :class:`Gate`, named in ``GATES``; it sees the problem, and by
-``problem.text_before()`` the text of the token before each row. Where ``unsure`` is closed, the other members need not
+``problem.text_before()`` the text of the token before each row. If ``unsure`` is closed, the other members need not
 run, which saves most; the other gates need every member and save the solve. ``unsure:T`` with T above 1,
 ``disagreement:0`` and ``movement:0`` never close, and are treated as no gate.
 """
@@ -32,7 +32,7 @@ from softmeet.rules.problem import Problem
 
 @dataclass(frozen=True)
 class Gate(ABC):
-    """A test of rows before any head is read: the rule is solved where the gate is open, the gate answers elsewhere.
+    """A test of rows before any head is read: the rule solves rows at which the gate is open, the gate answers others.
 
     Attributes:
         threshold: the number after the colon in the gate's text, such as 0.5 in ``unsure:0.5``.
@@ -57,7 +57,7 @@ class Gate(ABC):
 
     @abstractmethod
     def instead(self, problem: Problem) -> Answer:
-        """Return the gate's own answer for all B rows, used where the gate is closed; no head is read for it."""
+        """Return the gate's own answer for all B rows, to be used in those at which it is closed; reads no head."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,11 @@ class Unsure(Gate):
         return self.threshold > 1
 
     def open(self, problem: Problem) -> Bool[Tensor, " B"]:
-        """Return a mask, (B,), of the rows in which the first member's largest probability is below ``threshold``."""
+        """Return ``asked``, or, if it is None, the mask :meth:`among` of rows in which the first member is unsure."""
         return self.among(problem.log_p[0]) if self.asked is None else self.asked
 
     def among(self, log_p: Float[Tensor, "B v"]) -> Bool[Tensor, " B"]:
-        """Return a mask of the rows in which the other members have to run.
+        """Return a mask, (B,), of the rows in which the first member's largest probability is below ``threshold``.
 
         Args:
             log_p: the first member's log-probabilities in nats.
@@ -138,7 +138,7 @@ class Disagreement(Gate):
         return problem.pool_bound() > self.threshold
 
     def instead(self, problem: Problem) -> Answer:
-        """Return the pool as the answer of all rows, with the rule's bound on its gap, inf if the rule has none."""
+        """Return the pool as the answer to all rows; its gap is ``Rule.pool_bound``, or inf if the rule has none."""
         answer = closed_form(problem, problem.log_pool, torch.zeros_like(problem.log_pool[:, 0]))
         bound = problem.settings.rule.pool_bound(problem)
         gap = torch.full_like(answer.gap, torch.inf) if bound is None else bound

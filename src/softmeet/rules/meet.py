@@ -51,7 +51,7 @@ class Meet(Rule):
     tilts_pool = True
 
     def solve(self, problem: Problem) -> Answer:
-        """Minimise the dual by Newton's method; where the pool is proved to be within ``tol``, it is the answer.
+        """Minimise the dual by Newton's method; if the pool is proved to be within ``tol``, it is the answer.
 
         Members of trust 0 take no part. Unless ``budget`` is set, rows that did not converge are solved once more, from
         the pool, in fp64 if heads are small.
@@ -81,7 +81,7 @@ class Meet(Rule):
         """Recompute each row in fp64 from the answer's stored dual variables and Farkas proof, without the solver.
 
         Returns:
-            The distribution at the dual point (the pool where the pool was the answer), the gap proved there, and the
+            The distribution at the dual point (the pool, if it was the answer), the gap proved there, and the
             status OPTIMAL, INFEASIBLE (the proof holds) or NOT_CONVERGED (the gap is above ``tol``) of each row.
         """
         trust = self.effective_trust(problem.trust)
@@ -89,7 +89,7 @@ class Meet(Rule):
         return Recomputed.of_rows(looks, answer.log_probs)
 
     def pool_bound(self, problem: Problem) -> Float[Tensor, " B"] | None:
-        """Return Σ_i ρ_i KL(q‖p̂_i) in nats, a bound on objective(pool q) - optimum; None if a trust ρ_i is infinite."""
+        """Return Σ_i ρ_i KL(q‖p̂_i) in nats, a bound on the objective at the pool q; None if a trust ρ_i is infinite."""
         return None if any(map(math.isinf, self.effective_trust(problem.trust))) else problem.pool_bound()
 
 

@@ -1,8 +1,8 @@
 """Measures, without labels, of how far ``meet`` moves the pool.
 
 With q the pool, p̂_i the members, ρ_i their trusts, p° the optimal answer, r_i° the corrected members and V the value of
-the objective there, KL(q‖p°) + Σ ρ_i KL(q‖r_i°) = Σ ρ_i KL(q‖p̂_i) - V: the *excess*. Where it is 0, every member's
-head can express the pool, and ``meet`` is the average (docs/mathematics.md); it is large where heads are too narrow.
+the objective there, KL(q‖p°) + Σ ρ_i KL(q‖r_i°) = Σ ρ_i KL(q‖p̂_i) - V: the *excess*. If it is 0, every member's
+head can express the pool, and ``meet`` answers with the pool (docs/mathematics.md).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Movement:
 
     @staticmethod
     def of(solution: Solution) -> Movement | None:
-        """Measure a solution; return None if its rule has not ``Rule.tilts_pool``, or a trust is infinite.
+        """Measure a solution; return None if its rule's ``tilts_pool`` is False, or a trust is infinite.
 
         The solution's distribution counts as p°, so it should have been solved without a gate, and to a small ``tol``.
         """

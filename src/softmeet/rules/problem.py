@@ -39,7 +39,7 @@ class Start(Batched):
     def towards(self, members: Sequence[int], trust: Sequence[float]) -> list[Float[Tensor, "B _"]]:
         """Return the dual variables λ_i to begin with at other trusts.
 
-        Where the old and the new trust ρ_i are finite, and the old one positive, λ_i is scaled by their ratio, since
+        If the old and the new trust ρ_i are finite, and the old one positive, λ_i is scaled by their ratio, since
         the correction λ_i / ρ_i changes little with ρ_i. If all new trusts are infinite, a row with a Farkas proof
         begins with that proof instead.
 
@@ -74,7 +74,7 @@ class TokensBefore(Batched):
 
     @classmethod
     def of(cls, ids: Int[Tensor, " B"], tokenizer: Any) -> TokensBefore | None:
-        """Pair token ids, (B,), with the tokenizer that spells them; return None where there is no tokenizer."""
+        """Pair token ids, (B,), with a tokenizer's ``decode``; return None if ``tokenizer`` is None."""
         return None if tokenizer is None else cls(ids, tokenizer.decode)
 
 

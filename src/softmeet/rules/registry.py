@@ -1,4 +1,4 @@
-"""The registry of rules by name: softmeet's own, those of installed packages, and those registered in this process.
+"""The registry of rules by name: softmeet's own, rules of installed packages, and rules registered in this process.
 
 A package makes a rule known by an entry point of the group ``softmeet.rules``; a rule is imported when it is first
 used. If a name occurs more than once, softmeet's own rule has it, else the package's, else the one registered in this

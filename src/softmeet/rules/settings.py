@@ -175,7 +175,8 @@ class Settings(Frozen):
     def for_members(self, n: int) -> Settings:
         """Return a copy for n members: ``weights`` becomes n numbers and ``trust`` n · ``bands``, one per band.
 
-        Weights of None become 1/n; one trust serves all members, and a member's trust all of its bands.
+        Bands are groups of a head's principal directions that have trusts of their own. Weights of None become 1/n;
+        one trust serves all members, and a member's trust all of its bands.
 
         Raises:
             InvalidInputError: if the number of weights or trusts does not fit; or weights are negative or all zero, or,
@@ -190,17 +191,18 @@ class Settings(Frozen):
 
     @property
     def member_trust(self) -> tuple[float, ...]:
-        """The trusts as a tuple, one per member and band, in nats per nat; only for results of :meth:`for_members`."""
+        """The trusts of :meth:`for_members` as a tuple, in nats per nat: each member's bands in order."""
         return self.trust  # type: ignore[return-value]
 
     def trusts(self) -> list[list[float]]:
-        """Return for each member the list of its trusts, one per band; only for results of :meth:`for_members`."""
+        """Return the trusts of :meth:`for_members`, in nats per nat, as a list for each member, one per band."""
         return [list(self.member_trust[i : i + self.bands]) for i in range(0, len(self.member_trust), self.bands)]
 
     def for_bands(self) -> Settings:
         """Return the settings of an ensemble in which each band of a head's directions is a member of its own.
 
-        A member's first band has its weight in the pool, the others 0; only for results of :meth:`for_members`.
+        A member's first band has the member's weight in the pool, its other bands 0. Settings have to be
+        :meth:`for_members`.
         """
         weights = [w for own in self.weights for w in (own, *[0.0] * (self.bands - 1))]  # type: ignore[union-attr]
         return self.model_copy(update={"weights": tuple(weights), "bands": 1})
@@ -275,7 +277,12 @@ def _listed(value: str, text: str) -> Any:
 
 
 def _resolved(given: Mapping[str, Any], before: Rule | None) -> dict[str, Any]:
-    """Return the fields of :class:`Settings` that arguments stand for; options without a rule change ``before``."""
+    """Return the fields of :class:`Settings`, by name, that keyword arguments of mixed kinds amount to.
+
+    Args:
+        given: settings, options of a rule, and ``rule``, an instance or a text; None stands for a default.
+        before: the rule to which options apply if ``given`` has no rule; None for the default rule.
+    """
     named = {key: value for key, value in given.items() if value is not None}
     reset = {key: Settings.model_fields[key].get_default() for key in given.keys() - named.keys() if _is_setting(key)}
     rule, settings = named.pop("rule", before), dict[str, Any]()

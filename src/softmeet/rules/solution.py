@@ -38,7 +38,7 @@ class Solution:
             (2, *batch); infinite if none is known, NaN for rules that do not choose from that set.
         num_steps: the solver's steps, (*batch).
         num_passes: how often all heads were read, (*batch): rows of W_i read, divided by v, each head weighted by its
-            width d_i. The fallback's reads count, those of ``residual`` and ``verify`` do not.
+            width d_i. The fallback's reads count; reads by ``residual`` and ``verify`` do not.
         disagreement: KL(r_i‖p̂_i), with r_i member i's corrected distribution, (n, *batch).
         disagreement_is_bound: whether there is no r_i and ``disagreement`` is the upper bound KL(p‖p̂_i), (n, *batch).
         gated: whether a gate was closed, (*batch): ``status``, ``gap`` (inf if unknown) and ``objective`` then describe
@@ -96,7 +96,7 @@ class Solution:
 
     @property
     def relaxed(self) -> bool:
-        """Whether ``rank``, ``free_radial`` or ``slack`` let the answer deviate from the members' moments."""
+        """Whether the setting ``rank`` or ``free_radial`` or an option ``slack`` loosens the constraint of moments."""
         return self._problem.settings.rule.relaxes(self._problem)
 
     @property
