@@ -94,8 +94,8 @@ class Meet(Rule):
 
 
 def _answer(problem: Problem, projection: Projection, trusted: list[int], state: DualState) -> Answer:
-    # A row that did not converge is answered by the pool if the pool's bound is below the solver's gap, or if that gap is
-    # too large to say anything or, without a budget, not certified; else by the solver's point.
+    # A row that did not converge is answered by the pool if the pool's bound is below the solver's gap, or if that gap
+    # is too large to say anything or, without a budget, not certified; else by the solver's point.
     unproved = (state.status == Status.NOT_CONVERGED) & ~state.certified
     vacuous = (state.gap > _VACUOUS) & state.pool_bound.isfinite()
     late = (state.status >= Status.NOT_CONVERGED) & (unproved | (state.pool_bound < state.gap) | vacuous)
