@@ -46,7 +46,7 @@ _register()
 
 
 def __getattr__(name: str) -> Any:
-    if name == "RULES":  # as many as there are now
+    if name == "RULES":  # anew each time, since rules can be registered
         return import_module("softmeet.rules.registry").all_rules()
     if name not in _HOMES:
         raise AttributeError(f"module 'softmeet' has no attribute {name!r}")

@@ -1,8 +1,8 @@
-"""Makes transformers' Auto classes know ensembles, without importing transformers before anyone else does.
+"""Registration of ensembles with transformers' Auto classes, without importing transformers.
 
-``import softmeet`` must be enough for ``AutoModelForCausalLM.from_pretrained(an_ensemble)``, and ``softmeet --help``
-must not wait for torch, which ``AutoModelForCausalLM.register`` would have to import. So it is called right after the
-module with the Auto classes has been executed, which nothing but a hook of the import system can tell.
+After ``import softmeet``, ``AutoModelForCausalLM.from_pretrained(an_ensemble)`` must work; but ``softmeet --help`` must
+not wait for torch, which ``AutoModelForCausalLM.register`` imports. So ``register`` of the Auto classes is called right
+after some other code has imported their module, by a hook of the import system.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _AUTO_CLASSES = "transformers.models.auto.modeling_auto"
 
 
 def register() -> None:
-    """Register ensembles if the Auto classes are there, else as soon as they are."""
+    """Register ensembles with the Auto classes if their module is imported already, else as soon as it is."""
     if _AUTO_CLASSES in sys.modules:
         import_module("softmeet.hf")  # registers; it may be under way, and be what imports the Auto classes
     else:
@@ -27,7 +27,7 @@ def register() -> None:
 
 
 class _AfterImport(MetaPathFinder):
-    """Calls :func:`register` after the Auto classes' module has been imported, once."""
+    """An import hook that calls :func:`register` once, right after the Auto classes' module has been imported."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

@@ -1,4 +1,4 @@
-"""Dataclasses of tensors with one row per problem, and the operations on rows that all of them need."""
+"""A base class for dataclasses of tensors that have one row per problem, with operations on rows."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ B = TypeVar("B", bound="Batched")
 
 
 class Batched:
-    """Base of dataclasses whose tensors, and tuples of tensors, have one row per problem of a batch.
+    """Base class of dataclasses whose tensors, and tuples of tensors, have one row per problem of a batch.
 
-    Other fields, such as None or a tuple of numbers, belong to the whole batch. Nothing is changed in place.
+    The first dimension of a tensor counts rows. Other fields, such as None or a tuple of numbers, belong to the whole
+    batch and are kept. No method changes an object in place.
 
     Example:
         >>> from dataclasses import dataclass
@@ -31,20 +32,20 @@ class Batched:
     """
 
     def mapped(self: B, function: Callable[[Tensor], Tensor]) -> B:
-        """Return a copy in which ``function`` was applied to every tensor."""
+        """Return a copy in which every tensor t, also in tuples, is replaced by ``function(t)``."""
         return _by_field(function, [self])
 
     def take(self: B, rows: Int[Tensor, " k"] | slice) -> B:
-        """Return a copy with some rows, (k,)."""
+        """Return a copy that has only ``rows``: k indices, in that order, or a slice."""
         return self.mapped(lambda mine: mine[rows])
 
     def put(self: B, rows: Int[Tensor, " k"], other: B) -> B:
-        """Return a copy in which ``rows``, (k,), are those of ``other``."""
+        """Return a copy whose rows with the k indices ``rows`` are replaced by the k rows of ``other``, in order."""
         return _by_field(lambda mine, theirs: mine.index_copy(0, rows, theirs), [self, other])
 
     @staticmethod
     def joined(parts: Sequence[B]) -> B:
-        """Join the rows of several batches, in order; at least one."""
+        """Concatenate the rows of one or more batches, in order; fields without rows come from the first batch."""
         return parts[0] if len(parts) == 1 else _by_field(lambda *each: torch.cat(each), parts)
 
 

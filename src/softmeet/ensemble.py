@@ -1,4 +1,4 @@
-"""``Ensemble``: load several language models, and continue text with them as one."""
+"""``Ensemble``: several language models that are loaded together and continue text as one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from softmeet.rules.solution import Solution
 
 
 def _saved_config(name: Any) -> EnsembleConfig | None:
-    """Read the configuration of a saved ensemble; None where there is a model, several names, or nothing."""
+    """Read the configuration of a saved ensemble; return None if ``name`` is not the name of one."""
     plain = isinstance(name, str | Path) and Path(name).suffix != ".gguf"
     if not plain or list(map(zoo.locate, zoo.expand(name))) != [str(name)]:
         return None
@@ -47,10 +47,10 @@ def _saved_config(name: Any) -> EnsembleConfig | None:
 
 
 def member_names(members: Sequence[str | Path] | str | Path) -> list[str]:
-    """List the members that a saved ensemble, a bundled family or a list of names stands for.
+    """Return the names of the single members that a saved ensemble, a bundled family or a list of names stands for.
 
     Raises:
-        CheckpointError: a saved ensemble names a member that is not there.
+        CheckpointError: if a saved ensemble names a member that does not exist.
     """
     saved = _saved_config(members)
     if saved is not None:
@@ -59,18 +59,18 @@ def member_names(members: Sequence[str | Path] | str | Path) -> list[str]:
     return [name for entry in named for name in zoo.expand(entry)]
 
 
-# Of new ensembles, where none is named: the pool answers where no text could tell it from the rule.
+# The gate of new ensembles: the pool answers where text generated from it and from the rule could not be told apart.
 DEFAULT_GATE: str | None = "auto"
 
 
 @dataclass(frozen=True)
 class NextToken:
-    """The distribution of the token after a prompt.
+    """The ensemble's prediction of the token after a prompt (over bytes, of the byte), beside each member's own.
 
     Attributes:
         top: (text, probability) of the ensemble's most probable tokens, the most probable first.
-        members: the same for each member by name, as it predicts on its own.
-        solution: log-probabilities of all tokens, in nats, and how they were found.
+        members: for each member by name, such a list of its own distribution.
+        solution: the log-probabilities of all tokens in nats, (1, v), with status and gap.
     """
 
     top: list[tuple[str, float]]
@@ -79,13 +79,13 @@ class NextToken:
 
 
 class Ensemble:
-    """Several language models that sample as one.
+    """Several language models, the members, that continue text as one model.
 
-    :meth:`from_pretrained` loads members by name; the constructor takes an ensemble that is loaded.
+    :meth:`from_pretrained` loads members by name; the constructor takes a loaded ``model`` and its ``tokenizer``.
 
     Attributes:
-        model: the ensemble as a causal LM, for everything that transformers can do.
-        tokenizer: the members' common tokenizer; over bytes, one whose tokens are bytes.
+        model: the ensemble as a causal LM of transformers.
+        tokenizer: the members' common tokenizer; for an ensemble over bytes, one whose tokens are bytes.
         names: the members' names.
     """
 
@@ -113,36 +113,37 @@ class Ensemble:
     ) -> Ensemble:
         """Load members and combine them by a rule, or load a saved ensemble.
 
-        None stands for the default of a new ensemble, and for what a saved ensemble has.
+        An argument of None means the default for a new ensemble, and the saved value for a saved one.
 
         Args:
             members: hub ids (``org/model@revision``), folders, ``.gguf`` files or bundled names, or one saved ensemble.
             rule: a name, with options as in ``"meet:trust=1/0.3"``, or an instance of :class:`softmeet.Rule`; ``meet``
                 by default.
-            dtype: None for fp32 on CPU and the checkpoints' own elsewhere; one for all members or one each.
-            device: None for CPU, ``"auto"`` to leave it to accelerate, or a dict with a device, ``"cpu"`` or ``"disk"``
-                for each module by name; one for all members or one each. Members in different places run at the same
-                time.
+            dtype: None for fp32 on CPU and the checkpoint's own dtype elsewhere; one for all members or one each.
+            device: None for CPU, a device, ``"auto"`` to let accelerate decide, or a dict with a device, ``"cpu"`` or
+                ``"disk"`` for each module by name; one for all members or one each. Members on different devices run at
+                the same time.
             trust_remote_code: run code that comes with a checkpoint.
-            offload_folder: for weights on disk that cannot be read from the checkpoint as they are.
+            offload_folder: a folder for ``"disk"`` weights that cannot be read from the checkpoint unchanged.
             on_progress: called with each member's name before it is loaded.
-            loaded: what earlier calls loaded; members that are there already are shared, new ones are added.
-            vocabulary: what members are combined over: ``"tokens"``, for which their tokenizers have to be the same up
-                to padding and added tokens; ``"bytes"``, for which they may differ; or ``"auto"``, the default: bytes
-                where they do differ, which is logged. Over bytes the rule is an average, ``logit-mean`` if none is
-                given, and ``max_new_tokens`` counts bytes.
-            prune: over bytes, the share of mass from which a tokenization of the text is followed; 0 for all of them,
-                0.01 by default.
-            prefixes: over bytes, for each member its own tokens before every text, such as a prompt that it alone has;
-                by default, what its tokenizer puts there.
-            settings: the fields of :class:`softmeet.Settings`, listed below, and options of the rule itself. The gate
-                of a new ensemble is ``auto``, which is for generation and serving.
+            loaded: a dict that calls may share: members in it are not loaded again, and newly loaded ones are added.
+            vocabulary: ``"tokens"`` to combine distributions over tokens, which needs members with the same tokenizer
+                up to padding and added tokens; ``"bytes"`` to combine distributions over bytes; ``"auto"``, the
+                default, for bytes if tokenizers differ, which is logged. Over bytes the rule must be an average,
+                ``logit-mean`` by default, and ``max_new_tokens`` counts bytes.
+            prune: over bytes, the least share of probability mass at which a member runs on an alternative
+                tokenization of the text; 0 to run on all of them, 0.01 by default.
+            prefixes: over bytes, for each member the token ids that it reads before every text, such as a prompt of its
+                own; None for those that its tokenizer puts there.
+            settings: the fields of :class:`softmeet.Settings`, listed below, and options of the rule; but the gate of
+                a new ensemble is ``auto`` by default.
 
         Raises:
-            InvalidInputError: a setting is wrong, or no member is named.
-            CheckpointError: a member cannot be loaded.
-            VocabularyMismatchError: the tokenizers differ; over bytes, one of them cannot be read.
-            UnsupportedHeadError: a member's output layer is not a plain softmax head; over bytes, the rule reads heads.
+            InvalidInputError: if a setting is wrong, or no member is named.
+            CheckpointError: if a member cannot be loaded.
+            VocabularyMismatchError: if the tokenizers differ; over bytes, if one of them cannot be read by bytes.
+            UnsupportedHeadError: if a member's output layer is no plain softmax head, or, over bytes, the rule reads
+                heads.
 
         Example:
             >>> Ensemble.from_pretrained(["wide/gpt2", "wide/llama"], trust=1.0, weights=[0.25, 0.75]).names
@@ -174,7 +175,7 @@ class Ensemble:
         return cls(model, model.tokenizer)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write an ensemble directory: it names the members and how they are combined, and holds no weights.
+        """Write a folder with the members' names and all settings, without weights, for :meth:`from_pretrained`.
 
         Example:
             >>> from tempfile import mkdtemp
@@ -187,10 +188,10 @@ class Ensemble:
 
     @torch.inference_mode()
     def next_token(self, text: str, top: int = 10) -> NextToken:
-        """Predict the token after a prompt (over bytes, the byte), and list the ``top`` most probable ones.
+        """Predict the token after the prompt ``text`` (over bytes, the byte), and list the ``top`` most probable ones.
 
         Raises:
-            InvalidInputError: the prompt is empty or longer than the shortest context.
+            InvalidInputError: if the prompt is empty, or not shorter than the shortest member's context.
 
         Example:
             >>> found = Ensemble.from_pretrained("wide", "logit-mean").next_token("In the beginning", top=2)
@@ -204,18 +205,18 @@ class Ensemble:
 
     @torch.inference_mode()
     def inspect(self, text: str, top: int = 5) -> list[TokenReport] | list[GroupReport]:
-        """Report on every token of ``text`` but the first, which nothing comes before: who expected what.
+        """Report how probable the ensemble and each member found every token of ``text`` after the first one.
 
         Args:
             text: at least two tokens; over bytes, one byte.
-            top: how many tokens to list of each distribution.
+            top: the number of most probable tokens to list of each distribution.
 
         Returns:
-            A report for each token, log-probabilities in nats. Over bytes, one for each stretch of characters that all
-            members read as whole tokens, from the first on.
+            A report for each token, log-probabilities in nats. Over bytes, a report for each stretch of characters that
+            begins and ends at token boundaries of all members, the first included.
 
         Raises:
-            InvalidInputError: the text is too short, or longer than the shortest context.
+            InvalidInputError: if the text is too short, or not shorter than the shortest member's context.
 
         Example:
             >>> reports = Ensemble.from_pretrained("wide", "logit-mean").inspect("In the beginning")
@@ -231,7 +232,7 @@ class Ensemble:
         if not len(tokens):
             raise InvalidInputError(f"expected a text of at least two tokens, got {text!r}")
         reports = TokenReports(top)
-        # Every member is asked everywhere, to be seen; a gate says where its answer would not have counted.
+        # All members run at every position, so that they can be reported, also where a gate is closed.
         hidden = [states[:-1] for states in self.model.hidden_states(inputs["input_ids"])]
         settings = resolved(self.model, self.model.settings)
         for log_probs, solution in self.model.combiner.solve_in_chunks(hidden, settings):
@@ -240,10 +241,10 @@ class Ensemble:
 
     @torch.inference_mode()
     def prompt_weights(self, text: str) -> list[float]:
-        """Weigh each member by how well it predicts ``text``: by 1 / its perplexity there, with a sum of one.
+        """Compute a weight for each member from how well it predicts ``text``: 1 / its perplexity, scaled to sum to 1.
 
         Raises:
-            InvalidInputError: the text has fewer than two tokens, or more than the shortest context.
+            InvalidInputError: if the text has fewer than two tokens, or not fewer than the shortest member's context.
 
         Example:
             >>> weights = Ensemble.from_pretrained("wide", "logit-mean").prompt_weights("In the beginning")
@@ -259,17 +260,18 @@ class Ensemble:
 
     @torch.inference_mode()
     def positions(self, text: str, limit: int) -> Iterator[tuple[list[torch.Tensor], torch.Tensor]]:
-        """Run the members over a text, in windows of the shortest context.
+        """Run the members over a text, in windows as long as the shortest context of a member.
 
         Args:
             text: at least two tokens.
-            limit: how many tokens to predict, at most.
+            limit: the largest number of tokens to predict.
 
         Yields:
-            For each window, (the last hidden states of each member, (t, d_i) in its dtype; the tokens that came, (t,)).
+            For each window of t positions, (each member's last hidden states, (t, d_i), in its dtype; the ids of the
+            tokens that follow, (t,)).
 
         Raises:
-            InvalidInputError: the text has fewer than two tokens, or the ensemble is over bytes.
+            InvalidInputError: if the text has fewer than two tokens, or the ensemble is over bytes.
 
         Example:
             >>> (window,) = Ensemble.from_pretrained("wide", "logit-mean").positions("In the beginning", 100)
@@ -308,17 +310,16 @@ class Ensemble:
 
         Args:
             text: a prompt or a list of prompts.
-            seed: prompt k draws from its own generator (seed, k), so its tokens do not depend on the others. None for
-                torch's global generator.
-            recorder: a :class:`softmeet.hf.Recorder`, which sums up what the rule did.
-            prompt_weights: weigh the members by how well each predicts the prompt (:meth:`prompt_weights`); prompts are
+            seed: prompt k draws from a generator of its own, (seed, k), so its tokens do not depend on the other
+                prompts. None for torch's global generator.
+            recorder: a :class:`softmeet.hf.Recorder`, which counts rows, head reads and fallbacks of the call.
+            prompt_weights: use for each prompt the weights that :meth:`prompt_weights` computes from it; prompts are
                 then continued one after another.
-            options: of transformers' ``generate``, under their own names; ``weights`` are the pool's and ``gate`` is
-                the gate, for this call.
+            options: options of transformers' ``generate`` by name, and ``weights`` and ``gate``, which replace the
+                ensemble's for this call.
 
         Raises:
-            InvalidInputError: a prompt is empty, which it may be over bytes alone, or leaves no room in the shortest
-                context.
+            InvalidInputError: if a prompt is empty (over bytes it may be), or fills the shortest context of a member.
 
         Example:
             >>> ensemble = Ensemble.from_pretrained("wide", "logit-mean")
@@ -338,9 +339,9 @@ class Ensemble:
     def stream(
         self, text: str, *, seed: int | None = None, recorder: Recorder | None = None, **options: Any
     ) -> Iterator[str]:
-        """Continue one prompt as :meth:`generate` does, and yield the new text as it comes.
+        """Continue one prompt with the arguments of :meth:`generate`, and yield the new text in parts as it comes.
 
-        A caller that stops listening ends the generation; what goes wrong there is raised here.
+        Closing the iterator stops the generation; an error in the generation is raised from the iterator.
 
         Example:
             >>> ensemble = Ensemble.from_pretrained("wide", "logit-mean")
@@ -387,7 +388,7 @@ class Ensemble:
         if inputs["input_ids"].shape[1] == 0:
             if not over_bytes:
                 raise InvalidInputError(f"expected a prompt of at least one token, got {prompts!r}")
-            # Behind the end begins a text.
+            # A text begins after the symbol for the end of a text.
             begun = torch.full((len(prompts), 1), self.model.config.bos_token_id)
             inputs = {"input_ids": begun, "attention_mask": torch.ones_like(begun)}
         length, limit = inputs["input_ids"].shape[1], getattr(self.model.config, "max_position_embeddings", None)

@@ -7,61 +7,61 @@
     │   ├── NonFiniteError                NaN or +inf in one member's log-probabilities
     │   ├── DisjointSupportError          no token has positive probability under every member
     │   ├── VocabularyMismatchError       the members' tokenizers differ, or cannot be read as bytes
-    │   └── TraceError                    a trace is damaged, of other members, or the disk is full
+    │   └── TraceError                    a trace is damaged, of other members, or does not fit the disk
     ├── CheckpointError (OSError)         a member cannot be loaded
-    ├── UnsupportedHeadError              a model whose output layer is not a plain softmax head
-    ├── RuleError                         a rule of somebody's own failed, or gave no distribution
+    ├── UnsupportedHeadError              a model's output layer is not a plain softmax head
+    ├── RuleError                         a rule failed, or returned something other than distributions
     ├── InfeasibleError                   no distribution has every member's moments (on_infeasible="raise")
-    ├── NotConvergedError                 max_steps did not reach tol (throw=True)
-    └── WorkerLostError                   workers of a cluster died, or none began
+    ├── NotConvergedError                 after max_steps steps a row's gap is above tol (throw=True)
+    └── WorkerLostError                   workers of a cluster died, or none started
 
-Each message says what was expected, what came and what to do.
+Each message names the expected and the actual value, and a remedy.
 """
 
 
 class SoftmeetError(Exception):
-    """The base of all of softmeet's own errors."""
+    """The base class of all errors that softmeet defines."""
 
 
 class InvalidInputError(SoftmeetError, ValueError):
-    """An argument has the wrong shape, sign, length or value."""
+    """The error for an argument of the wrong shape, sign, length or value."""
 
 
 class NonFiniteError(InvalidInputError):
-    """One member's log-probabilities hold NaN or +inf, or are all -inf."""
+    """The error for a member whose log-probabilities or logits hold NaN or +inf, or are all -inf in a row."""
 
 
 class DisjointSupportError(InvalidInputError):
-    """No token has positive probability under every member."""
+    """The error for a row in which no token has positive probability under every member."""
 
 
 class VocabularyMismatchError(InvalidInputError):
-    """The members' tokenizers give the same ids to different tokens, or one of them cannot be read byte by byte."""
+    """The error for members whose tokenizers differ in the token of some id, or cannot be read byte by byte."""
 
 
 class TraceError(InvalidInputError):
-    """A trace is missing, damaged, of other members or text, or does not fit the disk."""
+    """The error for a trace that is missing, damaged, of other members or text, or too large for the disk."""
 
 
 class CheckpointError(SoftmeetError, OSError):
-    """A member cannot be loaded: missing, truncated, not safetensors, or in need of remote code."""
+    """The error for a member that cannot be loaded: missing, truncated, not safetensors, or in need of remote code."""
 
 
 class UnsupportedHeadError(SoftmeetError):
-    """A model whose output layer is not a plain softmax head: quantised, offloaded, adapted or unknown."""
+    """The error for a model whose output layer is no plain softmax head: quantised, offloaded, adapted or unknown."""
 
 
 class RuleError(SoftmeetError):
-    """A rule failed, gave something that is no distribution, or cannot be loaded from its package."""
+    """The error for a rule that fails, returns something other than distributions, or cannot be loaded."""
 
 
 class InfeasibleError(SoftmeetError):
-    """No distribution has every member's moments, and ``on_infeasible="raise"`` was asked for."""
+    """The error for rows in which no distribution has every member's moments, if ``on_infeasible`` is ``"raise"``."""
 
 
 class NotConvergedError(SoftmeetError):
-    """``max_steps`` did not reach ``tol``, and ``throw=True`` was asked for."""
+    """The error for rows whose gap is above ``tol`` after ``max_steps`` steps, if ``throw`` is set."""
 
 
 class WorkerLostError(SoftmeetError):
-    """The workers of a cluster died over the same piece of work, or none of them began."""
+    """The error for a cluster if workers died repeatedly at one piece of work, or none started."""

@@ -1,7 +1,8 @@
 """The softmax head of a language model, and its whitened view, through which solvers read it.
 
-A head is read in blocks of rows. Blocks are cast to the dtype of the computation; the head itself never is, and it
-is never copied: whitening goes through a d × d factor.
+A head's weight W, (v, d), is read in blocks of rows, which are cast to the dtype of the computation; W itself is never
+cast or copied. The whitened head Q = (W - 1cᵀ) R has orthonormal columns, and is never stored: only the centre c, (d,),
+and the factor R, (d, rank), are. v counts tokens, B the rows of a batch of problems.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from softmeet.simplex import log_normalize
 
 # Elements of a block when it has to be cast: 4 MiB in fp32, about a core's share of cache.
 _BLOCK_ELEMENTS = 1 << 20
-# Singular values below this share of the largest count as zero: fp32 products could not tell them from noise.
+# Singular values below this share of the largest count as zero: in fp32 products they are noise.
 _RANK_TOLERANCE = 1e-6
-# Centring after an fp32 product loses as many digits as the means exceed the spreads by: past this, products are fp64.
+# Centring an fp32 product cancels digits if columns' means exceed their spreads; past this ratio, products are fp64.
 _LARGE_OFFSET = 30.0
 
 
@@ -32,22 +33,23 @@ _LARGE_OFFSET = 30.0
 class SoftmaxHead:
     """The output layer of a language model: logits = cap(scale · (W h + β)) of a hidden state h.
 
-    cap(x) is c·tanh(x / c) where a final soft-cap c is set, else x. Logits and log-probabilities are in nats.
+    cap(x) is c·tanh(x / c) with a final soft-cap c, else x. Logits and log-probabilities are in nats.
 
     Args:
-        weight: W, (v, d), any floating dtype; kept as it is, never copied.
+        weight: W, (v, d), any floating dtype; never cast or copied.
         bias: β, (v,), any floating dtype; None for zeros.
         scale: a factor on the logits.
-        soft_cap: c > 0, or None for none.
-        norm: the model's last normalisation, whose output is h; only ``free_radial`` asks for it.
+        soft_cap: c > 0, or None for no soft-cap.
+        norm: the model's last normalisation, whose output is h; needed for the setting ``free_radial`` alone.
 
     Attributes:
-        v: the number of rows: the vocabulary, padding included.
-        d: the width.
+        v: the number of tokens, padding included.
+        d: the width of hidden states.
+        tails: a cache of the solvers.
 
     Raises:
-        InvalidInputError: a shape does not fit, the weight is not floating, or the soft-cap is not positive; as soon as
-            the head is whitened, the weight is not finite.
+        InvalidInputError: if a shape does not fit, the weight is not floating, or the soft-cap is not positive; from
+            :meth:`whitening`, if the weight is not finite.
 
     Example:
         >>> head = SoftmaxHead(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]), bias=torch.tensor([0.0, 0.0, 1.0]))
@@ -63,7 +65,7 @@ class SoftmaxHead:
     v: int = field(init=False, repr=False)
     d: int = field(init=False, repr=False)
     _whitening: dict[tuple[torch.device, bool, int | None], Whitening] = field(default_factory=dict, repr=False)
-    # What solvers found of this head with others, and keep.
+    # A cache of solvers/direction.py: the tails of ensembles with this head as the first, by their whitenings.
     tails: list[tuple[tuple[Whitening, ...], object]] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
@@ -81,9 +83,12 @@ class SoftmaxHead:
             raise InvalidInputError(f"a soft-cap is a positive number or None, got {self.soft_cap}")
 
     def blocks(self, dtype: torch.dtype, *, cut: bool = False) -> Iterator[tuple[slice, Float[Tensor, "b d"]]]:
-        """Yield (rows, W[rows] in ``dtype``) for the whole head: in blocks where it has to be cast, else at once.
+        """Yield (slice of tokens, W of these tokens in ``dtype``) for the whole head, a block at a time.
 
-        With ``cut``, in blocks in any case.
+        Args:
+            dtype: the dtype of the blocks, on the head's device.
+            cut: divide W into blocks of about a million elements even if it has that dtype already; by default, it is
+                then one block.
 
         Example:
             >>> [(rows, block.dtype) for rows, block in SoftmaxHead(torch.ones(3, 2)).blocks(torch.float64)]
@@ -95,7 +100,7 @@ class SoftmaxHead:
             yield rows, self.weight[rows].detach().to(dtype)
 
     def scores(self, x: Float[Tensor, "b d"]) -> Float[Tensor, "b v"]:
-        """Return W x for every row of ``x``, in the dtype of ``x``; one read of the head.
+        """Return W x for every row x of a batch, in the dtype of ``x``, by one read of the head.
 
         Example:
             >>> SoftmaxHead(torch.tensor([[1.0, 0.0], [1.0, 1.0]])).scores(torch.tensor([[2.0, 3.0]]))
@@ -106,9 +111,9 @@ class SoftmaxHead:
         return torch.cat([x @ block.T for _, block in self.blocks(x.dtype)], dim=-1)
 
     def moments(self, p: Float[Tensor, "b v"]) -> Float[Tensor, "b d"]:
-        """Return Wᵀ p for every row of ``p``, in the dtype of ``p``; one read of the head.
+        """Return Wᵀ p for every row p of a batch, in the dtype of ``p``, by one read of the head.
 
-        Of a distribution p, these are the expected rows of W: the moments that the I-projection matches.
+        If p is a distribution over tokens, these are its moments: the expectation of W's rows under p.
 
         Example:
             >>> SoftmaxHead(torch.tensor([[1.0, 0.0], [1.0, 1.0]])).moments(torch.tensor([[0.5, 0.5]]))
@@ -120,7 +125,7 @@ class SoftmaxHead:
         return total
 
     def logits(self, hidden: Float[Tensor, "*b d"]) -> Float[Tensor, "*b v"]:
-        """Return the model's logits at its last hidden states, in nats: fp32, or fp64 for fp64 states.
+        """Return the model's logits at its last hidden states, in nats, in fp32, or fp64 if ``hidden`` is fp64.
 
         Example:
             >>> SoftmaxHead(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), soft_cap=2.0).logits(torch.tensor([4.0, -4.0]))
@@ -130,14 +135,14 @@ class SoftmaxHead:
         out = self.scores(hidden.reshape(-1, self.d).to(dtype))
         if self.bias is not None:
             out = out + self.bias.to(dtype)
-        # A pass over the vocabulary for every position, where there is nothing to scale.
+        # A product with 1 would cost a pass over the vocabulary for every position.
         out = out if self.scale == 1 else out * self.scale
         if self.soft_cap is not None:
             out = self.soft_cap * torch.tanh(out / self.soft_cap)
         return out.reshape(*hidden.shape[:-1], self.v)
 
     def log_probs(self, hidden: Float[Tensor, "*b d"]) -> Float[Tensor, "*b v"]:
-        """Return the log-softmax of :meth:`logits`, in nats and in the same dtype.
+        """Return the log-softmax of :meth:`logits` at the last hidden states, in nats, in the dtype of the logits.
 
         Example:
             >>> SoftmaxHead(torch.zeros(4, 2)).log_probs(torch.ones(2)).exp()
@@ -146,7 +151,7 @@ class SoftmaxHead:
         return log_normalize(self.logits(hidden))
 
     def slope(self, logits: Float[Tensor, "*b v"]) -> Float[Tensor, "*b v"] | None:
-        """Return 1 - (ℓ / c)², the derivative of the soft-cap at capped logits ℓ; None without one, 0 at -inf.
+        """Return 1 - (ℓ / c)², the derivative of the soft-cap c at capped logits ℓ, and 0 at -inf; None without c.
 
         Example:
             >>> SoftmaxHead(torch.ones(2, 1), soft_cap=2.0).slope(torch.tensor([1.0, -torch.inf]))
@@ -157,13 +162,14 @@ class SoftmaxHead:
         return torch.where(logits.isneginf(), 0.0, 1 - (logits / self.soft_cap) ** 2)
 
     def whitening(self, rank: int | None = None) -> Whitening:
-        """Find the centre and the factor that make the head's columns orthonormal, once per device.
+        """Compute the centre c and the factor R with which Q = (W - 1cᵀ) R has orthonormal columns; cached.
 
         Args:
-            rank: cut the (centred) head to that many of its largest singular directions; None for all of them.
+            rank: cut the head, centred unless it has a soft-cap, to this many of its largest singular directions; None
+                for all.
 
         Raises:
-            InvalidInputError: the weight is not finite, or its squares are not.
+            InvalidInputError: if the weight, or its squares, are not finite.
 
         Example:
             >>> head = SoftmaxHead(torch.tensor([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]))
@@ -188,8 +194,8 @@ class SoftmaxHead:
             raise InvalidInputError(
                 "a head's weight must be finite, and its squares too: it holds NaN, inf or overflows"
             )
-        # Columns are brought to one length first, so that their units do not decide the rank. Rounding in the centre
-        # leaves a constant column a length of about eps · |c| · √v.
+        # Columns are scaled to one length first, so that units do not decide the rank. Rounding in the centre leaves
+        # a constant column, which should vanish, a length of about eps · |c| · √v.
         lengths = gram.diagonal().sqrt()
         live = lengths > 1e-14 * center.abs() * self.v**0.5
         unit = torch.where(live, 1 / lengths, 0.0)
@@ -203,13 +209,15 @@ class SoftmaxHead:
 
 @dataclass(frozen=True)
 class Whitening:
-    """A centre c and a factor R such that Q = (W - 1cᵀ) R has orthonormal columns, all in fp64.
+    """The centre c and the factor R with which the columns of Q = (W - 1cᵀ) R are orthonormal, for a head's weight W.
+
+    A vector ν in the coordinates of Q is λ = R ν in the coordinates of W, and ν = ``inverse`` λ. All tensors are fp64.
 
     Attributes:
-        center: c: the mean row of W; zero for a head with a soft-cap.
+        center: c, the mean of W's rows; zero for a head with a soft-cap.
         factor: R.
-        inverse: its left inverse: ``inverse`` R = 1.
-        offset: by how much the columns' means exceed their spreads, at most.
+        inverse: the left inverse of R: ``inverse`` R is the identity.
+        offset: the largest ratio of a column's mean to its spread in W.
     """
 
     center: Float[Tensor, " d"]
@@ -219,45 +227,50 @@ class Whitening:
 
     @cached_property
     def rank(self) -> int:
-        """The numerical rank of the (centred) head."""
+        """The number of Q's columns: the numerical rank of W - 1cᵀ, or less if the whitening was cut."""
         return self.factor.shape[1]
 
     def narrowed(self, basis: Float[Tensor, "rank k"]) -> Whitening:
-        """Return the whitening whose Q is this one's times ``basis``, which has orthonormal columns."""
+        """Return the whitening whose Q is this one's Q times ``basis``, which has k orthonormal columns."""
         return Whitening(self.center, self.factor @ basis, basis.T @ self.inverse, self.offset)
 
     def truncated(self, rank: int) -> Whitening:
-        """Return the whitening of the ``rank`` largest singular directions of W - 1cᵀ = Q R⁻¹."""
+        """Return the whitening cut to the ``rank`` largest singular directions of W - 1cᵀ."""
         return self.narrowed(torch.linalg.svd(self.inverse, full_matrices=False).U[:, :rank])
 
     def without(self, directions: Float[Tensor, "k d"]) -> Whitening:
-        """Return the whitening whose inverse measures lengths at right angles to ``directions``, which R leaves out."""
+        """Return a copy whose ``inverse`` maps ``directions``, k vectors in the coordinates of W, to 0.
+
+        The columns of ``factor`` have to be orthogonal to them, so that ``inverse`` remains its left inverse.
+        """
         basis = torch.linalg.qr(directions.to(self.inverse).T).Q
         return Whitening(self.center, self.factor, self.inverse - (self.inverse @ basis) @ basis.T, self.offset)
 
     def to(self, device: torch.device) -> Whitening:
-        """Return this whitening on another device."""
+        """Return a copy of this whitening whose tensors are on ``device``."""
         return Whitening(self.center.to(device), self.factor.to(device), self.inverse.to(device), self.offset)
 
 
 class WhitenedHead:
-    """A view of a head through which solvers read it: Q = S (W - 1cᵀ) R for a batch of B rows.
+    """A whitened view of a head, through which solvers read it: Q = S (W - 1cᵀ) R for a batch of B rows.
 
-    S is the slope of a soft-cap, for each row of the batch, or 1. Products run in ``dtype``, on the head's own device,
-    and come back on ``device`` in the dtype of what is given.
+    S is diagonal and has the slope of the head's soft-cap at each token, which differs between the rows of the batch;
+    it is 1 without a soft-cap. Products with W run in ``dtype``, on the head's own device; results are on ``device``,
+    and, unless a method says otherwise, in the dtype of its argument.
 
     Args:
-        head: of at most v rows; it has no mass past its last row.
+        head: the head; if it has fewer than v rows, Q is zero at the tokens past its last row.
         v: the number of tokens.
-        dtype: of products; fp64 in any case where columns' means exceed their spreads too far for fp32.
-        slope: S, zero past the head's last row; None for 1.
+        dtype: the dtype of products; fp64 in any case if columns' means exceed their spreads too far for fp32.
+        slope: the diagonal of S in each row of the batch; None for ones.
         batch: B.
-        device: where solvers compute; None for the head's own.
+        device: the device on which solvers compute; None for the head's own.
         whitening: c and R; None for the head's own.
 
     Attributes:
-        rows_read: (B,), how many rows of W were read for each row of the batch, gathers included.
-        at: which rows of that batch this view has.
+        rank: the number of Q's columns.
+        rows_read: how many rows of W were read on behalf of each row of the whole batch, (B,).
+        at: the indices, in the whole batch, of the rows that this view has.
     """
 
     def __init__(
@@ -281,20 +294,20 @@ class WhitenedHead:
         self.at = torch.arange(batch, device=self.device)
 
     def take(self, rows: Int[Tensor, " k"]) -> WhitenedHead:
-        """Return a view for some rows of the batch; what it reads counts for them."""
+        """Return a view that has only ``rows``, k indices, and shares ``rows_read`` with this one."""
         some = copy(self)
         some.at, some.slope = self.at[rows], None if self.slope is None else self.slope[rows]
         return some
 
     def scores(self, lam: Float[Tensor, "B rank"]) -> Float[Tensor, "B v"]:
-        """Return Q λ for each row of the batch; one read of the head."""
+        """Return the scores Q λ of each row's vector λ in whitened coordinates, Q the whitened head; one read of it."""
         x, center = self.raw(lam)
         out = self.head.scores(x.to(self.home, self.dtype)).to(self.device, lam.dtype) - center[:, None].to(lam)
         self.rows_read[self.at] += self.head.v
         return self._sloped(pad(out, (0, self.v - self.head.v)))
 
     def moments(self, *ps: Float[Tensor, "B v"]) -> list[Float[Tensor, "B _"]]:
-        """Return Qᵀ p for each of ``ps``; one read of the head for all of them."""
+        """Return the whitened moments Qᵀ p, (B, rank), of each tensor in ``ps``, by one read of the head for all."""
         p = torch.cat([self._sloped(p) for p in ps])[:, : self.head.v]
         raw = self.head.moments(p.to(self.home, self.dtype)).to(self.device, torch.float64)
         self.rows_read[self.at] += self.head.v
@@ -302,7 +315,10 @@ class WhitenedHead:
         return list(found.to(p.dtype).chunk(len(ps)))
 
     def raw(self, lam: Float[Tensor, "B rank"]) -> tuple[Float[Tensor, "B d"], Float[Tensor, " B"]]:
-        """Return (x, c) with Q λ = W x - c, before any slope, in fp64."""
+        """Return (R λ, cᵀ R λ) in fp64, by which scores (W - 1cᵀ) R λ are computed from the head's weight W.
+
+        c and R are the centre and the factor of the whitening, and λ is in whitened coordinates.
+        """
         x = lam.double() @ self.whitening.factor.T
         return x, x @ self.whitening.center
 
@@ -310,7 +326,10 @@ class WhitenedHead:
         return x if self.slope is None else x * self.slope.to(x.dtype)
 
     def rows(self, tokens: Int[Tensor, "B k"]) -> Float[Tensor, "B k d"]:
-        """Return the rows ``tokens`` of S (W - 1cᵀ) for each row of the batch, in ``dtype``; times R, rows of Q."""
+        """Return the weight's rows at k ``tokens`` for each row of the batch, in ``self.dtype``.
+
+        They are centred and multiplied by the soft-cap's slopes, but not whitened: times R they are rows of Q.
+        """
         found = self.even_rows(tokens, self.dtype)
         if self.slope is not None:
             found *= self.slope.gather(-1, tokens).to(self.dtype)[..., None]
@@ -318,11 +337,14 @@ class WhitenedHead:
         return found
 
     def gather(self, tokens: Int[Tensor, "B k"]) -> Float[Tensor, "B k rank"]:
-        """Return the rows ``tokens`` of Q for each row of the batch, in ``dtype``."""
+        """Return the whitened head's rows at k ``tokens`` for each row of the batch, in ``self.dtype``."""
         return self.rows(tokens) @ self.whitening.factor.to(self.dtype)
 
     def even_rows(self, tokens: Int[Tensor, "*B k"], dtype: torch.dtype = torch.float32) -> Float[Tensor, "*B k d"]:
-        """Return the rows ``tokens`` of W - 1cᵀ, without slopes and without counting them as read."""
+        """Return the weight's rows at ``tokens``, centred, without a soft-cap's slopes, and not counted as read.
+
+        Rows are zero at tokens past the head's last row.
+        """
         ids = tokens.clamp_max(self.head.v - 1).flatten().to(self.home)
         found = self.head.weight.detach().index_select(0, ids).to(self.device, dtype)
         found -= self.whitening.center.to(dtype)
@@ -332,13 +354,13 @@ class WhitenedHead:
         return found
 
     def block(self, tokens: slice) -> Float[Tensor, "b d"]:
-        """Return the rows ``tokens`` of W in ``dtype``, on the head's device; fewer past the head's last row.
+        """Return the weight's rows at a slice of tokens, not centred, in ``self.dtype``, on the head's device.
 
-        They are not counted as read.
+        A slice that ends past the head's last row gives fewer rows. They are not counted in ``rows_read``.
         """
         return self.head.weight[tokens].detach().to(self.dtype)
 
 
 def as_head(head: SoftmaxHead | Tensor) -> SoftmaxHead:
-    """Return a head as it is, and a tensor (v, d) as a head without bias."""
+    """Return ``head`` itself if it is a :class:`SoftmaxHead`; make a tensor W, (v, d), a head without bias."""
     return head if isinstance(head, SoftmaxHead) else SoftmaxHead(head)

@@ -1,4 +1,4 @@
-"""The normalisation before a softmax head, and the directions of a hidden state that it takes away."""
+"""The normalisation before a softmax head, and the directions of a hidden state that it removes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from torch.nn.functional import normalize
 
 @dataclass(frozen=True, eq=False)
 class FinalNorm:
-    """The normalisation h = γ ⊙ x̂ + β with x̂ = x / rms(x), or (x - mean(x)) / std(x) where ``centred``.
+    """A model's last normalisation, which makes the hidden state h = γ ⊙ x̂ + β of its input x.
+
+    x̂ is x / rms(x), or, if ``centred``, (x - mean(x)) / std(x).
 
     Args:
-        gain: γ, (d,), any floating dtype, none of it zero; None for ones.
+        gain: γ, (d,), any floating dtype, no entry zero; None for ones.
         bias: β, (d,), any floating dtype; None for zeros.
-        centred: whether it is a LayerNorm rather than an RMS norm.
+        centred: whether this is a LayerNorm rather than an RMS norm.
     """
 
     gain: Float[Tensor, " d"] | None = None
@@ -25,15 +27,15 @@ class FinalNorm:
     centred: bool = False
 
     def lost_directions(self, hidden: Float[Tensor, "B d"]) -> Float[Tensor, "B k d"]:
-        """Find the directions u with uᵀ ∂h/∂x = 0 at each hidden state, which no gradient in x can see.
+        """Compute the directions u in which h cannot move at all when the norm's input x moves: uᵀ ∂h/∂x = 0.
 
-        The Jacobian of x̂ maps onto what is orthogonal to x̂ (and, centred, to 1), so u = x̂ / γ (and 1 / γ).
+        The range of ∂x̂/∂x is the complement of x̂ (if ``centred``, of x̂ and 1), so u = x̂ / γ (and 1 / γ).
 
         Args:
             hidden: the norm's outputs h.
 
         Returns:
-            For each h, k = 1 direction, or 2 where ``centred``, of length 1, in the dtype of ``hidden``.
+            For each h, k = 1 direction, or 2 if ``centred``, each of length 1, in the dtype of ``hidden``.
 
         Example:
             >>> FinalNorm(gain=torch.tensor([1.0, 2.0])).lost_directions(torch.tensor([[3.0, 16.0]]))

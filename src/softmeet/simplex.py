@@ -1,4 +1,7 @@
-"""Distributions over v tokens, as log-probabilities in nats of any floating dtype. Zeros are -inf; 0 log 0 = 0."""
+"""Functions of distributions over v tokens, given as log-probabilities in nats of any floating dtype.
+
+A probability of 0 is -inf, and 0 log 0 = 0. The last dimension has the tokens.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from torch import Tensor
 
 
 def log_normalize(scores: Float[Tensor, "*b v"]) -> Float[Tensor, "*b v"]:
-    """Return the log-probabilities proportional to exp(scores): scores - logsumexp(scores), in nats.
+    """Return the log-probabilities of softmax(scores), in nats: scores - logsumexp(scores).
 
     Example:
         >>> log_normalize(torch.tensor([0.0, 0.0, -torch.inf])).exp()
@@ -18,7 +21,7 @@ def log_normalize(scores: Float[Tensor, "*b v"]) -> Float[Tensor, "*b v"]:
 
 
 def entropy(log_p: Float[Tensor, "*b v"]) -> Float[Tensor, "*b"]:
-    """Return H(p) = -Σ p log p, in nats.
+    """Return the entropy H(p) = -Σ p log p, in nats, from log p.
 
     Example:
         >>> entropy(torch.tensor([0.5, 0.5, 0.0]).log())
@@ -29,7 +32,7 @@ def entropy(log_p: Float[Tensor, "*b v"]) -> Float[Tensor, "*b"]:
 
 
 def kl(log_p: Float[Tensor, "*b v"], log_q: Float[Tensor, "*b v"]) -> Float[Tensor, "*b"]:
-    """Return KL(p‖q) = Σ p (log p - log q), in nats; +inf where p has mass outside the support of q.
+    """Return KL(p‖q) = Σ p (log p - log q), in nats; +inf if p has mass on a token to which q gives none.
 
     Example:
         >>> p, q = torch.tensor([1.0, 0.0]).log(), torch.tensor([0.5, 0.5]).log()
@@ -42,14 +45,14 @@ def kl(log_p: Float[Tensor, "*b v"], log_q: Float[Tensor, "*b v"]) -> Float[Tens
 
 
 def logit_mean(log_p: Float[Tensor, "n *b v"], weights: Float[Tensor, " n"]) -> Float[Tensor, "*b v"]:
-    """Return softmax(Σ w_i log p_i), the logarithmic pool of n members: the weighted average of their logits.
+    """Return softmax(Σ_i w_i log p_i), the logarithmic pool of n members: the weighted average of their logits.
 
     Args:
-        log_p: the members' log-probabilities, in nats; a token that one member with a weight excludes is excluded.
-        weights: w, of any sum; at least one is positive.
+        log_p: the members' log-probabilities log p_i, in nats.
+        weights: w_i, of any sum; at least one is positive.
 
     Returns:
-        Log-probabilities, in nats.
+        The pool's log-probabilities, in nats; -inf for a token to which a member of nonzero weight gives probability 0.
 
     Example:
         >>> members = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
@@ -60,7 +63,7 @@ def logit_mean(log_p: Float[Tensor, "n *b v"], weights: Float[Tensor, " n"]) -> 
 
 
 def weighted_log_probs(log_p: Float[Tensor, "n *b v"], weights: Float[Tensor, " n"]) -> Float[Tensor, "*b v"]:
-    """Return Σ w_i log p_i in nats, not normalised; -inf where a member with any weight has it.
+    """Return Σ_i w_i log p_i of n members, in nats, not normalised; -inf if a member of nonzero weight has -inf.
 
     Example:
         >>> weighted_log_probs(torch.tensor([[0.0, -2.0], [0.0, -torch.inf]]), torch.tensor([1.0, 0.0]))
@@ -74,14 +77,14 @@ def weighted_log_probs(log_p: Float[Tensor, "n *b v"], weights: Float[Tensor, " 
 
 
 def prob_mean(log_p: Float[Tensor, "n *b v"], weights: Float[Tensor, " n"]) -> Float[Tensor, "*b v"]:
-    """Return Σ w_i p_i / Σ w_i, the linear pool of n members: the weighted average of their probabilities.
+    """Return Σ_i w_i p_i / Σ_i w_i, the linear pool of n members: the weighted average of their probabilities.
 
     Args:
-        log_p: the members' log-probabilities, in nats.
-        weights: w, of any sum; at least one is positive.
+        log_p: the members' log-probabilities log p_i, in nats.
+        weights: w_i, of any sum; none negative, at least one positive.
 
     Returns:
-        Log-probabilities, in nats.
+        The pool's log-probabilities, in nats.
 
     Example:
         >>> members = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
@@ -93,7 +96,7 @@ def prob_mean(log_p: Float[Tensor, "n *b v"], weights: Float[Tensor, " n"]) -> F
 
 
 def total_variation(log_p: Float[Tensor, "*b v"], log_q: Float[Tensor, "*b v"]) -> Float[Tensor, "*b"]:
-    """Return the total variation distance ½ Σ |p - q|, from 0 to 1.
+    """Return the total variation distance ½ Σ |p - q|, from 0 to 1, from log p and log q.
 
     Example:
         >>> total_variation(torch.tensor([0.5, 0.5]).log(), torch.tensor([0.75, 0.25]).log())

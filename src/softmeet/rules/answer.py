@@ -1,4 +1,4 @@
-"""What a rule gives back for a batch of rows."""
+"""The output of a rule for a batch of rows."""
 
 from __future__ import annotations
 
@@ -16,14 +16,26 @@ from softmeet.solvers.base import Status
 
 @dataclass
 class Answer(Batched):
-    """A distribution per row of a problem, and what is known of it; every field has one row per row of the problem.
+    """A rule's answer to the B rows of a problem with n members: a distribution p for each row, and facts about it.
 
-    ``dual`` holds, per member, λ_i in the head's own coordinates, (B, d_i); zeros for a rule without a dual. ``ray``
-    holds such a λ with max_j Σ_i λ_iᵀ(a_ij - b_i) < 0 where the status is INFEASIBLE: the proof; zeros elsewhere.
-    ``disagreement`` is KL(r_i‖p̂_i), or, where ``disagreement_is_bound``, its upper bound KL(p‖p̂_i).
-    ``objective_range`` holds the least and the largest value of the objective over the feasible set, or bounds on
-    them; NaN for a rule without such a set. ``by_pool`` says where the pool answers for a solver, proved to be near
-    enough, with the dual point that proves it.
+    Attributes:
+        log_probs: log p in nats, fp64, (B, v).
+        status: :class:`softmeet.Status` as int, (B,).
+        gap: how far the objective can be from its optimum, in nats, (B,).
+        certified: whether ``gap`` is a proved bound rather than an estimate, (B,).
+        objective: the value of the rule's objective; NaN for a rule without one, (B,).
+        objective_range: the least and the largest value of the objective over the feasible set, or bounds on them,
+            (B, 2); NaN for a rule that does not choose from that set.
+        steps: the solver's steps, (B,).
+        passes: how often all heads were read, (B,): rows read, divided by v, each head weighted by its width d_i.
+        disagreement: KL(r_i‖p̂_i) in nats, r_i member i's corrected distribution, (B, n).
+        disagreement_is_bound: whether ``disagreement`` is the upper bound KL(p‖p̂_i) instead, (B, n).
+        dual: for each member, the dual variables λ_i in the coordinates of its head's weight W_i, (B, d_i); zeros for a
+            rule without a dual.
+        ray: for each member, its part λ_i of a Farkas proof that no p has every member's moments, (B, d_i):
+            max_j Σ_i λ_iᵀ(a_ij - W_iᵀ p̂_i) < 0 with a_ij row j of W_i; zeros without a proof.
+        by_pool: whether the pool is the answer in place of the solver's own distribution, (B,); ``dual`` is then the
+            dual point from which ``gap`` follows.
     """
 
     log_probs: Float[Tensor, "B v"]
@@ -44,12 +56,12 @@ class Answer(Batched):
 def closed_form(
     problem: Problem, log_probs: Float[Tensor, "B v"], objective: Float[Tensor, " B"] | None = None
 ) -> Answer:
-    """Make the answer of a rule that needs no solver: exact by definition, and no head was read.
+    """Return the answer of a rule that needs no solver: every row OPTIMAL, with gap 0, no step and no head read.
 
     Args:
-        problem: what the rule was given.
-        log_probs: in nats, fp64.
-        objective: of the rule, at them; NaN where it has none.
+        problem: the problem that the rule solved.
+        log_probs: the rule's distributions as log-probabilities in nats, fp64.
+        objective: the value of the rule's objective at each of them; None, which becomes NaN, if it has none.
     """
     B, like = len(log_probs), log_probs[:, 0]
     nothing = tuple([like.new_zeros(B, head.d) for head in problem.heads])

@@ -1,4 +1,4 @@
-"""Ask a rule, and take nothing from it that is no distribution: rules may be anybody's."""
+"""Call a rule, and refuse an answer that is not a distribution: users may write rules of their own."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ from softmeet.rules.answer import Answer, closed_form
 from softmeet.rules.base import Rule
 from softmeet.rules.problem import Problem
 
-# By how much a row's probabilities may miss 1: what rounding of half-precision log-probabilities comes to.
+# By how much the sum of a row's probabilities may differ from 1: the rounding of half-precision log-probabilities.
 _MASS_TOLERANCE = 1e-3
 
 
 def answered(rule: Rule, problem: Problem) -> Answer:
-    """Ask a rule about every row, in parts whose rows share one view of each head.
+    """Solve every row of a problem by a rule, and check that each answer is a distribution.
+
+    Returns:
+        The rule's own answer; or, from a rule that returns log-probabilities alone, an answer with these, restricted to
+        ``problem.support``, of gap 0 and not certified.
 
     Raises:
-        RuleError: the rule fails, or gives another shape, NaN, or probabilities that do not sum to 1 over the tokens
-            that may be answered; the message names the rule.
+        RuleError: if the rule fails, or returns another shape, NaN, or probabilities that do not sum to 1 (in an
+            ``Answer``: over ``problem.support``); the message names the rule.
     """
     parts = problem.pieces()
     if len(parts) == 1:
@@ -43,7 +47,7 @@ def _one(rule: Rule, problem: Problem) -> Answer:
         raise RuleError(
             f"the rule {rule} gave {what}: expected floating log-probabilities of shape {tuple(expected)}, or an Answer"
         )
-    # Where a formula does not know which ids are tokens, the others are taken away.
+    # A formula may give mass to ids outside the support, which is removed below; a solver may not.
     support = None if isinstance(found, Tensor) else problem.support
     mass = (log_probs if support is None else log_probs[:, support]).exp().sum(-1)
     good = (mass - 1).abs() <= _MASS_TOLERANCE
@@ -55,6 +59,6 @@ def _one(rule: Rule, problem: Problem) -> Answer:
         )
     if not isinstance(found, Tensor):
         return found
-    # Nobody has shown how good it is.
+    # Nothing proves that a formula is optimal.
     answer = closed_form(problem, problem.restricted(log_probs.double()))
     return replace(answer, certified=torch.zeros_like(answer.certified))

@@ -1,6 +1,6 @@
-"""What a rule is: a name, a problem stated in its docstring, options, and ``solve``.
+"""The base class of rules: a name, an optimisation problem stated in the docstring, options, and ``solve``.
 
-A rule of one's own is a subclass of :class:`Rule`; :mod:`softmeet.rules.registry` makes its name known.
+A user's own rule is a subclass of :class:`Rule`; :mod:`softmeet.rules.registry` makes its name known.
 """
 
 from __future__ import annotations
@@ -20,23 +20,24 @@ if TYPE_CHECKING:
 
 
 class Rule(Frozen, ABC):
-    """One way to choose the next token's distribution from the members'.
+    """A way to choose the next token's distribution p from the members' distributions p̂_i: the base class of all rules.
 
-    Its options are its fields, each with a default, checks and one line of help, as pydantic has them:
-    ``order: float = Field(0.5, ge=0, le=1, description="Of the power mean.")``. An instance never changes; ``str`` of
-    it is what ``--rule`` takes: ``power-mean:order=0.5``.
+    A subclass sets ``name`` and ``summary`` and defines :meth:`solve`. Its options are pydantic fields, each with a
+    default and one line of help: ``order: float = Field(0.5, ge=0, le=1, description="Order of the power mean.")``.
+    Instances are immutable; ``str`` of one is the text that ``--rule`` takes: ``power-mean:order=0.5``.
 
     Attributes:
-        name: by which it is asked for: small letters, digits and hyphens.
-        summary: one line about it.
-        reference: where it comes from: a paper and an equation, or an address.
-        reads_heads: whether it needs the members' softmax matrices, and not their log-probabilities alone.
+        name: the name under which the rule is asked for: lower-case letters, digits and hyphens.
+        summary: one line about the rule.
+        reference: its source: a paper and an equation, or a web address; empty if there is none.
+        reads_heads: whether it needs the members' softmax matrices W_i, not only their log-probabilities.
         is_average: whether it is a weighted average of the members.
-        can_assign_zeros: whether it may give tokens probability 0 to which every member gives more.
-        uses_trust: whether its answer depends on the trusts.
-        tilts_pool: whether its answer is the pool times exp(Σ_i W_i λ_i), with λ in ``Answer.dual``; such solutions can
-            start one another.
-        is_feasible: whether it chooses from the distributions that have every member's moments, which may not exist.
+        can_assign_zeros: whether it may give probability 0 to a token to which every member gives more.
+        uses_trust: whether its answer depends on the trusts ρ_i.
+        tilts_pool: whether its answer is proportional to q exp(Σ_i W_i λ_i), with q the pool and λ_i in
+            ``Answer.dual``; only a solution by such a rule can be the ``start`` of another call of ``combine``.
+        is_feasible: whether it chooses from the feasible set, all p with W_iᵀ p = W_iᵀ p̂_i for every member i, which
+            may be empty.
 
     Example:
         >>> import torch
@@ -66,47 +67,63 @@ class Rule(Frozen, ABC):
 
     @abstractmethod
     def solve(self, problem: Problem) -> Answer | Tensor:
-        """Choose a distribution for every row of a problem.
+        """Choose a distribution over v tokens for each of B rows.
 
         Args:
-            problem: the members' log-probabilities ``problem.log_p``, (n, B, v), in nats, fp64, and all settings. Where
-                directions are free or a soft-cap is set, rows come with views of heads of their own: ask
-                ``problem.views``.
+            problem: the members' log-probabilities ``problem.log_p``, (n, B, v), in nats, fp64, and all settings. A
+                rule that reads heads takes them from ``problem.views``, which applies soft-caps and leaves out the
+                directions that carry no constraint.
 
         Returns:
-            Log-probabilities in nats, (B, v), where the rule is a formula; else an
-            :class:`~softmeet.rules.answer.Answer` with what else is known of each row.
+            Log-probabilities in nats, (B, v), if the rule is a formula; else an
+            :class:`~softmeet.rules.answer.Answer`, which adds each row's status, gap and dual variables.
         """
 
     def verify(self, problem: Problem, answer: Answer) -> Recomputed | None:
-        """Look at an answer again, in fp64, without trusting the solver that found it.
+        """Recompute this rule's answer in fp64 without the solver that found it; by default, return None.
+
+        Args:
+            problem: the problem that was solved, with products in fp64.
+            answer: the answer to it, with the dual variables and proofs that the solver stored.
 
         Returns:
-            What was found, or None where the rule has no such second look: then ``Solution.verify`` says UNVERIFIED.
+            The recomputed distributions, gaps and statuses of all rows; None if the rule cannot recompute them, in
+            which case ``Solution.verify`` gives every row the status UNVERIFIED.
         """
         return None
 
     def pool_bound(self, problem: Problem) -> Tensor | None:
-        """Bound how far the pool is from this rule's optimum, (B,), in nats and without a head; None if unknown."""
+        """Bound how far this rule's objective at the pool is above its optimum, without reading a head.
+
+        Returns:
+            The bounds in nats, (B,); None, the default, if the rule has no such bound.
+        """
         return None
 
     def effective_trust(self, trust: Sequence[float]) -> tuple[float, ...]:
-        """Give the trusts that this rule solves with, from those that were asked for."""
+        """Return the members' trusts that this rule solves with, given the requested ``trust``; the same by default.
+
+        Trusts are in nats per nat, one per member, from 0 to inf; ``max-entropy``, for one, makes all of them infinite.
+        """
         return tuple(trust)
 
     def why_degenerate(self, problem: Problem) -> str:
-        """Say why nothing was chosen, in a sentence, for rows whose objective is constant on the feasible set."""
+        """Return a sentence on rows of status DEGENERATE: why the objective is constant on their feasible set."""
         return "every feasible distribution is optimal: the objective is constant on the feasible set"
 
     def relaxes(self, problem: Problem) -> bool:
-        """Say whether the options ask this rule for less than every member's moments."""
+        """Return whether the settings make this rule match only a part of every member's moments.
+
+        It does if ``free_radial`` leaves the directions that the final norm removes unconstrained, or ``rank`` limits
+        the directions of a head that are constrained; never if the rule reads no heads.
+        """
         rank = problem.settings.rank
         if not self.reads_heads or rank is None or problem.settings.free_radial:
             return self.reads_heads and problem.settings.free_radial
         return any(rank < head.whitening().rank for head in problem.heads)
 
     def own_options(self) -> dict[str, object]:
-        """Give the options that differ from their defaults."""
+        """Return the rule's options, by name, whose values differ from their defaults."""
         return {
             name: value
             for name, field in type(self).model_fields.items()
@@ -118,7 +135,7 @@ class Rule(Frozen, ABC):
 
 
 def _text(value: object) -> str:
-    """Write a value as a rule's text has it: lists with slashes."""
+    """Format an option's value for a rule's text: booleans in small letters, lists joined by slashes."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""``softmeet.combine``: from the members' distributions to one."""
+"""``softmeet.combine``: combine the distributions of several members into one by a rule."""
 
 from __future__ import annotations
 
@@ -42,30 +42,35 @@ def combine(
 ) -> Solution:
     """Combine n members' next-token distributions into one.
 
-    Pure and batched: a row's answer depends on that row alone. Vectors over the vocabulary are fp64 inside; products
-    with heads run in fp64 if ``log_probs`` is fp64 or ``tol`` is below 1e-6 and in fp32 otherwise, whatever the heads'
-    dtype.
+    The function has no side effects, and a row's answer depends on that row alone. Vectors over the vocabulary are fp64
+    inside; products with heads run in fp64 if ``log_probs`` is fp64 or ``tol`` is below 1e-6 and in fp32 otherwise,
+    whatever the heads' dtype.
 
     Args:
-        log_probs: the members' untempered log-probabilities in nats, (n, *batch, v); -inf for an impossible token.
-        heads: one per member: W_i as a tensor (v, d_i), or a :class:`SoftmaxHead` where there is a soft-cap.
+        log_probs: the members' log-probabilities in nats, at temperature 1, (n, *batch, v); -inf for probability 0.
+        heads: each member's head: its weight W_i, (v, d_i), or a :class:`SoftmaxHead`, which can have a soft-cap too.
         rule: a name, with options as in ``"meet:trust=1/0.3"``, or an instance of :class:`softmeet.Rule`.
-        throw: raise on NOT_CONVERGED.
-        logits: the members' logits, (n, *batch, v); needed where a head has a soft-cap.
-        support: (v,) bool, the tokens that may be answered (the tokenizer's, where heads are padded); None for all.
-        hidden: the members' last hidden states, n tensors (*batch, d_i), for ``free_radial``; recovered from the
-            log-probabilities if None.
-        start: a solution by ``meet`` or ``max-entropy`` of the same rows, perhaps at other trusts, near which ``meet``
-            looks for its answer, and every other rule for a feasible distribution or a proof that there is none; at the
-            pool if None. The answer is the same within ``tol``.
-        settings: the fields of :class:`softmeet.Settings`, listed below, and options of the rule itself. With
-            ``on_infeasible`` a solution by ``meet`` of the same rows may be given: it spares solving it again.
+        throw: raise an error if a row ends with the status NOT_CONVERGED.
+        logits: the members' logits, after soft-caps, (n, *batch, v); needed if a head has a soft-cap.
+        support: a bool mask, (v,), of the tokens that may have positive probability, such as the ids that the tokenizer
+            knows if heads are padded; None for all.
+        hidden: the members' last hidden states, n tensors (*batch, d_i), used if ``free_radial`` is set; None to
+            recover them from the log-probabilities.
+        start: an earlier solution of the same rows by ``meet`` or ``max-entropy``, perhaps at other trusts, from which
+            solvers begin; None to begin at the pool. The answer is the same within ``tol``.
+        settings: the fields of :class:`softmeet.Settings`, listed below, and options of the rule. ``on_infeasible``
+            also takes a solution of the same rows by ``meet``, which then answers the rows without a feasible
+            distribution at no cost.
+
+    Returns:
+        The distributions, (*batch, v), with each row's status, gap and costs.
 
     Raises:
-        InvalidInputError: a shape, sign, length or name is wrong (its subclasses: NaN or +inf, disjoint supports).
-        RuleError: the rule failed, or what it gave is no distribution.
-        InfeasibleError: with ``on_infeasible="raise"``.
-        NotConvergedError: with ``throw=True``.
+        InvalidInputError: if a shape, sign, length or name is wrong; its subclass NonFiniteError if a log-probability
+            is NaN or +inf, DisjointSupportError if the members have no token in common.
+        RuleError: if the rule fails, or returns something other than distributions.
+        InfeasibleError: if ``on_infeasible`` is ``"raise"`` and a row has no feasible distribution.
+        NotConvergedError: if ``throw`` is set and a row did not reach ``tol``.
 
     Example:
         >>> import torch
@@ -100,24 +105,34 @@ def combine(
 
 
 def product_dtype(given: torch.dtype, tol: float) -> torch.dtype:
-    """Choose the dtype of products with heads, from that of the log-probabilities and the tolerance."""
+    """Return the dtype in which heads are multiplied: fp64 if ``given`` is fp64 or ``tol`` is below 1e-6, else fp32.
+
+    Args:
+        given: the dtype of the members' log-probabilities.
+        tol: the tolerance for the gap, in nats.
+    """
     return torch.float64 if tol < _FINEST_FP32 else torch.promote_types(given, torch.float32)
 
 
 def solve(
     problem: Problem, shape: torch.Size, dtype: torch.dtype, relaxed: Answer | None = None, *, throw: bool = False
 ) -> Solution:
-    """Answer a problem by its rule, where its gate is open, and what the rule leaves open by the fallback.
+    """Solve a checked problem: by its gate, its rule, its fallback and its temperature, in this order.
+
+    The rule solves the rows at which the gate is open; ``on_infeasible`` answers those that have no feasible
+    distribution; then the rule's temperature is applied.
 
     Args:
-        problem: checked already.
-        shape: of the batch.
-        dtype: of the log-probabilities as they were given; fp32 is the least that comes back.
-        relaxed: what answers rows without a feasible distribution, where it is known.
-        throw: raise on NOT_CONVERGED.
+        problem: the problem, of B rows.
+        shape: the batch dimensions, of B elements in all, that the solution gets.
+        dtype: the dtype of the log-probabilities as the caller gave them; the solution's is the same, but at least
+            fp32.
+        relaxed: a known answer to all B rows, to be used in rows without a feasible distribution; None to solve such
+            rows by the rule that ``on_infeasible`` names.
+        throw: raise an error if a row ends with the status NOT_CONVERGED.
 
     Raises:
-        RuleError, InfeasibleError, NotConvergedError: as :func:`combine`.
+        RuleError, InfeasibleError, NotConvergedError: as in :func:`combine`.
     """
     answer, closed, seconds = gated(problem)
     answer, fallback = _answer_infeasible_rows(problem, answer, relaxed)
@@ -134,7 +149,7 @@ def solve(
 
 
 def _tempered(solution: Solution) -> Solution:
-    """Apply the rule's temperature, but for rows at which the first member answers alone."""
+    """Return the solution at the rule's temperature, except for rows that the first member answers alone."""
     settings = solution.problem.settings
     found = solution.at_temperature(settings.rule_temperature)
     if not isinstance(settings.gate, Unsure):

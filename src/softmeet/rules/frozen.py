@@ -1,4 +1,4 @@
-"""Objects that are checked when they are made and never change after: rules with their options, and settings."""
+"""The base class of rules and settings: objects that are checked when they are made and never change afterwards."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from softmeet.errors import InvalidInputError
 
 
 class Frozen(BaseModel):
-    """A pydantic model that cannot be changed, and whose errors are softmeet's.
+    """An immutable pydantic model that raises softmeet's errors in place of pydantic's.
 
     Raises:
-        InvalidInputError: a field is unknown or has a value that it does not take; the message names both.
+        InvalidInputError: if a field is unknown or its value is not allowed; the message names field and value.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,12 +43,12 @@ class Frozen(BaseModel):
 
 
 def unknown(what: str, name: str, known: Mapping[str, Any] | list[str] | tuple[str, ...]) -> InvalidInputError:
-    """Make the error for a name that is none: the nearest known one, and all of them.
+    """Return the error for an unknown name, whose message lists the known names and suggests the nearest one.
 
     Args:
-        what: the sentence to begin with, such as ``unknown rule 'mete'``.
-        name: what was given.
-        known: the names that there are.
+        what: the beginning of the message, such as ``unknown rule 'mete'``.
+        name: the unknown name, as it was given.
+        known: the known names.
     """
     near = get_close_matches(name, list(known), n=1)
     hint = f"did you mean {near[0]}? " if near else ""
@@ -57,7 +57,7 @@ def unknown(what: str, name: str, known: Mapping[str, Any] | list[str] | tuple[s
 
 
 def takes(field: FieldInfo, kind: type) -> bool:
-    """Say whether a field takes values of some kind: ``bool``, ``int``, ``float``, ``tuple`` and so on."""
+    """Return whether a pydantic field is annotated with ``kind``, such as ``float``, alone or in a union."""
     return kind in _kinds(field.annotation)
 
 

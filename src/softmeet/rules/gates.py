@@ -1,14 +1,15 @@
-"""Gates: at which positions the rule is worth its cost, decided before any head is read for it.
+"""Gates: they decide in which rows the rule is worth its cost, before any head is read for it.
 
 ``unsure:T``         the first member answers alone, unless its largest next-token probability is below T.
 ``disagreement:T``   the pool answers, unless the members' first-order disagreement exceeds T nats.
 ``movement:T``       the pool answers, unless the rule is predicted to move it by T nats or more.
-``auto``             ``movement`` at a threshold that no text can feel: the default of generation and serving.
+``auto``             ``movement:0.003``, which changes no text measurably: the default of generation and serving.
 
-A gate is a subclass of :class:`Gate`, named in ``GATES``; it sees the problem, and by ``problem.text_before()`` the
-text of the token before each row. Where ``unsure`` is closed nobody else needs to run, which is what saves most; the
-others need every member and save the solve. ``unsure:T`` with T above 1, ``disagreement:0`` and ``movement:0`` are no
-gates, and are treated as none.
+The members' first-order disagreement is Σ_i ρ_i KL(q‖p̂_i), with q the pool, p̂_i the members' distributions and ρ_i
+their trusts. A gate is a subclass of :class:`Gate`, named in ``GATES``; it sees the problem, and by
+``problem.text_before()`` the text of the token before each row. If ``unsure`` is closed, the other members need not
+run, which saves most; the other gates need every member and save the solve. ``unsure:T`` with T above 1,
+``disagreement:0`` and ``movement:0`` never close, and are treated as no gate.
 """
 
 from __future__ import annotations
@@ -31,7 +32,12 @@ from softmeet.rules.problem import Problem
 
 @dataclass(frozen=True)
 class Gate(ABC):
-    """A decision, before any head is read, where a rule is solved, and what answers where it is not."""
+    """A test of rows before any head is read: the rule solves rows at which the gate is open, the gate answers others.
+
+    Attributes:
+        threshold: the number after the colon in the gate's text, such as 0.5 in ``unsure:0.5``.
+        name: the text before the colon.
+    """
 
     threshold: float
 
@@ -44,28 +50,28 @@ class Gate(ABC):
     @property
     @abstractmethod
     def never_closes(self) -> bool:
-        """Whether the rule is solved everywhere, whatever the members say."""
+        """Whether the gate is open in every row, whatever the members' distributions are."""
 
     @abstractmethod
     def open(self, problem: Problem) -> Bool[Tensor, " B"]:
-        """Return a mask of the rows that the rule is solved at."""
+        """Return a mask, (B,), of the rows at which the gate is open: the rule is solved there."""
 
     @abstractmethod
     def instead(self, problem: Problem) -> Answer:
-        """Return what answers every row where the rule is not solved; no head is read."""
+        """Return the gate's own answer for all B rows, to be used in those at which it is closed; reads no head."""
 
 
 @dataclass(frozen=True)
 class Unsure(Gate):
-    """The first member alone, unless the probability of its most probable token is below ``threshold``.
+    """The gate ``unsure``: the first member answers alone, unless its largest token probability is below ``threshold``.
 
-    What it answers there is what the rule makes of one member: its own distribution (or, by ``one-hot``, its most
-    probable token). How far that is from what the rule would say is not known: the gap is infinite.
+    Its answer is the rule's for an ensemble of the first member alone: its own distribution (with the rule ``one-hot``,
+    all mass on its most probable token). The distance to the answer of all members is unknown: the gap is infinite.
 
     Args:
         threshold: a probability; above 1 the gate never closes.
-        asked: (B,), the rows at which the others were asked, where that was decided when they ran; else it is decided
-            from the first member's probabilities.
+        asked: a mask, (B,), of the rows at which the gate is open, if that was decided earlier, when the members ran;
+            None to decide from the first member's probabilities.
     """
 
     asked: Bool[Tensor, " B"] | None = field(default=None, compare=False)
@@ -75,19 +81,23 @@ class Unsure(Gate):
 
     @property
     def never_closes(self) -> bool:
-        """Above 1, since no probability is."""
+        """Whether ``threshold`` is above 1, which no probability is."""
         return self.threshold > 1
 
     def open(self, problem: Problem) -> Bool[Tensor, " B"]:
-        """Open rows at which the first member is not confident."""
+        """Return ``asked``, or, if it is None, the mask :meth:`among` of rows in which the first member is unsure."""
         return self.among(problem.log_p[0]) if self.asked is None else self.asked
 
     def among(self, log_p: Float[Tensor, "B v"]) -> Bool[Tensor, " B"]:
-        """Return a mask of the rows at which the others have to be asked, from the first member's log-probabilities."""
+        """Return a mask, (B,), of the rows in which the first member's largest probability is below ``threshold``.
+
+        Args:
+            log_p: the first member's log-probabilities in nats.
+        """
         return confidence(log_p) < self.threshold
 
     def instead(self, problem: Problem) -> Answer:
-        """Answer by the first member alone."""
+        """Return the rule's answer for the first member alone, with gap inf, for all rows."""
         rule = problem.settings.rule
         alone = replace(
             problem,
@@ -97,7 +107,7 @@ class Unsure(Gate):
             settings=problem.settings.model_copy(update={"weights": (1.0,), "trust": problem.trust[:1]}),
             free=problem.free[:1],
         )
-        # What reads heads makes of one member its own distribution.
+        # Rules that read heads would answer with this one member's own distribution.
         own = closed_form(alone, alone.log_pool) if rule.reads_heads else answered(rule, alone)
         answer = closed_form(problem, own.log_probs, own.objective)
         unknown = torch.full_like(answer.gap, torch.inf)
@@ -106,10 +116,14 @@ class Unsure(Gate):
 
 @dataclass(frozen=True)
 class Disagreement(Gate):
-    """The pool, unless the members' first-order disagreement exceeds ``threshold`` nats.
+    """The gate ``disagreement``: the pool answers, unless the first-order disagreement exceeds ``threshold`` nats.
 
-    For ``meet`` with finite trusts a closed row is within ``threshold`` of optimal, and says so in its certified gap.
-    A rule that reads no head solves nothing that could be left out: its gate is always open.
+    That is Σ_i ρ_i KL(q‖p̂_i), q the pool, p̂_i the members and ρ_i their trusts. For ``meet`` with finite trusts the
+    pool is then proved to be within ``threshold`` nats of the optimum, as the row's certified gap says. For a rule that
+    reads no head the gate is always open, as there is no solve to save.
+
+    Args:
+        threshold: in nats; at 0 the gate never closes.
     """
 
     name = "disagreement"
@@ -117,17 +131,17 @@ class Disagreement(Gate):
 
     @property
     def never_closes(self) -> bool:
-        """At 0 only rows on which all agree are left, which cost nothing anyway."""
+        """Whether ``threshold`` is 0: only rows in which all members agree could be closed, and these cost nothing."""
         return self.threshold <= 0
 
     def open(self, problem: Problem) -> Bool[Tensor, " B"]:
-        """Open rows at which members disagree about the pool by more than the threshold."""
+        """Return a mask, (B,), of rows with first-order disagreement above ``threshold``; all, if no heads are read."""
         if not problem.settings.rule.reads_heads:
             return torch.ones_like(problem.log_p[0, :, 0], dtype=torch.bool)
         return problem.pool_bound() > self.threshold
 
     def instead(self, problem: Problem) -> Answer:
-        """Answer by the pool; its gap is what the rule could still gain over it, where that is known."""
+        """Return the pool as the answer to all rows; its gap is ``Rule.pool_bound``, or inf if the rule has none."""
         answer = closed_form(problem, problem.log_pool, torch.zeros_like(problem.log_pool[:, 0]))
         bound = problem.settings.rule.pool_bound(problem)
         gap = torch.full_like(answer.gap, torch.inf) if bound is None else bound
@@ -136,17 +150,18 @@ class Disagreement(Gate):
 
 @dataclass(frozen=True)
 class PredictedMovement(Disagreement):
-    """The pool, where the rule is predicted to move it by less than ``threshold`` nats, KL(p‖q).
+    """The gate ``movement``: the pool q answers if the rule's p is predicted to have KL(p‖q) below ``threshold``.
 
-    The prediction is Σ ρ_i KL(q‖p̂_i), which needs no head, times a factor that belongs to the members, the pool and the
-    trusts: the mean movement over the mean of that sum, on text of the ensemble's own (``hf/calibrated.py``). The bound
-    that a closed row has for its gap is the sum itself, which is far larger. A rule that does not move a pool, or at
-    infinite trust, is always asked.
+    The prediction is ``factor`` times the first-order disagreement Σ_i ρ_i KL(q‖p̂_i), which needs no head. The factor,
+    calibrated on text that the ensemble samples (``hf/calibrated.py``), is the mean of KL(p‖q) divided by the mean of
+    that sum, and belongs to the members, the pool and the trusts ρ_i. The bound on a closed row's gap is the sum
+    itself, which is far larger. For a rule without a bound (``Rule.pool_bound``), such as ``meet`` at infinite trust,
+    the gate is always open.
 
     Args:
-        threshold: in nats a token; at 0 the gate never closes.
-        factor: None until it is known.
-        auto: whether the threshold is the default one.
+        threshold: in nats per token; at 0 the gate never closes.
+        factor: the calibrated factor; None if it is not known yet.
+        auto: whether the gate was asked for as ``auto``.
     """
 
     factor: float | None = field(default=None, compare=False)
@@ -159,10 +174,10 @@ class PredictedMovement(Disagreement):
         return "auto" if self.auto else super().__str__()
 
     def open(self, problem: Problem) -> Bool[Tensor, " B"]:
-        """Open rows that the rule is predicted to move by the threshold or more.
+        """Return a mask, (B,), of the rows whose predicted movement is at least ``threshold`` nats.
 
         Raises:
-            InvalidInputError: no factor is known.
+            InvalidInputError: if ``factor`` is None, unless the rule has no bound, in which case all rows are open.
         """
         free = problem.settings.rule.pool_bound(problem)
         if free is None:
@@ -176,20 +191,20 @@ class PredictedMovement(Disagreement):
 
 
 def confidence(log_p: Float[Tensor, "*b v"]) -> Float[Tensor, "*b"]:
-    """Return the probability of the most probable token."""
+    """Return the probability of the most probable token, from log-probabilities in nats."""
     return log_p.amax(-1).exp()
 
 
 GATES: dict[str, type[Gate]] = {kind.name: kind for kind in (Unsure, Disagreement, PredictedMovement)}
-# Where ``auto`` closes: on held-out text of both bundled families it then gives up no more than 10⁻³ nats a token.
+# The threshold of ``auto``, in nats: on held-out text of both bundled families it costs at most 10⁻³ nats per token.
 _AUTO = 3e-3
 
 
 def parse_gate(gate: str | Gate | None) -> Gate | None:
-    """Read a gate from a text such as ``unsure:0.5``; return None for None and for ``none``.
+    """Parse a gate's text, such as ``unsure:0.5`` or ``auto``; return a gate itself, and None for None and ``none``.
 
     Raises:
-        InvalidInputError: there is no such gate, or its threshold is not a finite number from 0.
+        InvalidInputError: if there is no gate of that name, or its threshold is not a finite number of at least 0.
     """
     if gate is None or isinstance(gate, Gate) or gate == "none":
         return gate if isinstance(gate, Gate) else None
@@ -210,15 +225,15 @@ def parse_gate(gate: str | Gate | None) -> Gate | None:
 
 
 def that_closes(gate: Gate | None) -> Gate | None:
-    """Return the gate, or None where it never closes."""
+    """Return ``gate``, or None if it never closes."""
     return None if gate is None or gate.never_closes else gate
 
 
 def gated(problem: Problem) -> tuple[Answer, Bool[Tensor, " B"], float]:
-    """Ask the rule where the gate is open.
+    """Solve a problem by its rule in the rows at which its gate is open, and answer the others by the gate.
 
     Returns:
-        (the rule's answer there and the gate's own elsewhere, where the gate is closed, seconds that the rule took).
+        (the answer to all rows; a mask, (B,), of the rows at which the gate is closed; the seconds that the rule took).
     """
     settings = problem.settings
     gate, rule = that_closes(settings.gate), settings.rule

@@ -1,4 +1,4 @@
-"""The rule that makes the members agree, up to a price in nats."""
+"""The rule ``meet``: it moves the pool towards moments on which corrected members agree, corrections having a price."""
 
 from __future__ import annotations
 
@@ -29,11 +29,13 @@ _VACUOUS = 2.0
 class Meet(Rule):
     """minimise KL(p‖q) + Σ ρ_i KL(r_i‖p̂_i) over p, r_i with W_iᵀ p = W_iᵀ r_i: the relaxed I-projection of a pool q.
 
-    Each member may be corrected inside its own family, r_i = softmax(W_i(h_i - λ_i/ρ_i)), at ρ_i nats per nat. Trust 0
-    is the pool; infinite trust is the exact constraint. Solved by Newton's method on the dual.
+    p is the answer. Member i, with distribution p̂_i, head W_i and hidden state h_i, may be corrected to
+    r_i = softmax(W_i(h_i - λ_i/ρ_i)); each nat of KL(r_i‖p̂_i) costs ρ_i nats, the member's trust. If all trusts are 0,
+    p = q; infinite trust means r_i = p̂_i, so that p has member i's exact moments. Solved by Newton's method on the
+    dual, whose variables are the λ_i.
 
-    With ``budget`` the solver takes so many steps a token, for decoding: no bound on the gap is looked for, and a row
-    whose estimated gap did not come below ``tol`` ends with ``Status.BUDGET`` and the best point found.
+    With ``budget``, meant for decoding, the solver takes at most that many steps for a token and proves no bound on the
+    gap; a row whose estimated gap is still above ``tol`` ends with ``Status.BUDGET`` and the best point found.
     """
 
     budget: int | None = Field(
@@ -49,9 +51,10 @@ class Meet(Rule):
     tilts_pool = True
 
     def solve(self, problem: Problem) -> Answer:
-        """Minimise the dual by Newton's method, and answer with the pool where that is proved to be near enough.
+        """Minimise the dual by Newton's method; if the pool is proved to be within ``tol``, it is the answer.
 
-        Members of trust 0 take no part.
+        Members of trust 0 take no part. Unless ``budget`` is set, rows that did not converge are solved once more, from
+        the pool, in fp64 if heads are small.
         """
         trust = self.effective_trust(problem.trust)
         trusted = [i for i, rho in enumerate(trust) if rho > 0]
@@ -75,19 +78,24 @@ class Meet(Rule):
         return answer.put(late, again)
 
     def verify(self, problem: Problem, answer: Answer) -> Recomputed:
-        """Evaluate the dual at the stored point, and the stored proof, row by row."""
+        """Recompute each row in fp64 from the answer's stored dual variables and Farkas proof, without the solver.
+
+        Returns:
+            The distribution at the dual point (the pool, if it was the answer), the gap proved there, and the
+            status OPTIMAL, INFEASIBLE (the proof holds) or NOT_CONVERGED (the gap is above ``tol``) of each row.
+        """
         trust = self.effective_trust(problem.trust)
         looks = [_look(row, trust, answer, k) for k, row in enumerate(problem.changed(dtype=torch.float64).rows())]
         return Recomputed.of_rows(looks, answer.log_probs)
 
     def pool_bound(self, problem: Problem) -> Float[Tensor, " B"] | None:
-        """Return Σ ρ_i KL(q‖p̂_i) in nats, where trusts are finite."""
+        """Return Σ_i ρ_i KL(q‖p̂_i) in nats, a bound on the objective at the pool q; None if a trust ρ_i is infinite."""
         return None if any(map(math.isinf, self.effective_trust(problem.trust))) else problem.pool_bound()
 
 
 def _answer(problem: Problem, projection: Projection, trusted: list[int], state: DualState) -> Answer:
-    # A row that came to no end is answered by whichever is proved to be nearer, or seems to be: where f rose, the pool,
-    # and where nothing is proved of either, too, if trusts are finite.
+    # A row that did not converge is answered by the pool if the pool's bound is below the solver's gap, or if that gap
+    # is too large to say anything or, without a budget, not certified; else by the solver's point.
     unproved = (state.status == Status.NOT_CONVERGED) & ~state.certified
     vacuous = (state.gap > _VACUOUS) & state.pool_bound.isfinite()
     late = (state.status >= Status.NOT_CONVERGED) & (unproved | (state.pool_bound < state.gap) | vacuous)
@@ -124,7 +132,7 @@ def _answer(problem: Problem, projection: Projection, trusted: list[int], state:
 def _raw_dual(
     problem: Problem, projection: Projection, trusted: list[int], nu: Float[Tensor, "B D"]
 ) -> tuple[Float[Tensor, "B _"], ...]:
-    """Return λ_i = α_i R_i ν_i of every member, with zeros for those that took no part."""
+    """Return every member's dual variables λ_i = α_i R_i ν_i, in the coordinates of W_i; zeros at trust 0."""
     out = [nu.new_zeros(len(nu), head.d) for head in problem.heads]
     parts = nu.split(projection.widths, dim=-1)
     for i, alpha, head, part in zip(trusted, projection.alpha, projection.heads, parts, strict=True):
@@ -135,16 +143,16 @@ def _raw_dual(
 def _look(
     problem: Problem, trust: Sequence[float], answer: Answer, k: int
 ) -> tuple[Float[Tensor, " v"], float, Status]:
-    """Evaluate the dual point and the proof that are stored for row k, in fp64 and without the solver.
+    """Evaluate the dual point and the Farkas proof that are stored for row k, in fp64 and without the solver.
 
     Args:
-        problem: of that row alone.
-        trust: of every member, as the rule solved with them.
-        answer: of the whole batch.
-        k: the row's place in it.
+        problem: the problem that has row k alone.
+        trust: every member's trust, as the rule solved with them.
+        answer: the answer to the whole batch.
+        k: the row's index in the batch.
 
     Returns:
-        (log p at the dual point, or of the pool where that answers, certified gap in nats, status).
+        (log p at the dual point, or log q if the pool is the answer; the certified gap in nats; the status).
     """
     used = [i for i, rho in enumerate(trust) if rho > 0]
     if not used:
@@ -164,7 +172,7 @@ def _look(
 
 
 def _proves_empty(problem: Problem, ray: Sequence[Float[Tensor, " _"]]) -> bool:
-    """Return whether λ shows that no p has every member's moments, whatever the trusts of this problem."""
+    """Return whether ``ray``, a λ_i for each member, is a Farkas proof that no p has the moments of all members."""
     if not any(lam.any() for lam in ray):
         return False
     exact = problem.projection(range(len(ray)), (math.inf,) * len(ray))
@@ -175,7 +183,10 @@ def _proves_empty(problem: Problem, ray: Sequence[Float[Tensor, " _"]]) -> bool:
 def _scores(
     projection: Projection, dual: Sequence[Float[Tensor, " _"]]
 ) -> tuple[Float[Tensor, "1 D"], Float[Tensor, "1 n v"]]:
-    """Return ν and the scores Q_i ν_i of what λ says about the directions that are constrained."""
+    """Convert a row's λ_i, in the coordinates of W_i, to whitened dual variables ν and their scores Q_i ν_i.
+
+    Components of λ_i along directions that carry no constraint are dropped.
+    """
     parts = zip(dual, projection.alpha, projection.heads, strict=True)
     nu = torch.cat([h.whitening.inverse @ lam / alpha for lam, alpha, h in parts])[None]
     return nu, projection.scores(nu)

@@ -1,7 +1,8 @@
-"""How far ``meet`` moves the pool: what the members' heads are too narrow to express, measured without labels.
+"""Measures, without labels, of how far ``meet`` moves the pool.
 
-With p° the optimum, V its objective and q the pool, KL(q‖p°) + Σ ρ_i KL(q‖r_i°) = Σ ρ_i KL(q‖p̂_i) - V: the *excess*.
-Where it is 0 every head can express the pool, and meeting is averaging (docs/mathematics.md).
+With q the pool, p̂_i the members, ρ_i their trusts, p° the optimal answer, r_i° the corrected members and V the value of
+the objective there, KL(q‖p°) + Σ ρ_i KL(q‖r_i°) = Σ ρ_i KL(q‖p̂_i) - V: the *excess*. If it is 0, every member's
+head can express the pool, and ``meet`` answers with the pool (docs/mathematics.md).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from softmeet.rules.solution import Solution
 from softmeet.simplex import kl, total_variation
 
-# What is quoted of a distribution over positions.
+# The quantiles over positions that are reported.
 _QUANTILES = {"5 %": 0.05, "median": 0.5, "95 %": 0.95}
 # Mean total variation between pool and answer below which no text can tell them apart, and below which few can.
 _NOTHING, _LITTLE = 0.005, 0.03
@@ -25,14 +26,14 @@ _NOTHING, _LITTLE = 0.005, 0.03
 
 @dataclass(frozen=True, eq=False)
 class Movement:
-    """How far a rule moves the pool at B positions; in nats, but for the total variation.
+    """How far a rule's answer p° is from the pool q at B positions; in nats, but for the total variation.
 
     Attributes:
         forward: KL(p°‖q).
         backward: KL(q‖p°).
-        total_variation: between p° and q.
-        free: Σ ρ_i KL(q‖p̂_i), which no head need be read for.
-        excess: free - V.
+        total_variation: ½ Σ |p° - q|, from 0 to 1.
+        free: Σ_i ρ_i KL(q‖p̂_i), with members p̂_i and trusts ρ_i; it is known without reading a head.
+        excess: ``free`` - V, with V the value of the rule's objective at p°.
     """
 
     forward: Float[Tensor, " B"]
@@ -43,9 +44,9 @@ class Movement:
 
     @staticmethod
     def of(solution: Solution) -> Movement | None:
-        """Measure a solution of a rule that tilts the pool; None where that is not so, or a trust is infinite.
+        """Measure a solution; return None if its rule's ``tilts_pool`` is False, or a trust is infinite.
 
-        What a solver leaves open, its gap, is left open here: solve to a small ``tol`` without a gate.
+        The solution's distribution counts as p°, so it should have been solved without a gate, and to a small ``tol``.
         """
         problem = solution.problem
         rule, trust = problem.settings.rule, problem.settings.rule.effective_trust(problem.trust)
@@ -63,15 +64,20 @@ class Movement:
 
     @staticmethod
     def stacked(rows: Float[Tensor, "B 5"]) -> Movement:
-        """Take apart the columns that :meth:`table` puts side by side."""
+        """Build the measures from a table that has a column for each, in the order of :meth:`table`."""
         return Movement(*rows.unbind(-1))
 
     def table(self) -> Float[Tensor, "B 5"]:
-        """Return all measures side by side, a column each."""
+        """Return the measures as columns: forward, backward, total_variation, free, excess."""
         return torch.stack([getattr(self, f.name) for f in fields(self)], dim=-1)
 
     def figures(self) -> dict[str, Any]:
-        """Return means and quantiles over positions, and what they say in a sentence."""
+        """Summarise the measures over positions.
+
+        Returns:
+            For each measure by name, a dict of its ``mean``, ``5 %``, ``median`` and ``95 %``; the number of
+            ``positions``; and ``says``, a sentence on whether ``meet`` can gain over the average.
+        """
         found: dict[str, Any] = {}
         for f in fields(self):
             values = getattr(self, f.name).double()

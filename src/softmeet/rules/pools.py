@@ -1,4 +1,7 @@
-"""The rules that read no head: two averages and the essay's unconstrained optimum."""
+"""The rules that read no head: two averages, and the optimum of the essay's linear program without its constraints.
+
+p̂_i are the members' distributions and w_i their weights.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,17 @@ from softmeet.simplex import kl, log_normalize, prob_mean, weighted_log_probs
 
 class _ClosedForm(Rule):
     def verify(self, problem: Problem, answer: Answer) -> Recomputed:
-        """Evaluate the formula again."""
+        """Compute the rule's formula for every row again, and return its distribution, gap 0 and status OPTIMAL."""
         again = answered(self, problem)
         return Recomputed(again.log_probs, again.gap, again.status)
 
 
 class LogitMean(_ClosedForm):
-    """minimise Σ w_i KL(p‖p̂_i): p ∝ Π p̂_i^{w_i}, the weighted average of logits. The essay's baseline.
+    """minimise Σ w_i KL(p‖p̂_i) over p: p ∝ Π p̂_i^{w_i}, the weighted average of the members' logits.
 
-    With ``free_weights`` the weights need not sum to one, and the objective is Σ w_i (-pᵀ log p̂_i) - H(p).
+    p̂_i are the members' distributions, w_i their weights. It is the baseline of the essay that proposed the rules of
+    ``softmeet.essay``. With the setting ``free_weights`` the weights need not sum to one, and the objective is
+    Σ w_i (-pᵀ log p̂_i) - H(p), H the entropy.
     """
 
     name = "logit-mean"
@@ -30,7 +35,7 @@ class LogitMean(_ClosedForm):
     is_average = True
 
     def solve(self, problem: Problem) -> Answer:
-        """Answer in closed form."""
+        """Return softmax(Σ w_i log p̂_i) on the support, and the objective there in nats, for every row."""
         scores = weighted_log_probs(problem.log_p, problem.weights)
         log_probs = problem.restricted(log_normalize(scores))
         safe = log_probs.masked_fill(log_probs.isneginf(), 0.0)
@@ -39,9 +44,10 @@ class LogitMean(_ClosedForm):
 
 
 class ProbMean(_ClosedForm):
-    """minimise Σ w_i KL(p̂_i‖p): p = Σ w_i p̂_i / Σ w_i, the weighted average of probabilities.
+    """minimise Σ w_i KL(p̂_i‖p) over p: p = Σ w_i p̂_i / Σ w_i, the weighted average of the members' probabilities.
 
-    Where a support is given, the average is conditioned on it, and the objective, over all tokens, is infinite.
+    p̂_i are the members' distributions, w_i their weights. If a ``support`` is given, p is the average conditional on
+    it; the objective, which sums over all tokens, is then infinite if a weighted member has mass outside.
     """
 
     name = "prob-mean"
@@ -49,7 +55,7 @@ class ProbMean(_ClosedForm):
     is_average = True
 
     def solve(self, problem: Problem) -> Answer:
-        """Answer in closed form."""
+        """Return Σ w_i p̂_i / Σ w_i on the support, and the objective there in nats, for every row."""
         log_probs = problem.restricted(prob_mean(problem.log_p, problem.weights))
         objective = torch.zeros_like(log_probs[:, 0])
         for member, weight in zip(problem.log_p, (problem.weights / problem.weights.sum()).tolist(), strict=True):
@@ -59,9 +65,10 @@ class ProbMean(_ClosedForm):
 
 
 class OneHot(_ClosedForm):
-    """minimise -Σ w_i pᵀ log p̂_i over the simplex: one-hot at argmax_j Σ w_i log p̂_ij.
+    """minimise -Σ w_i pᵀ log p̂_i over all distributions p: all mass on the token j that maximises Σ w_i log p̂_ij.
 
-    The essay's linear program without its constraints. The first of several maximal tokens is taken.
+    p̂_i are the members' distributions, w_i their weights. This is the essay's linear program without its constraints.
+    Of several maximal tokens the first is taken.
     """
 
     name = "one-hot"
@@ -69,7 +76,7 @@ class OneHot(_ClosedForm):
     can_assign_zeros = True
 
     def solve(self, problem: Problem) -> Answer:
-        """Answer in closed form."""
+        """Return, for every row, all mass on the maximal token of the support, and the objective there in nats."""
         scores = weighted_log_probs(problem.log_p, problem.weights)
         best = problem.restricted(log_normalize(scores)).argmax(-1, keepdim=True)
         log_probs = torch.full_like(scores, -torch.inf).scatter(-1, best, 0.0)

@@ -1,4 +1,4 @@
-"""What a rule is given: the members' distributions and heads, checked once, flattened to one batch dimension."""
+"""The input of a rule: the members' distributions and heads, checked, with one batch dimension of B rows."""
 
 from __future__ import annotations
 
@@ -24,9 +24,12 @@ _POOLING = {"logit-mean": logit_mean, "prob-mean": prob_mean}
 
 @dataclass(frozen=True, eq=False)
 class Start(Batched):
-    """Where to begin: each member's λ_i, (B, d_i), in its head's own coordinates, found at those trusts.
+    """The dual variables of an earlier solution of the same B rows, from which a solver may begin.
 
-    ``ray`` is a proof that a row has no feasible distribution, of the same shapes; zeros where there is none.
+    Attributes:
+        dual: each member's λ_i, (B, d_i), in the coordinates of its head's weight W_i.
+        ray: each member's part of a Farkas proof that a row's feasible set is empty, (B, d_i); zeros without a proof.
+        trust: the trust of each member, in nats per nat, at which ``dual`` was found.
     """
 
     dual: tuple[Float[Tensor, "B _"], ...]
@@ -34,9 +37,18 @@ class Start(Batched):
     trust: tuple[float, ...]
 
     def towards(self, members: Sequence[int], trust: Sequence[float]) -> list[Float[Tensor, "B _"]]:
-        """Return each λ_i for other trusts: member i's correction λ_i / ρ_i changes little with ρ.
+        """Return the dual variables λ_i to begin with at other trusts.
 
-        If all are infinite, a row whose proof is known begins with it.
+        If the old and the new trust ρ_i are finite, and the old one positive, λ_i is scaled by their ratio, since
+        the correction λ_i / ρ_i changes little with ρ_i. If all new trusts are infinite, a row with a Farkas proof
+        begins with that proof instead.
+
+        Args:
+            members: the indices i of the members to return.
+            trust: the new trusts of all members, in nats per nat.
+
+        Returns:
+            For each of ``members``, λ_i, (B, d_i).
         """
         found = []
         for i in members:
@@ -50,33 +62,39 @@ class Start(Batched):
 
 @dataclass(frozen=True, eq=False)
 class TokensBefore(Batched):
-    """The token before each row, (B,), and what spells it: a tokenizer's ``decode``."""
+    """The token before each of B rows, with the function that turns it into text.
+
+    Attributes:
+        ids: the tokens' ids, (B,).
+        spell: the text of a list of ids: a tokenizer's ``decode``.
+    """
 
     ids: Int[Tensor, " B"]
     spell: Callable[[list[int]], str]
 
     @classmethod
     def of(cls, ids: Int[Tensor, " B"], tokenizer: Any) -> TokensBefore | None:
-        """Pair token ids, (B,), with the tokenizer that spells them; return None where there is no tokenizer."""
+        """Pair token ids, (B,), with a tokenizer's ``decode``; return None if ``tokenizer`` is None."""
         return None if tokenizer is None else cls(ids, tokenizer.decode)
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """A batch of rows to combine.
+    """A batch of B rows: at each, the distributions p̂_i of n members over v tokens are to be combined into one.
 
     Args:
-        log_p: the members' log-probabilities, (n, B, v), fp64, normalised.
-        heads: n heads; head i may have fewer than v rows.
-        slopes: per member, the slope of its soft-cap, (B, v), or None.
-        settings: how they are combined, with a weight and a trust for each member.
-        support: (v,), the tokens that may be answered, or None for all.
-        dtype: of products with heads, fp32 or fp64.
-        free: per member, directions of its hidden state that carry no constraint, (B, k_i, d_i); empty for none.
-        start: where the search for an I-projection begins; at the pool if None.
-        precision: the unit round-off of the log-probabilities as they were given.
-        proved: whether an answer's gap has to be bounded; else the solver's estimate of it will do.
-        before: the token before each row, where the text is known, as in generation.
+        log_p: the members' log-probabilities log p̂_i in nats, (n, B, v), fp64, normalised; -inf for probability 0.
+        heads: the n members' heads; a head of fewer than v rows gives the tokens past its last row probability 0.
+        slopes: for each member, the derivative of its soft-cap at its logits, (B, v); None without a soft-cap.
+        settings: all settings, with a weight and a trust for each member.
+        support: a mask of the tokens that may have positive probability in the answer, (v,); None for all tokens.
+        dtype: of products with heads: fp32 or fp64.
+        free: for each member, the directions of its hidden state that carry no constraint, (B, k_i, d_i), fp64; an
+            empty tuple if there are none.
+        start: dual variables from which solvers begin; None for zeros, which stand for the pool.
+        precision: ``torch.finfo(…).eps`` of the dtype in which the caller gave the log-probabilities.
+        proved: whether solvers have to prove a bound on each row's gap; if False, an estimate of the gap suffices.
+        before: the token before each row; None if the text is not known.
     """
 
     log_p: Float[Tensor, "n B v"]
@@ -93,35 +111,35 @@ class Problem:
 
     @cached_property
     def weights(self) -> Float[Tensor, " n"]:
-        """The weight of each member in the pool, fp64."""
+        """The weight w_i of each member in the pool, (n,), fp64."""
         return self.log_p.new_tensor(self.settings.weights)
 
     @property
     def trust(self) -> tuple[float, ...]:
-        """The trust ρ_i of each member, in nats per nat, from 0 to inf."""
+        """The n members' trusts ρ_i, in nats per nat, from 0 to inf."""
         return self.settings.member_trust
 
     @property
     def tol(self) -> float:
-        """The gap in nats at which a row is done."""
+        """The gap, in nats, at or below which a row counts as solved."""
         return self.settings.tol
 
     def changed(self, dtype: torch.dtype | None = None, **settings: Any) -> Problem:
-        """Copy with some settings, or the dtype of products, replaced; they are not checked again."""
+        """Return a copy with ``settings``, by name, or the ``dtype`` of products replaced; nothing is checked again."""
         return replace(self, settings=self.settings.model_copy(update=settings), dtype=dtype or self.dtype)
 
     def take(self, rows: Int[Tensor, " k"]) -> Problem:
-        """Return the problem of some rows of the batch, (k,)."""
+        """Return the problem that has only the rows with the indices ``rows``, (k,)."""
         slopes = tuple(None if s is None else s[rows] for s in self.slopes)
         free, start = tuple(f[rows] for f in self.free), None if self.start is None else self.start.take(rows)
         before = None if self.before is None else self.before.take(rows)
         return replace(self, log_p=self.log_p[:, rows], slopes=slopes, free=free, start=start, before=before)
 
     def text_before(self) -> list[str]:
-        """Spell the token before each row, for gates that look at the text.
+        """Return the text of the token before each of the B rows, for gates that decide by the text.
 
         Raises:
-            InvalidInputError: the text is not known, as in ``combine`` and ``evaluate``.
+            InvalidInputError: if ``before`` is None: the text is known in generation and serving alone.
         """
         if self.before is None:
             raise InvalidInputError(
@@ -135,14 +153,23 @@ class Problem:
         return [self.take(torch.tensor([k], device=self.log_p.device)) for k in range(self.log_p.shape[1])]
 
     def pieces(self) -> list[Problem]:
-        """Split into parts whose rows share one view of each head: one part, or one a row where directions are free."""
+        """Split into problems whose rows share one whitened view of each head.
+
+        That is this problem alone; but if ``free`` has directions, which differ from row to row, one problem per row.
+        """
         return self.rows() if self.free and self.log_p.shape[1] > 1 else [self]
 
     def restricted(self, log_q: Float[Tensor, "B v"]) -> Float[Tensor, "B v"]:
-        """Restrict log-probabilities to the tokens that may be answered, renormalised.
+        """Set log-probabilities of tokens outside ``support`` to -inf, and renormalise each row.
+
+        Args:
+            log_q: log-probabilities in nats.
+
+        Returns:
+            The log-probabilities conditional on ``support``; ``log_q`` itself if ``support`` is None.
 
         Raises:
-            DisjointSupportError: a row has no such token.
+            DisjointSupportError: if a row has no mass on ``support``.
         """
         out = log_q if self.support is None else log_normalize(log_q.masked_fill(~self.support, -torch.inf))
         _refuse_empty(out.isnan().any(-1))
@@ -150,10 +177,12 @@ class Problem:
 
     @cached_property
     def log_pool(self) -> Float[Tensor, "B v"]:
-        """The pool q on the support that all members share.
+        """The pool q: log-probabilities in nats, (B, v), fp64, of the weighted average that ``settings.pool`` names.
+
+        A token outside ``support``, or to which any member gives probability 0, has -inf; the rest sums to 1.
 
         Raises:
-            DisjointSupportError: a row has no such token.
+            DisjointSupportError: if no token of a row remains.
         """
         shared = (~self.log_p.isneginf()).all(0)
         if self.support is not None:
@@ -165,7 +194,15 @@ class Problem:
         return torch.where(cut, log_normalize(q.masked_fill(~shared, -torch.inf)), q)
 
     def views(self, members: Sequence[int]) -> tuple[WhitenedHead, ...]:
-        """Return whitened views of some members' heads, without free directions and with fresh read counters."""
+        """Return whitened views Q_i of the heads of some members, through which solvers read them.
+
+        A view has the slopes of the head's soft-cap, leaves out the directions in ``free`` and beyond
+        ``settings.rank``, and counts reads from zero. A problem with ``free`` directions has to have one row
+        (:meth:`pieces`).
+
+        Args:
+            members: the indices i of the members, from 0.
+        """
         batch, v = self.log_p.shape[1:]
         place = self.log_p.device
         return tuple([
@@ -174,9 +211,11 @@ class Problem:
         ])  # fmt: skip
 
     def _whitening(self, i: int) -> Whitening:
-        """Return the whitening of head i, cut to ``rank`` and without its free directions.
+        """Return the whitening of head i, cut to ``settings.rank`` directions, without the head's free directions.
 
-        W_iᵀ(p - p̂_i) = R⁻ᵀ Q_iᵀ(p - p̂_i) is a combination of directions u exactly if Q_iᵀ(p - p̂_i) is one of Rᵀu.
+        Moments may differ from the member's along a free direction u, and W_iᵀ(p - p̂_i) = R⁻ᵀ Q_iᵀ(p - p̂_i) lies in
+        the span of the u exactly if Q_iᵀ(p - p̂_i) lies in the span of the Rᵀu: the columns of Q_i are cut to the
+        complement of that span.
         """
         whole = self.heads[i].whitening(self.settings.rank)
         if not self.free or not self.log_p.shape[1]:
@@ -187,7 +226,15 @@ class Problem:
         return whole.narrowed(kept.T).without(self.free[i][0])
 
     def projection(self, members: Sequence[int], trust: Sequence[float]) -> Projection:
-        """State the relaxed I-projection of the pool for some members, all of positive trust."""
+        """Return the relaxed I-projection of the pool q with some members, as solvers take it.
+
+        It is: minimise KL(p‖q) + Σ_i ρ_i KL(r_i‖p̂_i) over p, r_i with Q_iᵀ p = Q_iᵀ r_i, for i in ``members``; a
+        ``start`` of this problem is brought to its trusts and coordinates.
+
+        Args:
+            members: the indices i of the members that take part.
+            trust: ρ_i of all members, in nats per nat; positive for those that take part, inf for r_i = p̂_i.
+        """
         projection = Projection(
             log_q=self.log_pool,
             log_p=self.log_p[list(members)].transpose(0, 1),
@@ -202,7 +249,11 @@ class Problem:
         return projection
 
     def met_alike(self, other: Problem) -> bool:
-        """Say whether ``meet``'s solution of this problem is one of ``other``, if both have the same heads."""
+        """Return whether the solution of this problem by ``meet`` answers ``other`` too, if both have the same heads.
+
+        It does if log-probabilities, supports and the settings that ``meet`` depends on are equal, and this problem's
+        ``tol`` is at most the other's.
+        """
         same = [
             (p.trust, p.settings.pool, p.settings.weights, p.settings.rank, p.settings.free_radial)
             for p in (self, other)
@@ -212,23 +263,20 @@ class Problem:
         return same[0] == same[1] and support and self.tol <= other.tol and torch.equal(self.log_p, other.log_p)
 
     def relaxed(self) -> Problem:
-        """Return the problem with the default trust wherever it is infinite."""
+        """Return the problem with infinite trusts replaced by the default trust, so that ``meet`` has a solution."""
         return replace(self, settings=self.settings.relaxed())
 
     def pool_bound(self) -> Float[Tensor, " B"]:
-        """Return Σ_i ρ_i KL(q‖p̂_i) in nats, q the pool and ρ_i the trusts; an infinite one counts as the default.
+        """Return the members' first-order disagreement, Σ_i ρ_i KL(q‖p̂_i), in nats; an infinite ρ_i counts as 0.3.
 
-        It needs the pool and the members' log-probabilities, which every rule has anyway, and no head, and depends on
-        the members' distributions alone: W_i → W_i M, constants added to logits and the order of tokens and members are
-        nothing to it.
+        q is the pool and ρ_i the trusts. No head is read: the sum depends on the members' distributions alone, and a
+        member of trust 0 adds nothing.
 
-        Why it is weighed by trust and not by weight: ``meet`` would improve its objective by V = -f* nats over the
-        pool, and the pool's and the members' in-family errors together by exactly that (docs/mathematics.md §4). V is
-        concave in the trusts, with ∂V/∂ρ_i = KL(r_i‖p̂_i), so that to first order at ρ = 0 it is Σ ρ_i KL(s_i‖p̂_i), s_i
-        the member of model i's family with the moments of q. By Pythagoras KL(q‖p̂_i) = KL(q‖s_i) + KL(s_i‖p̂_i), so this
-        sum bounds V at every trust: where it is below T the pool is proved to be within T nats of optimal and within
-        √(T/2) in total variation, whatever the heads are. A member of trust 0 cannot move the answer, and does not
-        count.
+        With finite trusts it bounds V, the optimal value of ``meet``'s objective, since p = r_i = q is feasible there;
+        if it is below T, the pool is within T nats of the optimum and within √(T/2) in total variation. It is weighted
+        by trusts, not by the pool's weights, because V is concave in the trusts with ∂V/∂ρ_i = KL(r_i‖p̂_i): to first
+        order at ρ = 0, V = Σ ρ_i KL(s_i‖p̂_i) with s_i the distribution that head i can express with the moments of q,
+        and KL(q‖p̂_i) = KL(q‖s_i) + KL(s_i‖p̂_i) (docs/mathematics.md §4).
         """
         total = torch.zeros_like(self.log_pool[:, 0])
         for member, rho in zip(self.log_p, self.settings.relaxed().member_trust, strict=True):

@@ -1,8 +1,8 @@
-"""Which rules there are, by name: softmeet's own, those of installed packages, and those registered by hand.
+"""The registry of rules by name: softmeet's own, rules of installed packages, and rules registered in this process.
 
-A package makes a rule known by an entry point of the group ``softmeet.rules``, as softmeet does with its own; nothing
-is imported before it is asked for. A name belongs to the first that has it: softmeet's own before packages, packages
-before what is registered by hand.
+A package makes a rule known by an entry point of the group ``softmeet.rules``; a rule is imported when it is first
+used. If a name occurs more than once, softmeet's own rule has it, else the package's, else the one registered in this
+process.
 """
 
 from __future__ import annotations
@@ -40,16 +40,18 @@ R = TypeVar("R", bound=type[Rule])
 
 
 def register_rule(rule: R) -> R:
-    """Make a rule known by its name, in this process; usable as a decorator.
+    """Register a rule under its name for this process, so that texts such as ``--rule NAME`` find it.
+
+    Usable as a decorator. A class that is defined again, as in a notebook's cell, replaces the earlier one.
 
     Args:
         rule: a subclass of :class:`Rule` with a name, a summary and a default for each option.
 
     Returns:
-        The rule itself.
+        ``rule`` itself.
 
     Raises:
-        InvalidInputError: it is no such class, or its name is taken.
+        InvalidInputError: if ``rule`` is not such a class, or another rule has its name.
 
     Example:
         >>> import softmeet
@@ -72,7 +74,7 @@ def register_rule(rule: R) -> R:
 
 
 def rule_names() -> list[str]:
-    """List the names of all rules, without importing any of them.
+    """Return the names of all known rules: softmeet's own first; no rule is imported.
 
     Example:
         >>> import softmeet
@@ -83,11 +85,11 @@ def rule_names() -> list[str]:
 
 
 def rule_class(name: str) -> type[Rule]:
-    """Find the class of a rule by its name.
+    """Return the class of the rule with the name ``name``, importing it if necessary.
 
     Raises:
-        InvalidInputError: there is none of that name; the message has the nearest one.
-        RuleError: a package names it, and does not give it.
+        InvalidInputError: if there is no rule of that name; the message suggests the nearest name.
+        RuleError: if the package that announces the rule fails to provide it.
     """
     if name in _installed():
         return _loaded(_installed()[name])
@@ -97,7 +99,7 @@ def rule_class(name: str) -> type[Rule]:
 
 
 def all_rules() -> tuple[Rule, ...]:
-    """Give every rule that can be had, under its default options; a package's that is broken is left out."""
+    """Return every known rule with its default options; one whose package is broken is left out with a warning."""
     found = []
     for name in rule_names():
         try:
@@ -108,7 +110,10 @@ def all_rules() -> tuple[Rule, ...]:
 
 
 def source_of(rule: Rule) -> str | None:
-    """Name what brings a rule, for whoever lacks it: an installed package, or the module; None for softmeet's own."""
+    """Return where a rule comes from, as text for an error if it is missing: ``package NAME`` or ``class NAME``.
+
+    None for softmeet's own rules.
+    """
     if rule.name in _OWN:
         return None
     entry = _installed().get(rule.name)
@@ -119,10 +124,10 @@ def source_of(rule: Rule) -> str | None:
 
 
 def require_own_name(rule: Rule) -> None:
-    """Refuse an instance of a rule that cannot be named: another class has its name, or it has none.
+    """Check that a rule's name leads to the rule's own class, as configurations save rules by name.
 
     Raises:
-        InvalidInputError: so it is.
+        InvalidInputError: if another class has the name, or the rule's class fails :func:`require_rule`.
     """
     kind = type(rule)
     require_rule(kind, "rule=")
@@ -159,10 +164,15 @@ def _loaded(entry: EntryPoint) -> type[Rule]:
 
 
 def require_rule(rule: object, where: str) -> None:
-    """Refuse what is no rule, or has no name, no summary, or options that cannot be told from settings.
+    """Check that an object is a usable class of rules.
+
+    Args:
+        rule: the object to check.
+        where: its source, for the message, such as ``register_rule``.
 
     Raises:
-        InvalidInputError: so it is.
+        InvalidInputError: if it is not a concrete subclass of :class:`Rule`, lacks a well-formed name or a summary, or
+            has an option that is named as a setting of all rules or has no default.
     """
     if not (inspect.isclass(rule) and issubclass(rule, Rule)) or inspect.isabstract(rule):
         raise InvalidInputError(f"expected a subclass of softmeet.Rule with a method solve in {where}, got {rule!r}")
@@ -190,5 +200,5 @@ def _origin(entry: EntryPoint) -> str:
 
 
 def _place(rule: type[Rule]) -> tuple[str, str]:
-    """Say where a class is defined: a notebook's cell or a module that is run again may register it again."""
+    """Return a class's (module, qualified name); equal for a class that is defined again, as by a notebook's cell."""
     return rule.__module__, rule.__qualname__

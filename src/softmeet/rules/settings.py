@@ -1,8 +1,9 @@
-"""How members are combined: one object with every setting, checked once.
+"""The settings by which members are combined, in one object that is checked once.
 
 ``combine`` takes its fields as arguments, a configuration saves them, the commands have a flag for each, the server
-lets requests change some, and evaluation sweeps them. A new setting is a field here; a new option of one rule is a
-field of that rule. Both are written alike in a rule's text: ``meet:trust=1/0/0.3:pool=prob-mean``, lists with slashes.
+lets requests change some, and evaluation tries several values. A new setting is a field here; a new option of one rule
+is a field of that rule. A rule's text may hold both, in the same form, with slashes in lists:
+``meet:budget=3:trust=1/0/0.3:pool=prob-mean``.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ from softmeet.rules.registry import DEFAULT, all_rules, require_own_name, rule_c
 Pool = Literal["logit-mean", "prob-mean"]
 OnInfeasible = Literal["meet", "raise"]
 POOLS: tuple[Pool, ...] = get_args(Pool)
-# Small enough to cost little where the premise fails; `softmeet fit` chooses better ones from text.
+# Small enough to cost little if members err beyond their narrow heads; `softmeet fit` chooses better ones from text.
 DEFAULT_TRUST = 0.3
-# A colon that parts options, not the one of gate=unsure:0.5.
+# A colon between options, unlike the one inside gate=unsure:0.5.
 _COLON = re.compile(r":(?![\d.])")
-# The name of a field in a rule's text, where a shorter one serves.
+# Short names that a rule's text may use for fields.
 SHORT = {"temperature": "rule_temperature"}
 
 
 def _numbers(value: Any) -> Any:
-    """Read one number, or several, as floats: of a list, an array or a tensor on any device."""
+    """Convert a number, or a list, array or tensor of numbers on any device, to a float or a tuple of floats."""
     if value is None:
         return None
-    import numpy as np  # whoever only asks for help does not wait for it
+    import numpy as np  # late, so that `--help` does not wait for it
 
     value = value.detach().cpu().numpy() if hasattr(value, "detach") else value
     try:
@@ -50,7 +51,7 @@ def _numbers(value: Any) -> Any:
 
 
 def _count(value: Any) -> Any:
-    """Check an integer of any kind, at least 1; let None through."""
+    """Convert an integer of any type, or its text, to an int of at least 1; return None for None."""
     if value is None:
         return None
     try:
@@ -89,10 +90,13 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Settings(Frozen):
-    """How n members are combined; every field is an argument of :func:`softmeet.combine`.
+    """All settings by which n members are combined; every field is an argument of :func:`softmeet.combine`.
+
+    An instance never changes. Before :meth:`for_members`, ``weights`` may be None and ``trust`` one number; afterwards
+    both are tuples.
 
     Raises:
-        InvalidInputError: a field is unknown or has a value that it does not take.
+        InvalidInputError: if a field is unknown or its value is not allowed.
 
     Example:
         >>> from softmeet.rules.settings import Settings
@@ -139,21 +143,25 @@ class Settings(Frozen):
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Settings:
-        """Make settings from arguments, in which a rule may be a text with options, and may come with its own.
+        """Build settings from keyword arguments of mixed kinds, as ``combine`` gets them.
 
         Args:
-            given: fields of this class and of the rule; None stands for the default.
+            given: fields of this class and options of the rule, by name; None stands for a default. ``rule`` may be an
+                instance or a text, which may hold options and settings itself: ``"meet:trust=1/0.3"``.
 
         Raises:
-            InvalidInputError: as the class; or an option is named twice.
+            InvalidInputError: if a name or value is wrong, or given both in the rule's text and by name.
         """
         return cls(**_resolved(given, None))
 
     def changed(self, **changes: Any) -> Settings:
-        """Copy with some settings changed, for as many members; None stands for the default.
+        """Return a copy with some settings, or options of the rule, changed, for the same number of members.
+
+        Args:
+            changes: new values by name, as :meth:`of` takes them; None stands for the default.
 
         Raises:
-            InvalidInputError: as :meth:`of`.
+            InvalidInputError: as by :meth:`of`.
         """
         if not changes:
             return self
@@ -161,47 +169,55 @@ class Settings(Frozen):
         return found if self.weights is None else found.for_members(len(self.weights))  # type: ignore[arg-type]
 
     def plain(self) -> dict[str, Any]:
-        """Give every setting as JSON and YAML have it: rules and gates as text, lists, ``"inf"``."""
+        """Return every setting by name in the types of JSON: rules and gates as text, tuples as lists, inf as "inf"."""
         return {name: _plain(value) for name, value in self}
 
     def for_members(self, n: int) -> Settings:
-        """Copy with a weight for each of n members and a trust for each of their bands.
+        """Return a copy for n members: ``weights`` becomes n numbers and ``trust`` n · ``bands``, one per band.
+
+        Bands are groups of a head's principal directions that have trusts of their own. Weights of None become 1/n;
+        one trust serves all members, and a member's trust all of its bands.
 
         Raises:
-            InvalidInputError: they are not as many; or weights are negative, all zero, or do not sum to 1.
+            InvalidInputError: if the number of weights or trusts does not fit; or weights are negative or all zero, or,
+                without ``free_weights``, do not sum to 1.
         """
         weights = _checked_weights(self.weights, n, free=self.free_weights)
         return self.model_copy(update={"weights": weights, "trust": _checked_trust(self.trust, n, self.bands)})
 
     def ungated(self) -> Settings:
-        """Copy without a gate, so that the rule is solved everywhere."""
+        """Return a copy without a gate, so that the rule is solved in every row."""
         return self if self.gate is None else self.model_copy(update={"gate": None})
 
     @property
     def member_trust(self) -> tuple[float, ...]:
-        """The trusts of settings that are :meth:`for_members`."""
+        """The trusts of :meth:`for_members` as a tuple, in nats per nat: each member's bands in order."""
         return self.trust  # type: ignore[return-value]
 
     def trusts(self) -> list[list[float]]:
-        """Give each member's trusts, one per band."""
+        """Return the trusts of :meth:`for_members`, in nats per nat, as a list for each member, one per band."""
         return [list(self.member_trust[i : i + self.bands]) for i in range(0, len(self.member_trust), self.bands)]
 
     def for_bands(self) -> Settings:
-        """Give the settings of an ensemble with a member for each band; the pool knows each member once."""
+        """Return the settings of an ensemble in which each band of a head's directions is a member of its own.
+
+        A member's first band has the member's weight in the pool, its other bands 0. Settings have to be
+        :meth:`for_members`.
+        """
         weights = [w for own in self.weights for w in (own, *[0.0] * (self.bands - 1))]  # type: ignore[union-attr]
         return self.model_copy(update={"weights": tuple(weights), "bands": 1})
 
     def relaxed(self) -> Settings:
-        """Copy with the default trust wherever it is infinite: of what answers rows without a feasible distribution."""
+        """Return a copy with infinite trusts replaced by the default, 0.3, for the fallback of infeasible rows."""
         trust = tuple([DEFAULT_TRUST if math.isinf(rho) else rho for rho in self.member_trust])
         return self.model_copy(update={"trust": trust})
 
 
 def rule_of(text: str) -> Rule:
-    """Read a rule's text that has options of its own only, such as ``least-squares:metric=raw``.
+    """Parse a rule's text that holds options of the rule but no settings, such as ``least-squares:metric=raw``.
 
     Raises:
-        InvalidInputError: no such rule, no such option, a bad value, or a setting of the ensemble.
+        InvalidInputError: if there is no such rule or option, a value is not allowed, or the text holds a setting.
     """
     rule, settings = parse_rule(text)
     if settings:
@@ -210,13 +226,14 @@ def rule_of(text: str) -> Rule:
 
 
 def parse_rule(text: str) -> tuple[Rule, dict[str, Any]]:
-    """Read a rule's text: ``NAME:option=value:option=value``, lists with slashes.
+    """Parse a rule's text, ``NAME:option=value:option=value`` with slashes in lists, into the rule and settings.
 
     Returns:
-        (the rule, with the options that are its own; the settings that came with it, by name).
+        (the rule, made with those options that are its own; the other options, which are settings of
+        :class:`Settings`, checked, by name).
 
     Raises:
-        InvalidInputError: no such rule, no such option, one that comes twice, or a bad value.
+        InvalidInputError: if there is no such rule or option, an option occurs twice, or a value is not allowed.
 
     Example:
         >>> from softmeet.rules.settings import parse_rule
@@ -250,7 +267,7 @@ def parse_rule(text: str) -> tuple[Rule, dict[str, Any]]:
 
 
 def _listed(value: str, text: str) -> Any:
-    """Read a number, or several with slashes between."""
+    """Parse a number, or several with slashes between them, into a float or a tuple of floats."""
     try:
         numbers = tuple(float(part) for part in value.split("/"))
     except ValueError:
@@ -259,7 +276,12 @@ def _listed(value: str, text: str) -> Any:
 
 
 def _resolved(given: Mapping[str, Any], before: Rule | None) -> dict[str, Any]:
-    """Give the fields of :class:`Settings` that arguments stand for; ``before`` is the rule that they may change."""
+    """Return the fields of :class:`Settings`, by name, that keyword arguments of mixed kinds amount to.
+
+    Args:
+        given: settings, options of a rule, and ``rule``, an instance or a text; None stands for a default.
+        before: the rule to which options apply if ``given`` has no rule; None for the default rule.
+    """
     named = {key: value for key, value in given.items() if value is not None}
     reset = {key: Settings.model_fields[key].get_default() for key in given.keys() - named.keys() if _is_setting(key)}
     rule, settings = named.pop("rule", before), dict[str, Any]()
@@ -281,7 +303,7 @@ def _is_setting(name: str) -> bool:
 
 
 def _with_options(rule: Rule, own: Mapping[str, Any]) -> Rule:
-    """Copy a rule with some of its options changed; those of other rules are checked, and of no effect."""
+    """Return a copy of a rule with some options changed; options of other rules are checked, then ignored."""
     kind = type(rule)
     for name in own.keys() - kind.model_fields.keys():
         owners = [type(other) for other in all_rules() if name in type(other).model_fields]
@@ -310,7 +332,7 @@ def _checked_weights(weights: Any, n: int, *, free: bool) -> tuple[float, ...]:
 
 
 def _checked_trust(trust: float | Sequence[float], n: int, bands: int) -> tuple[float, ...]:
-    """N · bands trusts; one number serves every member, one per member all of its bands."""
+    """Return n · bands trusts; one number serves every member, and a member's trust all of its bands."""
     values = (trust,) * n if isinstance(trust, float) else tuple(trust)
     if len(values) not in (n, n * bands):
         each = f", or one for each member's {bands} bands, {n * bands} in all" if bands > 1 else ""

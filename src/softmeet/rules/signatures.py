@@ -12,9 +12,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def takes_settings(function: F) -> F:
-    """List the settings that a function takes as ``**settings`` in its signature and its documentation.
+    """Add all fields of :class:`Settings` to the signature and docstring of a function that takes ``**settings``.
 
-    What the function names itself is left as it is.
+    A decorator: it changes ``function`` itself, for ``help`` and editors only, and returns it. Fields that the function
+    already has as parameters are not added.
     """
     signature = inspect.signature(function)
     *named, rest = signature.parameters.values()

@@ -1,4 +1,4 @@
-"""The solution that ``combine`` returns, and what is known about it."""
+"""The solution that ``combine`` returns: distributions with their status, gap and costs."""
 
 from __future__ import annotations
 
@@ -23,31 +23,30 @@ from softmeet.solvers.base import Status, StoppedBy
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """A next-token distribution per row, and what is known about it. Everything is in nats.
+    """The next-token distribution p of each row, with its status, gap and costs; in nats unless said otherwise.
 
     Attributes:
-        log_probs: (*batch, v), in the dtype of the input (fp32 for half precision).
+        log_probs: log p, (*batch, v), in the dtype of the input (fp32 for half precision).
         status: :class:`softmeet.Status` as int, (*batch).
-        fallback: rows that had no answer and were answered by ``on_infeasible``, (*batch).
-        gap: how far the objective can be from its optimum, (*batch); of the fallback's problem where it answered.
-        gap_is_certified: whether ``gap`` is a proved bound, to round-off, or an estimate, (*batch).
-        objective: the rule's objective; for ``meet`` and ``max-entropy`` a lower bound within ``gap``, (*batch). For
-            ``least-squares`` a squared distance, for ``min-squared-cross-entropy`` squared nats, for
-            ``min-underestimation`` log t.
-        objective_range: the least and the largest value of the objective over the feasible set, (2, *batch): proved
-            bounds, inf where none is known; NaN for rules without such a set.
+        fallback: whether the row has no feasible distribution and ``on_infeasible`` answered it, (*batch).
+        gap: how far the objective can be from its optimum, (*batch); in rows with ``fallback``, the fallback's.
+        gap_is_certified: whether ``gap`` is a bound, proved up to round-off, rather than an estimate, (*batch).
+        objective: the value of the rule's objective, (*batch); for ``meet`` and ``max-entropy`` a lower bound of it
+            within ``gap``. A squared distance for ``least-squares``, squared nats for ``min-squared-cross-entropy``,
+            log t for ``min-underestimation``.
+        objective_range: proved bounds on the least and the largest value of the objective over the feasible set,
+            (2, *batch); infinite if none is known, NaN for rules that do not choose from that set.
         num_steps: the solver's steps, (*batch).
-        num_passes: rows of A = [W_1 | … | W_n] read, divided by v, weighted by width, (*batch); what a fallback
-            read is included, what ``residual`` and ``verify`` read is not.
-        disagreement: KL(r_i‖p̂_i), member i's correction, (n, *batch).
-        disagreement_is_bound: where the rule has no r_i, or the row or its trust needed none: ``disagreement`` is then
-            the upper bound KL(p‖p̂_i), (n, *batch).
-        gated: rows that a gate closed, (*batch): its answer stands in the rule's place, and ``status``, ``gap`` (inf
-            where nothing is known) and ``objective`` are of that answer; ``verify`` holds it against the rule.
-        stopped_by: :class:`softmeet.StoppedBy` as int, (*batch): ``GAP`` where the answer is the rule's own, ``POOL``
-            where the pool was proved to be within ``tol`` nats of it, KL(q‖p°), and answers, ``GATE``, or ``BUDGET``
-            where the steps ended first.
-        seconds: that the rule took, for the whole batch.
+        num_passes: how often all heads were read, (*batch): rows of W_i read, divided by v, each head weighted by its
+            width d_i. The fallback's reads count; reads by ``residual`` and ``verify`` do not.
+        disagreement: KL(r_i‖p̂_i), with r_i member i's corrected distribution, (n, *batch).
+        disagreement_is_bound: whether there is no r_i and ``disagreement`` is the upper bound KL(p‖p̂_i), (n, *batch).
+        gated: whether a gate was closed, (*batch): ``status``, ``gap`` (inf if unknown) and ``objective`` then describe
+            the gate's answer; ``verify`` checks it against the rule.
+        stopped_by: :class:`softmeet.StoppedBy` as int, (*batch): ``GAP`` if the rule's own distribution is the answer,
+            ``POOL`` if the pool q is, being proved to be within ``tol`` of the optimum p° by KL(q‖p°), ``GATE`` if a
+            gate was closed, ``BUDGET`` if the steps ended first.
+        seconds: the time that the rule took for the whole batch.
     """
 
     log_probs: Float[Tensor, "*batch v"]
@@ -69,7 +68,10 @@ class Solution:
 
     @cached_property
     def residual(self) -> Float[Tensor, n * batch]:
-        """‖Q_iᵀ(p - p̂_i)‖ in whitened coordinates, (n, *batch). Reads every head once, when first asked for."""
+        """The distance ‖Q_iᵀ(p - p̂_i)‖ of p from each member's moments, (n, *batch), Q_i being its whitened head.
+
+        Computed when first used, by reading every head once.
+        """
         return residuals(self._problem, self._answer.log_probs).reshape(len(self.disagreement), *self.status.shape)
 
     @property
@@ -79,37 +81,44 @@ class Solution:
 
     @property
     def proof(self) -> tuple[Float[Tensor, "*batch _"], ...]:
-        """Per member λ_i, (*batch, d_i), in the head's own coordinates, with max_j Σ_i λ_iᵀ(a_ij - W_iᵀp̂_i) < 0, rows
-        scaled by the slope of a soft-cap: no distribution has the members' moments. Zeros where none was found.
+        """For each member i, its part λ_i of a Farkas proof that no p has the moments of all members, (*batch, d_i).
+
+        It proves this by max_j Σ_i λ_iᵀ(a_ij - W_iᵀp̂_i) < 0, with a_ij row j of the head W_i, scaled by the slope of a
+        soft-cap. Zeros in rows without a proof.
         """
         return tuple(ray.reshape(*self.status.shape, -1) for ray in self._answer.ray)
 
     @property
     def remark(self) -> str:
-        """Why nothing was chosen, in a sentence, if a row is DEGENERATE; else empty."""
+        """A sentence on why the objective is constant on the feasible set, if a row is DEGENERATE; else empty."""
         degenerate = bool((self.status == Status.DEGENERATE).any())
         return self._problem.settings.rule.why_degenerate(self._problem) if degenerate else ""
 
     @property
     def relaxed(self) -> bool:
-        """Whether ``rank``, ``free_radial`` or ``slack`` asked the rule for less than every member's moments."""
+        """Whether the setting ``rank`` or ``free_radial`` or an option ``slack`` loosens the constraint of moments."""
         return self._problem.settings.rule.relaxes(self._problem)
 
     @property
     def problem(self) -> Problem:
-        """What the rule was given, with one batch dimension, in fp64."""
+        """The problem that the rule solved, with one batch dimension of B rows, in fp64."""
         return self._problem
 
     @property
     def pool(self) -> Float[Tensor, "*batch v"]:
-        """Log q: the pool that ``meet`` and ``max-entropy`` start from."""
+        """The pool q as log-probabilities in nats: the weighted average that ``meet`` and ``max-entropy`` tilt."""
         return self._problem.log_pool.to(self.log_probs.dtype).reshape(self.log_probs.shape)
 
     def as_start(self, heads: Sequence[SoftmaxHead], log_p: Float[Tensor, "n B v"]) -> Start:
-        """Return where the search for another problem's answer, with these heads, may begin.
+        """Return this solution's dual variables, from which solvers of another problem may begin.
+
+        Args:
+            heads: the other problem's heads.
+            log_p: the other problem's log-probabilities in nats, for their shape, dtype and device.
 
         Raises:
-            InvalidInputError: the rule has no dual, or rows or heads are not as many or as wide.
+            InvalidInputError: if the rule is not of the form q exp(Σ_i W_i λ_i) (``Rule.tilts_pool``), or the other
+                problem differs in the number of rows or in the widths of heads.
         """
         given = [tuple(part.shape) for part in self._answer.dual]
         expected = [(log_p.shape[1], head.d) for head in heads]
@@ -122,10 +131,14 @@ class Solution:
         return Start(dual, ray, self._problem.trust)
 
     def as_fallback(self, problem: Problem) -> Answer:
-        """Return what answers rows of a problem without a feasible distribution, reading no head for it.
+        """Return this solution's answer, with steps and passes 0, to serve as the fallback of another problem.
+
+        Args:
+            problem: the problem some of whose rows may have no feasible distribution.
 
         Raises:
-            InvalidInputError: this is not the solution of that problem, relaxed, by ``meet``.
+            InvalidInputError: if this is not a solution without a gate, by the rule that ``on_infeasible`` names
+                (``meet``), of the same rows and settings, with the default trust in place of infinite ones.
         """
         mine, other = self._problem, problem.relaxed()
         fallback = rule_of(problem.settings.on_infeasible)
@@ -138,11 +151,14 @@ class Solution:
         return replace(self._answer, passes=nothing, steps=torch.zeros_like(self._answer.steps))
 
     def at_temperature(self, temperature: float) -> Solution:
-        """Return a copy with ``log_probs`` ∝ p^(1/temperature); all else is of the answer before."""
+        """Return a copy with ``log_probs`` of p^(1/temperature), normalised; other fields still describe p."""
         return replace(self, log_probs=log_normalize(self.log_probs / temperature))
 
     def by_member(self, count: int) -> Solution:
-        """Return a copy with the ``disagreement`` of each member's ``count`` copies added up."""
+        """Return a copy whose ``disagreement`` is that of members, if every member was solved as ``count`` bands.
+
+        Each band of a head's directions took part as a member of its own; a member's disagreement is their sum.
+        """
         split = (-1, count, *self.disagreement.shape[1:])
         total, is_bound = self.disagreement.reshape(split).sum(1), self.disagreement_is_bound.reshape(split).any(1)
         return replace(self, disagreement=total, disagreement_is_bound=is_bound)
@@ -155,19 +171,20 @@ class Solution:
         logits: Tensor | None = None,
         hidden: Sequence[Tensor] | None = None,
     ) -> Verification:
-        """Compute residual, gap and status again, in fp64, from the members and this answer, without the solver.
+        """Compute residual, gap and status again, in fp64, from the members and this solution, without the solver.
 
-        ``log_probs`` are taken as they are here, changed or not, and with them the multipliers and proofs.
+        The solution's distributions, dual variables and proofs are checked as they stand, even if ``self.log_probs``
+        was altered.
 
         Args:
-            heads, log_probs, logits, hidden: what ``combine`` was given.
+            heads, log_probs, logits, hidden: the arguments of ``combine``, once more.
 
         Raises:
-            InvalidInputError: as ``combine``.
+            InvalidInputError: as by ``combine``.
         """
         problem = restate(self._problem, heads, log_probs, logits, hidden)
         answer, given = self._answer, self.log_probs.reshape(self._answer.log_probs.shape)
-        # Of what is as the rule gave it, there are more digits.
+        # Rows that were not altered are known to fp64, before rounding to the dtype of the input.
         same = (given == answer.log_probs.to(given.dtype)).all(-1, keepdim=True)
         answer = replace(answer, log_probs=torch.where(same, answer.log_probs, given.double()))
         return verify(problem, answer, self.fallback.reshape(-1)).reshape(self.status.shape)
@@ -181,7 +198,16 @@ def from_answer(
     shape: torch.Size,
     dtype: torch.dtype,
 ) -> Solution:
-    """Give an answer its batch dimensions back; ``which`` says which rows fell back, and which were gated."""
+    """Build the solution from an answer, whose B rows get the caller's batch dimensions back.
+
+    Args:
+        problem: the problem that was solved.
+        answer: the answer to its B rows.
+        which: (the rows that the fallback answered, the rows at which the gate was closed).
+        seconds: the time that the rule took.
+        shape: the batch dimensions, of B elements in all.
+        dtype: of the solution's ``log_probs``.
+    """
     fallback, gated = which
     return Solution(
         log_probs=answer.log_probs.to(dtype).reshape(*shape, problem.log_p.shape[-1]),

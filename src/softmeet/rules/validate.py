@@ -1,4 +1,4 @@
-"""The one place where the tensors that ``combine`` was given are checked; :mod:`.settings` checks all else."""
+"""Checks of the tensors that ``combine`` takes; its other arguments are checked by :mod:`.settings`."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ _NORMALISATION_TOLERANCE = 0.05
 
 
 def checked_log_probs(log_probs: Float[Tensor, "n *b v"]) -> Float[Tensor, "n B v"]:
-    """Check the members' log-probabilities; return them with one batch dimension, in fp64, normalised.
+    """Check the members' log-probabilities, in nats; return them with one batch dimension, in fp64, normalised.
 
     Raises:
-        InvalidInputError: not a floating tensor (n, *batch, v), or the rows are not log-probabilities.
-        NonFiniteError: NaN, +inf or a row of -inf; the message names the member.
+        InvalidInputError: if ``log_probs`` is not a floating tensor (n, *batch, v), or the probabilities of a row sum
+            to less than exp(-0.05) or more than exp(0.05).
+        NonFiniteError: if a row holds NaN or +inf, or only -inf; the message names the member.
     """
     if log_probs.ndim < 2 or not log_probs.is_floating_point() or 0 in (log_probs.shape[0], log_probs.shape[-1]):
         raise InvalidInputError(
@@ -44,10 +45,10 @@ def checked_log_probs(log_probs: Float[Tensor, "n *b v"]) -> Float[Tensor, "n B 
 
 
 def normalised(scores: Float[Tensor, "n B v"]) -> Float[Tensor, "n B v"]:
-    """Normalise members' logits, or log-probabilities up to a constant, to log-probabilities in nats, fp64.
+    """Normalise the members' logits, or log-probabilities up to a constant, to log-probabilities in nats, fp64.
 
     Raises:
-        NonFiniteError: NaN, +inf or a row of -inf; the message names the member.
+        NonFiniteError: if a row holds NaN or +inf, or only -inf; the message names the member.
     """
     flat = scores.detach().double()
     return flat - _finite_total(flat)
@@ -68,10 +69,15 @@ def _finite_total(flat: Float[Tensor, "n B v"]) -> Float[Tensor, "n B 1"]:
 
 
 def checked_heads(heads: Sequence[SoftmaxHead | Tensor], log_p: Float[Tensor, "n B v"]) -> tuple[SoftmaxHead, ...]:
-    """Check that there is a head for each member; one of fewer than v rows excludes the tokens past its end.
+    """Check that the members' heads fit their log-probabilities; return them as :class:`SoftmaxHead` objects.
+
+    Args:
+        heads: a head, or its weight W_i, (v, d_i), for each member. A head may have fewer than v rows if its member
+            gives the tokens past its last row probability 0.
+        log_p: the members' log-probabilities.
 
     Raises:
-        InvalidInputError: the number of heads or of their rows does not fit.
+        InvalidInputError: if the number of heads, or of rows of a head, does not fit.
     """
     n, _, v = log_p.shape
     found = tuple(as_head(head) for head in heads)
@@ -92,10 +98,17 @@ def slopes_of(
     log_p: Float[Tensor, "n B v"],
     shape: torch.Size,
 ) -> tuple[Float[Tensor, "B v"] | None, ...]:
-    """Return the slope of each head's soft-cap at the members' logits, zero past a head's last row.
+    """Return, for each head, the derivative of its soft-cap at its member's logits; None for a head without one.
+
+    Args:
+        heads: the members' heads; tokens past a head's last row have the slope 0.
+        logits: the members' logits after soft-caps; None if no head has a soft-cap.
+        log_p: the members' log-probabilities, for their shape (n, B, v).
+        shape: the shape that ``logits`` must have: that of the log-probabilities as the caller gave them.
 
     Raises:
-        InvalidInputError: a head has a soft-cap and there are no logits, or they have another shape.
+        InvalidInputError: if a head has a soft-cap, and ``logits`` is None or has another shape; its subclass
+            NonFiniteError if a logit is NaN or above its soft-cap.
     """
     if all(head.soft_cap is None for head in heads):
         return (None,) * len(heads)
@@ -120,7 +133,11 @@ def slopes_of(
 
 
 def checked_support(support: Bool[Tensor, " v"] | None, log_p: Float[Tensor, "n B v"]) -> Bool[Tensor, " v"] | None:
-    """Check a mask of the tokens that may be answered."""
+    """Check the mask of the tokens that may have positive probability, and return it.
+
+    Raises:
+        InvalidInputError: if it is not a bool tensor of shape (v,).
+    """
     if support is not None and (support.dtype != torch.bool or support.shape != log_p.shape[-1:]):
         raise InvalidInputError(
             f"expected a bool mask of shape ({log_p.shape[-1]},), got {support.dtype} of shape {tuple(support.shape)}"
@@ -135,10 +152,20 @@ def free_directions(
     hidden: Sequence[Tensor] | None,
     shape: torch.Size,
 ) -> tuple[Float[Tensor, "B _ _"], ...]:
-    """Return the directions of every member's hidden state that the final norm hides, (B, k, d_i), fp64.
+    """Return, for each member, the directions of its hidden states that its final norm removes, (B, k, d_i), fp64.
+
+    The setting ``free_radial`` leaves moments along them unconstrained; k is 1, or 2 for a LayerNorm
+    (:meth:`FinalNorm.lost_directions`).
+
+    Args:
+        heads: the members' heads with their norms; a head without one counts as having a plain RMS norm.
+        log_p: the members' log-probabilities in nats.
+        logits: the members' logits after soft-caps; None if no head has a soft-cap.
+        hidden: the members' last hidden states, (*batch, d_i); None to recover them from the logits.
+        shape: the shape (n, *batch, v) of the log-probabilities as the caller gave them.
 
     Raises:
-        InvalidInputError: the hidden states have another shape, or cannot be recovered from infinite logits.
+        InvalidInputError: if hidden states have another shape, or would have to be recovered from infinite logits.
     """
     if hidden is None:
         scores = log_p if logits is None else logits.detach().reshape(log_p.shape).double()
@@ -156,7 +183,11 @@ def free_directions(
 
 
 def _recovered(i: int, head: SoftmaxHead, logits: Float[Tensor, "B v"]) -> Float[Tensor, "B d"]:
-    """Recover the hidden states behind some logits, up to what the head does not see."""
+    """Recover member i's hidden states from its logits, up to components that do not change the logits.
+
+    Raises:
+        InvalidInputError: if a logit is -inf.
+    """
     if logits.isneginf().any():
         raise InvalidInputError(
             f"the hidden states of member {i} cannot be recovered from infinite logits: pass them as hidden="
@@ -175,7 +206,15 @@ def restate(
     logits: Tensor | None,
     hidden: Sequence[Tensor] | None = None,
 ) -> Problem:
-    """Return ``problem`` with its settings, but with heads and log-probabilities given anew."""
+    """Return a copy of ``problem`` with other heads and log-probabilities, which are checked, and without a start.
+
+    Args:
+        problem: the problem that was solved.
+        heads, log_probs, logits, hidden: as :func:`softmeet.combine` takes them.
+
+    Raises:
+        InvalidInputError: if the number of members, rows or tokens, or the heads' widths, differ from the problem's.
+    """
     log_p = checked_log_probs(log_probs)
     if log_p.shape != problem.log_p.shape:
         raise InvalidInputError(f"expected what was combined, {tuple(problem.log_p.shape)}, got {tuple(log_p.shape)}")

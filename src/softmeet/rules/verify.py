@@ -1,7 +1,7 @@
-"""A second opinion on an answer: residual, gap and status in fp64, from the heads, without the solver.
+"""Verification of an answer: its residual, gap and status are recomputed in fp64, from the heads, without the solver.
 
-The stored dual point is only a claim; everything is recomputed from it, by the rule itself (``Rule.verify``). A rule
-that has no second look is UNVERIFIED.
+The rule itself (``Rule.verify``) recomputes them from the stored dual variables and proofs, which nothing else is
+trusted for. Rows of a rule without that method are UNVERIFIED.
 """
 
 from __future__ import annotations
@@ -22,17 +22,20 @@ from softmeet.solvers.base import Status
 
 @dataclass(frozen=True)
 class Verification:
-    """What the second look found; every field (*batch), but ``residual`` (n, *batch).
+    """The figures of each row of a solution, recomputed without the solver.
 
     Attributes:
-        residual: ‖Q_iᵀ(p - p̂_i)‖ in whitened coordinates.
-        gap: nats, certified at the stored dual point (0 for a closed form); inf where nothing could be certified.
-        total_variation: between the answer and the distribution at that dual point (or the closed form); 0 for rules
-            whose own p is evaluated, which are all but the averages, ``meet`` and ``max-entropy``; NaN for a rule that
-            has no second look.
-        status: OPTIMAL, DEGENERATE (the objective is proved constant; where only two programs show that, OPTIMAL),
-            INFEASIBLE (the stored proof holds) or NOT_CONVERGED, at the tolerance of the problem; UNVERIFIED for a rule
-            that has no second look.
+        residual: ‖Q_iᵀ(p - p̂_i)‖, the distance of the answer p from member i's moments, Q_i being its whitened head,
+            (n, *batch).
+        gap: the gap in nats that is certified at the stored dual variables, (*batch); 0 for a closed form, inf if
+            nothing could be certified.
+        total_variation: between the answer and a distribution recomputed from the dual variables (``meet``,
+            ``max-entropy``) or the formula (averages, ``one-hot``), (*batch); 0 for the other rules, which evaluate
+            the answer itself; NaN for a rule without ``verify``.
+        status: :class:`softmeet.Status` as int, (*batch): OPTIMAL if ``gap`` is at most the problem's ``tol`` and
+            the moments that the rule requires hold; DEGENERATE if moreover the objective is proved constant on the
+            feasible set (OPTIMAL if only the solver showed that); INFEASIBLE if the stored proof holds; else
+            NOT_CONVERGED; but UNVERIFIED for a rule without ``verify``.
     """
 
     residual: Float[Tensor, n * batch]
@@ -41,7 +44,7 @@ class Verification:
     status: Int[Tensor, "*batch"]
 
     def reshape(self, shape: torch.Size) -> Verification:
-        """Give the batch dimensions back."""
+        """Return a copy whose one batch dimension is replaced by the dimensions ``shape``."""
         flat = (self.gap, self.total_variation, self.status)
         return Verification(
             self.residual.reshape(len(self.residual), *shape), *(value.reshape(shape) for value in flat)
@@ -50,7 +53,13 @@ class Verification:
 
 @dataclass(frozen=True, eq=False)
 class Recomputed:
-    """What a rule finds when it looks at its answer again: the distribution at the stored point, its gap and status."""
+    """The result of ``Rule.verify`` for B rows.
+
+    Attributes:
+        log_probs: log-probabilities in nats of the distribution recomputed from the answer's dual variables.
+        gap: the gap that is certified, in nats; inf if none is.
+        status: :class:`softmeet.Status` as int.
+    """
 
     log_probs: Float[Tensor, "B v"]
     gap: Float[Tensor, " B"]
@@ -58,21 +67,31 @@ class Recomputed:
 
     @staticmethod
     def of_rows(rows: Sequence[tuple[Float[Tensor, " v"], float, int]], like: Float[Tensor, "B v"]) -> Recomputed:
-        """Join (log-probabilities, gap, status) of single rows; ``like`` gives the shape where there is none."""
+        """Stack the results of single rows.
+
+        Args:
+            rows: (log-probabilities in nats, gap in nats, status) of each row.
+            like: log-probabilities of the batch, for their dtype and device, and for the shape if there are no rows.
+        """
         log_probs = torch.stack([log_p for log_p, _, _ in rows]) if rows else like
         gap = like.new_tensor([gap for _, gap, _ in rows])
         return Recomputed(log_probs, gap, gap.new_tensor([int(s) for _, _, s in rows]).long())
 
     @staticmethod
     def nothing(answer: Answer) -> Recomputed:
-        """Say that there was no second look."""
+        """Return the result for a rule that cannot verify: NaN distributions, gap inf and status UNVERIFIED."""
         unknown = torch.full_like(answer.gap, torch.inf)
         status = torch.full_like(answer.status, int(Status.UNVERIFIED))
         return Recomputed(torch.full_like(answer.log_probs, torch.nan), unknown, status)
 
 
 def residuals(problem: Problem, log_probs: Float[Tensor, "B v"]) -> Float[Tensor, "n B"]:
-    """Measure ‖Q_iᵀ(p - p̂_i)‖ in the directions that are constrained; one read of every head."""
+    """Return ‖Q_iᵀ(p - p̂_i)‖, the distance of p from member i's moments, by one read of every head.
+
+    Args:
+        problem: the problem with the members' p̂_i and whitened heads Q_i, without directions that carry no constraint.
+        log_probs: log p of each row, in nats.
+    """
     if not len(log_probs):
         return log_probs.new_zeros(len(problem.heads), 0)
     starts = iter(log_probs.exp().split([piece.log_p.shape[1] for piece in problem.pieces()]))
@@ -85,7 +104,13 @@ def residuals(problem: Problem, log_probs: Float[Tensor, "B v"]) -> Float[Tensor
 
 
 def verify(problem: Problem, answer: Answer, fallback: Bool[Tensor, " B"]) -> Verification:
-    """Check every row of ``answer`` to the rule of ``problem``; rows of ``fallback`` are checked as what they are."""
+    """Recompute residual, gap and status of every row of an answer in fp64, without the solver.
+
+    Args:
+        problem: the problem that was solved.
+        answer: the answer to it.
+        fallback: the rows that the fallback answered; they are checked by the fallback's rule, at finite trusts.
+    """
     problem = problem.changed(dtype=torch.float64)
     claimed, gap, status = torch.empty_like(answer.log_probs), answer.gap.clone(), answer.status.clone()
     for which, relaxed in ((~fallback, False), (fallback, True)):
