@@ -1,8 +1,13 @@
-"""Upper bounds on the duality gap of a relaxed I-projection, from a direction that solves the Newton system, or nearly.
+"""Upper bounds on the gap f(λ) - min f of a relaxed I-projection, from exact or approximate Newton directions.
 
-For feasible (p̃, r̃), primal(p̃, r̃) + f(λ) = KL(p̃‖p_λ) + Σ ρ_i KL(r̃_i‖r_i,λ): the right-hand side bounds f(λ) - f*.
-With H s = g, the changes x_j = -(a_j - m)ᵀs and y_ij = γ_i (a_ij - m_i)ᵀs_i make p̃ = p(1 + x), r̃_i = r_i(1 + y_i)
-feasible when all are at least -1, and then
+Symbols are those of :mod:`softmeet.solvers.projection`: p the answer and r_i the corrected members at the dual point λ,
+ρ_i the trusts, γ_i = min(1, 1/ρ_i). a_j is token j's row of all whitened heads (scaled by α_i), a_ij that of Q_i, m and
+m_i their means under p and r_i.
+
+For feasible (p̃, r̃), that is distributions with Q_iᵀp̃ = Q_iᵀr̃_i, primal(p̃, r̃) + f(λ) = KL(p̃‖p) + Σ ρ_i
+KL(r̃_i‖r_i): the right-hand side bounds f(λ) - min f. With the Hessian H, the gradient g and H s = g, the changes x_j =
+-(a_j - m)ᵀs and y_ij = γ_i (a_ij - m_i)ᵀs_i make p̃ = p(1 + x), r̃_i = r_i(1 + y_i) feasible if all of them are at
+least -1, and then
 
     gap ≤ Σ_j p_j φ(x_j) + Σ_i ρ_i Σ_j r_ij φ(y_ij),   φ(x) = (1 + x) log(1 + x) - x.
 
@@ -10,8 +15,8 @@ feasible when all are at least -1, and then
 of the heads, changes those tokens only, and gives tokens that would turn negative the probability 0, at φ(-1) = 1.
 
 :func:`repaired_gap_bound` takes a direction that only nearly solves the system. Along it every token changes a little,
-p̃ ∝ p(1 + x)₊ and r̃_i ∝ r_i(1 + y_i)₊. What is left of the moments' difference, e_i = Q_iᵀ(p̃ - r̃_i), each r̃_i takes
-up on its M heaviest tokens J: r_i w_i is added there, w_i = (q - m_J)ᵀt_i with Cov_J(Q_i) t_i = e_i. That point is
+p̃ ∝ p(1 + x)₊ and r̃_i ∝ r_i(1 + y_i)₊. The remaining difference of the moments, e_i = Q_iᵀ(p̃ - r̃_i), is made up by
+r̃_i on its M heaviest tokens J: r_i w_i is added there, w_i = (a_i - m_J)ᵀt_i with Cov_J(Q_i) t_i = e_i. That point is
 feasible, so by (6) in docs/mathematics.md
 
     gap ≤ Σ_j p_j φ(x̃_j) + Σ_i ρ_i Σ_j r_ij φ(ỹ_ij),   p̃ = p(1 + x̃),   r̃_i + r_i w_i = r_i(1 + ỹ_i).
@@ -42,7 +47,9 @@ _SOLVED = 1e-4
 
 
 def phi(x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-    """Compute (1 + x) log(1 + x) - x for x ≥ -1 without cancellation near 0, by Σ_k (-x)^k / (k (k - 1)), k from 2.
+    """Compute φ(x) = (1 + x) log(1 + x) - x, elementwise for x ≥ -1, without cancellation near 0.
+
+    Near 0 the series Σ_k (-x)^k / (k (k - 1)), k from 2, is used.
 
     Example:
         >>> import torch
@@ -61,16 +68,18 @@ def phi(x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
 def gap_bound(
     problem: Projection, p: Float[Tensor, "B v"], r: Float[Tensor, "B n v"], change: Float[Tensor, "B n v"]
 ) -> tuple[Float[Tensor, " B"], Bool[Tensor, " B"]]:
-    """Bound the gap of every row by a Newton direction.
+    """Bound the gap of every row, in nats, by a direction that solves the Newton system H s = ∇f.
+
+    No head is read. Symbols and the bound are in the module docstring.
 
     Args:
-        problem: the projection.
-        p, r: the distributions at the current dual point.
-        change: Q_i(-s_i), the scores of the Newton direction.
+        problem: the batch of relaxed I-projections.
+        p, r: the answer and the corrected members at the current dual point, as probabilities.
+        change: the scores Q_i(-s_i) of the Newton direction -s.
 
     Returns:
-        (the bound in nats, rows where it does not hold because a token would turn negative). Terms are in fp32 where
-        the products with heads were: each is found to a relative 1e-5.
+        (the bound, (B,), fp64; the mask (B,) of rows in which it does not hold, because a token would get negative
+        probability). If products with heads are in fp32, so are the terms, which is exact to a relative 1e-5.
     """
     x = problem.tilt(change)
     y = -problem.gamma[:, None] * change
@@ -81,7 +90,7 @@ def gap_bound(
 
 
 def _terms(p: Float[Tensor, "*b v"], x: Float[Tensor, "*b v"]) -> tuple[Float[Tensor, "*b"], Bool[Tensor, "*b v"]]:
-    """Return (Σ p φ(x), the tokens where p(1 + x) would be negative); negligible changes count as none."""
+    """Return (Σ p φ(x), the tokens in which p(1 + x) would be negative); negligible changes count as none."""
     x = torch.where(p * x.abs() < _NEGLIGIBLE, 0.0, x)
     return (p * phi(x.clamp_min(-1))).sum(-1).double(), x < -1
 
@@ -94,13 +103,17 @@ def restricted_gap_bound(
     gradient: Float[Tensor, " D"],
     limit: int = 4096,
 ) -> float:
-    """Bound the gap of one row, in nats, by changing few tokens; return inf where no bound is found.
+    """Bound the gap of one row, in nats, by changing the probabilities of a few tokens only; inf if no bound is found.
+
+    It reads the heads' rows of those tokens and solves a Newton system on them, with tokens that would get negative
+    probability set to 0 (see the module docstring).
 
     Args:
-        problem, row: the projection and the row of its batch.
-        p, r: the distributions at the dual point.
-        gradient: of the dual there, whitened and scaled as :class:`Projection` has it.
-        limit: how many tokens may change: the heaviest by p + Σ ρ_i r_i.
+        problem: the batch of relaxed I-projections.
+        row: the index of the row in that batch.
+        p, r: the answer and the corrected members at the row's dual point, as probabilities.
+        gradient: ∇f there, (D,), with the blocks α_i Q_iᵀ(p - r_i).
+        limit: how many tokens may change: the heaviest by p + Σ ρ_i r_i, over finite trusts.
     """
     p, r, gradient, price = p.double(), r.double(), gradient.double(), problem.price.double()
     tokens = (p + price @ r).topk(min(limit, len(p))).indices
@@ -127,7 +140,7 @@ def restricted_gap_bound(
 def _solved(
     H: Float[Tensor, "D D"], g: Float[Tensor, " D"], gradient: Float[Tensor, " D"]
 ) -> tuple[Float[Tensor, " D"], Float[Tensor, ""]]:
-    """Return H⁻¹g and its :func:`residual_slack`, by Cholesky's factor or, where that does not do, singular values."""
+    """Return (s = H⁻¹g, its :func:`residual_slack`), by Cholesky or, if that is too inexact, by singular values."""
     factor, failed = torch.linalg.cholesky_ex(H)
     if not failed:
         s = torch.cholesky_solve(g[:, None], factor).squeeze(-1)
@@ -141,9 +154,13 @@ def _solved(
 def residual_slack(
     H: Float[Tensor, "*b D D"], s: Float[Tensor, "*b D"], g: Float[Tensor, "*b D"], gradient: Float[Tensor, "*b D"]
 ) -> Float[Tensor, "*b"]:
-    """Estimate what H s ≠ g may hide of the gap: a residual e moves it by at most |e·(λ - λ*)|, taken as 4 |e| |s|.
+    """Estimate by how much a bound on the gap may be too low because H s = g holds only up to a residual e; nats.
 
-    A residual past rounding, against the size of the gradient, gives inf: no certificate.
+    A residual moves the bound by at most |e·(λ - λ*)|, λ* the optimum, which is taken as 4 |e| |s|.
+
+    Args:
+        H, s, g: the Newton system and its approximate solution.
+        gradient: ∇f. If |e| is more than 1e-4 of its length, inf is returned: the bound proves nothing.
     """
     e = ((H @ s[..., None]).squeeze(-1) - g).norm(dim=-1)
     return torch.where(e <= _SOLVED * gradient.norm(dim=-1), 4 * e * s.norm(dim=-1), math.inf)
@@ -156,13 +173,16 @@ def repaired_gap_bound(
     y: Float[Tensor, "B n v"],
     sizes: tuple[Float[Tensor, " B"], Float[Tensor, " B"]],
 ) -> Float[Tensor, " B"]:
-    """Bound the gap of every row, in nats, for finite trusts; inf where no bound is found. One read of every head.
+    """Bound the gap of every row, (B,), in nats, by a direction that only nearly solves the Newton system.
+
+    Trusts must be finite. Every head is read once. Rows for which no bound is found get inf. The bound is the last one
+    in the module docstring.
 
     Args:
-        problem: the projection.
-        p, r: the distributions at the dual point.
-        y: scores of a direction in which f falls.
-        sizes: lengths of the gradient and of the direction.
+        problem: the batch of relaxed I-projections.
+        p, r: the answer and the corrected members at the current dual point, as probabilities.
+        y: the scores of a direction in which the dual f falls.
+        sizes: (the length of ∇f at the point, the length of the direction), (B,) each.
     """
     x, own = _changed(p, problem.tilt(y)), _changed(r, -problem.gamma[:, None] * y)
     gradient, length = sizes
@@ -186,7 +206,7 @@ def repaired_gap_bound(
 
 
 def _changed(p: Float[Tensor, "*b v"], x: Float[Tensor, "*b v"]) -> Float[Tensor, "*b v"]:
-    """Return x̃ with p(1 + x̃) ∝ p(1 + x - E_p x)₊."""
+    """Return the relative change x̃ ≥ -1, for which p(1 + x̃) is the distribution proportional to p(1 + x - E_p x)₊."""
     up = (1 + x - (p * x).sum(-1, keepdim=True)).clamp_min(0)
     return up / (p * up).sum(-1, keepdim=True) - 1
 
@@ -194,9 +214,18 @@ def _changed(p: Float[Tensor, "*b v"], x: Float[Tensor, "*b v"]) -> Float[Tensor
 def _taken_up(
     X: Float[Tensor, "b M d"], mass: Float[Tensor, "b M"], e: Float[Tensor, "b d"], lowest: Float[Tensor, "b M"]
 ) -> tuple[Float[Tensor, "b M"], Float[Tensor, " b"]]:
-    """Return (w ≥ lowest with Σ mass w x = e and Σ mass w = 0, about; how much is left over, inf if no number).
+    """Find relative changes w ≥ ``lowest`` of some tokens' masses with Σ mass w x ≈ ``e`` and Σ mass w ≈ 0.
 
-    Tokens that reach their lowest stay there, and the others take up what is left, a few times.
+    Tokens that reach ``lowest`` stay there, and the system is solved again for the others, a few times.
+
+    Args:
+        X: the tokens' rows x of a head.
+        mass: their probabilities.
+        e: the wanted change of the moments.
+        lowest: the least change of each token.
+
+    Returns:
+        (w; the length of the part of ``e`` that is not reached, inf in rows without a finite solution).
     """
     mass, lowest = mass.double(), lowest.double()
     w, left, lost = torch.zeros_like(mass), e.double(), torch.zeros_like(mass[:, :1])
@@ -225,14 +254,16 @@ def _taken_up(
 
 
 class _Share:
-    """The share of one distribution in the system: p with rows α_i a_i, or r_i with rows -γ_i a_i and price ρ_i."""
+    """One distribution's part of the Newton system: p with rows α_i a_i at price 1, or r_i with rows -γ_i a_i at price
+    ρ_i.
+    """
 
     def __init__(self, mass: Float[Tensor, " k"], rows: Float[Tensor, "k d"], price: float, place: slice) -> None:
         self.mass, self.rows, self.price, self.place = mass, rows, price, place
         self.dropped = torch.zeros_like(mass, dtype=torch.bool)
 
     def enter(self, H: Float[Tensor, "D D"], g: Float[Tensor, " D"]) -> None:
-        """Add price · Σ mass (a - m)(a - m)ᵀ over the kept tokens to H, and take the dropped ones out of g."""
+        """Add price · Σ mass (a - m)(a - m)ᵀ of kept tokens to H, and subtract the dropped ones from g, both in place."""
         kept = self.mass.masked_fill(self.dropped, 0.0)
         self.kept, self.lost = kept, self.mass - kept
         self.centred = self.rows - kept @ self.rows / kept.sum()
@@ -240,7 +271,7 @@ class _Share:
         g[self.place] -= self.price * (self.lost @ self.centred)
 
     def bound(self, s: Float[Tensor, " D"]) -> tuple[float, bool]:
-        """Return (price · Σ mass φ, whether tokens had to be dropped and the system must be solved again)."""
+        """Return (price · Σ mass φ, whether tokens had to be dropped, so that the system must be solved again)."""
         x = self.lost.sum() / self.kept.sum() - self.centred @ s[self.place]
         cost, broken = _terms(self.kept, x)
         self.dropped = self.dropped | broken

@@ -1,9 +1,11 @@
-"""Newton's method on the dual of a relaxed I-projection in few dense steps: no sampling, and every row in one product.
+"""Newton's method on the dual f of a relaxed I-projection in few dense steps: it never forms the Hessian of all heads.
 
-A step reads the heads twice: for the gradient, and for the scores of a direction found by conjugate gradients on the
-curvature of the heaviest tokens, exactly, and of all others together (:mod:`softmeet.solvers.direction`). Then f is
-minimised over that direction and the last step, of each member by itself. A poor direction costs a step and nothing
-else: f never rises. A third read bounds what is left where that may end a row.
+Symbols are those of :mod:`softmeet.solvers.projection`. A step reads all heads twice: for the gradient, and for the
+scores of a direction. That is found by conjugate gradients on a model of the Hessian in which heavy tokens have their
+curvature exactly, and all others together that of an average token (:mod:`softmeet.solvers.direction`). Then f is
+minimised over that direction and the last step, each split by member. A poor direction costs a step and nothing else: f
+never rises. If a bound on the gap may end a row, a third read computes it. Nothing is sampled, and all rows of a batch
+share the same products.
 """
 
 from __future__ import annotations
@@ -39,13 +41,13 @@ _RIDGE, _LEAST = 16.0, 1e-30
 
 @dataclass
 class DenseState(DualState):
-    """A :class:`DualState` with what dense steps remember.
+    """A :class:`DualState` with further fields for dense steps.
 
     Attributes:
-        floor: f is proved to be nowhere below it.
-        looseness: the last bound over the estimated gap.
-        moved, step: the last step in scores and in ν.
-        stalls: how many steps in a row brought no progress.
+        floor: a proved lower bound on min f, (B,), in nats.
+        looseness: the last bound on the gap divided by the gap's estimate, (B,).
+        moved, step: the last step, as scores (B, n, v) and in ν (B, D).
+        stalls: how many steps in a row f did not fall, (B,).
     """
 
     floor: Float[Tensor, " B"]
@@ -57,16 +59,16 @@ class DenseState(DualState):
 
 @dataclass(frozen=True)
 class DenseNewton(Solver[DenseState]):
-    """Newton's method in few dense steps: see the module's docstring.
+    """Newton's method in few dense steps; the module docstring describes a step.
 
     Args:
-        certify: end a row on a bound; else on the estimate of its gap, which proves nothing.
+        certify: whether a row must have a proved bound on its gap to be done; if False, an estimate is enough.
     """
 
     certify: bool = True
 
     def init(self, problem: Projection) -> DenseState:
-        """Begin at the pool, where no head has been read."""
+        """Return the state at the pool, ν = 0, before any head is read."""
         pool = start(problem)
         pool["certified"] &= pool["done"] | self.certify
         return DenseState(
@@ -79,11 +81,11 @@ class DenseNewton(Solver[DenseState]):
         )
 
     def rows_at_once(self, problem: Projection) -> int:
-        """Return how many rows memory has room for: a step keeps about sixteen vectors for each and each member."""
+        """Return for how many rows memory has room: a step keeps about sixteen vectors for each row and member."""
         return held(problem.log_p.shape[1:].numel())
 
     def step(self, problem: Projection, state: DenseState) -> DenseState:
-        """Take one step of every row, and see what is left."""
+        """Take one dense step of every row, and bound or estimate the gap at the new point."""
         reads, first = problem.passes(), not state.steps.any()
         here = Point.at(problem, state.z)
         estimate = self._aim(problem, state, here, first)
@@ -120,7 +122,10 @@ class DenseNewton(Solver[DenseState]):
         return after
 
     def _aim(self, problem: Projection, state: DenseState, here: Point, first: bool) -> Float[Tensor, " B"]:
-        """Set the gradient and the direction, the start's where there is one; return an estimate of the gap."""
+        """Set ``state.gradient`` and ``state.direction``; return an estimate of the gap at this point, (B,), in nats.
+
+        In the first step from ``problem.start`` the direction is that start, and the estimate inf.
+        """
         if first and problem.start is not None:
             return torch.full_like(state.value, torch.inf)
         state.gradient = problem.moments(here.p[:, None] - here.r)
@@ -136,7 +141,11 @@ class DenseNewton(Solver[DenseState]):
         y: Float[Tensor, "B n v"],
         estimate: Float[Tensor, " B"],
     ) -> Float[Tensor, " B"]:
-        """Return what f is nowhere below, by a bound on the gap where that may end a row."""
+        """Return a lower bound on min f, (B,), in nats: the one known before or, if better, f less a new bound on the
+        gap.
+
+        The gap is bounded only in rows that the bound may end.
+        """
         # What is left of a bound once f has fallen is what the bound exceeded the gap by, and a share of the gap.
         near = estimate * (state.looseness - 1 + tuning.LEFT) <= problem.tol
         if not self.certify or not some(near):
@@ -154,7 +163,9 @@ class DenseNewton(Solver[DenseState]):
         return state.floor.index_copy(0, rows, torch.maximum(state.floor[rows], here.value[rows] - bound))
 
     def _judge(self, problem: Projection, after: DenseState, there: Point, left: Float[Tensor, " B"]) -> None:
-        """Set ``gap``, ``certified``, ``done`` and ``status``; ``left`` estimates the gap."""
+        """Set ``gap``, ``certified``, ``done``, ``status`` of ``after`` in place; ``left`` is the estimated gap in
+        nats.
+        """
         # Rounding can spoil a bound: where f falls far below it, it is none.
         after.floor = torch.where(after.value < after.floor - problem.tol, -torch.inf, after.floor)
         rounding = problem.rounding(there.p, there.r, after.z, after.nu)
@@ -168,12 +179,14 @@ class DenseNewton(Solver[DenseState]):
 
 
 def dense(problem: Projection, max_steps: int, *, certify: bool = True) -> DenseState:
-    """Run :class:`DenseNewton`, its vectors in fp32 where that tells a gap of ``tol``, and evaluate the end in fp64.
+    """Run :class:`DenseNewton` on every row, and evaluate the final point in fp64; return the final state.
+
+    Vectors over the vocabulary are fp32 if ``problem.tol`` is at least 5e-5 nats per unit of trust, else fp64.
 
     Args:
-        problem: the projection.
-        max_steps: steps a row, at most.
-        certify: end a row on a bound on its gap; else on an estimate, which proves nothing.
+        problem: the batch of relaxed I-projections.
+        max_steps: the most steps of a row.
+        certify: whether a row must have a proved bound on its gap to be done; if False, an estimate is enough.
     """
     prices = max(1.0, float(problem.price.sum()))
     coarse = problem.tol >= _SINGLE * prices
@@ -191,9 +204,15 @@ def dense(problem: Projection, max_steps: int, *, certify: bool = True) -> Dense
 def _least(
     problem: Projection, start: Point, columns: Float[Tensor, "B n c v"]
 ) -> tuple[Float[Tensor, "B n c"], Point]:
-    """Minimise f over z + Σ_k a_ik columns_ik by Newton's method on the coefficients; return them and the point there.
+    """Minimise f over z + Σ_k a_ik columns_ik by Newton's method on the coefficients a; f never rises.
 
-    ``columns`` are the scores of each member's directions. f never rises.
+    Args:
+        problem: the batch of relaxed I-projections.
+        start: the point at z.
+        columns: the scores of c directions for each member.
+
+    Returns:
+        (the coefficients, the point that they lead to).
     """
     B, n, c, _ = columns.shape
     a, at = columns.new_zeros(B, n, c), start
@@ -213,7 +232,7 @@ def _least(
 def _derivatives(
     problem: Projection, at: Point, columns: Float[Tensor, "B n c v"]
 ) -> tuple[Float[Tensor, "B k k"], Float[Tensor, "B k"]]:
-    """Return the Hessian and the gradient of f in the coefficients, members side by side, fp64."""
+    """Return f's Hessian and gradient in the coefficients of ``columns``, k = n c of them ordered by member, in fp64."""
     B, n, c, v = columns.shape
     joint = (problem.alpha[:, None, None] * columns).view(B, n * c, v)
     weighted = joint * at.p[:, None]
@@ -238,7 +257,7 @@ def _fallen(
     start: Point,
     step: Float[Tensor, "B n c"],
 ) -> tuple[Float[Tensor, "B n c"], Point]:
-    """Return (coefficients, point) after as much of a step as lowers f; none of it where nothing does."""
+    """Return (coefficients, point) after ``step``, shortened until f falls, or not taken at all if it never does."""
     (a, at), found = here, start
 
     def worse(t: Float[Tensor, " B"]) -> Bool[Tensor, " B"]:
