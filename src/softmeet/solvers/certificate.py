@@ -254,16 +254,14 @@ def _taken_up(
 
 
 class _Share:
-    """One distribution's part of the Newton system: p with rows α_i a_i at price 1, or r_i with rows -γ_i a_i at price
-    ρ_i.
-    """
+    """One distribution's part of the Newton system: p (rows α_i a_i, price 1) or r_i (rows -γ_i a_i, price ρ_i)."""
 
     def __init__(self, mass: Float[Tensor, " k"], rows: Float[Tensor, "k d"], price: float, place: slice) -> None:
         self.mass, self.rows, self.price, self.place = mass, rows, price, place
         self.dropped = torch.zeros_like(mass, dtype=torch.bool)
 
     def enter(self, H: Float[Tensor, "D D"], g: Float[Tensor, " D"]) -> None:
-        """Add price · Σ mass (a - m)(a - m)ᵀ of kept tokens to H, and subtract the dropped ones from g, both in place."""
+        """Add price · Σ mass (a - m)(a - m)ᵀ of kept tokens to H, and subtract the dropped ones from g, in place."""
         kept = self.mass.masked_fill(self.dropped, 0.0)
         self.kept, self.lost = kept, self.mass - kept
         self.centred = self.rows - kept @ self.rows / kept.sum()

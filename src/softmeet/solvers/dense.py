@@ -141,8 +141,7 @@ class DenseNewton(Solver[DenseState]):
         y: Float[Tensor, "B n v"],
         estimate: Float[Tensor, " B"],
     ) -> Float[Tensor, " B"]:
-        """Return a lower bound on min f, (B,), in nats: the one known before or, if better, f less a new bound on the
-        gap.
+        """Return a lower bound on min f, (B,), in nats: the known one or, if better, f less a new bound on the gap.
 
         The gap is bounded only in rows that the bound may end.
         """
@@ -163,9 +162,7 @@ class DenseNewton(Solver[DenseState]):
         return state.floor.index_copy(0, rows, torch.maximum(state.floor[rows], here.value[rows] - bound))
 
     def _judge(self, problem: Projection, after: DenseState, there: Point, left: Float[Tensor, " B"]) -> None:
-        """Set ``gap``, ``certified``, ``done``, ``status`` of ``after`` in place; ``left`` is the estimated gap in
-        nats.
-        """
+        """Set ``gap``, ``certified``, ``done`` and ``status`` of ``after`` in place; ``left`` is the gap's estimate."""
         # Rounding can spoil a bound: where f falls far below it, it is none.
         after.floor = torch.where(after.value < after.floor - problem.tol, -torch.inf, after.floor)
         rounding = problem.rounding(there.p, there.r, after.z, after.nu)
@@ -232,7 +229,7 @@ def _least(
 def _derivatives(
     problem: Projection, at: Point, columns: Float[Tensor, "B n c v"]
 ) -> tuple[Float[Tensor, "B k k"], Float[Tensor, "B k"]]:
-    """Return f's Hessian and gradient in the coefficients of ``columns``, k = n c of them ordered by member, in fp64."""
+    """Return f's Hessian and gradient in the coefficients of ``columns``, k = n c, ordered by member, in fp64."""
     B, n, c, v = columns.shape
     joint = (problem.alpha[:, None, None] * columns).view(B, n * c, v)
     weighted = joint * at.p[:, None]

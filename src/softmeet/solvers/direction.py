@@ -198,8 +198,7 @@ class Tail:
     _inverses: dict[tuple[float, ...], Tensor] = field(default_factory=dict)
 
     def inverse(self, problem: Projection) -> Float[Tensor, "D D"]:
-        """Return the inverse of the tail's Hessian for the trusts of ``problem``, (D, D), fp32; computed once per
-        trusts.
+        """Return the inverse of the tail's Hessian for the problem's trusts, (D, D), fp32; computed once per trusts.
 
         It is that of one unit of mass of p and of every r_i: diag(α) C diag(α) + blockdiag(α_i γ_i C_ii), C the
         covariance.

@@ -91,9 +91,7 @@ class Factored:
 
     @classmethod
     def of(cls, M: Float[Tensor, "m m"]) -> Factored | None:
-        """Factor ``M`` plus a ridge, the smallest that works of 1e-15, 1e-14, … of its scaled diagonal; None if 1e-5
-        fails.
-        """
+        """Factor ``M`` plus a ridge: the smallest that works of 1e-15, 1e-14, … of its scaled diagonal, or None."""
         scale = M.diagonal().clamp_min(torch.finfo(M.dtype).tiny).rsqrt()
         unit = scale[:, None] * M * scale
         ridge = 1e-15

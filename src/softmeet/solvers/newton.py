@@ -53,9 +53,7 @@ class DualNewton(Solver[NewtonState]):
         return NewtonState(**fields, slack=torch.zeros_like(fields["value"]))
 
     def rows_at_once(self, problem: Projection) -> int:
-        """Return how many rows have room for their Hessians in memory and, on a processor, for their vectors in its
-        cache.
-        """
+        """Return how many rows have room for Hessians in memory and, on a processor, for their vectors in its cache."""
         rows, place = held(len(problem.scale) ** 2), problem.log_p.device
         if place.type == "cpu":
             rows = min(rows, cached(problem.log_p.shape[1:].numel(), place, _FEWEST))
@@ -207,8 +205,7 @@ def _longer(
 
 
 def _safe_step(problem: Projection, y: Float[Tensor, "B n v"]) -> Float[Tensor, " B"]:
-    """Return log(1 + d) / d, d the range of the tilts: a step length that lowers f, a generalised self-concordant
-    function.
+    """Return log(1 + d) / d, d the range of the tilts: a step length at which a generalised self-concordant f falls.
 
     It is needed if every distribution is one-hot (Sun and Tran-Dinh, Math. Program. 178, 2019, eq. 23 with ν = 2).
     """

@@ -153,9 +153,7 @@ class Projection:
         return log_normalize(self.log_q + self.tilt(z))
 
     def corrected(self, z: Float[Tensor, "B n v"]) -> Float[Tensor, "B n v"]:
-        """Return the corrected members log r_i = log p̂_i - γ_i z_i, normalised, (B, n, v), in nats, at the scores
-        ``z``.
-        """
+        """Return the corrected members at the scores ``z``: log r_i = log p̂_i - γ_i z_i, normalised, in nats."""
         return log_normalize(self.log_p - self.gamma[:, None] * z)
 
     def dual(self, z: Float[Tensor, "B n v"]) -> Float[Tensor, " B"]:

@@ -7,9 +7,10 @@ bounds alone. "pair": rows shaped after a pretrained pair (v = 32,768, two heads
 memory and loops: halved or doubled they change neither figure.
 """
 
-# The full Hessian is used up to this many multiplications v D² per row and step, as it costs less than dense steps up to
-# there: at any tolerance, and at one below ``FINE``, at which dense steps take many (benchmarks/solver.py). Up to the
-# third number, rows that dense steps leave NOT_CONVERGED are solved again with it, at a few seconds a step.
+# The full Hessian is used up to ``HESSIAN`` multiplications v D² per row and step, the most at which it costs less than
+# dense steps (benchmarks/solver.py); for a tolerance below ``FINE``, at which those take many, up to
+# ``HESSIAN_WHERE_FINE``. Up to ``HESSIAN_AS_RESCUE`` rows that dense steps leave NOT_CONVERGED are solved again with
+# it, at seconds per step.
 HESSIAN, HESSIAN_WHERE_FINE, HESSIAN_AS_RESCUE = 2**27, 2**32, 2**38
 FINE = 1e-5
 # A row whose estimated gap is more than this multiple of the tolerance is not bounded by the full Hessian: no bound
@@ -21,14 +22,14 @@ HEAVY, HEAVY_PER_COLUMN, HEAVY_PER_COLUMN_FOR_BOUNDS = 256, 5 / 12, 5 / 6
 # From the third step on heavy tokens double with each step, up to a share of the vocabulary (wide: 16.5 and 8.6, 14.7
 # and 8.9) and an absolute number (pair: 11.7 and 5.0, 11.4 and 5.0).
 HEAVY_SHARE, HEAVY_AT_MOST = 1 / 4, 2048
-# The fewest tokens drawn for the tail's curvature (pair: 11.6 and 5.5, 10.3 and 4.8; the cost is one per set of heads).
+# The fewest tokens drawn for the tail's curvature (pair: 11.6 and 5.5, 10.3 and 4.8; every new set of heads pays).
 TAIL = 8192
 # The share of the residual at which conjugate gradients for a direction stop (wide: 14.4 and 8.8, 14.4 and 9.9), and
 # how many masses their preconditioner has exactly (wide: 14.4 and 9.6, 14.4 and 8.8).
 CONJUGATE_REDUCTION, PRECONDITIONED = 0.1, 96
-# The estimated gap after a step is at least this share of that before it (wide: 14.4 and 6.5, 14.4 and 10.5); if f falls
-# by more than this multiple of the estimated gap, the estimate is replaced by the fall (wide: 14.4 and 11.9, 14.4 and
-# 7.7). On peaked rows estimates are poor, and smaller shares or larger multiples would end rows too early.
+# The estimated gap after a step is at least ``LEFT`` times that before (wide: 14.4 and 6.5, 14.4 and 10.5); if f falls by
+# more than ``FORETOLD`` times the estimate, the fall takes its place (wide: 14.4 and 11.9, 14.4 and 7.7). On peaked rows
+# estimates are poor, and a smaller ``LEFT`` or a larger ``FORETOLD`` would end rows too early.
 LEFT, FORETOLD = 0.25, 2.0
 # The ratio of a bound on the gap to its estimate that is assumed before a first bound is known (pair: 12.4, 10.7; wide:
 # 15.4, 14.0), and the largest ratio that is taken from a known bound (pair: 11.2, 11.3; wide: 14.4, 14.7).
