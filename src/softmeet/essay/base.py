@@ -106,7 +106,7 @@ class ExactRule(Rule):
     def proved(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
         """Return :meth:`bounds`, corrected in two cases.
 
-        If ``p`` is not a distribution over the tokens that may be answered, the lower bound is -inf. If at most one
+        If ``p`` is not a distribution over the tokens that may have mass, the lower bound is -inf. If at most one
         distribution has the members' moments and ``p`` has them, both bounds are the value at ``p``.
         """
         found = self.bounds(row, p, y)
@@ -136,7 +136,7 @@ class ExactRule(Rule):
     def solve(self, problem: Problem) -> Answer:
         """Solve a batch row by row.
 
-        INFEASIBLE rows, and rows in which neither a distribution of C nor a proof that C is empty was found, keep what
+        INFEASIBLE rows, and rows in which neither a distribution of C nor a proof that C is empty was found, keep the
         the search for the pool's I-projection gave, unless the rule ``always_answers``.
         """
         seeks = self.constrained(problem) or self.always_answers

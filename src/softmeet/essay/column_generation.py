@@ -20,14 +20,14 @@ from torch import Tensor
 from softmeet.essay.interior import Program, interior_point
 from softmeet.essay.matrices import MomentMatrix, dense_matrix, stacked
 
-# MomentMatrix to begin with, per constraint, and the fewest that are worth a choice.
+# The size of the first working set, in tokens: per constraint, and at least.
 _PER_CONSTRAINT = 4
 _FEWEST = 2048
 _ROUNDS = 60
-# The share of the tokens that enter for which others leave, and how many per constraint stay.
+# How many tokens leave, as a share of those that enter, and how many per constraint stay at least.
 _LEAVING, _STAYING = 0.9, 2
-# Masses below their own reduced cost are zeros that an interior point only approaches; so much is cut in all, at most,
-# of their sum and of what they bring to the multipliers' moments.
+# Masses below their own reduced cost are zeros that an interior point only approaches. They are set to zero up to this
+# sum, each weighted by its effect on the moments.
 _ZERO = 1e-9
 
 
@@ -129,7 +129,7 @@ def _more(
 ) -> Bool[Tensor, " v"] | None:
     """Return the next working set, or None if no token would lower the optimum.
 
-    The tokens of least reduced cost enter, at most half as many as the set has, or 64; nearly as many leave, those of
+    The tokens of least reduced cost enter, at most half as many as the set has, or 64; nearly as many leave, the tokens of
     largest reduced cost, as long as enough stay for an optimum. If None, the remaining gap is the interior-point
     method's own.
     """

@@ -1,6 +1,4 @@
-"""The common part of the essay's linear and quadratic programs: a test whether they choose anything, and their
-solution.
-"""
+"""The base of the essay's linear and quadratic programs: a test whether they choose anything, and their solution."""
 
 from __future__ import annotations
 
@@ -65,9 +63,7 @@ class CrossEntropyRule(ExactRule):
 
     @abstractmethod
     def gradient(self, row: FeasibleSet, p: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
-        """Return the objective's gradient at ``p``, (v,), without the slack's term; 0 for tokens that may not be
-        answered.
-        """
+        """Return the objective's gradient at ``p``, (v,), without slack's term; 0 for tokens not to be answered."""
 
     @abstractmethod
     def optimum(self, row: FeasibleSet, member: Float[Tensor, " v"] | None) -> Optimum:

@@ -19,7 +19,7 @@ from softmeet.heads import WhitenedHead
 from softmeet.rules.problem import Problem
 from softmeet.simplex import prob_mean
 
-# Principal directions of the heads together, below this share of the largest, are rounding.
+# Singular values of all heads together below this share of the largest are rounding.
 _JOINT_TOLERANCE = 1e-6
 # Singular values below this share of the largest count as zero when the rank of [1, A] is decided: their squares are
 # still far above the rounding of a Gram matrix.
@@ -75,7 +75,7 @@ class FeasibleSet:
 
     @cached_property
     def alive(self) -> Bool[Tensor, " v"]:
-        """The tokens that may be answered, a mask (v,): positive for every member, and inside the problem's support."""
+        """The tokens that may have mass, a mask (v,): positive for every member, and inside the problem's support."""
         shared = (~self.log_p.isneginf()).all(0)
         return shared if self.problem.support is None else shared & self.problem.support
 
@@ -105,8 +105,7 @@ class FeasibleSet:
 
     @cached_property
     def joint(self) -> Float[Tensor, "m r"]:
-        """A matrix T, (m, r): the columns of G T are orthonormal on the tokens alive, except the last, which is all
-        ones.
+        """A matrix T, (m, r): G T has orthonormal columns on the tokens alive, and as its last one the column of ones.
 
         Directions in which the heads agree to ``_JOINT_TOLERANCE`` count once, so r may be less than m: the difference
         of their moments is below ``MOMENT_TOLERANCE``, and would only make the system ill-conditioned.
@@ -162,13 +161,13 @@ class FeasibleSet:
 
     @cached_property
     def rank(self) -> int:
-        """The numerical rank of G on the tokens that may be answered."""
+        """The numerical rank of G on the tokens that may have mass."""
         values = self._spectrum[0]
         return int((values > values[-1] * _RANK_TOLERANCE**2).sum())
 
     @cached_property
     def unique(self) -> bool:
-        """Whether at most one p has given moments: the rank of G is the number of tokens that may be answered."""
+        """Whether at most one p has given moments: the rank of G is the number of tokens that may have mass."""
         size = int(self.alive.sum())
         return len(self.target) >= size and self.rank >= size
 
@@ -199,7 +198,7 @@ class FeasibleSet:
     def range_of(self, cost: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> tuple[float, float]:
         """Return (lower, upper) bounds on Σ_j cost_j p_j over every p in the feasible set, valid for any multipliers y.
 
-        They are the least and the largest entry of ``cost`` - :meth:`scores` (y) on the tokens that may be answered.
+        They are the least and the largest entry of ``cost`` - :meth:`scores` (y) on the tokens that may have mass.
         """
         reduced = (cost - self.scores(y))[self.alive]
         return float(reduced.min()), float(reduced.max())

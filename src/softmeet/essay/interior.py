@@ -28,20 +28,20 @@ from torch import Tensor
 from softmeet.essay.matrices import MomentMatrix
 from softmeet.solvers.linalg import Factored
 
-# How far towards the boundary a step may go; where a barrier keeps x inside, farther than it should ever be.
+# The share of the way to the boundary that a step may go; with a barrier, which keeps x inside, much less is enough.
 _DAMPING, _INSIDE = 0.9995, 0.9
-# Relative to the sizes of what they are differences of.
+# Round-off: tolerances relative to the size of the moments and of the costs.
 _FEASIBLE = 1e-12
 _COMPLEMENTARY = 1e-11
 _STALLED, _PROGRESS = 12, 0.98
-# How often a step's moments are corrected, at most.
+# The most corrections of a step's moments.
 _REFINED = 2
 # Steps shorter than this are tried again towards the centre.
 _SHORT = 0.1
-# Corrections of a step at most, how much longer each would have it, the share of that which is worth another, and the
-# factor from their aim within which products are left alone.
+# The most centrality corrections of a step; by how much each aims to lengthen it; the share of that which it must reach
+# to be kept; products within this factor of their aim are left alone.
 _CORRECTIONS, _LONGER, _WORTH, _CLOSE = 3, 0.3, 0.1, 0.1
-# Steps without progress of the moments, which rounding may keep from their goal, once complementarity is nearly there.
+# The most steps without progress once complementarity is this small: rounding may keep moments from their goal.
 _ENOUGH, _NEARLY = 3, 1e-8
 
 
@@ -120,7 +120,7 @@ def interior_point(program: Program, max_steps: int = 100) -> Interior:
         if method.finished() or late or stalled == _STALLED or not method.advance():
             break
         found = method.report(step)
-        # Complementarity may rise by orders of magnitude while the moments come right, and has to fall from there.
+        # Complementarity may rise by orders of magnitude while the moments improve; its progress counts from there.
         nearer = found.residual > _FEASIBLE * method.scale and found.residual < _PROGRESS * residual
         too_large = complementarity > _COMPLEMENTARY * method.cost_scale
         better = nearer or (too_large and found.complementarity < _PROGRESS * complementarity)
@@ -139,8 +139,8 @@ class _Method:
         self.x = program.start.clone()
         c = torch.zeros_like(self.x) if program.barrier is None else program.barrier
         self.c = c
-        # Soft constraints start with the multipliers of their own excess, and the constraint on the sum lifts every
-        # reduced cost above zero: the start is dual feasible, and of the right size.
+        # Soft constraints start with the multipliers that their excess implies, and that of the sum makes every reduced
+        # cost positive: the start is dual feasible, and of the right size.
         soft = program.softness > 0
         excess = self.G.sums(self.x) - program.target
         self.y = torch.where(soft, -excess / program.softness.clamp_min(torch.finfo(excess.dtype).tiny), 0.0)
@@ -209,14 +209,14 @@ class _Method:
             return False
         step, length = self._more_central(solve, theta, dual, sigma * mu, second, step)
         if min(length) < _SHORT:
-            # Where the predictor cannot be taken far, its second order is not to be corrected in full.
+            # If the predictor can be followed only a little, only a part of its second-order change is corrected.
             second = self._second_order(affine, min(1.0, reach[0] * reach[1]))
             careful = self._direction(solve, theta, dual, sigma * mu, second)
             careful, further = self._more_central(solve, theta, dual, sigma * mu, second, careful)
             if min(further) > min(length):
                 step, length = careful, further
         if min(length) < _SHORT:
-            # Products x z that are far apart block the way: a step that only evens them out.
+            # Very unequal products x z make steps short: this step only evens them out.
             centred = self._direction(solve, theta, dual, mu, None)
             if min(self._longest(centred)) > min(length):
                 step, length = centred, self._longest(centred)

@@ -17,7 +17,7 @@ from softmeet.essay.matrices import MomentMatrix, mapped
 from softmeet.essay.points import entropic_projection, least_squares_point, proves_empty
 from softmeet.rules.problem import Problem
 
-# Relative to their spread, scores this close to the least are on the face of nearest points.
+# Tokens whose scores are within this share of their spread from the least may have mass at a nearest point.
 _FACE = 1e-8
 _REPAIRS = 20
 

@@ -19,11 +19,11 @@ from torch.nn.functional import pad
 from softmeet.heads import WhitenedHead
 from softmeet.solvers.linalg import gram
 
-# Elements of a matrix that is held rather than read again: 512 MiB in fp64.
+# The most elements of a matrix that is kept in memory: 512 MiB in fp64.
 _HELD = 1 << 26
-# The share of a Gram matrix's trace that rounding hides.
+# A share of a Gram matrix's trace that is below its rounding.
 _LOST = 1e-18
-# Rows of a block of a Gram matrix: what stays in a core's cache.
+# Rows that are read at once: a block that a core's cache holds.
 _ROWS = 4096
 
 
@@ -141,7 +141,7 @@ def mapped(base: MomentMatrix, T: Float[Tensor, "m k"]) -> MomentMatrix:
 
 
 def subset(base: MomentMatrix, variables: Int[Tensor, " k"], N: int) -> MomentMatrix:
-    """Return the matrix of some rows of ``base``: a copy in memory if that is small and saves time, else a view.
+    """Select rows of the matrix ``base``: by a copy in memory if that is small and cheaper, else through ``base``.
 
     Args:
         base: the matrix, (N, m).

@@ -30,12 +30,12 @@ EXACT = 1e-12
 
 
 class MaxEntropy(Meet):
-    """The rule that minimises KL(p‖q) over the feasible set C, W_iᵀ p = W_iᵀ p̂_i for all i: the I-projection of the
-    pool q.
+    """The rule that minimises KL(p‖q) over p with every member's moments: the I-projection of the pool q.
 
     Without bias and soft-cap, and from the logit mean with any weights, this is the distribution of maximum entropy in
-    C. C is often empty for real models; then the status is INFEASIBLE, proved by a Farkas vector. If the rank of [1,
-    W_1 | … | W_n] is the number of tokens, at most one distribution has the moments, and it is found by linear algebra.
+    the feasible set C = { p : W_iᵀ p = W_iᵀ p̂_i for all i }. C is often empty for real models; then the status is
+    INFEASIBLE, proved by a Farkas vector. If the rank of [1, W_1 | … | W_n] is the number of tokens, at most one
+    distribution has the moments, and it is found by linear algebra.
     """
 
     name = "max-entropy"
@@ -76,9 +76,7 @@ class MaxEntropy(Meet):
         return answer
 
     def verify(self, problem: Problem, answer: Answer) -> Recomputed:
-        """Evaluate the stored dual point again, as ``meet`` does; if moments leave no choice, check only whether they
-        hold.
-        """
+        """Evaluate the stored dual point again, as ``meet`` does, or check the moments if they allow one p only."""
         found = super().verify(problem, answer)
         for k, row in enumerate(FeasibleSet.of(problem)):
             if may_be_unique(row.problem) and row.unique and moments_hold(row, answer.log_probs[k].exp()):
@@ -151,7 +149,7 @@ def _settle(answer: Answer, k: int, row: FeasibleSet, any_member: bool) -> None:
         gap = exact_gap(row, log_p, tuple(lam[0] for lam in dual))
         answer.steps[k] += steps
         if gap > row.problem.tol:
-            # On the boundary multipliers have no end, and where Newton's ray was left is no place to answer from.
+            # On the boundary multipliers grow without bound, and the point where Newton's method stopped means nothing.
             holds = moments_hold(row, p)
             answer.log_probs[k] = p.log() if holds else row.log_q
             answer.status[k] = Status.OPTIMAL if holds and any_member else Status.NOT_CONVERGED

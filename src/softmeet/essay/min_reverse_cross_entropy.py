@@ -21,7 +21,7 @@ class MinReverseCrossEntropy(ExactRule):
     p_j = p̄_j / (1 + λᵀ(g_j - g)), where λ maximises Σ p̄_j log(1 + λᵀ(g_j - g)), g_j being token j's moments and g the
     members' (Owen, *Empirical likelihood*, 2001, §2.9). With z_j = 1 + λᵀ(g_j - g) > 0 for every token the conditions
     are p_j z_j = p̄_j: those of a logarithmic barrier with weights p̄, so an interior-point method keeps z positive
-    however small p̄_j is. p̄ is renormalised over the tokens that may be answered. If C has no point that is positive
+    however small p̄_j is. p̄ is renormalised over the tokens that may have mass. If C has no point that is positive
     on them, the objective is infinite: the row is NOT_CONVERGED, and the answer is the I-projection of the pool.
     """
 

@@ -67,9 +67,7 @@ class MinSquaredCrossEntropy(CrossEntropyRule):
         return float(sum(w * x**2 for w, x in zip(row.problem.weights.tolist(), largest, strict=True)))
 
     def bounds(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
-        """Bound the objective over C by linear duality for its tangent at ``p``, which the convex objective never falls
-        below.
-        """
+        """Bound the convex objective over C, from below by linear duality for its tangent at ``p``."""
         _, sums = self._sums(row, p)
         value = float((row.problem.weights * sums.square()).sum())
         low, _ = row.range_of(self.gradient(row, p), y)

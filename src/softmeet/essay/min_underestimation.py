@@ -14,11 +14,11 @@ from softmeet.essay.matrices import stacked, subset
 # A mass this close to one of its bounds, relative to their distance, is at it.
 _AT_BOUND = 1e-5
 _FACE_MOMENTS = 1e-9
-# Nats: tokens that some member makes lighter than the others by so much get no mass; their bounds would underflow.
+# Tokens whose min_i p̂_ij is lower than the largest by this many nats get no mass: their bounds would underflow.
 _LIGHTEST = 600.0
 # Sums of masses that differ by less than this share are the same.
 _SAME = 1e-9
-# How often the masses that are at no bound are guessed.
+# The most guesses of the set of masses that are at no bound.
 _GUESSES = 8
 
 
@@ -58,7 +58,7 @@ class MinUnderestimation(ExactRule):
         found = interior_point(program, row.problem.settings.max_steps)
         x = torch.zeros_like(floor).index_copy(0, ids, found.x[:-1])
         vertex = _basic(row, x, torch.zeros_like(floor).index_copy(0, ids, upper))
-        # What x has of the objective beyond the optimum, for moments that are not quite met.
+        # By how much Σx may exceed the optimum because its moments are not exact.
         excess = float(found.y.norm()) * found.residual + _SAME * float(x.sum())
         x = vertex if float(vertex.sum()) >= float(x.sum()) - excess else x
         size = float(target @ found.y)
@@ -106,7 +106,7 @@ def _basic(row: FeasibleSet, x: Float[Tensor, " v"], upper: Float[Tensor, " v"])
         outside = (masses < -rounding) | (masses > upper[free] + rounding)
         if not outside.any():
             return found.index_copy(0, free, masses.clamp(torch.zeros_like(masses), upper[free]))
-        # Those are at a bound after all, and the next take their places.
+        # Those masses are at a bound after all; the next candidates take their places.
         at = at.index_copy(0, free[outside], torch.where(masses > 0, upper[free], 0.0)[outside])
         new, rest = rest.tensor_split([int(outside.sum())])
         free = torch.cat([free[~outside], new])

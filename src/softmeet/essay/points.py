@@ -19,7 +19,7 @@ from softmeet.simplex import kl
 from softmeet.solvers.linalg import Factored
 from softmeet.solvers.projection import MOMENT_TOLERANCE, SEPARATED
 
-# The Frank-Wolfe gap at which the nearest p is found, of a squared distance in whitened coordinates: round-off there.
+# The Frank-Wolfe gap to which the nearest p is found: round-off of a squared distance in whitened coordinates.
 _FRANK_WOLFE_TOLERANCE = 1e-12
 # Probabilities below zero by this much are rounding, of moments that are themselves rounded.
 _NEGATIVE = 1e-9
@@ -29,7 +29,7 @@ def least_squares_point(row: FeasibleSet, columns: MomentMatrix, target: Float[T
     """Find a p in the simplex that minimises |Gᵀp - g|².
 
     Args:
-        row: the row's feasible set, for its tokens that may be answered and its settings.
+        row: the row's feasible set, for its tokens that may have mass and its settings.
         columns: G; its last column is all ones.
         target: g.
     """
@@ -91,7 +91,7 @@ def entropic_projection(
     ids = tokens.nonzero().squeeze(-1)
     columns, target = row.system[0], target @ row.joint
     columns = columns if len(ids) == len(tokens) else subset(columns, ids, len(tokens))
-    # A reference that underflows keeps its place, at no cost that could be measured.
+    # A reference that underflows is lifted to this mass, which is too small to matter.
     start = reference[ids].clamp_min(torch.finfo(reference.dtype).eps ** 2)
     nothing = torch.zeros_like(start)
     program = Program(columns, target, nothing, torch.zeros_like(target), start, len(target) - 1, reference=start)

@@ -54,7 +54,7 @@ def _eliminated(x: Float[Tensor, " k"], null: Float[Tensor, "k r"]) -> Float[Ten
         k = int(ratios.argmin())
         x = (x - ratios[k] * n).clamp_min(0.0)
         x[k] = 0.0
-        # The other directions must leave token k alone.
+        # The other directions may not change the mass of token k.
         null = null[:, 1:] - torch.outer(n, null[k, 1:] / n[k])
         null[k] = 0.0
     return x

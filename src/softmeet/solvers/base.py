@@ -44,10 +44,10 @@ class Status(IntEnum):
 class StoppedBy(IntEnum):
     """The reason why the work on one row ended. p° is the exact optimum, ``tol`` the tolerance in nats.
 
-    ``GAP``: the rule's own test; its answer p has a gap, which bounds KL(p°‖p), of at most ``tol`` (an estimated gap if
-    it is not certified), or the row is proved to be infeasible. ``POOL``: the pool q was proved to have KL(q‖p°) ≤
-    ``tol`` and is the answer. ``GATE``: a gate was closed, and the gate's own choice is the answer. ``BUDGET``: the
-    steps ended, or made no more progress, before ``tol`` was reached.
+    ``GAP``: the solver's own test. Its answer p has a gap, which bounds KL(p°‖p), of at most ``tol`` (an estimate of
+    the gap if it is not certified), or the row is proved infeasible. ``POOL``: the pool q is proved to have KL(q‖p°) ≤
+    ``tol``, and is the answer. ``GATE``: a gate was closed, and the answer is the one that the gate names in the rule's
+    place. ``BUDGET``: the steps ended, or made no more progress, before ``tol`` was reached.
     """
 
     GAP = 0
@@ -76,7 +76,7 @@ class State(Batched):
 
     Attributes:
         done: (B,), rows that need no further step.
-        status: (B,), int64, a :class:`Status` each; of rows that are done.
+        status: (B,), int64, a :class:`Status` for each row; it counts once the row is done.
         gap: (B,), nats: how far the current answer can be from its optimum; an estimate unless ``certified``.
         certified: (B,), rows whose ``gap`` is proved.
         steps: (B,), int64, the steps taken.
@@ -97,7 +97,7 @@ S = TypeVar("S", bound=State)
 class Solver(ABC, Generic[S]):
     """A batched iterative method for relaxed I-projections (:class:`~softmeet.solvers.projection.Projection`).
 
-    Subclasses give the first state and one step; :func:`iterate` repeats the step until every row has ended.
+    Subclasses define the first state and one step; :func:`iterate` repeats the step until every row has ended.
     """
 
     @abstractmethod
@@ -132,7 +132,7 @@ def iterate(solver: Solver[S], problem: Projection, max_steps: int) -> S:
         active, part = (state, problem) if whole else (state.take(rows), problem.take(rows))
         for _ in range(max_steps):
             active = solver.step(part, active)
-            # Rows are taken out only when some finish: what they carry may be large.
+            # The batch is copied only when rows finish: their tensors may be large.
             if active.done.all():
                 break
             if active.done.any():

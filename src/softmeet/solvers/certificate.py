@@ -37,12 +37,12 @@ from softmeet.solvers.projection import Projection
 # A change smaller than this share of all mass is below the rounding of the sums that it enters.
 _NEGLIGIBLE = 1e-17
 _ROUNDS = 8
-# Where the series of φ is used, and the last power in it: its relative error there, and that of the closed form beyond,
-# are far below what a bound needs.
+# The series of φ is used below the first number, up to the power that is the second: its relative error there, and that
+# of the closed form above, are far below the accuracy that a bound needs.
 _SERIES = {torch.float32: (0.1, 8), torch.float64: (1e-3, 5)}
-# Systems of a repair, for tokens that reach 0, and refinements of one.
+# The most systems of one repair, a new one each time that tokens reach 0, and solutions of each system.
 _REPAIRS, _REFINED = 4, 2
-# What rounding leaves of a gradient, as a share of it, past which a bound is none.
+# A Newton system's residual above this share of the gradient makes a bound void.
 _SOLVED = 1e-4
 
 
@@ -68,9 +68,9 @@ def phi(x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
 def gap_bound(
     problem: Projection, p: Float[Tensor, "B v"], r: Float[Tensor, "B n v"], change: Float[Tensor, "B n v"]
 ) -> tuple[Float[Tensor, " B"], Bool[Tensor, " B"]]:
-    """Bound the gap of every row, in nats, by a direction that solves the Newton system H s = ∇f.
+    """Bound the gap of every row, in nats, by a direction that solves the Newton system of the dual function, H s = ∇f.
 
-    No head is read. Symbols and the bound are in the module docstring.
+    No head is read. The bound is the first one in the module docstring.
 
     Args:
         problem: the batch of relaxed I-projections.
@@ -105,14 +105,14 @@ def restricted_gap_bound(
 ) -> float:
     """Bound the gap of one row, in nats, by changing the probabilities of a few tokens only; inf if no bound is found.
 
-    It reads the heads' rows of those tokens and solves a Newton system on them, with tokens that would get negative
-    probability set to 0 (see the module docstring).
+    The changes solve a Newton system restricted to those tokens, whose rows of the heads are read; tokens that would
+    get negative probability get 0. The module docstring has the bound.
 
     Args:
         problem: the batch of relaxed I-projections.
         row: the index of the row in that batch.
         p, r: the answer and the corrected members at the row's dual point, as probabilities.
-        gradient: ∇f there, (D,), with the blocks α_i Q_iᵀ(p - r_i).
+        gradient: the gradient of the dual function there, (D,), with the blocks α_i Q_iᵀ(p - r_i), α_i = min(1, ρ_i).
         limit: how many tokens may change: the heaviest by p + Σ ρ_i r_i, over finite trusts.
     """
     p, r, gradient, price = p.double(), r.double(), gradient.double(), problem.price.double()
@@ -121,7 +121,7 @@ def restricted_gap_bound(
     rows = [h.take(one).gather(tokens[None])[0].double() for h in problem.heads]
     joint = torch.cat([alpha * a for a, alpha in zip(rows, problem.alpha.tolist(), strict=True)], dim=-1)
     p, r = p[tokens], r[:, tokens]
-    # One layer per distribution that may change: its mass, rows, price, place in s, and what is left of it.
+    # One layer for each distribution that may change, with its masses, rows, price and place in s.
     layers = [_Share(p, joint, 1.0, slice(0, joint.shape[1]))]
     for i, a in enumerate(rows):
         if price[i] > 0:
@@ -156,11 +156,13 @@ def residual_slack(
 ) -> Float[Tensor, "*b"]:
     """Estimate by how much a bound on the gap may be too low because H s = g holds only up to a residual e; nats.
 
-    A residual moves the bound by at most |e·(λ - λ*)|, λ* the optimum, which is taken as 4 |e| |s|.
+    A residual moves the bound by at most |e·(ν - ν*)|, ν - ν* the distance of the dual point from the optimum; that is
+    taken as 4 |e| |s|.
 
     Args:
         H, s, g: the Newton system and its approximate solution.
-        gradient: ∇f. If |e| is more than 1e-4 of its length, inf is returned: the bound proves nothing.
+        gradient: the gradient of the dual function. If |e| is more than 1e-4 of its length, inf is returned: the bound
+            proves nothing.
     """
     e = ((H @ s[..., None]).squeeze(-1) - g).norm(dim=-1)
     return torch.where(e <= _SOLVED * gradient.norm(dim=-1), 4 * e * s.norm(dim=-1), math.inf)
@@ -173,16 +175,17 @@ def repaired_gap_bound(
     y: Float[Tensor, "B n v"],
     sizes: tuple[Float[Tensor, " B"], Float[Tensor, " B"]],
 ) -> Float[Tensor, " B"]:
-    """Bound the gap of every row, (B,), in nats, by a direction that only nearly solves the Newton system.
+    """Bound the gap of every row, (B,), in nats, by a direction that only nearly solves the Newton system; inf if none
+    is found.
 
-    Trusts must be finite. Every head is read once. Rows for which no bound is found get inf. The bound is the last one
-    in the module docstring.
+    All trusts must be finite. Every head is read once. The bound is the last one in the module docstring: the part of
+    the moments that the direction leaves unequal is made up by changing each r_i on its heaviest tokens.
 
     Args:
         problem: the batch of relaxed I-projections.
         p, r: the answer and the corrected members at the current dual point, as probabilities.
-        y: the scores of a direction in which the dual f falls.
-        sizes: (the length of ∇f at the point, the length of the direction), (B,) each.
+        y: the scores of a direction in which the dual function falls.
+        sizes: (the length of the dual's gradient at the point, the length of the direction), (B,) each.
     """
     x, own = _changed(p, problem.tilt(y)), _changed(r, -problem.gamma[:, None] * y)
     gradient, length = sizes
@@ -200,7 +203,7 @@ def repaired_gap_bound(
             whole[rows] = whole[rows].scatter_add(-1, ids, w.to(whole))
             left[rows] = problem.alpha[i] * rest.to(left)
         cost = problem.price[i] * (r[:, i] * phi(whole.clamp_min(-1))).sum(-1)
-        # What is not taken up moves the bound by at most its product with the way to the optimum.
+        # The unrepaired part of the moments moves the bound by at most its product with the distance to the optimum.
         bound = bound + torch.where(left <= _SOLVED * gradient, cost + 4 * left * length, torch.inf)
     return bound
 
@@ -247,7 +250,7 @@ def _taken_up(
         wrong, free = wrong | (failed != 0), free & (w > lowest)
         if not some((left.norm(dim=-1) > _SOLVED * e.norm(dim=-1)) & ~wrong):
             break
-    # Mass that was lost or won would move the moments by as much of the mean.
+    # An error of the total mass would move the moments by that much of their mean.
     rest = left.norm(dim=-1) + (lost.abs() * mean[:, 0].norm(dim=-1, keepdim=True))[:, 0]
     wrong |= ~rest.isfinite()
     return torch.where(wrong[:, None], 0.0, w), torch.where(wrong, torch.inf, rest)

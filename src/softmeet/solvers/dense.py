@@ -25,17 +25,17 @@ from softmeet.solvers.dual import DualState, end_by_pool, end_by_proof, pool_is_
 from softmeet.solvers.linalg import backtrack, held, some
 from softmeet.solvers.projection import Point, Projection
 
-# A bound on the gap is worth a system of all members' columns once the estimate is this share of ``tol``.
+# A restricted bound needs a system of all D columns: it is tried once the estimated gap is this share of ``tol``.
 _TINY = 0.1
-# Newton steps of the coefficients of a step's directions, and how often one is shortened until f falls.
+# The most Newton steps for the coefficients of a step's directions, and the most times that one is shortened.
 _COEFFICIENT_STEPS, _SHORTENED = 6, 12
-# Newton's method on them ends where it promises less than this share of what was gained before.
+# That Newton's method ends once its next step promises less than this share of the fall of f so far.
 _ENOUGH = 0.02
 # Steps without progress after which a row gives up.
 _PATIENCE = 2
-# The tolerance, per unit of price, that vectors in single precision can tell, and the share of it that they aim at.
+# The least tolerance, per unit of trust, for vectors in single precision, and the share of ``tol`` that they aim at.
 _SINGLE, _KEPT = 5e-5, 0.98
-# Added to the diagonal of the coefficients' Hessian, in its own rounding: directions may be all but one.
+# Added to the diagonal of the coefficients' Hessian, in units of its rounding: directions may be nearly the same.
 _RIDGE, _LEAST = 16.0, 1e-30
 
 
@@ -44,10 +44,10 @@ class DenseState(DualState):
     """A :class:`DualState` with further fields for dense steps.
 
     Attributes:
-        floor: a proved lower bound on min f, (B,), in nats.
-        looseness: the last bound on the gap divided by the gap's estimate, (B,).
-        moved, step: the last step, as scores (B, n, v) and in ν (B, D).
-        stalls: how many steps in a row f did not fall, (B,).
+        floor: a proved lower bound on the minimum of the dual function, (B,), in nats.
+        looseness: the last bound on the gap divided by the gap's estimate at the same point, (B,).
+        moved, step: the last step, as scores (B, n, v) and in dual variables (B, D).
+        stalls: for how many steps in a row the dual function did not fall, (B,).
     """
 
     floor: Float[Tensor, " B"]
@@ -59,7 +59,10 @@ class DenseState(DualState):
 
 @dataclass(frozen=True)
 class DenseNewton(Solver[DenseState]):
-    """Newton's method in few dense steps; the module docstring describes a step.
+    """Newton's method on the dual function by dense steps, which never form the Hessian of all heads.
+
+    A step reads the gradient, finds a direction from heavy tokens, and minimises exactly over it and the last step,
+    each split by member; the module docstring has the details.
 
     Args:
         certify: whether a row must have a proved bound on its gap to be done; if False, an estimate is enough.
@@ -68,7 +71,7 @@ class DenseNewton(Solver[DenseState]):
     certify: bool = True
 
     def init(self, problem: Projection) -> DenseState:
-        """Return the state at the pool, ν = 0, before any head is read."""
+        """Return the state at the pool, ν = 0, at which no head has been read."""
         pool = start(problem)
         pool["certified"] &= pool["done"] | self.certify
         return DenseState(
@@ -81,11 +84,11 @@ class DenseNewton(Solver[DenseState]):
         )
 
     def rows_at_once(self, problem: Projection) -> int:
-        """Return for how many rows memory has room: a step keeps about sixteen vectors for each row and member."""
+        """Return how many rows memory has room for: a step keeps about sixteen vectors for each row and member."""
         return held(problem.log_p.shape[1:].numel())
 
     def step(self, problem: Projection, state: DenseState) -> DenseState:
-        """Take one dense step of every row, and bound or estimate the gap at the new point."""
+        """Take one dense step of every row, and bound or estimate the gap at the new point; return the new state."""
         reads, first = problem.passes(), not state.steps.any()
         here = Point.at(problem, state.z)
         estimate = self._aim(problem, state, here, first)
@@ -113,7 +116,7 @@ class DenseNewton(Solver[DenseState]):
         near = pool_is_near(problem, after)
         fall = state.value - there.value
         left = torch.maximum(estimate - fall, tuning.LEFT * estimate)
-        # Where f falls by far more than was foretold, an estimate is not to be believed.
+        # If f falls by far more than was estimated, the estimate was too low.
         left = torch.where(fall > tuning.FORETOLD * estimate, torch.maximum(left, fall), left)
         self._judge(problem, after, there, left)
         end_by_proof(problem, state, after)
@@ -145,7 +148,7 @@ class DenseNewton(Solver[DenseState]):
 
         The gap is bounded only in rows that the bound may end.
         """
-        # What is left of a bound once f has fallen is what the bound exceeded the gap by, and a share of the gap.
+        # After the step a bound consists of its excess over the gap and of the gap's remaining share.
         near = estimate * (state.looseness - 1 + tuning.LEFT) <= problem.tol
         if not self.certify or not some(near):
             return state.floor
@@ -163,7 +166,7 @@ class DenseNewton(Solver[DenseState]):
 
     def _judge(self, problem: Projection, after: DenseState, there: Point, left: Float[Tensor, " B"]) -> None:
         """Set ``gap``, ``certified``, ``done`` and ``status`` of ``after`` in place; ``left`` is the gap's estimate."""
-        # Rounding can spoil a bound: where f falls far below it, it is none.
+        # Rounding can make a bound wrong: f falling far below the floor shows that.
         after.floor = torch.where(after.value < after.floor - problem.tol, -torch.inf, after.floor)
         rounding = problem.rounding(there.p, there.r, after.z, after.nu)
         bound = (after.value - after.floor).clamp_min(0) + rounding
@@ -176,9 +179,11 @@ class DenseNewton(Solver[DenseState]):
 
 
 def dense(problem: Projection, max_steps: int, *, certify: bool = True) -> DenseState:
-    """Run :class:`DenseNewton` on every row, and evaluate the final point in fp64; return the final state.
+    """Solve every row by dense steps (:class:`DenseNewton`), and evaluate the final point in fp64; return the final
+    state.
 
-    Vectors over the vocabulary are fp32 if ``problem.tol`` is at least 5e-5 nats per unit of trust, else fp64.
+    During the steps vectors over the vocabulary are fp32 if ``problem.tol`` is at least 5e-5 nats per unit of trust,
+    else fp64.
 
     Args:
         problem: the batch of relaxed I-projections.
@@ -216,7 +221,7 @@ def _least(
     going = torch.ones_like(start.value, dtype=torch.bool)
     for _ in range(_COEFFICIENT_STEPS):
         H, g = _derivatives(problem, at, columns)
-        # A row that is done stays where it is, whatever others need.
+        # A row that has ended does not move, however many steps others take.
         step = torch.where(going[:, None], -torch.linalg.solve(H, g), 0.0).nan_to_num(0.0, 0.0, 0.0)
         promised = -0.5 * (g * step).sum(-1)
         a, at = _fallen(problem, columns, (a, at), start, step.view(B, n, c).to(a))

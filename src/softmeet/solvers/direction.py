@@ -26,10 +26,10 @@ from softmeet.solvers import tuning
 from softmeet.solvers.linalg import add_ridge, conjugate_gradients, held
 from softmeet.solvers.projection import Projection
 
-# Steps of conjugate gradients, at most.
+# The most steps of conjugate gradients.
 _STEPS = 64
-# Tokens drawn for each column, without which a covariance would be singular, and what is added to its diagonal, as a
-# share of its mean.
+# Tokens drawn per column of all heads, without which their covariance would be singular; the share of the mean of the
+# diagonal that is added to it.
 _PER_COLUMN, _RIDGE = 4, 1e-3
 # The least share of mass that a tail is taken to have.
 _LEAST = 1e-6
@@ -38,13 +38,14 @@ _LEAST = 1e-6
 def direction(
     problem: Projection, gradient: Float[Tensor, "B D"], p: Float[Tensor, "B v"], r: Float[Tensor, "B n v"], count: int
 ) -> Float[Tensor, "B D"]:
-    """Return a direction of ν in which the dual f falls, (B, D): approximately -H⁻¹∇f, H the Hessian.
+    """Return a direction of the dual variables in which the dual function f falls, (B, D): approximately -H⁻¹∇f.
 
-    It is found by conjugate gradients on :class:`Around`; rows in which that fails get -∇f.
+    H is f's Hessian; the direction is found by conjugate gradients on the model of it in :class:`Around`. Rows in which
+    that fails get -∇f.
 
     Args:
         problem: the batch of relaxed I-projections.
-        gradient: ∇f at the current point.
+        gradient: ∇f at the current point, (B, D).
         p, r: the answer and the corrected members there, as probabilities.
         count: how many heavy tokens have their curvature exactly, as :func:`heavy_tokens` gives it.
     """
@@ -55,7 +56,7 @@ def direction(
         here = problem.take(rows)
         x = Around(here, p[rows], r[rows], count).solve(-here.unwhitened(g), _STEPS, tuning.CONJUGATE_REDUCTION)
         x = here.whitened(x)
-        # Where it is no number, or f would rise along it, the gradient will do.
+        # If it is not finite, or f would rise along it, the negative gradient takes its place.
         falls = (x * g).sum(-1, keepdim=True) < 0
         found[rows] = torch.where(falls & x.isfinite().all(-1, keepdim=True), x, -g)
     return found
@@ -90,7 +91,7 @@ class Around:
 
     def __init__(self, problem: Projection, p: Float[Tensor, "b v"], r: Float[Tensor, "b n v"], count: int) -> None:
         self.problem, self.tail = problem, tail_of(problem)
-        # Infinite trusts have no price: there r does not change.
+        # The price of infinite trusts is 0: r_i cannot change there.
         weight = p + (problem.price[:, None] * r).sum(1)
         tokens: Int[Tensor, "b K"] = weight.topk(count, dim=-1).indices
         rows = [h.rows(tokens) for h in problem.heads]
@@ -121,7 +122,7 @@ class Around:
 
     def times(self, x: Float[Tensor, "b D"]) -> Float[Tensor, "b D"]:
         """Return H x for the directions ``x``, one for each row, without forming H."""
-        # As row vectors on the left, the only form that batched products of this shape are fast in.
+        # Row vectors on the left: batched products of this shape are fast in no other form.
         parts = zip(self.rows, self.places, strict=True)
         y = torch.cat([torch.bmm(x[:, None, here], rows.transpose(1, 2)) for rows, here in parts], dim=1)
         scaled = self.scale * x
@@ -130,7 +131,7 @@ class Around:
         centres = torch.stack([(self.own_mean[:, here] * x[:, here]).sum(-1) for here in self.places], dim=1)
         own = self.r * (y - centres[..., None])
         found = self._sums(joint[:, None] + self.gamma[:, None] * own)
-        # Deviations from a mean sum to 0 with those of light tokens, so the sums of the others tell theirs.
+        # Deviations from a mean sum to 0 over all tokens, so those of light tokens follow from those of heavy ones.
         found = found - joint.sum(-1, keepdim=True) * self.mean + self.of_p * (scaled @ self.covariance)
         lost = self._spread(self.gamma * own.sum(-1)) * self.mean
         light = torch.cat([x[:, here] @ C for here, C in zip(self.places, self.blocks, strict=True)], dim=-1)
@@ -186,10 +187,10 @@ class _Preconditioner:
 
 @dataclass(eq=False)
 class Tail:
-    """The curvature of tokens drawn evenly from the vocabulary, for n given heads side by side, D = Σ d_i columns.
+    """The curvature of an average token: moments of rows of n heads side by side, D columns, over tokens drawn evenly.
 
     Attributes:
-        mean: the mean of those tokens' rows of [W_1 - 1c_1ᵀ | … | W_n - 1c_nᵀ], fp32; c_i is the mean row of W_i.
+        mean: the mean of those tokens' rows of [W_1 - 1c_1ᵀ | … | W_n - 1c_nᵀ], fp32; c_i is the centre of head i.
         covariance: their covariance, fp32.
     """
 
@@ -200,8 +201,8 @@ class Tail:
     def inverse(self, problem: Projection) -> Float[Tensor, "D D"]:
         """Return the inverse of the tail's Hessian for the problem's trusts, (D, D), fp32; computed once per trusts.
 
-        It is that of one unit of mass of p and of every r_i: diag(α) C diag(α) + blockdiag(α_i γ_i C_ii), C the
-        covariance.
+        The Hessian is diag(α) C diag(α) + blockdiag(α_i γ_i C_ii) plus a small ridge, C the covariance, C_ii its block
+        of member i, α_i = min(1, ρ_i), γ_i = min(1, 1/ρ_i): that of one unit of mass of p and of every r_i.
         """
         if problem.trust not in self._inverses:
             F = torch.block_diag(*(h.whitening.factor for h in problem.heads))
@@ -210,14 +211,14 @@ class Tail:
             H = C * scale[:, None] * scale
             for here, alpha, gamma in zip(problem.places, problem.alpha.tolist(), problem.gamma.tolist(), strict=True):
                 H[here, here] += alpha * gamma * C[here, here]
-            # Evenly drawn tokens miss directions.
+            # The drawn tokens may have no component in some directions.
             add_ridge(H, _RIDGE)
             self._inverses[problem.trust] = (F @ torch.cholesky_solve(F.T, torch.linalg.cholesky(H))).float()
         return self._inverses[problem.trust]
 
 
 def tail_of(problem: Projection) -> Tail:
-    """Return the :class:`Tail` of a problem's heads, computed when first asked for and kept with the first head."""
+    """Return the :class:`Tail` of the heads of ``problem``, computed when first asked for and kept with the first head."""
     first = problem.heads[0].head
     key = tuple(h.whitening for h in problem.heads)
     for known, tail in first.tails:
@@ -230,6 +231,6 @@ def tail_of(problem: Projection) -> Tail:
     mean = X.mean(0)
     X -= mean
     tail = Tail(mean, X.T @ X / count)
-    # Views of one row each, as of free directions, would fill it.
+    # At most four are kept: views of one row each, which free directions make, would fill it.
     first.tails[:] = [*first.tails[-3:], (key, tail)]
     return tail

@@ -19,15 +19,17 @@ from softmeet.solvers.projection import Projection
 
 @dataclass
 class DualState(State):
-    """The current dual point of each row, and the direction of its next step.
+    """The current dual point ν of each row, and the direction of its step.
 
     Attributes:
         nu, z: the dual variables ν, (B, D), in whitened coordinates, and the scores z_i = Q_i ν_i, (B, n, v).
         value: the dual function f at ν, (B,), in nats.
         gradient: ∇f, (B, D), at the point at which the last direction was computed; 0 until then.
-        log_p, log_r: log-probabilities of the answer p and of the corrected members r_i at ν, in nats.
+        log_p, log_r: log-probabilities of the answer p, (B, v), and the corrected members r_i, (B, n, v), at ν, in
+            nats.
         direction: the direction of the last step in ν, (B, D); before the first step ``problem.start``, or 0.
-        ray: dual variables that prove the exact members to have no common distribution (a Farkas proof), (B, D), or 0.
+        ray: dual variables, (B, D), that are a Farkas proof: no distribution has the moments of all members of infinite
+            trust; 0 if none is known.
         free: Σ_i ρ_i KL(q‖p̂_i), (B,), in nats, q the pool; known without reading a head.
         by_pool: (B,), rows answered by q because KL(q‖p°) ≤ ``tol`` is proved, p° the optimum.
     """
@@ -49,9 +51,9 @@ class DualState(State):
 
     @property
     def pool_bound(self) -> Float[Tensor, " B"]:
-        """An upper bound on KL(q‖p°) from the pool q to the optimum p°, (B,), in nats: Σ_i ρ_i KL(q‖p̂_i) + f(ν).
+        """An upper bound on KL(q‖p°), q the pool and p° the optimum, (B,), in nats: Σ_i ρ_i KL(q‖p̂_i) + f(ν).
 
-        It holds at every ν, and falls with f (docs/mathematics.md, equation 5b).
+        It holds at every dual point ν, and falls with the dual function f (docs/mathematics.md, equation 5b).
         """
         return (self.free + self.value).clamp_min(0)
 
@@ -87,8 +89,8 @@ def start(problem: Projection) -> dict[str, Tensor]:
 def end_by_proof(problem: Projection, before: DualState, after: DualState) -> None:
     """End rows of ``after``, in place, as INFEASIBLE if a dual point proves that no p has the exact members' moments.
 
-    Exact members are those of infinite trust; without one nothing is done. The point of ``after`` and its difference
-    from the point of ``before`` are both tried as the proof, which is kept in ``after.ray``.
+    Exact members have infinite trust; without one nothing is done. The point of ``after`` and its difference from the
+    point of ``before``, the state one step earlier, are both tried as the proof, which is kept in ``after.ray``.
     """
     if math.inf not in problem.trust:
         return
@@ -105,9 +107,10 @@ def end_by_proof(problem: Projection, before: DualState, after: DualState) -> No
 
 
 def pool_is_near(problem: Projection, state: DualState) -> Bool[Tensor, " B"]:
-    """Return the mask (B,) of rows in which the pool q may be the answer, because KL(q‖p°) ≤ ``problem.tol`` is proved.
+    """Return the rows, a mask (B,), in which the pool q may be the answer: KL(q‖p°) ≤ ``problem.tol`` is proved.
 
-    An allowance for rounding of the scores is added to the bound. All False unless ``problem.pool_may_answer``.
+    p° is the optimum. An allowance for rounding of the scores is added to the bound. All entries are False unless
+    ``problem.pool_may_answer``.
     """
     near = state.pool_bound <= problem.tol
     if not problem.pool_may_answer or not near.any():

@@ -27,26 +27,27 @@ from softmeet.solvers.oracle import curved, moments
 from softmeet.solvers.projection import Projection
 
 Solve = Callable[[Projection], DualState]
-# Elements of all Hessians of a batch; past it they are never formed.
+# The most elements of all Hessians of a batch together; above it Hessians are not formed.
 _ELEMENTS = 1 << 26
-# Gradients to about a hundredth, which takes a tenth of the products that four digits do.
+# Gradients have a relative error of about 1e-2, which takes a tenth of the products of 1e-4.
 _REDUCTION = 0.05
 _STEPS = 60
-# Of the preconditioner: inner steps, and rows at once.
+# The preconditioner's inner steps, and its rows at once.
 _INNER, _GROUP = 24, 4
 
 
 def projected(problem: Projection, trust: Float[Tensor, " n"], solve: Solve) -> Float[Tensor, "B v"]:
-    """Solve a relaxed I-projection; return log p in nats, differentiable in ``problem.log_q`` (log q) and in ``trust``.
+    """Solve a batch of relaxed I-projections; return log p, in nats, differentiable in ``problem.log_q`` and ``trust``.
 
     Args:
-        problem: the batch; its ``log_q`` may require a gradient, and its own trusts are replaced by ``trust``.
+        problem: the batch; its ``log_q`` (the pool) may require a gradient, and its own trusts are replaced by
+            ``trust``.
         trust: the trusts ρ_i, positive and finite, fp64; may require a gradient.
         solve: minimises the dual of a projection and returns the final state. How exactly it does so limits the
             accuracy of the gradients.
     """
     given = replace(problem, trust=tuple(trust.tolist()))
-    # Typed in some versions of torch only.
+    # Only some versions of torch have a type for it.
     apply: Callable[..., Tensor] = _Projected.apply
     return apply(problem.log_q, trust, given, solve)
 
@@ -59,7 +60,7 @@ class _Projected(torch.autograd.Function):
         problem = replace(problem, log_q=log_q.detach())
         state = solve(problem)
         ctx.problem, ctx.state = problem, state
-        # What save_for_backward would keep is not a tensor of the graph: the solver ran outside it.
+        # save_for_backward is for tensors of the graph; the solver's state is none.
         return state.log_p.clone()
 
     @staticmethod
@@ -78,7 +79,10 @@ class _Projected(torch.autograd.Function):
 
 
 def adjoint(problem: Projection, state: DualState, b: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-    """Return s with H s = b, H the dual's Hessian at the state's point: by a factor if H is small, else iteratively."""
+    """Return s with H s = b, H the dual's Hessian at the optimum ``state``: by a direct solution, or iteratively.
+
+    The direct solution is taken if the Hessians of all rows are small enough to be formed, else :func:`iterative`.
+    """
     if b.shape[1] ** 2 * len(b) > _ELEMENTS:
         return iterative(problem, state, b)
     s: Tensor = torch.linalg.solve(add_ridge(moments(problem, state.log_p, state.log_r).H, problem.eps), b)
@@ -90,8 +94,8 @@ def iterative(
 ) -> Float[Tensor, "B D"]:
     """Return approximately H⁻¹ b by preconditioned conjugate gradients, which read all heads twice in each step.
 
-    H is the dual's Hessian at the state's point. The preconditioner has the curvature of heavy tokens: without it, rows
-    in which few tokens have nearly all the mass would take hundreds of steps.
+    H is the Hessian of the dual function at the point of ``state``. The preconditioner has the curvature of heavy
+    tokens: without it, rows in which few tokens have nearly all the mass would take hundreds of steps.
 
     Args:
         problem: the batch of relaxed I-projections.

@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-# Elements that stay in a processor's cache while they are worked on, and that an accelerator takes at once; elements
-# of matrices made for a batch, of which memory has room for a few.
+# The elements that a processor's cache holds during an operation, and those that an accelerator processes at once; the
+# elements of a batch's matrices, such as its Hessians, of which memory holds a few.
 _CACHED, _CACHED_ON_ACCELERATORS, _HELD = 1 << 19, 1 << 26, 1 << 23
-# The share of a right-hand side that a solution may leave over before it is refined.
+# A solution is refined while its residual is more than this share of the right-hand side.
 _SOLVED = 1e-7
-# The longest solution: scores of single precision do not overflow yet.
+# The longest solution: its scores do not overflow in single precision.
 _LONGEST = 1e30
 # Columns of a Gram matrix that are formed together.
 _STRIP = 192
@@ -74,7 +74,7 @@ def solve_ridged(H: Float[Tensor, "B D D"], g: Float[Tensor, "B D"], eps: float)
         ridge = torch.where(info > 0, 10 * ridge, ridge)
     s, residual, going = torch.zeros_like(g), g, torch.ones_like(g[..., :1], dtype=torch.bool)
     for _ in range(3):
-        # A row that is solved stays as it is, whatever others need.
+        # A row that is solved is not refined further, even if others are.
         s = torch.where(going, s + torch.cholesky_solve(residual[..., None], L).squeeze(-1), s)
         residual = g - (H @ s[..., None]).squeeze(-1)
         going = residual.norm(dim=-1, keepdim=True) > _SOLVED * g.norm(dim=-1, keepdim=True)

@@ -11,7 +11,10 @@ from softmeet.solvers.projection import Projection
 
 
 def minimise_dual(problem: Projection, max_steps: int, *, certify: bool = True, rescue: bool = True) -> DualState:
-    """Minimise the dual function f of every row until its gap is at most ``problem.tol``; return the final state.
+    """Minimise the dual function of every relaxed I-projection until its gap is at most ``problem.tol``; return the
+    state.
+
+    Rows that do not get there have the status NOT_CONVERGED or, with a proof, INFEASIBLE.
 
     Args:
         problem: the batch of relaxed I-projections.
@@ -35,9 +38,10 @@ def minimise_dual(problem: Projection, max_steps: int, *, certify: bool = True, 
 
 
 def full_hessian_pays(problem: Projection) -> bool:
-    """Return whether v D² multiplications per step of the full Hessian are expected to cost less than dense steps.
+    """Return whether solving ``problem`` with the full Hessian is expected to cost less than with dense steps.
 
-    v is the number of tokens, D the number of dual variables; a tolerance below ``tuning.FINE`` allows a larger v D².
+    A step with the full Hessian takes v D² multiplications, v tokens and D dual variables; that is compared with a
+    limit, which is larger for a tolerance below ``tuning.FINE``.
     """
     return _cost(problem) <= (tuning.HESSIAN_WHERE_FINE if problem.tol < tuning.FINE else tuning.HESSIAN)
 

@@ -25,10 +25,10 @@ from softmeet.solvers.linalg import backtrack, cached, held, solve_ridged
 from softmeet.solvers.oracle import moments
 from softmeet.solvers.projection import Point, Projection
 
-# Rows that share the cost of starting each operation, even where their vectors leave the processor's cache.
+# The fewest rows at once, even if their vectors do not fit the cache: they share the cost of starting each operation.
 _FEWEST = 8
-# The share of the slope by which f has to fall; a step at whose end more of the slope than ``_STRAIGHT`` is left has
-# met little curvature, as where every distribution is one-hot.
+# Armijo's condition: f falls by at least this share of its slope times the step. A step after which the slope is still
+# more than ``_STRAIGHT`` of the first met little curvature, as if every distribution is one-hot.
 _ARMIJO, _STRAIGHT = 1e-4, 0.5
 _HALVINGS, _DOUBLINGS = 40, 20
 
@@ -45,10 +45,14 @@ class NewtonState(DualState):
 
 
 class DualNewton(Solver[NewtonState]):
-    """Newton's method with the full Hessian, for small heads or precise answers; the module docstring has the step."""
+    """Newton's method on the dual function with its full Hessian, for small heads or precise answers.
+
+    A step costs v D² multiplications per row (v tokens, D dual variables) and two passes over all heads; the module
+    docstring describes it.
+    """
 
     def init(self, problem: Projection) -> NewtonState:
-        """Return the state at the pool, ν = 0, before any head is read."""
+        """Return the state at the pool, ν = 0, at which no head has been read."""
         fields = start(problem)
         return NewtonState(**fields, slack=torch.zeros_like(fields["value"]))
 
@@ -60,7 +64,7 @@ class DualNewton(Solver[NewtonState]):
         return rows
 
     def step(self, problem: Projection, state: NewtonState) -> NewtonState:
-        """Take one Newton step of every row, and bound or estimate the gap at the new point."""
+        """Take one Newton step of every row, and bound or estimate the gap at the new point; return the new state."""
         reads = problem.passes()
         self.aim(problem, state)
         y = problem.scores(state.direction)
@@ -74,7 +78,8 @@ class DualNewton(Solver[NewtonState]):
         return after
 
     def aim(self, problem: Projection, state: NewtonState) -> None:
-        """Set the gradient and the Newton direction -H⁻¹∇f in ``state``, by one pass over all heads.
+        """Set ``state.gradient`` and ``state.direction`` to ∇f and -H⁻¹∇f, f the dual function, by one pass over all
+        heads.
 
         In the first step of a problem with a ``start`` nothing is read: the direction is that start already.
         """
@@ -94,7 +99,7 @@ class DualNewton(Solver[NewtonState]):
         """
         decrement = -(before.gradient * before.direction).sum(-1)
         fall = before.value - after.value
-        # A start from elsewhere is no Newton step: it says nothing about the gap.
+        # The first step to a given start is no Newton step: it says nothing about the gap.
         given = (before.steps == 0) & (problem.start is not None)
         estimate = (0.5 * decrement - fall).clamp_min(0).masked_fill(given, torch.inf)
         bound, rounding = torch.full_like(fall, torch.inf), torch.zeros_like(fall)
@@ -113,14 +118,14 @@ class DualNewton(Solver[NewtonState]):
 
 
 def bound_after(bound: Float[Tensor, " B"], fall: Float[Tensor, " B"], tol: float) -> Float[Tensor, " B"]:
-    """Return a bound on the gap after a step, (B,), in nats: ``bound``, the gap's bound before it, less the fall of f.
+    """Return a bound on the gap after a step, (B,), in nats: ``bound`` less ``fall``.
 
-    If f fell by more than ``bound`` + ``tol``, the bound was wrong, and inf is returned: rounding of a Hessian in
-    single precision can spoil it if one token has nearly all the mass.
+    If the result is below -``tol``, ``bound`` was wrong, and inf is returned: rounding of a Hessian in single precision
+    can spoil it if one token has nearly all the mass.
 
     Args:
-        bound: the bound before the step, in nats.
-        fall: by how much the step lowered f, in nats.
+        bound: a bound on the gap before the step, in nats.
+        fall: by how much the step lowered the dual function, in nats.
         tol: the tolerance in nats.
     """
     left = bound - fall

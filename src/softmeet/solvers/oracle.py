@@ -20,18 +20,18 @@ from torch.nn.functional import pad
 from softmeet.solvers.linalg import cached
 from softmeet.solvers.projection import Projection
 
-# The most of a block's trace that may come off again: past it a digit and a half would be lost.
+# The largest share of a block's trace that may be subtracted again: above it 1.5 digits would be lost.
 _DOMINANT = 0.97
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """First and second moments at a point, in fp64.
+    """First and second moments of the heads at a dual point, in fp64.
 
     Attributes:
-        joint: the means Q_iᵀp of every member, side by side, (B, D).
-        own: the means Q_iᵀr_i, likewise.
-        H: the Hessian of the dual f in ν, (B, D, D); the module docstring has the formula.
+        joint: Q_iᵀp of every member, side by side, (B, D): the means of the whitened heads' rows under the answer p.
+        own: Q_iᵀr_i, likewise, under the corrected members r_i.
+        H: the Hessian of the dual function, (B, D, D); the module docstring has the formula.
     """
 
     joint: Float[Tensor, "B D"]
@@ -40,7 +40,7 @@ class Moments:
 
 
 def moments(problem: Projection, log_p: Float[Tensor, "B v"], log_r: Float[Tensor, "B n v"]) -> Moments:
-    """Compute the means of all whitened heads under p and r_i and the dual's Hessian, by one pass over all heads.
+    """Compute the means of the whitened heads' rows under p and r_i and the dual's Hessian, by one pass over all heads.
 
     Products run in the heads' dtype. Rows that would lose digits are read a second time.
 
@@ -84,7 +84,9 @@ def _blocks(problem: Projection) -> list[slice]:
 def curved(
     problem: Projection, p: Float[Tensor, "B v"], r: Float[Tensor, "B n v"], y: Float[Tensor, "B n v"]
 ) -> Float[Tensor, "B D"]:
-    """Return H d, (B, D), for a direction d of ν, by one pass over all heads; H is the dual's Hessian, never formed.
+    """Return H d, (B, D), for a direction d of the dual variables, by one pass over all heads.
+
+    H is the Hessian of the dual function, which is not formed.
 
     Args:
         problem: the batch of relaxed I-projections.

@@ -27,25 +27,26 @@ from softmeet.batched import Batched
 from softmeet.heads import WhitenedHead
 from softmeet.simplex import kl, log_normalize
 
-# Moments, in whitened coordinates, that are this close are the members'.
+# Moments hold if they are this close to the members', in whitened coordinates.
 MOMENT_TOLERANCE = 1e-6
-# The least distance of all moments from the members' that counts as a proof; less may be rounding of the members.
+# A proof must show that all moments are at least this far from the members': less may be rounding of the members'.
 SEPARATED = 1e-7
 
 
 @dataclass(eq=False)
 class Projection:
-    """A batch of B relaxed I-projections over n members and v tokens; symbols as in the module docstring.
+    """A batch of B relaxed I-projections over n members and v tokens.
 
         minimise  KL(p‖q) + Σ_i ρ_i KL(r_i‖p̂_i)   over p, r_i in the simplex,  Q_iᵀ p = Q_iᵀ r_i
 
-    Q_i is member i's whitened head, r_i its corrected distribution, ν the dual variables, D numbers per row.
+    Q_i is member i's whitened head and r_i its corrected distribution. Solvers minimise the dual function f(ν) over the
+    dual variables ν, D numbers per row (formulas in the module docstring). The gap at ν is f(ν) - min f.
 
     Args:
         log_q: log-probabilities of the pool q in nats, (B, v), fp64.
         log_p: log-probabilities of the members p̂_i in nats, (B, n, v), fp64; finite wherever ``log_q`` is.
         heads: the n whitened heads Q_i, each for the same B rows.
-        trust: the n trusts ρ_i, in (0, inf].
+        trust: the n trusts ρ_i, in (0, inf]; inf means r_i = p̂_i.
         tol: the gap, in nats, at which a row is done.
         start: dual variables ν to begin from, (B, D); None to begin from ν = 0, which is the pool.
         pool_may_answer: whether a row is done, too, once KL(q‖p°) ≤ ``tol`` is proved, p° the optimum.
@@ -53,12 +54,11 @@ class Projection:
     Attributes:
         alpha, gamma: α_i = min(1, ρ_i) and γ_i = min(1, 1/ρ_i), each (n,), in the dtype of ``log_q``.
         scale: α_i repeated for each coordinate of ν, (D,).
-        price: ρ_i, with 0 in place of infinity, (n,): the factor of KL(r_i‖p̂_i), for the r_i that can differ from
-            p̂_i.
+        price: ρ_i, with 0 in place of infinity, (n,): the factor of KL(r_i‖p̂_i) if r_i can differ from p̂_i.
         exact: whether ρ_i is infinite, (n,).
         widths, places: how many coordinates ν_i has (the rank of Q_i), and their slice of ν; n of each.
         eps: the coarsest unit round-off among ``log_q`` and the products with heads.
-        read: Σ_i (columns of W_i): the numbers read for one token.
+        read: the number of columns of all W_i together: the entries of all heads for one token.
     """
 
     log_q: Float[Tensor, "B v"]
@@ -105,22 +105,22 @@ class Projection:
         return total / self.read / self.log_q.shape[-1]
 
     def spread(self, x: Shaped[Tensor, "*b n"]) -> Shaped[Tensor, "*b D"]:
-        """Repeat each member's value in ``x``, (…, n), for every coordinate of its part of ν; return (…, D)."""
+        """Repeat each member's value in ``x``, (…, n), once per coordinate of its dual variables; return (…, D)."""
         return x.repeat_interleave(torch.tensor(self.widths, device=x.device), dim=-1)
 
     def unwhitened(self, g: Float[Tensor, "B D"]) -> Float[Tensor, "B _"]:
-        """Convert a gradient in ν, (B, D), to the coordinates of the heads W_i themselves, (B, Σ columns of W_i).
+        """Convert a gradient in the dual variables ν, (B, D), to the heads' own coordinates, (B, Σ columns of W_i).
 
-        The blocks of the result are R_i⁻ᵀ g_i, where Q_i = (W_i - 1c_iᵀ) R_i; the factors α_i stay in.
+        The blocks of the result are R_i⁻ᵀ g_i, where Q_i = (W_i - 1c_iᵀ) R_i is member i's whitened head.
         """
         parts = g.split(self.widths, dim=-1)
         found = [x.double() @ h.whitening.inverse for h, x in zip(self.heads, parts, strict=True)]
         return torch.cat(found, dim=-1).to(g)
 
     def whitened(self, x: Float[Tensor, "B _"]) -> Float[Tensor, "B D"]:
-        """Convert a displacement in the coordinates of the heads W_i, (B, Σ columns of W_i), to one of ν, (B, D).
+        """Convert a displacement in the heads' own coordinates, (B, Σ columns of W_i), to one of ν, (B, D).
 
-        The blocks of the result are R_i⁻¹ x_i, where Q_i = (W_i - 1c_iᵀ) R_i.
+        The blocks of the result are R_i⁻¹ x_i, where Q_i = (W_i - 1c_iᵀ) R_i is member i's whitened head.
         """
         parts = x.split([h.head.d for h in self.heads], dim=-1)
         found = [y.double() @ h.whitening.inverse.T for h, y in zip(self.heads, parts, strict=True)]
@@ -139,26 +139,36 @@ class Projection:
     def moments(self, x: Float[Tensor, "B n v"]) -> Float[Tensor, "B D"]:
         """Return α_i Q_iᵀ x_i for every member i, concatenated to (B, D), by one pass over all heads.
 
-        With x_i = p - r_i this is the gradient ∇f of the dual.
+        α_i = min(1, ρ_i). With x_i = p - r_i, the answer less the corrected member, this is the gradient of the dual
+        function.
         """
         parts = zip(self.alpha, self.heads, x.unbind(1), strict=True)
         return torch.cat([alpha * h.moments(one)[0] for alpha, h, one in parts], dim=-1)
 
     def tilt(self, z: Float[Tensor, "B n v"]) -> Float[Tensor, "B v"]:
-        """Return Σ_i α_i z_i, (B, v), in nats: the term that the scores ``z`` add to log q."""
+        """Return the term that the scores ``z`` add to log q, q the pool: Σ_i α_i z_i, (B, v), in nats; α_i = min(1,
+        ρ_i).
+        """
         return (self.alpha[:, None] * z).sum(1)
 
     def pooled(self, z: Float[Tensor, "B n v"]) -> Float[Tensor, "B v"]:
-        """Return log p = log q + Σ_i α_i z_i, normalised, (B, v), in nats: the answer at the scores ``z``."""
+        """Return the answer at the scores ``z``: log p = log q + Σ_i α_i z_i, normalised, (B, v), in nats; α_i = min(1,
+        ρ_i).
+        """
         return log_normalize(self.log_q + self.tilt(z))
 
     def corrected(self, z: Float[Tensor, "B n v"]) -> Float[Tensor, "B n v"]:
-        """Return the corrected members at the scores ``z``: log r_i = log p̂_i - γ_i z_i, normalised, in nats."""
+        """Return the corrected members at the scores ``z``: log r_i = log p̂_i - γ_i z_i, normalised, in nats.
+
+        γ_i = min(1, 1/ρ_i), so a member of infinite trust is not corrected.
+        """
         return log_normalize(self.log_p - self.gamma[:, None] * z)
 
     def dual(self, z: Float[Tensor, "B n v"]) -> Float[Tensor, " B"]:
-        """Return the dual function f at the scores ``z``, (B,), in nats. By weak duality -f is at most the primal
-        optimum.
+        """Return the dual function f at the scores ``z``, (B,), in nats.
+
+        f = log Σ q exp(Σ_i α_i z_i) + Σ_i ρ_i log Σ p̂_i exp(-γ_i z_i), with α_i = min(1, ρ_i) and γ_i = min(1, 1/ρ_i).
+        By weak duality -f is at most the primal optimum.
         """
         own = (self.log_p - self.gamma[:, None] * z).logsumexp(-1)
         return self.value((self.log_q + self.tilt(z)).logsumexp(-1), own, z)
@@ -166,7 +176,7 @@ class Projection:
     def value(
         self, joint: Float[Tensor, " B"], own: Float[Tensor, "B n"], z: Float[Tensor, "B n v"]
     ) -> Float[Tensor, " B"]:
-        """Return the dual function f, (B,), in nats, from normalisers that are known.
+        """Return the dual function f, (B,), in nats, from normalisers that are known; :meth:`dual` has the formula.
 
         Args:
             joint: log Σ_j q_j exp(Σ_i α_i z_ij), (B,).
@@ -179,9 +189,9 @@ class Projection:
         return joint
 
     def pool_gap(self) -> Float[Tensor, " B"]:
-        """Return Σ_i ρ_i KL(q‖p̂_i), (B,), in nats, without reading a head.
+        """Return Σ_i ρ_i KL(q‖p̂_i), (B,), in nats: an upper bound on how far the pool q is from optimal.
 
-        It is the primal objective at p = r_i = q, so the pool q is at most this far from optimal: 0 ≤ -min f ≤ the sum.
+        It is the primal objective at p = r_i = q, whose optimum is at least 0. No head is read.
         """
         divergence = kl(self.log_q[:, None].expand_as(self.log_p), self.log_p)
         return torch.where(divergence > 0, divergence * divergence.new_tensor(self.trust), 0.0).sum(-1)
@@ -189,21 +199,20 @@ class Projection:
     def rounding(
         self, p: Float[Tensor, "B v"], r: Float[Tensor, "B n v"], z: Float[Tensor, "B n v"], nu: Float[Tensor, "B D"]
     ) -> Float[Tensor, " B"]:
-        """Estimate by how much rounding of the scores can have moved the dual value f, (B,), in nats.
+        """Estimate by how much rounding of the scores can have moved the dual value, (B,), in nats.
 
         The estimate is the unit round-off times the mean size of the terms α_i z_i that scores add to
         log-probabilities.
 
         Args:
-            p, r: the answer and the corrected members at ``z``, as probabilities; those of a nearby point are good
-                enough.
+            p, r: the answer and the corrected members at ``z`` or at a nearby point, as probabilities.
             z: the scores.
-            nu: the dual variables that they belong to.
+            nu: the dual variables whose scores ``z`` are.
         """
         tilts = self.alpha[:, None] * z
         total = self.eps * ((p * tilts.sum(1).abs()).sum(-1) + (r * tilts.abs()).sum((-1, -2)))
         for alpha, h, part in zip(self.alpha, self.heads, nu.split(self.widths, dim=-1), strict=True):
-            # What centring cancels in the scores.
+            # Centring subtracts this from the scores, whose rounding stays.
             lost = (h.raw(part)[0].abs() @ h.whitening.center.abs()).to(total)
             total = total + alpha * torch.finfo(h.dtype).eps * lost
         return total
@@ -215,11 +224,11 @@ class Projection:
     def excludes(
         self, z: Float[Tensor, "B n v"], nu: Float[Tensor, "B D"], size: Float[Tensor, " B"]
     ) -> Bool[Tensor, " B"]:
-        """Return the rows, a mask (B,), in which ν proves that no p has the moments of the members with ρ_i = ∞.
+        """Return the rows, a mask (B,), in which ν proves that no p has the moments of the members of infinite trust.
 
-        That is a Farkas proof: Σ_i (z_ij - E_{p̂_i} z_i) < -δ |ν| for every token j in the support of q, where the sum
-        and |ν| take only members with ρ_i = ∞, and δ is ``SEPARATED``. Then no p on that support has moments closer
-        than δ to theirs.
+        That is a Farkas proof: Σ_i (z_ij - E_{p̂_i} z_i) < -δ |ν| for every token j in the support of the pool, where
+        the sum and |ν| take only members with ρ_i = ∞, and δ is ``SEPARATED``. Then no p on that support has moments
+        closer than δ to theirs.
 
         Args:
             z: the scores of ``nu``.
@@ -236,7 +245,9 @@ class Projection:
 
 @dataclass(frozen=True, eq=False)
 class Point(Batched):
-    """The distributions and the dual value f at some scores z; symbols as in the module docstring.
+    """The answer, the corrected members and the value of the dual function f of a :class:`Projection` at some scores z.
+
+    With the pool q, α_i = min(1, ρ_i) and γ_i = min(1, 1/ρ_i):
 
     Attributes:
         z: the scores, (B, n, v).
@@ -255,17 +266,24 @@ class Point(Batched):
 
     @classmethod
     def at(cls, problem: Projection, z: Float[Tensor, "B n v"]) -> Point:
-        """Evaluate p, all r_i and f at the scores ``z``, with one exponential per entry and without reading a head."""
+        """Evaluate the answer p, the corrected members r_i and the dual function at the scores ``z``; no head is read.
+
+        There is one exponential per entry of ``z``, and one per entry of p.
+        """
         p, joint = _softmax(problem.log_q + problem.tilt(z))
         r, own = _softmax(problem.log_p - problem.gamma[:, None] * z)
         return cls(z, p, r, joint, own, problem.value(joint[..., 0], own[..., 0], z))
 
     def slope(self, problem: Projection, y: Float[Tensor, "B n v"]) -> Float[Tensor, " B"]:
-        """Return f's derivative, (B,), along a direction of ν with scores ``y``: Σ_i α_i (E_p y_i - E_{r_i} y_i)."""
+        """Return the derivative of the dual function, (B,), along a direction of ν that has the scores ``y``.
+
+        It is Σ_i α_i (E_p y_i - E_{r_i} y_i), in nats per unit of step; α_i = min(1, ρ_i), p and r_i this point's
+        distributions.
+        """
         return (problem.alpha * ((self.p[:, None] - self.r) * y).sum(-1)).sum(-1)
 
     def logs(self, problem: Projection) -> tuple[Float[Tensor, "B v"], Float[Tensor, "B n v"]]:
-        """Return (log p, log r), (B, v) and (B, n, v), in nats."""
+        """Return (log p of the answer, (B, v); log r_i of the corrected members, (B, n, v)), in nats."""
         log_p = problem.log_q + problem.tilt(self.z) - self.joint
         return log_p, problem.log_p - problem.gamma[:, None] * self.z - self.own
 

@@ -27,9 +27,9 @@ TAIL = 8192
 # The share of the residual at which conjugate gradients for a direction stop (wide: 14.4 and 8.8, 14.4 and 9.9), and
 # how many masses their preconditioner has exactly (wide: 14.4 and 9.6, 14.4 and 8.8).
 CONJUGATE_REDUCTION, PRECONDITIONED = 0.1, 96
-# The estimated gap after a step is at least ``LEFT`` times that before (wide: 14.4 and 6.5, 14.4 and 10.5); if f falls by
-# more than ``FORETOLD`` times the estimate, the fall takes its place (wide: 14.4 and 11.9, 14.4 and 7.7). On peaked rows
-# estimates are poor, and a smaller ``LEFT`` or a larger ``FORETOLD`` would end rows too early.
+# The estimated gap after a step is at least ``LEFT`` times that before (wide: 14.4 and 6.5, 14.4 and 10.5); if f falls
+# by more than ``FORETOLD`` times the estimate, the fall takes its place (wide: 14.4 and 11.9, 14.4 and 7.7). On peaked
+# rows estimates are poor, and a smaller ``LEFT`` or a larger ``FORETOLD`` would end rows too early.
 LEFT, FORETOLD = 0.25, 2.0
 # The ratio of a bound on the gap to its estimate that is assumed before a first bound is known (pair: 12.4, 10.7; wide:
 # 15.4, 14.0), and the largest ratio that is taken from a known bound (pair: 11.2, 11.3; wide: 14.4, 14.7).
