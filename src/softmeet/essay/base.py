@@ -35,7 +35,7 @@ class Bounds:
 
     Attributes:
         value: the objective at p.
-        least, most: over the feasible set the objective is proved to be at least ``least`` and at most ``most``.
+        least, most: proved bounds: over the feasible set the objective is at least ``least`` and at most ``most``.
     """
 
     value: float
@@ -44,7 +44,7 @@ class Bounds:
 
     @property
     def gap(self) -> float:
-        """The largest possible distance of the value from the optimum, |value - least|.
+        """The distance of the value from the lower bound, |value - least|: at most so far is p from optimal.
 
         A value below ``least`` is possible only if p does not have the members' moments exactly.
         """
@@ -57,7 +57,8 @@ class Choice:
 
     Attributes:
         p: the distribution, (v,), fp64.
-        y: the multipliers that prove its quality, in whitened coordinates, (m,), the last for Σp = 1.
+        y: the multipliers of the constraints that prove the quality of p, (m,): one for each whitened moment of each
+            member, and a last one for Σp = 1.
         steps: how many steps the rule took.
         most: the largest value of the objective over the feasible set; NaN if the rule did not look for it.
         constant: whether ``most`` showed that the objective is constant on the feasible set.
@@ -71,7 +72,7 @@ class Choice:
 
 
 class ExactRule(Rule):
-    """The base of rules that choose one distribution of the feasible set C, in which all have every member's moments.
+    """The base of rules that choose one distribution from the feasible set C, in which all have every member's moments.
 
     Subclasses say how (:meth:`choose`) and prove how good the choice is (:meth:`bounds`).
 
@@ -88,19 +89,23 @@ class ExactRule(Rule):
 
     @abstractmethod
     def choose(self, row: FeasibleSet, member: Float[Tensor, " v"] | None) -> Choice:
-        """Choose the distribution of one row.
+        """Choose the distribution of one row, by the subclass's criterion.
 
         Args:
             row: the row's feasible set C.
-            member: the I-projection of the pool onto C, probabilities, (v,); None if it was not looked for or not
-                found.
+            member: the I-projection of the pool onto C, probabilities, (v,), or another distribution of C if that has
+                none; None if it was not looked for or not found.
         """
 
     @abstractmethod
     def bounds(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
-        """Evaluate the objective at ``p``, (v,), and bound it over the feasible set by the multipliers ``y``, (m,).
+        """Evaluate the objective at ``p`` and bound it over the feasible set by multipliers ``y``, without a solver.
 
-        The bounds hold for any ``y``, in whitened coordinates. No solver runs.
+        Args:
+            row: the row's feasible set.
+            p: a distribution, probabilities.
+            y: multipliers of the whitened moments, and a last one for Σp = 1; the bounds hold for any, and are tight
+                for the right ones.
         """
 
     def proved(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
@@ -136,8 +141,9 @@ class ExactRule(Rule):
     def solve(self, problem: Problem) -> Answer:
         """Solve a batch row by row.
 
-        INFEASIBLE rows, and rows in which neither a distribution of C nor a proof that C is empty was found, keep the
-        the search for the pool's I-projection gave, unless the rule ``always_answers``.
+        Every row first looks for the pool's I-projection onto C, unless the moments need not hold. If it finds a proof
+        that C is empty, or neither, the row keeps that answer and status, unless the rule ``always_answers``; else the
+        rule chooses.
         """
         seeks = self.constrained(problem) or self.always_answers
         answer = members_of(problem, self.exactness) if seeks else blank(problem)
@@ -180,7 +186,10 @@ class ExactRule(Rule):
         return Recomputed.of_rows(looks, answer.log_probs)
 
     def proof(self, row: FeasibleSet, p: Float[Tensor, " v"]) -> Float[Tensor, " m"]:
-        """Return multipliers, (m,), whitened, that prove the feasible set to be empty, if ``p`` gives any; else 0."""
+        """Return multipliers of the whitened moments, (m,), that prove the feasible set empty; 0 if ``p`` gives none.
+
+        The last of them, for Σp = 1, is 0.
+        """
         return torch.zeros_like(row.target)
 
 

@@ -33,7 +33,7 @@ _ZERO = 1e-9
 
 @dataclass(frozen=True, eq=False)
 class SimplexProgram:
-    """A linear or quadratic program over the simplex of v tokens: minimise cᵀp + ½ |E^{-½}(Gᵀp - g)|².
+    """A linear or quadratic program over the simplex of v tokens: minimise cᵀp + ½ |E^{-½}(Gᵀp - g)|², E diagonal.
 
     Constraints with E = 0 are hard, Gᵀp = g, and leave the sum.
 
@@ -66,14 +66,17 @@ class SimplexProgram:
         return float(self.cost @ p + 0.5 * (off.square() / self.softness[soft]).sum())
 
     def bound(self, reduced: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> float:
-        """Return a lower bound on the optimum, given multipliers ``y`` and their reduced costs c - G y."""
+        """Return a lower bound on the optimum: min_j (c - G y)_j + gᵀy - ½ yᵀE y, valid for any multipliers ``y``.
+
+        ``reduced`` is c - G y, the reduced costs.
+        """
         least = reduced[self.alive].min()
         return float(least + self.target @ y - 0.5 * (self.softness * y.square()).sum())
 
 
 @dataclass(frozen=True, eq=False)
 class Optimum:
-    """The last point of :func:`solve_program`.
+    """The last point of :func:`solve_program`, which minimises cᵀp + ½ |E^{-½}(Gᵀp - g)|² over the simplex.
 
     Attributes:
         p: the solution, (v,), summing to 1.
@@ -116,7 +119,7 @@ def solve_program(program: SimplexProgram, max_steps: int) -> Optimum:
 
 
 def _first(program: SimplexProgram) -> Bool[Tensor, " v"]:
-    """Return the first working set: the tokens of largest weight, or all tokens alive if they are few."""
+    """Return the first working set: the tokens of largest weight, or all that may have mass if they are few."""
     size = max(_FEWEST, _PER_CONSTRAINT * len(program.target))
     if int(program.alive.sum()) <= 2 * size:
         return program.alive.clone()
@@ -129,8 +132,8 @@ def _more(
 ) -> Bool[Tensor, " v"] | None:
     """Return the next working set, or None if no token would lower the optimum.
 
-    The tokens of least reduced cost enter, at most half as many as the set has, or 64; nearly as many leave, the tokens of
-    largest reduced cost, as long as enough stay for an optimum. If None, the remaining gap is the interior-point
+    The tokens of least reduced cost enter, at most half as many as the set has, or 64; nearly as many leave, the ones
+    of largest reduced cost, as long as enough stay for an optimum. If None, the remaining gap is the interior-point
     method's own.
     """
     size = int(chosen.sum())

@@ -67,7 +67,7 @@ class CrossEntropyRule(ExactRule):
 
     @abstractmethod
     def optimum(self, row: FeasibleSet, member: Float[Tensor, " v"] | None) -> Optimum:
-        """Solve the rule's program for one row.
+        """Minimise the rule's objective for one row by a linear or quadratic program.
 
         Args:
             row: the row's feasible set C.
@@ -111,11 +111,11 @@ class CrossEntropyRule(ExactRule):
         return Status.DEGENERATE if moments_hold(row, p) and self.is_constant(row) else status
 
     def off(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> tuple[float, float]:
-        """Return the two terms of ``slack`` τ, in units of the objective; both are 0 without slack.
+        """Return the two terms that ``slack`` τ adds to the objective and to its lower bound; both are 0 without slack.
 
         Returns:
-            (what p pays, ‖Qᵀ(p - p̂)‖² / 2τ; how much slack can lower the optimum's bound at the multipliers y, τ|y|² /
-            2).
+            (the penalty of p, ‖Qᵀ(p - p̂)‖² / 2τ; the most by which slack can lower the bound at the multipliers y,
+            τ|y|² / 2).
         """
         tau = self.slack
         if tau == 0:
@@ -134,7 +134,7 @@ class CrossEntropyRule(ExactRule):
         member: Float[Tensor, " v"] | None,
         extra: Float[Tensor, "v k"] | None = None,
     ) -> SimplexProgram:
-        """State the program: minimise costᵀp + Σ_k (extra_kᵀp)² over the feasible set, or with the slack's term.
+        """State the program: minimise costᵀp + Σ_k (extra_kᵀp)² over C or, with ``slack``, that plus its penalty.
 
         Args:
             row: the row's feasible set C.
@@ -155,11 +155,11 @@ class CrossEntropyRule(ExactRule):
         return SimplexProgram(columns, target, softness, cost, row.alive, unit, member, weight, 0.01 * row.problem.tol)
 
     def multipliers(self, row: FeasibleSet, y: Float[Tensor, " r"]) -> Float[Tensor, " m"]:
-        """Convert the multipliers ``y`` of :meth:`program` to those of Gᵀp = g of the feasible set, (m,)."""
+        """Convert the multipliers ``y`` of :meth:`program` to those of the whitened moments and of Σp = 1, (m,)."""
         return y[: len(row.target)] if self.slack > 0 else row.joint @ y[: row.joint.shape[1]]
 
     def extremes(self, row: FeasibleSet, cost: Float[Tensor, " v"], member: Float[Tensor, " v"] | None) -> Optimum:
-        """Minimise the linear ``cost``, (v,), over the feasible set, or with the slack's term; return the optimum.
+        """Minimise the linear ``cost``, (v,), over the feasible set, plus the penalty of ``slack``; return the optimum.
 
         ``member`` is some distribution in the feasible set, or None with ``slack``.
         """

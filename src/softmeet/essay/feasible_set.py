@@ -30,8 +30,8 @@ _RANK_TOLERANCE = 1e-4
 class FeasibleSet:
     """The feasible set of one row, C = { p ≥ 0 : Gᵀp = g }: the distributions with every member's moments; fp64.
 
-    G = [Q_1 | … | Q_n | 1], (v, m), has the whitened heads Q_i and a column of ones; g holds the members' moments and
-    1.
+    G = [Q_1 | … | Q_n | 1], (v, m), holds the whitened heads Q_i and a column of ones; g, (m,), the members' moments
+    and 1. g_j is token j's row of G. Multipliers y are one number per column of G.
 
     Args:
         problem: the problem, of one row.
@@ -56,7 +56,7 @@ class FeasibleSet:
 
     @cached_property
     def log_p(self) -> Float[Tensor, "n v"]:
-        """The members' log-probabilities, (n, v), in nats."""
+        """The members' log-probabilities in this row, (n, v), in nats."""
         return self.problem.log_p[:, 0]
 
     @cached_property
@@ -105,10 +105,11 @@ class FeasibleSet:
 
     @cached_property
     def joint(self) -> Float[Tensor, "m r"]:
-        """A matrix T, (m, r): G T has orthonormal columns on the tokens alive, and as its last one the column of ones.
+        """A matrix T, (m, r), that makes G = [Q_1 | … | Q_n | 1] well conditioned.
 
-        Directions in which the heads agree to ``_JOINT_TOLERANCE`` count once, so r may be less than m: the difference
-        of their moments is below ``MOMENT_TOLERANCE``, and would only make the system ill-conditioned.
+        On the tokens that may have mass G T has orthonormal columns, and as its last one the column of ones. Directions
+        in which the heads agree to ``_JOINT_TOLERANCE`` count once, so r may be less than m: the difference of their
+        moments is below ``MOMENT_TOLERANCE``, and would only make the system ill-conditioned.
         """
         gram = self.tokens.gram(self.alive.to(self.target))
         size = gram[-1, -1]
@@ -124,26 +125,27 @@ class FeasibleSet:
 
     @cached_property
     def system(self) -> tuple[MomentMatrix, Float[Tensor, " r"]]:
-        """(G T, Tᵀg): the constraints Gᵀp = g as a well-conditioned system of r equations, T being :attr:`joint`.
+        """The constraints Gᵀp = g as a well-conditioned system of r equations: (G T, Tᵀg), T being :attr:`joint`.
 
-        If y are multipliers of it, T y are multipliers of the original one.
+        G holds the whitened heads and a column of ones, g the members' moments and 1. If y are multipliers of this
+        system, T y are multipliers of the original one.
         """
         return mapped(self.tokens, self.joint), self.target @ self.joint
 
     def excess(self, p: Float[Tensor, " v"]) -> Float[Tensor, " m"]:
-        """Return Gᵀp - g, (m,): the moments of ``p`` less the members', and Σp - 1."""
+        """Return by how much the whitened moments of ``p`` exceed the members', and Σp exceeds 1, (m,)."""
         return self.tokens.sums(p) - self.target
 
     def raw(self, y: Float[Tensor, " m"]) -> tuple[Float[Tensor, "1 _"], ...]:
-        """Convert multipliers ``y``, (m,), to the heads' own coordinates: λ_i, (1, d_i), for every member.
+        """Convert multipliers ``y`` of whitened moments, (m,), to the heads' coordinates: λ_i, (1, d_i), per member.
 
-        The multiplier of Σp = 1 is dropped.
+        The last multiplier, of Σp = 1, is dropped.
         """
         parts = y[: sum(self.widths)].split(self.widths)
         return tuple((part @ h.whitening.factor.T)[None] for h, part in zip(self.heads, parts, strict=True))
 
     def whitened(self, raw: tuple[Float[Tensor, " _"], ...]) -> Float[Tensor, " m"]:
-        """Convert multipliers λ_i, (d_i,), of the heads W_i back to those of Gᵀp = g, (m,), with 0 for Σp = 1.
+        """Convert multipliers λ_i, (d_i,), of the heads W_i to those of whitened moments, (m,), with 0 for Σp = 1.
 
         This inverts :meth:`raw`; parts of λ_i in directions that carry no constraint are dropped.
         """
@@ -151,7 +153,10 @@ class FeasibleSet:
         return torch.cat([*parts, torch.zeros_like(self.ones[0])])
 
     def scores(self, y: Float[Tensor, " m"]) -> Float[Tensor, " v"]:
-        """Return yᵀ(g_j - g) for every token j, (v,): zero on average under every p of the feasible set."""
+        """Return yᵀ(g_j - g) for every token j, (v,): its whitened moments less the members', weighted by ``y``.
+
+        These have the mean 0 under every p of the feasible set.
+        """
         return self.tokens.times(y) - self.target @ y
 
     def passes(self) -> float:
@@ -161,28 +166,32 @@ class FeasibleSet:
 
     @cached_property
     def rank(self) -> int:
-        """The numerical rank of G on the tokens that may have mass."""
+        """The numerical rank of [1, W_1 | … | W_n] on the tokens that may have mass."""
         values = self._spectrum[0]
         return int((values > values[-1] * _RANK_TOLERANCE**2).sum())
 
     @cached_property
     def unique(self) -> bool:
-        """Whether at most one p has given moments: the rank of G is the number of tokens that may have mass."""
+        """Whether at most one p has given moments, as [1, W_1 | … | W_n] has as high a rank as it has rows.
+
+        Rows of tokens that may not have mass do not count.
+        """
         size = int(self.alive.sum())
         return len(self.target) >= size and self.rank >= size
 
     @cached_property
     def _spectrum(self) -> tuple[Float[Tensor, " m"], Float[Tensor, "m m"], Float[Tensor, " m"]]:
-        """(eigenvalues, eigenvectors, scale) of the Gram matrix of G on the tokens alive, scaled to a unit diagonal."""
+        """(eigenvalues, eigenvectors, scale) of the Gram matrix of G on tokens that may have mass, at unit diagonal."""
         G = self.tokens.gram(self.alive.to(self.target))
         scale = G.diagonal().clamp_min(torch.finfo(G.dtype).tiny).rsqrt()
         values, vectors = torch.linalg.eigh(scale[:, None] * G * scale)
         return values, vectors, scale
 
     def fit(self, cost: Float[Tensor, " v"]) -> Float[Tensor, " m"]:
-        """Return multipliers y, (m,), for which ``cost`` - G y is nearest to a constant on the tokens alive.
+        """Return multipliers y, (m,), for which ``cost`` less G y is nearest to a constant, by least squares.
 
-        That is the least-squares fit of ``cost``, (v,), by the columns of G; the entry for Σp = 1 is set to 0.
+        G has the columns of the whitened heads and one of ones, whose entry is set to 0 afterwards. Tokens that may not
+        have mass do not count. ``cost`` has the shape (v,).
         """
         weight = self.alive.to(self.target)
         cost = torch.where(self.alive, cost, 0.0)
@@ -198,7 +207,7 @@ class FeasibleSet:
     def range_of(self, cost: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> tuple[float, float]:
         """Return (lower, upper) bounds on Σ_j cost_j p_j over every p in the feasible set, valid for any multipliers y.
 
-        They are the least and the largest entry of ``cost`` - :meth:`scores` (y) on the tokens that may have mass.
+        They are the least and the largest entry of ``cost`` - ``scores(y)`` on the tokens that may have mass.
         """
         reduced = (cost - self.scores(y))[self.alive]
         return float(reduced.min()), float(reduced.max())

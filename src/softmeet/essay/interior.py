@@ -49,7 +49,7 @@ _ENOUGH, _NEARLY = 3, 1e-8
 class Program:
     """A separable convex program in N variables: minimise Σ_j φ_j(x_j) + ½ |E^{-½}(Gᵀx - g)|² over 0 ≤ x ≤ u.
 
-    Constraints with E = 0 are hard, Gᵀx = g, and leave the sum.
+    E is diagonal; constraints with E = 0 are hard, Gᵀx = g, and leave the sum.
 
     Args:
         columns: G, (N, m).
@@ -57,8 +57,8 @@ class Program:
         cost: the linear part of φ, (N,).
         softness: the diagonal of E, (m,); 0 for a hard constraint.
         start: x to begin from, (N,), positive and below ``upper``.
-        unit: the index of a constraint whose column of G is 1 for every variable; its multiplier makes the dual start
-            feasible.
+        unit: the index of a constraint whose column of G is 1 for every variable, by whose multiplier the dual starts
+            feasible; not used if there are upper bounds and no barrier.
         upper: u, (N,), or None for no upper bounds.
         barrier: the weights c of a logarithmic barrier -Σ c_j log x_j, (N,), or None for 0.
         reference: q, (N,): φ also has the term x log(x / q) - x; None for a linear φ.
@@ -75,24 +75,25 @@ class Program:
     reference: Float[Tensor, " N"] | None = None
 
     def slope(self, x: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-        """Return φ'(x) for each variable, (N,)."""
+        """Return φ'(x), the derivative of each variable's own cost, (N,)."""
         return self.cost if self.reference is None else self.cost + (x / self.reference).log()
 
     def curvature(self, x: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-        """Return φ''(x) for each variable, (N,)."""
+        """Return φ''(x), the second derivative of each variable's own cost, (N,); 0 without a ``reference``."""
         return torch.zeros_like(x) if self.reference is None else 1 / x
 
 
 @dataclass(frozen=True, eq=False)
 class Interior:
-    """The best point that the interior-point method found.
+    """The best point that :func:`interior_point` found for a :class:`Program`.
 
     Attributes:
         x: the variables, positive, (N,).
         y: the multipliers of Gᵀx = g, (m,).
         steps: the number of steps to this point.
         residual: |Gᵀx + E y - g|, the error of the constraints.
-        complementarity: Σ |x z - c| + Σ (u - x) w, the distance from the optimality conditions of the bounds.
+        complementarity: Σ |x z - c| + Σ (u - x) w, the distance from optimality at the bounds; z and w are the
+            multipliers of x ≥ 0 and x ≤ u, c the barrier's weights.
     """
 
     x: Float[Tensor, " N"]
@@ -110,7 +111,7 @@ class Interior:
 def interior_point(program: Program, max_steps: int = 100) -> Interior:
     """Minimise a program until it is exact to round-off, makes no more progress, or has taken ``max_steps`` steps.
 
-    Returns the best point by ``merit``. Nothing is proved about it: callers bound its gap from x and y.
+    Return the point with the least ``merit``. Nothing is proved about it: callers bound its gap from x and y.
     """
     method = _Method(program)
     best = method.report(0)

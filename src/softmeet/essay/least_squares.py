@@ -45,9 +45,9 @@ class LeastSquares(ExactRule):
         return False
 
     def choose(self, row: FeasibleSet, member: Float[Tensor, " v"] | None) -> Choice:
-        """Choose the p with the nearest moments; of several, the I-projection of the pool.
+        """Choose the p with the nearest moments; of several, the I-projection of the pool onto them.
 
-        If ``member`` is given, the feasible set is not empty, and ``member`` is the answer.
+        If ``member``, a distribution with the members' moments, is given, it is the answer.
         """
         if member is not None:
             return Choice(member, torch.zeros_like(row.target), 0)
@@ -61,14 +61,21 @@ class LeastSquares(ExactRule):
         return Choice(p, torch.zeros_like(row.target), found.steps + steps)
 
     def bounds(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
-        """Bound the squared distance over the simplex by the Frank-Wolfe gap at ``p``; ``y`` is not used."""
+        """Bound the squared distance of the moments over the simplex by the gap of Frank and Wolfe at ``p``.
+
+        The value is |r|², r being the moments of ``p`` less the members', the gap 2(rᵀGᵀp - min_j rᵀg_j), g_j token j's
+        moments. ``y`` is not used.
+        """
         r, scores = self._excess_and_scores(row, p)
         value = float(r.square().sum())
         gap = 2 * float((p * scores).sum() - scores[row.alive].min())
         return Bounds(value, max(value - gap, 0.0))
 
     def proof(self, row: FeasibleSet, p: Float[Tensor, " v"]) -> Float[Tensor, " m"]:
-        """Return the negative excess g - Gᵀp, (m,), if it proves that the feasible set is empty; else 0."""
+        """Return multipliers of the whitened moments, (m,), that prove the feasible set empty; 0 if there is no proof.
+
+        They are the members' moments less those of ``p``, the nearest, in the rule's metric.
+        """
         T, (r, _) = self._metric(row), self._excess_and_scores(row, p)
         y = -(r if T is None else T @ r)
         y[-1] = 0.0

@@ -60,8 +60,8 @@ class MaxEntropy(Meet):
 
         Args:
             problem: the batch.
-            any_member: if the set touches the boundary of the simplex, so that the dual has no optimum, whether to
-                accept any distribution of the set that interior points find.
+            any_member: if the set touches the boundary of the simplex, the dual may have no optimum; whether any
+                distribution of the set that interior points find is then an answer.
         """
         if not problem.log_p.shape[1] or not may_be_unique(problem):
             answer = super().solve(problem)

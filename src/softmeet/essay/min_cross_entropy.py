@@ -35,7 +35,10 @@ class MinCrossEntropy(CrossEntropyRule):
         return cost
 
     def is_constant(self, row: FeasibleSet) -> bool:
-        """Return whether the least-squares fit of the cost by moments is exact up to ``tol`` or rounding."""
+        """Return whether the cost -Σ w_i log p̂_i is a combination of the tokens' moments, up to ``tol`` or rounding.
+
+        Then it is constant on the feasible set. The test is a least-squares fit.
+        """
         cost = self.gradient(row, row.log_q)
         low, high = row.range_of(cost, row.fit(cost))
         return high - low <= row.indistinct
@@ -45,7 +48,10 @@ class MinCrossEntropy(CrossEntropyRule):
         return self.extremes(row, self.gradient(row, row.log_q), member)
 
     def most(self, row: FeasibleSet, member: Float[Tensor, " v"]) -> float:
-        """Return the largest cost over C, found by the linear program with the opposite cost."""
+        """Return the largest cost over the feasible set C, by the linear program with the opposite cost.
+
+        ``member`` is some distribution in C.
+        """
         cost = self.gradient(row, row.log_q)
         return float(cost @ self.extremes(row, -cost, member).p)
 

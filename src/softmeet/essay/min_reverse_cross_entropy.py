@@ -30,9 +30,10 @@ class MinReverseCrossEntropy(ExactRule):
     exactness = 1e-2  # only whether there is one
 
     def choose(self, row: FeasibleSet, member: Float[Tensor, " v"] | None) -> Choice:
-        """Choose p by interior-point steps towards p_j z_j = p̄_j; if that fails, take the I-projection of the pool.
+        """Choose p by interior-point steps towards the optimality conditions p_j (1 + λᵀ(g_j - g)) = p̄_j.
 
-        ``member`` tells only whether C is known to have a distribution.
+        If they fail, the I-projection of the pool is the choice, provided that ``member``, some distribution in C, is
+        given.
         """
         ids = row.alive.nonzero().squeeze(-1)
         mean = log_normalize(row.log_mean[ids]).exp().clamp_min(torch.finfo(row.log_q.dtype).tiny)
@@ -49,9 +50,11 @@ class MinReverseCrossEntropy(ExactRule):
         return Choice(p, y, found.steps)
 
     def bounds(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
-        """Bound the objective over C by Gibbs' inequality, Σ p̄ log(p z / p̄) ≤ 0 as Σ p z = 1, z_j = 1 + yᵀ(g_j - g).
+        """Bound the objective over C from below, by multipliers ``y``: Σ p̄ log(z / p̄), in nats.
 
-        The lower bound is Σ p̄ log(z / p̄), in nats; -inf unless every z_j is positive.
+        z_j = 1 + yᵀ(g_j - g); p̄ is the members' weighted mean, g_j and g are the moments of token j and of the
+        members. The bound holds by Gibbs' inequality, Σ p̄ log(p z / p̄) ≤ 0, as Σ p z = 1 for p in C; it is -inf
+        unless every z_j is positive. There is no upper bound.
         """
         log_mean = log_normalize(row.log_mean[row.alive])
         mean, z = log_mean.exp(), 1 + row.scores(y)[row.alive]

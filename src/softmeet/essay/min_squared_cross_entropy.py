@@ -61,13 +61,20 @@ class MinSquaredCrossEntropy(CrossEntropyRule):
         )
 
     def most(self, row: FeasibleSet, member: Float[Tensor, " v"]) -> float:
-        """Return an upper bound on the objective over C, from one linear program per member."""
+        """Return an upper bound on the objective over the feasible set C: Σ w_i (largest -pᵀ log p̂_i over C)².
+
+        It takes one linear program per member of the ensemble. ``member`` is some distribution in C.
+        """
         log_p, _ = self._sums(row, row.log_q.exp())
         largest = [-float(own @ self.extremes(row, own, member).p) for own in log_p]
         return float(sum(w * x**2 for w, x in zip(row.problem.weights.tolist(), largest, strict=True)))
 
     def bounds(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
-        """Bound the convex objective over C, from below by linear duality for its tangent at ``p``."""
+        """Bound the objective over the feasible set, by multipliers ``y``.
+
+        The lower bound is that of the tangent at ``p`` by linear duality, as a convex function lies above its tangents.
+        The upper one follows from bounds on each pᵀ log p̂_i; there is none with ``slack``.
+        """
         _, sums = self._sums(row, p)
         value = float((row.problem.weights * sums.square()).sum())
         low, _ = row.range_of(self.gradient(row, p), y)

@@ -72,9 +72,10 @@ class MinUnderestimation(ExactRule):
         return Choice(p, y, steps)
 
     def bounds(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
-        """Bound log t over C from below by -log Σ_j m_j [1 + yᵀ(g_j - g)]₊, in nats, or by 0 if that is larger.
+        """Bound log t over C from below, by multipliers ``y``: -log Σ_j m_j [1 + yᵀ(g_j - g)]₊ in nats, or 0 if larger.
 
-        It holds for any multipliers ``y``; m_j = min_i p̂_ij, and log t at ``p`` is max_j log(p_j / m_j).
+        m_j = min_i p̂_ij, and g_j and g are the moments of token j and of the members. The objective log t at ``p`` is
+        max_j log(p_j / m_j). There is no upper bound.
         """
         floor = row.log_p.amin(0)[row.alive]
         value = float((p[row.alive].log() - floor).max())

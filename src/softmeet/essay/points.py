@@ -26,11 +26,11 @@ _NEGATIVE = 1e-9
 
 
 def least_squares_point(row: FeasibleSet, columns: MomentMatrix, target: Float[Tensor, " m"]) -> Optimum:
-    """Find a p in the simplex that minimises |Gᵀp - g|².
+    """Find a p in the simplex that minimises |Gᵀp - g|², G and g being moments of tokens and the wanted ones.
 
     Args:
-        row: the row's feasible set, for its tokens that may have mass and its settings.
-        columns: G; its last column is all ones.
+        row: the row's feasible set, for the tokens that may have mass and the settings.
+        columns: G, (v, m); its last column is all ones, whose constraint is hard.
         target: g.
     """
     softness = torch.ones_like(target)
@@ -50,10 +50,10 @@ def least_squares_point(row: FeasibleSet, columns: MomentMatrix, target: Float[T
 
 
 def separating_multipliers(row: FeasibleSet) -> Float[Tensor, " m"] | None:
-    """Return multipliers, (m,), that prove the feasible set C empty, or None if the nearest moments give no proof.
+    """Return multipliers of the whitened moments, (m,), that prove the feasible set empty; None if none were found.
 
-    They are g - Gᵀp for the p of :func:`least_squares_point`: with r = Gᵀp - g, rᵀ(g_j - g) ≥ |r|² for every token j,
-    as the Frank-Wolfe gap is zero there.
+    They are the members' moments less those of the p whose moments are nearest: with r the latter less the former, and
+    g_j and g the moments of token j and of the members, rᵀ(g_j - g) ≥ |r|² for every token j.
     """
     y = -row.excess(least_squares_point(row, row.tokens, row.target).p)
     y[-1] = 0.0
@@ -61,16 +61,20 @@ def separating_multipliers(row: FeasibleSet) -> Float[Tensor, " m"] | None:
 
 
 def proves_empty(row: FeasibleSet, y: Float[Tensor, " m"]) -> bool:
-    """Return whether the multipliers ``y`` prove that no p has the members' moments, up to ``SEPARATED``.
+    """Return whether multipliers ``y`` of whitened moments prove that no p has the members' moments.
 
-    They do if yᵀ(g_j - g) < -δ|y| for every token j that may be answered, δ being ``SEPARATED`` and the entry for Σp =
-    1 left out of |y|. A smaller margin may be rounding, if heads share directions.
+    They do if yᵀ(g_j - g) < -δ|y| for every token j that may have mass, g_j and g being the moments of token j and of
+    the members, and δ ``SEPARATED``. The last entry of ``y``, for Σp = 1, does not count. A smaller margin may be
+    rounding, if heads share directions.
     """
     return bool(row.scores(y)[row.alive].max() < -SEPARATED * y[:-1].norm())
 
 
 def moments_hold(row: FeasibleSet, p: Float[Tensor, " v"]) -> bool:
-    """Return whether ``p`` has the members' moments: |Gᵀp - g| is at most ``MOMENT_TOLERANCE``."""
+    """Return whether the whitened moments of ``p`` and its sum are right up to ``MOMENT_TOLERANCE``.
+
+    The right ones are the members' and 1; the length of all differences together counts.
+    """
     return float(row.excess(p).norm()) <= MOMENT_TOLERANCE
 
 
@@ -83,10 +87,10 @@ def entropic_projection(
         row: the row's feasible set.
         tokens: the tokens that may have mass, a mask.
         reference: the distribution to project, as probabilities.
-        target: the right-hand side g of Gᵀp = g.
+        target: the wanted whitened moments, and 1 for Σp.
 
     Returns:
-        (p, the multipliers with 0 for Σp = 1, the number of steps). Nothing is proved about p.
+        (p, the multipliers of the moments with 0 for Σp = 1, the number of steps). Nothing is proved about p.
     """
     ids = tokens.nonzero().squeeze(-1)
     columns, target = row.system[0], target @ row.joint
@@ -101,9 +105,10 @@ def entropic_projection(
 
 
 def moments_repaired(row: FeasibleSet, p: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
-    """Return ``p`` with its moments moved to the members', up to round-off, by the least change in Σ (change_j)² / p_j.
+    """Return ``p`` with its moments moved to the members', by the least change in Σ_j (change_j)² / p_j.
 
-    A change that would make a probability negative, or not bring the moments nearer, is not made.
+    They hold up to round-off then. A change that would make a probability negative, or not bring the moments nearer, is
+    not made.
     """
     for _ in range(2):
         columns, target = row.system
@@ -120,7 +125,8 @@ def moments_repaired(row: FeasibleSet, p: Float[Tensor, " v"]) -> Float[Tensor, 
 def exact_gap(row: FeasibleSet, log_p: Float[Tensor, " v"], dual: tuple[Float[Tensor, " _"], ...]) -> float:
     """Return a bound on the gap of ``log_p`` as an I-projection, in nats: KL(p̃‖p) for a p̃ with almost exact moments.
 
-    p̃ is p as :func:`moments_repaired` returns it; |Gᵀp̃ - g| |λ| is added for its remaining error.
+    p̃ is p as :func:`moments_repaired` returns it. For the remaining error of its moments, the length of the error
+    times that of the multipliers, both whitened, is added.
 
     Args:
         row: the row's feasible set.
@@ -132,11 +138,11 @@ def exact_gap(row: FeasibleSet, log_p: Float[Tensor, " v"], dual: tuple[Float[Te
 
 
 def unique_feasible_point(row: FeasibleSet) -> tuple[Float[Tensor, " v"] | None, Float[Tensor, " m"]]:
-    """Find the only p with the members' moments, or a proof that there is none, in a row that is ``unique``.
+    """Find the only p with the members' moments, or a proof that there is none, if the row is ``unique``.
 
-    Gᵀp = g has at most one solution then. If it has none, the distance e of g from the range of Gᵀ proves it, as G e =
-    0 and gᵀe = |e|² > 0. If its solution has some p_j < 0, the y with G y = -1_j proves that no other is in the
-    simplex.
+    With G = [Q_1 | … | Q_n | 1] and g the members' moments and 1, Gᵀp = g has at most one solution then. If it has
+    none, the distance e of g from the range of Gᵀ proves it, as G e = 0 and gᵀe = |e|² > 0. If its solution has some
+    p_j < 0, the y with G y = -1_j (-1 for token j, else 0) proves that no other is in the simplex.
 
     Returns:
         (p, 0); or (None, y) with multipliers y that prove the feasible set empty; or (None, 0) if neither was found.

@@ -18,7 +18,7 @@ _TINY = 1e-10
 
 
 def vertex(columns: MomentMatrix, x: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """Return a vertex of {x' ≥ 0 : Gᵀx' = Gᵀx}: masses with the moments of ``x``, at most rank G of them positive.
+    """Return masses with the same moments as ``x``, Gᵀx, of which at most rank G are positive: a vertex.
 
     Light tokens lose their mass first.
 

@@ -175,11 +175,11 @@ def repaired_gap_bound(
     y: Float[Tensor, "B n v"],
     sizes: tuple[Float[Tensor, " B"], Float[Tensor, " B"]],
 ) -> Float[Tensor, " B"]:
-    """Bound the gap of every row, (B,), in nats, by a direction that only nearly solves the Newton system; inf if none
-    is found.
+    """Bound the gap of every row, (B,), in nats, by a direction that only nearly solves the Newton system.
 
-    All trusts must be finite. Every head is read once. The bound is the last one in the module docstring: the part of
-    the moments that the direction leaves unequal is made up by changing each r_i on its heaviest tokens.
+    It is inf if no bound is found. All trusts must be finite. Every head is read once. The bound is the last one in the
+    module docstring: the part of the moments that the direction leaves unequal is made up by changing each r_i on its
+    heaviest tokens.
 
     Args:
         problem: the batch of relaxed I-projections.

@@ -179,8 +179,7 @@ class DenseNewton(Solver[DenseState]):
 
 
 def dense(problem: Projection, max_steps: int, *, certify: bool = True) -> DenseState:
-    """Solve every row by dense steps (:class:`DenseNewton`), and evaluate the final point in fp64; return the final
-    state.
+    """Solve every row by dense steps (:class:`DenseNewton`) and evaluate the end in fp64; return the final state.
 
     During the steps vectors over the vocabulary are fp32 if ``problem.tol`` is at least 5e-5 nats per unit of trust,
     else fp64.

@@ -218,7 +218,7 @@ class Tail:
 
 
 def tail_of(problem: Projection) -> Tail:
-    """Return the :class:`Tail` of the heads of ``problem``, computed when first asked for and kept with the first head."""
+    """Return the :class:`Tail` of the problem's heads, computed when first asked for and kept with the first head."""
     first = problem.heads[0].head
     key = tuple(h.whitening for h in problem.heads)
     for known, tail in first.tails:

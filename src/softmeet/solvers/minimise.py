@@ -11,8 +11,7 @@ from softmeet.solvers.projection import Projection
 
 
 def minimise_dual(problem: Projection, max_steps: int, *, certify: bool = True, rescue: bool = True) -> DualState:
-    """Minimise the dual function of every relaxed I-projection until its gap is at most ``problem.tol``; return the
-    state.
+    """Minimise the dual function of every row until its gap is at most ``problem.tol``; return the final state.
 
     Rows that do not get there have the status NOT_CONVERGED or, with a proof, INFEASIBLE.
 

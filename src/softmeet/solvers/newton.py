@@ -78,10 +78,10 @@ class DualNewton(Solver[NewtonState]):
         return after
 
     def aim(self, problem: Projection, state: NewtonState) -> None:
-        """Set ``state.gradient`` and ``state.direction`` to ∇f and -H⁻¹∇f, f the dual function, by one pass over all
-        heads.
+        """Set ``state.gradient`` to ∇f and ``state.direction`` to -H⁻¹∇f, by one pass over all heads.
 
-        In the first step of a problem with a ``start`` nothing is read: the direction is that start already.
+        f is the dual function and H its Hessian. In the first step of a problem with a ``start`` nothing is read: the
+        direction is that start already.
         """
         first = not state.steps.any()
         if first and problem.start is not None:

@@ -146,15 +146,11 @@ class Projection:
         return torch.cat([alpha * h.moments(one)[0] for alpha, h, one in parts], dim=-1)
 
     def tilt(self, z: Float[Tensor, "B n v"]) -> Float[Tensor, "B v"]:
-        """Return the term that the scores ``z`` add to log q, q the pool: Σ_i α_i z_i, (B, v), in nats; α_i = min(1,
-        ρ_i).
-        """
+        """Return the term that the scores ``z`` add to the pool's log q: Σ_i min(1, ρ_i) z_i, (B, v), in nats."""
         return (self.alpha[:, None] * z).sum(1)
 
     def pooled(self, z: Float[Tensor, "B n v"]) -> Float[Tensor, "B v"]:
-        """Return the answer at the scores ``z``: log p = log q + Σ_i α_i z_i, normalised, (B, v), in nats; α_i = min(1,
-        ρ_i).
-        """
+        """Return the answer at the scores ``z``: log p = log q + Σ_i min(1, ρ_i) z_i, normalised, (B, v), in nats."""
         return log_normalize(self.log_q + self.tilt(z))
 
     def corrected(self, z: Float[Tensor, "B n v"]) -> Float[Tensor, "B n v"]:
