@@ -345,6 +345,7 @@ _Products = tuple[Tensor, Tensor | None]
 
 
 def _finite(step: _Step) -> bool:
+    """Return whether all entries of a step are finite."""
     return all(bool(part.isfinite().all()) for part in step if part is not None)
 
 

@@ -1,4 +1,4 @@
-"""From any point of {x ≥ 0 : Gᵀx = g} to a vertex, which has at most rank G positive entries.
+"""The way from any point of {x ≥ 0 : Gᵀx = g} to a vertex, which has at most rank G positive entries.
 
 As long as more tokens have mass than G has columns, some combination of their rows of G vanishes; masses move along it
 until one is zero, and the moments Gᵀx stay (Carathéodory's theorem, as an algorithm). Tokens are taken 2m at a time,

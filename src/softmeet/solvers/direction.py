@@ -121,7 +121,7 @@ class Around:
         return torch.cat([torch.bmm(m[:, i, None], rows)[:, 0] for i, rows in enumerate(self.rows)], dim=-1)
 
     def times(self, x: Float[Tensor, "b D"]) -> Float[Tensor, "b D"]:
-        """Return H x for the directions ``x``, one for each row, without forming H."""
+        """Return H x, (b, D), for the directions ``x``, one per row, in the heads' own coordinates; H is not formed."""
         # Row vectors on the left: batched products of this shape are fast in no other form.
         parts = zip(self.rows, self.places, strict=True)
         y = torch.cat([torch.bmm(x[:, None, here], rows.transpose(1, 2)) for rows, here in parts], dim=1)
@@ -138,10 +138,10 @@ class Around:
         return self.scale * (found - lost + self._spread(self.gamma) * self.of_r_wide * light)
 
     def solve(self, b: Float[Tensor, "b D"], steps: int, reduction: float = 0.0) -> Float[Tensor, "b D"]:
-        """Return approximately H⁻¹ b, by at most ``steps`` steps of preconditioned conjugate gradients.
+        """Return approximately H⁻¹ b, (b, D), by at most ``steps`` steps of preconditioned conjugate gradients.
 
-        A row stops once its preconditioned residual is at most ``reduction`` times that of the start; 0 takes all
-        steps.
+        Vectors are in the heads' own coordinates. A row stops once its preconditioned residual is at most ``reduction``
+        times that of the start; 0 takes all steps.
         """
         return conjugate_gradients(self.times, b.to(self.dtype), _Preconditioner(self), reduction, steps).to(b)
 

@@ -53,6 +53,8 @@ def projected(problem: Projection, trust: Float[Tensor, " n"], solve: Solve) -> 
 
 
 class _Projected(torch.autograd.Function):
+    """The autograd function of :func:`projected`; its derivatives are those in the module docstring."""
+
     @staticmethod
     def forward(
         ctx: Any, log_q: Float[Tensor, "B v"], trust: Float[Tensor, " n"], problem: Projection, solve: Solve
