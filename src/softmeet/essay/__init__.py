@@ -1,1 +1,1 @@
-"""The rules of the essay: each chooses from the distributions that have every member's moments."""
+"""The rules of the essay: each chooses from the feasible set, the distributions with every member's moments."""

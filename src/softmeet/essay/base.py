@@ -1,8 +1,10 @@
-"""What the rules over C = { p in the simplex : W_iᵀ p = W_iᵀ p̂_i } share.
+"""The base of the rules that choose from the feasible set C = { p in the simplex : W_iᵀ p = W_iᵀ p̂_i for all i }.
 
-Each row first looks for the I-projection of the pool onto C, which either exists, or ends with a proof that C is empty.
-Where it exists, the rule chooses from C by its own criterion, and its answer is certified by evaluation alone: the rule
-states a lower bound on its objective over C, at any multipliers, and the gap is the difference.
+W_i is member i's head and p̂_i its distribution. For each row the I-projection of the pool q onto C, the p in C with
+the least KL(p‖q), is looked for first; either it is found, or a proof that C is empty. Then the rule chooses from C by
+its own objective. Its answer is certified by evaluation alone: the rule states a lower bound on its objective over C
+that holds for any multipliers, and the gap is the difference from the objective's value. Multipliers y belong to the
+constraints Gᵀp = g of :class:`~softmeet.essay.feasible_set.FeasibleSet`: m numbers, the last for Σp = 1.
 """
 
 from __future__ import annotations
@@ -29,9 +31,11 @@ from softmeet.solvers.projection import MOMENT_TOLERANCE
 
 @dataclass(frozen=True)
 class Bounds:
-    """What evaluation at (p, multipliers) proves, in the units of the rule's objective.
+    """The value of a rule's objective at some p, and bounds on the objective over the feasible set, in its own units.
 
-    ``value`` is the objective at p; over the feasible set it is at least ``least`` and at most ``most``.
+    Attributes:
+        value: the objective at p.
+        least, most: proved bounds: over the feasible set the objective is at least ``least`` and at most ``most``.
     """
 
     value: float
@@ -40,16 +44,24 @@ class Bounds:
 
     @property
     def gap(self) -> float:
-        """How far p can be from optimal; a value below the bound belongs to a p whose moments are off."""
+        """The distance of the value from the lower bound, |value - least|: at most so far is p from optimal.
+
+        A value below ``least`` is possible only if p does not have the members' moments exactly.
+        """
         return abs(self.value - self.least)
 
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """A rule's p for one row, whitened multipliers, and the steps.
+    """A rule's answer for one row.
 
-    ``most`` is the largest value of the objective over C, if the rule looked for it; ``constant`` where that showed
-    that the objective is constant.
+    Attributes:
+        p: the distribution, (v,), fp64.
+        y: the multipliers of the constraints that prove the quality of p, (m,): one for each whitened moment of each
+            member, and a last one for Σp = 1.
+        steps: how many steps the rule took.
+        most: the largest value of the objective over the feasible set; NaN if the rule did not look for it.
+        constant: whether ``most`` showed that the objective is constant on the feasible set.
     """
 
     p: Float[Tensor, " v"]
@@ -60,7 +72,14 @@ class Choice:
 
 
 class ExactRule(Rule):
-    """A rule that chooses one member of C; subclasses say which, and what bounds it."""
+    """The base of rules that choose one distribution from the feasible set C, in which all have every member's moments.
+
+    Subclasses say how (:meth:`choose`) and prove how good the choice is (:meth:`bounds`).
+
+    Attributes:
+        always_answers: whether the rule chooses in rows with an empty C, too.
+        exactness: the gap, in nats, to which a distribution in C is found before the rule chooses.
+    """
 
     reads_heads = True
     is_feasible = True
@@ -70,14 +89,31 @@ class ExactRule(Rule):
 
     @abstractmethod
     def choose(self, row: FeasibleSet, member: Float[Tensor, " v"] | None) -> Choice:
-        """Choose the row's distribution; ``member`` is the I-projection of the pool onto C, if looked for and found."""
+        """Choose the distribution of one row, by the subclass's criterion.
+
+        Args:
+            row: the row's feasible set C.
+            member: the I-projection of the pool onto C, probabilities, (v,), or another distribution of C if that has
+                none; None if it was not looked for or not found.
+        """
 
     @abstractmethod
     def bounds(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
-        """Bound the objective over C by what p and the multipliers prove, without a solver."""
+        """Evaluate the objective at ``p`` and bound it over the feasible set by multipliers ``y``, without a solver.
+
+        Args:
+            row: the row's feasible set.
+            p: a distribution, probabilities.
+            y: multipliers of the whitened moments, and a last one for Σp = 1; the bounds hold for any, and are tight
+                for the right ones.
+        """
 
     def proved(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
-        """Return :meth:`bounds`, closed where no other p has the moments, and void if p is not in the simplex."""
+        """Return :meth:`bounds`, corrected in two cases.
+
+        If ``p`` is not a distribution over the tokens that may have mass, the lower bound is -inf. If at most one
+        distribution has the members' moments and ``p`` has them, both bounds are the value at ``p``.
+        """
         found = self.bounds(row, p, y)
         if bool(p[~row.alive].any()) or not abs(float(p.sum()) - 1) <= MOMENT_TOLERANCE:
             return Bounds(found.value, -torch.inf)
@@ -86,11 +122,16 @@ class ExactRule(Rule):
         return found
 
     def constrained(self, problem: Problem) -> bool:
-        """Say whether the moments must hold exactly."""
+        """Return whether the answer must have the members' moments, up to ``MOMENT_TOLERANCE``."""
         return True
 
     def status(self, row: FeasibleSet, p: Float[Tensor, " v"], found: Bounds) -> Status:
-        """Return OPTIMAL where the gap is within ``tol`` and the moments hold, DEGENERATE where nothing was chosen."""
+        """Return the status of the answer ``p`` with the bounds ``found``.
+
+        NOT_CONVERGED if the gap exceeds ``tol``, or the moments should hold and do not. DEGENERATE if the bounds prove
+        that the objective varies by at most ``tol`` over the feasible set, unless moments allow only one distribution.
+        Else OPTIMAL.
+        """
         exact = not self.constrained(row.problem) or moments_hold(row, p)
         if not exact or not found.gap <= row.problem.tol:
             return Status.NOT_CONVERGED
@@ -98,7 +139,12 @@ class ExactRule(Rule):
         return Status.DEGENERATE if nothing_chosen else Status.OPTIMAL
 
     def solve(self, problem: Problem) -> Answer:
-        """Solve row by row: each has a working set of its own."""
+        """Solve a batch row by row.
+
+        Every row first looks for the pool's I-projection onto C, unless the moments need not hold. If it finds a proof
+        that C is empty, or neither, the row keeps that answer and status, unless the rule ``always_answers``; else the
+        rule chooses.
+        """
         seeks = self.constrained(problem) or self.always_answers
         answer = members_of(problem, self.exactness) if seeks else closed_form(problem, problem.log_pool.clone())
         empty = (answer.status == Status.INFEASIBLE).tolist()
@@ -109,6 +155,7 @@ class ExactRule(Rule):
         return answer
 
     def _write(self, answer: Answer, k: int, row: FeasibleSet, member: Float[Tensor, " v"] | None) -> None:
+        """Choose in row ``k`` and write the choice, its bounds and its status into ``answer``, in place."""
         choice = self.choose(row, member)
         p, y = choice.p, choice.y
         found = self.proved(row, p, y)
@@ -130,7 +177,7 @@ class ExactRule(Rule):
         answer.disagreement_is_bound[k] = True
 
     def verify(self, problem: Problem, answer: Answer) -> Recomputed:
-        """Evaluate what the answer and its multipliers prove, row by row."""
+        """Evaluate the stored answer and its multipliers again, row by row, in fp64 and without a solver."""
         looks = []
         for k, row in enumerate(FeasibleSet.of(problem)):
             p = answer.log_probs[k].exp()
@@ -139,5 +186,8 @@ class ExactRule(Rule):
         return Recomputed.of_rows(looks, answer.log_probs)
 
     def proof(self, row: FeasibleSet, p: Float[Tensor, " v"]) -> Float[Tensor, " m"]:
-        """Return multipliers that prove C empty, if the rule's answer has any; 0 otherwise."""
+        """Return multipliers of the whitened moments, (m,), that prove the feasible set empty; 0 if ``p`` gives none.
+
+        The last of them, for Σp = 1, is 0.
+        """
         return torch.zeros_like(row.target)

@@ -1,11 +1,12 @@
 """Linear and quadratic programs over the simplex of tokens, by column generation around an interior-point method.
 
-    minimise  cᵀp + ½ |E^{-½}(Gᵀp - g)|²   over p in the simplex,  Gᵀp = g where E = 0
+    minimise  cᵀp + ½ |E^{-½}(Gᵀp - g)|²   over p in the simplex
 
-An optimum needs few tokens, so a program over some tokens is solved and all are priced with one read of the heads: for
-every y, the optimum is at least min_j (c_j - g_jᵀy) + gᵀy - ½ yᵀE y (Lagrange), and tokens below the minimum over the
-working set enter it. A point that is known to satisfy the hard constraints is one more column, so that every program on
-the way has a solution (Dantzig and Wolfe 1960).
+E is diagonal; a constraint with E = 0 is hard, (Gᵀp)_k = g_k, and leaves the sum. An optimum needs few tokens, so a
+program over some tokens, the working set, is solved, and all tokens are priced by one read of the heads: for every y,
+the optimum is at least min_j (c_j - g_jᵀy) + gᵀy - ½ yᵀE y (Lagrange), and tokens with a c_j - g_jᵀy below the working
+set's minimum enter it. A point that is known to satisfy the hard constraints is one more column, so that every program
+on the way has a solution (Dantzig and Wolfe 1960).
 """
 
 from __future__ import annotations
@@ -19,31 +20,33 @@ from torch import Tensor
 from softmeet.essay.interior import Program, interior_point
 from softmeet.essay.matrices import MomentMatrix, dense_matrix, stacked
 
-# MomentMatrix to begin with, per constraint, and the fewest that are worth a choice.
+# The size of the first working set, in tokens: per constraint, and at least.
 _PER_CONSTRAINT = 4
 _FEWEST = 2048
 _ROUNDS = 60
-# The share of the tokens that enter for which others leave, and how many per constraint stay.
+# How many tokens leave, as a share of those that enter, and how many per constraint stay at least.
 _LEAVING, _STAYING = 0.9, 2
-# Masses below their own reduced cost are zeros that an interior point only approaches; so much is cut in all, at most,
-# of their sum and of what they bring to the multipliers' moments.
+# Masses below their own reduced cost are zeros that an interior point only approaches. They are set to zero up to this
+# sum, each weighted by its effect on the moments.
 _ZERO = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
 class SimplexProgram:
-    """One linear or quadratic program over the simplex of tokens: see the module's docstring.
+    """A linear or quadratic program over the simplex of v tokens: minimise cᵀp + ½ |E^{-½}(Gᵀp - g)|², E diagonal.
+
+    Constraints with E = 0 are hard, Gᵀp = g, and leave the sum.
 
     Args:
-        columns: G over all tokens, (v, m); one of its columns is 1 throughout.
-        target: g.
-        softness: the diagonal of E.
+        columns: G over all tokens, (v, m); one of its columns is all ones.
+        target: g, (m,).
+        softness: the diagonal of E, (m,); 0 for a hard constraint.
         cost: c, (v,).
-        alive: tokens that may have mass.
+        alive: tokens that may have mass, a mask.
         unit: the index of the column of ones.
-        feasible: a p that satisfies the hard constraints, or None if all but the sum are soft.
-        weight: which tokens to try first, the heaviest.
-        tol: the gap at which to stop.
+        feasible: a p that satisfies the hard constraints, or None if Σp = 1 is the only one.
+        weight: tokens are tried first in descending order of this, (v,).
+        tol: the gap, in units of the objective, at which to stop.
     """
 
     columns: MomentMatrix
@@ -57,20 +60,30 @@ class SimplexProgram:
     tol: float
 
     def value(self, p: Float[Tensor, " v"]) -> float:
-        """Return the objective at p."""
+        """Return the objective cᵀp + ½ |E^{-½}(Gᵀp - g)|² at ``p``; hard constraints do not enter."""
         soft = self.softness > 0
         off = (self.columns.sums(p) - self.target)[soft]
         return float(self.cost @ p + 0.5 * (off.square() / self.softness[soft]).sum())
 
     def bound(self, reduced: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> float:
-        """Return a lower bound on the optimum, from the reduced costs c - G y."""
+        """Return a lower bound on the optimum: min_j (c - G y)_j + gᵀy - ½ yᵀE y, valid for any multipliers ``y``.
+
+        ``reduced`` is c - G y, the reduced costs.
+        """
         least = reduced[self.alive].min()
         return float(least + self.target @ y - 0.5 * (self.softness * y.square()).sum())
 
 
 @dataclass(frozen=True, eq=False)
 class Optimum:
-    """The solution p, the multipliers y, the steps of all programs, and the reduced costs c - G y."""
+    """The last point of :func:`solve_program`, which minimises cᵀp + ½ |E^{-½}(Gᵀp - g)|² over the simplex.
+
+    Attributes:
+        p: the solution, (v,), summing to 1.
+        y: the multipliers of Gᵀp = g, (m,).
+        steps: interior-point steps of all programs together.
+        reduced: the reduced costs c - G y, (v,).
+    """
 
     p: Float[Tensor, " v"]
     y: Float[Tensor, " m"]
@@ -79,7 +92,12 @@ class Optimum:
 
 
 def solve_program(program: SimplexProgram, max_steps: int) -> Optimum:
-    """Solve a program to ``tol``, or as well as it gets; callers certify the answer."""
+    """Solve a program to its ``tol``, if rounding and a limited number of working sets allow; nothing is proved.
+
+    Args:
+        program: the program.
+        max_steps: the most interior-point steps of each program over a working set.
+    """
     chosen = _first(program)
     steps = 0
     for _ in range(_ROUNDS):
@@ -101,6 +119,7 @@ def solve_program(program: SimplexProgram, max_steps: int) -> Optimum:
 
 
 def _first(program: SimplexProgram) -> Bool[Tensor, " v"]:
+    """Return the first working set: the tokens of largest weight, or all that may have mass if they are few."""
     size = max(_FEWEST, _PER_CONSTRAINT * len(program.target))
     if int(program.alive.sum()) <= 2 * size:
         return program.alive.clone()
@@ -111,10 +130,11 @@ def _first(program: SimplexProgram) -> Bool[Tensor, " v"]:
 def _more(
     program: SimplexProgram, chosen: Bool[Tensor, " v"], reduced: Float[Tensor, " v"]
 ) -> Bool[Tensor, " v"] | None:
-    """Let the tokens that price out best enter, half as many again at most, and those that price out worst leave.
+    """Return the next working set, or None if no token would lower the optimum.
 
-    As many leave as enter, but a few, as long as the support has room: what is held stays of one size. None where no
-    token prices out: what is left of the gap is then the interior point's own.
+    The tokens of least reduced cost enter, at most half as many as the set has, or 64; nearly as many leave, the ones
+    of largest reduced cost, as long as enough stay for an optimum. If None, the remaining gap is the interior-point
+    method's own.
     """
     size = int(chosen.sum())
     open_to = torch.where(program.alive & ~chosen, reduced, torch.inf)
@@ -132,6 +152,7 @@ def _more(
 def _restricted(
     program: SimplexProgram, chosen: Bool[Tensor, " v"], max_steps: int
 ) -> tuple[Float[Tensor, " v"], Float[Tensor, " m"], int]:
+    """Solve the program over the working set ``chosen``; return (p on all tokens, the multipliers, the steps)."""
     tokens = chosen.nonzero().squeeze(-1)
     everything = len(tokens) == len(chosen)
     columns: MomentMatrix = program.columns if everything else dense_matrix(program.columns.rows(tokens))

@@ -1,4 +1,4 @@
-"""What the essay's linear and quadratic programs share: when they choose nothing, and how they are solved if not."""
+"""The base of the essay's linear and quadratic programs: a test whether they choose anything, and their solution."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ from softmeet.solvers.base import Status
 
 
 class CrossEntropyRule(ExactRule):
-    """A rule that minimises a function of the cross-entropies -pᵀ log p̂_i over C.
+    """The base of rules that minimise a function of the cross-entropies -pᵀ log p̂_i over the feasible set C.
 
-    With ``slack`` τ the moments may differ from the members', at ‖Qᵀ(p - p̂)‖² / 2τ.
+    With ``slack`` τ > 0 the moments need not hold, and ‖Qᵀ(p - p̂)‖² / 2τ, summed over members, is added to the
+    objective. If the objective is constant on C, the rule chooses nothing: the answer is the I-projection of the pool
+    onto C or, with ``vertex``, a vertex of C.
     """
 
     can_assign_zeros = True
@@ -35,15 +37,15 @@ class CrossEntropyRule(ExactRule):
     )
 
     def constrained(self, problem: Problem) -> bool:
-        """Say whether there is no slack."""
+        """Return whether the moments must hold exactly, which they must without ``slack``."""
         return self.slack == 0
 
     def relaxes(self, problem: Problem) -> bool:
-        """Say whether the options, or slack, ask for less than every member's moments."""
+        """Return whether the settings, or ``slack``, ask for less than every member's moments."""
         return super().relaxes(problem) or self.slack > 0
 
     def why_degenerate(self, problem: Problem) -> str:
-        """Explain by the heads why the objective is constant."""
+        """Explain in a sentence why the objective is constant on the feasible set, and which distribution was taken."""
         plain = all(head.bias is None and head.soft_cap is None for head in problem.heads)
         why = (
             "without bias and soft-cap, -pᵀ log p̂_i = H(p̂_i) for every feasible p"
@@ -57,22 +59,35 @@ class CrossEntropyRule(ExactRule):
 
     @abstractmethod
     def is_constant(self, row: FeasibleSet) -> bool:
-        """Say whether the objective varies by at most ``tol`` over C."""
+        """Return whether the objective is proved to be constant on the feasible set, up to ``tol`` or rounding."""
 
     @abstractmethod
     def gradient(self, row: FeasibleSet, p: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
-        """Return the gradient of the objective without slack, with 0 where a token may not be answered."""
+        """Return the objective's gradient at ``p``, (v,), without slack's term; 0 for tokens not to be answered."""
 
     @abstractmethod
     def optimum(self, row: FeasibleSet, member: Float[Tensor, " v"] | None) -> Optimum:
-        """Solve the rule's program."""
+        """Minimise the rule's objective for one row by a linear or quadratic program.
+
+        Args:
+            row: the row's feasible set C.
+            member: some distribution in C, probabilities, (v,); None with ``slack``.
+        """
 
     @abstractmethod
     def most(self, row: FeasibleSet, member: Float[Tensor, " v"]) -> float:
-        """Return the largest value of the objective over C, or what it cannot exceed."""
+        """Return the largest value of the objective over C, or an upper bound on it.
+
+        Args:
+            row: the row's feasible set C.
+            member: some distribution in C, probabilities, (v,).
+        """
 
     def choose(self, row: FeasibleSet, member: Float[Tensor, " v"] | None) -> Choice:
-        """Choose the optimum or, where the objective is constant on C, the I-projection of the pool."""
+        """Choose the program's optimum or, if the objective is constant on C, the I-projection ``member`` or a vertex.
+
+        ``member`` is None with ``slack``; then the program is solved in any case.
+        """
         if member is None:
             found = self.optimum(row, None)
             return Choice(found.p, self.multipliers(row, found.y), found.steps)
@@ -86,14 +101,22 @@ class CrossEntropyRule(ExactRule):
         return Choice(p, row.fit(self.gradient(row, p)), 0)
 
     def status(self, row: FeasibleSet, p: Float[Tensor, " v"], found: Bounds) -> Status:
-        """Return DEGENERATE also where the gap is what log-probabilities of few digits leave."""
+        """Return the base class's status, or DEGENERATE if ``p`` has the moments and :meth:`is_constant` holds.
+
+        In such a row the gap may exceed ``tol`` only because log-probabilities were given with few digits.
+        """
         status = super().status(row, p, found)
         if status == Status.DEGENERATE or not self.constrained(row.problem) or row.unique:
             return status
         return Status.DEGENERATE if moments_hold(row, p) and self.is_constant(row) else status
 
     def off(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> tuple[float, float]:
-        """Return (what p pays for its slack, what the multipliers y gain from slack at most)."""
+        """Return the two terms that ``slack`` τ adds to the objective and to its lower bound; both are 0 without slack.
+
+        Returns:
+            (the penalty of p, ‖Qᵀ(p - p̂)‖² / 2τ; the most by which slack can lower the bound at the multipliers y,
+            τ|y|² / 2).
+        """
         tau = self.slack
         if tau == 0:
             return 0.0, 0.0
@@ -101,7 +124,7 @@ class CrossEntropyRule(ExactRule):
         return float(r.square().sum()) / (2 * tau), float(tau / 2 * moments.square().sum())
 
     def _kept(self, row: FeasibleSet, member: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
-        """Give what a program that chooses nothing is answered by."""
+        """Return the answer if the program chooses nothing: ``member``, or a vertex if the option ``vertex`` is set."""
         return vertex(row.system[0], member) if self.vertex else member
 
     def program(
@@ -111,7 +134,14 @@ class CrossEntropyRule(ExactRule):
         member: Float[Tensor, " v"] | None,
         extra: Float[Tensor, "v k"] | None = None,
     ) -> SimplexProgram:
-        """Make the program with a linear cost, and with the squares of the sums of further columns ``extra``."""
+        """State the program: minimise costᵀp + Σ_k (extra_kᵀp)² over C or, with ``slack``, that plus its penalty.
+
+        Args:
+            row: the row's feasible set C.
+            cost: the linear cost of each token, (v,).
+            member: some distribution in C, or None with ``slack``.
+            extra: further columns, (v, k), the squares of whose sums are added; None for a linear program.
+        """
         soft = self.slack > 0
         columns, target = (row.tokens, row.target) if soft else row.system
         softness = torch.full_like(target, self.slack)
@@ -125,9 +155,12 @@ class CrossEntropyRule(ExactRule):
         return SimplexProgram(columns, target, softness, cost, row.alive, unit, member, weight, 0.01 * row.problem.tol)
 
     def multipliers(self, row: FeasibleSet, y: Float[Tensor, " r"]) -> Float[Tensor, " m"]:
-        """Take those of the moments from the multipliers of :meth:`program`."""
+        """Convert the multipliers ``y`` of :meth:`program` to those of the whitened moments and of Σp = 1, (m,)."""
         return y[: len(row.target)] if self.slack > 0 else row.joint @ y[: row.joint.shape[1]]
 
     def extremes(self, row: FeasibleSet, cost: Float[Tensor, " v"], member: Float[Tensor, " v"] | None) -> Optimum:
-        """Find the p that minimises a linear cost."""
+        """Minimise the linear ``cost``, (v,), over the feasible set, plus the penalty of ``slack``; return the optimum.
+
+        ``member`` is some distribution in the feasible set, or None with ``slack``.
+        """
         return solve_program(self.program(row, cost, member), row.problem.settings.max_steps)

@@ -1,4 +1,9 @@
-"""The feasible set of one row, as the essay's rules see it: tokens as columns of moments, in fp64."""
+"""The feasible set of one row in the form that the essay's rules use: a linear system Gᵀp = g in fp64.
+
+G = [Q_1 | … | Q_n | 1] has one row g_j per token and m columns: those of the whitened heads Q_i, and a column of ones
+for Σp = 1. g holds the members' moments Q_iᵀp̂_i and 1. Multipliers y of this system are m numbers, the last for Σp =
+1.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +19,7 @@ from softmeet.heads import WhitenedHead
 from softmeet.rules.problem import Problem
 from softmeet.simplex import prob_mean
 
-# Principal directions of the heads together, below this share of the largest, are rounding.
+# Singular values of all heads together below this share of the largest are rounding.
 _JOINT_TOLERANCE = 1e-6
 # Singular values below this share of the largest count as zero when the rank of [1, A] is decided: their squares are
 # still far above the rounding of a Gram matrix.
@@ -23,69 +28,83 @@ _RANK_TOLERANCE = 1e-4
 
 @dataclass(frozen=True, eq=False)
 class FeasibleSet:
-    """The distributions with every member's moments in one row, C = { p : Gᵀp = g }, in fp64."""
+    """The feasible set of one row, C = { p ≥ 0 : Gᵀp = g }: the distributions with every member's moments; fp64.
+
+    G = [Q_1 | … | Q_n | 1], (v, m), holds the whitened heads Q_i and a column of ones; g, (m,), the members' moments
+    and 1. g_j is token j's row of G. Multipliers y are one number per column of G.
+
+    Args:
+        problem: the problem, of one row.
+    """
 
     problem: Problem
 
     @staticmethod
     def of(problem: Problem) -> list[FeasibleSet]:
-        """Split a batch into its rows' feasible sets."""
+        """Split a batch of B rows into its B feasible sets."""
         return [FeasibleSet(one) for one in replace(problem, dtype=torch.float64).rows()]
 
     @cached_property
     def heads(self) -> tuple[WhitenedHead, ...]:
-        """Whitened views, which count what is read."""
+        """The n whitened heads Q_i, which count how much of them is read."""
         return self.problem.views(range(len(self.problem.heads)))
 
     @cached_property
     def log_p(self) -> Float[Tensor, "n v"]:
-        """The members' log-probabilities in nats."""
+        """The members' log-probabilities in this row, (n, v), in nats."""
         return self.problem.log_p[:, 0]
 
     @cached_property
     def log_mean(self) -> Float[Tensor, " v"]:
-        """Log p̄: the probability mean on the common support, not renormalised."""
+        """The logarithm of the members' weighted mean Σ w_i p̂_i, (v,), in nats.
+
+        Tokens that may not be answered have -inf; the others are not renormalised.
+        """
         mean = prob_mean(self.problem.log_p, self.problem.weights)[0]
         return mean.masked_fill(~self.alive, -torch.inf)
 
     @cached_property
     def log_q(self) -> Float[Tensor, " v"]:
-        """The pool's log-probabilities in nats."""
+        """The pool's log-probabilities, (v,), in nats."""
         return self.problem.log_pool[0]
 
     @cached_property
     def alive(self) -> Bool[Tensor, " v"]:
-        """Tokens that may be answered."""
+        """The tokens that may have mass, a mask (v,): positive for every member, and inside the problem's support."""
         shared = (~self.log_p.isneginf()).all(0)
         return shared if self.problem.support is None else shared & self.problem.support
 
     @cached_property
     def indistinct(self) -> float:
-        """Nats: the larger of ``tol`` and of what rounding of the log-probabilities as given may make of a constant."""
+        """The largest difference, in nats, that counts as none between two values of an objective.
+
+        It is ``tol`` or, if larger, what rounding of the given log-probabilities can make of a constant objective.
+        """
         return max(self.problem.tol, 2 * self.problem.precision * float(-self.log_p[:, self.alive].min()))
 
     @cached_property
     def ones(self) -> Float[Tensor, "v 1"]:
-        """The column that keeps the sum."""
+        """The column of ones, (v, 1), whose constraint is Σp = 1."""
         return torch.ones_like(self.log_q)[:, None]
 
     @cached_property
     def tokens(self) -> MomentMatrix:
-        """G = [Q_1 | … | Q_n | 1] over all tokens."""
+        """The matrix G = [Q_1 | … | Q_n | 1], (v, m), of all tokens."""
         return token_matrix(self.heads, self.ones)
 
     @cached_property
     def target(self) -> Float[Tensor, " m"]:
-        """The members' own moments, and 1."""
+        """The right-hand side g of Gᵀp = g, (m,): the members' moments Q_iᵀp̂_i, and 1."""
         parts = [h.moments(p[None].exp())[0][0] for h, p in zip(self.heads, self.log_p, strict=True)]
         return torch.cat([*parts, self.ones[0]])
 
     @cached_property
     def joint(self) -> Float[Tensor, "m r"]:
-        """T with which G T has orthonormal columns on the tokens alive, but for the last, the ones.
+        """A matrix T, (m, r), that makes G = [Q_1 | … | Q_n | 1] well conditioned.
 
-        Directions in which the heads agree to ``_JOINT_TOLERANCE`` count once: what one head's moment says beyond the
-        other's is below ``MOMENT_TOLERANCE``, and would only spoil the conditioning.
+        On the tokens that may have mass G T has orthonormal columns, and as its last one the column of ones. Directions
+        in which the heads agree to ``_JOINT_TOLERANCE`` count once, so r may be less than m: the difference of their
+        moments is below ``MOMENT_TOLERANCE``, and would only make the system ill-conditioned.
         """
         gram = self.tokens.gram(self.alive.to(self.target))
         size = gram[-1, -1]
@@ -101,54 +120,74 @@ class FeasibleSet:
 
     @cached_property
     def system(self) -> tuple[MomentMatrix, Float[Tensor, " r"]]:
-        """(G T, Tᵀg): the moments as a well conditioned system; ``joint`` takes its multipliers back."""
+        """The constraints Gᵀp = g as a well-conditioned system of r equations: (G T, Tᵀg), T being :attr:`joint`.
+
+        G holds the whitened heads and a column of ones, g the members' moments and 1. If y are multipliers of this
+        system, T y are multipliers of the original one.
+        """
         return mapped(self.tokens, self.joint), self.target @ self.joint
 
     def excess(self, p: Float[Tensor, " v"]) -> Float[Tensor, " m"]:
-        """Return Gᵀp - g, by which p's moments differ from the members'."""
+        """Return by how much the whitened moments of ``p`` exceed the members', and Σp exceeds 1, (m,)."""
         return self.tokens.sums(p) - self.target
 
     def raw(self, y: Float[Tensor, " m"]) -> tuple[Float[Tensor, "1 _"], ...]:
-        """Return multipliers of the moments in the heads' own coordinates, without that of the sum."""
+        """Convert multipliers ``y`` of whitened moments, (m,), to the heads' coordinates: λ_i, (1, d_i), per member.
+
+        The last multiplier, of Σp = 1, is dropped.
+        """
         parts = y[: len(self.target) - 1].split([h.rank for h in self.heads])
         return tuple((part @ h.whitening.factor.T)[None] for h, part in zip(self.heads, parts, strict=True))
 
     def whitened(self, raw: tuple[Float[Tensor, " _"], ...]) -> Float[Tensor, " m"]:
-        """Return the multipliers that :meth:`raw` was given, with 0 for the sum; what is not constrained is cut."""
+        """Convert multipliers λ_i, (d_i,), of the heads W_i to those of whitened moments, (m,), with 0 for Σp = 1.
+
+        This inverts :meth:`raw`; parts of λ_i in directions that carry no constraint are dropped.
+        """
         parts = [h.whitening.inverse @ lam.to(self.target) for h, lam in zip(self.heads, raw, strict=True)]
         return torch.cat([*parts, torch.zeros_like(self.ones[0])])
 
     def scores(self, y: Float[Tensor, " m"]) -> Float[Tensor, " v"]:
-        """Return Σ_i λ_iᵀ(a_ij - b_i) for every token."""
+        """Return yᵀ(g_j - g) for every token j, (v,): its whitened moments less the members', weighted by ``y``.
+
+        These have the mean 0 under every p of the feasible set.
+        """
         return self.tokens.times(y) - self.target @ y
 
     def passes(self) -> float:
-        """Return the rows of A read so far, divided by v."""
+        """Return how often all heads were read so far: entries read divided by all entries."""
         reads = sum(int(h.rows_read[0]) * h.head.d for h in self.heads)
         return reads / sum(h.head.d for h in self.heads) / len(self.log_q)
 
     @cached_property
     def rank(self) -> int:
-        """The numerical rank of [1, A], over the tokens that may be answered."""
+        """The numerical rank of [1, W_1 | … | W_n] on the tokens that may have mass."""
         values = self._spectrum[0]
         return int((values > values[-1] * _RANK_TOLERANCE**2).sum())
 
     @cached_property
     def unique(self) -> bool:
-        """Whether at most one p has given moments: rank [1, A] is the number of tokens that may be answered."""
+        """Whether at most one p has given moments, as [1, W_1 | … | W_n] has as high a rank as it has rows.
+
+        Rows of tokens that may not have mass do not count.
+        """
         size = int(self.alive.sum())
         return len(self.target) >= size and self.rank >= size
 
     @cached_property
     def _spectrum(self) -> tuple[Float[Tensor, " m"], Float[Tensor, "m m"], Float[Tensor, " m"]]:
-        """The scaled Gram matrix of [A, 1] over the tokens that may be answered: eigenvalues, vectors, the scale."""
+        """(eigenvalues, eigenvectors, scale) of the Gram matrix of G on tokens that may have mass, at unit diagonal."""
         G = self.tokens.gram(self.alive.to(self.target))
         scale = G.diagonal().clamp_min(torch.finfo(G.dtype).tiny).rsqrt()
         values, vectors = torch.linalg.eigh(scale[:, None] * G * scale)
         return values, vectors, scale
 
     def fit(self, cost: Float[Tensor, " v"]) -> Float[Tensor, " m"]:
-        """Return the multipliers y for which ``cost`` - G y is nearest to a constant over the tokens alive."""
+        """Return multipliers y, (m,), for which ``cost`` less G y is nearest to a constant, by least squares.
+
+        G has the columns of the whitened heads and one of ones, whose entry is set to 0 afterwards. Tokens that may not
+        have mass do not count. ``cost`` has the shape (v,).
+        """
         weight = self.alive.to(self.target)
         cost = torch.where(self.alive, cost, 0.0)
         values, vectors, scale = self._spectrum
@@ -161,12 +200,18 @@ class FeasibleSet:
         return y
 
     def range_of(self, cost: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> tuple[float, float]:
-        """Return (least, largest): bounds on Σ cost_j p_j for every p in C, valid for any multipliers y."""
+        """Return (lower, upper) bounds on Σ_j cost_j p_j over every p in the feasible set, valid for any multipliers y.
+
+        They are the least and the largest entry of ``cost`` - ``scores(y)`` on the tokens that may have mass.
+        """
         reduced = (cost - self.scores(y))[self.alive]
         return float(reduced.min()), float(reduced.max())
 
 
 def may_be_unique(problem: Problem) -> bool:
-    """Say whether the heads are wide enough for moments to determine a distribution in some row."""
+    """Return whether moments can determine a distribution in some row of the batch.
+
+    They can only if 1 + Σ ranks of the heads is at least the number of tokens that every member allows.
+    """
     alive = (~problem.log_p.isneginf()).all(0).sum(-1)
     return 1 + sum(head.whitening(problem.settings.rank).rank for head in problem.heads) >= int(alive.min())

@@ -2,15 +2,15 @@
 
     minimise  Σ_j φ_j(x_j) + ½ |E^{-½} s|²   over x, s with  Gᵀx - s = g,  0 ≤ x ≤ u,  s = 0 where E = 0
 
-φ is linear, or linear plus an entropy. The optimality conditions, with multipliers y of the moments, z of x ≥ 0 and
-w of x ≤ u, are
+φ is linear, or linear plus an entropy; E is diagonal. The optimality conditions, with multipliers y of the moments, z
+of x ≥ 0 and w of x ≤ u, are
 
     φ'(x) - G y - z + w = 0,   Gᵀx + E y = g,   x z = c,   (u - x) w = 0
 
-with c = 0. Other c ≥ 0 are allowed: they are weights of a logarithmic barrier, and make the same method solve empirical
-likelihood, whose conditions are exactly x z = c with φ = 0. Each step solves (Gᵀ Θ G + E) Δy = … once factored, twice
-solved, then again for corrections that even out the products x z. One row at a time: the working set, and so the
-matrices, are the row's own.
+with c = 0. Other c ≥ 0 are allowed: they are weights of a logarithmic barrier, and let the same method solve empirical
+likelihood, whose conditions are exactly x z = c with φ = 0. Each step factors Gᵀ Θ G + E, Θ diagonal, once, and solves
+with it twice, then again for corrections that even out the products x z. One row is solved at a time, as each has a
+working set, and so matrices, of its own.
 
 Mehrotra, *On the implementation of a primal-dual interior point method*, SIAM J. Optim. 2, 1992. Gondzio, *Multiple
 centrality corrections in a primal-dual method for linear programming*, Comput. Optim. Appl. 6, 1996. Wright,
@@ -28,37 +28,40 @@ from torch import Tensor
 from softmeet.essay.matrices import MomentMatrix
 from softmeet.solvers.linalg import Factored
 
-# How far towards the boundary a step may go; where a barrier keeps x inside, farther than it should ever be.
+# The share of the way to the boundary that a step may go; with a barrier, which keeps x inside, much less is enough.
 _DAMPING, _INSIDE = 0.9995, 0.9
-# Relative to the sizes of what they are differences of.
+# Round-off: tolerances relative to the size of the moments and of the costs.
 _FEASIBLE = 1e-12
 _COMPLEMENTARY = 1e-11
 _STALLED, _PROGRESS = 12, 0.98
-# How often a step's moments are corrected, at most.
+# The most corrections of a step's moments.
 _REFINED = 2
 # Steps shorter than this are tried again towards the centre.
 _SHORT = 0.1
-# Corrections of a step at most, how much longer each would have it, the share of that which is worth another, and the
-# factor from their aim within which products are left alone.
+# The most centrality corrections of a step; by how much each aims to lengthen it; the share of that which it must reach
+# to be kept; products within this factor of their aim are left alone.
 _CORRECTIONS, _LONGER, _WORTH, _CLOSE = 3, 0.3, 0.1, 0.1
-# Steps without progress of the moments, which rounding may keep from their goal, once complementarity is nearly there.
+# The most steps without progress once complementarity is this small: rounding may keep moments from their goal.
 _ENOUGH, _NEARLY = 3, 1e-8
 
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """One separable convex program with linear constraints: see the module's docstring.
+    """A separable convex program in N variables: minimise Σ_j φ_j(x_j) + ½ |E^{-½}(Gᵀx - g)|² over 0 ≤ x ≤ u.
+
+    E is diagonal; constraints with E = 0 are hard, Gᵀx = g, and leave the sum.
 
     Args:
         columns: G, (N, m).
         target: g, (m,).
         cost: the linear part of φ, (N,).
         softness: the diagonal of E, (m,); 0 for a hard constraint.
-        upper: u, (N,), or None for no upper bounds.
-        barrier: c, (N,), or None for 0.
-        reference: q, (N,): φ also has the term x log(x / q) - x; None for a linear φ.
         start: x to begin from, (N,), positive and below ``upper``.
-        unit: the index of a constraint whose column is 1 for every variable, by which the dual starts feasible.
+        unit: the index of a constraint whose column of G is 1 for every variable, by whose multiplier the dual starts
+            feasible; not used if there are upper bounds and no barrier.
+        upper: u, (N,), or None for no upper bounds.
+        barrier: the weights c of a logarithmic barrier -Σ c_j log x_j, (N,), or None for 0.
+        reference: q, (N,): φ also has the term x log(x / q) - x; None for a linear φ.
     """
 
     columns: MomentMatrix
@@ -72,19 +75,25 @@ class Program:
     reference: Float[Tensor, " N"] | None = None
 
     def slope(self, x: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-        """Return φ'(x), for each variable."""
+        """Return φ'(x), the derivative of each variable's own cost, (N,)."""
         return self.cost if self.reference is None else self.cost + (x / self.reference).log()
 
     def curvature(self, x: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-        """Return φ''(x), for each variable."""
+        """Return φ''(x), the second derivative of each variable's own cost, (N,); 0 without a ``reference``."""
         return torch.zeros_like(x) if self.reference is None else 1 / x
 
 
 @dataclass(frozen=True, eq=False)
 class Interior:
-    """The point at which the method ended: x > 0, the multipliers y, and how many steps it took.
+    """The best point that :func:`interior_point` found for a :class:`Program`.
 
-    ``residual`` is |Gᵀx + E y - g| and ``complementarity`` Σ |x z - c| + Σ (u - x) w.
+    Attributes:
+        x: the variables, positive, (N,).
+        y: the multipliers of Gᵀx = g, (m,).
+        steps: the number of steps to this point.
+        residual: |Gᵀx + E y - g|, the error of the constraints.
+        complementarity: Σ |x z - c| + Σ (u - x) w, the distance from optimality at the bounds; z and w are the
+            multipliers of x ≥ 0 and x ≤ u, c the barrier's weights.
     """
 
     x: Float[Tensor, " N"]
@@ -95,14 +104,14 @@ class Interior:
 
     @property
     def merit(self) -> float:
-        """The sum of both."""
+        """The sum of ``residual`` and ``complementarity``, 0 at an exact optimum."""
         return self.residual + self.complementarity
 
 
 def interior_point(program: Program, max_steps: int = 100) -> Interior:
-    """Run the method until it is exact to round-off, makes no more progress, or has taken ``max_steps``.
+    """Minimise a program until it is exact to round-off, makes no more progress, or has taken ``max_steps`` steps.
 
-    Nothing is claimed about the answer: callers certify it from x and y.
+    Return the point with the least ``merit``. Nothing is proved about it: callers bound its gap from x and y.
     """
     method = _Method(program)
     best = method.report(0)
@@ -112,7 +121,7 @@ def interior_point(program: Program, max_steps: int = 100) -> Interior:
         if method.finished() or late or stalled == _STALLED or not method.advance():
             break
         found = method.report(step)
-        # Complementarity may rise by orders of magnitude while the moments come right, and has to fall from there.
+        # Complementarity may rise by orders of magnitude while the moments improve; its progress counts from there.
         nearer = found.residual > _FEASIBLE * method.scale and found.residual < _PROGRESS * residual
         too_large = complementarity > _COMPLEMENTARY * method.cost_scale
         better = nearer or (too_large and found.complementarity < _PROGRESS * complementarity)
@@ -124,13 +133,15 @@ def interior_point(program: Program, max_steps: int = 100) -> Interior:
 
 
 class _Method:
+    """The state of the method for one program: x, y, z, w and the residual of the constraints."""
+
     def __init__(self, program: Program) -> None:
         self.program, self.G = program, program.columns
         self.x = program.start.clone()
         c = torch.zeros_like(self.x) if program.barrier is None else program.barrier
         self.c = c
-        # Soft constraints start with the multipliers of their own excess, and the constraint on the sum lifts every
-        # reduced cost above zero: the start is dual feasible, and of the right size.
+        # Soft constraints start with the multipliers that their excess implies, and that of the sum makes every reduced
+        # cost positive: the start is dual feasible, and of the right size.
         soft = program.softness > 0
         excess = self.G.sums(self.x) - program.target
         self.y = torch.where(soft, -excess / program.softness.clamp_min(torch.finfo(excess.dtype).tiny), 0.0)
@@ -156,22 +167,26 @@ class _Method:
         return self.program.upper - self.x
 
     def _residual(self) -> Float[Tensor, " m"]:
+        """Return g - Gᵀx - E y."""
         return self.program.target - self.G.sums(self.x) - self.program.softness * self.y
 
     def report(self, steps: int) -> Interior:
+        """Return the current point as an :class:`Interior`."""
         total = (self.x * self.z - self.c).abs().sum()
         if self.w is not None:
             total = total + (self.slack * self.w).sum()
         return Interior(self.x, self.y, steps, float(self.residual.norm()), float(total))
 
     def complementary(self, relative: float) -> bool:
+        """Return whether complementarity is at most ``relative`` times the size of the costs."""
         return self.report(0).complementarity <= relative * self.cost_scale
 
     def finished(self) -> bool:
+        """Return whether complementarity and residual are at round-off."""
         return self.complementary(_COMPLEMENTARY) and self.report(0).residual <= _FEASIBLE * self.scale
 
     def advance(self) -> bool:
-        """Take one predictor and corrector step; return False where linear algebra gives nothing to go on with."""
+        """Take one predictor and corrector step; return False if the linear system cannot be solved."""
         program, x, z = self.program, self.x, self.z
         theta = program.curvature(x) + z / x
         if self.w is not None:
@@ -195,14 +210,14 @@ class _Method:
             return False
         step, length = self._more_central(solve, theta, dual, sigma * mu, second, step)
         if min(length) < _SHORT:
-            # Where the predictor cannot be taken far, its second order is not to be corrected in full.
+            # If the predictor can be followed only a little, only a part of its second-order change is corrected.
             second = self._second_order(affine, min(1.0, reach[0] * reach[1]))
             careful = self._direction(solve, theta, dual, sigma * mu, second)
             careful, further = self._more_central(solve, theta, dual, sigma * mu, second, careful)
             if min(further) > min(length):
                 step, length = careful, further
         if min(length) < _SHORT:
-            # Products x z that are far apart block the way: a step that only evens them out.
+            # Very unequal products x z make steps short: this step only evens them out.
             centred = self._direction(solve, theta, dual, mu, None)
             if min(self._longest(centred)) > min(length):
                 step, length = centred, self._longest(centred)
@@ -211,12 +226,12 @@ class _Method:
         return True
 
     def _second_order(self, step: _Step, share: float) -> _Products:
-        """Return how the products x z and (u - x) w change beyond first order along ``step``, or a share of that."""
+        """Return ``share`` times the second-order change of the products x z and (u - x) w along ``step``, negated."""
         dx, _, dz, dw = step
         return -share * dx * dz, None if dw is None else share * dx * dw
 
     def _refined(self, solve: Factored, theta: Tensor, step: _Step) -> _Step:
-        """Correct ``step`` by what rounding of sums over masses of all sizes has left of its moments."""
+        """Correct ``step`` by the error of its constraints, which rounding leaves in sums over masses of all sizes."""
         dx, dy, dz, dw = step
         for _ in range(_REFINED):
             left = self.residual - self.G.sums(dx) - self.program.softness * dy
@@ -233,7 +248,7 @@ class _Method:
     def _direction(
         self, solve: Factored, theta: Tensor, dual: Tensor, mu: float, correction: _Products | None
     ) -> _Step:
-        """Return Newton's step towards x z = c + mu, with both products corrected."""
+        """Return Newton's step towards x z = c + mu and (u - x) w = mu, with ``correction`` added to both products."""
         x, z, w = self.x, self.z, self.w
         lower = self.c + mu - x * z
         if correction is not None:
@@ -256,9 +271,9 @@ class _Method:
     def _dual_part(
         self, dz: Tensor, dw: Tensor | None, change: Tensor, so_far: tuple[Tensor, Tensor | None] | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return (dz, dw), added to those ``so_far``, from the products' equations and from dz - dw = ``change``.
+        """Return (dz, dw), added to ``so_far``, from the products' equations or from dz - dw = ``change``.
 
-        Where x is nearly zero, division by it would blow the rounding of dx up, and the dual would not stay feasible.
+        The second is used where x, or u - x, is nearly zero: division by it would amplify the rounding of dx.
         """
         x, z, w, curvature = self.x, self.z, self.w, self.program.curvature(self.x)
         dz = torch.where(z > x * (1 + curvature), change if dw is None else change + dw, dz)
@@ -271,7 +286,7 @@ class _Method:
     def _more_central(
         self, solve: Factored, theta: Tensor, dual: Tensor, mu: float, correction: _Products, step: _Step
     ) -> tuple[_Step, tuple[float, float]]:
-        """Bend ``step`` towards products not far from ``mu`` while that makes it longer; return it and its length."""
+        """Bend ``step`` towards products near ``mu`` as long as that makes it longer; return (step, its lengths)."""
         length = self._longest(step)
         for _ in range(_CORRECTIONS):
             primal, dual_length = (min(1.0, t + _LONGER) for t in length)
@@ -289,7 +304,10 @@ class _Method:
         return step, length
 
     def _longest(self, step: _Step) -> tuple[float, float]:
-        """Return the longest primal and dual steps that keep x, u - x, z and w positive, one where φ is curved."""
+        """Return the longest (primal, dual) steps that keep x, u - x, z and w positive.
+
+        Both are the same if φ is curved, there is a barrier, or some constraint is soft.
+        """
         dx, _, dz, dw = step
         primal, dual = _ratio(self.x, dx), _ratio(self.z, dz)
         if self.w is not None and dw is not None:
@@ -300,6 +318,7 @@ class _Method:
         return primal, dual
 
     def _mean_complementarity(self, step: _Step | None = None, length: tuple[float, float] = (0.0, 0.0)) -> float:
+        """Return the mean of |x z - c| and (u - x) w, at the current point or after ``step`` with the given lengths."""
         x, z, w = self.x, self.z, self.w
         if step is not None:
             x, z = x + length[0] * step[0], z + length[1] * step[2]
@@ -310,6 +329,7 @@ class _Method:
         return float(total + ((self.program.upper - x) * w).sum()) / (2 * len(x))
 
     def _move(self, step: _Step, length: tuple[float, float]) -> None:
+        """Move x along ``step`` by its primal length and y, z, w by its dual length, both damped."""
         damping = _DAMPING if self.program.barrier is None else _INSIDE
         primal, dual = (min(1.0, damping * t) for t in length)
         self.x = self.x + primal * step[0]
@@ -325,15 +345,17 @@ _Products = tuple[Tensor, Tensor | None]
 
 
 def _finite(step: _Step) -> bool:
+    """Return whether all entries of a step are finite."""
     return all(bool(part.isfinite().all()) for part in step if part is not None)
 
 
 def _towards(mu: float, products: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """Return what brings products within a factor of ``mu``, taking no more than that from large ones."""
+    """Return the changes that bring products within a factor of ``mu``; large ones are lowered by a limited amount."""
     change = products.clamp(mu * _CLOSE, mu / _CLOSE) - products
     return change.clamp_min(-mu / _CLOSE)
 
 
 def _ratio(x: Float[Tensor, " N"], dx: Float[Tensor, " N"]) -> float:
+    """Return the longest step along ``dx`` that keeps x positive, at most 1 / damping."""
     falling: Bool[Tensor, " N"] = dx < 0
     return min(1.0 / _DAMPING, float((x[falling] / -dx[falling]).min())) if bool(falling.any()) else 1.0 / _DAMPING

@@ -1,4 +1,4 @@
-"""The essay's answer where no distribution has every member's moments: the one whose moments are nearest."""
+"""The rule ``least-squares``: the distribution whose moments are nearest to the members', if none has them exactly."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from softmeet.essay.matrices import MomentMatrix, mapped
 from softmeet.essay.points import entropic_projection, least_squares_point, proves_empty
 from softmeet.rules.problem import Problem
 
-# Relative to their spread, scores this close to the least are on the face of nearest points.
+# Tokens whose scores are within this share of their spread from the least may have mass at a nearest point.
 _FACE = 1e-8
 _REPAIRS = 20
 
 
 class LeastSquares(ExactRule):
-    """minimise Σ_i ‖Q_iᵀ(p - p̂_i)‖² over the simplex: the nearest moments, in whitened coordinates.
+    """The rule that minimises Σ_i ‖Q_iᵀ(p - p̂_i)‖² over the simplex: the nearest moments, in whitened coordinates.
 
     With ``metric="raw"``, Σ_i ‖W_iᵀ(p - p̂_i)‖², the essay's literal form, which depends on the units of the hidden
-    states. The moments of the nearest points are unique; of several points the I-projection of the pool is taken, so
-    where C is not empty this is ``max-entropy``. Where it is empty, the excess r = Gᵀp - g proves it: rᵀ(g_j - g) ≥
-    ‖r‖² - gap for every token j, with the gap of Frank and Wolfe (1956). The objective and the gap are squared
-    distances, not nats.
+    states. The nearest moments are unique; of several p with them the I-projection of the pool is taken, so this is
+    ``max-entropy`` if the feasible set C is not empty. If C is empty, the excess r = Gᵀp - g proves it, G being [Q_1 |
+    … | Q_n] with rows g_j and g the members' moments: rᵀ(g_j - g) ≥ ‖r‖² - gap / 2 for every token j, with the gap of
+    Frank and Wolfe (1956). The objective and the gap are squared distances, not nats.
     """
 
     name = "least-squares"
@@ -41,11 +41,14 @@ class LeastSquares(ExactRule):
     )
 
     def constrained(self, problem: Problem) -> bool:
-        """Say that moments need not hold: they are as near as they can be."""
+        """Return False: the moments need not hold, only be as near as possible."""
         return False
 
     def choose(self, row: FeasibleSet, member: Float[Tensor, " v"] | None) -> Choice:
-        """Choose the nearest p; of several, the I-projection of the pool."""
+        """Choose the p with the nearest moments; of several, the I-projection of the pool onto them.
+
+        If ``member``, a distribution with the members' moments, is given, it is the answer.
+        """
         if member is not None:
             return Choice(member, torch.zeros_like(row.target), 0)
         T = self._metric(row)
@@ -58,21 +61,28 @@ class LeastSquares(ExactRule):
         return Choice(p, torch.zeros_like(row.target), found.steps + steps)
 
     def bounds(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
-        """Bound the objective by the Frank-Wolfe gap at p."""
+        """Bound the squared distance of the moments over the simplex by the gap of Frank and Wolfe at ``p``.
+
+        The value is |r|², r being the moments of ``p`` less the members', the gap 2(rᵀGᵀp - min_j rᵀg_j), g_j token j's
+        moments. ``y`` is not used.
+        """
         r, scores = self._excess_and_scores(row, p)
         value = float(r.square().sum())
         gap = 2 * float((p * scores).sum() - scores[row.alive].min())
         return Bounds(value, max(value - gap, 0.0))
 
     def proof(self, row: FeasibleSet, p: Float[Tensor, " v"]) -> Float[Tensor, " m"]:
-        """Return the negative excess, if that separates the members' moments from those of every p."""
+        """Return multipliers of the whitened moments, (m,), that prove the feasible set empty; 0 if there is no proof.
+
+        They are the members' moments less those of ``p``, the nearest, in the rule's metric.
+        """
         T, (r, _) = self._metric(row), self._excess_and_scores(row, p)
         y = -(r if T is None else T @ r)
         y[-1] = 0.0
         return y if proves_empty(row, y) else torch.zeros_like(y)
 
     def _metric(self, row: FeasibleSet) -> Float[Tensor, "m k"] | None:
-        """Return what takes whitened moments to those that are compared; None for whitened ones themselves."""
+        """Return the matrix T that maps whitened moments to those that are compared, or None if they are the same."""
         if self.metric == "whitened":
             return None
         T: Tensor = torch.block_diag(*(h.whitening.inverse for h in row.heads), torch.ones_like(row.target[:1, None]))
@@ -81,7 +91,7 @@ class LeastSquares(ExactRule):
     def _excess_and_scores(
         self, row: FeasibleSet, p: Float[Tensor, " v"]
     ) -> tuple[Float[Tensor, " k"], Float[Tensor, " v"]]:
-        """Return r = Gᵀp - g in the metric, and G r."""
+        """Return r = Gᵀp - g in the metric, with 0 for Σp, and G r for every token."""
         T, r = self._metric(row), row.excess(p)
         r[-1] = 0.0
         r = r if T is None else r @ T
@@ -89,10 +99,10 @@ class LeastSquares(ExactRule):
 
 
 def _finished(row: FeasibleSet, columns: MomentMatrix, target: Float[Tensor, " k"], found: Optimum) -> Optimum:
-    """Solve for the masses on the support exactly; keep them if that lowers the gap.
+    """Solve exactly for the masses on the support of ``found``; return the better of both by the gap.
 
-    min ‖Σ u_j (g_j - g)‖² + (Σu - 1)² is least at a multiple of the answer, and tokens that would turn negative leave
-    (Lawson and Hanson 1974).
+    min ‖Σ u_j (g_j - g)‖² + (Σu - 1)² is least at a multiple of the answer. Tokens that would turn negative leave the
+    support (Lawson and Hanson 1974).
     """
     ids = _positive(row, found).nonzero().squeeze(-1)
     u = found.p[ids]
@@ -111,7 +121,7 @@ def _finished(row: FeasibleSet, columns: MomentMatrix, target: Float[Tensor, " k
 
 
 def _gap(row: FeasibleSet, columns: MomentMatrix, target: Float[Tensor, " k"], p: Float[Tensor, " v"]) -> float:
-    """Return the gap of Frank and Wolfe at p: how far |Gᵀp - g|² can be from its least value."""
+    """Return the gap of Frank and Wolfe at ``p``: how far |Gᵀp - g|² can be from its least value."""
     r = columns.sums(p) - target
     r[-1] = 0.0
     scores = columns.times(r)
@@ -119,12 +129,15 @@ def _gap(row: FeasibleSet, columns: MomentMatrix, target: Float[Tensor, " k"], p
 
 
 def _positive(row: FeasibleSet, found: Optimum) -> Bool[Tensor, " v"]:
-    """Return the tokens whose masses are positive, not on their way to zero, by strict complementarity."""
+    """Return the tokens whose masses are positive and, by strict complementarity, not on their way to zero."""
     return row.alive & (found.p > found.reduced - found.reduced[row.alive].min())
 
 
 def _face(row: FeasibleSet, found: Optimum) -> Bool[Tensor, " v"]:
-    """Return the tokens that nearest points may use: all, where members with one column space disagree."""
+    """Return the tokens that points with the nearest moments may use: those of least reduced cost.
+
+    These are all tokens if the heads have one column space and their members disagree.
+    """
     reduced = found.reduced[row.alive]
     close = found.reduced - reduced.min() <= _FACE * (reduced.max() - reduced.min())
     return row.alive & (close | _positive(row, found))
@@ -133,7 +146,11 @@ def _face(row: FeasibleSet, found: Optimum) -> Bool[Tensor, " v"]:
 def _most_entropy(
     row: FeasibleSet, columns: MomentMatrix, found: Optimum, face: Bool[Tensor, " v"]
 ) -> tuple[Float[Tensor, " v"], int]:
-    """Project the pool onto the nearest points, which are those on the exposed face with the same moments."""
+    """Project the pool onto the points with the nearest moments, which are those on the tokens ``face``.
+
+    Returns:
+        (the distribution, the number of steps).
+    """
     ids = face.nonzero().squeeze(-1)
     rank = len(ids) if len(ids) <= 1 else int(torch.linalg.matrix_rank(columns.rows(ids), rtol=1e-9))
     if rank == len(ids):

@@ -1,7 +1,8 @@
-"""The moments of tokens as a matrix with one row per variable, known by what is done with it, in fp64.
+"""The matrix G of a program's constraints Gᵀx = g, given by the four operations that solvers need of it, in fp64.
 
-The essay's programs need products and weighted Gram matrices and nothing else of the heads. Few tokens are held as a
-dense matrix; all tokens of large heads are streamed in blocks, so that no copy of a head is made.
+G has one row per variable (token). Solvers need its products, weighted Gram matrices and some rows, nothing else of the
+heads. For few tokens G is held in memory; for all tokens of large heads it is streamed in blocks, so that no head is
+copied.
 """
 
 from __future__ import annotations
@@ -18,24 +19,24 @@ from torch.nn.functional import pad
 from softmeet.heads import WhitenedHead
 from softmeet.solvers.linalg import gram
 
-# Elements of a matrix that is held rather than read again: 512 MiB in fp64.
+# The most elements of a matrix that is kept in memory: 512 MiB in fp64.
 _HELD = 1 << 26
-# The share of a Gram matrix's trace that rounding hides.
+# A share of a Gram matrix's trace that is below its rounding.
 _LOST = 1e-18
-# Rows of a block of a Gram matrix: what stays in a core's cache.
+# Rows that are read at once: a block that a core's cache holds.
 _ROWS = 4096
 
 
 @dataclass(frozen=True, eq=False)
 class MomentMatrix:
-    """G, (N, m): one row per variable of a program whose constraints are Gᵀx = g.
+    """A matrix G, (N, m), given by functions; it has a row g_j for each variable of a program with constraints Gᵀx = g.
 
     Attributes:
-        times: from y, (m,), to G y.
-        sums: from x, (N,), to Gᵀ x.
-        gram: from θ, (N,), to Σ_j θ_j g_j g_jᵀ, (m, m).
-        rows: from the numbers of k variables to their rows of G, (k, m).
-        dense: G, where it is in memory.
+        times: maps y, (m,), to G y, (N,).
+        sums: maps x, (N,), to Gᵀx, (m,).
+        gram: maps weights θ ≥ 0, (N,), to Σ_j θ_j g_j g_jᵀ, (m, m).
+        rows: maps the indices of k variables to their rows of G, (k, m).
+        dense: G itself if it is in memory, else None.
     """
 
     times: Callable[[Float[Tensor, " m"]], Float[Tensor, " N"]]
@@ -46,7 +47,7 @@ class MomentMatrix:
 
 
 def dense_matrix(G: Float[Tensor, "N m"]) -> MomentMatrix:
-    """Make a matrix that is in memory.
+    """Wrap a matrix ``G`` that is in memory.
 
     Example:
         >>> import torch
@@ -67,7 +68,7 @@ def dense_matrix(G: Float[Tensor, "N m"]) -> MomentMatrix:
 
 
 def _counting(theta: Float[Tensor, " N"], lengths: Float[Tensor, " N"]) -> Int[Tensor, " k"]:
-    """Return all variables but those that a Gram matrix would lose to rounding, by their weights and |g_j|²."""
+    """Return the indices of the variables that a weighted Gram matrix does not lose to rounding: large θ_j |g_j|²."""
     weight = theta * lengths
     smallest = weight.sort()
     lost = smallest.values.cumsum(0) <= _LOST * weight.sum()
@@ -75,11 +76,11 @@ def _counting(theta: Float[Tensor, " N"], lengths: Float[Tensor, " N"]) -> Int[T
 
 
 def token_matrix(heads: Sequence[WhitenedHead], extra: Float[Tensor, "v k"]) -> MomentMatrix:
-    """Make [Q_1 | … | Q_n | extra] over all tokens: dense where it is small, else streamed from the heads.
+    """Return the matrix [Q_1 | … | Q_n | extra] over all v tokens: in memory if it is small, else streamed.
 
     Args:
-        heads: whitened views of one row, in fp64; each product reads every one of them once.
-        extra: further columns, such as the ones that keep the sum.
+        heads: the whitened heads Q_i of one row, in fp64. If streamed, each product reads every head once.
+        extra: k further columns, such as the column of ones for Σp = 1.
     """
     v, m = len(extra), sum(h.rank for h in heads) + extra.shape[1]
 
@@ -114,7 +115,10 @@ def token_matrix(heads: Sequence[WhitenedHead], extra: Float[Tensor, "v k"]) -> 
 
 
 def stacked(base: MomentMatrix, below: Float[Tensor, "k m"]) -> MomentMatrix:
-    """Put the rows of further variables below a matrix; ``rows`` are those of the matrix above."""
+    """Return the matrix ``base`` with k further rows ``below`` it.
+
+    Its ``rows`` accepts indices of ``base`` only.
+    """
     k = len(below)
     return MomentMatrix(
         lambda y: torch.cat([base.times(y), below @ y]),
@@ -125,7 +129,7 @@ def stacked(base: MomentMatrix, below: Float[Tensor, "k m"]) -> MomentMatrix:
 
 
 def mapped(base: MomentMatrix, T: Float[Tensor, "m k"]) -> MomentMatrix:
-    """Make G T, linear combinations of a matrix's columns; dense where G is."""
+    """Return the product of the matrix ``base``, (N, m), and ``T``, (m, k); in memory if ``base`` is."""
     if base.dense is not None:
         return dense_matrix(base.dense @ T)
     return MomentMatrix(
@@ -137,7 +141,13 @@ def mapped(base: MomentMatrix, T: Float[Tensor, "m k"]) -> MomentMatrix:
 
 
 def subset(base: MomentMatrix, variables: Int[Tensor, " k"], N: int) -> MomentMatrix:
-    """Choose some variables of N, with a copy of their rows where that is small and makes Gram matrices cheaper."""
+    """Select rows of the matrix ``base``: by a copy in memory if that is small and cheaper, else through ``base``.
+
+    Args:
+        base: the matrix, (N, m).
+        variables: the indices of the k rows.
+        N: the number of rows of ``base``.
+    """
     if 2 * len(variables) <= N and len(variables) * base.rows(variables[:1]).shape[1] <= _HELD:
         return dense_matrix(base.rows(variables))
 

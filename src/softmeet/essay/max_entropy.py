@@ -1,4 +1,4 @@
-"""The essay's answer: of the distributions with every member's moments, the one of maximum entropy."""
+"""The rule ``max-entropy``: of the distributions with every member's moments, the one of maximum entropy."""
 
 from __future__ import annotations
 
@@ -30,11 +30,12 @@ EXACT = 1e-12
 
 
 class MaxEntropy(Meet):
-    """minimise KL(p‖q) over p with W_iᵀ p = W_iᵀ p̂_i for every member: the I-projection of the pool q.
+    """The rule that minimises KL(p‖q) over p with every member's moments: the I-projection of the pool q.
 
-    Without bias and soft-cap, and from the logit mean, this is the member of maximum entropy, at every weighting. The
-    feasible set is often empty for real models; then the status is INFEASIBLE, proved by a Farkas vector. Where
-    rank [1, A] is the number of tokens, at most one distribution has the moments, and it is found by linear algebra.
+    Without bias and soft-cap, and from the logit mean with any weights, this is the distribution of maximum entropy in
+    the feasible set C = { p : W_iᵀ p = W_iᵀ p̂_i for all i }. C is often empty for real models; then the status is
+    INFEASIBLE, proved by a Farkas vector. If the rank of [1, W_1 | … | W_n] is the number of tokens, at most one
+    distribution has the moments, and it is found by linear algebra.
     """
 
     name = "max-entropy"
@@ -43,11 +44,15 @@ class MaxEntropy(Meet):
     is_feasible = True
 
     def effective_trust(self, trust: Sequence[float]) -> tuple[float, ...]:
-        """Make every trust infinite: moments hold exactly, whatever was asked for."""
+        """Return infinite trusts, one for each in ``trust``: the moments hold exactly, whatever was asked for."""
         return (math.inf,) * len(trust)
 
     def solve(self, problem: Problem) -> Answer:
-        """Solve by linear algebra where moments leave no choice, else as ``meet``; settle what that leaves by row."""
+        """Find the I-projection of the pool onto every row's feasible set, or a proof that the set is empty.
+
+        By linear algebra in rows in which moments leave no choice, else by the dual as ``meet`` does. Rows that the
+        dual leaves open are settled by the nearest moments, which can prove the set empty, or by interior points.
+        """
         return self.projected(problem)
 
     def projected(self, problem: Problem, *, any_member: bool = False) -> Answer:
@@ -55,8 +60,8 @@ class MaxEntropy(Meet):
 
         Args:
             problem: the batch.
-            any_member: where the set touches the boundary of the simplex and the dual has no optimum, take any member
-                of the set that interior points find.
+            any_member: if the set touches the boundary of the simplex, the dual may have no optimum; whether any
+                distribution of the set that interior points find is then an answer.
         """
         if not problem.log_p.shape[1] or not may_be_unique(problem):
             answer = super().solve(problem)
@@ -71,7 +76,7 @@ class MaxEntropy(Meet):
         return answer
 
     def verify(self, problem: Problem, answer: Answer) -> Recomputed:
-        """Evaluate the stored point as ``meet`` does; where moments leave no choice, see whether they hold."""
+        """Evaluate the stored dual point again, as ``meet`` does, or check the moments if they allow one p only."""
         found = super().verify(problem, answer)
         for k, row in enumerate(FeasibleSet.of(problem)):
             if may_be_unique(row.problem) and row.unique and moments_hold(row, answer.log_probs[k].exp()):
@@ -85,6 +90,7 @@ class MaxEntropy(Meet):
         return found
 
     def _solve_row(self, row: FeasibleSet) -> Answer:
+        """Solve one row by linear algebra if its moments leave no choice, else by the dual."""
         if not row.unique:
             return super().solve(row.problem)
         p, proof = unique_feasible_point(row)
@@ -101,14 +107,15 @@ class MaxEntropy(Meet):
 
 
 def members_of(problem: Problem, exactness: float = EXACT) -> Answer:
-    """Find a member of every row's feasible set: the I-projection of the pool, if it has one.
+    """Find some distribution of every row's feasible set: the I-projection of the pool, if the dual has an optimum.
 
-    A row is INFEASIBLE with a proof where the set is empty, and NOT_CONVERGED where neither a member nor a proof was
+    A row is INFEASIBLE, with a proof, if the set is empty, and NOT_CONVERGED if neither a distribution nor a proof was
     found.
 
     Args:
         problem: the batch.
-        exactness: the gap in nats to solve to; at ``EXACT`` moments are then brought down to round-off.
+        exactness: the gap in nats to solve to; at ``EXACT`` or below, the moments of the result are then repaired to
+            round-off.
     """
     problem = problem.changed(tol=exactness, dtype=torch.float64)
     answer = MaxEntropy().projected(problem, any_member=True)
@@ -119,9 +126,16 @@ def members_of(problem: Problem, exactness: float = EXACT) -> Answer:
 
 
 def _settle(answer: Answer, k: int, row: FeasibleSet, any_member: bool) -> None:
-    """Settle a row that Newton's method left open: empty by the nearest moments, or solved by interior points.
+    """Settle row ``k`` of ``answer``, in place, which the dual left open.
 
-    Those count directions once that members share, and so come to an end where multipliers grow without bound.
+    It is proved empty by the nearest moments or, if that fails, solved by interior points. Both count directions that
+    heads share once, and so end even if multipliers grow without bound.
+
+    Args:
+        answer: the answer of the whole batch.
+        k: the index of the row.
+        row: its feasible set.
+        any_member: whether any distribution of the set is good enough if the dual has no optimum.
     """
     y = separating_multipliers(row)
     n = len(row.heads)
@@ -135,7 +149,7 @@ def _settle(answer: Answer, k: int, row: FeasibleSet, any_member: bool) -> None:
         gap = exact_gap(row, log_p, tuple(lam[0] for lam in dual))
         answer.steps[k] += steps
         if gap > row.problem.tol:
-            # On the boundary multipliers have no end, and where Newton's ray was left is no place to answer from.
+            # On the boundary multipliers grow without bound, and the point where Newton's method stopped means nothing.
             holds = moments_hold(row, p)
             answer.log_probs[k] = p.log() if holds else row.log_q
             answer.status[k] = Status.OPTIMAL if holds and any_member else Status.NOT_CONVERGED

@@ -1,4 +1,4 @@
-"""Empirical likelihood: the member of C under which the members' own distributions are least surprising."""
+"""The rule ``min-reverse-cross-entropy``: empirical likelihood over the feasible set."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from softmeet.solvers.base import Status
 
 
 class MinReverseCrossEntropy(ExactRule):
-    """minimise -Σ w_i p̂_iᵀ log p over C: empirical likelihood, with the probability mean p̄ for the data.
+    """The rule that minimises -Σ w_i p̂_iᵀ log p over the feasible set C: empirical likelihood of p̄ = Σ w_i p̂_i.
 
-    p_j = p̄_j / (1 + λᵀ(g_j - g)), where λ maximises Σ p̄_j log(1 + λᵀ(g_j - g)), one domain constraint per token (Owen,
-    *Empirical likelihood*, 2001, §2.9). With z_j = 1 + λᵀ(g_j - g) the conditions are p_j z_j = p̄_j: those of a
-    logarithmic barrier with weights p̄, so an interior-point method stays in the domain by itself, however small p̄_j is.
-    Over the tokens that may be answered, p̄ is renormalised. Where C has no positive point there is no finite value: the
-    row is NOT_CONVERGED, with the I-projection of the pool for an answer.
+    p_j = p̄_j / (1 + λᵀ(g_j - g)), where λ maximises Σ p̄_j log(1 + λᵀ(g_j - g)), g_j being token j's moments and g the
+    members' (Owen, *Empirical likelihood*, 2001, §2.9). With z_j = 1 + λᵀ(g_j - g) > 0 for every token the conditions
+    are p_j z_j = p̄_j: those of a logarithmic barrier with weights p̄, so an interior-point method keeps z positive
+    however small p̄_j is. p̄ is renormalised over the tokens that may have mass. If C has no point that is positive
+    on them, the objective is infinite: the row is NOT_CONVERGED, and the answer is the I-projection of the pool.
     """
 
     name = "min-reverse-cross-entropy"
@@ -30,7 +30,11 @@ class MinReverseCrossEntropy(ExactRule):
     exactness = 1e-2  # only whether there is one
 
     def choose(self, row: FeasibleSet, member: Float[Tensor, " v"] | None) -> Choice:
-        """Choose by Newton steps towards p z = p̄."""
+        """Choose p by interior-point steps towards the optimality conditions p_j (1 + λᵀ(g_j - g)) = p̄_j.
+
+        If they fail, the I-projection of the pool is the choice, provided that ``member``, some distribution in C, is
+        given.
+        """
         ids = row.alive.nonzero().squeeze(-1)
         mean = log_normalize(row.log_mean[ids]).exp().clamp_min(torch.finfo(row.log_q.dtype).tiny)
         columns, target = row.system
@@ -46,7 +50,12 @@ class MinReverseCrossEntropy(ExactRule):
         return Choice(p, y, found.steps)
 
     def bounds(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
-        """Bound the objective by Gibbs' inequality: Σ p̄ log(p z / p̄) ≤ 0 for p in C, as Σ p z = 1."""
+        """Bound the objective over C from below, by multipliers ``y``: Σ p̄ log(z / p̄), in nats.
+
+        z_j = 1 + yᵀ(g_j - g); p̄ is the members' weighted mean, g_j and g are the moments of token j and of the
+        members. The bound holds by Gibbs' inequality, Σ p̄ log(p z / p̄) ≤ 0, as Σ p z = 1 for p in C; it is -inf
+        unless every z_j is positive. There is no upper bound.
+        """
         log_mean = log_normalize(row.log_mean[row.alive])
         mean, z = log_mean.exp(), 1 + row.scores(y)[row.alive]
         value = -float(torch.special.xlogy(mean, p[row.alive]).sum())

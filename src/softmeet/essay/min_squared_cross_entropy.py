@@ -1,4 +1,4 @@
-"""The essay's quadratic program."""
+"""The essay's quadratic program: the rule ``min-squared-cross-entropy``."""
 
 from __future__ import annotations
 
@@ -13,42 +13,47 @@ from softmeet.essay.feasible_set import FeasibleSet
 
 
 class MinSquaredCrossEntropy(CrossEntropyRule):
-    """minimise Σ w_i (pᵀ log p̂_i)² over C: a convex quadratic program, of rank n.
+    """The rule that minimises Σ w_i (pᵀ log p̂_i)² over the feasible set C: a convex quadratic program of rank n.
 
-    Without bias, soft-cap, free direction or slack it chooses nothing, as every pᵀ log p̂_i is constant on C. The upper
-    end of its range is Σ w_i (largest -pᵀ log p̂_i over C)², by n linear programs: a bound, attained if n = 1.
+    Without bias, soft-cap, free direction or slack it chooses nothing, as every pᵀ log p̂_i is constant on C. The
+    largest value over C is bounded by Σ w_i (largest -pᵀ log p̂_i over C)², from n linear programs; the bound is
+    attained if n = 1.
     """
 
     name = "min-squared-cross-entropy"
     summary = "the least squares of the cross-entropies, a quadratic program; constant, or zeros, like the linear one"
 
     def _sums(self, row: FeasibleSet, p: Float[Tensor, " v"]) -> tuple[Float[Tensor, "n v"], Float[Tensor, " n"]]:
-        """Return (log p̂_i on the tokens alive, pᵀ log p̂_i)."""
+        """Return (log p̂_i with 0 for tokens that may not be answered, pᵀ log p̂_i)."""
         log_p = row.log_p.masked_fill(~row.alive, 0.0)
         return log_p, log_p @ p
 
     def gradient(self, row: FeasibleSet, p: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
-        """Return the gradient 2 Σ w_i (pᵀ log p̂_i) log p̂_i."""
+        """Return the gradient at ``p``, 2 Σ w_i (pᵀ log p̂_i) log p̂_i, (v,)."""
         log_p, sums = self._sums(row, p)
         return 2 * (row.problem.weights * sums) @ log_p
 
     def _ranges(self, row: FeasibleSet) -> list[tuple[float, float]]:
+        """Return for every member (lower, upper) bounds on pᵀ log p̂_i over C, by its best fit by moments."""
         log_p, _ = self._sums(row, row.log_q.exp())
         return [row.range_of(own, row.fit(own)) for own in log_p]
 
     def _ends(self, row: FeasibleSet) -> tuple[float, float]:
-        """Return (least, largest): bounds on the objective over C, by the best fits of the log p̂_i by moments."""
+        """Return (lower, upper) bounds on the objective over C, by the best fits of the log p̂_i by moments."""
         ranges, weights = self._ranges(row), row.problem.weights.tolist()
         least = sum(w * min(high, 0.0) ** 2 for w, (_, high) in zip(weights, ranges, strict=True))
         return least, sum(w * low**2 for w, (low, _) in zip(weights, ranges, strict=True))
 
     def is_constant(self, row: FeasibleSet) -> bool:
-        """Say so if every log p̂_i is a combination of moments."""
+        """Return whether the objective, or every pᵀ log p̂_i, is proved constant on C by the best fits by moments."""
         least, most = self._ends(row)
         return most - least <= row.problem.tol or all(high - low <= row.indistinct for low, high in self._ranges(row))
 
     def optimum(self, row: FeasibleSet, member: Float[Tensor, " v"] | None) -> Optimum:
-        """Solve the quadratic program, with one soft column √w_i log p̂_i per member."""
+        """Solve the quadratic program for one row; ``member`` is some distribution in C, or None with ``slack``.
+
+        The squares are those of one further column √w_i log p̂_i per member.
+        """
         log_p, _ = self._sums(row, row.log_q.exp())
         extra = (row.problem.weights.sqrt()[:, None] * log_p).T
         return solve_program(
@@ -56,13 +61,20 @@ class MinSquaredCrossEntropy(CrossEntropyRule):
         )
 
     def most(self, row: FeasibleSet, member: Float[Tensor, " v"]) -> float:
-        """Return a bound on the largest value over C, member by member."""
+        """Return an upper bound on the objective over the feasible set C: Σ w_i (largest -pᵀ log p̂_i over C)².
+
+        It takes one linear program per member of the ensemble. ``member`` is some distribution in C.
+        """
         log_p, _ = self._sums(row, row.log_q.exp())
         largest = [-float(own @ self.extremes(row, own, member).p) for own in log_p]
         return float(sum(w * x**2 for w, x in zip(row.problem.weights.tolist(), largest, strict=True)))
 
     def bounds(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
-        """Bound the objective by linear duality at the tangent, which lies below it."""
+        """Bound the objective over the feasible set, by multipliers ``y``.
+
+        The lower bound is that of the tangent at ``p`` by linear duality, as a convex function lies above its tangents.
+        The upper one follows from bounds on each pᵀ log p̂_i; there is none with ``slack``.
+        """
         _, sums = self._sums(row, p)
         value = float((row.problem.weights * sums.square()).sum())
         low, _ = row.range_of(self.gradient(row, p), y)

@@ -1,4 +1,4 @@
-"""The rule that underestimates no member's token by more than it must."""
+"""The rule ``min-underestimation``: the least factor by which some member underestimates a token."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from softmeet.essay.matrices import stacked, subset
 # A mass this close to one of its bounds, relative to their distance, is at it.
 _AT_BOUND = 1e-5
 _FACE_MOMENTS = 1e-9
-# Nats: tokens that some member makes lighter than the others by so much get no mass; their bounds would underflow.
+# Tokens whose min_i p̂_ij is lower than the largest by this many nats get no mass: their bounds would underflow.
 _LIGHTEST = 600.0
 # Sums of masses that differ by less than this share are the same.
 _SAME = 1e-9
-# How often the masses that are at no bound are guessed.
+# The most guesses of the set of masses that are at no bound.
 _GUESSES = 8
 
 
 class MinUnderestimation(ExactRule):
-    """minimise log t over p in C with p ≤ t·m, m_j = min_i p̂_ij: no member underestimates a token by more than log t.
+    """The rule that minimises log t over p in the feasible set C with p_j ≤ t·min_i p̂_ij for every token j.
 
-    With x = p / t a linear program whose variables have upper bounds, maximise Σx over 0 ≤ x ≤ m with
-    Σ x_j (g_j - g) = 0. Its dual is 1/t = min_λ Σ_j m_j [1 + λᵀ(g_j - g)]₊, so every λ bounds t from below. All but at
-    most D of the p_j are 0 or t·m_j, so the optimum is generically the only one; where it is not, the I-projection of
-    the pool onto the optima is taken. The objective is log t, in nats.
+    So no member underestimates a token's probability by more than log t nats, which is the objective. With m_j = min_i
+    p̂_ij and x = p / t it is a linear program: maximise Σx over 0 ≤ x ≤ m with Σ x_j (g_j - g) = 0, g_j being token j's
+    moments and g the members'. Its dual is 1/t = min_λ Σ_j m_j [1 + λᵀ(g_j - g)]₊, so every λ bounds t from below. All
+    p_j except at most D are 0 or t·m_j, so the optimum is unique except in special cases; in those the I-projection of
+    the pool onto the optima is taken.
     """
 
     name = "min-underestimation"
@@ -37,7 +38,10 @@ class MinUnderestimation(ExactRule):
     exactness = 1e-2  # only whether there is one
 
     def choose(self, row: FeasibleSet, member: Float[Tensor, " v"] | None) -> Choice:
-        """Choose by a bounded-variable interior-point method over all tokens: the support is dense."""
+        """Choose p by an interior-point method with bounds on both sides, over all tokens that are not negligible.
+
+        If several p are optimal, the one nearest to the pool is taken; if moments allow only one, ``member``, that one.
+        """
         floor = row.log_p.amin(0)
         ids = (row.alive & (floor > floor[row.alive].max() - _LIGHTEST)).nonzero().squeeze(-1)
         upper = (floor - floor[ids].logsumexp(-1))[ids].exp().clamp_min(torch.finfo(floor.dtype).tiny)
@@ -54,7 +58,7 @@ class MinUnderestimation(ExactRule):
         found = interior_point(program, row.problem.settings.max_steps)
         x = torch.zeros_like(floor).index_copy(0, ids, found.x[:-1])
         vertex = _basic(row, x, torch.zeros_like(floor).index_copy(0, ids, upper))
-        # What x has of the objective beyond the optimum, for moments that are not quite met.
+        # By how much Σx may exceed the optimum because its moments are not exact.
         excess = float(found.y.norm()) * found.residual + _SAME * float(x.sum())
         x = vertex if float(vertex.sum()) >= float(x.sum()) - excess else x
         size = float(target @ found.y)
@@ -68,7 +72,11 @@ class MinUnderestimation(ExactRule):
         return Choice(p, y, steps)
 
     def bounds(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
-        """Bound the objective by the unconstrained dual."""
+        """Bound log t over C from below, by multipliers ``y``: -log Σ_j m_j [1 + yᵀ(g_j - g)]₊ in nats, or 0 if larger.
+
+        m_j = min_i p̂_ij, and g_j and g are the moments of token j and of the members. The objective log t at ``p`` is
+        max_j log(p_j / m_j). There is no upper bound.
+        """
         floor = row.log_p.amin(0)[row.alive]
         value = float((p[row.alive].log() - floor).max())
         scores = row.scores(y)[row.alive]
@@ -77,9 +85,9 @@ class MinUnderestimation(ExactRule):
 
 
 def _basic(row: FeasibleSet, x: Float[Tensor, " v"], upper: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
-    """Return a vertex that ``x`` may have reached: all but as many masses as there are moments exactly at a bound.
+    """Return a vertex near ``x``: all masses but as many as there are moments are exactly 0 or ``upper``.
 
-    ``x`` itself where none is found. It has the moments, and may have less of the objective.
+    It has the moments of ``x``, and may have a smaller sum. ``x`` is returned if none is found.
     """
     columns, target = row.system
     inside = torch.where(upper > 0, torch.minimum(x, upper - x) / upper, 0.0)
@@ -99,7 +107,7 @@ def _basic(row: FeasibleSet, x: Float[Tensor, " v"], upper: Float[Tensor, " v"])
         outside = (masses < -rounding) | (masses > upper[free] + rounding)
         if not outside.any():
             return found.index_copy(0, free, masses.clamp(torch.zeros_like(masses), upper[free]))
-        # Those are at a bound after all, and the next take their places.
+        # Those masses are at a bound after all; the next candidates take their places.
         at = at.index_copy(0, free[outside], torch.where(masses > 0, upper[free], 0.0)[outside])
         new, rest = rest.tensor_split([int(outside.sum())])
         free = torch.cat([free[~outside], new])
@@ -107,7 +115,7 @@ def _basic(row: FeasibleSet, x: Float[Tensor, " v"], upper: Float[Tensor, " v"])
 
 
 def _several(row: FeasibleSet, between: Bool[Tensor, " v"]) -> bool:
-    """Say whether the masses that are at no bound can move without changing the moments."""
+    """Return whether masses at no bound, those in ``between``, can move without changing the moments."""
     ids = between.nonzero().squeeze(-1)
     if len(ids) < 2:
         return False
@@ -120,7 +128,17 @@ def _several(row: FeasibleSet, between: Bool[Tensor, " v"]) -> bool:
 def _nearest_to_pool(
     row: FeasibleSet, p: Float[Tensor, " v"], limit: Float[Tensor, " v"], between: Bool[Tensor, " v"]
 ) -> tuple[Float[Tensor, " v"], int]:
-    """Move the masses that are at no bound to the I-projection of the pool, moments and bounds kept."""
+    """Move the masses that are at no bound to the I-projection of the pool, with the moments and the bounds kept.
+
+    Args:
+        row: the row's feasible set.
+        p: an optimum.
+        limit: the upper bound of each mass.
+        between: the tokens whose masses are at no bound.
+
+    Returns:
+        (the distribution, the number of steps).
+    """
     ids = between.nonzero().squeeze(-1)
     columns = row.system[0]
     target = columns.sums(torch.where(between, p, 0.0))

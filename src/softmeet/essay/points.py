@@ -1,4 +1,9 @@
-"""Three points of one row that rules are built from: the nearest, the I-projection, and the only one."""
+"""Three points of one row that rules are built from, and the tests that go with them.
+
+They are a point with the nearest moments, the I-projection of a distribution onto given moments, and the only point
+with the members' moments. Gᵀp = g is the system of :class:`~softmeet.essay.feasible_set.FeasibleSet`, C its solutions p
+≥ 0.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +19,20 @@ from softmeet.simplex import kl
 from softmeet.solvers.linalg import Factored
 from softmeet.solvers.projection import MOMENT_TOLERANCE, SEPARATED
 
-# The Frank-Wolfe gap at which the nearest p is found, of a squared distance in whitened coordinates: round-off there.
+# The Frank-Wolfe gap to which the nearest p is found: round-off of a squared distance in whitened coordinates.
 _FRANK_WOLFE_TOLERANCE = 1e-12
 # Probabilities below zero by this much are rounding, of moments that are themselves rounded.
 _NEGATIVE = 1e-9
 
 
 def least_squares_point(row: FeasibleSet, columns: MomentMatrix, target: Float[Tensor, " m"]) -> Optimum:
-    """Find a p in the simplex that minimises |Gᵀp - g|², for columns G that end with the ones."""
+    """Find a p in the simplex that minimises |Gᵀp - g|², G and g being moments of tokens and the wanted ones.
+
+    Args:
+        row: the row's feasible set, for the tokens that may have mass and the settings.
+        columns: G, (v, m); its last column is all ones, whose constraint is hard.
+        target: g.
+    """
     softness = torch.ones_like(target)
     softness[-1] = 0.0
     program = SimplexProgram(
@@ -39,9 +50,10 @@ def least_squares_point(row: FeasibleSet, columns: MomentMatrix, target: Float[T
 
 
 def separating_multipliers(row: FeasibleSet) -> Float[Tensor, " m"] | None:
-    """Return multipliers that prove C empty, the negative excess of the nearest p; None if they do not.
+    """Return multipliers of the whitened moments, (m,), that prove the feasible set empty; None if none were found.
 
-    At the nearest p, r = Gᵀp - g has rᵀ(g_j - g) ≥ |r|² for every token j (the Frank-Wolfe gap is zero).
+    They are the members' moments less those of the p whose moments are nearest: with r the latter less the former, and
+    g_j and g the moments of token j and of the members, rᵀ(g_j - g) ≥ |r|² for every token j.
     """
     y = -row.excess(least_squares_point(row, row.tokens, row.target).p)
     y[-1] = 0.0
@@ -49,27 +61,41 @@ def separating_multipliers(row: FeasibleSet) -> Float[Tensor, " m"] | None:
 
 
 def proves_empty(row: FeasibleSet, y: Float[Tensor, " m"]) -> bool:
-    """Say whether multipliers prove that no p has the members' moments, nor any that are all but those.
+    """Return whether multipliers ``y`` of whitened moments prove that no p has the members' moments.
 
-    That is so if Σ_i λ_iᵀ(a_ij - b_i) < -δ|y| for every token that may be answered, y the whitened multipliers, and δ
-    ``SEPARATED``: a smaller margin may be rounding where heads share directions.
+    They do if yᵀ(g_j - g) < -δ|y| for every token j that may have mass, g_j and g being the moments of token j and of
+    the members, and δ ``SEPARATED``. The last entry of ``y``, for Σp = 1, does not count. A smaller margin may be
+    rounding, if heads share directions.
     """
     return bool(row.scores(y)[row.alive].max() < -SEPARATED * y[:-1].norm())
 
 
 def moments_hold(row: FeasibleSet, p: Float[Tensor, " v"]) -> bool:
-    """Say whether p has the members' moments."""
+    """Return whether the whitened moments of ``p`` and its sum are right up to ``MOMENT_TOLERANCE``.
+
+    The right ones are the members' and 1; the length of all differences together counts.
+    """
     return float(row.excess(p).norm()) <= MOMENT_TOLERANCE
 
 
 def entropic_projection(
     row: FeasibleSet, tokens: Bool[Tensor, " v"], reference: Float[Tensor, " v"], target: Float[Tensor, " m"]
 ) -> tuple[Float[Tensor, " v"], Float[Tensor, " m"], int]:
-    """Project ``reference`` onto the p on ``tokens`` with moments ``target``; return (p, multipliers, steps)."""
+    """Find the p on ``tokens`` with the moments ``target`` that minimises KL(p‖``reference``), by interior points.
+
+    Args:
+        row: the row's feasible set.
+        tokens: the tokens that may have mass, a mask.
+        reference: the distribution to project, as probabilities.
+        target: the wanted whitened moments, and 1 for Σp.
+
+    Returns:
+        (p, the multipliers of the moments with 0 for Σp = 1, the number of steps). Nothing is proved about p.
+    """
     ids = tokens.nonzero().squeeze(-1)
     columns, target = row.system[0], target @ row.joint
     columns = columns if len(ids) == len(tokens) else subset(columns, ids, len(tokens))
-    # A reference that underflows keeps its place, at no cost that could be measured.
+    # A reference that underflows is lifted to this mass, which is too small to matter.
     start = reference[ids].clamp_min(torch.finfo(reference.dtype).eps ** 2)
     nothing = torch.zeros_like(start)
     program = Program(columns, target, nothing, torch.zeros_like(target), start, len(target) - 1, reference=start)
@@ -79,7 +105,11 @@ def entropic_projection(
 
 
 def moments_repaired(row: FeasibleSet, p: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
-    """Repair p's moments to round-off by the smallest change that does it, weighing tokens by 1 / p."""
+    """Return ``p`` with its moments moved to the members', by the least change in Σ_j (change_j)² / p_j.
+
+    They hold up to round-off then. A change that would make a probability negative, or not bring the moments nearer, is
+    not made.
+    """
     for _ in range(2):
         columns, target = row.system
         solve = Factored.of(columns.gram(p))
@@ -93,20 +123,29 @@ def moments_repaired(row: FeasibleSet, p: Float[Tensor, " v"]) -> Float[Tensor, 
 
 
 def exact_gap(row: FeasibleSet, log_p: Float[Tensor, " v"], dual: tuple[Float[Tensor, " _"], ...]) -> float:
-    """Return KL(p̃‖p), a bound on the gap by the feasible p̃ nearest to p; p̃'s excess counts at the dual's price.
+    """Return a bound on the gap of ``log_p`` as an I-projection, in nats: KL(p̃‖p) for a p̃ with almost exact moments.
 
-    Where nearly all mass is on a few tokens, none but tiny masses can repair moments, and this still finds a bound.
+    p̃ is p as :func:`moments_repaired` returns it. For the remaining error of its moments, the length of the error
+    times that of the multipliers, both whitened, is added.
+
+    Args:
+        row: the row's feasible set.
+        log_p: log-probabilities in nats.
+        dual: the multipliers λ_i, (d_i,), of every member, in the heads' own coordinates.
     """
     repaired = moments_repaired(row, log_p.exp())
     return float(kl(repaired.log(), log_p)) + float(row.excess(repaired).norm() * row.whitened(dual).norm())
 
 
 def unique_feasible_point(row: FeasibleSet) -> tuple[Float[Tensor, " v"] | None, Float[Tensor, " m"]]:
-    """Return (p, 0) with the one p that has the members' moments, (None, y) with a proof of none, or (None, 0).
+    """Find the only p with the members' moments, or a proof that there is none, if the row is ``unique``.
 
-    For rows that are ``unique``: Gᵀp = g has at most one solution. If it has none, g's distance e from the range of Gᵀ
-    has G e = 0 and gᵀe = |e|² > 0, and proves it. If its solution has a p_j < 0, the y with G y = -1_j proves that no
-    other point is in the simplex.
+    With G = [Q_1 | … | Q_n | 1] and g the members' moments and 1, Gᵀp = g has at most one solution then. If it has
+    none, the distance e of g from the range of Gᵀ proves it, as G e = 0 and gᵀe = |e|² > 0. If its solution has some
+    p_j < 0, the y with G y = -1_j (-1 for token j, else 0) proves that no other is in the simplex.
+
+    Returns:
+        (p, 0); or (None, y) with multipliers y that prove the feasible set empty; or (None, 0) if neither was found.
     """
     ids = row.alive.nonzero().squeeze(-1)
     G, g = row.tokens.rows(ids), row.target
@@ -128,7 +167,7 @@ def unique_feasible_point(row: FeasibleSet) -> tuple[Float[Tensor, " v"] | None,
 
 
 def _without_sum(y: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
-    """Return the multipliers of the moments alone: that of the sum moves every score by the same."""
+    """Return the multipliers with 0 for Σp = 1, which would only move every score by the same amount."""
     y = y.clone()
     y[-1] = 0.0
     return y

@@ -1,8 +1,8 @@
-"""From any point of {x ≥ 0 : Gᵀx = g} to a vertex: basic solutions have at most rank G positive entries.
+"""The way from any point of {x ≥ 0 : Gᵀx = g} to a vertex, which has at most rank G positive entries.
 
-While more tokens have mass than G has columns, some combination of their rows vanishes; masses move along it until one
-is zero, and the moments stay (Carathéodory's theorem, as an algorithm). Tokens are taken 2m at a time, with one null
-space for m eliminations, so that the whole costs about N m² operations.
+As long as more tokens have mass than G has columns, some combination of their rows of G vanishes; masses move along it
+until one is zero, and the moments Gᵀx stay (Carathéodory's theorem, as an algorithm). Tokens are taken 2m at a time,
+with one null space for m eliminations, so that the whole costs about N m² operations.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ _TINY = 1e-10
 
 
 def vertex(columns: MomentMatrix, x: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """Return a vertex with the moments of ``x``; light tokens lose their mass first.
+    """Return masses with the same moments as ``x``, Gᵀx, of which at most rank G are positive: a vertex.
+
+    Light tokens lose their mass first.
 
     Args:
-        columns: G, (N, m); one combination of its columns is 1 for every token.
+        columns: G, (N, m); some combination of its columns is 1 for every token.
         x: masses, not negative, fp64.
     """
     x, m = x.clone(), columns.sums(x).shape[0]
@@ -35,7 +37,7 @@ def vertex(columns: MomentMatrix, x: Float[Tensor, " N"]) -> Float[Tensor, " N"]
 
 
 def _null_space(G: Float[Tensor, "k m"]) -> Float[Tensor, "k r"]:
-    """Return an orthonormal basis of { n : Gᵀn = 0 }."""
+    """Return an orthonormal basis of { n : Gᵀn = 0 }, as columns."""
     found = torch.linalg.svd(G, full_matrices=True)
     rank = int(torch.count_nonzero(_TINY * found.S.max() < found.S))
     basis: Tensor = found.U[:, rank:]
@@ -43,7 +45,7 @@ def _null_space(G: Float[Tensor, "k m"]) -> Float[Tensor, "k r"]:
 
 
 def _eliminated(x: Float[Tensor, " k"], null: Float[Tensor, "k r"]) -> Float[Tensor, " k"]:
-    """Return masses with one more zero for every column of ``null``, and the same moments."""
+    """Return masses with the moments of ``x`` and one more zero for every column of ``null``."""
     x, null = x.clone(), null.clone()
     while null.shape[1]:
         n = null[:, 0] if null[:, 0].max() >= -null[:, 0].min() else -null[:, 0]
@@ -52,7 +54,7 @@ def _eliminated(x: Float[Tensor, " k"], null: Float[Tensor, "k r"]) -> Float[Ten
         k = int(ratios.argmin())
         x = (x - ratios[k] * n).clamp_min(0.0)
         x[k] = 0.0
-        # The other directions must leave token k alone.
+        # The other directions may not change the mass of token k.
         null = null[:, 1:] - torch.outer(n, null[k, 1:] / n[k])
         null[k] = 0.0
     return x

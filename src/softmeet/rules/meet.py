@@ -41,7 +41,7 @@ class Meet(Rule):
     budget: int | None = Field(
         default=None,
         ge=1,
-        description="Steps a token, without a bound on what is left; as many as tol takes by default.",
+        description="The most steps a token, without a bound on the remaining gap; by default, as many as tol takes.",
     )
 
     name = "meet"

@@ -120,20 +120,20 @@ class Settings(Frozen):
     pool: Pool = Field(
         default="logit-mean", description="What a rule starts from, or stays near: logit-mean or prob-mean."
     )
-    tol: Positive = Field(default=1e-3, description="How near the rule's answer a token's has to be: KL, in nats.")
-    max_steps: Count = Field(default=50, description="The solver's steps, at most; then NOT_CONVERGED.")
+    tol: Positive = Field(default=1e-3, description="The KL divergence in nats within which an answer may differ from the rule's exact one.")
+    max_steps: Count = Field(default=50, description="The most steps the solver takes; a row that needs more is NOT_CONVERGED.")
     on_infeasible: OnInfeasible = Field(
-        default="meet", description="Where no distribution has every member's moments: answer by meet, or raise."
+        default="meet", description="If no distribution has every member's moments: answer by meet, or raise an error."
     )
-    free_weights: bool = Field(default=False, description="Weights need not sum to 1: they are exponents.")
+    free_weights: bool = Field(default=False, description="Let weights sum to anything: they are exponents.")
     rank: Annotated[int | None, BeforeValidator(_count)] = Field(
-        default=None, description="How many of each head's largest directions to constrain; all by default."
+        default=None, description="The number of each head's largest principal directions to constrain; all by default."
     )
     free_radial: bool = Field(default=False, description="Do not constrain the directions that the final norm hides.")
     rule_temperature: Positive = Field(
-        default=1.0, description="Of the rule's answer: p^(1/T), normalised. In a rule's text: temperature."
+        default=1.0, description="The temperature T of the rule's answer: p^(1/T), normalised. In a rule's text: temperature."
     )
-    bands: Count = Field(default=1, description="Of each head's principal directions, each with a trust of its own.")
+    bands: Count = Field(default=1, description="The number of bands that each head's principal directions are cut into, each with its own trust.")
     gate: Annotated[Any, BeforeValidator(_gate)] = Field(
         default=None,
         description="unsure:T asks the other members only where the first one's largest probability is below T; "

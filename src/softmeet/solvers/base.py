@@ -1,4 +1,4 @@
-"""What every solver shares: how rows end, and the one loop, which owns step limits and drops finished rows."""
+"""The parts that all solvers share: how a row can end, and the one loop, which counts steps and drops finished rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ from softmeet.solvers.projection import Projection
 
 
 class Status(IntEnum):
-    """How one row ended. ``str(status)`` is the sentence for the user.
+    """The outcome of one row. ``str(status)`` is a sentence for the user.
+
+    ``OPTIMAL``: solved to the tolerance. ``DEGENERATE``: the objective is constant on the feasible set, so the rule
+    chose nothing. ``INFEASIBLE``: the feasible set is proved to be empty. ``NOT_CONVERGED``: the steps ended, or made
+    no more progress, before the tolerance was reached. ``UNVERIFIED``: the rule cannot check its answers. ``BUDGET``:
+    as ``NOT_CONVERGED``, under a limit on steps that the user set.
 
     Example:
         >>> from softmeet import Status
@@ -32,14 +37,17 @@ class Status(IntEnum):
     BUDGET = 5
 
     def __str__(self) -> str:
+        """Return the sentence for the user."""
         return _SENTENCES[self]
 
 
 class StoppedBy(IntEnum):
-    """What ended the work on a row: its answer is the solver's, the pool, or what a gate has answer in its place.
+    """The reason why the work on one row ended. p° is the exact optimum, ``tol`` the tolerance in nats.
 
-    ``GAP``: the answer p was proved to be near enough, KL(p°‖p) ≤ tol. ``POOL``: the pool q was, KL(q‖p°) ≤ tol.
-    ``GATE``: a gate was closed. ``BUDGET``: the steps ended.
+    ``GAP``: the solver's own test. Its answer p has a gap, which bounds KL(p°‖p), of at most ``tol`` (an estimate of
+    the gap if it is not certified), or the row is proved infeasible. ``POOL``: the pool q is proved to have KL(q‖p°) ≤
+    ``tol``, and is the answer. ``GATE``: a gate was closed, and the answer is the one that the gate names in the rule's
+    place. ``BUDGET``: the steps ended, or made no more progress, before ``tol`` was reached.
     """
 
     GAP = 0
@@ -48,6 +56,7 @@ class StoppedBy(IntEnum):
     BUDGET = 3
 
     def __str__(self) -> str:
+        """Return the name in small letters."""
         return self.name.lower()
 
 
@@ -63,10 +72,15 @@ _SENTENCES = {
 
 @dataclass
 class State(Batched):
-    """What a solver knows of each row; solvers add fields of their own.
+    """The state of a solver for a batch of B rows; solvers add fields of their own.
 
-    ``gap`` is in nats, an estimate where it is not ``certified``. ``passes`` counts reads of all heads, in rows of
-    [W_1 | … | W_n] divided by the size of the vocabulary.
+    Attributes:
+        done: (B,), rows that need no further step.
+        status: (B,), int64, a :class:`Status` for each row; it counts once the row is done.
+        gap: (B,), nats: how far the current answer can be from its optimum; an estimate unless ``certified``.
+        certified: (B,), rows whose ``gap`` is proved.
+        steps: (B,), int64, the steps taken.
+        passes: (B,), how often all heads were read: entries of [W_1 | … | W_n] read, divided by all its entries.
     """
 
     done: Bool[Tensor, " B"]
@@ -81,25 +95,32 @@ S = TypeVar("S", bound=State)
 
 
 class Solver(ABC, Generic[S]):
-    """A batched iterative method: how to begin, and one step of unfinished rows."""
+    """A batched iterative method for relaxed I-projections (:class:`~softmeet.solvers.projection.Projection`).
+
+    Subclasses define the first state and one step; :func:`iterate` repeats the step until every row has ended.
+    """
 
     @abstractmethod
     def init(self, problem: Projection) -> S:
-        """Return the state before the first step."""
+        """Return the state of every row before the first step; rows may be done already."""
 
     @abstractmethod
     def step(self, problem: Projection, state: S) -> S:
-        """Take one step of every row, and set ``done``, ``status`` and ``gap`` in the state that is returned."""
+        """Take one step of every row; return a state with ``done``, ``status``, ``gap`` and ``certified`` set anew.
+
+        :func:`iterate` passes unfinished rows only: ``problem`` and ``state`` hold the same rows in the same order.
+        """
 
     @abstractmethod
     def rows_at_once(self, problem: Projection) -> int:
-        """Return how many rows to run together, by what a step keeps in memory."""
+        """Return how many rows of ``problem`` may be stepped together, by the memory that a step takes for each."""
 
 
 def iterate(solver: Solver[S], problem: Projection, max_steps: int) -> S:
-    """Run ``solver`` until every row is done or has taken ``max_steps``; finished rows take no further part.
+    """Repeat ``solver``'s step until every row of ``problem`` has ended; return the final state, rows in their order.
 
-    A row that is not done at the end is ``NOT_CONVERGED``. No more rows run at once than the solver asks for.
+    A row ends when it is done or has taken ``max_steps``; in the latter case its status is ``NOT_CONVERGED``. Rows that
+    ended take no further part. No more rows than ``solver.rows_at_once`` allows are stepped together.
     """
     state = solver.init(problem)
     done, going = state.done.nonzero().squeeze(-1), (~state.done).nonzero().squeeze(-1)
@@ -111,7 +132,7 @@ def iterate(solver: Solver[S], problem: Projection, max_steps: int) -> S:
         active, part = (state, problem) if whole else (state.take(rows), problem.take(rows))
         for _ in range(max_steps):
             active = solver.step(part, active)
-            # Rows are taken out only when some finish: what they carry may be large.
+            # The batch is copied only when rows finish: their tensors may be large.
             if active.done.all():
                 break
             if active.done.any():

@@ -1,9 +1,11 @@
-"""Newton's method on the dual of a relaxed I-projection in few dense steps: no sampling, and every row in one product.
+"""Newton's method on the dual f of a relaxed I-projection in few dense steps: it never forms the Hessian of all heads.
 
-A step reads the heads twice: for the gradient, and for the scores of a direction found by conjugate gradients on the
-curvature of the heaviest tokens, exactly, and of all others together (:mod:`softmeet.solvers.direction`). Then f is
-minimised over that direction and the last step, of each member by itself. A poor direction costs a step and nothing
-else: f never rises. A third read bounds what is left where that may end a row.
+Symbols are those of :mod:`softmeet.solvers.projection`. A step reads all heads twice: for the gradient, and for the
+scores of a direction. That is found by conjugate gradients on a model of the Hessian in which heavy tokens have their
+curvature exactly, and all others together that of an average token (:mod:`softmeet.solvers.direction`). Then f is
+minimised over that direction and the last step, each split by member. A poor direction costs a step and nothing else: f
+never rises. If a bound on the gap may end a row, a third read computes it. Nothing is sampled, and all rows of a batch
+share the same products.
 """
 
 from __future__ import annotations
@@ -23,29 +25,29 @@ from softmeet.solvers.dual import DualState, end_by_pool, end_by_proof, pool_is_
 from softmeet.solvers.linalg import backtrack, held, some
 from softmeet.solvers.projection import Point, Projection
 
-# A bound on the gap is worth a system of all members' columns once the estimate is this share of ``tol``.
+# A restricted bound needs a system of all D columns: it is tried once the estimated gap is this share of ``tol``.
 _TINY = 0.1
-# Newton steps of the coefficients of a step's directions, and how often one is shortened until f falls.
+# The most Newton steps for the coefficients of a step's directions, and the most times that one is shortened.
 _COEFFICIENT_STEPS, _SHORTENED = 6, 12
-# Newton's method on them ends where it promises less than this share of what was gained before.
+# That Newton's method ends once its next step promises less than this share of the fall of f so far.
 _ENOUGH = 0.02
 # Steps without progress after which a row gives up.
 _PATIENCE = 2
-# The tolerance, per unit of price, that vectors in single precision can tell, and the share of it that they aim at.
+# The least tolerance, per unit of trust, for vectors in single precision, and the share of ``tol`` that they aim at.
 _SINGLE, _KEPT = 5e-5, 0.98
-# Added to the diagonal of the coefficients' Hessian, in its own rounding: directions may be all but one.
+# Added to the diagonal of the coefficients' Hessian, in units of its rounding: directions may be nearly the same.
 _RIDGE, _LEAST = 16.0, 1e-30
 
 
 @dataclass
 class DenseState(DualState):
-    """A :class:`DualState` with what dense steps remember.
+    """A :class:`DualState` with further fields for dense steps.
 
     Attributes:
-        floor: f is proved to be nowhere below it.
-        looseness: the last bound over the estimated gap.
-        moved, step: the last step in scores and in ν.
-        stalls: how many steps in a row brought no progress.
+        floor: a proved lower bound on the minimum of the dual function, (B,), in nats.
+        looseness: the last bound on the gap divided by the gap's estimate at the same point, (B,).
+        moved, step: the last step, as scores (B, n, v) and in dual variables (B, D).
+        stalls: for how many steps in a row the dual function did not fall, (B,).
     """
 
     floor: Float[Tensor, " B"]
@@ -57,16 +59,19 @@ class DenseState(DualState):
 
 @dataclass(frozen=True)
 class DenseNewton(Solver[DenseState]):
-    """Newton's method in few dense steps: see the module's docstring.
+    """Newton's method on the dual function by dense steps, which never form the Hessian of all heads.
+
+    A step reads the gradient, finds a direction from heavy tokens, and minimises exactly over it and the last step,
+    each split by member; the module docstring has the details.
 
     Args:
-        certify: end a row on a bound; else on the estimate of its gap, which proves nothing.
+        certify: whether a row must have a proved bound on its gap to be done; if False, an estimate is enough.
     """
 
     certify: bool = True
 
     def init(self, problem: Projection) -> DenseState:
-        """Begin at the pool, where no head has been read."""
+        """Return the state at the pool, ν = 0, at which no head has been read."""
         pool = start(problem)
         pool["certified"] &= pool["done"] | self.certify
         return DenseState(
@@ -79,11 +84,11 @@ class DenseNewton(Solver[DenseState]):
         )
 
     def rows_at_once(self, problem: Projection) -> int:
-        """Return how many rows memory has room for: a step keeps about sixteen vectors for each and each member."""
+        """Return how many rows memory has room for: a step keeps about sixteen vectors for each row and member."""
         return held(problem.log_p.shape[1:].numel())
 
     def step(self, problem: Projection, state: DenseState) -> DenseState:
-        """Take one step of every row, and see what is left."""
+        """Take one dense step of every row, and bound or estimate the gap at the new point; return the new state."""
         reads, first = problem.passes(), not state.steps.any()
         here = Point.at(problem, state.z)
         estimate = self._aim(problem, state, here, first)
@@ -111,7 +116,7 @@ class DenseNewton(Solver[DenseState]):
         near = pool_is_near(problem, after)
         fall = state.value - there.value
         left = torch.maximum(estimate - fall, tuning.LEFT * estimate)
-        # Where f falls by far more than was foretold, an estimate is not to be believed.
+        # If f falls by far more than was estimated, the estimate was too low.
         left = torch.where(fall > tuning.FORETOLD * estimate, torch.maximum(left, fall), left)
         self._judge(problem, after, there, left)
         end_by_proof(problem, state, after)
@@ -120,7 +125,10 @@ class DenseNewton(Solver[DenseState]):
         return after
 
     def _aim(self, problem: Projection, state: DenseState, here: Point, first: bool) -> Float[Tensor, " B"]:
-        """Set the gradient and the direction, the start's where there is one; return an estimate of the gap."""
+        """Set ``state.gradient`` and ``state.direction``; return an estimate of the gap at this point, (B,), in nats.
+
+        In the first step from ``problem.start`` the direction is that start, and the estimate inf.
+        """
         if first and problem.start is not None:
             return torch.full_like(state.value, torch.inf)
         state.gradient = problem.moments(here.p[:, None] - here.r)
@@ -136,8 +144,11 @@ class DenseNewton(Solver[DenseState]):
         y: Float[Tensor, "B n v"],
         estimate: Float[Tensor, " B"],
     ) -> Float[Tensor, " B"]:
-        """Return what f is nowhere below, by a bound on the gap where that may end a row."""
-        # What is left of a bound once f has fallen is what the bound exceeded the gap by, and a share of the gap.
+        """Return a lower bound on min f, (B,), in nats: the known one or, if better, f less a new bound on the gap.
+
+        The gap is bounded only in rows that the bound may end.
+        """
+        # After the step a bound consists of its excess over the gap and of the gap's remaining share.
         near = estimate * (state.looseness - 1 + tuning.LEFT) <= problem.tol
         if not self.certify or not some(near):
             return state.floor
@@ -154,8 +165,8 @@ class DenseNewton(Solver[DenseState]):
         return state.floor.index_copy(0, rows, torch.maximum(state.floor[rows], here.value[rows] - bound))
 
     def _judge(self, problem: Projection, after: DenseState, there: Point, left: Float[Tensor, " B"]) -> None:
-        """Set ``gap``, ``certified``, ``done`` and ``status``; ``left`` estimates the gap."""
-        # Rounding can spoil a bound: where f falls far below it, it is none.
+        """Set ``gap``, ``certified``, ``done`` and ``status`` of ``after`` in place; ``left`` is the gap's estimate."""
+        # Rounding can make a bound wrong: f falling far below the floor shows that.
         after.floor = torch.where(after.value < after.floor - problem.tol, -torch.inf, after.floor)
         rounding = problem.rounding(there.p, there.r, after.z, after.nu)
         bound = (after.value - after.floor).clamp_min(0) + rounding
@@ -168,12 +179,15 @@ class DenseNewton(Solver[DenseState]):
 
 
 def dense(problem: Projection, max_steps: int, *, certify: bool = True) -> DenseState:
-    """Run :class:`DenseNewton`, its vectors in fp32 where that tells a gap of ``tol``, and evaluate the end in fp64.
+    """Solve every row by dense steps (:class:`DenseNewton`) and evaluate the end in fp64; return the final state.
+
+    During the steps vectors over the vocabulary are fp32 if ``problem.tol`` is at least 5e-5 nats per unit of trust,
+    else fp64.
 
     Args:
-        problem: the projection.
-        max_steps: steps a row, at most.
-        certify: end a row on a bound on its gap; else on an estimate, which proves nothing.
+        problem: the batch of relaxed I-projections.
+        max_steps: the most steps of a row.
+        certify: whether a row must have a proved bound on its gap to be done; if False, an estimate is enough.
     """
     prices = max(1.0, float(problem.price.sum()))
     coarse = problem.tol >= _SINGLE * prices
@@ -191,16 +205,22 @@ def dense(problem: Projection, max_steps: int, *, certify: bool = True) -> Dense
 def _least(
     problem: Projection, start: Point, columns: Float[Tensor, "B n c v"]
 ) -> tuple[Float[Tensor, "B n c"], Point]:
-    """Minimise f over z + Σ_k a_ik columns_ik by Newton's method on the coefficients; return them and the point there.
+    """Minimise f over z + Σ_k a_ik columns_ik by Newton's method on the coefficients a; f never rises.
 
-    ``columns`` are the scores of each member's directions. f never rises.
+    Args:
+        problem: the batch of relaxed I-projections.
+        start: the point at z.
+        columns: the scores of c directions for each member.
+
+    Returns:
+        (the coefficients, the point that they lead to).
     """
     B, n, c, _ = columns.shape
     a, at = columns.new_zeros(B, n, c), start
     going = torch.ones_like(start.value, dtype=torch.bool)
     for _ in range(_COEFFICIENT_STEPS):
         H, g = _derivatives(problem, at, columns)
-        # A row that is done stays where it is, whatever others need.
+        # A row that has ended does not move, however many steps others take.
         step = torch.where(going[:, None], -torch.linalg.solve(H, g), 0.0).nan_to_num(0.0, 0.0, 0.0)
         promised = -0.5 * (g * step).sum(-1)
         a, at = _fallen(problem, columns, (a, at), start, step.view(B, n, c).to(a))
@@ -213,7 +233,7 @@ def _least(
 def _derivatives(
     problem: Projection, at: Point, columns: Float[Tensor, "B n c v"]
 ) -> tuple[Float[Tensor, "B k k"], Float[Tensor, "B k"]]:
-    """Return the Hessian and the gradient of f in the coefficients, members side by side, fp64."""
+    """Return f's Hessian and gradient in the coefficients of ``columns``, k = n c, ordered by member, in fp64."""
     B, n, c, v = columns.shape
     joint = (problem.alpha[:, None, None] * columns).view(B, n * c, v)
     weighted = joint * at.p[:, None]
@@ -238,7 +258,7 @@ def _fallen(
     start: Point,
     step: Float[Tensor, "B n c"],
 ) -> tuple[Float[Tensor, "B n c"], Point]:
-    """Return (coefficients, point) after as much of a step as lowers f; none of it where nothing does."""
+    """Return (coefficients, point) after ``step``, shortened until f falls, or not taken at all if it never does."""
     (a, at), found = here, start
 
     def worse(t: Float[Tensor, " B"]) -> Bool[Tensor, " B"]:

@@ -1,12 +1,15 @@
-"""A Newton direction from the heaviest tokens, whose curvature is exact, and a tail of known curvature.
+"""An approximate Newton direction of the dual f: heavy tokens have their curvature exactly, the tail that of an average
+token.
 
-The many light tokens of a row together are taken to have the curvature of tokens drawn evenly from the vocabulary. That
-is found once for some heads, in the heads' own coordinates, all members side by side: the covariance C of rows of W_i,
-and with trusts the inverse of
+Symbols are those of :mod:`softmeet.solvers.projection`. The light tokens of a row (its tail) are together taken to have
+the curvature of tokens drawn evenly from the vocabulary. That is computed once for given heads, in the heads' own
+coordinates, all members side by side: the covariance C of rows of [W_1 | … | W_n], with blocks C_ii, and for given
+trusts the inverse of
 
     diag(α) C diag(α) + blockdiag(α_i γ_i C_ii)
 
-within the directions that the heads have (:class:`softmeet.solvers.projection.Projection`).
+within the directions that the heads have. In this file's tensors D = Σ d_i counts the columns of the W_i, except in
+:func:`direction` and in the whitened coordinates it takes and returns.
 """
 
 from __future__ import annotations
@@ -23,10 +26,10 @@ from softmeet.solvers import tuning
 from softmeet.solvers.linalg import add_ridge, conjugate_gradients, held
 from softmeet.solvers.projection import Projection
 
-# Steps of conjugate gradients, at most.
+# The most steps of conjugate gradients.
 _STEPS = 64
-# Tokens drawn for each column, without which a covariance would be singular, and what is added to its diagonal, as a
-# share of its mean.
+# Tokens drawn per column of all heads, without which their covariance would be singular; the share of the mean of the
+# diagonal that is added to it.
 _PER_COLUMN, _RIDGE = 4, 1e-3
 # The least share of mass that a tail is taken to have.
 _LEAST = 1e-6
@@ -35,13 +38,16 @@ _LEAST = 1e-6
 def direction(
     problem: Projection, gradient: Float[Tensor, "B D"], p: Float[Tensor, "B v"], r: Float[Tensor, "B n v"], count: int
 ) -> Float[Tensor, "B D"]:
-    """Return a direction in which f falls, (B, D): -H⁻¹ ∇f, about.
+    """Return a direction of the dual variables in which the dual function f falls, (B, D): approximately -H⁻¹∇f.
+
+    H is f's Hessian; the direction is found by conjugate gradients on the model of it in :class:`Around`. Rows in which
+    that fails get -∇f.
 
     Args:
-        problem: the projection.
-        gradient: ∇f at the point.
-        p, r: the distributions there.
-        count: of tokens whose curvature is exact, as :func:`heavy_tokens` gives it.
+        problem: the batch of relaxed I-projections.
+        gradient: ∇f at the current point, (B, D).
+        p, r: the answer and the corrected members there, as probabilities.
+        count: how many heavy tokens have their curvature exactly, as :func:`heavy_tokens` gives it.
     """
     found = torch.empty_like(gradient)
     size = held(count * problem.read) if found.device.type == "cpu" else max(1, len(found))
@@ -50,21 +56,21 @@ def direction(
         here = problem.take(rows)
         x = Around(here, p[rows], r[rows], count).solve(-here.unwhitened(g), _STEPS, tuning.CONJUGATE_REDUCTION)
         x = here.whitened(x)
-        # Where it is no number, or f would rise along it, the gradient will do.
+        # If it is not finite, or f would rise along it, the negative gradient takes its place.
         falls = (x * g).sum(-1, keepdim=True) < 0
         found[rows] = torch.where(falls & x.isfinite().all(-1, keepdim=True), x, -g)
     return found
 
 
 def heavy_tokens(problem: Projection, step: int, *, bounded: bool = False) -> int:
-    """Return how many tokens of a row have their curvature exactly.
+    """Return how many heavy tokens of each row should have their curvature exactly in a step.
 
-    Steps from the third on double them, up to a share of the vocabulary and a number: late steps are lost to tails.
+    From the third step on the number doubles with each step, up to a share of the vocabulary and an absolute limit.
 
     Args:
-        problem: the projection.
+        problem: the batch of relaxed I-projections.
         step: how many steps were taken before.
-        bounded: whether a bound is to end the row, which needs a direction that leaves little.
+        bounded: whether a bound on the gap is to end the row, for which directions have to be more accurate.
     """
     share = tuning.HEAVY_PER_COLUMN_FOR_BOUNDS if bounded else tuning.HEAVY_PER_COLUMN
     v, least = problem.log_q.shape[-1], max(tuning.HEAVY, int(share * problem.read))
@@ -72,14 +78,20 @@ def heavy_tokens(problem: Projection, step: int, *, bounded: bool = False) -> in
 
 
 class Around:
-    """The Hessian H at some rows' points, of K heavy tokens and of the mass of all others at the tail's curvature.
+    """A model of the dual's Hessian H: heavy tokens have their curvature exactly, all others that of an average token.
 
-    In the heads' own coordinates, D = Σ d_i: rows are not whitened, only what goes in and what comes out.
+    The others' curvature is that of tokens drawn evenly from the vocabulary (:class:`Tail`). Vectors are in the
+    coordinates of the heads W_i themselves, side by side, D = Σ d_i: no head is whitened for it.
+
+    Args:
+        problem: a batch of b relaxed I-projections.
+        p, r: the answer and the corrected members at the points, as probabilities.
+        count: the number of heavy tokens: those with the largest p + Σ ρ_i r_i, over finite trusts.
     """
 
     def __init__(self, problem: Projection, p: Float[Tensor, "b v"], r: Float[Tensor, "b n v"], count: int) -> None:
         self.problem, self.tail = problem, tail_of(problem)
-        # Infinite trusts have no price: there r does not change.
+        # The price of infinite trusts is 0: r_i cannot change there.
         weight = p + (problem.price[:, None] * r).sum(1)
         tokens: Int[Tensor, "b K"] = weight.topk(count, dim=-1).indices
         rows = [h.rows(tokens) for h in problem.heads]
@@ -100,16 +112,17 @@ class Around:
         self.blocks = [self.covariance[here, here] for here in self.places]
 
     def _spread(self, x: Float[Tensor, "*b n"]) -> Float[Tensor, "*b D"]:
+        """Repeat a value of each member for each column of its head."""
         widths = torch.tensor([h.stop - h.start for h in self.places], device=x.device)
         return x.repeat_interleave(widths, dim=-1)
 
     def _sums(self, m: Float[Tensor, "b n K"]) -> Float[Tensor, "b D"]:
-        """Return Σ_j m_ij q_ij of every member, side by side."""
+        """Return Σ_j m_ij q_ij of every member i, side by side; q_ij is the row of W_i for heavy token j."""
         return torch.cat([torch.bmm(m[:, i, None], rows)[:, 0] for i, rows in enumerate(self.rows)], dim=-1)
 
     def times(self, x: Float[Tensor, "b D"]) -> Float[Tensor, "b D"]:
-        """Multiply directions by H, which is never formed."""
-        # As row vectors on the left, the only form that batched products of this shape are fast in.
+        """Return H x, (b, D), for the directions ``x``, one per row, in the heads' own coordinates; H is not formed."""
+        # Row vectors on the left: batched products of this shape are fast in no other form.
         parts = zip(self.rows, self.places, strict=True)
         y = torch.cat([torch.bmm(x[:, None, here], rows.transpose(1, 2)) for rows, here in parts], dim=1)
         scaled = self.scale * x
@@ -118,21 +131,26 @@ class Around:
         centres = torch.stack([(self.own_mean[:, here] * x[:, here]).sum(-1) for here in self.places], dim=1)
         own = self.r * (y - centres[..., None])
         found = self._sums(joint[:, None] + self.gamma[:, None] * own)
-        # Deviations from a mean sum to 0 with those of light tokens, so the sums of the others tell theirs.
+        # Deviations from a mean sum to 0 over all tokens, so those of light tokens follow from those of heavy ones.
         found = found - joint.sum(-1, keepdim=True) * self.mean + self.of_p * (scaled @ self.covariance)
         lost = self._spread(self.gamma * own.sum(-1)) * self.mean
         light = torch.cat([x[:, here] @ C for here, C in zip(self.places, self.blocks, strict=True)], dim=-1)
         return self.scale * (found - lost + self._spread(self.gamma) * self.of_r_wide * light)
 
     def solve(self, b: Float[Tensor, "b D"], steps: int, reduction: float = 0.0) -> Float[Tensor, "b D"]:
-        """Return H⁻¹ b by preconditioned conjugate gradients, until the residual falls by ``reduction``."""
+        """Return approximately H⁻¹ b, (b, D), by at most ``steps`` steps of preconditioned conjugate gradients.
+
+        Vectors are in the heads' own coordinates. A row stops once its preconditioned residual is at most ``reduction``
+        times that of the start; 0 takes all steps.
+        """
         return conjugate_gradients(self.times, b.to(self.dtype), _Preconditioner(self), reduction, steps).to(b)
 
 
 class _Preconditioner:
-    """Multiplies by H⁻¹ of the largest masses of p and all r_i, and of the tail's curvature at the mean mass of tails.
+    """An approximate H⁻¹ for :class:`Around`: the largest masses of p and all r_i exactly, the others by the tail.
 
-    By Woodbury: (τ T + UᵀU)⁻¹ = (T⁻¹ - T⁻¹Uᵀ(τ + U T⁻¹Uᵀ)⁻¹U T⁻¹) / τ.
+    By Woodbury: (τ T + UᵀU)⁻¹ = (T⁻¹ - T⁻¹Uᵀ(τ + U T⁻¹Uᵀ)⁻¹U T⁻¹) / τ, with one row of U for each of those masses, T
+    the tail's curvature at one unit of mass and τ its mean mass.
     """
 
     def __init__(self, around: Around) -> None:
@@ -169,14 +187,23 @@ class _Preconditioner:
 
 @dataclass(eq=False)
 class Tail:
-    """The mean and covariance of rows of [W_1 - c_1 | … | W_n - c_n] in fp32, and inverses for the trusts asked for."""
+    """The curvature of an average token: moments of rows of n heads side by side, D columns, over tokens drawn evenly.
+
+    Attributes:
+        mean: the mean of those tokens' rows of [W_1 - 1c_1ᵀ | … | W_n - 1c_nᵀ], fp32; c_i is the centre of head i.
+        covariance: their covariance, fp32.
+    """
 
     mean: Float[Tensor, " D"]
     covariance: Float[Tensor, "D D"]
     _inverses: dict[tuple[float, ...], Tensor] = field(default_factory=dict)
 
     def inverse(self, problem: Projection) -> Float[Tensor, "D D"]:
-        """Return the inverse of the curvature at one unit of mass of p and of every r_i, fp32."""
+        """Return the inverse of the tail's Hessian for the problem's trusts, (D, D), fp32; computed once per trusts.
+
+        The Hessian is diag(α) C diag(α) + blockdiag(α_i γ_i C_ii) plus a small ridge, C the covariance, C_ii its block
+        of member i, α_i = min(1, ρ_i), γ_i = min(1, 1/ρ_i): that of one unit of mass of p and of every r_i.
+        """
         if problem.trust not in self._inverses:
             F = torch.block_diag(*(h.whitening.factor for h in problem.heads))
             C = F.T @ self.covariance.double() @ F
@@ -184,14 +211,14 @@ class Tail:
             H = C * scale[:, None] * scale
             for here, alpha, gamma in zip(problem.places, problem.alpha.tolist(), problem.gamma.tolist(), strict=True):
                 H[here, here] += alpha * gamma * C[here, here]
-            # Evenly drawn tokens miss directions.
+            # The drawn tokens may have no component in some directions.
             add_ridge(H, _RIDGE)
             self._inverses[problem.trust] = (F @ torch.cholesky_solve(F.T, torch.linalg.cholesky(H))).float()
         return self._inverses[problem.trust]
 
 
 def tail_of(problem: Projection) -> Tail:
-    """Return the tail of a problem's heads, which is kept with the first of them."""
+    """Return the :class:`Tail` of the problem's heads, computed when first asked for and kept with the first head."""
     first = problem.heads[0].head
     key = tuple(h.whitening for h in problem.heads)
     for known, tail in first.tails:
@@ -204,6 +231,6 @@ def tail_of(problem: Projection) -> Tail:
     mean = X.mean(0)
     X -= mean
     tail = Tail(mean, X.T @ X / count)
-    # Views of one row each, as of free directions, would fill it.
+    # At most four are kept: views of one row each, which free directions make, would fill it.
     first.tails[:] = [*first.tails[-3:], (key, tail)]
     return tail

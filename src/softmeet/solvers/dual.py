@@ -1,4 +1,8 @@
-"""Descent on the dual of a relaxed I-projection: the state of its methods, where they begin, and what ends a row."""
+"""The state of the methods that minimise the dual f of a relaxed I-projection, its start, and three ways to end a row.
+
+Symbols are those of :mod:`softmeet.solvers.projection`: q the pool, p̂_i the members, ρ_i the trusts, ν the dual
+variables, z_i = Q_i ν_i the scores, p and r_i the answer and the corrected members at ν, p° the optimum's p.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +19,19 @@ from softmeet.solvers.projection import Projection
 
 @dataclass
 class DualState(State):
-    """Where each row is, and where it goes next.
+    """The current dual point ν of each row, and the direction of its step.
 
     Attributes:
-        nu, z: the dual variables in whitened coordinates and their scores Q_i ν_i.
-        value: f there.
-        gradient: ∇f where the last direction was chosen; 0 until a head has been read.
-        log_p, log_r: log p and log r_i there.
-        direction: of the next step; 0 before the first look.
-        ray: a Farkas proof of infeasibility, or 0.
-        free: Σ ρ_i KL(q‖p̂_i).
-        by_pool: whether the pool is proved to be as near the optimum as was asked, and answers.
+        nu, z: the dual variables ν, (B, D), in whitened coordinates, and the scores z_i = Q_i ν_i, (B, n, v).
+        value: the dual function f at ν, (B,), in nats.
+        gradient: ∇f, (B, D), at the point at which the last direction was computed; 0 until then.
+        log_p, log_r: log-probabilities of the answer p, (B, v), and the corrected members r_i, (B, n, v), at ν, in
+            nats.
+        direction: the direction of the last step in ν, (B, D); before the first step ``problem.start``, or 0.
+        ray: dual variables, (B, D), that are a Farkas proof: no distribution has the moments of all members of infinite
+            trust; 0 if none is known.
+        free: Σ_i ρ_i KL(q‖p̂_i), (B,), in nats, q the pool; known without reading a head.
+        by_pool: (B,), rows answered by q because KL(q‖p°) ≤ ``tol`` is proved, p° the optimum.
     """
 
     nu: Float[Tensor, "B D"]
@@ -40,19 +46,23 @@ class DualState(State):
     by_pool: Bool[Tensor, " B"]
 
     def plain(self) -> DualState:
-        """Return a copy without what only one method keeps of a row."""
+        """Return a copy as a plain :class:`DualState`, without the fields that a subclass adds."""
         return DualState(**{f.name: getattr(self, f.name) for f in fields(DualState)})
 
     @property
     def pool_bound(self) -> Float[Tensor, " B"]:
-        """KL(q‖p°) is at most this, in nats, whatever the dual point: it falls with f (docs/mathematics.md)."""
+        """An upper bound on KL(q‖p°), q the pool and p° the optimum, (B,), in nats: Σ_i ρ_i KL(q‖p̂_i) + f(ν).
+
+        It holds at every dual point ν, and falls with the dual function f (docs/mathematics.md, equation 5b).
+        """
         return (self.free + self.value).clamp_min(0)
 
 
 def start(problem: Projection) -> dict[str, Tensor]:
-    """Return the fields of a state at ν = 0, the pool, where no head has been read.
+    """Return the fields of a :class:`DualState` at ν = 0, at which the answer is the pool and no head has been read.
 
-    A row whose pool is within ``tol`` of optimal is done. Where the problem has a start, that is the first direction.
+    Rows in which the pool's gap Σ_i ρ_i KL(q‖p̂_i) is at most ``problem.tol`` are done. ``problem.start``, if given,
+    becomes the first direction.
     """
     gap, z = problem.pool_gap(), torch.zeros_like(problem.log_p)
     nothing = z.new_zeros(len(z), len(problem.scale))
@@ -77,7 +87,11 @@ def start(problem: Projection) -> dict[str, Tensor]:
 
 
 def end_by_proof(problem: Projection, before: DualState, after: DualState) -> None:
-    """End rows whose point, or whose last step, proves that the exact members have no common distribution."""
+    """End rows of ``after``, in place, as INFEASIBLE if a dual point proves that no p has the exact members' moments.
+
+    Exact members have infinite trust; without one nothing is done. The point of ``after`` and its difference from the
+    point of ``before``, the state one step earlier, are both tried as the proof, which is kept in ``after.ray``.
+    """
     if math.inf not in problem.trust:
         return
     size = torch.maximum(after.z.abs().amax((-1, -2)), before.z.abs().amax((-1, -2)))
@@ -93,7 +107,11 @@ def end_by_proof(problem: Projection, before: DualState, after: DualState) -> No
 
 
 def pool_is_near(problem: Projection, state: DualState) -> Bool[Tensor, " B"]:
-    """Say which rows the pool may answer: its bound, with what rounding of scores may hide, is within ``tol``."""
+    """Return the rows, a mask (B,), in which the pool q may be the answer: KL(q‖p°) ≤ ``problem.tol`` is proved.
+
+    p° is the optimum. An allowance for rounding of the scores is added to the bound. All entries are False unless
+    ``problem.pool_may_answer``.
+    """
     near = state.pool_bound <= problem.tol
     if not problem.pool_may_answer or not near.any():
         return torch.zeros_like(near)
@@ -102,7 +120,10 @@ def pool_is_near(problem: Projection, state: DualState) -> Bool[Tensor, " B"]:
 
 
 def end_by_pool(state: DualState, near: Bool[Tensor, " B"]) -> None:
-    """Have the pool answer the rows that are ``near``, unless their own answer was proved to be near enough."""
+    """Let the pool answer the rows of the mask ``near``, in place: OPTIMAL, done, and with the pool's bound as gap.
+
+    Rows that already ended as OPTIMAL with the solver's own answer keep that answer.
+    """
     near = near & ~(state.done & (state.status == Status.OPTIMAL))
     state.by_pool, state.done = near, state.done | near
     state.status = state.status.masked_fill(near, Status.OPTIMAL)

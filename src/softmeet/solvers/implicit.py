@@ -1,13 +1,13 @@
-"""Gradients through the relaxed I-projection, by the implicit function theorem.
+"""Gradients of a loss through the relaxed I-projection, by the implicit function theorem.
 
-At the optimum ∇f(ν*; θ) = 0, so H dν = -∂_θ∇f dθ. For a loss with gradient g at log p, ĝ = g - p Σg, b_i = α_i Q_iᵀĝ
-and H s = b, one linear solve per row gives, with y_i = Q_i s_i and x = Σ α_i y_i,
+Symbols are those of :mod:`softmeet.solvers.projection`. At the optimum ∇f(ν*; θ) = 0 for θ = (log q, ρ), so
+H dν = -∂_θ∇f dθ, H the Hessian of f. Let g be the loss's gradient at log p, ĝ = g - p Σg, b_i = α_i Q_iᵀĝ and H s = b:
+one linear solve per row. With y_i = Q_i s_i and x = Σ α_i y_i
 
     ∂L/∂ log q = ĝ - p(x - E_p x),        ∂L/∂ρ_i = γ_i² Cov_{r_i}(y_i, z_i).
 
-The scaling of ν by ρ (:mod:`softmeet.solvers.projection`) cancels. The members and their heads are constants. H is
-formed where it is small; else preconditioned conjugate gradients multiply by it through the heads, and stop at a
-relative residual.
+The scaling of ν by ρ cancels. The members and their heads are constants. H is formed if it is small; else
+preconditioned conjugate gradients multiply by it through the heads, to a limited relative accuracy.
 """
 
 from __future__ import annotations
@@ -27,30 +27,34 @@ from softmeet.solvers.oracle import curved, moments
 from softmeet.solvers.projection import Projection
 
 Solve = Callable[[Projection], DualState]
-# Elements of all Hessians of a batch; past it they are never formed.
+# The most elements of all Hessians of a batch together; above it Hessians are not formed.
 _ELEMENTS = 1 << 26
-# Gradients to about a hundredth, which takes a tenth of the products that four digits do.
+# Gradients have a relative error of about 1e-2, which takes a tenth of the products of 1e-4.
 _REDUCTION = 0.05
 _STEPS = 60
-# Of the preconditioner: inner steps, and rows at once.
+# The preconditioner's inner steps, and its rows at once.
 _INNER, _GROUP = 24, 4
 
 
 def projected(problem: Projection, trust: Float[Tensor, " n"], solve: Solve) -> Float[Tensor, "B v"]:
-    """Return log p of the relaxed I-projection in nats, differentiable in ``problem.log_q`` and ``trust``.
+    """Solve a batch of relaxed I-projections; return log p, in nats, differentiable in ``problem.log_q`` and ``trust``.
 
     Args:
-        problem: whose ``log_q`` may require a gradient; its own trusts are replaced.
-        trust: ρ, positive and finite, fp64.
-        solve: from a projection to a converged state; its tolerance limits the gradient's precision.
+        problem: the batch; its ``log_q`` (the pool) may require a gradient, and its own trusts are replaced by
+            ``trust``.
+        trust: the trusts ρ_i, positive and finite, fp64; may require a gradient.
+        solve: minimises the dual of a projection and returns the final state. How exactly it does so limits the
+            accuracy of the gradients.
     """
     given = replace(problem, trust=tuple(trust.tolist()))
-    # Typed in some versions of torch only.
+    # Only some versions of torch have a type for it.
     apply: Callable[..., Tensor] = _Projected.apply
     return apply(problem.log_q, trust, given, solve)
 
 
 class _Projected(torch.autograd.Function):
+    """The autograd function of :func:`projected`; its derivatives are those in the module docstring."""
+
     @staticmethod
     def forward(
         ctx: Any, log_q: Float[Tensor, "B v"], trust: Float[Tensor, " n"], problem: Projection, solve: Solve
@@ -58,7 +62,7 @@ class _Projected(torch.autograd.Function):
         problem = replace(problem, log_q=log_q.detach())
         state = solve(problem)
         ctx.problem, ctx.state = problem, state
-        # What save_for_backward would keep is not a tensor of the graph: the solver ran outside it.
+        # save_for_backward is for tensors of the graph; the solver's state is none.
         return state.log_p.clone()
 
     @staticmethod
@@ -77,7 +81,10 @@ class _Projected(torch.autograd.Function):
 
 
 def adjoint(problem: Projection, state: DualState, b: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-    """Return s with H s = b at the state's point, with H itself where it is small."""
+    """Return s with H s = b, H the dual's Hessian at the optimum ``state``: by a direct solution, or iteratively.
+
+    The direct solution is taken if the Hessians of all rows are small enough to be formed, else :func:`iterative`.
+    """
     if b.shape[1] ** 2 * len(b) > _ELEMENTS:
         return iterative(problem, state, b)
     s: Tensor = torch.linalg.solve(add_ridge(moments(problem, state.log_p, state.log_r).H, problem.eps), b)
@@ -87,10 +94,17 @@ def adjoint(problem: Projection, state: DualState, b: Float[Tensor, "B D"]) -> F
 def iterative(
     problem: Projection, state: DualState, b: Float[Tensor, "B D"], reduction: float = _REDUCTION, limit: int = _STEPS
 ) -> Float[Tensor, "B D"]:
-    """Return H⁻¹ b by conjugate gradients, two reads of the heads a step; a row stops at ``reduction`` of its residual.
+    """Return approximately H⁻¹ b by preconditioned conjugate gradients, which read all heads twice in each step.
 
-    The rows in which few tokens have nearly all the mass, and directions of few others nearly no curvature, would take
-    hundreds of steps without a preconditioner.
+    H is the Hessian of the dual function at the point of ``state``. The preconditioner has the curvature of heavy
+    tokens: without it, rows in which few tokens have nearly all the mass would take hundreds of steps.
+
+    Args:
+        problem: the batch of relaxed I-projections.
+        state: the state at the optimum.
+        b: the right-hand sides.
+        reduction: a row stops once its preconditioned residual is at most this share of that of the start.
+        limit: the most steps.
     """
     p, r = state.log_p.exp(), state.log_r.exp()
 
@@ -103,7 +117,10 @@ def iterative(
 
 
 def _by_heavy_tokens(problem: Projection, p: Float[Tensor, "B v"], r: Float[Tensor, "B n v"]) -> Linear:
-    """Return a preconditioner of so many inner steps that it is linear but for rounding; rows in groups, for memory."""
+    """Return a preconditioner: an approximate H⁻¹ by :class:`Around`, with enough inner steps to be nearly linear.
+
+    Rows are taken in small groups, to save memory.
+    """
     groups = torch.arange(len(p), device=p.device).split(_GROUP)
     parts = [Around(problem.take(rows), p[rows], r[rows], heavy_tokens(problem, 1)) for rows in groups]
 

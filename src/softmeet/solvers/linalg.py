@@ -1,6 +1,6 @@
-"""Linear algebra that several methods share: ridged Cholesky factors, Gram products, conjugate gradients, line search.
+"""Linear algebra that several methods share: ridged Cholesky factors, Gram matrices, conjugate gradients, line search.
 
-Everything is batched but :class:`Factored`, which solves one system.
+Everything is batched except :class:`Factored`, which solves one system.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-# Elements that stay in a processor's cache while they are worked on, and that an accelerator takes at once; elements
-# of matrices made for a batch, of which memory has room for a few.
+# The elements that a processor's cache holds during an operation, and those that an accelerator processes at once; the
+# elements of a batch's matrices, such as its Hessians, of which memory holds a few.
 _CACHED, _CACHED_ON_ACCELERATORS, _HELD = 1 << 19, 1 << 26, 1 << 23
-# The share of a right-hand side that a solution may leave over before it is refined.
+# A solution is refined while its residual is more than this share of the right-hand side.
 _SOLVED = 1e-7
-# The longest solution: scores of single precision do not overflow yet.
+# The longest solution: its scores do not overflow in single precision.
 _LONGEST = 1e30
 # Columns of a Gram matrix that are formed together.
 _STRIP = 192
@@ -25,33 +25,44 @@ Linear = Callable[[Float[Tensor, "b D"]], Float[Tensor, "b D"]]
 
 
 def some(rows: Bool[Tensor, " B"]) -> bool:
-    """Return whether a mask holds any row; taken for granted on an accelerator, where looking would wait for it."""
+    """Return whether the mask ``rows`` has a True; always True on an accelerator, since looking would wait for it."""
     return rows.device.type != "cpu" or bool(rows.any())
 
 
 def cached(elements: int, device: torch.device, least: int = 1) -> int:
-    """Return how many things of so many elements to work on at once for speed, at least ``least``."""
+    """Return how many items to process together so that they fit the processor's cache; at least ``least``.
+
+    Args:
+        elements: the numbers that one item holds.
+        device: the device that processes them; an accelerator has a fixed, larger budget in place of a cache.
+        least: the fewest items.
+    """
     budget = _CACHED if device.type == "cpu" else _CACHED_ON_ACCELERATORS
     return max(least, budget // max(1, elements))
 
 
 def held(elements: int) -> int:
-    """Return how many things of so many elements memory has room for, at least 1."""
+    """Return how many items of ``elements`` numbers each may be kept in memory together; at least 1."""
     return max(1, _HELD // max(1, elements))
 
 
 def add_ridge(H: Float[Tensor, "*b D D"], share: float) -> Float[Tensor, "*b D D"]:
-    """Add a share of the mean of its diagonal to the diagonal of each matrix, in place; return them."""
+    """Add ``share`` times the mean of its diagonal to the diagonal of each matrix in ``H``, in place; return ``H``."""
     diagonal = H.diagonal(dim1=-2, dim2=-1)
     diagonal += share * diagonal.mean(-1, keepdim=True).clamp_min(torch.finfo(H.dtype).tiny)
     return H
 
 
 def solve_ridged(H: Float[Tensor, "B D D"], g: Float[Tensor, "B D"], eps: float) -> Float[Tensor, "B D"]:
-    """Return H⁻¹ g by Cholesky with a ridge of ``eps``, the rounding of H, refined twice.
+    """Return H⁻¹ g for positive semidefinite H, by a Cholesky factor of H plus a ridge, refined twice.
 
-    A row whose factorisation fails gets a larger ridge. Where the solution is not a number, or too long for scores in
-    single precision, as where H all but vanishes, g is returned: still a direction of descent.
+    A row whose solution is not finite, or longer than 1e30, gets ``g`` itself, which is still a direction of descent.
+
+    Args:
+        H: the matrices.
+        g: the right-hand sides.
+        eps: the relative rounding of ``H``. The ridge is ``eps`` times the mean diagonal entry, and ten times more for
+            each failure of the factorisation.
     """
     scale = H.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(H.dtype).tiny)
     ridged, ridge = H.clone(), eps * scale
@@ -63,7 +74,7 @@ def solve_ridged(H: Float[Tensor, "B D D"], g: Float[Tensor, "B D"], eps: float)
         ridge = torch.where(info > 0, 10 * ridge, ridge)
     s, residual, going = torch.zeros_like(g), g, torch.ones_like(g[..., :1], dtype=torch.bool)
     for _ in range(3):
-        # A row that is solved stays as it is, whatever others need.
+        # A row that is solved is not refined further, even if others are.
         s = torch.where(going, s + torch.cholesky_solve(residual[..., None], L).squeeze(-1), s)
         residual = g - (H @ s[..., None]).squeeze(-1)
         going = residual.norm(dim=-1, keepdim=True) > _SOLVED * g.norm(dim=-1, keepdim=True)
@@ -73,14 +84,14 @@ def solve_ridged(H: Float[Tensor, "B D D"], g: Float[Tensor, "B D"], eps: float)
 
 
 class Factored:
-    """Solves M y = b for one positive semidefinite M by Cholesky, scaled to a unit diagonal and refined twice."""
+    """A solver of M y = b for one positive semidefinite M, by a Cholesky factor of M scaled to a unit diagonal."""
 
     def __init__(self, M: Float[Tensor, "m m"], scale: Float[Tensor, " m"], L: Float[Tensor, "m m"]) -> None:
         self.M, self.scale, self.L = M, scale, L
 
     @classmethod
     def of(cls, M: Float[Tensor, "m m"]) -> Factored | None:
-        """Factor M plus the smallest ridge that Cholesky accepts; return None where there is none."""
+        """Factor ``M`` plus a ridge: the smallest that works of 1e-15, 1e-14, … of its scaled diagonal, or None."""
         scale = M.diagonal().clamp_min(torch.finfo(M.dtype).tiny).rsqrt()
         unit = scale[:, None] * M * scale
         ridge = 1e-15
@@ -92,7 +103,7 @@ class Factored:
         return None
 
     def __call__(self, b: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
-        """Return M⁻¹ b."""
+        """Return M⁻¹ b, refined twice."""
         y = torch.zeros_like(b)
         for _ in range(3):
             e = (b - self.M @ y) * self.scale
@@ -103,14 +114,15 @@ class Factored:
 def conjugate_gradients(
     product: Linear, g: Float[Tensor, "b D"], precondition: Linear, reduction: float, limit: int
 ) -> Float[Tensor, "b D"]:
-    """Return H⁻¹ g, about: each row stops once its preconditioned residual has fallen by ``reduction``.
+    """Return approximately H⁻¹ g for positive definite H, by preconditioned conjugate gradients for each row.
 
     Args:
-        product: multiplies by H, positive definite; rows that have stopped are zero in what it is given.
-        g: right-hand sides.
-        precondition: multiplies by an approximate inverse M⁻¹ of H.
-        reduction: of √(rᵀM⁻¹r), the residual's length in the preconditioner's metric; 0 to take all steps.
-        limit: the number of steps, at most.
+        product: multiplies each row of its argument by H; rows that have stopped are 0 in it.
+        g: the right-hand sides.
+        precondition: multiplies by M⁻¹, an approximate inverse of H.
+        reduction: a row stops once √(rᵀM⁻¹r), r its residual, is at most this share of its value at the start; 0 takes
+            all steps.
+        limit: the most steps.
     """
     s, residual = torch.zeros_like(g), g
     y = precondition(residual)
@@ -135,9 +147,9 @@ def conjugate_gradients(
 
 
 def gram(x: Float[Tensor, "*b k m"]) -> Float[Tensor, "*b m m"]:
-    """Return Xᵀ X by strips of its lower triangle: torch has no symmetric product.
+    """Return Xᵀ X for each matrix X in ``x``, computing only its lower triangle, for which torch has no product.
 
-    For one matrix on one thread numpy's is used, which is symmetric; on several, its threads would be in torch's way.
+    One matrix on one processor thread goes through numpy, which has one.
     """
     if x.ndim == 2 and x.device.type == "cpu" and torch.get_num_threads() == 1:
         rows = x.numpy()
@@ -155,10 +167,17 @@ def gram(x: Float[Tensor, "*b k m"]) -> Float[Tensor, "*b m m"]:
 def backtrack(
     worse: Callable[[Float[Tensor, " B"]], Bool[Tensor, " B"]], t: Float[Tensor, " B"], factor: float, limit: int
 ) -> tuple[Float[Tensor, " B"], Bool[Tensor, " B"]]:
-    """Shorten steps t by ``factor`` where they are ``worse`` than no step, ``limit`` times at most.
+    """Multiply the steps ``t`` by ``factor`` in rows in which they are ``worse`` than no step, until none is.
+
+    Args:
+        worse: says for given steps, (B,), in which rows they are worse than no step.
+        t: the first steps to try, (B,).
+        factor: the factor by which a step is shortened.
+        limit: the most trials.
 
     Returns:
-        (the steps, rows in which the last one that was tried was worse).
+        (the steps, the mask of rows in which the last trial was still worse: their step was shortened once more,
+        untried).
     """
     for _ in range(limit):
         failed = worse(t)

@@ -1,4 +1,4 @@
-"""Which method solves a relaxed I-projection: the full Hessian where heads are small, few dense steps where not."""
+"""The choice of the method for a relaxed I-projection: the full Hessian if heads are small, else few dense steps."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from softmeet.solvers.projection import Projection
 
 
 def minimise_dual(problem: Projection, max_steps: int, *, certify: bool = True, rescue: bool = True) -> DualState:
-    """Minimise the dual of every row to ``problem.tol``.
+    """Minimise the dual function of every row until its gap is at most ``problem.tol``; return the final state.
+
+    Rows that do not get there have the status NOT_CONVERGED or, with a proof, INFEASIBLE.
 
     Args:
-        problem: the projection.
-        max_steps: steps a row, at most.
-        certify: bound the gap of rows that dense steps solve; else its estimate ends them. With the full Hessian
-            bounds cost nothing, and are always there.
-        rescue: try rows that dense steps did not bring home, such as near-one-hot ones, again with the full Hessian.
+        problem: the batch of relaxed I-projections.
+        max_steps: the most steps of a row; a rescue has as many again.
+        certify: whether dense steps must prove the gap of a row; if False, an estimate ends it. The full Hessian proves
+            the gap in any case, at no cost.
+        rescue: whether rows that dense steps leave NOT_CONVERGED are solved again with the full Hessian, unless that
+            would be too expensive.
     """
     if full_hessian_pays(problem):
         return iterate(DualNewton(), problem, max_steps).plain()
@@ -34,10 +37,14 @@ def minimise_dual(problem: Projection, max_steps: int, *, certify: bool = True, 
 
 
 def full_hessian_pays(problem: Projection) -> bool:
-    """Return whether Newton's method with the full Hessian costs less than dense steps."""
+    """Return whether solving ``problem`` with the full Hessian is expected to cost less than with dense steps.
+
+    A step with the full Hessian takes v D² multiplications, v tokens and D dual variables; that is compared with a
+    limit, which is larger for a tolerance below ``tuning.FINE``.
+    """
     return _cost(problem) <= (tuning.HESSIAN_WHERE_FINE if problem.tol < tuning.FINE else tuning.HESSIAN)
 
 
 def _cost(problem: Projection) -> int:
-    """Return the multiplications for one Hessian, v D²."""
+    """Return v D², the multiplications for one full Hessian."""
     return problem.log_q.shape[-1] * len(problem.scale) ** 2

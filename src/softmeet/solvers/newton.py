@@ -1,11 +1,12 @@
-"""Newton's method on the dual of a relaxed I-projection, with the full Hessian.
+"""Newton's method on the dual f of a relaxed I-projection, with the full Hessian H and the gradient g = ∇f.
 
     H = Cov_p([α_1 Q_1 | … | α_n Q_n]) + blockdiag(α_i γ_i Cov_{r_i}(Q_i)),   H s = g,   ν ← ν - t s
 
-A step reads every head twice: for the Hessian at a point, which costs v D² per row, and for the scores of the direction
-and the gradient where it leads. It is shortened where f does not fall enough, and lengthened where f is straight. The
-scores also certify the point that was left (:mod:`softmeet.solvers.certificate`), and a step lowers f by a known
-amount, so the bound at the new point needs no further read, and a row that it ends no further Hessian.
+Symbols are those of :mod:`softmeet.solvers.projection`. A step reads all heads twice: for H and g at the current point,
+which costs v D² per row, and for the scores of the direction -s. The step length t is shortened if f does not fall
+enough, and lengthened if f is nearly straight. The scores also give a bound on the gap at the point before the step
+(:mod:`softmeet.solvers.certificate`). As the step lowers f by a known amount, the same bound less that amount holds at
+the new point, so a row that it ends needs no further Hessian.
 """
 
 from __future__ import annotations
@@ -24,38 +25,46 @@ from softmeet.solvers.linalg import backtrack, cached, held, solve_ridged
 from softmeet.solvers.oracle import moments
 from softmeet.solvers.projection import Point, Projection
 
-# Rows that share the cost of starting each operation, even where their vectors leave the processor's cache.
+# The fewest rows at once, even if their vectors do not fit the cache: they share the cost of starting each operation.
 _FEWEST = 8
-# The share of the slope by which f has to fall; a step at whose end more of the slope than ``_STRAIGHT`` is left has
-# met little curvature, as where every distribution is one-hot.
+# Armijo's condition: f falls by at least this share of its slope times the step. A step after which the slope is still
+# more than ``_STRAIGHT`` of the first met little curvature, as if every distribution is one-hot.
 _ARMIJO, _STRAIGHT = 1e-4, 0.5
 _HALVINGS, _DOUBLINGS = 40, 20
 
 
 @dataclass
 class NewtonState(DualState):
-    """A :class:`DualState` with ``slack``: what H s ≠ g may hide of the gap, in nats."""
+    """A :class:`DualState` with the error of the Newton systems.
+
+    Attributes:
+        slack: (B,), nats: by how much a bound on the gap may be too low because H s = g is solved only up to rounding.
+    """
 
     slack: Float[Tensor, " B"]
 
 
 class DualNewton(Solver[NewtonState]):
-    """Newton's method with the full Hessian, for heads that are small or answers that are wanted exactly."""
+    """Newton's method on the dual function with its full Hessian, for small heads or precise answers.
+
+    A step costs v D² multiplications per row (v tokens, D dual variables) and two passes over all heads; the module
+    docstring describes it.
+    """
 
     def init(self, problem: Projection) -> NewtonState:
-        """Begin at the pool, where no head has been read."""
+        """Return the state at the pool, ν = 0, at which no head has been read."""
         fields = start(problem)
         return NewtonState(**fields, slack=torch.zeros_like(fields["value"]))
 
     def rows_at_once(self, problem: Projection) -> int:
-        """Return how many rows have room for their Hessians, and on a processor for their vectors in its cache."""
+        """Return how many rows have room for Hessians in memory and, on a processor, for their vectors in its cache."""
         rows, place = held(len(problem.scale) ** 2), problem.log_p.device
         if place.type == "cpu":
             rows = min(rows, cached(problem.log_p.shape[1:].numel(), place, _FEWEST))
         return rows
 
     def step(self, problem: Projection, state: NewtonState) -> NewtonState:
-        """Find the Newton direction, and go along it as far as f falls."""
+        """Take one Newton step of every row, and bound or estimate the gap at the new point; return the new state."""
         reads = problem.passes()
         self.aim(problem, state)
         y = problem.scores(state.direction)
@@ -69,7 +78,11 @@ class DualNewton(Solver[NewtonState]):
         return after
 
     def aim(self, problem: Projection, state: NewtonState) -> None:
-        """Set the Newton direction, by one read of the heads; the first is the start's, where the problem has one."""
+        """Set ``state.gradient`` to ∇f and ``state.direction`` to -H⁻¹∇f, by one pass over all heads.
+
+        f is the dual function and H its Hessian. In the first step of a problem with a ``start`` nothing is read: the
+        direction is that start already.
+        """
         first = not state.steps.any()
         if first and problem.start is not None:
             return
@@ -79,10 +92,14 @@ class DualNewton(Solver[NewtonState]):
         state.direction, state.slack = -s, residual_slack(found.H, s, state.gradient, state.gradient)
 
     def _judge(self, problem: Projection, before: NewtonState, after: NewtonState, y: Float[Tensor, "B n v"]) -> None:
-        """Bound the gap before the step by the direction's scores y, and with the fall of f the gap after it."""
+        """Set ``gap``, ``certified``, ``done`` and ``status`` of ``after``, in place.
+
+        The gap before the step is bounded by the direction's scores ``y``; less the fall of f, the bound holds after
+        the step.
+        """
         decrement = -(before.gradient * before.direction).sum(-1)
         fall = before.value - after.value
-        # A start from elsewhere is no Newton step: it says nothing about the gap.
+        # The first step to a given start is no Newton step: it says nothing about the gap.
         given = (before.steps == 0) & (problem.start is not None)
         estimate = (0.5 * decrement - fall).clamp_min(0).masked_fill(given, torch.inf)
         bound, rounding = torch.full_like(fall, torch.inf), torch.zeros_like(fall)
@@ -101,10 +118,15 @@ class DualNewton(Solver[NewtonState]):
 
 
 def bound_after(bound: Float[Tensor, " B"], fall: Float[Tensor, " B"], tol: float) -> Float[Tensor, " B"]:
-    """Return what is left of a bound on the gap, in nats, once f has fallen by so much.
+    """Return a bound on the gap after a step, (B,), in nats: ``bound`` less ``fall``.
 
-    Where f fell by more than ``tol`` beyond it, the bound was none, and inf is returned: rounding can spoil that of a
-    Hessian in single precision, where one token has all the mass.
+    If the result is below -``tol``, ``bound`` was wrong, and inf is returned: rounding of a Hessian in single precision
+    can spoil it if one token has nearly all the mass.
+
+    Args:
+        bound: a bound on the gap before the step, in nats.
+        fall: by how much the step lowered the dual function, in nats.
+        tol: the tolerance in nats.
     """
     left = bound - fall
     return torch.where(left < -tol, torch.inf, left.clamp_min(0))
@@ -113,7 +135,11 @@ def bound_after(bound: Float[Tensor, " B"], fall: Float[Tensor, " B"], tol: floa
 def _certified(
     problem: Projection, before: NewtonState, after: NewtonState, y: Float[Tensor, "B n v"], rows: Int[Tensor, " k"]
 ) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"]]:
-    """Return, of some rows, (a bound on the gap before, inf where none is found; what rounding may add after)."""
+    """Bound the gap before the step in the rows ``rows``.
+
+    Returns:
+        (the bound in nats, inf if none is found; the rounding, in nats, to add to a bound after the step).
+    """
     p, r, gradient = before.log_p[rows].exp(), before.log_r[rows].exp(), before.gradient[rows]
     bound, broken = gap_bound(problem, p, r, y[rows])
     bound = torch.where(broken, torch.inf, bound + before.slack[rows])
@@ -124,7 +150,10 @@ def _certified(
 
 
 def _moved(problem: Projection, state: NewtonState, y: Float[Tensor, "B n v"]) -> NewtonState:
-    """Go along the direction, with the scores y, by a whole step or by one that Armijo's condition allows."""
+    """Return the state after a step along ``state.direction``, whose scores are ``y``, long enough to lower f.
+
+    The length is 1 if Armijo's condition holds there, else shorter; it is longer if f is nearly straight.
+    """
     there, slope = Point.at(problem, state.z + y), (state.gradient * state.direction).sum(-1)
     t = torch.ones_like(slope)
     failed = ~(there.value <= state.value + _ARMIJO * slope)
@@ -152,7 +181,7 @@ def _moved(problem: Projection, state: NewtonState, y: Float[Tensor, "B n v"]) -
 def _shorter(
     problem: Projection, state: NewtonState, y: Float[Tensor, "B n v"], slope: Float[Tensor, " B"]
 ) -> Float[Tensor, " B"]:
-    """Find a step below 1 by halving until Armijo's condition holds; 0 where f never falls. Reads no head."""
+    """Return step lengths below 1 by halving until Armijo's condition holds; 0 if f never falls. Reads no head."""
 
     def value(t: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
         return problem.dual(state.z + t[:, None, None] * y)
@@ -168,7 +197,7 @@ def _shorter(
 def _longer(
     problem: Projection, state: NewtonState, y: Float[Tensor, "B n v"], slope: Float[Tensor, " B"]
 ) -> Float[Tensor, " B"]:
-    """Find a step of 1 or more, by doubling while f falls and Armijo's condition holds. Reads no head."""
+    """Return step lengths of 1 or more by doubling while f falls and Armijo's condition holds. Reads no head."""
     t = torch.ones_like(slope)
     value, going = problem.dual(state.z + y), torch.ones_like(state.done)
     for _ in range(_DOUBLINGS):
@@ -181,9 +210,9 @@ def _longer(
 
 
 def _safe_step(problem: Projection, y: Float[Tensor, "B n v"]) -> Float[Tensor, " B"]:
-    """Return log(1 + d) / d, d the range of the tilts, a step that lowers a generalised self-concordant f.
+    """Return log(1 + d) / d, d the range of the tilts: a step length at which a generalised self-concordant f falls.
 
-    It is needed where every distribution is one-hot (Sun and Tran-Dinh, Math. Program. 178, 2019, eq. 23 with ν = 2).
+    It is needed if every distribution is one-hot (Sun and Tran-Dinh, Math. Program. 178, 2019, eq. 23 with ν = 2).
     """
     tilts = torch.cat([problem.tilt(y)[:, None], problem.gamma[:, None] * y], dim=1)
     span = (tilts.amax(-1) - tilts.amin(-1)).amax(-1)

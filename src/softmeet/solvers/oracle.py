@@ -1,10 +1,11 @@
-"""Moments of a relaxed I-projection at a point and the Hessian of its dual, by one read of every head.
+"""Moments of a relaxed I-projection at a point and the Hessian of its dual, by one pass over all heads.
 
     H = Cov_p([α_1 Q_1 | … | α_n Q_n]) + blockdiag(α_i γ_i Cov_{r_i}(Q_i))
 
-Between two members only p counts; a member's own block takes the masses α_i² p + α_i γ_i r_i together. Second moments
-are about the heads' centres, and the scatter of the means, which is known then, comes off. Where that is most of a
-block, as for one-hot distributions, the row is read again, each distribution about its own mean, to save digits.
+Symbols are those of :mod:`softmeet.solvers.projection`. A block of two different members depends on p alone; a member's
+own block sums over the masses α_i² p + α_i γ_i r_i. Second moments are taken about the heads' centres, and the outer
+products of the means, known after the pass, are subtracted. If those are most of a block, as for one-hot
+distributions, digits would be lost, and the row is read again, each distribution about its own mean.
 """
 
 from __future__ import annotations
@@ -19,13 +20,19 @@ from torch.nn.functional import pad
 from softmeet.solvers.linalg import cached
 from softmeet.solvers.projection import Projection
 
-# The most of a block's trace that may come off again: past it a digit and a half would be lost.
+# The largest share of a block's trace that may be subtracted again: above it 1.5 digits would be lost.
 _DOMINANT = 0.97
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """The means of Q_i under p, ``joint``, and under r_i, ``own``, members side by side, and the Hessian H; in fp64."""
+    """First and second moments of the heads at a dual point, in fp64.
+
+    Attributes:
+        joint: Q_iᵀp of every member, side by side, (B, D): the means of the whitened heads' rows under the answer p.
+        own: Q_iᵀr_i, likewise, under the corrected members r_i.
+        H: the Hessian of the dual function, (B, D, D); the module docstring has the formula.
+    """
 
     joint: Float[Tensor, "B D"]
     own: Float[Tensor, "B D"]
@@ -33,11 +40,13 @@ class Moments:
 
 
 def moments(problem: Projection, log_p: Float[Tensor, "B v"], log_r: Float[Tensor, "B n v"]) -> Moments:
-    """Compute first and second moments in whitened coordinates; products run in the heads' dtype.
+    """Compute the means of the whitened heads' rows under p and r_i and the dual's Hessian, by one pass over all heads.
+
+    Products run in the heads' dtype. Rows that would lose digits are read a second time.
 
     Args:
-        problem: the projection.
-        log_p, log_r: the distributions at the point, in nats.
+        problem: the batch of relaxed I-projections.
+        log_p, log_r: log-probabilities of the answer p and of the corrected members r_i at the point, in nats.
     """
     p, r = log_p.exp(), log_r.exp()
     places, D = problem.places, len(problem.scale)
@@ -66,7 +75,7 @@ def moments(problem: Projection, log_p: Float[Tensor, "B v"], log_r: Float[Tenso
 
 
 def _blocks(problem: Projection) -> list[slice]:
-    """Cut the vocabulary into blocks of which a head's rows stay in a processor's cache between their products."""
+    """Cut the vocabulary into slices of tokens small enough for a head's rows to stay in the processor's cache."""
     v = problem.log_q.shape[-1]
     size = cached(max(h.head.d for h in problem.heads), problem.log_q.device, 64)
     return [slice(start, min(start + size, v)) for start in range(0, v, size)]
@@ -75,7 +84,15 @@ def _blocks(problem: Projection) -> list[slice]:
 def curved(
     problem: Projection, p: Float[Tensor, "B v"], r: Float[Tensor, "B n v"], y: Float[Tensor, "B n v"]
 ) -> Float[Tensor, "B D"]:
-    """Return H d for a direction d with the scores ``y``, by one read of every head."""
+    """Return H d, (B, D), for a direction d of the dual variables, by one pass over all heads.
+
+    H is the Hessian of the dual function, which is not formed.
+
+    Args:
+        problem: the batch of relaxed I-projections.
+        p, r: the answer and the corrected members at the point, as probabilities.
+        y: the scores Q_i d_i of the direction.
+    """
     x = problem.tilt(y)
     joint = p * (x - (p * x).sum(-1, keepdim=True))
     own = r * (y - (r * y).sum(-1, keepdim=True))
@@ -85,7 +102,7 @@ def curved(
 def _centre(
     problem: Projection, H: Float[Tensor, "B D D"], joint: Float[Tensor, "B D"], own: Float[Tensor, "B D"]
 ) -> Bool[Tensor, " B"]:
-    """Take the scatter of the means off H, in place; return the rows where it was most of a member's block."""
+    """Subtract the outer products of the means from H, in place; return the rows in which they were most of a block."""
     dominated = torch.zeros(len(H), dtype=torch.bool, device=H.device)
     scaled = problem.scale * joint
     for here, alpha, gamma in zip(problem.places, problem.alpha, problem.gamma, strict=True):
@@ -103,7 +120,14 @@ def _about_means(
     means: tuple[Float[Tensor, " D"], Float[Tensor, " D"]],
     masses: tuple[Float[Tensor, " v"], Float[Tensor, "n v"]],
 ) -> Float[Tensor, "D D"]:
-    """Compute H of one row, each distribution about its own mean, by another read of the heads for that row."""
+    """Compute H of row ``k`` with each distribution about its own mean, by another pass over all heads for that row.
+
+    Args:
+        problem: the batch of relaxed I-projections.
+        k: the index of the row.
+        means: (the means under p, the means under r_i), as in :class:`Moments`.
+        masses: (p, r), as probabilities.
+    """
     (of_p, of_r), (p, r) = means, masses
     H = torch.zeros(len(of_p), len(of_p), dtype=p.dtype, device=p.device)
     for tokens in _blocks(problem):
@@ -122,7 +146,7 @@ def _about_means(
 
 
 def _rows(problem: Projection, tokens: slice) -> list[Float[Tensor, "b _"]]:
-    """Return rows of every Q_i before any slope, on the distributions' device; 0 past a head's last row."""
+    """Return the rows ``tokens`` of every Q_i before any slope, on the device of p; 0 past a head's last row."""
     dtype = torch.float64 if torch.float64 in [h.dtype for h in problem.heads] else torch.float32
     found = []
     for h in problem.heads:

@@ -1,14 +1,17 @@
-"""The relaxed I-projection, its dual function, and the numbers that follow from a dual point.
+"""The relaxed I-projection, its dual function, and the quantities that follow from a dual point.
 
     minimise  KL(p‖q) + Σ_i ρ_i KL(r_i‖p̂_i)   over p, r_i in the simplex,  Q_iᵀ p = Q_iᵀ r_i
 
-with 0 < ρ_i ≤ ∞; ρ_i = ∞ means r_i = p̂_i. With λ_i = α_i ν_i, α_i = min(1, ρ_i), γ_i = min(1, 1/ρ_i), z_i = Q_i ν_i,
+Here q is the pool, p̂_i member i's distribution, r_i its corrected distribution, Q_i its whitened head, (v, d_i), and
+ρ_i in (0, ∞] its trust; ρ_i = ∞ means r_i = p̂_i. The dual variables are ν = (ν_1, …, ν_n), D = Σ d_i numbers, and
+z_i = Q_i ν_i are the scores. With α_i = min(1, ρ_i) and γ_i = min(1, 1/ρ_i) the dual function, to be minimised, is
 
-    f(ν) = log Σ q exp(Σ_i α_i z_i) + Σ_i ρ_i log Σ p̂_i exp(-γ_i z_i)   → min
+    f(ν) = log Σ q exp(Σ_i α_i z_i) + Σ_i ρ_i log Σ p̂_i exp(-γ_i z_i)
     p = softmax(log q + Σ α_i z_i),  r_i = softmax(log p̂_i - γ_i z_i),  ∇_i f = α_i Q_iᵀ(p - r_i).
 
-The scaling keeps small and large trusts alike well conditioned: ρ_i γ_i = α_i at every ρ_i. Vectors over the
-vocabulary are fp64; only products with heads run in the heads' dtype. Everything is in nats.
+In other files the unscaled multipliers are λ_i = α_i ν_i. The scaling keeps the problem well conditioned for small and
+for large trusts, since ρ_i γ_i = α_i at every ρ_i. The gap at ν is f(ν) - min f, in nats. p° is the p of the optimum.
+Vectors over the vocabulary are fp64; only products with heads run in the heads' dtype.
 """
 
 from __future__ import annotations
@@ -24,33 +27,38 @@ from softmeet.batched import Batched
 from softmeet.heads import WhitenedHead
 from softmeet.simplex import kl, log_normalize
 
-# Moments, in whitened coordinates, that are this close are the members'.
+# Moments hold if they are this close to the members', in whitened coordinates.
 MOMENT_TOLERANCE = 1e-6
-# The least distance of all moments from the members' that counts as a proof; less may be rounding of the members.
+# A proof must show that all moments are at least this far from the members': less may be rounding of the members'.
 SEPARATED = 1e-7
 
 
 @dataclass(eq=False)
 class Projection:
-    """A batch of relaxed I-projections.
+    """A batch of B relaxed I-projections over n members and v tokens.
+
+        minimise  KL(p‖q) + Σ_i ρ_i KL(r_i‖p̂_i)   over p, r_i in the simplex,  Q_iᵀ p = Q_iᵀ r_i
+
+    Q_i is member i's whitened head and r_i its corrected distribution. Solvers minimise the dual function f(ν) over the
+    dual variables ν, D numbers per row (formulas in the module docstring). The gap at ν is f(ν) - min f.
 
     Args:
-        log_q: the pool, (B, v), fp64.
-        log_p: the members, (B, n, v), fp64; finite wherever ``log_q`` is.
-        heads: n whitened views over the same batch.
-        trust: ρ_i in (0, inf].
+        log_q: log-probabilities of the pool q in nats, (B, v), fp64.
+        log_p: log-probabilities of the members p̂_i in nats, (B, n, v), fp64; finite wherever ``log_q`` is.
+        heads: the n whitened heads Q_i, each for the same B rows.
+        trust: the n trusts ρ_i, in (0, inf]; inf means r_i = p̂_i.
         tol: the gap, in nats, at which a row is done.
-        start: ν to begin at, (B, D); the pool, ν = 0, if None.
-        pool_may_answer: a row is done, too, once KL(q‖p°) is proved to be at most ``tol``.
+        start: dual variables ν to begin from, (B, D); None to begin from ν = 0, which is the pool.
+        pool_may_answer: whether a row is done, too, once KL(q‖p°) ≤ ``tol`` is proved, p° the optimum.
 
     Attributes:
-        alpha, gamma: α_i and γ_i, fp64.
-        scale: α_i for each coordinate of ν.
-        price: ρ_i, with 0 in place of infinity: what r_i costs where it may change.
-        exact: whether ρ_i is infinite.
-        widths, places: how many coordinates ν_i has, and which of ν they are.
-        eps: the unit round-off of the vectors, or of the coarsest product.
-        read: Σ d_i: what a token's rows of all heads count for.
+        alpha, gamma: α_i = min(1, ρ_i) and γ_i = min(1, 1/ρ_i), each (n,), in the dtype of ``log_q``.
+        scale: α_i repeated for each coordinate of ν, (D,).
+        price: ρ_i, with 0 in place of infinity, (n,): the factor of KL(r_i‖p̂_i) if r_i can differ from p̂_i.
+        exact: whether ρ_i is infinite, (n,).
+        widths, places: how many coordinates ν_i has (the rank of Q_i), and their slice of ν; n of each.
+        eps: the coarsest unit round-off among ``log_q`` and the products with heads.
+        read: the number of columns of all W_i together: the entries of all heads for one token.
     """
 
     log_q: Float[Tensor, "B v"]
@@ -84,110 +92,144 @@ class Projection:
         self.scale = self.spread(self.alpha)
 
     def take(self, rows: Int[Tensor, " k"]) -> Projection:
-        """Return the problem of some rows of the batch, (k,)."""
+        """Return the projections of the rows with the indices ``rows``, (k,), of this batch."""
         heads = tuple(h.take(rows) for h in self.heads)
         start = None if self.start is None else self.start[rows]
         return replace(self, log_q=self.log_q[rows], log_p=self.log_p[rows], heads=heads, start=start)
 
     def passes(self) -> Float[Tensor, " B"]:
-        """Return how often all heads were read so far on behalf of each row; each head counts by its width."""
+        """Return how often all heads were read so far for each row, (B,): entries read divided by all entries."""
         total = torch.zeros_like(self.log_q[:, 0])
         for h in self.heads:
             total += h.rows_read[h.at] * h.head.d
         return total / self.read / self.log_q.shape[-1]
 
     def spread(self, x: Shaped[Tensor, "*b n"]) -> Shaped[Tensor, "*b D"]:
-        """Repeat a value of each member for each of its coordinates of ν."""
+        """Repeat each member's value in ``x``, (…, n), once per coordinate of its dual variables; return (…, D)."""
         return x.repeat_interleave(torch.tensor(self.widths, device=x.device), dim=-1)
 
     def unwhitened(self, g: Float[Tensor, "B D"]) -> Float[Tensor, "B _"]:
-        """Take a gradient in whitened coordinates, (B, D), to the heads' own, (B, Σ d_i)."""
+        """Convert a gradient in the dual variables ν, (B, D), to the heads' own coordinates, (B, Σ columns of W_i).
+
+        The blocks of the result are R_i⁻ᵀ g_i, where Q_i = (W_i - 1c_iᵀ) R_i is member i's whitened head.
+        """
         parts = g.split(self.widths, dim=-1)
         found = [x.double() @ h.whitening.inverse for h, x in zip(self.heads, parts, strict=True)]
         return torch.cat(found, dim=-1).to(g)
 
     def whitened(self, x: Float[Tensor, "B _"]) -> Float[Tensor, "B D"]:
-        """Take a displacement in the heads' own coordinates, (B, Σ d_i), to those of ν, (B, D)."""
+        """Convert a displacement in the heads' own coordinates, (B, Σ columns of W_i), to one of ν, (B, D).
+
+        The blocks of the result are R_i⁻¹ x_i, where Q_i = (W_i - 1c_iᵀ) R_i is member i's whitened head.
+        """
         parts = x.split([h.head.d for h in self.heads], dim=-1)
         found = [y.double() @ h.whitening.inverse.T for h, y in zip(self.heads, parts, strict=True)]
         return torch.cat(found, dim=-1).to(x)
 
     def single(self) -> Projection:
-        """Return the same problem with vectors over the vocabulary in fp32."""
+        """Return the same problem with ``log_q``, ``log_p`` and ``start`` in fp32."""
         start = None if self.start is None else self.start.float()
         return replace(self, log_q=self.log_q.float(), log_p=self.log_p.float(), start=start)
 
     def scores(self, nu: Float[Tensor, "B D"]) -> Float[Tensor, "B n v"]:
-        """Return the scores Q_i ν_i of dual variables, by one read of every head."""
+        """Return the scores z_i = Q_i ν_i, (B, n, v), of dual variables ``nu``, by one pass over all heads."""
         parts = zip(self.heads, nu.split(self.widths, dim=-1), strict=True)
         return torch.stack([h.scores(part) for h, part in parts], dim=1)
 
     def moments(self, x: Float[Tensor, "B n v"]) -> Float[Tensor, "B D"]:
-        """Return α_i Q_iᵀ x_i of every member, side by side, by one read of every head.
+        """Return α_i Q_iᵀ x_i for every member i, concatenated to (B, D), by one pass over all heads.
 
-        With x_i = p - r_i this is the gradient of f.
+        α_i = min(1, ρ_i). With x_i = p - r_i, the answer less the corrected member, this is the gradient of the dual
+        function.
         """
         parts = zip(self.alpha, self.heads, x.unbind(1), strict=True)
         return torch.cat([alpha * h.moments(one)[0] for alpha, h, one in parts], dim=-1)
 
     def tilt(self, z: Float[Tensor, "B n v"]) -> Float[Tensor, "B v"]:
-        """Return Σ α_i z_i, which scores add to the logarithm of the pool, in nats."""
+        """Return the term that the scores ``z`` add to the pool's log q: Σ_i min(1, ρ_i) z_i, (B, v), in nats."""
         return (self.alpha[:, None] * z).sum(1)
 
     def pooled(self, z: Float[Tensor, "B n v"]) -> Float[Tensor, "B v"]:
-        """Return the answer at some scores, log p = log q + Σ α_i z_i, normalised."""
+        """Return the answer at the scores ``z``: log p = log q + Σ_i min(1, ρ_i) z_i, normalised, (B, v), in nats."""
         return log_normalize(self.log_q + self.tilt(z))
 
     def corrected(self, z: Float[Tensor, "B n v"]) -> Float[Tensor, "B n v"]:
-        """Return every member as corrected by some scores, log r_i = log p̂_i - γ_i z_i, normalised."""
+        """Return the corrected members at the scores ``z``: log r_i = log p̂_i - γ_i z_i, normalised, in nats.
+
+        γ_i = min(1, 1/ρ_i), so a member of infinite trust is not corrected.
+        """
         return log_normalize(self.log_p - self.gamma[:, None] * z)
 
     def dual(self, z: Float[Tensor, "B n v"]) -> Float[Tensor, " B"]:
-        """Return f at the scores z, in nats: never below minus the primal optimum."""
+        """Return the dual function f at the scores ``z``, (B,), in nats.
+
+        f = log Σ q exp(Σ_i α_i z_i) + Σ_i ρ_i log Σ p̂_i exp(-γ_i z_i), with α_i = min(1, ρ_i) and γ_i = min(1, 1/ρ_i).
+        By weak duality -f is at most the primal optimum.
+        """
         own = (self.log_p - self.gamma[:, None] * z).logsumexp(-1)
         return self.value((self.log_q + self.tilt(z)).logsumexp(-1), own, z)
 
     def value(
         self, joint: Float[Tensor, " B"], own: Float[Tensor, "B n"], z: Float[Tensor, "B n v"]
     ) -> Float[Tensor, " B"]:
-        """Return f at the scores z from the logarithms of its sums, that of the pool and those of the members."""
+        """Return the dual function f, (B,), in nats, from normalisers that are known; :meth:`dual` has the formula.
+
+        Args:
+            joint: log Σ_j q_j exp(Σ_i α_i z_ij), (B,).
+            own: log Σ_j p̂_ij exp(-γ_i z_ij), (B, n); unused for members of infinite trust.
+            z: the scores; used for members of infinite trust.
+        """
         for i, rho in enumerate(self.trust):
             part = -(self.log_p[:, i].exp() * z[:, i]).sum(-1) if math.isinf(rho) else rho * own[:, i]
             joint = joint + part
         return joint
 
     def pool_gap(self) -> Float[Tensor, " B"]:
-        """Return Σ ρ_i KL(q‖p̂_i) ≥ -f*, in nats: how far from optimal the pool can be. Reads no head."""
+        """Return Σ_i ρ_i KL(q‖p̂_i), (B,), in nats: an upper bound on how far the pool q is from optimal.
+
+        It is the primal objective at p = r_i = q, whose optimum is at least 0. No head is read.
+        """
         divergence = kl(self.log_q[:, None].expand_as(self.log_p), self.log_p)
         return torch.where(divergence > 0, divergence * divergence.new_tensor(self.trust), 0.0).sum(-1)
 
     def rounding(
         self, p: Float[Tensor, "B v"], r: Float[Tensor, "B n v"], z: Float[Tensor, "B n v"], nu: Float[Tensor, "B D"]
     ) -> Float[Tensor, " B"]:
-        """Estimate what rounding of the scores z of ν may do to f, in nats: tilts times the unit round-off.
+        """Estimate by how much rounding of the scores can have moved the dual value, (B,), in nats.
 
-        ``p`` and ``r`` may be those of a point nearby.
+        The estimate is the unit round-off times the mean size of the terms α_i z_i that scores add to
+        log-probabilities.
+
+        Args:
+            p, r: the answer and the corrected members at ``z`` or at a nearby point, as probabilities.
+            z: the scores.
+            nu: the dual variables whose scores ``z`` are.
         """
         tilts = self.alpha[:, None] * z
         total = self.eps * ((p * tilts.sum(1).abs()).sum(-1) + (r * tilts.abs()).sum((-1, -2)))
         for alpha, h, part in zip(self.alpha, self.heads, nu.split(self.widths, dim=-1), strict=True):
-            # What centring cancels in the scores.
+            # Centring subtracts this from the scores, whose rounding stays.
             lost = (h.raw(part)[0].abs() @ h.whitening.center.abs()).to(total)
             total = total + alpha * torch.finfo(h.dtype).eps * lost
         return total
 
     def exact_part(self, nu: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-        """Keep ν of the members with ρ_i = ∞, with 0 for the others."""
+        """Return ``nu``, (B, D), with 0 in the coordinates of members whose trust is finite."""
         return nu * self.spread(self.exact)
 
     def excludes(
         self, z: Float[Tensor, "B n v"], nu: Float[Tensor, "B D"], size: Float[Tensor, " B"]
     ) -> Bool[Tensor, " B"]:
-        """Say where ν, with scores z, is a Farkas proof: the exact members' part shows that no p has their moments.
+        """Return the rows, a mask (B,), in which ν proves that no p has the moments of the members of infinite trust.
 
-        If Σ_i (z_ij - E_{p̂_i} z_i) < -δ |ν| for every token j in the support of q, sums over i with ρ_i = ∞, then no p
-        on that support has moments that are nearer to theirs than δ, which is ``SEPARATED``. ``size`` is that of
-        the scores whose rounding z has: those that it is the difference of.
+        That is a Farkas proof: Σ_i (z_ij - E_{p̂_i} z_i) < -δ |ν| for every token j in the support of the pool, where
+        the sum and |ν| take only members with ρ_i = ∞, and δ is ``SEPARATED``. Then no p on that support has moments
+        closer than δ to theirs.
+
+        Args:
+            z: the scores of ``nu``.
+            nu: the dual variables, or a difference of two.
+            size: (B,), the largest absolute score that entered ``z``, for the margin that rounding needs.
         """
         part = z[:, self.exact]
         centred = (part - (self.log_p[:, self.exact].exp() * part).sum(-1, keepdim=True)).sum(1)
@@ -199,8 +241,16 @@ class Projection:
 
 @dataclass(frozen=True, eq=False)
 class Point(Batched):
-    """The distributions at some scores z, and the dual value there: log p and log r_i are log q + Σ α_i z_i - joint
-    and log p̂_i - γ_i z_i - own.
+    """The answer, the corrected members and the value of the dual function f of a :class:`Projection` at some scores z.
+
+    With the pool q, α_i = min(1, ρ_i) and γ_i = min(1, 1/ρ_i):
+
+    Attributes:
+        z: the scores, (B, n, v).
+        p: the answer ∝ q exp(Σ_i α_i z_i), probabilities, (B, v).
+        r: the corrected members r_i ∝ p̂_i exp(-γ_i z_i), probabilities, (B, n, v).
+        joint, own: the logarithms of the normalisers of p, (B, 1), and of r_i, (B, n, 1).
+        value: f, (B,), in nats.
     """
 
     z: Float[Tensor, "B n v"]
@@ -212,17 +262,24 @@ class Point(Batched):
 
     @classmethod
     def at(cls, problem: Projection, z: Float[Tensor, "B n v"]) -> Point:
-        """Evaluate the dual at the scores z, with one exponential of each entry."""
+        """Evaluate the answer p, the corrected members r_i and the dual function at the scores ``z``; no head is read.
+
+        There is one exponential per entry of ``z``, and one per entry of p.
+        """
         p, joint = _softmax(problem.log_q + problem.tilt(z))
         r, own = _softmax(problem.log_p - problem.gamma[:, None] * z)
         return cls(z, p, r, joint, own, problem.value(joint[..., 0], own[..., 0], z))
 
     def slope(self, problem: Projection, y: Float[Tensor, "B n v"]) -> Float[Tensor, " B"]:
-        """Return the derivative of f along a direction with the scores ``y``: Σ α_i (E_p y_i - E_{r_i} y_i)."""
+        """Return the derivative of the dual function, (B,), along a direction of ν that has the scores ``y``.
+
+        It is Σ_i α_i (E_p y_i - E_{r_i} y_i), in nats per unit of step; α_i = min(1, ρ_i), p and r_i this point's
+        distributions.
+        """
         return (problem.alpha * ((self.p[:, None] - self.r) * y).sum(-1)).sum(-1)
 
     def logs(self, problem: Projection) -> tuple[Float[Tensor, "B v"], Float[Tensor, "B n v"]]:
-        """Return (log p, log r) in nats."""
+        """Return (log p of the answer, (B, v); log r_i of the corrected members, (B, n, v)), in nats."""
         log_p = problem.log_q + problem.tilt(self.z) - self.joint
         return log_p, problem.log_p - problem.gamma[:, None] * self.z - self.own
 
