@@ -120,8 +120,8 @@ class Settings(Frozen):
     pool: Pool = Field(
         default="logit-mean", description="What a rule starts from, or stays near: logit-mean or prob-mean."
     )
-    tol: Positive = Field(default=1e-3, description="The KL divergence in nats within which an answer may differ from the rule's exact one.")
-    max_steps: Count = Field(default=50, description="The most steps the solver takes; a row that needs more is NOT_CONVERGED.")
+    tol: Positive = Field(default=1e-3, description="KL divergence, in nats, allowed between an answer and the rule's.")
+    max_steps: Count = Field(default=50, description="The solver's most steps; a row that needs more: NOT_CONVERGED.")
     on_infeasible: OnInfeasible = Field(
         default="meet", description="If no distribution has every member's moments: answer by meet, or raise an error."
     )
@@ -131,9 +131,9 @@ class Settings(Frozen):
     )
     free_radial: bool = Field(default=False, description="Do not constrain the directions that the final norm hides.")
     rule_temperature: Positive = Field(
-        default=1.0, description="The temperature T of the rule's answer: p^(1/T), normalised. In a rule's text: temperature."
+        default=1.0, description="Temperature T of the rule's answer: p^(1/T), normalised. In its text: temperature."
     )
-    bands: Count = Field(default=1, description="The number of bands that each head's principal directions are cut into, each with its own trust.")
+    bands: Count = Field(default=1, description="Bands into which each head's directions are cut, each with a trust.")
     gate: Annotated[Any, BeforeValidator(_gate)] = Field(
         default=None,
         description="unsure:T asks the other members only where the first one's largest probability is below T; "
