@@ -111,11 +111,9 @@ class CrossEntropyRule(ExactRule):
         return Status.DEGENERATE if moments_hold(row, p) and self.is_constant(row) else status
 
     def off(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> tuple[float, float]:
-        """Return the two terms that ``slack`` τ adds to the objective and to its lower bound; both are 0 without slack.
+        """Return (the penalty that ``slack`` τ adds to the objective at p; what to subtract from the bound at y).
 
-        Returns:
-            (the penalty of p, ‖Qᵀ(p - p̂)‖² / 2τ; the most by which slack can lower the bound at the multipliers y,
-            τ|y|² / 2).
+        They are Σ_i ‖Q_iᵀ(p - p̂_i)‖² / (2τ) and τ|y|² / 2, y the multipliers of the moments; both are 0 without slack.
         """
         tau = self.slack
         if tau == 0:

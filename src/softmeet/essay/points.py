@@ -138,14 +138,15 @@ def exact_gap(row: FeasibleSet, log_p: Float[Tensor, " v"], dual: tuple[Float[Te
 
 
 def unique_feasible_point(row: FeasibleSet) -> tuple[Float[Tensor, " v"] | None, Float[Tensor, " m"]]:
-    """Find the only p with the members' moments, or a proof that there is none, if the row is ``unique``.
+    """Find the only distribution with the members' moments, or a Farkas proof that there is none.
 
-    With G = [Q_1 | … | Q_n | 1] and g the members' moments and 1, Gᵀp = g has at most one solution then. If it has
-    none, the distance e of g from the range of Gᵀ proves it, as G e = 0 and gᵀe = |e|² > 0. If its solution has some
-    p_j < 0, the y with G y = -1_j (-1 for token j, else 0) proves that no other is in the simplex.
+    With G = [Q_1 | … | Q_n | 1], (v, m), and g, (m,), the members' moments and 1, the row must be ``unique``: G has as
+    many independent columns as there are tokens, so that Gᵀp = g has at most one solution. If it has none, the residual
+    e of g on the range of Gᵀ proves it: G e = 0 and gᵀe = |e|² > 0. If its solution has a p_j < 0, the y with
+    (G y)_j = -1, and 0 at all other tokens, proves that no p ≥ 0 has these moments: gᵀy = -p_j > 0.
 
     Returns:
-        (p, 0); or (None, y) with multipliers y that prove the feasible set empty; or (None, 0) if neither was found.
+        (p, 0); or (None, y) with G y ≤ gᵀy - δ for some δ > 0, the proof; or (None, 0) if neither was found.
     """
     ids = row.alive.nonzero().squeeze(-1)
     G, g = row.tokens.rows(ids), row.target

@@ -56,7 +56,8 @@ class Values:
     Attributes:
         weights: the pool's weight of each member.
         temperature: of the rule's answer, p^(1/temperature).
-        trust: trusts ρ in nats per nat, one for each trusted member and band; empty for an average.
+        trust: trusts ρ in nats per nat, of each member whose moments count and, within it, of each band into which its
+            head's directions are cut; empty for an average.
     """
 
     weights: tuple[float, ...]

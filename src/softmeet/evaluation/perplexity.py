@@ -50,7 +50,7 @@ class Scores:
         fallback: whether the fallback answered because no distribution was feasible, (N,).
         not_converged: whether the solver's steps ended before the tolerance was reached, (N,).
         gated: whether a gate was closed, so that the gate's answer stands in place of the rule's, (N,).
-        work: of a member over bytes: the share of mass estimated, model calls, tokens run, (N, 3); else (0, 3).
+        work: of a member over bytes: the share of mass estimated or dropped, calls, tokens run, (N, 3); else (0, 3).
         movement: how far a rule such as ``meet``, with finite trusts and no gate, moves the pool, (N, 5), in the
             columns of :meth:`Movement.table`; else (0, 5).
     """

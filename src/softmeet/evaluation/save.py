@@ -96,7 +96,7 @@ def verdict(facts: dict[str, Any]) -> str:
 
 
 def save(ensemble: Ensemble, fitted: Fitted, folder: str | Path) -> dict[str, Any]:
-    """Write the chosen ensemble, its README and ``fit.json`` to a folder; ``ensemble`` takes the chosen settings, too.
+    """Write the chosen ensemble, its README and ``fit.json`` to a folder; ``ensemble`` itself gets the chosen settings.
 
     Args:
         ensemble: the ensemble that was fitted.

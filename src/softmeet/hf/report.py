@@ -157,8 +157,8 @@ def most_probable(log_p: Float[Tensor, " v"], count: int) -> list[tuple[int, flo
     """List the ``count`` most probable tokens as (id, log-probability in nats), the most probable first.
 
     Example:
-        >>> most_probable(torch.tensor([0.25, 0.5, 0.25]).log2(), 1)
-        [(1, -1.0)]
+        >>> most_probable(torch.tensor([0.0, 1.0, 0.0]).log(), 1)
+        [(1, 0.0)]
     """
     best = log_p.topk(min(count, len(log_p)))
     return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))

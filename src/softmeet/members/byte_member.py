@@ -375,11 +375,11 @@ class ByteMember:
     def next_token_probs(self, paths: Sequence[Path], hidden: Float[Tensor, "k d"]) -> list[NextTokenProbs]:
         """Compute the next token's probabilities at k places from the last hidden states there.
 
-        Only tokens that spell bytes and those that end a text count: probabilities are normalised over them, and none
-        is 0.
+        They are normalised over tokens that spell bytes or end a text, with a floor above 0.
 
         Args:
-            paths: for each place, the columns in its tree of the tokens before it.
+            paths: for each place, the tokens before it, as columns of the keys and values in its text's tree of tokens;
+                kept in the result.
             hidden: (k, d), the last hidden states at the last of these tokens.
         """
         found, m = list[NextTokenProbs](), len(self.spelling.words)

@@ -15,13 +15,13 @@ from softmeet.members.token_tree import Path, TokenTree
 class Work:
     """The cost of a text for one member, summed over its bytes.
 
-    A call of the model that serves several texts counts for each of them; one that reads a prefix, for none.
+    A call of the model that serves several texts counts once for each of them. The call that reads the member's tokens
+    before every text, which is made once and kept, is not counted.
 
     Attributes:
-        calls: calls of the model.
-        tokens: tokens run in them.
-        dropped: for each byte, the share of probability mass that was estimated or dropped instead of computed by the
-            model; the sum of these shares.
+        calls: the number of calls of the model.
+        tokens: the number of this text's tokens that were run in them.
+        dropped: the sum over bytes of the share of probability mass that was estimated or dropped, not computed.
     """
 
     calls: int = 0
@@ -55,11 +55,12 @@ class Reading:
     """One text as one member has read it so far; immutable.
 
     Attributes:
-        covers: the tokenizations of the text that are followed, each with the next token's probabilities after it.
+        covers: the tokenizations of the text that are still pursued (the others are too improbable), each with the next
+            token's probabilities after it; the last token may run past the text (:mod:`softmeet.members.covers`).
         tree: the keys and values of all tokens that were run for the text.
         text: the bytes read.
         work: the cost of reading them.
-        guesses: likely next tokens that were run beside others, and that may still come.
+        guesses: likely next tokens that were run ahead of need, in a call for tokens that were needed.
         ended: whether nothing can follow: the end has come, or the model's context is full.
         full: whether it has ended because the model's context is full.
     """
