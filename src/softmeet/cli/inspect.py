@@ -37,7 +37,7 @@ def inspect(
     html: Path | None = flag(None, "Write one self-contained page to this file."),
     **settings: Any,
 ) -> None:
-    """Show what each member and the ensemble expected at every token of a text, and what moved."""
+    """Show what each member and the ensemble expected at every token of a text, and which tokens the rule moved."""
     ensemble = loading.ensemble(members, settings)
     reports = ensemble.inspect(text, top)
     facts = _facts(ensemble, text, reports)

@@ -94,7 +94,9 @@ def _with_own_options(words: list[str], own: Mapping[str, str]) -> list[str]:
 
 
 def modern_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Translate the names in a configuration file from older spellings to today's, with a warning for each.
+    """Translate a configuration file from older spellings to today's, with a warning for each.
+
+    An option of a single rule, such as ``metric``, moves into the value of ``rule``: ``NAME:metric=raw``.
 
     Args:
         values: the file's values by name, with underscores.
@@ -103,7 +105,7 @@ def modern_values(values: Mapping[str, Any]) -> dict[str, Any]:
         the values by today's names.
 
     Raises:
-        InvalidInputError: if an option of a single rule, such as ``metric``, comes without one ``rule``.
+        InvalidInputError: if there is such an option and the file does not name exactly one rule.
     """
     found = dict(values)
     if "members" in found:

@@ -72,9 +72,9 @@ class LeastSquares(ExactRule):
         return Bounds(value, max(value - gap, 0.0))
 
     def proof(self, row: FeasibleSet, p: Float[Tensor, " v"]) -> Float[Tensor, " m"]:
-        """Return multipliers of the whitened moments, (m,), that prove the feasible set empty; 0 if there is no proof.
+        """Return multipliers y, (m,), with yᵀ(g_j - g) < 0 for every token j: a proof that C is empty; 0 if there is none.
 
-        They are the members' moments less those of ``p``, the nearest, in the rule's metric.
+        y is the members' moments less those of ``p``, (g - Gᵀp), multiplied by the square of the rule's metric.
         """
         T, (r, _) = self._metric(row), self._excess_and_scores(row, p)
         y = -(r if T is None else T @ r)

@@ -75,7 +75,7 @@ class MinUnderestimation(ExactRule):
         """Bound log t over C from below, by multipliers ``y``: -log Σ_j m_j [1 + yᵀ(g_j - g)]₊ in nats, or 0 if larger.
 
         m_j = min_i p̂_ij, and g_j and g are the moments of token j and of the members. The objective log t at ``p`` is
-        max_j log(p_j / m_j). There is no upper bound.
+        max_j log(p_j / m_j). No bound from above is given: ``most`` is inf.
         """
         floor = row.log_p.amin(0)[row.alive]
         value = float((p[row.alive].log() - floor).max())

@@ -47,7 +47,7 @@ class ByteRow:
 
     @property
     def fills_up(self) -> bool:
-        """Whether the last symbol is the first that no longer fits into the member's context."""
+        """Whether the text's tokens exceed the member's context since the newest symbol, and did not before it."""
         return bool(self.readings) and self.readings[-1].full and not any(one.full for one in self.readings[:-1])
 
     def longer(self, symbol: int, reading: Reading) -> ByteRow:

@@ -161,7 +161,7 @@ class Cover(NamedTuple):
     end: int
 
     def masses(self, spelling: Spelling) -> Masses:
-        """Return the part of the mass that each next symbol takes, (257,)."""
+        """Split the mass by the next symbol, (257,) fp64 probabilities: bytes 0 to 255, then the end of the text."""
         if not self.rest:
             return self.weight * self.probs.root
         return self.weight * self.probs.masses(spelling, len(self.rest), self.longer, self.end)

@@ -173,10 +173,10 @@ class Settings(Frozen):
         return {name: _plain(value) for name, value in self}
 
     def for_members(self, n: int) -> Settings:
-        """Return a copy for n members: ``weights`` becomes n numbers and ``trust`` n · ``bands``, one per band.
+        """Return a copy for n members, with n weights and n · ``bands`` trusts: member by member, then band by band.
 
-        Bands are groups of a head's principal directions that have trusts of their own. Weights of None become 1/n;
-        one trust serves all members, and a member's trust all of its bands.
+        Bands are groups of a head's principal directions that have trusts of their own. Weights of None become 1/n. Of
+        trusts 1, n or n · ``bands`` may be given: one serves all members, a member's all of its bands.
 
         Raises:
             InvalidInputError: if the number of weights or trusts does not fit; or weights are negative or all zero, or,
