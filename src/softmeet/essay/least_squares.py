@@ -72,9 +72,9 @@ class LeastSquares(ExactRule):
         return Bounds(value, max(value - gap, 0.0))
 
     def proof(self, row: FeasibleSet, p: Float[Tensor, " v"]) -> Float[Tensor, " m"]:
-        """Return multipliers y, (m,), with yᵀ(g_j - g) < 0 for every token j: a proof that C is empty; 0 if there is none.
+        """Return multipliers y, (m,), with yᵀ(g_j - g) < 0 for every token j, which proves C empty; 0 without a proof.
 
-        y is the members' moments less those of ``p``, (g - Gᵀp), multiplied by the square of the rule's metric.
+        y = T Tᵀ(g - Gᵀp), the members' moments less those of ``p``, with T the map to the moments that are compared.
         """
         T, (r, _) = self._metric(row), self._excess_and_scores(row, p)
         y = -(r if T is None else T @ r)
