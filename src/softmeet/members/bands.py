@@ -42,8 +42,8 @@ def bands(head: SoftmaxHead, count: int) -> list[SoftmaxHead]:
     W (v, d) is the head's matrix, and V_k are consecutive groups of its right singular vectors (see the module).
 
     Returns:
-        The bands, that of the largest singular values first, in fp32 (fp64 for a head in fp64), without bias and scale;
-        the head itself for one band.
+        The bands, that of the largest singular values first, in fp32 (fp64 for a head in fp64), with no bias, scale 1
+        and the head's soft-cap; for ``count`` = 1 the head itself, unchanged.
 
     Raises:
         InvalidInputError: if ``count`` is not from 1 to d.

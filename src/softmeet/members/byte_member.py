@@ -46,21 +46,21 @@ _CACHED = 1 << 20
 class ByteMember:
     """A causal language model over tokens that is read byte by byte.
 
-    :meth:`begin` and :meth:`score` read a text and return a ``Reading``; :meth:`advance` lengthens readings by a symbol
-    (a byte 0 to 255, or 256 for the end), and :meth:`log_probs` gives the next symbol's distribution after each.
+    :meth:`begin` and :meth:`score` read a text and return its state, a :class:`Reading`; :meth:`advance` lengthens
+    readings by a symbol (a byte 0 to 255, or 256 for the end); :meth:`log_probs` gives the next symbol's distribution.
 
     Args:
         model: a causal LM of transformers, in evaluation mode.
         spelling: the bytes that each token of its tokenizer spells, and how the tokenizer cuts bytes into tokens.
-        pruning: which tokenizations of a text are followed; None for the defaults of ``Pruning``.
+        pruning: which tokenizations of a text are followed; None for the defaults of :class:`Pruning`.
         prefix: ids of the tokens that precede each text for which no other prefix is given; None for
             ``spelling.start``, the tokenizer's own.
 
     Attributes:
         head: the model's output layer.
         ends: ids of the tokens that end a text.
-        spent: calls of the model and tokens run in them so far, prefixes included (a call that serves several texts
-            counts once), and the mass estimated in :meth:`advance`.
+        spent: the :class:`Work` for all texts so far: calls of the model and tokens run in them, prefixes included (a
+            call that serves several texts counts once), and the share of mass estimated in :meth:`advance`, summed.
 
     Raises:
         UnsupportedHeadError: if the model's output layer is not a plain softmax head.
@@ -89,7 +89,7 @@ class ByteMember:
             self.spelling = replace(spelling, typical=self._typical())
 
     def _typical(self) -> Masses:
-        """Estimate the next token's first byte by the last byte of the token before it, from the model on ``SAMPLE``.
+        """Estimate, with the model on ``SAMPLE``, the next token's first byte given the last byte of the one before.
 
         Returns:
             (256, 257), fp64: by last byte, the probabilities of the next token's first byte, and at 256 of the end.
@@ -106,22 +106,22 @@ class ByteMember:
         return typical(self.spelling, tokens, roots)
 
     def find_head_again(self) -> None:
-        """Take the model's output layer anew after a move or a cast, and forget the prefixes read so far."""
+        """Update ``head`` after the model has changed device or dtype, and forget the results of :meth:`behind`."""
         self.head = replace_weight(self.head, self.model)
         self._columns = self._columns.to(self.head.weight.device)
         self._prefixes.clear()
 
     @property
     def room(self) -> int:
-        """The number of bytes, at least 1, that fit into the context behind the member's prefix at a token each."""
+        """The number of bytes, at least 1, that fit into the model's context after ``prefix`` at a token per byte."""
         # The model may have to be run on one token more than the bytes make, and the dummy prefix is another.
         return max(1, self._limit - len(self.prefix) - 2)
 
     def behind(self, prefix: Sequence[int]) -> tuple[TokenTree, Float[Tensor, "1 d"]]:
-        """Run a prefix's tokens through the model, and keep the result for later texts (for the 16 newest prefixes).
+        """Run a prefix, the ids of tokens before a text, and keep the result for later texts (of the 16 newest).
 
         Returns:
-            (the tree of tokens with the prefix's keys and values; (1, d), the last hidden state at its last token).
+            (the prefix's keys and values as a tree of one path; (1, d), the last hidden state at its last token).
 
         Raises:
             InvalidInputError: if the prefix is empty, has an id that the model does not know, or exceeds its context.
@@ -144,16 +144,16 @@ class ByteMember:
     def begin(self, text: bytes, prefix: Sequence[int] | None = None) -> Reading:
         """Read a prompt, and return the reading, from which :meth:`log_probs` and :meth:`advance` continue.
 
-        Several tokenizations are followed only in the last 64 bytes or a little more; the bytes before them are cut as
-        the tokenizer cuts them. With ``pruning.prune`` = 0 all tokenizations of the whole prompt are followed.
+        Probabilities are sums over several tokenizations of the last 64 bytes or a little more, and of the whole prompt
+        if ``pruning.prune`` is 0; the bytes before are cut into tokens as the tokenizer cuts them.
 
         Args:
             text: the prompt: any bytes, UTF-8 or not.
-            prefix: ids of the tokens that precede it; None for the member's own.
+            prefix: ids of the tokens that precede it; None for the member's own, ``self.prefix``.
 
         Raises:
-            InvalidInputError: if prefix and text exceed the model's context, the prefix is invalid, or
-                ``pruning.prune`` is 0 and the text has more tokenizations than can be followed.
+            InvalidInputError: if prefix and text exceed the model's context, the prefix is empty or has an unknown id,
+                or ``pruning.covers`` is None and more than 2,048 tokenizations would have to be followed.
         """
         return self._read(text, prefix, _LOOK_BACK if self.pruning.prune else 0)[0]
 
@@ -164,7 +164,7 @@ class ByteMember:
 
         Args:
             text: t - 1 bytes, UTF-8 or not.
-            prefix: ids of the tokens that precede it; None for the member's own.
+            prefix: ids of the tokens that precede it; None for the member's own, ``self.prefix``.
 
         Returns:
             (reading, log_probs, unasked): the reading of the whole text; (t, 257) fp64 in nats, in row k the
@@ -200,7 +200,7 @@ class ByteMember:
     def expected(self, text: bytes, top: int) -> dict[int, list[tuple[str, float]]]:
         """List the tokens that the model holds most probable at each place at which a token of the text begins.
 
-        The text is read behind the member's own prefix, cut into tokens as the tokenizer cuts it.
+        The text is read after the tokens ``self.prefix``, cut into tokens as the tokenizer cuts it.
 
         Args:
             text: any bytes.
@@ -242,8 +242,8 @@ class ByteMember:
     def advance(self, readings: Sequence[Reading], symbols: Sequence[int]) -> list[Reading]:
         """Lengthen each reading by one symbol, and return the new readings; each call of the model serves all of them.
 
-        A symbol is a byte, 0 to 255, or 256: the end. A reading comes back ended if its symbol is 256, if it had ended
-        before, or if its tokens would exceed the model's context; in the last case it is also marked ``full``.
+        A symbol is a byte, 0 to 255, or 256: the end. A reading comes back with ``ended`` True if its symbol is 256, if
+        it had ended before, or if its tokens would exceed the model's context; ``full`` is True in the last case.
         """
         found = list(readings)
         for k, (reading, symbol) in enumerate(zip(readings, symbols, strict=True)):
@@ -339,11 +339,11 @@ class ByteMember:
         return tuple(found)
 
     def run_chain(self, tokens: Sequence[int], tree: TokenTree | None = None) -> tuple[TokenTree, Float[Tensor, "t d"]]:
-        """Run tokens, each after the one before it, behind all tokens of a tree that is itself a single chain.
+        """Run a sequence of tokens after those of ``tree``, which must be a single sequence, in one call of the model.
 
         Args:
             tokens: t ids, at least one.
-            tree: tokens that were run before; None for none.
+            tree: the keys and values of the tokens before them; None if there are none.
 
         Returns:
             (the tree with the new tokens; (t, d), the last hidden states at them).
@@ -353,10 +353,10 @@ class ByteMember:
         return tree, hidden
 
     def run(self, growths: Sequence[Growth]) -> list[tuple[TokenTree, list[Float[Tensor, "t d"]]]]:
-        """Run chains of tokens in several trees, one ``Growth`` each, in one call of the model; count it in ``spent``.
+        """Run the tokens of all ``growths`` (:class:`Growth`) in one call of the model, and count it in ``spent``.
 
         Returns:
-            For each tree, (the tree with the new tokens; for each chain of t tokens, the last hidden states, (t, d)).
+            For each, (its tree with the new tokens; for each of its chains of t tokens, last hidden states, (t, d)).
 
         Raises:
             InvalidInputError: if a chain, with the tokens before it, is longer than the model's context.
@@ -375,11 +375,11 @@ class ByteMember:
     def next_token_probs(self, paths: Sequence[Path], hidden: Float[Tensor, "k d"]) -> list[NextTokenProbs]:
         """Compute the next token's probabilities at k places from the last hidden states there.
 
-        They are normalised over tokens that spell bytes or end a text, with a floor above 0.
+        They sum to 1 over the tokens that spell bytes or end a text, and none is below 1.2e-38.
 
         Args:
-            paths: for each place, the tokens before it, as columns of the keys and values in its text's tree of tokens;
-                kept in the result.
+            paths: for each place, the columns that the tokens before it have among the keys and values of its text's
+                :class:`TokenTree`, first to last; they become ``path`` of the result.
             hidden: (k, d), the last hidden states at the last of these tokens.
         """
         found, m = list[NextTokenProbs](), len(self.spelling.words)

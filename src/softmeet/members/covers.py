@@ -34,8 +34,7 @@ Masses = np.ndarray[Any, np.dtype[np.float64]]
 _TYPICAL = 0.75
 # The guessed probability that an open cover with bytes behind its last token continues as closed ones do.
 _ALIKE = 0.1
-# The least probability of a byte behind an open cover in its optimistic mass, ``most``: if a byte surprises the closed
-# covers, open ones may be right, and those whose optimistic share of all mass is ``prune`` or more are closed.
+# The least probability of a byte in an open cover's optimistic mass, ``most``, in case the closed covers are wrong.
 _GOOD = 0.2
 AnyCover = TypeVar("AnyCover", "Cover", "Open")
 # Of covers with equally long rests, that of fewest tokens stands for all if it has this share of the heaviest's mass.
@@ -60,10 +59,10 @@ class Pruning:
     """Which tokenizations of a text are followed by running the model on their tokens.
 
     Attributes:
-        prune: a tokenization on whose last token the model has not been run is followed if its share of all probability
-            mass may be this or more, and estimated otherwise; 0 to follow all.
-        covers: after each byte, this many tokenizations of most mass are kept among those that the model has been run
-            on, and as many among the others; None to keep all.
+        prune: the model is run on a tokenization's last token if the tokenization's share of all probability mass may
+            be this or more; if not, the bytes after that token are estimated. 0 to run the model on all.
+        covers: the number of tokenizations, those of most mass, that are kept after each byte among those on all of
+            whose tokens the model has been run, and as many among the others; None to keep all.
     """
 
     prune: float = 0.01
@@ -75,8 +74,9 @@ class NextTokenProbs:
     """A model's probabilities of the next token, after a sequence of whole tokens.
 
     Attributes:
-        path: the columns of the sequence's tokens in the tree of all tokens that were run for the text, first to last.
-        tokens: (m,), the probability of each of the spelling's m tokens; with the end's, ``root[256]``, they sum to 1.
+        path: the columns of the sequence's tokens in the text's :class:`TokenTree`, first to last.
+        tokens: (m,), the probability of each of the m tokens in the order of ``Spelling.words``; with the end's,
+            ``root[256]``, they sum to 1.
         root: (257,), the probability of each first byte of the next token, and at 256 that of the end.
     """
 
@@ -129,15 +129,15 @@ class ProbsAlongText(NextTokenProbs):
         super().__init__(probs.path, np.empty(0), probs.root)
 
     def masses(self, spelling: Spelling, length: int, longer: int, end: int) -> Masses:
-        """Return the result of :meth:`NextTokenProbs.masses`, kept for the first ``length`` of the known bytes."""
+        """Return :meth:`NextTokenProbs.masses` for the first ``length`` known bytes, ignoring ``longer`` and ``end``."""
         return self._masses[length]
 
     def total(self, longer: int, end: int) -> float:
-        """Return the result of :meth:`NextTokenProbs.total`, kept for the ranges of tokens along the known bytes."""
+        """Return :meth:`NextTokenProbs.total`, for all tokens that begin with some first known bytes and are longer."""
         return self._totals[longer, end]
 
     def prob(self, k: int) -> float:
-        """Return the result of :meth:`NextTokenProbs.prob`, kept for the tokens that the known bytes begin with."""
+        """Return :meth:`NextTokenProbs.prob`; token ``k`` must spell a beginning of the known bytes."""
         return self._probs[k]
 
 
@@ -161,7 +161,7 @@ class Cover(NamedTuple):
     end: int
 
     def masses(self, spelling: Spelling) -> Masses:
-        """Split the mass by the next symbol, (257,) fp64 probabilities: bytes 0 to 255, then the end of the text."""
+        """Split ``mass`` by the next symbol, (257,) fp64 that sum to ``mass``: bytes 0 to 255, then the text's end."""
         if not self.rest:
             return self.weight * self.probs.root
         return self.weight * self.probs.masses(spelling, len(self.rest), self.longer, self.end)
@@ -175,7 +175,7 @@ class Open(NamedTuple):
     """An open cover: whole tokens, on the last of which the model was not run, and the bytes behind them.
 
     Attributes:
-        probs: the probabilities of the last token's place, after the tokens before it.
+        probs: the next token's probabilities at the last token's place: after the tokens before it.
         token: the last token's id.
         weight: the probability of all tokens, the last included, up to a factor common to all of the same ``Covers``.
         mass: ``weight`` times an estimate of the probability of ``rest``.
@@ -191,14 +191,14 @@ class Open(NamedTuple):
     most: float
 
     def estimate(self, live: Masses, spelling: Spelling) -> Masses:
-        """Estimate each symbol's share of the mass, (257,), given the closed covers' distribution ``live``, (257,)."""
+        """Estimate each next symbol's share of ``mass``, (257,), at most 1 in all; closed covers give it ``live``."""
         if self.rest:
             return _ALIKE * np.where(live > 0, live, self.probs.root)
         usual: Masses = spelling.typical[spelling.last(self.token)]
         return _TYPICAL * usual + (1 - _TYPICAL) * self.probs.root
 
     def longer(self, byte: int, live: float, spelling: Spelling) -> Open:
-        """Return a copy with ``byte`` added, its probability estimated from that under the closed covers, ``live``."""
+        """Return a copy with ``byte`` added to ``rest``; ``live`` is the probability that closed covers give it."""
         root = float(self.probs.root[byte])
         if self.rest:
             share = _ALIKE * (live or root)
@@ -248,15 +248,15 @@ class Covers:
         return whole
 
     def followed(self, spelling: Spelling, byte: int, pruning: Pruning) -> Covers:
-        """Return the covers of the text with ``byte`` added; none if no token can spell it there."""
+        """Return the covers of the text with ``byte`` added; ``closed`` and ``open`` are empty if no token fits."""
         own, opened = _longer(spelling, self.closed, self.open, byte)
         return _kept(own, opened, pruning)
 
     def wanted(self, pruning: Pruning) -> list[Open]:
         """Return the open covers to run the model on before the next byte is predicted.
 
-        These are the ones whose ``most`` is at least ``pruning.prune`` of all mass; else, if none is closed, the
-        heaviest.
+        They are all whose ``most`` is at least ``pruning.prune`` · ``total``; if none is, and no cover is closed, they
+        are the heaviest alone.
         """
         found = [cover for cover in self.open if cover.most >= pruning.prune * self.total]
         return found or (list(self.open[:1]) if not self.closed else [])
@@ -266,8 +266,8 @@ class Covers:
 
         Args:
             spelling: the member's.
-            least: list a token if the text continues with its bytes (by it or a longer token) with this probability or
-                more, unless it is rare among the tokens that begin with these bytes.
+            least: a token is listed if the text continues with its bytes (by it or a longer token) with this
+                probability or more, of which 2 % or more are the token's own.
             most: the greatest number of tokens to list.
 
         Returns:
@@ -285,7 +285,7 @@ class Covers:
         return sorted(found, key=lambda one: -one[2])[:most]
 
     def answered(self, spelling: Spelling, answers: Sequence[tuple[Open, NextTokenProbs]], pruning: Pruning) -> Covers:
-        """Close open covers by the model's answers (cover, next token's probabilities behind it); return all covers."""
+        """Close open covers by the model's answers, (cover, next token's probabilities after it); return all covers."""
         known = {id(cover) for cover, _ in answers}
         whole, opened = list(self.closed), [cover for cover in self.open if id(cover) not in known]
         for cover, probs in answers:

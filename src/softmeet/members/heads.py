@@ -55,9 +55,9 @@ def head_of(model: PreTrainedModel) -> SoftmaxHead:
 
 
 def replace_weight(head: SoftmaxHead, model: PreTrainedModel) -> SoftmaxHead:
-    """Return the head with its model's present weight and bias, after a move or a cast of the model.
+    """Return ``head`` with the model's present weight and bias, after the model has changed device or dtype.
 
-    The head itself is returned if the model's output layer is offloaded, so that the head has a copy of it.
+    ``head`` itself is returned if the model's output layer is offloaded: it holds a copy of that layer.
     """
     layer = model.get_output_embeddings()
     if layer.weight.is_meta:
@@ -70,8 +70,8 @@ def final_norm(model: PreTrainedModel) -> FinalNorm | None:
     """Find the model's last norm, RMS norm or LayerNorm, whose output is the head's input, by running it.
 
     Returns:
-        The norm; None unless the model has exactly one module outside its layers that is called a norm, with a weight
-        in memory of the head's width d, which is even.
+        The norm; None unless the model has exactly one module outside its layers with "norm" in its class's name, the
+        module's first parameter is in memory and has the head's width d, and the hidden size is even.
     """
     outside = [
         module
@@ -149,9 +149,10 @@ def _whitening(head: SoftmaxHead, v: int) -> Whitening:
 
 
 def same_column_space(a: SoftmaxHead, b: SoftmaxHead) -> bool:
-    """Tell whether the centred columns of two heads span the same space: equal ranks, and principal angles of about 0.
+    """Tell whether the columns of two heads' centred matrices W - 1cᵀ (c the mean of W's rows) span the same space.
 
-    The rule ``meet`` can do no more than average such members.
+    They do if their ranks are equal and all :func:`principal_cosines` exceed 1 - 1e-4. The rule ``meet`` can do no more
+    than average such members.
     """
     cosines = principal_cosines(a, b)
     ranks = a.whitening().rank, b.whitening().rank

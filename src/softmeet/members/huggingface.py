@@ -150,9 +150,9 @@ def one_each(value: Any, what: str, n: int) -> list[Any]:
 
 
 def dtype_of(dtype: Dtype, device: Device) -> torch.dtype | str:
-    """Choose the dtype in which to load a member: ``dtype`` if given, else fp32 if the CPU computes, else ``"auto"``.
+    """Choose the dtype in which to load a member: ``dtype`` unless it is None, else fp32 if the member computes on CPU.
 
-    ``"auto"`` is the checkpoint's own dtype.
+    Otherwise it is ``"auto"``, the checkpoint's own dtype. ``device`` is the member's, as in :func:`load_members`.
     """
     if dtype is not None:
         return dtype

@@ -27,8 +27,9 @@ Answers = list[tuple[Open, NextTokenProbs]]
 class KnownText:
     """A text whose bytes are all known, with the covers that are followed and the model's answers about them so far.
 
-    A cover is one way to cut the bytes into tokens (see :mod:`softmeet.members.covers`). The model is first run on the
-    tokenizer's own tokens; then :meth:`walk` and :meth:`ask` alternate until :meth:`walk` returns nothing.
+    A cover is one way to cut the bytes into tokens, open if the model has not been run on its last token
+    (:mod:`softmeet.members.covers`). On construction the model is run on the tokenizer's own tokens; then the caller
+    alternates :meth:`walk` and :meth:`ask` until :meth:`walk` returns an empty dict.
 
     Args:
         member: the member that reads.
@@ -40,7 +41,7 @@ class KnownText:
         text: the bytes that the member's tokens spell: the tokenizer's dummy prefix and the text, without unwritable
             bytes.
         place: the index in this text of the byte from which several tokenizations are followed.
-        covers: entry k, the covers after the first ``place + k`` bytes.
+        covers: a list; entry k has the :class:`Covers` of the first ``place + k`` bytes of ``self.text``.
         tree: the keys and values of the tokens that have been run.
         work: the cost of reading so far.
     """
@@ -86,12 +87,14 @@ class KnownText:
                     yield probs
 
     def walk(self, pruning: Pruning) -> dict[Step, Open]:
-        """Follow the text byte by byte to its end, with the model's answers so far, and complete ``covers``.
+        """Follow the text byte by byte to its end, with the model's answers so far, and fill ``covers`` anew.
+
+        Args:
+            pruning: which covers have to be closed, that is, to have the model run on their last token.
 
         Returns:
-            The open covers on which the model has not been run yet, so that they were estimated, by (column of the
-            token before the last, last token's id); :meth:`ask` runs the model on them. Empty if the reading is
-            complete.
+            The open covers that have to be closed and were estimated instead, for :meth:`ask`, by (column in ``tree``
+            of the token before the last, last token's id). If it is empty, the reading is complete.
         """
         spelling, missing = self.member.spelling, dict[Step, Open]()
         del self.covers[self._sure :]

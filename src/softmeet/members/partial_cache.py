@@ -32,7 +32,7 @@ def layers_of_keys_and_values(name: str, config: PreTrainedConfig, what: str) ->
     Args:
         name: the member's, for the message.
         config: the member's configuration.
-        what: the end of the message: what is impossible therefore, or what to do.
+        what: the end of the message, a clause that names the consequence or gives advice.
 
     Raises:
         InvalidInputError: if a layer of the cache holds something else, such as the state of a recurrent layer.
@@ -83,7 +83,7 @@ class PartialCache:
 def catch_up(
     model: PreTrainedModel, caches: Sequence[PartialCache]
 ) -> tuple[list[PartialCache], list[Float[Tensor, "t d"]]]:
-    """Run the pending tokens of each sequence, in one batch for all sequences with about as many of them.
+    """Run the pending tokens of each sequence, sequences with about equally many (less than twice) in one call.
 
     Args:
         model: the member, in evaluation mode, whose cache holds keys and values.
@@ -123,7 +123,9 @@ def _run(caches: Sequence[PartialCache], model: PreTrainedModel) -> list[tuple[P
 
 
 def side_by_side(sequences: Sequence[tuple[KeysValues, ...]], model: PreTrainedModel) -> Cache:
-    """Make one cache of B sequences' keys and values, aligned at the right, with zeros at the left.
+    """Make one cache of B sequences' keys and values, (B, heads, t, width) for each layer, t tokens in the longest.
+
+    Shorter sequences are aligned at the right, with zeros at the left.
 
     Args:
         sequences: for each sequence, (keys, values) of each layer, (1, heads, tokens, width) each; no layers if it is
@@ -145,10 +147,10 @@ def side_by_side(sequences: Sequence[tuple[KeysValues, ...]], model: PreTrainedM
 
 
 def cut(cache: Cache, row: int, start: int, stop: int) -> tuple[KeysValues, ...]:
-    """Return one sequence's keys and values: columns ``start`` to ``stop - 1`` of its row, for each layer.
+    """Return one sequence's keys and values: tokens ``start`` to ``stop - 1`` of its row, for each layer.
 
-    They are copies, since a view would keep the whole batch in memory; a cache of a single row is returned whole,
-    uncopied.
+    Both are (1, heads, ``stop - start``, width) copies, since a view would keep the whole batch in memory. From a cache
+    of a single row all tokens are returned, uncopied, whatever ``start`` and ``stop`` are.
     """
     pairs = [(layer.keys, layer.values) for layer in cache.layers]
     if len(pairs[0][0]) == 1:

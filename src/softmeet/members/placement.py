@@ -57,7 +57,10 @@ def _named(place: Any) -> Any:
 
 
 def main_device(device_map: dict[str, Any]) -> torch.device:
-    """Return the device on which offloaded weights compute: the first in the map that is not CPU or disk, else CPU."""
+    """Return the device on which offloaded weights compute: the first in the map that is not CPU or disk, else CPU.
+
+    ``device_map`` is a dict from modules' names to devices or ``"disk"``.
+    """
     real = [place for place in device_map.values() if str(place) not in _OFFLOADED]
     return torch.device(real[0]) if real else torch.device("cpu")
 
@@ -88,7 +91,10 @@ def in_memory(layer: nn.Module) -> dict[str, Tensor]:
 
 
 def each_in_a_thread(function: Callable[[T], U], items: Sequence[T]) -> list[U]:
-    """Apply a function to all items at once, each in a thread in the caller's autograd modes; return the results."""
+    """Apply a function to all items at once, a thread each, and return the results in the order of the items.
+
+    Threads have the caller's inference and gradient modes. A single item is handled in the caller's own thread.
+    """
     inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
 
     def run(item: T) -> U:

@@ -29,7 +29,7 @@ class Work:
     dropped: float = 0.0
 
     def and_(self, calls: int = 0, tokens: int = 0, dropped: float = 0.0) -> Work:
-        """Return the sum of this work and of further calls, tokens and estimated mass."""
+        """Return the sum of this work and of further ``calls``, ``tokens`` and ``dropped`` shares of mass."""
         return Work(self.calls + calls, self.tokens + tokens, self.dropped + dropped)
 
 
@@ -74,7 +74,10 @@ class Reading:
     full: bool = False
 
     def compact(self) -> Reading:
-        """Drop from the tree the tokens that no cover or guess needs; return this very reading if that saves little."""
+        """Return a copy whose ``tree`` lacks the tokens that no cover or guess needs.
+
+        This very reading is returned if they are fewer than 64, or less than a quarter of the tokens in ``tree``.
+        """
         covers, guesses = self.covers, self.guesses
         behind = {id(one.probs): one.probs for group in (covers.closed, covers.open) for one in group}
         tree, paths = self.tree.kept([*(probs.path for probs in behind.values()), *(guess.path for guess in guesses)])

@@ -109,7 +109,7 @@ class Spelling:
         return b"".join(self._own.get(token, b"") for token in tokens)
 
     def bounds(self, tokens: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Return the byte at which each of t tokens begins and the byte at which the last one ends, (t + 1,) int64."""
+        """Return where t tokens (ids) begin in the bytes they spell, and the number of these bytes, (t + 1,) int64."""
         return np.cumsum([0, *(len(self.spelled([token])) for token in tokens)])
 
     def encode(self, text: bytes) -> list[int]:

@@ -35,8 +35,9 @@ class CommonVocabulary:
 def common_vocabulary(names: Sequence[str], tokenizers: Sequence[PreTrainedTokenizerBase]) -> CommonVocabulary:
     """Find the tokens that all members have under the same id.
 
-    Vocabularies may differ in padding and in tokens that were added to them, as those of a model and of its chat
-    variant do. All other tokens have to be the same, and the tokens that end a text have to be common to all.
+    Vocabularies may differ in padding (``[PAD7]``, in GGUF files) and in added tokens (the tokenizers'
+    ``added_tokens_decoder``), as those of a model and of its chat variant do. All other tokens have to be the same, and
+    the tokens that end a text have to be common to all.
 
     Args:
         names: the members' names, for the message.
@@ -79,7 +80,7 @@ def _mismatch(names: Sequence[str], tokenizers: Sequence[PreTrainedTokenizerBase
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return the ids of a tokenizer's tokens, without the ones that only pad its vocabulary."""
+    """Return the ids of a tokenizer's tokens, without padding of its vocabulary (tokens such as ``[PAD7]``)."""
     return frozenset(_by_id(tokenizer))
 
 

@@ -35,7 +35,7 @@ def locate(name: str) -> str:
     """Return the folder of a bundled member (``family/name``); any other name, and the path of a model, unchanged.
 
     Raises:
-        CheckpointError: if the name begins like a bundled one, and there is no such member.
+        CheckpointError: if the name begins with a family's and a slash, but the family has no such member.
     """
     family, _, rest = name.partition("/")
     if _is_model(Path(name)) or family not in FAMILIES or not rest:

@@ -18,9 +18,12 @@ Items = Iterable[tuple[Any, ...]]
 
 
 class Engine(ABC):
-    """A parallel ``map`` of a function over items.
+    """An engine: a parallel ``map`` of a function over items, run by workers, which are threads or processes.
 
-    It is used as a context manager; within it, torch has ``threads`` threads in each call.
+    It is used as a context manager.
+
+    Attributes:
+        threads: the number of torch's threads in each call, and in the caller until the context is left.
     """
 
     threads: int
@@ -38,15 +41,15 @@ class Engine(ABC):
             items: the tuple of arguments of each call.
 
         Raises:
-            Exception: if a call raised it.
+            Exception: if a call raised one: that exception, when its result would have been yielded.
         """
 
     @abstractmethod
     def keep(self, values: Sequence[T]) -> list[T]:
-        """Return a stand-in for each value, to be used in its place in the items of any number of later ``map`` calls.
+        """Return a stand-in for each value, in order, to be put into the items of any number of later ``map`` calls.
 
-        A worker that needs a value keeps it, with all changes that calls make to it, until :meth:`keep` is called
-        again.
+        The called function gets the value itself. A worker holds a value, with all changes that calls make to it, from
+        the first call that needs it until :meth:`keep` is called again, from when on its stand-ins must not be used.
         """
 
     def __enter__(self) -> Self:

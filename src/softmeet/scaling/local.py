@@ -97,5 +97,5 @@ class LocalEngine(Engine):
             pool.shutdown(wait=patient, cancel_futures=True)
 
     def keep(self, values: Sequence[T]) -> list[T]:
-        """Return the values themselves, since threads share them."""
+        """Return the values themselves: threads share them, with all changes that calls make to them."""
         return list(values)

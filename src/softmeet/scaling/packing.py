@@ -122,7 +122,7 @@ def _view(array: np.ndarray[Any, Any], size: int, *, copy: bool) -> Tensor:
 
 
 def packed_bytes(packed: Packed) -> int:
-    """Return the size of a packed value in bytes."""
+    """Return the size in bytes of a packed value, (pickle, arrays), the first part of the result of :func:`pack`."""
     return len(packed[0]) + sum(int(array.nbytes) for array in packed[1])
 
 

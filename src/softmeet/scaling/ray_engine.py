@@ -107,9 +107,9 @@ class RayEngine(Engine):
         on_loss: called with a sentence to show for each worker that dies in a call.
 
     Attributes:
-        redone: the indices, each in its own ``map``, of the items whose calls were repeated, in the order of the
-            losses.
-        sent, received: bytes of all items sent and of all results received.
+        redone: for each time that a worker died in a call, the item's index in its ``map``, in order; the call was
+            repeated, unless this was its third loss.
+        sent, received: the sizes in bytes of all items sent and of all results received, without kept values.
 
     Raises:
         InvalidInputError: if ``gpus`` is above 1 and not whole, or the ensemble is one over bytes; on entering, if
@@ -180,7 +180,10 @@ class RayEngine(Engine):
         return _Slot(number, actor, actor.process.remote())
 
     def keep(self, values: Sequence[T]) -> list[T]:
-        """Put values in Ray's object store, and return references; a worker unpacks once each value that it needs."""
+        """Put values in Ray's object store; return a :class:`Stored` for each, its stand-in as in :meth:`Engine.keep`.
+
+        A worker unpacks each value that it needs once, as its own copy.
+        """
         first = self._numbers[1]
         self._numbers = first, first + len(values)
         stored: list[Any] = [Stored(first + k, ray.put(pack(x, self._parts)[0])) for k, x in enumerate(values)]
@@ -190,7 +193,8 @@ class RayEngine(Engine):
         """Call ``function(*item)`` for each item; yield (index, result) as calls finish, as in :meth:`Engine.map`.
 
         Raises:
-            WorkerLostError: if an item's worker has died three times, workers do not start, or none is ready in time.
+            WorkerLostError: if an item's workers have died three times, workers have died three times as often as there
+                are workers before they had started, or none is ready within ``patience`` seconds.
         """
         this = _Round(enumerate(items), self.workers)
         try:

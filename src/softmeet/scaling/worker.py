@@ -71,7 +71,7 @@ class Worker:
 
 
 def spread(ensemble: Ensemble, devices: Sequence[torch.device]) -> None:
-    """Move member i of an ensemble to device i modulo the number of devices."""
+    """Move member i of an ensemble to device i modulo the number of devices, and update the heads."""
     for i, member in enumerate(ensemble.model.members):
         member.to(devices[i % len(devices)])
     ensemble.model.find_heads_again()
