@@ -375,7 +375,7 @@ class ByteMember:
     def next_token_probs(self, paths: Sequence[Path], hidden: Float[Tensor, "k d"]) -> list[NextTokenProbs]:
         """Compute the next token's probabilities at k places from the last hidden states there.
 
-        They sum to 1 over the tokens that spell bytes or end a text, and none is below 1.2e-38.
+        They sum to 1 over the tokens that spell bytes or end a text, and none is below 1.17e-38.
 
         Args:
             paths: for each place, the columns that the tokens before it have among the keys and values of its text's

@@ -129,7 +129,7 @@ class ProbsAlongText(NextTokenProbs):
         super().__init__(probs.path, np.empty(0), probs.root)
 
     def masses(self, spelling: Spelling, length: int, longer: int, end: int) -> Masses:
-        """Return :meth:`NextTokenProbs.masses` for the first ``length`` known bytes, ignoring ``longer`` and ``end``."""
+        """Return :meth:`NextTokenProbs.masses` for the first ``length`` known bytes; ignore ``longer`` and ``end``."""
         return self._masses[length]
 
     def total(self, longer: int, end: int) -> float:
@@ -217,9 +217,9 @@ class Covers:
     """The followed tokenizations of one text by one member's tokens (covers; see the module docstring).
 
     Attributes:
-        closed, open: those on all of whose tokens the model was run, and the others; all masses have one common factor.
+        closed, open: those on whose last token the model was run, and the others; their masses share one factor.
         total: the sum of all their masses.
-        dropped: the share of mass lost when the lightest covers were last dropped.
+        dropped: the share of all mass, 0 to 1, that was lost when the lightest covers were last dropped.
     """
 
     closed: tuple[Cover, ...]

@@ -35,12 +35,12 @@ class Work:
 
 @dataclass(frozen=True, eq=False)
 class Guess:
-    """A token that was run because the text is likely to continue with it, before its bytes have come.
+    """A token that was run because the text of a :class:`Reading` may continue with it, before its bytes have come.
 
     Attributes:
         behind: the next token's probabilities at the token's place; the object, by identity, marks the place.
         token: its id.
-        path: the columns, in the tree of tokens run, of the tokens before it and of itself.
+        path: the columns in the reading's ``tree`` of the tokens before it, first to last, and of itself.
         hidden: (d,), the model's last hidden state at it.
     """
 

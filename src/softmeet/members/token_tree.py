@@ -29,7 +29,8 @@ _SPARE = 64
 class TokenTree:
     """The keys and values of all tokens that a model has run for a text under several tokenizations.
 
-    A node of the tree is a token after the tokens before it; its *path* lists the columns of its ancestors and its own.
+    A node of the tree is a token after the tokens before it. Each node has a column of keys and values, in the order in
+    which tokens were run; its *path*, (tokens,) int64, lists the columns of its ancestors, first to last, and its own.
 
     Attributes:
         states: for each layer, (keys, values), (1, heads, columns, width) each; no layers before the first token.
@@ -67,8 +68,8 @@ class Growth:
 
     Attributes:
         tree: the tokens that have been run.
-        paths: for each chain, the columns of the tokens before it in the tree.
-        tokens: for each chain, its token ids.
+        paths: for each chain, the columns in ``tree`` of the tokens before it, first to last, (tokens,) int64.
+        tokens: for each chain, its token ids, at least one.
     """
 
     tree: TokenTree

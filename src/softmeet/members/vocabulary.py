@@ -44,7 +44,8 @@ def common_vocabulary(names: Sequence[str], tokenizers: Sequence[PreTrainedToken
         tokenizers: the members' tokenizers.
 
     Raises:
-        VocabularyMismatchError: if the vocabularies differ otherwise; the message names ids that differ.
+        VocabularyMismatchError: if the vocabularies differ in another way, or no tokenizer encodes ordinary text into
+            common tokens alone; the message names ids that differ.
     """
     every = [_by_id(tokenizer) for tokenizer in tokenizers]
     added = [set(tokenizer.added_tokens_decoder) for tokenizer in tokenizers]

@@ -48,8 +48,8 @@ class Engine(ABC):
     def keep(self, values: Sequence[T]) -> list[T]:
         """Return a stand-in for each value, in order, to be put into the items of any number of later ``map`` calls.
 
-        The called function gets the value itself. A worker holds a value, with all changes that calls make to it, from
-        the first call that needs it until :meth:`keep` is called again, from when on its stand-ins must not be used.
+        The called function gets the value itself. Threads share it; a worker process holds a copy, with all changes
+        that calls make to it, from the first call that needs it until :meth:`keep` is called again.
         """
 
     def __enter__(self) -> Self:

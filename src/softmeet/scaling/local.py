@@ -59,14 +59,18 @@ class LocalEngine(Engine):
         threads: the number of torch's threads in each.
         on_stop: called with a sentence to show at a first Ctrl-C. No further call begins then; running calls finish and
             their results are yielded before ``KeyboardInterrupt`` is raised. A second Ctrl-C raises it at once. None to
-            raise at the first one.
+            raise at the first one. Ignored outside the main thread, or if the program handles Ctrl-C in another way.
     """
 
     def __init__(self, workers: int = 1, threads: int = 1, *, on_stop: Callable[[str], None] | None = None) -> None:
         self.workers, self.threads, self._on_stop = workers, threads, on_stop
 
     def map(self, function: Callable[..., R], items: Items) -> Iterator[tuple[int, R]]:
-        """Call ``function(*item)`` for each item; yield (index, result) as calls finish, as in :meth:`Engine.map`."""
+        """Call ``function(*item)`` for each item; yield (index, result) as calls finish, as in :meth:`Engine.map`.
+
+        Raises:
+            KeyboardInterrupt: if Ctrl-C came; with ``on_stop``, after the results of the running calls.
+        """
         with _deferred_interrupt(self._on_stop) as interrupted:
             left = takewhile(lambda _: not interrupted(), enumerate(items))
             if self.workers == 1:

@@ -98,7 +98,7 @@ class RayEngine(Engine):
     Args:
         ensemble: the ensemble, in CPU memory, to which the items of ``map`` refer; None if they refer to none.
         workers: the number of workers; None for as many as the cluster has cores (and, if ``gpus``, GPUs) for.
-        threads: the number of torch's threads in each worker, and of the cores that it takes.
+        threads: the number of torch's threads in each worker, and of the CPU cores that it takes of the cluster's.
         gpus: the number of GPUs of each worker, over which its members are spread; a fraction to share one (0.25: four
             workers on one GPU), 0 to compute on the CPU.
         address: of the cluster; None for the environment's ``RAY_ADDRESS``, else a cluster on this machine, which ends
@@ -108,7 +108,7 @@ class RayEngine(Engine):
 
     Attributes:
         redone: for each time that a worker died in a call, the item's index in its ``map``, in order; the call was
-            repeated, unless this was its third loss.
+            repeated, unless the map failed.
         sent, received: the sizes in bytes of all items sent and of all results received, without kept values.
 
     Raises:

@@ -38,7 +38,7 @@ class Worker:
         self._first = 0
 
     def process(self) -> int:
-        """Return the number of the worker's process; the answer tells that the worker has started."""
+        """Return the worker's process id; the answer shows that the worker has started."""
         return os.getpid()
 
     def call(self, packed: Packed, stored: list[tuple[int, int]], *values: Packed) -> tuple[bool, Packed]:
