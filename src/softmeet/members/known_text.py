@@ -126,7 +126,7 @@ class KnownText:
         return self._places[int(one.probs.path[-1])] + len(self.member.spelling.spelled([one.token]))
 
     def ask(self, missing: dict[Step, Open]) -> None:
-        """Run the model, in one call, on the last tokens of the covers that :meth:`walk` returned, for the next walk."""
+        """Run the model on the last tokens of the covers that :meth:`walk` returned, in one call, for the next walk."""
         opened, before = list(missing.values()), self.tree.columns
         self.work = self.work.and_(calls=1, tokens=len(opened))
         growth = Growth(self.tree, [one.probs.path for one in opened], [[one.token] for one in opened])

@@ -83,7 +83,7 @@ class PartialCache:
 def catch_up(
     model: PreTrainedModel, caches: Sequence[PartialCache]
 ) -> tuple[list[PartialCache], list[Float[Tensor, "t d"]]]:
-    """Run the pending tokens of each sequence, sequences with about equally many (less than twice) in one call.
+    """Run the pending tokens of each sequence; sequences with about equally many of them share a call of the model.
 
     Args:
         model: the member, in evaluation mode, whose cache holds keys and values.
