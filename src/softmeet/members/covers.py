@@ -146,7 +146,7 @@ class Cover(NamedTuple):
 
     Attributes:
         probs: the next token's probabilities after these tokens.
-        weight: the probability of these tokens, up to a factor common to all covers of the same ``Covers``.
+        weight: the probability of these tokens, up to a factor common to all covers of the same :class:`Covers`.
         mass: ``weight`` times the probability that the next token begins with ``rest`` and is longer.
         rest: the bytes behind the tokens, with which the next token begins.
         longer, end: tokens number ``longer`` to ``end - 1`` of the spelling are those that begin with ``rest`` and are
@@ -177,7 +177,7 @@ class Open(NamedTuple):
     Attributes:
         probs: the next token's probabilities at the last token's place: after the tokens before it.
         token: the last token's id.
-        weight: the probability of all tokens, the last included, up to a factor common to all of the same ``Covers``.
+        weight: the probability of all tokens, the last included, up to a factor common to the text's :class:`Covers`.
         mass: ``weight`` times an estimate of the probability of ``rest``.
         rest: the bytes behind the last token.
         most: an optimistic ``mass``, in which every byte of ``rest`` has at least the probability 0.2.
@@ -214,7 +214,7 @@ class Open(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Covers:
-    """The followed tokenizations of one text by one member's tokens (covers; see the module docstring).
+    """The followed tokenizations of one text, its covers: each is whole tokens, and the bytes behind them (``rest``).
 
     Attributes:
         closed, open: those on whose last token the model was run, and the others; their masses share one factor.
@@ -238,7 +238,7 @@ class Covers:
         return Covers((Cover(probs, 1.0, 1.0, b"", 0, len(spelling.words)),))
 
     def prediction(self, spelling: Spelling) -> Masses:
-        """Return the next symbol's probabilities, (257,) fp64."""
+        """Return the next symbol's probabilities, (257,) fp64 with sum 1: bytes 0 to 255, then the end of the text."""
         found = sum((cover.masses(spelling) for cover in self.closed), np.zeros(SYMBOLS))
         if self.open:
             live = found / (found.sum() or 1.0)
@@ -256,7 +256,7 @@ class Covers:
         """Return the open covers to run the model on before the next byte is predicted.
 
         They are all whose ``most`` is at least ``pruning.prune`` · ``total``; if none is, and no cover is closed, they
-        are the heaviest alone.
+        are the one of greatest ``mass``.
         """
         found = [cover for cover in self.open if cover.most >= pruning.prune * self.total]
         return found or (list(self.open[:1]) if not self.closed else [])

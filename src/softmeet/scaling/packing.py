@@ -41,7 +41,7 @@ def parts(ensemble: Ensemble | None) -> list[Any]:
 
 @dataclass(frozen=True)
 class Stored:
-    """A value that workers keep, by its number and by Ray's reference to it.
+    """A stand-in, made by :meth:`RayEngine.keep`, for a value that workers keep: its number and Ray's reference to it.
 
     Attributes:
         number: its index among all values that the engine has ever stored.
@@ -134,7 +134,8 @@ def pack(value: Any, known: Sequence[Any] = ()) -> tuple[Packed, list[Stored]]:
         known: objects that the unpacking process has, too; each is packed as its index in this list.
 
     Returns:
-        ((bytes of the pickle, arrays of the tensors), the :class:`Stored` values inside of the value, in order).
+        ((bytes of the pickle, arrays of the tensors' bytes, uint8), the :class:`Stored` values found inside of the
+        value, in the order of pickling).
     """
     file = io.BytesIO()
     packer = _Packer(file, {id(part): k for k, part in enumerate(known)})
