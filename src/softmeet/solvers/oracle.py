@@ -26,11 +26,11 @@ _DOMINANT = 0.97
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """First and second moments of the heads at a dual point, in fp64.
+    """First and second moments of the heads at a dual point ν of a :class:`Projection`, for B rows, in fp64.
 
     Attributes:
         joint: Q_iᵀp of every member, side by side, (B, D): the means of the whitened heads' rows under the answer p.
-        own: Q_iᵀr_i, likewise, under the corrected members r_i.
+        own: Q_iᵀr_i of every member, side by side, (B, D): the means under the corrected members r_i.
         H: the Hessian of the dual function, (B, D, D); the module docstring has the formula.
     """
 
@@ -86,12 +86,12 @@ def curved(
 ) -> Float[Tensor, "B D"]:
     """Return H d, (B, D), for a direction d of the dual variables, by one pass over all heads.
 
-    H is the Hessian of the dual function, which is not formed.
+    H is the Hessian of the dual function at the point of ``p`` and ``r``; it is not formed.
 
     Args:
         problem: the batch of relaxed I-projections.
         p, r: the answer and the corrected members at the point, as probabilities.
-        y: the scores Q_i d_i of the direction.
+        y: the scores Q_i d_i of the direction, (B, n, v); :meth:`Projection.scores` computes them.
     """
     x = problem.tilt(y)
     joint = p * (x - (p * x).sum(-1, keepdim=True))
