@@ -41,13 +41,14 @@ class LeastSquares(ExactRule):
     )
 
     def constrained(self, problem: Problem) -> bool:
-        """Return False: the moments need not hold, only be as near as possible."""
+        """Return False: the answer need not have the members' moments, only moments as near to them as possible."""
         return False
 
     def choose(self, row: FeasibleSet, member: Float[Tensor, " v"] | None) -> Choice:
-        """Choose the p with the nearest moments; of several, the I-projection of the pool onto them.
+        """Choose the p with the nearest moments: least Σ_i ‖Q_iᵀ(p - p̂_i)‖², or with W_i if ``metric`` is ``raw``.
 
-        If ``member``, a distribution with the members' moments, is given, it is the answer.
+        Of several such p the I-projection of the pool onto them is chosen. If ``member``, a distribution with the
+        members' moments exactly, is given, it is the choice.
         """
         if member is not None:
             return Choice(member, torch.zeros_like(row.target), 0)
@@ -61,10 +62,11 @@ class LeastSquares(ExactRule):
         return Choice(p, torch.zeros_like(row.target), found.steps + steps)
 
     def bounds(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
-        """Bound the squared distance of the moments over the simplex by the gap of Frank and Wolfe at ``p``.
+        """Bound the squared distance of the moments over the simplex from below, by Frank and Wolfe's gap at ``p``.
 
-        The value is |r|², r being the moments of ``p`` less the members', the gap 2(rᵀGᵀp - min_j rᵀg_j), g_j token j's
-        moments. ``y`` is not used.
+        The value is |r|², r being the moments of ``p`` less the members', in the coordinates that ``metric`` names. The
+        lower bound is |r|² less that gap, 2(rᵀGᵀp - min_j rᵀg_j), g_j token j's moments, or 0 if that is larger. No
+        bound from above is given: ``most`` is inf. ``y`` is not used.
         """
         r, scores = self._excess_and_scores(row, p)
         value = float(r.square().sum())
@@ -74,7 +76,9 @@ class LeastSquares(ExactRule):
     def proof(self, row: FeasibleSet, p: Float[Tensor, " v"]) -> Float[Tensor, " m"]:
         """Return multipliers y, (m,), with yᵀ(g_j - g) < 0 for every token j, which proves C empty; 0 without a proof.
 
-        y = T Tᵀ(g - Gᵀp), the members' moments less those of ``p``, with T the map to the moments that are compared.
+        y = T Tᵀ(g - Gᵀp), g - Gᵀp being the members' whitened moments less those of ``p``. Tᵀ times whitened moments
+        are the moments that ``metric`` compares, so T is the identity unless that is ``raw``. Token j runs over those
+        that may have mass; the last entry of y, for Σp = 1, is 0.
         """
         T, (r, _) = self._metric(row), self._excess_and_scores(row, p)
         y = -(r if T is None else T @ r)

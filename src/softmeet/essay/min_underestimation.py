@@ -38,9 +38,11 @@ class MinUnderestimation(ExactRule):
     exactness = 1e-2  # only whether there is one
 
     def choose(self, row: FeasibleSet, member: Float[Tensor, " v"] | None) -> Choice:
-        """Choose p by an interior-point method with bounds on both sides, over all tokens that are not negligible.
+        """Choose p by an interior-point method for the linear program 0 ≤ x ≤ m in the class's docstring.
 
-        If several p are optimal, the one nearest to the pool is taken; if moments allow only one, ``member``, that one.
+        Tokens whose min_i p̂_ij is below the largest of these by more than 600 nats get no mass. If several p are
+        optimal, the I-projection of the pool onto them is the choice. If at most one distribution has the moments
+        (``row.unique``) and ``member`` is given, it is that one, and the choice.
         """
         floor = row.log_p.amin(0)
         ids = (row.alive & (floor > floor[row.alive].max() - _LIGHTEST)).nonzero().squeeze(-1)
