@@ -123,7 +123,10 @@ def solve_program(program: SimplexProgram, max_steps: int) -> Optimum:
 
 
 def _first(program: SimplexProgram) -> Bool[Tensor, " v"]:
-    """Return the first working set: the tokens of largest weight, or all that may have mass if they are few."""
+    """Return the first working set, a mask (v,): the tokens of largest weight, or all that may have mass if few may.
+
+    The number is 2,048 or, if more, four times that of the constraints; "few" is up to twice that.
+    """
     size = max(_FEWEST, _PER_CONSTRAINT * len(program.target))
     if int(program.alive.sum()) <= 2 * size:
         return program.alive.clone()
@@ -134,11 +137,16 @@ def _first(program: SimplexProgram) -> Bool[Tensor, " v"]:
 def _more(
     program: SimplexProgram, chosen: Bool[Tensor, " v"], reduced: Float[Tensor, " v"]
 ) -> Bool[Tensor, " v"] | None:
-    """Return the next working set, or None if no token would lower the optimum.
+    """Return the next working set, a mask (v,), or None if no token outside ``chosen`` would lower the optimum over it.
 
-    The tokens of least reduced cost enter, at most half as many as the set has, or 64; nearly as many leave, the ones
-    of largest reduced cost, as long as enough stay for an optimum. If None, the remaining gap is the interior-point
-    method's own.
+    Of the tokens whose reduced cost is below the least in the set those of least reduced cost enter, at most half as
+    many as the set has, or 64. Up to 0.9 times as many, those of largest reduced cost, leave, as long as two tokens per
+    constraint stay. If it is None, the remaining gap is the interior-point method's own.
+
+    Args:
+        program: the program.
+        chosen: the working set.
+        reduced: the reduced costs c - G y of all tokens.
     """
     size = int(chosen.sum())
     open_to = torch.where(program.alive & ~chosen, reduced, torch.inf)

@@ -174,7 +174,7 @@ class _Method:
         return self.program.upper - self.x
 
     def _residual(self) -> Float[Tensor, " m"]:
-        """Return g - Gᵀx - E y."""
+        """Return g - Gᵀx - E y, (m,), at the current point: 0 if the constraints hold."""
         return self.program.target - self.G.sums(self.x) - self.program.softness * self.y
 
     def report(self, steps: int) -> Interior:
@@ -360,12 +360,12 @@ def _finite(step: _Step) -> bool:
 
 
 def _towards(mu: float, products: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """Return the changes that bring products within a factor of ``mu``; large ones are lowered by a limited amount."""
+    """Return the changes that bring products into [``mu`` / 10, 10 ``mu``], each at least -10 ``mu``."""
     change = products.clamp(mu * _CLOSE, mu / _CLOSE) - products
     return change.clamp_min(-mu / _CLOSE)
 
 
 def _ratio(x: Float[Tensor, " N"], dx: Float[Tensor, " N"]) -> float:
-    """Return the longest step along ``dx`` that keeps x positive, at most 1 / damping."""
+    """Return the largest t with x + t dx ≥ 0, at most 1 / 0.9995, so that a damped step of full length is 1."""
     falling: Bool[Tensor, " N"] = dx < 0
     return min(1.0 / _DAMPING, float((x[falling] / -dx[falling]).min())) if bool(falling.any()) else 1.0 / _DAMPING

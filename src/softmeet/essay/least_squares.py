@@ -95,7 +95,10 @@ class LeastSquares(ExactRule):
     def _excess_and_scores(
         self, row: FeasibleSet, p: Float[Tensor, " v"]
     ) -> tuple[Float[Tensor, " k"], Float[Tensor, " v"]]:
-        """Return r = Gᵀp - g in the metric, with 0 for Σp, and G r for every token."""
+        """Return (r, rᵀg_j for every token j): r are the moments of ``p`` less the members', 0 at the end, for Σp.
+
+        r, (k,), and g_j are in the coordinates that ``metric`` compares; k is m if that is ``whitened``.
+        """
         T, r = self._metric(row), row.excess(p)
         r[-1] = 0.0
         r = r if T is None else r @ T
@@ -103,7 +106,7 @@ class LeastSquares(ExactRule):
 
 
 def _finished(row: FeasibleSet, columns: MomentMatrix, target: Float[Tensor, " k"], found: Optimum) -> Optimum:
-    """Solve exactly for the masses on the support of ``found``; return the better of both by the gap.
+    """Solve by linear algebra for the masses on the support of ``found``; return that or ``found``, of smaller gap.
 
     min ‖Σ u_j (g_j - g)‖² + (Σu - 1)² is least at a multiple of the answer. Tokens that would turn negative leave the
     support (Lawson and Hanson 1974).
@@ -125,7 +128,7 @@ def _finished(row: FeasibleSet, columns: MomentMatrix, target: Float[Tensor, " k
 
 
 def _gap(row: FeasibleSet, columns: MomentMatrix, target: Float[Tensor, " k"], p: Float[Tensor, " v"]) -> float:
-    """Return the gap of Frank and Wolfe at ``p``: how far |Gᵀp - g|² can be from its least value."""
+    """Return the gap of Frank and Wolfe at ``p``: an upper bound on |Gᵀp - g|² less its least value on the simplex."""
     r = columns.sums(p) - target
     r[-1] = 0.0
     scores = columns.times(r)
@@ -133,12 +136,15 @@ def _gap(row: FeasibleSet, columns: MomentMatrix, target: Float[Tensor, " k"], p
 
 
 def _positive(row: FeasibleSet, found: Optimum) -> Bool[Tensor, " v"]:
-    """Return the tokens whose masses are positive and, by strict complementarity, not on their way to zero."""
+    """Return the tokens, a mask (v,), whose masses in ``found`` are positive and not on their way to zero.
+
+    Those are the tokens whose mass exceeds their reduced cost less the least one (strict complementarity).
+    """
     return row.alive & (found.p > found.reduced - found.reduced[row.alive].min())
 
 
 def _face(row: FeasibleSet, found: Optimum) -> Bool[Tensor, " v"]:
-    """Return the tokens that points with the nearest moments may use: those of least reduced cost.
+    """Return the tokens, a mask (v,), that points with the nearest moments may use: those of least reduced cost.
 
     These are all tokens if the heads have one column space and their members disagree.
     """
@@ -150,7 +156,7 @@ def _face(row: FeasibleSet, found: Optimum) -> Bool[Tensor, " v"]:
 def _most_entropy(
     row: FeasibleSet, columns: MomentMatrix, found: Optimum, face: Bool[Tensor, " v"]
 ) -> tuple[Float[Tensor, " v"], int]:
-    """Project the pool onto the points with the nearest moments, which are those on the tokens ``face``.
+    """Project the pool onto the points with the moments of ``found``, which have mass only on the tokens ``face``.
 
     Returns:
         (the distribution, the number of steps).

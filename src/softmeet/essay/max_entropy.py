@@ -96,7 +96,10 @@ class MaxEntropy(Meet):
         return found
 
     def _solve_row(self, row: FeasibleSet) -> Answer:
-        """Solve one row by linear algebra if its moments leave no choice, else by the dual."""
+        """Solve one row by linear algebra if at most one p can have the moments (``row.unique``), else by the dual.
+
+        The dual is also used if linear algebra finds neither that p nor a proof that there is none.
+        """
         if not row.unique:
             return super().solve(row.problem)
         p, proof = unique_feasible_point(row)

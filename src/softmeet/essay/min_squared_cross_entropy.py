@@ -24,7 +24,7 @@ class MinSquaredCrossEntropy(CrossEntropyRule):
     summary = "the least squares of the cross-entropies, a quadratic program; constant, or zeros, like the linear one"
 
     def _sums(self, row: FeasibleSet, p: Float[Tensor, " v"]) -> tuple[Float[Tensor, "n v"], Float[Tensor, " n"]]:
-        """Return (log p̂_i with 0 for tokens that may not be answered, pᵀ log p̂_i)."""
+        """Return (log p̂_i, (n, v), with 0 for tokens outside ``row.alive``; pᵀ log p̂_i, (n,)), in nats."""
         log_p = row.log_p.masked_fill(~row.alive, 0.0)
         return log_p, log_p @ p
 

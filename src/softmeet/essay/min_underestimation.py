@@ -117,7 +117,7 @@ def _basic(row: FeasibleSet, x: Float[Tensor, " v"], upper: Float[Tensor, " v"])
 
 
 def _several(row: FeasibleSet, between: Bool[Tensor, " v"]) -> bool:
-    """Return whether masses at no bound, those in ``between``, can move without changing the moments."""
+    """Return whether masses of the tokens ``between``, which are at neither bound, can change and keep the moments."""
     ids = between.nonzero().squeeze(-1)
     if len(ids) < 2:
         return False
@@ -130,7 +130,7 @@ def _several(row: FeasibleSet, between: Bool[Tensor, " v"]) -> bool:
 def _nearest_to_pool(
     row: FeasibleSet, p: Float[Tensor, " v"], limit: Float[Tensor, " v"], between: Bool[Tensor, " v"]
 ) -> tuple[Float[Tensor, " v"], int]:
-    """Move the masses that are at no bound to the I-projection of the pool, with the moments and the bounds kept.
+    """Replace the masses at neither bound by the I-projection of the pool, with the same moments and within the bounds.
 
     Args:
         row: the row's feasible set.

@@ -173,7 +173,7 @@ def unique_feasible_point(row: FeasibleSet) -> tuple[Float[Tensor, " v"] | None,
 
 
 def _without_sum(y: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
-    """Return the multipliers with 0 for Σp = 1, which would only move every score by the same amount."""
+    """Return a copy of multipliers ``y`` with 0 for the last, of Σp = 1, which adds the same to every token's G y."""
     y = y.clone()
     y[-1] = 0.0
     return y

@@ -46,7 +46,12 @@ def _null_space(G: Float[Tensor, "k m"]) -> Float[Tensor, "k r"]:
 
 
 def _eliminated(x: Float[Tensor, " k"], null: Float[Tensor, "k r"]) -> Float[Tensor, " k"]:
-    """Return masses with the moments of ``x`` and one more zero for every column of ``null``."""
+    """Return masses with the moments of ``x`` and one more zero for every column of ``null``.
+
+    Args:
+        x: positive masses of k tokens.
+        null: independent directions, as columns, that keep the moments, as :func:`_null_space` gives them.
+    """
     x, null = x.clone(), null.clone()
     while null.shape[1]:
         n = null[:, 0] if null[:, 0].max() >= -null[:, 0].min() else -null[:, 0]

@@ -145,7 +145,7 @@ def restricted_gap_bound(
 def _solved(
     H: Float[Tensor, "D D"], g: Float[Tensor, " D"], gradient: Float[Tensor, " D"]
 ) -> tuple[Float[Tensor, " D"], Float[Tensor, ""]]:
-    """Return (s = H⁻¹g, its :func:`residual_slack`), by Cholesky or, if that is too inexact, by singular values."""
+    """Return (s = H⁻¹g, its :func:`residual_slack`), by Cholesky or, if its slack is inf, by singular values."""
     factor, failed = torch.linalg.cholesky_ex(H)
     if not failed:
         s = torch.cholesky_solve(g[:, None], factor).squeeze(-1)

@@ -170,7 +170,14 @@ class DenseNewton(Solver[DenseState]):
         return state.floor.index_copy(0, rows, torch.maximum(state.floor[rows], here.value[rows] - bound))
 
     def _judge(self, problem: Projection, after: DenseState, there: Point, left: Float[Tensor, " B"]) -> None:
-        """Set ``gap``, ``certified``, ``done`` and ``status`` of ``after`` in place; ``left`` is the gap's estimate."""
+        """Set ``gap``, ``certified``, ``done`` and ``status`` of ``after``, the state after a step, in place.
+
+        Args:
+            problem: the batch of relaxed I-projections.
+            after: the state; its ``floor`` is set to -inf in rows in which the dual value proves it wrong.
+            there: the point of ``after``.
+            left: an estimate of the gap there, (B,), in nats, for rows without a proved bound.
+        """
         # Rounding can make a bound wrong: f falling far below the floor shows that.
         after.floor = torch.where(after.value < after.floor - problem.tol, -torch.inf, after.floor)
         rounding = problem.rounding(there.p, there.r, after.z, after.nu)
@@ -238,7 +245,10 @@ def _least(
 def _derivatives(
     problem: Projection, at: Point, columns: Float[Tensor, "B n c v"]
 ) -> tuple[Float[Tensor, "B k k"], Float[Tensor, "B k"]]:
-    """Return f's Hessian and gradient in the coefficients of ``columns``, k = n c, ordered by member, in fp64."""
+    """Return (Hessian, gradient) of the dual function in the coefficients of ``columns`` at the point ``at``, fp64.
+
+    Index i c + k belongs to direction k of member i. A small ridge is on the Hessian's diagonal.
+    """
     B, n, c, v = columns.shape
     joint = (problem.alpha[:, None, None] * columns).view(B, n * c, v)
     weighted = joint * at.p[:, None]
@@ -263,7 +273,15 @@ def _fallen(
     start: Point,
     step: Float[Tensor, "B n c"],
 ) -> tuple[Float[Tensor, "B n c"], Point]:
-    """Return (coefficients, point) after ``step``, shortened until f falls, or not taken at all if it never does."""
+    """Return (coefficients, point) after a step, shortened until f does not rise; a row in which it always does stays.
+
+    Args:
+        problem: the batch of relaxed I-projections.
+        columns: the scores of c directions for each member.
+        here: (the coefficients, the point that they lead to) before the step.
+        start: the point at which all coefficients are 0.
+        step: the change of the coefficients to try first; each trial after it is a third as long.
+    """
     (a, at), found = here, start
 
     def worse(t: Float[Tensor, " B"]) -> Bool[Tensor, " B"]:

@@ -115,7 +115,7 @@ class Around:
         self.blocks = [self.covariance[here, here] for here in self.places]
 
     def _spread(self, x: Float[Tensor, "*b n"]) -> Float[Tensor, "*b D"]:
-        """Repeat a value of each member for each column of its head."""
+        """Repeat the value of each member i, (…, n), for each of the d_i columns of its head W_i; return (…, D)."""
         widths = torch.tensor([h.stop - h.start for h in self.places], device=x.device)
         return x.repeat_interleave(widths, dim=-1)
 

@@ -138,7 +138,7 @@ def bound_after(bound: Float[Tensor, " B"], fall: Float[Tensor, " B"], tol: floa
 def _certified(
     problem: Projection, before: NewtonState, after: NewtonState, y: Float[Tensor, "B n v"], rows: Int[Tensor, " k"]
 ) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"]]:
-    """Bound the gap before the step in the rows ``rows``.
+    """Bound the gap at the point of ``before`` in the rows with the indices ``rows``, by the direction's scores ``y``.
 
     Returns:
         (the bound in nats, inf if none is found; the rounding, in nats, to add to a bound after the step).

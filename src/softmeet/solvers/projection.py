@@ -290,7 +290,7 @@ class Point(Batched):
 
 
 def _softmax(x: Float[Tensor, "*b v"]) -> tuple[Float[Tensor, "*b v"], Float[Tensor, "*b 1"]]:
-    """Return (the softmax of x, the logarithm of its normaliser)."""
+    """Return (the softmax of ``x``, the logarithm of its normaliser Σ exp x) over the last dimension."""
     top = x.amax(-1, keepdim=True)
     p = (x - top).exp_()
     total = p.sum(-1, keepdim=True)
