@@ -166,9 +166,9 @@ class CrossEntropyRule(ExactRule):
         return SimplexProgram(columns, target, softness, cost, row.alive, unit, member, weight, 0.01 * row.problem.tol)
 
     def multipliers(self, row: FeasibleSet, y: Float[Tensor, " r"]) -> Float[Tensor, " m"]:
-        """Convert the multipliers ``y`` of the constraints of :meth:`program` to those of Gᵀp = g, (m,).
+        """Convert the multipliers ``y`` of the constraints of :meth:`program` to multipliers of Gᵀp = g, (m,).
 
-        Those of its ``extra`` columns, at the end of ``y``, are dropped.
+        The multipliers of its ``extra`` columns, at the end of ``y``, are dropped.
         """
         return y[: len(row.target)] if self.slack > 0 else row.joint @ y[: row.joint.shape[1]]
 

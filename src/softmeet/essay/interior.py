@@ -60,7 +60,7 @@ class Program:
         start: x to begin from, (N,), positive and below ``upper``; it need not satisfy Gᵀx = g.
         unit: the index k of a constraint whose column of G is 1 for every variable: its multiplier is set so that the
             multipliers z of x ≥ 0 are positive at the start. Not used if there are upper bounds and no barrier.
-        upper: u, (N,), or None for no upper bounds.
+        upper: u, (N,), positive; None if x is bounded by 0 ≤ x alone.
         barrier: the weights c of a logarithmic barrier -Σ c_j log x_j, which is added to the objective, (N,), or None
             for 0.
         reference: q, (N,), positive; None for a linear φ.

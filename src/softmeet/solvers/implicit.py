@@ -60,6 +60,7 @@ class _Projected(torch.autograd.Function):
     def forward(
         ctx: Any, log_q: Float[Tensor, "B v"], trust: Float[Tensor, " n"], problem: Projection, solve: Solve
     ) -> Float[Tensor, "B v"]:
+        """Solve the batch; return log p, (B, v), in nats. ``trust`` equals ``problem.trust``."""
         problem = replace(problem, log_q=log_q.detach())
         state = solve(problem)
         ctx.problem, ctx.state = problem, state
@@ -68,6 +69,7 @@ class _Projected(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Float[Tensor, "B v"]) -> tuple[Tensor, Tensor, None, None]:
+        """Return the loss's gradients in log q, (B, v), and in the trusts, (n,), from that in log p, ``g``."""
         problem, state = ctx.problem, ctx.state
         p, r = state.log_p.exp(), state.log_r.exp()
         inner = g - p * g.sum(-1, keepdim=True)
