@@ -31,11 +31,15 @@ from softmeet.solvers.projection import MOMENT_TOLERANCE
 
 @dataclass(frozen=True)
 class Bounds:
-    """The value of a rule's objective at some p, and bounds on the objective over the feasible set, in its own units.
+    """The value of a rule's objective at some p, and proved bounds on the objective over the feasible set.
+
+    All are in the objective's unit: nats, except for ``min-squared-cross-entropy`` (nats²) and ``least-squares``
+    (squared distance of moments).
 
     Attributes:
         value: the objective at p.
-        least, most: proved bounds: over the feasible set the objective is at least ``least`` and at most ``most``.
+        least: the objective is at least this at every point of the feasible set; -inf if nothing is proved.
+        most: the objective is at most this at every point of the feasible set; inf if nothing is proved.
     """
 
     value: float
@@ -44,7 +48,7 @@ class Bounds:
 
     @property
     def gap(self) -> float:
-        """The distance of the value from the lower bound, |value - least|: at most so far is p from optimal.
+        """The distance |value - least|, in the objective's unit: the most by which p can miss the least objective.
 
         A value below ``least`` is possible only if p does not have the members' moments exactly.
         """
@@ -53,15 +57,17 @@ class Bounds:
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """A rule's answer for one row.
+    """A rule's answer for one row, as :meth:`ExactRule.choose` returns it.
 
     Attributes:
-        p: the distribution, (v,), fp64.
-        y: the multipliers of the constraints that prove the quality of p, (m,): one for each whitened moment of each
-            member, and a last one for Σp = 1.
-        steps: how many steps the rule took.
-        most: the largest value of the objective over the feasible set; NaN if the rule did not look for it.
-        constant: whether ``most`` showed that the objective is constant on the feasible set.
+        p: the distribution, probabilities, (v,), fp64.
+        y: the multipliers of Gᵀp = g, (m,), with which :meth:`ExactRule.bounds` proves how near p is to optimal: those
+            of each member's whitened moments, member after member, and a last one for Σp = 1.
+        steps: how many steps of its solver the rule took.
+        most: the largest value of the objective over the feasible set, or an upper bound on it; NaN if the rule did not
+            compute it.
+        constant: whether ``most`` showed that the objective is constant on the feasible set up to ``tol``; the status
+            OPTIMAL then becomes DEGENERATE.
     """
 
     p: Float[Tensor, " v"]
@@ -72,13 +78,14 @@ class Choice:
 
 
 class ExactRule(Rule):
-    """The base of rules that choose one distribution from the feasible set C, in which all have every member's moments.
+    """The base of rules that choose one distribution from the feasible set C: all p with every member's moments.
 
-    Subclasses say how (:meth:`choose`) and prove how good the choice is (:meth:`bounds`).
+    Subclasses implement the choice (:meth:`choose`) and bounds on their objective that prove how near to optimal it is
+    (:meth:`bounds`).
 
     Attributes:
-        always_answers: whether the rule chooses in rows with an empty C, too.
-        exactness: the gap, in nats, to which a distribution in C is found before the rule chooses.
+        always_answers: whether the rule also answers rows in which C is empty or no distribution in C was found.
+        exactness: the gap, in nats, to which the pool's I-projection onto C is found before the rule chooses.
     """
 
     reads_heads = True
@@ -93,8 +100,8 @@ class ExactRule(Rule):
 
         Args:
             row: the row's feasible set C.
-            member: the I-projection of the pool onto C, probabilities, (v,), or another distribution of C if that has
-                none; None if it was not looked for or not found.
+            member: the I-projection of the pool onto C, probabilities, (v,), or another distribution in C if the
+                I-projection could not be computed; None if :meth:`solve` did not look for it or did not find one.
         """
 
     @abstractmethod
@@ -104,15 +111,16 @@ class ExactRule(Rule):
         Args:
             row: the row's feasible set.
             p: a distribution, probabilities.
-            y: multipliers of the whitened moments, and a last one for Σp = 1; the bounds hold for any, and are tight
-                for the right ones.
+            y: multipliers of Gᵀp = g, (m,), the last for Σp = 1. The bounds hold for any y; the lower one equals the
+                minimum at the optimal y.
         """
 
     def proved(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
-        """Return :meth:`bounds`, corrected in two cases.
+        """Return :meth:`bounds` at ``p`` and ``y``, corrected in two cases.
 
-        If ``p`` is not a distribution over the tokens that may have mass, the lower bound is -inf. If at most one
-        distribution has the members' moments and ``p`` has them, both bounds are the value at ``p``.
+        If ``p`` has mass outside ``row.alive`` or does not sum to 1, the lower bound is -inf and the upper one inf. If
+        the moments must hold, at most one distribution has the members' moments (``row.unique``), and ``p`` has them,
+        both bounds are the value at ``p``.
         """
         found = self.bounds(row, p, y)
         if bool(p[~row.alive].any()) or not abs(float(p.sum()) - 1) <= MOMENT_TOLERANCE:
@@ -122,15 +130,19 @@ class ExactRule(Rule):
         return found
 
     def constrained(self, problem: Problem) -> bool:
-        """Return whether the answer must have the members' moments, up to ``MOMENT_TOLERANCE``."""
+        """Return whether the answer must have the members' moments.
+
+        They hold if the whitened ones differ from the members' by at most ``MOMENT_TOLERANCE`` in Euclidean length. A
+        rule that returns False, such as ``least-squares``, answers with other moments, too.
+        """
         return True
 
     def status(self, row: FeasibleSet, p: Float[Tensor, " v"], found: Bounds) -> Status:
         """Return the status of the answer ``p`` with the bounds ``found``.
 
-        NOT_CONVERGED if the gap exceeds ``tol``, or the moments should hold and do not. DEGENERATE if the bounds prove
-        that the objective varies by at most ``tol`` over the feasible set, unless moments allow only one distribution.
-        Else OPTIMAL.
+        NOT_CONVERGED if the gap exceeds the setting ``tol``, or if the moments must hold (:meth:`constrained`) and do
+        not. DEGENERATE if the bounds prove that the objective varies by at most ``tol`` over the feasible set, unless
+        at most one distribution has the members' moments (``row.unique``). Else OPTIMAL.
         """
         exact = not self.constrained(row.problem) or moments_hold(row, p)
         if not exact or not found.gap <= row.problem.tol:
@@ -139,11 +151,12 @@ class ExactRule(Rule):
         return Status.DEGENERATE if nothing_chosen else Status.OPTIMAL
 
     def solve(self, problem: Problem) -> Answer:
-        """Solve a batch row by row.
+        """Solve a batch row by row: find a distribution in the feasible set C, then choose by the rule's objective.
 
-        Every row first looks for the pool's I-projection onto C, unless the moments need not hold. If it finds a proof
-        that C is empty, or neither, the row keeps that answer and status, unless the rule ``always_answers``; else the
-        rule chooses.
+        First the pool's I-projection onto C is looked for in every row, unless the moments need not hold
+        (:meth:`constrained`) and the rule does not ``always_answers``. A row in which a proof is found that C is empty
+        gets the status INFEASIBLE, one with neither a distribution nor a proof NOT_CONVERGED, and nothing is chosen;
+        a rule that ``always_answers`` chooses there, too, with None as ``member``.
         """
         seeks = self.constrained(problem) or self.always_answers
         answer = members_of(problem, self.exactness) if seeks else closed_form(problem, problem.log_pool.clone())
@@ -177,7 +190,10 @@ class ExactRule(Rule):
         answer.disagreement_is_bound[k] = True
 
     def verify(self, problem: Problem, answer: Answer) -> Recomputed:
-        """Evaluate the stored answer and its multipliers again, row by row, in fp64 and without a solver."""
+        """Compute every row's gap and status anew from the stored answer and its multipliers, without a solver.
+
+        All is in fp64. The distributions returned are those of ``answer``, renormalised.
+        """
         looks = []
         for k, row in enumerate(FeasibleSet.of(problem)):
             p = answer.log_probs[k].exp()
@@ -186,8 +202,9 @@ class ExactRule(Rule):
         return Recomputed.of_rows(looks, answer.log_probs)
 
     def proof(self, row: FeasibleSet, p: Float[Tensor, " v"]) -> Float[Tensor, " m"]:
-        """Return multipliers of the whitened moments, (m,), that prove the feasible set empty; 0 if ``p`` gives none.
+        """Return multipliers y of Gᵀp = g, (m,), that prove the feasible set empty; zeros if ``p`` gives none.
 
-        The last of them, for Σp = 1, is 0.
+        They prove it by yᵀ(g_j - g) < 0 for every token j that may have mass, g_j its moments. The last, for Σp = 1, is
+        0. The base class returns zeros.
         """
         return torch.zeros_like(row.target)

@@ -35,17 +35,17 @@ _ZERO = 1e-9
 class SimplexProgram:
     """A linear or quadratic program over the simplex of v tokens: minimise cᵀp + ½ |E^{-½}(Gᵀp - g)|², E diagonal.
 
-    Constraints with E = 0 are hard, Gᵀp = g, and leave the sum.
+    A constraint k with E_kk = 0 is hard, (Gᵀp)_k = g_k, and has no term in the sum. All tensors are fp64.
 
     Args:
         columns: G over all tokens, (v, m); one of its columns is all ones.
         target: g, (m,).
         softness: the diagonal of E, (m,); 0 for a hard constraint.
         cost: c, (v,).
-        alive: tokens that may have mass, a mask.
-        unit: the index of the column of ones.
-        feasible: a p that satisfies the hard constraints, or None if Σp = 1 is the only one.
-        weight: tokens are tried first in descending order of this, (v,).
+        alive: tokens that may have mass, a mask, (v,).
+        unit: the index of the column of ones, which stands for Σp = 1.
+        feasible: a p, (v,), that satisfies the hard constraints, or None if Σp = 1 is the only one.
+        weight: numbers, (v,); the first working set has the tokens with the largest of them.
         tol: the gap, in units of the objective, at which to stop.
     """
 
@@ -60,7 +60,7 @@ class SimplexProgram:
     tol: float
 
     def value(self, p: Float[Tensor, " v"]) -> float:
-        """Return the objective cᵀp + ½ |E^{-½}(Gᵀp - g)|² at ``p``; hard constraints do not enter."""
+        """Return the objective cᵀp + ½ |E^{-½}(Gᵀp - g)|² at ``p``, the square over soft constraints only."""
         soft = self.softness > 0
         off = (self.columns.sums(p) - self.target)[soft]
         return float(self.cost @ p + 0.5 * (off.square() / self.softness[soft]).sum())
@@ -79,10 +79,11 @@ class Optimum:
     """The last point of :func:`solve_program`, which minimises cᵀp + ½ |E^{-½}(Gᵀp - g)|² over the simplex.
 
     Attributes:
-        p: the solution, (v,), summing to 1.
+        p: the solution, probabilities, (v,), fp64; nothing is proved about it, but ``y`` bounds the optimum
+            (:meth:`SimplexProgram.bound`).
         y: the multipliers of Gᵀp = g, (m,).
-        steps: interior-point steps of all programs together.
-        reduced: the reduced costs c - G y, (v,).
+        steps: interior-point steps of the programs over all working sets together.
+        reduced: the reduced costs c - G y, (v,): least for the tokens that have mass.
     """
 
     p: Float[Tensor, " v"]
@@ -92,7 +93,10 @@ class Optimum:
 
 
 def solve_program(program: SimplexProgram, max_steps: int) -> Optimum:
-    """Solve a program to its ``tol``, if rounding and a limited number of working sets allow; nothing is proved.
+    """Solve a program until its gap is at most its ``tol``, by column generation; return the last point.
+
+    It may end earlier: after 60 working sets, or once no token outside the working set would lower the optimum over it.
+    Nothing is raised then.
 
     Args:
         program: the program.
@@ -119,7 +123,10 @@ def solve_program(program: SimplexProgram, max_steps: int) -> Optimum:
 
 
 def _first(program: SimplexProgram) -> Bool[Tensor, " v"]:
-    """Return the first working set: the tokens of largest weight, or all that may have mass if they are few."""
+    """Return the first working set, a mask (v,): the tokens of largest weight, or all that may have mass if few may.
+
+    The number is 2,048 or, if more, four times that of the constraints; "few" is up to twice that.
+    """
     size = max(_FEWEST, _PER_CONSTRAINT * len(program.target))
     if int(program.alive.sum()) <= 2 * size:
         return program.alive.clone()
@@ -130,11 +137,16 @@ def _first(program: SimplexProgram) -> Bool[Tensor, " v"]:
 def _more(
     program: SimplexProgram, chosen: Bool[Tensor, " v"], reduced: Float[Tensor, " v"]
 ) -> Bool[Tensor, " v"] | None:
-    """Return the next working set, or None if no token would lower the optimum.
+    """Return the next working set, a mask (v,), or None if no token outside ``chosen`` would lower the optimum over it.
 
-    The tokens of least reduced cost enter, at most half as many as the set has, or 64; nearly as many leave, the ones
-    of largest reduced cost, as long as enough stay for an optimum. If None, the remaining gap is the interior-point
-    method's own.
+    Of the tokens whose reduced cost is below the least in the set those of least reduced cost enter, at most half as
+    many as the set has, or 64. Up to 0.9 times as many, those of largest reduced cost, leave, as long as two tokens per
+    constraint stay. If it is None, the remaining gap is the interior-point method's own.
+
+    Args:
+        program: the program.
+        chosen: the working set.
+        reduced: the reduced costs c - G y of all tokens.
     """
     size = int(chosen.sum())
     open_to = torch.where(program.alive & ~chosen, reduced, torch.inf)

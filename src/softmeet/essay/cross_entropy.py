@@ -22,9 +22,9 @@ from softmeet.solvers.base import Status
 class CrossEntropyRule(ExactRule):
     """The base of rules that minimise a function of the cross-entropies -pᵀ log p̂_i over the feasible set C.
 
-    With ``slack`` τ > 0 the moments need not hold, and ‖Qᵀ(p - p̂)‖² / 2τ, summed over members, is added to the
-    objective. If the objective is constant on C, the rule chooses nothing: the answer is the I-projection of the pool
-    onto C or, with ``vertex``, a vertex of C.
+    With ``slack`` τ > 0 p need not have the members' moments, and Σ_i ‖Q_iᵀ(p - p̂_i)‖² / (2τ), Q_i being the whitened
+    heads, is added to the objective. If the objective is constant on C, the rule chooses nothing: the answer is the
+    I-projection of the pool onto C or, with ``vertex``, a vertex of C: a p with few positive entries.
     """
 
     can_assign_zeros = True
@@ -37,11 +37,14 @@ class CrossEntropyRule(ExactRule):
     )
 
     def constrained(self, problem: Problem) -> bool:
-        """Return whether the moments must hold exactly, which they must without ``slack``."""
+        """Return whether the answer must have the members' moments, which it must unless ``slack`` is positive."""
         return self.slack == 0
 
     def relaxes(self, problem: Problem) -> bool:
-        """Return whether the settings, or ``slack``, ask for less than every member's moments."""
+        """Return whether the rule asks for less than every member's exact moments.
+
+        It does if the settings leave directions unconstrained (:meth:`Rule.relaxes`), or ``slack`` is positive.
+        """
         return super().relaxes(problem) or self.slack > 0
 
     def why_degenerate(self, problem: Problem) -> str:
@@ -59,19 +62,24 @@ class CrossEntropyRule(ExactRule):
 
     @abstractmethod
     def is_constant(self, row: FeasibleSet) -> bool:
-        """Return whether the objective is proved to be constant on the feasible set, up to ``tol`` or rounding."""
+        """Return whether the objective, without slack's term, is proved to be constant on the feasible set.
+
+        It may vary by ``tol`` or by rounding of the log-probabilities (:attr:`FeasibleSet.indistinct`).
+        """
 
     @abstractmethod
     def gradient(self, row: FeasibleSet, p: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
-        """Return the objective's gradient at ``p``, (v,), without slack's term; 0 for tokens not to be answered."""
+        """Return the objective's gradient at ``p``, (v,), without slack's term; 0 for tokens outside ``row.alive``."""
 
     @abstractmethod
     def optimum(self, row: FeasibleSet, member: Float[Tensor, " v"] | None) -> Optimum:
-        """Minimise the rule's objective for one row by a linear or quadratic program.
+        """Minimise the rule's objective over the feasible set C of one row, by a linear or quadratic program.
+
+        With ``slack`` it is minimised over the simplex, with the penalty of the moments added.
 
         Args:
             row: the row's feasible set C.
-            member: some distribution in C, probabilities, (v,); None with ``slack``.
+            member: some distribution in C, probabilities, (v,), from which the program starts; None with ``slack``.
         """
 
     @abstractmethod
@@ -101,9 +109,11 @@ class CrossEntropyRule(ExactRule):
         return Choice(p, row.fit(self.gradient(row, p)), 0)
 
     def status(self, row: FeasibleSet, p: Float[Tensor, " v"], found: Bounds) -> Status:
-        """Return the base class's status, or DEGENERATE if ``p`` has the moments and :meth:`is_constant` holds.
+        """Return :meth:`ExactRule.status`, except that rows whose objective is constant are DEGENERATE.
 
-        In such a row the gap may exceed ``tol`` only because log-probabilities were given with few digits.
+        Those are the rows in which the moments must hold and ``p`` has them, :meth:`is_constant` is True, and more than
+        one distribution may have the moments (not ``row.unique``). In such a row the gap may exceed ``tol`` only
+        because log-probabilities were given with few digits.
         """
         status = super().status(row, p, found)
         if status == Status.DEGENERATE or not self.constrained(row.problem) or row.unique:
@@ -111,9 +121,11 @@ class CrossEntropyRule(ExactRule):
         return Status.DEGENERATE if moments_hold(row, p) and self.is_constant(row) else status
 
     def off(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> tuple[float, float]:
-        """Return (the penalty that ``slack`` τ adds to the objective at p; what to subtract from the bound at y).
+        """Return the terms that ``slack`` τ brings to the objective and to its lower bound; both are 0 without slack.
 
-        They are Σ_i ‖Q_iᵀ(p - p̂_i)‖² / (2τ) and τ|y|² / 2, y the multipliers of the moments; both are 0 without slack.
+        Returns:
+            (the penalty Σ_i ‖Q_iᵀ(p - p̂_i)‖² / (2τ), to be added to the objective at ``p``; τ|y|² / 2, to be subtracted
+            from the lower bound at the multipliers ``y``, whose last, of Σp = 1, does not count).
         """
         tau = self.slack
         if tau == 0:
@@ -137,8 +149,9 @@ class CrossEntropyRule(ExactRule):
         Args:
             row: the row's feasible set C.
             cost: the linear cost of each token, (v,).
-            member: some distribution in C, or None with ``slack``.
-            extra: further columns, (v, k), the squares of whose sums are added; None for a linear program.
+            member: some distribution in C, probabilities, (v,); None with ``slack``.
+            extra: further columns, (v, k), the squares of whose sums are added; None for a linear program. They get k
+                soft constraints, after all others.
         """
         soft = self.slack > 0
         columns, target = (row.tokens, row.target) if soft else row.system
@@ -153,12 +166,20 @@ class CrossEntropyRule(ExactRule):
         return SimplexProgram(columns, target, softness, cost, row.alive, unit, member, weight, 0.01 * row.problem.tol)
 
     def multipliers(self, row: FeasibleSet, y: Float[Tensor, " r"]) -> Float[Tensor, " m"]:
-        """Convert the multipliers ``y`` of :meth:`program` to those of the whitened moments and of Σp = 1, (m,)."""
+        """Convert the multipliers ``y`` of the constraints of :meth:`program` to multipliers of Gᵀp = g, (m,).
+
+        The multipliers of its ``extra`` columns, at the end of ``y``, are dropped.
+        """
         return y[: len(row.target)] if self.slack > 0 else row.joint @ y[: row.joint.shape[1]]
 
     def extremes(self, row: FeasibleSet, cost: Float[Tensor, " v"], member: Float[Tensor, " v"] | None) -> Optimum:
-        """Minimise the linear ``cost``, (v,), over the feasible set, plus the penalty of ``slack``; return the optimum.
+        """Minimise Σ_j cost_j p_j over the feasible set C; return the optimum.
 
-        ``member`` is some distribution in the feasible set, or None with ``slack``.
+        With ``slack`` the sum plus the penalty of the moments is minimised over the simplex.
+
+        Args:
+            row: the row's feasible set C.
+            cost: the cost of each token, (v,).
+            member: some distribution in C, probabilities, (v,); None with ``slack``.
         """
         return solve_program(self.program(row, cost, member), row.problem.settings.max_steps)

@@ -41,12 +41,12 @@ class FeasibleSet:
 
     @staticmethod
     def of(problem: Problem) -> list[FeasibleSet]:
-        """Split a batch of B rows into its B feasible sets."""
+        """Return the feasible sets of a batch of B rows, B of them in the order of the rows, in fp64."""
         return [FeasibleSet(one) for one in replace(problem, dtype=torch.float64).rows()]
 
     @cached_property
     def heads(self) -> tuple[WhitenedHead, ...]:
-        """The n whitened heads Q_i, which count how much of them is read."""
+        """The n whitened heads Q_i of this row, in the members' order; ``rows_read`` of each counts its reads."""
         return self.problem.views(range(len(self.problem.heads)))
 
     @cached_property
@@ -58,7 +58,7 @@ class FeasibleSet:
     def log_mean(self) -> Float[Tensor, " v"]:
         """The logarithm of the members' weighted mean Σ w_i p̂_i, (v,), in nats.
 
-        Tokens that may not be answered have -inf; the others are not renormalised.
+        Tokens outside :attr:`alive` have -inf; the others are not renormalised.
         """
         mean = prob_mean(self.problem.log_p, self.problem.weights)[0]
         return mean.masked_fill(~self.alive, -torch.inf)
@@ -70,15 +70,19 @@ class FeasibleSet:
 
     @cached_property
     def alive(self) -> Bool[Tensor, " v"]:
-        """The tokens that may have mass, a mask (v,): positive for every member, and inside the problem's support."""
+        """The tokens that may have mass, a mask (v,): those to which every member gives more than 0.
+
+        If ``problem.support`` is given, they must also be in it.
+        """
         shared = (~self.log_p.isneginf()).all(0)
         return shared if self.problem.support is None else shared & self.problem.support
 
     @cached_property
     def indistinct(self) -> float:
-        """The largest difference, in nats, that counts as none between two values of an objective.
+        """The largest range, in nats, over which an objective still counts as constant.
 
-        It is ``tol`` or, if larger, what rounding of the given log-probabilities can make of a constant objective.
+        It is the setting ``tol`` or, if larger, an estimate of the range that a constant objective gets from rounding
+        of the given log-probabilities: 2 · ``problem.precision`` · the largest -log p̂_ij of tokens in :attr:`alive`.
         """
         return max(self.problem.tol, 2 * self.problem.precision * float(-self.log_p[:, self.alive].min()))
 
@@ -94,17 +98,18 @@ class FeasibleSet:
 
     @cached_property
     def target(self) -> Float[Tensor, " m"]:
-        """The right-hand side g of Gᵀp = g, (m,): the members' moments Q_iᵀp̂_i, and 1."""
+        """The right-hand side g of Gᵀp = g, (m,): the members' moments Q_iᵀp̂_i, from member 0 on, and 1 at the end."""
         parts = [h.moments(p[None].exp())[0][0] for h, p in zip(self.heads, self.log_p, strict=True)]
         return torch.cat([*parts, self.ones[0]])
 
     @cached_property
     def joint(self) -> Float[Tensor, "m r"]:
-        """A matrix T, (m, r), that makes G = [Q_1 | … | Q_n | 1] well conditioned.
+        """A matrix T, (m, r), that makes G = [Q_1 | … | Q_n | 1] well conditioned when multiplied from the right.
 
-        On the tokens that may have mass G T has orthonormal columns, and as its last one the column of ones. Directions
-        in which the heads agree to ``_JOINT_TOLERANCE`` count once, so r may be less than m: the difference of their
-        moments is below ``MOMENT_TOLERANCE``, and would only make the system ill-conditioned.
+        On the tokens that may have mass G T has orthonormal columns, followed by the column of ones as the last, to
+        which they are orthogonal. Directions in which the heads agree to a relative 1e-6 count once, so r may be less
+        than m: the difference of their moments is below ``MOMENT_TOLERANCE``, and would only make the system
+        ill-conditioned.
         """
         gram = self.tokens.gram(self.alive.to(self.target))
         size = gram[-1, -1]
@@ -120,29 +125,31 @@ class FeasibleSet:
 
     @cached_property
     def system(self) -> tuple[MomentMatrix, Float[Tensor, " r"]]:
-        """The constraints Gᵀp = g as a well-conditioned system of r equations: (G T, Tᵀg), T being :attr:`joint`.
+        """The constraints Gᵀp = g as a well-conditioned system of r ≤ m equations, (G T)ᵀp = Tᵀg: (G T, Tᵀg).
 
-        G holds the whitened heads and a column of ones, g the members' moments and 1. If y are multipliers of this
-        system, T y are multipliers of the original one.
+        T, (m, r), is :attr:`joint`, G is :attr:`tokens`, [Q_1 | … | Q_n | 1], and g is :attr:`target`. The last
+        equation is Σp = 1 here, too. If y are multipliers of this system, T y are multipliers of the original one.
         """
         return mapped(self.tokens, self.joint), self.target @ self.joint
 
     def excess(self, p: Float[Tensor, " v"]) -> Float[Tensor, " m"]:
-        """Return by how much the whitened moments of ``p`` exceed the members', and Σp exceeds 1, (m,)."""
+        """Return Gᵀp - g, (m,): the whitened moments of ``p`` less the members', and at the end Σp - 1."""
         return self.tokens.sums(p) - self.target
 
     def raw(self, y: Float[Tensor, " m"]) -> tuple[Float[Tensor, "1 _"], ...]:
-        """Convert multipliers ``y`` of whitened moments, (m,), to the heads' coordinates: λ_i, (1, d_i), per member.
+        """Convert multipliers ``y`` of Gᵀp = g, (m,), to multipliers λ_i, (1, d_i), of each member's moments W_iᵀp.
 
-        The last multiplier, of Σp = 1, is dropped.
+        λ_i = R_i y_i, Q_i = (W_i - 1c_iᵀ) R_i being member i's whitened head and y_i its part of ``y``. The last entry
+        of ``y``, of Σp = 1, is dropped.
         """
         parts = y[: len(self.target) - 1].split([h.rank for h in self.heads])
         return tuple((part @ h.whitening.factor.T)[None] for h, part in zip(self.heads, parts, strict=True))
 
     def whitened(self, raw: tuple[Float[Tensor, " _"], ...]) -> Float[Tensor, " m"]:
-        """Convert multipliers λ_i, (d_i,), of the heads W_i to those of whitened moments, (m,), with 0 for Σp = 1.
+        """Convert multipliers λ_i, (d_i,), of each member's moments W_iᵀp to those of Gᵀp = g, (m,), 0 at the end.
 
-        This inverts :meth:`raw`; parts of λ_i in directions that carry no constraint are dropped.
+        This inverts :meth:`raw`, up to the multiplier of Σp = 1. Parts of λ_i in directions that the whitened head does
+        not have are dropped.
         """
         parts = [h.whitening.inverse @ lam.to(self.target) for h, lam in zip(self.heads, raw, strict=True)]
         return torch.cat([*parts, torch.zeros_like(self.ones[0])])
@@ -155,7 +162,10 @@ class FeasibleSet:
         return self.tokens.times(y) - self.target @ y
 
     def passes(self) -> float:
-        """Return how often all heads were read so far: entries read divided by all entries."""
+        """Return how often all heads were read through :attr:`heads` so far.
+
+        That is the number of entries of [W_1 | … | W_n] that were read, divided by the number of all its entries.
+        """
         reads = sum(int(h.rows_read[0]) * h.head.d for h in self.heads)
         return reads / sum(h.head.d for h in self.heads) / len(self.log_q)
 
@@ -167,9 +177,9 @@ class FeasibleSet:
 
     @cached_property
     def unique(self) -> bool:
-        """Whether at most one p has given moments, as [1, W_1 | … | W_n] has as high a rank as it has rows.
+        """Whether at most one p can have the members' moments: [1, W_1 | … | W_n] has linearly independent rows.
 
-        Rows of tokens that may not have mass do not count.
+        Only rows of tokens that may have mass count. It is not said whether there is such a p.
         """
         size = int(self.alive.sum())
         return len(self.target) >= size and self.rank >= size
@@ -183,10 +193,13 @@ class FeasibleSet:
         return values, vectors, scale
 
     def fit(self, cost: Float[Tensor, " v"]) -> Float[Tensor, " m"]:
-        """Return multipliers y, (m,), for which ``cost`` less G y is nearest to a constant, by least squares.
+        """Return multipliers y, (m,), for which ``cost`` - G y is nearest to a constant for all tokens (least squares).
 
-        G has the columns of the whitened heads and one of ones, whose entry is set to 0 afterwards. Tokens that may not
-        have mass do not count. ``cost`` has the shape (v,).
+        The multiplier of the column of ones is fitted, too, and then replaced by 0. Only tokens that may have mass
+        count.
+
+        Args:
+            cost: a number for each token, (v,).
         """
         weight = self.alive.to(self.target)
         cost = torch.where(self.alive, cost, 0.0)
@@ -202,16 +215,18 @@ class FeasibleSet:
     def range_of(self, cost: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> tuple[float, float]:
         """Return (lower, upper) bounds on Σ_j cost_j p_j over every p in the feasible set, valid for any multipliers y.
 
-        They are the least and the largest entry of ``cost`` - ``scores(y)`` on the tokens that may have mass.
+        They are the least and the largest entry of ``cost`` - ``scores(y)`` over the tokens that may have mass, in the
+        unit of ``cost``, (v,). :meth:`fit` finds a y for which they are close.
         """
         reduced = (cost - self.scores(y))[self.alive]
         return float(reduced.min()), float(reduced.max())
 
 
 def may_be_unique(problem: Problem) -> bool:
-    """Return whether moments can determine a distribution in some row of the batch.
+    """Return whether :attr:`FeasibleSet.unique` is possible in some row of the batch, judged by ranks alone.
 
-    They can only if 1 + Σ ranks of the heads is at least the number of tokens that every member allows.
+    It is possible only if 1 + Σ_i rank(Q_i), Q_i the whitened heads, is at least the number of tokens to which every
+    member gives more than 0.
     """
     alive = (~problem.log_p.isneginf()).all(0).sum(-1)
     return 1 + sum(head.whitening(problem.settings.rank).rank for head in problem.heads) >= int(alive.min())

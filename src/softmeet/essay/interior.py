@@ -49,19 +49,21 @@ _ENOUGH, _NEARLY = 3, 1e-8
 class Program:
     """A separable convex program in N variables: minimise Σ_j φ_j(x_j) + ½ |E^{-½}(Gᵀx - g)|² over 0 ≤ x ≤ u.
 
-    E is diagonal; constraints with E = 0 are hard, Gᵀx = g, and leave the sum.
+    φ_j(x) = cost_j x, plus x log(x / q_j) - x if there is a ``reference`` q. E is diagonal. A constraint k with E_kk =
+    0 is hard, (Gᵀx)_k = g_k, and has no term in the sum. All tensors are fp64.
 
     Args:
         columns: G, (N, m).
         target: g, (m,).
         cost: the linear part of φ, (N,).
         softness: the diagonal of E, (m,); 0 for a hard constraint.
-        start: x to begin from, (N,), positive and below ``upper``.
-        unit: the index of a constraint whose column of G is 1 for every variable, by whose multiplier the dual starts
-            feasible; not used if there are upper bounds and no barrier.
-        upper: u, (N,), or None for no upper bounds.
-        barrier: the weights c of a logarithmic barrier -Σ c_j log x_j, (N,), or None for 0.
-        reference: q, (N,): φ also has the term x log(x / q) - x; None for a linear φ.
+        start: x to begin from, (N,), positive and below ``upper``; it need not satisfy Gᵀx = g.
+        unit: the index k of a constraint whose column of G is 1 for every variable: its multiplier is set so that the
+            multipliers z of x ≥ 0 are positive at the start. Not used if there are upper bounds and no barrier.
+        upper: u, (N,), positive; None if x is bounded by 0 ≤ x alone.
+        barrier: the weights c of a logarithmic barrier -Σ c_j log x_j, which is added to the objective, (N,), or None
+            for 0.
+        reference: q, (N,), positive; None for a linear φ.
     """
 
     columns: MomentMatrix
@@ -75,11 +77,11 @@ class Program:
     reference: Float[Tensor, " N"] | None = None
 
     def slope(self, x: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-        """Return φ'(x), the derivative of each variable's own cost, (N,)."""
+        """Return φ_j'(x_j) for every variable j, (N,): ``cost``, plus log(x / q) if there is a ``reference`` q."""
         return self.cost if self.reference is None else self.cost + (x / self.reference).log()
 
     def curvature(self, x: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-        """Return φ''(x), the second derivative of each variable's own cost, (N,); 0 without a ``reference``."""
+        """Return φ_j''(x_j) for every variable j, (N,): 1 / x_j if there is a ``reference``, else 0."""
         return torch.zeros_like(x) if self.reference is None else 1 / x
 
 
@@ -89,11 +91,11 @@ class Interior:
 
     Attributes:
         x: the variables, positive, (N,).
-        y: the multipliers of Gᵀx = g, (m,).
+        y: the multipliers of Gᵀx = g, (m,), with the sign of φ'(x) - G y - z + w = 0.
         steps: the number of steps to this point.
-        residual: |Gᵀx + E y - g|, the error of the constraints.
-        complementarity: Σ |x z - c| + Σ (u - x) w, the distance from optimality at the bounds; z and w are the
-            multipliers of x ≥ 0 and x ≤ u, c the barrier's weights.
+        residual: |Gᵀx + E y - g|, the Euclidean error of the constraints.
+        complementarity: Σ |x z - c| + Σ (u - x) w, which is 0 at the optimum; z ≥ 0 and w ≥ 0 are the multipliers of
+            x ≥ 0 and x ≤ u, c the barrier's weights.
     """
 
     x: Float[Tensor, " N"]
@@ -104,14 +106,16 @@ class Interior:
 
     @property
     def merit(self) -> float:
-        """The sum of ``residual`` and ``complementarity``, 0 at an exact optimum."""
+        """The sum of ``residual`` and ``complementarity``: the smaller the better, 0 at an exact optimum."""
         return self.residual + self.complementarity
 
 
 def interior_point(program: Program, max_steps: int = 100) -> Interior:
-    """Minimise a program until it is exact to round-off, makes no more progress, or has taken ``max_steps`` steps.
+    """Minimise a program by Mehrotra's interior-point method; return the point with the least :attr:`Interior.merit`.
 
-    Return the point with the least ``merit``. Nothing is proved about it: callers bound its gap from x and y.
+    The method stops once the optimality conditions hold to round-off, it makes no more progress, a linear system cannot
+    be solved, or ``max_steps`` steps are taken. Nothing is raised then, and nothing is proved about the point: callers
+    bound its gap from x and y.
     """
     method = _Method(program)
     best = method.report(0)
@@ -133,7 +137,10 @@ def interior_point(program: Program, max_steps: int = 100) -> Interior:
 
 
 class _Method:
-    """The state of the method for one program: x, y, z, w and the residual of the constraints."""
+    """The state of the method for one program: the current x, y, z, w and the residual of the constraints.
+
+    The module docstring has the meaning of the letters; w is None without upper bounds. ``advance`` changes the state.
+    """
 
     def __init__(self, program: Program) -> None:
         self.program, self.G = program, program.columns
@@ -162,31 +169,34 @@ class _Method:
 
     @property
     def slack(self) -> Tensor:
-        """The distance u - x to the upper bounds."""
+        """The distance u - x to the upper bounds, (N,), positive; only for a program that has them."""
         assert self.program.upper is not None
         return self.program.upper - self.x
 
     def _residual(self) -> Float[Tensor, " m"]:
-        """Return g - Gᵀx - E y."""
+        """Return g - Gᵀx - E y, (m,), at the current point: 0 if the constraints hold."""
         return self.program.target - self.G.sums(self.x) - self.program.softness * self.y
 
     def report(self, steps: int) -> Interior:
-        """Return the current point as an :class:`Interior`."""
+        """Return the current point as an :class:`Interior`, with ``steps`` as its number of steps."""
         total = (self.x * self.z - self.c).abs().sum()
         if self.w is not None:
             total = total + (self.slack * self.w).sum()
         return Interior(self.x, self.y, steps, float(self.residual.norm()), float(total))
 
     def complementary(self, relative: float) -> bool:
-        """Return whether complementarity is at most ``relative`` times the size of the costs."""
+        """Return whether the complementarity is at most ``relative`` times the size of the costs at the start."""
         return self.report(0).complementarity <= relative * self.cost_scale
 
     def finished(self) -> bool:
-        """Return whether complementarity and residual are at round-off."""
+        """Return whether complementarity and residual are no more than rounding, relative to costs and moments."""
         return self.complementary(_COMPLEMENTARY) and self.report(0).residual <= _FEASIBLE * self.scale
 
     def advance(self) -> bool:
-        """Take one predictor and corrector step; return False if the linear system cannot be solved."""
+        """Take one predictor and corrector step, in place; return True.
+
+        If the system's matrix cannot be factored, or the step is not finite, return False and change nothing.
+        """
         program, x, z = self.program, self.x, self.z
         theta = program.curvature(x) + z / x
         if self.w is not None:
@@ -350,12 +360,12 @@ def _finite(step: _Step) -> bool:
 
 
 def _towards(mu: float, products: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """Return the changes that bring products within a factor of ``mu``; large ones are lowered by a limited amount."""
+    """Return the changes that bring products into [``mu`` / 10, 10 ``mu``], each at least -10 ``mu``."""
     change = products.clamp(mu * _CLOSE, mu / _CLOSE) - products
     return change.clamp_min(-mu / _CLOSE)
 
 
 def _ratio(x: Float[Tensor, " N"], dx: Float[Tensor, " N"]) -> float:
-    """Return the longest step along ``dx`` that keeps x positive, at most 1 / damping."""
+    """Return the largest t with x + t dx ≥ 0, at most 1 / 0.9995, so that a damped step of full length is 1."""
     falling: Bool[Tensor, " N"] = dx < 0
     return min(1.0 / _DAMPING, float((x[falling] / -dx[falling]).min())) if bool(falling.any()) else 1.0 / _DAMPING

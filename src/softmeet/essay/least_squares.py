@@ -41,13 +41,14 @@ class LeastSquares(ExactRule):
     )
 
     def constrained(self, problem: Problem) -> bool:
-        """Return False: the moments need not hold, only be as near as possible."""
+        """Return False: the answer need not have the members' moments, only moments as near to them as possible."""
         return False
 
     def choose(self, row: FeasibleSet, member: Float[Tensor, " v"] | None) -> Choice:
-        """Choose the p with the nearest moments; of several, the I-projection of the pool onto them.
+        """Choose the p with the nearest moments: least Σ_i ‖Q_iᵀ(p - p̂_i)‖², or with W_i if ``metric`` is ``raw``.
 
-        If ``member``, a distribution with the members' moments, is given, it is the answer.
+        Of several such p the I-projection of the pool onto them is chosen. If ``member``, a distribution with the
+        members' moments exactly, is given, it is the choice.
         """
         if member is not None:
             return Choice(member, torch.zeros_like(row.target), 0)
@@ -61,10 +62,11 @@ class LeastSquares(ExactRule):
         return Choice(p, torch.zeros_like(row.target), found.steps + steps)
 
     def bounds(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
-        """Bound the squared distance of the moments over the simplex by the gap of Frank and Wolfe at ``p``.
+        """Bound the squared distance of the moments over the simplex from below, by Frank and Wolfe's gap at ``p``.
 
-        The value is |r|², r being the moments of ``p`` less the members', the gap 2(rᵀGᵀp - min_j rᵀg_j), g_j token j's
-        moments. ``y`` is not used.
+        The value is |r|², r being the moments of ``p`` less the members', in the coordinates that ``metric`` names. The
+        lower bound is |r|² less that gap, 2(rᵀGᵀp - min_j rᵀg_j), g_j token j's moments, or 0 if that is larger. No
+        bound from above is given: ``most`` is inf. ``y`` is not used.
         """
         r, scores = self._excess_and_scores(row, p)
         value = float(r.square().sum())
@@ -74,7 +76,9 @@ class LeastSquares(ExactRule):
     def proof(self, row: FeasibleSet, p: Float[Tensor, " v"]) -> Float[Tensor, " m"]:
         """Return multipliers y, (m,), with yᵀ(g_j - g) < 0 for every token j, which proves C empty; 0 without a proof.
 
-        y = T Tᵀ(g - Gᵀp), the members' moments less those of ``p``, with T the map to the moments that are compared.
+        y = T Tᵀ(g - Gᵀp), g - Gᵀp being the members' whitened moments less those of ``p``. Tᵀ times whitened moments
+        are the moments that ``metric`` compares, so T is the identity unless that is ``raw``. Token j runs over those
+        that may have mass; the last entry of y, for Σp = 1, is 0.
         """
         T, (r, _) = self._metric(row), self._excess_and_scores(row, p)
         y = -(r if T is None else T @ r)
@@ -91,7 +95,10 @@ class LeastSquares(ExactRule):
     def _excess_and_scores(
         self, row: FeasibleSet, p: Float[Tensor, " v"]
     ) -> tuple[Float[Tensor, " k"], Float[Tensor, " v"]]:
-        """Return r = Gᵀp - g in the metric, with 0 for Σp, and G r for every token."""
+        """Return (r, rᵀg_j for every token j): r are the moments of ``p`` less the members', 0 at the end, for Σp.
+
+        r, (k,), and g_j are in the coordinates that ``metric`` compares; k is m if that is ``whitened``.
+        """
         T, r = self._metric(row), row.excess(p)
         r[-1] = 0.0
         r = r if T is None else r @ T
@@ -99,7 +106,7 @@ class LeastSquares(ExactRule):
 
 
 def _finished(row: FeasibleSet, columns: MomentMatrix, target: Float[Tensor, " k"], found: Optimum) -> Optimum:
-    """Solve exactly for the masses on the support of ``found``; return the better of both by the gap.
+    """Solve by linear algebra for the masses on the support of ``found``; return that or ``found``, of smaller gap.
 
     min ‖Σ u_j (g_j - g)‖² + (Σu - 1)² is least at a multiple of the answer. Tokens that would turn negative leave the
     support (Lawson and Hanson 1974).
@@ -121,7 +128,7 @@ def _finished(row: FeasibleSet, columns: MomentMatrix, target: Float[Tensor, " k
 
 
 def _gap(row: FeasibleSet, columns: MomentMatrix, target: Float[Tensor, " k"], p: Float[Tensor, " v"]) -> float:
-    """Return the gap of Frank and Wolfe at ``p``: how far |Gᵀp - g|² can be from its least value."""
+    """Return the gap of Frank and Wolfe at ``p``: an upper bound on |Gᵀp - g|² less its least value on the simplex."""
     r = columns.sums(p) - target
     r[-1] = 0.0
     scores = columns.times(r)
@@ -129,12 +136,15 @@ def _gap(row: FeasibleSet, columns: MomentMatrix, target: Float[Tensor, " k"], p
 
 
 def _positive(row: FeasibleSet, found: Optimum) -> Bool[Tensor, " v"]:
-    """Return the tokens whose masses are positive and, by strict complementarity, not on their way to zero."""
+    """Return the tokens, a mask (v,), whose masses in ``found`` are positive and not on their way to zero.
+
+    Those are the tokens whose mass exceeds their reduced cost less the least one (strict complementarity).
+    """
     return row.alive & (found.p > found.reduced - found.reduced[row.alive].min())
 
 
 def _face(row: FeasibleSet, found: Optimum) -> Bool[Tensor, " v"]:
-    """Return the tokens that points with the nearest moments may use: those of least reduced cost.
+    """Return the tokens, a mask (v,), that points with the nearest moments may use: those of least reduced cost.
 
     These are all tokens if the heads have one column space and their members disagree.
     """
@@ -146,7 +156,7 @@ def _face(row: FeasibleSet, found: Optimum) -> Bool[Tensor, " v"]:
 def _most_entropy(
     row: FeasibleSet, columns: MomentMatrix, found: Optimum, face: Bool[Tensor, " v"]
 ) -> tuple[Float[Tensor, " v"], int]:
-    """Project the pool onto the points with the nearest moments, which are those on the tokens ``face``.
+    """Project the pool onto the points with the moments of ``found``, which have mass only on the tokens ``face``.
 
     Returns:
         (the distribution, the number of steps).

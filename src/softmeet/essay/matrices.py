@@ -32,10 +32,10 @@ class MomentMatrix:
     """A matrix G, (N, m), given by functions; it has a row g_j for each variable of a program with constraints Gᵀx = g.
 
     Attributes:
-        times: maps y, (m,), to G y, (N,).
-        sums: maps x, (N,), to Gᵀx, (m,).
-        gram: maps weights θ ≥ 0, (N,), to Σ_j θ_j g_j g_jᵀ, (m, m).
-        rows: maps the indices of k variables to their rows of G, (k, m).
+        times: a function from y, (m,), to G y, (N,).
+        sums: a function from x, (N,), to Gᵀx, (m,).
+        gram: a function from weights θ ≥ 0, (N,), to Σ_j θ_j g_j g_jᵀ, (m, m).
+        rows: a function from the indices of k variables to their rows of G, (k, m).
         dense: G itself if it is in memory, else None.
     """
 
@@ -47,7 +47,7 @@ class MomentMatrix:
 
 
 def dense_matrix(G: Float[Tensor, "N m"]) -> MomentMatrix:
-    """Wrap a matrix ``G`` that is in memory.
+    """Return the :class:`MomentMatrix` of a matrix ``G`` that is in memory; ``G`` is not copied.
 
     Example:
         >>> import torch
@@ -79,8 +79,9 @@ def token_matrix(heads: Sequence[WhitenedHead], extra: Float[Tensor, "v k"]) -> 
     """Return the matrix [Q_1 | … | Q_n | extra] over all v tokens: in memory if it is small, else streamed.
 
     Args:
-        heads: the whitened heads Q_i of one row, in fp64. If streamed, each product reads every head once.
-        extra: k further columns, such as the column of ones for Σp = 1.
+        heads: the whitened heads Q_i of one row; products come out in fp64. In memory means that every head is read
+            once, now; streamed, that every later ``times``, ``sums`` and ``gram`` reads it once.
+        extra: k further columns, (v, k), fp64, such as the column of ones for Σp = 1.
     """
     v, m = len(extra), sum(h.rank for h in heads) + extra.shape[1]
 
@@ -115,9 +116,9 @@ def token_matrix(heads: Sequence[WhitenedHead], extra: Float[Tensor, "v k"]) -> 
 
 
 def stacked(base: MomentMatrix, below: Float[Tensor, "k m"]) -> MomentMatrix:
-    """Return the matrix ``base`` with k further rows ``below`` it.
+    """Return the matrix, (N + k, m), that has the N rows of ``base`` and then the k rows of ``below``.
 
-    Its ``rows`` accepts indices of ``base`` only.
+    Its ``rows`` accepts the indices 0 … N - 1 of rows of ``base`` only.
     """
     k = len(below)
     return MomentMatrix(
@@ -141,11 +142,14 @@ def mapped(base: MomentMatrix, T: Float[Tensor, "m k"]) -> MomentMatrix:
 
 
 def subset(base: MomentMatrix, variables: Int[Tensor, " k"], N: int) -> MomentMatrix:
-    """Select rows of the matrix ``base``: by a copy in memory if that is small and cheaper, else through ``base``.
+    """Return the matrix, (k, m), of some rows of ``base``, in the order in which ``variables`` names them.
+
+    They are copied into memory if they are at most half of ``base`` and at most 2²⁶ numbers; else each operation runs
+    through ``base``, with zeros for the other rows.
 
     Args:
         base: the matrix, (N, m).
-        variables: the indices of the k rows.
+        variables: the indices of the k rows, all different.
         N: the number of rows of ``base``.
     """
     if 2 * len(variables) <= N and len(variables) * base.rows(variables[:1]).shape[1] <= _HELD:

@@ -32,10 +32,10 @@ EXACT = 1e-12
 class MaxEntropy(Meet):
     """The rule that minimises KL(p‖q) over p with every member's moments: the I-projection of the pool q.
 
-    Without bias and soft-cap, and from the logit mean with any weights, this is the distribution of maximum entropy in
-    the feasible set C = { p : W_iᵀ p = W_iᵀ p̂_i for all i }. C is often empty for real models; then the status is
-    INFEASIBLE, proved by a Farkas vector. If the rank of [1, W_1 | … | W_n] is the number of tokens, at most one
-    distribution has the moments, and it is found by linear algebra.
+    If the heads have neither bias nor soft-cap and the pool is a logit mean, whatever its weights, this is the
+    distribution of maximum entropy in the feasible set C = { p : W_iᵀ p = W_iᵀ p̂_i for all i }. C is often empty for
+    real models; then the status is INFEASIBLE, with a Farkas proof. If the rank of [1, W_1 | … | W_n] is the number of
+    tokens, at most one distribution has the moments, and it is found by linear algebra.
     """
 
     name = "max-entropy"
@@ -44,14 +44,15 @@ class MaxEntropy(Meet):
     is_feasible = True
 
     def effective_trust(self, trust: Sequence[float]) -> tuple[float, ...]:
-        """Return infinite trusts, one for each in ``trust``: the moments hold exactly, whatever was asked for."""
+        """Return infinite trusts, one for each in ``trust``, whose values are ignored: moments are to hold exactly."""
         return (math.inf,) * len(trust)
 
     def solve(self, problem: Problem) -> Answer:
         """Find the I-projection of the pool onto every row's feasible set, or a proof that the set is empty.
 
-        By linear algebra in rows in which moments leave no choice, else by the dual as ``meet`` does. Rows that the
-        dual leaves open are settled by the nearest moments, which can prove the set empty, or by interior points.
+        Rows in which at most one distribution can have the moments (:attr:`FeasibleSet.unique`) are solved by linear
+        algebra, the others by the dual as ``meet`` does. In rows that the dual leaves NOT_CONVERGED the p with the
+        nearest moments is computed, which can prove the set empty; if it does not, interior points solve the row.
         """
         return self.projected(problem)
 
@@ -60,8 +61,9 @@ class MaxEntropy(Meet):
 
         Args:
             problem: the batch.
-            any_member: if the set touches the boundary of the simplex, the dual may have no optimum; whether any
-                distribution of the set that interior points find is then an answer.
+            any_member: whether another distribution of the set, if interior points find one, is an answer (OPTIMAL) in
+                rows in which the I-projection is not reached, as when every p of the set gives some token probability
+                0, so that the dual has no optimum. If False, such rows are NOT_CONVERGED.
         """
         if not problem.log_p.shape[1] or not may_be_unique(problem):
             answer = super().solve(problem)
@@ -76,7 +78,11 @@ class MaxEntropy(Meet):
         return answer
 
     def verify(self, problem: Problem, answer: Answer) -> Recomputed:
-        """Evaluate the stored dual point again, as ``meet`` does, or check the moments if they allow one p only."""
+        """Compute gap and status anew from the stored dual point, as ``meet`` does, without a solver.
+
+        In a row in which at most one distribution can have the moments (:attr:`FeasibleSet.unique`) and the answer has
+        them, that suffices: gap 0, OPTIMAL.
+        """
         found = super().verify(problem, answer)
         for k, row in enumerate(FeasibleSet.of(problem)):
             if may_be_unique(row.problem) and row.unique and moments_hold(row, answer.log_probs[k].exp()):
@@ -90,7 +96,10 @@ class MaxEntropy(Meet):
         return found
 
     def _solve_row(self, row: FeasibleSet) -> Answer:
-        """Solve one row by linear algebra if its moments leave no choice, else by the dual."""
+        """Solve one row by linear algebra if at most one p can have the moments (``row.unique``), else by the dual.
+
+        The dual is also used if linear algebra finds neither that p nor a proof that there is none.
+        """
         if not row.unique:
             return super().solve(row.problem)
         p, proof = unique_feasible_point(row)
@@ -107,15 +116,15 @@ class MaxEntropy(Meet):
 
 
 def members_of(problem: Problem, exactness: float = EXACT) -> Answer:
-    """Find some distribution of every row's feasible set: the I-projection of the pool, if the dual has an optimum.
+    """Find a distribution in every row's feasible set: the pool's I-projection or, if that is not reached, another.
 
-    A row is INFEASIBLE, with a proof, if the set is empty, and NOT_CONVERGED if neither a distribution nor a proof was
-    found.
+    A row is OPTIMAL if a distribution was found, INFEASIBLE if the set is proved to be empty, and NOT_CONVERGED if
+    neither was achieved.
 
     Args:
-        problem: the batch.
-        exactness: the gap in nats to solve to; at ``EXACT`` or below, the moments of the result are then repaired to
-            round-off.
+        problem: the batch; its own ``tol`` is replaced by ``exactness``, and all is computed in fp64.
+        exactness: the gap in nats to solve to; at 1e-12 (``EXACT``) or below, the moments of the result are then moved
+            to the members' up to round-off (:func:`~softmeet.essay.points.moments_repaired`).
     """
     problem = problem.changed(tol=exactness, dtype=torch.float64)
     answer = MaxEntropy().projected(problem, any_member=True)

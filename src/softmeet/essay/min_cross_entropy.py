@@ -29,34 +29,46 @@ class MinCrossEntropy(CrossEntropyRule):
     )
 
     def gradient(self, row: FeasibleSet, p: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
-        """Return the cost c = -Σ w_i log p̂_i of each token, (v,); it does not depend on ``p``."""
+        """Return the cost c = -Σ w_i log p̂_i of each token, (v,), in nats; it does not depend on ``p``.
+
+        Tokens that may not have mass (outside ``row.alive``) have 0.
+        """
         log_p = row.log_p.masked_fill(~row.alive, 0.0)
         cost: Tensor = -(row.problem.weights[:, None] * log_p).sum(0)
         return cost
 
     def is_constant(self, row: FeasibleSet) -> bool:
-        """Return whether the cost -Σ w_i log p̂_i is a combination of the tokens' moments, up to ``tol`` or rounding.
+        """Return whether the objective is proved constant on the feasible set, up to :attr:`FeasibleSet.indistinct`.
 
-        Then it is constant on the feasible set. The test is a least-squares fit.
+        It is if the costs c = -Σ w_i log p̂_i of the tokens j that may have mass are nearly a + yᵀg_j, g_j the tokens'
+        moments; a and y are found by least squares.
         """
         cost = self.gradient(row, row.log_q)
         low, high = row.range_of(cost, row.fit(cost))
         return high - low <= row.indistinct
 
     def optimum(self, row: FeasibleSet, member: Float[Tensor, " v"] | None) -> Optimum:
-        """Solve the linear program for one row; ``member`` is some distribution in C, or None with ``slack``."""
+        """Minimise -Σ w_i pᵀ log p̂_i over the feasible set C of one row, a linear program; return its optimum.
+
+        ``member`` is some distribution in C, probabilities, (v,); None with ``slack``, whose penalty is added.
+        """
         return self.extremes(row, self.gradient(row, row.log_q), member)
 
     def most(self, row: FeasibleSet, member: Float[Tensor, " v"]) -> float:
-        """Return the largest cost over the feasible set C, by the linear program with the opposite cost.
+        """Return the largest -Σ w_i pᵀ log p̂_i over the feasible set C, in nats, by a linear program.
 
-        ``member`` is some distribution in C.
+        ``member`` is some distribution in C, probabilities, (v,).
         """
         cost = self.gradient(row, row.log_q)
         return float(cost @ self.extremes(row, -cost, member).p)
 
     def bounds(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
-        """Bound the objective over C by linear duality at the multipliers ``y``; no upper bound with ``slack``."""
+        """Bound the objective over C from both sides by multipliers ``y``, (m,), of Gᵀp = g, in nats.
+
+        The bounds are the least and the largest c_j - yᵀ(g_j - g) over tokens j, c = -Σ w_i log p̂_i and g_j token j's
+        moments. With ``slack`` the terms of :meth:`off` are added to the value and subtracted from the lower bound, and
+        the upper one is inf.
+        """
         cost = self.gradient(row, p)
         low, high = row.range_of(cost, y)
         paid, gained = self.off(row, p, y)

@@ -24,12 +24,15 @@ class MinSquaredCrossEntropy(CrossEntropyRule):
     summary = "the least squares of the cross-entropies, a quadratic program; constant, or zeros, like the linear one"
 
     def _sums(self, row: FeasibleSet, p: Float[Tensor, " v"]) -> tuple[Float[Tensor, "n v"], Float[Tensor, " n"]]:
-        """Return (log p̂_i with 0 for tokens that may not be answered, pᵀ log p̂_i)."""
+        """Return (log p̂_i, (n, v), with 0 for tokens outside ``row.alive``; pᵀ log p̂_i, (n,)), in nats."""
         log_p = row.log_p.masked_fill(~row.alive, 0.0)
         return log_p, log_p @ p
 
     def gradient(self, row: FeasibleSet, p: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
-        """Return the gradient at ``p``, 2 Σ w_i (pᵀ log p̂_i) log p̂_i, (v,)."""
+        """Return the gradient of Σ w_i (pᵀ log p̂_i)² at ``p``, 2 Σ w_i (pᵀ log p̂_i) log p̂_i, (v,), in nats².
+
+        Tokens that may not have mass (outside ``row.alive``) have 0.
+        """
         log_p, sums = self._sums(row, p)
         return 2 * (row.problem.weights * sums) @ log_p
 
@@ -45,14 +48,20 @@ class MinSquaredCrossEntropy(CrossEntropyRule):
         return least, sum(w * low**2 for w, (low, _) in zip(weights, ranges, strict=True))
 
     def is_constant(self, row: FeasibleSet) -> bool:
-        """Return whether the objective, or every pᵀ log p̂_i, is proved constant on C by the best fits by moments."""
+        """Return whether the objective is proved constant on C.
+
+        Each log p̂_i is fitted by moments, with least squares (:meth:`FeasibleSet.fit`), which bounds pᵀ log p̂_i over C
+        from both sides. The objective counts as constant if these bounds confine it to a range of at most ``tol``, or
+        confine every pᵀ log p̂_i to one of at most :attr:`FeasibleSet.indistinct`.
+        """
         least, most = self._ends(row)
         return most - least <= row.problem.tol or all(high - low <= row.indistinct for low, high in self._ranges(row))
 
     def optimum(self, row: FeasibleSet, member: Float[Tensor, " v"] | None) -> Optimum:
-        """Solve the quadratic program for one row; ``member`` is some distribution in C, or None with ``slack``.
+        """Minimise Σ w_i (pᵀ log p̂_i)² over the feasible set C of one row, a quadratic program; return its optimum.
 
-        The squares are those of one further column √w_i log p̂_i per member.
+        ``member`` is some distribution in C, probabilities, (v,); None with ``slack``, whose penalty is added. The
+        squares enter as soft constraints, by one further column √w_i log p̂_i of G per member.
         """
         log_p, _ = self._sums(row, row.log_q.exp())
         extra = (row.problem.weights.sqrt()[:, None] * log_p).T
@@ -63,17 +72,19 @@ class MinSquaredCrossEntropy(CrossEntropyRule):
     def most(self, row: FeasibleSet, member: Float[Tensor, " v"]) -> float:
         """Return an upper bound on the objective over the feasible set C: Σ w_i (largest -pᵀ log p̂_i over C)².
 
-        It takes one linear program per member of the ensemble. ``member`` is some distribution in C.
+        It takes one linear program per member of the ensemble. ``member`` is some distribution in C, probabilities,
+        (v,).
         """
         log_p, _ = self._sums(row, row.log_q.exp())
         largest = [-float(own @ self.extremes(row, own, member).p) for own in log_p]
         return float(sum(w * x**2 for w, x in zip(row.problem.weights.tolist(), largest, strict=True)))
 
     def bounds(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
-        """Bound the objective over the feasible set, by multipliers ``y``.
+        """Bound the objective Σ w_i (pᵀ log p̂_i)² over the feasible set C; from below by multipliers ``y`` of Gᵀp = g.
 
         The lower bound is that of the tangent at ``p`` by linear duality, as a convex function lies above its tangents.
-        The upper one follows from bounds on each pᵀ log p̂_i; there is none with ``slack``.
+        The upper one, which does not depend on ``y``, follows from bounds on each pᵀ log p̂_i. With ``slack`` the terms
+        of :meth:`off` are added to the value and subtracted from the lower bound, and the upper one is inf.
         """
         _, sums = self._sums(row, p)
         value = float((row.problem.weights * sums.square()).sum())

@@ -38,9 +38,11 @@ class MinUnderestimation(ExactRule):
     exactness = 1e-2  # only whether there is one
 
     def choose(self, row: FeasibleSet, member: Float[Tensor, " v"] | None) -> Choice:
-        """Choose p by an interior-point method with bounds on both sides, over all tokens that are not negligible.
+        """Choose p by an interior-point method for the linear program 0 ≤ x ≤ m in the class's docstring.
 
-        If several p are optimal, the one nearest to the pool is taken; if moments allow only one, ``member``, that one.
+        Tokens whose min_i p̂_ij is below the largest of these by more than 600 nats get no mass. If several p are
+        optimal, the I-projection of the pool onto them is the choice. If at most one distribution has the moments
+        (``row.unique``) and ``member`` is given, it is that one, and the choice.
         """
         floor = row.log_p.amin(0)
         ids = (row.alive & (floor > floor[row.alive].max() - _LIGHTEST)).nonzero().squeeze(-1)
@@ -115,7 +117,7 @@ def _basic(row: FeasibleSet, x: Float[Tensor, " v"], upper: Float[Tensor, " v"])
 
 
 def _several(row: FeasibleSet, between: Bool[Tensor, " v"]) -> bool:
-    """Return whether masses at no bound, those in ``between``, can move without changing the moments."""
+    """Return whether masses of the tokens ``between``, which are at neither bound, can change and keep the moments."""
     ids = between.nonzero().squeeze(-1)
     if len(ids) < 2:
         return False
@@ -128,7 +130,7 @@ def _several(row: FeasibleSet, between: Bool[Tensor, " v"]) -> bool:
 def _nearest_to_pool(
     row: FeasibleSet, p: Float[Tensor, " v"], limit: Float[Tensor, " v"], between: Bool[Tensor, " v"]
 ) -> tuple[Float[Tensor, " v"], int]:
-    """Move the masses that are at no bound to the I-projection of the pool, with the moments and the bounds kept.
+    """Replace the masses at neither bound by the I-projection of the pool, with the same moments and within the bounds.
 
     Args:
         row: the row's feasible set.

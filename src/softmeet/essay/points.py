@@ -26,12 +26,13 @@ _NEGATIVE = 1e-9
 
 
 def least_squares_point(row: FeasibleSet, columns: MomentMatrix, target: Float[Tensor, " m"]) -> Optimum:
-    """Find a p in the simplex that minimises |Gᵀp - g|², G and g being moments of tokens and the wanted ones.
+    """Find a p in the simplex that minimises |Gᵀp - g|²; its multipliers y are g - Gᵀp, but for the last of them.
 
     Args:
-        row: the row's feasible set, for the tokens that may have mass and the settings.
-        columns: G, (v, m); its last column is all ones, whose constraint is hard.
-        target: g.
+        row: the row's feasible set; only its mask of tokens that may have mass, its members' mean, which orders the
+            tokens, and its settings are used.
+        columns: G, (v, m), the moments of every token; its last column is all ones, for the hard constraint Σp = 1.
+        target: g, (m,), the wanted moments, and 1 at the end.
     """
     softness = torch.ones_like(target)
     softness[-1] = 0.0
@@ -50,10 +51,11 @@ def least_squares_point(row: FeasibleSet, columns: MomentMatrix, target: Float[T
 
 
 def separating_multipliers(row: FeasibleSet) -> Float[Tensor, " m"] | None:
-    """Return multipliers of the whitened moments, (m,), that prove the feasible set empty; None if none were found.
+    """Return multipliers y, (m,), of Gᵀp = g that prove the feasible set empty; None if none were found.
 
-    They are the members' moments less those of the p whose moments are nearest: with r the latter less the former, and
-    g_j and g the moments of token j and of the members, rᵀ(g_j - g) ≥ |r|² for every token j.
+    y = g - Gᵀp, the members' whitened moments less those of the p in the simplex with the nearest ones, in Euclidean
+    distance; the last entry is 0. At that p yᵀ(g_j - g) ≤ -|y|² for every token j, g_j its moments, up to the accuracy
+    of p; :func:`proves_empty` checks it.
     """
     y = -row.excess(least_squares_point(row, row.tokens, row.target).p)
     y[-1] = 0.0
@@ -61,19 +63,19 @@ def separating_multipliers(row: FeasibleSet) -> Float[Tensor, " m"] | None:
 
 
 def proves_empty(row: FeasibleSet, y: Float[Tensor, " m"]) -> bool:
-    """Return whether multipliers ``y`` of whitened moments prove that no p has the members' moments.
+    """Return whether multipliers ``y``, (m,), of Gᵀp = g are a Farkas proof that no p has the members' moments.
 
-    They do if yᵀ(g_j - g) < -δ|y| for every token j that may have mass, g_j and g being the moments of token j and of
-    the members, and δ ``SEPARATED``. The last entry of ``y``, for Σp = 1, does not count. A smaller margin may be
-    rounding, if heads share directions.
+    They are if yᵀ(g_j - g) < -δ|y| for every token j that may have mass, g_j and g being the moments of token j and of
+    the members, and δ = 1e-7 (``SEPARATED``). The last entry of ``y``, for Σp = 1, does not count. A smaller margin may
+    be rounding, if heads share directions.
     """
     return bool(row.scores(y)[row.alive].max() < -SEPARATED * y[:-1].norm())
 
 
 def moments_hold(row: FeasibleSet, p: Float[Tensor, " v"]) -> bool:
-    """Return whether the whitened moments of ``p`` and its sum are right up to ``MOMENT_TOLERANCE``.
+    """Return whether ``p`` has the members' moments and sums to 1: |Gᵀp - g| ≤ ``MOMENT_TOLERANCE``, which is 1e-6.
 
-    The right ones are the members' and 1; the length of all differences together counts.
+    Gᵀp - g (:meth:`FeasibleSet.excess`) holds the differences of all whitened moments and of the sum.
     """
     return float(row.excess(p).norm()) <= MOMENT_TOLERANCE
 
@@ -87,10 +89,11 @@ def entropic_projection(
         row: the row's feasible set.
         tokens: the tokens that may have mass, a mask.
         reference: the distribution to project, as probabilities.
-        target: the wanted whitened moments, and 1 for Σp.
+        target: the wanted whitened moments, (m,), and 1 at the end, for Σp.
 
     Returns:
-        (p, the multipliers of the moments with 0 for Σp = 1, the number of steps). Nothing is proved about p.
+        (p, probabilities, (v,), 0 outside ``tokens``; the multipliers y, (m,), 0 at the end, with which p is nearly
+        proportional to ``reference`` · exp(G y) on ``tokens``; the number of steps). Nothing is proved about p.
     """
     ids = tokens.nonzero().squeeze(-1)
     columns, target = row.system[0], target @ row.joint
@@ -105,10 +108,10 @@ def entropic_projection(
 
 
 def moments_repaired(row: FeasibleSet, p: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
-    """Return ``p`` with its moments moved to the members', by the least change in Σ_j (change_j)² / p_j.
+    """Return ``p`` changed so that it has the members' moments up to round-off, with the least Σ_j (change_j)² / p_j.
 
-    They hold up to round-off then. A change that would make a probability negative, or not bring the moments nearer, is
-    not made.
+    The change is made twice, the second time for the rounding of the first. One that would make a probability negative,
+    or would not bring the moments nearer to the members', is not made: then ``p`` keeps the moments that it has.
     """
     for _ in range(2):
         columns, target = row.system
@@ -125,13 +128,15 @@ def moments_repaired(row: FeasibleSet, p: Float[Tensor, " v"]) -> Float[Tensor, 
 def exact_gap(row: FeasibleSet, log_p: Float[Tensor, " v"], dual: tuple[Float[Tensor, " _"], ...]) -> float:
     """Return a bound on the gap of ``log_p`` as an I-projection, in nats: KL(p̃‖p) for a p̃ with almost exact moments.
 
-    p̃ is p as :func:`moments_repaired` returns it. For the remaining error of its moments, the length of the error
-    times that of the multipliers, both whitened, is added.
+    p̃ is p as :func:`moments_repaired` returns it, and |Gᵀp̃ - g| · |y| is added for the remaining error of its moments,
+    y being ``dual`` as multipliers of Gᵀp = g. It is a bound on KL(p°‖p), p° the I-projection of the pool onto the
+    feasible set, if p is the pool tilted by y.
 
     Args:
         row: the row's feasible set.
-        log_p: log-probabilities in nats.
-        dual: the multipliers λ_i, (d_i,), of every member, in the heads' own coordinates.
+        log_p: log p in nats, (v,).
+        dual: the multipliers λ_i, (d_i,), of every member's moments W_iᵀp, with which log p = log q + Σ_i W_i λ_i up to
+            a constant, q the pool.
     """
     repaired = moments_repaired(row, log_p.exp())
     return float(kl(repaired.log(), log_p)) + float(row.excess(repaired).norm() * row.whitened(dual).norm())
@@ -168,7 +173,7 @@ def unique_feasible_point(row: FeasibleSet) -> tuple[Float[Tensor, " v"] | None,
 
 
 def _without_sum(y: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
-    """Return the multipliers with 0 for Σp = 1, which would only move every score by the same amount."""
+    """Return a copy of multipliers ``y`` with 0 for the last, of Σp = 1, which adds the same to every token's G y."""
     y = y.clone()
     y[-1] = 0.0
     return y

@@ -18,13 +18,14 @@ _TINY = 1e-10
 
 
 def vertex(columns: MomentMatrix, x: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """Return masses with the same moments as ``x``, Gᵀx, of which at most rank G are positive: a vertex.
+    """Return masses, (N,), with the same moments Gᵀx as ``x``, of which at most rank G are positive.
 
-    Light tokens lose their mass first.
+    They are a vertex of the polytope { x ≥ 0 : Gᵀx = g } with the g that ``x`` has. Tokens of small mass are set to 0
+    first.
 
     Args:
-        columns: G, (N, m); some combination of its columns is 1 for every token.
-        x: masses, not negative, fp64.
+        columns: G, (N, m); some combination of its columns is 1 for every token, so that the sum of ``x`` is kept.
+        x: masses of N tokens, not negative, (N,), fp64; not changed.
     """
     x, m = x.clone(), columns.sums(x).shape[0]
     while True:
@@ -45,7 +46,12 @@ def _null_space(G: Float[Tensor, "k m"]) -> Float[Tensor, "k r"]:
 
 
 def _eliminated(x: Float[Tensor, " k"], null: Float[Tensor, "k r"]) -> Float[Tensor, " k"]:
-    """Return masses with the moments of ``x`` and one more zero for every column of ``null``."""
+    """Return masses with the moments of ``x`` and one more zero for every column of ``null``.
+
+    Args:
+        x: positive masses of k tokens.
+        null: independent directions, as columns, that keep the moments, as :func:`_null_space` gives them.
+    """
     x, null = x.clone(), null.clone()
     while null.shape[1]:
         n = null[:, 0] if null[:, 0].max() >= -null[:, 0].min() else -null[:, 0]

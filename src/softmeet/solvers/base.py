@@ -37,7 +37,7 @@ class Status(IntEnum):
     BUDGET = 5
 
     def __str__(self) -> str:
-        """Return the sentence for the user."""
+        """Return the sentence that explains the outcome to the user."""
         return _SENTENCES[self]
 
 
@@ -56,7 +56,7 @@ class StoppedBy(IntEnum):
     BUDGET = 3
 
     def __str__(self) -> str:
-        """Return the name in small letters."""
+        """Return the reason's name in small letters, such as ``pool``."""
         return self.name.lower()
 
 
@@ -77,8 +77,9 @@ class State(Batched):
     Attributes:
         done: (B,), rows that need no further step.
         status: (B,), int64, a :class:`Status` for each row; it counts once the row is done.
-        gap: (B,), nats: how far the current answer can be from its optimum; an estimate unless ``certified``.
-        certified: (B,), rows whose ``gap`` is proved.
+        gap: (B,), nats: an upper bound on f(ν) - min f, f the dual function of the :class:`Projection` and ν the
+            current dual point; only an estimate of that difference unless ``certified``.
+        certified: (B,), True for rows whose ``gap`` is proved to be an upper bound.
         steps: (B,), int64, the steps taken.
         passes: (B,), how often all heads were read: entries of [W_1 | … | W_n] read, divided by all its entries.
     """
@@ -95,14 +96,15 @@ S = TypeVar("S", bound=State)
 
 
 class Solver(ABC, Generic[S]):
-    """A batched iterative method for relaxed I-projections (:class:`~softmeet.solvers.projection.Projection`).
+    """A batched iterative method that minimises the dual function of relaxed I-projections (:class:`Projection`).
 
-    Subclasses define the first state and one step; :func:`iterate` repeats the step until every row has ended.
+    S is the :class:`State` that it works on. Subclasses define the first state and one step; :func:`iterate` repeats
+    the step until every row has ended.
     """
 
     @abstractmethod
     def init(self, problem: Projection) -> S:
-        """Return the state of every row before the first step; rows may be done already."""
+        """Return the state of every row before the first step; rows that need no step have ``done`` set already."""
 
     @abstractmethod
     def step(self, problem: Projection, state: S) -> S:
@@ -113,14 +115,18 @@ class Solver(ABC, Generic[S]):
 
     @abstractmethod
     def rows_at_once(self, problem: Projection) -> int:
-        """Return how many rows of ``problem`` may be stepped together, by the memory that a step takes for each."""
+        """Return the most rows of ``problem``, at least 1, that one call of :meth:`step` should be given.
+
+        :func:`iterate` splits larger batches, so that the tensors of a step fit into memory or a processor's cache.
+        """
 
 
 def iterate(solver: Solver[S], problem: Projection, max_steps: int) -> S:
-    """Repeat ``solver``'s step until every row of ``problem`` has ended; return the final state, rows in their order.
+    """Repeat ``solver``'s step until every row of ``problem`` has ended; return the final state of all B rows.
 
-    A row ends when it is done or has taken ``max_steps``; in the latter case its status is ``NOT_CONVERGED``. Rows that
-    ended take no further part. No more rows than ``solver.rows_at_once`` allows are stepped together.
+    The rows of the state are in the order of the problem's. A row ends once its ``done`` is set or it has taken
+    ``max_steps``; in the latter case its status is ``NOT_CONVERGED``. Rows that ended are not stepped again. No more
+    rows than ``solver.rows_at_once(problem)`` are stepped together.
     """
     state = solver.init(problem)
     done, going = state.done.nonzero().squeeze(-1), (~state.done).nonzero().squeeze(-1)

@@ -75,11 +75,12 @@ def gap_bound(
     Args:
         problem: the batch of relaxed I-projections.
         p, r: the answer and the corrected members at the current dual point, as probabilities.
-        change: the scores Q_i(-s_i) of the Newton direction -s.
+        change: the scores Q_i(-s_i) of the Newton direction -s, (B, n, v).
 
     Returns:
-        (the bound, (B,), fp64; the mask (B,) of rows in which it does not hold, because a token would get negative
-        probability). If products with heads are in fp32, so are the terms, which is exact to a relative 1e-5.
+        (the bound, (B,), fp64; the mask (B,), True for rows in which it does not hold, because a token would get
+        negative probability). If products with heads are in fp32, so are the terms of the sum, whose relative error is
+        about 1e-5.
     """
     x = problem.tilt(change)
     y = -problem.gamma[:, None] * change
@@ -90,7 +91,10 @@ def gap_bound(
 
 
 def _terms(p: Float[Tensor, "*b v"], x: Float[Tensor, "*b v"]) -> tuple[Float[Tensor, "*b"], Bool[Tensor, "*b v"]]:
-    """Return (Σ p φ(x), the tokens in which p(1 + x) would be negative); negligible changes count as none."""
+    """Return (Σ p φ(x), fp64; the mask of tokens whose p(1 + x) would be negative, for which φ(-1) = 1 is taken).
+
+    Changes p |x| below 1e-17 count as 0.
+    """
     x = torch.where(p * x.abs() < _NEGLIGIBLE, 0.0, x)
     return (p * phi(x.clamp_min(-1))).sum(-1).double(), x < -1
 
@@ -105,15 +109,16 @@ def restricted_gap_bound(
 ) -> float:
     """Bound the gap of one row, in nats, by changing the probabilities of a few tokens only; inf if no bound is found.
 
-    The changes solve a Newton system restricted to those tokens, whose rows of the heads are read; tokens that would
-    get negative probability get 0. The module docstring has the bound.
+    The gap is f(ν) - min f at the row's dual point ν. The changes solve a Newton system restricted to those tokens,
+    whose rows of the heads are read; tokens that would get negative probability get 0, and the system is solved again,
+    at most eight times in all. The module docstring has the bound.
 
     Args:
         problem: the batch of relaxed I-projections.
         row: the index of the row in that batch.
         p, r: the answer and the corrected members at the row's dual point, as probabilities.
         gradient: the gradient of the dual function there, (D,), with the blocks α_i Q_iᵀ(p - r_i), α_i = min(1, ρ_i).
-        limit: how many tokens may change: the heaviest by p + Σ ρ_i r_i, over finite trusts.
+        limit: how many tokens may change: those with the largest p + Σ ρ_i r_i, the sum over members of finite trust.
     """
     p, r, gradient, price = p.double(), r.double(), gradient.double(), problem.price.double()
     tokens = (p + price @ r).topk(min(limit, len(p))).indices
@@ -140,7 +145,7 @@ def restricted_gap_bound(
 def _solved(
     H: Float[Tensor, "D D"], g: Float[Tensor, " D"], gradient: Float[Tensor, " D"]
 ) -> tuple[Float[Tensor, " D"], Float[Tensor, ""]]:
-    """Return (s = H⁻¹g, its :func:`residual_slack`), by Cholesky or, if that is too inexact, by singular values."""
+    """Return (s = H⁻¹g, its :func:`residual_slack`), by Cholesky or, if its slack is inf, by singular values."""
     factor, failed = torch.linalg.cholesky_ex(H)
     if not failed:
         s = torch.cholesky_solve(g[:, None], factor).squeeze(-1)
@@ -154,15 +159,14 @@ def _solved(
 def residual_slack(
     H: Float[Tensor, "*b D D"], s: Float[Tensor, "*b D"], g: Float[Tensor, "*b D"], gradient: Float[Tensor, "*b D"]
 ) -> Float[Tensor, "*b"]:
-    """Estimate by how much a bound on the gap may be too low because H s = g holds only up to a residual e; nats.
+    """Estimate by how much a bound on the gap may be too low because H s = g holds only up to e = H s - g; (…), nats.
 
-    A residual moves the bound by at most |e·(ν - ν*)|, ν - ν* the distance of the dual point from the optimum; that is
-    taken as 4 |e| |s|.
+    A residual e moves the bound by at most |e·(ν - ν*)|, ν the dual point and ν* the optimum; that is taken as
+    4 |e| |s|, to be added to the bound. It is inf, as the bound proves nothing, if |e| > 1e-4 |∇f|.
 
     Args:
-        H, s, g: the Newton system and its approximate solution.
-        gradient: the gradient of the dual function. If |e| is more than 1e-4 of its length, inf is returned: the bound
-            proves nothing.
+        H, s, g: the Newton system's matrix, approximate solution and right-hand side.
+        gradient: the gradient ∇f of the dual function at ν.
     """
     e = ((H @ s[..., None]).squeeze(-1) - g).norm(dim=-1)
     return torch.where(e <= _SOLVED * gradient.norm(dim=-1), 4 * e * s.norm(dim=-1), math.inf)
@@ -177,15 +181,15 @@ def repaired_gap_bound(
 ) -> Float[Tensor, " B"]:
     """Bound the gap of every row, (B,), in nats, by a direction that only nearly solves the Newton system.
 
-    It is inf if no bound is found. All trusts must be finite. Every head is read once. The bound is the last one in the
-    module docstring: the part of the moments that the direction leaves unequal is made up by changing each r_i on its
-    heaviest tokens.
+    It is inf in rows without a bound. All trusts must be finite. Every head is read once. The bound is the last one in
+    the module docstring: the moments of p and r_i that the direction leaves different are made equal by changing each
+    r_i on its most probable tokens.
 
     Args:
         problem: the batch of relaxed I-projections.
         p, r: the answer and the corrected members at the current dual point, as probabilities.
-        y: the scores of a direction in which the dual function falls.
-        sizes: (the length of the dual's gradient at the point, the length of the direction), (B,) each.
+        y: the scores Q_i d_i, (B, n, v), of an approximate Newton direction d ≈ -H⁻¹∇f, f the dual function.
+        sizes: (the Euclidean length of ∇f at the point, that of d), (B,) each.
     """
     x, own = _changed(p, problem.tilt(y)), _changed(r, -problem.gamma[:, None] * y)
     gradient, length = sizes
@@ -257,14 +261,26 @@ def _taken_up(
 
 
 class _Share:
-    """One distribution's part of the Newton system: p (rows α_i a_i, price 1) or r_i (rows -γ_i a_i, price ρ_i)."""
+    """One distribution's part of the Newton system H s = g of :func:`restricted_gap_bound`, over k tokens.
+
+    Attributes:
+        mass: the distribution's probabilities of those tokens, (k,): p or r_i.
+        rows: the tokens' rows a: all α_i a_ij side by side for p, -γ_i a_ij for r_i.
+        price: the factor of its divergence: 1 for p, ρ_i for r_i.
+        place: the slice of s that belongs to these rows.
+        dropped: the mask of tokens that get probability 0, set by :meth:`bound`.
+    """
 
     def __init__(self, mass: Float[Tensor, " k"], rows: Float[Tensor, "k d"], price: float, place: slice) -> None:
         self.mass, self.rows, self.price, self.place = mass, rows, price, place
         self.dropped = torch.zeros_like(mass, dtype=torch.bool)
 
     def enter(self, H: Float[Tensor, "D D"], g: Float[Tensor, " D"]) -> None:
-        """Add price · Σ mass (a - m)(a - m)ᵀ of kept tokens to H, and subtract the dropped ones from g, in place."""
+        """Add this part to the system ``H`` s = ``g``, in place, with the block ``place`` of each.
+
+        H gets price · Σ mass (a - m)(a - m)ᵀ over the tokens that are not dropped, m their mean row; price · Σ mass
+        (a - m) over the dropped ones is subtracted from g.
+        """
         kept = self.mass.masked_fill(self.dropped, 0.0)
         self.kept, self.lost = kept, self.mass - kept
         self.centred = self.rows - kept @ self.rows / kept.sum()
@@ -272,7 +288,12 @@ class _Share:
         g[self.place] -= self.price * (self.lost @ self.centred)
 
     def bound(self, s: Float[Tensor, " D"]) -> tuple[float, bool]:
-        """Return (price · Σ mass φ, whether tokens had to be dropped, so that the system must be solved again)."""
+        """Bound this part's cost at the solution ``s`` of the system that :meth:`enter` was last called for.
+
+        Returns:
+            (price · Σ mass φ(x) over all k tokens, x the relative changes, -1 for dropped ones; whether further tokens
+            had to be dropped, so that the system must be built and solved again).
+        """
         x = self.lost.sum() / self.kept.sum() - self.centred @ s[self.place]
         cost, broken = _terms(self.kept, x)
         self.dropped = self.dropped | broken

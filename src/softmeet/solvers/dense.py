@@ -45,8 +45,9 @@ class DenseState(DualState):
 
     Attributes:
         floor: a proved lower bound on the minimum of the dual function, (B,), in nats.
-        looseness: the last bound on the gap divided by the gap's estimate at the same point, (B,).
-        moved, step: the last step, as scores (B, n, v) and in dual variables (B, D).
+        looseness: the last bound on the gap divided by the gap's estimate at the same point, (B,), from 1 to
+            ``tuning.LOOSEST``; ``tuning.LOOSE`` before a first bound.
+        moved, step: the change that the last step made to the scores z, (B, n, v), and to ν, (B, D).
         stalls: for how many steps in a row the dual function did not fall, (B,).
     """
 
@@ -61,8 +62,9 @@ class DenseState(DualState):
 class DenseNewton(Solver[DenseState]):
     """Newton's method on the dual function by dense steps, which never form the Hessian of all heads.
 
-    A step reads the gradient, finds a direction from heavy tokens, and minimises exactly over it and the last step,
-    each split by member; the module docstring has the details.
+    A step computes the gradient by one read of all heads, finds a direction from the curvature of heavy tokens, and
+    minimises the dual function over all combinations Σ_i (a_i d_i + b_i e_i), d_i and e_i the parts for member i of the
+    direction and of the last step; the module docstring has the details.
 
     Args:
         certify: whether a row must have a proved bound on its gap to be done; if False, an estimate is enough.
@@ -71,7 +73,7 @@ class DenseNewton(Solver[DenseState]):
     certify: bool = True
 
     def init(self, problem: Projection) -> DenseState:
-        """Return the state at the pool, ν = 0, at which no head has been read."""
+        """Return the state at ν = 0, at which the answer is the pool and no head has been read."""
         pool = start(problem)
         pool["certified"] &= pool["done"] | self.certify
         return DenseState(
@@ -84,7 +86,10 @@ class DenseNewton(Solver[DenseState]):
         )
 
     def rows_at_once(self, problem: Projection) -> int:
-        """Return how many rows memory has room for: a step keeps about sixteen vectors for each row and member."""
+        """Return how many rows one step may take, at least 1, so that its vectors over the vocabulary fit into memory.
+
+        A step keeps about sixteen such vectors for each row and member.
+        """
         return held(problem.log_p.shape[1:].numel())
 
     def step(self, problem: Projection, state: DenseState) -> DenseState:
@@ -165,7 +170,14 @@ class DenseNewton(Solver[DenseState]):
         return state.floor.index_copy(0, rows, torch.maximum(state.floor[rows], here.value[rows] - bound))
 
     def _judge(self, problem: Projection, after: DenseState, there: Point, left: Float[Tensor, " B"]) -> None:
-        """Set ``gap``, ``certified``, ``done`` and ``status`` of ``after`` in place; ``left`` is the gap's estimate."""
+        """Set ``gap``, ``certified``, ``done`` and ``status`` of ``after``, the state after a step, in place.
+
+        Args:
+            problem: the batch of relaxed I-projections.
+            after: the state; its ``floor`` is set to -inf in rows in which the dual value proves it wrong.
+            there: the point of ``after``.
+            left: an estimate of the gap there, (B,), in nats, for rows without a proved bound.
+        """
         # Rounding can make a bound wrong: f falling far below the floor shows that.
         after.floor = torch.where(after.value < after.floor - problem.tol, -torch.inf, after.floor)
         rounding = problem.rounding(there.p, there.r, after.z, after.nu)
@@ -179,10 +191,10 @@ class DenseNewton(Solver[DenseState]):
 
 
 def dense(problem: Projection, max_steps: int, *, certify: bool = True) -> DenseState:
-    """Solve every row by dense steps (:class:`DenseNewton`) and evaluate the end in fp64; return the final state.
+    """Solve every row by dense steps (:class:`DenseNewton`); return the final state, evaluated in fp64.
 
-    During the steps vectors over the vocabulary are fp32 if ``problem.tol`` is at least 5e-5 nats per unit of trust,
-    else fp64.
+    During the steps vectors over the vocabulary are fp32 if ``problem.tol`` is at least 5e-5 max(1, Σ ρ_i) nats, the
+    sum over finite trusts, else fp64.
 
     Args:
         problem: the batch of relaxed I-projections.
@@ -210,10 +222,10 @@ def _least(
     Args:
         problem: the batch of relaxed I-projections.
         start: the point at z.
-        columns: the scores of c directions for each member.
+        columns: the scores of c directions for each member; columns_ik are those of member i in direction k.
 
     Returns:
-        (the coefficients, the point that they lead to).
+        (the coefficients a, the point at which they end).
     """
     B, n, c, _ = columns.shape
     a, at = columns.new_zeros(B, n, c), start
@@ -233,7 +245,10 @@ def _least(
 def _derivatives(
     problem: Projection, at: Point, columns: Float[Tensor, "B n c v"]
 ) -> tuple[Float[Tensor, "B k k"], Float[Tensor, "B k"]]:
-    """Return f's Hessian and gradient in the coefficients of ``columns``, k = n c, ordered by member, in fp64."""
+    """Return (Hessian, gradient) of the dual function in the coefficients of ``columns`` at the point ``at``, fp64.
+
+    Index i c + k belongs to direction k of member i. A small ridge is on the Hessian's diagonal.
+    """
     B, n, c, v = columns.shape
     joint = (problem.alpha[:, None, None] * columns).view(B, n * c, v)
     weighted = joint * at.p[:, None]
@@ -258,7 +273,15 @@ def _fallen(
     start: Point,
     step: Float[Tensor, "B n c"],
 ) -> tuple[Float[Tensor, "B n c"], Point]:
-    """Return (coefficients, point) after ``step``, shortened until f falls, or not taken at all if it never does."""
+    """Return (coefficients, point) after a step, shortened until f does not rise; a row in which it always does stays.
+
+    Args:
+        problem: the batch of relaxed I-projections.
+        columns: the scores of c directions for each member.
+        here: (the coefficients, the point that they lead to) before the step.
+        start: the point at which all coefficients are 0.
+        step: the change of the coefficients to try first; each trial after it is a third as long.
+    """
     (a, at), found = here, start
 
     def worse(t: Float[Tensor, " B"]) -> Bool[Tensor, " B"]:

@@ -47,7 +47,7 @@ def direction(
         problem: the batch of relaxed I-projections.
         gradient: ∇f at the current point, (B, D).
         p, r: the answer and the corrected members there, as probabilities.
-        count: how many heavy tokens have their curvature exactly, as :func:`heavy_tokens` gives it.
+        count: how many heavy tokens of each row have their curvature exactly, as :func:`heavy_tokens` gives it.
     """
     found = torch.empty_like(gradient)
     size = held(count * problem.read) if found.device.type == "cpu" else max(1, len(found))
@@ -63,14 +63,17 @@ def direction(
 
 
 def heavy_tokens(problem: Projection, step: int, *, bounded: bool = False) -> int:
-    """Return how many heavy tokens of each row should have their curvature exactly in a step.
+    """Return how many heavy tokens of each row should have their curvature exactly in a step; see :class:`Around`.
 
-    From the third step on the number doubles with each step, up to a share of the vocabulary and an absolute limit.
+    The number is ``tuning.HEAVY`` or, if more, a share of the columns of all heads. From the third step on it doubles
+    with each step, up to the share ``tuning.HEAVY_SHARE`` of the vocabulary. It is never above
+    ``tuning.HEAVY_AT_MOST``.
 
     Args:
         problem: the batch of relaxed I-projections.
         step: how many steps were taken before.
-        bounded: whether a bound on the gap is to end the row, for which directions have to be more accurate.
+        bounded: whether a proved bound on the gap is to end the row; its directions have to be more accurate, and the
+            share of the columns is twice as large.
     """
     share = tuning.HEAVY_PER_COLUMN_FOR_BOUNDS if bounded else tuning.HEAVY_PER_COLUMN
     v, least = problem.log_q.shape[-1], max(tuning.HEAVY, int(share * problem.read))
@@ -112,7 +115,7 @@ class Around:
         self.blocks = [self.covariance[here, here] for here in self.places]
 
     def _spread(self, x: Float[Tensor, "*b n"]) -> Float[Tensor, "*b D"]:
-        """Repeat a value of each member for each column of its head."""
+        """Repeat the value of each member i, (…, n), for each of the d_i columns of its head W_i; return (…, D)."""
         widths = torch.tensor([h.stop - h.start for h in self.places], device=x.device)
         return x.repeat_interleave(widths, dim=-1)
 
@@ -140,8 +143,8 @@ class Around:
     def solve(self, b: Float[Tensor, "b D"], steps: int, reduction: float = 0.0) -> Float[Tensor, "b D"]:
         """Return approximately H⁻¹ b, (b, D), by at most ``steps`` steps of preconditioned conjugate gradients.
 
-        Vectors are in the heads' own coordinates. A row stops once its preconditioned residual is at most ``reduction``
-        times that of the start; 0 takes all steps.
+        Vectors are in the heads' own coordinates. A row stops once √(eᵀM⁻¹e), e its residual b - H x and M⁻¹ the
+        preconditioner, is at most ``reduction`` times its value at x = 0; with 0 it takes all steps.
         """
         return conjugate_gradients(self.times, b.to(self.dtype), _Preconditioner(self), reduction, steps).to(b)
 
@@ -187,11 +190,14 @@ class _Preconditioner:
 
 @dataclass(eq=False)
 class Tail:
-    """The curvature of an average token: moments of rows of n heads side by side, D columns, over tokens drawn evenly.
+    """The mean and covariance of the tokens' rows of all heads, estimated from tokens at even distances in id.
+
+    They stand for the curvature of an average token. D = Σ d_i is the number of columns of [W_1 - 1c_1ᵀ | … | W_n -
+    1c_nᵀ], in which c_i is the centre of head i, (d_i,), as whitening subtracts it.
 
     Attributes:
-        mean: the mean of those tokens' rows of [W_1 - 1c_1ᵀ | … | W_n - 1c_nᵀ], fp32; c_i is the centre of head i.
-        covariance: their covariance, fp32.
+        mean: the mean of those tokens' rows of that matrix, (D,), fp32.
+        covariance: their covariance, (D, D), fp32.
     """
 
     mean: Float[Tensor, " D"]
@@ -199,8 +205,9 @@ class Tail:
     _inverses: dict[tuple[float, ...], Tensor] = field(default_factory=dict)
 
     def inverse(self, problem: Projection) -> Float[Tensor, "D D"]:
-        """Return the inverse of the tail's Hessian for the problem's trusts, (D, D), fp32; computed once per trusts.
+        """Return the inverse of the tail's Hessian for the problem's trusts, (D, D), fp32; it is kept for equal trusts.
 
+        It is in the heads' own coordinates, and 0 on directions that whitening leaves out.
         The Hessian is diag(α) C diag(α) + blockdiag(α_i γ_i C_ii) plus a small ridge, C the covariance, C_ii its block
         of member i, α_i = min(1, ρ_i), γ_i = min(1, 1/ρ_i): that of one unit of mass of p and of every r_i.
         """

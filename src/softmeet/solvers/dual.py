@@ -31,7 +31,8 @@ class DualState(State):
         ray: dual variables, (B, D), that are a Farkas proof: no distribution has the moments of all members of infinite
             trust; 0 if none is known.
         free: Σ_i ρ_i KL(q‖p̂_i), (B,), in nats, q the pool; known without reading a head.
-        by_pool: (B,), rows answered by q because KL(q‖p°) ≤ ``tol`` is proved, p° the optimum.
+        by_pool: (B,), True for rows answered by q because KL(q‖p°) ≤ ``tol`` is proved, p° the optimum. There
+            ``log_p`` is still the p of the dual point.
     """
 
     nu: Float[Tensor, "B D"]
@@ -46,7 +47,7 @@ class DualState(State):
     by_pool: Bool[Tensor, " B"]
 
     def plain(self) -> DualState:
-        """Return a copy as a plain :class:`DualState`, without the fields that a subclass adds."""
+        """Return a plain :class:`DualState` with this state's own tensors, without the fields that a subclass adds."""
         return DualState(**{f.name: getattr(self, f.name) for f in fields(DualState)})
 
     @property
@@ -59,10 +60,10 @@ class DualState(State):
 
 
 def start(problem: Projection) -> dict[str, Tensor]:
-    """Return the fields of a :class:`DualState` at ν = 0, at which the answer is the pool and no head has been read.
+    """Return the fields of a :class:`DualState` by name at ν = 0, at which the answer is the pool q; no head is read.
 
-    Rows in which the pool's gap Σ_i ρ_i KL(q‖p̂_i) is at most ``problem.tol`` are done. ``problem.start``, if given,
-    becomes the first direction.
+    Rows in which the pool's gap Σ_i ρ_i KL(q‖p̂_i) is at most ``problem.tol`` are done, OPTIMAL and answered by the
+    pool. ``problem.start``, if given, becomes ``direction``, along which the first step goes.
     """
     gap, z = problem.pool_gap(), torch.zeros_like(problem.log_p)
     nothing = z.new_zeros(len(z), len(problem.scale))
@@ -89,8 +90,9 @@ def start(problem: Projection) -> dict[str, Tensor]:
 def end_by_proof(problem: Projection, before: DualState, after: DualState) -> None:
     """End rows of ``after``, in place, as INFEASIBLE if a dual point proves that no p has the exact members' moments.
 
-    Exact members have infinite trust; without one nothing is done. The point of ``after`` and its difference from the
-    point of ``before``, the state one step earlier, are both tried as the proof, which is kept in ``after.ray``.
+    Exact members are those of infinite trust; without one nothing is done. Two dual vectors are tried as the Farkas
+    proof of :meth:`Projection.excludes`: ν of ``after``, and its difference from ν of ``before``, the state one step
+    earlier. The one that proves it is written to ``after.ray``. Such rows are done, with gap inf, not certified.
     """
     if math.inf not in problem.trust:
         return
@@ -109,8 +111,8 @@ def end_by_proof(problem: Projection, before: DualState, after: DualState) -> No
 def pool_is_near(problem: Projection, state: DualState) -> Bool[Tensor, " B"]:
     """Return the rows, a mask (B,), in which the pool q may be the answer: KL(q‖p°) ≤ ``problem.tol`` is proved.
 
-    p° is the optimum. An allowance for rounding of the scores is added to the bound. All entries are False unless
-    ``problem.pool_may_answer``.
+    p° is the optimum. The bound is :attr:`DualState.pool_bound` plus :meth:`Projection.rounding`. All entries are False
+    unless ``problem.pool_may_answer``.
     """
     near = state.pool_bound <= problem.tol
     if not problem.pool_may_answer or not near.any():
@@ -120,9 +122,10 @@ def pool_is_near(problem: Projection, state: DualState) -> Bool[Tensor, " B"]:
 
 
 def end_by_pool(state: DualState, near: Bool[Tensor, " B"]) -> None:
-    """Let the pool answer the rows of the mask ``near``, in place: OPTIMAL, done, and with the pool's bound as gap.
+    """Mark the rows of the mask ``near``, in place, as answered by the pool: ``by_pool``, done, OPTIMAL, certified.
 
-    Rows that already ended as OPTIMAL with the solver's own answer keep that answer.
+    Their gap is :attr:`DualState.pool_bound`; ``log_p`` is not changed. Rows that are done and OPTIMAL already, with
+    the solver's own answer, are left out.
     """
     near = near & ~(state.done & (state.status == Status.OPTIMAL))
     state.by_pool, state.done = near, state.done | near

@@ -40,11 +40,12 @@ def projected(problem: Projection, trust: Float[Tensor, " n"], solve: Solve) -> 
     """Solve a batch of relaxed I-projections; return log p, in nats, differentiable in ``problem.log_q`` and ``trust``.
 
     Args:
-        problem: the batch; its ``log_q`` (the pool) may require a gradient, and its own trusts are replaced by
-            ``trust``.
-        trust: the trusts ρ_i, positive and finite, fp64; may require a gradient.
-        solve: minimises the dual of a projection and returns the final state. How exactly it does so limits the
-            accuracy of the gradients.
+        problem: the batch; its ``log_q`` (the pool, (B, v)) may require a gradient. Its own ``trust`` is ignored.
+        trust: the trusts ρ_i, one per member, positive and finite, fp64; may require a gradient.
+        solve: a function that minimises the dual function of a :class:`Projection` and returns the final
+            :class:`DualState`, such as :func:`~softmeet.solvers.minimise.minimise_dual` with a limit on steps. Its
+            remaining gap limits the accuracy of the gradients, which themselves have a relative error of about 1e-2
+            if heads are large.
     """
     given = replace(problem, trust=tuple(trust.tolist()))
     # Only some versions of torch have a type for it.
@@ -59,6 +60,7 @@ class _Projected(torch.autograd.Function):
     def forward(
         ctx: Any, log_q: Float[Tensor, "B v"], trust: Float[Tensor, " n"], problem: Projection, solve: Solve
     ) -> Float[Tensor, "B v"]:
+        """Solve the batch; return log p, (B, v), in nats. ``trust`` equals ``problem.trust``."""
         problem = replace(problem, log_q=log_q.detach())
         state = solve(problem)
         ctx.problem, ctx.state = problem, state
@@ -67,6 +69,7 @@ class _Projected(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Float[Tensor, "B v"]) -> tuple[Tensor, Tensor, None, None]:
+        """Return the loss's gradients in log q, (B, v), and in the trusts, (n,), from that in log p, ``g``."""
         problem, state = ctx.problem, ctx.state
         p, r = state.log_p.exp(), state.log_r.exp()
         inner = g - p * g.sum(-1, keepdim=True)
@@ -81,9 +84,15 @@ class _Projected(torch.autograd.Function):
 
 
 def adjoint(problem: Projection, state: DualState, b: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-    """Return s with H s = b, H the dual's Hessian at the optimum ``state``: by a direct solution, or iteratively.
+    """Return s, (B, D), with H s = b for every row, H the Hessian of the dual function at the point of ``state``.
 
-    The direct solution is taken if the Hessians of all rows are small enough to be formed, else :func:`iterative`.
+    If the Hessians of all B rows together have few enough entries they are formed and the systems solved directly, else
+    approximately by :func:`iterative`.
+
+    Args:
+        problem: the batch of relaxed I-projections.
+        state: the state at the optimum.
+        b: the right-hand sides, (B, D), D dual variables per row.
     """
     if b.shape[1] ** 2 * len(b) > _ELEMENTS:
         return iterative(problem, state, b)
@@ -102,8 +111,9 @@ def iterative(
     Args:
         problem: the batch of relaxed I-projections.
         state: the state at the optimum.
-        b: the right-hand sides.
-        reduction: a row stops once its preconditioned residual is at most this share of that of the start.
+        b: the right-hand sides, (B, D).
+        reduction: a row stops once √(eᵀM⁻¹e), e = b - H s its residual and M⁻¹ the preconditioner, is at most this
+            share of its value at s = 0.
         limit: the most steps.
     """
     p, r = state.log_p.exp(), state.log_r.exp()

@@ -30,7 +30,7 @@ def some(rows: Bool[Tensor, " B"]) -> bool:
 
 
 def cached(elements: int, device: torch.device, least: int = 1) -> int:
-    """Return how many items to process together so that they fit the processor's cache; at least ``least``.
+    """Return how many items to process in one operation so that they fit the processor's cache; at least ``least``.
 
     Args:
         elements: the numbers that one item holds.
@@ -42,7 +42,7 @@ def cached(elements: int, device: torch.device, least: int = 1) -> int:
 
 
 def held(elements: int) -> int:
-    """Return how many items of ``elements`` numbers each may be kept in memory together; at least 1."""
+    """Return how many items of ``elements`` numbers each may be in memory together: 2²³ numbers in all; at least 1."""
     return max(1, _HELD // max(1, elements))
 
 
@@ -54,13 +54,13 @@ def add_ridge(H: Float[Tensor, "*b D D"], share: float) -> Float[Tensor, "*b D D
 
 
 def solve_ridged(H: Float[Tensor, "B D D"], g: Float[Tensor, "B D"], eps: float) -> Float[Tensor, "B D"]:
-    """Return H⁻¹ g for positive semidefinite H, by a Cholesky factor of H plus a ridge, refined twice.
+    """Return H⁻¹ g, (B, D), for positive semidefinite H, by a Cholesky factor of H plus a ridge, refined up to twice.
 
     A row whose solution is not finite, or longer than 1e30, gets ``g`` itself, which is still a direction of descent.
 
     Args:
-        H: the matrices.
-        g: the right-hand sides.
+        H: the matrices, not changed.
+        g: the right-hand sides, each the gradient of a function of which H is the Hessian.
         eps: the relative rounding of ``H``. The ridge is ``eps`` times the mean diagonal entry, and ten times more for
             each failure of the factorisation.
     """
@@ -84,14 +84,23 @@ def solve_ridged(H: Float[Tensor, "B D D"], g: Float[Tensor, "B D"], eps: float)
 
 
 class Factored:
-    """A solver of M y = b for one positive semidefinite M, by a Cholesky factor of M scaled to a unit diagonal."""
+    """A solver of M y = b for one positive semidefinite M, made by :meth:`of` and called with b.
+
+    Attributes:
+        M: the matrix, (m, m).
+        scale: 1 / √M_kk, (m,).
+        L: the lower Cholesky factor of diag(scale) M diag(scale) plus a small ridge, (m, m).
+    """
 
     def __init__(self, M: Float[Tensor, "m m"], scale: Float[Tensor, " m"], L: Float[Tensor, "m m"]) -> None:
         self.M, self.scale, self.L = M, scale, L
 
     @classmethod
     def of(cls, M: Float[Tensor, "m m"]) -> Factored | None:
-        """Factor ``M`` plus a ridge: the smallest that works of 1e-15, 1e-14, … of its scaled diagonal, or None."""
+        """Factor ``M``, scaled to a unit diagonal, plus a ridge times the identity; return None if that fails.
+
+        The ridge is the smallest of 1e-15, 1e-14, …, 1e-5 with which a Cholesky factor exists.
+        """
         scale = M.diagonal().clamp_min(torch.finfo(M.dtype).tiny).rsqrt()
         unit = scale[:, None] * M * scale
         ridge = 1e-15
@@ -103,7 +112,7 @@ class Factored:
         return None
 
     def __call__(self, b: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
-        """Return M⁻¹ b, refined twice."""
+        """Return M⁻¹ b, (m,): solved with the factor, then corrected twice for the residual b - M y."""
         y = torch.zeros_like(b)
         for _ in range(3):
             e = (b - self.M @ y) * self.scale
@@ -120,8 +129,8 @@ def conjugate_gradients(
         product: multiplies each row of its argument by H; rows that have stopped are 0 in it.
         g: the right-hand sides.
         precondition: multiplies by M⁻¹, an approximate inverse of H.
-        reduction: a row stops once √(rᵀM⁻¹r), r its residual, is at most this share of its value at the start; 0 takes
-            all steps.
+        reduction: a row stops once √(rᵀM⁻¹r), r = g - H s its residual, is at most this share of its value at the
+            start s = 0; with 0 it takes all ``limit`` steps.
         limit: the most steps.
     """
     s, residual = torch.zeros_like(g), g
@@ -147,9 +156,10 @@ def conjugate_gradients(
 
 
 def gram(x: Float[Tensor, "*b k m"]) -> Float[Tensor, "*b m m"]:
-    """Return Xᵀ X for each matrix X in ``x``, computing only its lower triangle, for which torch has no product.
+    """Return the full symmetric Xᵀ X, (…, m, m), for each matrix X in ``x``, in about half of a product's operations.
 
-    One matrix on one processor thread goes through numpy, which has one.
+    Only the lower triangle is computed, in strips, and then mirrored; a single matrix on one processor thread goes
+    through numpy, whose product does the same.
     """
     if x.ndim == 2 and x.device.type == "cpu" and torch.get_num_threads() == 1:
         rows = x.numpy()
@@ -167,17 +177,17 @@ def gram(x: Float[Tensor, "*b k m"]) -> Float[Tensor, "*b m m"]:
 def backtrack(
     worse: Callable[[Float[Tensor, " B"]], Bool[Tensor, " B"]], t: Float[Tensor, " B"], factor: float, limit: int
 ) -> tuple[Float[Tensor, " B"], Bool[Tensor, " B"]]:
-    """Multiply the steps ``t`` by ``factor`` in rows in which they are ``worse`` than no step, until none is.
+    """Multiply the step lengths ``t`` by ``factor`` in rows in which ``worse`` rejects them, until it rejects none.
 
     Args:
-        worse: says for given steps, (B,), in which rows they are worse than no step.
-        t: the first steps to try, (B,).
-        factor: the factor by which a step is shortened.
-        limit: the most trials.
+        worse: a function from step lengths, (B,), to the mask, (B,), of rows in which they are rejected.
+        t: the first step lengths to try, (B,).
+        factor: the factor, below 1, by which a rejected step is shortened.
+        limit: the most calls of ``worse``.
 
     Returns:
-        (the steps, the mask of rows in which the last trial was still worse: their step was shortened once more,
-        untried).
+        (the step lengths, (B,); the mask, (B,), of rows that the last call still rejected: their step was shortened
+        once more, and that was not tried).
     """
     for _ in range(limit):
         failed = worse(t)

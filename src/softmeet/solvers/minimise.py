@@ -13,15 +13,17 @@ from softmeet.solvers.projection import Projection
 def minimise_dual(problem: Projection, max_steps: int, *, certify: bool = True, rescue: bool = True) -> DualState:
     """Minimise the dual function of every row until its gap is at most ``problem.tol``; return the final state.
 
-    Rows that do not get there have the status NOT_CONVERGED or, with a proof, INFEASIBLE.
+    Rows whose gap stays larger have the status NOT_CONVERGED or, if no distribution is proved to have the moments of
+    the members of infinite trust, INFEASIBLE.
 
     Args:
         problem: the batch of relaxed I-projections.
-        max_steps: the most steps of a row; a rescue has as many again.
+        max_steps: the most steps of a row; the second attempt of ``rescue`` may take as many again.
         certify: whether dense steps must prove the gap of a row; if False, an estimate ends it. The full Hessian proves
             the gap in any case, at no cost.
-        rescue: whether rows that dense steps leave NOT_CONVERGED are solved again with the full Hessian, unless that
-            would be too expensive.
+        rescue: whether rows that dense steps leave NOT_CONVERGED are solved again with the full Hessian, unless v D²
+            (v tokens, D dual variables) exceeds ``tuning.HESSIAN_AS_RESCUE``. The second result replaces the first if
+            it is OPTIMAL or has no larger dual value.
     """
     if full_hessian_pays(problem):
         return iterate(DualNewton(), problem, max_steps).plain()
@@ -39,8 +41,8 @@ def minimise_dual(problem: Projection, max_steps: int, *, certify: bool = True, 
 def full_hessian_pays(problem: Projection) -> bool:
     """Return whether solving ``problem`` with the full Hessian is expected to cost less than with dense steps.
 
-    A step with the full Hessian takes v D² multiplications, v tokens and D dual variables; that is compared with a
-    limit, which is larger for a tolerance below ``tuning.FINE``.
+    A step with the full Hessian takes v D² multiplications per row, v tokens and D dual variables. It pays if that is
+    at most ``tuning.HESSIAN``, or ``tuning.HESSIAN_WHERE_FINE`` for a tolerance below ``tuning.FINE``.
     """
     return _cost(problem) <= (tuning.HESSIAN_WHERE_FINE if problem.tol < tuning.FINE else tuning.HESSIAN)
 

@@ -52,12 +52,15 @@ class DualNewton(Solver[NewtonState]):
     """
 
     def init(self, problem: Projection) -> NewtonState:
-        """Return the state at the pool, ν = 0, at which no head has been read."""
+        """Return the state at ν = 0, at which the answer is the pool and no head has been read."""
         fields = start(problem)
         return NewtonState(**fields, slack=torch.zeros_like(fields["value"]))
 
     def rows_at_once(self, problem: Projection) -> int:
-        """Return how many rows have room for Hessians in memory and, on a processor, for their vectors in its cache."""
+        """Return how many rows one step may take, at least 1, so that their Hessians, D² numbers each, fit into memory.
+
+        On a CPU their vectors over the vocabulary should also fit its cache; but for that no fewer than 8 are returned.
+        """
         rows, place = held(len(problem.scale) ** 2), problem.log_p.device
         if place.type == "cpu":
             rows = min(rows, cached(problem.log_p.shape[1:].numel(), place, _FEWEST))
@@ -80,8 +83,8 @@ class DualNewton(Solver[NewtonState]):
     def aim(self, problem: Projection, state: NewtonState) -> None:
         """Set ``state.gradient`` to ∇f and ``state.direction`` to -H⁻¹∇f, by one pass over all heads.
 
-        f is the dual function and H its Hessian. In the first step of a problem with a ``start`` nothing is read: the
-        direction is that start already.
+        f is the dual function and H its Hessian. ``state.slack`` is set, too. In the first step of a problem with a
+        ``start`` nothing is read or changed: :meth:`init` has set the direction to that start.
         """
         first = not state.steps.any()
         if first and problem.start is not None:
@@ -118,10 +121,10 @@ class DualNewton(Solver[NewtonState]):
 
 
 def bound_after(bound: Float[Tensor, " B"], fall: Float[Tensor, " B"], tol: float) -> Float[Tensor, " B"]:
-    """Return a bound on the gap after a step, (B,), in nats: ``bound`` less ``fall``.
+    """Return a bound on the gap after a step, (B,), in nats: ``bound`` less ``fall``, or 0 if that is negative.
 
-    If the result is below -``tol``, ``bound`` was wrong, and inf is returned: rounding of a Hessian in single precision
-    can spoil it if one token has nearly all the mass.
+    If it is below -``tol``, ``bound`` was wrong, and inf is returned: rounding of a Hessian in single precision can
+    spoil it if one token has nearly all the mass.
 
     Args:
         bound: a bound on the gap before the step, in nats.
@@ -135,7 +138,7 @@ def bound_after(bound: Float[Tensor, " B"], fall: Float[Tensor, " B"], tol: floa
 def _certified(
     problem: Projection, before: NewtonState, after: NewtonState, y: Float[Tensor, "B n v"], rows: Int[Tensor, " k"]
 ) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"]]:
-    """Bound the gap before the step in the rows ``rows``.
+    """Bound the gap at the point of ``before`` in the rows with the indices ``rows``, by the direction's scores ``y``.
 
     Returns:
         (the bound in nats, inf if none is found; the rounding, in nats, to add to a bound after the step).

@@ -26,11 +26,11 @@ _DOMINANT = 0.97
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """First and second moments of the heads at a dual point, in fp64.
+    """First and second moments of the heads at a dual point ν of a :class:`Projection`, for B rows, in fp64.
 
     Attributes:
         joint: Q_iᵀp of every member, side by side, (B, D): the means of the whitened heads' rows under the answer p.
-        own: Q_iᵀr_i, likewise, under the corrected members r_i.
+        own: Q_iᵀr_i of every member, side by side, (B, D): the means under the corrected members r_i.
         H: the Hessian of the dual function, (B, D, D); the module docstring has the formula.
     """
 
@@ -75,7 +75,7 @@ def moments(problem: Projection, log_p: Float[Tensor, "B v"], log_r: Float[Tenso
 
 
 def _blocks(problem: Projection) -> list[slice]:
-    """Cut the vocabulary into slices of tokens small enough for a head's rows to stay in the processor's cache."""
+    """Return slices that cover all tokens, each so small that a head's rows of it stay in the processor's cache."""
     v = problem.log_q.shape[-1]
     size = cached(max(h.head.d for h in problem.heads), problem.log_q.device, 64)
     return [slice(start, min(start + size, v)) for start in range(0, v, size)]
@@ -86,12 +86,12 @@ def curved(
 ) -> Float[Tensor, "B D"]:
     """Return H d, (B, D), for a direction d of the dual variables, by one pass over all heads.
 
-    H is the Hessian of the dual function, which is not formed.
+    H is the Hessian of the dual function at the point of ``p`` and ``r``; it is not formed.
 
     Args:
         problem: the batch of relaxed I-projections.
         p, r: the answer and the corrected members at the point, as probabilities.
-        y: the scores Q_i d_i of the direction.
+        y: the scores Q_i d_i of the direction, (B, n, v); :meth:`Projection.scores` computes them.
     """
     x = problem.tilt(y)
     joint = p * (x - (p * x).sum(-1, keepdim=True))
@@ -102,7 +102,11 @@ def curved(
 def _centre(
     problem: Projection, H: Float[Tensor, "B D D"], joint: Float[Tensor, "B D"], own: Float[Tensor, "B D"]
 ) -> Bool[Tensor, " B"]:
-    """Subtract the outer products of the means from H, in place; return the rows in which they were most of a block."""
+    """Subtract the outer products of the means from the second moments ``H``, in place, which makes them covariances.
+
+    Return the mask of the rows in which the products were more than 97 % of the trace of some member's block, so that
+    digits are lost. ``joint`` and ``own`` are the means of :class:`Moments`.
+    """
     dominated = torch.zeros(len(H), dtype=torch.bool, device=H.device)
     scaled = problem.scale * joint
     for here, alpha, gamma in zip(problem.places, problem.alpha, problem.gamma, strict=True):

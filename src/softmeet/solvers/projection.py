@@ -98,7 +98,10 @@ class Projection:
         return replace(self, log_q=self.log_q[rows], log_p=self.log_p[rows], heads=heads, start=start)
 
     def passes(self) -> Float[Tensor, " B"]:
-        """Return how often all heads were read so far for each row, (B,): entries read divided by all entries."""
+        """Return how often all heads were read for each row since ``heads`` were made, (B,).
+
+        That is the number of entries of [W_1 | … | W_n] that were read, divided by the number of all its entries.
+        """
         total = torch.zeros_like(self.log_q[:, 0])
         for h in self.heads:
             total += h.rows_read[h.at] * h.head.d
@@ -127,7 +130,7 @@ class Projection:
         return torch.cat(found, dim=-1).to(x)
 
     def single(self) -> Projection:
-        """Return the same problem with ``log_q``, ``log_p`` and ``start`` in fp32."""
+        """Return the same problem with ``log_q``, ``log_p`` and ``start`` in fp32; the heads are the same objects."""
         start = None if self.start is None else self.start.float()
         return replace(self, log_q=self.log_q.float(), log_p=self.log_p.float(), start=start)
 
@@ -185,9 +188,10 @@ class Projection:
         return joint
 
     def pool_gap(self) -> Float[Tensor, " B"]:
-        """Return Σ_i ρ_i KL(q‖p̂_i), (B,), in nats: an upper bound on how far the pool q is from optimal.
+        """Return Σ_i ρ_i KL(q‖p̂_i), (B,), in nats: an upper bound on the gap f(0) - min f of the pool q, at ν = 0.
 
-        It is the primal objective at p = r_i = q, whose optimum is at least 0. No head is read.
+        It is the primal objective at p = r_i = q, and f(0) - min f is the least value of that objective. It is inf if
+        some member of infinite trust differs from q. No head is read.
         """
         divergence = kl(self.log_q[:, None].expand_as(self.log_p), self.log_p)
         return torch.where(divergence > 0, divergence * divergence.new_tensor(self.trust), 0.0).sum(-1)
@@ -195,10 +199,10 @@ class Projection:
     def rounding(
         self, p: Float[Tensor, "B v"], r: Float[Tensor, "B n v"], z: Float[Tensor, "B n v"], nu: Float[Tensor, "B D"]
     ) -> Float[Tensor, " B"]:
-        """Estimate by how much rounding of the scores can have moved the dual value, (B,), in nats.
+        """Estimate by how much rounding of the scores can have moved the dual value, up or down, (B,), in nats.
 
-        The estimate is the unit round-off times the mean size of the terms α_i z_i that scores add to
-        log-probabilities.
+        The estimate is ``eps`` times the mean size of the terms α_i z_i that scores add to log-probabilities, under p
+        and r_i, plus the rounding of what centring of the heads subtracts from the scores.
 
         Args:
             p, r: the answer and the corrected members at ``z`` or at a nearby point, as probabilities.
@@ -229,7 +233,8 @@ class Projection:
         Args:
             z: the scores of ``nu``.
             nu: the dual variables, or a difference of two.
-            size: (B,), the largest absolute score that entered ``z``, for the margin that rounding needs.
+            size: (B,), the largest absolute score from which ``z`` was computed, in nats; 64 ``eps`` times it is added
+                to the margin δ |ν| as an allowance for rounding.
         """
         part = z[:, self.exact]
         centred = (part - (self.log_p[:, self.exact].exp() * part).sum(-1, keepdim=True)).sum(1)
@@ -262,19 +267,19 @@ class Point(Batched):
 
     @classmethod
     def at(cls, problem: Projection, z: Float[Tensor, "B n v"]) -> Point:
-        """Evaluate the answer p, the corrected members r_i and the dual function at the scores ``z``; no head is read.
+        """Evaluate the answer p, the corrected members r_i and the dual function f at the scores ``z``.
 
-        There is one exponential per entry of ``z``, and one per entry of p.
+        No head is read. It costs one exponential per entry of ``z``, and one per entry of p.
         """
         p, joint = _softmax(problem.log_q + problem.tilt(z))
         r, own = _softmax(problem.log_p - problem.gamma[:, None] * z)
         return cls(z, p, r, joint, own, problem.value(joint[..., 0], own[..., 0], z))
 
     def slope(self, problem: Projection, y: Float[Tensor, "B n v"]) -> Float[Tensor, " B"]:
-        """Return the derivative of the dual function, (B,), along a direction of ν that has the scores ``y``.
+        """Return the derivative df(ν + t d)/dt of the dual function at t = 0, (B,), in nats per unit of t.
 
-        It is Σ_i α_i (E_p y_i - E_{r_i} y_i), in nats per unit of step; α_i = min(1, ρ_i), p and r_i this point's
-        distributions.
+        ``y`` are the scores Q_i d_i of the direction d. It is Σ_i α_i (E_p y_i - E_{r_i} y_i), α_i = min(1, ρ_i), p and
+        r_i this point's distributions; negative if f falls along d.
         """
         return (problem.alpha * ((self.p[:, None] - self.r) * y).sum(-1)).sum(-1)
 
@@ -285,7 +290,7 @@ class Point(Batched):
 
 
 def _softmax(x: Float[Tensor, "*b v"]) -> tuple[Float[Tensor, "*b v"], Float[Tensor, "*b 1"]]:
-    """Return (the softmax of x, the logarithm of its normaliser)."""
+    """Return (the softmax of ``x``, the logarithm of its normaliser Σ exp x) over the last dimension."""
     top = x.amax(-1, keepdim=True)
     p = (x - top).exp_()
     total = p.sum(-1, keepdim=True)
