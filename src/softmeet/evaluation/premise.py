@@ -62,7 +62,12 @@ class Premise:
 
 @torch.inference_mode()
 def premise_scores(ensemble: Ensemble, text: str, limit: int = 512) -> list[Premise]:
-    """Test on the first ``limit`` tokens of a text whether trusting each member lowers the loss of the ensemble's pool.
+    """Test on a text whether trusting each member lowers the loss of the ensemble's pool.
+
+    Args:
+        ensemble: the members; its weights and pool are used, its rule and gate are not.
+        text: at least two tokens, best of a text on which no member was trained.
+        limit: the most tokens to predict.
 
     Returns:
         A result for each member, in order; :class:`Premise` says what is tested.
@@ -79,8 +84,8 @@ def premise_at(ensemble: Ensemble, stretches: Iterable[tuple[list[Tensor], Tenso
 
     Args:
         ensemble: the members.
-        stretches: pairs of (each member's last hidden states, (t, d_i); the tokens that came, (t,)).
-        pool: settings such as ``weights`` and ``pool`` that replace the ensemble's.
+        stretches: pairs of (each member's last hidden states, (t, d_i); the ids of the tokens that came, (t,)).
+        pool: settings such as ``weights`` and ``pool``, by name, that replace the ensemble's.
 
     Returns:
         A result for each member, in order; :class:`Premise` says what is tested.
@@ -122,14 +127,16 @@ def _summary(gain: Float[Tensor, " t"], expected: Float[Tensor, " t"]) -> Premis
 def moment_match(
     log_truth: Float[Tensor, "B v"], log_start: Float[Tensor, "B v"], views: tuple[WhitenedHead, ...], tol: float
 ) -> tuple[Float[Tensor, "B v"], Float[Tensor, "B d"]]:
-    """Tilt ``log_start`` by one head until it has the moments of ``log_truth``: the I-projection onto those moments.
+    """Tilt ``log_start`` by one head until it has the moments of ``log_truth``.
+
+    The result s minimises KL(s‖start) among the distributions with those moments (the I-projection).
 
     Without a soft-cap the result is the s ∝ start · exp(W x) with Wᵀs = Wᵀtruth, W the head's matrix; with one, the
     rows of W are multiplied by its slopes.
 
     Args:
-        log_truth: log-probabilities in nats, fp64.
-        log_start: log-probabilities in nats, fp64.
+        log_truth: log-probabilities in nats, (B, v), fp64.
+        log_start: log-probabilities in nats, (B, v), fp64.
         views: the head, whitened, over the same batch, as a tuple of one.
         tol: the solver's tolerance in nats; raised to at least 10⁻⁴ for a head that is too large for the full Hessian.
 
@@ -158,7 +165,7 @@ def best_hidden(head: SoftmaxHead, log_truth: Float[Tensor, "B v"], tol: float =
 
     Args:
         head: without a soft-cap, since with one the moments do not determine the best h.
-        log_truth: log-probabilities in nats; if some probabilities are 0, the best h may be at infinity.
+        log_truth: log-probabilities in nats, (B, v); if some probabilities are 0, the best h may be at infinity.
         tol: the solver's tolerance, in nats.
     """
     B, v = log_truth.shape

@@ -36,7 +36,10 @@ All figures are in `fit.json`.
 
 
 def figures(fitted: Fitted) -> dict[str, Any]:
-    """Return a fit's figures as a dictionary, for ``fit.json`` and ``softmeet fit --json``; losses in nats per token.
+    """Return a fit's figures as a dictionary, for ``fit.json`` and ``softmeet fit --json``.
+
+    Losses (``nll``) are in nats per token, or per byte over bytes. A difference is ``delta``, negative if the candidate
+    is better than the best baseline, with ``ci95``, the ends of its 95 % interval.
 
     ``chosen`` (the rule), ``candidate`` (its name), ``weights``, ``trust``, ``temperature`` and ``pool`` are of the
     chosen candidate. ``test`` has its loss on the part to judge by, and its difference there from the best baseline,
@@ -81,7 +84,7 @@ def figures(fitted: Fitted) -> dict[str, Any]:
 
 
 def verdict(facts: dict[str, Any]) -> str:
-    """Return a sentence that says which rule was chosen and why, from the figures that :func:`figures` returns."""
+    """Return a sentence that says which candidate was chosen and why, from ``facts``, as :func:`figures` returns it."""
     best, rival = facts["test"]["best_baseline"], facts["rival"]["candidate"]
     low, high = (f"{x:+.4f}" for x in facts["rival"]["ci95"])
     difference = f"{facts['rival']['delta']:+.4f} nats"
