@@ -81,7 +81,7 @@ def without_prompt(entry: str) -> tuple[str, int]:
 def with_baselines(
     choices: Sequence[RuleChoice], weights: Sequence[float] = (), temperature: float = 1.0
 ) -> list[RuleChoice]:
-    """Return ``choices``, preceded by the averages ``logit-mean`` and ``prob-mean`` unless ``choices`` name them.
+    """Return ``choices``, preceded by whichever of the averages ``logit-mean`` and ``prob-mean`` they do not name.
 
     Args:
         choices: rules.

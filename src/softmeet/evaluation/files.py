@@ -88,7 +88,7 @@ def _room_for(path: Path) -> Iterator[None]:
 def replace_together(folder: Path) -> Iterator[Path]:
     """Yield a new empty folder, and once the context ends without an error, move its files into ``folder``.
 
-    Files of the same names are replaced; others in ``folder`` stay. After an error nothing in ``folder`` has changed,
+    ``folder`` is made if there is none. Files of the same names are replaced; others in ``folder`` stay. After an error nothing in ``folder`` has changed,
     unless the error came while files were moved.
 
     Raises:
@@ -141,7 +141,7 @@ def claim(folder: Path, what: str, settings: dict[str, Any]) -> None:
         settings: everything that the folder's contents depend on, as JSON allows it.
 
     Raises:
-        InvalidInputError: if the folder has other settings.
+        InvalidInputError: if ``settings.json`` is there and holds other settings; the message names them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, now = folder / "settings.json", json.loads(json.dumps(settings))
@@ -158,7 +158,7 @@ def require_ensemble_folder(folder: Path) -> None:
     """Check that an ensemble can be saved in a folder: it is missing, without files, or an ensemble's already.
 
     Raises:
-        InvalidInputError: if the folder holds files, but no ``config.json`` of an ensemble, as a member's checkpoint.
+        InvalidInputError: if the folder holds files without an ensemble's ``config.json``, as a member's checkpoint.
     """
     if not folder.is_dir() or not any(path.is_file() for path in folder.iterdir()):
         return

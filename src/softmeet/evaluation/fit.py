@@ -156,7 +156,7 @@ def fit(
     Raises:
         InvalidInputError: if the text is too short to split, or a rule in ``options.rules`` is unknown or has a bad
             value.
-        UnsupportedHeadError: if such a rule reads heads and the ensemble is over bytes.
+        UnsupportedHeadError: if such a rule needs softmax matrices, as ``meet`` does, and the ensemble is over bytes.
     """
     options = options or Options()
     for text in options.rules:

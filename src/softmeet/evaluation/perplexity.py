@@ -44,7 +44,7 @@ class Scores:
 
     Attributes:
         nats: the loss -log p(target) in nats, (N,), fp64.
-        hit: whether the target was the most probable token, (N,).
+        hit: whether the target was the most probable token, (N,) bool, like the other attributes "whether".
         confidence: the probability of the most probable token, (N,), fp64.
         num_passes: how often all heads were read, (N,), fp64; for a member this and the next three are empty.
         fallback: whether the fallback answered because no distribution was feasible, (N,).
@@ -94,7 +94,7 @@ class Evaluation:
         positions: the targets and their documents; after :func:`evaluate_text` without hidden states.
         members: each member's scores by name; a repeated name gets a number (:func:`distinct_names`).
         choices: each choice's scores by :attr:`RuleChoice.name`.
-        disagreement: the mean over members of KL(p̂_i‖their mean), p̂_i the members' distributions, (N,), nats.
+        disagreement: the mean over members i of KL(p̂_i‖m), m the mean of all members' p̂_i, (N,), fp64, in nats.
         vocabulary: ``"tokens"`` or ``"bytes"``, the entries that are predicted.
     """
 
@@ -126,7 +126,7 @@ def evaluate(
 
     Raises:
         InvalidInputError: if a member and a choice have the same name, or a choice cannot be used over bytes.
-        UnsupportedHeadError: if the ensemble is over bytes and a choice reads heads.
+        UnsupportedHeadError: if the ensemble is over bytes and a choice's rule needs softmax matrices, as ``meet``.
     """
     found = _score_piece(ensemble, positions, choices, on_progress)
     return replace(_as_evaluation(ensemble, choices, [found], positions.names), positions=positions)
@@ -280,7 +280,7 @@ def settings_of(ensemble: Ensemble, choices: Sequence[RuleChoice]) -> dict[str, 
     A choice's gate ``movement`` is calibrated for the members if need be, or left out if that is impossible.
 
     Raises:
-        UnsupportedHeadError: if the ensemble is over bytes and a choice reads heads.
+        UnsupportedHeadError: if the ensemble is over bytes and a choice's rule needs softmax matrices, as ``meet``.
         InvalidInputError: if a setting is invalid, or a choice's gate cannot be used over bytes.
     """
     ungated = ensemble.model.settings.ungated()

@@ -37,10 +37,12 @@ _COARSE = 1e-4
 class Premise:
     """The result of one member's premise test: whether trusting it lowers the loss, to first order in its trust.
 
-    The premise is that the member errs only because its head is too narrow; the module has the formulas.
+    The premise is that the member errs only because its head is too narrow: then the truth has the member's moments.
+    The formulas are in :mod:`softmeet.evaluation.premise`.
 
     Attributes:
-        gain: the mean decrease of the loss, in nats per token and unit of trust; negative if trust does harm.
+        gain: the mean decrease of the loss from that of the pool by ``meet``, in nats per token and unit of the
+            member's trust, for small trusts; negative if trust does harm.
         error: the standard error of ``gain`` over tokens; too small, since neighbouring tokens are not independent.
         score: ``gain`` divided by its expectation under the premise: 1 if the premise holds, 0 if trust does not help;
             NaN if the expectation is (nearly) 0.
@@ -66,7 +68,7 @@ def premise_scores(ensemble: Ensemble, text: str, limit: int = 512) -> list[Prem
 
     Args:
         ensemble: the members; its weights and pool are used, its rule and gate are not.
-        text: at least two tokens, best of a text on which no member was trained.
+        text: a text of at least two tokens, on which no member should have been trained.
         limit: the most tokens to predict.
 
     Returns:

@@ -44,7 +44,7 @@ def figures(fitted: Fitted) -> dict[str, Any]:
     ``chosen`` (the rule), ``candidate`` (its name), ``weights``, ``trust``, ``temperature`` and ``pool`` are of the
     chosen candidate. ``test`` has its loss on the part to judge by, and its difference there from the best baseline,
     with the 95 % interval; ``rival`` has the difference there of the candidate that was best on the part to choose by,
-    and ``fell_back`` says whether it was refused. ``candidates`` has settings, losses and differences of all,
+    and ``fell_back`` says whether the best baseline was chosen in its place. ``candidates`` has settings, losses and differences of all,
     ``members`` the unfitted members' losses, ``premise`` the results of the premise test, ``splits`` the sizes of the
     three parts.
     """
@@ -110,7 +110,7 @@ def save(ensemble: Ensemble, fitted: Fitted, folder: str | Path) -> dict[str, An
         The figures of the fit, as in ``fit.json``.
 
     Raises:
-        InvalidInputError: if the folder holds files other than an ensemble's.
+        InvalidInputError: if the folder holds files without an ensemble's ``config.json``; nothing is written then.
         TraceError: if the disk is full; an ensemble that was there stays.
     """
     require_ensemble_folder(Path(folder))

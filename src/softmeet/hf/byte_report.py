@@ -28,9 +28,11 @@ class GroupReport:
     Attributes:
         text: the stretch.
         log_prob: the ensemble's log-probability of the stretch's bytes, given the text before.
-        member_log_probs: each member's log-probability of them.
-        top: the ensemble's most probable first bytes, as (byte, log-probability), the most probable first.
-        member_top: each member's most probable tokens at the start of the stretch, as (token, log-probability).
+        member_log_probs: each member's log-probability of these bytes, in the members' order.
+        top: the ensemble's most probable first bytes of the stretch, as (:func:`shown_byte`, log-probability), the most
+            probable first.
+        member_top: each member's most probable tokens at the start of the stretch, as (text, log-probability), the
+            most probable first.
         disagreement: each member's disagreement KL(p‖p̂_i), of the ensemble's p and the member's p̂_i over the next
             byte, summed over the stretch's bytes.
     """

@@ -32,8 +32,8 @@ class ByteRow:
         symbols: the symbols so far.
         readings: the member's state after each of the last symbols, at most 16, the newest last; empty if the member
             has to read the row from its beginning.
-        prefix: the ids of the member's own tokens before the row; None for the member's default, which is before every
-            text.
+        prefix: the ids of the member's own tokens that it reads before the row; None for those that it reads before
+            every text by default.
     """
 
     symbols: tuple[int, ...] = ()
@@ -79,8 +79,8 @@ def fresh_rows(count: int, prefixes: Sequence[Sequence[int] | None] | None) -> l
 
     Args:
         count: the number of rows.
-        prefixes: the member's own tokens before each row, or before each prompt, in which case the rows of a prompt
-            stand side by side; an entry of None, or None for all, stands for the member's default prefix.
+        prefixes: the ids of the member's own tokens before each row, or before each prompt, in which case the rows of a
+            prompt stand side by side; an entry of None, or None for all, stands for the member's default prefix.
 
     Raises:
         InvalidInputError: if ``count`` is no multiple of the number of prefixes.

@@ -107,7 +107,7 @@ class EnsembleCache(Cache):
 
     Args:
         configs: the members' configurations, in order.
-        lagging: whether members after the first may have run fewer tokens than it, as the gate ``unsure`` needs it.
+        lagging: whether members after the first may have run fewer tokens than the first, as under the gate ``unsure``.
 
     Attributes:
         members: each member's own cache: a ``DynamicCache``; with ``lagging`` a :class:`Lagging` layer for all but

@@ -206,8 +206,10 @@ class Combiner:
     def own_log_probs(self, hidden: Hidden) -> tuple[Scores, Scores | None]:
         """Compute (the members' log-probabilities in nats; their logits if a head has a soft-cap, else None).
 
+        Both are (n, B, v), fp32 or fp64.
+
         Args:
-            hidden: (B, d_i), the last hidden states of each member i. Both results are (n, B, v), fp32 or fp64.
+            hidden: (B, d_i), the last hidden states of each member i.
         """
         logits = self.own_logits(hidden)
         return logits.log_softmax(-1), logits if self.capped else None
@@ -234,8 +236,9 @@ class Combiner:
             settings: the rule and all other settings.
             hidden: (B, d_i), the last hidden states of each member i, for ``free_radial``; None to recover them from
                 the log-probabilities.
-            start: a solution of the same rows near which to begin; None to begin at the pool.
-            relaxed: the solution by ``meet`` that answers rows without a feasible distribution; None to solve for it.
+            start: a solution of the same rows, at whose dual variables to begin; None to begin at the pool.
+            relaxed: the fallback's solution of the same rows, which answers those without a feasible distribution; None
+                to solve for it if there are any.
             proved: True to solve a row until its gap is proved to be within the tolerance; False to stop at an
                 estimate of the gap.
             before: the token before each position, for gates that look at the text; None if unknown.

@@ -29,8 +29,8 @@ class EnsembleConfig(PreTrainedConfig):
         rule_source: the rule's origin, as ``"package NAME"`` or ``"class NAME"``; None for softmeet's own rules.
         vocabulary: ``"tokens"`` for members combined over their common tokens, ``"bytes"`` over bytes; ``"auto"`` until
             the tokenizers have been compared.
-        prune: over bytes, the share of probability mass below which a tokenization of the text is estimated, without
-            asking the model; 0 to estimate none.
+        prune: over bytes, the share of the probability mass of all tokenizations of a text from which on a member's
+            model is run on a tokenization; those of less mass are estimated. 0 to estimate none.
         prefixes: over bytes, for each member the token ids that it reads before every text, None for those that its
             tokenizer puts there; None for these for all members.
         movement: the calibrated factors of the gate ``movement`` for these members, by the settings they were measured

@@ -198,7 +198,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
                 over bytes, ``prefixes``: each member's token ids before each prompt.
 
         Raises:
-            InvalidInputError: if an option has no meaning for an ensemble, or an option's value is not valid.
+            InvalidInputError: if an option has no meaning for an ensemble (:func:`refuse`), or a value is not valid.
         """
         refuse(generation_config, kwargs)
         kwargs["call_options"] = CallOptions.of(self, kwargs)
@@ -236,7 +236,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         return super()._get_candidate_generator(*args, model_kwargs=known, **kwargs)
 
     def new_cache(self, gate: str | Gate | None = None) -> EnsembleCache:
-        """Make an empty cache of every member; if ``gate`` is ``unsure``, those after the first may have run less."""
+        """Make an empty cache of all members; if ``gate`` is ``unsure``, those after the first may lag behind it."""
         lagging = isinstance(that_closes(parse_gate(gate)), Unsure)
         return EnsembleCache([member.config for member in self.members], lagging=lagging)
 

@@ -28,14 +28,14 @@ _FULL = 0.5
 class TokenReport:
     """A report on one position and the token that came there; all figures are in nats.
 
-    A member that did not run, as the gate ``unsure`` was closed, has NaN for figures, and no ``member_top``.
+    A member that did not run, as the gate ``unsure`` was closed, has NaN for figures, and an empty ``member_top``.
 
     Attributes:
         token: the id of the token that came.
         log_prob: its log-probability by the ensemble.
         member_log_probs: its log-probability by each member, in the members' order, as in the other lists.
         top: the ensemble's most probable tokens, as (id, log-probability), the most probable first.
-        member_top: the same for each member.
+        member_top: the same for each member: its own most probable tokens.
         moved: the tokens j with the largest |p_j - q_j|, p the ensemble's distribution and q the pool, as (id, log q_j,
             log p_j), the largest first; if ``gated``, with log p_j in place of log q_j.
         pushes: ``pushes[k][i]`` is member i's contribution push_ij, by its dual variables, to the change of token j,
@@ -148,7 +148,7 @@ def known_sum(disagreement: Sequence[float]) -> float:
 
 
 def shown(text: str) -> str:
-    """Return a token's text with visible signs for spaces and line ends.
+    """Return a token's text with visible signs: ``␣`` for each space and ``⏎`` for each line feed.
 
     Example:
         >>> shown(" a")

@@ -26,8 +26,8 @@ def require_vocabulary(name: str, prune: float) -> None:
 
     Args:
         name: the vocabulary: ``"tokens"``, ``"bytes"``, or ``"auto"`` to choose by the members' tokenizers.
-        prune: over bytes, the share of probability mass below which a tokenization of the text is estimated, without
-            asking the model; 0 to estimate none.
+        prune: over bytes, the share of the probability mass of all tokenizations of a text from which on a member's
+            model is run on a tokenization; those of less mass are estimated. 0 to estimate none.
 
     Raises:
         InvalidInputError: if ``name`` is not one of these, or ``prune`` is not from 0 to below 1.

@@ -80,8 +80,8 @@ class SyntheticStudy:
     def cells(self) -> Iterator[tuple[str, Callable[[], Json]]]:
         """Yield (key, call that returns the cell's result) for every ratio, kind of truth, noise and trial.
 
-        A result has the cell's ``ratio``, ``truth`` (``"zipf"`` or ``"dirichlet"``) and ``noise``, and for each row the
-        KL of ``members`` and ``rules`` from the truth.
+        A result has the cell's ``ratio``, ``truth`` (``"zipf"`` or ``"dirichlet"``) and ``noise``, and for each row
+        KL(truth‖·), in nats, of ``members`` and ``rules``.
         """
         for kind in itertools.product(self.ratios, _TRUTHS, self.noises, range(self.trials)):
             yield "{} {} {:g} {}".format(*kind), partial(self._scores, *kind)
@@ -203,8 +203,8 @@ class KnownTruthStudy:
     def cells(self, documents: Sequence[Document], ensemble: Ensemble) -> Iterator[tuple[str, Callable[[], Json]]]:
         """Yield (key, call that returns the cell's result) for positions of every document and every number of members.
 
-        A result has the number of members, ``size``, and for each row the KL of ``members`` and ``rules`` from the
-        truth. The members of ``truth`` are loaded when the first cell is asked for.
+        A result has the number of members, ``size``, and for each row KL(truth‖·), in nats, of ``members`` and
+        ``rules``. The members of ``truth`` are loaded when the first cell is asked for.
 
         Args:
             documents: the text.
