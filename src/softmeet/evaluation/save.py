@@ -42,9 +42,9 @@ def figures(fitted: Fitted) -> dict[str, Any]:
     is better than the best baseline, with ``ci95``, the ends of its 95 % interval.
 
     ``chosen`` (the rule), ``candidate`` (its name), ``weights``, ``trust``, ``temperature`` and ``pool`` are of the
-    chosen candidate. ``test`` has its loss on the part to judge by, and its difference there from the best baseline,
-    with the 95 % interval; ``rival`` has the difference there of the candidate that was best on the part to choose by,
-    and ``fell_back`` says whether the best baseline was chosen in its place. ``candidates`` has settings, losses and differences of all,
+    chosen candidate. ``test`` has its loss on the part to judge by, and its difference there from the best baseline.
+    ``rival`` has the difference there of the candidate that was best on the part to choose by, and ``fell_back`` says
+    whether the best baseline was chosen in its place. ``candidates`` has settings, losses and differences of all,
     ``members`` the unfitted members' losses, ``premise`` the results of the premise test, ``splits`` the sizes of the
     three parts.
     """

@@ -154,7 +154,7 @@ def mean_text(values: Sequence[float | None]) -> str:
 
 
 def number(x: float | None) -> str:
-    """Return a number as text: with four decimals, or an exponent if 0 < |x| < 0.0005; ∞ for None, NaN and infinities.
+    """Return a number as text: with four decimals, or an exponent if 0 < |x| < 0.0005; ∞ for None, NaN and infinity.
 
     >>> number(0.25), number(1e-6), number(None)
     ('0.2500', '1.0e-06', '∞')
