@@ -88,8 +88,8 @@ def _room_for(path: Path) -> Iterator[None]:
 def replace_together(folder: Path) -> Iterator[Path]:
     """Yield a new empty folder, and once the context ends without an error, move its files into ``folder``.
 
-    ``folder`` is made if there is none. Files of the same names are replaced; others in ``folder`` stay. After an error nothing in ``folder`` has changed,
-    unless the error came while files were moved.
+    ``folder`` is made if there is none. Files of the same names are replaced; others in ``folder`` stay. After an error
+    nothing in ``folder`` has changed, unless the error came while files were moved.
 
     Raises:
         TraceError: if the disk is full.
