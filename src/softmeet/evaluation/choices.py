@@ -23,8 +23,8 @@ class RuleChoice:
     Attributes:
         name: the name of its scores, usually the rule's text, such as ``meet:trust=0.3``.
         settings: changes to the ensemble's settings, ``rule`` among them, as JSON allows them.
-        prompt: if positive, a number of tokens: in each document the members' weights after the first ``prompt`` tokens
-            follow from each member's loss on those; 0 to keep the weights.
+        prompt: if positive, a number of tokens: in each document the members' weights after the first ``prompt``
+            targets are ∝ exp(-ℓ_i), ℓ_i being member i's mean loss on those in nats; 0 to keep the weights.
     """
 
     name: str
@@ -40,7 +40,8 @@ def parse_choices(rules: Sequence[str], n: int, bands: int = 1) -> list[RuleChoi
     Args:
         rules: a text for each rule; one that is repeated counts once.
         n: the number of members.
-        bands: the number of bands that each member's head is cut into, each of which may be given its own trust.
+        bands: the number of bands (groups of principal directions) that each member's head is cut into; trusts may then
+            be given for each band, member by member.
 
     Raises:
         InvalidInputError: if a rule or an option is unknown or has a bad value, or ``rules`` is empty.
@@ -80,12 +81,12 @@ def without_prompt(entry: str) -> tuple[str, int]:
 def with_baselines(
     choices: Sequence[RuleChoice], weights: Sequence[float] = (), temperature: float = 1.0
 ) -> list[RuleChoice]:
-    """Return ``choices``, preceded by the averages ``logit-mean`` and ``prob-mean`` unless ``choices`` name them.
+    """Return ``choices``, preceded by whichever of the averages ``logit-mean`` and ``prob-mean`` they do not name.
 
     Args:
         choices: rules.
         weights, temperature: the ensemble's own; unless they are equal weights (or empty) and 1, averages with equal
-            weights and temperature 1 are added as well, as ``uniform logit-mean`` and ``uniform prob-mean``.
+            weights and temperature 1 come first of all, as ``uniform logit-mean`` and ``uniform prob-mean``.
 
     >>> [choice.name for choice in with_baselines(parse_choices(["meet", "prob-mean"], n=2))]
     ['logit-mean', 'meet', 'prob-mean']

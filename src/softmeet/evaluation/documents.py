@@ -21,7 +21,8 @@ class Document:
     """A named text, on which members are evaluated.
 
     Attributes:
-        name: such as the file's path, followed by ``#k`` for part k of a file that is split.
+        name: of a file its path, followed by ``#k`` for part k (from 0) of a file that is split; of a dataset's row k
+            ``FOLDER[k]``.
         text: its contents.
     """
 
@@ -37,7 +38,8 @@ def read_documents(
     Args:
         sources: UTF-8 files, patterns such as ``books/*.txt``, ``-`` for stdin, or folders written by
             ``datasets.save_to_disk``.
-        separator: the string between documents in a file, such as a blank line; None if each file is one document.
+        separator: the string between documents in a file, such as ``---``; parts without text are left out. None if
+            each file is one document.
         column: the column of a dataset that holds the text.
 
     Raises:

@@ -43,7 +43,7 @@ def write_atomically(path: Path, write: Any) -> None:
 
     Args:
         path: the file, which is replaced if it exists.
-        write: called with a binary file object to write to.
+        write: called once with a file object, opened for binary writing, to write the contents to.
 
     Raises:
         TraceError: if the disk is full; no partial file is left, and an existing file stays unchanged.
@@ -88,8 +88,8 @@ def _room_for(path: Path) -> Iterator[None]:
 def replace_together(folder: Path) -> Iterator[Path]:
     """Yield a new empty folder, and once the context ends without an error, move its files into ``folder``.
 
-    Files of the same names are replaced; others in ``folder`` stay. After an error nothing in ``folder`` has changed,
-    unless the error came while files were moved.
+    ``folder`` is made if there is none. Files of the same names are replaced; others in ``folder`` stay. After an error
+    nothing in ``folder`` has changed, unless the error came while files were moved.
 
     Raises:
         TraceError: if the disk is full.
@@ -133,15 +133,15 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def claim(folder: Path, what: str, settings: dict[str, Any]) -> None:
-    """Make a folder with a ``settings.json``, or check that an existing folder has the same settings.
+    """Write ``settings`` to a folder's ``settings.json``, or check that an existing one holds the same settings.
 
     Args:
-        folder: the folder.
+        folder: the folder, made if there is none.
         what: what the folder holds, for the message, such as "a study".
         settings: everything that the folder's contents depend on, as JSON allows it.
 
     Raises:
-        InvalidInputError: if the folder has other settings.
+        InvalidInputError: if ``settings.json`` is there and holds other settings; the message names them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, now = folder / "settings.json", json.loads(json.dumps(settings))
@@ -155,10 +155,10 @@ def claim(folder: Path, what: str, settings: dict[str, Any]) -> None:
 
 
 def require_ensemble_folder(folder: Path) -> None:
-    """Check that an ensemble can be saved in a folder without overwriting anything but an ensemble.
+    """Check that an ensemble can be saved in a folder: it is missing, without files, or an ensemble's already.
 
     Raises:
-        InvalidInputError: if the folder holds files other than a saved ensemble's, such as a member's checkpoint.
+        InvalidInputError: if the folder holds files without an ensemble's ``config.json``, as a member's checkpoint.
     """
     if not folder.is_dir() or not any(path.is_file() for path in folder.iterdir()):
         return
@@ -188,14 +188,14 @@ def join_tensors(pieces: Sequence[Tensors]) -> Tensors:
 
 
 class PieceCache:
-    """A store of the tensors of finished pieces of work, in a folder; without a folder nothing is stored.
+    """A store of the results of finished pieces of work, tensors by name, as one file each in a folder.
 
     Args:
         folder: made if there is none; None to store nothing.
-        settings: everything that the pieces depend on, as JSON allows it.
+        settings: everything that the pieces depend on, as JSON allows it; softmeet's version is added to it.
 
     Raises:
-        InvalidInputError: if the folder holds pieces of other settings.
+        InvalidInputError: if the folder holds pieces of other settings, or of another version.
     """
 
     def __init__(self, folder: Path | None = None, settings: Json | None = None) -> None:
@@ -224,7 +224,7 @@ class PieceCache:
 
         Args:
             engine: runs the calls; None for this process.
-            stage: the beginning of the names under which these results are stored; a number follows.
+            stage: the beginning of the names under which these results are stored; the piece's number follows.
             function: defined at the top level of a module, so that other processes find it; returns tensors by name.
             pieces: the pieces of the work, in every run the same ones in the same order.
             arguments: returns the arguments of the call for a piece.
@@ -264,10 +264,13 @@ class Run:
 
     Args:
         folder: made if there is none.
-        settings: everything that the results depend on, as JSON allows it.
+        settings: everything that the results depend on, as JSON allows it; softmeet's version is added to it.
+
+    Attributes:
+        done: the results of all cells that are finished, by the cell's key.
 
     Raises:
-        InvalidInputError: if the folder holds another study, or the same one with other settings.
+        InvalidInputError: if the folder holds another study, or the same one with other settings or by another version.
     """
 
     def __init__(self, folder: Path, settings: Json) -> None:
@@ -281,8 +284,11 @@ class Run:
     ) -> dict[str, Json]:
         """Return the results of cells by key; cells that an earlier run finished are not run again.
 
+        Each new result is written to the folder as soon as it is there.
+
         Args:
-            cells: by a key that is unique in the study, the call that returns each result; results come in this order.
+            cells: by a key that is unique in the study, the call that returns the cell's result, which is JSON. Results
+                are returned in this order.
             engine: runs the calls; None for this process.
             on_done: called with the key of each cell whose result is there.
         """
@@ -299,7 +305,7 @@ class Run:
         return {key: self.done[key] for key in cells}
 
     def finish(self, result: Json) -> None:
-        """Write the study's ``result`` with its settings to ``result.json``, which marks the run as complete."""
+        """Write ``result``, of the whole study, with the settings to ``result.json``, which marks a complete run."""
         write_text(self.folder / "result.json", json.dumps({"settings": self.settings, **result}, indent=1) + "\n")
 
     def _read(self) -> dict[str, Json]:

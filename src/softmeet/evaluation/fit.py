@@ -49,11 +49,13 @@ class Options:
 
     Attributes:
         free_weights: whether a logit mean's weights may sum to anything, not only to one.
-        bands: the number of bands that each head's principal directions are cut into; more than one adds a ``meet``
-            with a trust for each band.
+        bands: the number of bands, groups of principal directions, that each head is cut into; more than one adds a
+            candidate, ``meet`` with a trust for each band.
         meet_positions: the most positions that ``meet`` is fitted on.
-        premise_positions: the most positions of the premise test, which suggests the first trusts.
-        evaluations: the most evaluations of the loss with its gradient for each ``meet``; averages get five times this.
+        premise_positions: the most positions of the premise test (:class:`~softmeet.evaluation.premise.Premise`), which
+            suggests the first trusts.
+        evaluations: the most evaluations of the loss with its gradient for each ``meet``; averages and single members
+            get five times this.
         batch: positions in each evaluation for ``meet``, as minibatches of its subset; it then starts from the better
             average only. None for the whole subset at once.
         select_positions, judge_positions: the most positions to choose by and to judge by, evenly spread; None for all.
@@ -79,9 +81,9 @@ class Candidate:
     Attributes:
         name: its name in reports.
         settings: fitted or given values by name, as in :class:`softmeet.rules.settings.Settings`.
-        baseline: whether it is a single member or a fitted average.
+        baseline: whether it is a single member (with a fitted temperature) or a fitted average.
         fit_nll: its loss on the positions that it was fitted on, in nats per token; NaN if it was not fitted.
-        evaluations: the number of evaluations of the loss.
+        evaluations: the number of evaluations of the loss that its fit took.
     """
 
     name: str
@@ -92,7 +94,7 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        """The candidate's name among scores, ``fitted NAME``; there a member's bare name is the unfitted member."""
+        """The candidate's name in an :class:`Evaluation`, ``fitted NAME``; NAME alone may be an unfitted member's."""
         return f"fitted {self.name}"
 
 
@@ -105,10 +107,11 @@ class Fitted:
         chosen: the one to save, ``rival`` or ``best_baseline``.
         rival: the candidate of the lowest loss on the second part, to choose by.
         best_baseline: the baseline (single member or average) of the lowest loss on the second part.
-        difference: the loss of ``rival`` minus that of ``best_baseline`` on the third part, to judge by.
+        difference: the loss of ``rival`` minus that of ``best_baseline`` on the third part, to judge by, with its 95 %
+            interval; 0 if they are the same.
         select, test: the scores of every candidate on the second and on the third part.
         parts: the three parts of the text, named ``fit``, ``select`` and ``test``.
-        premise: a result of the premise test for each member; empty for a single member, or over bytes.
+        premise: a result of the premise test for each member, in order; empty for a single member, or over bytes.
     """
 
     candidates: list[Candidate]
@@ -123,7 +126,10 @@ class Fitted:
 
     @property
     def fell_back(self) -> bool:
-        """Whether the third part did not confirm the best candidate of the second, so that the baseline was chosen."""
+        """Whether ``best_baseline`` was chosen although ``rival`` was better on the second part.
+
+        So it is if the interval of ``difference``, on the third part, is not all below 0.
+        """
         return self.rival is not self.chosen
 
 
@@ -140,7 +146,7 @@ def fit(
 
     Args:
         ensemble: the members; its own rule and settings are ignored, and are not saved.
-        positions: of the text, with hidden states.
+        positions: the text's positions, with hidden states.
         options: settings of the fit; None for the defaults.
         begin: called as each stage begins, with (a description, 0, the number of positions to work on, or None if it is
             unknown); returns a function that is then called with the number of positions of each finished piece.
@@ -150,7 +156,7 @@ def fit(
     Raises:
         InvalidInputError: if the text is too short to split, or a rule in ``options.rules`` is unknown or has a bad
             value.
-        UnsupportedHeadError: if such a rule reads heads and the ensemble is over bytes.
+        UnsupportedHeadError: if such a rule needs softmax matrices, as ``meet`` does, and the ensemble is over bytes.
     """
     options = options or Options()
     for text in options.rules:

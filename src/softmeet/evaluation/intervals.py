@@ -28,10 +28,10 @@ _FEWEST = 3 * len(PARTS)
 
 @dataclass(frozen=True)
 class Difference:
-    """A paired difference of two mean losses in nats per token, with its 95 % interval.
+    """The mean loss of one minus that of another at the same positions, in nats per token, with its 95 % interval.
 
     Attributes:
-        mean: the difference; negative if the first is better.
+        mean: the difference; negative if the one that is named first is better.
         low, high: the ends of the interval, from differences by cluster (document or block of text).
     """
 
@@ -74,16 +74,18 @@ class Clusters:
         return int(self.of.max()) + 1
 
     def sums(self, values: Float[Tensor, " N"]) -> Float[Tensor, " C"]:
-        """Return the sum of some values over each cluster, (C,), fp64."""
+        """Return the sum of ``values``, one a position, over each cluster: entry c is that of cluster c, (C,), fp64."""
         return torch.zeros(self.count, dtype=torch.float64).index_add_(0, self.of, values.double())
 
     def take(self, rows: Tensor) -> Clusters:
-        """Return the clusters of the positions with the indices ``rows``, numbered anew from 0."""
+        """Return the clusters of the positions with the indices ``rows``, in that order; clusters are numbered anew."""
         return Clusters(self.of[rows].unique(return_inverse=True)[1], self.kind)
 
 
 def clusters(document: Int[Tensor, " N"]) -> Clusters:
     """Cluster positions by document if there are at least ten documents, else by contiguous blocks within documents.
+
+    There are about twenty blocks in all, at least one for each document.
 
     Args:
         document: the document of each position, as an integer.
@@ -112,7 +114,7 @@ def paired(ours: Float[Tensor, " N"], theirs: Float[Tensor, " N"], within: Clust
 
     Args:
         ours, theirs: losses at the same positions, in nats.
-        within: the positions' clusters; with a single one the interval is infinite.
+        within: the clusters of these positions; with a single one the interval is from -inf to inf.
 
     >>> nothing = torch.zeros(4)
     >>> print(paired(torch.tensor([0.0, 1.0, 1.0, 2.0]), nothing, Clusters(torch.tensor([0, 0, 1, 1]), "documents")))
@@ -135,7 +137,7 @@ class SplitPart:
 
     Attributes:
         positions: the part's positions.
-        within: their clusters.
+        within: the clusters of these positions, numbered from 0.
     """
 
     positions: Positions

@@ -69,11 +69,13 @@ class Values:
 class Layout:
     """The parameters that a vector θ holds: logarithms of weights, of a temperature and of trusts, in this order.
 
+    θ has k = n + 1 + trusts entries, or one fewer without a temperature.
+
     Attributes:
-        n: the number of weights.
-        trusts: the number of trusts.
+        n: the number of members, each with a weight.
+        trusts: the number of trusts, in the order of :class:`Values`; 0 for an average.
         free: whether weights may sum to anything, exp(θ), rather than to one, softmax(θ).
-        tempered: whether there is a temperature.
+        tempered: whether θ has a temperature; without one it is 1.
     """
 
     n: int
@@ -82,7 +84,7 @@ class Layout:
     tempered: bool = True
 
     def pack(self, values: Values) -> Float[Tensor, " k"]:
-        """Return the vector θ of some values, (k,), fp64, clipped to the bounds.
+        """Return the vector θ of some values: their natural logarithms, (k,), fp64, clipped to :meth:`bounds`.
 
         >>> Layout(2).pack(Values((0.5, 0.5)))
         tensor([-0.6931, -0.6931,  0.0000], dtype=torch.float64)
@@ -91,7 +93,7 @@ class Layout:
         return self.clip(torch.tensor(numbers, dtype=torch.float64).clamp_min(1e-9).log())
 
     def unpack(self, theta: Float[Tensor, " k"]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (weights, (n,); temperature, (); trusts, (trusts,)) of a vector θ, differentiable in it."""
+        """Return tensors (weights, (n,); temperature, (); trusts, (trusts,)) of a vector θ, differentiable in it."""
         a = theta[: self.n]
         temperature = theta[self.n].exp() if self.tempered else theta.new_ones(())
         return (a.exp() if self.free else a.softmax(0)), temperature, theta[self.n + int(self.tempered) :].exp()
@@ -110,12 +112,12 @@ class Layout:
         return Values(tuple(w / scale for w in some), temperature, rounded)
 
     def bounds(self) -> Sequence[tuple[float, float]]:
-        """Return (the least, the largest value) of each entry of a vector θ."""
+        """Return (the least, the largest value) of each entry of a vector θ, which holds logarithms."""
         parts = [_BOUNDS["weights"]] * self.n + [_BOUNDS["temperature"]] * self.tempered
         return parts + [_BOUNDS["trust"]] * self.trusts
 
     def clip(self, theta: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
-        """Return a vector θ with each entry clipped to its bounds."""
+        """Return a copy of a vector θ with each entry clipped to its :meth:`bounds`."""
         return theta.clamp(*torch.tensor(self.bounds(), dtype=torch.float64).unbind(-1))
 
 
@@ -132,11 +134,11 @@ class Objective:
 
     Attributes:
         model: the ensemble, for its members' heads.
-        positions: of the text to fit on, with hidden states.
+        positions: those of the text to fit on, with hidden states.
         layout: the parameters in θ.
         pool: the average, ``"logit-mean"`` or ``"prob-mean"``.
         members: indices of the members that the average takes; None for all.
-        bands: the number of bands that each head's principal directions are cut into, each with a trust of its own.
+        bands: the number of bands, groups of principal directions, that each head is cut into; each has its own trust.
         trusted: indices of the members whose moments ``meet`` constrains, in the order of the layout's trusts (all
             bands of one before the next); None for all.
         tol: the solver's tolerance, in nats.
@@ -176,7 +178,7 @@ class Objective:
 
         Args:
             theta: the parameters θ, as ``layout`` describes them.
-            log_p: the members' log-probabilities in nats.
+            log_p: (n, B, v), the log-probabilities, in nats, of the members that the average takes.
             logits: their logits, (n, B, v), if a head has a soft-cap; else None.
             targets: the tokens that came, (B,).
         """
@@ -262,16 +264,16 @@ def _loss_in_pieces(
 def pooled(
     pool: Pool, log_p: Float[Tensor, "n B v"], weights: Float[Tensor, " n"], support: Tensor | None
 ) -> Float[Tensor, "B v"]:
-    """Return a pool's log-probabilities up to a constant, in nats, differentiable in the weights.
+    """Return a pool's log-probabilities, each row up to an added constant, in nats, differentiable in the weights.
 
     A logit mean excludes each token to which a member gives probability 0; a probability mean does not, like
     :func:`softmeet.simplex.prob_mean`.
 
     Args:
         pool: the average, ``"logit-mean"`` or ``"prob-mean"``.
-        log_p: the members' log-probabilities in nats.
-        weights: one for each member.
-        support: a mask of the ids that may be answered, (v,); None for all.
+        log_p: (n, B, v), the members' log-probabilities in nats.
+        weights: (n,), one for each member; they need not sum to one.
+        support: (v,) bool, True for the ids that can have a probability above 0, the others get -inf; None for all.
     """
     if pool == "logit-mean":
         # Usually no probability is zero, and no copy without -inf is needed.
@@ -299,9 +301,9 @@ def minimise(
     Args:
         whole: the objective at all positions.
         start: the values to begin at.
-        evaluations: of the loss with its gradient: at most, for L-BFGS; the number of steps, for Adam.
+        evaluations: for L-BFGS, the most evaluations of the loss with its gradient; for Adam, the number of steps.
         engine: runs the evaluations, in pieces.
-        batch: positions in each minibatch, taken in turn from one random order; None for L-BFGS.
+        batch: positions in each of Adam's minibatches, taken in turn from one fixed random order; None for L-BFGS.
         cache: keeps each evaluation by ``name`` and number, and supplies those of an earlier run, which must have had
             the same arguments.
         name: the name of these evaluations in the cache.

@@ -44,9 +44,9 @@ class Scores:
 
     Attributes:
         nats: the loss -log p(target) in nats, (N,), fp64.
-        hit: whether the target was the most probable token, (N,).
+        hit: whether the target was the most probable token, (N,) bool, like the other attributes "whether".
         confidence: the probability of the most probable token, (N,), fp64.
-        num_passes: the reads of all heads, (N,); for a member this and the next three are empty.
+        num_passes: how often all heads were read, (N,), fp64; for a member this and the next three are empty.
         fallback: whether the fallback answered because no distribution was feasible, (N,).
         not_converged: whether the solver's steps ended before the tolerance was reached, (N,).
         gated: whether a gate was closed, so that the gate's answer stands in place of the rule's, (N,).
@@ -91,10 +91,10 @@ class Evaluation:
     """Scores of every member and every choice (a rule with its settings) at the same N positions.
 
     Attributes:
-        positions: the targets and their documents; ``hidden`` may be empty.
+        positions: the targets and their documents; after :func:`evaluate_text` without hidden states.
         members: each member's scores by name; a repeated name gets a number (:func:`distinct_names`).
-        choices: each choice's scores by its name.
-        disagreement: the mean over members of KL(p̂_i‖their mean), p̂_i the members' distributions, (N,), nats.
+        choices: each choice's scores by :attr:`RuleChoice.name`.
+        disagreement: the mean over members i of KL(p̂_i‖m), m the mean of all members' p̂_i, (N,), fp64, in nats.
         vocabulary: ``"tokens"`` or ``"bytes"``, the entries that are predicted.
     """
 
@@ -126,7 +126,7 @@ def evaluate(
 
     Raises:
         InvalidInputError: if a member and a choice have the same name, or a choice cannot be used over bytes.
-        UnsupportedHeadError: if the ensemble is over bytes and a choice reads heads.
+        UnsupportedHeadError: if the ensemble is over bytes and a choice's rule needs softmax matrices, as ``meet``.
     """
     found = _score_piece(ensemble, positions, choices, on_progress)
     return replace(_as_evaluation(ensemble, choices, [found], positions.names), positions=positions)
@@ -150,7 +150,7 @@ def evaluate_text(
         choices: rules, each with changes to the ensemble's settings.
         engine: runs the pieces; None for this process.
         cache: keeps finished pieces, and supplies those that an earlier run finished.
-        begin: called once with the number of positions; returns a function, called with that of each finished piece.
+        begin: called once with the number N of positions; returns a function, called with that of each finished piece.
         windowing: ``window``, ``stride``, ``bos``, ``max_tokens`` and ``max_per_document``, as in
             :func:`softmeet.evaluation.positions.cut`.
 
@@ -187,7 +187,7 @@ def evaluate_positions(
         choices: rules, each with changes to the ensemble's settings.
         engine: runs the pieces; None for this process.
         cache: keeps finished pieces, and supplies those that an earlier run finished.
-        stage: the name of these pieces in the cache.
+        stage: the beginning of these pieces' names in the cache.
         on_progress: called with the number of positions of each finished piece.
 
     Raises:
@@ -280,7 +280,7 @@ def settings_of(ensemble: Ensemble, choices: Sequence[RuleChoice]) -> dict[str, 
     A choice's gate ``movement`` is calibrated for the members if need be, or left out if that is impossible.
 
     Raises:
-        UnsupportedHeadError: if the ensemble is over bytes and a choice reads heads.
+        UnsupportedHeadError: if the ensemble is over bytes and a choice's rule needs softmax matrices, as ``meet``.
         InvalidInputError: if a setting is invalid, or a choice's gate cannot be used over bytes.
     """
     ungated = ensemble.model.settings.ungated()
@@ -291,7 +291,7 @@ def settings_of(ensemble: Ensemble, choices: Sequence[RuleChoice]) -> dict[str, 
 
 
 def distinct_names(ensemble: Ensemble) -> list[str]:
-    """Return the members' names, with ``#2``, ``#3`` and so on added to repeated ones."""
+    """Return the members' names, in order, with ``#2``, ``#3`` and so on added to the second, third … of one name."""
     before = [ensemble.names[:i].count(name) for i, name in enumerate(ensemble.names)]
     return [f"{name}#{k + 1}" if k else name for name, k in zip(ensemble.names, before, strict=True)]
 

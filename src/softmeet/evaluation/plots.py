@@ -15,11 +15,14 @@ except ImportError as error:  # pragma: no cover - the extra is installed where 
 
 
 def draw(facts: dict[str, Any], folder: Path) -> list[Path]:
-    """Draw the plots of an evaluation as PNG files in a folder, which is made if there is none, and return their paths.
+    """Draw the three plots of an evaluation as PNG files in a folder, and return their paths.
+
+    They show each rule's gain over the best baseline by disagreement, the calibration, and the differences from that
+    baseline with their intervals.
 
     Args:
         facts: the figures, as :func:`softmeet.evaluation.report.summary` returns them.
-        folder: gets ``gain.png``, ``calibration.png`` and ``differences.png``.
+        folder: made if there is none; gets ``gain.png``, ``calibration.png`` and ``differences.png``, in this order.
 
     Raises:
         TraceError: if the disk is full.

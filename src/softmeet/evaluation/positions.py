@@ -34,7 +34,7 @@ class Windowing(TypedDict, total=False):
     """The keyword arguments that say how a text is cut into windows; :func:`cut` describes each.
 
     Attributes:
-        window: tokens that a member reads at once; None for the shortest context, at most 1,024.
+        window: tokens that a member reads at once; None for the shortest context, at most 1,024 (4,096 over bytes).
         stride: tokens from one window's start to the next; None for ``window``.
         bos: whether the token that begins a text is put before each document.
         max_tokens: the most predictions in all documents together; None for no limit.
@@ -69,7 +69,7 @@ class Window:
 
     Attributes:
         document: the document's index in the text.
-        ids: the t tokens that are read and the one after them, (t + 1,); the last k of these are predicted.
+        ids: the t tokens that are read and the one after them, (t + 1,), int64; the last k of these are predicted.
         sizes: the UTF-8 bytes of text that each predicted token adds, (k,).
     """
 
@@ -95,12 +95,12 @@ def cut(
 
     Args:
         ensemble: supplies the tokenizer and the context length.
-        documents: the text, in order; a document of a single token is left out.
+        documents: the text, in order; a document of fewer than two tokens is left out.
         window: tokens that a member reads at once; None for the shortest member's context, at most 1,024 (over bytes:
             the bytes that fit every context, at most 4,096).
         stride: tokens from one window's start to the next; None for ``window``, so that windows do not overlap.
-        bos: put the token that begins a text before each document, unless the tokenizer has none or does so already;
-            the first word is then predicted too.
+        bos: whether to put the token that begins a text before each document, unless the tokenizer has none or does so
+            already; the document's own first token is then predicted, too.
         max_tokens: the most predictions in all documents together; later tokens are left out. None for no limit.
         max_per_document: the most predictions in each document; None for no limit.
 
@@ -142,7 +142,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, document: Document, *, bos: boo
     Args:
         tokenizer: the members' tokenizer.
         document: the text.
-        bos: put the token that begins a text before it, unless the tokenizer has none or does so already.
+        bos: whether to put the token that begins a text before it, unless the tokenizer has none or does so already.
     """
     fast = bool(getattr(tokenizer, "is_fast", False))
     out = tokenizer(document.text, verbose=False, return_offsets_mapping=fast)
@@ -187,7 +187,7 @@ def grouped(
     Args:
         documents, window, stride: as :func:`cut` returns them.
         size: the least number of predictions in a group.
-        by_document: start a new group with each document; the last group of each may then have fewer predictions.
+        by_document: whether each document starts a new group; the last group of each may then have fewer predictions.
     """
     groups: list[list[Window]] = []
     for found in windows(documents, window, stride):
@@ -203,10 +203,12 @@ class Positions:
     """N positions of a text: each member's hidden states, and the tokens that came.
 
     Attributes:
-        hidden: each member's last hidden states, (N, d_i), one tensor a member; empty if they are no longer needed.
+        hidden: each member's last hidden states, (N, d_i), one tensor a member, row k that from which target k is
+            predicted; an empty list if they are no longer needed. Over bytes, the log-probabilities and costs that
+            :meth:`ByteEnsembleForCausalLM.hidden_states` returns stand in for them.
         targets: the tokens that came, (N,), int64.
-        document: the document of each position, an index into ``names``, (N,).
-        sizes: the UTF-8 bytes of text that each target adds, (N,).
+        document: the document of each position, an index into ``names``, (N,), int64.
+        sizes: the number of UTF-8 bytes of text that each target adds, (N,), int64.
         names: the documents' names.
     """
 
@@ -239,15 +241,15 @@ def from_tensors(found: Tensors, names: list[str]) -> Positions:
     """Make positions from the tensors that :meth:`Positions.tensors` returned, ignoring others in ``found``.
 
     Args:
-        found: tensors by name.
-        names: the documents' names.
+        found: tensors by name: ``targets``, ``document``, ``sizes`` and, for each member i from 0, ``hidden i``.
+        names: the documents' names, which ``document`` indexes.
     """
     hidden = [found[f"hidden {i}"] for i in range(sum(name.startswith("hidden ") for name in found))]
     return Positions(hidden, **{name: found[name] for name in _OF_TEXT}, names=names)
 
 
 def join(parts: Sequence[Positions], names: list[str]) -> Positions:
-    """Join several runs of positions, in order, to one; ``names`` are the documents' names for the result."""
+    """Join several runs of positions, in order, to one; ``names`` are the documents' names, which all parts index."""
     return Positions(
         [torch.cat(own) for own in zip(*(part.hidden for part in parts), strict=True)],
         **{name: torch.cat([getattr(part, name) for part in parts]) for name in _OF_TEXT},
@@ -257,7 +259,7 @@ def join(parts: Sequence[Positions], names: list[str]) -> Positions:
 
 @torch.no_grad()  # not inference mode: a fit's graph may hold these tensors
 def observe(ensemble: Ensemble, read: Sequence[Window]) -> Positions:
-    """Run every member over some windows, one window at a time.
+    """Run every member over some windows, one window at a time, and keep its hidden states.
 
     Returns:
         The predicted positions of all windows, in order, on the ensemble's device; ``names`` is empty.

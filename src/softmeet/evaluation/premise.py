@@ -37,10 +37,12 @@ _COARSE = 1e-4
 class Premise:
     """The result of one member's premise test: whether trusting it lowers the loss, to first order in its trust.
 
-    The premise is that the member errs only because its head is too narrow; the module has the formulas.
+    The premise is that the member errs only because its head is too narrow: then the truth has the member's moments.
+    The formulas are in :mod:`softmeet.evaluation.premise`.
 
     Attributes:
-        gain: the mean decrease of the loss, in nats per token and unit of trust; negative if trust does harm.
+        gain: the mean decrease of the loss from that of the pool by ``meet``, in nats per token and unit of the
+            member's trust, for small trusts; negative if trust does harm.
         error: the standard error of ``gain`` over tokens; too small, since neighbouring tokens are not independent.
         score: ``gain`` divided by its expectation under the premise: 1 if the premise holds, 0 if trust does not help;
             NaN if the expectation is (nearly) 0.
@@ -62,7 +64,12 @@ class Premise:
 
 @torch.inference_mode()
 def premise_scores(ensemble: Ensemble, text: str, limit: int = 512) -> list[Premise]:
-    """Test on the first ``limit`` tokens of a text whether trusting each member lowers the loss of the ensemble's pool.
+    """Test on a text whether trusting each member lowers the loss of the ensemble's pool.
+
+    Args:
+        ensemble: the members; its weights and pool are used, its rule and gate are not.
+        text: a text of at least two tokens, on which no member should have been trained.
+        limit: the most tokens to predict.
 
     Returns:
         A result for each member, in order; :class:`Premise` says what is tested.
@@ -79,8 +86,8 @@ def premise_at(ensemble: Ensemble, stretches: Iterable[tuple[list[Tensor], Tenso
 
     Args:
         ensemble: the members.
-        stretches: pairs of (each member's last hidden states, (t, d_i); the tokens that came, (t,)).
-        pool: settings such as ``weights`` and ``pool`` that replace the ensemble's.
+        stretches: pairs of (each member's last hidden states, (t, d_i); the ids of the tokens that came, (t,)).
+        pool: settings such as ``weights`` and ``pool``, by name, that replace the ensemble's.
 
     Returns:
         A result for each member, in order; :class:`Premise` says what is tested.
@@ -122,14 +129,16 @@ def _summary(gain: Float[Tensor, " t"], expected: Float[Tensor, " t"]) -> Premis
 def moment_match(
     log_truth: Float[Tensor, "B v"], log_start: Float[Tensor, "B v"], views: tuple[WhitenedHead, ...], tol: float
 ) -> tuple[Float[Tensor, "B v"], Float[Tensor, "B d"]]:
-    """Tilt ``log_start`` by one head until it has the moments of ``log_truth``: the I-projection onto those moments.
+    """Tilt ``log_start`` by one head until it has the moments of ``log_truth``.
+
+    The result s minimises KL(s‖start) among the distributions with those moments (the I-projection).
 
     Without a soft-cap the result is the s ∝ start · exp(W x) with Wᵀs = Wᵀtruth, W the head's matrix; with one, the
     rows of W are multiplied by its slopes.
 
     Args:
-        log_truth: log-probabilities in nats, fp64.
-        log_start: log-probabilities in nats, fp64.
+        log_truth: log-probabilities in nats, (B, v), fp64.
+        log_start: log-probabilities in nats, (B, v), fp64.
         views: the head, whitened, over the same batch, as a tuple of one.
         tol: the solver's tolerance in nats; raised to at least 10⁻⁴ for a head that is too large for the full Hessian.
 
@@ -158,7 +167,7 @@ def best_hidden(head: SoftmaxHead, log_truth: Float[Tensor, "B v"], tol: float =
 
     Args:
         head: without a soft-cap, since with one the moments do not determine the best h.
-        log_truth: log-probabilities in nats; if some probabilities are 0, the best h may be at infinity.
+        log_truth: log-probabilities in nats, (B, v); if some probabilities are 0, the best h may be at infinity.
         tol: the solver's tolerance, in nats.
     """
     B, v = log_truth.shape

@@ -18,15 +18,17 @@ BINS = 10
 
 
 def summary(found: Evaluation) -> dict[str, Any]:
-    """Return the figures of an evaluation as a dictionary for JSON.
+    """Return the figures of an evaluation as a dictionary for JSON, losses in nats per token, or per byte over bytes.
 
-    ``members`` and ``rules`` hold each one's ``nll`` (mean loss in nats per token, or per byte over bytes),
-    ``perplexity``, ``bits_per_byte``, ``top1`` (accuracy) and ``calibration``. Rules also have ``passes`` (reads of all
-    heads per position), the numbers of ``fallbacks`` and ``unconverged`` positions, the share ``gated``, ``vs`` (the
-    difference in nats from the best baseline, with its 95 % interval), ``gain_by_disagreement``, and, if it was
-    measured, ``movement`` (of the pool by the rule). The other entries are of the text, the mean ``disagreement`` of
-    the members in nats, and ``best_baseline``: the single member or average of the lowest loss. It is chosen on the
-    text that it is compared on, so it is, if anything, too good.
+    ``members`` and ``rules`` hold, by name, each one's ``nll`` (mean loss), ``perplexity``, ``bits_per_byte``, ``top1``
+    (accuracy) and ``calibration``. Rules also have ``passes`` (reads of all heads per position), the numbers of
+    ``fallbacks`` and ``unconverged`` positions, the share of positions ``gated``, ``vs`` (the rule's mean loss minus
+    that of ``best_baseline``, with its 95 % interval), ``gain_by_disagreement``, and, if it was measured, ``movement``
+    (:meth:`Movement.figures`). Members over bytes have, per byte, ``dropped`` (the share of mass estimated),
+    ``forward_steps`` (model calls) and ``tokens_run``. The other entries are ``vocabulary``, the counts of ``tokens``,
+    ``bytes``, ``documents`` and ``clusters``, the mean ``disagreement`` of the members in nats, and ``best_baseline``:
+    the single member or average of the lowest loss. It is chosen on the text that it is compared on, so it is, if
+    anything, too good.
     """
     within = clusters(found.positions.document)
     bytes_, count = int(found.positions.sizes.sum()), len(found.positions)
@@ -79,9 +81,9 @@ def calibration(scores: Scores) -> dict[str, Any]:
     """Compare the most probable token's probability (its confidence) with how often it came (accuracy).
 
     Returns:
-        For each of ten equal intervals of confidence that has positions, in order: the mean ``confidence``, the
-        ``accuracy`` and the number of ``positions``; and ``error``, the expected calibration error: the mean over
-        positions of their interval's |confidence - accuracy|.
+        A dict with three lists, ``confidence`` (the mean), ``accuracy`` and ``positions`` (their number), each with an
+        entry for each of ten equal intervals of confidence that has positions, the lowest first; and ``error``, the
+        expected calibration error: the mean over positions of their interval's |confidence - accuracy|.
     """
     place = (scores.confidence * BINS).long().clamp_max(BINS - 1)
     size = torch.bincount(place, minlength=BINS).double()
@@ -104,7 +106,7 @@ def gain_by_disagreement(
     Args:
         ours: the rule's scores.
         baseline: the baseline's scores at the same positions.
-        disagreement: of the members at each position, in nats.
+        disagreement: :attr:`Evaluation.disagreement` of the same positions, in nats.
         bins: the number of bins; positions are sorted by disagreement and split into bins of equal size.
 
     Returns:

@@ -36,12 +36,15 @@ All figures are in `fit.json`.
 
 
 def figures(fitted: Fitted) -> dict[str, Any]:
-    """Return a fit's figures as a dictionary, for ``fit.json`` and ``softmeet fit --json``; losses in nats per token.
+    """Return a fit's figures as a dictionary, for ``fit.json`` and ``softmeet fit --json``.
+
+    Losses (``nll``) are in nats per token, or per byte over bytes. A difference is ``delta``, negative if the candidate
+    is better than the best baseline, with ``ci95``, the ends of its 95 % interval.
 
     ``chosen`` (the rule), ``candidate`` (its name), ``weights``, ``trust``, ``temperature`` and ``pool`` are of the
-    chosen candidate. ``test`` has its loss on the part to judge by, and its difference there from the best baseline,
-    with the 95 % interval; ``rival`` has the difference there of the candidate that was best on the part to choose by,
-    and ``fell_back`` says whether it was refused. ``candidates`` has settings, losses and differences of all,
+    chosen candidate. ``test`` has its loss on the part to judge by, and its difference there from the best baseline.
+    ``rival`` has the difference there of the candidate that was best on the part to choose by, and ``fell_back`` says
+    whether the best baseline was chosen in its place. ``candidates`` has settings, losses and differences of all,
     ``members`` the unfitted members' losses, ``premise`` the results of the premise test, ``splits`` the sizes of the
     three parts.
     """
@@ -81,7 +84,7 @@ def figures(fitted: Fitted) -> dict[str, Any]:
 
 
 def verdict(facts: dict[str, Any]) -> str:
-    """Return a sentence that says which rule was chosen and why, from the figures that :func:`figures` returns."""
+    """Return a sentence that says which candidate was chosen and why, from ``facts``, as :func:`figures` returns it."""
     best, rival = facts["test"]["best_baseline"], facts["rival"]["candidate"]
     low, high = (f"{x:+.4f}" for x in facts["rival"]["ci95"])
     difference = f"{facts['rival']['delta']:+.4f} nats"
@@ -107,7 +110,7 @@ def save(ensemble: Ensemble, fitted: Fitted, folder: str | Path) -> dict[str, An
         The figures of the fit, as in ``fit.json``.
 
     Raises:
-        InvalidInputError: if the folder holds files other than an ensemble's.
+        InvalidInputError: if the folder holds files without an ensemble's ``config.json``; nothing is written then.
         TraceError: if the disk is full; an ensemble that was there stays.
     """
     require_ensemble_folder(Path(folder))

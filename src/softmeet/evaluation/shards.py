@@ -32,8 +32,8 @@ def write_shard(path: Path, positions: Positions, dtype: torch.dtype, key: str) 
     """Write positions as one shard of a trace, a Parquet file.
 
     Args:
-        path: the file.
-        positions: with hidden states.
+        path: the file, which is replaced if it exists.
+        positions: the positions, with hidden states.
         dtype: of the hidden states on disk, fp32 or fp16.
         key: the identity of the trace, :attr:`Trace.key`.
 
@@ -55,12 +55,12 @@ def write_shard(path: Path, positions: Positions, dtype: torch.dtype, key: str) 
 def read_shard(
     path: Path, key: str, names: list[str], count: int, widths: Sequence[int], dtype: torch.dtype
 ) -> Positions:
-    """Read the positions of a shard that :func:`write_shard` wrote, and check them; hidden states in fp32.
+    """Read and check a shard that :func:`write_shard` wrote; the hidden states are returned in fp32.
 
     Args:
         path: the file.
         key: the identity that the shard has to have, :attr:`Trace.key`.
-        names: the documents' names, for the result.
+        names: the documents' names, which become ``names`` of the positions.
         count: the number of positions that the shard has to have.
         widths: the widths d_i of the members' hidden states.
         dtype: of the hidden states on disk, fp32 or fp16.

@@ -54,11 +54,13 @@ _ERRORS = TypeAdapter(dict[int, _Float16Error])
 
 @dataclass(frozen=True)
 class Trace:
-    """An opened trace: a folder of positions with the members' hidden states.
+    """An opened trace: a folder of files (shards) with the positions of a text and the members' hidden states there.
 
     Attributes:
         folder: the folder.
-        facts: the contents of its ``trace.json``.
+        facts: the contents of its ``trace.json``: ``members`` and ``tokenizer`` as :func:`identity` returns them,
+            ``text`` (a hash), ``bos``, ``window`` and ``stride``, ``dtype`` (of the hidden states on disk),
+            ``documents`` (names and sizes) and ``shards`` (the number of positions in each).
     """
 
     folder: Path
@@ -95,11 +97,11 @@ class Trace:
 
     @property
     def key(self) -> str:
-        """The SHA-256 of ``facts``, in hexadecimal, which every shard carries to show that it belongs to this trace."""
+        """The SHA-256 of :attr:`facts`, in hexadecimal; every shard holds it, as proof that it belongs to the trace."""
         return hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()
 
     def shard(self, k: int) -> Path:
-        """Return the path of shard ``k``, counted from 0."""
+        """Return the path of shard ``k``, counted from 0, whether the file exists or not."""
         return self.folder / f"shard-{k:05d}.parquet"
 
     def require(self, ensemble: Ensemble) -> None:
@@ -138,10 +140,10 @@ class Trace:
             raise TraceError(f"{self.folder} was made with another tokenizer than these members': trace again")
 
     def read(self, on_damage: Callable[[str], None] | None = None) -> Positions:
-        """Read the positions of all intact shards, in order, hidden states in fp32.
+        """Read the positions of all intact shards, in order, hidden states in fp32; others are left out.
 
         Args:
-            on_damage: called with a sentence for each shard that is missing or damaged; None to warn instead.
+            on_damage: called with a sentence for each shard that is missing or damaged; None for a Python warning.
 
         Raises:
             TraceError: if no shard is intact.
@@ -149,13 +151,13 @@ class Trace:
         return self.read_whole(on_damage or (lambda sentence: warnings.warn(sentence, stacklevel=4)))[0]
 
     def read_whole(self, on_damage: Callable[[str], None]) -> tuple[Positions, list[int]]:
-        """Read the positions of all intact shards, in order, hidden states in fp32.
+        """Read the positions of all intact shards, in order, hidden states in fp32, and list the other shards.
 
         Args:
             on_damage: called with a sentence for each shard that is missing or damaged.
 
         Returns:
-            (the positions; the numbers of the missing or damaged shards).
+            (the positions; the numbers, from 0, of the missing or damaged shards).
 
         Raises:
             TraceError: if no shard is intact.
@@ -169,7 +171,7 @@ class Trace:
         return join(parts, parts[0].names), [k for k, part in found.items() if part is None]
 
     def read_if_whole(self, k: int, on_damage: Callable[[str], None], says: str) -> Positions | None:
-        """Read shard ``k``, or return None if it is missing or damaged.
+        """Read the positions of shard ``k``, hidden states in fp32, or return None if it is missing or damaged.
 
         Args:
             k: the shard's number, from 0.
@@ -190,8 +192,9 @@ class Trace:
     def float16_error(self) -> dict[str, float] | None:
         """Return the errors that fp16 causes in the targets' log-probabilities: ``largest`` and ``mean``, in nats.
 
-        Errors are absolute; ``largest`` and ``mean`` are over positions and members. The result is None for a trace in
-        fp32, or if ``float16.json``, which is written with the shards, is missing or damaged.
+        They are the largest and the mean, over positions and members, of |log p̂_i(target) from fp16 hidden states minus
+        that from the original ones|. The result is None for a trace in fp32, or if ``float16.json``, which is written
+        with the shards, is missing or damaged.
         """
         found = _float16_errors(self.folder / "float16.json").values()
         if self.facts["dtype"] == "float32" or not found:
@@ -222,7 +225,7 @@ def record(
         dtype: of the hidden states on disk; ``"float16"`` halves the size, and its error in nats is measured.
         shard_size: the least number of positions in a shard; the last may have fewer.
         engine: runs the members; None for this process.
-        on_start: called with (the number of positions already on disk, the number in all).
+        on_start: called once, before members run, with (the number of positions already on disk, the number in all).
         on_progress: called with the number of positions of each new shard.
         on_damage: called with a sentence about each damaged shard, which is made again.
         windowing: ``window``, ``stride``, ``bos``, ``max_tokens`` and ``max_per_document``, as in
@@ -339,8 +342,8 @@ def identity(ensemble: Ensemble) -> dict[str, Any]:
 
     Returns:
         ``members``, a list of each one's ``name``, ``width`` (of its hidden states), ``dtype`` (of its head), and
-        hashes of its ``head`` and of a sample of all its weights (``body``); ``tokenizer``, a hash of the vocabulary
-        with its ids; over bytes also ``prune`` and ``prefixes``, as in the ensemble's configuration.
+        SHA-256 hashes of its ``head`` and of a sample of all its weights (``body``); ``tokenizer``, a hash of the
+        vocabulary with its ids; over bytes also ``prune`` and ``prefixes``, as in the ensemble's configuration.
     """
     model, vocabulary = ensemble.model, sorted(ensemble.tokenizer.get_vocab().items())
     facts: dict[str, Any] = {"prune": model.config.prune, "prefixes": model.config.prefixes} if model.over_bytes else {}

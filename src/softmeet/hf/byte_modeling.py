@@ -51,9 +51,9 @@ def assemble(
             an ensemble over tokens, or each member's spelling (its tokens as byte strings) for one over bytes.
 
     Raises:
-        UnsupportedHeadError: if a member's output layer is not a plain softmax head; or, over bytes, the rule reads
-            heads.
-        VocabularyMismatchError: if a head has no row for a token.
+        UnsupportedHeadError: if a member's output layer is not a plain softmax head; or, over bytes, the rule needs the
+            members' softmax matrices, as ``meet`` does.
+        VocabularyMismatchError: if a member's head has no logit for one of the common tokens.
         InvalidInputError: if, over bytes, the gate is ``unsure``.
     """
     model: EnsembleForCausalLM
@@ -92,8 +92,8 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
     """A causal LM over 257 symbols, the bytes and the end of a text (256), whose members are read byte by byte.
 
     Each member's token probabilities are turned into the next byte's, which the rule then combines. ``input_ids`` are
-    symbols, and ``max_new_tokens`` counts them. Rules that read heads are refused: a byte has no row of a softmax
-    matrix.
+    symbols, and ``max_new_tokens`` counts them. Rules that need the members' softmax matrices, such as ``meet``, are
+    refused, as these matrices have no rows for bytes.
 
     Args:
         config: the settings; ``config.members`` names the members.
@@ -101,7 +101,7 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
             random weights.
 
     Raises:
-        UnsupportedHeadError: if the rule reads heads, or a member's output layer is not a plain softmax head.
+        UnsupportedHeadError: if the rule needs softmax matrices, or a member's output layer is no plain softmax head.
         InvalidInputError: if the gate is ``unsure``; or if ``readers`` is None and ``config`` describes an ensemble
             over tokens.
         CheckpointError: if ``readers`` is None and a member's configuration or tokenizer cannot be read.
@@ -126,12 +126,12 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
 
     @property
     def member_heads(self) -> list[SoftmaxHead]:
-        """The members' own output layers, over their tokens, in order."""
+        """The members' own output layers, each over the member's own tokens, in the members' order."""
         return [reader.head for reader in self.readers]
 
     @property
     def widths(self) -> list[int]:
-        """The number of columns of each member's :meth:`hidden_states`, 260: 257 symbols and three costs."""
+        """The number of columns of each member's :meth:`hidden_states`, 260 each: 257 symbols and three costs."""
         return [SYMBOLS + 3] * len(self.readers)
 
     @property
@@ -141,11 +141,11 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
 
     @property
     def spent(self) -> list[Work]:
-        """Each member's computation since it was loaded: model calls, tokens run, and probability mass estimated."""
+        """Each member's :class:`softmeet.members.reading.Work` since it was loaded, summed over all texts."""
         return [reader.spent for reader in self.readers]
 
     def work(self, hidden: Float[Tensor, "t 260"]) -> Float[Tensor, "t 3"]:
-        """Return the last three columns of a member's :meth:`hidden_states`: mass estimated, calls, and tokens run."""
+        """Return the last three columns, the costs, of one member's :meth:`hidden_states`, which describes them."""
         return hidden[:, SYMBOLS:]
 
     def part(self, chosen: Sequence[int], config: EnsembleConfig) -> EnsembleForCausalLM:
@@ -154,12 +154,12 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
         return over_bytes
 
     def find_heads_again(self) -> None:
-        """Make the members' heads anew from their weights, after members have been moved or cast."""
+        """Take each member's output layer anew from its model, after the model has been moved or cast."""
         for reader in self.readers:
             reader.find_head_again()
 
     def new_cache(self, gate: str | Gate | None = None) -> ByteCache:
-        """Make an empty cache for every member; ``gate`` makes no difference over bytes."""
+        """Make an empty cache for every member; ``gate`` is unused over bytes."""
         return ByteCache(len(self.readers))
 
     def run(
@@ -173,18 +173,20 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
     ) -> tuple[list[Float[Tensor, "B k 257"]], None]:
         """Have every member read new symbols, and return its log-probabilities of the symbols that follow.
 
+        After a sequence that fills the context of one member, the end is the only possible symbol for all of them.
+
         Args:
             input_ids: (B, t), the new symbols, padded on the left.
             cache: the :class:`ByteCache` of the symbols before them, which is updated; None if there are none.
             kept: the k positions among the new symbols at which the members are to be combined.
-            options: the call's options; their ``prefixes`` hold each member's tokens before each sequence, or before
-                each prompt, if every prompt has the same number of sequences.
+            options: the call's options, of which ``prefixes`` is used: the token ids that each member reads before the
+                text, as :class:`CallOptions` describes them. None for the members' default prefixes.
             attention_mask: (B, s), 0 at padding, over all symbols so far; None if there is no padding.
             shared: unused.
 
         Returns:
-            (for each member the log-probabilities, in nats, fp64, of the symbol after each kept position, (B, k, 257);
-            None, as all members always run).
+            (for each member the log-probabilities, in nats, fp64, of the symbol after each kept position, (B, k, 257),
+            index 256 being the end; None, as all members always run).
 
         Raises:
             InvalidInputError: if the prefixes are malformed, or their number does not divide the number of sequences.
@@ -224,11 +226,15 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
     def hidden_states(self, input_ids: Int[Tensor, "1 t"]) -> list[Float[Tensor, "t 260"]]:
         """Compute each member's predictions after every symbol of one text of t symbols, and their costs.
 
+        Args:
+            input_ids: (1, t), the text's bytes; a first symbol 256 stands for the start of the text, so that row 0
+                predicts its first byte.
+
         Returns:
-            For each member (t, 260), fp64: 257 columns with the next symbol's log-probabilities in nats, and three of
-            costs: the share of these probabilities' mass that was estimated rather than asked of the model, the number
-            of calls of the model, and the number of tokens run in them. The last two are of the whole text, and stand
-            in the last row; they are 0 in the others.
+            For each member (t, 260), fp64. Row k has in columns 0 to 256 the log-probabilities, in nats, of the symbol
+            after symbol k; in column 257 the share of their probability mass that was estimated instead of asked of the
+            model; in column 258 the number of calls of the model and in column 259 that of tokens run in them. The last
+            two columns are 0 but in the last row, which has the numbers of the whole text.
         """
         symbols, found = input_ids[0].tolist(), []
         # An end symbol at the start begins a text: then its first byte is predicted, too.
@@ -253,10 +259,15 @@ def _is_list(given: Any) -> bool:
 
 
 class WholeCharacters(LogitsProcessor):
-    """A logits processor that forbids bytes after which a text is not UTF-8, and an end within a character."""
+    """A logits processor that forbids bytes that cannot continue the text as UTF-8, and an end within a character."""
 
     def __call__(self, input_ids: Int[Tensor, "B t"], scores: Float[Tensor, "B v"]) -> Float[Tensor, "B v"]:
-        """Set the scores of forbidden symbols to -inf; a row in which no others are possible stays unchanged."""
+        """Return ``scores`` with -inf at forbidden symbols; a row in which all others already have -inf is unchanged.
+
+        Args:
+            input_ids: (B, t), the symbols so far.
+            scores: (B, 257), scores of the next symbol.
+        """
         forbidden = torch.stack([_forbidden(tuple(row)) for row in input_ids[:, -3:].tolist()])
         found = scores.masked_fill(forbidden.to(scores.device), -torch.inf)
         # A text whose context is full ends within a character if it has to.

@@ -28,9 +28,11 @@ class GroupReport:
     Attributes:
         text: the stretch.
         log_prob: the ensemble's log-probability of the stretch's bytes, given the text before.
-        member_log_probs: each member's log-probability of them.
-        top: the ensemble's most probable first bytes, as (byte, log-probability), the most probable first.
-        member_top: each member's most probable tokens at the start of the stretch, as (token, log-probability).
+        member_log_probs: each member's log-probability of these bytes, in the members' order.
+        top: the ensemble's most probable first bytes of the stretch, as (:func:`shown_byte`, log-probability), the most
+            probable first.
+        member_top: each member's most probable tokens at the start of the stretch, as (text, log-probability), the
+            most probable first.
         disagreement: each member's disagreement KL(p‖p̂_i), of the ensemble's p and the member's p̂_i over the next
             byte, summed over the stretch's bytes.
     """
@@ -43,10 +45,10 @@ class GroupReport:
     disagreement: list[float]
 
     def spelled(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        """Return the report as a dict for JSON, with all fields that a report on a token has there.
+        """Return the report as a dict for JSON: its own fields and, as constants, those of :class:`TokenReport`.
 
-        The fields that a stretch does not have are constants: over bytes the rule is an average, which moves no pool
-        and is exact. ``tokenizer`` is unused.
+        The constants say that the rule, which over bytes is an average, moved no pool, read no head and is exact. There
+        is no ``token``, as a stretch may be several. ``tokenizer`` is unused.
         """
         return asdict(self) | {
             "moved": [],
@@ -62,12 +64,12 @@ class GroupReport:
 
 
 def group_reports(model: ByteEnsembleForCausalLM, text: bytes, top: int) -> list[GroupReport]:
-    """Report on each stretch of a text, between neighbouring places at which every member's tokenizer cuts it.
+    """Report on each stretch of a text, in order: those between places at which every member's tokenizer cuts it.
 
     Args:
         model: the ensemble.
         text: the text in UTF-8, at least one byte.
-        top: how many bytes or tokens to list of each distribution.
+        top: how many bytes or tokens to list in each report's ``top`` and in each member's ``member_top``.
     """
     log_probs = torch.stack([torch.from_numpy(reader.score(text)[1][: len(text)]) for reader in model.readers])
     expected = [reader.expected(text, top) for reader in model.readers]

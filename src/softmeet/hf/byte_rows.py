@@ -30,10 +30,10 @@ class ByteRow:
 
     Attributes:
         symbols: the symbols so far.
-        readings: the member's state after each of the last few symbols, the newest last; empty if the member has to
-            read the row from its beginning.
-        prefix: the ids of the member's own tokens before the row; None for the member's default, which is before every
-            text.
+        readings: the member's state after each of the last symbols, at most 16, the newest last; empty if the member
+            has to read the row from its beginning.
+        prefix: the ids of the member's own tokens that it reads before the row; None for those that it reads before
+            every text by default.
     """
 
     symbols: tuple[int, ...] = ()
@@ -51,7 +51,7 @@ class ByteRow:
         return bool(self.readings) and self.readings[-1].full and not any(one.full for one in self.readings[:-1])
 
     def longer(self, symbol: int, reading: Reading) -> ByteRow:
-        """Return a copy with one more symbol, and the reading after it."""
+        """Return a copy with ``symbol`` added, and ``reading``, the member's state after it, as the newest reading."""
         return replace(self, symbols=(*self.symbols, symbol), readings=(*self.readings[1 - _KEPT :], reading))
 
     def shorter(self, by: int) -> ByteRow:
@@ -79,8 +79,8 @@ def fresh_rows(count: int, prefixes: Sequence[Sequence[int] | None] | None) -> l
 
     Args:
         count: the number of rows.
-        prefixes: the member's own tokens before each row, or before each prompt, in which case the rows of a prompt
-            stand side by side; an entry of None, or None for all, stands for the member's default prefix.
+        prefixes: the ids of the member's own tokens before each row, or before each prompt, in which case the rows of a
+            prompt stand side by side; an entry of None, or None for all, stands for the member's default prefix.
 
     Raises:
         InvalidInputError: if ``count`` is no multiple of the number of prefixes.
@@ -107,7 +107,7 @@ def read_on(
 
     Returns:
         (the rows with the new symbols; the log-probabilities in nats, (B, k, 257), fp64, uniform at padding and, in a
-        row that is read at once, up to an end symbol that a text follows).
+        row that is read at once for more than its last column, up to and including its last end symbol).
     """
     out = torch.full((len(rows), len(wanted), SYMBOLS), -math.log(SYMBOLS), dtype=torch.float64)
     found = list(rows)

@@ -40,7 +40,7 @@ class RowsLayer(CacheLayerMixin):
         raise NotImplementedError
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return (the tokens that a mask covers, ``query_length`` new ones included; its offset, 0)."""
+        """Return (the number of tokens that a mask covers: all so far and ``query_length`` new ones; its offset, 0)."""
         return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
@@ -48,7 +48,7 @@ class RowsLayer(CacheLayerMixin):
         return max((row.length for row in self.rows), default=0)
 
     def get_max_length(self) -> int:
-        """Return -1, which tells transformers that sequences may grow without bound."""
+        """Return -1, by which transformers' caches say that the layer sets no limit to a sequence's length."""
         return -1
 
     def reset(self) -> None:
@@ -56,7 +56,7 @@ class RowsLayer(CacheLayerMixin):
         self.rows = []
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last tokens of every sequence: -``tokens_to_remove``, a negative number as in transformers."""
+        """Remove the last |``tokens_to_remove``| tokens of every sequence; transformers passes a negative number."""
         self.rows = [row.shorter(abs(tokens_to_remove)) for row in self.rows]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -72,19 +72,26 @@ class RowsLayer(CacheLayerMixin):
 
 
 class Lagging(RowsLayer):
-    """A layer with a partial KV cache of each sequence: the member may have run any number of its tokens, or none."""
+    """A layer with a partial KV cache of each sequence: tokens that the member has not run yet are kept as pending."""
 
     def follow(self, tokens: Sequence[Sequence[int]]) -> None:
-        """Add new token ids to each sequence as pending, without running them."""
+        """Add new token ids to each sequence as pending, without running them; an empty layer begins the sequences.
+
+        Args:
+            tokens: for each sequence the ids of its new tokens, which may be none.
+        """
         rows = self.rows or [PartialCache()] * len(tokens)
         self.rows = [row.longer(new) for row, new in zip(rows, tokens, strict=True)]
 
     def run(self, model: PreTrainedModel, rows: Int[Tensor, " k"]) -> list[Float[Tensor, "t d"]]:
-        """Run the pending tokens of some sequences, and return the last hidden states there, (t, d) per sequence.
+        """Run the pending tokens of some sequences, which then are pending no longer.
 
         Args:
             model: the member, in evaluation mode.
             rows: (k,), the numbers of the sequences, each with at least one pending token.
+
+        Returns:
+            For each sequence, in the order of ``rows``, the last hidden states at its t pending tokens, (t, d).
         """
         chosen = rows.tolist()
         caught, hidden = catch_up(model, [self.rows[k] for k in chosen])
@@ -100,10 +107,11 @@ class EnsembleCache(Cache):
 
     Args:
         configs: the members' configurations, in order.
-        lagging: whether members after the first may be behind it, as the gate ``unsure`` needs it.
+        lagging: whether members after the first may have run fewer tokens than the first, as under the gate ``unsure``.
 
     Attributes:
-        members: each member's own cache: a ``DynamicCache``, or a :class:`Lagging` layer if the member may be behind.
+        members: each member's own cache: a ``DynamicCache``; with ``lagging`` a :class:`Lagging` layer for all but
+            the first.
 
     Raises:
         InvalidInputError: if ``lagging`` and the cache of a member after the first holds anything but keys and values.

@@ -50,13 +50,16 @@ _log = logging.getLogger("softmeet")
 def resolved(model: EnsembleForCausalLM, settings: Settings, *, may_calibrate: bool = True) -> Settings:
     """Return the settings with the factor of their gate ``movement`` filled in; with another gate or none, unchanged.
 
-    If that gate never closes, the rule cannot move the pool or has an infinite trust, or no factor can be had, the
-    settings are returned without a gate.
+    The factor turns Σ_i ρ_i KL(q‖p̂_i) into the predicted movement KL(p°‖q), as :func:`calibrate` says. The settings are
+    returned without a gate if no factor is needed or can be had: if the gate's threshold is 0, so that it never closes;
+    if the rule is not one like ``meet``, which tilts the pool by trusts; if there are fewer than two trusts, only
+    zeros, or an infinite one; if the factor is unknown and may not be measured, or measuring fails.
 
     Args:
-        model: the ensemble, whose configuration keeps the factor from then on.
+        model: the ensemble; the factor is added to ``movement`` of its configuration.
         settings: the settings to complete.
-        may_calibrate: whether to measure a factor that is kept nowhere, which takes as long as a few dozen tokens.
+        may_calibrate: whether to measure a factor that is kept nowhere, which takes as long as generating 64 tokens,
+            and to write it to :func:`cache_file`.
     """
     gate = settings.gate
     if not isinstance(gate, PredictedMovement) or gate.factor is not None:
@@ -78,7 +81,7 @@ def resolved(model: EnsembleForCausalLM, settings: Settings, *, may_calibrate: b
 def gate_of(model: EnsembleForCausalLM) -> str | None:
     """Return the gate of an ensemble as text, such as ``"unsure:0.5"``; None if it has none.
 
-    A gate ``movement`` that never closes, or whose factor is kept nowhere, counts as none.
+    A gate ``movement`` counts as none if :func:`resolved`, without calibration, leaves it out.
     """
     gate = resolved(model, model.settings, may_calibrate=False).gate
     return None if gate is None else str(gate)
@@ -101,13 +104,16 @@ def _kept(model: EnsembleForCausalLM, own: str) -> float | None:
 
 
 def key_of(settings: Settings) -> str:
-    """Return the settings that a factor depends on, as JSON text: the key under which the factor is kept."""
+    """Return the settings that a factor depends on, as JSON text: the key under which the factor is kept.
+
+    They are ``rule``, ``trust``, ``weights``, ``pool``, ``rank``, ``bands``, ``free_radial`` and ``free_weights``.
+    """
     plain = settings.plain()
     return json.dumps({name: plain[name] for name in _SETTINGS}, sort_keys=True)
 
 
 def members_hash(model: EnsembleForCausalLM) -> str:
-    """Compute the SHA-256 hash, in hexadecimal, that identifies an ensemble's members and their order."""
+    """Compute the SHA-256, in hexadecimal, of a sample of each member's weights; it depends on the members' order."""
     return hashlib.sha256("".join(map(body_hash, model.members)).encode()).hexdigest()
 
 
@@ -134,9 +140,10 @@ def _calibrated(model: EnsembleForCausalLM, settings: Settings, own: str) -> flo
 
 @torch.inference_mode()
 def calibrate(model: EnsembleForCausalLM, settings: Settings) -> float | None:
-    """Measure the factor of the gate ``movement``: the mean of KL(p°‖q) over the mean of Σ_i ρ_i KL(q‖p̂_i).
+    """Measure the factor of the gate ``movement``: the mean of KL(p°‖q) divided by the mean of Σ_i ρ_i KL(q‖p̂_i).
 
-    The means are over 64 tokens that the ensemble samples, or those solved within 120 seconds.
+    p° is the rule's answer, q the pool, p̂_i member i's distribution and ρ_i its trust. The means are over 64 tokens
+    that are sampled from the pool, or over those of them that are solved within 120 seconds.
 
     Args:
         model: an ensemble over tokens.
@@ -161,7 +168,11 @@ def calibrate(model: EnsembleForCausalLM, settings: Settings) -> float | None:
 
 
 def cache_file() -> Path:
-    """Return the path of the JSON file in which this machine keeps factors, by members and settings."""
+    """Return the path of the JSON file in which this machine keeps factors, by members and settings.
+
+    It is ``movement.json`` in ``$SOFTMEET_CACHE`` or, without that, in ``softmeet`` below ``$XDG_CACHE_HOME`` or
+    ``~/.cache``.
+    """
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("SOFTMEET_CACHE") or Path(base) / "softmeet") / "movement.json"
 
@@ -192,7 +203,8 @@ def _keep(file: Path, who: str, own: str, factor: float) -> None:
 def own_text(model: EnsembleForCausalLM, count: int) -> list[Float[Tensor, "t _"]]:
     """Sample a text from an ensemble's pool, and return each member's last hidden states, (t, d_i).
 
-    State k is that from which the k-th sampled token is predicted. The seed is fixed: the text is the same every time.
+    Row k is the state from which the k-th sampled token is predicted. The text continues "The" and has a fixed seed, so
+    it is the same every time.
 
     Args:
         model: an ensemble over tokens, with a tokenizer.
@@ -220,10 +232,11 @@ def _as_meet(settings: Settings) -> Settings:
 
 @torch.inference_mode()
 def moved(model: EnsembleForCausalLM, hidden: Sequence[Float[Tensor, "t _"]]) -> Movement:
-    """Measure how far ``meet`` moves the pool at t positions, with an ensemble's settings but without its gate.
+    """Measure how far ``meet`` moves the pool at each of t positions, in order.
 
     Args:
-        model: the ensemble; an infinite trust of its settings is replaced by the default trust.
+        model: the ensemble; its trusts, weights and pool are used, but no gate and no rule temperature. An infinite
+            trust is replaced by the default trust.
         hidden: each member's last hidden states at the positions, (t, d_i).
     """
     found = [Movement.of(solution) for _, solution in model.combiner.solve_in_chunks(hidden, _as_meet(model.settings))]

@@ -28,11 +28,12 @@ class CallOptions:
     ``generate`` makes the object once, and transformers' loop passes it to every ``forward``.
 
     Attributes:
-        settings: the settings by which the members are combined; a gate ``movement`` of theirs is calibrated.
+        settings: the settings by which the members are combined; a gate ``movement`` among them has its factor.
         recorder: counts the solution of every position whose logits are kept; None for no record.
         row_sampler: draws each sequence's tokens from a generator of its own; None to let transformers draw them.
-        prefixes: over bytes, for each sequence (or each prompt, if every prompt has the same number of sequences), the
-            token ids that each member reads before it; None for the members' default prefixes.
+        prefixes: over bytes, ``prefixes[k][i]`` holds the token ids that member i reads before sequence k (or before
+            prompt k, if every prompt has the same number of sequences), or None for that member's default prefix;
+            None in place of the whole for the default prefixes of all members.
     """
 
     settings: Settings
@@ -48,11 +49,12 @@ class CallOptions:
             model: the ensemble that is called.
             given: the keyword arguments. Removed are ``settings``, ``recorder``, ``row_sampler``, ``prefixes``,
                 ``weights`` and ``gate``. Without ``settings`` the model's own hold, with the pool's ``weights`` and the
-                ``gate`` (a text such as ``"unsure:0.5"``, ``"none"`` for none) replaced by those given.
+                ``gate`` (a text such as ``"unsure:0.5"``, ``"none"`` for none) replaced by those given; with
+                ``settings``, ``weights`` and ``gate`` are ignored.
 
         Raises:
             InvalidInputError: if the weights or the gate are not valid, or prefixes are given over tokens.
-            UnsupportedHeadError: if the ensemble is over bytes, and the rule reads heads.
+            UnsupportedHeadError: if the ensemble is over bytes, and the rule needs softmax matrices, as ``meet`` does.
         """
         settings, weights, gate = (given.pop(name, None) for name in ("settings", "weights", "gate"))
         if settings is None:
@@ -66,6 +68,9 @@ class CallOptions:
 
     @cached_property
     def unsure(self) -> Unsure | None:
-        """The gate ``unsure``, under which members after the first need not run; None for another gate or none."""
+        """The gate ``unsure``, by which members after the first need not always run, if it is set; else None.
+
+        Also None if its threshold is above 1, as the gate then never closes, and all members always run.
+        """
         gate = that_closes(self.settings.gate)
         return gate if isinstance(gate, Unsure) else None

@@ -33,8 +33,8 @@ def run_others(
 ) -> tuple[list[Float[Tensor, "B k _"]], Deferral | None]:
     """Run members after the first in the sequences that need them, on all tokens that they have not run yet.
 
-    A sequence needs them if the first member is unsure at one of its kept positions. In the other sequences the new
-    tokens are noted as pending.
+    A sequence needs them if at one of its kept positions the first member is unsure: its most probable token has a
+    probability below ``gate.threshold``. In the other sequences the new tokens are noted as pending in ``lagging``.
 
     Args:
         each: applies a function to some members' numbers and lists the results, like ``map``, perhaps in threads.
@@ -47,8 +47,9 @@ def run_others(
         gate: the gate that decides whether the first member is unsure; None to run every sequence.
 
     Returns:
-        (each member's last hidden states at the kept positions, zeros in sequences in which it did not run; the
-        positions at which the first member deferred to the others, None if ``gate`` is).
+        (each member's last hidden states at the kept positions, (B, k, d_i), zeros in sequences in which it did not
+        run; the positions, sequence by sequence, at which the first member is unsure and defers to the others, None if
+        ``gate`` is None).
     """
     started = time.perf_counter()
     real = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]

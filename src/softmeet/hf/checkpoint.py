@@ -127,7 +127,7 @@ def load(
         changes: settings in place of the saved ones, by name, if ``config`` is None; unknown names are ignored.
 
     Raises:
-        CheckpointError: if a member is missing.
+        CheckpointError: if a member cannot be found.
         InvalidInputError: if a device is unknown, or ``device_map`` names a member that does not exist.
     """
     from softmeet.hf.byte_modeling import assemble  # which is built on modeling, and that on this module
@@ -153,16 +153,17 @@ def random_members(config: EnsembleConfig, *, over_bytes: bool) -> tuple[list[Pr
     """Build each member from its own configuration, with random weights, in evaluation mode.
 
     Args:
-        config: the ensemble's configuration, which names the members; its ``vocabulary``, if ``"auto"``, is set.
+        config: the ensemble's configuration, which names the members. Its ``vocabulary`` is set to ``"bytes"`` or
+            ``"tokens"``, and relative paths among its ``members`` to absolute ones.
         over_bytes: True for the members of an ensemble over bytes, False for one over tokens.
 
     Returns:
-        (the members; the result of :func:`choose_vocabulary`).
+        (the members, in order; the result of :func:`softmeet.hf.vocabulary.choose_vocabulary`).
 
     Raises:
         InvalidInputError: if ``config.vocabulary`` is of the other kind of ensemble.
         CheckpointError: if a member's configuration or tokenizer cannot be read.
-        VocabularyMismatchError: if the tokenizers differ, or, over bytes, one of them cannot be used there.
+        VocabularyMismatchError: if, over tokens, the tokenizers differ; or, over bytes, one of them cannot be used.
     """
     wanted = "bytes" if over_bytes else "tokens"
     if config.vocabulary not in ("auto", wanted):
@@ -176,7 +177,11 @@ def random_members(config: EnsembleConfig, *, over_bytes: bool) -> tuple[list[Pr
 
 
 def save(model: EnsembleForCausalLM, folder: Path) -> None:
-    """Write an ensemble's configuration, generation configuration, tokenizer and model card into ``folder``."""
+    """Write an ensemble's configuration, generation configuration, tokenizer and model card into ``folder``.
+
+    The folder is made if there is none, and files of the same names are replaced. No weights are written: the
+    configuration names the members, local ones by paths relative to the folder.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(model.config)
     config.members = relative(config.members, folder)

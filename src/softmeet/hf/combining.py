@@ -32,13 +32,18 @@ _ELEMENTS = 1 << 26
 
 
 def rows_at_once(v: int, n: int) -> int:
-    """Return the number of positions at which one solve combines n members over v tokens, to bound its memory."""
+    """Return the most positions that one solve takes with n members over v tokens: 2²⁶ / (4 n v), at least 1.
+
+    This bounds its vectors over the vocabulary to about 512 MiB.
+    """
     return max(1, _ELEMENTS // (v * 4 * n))
 
 
 @dataclass
 class Deferral:
-    """The positions at which the gate ``unsure`` had the first member defer to the others, so that all members ran.
+    """The positions at which, by the gate ``unsure``, the first member defers to the others, so that all members run.
+
+    It defers where its largest next-token probability is below the gate's threshold.
 
     Attributes:
         rows: (B,) bool, True at positions at which all members ran, False at those at which the first answers alone.
@@ -77,7 +82,7 @@ class Combiner:
     Attributes:
         names: the members' names, for messages.
         heads: the members' output layers, in the same order.
-        v: the number of rows of the largest head, the size of the vocabulary.
+        v: the size of the vocabulary: the number of logits of the largest head.
         support: (v,) bool, True for the ids that are tokens, for heads with padding rows; None if all ids are tokens.
         capped: whether a head has a soft-cap; rules then need logits beside log-probabilities.
     """
@@ -199,7 +204,13 @@ class Combiner:
         return torch.stack(found)
 
     def own_log_probs(self, hidden: Hidden) -> tuple[Scores, Scores | None]:
-        """Compute (the members' log-probabilities in nats; their logits if a head has a soft-cap, else None)."""
+        """Compute (the members' log-probabilities in nats; their logits if a head has a soft-cap, else None).
+
+        Both are (n, B, v), fp32 or fp64.
+
+        Args:
+            hidden: (B, d_i), the last hidden states of each member i.
+        """
         logits = self.own_logits(hidden)
         return logits.log_softmax(-1), logits if self.capped else None
 
@@ -215,7 +226,7 @@ class Combiner:
         proved: bool = True,
         before: TokensBefore | None = None,
     ) -> Solution:
-        """Combine the members at B positions, from their logits or log-probabilities.
+        """Combine the members at B positions, from their logits or log-probabilities, and return the B rows' solution.
 
         Rows for which the gate ``unsure`` is closed get the first member's distribution, and no ``rule_temperature``.
 
@@ -225,8 +236,9 @@ class Combiner:
             settings: the rule and all other settings.
             hidden: (B, d_i), the last hidden states of each member i, for ``free_radial``; None to recover them from
                 the log-probabilities.
-            start: a solution of the same rows near which to begin; None to begin at the pool.
-            relaxed: the solution by ``meet`` that answers rows without a feasible distribution; None to solve for it.
+            start: a solution of the same rows, at whose dual variables to begin; None to begin at the pool.
+            relaxed: the fallback's solution of the same rows, which answers those without a feasible distribution; None
+                to solve for it if there are any.
             proved: True to solve a row until its gap is proved to be within the tolerance; False to stop at an
                 estimate of the gap.
             before: the token before each position, for gates that look at the text; None if unknown.
@@ -280,9 +292,10 @@ class Combiner:
             )
 
     def banded_heads(self, count: int) -> list[SoftmaxHead]:
-        """Cut each head into ``count`` bands of principal directions, each a head of its own; list them by member.
+        """Cut each head into ``count`` bands: heads of their own, of groups of its matrix's principal directions.
 
-        The bands are kept until another ``count`` is asked for; together they are as large as the heads.
+        They are listed member by member and, for each, from the largest singular values to the smallest. They are kept
+        until another ``count`` is asked for, and together take as much memory as the heads.
         """
         if count == 1:
             return self.heads

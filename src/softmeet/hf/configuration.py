@@ -29,11 +29,12 @@ class EnsembleConfig(PreTrainedConfig):
         rule_source: the rule's origin, as ``"package NAME"`` or ``"class NAME"``; None for softmeet's own rules.
         vocabulary: ``"tokens"`` for members combined over their common tokens, ``"bytes"`` over bytes; ``"auto"`` until
             the tokenizers have been compared.
-        prune: over bytes, the share of probability mass below which a tokenization of the text is estimated, without
-            asking the model; 0 to estimate none.
-        prefixes: over bytes, each member's own token ids before every text; None for those of its tokenizer.
-        movement: the factors of the gate ``movement`` for these members, by the settings they were measured for
-            (``hf/calibrated.py``); None for one that could not be measured in time.
+        prune: over bytes, the share of the probability mass of all tokenizations of a text from which on a member's
+            model is run on a tokenization; those of less mass are estimated. 0 to estimate none.
+        prefixes: over bytes, for each member the token ids that it reads before every text, None for those that its
+            tokenizer puts there; None for these for all members.
+        movement: the calibrated factors of the gate ``movement`` for these members, by the settings they were measured
+            for (:func:`softmeet.hf.calibrated.key_of`); None for a factor that could not be measured in time.
 
     Raises:
         InvalidInputError: if a setting is not valid; no member is loaded for the check.
@@ -90,8 +91,8 @@ class EnsembleConfig(PreTrainedConfig):
     def adopt_limits(self, members: Sequence[PreTrainedModel]) -> None:
         """Set the limits and special ids that follow from the members' models, over tokens.
 
-        ``vocab_size`` is the number of rows of the largest head, ``max_position_embeddings`` the shortest context (None
-        if no member has a limit); the ids that begin, end and pad a text are the first member's.
+        ``vocab_size`` is the number of logits of the largest head, ``max_position_embeddings`` the shortest context
+        (None if no member has a limit); the ids that begin, end and pad a text are the first member's.
         """
         configs = [member.config.get_text_config(decoder=True) for member in members]
         self.vocab_size = max(member.get_output_embeddings().weight.shape[0] for member in members)
@@ -101,7 +102,10 @@ class EnsembleConfig(PreTrainedConfig):
             setattr(self, key, getattr(configs[0], key, None))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the configuration as a dict of JSON values: each setting by name, the rule and its options as text."""
+        """Return the configuration as a dict of JSON values, with an entry for each setting by name.
+
+        The rule with its options is one text, as is the gate. Factors of None are left out of ``movement``.
+        """
         found: dict[str, Any] = super().to_dict()
         if isinstance(found.pop("settings", None), Settings):
             found |= self.settings.plain()

@@ -100,7 +100,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         """Run the members on new tokens and combine their predictions; the arguments are those of any causal LM.
 
         Args:
-            logits_to_keep: combine at the last k positions alone (0: everywhere), or at those of these k indices.
+            logits_to_keep: combine at the last k positions alone (0: at all), or at the positions with these k indices.
             call_options: the options of a call of ``generate``; None to read them from ``kwargs``.
             kwargs: ``settings``, ``weights`` of the pool, ``gate``, ``recorder`` and, over bytes, ``prefixes``: each
                 member's token ids before each row. All others are ignored.
@@ -147,11 +147,11 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
             shared: keyword arguments of the members' own ``forward``.
 
         Returns:
-            (each member's last hidden states at the kept positions, (B, k, d_i); the positions at which all members
-            ran, None if they ran everywhere).
+            (each member's last hidden states at the kept positions, (B, k, d_i), zeros if it did not run; the
+            :class:`Deferral`: at which of the B · k positions all members ran, None if at all of them).
 
         Raises:
-            InvalidInputError: if the gate is ``unsure`` and ``cache`` was made for another gate.
+            InvalidInputError: if the gate is ``unsure``, and ``cache`` was made by :meth:`new_cache` without that gate.
         """
         unsure = None if options is None else options.unsure
         members, caches = self.members, [None] * len(self.members) if cache is None else cache.members
@@ -171,7 +171,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         return run_others(self.each, list(members), self.heads, lagging, hidden(0), kept, input_ids, mask, unsure)
 
     def hidden_states(self, input_ids: Int[Tensor, "1 t"]) -> list[Float[Tensor, "t _"]]:
-        """Run the members over one text without a cache, and return the last hidden states of each, (t, d_i)."""
+        """Run the members over one text, and return each one's last hidden states, (t, d_i), row k after token k."""
         self._checked_length(input_ids, None)
         return [states[0] for states in self.run(input_ids, None, use_cache=False)[0]]
 
@@ -198,7 +198,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
                 over bytes, ``prefixes``: each member's token ids before each prompt.
 
         Raises:
-            InvalidInputError: if an option has no meaning for an ensemble, or an option's value is not valid.
+            InvalidInputError: if an option has no meaning for an ensemble (:func:`refuse`), or a value is not valid.
         """
         refuse(generation_config, kwargs)
         kwargs["call_options"] = CallOptions.of(self, kwargs)
@@ -236,7 +236,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         return super()._get_candidate_generator(*args, model_kwargs=known, **kwargs)
 
     def new_cache(self, gate: str | Gate | None = None) -> EnsembleCache:
-        """Make an empty cache of every member; for the gate ``unsure``, members after the first may lag behind it."""
+        """Make an empty cache of all members; if ``gate`` is ``unsure``, those after the first may lag behind it."""
         lagging = isinstance(that_closes(parse_gate(gate)), Unsure)
         return EnsembleCache([member.config for member in self.members], lagging=lagging)
 
@@ -252,7 +252,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def member_heads(self) -> list[SoftmaxHead]:
-        """The members' own output layers, in order."""
+        """The members' own output layers, in order; over tokens the same as :attr:`heads`."""
         return self.heads
 
     @property
@@ -267,15 +267,15 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def spent(self) -> list[Work]:
-        """The computation that each member has spent since it was loaded; counted over bytes alone, else empty."""
+        """Each member's :class:`Work` (model calls, tokens run) since it was loaded; over tokens an empty list."""
         return []
 
     def work(self, hidden: Float[Tensor, "t _"]) -> Float[Tensor, "_ 3"]:
-        """Return the costs of a member's :meth:`hidden_states`, (t, 3) over bytes; none over tokens, (0, 3)."""
+        """Return the costs among the columns of one member's :meth:`hidden_states`: over tokens none, shape (0, 3)."""
         return hidden.new_zeros(0, 3)
 
     def require(self, settings: Settings) -> None:
-        """Raise an error if the ensemble is over bytes and the rule reads heads or the gate is ``unsure``."""
+        """Raise an error if over bytes the rule of ``settings`` needs softmax matrices, or their gate is ``unsure``."""
         if self.over_bytes:
             require_for_bytes(settings)
 
@@ -298,7 +298,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         return len({whereabouts(member) for member in self.members}) > 1
 
     def each(self, function: Callable[[int], Any], members: Sequence[int]) -> list[Any]:
-        """Apply ``function`` to some members' numbers and list the results; in threads if members are ``apart``."""
+        """Return [function(i) for i in members], numbers from 0; computed in threads if :attr:`apart`."""
         return each_in_a_thread(function, members) if self.apart else list(map(function, members))
 
     def _apply(self, fn: Any, recurse: bool = True) -> EnsembleForCausalLM:
@@ -313,20 +313,20 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         return self
 
     def find_heads_again(self) -> None:
-        """Make the heads anew from the members' weights, after members have been moved or cast one by one."""
+        """Take the heads anew from the members' weights; call it after single members were moved or cast."""
         self.__dict__.pop("apart", None)
         heads = [replace_weight(head, member) for head, member in zip(self.heads, self.members, strict=True)]
         self.combiner = Combiner(self.config.members, heads, self.combiner.support)
 
     def adopt(self, tokenizer: PreTrainedTokenizerBase, ids: frozenset[int] | None = None) -> None:
-        """Set the tokenizer that the members share, and with it the ids that may be answered.
+        """Set the tokenizer that the members share, and with it the ids that can have a probability above 0.
 
         Args:
             tokenizer: the tokenizer; if it has no padding token, it gets its end-of-text token as one.
             ids: the ids that are the same token for all members; None for all of the tokenizer's.
 
         Raises:
-            VocabularyMismatchError: if a head has no row for one of the ids.
+            VocabularyMismatchError: if a member's head has no logit for one of the ids.
         """
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token

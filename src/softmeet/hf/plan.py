@@ -56,7 +56,7 @@ class Plan:
     Attributes:
         batch: the number of sequences that are generated at once.
         context: the number of tokens of each sequence.
-        rows_at_once: the number of positions that one solve takes.
+        rows_at_once: the number of positions, at most ``batch``, that are solved together.
         cache_bytes_per_token: by member's name, the bytes of the cache for one token of one sequence.
         parts: all parts.
     """
@@ -134,7 +134,7 @@ def plan(
         device: a device (None: the CPU), ``"disk"``, a strategy such as ``"auto"``, or a dict of places by module; one
             for all members or one each.
         batch: the number of sequences that are generated at once.
-        context: the number of tokens of each sequence; None for the shortest member's context.
+        context: the number of tokens of each sequence; None for the shortest member's context, or 1 if none is known.
         trust_remote_code: whether code that comes with a member may run.
 
     Raises:
@@ -166,7 +166,7 @@ def plan(
 
 
 def solver_bytes(v: int, n: int, width: int, rows: int) -> int:
-    """Estimate the bytes of a solve: 4 n + 4 fp64 vectors over the tokens per row, and two width × width matrices.
+    """Estimate the bytes of a solve by ``meet``: 4 n + 4 fp64 vectors over v per row, and two width × width matrices.
 
     Args:
         v: the number of tokens.

@@ -60,7 +60,7 @@ class Recorder:
         asked: the number of rows at which every member ran.
         passes: reads of all heads, summed over all rows; ``passes / rows`` is the mean per row.
         fallbacks: the number of rows that had no feasible distribution, so that the fallback answered.
-        unconverged: the number of rows that were not solved to the tolerance.
+        unconverged: the number of rows whose solver ended before the tolerance was reached.
         largest_gap: the largest gap of a row that no gate closed, in nats.
         gate: the work that the gate saved.
         disagreement: (n,), each member's disagreement with the answer in nats, as in :class:`softmeet.Solution`, summed
@@ -77,7 +77,7 @@ class Recorder:
     disagreement: Float[Tensor, " n"] = field(default_factory=lambda: torch.zeros(0))
 
     def add(self, solution: Solution, log_probs: Float[Tensor, "n B v"]) -> None:
-        """Count the rows of one solution.
+        """Add the rows of one solution to all counts.
 
         Args:
             solution: the solution of B rows.

@@ -21,6 +21,9 @@ _REASONS = {
 def refuse(generation_config: Any, options: Mapping[str, Any]) -> None:
     """Raise an error if an option of ``generate`` is set that has no meaning for an ensemble.
 
+    Such are ``penalty_alpha``, ``dola_layers``, ``assistant_early_exit``, ``output_hidden_states``,
+    ``output_attentions`` and ``inputs_embeds``; None and False count as not set.
+
     Args:
         generation_config: the generation configuration of the call, or None.
         options: the keyword arguments of the call, which take precedence.

@@ -28,19 +28,21 @@ _FULL = 0.5
 class TokenReport:
     """A report on one position and the token that came there; all figures are in nats.
 
-    A member that did not run, as the gate ``unsure`` was closed, has NaN for figures, and no ``member_top``.
+    A member that did not run, as the gate ``unsure`` was closed, has NaN for figures, and an empty ``member_top``.
 
     Attributes:
         token: the id of the token that came.
         log_prob: its log-probability by the ensemble.
-        member_log_probs: its log-probability by each member.
+        member_log_probs: its log-probability by each member, in the members' order, as in the other lists.
         top: the ensemble's most probable tokens, as (id, log-probability), the most probable first.
-        member_top: the same for each member.
-        moved: the tokens j whose probability the rule changed most, as (id, log q_j, log p_j), the largest change
-            first; without a change if ``gated``.
-        pushes: for each token j of ``moved``, each member's contribution push_ij, from its dual variables: log p_j -
-            log q_j = Σ_i push_ij + a constant. 0 if the rule is not one that tilts the pool.
-        disagreement: for each member, KL(r_i‖p̂_i) of its corrected distribution r_i, or an upper bound of it.
+        member_top: the same for each member: its own most probable tokens.
+        moved: the tokens j with the largest |p_j - q_j|, p the ensemble's distribution and q the pool, as (id, log q_j,
+            log p_j), the largest first; if ``gated``, with log p_j in place of log q_j.
+        pushes: ``pushes[k][i]`` is member i's contribution push_ij, by its dual variables, to the change of token j,
+            the k-th of ``moved``: log p_j - log q_j = Σ_i push_ij + a constant. 0 if the rule is not one, such as
+            ``meet``, that tilts the pool.
+        disagreement: for each member, KL(r_i‖p̂_i) of its corrected distribution r_i and its own p̂_i, or an upper bound
+            of it.
         disagreement_is_bound: for each member, whether ``disagreement`` is the upper bound KL(p‖p̂_i).
         status: how the solver ended, the name of a :class:`softmeet.Status`.
         fallback: whether there was no feasible distribution, so that the fallback answered.
@@ -67,7 +69,7 @@ class TokenReport:
     gated: bool = False
 
     def spelled(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        """Return the report as a dict for JSON, with the token's ``text``, and texts in place of the ids in lists."""
+        """Return the report as a dict for JSON: its attributes, ids in lists as texts, and the token's ``text``."""
 
         def spell(token: int) -> str:
             return str(tokenizer.decode([token]))
@@ -88,7 +90,7 @@ def token_report(solution: Solution, log_probs: Float[Tensor, "n B v"], row: int
         log_probs: (n, B, v), the members' log-probabilities in nats; NaN for a member that did not run.
         row: the number of the position in the batch.
         token: the id of the token that came there.
-        top: how many tokens to list of each distribution.
+        top: how many tokens to list in ``top``, ``moved`` and each member's ``member_top``.
     """
     ours = solution.log_probs[row]
     pool = ours if solution.gated[row] else solution.pool[row]
@@ -124,7 +126,9 @@ def _pushes(solution: Solution, row: int, tokens: list[int]) -> list[list[float]
 
 
 def heat(disagreement: Sequence[float]) -> float:
-    """Map the members' disagreement in nats to the strength of a colour: 0 for none, 1 for a sum of 0.5 or more.
+    """Map the members' disagreement in nats to the strength of a colour: its sum over 0.5 nats, at most 1.
+
+    Members that did not run have NaN, and are left out.
 
     Example:
         >>> heat([0.1, 0.15]), heat([3.0, float("nan")])
@@ -144,7 +148,7 @@ def known_sum(disagreement: Sequence[float]) -> float:
 
 
 def shown(text: str) -> str:
-    """Return a token's text with visible signs for spaces and line ends.
+    """Return a token's text with visible signs: ``␣`` for each space and ``⏎`` for each line feed.
 
     Example:
         >>> shown(" a")
@@ -165,7 +169,7 @@ def most_probable(log_p: Float[Tensor, " v"], count: int) -> list[tuple[int, flo
 
 
 class TokenReports(Recorder):
-    """A recorder that keeps every position's solution, so that it can report on each; that is (n + 2) v numbers each.
+    """A recorder that keeps every position's solution, (n + 2) v numbers in memory each, so that it can report on each.
 
     Pass it to ``generate`` as ``recorder=``. With beam search also pass ``return_dict_in_generate`` and
     ``output_scores``: ``generate`` then returns the ``beam_indices`` that :meth:`of` needs.
@@ -193,7 +197,8 @@ class TokenReports(Recorder):
             generated: the ids of the new tokens of each sequence, without prompt and padding.
             rows: the batch size of each forward pass: the number of prompts times that of beams or, without beam
                 search, times ``num_return_sequences``.
-            beam_indices: (s, t), as ``generate`` returns them; None without beam search.
+            beam_indices: (s, t), for each sequence and token the row of the pass that predicted it, as ``generate``
+                returns them; None without beam search.
         """
         found = []
         for s, tokens in enumerate(generated):
@@ -202,5 +207,8 @@ class TokenReports(Recorder):
         return found
 
     def at(self, index: int, token: int) -> TokenReport:
-        """Report on the position that was solved as number ``index``, from 0, and the ``token`` that came there."""
+        """Report on the position that was solved as number ``index``, and the ``token``, an id, that came there.
+
+        Positions are numbered from 0 in the order of the passes and, in a pass, of its rows.
+        """
         return token_report(*self._kept[index], token, self.top)

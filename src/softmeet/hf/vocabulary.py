@@ -26,8 +26,8 @@ def require_vocabulary(name: str, prune: float) -> None:
 
     Args:
         name: the vocabulary: ``"tokens"``, ``"bytes"``, or ``"auto"`` to choose by the members' tokenizers.
-        prune: over bytes, the share of probability mass below which a tokenization of the text is estimated, without
-            asking the model; 0 to estimate none.
+        prune: over bytes, the share of the probability mass of all tokenizations of a text from which on a member's
+            model is run on a tokenization; those of less mass are estimated. 0 to estimate none.
 
     Raises:
         InvalidInputError: if ``name`` is not one of these, or ``prune`` is not from 0 to below 1.
@@ -43,21 +43,23 @@ def choose_vocabulary(
 ) -> CommonVocabulary | list[Spelling]:
     """Decide whether an ensemble is over tokens or over bytes, before its members' weights are loaded.
 
-    ``config.vocabulary`` decides. If it is ``"auto"``, the ensemble is over tokens if the tokenizers agree, and else
-    over bytes, which is logged as a warning.
+    ``config.vocabulary`` decides. If it is ``"auto"``, the ensemble is over tokens if the tokenizers agree: they have
+    the same tokens under the same ids, but for padding and added tokens. Else it is over bytes, which is logged as a
+    warning.
 
     Args:
         config: the ensemble's configuration; its ``vocabulary`` is set to the choice, ``"tokens"`` or ``"bytes"``.
         tokenizers: the members' tokenizers, in order.
-        any_average: over bytes, whether to set the rule to ``logit-mean``, the default there.
+        any_average: whether the choice of bytes replaces the rule of ``config`` by ``logit-mean``, the default there.
 
     Returns:
-        Over tokens, the common vocabulary; over bytes, each member's spelling, its tokens as byte strings.
+        Over tokens, the :class:`CommonVocabulary`; over bytes, each member's :class:`Spelling`, its tokens as byte
+        strings, in order.
 
     Raises:
         VocabularyMismatchError: if the tokenizers differ and ``config`` asks for tokens; or, over bytes, if a tokenizer
             is not a fast one, alters texts, or cannot write every byte.
-        UnsupportedHeadError: if, over bytes, the rule reads heads.
+        UnsupportedHeadError: if, over bytes, the rule needs softmax matrices, as ``meet`` does.
         InvalidInputError: if, over bytes, the gate is ``unsure``; or, over tokens, there are prefixes.
     """
     chosen = config.vocabulary == "auto"
@@ -90,7 +92,7 @@ def require_for_bytes(settings: Settings) -> None:
     """Check that the rule and the gate of ``settings`` can be used over bytes.
 
     Raises:
-        UnsupportedHeadError: if the rule reads heads, as bytes have no rows of a softmax matrix.
+        UnsupportedHeadError: if the rule needs the members' softmax matrices, which have no rows for bytes.
         InvalidInputError: if the gate is ``unsure``.
     """
     if isinstance(that_closes(settings.gate), Unsure):

@@ -63,7 +63,7 @@ class SyntheticStudy:
         rows: truths in each cell; a cell is a piece of the study's work with one set of heads.
         trials: cells of each combination of ratio, kind of truth and noise.
         ratios: values of nd/v, the heads' total width divided by the number of tokens, as fractions.
-        noises: lengths of the noise on the hidden states, relative to the states' own; the first is 0.
+        noises: Euclidean lengths of the noise on a hidden state, relative to the state's own length; the first is 0.
         seed: the seed of everything random.
         tol: the rules' tolerance, in nats.
     """
@@ -78,7 +78,11 @@ class SyntheticStudy:
     tol: ClassVar[float] = 1e-8
 
     def cells(self) -> Iterator[tuple[str, Callable[[], Json]]]:
-        """Yield (key, call that returns the cell's result) for every ratio, kind of truth, noise and trial."""
+        """Yield (key, call that returns the cell's result) for every ratio, kind of truth, noise and trial.
+
+        A result has the cell's ``ratio``, ``truth`` (``"zipf"`` or ``"dirichlet"``) and ``noise``, and for each row
+        KL(truth‖·), in nats, of ``members`` and ``rules``.
+        """
         for kind in itertools.product(self.ratios, _TRUTHS, self.noises, range(self.trials)):
             yield "{} {} {:g} {}".format(*kind), partial(self._scores, *kind)
 
@@ -147,7 +151,7 @@ def _generator(*seed: int) -> torch.Generator:
 
 
 def sample_truth(kind: str, rows: int, v: int, random: torch.Generator) -> Float[Tensor, "B v"]:
-    """Draw the log-probabilities of random distributions, in nats, (B, v), fp64.
+    """Draw random distributions over v tokens, and return their log-probabilities in nats, (B, v), fp64.
 
     Args:
         kind: ``"zipf"`` for probabilities ∝ 1/rank, the ranks in a random order; ``"dirichlet"`` for a Dirichlet
@@ -177,9 +181,9 @@ class KnownTruthStudy:
     Attributes:
         members: names of the members, or of the family, whose heads are used.
         truth: names of the members, or of the family, whose logit mean is the truth.
-        positions: the number of positions in every document.
+        positions: the number of positions in every document, spread evenly over its first 32 · ``positions``.
         rows: positions in each cell (a piece of the study's work).
-        documents: the most documents.
+        documents: the most documents that are used, the first ones.
         sizes: numbers k of members; for each, the first k members are combined.
         tol: the rules' tolerance, in nats.
     """
@@ -198,6 +202,9 @@ class KnownTruthStudy:
 
     def cells(self, documents: Sequence[Document], ensemble: Ensemble) -> Iterator[tuple[str, Callable[[], Json]]]:
         """Yield (key, call that returns the cell's result) for positions of every document and every number of members.
+
+        A result has the number of members, ``size``, and for each row KL(truth‖·), in nats, of ``members`` and
+        ``rules``. The members of ``truth`` are loaded when the first cell is asked for.
 
         Args:
             documents: the text.
@@ -343,12 +350,12 @@ def _endings(title: str, columns: Columns) -> StudyTable:
 
 
 def never_worse(cells: list[Json], ours: str, theirs: str, within: float) -> str:
-    """State in a sentence whether ``ours`` has in no row a larger KL from the truth than ``theirs``.
+    """State in a sentence whether ``ours`` has in no row a larger KL(truth‖answer) than ``theirs``.
 
     Args:
-        cells: the cells whose rows are compared.
-        ours, theirs: names of rules.
-        within: the difference in nats that does not count.
+        cells: results of the cells whose rows are compared.
+        ours, theirs: names of rules in the study, such as ``max-entropy`` or ``meet 1``.
+        within: the difference in nats up to which a larger KL does not count; an infinite one of ``ours`` always does.
     """
     a, b = _all_rows(cells, ours), _all_rows(cells, theirs)
     worse = [x - y for x, y in zip(a, b, strict=True) if x is not None and y is not None and x > y + within]

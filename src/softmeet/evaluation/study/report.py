@@ -117,7 +117,7 @@ class Report:
     texts: dict[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path) -> Path:
-        """Write ``report.md`` and the plots to a folder, and return the path of ``report.md``.
+        """Write ``report.md`` and each plot, as a PNG file, to an existing folder; return the path of ``report.md``.
 
         Raises:
             TraceError: if the disk is full.
@@ -138,7 +138,9 @@ class Report:
 
 
 def mean_text(values: Sequence[float | None]) -> str:
-    """Return the mean as text; if some values are None, which stands for infinity, ``∞`` and their share.
+    """Return the mean as text, as :func:`number` writes it; ``-`` if there are no values.
+
+    None stands for infinity: if there are such values, the text is ``∞`` and their share.
 
     >>> mean_text([0.5, 0.25]), mean_text([0.5, None])
     ('0.3750', '∞ (50 %)')
@@ -152,7 +154,7 @@ def mean_text(values: Sequence[float | None]) -> str:
 
 
 def number(x: float | None) -> str:
-    """Return a number as text: with four decimals, or an exponent if it is too small for those; ∞ for None.
+    """Return a number as text: with four decimals, or an exponent if 0 < |x| < 0.0005; ∞ for None, NaN and infinity.
 
     >>> number(0.25), number(1e-6), number(None)
     ('0.2500', '1.0e-06', '∞')

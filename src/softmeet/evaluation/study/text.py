@@ -42,8 +42,8 @@ class TextStudy:
     """A study of members on text: which rules are scored at how many positions.
 
     Attributes:
-        positions: the number of positions for the averages, spread evenly over the text; the next three are parts of
-            these.
+        positions: the most positions for the averages, spread evenly over the text; those of the next three are taken
+            from these, evenly spread.
         meet: the number for ``meet``, at every trust.
         exact: the number for ``max-entropy``.
         slow: the number for the other rules.
@@ -69,6 +69,9 @@ class TextStudy:
 
     def cells(self, ensemble: Ensemble, positions: Positions) -> Iterator[tuple[str, Callable[[], Json]]]:
         """Yield (key, call that returns the cell's result) for each cell: scores of rules at some positions; samples.
+
+        Scores are ``document`` (its index, by position), ``members`` (by name, the losses in nats) and ``rules`` (by
+        name, ``nats``, and the counts ``fallbacks``, ``unsolved`` and ``passes``). A sample is ``text``.
 
         Args:
             ensemble: the members.
@@ -105,7 +108,7 @@ class TextStudy:
             text: the text's name, for the title.
             results: the cells' results, by key.
             command: the command that made them.
-            premises: a premise test for each member; empty for no table of these.
+            premises: the result of the premise test for each member, in order; empty for no table of these.
         """
         prefixes = {name: f"{name} " for name in KINDS} | {f"the first {k} members": f"first {k}: " for k in self.sizes}
         picked = {
@@ -132,7 +135,9 @@ SMOKE = TextStudy(positions=40, meet=20, exact=10, slow=4, rows=10, tokens=5, pr
 
 
 def chosen(positions: Positions, only: str | None) -> Positions:
-    """Return the positions of documents whose file name matches the pattern ``only``; all positions if it is None.
+    """Return the positions of documents whose file name matches ``only``, such as ``*.py``; all if it is None.
+
+    The file name is the last part of the document's name, without folders.
 
     Raises:
         InvalidInputError: if fewer than two positions remain.
@@ -148,7 +153,7 @@ def chosen(positions: Positions, only: str | None) -> Positions:
 
 
 def spread(positions: Positions, count: int) -> Positions:
-    """Return at most ``count`` of the positions, evenly spread."""
+    """Return at most ``count`` of the positions, evenly spread from the first to the last, in order."""
     if count >= len(positions):
         return positions
     return positions.take(torch.linspace(0, len(positions) - 1, count).round().long())
