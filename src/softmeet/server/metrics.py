@@ -23,7 +23,7 @@ class Metrics:
         saved: an estimate of the seconds that closed gates saved, by gate.
         rows: sequences in the running batch.
         waiting: sequences in the queue.
-        steps: seconds that a step took.
+        steps: seconds that a step took, in which every running sequence gets one token.
         first: seconds from a request's submission to its first token.
     """
 
