@@ -51,7 +51,7 @@ class CheckpointError(SoftmeetError, OSError):
 
 
 class UnsupportedHeadError(SoftmeetError):
-    """The error for a model whose output layer is no plain softmax head: quantised, offloaded, adapted (as by LoRA) or unknown."""
+    """The error for a model whose output layer is no plain softmax head: quantised, offloaded, with LoRA or unknown."""
 
 
 class RuleError(SoftmeetError):
@@ -59,7 +59,7 @@ class RuleError(SoftmeetError):
 
 
 class InfeasibleError(SoftmeetError):
-    """The error for rows in which no distribution has every member's moments, if ``on_infeasible`` is set to "raise"."""
+    """The error for rows in which no distribution has every member's moments, if ``on_infeasible="raise"``."""
 
 
 class NotConvergedError(SoftmeetError):

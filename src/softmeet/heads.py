@@ -316,9 +316,9 @@ class WhitenedHead:
         return list(found.to(p.dtype).chunk(len(ps)))
 
     def raw(self, lam: Float[Tensor, "B rank"]) -> tuple[Float[Tensor, "B d"], Float[Tensor, " B"]]:
-        """Return (R λ, cᵀ R λ) in fp64, by which scores (W - 1cᵀ) R λ are computed from the head's weight W.
+        """Return x = R λ and y = cᵀ x in fp64: without a soft-cap's slopes, the scores Q λ are W x - y.
 
-        c and R are the centre and the factor of the whitening, and λ is in whitened coordinates.
+        c and R are the centre and factor of the whitening, W is the head's weight, and λ is in the coordinates of Q.
         """
         x = lam.double() @ self.whitening.factor.T
         return x, x @ self.whitening.center

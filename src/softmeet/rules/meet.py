@@ -54,7 +54,7 @@ class Meet(Rule):
         """Minimise the dual by Newton's method; if the pool is proved to be within ``tol`` of the optimum, return it.
 
         Members of trust 0 take no part. Unless ``budget`` is set, rows that did not converge are solved once more, from
-        the pool, in fp64 if heads are small.
+        the pool, in fp64 if the full Hessian pays (small heads), unless that is how they were solved.
         """
         trust = self.effective_trust(problem.trust)
         trusted = [i for i, rho in enumerate(trust) if rho > 0]

@@ -64,7 +64,7 @@ class Movement:
 
     @staticmethod
     def stacked(rows: Float[Tensor, "B 5"]) -> Movement:
-        """Build the measures from a table's columns forward, backward, total_variation, free, excess (:meth:`table`)."""
+        """Build the measures from the columns of a :meth:`table`: forward, backward, total_variation, free, excess."""
         return Movement(*rows.unbind(-1))
 
     def table(self) -> Float[Tensor, "B 5"]:

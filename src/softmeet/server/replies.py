@@ -68,7 +68,7 @@ class Reply(ABC):
 
     @abstractmethod
     def content(self, delta: ChoiceDelta, *, first: bool) -> dict[str, Any]:
-        """Return the endpoint's own fields of one choice: its text or message, and ``logprobs`` (nats; None unless asked).
+        """Return the endpoint's own fields of one choice: text or message, and ``logprobs`` (nats; None unless asked).
 
         Args:
             delta: new text and tokens of the choice, or, without streaming, the whole choice.
@@ -87,9 +87,10 @@ class Reply(ABC):
         return {**self._common, "object": self.kind, "choices": found, "usage": usage, "softmeet": ours}
 
     def chunk(self, delta: ChoiceDelta) -> dict[str, Any] | None:
-        """Return the chunk of a stream that sends new text and tokens of a choice, or None if it would be empty.
+        """Return the chunk of a stream that sends new text and tokens of a choice, or None if there is nothing to send.
 
-        The first chunk of each choice also has the settings that were used.
+        There is in a choice's first chunk, which also has the settings that were used; if the delta has text or scored
+        tokens or ends the choice; and always if log-probabilities or reports of tokens are asked for.
         """
         first = delta.index not in self._begun
         self._begun.add(delta.index)
