@@ -100,7 +100,7 @@ class SoftmaxHead:
             yield rows, self.weight[rows].detach().to(dtype)
 
     def scores(self, x: Float[Tensor, "b d"]) -> Float[Tensor, "b v"]:
-        """Return W x for every row x of a batch, in the dtype of ``x``, by one read of the head.
+        """Return W x, without bias, scale and soft-cap, for every row x of a batch, in its dtype, by one read of W.
 
         Example:
             >>> SoftmaxHead(torch.tensor([[1.0, 0.0], [1.0, 1.0]])).scores(torch.tensor([[2.0, 3.0]]))

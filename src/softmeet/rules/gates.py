@@ -144,7 +144,7 @@ class Disagreement(Gate):
         return problem.pool_bound() > self.threshold
 
     def instead(self, problem: Problem) -> Answer:
-        """Return the pool as the answer to all rows; its gap is ``Rule.pool_bound``, or inf if the rule has none."""
+        """Return the pool as the answer to all rows; its certified gap is ``Rule.pool_bound``; inf without one."""
         answer = closed_form(problem, problem.log_pool, torch.zeros_like(problem.log_pool[:, 0]))
         bound = problem.settings.rule.pool_bound(problem)
         gap = torch.full_like(answer.gap, torch.inf) if bound is None else bound

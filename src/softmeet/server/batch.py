@@ -36,7 +36,7 @@ class PrefixCache:
         self._kept: OrderedDict[tuple[int, ...], tuple[KeysValues, ...]] = OrderedDict()
 
     def longest(self, tokens: list[int] | tuple[int, ...]) -> tuple[int, tuple[KeysValues, ...]]:
-        """Find the kept prompt that shares the most leading tokens with a new one.
+        """Find the kept prompt that shares the most leading tokens with a new one; it then counts as used just now.
 
         Args:
             tokens: the new prompt's ids.

@@ -27,7 +27,7 @@ Hidden = list[Float[Tensor, "t _"]]
 
 
 class Gates:
-    """The decision whether all members run or, under a closed gate ``unsure``, the first alone; and gates' savings.
+    """The decision which members run for sequences under the gate ``unsure``, and the count of what all gates save.
 
     Args:
         catch_up: a function of a list of sequences that runs all members but the first on the tokens that they have not
