@@ -32,7 +32,7 @@ class Batched:
     """
 
     def mapped(self: B, function: Callable[[Tensor], Tensor]) -> B:
-        """Return a copy in which every tensor t, also in tuples, is replaced by ``function(t)``."""
+        """Return a copy in which every tensor t that is a field, or in a tuple of one, becomes ``function(t)``."""
         return _by_field(function, [self])
 
     def take(self: B, rows: Int[Tensor, " k"] | slice) -> B:

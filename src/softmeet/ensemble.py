@@ -47,7 +47,7 @@ def _saved_config(name: Any) -> EnsembleConfig | None:
 
 
 def member_names(members: Sequence[str | Path] | str | Path) -> list[str]:
-    """Return the names of the single members that a saved ensemble, a bundled family or a list of names stands for.
+    """Return the members' names, in order, of a saved ensemble, a bundled family such as ``wide``, or a list of names.
 
     Raises:
         CheckpointError: if a saved ensemble names a member that does not exist.
@@ -310,13 +310,13 @@ class Ensemble:
 
         Args:
             text: a prompt or a list of prompts.
-            seed: prompt k draws from a generator of its own, (seed, k), so its tokens do not depend on the other
-                prompts. None for torch's global generator.
+            seed: prompt k, from 0, draws from its own generator, seeded with (seed, k), so its tokens do not depend on
+                the other prompts. None for torch's global generator.
             recorder: a :class:`softmeet.hf.Recorder`, which counts rows, head reads and fallbacks of the call.
             prompt_weights: use for each prompt the weights that :meth:`prompt_weights` computes from it; prompts are
                 then continued one after another.
-            options: options of transformers' ``generate`` by name, and ``weights`` and ``gate``, which replace the
-                ensemble's for this call.
+            options: options of transformers' ``generate`` by name (without a length text may fill the shortest context)
+                and ``weights`` and ``gate``, which replace the ensemble's for this call.
 
         Raises:
             InvalidInputError: if a prompt is empty (over bytes it may be), or fills the shortest context of a member.

@@ -32,7 +32,7 @@ class NonFiniteError(InvalidInputError):
 
 
 class DisjointSupportError(InvalidInputError):
-    """The error for a row in which no token has positive probability under every member."""
+    """The error for a row in which no token (in ``support``, if given) has positive probability under every member."""
 
 
 class VocabularyMismatchError(InvalidInputError):
@@ -40,7 +40,10 @@ class VocabularyMismatchError(InvalidInputError):
 
 
 class TraceError(InvalidInputError):
-    """The error for a trace that is missing, damaged, of other members or text, or too large for the disk."""
+    """The error for a trace (a folder of the members' hidden states over a text) that cannot be used or written.
+
+    It is missing, damaged, of other members or another text than those given, or too large for the disk.
+    """
 
 
 class CheckpointError(SoftmeetError, OSError):
@@ -48,7 +51,7 @@ class CheckpointError(SoftmeetError, OSError):
 
 
 class UnsupportedHeadError(SoftmeetError):
-    """The error for a model whose output layer is no plain softmax head: quantised, offloaded, adapted or unknown."""
+    """The error for a model whose output layer is no plain softmax head: quantised, offloaded, with LoRA or unknown."""
 
 
 class RuleError(SoftmeetError):
@@ -56,12 +59,15 @@ class RuleError(SoftmeetError):
 
 
 class InfeasibleError(SoftmeetError):
-    """The error for rows in which no distribution has every member's moments, if ``on_infeasible`` is ``"raise"``."""
+    """The error for rows in which no distribution has every member's moments, if ``on_infeasible="raise"``."""
 
 
 class NotConvergedError(SoftmeetError):
-    """The error for rows whose gap is above ``tol`` after ``max_steps`` steps, if ``throw`` is set."""
+    """The error for rows whose gap is above ``tol``, in nats, after ``max_steps`` steps.
+
+    Only :func:`softmeet.combine` with ``throw=True`` raises it; else such rows have the status NOT_CONVERGED.
+    """
 
 
 class WorkerLostError(SoftmeetError):
-    """The error for a cluster if workers died repeatedly at one piece of work, or none started."""
+    """The error for a Ray cluster whose workers died repeatedly at the same piece of work, or of which none started."""

@@ -45,7 +45,7 @@ class SoftmaxHead:
     Attributes:
         v: the number of tokens, padding included.
         d: the width of hidden states.
-        tails: a cache of the solvers.
+        tails: a cache that solvers fill; of no use to others.
 
     Raises:
         InvalidInputError: if a shape does not fit, the weight is not floating, or the soft-cap is not positive; from
@@ -100,7 +100,7 @@ class SoftmaxHead:
             yield rows, self.weight[rows].detach().to(dtype)
 
     def scores(self, x: Float[Tensor, "b d"]) -> Float[Tensor, "b v"]:
-        """Return W x for every row x of a batch, in the dtype of ``x``, by one read of the head.
+        """Return W x, without bias, scale and soft-cap, for every row x of a batch, in its dtype, by one read of W.
 
         Example:
             >>> SoftmaxHead(torch.tensor([[1.0, 0.0], [1.0, 1.0]])).scores(torch.tensor([[2.0, 3.0]]))
@@ -164,9 +164,10 @@ class SoftmaxHead:
     def whitening(self, rank: int | None = None) -> Whitening:
         """Compute the centre c and the factor R with which Q = (W - 1cᵀ) R has orthonormal columns; cached.
 
+        c is the mean of W's rows, or 0 for a head with a soft-cap.
+
         Args:
-            rank: cut the head, centred unless it has a soft-cap, to this many of its largest singular directions; None
-                for all.
+            rank: keep only this many of the largest singular directions of W - 1cᵀ; None for all.
 
         Raises:
             InvalidInputError: if the weight, or its squares, are not finite.
@@ -217,7 +218,7 @@ class Whitening:
         center: c, the mean of W's rows; zero for a head with a soft-cap.
         factor: R.
         inverse: the left inverse of R: ``inverse`` R is the identity.
-        offset: the largest ratio of a column's mean to its spread in W.
+        offset: the largest ratio |mean| / standard deviation of a column of W; 0 for a head with a soft-cap.
     """
 
     center: Float[Tensor, " d"]
@@ -235,7 +236,7 @@ class Whitening:
         return Whitening(self.center, self.factor @ basis, basis.T @ self.inverse, self.offset)
 
     def truncated(self, rank: int) -> Whitening:
-        """Return the whitening cut to the ``rank`` largest singular directions of W - 1cᵀ."""
+        """Return the whitening whose Q spans only the ``rank`` largest singular directions of W - 1cᵀ."""
         return self.narrowed(torch.linalg.svd(self.inverse, full_matrices=False).U[:, :rank])
 
     def without(self, directions: Float[Tensor, "k d"]) -> Whitening:
@@ -315,9 +316,9 @@ class WhitenedHead:
         return list(found.to(p.dtype).chunk(len(ps)))
 
     def raw(self, lam: Float[Tensor, "B rank"]) -> tuple[Float[Tensor, "B d"], Float[Tensor, " B"]]:
-        """Return (R λ, cᵀ R λ) in fp64, by which scores (W - 1cᵀ) R λ are computed from the head's weight W.
+        """Return x = R λ and y = cᵀ x in fp64: without a soft-cap's slopes, the scores Q λ are W x - y.
 
-        c and R are the centre and the factor of the whitening, and λ is in whitened coordinates.
+        c and R are the centre and factor of the whitening, W is the head's weight, and λ is in the coordinates of Q.
         """
         x = lam.double() @ self.whitening.factor.T
         return x, x @ self.whitening.center

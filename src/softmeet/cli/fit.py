@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class FitFlags:
-    """Flags for the candidates of a fit, and for how much of the text each stage uses."""
+    """Flags for the rules and settings that a fit tries, and for how much text it fits, chooses and judges them by."""
 
     rules: list[str] | None = flag(
         None,
@@ -44,7 +44,7 @@ class FitFlags:
     judge_tokens: int | None = flag(None, "Of the part to judge by, at most.", min=1, shown="all")
 
     def options(self) -> Options:
-        """Return the flags as the options that :func:`softmeet.evaluation.fit.fit` takes."""
+        """Return the flags as the :class:`softmeet.evaluation.fit.Options` of a fit; a token is a position there."""
         from softmeet.evaluation.fit import Options
 
         renamed = {name.replace("_tokens", "_positions"): value for name, value in vars(self).items()}

@@ -74,7 +74,7 @@ def flags(*but: str, only: tuple[str, ...] = ()) -> Callable[[C], C]:
     A command gets a flag for each parameter declared with :func:`flag`, and ``--config``; parameters with an annotation
     of typer's stay as they are. A parameter whose type is a dataclass is replaced with a flag for each of its fields,
     and is passed as an instance; ``**settings`` is replaced with a flag for each field of :class:`softmeet.Settings`
-    but those that only a fit finds.
+    but ``bands`` and ``rule_temperature``.
 
     Args:
         but: names of settings that get no flag.

@@ -47,7 +47,8 @@ def modern_words(words: Sequence[str], *, several: bool = True) -> list[str]:
         the words in today's spelling.
 
     Raises:
-        InvalidInputError: if an option of a single rule, such as ``--metric``, comes without ``--rule``.
+        InvalidInputError: if an option of a single rule (``--metric``, ``--slack``, ``--vertex``) is among the words,
+            but no ``--rule``, into whose first value it would move.
     """
     found: list[str] = []
     own: dict[str, str] = {}
@@ -96,7 +97,8 @@ def _with_own_options(words: list[str], own: Mapping[str, str]) -> list[str]:
 def modern_values(values: Mapping[str, Any]) -> dict[str, Any]:
     """Translate a configuration file from older spellings to today's, with a warning for each.
 
-    An option of a single rule, such as ``metric``, moves into the value of ``rule``: ``NAME:metric=raw``.
+    ``members`` becomes ``member``, and ``rules`` becomes ``rule``, with a list. An option of a single rule (``metric``,
+    ``slack``, ``vertex``) moves into the value of ``rule``: ``NAME:metric=raw``.
 
     Args:
         values: the file's values by name, with underscores.
@@ -105,7 +107,7 @@ def modern_values(values: Mapping[str, Any]) -> dict[str, Any]:
         the values by today's names.
 
     Raises:
-        InvalidInputError: if there is such an option and the file does not name exactly one rule.
+        InvalidInputError: if there is an option of a single rule, and ``rule`` is missing or a list.
     """
     found = dict(values)
     if "members" in found:
@@ -131,7 +133,7 @@ def split(text: str) -> list[str]:
 
 
 def repeated(option: str, values: Sequence[str] | None) -> list[str] | None:
-    """Return the values of a repeatable option, also split at commas, which is an old form and warned of.
+    """Split the values of a repeatable option at commas, with a warning, since commas are an old form.
 
     Args:
         option: the option's name, for the warning.

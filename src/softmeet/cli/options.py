@@ -162,8 +162,8 @@ class EngineFlags:
             ensemble: the ensemble that the work runs; None if it runs none.
 
         Raises:
-            InvalidInputError: if the engine is unknown or lacks a flag that was given, if Ray is not installed, or if a
-                device is named for members that Ray's workers place.
+            InvalidInputError: if the engine is unknown or does not take a flag that was given, if Ray is not installed,
+                or if a device is named for members that Ray's workers place.
         """
         on_processor = ensemble is None or all(x.device.type == "cpu" for x in ensemble.model.parameters())
         if self.engine == "local":

@@ -42,7 +42,7 @@ class TextFlags:
 
     @property
     def windows(self) -> dict[str, Any]:
-        """The flags for cutting documents into windows, by the names of the arguments that evaluation takes."""
+        """The values of ``window``, ``stride``, ``bos`` and ``max_per_document``, by these names."""
         return {name: getattr(self, name) for name in ("window", "stride", "bos", "max_per_document")}
 
     @options.stoppable("the text was being read, and nothing is changed")

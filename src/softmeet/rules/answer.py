@@ -27,11 +27,11 @@ class Answer(Batched):
         objective_range: the least and the largest value of the objective over the feasible set, or bounds on them,
             (B, 2); NaN for a rule that does not choose from that set.
         steps: the solver's steps, (B,).
-        passes: how often all heads were read, (B,): rows read, divided by v, each head weighted by its width d_i.
-        disagreement: KL(r_i‖p̂_i) in nats, r_i member i's corrected distribution, (B, n).
+        passes: how often all heads were read, (B,): Σ_i d_i k_i / (v Σ_i d_i), with k_i rows of W_i, (v, d_i), read.
+        disagreement: KL(r_i‖p̂_i) in nats, (B, n), with r_i the distribution to which the rule corrects member i.
         disagreement_is_bound: whether ``disagreement`` is the upper bound KL(p‖p̂_i) instead, (B, n).
         dual: for each member, the dual variables λ_i in the coordinates of its head's weight W_i, (B, d_i); zeros for a
-            rule without a dual.
+            rule without a dual. If ``Rule.tilts_pool``, p ∝ q exp(Σ_i W_i λ_i) with q the pool, unless ``by_pool``.
         ray: for each member, its part λ_i of a Farkas proof that no p has every member's moments, (B, d_i):
             max_j Σ_i λ_iᵀ(a_ij - W_iᵀ p̂_i) < 0 with a_ij row j of W_i; zeros without a proof.
         by_pool: whether the pool is the answer in place of the solver's own distribution, (B,); ``dual`` is then the
@@ -56,7 +56,9 @@ class Answer(Batched):
 def closed_form(
     problem: Problem, log_probs: Float[Tensor, "B v"], objective: Float[Tensor, " B"] | None = None
 ) -> Answer:
-    """Return the answer of a rule that needs no solver: every row OPTIMAL, with gap 0, no step and no head read.
+    """Return the answer of a rule that needs no solver: every row OPTIMAL, with certified gap 0, no step, no head read.
+
+    ``dual`` and ``ray`` are zeros, and ``disagreement`` is the bound KL(p‖p̂_i) in nats, from ``problem.log_p``.
 
     Args:
         problem: the problem that the rule solved.

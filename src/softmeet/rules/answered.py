@@ -24,8 +24,8 @@ def answered(rule: Rule, problem: Problem) -> Answer:
         ``problem.support``, of gap 0 and not certified.
 
     Raises:
-        RuleError: if the rule fails, or returns another shape, NaN, or probabilities that do not sum to 1 (in an
-            ``Answer``: over ``problem.support``); the message names the rule.
+        RuleError: if the rule fails, or returns another shape, NaN, or a row whose probabilities do not sum to 1 within
+            10⁻³ (in an ``Answer``, the sum over ``problem.support`` counts); the message names the rule.
     """
     parts = problem.pieces()
     if len(parts) == 1:

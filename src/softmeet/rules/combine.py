@@ -120,7 +120,7 @@ def solve(
     """Solve a checked problem: by its gate, its rule, its fallback and its temperature, in this order.
 
     The rule solves the rows at which the gate is open; ``on_infeasible`` answers those that have no feasible
-    distribution; then the rule's temperature is applied.
+    distribution; then the rule's temperature is applied, except to rows that the gate ``unsure`` closed.
 
     Args:
         problem: the problem, of B rows.

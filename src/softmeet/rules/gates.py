@@ -50,7 +50,7 @@ class Gate(ABC):
     @property
     @abstractmethod
     def never_closes(self) -> bool:
-        """Whether the gate is open in every row, whatever the members' distributions are."""
+        """Whether the gate counts as none, being open in every row whatever the members' distributions are."""
 
     @abstractmethod
     def open(self, problem: Problem) -> Bool[Tensor, " B"]:
@@ -81,7 +81,7 @@ class Unsure(Gate):
 
     @property
     def never_closes(self) -> bool:
-        """Whether ``threshold`` is above 1, which no probability is."""
+        """Whether the gate is open in every row: ``threshold`` is above 1, and every probability is below it."""
         return self.threshold > 1
 
     def open(self, problem: Problem) -> Bool[Tensor, " B"]:
@@ -131,7 +131,10 @@ class Disagreement(Gate):
 
     @property
     def never_closes(self) -> bool:
-        """Whether ``threshold`` is 0: only rows in which all members agree could be closed, and these cost nothing."""
+        """Whether ``threshold`` is 0, so that the gate counts as none.
+
+        It could close only rows in which the distribution of every member of positive trust is the pool.
+        """
         return self.threshold <= 0
 
     def open(self, problem: Problem) -> Bool[Tensor, " B"]:
@@ -141,7 +144,7 @@ class Disagreement(Gate):
         return problem.pool_bound() > self.threshold
 
     def instead(self, problem: Problem) -> Answer:
-        """Return the pool as the answer to all rows; its gap is ``Rule.pool_bound``, or inf if the rule has none."""
+        """Return the pool as the answer to all rows; its certified gap is ``Rule.pool_bound``; inf without one."""
         answer = closed_form(problem, problem.log_pool, torch.zeros_like(problem.log_pool[:, 0]))
         bound = problem.settings.rule.pool_bound(problem)
         gap = torch.full_like(answer.gap, torch.inf) if bound is None else bound
@@ -201,7 +204,9 @@ _AUTO = 3e-3
 
 
 def parse_gate(gate: str | Gate | None) -> Gate | None:
-    """Parse a gate's text, such as ``unsure:0.5`` or ``auto``; return a gate itself, and None for None and ``none``.
+    """Parse a gate's text, such as ``unsure:0.5``; return a gate itself, and None for None and ``none``.
+
+    ``auto`` is ``movement:0.003``.
 
     Raises:
         InvalidInputError: if there is no gate of that name, or its threshold is not a finite number of at least 0.
@@ -225,7 +230,7 @@ def parse_gate(gate: str | Gate | None) -> Gate | None:
 
 
 def that_closes(gate: Gate | None) -> Gate | None:
-    """Return ``gate``, or None if it never closes."""
+    """Return ``gate``, or None if there is none or its :attr:`Gate.never_closes` is True."""
     return None if gate is None or gate.never_closes else gate
 
 

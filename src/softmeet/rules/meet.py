@@ -51,10 +51,10 @@ class Meet(Rule):
     tilts_pool = True
 
     def solve(self, problem: Problem) -> Answer:
-        """Minimise the dual by Newton's method; if the pool is proved to be within ``tol``, it is the answer.
+        """Minimise the dual by Newton's method; if the pool is proved to be within ``tol`` of the optimum, return it.
 
         Members of trust 0 take no part. Unless ``budget`` is set, rows that did not converge are solved once more, from
-        the pool, in fp64 if heads are small.
+        the pool, in fp64 if the full Hessian pays (small heads), unless that is how they were solved.
         """
         trust = self.effective_trust(problem.trust)
         trusted = [i for i, rho in enumerate(trust) if rho > 0]
@@ -89,7 +89,11 @@ class Meet(Rule):
         return Recomputed.of_rows(looks, answer.log_probs)
 
     def pool_bound(self, problem: Problem) -> Float[Tensor, " B"] | None:
-        """Return Σ_i ρ_i KL(q‖p̂_i) in nats, a bound on the objective at the pool q; None if a trust ρ_i is infinite."""
+        """Return Σ_i ρ_i KL(q‖p̂_i) in nats, (B,); None if a trust ρ_i is infinite.
+
+        It is the objective at p = r_i = q, the pool. As the objective is never negative, the pool is no further than
+        that above its optimum.
+        """
         return None if any(map(math.isinf, self.effective_trust(problem.trust))) else problem.pool_bound()
 
 
@@ -132,7 +136,7 @@ def _answer(problem: Problem, projection: Projection, trusted: list[int], state:
 def _raw_dual(
     problem: Problem, projection: Projection, trusted: list[int], nu: Float[Tensor, "B D"]
 ) -> tuple[Float[Tensor, "B _"], ...]:
-    """Return every member's dual variables λ_i = α_i R_i ν_i, in the coordinates of W_i; zeros at trust 0."""
+    """Return every member's λ_i = α_i R_i ν_i, α_i = min(1, ρ_i), in the coordinates of W_i; zeros at trust 0."""
     out = [nu.new_zeros(len(nu), head.d) for head in problem.heads]
     parts = nu.split(projection.widths, dim=-1)
     for i, alpha, head, part in zip(trusted, projection.alpha, projection.heads, parts, strict=True):

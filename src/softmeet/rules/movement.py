@@ -33,7 +33,7 @@ class Movement:
         backward: KL(q‖p°).
         total_variation: ½ Σ |p° - q|, from 0 to 1.
         free: Σ_i ρ_i KL(q‖p̂_i), with members p̂_i and trusts ρ_i; it is known without reading a head.
-        excess: ``free`` - V, with V the value of the rule's objective at p°.
+        excess: ``free`` - V, with V the value of the rule's objective at p°; 0 shows that all heads can express q.
     """
 
     forward: Float[Tensor, " B"]
@@ -64,7 +64,7 @@ class Movement:
 
     @staticmethod
     def stacked(rows: Float[Tensor, "B 5"]) -> Movement:
-        """Build the measures from a table that has a column for each, in the order of :meth:`table`."""
+        """Build the measures from the columns of a :meth:`table`: forward, backward, total_variation, free, excess."""
         return Movement(*rows.unbind(-1))
 
     def table(self) -> Float[Tensor, "B 5"]:

@@ -228,8 +228,8 @@ class Problem:
     def projection(self, members: Sequence[int], trust: Sequence[float]) -> Projection:
         """Return the relaxed I-projection of the pool q with some members, as solvers take it.
 
-        It is: minimise KL(p‖q) + Σ_i ρ_i KL(r_i‖p̂_i) over p, r_i with Q_iᵀ p = Q_iᵀ r_i, for i in ``members``; a
-        ``start`` of this problem is brought to its trusts and coordinates.
+        It is: minimise KL(p‖q) + Σ_i ρ_i KL(r_i‖p̂_i) over p, r_i with Q_iᵀ p = Q_iᵀ r_i, for i in ``members``. If this
+        problem has a ``start``, solvers begin at its dual variables, scaled to ``trust`` by :meth:`Start.towards`.
 
         Args:
             members: the indices i of the members that take part.
@@ -263,7 +263,7 @@ class Problem:
         return same[0] == same[1] and support and self.tol <= other.tol and torch.equal(self.log_p, other.log_p)
 
     def relaxed(self) -> Problem:
-        """Return the problem with infinite trusts replaced by the default trust, so that ``meet`` has a solution."""
+        """Return the problem with infinite trusts replaced by 0.3, so that ``meet`` has a solution in every row."""
         return replace(self, settings=self.settings.relaxed())
 
     def pool_bound(self) -> Float[Tensor, " B"]:

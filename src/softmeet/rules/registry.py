@@ -74,7 +74,9 @@ def register_rule(rule: R) -> R:
 
 
 def rule_names() -> list[str]:
-    """Return the names of all known rules: softmeet's own first; no rule is imported.
+    """Return the names of all known rules, without importing any.
+
+    softmeet's own come first, then those of installed packages, then those registered in this process.
 
     Example:
         >>> import softmeet
@@ -110,9 +112,9 @@ def all_rules() -> tuple[Rule, ...]:
 
 
 def source_of(rule: Rule) -> str | None:
-    """Return where a rule comes from, as text for an error if it is missing: ``package NAME`` or ``class NAME``.
+    """Return a rule's source: ``package NAME``, or ``class NAME`` if no package has it; None for softmeet's own rules.
 
-    None for softmeet's own rules.
+    Saved ensembles keep it, for the error if the rule is unknown when they are loaded.
     """
     if rule.name in _OWN:
         return None

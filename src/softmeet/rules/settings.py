@@ -191,24 +191,24 @@ class Settings(Frozen):
 
     @property
     def member_trust(self) -> tuple[float, ...]:
-        """The trusts of :meth:`for_members` as a tuple, in nats per nat: each member's bands in order."""
+        """The n · ``bands`` trusts of :meth:`for_members`, in nats per nat: member by member, then band by band."""
         return self.trust  # type: ignore[return-value]
 
     def trusts(self) -> list[list[float]]:
-        """Return the trusts of :meth:`for_members`, in nats per nat, as a list for each member, one per band."""
+        """Return the trusts that :meth:`for_members` made, in nats per nat: for each member a list, one per band."""
         return [list(self.member_trust[i : i + self.bands]) for i in range(0, len(self.member_trust), self.bands)]
 
     def for_bands(self) -> Settings:
-        """Return the settings of an ensemble in which each band of a head's directions is a member of its own.
+        """Return the settings of an ensemble in which each band, a group of a head's directions, is a member itself.
 
-        A member's first band has the member's weight in the pool, its other bands 0. Settings have to be
-        :meth:`for_members`.
+        It has n · ``bands`` members, member by member, each with its band's trust, and ``bands`` 1. The first band of
+        each member has the member's weight in the pool, the others 0. These settings must be from :meth:`for_members`.
         """
         weights = [w for own in self.weights for w in (own, *[0.0] * (self.bands - 1))]  # type: ignore[union-attr]
         return self.model_copy(update={"weights": tuple(weights), "bands": 1})
 
     def relaxed(self) -> Settings:
-        """Return a copy with infinite trusts replaced by the default, 0.3, for the fallback of infeasible rows."""
+        """Return a copy, after :meth:`for_members`, with infinite trusts replaced by 0.3, for the fallback."""
         trust = tuple([DEFAULT_TRUST if math.isinf(rho) else rho for rho in self.member_trust])
         return self.model_copy(update={"trust": trust})
 

@@ -37,8 +37,8 @@ class Solution:
         objective_range: proved bounds on the least and the largest value of the objective over the feasible set,
             (2, *batch); infinite if none is known, NaN for rules that do not choose from that set.
         num_steps: the solver's steps, (*batch).
-        num_passes: how often all heads were read, (*batch): rows of W_i read, divided by v, each head weighted by its
-            width d_i. The fallback's reads count; reads by ``residual`` and ``verify`` do not.
+        num_passes: how often all heads were read, (*batch): Σ_i d_i k_i / (v Σ_i d_i), with k_i rows of W_i, (v, d_i),
+            read. The fallback's reads count; reads by ``residual`` and ``verify`` do not.
         disagreement: KL(r_i‖p̂_i), with r_i member i's corrected distribution, (n, *batch).
         disagreement_is_bound: whether there is no r_i and ``disagreement`` is the upper bound KL(p‖p̂_i), (n, *batch).
         gated: whether a gate was closed, (*batch): ``status``, ``gap`` (inf if unknown) and ``objective`` then describe
@@ -137,8 +137,9 @@ class Solution:
             problem: the problem some of whose rows may have no feasible distribution.
 
         Raises:
-            InvalidInputError: if this is not a solution without a gate, by the rule that ``on_infeasible`` names
-                (``meet``), of the same rows and settings, with the default trust in place of infinite ones.
+            InvalidInputError: if this solution is by another rule than ``on_infeasible`` names (``meet``), a gate was
+                closed in it, its log-probabilities or settings differ from the other problem's with infinite trusts
+                replaced by 0.3, or its ``tol`` is larger.
         """
         mine, other = self._problem, problem.relaxed()
         fallback = rule_of(problem.settings.on_infeasible)
@@ -155,9 +156,10 @@ class Solution:
         return replace(self, log_probs=log_normalize(self.log_probs / temperature))
 
     def by_member(self, count: int) -> Solution:
-        """Return a copy whose ``disagreement`` is that of members, if every member was solved as ``count`` bands.
+        """Return a copy whose ``disagreement``, (n, *batch), is summed over each member's ``count`` bands.
 
-        Each band of a head's directions took part as a member of its own; a member's disagreement is their sum.
+        Bands are groups of a head's directions with trusts of their own (setting ``bands``). This solution has each
+        band as a member, n · ``count`` in all, member by member. A sum is a bound if a band's disagreement is one.
         """
         split = (-1, count, *self.disagreement.shape[1:])
         total, is_bound = self.disagreement.reshape(split).sum(1), self.disagreement_is_bound.reshape(split).any(1)

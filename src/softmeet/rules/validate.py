@@ -206,7 +206,7 @@ def restate(
     logits: Tensor | None,
     hidden: Sequence[Tensor] | None = None,
 ) -> Problem:
-    """Return a copy of ``problem`` with other heads and log-probabilities, which are checked, and without a start.
+    """Return a copy of ``problem`` with other heads and log-probabilities, which are checked, and with ``start`` None.
 
     Args:
         problem: the problem that was solved.

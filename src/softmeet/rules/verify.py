@@ -109,7 +109,8 @@ def verify(problem: Problem, answer: Answer, fallback: Bool[Tensor, " B"]) -> Ve
     Args:
         problem: the problem that was solved.
         answer: the answer to it.
-        fallback: the rows that the fallback answered; they are checked by the fallback's rule, at finite trusts.
+        fallback: True in rows that the fallback answered; they are checked by the rule that ``on_infeasible`` names,
+            with infinite trusts replaced by 0.3.
     """
     problem = problem.changed(dtype=torch.float64)
     claimed, gap, status = torch.empty_like(answer.log_probs), answer.gap.clone(), answer.status.clone()

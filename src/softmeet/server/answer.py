@@ -124,7 +124,7 @@ class AnswerStream:
         batcher.submit(self._sequences)
 
     async def deltas(self) -> AsyncIterator[ChoiceDelta]:
-        """Yield each choice's new text and tokens as they are generated, until all choices have ended.
+        """Yield the choices' new text and tokens in the order they are generated, until all choices have ended.
 
         Raises:
             SoftmeetError: if a sequence failed, which ends the whole answer.

@@ -36,7 +36,7 @@ class PrefixCache:
         self._kept: OrderedDict[tuple[int, ...], tuple[KeysValues, ...]] = OrderedDict()
 
     def longest(self, tokens: list[int] | tuple[int, ...]) -> tuple[int, tuple[KeysValues, ...]]:
-        """Find the kept prompt that shares the most leading tokens with a new one.
+        """Find the kept prompt that shares the most leading tokens with a new one; it then counts as used just now.
 
         Args:
             tokens: the new prompt's ids.
@@ -57,6 +57,8 @@ class PrefixCache:
 
     def keep(self, tokens: list[int] | tuple[int, ...], states: tuple[KeysValues, ...]) -> None:
         """Store a prompt's keys and values, unless the prompt is stored already or is longer than ``limit``.
+
+        Least recently used prompts are dropped until all stored ones together have at most ``limit`` tokens.
 
         Args:
             tokens: the prompt's ids.
@@ -193,8 +195,8 @@ class MemberBatch:
             sequences: pairs of a sequence and this member's index i in ``sequence.members``; at least one token of each
                 is new to the member. ``sequence.trails[i]``, the tokens that the member has run with their keys and
                 values, is brought up to date.
-            every: whether to run all tokens of a prompt that the member has not begun; else the states of those that
-                also begin an earlier prompt are taken from the cache.
+            every: whether to run all tokens of a prompt that the member has not begun; else the keys and values of
+                those with which an earlier prompt began too are taken from the cache of prompts.
 
         Returns:
             for each sequence the last hidden states at the t tokens that were run, (t, d).
@@ -259,7 +261,7 @@ class MemberBatch:
 
     @torch.inference_mode()
     def step(self) -> Float[Tensor, "B d"]:
-        """Run the member on the newest token of every row.
+        """Run the member on the newest token of every row, and write its keys and values to the batch's buffers.
 
         Returns:
             (B, d), the last hidden states at these tokens, in the order of the B sequences in ``rows``.

@@ -61,8 +61,8 @@ class Batcher(threading.Thread):
     """The thread that owns a server's members and generates the tokens of all sequences, of any number of ensembles.
 
     In each step a member runs once for all sequences that it takes part in, whatever their ensembles; then the
-    sequences with equal :class:`Combination` are solved together, and each gets one token. Sequences submitted before
-    ``start()`` wait in the queue. To end the thread, call :meth:`close` and then ``join()``.
+    sequences with equal :class:`~softmeet.server.sequences.Combination` are solved together, and each gets one token.
+    Sequences submitted before ``start()`` wait in the queue. To end the thread, call :meth:`close`, then ``join()``.
 
     Args:
         names: for each member, its name in messages; a member of several ensembles is named once.

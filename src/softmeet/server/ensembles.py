@@ -31,7 +31,7 @@ class Served:
     Args:
         name: the name.
         ensemble: the loaded ensemble.
-        names: its members' short names, in order.
+        names: its members' short names, the last two parts of their paths, in order.
         created: when it was loaded, in whole seconds since 1970.
     """
 

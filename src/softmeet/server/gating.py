@@ -27,7 +27,7 @@ Hidden = list[Float[Tensor, "t _"]]
 
 
 class Gates:
-    """Decides for sequences under the gate ``unsure`` whether the other members run, and counts what all gates save.
+    """The decision which members run for sequences under the gate ``unsure``, and the count of what all gates save.
 
     Args:
         catch_up: a function of a list of sequences that runs all members but the first on the tokens that they have not
@@ -41,10 +41,11 @@ class Gates:
         self._savings: dict[tuple[Any, ...], Savings] = defaultdict(Savings)
 
     def over_prompt(self, sequence: Sequence, hidden: Hidden) -> tuple[Hidden, Deferral | None]:
-        """Return every member's hidden states over a prompt to be scored, given those of the members before the gate.
+        """Return every member's last hidden states over a prompt to be scored, given those in ``sequence.batched``.
 
-        If the gate ``unsure`` is open at any of the prompt's t tokens, the other members run the whole prompt; if it is
-        closed at all of them, zeros take the place of their hidden states.
+        Under the gate ``unsure`` these are the first member's alone. If the gate is open at any of the prompt's t
+        tokens, the other members run the whole prompt, and ``sequence.ahead`` keeps their states at its last token; if
+        it is closed at all of them, zeros take the place of their hidden states.
 
         Args:
             sequence: the prompt's sequence.
@@ -68,8 +69,8 @@ class Gates:
         """Return every member's last hidden states at the newest token, for sequences under the gate ``unsure``.
 
         Where the gate is open, the other members run the tokens that they have not run; where it is closed they do not
-        run, and zeros stand for hidden states that are not known already. Each sequence's ``asked`` (whether they run)
-        and ``spent`` (its share of the seconds that this takes) are set.
+        run, and zeros stand for their hidden states. States in ``Sequence.ahead`` are used, and removed. Each
+        sequence's ``asked`` (whether they run) and ``spent`` (its share of the seconds that this takes) are set.
 
         Args:
             first: for each sequence the first member's last hidden state at its newest token, (1, d_1).
@@ -127,8 +128,8 @@ def joined(sequences: list[Sequence]) -> Deferral | None:
         sequences: B sequences, each with ``asked`` as :meth:`Gates.ask` sets it.
 
     Returns:
-        the mask of sequences for which all members run, (B,), with the first member's logits, (B, v), if every sequence
-        has them; None if the combination has no gate ``unsure``.
+        a :class:`~softmeet.hf.combining.Deferral` whose mask, (B,), is True for sequences for which all members run,
+        with the first member's logits, (B, v), if every sequence has them; None without a gate ``unsure``.
     """
     found = [s.asked for s in sequences if s.asked is not None]
     if not found:

@@ -19,11 +19,11 @@ class Metrics:
         prompt_tokens: tokens of all prompts.
         reused_tokens: prompt tokens that were taken from a cache instead of run.
         passes: reads of all heads by rules, summed over rows; reading a part of them counts as that part.
-        gated: tokens at which a gate was closed, by gate.
-        saved: an estimate of the seconds that closed gates saved, by gate.
+        gated: tokens at which a gate was closed, by the gate's name, such as ``unsure``.
+        saved: an estimate of the seconds that closed gates saved, by the gate's name.
         rows: sequences in the running batch.
         waiting: sequences in the queue.
-        steps: seconds that a step took.
+        steps: seconds that a step took, in which every running sequence gets one token.
         first: seconds from a request's submission to its first token.
     """
 

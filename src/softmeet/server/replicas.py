@@ -64,7 +64,7 @@ class Scale(BaseModel):
     fronts: int = 1
 
     def options(self) -> dict[str, Any]:
-        """Return the number of replicas, or its bounds, as options of a Ray Serve deployment.
+        """Return the options ``num_replicas``, or with ``max_replicas`` ``autoscaling_config``, of Ray's deployments.
 
         Raises:
             InvalidInputError: if ``max_replicas`` is less than ``replicas``.

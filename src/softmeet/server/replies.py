@@ -44,9 +44,9 @@ def _finite_nats(x: float | None) -> float | None:
 
 
 class Reply(ABC):
-    """Writes the answers of one endpoint, as one document or as the chunks of a stream; made anew for every request.
+    """The writer of one request's answer at one endpoint, as one JSON document or as the chunks of a stream.
 
-    Subclasses say how a choice's text is written (:meth:`content`).
+    Each endpoint has a subclass, which says how a choice's text is written (:meth:`content`).
 
     Args:
         asked: the checked request that is answered.
@@ -68,7 +68,7 @@ class Reply(ABC):
 
     @abstractmethod
     def content(self, delta: ChoiceDelta, *, first: bool) -> dict[str, Any]:
-        """Return the endpoint's own fields of one choice: its text or message, and its log-probabilities.
+        """Return the endpoint's own fields of one choice: text or message, and ``logprobs`` (nats; None unless asked).
 
         Args:
             delta: new text and tokens of the choice, or, without streaming, the whole choice.
@@ -76,7 +76,7 @@ class Reply(ABC):
         """
 
     def document(self, choices: list[ChoiceDelta], tokens: int) -> dict[str, Any]:
-        """Return the whole answer of a request without streaming.
+        """Return the whole answer of a request without streaming, as a dict for JSON.
 
         Args:
             choices: every choice, complete.
@@ -87,9 +87,10 @@ class Reply(ABC):
         return {**self._common, "object": self.kind, "choices": found, "usage": usage, "softmeet": ours}
 
     def chunk(self, delta: ChoiceDelta) -> dict[str, Any] | None:
-        """Return the chunk of a stream that sends new text and tokens of a choice, or None if it would be empty.
+        """Return the chunk of a stream that sends new text and tokens of a choice, or None if there is nothing to send.
 
-        The first chunk of each choice also has the settings that were used.
+        There is in a choice's first chunk, which also has the settings that were used; if the delta has text or scored
+        tokens or ends the choice; and always if log-probabilities or reports of tokens are asked for.
         """
         first = delta.index not in self._begun
         self._begun.add(delta.index)
@@ -151,7 +152,7 @@ class Reply(ABC):
 
 
 class CompletionReply(Reply):
-    """Writes the answers of ``/v1/completions``."""
+    """The writer of an answer of ``/v1/completions``."""
 
     body: CompletionRequest
     prefix, kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
@@ -194,7 +195,7 @@ class CompletionReply(Reply):
 
 
 class ChatReply(Reply):
-    """Writes the answers of ``/v1/chat/completions``."""
+    """The writer of an answer of ``/v1/chat/completions``."""
 
     prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 

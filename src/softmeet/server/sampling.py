@@ -49,15 +49,15 @@ class RepeatPenalties(tf.LogitsProcessor):
 
     Args:
         prompt_length: the number of leading tokens that do not count.
-        presence: nats taken from the score of each token that was drawn before.
-        frequency: nats taken for each time that the token was drawn before.
+        presence: nats subtracted once from the score of each token that was drawn before.
+        frequency: nats subtracted from it for each time that it was drawn before.
     """
 
     def __init__(self, prompt_length: int, presence: float, frequency: float) -> None:
         self._start, self._presence, self._frequency = prompt_length, presence, frequency
 
     def __call__(self, input_ids: Int[Tensor, "B t"], scores: Float[Tensor, "B v"]) -> Float[Tensor, "B v"]:
-        """Return a copy of the scores, in nats, from which the penalties are taken.
+        """Return a copy of the scores, in nats, from which the penalties are subtracted.
 
         Args:
             input_ids: each row's tokens so far, prompt included.
@@ -69,7 +69,7 @@ class RepeatPenalties(tf.LogitsProcessor):
 
 
 class Sampler:
-    """Draws the tokens of one sequence: its random generator, and its processors of scores.
+    """The choice of one sequence's tokens: its random generator, and its processors of scores.
 
     Args:
         sampling: the request's options.
@@ -97,8 +97,8 @@ class Sampler:
     def scores(self, tokens: Sequence[int], log_probs: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
         """Return the next token's scores, (v,), whose softmax is the distribution to draw it from.
 
-        They are the log-probabilities after penalties, biases, temperature and truncation, -inf for tokens that are
-        left out.
+        They are the log-probabilities in nats after penalties, biases, temperature and truncation, -inf for tokens that
+        are left out. Temperature and truncation are not applied if ``greedy``.
 
         Args:
             tokens: the sequence's tokens so far, prompt included.

@@ -22,7 +22,9 @@ from softmeet.server.sampling import Sampler, Sampling
 
 @dataclass(frozen=True)
 class Combination:
-    """An ensemble with the settings by which its members are combined. Sequences with an equal one are solved together.
+    """An ensemble with the settings by which its members are combined, for one or more sequences.
+
+    The batcher solves sequences with equal combinations together.
 
     Args:
         model: the ensemble.
@@ -44,7 +46,7 @@ class Combination:
 
     @cached_property
     def gate(self) -> Gate | None:
-        """The settings' gate; None if there is none, or if its threshold is such that it never closes."""
+        """The settings' gate; None if there is none, or if it never closes (``Gate.never_closes``)."""
         return that_closes(self.settings.gate)
 
     @property
@@ -93,7 +95,7 @@ class Finished:
     """The event that a sequence has ended as planned.
 
     Args:
-        reason: ``"stop"`` if it ended at an end-of-text token, ``"length"`` if it reached its number of tokens.
+        reason: ``"stop"`` if it ended at an end-of-text token, ``"length"`` if ``Sequence.max_tokens`` were drawn.
     """
 
     reason: str
@@ -167,7 +169,8 @@ class Sequence:
             the sequence is in the member's batch.
         ahead: the last hidden states of all members but the first at the newest token, (1, d_i), if scoring the prompt
             has computed them already; else empty.
-        asked: under the gate ``unsure``, whether the other members run at the newest token; else None.
+        asked: under the gate ``unsure``, whether the other members run at the newest token, as a Deferral of one row;
+            else None.
         spent: the sequence's share of the seconds that running these other members took.
         cancelled: whether the sequence is to be ended before its next token.
         joined: whether it is part of the running batch, or was.

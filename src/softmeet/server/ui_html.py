@@ -42,6 +42,8 @@ _MACROS = _macros()
 def text_of(tokens: Sequence[Report], prompt: str, rule: str, *, done: bool, links: bool = False) -> str:
     """Return a text as HTML in which each token can be chosen and is coloured by the members' summed disagreement.
 
+    That is Σ_i KL(r_i‖p̂_i) in nats, from member i's distribution p̂_i to its corrected r_i; ½ has the full colour.
+
     Args:
         tokens: the tokens' reports so far, as ``TokenReport.spelled`` returns them.
         prompt: the text that the tokens continue.
@@ -72,7 +74,8 @@ def summary(tokens: Sequence[Report]) -> str:
 def details_of(token: Report, members: Sequence[str], rule: str) -> str:
     """Return the HTML behind one token: the ensemble's and each member's most probable tokens, and the rule's changes.
 
-    The changes are the tokens whose probability the rule moved most from the pool's, with each member's part in it.
+    The changes are the tokens whose probability the rule moved most from the pool's, with the nats that each member
+    adds to the token's log-probability, up to a constant of all tokens.
 
     Args:
         token: the token's report, as ``TokenReport.spelled`` returns it.
