@@ -90,7 +90,7 @@ class DenseNewton(Solver[DenseState]):
 
         A step keeps about sixteen such vectors for each row and member.
         """
-        return held(problem.log_p.shape[1:].numel())
+        return held(2 * problem.log_p.shape[1:].numel())
 
     def step(self, problem: Projection, state: DenseState) -> DenseState:
         """Take one dense step of every row, and bound or estimate the gap at the new point; return the new state."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 # The elements that a processor's cache holds during an operation, and those that an accelerator processes at once; the
 # elements of a batch's matrices, such as its Hessians, of which memory holds a few.
-_CACHED, _CACHED_ON_ACCELERATORS, _HELD = 1 << 19, 1 << 26, 1 << 23
+_CACHED, _CACHED_ON_ACCELERATORS, _HELD = 1 << 19, 1 << 26, 1 << 24
 # A solution is refined while its residual is more than this share of the right-hand side.
 _SOLVED = 1e-7
 # The longest solution: its scores do not overflow in single precision.
