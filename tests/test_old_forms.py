@@ -7,8 +7,10 @@ import re
 
 import pytest
 import tiny
+import torch
 from typer.testing import CliRunner
 
+from softmeet import Ensemble
 from softmeet.cli.flags import Command
 from softmeet.cli.main import app
 from softmeet.cli.old_forms import modern_values, modern_words
@@ -148,3 +150,15 @@ def test_devices_are_repeated(capsys):
     assert capsys.readouterr().err == ""
     assert placement(["cuda:0,cuda:1"]) == ["cuda:0", "cuda:1"]
     assert "repeat it" in capsys.readouterr().err
+
+
+def test_methods_that_moved_to_the_combiner_go_on_working():
+    model = Ensemble.from_pretrained("wide").model
+    hidden = [states[:2] for states in model.hidden_states(torch.tensor([[5, 6, 7]]))]
+    with pytest.warns(DeprecationWarning, match=r"solve_rows is model.combiner.solve_rows"):
+        before, solution = model.solve_rows(hidden)
+    log_probs, today = model.combiner.solve_rows(hidden, model.settings.ungated())
+    assert torch.equal(before, log_probs)
+    assert torch.equal(solution.log_probs, today.log_probs)
+    with pytest.warns(DeprecationWarning, match="own_log_probs"):
+        assert torch.equal(model.own_log_probs(hidden)[0], model.combiner.own_log_probs(hidden)[0])

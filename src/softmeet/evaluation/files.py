@@ -282,15 +282,16 @@ class Run:
     def each(
         self, cells: Cells, engine: Engine | None = None, on_done: Callable[[str], None] = lambda key: None
     ) -> dict[str, Json]:
-        """Return the results of cells by key; cells that an earlier run finished are not run again.
+        """Return the results of a study's cells by key; cells that an earlier run finished are not run again.
 
         Each new result is written to the folder as soon as it is there.
 
         Args:
-            cells: by a key that is unique in the study, the call that returns the cell's result, which is JSON. Results
-                are returned in this order.
-            engine: runs the calls; None for this process.
-            on_done: called with the key of each cell whose result is there.
+            cells: for each cell, a part of the study's work, by a key that is unique in the study, a function without
+                arguments that returns its result as JSON; picklable, for engines with other processes. Results are
+                returned in this order.
+            engine: runs the functions; None for this process.
+            on_done: called with each cell's key: at once if an earlier run finished it, else when it is finished.
         """
         for key in filter(self.done.__contains__, cells):
             on_done(key)

@@ -27,10 +27,7 @@ def answered(rule: Rule, problem: Problem) -> Answer:
         RuleError: if the rule fails, or returns another shape, NaN, or a row whose probabilities do not sum to 1 within
             10⁻³ (in an ``Answer``, the sum over ``problem.support`` counts); the message names the rule.
     """
-    parts = problem.pieces()
-    if len(parts) == 1:
-        return _one(rule, problem)
-    return Answer.joined([_one(rule, part) for part in parts])
+    return Answer.joined([_one(rule, part) for part in problem.pieces()])
 
 
 def _one(rule: Rule, problem: Problem) -> Answer:

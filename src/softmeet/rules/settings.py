@@ -282,8 +282,8 @@ def _resolved(given: Mapping[str, Any], before: Rule | None) -> dict[str, Any]:
         given: settings, options of a rule, and ``rule``, an instance or a text; None stands for a default.
         before: the rule to which options apply if ``given`` has no rule; None for the default rule.
     """
-    named = {key: value for key, value in given.items() if value is not None}
-    reset = {key: Settings.model_fields[key].get_default() for key in given.keys() - named.keys() if _is_setting(key)}
+    fields, named = Settings.model_fields, {key: value for key, value in given.items() if value is not None}
+    reset = {key: fields[key].get_default() for key in given.keys() - named.keys() if key in fields}
     rule, settings = named.pop("rule", before), dict[str, Any]()
     if isinstance(rule, str):
         text = rule
@@ -292,14 +292,10 @@ def _resolved(given: Mapping[str, Any], before: Rule | None) -> dict[str, Any]:
             raise InvalidInputError(
                 f"{both[0]} is named twice, in the rule {text!r} and as {both[0]}={named[both[0]]!r}: leave one out"
             )
-    if own := {key: value for key, value in named.items() if not _is_setting(key)}:
+    if own := {key: value for key, value in named.items() if key not in Settings.model_fields}:
         rule = _with_options(_rule(rule or DEFAULT), own)
-    named = {key: value for key, value in named.items() if _is_setting(key)}
+    named = {key: value for key, value in named.items() if key in fields}
     return {**reset, **named, **settings} | ({} if rule is None else {"rule": rule})
-
-
-def _is_setting(name: str) -> bool:
-    return name in Settings.model_fields
 
 
 def _with_options(rule: Rule, own: Mapping[str, Any]) -> Rule:

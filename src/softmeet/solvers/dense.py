@@ -21,7 +21,7 @@ from softmeet.solvers import tuning
 from softmeet.solvers.base import Solver, Status, iterate
 from softmeet.solvers.certificate import repaired_gap_bound, restricted_gap_bound
 from softmeet.solvers.direction import direction, heavy_tokens
-from softmeet.solvers.dual import DualState, end_by_pool, end_by_proof, pool_is_near, start
+from softmeet.solvers.dual import DualState, end_by_pool, end_by_proof, moved_to, pool_is_near, start
 from softmeet.solvers.linalg import backtrack, held, some
 from softmeet.solvers.projection import Point, Projection
 
@@ -104,20 +104,9 @@ class DenseNewton(Solver[DenseState]):
             columns, steps = columns[:, :, :1], steps[..., :1]
         a, there = _least(problem, here, columns)
         step = (problem.spread(a.transpose(1, 2)).transpose(1, 2) * steps).sum(-1)
-        log_p, log_r = there.logs(problem)
-        after = replace(
-            state,
-            steps=state.steps + 1,
-            nu=state.nu + step,
-            z=there.z,
-            value=there.value,
-            log_p=log_p,
-            log_r=log_r,
-            floor=floor,
-            moved=there.z - state.z,
-            step=step,
-            stalls=torch.where(there.value < state.value, 0, state.stalls + 1),
-        )
+        stalls = torch.where(there.value < state.value, 0, state.stalls + 1)
+        found = {"floor": floor, "moved": there.z - state.z, "step": step, "stalls": stalls}
+        after = moved_to(problem, state, there, step, **found)
         near = pool_is_near(problem, after)
         fall = state.value - there.value
         left = torch.maximum(estimate - fall, tuning.LEFT * estimate)

@@ -7,14 +7,15 @@ variables, z_i = Q_i ν_i the scores, p and r_i the answer and the corrected mem
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from softmeet.solvers.base import State, Status
-from softmeet.solvers.projection import Projection
+from softmeet.solvers.projection import Point, Projection
 
 
 @dataclass
@@ -59,6 +60,9 @@ class DualState(State):
         return (self.free + self.value).clamp_min(0)
 
 
+S = TypeVar("S", bound=DualState)
+
+
 def start(problem: Projection) -> dict[str, Tensor]:
     """Return the fields of a :class:`DualState` by name at ν = 0, at which the answer is the pool q; no head is read.
 
@@ -85,6 +89,21 @@ def start(problem: Projection) -> dict[str, Tensor]:
         "free": gap.clone(),
         "by_pool": gap <= problem.tol,
     }
+
+
+def moved_to(problem: Projection, state: S, there: Point, change: Float[Tensor, "B D"], **found: Tensor) -> S:
+    """Return the state after one more step of every row.
+
+    Args:
+        problem: the projection.
+        state: the state before the step.
+        there: the point to which the step leads.
+        change: (B, D), the step in ν, the dual variables in whitened coordinates.
+        found: values for further fields of the state.
+    """
+    log_p, log_r = there.logs(problem)
+    moved = {"nu": state.nu + change, "z": there.z, "value": there.value, "log_p": log_p, "log_r": log_r, **found}
+    return replace(state, steps=state.steps + 1, **moved)
 
 
 def end_by_proof(problem: Projection, before: DualState, after: DualState) -> None:

@@ -11,7 +11,7 @@ the new point, so a row that it ends needs no further Hessian.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,7 +20,7 @@ from torch import Tensor
 from softmeet.solvers import tuning
 from softmeet.solvers.base import Solver, Status
 from softmeet.solvers.certificate import gap_bound, residual_slack, restricted_gap_bound
-from softmeet.solvers.dual import DualState, end_by_pool, end_by_proof, pool_is_near, start
+from softmeet.solvers.dual import DualState, end_by_pool, end_by_proof, moved_to, pool_is_near, start
 from softmeet.solvers.linalg import backtrack, cached, held, solve_ridged
 from softmeet.solvers.oracle import moments
 from softmeet.solvers.projection import Point, Projection
@@ -169,16 +169,7 @@ def _moved(problem: Projection, state: NewtonState, y: Float[Tensor, "B n v"]) -
         rows = (t != 1).nonzero().squeeze(-1)
         moved = state.z[rows] + t[rows, None, None] * y[rows]
         there = there.put(rows, Point.at(problem.take(rows), moved))
-    log_p, log_r = there.logs(problem)
-    return replace(
-        state,
-        steps=state.steps + 1,
-        nu=state.nu + t[:, None] * state.direction,
-        z=there.z,
-        value=there.value,
-        log_p=log_p,
-        log_r=log_r,
-    )
+    return moved_to(problem, state, there, t[:, None] * state.direction)
 
 
 def _shorter(
