@@ -228,17 +228,19 @@ class Combiner:
     ) -> Solution:
         """Combine the members at B positions, from their logits or log-probabilities, and return the B rows' solution.
 
-        Rows for which the gate ``unsure`` is closed get the first member's distribution, and no ``rule_temperature``.
+        Rows for which the gate ``unsure`` is closed get the rule's answer for the first member alone, without
+        ``rule_temperature``.
 
         Args:
             scores: (n, B, v), the members' log-probabilities in nats, or their logits, which are normalised.
-            logits: (n, B, v), the members' logits, soft-cap included; needed if a head has one, else unused.
-            settings: the rule and all other settings.
+            logits: (n, B, v), the members' logits, soft-cap included; needed if a head has a soft-cap, else unused.
+            settings: all settings, from :meth:`Settings.for_members`.
             hidden: (B, d_i), the last hidden states of each member i, for ``free_radial``; None to recover them from
                 the log-probabilities.
             start: a solution of the same rows, at whose dual variables to begin; None to begin at the pool.
-            relaxed: the fallback's solution of the same rows, which answers those without a feasible distribution; None
-                to solve for it if there are any.
+            relaxed: a solution of the same rows with ``settings.relaxed()``, by the rule that ``on_infeasible`` names,
+                ungated (:meth:`Solution.as_fallback`); it answers rows without a feasible distribution. None to solve
+                for it if there are any.
             proved: True to solve a row until its gap is proved to be within the tolerance; False to stop at an
                 estimate of the gap.
             before: the token before each position, for gates that look at the text; None if unknown.
@@ -246,7 +248,7 @@ class Combiner:
         Raises:
             NonFiniteError: if ``scores`` hold NaN or +inf; the message names the member.
             UnsupportedHeadError: if ``free_radial`` is set and a member's final norm is unknown.
-            InvalidInputError: if ``free_radial`` is set with more than one band.
+            InvalidInputError: if ``free_radial`` is set with more than one band, or ``start`` or ``relaxed`` does not fit.
         """
         heads, dtype = self.heads, scores.dtype
         try:

@@ -53,18 +53,18 @@ class Savings:
 
 @dataclass
 class Recorder:
-    """Counts over all rows solved by the calls of ``forward`` or ``generate`` that it is passed to as ``recorder=``.
+    """Counts over all rows of the calls of ``forward`` or ``generate`` that it is passed to as ``recorder=``.
 
     Attributes:
-        rows: the number of rows.
+        rows: the number of rows, those that a gate closed included.
         asked: the number of rows at which every member ran.
         passes: reads of all heads, summed over all rows; ``passes / rows`` is the mean per row.
         fallbacks: the number of rows that had no feasible distribution, so that the fallback answered.
-        unconverged: the number of rows whose solver ended before the tolerance was reached.
+        unconverged: the number of rows with ``Status.NOT_CONVERGED``; those that ended by a ``budget`` do not count.
         largest_gap: the largest gap of a row that no gate closed, in nats.
         gate: the work that the gate saved.
-        disagreement: (n,), each member's disagreement with the answer in nats, as in :class:`softmeet.Solution`, summed
-            over the rows at which it ran; no elements before the first row.
+        disagreement: (n,), each member's ``Solution.disagreement`` in nats, summed over the rows at which it ran; no
+            elements before the first row.
     """
 
     rows: int = 0

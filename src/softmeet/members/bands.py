@@ -22,7 +22,7 @@ from softmeet.heads import SoftmaxHead
 
 
 def principal_directions(head: SoftmaxHead) -> Float[Tensor, "d d"]:
-    """Compute the right singular vectors of a head's centred matrix W - 1cᵀ, with c the mean of its rows.
+    """Compute the right singular vectors of a head's centred matrix W - 1cᵀ, with c the mean over tokens.
 
     Returns:
         (d, d) fp64, a vector in each column, that of the largest singular value first.

@@ -34,7 +34,8 @@ class _Strict(BaseModel):
 class Extension(_Strict):
     """softmeet's own fields: how the members are combined, how much is reported, and more options of sampling.
 
-    Without rule, trust, weights, pool, members or gate the ensemble's own are used; without report nothing is reported.
+    Each of rule, trust, weights, pool, members and gate that is left out is the ensemble's own; without report nothing
+    is reported.
     """
 
     rule: Word | None = Field(default=None, description="meet, max-entropy, logit-mean, prob-mean, …")
