@@ -248,7 +248,7 @@ class Combiner:
         Raises:
             NonFiniteError: if ``scores`` hold NaN or +inf; the message names the member.
             UnsupportedHeadError: if ``free_radial`` is set and a member's final norm is unknown.
-            InvalidInputError: if ``free_radial`` is set with more than one band, or ``start`` or ``relaxed`` does not fit.
+            InvalidInputError: if ``free_radial`` is set with several bands, or ``start`` or ``relaxed`` does not fit.
         """
         heads, dtype = self.heads, scores.dtype
         try:
