@@ -531,3 +531,13 @@ def test_bos_has_the_first_byte_predicted(pruned):
     assert len(plain) == 8
     assert bytes(begun.targets.tolist()) == b"the other"
     assert torch.allclose(begun.hidden[0][1:, :SYMBOLS], plain.hidden[0][:, :SYMBOLS], atol=1e-12)
+
+
+def test_a_text_that_is_read_behind_its_end_symbol_is_predicted_from_its_first_byte(ensemble):
+    symbols = torch.tensor([[256, *b"the h"]])
+    with torch.inference_mode():
+        at_once = ensemble.model(input_ids=symbols, use_cache=False).logits[0]
+        last = ensemble.model(input_ids=symbols[:, :1], use_cache=False, logits_to_keep=1).logits[0, -1]
+    assert torch.allclose(at_once[0], last)
+    assert at_once[0].std() > 0
+    assert all(reader.expected(b"", 3) == {} for reader in ensemble.model.readers)

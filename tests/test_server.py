@@ -145,6 +145,8 @@ def test_chat_uses_the_tokenizers_template(client, ensembles):
     whole = client.chat.completions.create(**options, logprobs=True, top_logprobs=2)
     assert whole.choices[0].message.content == expected
     assert whole.choices[0].message.role == "assistant"
+    nothing = client.chat.completions.create(model="chatty", messages=messages, max_tokens=0)
+    assert (nothing.choices[0].message.content, nothing.choices[0].finish_reason) == ("", "length")
     entries = whole.choices[0].logprobs.content
     assert bytes(entries[0].bytes).decode() == entries[0].token
     assert len(entries[0].top_logprobs) == 2

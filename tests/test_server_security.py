@@ -159,7 +159,8 @@ def test_keys_hosts_and_origins(caplog):
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=f"{url}/v1", api_key="x").models.list()
         named = {"host": "evil.test", "authorization": "Bearer first-key"}
-        assert_is_error(http.get(f"{url}/v1/models", headers=named), 421)
+        for host in ("evil.test", "evil]example", "[2001:db8::1]:80"):
+            assert_is_error(http.get(f"{url}/v1/models", headers=named | {"host": host}), 421)
         allowed = http.get(f"{url}/health", headers={"origin": "http://page.test"}).headers
         assert allowed["access-control-allow-origin"] == "http://page.test"
         assert "access-control-allow-origin" not in http.get(f"{url}/health", headers={"origin": "http://b"}).headers

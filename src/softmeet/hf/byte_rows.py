@@ -107,7 +107,7 @@ def read_on(
 
     Returns:
         (the rows with the new symbols; the log-probabilities in nats, (B, k, 257), fp64, uniform at padding and, in a
-        row that is read at once for more than its last column, up to and including its last end symbol).
+        row that is read at once for more than its last column, before its last end symbol).
     """
     out = torch.full((len(rows), len(wanted), SYMBOLS), -math.log(SYMBOLS), dtype=torch.float64)
     found = list(rows)
@@ -156,6 +156,6 @@ def _read_whole(
     for place, column in enumerate(wanted):
         # The last column, new - 1, is the last symbol, and the last row of the scores is the prediction after it.
         behind = new - 1 - column
-        if behind < min(count, len(text)):
+        if behind < min(count, len(text) + 1):
             out[place] = torch.from_numpy(log_probs[len(text) - behind])
     return replace(row, readings=(reading,))

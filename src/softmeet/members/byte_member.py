@@ -211,7 +211,7 @@ class ByteMember:
             log-probability in nats), the most probable first.
         """
         spelling = self.spelling
-        tokens = spelling.encode(text)
+        tokens = spelling.encode(text) if text else []
         _, hidden = self.run_chain([*self.prefix, *tokens])
         behind = hidden[len(self.prefix) - 1 :][: len(tokens)]
         # Indices in the text of the bytes that tokens spell: it may have bytes without a token, and no dummy prefix.

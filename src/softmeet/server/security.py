@@ -9,6 +9,7 @@ import asyncio
 import base64
 import contextlib
 import hmac
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -104,7 +105,7 @@ class Guard:
         """Raise RequestError if a request is an upload, or its Host or its key is not valid."""
         if path.startswith(_UPLOADS):
             raise RequestError("nothing can be uploaded here", status=404)
-        host = headers.get("host", "").rsplit(":", 1)[0] if "]" not in headers.get("host", "") else "[::1]"
+        host = re.sub(r":\d*$", "", headers.get("host", ""))
         if self.protection.hosts and host not in self.protection.hosts:
             raise RequestError("this server does not answer to that Host", status=421, code="unknown_host")
         if self.protection.keys and path not in _OPEN and not _known(_given(headers), self.protection.keys):

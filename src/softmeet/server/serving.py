@@ -94,7 +94,8 @@ class Serving:
         else:
             prompts = await in_thread(_templated, served, body)
             top, score_prompt = (body.top_logprobs or 0) if body.logprobs else None, False
-            limit = body.max_completion_tokens or body.max_tokens or self.settings.max_tokens
+            asked = [x for x in (body.max_completion_tokens, body.max_tokens) if x is not None]
+            limit = asked[0] if asked else self.settings.max_tokens
         combination = served.combination(ours, self.settings.allowed)
         if len(prompts) * choices > most:
             raise RequestError(
