@@ -39,7 +39,8 @@ def principal_directions(head: SoftmaxHead) -> Float[Tensor, "d d"]:
 def bands(head: SoftmaxHead, count: int) -> list[SoftmaxHead]:
     """Cut a head into ``count`` heads W V_k of its principal directions, as equal in width as possible.
 
-    W (v, d) is the head's matrix, and V_k are consecutive groups of its right singular vectors (see the module).
+    W (v, d) is the head's matrix, and V_k are consecutive groups of the right singular vectors of W - 1cᵀ, W minus the
+    mean c of its rows (:func:`principal_directions`).
 
     Returns:
         The bands, that of the largest singular values first, in fp32 (fp64 for a head in fp64), with no bias, scale 1

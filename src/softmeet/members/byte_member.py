@@ -51,16 +51,16 @@ class ByteMember:
 
     Args:
         model: a causal LM of transformers, in evaluation mode.
-        spelling: the bytes that each token of its tokenizer spells, and how the tokenizer cuts bytes into tokens.
+        spelling: what :func:`spelling_of` returns for the model's tokenizer; ``self.spelling`` may be an adjusted copy.
         pruning: which tokenizations of a text are followed; None for the defaults of :class:`Pruning`.
-        prefix: ids of the tokens that precede each text for which no other prefix is given; None for
+        prefix: ids, at least one, of the tokens that precede each text for which no other prefix is given; None for
             ``spelling.start``, the tokenizer's own.
 
     Attributes:
         head: the model's output layer.
         ends: ids of the tokens that end a text.
-        spent: the :class:`Work` for all texts so far: calls of the model and tokens run in them, prefixes included (a
-            call that serves several texts counts once), and the share of mass estimated in :meth:`advance`, summed.
+        spent: the :class:`Work` for all texts, prefixes and a sample run on construction: calls of the model (one for
+            several texts counts once), tokens run in them, and the shares of mass estimated in :meth:`advance`, summed.
 
     Raises:
         UnsupportedHeadError: if the model's output layer is not a plain softmax head.
@@ -198,9 +198,9 @@ class ByteMember:
         return Reading(known.covers[-1], known.tree, text, work).compact(), known.covers
 
     def expected(self, text: bytes, top: int) -> dict[int, list[tuple[str, float]]]:
-        """List the tokens that the model holds most probable at each place at which a token of the text begins.
+        """List the most probable tokens at each place at which a token of the text begins, as the tokenizer cuts it.
 
-        The text is read after the tokens ``self.prefix``, cut into tokens as the tokenizer cuts it.
+        The text follows ``self.prefix``; InvalidInputError if both have more tokens than the model's context.
 
         Args:
             text: any bytes.
@@ -208,7 +208,7 @@ class ByteMember:
 
         Returns:
             A dict from the index in ``text`` of the first byte of each of its tokens to ``top`` pairs (token as text,
-            log-probability in nats), the most probable first.
+            or ``<id>`` if it spells nothing; log-probability in nats), the most probable first.
         """
         spelling = self.spelling
         tokens = spelling.encode(text) if text else []
@@ -230,7 +230,7 @@ class ByteMember:
         return word.decode(errors="backslashreplace") if word else f"<{token}>"
 
     def log_probs(self, readings: Sequence[Reading]) -> Float[Tensor, "B 257"]:
-        """Return the next symbol's log-probabilities after each of B readings, (B, 257) fp64, in nats, on the CPU.
+        """Return the next symbol's log-probabilities after each of B ≥ 1 readings, (B, 257) fp64, in nats, on the CPU.
 
         Columns 0 to 255 are bytes, 256 is the end. A reading that has ended gives the end probability 1.
         """
@@ -244,6 +244,7 @@ class ByteMember:
 
         A symbol is a byte, 0 to 255, or 256: the end. A reading comes back with ``ended`` True if its symbol is 256, if
         it had ended before, or if its tokens would exceed the model's context; ``full`` is True in the last case.
+        InvalidInputError is raised if ``pruning.covers`` is None and a text has over 2,048 tokenizations to follow.
         """
         found = list(readings)
         for k, (reading, symbol) in enumerate(zip(readings, symbols, strict=True)):
@@ -353,7 +354,7 @@ class ByteMember:
         return tree, hidden
 
     def run(self, growths: Sequence[Growth]) -> list[tuple[TokenTree, list[Float[Tensor, "t d"]]]]:
-        """Run the tokens of all ``growths`` (:class:`Growth`) in one call of the model, and count it in ``spent``.
+        """Run the tokens of one or more ``growths`` (:class:`Growth`) in one call of the model; count it in ``spent``.
 
         Returns:
             For each, (its tree with the new tokens; for each of its chains of t tokens, last hidden states, (t, d)).

@@ -62,7 +62,7 @@ class Pruning:
         prune: the model is run on a tokenization's last token if the tokenization's share of all probability mass may
             be this or more; if not, the bytes after that token are estimated. 0 to run the model on all.
         covers: the number of tokenizations, those of most mass, that are kept after each byte among those on all of
-            whose tokens the model has been run, and as many among the others; None to keep all.
+            whose tokens the model has been run, and as many of the others; None for all, InvalidInputError past 2,048.
     """
 
     prune: float = 0.01
@@ -71,7 +71,7 @@ class Pruning:
 
 @dataclass(frozen=True, eq=False)
 class NextTokenProbs:
-    """A model's probabilities of the next token, after a sequence of whole tokens.
+    """A model's next-token probabilities after a sequence of tokens, made by :meth:`ByteMember.next_token_probs`.
 
     Attributes:
         path: the columns of the sequence's tokens in the text's :class:`TokenTree`, first to last.
@@ -133,7 +133,7 @@ class ProbsAlongText(NextTokenProbs):
         return self._masses[length]
 
     def total(self, longer: int, end: int) -> float:
-        """Return :meth:`NextTokenProbs.total`, for all tokens that begin with some first known bytes and are longer."""
+        """Return :meth:`NextTokenProbs.total` for (longer, end) of :meth:`Spelling.among` of some first known bytes."""
         return self._totals[longer, end]
 
     def prob(self, k: int) -> float:
@@ -191,14 +191,14 @@ class Open(NamedTuple):
     most: float
 
     def estimate(self, live: Masses, spelling: Spelling) -> Masses:
-        """Estimate each next symbol's share of ``mass``, (257,), at most 1 in all; closed covers give it ``live``."""
+        """Estimate each next symbol's share of ``mass``, (257,), sum at most 1; those of closed covers are ``live``."""
         if self.rest:
             return _ALIKE * np.where(live > 0, live, self.probs.root)
         usual: Masses = spelling.typical[spelling.last(self.token)]
         return _TYPICAL * usual + (1 - _TYPICAL) * self.probs.root
 
     def longer(self, byte: int, live: float, spelling: Spelling) -> Open:
-        """Return a copy with ``byte`` added to ``rest``; ``live`` is the probability that closed covers give it."""
+        """Return a copy with ``byte`` added to ``rest``; ``live`` is its probability under the closed covers."""
         root = float(self.probs.root[byte])
         if self.rest:
             share = _ALIKE * (live or root)
@@ -234,7 +234,7 @@ class Covers:
 
     @staticmethod
     def begun(probs: NextTokenProbs, spelling: Spelling) -> Covers:
-        """Return the covers of a text of no bytes; ``probs`` are the probabilities of its first token."""
+        """Return the covers of a text of no bytes; ``probs`` are its first token's probabilities, after a prefix."""
         return Covers((Cover(probs, 1.0, 1.0, b"", 0, len(spelling.words)),))
 
     def prediction(self, spelling: Spelling) -> Masses:
@@ -285,7 +285,7 @@ class Covers:
         return sorted(found, key=lambda one: -one[2])[:most]
 
     def answered(self, spelling: Spelling, answers: Sequence[tuple[Open, NextTokenProbs]], pruning: Pruning) -> Covers:
-        """Close open covers by the model's answers, (cover, next token's probabilities after it); return all covers."""
+        """Return covers with some of ``open`` closed by answers: (open cover, the probabilities after its tokens)."""
         known = {id(cover) for cover, _ in answers}
         whole, opened = list(self.closed), [cover for cover in self.open if id(cover) not in known]
         for cover, probs in answers:

@@ -23,7 +23,8 @@ _SAME = 1 - 1e-4
 def head_of(model: PreTrainedModel) -> SoftmaxHead:
     """Return a model's output layer as a ``SoftmaxHead``, and check on three tokens that it gives the model's logits.
 
-    The head shares the model's weights; offloaded ones are copied to the device that computes.
+    The head shares the model's weights; offloaded ones are copied to the device that computes. The model, a causal LM
+    of transformers, is left in the mode, training or evaluation, in which it was.
 
     Raises:
         UnsupportedHeadError: if the output layer is missing, quantised, adapted or otherwise not a plain linear layer,
@@ -57,7 +58,8 @@ def head_of(model: PreTrainedModel) -> SoftmaxHead:
 def replace_weight(head: SoftmaxHead, model: PreTrainedModel) -> SoftmaxHead:
     """Return ``head`` with the model's present weight and bias, after the model has changed device or dtype.
 
-    ``head`` itself is returned if the model's output layer is offloaded: it holds a copy of that layer.
+    ``head`` is a result of :func:`head_of` or of this function for the same model. It is returned itself if the model's
+    output layer is offloaded, since it holds a copy of that layer.
     """
     layer = model.get_output_embeddings()
     if layer.weight.is_meta:

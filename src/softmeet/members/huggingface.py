@@ -37,16 +37,18 @@ def load_members(
     Args:
         names: hub ids (``org/model`` or ``org/model@revision``), folders, ``.gguf`` files, or bundled names (``wide``,
             ``narrow``, ``mixed``, ``wide/gpt2``).
-        dtype: of the weights: None for fp32 on CPU and the checkpoint's own elsewhere, ``"auto"`` for the checkpoint's
-            own everywhere. One for all members, or a list of one for each.
+        dtype: of the weights: a torch dtype or its name, None for fp32 on CPU and the checkpoint's own elsewhere,
+            ``"auto"`` for the checkpoint's own everywhere. One for all members, or a list of one for each.
         device: where to put the weights: None for CPU, a device, ``"disk"``, ``"auto"`` or another strategy of
             accelerate, or a dict from modules' names to such devices or ``"disk"``. One for all members, or a list of
             one for each.
         trust_remote_code: whether to run code that comes with a checkpoint.
         offload_folder: a folder for weights that are offloaded to disk and cannot be read from the checkpoint's files.
-        on_progress: called with each name before it is loaded.
-        loaded: members that earlier calls have loaded; they are used instead of being loaded again, and new ones are
-            added to it. None to load each name anew, even one that occurs twice.
+        on_progress: called in this thread with each single member's name before it is loaded; not called for members
+            taken from ``loaded``.
+        loaded: a dict, at first empty, to pass to several calls: members found in it are used instead of being loaded
+            again, and new ones are added, under keys of this function's own. None to load each name anew, even one that
+            occurs twice.
 
     Raises:
         InvalidInputError: if there is no name, a device is unknown, or there is neither one dtype (or device) nor one
@@ -82,11 +84,16 @@ def _expanded(names: Sequence[str | Path]) -> list[str]:
 
 
 def load_tokenizers(names: Sequence[str], *, trust_remote_code: bool = False) -> list[PreTrainedTokenizerBase]:
-    """Load the members' tokenizers, in the order of ``names`` (as in :func:`load_members`); they pad at the left.
+    """Load the members' tokenizers, one per member, in the order of ``names``; they pad at the left.
+
+    Args:
+        names: as in :func:`load_members`; a bundled family's name stands for all its members.
+        trust_remote_code: whether to run code that comes with a checkpoint.
 
     Raises:
         InvalidInputError: if there is no name.
-        CheckpointError: if a checkpoint is missing, or needs remote code that is not trusted.
+        CheckpointError: if a checkpoint is missing or its weights are pickled, its tokenizer cannot be read, or it
+            needs remote code that is not trusted.
     """
     found = []
     for name in _expanded(names):
@@ -99,15 +106,16 @@ def load_tokenizers(names: Sequence[str], *, trust_remote_code: bool = False) ->
 def random_member(
     name: str, dtype: torch.dtype | str | None = None, *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """Build a member from its configuration alone, with random weights, on torch's default device.
+    """Build a member from its configuration alone, with random weights, on torch's default device, in training mode.
 
     Args:
         name: as in :func:`load_members`, but not a family's.
-        dtype: of the weights: None for torch's default, ``"auto"`` for the checkpoint's own.
+        dtype: of the weights: a torch dtype or its name, None for torch's default, ``"auto"`` for the checkpoint's own.
         trust_remote_code: whether to run code that comes with a checkpoint.
 
     Raises:
-        CheckpointError: if the configuration cannot be read.
+        CheckpointError: if the configuration cannot be read, a folder has no safetensors, or remote code is needed that
+            is not trusted.
     """
     where = _checkpoint_of(name, trust_remote_code)
     with _named_in_errors(name):
@@ -152,7 +160,14 @@ def one_each(value: Any, what: str, n: int) -> list[Any]:
 def dtype_of(dtype: Dtype, device: Device) -> torch.dtype | str:
     """Choose the dtype in which to load a member: ``dtype`` unless it is None, else fp32 if the member computes on CPU.
 
-    Otherwise it is ``"auto"``, the checkpoint's own dtype. ``device`` is the member's, as in :func:`load_members`.
+    If ``dtype`` is None and the member does not compute on CPU, ``"auto"`` is returned: the checkpoint's own dtype.
+
+    Args:
+        dtype: one member's, as in :func:`load_members`.
+        device: that member's, as in :func:`load_members`.
+
+    Raises:
+        InvalidInputError: if ``dtype`` is None and ``device`` is unknown.
     """
     if dtype is not None:
         return dtype

@@ -33,7 +33,7 @@ class KnownText:
 
     Args:
         member: the member that reads.
-        prefix: ids of the tokens before the text.
+        prefix: ids of the tokens before the text, at least one.
         text: any bytes.
         look_back: the number of last bytes in which several tokenizations are followed; 0 for the whole text.
 
@@ -43,7 +43,10 @@ class KnownText:
         place: the index in this text of the byte from which several tokenizations are followed.
         covers: a list; entry k has the :class:`Covers` of the first ``place + k`` bytes of ``self.text``.
         tree: the keys and values of the tokens that have been run.
-        work: the cost of reading so far.
+        work: the cost of reading so far, without the prefix.
+
+    Raises:
+        InvalidInputError: if the prefix is empty or has an unknown id, or prefix and text exceed the model's context.
     """
 
     def __init__(self, member: ByteMember, prefix: Sequence[int], text: bytes, look_back: int) -> None:
@@ -95,6 +98,9 @@ class KnownText:
         Returns:
             The open covers that have to be closed and were estimated instead, for :meth:`ask`, by (column in ``tree``
             of the token before the last, last token's id). If it is empty, the reading is complete.
+
+        Raises:
+            InvalidInputError: if ``pruning.covers`` is None and there are more than 2,048 tokenizations to follow.
         """
         spelling, missing = self.member.spelling, dict[Step, Open]()
         del self.covers[self._sure :]
@@ -126,7 +132,13 @@ class KnownText:
         return self._places[int(one.probs.path[-1])] + len(self.member.spelling.spelled([one.token]))
 
     def ask(self, missing: dict[Step, Open]) -> None:
-        """Run the model on the last tokens of the covers that :meth:`walk` returned, in one call, for the next walk."""
+        """Run the model on the last tokens of the covers that :meth:`walk` returned, in one call, for the next walk.
+
+        ``tree`` and ``work`` are replaced. ``missing`` is that dict, and must not be empty.
+
+        Raises:
+            InvalidInputError: if a cover has more tokens, with the prefix, than the model's context.
+        """
         opened, before = list(missing.values()), self.tree.columns
         self.work = self.work.and_(calls=1, tokens=len(opened))
         growth = Growth(self.tree, [one.probs.path for one in opened], [[one.token] for one in opened])

@@ -73,7 +73,7 @@ class PartialCache:
         return replace(self, pending=(*self.pending, *tokens))
 
     def shorter(self, by: int) -> PartialCache:
-        """Return a copy without the last ``by`` tokens, run or pending."""
+        """Return a copy without the last ``by`` tokens, run or pending; ``by`` is from 0 to ``length``."""
         if by <= len(self.pending):
             return replace(self, pending=self.pending[: len(self.pending) - by])
         kept = self.run - (by - len(self.pending))
@@ -87,11 +87,11 @@ def catch_up(
 
     Args:
         model: the member, in evaluation mode, whose cache holds keys and values.
-        caches: the sequences; each has at least one pending token.
+        caches: the sequences, which are not changed; each has at least one pending token.
 
     Returns:
-        (the sequences with nothing pending; for each, the last hidden states at its t formerly pending tokens, (t, d)),
-        both in the order of ``caches``.
+        (new caches of the sequences, with nothing pending; for each, the last hidden states at its t formerly pending
+        tokens, (t, d)), both in the order of ``caches``.
     """
     # Batched with one that is less than twice as long, no sequence is padded to more than twice its length.
     batches: dict[int, list[int]] = defaultdict(list)
@@ -130,7 +130,7 @@ def side_by_side(sequences: Sequence[tuple[KeysValues, ...]], model: PreTrainedM
     Args:
         sequences: for each sequence, (keys, values) of each layer, (1, heads, tokens, width) each; no layers if it is
             empty.
-        model: the member, whose configuration gives the number of layers.
+        model: the member, whose configuration gives the number of layers; its cache holds keys and values alone.
     """
     cache = Cache(layers=[DynamicLayer() for _ in DynamicCache(config=model.config).layers])
     known = next((states for states in sequences if states), ())
@@ -147,7 +147,7 @@ def side_by_side(sequences: Sequence[tuple[KeysValues, ...]], model: PreTrainedM
 
 
 def cut(cache: Cache, row: int, start: int, stop: int) -> tuple[KeysValues, ...]:
-    """Return one sequence's keys and values: tokens ``start`` to ``stop - 1`` of its row, for each layer.
+    """Return one sequence's (keys, values) for each layer: columns ``start`` to ``stop - 1`` of its row in a cache.
 
     Both are (1, heads, ``stop - start``, width) copies, since a view would keep the whole batch in memory. From a cache
     of a single row all tokens are returned, uncopied, whatever ``start`` and ``stop`` are.

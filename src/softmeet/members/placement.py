@@ -81,7 +81,7 @@ def whereabouts(model: PreTrainedModel) -> frozenset[str]:
 
 
 def in_memory(layer: nn.Module) -> dict[str, Tensor]:
-    """Return a layer's parameters by name; offloaded ones as copies on the device that computes with them."""
+    """Return a layer's parameters by name; if some are offloaded, copies of all on the device that computes."""
     if not hasattr(layer, "_hf_hook") or not any(p.is_meta for p in layer.parameters()):
         return dict(layer.named_parameters())
     from accelerate.utils import align_module_device
@@ -93,7 +93,8 @@ def in_memory(layer: nn.Module) -> dict[str, Tensor]:
 def each_in_a_thread(function: Callable[[T], U], items: Sequence[T]) -> list[U]:
     """Apply a function to all items at once, a thread each, and return the results in the order of the items.
 
-    Threads have the caller's inference and gradient modes. A single item is handled in the caller's own thread.
+    Threads have the caller's inference and gradient modes. A single item is handled in the caller's own thread. If
+    calls raise exceptions, that of the first item among them is raised here, once all calls have ended.
     """
     inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
 

@@ -20,7 +20,7 @@ class Work:
 
     Attributes:
         calls: the number of calls of the model.
-        tokens: the number of this text's tokens that were run in them.
+        tokens: the number of tokens that were run in them for this text, over all tokenizations, guesses included.
         dropped: the sum over bytes of the share of probability mass that was estimated or dropped, not computed.
     """
 
@@ -52,14 +52,14 @@ class Guess:
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """One text as one member has read it so far; immutable.
+    """One text as one member has read it so far; immutable, and made by the methods of :class:`ByteMember`.
 
     Attributes:
         covers: the tokenizations of the text that are still pursued (the others are too improbable), each with the next
             token's probabilities after it; the last token may run past the text (:mod:`softmeet.members.covers`).
         tree: the keys and values of all tokens that were run for the text.
         text: the bytes read.
-        work: the cost of reading them.
+        work: the cost of reading them, without the prefix before the text.
         guesses: likely next tokens that were run ahead of need, in a call for tokens that were needed.
         ended: whether nothing can follow: the end has come, or the model's context is full.
         full: whether it has ended because the model's context is full.

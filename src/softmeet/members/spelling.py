@@ -41,7 +41,9 @@ _ESCAPED = re.compile("([\udc80-\udcff]+)")
 
 @dataclass(frozen=True, eq=False)
 class Spelling:
-    """A tokenizer's ordinary tokens as byte strings, sorted. A token's *number* is its index in this order, not its id.
+    """A tokenizer's ordinary tokens as byte strings, sorted; made by :func:`spelling_of`.
+
+    A token's *number* is its index in this order, not its id.
 
     Attributes:
         name: the member's, for messages.
@@ -233,7 +235,7 @@ def _start(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 
 def spelling_of(name: str, tokenizer: PreTrainedTokenizerBase) -> Spelling:
-    """Find the bytes that each token of a member's tokenizer spells.
+    """Find the bytes that each token of a member's tokenizer spells, and return them as a :class:`Spelling`.
 
     Args:
         name: the member's, for messages.

@@ -82,7 +82,7 @@ def run(model: PreTrainedModel, growths: Sequence[Growth]) -> list[tuple[TokenTr
 
     Args:
         model: a causal LM, in evaluation mode, whose cache holds keys and values.
-        growths: for each tree, the chains to add.
+        growths: for each tree, the chains to add; at least one growth. The trees given are not changed.
 
     Returns:
         For each tree, (the tree with the new columns, chain after chain; for each chain of t tokens, the last hidden

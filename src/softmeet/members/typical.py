@@ -36,8 +36,8 @@ def typical(
     """Average the model's distributions of the byte after a token over tokens whose last bytes are of one :func:`kind`.
 
     Args:
-        spelling: the tokenizer's, new, so that all rows of its own ``typical`` are equal; such a row counts as the
-            distributions after four further tokens of each kind.
+        spelling: the tokenizer's, as :func:`spelling_of` returns it, so that all rows of its own ``typical`` are equal;
+            such a row counts as the distributions after four further tokens of each kind.
         tokens: the ids of the tokens of :data:`SAMPLE`.
         roots: after each of these tokens, the probabilities of the first byte of the next token and, at 256, of the
             end: (257,) each.

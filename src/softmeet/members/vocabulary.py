@@ -40,8 +40,8 @@ def common_vocabulary(names: Sequence[str], tokenizers: Sequence[PreTrainedToken
     the tokens that end a text have to be common to all.
 
     Args:
-        names: the members' names, for the message.
-        tokenizers: the members' tokenizers.
+        names: the members' names, for the message, in the order of ``tokenizers``.
+        tokenizers: the members' tokenizers, at least one.
 
     Raises:
         VocabularyMismatchError: if the vocabularies differ in another way, or no tokenizer encodes ordinary text into
@@ -89,8 +89,8 @@ def token_support(ids: frozenset[int], names: Sequence[str], heads: Sequence[Sof
     """Mark the ids that are tokens, among the v rows of the largest head.
 
     Args:
-        ids: the ids that are tokens.
-        names: the members' names, for the message.
+        ids: the ids that are tokens, at least one; made by :func:`common_vocabulary` or :func:`token_ids`.
+        names: the members' names, for the message, in the order of ``heads``.
         heads: the members' output layers.
 
     Returns:

@@ -16,7 +16,7 @@ def perplexity_weights(nats: Sequence[float], temperature: float = 1.0) -> list[
     """Compute the members' weights w_i ∝ exp(-ℓ_i / τ) from their losses ℓ_i on a prompt; the weights sum to 1.
 
     Args:
-        nats: ℓ_i, each member's mean loss in nats per token.
+        nats: ℓ_i, each member's mean loss in nats per token, all finite; at least one.
         temperature: τ > 0, in nats: the difference in loss at which one weight is e times the other.
 
     Example:

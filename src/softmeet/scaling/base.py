@@ -20,7 +20,7 @@ Items = Iterable[tuple[Any, ...]]
 class Engine(ABC):
     """An engine: a parallel ``map`` of a function over items, run by workers, which are threads or processes.
 
-    It is used as a context manager.
+    It is used as a context manager: :meth:`map` and :meth:`keep` are called inside ``with engine:``.
 
     Attributes:
         threads: the number of torch's threads in each call, and in the caller until the context is left.
@@ -32,13 +32,14 @@ class Engine(ABC):
     def map(self, function: Callable[..., R], items: Items) -> Iterator[tuple[int, R]]:
         """Call ``function(*item)`` for each item, and yield (index of the item, result) as calls finish, in any order.
 
-        No more calls run at once than there are workers, and items are drawn from the iterable only as workers need
-        them.
+        To be called inside the engine's context. No more calls run at once than there are workers, and items are drawn
+        from the iterable, on the caller's thread, only as workers need them.
 
         Args:
             function: a function at the top level of a module, so that other processes can import it; it keeps no state
                 that another call could see.
-            items: the tuple of arguments of each call.
+            items: the tuple of arguments of each call; they and the results have to be picklable by cloudpickle if
+                workers are processes.
 
         Raises:
             Exception: if a call raised one: that exception, when its result would have been yielded.
@@ -48,8 +49,9 @@ class Engine(ABC):
     def keep(self, values: Sequence[T]) -> list[T]:
         """Return a stand-in for each value, in order, to be put into the items of any number of later ``map`` calls.
 
-        The called function gets the value itself. Threads share it; a worker process holds a copy, with all changes
-        that calls make to it, from the first call that needs it until :meth:`keep` is called again.
+        To be called inside the engine's context. The called function gets the value itself. Threads share it; a worker
+        process holds a copy, with all changes that calls make to it, from the first call that needs it until
+        :meth:`keep` is called again.
         """
 
     def __enter__(self) -> Self:

@@ -57,9 +57,10 @@ class LocalEngine(Engine):
     Args:
         workers: the number of threads; with 1, calls run in the caller's own thread.
         threads: the number of torch's threads in each.
-        on_stop: called with a sentence to show at a first Ctrl-C. No further call begins then; running calls finish and
-            their results are yielded before ``KeyboardInterrupt`` is raised. A second Ctrl-C raises it at once. None to
-            raise at the first one. Ignored outside the main thread, or if the program handles Ctrl-C in another way.
+        on_stop: called with a sentence to show, on the main thread, at a first Ctrl-C during :meth:`map`. No further
+            call begins then; running calls finish and their results are yielded before ``KeyboardInterrupt`` is raised.
+            A second Ctrl-C raises ``KeyboardInterrupt`` at once. With None the first one does. Ignored if ``map`` runs
+            outside the main thread, or if the program handles Ctrl-C in another way.
     """
 
     def __init__(self, workers: int = 1, threads: int = 1, *, on_stop: Callable[[str], None] | None = None) -> None:

@@ -147,9 +147,10 @@ def unpack(packed: Packed, known: Sequence[Any] = (), stored: Sequence[Any] = ()
     """Rebuild a value from the result of :func:`pack`.
 
     Args:
-        packed: (bytes of the pickle, arrays of the tensors).
+        packed: (bytes of the pickle, arrays of the tensors), the first part of the result of :func:`pack`.
         known: the unpacking process's own objects, in the order of the list given to :func:`pack`.
-        stored: the values in place of the :class:`Stored` ones, in the order in which :func:`pack` returned those.
+        stored: the unpacked values in place of the :class:`Stored` ones, in the order in which :func:`pack` returned
+            the latter.
         copy: whether tensors are copies; if not, they are views of the arrays, and must not be written to.
     """
     return _Unpacker(packed, known, stored, copy=copy).load()

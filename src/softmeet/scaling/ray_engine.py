@@ -96,20 +96,23 @@ class RayEngine(Engine):
     Workers start when the engine is entered as a context manager, and end with it.
 
     Args:
-        ensemble: the ensemble, in CPU memory, to which the items of ``map`` refer; None if they refer to none.
+        ensemble: the ensemble over tokens, in CPU memory, to which the items of ``map`` refer; None if they refer to
+            none.
         workers: the number of workers; None for as many as the cluster has cores (and, if ``gpus``, GPUs) for.
         threads: the number of torch's threads in each worker, and of the CPU cores that it takes of the cluster's.
         gpus: the number of GPUs of each worker, over which its members are spread; a fraction to share one (0.25: four
             workers on one GPU), 0 to compute on the CPU.
         address: of the cluster; None for the environment's ``RAY_ADDRESS``, else a cluster on this machine, which ends
             with the engine.
-        patience: the seconds to wait for a worker to start while none is working.
-        on_loss: called with a sentence to show for each worker that dies in a call.
+        patience: the seconds to wait for a worker to start while none is working; then ``map`` raises WorkerLostError.
+        on_loss: called with a sentence to show for each worker that dies in a call, on the thread that iterates over
+            ``map``.
 
     Attributes:
         redone: for each time that a worker died in a call, the item's index in its ``map``, in order; the call was
             repeated, unless the map failed.
-        sent, received: the sizes in bytes of all items sent and of all results received, without kept values.
+        sent, received: the sizes in bytes of all items sent, repeated ones included, and of all results received (or
+            exceptions in their place), both as packed and without kept values.
 
     Raises:
         InvalidInputError: if ``gpus`` is above 1 and not whole, or the ensemble is one over bytes; on entering, if
@@ -182,7 +185,7 @@ class RayEngine(Engine):
     def keep(self, values: Sequence[T]) -> list[T]:
         """Put values in Ray's object store; return a :class:`Stored` for each, its stand-in as in :meth:`Engine.keep`.
 
-        A worker unpacks each value that it needs once, as its own copy.
+        Values are any that cloudpickle can pickle. A worker unpacks each value that it needs once, as its own copy.
         """
         first = self._numbers[1]
         self._numbers = first, first + len(values)
@@ -193,8 +196,10 @@ class RayEngine(Engine):
         """Call ``function(*item)`` for each item; yield (index, result) as calls finish, as in :meth:`Engine.map`.
 
         Raises:
-            WorkerLostError: if an item's workers have died three times, workers have died three times as often as there
-                are workers before they had started, or none is ready within ``patience`` seconds.
+            WorkerLostError: if workers have died three times at the same item; if, since the engine was made, the
+                number of workers that died before they had started is three times ``workers``; or if no worker starts
+                within ``patience`` seconds while none is working.
+            Exception: if a call raised one: that exception.
         """
         this = _Round(enumerate(items), self.workers)
         try:

@@ -48,7 +48,7 @@ class Worker:
             packed: (function, tuple of arguments), packed by :func:`pack`.
             stored: for each stored value among the arguments, (its number, the least number of a value that is still
                 needed): kept values with smaller numbers are dropped.
-            values: the stored values, packed, in the same order.
+            values: the stored values, packed by :func:`pack`, in the order of ``stored``.
 
         Returns:
             (whether the call succeeded; the result, or else the exception, packed).
@@ -71,7 +71,7 @@ class Worker:
 
 
 def spread(ensemble: Ensemble, devices: Sequence[torch.device]) -> None:
-    """Move member i of an ensemble to device i modulo the number of devices, and update the heads."""
+    """Move member i of an ensemble, in place, to device i modulo the number of devices, and update its heads."""
     for i, member in enumerate(ensemble.model.members):
         member.to(devices[i % len(devices)])
     ensemble.model.find_heads_again()

@@ -23,7 +23,7 @@ class TextStream:
 
     Args:
         tokenizer: a fast tokenizer of transformers.
-        stops: the text ends before the first of these strings.
+        stops: non-empty strings; the text ends before the first of them that occurs.
 
     Attributes:
         stopped: whether a stop string was found, after which no more tokens should be pushed.
@@ -76,7 +76,7 @@ class ChoiceDelta:
     Args:
         index: the choice's number within the answer.
         text: the new text, which no later token can change.
-        tokens: the newly drawn tokens.
+        tokens: the newly drawn tokens, including one that ends the text or whose text is still held back.
         scored: the prompt's tokens but the first, if they were scored and this is the delta that brings them; else
             None.
         finish: ``"stop"`` if the choice has ended at an end-of-text token or a stop string, ``"length"`` at the number
@@ -97,12 +97,13 @@ class AnswerStream:
     its end cancels every sequence.
 
     Args:
-        batcher: the batcher that generates.
-        request: the prompts and how they are continued.
+        batcher: the batcher that generates; its sequences wait until it is started.
+        request: the prompts and how they are continued, as :meth:`Serving.prepare` returns it.
 
     Attributes:
         request: the request.
-        completion_tokens: the number of tokens received so far, summed over choices.
+        completion_tokens: the number of drawn tokens received so far, summed over choices: those that end a text or
+            complete a stop string count, the prompt's do not.
 
     Raises:
         BusyError: if the batcher has no room for all of the request's sequences.

@@ -34,7 +34,8 @@ def create_app(serving: Serving) -> FastAPI:
     """Return the ASGI application of a server; its lifespan events start and end the batcher.
 
     Args:
-        serving: the ensembles, their batcher and the server's settings; the application keeps it as ``state.serving``.
+        serving: the ensembles, their batcher, not yet started, and the server's settings; the application keeps it as
+            ``state.serving``. When the lifespan ends, answers that have not ended fail with ClosingError at once.
     """
 
     @contextlib.asynccontextmanager

@@ -39,7 +39,7 @@ class PrefixCache:
         """Find the kept prompt that shares the most leading tokens with a new one; it then counts as used just now.
 
         Args:
-            tokens: the new prompt's ids.
+            tokens: the new prompt's ids, at least one.
 
         Returns:
             (the number of shared leading tokens, at most ``len(tokens)`` - 1, so that one remains to be run; each
@@ -249,7 +249,7 @@ class MemberBatch:
 
     @torch.inference_mode()
     def leave(self, s: Sequence) -> None:
-        """Remove a sequence from the running batch; the last row moves to the row that becomes free."""
+        """Remove a sequence, which has to be in ``rows``, from the running batch; the last row takes its place."""
         k, last = self.rows.index(s), len(self.rows) - 1
         for layer in self._cache.layers:
             layer.keys[k], layer.values[k] = layer.keys[last], layer.values[last]
@@ -261,7 +261,7 @@ class MemberBatch:
 
     @torch.inference_mode()
     def step(self) -> Float[Tensor, "B d"]:
-        """Run the member on the newest token of every row, and write its keys and values to the batch's buffers.
+        """Run the member on the newest token of every row, at least one, and write its keys and values to the buffers.
 
         Returns:
             (B, d), the last hidden states at these tokens, in the order of the B sequences in ``rows``.

@@ -65,9 +65,10 @@ class Batcher(threading.Thread):
     Sequences submitted before ``start()`` wait in the queue. To end the thread, call :meth:`close`, then ``join()``.
 
     Args:
-        names: for each member, its name in messages; a member of several ensembles is named once.
+        names: for each member, which is in evaluation mode, its name in messages; a member of several ensembles is
+            named once. Only sequences of these members may be submitted.
         limits: how many sequences may run and wait.
-        metrics: the counters that steps, tokens and head passes are added to.
+        metrics: all of its counters but ``requests`` and ``first`` are kept up to date, on the batcher's thread.
         parallel: whether the members of a step run at the same time, in a thread each; it pays if they are on different
             devices.
 
@@ -106,7 +107,8 @@ class Batcher(threading.Thread):
         """Append sequences to the queue: all of them, or none if there is no room for all.
 
         Args:
-            sequences: new sequences, usually one request's; their events come by each sequence's ``emit``.
+            sequences: new sequences, usually one request's; their events come by each sequence's ``emit``, which is
+                called on the batcher's thread.
 
         Raises:
             BusyError: if there are more sequences than free places in the batch and the queue.
@@ -125,7 +127,8 @@ class Batcher(threading.Thread):
         """Accept no more sequences from now on, and return at once; the thread ends when its last sequence does.
 
         Args:
-            grace: seconds from now after which sequences that have not ended fail with ClosingError.
+            grace: seconds from now, 0 or more, after which sequences that have not ended, queued or running, fail with
+                ClosingError.
         """
         with self._wake:
             self._closing, self._last_call = True, time.monotonic() + grace
@@ -134,7 +137,8 @@ class Batcher(threading.Thread):
     def run(self) -> None:
         """Run steps until :meth:`close` has been called and every sequence has ended.
 
-        It is the thread's body: callers use ``start()``.
+        It is the thread's body: callers use ``start()``. If a step fails as a whole, the error is logged, all running
+        sequences end with the event :class:`~softmeet.server.sequences.Failed`, and the next step follows.
         """
         with torch.inference_mode():
             while (new := self._admit()) is not None:

@@ -31,7 +31,7 @@ class Served:
     Args:
         name: the name.
         ensemble: the loaded ensemble.
-        names: its members' short names, the last two parts of their paths, in order.
+        names: its members' short names, the last two parts of their paths, in order; requests choose members by them.
         created: when it was loaded, in whole seconds since 1970.
     """
 
@@ -47,12 +47,14 @@ class Served:
         A gate ``movement`` or ``auto`` that is not calibrated for these members and settings is left out.
 
         Args:
-            asked: the changes, from the request's field ``softmeet``; fields that are None change nothing.
+            asked: the changes, from the request's field ``softmeet``; those of its fields in
+                :data:`softmeet.server.schemas.CHANGES` that are None change nothing, its other fields are ignored.
             allowed: the fields that this server lets requests change, some of :data:`softmeet.server.schemas.CHANGES`.
 
         Raises:
             RequestError: if the request changes a field that is not allowed, or names a member that the ensemble lacks.
-            InvalidInputError: if a setting has an invalid value.
+            InvalidInputError: if a setting has an invalid value, or the number of weights or trusts does not fit the
+                members.
         """
         given = {name: value for name in CHANGES if (value := getattr(asked, name)) is not None}
         in_rule = parse_rule(asked.rule)[1] if asked.rule is not None else {}
@@ -162,9 +164,13 @@ def load(named: dict[str, list[str]], find: Callable[..., Ensemble] | None = Non
 
     Args:
         named: for each ensemble's name, a list with one saved ensemble or bundled family, or with its members' names.
-        find: a function that loads one ensemble from such a list; it is called with ``loaded=``, a dict of the members
-            loaded so far, and ``settings``. None for ``Ensemble.from_pretrained``.
-        settings: further arguments of ``find``, such as ``dtype`` or ``rule``, for all ensembles.
+        find: a function that loads one ensemble and returns it, called once for each name, in order, with the list of
+            that name, ``loaded=`` (a dict to which it adds the members that it loads, at first empty, the same in all
+            calls) and ``settings``. None for ``Ensemble.from_pretrained``.
+        settings: further keyword arguments of ``find``, such as ``dtype`` or ``rule``, for all ensembles.
+
+    Raises:
+        SoftmeetError: if an ensemble cannot be loaded: the errors of ``find`` are not caught.
     """
     shared: dict[Any, Any] = {}
     served = []

@@ -33,7 +33,7 @@ class Gates:
         catch_up: a function of a list of sequences that runs all members but the first on the tokens that they have not
             run, and returns, for each sequence, those members' last hidden states there, (t, d_i); with ``every=True``
             it runs all of a new prompt's tokens even if some are cached.
-        metrics: the counters of gated tokens and of seconds saved.
+        metrics: its counters ``gated`` and ``saved`` are added to.
     """
 
     def __init__(self, catch_up: Callable[..., dict[Sequence, Hidden]], metrics: Metrics) -> None:
@@ -52,8 +52,8 @@ class Gates:
             hidden: the last hidden states of the members in ``sequence.batched`` at all t tokens, (t, d_i) each.
 
         Returns:
-            (the last hidden states of every member, (t, d_i) each; at which tokens the gate ``unsure`` is open, or None
-            if the sequence has no such gate).
+            (the last hidden states of every member, (t, d_i) each; a :class:`~softmeet.hf.combining.Deferral` whose
+            mask, (t,), says at which tokens the gate ``unsure`` is open, or None if the sequence has no such gate).
         """
         gate, heads = sequence.combination.unsure, sequence.combination.model.heads
         if gate is None:
@@ -73,7 +73,8 @@ class Gates:
         sequence's ``asked`` (whether they run) and ``spent`` (its share of the seconds that this takes) are set.
 
         Args:
-            first: for each sequence the first member's last hidden state at its newest token, (1, d_1).
+            first: for each sequence, all under the gate ``unsure``, the first member's last hidden state at the
+                sequence's newest token, (1, d_1).
 
         Returns:
             for each sequence a list of one tensor (1, d_i) per member.
@@ -100,9 +101,10 @@ class Gates:
         return hidden
 
     def saved(self, sequences: list[Sequence], solution: Solution) -> float:
-        """Count a solved batch's closed rows, and return about how many seconds each of them saved.
+        """Count a solved batch's rows and closed rows, and return about how many seconds each closed row saved.
 
-        A closed row counts as the mean time that open rows of the same members, rule and gate have taken so far.
+        That is the mean time that open rows of the same members, rule and gate have taken so far, this batch's
+        included; 0 if no row was open yet, or without a gate, when nothing is counted.
 
         Args:
             sequences: the batch's sequences, all of one combination.

@@ -14,17 +14,20 @@ class Metrics:
 
     Attributes:
         registry: holds all of them, for export.
-        requests: requests answered, by path and HTTP status.
-        tokens: tokens generated.
-        prompt_tokens: tokens of all prompts.
-        reused_tokens: prompt tokens that were taken from a cache instead of run.
-        passes: reads of all heads by rules, summed over rows; reading a part of them counts as that part.
-        gated: tokens at which a gate was closed, by the gate's name, such as ``unsure``.
-        saved: an estimate of the seconds that closed gates saved, by the gate's name.
-        rows: sequences in the running batch.
-        waiting: sequences in the queue.
+        requests: HTTP requests answered, refused ones included, by path (``other`` if it is not one of the API's) and
+            status.
+        tokens: tokens drawn and appended to sequences, end-of-text tokens included.
+        prompt_tokens: tokens of the prompts that were run, a prompt of n choices n times.
+        reused_tokens: prompt tokens, of those in ``prompt_tokens``, whose keys and values came from the cache of
+            earlier prompts in every member, or under the gate ``unsure`` in the first.
+        passes: reads of all heads by rules and the fallback, summed over draws of a token, gated or not; reading a part
+            of the heads counts as that part. Scored tokens of prompts do not count.
+        gated: draws of a token at which a gate was closed, by the gate's name, such as ``unsure``.
+        saved: an estimate of the seconds that closed gates saved at these draws, by the gate's name.
+        rows: sequences in the running batch, as of the last step, those that joined in it included.
+        waiting: sequences in the queue, as of the last step.
         steps: seconds that a step took, in which every running sequence gets one token.
-        first: seconds from a request's submission to its first token.
+        first: seconds from a request's submission to its first drawn token, of whichever choice.
     """
 
     def __init__(self) -> None:

@@ -29,8 +29,9 @@ class Relay:
     """An ASGI application without models, which passes each request to another process and its answer back.
 
     Args:
-        ask: a function of a request's ASGI scope and its body that returns the ASGI messages of the answer, as an
-            asynchronous iterator with a method ``cancel``.
+        ask: called once for each HTTP request, with the serialisable part of its ASGI scope and its whole body; it
+            returns at once, with the ASGI messages of the answer as an asynchronous iterator that also has a method
+            ``cancel()``, not a coroutine, which is called in the end, even if all messages have come.
         lost: the exception types of that iterator which mean that the process writing the answer has died, or that
             there is none.
     """

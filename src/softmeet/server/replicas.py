@@ -82,7 +82,7 @@ class Replica:
 
     Args:
         named: for each ensemble's name its members, as :func:`softmeet.server.ensembles.load` takes them.
-        options: that function's further arguments.
+        options: that function's further keyword arguments.
         settings: the server's settings.
         threads: the number of torch threads.
     """
@@ -122,10 +122,10 @@ def application(
 
     Args:
         named: for each ensemble's name its members, as :func:`softmeet.server.ensembles.load` takes them.
-        options: that function's further arguments.
+        options: that function's further keyword arguments, ``rule`` and ``dtype`` among them; they are pickled.
         settings: of each replica; the page at /ui is left out in any case, since it works in a single process only.
         scale: the number of replicas and fronts, and each replica's resources.
-        grace: seconds that a replica which Ray removes has to finish its answers.
+        grace: seconds, 0 or more, that a replica which Ray removes has to finish its answers.
 
     Raises:
         InvalidInputError: if ``scale.max_replicas`` is less than ``scale.replicas``.
@@ -180,7 +180,11 @@ class Arguments(Scale):
 
 # Ray reads the annotation of ``arguments``, so this module cannot have ``from __future__ import annotations``.
 def app(arguments: Arguments) -> serve.Application:
-    """Return the Ray Serve application that ``serve run`` starts from arguments of its command line."""
+    """Return the Ray Serve application that ``serve run`` starts from arguments of its command line.
+
+    Raises:
+        InvalidInputError: if two ensembles have the same name, or ``max_replicas`` is less than ``replicas``.
+    """
     options = {"rule": arguments.rule, "device": arguments.device, "dtype": arguments.dtype}
     keys = tuple(key for key in arguments.keys.split(",") if key)
     settings = ServerSettings(protection=Protection(keys))

@@ -49,7 +49,7 @@ class Reply(ABC):
     Each endpoint has a subclass, which says how a choice's text is written (:meth:`content`).
 
     Args:
-        asked: the checked request that is answered.
+        asked: the checked request that is answered, as :meth:`Serving.prepare` returns it for ``body``.
         body: the request as it was sent.
 
     Attributes:
@@ -76,10 +76,10 @@ class Reply(ABC):
         """
 
     def document(self, choices: list[ChoiceDelta], tokens: int) -> dict[str, Any]:
-        """Return the whole answer of a request without streaming, as a dict for JSON.
+        """Return the whole answer of a request without streaming, as a dict for JSON; to be called once.
 
         Args:
-            choices: every choice, complete.
+            choices: every choice, complete, as :meth:`AnswerStream.whole` returns them.
             tokens: the number of tokens drawn, summed over choices.
         """
         found = [self._choice(choice, first=True) for choice in choices]
@@ -89,8 +89,9 @@ class Reply(ABC):
     def chunk(self, delta: ChoiceDelta) -> dict[str, Any] | None:
         """Return the chunk of a stream that sends new text and tokens of a choice, or None if there is nothing to send.
 
-        There is in a choice's first chunk, which also has the settings that were used; if the delta has text or scored
-        tokens or ends the choice; and always if log-probabilities or reports of tokens are asked for.
+        A chunk is sent for a choice's first delta (this chunk also has the settings that were used); for a delta that
+        has text or scored tokens or ends its choice; and for every delta if log-probabilities or reports of tokens are
+        asked for. To be called once for each delta, in order, since text offsets and gate counts are summed up.
         """
         first = delta.index not in self._begun
         self._begun.add(delta.index)

@@ -21,16 +21,17 @@ class Sampling:
     """The options by which a request's tokens are drawn; the defaults draw from the ensemble's distribution unchanged.
 
     Args:
-        seed: the request's; sequence k of the request draws from a random generator seeded with (seed, k).
-        temperature: divides the scores; below 10⁻⁴ the token with the largest score is taken.
+        seed: the request's, any integer; sequence k of the request draws from a random generator seeded with (seed, k).
+        temperature: 0 or more; divides the scores; below 10⁻⁴ the token with the largest score is taken.
         top_k: how many of the most probable tokens stay possible; 0 for all.
-        top_p: only the most probable tokens stay possible, as few as have this share of the probability together.
+        top_p: only the most probable tokens stay possible, as few as have this share, above 0 and at most 1, of the
+            probability together.
         min_p: the least probability, as a share of the largest, of tokens that stay possible; None for no such limit.
-        repetition_penalty: as in transformers: scores of tokens that came before, prompt included, are divided by it if
-            positive and multiplied by it if negative.
+        repetition_penalty: a number above 0, as in transformers: scores of tokens that came before, prompt included,
+            are divided by it if positive and multiplied by it if negative.
         presence_penalty: subtracted, in nats, from the score of every token that was drawn before.
         frequency_penalty: subtracted, in nats, once for each time that a token was drawn before.
-        logit_bias: nats added to the scores of tokens, by id.
+        logit_bias: nats added to the scores of tokens, by token id, from 0 to v - 1.
     """
 
     seed: int
@@ -124,7 +125,8 @@ def next_tokens(samplers: Sequence[Sampler], scores: Float[Tensor, "B v"]) -> li
 
     Args:
         samplers: one per row; a greedy one takes the token with the largest score.
-        scores: the rows' scores, as :meth:`Sampler.scores` returns them.
+        scores: (B, v), the rows' scores, as :meth:`Sampler.scores` returns them. Generators of rows that are not greedy
+            are advanced by one number.
 
     Returns:
         the B token ids.

@@ -48,8 +48,9 @@ class Protection:
     """Who may send requests, and how large and slow their bodies may be.
 
     Args:
-        keys: the valid API keys, one of which a request has to have; if empty, no key is needed.
-        hosts: the names that a request's header ``Host`` may have, without port; if empty, any name.
+        keys: the valid API keys, one of which a request has to have, as ``Authorization: Bearer KEY`` or as the
+            password of HTTP's basic scheme, except at /health and /ready; if empty, no key is needed.
+        hosts: the names that a request's header ``Host`` may have, without port, case-sensitive; if empty, any name.
         max_body: the most bytes of a request's body.
         body_seconds: the most seconds until a body is complete.
     """
@@ -64,16 +65,21 @@ class Guard:
     """The outermost ASGI layer: it refuses requests without a key, with a wrong Host or a bad body, and counts answers.
 
     Args:
-        app: the application behind it.
+        app: the ASGI application behind it.
         protection: the keys, hosts and limits.
-        metrics: answered requests are counted in its ``requests``.
+        metrics: every HTTP request that gets a response, refused or passed on, is counted in its ``requests``.
     """
 
     def __init__(self, app: ASGIApp, protection: Protection, metrics: Metrics) -> None:
         self.app, self.protection, self.metrics = app, protection, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Check one request and read its whole body; refuse it, or pass it on. Every answer gets security headers."""
+        """Check one request and read its whole body; refuse it, or pass it on. Every answer gets security headers.
+
+        A refusal is a response with an error object: status 400 for a body that is not JSON (under /v1/), 401 for a
+        key, 404 for an upload to the page, 408 and 413 for a slow or large body, 421 for a Host. Nothing is sent if the
+        client leaves before its body is complete. Exceptions of the application are not caught.
+        """
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return

@@ -27,8 +27,9 @@ class Combination:
     The batcher solves sequences with equal combinations together.
 
     Args:
-        model: the ensemble.
-        settings: the rule, trusts, gate and so on, used in place of the ensemble's own.
+        model: the ensemble, over tokens.
+        settings: the rule, trusts, gate and so on, used in place of the ensemble's own; either its ``settings`` with
+            :meth:`Settings.changed`, or completed for its members by :meth:`Settings.for_members`.
         names: the members' names, as shown to clients.
     """
 
@@ -120,20 +121,23 @@ Listener = Callable[[Event], None]
 class GenerationRequest:
     """A client's request, checked and with its prompts as tokens: several continuations (choices) of each prompt.
 
+    :meth:`Serving.prepare` makes it and checks its prompts; nothing is checked here.
+
     Args:
         combination: the ensemble, and how its members are combined.
         sampling: how tokens are drawn; each sequence has its own random generator.
-        max_tokens: the most tokens to draw for each sequence.
+        max_tokens: the most tokens to draw for each sequence; with 0, a prompt is only run and, if asked, scored.
         top: how many of the most probable tokens to list at each token; 0 for the token's own log-probability alone,
             None for no log-probabilities.
         report: how many tokens to list of each distribution in the report of each token; None for no reports.
         score_prompt: whether the prompts' own tokens are scored as well.
         deadline: the time after which its sequences fail, in seconds on the clock of ``time.monotonic``.
-        prompts: each prompt's token ids.
+        prompts: each prompt's token ids, at least one, below the vocabulary's size, and no more than fit into the
+            context.
         choices: how many continuations of each prompt; choice c of prompt p has index p · choices + c.
-        stops: the text of a choice ends before the first of these strings.
+        stops: non-empty strings; the text of a choice ends before the first of them that occurs.
         model: the ensemble's name.
-        tokenizer: the ensemble's tokenizer.
+        tokenizer: the ensemble's tokenizer, a fast one of transformers.
     """
 
     combination: Combination
@@ -157,7 +161,9 @@ class Sequence:
         request: the request that it is part of.
         prompt: the prompt's token ids, at least one.
         key: the sequence's number within its request; its random generator is seeded with (the request's seed, key).
-        emit: called on the batcher's thread with every event of the sequence; it must not block.
+        emit: called on the batcher's thread with every event of the sequence, in order, as soon as it occurs; the last
+            is :class:`Finished` or :class:`Failed`. It must not block, and may raise RuntimeError alone,
+            which cancels the sequence.
 
     Attributes:
         combination: the request's.

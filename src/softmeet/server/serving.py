@@ -33,7 +33,8 @@ class ServerSettings:
         max_tokens: the most tokens of a choice; a request for more gets this many.
         max_choices: the most choices of a request, summed over its prompts; a request for more is refused.
         seconds: the most seconds that an answer may take, waiting included.
-        allowed: the fields that requests may change, some of :data:`softmeet.server.schemas.CHANGES`.
+        allowed: names of the fields under ``softmeet`` that requests may change, some of
+            :data:`softmeet.server.schemas.CHANGES`.
         parallel: whether members run at the same time, in a thread each; they do anyway if an ensemble has members on
             different devices.
         cors: origins (such as ``https://example.org``) whose pages may call the API from a browser.
@@ -57,7 +58,7 @@ class Serving:
     The batcher is not started; the application's lifespan starts it.
 
     Args:
-        ensembles: all ensembles, which have to be over tokens, not bytes.
+        ensembles: all ensembles, as :func:`softmeet.server.ensembles.load` returns them, over tokens, not bytes.
         settings: the server's settings.
 
     Raises:
@@ -78,10 +79,12 @@ class Serving:
         """Check a request's body, and return it as a generation request with its prompts as token ids.
 
         Args:
-            body: a body whose fields' types and ranges were checked.
+            body: the request's body; pydantic has checked its fields' types and ranges when it was made.
 
         Raises:
-            RequestError: if the model, a prompt or the number of choices is not valid here, or a change is not allowed.
+            RequestError: if there is no such model (status 404) or member, a change is not allowed, there are more than
+                ``settings.max_choices`` choices, an id in ``logit_bias`` is no token's, a prompt is empty, has an
+                invalid id or leaves no room in the context, or the messages have no chat template or break its rules.
             InvalidInputError: if a setting under ``softmeet`` has an invalid value.
         """
         served, ours = self.ensembles.find(body.model), body.softmeet or Extension()

@@ -56,7 +56,8 @@ def mount(app: FastAPI, serving: Serving) -> None:
 
     Args:
         app: the application.
-        serving: the ensembles and the batcher that the page generates with, in this process.
+        serving: the ensembles and the batcher that the page generates with, in this process; the batcher has to be
+            started before the page is used, as the lifespan of :func:`softmeet.server.app.create_app` does.
     """
     sans, mono = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
     theme = gr.themes.Base(primary_hue="blue", neutral_hue="slate", font=sans, font_mono=mono)
@@ -72,7 +73,8 @@ def page(serving: Serving) -> gr.Blocks:
     Controls of settings that requests may not change are disabled.
 
     Args:
-        serving: the ensembles and the batcher that the page generates with, in this process.
+        serving: the ensembles and the batcher that the page generates with, in this process; the batcher has to be
+            started before the page is used, as the lifespan of :func:`softmeet.server.app.create_app` does.
     """
     first, choose = serving.ensembles.find(None), resource("page.js")
     own = _controls(first)

@@ -58,7 +58,8 @@ def summary(tokens: Sequence[Report]) -> str:
     """Return a line with a text's means per token: disagreement and negative log-probability in nats, and head passes.
 
     Args:
-        tokens: the tokens' reports; if there are none, the line is "…".
+        tokens: the tokens' reports, as ``TokenReport.spelled`` returns them, gated tokens included; if there are none,
+            the line is "…".
     """
     if not tokens:
         return "…"
