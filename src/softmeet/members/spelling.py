@@ -77,7 +77,7 @@ class Spelling:
     typical: np.ndarray[Any, np.dtype[np.float64]]
 
     def last(self, token: int) -> int:
-        """Return the last byte of what a token spells; ``token`` is the id of an ordinary token."""
+        """Return the last byte, 0 to 255, that a token spells; KeyError if ``token`` is not an ordinary token's id."""
         return self._own[token][-1]
 
     @cached_property
@@ -107,7 +107,7 @@ class Spelling:
         return first, bisect_right(self.words, rest, first, end), end
 
     def spelled(self, tokens: Sequence[int]) -> bytes:
-        """Return the bytes that tokens spell, by their ids; special tokens spell nothing."""
+        """Return the bytes that tokens spell, given their ids; special tokens and unknown ids spell nothing."""
         return b"".join(self._own.get(token, b"") for token in tokens)
 
     def bounds(self, tokens: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -281,9 +281,13 @@ def shared_words(one: Spelling, other: Spelling) -> int:
 def shared_boundaries(one: Spelling, other: Spelling, text: bytes) -> tuple[float, float]:
     """Compute how many ends of tokens two tokenizers have in common in a text.
 
+    Args:
+        one, other: the tokenizers' spellings, as :func:`spelling_of` returns them.
+        text: any bytes, cut into tokens by :meth:`Spelling.encode`; the text's own end counts as an end of a token.
+
     Returns:
-        (the share, from 0 to 1, of the first one's token ends at which a token of the second ends too; the same of the
-        second one's).
+        (the share, from 0 to 1, of the token ends of ``one`` at which a token of ``other`` ends too; the share of the
+        token ends of ``other`` at which a token of ``one`` ends too).
     """
     ends = [set((own.bounds(own.encode(text))[1:] - len(own.dummy)).tolist()) for own in (one, other)]
     both = len(ends[0] & ends[1])

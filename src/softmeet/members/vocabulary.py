@@ -33,7 +33,7 @@ class CommonVocabulary:
 
 
 def common_vocabulary(names: Sequence[str], tokenizers: Sequence[PreTrainedTokenizerBase]) -> CommonVocabulary:
-    """Find the tokens that all members have under the same id.
+    """Find the tokens that all members have under the same id, and a tokenizer of a member that encodes into them.
 
     Vocabularies may differ in padding (``[PAD7]``, in GGUF files) and in added tokens (the tokenizers'
     ``added_tokens_decoder``), as those of a model and of its chat variant do. All other tokens have to be the same, and

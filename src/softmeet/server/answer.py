@@ -127,8 +127,11 @@ class AnswerStream:
     async def deltas(self) -> AsyncIterator[ChoiceDelta]:
         """Yield the choices' new text and tokens in the order they are generated, until all choices have ended.
 
+        Each choice has one delta for each drawn token, one before them if its prompt is scored, and a last one for its
+        end, unless its last token completed a stop string. A delta's text may be empty.
+
         Raises:
-            SoftmeetError: if a sequence failed, which ends the whole answer.
+            SoftmeetError: if a sequence failed, which ends the whole answer: the error of its event :class:`Failed`.
         """
         running = set(range(len(self._sequences)))
         try:

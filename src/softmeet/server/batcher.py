@@ -46,8 +46,8 @@ class Limits:
     """The limits on the work that a batcher accepts at once.
 
     Args:
-        rows: the most sequences in the running batch.
-        waiting: the most sequences in the queue.
+        rows: the most sequences in the running batch, at least 1.
+        waiting: the most sequences in the queue beside those for which the running batch has free rows, at least 0.
         kept_tokens: for each member, the most prompt tokens whose keys and values it keeps after use, so that a later
             prompt with the same beginning need not compute that beginning again.
     """

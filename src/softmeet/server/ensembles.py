@@ -125,12 +125,12 @@ def named(given: Sequence[str], members: Sequence[str] = ()) -> dict[str, list[s
 
     Args:
         given: saved ensembles and bundled families, each as ``NAME=PATH``, or as ``PATH`` alone, whose last two parts
-            are then the name. Members joined by commas in place of a path are an old form, which warns.
+            are then the name. Members joined by commas in place of a path are an old form, with a UserWarning.
         members: single members: ``MEMBER`` belongs to the ensemble ``default``, ``NAME=MEMBER`` to the ensemble
             ``NAME``.
 
     Returns:
-        {name: [a saved ensemble or family]} or {name: members}; the bundled default family if nothing is named.
+        {name: [a saved ensemble or family]} or {name: members}; ``{"default": ["wide"]}`` if nothing is named.
 
     Raises:
         InvalidInputError: if two ensembles have the same name.

@@ -34,8 +34,10 @@ class _Strict(BaseModel):
 class Extension(_Strict):
     """softmeet's own fields: how the members are combined, how much is reported, and more options of sampling.
 
-    Each of rule, trust, weights, pool, members and gate that is left out is the ensemble's own; without report nothing
-    is reported.
+    Each of rule, trust, weights, pool, members and gate that is left out is the ensemble's own. trust is one number or
+    one per member asked for; weights has one number for each. With report = k every token of the answer, and of a scored
+    prompt, has a report that lists the k most probable tokens of each distribution; without report nothing is reported.
+    top_k (0 for all tokens), min_p and repetition_penalty change how tokens are drawn, as in transformers.
     """
 
     rule: Word | None = Field(default=None, description="meet, max-entropy, logit-mean, prob-mean, …")
@@ -83,7 +85,11 @@ class _Generation(_Strict):
 
 
 class CompletionRequest(_Generation):
-    """The body of ``POST /v1/completions``: one or several prompts, each a text or a list of token ids."""
+    """The body of ``POST /v1/completions``: one or several prompts, each a text or a list of token ids.
+
+    All fields but ``softmeet`` are OpenAI's, with their meanings there; ``user``, ``metadata``, ``store`` and
+    ``service_tier`` have no effect.
+    """
 
     prompt: str | Annotated[list[str], Len(1, _MOST)] | Ids | Annotated[list[Ids], Len(1, _MOST)]
     logprobs: Listed | None = None
@@ -117,7 +123,11 @@ class ResponseFormat(_Strict):
 
 
 class ChatRequest(_Generation):
-    """The body of ``POST /v1/chat/completions``: the messages of a conversation, which the answer continues."""
+    """The body of ``POST /v1/chat/completions``: the messages of a conversation, which the answer continues.
+
+    All fields but ``softmeet`` are OpenAI's, with their meanings there; ``user``, ``metadata``, ``store`` and
+    ``service_tier`` have no effect. If both are given, ``max_completion_tokens`` overrides ``max_tokens``.
+    """
 
     messages: Annotated[list[Message], Len(1, 4096)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=_MOST)] | None = None
@@ -144,7 +154,8 @@ def refusal(errors: Sequence[Any]) -> RequestError:
     """Return an error that names the first invalid field of a request and its fault, but not the field's content.
 
     Args:
-        errors: the errors that pydantic's ``ValidationError.errors()`` lists for the request; at least one.
+        errors: the errors that pydantic's ``ValidationError.errors()`` lists for the request; at least one. Each is a
+            dict with ``type``, ``loc`` and ``msg``.
     """
     first = errors[0]
     path = [str(part) for part in first["loc"] if part != "body"]
