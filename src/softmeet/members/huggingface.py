@@ -131,7 +131,8 @@ def last_hidden(model: PreTrainedModel, input_ids: Int[Tensor, "B t"], **options
     Args:
         model: a causal LM of transformers.
         input_ids: token ids, on any device.
-        options: keyword arguments of the base model's ``forward``, tensors on any device.
+        options: keyword arguments of the base model's ``forward``, tensors on any device; a cache among them is
+            extended in place.
     """
     base: Any = model.base_model
     place, head = home(model), model.get_output_embeddings().weight

@@ -74,7 +74,7 @@ class Sampler:
 
     Args:
         sampling: the request's options.
-        key: the sequence's number within its request; the random generator is seeded with (seed, key).
+        key: the sequence's number within its request, from 0; the random generator is seeded with (seed, key).
         prompt_length: the number of prompt tokens, which presence and frequency penalties do not count.
 
     Attributes:

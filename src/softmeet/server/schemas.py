@@ -34,10 +34,11 @@ class _Strict(BaseModel):
 class Extension(_Strict):
     """softmeet's own fields: how the members are combined, how much is reported, and more options of sampling.
 
-    Each of rule, trust, weights, pool, members and gate that is left out is the ensemble's own. trust is one number or
-    one per member asked for; weights has one number for each. With report = k every token of the answer, and of a scored
-    prompt, has a report that lists the k most probable tokens of each distribution; without report nothing is reported.
-    top_k (0 for all tokens), min_p and repetition_penalty change how tokens are drawn, as in transformers.
+    Each of rule, trust, weights, pool, members and gate that is left out is the ensemble's own. trust is one number, or
+    one per member asked for; weights has one number for each of these members. With report = k every token of the
+    answer, and of a scored prompt, has a report that lists the k most probable tokens of each distribution; without
+    report nothing is reported. top_k (0 for all tokens), min_p and repetition_penalty change how tokens are drawn, as
+    in transformers.
     """
 
     rule: Word | None = Field(default=None, description="meet, max-entropy, logit-mean, prob-mean, …")

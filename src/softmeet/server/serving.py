@@ -32,7 +32,7 @@ class ServerSettings:
         protection: API keys, hosts and limits on bodies.
         max_tokens: the most tokens of a choice; a request for more gets this many.
         max_choices: the most choices of a request, summed over its prompts; a request for more is refused.
-        seconds: the most seconds that an answer may take, waiting included.
+        seconds: the most seconds that an answer may take from the end of :meth:`Serving.prepare`, waiting included.
         allowed: names of the fields under ``softmeet`` that requests may change, some of
             :data:`softmeet.server.schemas.CHANGES`.
         parallel: whether members run at the same time, in a thread each; they do anyway if an ensemble has members on
@@ -55,7 +55,8 @@ class ServerSettings:
 class Serving:
     """A server's ensembles, settings and metrics, with the batcher that generates for them.
 
-    The batcher is not started; the application's lifespan starts it.
+    The batcher is not started: the lifespan of :func:`softmeet.server.app.create_app` starts it, or the caller does by
+    ``batcher.start()``.
 
     Args:
         ensembles: all ensembles, as :func:`softmeet.server.ensembles.load` returns them, over tokens, not bytes.
