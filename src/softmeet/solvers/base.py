@@ -76,12 +76,13 @@ class State(Batched):
 
     Attributes:
         done: (B,), rows that need no further step.
-        status: (B,), int64, a :class:`Status` for each row; it counts once the row is done.
+        status: (B,), int64, a :class:`Status` for each row; without meaning until the row is done.
         gap: (B,), nats: an upper bound on f(ν) - min f, f the dual function of the :class:`Projection` and ν the
             current dual point; only an estimate of that difference unless ``certified``.
         certified: (B,), True for rows whose ``gap`` is proved to be an upper bound.
-        steps: (B,), int64, the steps taken.
-        passes: (B,), how often all heads were read: entries of [W_1 | … | W_n] read, divided by all its entries.
+        steps: (B,), int64, how often :meth:`Solver.step` was called with the row.
+        passes: (B,), how often all heads were read for the row by those calls: entries of [W_1 | … | W_n] read, divided
+            by all its entries.
     """
 
     done: Bool[Tensor, " B"]
@@ -104,13 +105,14 @@ class Solver(ABC, Generic[S]):
 
     @abstractmethod
     def init(self, problem: Projection) -> S:
-        """Return the state of every row before the first step; rows that need no step have ``done`` set already."""
+        """Return the state of all B rows before the first step; rows that need no step are ``done``, with a status."""
 
     @abstractmethod
     def step(self, problem: Projection, state: S) -> S:
         """Take one step of every row; return a state with ``done``, ``status``, ``gap`` and ``certified`` set anew.
 
-        :func:`iterate` passes unfinished rows only: ``problem`` and ``state`` hold the same rows in the same order.
+        :func:`iterate` passes unfinished rows only: ``problem`` and ``state`` hold the same rows in the same order. A
+        solver may change fields of ``state`` in place: only the returned state may be used afterwards.
         """
 
     @abstractmethod
@@ -124,9 +126,10 @@ class Solver(ABC, Generic[S]):
 def iterate(solver: Solver[S], problem: Projection, max_steps: int) -> S:
     """Repeat ``solver``'s step until every row of ``problem`` has ended; return the final state of all B rows.
 
-    The rows of the state are in the order of the problem's. A row ends once its ``done`` is set or it has taken
-    ``max_steps``; in the latter case its status is ``NOT_CONVERGED``. Rows that ended are not stepped again. No more
-    rows than ``solver.rows_at_once(problem)`` are stepped together.
+    The rows of the state are in the order of the problem's. ``solver.init`` is called once, with all rows. Unfinished
+    rows are then split into groups of ``solver.rows_at_once(problem)`` rows, and each group is stepped to its end
+    before the next. A row ends once its ``done`` is set or it has taken ``max_steps`` steps without that; then its
+    status becomes ``NOT_CONVERGED``, while ``done`` stays False. Rows that ended are not stepped again.
     """
     state = solver.init(problem)
     done, going = state.done.nonzero().squeeze(-1), (~state.done).nonzero().squeeze(-1)
