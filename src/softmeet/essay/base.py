@@ -129,9 +129,9 @@ class ExactRule(Rule):
     def proved(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
         """Return :meth:`bounds` at ``p`` and ``y``, corrected in two cases.
 
-        If ``p`` has mass outside ``row.alive`` or does not sum to 1, the lower bound is -inf and the upper one inf. If
-        the moments must hold, at most one distribution has the members' moments (``row.unique``), and ``p`` has them,
-        both bounds are the value at ``p``.
+        If ``p`` has mass outside ``row.alive`` or its sum differs from 1 by more than ``MOMENT_TOLERANCE`` (1e-6), the
+        lower bound is -inf and the upper one inf. If the moments must hold (:meth:`constrained`), at most one
+        distribution has the members' moments (``row.unique``), and ``p`` has them, both bounds are the value at ``p``.
         """
         found = self.bounds(row, p, y)
         if bool(p[~row.alive].any()) or not abs(float(p.sum()) - 1) <= MOMENT_TOLERANCE:
@@ -152,9 +152,9 @@ class ExactRule(Rule):
     def status(self, row: FeasibleSet, p: Float[Tensor, " v"], found: Bounds) -> Status:
         """Return the status of the answer ``p``, probabilities, (v,), with its bounds ``found`` from :meth:`proved`.
 
-        NOT_CONVERGED if the gap exceeds the setting ``tol``, or if the moments must hold (:meth:`constrained`) and do
-        not. DEGENERATE if the bounds prove that the objective varies by at most ``tol`` over the feasible set, unless
-        at most one distribution has the members' moments (``row.unique``). Else OPTIMAL.
+        NOT_CONVERGED if the gap (:attr:`Bounds.gap`) exceeds the setting ``tol`` or is NaN, or if the moments must hold
+        (:meth:`constrained`) and do not. DEGENERATE if the bounds prove that the objective varies by at most ``tol``
+        over the feasible set, unless at most one distribution has the members' moments (``row.unique``). Else OPTIMAL.
         """
         exact = not self.constrained(row.problem) or moments_hold(row, p)
         if not exact or not found.gap <= row.problem.tol:
@@ -171,7 +171,8 @@ class ExactRule(Rule):
         neither :meth:`choose` is called; a rule that ``always_answers`` chooses there, too, with None as ``member``.
 
         Raises:
-            DisjointSupportError: if a row has no token to which every member gives more than 0.
+            DisjointSupportError: if a row has no token in ``problem.support`` (None: all tokens) to which every member
+                gives more than 0.
             InvalidInputError: if a head's weight, or its squares, are not finite.
         """
         seeks = self.constrained(problem) or self.always_answers
@@ -221,7 +222,8 @@ class ExactRule(Rule):
     def proof(self, row: FeasibleSet, p: Float[Tensor, " v"]) -> Float[Tensor, " m"]:
         """Return multipliers y of Gᵀp = g, (m,), that prove the feasible set empty; zeros if ``p`` gives none.
 
-        They prove it by yᵀ(g_j - g) < 0 for every token j that may have mass, g_j its moments. The last, for Σp = 1, is
-        0. The base class returns zeros.
+        :meth:`solve` calls it with the answer ``p``, probabilities, (v,), of each row in which :meth:`choose` was
+        called. They prove it by yᵀ(g_j - g) < 0 for every token j that may have mass, g_j its moments. The last, for Σp
+        = 1, is 0. The base class returns zeros.
         """
         return torch.zeros_like(row.target)

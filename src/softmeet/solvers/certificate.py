@@ -185,9 +185,8 @@ def repaired_gap_bound(
     """Bound the gap of every row, (B,), in nats, by a direction that only nearly solves the Newton system.
 
     It is inf in rows without a bound. All trusts must be finite, which is not checked. Every head is read once. The
-    bound is the last one in
-    the module docstring: the moments of p and r_i that the direction leaves different are made equal by changing each
-    r_i on its most probable tokens.
+    bound is the last one in the module docstring: the moments of p and r_i that the direction leaves different are made
+    equal by changing each r_i on its most probable tokens.
 
     Args:
         problem: the batch of relaxed I-projections.

@@ -20,7 +20,9 @@ from softmeet.solvers.projection import Point, Projection
 
 @dataclass
 class DualState(State):
-    """The current dual point ν of each row, and the direction of its step.
+    """The current dual point ν of each row of a :class:`Projection`, and the direction of its step.
+
+    :func:`start` gives the fields of the first state, and solvers make the later ones by :func:`moved_to`.
 
     Attributes:
         nu, z: the dual variables ν, (B, D), in whitened coordinates, and the scores z_i = Q_i ν_i, (B, n, v).
@@ -135,8 +137,8 @@ def end_by_proof(problem: Projection, before: DualState, after: DualState) -> No
 def pool_is_near(problem: Projection, state: DualState) -> Bool[Tensor, " B"]:
     """Return the rows, a mask (B,), in which the pool q may be the answer: KL(q‖p°) ≤ ``problem.tol`` is proved.
 
-    p° is the optimum. The bound is :attr:`DualState.pool_bound` plus :meth:`Projection.rounding`. All entries are False
-    unless ``problem.pool_may_answer``.
+    p° is the optimum, and ``state`` has the rows of ``problem``. The bound is :attr:`DualState.pool_bound` plus
+    :meth:`Projection.rounding`. All entries are False unless ``problem.pool_may_answer``.
     """
     near = state.pool_bound <= problem.tol
     if not problem.pool_may_answer or not near.any():

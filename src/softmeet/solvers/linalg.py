@@ -130,7 +130,7 @@ def conjugate_gradients(
             that have stopped are 0.
         g: the right-hand sides.
         precondition: a function from e, (b, D), to M⁻¹e, (b, D), M⁻¹ an approximate inverse of H that is linear and
-            positive definite; called once before the first step and once in each.
+            positive definite; called once before the first step and once in each step.
         reduction: a row stops once √(rᵀM⁻¹r), r = g - H s its residual, is at most this share of its value at the
             start s = 0; with 0 it takes all ``limit`` steps.
         limit: the most steps.

@@ -13,9 +13,9 @@ from softmeet.solvers.projection import Projection
 def minimise_dual(problem: Projection, max_steps: int, *, certify: bool = True, rescue: bool = True) -> DualState:
     """Minimise the dual function of every row until its gap is at most ``problem.tol``; return the final state.
 
-    Such rows are OPTIMAL; if ``problem.pool_may_answer``, so are rows in which the pool q is proved to have KL(q‖p°) ≤
-    ``problem.tol``, p° the optimum (:attr:`DualState.by_pool`). Rows in which it is proved that no distribution has the
-    moments of all members of infinite trust are INFEASIBLE, all others NOT_CONVERGED.
+    Rows that reach that are OPTIMAL; if ``problem.pool_may_answer``, so are rows in which the pool q is proved to have
+    KL(q‖p°) ≤ ``problem.tol``, p° the optimum (:attr:`DualState.by_pool`). Rows in which it is proved that no
+    distribution has the moments of all members of infinite trust are INFEASIBLE, all others NOT_CONVERGED.
 
     Args:
         problem: the batch of relaxed I-projections, such as :meth:`softmeet.rules.problem.Problem.projection` returns.
