@@ -223,7 +223,7 @@ class ExactRule(Rule):
         """Return multipliers y of Gᵀp = g, (m,), that prove the feasible set empty; zeros if ``p`` gives none.
 
         :meth:`solve` calls it with the answer ``p``, probabilities, (v,), of each row in which :meth:`choose` was
-        called. They prove it by yᵀ(g_j - g) < 0 for every token j that may have mass, g_j its moments. The last, for Σp
-        = 1, is 0. The base class returns zeros.
+        called. Multipliers y prove the set empty if yᵀ(g_j - g) < 0 for every token j that may have mass, g_j its row
+        of G. The last entry of y, for Σp = 1, is 0. The base class returns zeros.
         """
         return torch.zeros_like(row.target)

@@ -31,7 +31,7 @@ _ROWS = 4096
 class MomentMatrix:
     """A matrix G, (N, m), given by functions; it has a row g_j for each variable of a program with constraints Gᵀx = g.
 
-    :func:`dense_matrix` makes one from a tensor, :func:`token_matrix` from heads. All tensors are fp64 in rules.
+    :func:`dense_matrix` makes one from a tensor, :func:`token_matrix` from heads. Rules use fp64 tensors only.
 
     Attributes:
         times: a function from y, (m,), to G y, (N,).

@@ -19,9 +19,10 @@ class Status(IntEnum):
     """The outcome of one row. ``str(status)`` is a sentence for the user.
 
     ``OPTIMAL``: solved to the tolerance. ``DEGENERATE``: the objective is constant on the feasible set, so the rule
-    chose nothing. ``INFEASIBLE``: the feasible set is proved to be empty. ``NOT_CONVERGED``: the steps ended, or made
-    no more progress, before the tolerance was reached. ``UNVERIFIED``: the rule cannot check its answers. ``BUDGET``:
-    as ``NOT_CONVERGED``, under a limit on steps that the user set.
+    chose nothing. ``INFEASIBLE``: the feasible set is proved to be empty. ``NOT_CONVERGED``: the steps that
+    ``max_steps`` allows were taken, or made no more progress, before the tolerance was reached. ``UNVERIFIED``: the
+    rule has no method ``verify`` that could check its answers. ``BUDGET``: as ``NOT_CONVERGED``, under the limit on
+    steps that the user set by the option ``budget`` of ``meet``.
 
     Example:
         >>> from softmeet import Status
@@ -45,9 +46,11 @@ class StoppedBy(IntEnum):
     """The reason why the work on one row ended. p° is the exact optimum, ``tol`` the tolerance in nats.
 
     ``GAP``: the solver's own test. Its answer p has a gap, which bounds KL(p°‖p), of at most ``tol`` (an estimate of
-    the gap if it is not certified), or the row is proved infeasible. ``POOL``: the pool q is proved to have KL(q‖p°) ≤
-    ``tol``, and is the answer. ``GATE``: a gate was closed, and the answer is the one that the gate names in the rule's
-    place. ``BUDGET``: the steps ended, or made no more progress, before ``tol`` was reached.
+    the gap if it is not certified), or the row is proved infeasible; also every row of a rule without a solver.
+    ``POOL``: the pool q is proved to have KL(q‖p°) ≤ ``tol``, and is the answer. ``GATE``: a gate was closed, and the
+    answer is the one that the gate names in the rule's place. ``BUDGET``: the steps that ``max_steps`` or ``budget``
+    allows were taken, or made no more progress, before ``tol`` was reached; the status is ``NOT_CONVERGED`` or
+    ``BUDGET``.
     """
 
     GAP = 0
