@@ -37,7 +37,7 @@ class Bounds:
     (squared distance of moments).
 
     Attributes:
-        value: the objective at p.
+        value: the objective at p, which may be inf.
         least: the objective is at least this at every point of the feasible set; -inf if nothing is proved.
         most: the objective is at most this at every point of the feasible set; inf if nothing is proved.
     """
@@ -63,9 +63,10 @@ class Choice:
         p: the distribution, probabilities, (v,), fp64.
         y: the multipliers of Gᵀp = g, (m,), with which :meth:`ExactRule.bounds` proves how near p is to optimal: those
             of each member's whitened moments, member after member, and a last one for Σp = 1.
-        steps: how many steps of its solver the rule took.
+        steps: how many steps of its solver the choice took; those that found ``member`` are not included, and
+            :meth:`ExactRule.solve` adds both.
         most: the largest value of the objective over the feasible set, or an upper bound on it; NaN if the rule did not
-            compute it.
+            compute it, in which case :attr:`Bounds.most` is reported.
         constant: whether ``most`` showed that the objective is constant on the feasible set up to ``tol``; the status
             OPTIMAL then becomes DEGENERATE.
     """
@@ -98,10 +99,16 @@ class ExactRule(Rule):
     def choose(self, row: FeasibleSet, member: Float[Tensor, " v"] | None) -> Choice:
         """Choose the distribution of one row, by the subclass's criterion.
 
+        :meth:`solve` calls it once for each row that is to be answered.
+
         Args:
             row: the row's feasible set C.
             member: the I-projection of the pool onto C, probabilities, (v,), or another distribution in C if the
-                I-projection could not be computed; None if :meth:`solve` did not look for it or did not find one.
+                I-projection could not be computed. None if :meth:`solve` did not look for one (the moments need not
+                hold, by :meth:`constrained`) or found none, which only a rule that ``always_answers`` meets.
+
+        Returns:
+            The distribution, with multipliers by which :meth:`bounds` proves how near to optimal it is.
         """
 
     @abstractmethod
@@ -110,17 +117,21 @@ class ExactRule(Rule):
 
         Args:
             row: the row's feasible set.
-            p: a distribution, probabilities.
+            p: probabilities, (v,), fp64; not necessarily with the members' moments.
             y: multipliers of Gᵀp = g, (m,), the last for Σp = 1. The bounds hold for any y; the lower one equals the
                 minimum at the optimal y.
+
+        Returns:
+            The objective at ``p``, a lower bound on it over the feasible set, and an upper bound (inf if none is
+            known).
         """
 
     def proved(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
         """Return :meth:`bounds` at ``p`` and ``y``, corrected in two cases.
 
-        If ``p`` has mass outside ``row.alive`` or does not sum to 1, the lower bound is -inf and the upper one inf. If
-        the moments must hold, at most one distribution has the members' moments (``row.unique``), and ``p`` has them,
-        both bounds are the value at ``p``.
+        If ``p`` has mass outside ``row.alive`` or its sum differs from 1 by more than ``MOMENT_TOLERANCE`` (1e-6), the
+        lower bound is -inf and the upper one inf. If the moments must hold (:meth:`constrained`), at most one
+        distribution has the members' moments (``row.unique``), and ``p`` has them, both bounds are the value at ``p``.
         """
         found = self.bounds(row, p, y)
         if bool(p[~row.alive].any()) or not abs(float(p.sum()) - 1) <= MOMENT_TOLERANCE:
@@ -132,17 +143,18 @@ class ExactRule(Rule):
     def constrained(self, problem: Problem) -> bool:
         """Return whether the answer must have the members' moments.
 
-        They hold if the whitened ones differ from the members' by at most ``MOMENT_TOLERANCE`` in Euclidean length. A
-        rule that returns False, such as ``least-squares``, answers with other moments, too.
+        True in the base class, for every ``problem``. The moments hold if the whitened ones differ from the members' by
+        at most ``MOMENT_TOLERANCE`` (1e-6) in Euclidean length. A rule that returns False, such as ``least-squares``,
+        may give an answer with other moments.
         """
         return True
 
     def status(self, row: FeasibleSet, p: Float[Tensor, " v"], found: Bounds) -> Status:
-        """Return the status of the answer ``p`` with the bounds ``found``.
+        """Return the status of the answer ``p``, probabilities, (v,), with its bounds ``found`` from :meth:`proved`.
 
-        NOT_CONVERGED if the gap exceeds the setting ``tol``, or if the moments must hold (:meth:`constrained`) and do
-        not. DEGENERATE if the bounds prove that the objective varies by at most ``tol`` over the feasible set, unless
-        at most one distribution has the members' moments (``row.unique``). Else OPTIMAL.
+        NOT_CONVERGED if the gap (:attr:`Bounds.gap`) exceeds the setting ``tol`` or is NaN, or if the moments must hold
+        (:meth:`constrained`) and do not. DEGENERATE if the bounds prove that the objective varies by at most ``tol``
+        over the feasible set, unless at most one distribution has the members' moments (``row.unique``). Else OPTIMAL.
         """
         exact = not self.constrained(row.problem) or moments_hold(row, p)
         if not exact or not found.gap <= row.problem.tol:
@@ -153,10 +165,15 @@ class ExactRule(Rule):
     def solve(self, problem: Problem) -> Answer:
         """Solve a batch row by row: find a distribution in the feasible set C, then choose by the rule's objective.
 
-        First the pool's I-projection onto C is looked for in every row, unless the moments need not hold
-        (:meth:`constrained`) and the rule does not ``always_answers``. A row in which a proof is found that C is empty
-        gets the status INFEASIBLE, one with neither a distribution nor a proof NOT_CONVERGED, and nothing is chosen;
-        a rule that ``always_answers`` chooses there, too, with None as ``member``.
+        First the pool's I-projection onto C is looked for in every row, except by a rule whose moments need not hold
+        (:meth:`constrained` returns False) and whose ``always_answers`` is False. A row in which a proof is found that
+        C is empty gets the status INFEASIBLE, a row with neither a distribution nor a proof NOT_CONVERGED, and for
+        neither :meth:`choose` is called; a rule that ``always_answers`` chooses there, too, with None as ``member``.
+
+        Raises:
+            DisjointSupportError: if a row has no token in ``problem.support`` (None: all tokens) to which every member
+                gives more than 0.
+            InvalidInputError: if a head's weight, or its squares, are not finite.
         """
         seeks = self.constrained(problem) or self.always_answers
         answer = members_of(problem, self.exactness) if seeks else closed_form(problem, problem.log_pool.clone())
@@ -192,7 +209,8 @@ class ExactRule(Rule):
     def verify(self, problem: Problem, answer: Answer) -> Recomputed:
         """Compute every row's gap and status anew from the stored answer and its multipliers, without a solver.
 
-        All is in fp64. The distributions returned are those of ``answer``, renormalised.
+        All is in fp64. The distributions returned are those of ``answer``, renormalised. ``answer`` is the result of
+        :meth:`solve` for ``problem``; only its ``log_probs`` and ``dual`` are read, and nothing is changed.
         """
         looks = []
         for k, row in enumerate(FeasibleSet.of(problem)):
@@ -204,7 +222,8 @@ class ExactRule(Rule):
     def proof(self, row: FeasibleSet, p: Float[Tensor, " v"]) -> Float[Tensor, " m"]:
         """Return multipliers y of Gᵀp = g, (m,), that prove the feasible set empty; zeros if ``p`` gives none.
 
-        They prove it by yᵀ(g_j - g) < 0 for every token j that may have mass, g_j its moments. The last, for Σp = 1, is
-        0. The base class returns zeros.
+        :meth:`solve` calls it with the answer ``p``, probabilities, (v,), of each row in which :meth:`choose` was
+        called. Multipliers y prove the set empty if yᵀ(g_j - g) < 0 for every token j that may have mass, g_j its row
+        of G. The last entry of y, for Σp = 1, is 0. The base class returns zeros.
         """
         return torch.zeros_like(row.target)

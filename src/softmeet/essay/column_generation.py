@@ -35,16 +35,18 @@ _ZERO = 1e-9
 class SimplexProgram:
     """A linear or quadratic program over the simplex of v tokens: minimise cᵀp + ½ |E^{-½}(Gᵀp - g)|², E diagonal.
 
-    A constraint k with E_kk = 0 is hard, (Gᵀp)_k = g_k, and has no term in the sum. All tensors are fp64.
+    A constraint k with E_kk = 0 is hard, (Gᵀp)_k = g_k, and has no term in the sum. All numbers are fp64. Nothing is
+    checked.
 
     Args:
-        columns: G over all tokens, (v, m); one of its columns is all ones.
-        target: g, (m,).
-        softness: the diagonal of E, (m,); 0 for a hard constraint.
+        columns: G over all tokens, (v, m), such as :attr:`FeasibleSet.tokens`; one of its columns is all ones.
+        target: g, (m,), with 1 at ``unit``.
+        softness: the diagonal of E, (m,), not negative; 0 for a hard constraint, as the one at ``unit`` must be.
         cost: c, (v,).
-        alive: tokens that may have mass, a mask, (v,).
+        alive: the mask, (v,), of tokens that may have mass, at least one; the others get 0.
         unit: the index of the column of ones, which stands for Σp = 1.
-        feasible: a p, (v,), that satisfies the hard constraints, or None if Σp = 1 is the only one.
+        feasible: a p, (v,), that satisfies the hard constraints and is 0 outside ``alive``; None only if Σp = 1 is the
+            only hard constraint.
         weight: numbers, (v,); the first working set has the tokens with the largest of them.
         tol: the gap, in units of the objective, at which to stop.
     """
@@ -68,7 +70,7 @@ class SimplexProgram:
     def bound(self, reduced: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> float:
         """Return a lower bound on the optimum: min_j (c - G y)_j + gᵀy - ½ yᵀE y, valid for any multipliers ``y``.
 
-        ``reduced`` is c - G y, the reduced costs.
+        ``reduced`` is c - G y, the reduced costs, (v,), computed for the same ``y``, (m,).
         """
         least = reduced[self.alive].min()
         return float(least + self.target @ y - 0.5 * (self.softness * y.square()).sum())
@@ -95,8 +97,9 @@ class Optimum:
 def solve_program(program: SimplexProgram, max_steps: int) -> Optimum:
     """Solve a program until its gap is at most its ``tol``, by column generation; return the last point.
 
-    It may end earlier: after 60 working sets, or once no token outside the working set would lower the optimum over it.
-    Nothing is raised then.
+    It may end earlier: after 60 working sets, once the working set has every token that may have mass, or once no token
+    outside it would lower the optimum over it. Nothing is raised then. Masses so small that they are only rounding of 0
+    are set to 0 at the end.
 
     Args:
         program: the program.

@@ -79,12 +79,16 @@ class CrossEntropyRule(ExactRule):
 
         Args:
             row: the row's feasible set C.
-            member: some distribution in C, probabilities, (v,), from which the program starts; None with ``slack``.
+            member: some distribution in C, probabilities, (v,), from which the program starts; None if and only if
+                ``slack`` is positive.
+
+        Returns:
+            The optimum of :meth:`program`; its ``y`` become multipliers of Gᵀp = g by :meth:`multipliers`.
         """
 
     @abstractmethod
     def most(self, row: FeasibleSet, member: Float[Tensor, " v"]) -> float:
-        """Return the largest value of the objective over C, or an upper bound on it.
+        """Return the largest value of the objective over C, or an upper bound on it; not called with ``slack``.
 
         Args:
             row: the row's feasible set C.
@@ -148,10 +152,14 @@ class CrossEntropyRule(ExactRule):
 
         Args:
             row: the row's feasible set C.
-            cost: the linear cost of each token, (v,).
-            member: some distribution in C, probabilities, (v,); None with ``slack``.
+            cost: the linear cost of each token, (v,), fp64, finite.
+            member: some distribution in C, probabilities, (v,); None if and only if ``slack`` is positive.
             extra: further columns, (v, k), the squares of whose sums are added; None for a linear program. They get k
                 soft constraints, after all others.
+
+        Returns:
+            The program, to be solved by :func:`solve_program` to a gap of 0.01 ``tol``. Its first constraints are those
+            of Gᵀp = g with ``slack``, else those of :attr:`FeasibleSet.system`.
         """
         soft = self.slack > 0
         columns, target = (row.tokens, row.target) if soft else row.system
@@ -168,7 +176,8 @@ class CrossEntropyRule(ExactRule):
     def multipliers(self, row: FeasibleSet, y: Float[Tensor, " r"]) -> Float[Tensor, " m"]:
         """Convert the multipliers ``y`` of the constraints of :meth:`program` to multipliers of Gᵀp = g, (m,).
 
-        The multipliers of its ``extra`` columns, at the end of ``y``, are dropped.
+        ``y`` are those of the :class:`Optimum` that :func:`solve_program` returned for it, one per constraint. The
+        multipliers of its ``extra`` columns, at the end of ``y``, are dropped.
         """
         return y[: len(row.target)] if self.slack > 0 else row.joint @ y[: row.joint.shape[1]]
 
@@ -179,7 +188,7 @@ class CrossEntropyRule(ExactRule):
 
         Args:
             row: the row's feasible set C.
-            cost: the cost of each token, (v,).
-            member: some distribution in C, probabilities, (v,); None with ``slack``.
+            cost: the cost of each token, (v,), fp64, finite.
+            member: some distribution in C, probabilities, (v,); None if and only if ``slack`` is positive.
         """
         return solve_program(self.program(row, cost, member), row.problem.settings.max_steps)

@@ -33,20 +33,30 @@ class FeasibleSet:
     G = [Q_1 | … | Q_n | 1], (v, m), holds the whitened heads Q_i and a column of ones; g, (m,), the members' moments
     and 1. g_j is token j's row of G. Multipliers y are one number per column of G.
 
+    :meth:`of` makes the sets of a whole batch. The tensors are computed when first asked for, and kept.
+
     Args:
-        problem: the problem, of one row.
+        problem: the problem, of exactly one row, with ``dtype`` fp64, so that products with heads are exact enough: one
+            of ``Problem.rows()`` of the problem that a rule's ``solve`` is given.
     """
 
     problem: Problem
 
     @staticmethod
     def of(problem: Problem) -> list[FeasibleSet]:
-        """Return the feasible sets of a batch of B rows, B of them in the order of the rows, in fp64."""
+        """Return the feasible sets of a batch of B rows, B of them in the order of the rows, in fp64.
+
+        ``problem`` is such as a rule's ``solve`` is given, with products of any dtype. Nothing is computed yet.
+        """
         return [FeasibleSet(one) for one in replace(problem, dtype=torch.float64).rows()]
 
     @cached_property
     def heads(self) -> tuple[WhitenedHead, ...]:
-        """The n whitened heads Q_i of this row, in the members' order; ``rows_read`` of each counts its reads."""
+        """The n whitened heads Q_i of this row, in the members' order; ``rows_read`` of each counts its reads.
+
+        Raises:
+            InvalidInputError: if a head's weight, or its squares, are not finite.
+        """
         return self.problem.views(range(len(self.problem.heads)))
 
     @cached_property
@@ -65,7 +75,11 @@ class FeasibleSet:
 
     @cached_property
     def log_q(self) -> Float[Tensor, " v"]:
-        """The pool's log-probabilities, (v,), in nats."""
+        """The pool's log-probabilities, (v,), in nats; -inf outside :attr:`alive`.
+
+        Raises:
+            DisjointSupportError: if no token is in :attr:`alive`.
+        """
         return self.problem.log_pool[0]
 
     @cached_property
@@ -133,7 +147,7 @@ class FeasibleSet:
         return mapped(self.tokens, self.joint), self.target @ self.joint
 
     def excess(self, p: Float[Tensor, " v"]) -> Float[Tensor, " m"]:
-        """Return Gᵀp - g, (m,): the whitened moments of ``p`` less the members', and at the end Σp - 1."""
+        """Return Gᵀp - g, (m,): the whitened moments of ``p``, (v,), less the members', and at the end Σp - 1."""
         return self.tokens.sums(p) - self.target
 
     def raw(self, y: Float[Tensor, " m"]) -> tuple[Float[Tensor, "1 _"], ...]:
@@ -157,14 +171,16 @@ class FeasibleSet:
     def scores(self, y: Float[Tensor, " m"]) -> Float[Tensor, " v"]:
         """Return yᵀ(g_j - g) for every token j, (v,): its whitened moments less the members', weighted by ``y``.
 
-        These have the mean 0 under every p of the feasible set.
+        ``y`` are multipliers of Gᵀp = g; the last, for Σp = 1, adds 0. The scores have the mean 0 under every p of the
+        feasible set.
         """
         return self.tokens.times(y) - self.target @ y
 
     def passes(self) -> float:
-        """Return how often all heads were read through :attr:`heads` so far.
+        """Return how often all heads were read through :attr:`heads` since this object was made.
 
-        That is the number of entries of [W_1 | … | W_n] that were read, divided by the number of all its entries.
+        Reads that build :attr:`tokens` or use it count. The result is the number of entries of [W_1 | … | W_n] that
+        were read, divided by the number of all its entries.
         """
         reads = sum(int(h.rows_read[0]) * h.head.d for h in self.heads)
         return reads / sum(h.head.d for h in self.heads) / len(self.log_q)
@@ -179,7 +195,7 @@ class FeasibleSet:
     def unique(self) -> bool:
         """Whether at most one p can have the members' moments: [1, W_1 | … | W_n] has linearly independent rows.
 
-        Only rows of tokens that may have mass count. It is not said whether there is such a p.
+        Only rows of tokens that may have mass (:attr:`alive`) count. Such a p need not exist.
         """
         size = int(self.alive.sum())
         return len(self.target) >= size and self.rank >= size
@@ -196,10 +212,10 @@ class FeasibleSet:
         """Return multipliers y, (m,), for which ``cost`` - G y is nearest to a constant for all tokens (least squares).
 
         The multiplier of the column of ones is fitted, too, and then replaced by 0. Only tokens that may have mass
-        count.
+        (:attr:`alive`) count.
 
         Args:
-            cost: a number for each token, (v,).
+            cost: a number for each token, (v,), fp64, finite on :attr:`alive`; values at other tokens are ignored.
         """
         weight = self.alive.to(self.target)
         cost = torch.where(self.alive, cost, 0.0)
@@ -215,8 +231,9 @@ class FeasibleSet:
     def range_of(self, cost: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> tuple[float, float]:
         """Return (lower, upper) bounds on Σ_j cost_j p_j over every p in the feasible set, valid for any multipliers y.
 
-        They are the least and the largest entry of ``cost`` - ``scores(y)`` over the tokens that may have mass, in the
-        unit of ``cost``, (v,). :meth:`fit` finds a y for which they are close.
+        They are the least and the largest entry of ``cost`` - ``scores(y)`` over the tokens that may have mass
+        (:attr:`alive`), in the unit of ``cost``. ``cost``, (v,), is a number for each token, and ``y``, (m,), are
+        multipliers of Gᵀp = g; :meth:`fit` finds a y for which the bounds are close.
         """
         reduced = (cost - self.scores(y))[self.alive]
         return float(reduced.min()), float(reduced.max())
@@ -225,8 +242,8 @@ class FeasibleSet:
 def may_be_unique(problem: Problem) -> bool:
     """Return whether :attr:`FeasibleSet.unique` is possible in some row of the batch, judged by ranks alone.
 
-    It is possible only if 1 + Σ_i rank(Q_i), Q_i the whitened heads, is at least the number of tokens to which every
-    member gives more than 0.
+    It is possible only if 1 + Σ_i rank(Q_i), Q_i the whitened heads cut to ``settings.rank``, is at least the number of
+    tokens to which every member gives more than 0 in the row with the fewest of them. ``problem`` must have a row.
     """
     alive = (~problem.log_p.isneginf()).all(0).sum(-1)
     return 1 + sum(head.whitening(problem.settings.rank).rank for head in problem.heads) >= int(alive.min())

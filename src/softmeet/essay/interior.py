@@ -53,7 +53,7 @@ class Program:
     0 is hard, (Gᵀx)_k = g_k, and has no term in the sum. All tensors are fp64.
 
     Args:
-        columns: G, (N, m).
+        columns: G, (N, m), from :func:`~softmeet.essay.matrices.dense_matrix` or ``token_matrix``, for example.
         target: g, (m,).
         cost: the linear part of φ, (N,).
         softness: the diagonal of E, (m,); 0 for a hard constraint.
@@ -77,7 +77,7 @@ class Program:
     reference: Float[Tensor, " N"] | None = None
 
     def slope(self, x: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-        """Return φ_j'(x_j) for every variable j, (N,): ``cost``, plus log(x / q) if there is a ``reference`` q."""
+        """Return φ_j'(x_j), (N,), at ``x``, (N,), positive: ``cost``, plus log(x / q) if there is a ``reference`` q."""
         return self.cost if self.reference is None else self.cost + (x / self.reference).log()
 
     def curvature(self, x: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
@@ -92,7 +92,8 @@ class Interior:
     Attributes:
         x: the variables, positive, (N,).
         y: the multipliers of Gᵀx = g, (m,), with the sign of φ'(x) - G y - z + w = 0.
-        steps: the number of steps to this point.
+        steps: the number of steps after which the method was at this point; 0 for the start. Later steps, after which
+            no better point was found, are not counted.
         residual: |Gᵀx + E y - g|, the Euclidean error of the constraints.
         complementarity: Σ |x z - c| + Σ (u - x) w, which is 0 at the optimum; z ≥ 0 and w ≥ 0 are the multipliers of
             x ≥ 0 and x ≤ u, c the barrier's weights.
@@ -113,9 +114,10 @@ class Interior:
 def interior_point(program: Program, max_steps: int = 100) -> Interior:
     """Minimise a program by Mehrotra's interior-point method; return the point with the least :attr:`Interior.merit`.
 
-    The method stops once the optimality conditions hold to round-off, it makes no more progress, a linear system cannot
-    be solved, or ``max_steps`` steps are taken. Nothing is raised then, and nothing is proved about the point: callers
-    bound its gap from x and y.
+    The points compared are ``program.start``, with the multipliers that the method begins with, and the point after
+    each step. The method stops once the optimality conditions hold to round-off, it makes no more progress, a linear
+    system cannot be solved, or ``max_steps`` steps are taken. Nothing is raised then, and nothing is proved about the
+    point: callers bound its gap from x and y.
     """
     method = _Method(program)
     best = method.report(0)

@@ -48,7 +48,8 @@ class LeastSquares(ExactRule):
         """Choose the p with the nearest moments: least Σ_i ‖Q_iᵀ(p - p̂_i)‖², or with W_i if ``metric`` is ``raw``.
 
         Of several such p the I-projection of the pool onto them is chosen. If ``member``, a distribution with the
-        members' moments exactly, is given, it is the choice.
+        members' moments exactly, probabilities, (v,), is not None, it is the choice, with 0 steps. The multipliers of
+        the choice are zeros, as :meth:`bounds` uses none.
         """
         if member is not None:
             return Choice(member, torch.zeros_like(row.target), 0)

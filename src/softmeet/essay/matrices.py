@@ -31,11 +31,13 @@ _ROWS = 4096
 class MomentMatrix:
     """A matrix G, (N, m), given by functions; it has a row g_j for each variable of a program with constraints Gᵀx = g.
 
+    :func:`dense_matrix` makes one from a tensor, :func:`token_matrix` from heads. Rules use fp64 tensors only.
+
     Attributes:
         times: a function from y, (m,), to G y, (N,).
         sums: a function from x, (N,), to Gᵀx, (m,).
         gram: a function from weights θ ≥ 0, (N,), to Σ_j θ_j g_j g_jᵀ, (m, m).
-        rows: a function from the indices of k variables to their rows of G, (k, m).
+        rows: a function from the indices of k variables, (k,), int64, to their rows of G, (k, m).
         dense: G itself if it is in memory, else None.
     """
 
@@ -78,9 +80,11 @@ def _counting(theta: Float[Tensor, " N"], lengths: Float[Tensor, " N"]) -> Int[T
 def token_matrix(heads: Sequence[WhitenedHead], extra: Float[Tensor, "v k"]) -> MomentMatrix:
     """Return the matrix [Q_1 | … | Q_n | extra] over all v tokens: in memory if it is small, else streamed.
 
+    Small means at most 2²⁶ numbers (v m). In memory, every head is read once, now; streamed, every later call of
+    ``times``, ``sums`` and ``gram`` reads all heads once, and ``rows`` the rows that are asked for.
+
     Args:
-        heads: the whitened heads Q_i of one row; products come out in fp64. In memory means that every head is read
-            once, now; streamed, that every later ``times``, ``sums`` and ``gram`` reads it once.
+        heads: the n whitened heads Q_i of one row, as :attr:`FeasibleSet.heads` has them; products are fp64.
         extra: k further columns, (v, k), fp64, such as the column of ones for Σp = 1.
     """
     v, m = len(extra), sum(h.rank for h in heads) + extra.shape[1]
@@ -130,7 +134,10 @@ def stacked(base: MomentMatrix, below: Float[Tensor, "k m"]) -> MomentMatrix:
 
 
 def mapped(base: MomentMatrix, T: Float[Tensor, "m k"]) -> MomentMatrix:
-    """Return the product of the matrix ``base``, (N, m), and ``T``, (m, k); in memory if ``base`` is."""
+    """Return the product ``base`` T, (N, k), of the matrix ``base``, (N, m), and ``T``, (m, k), of the same dtype.
+
+    It is in memory if ``base`` is; else every operation goes through ``base``.
+    """
     if base.dense is not None:
         return dense_matrix(base.dense @ T)
     return MomentMatrix(
@@ -149,7 +156,7 @@ def subset(base: MomentMatrix, variables: Int[Tensor, " k"], N: int) -> MomentMa
 
     Args:
         base: the matrix, (N, m).
-        variables: the indices of the k rows, all different.
+        variables: the indices of the k rows, (k,), int64, from 0 to N - 1, all different.
         N: the number of rows of ``base``.
     """
     if 2 * len(variables) <= N and len(variables) * base.rows(variables[:1]).shape[1] <= _HELD:

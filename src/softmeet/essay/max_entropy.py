@@ -52,12 +52,20 @@ class MaxEntropy(Meet):
 
         Rows in which at most one distribution can have the moments (:attr:`FeasibleSet.unique`) are solved by linear
         algebra, the others by the dual as ``meet`` does. In rows that the dual leaves NOT_CONVERGED the p with the
-        nearest moments is computed, which can prove the set empty; if it does not, interior points solve the row.
+        nearest moments is computed, which can prove the set empty; if it does not, and heads are small enough for the
+        full Hessian (:func:`~softmeet.solvers.minimise.full_hessian_pays`), interior points are tried.
+
+        Raises:
+            DisjointSupportError: if a row has no token in ``problem.support`` (None: all tokens) to which every member
+                gives more than 0.
+            InvalidInputError: if a head's weight, or its squares, are not finite.
         """
         return self.projected(problem)
 
     def projected(self, problem: Problem, *, any_member: bool = False) -> Answer:
         """Find the I-projection of the pool onto every row's feasible set, or a proof that the set is empty.
+
+        The methods are those of :meth:`solve`; with ``any_member`` interior points are tried however large heads are.
 
         Args:
             problem: the batch.
@@ -80,8 +88,9 @@ class MaxEntropy(Meet):
     def verify(self, problem: Problem, answer: Answer) -> Recomputed:
         """Compute gap and status anew from the stored dual point, as ``meet`` does, without a solver.
 
-        In a row in which at most one distribution can have the moments (:attr:`FeasibleSet.unique`) and the answer has
-        them, that suffices: gap 0, OPTIMAL.
+        ``problem``, with products in fp64, is the problem that was solved, and ``answer`` the answer to it. In a row in
+        which at most one distribution can have the moments (:attr:`FeasibleSet.unique`) and the answer has them, that
+        suffices: gap 0, OPTIMAL.
         """
         found = super().verify(problem, answer)
         for k, row in enumerate(FeasibleSet.of(problem)):
@@ -119,7 +128,8 @@ def members_of(problem: Problem, exactness: float = EXACT) -> Answer:
     """Find a distribution in every row's feasible set: the pool's I-projection or, if that is not reached, another.
 
     A row is OPTIMAL if a distribution was found, INFEASIBLE if the set is proved to be empty, and NOT_CONVERGED if
-    neither was achieved.
+    neither was achieved; ``log_probs`` of INFEASIBLE and NOT_CONVERGED rows have no meaning. The errors are those of
+    :meth:`MaxEntropy.solve`.
 
     Args:
         problem: the batch; its own ``tol`` is replaced by ``exactness``, and all is computed in fp64.

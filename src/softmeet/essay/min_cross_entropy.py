@@ -65,9 +65,9 @@ class MinCrossEntropy(CrossEntropyRule):
     def bounds(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
         """Bound the objective over C from both sides by multipliers ``y``, (m,), of Gᵀp = g, in nats.
 
-        The bounds are the least and the largest c_j - yᵀ(g_j - g) over tokens j, c = -Σ w_i log p̂_i and g_j token j's
-        moments. With ``slack`` the terms of :meth:`off` are added to the value and subtracted from the lower bound, and
-        the upper one is inf.
+        The value is the objective at ``p``, probabilities, (v,). The bounds are the least and the largest c_j - yᵀ(g_j
+        - g) over tokens j, c = -Σ w_i log p̂_i and g_j token j's moments. With ``slack`` the terms of :meth:`off` are
+        added to the value and subtracted from the lower bound, and the upper one is inf.
         """
         cost = self.gradient(row, p)
         low, high = row.range_of(cost, y)

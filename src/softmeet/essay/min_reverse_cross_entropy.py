@@ -32,8 +32,8 @@ class MinReverseCrossEntropy(ExactRule):
     def choose(self, row: FeasibleSet, member: Float[Tensor, " v"] | None) -> Choice:
         """Choose p by interior-point steps towards the optimality conditions p_j (1 + λᵀ(g_j - g)) = p̄_j.
 
-        If the result is NOT_CONVERGED by :meth:`status` and ``member``, some distribution in C, is given, the choice is
-        the I-projection of the pool onto C.
+        If the result is NOT_CONVERGED by :meth:`status` and ``member``, some distribution in C, is not None, the choice
+        is the I-projection of the pool onto C, which :func:`members_of` computes anew; its steps are added.
         """
         ids = row.alive.nonzero().squeeze(-1)
         mean = log_normalize(row.log_mean[ids]).exp().clamp_min(torch.finfo(row.log_q.dtype).tiny)
@@ -54,7 +54,8 @@ class MinReverseCrossEntropy(ExactRule):
 
         z_j = 1 + yᵀ(g_j - g); p̄ is the members' weighted mean, g_j and g are the moments of token j and of the
         members. The bound holds by Gibbs' inequality, Σ p̄ log(p z / p̄) ≤ 0, as Σ p z = 1 for p in C; it is -inf
-        unless every z_j is positive. No bound from above is given: ``most`` is inf.
+        unless every z_j is positive. No bound from above is given: ``most`` is inf. The value, -Σ p̄ log p, is inf if
+        ``p`` is 0 at a token with p̄_j > 0. Sums are over the tokens that may have mass.
         """
         log_mean = log_normalize(row.log_mean[row.alive])
         mean, z = log_mean.exp(), 1 + row.scores(y)[row.alive]

@@ -42,7 +42,8 @@ class MinUnderestimation(ExactRule):
 
         Tokens whose min_i p̂_ij is below the largest of these by more than 600 nats get no mass. If several p are
         optimal, the I-projection of the pool onto them is the choice. If at most one distribution has the moments
-        (``row.unique``) and ``member`` is given, it is that one, and the choice.
+        (``row.unique``) and ``member``, a distribution in C, (v,), is not None, ``member`` is that one, and the choice.
+        ``steps`` of the choice are interior-point steps, at most the setting ``max_steps`` for each program.
         """
         floor = row.log_p.amin(0)
         ids = (row.alive & (floor > floor[row.alive].max() - _LIGHTEST)).nonzero().squeeze(-1)
@@ -77,7 +78,8 @@ class MinUnderestimation(ExactRule):
         """Bound log t over C from below, by multipliers ``y``: -log Σ_j m_j [1 + yᵀ(g_j - g)]₊ in nats, or 0 if larger.
 
         m_j = min_i p̂_ij, and g_j and g are the moments of token j and of the members. The objective log t at ``p`` is
-        max_j log(p_j / m_j). No bound from above is given: ``most`` is inf.
+        max_j log(p_j / m_j), over the tokens that may have mass, as all sums are. No bound from above is given:
+        ``most`` is inf.
         """
         floor = row.log_p.amin(0)[row.alive]
         value = float((p[row.alive].log() - floor).max())

@@ -31,8 +31,9 @@ def least_squares_point(row: FeasibleSet, columns: MomentMatrix, target: Float[T
     Args:
         row: the row's feasible set; only its mask of tokens that may have mass, its members' mean, which orders the
             tokens, and its settings are used.
-        columns: G, (v, m), the moments of every token; its last column is all ones, for the hard constraint Σp = 1.
-        target: g, (m,), the wanted moments, and 1 at the end.
+        columns: G, (v, m), the moments of every token, such as :attr:`FeasibleSet.tokens`; its last column is all ones,
+            for the hard constraint Σp = 1.
+        target: g, (m,), fp64, the wanted moments, and 1 at the end.
     """
     softness = torch.ones_like(target)
     softness[-1] = 0.0
@@ -86,9 +87,10 @@ def entropic_projection(
     """Find the p on ``tokens`` with the moments ``target`` that minimises KL(p‖``reference``), by interior points.
 
     Args:
-        row: the row's feasible set.
-        tokens: the tokens that may have mass, a mask.
-        reference: the distribution to project, as probabilities.
+        row: the row's feasible set; its matrix G and the setting ``max_steps``, the most steps, are used.
+        tokens: the mask, (v,), of tokens that may have mass in p, all of them in ``row.alive``.
+        reference: the distribution to project, as probabilities, (v,); values below the square of the dtype's ``eps``
+            are lifted to that.
         target: the wanted whitened moments, (m,), and 1 at the end, for Σp.
 
     Returns:
@@ -111,7 +113,8 @@ def moments_repaired(row: FeasibleSet, p: Float[Tensor, " v"]) -> Float[Tensor, 
     """Return ``p`` changed so that it has the members' moments up to round-off, with the least Σ_j (change_j)² / p_j.
 
     The change is made twice, the second time for the rounding of the first. One that would make a probability negative,
-    or would not bring the moments nearer to the members', is not made: then ``p`` keeps the moments that it has.
+    or would not bring the moments nearer to the members', is not made: then ``p`` keeps the moments that it has. ``p``,
+    probabilities, (v,), fp64, is not changed in place.
     """
     for _ in range(2):
         columns, target = row.system
@@ -145,13 +148,15 @@ def exact_gap(row: FeasibleSet, log_p: Float[Tensor, " v"], dual: tuple[Float[Te
 def unique_feasible_point(row: FeasibleSet) -> tuple[Float[Tensor, " v"] | None, Float[Tensor, " m"]]:
     """Find the only distribution with the members' moments, or a Farkas proof that there is none.
 
-    With G = [Q_1 | … | Q_n | 1], (v, m), and g, (m,), the members' moments and 1, the row must be ``unique``: G has as
-    many independent columns as there are tokens, so that Gᵀp = g has at most one solution. If it has none, the residual
-    e of g on the range of Gᵀ proves it: G e = 0 and gᵀe = |e|² > 0. If its solution has a p_j < 0, the y with
-    (G y)_j = -1, and 0 at all other tokens, proves that no p ≥ 0 has these moments: gᵀy = -p_j > 0.
+    With G = [Q_1 | … | Q_n | 1], (v, m), and g, (m,), the members' moments and 1, ``row.unique`` must be True, which is
+    not checked: G has as many independent columns as there are tokens that may have mass, so that Gᵀp = g has at most
+    one solution. If it has none, the residual e of g on the range of Gᵀ proves it: G e = 0 and gᵀe = |e|² > 0. If its
+    solution has a p_j < 0, the y with (G y)_j = -1, and 0 at all other tokens, proves that no p ≥ 0 has these moments:
+    gᵀy = -p_j > 0.
 
     Returns:
-        (p, 0); or (None, y) with G y ≤ gᵀy - δ for some δ > 0, the proof; or (None, 0) if neither was found.
+        (p, zeros), p the probabilities, (v,); or (None, y), y the multipliers, (m,), with G y ≤ gᵀy - δ for some δ > 0,
+        the proof; or (None, zeros) if neither was found. The zeros are a tensor, (m,).
     """
     ids = row.alive.nonzero().squeeze(-1)
     G, g = row.tokens.rows(ids), row.target

@@ -20,11 +20,12 @@ _TINY = 1e-10
 def vertex(columns: MomentMatrix, x: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
     """Return masses, (N,), with the same moments Gᵀx as ``x``, of which at most rank G are positive.
 
-    They are a vertex of the polytope { x ≥ 0 : Gᵀx = g } with the g that ``x`` has. Tokens of small mass are set to 0
-    first.
+    They are a vertex of the polytope { x ≥ 0 : Gᵀx = g } with the g that ``x`` has. Some of the 2m + 1 smallest
+    positive masses become 0 and the others among them change, so that the moments stay; this is repeated.
 
     Args:
-        columns: G, (N, m); some combination of its columns is 1 for every token, so that the sum of ``x`` is kept.
+        columns: G, (N, m), such as :attr:`FeasibleSet.tokens`; some combination of its columns is 1 for every token, so
+            that the sum of ``x`` is kept.
         x: masses of N tokens, not negative, (N,), fp64; not changed.
     """
     x, m = x.clone(), columns.sums(x).shape[0]

@@ -19,9 +19,10 @@ class Status(IntEnum):
     """The outcome of one row. ``str(status)`` is a sentence for the user.
 
     ``OPTIMAL``: solved to the tolerance. ``DEGENERATE``: the objective is constant on the feasible set, so the rule
-    chose nothing. ``INFEASIBLE``: the feasible set is proved to be empty. ``NOT_CONVERGED``: the steps ended, or made
-    no more progress, before the tolerance was reached. ``UNVERIFIED``: the rule cannot check its answers. ``BUDGET``:
-    as ``NOT_CONVERGED``, under a limit on steps that the user set.
+    chose nothing. ``INFEASIBLE``: the feasible set is proved to be empty. ``NOT_CONVERGED``: the steps that
+    ``max_steps`` allows were taken, or made no more progress, before the tolerance was reached. ``UNVERIFIED``: the
+    rule has no method ``verify`` that could check its answers. ``BUDGET``: as ``NOT_CONVERGED``, under the limit on
+    steps that the user set by the option ``budget`` of ``meet``.
 
     Example:
         >>> from softmeet import Status
@@ -45,9 +46,11 @@ class StoppedBy(IntEnum):
     """The reason why the work on one row ended. p° is the exact optimum, ``tol`` the tolerance in nats.
 
     ``GAP``: the solver's own test. Its answer p has a gap, which bounds KL(p°‖p), of at most ``tol`` (an estimate of
-    the gap if it is not certified), or the row is proved infeasible. ``POOL``: the pool q is proved to have KL(q‖p°) ≤
-    ``tol``, and is the answer. ``GATE``: a gate was closed, and the answer is the one that the gate names in the rule's
-    place. ``BUDGET``: the steps ended, or made no more progress, before ``tol`` was reached.
+    the gap if it is not certified), or the row is proved infeasible; also every row of a rule without a solver.
+    ``POOL``: the pool q is proved to have KL(q‖p°) ≤ ``tol``, and is the answer. ``GATE``: a gate was closed, and the
+    answer is the one that the gate names in the rule's place. ``BUDGET``: the steps that ``max_steps`` or ``budget``
+    allows were taken, or made no more progress, before ``tol`` was reached; the status is ``NOT_CONVERGED`` or
+    ``BUDGET``.
     """
 
     GAP = 0
@@ -76,12 +79,13 @@ class State(Batched):
 
     Attributes:
         done: (B,), rows that need no further step.
-        status: (B,), int64, a :class:`Status` for each row; it counts once the row is done.
+        status: (B,), int64, a :class:`Status` for each row; without meaning until the row is done.
         gap: (B,), nats: an upper bound on f(ν) - min f, f the dual function of the :class:`Projection` and ν the
             current dual point; only an estimate of that difference unless ``certified``.
         certified: (B,), True for rows whose ``gap`` is proved to be an upper bound.
-        steps: (B,), int64, the steps taken.
-        passes: (B,), how often all heads were read: entries of [W_1 | … | W_n] read, divided by all its entries.
+        steps: (B,), int64, how often :meth:`Solver.step` was called with the row.
+        passes: (B,), how often all heads were read for the row by those calls: entries of [W_1 | … | W_n] read, divided
+            by all its entries.
     """
 
     done: Bool[Tensor, " B"]
@@ -104,13 +108,14 @@ class Solver(ABC, Generic[S]):
 
     @abstractmethod
     def init(self, problem: Projection) -> S:
-        """Return the state of every row before the first step; rows that need no step have ``done`` set already."""
+        """Return the state of all B rows before the first step; rows that need no step are ``done``, with a status."""
 
     @abstractmethod
     def step(self, problem: Projection, state: S) -> S:
         """Take one step of every row; return a state with ``done``, ``status``, ``gap`` and ``certified`` set anew.
 
-        :func:`iterate` passes unfinished rows only: ``problem`` and ``state`` hold the same rows in the same order.
+        :func:`iterate` passes unfinished rows only: ``problem`` and ``state`` hold the same rows in the same order. A
+        solver may change fields of ``state`` in place: only the returned state may be used afterwards.
         """
 
     @abstractmethod
@@ -124,9 +129,10 @@ class Solver(ABC, Generic[S]):
 def iterate(solver: Solver[S], problem: Projection, max_steps: int) -> S:
     """Repeat ``solver``'s step until every row of ``problem`` has ended; return the final state of all B rows.
 
-    The rows of the state are in the order of the problem's. A row ends once its ``done`` is set or it has taken
-    ``max_steps``; in the latter case its status is ``NOT_CONVERGED``. Rows that ended are not stepped again. No more
-    rows than ``solver.rows_at_once(problem)`` are stepped together.
+    The rows of the state are in the order of the problem's. ``solver.init`` is called once, with all rows. Unfinished
+    rows are then split into groups of ``solver.rows_at_once(problem)`` rows, and each group is stepped to its end
+    before the next. A row ends once its ``done`` is set or it has taken ``max_steps`` steps without that; then its
+    status becomes ``NOT_CONVERGED``, while ``done`` stays False. Rows that ended are not stepped again.
     """
     state = solver.init(problem)
     done, going = state.done.nonzero().squeeze(-1), (~state.done).nonzero().squeeze(-1)

@@ -49,7 +49,8 @@ _SOLVED = 1e-4
 def phi(x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
     """Compute φ(x) = (1 + x) log(1 + x) - x, elementwise for x ≥ -1, without cancellation near 0.
 
-    Near 0 the series Σ_k (-x)^k / (k (k - 1)), k from 2, is used.
+    Near 0 the series Σ_k (-x)^k / (k (k - 1)), k from 2, is used. ``x`` must be fp32 or fp64; other dtypes raise a
+    KeyError.
 
     Example:
         >>> import torch
@@ -70,7 +71,8 @@ def gap_bound(
 ) -> tuple[Float[Tensor, " B"], Bool[Tensor, " B"]]:
     """Bound the gap of every row, in nats, by a direction that solves the Newton system of the dual function, H s = ∇f.
 
-    No head is read. The bound is the first one in the module docstring.
+    No head is read. The bound is the first one in the module docstring; it supposes that the system is solved exactly,
+    and callers add :func:`residual_slack` for the error of its solution.
 
     Args:
         problem: the batch of relaxed I-projections.
@@ -118,7 +120,8 @@ def restricted_gap_bound(
         row: the index of the row in that batch.
         p, r: the answer and the corrected members at the row's dual point, as probabilities.
         gradient: the gradient of the dual function there, (D,), with the blocks α_i Q_iᵀ(p - r_i), α_i = min(1, ρ_i).
-        limit: how many tokens may change: those with the largest p + Σ ρ_i r_i, the sum over members of finite trust.
+        limit: how many tokens may change, at least 1: those with the largest p + Σ ρ_i r_i, the sum over members of
+            finite trust.
     """
     p, r, gradient, price = p.double(), r.double(), gradient.double(), problem.price.double()
     tokens = (p + price @ r).topk(min(limit, len(p))).indices
@@ -181,9 +184,9 @@ def repaired_gap_bound(
 ) -> Float[Tensor, " B"]:
     """Bound the gap of every row, (B,), in nats, by a direction that only nearly solves the Newton system.
 
-    It is inf in rows without a bound. All trusts must be finite. Every head is read once. The bound is the last one in
-    the module docstring: the moments of p and r_i that the direction leaves different are made equal by changing each
-    r_i on its most probable tokens.
+    It is inf in rows without a bound. All trusts must be finite, which is not checked. Every head is read once. The
+    bound is the last one in the module docstring: the moments of p and r_i that the direction leaves different are made
+    equal by changing each r_i on its most probable tokens.
 
     Args:
         problem: the batch of relaxed I-projections.

@@ -73,7 +73,10 @@ class DenseNewton(Solver[DenseState]):
     certify: bool = True
 
     def init(self, problem: Projection) -> DenseState:
-        """Return the state at ν = 0, at which the answer is the pool and no head has been read."""
+        """Return the state at ν = 0, at which the answer is the pool and no head has been read.
+
+        Rows in which the pool's gap Σ_i ρ_i KL(q‖p̂_i) is at most ``problem.tol`` are done (:func:`start`).
+        """
         pool = start(problem)
         pool["certified"] &= pool["done"] | self.certify
         return DenseState(
@@ -93,7 +96,10 @@ class DenseNewton(Solver[DenseState]):
         return held(2 * problem.log_p.shape[1:].numel())
 
     def step(self, problem: Projection, state: DenseState) -> DenseState:
-        """Take one dense step of every row, and bound or estimate the gap at the new point; return the new state."""
+        """Take one dense step of every row, and bound or estimate the gap at the new point; return the new state.
+
+        ``gradient``, ``direction`` and ``looseness`` of ``state`` are set in place, to those of this step.
+        """
         reads, first = problem.passes(), not state.steps.any()
         here = Point.at(problem, state.z)
         estimate = self._aim(problem, state, here, first)
@@ -182,8 +188,8 @@ class DenseNewton(Solver[DenseState]):
 def dense(problem: Projection, max_steps: int, *, certify: bool = True) -> DenseState:
     """Solve every row by dense steps (:class:`DenseNewton`); return the final state, evaluated in fp64.
 
-    During the steps vectors over the vocabulary are fp32 if ``problem.tol`` is at least 5e-5 max(1, Σ ρ_i) nats, the
-    sum over finite trusts, else fp64.
+    Rows are done, OPTIMAL, once their gap is at most ``problem.tol``. During the steps vectors over the vocabulary are
+    fp32 if ``problem.tol`` is at least 5e-5 max(1, Σ ρ_i) nats, the sum over finite trusts, else fp64.
 
     Args:
         problem: the batch of relaxed I-projections.

@@ -67,11 +67,11 @@ def heavy_tokens(problem: Projection, step: int, *, bounded: bool = False) -> in
 
     The number is ``tuning.HEAVY`` or, if more, a share of the columns of all heads. From the third step on it doubles
     with each step, up to the share ``tuning.HEAVY_SHARE`` of the vocabulary. It is never above
-    ``tuning.HEAVY_AT_MOST``.
+    ``tuning.HEAVY_AT_MOST`` or the number of tokens.
 
     Args:
         problem: the batch of relaxed I-projections.
-        step: how many steps were taken before.
+        step: how many steps were taken before: 0 in the first step.
         bounded: whether a proved bound on the gap is to end the row; its directions have to be more accurate, and the
             share of the columns is twice as large.
     """
@@ -88,8 +88,10 @@ class Around:
 
     Args:
         problem: a batch of b relaxed I-projections.
-        p, r: the answer and the corrected members at the points, as probabilities.
-        count: the number of heavy tokens: those with the largest p + Σ ρ_i r_i, over finite trusts.
+        p, r: the answer, (b, v), and the corrected members, (b, n, v), as probabilities, at the dual point of each row
+            at which H is wanted.
+        count: the number of heavy tokens of each row, from 1 to v: those with the largest p + Σ ρ_i r_i, the sum over
+            members of finite trust. :func:`heavy_tokens` gives a number that pays.
     """
 
     def __init__(self, problem: Projection, p: Float[Tensor, "b v"], r: Float[Tensor, "b n v"], count: int) -> None:
@@ -192,8 +194,8 @@ class _Preconditioner:
 class Tail:
     """The mean and covariance of the tokens' rows of all heads, estimated from tokens at even distances in id.
 
-    They stand for the curvature of an average token. D = Σ d_i is the number of columns of [W_1 - 1c_1ᵀ | … | W_n -
-    1c_nᵀ], in which c_i is the centre of head i, (d_i,), as whitening subtracts it.
+    They stand for the curvature of an average token; :func:`tail_of` makes and keeps them. D = Σ d_i is the number of
+    columns of [W_1 - 1c_1ᵀ | … | W_n - 1c_nᵀ], in which c_i is the centre of head i, (d_i,), as whitening subtracts it.
 
     Attributes:
         mean: the mean of those tokens' rows of that matrix, (D,), fp32.
@@ -225,7 +227,10 @@ class Tail:
 
 
 def tail_of(problem: Projection) -> Tail:
-    """Return the :class:`Tail` of the problem's heads, computed when first asked for and kept with the first head."""
+    """Return the :class:`Tail` of the problem's heads; it is computed once for given heads.
+
+    The first member's head keeps the tails of the last four sets of heads with which it was first.
+    """
     first = problem.heads[0].head
     key = tuple(h.whitening for h in problem.heads)
     for known, tail in first.tails:

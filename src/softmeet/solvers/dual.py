@@ -20,7 +20,9 @@ from softmeet.solvers.projection import Point, Projection
 
 @dataclass
 class DualState(State):
-    """The current dual point ν of each row, and the direction of its step.
+    """The current dual point ν of each row of a :class:`Projection`, and the direction of its step.
+
+    :func:`start` gives the fields of the first state, and solvers make the later ones by :func:`moved_to`.
 
     Attributes:
         nu, z: the dual variables ν, (B, D), in whitened coordinates, and the scores z_i = Q_i ν_i, (B, n, v).
@@ -28,7 +30,8 @@ class DualState(State):
         gradient: ∇f, (B, D), at the point at which the last direction was computed; 0 until then.
         log_p, log_r: log-probabilities of the answer p, (B, v), and the corrected members r_i, (B, n, v), at ν, in
             nats.
-        direction: the direction of the last step in ν, (B, D); before the first step ``problem.start``, or 0.
+        direction: the direction in ν that was computed for the last step, (B, D); before the first step
+            ``problem.start``, or 0.
         ray: dual variables, (B, D), that are a Farkas proof: no distribution has the moments of all members of infinite
             trust; 0 if none is known.
         free: Σ_i ρ_i KL(q‖p̂_i), (B,), in nats, q the pool; known without reading a head.
@@ -94,12 +97,15 @@ def start(problem: Projection) -> dict[str, Tensor]:
 def moved_to(problem: Projection, state: S, there: Point, change: Float[Tensor, "B D"], **found: Tensor) -> S:
     """Return the state after one more step of every row.
 
+    ``nu``, ``z``, ``value``, ``log_p`` and ``log_r`` are set from the new point, ``steps`` rises by 1 in every row, and
+    all other fields keep their values, unless ``found`` has them. ``state`` is not changed.
+
     Args:
-        problem: the projection.
-        state: the state before the step.
-        there: the point to which the step leads.
+        problem: the batch of relaxed I-projections.
+        state: the state before the step, with the rows of ``problem``.
+        there: the point to which the step leads, from :meth:`Point.at`.
         change: (B, D), the step in ν, the dual variables in whitened coordinates.
-        found: values for further fields of the state.
+        found: values for further fields of the state, by the fields' names, with B rows each.
     """
     log_p, log_r = there.logs(problem)
     moved = {"nu": state.nu + change, "z": there.z, "value": there.value, "log_p": log_p, "log_r": log_r, **found}
@@ -111,7 +117,8 @@ def end_by_proof(problem: Projection, before: DualState, after: DualState) -> No
 
     Exact members are those of infinite trust; without one nothing is done. Two dual vectors are tried as the Farkas
     proof of :meth:`Projection.excludes`: ν of ``after``, and its difference from ν of ``before``, the state one step
-    earlier. The one that proves it is written to ``after.ray``. Such rows are done, with gap inf, not certified.
+    earlier; the one that is a proof is written to ``after.ray``, ν of ``after`` if both are. Such rows become done,
+    with gap inf, not certified. Both states have the rows of ``problem``.
     """
     if math.inf not in problem.trust:
         return
@@ -130,8 +137,8 @@ def end_by_proof(problem: Projection, before: DualState, after: DualState) -> No
 def pool_is_near(problem: Projection, state: DualState) -> Bool[Tensor, " B"]:
     """Return the rows, a mask (B,), in which the pool q may be the answer: KL(q‖p°) ≤ ``problem.tol`` is proved.
 
-    p° is the optimum. The bound is :attr:`DualState.pool_bound` plus :meth:`Projection.rounding`. All entries are False
-    unless ``problem.pool_may_answer``.
+    p° is the optimum, and ``state`` has the rows of ``problem``. The bound is :attr:`DualState.pool_bound` plus
+    :meth:`Projection.rounding`. All entries are False unless ``problem.pool_may_answer``.
     """
     near = state.pool_bound <= problem.tol
     if not problem.pool_may_answer or not near.any():
@@ -144,7 +151,8 @@ def end_by_pool(state: DualState, near: Bool[Tensor, " B"]) -> None:
     """Mark the rows of the mask ``near``, in place, as answered by the pool: ``by_pool``, done, OPTIMAL, certified.
 
     Their gap is :attr:`DualState.pool_bound`; ``log_p`` is not changed. Rows that are done and OPTIMAL already, with
-    the solver's own answer, are left out.
+    the solver's own answer, are left out. ``by_pool`` becomes False in all other rows. ``near``, (B,), is the result of
+    :func:`pool_is_near`.
     """
     near = near & ~(state.done & (state.status == Status.OPTIMAL))
     state.by_pool, state.done = near, state.done | near

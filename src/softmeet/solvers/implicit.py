@@ -41,11 +41,13 @@ def projected(problem: Projection, trust: Float[Tensor, " n"], solve: Solve) -> 
 
     Args:
         problem: the batch; its ``log_q`` (the pool, (B, v)) may require a gradient. Its own ``trust`` is ignored.
-        trust: the trusts ρ_i, one per member, positive and finite, fp64; may require a gradient.
-        solve: a function that minimises the dual function of a :class:`Projection` and returns the final
-            :class:`DualState`, such as :func:`~softmeet.solvers.minimise.minimise_dual` with a limit on steps. Its
-            remaining gap limits the accuracy of the gradients, which themselves have a relative error of about 1e-2
-            if heads are large.
+        trust: the trusts ρ_i, (n,), one per member, positive and finite, fp64; may require a gradient.
+        solve: a function of one argument, a :class:`Projection`, that minimises its dual function and returns the final
+            :class:`DualState`: ``lambda problem: minimise_dual(problem, 50)``, for example, with
+            :func:`~softmeet.solvers.minimise.minimise_dual`. It is called once, before this function returns, with
+            ``problem`` whose trusts are ``trust`` and whose ``log_q`` is detached; the backward pass does not call it.
+            Its remaining gap limits the accuracy of the gradients, which themselves have a relative error of about
+            1e-2 if heads are large.
     """
     given = replace(problem, trust=tuple(trust.tolist()))
     # Only some versions of torch have a type for it.
@@ -86,12 +88,12 @@ class _Projected(torch.autograd.Function):
 def adjoint(problem: Projection, state: DualState, b: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
     """Return s, (B, D), with H s = b for every row, H the Hessian of the dual function at the point of ``state``.
 
-    If the Hessians of all B rows together have few enough entries they are formed and the systems solved directly, else
-    approximately by :func:`iterative`.
+    If the Hessians of all B rows together have at most 2²⁶ entries (B D²) they are formed, and the systems are solved
+    directly; else approximately, by :func:`iterative`.
 
     Args:
         problem: the batch of relaxed I-projections.
-        state: the state at the optimum.
+        state: the final state of a solver for ``problem``, as :func:`~softmeet.solvers.minimise.minimise_dual` returns.
         b: the right-hand sides, (B, D), D dual variables per row.
     """
     if b.shape[1] ** 2 * len(b) > _ELEMENTS:
@@ -110,7 +112,7 @@ def iterative(
 
     Args:
         problem: the batch of relaxed I-projections.
-        state: the state at the optimum.
+        state: the final state of a solver for ``problem``, as :func:`~softmeet.solvers.minimise.minimise_dual` returns.
         b: the right-hand sides, (B, D).
         reduction: a row stops once √(eᵀM⁻¹e), e = b - H s its residual and M⁻¹ the preconditioner, is at most this
             share of its value at s = 0.

@@ -42,7 +42,7 @@ def cached(elements: int, device: torch.device, least: int = 1) -> int:
 
 
 def held(elements: int) -> int:
-    """Return how many items of ``elements`` numbers each may be in memory together: 2²³ numbers in all; at least 1."""
+    """Return how many items of ``elements`` numbers each may be in memory together: 2²⁴ numbers in all; at least 1."""
     return max(1, _HELD // max(1, elements))
 
 
@@ -59,8 +59,8 @@ def solve_ridged(H: Float[Tensor, "B D D"], g: Float[Tensor, "B D"], eps: float)
     A row whose solution is not finite, or longer than 1e30, gets ``g`` itself, which is still a direction of descent.
 
     Args:
-        H: the matrices, not changed.
-        g: the right-hand sides, each the gradient of a function of which H is the Hessian.
+        H: the matrices, (B, D, D), not changed.
+        g: the right-hand sides, (B, D), each the gradient of a function of which H is the Hessian.
         eps: the relative rounding of ``H``. The ridge is ``eps`` times the mean diagonal entry, and ten times more for
             each failure of the factorisation.
     """
@@ -87,7 +87,7 @@ class Factored:
     """A solver of M y = b for one positive semidefinite M, made by :meth:`of` and called with b.
 
     Attributes:
-        M: the matrix, (m, m).
+        M: the matrix, (m, m), the caller's own tensor.
         scale: 1 / √M_kk, (m,).
         L: the lower Cholesky factor of diag(scale) M diag(scale) plus a small ridge, (m, m).
     """
@@ -126,9 +126,11 @@ def conjugate_gradients(
     """Return approximately H⁻¹ g for positive definite H, by preconditioned conjugate gradients for each row.
 
     Args:
-        product: multiplies each row of its argument by H; rows that have stopped are 0 in it.
+        product: a function from d, (b, D), to H d, (b, D), with each row's own H; called once in each step. Rows of d
+            that have stopped are 0.
         g: the right-hand sides.
-        precondition: multiplies by M⁻¹, an approximate inverse of H.
+        precondition: a function from e, (b, D), to M⁻¹e, (b, D), M⁻¹ an approximate inverse of H that is linear and
+            positive definite; called once before the first step and once in each step.
         reduction: a row stops once √(rᵀM⁻¹r), r = g - H s its residual, is at most this share of its value at the
             start s = 0; with 0 it takes all ``limit`` steps.
         limit: the most steps.
@@ -182,8 +184,9 @@ def backtrack(
     Args:
         worse: a function from step lengths, (B,), to the mask, (B,), of rows in which they are rejected.
         t: the first step lengths to try, (B,).
-        factor: the factor, below 1, by which a rejected step is shortened.
-        limit: the most calls of ``worse``.
+        factor: the factor, between 0 and 1, by which a rejected step is shortened.
+        limit: the most calls of ``worse``, at least 1. Each gets the step lengths of all rows. On a CPU the calls end
+            once a call rejects none; on an accelerator all are made.
 
     Returns:
         (the step lengths, (B,); the mask, (B,), of rows that the last call still rejected: their step was shortened

@@ -13,12 +13,14 @@ from softmeet.solvers.projection import Projection
 def minimise_dual(problem: Projection, max_steps: int, *, certify: bool = True, rescue: bool = True) -> DualState:
     """Minimise the dual function of every row until its gap is at most ``problem.tol``; return the final state.
 
-    Rows whose gap stays larger have the status NOT_CONVERGED or, if no distribution is proved to have the moments of
-    the members of infinite trust, INFEASIBLE.
+    Rows that reach that are OPTIMAL; if ``problem.pool_may_answer``, so are rows in which the pool q is proved to have
+    KL(q‖p°) ≤ ``problem.tol``, p° the optimum (:attr:`DualState.by_pool`). Rows in which it is proved that no
+    distribution has the moments of all members of infinite trust are INFEASIBLE, all others NOT_CONVERGED.
 
     Args:
-        problem: the batch of relaxed I-projections.
-        max_steps: the most steps of a row; the second attempt of ``rescue`` may take as many again.
+        problem: the batch of relaxed I-projections, such as :meth:`softmeet.rules.problem.Problem.projection` returns.
+        max_steps: the most steps of a row; the second attempt of ``rescue`` may take as many again. ``steps`` and
+            ``passes`` of the state are the sums over both attempts.
         certify: whether dense steps must prove the gap of a row; if False, an estimate ends it. The full Hessian proves
             the gap in any case, at no cost.
         rescue: whether rows that dense steps leave NOT_CONVERGED are solved again with the full Hessian, unless v D²

@@ -52,7 +52,10 @@ class DualNewton(Solver[NewtonState]):
     """
 
     def init(self, problem: Projection) -> NewtonState:
-        """Return the state at ν = 0, at which the answer is the pool and no head has been read."""
+        """Return the state at ν = 0, at which the answer is the pool and no head has been read.
+
+        Rows in which the pool's gap Σ_i ρ_i KL(q‖p̂_i) is at most ``problem.tol`` are done (:func:`start`).
+        """
         fields = start(problem)
         return NewtonState(**fields, slack=torch.zeros_like(fields["value"]))
 
@@ -67,7 +70,10 @@ class DualNewton(Solver[NewtonState]):
         return rows
 
     def step(self, problem: Projection, state: NewtonState) -> NewtonState:
-        """Take one Newton step of every row, and bound or estimate the gap at the new point; return the new state."""
+        """Take one Newton step of every row, and bound or estimate the gap at the new point; return the new state.
+
+        ``gradient``, ``direction`` and ``slack`` of ``state`` are set in place, by :meth:`aim`.
+        """
         reads = problem.passes()
         self.aim(problem, state)
         y = problem.scores(state.direction)
@@ -81,10 +87,11 @@ class DualNewton(Solver[NewtonState]):
         return after
 
     def aim(self, problem: Projection, state: NewtonState) -> None:
-        """Set ``state.gradient`` to ∇f and ``state.direction`` to -H⁻¹∇f, by one pass over all heads.
+        """Set ``state.gradient`` to ∇f and ``state.direction`` to -H⁻¹∇f, in place, by one pass over all heads.
 
-        f is the dual function and H its Hessian. ``state.slack`` is set, too. In the first step of a problem with a
-        ``start`` nothing is read or changed: :meth:`init` has set the direction to that start.
+        f is the dual function and H its Hessian. ``state.slack`` is set to :func:`residual_slack` of that system. If
+        ``problem.start`` is given and no row of ``state`` has taken a step, nothing is read or changed: :meth:`init`
+        has set the direction to that start.
         """
         first = not state.steps.any()
         if first and problem.start is not None:

@@ -42,11 +42,13 @@ class Moments:
 def moments(problem: Projection, log_p: Float[Tensor, "B v"], log_r: Float[Tensor, "B n v"]) -> Moments:
     """Compute the means of the whitened heads' rows under p and r_i and the dual's Hessian, by one pass over all heads.
 
-    Products run in the heads' dtype. Rows that would lose digits are read a second time.
+    Products run in the heads' dtype. Rows in which subtracting the means' products would lose digits, as they are more
+    than 97 % of a block's trace, are read a second time.
 
     Args:
         problem: the batch of relaxed I-projections.
-        log_p, log_r: log-probabilities of the answer p and of the corrected members r_i at the point, in nats.
+        log_p, log_r: log-probabilities of the answer p and of the corrected members r_i at the dual point, in nats, as
+            :class:`~softmeet.solvers.dual.DualState` has them.
     """
     p, r = log_p.exp(), log_r.exp()
     places, D = problem.places, len(problem.scale)

@@ -45,7 +45,8 @@ class Projection:
     Args:
         log_q: log-probabilities of the pool q in nats, (B, v), fp64.
         log_p: log-probabilities of the members p̂_i in nats, (B, n, v), fp64; finite wherever ``log_q`` is.
-        heads: the n whitened heads Q_i, each for the same B rows.
+        heads: the n whitened heads Q_i, each for the same B rows, as
+            :meth:`softmeet.rules.problem.Problem.views` makes them.
         trust: the n trusts ρ_i, in (0, inf]; inf means r_i = p̂_i.
         tol: the gap, in nats, at which a row is done.
         start: dual variables ν to begin from, (B, D); None to begin from ν = 0, which is the pool.
@@ -92,7 +93,10 @@ class Projection:
         self.scale = self.spread(self.alpha)
 
     def take(self, rows: Int[Tensor, " k"]) -> Projection:
-        """Return the projections of the rows with the indices ``rows``, (k,), of this batch."""
+        """Return the projections of the rows with the indices ``rows``, (k,), of this batch.
+
+        Their heads share the counters of reads with this batch's (:meth:`passes`).
+        """
         heads = tuple(h.take(rows) for h in self.heads)
         start = None if self.start is None else self.start[rows]
         return replace(self, log_q=self.log_q[rows], log_p=self.log_p[rows], heads=heads, start=start)
@@ -100,7 +104,8 @@ class Projection:
     def passes(self) -> Float[Tensor, " B"]:
         """Return how often all heads were read for each row since ``heads`` were made, (B,).
 
-        That is the number of entries of [W_1 | … | W_n] that were read, divided by the number of all its entries.
+        Reads through this batch and through every :meth:`take` of it count. The result is the number of entries of
+        [W_1 | … | W_n] that were read, divided by the number of all its entries.
         """
         total = torch.zeros_like(self.log_q[:, 0])
         for h in self.heads:
@@ -232,7 +237,7 @@ class Projection:
 
         Args:
             z: the scores of ``nu``.
-            nu: the dual variables, or a difference of two.
+            nu: dual variables, (B, D), or the difference of two; without a member of infinite trust no row is excluded.
             size: (B,), the largest absolute score from which ``z`` was computed, in nats; 64 ``eps`` times it is added
                 to the margin δ |ν| as an allowance for rounding.
         """
