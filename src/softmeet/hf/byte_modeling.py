@@ -46,7 +46,7 @@ def assemble(
 
     Args:
         config: the configuration, which names the members.
-        models: the members' models, in the same order.
+        models: the members' models, loaded by :func:`softmeet.members.huggingface.load_members`, in the same order.
         vocabulary: the result of :func:`softmeet.hf.vocabulary.choose_vocabulary`: the members' common vocabulary for
             an ensemble over tokens, or each member's spelling (its tokens as byte strings) for one over bytes.
 
@@ -97,8 +97,9 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
 
     Args:
         config: the settings; ``config.members`` names the members.
-        readers: the members, in the order of ``config.members``; None to build each from its own configuration, with
-            random weights.
+        readers: the members, a :class:`softmeet.members.byte_member.ByteMember` each (a model with its tokenizer's
+            spelling), in the order of ``config.members``; None to build each from its own configuration, with random
+            weights.
 
     Raises:
         UnsupportedHeadError: if the rule needs softmax matrices, or a member's output layer is no plain softmax head.
