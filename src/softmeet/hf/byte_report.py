@@ -73,6 +73,9 @@ def group_reports(model: ByteEnsembleForCausalLM, text: bytes, top: int) -> list
 
     Returns:
         The reports; their ``text`` joined is the whole text. The model's own settings hold, without prefixes of a call.
+
+    Raises:
+        InvalidInputError: if the text exceeds a member's context.
     """
     log_probs = torch.stack([torch.from_numpy(reader.score(text)[1][: len(text)]) for reader in model.readers])
     expected = [reader.expected(text, top) for reader in model.readers]
