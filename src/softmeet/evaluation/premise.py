@@ -172,7 +172,8 @@ def best_hidden(head: SoftmaxHead, log_truth: Float[Tensor, "B v"], tol: float =
 
     Args:
         head: without a soft-cap, since with one the moments do not determine the best h.
-        log_truth: log-probabilities in nats, (B, v), over the head's v tokens; if some probabilities are 0, the best h may be at infinity.
+        log_truth: log-probabilities in nats, (B, v), over the head's v tokens; if some probabilities are 0, the best h
+            may be at infinity.
         tol: the solver's tolerance, in nats.
     """
     B, v = log_truth.shape

@@ -60,7 +60,8 @@ class Trace:
         folder: the folder.
         facts: the contents of its ``trace.json``: ``members`` and ``tokenizer`` as :func:`identity` returns them,
             ``text`` (a hash), ``bos``, ``window`` and ``stride``, ``dtype`` (of the hidden states on disk),
-            ``documents`` (of each its name and its numbers of positions and bytes) and ``shards`` (the number of positions in each).
+            ``documents`` (of each its name and its numbers of positions and bytes) and ``shards`` (the number of
+            positions in each).
     """
 
     folder: Path

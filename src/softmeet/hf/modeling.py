@@ -239,7 +239,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         """Make an empty cache of all members; if ``gate`` is ``unsure``, those after the first may lag behind it.
 
         Raises:
-            InvalidInputError: if there is no such gate; or it is ``unsure``, and a cache holds not only keys and values.
+            InvalidInputError: if there is no such gate; or it is ``unsure``, and a cache has more than keys and values.
         """
         lagging = isinstance(that_closes(parse_gate(gate)), Unsure)
         return EnsembleCache([member.config for member in self.members], lagging=lagging)
@@ -279,7 +279,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         return hidden.new_zeros(0, 3)
 
     def require(self, settings: Settings) -> None:
-        """Raise an error, as :func:`require_for_bytes`, if over bytes the rule or gate of ``settings`` cannot be used."""
+        """Raise the errors of :func:`require_for_bytes` if the ensemble is over bytes; do nothing over tokens."""
         if self.over_bytes:
             require_for_bytes(settings)
 
