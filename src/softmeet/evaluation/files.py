@@ -312,8 +312,8 @@ class Run:
                 arguments that returns its result as JSON; picklable, for engines with other processes. Results are
                 returned in this order.
             engine: runs the functions; None for this process.
-            on_done: called in this process, once with each cell's key: at once if an earlier run finished the cell, else
-                after its result has been written.
+            on_done: called in this process, once with each cell's key: at once if an earlier run finished the cell,
+                else after its result has been written.
 
         Raises:
             Exception: if a cell's function raised one: that exception; results written before stay.
