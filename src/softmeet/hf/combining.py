@@ -66,7 +66,7 @@ class Deferral:
         Args:
             head: the first member's head.
             gate: the gate; the member defers if its largest next-token probability is below ``gate.threshold``.
-            hidden: (B, d), the first member's last hidden states.
+            hidden: (B, d), the first member's last hidden states, on the head's device.
         """
         chunk = rows_at_once(head.v, 1)
         if len(hidden) <= chunk:

@@ -39,8 +39,8 @@ class TokenReport:
         moved: the tokens j with the largest |p_j - q_j|, p the ensemble's distribution and q the pool, as (id, log q_j,
             log p_j), the largest first; if ``gated``, with log p_j in place of log q_j.
         pushes: ``pushes[k][i]`` is member i's contribution push_ij, by its dual variables, to the change of token j,
-            the k-th of ``moved``: log p_j - log q_j = Σ_i push_ij + a constant. 0 if the rule is not one, such as
-            ``meet``, that tilts the pool.
+            the k-th of ``moved``: log p_j - log q_j = Σ_i push_ij + a constant. 0 if the rule, unlike ``meet``,
+            does not tilt the pool.
         disagreement: for each member, KL(r_i‖p̂_i) of its corrected distribution r_i and its own p̂_i, or an upper bound
             of it.
         disagreement_is_bound: for each member, whether ``disagreement`` is the upper bound KL(p‖p̂_i).
@@ -182,7 +182,7 @@ class TokenReports(Recorder):
     ``output_scores``: ``generate`` then returns the ``beam_indices`` that :meth:`of` needs.
 
     Args:
-        top: how many tokens a report lists of each distribution.
+        top: how many tokens a report lists in ``top``, ``moved`` and each member's ``member_top``.
     """
 
     def __init__(self, top: int = 5) -> None:
