@@ -22,7 +22,8 @@ class RuleChoice:
 
     Attributes:
         name: the name of its scores, usually the rule's text, such as ``meet:trust=0.3``.
-        settings: changes to the ensemble's settings, ``rule`` among them, as JSON allows them.
+        settings: changes to the ensemble's settings, ``rule`` (a text) among them, by name, as JSON allows them: the
+            arguments of :meth:`Settings.changed`.
         prompt: if positive, a number of tokens: in each document the members' weights after the first ``prompt``
             targets are ∝ exp(-ℓ_i), ℓ_i being member i's mean loss on those in nats; 0 to keep the weights.
     """
@@ -84,9 +85,10 @@ def with_baselines(
     """Return ``choices``, preceded by whichever of the averages ``logit-mean`` and ``prob-mean`` they do not name.
 
     Args:
-        choices: rules.
-        weights, temperature: the ensemble's own; unless they are equal weights (or empty) and 1, averages with equal
-            weights and temperature 1 come first of all, as ``uniform logit-mean`` and ``uniform prob-mean``.
+        choices: rules, as :func:`parse_choices` returns them.
+        weights, temperature: the ensemble's own, a weight for each member; unless they are equal weights (or empty)
+            and 1, averages with equal weights and temperature 1 come first of all, as ``uniform logit-mean`` and
+            ``uniform prob-mean``.
 
     >>> [choice.name for choice in with_baselines(parse_choices(["meet", "prob-mean"], n=2))]
     ['logit-mean', 'meet', 'prob-mean']
@@ -104,8 +106,10 @@ def with_baselines(
 def under_gates(choices: Sequence[RuleChoice], gates: Sequence[str]) -> list[RuleChoice]:
     """Return ``choices``, followed by a copy under each gate of every choice that has no gate of its own.
 
+    A copy's name is the choice's with ``:gate=GATE`` added; of equal names one choice is returned, the last.
+
     Args:
-        choices: rules.
+        choices: rules, as :func:`parse_choices` returns them.
         gates: texts of gates, such as ``unsure:0.5``; ``none`` adds nothing.
 
     Raises:

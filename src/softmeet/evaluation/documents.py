@@ -44,7 +44,8 @@ def read_documents(
 
     Raises:
         InvalidInputError: if there is no source, or a source is empty, is not UTF-8, is a pattern without files, or is
-            a folder but not an intact dataset with text in every row of ``column``.
+            a folder but not an intact dataset with a string in every row of ``column``, not all of them blank (blank
+            ones are left out); or if the package ``datasets``, which reads folders, is not installed.
         OSError: if a file cannot be read.
     """
     found: list[Document] = []

@@ -42,11 +42,14 @@ def write_atomically(path: Path, write: Any) -> None:
     """Write a file through ``write``, and let it appear as ``path`` only once all of it is on the disk.
 
     Args:
-        path: the file, which is replaced if it exists.
-        write: called once with a file object, opened for binary writing, to write the contents to.
+        path: the file, in an existing folder; it is replaced if it exists.
+        write: a function, called once with a file object that is open for binary writing, to write the contents to;
+            its result is ignored.
 
     Raises:
-        TraceError: if the disk is full; no partial file is left, and an existing file stays unchanged.
+        TraceError: if the disk is full.
+        Exception: any other one that ``write`` raises. After either no partial file is left, and an existing file is
+            unchanged.
     """
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
@@ -111,6 +114,8 @@ def replace_together(folder: Path) -> Iterator[Path]:
 def as_json(content: Any) -> str:
     """Return content as standard JSON, indented; infinity and NaN become null, since strict parsers refuse them.
 
+    ``content`` may hold all that pydantic turns to JSON: dicts, sequences, strings, numbers, dataclasses, paths.
+
     >>> print(as_json({"loss": float("inf")}))
     {
       "loss": null
@@ -142,6 +147,7 @@ def claim(folder: Path, what: str, settings: dict[str, Any]) -> None:
 
     Raises:
         InvalidInputError: if ``settings.json`` is there and holds other settings; the message names them.
+        TraceError: if the disk is full.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, now = folder / "settings.json", json.loads(json.dumps(settings))
@@ -179,7 +185,7 @@ def _short(value: Any) -> str:
 
 
 def join_tensors(pieces: Sequence[Tensors]) -> Tensors:
-    """Concatenate the tensors of each name in several pieces, in order, along their first dimension.
+    """Concatenate the tensors of each name in one piece or more, in order, along their first dimension.
 
     >>> join_tensors([{"x": torch.zeros(1)}, {"x": torch.ones(2)}])
     {'x': tensor([0., 1., 1.])}
@@ -204,7 +210,16 @@ class PieceCache:
             claim(folder, "pieces of a command", {"version": __version__, **(settings or {})})
 
     def get(self, name: str, compute: Callable[[], Tensors]) -> Tensors:
-        """Return the stored piece ``name``; if it is missing or damaged, call ``compute`` and store its result."""
+        """Return the stored piece ``name``; if it is missing or damaged, compute and store it.
+
+        Args:
+            name: the piece's name, from which that of its file is made.
+            compute: a function without arguments that returns the piece, tensors by name; called in this process, at
+                most once, before this method returns.
+
+        Raises:
+            TraceError: if the disk is full.
+        """
         found = self._read(name)
         if found is None:
             found = compute()
@@ -227,8 +242,14 @@ class PieceCache:
             stage: the beginning of the names under which these results are stored; the piece's number follows.
             function: defined at the top level of a module, so that other processes find it; returns tensors by name.
             pieces: the pieces of the work, in every run the same ones in the same order.
-            arguments: returns the arguments of the call for a piece.
-            on_done: called with each piece whose result is there: stored ones first, then others as they finish.
+            arguments: a function, called in this process with a piece whose result is not stored, that returns the
+                tuple of arguments of its call; these have to be picklable if the engine uses other processes.
+            on_done: called in this process, once with each piece: first with those whose results are stored, then with
+                each other one after its result has been stored, in the order in which they finish.
+
+        Raises:
+            TraceError: if the disk is full.
+            Exception: if ``function`` raised one: that exception.
         """
         names = [f"{stage}-{k:06d}" for k in range(len(pieces))]
         found = {k: stored for k, name in enumerate(names) if (stored := self._read(name)) is not None}
@@ -291,7 +312,11 @@ class Run:
                 arguments that returns its result as JSON; picklable, for engines with other processes. Results are
                 returned in this order.
             engine: runs the functions; None for this process.
-            on_done: called with each cell's key: at once if an earlier run finished it, else when it is finished.
+            on_done: called in this process, once with each cell's key: at once if an earlier run finished the cell,
+                else after its result has been written.
+
+        Raises:
+            Exception: if a cell's function raised one: that exception; results written before stay.
         """
         for key in filter(self.done.__contains__, cells):
             on_done(key)
@@ -306,7 +331,11 @@ class Run:
         return {key: self.done[key] for key in cells}
 
     def finish(self, result: Json) -> None:
-        """Write ``result``, of the whole study, with the settings to ``result.json``, which marks a complete run."""
+        """Write ``result``, of the whole study, with the settings to ``result.json``, which marks a complete run.
+
+        Raises:
+            TraceError: if the disk is full.
+        """
         write_text(self.folder / "result.json", json.dumps({"settings": self.settings, **result}, indent=1) + "\n")
 
     def _read(self) -> dict[str, Json]:

@@ -80,7 +80,8 @@ class Candidate:
 
     Attributes:
         name: its name in reports.
-        settings: fitted or given values by name, as in :class:`softmeet.rules.settings.Settings`.
+        settings: fitted or given values by name, the arguments of :meth:`softmeet.rules.settings.Settings.changed`;
+            settings that are not named have their defaults.
         baseline: whether it is a single member (with a fitted temperature) or a fitted average.
         fit_nll: its loss on the positions that it was fitted on, in nats per token; NaN if it was not fitted.
         evaluations: the number of evaluations of the loss that its fit took.
@@ -103,7 +104,7 @@ class Fitted:
     """The result of a fit: the candidates, and how one of them was chosen.
 
     Attributes:
-        candidates: in the order in which they were made.
+        candidates: all candidates, baselines among them, in the order in which they were made.
         chosen: the one to save, ``rival`` or ``best_baseline``.
         rival: the candidate of the lowest loss on the second part, to choose by.
         best_baseline: the baseline (single member or average) of the lowest loss on the second part.
@@ -146,12 +147,14 @@ def fit(
 
     Args:
         ensemble: the members; its own rule and settings are ignored, and are not saved.
-        positions: the text's positions, with hidden states.
+        positions: the text's positions, with hidden states, as :func:`observe_text` or :meth:`Trace.read` returns them.
         options: settings of the fit; None for the defaults.
-        begin: called as each stage begins, with (a description, 0, the number of positions to work on, or None if it is
-            unknown); returns a function that is then called with the number of positions of each finished piece.
+        begin: called in this process as each stage begins (the fit of one candidate, or the scoring of one part), with
+            (a description, 0, the number of positions to work on, or None if it is unknown); returns a function that is
+            then called with the number of positions of each finished piece of the stage.
         engine: evaluates losses and scores; None for this process.
-        cache: keeps evaluations and scores, and supplies those of an earlier run of the same fit.
+        cache: keeps evaluations and scores, and supplies those of an earlier run of the same fit; its ``settings`` have
+            to name all that the fit depends on. None to keep nothing.
 
     Raises:
         InvalidInputError: if the text is too short to split, or a rule in ``options.rules`` is unknown or has a bad

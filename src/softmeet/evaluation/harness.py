@@ -29,6 +29,14 @@ class EnsembleLM(HFLM):  # type: ignore[misc]
 
     Unless ``dtype`` is given, members are loaded as :meth:`Ensemble.from_pretrained` does (in fp32 on CPU); ``hf``
     keeps their checkpoints' own dtype.
+
+    Args:
+        pretrained: a saved ensemble's folder or hub id, or the model of an ensemble in memory.
+        dtype: the weights' dtype; None as said above.
+        options: options of the harness's ``HFLM``.
+
+    Raises:
+        InvalidInputError: if the ensemble is over bytes.
     """
 
     def __init__(self, pretrained: Any, *, dtype: Any = None, **options: Any) -> None:

@@ -61,7 +61,7 @@ class Clusters:
     """The clusters of N positions, within which errors may depend on each other.
 
     Attributes:
-        of: the cluster of each position, (N,), numbered from 0.
+        of: the cluster of each position, (N,), int64, numbered from 0 without gaps.
         kind: the kind of cluster, ``"documents"`` or ``"blocks"``.
     """
 
@@ -156,6 +156,12 @@ def split(positions: Positions) -> dict[str, SplitPart]:
 
     Clusters (documents, or blocks of text) are dealt out in turn, so that each part has text from everywhere, and no
     cluster is in two parts.
+
+    Args:
+        positions: of a text, with or without hidden states.
+
+    Returns:
+        The parts by name, each with its positions in the order of the text.
 
     Raises:
         InvalidInputError: if there are fewer than nine clusters, three for each part.

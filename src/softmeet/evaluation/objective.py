@@ -55,7 +55,7 @@ class Values:
 
     Attributes:
         weights: the pool's weight of each member.
-        temperature: of the rule's answer, p^(1/temperature).
+        temperature: that of the rule's answer p, above 0: the ensemble's distribution is ∝ p^(1/temperature).
         trust: trusts ρ in nats per nat, of each member whose moments count and, within it, of each band into which its
             head's directions are cut; empty for an average.
     """
@@ -134,8 +134,9 @@ class Objective:
 
     Attributes:
         model: the ensemble, for its members' heads.
-        positions: those of the text to fit on, with hidden states.
-        layout: the parameters in θ.
+        positions: those of the text to fit on, with hidden states, as :func:`observe_text` returns them.
+        layout: the parameters in θ; its ``n`` is the number of ``members``, and its ``trusts`` 0 or ``bands`` times the
+            number of ``trusted`` members.
         pool: the average, ``"logit-mean"`` or ``"prob-mean"``.
         members: indices of the members that the average takes; None for all.
         bands: the number of bands, groups of principal directions, that each head is cut into; each has its own trust.
@@ -157,7 +158,7 @@ class Objective:
     _held: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict, init=False)
 
     def sums(self, theta: Float[Tensor, " k"]) -> tuple[float, Float[Tensor, " k"]]:
-        """Return (the loss in nats, summed over all positions; its gradient in θ, (k,)) at ``theta``."""
+        """Return (the loss in nats, summed over all positions; its gradient in θ, (k,), fp64), at ``theta``, (k,)."""
         total, gradient, v = 0.0, torch.zeros_like(theta), self.model.config.vocab_size
         for k, chunk in enumerate(self.positions.chunks(chunk_size(v))):
             log_p, logits = self._log_probs(k, chunk)
@@ -177,10 +178,11 @@ class Objective:
         """Return -log p(target) of each row in nats, (B,), differentiable in ``theta``.
 
         Args:
-            theta: the parameters θ, as ``layout`` describes them.
-            log_p: (n, B, v), the log-probabilities, in nats, of the members that the average takes.
+            theta: the parameters θ, (k,), fp64, as ``layout`` describes them.
+            log_p: (n, B, v), the log-probabilities, in nats, of the members that the average takes, as
+                :meth:`Combiner.own_log_probs` returns them.
             logits: their logits, (n, B, v), if a head has a soft-cap; else None.
-            targets: the tokens that came, (B,).
+            targets: the ids of the tokens that came, (B,), int64.
         """
         weights, temperature, trust = self.layout.unpack(theta)
         # A logit mean's temperature can divide its weights instead, which saves two thirds of the time.
@@ -300,14 +302,15 @@ def minimise(
 
     Args:
         whole: the objective at all positions.
-        start: the values to begin at.
+        start: the values to begin at, as many as ``whole.layout`` says.
         evaluations: for L-BFGS, the most evaluations of the loss with its gradient; for Adam, the number of steps.
         engine: runs the evaluations, in pieces.
         batch: positions in each of Adam's minibatches, taken in turn from one fixed random order; None for L-BFGS.
         cache: keeps each evaluation by ``name`` and number, and supplies those of an earlier run, which must have had
             the same arguments.
         name: the name of these evaluations in the cache.
-        on_progress: called with the number of positions of each finished piece.
+        on_progress: called in this process with the number of positions of each finished piece of every evaluation that
+            the cache does not supply.
 
     Returns:
         (the values: the best ones for L-BFGS, the last ones for Adam; the loss in nats per position: the best one for

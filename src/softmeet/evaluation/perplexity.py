@@ -106,7 +106,7 @@ class Evaluation:
 
 
 def chunk_size(v: int) -> int:
-    """Return the number of positions to solve at once over ``v`` tokens: 2²² / ``v``, at least 4 and at most 64."""
+    """Return the number of positions to solve at once over ``v`` tokens: ⌊2²² / v⌋, at least 4 and at most 64."""
     return max(4, min(64, _ELEMENTS // v))
 
 
@@ -121,11 +121,11 @@ def evaluate(
     Args:
         ensemble: supplies the heads and the settings that choices change; its own gate is ignored.
         positions: from :func:`softmeet.evaluation.positions.observe_text`, or from a trace.
-        choices: rules, each with changes to the ensemble's settings.
+        choices: rules of distinct names, each with changes to the ensemble's settings; an empty list for none.
         on_progress: called after each chunk with the number of positions in it.
 
     Raises:
-        InvalidInputError: if a member and a choice have the same name, or a choice cannot be used over bytes.
+        InvalidInputError: if a member and a choice have the same name, a setting is invalid or unusable over bytes.
         UnsupportedHeadError: if the ensemble is over bytes and a choice's rule needs softmax matrices, as ``meet``.
     """
     found = _score_piece(ensemble, positions, choices, on_progress)
@@ -150,7 +150,7 @@ def evaluate_text(
         choices: rules, each with changes to the ensemble's settings.
         engine: runs the pieces; None for this process.
         cache: keeps finished pieces, and supplies those that an earlier run finished.
-        begin: called once with the number N of positions; returns a function, called with that of each finished piece.
+        begin: called once with the number of positions; returns a function, called with that of each finished piece.
         windowing: ``window``, ``stride``, ``bos``, ``max_tokens`` and ``max_per_document``, as in
             :func:`softmeet.evaluation.positions.cut`.
 
@@ -275,7 +275,7 @@ def _solving_order(settings: Settings) -> tuple[bool, float]:
 
 
 def settings_of(ensemble: Ensemble, choices: Sequence[RuleChoice]) -> dict[str, Settings]:
-    """Return each choice's complete settings by its name: the ensemble's, changed, and without the ensemble's own gate.
+    """Return each choice's full settings by its name: the ensemble's, ungated, with the choice's own in their place.
 
     A choice's gate ``movement`` is calibrated for the members if need be, or left out if that is impossible.
 

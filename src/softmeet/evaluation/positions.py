@@ -185,7 +185,7 @@ def grouped(
     """Put the windows of documents, in order, into groups of at least ``size`` predictions; the last may have fewer.
 
     Args:
-        documents, window, stride: as :func:`cut` returns them.
+        documents, window, stride: the results of :func:`cut`.
         size: the least number of predictions in a group.
         by_document: whether each document starts a new group; the last group of each may then have fewer predictions.
     """
@@ -249,7 +249,7 @@ def from_tensors(found: Tensors, names: list[str]) -> Positions:
 
 
 def join(parts: Sequence[Positions], names: list[str]) -> Positions:
-    """Join several runs of positions, in order, to one; ``names`` are the documents' names, which all parts index."""
+    """Join one or more runs of positions, in order, to one; ``names`` are the documents' names that all parts index."""
     return Positions(
         [torch.cat(own) for own in zip(*(part.hidden for part in parts), strict=True)],
         **{name: torch.cat([getattr(part, name) for part in parts]) for name in _OF_TEXT},
@@ -260,6 +260,10 @@ def join(parts: Sequence[Positions], names: list[str]) -> Positions:
 @torch.no_grad()  # not inference mode: a fit's graph may hold these tensors
 def observe(ensemble: Ensemble, read: Sequence[Window]) -> Positions:
     """Run every member over some windows, one window at a time, and keep its hidden states.
+
+    Args:
+        ensemble: the members.
+        read: at least one window, as :func:`windows` yields them or as a group of :func:`grouped`.
 
     Returns:
         The predicted positions of all windows, in order, on the ensemble's device; ``names`` is empty.
@@ -287,9 +291,10 @@ def observe_text(
     Args:
         ensemble: the members.
         documents: the text.
-        engine: runs the members; None for this process.
-        cache: keeps finished pieces, and supplies those that an earlier run finished.
-        on_progress: called with the number of positions of each finished piece.
+        engine: runs the members, a piece of about 256 positions in each call; None for this process.
+        cache: keeps finished pieces, and supplies those that an earlier run finished; None to keep nothing.
+        on_progress: called in this process with the number of positions of each piece: first of those that the cache
+            supplies, then of each other one as it is finished.
         windowing: ``window``, ``stride``, ``bos``, ``max_tokens`` and ``max_per_document``, as in :func:`cut`.
 
     Raises:

@@ -85,12 +85,16 @@ def premise_at(ensemble: Ensemble, stretches: Iterable[tuple[list[Tensor], Tenso
     """Test at given positions whether trusting each member lowers the loss of a pool.
 
     Args:
-        ensemble: the members.
-        stretches: pairs of (each member's last hidden states, (t, d_i); the ids of the tokens that came, (t,)).
+        ensemble: the members, over tokens; its rule and gate are not used.
+        stretches: pairs of (each member's last hidden states, (t, d_i); the ids of the tokens that came, (t,)), as
+            :meth:`Ensemble.positions` yields them; ``(positions.hidden, positions.targets)`` of ``Positions`` is one.
         pool: settings such as ``weights`` and ``pool``, by name, that replace the ensemble's.
 
     Returns:
-        A result for each member, in order; :class:`Premise` says what is tested.
+        A result for each member, in order, from the positions of all pairs; :class:`Premise` says what is tested.
+
+    Raises:
+        InvalidInputError: if a setting in ``pool`` is unknown or has a bad value.
     """
     # Solve for the pool itself, whatever the ensemble's rule is.
     own = ensemble.model.settings.ungated().changed(**{**pool, "rule_temperature": 1.0, "bands": 1, "trust": 0.0})
@@ -139,7 +143,8 @@ def moment_match(
     Args:
         log_truth: log-probabilities in nats, (B, v), fp64.
         log_start: log-probabilities in nats, (B, v), fp64.
-        views: the head, whitened, over the same batch, as a tuple of one.
+        views: the head, whitened, for the same B rows, as a tuple of one: ``problem.views([i])`` for member i of a
+            :class:`softmeet.rules.problem.Problem`, or ``(WhitenedHead(head, v, torch.float64, batch=B),)``.
         tol: the solver's tolerance in nats; raised to at least 10⁻⁴ for a head that is too large for the full Hessian.
 
     Returns:
@@ -167,7 +172,8 @@ def best_hidden(head: SoftmaxHead, log_truth: Float[Tensor, "B v"], tol: float =
 
     Args:
         head: without a soft-cap, since with one the moments do not determine the best h.
-        log_truth: log-probabilities in nats, (B, v); if some probabilities are 0, the best h may be at infinity.
+        log_truth: log-probabilities in nats, (B, v), over the head's v tokens; if some probabilities are 0, the best h
+            may be at infinity.
         tol: the solver's tolerance, in nats.
     """
     B, v = log_truth.shape

@@ -29,6 +29,9 @@ def summary(found: Evaluation) -> dict[str, Any]:
     ``bytes``, ``documents`` and ``clusters``, the mean ``disagreement`` of the members in nats, and ``best_baseline``:
     the single member or average of the lowest loss. It is chosen on the text that it is compared on, so it is, if
     anything, too good.
+
+    Raises:
+        InvalidInputError: if there are fewer than two positions.
     """
     within = clusters(found.positions.document)
     bytes_, count = int(found.positions.sizes.sum()), len(found.positions)
@@ -80,6 +83,9 @@ def _work(scores: Scores) -> dict[str, Any]:
 def calibration(scores: Scores) -> dict[str, Any]:
     """Compare the most probable token's probability (its confidence) with how often it came (accuracy).
 
+    Args:
+        scores: a member's or a rule's scores at one position or more.
+
     Returns:
         A dict with three lists, ``confidence`` (the mean), ``accuracy`` and ``positions`` (their number), each with an
         entry for each of ten equal intervals of confidence that has positions, the lowest first; and ``error``, the
@@ -111,7 +117,8 @@ def gain_by_disagreement(
 
     Returns:
         For each bin, lowest disagreement first: its mean ``disagreement``, its mean ``gain`` (baseline's loss minus the
-        rule's) and ``error``, one standard error of the gain that treats positions as independent.
+        rule's) and ``error``, one standard error of the gain that treats positions as independent (NaN in a bin of one
+        position).
     """
     gain = baseline.nats - ours.nats
     found = []

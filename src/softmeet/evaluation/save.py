@@ -45,8 +45,8 @@ def figures(fitted: Fitted) -> dict[str, Any]:
     chosen candidate. ``test`` has its loss on the part to judge by, and its difference there from the best baseline.
     ``rival`` has the difference there of the candidate that was best on the part to choose by, and ``fell_back`` says
     whether the best baseline was chosen in its place. ``candidates`` has settings, losses and differences of all,
-    ``members`` the unfitted members' losses, ``premise`` the results of the premise test, ``splits`` the sizes of the
-    three parts.
+    ``members`` the unfitted members' losses on the part to judge by, ``premise`` the results of the premise test,
+    ``splits`` for each of the three parts the numbers of ``tokens`` and ``clusters`` and the ``kind`` of cluster.
     """
     test, chosen, best = fitted.test, fitted.chosen, fitted.best_baseline
     against = Difference(0.0, 0.0, 0.0) if chosen is best else fitted.difference
@@ -102,8 +102,8 @@ def save(ensemble: Ensemble, fitted: Fitted, folder: str | Path) -> dict[str, An
     """Write the chosen ensemble, its README and ``fit.json`` to a folder; ``ensemble`` itself gets the chosen settings.
 
     Args:
-        ensemble: the ensemble that was fitted.
-        fitted: the result of the fit.
+        ensemble: the ensemble that was fitted; its configuration is replaced.
+        fitted: the result of :func:`softmeet.evaluation.fit.fit` for this ensemble.
         folder: made if there is none; an ensemble in it is replaced.
 
     Returns:

@@ -33,7 +33,7 @@ def write_shard(path: Path, positions: Positions, dtype: torch.dtype, key: str) 
 
     Args:
         path: the file, which is replaced if it exists.
-        positions: the positions, with hidden states.
+        positions: the positions, with hidden states, in whatever dtype and on whatever device.
         dtype: of the hidden states on disk, fp32 or fp16.
         key: the identity of the trace, :attr:`Trace.key`.
 

@@ -60,7 +60,8 @@ class Trace:
         folder: the folder.
         facts: the contents of its ``trace.json``: ``members`` and ``tokenizer`` as :func:`identity` returns them,
             ``text`` (a hash), ``bos``, ``window`` and ``stride``, ``dtype`` (of the hidden states on disk),
-            ``documents`` (names and sizes) and ``shards`` (the number of positions in each).
+            ``documents`` (of each its name and its numbers of positions and bytes) and ``shards`` (the number of
+            positions in each).
     """
 
     folder: Path
@@ -224,10 +225,11 @@ def record(
         folder: the trace's folder, made if there is none.
         dtype: of the hidden states on disk; ``"float16"`` halves the size, and its error in nats is measured.
         shard_size: the least number of positions in a shard; the last may have fewer.
-        engine: runs the members; None for this process.
+        engine: runs the members, a shard in each call; None for this process.
         on_start: called once, before members run, with (the number of positions already on disk, the number in all).
-        on_progress: called with the number of positions of each new shard.
-        on_damage: called with a sentence about each damaged shard, which is made again.
+        on_progress: called in this process each time that members have run over a shard, just before it is written,
+            with the number of its positions.
+        on_damage: called before ``on_start`` with a sentence about each damaged shard, which is made again.
         windowing: ``window``, ``stride``, ``bos``, ``max_tokens`` and ``max_per_document``, as in
             :func:`softmeet.evaluation.positions.cut`.
 

@@ -46,7 +46,7 @@ def assemble(
 
     Args:
         config: the configuration, which names the members.
-        models: the members' models, in the same order.
+        models: the members' models, loaded by :func:`softmeet.members.huggingface.load_members`, in the same order.
         vocabulary: the result of :func:`softmeet.hf.vocabulary.choose_vocabulary`: the members' common vocabulary for
             an ensemble over tokens, or each member's spelling (its tokens as byte strings) for one over bytes.
 
@@ -97,8 +97,9 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
 
     Args:
         config: the settings; ``config.members`` names the members.
-        readers: the members, in the order of ``config.members``; None to build each from its own configuration, with
-            random weights.
+        readers: the members, a :class:`softmeet.members.byte_member.ByteMember` each (a model with its tokenizer's
+            spelling), in the order of ``config.members``; None to build each from its own configuration, with random
+            weights.
 
     Raises:
         UnsupportedHeadError: if the rule needs softmax matrices, or a member's output layer is no plain softmax head.
@@ -189,7 +190,8 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
             index 256 being the end; None, as all members always run).
 
         Raises:
-            InvalidInputError: if the prefixes are malformed, or their number does not divide the number of sequences.
+            InvalidInputError: if the prefixes are malformed, are not token ids of their members, or their number does
+                not divide the number of sequences; or if a text that is read from its beginning exceeds a context.
         """
         new, wanted = input_ids.shape[1], torch.arange(input_ids.shape[1])[kept].tolist()
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -new:]
@@ -235,6 +237,9 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
             after symbol k; in column 257 the share of their probability mass that was estimated instead of asked of the
             model; in column 258 the number of calls of the model and in column 259 that of tokens run in them. The last
             two columns are 0 but in the last row, which has the numbers of the whole text.
+
+        Raises:
+            InvalidInputError: if the text exceeds a member's context.
         """
         symbols, found = input_ids[0].tolist(), []
         # An end symbol at the start begins a text: then its first byte is predicted, too.

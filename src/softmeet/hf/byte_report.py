@@ -32,7 +32,7 @@ class GroupReport:
         top: the ensemble's most probable first bytes of the stretch, as (:func:`shown_byte`, log-probability), the most
             probable first.
         member_top: each member's most probable tokens at the start of the stretch, as (text, log-probability), the
-            most probable first.
+            most probable first; empty at the start of the text for a member whose tokenizer drops the first byte.
         disagreement: each member's disagreement KL(p‖p̂_i), of the ensemble's p and the member's p̂_i over the next
             byte, summed over the stretch's bytes.
     """
@@ -68,8 +68,14 @@ def group_reports(model: ByteEnsembleForCausalLM, text: bytes, top: int) -> list
 
     Args:
         model: the ensemble.
-        text: the text in UTF-8, at least one byte.
+        text: the text in valid UTF-8, at least one byte.
         top: how many bytes or tokens to list in each report's ``top`` and in each member's ``member_top``.
+
+    Returns:
+        The reports; their ``text`` joined is the whole text. The model's own settings hold, without prefixes of a call.
+
+    Raises:
+        InvalidInputError: if the text exceeds a member's context.
     """
     log_probs = torch.stack([torch.from_numpy(reader.score(text)[1][: len(text)]) for reader in model.readers])
     expected = [reader.expected(text, top) for reader in model.readers]

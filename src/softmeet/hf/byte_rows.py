@@ -100,10 +100,12 @@ def read_on(
 
     Args:
         reader: the member.
-        rows: the B rows before the new symbols.
-        symbols: each row's new symbols. They are the last ones of ``new`` columns; the columns before them are padding.
-        new: the number of columns.
-        wanted: the k columns after whose symbols the next symbol's log-probabilities are wanted.
+        rows: the B rows before the new symbols, from :func:`fresh_rows` or an earlier call; they are not changed.
+        symbols: each row's new symbols, 0 to 256. They fill the last of ``new`` columns, the columns before them being
+            padding.
+        new: the number of columns, at least that of any row's new symbols.
+        wanted: the indices, from 0 to ``new`` - 1, of the k columns after whose symbols the next symbol's
+            log-probabilities are wanted.
 
     Returns:
         (the rows with the new symbols; the log-probabilities in nats, (B, k, 257), fp64, uniform at padding and, in a

@@ -78,7 +78,7 @@ class Lagging(RowsLayer):
         """Add new token ids to each sequence as pending, without running them; an empty layer begins the sequences.
 
         Args:
-            tokens: for each sequence the ids of its new tokens, which may be none.
+            tokens: for each sequence, in order, the ids of its new tokens, which may be an empty list.
         """
         rows = self.rows or [PartialCache()] * len(tokens)
         self.rows = [row.longer(new) for row, new in zip(rows, tokens, strict=True)]

@@ -56,8 +56,8 @@ def resolved(model: EnsembleForCausalLM, settings: Settings, *, may_calibrate: b
     zeros, or an infinite one; if the factor is unknown and may not be measured, or measuring fails.
 
     Args:
-        model: the ensemble; the factor is added to ``movement`` of its configuration.
-        settings: the settings to complete.
+        model: the ensemble, over tokens or bytes; the factor is added to ``movement`` of its configuration.
+        settings: the settings to complete, for the ensemble's members (:meth:`Settings.for_members`).
         may_calibrate: whether to measure a factor that is kept nowhere, which takes as long as generating 64 tokens,
             and to write it to :func:`cache_file`.
     """
@@ -106,7 +106,8 @@ def _kept(model: EnsembleForCausalLM, own: str) -> float | None:
 def key_of(settings: Settings) -> str:
     """Return the settings that a factor depends on, as JSON text: the key under which the factor is kept.
 
-    They are ``rule``, ``trust``, ``weights``, ``pool``, ``rank``, ``bands``, ``free_radial`` and ``free_weights``.
+    They are ``rule``, ``trust``, ``weights``, ``pool``, ``rank``, ``bands``, ``free_radial`` and ``free_weights``;
+    ``settings`` come from :meth:`Settings.for_members`, so that weights and trusts have one form.
     """
     plain = settings.plain()
     return json.dumps({name: plain[name] for name in _SETTINGS}, sort_keys=True)
@@ -146,8 +147,9 @@ def calibrate(model: EnsembleForCausalLM, settings: Settings) -> float | None:
     that are sampled from the pool, or over those of them that are solved within 120 seconds.
 
     Args:
-        model: an ensemble over tokens.
-        settings: the rule, trusts and pool that the factor is to hold for; their gate is ignored.
+        model: an ensemble over tokens, with a tokenizer (``model.tokenizer``), to sample the text.
+        settings: the rule, trusts and pool that the factor is to hold for, from :meth:`Settings.for_members`; their
+            gate is ignored.
 
     Returns:
         The factor; None if no position was solved in time, the rule moves no pool or has an infinite trust, or no
@@ -237,7 +239,10 @@ def moved(model: EnsembleForCausalLM, hidden: Sequence[Float[Tensor, "t _"]]) ->
     Args:
         model: the ensemble; its trusts, weights and pool are used, but no gate and no rule temperature. An infinite
             trust is replaced by the default trust.
-        hidden: each member's last hidden states at the positions, (t, d_i).
+        hidden: each member's last hidden states at the positions, (t, d_i), as :func:`own_text` returns them.
+
+    Returns:
+        The :class:`Movement`, with a row for each position.
     """
     found = [Movement.of(solution) for _, solution in model.combiner.solve_in_chunks(hidden, _as_meet(model.settings))]
     return Movement.stacked(torch.cat([one.table() for one in found if one is not None]))

@@ -47,10 +47,11 @@ class CallOptions:
 
         Args:
             model: the ensemble that is called.
-            given: the keyword arguments. Removed are ``settings``, ``recorder``, ``row_sampler``, ``prefixes``,
-                ``weights`` and ``gate``. Without ``settings`` the model's own hold, with the pool's ``weights`` and the
-                ``gate`` (a text such as ``"unsure:0.5"``, ``"none"`` for none) replaced by those given; with
-                ``settings``, ``weights`` and ``gate`` are ignored.
+            given: the keyword arguments, changed in place. Removed are ``settings``, ``recorder``, ``row_sampler``,
+                ``prefixes``, ``weights`` and ``gate``. Without ``settings`` the model's own hold, with the pool's
+                ``weights`` and the ``gate`` (a text such as ``"unsure:0.5"``, ``"none"`` for none) replaced by those
+                given; with ``settings``, which come from :meth:`Settings.for_members`, ``weights`` and ``gate`` are
+                ignored.
 
         Raises:
             InvalidInputError: if the weights or the gate are not valid, or prefixes are given over tokens.

@@ -37,9 +37,11 @@ def run_others(
     probability below ``gate.threshold``. In the other sequences the new tokens are noted as pending in ``lagging``.
 
     Args:
-        each: applies a function to some members' numbers and lists the results, like ``map``, perhaps in threads.
-        members, heads: all members and their heads, in order.
-        lagging: the cache layer of each member after the first; it is updated.
+        each: a function such as :meth:`EnsembleForCausalLM.each`: called with (a function of a member's number, some
+            members' numbers from 0), it returns a list of the results; it may call the function in threads.
+        members, heads: all members, in evaluation mode, and their heads, in order.
+        lagging: the cache layer of each member after the first, as in :attr:`EnsembleCache.members`, or new layers if
+            there is no cache; changed in place.
         first: (B, k, d), the first member's last hidden states at the kept positions.
         kept: the k positions among the new tokens at which the members are to be combined.
         input_ids: (B, t), the new tokens.

@@ -127,8 +127,12 @@ def load(
         changes: settings in place of the saved ones, by name, if ``config`` is None; unknown names are ignored.
 
     Raises:
-        CheckpointError: if a member cannot be found.
-        InvalidInputError: if a device is unknown, or ``device_map`` names a member that does not exist.
+        CheckpointError: if a member cannot be found or loaded.
+        InvalidInputError: if a device is unknown, ``device_map`` names a member that does not exist, a list of dtypes
+            or devices does not have one per member, a setting is not valid, or, over bytes, the gate is ``unsure``.
+        VocabularyMismatchError: if the tokenizers do not fit the ensemble's vocabulary, tokens or bytes.
+        UnsupportedHeadError: if a member's output layer is not a plain softmax head; or, over bytes, the rule needs
+            softmax matrices, as ``meet`` does.
     """
     from softmeet.hf.byte_modeling import assemble  # which is built on modeling, and that on this module
 
@@ -161,8 +165,10 @@ def random_members(config: EnsembleConfig, *, over_bytes: bool) -> tuple[list[Pr
         (the members, in order; the result of :func:`softmeet.hf.vocabulary.choose_vocabulary`).
 
     Raises:
-        InvalidInputError: if ``config.vocabulary`` is of the other kind of ensemble.
+        InvalidInputError: if ``config.vocabulary`` is of the other kind of ensemble; or, over tokens, there are
+            prefixes; or, over bytes, the gate is ``unsure``.
         CheckpointError: if a member's configuration or tokenizer cannot be read.
+        UnsupportedHeadError: if, over bytes, the rule needs softmax matrices, as ``meet`` does.
         VocabularyMismatchError: if, over tokens, the tokenizers differ; or, over bytes, one of them cannot be used.
     """
     wanted = "bytes" if over_bytes else "tokens"
@@ -180,7 +186,7 @@ def save(model: EnsembleForCausalLM, folder: Path) -> None:
     """Write an ensemble's configuration, generation configuration, tokenizer and model card into ``folder``.
 
     The folder is made if there is none, and files of the same names are replaced. No weights are written: the
-    configuration names the members, local ones by paths relative to the folder.
+    configuration names the members, local ones by paths relative to the folder. ``model`` is unchanged.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(model.config)

@@ -47,8 +47,8 @@ class Deferral:
 
     Attributes:
         rows: (B,) bool, True at positions at which all members ran, False at those at which the first answers alone.
-        logits: (B, v), the first member's logits at all B positions, if they were kept; else None.
-        seconds: the time that running the other members took.
+        logits: (B, v), the first member's logits at all B positions; None if they were too large to keep.
+        seconds: the time in seconds that running the other members took.
     """
 
     rows: Bool[Tensor, " B"]
@@ -56,7 +56,7 @@ class Deferral:
     seconds: float = 0.0
 
     def take(self, rows: slice) -> Deferral:
-        """Return the deferral at a slice of the positions, without the seconds."""
+        """Return the deferral at the positions in the slice ``rows``, with ``seconds`` 0."""
         return Deferral(self.rows[rows], None if self.logits is None else self.logits[rows])
 
     @staticmethod
@@ -66,7 +66,7 @@ class Deferral:
         Args:
             head: the first member's head.
             gate: the gate; the member defers if its largest next-token probability is below ``gate.threshold``.
-            hidden: (B, d), the first member's last hidden states.
+            hidden: (B, d), the first member's last hidden states, on the head's device.
         """
         chunk = rows_at_once(head.v, 1)
         if len(hidden) <= chunk:
@@ -81,7 +81,7 @@ class Combiner:
 
     Attributes:
         names: the members' names, for messages.
-        heads: the members' output layers, in the same order.
+        heads: the members' output layers, in the same order, as :func:`softmeet.members.heads.head_of` finds them.
         v: the size of the vocabulary: the number of logits of the largest head.
         support: (v,) bool, True for the ids that are tokens, for heads with padding rows; None if all ids are tokens.
         capped: whether a head has a soft-cap; rules then need logits beside log-probabilities.
@@ -106,12 +106,15 @@ class Combiner:
         """Return the rule's log-probabilities, in nats, at k positions of each of B sequences.
 
         Args:
-            hidden: (B, k, d_i), the last hidden states of each member i.
-            settings: the rule and all other settings.
+            hidden: for each member i, the last hidden states that it computed, (B, k, d_i).
+            settings: the rule and all other settings, from :meth:`Settings.for_members`.
             deferral: the positions, of all B · k sequence by sequence, at which all members ran; at the others the
-                first member answers alone. None if all members ran at all positions.
-            recorder: counts every solution; None for no record.
+                first member answers alone. :meth:`EnsembleForCausalLM.run` makes it. None if all members ran at all.
+            recorder: its :meth:`Recorder.add` is called after each chunk of positions, in order; None for no record.
             before: the token before each of the B · k positions, for gates that look at the text; None if unknown.
+
+        Raises:
+            SoftmeetError: as :meth:`combine_rows`.
         """
         parts = []
         if recorder is not None and deferral is not None:
@@ -135,8 +138,8 @@ class Combiner:
         """Combine the members at B positions, in chunks of b so that memory stays bounded, from their hidden states.
 
         Args:
-            hidden: (B, d_i), the last hidden states of each member i.
-            settings: the rule and all other settings.
+            hidden: for each member i, its last hidden states, (B, d_i).
+            settings: the rule and all other settings, from :meth:`Settings.for_members`.
             deferral: the positions at which all members ran; at the others the first member answers alone. None if all
                 members ran at all positions.
             before: the token before each position, for gates that look at the text; None if unknown.
@@ -144,7 +147,11 @@ class Combiner:
                 estimate of the gap.
 
         Yields:
-            (the members' log-probabilities in nats at b positions, (n, b, v), fp64; the rule's solution there).
+            (the members' log-probabilities in nats at b positions, (n, b, v), fp64; the rule's solution there). The
+            chunks are in order; the last may be smaller.
+
+        Raises:
+            SoftmeetError: as :meth:`combine_rows`, when the chunk concerned is reached.
         """
         chunk = rows_at_once(self.v, len(hidden))
         for start in range(0, len(hidden[0]), chunk):
@@ -165,8 +172,8 @@ class Combiner:
         """Combine the members at B positions, from their hidden states.
 
         Args:
-            hidden: (B, d_i), the last hidden states of each member i.
-            settings: the rule and all other settings.
+            hidden: for each member i, its last hidden states, (B, d_i).
+            settings: the rule and all other settings, from :meth:`Settings.for_members`.
             deferral: the positions at which all members ran. At the other positions the first member answers alone:
                 the hidden states of the others are not read, and their log-probabilities are returned as NaN. None if
                 all members ran at all positions.
@@ -178,7 +185,7 @@ class Combiner:
             (the members' log-probabilities in nats, (n, B, v), fp64; the rule's solution of the B rows).
 
         Raises:
-            NonFiniteError: if a member's logits hold NaN or +inf; the message names the member.
+            SoftmeetError: as :meth:`combine_rows`.
         """
         logits = self.own_logits(hidden, deferral)
         if deferral is not None:
@@ -189,7 +196,7 @@ class Combiner:
         return (log_probs, solution) if deferral is None else _nan_where_not_run(log_probs, solution)
 
     def own_logits(self, hidden: Hidden, deferral: Deferral | None = None) -> Scores:
-        """Compute the members' logits, (n, B, v), fp32 or fp64, from their hidden states.
+        """Compute the members' logits, (n, B, v), fp32 or fp64, from their last hidden states, (B, d_i) for member i.
 
         Ids past a head's last row have -inf. At positions at which, by ``deferral``, the first member answers alone,
         all logits of the other members are 0, and their heads are not read.
@@ -209,7 +216,7 @@ class Combiner:
         Both are (n, B, v), fp32 or fp64.
 
         Args:
-            hidden: (B, d_i), the last hidden states of each member i.
+            hidden: for each member i, its last hidden states, (B, d_i).
         """
         logits = self.own_logits(hidden)
         return logits.log_softmax(-1), logits if self.capped else None
@@ -235,20 +242,24 @@ class Combiner:
             scores: (n, B, v), the members' log-probabilities in nats, or their logits, which are normalised.
             logits: (n, B, v), the members' logits, soft-cap included; needed if a head has a soft-cap, else unused.
             settings: all settings, from :meth:`Settings.for_members`.
-            hidden: (B, d_i), the last hidden states of each member i, for ``free_radial``; None to recover them from
+            hidden: for each member i, its last hidden states, (B, d_i), for ``free_radial``; None to recover them from
                 the log-probabilities.
-            start: a solution of the same rows, at whose dual variables to begin; None to begin at the pool.
-            relaxed: a solution of the same rows with ``settings.relaxed()``, by the rule that ``on_infeasible`` names,
-                ungated (:meth:`Solution.as_fallback`); it answers rows without a feasible distribution. None to solve
-                for it if there are any.
+            start: a solution of the same rows by this combiner and a rule like ``meet``, which tilts the pool, at whose
+                dual variables to begin; None to begin at the pool.
+            relaxed: the result of this method for the same rows, the rule that ``on_infeasible`` names and otherwise
+                ``settings.relaxed()``, without a gate; it answers rows without a feasible distribution. None to solve
+                for it if there are such rows.
             proved: True to solve a row until its gap is proved to be within the tolerance; False to stop at an
                 estimate of the gap.
             before: the token before each position, for gates that look at the text; None if unknown.
 
         Raises:
-            NonFiniteError: if ``scores`` hold NaN or +inf; the message names the member.
+            NonFiniteError: if ``scores`` hold NaN, +inf or a row of -inf only; the message names the member.
             UnsupportedHeadError: if ``free_radial`` is set and a member's final norm is unknown.
-            InvalidInputError: if ``free_radial`` is set with several bands, or ``start`` or ``relaxed`` does not fit.
+            InvalidInputError: if ``free_radial`` is set with several bands, ``start`` or ``relaxed`` does not fit, or
+                the gate is ``movement`` without a calibrated factor.
+            InfeasibleError: if ``on_infeasible`` is ``"raise"`` and a row has no feasible distribution.
+            RuleError: if the rule fails, or returns something other than distributions.
         """
         heads, dtype = self.heads, scores.dtype
         try:

@@ -23,9 +23,16 @@ class EnsembleConfig(PreTrainedConfig):
     ``"unsure:0.5"``; in JSON an infinite trust is ``"inf"``. ``rule_temperature`` applies to the rule's answer, and
     the temperature of ``generate`` to the result. ``gate`` applies in ``forward`` and ``generate``.
 
+    Args:
+        members: the members' names, in order: hub ids, folders, ``.gguf`` files or bundled names.
+        rule: the rule, as text such as ``"meet:trust=0.3"`` or as an instance; None for the default, ``meet``.
+        settings: all settings as one object, in place of ``rule`` and of settings by name; None to take those.
+        given: settings and options of the rule by name; all others go to transformers' ``PreTrainedConfig``.
+
     Attributes:
         members: the members' names, in order.
-        settings: all settings as one immutable object; setting an attribute replaces it.
+        settings: all settings as one immutable object, completed for these members by :meth:`Settings.for_members`;
+            setting an attribute replaces it.
         rule_source: the rule's origin, as ``"package NAME"`` or ``"class NAME"``; None for softmeet's own rules.
         vocabulary: ``"tokens"`` for members combined over their common tokens, ``"bytes"`` over bytes; ``"auto"`` until
             the tokenizers have been compared.
@@ -37,7 +44,8 @@ class EnsembleConfig(PreTrainedConfig):
             for (:func:`softmeet.hf.calibrated.key_of`); None for a factor that could not be measured in time.
 
     Raises:
-        InvalidInputError: if a setting is not valid; no member is loaded for the check.
+        InvalidInputError: if a setting is not valid, there are not as many weights, trusts or prefixes as members, or
+            the rule of a saved ensemble is not registered here; no member is loaded for the check.
     """
 
     model_type = "softmeet"
@@ -89,10 +97,14 @@ class EnsembleConfig(PreTrainedConfig):
             super().__setattr__(name, value)
 
     def adopt_limits(self, members: Sequence[PreTrainedModel]) -> None:
-        """Set the limits and special ids that follow from the members' models, over tokens.
+        """Set, in this configuration, the limits and special ids that follow from the members' models, over tokens.
 
         ``vocab_size`` is the number of logits of the largest head, ``max_position_embeddings`` the shortest context
-        (None if no member has a limit); the ids that begin, end and pad a text are the first member's.
+        (None if no member has a limit); the ids that begin, end and pad a text (``bos_token_id``, ``eos_token_id``,
+        ``pad_token_id``) are the first member's.
+
+        Args:
+            members: the loaded models, at least one, in the order of the members' names.
         """
         configs = [member.config.get_text_config(decoder=True) for member in members]
         self.vocab_size = max(member.get_output_embeddings().weight.shape[0] for member in members)

@@ -236,13 +236,17 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         return super()._get_candidate_generator(*args, model_kwargs=known, **kwargs)
 
     def new_cache(self, gate: str | Gate | None = None) -> EnsembleCache:
-        """Make an empty cache of all members; if ``gate`` is ``unsure``, those after the first may lag behind it."""
+        """Make an empty cache of all members; if ``gate`` is ``unsure``, those after the first may lag behind it.
+
+        Raises:
+            InvalidInputError: if there is no such gate; or it is ``unsure``, and a cache has more than keys and values.
+        """
         lagging = isinstance(that_closes(parse_gate(gate)), Unsure)
         return EnsembleCache([member.config for member in self.members], lagging=lagging)
 
     @property
     def settings(self) -> Settings:
-        """The settings by which the members are combined, kept in the configuration."""
+        """The settings by which the members are combined: ``config.settings``, completed for these members."""
         return self.config.settings  # type: ignore[no-any-return]
 
     @property
@@ -275,7 +279,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         return hidden.new_zeros(0, 3)
 
     def require(self, settings: Settings) -> None:
-        """Raise an error if over bytes the rule of ``settings`` needs softmax matrices, or their gate is ``unsure``."""
+        """Raise the errors of :func:`require_for_bytes` if the ensemble is over bytes; do nothing over tokens."""
         if self.over_bytes:
             require_for_bytes(settings)
 
@@ -334,12 +338,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         self.combiner.support = token_support(ids or token_ids(tokenizer), self.config.members, self.heads)
 
     def part(self, chosen: Sequence[int], config: EnsembleConfig) -> EnsembleForCausalLM:
-        """Make an ensemble of some of the members; it shares their weights with this one.
-
-        Args:
-            chosen: the numbers of the members, from 0.
-            config: the configuration of the new ensemble, which names these members.
-        """
+        """Make an ensemble of members ``chosen``, numbers from 0, which shares their weights; ``config`` names them."""
         part: EnsembleForCausalLM = EnsembleForCausalLM(config, [self.members[k] for k in chosen]).eval()
         if self.tokenizer is not None:
             v, support = max(head.v for head in self.heads), self.combiner.support
@@ -372,6 +371,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             CheckpointError: if a member is missing; the message says where it was expected.
             InvalidInputError: if a device is unknown, or ``device_map`` names a member that does not exist.
+            VocabularyMismatchError: if the members' tokenizers do not fit the saved vocabulary, tokens or bytes.
         """
         folder = Path(pretrained_model_name_or_path)
         return checkpoint.load(folder, config, dtype, device_map, bool(trust_remote_code), **kwargs)

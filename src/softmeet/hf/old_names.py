@@ -13,9 +13,13 @@ COMBINER_METHODS = ("solve_rows", "solve_in_chunks", "combine_rows", "own_logits
 
 
 def moved_to_combiner(name: str) -> Callable[..., Any]:
-    """Make ``model.name(...)`` a deprecated spelling of ``model.combiner.name(...)``.
+    """Return a method for the class of ensembles that warns, and then calls ``model.combiner.NAME`` in its place.
 
-    Without ``settings`` the model's own are taken, without their gate, as this method did before.
+    The method passes its arguments on and returns that call's result. Without ``settings`` it passes the model's own,
+    without their gate, as this method did before. The warning is a ``DeprecationWarning`` at every call.
+
+    Args:
+        name: the method's name, one of :data:`COMBINER_METHODS`.
     """
 
     def call(model: Any, *arguments: Any, **options: Any) -> Any:

@@ -20,10 +20,10 @@ class Savings:
     """The work that a gate saved.
 
     Attributes:
-        rows: the number of rows.
+        rows: the number of rows, open or closed.
         gated: the number of rows that the gate closed.
-        seconds: the time that the open rows took for the work that closed rows are spared: solving the rule and, under
-            the gate ``unsure``, running the members after the first.
+        seconds: the time in seconds that the open rows took for the work that closed rows are spared: solving the rule
+            and, under the gate ``unsure``, running the members after the first.
     """
 
     rows: int = 0
@@ -57,11 +57,13 @@ class Recorder:
 
     Attributes:
         rows: the number of rows, those that a gate closed included.
-        asked: the number of rows at which every member ran.
-        passes: reads of all heads, summed over all rows; ``passes / rows`` is the mean per row.
+        asked: the number of rows at which every member ran: all rows, but for those that the gate ``unsure`` closed.
+        passes: reads of all heads (:attr:`Solution.num_passes`), summed over all rows, closed ones included;
+            ``passes / rows`` is the mean per row.
         fallbacks: the number of rows that had no feasible distribution, so that the fallback answered.
-        unconverged: the number of rows with ``Status.NOT_CONVERGED``; those that ended by a ``budget`` do not count.
-        largest_gap: the largest gap of a row that no gate closed, in nats.
+        unconverged: the number of rows with ``Status.NOT_CONVERGED``. Rows that a gate closed, and rows that ended by a
+            ``budget``, have another status and do not count.
+        largest_gap: the largest gap of a row that no gate closed, in nats; 0 if there is none.
         gate: the work that the gate saved.
         disagreement: (n,), each member's ``Solution.disagreement`` in nats, summed over the rows at which it ran; no
             elements before the first row.
@@ -77,10 +79,10 @@ class Recorder:
     disagreement: Float[Tensor, " n"] = field(default_factory=lambda: torch.zeros(0))
 
     def add(self, solution: Solution, log_probs: Float[Tensor, "n B v"]) -> None:
-        """Add the rows of one solution to all counts.
+        """Add the rows of one solution to all counts; ``forward`` calls it once for each chunk of rows that it solves.
 
         Args:
-            solution: the solution of B rows.
+            solution: the solution of B rows, open or closed.
             log_probs: (n, B, v), the members' log-probabilities in nats; unused here, for subclasses that keep them.
         """
         is_open, known = ~solution.gated, ~solution.disagreement.isnan().any(0)

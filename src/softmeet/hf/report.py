@@ -39,8 +39,8 @@ class TokenReport:
         moved: the tokens j with the largest |p_j - q_j|, p the ensemble's distribution and q the pool, as (id, log q_j,
             log p_j), the largest first; if ``gated``, with log p_j in place of log q_j.
         pushes: ``pushes[k][i]`` is member i's contribution push_ij, by its dual variables, to the change of token j,
-            the k-th of ``moved``: log p_j - log q_j = Σ_i push_ij + a constant. 0 if the rule is not one, such as
-            ``meet``, that tilts the pool.
+            the k-th of ``moved``: log p_j - log q_j = Σ_i push_ij + a constant. 0 if the rule, unlike ``meet``,
+            does not tilt the pool.
         disagreement: for each member, KL(r_i‖p̂_i) of its corrected distribution r_i and its own p̂_i, or an upper bound
             of it.
         disagreement_is_bound: for each member, whether ``disagreement`` is the upper bound KL(p‖p̂_i).
@@ -48,7 +48,7 @@ class TokenReport:
         fallback: whether there was no feasible distribution, so that the fallback answered.
         gap: how far the answer can be from its optimum; inf if nothing is known.
         gap_is_certified: whether ``gap`` is a proved bound rather than an estimate.
-        num_passes: how many times the solver read all heads.
+        num_passes: how many times the solver read all heads; reads of a part of their rows count as fractions.
         gated: whether a gate was closed, so that the rule was not solved.
     """
 
@@ -69,7 +69,13 @@ class TokenReport:
     gated: bool = False
 
     def spelled(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        """Return the report as a dict for JSON: its attributes, ids in lists as texts, and the token's ``text``."""
+        """Return the report as a dict for JSON: its attributes by name, and ``text``, the text of ``token``.
+
+        In ``top``, ``member_top`` and ``moved`` each id is replaced by its text; ``token`` stays an id.
+
+        Args:
+            tokenizer: the ensemble's tokenizer, which decodes the ids.
+        """
 
         def spell(token: int) -> str:
             return str(tokenizer.decode([token]))
@@ -86,9 +92,10 @@ def token_report(solution: Solution, log_probs: Float[Tensor, "n B v"], row: int
     """Report on one position of a solved batch, and the token that came there.
 
     Args:
-        solution: the solution of the batch, B positions.
-        log_probs: (n, B, v), the members' log-probabilities in nats; NaN for a member that did not run.
-        row: the number of the position in the batch.
+        solution: the solution of a batch of B positions, as :meth:`Combiner.solve_rows` returns it.
+        log_probs: (n, B, v), the members' log-probabilities in nats there, which the same call returns; NaN for a
+            member that did not run.
+        row: the number of the position in the batch, from 0 to B - 1.
         token: the id of the token that came there.
         top: how many tokens to list in ``top``, ``moved`` and each member's ``member_top``.
     """
@@ -175,7 +182,7 @@ class TokenReports(Recorder):
     ``output_scores``: ``generate`` then returns the ``beam_indices`` that :meth:`of` needs.
 
     Args:
-        top: how many tokens a report lists of each distribution.
+        top: how many tokens a report lists in ``top``, ``moved`` and each member's ``member_top``.
     """
 
     def __init__(self, top: int = 5) -> None:
@@ -191,7 +198,9 @@ class TokenReports(Recorder):
     def of(
         self, generated: Sequence[Sequence[int]], rows: int, beam_indices: Int[Tensor, "s t"] | None = None
     ) -> list[list[TokenReport]]:
-        """Report on generated sequences: a list for each of them, with a report for each token.
+        """Report on generated sequences: return a list for each of them, with a report for each token.
+
+        The recorder has to be a new one that was passed to this one call of ``generate`` only.
 
         Args:
             generated: the ids of the new tokens of each sequence, without prompt and padding.
@@ -209,6 +218,10 @@ class TokenReports(Recorder):
     def at(self, index: int, token: int) -> TokenReport:
         """Report on the position that was solved as number ``index``, and the ``token``, an id, that came there.
 
-        Positions are numbered from 0 in the order of the passes and, in a pass, of its rows.
+        Positions are numbered from 0, over all calls that the recorder was passed to, in the order of the forward
+        passes and, in a pass, of its rows.
+
+        Raises:
+            IndexError: if there is no such position.
         """
         return token_report(*self._kept[index], token, self.top)

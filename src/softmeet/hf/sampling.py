@@ -20,8 +20,9 @@ class RowSampler(LogitsProcessor):
     possible, the sampling or search that follows has to choose it.
 
     Args:
-        seed: the seed of the whole call.
-        keys: one integer per row; row k draws from ``row_generator(seed, keys[k])``.
+        seed: the seed of the whole call, an integer.
+        keys: an integer for each row of the batch (prompts times sequences of each); row k draws from
+            ``row_generator(seed, keys[k])``. Rows with equal keys draw the same numbers.
     """
 
     def __init__(self, seed: int, keys: Sequence[int]) -> None:

@@ -49,8 +49,9 @@ def choose_vocabulary(
 
     Args:
         config: the ensemble's configuration; its ``vocabulary`` is set to the choice, ``"tokens"`` or ``"bytes"``.
-        tokenizers: the members' tokenizers, in order.
-        any_average: whether the choice of bytes replaces the rule of ``config`` by ``logit-mean``, the default there.
+        tokenizers: the members' tokenizers, in the order of ``config.members``.
+        any_average: True to set the rule of ``config`` to ``logit-mean``, the default over bytes, if the ensemble is
+            over bytes, by choice or as asked for; False to keep its rule.
 
     Returns:
         Over tokens, the :class:`CommonVocabulary`; over bytes, each member's :class:`Spelling`, its tokens as byte

@@ -78,7 +78,10 @@ class SyntheticStudy:
     tol: ClassVar[float] = 1e-8
 
     def cells(self) -> Iterator[tuple[str, Callable[[], Json]]]:
-        """Yield (key, call that returns the cell's result) for every ratio, kind of truth, noise and trial.
+        """Yield (key, function) for every cell: every ratio, kind of truth, noise and trial.
+
+        The function has no arguments, is picklable, and returns the cell's result; :meth:`Run.each` takes the pairs as
+        a dict.
 
         A result has the cell's ``ratio``, ``truth`` (``"zipf"`` or ``"dirichlet"``) and ``noise``, and for each row
         KL(truth‖·), in nats, of ``members`` and ``rules``.
@@ -101,8 +104,8 @@ class SyntheticStudy:
         """Make the report: tables by nd/v for each noise, claims that check the theorems row by row, and two plots.
 
         Args:
-            results: the cells' results, by key.
-            command: the command that made them.
+            results: the results of all cells of :meth:`cells`, by key, as :meth:`Run.each` returns them.
+            command: the command that made them, as text.
         """
         cells = list(results.values())
         exact = [c for c in cells if c["noise"] == 0]
@@ -201,7 +204,10 @@ class KnownTruthStudy:
         return Ensemble.from_pretrained(list(self.members))
 
     def cells(self, documents: Sequence[Document], ensemble: Ensemble) -> Iterator[tuple[str, Callable[[], Json]]]:
-        """Yield (key, call that returns the cell's result) for positions of every document and every number of members.
+        """Yield (key, function) for every cell: some positions of a document, with one number of members.
+
+        The function has no arguments, is picklable, and returns the cell's result; :meth:`Run.each` takes the pairs as
+        a dict.
 
         A result has the number of members, ``size``, and for each row KL(truth‖·), in nats, of ``members`` and
         ``rules``. The members of ``truth`` are loaded when the first cell is asked for.
@@ -235,8 +241,8 @@ class KnownTruthStudy:
         """Make the report: tables with a column for each number of members, a claim and a plot.
 
         Args:
-            results: the cells' results, by key.
-            command: the command that made them.
+            results: the results of all cells of :meth:`cells`, by key, as :meth:`Run.each` returns them.
+            command: the command that made them, as text.
         """
         cells = list(results.values())
         columns = [(f"n = {k}", [c for c in cells if c["size"] == k]) for k in self.sizes]
@@ -353,7 +359,7 @@ def never_worse(cells: list[Json], ours: str, theirs: str, within: float) -> str
     """State in a sentence whether ``ours`` has in no row a larger KL(truth‖answer) than ``theirs``.
 
     Args:
-        cells: results of the cells whose rows are compared.
+        cells: results of the cells whose rows are compared, as the functions of ``cells`` in a study return them.
         ours, theirs: names of rules in the study, such as ``max-entropy`` or ``meet 1``.
         within: the difference in nats up to which a larger KL does not count; an infinite one of ``ours`` always does.
     """

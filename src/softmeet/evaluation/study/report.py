@@ -52,7 +52,8 @@ class LinePlot:
     Attributes:
         name: the file's name, without its ending.
         title, x, y: the texts above the plot and along its axes.
-        lines: by label, each line's points: (x, y), or (x, y, half the width of an interval); y is finite.
+        lines: by label, each line's points: all of a line are (x, y), or all are (x, y, half the width of an interval);
+            y is finite.
         log_x: whether the x axis is logarithmic.
         zero: whether a horizontal line is drawn at 0.
         count: whether x is an integer, so that the axis has ticks at integers only.
@@ -105,8 +106,8 @@ class Report:
         title: its heading.
         command: the command that made it.
         claims: sentences with their verdicts, or with figures.
-        tables, plots: shown below the claims, in this order.
-        texts: further passages, by heading.
+        tables, plots: shown below the claims, tables first.
+        texts: further passages in Markdown, by heading; shown last.
     """
 
     title: str
@@ -121,6 +122,7 @@ class Report:
 
         Raises:
             TraceError: if the disk is full.
+            ImportError: if there are plots, and Matplotlib is not installed.
         """
         parts = [f"# {self.title}", f"`{self.command}`", "\n".join(f"- {claim}" for claim in self.claims)]
         parts += [table.markdown() for table in self.tables]

@@ -42,18 +42,19 @@ class TextStudy:
     """A study of members on text: which rules are scored at how many positions.
 
     Attributes:
-        positions: the most positions for the averages, spread evenly over the text; those of the next three are taken
-            from these, evenly spread.
-        meet: the number for ``meet``, at every trust.
-        exact: the number for ``max-entropy``.
-        slow: the number for the other rules.
+        positions: the most positions for the averages, spread evenly over the text; those for ``meet``, ``exact`` and
+            ``slow`` are taken from these, evenly spread.
+        meet: the most positions for ``meet``, at every trust.
+        exact: the most positions for ``max-entropy``.
+        slow: the most positions for the other rules.
         rows: positions in each cell (a piece of the study's work).
         sizes: numbers k of members; for each, averages, ``meet`` and ``max-entropy`` are also scored with only the
             first k members, at ``meet`` positions.
         prompt: the text that each rule continues as a sample.
-        tokens: the length of these samples; 0 for none.
-        premise: the number of positions for premise scores; 0 for none.
-        only: a pattern such as ``*.py`` that documents' file names have to match; None for all documents.
+        tokens: the length of these samples in tokens; 0 for no samples.
+        premise: the most positions for premise scores, which the caller computes (:func:`premise_at`); 0 for none.
+        only: a pattern such as ``*.py`` that documents' file names have to match, which the caller applies
+            (:func:`chosen`); None for all documents.
     """
 
     positions: int = 4000
@@ -68,14 +69,17 @@ class TextStudy:
     only: str | None = None
 
     def cells(self, ensemble: Ensemble, positions: Positions) -> Iterator[tuple[str, Callable[[], Json]]]:
-        """Yield (key, call that returns the cell's result) for each cell: scores of rules at some positions; samples.
+        """Yield (key, function) for each cell: scores of rules at some positions, or a sample.
+
+        The function has no arguments, is picklable, and returns the cell's result; :meth:`Run.each` takes the pairs as
+        a dict.
 
         Scores are ``document`` (its index, by position), ``members`` (by name, the losses in nats) and ``rules`` (by
         name, ``nats``, and the counts ``fallbacks``, ``unsolved`` and ``passes``). A sample is ``text``.
 
         Args:
-            ensemble: the members.
-            positions: of the text, with hidden states.
+            ensemble: the members, over tokens.
+            positions: of the text, with hidden states, as :func:`observe_text` or :meth:`Trace.read` returns them.
         """
         every = spread(positions, self.positions)
         kinds: list[tuple[str, Sequence[RuleChoice], int]] = [
@@ -106,9 +110,10 @@ class TextStudy:
 
         Args:
             text: the text's name, for the title.
-            results: the cells' results, by key.
-            command: the command that made them.
-            premises: the result of the premise test for each member, in order; empty for no table of these.
+            results: the cells' results, by key, as :meth:`Run.each` returns them; all cells of :meth:`cells`.
+            command: the command that made them, as text.
+            premises: the result of the premise test for each member, in order, as :func:`premise_at` returns them;
+                empty for no table of these.
         """
         prefixes = {name: f"{name} " for name in KINDS} | {f"the first {k} members": f"first {k}: " for k in self.sizes}
         picked = {
@@ -153,7 +158,7 @@ def chosen(positions: Positions, only: str | None) -> Positions:
 
 
 def spread(positions: Positions, count: int) -> Positions:
-    """Return at most ``count`` of the positions, evenly spread from the first to the last, in order."""
+    """Return ``count`` of the positions, evenly spread from the first to the last, in order; all if there are fewer."""
     if count >= len(positions):
         return positions
     return positions.take(torch.linspace(0, len(positions) - 1, count).round().long())
