@@ -295,7 +295,10 @@ class WhitenedHead:
         self.at = torch.arange(batch, device=self.device)
 
     def take(self, rows: Int[Tensor, " k"]) -> WhitenedHead:
-        """Return a view that has only ``rows``, k indices, and shares ``rows_read`` with this one."""
+        """Return a view that has only ``rows``, k indices among this view's rows.
+
+        Both views share one tensor ``rows_read``, to which reads through either are added in place.
+        """
         some = copy(self)
         some.at, some.slope = self.at[rows], None if self.slope is None else self.slope[rows]
         return some
@@ -363,5 +366,9 @@ class WhitenedHead:
 
 
 def as_head(head: SoftmaxHead | Tensor) -> SoftmaxHead:
-    """Return ``head`` itself if it is a :class:`SoftmaxHead`; make a tensor W, (v, d), a head without bias."""
+    """Return ``head`` itself if it is a :class:`SoftmaxHead`; make a tensor W, (v, d), a head without bias.
+
+    Raises:
+        InvalidInputError: if W is not a floating tensor of two dimensions, or has no rows or no columns.
+    """
     return head if isinstance(head, SoftmaxHead) else SoftmaxHead(head)

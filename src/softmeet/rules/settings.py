@@ -163,8 +163,8 @@ class Settings(Frozen):
         If these settings have weights, they and the trusts are checked again by :meth:`for_members`.
 
         Args:
-            changes: new values by name, as :meth:`of` takes them; None stands for the default. A new ``rule`` keeps no
-                option of the old rule.
+            changes: new values by name, as :meth:`of` takes them; None stands for a setting's default, but keeps the
+                rule or its option. A new ``rule`` keeps no option of the old rule.
 
         Raises:
             InvalidInputError, RuleError: as by :meth:`of`; InvalidInputError also as by :meth:`for_members`.
@@ -205,7 +205,10 @@ class Settings(Frozen):
         return self.trust  # type: ignore[return-value]
 
     def trusts(self) -> list[list[float]]:
-        """Return, for each member, the list of its bands' trusts in nats per nat; for settings of :meth:`for_members`."""
+        """Return, for each member, the list of its bands' trusts in nats per nat.
+
+        These settings must be from :meth:`for_members`, which is not checked.
+        """
         return [list(self.member_trust[i : i + self.bands]) for i in range(0, len(self.member_trust), self.bands)]
 
     def for_bands(self) -> Settings:
