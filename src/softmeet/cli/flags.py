@@ -39,6 +39,9 @@ class Command(TyperCommand):
 
         Returns:
             the words that are left over, as click's method returns them.
+
+        Raises:
+            InvalidInputError: if an option of a single rule in an older spelling comes without a ``--rule``.
         """
         has_arguments = any(p.param_type_name == "argument" for p in self.params)
         several = self.name in _TOOK_SEVERAL and not (has_arguments and args[:1] and args[0].startswith("-"))
@@ -48,7 +51,10 @@ class Command(TyperCommand):
         """Run the command, after dropping a configuration file's values for settings that ``--rule`` itself names.
 
         This holds for a ``--rule NAME:setting=value`` on the command line, which would else conflict with the file's
-        value.
+        value. The command's own result is returned.
+
+        Raises:
+            InvalidInputError, RuleError: if that ``--rule`` cannot be parsed, as by :func:`parse_rule`.
         """
         rule = ctx.params.get("rule")
         if isinstance(rule, str) and ":" in rule and _on_command_line(ctx, "rule"):

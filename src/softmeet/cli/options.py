@@ -66,7 +66,8 @@ def placement(given: list[str] | None) -> Any:
 def stoppable(advice: str) -> Iterator[None]:
     """Enter a context in which Ctrl-C ends the command: it prints "stopped: ``advice``" and exits with the code 130.
 
-    The text goes to stderr. The function can also decorate another, which then runs in such a context.
+    The text goes to stderr; the exit is the exception ``typer.Exit``. ``@stoppable(advice)`` also works as a decorator:
+    the decorated function then runs in such a context.
     """
     try:
         yield

@@ -163,7 +163,14 @@ class ResultFlags:
             table(facts)
 
     def write(self, facts: dict[str, Any]) -> None:
-        """Write figures as JSON to the file named by ``--json``; without the flag, or with ``-``, do nothing."""
+        """Write figures as JSON to the file named by ``--json``; without the flag, or with ``-``, do nothing.
+
+        Args:
+            facts: the figures, in the types of JSON; infinity and NaN are written as null.
+
+        Raises:
+            TraceError: if the disk is full.
+        """
         from softmeet.evaluation.files import write_json
 
         if self.as_json not in (None, Path("-")):

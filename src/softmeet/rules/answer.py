@@ -18,6 +18,9 @@ from softmeet.solvers.base import Status
 class Answer(Batched):
     """A rule's answer to the B rows of a problem with n members: a distribution p for each row, and facts about it.
 
+    A rule makes it in ``solve``: by :func:`closed_form`, or with every field, on the device of ``problem.log_p``;
+    ``status`` and ``steps`` are int64, other numbers fp64.
+
     Attributes:
         log_probs: log p in nats, fp64, (B, v).
         status: :class:`softmeet.Status` as int, (B,).

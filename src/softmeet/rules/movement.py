@@ -28,6 +28,8 @@ _NOTHING, _LITTLE = 0.005, 0.03
 class Movement:
     """How far a rule's answer p° is from the pool q at B positions; in nats, but for the total variation.
 
+    :meth:`of` makes it of a solution; each attribute has one element per position.
+
     Attributes:
         forward: KL(p°‖q).
         backward: KL(q‖p°).

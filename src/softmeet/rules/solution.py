@@ -107,7 +107,11 @@ class Solution:
 
     @property
     def pool(self) -> Float[Tensor, "*batch v"]:
-        """The pool q as log-probabilities in nats: the weighted average that ``meet`` and ``max-entropy`` tilt."""
+        """The pool q as log-probabilities in nats: the weighted average that ``meet`` and ``max-entropy`` tilt.
+
+        Raises:
+            DisjointSupportError: if in some row no token of the support has positive probability under every member.
+        """
         return self._problem.log_pool.to(self.log_probs.dtype).reshape(self.log_probs.shape)
 
     def as_start(self, heads: Sequence[SoftmaxHead], log_p: Float[Tensor, "n B v"]) -> Start:

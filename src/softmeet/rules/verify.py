@@ -57,7 +57,7 @@ class Recomputed:
 
     Attributes:
         log_probs: log-probabilities in nats of the distribution recomputed from the answer's dual variables.
-        gap: the gap that is certified, in nats; inf if none is.
+        gap: the gap that is certified, in nats; inf if no gap could be certified.
         status: :class:`softmeet.Status` as int.
     """
 
