@@ -315,11 +315,11 @@ class Ensemble:
             recorder: a ``softmeet.hf.Recorder()``, to which the call adds its rows, head reads, fallbacks and more.
             prompt_weights: use for each prompt the weights that :meth:`prompt_weights` computes from it; prompts are
                 then continued one after another.
-            options: options of transformers' ``generate`` by name (without a length text may fill the shortest context)
-                and ``weights`` and ``gate``, which replace the ensemble's for this call.
+            options: options of transformers' ``generate`` (without a length text may fill the shortest context), and
+                ``weights`` (n) and ``gate`` ("none": no gate), in place of the ensemble's if not None.
 
         Raises:
-            InvalidInputError: if a prompt is empty (over bytes it may be), or fills the shortest context of a member.
+            InvalidInputError: if weights or gate are wrong, or a prompt is empty (but over bytes) or fills a context.
 
         Example:
             >>> ensemble = Ensemble.from_pretrained("wide", "logit-mean")

@@ -77,8 +77,8 @@ class Unsure(Gate):
 
     Args:
         threshold: a probability; above 1 the gate never closes.
-        asked: a mask, (B,), of the rows at which the gate is open, if that was decided earlier, when the members ran;
-            None to decide from the first member's probabilities.
+        asked: a bool mask, (B,), True in rows at which the gate is open, if that was decided earlier, when the members
+            ran (ensembles set it); None, the default, to decide from the first member's probabilities.
     """
 
     asked: Bool[Tensor, " B"] | None = field(default=None, compare=False)
@@ -181,7 +181,7 @@ class PredictedMovement(Disagreement):
 
     Args:
         threshold: in nats per token; at 0 the gate never closes.
-        factor: the calibrated factor; None if it is not known yet.
+        factor: the calibrated factor, which an ``Ensemble`` measures and fills in; None if it is not known yet.
         auto: whether the gate was asked for as ``auto``.
     """
 
