@@ -316,10 +316,10 @@ class Ensemble:
             prompt_weights: use for each prompt the weights that :meth:`prompt_weights` computes from it; prompts are
                 then continued one after another.
             options: options of transformers' ``generate`` (without a length text may fill the shortest context), and
-                ``weights`` (n) and ``gate`` ("none": no gate), in place of the ensemble's if not None.
+                ``weights`` (n numbers) and ``gate`` ("none" for no gate); unless None they replace the ensemble's.
 
         Raises:
-            InvalidInputError: if weights or gate are wrong, or a prompt is empty (but over bytes) or fills a context.
+            InvalidInputError: if weights or gate are wrong, or a prompt is empty (over bytes it may be) or fills a context.
 
         Example:
             >>> ensemble = Ensemble.from_pretrained("wide", "logit-mean")
