@@ -319,7 +319,7 @@ class Ensemble:
                 ``weights`` (n numbers) and ``gate`` ("none" for no gate); unless None they replace the ensemble's.
 
         Raises:
-            InvalidInputError: if weights or gate are wrong, or a prompt is empty (unless over bytes) or fills a context.
+            InvalidInputError: if weights or gate is wrong, or a prompt is empty (unless over bytes) or fills a context.
 
         Example:
             >>> ensemble = Ensemble.from_pretrained("wide", "logit-mean")
