@@ -32,7 +32,10 @@ class Batched:
     """
 
     def mapped(self: B, function: Callable[[Tensor], Tensor]) -> B:
-        """Return a copy in which every tensor t that is a field, or in a tuple of one, becomes ``function(t)``."""
+        """Return a copy in which each tensor t that is a field, or in a field's tuple, becomes ``function(t)``.
+
+        ``function`` is called once with each such tensor; a None in a tuple stays None.
+        """
         return _by_field(function, [self])
 
     def take(self: B, rows: Int[Tensor, " k"] | slice) -> B:
@@ -40,12 +43,19 @@ class Batched:
         return self.mapped(lambda mine: mine[rows])
 
     def put(self: B, rows: Int[Tensor, " k"], other: B) -> B:
-        """Return a copy whose rows with the k indices ``rows`` are replaced by the k rows of ``other``, in order."""
+        """Return a copy whose rows at k distinct indices ``rows`` are replaced by the k rows of ``other``, in order.
+
+        ``other`` is of the same class, with tensors of the same dtypes on the same device.
+        """
         return _by_field(lambda mine, theirs: mine.index_copy(0, rows, theirs), [self, other])
 
     @staticmethod
     def joined(parts: Sequence[B]) -> B:
-        """Concatenate the rows of one or more batches, in order; fields without rows come from the first batch."""
+        """Concatenate the rows of one or more batches of one class, in order.
+
+        Fields that are neither tensors nor tuples of tensors come from the first batch; a single batch is returned
+        itself.
+        """
         return parts[0] if len(parts) == 1 else _by_field(lambda *each: torch.cat(each), parts)
 
 

@@ -68,8 +68,8 @@ class NextToken:
     """The ensemble's prediction of the token after a prompt (over bytes, of the byte), beside each member's own.
 
     Attributes:
-        top: (text, probability) of the ensemble's most probable tokens, the most probable first.
-        members: for each member by name, such a list of its own distribution.
+        top: (text, probability) of the ensemble's most probable tokens (bytes), the most probable first.
+        members: by each member's name, the same list for that member's own distribution.
         solution: the log-probabilities of all tokens in nats, (1, v), with status and gap.
     """
 
@@ -125,8 +125,8 @@ class Ensemble:
                 the same time.
             trust_remote_code: run code that comes with a checkpoint.
             offload_folder: a folder for ``"disk"`` weights that cannot be read from the checkpoint unchanged.
-            on_progress: called with each member's name before it is loaded.
-            loaded: a dict that calls may share: members in it are not loaded again, and newly loaded ones are added.
+            on_progress: called with each member's name before the member is loaded.
+            loaded: a dict, at first empty, to pass to several calls, which add members to it and load none twice.
             vocabulary: ``"tokens"`` to combine distributions over tokens, which needs members with the same tokenizer
                 up to padding and added tokens; ``"bytes"`` to combine distributions over bytes; ``"auto"``, the
                 default, for bytes if tokenizers differ, which is logged. Over bytes the rule must be an average,
@@ -264,7 +264,7 @@ class Ensemble:
 
         Args:
             text: at least two tokens.
-            limit: the largest number of tokens to predict.
+            limit: the largest number of tokens to predict, at least 1.
 
         Yields:
             For each window of t positions, (each member's last hidden states, (t, d_i), in its dtype; the ids of the
@@ -312,14 +312,14 @@ class Ensemble:
             text: a prompt or a list of prompts.
             seed: prompt k, from 0, draws from its own generator, seeded with (seed, k), so its tokens do not depend on
                 the other prompts. None for torch's global generator.
-            recorder: a :class:`softmeet.hf.Recorder`, which counts rows, head reads and fallbacks of the call.
+            recorder: a ``softmeet.hf.Recorder()``, to which the call adds its rows, head reads, fallbacks and more.
             prompt_weights: use for each prompt the weights that :meth:`prompt_weights` computes from it; prompts are
                 then continued one after another.
-            options: options of transformers' ``generate`` by name (without a length text may fill the shortest context)
-                and ``weights`` and ``gate``, which replace the ensemble's for this call.
+            options: options of transformers' ``generate`` (without a length text may fill the shortest context), and
+                ``weights`` (n numbers) and ``gate`` ("none" for no gate); unless None they replace the ensemble's.
 
         Raises:
-            InvalidInputError: if a prompt is empty (over bytes it may be), or fills the shortest context of a member.
+            InvalidInputError: if weights or gate is wrong, or a prompt is empty (unless over bytes) or fills a context.
 
         Example:
             >>> ensemble = Ensemble.from_pretrained("wide", "logit-mean")
@@ -339,9 +339,9 @@ class Ensemble:
     def stream(
         self, text: str, *, seed: int | None = None, recorder: Recorder | None = None, **options: Any
     ) -> Iterator[str]:
-        """Continue one prompt with the arguments of :meth:`generate`, and yield the new text in parts as it comes.
+        """Continue one prompt as :meth:`generate` does (without ``prompt_weights``), and yield new text as it comes.
 
-        Closing the iterator stops the generation; an error in the generation is raised from the iterator.
+        Work begins with the first part asked for; closing the iterator stops it, and errors are raised from it.
 
         Example:
             >>> ensemble = Ensemble.from_pretrained("wide", "logit-mean")

@@ -63,7 +63,7 @@ class InfeasibleError(SoftmeetError):
 
 
 class NotConvergedError(SoftmeetError):
-    """The error for rows whose gap is above ``tol``, in nats, after ``max_steps`` steps.
+    """The error for rows whose gap is above ``tol``, in nats, after ``max_steps`` steps, or steps without progress.
 
     Only :func:`softmeet.combine` with ``throw=True`` raises it; else such rows have the status NOT_CONVERGED.
     """

@@ -232,11 +232,11 @@ class Whitening:
         return self.factor.shape[1]
 
     def narrowed(self, basis: Float[Tensor, "rank k"]) -> Whitening:
-        """Return the whitening whose Q is this one's Q times ``basis``, which has k orthonormal columns."""
+        """Return the whitening whose Q is this one's Q times ``basis``, fp64, which has k orthonormal columns."""
         return Whitening(self.center, self.factor @ basis, basis.T @ self.inverse, self.offset)
 
     def truncated(self, rank: int) -> Whitening:
-        """Return the whitening whose Q spans only the ``rank`` largest singular directions of W - 1cᵀ."""
+        """Return the whitening whose Q spans only the ``rank`` (at least 1) largest singular directions of W - 1cᵀ."""
         return self.narrowed(torch.linalg.svd(self.inverse, full_matrices=False).U[:, :rank])
 
     def without(self, directions: Float[Tensor, "k d"]) -> Whitening:
@@ -263,10 +263,11 @@ class WhitenedHead:
         head: the head; if it has fewer than v rows, Q is zero at the tokens past its last row.
         v: the number of tokens.
         dtype: the dtype of products; fp64 in any case if columns' means exceed their spreads too far for fp32.
-        slope: the diagonal of S in each row of the batch; None for ones.
-        batch: B.
+        slope: the diagonal of S in each row of the batch, as :meth:`SoftmaxHead.slope` returns it, and 0 past the
+            head's last row; None for ones.
+        batch: B, the number of rows.
         device: the device on which solvers compute; None for the head's own.
-        whitening: c and R; None for the head's own.
+        whitening: c and R, a :class:`Whitening` of this head, perhaps cut; None for ``head.whitening()``.
 
     Attributes:
         rank: the number of Q's columns.
@@ -295,7 +296,10 @@ class WhitenedHead:
         self.at = torch.arange(batch, device=self.device)
 
     def take(self, rows: Int[Tensor, " k"]) -> WhitenedHead:
-        """Return a view that has only ``rows``, k indices, and shares ``rows_read`` with this one."""
+        """Return a view that has only ``rows``, k indices among this view's rows.
+
+        Both views share one tensor ``rows_read``, to which reads through either are added in place.
+        """
         some = copy(self)
         some.at, some.slope = self.at[rows], None if self.slope is None else self.slope[rows]
         return some
@@ -308,7 +312,10 @@ class WhitenedHead:
         return self._sloped(pad(out, (0, self.v - self.head.v)))
 
     def moments(self, *ps: Float[Tensor, "B v"]) -> list[Float[Tensor, "B _"]]:
-        """Return the whitened moments Qᵀ p, (B, rank), of each tensor in ``ps``, by one read of the head for all."""
+        """Return the whitened moments Qᵀ p, (B, rank), of each tensor in ``ps``, by one read of the head for all.
+
+        ``ps`` are one or more tensors of the same dtype, each with a row for every row of this view.
+        """
         p = torch.cat([self._sloped(p) for p in ps])[:, : self.head.v]
         raw = self.head.moments(p.to(self.home, self.dtype)).to(self.device, torch.float64)
         self.rows_read[self.at] += self.head.v
@@ -363,5 +370,9 @@ class WhitenedHead:
 
 
 def as_head(head: SoftmaxHead | Tensor) -> SoftmaxHead:
-    """Return ``head`` itself if it is a :class:`SoftmaxHead`; make a tensor W, (v, d), a head without bias."""
+    """Return ``head`` itself if it is a :class:`SoftmaxHead`; make a tensor W, (v, d), a head without bias.
+
+    Raises:
+        InvalidInputError: if W is not a floating tensor of two dimensions, or has no rows or no columns.
+    """
     return head if isinstance(head, SoftmaxHead) else SoftmaxHead(head)

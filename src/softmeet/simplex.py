@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def log_normalize(scores: Float[Tensor, "*b v"]) -> Float[Tensor, "*b v"]:
-    """Return the log-probabilities of softmax(scores), in nats: scores - logsumexp(scores).
+    """Return the log-probabilities of softmax(scores), in nats: scores - logsumexp(scores); NaN if all are -inf.
 
     Example:
         >>> log_normalize(torch.tensor([0.0, 0.0, -torch.inf])).exp()
@@ -49,10 +49,11 @@ def logit_mean(log_p: Float[Tensor, "n *b v"], weights: Float[Tensor, " n"]) -> 
 
     Args:
         log_p: the members' log-probabilities log p_i, in nats.
-        weights: w_i, of any sum; at least one is positive.
+        weights: w_i, of any sum; none negative, at least one positive.
 
     Returns:
-        The pool's log-probabilities, in nats; -inf for a token to which a member of nonzero weight gives probability 0.
+        The pool's log-probabilities, in nats; -inf for a token to which a member of nonzero weight gives probability 0,
+        NaN for a row in which that is so for every token.
 
     Example:
         >>> members = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()

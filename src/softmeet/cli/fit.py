@@ -44,7 +44,10 @@ class FitFlags:
     judge_tokens: int | None = flag(None, "Of the part to judge by, at most.", min=1, shown="all")
 
     def options(self) -> Options:
-        """Return the flags as the :class:`softmeet.evaluation.fit.Options` of a fit; a token is a position there."""
+        """Return the flags as the :class:`softmeet.evaluation.fit.Options` of a fit.
+
+        ``meet_tokens`` becomes ``meet_positions``, and so on; ``rules`` becomes a tuple, empty for None.
+        """
         from softmeet.evaluation.fit import Options
 
         renamed = {name.replace("_tokens", "_positions"): value for name, value in vars(self).items()}

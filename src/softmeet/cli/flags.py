@@ -39,6 +39,9 @@ class Command(TyperCommand):
 
         Returns:
             the words that are left over, as click's method returns them.
+
+        Raises:
+            InvalidInputError: if an option of a single rule in an older spelling comes without a ``--rule``.
         """
         has_arguments = any(p.param_type_name == "argument" for p in self.params)
         several = self.name in _TOOK_SEVERAL and not (has_arguments and args[:1] and args[0].startswith("-"))
@@ -48,7 +51,10 @@ class Command(TyperCommand):
         """Run the command, after dropping a configuration file's values for settings that ``--rule`` itself names.
 
         This holds for a ``--rule NAME:setting=value`` on the command line, which would else conflict with the file's
-        value.
+        value. The command's own result is returned.
+
+        Raises:
+            InvalidInputError, RuleError: if that ``--rule`` cannot be parsed, as by :func:`parse_rule`.
         """
         rule = ctx.params.get("rule")
         if isinstance(rule, str) and ":" in rule and _on_command_line(ctx, "rule"):
@@ -123,7 +129,8 @@ def flag(default: Any, about: str, *names: str, shown: str | bool = True, **limi
         about: one line of help.
         names: the flag's spellings, such as ``"--text", "-t"``; by default the parameter's name, as typer spells it.
         shown: the default as help shows it; True for the value itself, False for none.
-        limits: ``min`` and ``max`` of a number, and any further keyword arguments of ``typer.Option``.
+        limits: ``min`` and ``max`` of a number, and any other keyword arguments of ``typer.Option``, such as
+            ``callback``.
 
     Returns:
         a dataclass field that holds the ``typer.Option`` in its metadata; :func:`flags` makes a parameter of it.
@@ -160,11 +167,12 @@ def checked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         settings: each setting's value as typer parsed it, by name; None if its flag was not given.
 
     Returns:
-        the settings that were given, by name; lists of numbers, such as ``0.3,0.7`` for ``weights``, as lists of
-        floats.
+        the settings that were given, by name, with values as typer parsed them; only texts of numbers between commas,
+        such as ``0.3,0.7`` for ``weights``, become lists of floats (a single number for ``trust`` becomes a float).
 
     Raises:
         InvalidInputError: if a value is invalid, or a setting is named both by its flag and in ``--rule``.
+        RuleError: if the rule comes from a package that fails to provide it.
     """
     given = {name: _read(name, value) for name, value in settings.items() if value is not None}
     Settings.of(given)

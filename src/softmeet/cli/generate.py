@@ -38,7 +38,7 @@ class SamplingFlags:
     def arguments(self) -> dict[str, Any]:
         """Return the flags that are set as keyword arguments of ``Ensemble.generate``.
 
-        Without ``do_sample``, temperature, top-k, top-p and min-p are left out.
+        If ``do_sample`` is False, temperature, top-k, top-p and min-p are left out; so is any flag that is None.
         """
         unused = () if self.do_sample else ("temperature", "top_k", "top_p", "min_p")
         return {name: value for name, value in vars(self).items() if value is not None and name not in unused}

@@ -38,8 +38,8 @@ def placement(given: list[str] | None) -> Any:
         given: the option's values, or None if it was not given.
 
     Returns:
-        None; one device for all members; a list with one for each member; or, if the value is a YAML or JSON file, the
-        map or list in it.
+        None if no value is given; one value, for all members; or a list of several values, one for each member. A
+        single value that ends with .yaml, .yml or .json is a file; the map or list in it is returned.
 
     Raises:
         InvalidInputError: if the file is not valid YAML or JSON, or holds neither a map nor a list.
@@ -66,7 +66,8 @@ def placement(given: list[str] | None) -> Any:
 def stoppable(advice: str) -> Iterator[None]:
     """Enter a context in which Ctrl-C ends the command: it prints "stopped: ``advice``" and exits with the code 130.
 
-    The text goes to stderr. The function can also decorate another, which then runs in such a context.
+    The text goes to stderr; the exit is the exception ``typer.Exit``. ``@stoppable(advice)`` also works as a decorator:
+    the decorated function then runs in such a context.
     """
     try:
         yield
@@ -79,7 +80,8 @@ def stoppable(advice: str) -> Iterator[None]:
 def uncollected() -> Iterator[None]:
     """Enter a context without garbage collection, for imports, which make a million objects that are never freed.
 
-    At its end all objects are exempted from later collections (``gc.freeze``), and collection is enabled.
+    At its end, even after an error, all objects alive are exempted from later collections (``gc.freeze``), and
+    collection is enabled, whether or not it was before.
     """
     gc.disable()
     try:
@@ -111,7 +113,11 @@ class LoadingFlags:
     )
 
     def arguments(self) -> dict[str, Any]:
-        """Return the flags as keyword arguments of ``Ensemble.from_pretrained``, after reading a file of devices."""
+        """Return the flags as keyword arguments of ``Ensemble.from_pretrained``, ``device`` as :func:`placement` does.
+
+        Raises:
+            InvalidInputError, OSError: as by :func:`placement`.
+        """
         return {**vars(self), "device": placement(self.device)}
 
     @stoppable("members were being loaded, and nothing is changed")
@@ -120,11 +126,13 @@ class LoadingFlags:
 
         Args:
             members: the members' names, or one saved ensemble or bundled family; the default family if None or empty.
-            settings: values of settings' flags by name, as typer parsed them; None for none.
-            more: further keyword arguments of ``Ensemble.from_pretrained``.
+            settings: values of settings' flags by name, as typer parsed them (:func:`checked_settings`), None if a
+                flag was not given; None in place of the dict for no settings.
+            more: further keyword arguments of ``Ensemble.from_pretrained``, except ``on_progress``.
 
         Raises:
             InvalidInputError: if a setting or the placement is invalid.
+            typer.Exit: with the code 130 after Ctrl-C.
             CheckpointError, VocabularyMismatchError, UnsupportedHeadError: as ``Ensemble.from_pretrained`` raises them.
         """
         given = checked_settings(settings or {})
@@ -159,7 +167,7 @@ class EngineFlags:
         """Return the engine that the flags ask for: a context manager with a parallel ``map``.
 
         Args:
-            ensemble: the ensemble that the work runs; None if it runs none.
+            ensemble: the ensemble whose members the work runs; None if the work runs no members.
 
         Raises:
             InvalidInputError: if the engine is unknown or does not take a flag that was given, if Ray is not installed,

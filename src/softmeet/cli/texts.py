@@ -83,6 +83,12 @@ class SourceFlags(TextFlags):
 
         Args:
             named: the values of ``--member``; None if it was not given.
+
+        Returns:
+            the names; ``named`` itself if it names any or there is no trace.
+
+        Raises:
+            TraceError: if the trace is missing or damaged.
         """
         if named or self.trace is None:
             return named
@@ -95,7 +101,7 @@ class SourceFlags(TextFlags):
 
         Args:
             ensemble: the members, and how they are combined.
-            documents: the documents that :meth:`documents` returned.
+            documents: the documents that :meth:`documents` returned; unused with a trace.
 
         Returns:
             (the trace's positions, up to ``--max-tokens``, or None without a trace; a dict, as JSON has it, that is the
@@ -146,8 +152,8 @@ class ResultFlags:
         Call it before :meth:`write`, so that figures are shown even if writing a file fails.
 
         Args:
-            facts: the figures.
-            table: prints the figures as a table.
+            facts: the figures, in the types of JSON, infinity and NaN included.
+            table: a function that prints ``facts``; it is called at once, and only without ``--json -``.
         """
         from softmeet.evaluation.files import as_json
 
@@ -157,7 +163,14 @@ class ResultFlags:
             table(facts)
 
     def write(self, facts: dict[str, Any]) -> None:
-        """Write figures as JSON to the file named by ``--json``; without the flag, or with ``-``, do nothing."""
+        """Write figures as JSON to the file named by ``--json``; without the flag, or with ``-``, do nothing.
+
+        Args:
+            facts: the figures, in the types of JSON; infinity and NaN are written as null.
+
+        Raises:
+            TraceError: if the disk is full.
+        """
         from softmeet.evaluation.files import write_json
 
         if self.as_json not in (None, Path("-")):
@@ -168,7 +181,7 @@ def require_extra(**packages: object) -> None:
     """Check that packages of ``softmeet[eval]`` which a command needs are installed, before it does hours of work.
 
     Args:
-        packages: by package name, a true value if the command needs the package.
+        packages: by import name, such as ``scipy``, a true value if the command needs the package.
 
     Raises:
         InvalidInputError: if a needed package is missing; the message says how to install it.
@@ -210,8 +223,8 @@ def progress() -> Iterator[Callable[[str, int, int | None], Callable[[int], None
     """Show progress bars on stderr while the context lasts.
 
     Yields:
-        a function of (description, number done, total number or None) that adds a bar, and returns a function of a
-        count that advances this bar by it.
+        a function of (description, number done, total number, None if unknown) that adds a bar; it returns a function
+        of one number, by which each call of it advances the bar.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=options.err, transient=True) as bars:

@@ -18,6 +18,9 @@ from softmeet.solvers.base import Status
 class Answer(Batched):
     """A rule's answer to the B rows of a problem with n members: a distribution p for each row, and facts about it.
 
+    A rule makes it in ``solve``: by :func:`closed_form`, or with every field, on the device of ``problem.log_p``;
+    ``status`` and ``steps`` are int64, other numbers fp64.
+
     Attributes:
         log_probs: log p in nats, fp64, (B, v).
         status: :class:`softmeet.Status` as int, (B,).
@@ -26,7 +29,7 @@ class Answer(Batched):
         objective: the value of the rule's objective; NaN for a rule without one, (B,).
         objective_range: the least and the largest value of the objective over the feasible set, or bounds on them,
             (B, 2); NaN for a rule that does not choose from that set.
-        steps: the solver's steps, (B,).
+        steps: the solver's steps, those of a second attempt or of the fallback included, (B,); 0 for a closed form.
         passes: how often all heads were read, (B,): Σ_i d_i k_i / (v Σ_i d_i), with k_i rows of W_i, (v, d_i), read.
         disagreement: KL(r_i‖p̂_i) in nats, (B, n), with r_i the distribution to which the rule corrects member i.
         disagreement_is_bound: whether ``disagreement`` is the upper bound KL(p‖p̂_i) instead, (B, n).
@@ -62,8 +65,10 @@ def closed_form(
 
     Args:
         problem: the problem that the rule solved.
-        log_probs: the rule's distributions as log-probabilities in nats, fp64.
-        objective: the value of the rule's objective at each of them; None, which becomes NaN, if it has none.
+        log_probs: the rule's distributions as log-probabilities in nats, fp64, (B, v), on the device of
+            ``problem.log_p``; the returned answer holds this tensor itself.
+        objective: the value of the rule's objective at each distribution, (B,); None, which becomes NaN, if the rule
+            has no objective.
     """
     B, like = len(log_probs), log_probs[:, 0]
     nothing = tuple([like.new_zeros(B, head.d) for head in problem.heads])

@@ -19,13 +19,18 @@ _MASS_TOLERANCE = 1e-3
 def answered(rule: Rule, problem: Problem) -> Answer:
     """Solve every row of a problem by a rule, and check that each answer is a distribution.
 
+    ``rule.solve`` is called once with the problem, but once per row if ``problem.free`` has directions.
+
     Returns:
         The rule's own answer; or, from a rule that returns log-probabilities alone, an answer with these, restricted to
         ``problem.support``, of gap 0 and not certified.
 
     Raises:
-        RuleError: if the rule fails, or returns another shape, NaN, or a row whose probabilities do not sum to 1 within
-            10⁻³ (in an ``Answer``, the sum over ``problem.support`` counts); the message names the rule.
+        SoftmeetError: any error of softmeet that the rule raises, unchanged.
+        RuleError: if the rule raises another exception, or returns neither an ``Answer`` nor a floating tensor, another
+            shape than (B, v), NaN, or a row whose probabilities do not sum to 1 within 10⁻³ (in an ``Answer``, the sum
+            over ``problem.support`` counts); the message names the rule.
+        DisjointSupportError: if the rule returns log-probabilities alone, and a row has no mass on the support.
     """
     return Answer.joined([_one(rule, part) for part in problem.pieces()])
 

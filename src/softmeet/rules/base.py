@@ -70,21 +70,24 @@ class Rule(Frozen, ABC):
         """Choose a distribution over v tokens for each of B rows.
 
         Args:
-            problem: the members' log-probabilities ``problem.log_p``, (n, B, v), in nats, fp64, and all settings. A
-                rule that reads heads takes them from ``problem.views``, which applies soft-caps and leaves out the
-                directions that carry no constraint.
+            problem: the members' log-probabilities ``problem.log_p``, (n, B, v), in nats, fp64, and all settings; not
+                to be changed in place. A rule that reads heads takes them from ``problem.views(range(n))``, which
+                applies soft-caps and leaves out the directions that carry no constraint.
 
         Returns:
-            Log-probabilities in nats, (B, v), if the rule is a formula; else an
-            :class:`~softmeet.rules.answer.Answer`, which adds each row's status, gap and dual variables.
+            Log-probabilities in nats, (B, v), any floating dtype, if the rule is a formula; else an
+            :class:`~softmeet.rules.answer.Answer`, which adds each row's status, gap and dual variables. -inf stands
+            for probability 0. ``combine`` raises a RuleError if a row's probabilities do not sum to 1 within 10⁻³, or
+            if this method raises an exception that is no SoftmeetError.
         """
 
     def verify(self, problem: Problem, answer: Answer) -> Recomputed | None:
         """Recompute this rule's answer in fp64 without the solver that found it; by default, return None.
 
         Args:
-            problem: the problem that was solved, with products in fp64.
-            answer: the answer to it, with the dual variables and proofs that the solver stored.
+            problem: the problem that was solved, with ``problem.dtype`` fp64, for products with heads.
+            answer: the answer that was given to its B rows (``answer.log_probs`` may have been altered since), with the
+                dual variables and proofs that the solver stored.
 
         Returns:
             The recomputed distributions, gaps and statuses of all rows; None if the rule cannot recompute them, in
@@ -95,27 +98,33 @@ class Rule(Frozen, ABC):
     def pool_bound(self, problem: Problem) -> Tensor | None:
         """Bound how far this rule's objective at the pool is above its optimum, without reading a head.
 
+        The gates ``disagreement`` and ``movement`` call it, with all rows of the problem.
+
         Returns:
-            The bounds in nats, (B,); None, the default, if the rule has no such bound.
+            The bounds in nats, (B,), proved to hold; None, the default, if the rule has no such bound.
         """
         return None
 
     def effective_trust(self, trust: Sequence[float]) -> tuple[float, ...]:
         """Return the members' trusts that this rule solves with, given the requested ``trust``; the same by default.
 
-        Trusts are in nats per nat, one per member, from 0 to inf; ``max-entropy``, for one, makes all of them infinite.
+        Trusts are in nats per nat, one per member, from 0 to inf, in ``trust`` and in the returned tuple; the rule
+        ``max-entropy``, for one, makes all of them infinite.
         """
         return tuple(trust)
 
     def why_degenerate(self, problem: Problem) -> str:
-        """Return a sentence on rows of status DEGENERATE: why the objective is constant on their feasible set."""
+        """Return a sentence for ``Solution.remark`` that says why the objective is constant on a feasible set.
+
+        ``problem`` is the problem that was solved; at least one of its rows has the status DEGENERATE.
+        """
         return "every feasible distribution is optimal: the objective is constant on the feasible set"
 
     def relaxes(self, problem: Problem) -> bool:
-        """Return whether the settings make this rule match only a part of every member's moments.
+        """Return whether ``problem.settings`` make this rule match only a part of the members' moments.
 
-        It does if ``free_radial`` leaves the directions that the final norm removes unconstrained, or ``rank`` limits
-        the directions of a head that are constrained; never if the rule reads no heads.
+        They do if ``free_radial`` is set, which leaves the directions that the final norm removes unconstrained, or if
+        ``rank`` is below the rank of at least one whitened head; never for a rule that reads no heads.
         """
         rank = problem.settings.rank
         if not self.reads_heads or rank is None or problem.settings.free_radial:

@@ -48,29 +48,39 @@ def combine(
 
     Args:
         log_probs: the members' log-probabilities in nats, at temperature 1, (n, *batch, v); -inf for probability 0.
-        heads: each member's head: its weight W_i, (v, d_i), or a :class:`SoftmaxHead`, which can have a soft-cap too.
+        heads: each member's head, in the order of ``log_probs``: its weight W_i, (v, d_i), floating, or a
+            :class:`SoftmaxHead`, which can have a bias, a scale and a soft-cap too.
         rule: a name, with options as in ``"meet:trust=1/0.3"``, or an instance of :class:`softmeet.Rule`.
-        throw: raise an error if a row ends with the status NOT_CONVERGED.
+        throw: raise a NotConvergedError if a row ends with the status NOT_CONVERGED; else such rows get the best
+            distribution found.
         logits: the members' logits, after soft-caps, (n, *batch, v); needed if a head has a soft-cap.
         support: a bool mask, (v,), of the tokens that may have positive probability, such as the ids that the tokenizer
             knows if heads are padded; None for all.
         hidden: the members' last hidden states, n tensors (*batch, d_i), used if ``free_radial`` is set; None to
             recover them from the log-probabilities.
-        start: an earlier solution of the same rows by ``meet`` or ``max-entropy``, perhaps at other trusts, from which
-            solvers begin; None to begin at the pool. The answer is the same within ``tol``.
-        settings: the fields of :class:`softmeet.Settings`, listed below, and options of the rule. ``on_infeasible``
-            also takes a solution of the same rows by ``meet``, which then answers the rows without a feasible
-            distribution at no cost.
+        start: what an earlier call of ``combine`` returned for the same rows and heads with the rule ``meet`` or
+            ``max-entropy``, perhaps at other trusts; solvers begin at its dual variables. None to begin at the pool.
+            The answer is the same within ``tol``.
+        settings: the fields of :class:`softmeet.Settings`, listed below, except ``bands``, and options of the rule.
+            ``on_infeasible`` also takes what an earlier call of ``combine`` returned for the same rows, heads and
+            settings with the rule ``meet``, infinite trusts replaced by 0.3, no gate, and a ``tol`` that is not larger;
+            it then answers the rows without a feasible distribution at no cost.
 
     Returns:
         The distributions, (*batch, v), with each row's status, gap and costs.
 
     Raises:
-        InvalidInputError: if a shape, sign, length or name is wrong; its subclass NonFiniteError if a log-probability
-            is NaN or +inf, DisjointSupportError if the members have no token in common.
+        InvalidInputError: if a shape, sign, length or name is wrong, the probabilities of a row do not sum to 1 within
+            5 %, ``logits`` or ``hidden`` is needed and missing, the solution given as ``start`` or ``on_infeasible``
+            does not fit, ``bands`` is above 1, or the gate is ``auto`` or ``movement``, which only an ``Ensemble`` can
+            calibrate, and the rule is ``meet`` with finite trusts.
+        NonFiniteError: if a log-probability is NaN or +inf, a row of a member is all -inf, or a logit is NaN or above
+            its soft-cap.
+        DisjointSupportError: if in some row no token of ``support`` has positive probability under every member; for
+            ``logit-mean`` and ``one-hot``, every member of nonzero weight; for ``prob-mean``, any such member.
         RuleError: if the rule fails, or returns something other than distributions.
         InfeasibleError: if ``on_infeasible`` is ``"raise"`` and a row has no feasible distribution.
-        NotConvergedError: if ``throw`` is set and a row did not reach ``tol``.
+        NotConvergedError: if ``throw`` is set and a row ends with the status NOT_CONVERGED.
 
     Example:
         >>> import torch
@@ -123,16 +133,17 @@ def solve(
     distribution; then the rule's temperature is applied, except to rows that the gate ``unsure`` closed.
 
     Args:
-        problem: the problem, of B rows.
+        problem: the problem, of B rows, whose tensors and settings were checked as :func:`combine` checks them.
         shape: the batch dimensions, of B elements in all, that the solution gets.
         dtype: the dtype of the log-probabilities as the caller gave them; the solution's is the same, but at least
             fp32.
-        relaxed: a known answer to all B rows, to be used in rows without a feasible distribution; None to solve such
-            rows by the rule that ``on_infeasible`` names.
-        throw: raise an error if a row ends with the status NOT_CONVERGED.
+        relaxed: an answer to all B rows, as :meth:`Solution.as_fallback` makes it, to be used in rows without a
+            feasible distribution; None to solve such rows by the rule that ``on_infeasible`` names.
+        throw: raise a NotConvergedError if a row ends with the status NOT_CONVERGED.
 
     Raises:
-        RuleError, InfeasibleError, NotConvergedError: as in :func:`combine`.
+        RuleError, InfeasibleError, NotConvergedError, DisjointSupportError: as in :func:`combine`.
+        InvalidInputError: if the gate needs a factor or a text that is unknown.
     """
     answer, closed, seconds = gated(problem)
     answer, fallback = _answer_infeasible_rows(problem, answer, relaxed)

@@ -57,7 +57,7 @@ def unknown(what: str, name: str, known: Mapping[str, Any] | list[str] | tuple[s
 
 
 def takes(field: FieldInfo, kind: type) -> bool:
-    """Return whether a pydantic field's annotation, or a part of its union, is ``kind`` or ``kind[…]``."""
+    """Return whether a pydantic field's annotation, or a part of its union, is the class ``kind`` or ``kind[…]``."""
     return kind in _kinds(field.annotation)
 
 

@@ -34,9 +34,13 @@ from softmeet.rules.problem import Problem
 class Gate(ABC):
     """A test of rows before any head is read: the rule solves rows at which the gate is open, the gate answers others.
 
+    For each problem :meth:`open` is called once, then the rule is solved in the open rows, then :meth:`instead` is
+    called if any row is closed. If :attr:`never_closes` is True, neither is called.
+
     Attributes:
         threshold: the number after the colon in the gate's text, such as 0.5 in ``unsure:0.5``.
-        name: the text before the colon.
+        name: the text before the colon; a subclass has to set it.
+        form: the form of the text with the number's unit, for messages, such as ``unsure:T (T a probability)``.
     """
 
     threshold: float
@@ -50,15 +54,18 @@ class Gate(ABC):
     @property
     @abstractmethod
     def never_closes(self) -> bool:
-        """Whether the gate counts as none, being open in every row whatever the members' distributions are."""
+        """Whether the gate is treated as no gate, since it would be open in every row, or could spare nothing."""
 
     @abstractmethod
     def open(self, problem: Problem) -> Bool[Tensor, " B"]:
-        """Return a mask, (B,), of the rows at which the gate is open: the rule is solved there."""
+        """Return a bool mask, (B,), on the device of ``problem.log_p``: True in rows that the rule is to solve."""
 
     @abstractmethod
     def instead(self, problem: Problem) -> Answer:
-        """Return the gate's own answer for all B rows, to be used in those at which it is closed; reads no head."""
+        """Return the gate's answers to all B rows, of which those at which it is closed are used; reads no head.
+
+        :func:`softmeet.rules.answer.closed_form` makes an answer from log-probabilities.
+        """
 
 
 @dataclass(frozen=True)
@@ -70,8 +77,8 @@ class Unsure(Gate):
 
     Args:
         threshold: a probability; above 1 the gate never closes.
-        asked: a mask, (B,), of the rows at which the gate is open, if that was decided earlier, when the members ran;
-            None to decide from the first member's probabilities.
+        asked: a bool mask, (B,), True in rows at which the gate is open, if that was decided earlier, when the members
+            ran (ensembles set it); None, the default, to decide from the first member's probabilities.
     """
 
     asked: Bool[Tensor, " B"] | None = field(default=None, compare=False)
@@ -97,7 +104,15 @@ class Unsure(Gate):
         return confidence(log_p) < self.threshold
 
     def instead(self, problem: Problem) -> Answer:
-        """Return the rule's answer for the first member alone, with gap inf, for all rows."""
+        """Return the rule's answer for the first member alone, for all rows, with gap inf, not certified.
+
+        For a rule that reads heads that is the first member's own distribution on the support; another rule is solved
+        with this member at weight 1.
+
+        Raises:
+            RuleError: if the rule fails.
+            DisjointSupportError: if the first member has no mass on the support in a row.
+        """
         rule = problem.settings.rule
         alone = replace(
             problem,
@@ -144,7 +159,10 @@ class Disagreement(Gate):
         return problem.pool_bound() > self.threshold
 
     def instead(self, problem: Problem) -> Answer:
-        """Return the pool as the answer to all rows; its certified gap is ``Rule.pool_bound``; inf without one."""
+        """Return the pool as the answer to all rows, with ``Rule.pool_bound`` in nats as its certified gap.
+
+        If the rule's ``pool_bound`` is None, the gap is inf and not certified. The objective is given as 0.
+        """
         answer = closed_form(problem, problem.log_pool, torch.zeros_like(problem.log_pool[:, 0]))
         bound = problem.settings.rule.pool_bound(problem)
         gap = torch.full_like(answer.gap, torch.inf) if bound is None else bound
@@ -163,7 +181,7 @@ class PredictedMovement(Disagreement):
 
     Args:
         threshold: in nats per token; at 0 the gate never closes.
-        factor: the calibrated factor; None if it is not known yet.
+        factor: the calibrated factor, which an ``Ensemble`` measures and fills in; None if it is not known yet.
         auto: whether the gate was asked for as ``auto``.
     """
 
@@ -204,9 +222,10 @@ _AUTO = 3e-3
 
 
 def parse_gate(gate: str | Gate | None) -> Gate | None:
-    """Parse a gate's text, such as ``unsure:0.5``; return a gate itself, and None for None and ``none``.
+    """Parse a gate's text ``NAME:THRESHOLD``, such as ``unsure:0.5``; return None for None and ``none``.
 
-    ``auto`` is ``movement:0.003``.
+    A :class:`Gate` is returned unchanged. NAME is a key of ``GATES``; ``auto`` is ``movement:0.003``, whose ``factor``
+    is still unknown, as that of any ``movement:T``. ``:THRESHOLD`` may be left out if the class has a default for it.
 
     Raises:
         InvalidInputError: if there is no gate of that name, or its threshold is not a finite number of at least 0.
@@ -230,15 +249,23 @@ def parse_gate(gate: str | Gate | None) -> Gate | None:
 
 
 def that_closes(gate: Gate | None) -> Gate | None:
-    """Return ``gate``, or None if there is none or its :attr:`Gate.never_closes` is True."""
+    """Return ``gate``; but None if ``gate`` is None, or its :attr:`Gate.never_closes` is True."""
     return None if gate is None or gate.never_closes else gate
 
 
 def gated(problem: Problem) -> tuple[Answer, Bool[Tensor, " B"], float]:
     """Solve a problem by its rule in the rows at which its gate is open, and answer the others by the gate.
 
+    Rule and gate are ``problem.settings.rule`` and ``problem.settings.gate``; without a gate all rows are open.
+
     Returns:
-        (the answer to all rows; a mask, (B,), of the rows at which the gate is closed; the seconds that the rule took).
+        (the answer to all B rows; a bool mask, (B,), True in rows at which the gate is closed; the seconds that the
+        rule took for the open rows, without the gate's own).
+
+    Raises:
+        RuleError: if the rule fails, as by :func:`softmeet.rules.answered.answered`.
+        InvalidInputError: if the gate is ``movement`` without a factor, or needs a text that is unknown.
+        DisjointSupportError: if a row has no token left for the pool or the rule.
     """
     settings = problem.settings
     gate, rule = that_closes(settings.gate), settings.rule

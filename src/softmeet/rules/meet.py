@@ -51,10 +51,16 @@ class Meet(Rule):
     tilts_pool = True
 
     def solve(self, problem: Problem) -> Answer:
-        """Minimise the dual by Newton's method; if the pool is proved to be within ``tol`` of the optimum, return it.
+        """Minimise the dual by Newton's method; return the pool in rows where it is proved to be within ``tol``.
 
         Members of trust 0 take no part. Unless ``budget`` is set, rows that did not converge are solved once more, from
-        the pool, in fp64 if the full Hessian pays (small heads), unless that is how they were solved.
+        the pool, in fp64 if the full Hessian pays (small heads), unless that is how they were solved; steps and passes
+        of both attempts are summed. A row still not converged is answered by the solver's point, or by the pool (but
+        never for ``max-entropy``) if the pool's bound is below the solver's gap, or that gap is not certified or
+        above 2 nats.
+
+        Raises:
+            DisjointSupportError: if a row has no token for the pool, as by :attr:`Problem.log_pool`.
         """
         trust = self.effective_trust(problem.trust)
         trusted = [i for i, rho in enumerate(trust) if rho > 0]

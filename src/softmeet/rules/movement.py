@@ -28,6 +28,8 @@ _NOTHING, _LITTLE = 0.005, 0.03
 class Movement:
     """How far a rule's answer p° is from the pool q at B positions; in nats, but for the total variation.
 
+    :meth:`of` makes it of a solution; each attribute has one element per position.
+
     Attributes:
         forward: KL(p°‖q).
         backward: KL(q‖p°).
@@ -46,7 +48,8 @@ class Movement:
     def of(solution: Solution) -> Movement | None:
         """Measure a solution; return None if its rule's ``tilts_pool`` is False, or a trust is infinite.
 
-        The solution's distribution counts as p°, so it should have been solved without a gate, and to a small ``tol``.
+        Every row is measured, as fp64 tensors on the CPU. The solution's distribution counts as p°, so it should have
+        been solved without a gate, to a small ``tol`` and at temperature 1, which is not checked.
         """
         problem = solution.problem
         rule, trust = problem.settings.rule, problem.settings.rule.effective_trust(problem.trust)
@@ -72,7 +75,7 @@ class Movement:
         return torch.stack([getattr(self, f.name) for f in fields(self)], dim=-1)
 
     def figures(self) -> dict[str, Any]:
-        """Summarise the measures over positions.
+        """Summarise the measures over all B positions, of which there must be at least one.
 
         Returns:
             For each measure by name, a dict of its ``mean``, ``5 %``, ``median`` and ``95 %``; the number of

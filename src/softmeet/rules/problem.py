@@ -26,8 +26,10 @@ _POOLING = {"logit-mean": logit_mean, "prob-mean": prob_mean}
 class Start(Batched):
     """The dual variables of an earlier solution of the same B rows, from which a solver may begin.
 
+    :meth:`softmeet.Solution.as_start` makes it.
+
     Attributes:
-        dual: each member's λ_i, (B, d_i), in the coordinates of its head's weight W_i.
+        dual: each of all n members' λ_i, (B, d_i), fp64, in the coordinates of its head's weight W_i.
         ray: each member's part of a Farkas proof that a row's feasible set is empty, (B, d_i); zeros without a proof.
         trust: the trust of each member, in nats per nat, at which ``dual`` was found.
     """
@@ -40,12 +42,12 @@ class Start(Batched):
         """Return the dual variables λ_i to begin with at other trusts.
 
         If the old and the new trust ρ_i are finite, and the old one positive, λ_i is scaled by their ratio, since
-        the correction λ_i / ρ_i changes little with ρ_i. If all new trusts are infinite, a row with a Farkas proof
-        begins with that proof instead.
+        the correction λ_i / ρ_i changes little with ρ_i; else it is kept. If the new trusts of all ``members`` are
+        infinite, a row with a Farkas proof begins with that proof instead.
 
         Args:
-            members: the indices i of the members to return.
-            trust: the new trusts of all members, in nats per nat.
+            members: the indices i, from 0, of the members whose λ_i are wanted.
+            trust: the new trusts of all n members, in nats per nat, from 0 to inf.
 
         Returns:
             For each of ``members``, λ_i, (B, d_i).
@@ -66,7 +68,8 @@ class TokensBefore(Batched):
 
     Attributes:
         ids: the tokens' ids, (B,).
-        spell: the text of a list of ids: a tokenizer's ``decode``.
+        spell: a function from a list of ids to their text, such as a tokenizer's ``decode``; it is called only by
+            :meth:`Problem.text_before`, once per row, with a list of one id.
     """
 
     ids: Int[Tensor, " B"]
@@ -82,16 +85,19 @@ class TokensBefore(Batched):
 class Problem:
     """A batch of B rows: at each, the distributions p̂_i of n members over v tokens are to be combined into one.
 
+    ``softmeet.combine`` and ensembles make it from checked arguments; the constructor checks nothing.
+
     Args:
         log_p: the members' log-probabilities log p̂_i in nats, (n, B, v), fp64, normalised; -inf for probability 0.
         heads: the n members' heads; a head of fewer than v rows gives the tokens past its last row probability 0.
-        slopes: for each member, the derivative of its soft-cap at its logits, (B, v); None without a soft-cap.
-        settings: all settings, with a weight and a trust for each member.
+        slopes: for each member, the derivative of its soft-cap at its logits, (B, v); None for a head without one.
+        settings: all settings, as returned by :meth:`Settings.for_members` for n members, with ``bands`` 1.
         support: a mask of the tokens that may have positive probability in the answer, (v,); None for all tokens.
         dtype: of products with heads: fp32 or fp64.
         free: for each member, the directions of its hidden state that carry no constraint, (B, k_i, d_i), fp64; an
-            empty tuple if there are none.
-        start: dual variables from which solvers begin; None for zeros, which stand for the pool.
+            empty tuple if there are none, as there are only with the setting ``free_radial``.
+        start: dual variables from which solvers begin, of :meth:`softmeet.Solution.as_start`; None for zeros, which
+            stand for the pool.
         precision: ``torch.finfo(…).eps`` of the dtype in which the caller gave the log-probabilities.
         proved: whether solvers have to prove a bound on each row's gap; if False, an estimate of the gap suffices.
         before: the token before each row; None if the text is not known.
@@ -125,7 +131,13 @@ class Problem:
         return self.settings.tol
 
     def changed(self, dtype: torch.dtype | None = None, **settings: Any) -> Problem:
-        """Return a copy with ``settings``, by name, or the ``dtype`` of products replaced; nothing is checked again."""
+        """Return a copy with some fields of ``settings``, or the ``dtype`` of products with heads, replaced.
+
+        Args:
+            dtype: torch.float32 or torch.float64; None to keep it.
+            settings: new values by the names of the fields of :class:`Settings`, in the types that the fields have
+                after checking, such as a tuple of n floats for ``trust``; they are not checked.
+        """
         return replace(self, settings=self.settings.model_copy(update=settings), dtype=dtype or self.dtype)
 
     def take(self, rows: Int[Tensor, " k"]) -> Problem:
@@ -136,7 +148,7 @@ class Problem:
         return replace(self, log_p=self.log_p[:, rows], slopes=slopes, free=free, start=start, before=before)
 
     def text_before(self) -> list[str]:
-        """Return the text of the token before each of the B rows, for gates that decide by the text.
+        """Return the text of the single token before each of the B rows, for gates that decide by the text.
 
         Raises:
             InvalidInputError: if ``before`` is None: the text is known in generation and serving alone.
@@ -163,13 +175,13 @@ class Problem:
         """Set log-probabilities of tokens outside ``support`` to -inf, and renormalise each row.
 
         Args:
-            log_q: log-probabilities in nats.
+            log_q: log-probabilities in nats, any floating dtype, on the device of ``support``; not changed in place.
 
         Returns:
             The log-probabilities conditional on ``support``; ``log_q`` itself if ``support`` is None.
 
         Raises:
-            DisjointSupportError: if a row has no mass on ``support``.
+            DisjointSupportError: if a row has no mass on ``support``, or holds NaN.
         """
         out = log_q if self.support is None else log_normalize(log_q.masked_fill(~self.support, -torch.inf))
         _refuse_empty(out.isnan().any(-1))
@@ -197,11 +209,14 @@ class Problem:
         """Return whitened views Q_i of the heads of some members, through which solvers read them.
 
         A view has the slopes of the head's soft-cap, leaves out the directions in ``free`` and beyond
-        ``settings.rank``, and counts reads from zero. A problem with ``free`` directions has to have one row
-        (:meth:`pieces`).
+        ``settings.rank``, multiplies in ``dtype``, and counts reads (``rows_read``) from zero.
 
         Args:
-            members: the indices i of the members, from 0.
+            members: the indices i of the members, from 0, in the order in which views are returned.
+
+        Raises:
+            AssertionError: if there are ``free`` directions and more than one row; split by :meth:`pieces` before.
+            InvalidInputError: if a head's weight is not finite.
         """
         batch, v = self.log_p.shape[1:]
         place = self.log_p.device
@@ -232,8 +247,12 @@ class Problem:
         problem has a ``start``, solvers begin at its dual variables, scaled to ``trust`` by :meth:`Start.towards`.
 
         Args:
-            members: the indices i of the members that take part.
-            trust: ρ_i of all members, in nats per nat; positive for those that take part, inf for r_i = p̂_i.
+            members: the indices i, from 0, of the members that take part; at least one.
+            trust: ρ_i of all n members, in nats per nat; positive for those that take part, inf for r_i = p̂_i.
+
+        Raises:
+            DisjointSupportError: if a row of the pool has no token, as by :attr:`log_pool`.
+            AssertionError, InvalidInputError: as by :meth:`views`.
         """
         projection = Projection(
             log_q=self.log_pool,

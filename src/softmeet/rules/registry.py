@@ -45,13 +45,15 @@ def register_rule(rule: R) -> R:
     Usable as a decorator. A class that is defined again, as in a notebook's cell, replaces the earlier one.
 
     Args:
-        rule: a subclass of :class:`Rule` with a name, a summary and a default for each option.
+        rule: a subclass of :class:`Rule` with ``solve``, a ``name``, a ``summary`` and a default for each option, none
+            of which is named as a setting of all rules (:class:`softmeet.Settings`).
 
     Returns:
         ``rule`` itself.
 
     Raises:
-        InvalidInputError: if ``rule`` is not such a class, or another rule has its name.
+        InvalidInputError: if ``rule`` is not such a class, or another class has its name: a rule of softmeet, of a
+            package, or one registered before from another module or under another class name.
 
     Example:
         >>> import softmeet
@@ -101,7 +103,10 @@ def rule_class(name: str) -> type[Rule]:
 
 
 def all_rules() -> tuple[Rule, ...]:
-    """Return every known rule with its default options; one whose package is broken is left out with a warning."""
+    """Return an instance of every known rule with its default options, in the order of :func:`rule_names`.
+
+    A rule whose package fails to provide it is left out, with a warning.
+    """
     found = []
     for name in rule_names():
         try:
@@ -130,6 +135,7 @@ def require_own_name(rule: Rule) -> None:
 
     Raises:
         InvalidInputError: if another class has the name, or the rule's class fails :func:`require_rule`.
+        RuleError: if the name belongs to a package that fails to provide its rule.
     """
     kind = type(rule)
     require_rule(kind, "rule=")

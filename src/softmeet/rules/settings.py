@@ -92,8 +92,9 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 class Settings(Frozen):
     """All settings by which n members are combined; every field is an argument of :func:`softmeet.combine`.
 
-    An instance never changes. Before :meth:`for_members`, ``weights`` may be None and ``trust`` one number; afterwards
-    both are tuples.
+    An instance never changes. It is made by :meth:`of`, or by ``Settings(**fields)``, which takes no options of a rule;
+    of fields that are not given the defaults are used. Before :meth:`for_members`, ``weights`` may be None and
+    ``trust`` one number; afterwards both are tuples, as a :class:`~softmeet.rules.problem.Problem` needs them.
 
     Raises:
         InvalidInputError: if a field is unknown or its value is not allowed.
@@ -147,21 +148,26 @@ class Settings(Frozen):
 
         Args:
             given: fields of this class and options of the rule, by name; None stands for a default. ``rule`` may be an
-                instance or a text, which may hold options and settings itself: ``"meet:trust=1/0.3"``.
+                instance or a text, which may hold options and settings itself: ``"meet:trust=1/0.3"``. An option that
+                only another known rule has is checked, and then ignored.
 
         Raises:
             InvalidInputError: if a name or value is wrong, or given both in the rule's text and by name.
+            RuleError: if the rule comes from a package that fails to provide it.
         """
         return cls(**_resolved(given, None))
 
     def changed(self, **changes: Any) -> Settings:
         """Return a copy with some settings, or options of the rule, changed, for the same number of members.
 
+        If these settings have weights, they and the trusts are checked again by :meth:`for_members`.
+
         Args:
-            changes: new values by name, as :meth:`of` takes them; None stands for the default.
+            changes: new values by name, as :meth:`of` takes them; None stands for a setting's default, but keeps the
+                rule or its option. A new ``rule`` keeps no option of the old rule.
 
         Raises:
-            InvalidInputError: as by :meth:`of`.
+            InvalidInputError, RuleError: as by :meth:`of`; InvalidInputError also as by :meth:`for_members`.
         """
         if not changes:
             return self
@@ -175,12 +181,13 @@ class Settings(Frozen):
     def for_members(self, n: int) -> Settings:
         """Return a copy for n members, with n weights and n · ``bands`` trusts: member by member, then band by band.
 
-        Bands are groups of a head's principal directions that have trusts of their own. Weights of None become 1/n. Of
-        trusts 1, n or n · ``bands`` may be given: one serves all members, a member's all of its bands.
+        Bands are groups of a head's principal directions that have trusts of their own. Weights of None become 1/n.
+        ``trust`` may be a number (not a list of one), which serves all members; n numbers, each of which serves all
+        bands of its member; or n · ``bands`` numbers.
 
         Raises:
-            InvalidInputError: if the number of weights or trusts does not fit; or weights are negative or all zero, or,
-                without ``free_weights``, do not sum to 1.
+            InvalidInputError: if the number of weights or trusts does not fit; or a weight is negative or not finite,
+                all are zero, or, without ``free_weights``, they do not sum to 1 within 10⁻⁶.
         """
         weights = _checked_weights(self.weights, n, free=self.free_weights)
         return self.model_copy(update={"weights": weights, "trust": _checked_trust(self.trust, n, self.bands)})
@@ -191,11 +198,17 @@ class Settings(Frozen):
 
     @property
     def member_trust(self) -> tuple[float, ...]:
-        """The n · ``bands`` trusts of :meth:`for_members`, in nats per nat: member by member, then band by band."""
+        """The n · ``bands`` trusts, in nats per nat: member by member, then band by band.
+
+        These settings must be from :meth:`for_members`, which is not checked.
+        """
         return self.trust  # type: ignore[return-value]
 
     def trusts(self) -> list[list[float]]:
-        """Return the trusts that :meth:`for_members` made, in nats per nat: for each member a list, one per band."""
+        """Return, for each member, the list of its bands' trusts in nats per nat.
+
+        These settings must be from :meth:`for_members`, which is not checked.
+        """
         return [list(self.member_trust[i : i + self.bands]) for i in range(0, len(self.member_trust), self.bands)]
 
     def for_bands(self) -> Settings:
@@ -208,7 +221,7 @@ class Settings(Frozen):
         return self.model_copy(update={"weights": tuple(weights), "bands": 1})
 
     def relaxed(self) -> Settings:
-        """Return a copy, after :meth:`for_members`, with infinite trusts replaced by 0.3, for the fallback."""
+        """Return a copy of settings of :meth:`for_members` with infinite trusts replaced by 0.3, for the fallback."""
         trust = tuple([DEFAULT_TRUST if math.isinf(rho) else rho for rho in self.member_trust])
         return self.model_copy(update={"trust": trust})
 
@@ -218,6 +231,7 @@ def rule_of(text: str) -> Rule:
 
     Raises:
         InvalidInputError: if there is no such rule or option, a value is not allowed, or the text holds a setting.
+        RuleError: if the rule comes from a package that fails to provide it.
     """
     rule, settings = parse_rule(text)
     if settings:
@@ -234,6 +248,7 @@ def parse_rule(text: str) -> tuple[Rule, dict[str, Any]]:
 
     Raises:
         InvalidInputError: if there is no such rule or option, an option occurs twice, or a value is not allowed.
+        RuleError: if the rule comes from a package that fails to provide it.
 
     Example:
         >>> from softmeet.rules.settings import parse_rule

@@ -16,6 +16,9 @@ def takes_settings(function: F) -> F:
 
     A decorator: it changes ``function`` itself, for ``help`` and editors only, and returns it. Fields that the function
     already has as parameters are not added.
+
+    Raises:
+        AssertionError: if the last parameter of ``function`` is not of the form ``**settings``.
     """
     signature = inspect.signature(function)
     *named, rest = signature.parameters.values()

@@ -27,7 +27,8 @@ class Solution:
 
     Attributes:
         log_probs: log p, (*batch, v), in the dtype of the input (fp32 for half precision).
-        status: :class:`softmeet.Status` as int, (*batch).
+        status: :class:`softmeet.Status` as int, (*batch); in rows with ``fallback`` INFEASIBLE, or NOT_CONVERGED if the
+            fallback did not converge.
         fallback: whether the row has no feasible distribution and ``on_infeasible`` answered it, (*batch).
         gap: how far the objective can be from its optimum, (*batch); in rows with ``fallback``, the fallback's.
         gap_is_certified: whether ``gap`` is a bound, proved up to round-off, rather than an estimate, (*batch).
@@ -36,9 +37,9 @@ class Solution:
             log t for ``min-underestimation``.
         objective_range: proved bounds on the least and the largest value of the objective over the feasible set,
             (2, *batch); infinite if none is known, NaN for rules that do not choose from that set.
-        num_steps: the solver's steps, (*batch).
+        num_steps: the solver's steps, the fallback's included, (*batch); 0 in gated rows and for closed forms.
         num_passes: how often all heads were read, (*batch): Σ_i d_i k_i / (v Σ_i d_i), with k_i rows of W_i, (v, d_i),
-            read. The fallback's reads count; reads by ``residual`` and ``verify`` do not.
+            read. The fallback's reads count; reads by ``residual`` and ``verify`` do not. 0 in gated rows.
         disagreement: KL(r_i‖p̂_i), with r_i member i's corrected distribution, (n, *batch).
         disagreement_is_bound: whether there is no r_i and ``disagreement`` is the upper bound KL(p‖p̂_i), (n, *batch).
         gated: whether a gate was closed, (*batch): ``status``, ``gap`` (inf if unknown) and ``objective`` then describe
@@ -46,7 +47,7 @@ class Solution:
         stopped_by: :class:`softmeet.StoppedBy` as int, (*batch): ``GAP`` if the rule's own distribution is the answer,
             ``POOL`` if the pool q is, being proved to be within ``tol`` of the optimum p° by KL(q‖p°), ``GATE`` if a
             gate was closed, ``BUDGET`` if the steps ended first.
-        seconds: the time that the rule took for the whole batch.
+        seconds: the time that the rule took for all rows that no gate closed, without the gate's and the fallback's.
     """
 
     log_probs: Float[Tensor, "*batch v"]
@@ -106,19 +107,24 @@ class Solution:
 
     @property
     def pool(self) -> Float[Tensor, "*batch v"]:
-        """The pool q as log-probabilities in nats: the weighted average that ``meet`` and ``max-entropy`` tilt."""
+        """The pool q as log-probabilities in nats: the weighted average that ``meet`` and ``max-entropy`` tilt.
+
+        Raises:
+            DisjointSupportError: if in some row no token of the support has positive probability under every member.
+        """
         return self._problem.log_pool.to(self.log_probs.dtype).reshape(self.log_probs.shape)
 
     def as_start(self, heads: Sequence[SoftmaxHead], log_p: Float[Tensor, "n B v"]) -> Start:
         """Return this solution's dual variables, from which solvers of another problem may begin.
 
         Args:
-            heads: the other problem's heads.
-            log_p: the other problem's log-probabilities in nats, for their shape, dtype and device.
+            heads: the other problem's heads, used for their number and widths d_i alone.
+            log_p: the other problem's log-probabilities in nats, for their shape, dtype and device alone.
 
         Raises:
-            InvalidInputError: if the rule is not of the form q exp(Σ_i W_i λ_i) (``Rule.tilts_pool``), or the other
-                problem differs in the number of rows or in the widths of heads.
+            InvalidInputError: if this solution's rule has ``Rule.tilts_pool`` False (its answers are not proportional
+                to q exp(Σ_i W_i λ_i)), or the other problem differs in the number of rows or members, or in the widths
+                of heads.
         """
         given = [tuple(part.shape) for part in self._answer.dual]
         expected = [(log_p.shape[1], head.d) for head in heads]
@@ -134,12 +140,14 @@ class Solution:
         """Return this solution's answer, with steps and passes 0, to serve as the fallback of another problem.
 
         Args:
-            problem: the problem some of whose rows may have no feasible distribution.
+            problem: the other problem, some of whose rows may have no feasible distribution. It has to have the same
+                heads, which is not checked.
 
         Raises:
-            InvalidInputError: if this solution is by another rule than ``on_infeasible`` names (``meet``), a gate was
-                closed in it, its log-probabilities or settings differ from the other problem's with infinite trusts
-                replaced by 0.3, or its ``tol`` is larger.
+            InvalidInputError: if this solution's rule is not the one that ``problem.settings.on_infeasible`` names
+                (``meet`` without options), a gate was closed in one of its rows, its log-probabilities, support,
+                weights, trusts, ``pool``, ``rank`` or ``free_radial`` differ from the other problem's with infinite
+                trusts replaced by 0.3, or its ``tol`` is larger.
         """
         mine, other = self._problem, problem.relaxed()
         fallback = rule_of(problem.settings.on_infeasible)
@@ -152,14 +160,18 @@ class Solution:
         return replace(self._answer, passes=nothing, steps=torch.zeros_like(self._answer.steps))
 
     def at_temperature(self, temperature: float) -> Solution:
-        """Return a copy with ``log_probs`` of p^(1/temperature), normalised; other fields still describe p."""
+        """Return a copy with ``log_probs`` of p^(1/temperature), normalised; all other fields still describe p.
+
+        ``temperature`` is a positive number, which is not checked.
+        """
         return replace(self, log_probs=log_normalize(self.log_probs / temperature))
 
     def by_member(self, count: int) -> Solution:
         """Return a copy whose ``disagreement``, (n, *batch), is summed over each member's ``count`` bands.
 
         Bands are groups of a head's directions with trusts of their own (setting ``bands``). This solution has each
-        band as a member, n · ``count`` in all, member by member. A sum is a bound if a band's disagreement is one.
+        band as a member, n · ``count`` in all, member by member. A member's ``disagreement_is_bound`` becomes True if
+        it is True for any of the member's bands; all other fields are kept.
         """
         split = (-1, count, *self.disagreement.shape[1:])
         total, is_bound = self.disagreement.reshape(split).sum(1), self.disagreement_is_bound.reshape(split).any(1)
@@ -179,10 +191,16 @@ class Solution:
         was altered.
 
         Args:
-            heads, log_probs, logits, hidden: the arguments of ``combine``, once more.
+            heads, log_probs, logits, hidden: the arguments of ``combine`` that led to this solution, once more.
+
+        Returns:
+            The figures of each row, (*batch). Rows with ``fallback`` are checked by the fallback, all others, gated
+            ones included, by the rule.
 
         Raises:
-            InvalidInputError: as by ``combine``.
+            InvalidInputError: if an argument is one that ``combine`` would refuse, or the number of members, rows or
+                tokens, or a head's width, differs from this solution's.
+            RuleError: if the rule fails in recomputing its answer.
         """
         problem = restate(self._problem, heads, log_probs, logits, hidden)
         answer, given = self._answer, self.log_probs.reshape(self._answer.log_probs.shape)
@@ -205,10 +223,10 @@ def from_answer(
     Args:
         problem: the problem that was solved.
         answer: the answer to its B rows.
-        which: (the rows that the fallback answered, the rows at which the gate was closed).
-        seconds: the time that the rule took.
+        which: two bool masks, (B,): (True in rows that the fallback answered, True in rows that the gate closed).
+        seconds: the time that the rule took for all rows.
         shape: the batch dimensions, of B elements in all.
-        dtype: of the solution's ``log_probs``.
+        dtype: the dtype of the solution's ``log_probs``; other floating fields keep that of ``answer``.
     """
     fallback, gated = which
     return Solution(

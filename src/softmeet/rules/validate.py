@@ -47,6 +47,8 @@ def checked_log_probs(log_probs: Float[Tensor, "n *b v"]) -> Float[Tensor, "n B 
 def normalised(scores: Float[Tensor, "n B v"]) -> Float[Tensor, "n B v"]:
     """Normalise the members' logits, or log-probabilities up to a constant, to log-probabilities in nats, fp64.
 
+    ``scores`` is of any floating dtype, in nats, and is not changed in place.
+
     Raises:
         NonFiniteError: if a row holds NaN or +inf, or only -inf; the message names the member.
     """
@@ -74,10 +76,11 @@ def checked_heads(heads: Sequence[SoftmaxHead | Tensor], log_p: Float[Tensor, "n
     Args:
         heads: a head, or its weight W_i, (v, d_i), for each member. A head may have fewer than v rows if its member
             gives the tokens past its last row probability 0.
-        log_p: the members' log-probabilities.
+        log_p: the members' log-probabilities in nats, as :func:`checked_log_probs` returns them.
 
     Raises:
-        InvalidInputError: if the number of heads, or of rows of a head, does not fit.
+        InvalidInputError: if the number of heads is not n; a weight is not a floating tensor of two dimensions; or a
+            head has more than v rows, or fewer while its member gives a token past its last row probability above 0.
     """
     n, _, v = log_p.shape
     found = tuple(as_head(head) for head in heads)
@@ -133,10 +136,14 @@ def slopes_of(
 
 
 def checked_support(support: Bool[Tensor, " v"] | None, log_p: Float[Tensor, "n B v"]) -> Bool[Tensor, " v"] | None:
-    """Check the mask of the tokens that may have positive probability, and return it.
+    """Check the mask of the tokens that may have positive probability, and return it unchanged.
+
+    Args:
+        support: the mask, True for such tokens; None, which is returned, for all tokens.
+        log_p: the members' log-probabilities, for the number of tokens v.
 
     Raises:
-        InvalidInputError: if it is not a bool tensor of shape (v,).
+        InvalidInputError: if ``support`` is neither None nor a bool tensor of shape (v,).
     """
     if support is not None and (support.dtype != torch.bool or support.shape != log_p.shape[-1:]):
         raise InvalidInputError(
@@ -165,7 +172,8 @@ def free_directions(
         shape: the shape (n, *batch, v) of the log-probabilities as the caller gave them.
 
     Raises:
-        InvalidInputError: if hidden states have another shape, or would have to be recovered from infinite logits.
+        InvalidInputError: if the number or a shape of the hidden states does not fit, or they would have to be
+            recovered from logits of -inf.
     """
     if hidden is None:
         scores = log_p if logits is None else logits.detach().reshape(log_p.shape).double()
@@ -209,11 +217,13 @@ def restate(
     """Return a copy of ``problem`` with other heads and log-probabilities, which are checked, and with ``start`` None.
 
     Args:
-        problem: the problem that was solved.
+        problem: the problem that was solved; its settings, support and dtype are kept.
         heads, log_probs, logits, hidden: as :func:`softmeet.combine` takes them.
 
     Raises:
-        InvalidInputError: if the number of members, rows or tokens, or the heads' widths, differ from the problem's.
+        InvalidInputError: if the number of members, rows or tokens, or the heads' widths, differ from the problem's, or
+            one of these arguments does not pass the checks of ``combine``; its subclass NonFiniteError if a value is
+            NaN or infinite where ``combine`` refuses that.
     """
     log_p = checked_log_probs(log_probs)
     if log_p.shape != problem.log_p.shape:

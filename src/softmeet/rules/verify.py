@@ -57,7 +57,7 @@ class Recomputed:
 
     Attributes:
         log_probs: log-probabilities in nats of the distribution recomputed from the answer's dual variables.
-        gap: the gap that is certified, in nats; inf if none is.
+        gap: the gap that is certified, in nats; inf if no gap could be certified.
         status: :class:`softmeet.Status` as int.
     """
 
@@ -70,7 +70,7 @@ class Recomputed:
         """Stack the results of single rows.
 
         Args:
-            rows: (log-probabilities in nats, gap in nats, status) of each row.
+            rows: for each row (its log-probabilities in nats, its gap in nats, its :class:`softmeet.Status`).
             like: log-probabilities of the batch, for their dtype and device, and for the shape if there are no rows.
         """
         log_probs = torch.stack([log_p for log_p, _, _ in rows]) if rows else like
@@ -89,8 +89,9 @@ def residuals(problem: Problem, log_probs: Float[Tensor, "B v"]) -> Float[Tensor
     """Return ‖Q_iᵀ(p - p̂_i)‖, the distance of p from member i's moments, by one read of every head.
 
     Args:
-        problem: the problem with the members' p̂_i and whitened heads Q_i, without directions that carry no constraint.
-        log_probs: log p of each row, in nats.
+        problem: the problem with the members' p̂_i and whitened heads Q_i, whose directions that carry no constraint are
+            left out; products are in ``problem.dtype``.
+        log_probs: log p of each of the B rows, in nats, on the device of ``problem.log_p``.
     """
     if not len(log_probs):
         return log_probs.new_zeros(len(problem.heads), 0)
@@ -107,10 +108,16 @@ def verify(problem: Problem, answer: Answer, fallback: Bool[Tensor, " B"]) -> Ve
     """Recompute residual, gap and status of every row of an answer in fp64, without the solver.
 
     Args:
-        problem: the problem that was solved.
-        answer: the answer to it.
-        fallback: True in rows that the fallback answered; they are checked by the rule that ``on_infeasible`` names,
-            with infinite trusts replaced by 0.3.
+        problem: the problem that was solved; its ``dtype`` is ignored.
+        answer: the answer to its B rows.
+        fallback: a bool mask, True in rows that the fallback answered; they are checked by the rule that
+            ``on_infeasible`` names, with infinite trusts replaced by 0.3, all others by the problem's rule.
+
+    Returns:
+        The figures of each row, with one batch dimension of B rows.
+
+    Raises:
+        SoftmeetError: if ``Rule.verify`` raises it, such as RuleError if the rule fails.
     """
     problem = problem.changed(dtype=torch.float64)
     claimed, gap, status = torch.empty_like(answer.log_probs), answer.gap.clone(), answer.status.clone()
