@@ -170,10 +170,10 @@ def calibrate(model: EnsembleForCausalLM, settings: Settings) -> float | None:
 
 
 def cache_file() -> Path:
-    """Return the path of the JSON file in which this machine keeps factors, by members and settings.
+    """Return the path of the JSON file in which this machine keeps the measured factors of the gate ``movement``.
 
-    It is ``movement.json`` in ``$SOFTMEET_CACHE`` or, without that, in ``softmeet`` below ``$XDG_CACHE_HOME`` or
-    ``~/.cache``.
+    They are kept by members (:func:`members_hash`) and settings (:func:`key_of`). The file is ``movement.json`` in
+    ``$SOFTMEET_CACHE`` or, without that, in ``softmeet`` below ``$XDG_CACHE_HOME`` or ``~/.cache``.
     """
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("SOFTMEET_CACHE") or Path(base) / "softmeet") / "movement.json"

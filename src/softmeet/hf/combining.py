@@ -109,7 +109,7 @@ class Combiner:
             hidden: for each member i, the last hidden states that it computed, (B, k, d_i).
             settings: the rule and all other settings, from :meth:`Settings.for_members`.
             deferral: the positions, of all B · k sequence by sequence, at which all members ran; at the others the
-                first member answers alone. :meth:`EnsembleForCausalLM.run` makes it. None if all members ran at all.
+                first member answers alone. :meth:`EnsembleForCausalLM.run` makes it. None if all ran everywhere.
             recorder: its :meth:`Recorder.add` is called after each chunk of positions, in order; None for no record.
             before: the token before each of the B · k positions, for gates that look at the text; None if unknown.
 

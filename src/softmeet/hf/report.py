@@ -26,7 +26,7 @@ _FULL = 0.5
 
 @dataclass(frozen=True)
 class TokenReport:
-    """A report on one position and the token that came there; all figures are in nats.
+    """A report on one position and the token that came there; log-probabilities, divergences and gap are in nats.
 
     A member that did not run, as the gate ``unsure`` was closed, has NaN for figures, and an empty ``member_top``.
 
@@ -37,7 +37,7 @@ class TokenReport:
         top: the ensemble's most probable tokens, as (id, log-probability), the most probable first.
         member_top: the same for each member: its own most probable tokens.
         moved: the tokens j with the largest |p_j - q_j|, p the ensemble's distribution and q the pool, as (id, log q_j,
-            log p_j), the largest first; if ``gated``, with log p_j in place of log q_j.
+            log p_j), the largest first. If ``gated``, nothing was moved: arbitrary tokens as (id, log p_j, log p_j).
         pushes: ``pushes[k][i]`` is member i's contribution push_ij, by its dual variables, to the change of token j,
             the k-th of ``moved``: log p_j - log q_j = Σ_i push_ij + a constant. 0 if the rule, unlike ``meet``,
             does not tilt the pool.

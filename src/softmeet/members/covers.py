@@ -266,13 +266,13 @@ class Covers:
 
         Args:
             spelling: the member's.
-            least: a token is listed if the text continues with its bytes (by it or a longer token) with this
-                probability or more, of which 2 % or more are the token's own.
+            least: a token is listed if, after the cover's tokens, its bytes come (by it or by a longer token) with
+                at least this share of all mass, of which 2 % or more are the token's own.
             most: the greatest number of tokens to list.
 
         Returns:
-            For each token, (the probabilities at its place, its number in ``spelling.words``, the probability that the
-            text continues with its bytes), the most probable first.
+            For each token, (the cover's ``probs``, from which it is drawn; its number in ``spelling.words``; that share
+            of mass), the most probable first.
         """
         found = list[tuple[NextTokenProbs, int, float]]()
         for cover in self.closed:

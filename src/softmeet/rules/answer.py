@@ -24,7 +24,7 @@ class Answer(Batched):
     Attributes:
         log_probs: log p in nats, fp64, (B, v).
         status: :class:`softmeet.Status` as int, (B,).
-        gap: how far the objective can be from its optimum, in nats, (B,).
+        gap: how far the objective can be from its optimum, in its unit (nats for most rules), (B,).
         certified: whether ``gap`` is a proved bound rather than an estimate, (B,).
         objective: the value of the rule's objective; NaN for a rule without one, (B,).
         objective_range: the least and the largest value of the objective over the feasible set, or bounds on them,

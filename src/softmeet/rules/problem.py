@@ -268,10 +268,10 @@ class Problem:
         return projection
 
     def met_alike(self, other: Problem) -> bool:
-        """Return whether the solution of this problem by ``meet`` answers ``other`` too, if both have the same heads.
+        """Return whether the solution of this problem by ``meet`` answers ``other`` too.
 
-        It does if log-probabilities, supports and the settings that ``meet`` depends on are equal, and this problem's
-        ``tol`` is at most the other's.
+        True exactly if log-probabilities, supports and the settings that ``meet`` depends on are equal, and this
+        problem's ``tol`` is at most the other's. That both have the same heads is not checked.
         """
         same = [
             (p.trust, p.settings.pool, p.settings.weights, p.settings.rank, p.settings.free_radial)
