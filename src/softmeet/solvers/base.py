@@ -138,7 +138,7 @@ def iterate(solver: Solver[S], problem: Projection, max_steps: int) -> S:
     done, going = state.done.nonzero().squeeze(-1), (~state.done).nonzero().squeeze(-1)
     if not len(going):
         return state
-    places, ended = [done], [state.take(done)]
+    places, ended = ([done], [state.take(done)]) if len(done) else ([], [])
     for rows in going.split(solver.rows_at_once(problem)):
         whole = len(rows) == len(state.done)
         active, part = (state, problem) if whole else (state.take(rows), problem.take(rows))

@@ -55,6 +55,7 @@ def moments(problem: Projection, log_p: Float[Tensor, "B v"], log_r: Float[Tenso
     joint, own, H = p.new_zeros(len(p), D), p.new_zeros(len(p), D), p.new_zeros(len(p), D, D)
     for tokens in _blocks(problem):
         rows = _rows(problem, tokens)
+        size = cached(2 * (tokens.stop - tokens.start) * max(problem.widths), p.device)
         slopes = [1.0 if h.slope is None else h.slope[:, tokens] for h in problem.heads]
         for i, (Q, here, slope) in enumerate(zip(rows, places, slopes, strict=True)):
             of_p, of_r = slope * p[:, tokens], slope * r[:, i, tokens]
@@ -64,7 +65,6 @@ def moments(problem: Projection, log_p: Float[Tensor, "B v"], log_r: Float[Tenso
                 mass = problem.alpha[i] * problem.alpha[j] * of_p
                 mass = mass + problem.alpha[i] * problem.gamma[i] * of_r if j == i else mass
                 weights = (slopes[j] * mass).to(Q.dtype)[..., None]
-                size = cached(2 * rows[j].numel(), p.device)
                 for k in range(0, len(p), size):
                     H[k : k + size, here, places[j]] += torch.matmul(Q.T, rows[j] * weights[k : k + size])
     for h, here in zip(problem.heads, places, strict=True):
