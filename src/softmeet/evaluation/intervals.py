@@ -70,7 +70,7 @@ class Clusters:
 
     @property
     def count(self) -> int:
-        """The number of clusters."""
+        """The number C of different clusters among the N positions."""
         return int(self.of.max()) + 1
 
     def sums(self, values: Float[Tensor, " N"]) -> Float[Tensor, " C"]:

@@ -285,7 +285,8 @@ class Combiner:
             start=None if start is None else start.as_start(heads, log_p),
             precision=torch.finfo(dtype).eps,
             proved=proved,
-            before=before,
+            # Rows of the problem are chosen where its distributions are.
+            before=None if before is None else before.mapped(lambda ids: ids.to(log_p.device)),
         )
         known = None if relaxed is None else relaxed.as_fallback(problem)
         solution = solve(problem, log_p.shape[1:2], dtype, known)

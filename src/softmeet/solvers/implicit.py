@@ -125,7 +125,7 @@ def iterative(
         part = problem.take(rows)
         return torch.zeros_like(d).index_copy(0, rows, curved(part, p[rows], r[rows], part.scores(d[rows])))
 
-    return conjugate_gradients(product, b, _by_heavy_tokens(problem, p, r), reduction, limit)
+    return conjugate_gradients(product, b, _by_heavy_tokens(problem, p, r), reduction, limit, wait=True)
 
 
 def _by_heavy_tokens(problem: Projection, p: Float[Tensor, "B v"], r: Float[Tensor, "B n v"]) -> Linear:

@@ -22,6 +22,7 @@ _LONGEST = 1e30
 _STRIP = 192
 
 Linear = Callable[[Float[Tensor, "b D"]], Float[Tensor, "b D"]]
+Rejects = Callable[[Float[Tensor, " B"]], Bool[Tensor, " B"]]
 
 
 def some(rows: Bool[Tensor, " B"]) -> bool:
@@ -121,7 +122,7 @@ class Factored:
 
 
 def conjugate_gradients(
-    product: Linear, g: Float[Tensor, "b D"], precondition: Linear, reduction: float, limit: int
+    product: Linear, g: Float[Tensor, "b D"], precondition: Linear, reduction: float, limit: int, *, wait: bool = False
 ) -> Float[Tensor, "b D"]:
     """Return approximately H⁻¹ g for positive definite H, by preconditioned conjugate gradients for each row.
 
@@ -134,7 +135,10 @@ def conjugate_gradients(
         reduction: a row stops once √(rᵀM⁻¹r), r = g - H s its residual, is at most this share of its value at the
             start s = 0; with 0 it takes all ``limit`` steps.
         limit: the most steps.
+        wait: look after each step whether all rows have stopped even on an accelerator, which has to be waited for:
+            worth it if a step is dear, as with reads of the heads. Without it all steps are taken there.
     """
+    goes_on = Tensor.any if wait else some
     s, residual = torch.zeros_like(g), g
     y = precondition(residual)
     d, size = y, (residual * y).sum(-1)
@@ -143,7 +147,7 @@ def conjugate_gradients(
         Hd = product(d)
         curvature = (d * Hd).sum(-1)
         going = (size > goal) & (curvature > 0)
-        if not some(going):
+        if not goes_on(going):
             break
         step = torch.where(going, size / curvature, 0.0)
         s, residual = s + step[:, None] * d, residual - step[:, None] * Hd
@@ -152,7 +156,7 @@ def conjugate_gradients(
         going &= new > goal
         d = torch.where(going[:, None], y + (new / size)[:, None] * d, 0.0)
         size = torch.where(going, new, 0.0)
-        if not some(going):
+        if not goes_on(going):
             break
     return s
 
@@ -177,7 +181,7 @@ def gram(x: Float[Tensor, "*b k m"]) -> Float[Tensor, "*b m m"]:
 
 
 def backtrack(
-    worse: Callable[[Float[Tensor, " B"]], Bool[Tensor, " B"]], t: Float[Tensor, " B"], factor: float, limit: int
+    worse: Rejects, t: Float[Tensor, " B"], factor: float, limit: int, *, wait: bool = False
 ) -> tuple[Float[Tensor, " B"], Bool[Tensor, " B"]]:
     """Multiply the step lengths ``t`` by ``factor`` in rows in which ``worse`` rejects them, until it rejects none.
 
@@ -185,8 +189,9 @@ def backtrack(
         worse: a function from step lengths, (B,), to the mask, (B,), of rows in which they are rejected.
         t: the first step lengths to try, (B,).
         factor: the factor, between 0 and 1, by which a rejected step is shortened.
-        limit: the most calls of ``worse``, at least 1. Each gets the step lengths of all rows. On a CPU the calls end
-            once a call rejects none; on an accelerator all are made.
+        limit: the most calls of ``worse``, at least 1. Each gets the step lengths of all rows. They end once a call
+            rejects none, on an accelerator with ``wait`` alone.
+        wait: as of :func:`conjugate_gradients`.
 
     Returns:
         (the step lengths, (B,); the mask, (B,), of rows that the last call still rejected: their step was shortened
@@ -194,7 +199,7 @@ def backtrack(
     """
     for _ in range(limit):
         failed = worse(t)
-        if not some(failed):
+        if not (failed.any() if wait else some(failed)):
             break
         t = torch.where(failed, factor * t, t)
     return t, failed

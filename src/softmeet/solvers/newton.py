@@ -191,7 +191,7 @@ def _shorter(
         return ~(value(t) <= state.value + _ARMIJO * t * slope)
 
     t = torch.minimum(torch.full_like(slope, 0.5), 4 * _safe_step(problem, y))
-    t, failed = backtrack(worse, t, 0.5, _HALVINGS)
+    t, failed = backtrack(worse, t, 0.5, _HALVINGS, wait=True)
     return torch.where(value(t) <= state.value, t, 0.0) if failed.any() else t
 
 
