@@ -24,8 +24,8 @@ HEAVY, HEAVY_PER_COLUMN, HEAVY_PER_COLUMN_FOR_BOUNDS = 256, 5 / 12, 5 / 6
 HEAVY_SHARE, HEAVY_AT_MOST = 1 / 4, 2048
 # The fewest tokens drawn for the tail's curvature (pair: 8.7 and 5.5, 7.9 and 4.8; every new set of heads pays).
 TAIL = 8192
-# The share of the residual at which conjugate gradients for a direction stop (pair: 7.9 and 4.8, 8.3 and 5.3; wide: 14.5
-# and 8.8, 14.7 and 9.9), and how many masses their preconditioner has exactly (wide: 14.5 and 9.6, 14.5 and 8.8).
+# The share of the residual at which conjugate gradients for a direction stop (pair: 7.9 and 4.8, 8.3 and 5.3; wide:
+# 14.5 and 8.8, 14.7 and 9.9), and how many masses their preconditioner has exactly (wide: 14.5 and 9.6, 14.5 and 8.8).
 CONJUGATE_REDUCTION, PRECONDITIONED = 0.1, 96
 # The estimated gap after a step is at least ``LEFT`` times that before (wide: 14.5 and 6.5, 14.5 and 10.5); if f falls
 # by more than ``FORETOLD`` times the estimate, the fall takes its place (wide: 14.5 and 11.9, 14.5 and 7.7). On peaked
