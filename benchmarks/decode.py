@@ -72,7 +72,7 @@ def run(
         "rule": rule,
         "tokens/s": median(rates),
         "passes": recorder.passes / recorder.rows,
-        "unsolved": recorder.unconverged,
+        "unsolved": recorder.statuses["NOT_CONVERGED"],
         "ms a step: members": spent["members"],
         "rule and heads": spent["rows"],
         "of it directions": spent.get("directions", 0.0),

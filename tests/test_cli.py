@@ -96,7 +96,6 @@ def test_weights_of_prompts_are_those_that_are_reported(members):
         (["generate", "x", "--weights", "1,1"], "error: expected one weight per member, 3 in all, got 2"),
         (["generate", "x", "--rule", "vote"], "error: unknown rule 'vote': expected one of meet, max-entropy"),
         (["generate", "x", "-f", "/absent.txt"], "error: [Errno 2] No such file or directory"),
-        (["generate", "x", "--temperature=-1", "-m", "narrow"], "error: `temperature`"),
     ],
 )
 def test_an_error_is_one_line_and_exit_code_2(arguments, message):

@@ -293,17 +293,15 @@ def test_the_command_refuses_what_is_unsafe_or_unclear(members, tmp_path):
         assert message in done.stderr
 
 
-def test_missing_packages_are_named(monkeypatch):
-    from softmeet.cli import serve
-    from softmeet.errors import InvalidInputError
+@pytest.mark.parametrize(("package", "extra"), [("gradio", "ui"), ("uvicorn", "server")])
+def test_missing_packages_are_named(package, extra, monkeypatch):
+    from softmeet import extras
 
-    monkeypatch.setattr(serve, "find_spec", lambda module: module != "gradio")
-    serve._require_extra(ui=False)
-    with pytest.raises(InvalidInputError, match=r"softmeet\[ui\]"):
-        serve._require_extra(ui=True)
-    monkeypatch.setattr(serve, "find_spec", lambda module: module != "uvicorn")
-    with pytest.raises(InvalidInputError, match=r"softmeet\[server\]"):
-        serve._require_extra(ui=False)
+    monkeypatch.setattr(extras, "find_spec", lambda module: None if module == package else module)
+    done = run("serve", "--ui")
+    assert done.returncode == 2
+    assert f"needs {package}: " in done.stderr
+    assert f"[{extra}]'" in done.stderr
 
 
 def test_members_that_two_ensembles_name_are_loaded_once(members):

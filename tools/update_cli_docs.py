@@ -8,6 +8,7 @@ from typing import Any
 
 from typer.main import get_command
 
+from softmeet.cli import help
 from softmeet.cli.main import app
 
 PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
@@ -32,22 +33,13 @@ def _parts(path: str, commands: dict[str, Any], level: int) -> Iterator[str]:
         if hasattr(command, "commands"):
             yield from _parts(f"{path} {name}", command.commands, level + 1)
             continue
-        rows = [_row(parameter) for parameter in command.params if not getattr(parameter, "hidden", False)]
-        yield "| option | what it does | default |\n|---|---|---|\n" + "\n".join(rows) + "\n"
+        for title, own in help.grouped(command.params):
+            rows = [f"| {_typed(p)} | {help.sentence(p)} | {help.default(p)} |" for p in own]
+            yield f"| {title.lower()} | what it does | default |\n|---|---|---|\n" + "\n".join(rows) + "\n"
 
 
-def _row(parameter: Any) -> str:
-    flags = " ".join(f"`{flag}`" for flag in [*parameter.opts, *parameter.secondary_opts] if flag.startswith("-"))
-    shown = getattr(parameter, "show_default", None)
-    default = (
-        shown
-        if isinstance(shown, str)
-        else ""
-        if parameter.default is None or parameter.default is False
-        else parameter.default
-    )
-    about = (getattr(parameter, "help", None) or "").replace("\\[", "[")  # escaped for rich
-    return f"| {flags or parameter.name.upper()} | {about} | {default} |"
+def _typed(parameter: Any) -> str:
+    return f"`{help.spelling(parameter)}`"
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from softmeet.cli import options
 from softmeet.cli.flags import flag, flags
 from softmeet.cli.old_forms import warn
+from softmeet.cli.progress import working
+from softmeet.cli.tables import out, print_table
 
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
@@ -31,15 +31,31 @@ def check(
     named: Annotated[list[str] | None, typer.Argument(hidden=True, help="An old form: say -m for each.")] = None,
     members: options.Members = None,
     text: Path | None = flag(
-        None, "Held-out text: is the softmax to blame? Over bytes: how do members cut it, and at what cost?", "--text"
+        None,
+        "Text that the members were not trained on: says whether their errors look like those of a narrow softmax; "
+        "over bytes, how each member cuts it into tokens, and at what cost.",
+        "--text",
+        "-t",
+        panel="Text",
     ),
-    tokens: int = flag(512, "Of the text, at most; over bytes four times as many bytes.", min=2),
-    sampled: int = flag(64, "Without a text: tokens that the ensemble samples, to see how far meet moves it.", min=0),
-    plan: bool = flag(False, "Instead say what goes where, in bytes, without loading any weights.", "--plan"),
-    batch: int = flag(1, "Of the plan: sequences at once.", min=1),
-    context: int | None = flag(None, "Of the plan: tokens of each.", min=1, shown="the shortest context"),
+    tokens: int = flag(
+        512, "The most tokens of the text to read; over bytes four times as many bytes.", min=2, panel="Text"
+    ),
+    sampled: int = flag(
+        64, "Without a text, sample so many tokens to see how far meet moves the average.", min=0, panel="Text"
+    ),
+    plan: bool = flag(
+        False,
+        "Only say which weights, caches and buffers would go where, and their sizes; load no weights.",
+        "--plan",
+        panel="Plan",
+    ),
+    batch: int = flag(1, "With --plan: the sequences that run at once.", min=1, panel="Plan"),
+    context: int | None = flag(
+        None, "With --plan: the tokens of each sequence.", min=1, shown="the shortest context", panel="Plan"
+    ),
     loading: options.LoadingFlags,
-    as_json: bool = flag(False, "One JSON document on stdout.", "--json"),
+    as_json: bool = flag(False, "Print one JSON document on stdout.", "--json", panel="Output"),
     **settings: Any,
 ) -> None:
     """Compare members: vocabularies, heads, the angles between them, memory, and whom to trust.
@@ -73,17 +89,17 @@ def _facts(ensemble: Ensemble, text: str | None, tokens: int, sampled: int) -> d
         tokens: the most tokens of the text that are read.
         sampled: without a text, how many tokens the ensemble samples for the movement; 0 for no movement.
     """
-    with options.err.status("comparing heads"):
+    with working("comparing heads"):
         facts = _heads(ensemble)
     if text is not None:
         from softmeet.evaluation.premise import premise_scores
 
-        with options.err.status("testing the premise"):
+        with working("testing the premise"):
             scores = premise_scores(ensemble, text, tokens)
         for member, score in zip(facts["members"], scores, strict=True):
             member["premise"] = asdict(score) | {"verdict": score.verdict}
     if len(ensemble.names) > 1 and (text is not None or sampled):
-        with options.err.status("seeing how far meet moves the pool"):
+        with working("seeing how far meet moves the pool"):
             facts["movement"] = _movement(ensemble, text, tokens, sampled)
     return facts | {"advice": _advice(facts)}
 
@@ -154,8 +170,10 @@ def _advice(facts: dict[str, Any]) -> str:
         return "All heads span one column space, so meet can only be averaging: use logit-mean and save its cost."
     verdicts = {m["name"]: m["premise"]["verdict"] for m in members if "premise" in m}
     trusted = [name for name, verdict in verdicts.items() if verdict == "trust"]
+    if verdicts and not trusted and "unclear" in verdicts.values():
+        return "This text is too short to tell whether errors look like a narrow softmax's: give more of it (--tokens)."
     if verdicts and not trusted:
-        return "No member's errors look like its softmax's on this text: use logit-mean or the best member alone."
+        return "No member's errors look like a narrow softmax's here: use logit-mean, or the best member alone."
     if verdicts:
         rest = [f"{name} ({verdict})" for name, verdict in verdicts.items() if name not in trusted]
         others = f", hardly {', '.join(rest)}" if rest else ""
@@ -167,19 +185,24 @@ def _advice(facts: dict[str, Any]) -> str:
 
 def _show(facts: dict[str, Any]) -> None:
     """Print the facts of an ensemble over tokens as tables and sentences."""
-    console = Console()
-    columns = ["member", "rows", "width", "rank", "bias", "soft-cap", "MB"]
-    if tested := "premise" in facts["members"][0]:
-        columns += ["premise score", "first-order gain (nats per unit of trust)", "verdict"]
-    table = Table(*columns, title=f"{facts['tokens']:,} common tokens")
-    for m in facts["members"]:
-        row = [escape(m["name"]), f"{m['rows']:,}", str(m["width"]), str(m["rank"]), "yes" if m["bias"] else "no"]
-        row += [f"{m['soft_cap']:g}" if m["soft_cap"] else "no", f"{m['megabytes']:,.1f}"]
-        if tested:
-            p = m["premise"]
-            row += [f"{p['score']:.2f} ± {p['score_error']:.2f}", f"{p['gain']:+.4f} ± {p['error']:.4f}", p["verdict"]]
-        table.add_row(*row)
-    console.print(table)
+    console, members = out(), facts["members"]
+    rows = [
+        (
+            m["name"], f"{m['rows']:,}", str(m["width"]), str(m["rank"]), "yes" if m["bias"] else "no",
+            f"{m['soft_cap']:g}" if m["soft_cap"] else "no", f"{m['megabytes']:,.1f}",
+        )
+        for m in members
+    ]  # fmt: skip
+    columns = ("member", "rows", "width", "rank", "bias", "soft-cap", "MB")
+    print_table(console, columns, [rows], title=f"The heads (output layers), over {facts['tokens']:,} common tokens")
+    if "premise" in members[0]:
+        tested = [(m["name"], m["premise"]) for m in members]
+        scores = [
+            (name, f"{p['score']:.2f} ± {p['score_error']:.2f}", f"{p['gain']:+.4f} ± {p['error']:.4f}", p["verdict"])
+            for name, p in tested
+        ]
+        titles = ("member", "premise score", "gain (nats per unit of trust)", "verdict")
+        print_table(console, titles, [scores], title="Do errors look like a narrow softmax's?", texts=(0, 3))
     for pair in facts["pairs"]:
         console.print(
             f"{escape(' and '.join(pair['members']))}: median principal cosine {pair['median_cosine']:.2f}, "
@@ -208,7 +231,7 @@ def _facts_over_bytes(ensemble: Ensemble, text: str | None, tokens: int) -> dict
     data = None if text is None else text.encode()[: _BYTES_PER_TOKEN * tokens]
     named = [(options.short(name), reader) for name, reader in zip(ensemble.names, model.readers, strict=True)]
     members, pairs = [], []
-    with options.err.status("comparing tokenizers"):
+    with working("comparing tokenizers"):
         for name, reader in named:
             own: dict[str, Any] = {"name": name, "tokens": len(reader.spelling.words), "width": reader.head.d}
             own |= {
@@ -252,17 +275,19 @@ def _costs(reader: Any, text: bytes, window: int) -> dict[str, float]:
 
 def _show_over_bytes(facts: dict[str, Any]) -> None:
     """Print the facts of an ensemble over bytes as tables and sentences."""
-    console, columns = Console(), ["member", "tokens", "width", "MB"]
-    if read := "bits_per_byte" in facts["members"][0]:
-        columns += ["bits/B", "own tokens/B", "run/B", "estimated/B"]
-    table = Table(*columns, title="combined over bytes")
-    for m in facts["members"]:
-        row = [escape(m["name"]), f"{m['tokens']:,}", str(m["width"]), f"{m['megabytes']:,.1f}"]
-        if read:
-            row += [f"{m['bits_per_byte']:.4f}", f"{m['own_tokens_per_byte']:.3f}", f"{m['tokens_run_per_byte']:.3f}"]
-            row += [f"{m['dropped_per_byte']:.2%}"]
-        table.add_row(*row)
-    console.print(table)
+    console, members = out(), facts["members"]
+    rows = [(m["name"], f"{m['tokens']:,}", str(m["width"]), f"{m['megabytes']:,.1f}") for m in members]
+    print_table(console, ("member", "tokens", "head width", "MB"), [rows], title="The members, combined over bytes")
+    if "bits_per_byte" in members[0]:
+        costs = [
+            (
+                m["name"], f"{m['bits_per_byte']:.4f}", f"{m['own_tokens_per_byte']:.3f}",
+                f"{m['tokens_run_per_byte']:.3f}", f"{m['dropped_per_byte']:.2%}",
+            )
+            for m in members
+        ]  # fmt: skip
+        columns = ("member", "bits", "own tokens", "tokens run", "probability estimated")
+        print_table(console, columns, [costs], title="The text, as each member reads it; means per byte")
     for pair in facts["pairs"]:
         one, other = map(escape, pair["members"])
         line = f"{one} and {other}: {pair['shared_tokens']:,} tokens in common"
@@ -282,7 +307,7 @@ def _plan(members: list[str], batch: int, context: int | None, loading: options.
         context: the number of tokens of each; None for the shortest context.
         loading: the flags for dtype and devices.
     """
-    with options.err.status("reading configurations"):
+    with working("reading configurations"):
         from softmeet.ensemble import member_names
         from softmeet.hf.plan import plan
 
@@ -297,15 +322,13 @@ def _show_plan(facts: dict[str, Any]) -> None:
     title = (
         f"{facts['batch']} sequences of {facts['context']:,} tokens; {facts['rows_at_once']} positions solved at once"
     )
-    table = Table("", "what", "where", "dtype", "MB", title=title)
-    for part in facts["parts"]:
-        owner = escape(options.short(part["owner"]) or part["owner"])
-        table.add_row(owner, part["what"], part["device"], part["dtype"], f"{part['bytes'] / 1e6:,.2f}")
-    table.add_section()
-    for place, size in facts["totals"].items():
-        table.add_row("together", "", place, "", f"{size / 1e6:,.2f}")
-    console = Console()
-    console.print(table)
+    parts = [
+        (options.short(p["owner"]) or p["owner"], p["what"], p["device"], p["dtype"], f"{p['bytes'] / 1e6:,.2f}")
+        for p in facts["parts"]
+    ]
+    totals = [("together", "", place, "", f"{size / 1e6:,.2f}") for place, size in facts["totals"].items()]
+    console, columns = out(), ("member", "what", "where", "dtype", "MB")
+    print_table(console, columns, [parts, totals], title=title, texts=(0, 1, 2, 3))
     for name, size in facts["cache_bytes_per_token"].items():
         console.print(f"{escape(options.short(name))} keeps {size / 1e3:,.1f} kB for each token of a sequence.")
     console.print("Beside this come Python with its libraries, some 500 MB, and activations while a prompt is run.")

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
 from softmeet.cli import options, texts
+from softmeet.cli.endings import endings
 from softmeet.cli.flags import flag, flag_of, flags
 from softmeet.cli.old_forms import repeated
+from softmeet.cli.progress import progress
+from softmeet.cli.tables import out, print_table
 from softmeet.errors import InvalidInputError
+from softmeet.extras import require_extra
+from softmeet.rules.registry import rule_names
 from softmeet.rules.settings import POOLS, parse_rule
+
+_RULE = (
+    "A rule to measure, with its options after colons, as in meet:trust=1/0.3:pool=prob-mean; repeat it for more. "
+    f"One of: {', '.join(rule_names())}."
+)
 
 
 @flags("rule", "gate")
@@ -25,15 +30,27 @@ def evaluate(
     members: options.Members = None,
     source: texts.SourceFlags,
     rules: list[str] | None = flag(
-        None, "A rule with options: meet:trust=1/0/0.3:pool=prob-mean; repeat it.", "--rule", shown="the ensemble's own"
+        None,
+        _RULE,
+        "--rule",
+        shown="the ensemble's own",
+        panel="Rule",
     ),
     gates: list[str] | None = flag(
-        None, "Try each rule under this gate too: unsure:0.5; repeat it.", "--gate", shown="the ensemble's own"
+        None,
+        "Measure each rule under this gate, too, such as unsure:0.5; repeat it for more.",
+        "--gate",
+        shown="the ensemble's own",
+        panel="Rule",
     ),
     prompt_weights: int | None = flag(
-        None, "Add logit-mean with weights from the members' perplexity on so many tokens of each document.", min=1
+        None,
+        "Also measure logit-mean with weights from how well each member predicts the first N tokens of a document.",
+        min=1,
+        shown="not measured",
+        panel="Rule",
     ),
-    plots: Path | None = flag(None, "A folder for PNG plots."),
+    plots: Path | None = flag(None, "Draw plots, as PNG files, into this folder.", panel="Output"),
     result: texts.ResultFlags,
     loading: options.LoadingFlags,
     running: options.EngineFlags,
@@ -42,8 +59,11 @@ def evaluate(
     """Measure rules on a text in nats per token, beside members and averages, with paired intervals by document."""
     from softmeet.evaluation.choices import parse_choices, under_gates, with_baselines
 
-    texts.require_extra(psutil=True, scipy=True, pyarrow=source.trace, matplotlib=plots)
+    require_extra(
+        "evaluate", "eval", "psutil", "scipy", *["pyarrow"] * bool(source.trace), *["matplotlib"] * bool(plots)
+    )
     texts.require_places(result.as_json, plots, result.resume)
+    result.require_new(*(plots.glob("*.png") if plots else ()))
     found = source.documents()
     _require_once(rules or [], settings)
     ensemble = loading.ensemble(source.members(members), settings)
@@ -65,7 +85,7 @@ def evaluate(
     }
     positions, pinned = source.identified(ensemble, found)
     kept = PieceCache(result.resume, pinned | how)
-    with result.stoppable(), running.start(ensemble) as engine, texts.progress() as begin:
+    with result.stoppable(), running.start(ensemble) as engine, progress() as begin:
         where: dict[str, Any] = {"engine": engine, "cache": kept}
         if positions is not None:
             advance = begin("evaluating", 0, len(positions))
@@ -109,34 +129,35 @@ def show(facts: dict[str, Any]) -> None:
     Args:
         facts: the figures, as :func:`softmeet.evaluation.report.summary` returns them.
     """
-    console, unit = Console(), facts["vocabulary"]
+    console, unit = out(), facts["vocabulary"]
     spread = f"{facts['clusters']['count']} {facts['clusters']['kind']}"
-    table = Table(title=f"{facts['tokens']:,} {unit}; intervals by {spread}")
-    table.add_column("", min_width=14, overflow="fold")
     gated = ["gated"] if any(row["gated"] for row in facts["rules"].values()) else []
-    for name in ("nats", "perpl.", "bits/B", "top-1", "cal.", *gated, "vs best baseline"):
-        table.add_column(name, no_wrap=True)
-    for kind in ("members", "rules"):
-        for name, row in facts[kind].items():
-            table.add_row(
-                escape(options.short(name) if kind == "members" else name), _number(row["nll"], ".4f"),
+    columns = (
+        "member or rule", f"nats a {unit[:-1]}", "perplexity", "bits a byte", "top-1 right", "calibration error",
+        *gated, "against the best baseline",
+    )  # fmt: skip
+    sections = [
+        [
+            (
+                options.short(name) if kind == "members" else name, _number(row["nll"], ".4f"),
                 _number(row["perplexity"], ".2f" if row["perplexity"] < 1e6 else ".3g"),
                 "" if row["bits_per_byte"] is None else _number(row["bits_per_byte"], ".4f"),
                 f"{row['top1']:.3f}", f"{row['calibration']['error']:.3f}",
                 *(f"{row[key]:.1%}" if row.get(key) else "" for key in gated),
                 _against(name, row, facts["best_baseline"]),
-            )  # fmt: skip
-        table.add_section()
-    # On a narrow terminal drop the cells' padding, rather than cut off their text.
-    if console.measure(table, options=console.options.update(max_width=sys.maxsize)).maximum > console.width:
-        table.padding = 0
-    console.print(table)
+            )
+            for name, row in facts[kind].items()
+        ]
+        for kind in ("members", "rules")
+    ]  # fmt: skip
+    print_table(console, columns, sections, title=f"{facts['tokens']:,} {unit}; intervals by {spread}")
     for name, row in facts["rules"].items():
-        for note in _notes(row):
+        for note in _notes(row, unit[:-1]):
             console.print(f"{name}: {note}", markup=False)
     console.print(
-        f"members disagree by {facts['disagreement']:.3f} nats a {unit[:-1]} (Jensen-Shannon); differences are 95 %, "
-        "negative is better"
+        f"The best baseline is the best of the members and the averages, on this same text. Differences are in nats a "
+        f"{unit[:-1]}, negative is better, with their 95 % intervals. The members disagree by "
+        f"{facts['disagreement']:.3f} nats a {unit[:-1]} (Jensen-Shannon)."
     )
 
 
@@ -148,7 +169,7 @@ def _number(x: float, form: str) -> str:
 def _against(name: str, row: dict[str, Any], best: str) -> str:
     """Return a row's difference from the best baseline, with half its 95 % interval, as a table's cell."""
     if name == best:
-        return "is it"
+        return "the baseline"
     if "vs" not in row:
         return ""
     low, high = row["vs"]["ci95"]
@@ -156,8 +177,6 @@ def _against(name: str, row: dict[str, Any], best: str) -> str:
     return _number(row["vs"]["delta"], "+.4f") + interval
 
 
-def _notes(row: dict[str, Any]) -> list[str]:
-    """Return sentences on a rule's fallbacks, on rows not converged and on how far it moved the pool; perhaps none."""
-    notes = [f"{row['fallbacks']:,} by meet"] if row["fallbacks"] else []
-    notes += [f"{row['unconverged']:,} not converged"] if row["unconverged"] else []
-    return [", ".join(notes)] * bool(notes) + ([row["movement"]["says"]] if "movement" in row else [])
+def _notes(row: dict[str, Any], unit: str) -> list[str]:
+    """Return sentences on how a rule ended where it did not solve, and on how far it moved the pool; perhaps none."""
+    return endings(row["statuses"], row["fallbacks"], unit) + ([row["movement"]["says"]] if "movement" in row else [])

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from softmeet.cli import options, texts
 from softmeet.cli.flags import flag, flags
+from softmeet.cli.messages import say
+from softmeet.cli.progress import progress
+from softmeet.cli.tables import out as stdout
+from softmeet.cli.tables import print_table
+from softmeet.extras import require_extra
 from softmeet.rules.settings import parse_rule, rule_of
 
 if TYPE_CHECKING:
@@ -23,25 +26,37 @@ if TYPE_CHECKING:
 class FitFlags:
     """Flags for the rules and settings that a fit tries, and for how much text it fits, chooses and judges them by."""
 
+    PANEL: ClassVar = "Fit"
     rules: list[str] | None = flag(
         None,
-        "One more candidate, with options: meet:trust=1/0.3; what it does not name is the fitted average's; repeat it.",
+        "Also try this rule, with its options: meet:trust=1/0.3. Settings that it does not name are those of the "
+        "fitted average; repeat it for more.",
         "--rule",
     )
-    free_weights: bool = flag(False, "Weights need not sum to one.", "--free-weights")
-    bands: int = flag(1, "Also try a trust for each of so many bands of a head's principal directions.", min=1)
-    meet_tokens: int = flag(2000, "Size of the subset on which meet is fitted; averages take all.", min=1)
-    evaluations: int = flag(15, "Of loss and gradient, at most, for each meet; averages get five times as many.", min=1)
-    premise_tokens: int = flag(512, "Size of the subset of the premise test, which says where trusts start.", min=1)
+    free_weights: bool = flag(False, "Do not require that weights sum to 1.", "--free-weights")
+    bands: int = flag(
+        1, "Also try a trust for each of N bands, into which a head's principal directions are cut.", min=1
+    )
+    meet_tokens: int = flag(2000, "Tokens on which meet is fitted; averages are fitted on all.", min=1)
+    evaluations: int = flag(
+        15, "How often the loss of meet may be computed in fitting it; that of averages five times as often.", min=1
+    )
+    premise_tokens: int = flag(
+        512, "Tokens for the test whether errors look like those of a narrow softmax, by which trusts start.", min=1
+    )
     batch: int | None = flag(
         None,
-        "Positions of each evaluation for meet, where heads are so wide that its whole subset takes too long; meet "
+        "Tokens of each such computation for meet, for heads so wide that all of --meet-tokens take too long; meet "
         "then starts from the better average only.",
         min=1,
-        shown="the whole subset",
+        shown="all",
     )
-    select_tokens: int | None = flag(None, "Of the part to choose by, at most.", min=1, shown="all")
-    judge_tokens: int | None = flag(None, "Of the part to judge by, at most.", min=1, shown="all")
+    select_tokens: int | None = flag(
+        None, "The most tokens to choose a candidate by.", min=1, shown="all of that part of the text"
+    )
+    judge_tokens: int | None = flag(
+        None, "The most tokens to judge the chosen one by.", min=1, shown="all of that part of the text"
+    )
 
     def options(self) -> Options:
         """Return the flags as the :class:`softmeet.evaluation.fit.Options` of a fit.
@@ -58,7 +73,8 @@ class FitFlags:
 def fit(
     *,
     out: Annotated[
-        Path, typer.Option("--out", help="The folder of the fitted ensemble: a new one, or an older ensemble's.")
+        Path,
+        typer.Option("--out", metavar="PATH", help="The folder for the fitted ensemble.", rich_help_panel="Output"),
     ],
     members: options.Members = None,
     source: texts.SourceFlags,
@@ -70,9 +86,10 @@ def fit(
     """Learn weights, temperature and trusts, and save the best ensemble; or the best average, unless meet is better."""
     from softmeet.evaluation.files import require_ensemble_folder
 
-    texts.require_extra(psutil=True, scipy=True, pyarrow=source.trace)
+    require_extra("fit", "eval", "psutil", "scipy", *["pyarrow"] * bool(source.trace))
     texts.require_places(result.as_json, out, result.resume)
     require_ensemble_folder(out)
+    result.require_new(out / "config.json")
     for rule in fitting.rules or ():
         parse_rule(rule)
     found = source.documents()
@@ -90,21 +107,23 @@ def fit(
     if fitting.bands > 1:
         ensemble.model.require_tokens("--bands")
     ensemble.model.combiner.banded_heads(fitting.bands)  # made here, so that workers share them
-    with result.stoppable(), running.start(ensemble) as engine, texts.progress() as begin:
+    with result.stoppable(), running.start(ensemble) as engine, progress() as begin:
         if positions is None:
             positions = observe_text(
                 ensemble, found, max_tokens=source.max_tokens, **source.windows, engine=engine, cache=kept,
-                on_progress=begin("running the members", 0, None),
+                begin=lambda total: begin("running the members", 0, total),
             )  # fmt: skip
         fitted = learn(ensemble, positions, given, begin, engine=engine, cache=kept)
     facts = figures(fitted)
     result.tell(facts, _show)
+    if facts["caution"]:
+        say(facts["caution"])
     try:
         save(ensemble, fitted, out)
     finally:  # even if saving fails, for example because that disk is full
         result.write(facts)
     if result.as_json != Path("-"):
-        Console().print(f"saved in {out}", markup=False)
+        typer.echo(f"saved in {out}")
 
 
 def _show(facts: dict[str, Any]) -> None:
@@ -113,14 +132,15 @@ def _show(facts: dict[str, Any]) -> None:
 
     sizes = ", ".join(f"{part['tokens']:,} to {name}" for name, part in facts["splits"].items())
     title = f"{facts['vocabulary']}: {sizes}; figures on the last"
-    table = Table("candidate", "nats", "vs best baseline", "weights", "trust", "T", title=title)
+    unit, best, rows = facts["vocabulary"][:-1], facts["test"]["best_baseline"], []
+    columns = ("candidate", f"nats a {unit}", "against the best baseline", "weights", "trust", "temperature")
     for name, row in facts["candidates"].items():
         low, high = row["ci95"]
         weights, trust = (" ".join(f"{x:.2f}" for x in row[key]) for key in ("weights", "trust"))
-        table.add_row(
-            escape(options.short(name) if "/" in name else name), f"{row['test_nll']:.4f}",
-            "is it" if name == facts["test"]["best_baseline"] else f"{row['delta']:+.4f} ± {(high - low) / 2:.4f}",
+        rows.append((
+            options.short(name) if "/" in name else name, f"{row['test_nll']:.4f}",
+            "the baseline" if name == best else f"{row['delta']:+.4f} ± {(high - low) / 2:.4f}",
             weights, trust if rule_of(row["rule"]).uses_trust else "", f"{row['rule_temperature']:.2f}",
-        )  # fmt: skip
-    Console().print(table)
-    Console().print(f"[bold]{escape(verdict(facts))}[/]")
+        ))  # fmt: skip
+    print_table(stdout(), columns, [rows], title=title, texts=(0, 3, 4))
+    stdout().print(f"[bold]{escape(verdict(facts))}[/]")

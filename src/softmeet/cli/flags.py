@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import sys
+import textwrap
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import Field, field, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
@@ -12,8 +13,8 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 import yaml
-from typer.core import TyperCommand
 
+from softmeet.cli.help import GroupedHelp, default, grouped, sentence, spelling
 from softmeet.cli.old_forms import modern_values, modern_words
 from softmeet.errors import InvalidInputError
 from softmeet.rules.frozen import takes, unknown
@@ -23,11 +24,15 @@ from softmeet.rules.settings import Settings, parse_rule
 C = TypeVar("C", bound=Callable[..., Any])
 # Settings without a flag: their values come from a fit.
 _WITHOUT_FLAG = ("bands", "rule_temperature")
+# The settings of the rule that most users need; help lists the others with advanced options.
+_OF_THE_RULE = ("rule", "trust", "weights", "pool", "gate")
+# What stands for a flag's value in help, by the name of its type.
+_VALUES = {"int": "N", "float": "X", "Path": "PATH", "str": "TEXT"}
 # Commands whose options took several values in a row before 0.2.
 _TOOK_SEVERAL = ("trace", "evaluate", "fit", "pretrained")
 
 
-class Command(TyperCommand):
+class Command(GroupedHelp):
     """A typer command that accepts older versions' spellings, and in which ``--rule`` overrules ``--config``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -65,8 +70,8 @@ class Command(TyperCommand):
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """Return the parts of the usage line in help, with arguments before ``[OPTIONS]``."""
-        options, *arguments = super().collect_usage_pieces(ctx)
-        return [*arguments, options]
+        arguments = dict(grouped(self.params)).get("Arguments", [])
+        return [*map(spelling, arguments), "[OPTIONS]"]
 
 
 def _on_command_line(ctx: Any, name: str) -> bool:
@@ -97,14 +102,15 @@ def flags(*but: str, only: tuple[str, ...] = ()) -> Callable[[C], C]:
         for p in taken:
             if p.name in groups:
                 hints = get_type_hints(groups[p.name])
-                every += [_parameter(f.name, hints[f.name], f) for f in fields(groups[p.name])]
+                title = getattr(groups[p.name], "PANEL", None)
+                every += [_parameter(f.name, hints[f.name], f, title) for f in fields(groups[p.name])]
             elif p.kind is inspect.Parameter.VAR_KEYWORD:
                 chosen = [name for name in only or Settings.model_fields if name not in (*but, *_WITHOUT_FLAG)]
                 place = 1 + next((k for k, q in enumerate(every) if q.name == "members"), -1)
                 every[place:place] = map(_setting, chosen)
             else:
                 every.append(_parameter(p.name, p.annotation, p.default))
-        about = "A YAML file of options, under the flags' names."
+        about = "Take options from this YAML file, by their names; the command line goes first."
         every.append(_parameter("config", Path | None, flag(None, about, is_eager=True, callback=_apply)))
 
         @wraps(command)
@@ -121,27 +127,33 @@ def flags(*but: str, only: tuple[str, ...] = ()) -> Callable[[C], C]:
     return decorated
 
 
-def flag(default: Any, about: str, *names: str, shown: str | bool = True, **limits: Any) -> Any:
+def flag(default: Any, about: str, *names: str, shown: str | bool = True, panel: str | None = None, **more: Any) -> Any:
     """Declare a flag, as the default of a command's parameter or of a dataclass's field.
 
     Args:
         default: the value if the flag is not given.
-        about: one line of help.
+        about: the sentence of help.
         names: the flag's spellings, such as ``"--text", "-t"``; by default the parameter's name, as typer spells it.
         shown: the default as help shows it; True for the value itself, False for none.
-        limits: ``min`` and ``max`` of a number, and any other keyword arguments of ``typer.Option``, such as
-            ``callback``.
+        panel: the group that help lists the flag in, one of ``help.PANELS``; by default the ``PANEL`` of the dataclass
+            whose field it is, else ``Advanced``.
+        more: ``min`` and ``max`` of a number, and any other keyword arguments of ``typer.Option``, such as
+            ``metavar`` and ``callback``.
 
     Returns:
         a dataclass field that holds the ``typer.Option`` in its metadata; :func:`flags` makes a parameter of it.
     """
-    return field(default=default, metadata={"option": typer.Option(*names, help=about, show_default=shown, **limits)})
+    option = typer.Option(*names, help=about, show_default=shown, rich_help_panel=panel, **more)
+    return field(default=default, metadata={"option": option})
 
 
-def _parameter(name: str, kind: Any, default: Any) -> inspect.Parameter:
+def _parameter(name: str, kind: Any, default: Any, panel: str | None = None) -> inspect.Parameter:
     """Return a keyword-only parameter for typer, from a default that :func:`flag` made or any other."""
     if isinstance(default, Field):
-        kind, default = Annotated[kind, default.metadata["option"]], default.default
+        option = copy(default.metadata["option"])
+        option.rich_help_panel = option.rich_help_panel or panel
+        option.metavar = option.metavar or next((word for of, word in _VALUES.items() if of in str(kind)), None)
+        kind, default = Annotated[kind, option], default.default
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
 
 
@@ -149,9 +161,10 @@ def _setting(name: str) -> inspect.Parameter:
     """Return the parameter for a setting's flag: a number, a switch, or a text that :func:`checked_settings` reads."""
     setting = Settings.model_fields[name]
     kinds = [kind for kind in (bool, int, float) if takes(setting, kind) and not takes(setting, tuple)]
-    about = f" Rules: {', '.join(rule_names())}." if name == "rule" else ""
-    shown = str(setting.get_default() or "") or False
-    option = flag(None, f"{setting.description}{about}", flag_of(name), shown=shown)
+    about = f" One of: {', '.join(rule_names())}." if name == "rule" else ""
+    shown = "auto" if name == "gate" else str(setting.get_default() or "") or False
+    panel = "Rule" if name in _OF_THE_RULE else "Advanced"
+    option = flag(None, f"{setting.description}{about}", flag_of(name), shown=shown, panel=panel)
     return _parameter(name, (kinds[0] if kinds else str) | None, option)
 
 
@@ -209,9 +222,12 @@ def _values_of(path: Path, command: Any) -> dict[str, Any]:
     """Return the values that a YAML file gives to a command's options, by the flags' names with underscores.
 
     Raises:
-        InvalidInputError: if the file holds no map, or names an option that the command lacks.
+        InvalidInputError: if the file is no YAML, holds no map, or names an option that the command lacks.
     """
-    found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InvalidInputError(f"expected YAML in {path}, such as 'rule: meet' on a line: {error}") from None
     if not isinstance(found, dict):
         raise InvalidInputError(f"{path}: expected option names and values, such as 'rule: meet', got {found!r}")
     values, known = (
@@ -238,15 +254,22 @@ def _parameters(command: Any) -> dict[str, str]:
 
 def config(
     context: typer.Context,
-    command: Annotated[str, typer.Argument(help="Which command's options.")] = "generate",
-    config: Annotated[Path | None, typer.Option(help="A YAML file of options.")] = None,
+    command: Annotated[str, typer.Argument(help="The command whose options to show.")] = "generate",
+    config: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="A YAML file, whose values are shown in place of the defaults.")
+    ] = None,
 ) -> None:
-    """Show a command's options as a YAML file would have them, with a file's values if --config gives one."""
+    """Show a command's options as a YAML file, for --config: defaults, and as comments what may be set."""
     commands = context.parent.command.commands  # type: ignore[union-attr]  # softmeet is a group
     if command not in commands:
-        raise InvalidInputError(f"unknown command {command!r}: expected one of {', '.join(commands)}")
+        raise unknown(f"unknown command {command!r}", command, list(commands))
     target = commands[command]
     values = _values_of(config, target) if config else {}
-    defaults = {parameter.name: parameter.default for parameter in target.params}
-    every = {name: values.get(name, defaults[parameter]) for name, parameter in _parameters(target).items()}
-    yaml.safe_dump(every, sys.stdout, sort_keys=False)
+    names = {parameter: name for name, parameter in _parameters(target).items()}
+    for title, own in grouped(target.params):
+        settable = [(names[p.name], p) for p in own if p.name in names]
+        typer.echo(f"# === {title}\n" if settable else "", nl=False)
+        for name, parameter in settable:
+            value = values.get(name, parameter.default)
+            typer.echo(textwrap.fill(sentence(parameter), 100, initial_indent="# ", subsequent_indent="# "))
+            typer.echo(f"# {name}: {default(parameter)}\n" if value is None else yaml.safe_dump({name: value}))

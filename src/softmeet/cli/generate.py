@@ -8,14 +8,16 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
 from softmeet.cli import options
+from softmeet.cli.endings import endings
 from softmeet.cli.flags import flag, flags
+from softmeet.cli.messages import err, say
+from softmeet.cli.progress import working
+from softmeet.cli.tables import print_table
 
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
@@ -23,39 +25,71 @@ if TYPE_CHECKING:
     from softmeet.members.reading import Work
 
 
+def _positive(value: float | None) -> float | None:
+    """Return an option's value; this is typer's callback of options that have to be above 0."""
+    if value is not None and value <= 0:
+        raise typer.BadParameter(f"{value:g} is not above 0.")
+    return value
+
+
 @dataclass
 class SamplingFlags:
     """Flags for how tokens are drawn, named as in transformers."""
 
-    max_new_tokens: int = flag(100, "Tokens to add to each prompt, at most.", min=1)
-    do_sample: bool = flag(True, "Sample; else take the most probable token.")
-    temperature: float | None = flag(None, "Of the ensemble's distribution.")
-    top_k: int = flag(0, "Keep the k most probable tokens.", shown="all")
-    top_p: float | None = flag(None, "Keep the most probable tokens up to this mass.")
-    min_p: float | None = flag(None, "Keep tokens above this share of the largest.")
-    repetition_penalty: float | None = flag(None, "Divide the scores of tokens that came before by this.")
+    PANEL: ClassVar = "Sampling"
+    max_new_tokens: int = flag(100, "The most tokens to add to a prompt.", min=1)
+    seed: int | None = flag(
+        None, "A number that fixes the random draws: the same command with it gives the same text.", min=0
+    )
+    do_sample: bool = flag(True, "Draw each token at random, or always take the most probable one.")
+    temperature: float | None = flag(
+        None, "Divide log-probabilities by this; below 1 likely tokens win more often, 0 is --no-do-sample.",
+        min=0, shown="1",
+    )  # fmt: skip
+    top_k: int = flag(0, "Draw from the N most probable tokens only; 0 for all.", min=0)
+    top_p: float | None = flag(
+        None, "Draw from the most probable tokens only, as many as have this probability together.", min=0, max=1,
+        shown="1",
+    )  # fmt: skip
+    min_p: float | None = flag(
+        None, "Draw only from tokens with at least this share of the largest probability.", min=0, max=1, shown="0"
+    )
+    repetition_penalty: float | None = flag(
+        None, "Divide the scores of tokens that came before by this.", shown="1", callback=_positive
+    )
 
     def arguments(self) -> dict[str, Any]:
         """Return the flags that are set as keyword arguments of ``Ensemble.generate``.
 
-        If ``do_sample`` is False, temperature, top-k, top-p and min-p are left out; so is any flag that is None.
+        Flags that are None are left out. A temperature of 0 means ``do_sample=False``, with which temperature, top-k,
+        top-p and min-p are left out, too.
         """
-        unused = () if self.do_sample else ("temperature", "top_k", "top_p", "min_p")
-        return {name: value for name, value in vars(self).items() if value is not None and name not in unused}
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if self.do_sample and self.temperature != 0:
+            return given
+        unused = ("temperature", "top_k", "top_p", "min_p")
+        return {name: value for name, value in given.items() if name not in unused} | {"do_sample": False}
 
 
 @flags()
 def generate(
     *,
-    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; - or none reads one from stdin.")] = None,
-    file: list[Path] | None = flag(None, "A file that is one prompt.", "--file", "-f"),
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="The prompts; without any, or for -, one is read from stdin.")
+    ] = None,
+    file: list[Path] | None = flag(
+        None, "A file that holds a prompt; repeat it for several.", "--file", "-f", panel="Text"
+    ),
     members: options.Members = None,
     sampling: SamplingFlags,
-    prompt_weights: bool = flag(False, "Weigh members by their perplexity on the prompt.", "--prompt-weights"),
-    seed: int | None = flag(None, "Prompt k draws from the generator (seed, k)."),
+    prompt_weights: bool = flag(
+        False, "Weigh the members by how well each predicts the prompt.", "--prompt-weights", panel="Rule"
+    ),
     loading: options.LoadingFlags,
-    as_json: bool = flag(False, "One JSON document on stdout.", "--json"),
-    summary: bool | None = flag(None, "A summary on stderr.", "--summary/--no-summary", shown="on a terminal"),
+    as_json: bool = flag(False, "Print one JSON document on stdout.", "--json", panel="Output"),
+    summary: bool | None = flag(
+        None, "Print figures of the run on stderr.", "--summary/--no-summary", shown="on a terminal", panel="Output"
+    ),
     **settings: Any,
 ) -> None:
     """Continue prompts, sampling from several models as one; a single prompt streams."""
@@ -66,7 +100,7 @@ def generate(
     from softmeet.hf import Recorder
 
     recorder, before, started = Recorder(), ensemble.model.spent, time.perf_counter()
-    given = {"seed": seed, "recorder": recorder, **sampling.arguments()}
+    given = {"recorder": recorder, **sampling.arguments()}
     each: list[dict[str, Any]] = [{}] * len(texts) if weights is None else [{"weights": own} for own in weights]
     completions: list[str] = []
     if len(texts) == 1 and not as_json:
@@ -75,7 +109,7 @@ def generate(
             sys.stdout.flush()
         sys.stdout.write("\n")
     else:
-        with options.err.status(f"generating from {len(texts)} prompts"):
+        with working(f"generating from {len(texts)} prompts"):
             if weights is None:
                 completions = ensemble.generate(texts, **given)
             else:
@@ -89,6 +123,8 @@ def generate(
             typer.echo(f"=== {prompt}\n{text}\n")
     if summary or (summary is None and sys.stderr.isatty()):
         (_show_over_bytes if facts["vocabulary"] == "bytes" else _show)(facts)
+    for line in endings(facts["statuses"], facts["fallbacks"], facts["vocabulary"][:-1]):
+        say(line)
 
 
 def _facts(
@@ -108,8 +144,9 @@ def _facts(
     config, rows, asked = ensemble.model.config, max(recorder.rows, 1), max(recorder.asked, 1)
     used = config.weights if weights is None else list(map(fmean, zip(*weights, strict=True)))
     disagreement, trusts = recorder.disagreement.tolist() or [0.0] * len(ensemble.names), config.settings.trusts()
+    trusts = trusts if config.settings.rule.uses_trust else [[] for _ in ensemble.names]
     members: list[dict[str, Any]] = [
-        {"name": options.short(name), "width": head.d, "weight": w, "trust": "/".join(f"{rho:g}" for rho in t)}
+        {"name": options.short(name), "width": head.d, "weight": w, "trust": "/".join(f"{rho:g}" for rho in t) or None}
         for name, head, w, t in zip(ensemble.names, ensemble.model.member_heads, used, trusts, strict=True)
     ]
     for member, nats in zip(members, disagreement, strict=True):
@@ -127,7 +164,7 @@ def _facts(
         "tokens_per_second": recorder.rows / seconds,
         "head_passes_per_token": recorder.passes / rows,
         "fallbacks": recorder.fallbacks,
-        "not_converged": recorder.unconverged,
+        "statuses": dict(recorder.statuses),
         "largest_gap": recorder.largest_gap,
         "gate": gate_of(ensemble.model),
         "gated": recorder.gate.share,
@@ -137,28 +174,27 @@ def _facts(
 
 def _show_over_bytes(facts: dict[str, Any]) -> None:
     """Print a summary on stderr of a run of an ensemble over bytes."""
-    columns = ("member", "weight", "disagreement (nats/byte)", "forward steps a byte", "tokens run a byte", "dropped")
-    table = Table(*columns, title=f"rule: {facts['rule']}, over bytes")
-    for m in facts["members"]:
-        costs = [f"{m[name]:.4f}" for name in ("disagreement", "forward_steps", "tokens_run", "dropped")]
-        table.add_row(escape(m["name"]), f"{m['weight']:.3g}", *costs)
-    options.err.print(table)
-    options.err.print(f"{facts['tokens']} bytes, {facts['tokens_per_second']:.1f} bytes/s")
+    columns = ("member", "weight", "disagreement (nats)", "model calls", "tokens run", "probability dropped")
+    costs = ("disagreement", "forward_steps", "tokens_run", "dropped")
+    rows = [(m["name"], f"{m['weight']:.3g}", *(f"{m[name]:.4f}" for name in costs)) for m in facts["members"]]
+    print_table(err, columns, [rows], title=f"rule: {facts['rule']}, over bytes; means per byte")
+    err.print(f"{facts['tokens']} bytes, {facts['tokens_per_second']:.1f} bytes/s")
 
 
 def _show(facts: dict[str, Any]) -> None:
     """Print a summary on stderr of a run of an ensemble over tokens."""
-    columns = ("member", "head width", "weight", "trust", "disagreement (nats/token)")
-    table = Table(*columns, title=f"rule: {facts['rule']}")
-    for m in facts["members"]:
-        table.add_row(escape(m["name"]), str(m["width"]), f"{m['weight']:.3g}", m["trust"], f"{m['disagreement']:.4f}")
-    options.err.print(table)
-    options.err.print(
+    trusted = [] if facts["members"][0]["trust"] is None else ["trust"]
+    columns = ("member", "head width", "weight", *trusted, "disagreement (nats a token)")
+    rows = [
+        (m["name"], str(m["width"]), f"{m['weight']:.3g}", *(m[name] for name in trusted), f"{m['disagreement']:.4f}")
+        for m in facts["members"]
+    ]
+    print_table(err, columns, [rows], title=f"rule: {facts['rule']}")
+    err.print(
         f"{facts['tokens']} tokens, {facts['tokens_per_second']:.1f} tokens/s, "
-        f"{facts['head_passes_per_token']:.1f} head passes a token, largest gap {facts['largest_gap']:.1e} nats"
-        + (f", {facts['fallbacks']} answered by meet" if facts["fallbacks"] else "")
-        + (f", {facts['not_converged']} not converged" if facts["not_converged"] else "")
+        f"{facts['head_passes_per_token']:.1f} head passes a token, largest gap {facts['largest_gap']:.1e} nats",
+        soft_wrap=True,
     )
     if facts["gate"]:
         saved = "" if facts["seconds_saved"] is None else f", which saved about {facts['seconds_saved']:.1f} s"
-        options.err.print(f"gate {facts['gate']}: closed at {facts['gated']:.1%} of the tokens{saved}")
+        err.print(f"gate {facts['gate']}: closed at {facts['gated']:.1%} of the tokens{saved}")

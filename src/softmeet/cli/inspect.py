@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
@@ -12,13 +13,14 @@ from string import Template
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape as markup
-from rich.table import Table
 from rich.text import Text
 
 from softmeet.cli import options
+from softmeet.cli.endings import endings
 from softmeet.cli.flags import flag, flags
+from softmeet.cli.messages import err
+from softmeet.cli.tables import out, print_table
+from softmeet.cli.texts import require_new
 
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
@@ -29,21 +31,23 @@ if TYPE_CHECKING:
 @flags()
 def inspect(
     *,
-    text: Annotated[str, typer.Argument(help="The text to look into; every token but the first is predicted.")],
+    text: Annotated[str, typer.Argument(help="The text to look into.")],
     members: options.Members = None,
-    top: int = flag(5, "Tokens to list of each distribution.", min=1),
+    top: int = flag(5, "The number of most probable tokens to list of each distribution.", min=1, panel="Output"),
     loading: options.LoadingFlags,
-    as_json: bool = flag(False, "One JSON document on stdout.", "--json"),
-    html: Path | None = flag(None, "Write one self-contained page to this file."),
+    as_json: bool = flag(False, "Print one JSON document on stdout.", "--json", panel="Output"),
+    html: Path | None = flag(None, "Write a page, which needs no other file, to this file.", panel="Output"),
+    force: bool = flag(False, "Replace the file that is there already.", "--force", panel="Output"),
     **settings: Any,
 ) -> None:
     """Show what each member and the ensemble expected at every token of a text, and which tokens the rule moved."""
+    require_new(force, *filter(None, [html]))
     ensemble = loading.ensemble(members, settings)
     reports = ensemble.inspect(text, top)
     facts = _facts(ensemble, text, reports)
     if html is not None:
         html.write_text(_page(facts), encoding="utf-8")
-        options.err.print(f"written to {html}")
+        err.print(f"written to {html}")
     if as_json:
         # JSON has no infinity: an unknown gap, which is infinite, becomes null.
         tokens = [t | {"gap": t["gap"] if math.isfinite(t["gap"]) else None} for t in facts["tokens"]]
@@ -71,35 +75,34 @@ def _facts(ensemble: Ensemble, text: str, reports: Sequence[TokenReport | GroupR
     nats = -sum(token["log_prob"] for token in tokens) / count
     gated = sum(token["gated"] for token in tokens) / len(tokens)
     facts = {"members": names, "vocabulary": config.vocabulary, "rule": config.rule, "gate": gate_of(ensemble.model)}
-    return facts | {"gated": gated, "first": first, "nats": nats, "tokens": tokens}
+    ends = {"statuses": dict(Counter(t["status"] for t in tokens)), "fallbacks": sum(t["fallback"] for t in tokens)}
+    return facts | ends | {"gated": gated, "first": first, "nats": nats, "tokens": tokens}
 
 
 def _show(facts: dict[str, Any]) -> None:
     """Print the coloured text, and a table with a line for each token, on stdout."""
     from softmeet.hf.report import heat, shown
 
-    console, line = Console(), Text(facts["first"])
+    console, line = out(), Text(facts["first"])
     for token in facts["tokens"]:
         hot = heat(token["disagreement"])
         line.append(token["text"], style=f"on rgb({int(40 + 180 * hot)},{int(70 * (1 - hot))},40)" if hot else "")
     console.print(line)
-    members = map(markup, facts["members"])
-    table = Table("token", "ensemble", *members, "disagreement", "what moved: token pool → answer")
-    for token in facts["tokens"]:
-        moved = "  ".join(
-            f"{markup(shown(text))} {math.exp(before):.1%}→{math.exp(after):.1%}"
-            for text, before, after in token["moved"][:2]
-        )
-        bound = "≤" if all(token["disagreement_is_bound"]) else ""
-        table.add_row(
-            markup(shown(token["text"])),
-            f"{math.exp(token['log_prob']):.2%}",
+    rows = [
+        (
+            shown(token["text"]), f"{math.exp(token['log_prob']):.2%}",
             *(f"{math.exp(x):.2%}" for x in token["member_log_probs"]),
-            f"{bound}{sum(token['disagreement']):.3f}",
-            moved,
+            f"{'≤' * all(token['disagreement_is_bound'])}{sum(token['disagreement']):.3f}",
+            "  ".join(f"{shown(x)} {math.exp(old):.1%}→{math.exp(new):.1%}" for x, old, new in token["moved"][:2]),
         )
-    console.print(table)
+        for token in facts["tokens"]
+    ]  # fmt: skip
+    columns = ("token", "ensemble", *facts["members"], "disagreement", "what moved: token, average → answer")
+    last = len(columns) - 1
+    print_table(console, columns, [rows], texts=(0, last), optional=last)
     unit = facts["vocabulary"][:-1]
+    for sentence in endings(facts["statuses"], facts["fallbacks"], "token"):
+        console.print(sentence, markup=False)
     console.print(
         f"rule {facts['rule']}: {facts['nats']:.3f} nats a {unit}; disagreement in nats, summed over members"
         + (f"; gate {facts['gate']} closed at {facts['gated']:.1%} of the tokens" if facts["gate"] else "")

@@ -16,8 +16,9 @@ from softmeet.cli.evaluate import evaluate
 from softmeet.cli.fit import fit
 from softmeet.cli.flags import Command, config
 from softmeet.cli.generate import generate
+from softmeet.cli.help import Commands
 from softmeet.cli.inspect import inspect
-from softmeet.cli.options import STOPPED, err, stoppable
+from softmeet.cli.messages import STOPPED, err, stoppable
 from softmeet.cli.serve import serve
 from softmeet.cli.study import study
 from softmeet.cli.trace import trace
@@ -29,10 +30,11 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _KEPT, _LARGEST = 1 << 30, 32 << 20
 
 app = typer.Typer(
+    cls=Commands,
     help="Sample from several language models as one.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
 )
 begun = stoppable("nothing was begun")
 for command in (generate, inspect, check, begun(trace), begun(evaluate), begun(fit), serve, config):
@@ -70,6 +72,19 @@ def keep_freed_memory() -> None:
     mallopt(_TRIM_THRESHOLD, _KEPT)
 
 
+def quiet_libraries() -> None:
+    """Keep warnings and notices of the libraries in use from the user, who can do nothing about them.
+
+    Errors still come through, and so do warnings that Python's ``-W`` or ``$PYTHONWARNINGS`` asks for.
+    """
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    if not sys.warnoptions:
+        for library in ("accelerate", "huggingface_hub", "torch", "transformers"):
+            warnings.filterwarnings("ignore", module=library)
+
+
 def main() -> None:
     """Run the command line.
 
@@ -77,7 +92,7 @@ def main() -> None:
     OSError), with 130 after Ctrl-C, and with 0 if the reader of stdout has gone. Other exceptions are raised.
     """
     keep_freed_memory()
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    quiet_libraries()
     try:
         app()
     except SystemExit as end:

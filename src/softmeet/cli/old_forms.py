@@ -30,7 +30,7 @@ def warn(before: str, today: str) -> None:
         before: the old spelling.
         today: advice on today's spelling, such as ``say -m A -m B``.
     """
-    from softmeet.cli.options import say
+    from softmeet.cli.messages import say
 
     say(f"{before} is an old form and ends with 0.3.0: {today}")
 

@@ -1,4 +1,4 @@
-"""Flags that most commands share, the ensemble and the engine made from them, and messages on stderr."""
+"""Flags that most commands share, and the ensemble and the engine that are made from them."""
 
 from __future__ import annotations
 
@@ -6,29 +6,34 @@ import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from softmeet.cli.flags import checked_settings, flag
+from softmeet.cli.messages import say, stoppable
 from softmeet.cli.old_forms import repeated
+from softmeet.cli.progress import working
 from softmeet.errors import InvalidInputError
+from softmeet.extras import require_extra
 from softmeet.members.zoo import DEFAULT as DEFAULT
 from softmeet.members.zoo import short as short
+from softmeet.rules.frozen import unknown
 
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
     from softmeet.scaling.base import Engine
 
-err = Console(stderr=True)
-STOPPED = 130
 DEFAULT_CLUSTER = "$RAY_ADDRESS, else one of this machine"
-_MEMBERS = "A hub id, folder, GGUF file, bundled name or saved ensemble; repeat it."
-Members = Annotated[list[str] | None, typer.Option("--member", "-m", help=_MEMBERS, show_default="wide")]
+_MEMBERS = (
+    "A model: a hub id, a folder, a GGUF file or a bundled name; repeat it for each. Or one saved ensemble, whose "
+    "settings are then the defaults."
+)
+Members = Annotated[
+    list[str] | None,
+    typer.Option("--member", "-m", help=_MEMBERS, show_default=DEFAULT, metavar="NAME", rich_help_panel="Members"),
+]
 
 
 def placement(given: list[str] | None) -> Any:
@@ -63,20 +68,6 @@ def placement(given: list[str] | None) -> Any:
 
 
 @contextmanager
-def stoppable(advice: str) -> Iterator[None]:
-    """Enter a context in which Ctrl-C ends the command: it prints "stopped: ``advice``" and exits with the code 130.
-
-    The text goes to stderr; the exit is the exception ``typer.Exit``. ``@stoppable(advice)`` also works as a decorator:
-    the decorated function then runs in such a context.
-    """
-    try:
-        yield
-    except KeyboardInterrupt:
-        say(f"stopped: {advice}")
-        raise typer.Exit(STOPPED) from None
-
-
-@contextmanager
 def uncollected() -> Iterator[None]:
     """Enter a context without garbage collection, for imports, which make a million objects that are never freed.
 
@@ -95,21 +86,32 @@ def uncollected() -> Iterator[None]:
 class LoadingFlags:
     """Flags for how and where members are loaded, and whether they are combined over tokens or bytes."""
 
-    dtype: str | None = flag(None, "float32, bfloat16, float16, float64 or auto.", shown="float32 on CPU")
+    PANEL: ClassVar = "Members"
+    dtype: str | None = flag(
+        None,
+        "The type of the weights: float32, bfloat16, float16, float64, or auto for the checkpoint's own.",
+        shown="float32 on a CPU, else auto",
+    )
     device: list[str] | None = flag(
         None,
-        "Such as cpu, cuda, disk or auto (accelerate's choice), for all members, or repeated for each; or a YAML or "
-        "JSON file with a place for each module, or a list of such maps and places, one per member.",
+        "Where the members go: cpu, cuda, cuda:1, disk, or auto to spread them (by accelerate). Give it once for all "
+        "members, or once for each. A YAML or JSON file may name a place for each module.",
         shown="cpu",
     )
-    trust_remote_code: bool = flag(False, "Run code that comes with a checkpoint.", "--trust-remote-code")
+    trust_remote_code: bool = flag(False, "Run Python code that comes with a checkpoint.", "--trust-remote-code")
     vocabulary: str | None = flag(
         None,
-        "What members are combined over: tokens, which they have to share; bytes, by an average; or auto.",
+        "What members are combined over: tokens, if they share a tokenizer; bytes, by an average, whatever their "
+        "tokenizers; or auto.",
         shown="auto: bytes where tokenizers differ",
     )
     prune: float | None = flag(
-        None, "Over bytes, the share of mass from which a tokenization is followed; 0 for all.", shown="0.01", min=0
+        None,
+        "Over bytes, leave out ways to tokenize the text that hold less than this share of a member's probability; 0 "
+        "leaves out none.",
+        shown="0.01",
+        panel="Advanced",
+        min=0,
     )
 
     def arguments(self) -> dict[str, Any]:
@@ -136,17 +138,17 @@ class LoadingFlags:
             CheckpointError, VocabularyMismatchError, UnsupportedHeadError: as ``Ensemble.from_pretrained`` raises them.
         """
         given = checked_settings(settings or {})
-        with err.status("loading softmeet"), uncollected():
+        with working("loading softmeet"), uncollected():
             from transformers.utils import logging
 
             from softmeet.ensemble import Ensemble
 
             logging.set_verbosity_error()
             logging.disable_progress_bar()
-        with err.status("loading") as progress:
+        with working("loading") as show:
             return Ensemble.from_pretrained(
                 members[0] if members and len(members) == 1 else members or DEFAULT,
-                on_progress=lambda name: progress.update(f"loading {escape(short(name))}"),
+                on_progress=lambda name: show(f"loading {short(name)}"),
                 **self.arguments(),
                 **given,
                 **more,
@@ -157,11 +159,23 @@ class LoadingFlags:
 class EngineFlags:
     """Flags for where a command does its work: in threads of its own process, or in workers of a Ray cluster."""
 
-    engine: str = flag("local", r"local: threads of this process; ray: workers of a Ray cluster (softmeet\[ray]).")
-    workers: int | None = flag(None, "How many.", min=1, shown="as many as cores")
-    threads: int = flag(1, "Of torch in each worker; the last bits of results depend on it.", min=1)
-    ray_address: str | None = flag(None, "Of a Ray cluster.", shown=DEFAULT_CLUSTER)
-    gpus: float = flag(0.0, "Of each Ray worker: part of one, or a number to spread its members over.", min=0)
+    PANEL: ClassVar = "Engine"
+    engine: str = flag("local", "What does the work: local (threads of this process), or ray (workers of a cluster).")
+    workers: int | None = flag(None, "The number of threads or workers.", min=1, shown="one for each core")
+    threads: int = flag(1, "Torch threads of each worker; the last digits of figures depend on it.", min=1)
+    ray_address: str | None = flag(None, "The Ray cluster's address.", shown=DEFAULT_CLUSTER)
+    gpus: float = flag(
+        0.0, "GPUs of each Ray worker: a part of one, or a number over which its members are spread.", min=0
+    )
+
+    def __post_init__(self) -> None:
+        """Check the engine's name, its flags and its packages, before anything is loaded."""
+        if self.engine not in ("local", "ray"):
+            raise unknown(f"unknown engine {self.engine!r}", self.engine, ["local", "ray"])
+        if self.engine == "local" and (self.ray_address is not None or self.gpus):
+            raise InvalidInputError("--ray-address and --gpus are options of --engine ray")
+        if self.engine == "ray":
+            require_extra("--engine ray", "ray", "ray")
 
     def start(self, ensemble: Ensemble | None) -> Engine:
         """Return the engine that the flags ask for: a context manager with a parallel ``map``.
@@ -170,37 +184,16 @@ class EngineFlags:
             ensemble: the ensemble whose members the work runs; None if the work runs no members.
 
         Raises:
-            InvalidInputError: if the engine is unknown or does not take a flag that was given, if Ray is not installed,
-                or if a device is named for members that Ray's workers place.
+            InvalidInputError: if a device is named for members that Ray's workers place.
         """
         on_processor = ensemble is None or all(x.device.type == "cpu" for x in ensemble.model.parameters())
         if self.engine == "local":
-            if self.ray_address is not None or self.gpus:
-                raise InvalidInputError("--ray-address and --gpus are options of --engine ray")
             from softmeet.scaling.local import LocalEngine, cores
 
             many = max(1, cores() // self.threads) if on_processor else 1
             return LocalEngine(self.workers or many, self.threads, on_stop=say)
-        if self.engine != "ray":
-            raise InvalidInputError(f"unknown engine {self.engine!r}: expected local or ray")
         if not on_processor:
             raise InvalidInputError("Ray's workers place the members themselves: leave out --device, and give --gpus")
-        require_ray()
         from softmeet.scaling.ray_engine import RayEngine
 
         return RayEngine(ensemble, self.workers, self.threads, gpus=self.gpus, address=self.ray_address, on_loss=say)
-
-
-def require_ray() -> None:
-    """Check that Ray is installed.
-
-    Raises:
-        InvalidInputError: if it is not; the message says how to install it.
-    """
-    if find_spec("ray") is None:
-        raise InvalidInputError("--engine ray needs one more package: pip install 'softmeet[ray]'")
-
-
-def say(sentence: str) -> None:
-    """Print a notice on stderr, so that stdout holds a command's results alone."""
-    err.print(sentence, style="yellow", highlight=False, soft_wrap=True, markup=False)

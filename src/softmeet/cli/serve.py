@@ -12,22 +12,24 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
 from softmeet.cli import options
 from softmeet.cli.flags import checked_settings, flag, flags
+from softmeet.cli.messages import err
 from softmeet.cli.old_forms import repeated
 from softmeet.errors import InvalidInputError
+from softmeet.extras import require_extra
 
 if TYPE_CHECKING:
     from softmeet.server.replicas import Scale
     from softmeet.server.serving import Serving
 
 _KEYS = "SOFTMEET_API_KEYS"
-_ENSEMBLES = "What to serve beside the members: a saved ensemble or a bundled family; NAME=… names it."
-_MEMBERS = "A member of the ensemble named default; repeat it; NAME=MEMBER adds it to another one."
+_ENSEMBLES = "Ensembles to serve: saved ones or bundled families; NAME=ENSEMBLE serves it under that name."
+_MEMBERS = "A model of the ensemble that is called default; NAME=MODEL adds it to the one called NAME; repeat it."
 _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -35,62 +37,85 @@ _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 class AccessFlags:
     """Flags for who may send requests, from which pages and hosts, and which settings requests may change."""
 
-    allow: list[str] | None = flag(None, "What requests may change, or none; repeat it.", shown="all that they can")
+    PANEL: ClassVar = "Address and access"
     api_keys: Path | None = flag(
-        None, "A file of keys, one a line; requests need one.", shown=f"${_KEYS}, else no keys"
+        None, "A file of API keys, one a line; every request needs one.", shown=f"${_KEYS}, else none is needed"
     )
     open_to_all: bool = flag(False, "Listen beyond this machine although there are no keys.", "--open")
-    allow_host: list[str] | None = flag(None, "A name that requests may call this server by; repeat it.", shown=False)
-    cors: list[str] | None = flag(None, "An origin whose pages may ask; repeat it.", shown=False)
+    allow: list[str] | None = flag(
+        None, "A setting that requests may change, such as trust, or none; repeat it for more.", shown="all"
+    )
+    allow_host: list[str] | None = flag(
+        None, "A host name by which requests may call this server; repeat it for more.", shown="this machine's"
+    )
+    cors: list[str] | None = flag(
+        None, "An origin, such as https://example.org, whose pages may send requests; repeat it for more.", shown="none"
+    )
 
 
 @dataclass
 class LimitFlags:
     """Flags that limit the server's work: the sequences that run and wait, and the size of one request."""
 
-    batch: int = flag(64, "Sequences that run at once.", min=1)
-    queue: int = flag(256, "Sequences that may wait; past it requests get 429.", min=0)
-    keep_tokens: int = flag(16384, "Prompt tokens kept for prompts that begin alike.", min=0)
-    max_tokens: int = flag(4096, "The most that a choice may ask for.", min=1)
-    max_choices: int = flag(16, "The most choices of a request, over its prompts.", min=1)
-    max_body: int = flag(1 << 20, "Bytes of a request's body.", min=1)
-    body_timeout: float = flag(10.0, "Seconds for a request's body to come in.", min=0.1)
+    PANEL: ClassVar = "Limits"
+    batch: int = flag(64, "The most sequences that run at once.", min=1)
+    queue: int = flag(256, "The most sequences that wait; more requests get status 429.", min=0)
+    keep_tokens: int = flag(16384, "The most prompt tokens that are kept for later prompts that begin alike.", min=0)
+    max_tokens: int = flag(4096, "The most tokens that a request may ask for in each choice.", min=1)
+    max_choices: int = flag(16, "The most choices that a request may ask for, over all its prompts.", min=1)
+    max_body: int = flag(1 << 20, "The most bytes of a request's body.", min=1)
+    body_timeout: float = flag(10.0, "Seconds within which a request's body has to arrive.", min=0.1)
     timeout: float = flag(600.0, "Seconds that an answer may take.", min=0.1)
+    grace: float = flag(30.0, "Seconds that running answers have to end after SIGTERM.", min=0)
 
 
 @dataclass
 class ClusterFlags:
     """Flags for the replicas of the server on a Ray cluster: their number, their load and their resources."""
 
-    replicas: int = flag(1, "Of the server on a Ray cluster; at least so many.", min=1)
-    max_replicas: int | None = flag(None, "Add replicas up to so many under load.", min=1, shown="none are added")
-    target_streams: float = flag(32.0, "Answers at once that a replica should have, with --max-replicas.", min=1)
-    fronts: int = flag(1, "Processes that pass requests on to the replicas.", min=1)
-    ray_address: str | None = flag(None, "Of a Ray cluster.", shown=options.DEFAULT_CLUSTER)
-    gpus: float = flag(0.0, "Of each replica: a part of one, or a number.", min=0)
+    PANEL: ClassVar = "Engine"
+    replicas: int = flag(1, "With --engine ray: the number of servers that share the work, at least.", min=1)
+    max_replicas: int | None = flag(
+        None, "With --engine ray: add replicas under load, up to so many.", min=1, shown="none are added"
+    )
+    target_streams: float = flag(32.0, "With --max-replicas: how many answers at once a replica should have.", min=1)
+    fronts: int = flag(1, "With --engine ray: the processes that pass requests on to the replicas.", min=1)
+    ray_address: str | None = flag(None, "The Ray cluster's address.", shown=options.DEFAULT_CLUSTER)
+    gpus: float = flag(0.0, "With --engine ray: the GPUs of each replica, a part of one or a number.", min=0)
 
 
 @flags()
 def serve(
     *,
     ensembles: Annotated[list[str] | None, typer.Argument(help=_ENSEMBLES, show_default="default=wide")] = None,
-    members: list[str] | None = flag(None, _MEMBERS, "--member", "-m", shown=False),
-    host: str = flag("127.0.0.1", "The address to listen on."),
-    port: int = flag(8000, "0 takes a free one.", min=0, max=65535),
+    members: list[str] | None = flag(None, _MEMBERS, "--member", "-m", shown=False, metavar="NAME", panel="Members"),
+    host: str = flag("127.0.0.1", "The address to listen on.", panel="Address and access"),
+    port: int = flag(8000, "The port to listen on; 0 takes a free one.", min=0, max=65535, panel="Address and access"),
     access: AccessFlags,
-    ui: bool | None = flag(None, "The page at /ui.", "--ui/--no-ui", shown="if installed"),
+    ui: bool | None = flag(
+        None, "Serve the page at /ui.", "--ui/--no-ui", shown="if installed", panel="Address and access"
+    ),
     limits: LimitFlags,
-    grace: float = flag(30.0, "Seconds for running answers after SIGTERM.", min=0),
-    parallel: bool = flag(False, "Run members in threads, as those on devices of their own do anyway."),
-    threads: int | None = flag(None, "Of torch.", min=1, shown="torch's own"),
-    access_log: bool = flag(False, "Log a line for every request; never a key or a prompt."),
-    engine: str = flag("local", r"local: this process; ray: replicas on a Ray cluster (softmeet\[ray])."),
+    access_log: bool = flag(
+        False, "Log a line for every request, without keys and prompts.", "--access-log", panel="Output"
+    ),
+    engine: str = flag(
+        "local", "What serves: local (this process), or ray (replicas on a Ray cluster).", panel="Engine"
+    ),
+    threads: int | None = flag(None, "Torch threads of each process.", min=1, shown="torch's choice", panel="Engine"),
+    parallel: bool = flag(
+        False,
+        "Run members on one device in threads, too; those on devices of their own always are.",
+        "--parallel",
+        panel="Engine",
+    ),
     cluster: ClusterFlags,
     loading: options.LoadingFlags,
     **settings: Any,
 ) -> None:
     """Serve ensembles behind an OpenAI-compatible API, with a page to look inside at /ui."""
-    _require_extra(ui=bool(ui))
+    require_extra("serving", "server", "fastapi", "uvicorn", "prometheus_client")
+    require_extra("the page (--ui)", "ui", *["gradio"] * bool(ui))
     from softmeet.server.ensembles import named
 
     given = checked_settings(settings)
@@ -121,14 +146,14 @@ def serve(
     if engine == "ray":
         if ui:
             raise InvalidInputError("the page needs a process of its own: leave out --ui, or --engine ray")
-        options.require_ray()
+        require_extra("--engine ray", "ray", "ray")
         from softmeet.server.replicas import Scale, application
 
         scale = Scale(
             replicas=c.replicas, max_replicas=c.max_replicas, streams=c.target_streams, threads=threads or 1,
             gpus=c.gpus, fronts=c.fronts,
         )  # fmt: skip
-        made = application(asked, {**loading.arguments(), **given}, protocol, scale, grace)
+        made = application(asked, {**loading.arguments(), **given}, protocol, scale, limits.grace)
         _replicate(made, host, port, c.ray_address, scale, list(asked))
         return
     if engine != "local" or c.max_replicas is not None or max(c.replicas, c.fronts) > 1 or c.gpus:
@@ -138,15 +163,7 @@ def serve(
 
         torch.set_num_threads(threads)
     served = load(asked, partial(loading.ensemble, settings=settings))
-    _run(Serving(served, protocol), host, port, grace, access_log=access_log)
-
-
-def _require_extra(*, ui: bool) -> None:
-    """Raise InvalidInputError if packages that the server, or with ``ui`` its page, needs are not installed."""
-    if not all(map(find_spec, ("fastapi", "uvicorn", "prometheus_client"))):
-        raise InvalidInputError("serving needs more packages: pip install 'softmeet[server]'")
-    if ui and not find_spec("gradio"):
-        raise InvalidInputError("the page needs more packages: pip install 'softmeet[ui]', or say --no-ui")
+    _run(Serving(served, protocol), host, port, limits.grace, access_log=access_log)
 
 
 def _keys(path: Path | None) -> tuple[str, ...]:
@@ -248,7 +265,7 @@ def _run(serving: Serving, host: str, port: int, grace: float, *, access_log: bo
             """Log the address, and print the names of the ensembles on stderr."""
             super()._log_started_message(listeners)
             page = " (look inside at /ui)" if serving.settings.ui else ""
-            options.err.print(f"serving {', '.join(s.name for s in serving.ensembles)}{page}")
+            err.print(f"serving {', '.join(s.name for s in serving.ensembles)}{page}")
 
     config = uvicorn.Config(
         create_app(serving), host=host, port=port, access_log=access_log, log_level="info",

@@ -13,7 +13,11 @@ import typer
 
 from softmeet.cli import options, texts
 from softmeet.cli.flags import Command, flag, flags
+from softmeet.cli.help import Commands
+from softmeet.cli.messages import stoppable
+from softmeet.cli.progress import progress, working
 from softmeet.errors import InvalidInputError
+from softmeet.extras import require_extra
 
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
@@ -24,26 +28,41 @@ if TYPE_CHECKING:
     from softmeet.scaling.base import Engine
 
 study = typer.Typer(
+    cls=Commands,
+    rich_markup_mode=None,
     help="Compare every rule where the truth is known, and on text: tables, plots and a report in a folder.",
     no_args_is_help=True,
 )
 
-_DOCUMENT = "A UTF-8 file that is one document; repeat it."
+_DOCUMENT = "A UTF-8 file that is one document; repeat it for more."
 _BOOKS = "the bundled members' held-out books"
 Out = Annotated[Path, typer.Argument(help="The folder of the study; the same command goes on where it stopped.")]
-Smoke = Annotated[bool, typer.Option("--smoke", help="A size that runs in a minute.")]
-Text = Annotated[list[Path] | None, typer.Option("--text", "-t", help=_DOCUMENT, show_default=_BOOKS)]
-Count = Annotated[int, typer.Option(min=2, help="For the averages, spread over the text.")]
-Meet = Annotated[int, typer.Option(min=0, help="Of them for meet at each trust.")]
-Exact = Annotated[int, typer.Option(min=0, help="Of them for max-entropy.")]
-Slow = Annotated[int, typer.Option(min=0, help="Of them for the other rules.")]
+Smoke = Annotated[bool, typer.Option("--smoke", help="Run a size that takes about a minute.", rich_help_panel="Study")]
+Text = Annotated[
+    list[Path] | None,
+    typer.Option("--text", "-t", metavar="PATH", help=_DOCUMENT, show_default=_BOOKS, rich_help_panel="Text"),
+]
+Seed = Annotated[int, typer.Option(metavar="N", help="The seed of the random heads.", rich_help_panel="Study")]
+Count = Annotated[
+    int,
+    typer.Option(metavar="N", min=2, help="Positions for the averages, spread over the text.", rich_help_panel="Study"),
+]
+Meet = Annotated[
+    int, typer.Option(metavar="N", min=0, help="Of these, positions for meet at each trust.", rich_help_panel="Study")
+]
+Exact = Annotated[
+    int, typer.Option(metavar="N", min=0, help="Of these, positions for max-entropy.", rich_help_panel="Study")
+]
+Slow = Annotated[
+    int, typer.Option(metavar="N", min=0, help="Of these, positions for the other rules.", rich_help_panel="Study")
+]
 
 
 @study.command(cls=Command)
 @flags()
-def synthetic(*, out: Out, smoke: Smoke = False, seed: int = 0, running: options.EngineFlags) -> None:
+def synthetic(*, out: Out, smoke: Smoke = False, seed: Seed = 0, running: options.EngineFlags) -> None:
     """Compare rules on random heads with known truths, nd/v from 1/16 to 5/4; then noise on the hidden states."""
-    texts.require_extra(psutil=True, scipy=True)
+    require_extra("study", "eval", "matplotlib", "psutil", "scipy")
     from softmeet.evaluation.study.known_truth import SMOKE_SYNTHETIC, SyntheticStudy
 
     tier = dataclasses.replace(SMOKE_SYNTHETIC if smoke else SyntheticStudy(), seed=seed)
@@ -55,7 +74,7 @@ def synthetic(*, out: Out, smoke: Smoke = False, seed: int = 0, running: options
 @flags()
 def known_truth(*, out: Out, text: Text = None, smoke: Smoke = False, running: options.EngineFlags) -> None:
     """Compare rules on trained heads, at the best states for a known truth: the bundled families, narrow under wide."""
-    texts.require_extra(psutil=True, scipy=True)
+    require_extra("study", "eval", "matplotlib", "psutil", "scipy")
     from softmeet.evaluation.study.known_truth import SMOKE_KNOWN_TRUTH, KnownTruthStudy
 
     documents = _documents(text)
@@ -72,7 +91,9 @@ def real(
     out: Out,
     text: Text = None,
     smoke: Smoke = False,
-    family: str | None = flag(None, "narrow or wide.", shown="both, in folders of their own"),
+    family: str | None = flag(
+        None, "The bundled family: narrow or wide.", shown="both, in folders of their own", panel="Members"
+    ),
     positions: Count = 4000,
     meet: Meet = 4000,
     exact: Exact = 4000,
@@ -80,7 +101,7 @@ def real(
     running: options.EngineFlags,
 ) -> None:
     """Compare rules with the bundled families on text: over trusts and numbers of members; premise scores, samples."""
-    texts.require_extra(psutil=True, scipy=True)
+    require_extra("study", "eval", "matplotlib", "psutil", "scipy")
     from softmeet.evaluation.study.text import SMOKE, TextStudy
 
     documents = _documents(text)
@@ -96,21 +117,28 @@ def pretrained(
     *,
     out: Out,
     members: options.Members = None,
-    text: list[Path] | None = flag(None, _DOCUMENT, "--text", "-t"),
-    trace: Path | None = flag(None, "Of the same members, instead of a text."),
+    text: list[Path] | None = flag(None, _DOCUMENT, "--text", "-t", panel="Text"),
+    trace: Path | None = flag(None, "A folder that softmeet trace has written, in place of --text.", panel="Text"),
     positions: Count = 4000,
     meet: Meet = 1000,
     exact: Exact = 500,
     slow: Slow = 100,
-    prompt: str = flag("def main(", "What every rule continues."),
-    tokens: int = flag(40, "Of each rule's sample; 0 for none.", min=0),
-    premise: int = flag(0, "Positions for premise scores: slow for wide heads.", min=0),
-    only: str | None = flag(None, "Documents of the trace whose file name fits, such as '*.py'.", shown="all"),
+    prompt: str = flag("def main(", "The text that every rule continues.", panel="Study"),
+    tokens: int = flag(40, "The tokens that each rule adds to it; 0 for none.", min=0, panel="Study"),
+    premise: int = flag(
+        0,
+        "Positions for the test whether errors look like those of a narrow softmax; slow for wide heads.",
+        min=0,
+        panel="Study",
+    ),
+    only: str | None = flag(
+        None, "Use only documents of the trace whose file name fits, such as '*.py'.", shown="all", panel="Text"
+    ),
     loading: options.LoadingFlags,
     running: options.EngineFlags,
 ) -> None:
     """Compare rules with any members on any text: the tables of `real`."""
-    texts.require_extra(psutil=True, scipy=True, pyarrow=trace)
+    require_extra("study", "eval", "matplotlib", "psutil", "scipy", *["pyarrow"] * bool(trace))
     from softmeet.evaluation.study.text import TextStudy
 
     named = texts.SourceFlags(trace=trace).members(members)
@@ -152,12 +180,12 @@ def _on_text(
         if traced is not None:
             positions = tier.chosen(traced, settings.only)
         else:
-            with options.err.status("running the members"):
+            with working("running the members"):
                 # Twice the positions needed; those that are scored are spread evenly over them.
                 each = -(-2 * settings.positions // len(documents))
                 positions = observe_text(ensemble, documents, bos=True, max_per_document=each, engine=engine)
         few = tier.spread(positions, settings.premise)
-        with options.err.status("testing the premise"):
+        with working("testing the premise"):
             premises = premise_at(ensemble, [(few.hidden, few.targets)]) if settings.premise else []
         source = f"{trace or 'text'}: {len(positions):,} positions of {len(positions.document.unique())} documents"
         _run(
@@ -196,11 +224,11 @@ def _run(
     from softmeet.evaluation.files import Run
 
     run = Run(out, settings)
-    with options.err.status("preparing"):
+    with working("preparing"):
         work = dict(cells)
     with (
-        options.stoppable(f"finished cells stay in {out}; the same command goes on from there"),
-        texts.progress() as begin,
+        stoppable(f"finished cells stay in {out}; the same command goes on from there"),
+        progress() as begin,
     ):
         advance = begin("cells", 0, len(work))
         results = run.each(work, engine, lambda key: advance(1))

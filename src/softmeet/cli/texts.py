@@ -1,21 +1,18 @@
-"""Flags that ``trace``, ``evaluate``, ``fit`` and ``study`` share, early checks of them, and progress bars."""
+"""Flags that ``trace``, ``evaluate``, ``fit`` and ``study`` share, and early checks of them."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from softmeet.cli import options
 from softmeet.cli.flags import flag
+from softmeet.cli.messages import say, stoppable
 from softmeet.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -24,28 +21,38 @@ if TYPE_CHECKING:
     from softmeet.evaluation.positions import Positions
 
 
-_TEXT = "A UTF-8 file, a pattern ('books/*.txt'), - for stdin, or a folder of save_to_disk's; repeat it."
+_TEXT = (
+    "Text to read: a UTF-8 file, a pattern such as 'books/*.txt', a folder of datasets' save_to_disk, or - for stdin; "
+    "repeat it for several."
+)
 
 
 @dataclass
 class TextFlags:
     """Flags for which text is read, and how it is cut into windows."""
 
-    text: list[str] | None = flag(None, _TEXT, "--text", "-t")
-    separator: str | None = flag(None, r"Splits a file into documents; \n is a line end.", shown="a file is one")
-    column: str = flag("text", "Of a dataset, the column that holds the text.")
-    window: int | None = flag(None, "Tokens that a member reads at once.", shown="shortest context, at most 1024")
-    stride: int | None = flag(None, "From one window to the next; each token counts once.", shown="the window")
+    PANEL: ClassVar = "Text"
+    text: list[str] | None = flag(None, _TEXT, "--text", "-t", metavar="PATH")
+    separator: str | None = flag(
+        None, r"Cut files into documents at this text, in which \n is a line end.", shown="a file is a document"
+    )
+    column: str = flag("text", "The column of a dataset that holds the text.")
+    window: int | None = flag(
+        None, "The most tokens that members read at once.", min=1, shown="the shortest context, at most 1024"
+    )
+    stride: int | None = flag(
+        None, "Tokens from one window to the next; each token is predicted once.", min=1, shown="the window"
+    )
     bos: bool = flag(False, "Begin each document with the token that begins a text.", "--bos")
-    max_tokens: int | None = flag(None, "Predictions in all, at most.", min=1)
-    max_per_document: int | None = flag(None, "Predictions in each document, at most.", min=1)
+    max_tokens: int | None = flag(None, "The most tokens to predict.", min=1, shown="all")
+    max_per_document: int | None = flag(None, "The most tokens to predict in each document.", min=1, shown="all")
 
     @property
     def windows(self) -> dict[str, Any]:
         """The values of ``window``, ``stride``, ``bos`` and ``max_per_document``, by these names."""
         return {name: getattr(self, name) for name in ("window", "stride", "bos", "max_per_document")}
 
-    @options.stoppable("the text was being read, and nothing is changed")
+    @stoppable("the text was being read, and nothing is changed")
     def documents(self) -> list[Document]:
         """Read the documents that ``--text`` names.
 
@@ -63,7 +70,7 @@ class TextFlags:
 class SourceFlags(TextFlags):
     """Flags that name a text, or a trace: a folder with the members' hidden states over a text."""
 
-    trace: Path | None = flag(None, "A trace, in place of --text.")
+    trace: Path | None = flag(None, "A folder that softmeet trace has written, in place of --text.")
 
     def documents(self) -> list[Document]:
         """Read the documents that ``--text`` names; return an empty list if ``--trace`` is given instead.
@@ -125,7 +132,7 @@ class SourceFlags(TextFlags):
             )
         opened = Trace.open(self.trace)
         opened.require(ensemble)
-        positions, left_out = opened.read_whole(options.say)
+        positions, left_out = opened.read_whole(say)
         # Part of the key, since pieces are numbered by the positions that were read.
         damaged = {"shards left out": left_out} if left_out else {}
         return positions.take(slice(self.max_tokens)), {**pinned, "source": opened.key, **damaged}
@@ -135,16 +142,31 @@ class SourceFlags(TextFlags):
 class ResultFlags:
     """Flags for where figures are written, and where finished pieces of work are kept until the command has ended."""
 
-    as_json: Path | None = flag(None, "Write the figures here as JSON, infinity as null; - for stdout.", "--json")
-    resume: Path | None = flag(None, "A folder for finished pieces; the same command goes on from there.")
+    PANEL: ClassVar = "Output"
+    as_json: Path | None = flag(
+        None, "Write the figures as JSON to this file, or with - to stdout; infinity becomes null.", "--json"
+    )
+    resume: Path | None = flag(
+        None, "Keep finished parts of the work in this folder; the same command goes on from there."
+    )
+    force: bool = flag(False, "Replace files that are there already.", "--force")
+
+    def require_new(self, *paths: Path) -> None:
+        """Check that no file would be replaced, before a command does hours of work; with ``--force`` none is checked.
+
+        Args:
+            paths: files that the command writes, beside the one of ``--json``, which is checked as well.
+
+        Raises:
+            InvalidInputError: if one of them exists.
+        """
+        require_new(self.force, *paths, *filter(None, [self.as_json]))
 
     def stoppable(self) -> Any:
         """Return a context in which Ctrl-C ends the command and says on stderr which of its work is kept, and where."""
         if self.resume is None:
-            return options.stoppable(
-                "nothing is kept; softmeet trace keeps what it has done, and so does --resume FOLDER"
-            )
-        return options.stoppable(f"finished pieces stay in {self.resume}; the same command goes on from there")
+            return stoppable("nothing is kept; softmeet trace keeps what it has done, and so does --resume FOLDER")
+        return stoppable(f"finished pieces stay in {self.resume}; the same command goes on from there")
 
     def tell(self, facts: dict[str, Any], table: Callable[[dict[str, Any]], None]) -> None:
         """Print figures on stdout: as JSON if ``--json -`` is given, else by ``table``.
@@ -177,17 +199,20 @@ class ResultFlags:
             write_json(self.as_json, facts)
 
 
-def require_extra(**packages: object) -> None:
-    """Check that packages of ``softmeet[eval]`` which a command needs are installed, before it does hours of work.
+def require_new(force: bool, *paths: Path) -> None:
+    """Check that a command replaces no file, unless it is told to.
 
     Args:
-        packages: by import name, such as ``scipy``, a true value if the command needs the package.
+        force: whether it may; then nothing is checked.
+        paths: the files that it writes. Pipes, devices and ``-`` are no files.
 
     Raises:
-        InvalidInputError: if a needed package is missing; the message says how to install it.
+        InvalidInputError: if one of them exists.
     """
-    if missing := [name for name, needed in packages.items() if needed and find_spec(name) is None]:
-        raise InvalidInputError(f"this command needs {' and '.join(missing)}: pip install 'softmeet[eval]'")
+    if found := next((path for path in paths if path.is_file() and not force), None):
+        raise InvalidInputError(
+            f"expected a new file, but {found} is there: name another one, or replace it by --force"
+        )
 
 
 def require_places(file: Path | None, *folders: Path | None) -> None:
@@ -216,21 +241,3 @@ def require_places(file: Path | None, *folders: Path | None) -> None:
             TemporaryFile(dir=folder).close()
         except OSError as error:
             raise InvalidInputError(f"cannot write in {folder} ({error.strerror}): name another folder") from None
-
-
-@contextmanager
-def progress() -> Iterator[Callable[[str, int, int | None], Callable[[int], None]]]:
-    """Show progress bars on stderr while the context lasts.
-
-    Yields:
-        a function of (description, number done, total number, None if unknown) that adds a bar; it returns a function
-        of one number, by which each call of it advances the bar.
-    """
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=options.err, transient=True) as bars:
-
-        def begin(description: str, done: int, total: int | None) -> Callable[[int], None]:
-            task: Any = bars.add_task(description, completed=done, total=total)
-            return lambda count: bars.advance(task, count)
-
-        yield begin

@@ -9,6 +9,10 @@ import typer
 
 from softmeet.cli import options, texts
 from softmeet.cli.flags import flag, flags
+from softmeet.cli.messages import say, stoppable
+from softmeet.cli.progress import progress
+from softmeet.extras import require_extra
+from softmeet.rules.frozen import unknown
 
 
 @flags()
@@ -17,22 +21,26 @@ def trace(
     out: Annotated[Path, typer.Argument(help="The folder of the trace; the same command goes on where it stopped.")],
     members: options.Members = None,
     source: texts.TextFlags,
-    store: str = flag("float32", "float32, or float16 for half the size."),
-    shard: int = flag(4096, "Positions in one file, at least.", min=1),
+    store: str = flag(
+        "float32", "The type of the stored numbers: float32, or float16 for half the size.", panel="Output"
+    ),
+    shard: int = flag(4096, "The fewest positions to store in one file.", min=1, panel="Output"),
     loading: options.LoadingFlags,
     running: options.EngineFlags,
 ) -> None:
     """Run every member over a text once and keep its hidden states, for softmeet evaluate and softmeet fit."""
-    texts.require_extra(pyarrow=True)
+    require_extra("trace", "eval", "pyarrow")
     texts.require_places(None, out)
+    if store not in ("float32", "float16"):
+        raise unknown(f"cannot store numbers as {store!r}", store, ["float32", "float16"])
     found = source.documents()
     ensemble = loading.ensemble(members)
     from softmeet.evaluation.trace import record
 
     with (
-        options.stoppable(f"whole shards stay in {out}; the same command goes on from there"),
+        stoppable(f"whole shards stay in {out}; the same command goes on from there"),
         running.start(ensemble) as engine,
-        texts.progress() as begin,
+        progress() as begin,
     ):
         bars: list[Any] = []
         made = record(
@@ -46,7 +54,7 @@ def trace(
             engine=engine,
             on_start=lambda done, total: bars.append(begin("tracing", done, total)),
             on_progress=lambda count: bars[0](count),
-            on_damage=options.say,
+            on_damage=say,
         )
     facts = made.facts
     size = sum(made.shard(k).stat().st_size for k in range(len(facts["shards"])))

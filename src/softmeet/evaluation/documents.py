@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from softmeet.errors import InvalidInputError
+from softmeet.extras import install_line
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ def _load_dataset(folder: Path) -> Any:
         from pyarrow import ArrowInvalid
     except ImportError:
         raise InvalidInputError(
-            f"{folder} is a folder, which is read as a dataset on disk: pip install 'softmeet[eval]', or name its files"
+            f"{folder} is a folder, which is read as a dataset: name the files in it, or install the package datasets: "
+            f"{install_line('eval')}"
         ) from None
     try:
         data = load_from_disk(str(folder))

@@ -209,7 +209,7 @@ class _Fitter:
         """Return (values, loss in nats per position, evaluations); ``cheap`` is for averages and single members."""
         evaluations = self.options.evaluations * (_CHEAPER if cheap else 1)
         batch = None if cheap else self.options.batch
-        advance = self.begin(f"fitting {name}", 0, batch and evaluations * batch)
+        advance = self.begin(f"fitting {name}", 0, evaluations * (batch or len(whole.positions)))
         how: dict[str, Any] = {"batch": batch, "cache": self.cache, "name": name, "on_progress": advance}
         return minimise(whole, start, evaluations, self.engine, **how)
 

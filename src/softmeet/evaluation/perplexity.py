@@ -7,7 +7,7 @@ order of the text.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import count, pairwise
@@ -48,7 +48,7 @@ class Scores:
         confidence: the probability of the most probable token, (N,), fp64.
         num_passes: how often all heads were read, (N,), fp64; for a member this and the next three are empty.
         fallback: whether the fallback answered because no distribution was feasible, (N,).
-        not_converged: whether the solver's steps ended before the tolerance was reached, (N,).
+        status: how the solver ended, a :class:`softmeet.Status`, (N,), int64.
         gated: whether a gate was closed, so that the gate's answer stands in place of the rule's, (N,).
         work: of a member over bytes: the share of mass estimated or dropped, calls, tokens run, (N, 3); else (0, 3).
         movement: how far a rule such as ``meet``, with finite trusts and no gate, moves the pool, (N, 5), in the
@@ -60,7 +60,7 @@ class Scores:
     confidence: Float[Tensor, " N"]
     num_passes: Float[Tensor, " M"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     fallback: Bool[Tensor, " M"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
-    not_converged: Bool[Tensor, " M"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    status: Int[Tensor, " M"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     gated: Bool[Tensor, " M"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
     work: Float[Tensor, "K 3"] = field(default_factory=lambda: torch.zeros(0, 3, dtype=torch.float64))
     movement: Float[Tensor, "L 5"] = field(default_factory=lambda: torch.zeros(0, 5, dtype=torch.float64))
@@ -81,9 +81,9 @@ class Scores:
         return int(self.fallback.sum())
 
     @property
-    def unconverged(self) -> int:
-        """The number of positions at which the solver's steps ended before the tolerance was reached."""
-        return int(self.not_converged.sum())
+    def statuses(self) -> dict[str, int]:
+        """The number of positions of each :class:`softmeet.Status`, by its name; without those of no position."""
+        return dict(Counter(Status(code).name for code in self.status.tolist()))
 
 
 @dataclass
@@ -382,8 +382,8 @@ class _Solver:
 
 def _solution_scores(solution: Solution, targets: Int[Tensor, " B"]) -> Scores:
     """Score a rule's solution at B positions, with how its rows ended and how far it moves the pool."""
-    passes, late = solution.num_passes.double(), solution.status == Status.NOT_CONVERGED
-    found = _prediction_scores(solution.log_probs, targets, passes, solution.fallback, late, solution.gated)
+    ends = (solution.num_passes.double(), solution.fallback, solution.status, solution.gated)
+    found = _prediction_scores(solution.log_probs, targets, *ends)
     moved = None if that_closes(solution.problem.settings.gate) else Movement.of(solution)
     return found if moved is None else replace(found, movement=moved.table())
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from softmeet.evaluation.files import write_atomically
+from softmeet.extras import install_line
 
 try:
     from matplotlib.figure import Figure
 except ImportError as error:  # pragma: no cover - the extra is installed where tests run
-    raise ImportError("plots are drawn by matplotlib: pip install 'softmeet[eval]'") from error
+    raise ImportError(f"plots are drawn by matplotlib: {install_line('eval')}") from error
 
 
 def draw(facts: dict[str, Any], folder: Path) -> list[Path]:

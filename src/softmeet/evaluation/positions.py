@@ -283,7 +283,7 @@ def observe_text(
     *,
     engine: Engine | None = None,
     cache: PieceCache | None = None,
-    on_progress: Callable[[int], None] = lambda positions: None,
+    begin: Callable[[int], Callable[[int], None]] = lambda total: lambda count: None,
     **windowing: Unpack[Windowing],
 ) -> Positions:
     """Tokenize documents, run every member over them, and return the positions with hidden states, on the CPU.
@@ -293,8 +293,8 @@ def observe_text(
         documents: the text.
         engine: runs the members, a piece of about 256 positions in each call; None for this process.
         cache: keeps finished pieces, and supplies those that an earlier run finished; None to keep nothing.
-        on_progress: called in this process with the number of positions of each piece: first of those that the cache
-            supplies, then of each other one as it is finished.
+        begin: called in this process with the number of positions; returns a function that is called with the number
+            of positions of each piece: first of those that the cache supplies, then of each other one when it is done.
         windowing: ``window``, ``stride``, ``bos``, ``max_tokens`` and ``max_per_document``, as in :func:`cut`.
 
     Raises:
@@ -302,9 +302,10 @@ def observe_text(
     """
     tokens, window, stride = cut(ensemble, documents, **windowing)
     groups = grouped(tokens, window, stride, PIECE, by_document=False)
+    advance = begin(sum(len(t.sizes) for t in tokens))
     found = (cache or PieceCache()).map(
         engine, "observe", _observe_piece, groups, lambda group: (ensemble, group),
-        lambda group: on_progress(sum(map(len, group))),
+        lambda group: advance(sum(map(len, group))),
     )  # fmt: skip
     return from_tensors(join_tensors(found), [t.name for t in tokens])
 

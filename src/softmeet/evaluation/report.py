@@ -22,13 +22,13 @@ def summary(found: Evaluation) -> dict[str, Any]:
 
     ``members`` and ``rules`` hold, by name, each one's ``nll`` (mean loss), ``perplexity``, ``bits_per_byte``, ``top1``
     (accuracy) and ``calibration``. Rules also have ``passes`` (reads of all heads per position), the numbers of
-    ``fallbacks`` and ``unconverged`` positions, the share of positions ``gated``, ``vs`` (the rule's mean loss minus
-    that of ``best_baseline``, with its 95 % interval), ``gain_by_disagreement``, and, if it was measured, ``movement``
-    (:meth:`Movement.figures`). Members over bytes have, per byte, ``dropped`` (the share of mass estimated),
-    ``forward_steps`` (model calls) and ``tokens_run``. The other entries are ``vocabulary``, the counts of ``tokens``,
-    ``bytes``, ``documents`` and ``clusters``, the mean ``disagreement`` of the members in nats, and ``best_baseline``:
-    the single member or average of the lowest loss. It is chosen on the text that it is compared on, so it is, if
-    anything, too good.
+    ``fallbacks``, those of each of the ``statuses``, the share of positions ``gated``, ``vs`` (the rule's mean loss
+    minus that of ``best_baseline``, with its 95 % interval), ``gain_by_disagreement``, and, if it was measured,
+    ``movement`` (:meth:`Movement.figures`). Members over bytes have, per byte, ``dropped`` (the share of mass
+    estimated), ``forward_steps`` (model calls) and ``tokens_run``. The other entries are ``vocabulary``, the counts of
+    ``tokens``, ``bytes``, ``documents`` and ``clusters``, the mean ``disagreement`` of the members in nats, and
+    ``best_baseline``: the single member or average of the lowest loss. It is chosen on the text that it is compared on,
+    so it is, if anything, too good.
 
     Raises:
         InvalidInputError: if there are fewer than two positions.
@@ -44,7 +44,7 @@ def summary(found: Evaluation) -> dict[str, Any]:
             **_figures(scores, bytes_),
             "passes": scores.passes / count,
             "fallbacks": scores.fallbacks,
-            "unconverged": scores.unconverged,
+            "statuses": scores.statuses,
             "gated": scores.gated.double().mean().item(),
             "vs": {"baseline": best, **paired(scores.nats, baselines[best].nats, within).figures()},
             "gain_by_disagreement": gain_by_disagreement(scores, baselines[best], found.disagreement),

@@ -31,8 +31,12 @@ Fitted on {fit[tokens]:,} {vocabulary}, chosen on {select[tokens]:,}, judged onc
 
 **{verdict}**
 
+{caution}
+
 All figures are in `fit.json`.
 """
+# From fewer tokens, fitted values may be chance: a temperature of 0.3 was once found from 35.
+_ENOUGH = 1000
 
 
 def figures(fitted: Fitted) -> dict[str, Any]:
@@ -45,7 +49,8 @@ def figures(fitted: Fitted) -> dict[str, Any]:
     chosen candidate. ``test`` has its loss on the part to judge by, and its difference there from the best baseline.
     ``rival`` has the difference there of the candidate that was best on the part to choose by, and ``fell_back`` says
     whether the best baseline was chosen in its place. ``candidates`` has settings, losses and differences of all,
-    ``members`` the unfitted members' losses on the part to judge by, ``premise`` the results of the premise test,
+    ``caution`` is a sentence if the text was short, else empty. ``members`` has the unfitted members' losses on the
+    part to judge by, ``premise`` the results of the premise test,
     ``splits`` for each of the three parts the numbers of ``tokens`` and ``clusters`` and the ``kind`` of cluster.
     """
     test, chosen, best = fitted.test, fitted.chosen, fitted.best_baseline
@@ -73,6 +78,7 @@ def figures(fitted: Fitted) -> dict[str, Any]:
         "test": {"nll": test.choices[chosen.label].mean, "best_baseline": best.name, **against.figures()},
         "fell_back": fitted.fell_back,
         "rival": {"candidate": fitted.rival.name, **fitted.difference.figures()},
+        "caution": _caution(len(fitted.parts["fit"].positions), test.vocabulary),
         "members": {name: {"nll": scores.mean} for name, scores in test.members.items()},
         "premise": [asdict(p) | {"verdict": p.verdict} for p in fitted.premise],
         "splits": {
@@ -81,6 +87,16 @@ def figures(fitted: Fitted) -> dict[str, Any]:
         },
         "candidates": rows,
     }
+
+
+def _caution(fitted_on: int, vocabulary: str) -> str:
+    """Return a sentence that warns of a text too short to fit on; an empty one if it was long enough."""
+    if fitted_on >= _ENOUGH:
+        return ""
+    return (
+        f"Fitted on {fitted_on:,} {vocabulary} only: weights, temperature and trusts may be those of chance. Give a text "
+        f"that leaves {_ENOUGH:,} or more to fit on (a third of it)."
+    )
 
 
 def verdict(facts: dict[str, Any]) -> str:
@@ -138,6 +154,7 @@ def _card(facts: dict[str, Any]) -> str:
         )
     return _CARD.format(
         rows="\n".join(rows), best=facts["test"]["best_baseline"], verdict=verdict(facts), unit=_unit(facts),
+        caution=facts["caution"],
         vocabulary=facts["vocabulary"], **facts["splits"],
     )  # fmt: skip
 

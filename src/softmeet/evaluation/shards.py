@@ -17,12 +17,13 @@ import torch
 from softmeet.errors import TraceError
 from softmeet.evaluation.files import write_atomically
 from softmeet.evaluation.positions import Positions
+from softmeet.extras import install_line
 
 try:
     import pyarrow as pa
     import pyarrow.parquet as pq
 except ImportError as error:  # pragma: no cover - the extra is installed where tests run
-    raise ImportError("traces are kept in Parquet files: pip install 'softmeet[eval]'") from error
+    raise ImportError(f"traces are kept in Parquet files, by pyarrow: {install_line('eval')}") from error
 
 _KEY, _HASH = b"softmeet", b"softmeet-sha256"
 _TYPES = {torch.float32: pa.float32(), torch.float16: pa.float16()}

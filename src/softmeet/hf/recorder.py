@@ -5,6 +5,7 @@ A *row* is one position that is combined; a gate closes the rows for which it sp
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -61,8 +62,7 @@ class Recorder:
         passes: reads of all heads (:attr:`Solution.num_passes`), summed over all rows, closed ones included;
             ``passes / rows`` is the mean per row.
         fallbacks: the number of rows that had no feasible distribution, so that the fallback answered.
-        unconverged: the number of rows with ``Status.NOT_CONVERGED``. Rows that a gate closed, and rows that ended by a
-            ``budget``, have another status and do not count.
+        statuses: the number of rows of each :class:`softmeet.Status`, by its name; no entry for a status of no row.
         largest_gap: the largest gap of a row that no gate closed, in nats; 0 if there is none.
         gate: the work that the gate saved.
         disagreement: (n,), each member's ``Solution.disagreement`` in nats, summed over the rows at which it ran; no
@@ -73,7 +73,7 @@ class Recorder:
     asked: int = 0
     passes: float = 0.0
     fallbacks: int = 0
-    unconverged: int = 0
+    statuses: Counter[str] = field(default_factory=Counter)
     largest_gap: float = 0.0
     gate: Savings = field(default_factory=Savings)
     disagreement: Float[Tensor, " n"] = field(default_factory=lambda: torch.zeros(0))
@@ -91,7 +91,7 @@ class Recorder:
         self.gate.add(is_open.numel(), int(solution.gated.sum()), solution.seconds)
         self.passes += solution.num_passes.sum().item()
         self.fallbacks += int(solution.fallback.sum())
-        self.unconverged += int((solution.status == Status.NOT_CONVERGED).sum())
+        self.statuses.update(Status(code).name for code in solution.status.flatten().tolist())
         self.largest_gap = max(self.largest_gap, solution.gap[is_open].max().item() if is_open.any() else 0.0)
         total = solution.disagreement.nan_to_num(0.0).flatten(1).sum(-1).cpu()
         self.disagreement = total if not len(self.disagreement) else self.disagreement + total

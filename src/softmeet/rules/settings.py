@@ -109,37 +109,53 @@ class Settings(Frozen):
     rule: Annotated[Rule, BeforeValidator(_rule)] = Field(
         default=DEFAULT,
         validate_default=True,
-        description="The rule: a name, with options as in meet:trust=1/0/0.3:pool=prob-mean.",
+        description="How members are combined: a rule, with its options after colons, as in "
+        "meet:trust=1/0.3:pool=prob-mean.",
     )
     trust: Annotated[float | tuple[float, ...], BeforeValidator(_trusts)] = Field(
         default=DEFAULT_TRUST,
-        description="ρ in nats per nat, for all members or one each, from 0 (the pool) to inf (exact moments).",
+        description="How much a member may move the average: one number for all members, or one for each, from 0 (not "
+        "at all) to inf (its moments hold exactly). It is the price ρ, in nats per nat.",
     )
     weights: Annotated[tuple[float, ...] | float | None, BeforeValidator(_numbers)] = Field(
-        default=None, description="The pool's weights, one each; they sum to 1. Uniform by default."
+        default=None,
+        description="The members' weights in the average that a rule starts from, one for each; they sum to 1. All are "
+        "equal by default.",
     )
     pool: Pool = Field(
-        default="logit-mean", description="What a rule starts from, or stays near: logit-mean or prob-mean."
+        default="logit-mean",
+        description="The average that a rule starts from (the pool): logit-mean, of logits, or prob-mean, of "
+        "probabilities.",
     )
-    tol: Positive = Field(default=1e-3, description="KL divergence, in nats, allowed between an answer and the rule's.")
-    max_steps: Count = Field(default=50, description="The solver's most steps; a row that needs more: NOT_CONVERGED.")
+    tol: Positive = Field(
+        default=1e-3, description="How far an answer may be from the rule's exact one, in nats of KL divergence."
+    )
+    max_steps: Count = Field(
+        default=50, description="The most steps of the solver; a token that needs more has the status NOT_CONVERGED."
+    )
     on_infeasible: OnInfeasible = Field(
-        default="meet", description="If no distribution has every member's moments: answer by meet, or raise an error."
+        default="meet",
+        description="What to do where no distribution agrees with all members: meet, to answer by that rule, or raise, "
+        "to stop with an error.",
     )
-    free_weights: bool = Field(default=False, description="Let weights sum to anything: they are exponents.")
+    free_weights: bool = Field(default=False, description="Do not require that weights sum to 1.")
     rank: Annotated[int | None, BeforeValidator(_count)] = Field(
-        default=None, description="The number of each head's largest principal directions to constrain; all by default."
+        default=None,
+        description="Let members agree only on so many of the largest principal directions of each head (output "
+        "layer). All by default.",
     )
-    free_radial: bool = Field(default=False, description="Do not constrain the directions that the final norm hides.")
+    free_radial: bool = Field(
+        default=False, description="Let members disagree on the directions that the norm before a head hides."
+    )
     rule_temperature: Positive = Field(
         default=1.0, description="Temperature T of the rule's answer: p^(1/T), normalised. In its text: temperature."
     )
     bands: Count = Field(default=1, description="Bands into which each head's directions are cut, each with a trust.")
     gate: Annotated[Any, BeforeValidator(_gate)] = Field(
         default=None,
-        description="unsure:T asks the other members only where the first one's largest probability is below T; "
-        "disagreement:T solves only where members disagree by more than T nats, movement:T where meet is predicted "
-        "to move the pool by T nats or more; auto is movement:0.003; none.",
+        description="Where to spare the rule's cost and answer by the average. movement:T: where meet would move it by "
+        "less than T nats; disagreement:T: where members disagree by T nats or less; unsure:T: where the first member "
+        "gives some token the probability T, and its answer alone is used. auto is movement:0.003; none is no gate.",
     )
 
     @classmethod

@@ -168,7 +168,12 @@ def _nats(ensemble: Ensemble, entries: Sequence[RuleChoice], rows: Positions) ->
     """Score some rules and the members at some positions; return losses in nats (None if infinite) and counts."""
     found = evaluate(ensemble, rows, entries)
     rules = {
-        name: {"nats": finite_or_none(s.nats), "fallbacks": s.fallbacks, "unsolved": s.unconverged, "passes": s.passes}
+        name: {
+            "nats": finite_or_none(s.nats),
+            "fallbacks": s.fallbacks,
+            "unsolved": s.statuses.get("NOT_CONVERGED", 0),
+            "passes": s.passes,
+        }
         for name, s in found.choices.items()
     }
     members = {name: finite_or_none(s.nats) for name, s in found.members.items()}

@@ -1,0 +1,32 @@
+"""Messages on stderr, and the end of a command by Ctrl-C."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+from rich.console import Console
+
+err = Console(stderr=True)
+# The exit code after Ctrl-C.
+STOPPED = 130
+
+
+def say(sentence: str) -> None:
+    """Print a notice on stderr, so that stdout holds a command's results alone."""
+    err.print(sentence, style="yellow", highlight=False, soft_wrap=True, markup=False)
+
+
+@contextmanager
+def stoppable(advice: str) -> Iterator[None]:
+    """Enter a context in which Ctrl-C ends the command: it prints "stopped: ``advice``" and exits with the code 130.
+
+    The text goes to stderr; the exit is the exception ``typer.Exit``. ``@stoppable(advice)`` also works as a decorator:
+    the decorated function then runs in such a context.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"stopped: {advice}")
+        raise typer.Exit(STOPPED) from None

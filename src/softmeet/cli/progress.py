@@ -1,0 +1,83 @@
+"""Progress of long work on stderr: bars on a terminal, and elsewhere a line every ten seconds."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from softmeet.cli.messages import err, say
+
+# Seconds between two lines.
+EVERY = 10.0
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, int, int | None], Callable[[int], None]]]:
+    """Show the progress of counted work while the context lasts: its name, number, total and the time left.
+
+    Yields:
+        a function of (name, number done, total number, None if unknown) that begins a piece of work; it returns a
+        function of one number, by which each call of it advances the work.
+    """
+    with _shown(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bars:
+
+        def begin(name: str, done: int, total: int | None) -> Callable[[int], None]:
+            task = bars.add_task(name, completed=done, total=total)
+            return lambda count: bars.advance(task, count)
+
+        yield begin
+
+
+@contextmanager
+def working(name: str) -> Iterator[Callable[[str], None]]:
+    """Show that uncounted work goes on while the context lasts: its name and the time that it has taken.
+
+    Yields:
+        a function that changes the name.
+    """
+    with _shown(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()) as bars:
+        task = bars.add_task(name, total=None)
+        yield lambda text: bars.update(task, description=text)
+
+
+@contextmanager
+def _shown(*columns: ProgressColumn) -> Iterator[Progress]:
+    """Show rich's bars of these columns on a terminal; elsewhere print a line for each unfinished task now and then."""
+    bars = Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
+    ended = threading.Event()
+
+    def print_lines() -> None:
+        while not ended.wait(EVERY):
+            for line in [_line(task) for task in bars.tasks if not task.finished]:
+                say(line)
+
+    printer = threading.Thread(target=print_lines, daemon=True)
+    with bars:
+        if bars.disable:
+            printer.start()
+        try:
+            yield bars
+        finally:
+            ended.set()
+
+
+def _line(task: Task) -> str:
+    """Return a sentence on a task, such as ``fitting meet: 420 of 2,000, about 0:03:10 left``."""
+    if not task.completed:
+        return f"{task.description}: {task.elapsed or 0:.0f} s"
+    total = f" of {int(task.total):,}" if task.total else ""
+    left = f", about {task.time_remaining} s left" if task.time_remaining else ""
+    return f"{task.description}: {int(task.completed):,}{total}{left}"

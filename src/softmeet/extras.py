@@ -1,0 +1,53 @@
+"""Packages that parts of softmeet need beyond its core, and the line that installs them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlparse
+
+from softmeet.errors import InvalidInputError
+
+
+def require_extra(what: str, extra: str, *packages: str) -> None:
+    """Check that packages are installed, before they are imported.
+
+    Args:
+        what: what needs them, the beginning of the message: ``"serving"``.
+        extra: the extra of softmeet that has them: ``"server"``.
+        packages: their import names.
+
+    Raises:
+        InvalidInputError: if one is missing; the message says which, and how to install it.
+
+    Example:
+        >>> require_extra("this", "eval", "json")
+    """
+    if missing := [name for name in packages if find_spec(name) is None]:
+        raise InvalidInputError(f"{what} needs {' and '.join(missing)}: {install_line(extra)}")
+
+
+def install_line(extra: str) -> str:
+    """Return the command that installs an extra: from the checkout that softmeet was installed from, else by name.
+
+    Example:
+        >>> "[server]'" in install_line("server")
+        True
+    """
+    folder = _checkout()
+    if folder is None:
+        return f"pip install 'softmeet[{extra}]'"
+    return f"{sys.executable} -m pip install -e '{folder}[{extra}]'"
+
+
+def _checkout() -> Path | None:
+    """Return the folder of the sources that softmeet was installed from; None if it came from an index or a wheel."""
+    try:
+        found: dict[str, Any] = json.loads(distribution("softmeet").read_text("direct_url.json") or "{}")
+    except (PackageNotFoundError, ValueError):
+        return None
+    return Path(unquote(urlparse(found["url"]).path)) if "dir_info" in found else None
