@@ -18,7 +18,7 @@ from softmeet import Ensemble
 from softmeet.cli import main as cli
 
 
-def run(*arguments, stdin=""):
+def run(*arguments, stdin="", columns=120):
     """What ``softmeet`` does with these arguments, by the same entry point, in this process."""
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, catch_warnings(), redirect_stdout(out), redirect_stderr(err):
@@ -26,7 +26,7 @@ def run(*arguments, stdin=""):
         patch.setattr(sys, "argv", ["softmeet", *map(str, arguments)])
         patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8"))
         patch.setattr(cli, "keep_freed_memory", lambda: None)
-        patch.setenv("COLUMNS", "120")
+        patch.setenv("COLUMNS", str(columns))
         with pytest.raises(SystemExit) as end:
             cli.main()
     return subprocess.CompletedProcess(arguments, end.value.code or 0, out.getvalue(), err.getvalue())

@@ -245,7 +245,17 @@ def test_a_full_disk_takes_neither_the_table_nor_what_was_there(folders, tmp_pat
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(files.os, "fsync", full)
-    command = ["evaluate", *tiny.each("-m", folders), "-t", "a.txt", "--rule", "prob-mean", "--json", "x.json", "--force"]
+    command = [
+        "evaluate",
+        *tiny.each("-m", folders),
+        "-t",
+        "a.txt",
+        "--rule",
+        "prob-mean",
+        "--json",
+        "x.json",
+        "--force",
+    ]
     done = CliRunner().invoke(app, command)
     assert isinstance(done.exception, TraceError)
     assert "no room on the disk for x.json" in str(done.exception)
@@ -287,7 +297,12 @@ def test_a_table_cuts_no_figure(width, capsys, monkeypatch):
     if width is not None:
         monkeypatch.setenv("COLUMNS", str(width))
     row = {"nll": 2.1234, "perplexity": 812.34, "bits_per_byte": 1.2345, "top1": 0.512, "calibration": {"error": 0.123}}
-    row |= {"gated": 0.256, "vs": {"delta": -0.0123, "ci95": [-0.03, 0.0]}, "fallbacks": 795, "statuses": {"OPTIMAL": 888, "NOT_CONVERGED": 12}}
+    row |= {
+        "gated": 0.256,
+        "vs": {"delta": -0.0123, "ci95": [-0.03, 0.0]},
+        "fallbacks": 795,
+        "statuses": {"OPTIMAL": 888, "NOT_CONVERGED": 12},
+    }
     facts = {"clusters": {"count": 20, "kind": "blocks"}, "tokens": 900, "best_baseline": "a", "disagreement": 0.2}
     facts["vocabulary"] = "tokens"
     show({**facts, "members": {}, "rules": {"meet:trust=1/0.3:pool=prob-mean": row}})

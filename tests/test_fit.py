@@ -12,8 +12,7 @@ from test_cli import run
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from softmeet import Ensemble
-from softmeet import extras
+from softmeet import Ensemble, extras
 from softmeet.cli.main import app
 from softmeet.errors import InvalidInputError, TraceError
 from softmeet.evaluation import fit as fitting

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.progress import (
     BarColumn,
@@ -79,5 +80,5 @@ def _line(task: Task) -> str:
     if not task.completed:
         return f"{task.description}: {task.elapsed or 0:.0f} s"
     total = f" of {int(task.total):,}" if task.total else ""
-    left = f", about {task.time_remaining} s left" if task.time_remaining else ""
+    left = f", about {timedelta(seconds=task.time_remaining)} left" if task.time_remaining else ""
     return f"{task.description}: {int(task.completed):,}{total}{left}"

@@ -94,8 +94,8 @@ def _caution(fitted_on: int, vocabulary: str) -> str:
     if fitted_on >= _ENOUGH:
         return ""
     return (
-        f"Fitted on {fitted_on:,} {vocabulary} only: weights, temperature and trusts may be those of chance. Give a text "
-        f"that leaves {_ENOUGH:,} or more to fit on (a third of it)."
+        f"Fitted on {fitted_on:,} {vocabulary} only: weights, temperature and trusts may be those of chance. Give a "
+        f"text that leaves {_ENOUGH:,} or more to fit on (a third of it)."
     )
 
 

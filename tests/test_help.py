@@ -1,0 +1,230 @@
+"""What a user reads of the command line: help, tables, progress, statuses, and what it refuses to overwrite."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import time
+
+import pytest
+import tiny
+import yaml
+from rich.console import Console
+from test_cli import run
+from typer.main import get_command
+
+from softmeet.cli import messages, tables
+from softmeet.cli import progress as progress_module
+from softmeet.cli.endings import endings
+from softmeet.cli.help import PANELS, default, grouped, sentence, spelling
+from softmeet.cli.main import app
+
+WORDS = "the spring storm came early and went around the house again " * 12
+
+
+def commands(group=None, path=()):
+    """Every command, as (its words, the command)."""
+    for name, command in (group or get_command(app)).commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, (*path, name))
+        else:
+            yield (*path, name), command
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("members")
+    return [tiny.save(folder / name, name) for name in ("gpt2", "llama")]
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_help_fits_any_width_and_cuts_no_name(width):
+    for words, command in commands():
+        shown = run(*words, "--help", columns=width).stdout
+        assert max(map(len, shown.splitlines())) <= width
+        assert "…" not in shown.replace("[default: …]", "")
+        titles = [line[:-1] for line in shown.splitlines() if re.fullmatch(r"[A-Z].*:", line)]
+        assert titles == [title for title in PANELS if title in titles]
+        for parameter in command.params:
+            if not getattr(parameter, "hidden", False):
+                assert spelling(parameter).split()[0].strip(",") in shown
+
+
+def test_every_option_has_a_sentence():
+    for words, command in commands():
+        for _, parameters in grouped(command.params):
+            for parameter in parameters:
+                said = sentence(parameter)
+                assert re.match(r"[A-Z].*\.$", said, re.DOTALL), (words, spelling(parameter), said)
+                assert len(said.split()) > 2, (words, spelling(parameter), said)
+
+
+def test_defaults_are_shown():
+    by_name = {p.name: default(p) for p in dict(commands())["generate",].params}
+    assert by_name["max_new_tokens"] == "100"
+    assert by_name["members"] == "wide"
+    assert by_name["top_p"] == "1"
+    assert by_name["trust_remote_code"] == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["generate", "x", "--trust", "-1"], "expected trusts from 0 to inf"),
+        (["generate", "x", "--rule", "mete"], "did you mean meet?"),
+        (["generate", "x", "--top-p", "1.5"], "--top-p"),
+        (["generate", "x", "--min-p", "2"], "--min-p"),
+        (["generate", "x", "--temperature", "-1"], "--temperature"),
+        (["generate", "x", "--repetition-penalty", "0"], "0 is not above 0"),
+        (["generate", "x", "--tol", "0"], "tol"),
+        (["generate", "x", "--gate", "unsur:0.5"], "unsure"),
+        (["evaluate", "-t", "x", "--engine", "rai"], "did you mean ray?"),
+        (["evaluate", "-t", "x", "--workers", "0"], "--workers"),
+        (["trace", "out", "-t", "x", "--store", "float17"], "did you mean float16?"),
+        (["generat", "x"], "generate"),
+        (["generate", "x", "--trsut", "1"], "--trust"),
+        (["config", "evalute"], "did you mean evaluate?"),
+    ],
+)
+def test_wrong_values_are_refused_before_anything_is_loaded(arguments, said, monkeypatch):
+    monkeypatch.setattr("softmeet.ensemble.Ensemble.from_pretrained", None)
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+def test_a_broken_configuration_file_is_named(tmp_path):
+    (tmp_path / "c.yaml").write_text("rule: [meet")
+    done = run("generate", "x", "--config", tmp_path / "c.yaml")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: expected YAML in {tmp_path / 'c.yaml'}")
+
+
+def test_config_shows_no_empty_values_and_can_be_read_back(tmp_path):
+    shown = run("config", "generate").stdout
+    assert yaml.safe_load(shown)["max_new_tokens"] == 100
+    assert None not in yaml.safe_load(shown).values()
+    assert "\n# temperature: 1\n" in shown
+    (tmp_path / "c.yaml").write_text(shown + "\nmax_new_tokens: 7\nseed: 3\n")
+    again = run("config", "generate", "--config", tmp_path / "c.yaml").stdout
+    assert (yaml.safe_load(again)["max_new_tokens"], yaml.safe_load(again)["seed"]) == (7, 3)
+    assert yaml.safe_load(run("config", "fit").stdout)
+
+
+def test_temperature_zero_takes_the_most_probable_token(folders):
+    common = ("generate", "hello", *tiny.each("-m", folders), "--max-new-tokens", 8)
+    assert run(*common, "--temperature", 0).stdout == run(*common, "--no-do-sample").stdout
+
+
+@pytest.mark.parametrize("command", ["generate", "inspect", "evaluate"])
+@pytest.mark.parametrize("rule", ["min-cross-entropy", "max-entropy"])
+def test_degenerate_and_fallbacks_are_said(command, rule, folders, tmp_path):
+    # A member twice agrees with itself, so that the first rule has nothing to choose; two that differ never agree.
+    twice = rule == "min-cross-entropy"
+    members = tiny.each("-m", folders[:1] * 2 if twice else folders)
+    (tmp_path / "a.txt").write_text(WORDS)
+    words = {
+        "generate": ["generate", "hello", *members, "--max-new-tokens", 3],
+        "inspect": ["inspect", "hello there", *members],
+        "evaluate": ["evaluate", *members, "-t", tmp_path / "a.txt", "--max-tokens", 12],
+    }[command]
+    done = run(*words, "--rule", rule)
+    assert done.returncode == 0, done.stderr
+    said = " ".join((done.stdout + done.stderr).split())
+    facts = json.loads(run(*words, "--rule", rule, "--json", *["-"] * (command == "evaluate")).stdout)
+    own = facts["rules"][rule] if command == "evaluate" else facts
+    if twice:
+        assert "DEGENERATE at all " in said
+        assert own["statuses"] == {"DEGENERATE": sum(own["statuses"].values())}
+    else:
+        assert "answered by meet at all " in said
+        assert own["fallbacks"] == sum(own["statuses"].values()) > 0
+
+
+def test_endings():
+    assert endings({"OPTIMAL": 5}, 0) == []
+    assert endings({"DEGENERATE": 5}, 0)[0].startswith("DEGENERATE at all 5 tokens: every feasible distribution")
+    said = endings({"OPTIMAL": 1_234, "BUDGET": 1}, 1_000, "byte")
+    assert said[0].startswith("BUDGET at 1 of 1,235 bytes: ")
+    assert said[1] == "answered by meet at 1,000 of 1,235 bytes, as no distribution agrees with every member there"
+
+
+def test_trusts_are_shown_of_rules_that_have_them(folders):
+    words = ("generate", "hello", *tiny.each("-m", folders), "--max-new-tokens", 2, "--summary")
+    assert "trust" in run(*words).stderr
+    assert "trust" not in run(*words, "--rule", "logit-mean").stderr
+    assert json.loads(run(*words, "--rule", "logit-mean", "--json").stdout)["members"][0]["trust"] is None
+
+
+def test_files_are_replaced_by_force_alone(folders, tmp_path):
+    (tmp_path / "a.txt").write_text(WORDS)
+    taken, members = tmp_path / "taken", tiny.each("-m", folders)
+    for words in (
+        ["inspect", "hello there", *members, "--html", taken],
+        ["evaluate", *members, "-t", tmp_path / "a.txt", "--max-tokens", 12, "--rule", "logit-mean", "--json", taken],
+    ):
+        taken.write_text("before")
+        done = run(*words)
+        assert done.returncode == 2
+        assert f"expected a new file, but {taken} is there: name another one, or replace it by --force" in done.stderr
+        assert taken.read_text() == "before"
+        assert run(*words, "--force").returncode == 0
+        assert taken.read_text() != "before"
+
+
+def test_a_fit_replaces_an_older_one_by_force_alone_and_warns_of_a_short_text(folders, tmp_path):
+    (tmp_path / "a.txt").write_text("\n\n".join(f"{WORDS[k * 7 :]}" for k in range(9)))
+    words = ["fit", *tiny.each("-m", folders), "-t", tmp_path / "a.txt", "--separator", "\\n\\n", "--max-tokens", 90]
+    words += ["--evaluations", 1, "--meet-tokens", 20, "--premise-tokens", 20, "--out", tmp_path / "out"]
+    first = run(*words, "--max-per-document", 10)
+    assert first.returncode == 0, first.stderr
+    assert "Fitted on 30 tokens only: " in first.stderr
+    assert "Fitted on 30 tokens only: " in (tmp_path / "out" / "README.md").read_text()
+    before = (tmp_path / "out" / "config.json").read_bytes()
+    again = run(*words)
+    assert again.returncode == 2
+    assert "--force" in again.stderr
+    assert (tmp_path / "out" / "config.json").read_bytes() == before
+    assert run(*words, "--max-per-document", 8, "--force").returncode == 0
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_tables_break_texts_before_numbers(width):
+    console = Console(file=io.StringIO(), width=width)
+    rows = [("a/very-long-name-of-a-member", "0.1234 ± 0.0567", "-12.3456", "1,234", "99.9%", "a text of some words")]
+    columns = ("member", "difference from the baseline", "nats a token", "tokens", "share", "what")
+    tables.print_table(console, columns, [rows], texts=(0, 5), optional=5)
+    shown = console.file.getvalue()
+    assert max(map(len, shown.splitlines())) <= width
+    for number in ("0.1234 ± 0.0567", "-12.3456", "1,234", "99.9%"):
+        assert number in shown
+    whole = "".join(line[:12].split()[0] for line in shown.splitlines() if line[:1].strip() and line[0] in "a-")
+    assert "a/very-long-name" in shown or whole
+
+
+def test_a_table_too_narrow_for_its_numbers_breaks_them_but_loses_no_digit():
+    console = Console(file=io.StringIO(), width=14)
+    tables.print_table(console, ("m", "x", "y", "z"), [[("name", "123456", "789012", "345678")]])
+    digits = "".join(re.findall(r"\d", console.file.getvalue()))
+    assert sorted(digits) == sorted("123456789012345678")
+
+
+def test_progress_in_a_pipe_is_a_line_now_and_then(monkeypatch):
+    shown = Console(file=io.StringIO(), width=200)
+    monkeypatch.setattr(messages, "err", shown)
+    monkeypatch.setattr(progress_module, "err", shown)
+    monkeypatch.setattr(progress_module, "EVERY", 0.05)
+    with progress_module.progress() as begin:
+        advance = begin("fitting meet", 0, 2_000)
+        for _ in range(4):
+            advance(105)
+            time.sleep(0.1)
+    with progress_module.working("loading a") as change:
+        time.sleep(0.15)
+        change("loading b")
+        time.sleep(0.15)
+    lines = shown.file.getvalue().splitlines()
+    assert any(re.fullmatch(r"fitting meet: \d+ of 2,000, about \d+:\d+:\d+ left", line) for line in lines), lines
+    assert any(re.fullmatch(r"loading a: \d+ s", line) for line in lines)
+    assert any(re.fullmatch(r"loading b: \d+ s", line) for line in lines)
