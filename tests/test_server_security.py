@@ -288,7 +288,7 @@ def test_the_command_refuses_what_is_unsafe_or_unclear(members, tmp_path):
         (["--allow", "tol"], "expected --allow as some of rule, trust"),
         (["a=narrow/opt-a", "a=narrow/opt-a"], "got 'a' twice"),
     ):
-        done = run("serve", *arguments)
+        done = run("serve", *arguments, "--port", "0")
         assert done.returncode == 2
         assert message in done.stderr
 
