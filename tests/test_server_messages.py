@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import socket
+from pathlib import Path
 from unittest.mock import Mock
 
 import openai
@@ -21,8 +23,8 @@ CHAT = [{"role": "user", "content": "hi"}]
 
 @pytest.fixture(scope="module")
 def url():
-    ensembles = {"plain": tiny_ensemble("gpt2", "llama", rule="logit-mean", template=TEMPLATE)}
-    with running(serving_of(ensembles, max_tokens=8)) as found:
+    ensemble = tiny_ensemble("gpt2", "llama", rule="logit-mean", template=TEMPLATE)
+    with running(serving_of({"plain": ensemble, "default": ensemble}, max_tokens=20)) as found:
         yield found
 
 
@@ -32,20 +34,29 @@ def refused(url, path, status=400, **fields):
     return answer.json()["error"]
 
 
+def test_the_guides_first_request_works_as_printed(url, capsys):
+    page = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
+    code = re.search(r"```py\n(.*?)```", page, re.DOTALL)[1]
+    assert "http://127.0.0.1:8000" in code
+    exec(compile(code.replace("http://127.0.0.1:8000", url), "serving.md", "exec"), {})
+    text, *tokens = capsys.readouterr().out.splitlines()
+    assert [line[1] for line in tokens][: len(text)] == list(text)
+
+
 def test_more_tokens_than_the_server_gives_are_refused(url):
-    said = "of at most 8, this server's limit, got 100,000: ask for fewer, or start the server with a larger"
+    said = "of at most 20, this server's limit, got 100,000: ask for fewer, or start the server with a larger"
     for path, asked in (("/v1/completions", {"prompt": "a"}), ("/v1/chat/completions", {"messages": CHAT})):
         error = refused(url, path, **asked, max_tokens=100_000)
         assert error["message"].startswith(f"expected max_tokens {said}")
         assert (error["param"], error["type"]) == ("max_tokens", "invalid_request_error")
-        assert http.post(url + path, json=asked | {"max_tokens": 8}).status_code == 200
-        assert http.post(url + path, json=asked).json()["usage"]["completion_tokens"] <= 8
+        assert http.post(url + path, json=asked | {"max_tokens": 20}).status_code == 200
+        assert http.post(url + path, json=asked).json()["usage"]["completion_tokens"] <= 20
     # The one that counts, where both are given.
     both = {"messages": CHAT, "max_tokens": 2}
     error = refused(url, "/v1/chat/completions", **both, max_completion_tokens=100_000)
     assert error["message"].startswith(f"expected max_completion_tokens {said}")
     assert error["param"] == "max_completion_tokens"
-    assert http.post(f"{url}/v1/chat/completions", json=both | {"max_completion_tokens": 8}).status_code == 200
+    assert http.post(f"{url}/v1/chat/completions", json=both | {"max_completion_tokens": 20}).status_code == 200
 
 
 def test_the_root_says_what_there_is(url):
