@@ -67,7 +67,7 @@ def test_the_root_says_what_there_is(url):
     assert "pip install 'softmeet[ui]'" in found["page"]
     paths = [path for path in found if path.startswith("/")]
     assert {"/v1/models", "/v1/completions", "/v1/chat/completions", "/health", "/ready", "/metrics"} <= {*paths}
-    for path in (found["fields"], "/v1/models", "/health", "/metrics"):
+    for path in (found["openapi"], "/v1/models", "/health", "/metrics"):
         assert http.get(url + path).status_code == 200
 
 
@@ -124,6 +124,9 @@ def test_what_belongs_to_the_other_endpoint_or_is_missing(url):
 
 
 def test_a_wrong_name_path_or_method_gets_the_right_one(url):
+    nothing = refused(url, "/nowhere", 404)["message"]
+    assert nothing.startswith("there is nothing at /nowhere: expected one of /v1/models, ")
+    assert "/ui" not in nothing  # which is not served here
     assert "did you mean plain?" in refused(url, "/v1/completions", 404, prompt="a", model="plane")["message"]
     with pytest.raises(openai.NotFoundError, match="did you mean /v1/chat/completions"):
         openai.OpenAI(base_url=url, api_key="none", max_retries=0).chat.completions.create(model="plain", messages=CHAT)
@@ -176,3 +179,13 @@ def test_a_host_without_an_address_is_no_host(monkeypatch):
         serve._listening("nowhere", 8000),
     ):
         pass
+
+
+def test_what_is_served_is_announced_in_two_lines(capsys):
+    for host, url in (("127.0.0.1", "http://127.0.0.1:8000"), ("::1", "http://[::1]:8000")):
+        serve._announce("plain", serve._url(host, 8000), page=True)
+        first, second = capsys.readouterr().err.splitlines()
+        assert first == f"serving plain, running on {url} (Ctrl-C ends it)"
+        assert second == f"page: {url}/ui, metrics: {url}/metrics, OpenAI clients: base_url={url}/v1"
+    serve._announce("plain", "http://host:1", page=False)
+    assert "/ui" not in capsys.readouterr().err

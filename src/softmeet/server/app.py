@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any, cast
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -82,10 +82,10 @@ async def index(request: Request) -> Response:
         "name": "softmeet",
         "version": __version__,
         "page": "/ui" if ui else _NO_PAGE,
-        "fields": "/openapi.json",
+        "openapi": "/openapi.json",
         **{path: route.description for path, route in _paths().items()},
     }
-    # A status of its own, and not a second route: what sends a browser on is there to be read with curl.
+    # The list is in both answers: curl shows it where a browser follows to the page.
     headers = {"Location": "ui/"} if ui else {}
     return Response(json.dumps(document, indent=2) + "\n", 307 if ui else 200, headers, "application/json")
 
@@ -193,19 +193,24 @@ class _Events(StreamingResponse):
 
 async def _on_error(request: Request, error: Exception) -> Response:
     """Return the response to an exception of a route, in the form of OpenAI's error object."""
-    headers = None
+    headers: Mapping[str, str] | None = None
     match error:
         case RequestValidationError():
             error = refusal(error.errors())
         case HTTPException(status_code=404 | 405 as status):
-            path, headers = request.url.path[:100], error.headers
-            if status == 404:
-                message = str(unknown(f"there is nothing at {path}", path, [*_paths(), "/openapi.json", "/ui"]))
-            else:
-                allowed = (headers or {}).get("Allow", "")
-                advice = ", with the request as JSON (curl -H 'content-type: application/json' -d '{…}')"
-                message = f"expected {allowed} at {path}{advice * (allowed == 'POST')}, got {request.method}"
-            error = RequestError(message, status=status)
+            headers = error.headers
+            error = RequestError(_astray(request, error), status=status)
         case HTTPException():
             error = RequestError(str(error.detail), status=error.status_code)
     return error_response(error, headers)
+
+
+def _astray(request: Request, error: HTTPException) -> str:
+    """Return the message to a request for a path that there is not (404), or by a wrong method (405)."""
+    path = request.url.path[:100]
+    if error.status_code == 404:
+        page = ["/ui"] if _serving(request).settings.ui else []
+        return str(unknown(f"there is nothing at {path}", path, [*_paths(), "/openapi.json", *page]))
+    allowed = (error.headers or {}).get("Allow", "")
+    advice = ", with the request as JSON (curl -H 'content-type: application/json' -d '{…}')"
+    return f"expected {allowed} at {path}{advice if allowed == 'POST' else ''}, got {request.method}"
