@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import expect, sync_playwright
-from serving import http, running, serving_of
+from serving import http, running, serving_of, tiny_ensemble
 from typer.testing import CliRunner
 
+from softmeet.server.security import Protection
 from softmeet.server.ui_html import details_of, text_of
 
 SHOTS = Path(__file__).parents[1] / "build" / "screenshots"
@@ -205,6 +206,18 @@ def test_a_member_that_was_not_asked_is_said_to_be():
     assert "not asked: the gate was closed" in html
     assert "gate closed, not solved" in html
     assert "nan" not in html + text_of([token], "p", "meet", done=True)
+
+
+def test_the_root_leads_to_the_page(url):
+    found = http.get(f"{url}/", follow_redirects=True)
+    assert (found.status_code, str(found.url)) == (200, f"{url}/ui/")
+    assert http.get(f"{url}/").json()["page"] == "/ui"
+    serving = serving_of({"tiny": tiny_ensemble("gpt2")}, ui=True, protection=Protection(keys=("key",)))
+    with running(serving) as locked:
+        closed = http.get(f"{locked}/")
+        assert (closed.status_code, "location" in closed.headers) == (401, False)
+        found = http.get(f"{locked}/", auth=("any", "key"), follow_redirects=True)
+        assert (found.status_code, str(found.url)) == (200, f"{locked}/ui/")
 
 
 def test_the_page_does_not_call_home(url):

@@ -144,6 +144,8 @@ def test_what_a_single_server_says_replicas_say(url):
         unknown = http.post("/v1/completions", content=b'{"prompt": NaN}')
         assert unknown.status_code == 400
         assert http.get("/nothing").status_code == 404
+        assert "/v1/models" in http.get("/").json()
+    assert httpx.get(f"{url}/", timeout=300).status_code == 401
     assert httpx.get(f"{url}/v1/models", timeout=300).status_code == 401
 
 

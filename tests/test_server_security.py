@@ -278,6 +278,7 @@ def test_sigterm_under_load_ends_every_stream_properly(members):
     assert code in (0, -signal.SIGTERM)
     assert "Traceback" not in text
     assert "Application shutdown complete" in text
+    assert f"serving pair, running on {server.url} (Ctrl-C ends it)" in text
 
 
 def test_the_command_refuses_what_is_unsafe_or_unclear(members, tmp_path):
@@ -288,7 +289,7 @@ def test_the_command_refuses_what_is_unsafe_or_unclear(members, tmp_path):
         (["--allow", "tol"], "expected --allow as some of rule, trust"),
         (["a=narrow/opt-a", "a=narrow/opt-a"], "got 'a' twice"),
     ):
-        done = run("serve", *arguments)
+        done = run("serve", *arguments, "--port", "0")
         assert done.returncode == 2
         assert message in done.stderr
 

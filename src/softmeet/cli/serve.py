@@ -18,7 +18,7 @@ import typer
 
 from softmeet.cli import options
 from softmeet.cli.flags import checked_settings, flag, flags
-from softmeet.cli.messages import err
+from softmeet.cli.listening import listening, port_of, url_of
 from softmeet.cli.old_forms import repeated
 from softmeet.errors import InvalidInputError
 from softmeet.extras import require_extra
@@ -116,54 +116,60 @@ def serve(
     """Serve ensembles behind an OpenAI-compatible API, with a page to look inside at /ui."""
     require_extra("serving", "server", "fastapi", "uvicorn", "prometheus_client")
     require_extra("the page (--ui)", "ui", *["gradio"] * bool(ui))
-    from softmeet.server.ensembles import named
-
-    given = checked_settings(settings)
-    keys, local, allowed = _keys(access.api_keys), _is_local(host), _allowed(access.allow)
-    asked = named(ensembles or [], members or [])
+    keys, local = _keys(access.api_keys), _is_local(host)
     if not (keys or local or access.open_to_all):
         raise InvalidInputError(
             f"refused to listen on {host} without keys: give --api-keys FILE or ${_KEYS}, or say --open"
         )
-    from softmeet.server.batcher import Limits
-    from softmeet.server.ensembles import load
-    from softmeet.server.security import Protection
-    from softmeet.server.serving import ServerSettings, Serving
+    _check_engine(engine, cluster, ui=bool(ui))
+    allowed = _allowed(access.allow)
+    with listening(host, port) as sockets:
+        # Imported only now, since it takes seconds, in which nobody should wait to hear that the port is in use.
+        from softmeet.server.batcher import Limits
+        from softmeet.server.ensembles import load, named
+        from softmeet.server.security import Protection
+        from softmeet.server.serving import ServerSettings, Serving
 
-    hosts = (*((*_LOCAL, host) if local else ()), *(access.allow_host or ()))
-    protocol = ServerSettings(
-        limits=Limits(limits.batch, limits.queue, limits.keep_tokens),
-        protection=Protection(keys, hosts, limits.max_body, limits.body_timeout),
-        max_tokens=limits.max_tokens,
-        max_choices=limits.max_choices,
-        seconds=limits.timeout,
-        allowed=allowed,
-        parallel=parallel,
-        cors=access.cors or (),
-        ui=bool(find_spec("gradio")) if ui is None else ui,
-    )
-    c = cluster
+        given, asked = checked_settings(settings), named(ensembles or [], members or [])
+        hosts = (*((*_LOCAL, host) if local else ()), *(access.allow_host or ()))
+        protocol = ServerSettings(
+            limits=Limits(limits.batch, limits.queue, limits.keep_tokens),
+            protection=Protection(keys, hosts, limits.max_body, limits.body_timeout),
+            max_tokens=limits.max_tokens,
+            max_choices=limits.max_choices,
+            seconds=limits.timeout,
+            allowed=allowed,
+            parallel=parallel,
+            cors=access.cors or (),
+            ui=bool(find_spec("gradio")) if ui is None else ui,
+        )
+        c = cluster
+        if engine == "ray":
+            from softmeet.server.replicas import Scale, application
+
+            scale = Scale(
+                replicas=c.replicas, max_replicas=c.max_replicas, streams=c.target_streams, threads=threads or 1,
+                gpus=c.gpus, fronts=c.fronts,
+            )  # fmt: skip
+            made = application(asked, {**loading.arguments(), **given}, protocol, scale, limits.grace)
+            _replicate(made, host, sockets, c.ray_address, scale, list(asked))
+            return
+        if threads is not None:
+            import torch
+
+            torch.set_num_threads(threads)
+        served = load(asked, partial(loading.ensemble, settings=settings))
+        _run(Serving(served, protocol), host, sockets, limits.grace, access_log=access_log)
+
+
+def _check_engine(engine: str, cluster: ClusterFlags, *, ui: bool) -> None:
+    """Raise InvalidInputError if the engine is unknown or not installed, or flags were given that are not its own."""
     if engine == "ray":
         if ui:
             raise InvalidInputError("the page needs a process of its own: leave out --ui, or --engine ray")
         require_extra("--engine ray", "ray", "ray")
-        from softmeet.server.replicas import Scale, application
-
-        scale = Scale(
-            replicas=c.replicas, max_replicas=c.max_replicas, streams=c.target_streams, threads=threads or 1,
-            gpus=c.gpus, fronts=c.fronts,
-        )  # fmt: skip
-        made = application(asked, {**loading.arguments(), **given}, protocol, scale, limits.grace)
-        _replicate(made, host, port, c.ray_address, scale, list(asked))
-        return
-    if engine != "local" or c.max_replicas is not None or max(c.replicas, c.fronts) > 1 or c.gpus:
+    elif engine != "local" or cluster.max_replicas is not None or cluster.gpus or cluster.replicas + cluster.fronts > 2:
         raise InvalidInputError("expected --engine local, or --engine ray, which --replicas and --gpus belong to")
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
-    served = load(asked, partial(loading.ensemble, settings=settings))
-    _run(Serving(served, protocol), host, port, limits.grace, access_log=access_log)
 
 
 def _keys(path: Path | None) -> tuple[str, ...]:
@@ -203,13 +209,21 @@ def _allowed(given: list[str] | None) -> tuple[str, ...]:
     return names
 
 
-def _replicate(application: Any, host: str, port: int, address: str | None, scale: Scale, names: list[str]) -> None:
+def _announce(what: str, url: str, *, page: bool) -> None:
+    """Print on stderr what is served, where, and where the page and the metrics are."""
+    links = ([f"page: {url}/ui"] if page else []) + [f"metrics: {url}/metrics", f"OpenAI clients: base_url={url}/v1"]
+    typer.echo(f"serving {what}, running on {url} (Ctrl-C ends it)\n{', '.join(links)}", err=True)
+
+
+def _replicate(
+    application: Any, host: str, sockets: list[socket.socket], address: str | None, scale: Scale, names: list[str]
+) -> None:
     """Deploy an application on a Ray cluster, wait for SIGINT or SIGTERM, and take it down.
 
     Args:
         application: of Ray Serve.
         host: the address to listen on.
-        port: the port; 0 for a free one.
+        sockets: those that hold the port; they are closed, and Ray's own processes listen there.
         address: the cluster's; None for ``$RAY_ADDRESS``, or else a cluster of this machine.
         scale: the number of replicas, and their threads.
         names: the ensembles' names, for the message that it serves.
@@ -220,32 +234,29 @@ def _replicate(application: Any, host: str, port: int, address: str | None, scal
     from softmeet.server.replicas import NAME
 
     connect(address, (scale.max_replicas or scale.replicas) * scale.threads)
-    if port == 0:
-        with socket.socket() as free:
-            free.bind((host, 0))
-            port = free.getsockname()[1]
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
+    port = port_of(sockets)
+    for each in sockets:
+        each.close()
     try:
         serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
         serve.run(application, name=NAME, route_prefix="/")
-        typer.echo(
-            f"serving {', '.join(names)} by {scale.replicas} replicas, running on http://{host}:{port}", err=True
-        )
+        _announce(f"{', '.join(names)} by {scale.replicas} replicas", url_of(host, port), page=False)
         ended.wait()
     finally:
         serve.shutdown()
         leave()
 
 
-def _run(serving: Serving, host: str, port: int, grace: float, *, access_log: bool) -> None:
+def _run(serving: Serving, host: str, sockets: list[socket.socket], grace: float, *, access_log: bool) -> None:
     """Serve in this process until a signal.
 
     Args:
         serving: the ensembles and settings.
-        host: the address to listen on.
-        port: the port; 0 for a free one.
+        host: the address, for the message that it serves.
+        sockets: those that listen there.
         grace: seconds that running answers have to end after a first signal.
         access_log: whether to log a line for each request.
     """
@@ -261,14 +272,14 @@ def _run(serving: Serving, host: str, port: int, grace: float, *, access_log: bo
             serving.batcher.close(0 if self.should_exit or (sig == signal.SIGINT and grace == 0) else grace)
             super().handle_exit(sig, frame)
 
-        def _log_started_message(self, listeners: Any) -> None:
-            """Log the address, and print the names of the ensembles on stderr."""
-            super()._log_started_message(listeners)
-            page = " (look inside at /ui)" if serving.settings.ui else ""
-            err.print(f"serving {', '.join(s.name for s in serving.ensembles)}{page}")
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            """Start as uvicorn does, and then say so."""
+            await super().startup(sockets)
+            names = ", ".join(s.name for s in serving.ensembles)
+            _announce(names, url_of(host, port_of(sockets or [])), page=serving.settings.ui)
 
     config = uvicorn.Config(
-        create_app(serving), host=host, port=port, access_log=access_log, log_level="info",
+        create_app(serving), access_log=access_log, log_level="info",
         timeout_graceful_shutdown=int(grace) + 10, server_header=False,
     )  # fmt: skip
-    Server(config).run()
+    Server(config).run(sockets)

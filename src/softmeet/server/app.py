@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import json
+from collections.abc import AsyncIterator, Mapping
 from typing import Any, cast
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from softmeet import __version__
 from softmeet.errors import SoftmeetError
+from softmeet.rules.frozen import unknown
 from softmeet.server.answer import AnswerStream
 from softmeet.server.asgi import unless_left
 from softmeet.server.ensembles import Served
 from softmeet.server.errors import ErrorBody, RequestError, described, error_response
+from softmeet.server.refusals import refusal
 from softmeet.server.replies import LAST_EVENT, ChatReply, CompletionReply, Reply, dumps, event
-from softmeet.server.schemas import ChatRequest, CompletionRequest, refusal
+from softmeet.server.schemas import ChatRequest, CompletionRequest
 from softmeet.server.security import Guard
 from softmeet.server.serving import Serving
 
 _STATUSES = (400, 401, 404, 405, 408, 413, 415, 421, 422, 429, 500, 503, 504)
+_NO_PAGE = "none: pip install 'softmeet[ui]', and start the server without --no-ui and --engine ray"
 router = APIRouter(responses={status: {"model": ErrorBody} for status in _STATUSES})
 
 
@@ -67,6 +72,28 @@ def create_app(serving: Serving) -> FastAPI:
 
 def _serving(request: Request) -> Serving:
     return cast(Serving, request.app.state.serving)
+
+
+@router.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+async def index(request: Request) -> Response:
+    """Show what the server answers; browsers are sent on to the page, where there is one."""
+    ui = _serving(request).settings.ui
+    document = {
+        "name": "softmeet",
+        "version": __version__,
+        "page": "/ui" if ui else _NO_PAGE,
+        "openapi": "/openapi.json",
+        **{path: route.description for path, route in _paths().items()},
+    }
+    # The list is in both answers: curl shows it where a browser follows to the page.
+    headers = {"Location": "ui/"} if ui else {}
+    return Response(json.dumps(document, indent=2) + "\n", 307 if ui else 200, headers, "application/json")
+
+
+def _paths() -> dict[str, APIRoute]:
+    """Return the API's routes by their paths, as they are shown to clients."""
+    routes = (route for route in router.routes if isinstance(route, APIRoute) and route.include_in_schema)
+    return {route.path.replace("{name:path}", "NAME"): route for route in routes}
 
 
 @router.get("/v1/models")
@@ -166,12 +193,24 @@ class _Events(StreamingResponse):
 
 async def _on_error(request: Request, error: Exception) -> Response:
     """Return the response to an exception of a route, in the form of OpenAI's error object."""
+    headers: Mapping[str, str] | None = None
     match error:
         case RequestValidationError():
             error = refusal(error.errors())
-        case HTTPException(status_code=404):
-            message = "there is nothing here: expected a path under /v1, /health, /ready, /metrics or /ui"
-            error = RequestError(message, status=404)
+        case HTTPException(status_code=404 | 405 as status):
+            headers = error.headers
+            error = RequestError(_astray(request, error), status=status)
         case HTTPException():
             error = RequestError(str(error.detail), status=error.status_code)
-    return error_response(error)
+    return error_response(error, headers)
+
+
+def _astray(request: Request, error: HTTPException) -> str:
+    """Return the message to a request for a path that there is not (404), or by a wrong method (405)."""
+    path = request.url.path[:100]
+    if error.status_code == 404:
+        page = ["/ui"] if _serving(request).settings.ui else []
+        return str(unknown(f"there is nothing at {path}", path, [*_paths(), "/openapi.json", *page]))
+    allowed = (error.headers or {}).get("Allow", "")
+    advice = ", with the request as JSON (curl -H 'content-type: application/json' -d '{…}')"
+    return f"expected {allowed} at {path}{advice if allowed == 'POST' else ''}, got {request.method}"

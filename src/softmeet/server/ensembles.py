@@ -15,6 +15,7 @@ from softmeet.errors import InvalidInputError
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
 from softmeet.hf.calibrated import resolved
 from softmeet.members.zoo import DEFAULT, short
+from softmeet.rules.frozen import unknown
 from softmeet.rules.settings import Settings, parse_rule
 from softmeet.server.errors import RequestError
 from softmeet.server.schemas import CHANGES, Extension
@@ -114,7 +115,7 @@ class Ensembles:
             return next(iter(self))
         if name not in self._by_name:
             raise RequestError(
-                f"there is no model {name[:100]!r}: expected one of {', '.join(self._by_name)}",
+                str(unknown(f"there is no model {name[:100]!r}", name, list(self._by_name))),
                 status=404, param="model", code="model_not_found",
             )  # fmt: skip
         return self._by_name[name]

@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel
@@ -108,7 +109,7 @@ def described(error: Exception) -> tuple[int, dict[str, Any]]:
     return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def error_response(error: Exception, headers: dict[str, str] | None = None) -> JSONResponse:
+def error_response(error: Exception, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """Return the JSON response to an exception, as :func:`described` has it.
 
     Args:
@@ -117,4 +118,4 @@ def error_response(error: Exception, headers: dict[str, str] | None = None) -> J
     """
     status, body = described(error)
     retry = {"Retry-After": "1"} if status in (429, 503) else {}
-    return JSONResponse(body, status, retry | (headers or {}))
+    return JSONResponse(body, status, {**retry, **(headers or {})})

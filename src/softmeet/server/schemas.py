@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from annotated_types import Len
 from pydantic import BaseModel, ConfigDict, Field
-
-from softmeet.server.errors import RequestError
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 TokenId = Annotated[str, Field(pattern=r"^\d{1,9}$")]
@@ -66,7 +63,7 @@ class _Generation(_Strict):
     """The fields that both endpoints have."""
 
     model: Word | None = Field(default=None, description="As /v1/models names them; else the first.")
-    max_tokens: Annotated[int, Field(ge=0, le=_MOST)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
@@ -131,44 +128,7 @@ class ChatRequest(_Generation):
     """
 
     messages: Annotated[list[Message], Len(1, 4096)]
-    max_completion_tokens: Annotated[int, Field(ge=1, le=_MOST)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=1 << 63)] | None = None
     logprobs: bool | None = None
     top_logprobs: Listed | None = None
     response_format: ResponseFormat | None = None
-
-
-_TOOLS = ("tools", "tool_choice", "functions", "function_call", "parallel_tool_calls")
-_REFUSED = {
-    **dict.fromkeys(_TOOLS, "the members call no tools"),
-    "response_format": "only plain text is generated, no structured output",
-    "best_of": "ask for n choices and take the best yourself",
-    "suffix": "text is only continued",
-    "audio": "only text is generated",
-    "modalities": "only text is generated",
-    "prediction": "there is nothing to speed up by it",
-    "reasoning_effort": "the members do not reason apart from their answer",
-    "web_search_options": "nothing is searched",
-}
-
-
-def refusal(errors: Sequence[Any]) -> RequestError:
-    """Return an error that names the first invalid field of a request and its fault, but not the field's content.
-
-    Args:
-        errors: the errors that pydantic's ``ValidationError.errors()`` lists for the request; at least one. Each is a
-            dict with ``type``, ``loc`` and ``msg``.
-    """
-    first = errors[0]
-    path = [str(part) for part in first["loc"] if part != "body"]
-    field, name = path[0][:100] if path else None, ".".join(path)[:200]
-    if first["type"] == "extra_forbidden":
-        message = f"{name} is not supported: {_REFUSED.get(path[-1][:40], 'there is no such field')}"
-    elif field == "prompt":
-        message = "expected prompt as a string, a list of strings, token ids or a list of lists of token ids"
-    elif field in _REFUSED:
-        message = f"{field} is not supported: {_REFUSED[field]}"
-    elif not field:
-        message, field = "expected one JSON object as the body", None
-    else:
-        message = f"{name}: {first['msg'][0].lower()}{first['msg'][1:300]}"
-    return RequestError(message, param=field)

@@ -77,8 +77,9 @@ class Guard:
         """Check one request and read its whole body; refuse it, or pass it on. Every answer gets security headers.
 
         A refusal is a response with an error object: status 400 for a body that is not JSON (under /v1/), 401 for a
-        key, 404 for an upload to the page, 408 and 413 for a slow or large body, 421 for a Host. Nothing is sent if the
-        client leaves before its body is complete. Exceptions of the application are not caught.
+        key, 404 for an upload to the page, 408 and 413 for a slow or large body, 415 for a content type, 421 for a
+        Host. Nothing is sent if the client leaves before its body is complete. Exceptions of the application are not
+        caught.
         """
         if scope["type"] != "http":
             await self.app(scope, receive, send)
@@ -97,9 +98,10 @@ class Guard:
             self._check(path, Headers(scope=scope))
             body = await self._body(Request(scope, receive))
             if body and path.startswith("/v1/"):
-                _check_json(body)
+                _check_json(body, Headers(scope=scope).get("content-type", ""))
         except RequestError as error:
-            ask = {"WWW-Authenticate": 'Basic realm="softmeet"'} if error.status == 401 and path[:3] == "/ui" else {}
+            page = path == "/" or path.startswith("/ui")
+            ask = {"WWW-Authenticate": 'Basic realm="softmeet"'} if error.status == 401 and page else {}
             # Close the connection: a part of the body may be unread, and would be taken for the next request.
             await error_response(error, {"Connection": "close"} | ask)(scope, receive, sending)
             return
@@ -149,16 +151,27 @@ class Guard:
         return b"".join(parts)
 
 
-def _check_json(body: bytes) -> None:
-    """Raise RequestError if a body is not JSON in UTF-8.
+def _check_json(body: bytes, kind: str) -> None:
+    """Raise RequestError if a body is not JSON in UTF-8, or if its content type is not JSON's.
 
     NaN, numbers out of range such as 1e400, lone surrogates and deep nesting, which Python's own parser accepts, are
     refused too.
+
+    Args:
+        body: the whole body.
+        kind: the header ``Content-Type``. Others than JSON's are refused since browsers let pages of any origin send
+            them.
     """
     try:
         from_json(body, allow_inf_nan=False)
     except ValueError as error:
         raise RequestError(f"expected JSON in UTF-8 as the body: {error}"[:300], code="invalid_json") from None
+    if not re.fullmatch(r"application/([\w.-]+\+)?json", kind.partition(";")[0].strip().lower()):
+        raise RequestError(
+            f"expected the header 'content-type: application/json', got {kind[:100] or 'none'}: add it, with curl by "
+            "-H 'content-type: application/json'",
+            status=415,
+        )
 
 
 def _given(headers: Headers) -> str:

@@ -30,7 +30,7 @@ class ServerSettings:
     Args:
         limits: how many sequences may run and wait, and how many prompt tokens are kept.
         protection: API keys, hosts and limits on bodies.
-        max_tokens: the most tokens of a choice; a request for more gets this many.
+        max_tokens: the most tokens that a request may ask for; one that asks for more is refused.
         max_choices: the most choices of a request, summed over its prompts; a request for more is refused.
         seconds: the most seconds that an answer may take from the end of :meth:`Serving.prepare`, waiting included.
         allowed: names of the fields under ``softmeet`` that requests may change, some of
@@ -83,23 +83,22 @@ class Serving:
             body: the request's body; pydantic has checked its fields' types and ranges when it was made.
 
         Raises:
-            RequestError: if there is no such model (status 404) or member, a change is not allowed, there are more than
-                ``settings.max_choices`` choices, an id in ``logit_bias`` is no token's, a prompt is empty, has an
-                invalid id or leaves no room in the context, or the messages have no chat template or break its rules.
+            RequestError: if there is no such model (status 404) or member, a change is not allowed, more than
+                ``settings.max_tokens`` tokens or ``settings.max_choices`` choices are asked for, an id in
+                ``logit_bias`` is no token's, a prompt is empty, has an invalid id or leaves no room in the context, or
+                the messages have no chat template or break its rules.
             InvalidInputError: if a setting under ``softmeet`` has an invalid value.
         """
         served, ours = self.ensembles.find(body.model), body.softmeet or Extension()
         in_thread = partial(asyncio.get_running_loop().run_in_executor, self._thread)
-        most, choices = self.settings.max_choices, body.n or 1
+        most, choices, limit = self.settings.max_choices, body.n or 1, _limit(body, self.settings.max_tokens)
         if isinstance(body, CompletionRequest):
             prompts = await in_thread(_encoded, served, body)
-            top, limit = body.logprobs, 16 if body.max_tokens is None else body.max_tokens
+            top = body.logprobs
             score_prompt = bool(body.echo) and (top is not None or ours.report is not None)
         else:
             prompts = await in_thread(_templated, served, body)
             top, score_prompt = (body.top_logprobs or 0) if body.logprobs else None, False
-            asked = [x for x in (body.max_completion_tokens, body.max_tokens) if x is not None]
-            limit = asked[0] if asked else self.settings.max_tokens
         combination = served.combination(ours, self.settings.allowed)
         if len(prompts) * choices > most:
             raise RequestError(
@@ -110,7 +109,7 @@ class Serving:
         return GenerationRequest(
             combination=combination,
             sampling=_sampling(body, ours, combination.model.config.vocab_size),
-            max_tokens=min(limit, self.settings.max_tokens),
+            max_tokens=limit,
             top=top,
             report=ours.report,
             score_prompt=score_prompt,
@@ -121,6 +120,25 @@ class Serving:
             model=served.name,
             tokenizer=served.ensemble.tokenizer,
         )
+
+
+def _limit(body: CompletionRequest | ChatRequest, most: int) -> int:
+    """Return the most tokens of a choice: what a request asks for; else ``most`` for a chat, 16 for a completion.
+
+    Raises:
+        RequestError: if the request asks for more than ``most``, the server's limit.
+    """
+    for name in ("max_completion_tokens", "max_tokens"):
+        if (asked := getattr(body, name, None)) is None:
+            continue
+        if asked > most:
+            raise RequestError(
+                f"expected {name} of at most {most:,}, this server's limit, got {asked:,}: ask for fewer, or start the "
+                "server with a larger --max-tokens",
+                param=name,
+            )
+        return int(asked)
+    return most if isinstance(body, ChatRequest) else min(16, most)
 
 
 def _sampling(body: CompletionRequest | ChatRequest, ours: Extension, vocabulary: int) -> Sampling:

@@ -19,7 +19,8 @@ from softmeet.errors import SoftmeetError
 from softmeet.rules.registry import rule_names
 from softmeet.server.answer import AnswerStream
 from softmeet.server.ensembles import Served
-from softmeet.server.schemas import CompletionRequest, Extension, refusal
+from softmeet.server.refusals import refusal
+from softmeet.server.schemas import CompletionRequest, Extension
 from softmeet.server.serving import Serving
 from softmeet.server.ui_html import LEGEND, Report, alert, details_of, resource, text_of
 

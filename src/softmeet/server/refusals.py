@@ -1,0 +1,137 @@
+"""What a client is told about a body that does not fit its schema: what was expected, what came and what to do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from softmeet.rules.frozen import unknown
+from softmeet.rules.settings import Settings
+from softmeet.server.errors import RequestError
+from softmeet.server.schemas import ChatRequest, CompletionRequest, Extension, Message, StreamOptions, TextPart
+
+_TOOLS = ("tools", "tool_choice", "functions", "function_call", "parallel_tool_calls", "tool_calls", "tool_call_id")
+_REFUSED = {
+    **dict.fromkeys(_TOOLS, "the members call no tools"),
+    **dict.fromkeys(("image_url", "input_audio", "file"), "the members read only text"),
+    **dict.fromkeys(("audio", "modalities"), "only text is generated"),
+    "response_format": "only plain text is generated, no structured output",
+    "best_of": "ask for n choices and take the best yourself",
+    "suffix": "text is only continued",
+    "prediction": "there is nothing to speed up by it",
+    "reasoning_effort": "the members do not reason apart from their answer",
+    "web_search_options": "nothing is searched",
+    "extra_body": "it is an argument of openai's client; write its fields directly into the body",
+}
+# Fields that one of the two endpoints has, and what to do at the other.
+_ELSEWHERE = {
+    "prompt": "give messages here, or send it to /v1/completions",
+    "echo": "send the request to /v1/completions",
+    "messages": "give a prompt here, or send it to /v1/chat/completions",
+    "max_completion_tokens": "it is called max_tokens here",
+    "top_logprobs": "give the number as logprobs here",
+}
+_EXPECTED = {
+    "prompt": "a string, a list of strings, token ids or a list of lists of token ids",
+    "messages": 'a list such as [{"role": "user", "content": "hello"}]',
+    "logit_bias": 'an object of numbers from -100 to 100 by token ids, such as {"5": -100}',
+}
+_FIELDS = {**CompletionRequest.model_fields, **ChatRequest.model_fields}
+_NAMES = {*_FIELDS, *(name for kind in (Extension, Message, StreamOptions, TextPart) for name in kind.model_fields)}
+_OBJECTS = ("model_type", "model_attributes_type", "dict_type")
+# The longest text that is repeated to the client.
+_SHOWN = 40
+
+
+def refusal(errors: Sequence[Mapping[str, Any]]) -> RequestError:
+    """Return an error that names one invalid field of a request: what was expected there, what came and what to do.
+
+    Unknown fields come first, since a misspelled field is missing under its own name. Of what came, numbers and texts
+    of up to 40 characters are repeated.
+
+    Args:
+        errors: the errors that pydantic's ``ValidationError.errors()`` lists for the request; at least one. Each is a
+            dict with ``type``, ``loc``, ``msg`` and ``input``.
+    """
+    first = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
+    path = _path(first)
+    if not path:
+        return RequestError(f"expected one JSON object as the body, got {_came(first)}")
+    if path[0] in _REFUSED:
+        message = f"{path[0]} is not supported: {_REFUSED[path[0]]}"
+    elif first["type"] == "extra_forbidden":
+        message = _unknown(path)
+    elif path[0] in _EXPECTED and len(path) == 1:
+        message = f"expected {path[0]} as {_EXPECTED[path[0]]}, got {_came(first)}"
+    else:
+        message = _invalid([error for error in errors if _path(error)[:1] == path[:1]])
+    return RequestError(message, param=path[0][:100])
+
+
+def _path(error: Mapping[str, Any]) -> list[str]:
+    """Return the names and positions that lead to an invalid field; without pydantic's words for a union's cases."""
+    found = list(error["loc"])
+    if found[:1] == ["body"]:
+        del found[0]
+    last = [found.pop()] if found and error["type"] == "extra_forbidden" else []
+    return [str(part) for part in [*(part for part in found if isinstance(part, int) or part in _NAMES), *last]]
+
+
+def _unknown(path: list[str]) -> str:
+    """Return the message on a field that there is not: where it belongs, or the nearest name."""
+    name, word = ".".join(path)[:200], path[-1][:100]
+    what = f"{name} is not supported"
+    if path == [word] and word in _ELSEWHERE:
+        return f"{what}: {_ELSEWHERE[word]}"
+    if word in _REFUSED:
+        return f"{what}: {_REFUSED[word]}"
+    if path == [word] and word in Extension.model_fields:
+        inside = f'{{"softmeet": {{"{word}": …}}}}'
+        return f"{what} here: put it into softmeet, as {inside}, with openai's client by extra_body={inside}"
+    if path[0] == "softmeet" and word in _FIELDS:
+        return f"{what}: put {word} beside softmeet, not into it"
+    if word in Settings.model_fields:
+        return f"{what}: it is the same for all requests, and given to softmeet serve"
+    if path[0] == "softmeet":
+        return str(unknown(f"{what}: there is no such field", word, list(Extension.model_fields)))
+    near = get_close_matches(word, _FIELDS, n=1)
+    hint = f"did you mean {near[0]}?" if near else "leave it out; /openapi.json has all fields"
+    return f"{what}: there is no such field: {hint}"
+
+
+def _invalid(errors: Sequence[Mapping[str, Any]]) -> str:
+    """Return the message on a field's value, given all errors below the field: those of every case of a union."""
+    # A list's wrong entry says more than that the list is no string.
+    deepest = max(errors, key=lambda error: len(_path(error)))
+    name, value = ".".join(_path(deepest))[:200], deepest["input"]
+    if deepest["type"] == "missing":
+        return f"expected {name}, which is missing: add it"
+    there = [_wanted(error) for error in errors if _path(error) == _path(deepest) and error["input"] is value]
+    wanted = " or ".join(dict.fromkeys(there)).replace(" or to be ", " or ")
+    return f"expected {name} {wanted}, got {_came(deepest)}"
+
+
+def _wanted(error: Mapping[str, Any]) -> str:
+    """Return what pydantic expected, as words that follow the field's name: ``to be a valid number``."""
+    if error["type"] in _OBJECTS:
+        return "to be an object"
+    found = re.fullmatch(r"\w+ should (.*?)( after validation, not .*)?", error["msg"])
+    return f"to {found[1]}" if found else f"to be valid ({error['msg'][:200]})"
+
+
+def _came(error: Mapping[str, Any]) -> str:
+    """Return what was found in place of what an error expected; long texts, lists and objects are only described."""
+    value = error["input"]
+    if error["type"] == "missing" or value is None:
+        return "none"
+    if isinstance(value, dict | list):
+        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value):,}"
+    if isinstance(value, bool):
+        return str(value).lower()
+    # The text of a whole number may be too long to be made.
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        return "a larger number"
+    text = repr(value)
+    return text if len(text) <= _SHOWN + 2 else f"a text of {len(value):,} characters"
