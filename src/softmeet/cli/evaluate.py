@@ -150,7 +150,8 @@ def show(facts: dict[str, Any]) -> None:
         ]
         for kind in ("members", "rules")
     ]  # fmt: skip
-    print_table(console, columns, sections, title=f"{facts['tokens']:,} {unit}; intervals by {spread}")
+    title, optional = f"{facts['tokens']:,} {unit}; intervals by {spread}", 6 if gated else None
+    print_table(console, columns, sections, title=title, optional=optional)
     for name, row in facts["rules"].items():
         for note in _notes(row, unit[:-1]):
             console.print(f"{name}: {note}", markup=False)

@@ -13,7 +13,7 @@ from rich.table import Table
 # In a pipe nothing has to fit: no line is broken.
 _PIPE = 1000
 # A column of texts is readable from so many characters on.
-_TEXT = 12
+_TEXT = 8
 
 
 def out() -> Console:
@@ -41,40 +41,46 @@ def print_table(
         texts: the numbers of the columns that hold texts, from 0; the others hold numbers, which are not broken.
         optional: the number of a column that is left out, with a note, if too little room is left for it.
     """
-    table = _table(columns, sections, texts)
-    if console.measure(table, options=console.options.update(max_width=_PIPE)).maximum > console.width:
-        titles = [name.replace(" ", "\n").replace("/", "/\n") for name in columns]
-        needed = [_needed(k, titles[k], sections, k in texts) + 1 for k in range(len(columns))]
-        kept = [k for k in range(len(columns)) if k != optional or sum(needed) <= console.width]
-        table = _table(
-            [titles[k] for k in kept],
-            [[[row[k] for k in kept] for row in rows] for rows in sections],
-            [place for place, k in enumerate(kept) if k in texts],
-            unbroken=sum(needed[k] for k in kept) <= console.width,
-        )
+    framed, widths = _layout(console.width, columns, sections, texts, optional)
+    table = Table(title=title, title_justify="left")
+    if not framed:
         table.box, table.padding, table.pad_edge = None, (0, 1, 0, 0), False
-        if len(kept) < len(columns):
-            table.caption = f"a wider terminal, or a pipe, shows one more column: {columns[optional or 0]}"
-            table.caption_justify = "left"
-    table.title, table.title_justify = title, "left"
-    console.print(table)
-
-
-def _table(
-    columns: Sequence[str], sections: Sequence[Sequence[Sequence[str]]], texts: Sequence[int], *, unbroken: bool = True
-) -> Table:
-    table = Table()
-    for k, name in enumerate(columns):
-        number = k not in texts
-        table.add_column(name, overflow="fold", no_wrap=number and unbroken, justify="right" if number else "left")
+    for k, width in widths.items():
+        name = columns[k] if (width or 0) >= len(columns[k]) else columns[k].replace("/", "/\n")
+        table.add_column(name, justify="left" if k in texts else "right", width=width, overflow="fold")
     for rows in sections:
         for row in rows:
-            table.add_row(*map(escape, row))
+            table.add_row(*(escape(row[k]) for k in widths))
         table.add_section()
-    return table
+    console.print(table)
+    if len(widths) < len(columns):
+        console.print(f'A wider terminal, or a pipe, shows one more column: "{columns[optional or 0]}".', markup=False)
+
+
+def _layout(
+    room: int, columns: Sequence[str], sections: Sequence[Sequence[Sequence[str]]], texts: Sequence[int],
+    optional: int | None,
+) -> tuple[bool, dict[int, int | None]]:  # fmt: skip
+    """Return whether a table has a frame in so much room, and the widths of its columns; None for a number to break."""
+    needed = [_needed(k, name, sections, k in texts) for k, name in enumerate(columns)]
+    framed = sum(needed) + 3 * len(columns) + 1 <= room
+    kept = [k for k in range(len(columns)) if k != optional or sum(needed) + len(columns) <= room]
+    if sum(needed[k] + 1 for k in kept) > room:  # titles may be broken within a word, too
+        needed = [_needed(k, "", sections, k in texts) for k in range(len(columns))]
+    room -= sum(needed[k] for k in kept) + (3 * len(kept) + 1 if framed else len(kept))
+    widths: dict[int, int | None] = dict.fromkeys(kept)
+    for k in sorted(kept if room >= 0 else (), key=lambda k: k not in texts):  # texts get what room is left, first
+        more = min(room, max(_longest(k, columns[k], sections) - needed[k], 0))
+        widths[k], room = needed[k] + more, room - more
+    return framed, widths
 
 
 def _needed(k: int, title: str, sections: Sequence[Sequence[Sequence[str]]], text: bool) -> int:
-    """Return how many characters column ``k`` needs: of a text at most twelve, which is then broken."""
-    longest = max((len(row[k]) for rows in sections for row in rows), default=0)
-    return max(min(longest, _TEXT) if text else longest, *map(len, title.split("\n")))
+    """Return how many characters column ``k`` needs at the least: a number's are not broken, a text's may be."""
+    longest = _longest(k, "", sections)
+    return max(min(longest, _TEXT) if text else longest, *map(len, title.replace("/", "/ ").split() or [""]))
+
+
+def _longest(k: int, title: str, sections: Sequence[Sequence[Sequence[str]]]) -> int:
+    """Return the length of the longest of a title and the cells of column ``k``."""
+    return max([len(title), *(len(row[k]) for rows in sections for row in rows)])
