@@ -140,7 +140,7 @@ def test_members_that_are_not_there(tmp_path):
         load_members([str(tmp_path / "absent")])
     with pytest.raises(CheckpointError, match="cannot load someone/no-such-model"):
         load_members(["someone/no-such-model"])
-    with pytest.raises(CheckpointError, match="no bundled member wide/gpt9: the wide family has gpt2, llama, neox"):
+    with pytest.raises(CheckpointError, match="no bundled member wide/gpt9: did you mean gpt2. the wide family has gpt2, llama, neox"):
         load_members(["wide/gpt9"])
 
 
