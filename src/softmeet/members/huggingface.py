@@ -97,7 +97,7 @@ def require_loadable(
     for name in dict.fromkeys(expanded):
         where = _checkpoint_of(name, trust_remote_code)
         if "gguf_file" not in where:  # of which reading the configuration alone takes as long as reading all
-            with refused.named_in_errors(name):
+            with refused.named_in_errors(name, where):
                 config = transformers.AutoConfig.from_pretrained(**where)
             refused.require_causal(name, config, remote=trust_remote_code)
 
@@ -131,7 +131,7 @@ def load_tokenizers(names: Sequence[str], *, trust_remote_code: bool = False) ->
         folder = Path(where["pretrained_model_name_or_path"])
         if folder.is_dir() and "gguf_file" not in where:
             refused.require_tokenizer(name, folder)
-        with refused.named_in_errors(name):
+        with refused.named_in_errors(name, where):
             found.append(transformers.AutoTokenizer.from_pretrained(**where, padding_side="left"))
     return found
 
@@ -147,12 +147,13 @@ def random_member(
         trust_remote_code: whether to run code that comes with a checkpoint.
 
     Raises:
-        CheckpointError: if the configuration cannot be read, a folder has no safetensors, or remote code is needed that
-            is not trusted.
+        CheckpointError: if the configuration cannot be read or is of no causal language model, a folder has no
+            safetensors, or remote code is needed that is not trusted.
     """
     where = _checkpoint_of(name, trust_remote_code)
-    with refused.named_in_errors(name):
+    with refused.named_in_errors(name, where):
         config = transformers.AutoConfig.from_pretrained(**where)
+        refused.require_causal(name, config, remote=trust_remote_code)
         own = getattr(config, "dtype", None) or torch.float32
         chosen = own if dtype == "auto" else dtype or torch.get_default_dtype()
         return transformers.AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=trust_remote_code)
@@ -237,7 +238,7 @@ def _load(
     placement: dict[str, Any] = {} if spread is None else {"device_map": spread}
     placement |= {} if offload_folder is None or spread is None else {"offload_folder": str(offload_folder)}
     where = _checkpoint_of(name, trust_remote_code)
-    with refused.named_in_errors(name):
+    with refused.named_in_errors(name, where):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             **where, **placement, dtype=wanted, use_safetensors=True, output_loading_info=True
         )

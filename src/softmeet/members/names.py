@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -72,11 +72,13 @@ def find(name: str) -> dict[str, Any]:
 
 
 def _hint(name: str) -> str:
-    """Return the question for the nearest bundled name or neighbour of the folder ``name``; empty if none is near."""
-    path = Path(name).expanduser()
-    beside = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
-    near = get_close_matches(path.name, beside, n=1)
-    return f"did you mean {path.parent / near[0]}? " if near else nearest(name, zoo.known())
+    """Return the question for what is most like ``name``: a folder beside it, a bundled name or one in the cache."""
+    path = Path(name)
+    near = get_close_matches(path.name, sorted(p.name for p in path.parent.glob("*")), n=1)
+    cached = [
+        p.name.removeprefix("models--").replace("--", "/") for p in Path(constants.HF_HUB_CACHE).glob("models--*")
+    ]
+    return f"did you mean {path.parent / near[0]}? " if near else nearest(name, [*zoo.known(), *cached])
 
 
 def _on_hub(name: str, repository: str, revision: str | None, file: str) -> dict[str, bool]:

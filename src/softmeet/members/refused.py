@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from json import JSONDecodeError
@@ -45,17 +45,23 @@ _SAID = (
      "it has no weights as safetensors, and a pickle could run code: expected model.safetensors, which "
      "model.save_pretrained(folder) writes"),
     (r"couldn't find them in the cached files",
-     "some of its files are not in the local cache, and the Hub cannot be reached: fetch it once with a network"),
-    (r"out of memory", "there is not enough memory on the device: choose another, a dtype such as bfloat16, or "
-     "device='auto'"),
+     "some of its files are missing, and the Hub cannot be reached: fetch it once with a network"),
+    (r"gated repo",
+     "it is gated: ask for access on its page of the Hub, then log in with `hf auth login`, or set HF_TOKEN"),
+    (r"out of memory|can't allocate memory",
+     "there is not enough memory on the device: choose another, a dtype such as bfloat16, or device='auto'"),
 )  # fmt: skip
 
 
 @contextmanager
-def named_in_errors(name: str) -> Iterator[None]:
+def named_in_errors(name: str, where: Mapping[str, Any]) -> Iterator[None]:
     """Enter a context that turns errors of transformers about a member into a ``CheckpointError``.
 
     Its message names the member and says what to do; for errors that are not known here, it repeats transformers'.
+
+    Args:
+        name: the member's name.
+        where: what :func:`softmeet.members.names.find` returned for it.
     """
     try:
         yield
@@ -66,7 +72,8 @@ def named_in_errors(name: str) -> Iterator[None]:
             f"cannot load {name}: its safetensors are damaged or truncated ({error}): fetch them again"
         ) from error
     except Exception as error:  # whatever a file that is not as transformers expects it brings about
-        raise CheckpointError(f"cannot load {name}: {_explained(error)}") from error
+        unasked = " (read from the local cache alone, as the Hub did not answer)" if "local_files_only" in where else ""
+        raise CheckpointError(f"cannot load {name}{unasked}: {_explained(error)}") from error
 
 
 def _explained(error: Exception) -> str:
