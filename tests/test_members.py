@@ -224,6 +224,29 @@ def test_a_package_that_a_tokenizer_needs_is_named(tmp_path):
         load_tokenizers([str(failing(tmp_path, another_vocabulary))])
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError("You are trying to access a gated repo.\nMake sure to have access."), "it is gated: ask for access"),
+        (OSError("We couldn't connect to 'hub', and couldn't find them in the cached files.\nX"), "some of its files"),
+        (ImportError("`tiktoken` is required to read a `tiktoken` file.\nInstall it"), "pip install tiktoken$"),
+        (
+            ImportError("packages that were not found in your environment: flash_attn, einops. Run"),
+            ": flash_attn, einops$",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nOf"), "a dtype such as bfloat16"),
+        (ValueError("This is\ncut into\nlines"), "cannot load me: This is cut into lines$"),
+        (ValueError("word " * 200), "word …$"),
+        (KeyError("rope"), "KeyError: 'rope'$"),
+        (MemoryError(), "cannot load me: MemoryError$"),
+    ],
+)
+def test_what_transformers_says_is_said_in_a_whole_sentence(error, message):
+    with pytest.raises(CheckpointError, match=message) as caught, refused.named_in_errors("me", {}):
+        raise error
+    assert caught.value.__cause__ is error
+
+
 def test_gguf_files_need_packages(tmp_path, monkeypatch):
     (tmp_path / "a.gguf").touch()
     monkeypatch.setitem(sys.modules, "gguf", None)

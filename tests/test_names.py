@@ -95,20 +95,19 @@ def test_what_the_hub_has_is_asked_for_once(hub):
 
 
 @pytest.mark.parametrize(
-    ("kind", "message"),
+    ("kind", "status", "message"),
     [
-        (
-            errors.GatedRepoError,
-            "gated: ask for access at https://huggingface.co/acme/model, then log in with `hf auth",
-        ),
-        (errors.RepositoryNotFoundError, "nor a public repository of the Hub: check the name, or.*HF_TOKEN"),
-        (errors.RevisionNotFoundError, "no revision v2 of it"),
-        (errors.RemoteEntryNotFoundError, "no config.json in it"),
-        (errors.HfHubHTTPError, "answered with the status 503: try again later"),
+        (errors.GatedRepoError, 403, "gated: ask for access at https://huggingface.co/acme/model, then log in with"),
+        (errors.RepositoryNotFoundError, 401, "nor a public repository of the Hub: check the name, or.*HF_TOKEN"),
+        (errors.RevisionNotFoundError, 404, "no revision v2 of it"),
+        (errors.RemoteEntryNotFoundError, 404, "no config.json in it"),
+        (errors.HfHubHTTPError, 404, "nor a public repository of the Hub"),
+        (errors.HfHubHTTPError, 403, r"refuses it \(403\): log in with"),
+        (errors.HfHubHTTPError, 503, "answered with the status 503: try again later"),
     ],
 )
-def test_what_the_hub_refuses(kind, message, hub):
-    hub.error = kind("no", response=SimpleNamespace(status_code=503, headers={}, request=None))
+def test_what_the_hub_refuses(kind, status, message, hub):
+    hub.error = kind("no", response=SimpleNamespace(status_code=status, headers={}, request=None))
     with pytest.raises(CheckpointError, match=f"cannot load acme/model@v2: .*{message}"):
         names.find("acme/model@v2")
 

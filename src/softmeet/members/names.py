@@ -119,7 +119,8 @@ def _why(error: Exception, name: str, repository: str, revision: str | None, fil
             f"it is gated: ask for access at https://huggingface.co/{repository}, then log in with `hf auth login`, or "
             "set HF_TOKEN"
         )
-    if isinstance(error, RepositoryNotFoundError):
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    if isinstance(error, RepositoryNotFoundError) or (status == 404 and type(error) is HfHubHTTPError):
         return (
             f"{_hint(name)}it is neither here nor a public repository of the Hub: check the name, or, if it is "
             "private, log in with `hf auth login`, or set HF_TOKEN"
@@ -128,8 +129,10 @@ def _why(error: Exception, name: str, repository: str, revision: str | None, fil
         return f"the Hub has {repository}, but no revision {revision} of it: check what follows the @"
     if isinstance(error, EntryNotFoundError):
         return f"the Hub has {repository}, but no {file} in it: expected a saved transformers model"
-    if isinstance(error, HfHubHTTPError):
-        return f"the Hub answered with the status {error.response.status_code}: try again later"
+    if status in (401, 403):
+        return f"the Hub refuses it ({status}): log in with `hf auth login`, or set HF_TOKEN, as one who may read it"
+    if status is not None:
+        return f"the Hub answered with the status {status}: try again later"
     if isinstance(error, OfflineModeIsEnabled):
         found = "is not asked, as HF_HUB_OFFLINE is set: check the name, or unset HF_HUB_OFFLINE"
     else:

@@ -103,7 +103,7 @@ def refuse_folder(folder: Path) -> None:
             f"refused to load {folder}: its weights are pickled ({pickles[0]}), and a pickle can run code: convert "
             "them with model.save_pretrained(folder), which writes safetensors"
         )
-    raise CheckpointError(f"cannot load {folder}: it has no *.safetensors file")
+    raise CheckpointError(f"cannot load {folder}: it has no *.safetensors file: expected a saved transformers model")
 
 
 def require_tokenizer(name: str, folder: Path) -> None:
@@ -141,8 +141,7 @@ def require_causal(name: str, config: PreTrainedConfig, *, remote: bool) -> None
     expected, kind = "expected a causal language model, such as GPT-2 or Llama", type(config)
     if getattr(config, "is_encoder_decoder", False):
         raise CheckpointError(
-            f"cannot load {name}: {config.model_type} is an encoder with a decoder, whose text answers another one: "
-            f"{expected}"
+            f"cannot load {name}: {config.model_type} is an encoder with a decoder, which continues no text: {expected}"
         )
     if remote and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return
