@@ -37,7 +37,7 @@ _SAID = (
     (r"requires the SentencePiece library|Error parsing line .* in .*tokenizer\.model",
      "its tokenizer needs more packages: pip install sentencepiece protobuf"),
     (r"requires the (\w+) library", "it needs one more package, {0}, which is not installed"),
-    (r"packages that were not found in your environment: ([\w ,.-]*\w)",
+    (r"packages that were not found in your environment: ([\w ,-]*\w)",
      "its own code needs packages that are not installed: {0}"),
     (r"`(\w+)` is required", "it needs one more package: pip install {0}"),
     (r"instantiate the backend tokenizer|Can't load tokenizer", _NO_TOKENIZER),
