@@ -247,6 +247,15 @@ def test_what_transformers_says_is_said_in_a_whole_sentence(error, message):
     assert caught.value.__cause__ is error
 
 
+def test_a_device_without_room_for_a_member_is_named_for_that(monkeypatch):
+    def full(self, *device):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(tf.PreTrainedModel, "to", full)
+    with pytest.raises(CheckpointError, match="cannot load wide/gpt2: there is not enough memory on the device"):
+        load_members(["wide/gpt2"])
+
+
 def test_gguf_files_need_packages(tmp_path, monkeypatch):
     (tmp_path / "a.gguf").touch()
     monkeypatch.setitem(sys.modules, "gguf", None)

@@ -248,7 +248,8 @@ def _load(
             f"cannot load {name}: {len(absent)} weights are missing or misshapen (first: {absent[0]}): fetch it again"
         )
     whole = None if isinstance(device, dict) or placement else _one(device)
-    return (model if whole is None else model.to(whole)).eval()
+    with refused.named_in_errors(name, where):
+        return (model if whole is None else model.to(whole)).eval()
 
 
 def _checkpoint_of(name: str, trust_remote_code: bool) -> dict[str, Any]:

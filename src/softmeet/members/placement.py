@@ -92,8 +92,8 @@ def _is_here(place: Any) -> bool:
     """Tell whether a device of torch is on this machine and can hold weights."""
     try:
         return not torch.empty(0, device=place).is_meta
-    except (AssertionError, RuntimeError):
-        return False
+    except (AssertionError, RuntimeError) as error:
+        return "out of memory" in str(error)  # which loading will say, of a device that is here
 
 
 def main_device(device_map: dict[str, Any]) -> torch.device:
