@@ -93,7 +93,9 @@ def test_bundled_members_are_named_and_need_no_path(tmp_path):
 def test_an_ensemble_on_the_hub_is_told_from_a_model(monkeypatch, tmp_path):
     """The hub itself is out of reach: its answer to a request for config.json is played back."""
     from softmeet import ensemble
+    from softmeet.members import names as members
 
+    monkeypatch.setattr(members, "_ask", lambda *file: None)
     answers = {"org/ensemble": {"model_type": "softmeet", "members": ["a"]}, "org/model": {"model_type": "llama"}}
     asked = []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from instances import outputs, random_heads
@@ -184,3 +185,76 @@ def test_no_rows_are_verified(rule):
     log_p = torch.randn(2, 0, 12, dtype=torch.float64)
     solution = softmeet.combine(log_p, heads, rule)
     assert solution.verify(heads, log_p).status.shape == (0,)
+
+
+CAPPED = [SoftmaxHead(HEADS[0], soft_cap=9.0), HEADS[1]]
+MASK = torch.arange(20) < 18
+HIDDEN = [torch.randn(3, W.shape[1], generator=torch.Generator().manual_seed(2)).double() for W in HEADS]
+
+
+def read_only(tensor):
+    array = tensor.numpy().copy()
+    array.flags.writeable = False
+    return array
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        torch.Tensor.numpy,
+        torch.Tensor.tolist,
+        list,
+        read_only,
+        lambda t: list(t.numpy()),
+        lambda t: t.numpy()[..., ::-1].copy()[..., ::-1],
+        lambda t: t.numpy().astype(t.numpy().dtype.newbyteorder()),
+    ],
+    ids=["array", "lists", "list of tensors", "read-only", "list of arrays", "strides", "byte order"],
+)
+def test_arrays_and_lists_are_as_good_as_tensors(form):
+    heads, hidden, log_p = list(map(form, HEADS)), list(map(form, HIDDEN)), form(LOG_P)
+    ours = softmeet.combine(log_p, heads, support=form(MASK), hidden=hidden, free_radial=True)
+    theirs = softmeet.combine(LOG_P, HEADS, support=MASK, hidden=HIDDEN, free_radial=True)
+    assert torch.equal(ours.log_probs, theirs.log_probs)
+    assert ours.log_probs.dtype == torch.float64
+    verified = ours.verify(heads, log_p, hidden=hidden)
+    assert torch.equal(verified.gap, theirs.verify(HEADS, LOG_P, hidden=HIDDEN).gap)
+    capped = softmeet.combine(LOG_P, CAPPED, logits=log_p)
+    assert torch.equal(capped.log_probs, softmeet.combine(LOG_P, CAPPED, logits=LOG_P).log_probs)
+
+
+def test_the_dtype_of_arrays_counts_as_that_of_tensors():
+    ours = softmeet.combine(LOG_P.float().numpy(), [HEADS[0].half(), HEADS[1].tolist()])
+    assert torch.equal(ours.log_probs, softmeet.combine(LOG_P.float(), [HEADS[0].half(), HEADS[1]]).log_probs)
+    assert ours.log_probs.dtype == torch.float32
+    mixed = softmeet.combine([LOG_P[0].float(), LOG_P[1].numpy()], HEADS)
+    assert mixed.log_probs.dtype == torch.float64
+    whole = [[[1, 0]] * 19 + [[0, 1]], np.eye(20, 2, dtype=np.int8)]
+    assert torch.equal(
+        softmeet.combine(LOG_P, whole).log_probs,
+        softmeet.combine(LOG_P, [torch.tensor(w).double() for w in whole]).log_probs,
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"log_probs": [[0.0], [0.0, 1.0]]},
+            "expected log_probs as a tensor, .* or lists of numbers of one length, got list",
+        ),
+        ({"log_probs": np.array([["a"]])}, "got ndarray: its dtype is <U1"),
+        ({"log_probs": None}, "got NoneType"),
+        ({"log_probs": LOG_P.to(torch.complex64).numpy()}, "its dtype is complex64"),
+        ({"log_probs": [True, False]}, "a floating tensor"),
+        ({"heads": [HEADS[0], [[1.0, None]] * 20]}, "expected the head of member 1 as a tensor, a NumPy array"),
+        ({"heads": SoftmaxHead(HEADS[0])}, "expected a list of heads, one per member, 2 in all, got SoftmaxHead"),
+        ({"heads": HEADS[0].numpy()}, r"a floating tensor of shape \(v, d\)"),
+        ({"support": [1.0] * 20}, "expected a bool mask"),
+        ({"heads": CAPPED, "logits": "none"}, "expected logits as a tensor"),
+        ({"hidden": [[0.0], "?"], "free_radial": True}, "expected the hidden states of member 1 as a tensor"),
+    ],
+)
+def test_what_is_no_array_is_refused(change, message):
+    with pytest.raises(InvalidInputError, match=message):
+        softmeet.combine(**{"log_probs": LOG_P, "heads": HEADS, **change})

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import sys
+from importlib.util import find_spec
 
 import pytest
 import tiny
 import torch
+import transformers as tf
 from torch import nn
 
+from softmeet import Ensemble
 from softmeet.errors import CheckpointError, InvalidInputError, UnsupportedHeadError, VocabularyMismatchError
 from softmeet.heads import SoftmaxHead
-from softmeet.members import zoo
+from softmeet.members import names as known
+from softmeet.members import refused, zoo
 from softmeet.members.heads import head_of
-from softmeet.members.huggingface import load_members
+from softmeet.members.huggingface import dtype_of, load_members, load_tokenizers
 from softmeet.members.vocabulary import common_vocabulary, token_ids, token_support
 
 
@@ -140,8 +145,130 @@ def test_members_that_are_not_there(tmp_path):
         load_members([str(tmp_path / "absent")])
     with pytest.raises(CheckpointError, match="cannot load someone/no-such-model"):
         load_members(["someone/no-such-model"])
-    with pytest.raises(CheckpointError, match="no bundled member wide/gpt9: the wide family has gpt2, llama, neox"):
+    with pytest.raises(
+        CheckpointError, match=r"no bundled member wide/gpt9: did you mean gpt2\? the wide family has gpt2, llama, neox"
+    ):
         load_members(["wide/gpt9"])
+
+
+ENCODERS = {
+    "encoder with a decoder": [tf.BartConfig(), tf.MarianConfig(), tf.T5Config()],
+    "reads a text from both sides": [tf.BertConfig(), tf.XLMRobertaConfig()],
+    "no causal language model head": [tf.ViTConfig(), tf.DistilBertConfig()],
+}
+
+
+@pytest.mark.parametrize(("why", "config"), [(why, config) for why, some in ENCODERS.items() for config in some])
+def test_what_predicts_no_next_token_is_refused_by_its_configuration(why, config, tmp_path):
+    config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()  # which is never read
+    with pytest.raises(CheckpointError, match=f"{config.model_type}.*expected a causal language model") as caught:
+        Ensemble.from_pretrained([tmp_path])
+    assert why in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "config", [tf.BartConfig(is_decoder=True, is_encoder_decoder=False), tf.BertConfig(is_decoder=True)]
+)
+def test_decoders_of_the_same_families_are_members(config):
+    refused.require_causal("member", config, remote=False)
+
+
+def of_kind(**fields):
+    def change(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return change
+
+
+def without_tokenizer(folder, kind=None):
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    if kind:
+        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+
+
+def another_vocabulary(folder):
+    without_tokenizer(folder, "BertGenerationTokenizer")
+    (folder / "spiece.model").write_bytes(b"?")
+
+
+NO_TOKENIZER = r"expected tokenizer\.json.*: write them with tokenizer\.save_pretrained\(folder\)$"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without_tokenizer, NO_TOKENIZER),
+        (lambda f: (of_kind(model_type="gemma")(f), without_tokenizer(f)), NO_TOKENIZER),
+        (lambda f: (f / "tokenizer.json").unlink(), NO_TOKENIZER),
+        (lambda f: (f / "tokenizer.json").write_text('{"a'), r"not valid JSON \(.*\): fetch it again$"),
+        (lambda f: (f / "config.json").write_text('{"a'), "config.json is not valid JSON: fetch it again$"),
+        (lambda f: (f / "config.json").write_text("[1]"), "cannot load .*: ."),
+        (lambda f: (f / "config.json").write_text("{}"), "names no model_type"),
+        (of_kind(model_type="newfangled"), "know its architecture newfangled.*pip install -U transformers$"),
+        (bring_code, "custom code.*trust_remote_code=True"),
+    ],
+)
+def test_files_that_cannot_be_read_are_named_in_a_whole_sentence(tmp_path, damage, message, monkeypatch):
+    monkeypatch.setattr(tf.AutoModelForCausalLM, "from_pretrained", None)  # no weights are read
+    with pytest.raises(CheckpointError, match=message) as caught:
+        Ensemble.from_pretrained([failing(tmp_path, damage)])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(find_spec("sentencepiece") is not None, reason="for where the package is missing")
+def test_a_package_that_a_tokenizer_needs_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"needs more packages: pip install sentencepiece protobuf$"):
+        load_tokenizers([str(failing(tmp_path, another_vocabulary))])
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError("You are trying to access a gated repo.\nMake sure to have access."), "it is gated: ask for access"),
+        (OSError("We couldn't connect to 'hub', and couldn't find them in the cached files.\nX"), "some of its files"),
+        (ImportError("`tiktoken` is required to read a `tiktoken` file.\nInstall it"), "pip install tiktoken$"),
+        (
+            ImportError("packages that were not found in your environment: flash_attn, einops. Run"),
+            ": flash_attn, einops$",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nOf"), "a dtype such as bfloat16"),
+        (ValueError("This is\ncut into\nlines"), "cannot load me: This is cut into lines$"),
+        (ValueError("word " * 200), "word …$"),
+        (KeyError("rope"), "KeyError: 'rope'$"),
+        (MemoryError(), "cannot load me: MemoryError$"),
+    ],
+)
+def test_what_transformers_says_is_said_in_a_whole_sentence(error, message):
+    with pytest.raises(CheckpointError, match=message) as caught, refused.named_in_errors("me", {}):
+        raise error
+    assert caught.value.__cause__ is error
+
+
+def test_a_device_without_room_for_a_member_is_named_for_that(monkeypatch):
+    def full(self, *device):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(tf.PreTrainedModel, "to", full)
+    with pytest.raises(CheckpointError, match="cannot load wide/gpt2: there is not enough memory on the device"):
+        load_members(["wide/gpt2"])
+
+
+def test_gguf_files_need_packages(tmp_path, monkeypatch):
+    (tmp_path / "a.gguf").touch()
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(CheckpointError, match=r"pip install 'softmeet\[gguf\]'"):
+        load_members([tmp_path / "a.gguf"])
+
+
+@pytest.mark.parametrize("dtype", ["foo", "int8", "float8_e4m3fn", torch.int8, 3, ["float32", "bf16"]])
+def test_dtypes_that_no_member_can_have(dtype, monkeypatch):
+    monkeypatch.setattr(known, "find", None)  # nothing is looked for
+    with pytest.raises(InvalidInputError, match="expected a dtype of float32, bfloat16, float16, float64, or auto"):
+        load_members(["wide/gpt2", "wide/llama"], dtype=dtype)
+    assert dtype_of("half", None) == dtype_of("torch.float16", None) == torch.float16
 
 
 def test_bundled_names():

@@ -19,7 +19,8 @@ from softmeet import Ensemble
 from softmeet.errors import CheckpointError, InvalidInputError
 from softmeet.hf import EnsembleForCausalLM
 from softmeet.hf.plan import plan
-from softmeet.members.placement import home, whereabouts
+from softmeet.members import names
+from softmeet.members.placement import home, require_device, whereabouts
 
 # Of a Llama with two layers: most of it on disk; all of it; and the output layer in memory.
 SPREAD = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "disk",
@@ -74,6 +75,33 @@ def test_what_cannot_be_placed_is_refused_by_name(folders, tmp_path):
     offloaded = Ensemble.from_pretrained(folders, device=["cpu", {"": "disk"}])
     with pytest.raises(InvalidInputError, match="load them anew"):
         offloaded.model.to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "meta", "vulkan", torch.device("cuda", 99), {"lm_head": "cuda:99"}, 99])
+def test_devices_that_are_not_here_are_refused_before_anything_is_looked_for(device, monkeypatch):
+    monkeypatch.setattr(names, "find", None)
+    with pytest.raises(InvalidInputError, match=r"that torch finds on this machine \(cpu.*choose one of these"):
+        Ensemble.from_pretrained(["wide/gpt2"], device=device)
+
+
+def test_the_devices_that_are_here_are_named(monkeypatch):
+    with pytest.raises(
+        InvalidInputError, match=r"got 'xpu:99': .* or install a torch with XPU \(https://pytorch\.org\)$"
+    ):
+        require_device("xpu:99")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    with pytest.raises(InvalidInputError, match=r"\(cpu, cuda:0, cuda:1\), got 'cuda:99': choose one of these$"):
+        require_device("cuda:99")
+
+
+@pytest.mark.parametrize("device", ["disk", "auto", {"": "cpu"}])
+def test_the_package_that_spreads_weights_is_named_if_it_is_missing(device, monkeypatch):
+    require_device(device)
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(InvalidInputError, match=r"package, accelerate: pip install 'softmeet\[offload\]'"):
+        Ensemble.from_pretrained(["wide/gpt2"], device=device)
 
 
 def test_the_transformers_door_takes_maps_too(folders, whole, tmp_path):

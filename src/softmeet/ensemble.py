@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +23,9 @@ from softmeet.hf.recorder import Recorder
 from softmeet.hf.report import TokenReport, TokenReports
 from softmeet.hf.sampling import RowSampler
 from softmeet.hf.vocabulary import choose_vocabulary, require_for_bytes, require_vocabulary
+from softmeet.members import names as known
 from softmeet.members import zoo
-from softmeet.members.huggingface import Dtype, load_members, load_tokenizers
+from softmeet.members.huggingface import Dtype, load_members, load_tokenizers, require_loadable
 from softmeet.members.placement import Device
 from softmeet.members.weighting import perplexity_weights
 from softmeet.rules.base import Rule
@@ -38,9 +39,9 @@ def _saved_config(name: Any) -> EnsembleConfig | None:
     plain = isinstance(name, str | Path) and Path(name).suffix != ".gguf"
     if not plain or list(map(zoo.locate, zoo.expand(name))) != [str(name)]:
         return None
-    repository, _, revision = str(name).partition("@")
+    where = known.find(str(name))
     try:
-        found = EnsembleConfig.get_config_dict(repository, revision=revision or None)[0]
+        found = EnsembleConfig.get_config_dict(where.pop("pretrained_model_name_or_path"), **where)[0]
     except (OSError, ValueError):
         return None
     return EnsembleConfig.from_dict(found) if found.get("model_type") == EnsembleConfig.model_type else None
@@ -50,12 +51,12 @@ def member_names(members: Sequence[str | Path] | str | Path) -> list[str]:
     """Return the members' names, in order, of a saved ensemble, a bundled family such as ``wide``, or a list of names.
 
     Raises:
-        CheckpointError: if a saved ensemble names a member that does not exist.
+        CheckpointError: if a saved ensemble names a member that does not exist, or there is nothing of one given name.
     """
     saved = _saved_config(members)
     if saved is not None:
         return absolute(saved.members, Path(str(members)))
-    named = [members] if isinstance(members, str | Path) else list(members)
+    named = list(members) if isinstance(members, Iterable) and not isinstance(members, str) else [members]
     return [name for entry in named for name in zoo.expand(entry)]
 
 
@@ -165,12 +166,11 @@ class Ensemble:
             names, settings=chosen, vocabulary=vocabulary, prune=prune, movement=before.movement,
             prefixes=before.prefixes if prefixes is None else prefixes,
         )  # fmt: skip
+        loading: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+        require_loadable(names, **loading)
         tokenizers = load_tokenizers(names, trust_remote_code=trust_remote_code)
         common = choose_vocabulary(config, tokenizers, any_average=any_average)
-        models = load_members(
-            names, dtype=dtype, device=device, trust_remote_code=trust_remote_code, offload_folder=offload_folder,
-            on_progress=on_progress, loaded=loaded,
-        )  # fmt: skip
+        models = load_members(names, **loading, offload_folder=offload_folder, on_progress=on_progress, loaded=loaded)
         model = assemble(config, models, common)
         return cls(model, model.tokenizer)
 

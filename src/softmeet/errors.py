@@ -18,6 +18,9 @@
 Each message names the expected and the actual value, and a remedy.
 """
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class SoftmeetError(Exception):
     """The base class of all errors that softmeet defines."""
@@ -71,3 +74,14 @@ class NotConvergedError(SoftmeetError):
 
 class WorkerLostError(SoftmeetError):
     """The error for a Ray cluster whose workers died repeatedly at the same piece of work, or of which none started."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return ``"did you mean X? "`` for the known name that is most like an unknown one; ``""`` if none is like it.
+
+    Example:
+        >>> nearest("gtp2", ["gpt2", "llama"]), nearest("bert", ["gpt2", "llama"])
+        ('did you mean gpt2? ', '')
+    """
+    near = get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]}? " if near else ""

@@ -14,7 +14,7 @@ from softmeet.errors import CheckpointError, InvalidInputError
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.vocabulary import choose_vocabulary
 from softmeet.members import zoo
-from softmeet.members.huggingface import Dtype, load_members, load_tokenizers, random_member
+from softmeet.members.huggingface import Dtype, load_members, load_tokenizers, random_member, require_loadable
 from softmeet.members.placement import Device
 
 if TYPE_CHECKING:
@@ -139,11 +139,13 @@ def load(
     if config is None:
         config, _ = EnsembleConfig.from_pretrained(str(folder), return_unused_kwargs=True, **changes)
     config.members = absolute(config.members, folder)
+    device = places(device_map, len(config.members))
+    require_loadable(config.members, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     vocabulary = choose_vocabulary(config, load_tokenizers(config.members, trust_remote_code=trust_remote_code))
     members = load_members(
         config.members,
         dtype=dtype,
-        device=places(device_map, len(config.members)),
+        device=device,
         trust_remote_code=trust_remote_code,
         offload_folder=offload_folder,
     )

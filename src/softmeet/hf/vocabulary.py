@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from numbers import Real
 
 from transformers import PreTrainedTokenizerBase
 
@@ -32,8 +33,8 @@ def require_vocabulary(name: str, prune: float) -> None:
     Raises:
         InvalidInputError: if ``name`` is not one of these, or ``prune`` is not from 0 to below 1.
     """
-    if not 0 <= prune < 1:
-        raise InvalidInputError(f"expected prune to be a share of mass from 0 to below 1, got {prune}")
+    if not (isinstance(prune, Real) and 0 <= prune < 1):
+        raise InvalidInputError(f"expected prune to be a share of mass from 0 to below 1, got {prune!r}")
     if name not in VOCABULARIES:
         raise InvalidInputError(f"expected a vocabulary, {', '.join(VOCABULARIES)}, got {name!r}")
 

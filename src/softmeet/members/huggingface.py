@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softmeet.errors import CheckpointError, InvalidInputError
-from softmeet.members import zoo
-from softmeet.members.placement import Device, device_map_of, home, main_device
+from softmeet.members import names as known
+from softmeet.members import refused, zoo
+from softmeet.members.placement import Device, device_map_of, home, main_device, require_device
 
 Dtype = torch.dtype | str | None
+# Those in which torch computes what a causal language model needs.
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def load_members(
@@ -51,14 +52,12 @@ def load_members(
             occurs twice.
 
     Raises:
-        InvalidInputError: if there is no name, a device is unknown, or there is neither one dtype (or device) nor one
-            for each member.
-        CheckpointError: if a checkpoint is missing, truncated or pickled, or needs remote code that is not trusted.
+        InvalidInputError, CheckpointError: as by :func:`require_loadable`, before the first member is loaded.
+        CheckpointError: also if weights are missing, misshapen or truncated.
     """
+    require_loadable(names, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     expanded = _expanded(names)
     dtypes, devices = one_each(dtype, "dtype", len(expanded)), one_each(device, "device", len(expanded))
-    for own in devices:
-        device_map_of(own)
     members: list[PreTrainedModel] = []
     shared = {} if loaded is None else loaded
     for name, own_dtype, own_device in zip(expanded, dtypes, devices, strict=True):
@@ -70,6 +69,37 @@ def load_members(
             shared[key] = _load(name, own_dtype, own_device, trust_remote_code, folder)
         members.append(shared[key])
     return members
+
+
+def require_loadable(
+    names: Sequence[str | Path],
+    *,
+    dtype: Dtype | Sequence[Dtype] = None,
+    device: Device | Sequence[Device] = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Check all that can be wrong with members before a tokenizer or weights are read: places, names, configurations.
+
+    Args:
+        names, dtype, device, trust_remote_code: as :func:`load_members` takes them.
+
+    Raises:
+        InvalidInputError: if there is no name, a dtype or device is unknown or not on this machine, there is neither
+            one dtype (or device) nor one for each member, or a package that a device needs is not installed.
+        CheckpointError: if a checkpoint is missing, pickled, or no causal language model; if its configuration cannot
+            be read; or if it needs remote code that is not trusted.
+    """
+    expanded = _expanded(names)
+    dtypes, devices = one_each(dtype, "dtype", len(expanded)), one_each(device, "device", len(expanded))
+    for own_dtype, own_device in zip(dtypes, devices, strict=True):
+        require_device(own_device)
+        dtype_of(own_dtype, own_device)
+    for name in dict.fromkeys(expanded):
+        where = _checkpoint_of(name, trust_remote_code)
+        if "gguf_file" not in where:  # of which reading the configuration alone takes as long as reading all
+            with refused.named_in_errors(name, where):
+                config = transformers.AutoConfig.from_pretrained(**where)
+            refused.require_causal(name, config, remote=trust_remote_code)
 
 
 def _expanded(names: Sequence[str | Path]) -> list[str]:
@@ -98,7 +128,10 @@ def load_tokenizers(names: Sequence[str], *, trust_remote_code: bool = False) ->
     found = []
     for name in _expanded(names):
         where = _checkpoint_of(name, trust_remote_code)
-        with _named_in_errors(name):
+        folder = Path(where["pretrained_model_name_or_path"])
+        if folder.is_dir() and "gguf_file" not in where:
+            refused.require_tokenizer(name, folder)
+        with refused.named_in_errors(name, where):
             found.append(transformers.AutoTokenizer.from_pretrained(**where, padding_side="left"))
     return found
 
@@ -114,12 +147,13 @@ def random_member(
         trust_remote_code: whether to run code that comes with a checkpoint.
 
     Raises:
-        CheckpointError: if the configuration cannot be read, a folder has no safetensors, or remote code is needed that
-            is not trusted.
+        CheckpointError: if the configuration cannot be read or is of no causal language model, a folder has no
+            safetensors, or remote code is needed that is not trusted.
     """
     where = _checkpoint_of(name, trust_remote_code)
-    with _named_in_errors(name):
+    with refused.named_in_errors(name, where):
         config = transformers.AutoConfig.from_pretrained(**where)
+        refused.require_causal(name, config, remote=trust_remote_code)
         own = getattr(config, "dtype", None) or torch.float32
         chosen = own if dtype == "auto" else dtype or torch.get_default_dtype()
         return transformers.AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=trust_remote_code)
@@ -168,16 +202,27 @@ def dtype_of(dtype: Dtype, device: Device) -> torch.dtype | str:
         device: that member's, as in :func:`load_members`.
 
     Raises:
-        InvalidInputError: if ``dtype`` is None and ``device`` is unknown.
+        InvalidInputError: if ``dtype`` is not one in which models are run, or it is None and ``device`` is unknown.
     """
     if dtype is not None:
-        return dtype
+        found = getattr(torch, dtype.removeprefix("torch."), dtype) if isinstance(dtype, str) else dtype
+        if not (found == "auto" or found in _DTYPES):
+            allowed = [str(one).removeprefix("torch.") for one in _DTYPES]
+            raise InvalidInputError(
+                f"expected a dtype of {', '.join(allowed)}, or auto for the checkpoint's own, got "
+                f"{str(dtype).removeprefix('torch.')!r}"
+            )
+        return found
     spread = device_map_of(device)
     if isinstance(spread, dict):
         on_cpu = main_device(spread).type == "cpu"
     else:
-        on_cpu = not torch.cuda.is_available() if spread else torch.device(str(device or "cpu")).type == "cpu"
+        on_cpu = not torch.cuda.is_available() if spread else _one(device).type == "cpu"
     return torch.float32 if on_cpu else "auto"
+
+
+def _one(device: Any) -> torch.device:
+    return torch.device("cpu" if device is None else device)
 
 
 def _load(
@@ -193,7 +238,7 @@ def _load(
     placement: dict[str, Any] = {} if spread is None else {"device_map": spread}
     placement |= {} if offload_folder is None or spread is None else {"offload_folder": str(offload_folder)}
     where = _checkpoint_of(name, trust_remote_code)
-    with _named_in_errors(name):
+    with refused.named_in_errors(name, where):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             **where, **placement, dtype=wanted, use_safetensors=True, output_loading_info=True
         )
@@ -202,57 +247,20 @@ def _load(
         raise CheckpointError(
             f"cannot load {name}: {len(absent)} weights are missing or misshapen (first: {absent[0]}): fetch it again"
         )
-    whole = None if isinstance(device, dict) or placement else torch.device(device or "cpu")
-    return (model if whole is None else model.to(whole)).eval()
+    whole = None if isinstance(device, dict) or placement else _one(device)
+    with refused.named_in_errors(name, where):
+        return (model if whole is None else model.to(whole)).eval()
 
 
 def _checkpoint_of(name: str, trust_remote_code: bool) -> dict[str, Any]:
     """Return the arguments by which transformers finds a member's checkpoint.
 
     Raises:
-        CheckpointError: if there is no such folder, or its weights are pickled, so that loading them could run code.
+        CheckpointError: if there is none, or its weights are pickled, so that loading them could run code.
     """
-    place, found = zoo.locate(name), dict[str, Any](trust_remote_code=trust_remote_code)
-    path = Path(place)
-    if path.suffix == ".gguf":
-        return found | {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    if path.is_dir():
-        _refuse_pickles(path)
-        return found | {"pretrained_model_name_or_path": place}
-    if path.is_absolute() or place.startswith(".") or len(path.parts) > 2:
-        raise CheckpointError(f"cannot load {name}: there is no such folder")
-    repository, _, revision = place.partition("@")
-    return found | {"pretrained_model_name_or_path": repository} | ({"revision": revision} if revision else {})
-
-
-@contextmanager
-def _named_in_errors(name: str) -> Iterator[None]:
-    """Turn errors of transformers about a member into a ``CheckpointError`` that names it and says what to do."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"cannot load {name}: its safetensors are damaged or truncated ({error}): fetch them again"
-        ) from error
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        first, advice = (str(error).strip() or type(error).__name__).splitlines()[0], ""
-        if "custom code" in str(error):
-            advice = ": read that code, then pass trust_remote_code=True (--trust-remote-code)"
-        elif "meta device" in str(error):
-            advice = ": where the output layer shares its weights with the embeddings, put both in one place"
-        raise CheckpointError(f"cannot load {name}: {first}{advice}") from error
-
-
-def _refuse_pickles(folder: Path) -> None:
-    """Raise a ``CheckpointError`` unless a folder has a config.json and weights as safetensors."""
-    if not (folder / "config.json").exists():
-        raise CheckpointError(f"cannot load {folder}: it has no config.json: expected a saved transformers model")
-    if any(folder.glob("*.safetensors")):
-        return
-    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
-    if pickles:
-        raise CheckpointError(
-            f"refused to load {folder}: its weights are pickled ({pickles[0]}), and a pickle can run code: convert "
-            "them with model.save_pretrained(folder), which writes safetensors"
-        )
-    raise CheckpointError(f"cannot load {folder}: it has no *.safetensors file")
+    found = known.find(name)
+    if "gguf_file" in found:
+        refused.require_gguf(name)
+    elif Path(found["pretrained_model_name_or_path"]).is_dir():
+        refused.refuse_folder(Path(found["pretrained_model_name_or_path"]))
+    return found | {"trust_remote_code": trust_remote_code}

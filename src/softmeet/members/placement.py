@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import torch
@@ -54,6 +55,45 @@ def _named(place: Any) -> Any:
             f"expected a device such as cpu or cuda:0, disk, or one of {', '.join(STRATEGIES)}, got {place!r}"
         ) from None
     return place
+
+
+def require_device(device: Device) -> None:
+    """Check that a member's ``device`` is on this machine, and that the package is installed that spreads weights.
+
+    Args:
+        device: as :func:`device_map_of` takes it.
+
+    Raises:
+        InvalidInputError: if it is not; the message says which devices there are.
+    """
+    spread = device_map_of(device)
+    if spread is not None and find_spec("accelerate") is None:
+        raise InvalidInputError(
+            f"device={device!r} needs one more package, accelerate: pip install 'softmeet[offload]', or name one device"
+        )
+    one = "cpu" if device is None else device
+    places = [one] if spread is None else list(spread.values()) if isinstance(spread, dict) else []
+    for place in places:
+        if place != "disk" and not _is_here(place):
+            kind = str(place).partition(":")[0]
+            here = ["cpu"]
+            if torch.accelerator.is_available():
+                here += [
+                    f"{torch.accelerator.current_accelerator()}:{k}" for k in range(torch.accelerator.device_count())
+                ]
+            other = f", or install a torch with {kind.upper()} (https://pytorch.org)" if kind in ("cuda", "xpu") else ""
+            raise InvalidInputError(
+                f"expected a device that torch finds on this machine ({', '.join(here)}), got {str(place)!r}: choose "
+                f"one of these{'' if any(own.startswith(kind) for own in here) else other}"
+            )
+
+
+def _is_here(place: Any) -> bool:
+    """Tell whether a device of torch is on this machine and can hold weights."""
+    try:
+        return not torch.empty(0, device=place).is_meta
+    except (AssertionError, RuntimeError) as error:
+        return "out of memory" in str(error)  # which loading will say, of a device that is here
 
 
 def main_device(device_map: dict[str, Any]) -> torch.device:

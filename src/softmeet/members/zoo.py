@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-from softmeet.errors import CheckpointError
+from softmeet.errors import CheckpointError, InvalidInputError, nearest
 
 FAMILIES = ("wide", "narrow", "mixed")
 DEFAULT = "wide"
@@ -22,13 +22,27 @@ def expand(name: str | Path) -> list[str]:
     A model (a file, or a folder with a config.json) in the working directory that is called like a family takes
     precedence.
 
+    Raises:
+        InvalidInputError: if ``name`` is empty, or neither a text nor a path.
+
     Example:
         >>> expand("narrow")[:2], expand("org/model")
         (['narrow/opt-a', 'narrow/opt-b'], ['org/model'])
     """
+    if not isinstance(name, str | Path) or not str(name).strip():
+        raise InvalidInputError(f"expected a member's name: a hub id, a folder, or a bundled name, got {name!r}")
     if str(name) in FAMILIES and not _is_model(Path(name)):
-        return [f"{name}/{p.name}" for p in sorted((folder() / str(name)).iterdir()) if (p / "config.json").exists()]
+        return [f"{name}/{own}" for own in _members(str(name))]
     return [str(name)]
+
+
+def _members(family: str) -> list[str]:
+    return [p.name for p in sorted((folder() / family).iterdir()) if (p / "config.json").exists()]
+
+
+def known() -> list[str]:
+    """Return all bundled names: the families' (``wide``) and their members' (``wide/gpt2``)."""
+    return [*FAMILIES, *(f"{family}/{own}" for family in FAMILIES for own in _members(family))]
 
 
 def locate(name: str) -> str:
@@ -42,9 +56,9 @@ def locate(name: str) -> str:
         return name
     place = folder() / name
     if not (place / "config.json").exists():
+        members = _members(family)
         raise CheckpointError(
-            f"there is no bundled member {name}: the {family} family has "
-            + ", ".join(p.name for p in sorted((folder() / family).iterdir()))
+            f"there is no bundled member {name}: {nearest(rest, members)}the {family} family has {', '.join(members)}"
         )
     return str(place)
 

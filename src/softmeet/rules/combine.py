@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from softmeet.errors import InfeasibleError, InvalidInputError, NotConvergedError
@@ -29,14 +30,14 @@ _FINEST_FP32 = 1e-6
 
 @takes_settings
 def combine(
-    log_probs: Float[Tensor, "n *batch v"],
-    heads: Sequence[SoftmaxHead | Tensor],
+    log_probs: Float[Tensor, "n *batch v"] | ArrayLike,
+    heads: Sequence[SoftmaxHead | Tensor | ArrayLike],
     rule: str | Rule = "meet",
     *,
     throw: bool = False,
-    logits: Float[Tensor, "n *batch v"] | None = None,
-    support: Bool[Tensor, " v"] | None = None,
-    hidden: Sequence[Tensor] | None = None,
+    logits: Float[Tensor, "n *batch v"] | ArrayLike | None = None,
+    support: Bool[Tensor, " v"] | ArrayLike | None = None,
+    hidden: Sequence[Tensor | ArrayLike] | None = None,
     start: Solution | None = None,
     **settings: Any,
 ) -> Solution:
@@ -44,7 +45,8 @@ def combine(
 
     The function has no side effects, and a row's answer depends on that row alone. Vectors over the vocabulary are fp64
     inside; products with heads run in fp64 if ``log_probs`` is fp64 or ``tol`` is below 1e-6 and in fp32 otherwise,
-    whatever the heads' dtype.
+    whatever the heads' dtype. Arrays may be given as tensors, as NumPy arrays, or as lists of numbers (which count as
+    fp64) or of the members' arrays; what comes back is made of tensors.
 
     Args:
         log_probs: the members' log-probabilities in nats, at temperature 1, (n, *batch, v); -inf for probability 0.
@@ -90,7 +92,10 @@ def combine(
         >>> solution = softmeet.combine(members, heads, "meet", trust=1.0)
         >>> solution.log_probs.exp(), softmeet.Status(int(solution.status)).name
         (tensor([0.4024, 0.4024, 0.1952]), 'OPTIMAL')
+        >>> softmeet.combine(members.numpy(), [head.tolist() for head in heads], trust=1.0).log_probs.exp()
+        tensor([0.4024, 0.4024, 0.1952])
     """
+    log_probs = validate.as_tensor(log_probs, "log_probs")
     relaxed = settings.get("on_infeasible")
     if isinstance(relaxed, Solution):
         settings["on_infeasible"] = None

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
-from softmeet.errors import InvalidInputError
+from softmeet.errors import InvalidInputError, nearest
 
 
 class Frozen(BaseModel):
@@ -50,10 +49,8 @@ def unknown(what: str, name: str, known: Mapping[str, Any] | list[str] | tuple[s
         name: the unknown name, as it was given.
         known: the known names.
     """
-    near = get_close_matches(name, list(known), n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
     expected = f"expected one of {', '.join(known)}" if known else "it has none"
-    return InvalidInputError(f"{what}: {hint}{expected}")
+    return InvalidInputError(f"{what}: {nearest(name, known)}{expected}")
 
 
 def takes(field: FieldInfo, kind: type) -> bool:

@@ -8,6 +8,7 @@ from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from softmeet.errors import InvalidInputError
@@ -179,11 +180,11 @@ class Solution:
 
     def verify(
         self,
-        heads: Sequence[SoftmaxHead | Tensor],
-        log_probs: Float[Tensor, "n *batch v"],
+        heads: Sequence[SoftmaxHead | Tensor | ArrayLike],
+        log_probs: Float[Tensor, "n *batch v"] | ArrayLike,
         *,
-        logits: Tensor | None = None,
-        hidden: Sequence[Tensor] | None = None,
+        logits: Tensor | ArrayLike | None = None,
+        hidden: Sequence[Tensor | ArrayLike] | None = None,
     ) -> Verification:
         """Compute residual, gap and status again, in fp64, from the members and this solution, without the solver.
 

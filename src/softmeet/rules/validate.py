@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import reduce
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
+from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -17,6 +21,48 @@ from softmeet.rules.problem import Problem
 
 # Half-precision log-probabilities sum to one only this well.
 _NORMALISATION_TOLERANCE = 0.05
+_ARRAYS = (Tensor, np.ndarray, list, tuple)
+
+
+def as_tensor(value: Any, what: str) -> Tensor:
+    """Return an array of numbers as a tensor: a tensor itself; a NumPy array in its dtype; lists of numbers in fp64.
+
+    Of a list of tensors or arrays, the tensors are stacked, in the dtype to which torch promotes theirs. Integers that
+    are in no tensor become fp64. An array is not copied if torch can share its memory.
+
+    Args:
+        value: the array.
+        what: what it is, for the message, such as ``"log_probs"``.
+
+    Raises:
+        InvalidInputError: if it is not an array of numbers or bools, its lists differ in length, or torch does not know
+            its dtype.
+
+    Example:
+        >>> as_tensor([[1, 2], [3, 4.5]], "x")
+        tensor([[1.0000, 2.0000],
+                [3.0000, 4.5000]], dtype=torch.float64)
+    """
+    if isinstance(value, Tensor):
+        return value
+    try:
+        if isinstance(value, list | tuple) and any(isinstance(part, _ARRAYS) for part in value):
+            parts = [as_tensor(part, what) for part in value]
+            dtype = reduce(torch.promote_types, (part.dtype for part in parts))
+            return torch.stack([part.to(dtype) for part in parts])
+        array = np.asarray(value)
+        native = array.dtype.newbyteorder("=") if array.dtype.kind in "fb" else np.dtype(np.float64)
+        if array.dtype.kind not in "fiub":
+            raise TypeError(f"its dtype is {array.dtype}")
+        array = np.ascontiguousarray(array, native).reshape(array.shape)
+        return torch.from_numpy(array if array.flags.writeable else array.copy())
+    except InvalidInputError:
+        raise  # about a part
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidInputError(
+            f"expected {what} as a tensor, a NumPy array, or lists of numbers of one length, got "
+            f"{type(value).__name__}: {error}"
+        ) from None
 
 
 def checked_log_probs(log_probs: Float[Tensor, "n *b v"]) -> Float[Tensor, "n B v"]:
@@ -70,12 +116,14 @@ def _finite_total(flat: Float[Tensor, "n B v"]) -> Float[Tensor, "n B 1"]:
     )
 
 
-def checked_heads(heads: Sequence[SoftmaxHead | Tensor], log_p: Float[Tensor, "n B v"]) -> tuple[SoftmaxHead, ...]:
+def checked_heads(
+    heads: Sequence[SoftmaxHead | Tensor | ArrayLike], log_p: Float[Tensor, "n B v"]
+) -> tuple[SoftmaxHead, ...]:
     """Check that the members' heads fit their log-probabilities; return them as :class:`SoftmaxHead` objects.
 
     Args:
-        heads: a head, or its weight W_i, (v, d_i), for each member. A head may have fewer than v rows if its member
-            gives the tokens past its last row probability 0.
+        heads: a head, or its weight W_i, (v, d_i), for each member, as :func:`as_tensor` takes it. A head may
+            have fewer than v rows if its member gives the tokens past its last row probability 0.
         log_p: the members' log-probabilities in nats, as :func:`checked_log_probs` returns them.
 
     Raises:
@@ -83,7 +131,12 @@ def checked_heads(heads: Sequence[SoftmaxHead | Tensor], log_p: Float[Tensor, "n
             head has more than v rows, or fewer while its member gives a token past its last row probability above 0.
     """
     n, _, v = log_p.shape
-    found = tuple(as_head(head) for head in heads)
+    if not isinstance(heads, Iterable):
+        raise InvalidInputError(f"expected a list of heads, one per member, {n} in all, got {type(heads).__name__}")
+    found = tuple(
+        as_head(head if isinstance(head, SoftmaxHead) else as_tensor(head, f"the head of member {i}"))
+        for i, head in enumerate(heads)
+    )
     if len(found) != n:
         raise InvalidInputError(f"expected one head per member, {n} in all, got {len(found)}")
     for i, head in enumerate(found):
@@ -97,7 +150,7 @@ def checked_heads(heads: Sequence[SoftmaxHead | Tensor], log_p: Float[Tensor, "n
 
 def slopes_of(
     heads: Sequence[SoftmaxHead],
-    logits: Float[Tensor, "n *b v"] | None,
+    logits: Float[Tensor, "n *b v"] | ArrayLike | None,
     log_p: Float[Tensor, "n B v"],
     shape: torch.Size,
 ) -> tuple[Float[Tensor, "B v"] | None, ...]:
@@ -117,6 +170,7 @@ def slopes_of(
         return (None,) * len(heads)
     if logits is None:
         raise InvalidInputError("a head has a soft-cap: pass the members' capped logits as logits=, (n, *batch, v)")
+    logits = as_tensor(logits, "logits")
     if logits.shape != shape:
         raise InvalidInputError(
             f"expected logits of shape {tuple(shape)}, as the log-probabilities, got {tuple(logits.shape)}"
@@ -135,16 +189,19 @@ def slopes_of(
     return tuple(found)
 
 
-def checked_support(support: Bool[Tensor, " v"] | None, log_p: Float[Tensor, "n B v"]) -> Bool[Tensor, " v"] | None:
-    """Check the mask of the tokens that may have positive probability, and return it unchanged.
+def checked_support(
+    support: Bool[Tensor, " v"] | ArrayLike | None, log_p: Float[Tensor, "n B v"]
+) -> Bool[Tensor, " v"] | None:
+    """Check the mask of the tokens that may have positive probability, and return it as a tensor.
 
     Args:
         support: the mask, True for such tokens; None, which is returned, for all tokens.
         log_p: the members' log-probabilities, for the number of tokens v.
 
     Raises:
-        InvalidInputError: if ``support`` is neither None nor a bool tensor of shape (v,).
+        InvalidInputError: if ``support`` is neither None nor bools of shape (v,).
     """
+    support = None if support is None else as_tensor(support, "support")
     if support is not None and (support.dtype != torch.bool or support.shape != log_p.shape[-1:]):
         raise InvalidInputError(
             f"expected a bool mask of shape ({log_p.shape[-1]},), got {support.dtype} of shape {tuple(support.shape)}"
@@ -155,8 +212,8 @@ def checked_support(support: Bool[Tensor, " v"] | None, log_p: Float[Tensor, "n 
 def free_directions(
     heads: Sequence[SoftmaxHead],
     log_p: Float[Tensor, "n B v"],
-    logits: Tensor | None,
-    hidden: Sequence[Tensor] | None,
+    logits: Tensor | ArrayLike | None,
+    hidden: Sequence[Tensor | ArrayLike] | None,
     shape: torch.Size,
 ) -> tuple[Float[Tensor, "B _ _"], ...]:
     """Return, for each member, the directions of its hidden states that its final norm removes, (B, k, d_i), fp64.
@@ -176,17 +233,16 @@ def free_directions(
             recovered from logits of -inf.
     """
     if hidden is None:
-        scores = log_p if logits is None else logits.detach().reshape(log_p.shape).double()
+        scores = log_p if logits is None else as_tensor(logits, "logits").detach().reshape(log_p.shape).double()
         states = [
             _recovered(i, head, own[:, : head.v]) for i, (head, own) in enumerate(zip(heads, scores, strict=True))
         ]
     else:
+        own = [as_tensor(h, f"the hidden states of member {i}") for i, h in enumerate(hidden)]
         expected = [(*shape[1:-1], head.d) for head in heads]
-        if [tuple(h.shape) for h in hidden] != expected:
-            raise InvalidInputError(
-                f"expected hidden states of shapes {expected}, got {[tuple(h.shape) for h in hidden]}"
-            )
-        states = [h.detach().reshape(-1, h.shape[-1]).double() for h in hidden]
+        if [tuple(h.shape) for h in own] != expected:
+            raise InvalidInputError(f"expected hidden states of shapes {expected}, got {[tuple(h.shape) for h in own]}")
+        states = [h.detach().reshape(-1, h.shape[-1]).double() for h in own]
     return tuple((head.norm or FinalNorm()).lost_directions(h) for head, h in zip(heads, states, strict=True))
 
 
@@ -209,10 +265,10 @@ def _recovered(i: int, head: SoftmaxHead, logits: Float[Tensor, "B v"]) -> Float
 
 def restate(
     problem: Problem,
-    heads: Sequence[SoftmaxHead | Tensor],
-    log_probs: Tensor,
-    logits: Tensor | None,
-    hidden: Sequence[Tensor] | None = None,
+    heads: Sequence[SoftmaxHead | Tensor | ArrayLike],
+    log_probs: Tensor | ArrayLike,
+    logits: Tensor | ArrayLike | None,
+    hidden: Sequence[Tensor | ArrayLike] | None = None,
 ) -> Problem:
     """Return a copy of ``problem`` with other heads and log-probabilities, which are checked, and with ``start`` None.
 
@@ -225,6 +281,7 @@ def restate(
             one of these arguments does not pass the checks of ``combine``; its subclass NonFiniteError if a value is
             NaN or infinite where ``combine`` refuses that.
     """
+    log_probs = as_tensor(log_probs, "log_probs")
     log_p = checked_log_probs(log_probs)
     if log_p.shape != problem.log_p.shape:
         raise InvalidInputError(f"expected what was combined, {tuple(problem.log_p.shape)}, got {tuple(log_p.shape)}")
