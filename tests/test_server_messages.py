@@ -64,7 +64,7 @@ def test_the_root_says_what_there_is(url):
     assert answer.status_code == 200
     found = answer.json()
     assert (found["name"], found["version"]) == ("softmeet", __version__)
-    assert "pip install 'softmeet[ui]'" in found["page"]
+    assert "the extra softmeet[ui]" in found["page"]
     paths = [path for path in found if path.startswith("/")]
     assert {"/v1/models", "/v1/completions", "/v1/chat/completions", "/health", "/ready", "/metrics"} <= {*paths}
     for path in (found["openapi"], "/v1/models", "/health", "/metrics"):

@@ -133,7 +133,7 @@ def show(facts: dict[str, Any]) -> None:
     spread = f"{facts['clusters']['count']} {facts['clusters']['kind']}"
     gated = ["gated"] if any(row["gated"] for row in facts["rules"].values()) else []
     columns = (
-        "member or rule", f"nats a {unit[:-1]}", "perplexity", "bits a byte", "top-1 right", "calibration error",
+        "member or rule", f"nats a {unit[:-1]}", "perplexity", "bits a byte", "top-1 right", "calib. error",
         *gated, "against the best baseline",
     )  # fmt: skip
     sections = [

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from softmeet.errors import InvalidInputError
+from softmeet.extras import install_line
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -69,7 +70,7 @@ def require_device(device: Device) -> None:
     spread = device_map_of(device)
     if spread is not None and find_spec("accelerate") is None:
         raise InvalidInputError(
-            f"device={device!r} needs one more package, accelerate: pip install 'softmeet[offload]', or name one device"
+            f"device={device!r} needs one more package, accelerate: {install_line('offload')}; or name one device"
         )
     one = "cpu" if device is None else device
     places = [one] if spread is None else list(spread.values()) if isinstance(spread, dict) else []

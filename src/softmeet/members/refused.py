@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 
 from softmeet.errors import CheckpointError
+from softmeet.extras import install_line
 
 _TOKENIZERS = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
 _NO_TOKENIZER = (
@@ -123,7 +124,7 @@ def require_gguf(name: str) -> None:
         CheckpointError: if they are not; the message says how to install them.
     """
     if not (find_spec("gguf") and find_spec("accelerate")):
-        raise CheckpointError(f"cannot load {name}: GGUF files need more packages: pip install 'softmeet[gguf]'")
+        raise CheckpointError(f"cannot load {name}: GGUF files need more packages: {install_line('gguf')}")
 
 
 def require_causal(name: str, config: PreTrainedConfig, *, remote: bool) -> None:

@@ -31,7 +31,7 @@ from softmeet.server.security import Guard
 from softmeet.server.serving import Serving
 
 _STATUSES = (400, 401, 404, 405, 408, 413, 415, 421, 422, 429, 500, 503, 504)
-_NO_PAGE = "none: pip install 'softmeet[ui]', and start the server without --no-ui and --engine ray"
+_NO_PAGE = "none: it needs the extra softmeet[ui] where the server runs, and a start without --no-ui and --engine ray"
 router = APIRouter(responses={status: {"model": ErrorBody} for status in _STATUSES})
 
 
