@@ -8,7 +8,7 @@ from typing import Any
 
 from typer.main import get_command
 
-from softmeet.cli import help
+from softmeet.cli import help as cli_help
 from softmeet.cli.main import app
 
 PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
@@ -33,13 +33,13 @@ def _parts(path: str, commands: dict[str, Any], level: int) -> Iterator[str]:
         if hasattr(command, "commands"):
             yield from _parts(f"{path} {name}", command.commands, level + 1)
             continue
-        for title, own in help.grouped(command.params):
-            rows = [f"| {_typed(p)} | {help.sentence(p)} | {help.default(p)} |" for p in own]
+        for title, own in cli_help.grouped(command.params):
+            rows = [f"| {_typed(p)} | {cli_help.sentence(p)} | {cli_help.default(p)} |" for p in own]
             yield f"| {title.lower()} | what it does | default |\n|---|---|---|\n" + "\n".join(rows) + "\n"
 
 
 def _typed(parameter: Any) -> str:
-    return f"`{help.spelling(parameter)}`"
+    return f"`{cli_help.spelling(parameter)}`"
 
 
 if __name__ == "__main__":
