@@ -9,7 +9,7 @@ PYTEST_ARGS ?= -n auto --dist worksteal
 .PHONY: demo test soak bench check format lint clean
 
 demo: $(VENV)/.demo ## Score held-out text and continue prompts, with the bundled members.
-	@$(BIN)/python examples/demo.py
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/python examples/demo.py
 
 test: ## Run the tests.
 	@echo "make test: about 6 minutes on two cores, and on first use the installation, some minutes more."
@@ -47,10 +47,11 @@ clean:
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# A dot every three seconds, as pip says nothing while it unpacks torch.
+# A dot every three seconds, as pip says nothing while it unpacks torch. Compiling all of every package would take half of
+# the time; Python compiles what the demo imports when it first does.
 $(VENV)/.demo: pyproject.toml | $(BIN)/python
-	@printf 'make demo: installs softmeet and what its commands need into $(VENV), in about 90 seconds '
-	@$(BIN)/python -m pip install --quiet --editable '.[demo]' & pip=$$!; \
+	@printf 'make demo: installs softmeet and what its commands need into $(VENV), in about a minute '
+	@$(BIN)/python -m pip install --quiet --no-compile --editable '.[demo]' & pip=$$!; \
 	while kill -0 $$pip 2>/dev/null; do printf .; sleep 3; done; echo; wait $$pip
 	@touch $@
 

@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from softmeet import Ensemble
 from softmeet.evaluation.choices import parse_choices
+from softmeet.evaluation.documents import Document
 from softmeet.evaluation.held_out import held_out_books
 from softmeet.evaluation.intervals import Difference, clusters, paired
 from softmeet.evaluation.perplexity import Evaluation, evaluate_text
@@ -31,7 +32,6 @@ from softmeet.hf.report import style
 
 PROMPT, SEED, TEMPERATURE = "And the king said unto his daughter,", 1, 0.8
 AVERAGE, MEET = "logit-mean", "meet:trust=1"
-BOOKS = held_out_books()[1::2]  # the ten between them were used to choose the trust
 FOLDER = Path("build/demo")
 console = Console(highlight=False)
 
@@ -47,14 +47,15 @@ def main(
     torch.set_num_threads(1)  # the models are tiny, and the last bits of sums depend on it
     loaded: dict[Any, Any] = {}  # the members, each of which is loaded once
     ensemble = Ensemble.from_pretrained("narrow", MEET, gate="none", loaded=loaded)
-    found = score(ensemble, per_book)
+    books = held_out_books()[1::2]  # the ten between them were used to choose the trust
+    found = score(ensemble, books, per_book)
     best = min(found.members, key=lambda name: found.members[name].mean)
     show_scores(found, best)
 
     console.print("\n[bold underline]2. One prompt, continued by each[/]")
     console.print(
-        f"Drawn with seed {SEED} and temperature {TEMPERATURE:g} (a little less at random than predicted), not picked from "
-        "several. The models are tiny."
+        f"Drawn with seed {SEED} and temperature {TEMPERATURE:g} (a little less at random than predicted), not picked "
+        "from several. The models are tiny."
     )
     show_legend()
     continue_prompt(best, Ensemble.from_pretrained([best], AVERAGE, gate="none", loaded=loaded), tokens)
@@ -66,18 +67,18 @@ def main(
     console.print("\n[bold underline]3. Two models of different vocabularies, as one[/]")
     console.print(f"They have {sizes} tokens: byte by byte, what both expect next is averaged.")
     continue_prompt("mixed", mixed, 4 * tokens)
-    show_commands()
+    show_commands(books)
     console.print(f"\nThe demo itself took {time.perf_counter() - started:.0f} seconds.")
 
 
-def score(ensemble: Ensemble, per_book: int) -> Evaluation:
+def score(ensemble: Ensemble, books: list[Document], per_book: int) -> Evaluation:
     """Say what is compared, and score every member, both averages and meet on the beginning of each book."""
     head = ensemble.model.heads[0]
     console.print(
         "[bold underline]1. Text that the models have not seen[/]\n"
-        f"{len(ensemble.names)} small models, the members, predict the first {per_book} tokens (words or parts of words) "
-        f"of {len(BOOKS)} books of the King James Bible that none was trained on. They are scored in nats: -ln of the "
-        "probability of the token that came. Lower is better.\n"
+        f"{len(ensemble.names)} small models, the members, predict the first {per_book} tokens (words or parts of "
+        f"words) of {len(books)} books of the King James Bible that none was trained on. They are scored in nats: -ln "
+        "of the probability of the token that came. Lower is better.\n"
         f"{AVERAGE} is the logit average: the mean of the members' log-probabilities, made to sum to 1. prob-mean "
         f"averages probabilities. A member's head, its last layer, makes {head.v:,} of them from {head.d} numbers, so "
         "it cannot express every prediction. meet allows for that: it moves the logit average to where the members can "
@@ -86,7 +87,7 @@ def score(ensemble: Ensemble, per_book: int) -> Evaluation:
     choices = parse_choices([AVERAGE, "prob-mean", MEET], len(ensemble.names))
     with Progress(console=console, transient=True) as bars:
         return evaluate_text(
-            ensemble, BOOKS, choices, bos=True, max_per_document=per_book, begin=lambda total: shown_on(bars, total)
+            ensemble, books, choices, bos=True, max_per_document=per_book, begin=lambda total: shown_on(bars, total)
         )
 
 
@@ -142,7 +143,7 @@ def show_legend() -> None:
 def continue_prompt(name: str, ensemble: Ensemble, count: int) -> None:
     """Continue the prompt by ``count`` tokens, and show each as it comes, coloured by the members' disagreement."""
     text = Text.assemble((f"\n{name}: ", "bold"), (PROMPT, "italic"))
-    options = {"max_new_tokens": count, "do_sample": True, "temperature": TEMPERATURE, "seed": SEED}
+    options: dict[str, Any] = {"max_new_tokens": count, "do_sample": True, "temperature": TEMPERATURE, "seed": SEED}
     with Live(text, console=console, auto_refresh=False, vertical_overflow="visible") as live:
         for piece, nats in ensemble.stream_with_disagreement(PROMPT, **options):
             live.update(text.append(piece, style(nats)), refresh=True)
@@ -150,10 +151,10 @@ def continue_prompt(name: str, ensemble: Ensemble, count: int) -> None:
         console.print()
 
 
-def show_commands() -> None:
+def show_commands(books: list[Document]) -> None:
     """Print commands to go on with, which work as printed in this folder, and write the books that they read."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    for book in BOOKS:
+    for book in books:
         (FOLDER / f"{book.name}.txt").write_text(book.text, encoding="utf-8")
     place = Path(sys.executable).parent
     place = place.relative_to(Path.cwd()) if place.is_relative_to(Path.cwd()) else place

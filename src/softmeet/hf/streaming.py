@@ -97,30 +97,37 @@ class DisagreementStreamer(TextIteratorStreamer):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, passes: PassDisagreement) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._disagreement, self._largest = passes, 0.0
+        self._passes, self._largest = passes, 0.0
+        self._line: list[int] = []
+        self._given = 0
 
-    def put(self, value: Int[Tensor, "..."]) -> None:
+    def put(self, value: Tensor) -> None:
         """Take the prompt at first, then the tokens that one pass of the members drew, and give their text."""
         if self.next_tokens_are_prompt:
             super().put(value)  # which skips the prompt, and refuses several sequences
             return
         tokens = value.flatten().tolist()
-        for token, nats in zip(tokens, self._disagreement.take(len(tokens)), strict=True):
+        for token, nats in zip(tokens, self._passes.take(len(tokens)), strict=True):
             self._largest = max(self._largest, nats)
-            self.token_cache.append(token)
-            text = str(self.tokenizer.decode(self.token_cache, **self.decode_kwargs))
-            if text.endswith(_INCOMPLETE):
-                continue
-            self.on_finalized_text(text[self.print_len :])
-            self.print_len = len(text)
-            if text.endswith("\n"):  # decode no more than the last line; its end keeps the spaces after it
-                self.token_cache = [token]
-                self.print_len = len(self.tokenizer.decode([token], **self.decode_kwargs))
+            self._line.append(token)
+            if not (text := self._decoded()).endswith(_INCOMPLETE):
+                self._give(text)
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Give a piece of text, unless it is empty, with its disagreement; at the end also say that nothing follows."""
-        if text:
-            self.text_queue.put((text, self._largest))
-        self._largest = 0.0
-        if stream_end:
-            self.text_queue.put(self.stop_signal)
+    def end(self) -> None:
+        """Give what is left, an incomplete character, and say that nothing follows."""
+        self._give(self._decoded())
+        self.text_queue.put(self.stop_signal)
+
+    def _decoded(self) -> str:
+        """Return the text of the last line's tokens so far."""
+        return str(self.tokenizer.decode(self._line, **self.decode_kwargs))
+
+    def _give(self, text: str) -> None:
+        """Give what of the last line's ``text`` is new; after a line's end begin another line."""
+        if new := text[self._given :]:
+            self.text_queue.put((new, self._largest))
+        self._given, self._largest = len(text), 0.0
+        if text.endswith("\n"):
+            # Decoding is linear in a line's tokens; the last one stays, as a space after a first token can be dropped.
+            self._line = self._line[-1:]
+            self._given = len(self._decoded())
