@@ -7,6 +7,7 @@ vocabularies by one. Seeds are fixed, so everyone sees the same.
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -30,7 +31,7 @@ from softmeet.evaluation.intervals import Difference, clusters, paired
 from softmeet.evaluation.perplexity import Evaluation, evaluate_text
 from softmeet.hf.report import style
 
-PROMPT, SEED, TEMPERATURE = "And the king said unto his daughter,", 1, 0.8
+PROMPT, SEED = "And the king said unto his daughter,", 1
 AVERAGE, MEET = "logit-mean", "meet:trust=1"
 FOLDER = Path("build/demo")
 console = Console(highlight=False)
@@ -53,10 +54,7 @@ def main(
     show_scores(found, best)
 
     console.print("\n[bold underline]2. One prompt, continued by each[/]")
-    console.print(
-        f"Drawn with seed {SEED} and temperature {TEMPERATURE:g} (a little less at random than predicted), not picked "
-        "from several. The models are tiny."
-    )
+    console.print(f"Drawn at random with seed {SEED}, not picked from several. The models are tiny.")
     show_legend()
     continue_prompt(best, Ensemble.from_pretrained([best], AVERAGE, gate="none", loaded=loaded), tokens)
     continue_prompt(AVERAGE, Ensemble.from_pretrained("narrow", AVERAGE, gate="none", loaded=loaded), tokens)
@@ -93,13 +91,12 @@ def score(ensemble: Ensemble, books: list[Document], per_book: int) -> Evaluatio
 
 def shown_on(bars: Progress, total: int) -> Callable[[int], None]:
     """Return a function that is told how many tokens more were scored: it moves a bar or, in a pipe, prints lines."""
-    task, steps = bars.add_task("scoring", total=total), 5
+    task = bars.add_task("scoring", total=total)
 
     def advance(count: int) -> None:
         bars.advance(task, count)
-        done = int(bars.tasks[0].completed)
-        if not console.is_terminal and done * steps // total > (done - count) * steps // total:
-            console.print(f"scored {done:,} of {total:,} tokens")
+        if not console.is_terminal:
+            console.print(f"scored {bars.tasks[0].completed:,.0f} of {total:,} tokens")
 
     return advance
 
@@ -126,26 +123,25 @@ def verdict(meet: Difference, best: Difference) -> str:
         return "On this text meet is worse than the logit average: the interval lies above zero."
     more, least, most = (f"{math.expm1(-nats):.1%}" for nats in (meet.mean, meet.high, meet.low))
     found = (
-        f"Gain shown: in geometric mean, meet gives the token that came {more} ({least} to {most}) more probability."
+        f"Gain shown: meet gives the token that came {more} ({least} to {most}) more probability, in geometric mean."
     )
-    if best.mean > 0:
-        found += f" Averaging saves {best.mean:.3f} nats over the best member, and meet {-meet.mean:.3f} more."
-    return found
+    saved = f" Averaging saves {best.mean:.3f} nats over the best member, and meet {-meet.mean:.3f} more."
+    return found + saved * (best.mean > 0)
 
 
 def show_legend() -> None:
     """Print in one line what the colours of tokens mean, where there are colours."""
     shades = [(f" {nats:g} ", style(nats)) for nats in (0.1, 0.25, 0.5)]
     if console.color_system and not console.no_color:
-        console.print(Text.assemble("Colour: how far the members disagree, in nats ", *shades, "or more"))
+        console.print(Text.assemble("Colour: the members disagree by ", *shades, " nats or more"))
 
 
 def continue_prompt(name: str, ensemble: Ensemble, count: int) -> None:
     """Continue the prompt by ``count`` tokens, and show each as it comes, coloured by the members' disagreement."""
     text = Text.assemble((f"\n{name}: ", "bold"), (PROMPT, "italic"))
-    options: dict[str, Any] = {"max_new_tokens": count, "do_sample": True, "temperature": TEMPERATURE, "seed": SEED}
+    pieces = ensemble.stream_with_disagreement(PROMPT, max_new_tokens=count, do_sample=True, seed=SEED)
     with Live(text, console=console, auto_refresh=False, vertical_overflow="visible") as live:
-        for piece, nats in ensemble.stream_with_disagreement(PROMPT, **options):
+        for piece, nats in pieces:
             live.update(text.append(piece, style(nats)), refresh=True)
     if not console.is_terminal:  # where Live ends the line itself
         console.print()
@@ -156,8 +152,7 @@ def show_commands(books: list[Document]) -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     for book in books:
         (FOLDER / f"{book.name}.txt").write_text(book.text, encoding="utf-8")
-    place = Path(sys.executable).parent
-    place = place.relative_to(Path.cwd()) if place.is_relative_to(Path.cwd()) else place
+    place = os.path.relpath(Path(sys.executable).parent)
     console.print("\n[bold underline]4. Go on[/]")
     for purpose, command in {
         "Look inside a text, on a page (without --html: in the terminal):":
