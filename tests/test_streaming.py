@@ -13,7 +13,7 @@ from softmeet.hf import Recorder, TokenReports
 from softmeet.hf.byte_tokenizer import byte_tokenizer
 from softmeet.hf.recorder import Savings
 from softmeet.hf.report import known_sum, style
-from softmeet.hf.streaming import DisagreementStreamer, PassDisagreement
+from softmeet.hf.streaming import DisagreementStreamer
 
 # The end of a text, 0, has no text of its own.
 SAMPLED = {"seed": 5, "max_new_tokens": 10, "do_sample": True, "suppress_tokens": [0]}
@@ -55,12 +55,11 @@ def test_over_bytes_the_pieces_are_the_text():
 
 
 def test_characters_stay_whole_with_the_largest_figure_of_their_bytes():
-    passes = PassDisagreement(SimpleNamespace(gate=Savings(), add=lambda *_: None))
-    streamer = DisagreementStreamer(byte_tokenizer(), passes)
+    streamer = DisagreementStreamer(byte_tokenizer(), SimpleNamespace(gate=Savings(), add=lambda *_: None))
     streamer.put(torch.tensor([[1, 2, 3]]))  # the prompt
     text = "aé€\nb".encode() + b"\xc3"  # which ends within a character
     for k, byte in enumerate(text):
-        passes.add(SimpleNamespace(disagreement=torch.tensor([[k % 3], [torch.nan]])), torch.zeros(0))
+        streamer.passes.add(SimpleNamespace(disagreement=torch.tensor([[k % 3], [torch.nan]])), torch.zeros(0))
         streamer.put(torch.tensor([byte]))
     streamer.end()
     assert list(streamer) == [("a", 0.0), ("é", 2.0), ("€", 2.0), ("\n", 0.0), ("b", 1.0), ("�", 2.0)]

@@ -20,7 +20,7 @@ from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.hf.recorder import Recorder
 from softmeet.hf.report import TokenReport, TokenReports
 from softmeet.hf.sampling import RowSampler
-from softmeet.hf.streaming import DisagreementStreamer, PassDisagreement, streamed, text_streamer
+from softmeet.hf.streaming import DisagreementStreamer, streamed, text_streamer
 from softmeet.hf.vocabulary import choose_vocabulary, require_for_bytes, require_vocabulary
 from softmeet.members import zoo
 from softmeet.members.huggingface import Dtype, load_members, load_tokenizers
@@ -347,8 +347,8 @@ class Ensemble:
             >>> "".join(ensemble.stream("In the beginning", max_new_tokens=5, do_sample=False))
             ' of the earth, and'
         """
-        arguments = self._arguments([text], seed, recorder, options)
-        yield from streamed(self.model, text_streamer(self.tokenizer), arguments)
+        streamer = text_streamer(self.tokenizer)
+        yield from streamed(self.model, streamer, self._arguments([text], seed, recorder, options))
 
     def stream_with_disagreement(
         self, text: str, *, seed: int | None = None, recorder: Recorder | None = None, **options: Any
@@ -361,11 +361,10 @@ class Ensemble:
         Example:
             >>> ensemble = Ensemble.from_pretrained("wide", "logit-mean")
             >>> next(ensemble.stream_with_disagreement("In the beginning", do_sample=False))
-            (' of', 0.29...)
+            (' of', 0.28...)
         """
-        passes = PassDisagreement(recorder or Recorder())
-        arguments = self._arguments([text], seed, passes, options)
-        yield from streamed(self.model, DisagreementStreamer(self.tokenizer, passes), arguments)
+        streamer = DisagreementStreamer(self.tokenizer, recorder)
+        yield from streamed(self.model, streamer, self._arguments([text], seed, streamer.passes, options))
 
     def _arguments(
         self, prompts: list[str], seed: int | None, recorder: Recorder | None, options: dict[str, Any]

@@ -92,12 +92,15 @@ class DisagreementStreamer(TextIteratorStreamer):
 
     Args:
         tokenizer: decodes the tokens.
-        passes: the recorder of the call of ``generate`` that the streamer is passed to.
+        recorder: counts what is solved; None for no record.
+
+    Attributes:
+        passes: the recorder to pass to the same call of ``generate`` as the streamer.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, passes: PassDisagreement) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, recorder: Recorder | None = None) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._passes, self._largest = passes, 0.0
+        self.passes, self._largest = PassDisagreement(recorder or Recorder()), 0.0
         self._line: list[int] = []
         self._given = 0
 
@@ -107,7 +110,7 @@ class DisagreementStreamer(TextIteratorStreamer):
             super().put(value)  # which skips the prompt, and refuses several sequences
             return
         tokens = value.flatten().tolist()
-        for token, nats in zip(tokens, self._passes.take(len(tokens)), strict=True):
+        for token, nats in zip(tokens, self.passes.take(len(tokens)), strict=True):
             self._largest = max(self._largest, nats)
             self._line.append(token)
             if not (text := self._decoded()).endswith(_INCOMPLETE):
