@@ -108,5 +108,5 @@ def test_text_is_coloured_on_a_terminal_unless_colours_are_off(monkeypatch, colo
     monkeypatch.setattr(demo, "console", console)
     demo.show_legend()
     demo.continue_prompt("meet", tiny_ensemble("gpt2", "llama"), 3)
-    assert ("Colour: how far" in screen.getvalue()) == coloured
+    assert ("Colour: the members disagree" in screen.getvalue()) == coloured
     assert ("48;2;" in screen.getvalue()) == coloured
