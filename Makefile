@@ -9,6 +9,7 @@ PYTEST_ARGS ?= -n auto --dist worksteal
 .PHONY: demo test soak bench check format lint clean
 
 demo: $(VENV)/.demo ## Score held-out text and continue prompts, with the bundled members.
+	@echo "loading softmeet and torch"
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/python examples/demo.py
 
 test: ## Run the tests.
