@@ -56,7 +56,9 @@ def test_every_rule_is_documented():
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name)
 def test_files_that_a_page_names_exist(page):
     names = set(re.findall(r"`((?:\w+/)*\w+\.py)`", page.read_text()))
-    files = [file for folder in ("src", "tests", "tools", "benchmarks") for file in (ROOT / folder).rglob("*.py")]
+    files = [
+        file for folder in ("src", "tests", "tools", "benchmarks", "examples") for file in (ROOT / folder).rglob("*.py")
+    ]
     roots = (ROOT, PACKAGE, ROOT / "tests")
     known = {str(file.relative_to(root)) for root in roots for file in files if file.is_relative_to(root)}
     folders = {line.split("`")[1] for line in page.read_text().splitlines() if line.startswith("| `") and "/`" in line}

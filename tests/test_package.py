@@ -80,7 +80,7 @@ def test_metadata():
     assert project["requires-python"] == ">=3.11"
     assert "transformers>=5.24,<6" in project["dependencies"]
     assert not [d for d in project["dependencies"] if "==" in d]
-    extras = set(project["optional-dependencies"]) - {"all", "bench", "test", "dev"}
+    extras = set(project["optional-dependencies"]) - {"all", "bench", "demo", "test", "dev"}
     assert project["optional-dependencies"]["all"] == [f"softmeet[{','.join(sorted(extras))}]"]
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList, TextIteratorStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softmeet.errors import InvalidInputError
 from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM, assemble
@@ -22,6 +20,7 @@ from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.hf.recorder import Recorder
 from softmeet.hf.report import TokenReport, TokenReports
 from softmeet.hf.sampling import RowSampler
+from softmeet.hf.streaming import DisagreementStreamer, streamed, text_streamer
 from softmeet.hf.vocabulary import choose_vocabulary, require_for_bytes, require_vocabulary
 from softmeet.members import names as known
 from softmeet.members import zoo
@@ -348,23 +347,24 @@ class Ensemble:
             >>> "".join(ensemble.stream("In the beginning", max_new_tokens=5, do_sample=False))
             ' of the earth, and'
         """
-        arguments = self._arguments([text], seed, recorder, options)
-        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        stopped = threading.Event()
+        streamer = text_streamer(self.tokenizer)
+        yield from streamed(self.model, streamer, self._arguments([text], seed, recorder, options))
 
-        def stop_all(input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-            return torch.full((len(input_ids),), stopped.is_set(), dtype=torch.bool, device=input_ids.device)
+    def stream_with_disagreement(
+        self, text: str, *, seed: int | None = None, recorder: Recorder | None = None, **options: Any
+    ) -> Iterator[tuple[str, float]]:
+        """Stream as :meth:`stream` does, and yield (new text, how far the members disagree there, in nats).
 
-        criteria = StoppingCriteriaList([stop_all, *arguments.pop("stopping_criteria", [])])
-        run = torch.inference_mode()(self.model.generate)
-        with ThreadPoolExecutor(1) as pool:
-            done = pool.submit(run, **arguments, streamer=streamer, stopping_criteria=criteria)
-            done.add_done_callback(lambda _: streamer.end())  # generate itself ends it only where nothing goes wrong
-            try:
-                yield from streamer
-            finally:
-                stopped.set()
-        done.result()
+        A piece is the text of one token, or of several that make up a character. Its figure is the largest of its
+        tokens' ``Solution.disagreement``, summed over the members that ran; ``softmeet.hf.report.style`` colours it.
+
+        Example:
+            >>> ensemble = Ensemble.from_pretrained("wide", "logit-mean")
+            >>> next(ensemble.stream_with_disagreement("In the beginning", do_sample=False))
+            (' of', 0.28...)
+        """
+        streamer = DisagreementStreamer(self.tokenizer, recorder)
+        yield from streamed(self.model, streamer, self._arguments([text], seed, streamer.passes, options))
 
     def _arguments(
         self, prompts: list[str], seed: int | None, recorder: Recorder | None, options: dict[str, Any]

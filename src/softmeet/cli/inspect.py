@@ -81,12 +81,11 @@ def _facts(ensemble: Ensemble, text: str, reports: Sequence[TokenReport | GroupR
 
 def _show(facts: dict[str, Any]) -> None:
     """Print the coloured text, and a table with a line for each token, on stdout."""
-    from softmeet.hf.report import heat, shown
+    from softmeet.hf.report import known_sum, shown, style
 
     console, line = out(), Text(facts["first"])
     for token in facts["tokens"]:
-        hot = heat(token["disagreement"])
-        line.append(token["text"], style=f"on rgb({int(40 + 180 * hot)},{int(70 * (1 - hot))},40)" if hot else "")
+        line.append(token["text"], style=style(known_sum(token["disagreement"])))
     console.print(line)
     rows = [
         (

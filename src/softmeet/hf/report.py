@@ -144,6 +144,17 @@ def heat(disagreement: Sequence[float]) -> float:
     return min(known_sum(disagreement) / _FULL, 1.0)
 
 
+def style(nats: float) -> str:
+    """Return rich's style for text at which the members disagree by so many nats, summed over them: none for 0.
+
+    Example:
+        >>> style(0.0), style(0.25)
+        ('', '#ffffff on rgb(130,35,40)')
+    """
+    hot = heat([nats])
+    return f"#ffffff on rgb({int(40 + 180 * hot)},{int(70 * (1 - hot))},40)" if hot else ""
+
+
 def known_sum(disagreement: Sequence[float]) -> float:
     """Sum the members' disagreement, in nats; members that did not run have NaN, and are left out.
 

@@ -1,0 +1,136 @@
+"""Text while it is generated: ``generate`` runs in a thread, and its streamer hands over each new piece of text."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, StoppingCriteriaList, TextIteratorStreamer
+
+from softmeet.hf.recorder import Recorder
+from softmeet.rules.solution import Solution
+
+if TYPE_CHECKING:
+    from softmeet.hf.modeling import EnsembleForCausalLM
+
+# What a tokenizer decodes an incomplete character to.
+_INCOMPLETE = "\ufffd"
+
+
+def text_streamer(tokenizer: PreTrainedTokenizerBase) -> TextIteratorStreamer:
+    """Make a streamer that gives the new text, without prompt and special tokens, in pieces as they become certain."""
+    return TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def streamed(model: EnsembleForCausalLM, streamer: TextIteratorStreamer, arguments: dict[str, Any]) -> Iterator[Any]:
+    """Call ``model.generate`` in a thread, and yield what its streamer gives, as it comes.
+
+    Work begins with the first piece asked for. Closing the iterator stops it before its next token.
+
+    Args:
+        model: the ensemble.
+        streamer: a new one; the iterator yields what iterating over it does.
+        arguments: those of ``model.generate`` for one prompt, without a streamer.
+
+    Raises:
+        Exception: whatever ``model.generate`` raises, after the pieces before it.
+    """
+    stopped = threading.Event()
+
+    def stop_all(input_ids: Int[Tensor, "B t"], scores: Any, **_: Any) -> Tensor:
+        return torch.full((len(input_ids),), stopped.is_set(), dtype=torch.bool, device=input_ids.device)
+
+    criteria = StoppingCriteriaList([stop_all, *(arguments.get("stopping_criteria") or [])])
+    run = torch.inference_mode()(model.generate)
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(run, **{**arguments, "streamer": streamer, "stopping_criteria": criteria})
+        done.add_done_callback(lambda _: streamer.end())  # generate itself ends it only where nothing goes wrong
+        try:
+            yield from streamer
+        finally:
+            stopped.set()
+    done.result()
+
+
+class PassDisagreement(Recorder):
+    """A recorder that passes every solution on to another one, and keeps how far the members disagree at its rows.
+
+    Its own counts stay as they are, except ``gate``, which it shares with the other recorder.
+
+    Args:
+        other: the recorder that counts.
+    """
+
+    def __init__(self, other: Recorder) -> None:
+        super().__init__(gate=other.gate)
+        self._other, self._passes = other, deque[list[float]]()
+
+    def add(self, solution: Solution, log_probs: Float[Tensor, "n B v"]) -> None:
+        """Keep the members' disagreement at the rows of one pass, summed over the members that ran, in nats."""
+        self._other.add(solution, log_probs)
+        self._passes.append(solution.disagreement.nan_to_num(0.0).flatten(1).sum(0).tolist())
+
+    def take(self, count: int) -> list[float]:
+        """Return the disagreement, in nats, at the first ``count`` rows of the oldest pass kept, and forget that pass.
+
+        Each pass draws at least one token; assisted decoding draws several, and refuses the rows after them.
+        """
+        return self._passes.popleft()[:count]
+
+
+class DisagreementStreamer(TextIteratorStreamer):
+    """A streamer that gives (new text, how far the members disagree at its tokens, in nats).
+
+    A piece is the text of one token, or of the several that make up one character; so characters stay whole. Its
+    disagreement is the largest one of its tokens, summed over the members that ran. Tokens without text give no piece.
+
+    Args:
+        tokenizer: decodes the tokens.
+        recorder: counts what is solved; None for no record.
+
+    Attributes:
+        passes: the recorder to pass to the same call of ``generate`` as the streamer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, recorder: Recorder | None = None) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.passes, self._largest = PassDisagreement(recorder or Recorder()), 0.0
+        self._line: list[int] = []
+        self._given = 0
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt at first, then the tokens that one pass of the members drew, and give their text."""
+        if self.next_tokens_are_prompt:
+            super().put(value)  # which skips the prompt, and refuses several sequences
+            return
+        tokens = value.flatten().tolist()
+        for token, nats in zip(tokens, self.passes.take(len(tokens)), strict=True):
+            self._largest = max(self._largest, nats)
+            self._line.append(token)
+            if not (text := self._decoded()).endswith(_INCOMPLETE):
+                self._give(text)
+
+    def end(self) -> None:
+        """Give what is left, an incomplete character, and say that nothing follows."""
+        self._give(self._decoded())
+        self.text_queue.put(self.stop_signal)
+
+    def _decoded(self) -> str:
+        """Return the text of the last line's tokens so far."""
+        return str(self.tokenizer.decode(self._line, **self.decode_kwargs))
+
+    def _give(self, text: str) -> None:
+        """Give what of the last line's ``text`` is new; after a line's end begin another line."""
+        if new := text[self._given :]:
+            self.text_queue.put((new, self._largest))
+        self._given, self._largest = len(text), 0.0
+        if text.endswith("\n"):
+            # Decoding is linear in a line's tokens; the last one stays, as a space after a first token can be dropped.
+            self._line = self._line[-1:]
+            self._given = len(self._decoded())
