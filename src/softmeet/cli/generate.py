@@ -11,13 +11,14 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
+from rich.text import Text
 
 from softmeet.cli import options
 from softmeet.cli.endings import endings
 from softmeet.cli.flags import flag, flags
 from softmeet.cli.messages import err, say
 from softmeet.cli.progress import working
-from softmeet.cli.tables import print_table
+from softmeet.cli.tables import out, print_table
 
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
@@ -86,6 +87,12 @@ def generate(
         False, "Weigh the members by how well each predicts the prompt.", "--prompt-weights", panel="Rule"
     ),
     loading: options.LoadingFlags,
+    color: bool = flag(
+        False,
+        "On a terminal, colour a single prompt's text by how far the members disagree.",
+        "--color",
+        panel="Output",
+    ),
     as_json: bool = flag(False, "Print one JSON document on stdout.", "--json", panel="Output"),
     summary: bool | None = flag(
         None, "Print figures of the run on stderr.", "--summary/--no-summary", shown="on a terminal", panel="Output"
@@ -104,10 +111,7 @@ def generate(
     each: list[dict[str, Any]] = [{}] * len(texts) if weights is None else [{"weights": own} for own in weights]
     completions: list[str] = []
     if len(texts) == 1 and not as_json:
-        for piece in ensemble.stream(texts[0], **given, **each[0]):
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-        sys.stdout.write("\n")
+        _stream(ensemble, texts[0], {**given, **each[0]}, color=color)
     else:
         with working(f"generating from {len(texts)} prompts"):
             if weights is None:
@@ -125,6 +129,20 @@ def generate(
         (_show_over_bytes if facts["vocabulary"] == "bytes" else _show)(facts)
     for line in endings(facts["statuses"], facts["fallbacks"], facts["vocabulary"][:-1]):
         say(line)
+
+
+def _stream(ensemble: Ensemble, prompt: str, arguments: dict[str, Any], *, color: bool) -> None:
+    """Print a prompt's continuation on stdout as it comes, if asked with the colours of ``softmeet inspect``."""
+    from softmeet.hf.report import style
+
+    console = out()
+    for piece, nats in ensemble.stream_with_disagreement(prompt, **arguments):
+        if color:
+            console.print(Text(piece, style=style(nats)), end="", soft_wrap=True)
+        else:
+            sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
 
 
 def _facts(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -15,6 +13,7 @@ from softmeet.cli.flags import checked_settings, flag
 from softmeet.cli.messages import say, stoppable
 from softmeet.cli.old_forms import repeated
 from softmeet.cli.progress import working
+from softmeet.cli.startup import quick_imports, uncollected
 from softmeet.errors import InvalidInputError
 from softmeet.extras import require_extra
 from softmeet.members.zoo import DEFAULT as DEFAULT
@@ -65,21 +64,6 @@ def placement(given: list[str] | None) -> Any:
             f"expected {device} to hold a device for each module, or a list with one entry per member, got {found!r}"
         )
     return found
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Enter a context without garbage collection, for imports, which make a million objects that are never freed.
-
-    At its end, even after an error, all objects alive are exempted from later collections (``gc.freeze``), and
-    collection is enabled, whether or not it was before.
-    """
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 @dataclass
@@ -137,11 +121,12 @@ class LoadingFlags:
             typer.Exit: with the code 130 after Ctrl-C.
             CheckpointError, VocabularyMismatchError, UnsupportedHeadError: as ``Ensemble.from_pretrained`` raises them.
         """
-        given = checked_settings(settings or {})
         with working("loading softmeet"), uncollected():
-            from transformers.utils import logging
+            given = checked_settings(settings or {})
+            with quick_imports():
+                from transformers.utils import logging
 
-            from softmeet.ensemble import Ensemble
+                from softmeet.ensemble import Ensemble
 
             logging.set_verbosity_error()
             logging.disable_progress_bar()
