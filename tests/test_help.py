@@ -233,17 +233,21 @@ def test_progress_in_a_pipe_is_a_line_now_and_then(monkeypatch):
 
 
 def test_a_start_imports_nothing_that_no_command_needs_and_reads_the_folder_of_models_once(folders):
-    script = (
-        "import sys; from softmeet.cli import main, options; from transformers.utils import import_utils, logging\n"
-        "read, calls = import_utils.create_import_structure_from_path, []\n"
-        "import_utils.create_import_structure_from_path = lambda path: (calls.append(str(path)), read(path))[1]\n"
-        "options.LoadingFlags().ensemble(sys.argv[1:])\n"
-        "assert 'scipy.optimize' not in sys.modules and 'softmeet.ensemble' in sys.modules\n"
-        "folders = [path for path in calls if path.endswith('models')]\n"
-        "assert folders and len(folders) == len(set(folders)), folders\n"
-        "assert not any(path.endswith('models/__init__.py') for path in calls), calls\n"
-        "import transformers.utils; assert transformers.utils.is_scipy_available()\n"
-    )
+    script = """
+import sys
+from pathlib import Path
+from softmeet.cli import main, options
+from transformers.utils import import_utils
+
+read, calls = import_utils.create_import_structure_from_path, []
+import_utils.create_import_structure_from_path = lambda path: (calls.append(path), read(path))[1]
+options.LoadingFlags().ensemble(sys.argv[1:])
+assert "scipy.optimize" not in sys.modules and "softmeet.ensemble" in sys.modules
+models = Path(import_utils.__file__).parents[1] / "models"
+assert calls.count(models) == 1, len(calls)
+assert models / "__init__.py" not in map(Path, calls)
+assert sys.modules["transformers.utils"].is_scipy_available()
+"""
     done = subprocess.run(
         [sys.executable, "-c", script, *map(str, folders)], capture_output=True, text=True, check=False
     )

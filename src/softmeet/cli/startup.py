@@ -5,10 +5,10 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
+
+_READ = "create_import_structure_from_path"
 
 
 @contextmanager
@@ -30,24 +30,19 @@ def uncollected() -> Iterator[None]:
 def quick_imports() -> Iterator[None]:
     """Enter a context in which transformers' modules are imported without work that no command needs.
 
-    transformers reads the folder of all its models twice, under two names for the same folder: here once. It imports
-    scipy.optimize, where that is installed, for losses of object detection: here it does not. Both are as before at the
-    end; a version of transformers without such functions is left alone.
+    transformers reads the folder of all its models twice, since it remembers what it has read under two names of that
+    folder: here under one. It imports scipy.optimize, where that is installed, for losses of object detection: here it
+    does not. Both are as before at the end; a version of transformers without such functions is left alone.
     """
     from transformers import utils
     from transformers.utils import import_utils
 
-    read = getattr(import_utils, "create_import_structure_from_path", None)
-    once = nullcontext() if read is None else patch.object(import_utils, read.__name__, _once(read))
+    read = getattr(import_utils, _READ, None)
+    once = nullcontext() if read is None else patch.object(import_utils, _READ, lambda path: read(_folder(Path(path))))
     with once, patch.object(utils, "is_scipy_available", lambda: False, create=True):
         yield
 
 
-def _once(read: Any) -> Any:
-    """Return a function as ``read``, which takes a folder or a file of it, that reads each folder once."""
-
-    @lru_cache
-    def of(folder: Path) -> Any:
-        return read(folder)
-
-    return lambda path: of(Path(path).parent if Path(path).is_file() else Path(path))
+def _folder(path: Path) -> Path:
+    """Return a folder itself, and of a file the folder that it is in."""
+    return path.parent if path.is_file() else path
