@@ -13,7 +13,8 @@ demo: $(VENV)/.demo ## Score held-out text and continue prompts, with the bundle
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/python examples/demo.py
 
 test: ## Run the tests.
-	@echo "make test: about 6 minutes on two cores, and on first use the installation, some minutes more."
+	@echo "make test: about 7 minutes on two cores, and on first use the installation, some minutes more."
+	@command -v chromium >/dev/null || echo "without chromium (apt install chromium) the tests of the page are skipped"
 	@$(MAKE) --no-print-directory $(VENV)/.test
 	$(TEST_ENV) $(BIN)/pytest -rfEs $(PYTEST_ARGS)
 
@@ -48,22 +49,18 @@ clean:
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# A dot every three seconds, as pip says nothing while it unpacks torch. Compiling all of every package would take half of
-# the time; Python compiles what the demo imports when it first does.
+# Install an extra, $(1), with more options of pip, $(2), and print a dot every three seconds: pip says nothing while it
+# unpacks torch.
+define install
+@printf "installing softmeet with the extra $(1) into $(VENV), in a minute or more: "
+@$(BIN)/python -m pip install --quiet $(2) --editable '.[$(1)]' & pip=$$!; \
+while kill -0 $$pip 2>/dev/null; do printf .; sleep 3; done; echo; wait $$pip
+@touch $@
+endef
+
+# Compiling all of every package would take half of the time; Python compiles what the demo imports when it first does.
 $(VENV)/.demo: pyproject.toml | $(BIN)/python
-	@printf 'make demo: installs softmeet and what its commands need into $(VENV), in about a minute '
-	@$(BIN)/python -m pip install --quiet --no-compile --editable '.[demo]' & pip=$$!; \
-	while kill -0 $$pip 2>/dev/null; do printf .; sleep 3; done; echo; wait $$pip
-	@touch $@
+	$(call install,demo,--no-compile)
 
-$(VENV)/.test: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
-	touch $@
-
-$(VENV)/.bench: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[bench]'
-	touch $@
-
-$(VENV)/.dev: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	touch $@
+$(VENV)/.test $(VENV)/.bench $(VENV)/.dev: $(VENV)/.%: pyproject.toml | $(BIN)/python
+	$(call install,$*)

@@ -227,7 +227,9 @@ def test_progress_in_a_pipe_is_a_line_now_and_then(monkeypatch):
         change("loading b")
         time.sleep(0.15)
     lines = shown.file.getvalue().splitlines()
-    assert any(re.fullmatch(r"fitting meet: \d+ of 2,000, about \d+:\d+:\d+ left", line) for line in lines), lines
+    assert any(
+        re.fullmatch(r"fitting meet: \d+ of 2,000 after \d+ s, about \d+:\d+:\d+ left", line) for line in lines
+    ), lines
     assert any(re.fullmatch(r"loading a: \d+ s", line) for line in lines)
     assert any(re.fullmatch(r"loading b: \d+ s", line) for line in lines)
 

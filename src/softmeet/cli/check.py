@@ -32,35 +32,43 @@ def check(
     members: options.Members = None,
     text: Path | None = flag(
         None,
-        "Text that the members were not trained on: says whether their errors look like those of a narrow softmax; "
-        "over bytes, how each member cuts it into tokens, and at what cost.",
+        "A UTF-8 file of text that the members were not trained on. It tests whether a member's errors are those of "
+        "an output layer (head) that is too narrow, which meet corrects. Over bytes, it shows how each member splits "
+        "the text.",
         "--text",
         "-t",
         panel="Text",
     ),
     tokens: int = flag(
-        512, "The most tokens of the text to read; over bytes four times as many bytes.", min=2, panel="Text"
+        512, "The most tokens of the text to read; over bytes, four times as many bytes.", min=2, panel="Text"
     ),
     sampled: int = flag(
-        64, "Without a text, sample so many tokens to see how far meet moves the average.", min=0, panel="Text"
+        64, "Without --text: sample N tokens to see how far meet moves the average; 0 for none.", min=0, panel="Text"
     ),
     plan: bool = flag(
         False,
-        "Only say which weights, caches and buffers would go where, and their sizes; load no weights.",
+        "Only print where weights, caches and buffers would be placed, and their sizes; no weights are loaded.",
         "--plan",
         panel="Plan",
     ),
-    batch: int = flag(1, "With --plan: the sequences that run at once.", min=1, panel="Plan"),
+    batch: int = flag(1, "With --plan: how many sequences run at once.", min=1, panel="Plan"),
     context: int | None = flag(
-        None, "With --plan: the tokens of each sequence.", min=1, shown="the shortest context", panel="Plan"
+        None,
+        "With --plan: the length of each sequence in tokens.",
+        min=1,
+        shown="the shortest context length of a member",
+        panel="Plan",
     ),
     loading: options.LoadingFlags,
     as_json: bool = flag(False, "Print one JSON document on stdout.", "--json", panel="Output"),
     **settings: Any,
 ) -> None:
-    """Compare members: vocabularies, heads, the angles between them, memory, and whom to trust.
+    """Compare members: vocabularies, output layers (heads) and how far these overlap, memory, and which to trust.
 
-    Where tokenizers differ: what tokens they share, and, on a text, how alike they cut it and what reading it costs.
+    If tokenizers differ, it shows how many tokens they share and, with --text, how similarly they split a text and how
+    much work reading it takes.
+
+    Example: softmeet check -m wide/gpt2 -m wide/llama --text held-out.txt
     """
     if named:
         warn("naming members without an option", f"say {' '.join(f'-m {name}' for name in named)}")

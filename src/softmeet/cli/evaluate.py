@@ -19,8 +19,8 @@ from softmeet.rules.registry import rule_names
 from softmeet.rules.settings import POOLS, parse_rule
 
 _RULE = (
-    "A rule to measure, with its options after colons, as in meet:trust=1/0.3:pool=prob-mean; repeat it for more. "
-    f"One of: {', '.join(rule_names())}."
+    "A rule to measure, with options after colons and slashes between numbers, as in meet:trust=1/0.3:pool=prob-mean; "
+    f"it can be repeated. The rules: {', '.join(rule_names())}."
 )
 
 
@@ -38,16 +38,17 @@ def evaluate(
     ),
     gates: list[str] | None = flag(
         None,
-        "Measure each rule under this gate, too, such as unsure:0.5; repeat it for more.",
+        "Also measure every rule with this gate, such as unsure:0.5, besides without one; it can be repeated.",
         "--gate",
         shown="the ensemble's own",
         panel="Rule",
     ),
     prompt_weights: int | None = flag(
         None,
-        "Also measure logit-mean with weights from how well each member predicts the first N tokens of a document.",
+        "Also measure logit-mean with weights that are chosen for each document by how well each member predicts its "
+        "first N tokens.",
         min=1,
-        shown="not measured",
+        shown="off",
         panel="Rule",
     ),
     plots: Path | None = flag(None, "Draw plots, as PNG files, into this folder.", panel="Output"),
@@ -56,7 +57,14 @@ def evaluate(
     running: options.EngineFlags,
     **settings: Any,
 ) -> None:
-    """Measure rules on a text in nats per token, beside members and averages, with paired intervals by document."""
+    """Measure how well rules predict a text, beside each member and the averages, with 95 % intervals of differences.
+
+    The figures are mean losses in nats per token (over bytes: per byte), perplexity, bits per byte, accuracy and
+    calibration. Intervals are paired, and clustered by document. Give --text or --trace. --trust, --weights and --pool
+    hold for rules that do not set them.
+
+    Example: softmeet evaluate -m wide/gpt2 -m wide/llama --text 'books/*.txt' --rule meet:trust=1 --rule logit-mean
+    """
     from softmeet.evaluation.choices import parse_choices, under_gates, with_baselines
 
     require_extra(

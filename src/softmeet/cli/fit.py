@@ -29,33 +29,36 @@ class FitFlags:
     PANEL: ClassVar = "Fit"
     rules: list[str] | None = flag(
         None,
-        "Also try this rule, with its options: meet:trust=1/0.3. Settings that it does not name are those of the "
-        "fitted average; repeat it for more.",
+        "Also try this rule, as in meet:trust=1/0.3; what it does not set is taken from the better fitted average. It "
+        "can be repeated.",
         "--rule",
     )
     free_weights: bool = flag(False, "Do not require that weights sum to 1.", "--free-weights")
     bands: int = flag(
-        1, "Also try a trust for each of N bands, into which a head's principal directions are cut.", min=1
+        1,
+        "Also try separate trusts for N groups (bands) of the principal directions of each head, from the strongest "
+        "to the weakest; 1 for one trust.",
+        min=1,
     )
-    meet_tokens: int = flag(2000, "Tokens on which meet is fitted; averages are fitted on all.", min=1)
+    meet_tokens: int = flag(2000, "The tokens on which meet is fitted; averages are fitted on all.", min=1)
     evaluations: int = flag(
-        15, "How often the loss of meet may be computed in fitting it; that of averages five times as often.", min=1
+        15, "The most times to compute the loss when fitting meet; for averages, five times as many.", min=1
     )
     premise_tokens: int = flag(
-        512, "Tokens for the test whether errors look like those of a narrow softmax, by which trusts start.", min=1
+        512, "The tokens for the test (of softmeet check --text) that sets the trusts to begin with.", min=1
     )
     batch: int | None = flag(
         None,
-        "Tokens of each such computation for meet, for heads so wide that all of --meet-tokens take too long; meet "
-        "then starts from the better average only.",
+        "Fit meet on batches of N tokens, where all of --meet-tokens at once take too long; it is then fitted from "
+        "the better average only.",
         min=1,
         shown="all",
     )
     select_tokens: int | None = flag(
-        None, "The most tokens to choose a candidate by.", min=1, shown="all of that part of the text"
+        None, "The most tokens to use for choosing among the candidates.", min=1, shown="all of that part"
     )
     judge_tokens: int | None = flag(
-        None, "The most tokens to judge the chosen one by.", min=1, shown="all of that part of the text"
+        None, "The most tokens to use for judging the choice.", min=1, shown="all of that part"
     )
 
     def options(self) -> Options:
@@ -83,7 +86,13 @@ def fit(
     loading: options.LoadingFlags,
     running: options.EngineFlags,
 ) -> None:
-    """Learn weights, temperature and trusts, and save the best ensemble; or the best average, unless meet is better."""
+    """Learn weights, temperature and trusts from a text, and save the best average, or meet where it is shown better.
+
+    The documents (at least nine, or one file, which is cut into blocks) are dealt out to three parts: to fit on, to
+    choose among the candidates by, and to judge the choice by. Give --text or --trace.
+
+    Example: softmeet fit -m wide/gpt2 -m wide/llama --text 'books/*.txt' --out my-ensemble
+    """
     from softmeet.evaluation.files import require_ensemble_folder
 
     require_extra("fit", "eval", "psutil", "scipy", *["pyarrow"] * bool(source.trace))

@@ -1,9 +1,8 @@
-"""How commands get their flags, and configuration files with values for them (``--config``, ``softmeet config``)."""
+"""How commands get their flags, and configuration files with values for them (``--config``)."""
 
 from __future__ import annotations
 
 import inspect
-import textwrap
 from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import Field, field, fields, is_dataclass
@@ -14,7 +13,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 import typer
 import yaml
 
-from softmeet.cli.help import GroupedHelp, default, grouped, sentence, spelling
+from softmeet.cli.help import GroupedHelp, grouped, spelling
 from softmeet.cli.old_forms import modern_values, modern_words
 from softmeet.errors import InvalidInputError
 from softmeet.rules.frozen import takes, unknown
@@ -110,7 +109,7 @@ def flags(*but: str, only: tuple[str, ...] = ()) -> Callable[[C], C]:
                 every[place:place] = map(_setting, chosen)
             else:
                 every.append(_parameter(p.name, p.annotation, p.default))
-        about = "Take options from this YAML file, by their names; the command line goes first."
+        about = "A YAML file of options, as softmeet config prints it; options on the command line win."
         every.append(_parameter("config", Path | None, flag(None, about, is_eager=True, callback=_apply)))
 
         @wraps(command)
@@ -212,13 +211,13 @@ def _read(name: str, value: Any) -> Any:
 def _apply(context: typer.Context, parameter: Any, path: Path | None) -> Path | None:
     """Make a file's values the defaults of the command's options; this is typer's callback of ``--config``."""
     if path is not None:
-        known = _parameters(context.command)
-        values = {known[name]: value for name, value in _values_of(path, context.command).items()}
+        known = parameters_of(context.command)
+        values = {known[name]: value for name, value in values_of(path, context.command).items()}
         context.default_map = dict(context.default_map or {}) | values
     return path
 
 
-def _values_of(path: Path, command: Any) -> dict[str, Any]:
+def values_of(path: Path, command: Any) -> dict[str, Any]:
     """Return the values that a YAML file gives to a command's options, by the flags' names with underscores.
 
     Raises:
@@ -232,7 +231,7 @@ def _values_of(path: Path, command: Any) -> dict[str, Any]:
         raise InvalidInputError(f"{path}: expected option names and values, such as 'rule: meet', got {found!r}")
     values, known = (
         modern_values({str(key).replace("-", "_"): value for key, value in found.items()}),
-        _parameters(command),
+        parameters_of(command),
     )
     if stray := sorted(values.keys() - known.keys()):
         raise unknown(f"{path}: softmeet {command.name} has no option {stray[0]}", stray[0], sorted(known))
@@ -241,7 +240,7 @@ def _values_of(path: Path, command: Any) -> dict[str, Any]:
     return values | {key: ",".join(map(str, values[key])) for key in numeric}
 
 
-def _parameters(command: Any) -> dict[str, str]:
+def parameters_of(command: Any) -> dict[str, str]:
     """Map the names of flags, as a file has them, to the names of the command's parameters."""
     return {
         flag.removeprefix("--").replace("-", "_"): str(parameter.name)
@@ -250,26 +249,3 @@ def _parameters(command: Any) -> dict[str, str]:
         for flag in parameter.opts
         if flag.startswith("--")
     }
-
-
-def config(
-    context: typer.Context,
-    command: Annotated[str, typer.Argument(help="The command whose options to show.")] = "generate",
-    config: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="A YAML file, whose values are shown in place of the defaults.")
-    ] = None,
-) -> None:
-    """Show a command's options as a YAML file, for --config: defaults, and as comments what may be set."""
-    commands = context.parent.command.commands  # type: ignore[union-attr]  # softmeet is a group
-    if command not in commands:
-        raise unknown(f"unknown command {command!r}", command, list(commands))
-    target = commands[command]
-    values = _values_of(config, target) if config else {}
-    names = {parameter: name for name, parameter in _parameters(target).items()}
-    for title, own in grouped(target.params):
-        settable = [(names[p.name], p) for p in own if p.name in names]
-        typer.echo(f"# === {title}\n" if settable else "", nl=False)
-        for name, parameter in settable:
-            value = values.get(name, parameter.default)
-            typer.echo(textwrap.fill(sentence(parameter), 100, initial_indent="# ", subsequent_indent="# "))
-            typer.echo(f"# {name}: {default(parameter)}\n" if value is None else yaml.safe_dump({name: value}))

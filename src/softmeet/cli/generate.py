@@ -38,25 +38,29 @@ class SamplingFlags:
     """Flags for how tokens are drawn, named as in transformers."""
 
     PANEL: ClassVar = "Sampling"
-    max_new_tokens: int = flag(100, "The most tokens to add to a prompt.", min=1)
-    seed: int | None = flag(
-        None, "A number that fixes the random draws: the same command with it gives the same text.", min=0
-    )
-    do_sample: bool = flag(True, "Draw each token at random, or always take the most probable one.")
+    max_new_tokens: int = flag(100, "The most tokens to add to each prompt.", min=1)
+    seed: int | None = flag(None, "An integer that makes the draws repeatable; without it, each run differs.", min=0)
+    do_sample: bool = flag(True, "Draw each token at random; --no-do-sample always takes the likeliest.")
     temperature: float | None = flag(
-        None, "Divide log-probabilities by this; below 1 likely tokens win more often, 0 is --no-do-sample.",
+        None,
+            "Divide log-probabilities by X before drawing: below 1, likely tokens are drawn more often; 0 always "
+            "takes the likeliest.",
         min=0, shown="1",
     )  # fmt: skip
-    top_k: int = flag(0, "Draw from the N most probable tokens only; 0 for all.", min=0)
+    top_k: int = flag(0, "Draw from the N likeliest tokens only; 0 for all.", min=0)
     top_p: float | None = flag(
-        None, "Draw from the most probable tokens only, as many as have this probability together.", min=0, max=1,
+        None, "Draw from the fewest likeliest tokens whose probabilities add up to X; 1 for all.", min=0, max=1,
         shown="1",
     )  # fmt: skip
     min_p: float | None = flag(
-        None, "Draw only from tokens with at least this share of the largest probability.", min=0, max=1, shown="0"
+        None, "Draw only from tokens at least X times as probable as the likeliest; 0 for all.", min=0, max=1, shown="0"
     )
     repetition_penalty: float | None = flag(
-        None, "Divide the scores of tokens that came before by this.", shown="1", callback=_positive
+        None,
+        "Make tokens that came before less likely, by a factor of X in their scores, as in transformers; 1 for no "
+        "change.",
+        shown="1",
+        callback=_positive,
     )
 
     def arguments(self) -> dict[str, Any]:
@@ -76,30 +80,43 @@ class SamplingFlags:
 def generate(
     *,
     prompts: Annotated[
-        list[str] | None, typer.Argument(help="The prompts; without any, or for -, one is read from stdin.")
+        list[str] | None,
+        typer.Argument(help="The prompts. With none (and no --file), or for -, one is read from stdin."),
     ] = None,
     file: list[Path] | None = flag(
-        None, "A file that holds a prompt; repeat it for several.", "--file", "-f", panel="Text"
+        None, "A file that holds one prompt; it can be repeated.", "--file", "-f", panel="Text"
     ),
     members: options.Members = None,
     sampling: SamplingFlags,
     prompt_weights: bool = flag(
-        False, "Weigh the members by how well each predicts the prompt.", "--prompt-weights", panel="Rule"
+        False,
+        "Weigh the members by how well each predicts the prompt, in place of --weights.",
+        "--prompt-weights",
+        panel="Rule",
     ),
     loading: options.LoadingFlags,
     color: bool = flag(
         False,
-        "On a terminal, colour a single prompt's text by how far the members disagree.",
+        "On a terminal, colour the text of a single prompt by how far the members disagree.",
         "--color",
         panel="Output",
     ),
-    as_json: bool = flag(False, "Print one JSON document on stdout.", "--json", panel="Output"),
+    as_json: bool = flag(
+        False, "Print the texts and figures as one JSON document on stdout, once all is done.", "--json", panel="Output"
+    ),
     summary: bool | None = flag(
-        None, "Print figures of the run on stderr.", "--summary/--no-summary", shown="on a terminal", panel="Output"
+        None,
+        "Print on stderr each member's weight and disagreement, and the speed.",
+        "--summary/--no-summary",
+        shown="on a terminal",
+        panel="Output",
     ),
     **settings: Any,
 ) -> None:
-    """Continue prompts, sampling from several models as one; a single prompt streams."""
+    """Continue prompts, sampling from several models as one; with one prompt, text is printed as it is drawn.
+
+    Example: softmeet generate "And the king said" -m wide/gpt2 -m wide/llama --seed 1
+    """
     texts = [path.read_text(encoding="utf-8") for path in file or []]
     texts += [sys.stdin.read().rstrip("\n") if p == "-" else p for p in prompts or ([] if file else ["-"])]
     ensemble = loading.ensemble(members, settings)
@@ -209,8 +226,8 @@ def _show(facts: dict[str, Any]) -> None:
     ]
     print_table(err, columns, [rows], title=f"rule: {facts['rule']}")
     err.print(
-        f"{facts['tokens']} tokens, {facts['tokens_per_second']:.1f} tokens/s, "
-        f"{facts['head_passes_per_token']:.1f} head passes a token, largest gap {facts['largest_gap']:.1e} nats",
+        f"{facts['tokens']} tokens, {facts['tokens_per_second']:.1f} tokens/s, {facts['head_passes_per_token']:.1f} "
+        f"head passes a token, largest gap {facts['largest_gap']:.1e} nats",
         soft_wrap=True,
     )
     if facts["gate"]:

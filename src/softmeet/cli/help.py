@@ -35,7 +35,7 @@ class Commands(TyperGroup):
         """Write the commands, and then the group's own options, to click's ``formatter``."""
         rows = [(name, _first_sentence(command.help), "") for name, command in self.commands.items()]
         formatter.write(f"\nCommands:\n{_two_columns(rows, formatter.width)}")
-        rows = [(spelling(p), sentence(p), default(p)) for p in self.get_params(ctx)]
+        rows = [(spelling(p), sentence(p), default(p)) for _, own in grouped(self.get_params(ctx)) for p in own]
         formatter.write(f"\nOptions:\n{_two_columns(rows, formatter.width)}")
 
 
@@ -61,6 +61,8 @@ def sentence(parameter: Any) -> str:
 
 def default(parameter: Any) -> str:
     """Return a parameter's default as help shows it; an empty string if there is none to show."""
+    if parameter.required:
+        return "none; it has to be given" if parameter.param_type_name == "option" else ""
     shown, value = parameter.show_default, parameter.default
     if isinstance(shown, str):
         return shown

@@ -31,16 +31,24 @@ if TYPE_CHECKING:
 @flags()
 def inspect(
     *,
-    text: Annotated[str, typer.Argument(help="The text to look into.")],
+    text: Annotated[str, typer.Argument(help="The text itself (not a file).")],
     members: options.Members = None,
-    top: int = flag(5, "The number of most probable tokens to list of each distribution.", min=1, panel="Output"),
+    top: int = flag(
+        5,
+        "How many of the likeliest tokens to list of each distribution, on the page and in JSON.",
+        min=1,
+        panel="Output",
+    ),
     loading: options.LoadingFlags,
     as_json: bool = flag(False, "Print one JSON document on stdout.", "--json", panel="Output"),
-    html: Path | None = flag(None, "Write a page, which needs no other file, to this file.", panel="Output"),
-    force: bool = flag(False, "Replace the file that is there already.", "--force", panel="Output"),
+    html: Path | None = flag(None, "Write a self-contained HTML page to this path.", panel="Output"),
+    force: bool = flag(False, "Overwrite the file of --html if it exists.", "--force", panel="Output"),
     **settings: Any,
 ) -> None:
-    """Show what each member and the ensemble expected at every token of a text, and which tokens the rule moved."""
+    """Show how probable each member and the ensemble found every token of a text, and what the rule changed most.
+
+    Example: softmeet inspect "And the king said unto his daughter" -m narrow --html page.html
+    """
     require_new(force, *filter(None, [html]))
     ensemble = loading.ensemble(members, settings)
     reports = ensemble.inspect(text, top)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import sys
 import warnings
+from importlib.metadata import version as installed
 from typing import Annotated
 
 import typer
 
 from softmeet import __version__
 from softmeet.cli.check import check
+from softmeet.cli.config import config
 from softmeet.cli.evaluate import evaluate
 from softmeet.cli.fit import fit
-from softmeet.cli.flags import Command, config
+from softmeet.cli.flags import Command
 from softmeet.cli.generate import generate
 from softmeet.cli.help import Commands
 from softmeet.cli.inspect import inspect
@@ -31,7 +34,8 @@ _KEPT, _LARGEST = 1 << 30, 32 << 20
 
 app = typer.Typer(
     cls=Commands,
-    help="Sample from several language models as one.",
+    help="Sample from several language models as one. Without -m, small bundled models are used. For a first try: "
+    "softmeet generate 'And the king said'. For the options of a command: softmeet COMMAND --help.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -45,14 +49,21 @@ app.add_typer(study, name="study")
 def _version(wanted: bool) -> None:
     """Print the version and exit, if ``--version`` was given."""
     if wanted:
-        typer.echo(f"softmeet {__version__}")
+        with_them = ", ".join(f"{name} {installed(name)}" for name in ("torch", "transformers"))
+        typer.echo(f"softmeet {__version__} (python {platform.python_version()}, {with_them}, {platform.system()})")
         raise typer.Exit
 
 
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+        bool,
+        typer.Option(
+            "--version",
+            callback=_version,
+            is_eager=True,
+            help="Show the version, with those of Python, torch and transformers, and exit.",
+        ),
     ] = False,
 ) -> None:
     """Sample from several language models as one."""

@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
     from softmeet.scaling.base import Engine
 
-DEFAULT_CLUSTER = "$RAY_ADDRESS, else one of this machine"
+DEFAULT_CLUSTER = "$RAY_ADDRESS, else a new one on this machine"
 _MEMBERS = (
-    "A model: a hub id, a folder, a GGUF file or a bundled name; repeat it for each. Or one saved ensemble, whose "
-    "settings are then the defaults."
+    "A model: a hub id, a folder, a GGUF file, or a bundled model such as wide/gpt2; repeat it for each member. Or, "
+    "alone, a bundled family (narrow, wide, mixed) or a saved ensemble, whose settings then take the place of the "
+    "defaults shown here."
 )
 Members = Annotated[
     list[str] | None,
@@ -78,21 +79,26 @@ class LoadingFlags:
     )
     device: list[str] | None = flag(
         None,
-        "Where the members go: cpu, cuda, cuda:1, disk, or auto to spread them (by accelerate). Give it once for all "
-        "members, or once for each. A YAML or JSON file may name a place for each module.",
+        "Where the weights go: cpu, cuda, cuda:1, disk, or auto (spread by accelerate). One value serves all members; "
+        "or repeat it, once for each member in order. The path of a YAML or JSON file that maps the names of modules "
+        "to devices also serves.",
         shown="cpu",
     )
-    trust_remote_code: bool = flag(False, "Run Python code that comes with a checkpoint.", "--trust-remote-code")
+    trust_remote_code: bool = flag(
+        False,
+        "Run the Python code that comes with a checkpoint; only for checkpoints that you trust.",
+        "--trust-remote-code",
+    )
     vocabulary: str | None = flag(
         None,
-        "What members are combined over: tokens, if they share a tokenizer; bytes, by an average, whatever their "
-        "tokenizers; or auto.",
-        shown="auto: bytes where tokenizers differ",
+        "What the members are combined over. tokens: they must share a tokenizer. bytes: any tokenizers, averages "
+        "only. auto: bytes where tokenizers differ, else tokens.",
+        shown="auto",
     )
     prune: float | None = flag(
         None,
-        "Over bytes, leave out ways to tokenize the text that hold less than this share of a member's probability; 0 "
-        "leaves out none.",
+        "Over bytes, ignore ways to tokenize the text that hold less than this share of a member's probability. More "
+        "is faster and less exact; 0 ignores none.",
         shown="0.01",
         panel="Advanced",
         min=0,
@@ -145,12 +151,21 @@ class EngineFlags:
     """Flags for where a command does its work: in threads of its own process, or in workers of a Ray cluster."""
 
     PANEL: ClassVar = "Engine"
-    engine: str = flag("local", "What does the work: local (threads of this process), or ray (workers of a cluster).")
-    workers: int | None = flag(None, "The number of threads or workers.", min=1, shown="one for each core")
-    threads: int = flag(1, "Torch threads of each worker; the last digits of figures depend on it.", min=1)
+    engine: str = flag(
+        "local", "Where the work is done: local (threads of this process), or ray (workers of a Ray cluster)."
+    )
+    workers: int | None = flag(
+        None,
+        "The number of threads or Ray workers. Threads share the members; each Ray worker loads them.",
+        min=1,
+        shown="one for each core",
+    )
+    threads: int = flag(
+        1, "PyTorch threads of each worker; results may differ in the last digits when it changes.", min=1
+    )
     ray_address: str | None = flag(None, "The Ray cluster's address.", shown=DEFAULT_CLUSTER)
     gpus: float = flag(
-        0.0, "GPUs of each Ray worker: a part of one, or a number over which its members are spread.", min=0
+        0.0, "GPUs of each Ray worker: a fraction such as 0.5, or several, over which its members are spread.", min=0
     )
 
     def __post_init__(self) -> None:

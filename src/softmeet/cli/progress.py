@@ -81,4 +81,4 @@ def _line(task: Task) -> str:
         return f"{task.description}: {task.elapsed or 0:.0f} s"
     total = f" of {int(task.total):,}" if task.total else ""
     left = f", about {timedelta(seconds=task.time_remaining)} left" if task.time_remaining else ""
-    return f"{task.description}: {int(task.completed):,}{total}{left}"
+    return f"{task.description}: {int(task.completed):,}{total} after {task.elapsed or 0:.0f} s{left}"

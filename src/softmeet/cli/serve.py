@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from softmeet.server.serving import Serving
 
 _KEYS = "SOFTMEET_API_KEYS"
-_ENSEMBLES = "Ensembles to serve: saved ones or bundled families; NAME=ENSEMBLE serves it under that name."
-_MEMBERS = "A model of the ensemble that is called default; NAME=MODEL adds it to the one called NAME; repeat it."
+_ENSEMBLES = "Saved ensembles or bundled families to serve; NAME=ENSEMBLE serves one under that name."
+_MEMBERS = "A member of an ensemble named default or, as NAME=MODEL, of the ensemble NAME; repeat it for each member."
 _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -39,17 +39,23 @@ class AccessFlags:
 
     PANEL: ClassVar = "Address and access"
     api_keys: Path | None = flag(
-        None, "A file of API keys, one a line; every request needs one.", shown=f"${_KEYS}, else none is needed"
+        None,
+        "A file of API keys, one on each line; every request then needs one.",
+        shown=f"${_KEYS}, else none is needed",
     )
-    open_to_all: bool = flag(False, "Listen beyond this machine although there are no keys.", "--open")
+    open_to_all: bool = flag(
+        False, "Allow a --host other than this machine without API keys: anyone who reaches it can use it.", "--open"
+    )
     allow: list[str] | None = flag(
-        None, "A setting that requests may change, such as trust, or none; repeat it for more.", shown="all"
+        None,
+        "A setting that requests may change, of rule, trust, weights, pool and gate, or none; it can be repeated.",
+        shown="all",
     )
     allow_host: list[str] | None = flag(
-        None, "A host name by which requests may call this server; repeat it for more.", shown="this machine's"
+        None, "Another host name to accept in requests; it can be repeated.", shown="this machine's"
     )
     cors: list[str] | None = flag(
-        None, "An origin, such as https://example.org, whose pages may send requests; repeat it for more.", shown="none"
+        None, "An origin, such as https://example.org, whose pages may send requests; it can be repeated.", shown="none"
     )
 
 
@@ -60,13 +66,15 @@ class LimitFlags:
     PANEL: ClassVar = "Limits"
     batch: int = flag(64, "The most sequences that run at once.", min=1)
     queue: int = flag(256, "The most sequences that wait; more requests get status 429.", min=0)
-    keep_tokens: int = flag(16384, "The most prompt tokens that are kept for later prompts that begin alike.", min=0)
+    keep_tokens: int = flag(
+        16384, "The most tokens of past prompts to keep cached, for prompts with the same beginning.", min=0
+    )
     max_tokens: int = flag(4096, "The most tokens that a request may ask for in each choice.", min=1)
-    max_choices: int = flag(16, "The most choices that a request may ask for, over all its prompts.", min=1)
+    max_choices: int = flag(16, "The most choices of a request: n times its number of prompts.", min=1)
     max_body: int = flag(1 << 20, "The most bytes of a request's body.", min=1)
-    body_timeout: float = flag(10.0, "Seconds within which a request's body has to arrive.", min=0.1)
-    timeout: float = flag(600.0, "Seconds that an answer may take.", min=0.1)
-    grace: float = flag(30.0, "Seconds that running answers have to end after SIGTERM.", min=0)
+    body_timeout: float = flag(10.0, "The seconds in which a request's body has to arrive.", min=0.1)
+    timeout: float = flag(600.0, "The seconds after which an answer is cut off.", min=0.1)
+    grace: float = flag(30.0, "The seconds that running answers have to end after SIGTERM.", min=0)
 
 
 @dataclass
@@ -74,38 +82,46 @@ class ClusterFlags:
     """Flags for the replicas of the server on a Ray cluster: their number, their load and their resources."""
 
     PANEL: ClassVar = "Engine"
-    replicas: int = flag(1, "With --engine ray: the number of servers that share the work, at least.", min=1)
+    replicas: int = flag(1, "With --engine ray: the fewest server processes that share the work.", min=1)
     max_replicas: int | None = flag(
-        None, "With --engine ray: add replicas under load, up to so many.", min=1, shown="none are added"
+        None, "With --engine ray: the most replicas; more are started under load.", min=1, shown="none are added"
     )
-    target_streams: float = flag(32.0, "With --max-replicas: how many answers at once a replica should have.", min=1)
-    fronts: int = flag(1, "With --engine ray: the processes that pass requests on to the replicas.", min=1)
+    target_streams: float = flag(
+        32.0, "With --max-replicas: start another replica when each has more than X answers in progress.", min=1
+    )
+    fronts: int = flag(1, "With --engine ray: how many processes receive requests and hand them to replicas.", min=1)
     ray_address: str | None = flag(None, "The Ray cluster's address.", shown=options.DEFAULT_CLUSTER)
-    gpus: float = flag(0.0, "With --engine ray: the GPUs of each replica, a part of one or a number.", min=0)
+    gpus: float = flag(0.0, "With --engine ray: the GPUs of each replica, a fraction or a number.", min=0)
 
 
 @flags()
 def serve(
     *,
-    ensembles: Annotated[list[str] | None, typer.Argument(help=_ENSEMBLES, show_default="default=wide")] = None,
+    ensembles: Annotated[
+        list[str] | None, typer.Argument(help=_ENSEMBLES, show_default="the family wide, named default")
+    ] = None,
     members: list[str] | None = flag(None, _MEMBERS, "--member", "-m", shown=False, metavar="NAME", panel="Members"),
     host: str = flag("127.0.0.1", "The address to listen on.", panel="Address and access"),
     port: int = flag(8000, "The port to listen on; 0 takes a free one.", min=0, max=65535, panel="Address and access"),
     access: AccessFlags,
     ui: bool | None = flag(
-        None, "Serve the page at /ui.", "--ui/--no-ui", shown="if installed", panel="Address and access"
+        None,
+        "Serve the page at /ui.",
+        "--ui/--no-ui",
+        shown="if gradio is installed (the extra ui)",
+        panel="Address and access",
     ),
     limits: LimitFlags,
     access_log: bool = flag(
-        False, "Log a line for every request, without keys and prompts.", "--access-log", panel="Output"
+        False, "Log a line for every request, leaving out keys and prompts.", "--access-log", panel="Output"
     ),
     engine: str = flag(
-        "local", "What serves: local (this process), or ray (replicas on a Ray cluster).", panel="Engine"
+        "local", "Where the models run: local (in this process), or ray (in replicas on a Ray cluster).", panel="Engine"
     ),
-    threads: int | None = flag(None, "Torch threads of each process.", min=1, shown="torch's choice", panel="Engine"),
+    threads: int | None = flag(None, "PyTorch threads of each process.", min=1, shown="torch's choice", panel="Engine"),
     parallel: bool = flag(
         False,
-        "Run members on one device in threads, too; those on devices of their own always are.",
+        "Run members that share a device in parallel threads; members on separate devices always run in parallel.",
         "--parallel",
         panel="Engine",
     ),
@@ -113,7 +129,10 @@ def serve(
     loading: options.LoadingFlags,
     **settings: Any,
 ) -> None:
-    """Serve ensembles behind an OpenAI-compatible API, with a page to look inside at /ui."""
+    """Serve ensembles behind an OpenAI-compatible API, with a page at /ui that shows what the members predict.
+
+    Example: softmeet serve -m my-model-a -m my-model-b --port 8000
+    """
     require_extra("serving", "server", "fastapi", "uvicorn", "prometheus_client")
     require_extra("the page (--ui)", "ui", *["gradio"] * bool(ui))
     keys, local = _keys(access.api_keys), _is_local(host)

@@ -30,14 +30,19 @@ if TYPE_CHECKING:
 study = typer.Typer(
     cls=Commands,
     rich_markup_mode=None,
-    help="Compare every rule where the truth is known, and on text: tables, plots and a report in a folder.",
+    help="Compare all rules, where the true distribution is known and on text; writes tables, plots and a report.",
     no_args_is_help=True,
 )
 
-_DOCUMENT = "A UTF-8 file that is one document; repeat it for more."
+_DOCUMENT = "A UTF-8 file, which is one document; it can be repeated."
 _BOOKS = "the bundled members' held-out books"
-Out = Annotated[Path, typer.Argument(help="The folder of the study; the same command goes on where it stopped.")]
-Smoke = Annotated[bool, typer.Option("--smoke", help="Run a size that takes about a minute.", rich_help_panel="Study")]
+Out = Annotated[Path, typer.Argument(help="The folder of the study; run the same command again to resume.")]
+Smoke = Annotated[
+    bool,
+    typer.Option(
+        "--smoke", help="A small trial run of about a minute, too small to conclude from.", rich_help_panel="Study"
+    ),
+]
 Text = Annotated[
     list[Path] | None,
     typer.Option("--text", "-t", metavar="PATH", help=_DOCUMENT, show_default=_BOOKS, rich_help_panel="Text"),
@@ -45,23 +50,45 @@ Text = Annotated[
 Seed = Annotated[int, typer.Option(metavar="N", help="The seed of the random heads.", rich_help_panel="Study")]
 Count = Annotated[
     int,
-    typer.Option(metavar="N", min=2, help="Positions for the averages, spread over the text.", rich_help_panel="Study"),
+    typer.Option(
+        metavar="N",
+        min=2,
+        help="How many tokens to score the averages on, spread over the text.",
+        rich_help_panel="Study",
+    ),
 ]
 Meet = Annotated[
-    int, typer.Option(metavar="N", min=0, help="Of these, positions for meet at each trust.", rich_help_panel="Study")
+    int,
+    typer.Option(
+        metavar="N", min=0, help="How many of the --positions to score meet on, at each trust.", rich_help_panel="Study"
+    ),
 ]
 Exact = Annotated[
-    int, typer.Option(metavar="N", min=0, help="Of these, positions for max-entropy.", rich_help_panel="Study")
+    int,
+    typer.Option(
+        metavar="N", min=0, help="How many of the --positions to score max-entropy on.", rich_help_panel="Study"
+    ),
 ]
 Slow = Annotated[
-    int, typer.Option(metavar="N", min=0, help="Of these, positions for the other rules.", rich_help_panel="Study")
+    int,
+    typer.Option(
+        metavar="N",
+        min=0,
+        help="How many of the --positions to score the other rules on, which are slow.",
+        rich_help_panel="Study",
+    ),
 ]
 
 
 @study.command(cls=Command)
 @flags()
 def synthetic(*, out: Out, smoke: Smoke = False, seed: Seed = 0, running: options.EngineFlags) -> None:
-    """Compare rules on random heads with known truths, nd/v from 1/16 to 5/4; then noise on the hidden states."""
+    """Compare rules where the true distribution is known, with random heads, also with noise on the hidden states.
+
+    n members have heads of width d for v tokens, with nd/v from 1/16 to 5/4.
+
+    Example: softmeet study synthetic my-study --smoke
+    """
     require_extra("study", "eval", "matplotlib", "psutil", "scipy")
     from softmeet.evaluation.study.known_truth import SMOKE_SYNTHETIC, SyntheticStudy
 
@@ -73,7 +100,12 @@ def synthetic(*, out: Out, smoke: Smoke = False, seed: Seed = 0, running: option
 @study.command("known-truth", cls=Command)
 @flags()
 def known_truth(*, out: Out, text: Text = None, smoke: Smoke = False, running: options.EngineFlags) -> None:
-    """Compare rules on trained heads, at the best states for a known truth: the bundled families, narrow under wide."""
+    """Compare rules with the bundled families' heads: wide predicts the truth, to which narrow heads are fitted.
+
+    Each narrow head gets the hidden state with which it predicts best what the family wide does.
+
+    Example: softmeet study known-truth my-study --smoke
+    """
     require_extra("study", "eval", "matplotlib", "psutil", "scipy")
     from softmeet.evaluation.study.known_truth import SMOKE_KNOWN_TRUTH, KnownTruthStudy
 
@@ -92,7 +124,7 @@ def real(
     text: Text = None,
     smoke: Smoke = False,
     family: str | None = flag(
-        None, "The bundled family: narrow or wide.", shown="both, in folders of their own", panel="Members"
+        None, "The bundled family: narrow or wide.", shown="both, each in its own subfolder", panel="Members"
     ),
     positions: Count = 4000,
     meet: Meet = 4000,
@@ -100,7 +132,12 @@ def real(
     slow: Slow = 500,
     running: options.EngineFlags,
 ) -> None:
-    """Compare rules with the bundled families on text: over trusts and numbers of members; premise scores, samples."""
+    """Compare rules with the bundled families on text, for several trusts and numbers of members.
+
+    It also tests whether members' errors are those of a narrow head, and lets every rule continue a prompt.
+
+    Example: softmeet study real my-study --smoke
+    """
     require_extra("study", "eval", "matplotlib", "psutil", "scipy")
     from softmeet.evaluation.study.text import SMOKE, TextStudy
 
@@ -118,26 +155,34 @@ def pretrained(
     out: Out,
     members: options.Members = None,
     text: list[Path] | None = flag(None, _DOCUMENT, "--text", "-t", panel="Text"),
-    trace: Path | None = flag(None, "A folder that softmeet trace has written, in place of --text.", panel="Text"),
+    trace: Path | None = flag(None, "The folder of a trace by softmeet trace, in place of --text.", panel="Text"),
     positions: Count = 4000,
     meet: Meet = 1000,
     exact: Exact = 500,
     slow: Slow = 100,
-    prompt: str = flag("def main(", "The text that every rule continues.", panel="Study"),
-    tokens: int = flag(40, "The tokens that each rule adds to it; 0 for none.", min=0, panel="Study"),
+    prompt: str = flag("def main(", "The text that every rule continues.", shown="'def main('", panel="Study"),
+    tokens: int = flag(40, "How many tokens each rule adds to --prompt; 0 for none.", min=0, panel="Study"),
     premise: int = flag(
         0,
-        "Positions for the test whether errors look like those of a narrow softmax; slow for wide heads.",
+        "How many tokens to run the test of softmeet check --text on, which is slow for wide heads; 0 for no test.",
         min=0,
         panel="Study",
     ),
     only: str | None = flag(
-        None, "Use only documents of the trace whose file name fits, such as '*.py'.", shown="all", panel="Text"
+        None,
+        "With --trace: use only documents whose file names match this pattern, such as '*.py'.",
+        shown="all",
+        panel="Text",
     ),
     loading: options.LoadingFlags,
     running: options.EngineFlags,
 ) -> None:
-    """Compare rules with any members on any text: the tables of `real`."""
+    """Compare rules with any members on any text; it writes the same kinds of tables as softmeet study real.
+
+    Give --text or --trace.
+
+    Example: softmeet study pretrained my-study -m wide/gpt2 -m wide/llama --text held-out.txt
+    """
     require_extra("study", "eval", "matplotlib", "psutil", "scipy", *["pyarrow"] * bool(trace))
     from softmeet.evaluation.study.text import TextStudy
 

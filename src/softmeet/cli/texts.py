@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 
 _TEXT = (
-    "Text to read: a UTF-8 file, a pattern such as 'books/*.txt', a folder of datasets' save_to_disk, or - for stdin; "
-    "repeat it for several."
+    "Text to read: a UTF-8 file, a pattern such as 'books/*.txt', a dataset folder written by datasets.save_to_disk, "
+    "or - for stdin; it can be repeated."
 )
 
 
@@ -34,17 +34,31 @@ class TextFlags:
     PANEL: ClassVar = "Text"
     text: list[str] | None = flag(None, _TEXT, "--text", "-t", metavar="PATH")
     separator: str | None = flag(
-        None, r"Cut files into documents at this text, in which \n is a line end.", shown="a file is a document"
+        None,
+        r"The text that separates documents in a file; write \n for a line end.",
+        shown="each file is one document",
     )
-    column: str = flag("text", "The column of a dataset that holds the text.")
+    column: str = flag("text", "The column of a dataset folder that holds the text.")
     window: int | None = flag(
-        None, "The most tokens that members read at once.", min=1, shown="the shortest context, at most 1024"
+        None,
+        "The length, in tokens, of the windows in which a document is read.",
+        min=1,
+        shown="the shortest context length of a member, at most 1024",
     )
     stride: int | None = flag(
-        None, "Tokens from one window to the next; each token is predicted once.", min=1, shown="the window"
+        None,
+        "How many tokens after one window the next begins. Fewer than --window give tokens more context and take "
+        "longer. Each token is predicted once.",
+        min=1,
+        shown="the window",
     )
-    bos: bool = flag(False, "Begin each document with the token that begins a text.", "--bos")
-    max_tokens: int | None = flag(None, "The most tokens to predict.", min=1, shown="all")
+    bos: bool = flag(
+        False,
+        "Begin each document with the token for the beginning of a text (BOS), so that its first token is predicted, "
+        "too.",
+        "--bos",
+    )
+    max_tokens: int | None = flag(None, "The most tokens to predict in all.", min=1, shown="all")
     max_per_document: int | None = flag(None, "The most tokens to predict in each document.", min=1, shown="all")
 
     @property
@@ -70,7 +84,7 @@ class TextFlags:
 class SourceFlags(TextFlags):
     """Flags that name a text, or a trace: a folder with the members' hidden states over a text."""
 
-    trace: Path | None = flag(None, "A folder that softmeet trace has written, in place of --text.")
+    trace: Path | None = flag(None, "The folder of a trace by softmeet trace, in place of --text.")
 
     def documents(self) -> list[Document]:
         """Read the documents that ``--text`` names; return an empty list if ``--trace`` is given instead.
@@ -144,12 +158,10 @@ class ResultFlags:
 
     PANEL: ClassVar = "Output"
     as_json: Path | None = flag(
-        None, "Write the figures as JSON to this file, or with - to stdout; infinity becomes null.", "--json"
+        None, "Write the figures as JSON to this file, or with - to stdout; infinite values become null.", "--json"
     )
-    resume: Path | None = flag(
-        None, "Keep finished parts of the work in this folder; the same command goes on from there."
-    )
-    force: bool = flag(False, "Replace files that are there already.", "--force")
+    resume: Path | None = flag(None, "Save progress in this folder; the same command resumes from it.")
+    force: bool = flag(False, "Overwrite output files that exist.", "--force")
 
     def require_new(self, *paths: Path) -> None:
         """Check that no file would be replaced, before a command does hours of work; with ``--force`` none is checked.

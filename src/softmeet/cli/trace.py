@@ -18,17 +18,22 @@ from softmeet.rules.frozen import unknown
 @flags()
 def trace(
     *,
-    out: Annotated[Path, typer.Argument(help="The folder of the trace; the same command goes on where it stopped.")],
+    out: Annotated[Path, typer.Argument(help="The folder of the trace; run the same command again to resume.")],
     members: options.Members = None,
     source: texts.TextFlags,
     store: str = flag(
         "float32", "The type of the stored numbers: float32, or float16 for half the size.", panel="Output"
     ),
-    shard: int = flag(4096, "The fewest positions to store in one file.", min=1, panel="Output"),
+    shard: int = flag(4096, "The fewest tokens to store in one file.", min=1, panel="Output"),
     loading: options.LoadingFlags,
     running: options.EngineFlags,
 ) -> None:
-    """Run every member over a text once and keep its hidden states, for softmeet evaluate and softmeet fit."""
+    """Run every member over a text once and store its hidden states, for softmeet evaluate and softmeet fit.
+
+    Each predicted token takes as many numbers on the disk as the heads of all members are wide.
+
+    Example: softmeet trace my-trace -m wide/gpt2 -m wide/llama --text 'books/*.txt'
+    """
     require_extra("trace", "eval", "pyarrow")
     texts.require_places(None, out)
     if store not in ("float32", "float16"):
@@ -64,6 +69,6 @@ def trace(
     )
     if error := made.float16_error():
         typer.echo(
-            f"float16 moves a target's log-probability by {error['mean']:.1e} nats on average, "
-            f"{error['largest']:.1e} at most"
+            f"float16 moves a target's log-probability by {error['mean']:.1e} nats on average, {error['largest']:.1e} "
+            f"at most"
         )

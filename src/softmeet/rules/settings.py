@@ -109,43 +109,46 @@ class Settings(Frozen):
     rule: Annotated[Rule, BeforeValidator(_rule)] = Field(
         default=DEFAULT,
         validate_default=True,
-        description="How members are combined: a rule, with its options after colons, as in "
-        "meet:trust=1/0.3:pool=prob-mean.",
+        description="How the members are combined: a rule's name, with options after colons and slashes between "
+        "numbers, as in meet:trust=1/0.3:pool=prob-mean.",
     )
     trust: Annotated[float | tuple[float, ...], BeforeValidator(_trusts)] = Field(
         default=DEFAULT_TRUST,
-        description="How much a member may move the average: one number for all members, or one for each, from 0 (not "
-        "at all) to inf (its moments hold exactly). It is the price ρ, in nats per nat.",
+        description="How far members may move the average, with commas between the numbers of several members: 0 for "
+        "not at all, up to inf, where the mean of each head's rows must be the member's own exactly.",
     )
     weights: Annotated[tuple[float, ...] | float | None, BeforeValidator(_numbers)] = Field(
         default=None,
-        description="The members' weights in the average that a rule starts from, one for each; they sum to 1. All are "
-        "equal by default.",
+        description="The members' weights in the average, with commas between them; they have to sum to 1. By default "
+        "they are equal.",
     )
     pool: Pool = Field(
         default="logit-mean",
-        description="The average that a rule starts from (the pool): logit-mean, of logits, or prob-mean, of "
-        "probabilities.",
+        description="The average that a rule starts from: logit-mean (of logits) or prob-mean (of probabilities).",
     )
     tol: Positive = Field(
-        default=1e-3, description="How far an answer may be from the rule's exact one, in nats of KL divergence."
+        default=1e-3,
+        description="How far the computed distribution may be from the rule's exact one, in nats of KL divergence.",
     )
     max_steps: Count = Field(
-        default=50, description="The most steps of the solver; a token that needs more has the status NOT_CONVERGED."
+        default=50,
+        description="The most steps of the solver. A token that needs more is drawn from the best distribution found, "
+        "and counted as NOT_CONVERGED.",
     )
     on_infeasible: OnInfeasible = Field(
         default="meet",
-        description="What to do where no distribution agrees with all members: meet, to answer by that rule, or raise, "
-        "to stop with an error.",
+        description="For rules that need exact agreement, such as max-entropy: where no distribution agrees with all "
+        "members, use meet, or raise an error.",
     )
     free_weights: bool = Field(default=False, description="Do not require that weights sum to 1.")
     rank: Annotated[int | None, BeforeValidator(_count)] = Field(
         default=None,
-        description="Let members agree only on so many of the largest principal directions of each head (output "
-        "layer). All by default.",
+        description="Use only so many of the largest principal directions of each head (output layer). All by default.",
     )
     free_radial: bool = Field(
-        default=False, description="Let members disagree on the directions that the norm before a head hides."
+        default=False,
+        description="Do not ask for agreement along the directions of the hidden state that the norm before the head "
+        "fixes (its mean and length).",
     )
     rule_temperature: Positive = Field(
         default=1.0, description="Temperature T of the rule's answer: p^(1/T), normalised. In its text: temperature."
@@ -153,9 +156,10 @@ class Settings(Frozen):
     bands: Count = Field(default=1, description="Bands into which each head's directions are cut, each with a trust.")
     gate: Annotated[Any, BeforeValidator(_gate)] = Field(
         default=None,
-        description="Where to spare the rule's cost and answer by the average. movement:T: where meet would move it by "
-        "less than T nats; disagreement:T: where members disagree by T nats or less; unsure:T: where the first member "
-        "gives some token the probability T, and its answer alone is used. auto is movement:0.003; none is no gate.",
+        description="Where not to compute the rule. movement:T: use the average where meet is predicted to change it "
+        "by less than T nats. disagreement:T: use the average where members differ by at most T nats. "
+        "unsure:T: use the first member alone, and do not run the others, where it gives a token at least "
+        "the probability T. none: always compute. auto: movement:0.003.",
     )
 
     @classmethod
