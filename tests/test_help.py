@@ -21,6 +21,7 @@ from softmeet.cli import progress as progress_module
 from softmeet.cli.endings import endings
 from softmeet.cli.help import PANELS, default, grouped, sentence, spelling
 from softmeet.cli.main import app
+from softmeet.errors import InvalidInputError
 
 WORDS = "the spring storm came early and went around the house again " * 12
 
@@ -254,3 +255,15 @@ assert sys.modules["transformers.utils"].is_scipy_available()
         [sys.executable, "-c", script, *map(str, folders)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", [["evaluate"], ["fit", "--out", "out"], ["trace", "out"], ["check"]])
+def test_the_default_family_is_not_measured_in_silence(command, tmp_path, monkeypatch):
+    def stop(*args, **more):
+        raise InvalidInputError("stopped")
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text(WORDS)
+    monkeypatch.setattr("softmeet.ensemble.Ensemble.from_pretrained", stop)
+    done = run(*command, *([] if command == ["check"] else ["-t", "a.txt"]))
+    assert done.stderr == "no member is named by -m: this measures the bundled family wide\nerror: stopped\n"

@@ -72,9 +72,9 @@ def check(
     """
     if named:
         warn("naming members without an option", f"say {' '.join(f'-m {name}' for name in named)}")
-    members = [*(members or ()), *(named or ())]
+    members = options.named([*(members or ()), *(named or ())])
     if plan:
-        facts, show = _plan(members or [options.DEFAULT], batch, context, loading), _show_plan
+        facts, show = _plan(members, batch, context, loading), _show_plan
     else:
         ensemble = loading.ensemble(members, settings)
         read = None if text is None else text.read_text(encoding="utf-8")

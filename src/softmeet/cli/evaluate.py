@@ -74,7 +74,7 @@ def evaluate(
     result.require_new(*(plots.glob("*.png") if plots else ()))
     found = source.documents()
     _require_once(rules or [], settings)
-    ensemble = loading.ensemble(source.members(members), settings)
+    ensemble = loading.ensemble(options.named(source.members(members)), settings)
     own = ensemble.model.config
     named = rules or [own.rule]
     if prompt_weights:

@@ -102,7 +102,7 @@ def fit(
     for rule in fitting.rules or ():
         parse_rule(rule)
     found = source.documents()
-    ensemble = loading.ensemble(source.members(members))
+    ensemble = loading.ensemble(options.named(source.members(members)))
     from softmeet.evaluation.files import PieceCache
     from softmeet.evaluation.fit import fit as learn
     from softmeet.evaluation.positions import observe_text

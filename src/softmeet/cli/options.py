@@ -36,6 +36,13 @@ Members = Annotated[
 ]
 
 
+def named(members: list[str] | None) -> list[str]:
+    """Return the members' names; if there are none, the default family's, and say on stderr that it is measured."""
+    if not members:
+        say(f"no member is named by -m: this measures the bundled family {DEFAULT}")
+    return members or [DEFAULT]
+
+
 def placement(given: list[str] | None) -> Any:
     """Return the device or devices that ``--device`` names.
 

@@ -39,7 +39,7 @@ def trace(
     if store not in ("float32", "float16"):
         raise unknown(f"cannot store numbers as {store!r}", store, ["float32", "float16"])
     found = source.documents()
-    ensemble = loading.ensemble(members)
+    ensemble = loading.ensemble(options.named(members))
     from softmeet.evaluation.trace import record
 
     with (
