@@ -88,13 +88,16 @@ def test_defaults_are_shown():
         (["generat", "x"], "generate"),
         (["generate", "x", "--trsut", "1"], "--trust"),
         (["config", "evalute"], "did you mean evaluate?"),
+        (["fit", "-t", "x"], "missing option '--out'; see softmeet fit --help"),
     ],
 )
-def test_wrong_values_are_refused_before_anything_is_loaded(arguments, said, monkeypatch):
+def test_wrong_values_are_refused_in_one_line_before_anything_is_loaded(arguments, said, monkeypatch):
     monkeypatch.setattr("softmeet.ensemble.Ensemble.from_pretrained", None)
     done = run(*arguments)
     assert done.returncode == 2
     assert said in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_a_broken_configuration_file_is_named(tmp_path):

@@ -258,3 +258,14 @@ def test_the_plan_is_what_the_process_then_takes(device, large):
     # Allocators and mapped files take or hide some; on disk the plan also has room for the module that is brought back.
     assert abs(taken[str(device)] - planned) < 0.1 * everything
     assert (planned < 0.15 * everything) == (device != "cpu")
+
+
+def test_a_plan_needs_no_weights(tmp_path):
+    folder = tiny.save(tmp_path / "whole", "gpt2")
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_bytes((folder / "config.json").read_bytes())
+    whole, bare = (plan([path], batch=2, context=9) for path in (folder, tmp_path / "bare"))
+    assert [part.bytes for part in bare.parts] == [part.bytes for part in whole.parts]
+    (tmp_path / "bare" / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="cannot load .*bare: "):
+        plan([tmp_path / "bare"])

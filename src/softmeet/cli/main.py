@@ -8,7 +8,7 @@ import platform
 import sys
 import warnings
 from importlib.metadata import version as installed
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,6 +27,8 @@ from softmeet.cli.study import study
 from softmeet.cli.trace import trace
 from softmeet.errors import SoftmeetError
 
+# typer's base class of errors in the use of a command, which it does not export.
+_Usage: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 # Parameters of glibc's mallopt(3), and their values in bytes: how much free memory at the heap's end is kept, and up
 # to which size a block comes from the heap.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
@@ -99,25 +101,42 @@ def quiet_libraries() -> None:
 def main() -> None:
     """Run the command line.
 
-    Exit with code 2 and one line on stderr after an error that the user can correct (SoftmeetError, ValueError or
-    OSError), with 130 after Ctrl-C, and with 0 if the reader of stdout has gone. Other exceptions are raised.
+    Exit with code 2 and one line on stderr after an error that the user can correct (SoftmeetError, ValueError, OSError
+    or a wrong use of options), with 130 after Ctrl-C, and with 0 if the reader of stdout has gone. Other exceptions are
+    raised.
     """
     keep_freed_memory()
     quiet_libraries()
     try:
-        app()
-    except SystemExit as end:
-        if end.code == STOPPED:
-            # A normal exit would wait for threads that are still computing, whose results nobody needs.
-            sys.stdout.flush()
-            os._exit(STOPPED)
-        raise
+        code = app(standalone_mode=False)
     except BrokenPipeError:
-        sys.exit(0)
+        code = 0
+    except _Usage as error:
+        code = _misused(error)
     except (SoftmeetError, ValueError, OSError) as error:
-        line = " ".join(str(error).split()).replace("[", r"\[")
-        err.print(f"[bold red]error:[/] {line}", highlight=False, soft_wrap=True)
-        sys.exit(2)
+        code = _fail(str(error))
+    if code == STOPPED:
+        # A normal exit would wait for threads that are still computing, whose results nobody needs.
+        sys.stdout.flush()
+        os._exit(STOPPED)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _misused(error: Any) -> int:
+    """Say what is wrong with the words of a command, or print its help if there are none; return the exit code."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        return int(error.exit_code)
+    path = error.ctx.command_path if getattr(error, "ctx", None) else "softmeet"
+    message = error.format_message().rstrip(".")
+    return _fail(f"{message[:1].lower()}{message[1:]}; see {path} --help")
+
+
+def _fail(message: str) -> int:
+    """Print an error in one line on stderr, and return the exit code."""
+    line = " ".join(message.split()).replace("[", r"\[")
+    err.print(f"[bold red]error:[/] {line}", highlight=False, soft_wrap=True)
+    return 2
 
 
 if __name__ == "__main__":

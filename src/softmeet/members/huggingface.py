@@ -147,10 +147,10 @@ def random_member(
         trust_remote_code: whether to run code that comes with a checkpoint.
 
     Raises:
-        CheckpointError: if the configuration cannot be read or is of no causal language model, a folder has no
-            safetensors, or remote code is needed that is not trusted.
+        CheckpointError: if the configuration cannot be read or is of no causal language model, or remote code is needed
+            that is not trusted.
     """
-    where = _checkpoint_of(name, trust_remote_code)
+    where = known.find(name) | {"trust_remote_code": trust_remote_code}
     with refused.named_in_errors(name, where):
         config = transformers.AutoConfig.from_pretrained(**where)
         refused.require_causal(name, config, remote=trust_remote_code)
