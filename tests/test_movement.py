@@ -197,13 +197,13 @@ def test_check_and_evaluate_say_how_far(tmp_path):
     assert facts["positions"] == 60
     assert 0 < facts["forward"]["5 %"] < facts["forward"]["median"] < facts["forward"]["95 %"]
     assert facts["forward"]["mean"] < facts["free"]["mean"]
-    assert facts["says"].startswith(f"meet moves the pool by {facts['forward']['mean']:.4f} nats a token")
+    assert facts["says"].startswith(f"meet moves the average by {facts['forward']['mean']:.4f} nats a token")
     assert facts["says"] in " ".join(told("check", *given, "--tokens", 60).split())
     told("evaluate", *given, "--rule", "meet:trust=0.3", "--rule", "meet:trust=0", "--json", tmp_path / "found.json")
     rules = json.loads((tmp_path / "found.json").read_text())["rules"]
     assert rules["meet:trust=0.3"]["movement"]["total_variation"]["mean"] > 0.005
     assert rules["meet:trust=0"]["movement"]["total_variation"]["mean"] < 1e-6
-    assert "the average alone will do" in rules["meet:trust=0"]["movement"]["says"]
+    assert "the average alone will do" in rules["meet:trust=0"]["movement"]["advice"]
     assert "movement" not in rules["logit-mean"]
 
 

@@ -180,7 +180,8 @@ def test_phone_width_an_empty_prompt_no_members_and_stop(page, url):
 
 def report(text, **changes):
     found = {
-        "text": text, "log_prob": -1.0, "member_log_probs": [-1.0], "top": [["a", -1.0]], "member_top": [[["a", -1.0]]],
+        "text": text, "log_prob": -1.0, "pool_log_prob": -1.2, "member_log_probs": [-1.0], "top": [["a", -1.0]],
+        "member_top": [[["a", -1.0]]],
         "moved": [["a", -1.0, -0.5]], "pushes": [[0.5]], "disagreement": [0.1], "disagreement_is_bound": [False],
         "status": "OPTIMAL", "gap": 0.0, "gap_is_certified": True, "num_passes": 3.0,
     }  # fmt: skip
@@ -204,7 +205,7 @@ def test_a_member_that_was_not_asked_is_said_to_be():
     )  # fmt: skip
     html = details_of(token, ["first", "second"], "meet")
     assert "not asked: the gate was closed" in html
-    assert "gate closed, not solved" in html
+    assert "the gate was closed, so the rule was not computed" in html
     assert "nan" not in html + text_of([token], "p", "meet", done=True)
 
 

@@ -267,5 +267,5 @@ def test_a_plan_needs_no_weights(tmp_path):
     whole, bare = (plan([path], batch=2, context=9) for path in (folder, tmp_path / "bare"))
     assert [part.bytes for part in bare.parts] == [part.bytes for part in whole.parts]
     (tmp_path / "bare" / "config.json").unlink()
-    with pytest.raises(CheckpointError, match="cannot load .*bare: "):
+    with pytest.raises(CheckpointError, match=r"cannot load .*bare: "):
         plan([tmp_path / "bare"])

@@ -73,7 +73,7 @@ def test_inspect_in_json_and_on_the_terminal(members):  # noqa: F811
     assert facts["nats"] == pytest.approx(-sum(token["log_prob"] for token in facts["tokens"]) / 4)
     assert all(len(token["top"]) == len(token["moved"]) == 3 for token in facts["tokens"])
     shown = run("inspect", "hello", *members).stdout
-    assert "rule meet" in shown
+    assert "meet, trust 0.3: " in shown
     assert "nats a token" in shown
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
@@ -18,7 +17,7 @@ from softmeet.hf.checkpoint import absolute
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.hf.recorder import Recorder
-from softmeet.hf.report import TokenReport, TokenReports
+from softmeet.hf.report import NextToken, TokenReport, TokenReports
 from softmeet.hf.sampling import RowSampler
 from softmeet.hf.streaming import DisagreementStreamer, streamed, text_streamer
 from softmeet.hf.vocabulary import choose_vocabulary, require_for_bytes, require_vocabulary
@@ -30,7 +29,6 @@ from softmeet.members.weighting import perplexity_weights
 from softmeet.rules.base import Rule
 from softmeet.rules.settings import Settings, parse_rule
 from softmeet.rules.signatures import takes_settings
-from softmeet.rules.solution import Solution
 
 
 def _saved_config(name: Any) -> EnsembleConfig | None:
@@ -63,21 +61,6 @@ def member_names(members: Sequence[str | Path] | str | Path) -> list[str]:
 DEFAULT_GATE: str | None = "auto"
 
 
-@dataclass(frozen=True)
-class NextToken:
-    """The ensemble's prediction of the token after a prompt (over bytes, of the byte), beside each member's own.
-
-    Attributes:
-        top: (text, probability) of the ensemble's most probable tokens (bytes), the most probable first.
-        members: by each member's name, the same list for that member's own distribution.
-        solution: the log-probabilities of all tokens in nats, (1, v), with status and gap.
-    """
-
-    top: list[tuple[str, float]]
-    members: dict[str, list[tuple[str, float]]]
-    solution: Solution
-
-
 class Ensemble:
     """Several language models, the members, that continue text as one model.
 
@@ -92,6 +75,9 @@ class Ensemble:
     def __init__(self, model: EnsembleForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.names: list[str] = list(model.config.members)
+
+    def __repr__(self) -> str:
+        return f"Ensemble({self.names}, {self.model.config.rule!r}, over {self.model.config.vocabulary})"
 
     @classmethod
     @takes_settings

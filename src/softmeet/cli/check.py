@@ -123,7 +123,8 @@ def _movement(ensemble: Ensemble, text: str | None, tokens: int, sampled: int) -
     else:
         stretches = [states for states, _ in ensemble.positions(text, tokens)]
         hidden = [torch.cat(own) for own in zip(*stretches, strict=True)]
-    return moved(ensemble.model, hidden).figures()
+    trust = "/".join(f"{rho:g}" for rho in dict.fromkeys(ensemble.model.settings.member_trust))
+    return moved(ensemble.model, hidden).figures() | {"trust": trust}
 
 
 def _heads(ensemble: Ensemble) -> dict[str, Any]:
@@ -210,7 +211,11 @@ def _show(facts: dict[str, Any]) -> None:
             for name, p in tested
         ]
         titles = ("member", "premise score", "gain (nats per unit of trust)", "verdict")
-        print_table(console, titles, [scores], title="Do errors look like a narrow softmax's?", texts=(0, 3))
+        print_table(console, titles, [scores], title="Do errors look like those of a narrow head?", texts=(0, 3))
+        console.print(
+            "A score of 1 says that all of a member's errors come from a head that is too narrow, 0 that none do. The "
+            "gain is that of a small trust over the average; ± is one standard error."
+        )
     for pair in facts["pairs"]:
         console.print(
             f"{escape(' and '.join(pair['members']))}: median principal cosine {pair['median_cosine']:.2f}, "
@@ -221,7 +226,10 @@ def _show(facts: dict[str, Any]) -> None:
         f"about {facts['solver_megabytes_per_row']:,.1f} MB a row beside the models."
     )
     if "movement" in facts:
-        console.print(f"On {facts['movement']['positions']} tokens {escape(facts['movement']['says'])}")
+        trust, moved = facts["movement"]["trust"], facts["movement"]
+        console.print(
+            f"On {moved['positions']} tokens, at trust {trust}, {escape(moved['says'])} {escape(moved['advice'])}"
+        )
     console.print(f"[bold]{escape(facts['advice'])}")
 
 

@@ -7,9 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from softmeet import __version__
 from softmeet.cli import options, texts
 from softmeet.cli.endings import endings
 from softmeet.cli.flags import flag, flag_of, flags
+from softmeet.cli.messages import say
 from softmeet.cli.old_forms import repeated
 from softmeet.cli.progress import progress
 from softmeet.cli.tables import out, print_table
@@ -22,6 +24,10 @@ _RULE = (
     "A rule to measure, with options after colons and slashes between numbers, as in meet:trust=1/0.3:pool=prob-mean; "
     f"it can be repeated. The rules: {', '.join(rule_names())}."
 )
+
+
+# From so many tokens or bytes on, intervals are taken to be sound.
+_ENOUGH = 500
 
 
 @flags("rule", "gate")
@@ -40,7 +46,7 @@ def evaluate(
         None,
         "Also measure every rule with this gate, such as unsure:0.5, besides without one; it can be repeated.",
         "--gate",
-        shown="the ensemble's own",
+        shown="none, or a saved ensemble's own",
         panel="Rule",
     ),
     prompt_weights: int | None = flag(
@@ -103,13 +109,14 @@ def evaluate(
                 ensemble, found, choices, **where, max_tokens=source.max_tokens, **source.windows,
                 begin=lambda total: begin("evaluating", 0, total),
             )  # fmt: skip
-        facts = summary(made)
+        facts = summary(made) | {"run": {"softmeet": __version__, "rules": how, **pinned}}
     result.tell(facts, show)
     result.write(facts)
     if plots is not None:
         from softmeet.evaluation.plots import draw
 
         draw(facts, plots)
+        say(f"plots are in {plots}")
 
 
 def _require_once(rules: list[str], settings: dict[str, Any]) -> None:
@@ -163,10 +170,13 @@ def show(facts: dict[str, Any]) -> None:
     for name, row in facts["rules"].items():
         for note in _notes(row, unit[:-1]):
             console.print(f"{name}: {note}", markup=False)
+    for caution in _cautions(facts):
+        console.print(caution, markup=False)
     console.print(
         f"The best baseline is the best of the members and the averages, on this same text. Differences are in nats a "
         f"{unit[:-1]}, negative is better, with their 95 % intervals. The members disagree by "
-        f"{facts['disagreement']:.3f} nats a {unit[:-1]} (Jensen-Shannon)."
+        f"{facts['disagreement']:.3f} nats a {unit[:-1]} (Jensen-Shannon). Rules that are solved by steps are exact to "
+        f"--tol, 0.001 nats of KL divergence unless another is given."
     )
 
 
@@ -184,6 +194,16 @@ def _against(name: str, row: dict[str, Any], best: str) -> str:
     low, high = row["vs"]["ci95"]
     interval = f" ± {(high - low) / 2:.4f}" if math.isfinite(high - low) else ""
     return _number(row["vs"]["delta"], "+.4f") + interval
+
+
+def _cautions(facts: dict[str, Any]) -> list[str]:
+    """Return sentences on what the figures cannot show; none if there is enough text and more than one member."""
+    found = []
+    if len(facts["members"]) == 1:
+        found.append("There is one member: every rule gives its own predictions.")
+    if facts["tokens"] < _ENOUGH:
+        found.append(f"{facts['tokens']:,} {facts['vocabulary']} are few: intervals may be too narrow.")
+    return found
 
 
 def _notes(row: dict[str, Any], unit: str) -> list[str]:

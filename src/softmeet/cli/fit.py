@@ -132,7 +132,7 @@ def fit(
     finally:  # even if saving fails, for example because that disk is full
         result.write(facts)
     if result.as_json != Path("-"):
-        typer.echo(f"saved in {out}")
+        typer.echo(f"saved in {out}; the settings of the other candidates are in its fit.json")
 
 
 def _show(facts: dict[str, Any]) -> None:
@@ -140,7 +140,8 @@ def _show(facts: dict[str, Any]) -> None:
     from softmeet.evaluation.save import verdict
 
     sizes = ", ".join(f"{part['tokens']:,} to {name}" for name, part in facts["splits"].items())
-    title = f"{facts['vocabulary']}: {sizes}; figures on the last"
+    judged = facts["splits"]["test"]
+    title = f"{facts['vocabulary']}: {sizes}; figures on the last, in {judged['clusters']} {judged['kind']}"
     unit, best, rows = facts["vocabulary"][:-1], facts["test"]["best_baseline"], []
     columns = ("candidate", f"nats a {unit}", "against the best baseline", "weights", "trust", "temperature")
     for name, row in facts["candidates"].items():

@@ -82,7 +82,12 @@ def _facts(ensemble: Ensemble, text: str, reports: Sequence[TokenReport | GroupR
     count = len(text.encode()) if over_bytes else len(tokens)
     nats = -sum(token["log_prob"] for token in tokens) / count
     gated = sum(token["gated"] for token in tokens) / len(tokens)
-    facts = {"members": names, "vocabulary": config.vocabulary, "rule": config.rule, "gate": gate_of(ensemble.model)}
+    trusts = config.settings.trusts() if config.settings.rule.uses_trust else []
+    facts = {
+        "members": names, "vocabulary": config.vocabulary, "rule": config.rule, "gate": gate_of(ensemble.model),
+        "head_widths": [head.d for head in ensemble.model.member_heads], "trust": trusts,
+        "average_nats": -sum(token["pool_log_prob"] for token in tokens) / count,
+    }  # fmt: skip
     ends = {"statuses": dict(Counter(t["status"] for t in tokens)), "fallbacks": sum(t["fallback"] for t in tokens)}
     return facts | ends | {"gated": gated, "first": first, "nats": nats, "tokens": tokens}
 
@@ -111,14 +116,21 @@ def _show(facts: dict[str, Any]) -> None:
     for sentence in endings(facts["statuses"], facts["fallbacks"], "token"):
         console.print(sentence, markup=False)
     console.print(
-        f"rule {facts['rule']}: {facts['nats']:.3f} nats a {unit}; disagreement in nats, summed over members"
+        f"{_rule(facts)}: {facts['nats']:.3f} nats a {unit}, the average {facts['average_nats']:.3f}; disagreement in "
+        "nats, summed over members"
         + (f"; gate {facts['gate']} closed at {facts['gated']:.1%} of the tokens" if facts["gate"] else "")
     )
 
 
+def _rule(facts: dict[str, Any]) -> str:
+    """Return the rule's text, with its trusts if it has them: ``meet, trust 0.3``."""
+    trusts = dict.fromkeys("/".join(f"{rho:g}" for rho in own) for own in facts["trust"])
+    return str(facts["rule"]) + (f", trust {' '.join(trusts)}" if trusts and "trust" not in facts["rule"] else "")
+
+
 def _page(facts: dict[str, Any]) -> str:
     """Return a self-contained HTML page of the text, as the server's page shows it but without a server or a script."""
-    from softmeet.server.ui_html import details_of, text_of
+    from softmeet.server.ui_html import LEGEND, details_of, text_of
 
     rule, tokens = facts["rule"], facts["tokens"]
     sections = [
@@ -127,7 +139,12 @@ def _page(facts: dict[str, Any]) -> str:
     return Template(files("softmeet.cli").joinpath("inspect.html").read_text(encoding="utf-8")).substitute(
         style=files("softmeet.server").joinpath("page.css").read_text(encoding="utf-8"),
         rule=escape(rule),
-        members=escape(", ".join(facts["members"])),
+        members=escape(
+            ", ".join(f"{name} (head {d} wide)" for name, d in zip(facts["members"], facts["head_widths"], strict=True))
+        ),
+        described=escape(_rule(facts)),
+        average=f"{facts['average_nats']:.3f}",
+        legend=LEGEND,
         nats=f"{facts['nats']:.3f}",
         unit=facts["vocabulary"][:-1],
         gate=f" Gate {facts['gate']}: closed at {facts['gated']:.1%} of the tokens." if facts["gate"] else "",

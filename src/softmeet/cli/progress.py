@@ -30,12 +30,14 @@ def progress() -> Iterator[Callable[[str, int, int | None], Callable[[int], None
     """Show the progress of counted work while the context lasts: its name, number, total and the time left.
 
     Yields:
-        a function of (name, number done, total number, None if unknown) that begins a piece of work; it returns a
-        function of one number, by which each call of it advances the work.
+        a function of (name, number done, total number, None if unknown) that begins a piece of work, and ends the one
+        before; it returns a function of one number, by which each call of it advances the work.
     """
     with _shown(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bars:
 
         def begin(name: str, done: int, total: int | None) -> Callable[[int], None]:
+            for before in bars.tasks:  # which has ended, perhaps before its total, as fits do that converge
+                bars.update(before.id, total=before.completed, visible=False)
             task = bars.add_task(name, completed=done, total=total)
             return lambda count: bars.advance(task, count)
 

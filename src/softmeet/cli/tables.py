@@ -14,6 +14,8 @@ from rich.table import Table
 _PIPE = 1000
 # A column of texts is readable from so many characters on.
 _TEXT = 8
+# Names are hardly ever longer.
+_NAME = 20
 
 
 def out() -> Console:
@@ -63,7 +65,9 @@ def _layout(
 ) -> tuple[bool, dict[int, int | None]]:  # fmt: skip
     """Return whether a table has a frame in so much room, and the widths of its columns; None for a number to break."""
     needed = [_needed(k, name, sections, k in texts) for k, name in enumerate(columns)]
-    framed = sum(needed) + 3 * len(columns) + 1 <= room
+    # The frame goes before names are broken; long texts may be broken within a frame.
+    whole = [min(_longest(k, "", sections), _NAME) if k in texts else 0 for k in range(len(columns))]
+    framed = sum(map(max, needed, whole)) + 3 * len(columns) + 1 <= room
     kept = [k for k in range(len(columns)) if k != optional or sum(needed) + len(columns) <= room]
     if sum(needed[k] + 1 for k in kept) > room:  # titles may be broken within a word, too
         needed = [_needed(k, "", sections, k in texts) for k in range(len(columns))]

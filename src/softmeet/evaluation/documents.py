@@ -106,7 +106,8 @@ def _load_dataset(folder: Path) -> Any:
         if isinstance(error, ArrowInvalid) or not isinstance(error, FileNotFoundError | ValueError):
             raise InvalidInputError(f"the dataset in {folder} is damaged ({error}): save it again") from None
         raise InvalidInputError(
-            f"expected a file, or a dataset written by datasets.save_to_disk, got the folder {folder}: name its files"
+            f"expected a file, or a dataset written by datasets.save_to_disk, got the folder {folder}: name its files, "
+            f"as in '{folder}/*.txt'"
         ) from None
     if isinstance(data, DatasetDict):
         raise InvalidInputError(f"{folder} holds several splits: name one of {', '.join(map(str, data))} inside it")

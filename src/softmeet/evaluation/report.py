@@ -21,14 +21,14 @@ def summary(found: Evaluation) -> dict[str, Any]:
     """Return the figures of an evaluation as a dictionary for JSON, losses in nats per token, or per byte over bytes.
 
     ``members`` and ``rules`` hold, by name, each one's ``nll`` (mean loss), ``perplexity``, ``bits_per_byte``, ``top1``
-    (accuracy) and ``calibration``. Rules also have ``passes`` (reads of all heads per position), the numbers of
-    ``fallbacks``, those of each of the ``statuses``, the share of positions ``gated``, ``vs`` (the rule's mean loss
-    minus that of ``best_baseline``, with its 95 % interval), ``gain_by_disagreement``, and, if it was measured,
-    ``movement`` (:meth:`Movement.figures`). Members over bytes have, per byte, ``dropped`` (the share of mass
-    estimated), ``forward_steps`` (model calls) and ``tokens_run``. The other entries are ``vocabulary``, the counts of
-    ``tokens``, ``bytes``, ``documents`` and ``clusters``, the mean ``disagreement`` of the members in nats, and
-    ``best_baseline``: the single member or average of the lowest loss. It is chosen on the text that it is compared on,
-    so it is, if anything, too good.
+    (accuracy), ``calibration`` and ``vs`` (its mean loss minus that of ``best_baseline``, with its 95 % interval).
+    Rules also have ``passes`` (reads of all heads per position), the numbers of ``fallbacks`` and of each of the
+    ``statuses``, the share of positions ``gated``, ``gain_by_disagreement``, and, if it was measured, ``movement``
+    (:meth:`Movement.figures`). Members over bytes have, per byte, ``dropped`` (the share of mass estimated),
+    ``forward_steps`` (model calls) and ``tokens_run``. The other entries are ``vocabulary``, the counts of ``tokens``,
+    ``bytes``, ``documents`` and ``clusters``, the mean ``disagreement`` of the members in nats, and ``best_baseline``:
+    the single member or average of the lowest loss. It is chosen on the text that it is compared on, so it is, if
+    anything, too good.
 
     Raises:
         InvalidInputError: if there are fewer than two positions.
@@ -38,15 +38,19 @@ def summary(found: Evaluation) -> dict[str, Any]:
     averages = {name: found.choices[name] for name in (*UNIFORM, *BASELINES) if name in found.choices}
     baselines = found.members | averages
     best = min(baselines, key=lambda name: baselines[name].mean)
+
+    def figures(scores: Scores) -> dict[str, Any]:
+        against = paired(scores.nats, baselines[best].nats, within).figures()
+        return {**_figures(scores, bytes_), "vs": {"baseline": best, **against}}
+
     rules = {}
     for name, scores in found.choices.items():
         rules[name] = {
-            **_figures(scores, bytes_),
+            **figures(scores),
             "passes": scores.passes / count,
             "fallbacks": scores.fallbacks,
             "statuses": scores.statuses,
             "gated": scores.gated.double().mean().item(),
-            "vs": {"baseline": best, **paired(scores.nats, baselines[best].nats, within).figures()},
             "gain_by_disagreement": gain_by_disagreement(scores, baselines[best], found.disagreement),
         }
         if len(scores.movement):
@@ -57,7 +61,7 @@ def summary(found: Evaluation) -> dict[str, Any]:
         "bytes": bytes_,
         "documents": len(found.positions.document.unique()),
         "clusters": {"kind": within.kind, "count": within.count},
-        "members": {name: _figures(scores, bytes_) | _work(scores) for name, scores in found.members.items()},
+        "members": {name: figures(scores) | _work(scores) for name, scores in found.members.items()},
         "rules": rules,
         "best_baseline": best,
         "disagreement": found.disagreement.mean().item(),

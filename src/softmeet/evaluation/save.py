@@ -29,14 +29,13 @@ Fitted on {fit[tokens]:,} {vocabulary}, chosen on {select[tokens]:,}, judged onc
 |---|---|---|---|---|---|
 {rows}
 
-**{verdict}**
-
-{caution}
+**{verdict}**{caution}
 
 All figures are in `fit.json`.
 """
 # From fewer tokens, fitted values may be chance: a temperature of 0.3 was once found from 35.
 _ENOUGH = 1000
+_CLUSTERS = 6
 
 
 def figures(fitted: Fitted) -> dict[str, Any]:
@@ -50,8 +49,8 @@ def figures(fitted: Fitted) -> dict[str, Any]:
     ``rival`` has the difference there of the candidate that was best on the part to choose by, and ``fell_back`` says
     whether the best baseline was chosen in its place. ``candidates`` has settings, losses and differences of all,
     ``caution`` is a sentence if the text was short, else empty. ``members`` has the unfitted members' losses on the
-    part to judge by, ``premise`` the results of the premise test,
-    ``splits`` for each of the three parts the numbers of ``tokens`` and ``clusters`` and the ``kind`` of cluster.
+    part to judge by, ``premise`` the results of the premise test, ``splits`` for each of the three parts the numbers of
+    ``tokens`` and ``clusters``, the ``kind`` of cluster, and the names of the ``documents``.
     """
     test, chosen, best = fitted.test, fitted.chosen, fitted.best_baseline
     against = Difference(0.0, 0.0, 0.0) if chosen is best else fitted.difference
@@ -78,21 +77,27 @@ def figures(fitted: Fitted) -> dict[str, Any]:
         "test": {"nll": test.choices[chosen.label].mean, "best_baseline": best.name, **against.figures()},
         "fell_back": fitted.fell_back,
         "rival": {"candidate": fitted.rival.name, **fitted.difference.figures()},
-        "caution": _caution(len(fitted.parts["fit"].positions), test.vocabulary),
+        "caution": _caution(len(fitted.parts["fit"].positions), fitted.parts["test"].within.count, test.vocabulary),
         "members": {name: {"nll": scores.mean} for name, scores in test.members.items()},
         "premise": [asdict(p) | {"verdict": p.verdict} for p in fitted.premise],
         "splits": {
-            name: {"tokens": len(part.positions), "clusters": part.within.count, "kind": part.within.kind}
+            name: {
+                "tokens": len(part.positions),
+                "clusters": part.within.count,
+                "kind": part.within.kind,
+                "documents": [part.positions.names[k] for k in part.positions.document.unique().tolist()],
+            }
             for name, part in fitted.parts.items()
         },
         "candidates": rows,
     }
 
 
-def _caution(fitted_on: int, vocabulary: str) -> str:
-    """Return a sentence that warns of a text too short to fit on; an empty one if it was long enough."""
+def _caution(fitted_on: int, clusters: int, vocabulary: str) -> str:
+    """Return a sentence that warns of a text too short to fit on or to judge by; an empty one if it was long enough."""
     if fitted_on >= _ENOUGH:
-        return ""
+        few = f"An interval from {clusters} documents or blocks is rough: give more of them."
+        return few if clusters < _CLUSTERS else ""
     return (
         f"Fitted on {fitted_on:,} {vocabulary} only: weights, temperature and trusts may be those of chance. Give a "
         f"text that leaves {_ENOUGH:,} or more to fit on (a third of it)."
@@ -154,7 +159,7 @@ def _card(facts: dict[str, Any]) -> str:
         )
     return _CARD.format(
         rows="\n".join(rows), best=facts["test"]["best_baseline"], verdict=verdict(facts), unit=_unit(facts),
-        caution=facts["caution"],
+        caution=f" {facts['caution']}".rstrip(),
         vocabulary=facts["vocabulary"], **facts["splits"],
     )  # fmt: skip
 

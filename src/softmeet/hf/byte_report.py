@@ -51,6 +51,7 @@ class GroupReport:
         is no ``token``, as a stretch may be several. ``tokenizer`` is unused.
         """
         return asdict(self) | {
+            "pool_log_prob": self.log_prob,
             "moved": [],
             "pushes": [],
             "disagreement_is_bound": [False] * len(self.disagreement),

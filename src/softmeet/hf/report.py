@@ -25,6 +25,21 @@ _FULL = 0.5
 
 
 @dataclass(frozen=True)
+class NextToken:
+    """The ensemble's prediction of the token after a prompt (over bytes, of the byte), beside each member's own.
+
+    Attributes:
+        top: (text, probability) of the ensemble's most probable tokens (bytes), the most probable first.
+        members: by each member's name, the same list for that member's own distribution.
+        solution: the log-probabilities of all tokens in nats, (1, v), with status and gap.
+    """
+
+    top: list[tuple[str, float]]
+    members: dict[str, list[tuple[str, float]]]
+    solution: Solution
+
+
+@dataclass(frozen=True)
 class TokenReport:
     """A report on one position and the token that came there; log-probabilities, divergences and gap are in nats.
 
@@ -33,6 +48,7 @@ class TokenReport:
     Attributes:
         token: the id of the token that came.
         log_prob: its log-probability by the ensemble.
+        pool_log_prob: its log-probability by the pool, the average of the members.
         member_log_probs: its log-probability by each member, in the members' order, as in the other lists.
         top: the ensemble's most probable tokens, as (id, log-probability), the most probable first.
         member_top: the same for each member: its own most probable tokens.
@@ -54,6 +70,7 @@ class TokenReport:
 
     token: int
     log_prob: float
+    pool_log_prob: float
     member_log_probs: list[float]
     top: list[tuple[int, float]]
     member_top: list[list[tuple[int, float]]]
@@ -105,6 +122,7 @@ def token_report(solution: Solution, log_probs: Float[Tensor, "n B v"], row: int
     return TokenReport(
         token=token,
         log_prob=ours[token].item(),
+        pool_log_prob=pool[token].item(),
         member_log_probs=log_probs[:, row, token].tolist(),
         top=most_probable(ours, top),
         member_top=[[] if member[token].isnan() else most_probable(member, top) for member in log_probs[:, row]],

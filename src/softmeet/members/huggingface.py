@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -238,7 +240,7 @@ def _load(
     placement: dict[str, Any] = {} if spread is None else {"device_map": spread}
     placement |= {} if offload_folder is None or spread is None else {"offload_folder": str(offload_folder)}
     where = _checkpoint_of(name, trust_remote_code)
-    with refused.named_in_errors(name, where):
+    with refused.named_in_errors(name, where), _without_bars():
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             **where, **placement, dtype=wanted, use_safetensors=True, output_loading_info=True
         )
@@ -250,6 +252,20 @@ def _load(
     whole = None if isinstance(device, dict) or placement else _one(device)
     with refused.named_in_errors(name, where):
         return (model if whole is None else model.to(whole)).eval()
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Enter a context without transformers' bars, one for the weights of each member; downloads show theirs."""
+    shown, downloads = transformers.utils.logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    transformers.utils.logging.disable_progress_bar()
+    if downloads:
+        enable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
 
 
 def _checkpoint_of(name: str, trust_remote_code: bool) -> dict[str, Any]:

@@ -79,20 +79,23 @@ class Movement:
 
         Returns:
             For each measure by name, a dict of its ``mean``, ``5 %``, ``median`` and ``95 %``; the number of
-            ``positions``; and ``says``, a sentence on whether ``meet`` can gain over the average.
+            ``positions``; ``says``, a sentence with the means; and ``advice``, one on whether ``meet`` can gain over
+            the average, from these figures alone.
         """
         found: dict[str, Any] = {}
         for f in fields(self):
             values = getattr(self, f.name).double()
             found[f.name] = {"mean": values.mean().item()}
             found[f.name] |= {name: values.quantile(q).item() for name, q in _QUANTILES.items()}
-        return found | {"positions": len(self.free), "says": self._says()}
-
-    def _says(self) -> str:
         nats, apart = self.forward.mean().item(), self.total_variation.mean().item()
-        moved = f"meet moves the pool by {nats:.4f} nats a token (total variation {apart:.1%})"
-        if apart < _NOTHING:
-            return f"{moved}: these members meet where they are averaged, and the average alone will do."
-        if apart < _LITTLE:
-            return f"{moved}: it can change little over the average; compare the two on text before you pay for it."
-        return f"{moved}: the heads are too narrow for the pool, and meet may gain over it; compare the two on text."
+        says = f"meet moves the average by {nats:.4f} nats a token (total variation {apart:.1%})."
+        return found | {"positions": len(self.free), "says": says, "advice": _advice(apart)}
+
+
+def _advice(apart: float) -> str:
+    """Return what a mean total variation between ``meet`` and the average says about using ``meet``."""
+    if apart < _NOTHING:
+        return "Here the average alone will do."
+    if apart < _LITTLE:
+        return "It can change little: compare the two on text (softmeet evaluate) before you pay for it."
+    return "It may gain over the average: compare the two on text (softmeet evaluate)."

@@ -115,7 +115,8 @@ class Settings(Frozen):
     trust: Annotated[float | tuple[float, ...], BeforeValidator(_trusts)] = Field(
         default=DEFAULT_TRUST,
         description="How far members may move the average, with commas between the numbers of several members: 0 for "
-        "not at all, up to inf, where the mean of each head's rows must be the member's own exactly.",
+        "not at all, up to inf, where the mean of each head's "
+        "rows must be the member's own, as exactly as tol says.",
     )
     weights: Annotated[tuple[float, ...] | float | None, BeforeValidator(_numbers)] = Field(
         default=None,
@@ -151,7 +152,8 @@ class Settings(Frozen):
         "fixes (its mean and length).",
     )
     rule_temperature: Positive = Field(
-        default=1.0, description="Temperature T of the rule's answer: p^(1/T), normalised. In its text: temperature."
+        default=1.0,
+        description="The temperature T of the combined distribution, p^(1/T) normalised; temperature in a rule's text.",
     )
     bands: Count = Field(default=1, description="Bands into which each head's directions are cut, each with a trust.")
     gate: Annotated[Any, BeforeValidator(_gate)] = Field(

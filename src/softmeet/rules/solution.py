@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -67,6 +68,15 @@ class Solution:
     seconds: float
     _answer: Answer = field(repr=False)
     _problem: Problem = field(repr=False)
+
+    def __repr__(self) -> str:
+        """Return the rule, the shape, the number of rows of each status and of fallbacks, and the largest gap."""
+        ends = ", ".join(
+            f"{n} {name}" for name, n in Counter(Status(k).name for k in self.status.flatten().tolist()).items()
+        )
+        instead = f", {int(self.fallback.sum())} answered by the fallback" if self.fallback.any() else ""
+        shape, gap = tuple(self.log_probs.shape), self.gap.max().item() if self.gap.numel() else 0.0
+        return f"Solution({self.rule!r}, log_probs {shape}: {ends}{instead}, gap at most {gap:.1e} nats)"
 
     @cached_property
     def residual(self) -> Float[Tensor, n * batch]:

@@ -18,7 +18,8 @@ from softmeet.hf.report import heat, known_sum, shown
 Report = dict[str, Any]
 
 LEGEND = (
-    '<p class="legend"><span>members agree</span><i aria-hidden="true"></i><span>corrected by ½ nat or more</span></p>'
+    '<p class="legend"><span>members agree</span><i aria-hidden="true"></i><span>corrected by ½ nat or more in all'
+    "</span></p>"
 )
 
 
@@ -68,7 +69,7 @@ def summary(tokens: Sequence[Report]) -> str:
     passes, nats = fmean(t["num_passes"] for t in tokens), -fmean(t["log_prob"] for t in tokens)
     return (
         f"{len(tokens)} tokens · disagreement {bound}{disagreement:.3f} nats a token · {nats:.2f} nats a token · "
-        f"{passes:.1f} head passes a token"
+        f"{passes:.1f} reads of all heads a token"
     )
 
 
@@ -84,7 +85,8 @@ def details_of(token: Report, members: Sequence[str], rule: str) -> str:
         rule: the name of the rule.
     """
     scale = math.exp(max(x for rows in [token["top"], *token["member_top"]] for _, x in rows))
-    cards = [("ours", "ensemble", token["top"], token["log_prob"], "")]
+    average = f"by the average alone {math.exp(token['pool_log_prob']):.2%}"
+    cards = [("ours", "ensemble", token["top"], token["log_prob"], average)]
     for name, rows, own, nats, bound in zip(
         members, token["member_top"], token["member_log_probs"], token["disagreement"], token["disagreement_is_bound"],
         strict=True,
@@ -92,12 +94,15 @@ def details_of(token: Report, members: Sequence[str], rule: str) -> str:
         corrected = f"corrected by {'at most ' if bound else ''}{nats:.4f} nats"
         cards.append(("", name, rows, own, corrected if rows else "not asked: the gate was closed"))
     sure = f"within {token['gap']:.1e} nats of the optimum" + (", certified" if token["gap_is_certified"] else "")
-    sure = ("gate closed, " if token.get("gated") else "") + (sure if math.isfinite(token["gap"]) else "not solved")
-    figures = f"{token['status'].lower().replace('_', ' ')}, {sure}, {token['num_passes']:.1f} head passes"
+    sure = sure if math.isfinite(token["gap"]) else "not solved"
+    figures = f"{token['status'].lower().replace('_', ' ')}, {sure}, {token['num_passes']:.1f} reads of all heads"
+    figures = "the gate was closed, so the rule was not computed" if token.get("gated") else figures
     moved = any(before != after for _, before, after in token["moved"])
     moves = list(zip(token["moved"], token["pushes"], strict=True)) if moved else []
     # If the rule does not correct a pool, all pushes are 0, and no columns are shown for them.
-    pushing = members if any(any(pushes) for pushes in token["pushes"]) else []
+    pushing = [*members, "all alike"] if any(any(pushes) for pushes in token["pushes"]) else []
+    # What is the same for all tokens makes probabilities sum to one, and each row add up to its change.
+    moves = [(moved, [*own, moved[2] - moved[1] - sum(own)]) for moved, own in moves]
     return str(_MACROS.details(token, rule, figures, cards, scale, moves, pushing))
 
 
