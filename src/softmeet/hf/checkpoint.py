@@ -32,7 +32,7 @@ This folder names its members and how they are combined; it holds none of their 
 |---|---|---|
 {rows}
 
-Rule: `{rule}`{source}, pool: `{pool}`, tolerance: {tol:g} nats.
+Rule: `{rule}`{source}, pool: `{pool}`, tolerance: {tol:g} nats, temperature: {temperature:.4g}.
 
 ```python
 import softmeet
@@ -201,7 +201,7 @@ def save(model: EnsembleForCausalLM, folder: Path) -> None:
     table = "\n".join(
         f"| `{name}` | {weight:g} | {', '.join(f'{rho:g}' for rho in own)} |" for name, weight, own in rows
     )
-    shown = {"rule": config.rule, "pool": config.pool, "tol": config.tol}
+    shown = {"rule": config.rule, "pool": config.pool, "tol": config.tol, "temperature": config.rule_temperature}
     source = f" (of the {config.rule_source}, which has to be here)" if config.rule_source else ""
     card = _CARD.format(n=len(config.members), rows=table, source=source, **shown)
     (folder / "README.md").write_text(card, encoding="utf-8")
