@@ -112,10 +112,10 @@ async def model(name: str, request: Request) -> dict[str, Any]:
 def _model(served: Served) -> dict[str, Any]:
     facts = {
         "members": list(served.names),
-        "gate": None,
         **served.combination(Extension(), ()).shown(),
         "context": getattr(served.ensemble.model.config, "max_position_embeddings", None),
     }
+    facts.setdefault("gate", None)
     return {"id": served.name, "object": "model", "created": served.created, "owned_by": "softmeet", "softmeet": facts}
 
 
