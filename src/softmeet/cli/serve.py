@@ -49,7 +49,7 @@ class AccessFlags:
     )
     allow: list[str] | None = flag(
         None,
-        "A setting that requests may change, of rule, trust, weights, pool and gate, or none; it can be repeated.",
+        "A setting that requests may change: rule, trust, weights, pool, members, gate or none; it can be repeated.",
         shown="all",
     )
     allow_host: list[str] | None = flag(
