@@ -60,8 +60,8 @@ class Served:
             RuleError: if the rule comes from a package that fails to provide it.
         """
         given = {name: value for name in CHANGES if (value := getattr(asked, name)) is not None}
-        named = {*given, *_in_rule(asked.rule)}
-        if refused := sorted(named - set(allowed)):
+        explicit = {*given, *_in_rule(asked.rule)}
+        if refused := sorted(explicit - set(allowed)):
             raise RequestError(
                 f"this server does not let requests change {', '.join(refused)}", param=f"softmeet.{refused[0]}"
             )
@@ -74,14 +74,14 @@ class Served:
         chosen = tuple(k for k, name in enumerate(self.names) if name in wanted)
         model = self.ensemble.model if len(chosen) == len(self.names) else _part(self.ensemble.model, chosen)
         settings = _changed(model.settings, given)
-        if idle := [name for name in unused(settings.rule) if name in named]:
+        if idle := [name for name in unused(settings.rule) if name in explicit]:
             raise RequestError(
                 f"the rule {settings.rule.name} uses no {idle[0]}: leave it out, or ask for a rule that uses it, such "
                 "as meet",
                 param=f"softmeet.{idle[0]}", code="invalid_value",
             )  # fmt: skip
         settings, why = _with_gate(model, settings)
-        if why and "gate" in named:
+        if why and "gate" in explicit:
             raise RequestError(
                 f"{why}: leave gate out, or ask for another one, such as unsure:0.5", param="softmeet.gate",
                 code="invalid_value",
