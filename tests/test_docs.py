@@ -35,6 +35,11 @@ def test_links_lead_somewhere(page):
     assert not [t for t in targets if not t.exists()]
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_what_a_page_installs_is_in_the_clone(page):
+    assert not re.findall(r"pip install ['\"]?softmeet\b(?!-).*", page.read_text())
+
+
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_examples_in_docstrings_give_what_they_say(file, monkeypatch):
     from softmeet.rules import registry

@@ -244,7 +244,7 @@ def test_a_full_queue_a_deadline_and_a_cancellation(serve):
     long, listener = sequence(model, prompt(0, 2), max_tokens=50)
     late, told = sequence(model, prompt(1, 2), deadline=time.monotonic() - 1)
     gone, heard = sequence(model, prompt(2, 2))
-    with pytest.raises(BusyError, match="queue of 2"):
+    with pytest.raises(BusyError, match="this request needs 4 of its 3 places, and 3 are free"):
         engine.submit([long, late, gone, sequence(model, prompt(3, 2))[0]])
     engine.submit([long, late, gone])
     gone.cancel()

@@ -197,6 +197,17 @@ def test_nothing_that_a_model_or_a_user_writes_becomes_markup():
     assert "–" in details_of(token, ["m"], "meet")
 
 
+def test_the_page_asks_for_nothing_that_the_server_would_refuse():
+    from softmeet.server import ui
+
+    serving = serving_of({"duo": tiny_ensemble("gpt2", "llama")}, ui=True)
+    asked = ui._asked(serving, "duo", ["tiny/gpt2", "tiny/llama"], "prob-mean", 2.0)
+    assert (asked.rule, asked.trust) == ("prob-mean", None)
+    assert ui._asked(serving, "duo", ["tiny/gpt2", "tiny/llama"], "meet", 2.0).trust == 2.0
+    blocks = {getattr(block, "elem_id", None): block for block in ui.page(serving).blocks.values()}
+    assert blocks["length"].maximum == 64  # the shortest context
+
+
 def test_a_member_that_was_not_asked_is_said_to_be():
     nan, came = math.nan, [["a", -1.0]]
     token = report(

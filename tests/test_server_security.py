@@ -13,6 +13,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import openai
 import pytest
 import tiny
@@ -266,6 +267,8 @@ def test_sigterm_under_load_ends_every_stream_properly(members):
         server.process.send_signal(signal.SIGTERM)
         before = sum(s.done() for s in streams)
         wait_until(lambda: sum(s.done() for s in streams) > before + 2)
+        with pytest.raises(httpx.ConnectError):
+            http.get(f"{server.url}/health")
         server.process.send_signal(signal.SIGTERM)
         ends = [stream.result() for stream in streams]
     reasons = set()

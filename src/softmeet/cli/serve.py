@@ -19,6 +19,7 @@ import typer
 from softmeet.cli import options
 from softmeet.cli.flags import checked_settings, flag, flags
 from softmeet.cli.listening import listening, port_of, url_of
+from softmeet.cli.messages import say
 from softmeet.cli.old_forms import repeated
 from softmeet.errors import InvalidInputError
 from softmeet.extras import require_extra
@@ -41,14 +42,14 @@ class AccessFlags:
     api_keys: Path | None = flag(
         None,
         "A file of API keys, one on each line; every request then needs one.",
-        shown=f"${_KEYS}, else none is needed",
+        shown=f"the keys in ${_KEYS}, between commas; else none is needed",
     )
     open_to_all: bool = flag(
         False, "Allow a --host other than this machine without API keys: anyone who reaches it can use it.", "--open"
     )
     allow: list[str] | None = flag(
         None,
-        "A setting that requests may change, of rule, trust, weights, pool and gate, or none; it can be repeated.",
+        "A setting that requests may change: rule, trust, weights, pool, members, gate or none; it can be repeated.",
         shown="all",
     )
     allow_host: list[str] | None = flag(
@@ -178,6 +179,8 @@ def serve(
 
             torch.set_num_threads(threads)
         served = load(asked, partial(loading.ensemble, settings=settings))
+        by_member = named([], members) if members else {}
+        _note_single([s.name for s in served if len(s.names) == 1 and s.name not in by_member], asked)
         _run(Serving(served, protocol), host, sockets, limits.grace, access_log=access_log)
 
 
@@ -195,9 +198,23 @@ def _keys(path: Path | None) -> tuple[str, ...]:
     """Return the API keys in a file, one a line; without a file those in ``$SOFTMEET_API_KEYS``, between commas.
 
     Raises:
-        InvalidInputError: if the file holds no key.
+        InvalidInputError: if the file cannot be read or holds no key, or the variable holds the path of a file. What
+            was given is not repeated where it may be a key.
     """
-    text = os.environ.get(_KEYS, "").replace(",", "\n") if path is None else path.read_text(encoding="utf-8")
+    in_variable = os.environ.get(_KEYS, "")
+    # Path.is_file would raise, and say the keys, where they are longer than a path may be.
+    if path is None and os.path.isfile(in_variable):  # noqa: PTH113
+        raise InvalidInputError(
+            f"expected the keys themselves in ${_KEYS}, between commas, got the path of a file: give it as --api-keys"
+        )
+    try:
+        text = in_variable.replace(",", "\n") if path is None else path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text in UTF-8"
+        raise InvalidInputError(
+            f"expected --api-keys as the path of a file with one key on each line, got one that cannot be read "
+            f"({reason}): give the file, or the keys themselves in ${_KEYS}"
+        ) from None
     found = tuple(line.strip() for line in text.splitlines() if line.strip())
     if path is not None and not found:
         raise InvalidInputError(f"expected API keys in {path}, one a line, found none")
@@ -226,6 +243,18 @@ def _allowed(given: list[str] | None) -> tuple[str, ...]:
     if unknown := sorted(set(names) - set(CHANGES)):
         raise InvalidInputError(f"expected --allow as some of {', '.join(CHANGES)}, or none, got {unknown[0]!r}")
     return names
+
+
+def _note_single(names: list[str], asked: dict[str, list[str]]) -> None:
+    """Say on stderr that several ensembles are of one model each, and how to combine these models into one ensemble.
+
+    Args:
+        names: the names of the ensembles that have a single member.
+        asked: for each ensemble's name, what it was loaded from.
+    """
+    if len(names) > 1:
+        together = " ".join(f"-m {asked[name][0]}" for name in names)
+        say(f"{' and '.join(names)} are single models, each served alone: to combine them into one, say {together}")
 
 
 def _announce(what: str, url: str, *, page: bool) -> None:

@@ -19,18 +19,19 @@ from starlette.types import Receive, Scope, Send
 
 from softmeet import __version__
 from softmeet.errors import SoftmeetError
-from softmeet.rules.frozen import unknown
 from softmeet.server.answer import AnswerStream
 from softmeet.server.asgi import unless_left
 from softmeet.server.ensembles import Served
-from softmeet.server.errors import ErrorBody, RequestError, described, error_response
+from softmeet.server.errors import ErrorBody, RequestError, absent, described, error_response
 from softmeet.server.refusals import refusal
 from softmeet.server.replies import LAST_EVENT, ChatReply, CompletionReply, Reply, dumps, event
-from softmeet.server.schemas import ChatRequest, CompletionRequest
+from softmeet.server.schemas import ChatRequest, CompletionRequest, Extension
 from softmeet.server.security import Guard
 from softmeet.server.serving import Serving
 
 _STATUSES = (400, 401, 404, 405, 408, 413, 415, 421, 422, 429, 500, 503, 504)
+# /v1/embeddings and the like are other things than /v1/completions, however alike they are spelled.
+_LIKE = 0.75
 _NO_PAGE = "none: it needs the extra softmeet[ui] where the server runs, and a start without --no-ui and --engine ray"
 router = APIRouter(responses={status: {"model": ErrorBody} for status in _STATUSES})
 
@@ -98,24 +99,23 @@ def _paths() -> dict[str, APIRoute]:
 
 @router.get("/v1/models")
 async def models(request: Request) -> dict[str, Any]:
-    """List the served ensembles: each one's members, rule, trusts, weights, pool, gate and context length in tokens."""
+    """List the served ensembles: members, the settings that each one's rule uses, gate and context length in tokens."""
     return {"object": "list", "data": [_model(served) for served in _serving(request).ensembles]}
 
 
 @router.get("/v1/models/{name:path}")
 async def model(name: str, request: Request) -> dict[str, Any]:
-    """Show one served ensemble: its members, rule, trusts, weights, pool, gate and context length in tokens."""
+    """Show one served ensemble: members, the settings that its rule uses, gate and context length in tokens."""
     return _model(_serving(request).ensembles.find(name))
 
 
 def _model(served: Served) -> dict[str, Any]:
-    config = served.ensemble.model.config
-    settings = config.settings.plain()
     facts = {
         "members": list(served.names),
-        **{name: settings[name] for name in ("rule", "trust", "weights", "pool", "gate")},
-        "context": getattr(config, "max_position_embeddings", None),
+        **served.combination(Extension(), ()).shown(),
+        "context": getattr(served.ensemble.model.config, "max_position_embeddings", None),
     }
+    facts.setdefault("gate", None)
     return {"id": served.name, "object": "model", "created": served.created, "owned_by": "softmeet", "softmeet": facts}
 
 
@@ -133,13 +133,13 @@ async def chat(body: ChatRequest, request: Request) -> Response:
 
 @router.get("/health")
 async def health(request: Request) -> Response:
-    """Answer 200 if the batcher runs and accepts requests, 503 if it has ended or is shutting down."""
+    """Answer 200 while the batcher runs, else 503; loading keeps probes waiting, and SIGTERM closes the port."""
     return _state(_serving(request).batcher.alive)
 
 
 @router.get("/ready")
 async def ready(request: Request) -> Response:
-    """Answer 200 if one more sequence would be accepted now; 503 if the server is full or shutting down."""
+    """Answer 200 if one more sequence would be accepted now, 503 if the server is full; else as /health."""
     return _state(_serving(request).batcher.has_room)
 
 
@@ -210,7 +210,7 @@ def _astray(request: Request, error: HTTPException) -> str:
     path = request.url.path[:100]
     if error.status_code == 404:
         page = ["/ui"] if _serving(request).settings.ui else []
-        return str(unknown(f"there is nothing at {path}", path, [*_paths(), "/openapi.json", *page]))
+        return absent(f"there is nothing at {path}", path, [*_paths(), "/openapi.json", *page], _LIKE)
     allowed = (error.headers or {}).get("Allow", "")
     advice = ", with the request as JSON (curl -H 'content-type: application/json' -d '{…}')"
     return f"expected {allowed} at {path}{advice if allowed == 'POST' else ''}, got {request.method}"

@@ -85,7 +85,11 @@ class Batcher(threading.Thread):
         self._map: Callable[..., Iterable[Any]] = ThreadPoolExecutor(len(names)).map if parallel else map
         self._gates = Gates(partial(self._catch_up, members=slice(1, None)), self.metrics)
         self._waiting: deque[Sequence] = deque()
+        # Those whose prompts run in this step, and those in the running batch.
+        self._joining: list[Sequence] = []
         self._running: list[Sequence] = []
+        self.metrics.waiting.set_function(lambda: len(self._waiting))
+        self.metrics.rows.set_function(self._rows)
         self._wake = threading.Condition()
         self._closing, self._last_call = False, float("inf")
 
@@ -101,7 +105,11 @@ class Batcher(threading.Thread):
 
     def _free(self) -> int:
         """Return how many more sequences would be accepted: free places in the running batch and in the queue."""
-        return self.limits.rows - len(self._running) + self.limits.waiting - len(self._waiting)
+        return self.limits.rows - self._rows() + self.limits.waiting - len(self._waiting)
+
+    def _rows(self) -> int:
+        """Return how many sequences are in the running batch, those that join it in this step included."""
+        return len(self._joining) + len(self._running)
 
     def submit(self, sequences: list[Sequence]) -> None:
         """Append sequences to the queue: all of them, or none if there is no room for all.
@@ -117,9 +125,12 @@ class Batcher(threading.Thread):
         with self._wake:
             if self._closing:
                 raise ClosingError("the server is shutting down: ask another one, or again later")
-            more, waiting, free = len(sequences), self.limits.waiting, self._free()
+            more, places, free = len(sequences), self.limits.rows + self.limits.waiting, self._free()
             if more > free:
-                raise BusyError(f"expected room for {more} more in a queue of {waiting}, found {free}: ask again later")
+                raise BusyError(
+                    f"the server is full: this request needs {more} of its {places} places, and {free} "
+                    f"{'is' if free == 1 else 'are'} free: ask again later"
+                )
             self._waiting += sequences
             self._wake.notify()
 
@@ -165,16 +176,13 @@ class Batcher(threading.Thread):
             if self._closing and not (self._waiting or self._running):
                 return None
             self._drop()
-            new: list[Sequence] = []
             tokens = 0
-            while self._waiting and len(self._running) + len(new) < self.limits.rows:
+            while self._waiting and self._rows() < self.limits.rows:
                 tokens += len(self._waiting[0].prompt)
-                if new and tokens > _PROMPT_TOKENS_A_STEP:
+                if self._joining and tokens > _PROMPT_TOKENS_A_STEP:
                     break
-                new.append(self._waiting.popleft())
-            self.metrics.waiting.set(len(self._waiting))
-            self.metrics.rows.set(len(self._running) + len(new))
-            return new
+                self._joining.append(self._waiting.popleft())
+            return list(self._joining)
 
     def _drop(self) -> None:
         """End all sequences that were cancelled, are past their deadline, or are past the grace of :meth:`close`."""
@@ -316,6 +324,7 @@ class Batcher(threading.Thread):
             for i, model in enumerate(s.batched):
                 self._batches[model].join(s, i)
             s.joined = True
+            self._joining.remove(s)
             self._running.append(s)
 
     def _check_finite(self, s: Sequence, hidden: Hidden) -> None:
@@ -346,6 +355,8 @@ class Batcher(threading.Thread):
             for model in s.batched:
                 self._batches[model].leave(s)
             self._running.remove(s)
+        elif s in self._joining:
+            self._joining.remove(s)
         s.trails = []  # frees keys and values even if the listener keeps a reference to the sequence
         self._emit(s, event)
 

@@ -15,11 +15,11 @@ from softmeet.errors import InvalidInputError
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
 from softmeet.hf.calibrated import resolved
 from softmeet.members.zoo import DEFAULT, short
-from softmeet.rules.frozen import unknown
+from softmeet.rules.gates import Disagreement, that_closes
 from softmeet.rules.settings import Settings, parse_rule
-from softmeet.server.errors import RequestError
+from softmeet.server.errors import RequestError, absent
 from softmeet.server.schemas import CHANGES, Extension
-from softmeet.server.sequences import Combination
+from softmeet.server.sequences import Combination, unused
 
 # NAME= before a member. A member's own name may hold an equals sign, but only after a plus sign.
 _PREFIX = re.compile(r"([\w.-]+)=")
@@ -45,7 +45,8 @@ class Served:
         """Return the members and settings that answer a request: the ensemble's own, with the request's changes.
 
         If a request names some of the members, their weights in the pool are scaled to the sum that all members' have.
-        A gate ``movement`` or ``auto`` that is not calibrated for these members and settings is left out.
+        The ensemble's own settings that the rule does not use have no effect. Its gate is left out where it cannot be
+        used; the combination says why.
 
         Args:
             asked: the changes, from the request's field ``softmeet``; those of its fields in
@@ -53,13 +54,14 @@ class Served:
             allowed: the fields that this server lets requests change, some of :data:`softmeet.server.schemas.CHANGES`.
 
         Raises:
-            RequestError: if the request changes a field that is not allowed, or names a member that the ensemble lacks.
-            InvalidInputError: if a setting has an invalid value, or the number of weights or trusts does not fit the
-                members.
+            RequestError: if the request changes a field that is not allowed, names a member that the ensemble lacks,
+                gives a setting an invalid value or one that the rule does not use, or asks for a gate that cannot be
+                used; or if the number of weights or trusts does not fit the members.
+            RuleError: if the rule comes from a package that fails to provide it.
         """
         given = {name: value for name in CHANGES if (value := getattr(asked, name)) is not None}
-        in_rule = parse_rule(asked.rule)[1] if asked.rule is not None else {}
-        if refused := sorted({*given, *in_rule} - set(allowed)):
+        explicit = {*given, *_in_rule(asked.rule)}
+        if refused := sorted(explicit - set(allowed)):
             raise RequestError(
                 f"this server does not let requests change {', '.join(refused)}", param=f"softmeet.{refused[0]}"
             )
@@ -71,9 +73,72 @@ class Served:
             )
         chosen = tuple(k for k, name in enumerate(self.names) if name in wanted)
         model = self.ensemble.model if len(chosen) == len(self.names) else _part(self.ensemble.model, chosen)
-        # A gate that is not calibrated yet is left out: calibrating takes too long while a request waits.
-        settings = resolved(model, model.settings.changed(**given), may_calibrate=False)
-        return Combination(model, settings, tuple(self.names[k] for k in chosen))
+        settings = _changed(model.settings, given)
+        if idle := [name for name in unused(settings.rule) if name in explicit]:
+            raise RequestError(
+                f"the rule {settings.rule.name} uses no {idle[0]}: leave it out, or ask for a rule that uses it, such "
+                "as meet",
+                param=f"softmeet.{idle[0]}", code="invalid_value",
+            )  # fmt: skip
+        settings, why = _with_gate(model, settings)
+        if why and "gate" in explicit:
+            raise RequestError(
+                f"{why}: leave gate out, or ask for another one, such as unsure:0.5", param="softmeet.gate",
+                code="invalid_value",
+            )  # fmt: skip
+        # An average has no use for a gate, so there is nothing to explain.
+        why = why if settings.rule.reads_heads else None
+        return Combination(model, settings, tuple(self.names[k] for k in chosen), why)
+
+
+def _in_rule(text: str | None) -> dict[str, Any]:
+    """Return the settings that a rule's text holds, by name; none for None. Raise RequestError if it is invalid."""
+    try:
+        return {} if text is None else parse_rule(text)[1]
+    except InvalidInputError as error:
+        raise _refused(error, "softmeet.rule") from None
+
+
+def _changed(settings: Settings, given: dict[str, Any]) -> Settings:
+    """Return settings with a request's changes; raise RequestError, with the field at fault, if one is invalid."""
+    try:
+        return settings.changed(**given)
+    except InvalidInputError as error:
+        raise _refused(
+            error, next((f"softmeet.{k}" for k in given if _fails(settings, k, given[k])), "softmeet")
+        ) from None
+
+
+def _fails(settings: Settings, name: str, value: Any) -> bool:
+    """Return whether one change of the settings is invalid by itself."""
+    try:
+        settings.changed(**{name: value})
+    except InvalidInputError:
+        return True
+    return False
+
+
+def _refused(error: InvalidInputError, param: str) -> RequestError:
+    """Return an invalid setting's error as a request's, with advice that can be followed in a request."""
+    # Whether weights have to sum to 1 is the server's choice, not a request's.
+    said = str(error).replace("say free_weights=True", "start the server with --free-weights")
+    return RequestError(said, param=param, code="invalid_value")
+
+
+def _with_gate(model: EnsembleForCausalLM, settings: Settings) -> tuple[Settings, str | None]:
+    """Return settings with their gate ready to be used or left out, and, if it cannot be used, a clause that says why.
+
+    A gate ``movement`` or ``auto`` whose factor is not known is left out: measuring takes too long for a request.
+    """
+    gate, found = that_closes(settings.gate), resolved(model, settings, may_calibrate=False)
+    if isinstance(gate, Disagreement) and not settings.rule.reads_heads:
+        return found.ungated(), f"the rule {settings.rule.name} has no solve that the gate {gate} could save"
+    if gate is not None and found.gate is None:
+        return found, (
+            f"the gate {gate} needs a factor for these members, rule, trusts, weights and pool, which the server "
+            "measures only when it starts, and for an ensemble's own settings"
+        )
+    return found, None
 
 
 @lru_cache(maxsize=64)
@@ -115,7 +180,7 @@ class Ensembles:
             return next(iter(self))
         if name not in self._by_name:
             raise RequestError(
-                str(unknown(f"there is no model {name[:100]!r}", name, list(self._by_name))),
+                absent(f"there is no model {name[:100]!r}", name, list(self._by_name)),
                 status=404, param="model", code="model_not_found",
             )  # fmt: skip
         return self._by_name[name]
@@ -131,7 +196,7 @@ def named(given: Sequence[str], members: Sequence[str] = ()) -> dict[str, list[s
             ``NAME``.
 
     Returns:
-        {name: [a saved ensemble or family]} or {name: members}; ``{"default": ["wide"]}`` if nothing is named.
+        {name: [a saved ensemble or family]}, then {name: members}; ``{"default": ["wide"]}`` if nothing is named.
 
     Raises:
         InvalidInputError: if two ensembles have the same name.
@@ -141,21 +206,26 @@ def named(given: Sequence[str], members: Sequence[str] = ()) -> dict[str, list[s
     >>> named([], ["gpt2", "other=distilgpt2", "opt"])
     {'default': ['gpt2', 'opt'], 'other': ['distilgpt2']}
     """
-    found: dict[str, list[str]] = {}
+    joined: dict[str, list[str]] = {}
     for text in members:
         prefix = _PREFIX.match(text)
         name = prefix.group(1) if prefix else "default"
-        found.setdefault(name, []).append(text[prefix.end() :] if prefix else text)
+        joined.setdefault(name, []).append(text[prefix.end() :] if prefix else text)
+    found: dict[str, list[str]] = {}
     for text in given:
         name, _, parts = text.rpartition("=")
         name = name or short(parts)
-        if name in found:
-            raise InvalidInputError(f"expected a name for each ensemble, got {name!r} twice: give names as NAME=…")
+        if first := found.get(name, joined.get(name)):
+            together = " ".join(f"-m {name}={part}" for part in [*first, parts])
+            raise InvalidInputError(
+                f"expected a name for each ensemble, got {name!r} twice: say {together} to combine these models, or "
+                "give each a name of its own, as NAME=…"
+            )
         found[name] = parts.split(",")
         if len(found[name]) > 1:
             today = " ".join(f"-m {name}={part}" for part in found[name])
             warnings.warn(f"members joined by commas are an old form and end with 0.3.0: say {today}", stacklevel=2)
-    return found or {"default": [DEFAULT]}
+    return found | joined or {"default": [DEFAULT]}
 
 
 def load(named: dict[str, list[str]], find: Callable[..., Ensemble] | None = None, **settings: Any) -> Ensembles:

@@ -13,7 +13,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from pydantic import BaseModel
@@ -57,6 +58,25 @@ class RequestError(SoftmeetError):
         self.status, self.param, self.code = status, param, code
 
 
+def absent(what: str, name: str, known: Sequence[str], cutoff: float = 0.6) -> str:
+    """Return the message on a name that there is not: the nearest known one, and all of them if there are more.
+
+    Args:
+        what: the beginning of the message.
+        name: the name that was asked for.
+        known: the names that there are, at least one.
+        cutoff: how like a known name has to be to be suggested, from 0 to 1 (equal).
+
+    >>> absent("there is no model 'dou'", "dou", ["duo"])
+    "there is no model 'dou': did you mean duo?"
+    """
+    near = get_close_matches(name, known, n=1, cutoff=cutoff)
+    parts = [f"did you mean {near[0]}?"] if near else []
+    if near != [*known]:
+        parts.append(f"expected one of {', '.join(known)}")
+    return f"{what}: {' '.join(parts)}"
+
+
 class ErrorDetail(BaseModel):
     """An error: a message for people, its type, the request's field at fault and a machine-readable code, or null."""
 
@@ -72,7 +92,7 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
-# (class, status, type, code): the first entry whose class an error belongs to counts; code None is the class's name.
+# (class, status, type, code): the first entry whose class an error belongs to counts.
 _SENT: tuple[tuple[type[SoftmeetError], int, str, str | None], ...] = (
     (InternalError, 500, "server_error", "internal"),
     (BusyError, 429, "rate_limit_error", "busy"),
@@ -80,7 +100,7 @@ _SENT: tuple[tuple[type[SoftmeetError], int, str, str | None], ...] = (
     (ReplicaLostError, 503, "service_unavailable_error", "replica_lost"),
     (TooLateError, 504, "timeout_error", "timeout"),
     (RuleError, 500, "server_error", "rule_failed"),
-    (InvalidInputError, 400, "invalid_request_error", None),
+    (InvalidInputError, 400, "invalid_request_error", "invalid_value"),
     (SoftmeetError, 422, "invalid_request_error", None),
 )
 _REQUEST_ERRORS = {401: "authentication_error", 404: "not_found_error"}
@@ -103,7 +123,6 @@ def described(error: Exception) -> tuple[int, dict[str, Any]]:
     else:
         known = error if isinstance(error, SoftmeetError) else InternalError()
         _, status, kind, code = next(sent for sent in _SENT if isinstance(known, sent[0]))
-        code = code or type(error).__name__
         if isinstance(known, InternalError):
             message = "the server failed: its log says why"
     return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
 _FINE = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
 
@@ -24,24 +24,38 @@ class Metrics:
             of the heads counts as that part. Scored tokens of prompts do not count.
         gated: draws of a token at which a gate was closed, by the gate's name, such as ``unsure``.
         saved: an estimate of the seconds that closed gates saved at these draws, by the gate's name.
-        rows: sequences in the running batch, as of the last step, those that joined in it included.
-        waiting: sequences in the queue, as of the last step.
+        rows: sequences in the running batch now, those whose prompts are running included; 0 when idle.
+        waiting: sequences in the queue now.
         steps: seconds that a step took, in which every running sequence gets one token.
         first: seconds from a request's submission to its first drawn token, of whichever choice.
     """
 
     def __init__(self) -> None:
+        # The times at which each series began would double the answer, and Prometheus reads none of them by default.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         counter, gauge = partial(Counter, registry=self.registry), partial(Gauge, registry=self.registry)
         histogram = partial(Histogram, registry=self.registry, buckets=_FINE)
-        self.requests = counter("softmeet_requests", "Requests answered.", ["path", "status"])
-        self.tokens = counter("softmeet_tokens", "Tokens generated.")
-        self.prompt_tokens = counter("softmeet_prompt_tokens", "Tokens of prompts.")
-        self.reused_tokens = counter("softmeet_reused_tokens", "Tokens of prompts that were not computed again.")
-        self.passes = counter("softmeet_head_passes", "Reads of all heads by rules.")
-        self.gated = counter("softmeet_gated_tokens", "Tokens at which a gate was closed.", ["gate"])
-        self.saved = counter("softmeet_gate_saved_seconds", "About what they would have taken with it open.", ["gate"])
-        self.rows = gauge("softmeet_rows", "Sequences in the running batch.")
-        self.waiting = gauge("softmeet_waiting", "Sequences in the queue.")
-        self.steps = histogram("softmeet_step_seconds", "Time of a step.")
-        self.first = histogram("softmeet_first_token_seconds", "From request to first token.")
+        self.requests = counter("softmeet_requests", "HTTP requests that were answered or refused.", ["path", "status"])
+        self.tokens = counter("softmeet_tokens", "Tokens that were generated.")
+        self.prompt_tokens = counter("softmeet_prompt_tokens", "Tokens of prompts, reused ones included.")
+        self.reused_tokens = counter(
+            "softmeet_reused_tokens", "Tokens of prompts taken from the cache of earlier prompts, not computed again."
+        )
+        self.passes = counter(
+            "softmeet_head_passes", "Times that rules read all of the members' output layers; parts count as parts."
+        )
+        self.gated = counter(
+            "softmeet_gated_tokens", "Generated tokens for which a gate spared the rule, by gate.", ["gate"]
+        )
+        self.saved = counter(
+            "softmeet_gate_saved_seconds", "Estimated seconds that gates have saved, by gate.", ["gate"]
+        )
+        self.rows = gauge("softmeet_rows", "Sequences that are being generated now; at most --batch.")
+        self.waiting = gauge("softmeet_waiting", "Sequences that wait for a place in the batch now.")
+        self.steps = histogram(
+            "softmeet_step_seconds", "Seconds of a step, in which every running sequence gets one token."
+        )
+        self.first = histogram(
+            "softmeet_first_token_seconds", "Seconds from a request's arrival in the queue to its first token."
+        )

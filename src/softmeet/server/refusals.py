@@ -67,7 +67,7 @@ def refusal(errors: Sequence[Mapping[str, Any]]) -> RequestError:
         message = f"expected {path[0]} as {_EXPECTED[path[0]]}, got {_came(first)}"
     else:
         message = _invalid([error for error in errors if _path(error)[:1] == path[:1]])
-    return RequestError(message, param=path[0][:100])
+    return RequestError(message, param=".".join(path[: 2 if path[0] == "softmeet" else 1])[:100])
 
 
 def _path(error: Mapping[str, Any]) -> list[str]:

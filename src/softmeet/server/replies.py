@@ -120,9 +120,7 @@ class Reply(ABC):
     def _settings(self) -> dict[str, Any]:
         """Return the members, the settings and the seed that were used for the answer."""
         how = self.asked.combination
-        settings = how.settings.plain()
-        shown = {name: settings[name] for name in ("rule", "trust", "weights", "pool", *(["gate"] if how.gate else []))}
-        return {"members": list(how.names), **shown, "seed": self.asked.sampling.seed}
+        return {"members": list(how.names), **how.shown(), "seed": self.asked.sampling.seed}
 
     def _choice(self, delta: ChoiceDelta, *, first: bool) -> dict[str, Any]:
         """Return one choice as JSON: its content, ``finish_reason`` and, under ``softmeet``, reports and gate counts.

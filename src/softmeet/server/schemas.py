@@ -43,7 +43,7 @@ class Extension(_Strict):
     weights: Annotated[list[Annotated[float, Field(ge=0, le=1e6)]], Len(1, 64)] | None = None
     pool: Word | None = None
     members: Annotated[list[Word], Len(1, 64)] | None = Field(default=None, description="Some of the members.")
-    gate: Word | None = Field(default=None, description="unsure:T, disagreement:T or none.")
+    gate: Word | None = Field(default=None, description="auto, movement:T, unsure:T, disagreement:T or none.")
     report: Listed | None = Field(
         default=None, description="Report every token, and list so many of each distribution."
     )

@@ -115,7 +115,11 @@ class Guard:
             raise RequestError("nothing can be uploaded here", status=404)
         host = re.sub(r":\d*$", "", headers.get("host", ""))
         if self.protection.hosts and host not in self.protection.hosts:
-            raise RequestError("this server does not answer to that Host", status=421, code="unknown_host")
+            raise RequestError(
+                "this server does not answer to that Host: ask it by the address at which it listens, or start it with "
+                "--allow-host and the name",
+                status=421, code="unknown_host",
+            )  # fmt: skip
         if self.protection.keys and path not in _OPEN and not _known(_given(headers), self.protection.keys):
             raise RequestError(
                 "expected a valid API key as 'Authorization: Bearer KEY'", status=401, code="invalid_api_key"

@@ -15,9 +15,25 @@ from softmeet.hf.combining import Deferral
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.hf.report import TokenReport
 from softmeet.members.partial_cache import PartialCache
+from softmeet.rules.base import Rule
 from softmeet.rules.gates import Gate, Unsure, that_closes
+from softmeet.rules.registry import source_of
 from softmeet.rules.settings import Settings
 from softmeet.server.sampling import Sampler, Sampling
+
+
+def unused(rule: Rule) -> tuple[str, ...]:
+    """Return the names of those settings, of ``trust`` and ``pool``, that cannot change a rule's answer.
+
+    A rule that chooses from the feasible set uses both, as its fallback ``meet`` does; a rule that is not softmeet's
+    may read the pool whether or not it reads heads.
+
+    >>> from softmeet.rules.settings import rule_of
+    >>> unused(rule_of("prob-mean")), unused(rule_of("meet"))
+    (('trust', 'pool'), ())
+    """
+    used = {"trust": rule.uses_trust or rule.is_feasible, "pool": rule.reads_heads or source_of(rule) is not None}
+    return tuple(name for name, has_effect in used.items() if not has_effect)
 
 
 @dataclass(frozen=True)
@@ -31,11 +47,13 @@ class Combination:
         settings: the rule, trusts, gate and so on, used in place of the ensemble's own; either its ``settings`` with
             :meth:`Settings.changed`, or completed for its members by :meth:`Settings.for_members`.
         names: the members' names, as shown to clients.
+        why_no_gate: why the ensemble's own gate is not among the settings; None if it is, or if it has none.
     """
 
     model: EnsembleForCausalLM
     settings: Settings
     names: tuple[str, ...] = ()
+    why_no_gate: str | None = field(default=None, compare=False)
 
     def room(self, length: int) -> int:
         """Return how many tokens fit into the shortest member's context after a prompt of ``length`` tokens.
@@ -44,6 +62,20 @@ class Combination:
         """
         limit: int | None = getattr(self.model.config, "max_position_embeddings", None)
         return 1 << 30 if limit is None else max(limit - length, 0)
+
+    def shown(self) -> dict[str, Any]:
+        """Return the settings that have an effect, in the types of JSON, as clients are told of them.
+
+        They are ``rule``, ``trust`` and ``pool`` where the rule uses them, ``weights``, and ``gate`` if there is one;
+        ``gate`` is None, with ``why_no_gate`` beside it, if the ensemble's own could not be used.
+        """
+        plain, idle = self.settings.plain(), unused(self.settings.rule)
+        found = {name: plain[name] for name in ("rule", "trust", "weights", "pool") if name not in idle}
+        if self.gate is not None:
+            found["gate"] = plain["gate"]
+        elif self.why_no_gate is not None:
+            found |= {"gate": None, "why_no_gate": self.why_no_gate}
+        return found
 
     @cached_property
     def gate(self) -> Gate | None:

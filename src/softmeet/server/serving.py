@@ -84,14 +84,16 @@ class Serving:
 
         Raises:
             RequestError: if there is no such model (status 404) or member, a change is not allowed, more than
-                ``settings.max_tokens`` tokens or ``settings.max_choices`` choices are asked for, an id in
-                ``logit_bias`` is no token's, a prompt is empty, has an invalid id or leaves no room in the context, or
-                the messages have no chat template or break its rules.
-            InvalidInputError: if a setting under ``softmeet`` has an invalid value.
+                ``settings.max_tokens`` tokens or than the context has, or more choices than ``settings.max_choices`` or
+                than an idle server has places, are asked for, an id in ``logit_bias`` is no token's, a prompt is empty,
+                has an invalid id or leaves no room in the context, the messages have no chat template or break its
+                rules, or a setting under ``softmeet`` is not valid.
+            RuleError: if the rule comes from a package that fails to provide it.
         """
         served, ours = self.ensembles.find(body.model), body.softmeet or Extension()
         in_thread = partial(asyncio.get_running_loop().run_in_executor, self._thread)
-        most, choices, limit = self.settings.max_choices, body.n or 1, _limit(body, self.settings.max_tokens)
+        combination = served.combination(ours, self.settings.allowed)
+        choices, limit = body.n or 1, _limit(body, self.settings.max_tokens, combination.room(0))
         if isinstance(body, CompletionRequest):
             prompts = await in_thread(_encoded, served, body)
             top = body.logprobs
@@ -99,11 +101,7 @@ class Serving:
         else:
             prompts = await in_thread(_templated, served, body)
             top, score_prompt = (body.top_logprobs or 0) if body.logprobs else None, False
-        combination = served.combination(ours, self.settings.allowed)
-        if len(prompts) * choices > most:
-            raise RequestError(
-                f"expected at most {most} choices in all, got {len(prompts)} prompts times n = {choices}", param="n"
-            )
+        _check_choices(len(prompts), choices, self.settings)
         for prompt in prompts:
             _check_prompt(prompt, combination, limit)
         return GenerationRequest(
@@ -122,19 +120,43 @@ class Serving:
         )
 
 
-def _limit(body: CompletionRequest | ChatRequest, most: int) -> int:
-    """Return the most tokens of a choice: what a request asks for; else ``most`` for a chat, 16 for a completion.
+def _check_choices(prompts: int, choices: int, settings: ServerSettings) -> None:
+    """Raise RequestError if a number of prompts with so many choices each is not allowed, or could never find room."""
+    total, places = prompts * choices, settings.limits.rows + settings.limits.waiting
+    most = min(settings.max_choices, places)
+    if total > most:
+        limit = "limit, --max-choices" if settings.max_choices <= places else "room, --batch and --queue together"
+        count = f"{prompts:,} prompt{'s' * (prompts > 1)} with n = {choices}"
+        raise RequestError(
+            f"expected at most {most:,} choices in all, this server's {limit}, got {total:,} ({count}): send fewer in "
+            "each request",
+            param="n" if choices > 1 else "prompt",
+        )
+
+
+def _limit(body: CompletionRequest | ChatRequest, server: int, context: int) -> int:
+    """Return the most tokens of a choice: what a request asks for; else all for a chat, at most 16 for a completion.
+
+    Args:
+        body: the request.
+        server: the server's limit.
+        context: the length of the shortest member's context; the smaller of both is the limit.
 
     Raises:
-        RequestError: if the request asks for more than ``most``, the server's limit.
+        RequestError: if the request asks for more than the limit.
     """
+    most = min(server, context)
+    of, more = (
+        ("this server's limit", ", or start the server with a larger --max-tokens")
+        if server <= context
+        else ("the context of the ensemble's shortest member", "")
+    )
     for name in ("max_completion_tokens", "max_tokens"):
         if (asked := getattr(body, name, None)) is None:
             continue
         if asked > most:
             raise RequestError(
-                f"expected {name} of at most {most:,}, this server's limit, got {asked:,}: ask for fewer, or start the "
-                "server with a larger --max-tokens",
+                f"expected {name} of at most {most:,}, {of}, got {asked:,}: ask for fewer{more}",
                 param=name,
             )
         return int(asked)

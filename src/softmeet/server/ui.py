@@ -17,10 +17,12 @@ from pydantic import ValidationError
 
 from softmeet.errors import SoftmeetError
 from softmeet.rules.registry import rule_names
+from softmeet.rules.settings import rule_of
 from softmeet.server.answer import AnswerStream
 from softmeet.server.ensembles import Served
 from softmeet.server.refusals import refusal
 from softmeet.server.schemas import CompletionRequest, Extension
+from softmeet.server.sequences import unused
 from softmeet.server.serving import Serving
 from softmeet.server.ui_html import LEGEND, Report, alert, details_of, resource, text_of
 
@@ -100,7 +102,8 @@ def page(serving: Serving) -> gr.Blocks:
             )
             trust = gr.Slider(0, 4, own["trust"], step=0.05, label="Trust", interactive=free["trust"])
         with gr.Accordion("Sampling", open=False), gr.Row():
-            length = gr.Slider(1, min(200, serving.settings.max_tokens), 60, step=1, label="Tokens", elem_id="length")
+            longest = min(200, serving.settings.max_tokens, *(_context(s) for s in serving.ensembles))
+            length = gr.Slider(1, longest, min(60, longest), step=1, label="Tokens", elem_id="length")
             temperature = gr.Slider(0, 2, 0.8, step=0.05, label="Temperature", elem_id="temperature")
             seed = gr.Number(4, label="Seed", precision=0, minimum=0, maximum=2**53)
         with gr.Row():
@@ -131,6 +134,11 @@ def page(serving: Serving) -> gr.Blocks:
             lambda chosen: _changed(serving.ensembles.find(chosen)), [name], [members, rule, trust], queue=False
         )
     return blocks
+
+
+def _context(served: Served) -> int:
+    """Return the length in tokens of the context of an ensemble's shortest member; 2³⁰ if no member has a limit."""
+    return served.combination(Extension(), ()).room(0)
 
 
 def _controls(served: Served) -> dict[str, Any]:
@@ -198,7 +206,8 @@ def _asked(serving: Serving, name: str, members: list[str], rule: str, trust: fl
     """
     own = _controls(serving.ensembles.find(name))
     asked = {"members": list(members), "rule": rule, "trust": float(trust)}
-    given = {name: value for name, value in asked.items() if value != own[name]}
+    idle = unused(rule_of(rule))
+    given = {name: value for name, value in asked.items() if value != own[name] and name not in idle}
     return Extension.model_validate(given | {"report": _LISTED})
 
 

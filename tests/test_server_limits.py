@@ -1,0 +1,150 @@
+"""What somebody who serves models elsewhere expects: limits that are told, settings that are used, figures of now."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import tiny
+from serving import http, running, serving_of, tiny_ensemble
+from test_cli import run
+
+from softmeet.cli import serve
+from softmeet.errors import InvalidInputError
+from softmeet.server.batcher import Limits
+from softmeet.server.ensembles import named
+from softmeet.server.security import Protection
+
+ROOT = Path(__file__).parents[1]
+PATH = "/v1/completions"
+
+
+@pytest.fixture(scope="module")
+def url():
+    ensemble = tiny_ensemble("gpt2", "llama", rule="logit-mean")
+    protection = Protection(hosts=("127.0.0.1",))
+    with running(serving_of({"duo": ensemble}, limits=Limits(rows=2, waiting=3), protection=protection)) as found:
+        yield found
+
+
+def ask(url, **fields):
+    return http.post(url + PATH, json={"prompt": "a", "max_tokens": 2, "seed": 1} | fields)
+
+
+def refused(url, **fields):
+    answer = ask(url, **fields)
+    assert answer.status_code == 400, answer.text
+    return answer.json()["error"]
+
+
+def test_a_request_that_can_never_fit_is_not_told_to_come_again(url):
+    said = "expected at most 5 choices in all, this server's room, --batch and --queue together, got"
+    error = refused(url, n=100)
+    assert error["message"] == f"{said} 100 (1 prompt with n = 100): send fewer in each request"
+    assert error["param"] == "n"
+    error = refused(url, prompt=["a", "b", "c"], n=2)
+    assert error["message"].startswith(f"{said} 6 (3 prompts with n = 2)")
+    assert refused(url, prompt=["a"] * 6)["param"] == "prompt"
+    assert ask(url, n=5).status_code == 200
+
+
+def test_more_tokens_than_the_context_has_are_refused(url):
+    error = refused(url, max_tokens=5000)
+    assert error["message"] == (
+        "expected max_tokens of at most 64, the context of the ensemble's shortest member, got 5,000: ask for fewer"
+    )
+    assert ask(url, max_tokens=64).json()["usage"]["completion_tokens"] <= 63
+
+
+def test_settings_without_effect_are_refused_where_asked_for_and_else_not_told(url):
+    for ours in ({"rule": "prob-mean", "trust": 1.0}, {"trust": 0.5}, {"rule": "prob-mean:trust=1"}):
+        error = refused(url, softmeet=ours)
+        assert re.match(r"the rule (prob|logit)-mean uses no trust: leave it out, or ask for a rule", error["message"])
+        assert (error["param"], error["code"]) == ("softmeet.trust", "invalid_value")
+    assert refused(url, softmeet={"pool": "prob-mean"})["param"] == "softmeet.pool"
+    common = {"members", "rule", "weights"}
+    assert {*ask(url).json()["softmeet"]} == common | {"seed"}
+    told = ask(url, softmeet={"rule": "meet", "trust": 0.5}).json()["softmeet"]
+    assert {*told} == common | {"seed", "trust", "pool"}
+    assert told["trust"] == [0.5, 0.5]
+    model = http.get(f"{url}/v1/models/duo").json()["softmeet"]
+    assert {*model} == common | {"gate", "context"}
+
+
+@pytest.mark.parametrize(
+    ("ours", "param", "message"),
+    [
+        ({"rule": "vote"}, "rule", "unknown rule 'vote'"),
+        ({"rule": "meet:trust=x"}, "rule", "expected NUMBER"),
+        ({"rule": "meet", "trust": [1, 2, 3]}, "trust", "one per member, 2 in all"),
+        ({"rule": "meet", "pool": "mean"}, "pool", "expected pool"),
+        ({"weights": [1, 2]}, "weights", "divide by the sum, or start the server with --free-weights to use them"),
+        ({"gate": "sure:1"}, "gate", "expected a gate as"),
+    ],
+)
+def test_an_invalid_setting_is_named_as_the_request_has_it(url, ours, param, message):
+    error = refused(url, softmeet=ours)
+    assert message in error["message"]
+    assert "free_weights=" not in error["message"]
+    assert (error["type"], error["param"], error["code"]) == (
+        "invalid_request_error", f"softmeet.{param}", "invalid_value",
+    )  # fmt: skip
+    assert refused(url, softmeet={"trust": -1})["param"] == "softmeet.trust"
+
+
+def test_what_is_suggested_is_what_was_meant_and_is_said_once(url):
+    said = http.get(f"{url}/v1/embeddings").json()["error"]["message"]
+    assert said.startswith("there is nothing at /v1/embeddings: expected one of /v1/models, ")
+    said = http.post(url + PATH, json={"prompt": "a", "model": "dou"}).json()["error"]["message"]
+    assert said == "there is no model 'dou': did you mean duo?"
+    answer = http.get(f"{url}/health", headers={"host": "evil.test"})
+    assert answer.status_code == 421
+    assert "start it with --allow-host" in answer.json()["error"]["message"]
+
+
+def test_every_metric_has_its_line_in_the_guide(url):
+    ask(url)
+    text = http.get(f"{url}/metrics").text
+    assert "_created" not in text
+    found = set(re.findall(r"^# TYPE (softmeet_\w+)", text, re.MULTILINE))
+    page = (ROOT / "docs" / "serving.md").read_text()
+    assert found == set(re.findall(r"^\| `(softmeet_\w+)", page, re.MULTILINE))
+
+
+def test_keys_are_never_repeated(monkeypatch, tmp_path):
+    done = run("serve", "--api-keys", "sk-secret", "--port", "0")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: expected --api-keys as the path of a file with one key on each line")
+    assert "secret" not in done.stderr
+    file = tmp_path / "secret"
+    file.write_text("one\n")
+    monkeypatch.setenv("SOFTMEET_API_KEYS", str(file))
+    done = run("serve", "--port", "0")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: expected the keys themselves in $SOFTMEET_API_KEYS, between commas, got the")
+    assert "secret" not in done.stderr
+    keys = f"one,{'x' * 5000}"
+    monkeypatch.setenv("SOFTMEET_API_KEYS", keys)
+    assert serve._keys(None) == tuple(keys.split(","))
+    file.write_bytes(b"\xff")
+    with pytest.raises(InvalidInputError, match="no text in UTF-8"):
+        serve._keys(file)
+    assert "the keys in $SOFTMEET_API_KEYS, between commas" in " ".join(run("serve", "--help").stdout.split())
+
+
+def test_models_that_are_served_each_alone_are_told_of(monkeypatch, tmp_path):
+    monkeypatch.setattr(serve, "_run", lambda *_, **__: None)
+    a, b = (tiny.save(tmp_path / name, name) for name in ("gpt2", "llama"))
+    done = run("serve", a, b, "--port", "0", "--no-ui", "--rule", "logit-mean")
+    assert f"are single models, each served alone: to combine them into one, say -m {a} -m {b}" in done.stderr
+    for arguments in ((a,), ("-m", f"x={a}", "-m", f"y={b}"), ("-m", a, "-m", b)):
+        assert "single" not in run("serve", *arguments, "--port", "0", "--no-ui", "--rule", "logit-mean").stderr
+    with pytest.raises(InvalidInputError, match="say -m duo=A -m duo=B to combine these models"):
+        named(["duo=A", "duo=B"])
+    with pytest.raises(InvalidInputError, match="say -m duo=A -m duo=B -m duo=C to combine"):
+        named(["duo=C"], ["duo=A", "duo=B"])
+
+
+def test_the_first_ensemble_is_the_first_argument():
+    assert list(named(["wide", "narrow"], ["my=a", "my=b"])) == ["wide", "narrow", "my"]
