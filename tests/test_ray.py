@@ -408,7 +408,7 @@ def test_workers_share_a_device_or_have_several(cluster, ensemble):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--engine", "dask"], "unknown engine 'dask': expected local or ray"),
+        (["--engine", "dask"], "unknown engine 'dask': expected one of local, ray"),
         (["--gpus", "1"], "are options of --engine ray"),
     ],
 )

@@ -32,9 +32,9 @@ def check(
     members: options.Members = None,
     text: Path | None = flag(
         None,
-        "A UTF-8 file of text that the members were not trained on. It tests whether a member's errors are those of "
-        "an output layer (head) that is too narrow, which meet corrects. Over bytes, it shows how each member splits "
-        "the text.",
+        "A UTF-8 file of text that the members were not trained on. With it, check tests whether a member's errors "
+        "come from an output layer (head) that is too narrow; those are the errors that meet corrects. Over bytes, it "
+        "shows how each member splits the text.",
         "--text",
         "-t",
         panel="Text",
@@ -56,17 +56,19 @@ def check(
         None,
         "With --plan: the length of each sequence in tokens.",
         min=1,
-        shown="the shortest context length of a member",
+        shown="the shortest context length among the members",
         panel="Plan",
     ),
     loading: options.LoadingFlags,
     as_json: bool = flag(False, "Print one JSON document on stdout.", "--json", panel="Output"),
     **settings: Any,
 ) -> None:
-    """Compare members: vocabularies, output layers (heads) and how far these overlap, memory, and which to trust.
+    """Compare members: vocabularies, output layers (heads) and how far these overlap, and memory.
+
+    With --text, it also says how far meet should trust each member.
 
     If tokenizers differ, it shows how many tokens they share and, with --text, how similarly they split a text and how
-    much work reading it takes.
+    much work it takes to read it.
 
     Example: softmeet check -m wide/gpt2 -m wide/llama --text held-out.txt
     """

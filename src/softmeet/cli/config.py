@@ -24,7 +24,7 @@ def config(
         Path | None, typer.Option(metavar="PATH", help="Show this file's values in place of the defaults.")
     ] = None,
 ) -> None:
-    """Print a command's options as a YAML file for --config, with their defaults; those without one are comments.
+    """Print a command's options as a YAML file for --config, with defaults; options without a default are comments.
 
     Example: softmeet config evaluate > my.yaml
     """

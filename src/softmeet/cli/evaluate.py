@@ -39,12 +39,13 @@ def evaluate(
         None,
         _RULE,
         "--rule",
-        shown="the ensemble's own",
+        shown="a saved ensemble's, else meet; over bytes the averages",
         panel="Rule",
     ),
     gates: list[str] | None = flag(
         None,
-        "Also measure every rule with this gate, such as unsure:0.5, besides without one; it can be repeated.",
+        "Measure every rule twice: without a gate, and with this one, such as unsure:0.5 (softmeet generate --help "
+        "has all forms); it can be repeated.",
         "--gate",
         shown="none, or a saved ensemble's own",
         panel="Rule",
@@ -63,11 +64,12 @@ def evaluate(
     running: options.EngineFlags,
     **settings: Any,
 ) -> None:
-    """Measure how well rules predict a text, beside each member and the averages, with 95 % intervals of differences.
+    """Measure how well rules predict a text, beside each member and the averages, with 95 % intervals.
 
     The figures are mean losses in nats per token (over bytes: per byte), perplexity, bits per byte, accuracy and
-    calibration. Intervals are paired, and clustered by document. Give --text or --trace. --trust, --weights and --pool
-    hold for rules that do not set them.
+    calibration, and each row's difference from the best member or average. Intervals are paired, and clustered by
+    document; few documents are cut into blocks. Give --text or --trace. --trust, --weights and --pool apply to each
+    --rule that does not set them itself.
 
     Example: softmeet evaluate -m wide/gpt2 -m wide/llama --text 'books/*.txt' --rule meet:trust=1 --rule logit-mean
     """
@@ -175,8 +177,8 @@ def show(facts: dict[str, Any]) -> None:
     console.print(
         f"The best baseline is the best of the members and the averages, on this same text. Differences are in nats a "
         f"{unit[:-1]}, negative is better, with their 95 % intervals. The members disagree by "
-        f"{facts['disagreement']:.3f} nats a {unit[:-1]} (Jensen-Shannon). Rules that are solved by steps are exact to "
-        f"--tol, 0.001 nats of KL divergence unless another is given."
+        f"{facts['disagreement']:.3f} nats a {unit[:-1]} (Jensen-Shannon). Rules that are solved by steps are exact "
+        f"to --tol, 0.001 nats of KL divergence unless another is given."
     )
 
 

@@ -29,8 +29,8 @@ class FitFlags:
     PANEL: ClassVar = "Fit"
     rules: list[str] | None = flag(
         None,
-        "Also try this rule, as in meet:trust=1/0.3; what it does not set is taken from the better fitted average. It "
-        "can be repeated.",
+        "Also try this rule, as in meet:trust=1/0.3; what it does not set is taken from the better of the two fitted "
+        "averages. It can be repeated.",
         "--rule",
     )
     free_weights: bool = flag(False, "Do not require that weights sum to 1.", "--free-weights")
@@ -45,12 +45,15 @@ class FitFlags:
         15, "The most times to compute the loss when fitting meet; for averages, five times as many.", min=1
     )
     premise_tokens: int = flag(
-        512, "The tokens for the test (of softmeet check --text) that sets the trusts to begin with.", min=1
+        512,
+        "How many tokens to use for the test of softmeet check --text; its result gives the trusts from which the fit "
+        "starts.",
+        min=1,
     )
     batch: int | None = flag(
         None,
-        "Fit meet on batches of N tokens, where all of --meet-tokens at once take too long; it is then fitted from "
-        "the better average only.",
+        "Fit meet on batches of N tokens, for when all of --meet-tokens at once take too long; the fit then starts "
+        "from the better average only.",
         min=1,
         shown="all",
     )
@@ -86,10 +89,11 @@ def fit(
     loading: options.LoadingFlags,
     running: options.EngineFlags,
 ) -> None:
-    """Learn weights, temperature and trusts from a text, and save the best average, or meet where it is shown better.
+    """Learn weights, temperature and trusts from a text, and save the best average, or the rule meet if it is better.
 
-    The documents (at least nine, or one file, which is cut into blocks) are dealt out to three parts: to fit on, to
-    choose among the candidates by, and to judge the choice by. Give --text or --trace.
+    The documents are divided into three parts. On the first, the averages and meet are fitted (weights, trusts, and a
+    temperature of the result); on the second, the best of them and of each --rule is chosen; on the third, that one is
+    measured. Give at least nine documents, or one file, which is cut into blocks, by --text or --trace.
 
     Example: softmeet fit -m wide/gpt2 -m wide/llama --text 'books/*.txt' --out my-ensemble
     """

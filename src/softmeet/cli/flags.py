@@ -25,6 +25,8 @@ C = TypeVar("C", bound=Callable[..., Any])
 _WITHOUT_FLAG = ("bands", "rule_temperature")
 # The settings of the rule that most users need; help lists the others with advanced options.
 _OF_THE_RULE = ("rule", "trust", "weights", "pool", "gate")
+# Defaults that are not the field's own: these commands make ensembles, which may be over bytes and have a gate.
+_SHOWN = {"rule": "meet; over bytes logit-mean", "gate": "auto"}
 # What stands for a flag's value in help, by the name of its type.
 _VALUES = {"int": "N", "float": "X", "Path": "PATH", "str": "TEXT"}
 # Commands whose options took several values in a row before 0.2.
@@ -160,8 +162,8 @@ def _setting(name: str) -> inspect.Parameter:
     """Return the parameter for a setting's flag: a number, a switch, or a text that :func:`checked_settings` reads."""
     setting = Settings.model_fields[name]
     kinds = [kind for kind in (bool, int, float) if takes(setting, kind) and not takes(setting, tuple)]
-    about = f" One of: {', '.join(rule_names())}." if name == "rule" else ""
-    shown = "auto" if name == "gate" else str(setting.get_default() or "") or False
+    about = f" The rules, explained in docs/choosing-a-rule.md: {', '.join(rule_names())}." if name == "rule" else ""
+    shown = _SHOWN.get(name, str(setting.get_default() or "") or False)
     panel = "Rule" if name in _OF_THE_RULE else "Advanced"
     option = flag(None, f"{setting.description}{about}", flag_of(name), shown=shown, panel=panel)
     return _parameter(name, (kinds[0] if kinds else str) | None, option)

@@ -49,7 +49,9 @@ class SamplingFlags:
     )  # fmt: skip
     top_k: int = flag(0, "Draw from the N likeliest tokens only; 0 for all.", min=0)
     top_p: float | None = flag(
-        None, "Draw from the fewest likeliest tokens whose probabilities add up to X; 1 for all.", min=0, max=1,
+        None,
+        "Draw only from the smallest set of likeliest tokens whose probabilities add up to at least X; 1 for all.",
+        min=0, max=1,
         shown="1",
     )  # fmt: skip
     min_p: float | None = flag(
@@ -97,7 +99,7 @@ def generate(
     loading: options.LoadingFlags,
     color: bool = flag(
         False,
-        "On a terminal, colour the text of a single prompt by how far the members disagree.",
+        "On a terminal, colour the text of a single prompt by how far the members had to be corrected.",
         "--color",
         panel="Output",
     ),
@@ -106,7 +108,8 @@ def generate(
     ),
     summary: bool | None = flag(
         None,
-        "Print on stderr each member's weight and disagreement, and the speed.",
+        "Print on stderr each member's weight, how far it had to be corrected (its disagreement, KL divergence in "
+        "nats), and the speed.",
         "--summary/--no-summary",
         shown="on a terminal",
         panel="Output",

@@ -35,7 +35,7 @@ def inspect(
     members: options.Members = None,
     top: int = flag(
         5,
-        "How many of the likeliest tokens to list of each distribution, on the page and in JSON.",
+        "How many of each distribution's likeliest tokens to list, on the page and in JSON.",
         min=1,
         panel="Output",
     ),

@@ -36,8 +36,9 @@ _KEPT, _LARGEST = 1 << 30, 32 << 20
 
 app = typer.Typer(
     cls=Commands,
-    help="Sample from several language models as one. Without -m, small bundled models are used. For a first try: "
-    "softmeet generate 'And the king said'. For the options of a command: softmeet COMMAND --help.",
+    help="Sample from several language models, the members of an ensemble, as one. A rule, by default meet, combines "
+    "their predictions. Without -m, small bundled models are used. For a first try: softmeet generate 'And the "
+    "king said'. For the options of a command: softmeet COMMAND --help.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 DEFAULT_CLUSTER = "$RAY_ADDRESS, else a new one on this machine"
 _MEMBERS = (
     "A model: a hub id, a folder, a GGUF file, or a bundled model such as wide/gpt2; repeat it for each member. Or, "
-    "alone, a bundled family (narrow, wide, mixed) or a saved ensemble, whose settings then take the place of the "
-    "defaults shown here."
+    "alone, a bundled family (wide; narrow, with very narrow heads; mixed, with two tokenizers) or a saved ensemble, "
+    "whose settings then take the place of the defaults shown here."
 )
 Members = Annotated[
     list[str] | None,
@@ -104,8 +104,8 @@ class LoadingFlags:
     )
     prune: float | None = flag(
         None,
-        "Over bytes, ignore ways to tokenize the text that hold less than this share of a member's probability. More "
-        "is faster and less exact; 0 ignores none.",
+        "Over bytes, ignore ways to tokenize the text that hold less than this share of a member's probability. A "
+        "larger X is faster and less exact; 0 ignores none.",
         shown="0.01",
         panel="Advanced",
         min=0,

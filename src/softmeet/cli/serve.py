@@ -29,8 +29,13 @@ if TYPE_CHECKING:
     from softmeet.server.serving import Serving
 
 _KEYS = "SOFTMEET_API_KEYS"
-_ENSEMBLES = "Saved ensembles or bundled families to serve; NAME=ENSEMBLE serves one under that name."
-_MEMBERS = "A member of an ensemble named default or, as NAME=MODEL, of the ensemble NAME; repeat it for each member."
+_ENSEMBLES = (
+    "Saved ensembles or bundled families to serve; NAME=ENSEMBLE serves one under that name, else it goes by its own."
+)
+_MEMBERS = (
+    "MODEL adds a member to the ensemble named default, NAME=MODEL to the ensemble NAME. MODEL is a hub id, a folder, a "
+    "GGUF file or a bundled model; repeat it for each member."
+)
 _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -92,7 +97,9 @@ class ClusterFlags:
     )
     fronts: int = flag(1, "With --engine ray: how many processes receive requests and hand them to replicas.", min=1)
     ray_address: str | None = flag(None, "The Ray cluster's address.", shown=options.DEFAULT_CLUSTER)
-    gpus: float = flag(0.0, "With --engine ray: the GPUs of each replica, a fraction or a number.", min=0)
+    gpus: float = flag(
+        0.0, "With --engine ray: the GPUs of each replica, a fraction such as 0.5, or a whole number.", min=0
+    )
 
 
 @flags()
@@ -101,7 +108,9 @@ def serve(
     ensembles: Annotated[
         list[str] | None, typer.Argument(help=_ENSEMBLES, show_default="the family wide, named default")
     ] = None,
-    members: list[str] | None = flag(None, _MEMBERS, "--member", "-m", shown=False, metavar="NAME", panel="Members"),
+    members: list[str] | None = flag(
+        None, _MEMBERS, "--member", "-m", shown=False, metavar="[NAME=]MODEL", panel="Members"
+    ),
     host: str = flag("127.0.0.1", "The address to listen on.", panel="Address and access"),
     port: int = flag(8000, "The port to listen on; 0 takes a free one.", min=0, max=65535, panel="Address and access"),
     access: AccessFlags,

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 study = typer.Typer(
     cls=Commands,
     rich_markup_mode=None,
-    help="Compare all rules, where the true distribution is known and on text; writes tables, plots and a report.",
+    help="Compare all rules, both where the true distribution is known and on text. It writes tables, plots and a "
+    "report.",
     no_args_is_help=True,
 )
 
@@ -83,7 +84,7 @@ Slow = Annotated[
 @study.command(cls=Command)
 @flags()
 def synthetic(*, out: Out, smoke: Smoke = False, seed: Seed = 0, running: options.EngineFlags) -> None:
-    """Compare rules where the true distribution is known, with random heads, also with noise on the hidden states.
+    """Compare rules on random heads, where the true distribution is known, without and with noise on hidden states.
 
     n members have heads of width d for v tokens, with nd/v from 1/16 to 5/4.
 
@@ -100,9 +101,9 @@ def synthetic(*, out: Out, smoke: Smoke = False, seed: Seed = 0, running: option
 @study.command("known-truth", cls=Command)
 @flags()
 def known_truth(*, out: Out, text: Text = None, smoke: Smoke = False, running: options.EngineFlags) -> None:
-    """Compare rules with the bundled families' heads: wide predicts the truth, to which narrow heads are fitted.
+    """Compare rules with the bundled families' heads: wide's predictions count as the truth, which narrow approximates.
 
-    Each narrow head gets the hidden state with which it predicts best what the family wide does.
+    Each narrow head gets the hidden state that brings its prediction closest to that of the family wide.
 
     Example: softmeet study known-truth my-study --smoke
     """
@@ -164,7 +165,8 @@ def pretrained(
     tokens: int = flag(40, "How many tokens each rule adds to --prompt; 0 for none.", min=0, panel="Study"),
     premise: int = flag(
         0,
-        "How many tokens to run the test of softmeet check --text on, which is slow for wide heads; 0 for no test.",
+        "How many tokens to test whether members' errors come from narrow heads on, as softmeet check --text does "
+        "(slow for wide heads); 0 for no test.",
         min=0,
         panel="Study",
     ),

@@ -43,12 +43,12 @@ class TextFlags:
         None,
         "The length, in tokens, of the windows in which a document is read.",
         min=1,
-        shown="the shortest context length of a member, at most 1024",
+        shown="the shortest context length among the members, at most 1024",
     )
     stride: int | None = flag(
         None,
-        "How many tokens after one window the next begins. Fewer than --window give tokens more context and take "
-        "longer. Each token is predicted once.",
+        "How many tokens after the start of one window the next one starts. Fewer than --window give tokens more "
+        "context and take longer. Each token is predicted once.",
         min=1,
         shown="the window",
     )

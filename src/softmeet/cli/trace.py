@@ -30,7 +30,8 @@ def trace(
 ) -> None:
     """Run every member over a text once and store its hidden states, for softmeet evaluate and softmeet fit.
 
-    Each predicted token takes as many numbers on the disk as the heads of all members are wide.
+    For each predicted token, as many numbers are stored as the widths of all members' heads add up to: for widths 896
+    and 1536, 2432 numbers, about 10 kB.
 
     Example: softmeet trace my-trace -m wide/gpt2 -m wide/llama --text 'books/*.txt'
     """

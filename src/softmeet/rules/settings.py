@@ -109,14 +109,15 @@ class Settings(Frozen):
     rule: Annotated[Rule, BeforeValidator(_rule)] = Field(
         default=DEFAULT,
         validate_default=True,
-        description="How the members are combined: a rule's name, with options after colons and slashes between "
-        "numbers, as in meet:trust=1/0.3:pool=prob-mean.",
+        description="How the members are combined: the name of a rule. Options follow it after colons, as in "
+        "meet:trust=1/0.3:pool=prob-mean, with slashes between the numbers of several members; an option "
+        "is given here or by its own flag, not by both.",
     )
     trust: Annotated[float | tuple[float, ...], BeforeValidator(_trusts)] = Field(
         default=DEFAULT_TRUST,
-        description="How far members may move the average, with commas between the numbers of several members: 0 for "
-        "not at all, up to inf, where the mean of each head's "
-        "rows must be the member's own, as exactly as tol says.",
+        description="How far meet may move the average towards the members, one number or one for each with commas "
+        "between: 0 is not at all; inf is full agreement, within tol: the mean of the rows of each "
+        "member's head (output layer) is then the same as under its own prediction.",
     )
     weights: Annotated[tuple[float, ...] | float | None, BeforeValidator(_numbers)] = Field(
         default=None,
@@ -133,23 +134,24 @@ class Settings(Frozen):
     )
     max_steps: Count = Field(
         default=50,
-        description="The most steps of the solver. A token that needs more is drawn from the best distribution found, "
-        "and counted as NOT_CONVERGED.",
+        description="The most steps of the solver. Where more are needed, the best distribution found is used, and "
+        "counted as NOT_CONVERGED in the output.",
     )
     on_infeasible: OnInfeasible = Field(
         default="meet",
         description="For rules that need exact agreement, such as max-entropy: where no distribution agrees with all "
-        "members, use meet, or raise an error.",
+        "members, meet uses the rule meet, and raise stops with an error.",
     )
     free_weights: bool = Field(default=False, description="Do not require that weights sum to 1.")
     rank: Annotated[int | None, BeforeValidator(_count)] = Field(
         default=None,
-        description="Use only so many of the largest principal directions of each head (output layer). All by default.",
+        description="Use only the strongest principal directions of each head (output layer), so many of them. All by "
+        "default.",
     )
     free_radial: bool = Field(
         default=False,
-        description="Do not ask for agreement along the directions of the hidden state that the norm before the head "
-        "fixes (its mean and length).",
+        description="The norm before a head fixes the length (LayerNorm: also the mean) of the hidden state; do not "
+        "make members agree along these directions.",
     )
     rule_temperature: Positive = Field(
         default=1.0,
@@ -158,10 +160,11 @@ class Settings(Frozen):
     bands: Count = Field(default=1, description="Bands into which each head's directions are cut, each with a trust.")
     gate: Annotated[Any, BeforeValidator(_gate)] = Field(
         default=None,
-        description="Where not to compute the rule. movement:T: use the average where meet is predicted to change it "
-        "by less than T nats. disagreement:T: use the average where members differ by at most T nats. "
-        "unsure:T: use the first member alone, and do not run the others, where it gives a token at least "
-        "the probability T. none: always compute. auto: movement:0.003.",
+        description="For which tokens not to compute the rule. movement:T uses the average where meet is predicted to "
+        "move it by less than T nats (KL divergence). disagreement:T uses the average where its KL divergences to the "
+        "members, each times the member's trust, add up to at most T nats. unsure:T uses the first member alone, "
+        "without running the others, where it gives a token at least the probability T. none always computes; auto is "
+        "movement:0.003.",
     )
 
     @classmethod
