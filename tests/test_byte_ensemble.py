@@ -338,7 +338,7 @@ def test_generate_says_what_bytes_cost(folders):
         assert own["dropped"] == pytest.approx((new.dropped - old.dropped) / 8)
     shown = CliRunner().invoke(commands, [*map(str, asked), "--summary"]).output
     assert "over bytes" in shown
-    assert "forward" in shown
+    assert "calls" in shown
 
 
 def test_a_trace_and_a_fit_give_what_the_text_gives(folders, tmp_path):

@@ -414,7 +414,7 @@ def test_gates_on_the_command_line(tmp_path):
     )  # fmt: skip
     found = json.loads(told.stdout)["rules"]
     assert {"meet", "meet:gate=unsure:0.1", "meet:gate=disagreement:0.3", "logit-mean", "prob-mean"} == set(found)
-    shown = run("inspect", "hello", *members, "--gate", "unsure:0.1").stdout.replace("\n", " ")
+    shown = " ".join(run("inspect", "hello", *members, "--gate", "unsure:0.1").stdout.split())
     assert "gate unsure:0.1 closed at" in shown
     told = run("inspect", "hello", *members, "--gate", "unsure:0", "--json")
     facts = json.loads(told.stdout, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))

@@ -91,7 +91,7 @@ def test_a_command_that_was_stopped_does_not_wait_for_its_threads(monkeypatch):
     ends = []
     monkeypatch.setattr(os, "_exit", ends.append)
     for code in (130, 0):
-        monkeypatch.setattr(cli, "app", lambda code=code: sys.exit(code))
+        monkeypatch.setattr(cli, "app", lambda standalone_mode, code=code: code)
         with pytest.raises(SystemExit):
             cli.main()
     assert ends == [130]

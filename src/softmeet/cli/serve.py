@@ -33,8 +33,8 @@ _ENSEMBLES = (
     "Saved ensembles or bundled families to serve; NAME=ENSEMBLE serves one under that name, else it goes by its own."
 )
 _MEMBERS = (
-    "MODEL adds a member to the ensemble named default, NAME=MODEL to the ensemble NAME. MODEL is a hub id, a folder, a "
-    "GGUF file or a bundled model; repeat it for each member."
+    "MODEL adds a member to the ensemble named default, NAME=MODEL to the ensemble NAME. MODEL is a hub id, a folder, "
+    "a GGUF file or a bundled model; repeat it for each member."
 )
 _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
