@@ -89,11 +89,11 @@ def fit(
     loading: options.LoadingFlags,
     running: options.EngineFlags,
 ) -> None:
-    """Learn weights, temperature and trusts from a text, and save the best average, or the rule meet if it is better.
+    """Learn weights, temperature and trusts from a text, and save the best average, or a rule that is better.
 
     The documents are divided into three parts. On the first, the averages and meet are fitted (weights, trusts, and a
     temperature of the result); on the second, the best of them and of each --rule is chosen; on the third, that one is
-    measured. Give at least nine documents, or one file, which is cut into blocks, by --text or --trace.
+    measured. Give --text or --trace; few documents are cut into blocks.
 
     Example: softmeet fit -m wide/gpt2 -m wide/llama --text 'books/*.txt' --out my-ensemble
     """

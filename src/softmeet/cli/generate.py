@@ -38,7 +38,7 @@ class SamplingFlags:
     """Flags for how tokens are drawn, named as in transformers."""
 
     PANEL: ClassVar = "Sampling"
-    max_new_tokens: int = flag(100, "The most tokens to add to each prompt.", min=1)
+    max_new_tokens: int = flag(100, "The most tokens (over bytes: bytes) to add to each prompt.", min=1)
     seed: int | None = flag(None, "An integer that makes the draws repeatable; without it, each run differs.", min=0)
     do_sample: bool = flag(True, "Draw each token at random; --no-do-sample always takes the likeliest.")
     temperature: float | None = flag(

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 _KEYS = "SOFTMEET_API_KEYS"
 _ENSEMBLES = (
-    "Saved ensembles or bundled families to serve; NAME=ENSEMBLE serves one under that name, else it goes by its own."
+    "Folders of saved ensembles, or bundled families, to serve; NAME=ENSEMBLE serves one under that name, else it goes "
+    "by its own."
 )
 _MEMBERS = (
     "MODEL adds a member to the ensemble named default, NAME=MODEL to the ensemble NAME. MODEL is a hub id, a folder, "

@@ -75,7 +75,7 @@ Slow = Annotated[
     typer.Option(
         metavar="N",
         min=0,
-        help="How many of the --positions to score the other rules on, which are slow.",
+        help="How many of the --positions, at least 2, to score the other rules on, which are slow; 0 for none.",
         rich_help_panel="Study",
     ),
 ]
@@ -156,7 +156,12 @@ def pretrained(
     out: Out,
     members: options.Members = None,
     text: list[Path] | None = flag(None, _DOCUMENT, "--text", "-t", panel="Text"),
-    trace: Path | None = flag(None, "The folder of a trace by softmeet trace, in place of --text.", panel="Text"),
+    trace: Path | None = flag(
+        None,
+        "The folder of a trace by softmeet trace, in place of --text. Without -m, the members of the trace are used; "
+        "with it, name the same ones in the same order.",
+        panel="Text",
+    ),
     positions: Count = 4000,
     meet: Meet = 1000,
     exact: Exact = 500,
@@ -165,7 +170,7 @@ def pretrained(
     tokens: int = flag(40, "How many tokens each rule adds to --prompt; 0 for none.", min=0, panel="Study"),
     premise: int = flag(
         0,
-        "How many tokens to test whether members' errors come from narrow heads on, as softmeet check --text does "
+        "On how many tokens to test whether members' errors come from narrow heads, as softmeet check --text does "
         "(slow for wide heads); 0 for no test.",
         min=0,
         panel="Study",

@@ -58,8 +58,10 @@ class TextFlags:
         "too.",
         "--bos",
     )
-    max_tokens: int | None = flag(None, "The most tokens to predict in all.", min=1, shown="all")
-    max_per_document: int | None = flag(None, "The most tokens to predict in each document.", min=1, shown="all")
+    max_tokens: int | None = flag(None, "The most tokens (over bytes: bytes) to predict in all.", min=1, shown="all")
+    max_per_document: int | None = flag(
+        None, "The most tokens (over bytes: bytes) to predict in each document.", min=1, shown="all"
+    )
 
     @property
     def windows(self) -> dict[str, Any]:
@@ -84,7 +86,11 @@ class TextFlags:
 class SourceFlags(TextFlags):
     """Flags that name a text, or a trace: a folder with the members' hidden states over a text."""
 
-    trace: Path | None = flag(None, "The folder of a trace by softmeet trace, in place of --text.")
+    trace: Path | None = flag(
+        None,
+        "The folder of a trace by softmeet trace, in place of --text. Without -m, the members of the trace are used; "
+        "with it, name the same ones in the same order.",
+    )
 
     def documents(self) -> list[Document]:
         """Read the documents that ``--text`` names; return an empty list if ``--trace`` is given instead.

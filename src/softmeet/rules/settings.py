@@ -145,13 +145,12 @@ class Settings(Frozen):
     free_weights: bool = Field(default=False, description="Do not require that weights sum to 1.")
     rank: Annotated[int | None, BeforeValidator(_count)] = Field(
         default=None,
-        description="Use only the strongest principal directions of each head (output layer), so many of them. All by "
-        "default.",
+        description="Use only the N strongest principal directions of each head (output layer). All by default.",
     )
     free_radial: bool = Field(
         default=False,
-        description="The norm before a head fixes the length (LayerNorm: also the mean) of the hidden state; do not "
-        "make members agree along these directions.",
+        description="The norm before a head fixes the length (LayerNorm: also the mean) of the hidden state. Do not "
+        "make members agree along the directions in which only these would change.",
     )
     rule_temperature: Positive = Field(
         default=1.0,
@@ -160,11 +159,12 @@ class Settings(Frozen):
     bands: Count = Field(default=1, description="Bands into which each head's directions are cut, each with a trust.")
     gate: Annotated[Any, BeforeValidator(_gate)] = Field(
         default=None,
-        description="For which tokens not to compute the rule. movement:T uses the average where meet is predicted to "
-        "move it by less than T nats (KL divergence). disagreement:T uses the average where its KL divergences to the "
-        "members, each times the member's trust, add up to at most T nats. unsure:T uses the first member alone, "
-        "without running the others, where it gives a token at least the probability T. none always computes; auto is "
-        "movement:0.003.",
+        description="For which tokens not to compute the rule. movement:T, for meet with finite trusts alone, uses "
+        "the average where meet is predicted to move it by less than T nats (KL divergence). disagreement:T uses the "
+        "average where its KL divergences to the members, each times the member's trust (0.3 where that is inf), add "
+        "up to at most T nats. unsure:T uses the first member alone, without running the others, where it gives a "
+        "token at least the probability T. none always computes; auto is movement:0.003, or none where movement does "
+        "not apply.",
     )
 
     @classmethod
