@@ -91,7 +91,9 @@ class Recorder:
         self.gate.add(is_open.numel(), int(solution.gated.sum()), solution.seconds)
         self.passes += solution.num_passes.sum().item()
         self.fallbacks += int(solution.fallback.sum())
-        self.statuses.update(Status(code).name for code in solution.status.flatten().tolist())
+        for code, count in enumerate(solution.status.flatten().bincount().tolist()):
+            if count:
+                self.statuses[Status(code).name] += count
         self.largest_gap = max(self.largest_gap, solution.gap[is_open].max().item() if is_open.any() else 0.0)
         total = solution.disagreement.nan_to_num(0.0).flatten(1).sum(-1).cpu()
         self.disagreement = total if not len(self.disagreement) else self.disagreement + total
