@@ -181,11 +181,14 @@ def test_a_host_without_an_address_is_no_host(monkeypatch):
         pass
 
 
-def test_what_is_served_is_announced_in_two_lines(capsys):
+def test_what_is_served_is_announced_in_two_lines(capsys, monkeypatch):
     for host, url in (("127.0.0.1", "http://127.0.0.1:8000"), ("::1", "http://[::1]:8000")):
         serve._announce("plain", listening.url_of(host, 8000), page=True)
         first, second = capsys.readouterr().err.splitlines()
         assert first == f"serving plain, running on {url} (Ctrl-C ends it)"
         assert second == f"page: {url}/ui, metrics: {url}/metrics, OpenAI clients: base_url={url}/v1"
+    monkeypatch.setattr(socket, "gethostname", lambda: "lectern")
+    assert listening.url_to_open("0.0.0.0", 8000) == listening.url_to_open("::", 8000) == "http://lectern:8000"
+    assert listening.url_to_open("127.0.0.1", 8000) == "http://127.0.0.1:8000"
     serve._announce("plain", "http://host:1", page=False)
     assert "/ui" not in capsys.readouterr().err

@@ -60,6 +60,11 @@ def port_of(sockets: list[socket.socket]) -> int:
     return int(sockets[0].getsockname()[1])
 
 
+def url_to_open(host: str, port: int) -> str:
+    """Return the base URL by which a client reaches a server: for all addresses (0.0.0.0), by this machine's name."""
+    return url_of(socket.gethostname() if host.strip("[]") in ("0.0.0.0", "::") else host, port)  # noqa: S104
+
+
 def url_of(host: str, port: int) -> str:
     """Return the base URL of a server."""
     host = host.strip("[]")

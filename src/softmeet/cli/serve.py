@@ -18,7 +18,7 @@ import typer
 
 from softmeet.cli import options
 from softmeet.cli.flags import checked_settings, flag, flags
-from softmeet.cli.listening import listening, port_of, url_of
+from softmeet.cli.listening import listening, port_of, url_to_open
 from softmeet.cli.messages import say
 from softmeet.cli.old_forms import repeated
 from softmeet.errors import InvalidInputError
@@ -301,7 +301,7 @@ def _replicate(
     try:
         serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
         serve.run(application, name=NAME, route_prefix="/")
-        _announce(f"{', '.join(names)} by {scale.replicas} replicas", url_of(host, port), page=False)
+        _announce(f"{', '.join(names)} by {scale.replicas} replicas", url_to_open(host, port), page=False)
         ended.wait()
     finally:
         serve.shutdown()
@@ -334,7 +334,7 @@ def _run(serving: Serving, host: str, sockets: list[socket.socket], grace: float
             """Start as uvicorn does, and then say so."""
             await super().startup(sockets)
             names = ", ".join(s.name for s in serving.ensembles)
-            _announce(names, url_of(host, port_of(sockets or [])), page=serving.settings.ui)
+            _announce(names, url_to_open(host, port_of(sockets or [])), page=serving.settings.ui)
 
     config = uvicorn.Config(
         create_app(serving), access_log=access_log, log_level="info",
