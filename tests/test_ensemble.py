@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 from softmeet import Ensemble
 from softmeet.errors import InvalidInputError, NonFiniteError, VocabularyMismatchError
@@ -204,3 +204,17 @@ def test_members_of_different_tokenizers(folders, tmp_path):
         Ensemble.from_pretrained([folders[0], other], vocabulary="tokens")
     with pytest.raises(VocabularyMismatchError, match="over bytes: it has a WordLevel vocabulary without bytes"):
         Ensemble.from_pretrained([folders[0], other])
+
+
+def test_a_seed_samples_from_the_whole_distribution_and_greedy_stays_greedy():
+    ours = Ensemble.from_pretrained("narrow", "logit-mean")
+    greedy = ours.generate("And the king said", max_new_tokens=20, do_sample=False)
+    assert ours.generate("And the king said", max_new_tokens=20, do_sample=False, seed=1) == greedy
+    assert "".join(ours.stream("And the king said", max_new_tokens=20, do_sample=False, seed=1)) == greedy
+    drawn = ours.generate("And the king said", max_new_tokens=40, seed=1)
+    assert drawn != ours.generate("And the king said", max_new_tokens=40, seed=1, temperature=0.5)
+    assert drawn == ours.generate("And the king said", max_new_tokens=40, seed=1, do_sample=True, top_k=0)
+    assert drawn != ours.generate("And the king said", max_new_tokens=40, seed=1, top_k=2)
+    given = GenerationConfig(do_sample=True, top_k=2)
+    few = ours.generate("And the king said", max_new_tokens=40, seed=1, generation_config=given)
+    assert few == ours.generate("And the king said", max_new_tokens=40, seed=1, top_k=2)

@@ -304,7 +304,7 @@ def test_a_table_cuts_no_figure(width, capsys, monkeypatch):
         "statuses": {"OPTIMAL": 888, "NOT_CONVERGED": 12},
     }
     facts = {"clusters": {"count": 20, "kind": "blocks"}, "tokens": 900, "best_baseline": "a", "disagreement": 0.2}
-    facts["vocabulary"] = "tokens"
+    facts |= {"vocabulary": "tokens", "documents": 20}
     show({**facts, "members": {}, "rules": {"meet:trust=1/0.3:pool=prob-mean": row}})
     shown = capsys.readouterr().out
     for figure in ("2.1234", "812.34", "1.2345", "0.512", "0.123", "-0.0123 ± 0.0150"):

@@ -186,6 +186,11 @@ def test_a_gate_that_cannot_be_used_is_not_left_out_in_silence():
             assert own["why_no_gate"] in error["message"]
             assert "leave gate out, or ask for another one" in error["message"]
             assert error["param"] == "softmeet.gate"
+        # A rule that never has this gate has none in silence, as has auto; movement is refused.
+        for ours in ({"rule": "max-entropy"}, {"trust": "inf"}, {"trust": "inf", "gate": "auto"}):
+            assert "why_no_gate" not in ask(**ours)["softmeet"]
+        error = ask(trust="inf", gate="movement:0.1")["error"]
+        assert "is for the rule meet with finite trusts alone" in error["message"]
         # An average has no use for these gates: the ensemble's own is passed over, another one is refused.
         assert "gate" not in ask(rule="prob-mean")["softmeet"]
         error = ask(rule="prob-mean", gate="disagreement:0.1")["error"]

@@ -138,7 +138,9 @@ def test_models_that_are_served_each_alone_are_told_of(monkeypatch, tmp_path):
     a, b = (tiny.save(tmp_path / name, name) for name in ("gpt2", "llama"))
     done = run("serve", a, b, "--port", "0", "--no-ui", "--rule", "logit-mean")
     assert f"are single models, each served alone: to combine them into one, say -m {a} -m {b}" in done.stderr
-    for arguments in ((a,), ("-m", f"x={a}", "-m", f"y={b}"), ("-m", a, "-m", b)):
+    mixed = run("serve", "-m", f"duo={a}", "-m", b, "--port", "0", "--no-ui", "--rule", "logit-mean").stderr
+    assert "duo and default are single models, each served alone" in mixed
+    for arguments in ((a,), ("-m", f"duo={a}", "-m", f"duo={b}"), ("-m", a, "-m", b)):
         assert "single" not in run("serve", *arguments, "--port", "0", "--no-ui", "--rule", "logit-mean").stderr
     with pytest.raises(InvalidInputError, match="say -m duo=A -m duo=B to combine these models"):
         named(["duo=A", "duo=B"])

@@ -296,11 +296,12 @@ class Ensemble:
         Args:
             text: a prompt or a list of prompts.
             seed: prompt k, from 0, draws from its own generator, seeded with (seed, k), so its tokens do not depend on
-                the other prompts. None for torch's global generator.
+                the other prompts; implies ``do_sample=True`` unless that is False. None for torch's global generator.
             recorder: a ``softmeet.hf.Recorder()``, to which the call adds its rows, head reads, fallbacks and more.
             prompt_weights: use for each prompt the weights that :meth:`prompt_weights` computes from it; prompts are
                 then continued one after another.
-            options: options of transformers' ``generate`` (without a length text may fill the shortest context), and
+            options: options of transformers' ``generate`` (without a length text may fill the shortest context; without
+                ``top_k`` tokens are drawn from the whole distribution, not from the 50 likeliest), and
                 ``weights`` (n numbers) and ``gate`` ("none" for no gate); unless None they replace the ensemble's.
 
         Raises:
@@ -356,12 +357,15 @@ class Ensemble:
         self, prompts: list[str], seed: int | None, recorder: Recorder | None, options: dict[str, Any]
     ) -> dict[str, Any]:
         """Return the arguments of the model's ``generate``; without a length, text may fill the shortest context."""
-        inputs = self._encode(prompts)
-        found = {**inputs, "pad_token_id": self.tokenizer.pad_token_id, **options}
+        inputs, usual = self._encode(prompts), options.get("generation_config") or self.model.generation_config
+        drawn = options.get("do_sample", bool(usual.do_sample) or seed is not None)
+        # transformers would keep the 50 likeliest tokens where no number is given.
+        whole = {"top_k": usual.top_k or 0} if drawn else {}
+        found = {**inputs, "pad_token_id": self.tokenizer.pad_token_id, "do_sample": drawn, **whole, **options}
         limit = getattr(self.model.config, "max_position_embeddings", None)
         if limit is not None and "max_new_tokens" not in found and "max_length" not in found:
             found["max_new_tokens"] = limit - inputs["input_ids"].shape[1]
-        sampler = None if seed is None else RowSampler(seed, range(len(prompts)))
+        sampler = RowSampler(seed, range(len(prompts))) if drawn and seed is not None else None
         more = {"recorder": recorder, "row_sampler": sampler}
         return found | {name: value for name, value in more.items() if value is not None}
 

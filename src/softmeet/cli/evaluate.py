@@ -47,7 +47,7 @@ def evaluate(
         "Measure every rule twice: without a gate, and with this one, such as unsure:0.5 (softmeet generate --help "
         "has all forms); it can be repeated.",
         "--gate",
-        shown="none, or a saved ensemble's own",
+        shown="none, or a saved ensemble's own unless that is auto",
         panel="Rule",
     ),
     prompt_weights: int | None = flag(
@@ -167,7 +167,8 @@ def show(facts: dict[str, Any]) -> None:
         ]
         for kind in ("members", "rules")
     ]  # fmt: skip
-    title, optional = f"{facts['tokens']:,} {unit}; intervals by {spread}", 6 if gated else None
+    documents = f"{facts['documents']:,} document{'s' * (facts['documents'] != 1)}"
+    title, optional = f"{facts['tokens']:,} {unit} of {documents}; intervals by {spread}", 6 if gated else None
     print_table(console, columns, sections, title=title, optional=optional)
     for name, row in facts["rules"].items():
         for note in _notes(row, unit[:-1]):

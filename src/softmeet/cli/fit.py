@@ -29,8 +29,8 @@ class FitFlags:
     PANEL: ClassVar = "Fit"
     rules: list[str] | None = flag(
         None,
-        "Also try this rule, as in meet:trust=1/0.3; what it does not set is taken from the better of the two fitted "
-        "averages. It can be repeated.",
+        "Also try this rule, as in meet:trust=1/0.3; what it does not set, but for its temperature, is taken from the "
+        "fitted average with the lower loss on the first part. It can be repeated.",
         "--rule",
     )
     free_weights: bool = flag(False, "Do not require that weights sum to 1.", "--free-weights")

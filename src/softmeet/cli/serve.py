@@ -80,7 +80,11 @@ class LimitFlags:
     max_choices: int = flag(16, "The most choices of a request: n times its number of prompts.", min=1)
     max_body: int = flag(1 << 20, "The most bytes of a request's body.", min=1)
     body_timeout: float = flag(10.0, "The seconds in which a request's body has to arrive.", min=0.1)
-    timeout: float = flag(600.0, "The seconds after which an answer is cut off.", min=0.1)
+    timeout: float = flag(
+        600.0,
+        "The seconds that an answer may take; then a stream ends with an error event, and any other with status 504.",
+        min=0.1,
+    )
     grace: float = flag(30.0, "The seconds that running answers have to end after SIGTERM.", min=0)
 
 
@@ -189,8 +193,7 @@ def serve(
 
             torch.set_num_threads(threads)
         served = load(asked, partial(loading.ensemble, settings=settings))
-        by_member = named([], members) if members else {}
-        _note_single([s.name for s in served if len(s.names) == 1 and s.name not in by_member], asked)
+        _note_single([s.name for s in served if len(s.names) == 1], asked)
         _run(Serving(served, protocol), host, sockets, limits.grace, access_log=access_log)
 
 

@@ -64,7 +64,7 @@ def resolved(model: EnsembleForCausalLM, settings: Settings, *, may_calibrate: b
     gate = settings.gate
     if not isinstance(gate, PredictedMovement) or gate.factor is not None:
         return settings
-    if gate.never_closes or not _moves(settings):
+    if gate.never_closes or not moves_pool(settings):
         return settings.ungated()
     own = key_of(settings)
     factors: dict[str, float | None] = model.config.movement
@@ -87,7 +87,7 @@ def gate_of(model: EnsembleForCausalLM) -> str | None:
     return None if gate is None else str(gate)
 
 
-def _moves(settings: Settings) -> bool:
+def moves_pool(settings: Settings) -> bool:
     """Return whether the rule moves the pool, with two trusts or more, all of them finite and not all 0."""
     trust = settings.rule.effective_trust(settings.member_trust)
     return settings.rule.tilts_pool and any(trust) and not any(map(math.isinf, trust)) and len(trust) > 1

@@ -13,7 +13,7 @@ from typing import Any
 from softmeet.ensemble import Ensemble
 from softmeet.errors import InvalidInputError
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
-from softmeet.hf.calibrated import resolved
+from softmeet.hf.calibrated import moves_pool, resolved
 from softmeet.members.zoo import DEFAULT, short
 from softmeet.rules.gates import Disagreement, that_closes
 from softmeet.rules.settings import Settings, parse_rule
@@ -128,11 +128,15 @@ def _refused(error: InvalidInputError, param: str) -> RequestError:
 def _with_gate(model: EnsembleForCausalLM, settings: Settings) -> tuple[Settings, str | None]:
     """Return settings with their gate ready to be used or left out, and, if it cannot be used, a clause that says why.
 
-    A gate ``movement`` or ``auto`` whose factor is not known is left out: measuring takes too long for a request.
+    A gate ``movement`` or ``auto`` whose factor is not known is left out: measuring takes too long for a request. Where
+    the rule moves no pool, ``auto`` is no gate, which needs no reason.
     """
     gate, found = that_closes(settings.gate), resolved(model, settings, may_calibrate=False)
     if isinstance(gate, Disagreement) and not settings.rule.reads_heads:
         return found.ungated(), f"the rule {settings.rule.name} has no solve that the gate {gate} could save"
+    if gate is not None and found.gate is None and not moves_pool(settings):
+        alone = f"the gate {gate} is for the rule meet with finite trusts alone"
+        return found, None if str(gate) == "auto" else alone
     if gate is not None and found.gate is None:
         return found, (
             f"the gate {gate} needs a factor for these members, rule, trusts, weights and pool, which the server "
