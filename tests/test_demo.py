@@ -70,7 +70,7 @@ def test_the_printed_commands_work(folder, commands):
         )
         assert done.returncode == 0, done.stderr
     assert "<html" in (folder / "build/demo/page.html").read_text(encoding="utf-8")
-    assert "2,560 tokens; intervals by 10 documents" in done.stdout
+    assert "2,560 tokens of 10 documents; intervals by 10 documents" in done.stdout
 
 
 @pytest.mark.slow
