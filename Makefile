@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TEST_ENV := OMP_NUM_THREADS=1
 PYTEST_ARGS ?= -n auto --dist worksteal
 
-.PHONY: demo test soak bench check format lint clean
+.PHONY: demo docs test soak bench check format lint clean
 
 demo: $(VENV)/.demo ## Score held-out text and continue prompts, with the bundled members.
 	@echo "loading softmeet and torch"
@@ -31,7 +31,11 @@ bench: $(VENV)/.bench ## Time the solver and decoding beside the alternatives, a
 	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python benchmarks/serve.py --counts 1,32 --tokens 32 --meet-tokens 4
 
-check: lint test ## What CI does: format, lint, types, layers, tests.
+docs: $(VENV)/.docs ## Build the site into site/; every broken link is an error.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+	@echo "open site/index.html"
+
+check: lint docs test ## What CI does: format, lint, types, layers, the site, tests.
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -44,7 +48,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) build dist site
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -62,5 +66,5 @@ endef
 $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	$(call install,demo,--no-compile)
 
-$(VENV)/.test $(VENV)/.bench $(VENV)/.dev: $(VENV)/.%: pyproject.toml | $(BIN)/python
+$(VENV)/.test $(VENV)/.bench $(VENV)/.docs $(VENV)/.dev: $(VENV)/.%: pyproject.toml | $(BIN)/python
 	$(call install,$*)

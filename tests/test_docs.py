@@ -54,7 +54,7 @@ def test_examples_in_docstrings_give_what_they_say(file, monkeypatch):
 def test_every_rule_is_documented():
     from softmeet import RULES
 
-    page = (ROOT / "docs" / "choosing-a-rule.md").read_text()
+    page = (ROOT / "docs" / "guides" / "choosing-a-rule.md").read_text()
     assert not [rule.name for rule in RULES if f"`{rule.name}`" not in page]
 
 

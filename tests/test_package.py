@@ -66,7 +66,7 @@ def test_the_sdist_holds_what_is_needed_to_build_and_test(dist):
         "Makefile",
         "tests/test_package.py",
         "tools/train_zoo.py",
-        "docs/mathematics.md",
+        "docs/theory/mathematics.md",
     }
     assert expected <= names
     assert sum(name.endswith("model.safetensors") for name in names) == 9
@@ -80,7 +80,7 @@ def test_metadata():
     assert project["requires-python"] == ">=3.11"
     assert "transformers>=5.24,<6" in project["dependencies"]
     assert not [d for d in project["dependencies"] if "==" in d]
-    extras = set(project["optional-dependencies"]) - {"all", "bench", "demo", "test", "dev"}
+    extras = set(project["optional-dependencies"]) - {"all", "bench", "demo", "docs", "test", "dev"}
     assert project["optional-dependencies"]["all"] == [f"softmeet[{','.join(sorted(extras))}]"]
 
 

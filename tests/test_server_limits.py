@@ -108,7 +108,7 @@ def test_every_metric_has_its_line_in_the_guide(url):
     text = http.get(f"{url}/metrics").text
     assert "_created" not in text
     found = set(re.findall(r"^# TYPE (softmeet_\w+)", text, re.MULTILINE))
-    page = (ROOT / "docs" / "serving.md").read_text()
+    page = (ROOT / "docs" / "guides" / "serve.md").read_text()
     assert found == set(re.findall(r"^\| `(softmeet_\w+)", page, re.MULTILINE))
 
 

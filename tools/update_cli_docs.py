@@ -1,4 +1,4 @@
-"""Write docs/cli.md from the commands' own --help: python tools/update_cli_docs.py."""
+"""Write docs/reference/cli.md from the commands' own --help: python tools/update_cli_docs.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typer.main import get_command
 from softmeet.cli import help as cli_help
 from softmeet.cli.main import app
 
-PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "cli.md"
 INTRODUCTION = """# The command line
 
 A list repeats its option: `-m A -m B`, `--rule A --rule B`. Numbers in a list have commas, `--trust 1,0.3`; in a rule,

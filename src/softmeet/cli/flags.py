@@ -162,7 +162,9 @@ def _setting(name: str) -> inspect.Parameter:
     """Return the parameter for a setting's flag: a number, a switch, or a text that :func:`checked_settings` reads."""
     setting = Settings.model_fields[name]
     kinds = [kind for kind in (bool, int, float) if takes(setting, kind) and not takes(setting, tuple)]
-    about = f" The rules, explained in docs/choosing-a-rule.md: {', '.join(rule_names())}." if name == "rule" else ""
+    about = (
+        f" The rules, explained in docs/guides/choosing-a-rule.md: {', '.join(rule_names())}." if name == "rule" else ""
+    )
     shown = _SHOWN.get(name, str(setting.get_default() or "") or False)
     panel = "Rule" if name in _OF_THE_RULE else "Advanced"
     option = flag(None, f"{setting.description}{about}", flag_of(name), shown=shown, panel=panel)

@@ -1,8 +1,8 @@
 """A causal language model over tokens that is read byte by byte: the probabilities of a text's next byte.
 
-docs/bytes.md states the method. A text's bytes can be cut into tokens in several ways; each way that is followed is a
-*cover*: whole tokens that spell the beginning of the text, with the text's remaining bytes as the beginning of the next
-token (:mod:`softmeet.members.covers`). A *symbol* is one of the 256 bytes, or 256: the end of the text.
+docs/guides/vocabularies.md states the method. A text's bytes can be cut into tokens in several ways; each way that is
+followed is a *cover*: whole tokens that spell the beginning of the text, with the text's remaining bytes as the
+beginning of the next token (:mod:`softmeet.members.covers`). A *symbol* is one of the 256 bytes, or 256: the end of the text.
 """
 
 from __future__ import annotations
