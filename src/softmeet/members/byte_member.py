@@ -2,7 +2,7 @@
 
 docs/guides/vocabularies.md states the method. A text's bytes can be cut into tokens in several ways; each way that is
 followed is a *cover*: whole tokens that spell the beginning of the text, with the text's remaining bytes as the
-beginning of the next token (:mod:`softmeet.members.covers`). A *symbol* is one of the 256 bytes, or 256: the end of the text.
+beginning of the next token (:mod:`softmeet.members.covers`). A *symbol* is a byte, or 256: the end of the text.
 """
 
 from __future__ import annotations
