@@ -86,9 +86,9 @@ def with_baselines(
 
     Args:
         choices: rules, as :func:`parse_choices` returns them.
-        weights, temperature: the ensemble's own, a weight for each member; unless they are equal weights (or empty)
-            and 1, averages with equal weights and temperature 1 come first of all, as ``uniform logit-mean`` and
-            ``uniform prob-mean``.
+        weights: the ensemble's own, one for each member, or none for equal ones.
+        temperature: the ensemble's own. Unless it is 1 and weights are equal, averages with equal weights and
+            temperature 1 come first of all, as ``uniform logit-mean`` and ``uniform prob-mean``.
 
     >>> [choice.name for choice in with_baselines(parse_choices(["meet", "prob-mean"], n=2))]
     ['logit-mean', 'meet', 'prob-mean']

@@ -113,7 +113,8 @@ def paired(ours: Float[Tensor, " N"], theirs: Float[Tensor, " N"], within: Clust
     """Estimate the mean of ``ours`` minus ``theirs`` per token, with its 95 % interval.
 
     Args:
-        ours, theirs: losses at the same positions, in nats.
+        ours: losses, in nats.
+        theirs: losses at the same positions, in nats.
         within: the clusters of these positions; with a single one the interval is from -inf to inf.
 
     >>> nothing = torch.zeros(4)

@@ -185,7 +185,9 @@ def grouped(
     """Put the windows of documents, in order, into groups of at least ``size`` predictions; the last may have fewer.
 
     Args:
-        documents, window, stride: the results of :func:`cut`.
+        documents: what :func:`cut` returns first.
+        window: what it returns second.
+        stride: what it returns third.
         size: the least number of predictions in a group.
         by_document: whether each document starts a new group; the last group of each may then have fewer predictions.
     """

@@ -83,7 +83,10 @@ def require_loadable(
     """Check all that can be wrong with members before a tokenizer or weights are read: places, names, configurations.
 
     Args:
-        names, dtype, device, trust_remote_code: as :func:`load_members` takes them.
+        names: of the members, as :func:`load_members` takes them.
+        dtype: of the members, as it takes them.
+        device: of the members, as it takes them.
+        trust_remote_code: run code that comes with a checkpoint.
 
     Raises:
         InvalidInputError: if there is no name, a dtype or device is unknown or not on this machine, there is neither

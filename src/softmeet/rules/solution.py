@@ -202,7 +202,10 @@ class Solution:
         was altered.
 
         Args:
-            heads, log_probs, logits, hidden: the arguments of ``combine`` that led to this solution, once more.
+            heads: those that :func:`softmeet.combine` was given for this solution.
+            log_probs: those that it was given.
+            logits: those that it was given, if any.
+            hidden: those that it was given, if any.
 
         Returns:
             The figures of each row, (*batch). Rows with ``fallback`` are checked by the fallback, all others, gated

@@ -44,7 +44,7 @@ _MOST = 10_000
 class Scale(BaseModel):
     """How many replicas and fronts there are, and which resources each replica gets.
 
-    Args:
+    Attributes:
         replicas: the number of replicas, or the smallest number if ``max_replicas`` is given.
         max_replicas: the largest number of replicas; None keeps their number fixed.
         streams: with ``max_replicas``, the number of running requests per replica that Ray aims at: it adds replicas
@@ -162,7 +162,7 @@ class Arguments(Scale):
     Without ``keys`` the application answers everybody who can reach it. The fields of :class:`Scale` are arguments as
     well.
 
-    Args:
+    Attributes:
         ensembles: saved ensembles or bundled families to serve, each as PATH or NAME=PATH, separated by spaces.
         rule: the rule of all ensembles, with options, as ``--rule`` of ``softmeet serve``; None for each ensemble's
             own.
