@@ -35,13 +35,14 @@ docs: $(VENV)/.docs ## Build the site into site/; every broken link is an error.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 	@echo "open site/index.html"
 
-check: lint docs test ## What CI does: format, lint, types, layers, the site, tests.
+check: lint docs test ## What CI does: format, lint, types, layers, spelling, the site, tests.
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/codespell src docs tools benchmarks examples README.md CHANGELOG.md CONTRIBUTING.md
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

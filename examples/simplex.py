@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -38,7 +39,7 @@ def combined(members: Sequence[Sequence[float]], rule: str) -> list[float]:
     return found
 
 
-def _at(p: Sequence[float] | np.ndarray) -> np.ndarray:
+def _at(p: Any) -> Any:
     """Return the place in the drawing of a point, (3,), or of points, (k, 3)."""
     return np.asarray(p, dtype=float) @ CORNERS
 
@@ -47,7 +48,8 @@ def draw(axes: Axes, members: Sequence[Sequence[float]], title: str, truth: Sequ
     """Draw what both members can say, what they say, the lines of their moments, the averages and ``meet``."""
     axes.fill(*CORNERS.T, facecolor="white", edgecolor="black", linewidth=1)
     for corner, name, shift in zip(CORNERS, "ABC", [(-0.05, -0.04), (0.05, -0.04), (0, 0.04)], strict=True):
-        axes.text(*(corner + shift), name, ha="center", va="center", fontsize=12)
+        x, y = corner + shift
+        axes.text(x, y, name, ha="center", va="center", fontsize=12)
     logits = np.linspace(-8, 8, 200)
     for token, (member, color) in enumerate(zip(members, (BLUE, ORANGE), strict=True)):
         said = np.exp(np.outer(logits, np.eye(3)[token]))
@@ -56,7 +58,9 @@ def draw(axes: Axes, members: Sequence[Sequence[float]], title: str, truth: Sequ
         ends[:, token] = member[token]
         ends[0, (token + 1) % 3] = ends[1, (token + 2) % 3] = 1 - member[token]
         axes.plot(*_at(ends).T, color=color, linewidth=1.5)
-        axes.plot(*_at(member), "o", color=color, label=f"member {token + 1}, what it can say (dotted), its moment (line)")
+        axes.plot(
+            *_at(member), "o", color=color, label=f"member {token + 1}, what it can say (dotted), its moment (line)"
+        )
     path = [combined(members, f"meet:trust={trust}") for trust in np.geomspace(0.01, 1000, 40)]
     axes.plot(*_at(path).T, color=GREEN, linewidth=1)
     axes.plot(*_at(combined(members, "logit-mean")), "s", color="black", label="logit-mean")

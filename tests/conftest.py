@@ -12,6 +12,7 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 import jaxtyping
 import pytest
 import torch
+from browser import CHROMIUM
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
@@ -85,3 +86,15 @@ def wide():
     from softmeet import Ensemble
 
     return Ensemble.from_pretrained("wide")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium; for a module alone, since its driver's event loop would be in the way of others."""
+    from playwright.sync_api import sync_playwright
+
+    assert CHROMIUM, "there is no chromium: apt-get install chromium"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import expect, sync_playwright
+from browser import PATIENCE, needs_chromium
+from playwright.sync_api import expect
 from serving import http, running, serving_of, tiny_ensemble
 from typer.testing import CliRunner
 
@@ -20,31 +19,16 @@ from softmeet.server.security import Protection
 from softmeet.server.ui_html import details_of, text_of
 
 SHOTS = Path(__file__).parents[1] / "build" / "screenshots"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-PATIENCE = 300_000
 expect.set_options(timeout=PATIENCE)
 
 # Gradio's own, in its thread.
 pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")
-# CI says that a browser has to be there; elsewhere a missing one is no reason to fail.
-needs_chromium = pytest.mark.skipif(
-    CHROMIUM is None and "REQUIRE_CHROMIUM" not in os.environ, reason="there is no chromium: apt-get install chromium"
-)
 
 
 @pytest.fixture(scope="module")
 def url(narrow):
     with running(serving_of({"default": narrow}, ui=True)) as found:
         yield found
-
-
-@pytest.fixture(scope="module")
-def browser():
-    assert CHROMIUM, "there is no chromium: apt-get install chromium"
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

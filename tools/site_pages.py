@@ -25,6 +25,7 @@ PAGES = {
     "docs/notebooks/fit.ipynb": "notebooks/fit.md",
 }
 LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)#\s]+)")
+SCRIPTS = re.compile(r'<script src="[^"]*assets/(?:mathjax|tex-svg)\.js"></script>')
 LANGUAGES = {
     ".py": "python",
     ".yml": "yaml",
@@ -62,6 +63,11 @@ def on_page_markdown(markdown: str, page: Page, **kwargs: Any) -> str:
         return match[1] if target is None else os.path.relpath(_uri(target), Path(here).parent)
 
     return LINK.sub(moved, markdown)
+
+
+def on_post_page(output: str, **kwargs: Any) -> str:
+    """Load MathJax, 2 MB, on pages with formulas alone."""
+    return output if 'class="arithmatex"' in output else SCRIPTS.sub("", output)
 
 
 def _target(page: str, link: str) -> str | None:
