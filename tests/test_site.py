@@ -85,7 +85,7 @@ def test_every_page_opens_with_what_it_is_for(site, pages):
         body = text[text.index("<h1") :].partition("</h1>")[2].lstrip()
         return re.sub(r"<[^>]+>", "", body.partition("</p>")[0]) if body.startswith("<p>") else ""
 
-    assert not [name for name in pages if len(opening(name)) < 100]
+    assert not [name for name in pages if len(opening(name)) < 80]
 
 
 @needs_chromium
