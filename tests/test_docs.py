@@ -75,3 +75,17 @@ def test_the_help_in_the_docs_is_the_commands_own():
     from update_cli_docs import PAGE, page
 
     assert PAGE.read_text() == page(), "run: python tools/update_cli_docs.py"
+
+
+def test_the_worked_example_is_drawn_from_what_its_page_says(tmp_path):
+    import simplex
+
+    page = (ROOT / "docs" / "theory" / "worked-example.md").read_text()
+    rows = {
+        trust: point.split(",") for trust, point in re.findall(r"^\| ([\d.]+) .*\| \((.+)\) \|", page, re.MULTILINE)
+    }
+    assert set(rows) == {"0", *(f"{trust:g}" for trust in simplex.TRUSTS)}
+    for trust, point in rows.items():
+        assert simplex.combined(simplex.RIGHT, f"meet:trust={trust}") == pytest.approx([*map(float, point)], abs=1e-4)
+    simplex.main(tmp_path / "simplex.png")
+    assert (tmp_path / "simplex.png").read_bytes().startswith(b"\x89PNG")

@@ -14,17 +14,28 @@ from softmeet.cli.main import app
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "cli.md"
 INTRODUCTION = """# The command line
 
+Every command of softmeet with all its options: what `softmeet COMMAND --help` says, in one page that can be searched. `-m` names the members, `--rule` says how they are combined; without `-m`, small bundled models are used.
+
+| to | command |
+|---|---|
+{commands}
+
 A list repeats its option: `-m A -m B`, `--rule A --rule B`. Numbers in a list have commas, `--trust 1,0.3`; in a rule,
 which may hold any setting, slashes: `--rule meet:trust=1/0.3:pool=prob-mean`. A setting is named once. `--config
 FILE.yaml` gives any of a command's flags under their own names; what stands on the command line wins. An error is one
-line on stderr and exit code 2. `softmeet --install-completion` sets up your shell. This page holds what `--help` says.
+line on stderr and exit code 2. `softmeet --install-completion` sets up your shell.
 """
 
 
 def page() -> str:
     """The page as it should be."""
     root: Any = get_command(app)
-    return "\n".join([INTRODUCTION, *_parts("softmeet", root.commands, 2)])
+    rows = [
+        f"| {command.help.splitlines()[0].partition('.')[0]} | [`softmeet {name}`](#softmeet-{name}) |"
+        for name, command in root.commands.items()
+    ]
+    introduction = INTRODUCTION.format(commands="\n".join(rows))
+    return "\n".join([introduction, *_parts("softmeet", root.commands, 2)])
 
 
 def _parts(path: str, commands: dict[str, Any], level: int) -> Iterator[str]:
