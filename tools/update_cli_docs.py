@@ -14,7 +14,8 @@ from softmeet.cli.main import app
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "cli.md"
 INTRODUCTION = """# The command line
 
-Every command of softmeet with all its options: what `softmeet COMMAND --help` says, in one page that can be searched. `-m` names the members, `--rule` says how they are combined; without `-m`, small bundled models are used.
+Every command of softmeet with all its options: what `softmeet COMMAND --help` says, in one page that can be searched.
+`-m` names the members, `--rule` says how they are combined; without `-m`, small bundled models are used.
 
 | to | command |
 |---|---|
