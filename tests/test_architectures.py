@@ -6,6 +6,7 @@ import functools
 from contextlib import nullcontext
 
 import byte_tokenizers
+import gguf_files
 import pytest
 import torch
 import transformers as tf
@@ -14,6 +15,7 @@ from test_engine import generated, prompt, sequence
 from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
 import softmeet
+from softmeet import Ensemble
 from softmeet.errors import InvalidInputError, UnsupportedHeadError
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM, Recorder
 from softmeet.members.byte_member import ByteMember
@@ -155,7 +157,23 @@ def test_the_page_is_what_the_list_says():
     assert PAGE.read_text() == page(), "run: python tools/update_architectures.py"
 
 
-def test_gguf_files_of_those_that_transformers_reads_are_untried_and_of_others_refused():
+@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a.gguf == "tested"], ids=lambda a: a.name)
+@torch.inference_mode()
+def test_gguf_files_are_dequantised_into_the_models_that_they_are_of(architecture, tmp_path):
+    model, logits = model_of(architecture), {}
+    for bits in (32, 8):
+        path = tmp_path / f"{bits}.gguf"
+        gguf_files.write(path, model, byte_tokenizers.byte_level(), bits=bits)
+        ours = Ensemble.from_pretrained([path], "logit-mean")
+        ids = ours.tokenizer(" the other", return_tensors="pt")["input_ids"]
+        assert ids.tolist() == byte_tokenizers.byte_level()(" the other", return_tensors="pt")["input_ids"].tolist()
+        logits[bits] = ours.model(input_ids=ids).logits
+    own = model(input_ids=ids).logits.log_softmax(-1)
+    assert torch.allclose(logits[32], own, atol=1e-5)
+    assert 1e-4 < (logits[8] - own).abs().max() < 0.1
+
+
+def test_gguf_files_that_are_refused_are_those_that_transformers_does_not_read():
     if not tf.__version__.startswith("5.24."):
         pytest.skip("the page speaks of transformers 5.24")
     for one in ARCHITECTURES:
