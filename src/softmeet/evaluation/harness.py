@@ -16,6 +16,7 @@ from typing import Any
 import softmeet.hf  # noqa: F401 - so that the Auto classes know ensembles
 from softmeet.ensemble import Ensemble
 from softmeet.extras import install_line
+from softmeet.members import zoo
 
 try:
     from lm_eval.api.registry import register_model
@@ -32,7 +33,7 @@ class EnsembleLM(HFLM):  # type: ignore[misc]
     keeps their checkpoints' own dtype.
 
     Args:
-        pretrained: a saved ensemble's folder or hub id, or the model of an ensemble in memory.
+        pretrained: a saved ensemble's folder or hub id, a bundled family's name, or the model of an ensemble in memory.
         dtype: the weights' dtype; None as said above.
         options: options of the harness's ``HFLM``.
 
@@ -41,6 +42,9 @@ class EnsembleLM(HFLM):  # type: ignore[misc]
     """
 
     def __init__(self, pretrained: Any, *, dtype: Any = None, **options: Any) -> None:
+        if isinstance(pretrained, str) and zoo.expand(pretrained) != [pretrained]:
+            ensemble = Ensemble.from_pretrained(pretrained, dtype=dtype)
+            pretrained, options = ensemble.model, _options(ensemble, options)
         super().__init__(pretrained, dtype=dtype, **options)
         self.model.require_tokens("lm-eval")
 
@@ -56,9 +60,13 @@ def harness_model(ensemble: Ensemble, **options: Any) -> EnsembleLM:
     Raises:
         InvalidInputError: if the ensemble is over bytes.
     """
-    limit = getattr(ensemble.model.config, "max_position_embeddings", None)
-    given = {"max_length": limit, "device": str(ensemble.model.device), **options}
-    return EnsembleLM(pretrained=ensemble.model, tokenizer=ensemble.tokenizer, backend="causal", **given)
+    return EnsembleLM(pretrained=ensemble.model, **_options(ensemble, options))
+
+
+def _options(ensemble: Ensemble, options: dict[str, Any]) -> dict[str, Any]:
+    """Return ``HFLM``'s options for an ensemble in memory: ``options``, and its own for those that are not given."""
+    limit, device = getattr(ensemble.model.config, "max_position_embeddings", None), str(ensemble.model.device)
+    return {"max_length": limit, "device": device, "tokenizer": ensemble.tokenizer, "backend": "causal", **options}
 
 
 if __name__ == "__main__":

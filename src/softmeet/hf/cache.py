@@ -126,3 +126,9 @@ class EnsembleCache(Cache):
             self.members.append(Lagging() if lagging and i else DynamicCache(config=config))
         layers = [[one] if isinstance(one, Lagging) else one.layers for one in self.members]
         super().__init__(layers=[layer for own in layers for layer in own])
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Count the tokens that the cache holds; 0 if all members are recurrent, whose states do not count them."""
+        if not any(isinstance(layer, CacheLayerMixin) for layer in self.layers):
+            return 0
+        return int(super().get_seq_length(layer_idx))

@@ -24,7 +24,7 @@ from softmeet.members.heads import head_of, replace_weight
 from softmeet.members.known_text import KnownText
 from softmeet.members.reading import Guess, Reading, Work
 from softmeet.members.spelling import Spelling
-from softmeet.members.token_tree import Growth, Path, TokenTree
+from softmeet.members.token_tree import Growth, Path, TokenTree, require_trees
 from softmeet.members.token_tree import run as run_trees
 from softmeet.members.typical import SAMPLE, typical
 
@@ -64,7 +64,7 @@ class ByteMember:
 
     Raises:
         UnsupportedHeadError: if the model's output layer is not a plain softmax head.
-        CheckpointError: if the model gives NaN.
+        CheckpointError, InvalidInputError: if the model gives NaN; if it cannot read trees of tokens.
     """
 
     def __init__(
@@ -78,11 +78,11 @@ class ByteMember:
         named = model.generation_config.eos_token_id
         self.ends = sorted({spelling.end, *(named if isinstance(named, list) else [named])} - {None})
         self.head: SoftmaxHead = head_of(model)
-        limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        self._limit: int = sys.maxsize if limit is None else limit
+        require_trees(model)
+        config = model.config.get_text_config(decoder=True)
+        self._limit: int = getattr(config, "max_position_embeddings", None) or sys.maxsize
         self.prefix = list(self.spelling.start if prefix is None else prefix)
-        columns = [*self.spelling.tokens.tolist(), *self.ends]
-        self._columns = torch.tensor(columns, device=self.head.weight.device)
+        self._columns = torch.tensor([*spelling.tokens.tolist(), *self.ends], device=self.head.weight.device)
         self._prefixes: dict[tuple[int, ...], tuple[TokenTree, Tensor]] = {}
         self.spent = Work()
         if self.pruning.prune:

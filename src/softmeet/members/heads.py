@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from softmeet.errors import CheckpointError, UnsupportedHeadError
 from softmeet.heads import SoftmaxHead, Whitening
-from softmeet.members.placement import in_memory
+from softmeet.members.placement import in_memory, without_head
 from softmeet.norms import FinalNorm
 
 # Names, in models' configurations, of factors of the logits and of a divisor; most configurations have none.
@@ -77,7 +77,7 @@ def final_norm(model: PreTrainedModel) -> FinalNorm | None:
     """
     outside = [
         module
-        for name, module in model.base_model.named_modules()
+        for name, module in without_head(model).named_modules()
         if "norm" in type(module).__name__.lower() and not any(part.isdigit() for part in name.split("."))
     ]
     if len(outside) != 1 or model.config.hidden_size % 2:
@@ -107,7 +107,7 @@ def _check(model: PreTrainedModel, head: SoftmaxHead) -> None:
     training = model.training
     model.eval()
     own = model(input_ids=ids, use_cache=False).logits.float()
-    ours = head.logits(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
+    ours = head.logits(without_head(model)(input_ids=ids, use_cache=False).last_hidden_state).float()
     model.train(training)
     if own.isnan().any():
         raise CheckpointError(

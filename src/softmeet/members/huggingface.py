@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from softmeet.errors import CheckpointError, InvalidInputError
 from softmeet.members import names as known
 from softmeet.members import refused, zoo
-from softmeet.members.placement import Device, device_map_of, home, main_device, require_device
+from softmeet.members.placement import Device, device_map_of, home, main_device, require_device, without_head
 
 Dtype = torch.dtype | str | None
 # Those in which torch computes what a causal language model needs.
@@ -172,12 +174,38 @@ def last_hidden(model: PreTrainedModel, input_ids: Int[Tensor, "B t"], **options
         input_ids: token ids, on any device.
         options: keyword arguments of the base model's ``forward``, tensors on any device; a cache among them is
             extended in place.
+
+    Raises:
+        InvalidInputError: if a cache is given, and the model does not take one.
     """
-    base: Any = model.base_model
+    if options.get("cache") is not None:
+        require_cache(model)
+    base: Any = without_head(model)
     place, head = home(model), model.get_output_embeddings().weight
     moved = {k: x.to(place) if isinstance(x, Tensor) else x for k, x in options.items()}
     hidden: Tensor = base(input_ids=input_ids.to(place), **moved).last_hidden_state
     return hidden.to(place if head.is_meta else head.device)
+
+
+def require_cache(model: PreTrainedModel) -> None:
+    """Check that a model takes a cache of transformers', since some leave one aside in silence, and lose the text.
+
+    Raises:
+        InvalidInputError: if it does not.
+    """
+    kind: Any = type(without_head(model))
+    if not _takes_cache(kind):
+        raise InvalidInputError(
+            f"expected members that continue from a cache, but {type(model).__name__} takes none: pass use_cache=False "
+            "to generate, which reads the whole text for each token"
+        )
+
+
+@cache
+def _takes_cache(kind: Any) -> bool:
+    parameters = signature(kind.forward).parameters
+    # Those that hand everything on to another module name nothing.
+    return "cache" in parameters or "input_ids" not in parameters
 
 
 def one_each(value: Any, what: str, n: int) -> list[Any]:

@@ -22,6 +22,13 @@ STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 _OFFLOADED = ("cpu", "disk")
 
 
+def without_head(model: PreTrainedModel) -> nn.Module:
+    """Return a causal LM's module that gives the last hidden states: its base model, by whatever name."""
+    base: nn.Module = model.base_model
+    # Llama 4 in transformers 5.24 names an attribute that its models over text alone do not have.
+    return base if base is not model else getattr(model, "model", base)
+
+
 def device_map_of(device: Device) -> str | dict[str, Any] | None:
     """Convert a member's ``device`` to the ``device_map`` with which transformers loads it.
 

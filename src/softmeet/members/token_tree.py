@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from softmeet.errors import InvalidInputError
 from softmeet.members.huggingface import last_hidden
 from softmeet.members.partial_cache import KeysValues, cut, side_by_side
 from softmeet.members.placement import home
@@ -23,6 +24,10 @@ from softmeet.members.placement import home
 # The columns of a token's ancestors and of itself, first to last.
 Path = np.ndarray[Any, np.dtype[np.int64]]
 _SPARE = 64
+# Kinds of layers, by their names in configurations, that read a tree by the masks of ``_mask``.
+_KINDS = {"full_attention", "sliding_attention", "global"}
+# What a model is checked on: a trunk, and after it a chain beside another; and the relative error of rounding at most.
+_TRUNK, _OTHER, _CHAIN, _NEAR = range(3), range(3, 11), (11, 12), 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +122,37 @@ def run(model: PreTrainedModel, growths: Sequence[Growth]) -> list[tuple[TokenTr
         tree = TokenTree(cut(cache, row, before - growth.tree.columns, before + sum(lengths)))
         found.append((tree, list(hidden[row, : sum(lengths)].split(lengths))))
     return found
+
+
+@torch.inference_mode()
+def require_trees(model: PreTrainedModel) -> None:
+    """Check that a model reads each path of a tree of tokens as it reads that path by itself, on a few tokens.
+
+    Models whose attention counts columns (ALiBi) instead of positions do not, nor those with recurrent layers, nor
+    those with windows of which :func:`run` does not know.
+
+    Raises:
+        InvalidInputError: if it does not.
+    """
+    config = model.config.get_text_config(decoder=True)
+    kinds = {*(getattr(config, "layer_types", None) or ()), *(getattr(config, "attention_layers", None) or ())}
+    said = f"it has layers of {', '.join(sorted(unknown))}" if (unknown := kinds - _KINDS) else ""
+    trunk, other, chain = ([1 + token % (config.vocab_size - 1) for token in ids] for ids in (_TRUNK, _OTHER, _CHAIN))
+    try:
+        ((tree, _),) = run(model, [Growth(TokenTree(), [np.empty(0, np.int64)], [trunk])])
+        paths = [np.arange(len(trunk)), np.arange(len(trunk) - 1)]
+        ((_, (_, found)),) = run(model, [Growth(tree, paths, [other, chain])])
+        alone = last_hidden(model, torch.tensor([trunk[:-1] + chain]), use_cache=False)[0, -len(chain) :].float()
+        near = max(_NEAR, 8 * torch.finfo(next(model.parameters()).dtype).eps)
+        if not (found.float() - alone).norm() <= near * alone.norm():
+            said = said or "what it reads depends on the order in which tokens were run"
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        said = said or f"{type(error).__name__}: {error}"
+    if said:
+        raise InvalidInputError(
+            f"{type(model).__name__} cannot be read by bytes, since several tokenizations are read at once ({said}): "
+            "combine it over tokens, with members that share its tokenizer"
+        )
 
 
 def _mask(model: PreTrainedModel, allowed: Bool[np.ndarray, "B q k"], depths: Int[np.ndarray, "B k"]) -> Any:

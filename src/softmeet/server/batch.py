@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from softmeet.members.huggingface import last_hidden
+from softmeet.members.huggingface import last_hidden, require_cache
 from softmeet.members.partial_cache import KeysValues, PartialCache, catch_up, layers_of_keys_and_values
 from softmeet.server.sequences import Sequence
 
@@ -174,12 +174,13 @@ class MemberBatch:
         kept_tokens: the most prompt tokens, over all prompts, whose keys and values are kept for later prompts.
 
     Raises:
-        InvalidInputError: if the member's cache holds anything but keys and values.
+        InvalidInputError: if the member takes no cache, or its cache holds anything but keys and values.
     """
 
     def __init__(self, name: str, model: PreTrainedModel, kept_tokens: int = 16384) -> None:
         self.name, self.model = name, model
         self.rows: list[Sequence] = []
+        require_cache(model)
         advice = "its rows cannot join a running batch; use softmeet generate"
         depth = layers_of_keys_and_values(name, model.config, advice)
         self._prefixes = PrefixCache(kept_tokens)
