@@ -42,7 +42,7 @@ CONTEXT = 256
 END_OF_TEXT = "<|endoftext|>"
 BATCH = 8
 EVALUATIONS = 10
-ZOO = Path(__file__).parents[1] / "src" / "softmeet" / "zoo"
+ZOO = Path(__file__).parents[1] / "zoo" / "softmeet_zoo"
 SPACE = "\u2581"  # SentencePiece's
 
 console = Console()
@@ -323,7 +323,7 @@ def main(
     threads: Annotated[int, typer.Option(help="Threads for torch.")] = 2,
     check_split: Annotated[bool, typer.Option(help="Only print the share of shared 12-word shingles.")] = False,
 ) -> None:
-    """Train the bundled members (resumable) and write them, with their cards, into the package."""
+    """Train the bundled members (resumable) and write them, with their cards, into the package softmeet_zoo."""
     torch.set_num_threads(threads)
     training_works, held_out_works = split_by_work(stage_works(work) + kjv_works())
     share = shingle_share(held_out_works, training_works)
