@@ -125,6 +125,8 @@ def test_metadata():
     assert every["all"] == [f"softmeet[{','.join(sorted(extras))}]"]
     # pip would look for it on an index in vain: `pip install -e '.[all]'` has to work in a clone.
     assert [name for name in every if "zoo" in "".join(every[name])] == ["zoo"]
+    # uv finds it by this: `uvx --from '.[zoo]' softmeet`.
+    assert (ROOT / facts["tool"]["uv"]["sources"]["softmeet-zoo"]["path"] / "pyproject.toml").exists()
 
 
 def test_the_bundled_members_are_a_distribution_of_the_same_version():
