@@ -54,18 +54,18 @@ clean:
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# Install an extra, $(1), with more options of pip, $(2), and print a dot every three seconds: pip says nothing while it
-# unpacks torch.
+# Install the bundled members and softmeet with an extra, $(1), with more options of pip, $(2), and print a dot every
+# three seconds: pip says nothing while it unpacks torch.
 define install
 @printf "installing softmeet with the extra $(1) into $(VENV), in a minute or more: "
-@$(BIN)/python -m pip install --quiet $(2) --editable '.[$(1)]' & pip=$$!; \
+@$(BIN)/python -m pip install --quiet $(2) --editable ./zoo --editable '.[$(1)]' & pip=$$!; \
 while kill -0 $$pip 2>/dev/null; do printf .; sleep 3; done; echo; wait $$pip
 @touch $@
 endef
 
 # Compiling all of every package would take half of the time; Python compiles what the demo imports when it first does.
-$(VENV)/.demo: pyproject.toml | $(BIN)/python
+$(VENV)/.demo: pyproject.toml zoo/pyproject.toml | $(BIN)/python
 	$(call install,demo,--no-compile)
 
-$(VENV)/.test $(VENV)/.bench $(VENV)/.docs $(VENV)/.dev: $(VENV)/.%: pyproject.toml | $(BIN)/python
+$(VENV)/.test $(VENV)/.bench $(VENV)/.docs $(VENV)/.dev: $(VENV)/.%: pyproject.toml zoo/pyproject.toml | $(BIN)/python
 	$(call install,$*)

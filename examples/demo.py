@@ -1,4 +1,5 @@
-"""See in half a minute what softmeet does: ``make demo``, or python examples/demo.py with the extra ``demo`` installed.
+"""See in half a minute what softmeet does: ``make demo``, or, with softmeet-zoo and the extra demo, python
+examples/demo.py.
 
 Text that no bundled model has seen is scored, one prompt is continued by several rules, and two models of different
 vocabularies by one. Seeds are fixed, so everyone sees the same.

@@ -62,7 +62,9 @@ def test_every_rule_is_documented():
 def test_files_that_a_page_names_exist(page):
     names = set(re.findall(r"`((?:\w+/)*\w+\.py)`", page.read_text()))
     files = [
-        file for folder in ("src", "tests", "tools", "benchmarks", "examples") for file in (ROOT / folder).rglob("*.py")
+        file
+        for folder in ("src", "zoo", "tests", "tools", "benchmarks", "examples")
+        for file in (ROOT / folder).rglob("*.py")
     ]
     roots = (ROOT, PACKAGE, ROOT / "tests")
     known = {str(file.relative_to(root)) for root in roots for file in files if file.is_relative_to(root)}

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from test_cards import checked
 from test_cli import run
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -140,6 +141,12 @@ def test_the_choice_is_the_saved_rule_and_its_figures_are_evaluations(fitted, en
     facts = save(Ensemble.from_pretrained(folders), fitted, tmp_path / "fitted")
     assert json.loads((tmp_path / "fitted" / "fit.json").read_text()) == facts
     assert verdict(facts) in (tmp_path / "fitted" / "README.md").read_text()
+    card = checked(tmp_path / "fitted" / "README.md")
+    assert str(tmp_path) not in (tmp_path / "fitted" / "README.md").read_text()
+    assert str(folders[0]) not in (tmp_path / "fitted" / "README.md").read_text()
+    (index,) = card["model-index"]
+    assert index["name"] == "fitted"
+    assert index["results"][0]["metrics"] == [{"type": "loss", "name": "nats per token", "value": facts["test"]["nll"]}]
     again = Ensemble.from_pretrained(tmp_path / "fitted")
     for key in ("rule", "weights", "trust", "rule_temperature"):
         assert getattr(again.model.config, key) == pytest.approx(fitted.chosen.settings[key])

@@ -8,10 +8,12 @@ import pytest
 import tiny
 import torch
 from huggingface_hub import constants, errors
+from typer.testing import CliRunner
 
 from softmeet import Ensemble
+from softmeet.cli.main import app
 from softmeet.errors import CheckpointError, InvalidInputError
-from softmeet.members import names
+from softmeet.members import names, zoo
 from softmeet.members.huggingface import load_members
 
 
@@ -47,6 +49,29 @@ def test_a_name_like_a_bundled_one_is_answered_at_once(name, nearest, hub):
     with pytest.raises(CheckpointError, match=rf"did you mean {nearest}\?"):
         Ensemble.from_pretrained([name])
     assert not hub.asked
+
+
+@pytest.mark.parametrize("given", [(), ("wide",), (["narrow/opt-a"],), (["wide/gpt2", "mixed"],)])
+def test_a_bundled_name_without_the_bundled_members_says_what_to_install(given, hub, monkeypatch):
+    monkeypatch.setattr(zoo, "installed", lambda: None)
+    with pytest.raises(CheckpointError, match=r"softmeet-zoo, which is not installed: \S+ .*install .*zoo.*; or name"):
+        Ensemble.from_pretrained(*given)
+    assert not hub.asked
+
+
+def test_on_the_command_line_the_missing_bundled_members_are_one_line(monkeypatch):
+    monkeypatch.setattr(zoo, "installed", lambda: None)
+    result = CliRunner().invoke(app, ["generate", "And"])
+    assert isinstance(result.exception, CheckpointError)
+    assert "softmeet-zoo" in str(result.exception)
+
+
+def test_without_the_bundled_members_others_load(tmp_path, hub, monkeypatch):
+    monkeypatch.setattr(zoo, "installed", lambda: None)
+    ensemble = Ensemble.from_pretrained([tiny.save(tmp_path / name, "llama") for name in "ab"], gate="auto")
+    assert ensemble.generate("A", max_new_tokens=1, seed=1)
+    with pytest.raises(CheckpointError, match=r"did you mean wide\?"):
+        Ensemble.from_pretrained(["wid"])
 
 
 def test_a_path_like_another_is_answered_at_once(tmp_path, hub, monkeypatch):

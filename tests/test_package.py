@@ -1,4 +1,4 @@
-"""The wheel and the sdist: they build, install, and hold the bundled members."""
+"""The wheels and the sdist: they build, install, and hold what they should. Bundled members have one of their own."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,19 @@ from hatchling import build
 ROOT = Path(__file__).parents[1]
 PROBE = """
 import sys
+from pathlib import Path
+sys.path = [p for p in sys.path if p == sys.argv[1] or not Path(p, "softmeet_zoo").exists()]  # one that is editable
 import softmeet, softmeet.cli.main
+from softmeet.errors import CheckpointError
 from softmeet.members import zoo
 assert softmeet.__file__.startswith(sys.argv[1]), softmeet.__file__
+if not zoo.installed():
+    try:
+        softmeet.Ensemble.from_pretrained()
+    except CheckpointError as error:
+        print(error)
+        sys.exit()
+assert str(zoo.folder()).startswith(sys.argv[1]), zoo.folder()
 ensemble = softmeet.Ensemble.from_pretrained("narrow", "logit-mean")  # which compiles nothing
 assert len(ensemble.names) == 4 and len(zoo.expand("wide")) == 3
 print(ensemble.generate("And", max_new_tokens=2, do_sample=False))
@@ -35,24 +46,53 @@ def run(*arguments, **options):
 
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory):
-    """A folder with the sdist and with the wheel that is built from it, by the backend that pyproject.toml names."""
+    """A folder with the sdist and the two wheels that are built from it, by the backend that pyproject.toml names."""
     folder = tmp_path_factory.mktemp("dist")
     with contextlib.chdir(ROOT):
         sdist = build.build_sdist(str(folder))
     with tarfile.open(folder / sdist) as tar:
         tar.extractall(folder / "source", filter="data")
     (source,) = (folder / "source").iterdir()
-    with contextlib.chdir(source):
-        build.build_wheel(str(folder))
+    for part in (source, source / "zoo"):
+        with contextlib.chdir(part):
+            build.build_wheel(str(folder))
     return folder
 
 
+def wheels(dist):
+    """The wheels of softmeet and of softmeet-zoo."""
+    (package,), (members,) = dist.glob("softmeet-*.whl"), dist.glob("softmeet_zoo-*.whl")
+    return package, members
+
+
+def probe(site, *installed):
+    """Install wheels into a folder, and run the probe with them and whatever else is installed here."""
+    run("-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target", site, *installed)
+    return run("-c", PROBE, site, cwd=site.parent, env={**os.environ, "PYTHONPATH": str(site)})
+
+
 @pytest.mark.slow
-def test_the_wheel_is_built_from_the_sdist_installs_and_generates(dist, tmp_path):
-    (wheel,) = dist.glob("*.whl")
-    run("-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target", tmp_path / "site", wheel)
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    assert run("-c", PROBE, tmp_path / "site", cwd=tmp_path, env=environment)
+def test_the_wheels_are_built_from_the_sdist_install_and_generate(dist, tmp_path):
+    assert "the LORD" in probe(tmp_path / "site", *wheels(dist))
+
+
+@pytest.mark.slow
+def test_without_the_bundled_members_the_package_says_how_to_install_them(dist, tmp_path):
+    package, _ = wheels(dist)
+    said = probe(tmp_path / "site", package)
+    assert "a package of their own, softmeet-zoo, which is not installed: " in said
+    assert " install 'softmeet[zoo]'; or name members of your own" in said
+
+
+@pytest.mark.slow
+def test_the_weights_are_in_the_wheel_of_the_bundled_members_alone(dist):
+    package, members = wheels(dist)
+    assert package.stat().st_size < 1e6
+    assert not [name for name in zipfile.ZipFile(package).namelist() if name.endswith(".safetensors")]
+    names = zipfile.ZipFile(members).namelist()
+    assert sum(name.endswith("/model.safetensors") for name in names) == 9
+    assert {"softmeet_zoo/__init__.py", "softmeet_zoo/movement.json", "softmeet_zoo/narrow/opt-a/README.md"} <= {*names}
+    assert [name for name in names if name.endswith("licenses/LICENSE")]
 
 
 @pytest.mark.slow
@@ -80,8 +120,27 @@ def test_metadata():
     assert project["requires-python"] == ">=3.11"
     assert "transformers>=5.24,<6" in project["dependencies"]
     assert not [d for d in project["dependencies"] if "==" in d]
-    extras = set(project["optional-dependencies"]) - {"all", "bench", "demo", "docs", "test", "dev"}
-    assert project["optional-dependencies"]["all"] == [f"softmeet[{','.join(sorted(extras))}]"]
+    every = project["optional-dependencies"]
+    extras = set(every) - {"all", "bench", "demo", "docs", "test", "dev", "zoo"}
+    assert every["all"] == [f"softmeet[{','.join(sorted(extras))}]"]
+    # pip would look for it on an index in vain: `pip install -e '.[all]'` has to work in a clone.
+    assert [name for name in every if "zoo" in "".join(every[name])] == ["zoo"]
+    # uv finds it by this: `uvx --from '.[zoo]' softmeet`.
+    assert (ROOT / facts["tool"]["uv"]["sources"]["softmeet-zoo"]["path"] / "pyproject.toml").exists()
+
+
+def test_the_bundled_members_are_a_distribution_of_the_same_version():
+    import softmeet_zoo
+
+    import softmeet
+
+    assert softmeet_zoo.__version__ == softmeet.__version__
+    project = tomllib.loads((ROOT / "zoo" / "pyproject.toml").read_text())["project"]
+    assert project["license"] == "CC-BY-2.5"
+    assert (
+        f"{project['name']}>={'.'.join(softmeet.__version__.split('.')[:2])}"
+        in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["zoo"]
+    )
 
 
 def test_no_file_is_past_400_lines():

@@ -1,6 +1,6 @@
 """Find what the gate ``movement`` has to know of the bundled families: python tools/calibrate_zoo.py
 
-Writes zoo/movement.json, at some trusts of each family, so that nobody who generates with them waits for it.
+Writes softmeet_zoo/movement.json, at some trusts of each family, so that nobody who generates with them waits for it.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def commands(page: str) -> list[str]:
 
 def stand_in(cache: Path) -> None:
     """Put the stand-ins where the Hub's client looks for models that it has fetched before."""
-    members = sorted(path.parent for path in (ROOT / "src" / "softmeet" / "zoo" / "mixed").glob("*/config.json"))
+    members = sorted(path.parent for path in (ROOT / "zoo" / "softmeet_zoo" / "mixed").glob("*/config.json"))
     for name, member in zip(FROM_THE_HUB, members, strict=True):
         repository, commit = cache / "hub" / f"models--{name.replace('/', '--')}", "0" * 40
         shutil.copytree(member, repository / "snapshots" / commit)

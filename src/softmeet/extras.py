@@ -38,10 +38,13 @@ def install_line(extra: str) -> str:
         >>> "[server]'" in install_line("server")
         True
     """
+    # Environments that uv made hold no pip.
+    pip = f"{sys.executable} -m pip install" if find_spec("pip") else f"uv pip install --python {sys.executable}"
     folder = _checkout()
     if folder is None:
-        return f"pip install 'softmeet[{extra}]'"
-    return f"{sys.executable} -m pip install -e '{folder}[{extra}]'"
+        return f"{pip} 'softmeet[{extra}]'"
+    # pip does not know that the distribution of the bundled members lies in the checkout, too.
+    return f"{pip} -e '{folder / 'zoo'}'" if extra == "zoo" else f"{pip} -e '{folder}[{extra}]'"
 
 
 def _checkout() -> Path | None:

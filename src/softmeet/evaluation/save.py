@@ -6,10 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCard
+
 from softmeet.ensemble import Ensemble
 from softmeet.evaluation.files import replace_together, require_ensemble_folder, write_json
 from softmeet.evaluation.fit import Fitted
 from softmeet.evaluation.intervals import Difference, paired
+from softmeet.evaluation.perplexity import distinct_names
+from softmeet.hf.checkpoint import relative
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.rules.settings import POOLS, rule_of
 
@@ -141,10 +145,42 @@ def save(ensemble: Ensemble, fitted: Fitted, folder: str | Path) -> dict[str, An
     ensemble.model.config = EnsembleConfig(ensemble.names, **fitted.chosen.settings, **kept)
     with replace_together(Path(folder)) as new:
         ensemble.save_pretrained(new)
-        with (new / "README.md").open("a", encoding="utf-8") as card:
-            card.write(_card(facts))
+        card = ModelCard.load(new / "README.md")
+        card.data.model_name, card.data.eval_results = Path(folder).resolve().name, _results(facts)
+        names = zip(distinct_names(ensemble), ensemble.names, relative(ensemble.names, new), strict=True)
+        card.text += _card(_renamed(facts, {own: own.replace(plain, saved) for own, plain, saved in names}))
+        card.save(new / "README.md")
         write_json(new / "fit.json", facts)
     return facts
+
+
+def _renamed(facts: dict[str, Any], saved: dict[str, str]) -> dict[str, Any]:
+    """Return the figures with the saved names of members, relative to the folder, in place of this machine's paths."""
+
+    def name(own: str) -> str:
+        return saved.get(own, own)
+
+    return facts | {
+        "candidate": name(facts["candidate"]),
+        "test": facts["test"] | {"best_baseline": name(facts["test"]["best_baseline"])},
+        "rival": facts["rival"] | {"candidate": name(facts["rival"]["candidate"])},
+        "candidates": {name(own): row for own, row in facts["candidates"].items()},
+    }
+
+
+def _results(facts: dict[str, Any]) -> list[EvalResult]:
+    """Return the loss on the part for judging as the Hub's metadata have it, which know a text by a name alone."""
+    part = facts["splits"]["test"]
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="text",
+            dataset_name=f"{part['tokens']:,} {facts['vocabulary']} of {part['clusters']} {part['kind']}, held out",
+            metric_type="loss",
+            metric_name=f"nats per {_unit(facts)}",
+            metric_value=facts["test"]["nll"],
+        )
+    ]
 
 
 def _card(facts: dict[str, Any]) -> str:

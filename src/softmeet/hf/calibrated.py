@@ -4,7 +4,7 @@ Below, p° is the answer of ``meet``, q the pool, p̂_i member i's distribution 
 movement KL(p°‖q) as factor · Σ_i ρ_i KL(q‖p̂_i), so the factor is the mean of the one over the mean of the other. It
 belongs to the members, the pool and the trusts. It is measured once, on text that the ensemble samples, and kept in
 three places: in the ensemble's configuration, which checkpoints and replicas have; in a file of this machine, in
-``$SOFTMEET_CACHE`` or the user's cache folder; and for the bundled families in a file that comes with softmeet.
+``$SOFTMEET_CACHE`` or the user's cache folder; and for the bundled families in a file that comes with them.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def moves_pool(settings: Settings) -> bool:
 
 def _kept(model: EnsembleForCausalLM, own: str) -> float | None:
     """Look up the factor of the key ``own`` in the file of the bundled families, then in this machine's."""
-    who = members_hash(model)
-    for file in (zoo.folder() / "movement.json", cache_file()):
+    who, bundled = members_hash(model), zoo.installed()
+    for file in ([bundled / "movement.json"] if bundled else []) + [cache_file()]:
         known = _read(file).get(who, {})
         if own in known:
             return float(known[own])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import GenerationConfig, PreTrainedModel
 
 from softmeet.errors import CheckpointError, InvalidInputError
+from softmeet.hf.card import card
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.vocabulary import choose_vocabulary
 from softmeet.members import zoo
@@ -19,27 +20,6 @@ from softmeet.members.placement import Device
 
 if TYPE_CHECKING:
     from softmeet.hf.modeling import EnsembleForCausalLM
-
-_CARD = """---
-library_name: softmeet
-pipeline_tag: text-generation
----
-# An ensemble of {n} language models
-
-This folder names its members and how they are combined; it holds none of their weights.
-
-| member | weight | trust |
-|---|---|---|
-{rows}
-
-Rule: `{rule}`{source}, pool: `{pool}`, tolerance: {tol:g} nats, temperature: {temperature:.4g}.
-
-```python
-import softmeet
-
-ensemble = softmeet.Ensemble.from_pretrained("this folder")
-```
-"""
 
 
 def absolute(names: Sequence[str], base: Path) -> list[str]:
@@ -193,15 +173,9 @@ def save(model: EnsembleForCausalLM, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(model.config)
     config.members = relative(config.members, folder)
+    described = card(model.config, config.members)
     config.architectures = [type(model).__name__]
     for part in (config, model.generation_config, model.tokenizer):
         if part is not None:
             part.save_pretrained(folder)
-    rows = zip(config.members, config.weights, config.settings.trusts(), strict=True)
-    table = "\n".join(
-        f"| `{name}` | {weight:g} | {', '.join(f'{rho:g}' for rho in own)} |" for name, weight, own in rows
-    )
-    shown = {"rule": config.rule, "pool": config.pool, "tol": config.tol, "temperature": config.rule_temperature}
-    source = f" (of the {config.rule_source}, which has to be here)" if config.rule_source else ""
-    card = _CARD.format(n=len(config.members), rows=table, source=source, **shown)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "README.md").write_text(str(described), encoding="utf-8")

@@ -1,19 +1,39 @@
-"""The bundled members, by name: three families, trained on public-domain text by ``tools/train_zoo.py``."""
+"""The bundled members, by name: three families, trained on public-domain text by ``tools/train_zoo.py``.
+
+Their checkpoints are a distribution of their own, softmeet-zoo, which need not be installed.
+"""
 
 from __future__ import annotations
 
-from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
 from softmeet.errors import CheckpointError, InvalidInputError, nearest
+from softmeet.extras import install_line
 
 FAMILIES = ("wide", "narrow", "mixed")
 DEFAULT = "wide"
 
 
 def folder() -> Path:
-    """Return the folder that holds the bundled members."""
-    return Path(str(files("softmeet"))) / "zoo"
+    """Return the folder that holds the bundled members.
+
+    Raises:
+        CheckpointError: if they are not installed; the message says how to install them.
+    """
+    found = installed()
+    if found is None:
+        raise CheckpointError(
+            f"the bundled members ({', '.join(FAMILIES)}) are a package of their own, softmeet-zoo, which is not "
+            f"installed: {install_line('zoo')}; or name members of your own: hub ids or folders"
+        )
+    return found
+
+
+def installed() -> Path | None:
+    """Return the folder that holds the bundled members, or None if they are not installed."""
+    spec = find_spec("softmeet_zoo")
+    return Path(spec.origin).parent if spec and spec.origin else None
 
 
 def expand(name: str | Path) -> list[str]:
@@ -24,6 +44,7 @@ def expand(name: str | Path) -> list[str]:
 
     Raises:
         InvalidInputError: if ``name`` is empty, or neither a text nor a path.
+        CheckpointError: if it names a bundled family, and the bundled members are not installed.
 
     Example:
         >>> expand("narrow")[:2], expand("org/model")
@@ -41,7 +62,9 @@ def _members(family: str) -> list[str]:
 
 
 def known() -> list[str]:
-    """Return all bundled names: the families' (``wide``) and their members' (``wide/gpt2``)."""
+    """Return all bundled names: the families' (``wide``) and, if installed, their members' (``wide/gpt2``)."""
+    if installed() is None:
+        return list(FAMILIES)
     return [*FAMILIES, *(f"{family}/{own}" for family in FAMILIES for own in _members(family))]
 
 
@@ -49,7 +72,8 @@ def locate(name: str) -> str:
     """Return the folder of a bundled member (``family/name``); any other name, and the path of a model, unchanged.
 
     Raises:
-        CheckpointError: if the name begins with a family's and a slash, but the family has no such member.
+        CheckpointError: if the name begins with a family's and a slash, but the family has no such member, or the
+            bundled members are not installed.
     """
     family, _, rest = name.partition("/")
     if _is_model(Path(name)) or family not in FAMILIES or not rest:
