@@ -106,7 +106,7 @@ def test_the_sdist_holds_what_is_needed_to_build_and_test(dist):
         "Makefile",
         "tests/test_package.py",
         "tools/train_zoo.py",
-        "docs/theory/mathematics.md",
+        "docs/theory/agreement.md",
     }
     assert expected <= names
     assert sum(name.endswith("model.safetensors") for name in names) == 9

@@ -2,7 +2,7 @@
 
 With q the pool, p̂_i the members, ρ_i their trusts, p° the optimal answer, r_i° the corrected members and V the value of
 the objective there, KL(q‖p°) + Σ ρ_i KL(q‖r_i°) = Σ ρ_i KL(q‖p̂_i) - V: the *excess*. If it is 0, every member's
-head can express the pool, and ``meet`` answers with the pool (docs/theory/mathematics.md).
+head can express the pool, and ``meet`` answers with the pool (docs/theory/agreement.md#movement).
 """
 
 from __future__ import annotations

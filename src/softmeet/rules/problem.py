@@ -295,7 +295,7 @@ class Problem:
         if it is below T, the pool is within T nats of the optimum and within √(T/2) in total variation. It is weighted
         by trusts, not by the pool's weights, because V is concave in the trusts with ∂V/∂ρ_i = KL(r_i‖p̂_i): to first
         order at ρ = 0, V = Σ ρ_i KL(s_i‖p̂_i) with s_i the distribution that head i can express with the moments of q,
-        and KL(q‖p̂_i) = KL(q‖s_i) + KL(s_i‖p̂_i) (docs/theory/mathematics.md §4).
+        and KL(q‖p̂_i) = KL(q‖s_i) + KL(s_i‖p̂_i) (docs/theory/agreement.md §4).
         """
         total = torch.zeros_like(self.log_pool[:, 0])
         for member, rho in zip(self.log_p, self.settings.relaxed().member_trust, strict=True):

@@ -17,7 +17,7 @@ of the heads, changes those tokens only, and gives tokens that would turn negati
 :func:`repaired_gap_bound` takes a direction that only nearly solves the system. Along it every token changes a little,
 p̃ ∝ p(1 + x)₊ and r̃_i ∝ r_i(1 + y_i)₊. The remaining difference of the moments, e_i = Q_iᵀ(p̃ - r̃_i), is made up by
 r̃_i on its M heaviest tokens J: r_i w_i is added there, w_i = (a_i - m_J)ᵀt_i with Cov_J(Q_i) t_i = e_i. That point is
-feasible, so by (6) in docs/theory/mathematics.md
+feasible, so by (6) in docs/theory/solvers.md#eq-6
 
     gap ≤ Σ_j p_j φ(x̃_j) + Σ_i ρ_i Σ_j r_ij φ(ỹ_ij),   p̃ = p(1 + x̃),   r̃_i + r_i w_i = r_i(1 + ỹ_i).
 """

@@ -58,7 +58,7 @@ class DualState(State):
     def pool_bound(self) -> Float[Tensor, " B"]:
         """An upper bound on KL(q‖p°), q the pool and p° the optimum, (B,), in nats: Σ_i ρ_i KL(q‖p̂_i) + f(ν).
 
-        It holds at every dual point ν, and falls with the dual function f (docs/theory/mathematics.md, equation 5b).
+        It holds at every dual point ν and falls with the dual function f (equation 5b, docs/theory/agreement.md#eq-5b).
         """
         return (self.free + self.value).clamp_min(0)
 
