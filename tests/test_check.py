@@ -88,7 +88,7 @@ def test_premise_scores_of_the_narrow_family(narrow):
 
 def test_check_in_json_and_on_the_terminal(members, tmp_path):  # noqa: F811
     (tmp_path / "text.txt").write_text("some words, and more of them")
-    done = run("check", *members, "--json", "--text", tmp_path / "text.txt")
+    done = run("check", *members, "--json", "--text", tmp_path / "*.txt")
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
     assert [m["width"] for m in facts["members"]] == [32, 32]

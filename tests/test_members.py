@@ -235,6 +235,7 @@ def test_a_package_that_a_tokenizer_needs_is_named(tmp_path):
             ": flash_attn, einops$",
         ),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nOf"), "a dtype such as bfloat16"),
+        (RuntimeError("unable to mmap 2 bytes from file: Cannot allocate memory (12)"), "a dtype such as bfloat16"),
         (ValueError("This is\ncut into\nlines"), "cannot load me: This is cut into lines$"),
         (ValueError("word " * 200), "word …$"),
         (KeyError("rope"), "KeyError: 'rope'$"),

@@ -32,9 +32,9 @@ def check(
     members: options.Members = None,
     text: Path | None = flag(
         None,
-        "A UTF-8 file of text that the members were not trained on. With it, check tests whether a member's errors "
-        "come from an output layer (head) that is too narrow; those are the errors that meet corrects. Over bytes, it "
-        "shows how each member splits the text.",
+        "Text that the members were not trained on: a UTF-8 file, or a pattern in quotes. With it, check tests whether "
+        "a member's errors come from an output layer (head) that is too narrow; those are the errors that meet "
+        "corrects. Over bytes, it shows how each member splits the text.",
         "--text",
         "-t",
         panel="Text",
@@ -78,8 +78,10 @@ def check(
     if plan:
         facts, show = _plan(members, batch, context, loading), _show_plan
     else:
+        from softmeet.evaluation.documents import read_documents
+
+        read = None if text is None else "\n\n".join(document.text for document in read_documents([text]))
         ensemble = loading.ensemble(members, settings)
-        read = None if text is None else text.read_text(encoding="utf-8")
         if ensemble.model.over_bytes:
             facts, show = _facts_over_bytes(ensemble, read, tokens), _show_over_bytes
         else:
@@ -187,7 +189,7 @@ def _advice(facts: dict[str, Any]) -> str:
         return "No member's errors look like a narrow softmax's here: use logit-mean, or the best member alone."
     if verdicts:
         rest = [f"{name} ({verdict})" for name, verdict in verdicts.items() if name not in trusted]
-        others = f", hardly {', '.join(rest)}" if rest else ""
+        others = f", not {', '.join(rest)}" if rest else ""
         return f"Trust {', '.join(trusted)}{others}; then compare with logit-mean on other text."
     if facts["share"] >= 1:
         return "The heads together are as wide as the vocabulary, so exact agreement has at most one answer: use meet."

@@ -49,7 +49,7 @@ _SAID = (
      "some of its files are missing, and the Hub cannot be reached: fetch it once with a network"),
     (r"gated repo",
      "it is gated: ask for access on its page of the Hub, then log in with `hf auth login`, or set HF_TOKEN"),
-    (r"out of memory|can't allocate memory",
+    (r"(?i)out of memory|(can't|cannot) allocate memory",
      "there is not enough memory on the device: choose another, a dtype such as bfloat16, or device='auto'"),
 )  # fmt: skip
 
