@@ -1,8 +1,8 @@
-"""Draw two members and three tokens on the simplex: python examples/simplex.py docs/images/simplex.png
+"""Draw two members and three tokens on the simplex: python examples/simplex.py docs/images
 
 Every point is a distribution over the tokens A, B and C; the corners are certainty. docs/theory/worked-example.md
-computes the same points by hand. On the left the members are right as far as their heads can say; on the right they are
-not, and no distribution has both moments.
+computes the same points by hand. In simplex.png the members are right as far as their heads can say; in
+simplex-wrong.png they are not, and no distribution has both moments.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _at(p: Any) -> Any:
     return np.asarray(p, dtype=float) @ CORNERS
 
 
-def draw(axes: Axes, members: Sequence[Sequence[float]], title: str, truth: Sequence[float] | None) -> None:
+def draw(axes: Axes, members: Sequence[Sequence[float]], truth: Sequence[float] | None) -> None:
     """Draw what both members can say, what they say, the lines of their moments, the averages and ``meet``."""
     axes.fill(*CORNERS.T, facecolor="white", edgecolor="black", linewidth=1)
     for corner, name, shift in zip(CORNERS, "ABC", [(-0.05, -0.04), (0.05, -0.04), (0, 0.04)], strict=True):
@@ -58,9 +58,7 @@ def draw(axes: Axes, members: Sequence[Sequence[float]], title: str, truth: Sequ
         ends[:, token] = member[token]
         ends[0, (token + 1) % 3] = ends[1, (token + 2) % 3] = 1 - member[token]
         axes.plot(*_at(ends).T, color=color, linewidth=1.5)
-        axes.plot(
-            *_at(member), "o", color=color, label=f"member {token + 1}, what it can say (dotted), its moment (line)"
-        )
+        axes.plot(*_at(member), "o", color=color, label=f"member {token + 1}; dotted: all it can say; line: its moment")
     path = [combined(members, f"meet:trust={trust}") for trust in np.geomspace(0.01, 1000, 40)]
     axes.plot(*_at(path).T, color=GREEN, linewidth=1)
     axes.plot(*_at(combined(members, "logit-mean")), "s", color="black", label="logit-mean")
@@ -70,21 +68,19 @@ def draw(axes: Axes, members: Sequence[Sequence[float]], title: str, truth: Sequ
         axes.plot(*_at(point), "^", color=GREEN, markersize=size, label=f"meet, trust {trust:g}")
     if truth is not None:
         axes.plot(*_at(truth), "*", color="black", markersize=13, label="the truth, and max-entropy")
-    axes.set_title(title, fontsize=10, pad=16)
     axes.set_aspect("equal")
     axes.axis("off")
 
 
-def main(file: Path) -> None:
-    """Write the drawing to ``file``, as PNG or SVG by its name."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 5))
-    draw(left, RIGHT, "the premise holds: the lines cross at the truth", TRUTH)
-    draw(right, WRONG, "it does not: the lines cross outside", None)
-    handles, names = left.get_legend_handles_labels()
-    figure.legend(handles, names, loc="lower center", ncols=3, frameon=False, fontsize=8)
-    figure.tight_layout(rect=(0, 0.13, 1, 1))
-    figure.savefig(file, dpi=140)
-    plt.close(figure)
+def main(folder: Path) -> None:
+    """Write both drawings into ``folder``."""
+    for name, members, truth in (("simplex", RIGHT, TRUTH), ("simplex-wrong", WRONG, None)):
+        figure, axes = plt.subplots(figsize=(6, 6))
+        draw(axes, members, truth)
+        figure.legend(*axes.get_legend_handles_labels(), loc="lower center", ncols=2, frameon=False, fontsize=9)
+        figure.tight_layout(rect=(0, 0.16, 1, 1))
+        figure.savefig(folder / f"{name}.png", dpi=120)
+        plt.close(figure)
 
 
 if __name__ == "__main__":

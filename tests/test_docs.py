@@ -89,5 +89,5 @@ def test_the_worked_example_is_drawn_from_what_its_page_says(tmp_path):
     assert set(rows) == {"0", *(f"{trust:g}" for trust in simplex.TRUSTS)}
     for trust, point in rows.items():
         assert simplex.combined(simplex.RIGHT, f"meet:trust={trust}") == pytest.approx([*map(float, point)], abs=1e-4)
-    simplex.main(tmp_path / "simplex.png")
-    assert (tmp_path / "simplex.png").read_bytes().startswith(b"\x89PNG")
+    simplex.main(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {"simplex.png", "simplex-wrong.png"}
