@@ -100,6 +100,7 @@ def main(
     members: Annotated[list[str], typer.Option("--member", "-m", help="Hub ids, folders or GGUF files; one by one.")],
     text: Annotated[list[str], typer.Option("--text", "-t", help="Files or patterns.")],
     documents: Annotated[int, typer.Option(help="So many of the texts are read.")] = 6,
+    length: Annotated[int, typer.Option(help="Characters of each text that are read, at most.")] = 2000,
     count: Annotated[int, typer.Option(help="Bytes to generate.")] = 240,
     repeats: Annotated[int, typer.Option(help="Seeds.")] = 3,
     prune: Annotated[float, typer.Option(help="As for every ensemble over bytes.")] = 0.01,
@@ -109,7 +110,7 @@ def main(
     """Print a row for each member: medians over seeds."""
     torch.set_num_threads(threads)
     rows = []
-    some = [document.text for document in read_documents(text)[:documents]]
+    some = [document.text[:length] for document in read_documents(text)[:documents]]
     prompt = some[0].encode()[:_BEGINNING].decode(errors="ignore")
     for name in members:
         ensemble = Ensemble.from_pretrained([name], vocabulary="bytes", prune=prune)

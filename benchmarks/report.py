@@ -65,4 +65,4 @@ def _text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
-__all__ = ["machine", "median", "quantile", "seconds", "show"]
+__all__ = ["machine", "median", "now", "quantile", "seconds", "show"]
