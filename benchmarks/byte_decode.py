@@ -7,7 +7,6 @@ makes of the same bytes: of what was generated, and of the texts, read byte by b
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from report import show
+from report import now, show
 from softmeet import Ensemble
 from softmeet.evaluation.documents import read_documents
 from softmeet.members.zoo import short
@@ -33,9 +32,9 @@ def watched(owner: Any, *names: str) -> Iterator[list[float]]:
 
     def timed(function: Any) -> Any:
         def call(*arguments: Any) -> Any:
-            start = time.perf_counter()
+            start = now()
             found = function(*arguments)
-            seconds[0] += time.perf_counter() - start
+            seconds[0] += now() - start
             return found
 
         return call
@@ -56,9 +55,9 @@ def by_bytes(ensemble: Ensemble, prompt: str, count: int, seed: int) -> dict[str
         watched(reader.head, "logits") as head,
         watched(reader, "advance", "log_probs", "begin") as reading,
     ):
-        start = time.perf_counter()
+        start = now()
         text = ensemble.generate(prompt, seed=seed, do_sample=True, top_k=0, max_new_tokens=count, min_new_tokens=count)
-        taken = time.perf_counter() - start
+        taken = now() - start
     size, own = len(text.encode()), len(reader.spelling.encode(text.encode()))
     return {
         "ms/B": 1000 * taken / size, "reader alone ms/B": 1000 * (reading[0] - model[0] - head[0]) / size,
@@ -74,12 +73,12 @@ def by_tokens(ensemble: Ensemble, prompt: str, count: int, seed: int) -> float:
     (reader,) = ensemble.model.readers
     ids = torch.tensor([[*reader.prefix, *reader.spelling.encode(prompt.encode())]])
     torch.manual_seed(seed)
-    start = time.perf_counter()
+    start = now()
     out = reader.model.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
         max_new_tokens=count, min_new_tokens=count, pad_token_id=0,
     )  # fmt: skip
-    taken = time.perf_counter() - start
+    taken = now() - start
     return 1000 * taken / max(1, len(reader.spelling.spelled(out[0, ids.shape[1] :].tolist())))
 
 
@@ -101,14 +100,17 @@ def main(
     members: Annotated[list[str], typer.Option("--member", "-m", help="Hub ids, folders or GGUF files; one by one.")],
     text: Annotated[list[str], typer.Option("--text", "-t", help="Files or patterns.")],
     documents: Annotated[int, typer.Option(help="So many of the texts are read.")] = 6,
+    length: Annotated[int, typer.Option(help="Characters of each text that are read, at most.")] = 2000,
     count: Annotated[int, typer.Option(help="Bytes to generate.")] = 240,
     repeats: Annotated[int, typer.Option(help="Seeds.")] = 3,
     prune: Annotated[float, typer.Option(help="As for every ensemble over bytes.")] = 0.01,
+    threads: Annotated[int, typer.Option()] = 1,
     out: Annotated[Path | None, typer.Option(help="JSON of all figures.")] = None,
 ) -> None:
     """Print a row for each member: medians over seeds."""
+    torch.set_num_threads(threads)
     rows = []
-    some = [document.text for document in read_documents(text)[:documents]]
+    some = [document.text[:length] for document in read_documents(text)[:documents]]
     prompt = some[0].encode()[:_BEGINNING].decode(errors="ignore")
     for name in members:
         ensemble = Ensemble.from_pretrained([name], vocabulary="bytes", prune=prune)

@@ -6,7 +6,6 @@ Two members of GPT-2 small's shape with random weights, correlated and scaled to
 from __future__ import annotations
 
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 import typer
 
 from members import ensemble_of, load_pair, save_pair
-from report import median, show
+from report import median, now, show
 from softmeet.hf import combining, modeling
 from softmeet.hf.recorder import Recorder
 from softmeet.simplex import entropy, kl, total_variation
@@ -34,51 +33,54 @@ class Clock:
         original: Callable[..., Any] = getattr(owner, name)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
+            start = now()
             try:
                 return original(*args, **kwargs)
             finally:
-                self.spent[label] += time.perf_counter() - start
+                self.spent[label] += now() - start
 
         setattr(owner, name, timed)
 
 
 @torch.inference_mode()
 def run(
-    model: modeling.EnsembleForCausalLM, rule: str, ids: torch.Tensor, tokens: int, repeats: int, clock: Clock
-) -> dict[str, Any]:
-    """Greedy decoding by one rule."""
+    model: modeling.EnsembleForCausalLM, rules: list[str], ids: torch.Tensor, tokens: int, repeats: int, clock: Clock
+) -> list[dict[str, Any]]:
+    """Greedy decoding by every rule in turn, several times; medians, also of each turn's ratios to the first rule."""
     options: dict[str, Any] = {
-        "settings": model.settings.changed(rule=rule),
         "do_sample": False,
         "min_new_tokens": tokens,
         "max_new_tokens": tokens,
         "pad_token_id": 0,
         "attention_mask": torch.ones_like(ids),
     }
-    model.generate(ids, **options | {"min_new_tokens": 2, "max_new_tokens": 2})
-    rates, parts = [], []
+    settings = {rule: model.settings.changed(rule=rule) for rule in rules}
+    rows: dict[str, list[dict[str, Any]]] = {rule: [] for rule in rules}
+    for own in settings.values():
+        model.generate(ids, settings=own, **options | {"min_new_tokens": 2, "max_new_tokens": 2})
     for _ in range(repeats):
-        clock.spent.clear()
-        recorder = Recorder()
-        start = time.perf_counter()
-        model.generate(ids, **options, recorder=recorder)
-        taken = time.perf_counter() - start
-        rates.append(len(ids) * tokens / taken)
-        parts.append({label: 1e3 * spent / tokens for label, spent in clock.spent.items()})
-    spent = parts[rates.index(median(rates))] if repeats % 2 else parts[0]
-    return {
-        "batch": len(ids),
-        "rule": rule,
-        "tokens/s": median(rates),
-        "passes": recorder.passes / recorder.rows,
-        "unsolved": recorder.statuses["NOT_CONVERGED"],
-        "ms a step: members": spent["members"],
-        "rule and heads": spent["rows"],
-        "of it directions": spent.get("directions", 0.0),
-        "coefficients": spent.get("coefficients", 0.0),
-        "bounds": spent.get("bounds", 0.0),
-    }
+        for rule, own in settings.items():
+            clock.spent.clear()
+            recorder, start = Recorder(), now()
+            model.generate(ids, settings=own, recorder=recorder, **options)
+            rate, spent = len(ids) * tokens / (now() - start), {k: 1e3 * s / tokens for k, s in clock.spent.items()}
+            rows[rule].append(
+                {
+                    "tokens/s": rate,
+                    "passes": recorder.passes / recorder.rows,
+                    "unsolved": recorder.statuses["NOT_CONVERGED"],
+                    "ms a step: members": spent["members"],
+                    "rule and heads": spent["rows"],
+                    "of it directions": spent.get("directions", 0.0),
+                    "coefficients": spent.get("coefficients", 0.0),
+                    "bounds": spent.get("bounds", 0.0),
+                    "of logit-mean's": rate / (rows[rules[0]][-1]["tokens/s"] if rule != rules[0] else rate),
+                }
+            )
+    return [
+        {"batch": len(ids), "rule": rule} | {key: median([row[key] for row in found]) for key in found[0]}
+        for rule, found in rows.items()
+    ]
 
 
 @torch.inference_mode()
@@ -100,7 +102,7 @@ def main(
     batches: Annotated[str, typer.Option()] = "1,8",
     rule: Annotated[list[str] | None, typer.Option(help="Beside logit-mean; may be repeated.")] = None,
     trust: Annotated[float, typer.Option()] = 0.3,
-    threads: Annotated[int, typer.Option()] = 2,
+    threads: Annotated[int, typer.Option()] = 1,
     shared: Annotated[float, typer.Option(help="Correlation of the members' parameters.")] = 0.97,
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
 ) -> None:
@@ -120,11 +122,8 @@ def main(
     generator = torch.Generator().manual_seed(1)
     for batch in (int(x) for x in batches.split(",")):
         ids = torch.randint(0, model.config.vocab_size, (batch, 32), generator=generator)
-        pair = [run(model, rule, ids, tokens, repeats, clock) for rule in rules]
-        for row in pair:
-            row["of logit-mean's"] = row["tokens/s"] / pair[0]["tokens/s"]
-            row["TV to meet"] = far[row["rule"]]
-        rows += pair
+        found = run(model, rules, ids, tokens, repeats, clock)
+        rows += [row | {"TV to meet": far[row["rule"]]} for row in found]
     with torch.inference_mode():
         states = [h[-1:] for h in model.hidden_states(ids[:1])]
         log_p, _ = model.combiner.solve_rows(states, model.settings.changed(rule="logit-mean"))

@@ -9,7 +9,6 @@ required to (10⁻⁶).
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from scipy.optimize import linprog
 
 import softmeet
 from problems import premise
-from report import show
+from report import now, show
 from softmeet.essay import column_generation
 from softmeet.essay.feasible_set import FeasibleSet
 from softmeet.essay.max_entropy import members_of
@@ -34,9 +33,9 @@ SIZES = {"1024 x 64": (1024, (32, 32)), "4096 x 256": (4096, (128, 128)), "16384
 
 def timed(function: Callable[[], float]) -> tuple[float, float]:
     """(seconds, value)."""
-    start = time.perf_counter()
+    start = now()
     value = function()
-    return time.perf_counter() - start, value
+    return now() - start, value
 
 
 def by_highs(
@@ -44,13 +43,13 @@ def by_highs(
 ) -> tuple[float | None, float | None]:
     """(seconds, value), or Nones where ``limit`` seconds were not enough; no value where HiGHS gives up by itself."""
     bounds = (0, None) if upper is None else np.stack([np.zeros_like(upper), upper], axis=1)
-    start = time.perf_counter()
+    start = now()
     found = linprog(cost, A_eq=G.T, b_eq=g, bounds=bounds, method=method, options={"time_limit": limit})
     if found.status == 1:
         return None, None
     if found.status != 0:
         print(f"{method}: {found.message}")
-    return time.perf_counter() - start, float(found.fun) if found.status == 0 else None
+    return now() - start, float(found.fun) if found.status == 0 else None
 
 
 def measure(name: str, limit: float, *, only_first: bool) -> list[dict[str, Any]]:
@@ -79,9 +78,9 @@ def measure(name: str, limit: float, *, only_first: bool) -> list[dict[str, Any]
 
 def linear(name: str, row: FeasibleSet, G: Array, g: Array, limit: float) -> list[dict[str, Any]]:
     """The table of a linear cost."""
-    start = time.perf_counter()
+    start = now()
     member = members_of(row.problem).log_probs[0].exp()
-    first = time.perf_counter() - start
+    first = now() - start
     cost = torch.randn(len(member), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def ours() -> float:
@@ -106,8 +105,10 @@ def main() -> None:
     parser.add_argument("--size", choices=[*SIZES, "all"], default="1024 x 64")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds for HiGHS")
     parser.add_argument("--only-underestimation", action="store_true")
+    parser.add_argument("--threads", type=int, default=1, help="of ours; HiGHS has one")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     names = list(SIZES) if arguments.size == "all" else [arguments.size]
     first = arguments.only_underestimation
     lines: list[dict[str, Any]] = []

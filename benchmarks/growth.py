@@ -32,7 +32,7 @@ def main(
     quick: Annotated[bool, typer.Option(help="Fewer and smaller points: under two minutes.")] = False,
     trust: Annotated[float, typer.Option()] = 1.0,
     tol: Annotated[float, typer.Option(help="Nats.")] = 1e-5,
-    threads: Annotated[int, typer.Option()] = 2,
+    threads: Annotated[int, typer.Option()] = 1,
     plot: Annotated[Path | None, typer.Option(help="Draw the growth here, as PNG or SVG.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
 ) -> None:

@@ -35,7 +35,7 @@ def main(
     json_to: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
     """Print one table."""
-    more = {
+    more: dict[str, Any] = {
         "softmeet": {"rule": "logit-mean"},
         "stream_options": {"include_usage": True},
         "logit_bias": {"0": -100},

@@ -22,18 +22,25 @@ def machine() -> str:
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.processor()
-    return f"{name}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    how = "one thread, seconds of its processor" if threads == 1 else f"{threads} threads"
+    return f"{name}, {os.cpu_count()} cores, torch {torch.__version__}, {how}"
+
+
+def now() -> float:
+    """Seconds: the processor's where torch has one thread, which are those of an idle core; else the clock's."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def seconds(function: Callable[[], Any], repeats: int = 5, warm_up: int = 1) -> list[float]:
-    """Wall time of each of ``repeats`` calls, in seconds."""
+    """Seconds of each of ``repeats`` calls, by :func:`now`."""
     for _ in range(warm_up):
         function()
     taken = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = now()
         function()
-        taken.append(time.perf_counter() - start)
+        taken.append(now() - start)
     return taken
 
 
@@ -58,4 +65,4 @@ def _text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
-__all__ = ["machine", "median", "quantile", "seconds", "show"]
+__all__ = ["machine", "median", "now", "quantile", "seconds", "show"]

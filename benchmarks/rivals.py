@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from problems import Rows
+from report import now
 from softmeet.heads import SoftmaxHead
 
 
@@ -61,13 +62,13 @@ def lbfgs(rows: Rows, row: int, trust: float, goal: float) -> Run:
             raise _Reached
         return value.item(), torch.cat(gradient).double().numpy()
 
-    start = time.perf_counter()
+    start = now()
     try:
         found = minimize(dual, np.zeros(sum(widths)), jac=True, method="L-BFGS-B", options={"maxiter": 2000, "ftol": 0})
     except _Reached:
-        return Run(time.perf_counter() - start, reads, "same gap")
+        return Run(now() - start, reads, "same gap")
     short = float(found.fun - goal)
-    return Run(time.perf_counter() - start, reads, f"stopped {short:.1e} nats above")
+    return Run(now() - start, reads, f"stopped {short:.1e} nats above")
 
 
 def highs(rows: Rows, truth: Tensor, row: int, limit: float) -> Run:

@@ -1,7 +1,8 @@
 """Tokens a second and time to first token at several numbers of streams: python benchmarks/serve.py
 
 The bundled wide family by `logit-mean` and by `meet`, and one of its members under `transformers serve`, with the same
-prompts in the same run.
+prompts in the same run, every server with one thread of torch. Tokens a second of the server's own processor time are
+those of an idle core; times to the first token are the clock's.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from statistics import median
 from typing import Annotated, Any
 
 import httpx
+import psutil
 import typer
 
 from report import show
@@ -75,16 +77,28 @@ async def stream(client: httpx.AsyncClient, body: dict[str, Any]) -> tuple[float
     return first, next(chunk["usage"]["completion_tokens"] for chunk in reversed(chunks) if chunk.get("usage"))
 
 
-async def measure(url: str, streams: int, tokens: int, **more: Any) -> dict[str, Any]:
-    """All at once, until the last has ended."""
+def spent(process: int | None) -> float:
+    """Seconds of processor that a process has taken."""
+    return 0.0 if process is None else float(sum(psutil.Process(process).cpu_times()[:2]))
+
+
+async def measure(url: str, streams: int, tokens: int, process: int | None = None, **more: Any) -> dict[str, Any]:
+    """All at once, until the last has ended; with the id of the server's process, also what its processor took."""
     limits = httpx.Limits(max_connections=streams)
     async with httpx.AsyncClient(base_url=url, timeout=1200, limits=limits) as client:
         await stream(client, fields(10_000, 2, **more))
-        started = time.perf_counter()
+        started, before = time.perf_counter(), spent(process)
         runs = await asyncio.gather(*(stream(client, fields(k, tokens, **more)) for k in range(streams)))
-        taken = time.perf_counter() - started
+        taken, busy = time.perf_counter() - started, spent(process) - before
     waits, count = [first for first, _ in runs], sum(count for _, count in runs)
-    return {"streams": streams, "tokens/s": count / taken, "first token, s": median(waits), "slowest": max(waits)}
+    own = {"tokens a second of its processor": count / busy} if process else {}
+    return {
+        "streams": streams,
+        "tokens/s": count / taken,
+        **own,
+        "first token, s": median(waits),
+        "slowest": max(waits),
+    }
 
 
 def main(
@@ -97,7 +111,8 @@ def main(
     """Print one table."""
     rows: list[dict[str, Any]] = []
     numbers = [int(x) for x in counts.split(",")]
-    server = Server("--batch", str(max(numbers)))
+    os.environ["OMP_NUM_THREADS"] = "1"
+    server = Server("--batch", str(max(numbers)), "--threads", "1")
     try:
         for rule, length in (("logit-mean", tokens), ("meet", meet_tokens)):
             for n in numbers:
@@ -106,20 +121,22 @@ def main(
                     "stream_options": {"include_usage": True},
                     "logit_bias": {"0": -100},
                 }
-                rows.append({"server": f"softmeet, {rule}"} | asyncio.run(measure(server.url, n, length, **more)))
+                found = asyncio.run(measure(server.url, n, length, server.process.pid, **more))
+                rows.append({"server": f"softmeet, {rule}"} | found)
     finally:
         server.end()
     if rival:
         other = Rival()
         try:
             for n in numbers:
-                found = asyncio.run(measure(other.url, n, tokens, model=other.model))
+                found = asyncio.run(measure(other.url, n, tokens, other.process.pid, model=other.model))
                 rows.append({"server": f"transformers serve, {MEMBER}"} | found)
         finally:
             other.end()
     for row in rows:
         alone = next(r for r in rows if r["server"] == row["server"])
-        row["over one stream"] = row["tokens/s"] / alone["tokens/s"]
+        rate = "tokens a second of its processor"
+        row["over one stream"] = row[rate] / alone[rate]
     show("serving", rows, json_to, tokens=tokens, meet_tokens=meet_tokens)
 
 

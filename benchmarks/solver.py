@@ -2,13 +2,12 @@
 
 The instances are synthetic, shaped after a pretrained pair (benchmarks/problems.py), or those of real members on a text
 (``-m A -m B --text FILE``). Rows go alone on one core, then in
-a batch on all; L-BFGS runs on the same dual to the same gap, HiGHS and Clarabel once, under a time limit.
+a batch; L-BFGS runs on the same dual to the same gap, HiGHS and Clarabel once, under a time limit.
 """
 
 from __future__ import annotations
 
 import resource
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +17,7 @@ import typer
 import rivals
 import softmeet
 from problems import Rows, correlated, of_text, premise
-from report import median, seconds, show
+from report import median, now, seconds, show
 
 SIZES = {
     "tiny": (2_048, (32, 32)),
@@ -34,9 +33,9 @@ def alone(rows: Rows, trust: float, tol: float) -> dict[str, Any]:
     taken, passes, gaps = [], [], []
     softmeet.combine(rows.log_probs[:, :1], rows.heads, trust=trust, tol=tol)
     for k in range(rows.log_probs.shape[1]):
-        start = time.perf_counter()
+        start = now()
         found = softmeet.combine(rows.log_probs[:, k : k + 1], rows.heads, trust=trust, tol=tol)
-        taken.append(time.perf_counter() - start)
+        taken.append(now() - start)
         passes.append(found.num_passes.item())
         gaps.append(found.gap.item())
     return _row("meet, one row, one core", median(taken), max(taken), median(passes), f"gap at most {max(gaps):.1e}")
@@ -52,7 +51,7 @@ def main(
     batch: Annotated[int, typer.Option(help="Rows of the batch.")] = 32,
     trust: Annotated[float, typer.Option()] = 1.0,
     tol: Annotated[float, typer.Option(help="Nats.")] = 1e-5,
-    threads: Annotated[int, typer.Option(help="Of the batch.")] = 2,
+    threads: Annotated[int, typer.Option(help="Of the batch.")] = 1,
     limit: Annotated[float, typer.Option(help="Seconds for HiGHS and Clarabel; 0 to leave them out.")] = 60.0,
     member: Annotated[
         list[str] | None, typer.Option("-m", help="Real members instead: a folder, hub id or GGUF.")
@@ -69,10 +68,10 @@ def main(
     else:
         given = correlated(*SIZES[size], max(rows, batch))
     v, widths = given.log_probs.shape[-1], tuple(head.d for head in given.heads)
-    start = time.perf_counter()
+    start = now()
     for head in given.heads:
         head.whitening()
-    once = time.perf_counter() - start
+    once = now() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     some = given.take(0, rows)
     table = [alone(some, trust, tol)]
@@ -83,7 +82,15 @@ def main(
     each = median(taken) / batch
     note = f"{int((found.status == 0).sum())} of {batch} solved"
     passes = found.num_passes.median().item()
-    table.append(_row(f"meet, batch of {batch}, {threads} threads", each, max(taken) / batch, passes, note))
+    table.append(
+        _row(
+            f"meet, batch of {batch}, {'one thread' if threads == 1 else f'{threads} threads'}",
+            each,
+            max(taken) / batch,
+            passes,
+            note,
+        )
+    )
     mean = seconds(lambda: softmeet.combine(log_probs, given.heads, "logit-mean"))
     table.append(
         _row(f"logit-mean, batch of {batch}", median(mean) / batch, max(mean) / batch, 0.0, "the naive average")
