@@ -457,3 +457,18 @@ def test_a_gate_of_ones_own_has_a_name_and_may_look_at_the_text_before_each_toke
     assert not all(closed)
     with pytest.raises(InvalidInputError, match="text before each token"):
         softmeet.combine(*rows, gate="after-punctuation")
+
+
+def test_a_gate_of_ones_own_needs_a_threshold_and_a_name(rows):
+    @dataclass(frozen=True)
+    class Nameless(Disagreement):
+        def open(self, problem):
+            return super().open(problem)
+
+    for threshold in (-1.0, float("nan")):
+        with pytest.raises(InvalidInputError, match=r"expected a gate disagreement:T .* with T at least 0"):
+            Disagreement(threshold)
+    with pytest.raises(InvalidInputError, match="got Nameless with that of Disagreement, 'disagreement': set another"):
+        parse_gate(Nameless(0.5))
+    with pytest.raises(InvalidInputError, match="a name of its own"):
+        softmeet.combine(*rows, "meet", gate=Nameless(0.5))

@@ -110,7 +110,8 @@ def test_ctrl_c_twice_ends_an_evaluation_at_once_and_keeps_what_was_done(tmp_pat
         assert running.poll() is None
         time.sleep(0.05)
     running.send_signal(signal.SIGINT)
-    assert "finishing what is under way" in running.stderr.readline()
+    # On a busy machine lines of progress come before it.
+    assert any("finishing what is under way" in line for line in iter(running.stderr.readline, ""))
     running.send_signal(signal.SIGINT)
     rest = running.communicate(timeout=300)[1]
     assert running.returncode == 130

@@ -14,6 +14,8 @@ from softmeet._version import __version__
 
 if TYPE_CHECKING:
     RULES: tuple[Rule, ...]
+    """All rules that have a name: softmeet's own, those of packages, and those that were registered in this process."""
+
     from softmeet.ensemble import Ensemble
     from softmeet.heads import SoftmaxHead
     from softmeet.rules.base import Rule

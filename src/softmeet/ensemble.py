@@ -121,7 +121,7 @@ class Ensemble:
                 tokenization of the text; 0 to run on all of them, 0.01 by default.
             prefixes: over bytes, for each member the token ids that it reads before every text, such as a prompt of its
                 own; None for those that its tokenizer puts there.
-            settings: the fields of :class:`softmeet.Settings`, listed below, and options of the rule; but the gate of
+            settings: the fields of :class:`softmeet.Settings`, and options of the rule; but the gate of
                 a new ensemble is ``auto`` by default.
 
         Raises:

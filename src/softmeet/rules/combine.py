@@ -63,7 +63,7 @@ def combine(
         start: what an earlier call of ``combine`` returned for the same rows and heads with the rule ``meet`` or
             ``max-entropy``, perhaps at other trusts; solvers begin at its dual variables. None to begin at the pool.
             The answer is the same within ``tol``.
-        settings: the fields of :class:`softmeet.Settings`, listed below, except ``bands``, and options of the rule.
+        settings: the fields of :class:`softmeet.Settings`, except ``bands``, and options of the rule.
             ``on_infeasible`` also takes what an earlier call of ``combine`` returned for the same rows, heads and
             settings with the rule ``meet``, infinite trusts replaced by 0.3, no gate, and a ``tol`` that is not larger;
             it then answers the rows without a feasible distribution at no cost.

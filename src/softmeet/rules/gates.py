@@ -38,8 +38,8 @@ class Gate(ABC):
     called if any row is closed. If :attr:`never_closes` is True, neither is called.
 
     Attributes:
-        threshold: the number after the colon in the gate's text, such as 0.5 in ``unsure:0.5``.
-        name: the text before the colon; a subclass has to set it.
+        threshold: the number after the colon in the gate's text, such as 0.5 in ``unsure:0.5``; at least 0.
+        name: the text before the colon; a subclass has to set one that no other gate has.
         form: the form of the text with the number's unit, for messages, such as ``unsure:T (T a probability)``.
     """
 
@@ -47,6 +47,10 @@ class Gate(ABC):
 
     name: ClassVar[str]
     form: ClassVar[str]  # of its text, for messages
+
+    def __post_init__(self) -> None:
+        if not self.threshold >= 0:
+            raise InvalidInputError(f"expected a gate {self.form} with T at least 0, got {self.threshold!r}")
 
     def __str__(self) -> str:
         return f"{self.name}:{self.threshold!r}"
@@ -224,14 +228,23 @@ _AUTO = 3e-3
 def parse_gate(gate: str | Gate | None) -> Gate | None:
     """Parse a gate's text ``NAME:THRESHOLD``, such as ``unsure:0.5``; return None for None and ``none``.
 
-    A :class:`Gate` is returned unchanged. NAME is a key of ``GATES``; ``auto`` is ``movement:0.003``, whose ``factor``
-    is still unknown, as that of any ``movement:T``. ``:THRESHOLD`` may be left out if the class has a default for it.
+    A :class:`Gate` is returned unchanged, unless its name is that of another class. NAME is a key of ``GATES``;
+    ``auto`` is ``movement:0.003``, whose ``factor`` is still unknown, as that of any ``movement:T``. ``:THRESHOLD`` may
+    be left out if the class has a default for it.
 
     Raises:
-        InvalidInputError: if there is no gate of that name, or its threshold is not a finite number of at least 0.
+        InvalidInputError: if there is no gate of that name, or its threshold is not a finite number of at least 0; if
+            an instance has the name of a gate in ``GATES`` of which it is not.
     """
-    if gate is None or isinstance(gate, Gate) or gate == "none":
-        return gate if isinstance(gate, Gate) else None
+    if isinstance(gate, Gate):
+        if GATES.get(gate.name, type(gate)) is not type(gate):
+            raise InvalidInputError(
+                f"expected a gate with a name of its own, got {type(gate).__name__} with that of "
+                f"{GATES[gate.name].__name__}, {gate.name!r}: set another name in the class"
+            )
+        return gate
+    if gate is None or gate == "none":
+        return None
     if gate == "auto":
         return PredictedMovement(_AUTO, auto=True)
     name, _, number = str(gate).strip().partition(":")
