@@ -42,6 +42,10 @@ class Docstrings(griffe.Extension):
             call = named.get("default", first[0] if first else None)
         attr.annotation, attr.value = _shaped(typed), _shown(call, attr.package)
 
+    def on_class(self, *, cls: griffe.Class, **kwargs: Any) -> None:
+        """Leave private base classes out."""
+        cls.bases = [base for base in cls.bases if not str(base).rpartition(".")[2].startswith("_")]
+
     def on_function(self, *, func: griffe.Function, **kwargs: Any) -> None:
         """Leave private fields out of a dataclass's signature, and show what defaults are."""
         func.returns = _shaped(func.returns)
