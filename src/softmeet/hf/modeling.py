@@ -25,7 +25,7 @@ from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.refused import refuse, refuse_other_caches
 from softmeet.hf.vocabulary import require_for_bytes
 from softmeet.members.heads import head_of, replace_weight
-from softmeet.members.huggingface import Dtype, last_hidden
+from softmeet.members.huggingface import Dtype, last_hidden, require_cache
 from softmeet.members.placement import Device, each_in_a_thread, whereabouts
 from softmeet.members.reading import Work
 from softmeet.members.vocabulary import CommonVocabulary, token_ids, token_support
@@ -239,10 +239,10 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         """Make an empty cache of all members; if ``gate`` is ``unsure``, those after the first may lag behind it.
 
         Raises:
-            InvalidInputError: if there is no such gate; or it is ``unsure``, and a cache has more than keys and values.
+            InvalidInputError: if there is no such gate, or a member takes no cache (``unsure``: of keys and values alone).
         """
         lagging = isinstance(that_closes(parse_gate(gate)), Unsure)
-        return EnsembleCache([member.config for member in self.members], lagging=lagging)
+        return EnsembleCache([require_cache(member).config for member in self.members], lagging=lagging)
 
     @property
     def settings(self) -> Settings:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -172,14 +171,9 @@ def last_hidden(model: PreTrainedModel, input_ids: Int[Tensor, "B t"], **options
     Args:
         model: a causal LM of transformers.
         input_ids: token ids, on any device.
-        options: keyword arguments of the base model's ``forward``, tensors on any device; a cache among them is
-            extended in place.
-
-    Raises:
-        InvalidInputError: if a cache is given, and the model does not take one.
+        options: keyword arguments of the base model's ``forward``, tensors on any device; a cache among them, which
+            the model has to take (:func:`require_cache`), is extended in place.
     """
-    if options.get("cache") is not None:
-        require_cache(model)
     base: Any = without_head(model)
     place, head = home(model), model.get_output_embeddings().weight
     moved = {k: x.to(place) if isinstance(x, Tensor) else x for k, x in options.items()}
@@ -187,25 +181,20 @@ def last_hidden(model: PreTrainedModel, input_ids: Int[Tensor, "B t"], **options
     return hidden.to(place if head.is_meta else head.device)
 
 
-def require_cache(model: PreTrainedModel) -> None:
-    """Check that a model takes a cache of transformers', since some leave one aside in silence, and lose the text.
+def require_cache(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a model that takes a cache of transformers; some leave one aside in silence, and would lose the text.
 
     Raises:
-        InvalidInputError: if it does not.
+        InvalidInputError: if it does not take one.
     """
-    kind: Any = type(without_head(model))
-    if not _takes_cache(kind):
+    parameters = signature(without_head(model).forward).parameters
+    # Those that hand everything on to another module name nothing.
+    if "cache" not in parameters and "input_ids" in parameters:
         raise InvalidInputError(
             f"expected members that continue from a cache, but {type(model).__name__} takes none: pass use_cache=False "
             "to generate, which reads the whole text for each token"
         )
-
-
-@cache
-def _takes_cache(kind: Any) -> bool:
-    parameters = signature(kind.forward).parameters
-    # Those that hand everything on to another module name nothing.
-    return "cache" in parameters or "input_ids" not in parameters
+    return model
 
 
 def one_each(value: Any, what: str, n: int) -> list[Any]:

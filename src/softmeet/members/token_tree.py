@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softmeet.errors import InvalidInputError
-from softmeet.members.huggingface import last_hidden
+from softmeet.members.huggingface import last_hidden, require_cache
 from softmeet.members.partial_cache import KeysValues, cut, side_by_side
 from softmeet.members.placement import home
 
@@ -139,6 +139,7 @@ def require_trees(model: PreTrainedModel) -> None:
     said = f"it has layers of {', '.join(sorted(unknown))}" if (unknown := kinds - _KINDS) else ""
     trunk, other, chain = ([1 + token % (config.vocab_size - 1) for token in ids] for ids in (_TRUNK, _OTHER, _CHAIN))
     try:
+        require_cache(model)
         ((tree, _),) = run(model, [Growth(TokenTree(), [np.empty(0, np.int64)], [trunk])])
         paths = [np.arange(len(trunk)), np.arange(len(trunk) - 1)]
         ((_, (_, found)),) = run(model, [Growth(tree, paths, [other, chain])])
