@@ -239,7 +239,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         """Make an empty cache of all members; if ``gate`` is ``unsure``, those after the first may lag behind it.
 
         Raises:
-            InvalidInputError: if there is no such gate, or a member takes no cache (for ``unsure``, of keys and values).
+            InvalidInputError: if there is no such gate, or a member takes no cache (at ``unsure``: of keys and values).
         """
         lagging = isinstance(that_closes(parse_gate(gate)), Unsure)
         return EnsembleCache([require_cache(member).config for member in self.members], lagging=lagging)
