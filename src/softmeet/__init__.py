@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     from softmeet.rules.settings import Settings
     from softmeet.rules.solution import Solution
     from softmeet.solvers.base import Status, StoppedBy
+    from softmeet.solvers.clock import time_is_over, time_limit
 
 __all__ = [
     "RULES", "Ensemble", "Rule", "Settings", "SoftmaxHead", "Solution", "Status", "StoppedBy", "__version__",
-    "combine", "register_rule", "rule_names",
+    "combine", "register_rule", "rule_names", "time_is_over", "time_limit",
 ]  # fmt: skip
 
 # Loaded when first used, so that `softmeet --help` does not wait for torch and transformers.
@@ -42,6 +43,8 @@ _HOMES = {
     "combine": "softmeet.rules.combine",
     "register_rule": "softmeet.rules.registry",
     "rule_names": "softmeet.rules.registry",
+    "time_is_over": "softmeet.solvers.clock",
+    "time_limit": "softmeet.solvers.clock",
 }
 
 _register()
