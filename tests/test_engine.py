@@ -235,7 +235,7 @@ def test_reports_scores_and_ends(serve):
     model.generation_config.eos_token_id = [7]
     ended, told = sequence(model, prompt(1, 6), sampling={"logit_bias": {7: 100.0}})
     engine.submit([ended])
-    assert told.all() == [Token(7), Finished("stop")]
+    assert told.all() == [Token(7, status="OPTIMAL"), Finished("stop")]
 
 
 def test_a_full_queue_a_deadline_and_a_cancellation(serve):

@@ -264,7 +264,7 @@ def test_health_readiness_and_metrics(client, url):
         "head_passes_total",
         "reused_tokens_total",
         "rows",
-        "step_seconds_sum",
+        "inter_token_latency_seconds_sum",
         "first_token_seconds_sum",
     ):
         assert f"\nsoftmeet_{name} " in text

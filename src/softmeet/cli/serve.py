@@ -85,6 +85,12 @@ class LimitFlags:
         "The seconds that an answer may take; then a stream ends with an error event, and any other with status 504.",
         min=0.1,
     )
+    token_seconds: float = flag(
+        1.0,
+        "The seconds that the rule may work on a token; then it is drawn from the best distribution found, with the "
+        "status BUDGET.",
+        min=0.001,
+    )
     grace: float = flag(30.0, "The seconds that running answers have to end after SIGTERM.", min=0)
 
 
@@ -140,6 +146,13 @@ def serve(
         "--parallel",
         panel="Engine",
     ),
+    reproducible: bool = flag(
+        False,
+        "Run and solve every sequence by itself: a seeded request gets the same tokens alone and in any company, to "
+        "the last bit. Costs the speed that batches give.",
+        "--reproducible",
+        panel="Engine",
+    ),
     cluster: ClusterFlags,
     loading: options.LoadingFlags,
     **settings: Any,
@@ -167,13 +180,14 @@ def serve(
         given, asked = checked_settings(settings), named(ensembles or [], members or [])
         hosts = (*((*_LOCAL, host) if local else ()), *(access.allow_host or ()))
         protocol = ServerSettings(
-            limits=Limits(limits.batch, limits.queue, limits.keep_tokens),
+            limits=Limits(limits.batch, limits.queue, limits.keep_tokens, limits.token_seconds),
             protection=Protection(keys, hosts, limits.max_body, limits.body_timeout),
             max_tokens=limits.max_tokens,
             max_choices=limits.max_choices,
             seconds=limits.timeout,
             allowed=allowed,
             parallel=parallel,
+            reproducible=reproducible,
             cors=access.cors or (),
             ui=bool(find_spec("gradio")) if ui is None else ui,
         )

@@ -9,7 +9,7 @@ real token attends to it.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -81,13 +81,18 @@ class PartialCache:
 
 
 def catch_up(
-    model: PreTrainedModel, caches: Sequence[PartialCache]
+    model: PreTrainedModel,
+    caches: Sequence[PartialCache],
+    piece: int | None = None,
+    between: Callable[[], None] = lambda: None,
 ) -> tuple[list[PartialCache], list[Float[Tensor, "t d"]]]:
     """Run the pending tokens of each sequence; sequences with about equally many of them share a call of the model.
 
     Args:
         model: the member, in evaluation mode, whose cache holds keys and values.
         caches: the sequences, which are not changed; each has at least one pending token.
+        piece: the most tokens of a sequence in one call; one with more is run by itself, in pieces. None for no limit.
+        between: called between two pieces.
 
     Returns:
         (new caches of the sequences, with nothing pending; for each, the last hidden states at its t formerly pending
@@ -99,8 +104,25 @@ def catch_up(
         batches[len(one.pending).bit_length()].append(k)
     found: dict[int, tuple[PartialCache, Float[Tensor, "t d"]]] = {}
     for rows in batches.values():
-        found |= zip(rows, _run([caches[k] for k in rows], model), strict=True)
+        for k in [k for k in rows if piece is not None and len(caches[k].pending) > piece]:
+            rows.remove(k)
+            found[k] = _in_pieces(caches[k], model, piece or 1, between)
+        if rows:
+            found |= zip(rows, _run([caches[k] for k in rows], model), strict=True)
     return [found[k][0] for k in range(len(caches))], [found[k][1] for k in range(len(caches))]
+
+
+def _in_pieces(
+    one: PartialCache, model: PreTrainedModel, piece: int, between: Callable[[], None]
+) -> tuple[PartialCache, Float[Tensor, "t d"]]:
+    """Run the pending tokens of one sequence in pieces; returns (sequence, last hidden states at all these tokens)."""
+    done, hidden = replace(one, pending=()), list[Tensor]()
+    for start in range(0, len(one.pending), piece):
+        if start:
+            between()
+        done, states = _run([done.longer(one.pending[start : start + piece])], model)[0]
+        hidden.append(states)
+    return done, torch.cat(hidden)
 
 
 def _run(caches: Sequence[PartialCache], model: PreTrainedModel) -> list[tuple[PartialCache, Float[Tensor, "t d"]]]:

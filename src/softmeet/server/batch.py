@@ -8,6 +8,7 @@ column. Keys and values are copied only when a row joins or leaves, or when the 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import takewhile
 from operator import eq
@@ -20,8 +21,17 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from softmeet.members.huggingface import last_hidden, require_cache
-from softmeet.members.partial_cache import KeysValues, PartialCache, catch_up, layers_of_keys_and_values
+from softmeet.members.partial_cache import (
+    KeysValues,
+    PartialCache,
+    catch_up,
+    cut,
+    layers_of_keys_and_values,
+)
 from softmeet.server.sequences import Sequence
+
+# The most tokens of one sequence that a member runs at once.
+_PIECE = 256
 
 
 class PrefixCache:
@@ -55,6 +65,16 @@ class PrefixCache:
         self._kept.move_to_end(best)
         return shared(best), self._kept[best]
 
+    @property
+    def tokens(self) -> int:
+        """The number of tokens kept, summed over prompts."""
+        return sum(map(len, list(self._kept)))
+
+    @property
+    def bytes(self) -> int:
+        """The number of bytes of all keys and values kept."""
+        return sum(_bytes(states) for states in list(self._kept.values()))
+
     def keep(self, tokens: list[int] | tuple[int, ...], states: tuple[KeysValues, ...]) -> None:
         """Store a prompt's keys and values, unless the prompt is stored already or is longer than ``limit``.
 
@@ -67,8 +87,12 @@ class PrefixCache:
         key = tuple(tokens)
         if len(key) <= self.limit and key not in self._kept:
             self._kept[key] = states
-            while sum(map(len, self._kept)) > self.limit:
+            while self.tokens > self.limit:
                 self._kept.popitem(last=False)
+
+
+def _bytes(states: Iterable[KeysValues]) -> int:
+    return sum(part.numel() * part.element_size() for pair in states for part in pair)
 
 
 @dataclass
@@ -188,8 +212,25 @@ class MemberBatch:
         self._cache = Cache(layers=[_BatchLayer(self._window) for _ in range(depth)])
         self._lengths: list[int] = []
 
+    @property
+    def cache_bytes(self) -> int:
+        """The number of bytes of the batch's buffers, in use or not, and of the prompts kept."""
+        layers = [(layer.keys, layer.values) for layer in self._cache.layers if layer.is_initialized]
+        return _bytes(layers) + self._prefixes.bytes
+
+    @property
+    def kept_tokens(self) -> int:
+        """The number of prompt tokens whose keys and values are kept for later prompts."""
+        return self._prefixes.tokens
+
     @torch.inference_mode()
-    def catch_up(self, sequences: list[tuple[Sequence, int]], *, every: bool = False) -> list[Float[Tensor, "t d"]]:
+    def catch_up(
+        self,
+        sequences: list[tuple[Sequence, int]],
+        *,
+        every: bool = False,
+        pause: Callable[[], None] = lambda: None,
+    ) -> list[Float[Tensor, "t d"]]:
         """Run the member on tokens that are new to it, of sequences outside the running batch, such as prompts.
 
         Args:
@@ -198,11 +239,13 @@ class MemberBatch:
                 values, is brought up to date.
             every: whether to run all tokens of a prompt that the member has not begun; else the keys and values of
                 those with which an earlier prompt began too are taken from the cache of prompts.
+            pause: called between the pieces of many tokens.
 
         Returns:
             for each sequence the last hidden states at the t tokens that were run, (t, d).
         """
-        done, hidden = catch_up(self.model, [self._begun(s, s.trails[i], every=every) for s, i in sequences])
+        begun = [self._begun(s, s.trails[i], every=every) for s, i in sequences]
+        done, hidden = catch_up(self.model, begun, piece=_PIECE, between=pause)
         for (s, i), new, states in zip(sequences, done, hidden, strict=True):
             if not s.trails[i].run and states.isfinite().all():
                 self._prefixes.keep(s.prompt, new.shorter(s.drawn).states)
@@ -240,18 +283,23 @@ class MemberBatch:
             w.first, w.end = 0, length
         elif length > w.end:
             self._shift(length - w.end)
-        w.rows = len(self.rows) + 1
         for layer, like in zip(self._cache.layers, states, strict=True):
             layer.allocate(like)
-            layer.write(w.rows - 1, like)
-        w.first = min(w.first, w.end - length)
+            layer.write(len(self.rows), like)
+        w.rows, w.first = len(self.rows) + 1, min(w.first, w.end - length)
         self.rows.append(s)
         self._lengths.append(length)
 
     @torch.inference_mode()
-    def leave(self, s: Sequence) -> None:
-        """Remove a sequence, which has to be in ``rows``, from the running batch; the last row takes its place."""
+    def leave(self, s: Sequence, *, keep: bool = False) -> PartialCache:
+        """Remove a sequence, which has to be in ``rows``, from the running batch; the last row takes its place.
+
+        Returns:
+            a copy of the keys and values of the tokens that were run, with ``keep``; else an empty cache.
+        """
         k, last = self.rows.index(s), len(self.rows) - 1
+        end = self._window.end
+        trail = PartialCache(cut(self._cache, k, end - self._lengths[k], end)) if keep else PartialCache()
         for layer in self._cache.layers:
             layer.keys[k], layer.values[k] = layer.keys[last], layer.values[last]
         self.rows[k], self._lengths[k] = self.rows[last], self._lengths[last]
@@ -259,6 +307,7 @@ class MemberBatch:
         self._window.rows = last
         if self.rows:
             self._window.first = self._window.end - max(self._lengths)
+        return trail
 
     @torch.inference_mode()
     def step(self) -> Float[Tensor, "B d"]:

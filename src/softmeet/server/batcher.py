@@ -1,7 +1,8 @@
 """The batcher: the one thread that runs a server's members, in batches that sequences join and leave at any token.
 
-The thread works in *steps*. A step runs the prompts of sequences that join, runs each member once on the newest token
-of all sequences that it takes part in, combines the members' distributions, and draws one token for each sequence.
+The thread works in *rounds*. A round begins the prompts of new sequences, runs each member once on the newest token of
+all sequences that it takes part in, and combines the members' distributions and draws a token for each sequence, in
+tasks that can be suspended: a sequence whose rule takes long leaves the round, and comes back when its token is drawn.
 """
 
 from __future__ import annotations
@@ -10,35 +11,34 @@ import logging
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from softmeet.errors import NonFiniteError, SoftmeetError
+from softmeet.errors import SoftmeetError
 from softmeet.hf.combining import Deferral
-from softmeet.hf.report import token_report
 from softmeet.rules.problem import TokensBefore
-from softmeet.rules.solution import Solution
-from softmeet.server.batch import MemberBatch
 from softmeet.server.errors import BusyError, ClosingError, InternalError, TooLateError
 from softmeet.server.gating import Gates, Hidden, joined
+from softmeet.server.members import Members
 from softmeet.server.metrics import Metrics
 from softmeet.server.sampling import next_tokens
-from softmeet.server.sequences import Combination, Event, Failed, Finished, PromptScored, Sequence, Token
+from softmeet.server.sequences import Event, Failed, Finished, PromptScored, Sequence, Token, token_of
+from softmeet.server.tasks import Task
+from softmeet.solvers.base import Status
 
 _log = logging.getLogger("softmeet.server")
-# The most prompt tokens of one step, though at least one prompt joins: running sequences wait for them meanwhile.
-_PROMPT_TOKENS_A_STEP = 1024
+# The most prompt tokens that begin in one round, though at least one prompt does: running sequences wait for them.
+_PROMPT_TOKENS_A_ROUND = 1024
 _CLOSED = "the server is shutting down and ended this answer before its end: ask another one"
 _LATE = "the answer was not done in time: ask for fewer tokens, or raise the server's --timeout"
+# Statuses of tokens at which the rule did not reach its tolerance.
+_UNSOLVED = (Status.NOT_CONVERGED.name, Status.BUDGET.name)
 
 
 @dataclass(frozen=True)
@@ -50,46 +50,61 @@ class Limits:
         waiting: the most sequences in the queue beside those for which the running batch has free rows, at least 0.
         kept_tokens: for each member, the most prompt tokens whose keys and values it keeps after use, so that a later
             prompt with the same beginning need not compute that beginning again.
+        token_seconds: the seconds that the rule may take for each token, above 0; then the token is drawn from the best
+            distribution found, with the status BUDGET. Time in which others are served does not count.
     """
 
     rows: int = 64
     waiting: int = 256
     kept_tokens: int = 16384
+    token_seconds: float = 1.0
 
 
 class Batcher(threading.Thread):
     """The thread that owns a server's members and generates the tokens of all sequences, of any number of ensembles.
 
-    In each step a member runs once for all sequences that it takes part in, whatever their ensembles; then the
+    In each round a member runs once for all sequences that it takes part in, whatever their ensembles; then the
     sequences with equal :class:`~softmeet.server.sequences.Combination` are solved together, and each gets one token.
+    Sequences whose solve takes longer than the rest of the round are left out of the next ones until they are solved.
     Sequences submitted before ``start()`` wait in the queue. To end the thread, call :meth:`close`, then ``join()``.
 
     Args:
         names: for each member, which is in evaluation mode, its name in messages; a member of several ensembles is
             named once. Only sequences of these members may be submitted.
-        limits: how many sequences may run and wait.
+        limits: how many sequences may run and wait, and for how long a rule may work on a token.
         metrics: all of its counters but ``requests`` and ``first`` are kept up to date, on the batcher's thread.
-        parallel: whether the members of a step run at the same time, in a thread each; it pays if they are on different
-            devices.
+        parallel: whether the members of a round run at the same time, in a thread each; it pays if they are on
+            different devices.
+        reproducible: whether every sequence is run and solved by itself, so that not a bit of its distributions depends
+            on the others, except where time ends a solve.
+
+    Attributes:
+        members: the members, with the keys and values that they hold.
 
     Raises:
         InvalidInputError: if a member's cache holds anything but keys and values, as a recurrent model's does.
     """
 
     def __init__(
-        self, names: dict[PreTrainedModel, str], limits: Limits, metrics: Metrics, *, parallel: bool = False
+        self,
+        names: dict[PreTrainedModel, str],
+        limits: Limits,
+        metrics: Metrics,
+        *,
+        parallel: bool = False,
+        reproducible: bool = False,
     ) -> None:
         super().__init__(name="softmeet-batcher", daemon=True)
-        self.limits, self.metrics = limits, metrics
-        self._batches = {model: MemberBatch(name, model, limits.kept_tokens) for model, name in names.items()}
-        self._map: Callable[..., Iterable[Any]] = ThreadPoolExecutor(len(names)).map if parallel else map
-        self._gates = Gates(partial(self._catch_up, members=slice(1, None)), self.metrics)
+        self.limits, self.metrics, self._reproducible = limits, metrics, reproducible
+        self.members = Members(names, limits.kept_tokens, parallel=parallel, reproducible=reproducible)
+        self._gates = Gates(partial(self.members.catch_up, members=slice(1, None)), self.metrics)
         self._waiting: deque[Sequence] = deque()
-        # Those whose prompts run in this step, and those in the running batch.
-        self._joining: list[Sequence] = []
+        # Sequences that have a place; of those that are yet to be solved, the hidden states at the newest token.
         self._running: list[Sequence] = []
+        self._unsolved: dict[Sequence, Hidden] = {}
+        self._tasks: list[Task] = []
         self.metrics.waiting.set_function(lambda: len(self._waiting))
-        self.metrics.rows.set_function(self._rows)
+        self.metrics.rows.set_function(lambda: len(self._running))
         self._wake = threading.Condition()
         self._closing, self._last_call = False, float("inf")
 
@@ -105,11 +120,7 @@ class Batcher(threading.Thread):
 
     def _free(self) -> int:
         """Return how many more sequences would be accepted: free places in the running batch and in the queue."""
-        return self.limits.rows - self._rows() + self.limits.waiting - len(self._waiting)
-
-    def _rows(self) -> int:
-        """Return how many sequences are in the running batch, those that join it in this step included."""
-        return len(self._joining) + len(self._running)
+        return self.limits.rows - len(self._running) + self.limits.waiting - len(self._waiting)
 
     def submit(self, sequences: list[Sequence]) -> None:
         """Append sequences to the queue: all of them, or none if there is no room for all.
@@ -146,25 +157,30 @@ class Batcher(threading.Thread):
             self._wake.notify()
 
     def run(self) -> None:
-        """Run steps until :meth:`close` has been called and every sequence has ended.
+        """Run rounds until :meth:`close` has been called and every sequence has ended.
 
-        It is the thread's body: callers use ``start()``. If a step fails as a whole, the error is logged, all running
-        sequences end with the event :class:`~softmeet.server.sequences.Failed`, and the next step follows.
+        It is the thread's body: callers use ``start()``. If a round fails as a whole, the error is logged, all running
+        sequences end with the event :class:`~softmeet.server.sequences.Failed`, and the next round follows.
         """
         with torch.inference_mode():
             while (new := self._admit()) is not None:
-                started = time.perf_counter()
-                try:
-                    self._step(new)
-                except Exception as error:
-                    # Without this, a bug would leave every client waiting for ever.
-                    _log.exception("a step failed")
-                    for s in [*self._running, *new]:
-                        self._fail(s, error)
-                self.metrics.steps.observe(time.perf_counter() - started)
+                self._guarded(self._running, self._round, new)
+
+    def _guarded(self, rows: list[Sequence], work: Callable[..., None], *arguments: Any) -> None:
+        """Call a function that works on some sequences; if it raises an exception, end them by an error event.
+
+        Without this, a bug would leave their clients waiting for ever. Anything but a SoftmeetError is logged.
+        """
+        try:
+            work(*arguments)
+        except Exception as error:
+            if not isinstance(error, SoftmeetError):
+                _log.exception("a step failed")
+            for s in list(rows):
+                self._fail(s, error)
 
     def _admit(self) -> list[Sequence] | None:
-        """Wait until there is work, and return the queued sequences that join in this step, perhaps none.
+        """Wait until there is work, and return the queued sequences that begin in this round, perhaps none.
 
         Returns:
             the sequences, at least one if there is a free row; None if the batcher is closed and every sequence has
@@ -176,170 +192,161 @@ class Batcher(threading.Thread):
             if self._closing and not (self._waiting or self._running):
                 return None
             self._drop()
-            tokens = 0
-            while self._waiting and self._rows() < self.limits.rows:
+            new, tokens = list[Sequence](), 0
+            while self._waiting and len(self._running) < self.limits.rows:
                 tokens += len(self._waiting[0].prompt)
-                if self._joining and tokens > _PROMPT_TOKENS_A_STEP:
+                if new and tokens > _PROMPT_TOKENS_A_ROUND:
                     break
-                self._joining.append(self._waiting.popleft())
-            return list(self._joining)
+                new.append(self._waiting.popleft())
+                self._running.append(new[-1])
+            return new
 
     def _drop(self) -> None:
         """End all sequences that were cancelled, are past their deadline, or are past the grace of :meth:`close`."""
         now = time.monotonic()
         for s in [*self._waiting, *self._running]:
             if s.cancelled or now > min(s.request.deadline, self._last_call):
-                if not s.joined:
-                    self._waiting.remove(s)
                 self._fail(s, ClosingError(_CLOSED) if now > self._last_call else TooLateError(_LATE))
+        for task in self._tasks:
+            if all(s.done for s in task.rows):
+                task.end()
+        self._tasks = [task for task in self._tasks if not task.ended]
 
-    def _step(self, new: list[Sequence]) -> None:
-        """Run one step: the prompts of new sequences and the newest tokens of the running ones, then one draw for each.
+    def _round(self, new: list[Sequence]) -> None:
+        """Run one round: the newest tokens of all sequences that have one, and every task for its share of the time."""
+        started = time.perf_counter()
+        ready = [s for s in self._running if not s.busy]
+        found = (self.members.step(ready) if ready else {}) | self._unsolved
+        self._unsolved = {}
+        groups: dict[Any, list[Sequence]] = defaultdict(list)
+        for s in found:
+            s.busy = True
+            groups[s if self._reproducible else s.combination].append(s)
+        tasks = []
+        for rows in groups.values():
+            solve, is_quick = partial(self._solve, rows, [found[s] for s in rows]), rows[0].combination.is_quick
+            tasks.append(Task(rows, solve, is_quick=is_quick))
+        self._tasks = [*tasks, *(Task([s], partial(self._run_prompt, s)) for s in new), *self._tasks]
+        # Averages are done at once, and with the members' step they are what the others' shares are measured by.
+        for task in self._tasks:
+            if task.is_quick:
+                self._guarded(task.rows, task.run, 0)
+        seconds = time.perf_counter() - started
+        for task in self._tasks:
+            if not task.ended:
+                waited_for = any(not s.busy for s in self._running)
+                self._guarded(task.rows, task.run, seconds if waited_for else 0)
+        self._tasks = [task for task in self._tasks if not task.ended]
 
-        A sequence that fails is ended by an error of its own; the others are not affected.
-        """
-        hidden: dict[Sequence, Hidden] = {}
-        for s in new:
-            try:
-                hidden[s] = self._run_prompt(s)
-            except SoftmeetError as error:
-                self._fail(s, error)
-        outputs: dict[tuple[PreTrainedModel, Sequence], Float[Tensor, "1 d"]] = {}
-        busy = [batch for batch in self._batches.values() if batch.rows]
-        for batch, out in zip(busy, self._map(MemberBatch.step, busy), strict=True):
-            outputs |= {(batch.model, s): out[k : k + 1] for k, s in enumerate(batch.rows)}
-        hidden |= {s: [outputs[model, s] for model in s.batched] for s in self._running}
-        hidden |= self._gates.ask({s: own[0] for s, own in hidden.items() if s.combination.unsure})
-        groups: dict[Combination, list[Sequence]] = defaultdict(list)
-        for s, own in hidden.items():
-            try:
-                self._check_finite(s, own)
-                groups[s.combination].append(s)
-            except SoftmeetError as error:
-                self._fail(s, error)
-        for group in groups.values():
-            self._advance(group, hidden)
-
-    def _catch_up(self, sequences: list[Sequence], *, members: slice, every: bool = False) -> dict[Sequence, Hidden]:
-        """Run members on the tokens of sequences that they have not run yet, each member on all sequences together.
-
-        Args:
-            sequences: at least one token of each is new to each of the members.
-            members: the members to run, as a slice of each sequence's ``members``.
-            every: as of :meth:`MemberBatch.catch_up`.
-
-        Returns:
-            for each sequence, the last hidden states of each of those members at the t tokens that it ran, (t, d_i).
-        """
-        behind: dict[PreTrainedModel, list[tuple[Sequence, int]]] = defaultdict(list)
-        for s in sequences:
-            for i in range(len(s.members))[members]:
-                behind[s.members[i]].append((s, i))
-        hidden: dict[tuple[Sequence, int], Float[Tensor, "t _"]] = {}
-        runs = self._map(lambda model: self._batches[model].catch_up(behind[model], every=every), behind)
-        for entries, states in zip(behind.values(), runs, strict=True):
-            hidden |= zip(entries, states, strict=True)
-        return {s: [hidden[s, i] for i in range(len(s.members))[members]] for s in sequences}
-
-    def _run_prompt(self, s: Sequence) -> Hidden:
+    def _run_prompt(self, s: Sequence, task: Task) -> None:
         """Run a prompt alone, so that its hidden states depend on no other sequence; score it if its request asks so.
 
-        Returns:
-            the last hidden states at the prompt's last token, (1, d_i) for each member in ``s.batched``.
+        Args:
+            s: the sequence. Its hidden states at the prompt's last token are to be solved in the next round, unless no
+                token is to be drawn.
+            task: the task that calls this.
         """
         scored = s.request.score_prompt
-        hidden = self._catch_up([s], members=slice(len(s.batched)), every=scored)[s]
-        self._check_finite(s, hidden)
+        hidden = self.members.catch_up([s], members=slice(len(s.batched)), every=scored, pause=task.pause)[s]
+        self.members.check_finite(s, hidden)
         self.metrics.prompt_tokens.inc(len(s.prompt))
         self.metrics.reused_tokens.inc(len(s.prompt) - max(map(len, hidden)))
         if scored:
-            every, asked = self._gates.over_prompt(s, hidden)
-            self._check_finite(s, every)
-            self._score(s, [own[:-1] for own in every], asked and asked.take(slice(-1)))
-        return [states[-1:] for states in hidden]
+            every, asked = self._gates.over_prompt(s, hidden, task)
+            self.members.check_finite(s, every)
+            self._score(s, [own[:-1] for own in every], asked and asked.take(slice(-1)), task)
+        if s.max_tokens:
+            self._unsolved[s] = [states[-1:] for states in hidden]
+        else:
+            self._finish(s, Finished("length"))
 
-    def _score(self, s: Sequence, hidden: Hidden, asked: Deferral | None) -> None:
+    def _score(self, s: Sequence, hidden: Hidden, asked: Deferral | None, task: Task) -> None:
         """Emit the event :class:`PromptScored` for a prompt's tokens but the first.
 
         Args:
             s: the prompt's sequence.
             hidden: each member's last hidden states at all tokens of the prompt but the last, (t, d_i).
             asked: at which of these tokens all members ran; None for all of them.
+            task: the task that calls this.
         """
         how, tokens, found = s.combination, iter(s.prompt[1:]), []
         before = TokensBefore.of(torch.tensor(s.prompt[:-1]), how.model.tokenizer)
         chunks = how.model.combiner.solve_in_chunks(hidden, how.settings, asked, before, proved=False)
-        for log_probs, solution in chunks:
-            found += [_token(s, solution, log_probs, k, next(tokens)) for k in range(log_probs.shape[1])]
+        with task.limit(self.limits.token_seconds * len(hidden[0])):
+            for log_probs, solution in chunks:
+                found += [token_of(s, solution, log_probs, k, next(tokens)) for k in range(log_probs.shape[1])]
         self._emit(s, PromptScored(found))
 
-    def _advance(self, group: list[Sequence], hidden: dict[Sequence, Hidden]) -> None:
+    def _solve(self, group: list[Sequence], hidden: list[Hidden], task: Task) -> None:
         """Solve sequences of one combination together, draw the next token of each, and hand it over by :meth:`_give`.
 
         If solving them together fails, each is solved alone, so that only a sequence which fails alone is ended.
 
         Args:
             group: the sequences.
-            hidden: for each sequence, the last hidden states of every member at its newest token, (1, d_i).
+            hidden: for each sequence, the last hidden states of its ``batched`` members at its newest token, (1, d_i).
+            task: the task that calls this.
         """
-        combination = group[0].combination
-        stacked = [torch.cat(member) for member in zip(*(hidden[s] for s in group), strict=True)]
+        if group[0].combination.unsure:
+            hidden = self._gates.ask(group, hidden, task)
+        finite = [(s, own) for s, own in zip(group, hidden, strict=True) if self._is_finite(s, own)]
+        if finite:
+            self._draw([s for s, _ in finite], [own for _, own in finite], task)
+
+    def _draw(self, group: list[Sequence], hidden: list[Hidden], task: Task) -> None:
+        """Do as :meth:`_solve`, with finite hidden states of every member for each sequence."""
+        how, suspended = group[0].combination, task.suspended
+        before = TokensBefore.of(torch.tensor([s.tokens[-1] for s in group]), how.model.tokenizer)
+        stacked = [torch.cat(member) for member in zip(*hidden, strict=True)]
         try:
-            before = TokensBefore.of(torch.tensor([s.tokens[-1] for s in group]), combination.model.tokenizer)
-            solve = combination.model.combiner.solve_in_chunks
-            chunks = list(solve(stacked, combination.settings, joined(group), before, proved=False))
+            with task.limit(self.limits.token_seconds * len(group)):
+                solve = how.model.combiner.solve_in_chunks
+                chunks = list(solve(stacked, how.settings, joined(group), before, proved=False))
         except SoftmeetError as error:
             if len(group) == 1:
                 self._fail(group[0], error)
             else:
-                for s in group:
-                    self._advance([s], hidden)
+                for s, own in zip(group, hidden, strict=True):
+                    self._draw([s], [own], task)
             return
         rest = iter(group)
         for log_probs, solution in chunks:
             part = list(islice(rest, log_probs.shape[1]))
             self.metrics.passes.inc(solution.num_passes.sum().item())
-            saved = self._gates.saved(part, solution)
+            saved = self._gates.saved(part, solution, (task.suspended - suspended) / len(chunks))
             scores = [s.sampler.scores(s.tokens, solution.log_probs[k]) for k, s in enumerate(part)]
             drawn = next_tokens([s.sampler for s in part], torch.stack(scores))
             for k, (s, token) in enumerate(zip(part, drawn, strict=True)):
-                self._give(s, _token(s, solution, log_probs, k, token, saved))
+                self._give(s, token_of(s, solution, log_probs, k, token, saved))
 
     def _give(self, s: Sequence, token: Token) -> None:
         """Append a drawn token to its sequence and emit it; end the sequence at an end-of-text token or at its limit.
 
-        A sequence that does not end with its first token becomes a row of its members' batches then. If the limit is 0
-        tokens the draw is dropped.
+        Nothing happens if the sequence has ended while its token was being solved.
         """
-        if s.drawn < s.max_tokens:
-            s.tokens.append(token.token)
-            self.metrics.tokens.inc()
-            self._emit(s, token)
-            if token.token in _ends(s.combination.model):
-                self._finish(s, Finished("stop"))
-                return
-        if s.drawn >= s.max_tokens:
+        if s.done:
+            return
+        now, before = time.perf_counter(), s.last
+        if before is not None:
+            self.metrics.between.observe(now - before)
+        s.tokens.append(token.token)
+        s.busy, s.last = False, now
+        self.metrics.tokens.inc()
+        if token.status in _UNSOLVED:
+            self.metrics.unsolved.labels(token.status).inc()
+        self._emit(s, token)
+        if token.token in s.combination.ends:
+            self._finish(s, Finished("stop"))
+        elif s.drawn >= s.max_tokens:
             self._finish(s, Finished("length"))
-        elif not s.joined:
-            for i, model in enumerate(s.batched):
-                self._batches[model].join(s, i)
-            s.joined = True
-            self._joining.remove(s)
-            self._running.append(s)
 
-    def _check_finite(self, s: Sequence, hidden: Hidden) -> None:
-        """Raise NonFiniteError with the names of the members at fault if any hidden state of a sequence is not finite.
-
-        Args:
-            s: the sequence.
-            hidden: the last hidden states, (t, d_i), of its members, or of the first few of them.
-        """
-        bad = [self._batches[m].name for m, h in zip(s.members, hidden, strict=False) if not h.isfinite().all()]
-        if bad:
-            raise NonFiniteError(
-                f"expected finite hidden states, got NaN or an infinity from {', '.join(bad)}: leave it out of this "
-                "request, or change the prompt"
-            )
+    def _is_finite(self, s: Sequence, hidden: Hidden) -> bool:
+        """Return whether all hidden states of a sequence are finite; if not, end it by an error."""
+        try:
+            self.members.check_finite(s, hidden)
+        except SoftmeetError as error:
+            self._fail(s, error)
+        return not s.done
 
     def _fail(self, s: Sequence, error: Exception) -> None:
         """End a sequence by an error event; anything but a SoftmeetError becomes an InternalError without details."""
@@ -351,47 +358,20 @@ class Batcher(threading.Thread):
         if s.done:
             return
         s.done = True
-        if s.joined:
-            for model in s.batched:
-                self._batches[model].leave(s)
-            self._running.remove(s)
-        elif s in self._joining:
-            self._joining.remove(s)
-        s.trails = []  # frees keys and values even if the listener keeps a reference to the sequence
+        self.members.leave(s)
+        for place in (self._running, self._waiting):
+            if s in place:
+                place.remove(s)
+        self._unsolved.pop(s, None)
+        s.forget()
         self._emit(s, event)
 
     def _emit(self, s: Sequence, event: Event) -> None:
-        """Pass an event to the sequence's listener; cancel the sequence if the listener's event loop has ended."""
+        """Pass an event to the sequence's listener; cancel the sequence if the listener fails."""
         try:
             s.emit(event)
-        except RuntimeError:  # the listener's event loop has ended
+        except Exception as error:
+            # A listener's event loop ends, with a RuntimeError, when the server does.
+            if not isinstance(error, RuntimeError):
+                _log.exception("a listener failed")
             s.cancel()
-
-
-def _ends(model: Any) -> tuple[int, ...]:
-    """Return the ids of an ensemble's end-of-text tokens."""
-    found = model.generation_config.eos_token_id
-    return () if found is None else (found,) if isinstance(found, int) else tuple(found)
-
-
-def _token(
-    s: Sequence, solution: Solution, log_probs: Float[Tensor, "n B v"], row: int, token: int, saved: float = 0.0
-) -> Token:
-    """Return a token with the log-probabilities, the listed tokens and the report that its sequence's request asks for.
-
-    Args:
-        s: the sequence.
-        solution: of a solved batch of B rows.
-        log_probs: the members' log-probabilities in the same rows, in nats.
-        row: the sequence's row.
-        token: the id that was drawn, or that stands in the prompt.
-        saved: seconds that a closed gate saves in a row; ignored if the row's gate was open.
-    """
-    ours, gated = solution.log_probs[row], bool(solution.gated[row])
-    top, report, saved = s.request.top, s.request.report, saved if gated else 0.0
-    if top is None and report is None:
-        return Token(token, gated=gated, saved=saved)
-    best = ours.topk(min(top or 0, len(ours)))
-    listed = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-    found = None if report is None else token_report(solution, log_probs, row, token, report)
-    return Token(token, ours[token].item(), listed, found, gated, saved)

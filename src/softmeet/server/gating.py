@@ -7,9 +7,8 @@ the others run all tokens that they have not run, each member in one pass over a
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +19,8 @@ from softmeet.hf.combining import Deferral
 from softmeet.hf.recorder import Savings
 from softmeet.rules.solution import Solution
 from softmeet.server.metrics import Metrics
-from softmeet.server.sequences import Combination, Sequence
+from softmeet.server.sequences import Sequence
+from softmeet.server.tasks import Task
 
 # For each member, its last hidden states of one sequence at the same t tokens, (t, d_i).
 Hidden = list[Float[Tensor, "t _"]]
@@ -30,9 +30,9 @@ class Gates:
     """The decision which members run for sequences under the gate ``unsure``, and the count of what all gates save.
 
     Args:
-        catch_up: a function of a list of sequences that runs all members but the first on the tokens that they have not
-            run, and returns, for each sequence, those members' last hidden states there, (t, d_i); with ``every=True``
-            it runs all of a new prompt's tokens even if some are cached.
+        catch_up: a function of a list of sequences and a task's ``pause`` that runs all members but the first on the
+            tokens that they have not run, and returns, for each sequence, those members' last hidden states there,
+            (t, d_i); with ``every=True`` it runs all of a new prompt's tokens even if some are cached.
         metrics: its counters ``gated`` and ``saved`` are added to.
     """
 
@@ -40,7 +40,7 @@ class Gates:
         self._catch_up, self._metrics = catch_up, metrics
         self._savings: dict[tuple[Any, ...], Savings] = defaultdict(Savings)
 
-    def over_prompt(self, sequence: Sequence, hidden: Hidden) -> tuple[Hidden, Deferral | None]:
+    def over_prompt(self, sequence: Sequence, hidden: Hidden, task: Task) -> tuple[Hidden, Deferral | None]:
         """Return every member's last hidden states over a prompt to be scored, given those in ``sequence.batched``.
 
         Under the gate ``unsure`` these are the first member's alone. If the gate is open at any of the prompt's t
@@ -50,6 +50,7 @@ class Gates:
         Args:
             sequence: the prompt's sequence.
             hidden: the last hidden states of the members in ``sequence.batched`` at all t tokens, (t, d_i) each.
+            task: the task that runs the prompt; it may pause.
 
         Returns:
             (the last hidden states of every member, (t, d_i) each; a :class:`~softmeet.hf.combining.Deferral` whose
@@ -61,46 +62,45 @@ class Gates:
         asked = Deferral.of(heads[0], gate, hidden[0])
         if not bool(asked.rows.any()):
             return [*hidden, *_unread(sequence, hidden[0])], asked
-        others = self._catch_up([sequence], every=True)[sequence]
+        others = self._catch_up([sequence], every=True, pause=task.pause)[sequence]
         sequence.ahead = [states[-1:] for states in others]
         return [*hidden, *others], asked
 
-    def ask(self, first: Mapping[Sequence, Float[Tensor, "1 d"]]) -> dict[Sequence, Hidden]:
-        """Return every member's last hidden states at the newest token, for sequences under the gate ``unsure``.
+    def ask(self, group: list[Sequence], hidden: list[Hidden], task: Task) -> list[Hidden]:
+        """Return every member's last hidden states at the newest token, for sequences under one gate ``unsure``.
 
         Where the gate is open, the other members run the tokens that they have not run; where it is closed they do not
         run, and zeros stand for their hidden states. States in ``Sequence.ahead`` are used, and removed. Each
         sequence's ``asked`` (whether they run) and ``spent`` (its share of the seconds that this takes) are set.
 
         Args:
-            first: for each sequence, all under the gate ``unsure``, the first member's last hidden state at the
-                sequence's newest token, (1, d_1).
+            group: the sequences, all of one combination.
+            hidden: for each of them, a list of the first member's last hidden state at its newest token, (1, d_1).
+            task: the task that solves the sequences; it may pause.
 
         Returns:
             for each sequence a list of one tensor (1, d_i) per member.
         """
-        groups: dict[Combination, list[Sequence]] = defaultdict(list)
-        for s in first:
-            groups[s.combination].append(s)
-        for combination, group in groups.items():
-            assert combination.unsure is not None
-            stacked = torch.cat([first[s] for s in group])
-            asked = Deferral.of(combination.model.heads[0], combination.unsure, stacked)
-            for k, s in enumerate(group):
-                s.asked, s.spent = asked.take(slice(k, k + 1)), 0.0
-        is_open = [s for s in first if s.asked is not None and bool(s.asked.rows)]
-        started = time.perf_counter()
-        caught_up = self._catch_up([s for s in is_open if not s.ahead])
-        seconds = time.perf_counter() - started
+        combination = group[0].combination
+        assert combination.unsure is not None
+        stacked = torch.cat([own[0] for own in hidden])
+        asked = Deferral.of(combination.model.heads[0], combination.unsure, stacked)
+        for k, s in enumerate(group):
+            s.asked, s.spent = asked.take(slice(k, k + 1)), 0.0
+        is_open = [s for s in group if s.asked is not None and bool(s.asked.rows)]
+        started = task.clock()
+        behind = [s for s in is_open if not s.ahead]
+        caught_up = self._catch_up(behind, pause=task.pause) if behind else {}
         for s in is_open:
-            s.spent = seconds / len(is_open)
-        hidden = {}
-        for s, own in first.items():
-            others = [states[-1:] for states in caught_up.get(s, s.ahead)] or _unread(s, own)
-            hidden[s], s.ahead = [own, *others], []
-        return hidden
+            s.spent = (task.clock() - started) / len(is_open)
+        found = []
+        for s, own in zip(group, hidden, strict=True):
+            others = [states[-1:] for states in caught_up.get(s, s.ahead)] or _unread(s, own[0])
+            s.ahead = []
+            found.append([*own, *others])
+        return found
 
-    def saved(self, sequences: list[Sequence], solution: Solution) -> float:
+    def saved(self, sequences: list[Sequence], solution: Solution, suspended: float = 0.0) -> float:
         """Count a solved batch's rows and closed rows, and return about how many seconds each closed row saved.
 
         That is the mean time that open rows of the same members, rule and gate have taken so far, this batch's
@@ -109,14 +109,15 @@ class Gates:
         Args:
             sequences: the batch's sequences, all of one combination.
             solution: of the batch, row k for sequence k.
+            suspended: the seconds in the solution's that its task was suspended.
         """
         combination = sequences[0].combination
         gate = combination.gate
         if gate is None:
             return 0.0
-        savings = self._savings[gate.name, combination.settings.rule, *sequences[0].members]
+        savings = self._savings[gate.name, combination.settings.rule.name, *sequences[0].members]
         closed = int(solution.gated.sum())
-        savings.add(len(sequences), closed, solution.seconds + sum(s.spent for s in sequences))
+        savings.add(len(sequences), closed, solution.seconds - suspended + sum(s.spent for s in sequences))
         each = (savings.saved or 0.0) / max(savings.gated, 1)
         self._metrics.gated.labels(gate.name).inc(closed)
         self._metrics.saved.labels(gate.name).inc(closed * each)

@@ -26,7 +26,8 @@ class Metrics:
         saved: an estimate of the seconds that closed gates saved at these draws, by the gate's name.
         rows: sequences in the running batch now, those whose prompts are running included; 0 when idle.
         waiting: sequences in the queue now.
-        steps: seconds that a step took, in which every running sequence gets one token.
+        between: seconds from one token of a sequence to its next.
+        unsolved: tokens drawn from a distribution that did not reach the tolerance, by status.
         first: seconds from a request's submission to its first drawn token, of whichever choice.
     """
 
@@ -53,8 +54,11 @@ class Metrics:
         )
         self.rows = gauge("softmeet_rows", "Sequences that are being generated now; at most --batch.")
         self.waiting = gauge("softmeet_waiting", "Sequences that wait for a place in the batch now.")
-        self.steps = histogram(
-            "softmeet_step_seconds", "Seconds of a step, in which every running sequence gets one token."
+        self.between = histogram(
+            "softmeet_inter_token_latency_seconds", "Seconds from one token of a sequence to its next."
+        )
+        self.unsolved = counter(
+            "softmeet_unsolved_tokens", "Generated tokens at which the rule did not converge, by status.", ["status"]
         )
         self.first = histogram(
             "softmeet_first_token_seconds", "Seconds from a request's arrival in the queue to its first token."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from abc import ABC, abstractmethod
-from collections import defaultdict
+from collections import Counter, defaultdict
 from itertools import accumulate
 from typing import Any
 from uuid import uuid4
@@ -65,6 +65,7 @@ class Reply(ABC):
         self._begun: set[int] = set()
         self._offsets = defaultdict[int, int](int)
         self._gates = defaultdict[int, Any](lambda: {"tokens": 0, "gated": 0, "seconds_saved": 0.0})
+        self._statuses = defaultdict[int, Counter[str]](Counter)
 
     @abstractmethod
     def content(self, delta: ChoiceDelta, *, first: bool) -> dict[str, Any]:
@@ -123,7 +124,10 @@ class Reply(ABC):
         return {"members": list(how.names), **how.shown(), "seed": self.asked.sampling.seed}
 
     def _choice(self, delta: ChoiceDelta, *, first: bool) -> dict[str, Any]:
-        """Return one choice as JSON: its content, ``finish_reason`` and, under ``softmeet``, reports and gate counts.
+        """Return one choice as JSON: its content, ``finish_reason`` and softmeet's own fields, under ``softmeet``.
+
+        These are reports of tokens, and at the choice's end how many tokens ended with each :class:`softmeet.Status`,
+        scored ones of the prompt included, and the counts of its gate.
 
         Args:
             delta: new text and tokens of the choice, or, without streaming, the whole choice.
@@ -134,6 +138,9 @@ class Reply(ABC):
         if reports := [t.report.spelled(self.asked.tokenizer) for t in tokens if t.report is not None]:
             # JSON has no NaN and no infinity: null stands for them.
             found["tokens"] = to_jsonable_python(reports, inf_nan_mode="null")
+        self._statuses[delta.index].update(token.status for token in tokens)
+        if delta.finish is not None:
+            found["statuses"] = dict(self._statuses[delta.index])
         if self.asked.combination.gate:
             gate = self._gates[delta.index]
             for token in delta.tokens:

@@ -13,13 +13,15 @@ from transformers import PreTrainedModel
 
 from softmeet.hf.combining import Deferral
 from softmeet.hf.modeling import EnsembleForCausalLM
-from softmeet.hf.report import TokenReport
+from softmeet.hf.report import TokenReport, token_report
 from softmeet.members.partial_cache import PartialCache
 from softmeet.rules.base import Rule
 from softmeet.rules.gates import Gate, Unsure, that_closes
 from softmeet.rules.registry import source_of
 from softmeet.rules.settings import Settings
+from softmeet.rules.solution import Solution
 from softmeet.server.sampling import Sampler, Sampling
+from softmeet.solvers.base import Status
 
 
 def unused(rule: Rule) -> tuple[str, ...]:
@@ -77,10 +79,21 @@ class Combination:
             found |= {"gate": None, "why_no_gate": self.why_no_gate}
         return found
 
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The ids of the ensemble's end-of-text tokens."""
+        found = self.model.generation_config.eos_token_id
+        return () if found is None else (found,) if isinstance(found, int) else tuple(found)
+
     @cached_property
     def gate(self) -> Gate | None:
         """The settings' gate; None if there is none, or if it never closes (``Gate.never_closes``)."""
         return that_closes(self.settings.gate)
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether combining the members takes next to no time: an average, and no gate that runs members."""
+        return self.settings.rule.is_average and self.unsure is None
 
     @property
     def unsure(self) -> Unsure | None:
@@ -99,6 +112,8 @@ class Token:
         top: (id, log-probability in nats) of the most probable tokens at this position, as many as
             ``GenerationRequest.top`` says, the most probable first.
         report: each member's distribution and correction at this position; None if no report was asked for.
+        status: how the rule ended here, the name of a :class:`softmeet.Status`; empty if no rule did, as at a prompt's
+            first token.
         gated: whether a gate was closed at this position.
         saved: about how many seconds the closed gate saved here; 0 if it was open.
     """
@@ -107,6 +122,7 @@ class Token:
     log_prob: float | None = None
     top: list[tuple[int, float]] = field(default_factory=list)
     report: TokenReport | None = None
+    status: str = ""
     gated: bool = False
     saved: float = 0.0
 
@@ -194,8 +210,8 @@ class Sequence:
         prompt: the prompt's token ids, at least one.
         key: the sequence's number within its request; its random generator is seeded with (the request's seed, key).
         emit: called on the batcher's thread with every event of the sequence, in order, as soon as it occurs; the last
-            is :class:`Finished` or :class:`Failed`. It must not block, and may raise RuntimeError alone,
-            which cancels the sequence.
+            is :class:`Finished` or :class:`Failed`. It must not block. If it raises an exception, the
+            sequence is cancelled.
 
     Attributes:
         combination: the request's.
@@ -211,7 +227,9 @@ class Sequence:
             else None.
         spent: the sequence's share of the seconds that running these other members took.
         cancelled: whether the sequence is to be ended before its next token.
-        joined: whether it is part of the running batch, or was.
+        joined: whether it is a row of the running batches of the members in ``batched``.
+        busy: whether a task works on it, or it waits for one, so that it has no new token to run.
+        last: when its last token was drawn, by ``time.perf_counter``; None before the first.
         done: whether it has ended.
     """
 
@@ -221,6 +239,8 @@ class Sequence:
         self.sampler = Sampler(request.sampling, key, len(prompt))
         self.max_tokens = min(request.max_tokens, self.combination.room(len(prompt)))
         self.cancelled = self.joined = self.done = False
+        self.busy = True
+        self.last: float | None = None
         self.tokens = list(prompt)
         self.members: list[PreTrainedModel] = list(self.combination.model.members)
         self.trails = [PartialCache() for _ in self.members]
@@ -238,6 +258,33 @@ class Sequence:
         """The number of tokens drawn so far."""
         return len(self.tokens) - len(self.prompt)
 
+    def forget(self) -> None:
+        """Free the keys and values, even if somebody keeps the sequence."""
+        self.trails, self.ahead = [PartialCache() for _ in self.members], []
+
     def cancel(self) -> None:
         """Ask the batcher to end the sequence before its next token; its later events are to be ignored."""
         self.cancelled = True
+
+
+def token_of(
+    s: Sequence, solution: Solution, log_probs: Float[Tensor, "n B v"], row: int, token: int, saved: float = 0.0
+) -> Token:
+    """Return a token with the log-probabilities, the listed tokens and the report that its sequence's request asks for.
+
+    Args:
+        s: the sequence.
+        solution: of a solved batch of B rows.
+        log_probs: the members' log-probabilities in the same rows, in nats.
+        row: the sequence's row.
+        token: the id that was drawn, or that stands in the prompt.
+        saved: seconds that a closed gate saves in a row; ignored if the row's gate was open.
+    """
+    ours, gated, status = solution.log_probs[row], bool(solution.gated[row]), Status(int(solution.status[row])).name
+    top, report, saved = s.request.top, s.request.report, saved if gated else 0.0
+    if top is None and report is None:
+        return Token(token, status=status, gated=gated, saved=saved)
+    best = ours.topk(min(top or 0, len(ours)))
+    listed = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    found = None if report is None else token_report(solution, log_probs, row, token, report)
+    return Token(token, ours[token].item(), listed, found, status, gated, saved)

@@ -28,7 +28,7 @@ class ServerSettings:
     """All settings of a server, apart from its ensembles.
 
     Args:
-        limits: how many sequences may run and wait, and how many prompt tokens are kept.
+        limits: how many sequences may run and wait, how many prompt tokens are kept, and the rule's time for a token.
         protection: API keys, hosts and limits on bodies.
         max_tokens: the most tokens that a request may ask for; one that asks for more is refused.
         max_choices: the most choices of a request, summed over its prompts; a request for more is refused.
@@ -37,6 +37,7 @@ class ServerSettings:
             :data:`softmeet.server.schemas.CHANGES`.
         parallel: whether members run at the same time, in a thread each; they do anyway if an ensemble has members on
             different devices.
+        reproducible: whether every sequence is run and solved by itself, so that what shares the batch changes no bit.
         cors: origins (such as ``https://example.org``) whose pages may call the API from a browser.
         ui: whether the page at ``/ui`` is served.
     """
@@ -48,6 +49,7 @@ class ServerSettings:
     seconds: float = 600.0
     allowed: Sequence[str] = CHANGES
     parallel: bool = False
+    reproducible: bool = False
     cors: Sequence[str] = field(default_factory=tuple)
     ui: bool = True
 
@@ -72,7 +74,9 @@ class Serving:
         self.ensembles, self.settings, self.metrics = ensembles, settings, Metrics()
         parallel = settings.parallel or any(s.ensemble.model.apart for s in ensembles)
         names = {m: name for s in ensembles for m, name in zip(s.ensemble.model.members, s.names, strict=True)}
-        self.batcher = Batcher(names, settings.limits, self.metrics, parallel=parallel)
+        self.batcher = Batcher(
+            names, settings.limits, self.metrics, parallel=parallel, reproducible=settings.reproducible
+        )
         # Fast tokenizers change their own state, so one thread makes all calls, and none holds up the event loop.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="softmeet-tokenizer")
 

@@ -1,0 +1,150 @@
+"""The members of a server with their running batches: they run the tokens of sequences, and know the keys and values.
+
+Usually each member runs the newest tokens of all its sequences in one batch. The result for a sequence then depends on
+the batch up to rounding. If members are *reproducible*, every sequence is run by itself, at the price of the batch: its
+numbers are the same, to the last bit, whoever else is served.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from softmeet.errors import NonFiniteError
+from softmeet.server.batch import MemberBatch
+from softmeet.server.gating import Hidden
+from softmeet.server.sequences import Sequence
+
+
+class Members:
+    """The members of all ensembles of a server, each once, with its batch of running sequences.
+
+    Args:
+        names: for each member, which is in evaluation mode, its name in messages.
+        kept_tokens: for each member, the most prompt tokens whose keys and values are kept; 0 if ``reproducible``.
+        parallel: whether members run at the same time, in a thread each; it pays if they are on different devices.
+        reproducible: whether every sequence is run by itself.
+
+    Raises:
+        InvalidInputError: if a member's cache holds anything but keys and values, as a recurrent model's does.
+    """
+
+    def __init__(
+        self, names: dict[PreTrainedModel, str], kept_tokens: int, *, parallel: bool, reproducible: bool
+    ) -> None:
+        # A prompt that begins like an earlier one would be run in other pieces, and so rounded otherwise.
+        kept = 0 if reproducible else kept_tokens
+        self._batches = {model: MemberBatch(name, model, kept) for model, name in names.items()}
+        self._map: Callable[..., Iterable[Any]] = ThreadPoolExecutor(len(names)).map if parallel else map
+        self._reproducible = reproducible
+
+    @property
+    def cache_bytes(self) -> int:
+        """The bytes of all keys and values in the batches and of kept prompts."""
+        return sum(batch.cache_bytes for batch in self._batches.values())
+
+    @property
+    def kept_tokens(self) -> int:
+        """The number of prompt tokens whose keys and values are kept for later prompts, summed over members."""
+        return sum(batch.kept_tokens for batch in self._batches.values())
+
+    def step(self, ready: list[Sequence]) -> dict[Sequence, Hidden]:
+        """Run the newest token of sequences by the members in each one's ``batched``.
+
+        Sequences in the batches that are not ``ready`` leave them, and take their keys and values with them.
+
+        Args:
+            ready: the sequences, whose members have run all tokens but the newest.
+
+        Returns:
+            for each sequence, the last hidden states of each of these members at its newest token, (1, d_i).
+        """
+        if self._reproducible:
+            return {s: self.catch_up([s], members=slice(len(s.batched)))[s] for s in ready}
+        stepping = set(ready)
+        for s in {s for batch in self._batches.values() for s in batch.rows if s not in stepping}:
+            self.leave(s, keep=True)
+        for s in ready:
+            if not s.joined:
+                self._join(s)
+        busy = [batch for batch in self._batches.values() if batch.rows]
+        found: dict[tuple[PreTrainedModel, Sequence], Float[Tensor, "1 d"]] = {}
+        for batch, out in zip(busy, self._map(MemberBatch.step, busy), strict=True):
+            found |= {(batch.model, s): out[k : k + 1] for k, s in enumerate(batch.rows)}
+        return {s: [found[model, s] for model in s.batched] for s in ready}
+
+    def catch_up(
+        self,
+        sequences: list[Sequence],
+        *,
+        members: slice,
+        every: bool = False,
+        pause: Callable[[], None] = lambda: None,
+    ) -> dict[Sequence, Hidden]:
+        """Run members on the tokens of sequences that they have not run yet, each member on all sequences together.
+
+        Args:
+            sequences: at least one token of each is new to each of the members; they are not in these members' batches.
+            members: the members to run, as a slice of each sequence's ``members``.
+            every: as of :meth:`MemberBatch.catch_up`.
+            pause: called between the pieces of a long prompt, if members do not run in threads of their own.
+
+        Returns:
+            for each sequence, the last hidden states of each of those members at the t tokens that it ran, (t, d_i).
+        """
+        if self._reproducible and len(sequences) > 1:
+            return {s: self.catch_up([s], members=members, every=every, pause=pause)[s] for s in sequences}
+        behind: dict[PreTrainedModel, list[tuple[Sequence, int]]] = defaultdict(list)
+        for s in sequences:
+            for i in range(len(s.members))[members]:
+                behind[s.members[i]].append((s, i))
+        # A task can be suspended in its own thread alone.
+        between = pause if self._map is map else lambda: None
+        hidden: dict[tuple[Sequence, int], Float[Tensor, "t _"]] = {}
+        runs = self._map(lambda m: self._batches[m].catch_up(behind[m], every=every, pause=between), behind)
+        for entries, states in zip(behind.values(), runs, strict=True):
+            hidden |= zip(entries, states, strict=True)
+        return {s: [hidden[s, i] for i in range(len(s.members))[members]] for s in sequences}
+
+    def _join(self, s: Sequence) -> None:
+        """Add a sequence to the batches of its members: to all of them, or to none if that fails."""
+        try:
+            for i, model in enumerate(s.batched):
+                self._batches[model].join(s, i)
+        except Exception:
+            self._leave(s, keep=False)
+            raise
+        s.joined = True
+
+    def leave(self, s: Sequence, *, keep: bool = False) -> None:
+        """Remove a sequence from its members' batches, if it is there; with ``keep`` it takes its keys and values."""
+        if s.joined:
+            self._leave(s, keep=keep)
+            s.joined = False
+
+    def _leave(self, s: Sequence, *, keep: bool) -> None:
+        for i, model in enumerate(s.batched):
+            if s in self._batches[model].rows:
+                states = self._batches[model].leave(s, keep=keep)
+                if keep:
+                    s.trails[i] = states
+
+    def check_finite(self, s: Sequence, hidden: Hidden) -> None:
+        """Raise NonFiniteError with the names of the members at fault if any hidden state of a sequence is not finite.
+
+        Args:
+            s: the sequence.
+            hidden: the last hidden states, (t, d_i), of its members, or of the first few of them.
+        """
+        bad = [self._batches[m].name for m, h in zip(s.members, hidden, strict=False) if not h.isfinite().all()]
+        if bad:
+            raise NonFiniteError(
+                f"expected finite hidden states, got NaN or an infinity from {', '.join(bad)}: leave it out of this "
+                "request, or change the prompt"
+            )
