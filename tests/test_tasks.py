@@ -1,0 +1,174 @@
+"""Rules that take long: they hold up nobody, end in time, and lose nothing when they are suspended."""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+import pytest
+import tiny
+import torch
+from test_engine import LENGTHS, MEMBERS, Listener, ensemble_of, generated, prompt, sequence, serve  # noqa: F401 - a fixture
+
+from softmeet import Rule, time_is_over
+from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
+from softmeet.server.batcher import Limits
+from softmeet.server.sampling import Sampling
+from softmeet.server.sequences import Combination, Failed, GenerationRequest, Sequence, Token
+from softmeet.server.tasks import Task
+from softmeet.solvers.base import Status
+
+# A rule's own seconds for a token: some hundred steps of the tiny members.
+SLOW = 0.4
+
+
+class Slow(Rule):
+    """The logit mean, after a loop that does nothing for a while, or until its time is over."""
+
+    name = "slow"
+    summary = "the logit mean, slowly"
+    seconds: float = SLOW
+
+    def solve(self, problem):
+        spent = 0.0
+        while spent < self.seconds and not time_is_over():
+            started = time.perf_counter()
+            time.sleep(0.002)
+            spent += time.perf_counter() - started
+        return problem.restricted(torch.log_softmax(problem.log_p.mean(0), -1))
+
+
+def test_an_average_is_finished_before_a_slow_rule_has_drawn_its_first_token(serve):  # noqa: F811
+    model, told = ensemble_of(("gpt2", "llama")), []
+    engine = serve(model)
+    slow, listener = sequence(model, prompt(1, 6), rule=Slow(), max_tokens=2)
+    quick, heard = sequence(model, prompt(2, 6), max_tokens=20)
+    slow.emit, quick.emit = ((lambda e, s=s, f=s.emit: (told.append((s, e)), f(e))) for s in (slow, quick))
+    engine.submit([slow, quick])
+    assert len(heard.tokens()) == 20
+    assert len(listener.tokens()) == 2
+    order = [s for s, event in told if isinstance(event, Token)]
+    assert order[:20] == [quick] * 20
+
+
+@pytest.mark.parametrize("rule", ["logit-mean", "meet"])
+def test_rows_that_leave_the_batch_and_come_back_lose_nothing(serve, rule):  # noqa: F811
+    """Slow rows beside quick ones, of members with sliding windows and soft-caps; all get generate's tokens."""
+    model = ensemble_of(MEMBERS, rule)
+    engine, slow = serve(model, limits=Limits(rows=6, waiting=50)), Slow(seconds=0.02)
+    asked = [
+        sequence(model, prompt(k, n), seed=k, max_tokens=5 + 4 * (k % 3), rule=slow if k % 2 else None)
+        for k, n in enumerate(LENGTHS)
+    ]
+    engine.submit([one for one, _ in asked])
+    found = [listener.tokens() for _, listener in asked]
+    for k, (one, _) in enumerate(asked):
+        model.config.rule = "logit-mean" if k % 2 else rule
+        assert found[k] == generated(model, one.prompt, seed=k, max_tokens=one.max_tokens)
+
+
+def test_a_token_whose_time_is_over_is_drawn_and_says_so(serve):  # noqa: F811
+    model = ensemble_of(("gpt2", "llama"), "meet")
+    one, listener = sequence(model, prompt(1, 6), max_tokens=3)
+    endless, heard = sequence(model, prompt(1, 6), max_tokens=2, rule=Slow(seconds=1e9))
+    engine = serve(model, limits=Limits(token_seconds=1e-9))
+    engine.submit([one, endless])
+    assert [e.status for e in listener.all() if isinstance(e, Token)] == ["BUDGET"] * 3
+    assert len(heard.tokens()) == 2
+    sample = engine.metrics.registry.get_sample_value
+    assert sample("softmeet_unsolved_tokens_total", {"status": Status.BUDGET.name}) >= 3
+
+
+def test_a_prompt_is_scored_without_holding_up_others_and_in_its_time(serve):  # noqa: F811
+    model = ensemble_of(("gpt2", "llama"))
+    engine = serve(model, limits=Limits(token_seconds=0.05))
+    scored, listener = sequence(model, prompt(1, 11), rule=Slow(seconds=1e9), top=0, score_prompt=True, max_tokens=0)
+    quick, heard = sequence(model, prompt(2, 6), max_tokens=20)
+    engine.submit([scored, quick])
+    assert len(heard.tokens()) == 20
+    assert not scored.done
+    assert len(listener.all()[0].tokens) == 10
+
+
+def test_a_suspended_row_can_be_cancelled_and_its_work_ends_there(serve):  # noqa: F811
+    model = ensemble_of(("gpt2", "llama"))
+    engine = serve(model, limits=Limits(rows=1, waiting=9, token_seconds=1e9))
+    endless, listener = sequence(model, prompt(1, 6), rule=Slow(seconds=1e9))
+    engine.submit([endless])
+    while not engine._tasks:
+        time.sleep(0.01)
+    endless.cancel()
+    assert isinstance(listener.all()[-1], Failed)
+    after, heard = sequence(model, prompt(2, 6), max_tokens=5)
+    engine.submit([after])
+    assert len(heard.tokens()) == 5
+    assert not engine._tasks
+
+
+def test_a_long_prompt_is_run_in_pieces_between_which_others_step(serve):  # noqa: F811
+    import transformers as tf
+
+    torch.manual_seed(0)
+    config = {"vocab_size": tiny.V, "n_positions": 2048, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    member = tf.GPT2LMHeadModel(tf.GPT2Config(**config, **tiny.IDS)).eval()
+    model = EnsembleForCausalLM(EnsembleConfig(members=["a"], rule="logit-mean"), [member]).eval()
+    model.generation_config.eos_token_id = None
+    engine, lengths = serve(model), []
+    long, listener = sequence(model, prompt(9, 1500), seed=9, max_tokens=3)
+    expected = generated(model, long.prompt, seed=9, max_tokens=3)
+    member.base_model.register_forward_hook(lambda m, a, out: lengths.append(out.last_hidden_state.shape[1]))
+    other, heard = sequence(model, prompt(1, 6), max_tokens=400)
+    engine.submit([other])
+    heard.get(timeout=300)
+    engine.submit([long])
+    assert listener.tokens() == expected
+    other.cancel()
+    pieces = [k for k, length in enumerate(lengths) if length > 6]
+    assert max(lengths) == 256
+    assert sum(lengths[k] for k in pieces) == 1500
+    assert all(later > earlier + 1 for earlier, later in itertools.pairwise(pieces))
+
+
+def test_turns_are_shared_by_time_and_work_without_pauses_is_made_up_for():
+    done = []
+
+    def work(task: Task) -> None:
+        for k in range(6):
+            time.sleep(0.02)
+            done.append(k)
+            task.pause()
+
+    task = Task(list[Sequence](), work)
+    task.run(0.001)
+    assert done == [0]  # one piece, however long
+    for _ in range(10):
+        task.run(0.001)
+    assert done == [0]  # in debt
+    while not task.ended:
+        task.run(1.0)
+    assert done == [*range(6)]
+    assert task.suspended > 0
+
+
+def test_a_reproducible_server_gives_the_same_bits_in_any_company(serve):  # noqa: F811
+    """Averages and meet, gates that ask the other members late, prompts that begin alike, rows that come and go."""
+    model = ensemble_of(MEMBERS, "meet")
+    kinds = [("meet", "none"), ("logit-mean", "none"), ("meet", "unsure:0.15"), ("prob-mean", "none")]
+
+    def asked(k):
+        rule, gate = kinds[k % 4]
+        how = Combination(model, model.settings.changed(rule=rule, gate=gate))
+        request, listener = GenerationRequest(how, Sampling(seed=k), 6 + k % 5, top=3), Listener()
+        return Sequence(request, prompt(k // 2, LENGTHS[k % 8]), 0, listener.put), listener
+
+    def events(listener):
+        return [(e.token, e.log_prob, e.top) for e in listener.all() if isinstance(e, Token)]
+
+    together = serve(model, limits=Limits(rows=7, waiting=99), reproducible=True)
+    found = [asked(k) for k in range(16)]
+    together.submit([one for one, _ in found])
+    alone = serve(model, reproducible=True)
+    for k, (_, listener) in enumerate(found):
+        one, own = asked(k)
+        alone.submit([one])
+        assert events(own) == events(listener)
