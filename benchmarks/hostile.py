@@ -34,6 +34,12 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "min-squared-cross-entropy": {"softmeet": {"rule": "min-squared-cross-entropy"}},
     "16 choices of meet, trust 100": {"n": 16, "softmeet": {"rule": "meet", "trust": 100, "gate": "none"}},
     "a scored prompt of meet": {"echo": True, "logprobs": 20, "softmeet": {"rule": "meet", "trust": 100, "report": 20}},
+    "16 choices with reports": {"n": 16, "logprobs": 20, "softmeet": {"rule": "logit-mean", "report": 20}},
+    "16 choices with 1,024 biases": {
+        "n": 16,
+        "softmeet": {"rule": "logit-mean"},
+        "logit_bias": {str(k): -1 for k in range(1024)},
+    },
     "long prompts": {"max_tokens": 1, "softmeet": {"rule": "logit-mean"}},
 }
 
@@ -57,7 +63,7 @@ def attack(name: str, k: int) -> dict[str, Any]:
         body["softmeet"] = {**body["softmeet"], "trust": 50 + k % 50}
         body["max_tokens"] = 1
     if "prompt" in name:
-        body["prompt"] = f"{k} {words * 100}"[:1200]
+        body["prompt"] = f"{k} {words * 100}"[:750]
     return body
 
 
@@ -71,8 +77,7 @@ async def harass(client: httpx.AsyncClient, name: str, seen: list[Any]) -> None:
             async for line in stream.aiter_lines():
                 if line.startswith("data: {"):
                     document = json.loads(line[6:])
-                    for choice in document.get("choices", []):
-                        seen.append(choice.get("softmeet", {}).get("statuses"))
+                    seen.extend(one.get("softmeet", {}).get("statuses") for one in document.get("choices", []))
 
 
 async def measure(url: str, kinds: list[str], tokens: int, repeats: int) -> list[dict[str, Any]]:

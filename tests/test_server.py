@@ -336,3 +336,11 @@ def test_lm_eval_gets_the_ensembles_log_likelihoods(narrow):
         assert log_likelihood == pytest.approx(sum(r.log_prob for r in reports), abs=1e-3)
         assert greedy == all(r.top[0][0] == r.token for r in reports)
     assert written == [narrow.generate("And the king said", max_new_tokens=8, do_sample=False)]
+
+
+@pytest.mark.parametrize(("allowed", "warm"), [(("trust",), False), (("rule", "trust"), True)])
+def test_what_is_done_once_is_done_before_the_server_is_ready(allowed, warm):
+    """Heads are whitened for the ensemble's own rule, and for meet if requests may ask for it."""
+    ensemble = tiny_ensemble("gpt2", "llama", rule="logit-mean")
+    with running(serving_of({"plain": ensemble}, allowed=allowed)):
+        assert [bool(head._whitening) for head in ensemble.model.heads] == [warm] * 2

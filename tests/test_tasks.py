@@ -15,7 +15,7 @@ from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
 from softmeet.server.batcher import Limits
 from softmeet.server.sampling import Sampling
 from softmeet.server.sequences import Combination, Failed, GenerationRequest, Sequence, Token
-from softmeet.server.tasks import Task
+from softmeet.server.tasks import Task, Turns
 from softmeet.solvers.base import Status
 
 # A rule's own seconds for a token: some hundred steps of the tiny members.
@@ -95,14 +95,14 @@ def test_a_suspended_row_can_be_cancelled_and_its_work_ends_there(serve):  # noq
     engine = serve(model, limits=Limits(rows=1, waiting=9, token_seconds=1e9))
     endless, listener = sequence(model, prompt(1, 6), rule=Slow(seconds=1e9))
     engine.submit([endless])
-    while not engine._tasks:
+    while not len(engine._turns):
         time.sleep(0.01)
     endless.cancel()
     assert isinstance(listener.all()[-1], Failed)
     after, heard = sequence(model, prompt(2, 6), max_tokens=5)
     engine.submit([after])
     assert len(heard.tokens()) == 5
-    assert not engine._tasks
+    assert not len(engine._turns)
 
 
 def test_a_long_prompt_is_run_in_pieces_between_which_others_step(serve):  # noqa: F811
@@ -129,25 +129,27 @@ def test_a_long_prompt_is_run_in_pieces_between_which_others_step(serve):  # noq
     assert all(later > earlier + 1 for earlier, later in itertools.pairwise(pieces))
 
 
-def test_turns_are_shared_by_time_and_work_without_pauses_is_made_up_for():
-    done = []
+def test_turns_are_shared_by_time_and_what_took_longer_is_owed():
+    done, turns = [], Turns(lambda task, seconds: task.run(seconds))
 
     def work(task: Task) -> None:
-        for k in range(6):
+        for k in range(5):
             time.sleep(0.02)
             done.append(k)
             task.pause()
 
-    task = Task(list[Sequence](), work)
-    task.run(0.001)
+    turns.add(Task(list[Sequence](), work))
+    turns.take(0.001, lambda: True)
     assert done == [0]  # one piece, however long
     for _ in range(10):
-        task.run(0.001)
-    assert done == [0]  # in debt
-    while not task.ended:
-        task.run(1.0)
-    assert done == [*range(6)]
-    assert task.suspended > 0
+        turns.take(0.001, lambda: True)
+    assert done == [0]
+    for _ in range(20):
+        turns.take(0.001, lambda: True)
+    assert 1 < len(done) < 4
+    while len(turns):
+        turns.take(0.001, lambda: False)  # nobody waits
+    assert done == [*range(5)]
 
 
 def test_a_reproducible_server_gives_the_same_bits_in_any_company(serve):  # noqa: F811

@@ -46,7 +46,7 @@ def create_app(serving: Serving) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        serving.batcher.start()
+        await asyncio.to_thread(serving.start)
         yield
         serving.batcher.close(grace=0)
         await asyncio.to_thread(serving.batcher.join)

@@ -29,7 +29,7 @@ from softmeet.server.members import Members
 from softmeet.server.metrics import Metrics
 from softmeet.server.sampling import next_tokens
 from softmeet.server.sequences import Event, Failed, Finished, PromptScored, Sequence, Token, token_of
-from softmeet.server.tasks import Task
+from softmeet.server.tasks import Task, Turns
 from softmeet.solvers.base import Status
 
 _log = logging.getLogger("softmeet.server")
@@ -102,7 +102,7 @@ class Batcher(threading.Thread):
         # Sequences that have a place; of those that are yet to be solved, the hidden states at the newest token.
         self._running: list[Sequence] = []
         self._unsolved: dict[Sequence, Hidden] = {}
-        self._tasks: list[Task] = []
+        self._turns = Turns(lambda task, seconds: self._guarded(task.rows, task.run, seconds))
         self.metrics.waiting.set_function(lambda: len(self._waiting))
         self.metrics.rows.set_function(lambda: len(self._running))
         self._wake = threading.Condition()
@@ -207,13 +207,13 @@ class Batcher(threading.Thread):
         for s in [*self._waiting, *self._running]:
             if s.cancelled or now > min(s.request.deadline, self._last_call):
                 self._fail(s, ClosingError(_CLOSED) if now > self._last_call else TooLateError(_LATE))
-        for task in self._tasks:
-            if all(s.done for s in task.rows):
-                task.end()
-        self._tasks = [task for task in self._tasks if not task.ended]
+        self._turns.drop()
 
     def _round(self, new: list[Sequence]) -> None:
-        """Run one round: the newest tokens of all sequences that have one, and every task for its share of the time."""
+        """Run one round: the newest tokens of all sequences that have one, and tasks for as long as that took.
+
+        Averages are drawn at once, unless their reports are asked for, which take longer.
+        """
         started = time.perf_counter()
         ready = [s for s in self._running if not s.busy]
         found = (self.members.step(ready) if ready else {}) | self._unsolved
@@ -221,22 +221,18 @@ class Batcher(threading.Thread):
         groups: dict[Any, list[Sequence]] = defaultdict(list)
         for s in found:
             s.busy = True
-            groups[s if self._reproducible else s.combination].append(s)
-        tasks = []
-        for rows in groups.values():
-            solve, is_quick = partial(self._solve, rows, [found[s] for s in rows]), rows[0].combination.is_quick
-            tasks.append(Task(rows, solve, is_quick=is_quick))
-        self._tasks = [*tasks, *(Task([s], partial(self._run_prompt, s)) for s in new), *self._tasks]
-        # Averages are done at once, and with the members' step they are what the others' shares are measured by.
-        for task in self._tasks:
-            if task.is_quick:
-                self._guarded(task.rows, task.run, 0)
+            alone = s if self._reproducible else None
+            groups[s.combination, s.request.report is None, alone].append(s)
+        for (how, unreported, _), rows in groups.items():
+            task = Task(rows, partial(self._solve, rows, [found[s] for s in rows]))
+            if how.is_quick and unreported:
+                self._guarded(rows, task.run, float("inf"))
+            else:
+                self._turns.add(task)
+        for s in new:
+            self._turns.add(Task([s], partial(self._run_prompt, s)))
         seconds = time.perf_counter() - started
-        for task in self._tasks:
-            if not task.ended:
-                waited_for = any(not s.busy for s in self._running)
-                self._guarded(task.rows, task.run, seconds if waited_for else 0)
-        self._tasks = [task for task in self._tasks if not task.ended]
+        self._turns.take(seconds, lambda: any(not s.busy for s in self._running))
 
     def _run_prompt(self, s: Sequence, task: Task) -> None:
         """Run a prompt alone, so that its hidden states depend on no other sequence; score it if its request asks so.
@@ -318,6 +314,7 @@ class Batcher(threading.Thread):
             drawn = next_tokens([s.sampler for s in part], torch.stack(scores))
             for k, (s, token) in enumerate(zip(part, drawn, strict=True)):
                 self._give(s, token_of(s, solution, log_probs, k, token, saved))
+                task.pause()
 
     def _give(self, s: Sequence, token: Token) -> None:
         """Append a drawn token to its sequence and emit it; end the sequence at an end-of-text token or at its limit.

@@ -94,7 +94,7 @@ class Replica:
         self._serving = Serving(load(named, **options), settings)
         self._app = create_app(self._serving)
         self._name = serve.get_replica_context().replica_id.unique_id
-        self._serving.batcher.start()
+        self._serving.start()
 
     async def __call__(self, scope: dict[str, Any], body: bytes) -> AsyncIterator[Message]:
         """Yield the ASGI messages of the answer to one request; a header names this replica.

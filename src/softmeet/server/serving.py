@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import time
 from collections.abc import Sequence
@@ -12,7 +13,10 @@ from functools import partial
 from typing import Any
 
 import jinja2
+import torch
 
+from softmeet.errors import SoftmeetError
+from softmeet.hf import EnsembleForCausalLM
 from softmeet.server.batcher import Batcher, Limits
 from softmeet.server.ensembles import Ensembles, Served
 from softmeet.server.errors import RequestError
@@ -21,6 +25,7 @@ from softmeet.server.sampling import Sampling
 from softmeet.server.schemas import CHANGES, ChatRequest, CompletionRequest, Extension
 from softmeet.server.security import Protection
 from softmeet.server.sequences import Combination, GenerationRequest
+from softmeet.solvers.clock import time_limit
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class Serving:
     """A server's ensembles, settings and metrics, with the batcher that generates for them.
 
     The batcher is not started: the lifespan of :func:`softmeet.server.app.create_app` starts it, or the caller does by
-    ``batcher.start()``.
+    :meth:`start`.
 
     Args:
         ensembles: all ensembles, as :func:`softmeet.server.ensembles.load` returns them, over tokens, not bytes.
@@ -79,6 +84,26 @@ class Serving:
         )
         # Fast tokenizers change their own state, so one thread makes all calls, and none holds up the event loop.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="softmeet-tokenizer")
+
+    def start(self) -> None:
+        """Do once, for every ensemble, what the first token would otherwise wait for, and start the batcher.
+
+        Each ensemble is solved at one position by its own rule, and by ``meet`` if requests may ask for other rules:
+        heads are whitened then, and code is loaded. It takes seconds for members of some 10⁹ parameters.
+        """
+        for served in self.ensembles:
+            self._warm_up(served.ensemble.model)
+        self.batcher.start()
+
+    @torch.inference_mode()
+    def _warm_up(self, model: EnsembleForCausalLM) -> None:
+        hidden = model.hidden_states(torch.zeros(1, 1, dtype=torch.int64))
+        own = model.settings.ungated()
+        every = [own, own.changed(rule="meet")] if "rule" in self.settings.allowed else [own]
+        for settings in every:
+            # Members may make nothing of the token; what they say of it is not used.
+            with contextlib.suppress(SoftmeetError), time_limit(self.settings.limits.token_seconds):
+                model.combiner.solve_rows(hidden, settings, proved=False)
 
     async def prepare(self, body: CompletionRequest | ChatRequest) -> GenerationRequest:
         """Check a request's body, and return it as a generation request with its prompts as token ids.

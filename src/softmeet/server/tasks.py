@@ -3,13 +3,15 @@
 A solve may take a hundred times as long as the members' step. It therefore runs as a *task*, on a stack of its own
 (a greenlet) in the batcher's thread: between its steps a solver asks whether its time is over
 (:func:`softmeet.solvers.clock.time_is_over`), and there the task can be suspended, however deep in the solver's code.
-Tasks take turns. In each round of the batcher every task may take about as long as everything else in the round takes,
-so that it at most doubles what others wait for, and none of its work is lost.
+Tasks take turns. In each round of the batcher they have
+together about as long as everything else in the round takes, so that they at most double what others wait for, and none
+of their work is lost.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -28,35 +30,25 @@ class Task:
     Args:
         rows: the sequences.
         work: a function that is called with this task; it may call :meth:`pause`, and solves within :meth:`limit`.
-        is_quick: whether the work takes next to no time.
 
     Attributes:
         rows: the sequences.
-        is_quick: as given.
         ended: whether the work has ended, by its end, by an exception or by :meth:`end`.
         suspended: the seconds for which it has been suspended so far.
     """
 
-    def __init__(self, rows: list[Sequence], work: Callable[[Task], None], *, is_quick: bool = False) -> None:
-        self.rows, self.is_quick, self.suspended, self.ended = rows, is_quick, 0.0, False
+    def __init__(self, rows: list[Sequence], work: Callable[[Task], None]) -> None:
+        self.rows, self.suspended, self.ended = rows, 0.0, False
         self._batcher, self._own = greenlet.getcurrent(), greenlet.greenlet(work)
-        self._credit = self._turn_ends = 0.0
+        self._turn_ends = 0.0
 
-    def run(self, share: float) -> None:
-        """Let the work go on for about ``share`` seconds; an exception of the work is raised here.
-
-        A piece of work without a pause may take longer. The work then waits until its shares have made up for that.
-        """
-        self._credit = min(self._credit, 0.0) + (share or _LOOK)
-        if self._credit <= 0:
-            return
-        started = time.perf_counter()
-        self._turn_ends = started + self._credit
+    def run(self, seconds: float) -> None:
+        """Let the work go on for about so many seconds, longer if it does not pause; its exceptions are raised here."""
+        self._turn_ends = time.perf_counter() + seconds
         try:
-            self._own.switch(self) if not self._own else self._own.switch()
+            self._own.switch(*() if self._own else (self,))
         finally:
             self.ended = self._own.dead
-            self._credit -= time.perf_counter() - started
 
     def pause(self) -> None:
         """Suspend the work here if its turn has ended; called by the work itself."""
@@ -85,3 +77,48 @@ class Task:
         """End the work where it is suspended, as if the function had returned there."""
         self._own.throw()
         self.ended = True
+
+
+class Turns:
+    """The tasks of a batcher, which take turns.
+
+    Args:
+        run: a function that lets a task go on for some seconds (:meth:`Task.run`), and raises nothing.
+    """
+
+    def __init__(self, run: Callable[[Task, float], None]) -> None:
+        self._run, self._tasks, self._left = run, deque[Task](), 0.0
+
+    def __len__(self) -> int:
+        """Return the number of tasks that have not ended."""
+        return len(self._tasks)
+
+    def add(self, task: Task) -> None:
+        """Add a task, whose turn comes after those of all others."""
+        self._tasks.append(task)
+
+    def take(self, seconds: float, waited_for: Callable[[], bool]) -> None:
+        """Give every task at most one turn, together for about so many seconds; what they take longer, they owe.
+
+        Args:
+            seconds: what the rest of the round has taken.
+            waited_for: returns whether any sequence waits for the next round; if not, tasks take their time, but look
+                up for new work after some hundredths of a second each.
+        """
+        self._left = min(self._left, 0.0) + seconds
+        for _ in range(len(self._tasks)):
+            alone = not waited_for()
+            if self._left <= 0 and not alone:
+                return
+            task, started = self._tasks.popleft(), time.perf_counter()
+            self._run(task, _LOOK if alone else self._left)
+            self._left = 0.0 if alone else self._left - (time.perf_counter() - started)
+            if not task.ended:
+                self._tasks.append(task)
+
+    def drop(self) -> None:
+        """End every task whose sequences have all ended."""
+        for task in list(self._tasks):
+            if all(s.done for s in task.rows):
+                task.end()
+                self._tasks.remove(task)
