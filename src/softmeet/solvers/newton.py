@@ -113,7 +113,8 @@ class DualNewton(Solver[NewtonState]):
         given = (before.steps == 0) & (problem.start is not None)
         estimate = (0.5 * decrement - fall).clamp_min(0).masked_fill(given, torch.inf)
         bound, rounding = torch.full_like(fall, torch.inf), torch.zeros_like(fall)
-        near = (estimate <= tuning.FAR * problem.tol).nonzero().squeeze(-1)
+        # A row that stalls is bounded, too: what it has may be near the optimum, though not as near as ``tol`` asks.
+        near = ((estimate <= tuning.FAR * problem.tol) | (fall <= 0)).nonzero().squeeze(-1)
         if len(near):
             bound[near], rounding[near] = _certified(problem, before, after, y, near)
         certified = torch.minimum(bound, torch.where(before.certified, before.gap, torch.inf))
@@ -121,6 +122,7 @@ class DualNewton(Solver[NewtonState]):
         after.certified = certified.isfinite()
         after.gap = torch.where(after.certified, certified, estimate) + rounding
         reached = after.certified & (after.gap <= problem.tol)
+        reached = problem.exactly(reached, after.log_p, after.log_r)
         stalled = (fall <= 0) & ~reached & ~given
         after.done = reached | stalled
         after.status = after.status.masked_fill(stalled, Status.NOT_CONVERGED)
