@@ -96,3 +96,24 @@ def test_steps_are_not_many_more_than_a_plain_newtons(rows):
     assert sum(solved) >= 0.8 * len(solved)
     theirs = sum(steps for steps, known in zip(counted, solved, strict=True) if known)
     assert ours.num_steps[ours.status == Status.OPTIMAL].sum() <= 1.5 * theirs
+
+
+@pytest.mark.parametrize("rows", ["narrow"], indirect=True)
+@pytest.mark.parametrize("trust", [1e3, 1e4])
+def test_where_members_are_unlike_a_row_is_solved_or_near_or_the_pool(rows, trust):
+    log_p, heads = rows
+    apart = softmeet.combine(log_p, heads, rule="logit-mean").disagreement.sum(0)
+    # Normalised in fp64: the trust multiplies what the sums of single precision miss 1 by.
+    log_p = log_p[:, apart.argsort(descending=True)[:4]].double().log_softmax(-1)
+    ours = softmeet.combine(log_p, heads, trust=trust, tol=TOL)
+    pool = softmeet.combine(log_p, heads, rule="logit-mean").log_probs
+    log_q, own, weights = arrays(log_p, heads)
+    for k, status in enumerate(map(Status, ours.status.tolist())):
+        if status == Status.OPTIMAL:
+            p, least, _ = damped_newton(log_q[k], own[:, k], weights, (trust, trust))
+            assert total_variation(ours.log_probs[k].double(), torch.from_numpy(p).log()) < math.sqrt(TOL / 2)
+            assert ours.objective[k].item() == pytest.approx(-least, abs=TOL)
+        else:
+            assert status == Status.NOT_CONVERGED
+            near = ours.gap_is_certified[k] and ours.gap[k] <= 2.0
+            assert near or torch.equal(ours.log_probs[k], pool[k])

@@ -86,6 +86,22 @@ def test_a_member_without_weight_or_mass_brings_no_nan():
         ({"trust": "much"}, InvalidInputError, "trust to be a number or a list"),
         ({"trust": torch.ones(2, 2)}, InvalidInputError, r"array of shape \(2, 2\)"),
         ({"tol": "much"}, InvalidInputError, "tol to be a valid number"),
+        ({"trust": 10**400}, InvalidInputError, "trust to be numbers that a float can hold"),
+        ({"trust": [10**5000, 1]}, InvalidInputError, "trust to be numbers that a float can hold"),
+        ({"weights": [10**400, 1]}, InvalidInputError, "weights to be numbers that a float can hold"),
+        ({"tol": 10**5000}, InvalidInputError, "tol to be .* got a large int"),
+        ({"start": "meet"}, InvalidInputError, "what combine returned as start=, got str"),
+        ({"log_probs": LOG_P.to_sparse()}, InvalidInputError, "log_probs as a dense tensor, got a nested or sparse"),
+        ({"log_probs": LOG_P.to("meta")}, InvalidInputError, "log_probs as a dense tensor, got one on the device meta"),
+        ({"log_probs": LOG_P.to(torch.float8_e4m3fn)}, InvalidInputError, "got torch.float8_e4m3fn"),
+        ({"log_probs": [["a", "b"]]}, InvalidInputError, "log_probs as a tensor, a NumPy array, or lists of numbers"),
+        ({"heads": [None, HEADS[1]]}, InvalidInputError, "head of member 0 as a tensor, a NumPy array, or lists"),
+        ({"heads": [HEADS[0], "W"]}, InvalidInputError, "head of member 1 as a tensor, a NumPy array, or lists"),
+        ({"heads": [HEADS[0], HEADS[1].to_sparse()]}, InvalidInputError, "head of member 1 as a dense tensor"),
+        ({"heads": [SoftmaxHead(HEADS[0].to("meta")), HEADS[1]]}, InvalidInputError, "load the weights first"),
+        ({"support": torch.ones(60, dtype=torch.bool).to_sparse()}, InvalidInputError, "support as a dense tensor"),
+        ({"heads": CAPPED, "logits": LOG_P.to_sparse()}, InvalidInputError, "logits as a dense tensor"),
+        ({"free_radial": True, "hidden": 3}, InvalidInputError, "a list of hidden states, one per member, got int"),
         ({"heads": [torch.zeros(60, 0), HEADS[1]]}, InvalidInputError, "at least one row and one column"),
         ({"heads": [HEADS[0] * 1e200, HEADS[1]]}, InvalidInputError, "overflows"),
         ({"heads": BROKEN, "logits": LOG_P}, InvalidInputError, "finite"),
@@ -124,3 +140,25 @@ def test_verify_needs_what_was_combined():
         solution.verify(HEADS[:1], LOG_P[:1])
     with pytest.raises(InvalidInputError, match="in the order combined"):
         solution.verify(HEADS[::-1], LOG_P)
+
+
+@pytest.mark.parametrize(("weight", "bias"), [("W", None), (None, None), (HEADS[0], [0.0] * 60)])
+def test_a_head_is_made_of_tensors(weight, bias):
+    with pytest.raises(InvalidInputError, match="is a tensor, got"):
+        SoftmaxHead(weight, bias)
+
+
+@pytest.mark.parametrize("limit", [-1.0, math.nan, "1 s", None])
+def test_a_limit_is_seconds_or_a_function(limit):
+    with pytest.raises(InvalidInputError, match="limit in seconds, from 0, or a function"), softmeet.time_limit(limit):
+        pass
+
+
+@pytest.mark.parametrize("tol", [1e-300, 5e-324])
+def test_a_tolerance_below_rounding_has_the_best_point_and_its_proved_gap(tol):
+    ours = softmeet.combine(LOG_P, HEADS, trust=1.0, tol=tol)
+    exact = softmeet.combine(LOG_P, HEADS, trust=1.0, tol=1e-12)
+    assert (ours.status == Status.NOT_CONVERGED).all()
+    assert ours.gap_is_certified.all()
+    assert (ours.gap < 1e-9).all()
+    assert total_variation(ours.log_probs, exact.log_probs).max() < 1e-6

@@ -422,3 +422,12 @@ def test_steps_are_long_where_every_distribution_is_one_hot():
     assert solution.status.item() == Status.INFEASIBLE
     assert solution.num_steps.item() <= 12
     assert solution.verify(heads, log_p).status.item() == Status.INFEASIBLE
+
+
+def test_a_start_at_the_pool_proves_nothing():
+    log_p, heads = INSTANCES["generic"]()
+    pool = softmeet.combine(log_p, heads, trust=0.0)
+    ours = softmeet.combine(log_p, heads, trust=1.0, start=pool)
+    plain = softmeet.combine(log_p, heads, trust=1.0)
+    assert (plain.objective > 0.01).any()
+    assert (plain.objective - ours.objective <= ours.gap + 1e-9).all()

@@ -12,7 +12,7 @@
     ├── UnsupportedHeadError              a model's output layer is not a plain softmax head
     ├── RuleError                         a rule failed, or returned something other than distributions
     ├── InfeasibleError                   no distribution has every member's moments (on_infeasible="raise")
-    ├── NotConvergedError                 after max_steps steps a row's gap is above tol (throw=True)
+    ├── NotConvergedError                 a row's gap is above tol at the end (throw=True)
     └── WorkerLostError                   workers of a cluster died, or none started
 
 Each message names the expected and the actual value, and a remedy.
@@ -66,9 +66,9 @@ class InfeasibleError(SoftmeetError):
 
 
 class NotConvergedError(SoftmeetError):
-    """The error for rows whose gap is above ``tol``, in nats, after ``max_steps`` steps, or steps without progress.
+    """The error for rows whose gap is above ``tol``, in nats, when steps, their progress or the time ended.
 
-    Only :func:`softmeet.combine` with ``throw=True`` raises it; else such rows have the status NOT_CONVERGED.
+    Only :func:`softmeet.combine` with ``throw=True`` raises it; else such rows have the status NOT_CONVERGED or BUDGET.
     """
 
 

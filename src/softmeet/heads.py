@@ -69,6 +69,9 @@ class SoftmaxHead:
     tails: list[tuple[tuple[Whitening, ...], object]] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
+        for part, what in ((self.weight, "weight"), (self.bias, "bias")):
+            if not isinstance(part, Tensor) and (part is not None or what == "weight"):
+                raise InvalidInputError(f"a head's {what} is a tensor, got {type(part).__name__}")
         if self.weight.ndim != 2 or not self.weight.is_floating_point():
             raise InvalidInputError(
                 "a head's weight is a floating tensor of shape (v, d), got "

@@ -4,7 +4,8 @@ W_i is member i's head and p̂_i its distribution. For each row the I-projection
 the least KL(p‖q), is looked for first; either it is found, or a proof that C is empty. Then the rule chooses from C by
 its own objective. Its answer is certified by evaluation alone: the rule states a lower bound on its objective over C
 that holds for any multipliers, and the gap is the difference from the objective's value. Multipliers y belong to the
-constraints Gᵀp = g of :class:`~softmeet.essay.feasible_set.FeasibleSet`: m numbers, the last for Σp = 1.
+constraints Gᵀp = g of :class:`~softmeet.essay.feasible_set.FeasibleSet`: m numbers, the last for Σp = 1. A row that is
+not solved is answered by the best point that was seen, the pool among them (:meth:`ExactRule.preference`).
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from torch import Tensor
 from softmeet.essay.feasible_set import FeasibleSet
 from softmeet.essay.max_entropy import EXACT, members_of
 from softmeet.essay.points import moments_hold
+from softmeet.essay.preference import preference
 from softmeet.rules.answer import Answer, closed_form
 from softmeet.rules.base import Rule
 from softmeet.rules.problem import Problem
 from softmeet.rules.verify import Recomputed
 from softmeet.simplex import kl
-from softmeet.solvers.base import Status
+from softmeet.solvers.base import Status, unfinished
+from softmeet.solvers.clock import time_is_over
 from softmeet.solvers.projection import MOMENT_TOLERANCE
 
 
@@ -170,6 +173,12 @@ class ExactRule(Rule):
         C is empty gets the status INFEASIBLE, a row with neither a distribution nor a proof NOT_CONVERGED, and for
         neither :meth:`choose` is called; a rule that ``always_answers`` chooses there, too, with None as ``member``.
 
+        A row that ends NOT_CONVERGED is answered by the best of the points known by then, by :meth:`preference`: the
+        choice, the distribution from C, the point at which the search for one ended, and the pool. Once the time is
+        over (:func:`softmeet.time_is_over`) no further row is chosen in: it is NOT_CONVERGED, which
+        :func:`~softmeet.rules.answered.answered` makes BUDGET, with gap inf and objective NaN, and its answer is the
+        distribution from C or, if none was found, the pool.
+
         Raises:
             DisjointSupportError: if a row has no token in ``problem.support`` (None: all tokens) to which every member
                 gives more than 0.
@@ -178,19 +187,54 @@ class ExactRule(Rule):
         seeks = self.constrained(problem) or self.always_answers
         answer = members_of(problem, self.exactness) if seeks else closed_form(problem, problem.log_pool.clone())
         empty = (answer.status == Status.INFEASIBLE).tolist()
-        lost = (answer.status == Status.NOT_CONVERGED).tolist()
+        lost = unfinished(answer.status).tolist()
         for k, row in enumerate(FeasibleSet.of(problem)):
-            if self.always_answers or not (empty[k] or lost[k]):
-                self._write(answer, k, row, answer.log_probs[k].exp() if seeks and not (empty[k] or lost[k]) else None)
+            if empty[k] and not self.always_answers:
+                continue
+            known = answer.log_probs[k].clone() if seeks and not empty[k] else row.log_q
+            if time_is_over():
+                self._leave(answer, k, row, row.log_q if lost[k] and self.always_answers else known)
+                continue
+            member = known.exp() if seeks and not (empty[k] or lost[k]) else None
+            chosen = self.always_answers or not lost[k]
+            choice = self.choose(row, member) if chosen else Choice(known.exp(), torch.zeros_like(row.target), 0)
+            self._write(answer, k, row, choice, known)
         return answer
 
-    def _write(self, answer: Answer, k: int, row: FeasibleSet, member: Float[Tensor, " v"] | None) -> None:
-        """Choose in row ``k`` and write the choice, its bounds and its status into ``answer``, in place."""
-        choice = self.choose(row, member)
-        p, y = choice.p, choice.y
-        found = self.proved(row, p, y)
-        answer.log_probs[k] = p.log()
-        status = self.status(row, p, found)
+    def preference(self, row: FeasibleSet, p: Float[Tensor, " v"]) -> tuple[float, float]:
+        """Return the key by which unfinished answers are compared; the least is the best.
+
+        It is that of :func:`~softmeet.essay.preference.preference`, with the moments that must hold
+        (:meth:`constrained`) and the objective of :meth:`bounds`; two times inf for a ``p`` with mass outside
+        ``row.alive``, or that sums to another number than 1. ``p`` are probabilities, (v,).
+        """
+        if bool(p[~row.alive].any()) or not abs(float(p.sum()) - 1) <= MOMENT_TOLERANCE:
+            return torch.inf, torch.inf
+        off = float(row.excess(p).norm()) if self.constrained(row.problem) else 0.0
+        return preference(off, self.bounds(row, p, torch.zeros_like(row.target)).value)
+
+    def _leave(self, answer: Answer, k: int, row: FeasibleSet, known: Float[Tensor, " v"]) -> None:
+        """Write log-probabilities that are ``known`` into row ``k`` of ``answer``, in place, as not converged."""
+        answer.log_probs[k] = known
+        answer.status[k], answer.gap[k], answer.certified[k] = Status.NOT_CONVERGED, torch.inf, False
+        answer.objective[k], answer.objective_range[k] = torch.nan, answer.gap.new_tensor([-torch.inf, torch.inf])
+        answer.disagreement[k] = kl(answer.log_probs[k].expand_as(row.log_p), row.log_p)
+        answer.disagreement_is_bound[k] = True
+
+    def _write(self, answer: Answer, k: int, row: FeasibleSet, choice: Choice, known: Float[Tensor, " v"]) -> None:
+        """Write the choice in row ``k``, its bounds and its status into ``answer``, in place.
+
+        If the choice is not converged, and ``known``, log-probabilities, or the pool is better, that takes its place.
+        """
+        y, log_p = choice.y, choice.p.log()
+        found = self.proved(row, choice.p, y)
+        status = self.status(row, choice.p, found)
+        if status == Status.NOT_CONVERGED:
+            log_p = min(log_p, known, row.log_q, key=lambda point: self.preference(row, point.exp()))
+            found = self.proved(row, log_p.exp(), y)
+            status = self.status(row, log_p.exp(), found)
+        p = log_p.exp()
+        answer.log_probs[k] = log_p
         answer.status[k] = Status.DEGENERATE if status == Status.OPTIMAL and choice.constant else status
         answer.gap[k], answer.objective[k] = found.gap, found.value
         answer.certified[k] = found.gap < torch.inf
@@ -203,7 +247,7 @@ class ExactRule(Rule):
         proof = self.proof(row, p)
         for mine, lam in zip(answer.ray, row.raw(proof), strict=True):
             mine[k] = lam[0] if proof.any() else mine[k]
-        answer.disagreement[k] = kl(p.log().expand_as(row.log_p), row.log_p)
+        answer.disagreement[k] = kl(log_p.expand_as(row.log_p), row.log_p)
         answer.disagreement_is_bound[k] = True
 
     def verify(self, problem: Problem, answer: Answer) -> Recomputed:

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from softmeet.essay.interior import Program, interior_point
 from softmeet.essay.matrices import MomentMatrix, dense_matrix, stacked
+from softmeet.essay.preference import preference
+from softmeet.solvers.clock import time_is_over
 
 # The size of the first working set, in tokens: per constraint, and at least.
 _PER_CONSTRAINT = 4
@@ -61,11 +63,15 @@ class SimplexProgram:
     weight: Float[Tensor, " v"]
     tol: float
 
-    def value(self, p: Float[Tensor, " v"]) -> float:
-        """Return the objective cᵀp + ½ |E^{-½}(Gᵀp - g)|² at ``p``, the square over soft constraints only."""
-        soft = self.softness > 0
-        off = (self.columns.sums(p) - self.target)[soft]
-        return float(self.cost @ p + 0.5 * (off.square() / self.softness[soft]).sum())
+    def preference(self, p: Float[Tensor, " v"]) -> tuple[float, float]:
+        """Return (the distance of ``p`` from the hard constraints, the objective there), as points are compared.
+
+        The objective is cᵀp + ½ |E^{-½}(Gᵀp - g)|², the square over soft constraints only; the key is that of
+        :func:`~softmeet.essay.preference.preference`.
+        """
+        soft, off = self.softness > 0, self.columns.sums(p) - self.target
+        value = self.cost @ p + 0.5 * (off[soft].square() / self.softness[soft]).sum()
+        return preference(float(off[~soft].norm()), float(value))
 
     def bound(self, reduced: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> float:
         """Return a lower bound on the optimum: min_j (c - G y)_j + gᵀy - ½ yᵀE y, valid for any multipliers ``y``.
@@ -95,29 +101,35 @@ class Optimum:
 
 
 def solve_program(program: SimplexProgram, max_steps: int) -> Optimum:
-    """Solve a program until its gap is at most its ``tol``, by column generation; return the last point.
+    """Solve a program until its gap is at most its ``tol``, by column generation.
 
-    It may end earlier: after 60 working sets, once the working set has every token that may have mass, or once no token
-    outside it would lower the optimum over it. Nothing is raised then. Masses so small that they are only rounding of 0
-    are set to 0 at the end.
+    The optimum over the last working set is returned, or that over an earlier one if it is better by
+    :func:`~softmeet.essay.preference.preference`, as it can be if ``max_steps`` or the time ended the last.
+
+    It may end earlier: after 60 working sets, once the working set has every token that may have mass, once no token
+    outside it would lower the optimum over it, or once the time is over. Nothing is raised then. Masses so
+    small that they are only rounding of 0 are set to 0 at the end.
 
     Args:
         program: the program.
         max_steps: the most interior-point steps of each program over a working set.
     """
-    chosen = _first(program)
-    steps = 0
+    chosen, steps, best = _first(program), 0, None
     for _ in range(_ROUNDS):
         p, y, taken = _restricted(program, chosen, max_steps)
         steps += taken
         reduced = program.cost - program.columns.times(y)
+        key = program.preference(p)
+        best = (key, p, y, reduced) if best is None or key <= best[0] else best
         everything = bool((chosen | ~program.alive).all())
-        if everything or program.value(p) - program.bound(reduced, y) <= program.tol:
+        if everything or time_is_over() or key[1] - program.bound(reduced, y) <= program.tol:
             break
         more = _more(program, chosen, reduced)
         if more is None:
             break
         chosen = more
+    assert best is not None
+    _, p, y, reduced = best
     moved = p * (1 + (program.cost - reduced - program.target @ y).abs())
     order = moved.argsort()
     small = torch.zeros_like(program.alive).index_copy(0, order, moved[order].cumsum(0) < _ZERO)

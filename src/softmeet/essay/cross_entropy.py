@@ -17,6 +17,7 @@ from softmeet.essay.points import moments_hold
 from softmeet.essay.vertex import vertex
 from softmeet.rules.problem import Problem
 from softmeet.solvers.base import Status
+from softmeet.solvers.clock import time_is_over
 
 
 class CrossEntropyRule(ExactRule):
@@ -98,14 +99,18 @@ class CrossEntropyRule(ExactRule):
     def choose(self, row: FeasibleSet, member: Float[Tensor, " v"] | None) -> Choice:
         """Choose the program's optimum or, if the objective is constant on C, the I-projection ``member`` or a vertex.
 
-        ``member`` is None with ``slack``; then the program is solved in any case.
+        ``member`` is None with ``slack``; then the program is solved in any case. The largest value of the objective is
+        not looked for once the time is over.
         """
         if member is None:
             found = self.optimum(row, None)
             return Choice(found.p, self.multipliers(row, found.y), found.steps)
         if not self.is_constant(row):
-            found, most = self.optimum(row, member), self.most(row, member)
+            found = self.optimum(row, member)
             y = self.multipliers(row, found.y)
+            if time_is_over():
+                return Choice(found.p, y, found.steps)
+            most = self.most(row, member)
             # On the boundary of the simplex the objective may be constant though no multipliers prove it.
             constant = most - self.bounds(row, found.p, y).least <= row.problem.tol and not row.unique
             return Choice(self._kept(row, member) if constant else found.p, y, found.steps, most, constant)

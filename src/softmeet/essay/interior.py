@@ -26,6 +26,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from softmeet.essay.matrices import MomentMatrix
+from softmeet.solvers.clock import time_is_over
 from softmeet.solvers.linalg import Factored
 
 # The share of the way to the boundary that a step may go; with a barrier, which keeps x inside, much less is enough.
@@ -116,15 +117,15 @@ def interior_point(program: Program, max_steps: int = 100) -> Interior:
 
     The points compared are ``program.start``, with the multipliers that the method begins with, and the point after
     each step. The method stops once the optimality conditions hold to round-off, it makes no more progress, a linear
-    system cannot be solved, or ``max_steps`` steps are taken. Nothing is raised then, and nothing is proved about the
-    point: callers bound its gap from x and y.
+    system cannot be solved, ``max_steps`` steps are taken, or the time is over (:func:`softmeet.time_is_over`).
+    Nothing is raised then, and nothing is proved about the point: callers bound its gap from x and y.
     """
     method = _Method(program)
     best = method.report(0)
     residual, complementarity, stalled = best.residual, best.complementarity, 0
     for step in range(1, max_steps + 1):
         late = stalled >= _ENOUGH and method.complementary(_NEARLY)
-        if method.finished() or late or stalled == _STALLED or not method.advance():
+        if time_is_over() or method.finished() or late or stalled == _STALLED or not method.advance():
             break
         found = method.report(step)
         # Complementarity may rise by orders of magnitude while the moments improve; its progress counts from there.

@@ -16,6 +16,7 @@ from softmeet.essay.feasible_set import FeasibleSet
 from softmeet.essay.matrices import MomentMatrix, mapped
 from softmeet.essay.points import entropic_projection, least_squares_point, proves_empty
 from softmeet.rules.problem import Problem
+from softmeet.solvers.clock import time_is_over
 
 # Tokens whose scores are within this share of their spread from the least may have mass at a nearest point.
 _FACE = 1e-8
@@ -49,7 +50,7 @@ class LeastSquares(ExactRule):
 
         Of several such p the I-projection of the pool onto them is chosen. If ``member``, a distribution with the
         members' moments exactly, probabilities, (v,), is not None, it is the choice, with 0 steps. The multipliers of
-        the choice are zeros, as :meth:`bounds` uses none.
+        the choice are zeros, as :meth:`bounds` uses none. Once the time is over the point that the program reached is.
         """
         if member is not None:
             return Choice(member, torch.zeros_like(row.target), 0)
@@ -57,6 +58,8 @@ class LeastSquares(ExactRule):
         columns = row.tokens if T is None else mapped(row.tokens, T)
         target = row.target if T is None else row.target @ T
         found = least_squares_point(row, columns, target)
+        if time_is_over():
+            return Choice(found.p, torch.zeros_like(row.target), found.steps)
         face = _face(row, found)
         found = _finished(row, columns, target, found)
         p, steps = _most_entropy(row, columns, found, face | (found.p > 0))
@@ -110,7 +113,7 @@ def _finished(row: FeasibleSet, columns: MomentMatrix, target: Float[Tensor, " k
     """Solve by linear algebra for the masses on the support of ``found``; return that or ``found``, of smaller gap.
 
     min ‖Σ u_j (g_j - g)‖² + (Σu - 1)² is least at a multiple of the answer. Tokens that would turn negative leave the
-    support (Lawson and Hanson 1974).
+    support (Lawson and Hanson 1974), until the time is over.
     """
     ids = _positive(row, found).nonzero().squeeze(-1)
     u = found.p[ids]
@@ -122,6 +125,8 @@ def _finished(row: FeasibleSet, columns: MomentMatrix, target: Float[Tensor, " k
         u = torch.linalg.lstsq(system, goal, driver="gelsd").solution.squeeze(-1)
         if bool((u >= 0).all()):
             break
+        if time_is_over():
+            return found
         ids, u = ids[u > 0], u[u > 0]
     p = torch.zeros_like(found.p).index_copy(0, ids, u / u.sum())
     better = _gap(row, columns, target, p) < _gap(row, columns, target, found.p)

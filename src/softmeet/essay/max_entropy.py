@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from softmeet.essay.feasible_set import FeasibleSet, may_be_unique
 from softmeet.essay.points import (
@@ -17,12 +19,14 @@ from softmeet.essay.points import (
     separating_multipliers,
     unique_feasible_point,
 )
+from softmeet.essay.preference import preference
 from softmeet.rules.answer import Answer, closed_form
 from softmeet.rules.meet import Meet
 from softmeet.rules.problem import Problem
-from softmeet.rules.verify import Recomputed
+from softmeet.rules.verify import Recomputed, residuals
 from softmeet.simplex import kl, log_normalize
-from softmeet.solvers.base import Status
+from softmeet.solvers.base import Status, unfinished
+from softmeet.solvers.clock import time_is_over
 from softmeet.solvers.minimise import full_hessian_pays
 
 # In nats: how exactly a member of the feasible set is found before another rule chooses from the set.
@@ -36,6 +40,10 @@ class MaxEntropy(Meet):
     distribution of maximum entropy in the feasible set C = { p : W_iᵀ p = W_iᵀ p̂_i for all i }. C is often empty for
     real models; then the status is INFEASIBLE, with a Farkas proof. If the rank of [1, W_1 | … | W_n] is the number of
     tokens, at most one distribution has the moments, and it is found by linear algebra.
+
+    OPTIMAL means that KL(p°‖p) ≤ ``tol``, p° the exact answer, and that p has the members' whitened moments to 1e-6. A
+    row that reaches neither that nor a proof is answered by the best of the points that were tried and the pool, by
+    :func:`~softmeet.essay.preference.preference`: the nearest moments first, then the least KL(p‖q).
     """
 
     name = "max-entropy"
@@ -51,9 +59,10 @@ class MaxEntropy(Meet):
         """Find the I-projection of the pool onto every row's feasible set, or a proof that the set is empty.
 
         Rows in which at most one distribution can have the moments (:attr:`FeasibleSet.unique`) are solved by linear
-        algebra, the others by the dual as ``meet`` does. In rows that the dual leaves NOT_CONVERGED the p with the
-        nearest moments is computed, which can prove the set empty; if it does not, and heads are small enough for the
-        full Hessian (:func:`~softmeet.solvers.minimise.full_hessian_pays`), interior points are tried.
+        algebra, the others by the dual as ``meet`` does, but in fp64. In rows that the dual leaves NOT_CONVERGED the p
+        with the nearest moments is computed, which can prove the set empty; if it does not, and heads are small enough
+        for the full Hessian (:func:`~softmeet.solvers.minimise.full_hessian_pays`), interior points are tried. None of
+        this is begun once the time is over.
 
         Raises:
             DisjointSupportError: if a row has no token in ``problem.support`` (None: all tokens) to which every member
@@ -73,43 +82,47 @@ class MaxEntropy(Meet):
                 rows in which the I-projection is not reached, as when every p of the set gives some token probability
                 0, so that the dual has no optimum. If False, such rows are NOT_CONVERGED.
         """
+        problem = replace(problem, dtype=torch.float64)
         if not problem.log_p.shape[1] or not may_be_unique(problem):
             answer = super().solve(problem)
         else:
             assert problem.log_pool is not None  # raises for all rows at once, before they are taken one by one
-            rows = replace(problem, dtype=torch.float64).rows()
-            answer = Answer.joined([self._solve_row(FeasibleSet(one)) for one in rows])
-        for k in (answer.status == Status.NOT_CONVERGED).nonzero().flatten().tolist():
-            _settle(
-                answer, k, FeasibleSet.of(problem.take(torch.tensor([k], device=problem.log_p.device)))[0], any_member
-            )
+            answer = Answer.joined([self._solve_row(FeasibleSet(one)) for one in problem.rows()])
+        late = unfinished(answer.status).nonzero().squeeze(-1)
+        if len(late):
+            answer.by_pool[late] |= _prefer(answer, problem.take(late), late, problem.log_pool[late])
+        for k in late[answer.status[late] == Status.NOT_CONVERGED].tolist():
+            if time_is_over():
+                break
+            _settle(answer, k, FeasibleSet(problem.take(late.new_tensor([k]))), any_member)
         return answer
 
     def verify(self, problem: Problem, answer: Answer) -> Recomputed:
         """Compute gap and status anew from the stored dual point, as ``meet`` does, without a solver.
 
-        ``problem``, with products in fp64, is the problem that was solved, and ``answer`` the answer to it. In a row in
-        which at most one distribution can have the moments (:attr:`FeasibleSet.unique`) and the answer has them, that
-        suffices: gap 0, OPTIMAL.
+        ``problem``, with products in fp64, is the problem that was solved, and ``answer`` the answer to it. A row is
+        OPTIMAL only if its answer has the members' moments (:func:`~softmeet.essay.points.moments_hold`). If at most
+        one distribution can have them (:attr:`FeasibleSet.unique`), that suffices: gap 0.
         """
         found = super().verify(problem, answer)
         for k, row in enumerate(FeasibleSet.of(problem)):
-            if may_be_unique(row.problem) and row.unique and moments_hold(row, answer.log_probs[k].exp()):
+            holds = moments_hold(row, answer.log_probs[k].exp())
+            if holds and may_be_unique(row.problem) and row.unique:
                 found.log_probs[k], found.gap[k], found.status[k] = answer.log_probs[k], 0.0, int(Status.OPTIMAL)
                 continue
-            gap = exact_gap(row, found.log_probs[k], tuple(d[k] for d in answer.dual))
-            if gap < found.gap[k]:
-                found.gap[k] = gap
-                if found.status[k] == Status.NOT_CONVERGED and gap <= problem.tol:
-                    found.status[k] = int(Status.OPTIMAL)
+            found.gap[k] = min(float(found.gap[k]), exact_gap(row, found.log_probs[k], _row_of(answer.dual, k)))
+            if found.status[k] != Status.INFEASIBLE:
+                solved = holds and float(found.gap[k]) <= problem.tol
+                found.status[k] = int(Status.OPTIMAL if solved else Status.NOT_CONVERGED)
         return found
 
     def _solve_row(self, row: FeasibleSet) -> Answer:
         """Solve one row by linear algebra if at most one p can have the moments (``row.unique``), else by the dual.
 
-        The dual is also used if linear algebra finds neither that p nor a proof that there is none.
+        The dual is also used if linear algebra finds neither that p nor a proof that there is none, and, to answer with
+        the pool, if the time is over.
         """
-        if not row.unique:
+        if time_is_over() or not row.unique:
             return super().solve(row.problem)
         p, proof = unique_feasible_point(row)
         if p is None and not proof.any():
@@ -128,8 +141,8 @@ def members_of(problem: Problem, exactness: float = EXACT) -> Answer:
     """Find a distribution in every row's feasible set: the pool's I-projection or, if that is not reached, another.
 
     A row is OPTIMAL if a distribution was found, INFEASIBLE if the set is proved to be empty, and NOT_CONVERGED if
-    neither was achieved; ``log_probs`` of INFEASIBLE and NOT_CONVERGED rows have no meaning. The errors are those of
-    :meth:`MaxEntropy.solve`.
+    neither was achieved (BUDGET if the time was over); these are answered as by :class:`MaxEntropy`, and
+    ``log_probs`` of INFEASIBLE rows have no meaning. The errors are those of :meth:`MaxEntropy.solve`.
 
     Args:
         problem: the batch; its own ``tol`` is replaced by ``exactness``, and all is computed in fp64.
@@ -139,9 +152,40 @@ def members_of(problem: Problem, exactness: float = EXACT) -> Answer:
     problem = problem.changed(tol=exactness, dtype=torch.float64)
     answer = MaxEntropy().projected(problem, any_member=True)
     for k in (answer.status == Status.OPTIMAL).nonzero().flatten().tolist() if exactness <= EXACT else ():
+        if time_is_over():
+            break
         row = FeasibleSet(problem.take(torch.tensor([k], device=problem.log_p.device)))
         answer.log_probs[k] = moments_repaired(row, answer.log_probs[k].exp()).log()
     return answer
+
+
+def _prefer(
+    answer: Answer, problem: Problem, rows: Int[Tensor, " k"], other: Float[Tensor, "k v"]
+) -> Bool[Tensor, " k"]:
+    """Replace distributions in some rows of ``answer``, in place, where others are better; return the mask of these.
+
+    They are compared by :func:`~softmeet.essay.preference.preference`, with KL(p‖q) as the objective. Where one is
+    replaced nothing is known about the gap, which becomes inf; dual variables stay what they are.
+
+    Args:
+        answer: the answer of the whole batch.
+        problem: the problem of those rows alone, with products in fp64.
+        rows: their indices.
+        other: other log-probabilities for them, in nats.
+    """
+    mine = answer.log_probs[rows]
+    keys = []
+    for points in (mine, other):
+        measures = zip(residuals(problem, points).norm(dim=0), kl(points, problem.log_pool), strict=True)
+        keys.append([preference(float(off), float(objective)) for off, objective in measures])
+    better = torch.tensor([there < here for here, there in zip(*keys, strict=True)], device=mine.device)
+    answer.log_probs[rows] = torch.where(better[:, None], other, mine)
+    members = problem.log_p.transpose(0, 1)
+    moved = kl(answer.log_probs[rows][:, None].expand_as(members), members)
+    answer.disagreement[rows] = torch.where(better[:, None], moved, answer.disagreement[rows])
+    answer.gap[rows] = answer.gap[rows].masked_fill(better, torch.inf)
+    answer.certified[rows] &= ~better
+    return better
 
 
 def _settle(answer: Answer, k: int, row: FeasibleSet, any_member: bool) -> None:
@@ -162,20 +206,31 @@ def _settle(answer: Answer, k: int, row: FeasibleSet, any_member: bool) -> None:
         answer.status[k] = Status.INFEASIBLE
         for mine, lam in zip(answer.ray, row.raw(y), strict=True):
             mine[k] = lam[0]
-    elif any_member or full_hessian_pays(row.problem.projection(range(n), (math.inf,) * n)):
-        p, y, steps = entropic_projection(row, row.alive, row.log_q.exp(), row.target)
-        log_p, dual = log_normalize(row.log_q + row.tokens.times(y)), row.raw(y)
-        gap = exact_gap(row, log_p, tuple(lam[0] for lam in dual))
-        answer.steps[k] += steps
-        if gap > row.problem.tol:
-            # On the boundary multipliers grow without bound, and the point where Newton's method stopped means nothing.
-            holds = moments_hold(row, p)
-            answer.log_probs[k] = p.log() if holds else row.log_q
-            answer.status[k] = Status.OPTIMAL if holds and any_member else Status.NOT_CONVERGED
-        else:
-            answer.status[k], answer.gap[k], answer.certified[k] = Status.OPTIMAL, gap, True
-            answer.log_probs[k], answer.objective[k] = log_p, kl(log_p, row.log_q) - gap
-            answer.disagreement[k] = kl(log_p.expand_as(row.log_p), row.log_p)
-            for mine, lam in zip(answer.dual, dual, strict=True):
-                mine[k] = lam[0]
+    elif not time_is_over() and (any_member or full_hessian_pays(row.problem.projection(range(n), (math.inf,) * n))):
+        _by_interior_points(answer, k, row, any_member)
     answer.passes[k] += row.passes()
+
+
+def _by_interior_points(answer: Answer, k: int, row: FeasibleSet, any_member: bool) -> None:
+    """Look for an answer to row ``k`` by interior points, and write it into ``answer``, in place: see `_settle`."""
+    p, y, steps = entropic_projection(row, row.alive, row.log_q.exp(), row.target)
+    log_p, dual = log_normalize(row.log_q + row.tokens.times(y)), row.raw(y)
+    gap = exact_gap(row, log_p, _row_of(dual, 0))
+    answer.steps[k] += steps
+    if gap <= row.problem.tol and moments_hold(row, log_p.exp()):
+        answer.status[k], answer.gap[k], answer.certified[k] = Status.OPTIMAL, gap, True
+        answer.log_probs[k], answer.objective[k] = log_p, kl(log_p, row.log_q) - gap
+        answer.disagreement[k] = kl(log_p.expand_as(row.log_p), row.log_p)
+        for mine, lam in zip(answer.dual, dual, strict=True):
+            mine[k] = lam[0]
+        return
+    # On the boundary multipliers grow without bound, and p, which need not be the pool tilted by them, may do better.
+    better = _prefer(answer, row.problem, answer.status.new_tensor([k]), p.log()[None])
+    answer.by_pool[k] &= ~better[0]
+    if any_member and moments_hold(row, answer.log_probs[k].exp()):
+        answer.status[k] = Status.OPTIMAL
+
+
+def _row_of(parts: tuple[Float[Tensor, "B _"], ...], k: int) -> tuple[Float[Tensor, " _"], ...]:
+    """Return row ``k`` of each member's part."""
+    return tuple([part[k] for part in parts])

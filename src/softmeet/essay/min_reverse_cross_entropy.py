@@ -10,7 +10,6 @@ from softmeet.essay.base import Bounds, Choice, ExactRule
 from softmeet.essay.feasible_set import FeasibleSet
 from softmeet.essay.interior import Program, interior_point
 from softmeet.essay.matrices import subset
-from softmeet.essay.max_entropy import members_of
 from softmeet.simplex import log_normalize
 from softmeet.solvers.base import Status
 
@@ -27,13 +26,11 @@ class MinReverseCrossEntropy(ExactRule):
 
     name = "min-reverse-cross-entropy"
     summary = "the least cross-entropy of the members to the answer: empirical likelihood around the probability mean"
-    exactness = 1e-2  # only whether there is one
 
     def choose(self, row: FeasibleSet, member: Float[Tensor, " v"] | None) -> Choice:
         """Choose p by interior-point steps towards the optimality conditions p_j (1 + λᵀ(g_j - g)) = p̄_j.
 
-        If the result is NOT_CONVERGED by :meth:`status` and ``member``, some distribution in C, is not None, the choice
-        is the I-projection of the pool onto C, which :func:`members_of` computes anew; its steps are added.
+        If the result is NOT_CONVERGED by :meth:`status`, ``member``, the I-projection of the pool onto C, is chosen.
         """
         ids = row.alive.nonzero().squeeze(-1)
         mean = log_normalize(row.log_mean[ids]).exp().clamp_min(torch.finfo(row.log_q.dtype).tiny)
@@ -44,10 +41,8 @@ class MinReverseCrossEntropy(ExactRule):
         found = interior_point(program, row.problem.settings.max_steps)
         p = torch.zeros_like(row.log_q).index_copy(0, ids, found.x)
         p, y = p / p.sum(), row.joint @ found.y / (target @ found.y)
-        if member is not None and self.status(row, p, self.proved(row, p, y)) == Status.NOT_CONVERGED:
-            projected = members_of(row.problem)
-            return Choice(projected.log_probs[0].exp(), y, found.steps + int(projected.steps[0]))
-        return Choice(p, y, found.steps)
+        unsolved = self.status(row, p, self.proved(row, p, y)) == Status.NOT_CONVERGED
+        return Choice(member if unsolved and member is not None else p, y, found.steps)
 
     def bounds(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
         """Bound the objective over C from below, by multipliers ``y``: Σ p̄ log(z / p̄), in nats.

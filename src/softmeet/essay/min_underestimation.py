@@ -10,6 +10,7 @@ from softmeet.essay.base import Bounds, Choice, ExactRule
 from softmeet.essay.feasible_set import FeasibleSet
 from softmeet.essay.interior import Program, interior_point
 from softmeet.essay.matrices import stacked, subset
+from softmeet.solvers.clock import time_is_over
 
 # A mass this close to one of its bounds, relative to their distance, is at it.
 _AT_BOUND = 1e-5
@@ -43,7 +44,8 @@ class MinUnderestimation(ExactRule):
         Tokens whose min_i p̂_ij is below the largest of these by more than 600 nats get no mass. If several p are
         optimal, the I-projection of the pool onto them is the choice. If at most one distribution has the moments
         (``row.unique``) and ``member``, a distribution in C, (v,), is not None, ``member`` is that one, and the choice.
-        ``steps`` of the choice are interior-point steps, at most the setting ``max_steps`` for each program.
+        ``steps`` of the choice are interior-point steps, at most the setting ``max_steps`` for each program. Once the
+        time is over, the point that the interior-point method reached is the choice.
         """
         floor = row.log_p.amin(0)
         ids = (row.alive & (floor > floor[row.alive].max() - _LIGHTEST)).nonzero().squeeze(-1)
@@ -60,12 +62,14 @@ class MinUnderestimation(ExactRule):
         )
         found = interior_point(program, row.problem.settings.max_steps)
         x = torch.zeros_like(floor).index_copy(0, ids, found.x[:-1])
+        size = float(target @ found.y)
+        y = row.joint @ found.y / size if size else torch.zeros_like(row.target)
+        if time_is_over():
+            return Choice(x / x.sum(), y, found.steps)
         vertex = _basic(row, x, torch.zeros_like(floor).index_copy(0, ids, upper))
         # By how much Σx may exceed the optimum because its moments are not exact.
         excess = float(found.y.norm()) * found.residual + _SAME * float(x.sum())
         x = vertex if float(vertex.sum()) >= float(x.sum()) - excess else x
-        size = float(target @ found.y)
-        y = row.joint @ found.y / size if size else torch.zeros_like(row.target)
         steps, p = found.steps, x / x.sum() if member is None or not row.unique else member
         limit = torch.zeros_like(floor).index_copy(0, ids, upper) / x.sum()
         between = row.alive & (x / x.sum() > _AT_BOUND * limit) & (p < (1 - _AT_BOUND) * limit)

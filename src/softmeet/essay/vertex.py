@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from softmeet.essay.matrices import MomentMatrix
+from softmeet.solvers.clock import time_is_over
 
 # Singular values and entries below this share of the largest are zero.
 _TINY = 1e-10
@@ -21,7 +22,9 @@ def vertex(columns: MomentMatrix, x: Float[Tensor, " N"]) -> Float[Tensor, " N"]
     """Return masses, (N,), with the same moments Gᵀx as ``x``, of which at most rank G are positive.
 
     They are a vertex of the polytope { x ≥ 0 : Gᵀx = g } with the g that ``x`` has. Some of the 2m + 1 smallest
-    positive masses become 0 and the others among them change, so that the moments stay; this is repeated.
+    positive masses become 0 and the others among them change, so that the moments stay; this is repeated. If the time
+    is over first (:func:`softmeet.time_is_over`), the masses at that moment are returned: with the same moments, but
+    more of them positive.
 
     Args:
         columns: G, (N, m), such as :attr:`FeasibleSet.tokens`; some combination of its columns is 1 for every token, so
@@ -29,13 +32,14 @@ def vertex(columns: MomentMatrix, x: Float[Tensor, " N"]) -> Float[Tensor, " N"]
         x: masses of N tokens, not negative, (N,), fp64; not changed.
     """
     x, m = x.clone(), columns.sums(x).shape[0]
-    while True:
+    while not time_is_over():
         support = x.nonzero().squeeze(-1)
         block = support[x[support].argsort()[: 2 * m + 1]]
         null = _null_space(columns.rows(block))
         if not null.shape[1]:
-            return x
+            break
         x[block] = _eliminated(x[block], null)
+    return x
 
 
 def _null_space(G: Float[Tensor, "k m"]) -> Float[Tensor, "k r"]:

@@ -11,6 +11,7 @@ from softmeet.errors import RuleError, SoftmeetError
 from softmeet.rules.answer import Answer, closed_form
 from softmeet.rules.base import Rule
 from softmeet.rules.problem import Problem
+from softmeet.solvers.base import ended
 
 # By how much the sum of a row's probabilities may differ from 1: the rounding of half-precision log-probabilities.
 _MASS_TOLERANCE = 1e-3
@@ -19,7 +20,8 @@ _MASS_TOLERANCE = 1e-3
 def answered(rule: Rule, problem: Problem) -> Answer:
     """Solve every row of a problem by a rule, and check that each answer is a distribution.
 
-    ``rule.solve`` is called once with the problem, but once per row if ``problem.free`` has directions.
+    ``rule.solve`` is called once with the problem, but once per row if ``problem.free`` has directions. If the time is
+    over then (:func:`softmeet.time_is_over`), rows that are NOT_CONVERGED get the status BUDGET.
 
     Returns:
         The rule's own answer; or, from a rule that returns log-probabilities alone, an answer with these, restricted to
@@ -32,7 +34,9 @@ def answered(rule: Rule, problem: Problem) -> Answer:
             over ``problem.support`` counts); the message names the rule.
         DisjointSupportError: if the rule returns log-probabilities alone, and a row has no mass on the support.
     """
-    return Answer.joined([_one(rule, part) for part in problem.pieces()])
+    answer = Answer.joined([_one(rule, part) for part in problem.pieces()])
+    answer.status = ended(answer.status)
+    return answer
 
 
 def _one(rule: Rule, problem: Problem) -> Answer:

@@ -22,7 +22,7 @@ from softmeet.rules.problem import Problem
 from softmeet.rules.settings import Settings, rule_of
 from softmeet.rules.signatures import takes_settings
 from softmeet.rules.solution import Solution, from_answer
-from softmeet.solvers.base import Status
+from softmeet.solvers.base import Status, unfinished
 
 # Below this, rounding of fp32 products would hide the gap.
 _FINEST_FP32 = 1e-6
@@ -53,8 +53,8 @@ def combine(
         heads: each member's head, in the order of ``log_probs``: its weight W_i, (v, d_i), floating, or a
             :class:`SoftmaxHead`, which can have a bias, a scale and a soft-cap too.
         rule: a name, with options as in ``"meet:trust=1/0.3"``, or an instance of :class:`softmeet.Rule`.
-        throw: raise a NotConvergedError if a row ends with the status NOT_CONVERGED; else such rows get the best
-            distribution found.
+        throw: raise a NotConvergedError if a row ends with the status NOT_CONVERGED or BUDGET; else such rows get the
+            best distribution found, which may be the pool, and is never worse than that by what the rule measures.
         logits: the members' logits, after soft-caps, (n, *batch, v); needed if a head has a soft-cap.
         support: a bool mask, (v,), of the tokens that may have positive probability, such as the ids that the tokenizer
             knows if heads are padded; None for all.
@@ -82,7 +82,7 @@ def combine(
             ``logit-mean`` and ``one-hot``, every member of nonzero weight; for ``prob-mean``, any such member.
         RuleError: if the rule fails, or returns something other than distributions.
         InfeasibleError: if ``on_infeasible`` is ``"raise"`` and a row has no feasible distribution.
-        NotConvergedError: if ``throw`` is set and a row ends with the status NOT_CONVERGED.
+        NotConvergedError: if ``throw`` is set and a row ends with the status NOT_CONVERGED or BUDGET.
 
     Example:
         >>> import torch
@@ -100,6 +100,8 @@ def combine(
     if isinstance(relaxed, Solution):
         settings["on_infeasible"] = None
     chosen = Settings.of({"rule": rule, **settings})
+    if start is not None and not isinstance(start, Solution):
+        raise InvalidInputError(f"expected what combine returned as start=, got {type(start).__name__}")
     if chosen.bands > 1:
         raise InvalidInputError("bands are cut from heads by an ensemble: pass each band as a head, or leave bands out")
     log_p = validate.checked_log_probs(log_probs)
@@ -144,7 +146,7 @@ def solve(
             fp32.
         relaxed: an answer to all B rows, as :meth:`Solution.as_fallback` makes it, to be used in rows without a
             feasible distribution; None to solve such rows by the rule that ``on_infeasible`` names.
-        throw: raise a NotConvergedError if a row ends with the status NOT_CONVERGED.
+        throw: raise a NotConvergedError if a row ends with the status NOT_CONVERGED or BUDGET.
 
     Raises:
         RuleError, InfeasibleError, NotConvergedError, DisjointSupportError: as in :func:`combine`.
@@ -152,11 +154,12 @@ def solve(
     """
     answer, closed, seconds = gated(problem)
     answer, fallback = _answer_infeasible_rows(problem, answer, relaxed)
-    if throw and (late := (answer.status == Status.NOT_CONVERGED)).any():
+    if throw and (late := unfinished(answer.status)).any():
         rows = late.nonzero().flatten().tolist()
+        cut = bool((answer.status == Status.BUDGET).any())
         raise NotConvergedError(
             f"{len(rows)} of {len(late)} rows did not reach tol={problem.tol:g} nats (first: {rows[:8]}, "
-            f"largest gap {answer.gap[late].max():.3g}): raise tol, or "
+            f"largest gap {answer.gap[late].max():.3g}): raise tol, or {'the time or budget, or ' if cut else ''}"
             f"max_steps, of which up to {answer.steps[late].max()} of {problem.settings.max_steps} were taken"
         )
     given = torch.promote_types(dtype, torch.float32)
@@ -190,6 +193,5 @@ def _answer_infeasible_rows(
     instead.steps = instead.steps + answer.steps[rows]
     instead.passes = instead.passes + answer.passes[rows]
     instead.ray = tuple(ray[rows] for ray in answer.ray)
-    failed = instead.status == Status.NOT_CONVERGED
-    instead.status = torch.where(failed, instead.status, int(Status.INFEASIBLE))
+    instead.status = torch.where(unfinished(instead.status), instead.status, int(Status.INFEASIBLE))
     return answer.put(rows, instead), infeasible

@@ -38,7 +38,15 @@ class Frozen(BaseModel):
             return unknown(f"{getattr(cls, 'name', 'an ensemble')} has no option {name!r}", name, cls.model_fields)
         message = first["msg"].removeprefix("Input should be ")
         whose = f" of {cls.name}" if hasattr(cls, "name") else ""
-        return InvalidInputError(f"expected {name}{whose} to be {message}, got {first['input']!r}")
+        return InvalidInputError(f"expected {name}{whose} to be {message}, got {_shown(first['input'])}")
+
+
+def _shown(value: Any) -> str:
+    """Return ``repr(value)``; of integers with very many digits, of which Python makes none, the type's name."""
+    try:
+        return repr(value)
+    except ValueError:
+        return f"a large {type(value).__name__}"
 
 
 def unknown(what: str, name: str, known: Mapping[str, Any] | list[str] | tuple[str, ...]) -> InvalidInputError:

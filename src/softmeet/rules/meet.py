@@ -16,7 +16,7 @@ from softmeet.rules.base import Rule
 from softmeet.rules.problem import Problem
 from softmeet.rules.verify import Recomputed
 from softmeet.simplex import kl
-from softmeet.solvers.base import Status
+from softmeet.solvers.base import Status, ended, unfinished
 from softmeet.solvers.certificate import restricted_gap_bound
 from softmeet.solvers.dual import DualState
 from softmeet.solvers.minimise import full_hessian_pays, minimise_dual
@@ -36,6 +36,9 @@ class Meet(Rule):
 
     With ``budget``, meant for decoding, the solver takes at most that many steps for a token and proves no bound on the
     gap; a row whose estimated gap is still above ``tol`` ends with ``Status.BUDGET`` and the best point found.
+
+    No answer is worse than the pool by what the rule can prove: the dual function f at its dual variables, by which
+    the guarantee of docs/theory/agreement.md falls or rises, is at most f(0), that of the pool.
     """
 
     budget: int | None = Field(
@@ -53,11 +56,11 @@ class Meet(Rule):
     def solve(self, problem: Problem) -> Answer:
         """Minimise the dual by Newton's method; return the pool in rows where it is proved to be within ``tol``.
 
-        Members of trust 0 take no part. Unless ``budget`` is set, rows that did not converge are solved once more, from
-        the pool, in fp64 if the full Hessian pays (small heads), unless that is how they were solved; steps and passes
-        of both attempts are summed. A row still not converged is answered by the solver's point, or by the pool (but
-        never for ``max-entropy``) if the pool's bound is below the solver's gap, or that gap is not certified or
-        above 2 nats.
+        Members of trust 0 take no part. Unless ``budget`` is set or the time is over, rows that did not converge are
+        solved once more, from the pool, in fp64 if the full Hessian pays (small heads), unless that is how they were
+        solved; steps and passes of both attempts are summed, and the better answer is kept. A row still not converged
+        is answered by the solver's point, or by the pool (but never for ``max-entropy``) if the pool's bound is below
+        the solver's gap, or that gap is above 2 nats or, unless ``budget`` or the time ended the row, not certified.
 
         Raises:
             DisjointSupportError: if a row has no token for the pool, as by :attr:`Problem.log_pool`.
@@ -66,12 +69,15 @@ class Meet(Rule):
         trusted = [i for i, rho in enumerate(trust) if rho > 0]
         if not trusted:
             return closed_form(problem, problem.log_pool, torch.zeros_like(problem.log_pool[:, 0]))
-        projection = replace(problem.projection(trusted, trust), pool_may_answer=not self.is_feasible)
+        projection = replace(
+            problem.projection(trusted, trust), pool_may_answer=not self.is_feasible, moments_hold=self.is_feasible
+        )
         if self.budget is not None:
             state = minimise_dual(projection, self.budget, certify=False, rescue=False)
             state.status = state.status.masked_fill(state.status == Status.NOT_CONVERGED, Status.BUDGET)
             return _answer(problem, projection, trusted, state)
         state = minimise_dual(projection, problem.settings.max_steps, certify=problem.proved)
+        state.status = ended(state.status)
         answer = _answer(problem, projection, trusted, state)
         late = (answer.status == Status.NOT_CONVERGED).nonzero().squeeze(-1)
         # Scores of single precision may be too coarse for a row near the edge of what is feasible, and a start too far.
@@ -79,9 +85,14 @@ class Meet(Rule):
         if not len(late) or (problem.start is None and dtype == problem.dtype):
             return answer
         again = Meet.solve(self, replace(problem.take(late), dtype=dtype, start=None))
-        again.steps += answer.steps[late]
-        again.passes += answer.passes[late]
-        return answer.put(late, again)
+        # The better of both: an infinite gap, which says nothing, leaves it to the dual value.
+        first = answer.take(late)
+        higher = (again.gap == first.gap) & (again.objective >= first.objective)
+        better = ~unfinished(again.status) | (again.gap < first.gap) | higher
+        answer.steps[late] += again.steps
+        answer.passes[late] += again.passes
+        again.steps, again.passes = answer.steps[late], answer.passes[late]
+        return answer.put(late[better], again.take(better.nonzero().squeeze(-1)))
 
     def verify(self, problem: Problem, answer: Answer) -> Recomputed:
         """Recompute each row in fp64 from the answer's stored dual variables and Farkas proof, without the solver.
@@ -105,11 +116,12 @@ class Meet(Rule):
 
 def _answer(problem: Problem, projection: Projection, trusted: list[int], state: DualState) -> Answer:
     # A row that did not converge is answered by the pool if the pool's bound is below the solver's gap, or if that gap
-    # is too large to say anything or, without a budget, not certified; else by the solver's point.
+    # is too large to say anything or, unless a budget or the time ended it, not certified; else by the solver's point.
+    # Rounding may have raised f above its value at the pool, which proves that the point is worse.
     unproved = (state.status == Status.NOT_CONVERGED) & ~state.certified
     vacuous = (state.gap > _VACUOUS) & state.pool_bound.isfinite()
-    late = (state.status >= Status.NOT_CONVERGED) & (unproved | (state.pool_bound < state.gap) | vacuous)
-    late &= projection.pool_may_answer
+    late = unproved | (state.pool_bound < state.gap) | vacuous | (state.value > 0)
+    late &= unfinished(state.status) & projection.pool_may_answer
     gap = torch.where(late, state.pool_bound, state.gap)
     # The pool itself, to the last bit.
     by_pool = state.by_pool | late

@@ -41,6 +41,8 @@ def _numbers(value: Any) -> Any:
     value = value.detach().cpu().numpy() if hasattr(value, "detach") else value
     try:
         array = np.asarray(value, dtype=np.float64)
+    except OverflowError:
+        raise InvalidInputError("to be numbers that a float can hold, got an integer that is larger") from None
     except (TypeError, ValueError):
         raise InvalidInputError(f"to be a number or a list of numbers, got {value!r}") from None
     if array.ndim > 1:

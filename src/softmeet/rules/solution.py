@@ -20,7 +20,7 @@ from softmeet.rules.settings import rule_of
 from softmeet.rules.validate import restate
 from softmeet.rules.verify import Verification, residuals, verify
 from softmeet.simplex import log_normalize
-from softmeet.solvers.base import Status, StoppedBy
+from softmeet.solvers.base import Status, StoppedBy, unfinished
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,8 +29,8 @@ class Solution:
 
     Attributes:
         log_probs: log p, (*batch, v), in the dtype of the input (fp32 for half precision).
-        status: :class:`softmeet.Status` as int, (*batch); in rows with ``fallback`` INFEASIBLE, or NOT_CONVERGED if the
-            fallback did not converge.
+        status: :class:`softmeet.Status` as int, (*batch); in rows with ``fallback`` INFEASIBLE, or
+            NOT_CONVERGED or BUDGET if the fallback did not reach ``tol``.
         fallback: whether the row has no feasible distribution and ``on_infeasible`` answered it, (*batch).
         gap: how far the objective can be from its optimum, (*batch); in rows with ``fallback``, the fallback's.
         gap_is_certified: whether ``gap`` is a bound, proved up to round-off, rather than an estimate, (*batch).
@@ -48,7 +48,7 @@ class Solution:
             the gate's answer; ``verify`` checks it against the rule.
         stopped_by: :class:`softmeet.StoppedBy` as int, (*batch): ``GAP`` if the rule's own distribution is the answer,
             ``POOL`` if the pool q is, being proved to be within ``tol`` of the optimum p° by KL(q‖p°), ``GATE`` if a
-            gate was closed, ``BUDGET`` if the steps ended first.
+            gate was closed, ``BUDGET`` if the steps or the time ended first.
         seconds: the time that the rule took for all rows that no gate closed, without the gate's and the fallback's.
     """
 
@@ -264,7 +264,6 @@ def from_answer(
 
 
 def _stopped_by(answer: Answer, gated: Bool[Tensor, " B"]) -> Int[Tensor, " B"]:
-    late = (answer.status == Status.NOT_CONVERGED) | (answer.status == Status.BUDGET)
     found = torch.where(answer.by_pool, int(StoppedBy.POOL), int(StoppedBy.GAP))
-    found = torch.where(late, int(StoppedBy.BUDGET), found)
+    found = torch.where(unfinished(answer.status), int(StoppedBy.BUDGET), found)
     return torch.where(gated, int(StoppedBy.GATE), found)

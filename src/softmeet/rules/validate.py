@@ -35,8 +35,8 @@ def as_tensor(value: Any, what: str) -> Tensor:
         what: what it is, for the message, such as ``"log_probs"``.
 
     Raises:
-        InvalidInputError: if it is not an array of numbers or bools, its lists differ in length, or torch does not know
-            its dtype.
+        InvalidInputError: if it is not an array of numbers or bools, its lists differ in length, torch does not know
+            its dtype, or a tensor is sparse, nested, quantised or on the device ``meta``.
 
     Example:
         >>> as_tensor([[1, 2], [3, 4.5]], "x")
@@ -44,6 +44,7 @@ def as_tensor(value: Any, what: str) -> Tensor:
                 [3.0000, 4.5000]], dtype=torch.float64)
     """
     if isinstance(value, Tensor):
+        _refuse_without_values(value, what)
         return value
     try:
         if isinstance(value, list | tuple) and any(isinstance(part, _ARRAYS) for part in value):
@@ -65,15 +66,29 @@ def as_tensor(value: Any, what: str) -> Tensor:
         ) from None
 
 
+def _refuse_without_values(tensor: Tensor, what: str) -> None:
+    """Refuse a tensor that is not a plain block of values; ``what`` it is says the message."""
+    kind, remedy = "", ""
+    if tensor.is_meta:
+        kind, remedy = "one on the device meta, without values", "load the weights first"
+    elif tensor.is_nested or tensor.layout != torch.strided:
+        kind, remedy = "a nested or sparse one", "call to_dense() or to_padded_tensor() first"
+    elif tensor.is_quantized:
+        kind, remedy = "a quantised one", "call dequantize() first"
+    if kind:
+        raise InvalidInputError(f"expected {what} as a dense tensor, got {kind}: {remedy}")
+
+
 def checked_log_probs(log_probs: Float[Tensor, "n *b v"]) -> Float[Tensor, "n B v"]:
     """Check the members' log-probabilities, in nats; return them with one batch dimension, in fp64, normalised.
 
     Raises:
-        InvalidInputError: if ``log_probs`` is not a floating tensor (n, *batch, v), or the probabilities of a row sum
-            to less than exp(-0.05) or more than exp(0.05).
+        InvalidInputError: if ``log_probs`` is not a floating tensor (n, *batch, v) of at least 16 bits a number, or
+            the probabilities of a row sum to less than exp(-0.05) or more than exp(0.05).
         NonFiniteError: if a row holds NaN or +inf, or only -inf; the message names the member.
     """
-    if log_probs.ndim < 2 or not log_probs.is_floating_point() or 0 in (log_probs.shape[0], log_probs.shape[-1]):
+    coarse = not log_probs.is_floating_point() or log_probs.itemsize < 2  # torch cannot compute with those of 8 bits
+    if log_probs.ndim < 2 or coarse or 0 in (log_probs.shape[0], log_probs.shape[-1]):
         raise InvalidInputError(
             "expected log-probabilities as a floating tensor (n members, *batch, v tokens), got "
             f"{log_probs.dtype} of shape {tuple(log_probs.shape)}"
@@ -133,10 +148,7 @@ def checked_heads(
     n, _, v = log_p.shape
     if not isinstance(heads, Iterable):
         raise InvalidInputError(f"expected a list of heads, one per member, {n} in all, got {type(heads).__name__}")
-    found = tuple(
-        as_head(head if isinstance(head, SoftmaxHead) else as_tensor(head, f"the head of member {i}"))
-        for i, head in enumerate(heads)
-    )
+    found = tuple(as_head(_with_values(head, f"the head of member {i}")) for i, head in enumerate(heads))
     if len(found) != n:
         raise InvalidInputError(f"expected one head per member, {n} in all, got {len(found)}")
     for i, head in enumerate(found):
@@ -146,6 +158,16 @@ def checked_heads(
                 f"a weight of shape {tuple(head.weight.shape)}"
             )
     return found
+
+
+def _with_values(head: Any, what: str) -> SoftmaxHead | Tensor:
+    """Return a head, or its weight as a tensor; refuse one whose weight or bias has no values."""
+    if not isinstance(head, SoftmaxHead):
+        return as_tensor(head, what)
+    for part, name in ((head.weight, what), (head.bias, f"the bias of {what}")):
+        if part is not None:
+            _refuse_without_values(part, name)
+    return head
 
 
 def slopes_of(
@@ -238,6 +260,8 @@ def free_directions(
             _recovered(i, head, own[:, : head.v]) for i, (head, own) in enumerate(zip(heads, scores, strict=True))
         ]
     else:
+        if not isinstance(hidden, Iterable):
+            raise InvalidInputError(f"expected a list of hidden states, one per member, got {type(hidden).__name__}")
         own = [as_tensor(h, f"the hidden states of member {i}") for i, h in enumerate(hidden)]
         expected = [(*shape[1:-1], head.d) for head in heads]
         if [tuple(h.shape) for h in own] != expected:

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from softmeet.batched import Batched
+from softmeet.solvers.clock import time_is_over
 from softmeet.solvers.projection import Projection
 
 
@@ -21,8 +22,8 @@ class Status(IntEnum):
     ``OPTIMAL``: solved to the tolerance. ``DEGENERATE``: the objective is constant on the feasible set, so the rule
     chose nothing. ``INFEASIBLE``: the feasible set is proved to be empty. ``NOT_CONVERGED``: the steps that
     ``max_steps`` allows were taken, or made no more progress, before the tolerance was reached. ``UNVERIFIED``: the
-    rule has no method ``verify`` that could check its answers. ``BUDGET``: as ``NOT_CONVERGED``, under the limit on
-    steps that the user set by the option ``budget`` of ``meet``.
+    rule has no method ``verify`` that could check its answers. ``BUDGET``: as ``NOT_CONVERGED``, because the time of
+    :func:`softmeet.time_limit` or the steps of the option ``budget`` of ``meet`` were over.
 
     Example:
         >>> from softmeet import Status
@@ -48,9 +49,9 @@ class StoppedBy(IntEnum):
     ``GAP``: the solver's own test. Its answer p has a gap, which bounds KL(p°‖p), of at most ``tol`` (an estimate of
     the gap if it is not certified), or the row is proved infeasible; also every row of a rule without a solver.
     ``POOL``: the pool q is proved to have KL(q‖p°) ≤ ``tol``, and is the answer. ``GATE``: a gate was closed, and the
-    answer is the one that the gate names in the rule's place. ``BUDGET``: the steps that ``max_steps`` or ``budget``
-    allows were taken, or made no more progress, before ``tol`` was reached; the status is ``NOT_CONVERGED`` or
-    ``BUDGET``.
+    answer is the one that the gate names in the rule's place. ``BUDGET``: the time was over, or the steps that
+    ``max_steps`` or ``budget`` allows were taken, or made no more progress, before ``tol`` was reached; the status is
+    ``NOT_CONVERGED`` or ``BUDGET``.
     """
 
     GAP = 0
@@ -71,6 +72,16 @@ _SENTENCES = {
     Status.UNVERIFIED: "the rule has no second look at an answer: nothing was verified",
     Status.BUDGET: "the budget of steps or time ended first: this is the best point found",
 }
+
+
+def unfinished(status: Int[Tensor, "*batch"]) -> Bool[Tensor, "*batch"]:
+    """Return a mask of the rows that did not reach the tolerance: those with status NOT_CONVERGED or BUDGET."""
+    return (status == Status.NOT_CONVERGED) | (status == Status.BUDGET)
+
+
+def ended(status: Int[Tensor, "*batch"]) -> Int[Tensor, "*batch"]:
+    """Return the statuses with BUDGET in place of NOT_CONVERGED if the time of :func:`softmeet.time_limit` is over."""
+    return status.masked_fill(status == Status.NOT_CONVERGED, Status.BUDGET) if time_is_over() else status
 
 
 @dataclass
@@ -131,8 +142,10 @@ def iterate(solver: Solver[S], problem: Projection, max_steps: int) -> S:
 
     The rows of the state are in the order of the problem's. ``solver.init`` is called once, with all rows. Unfinished
     rows are then split into groups of ``solver.rows_at_once(problem)`` rows, and each group is stepped to its end
-    before the next. A row ends once its ``done`` is set or it has taken ``max_steps`` steps without that; then its
-    status becomes ``NOT_CONVERGED``, while ``done`` stays False. Rows that ended are not stepped again.
+    before the next. A row ends once its ``done`` is set, or it has taken ``max_steps`` steps without that, or the time
+    is over (:func:`softmeet.time_is_over`); in the last two cases its status becomes ``NOT_CONVERGED``, while ``done``
+    stays False. Rows that ended are not stepped again, and those of groups that were not begun stay as ``init`` has
+    them.
     """
     state = solver.init(problem)
     done, going = state.done.nonzero().squeeze(-1), (~state.done).nonzero().squeeze(-1)
@@ -143,6 +156,8 @@ def iterate(solver: Solver[S], problem: Projection, max_steps: int) -> S:
         whole = len(rows) == len(state.done)
         active, part = (state, problem) if whole else (state.take(rows), problem.take(rows))
         for _ in range(max_steps):
+            if time_is_over():
+                break
             active = solver.step(part, active)
             # The batch is copied only when rows finish: their tensors may be large.
             if active.done.all():

@@ -31,6 +31,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from softmeet.solvers import tuning
+from softmeet.solvers.clock import time_is_over
 from softmeet.solvers.linalg import add_ridge, held, some
 from softmeet.solvers.projection import Projection
 
@@ -113,7 +114,7 @@ def restricted_gap_bound(
 
     The gap is f(ν) - min f at the row's dual point ν. The changes solve a Newton system restricted to those tokens,
     whose rows of the heads are read; tokens that would get negative probability get 0, and the system is solved again,
-    at most eight times in all. The module docstring has the bound.
+    at most eight times in all, and not once the time is over. The module docstring has the bound.
 
     Args:
         problem: the batch of relaxed I-projections.
@@ -123,6 +124,8 @@ def restricted_gap_bound(
         limit: how many tokens may change, at least 1: those with the largest p + Σ ρ_i r_i, the sum over members of
             finite trust.
     """
+    if time_is_over():
+        return math.inf
     p, r, gradient, price = p.double(), r.double(), gradient.double(), problem.price.double()
     tokens = (p + price @ r).topk(min(limit, len(p))).indices
     one = torch.tensor([row], device=p.device)
@@ -142,6 +145,8 @@ def restricted_gap_bound(
         bounds, broken = zip(*(layer.bound(s) for layer in layers), strict=True)
         if slack.isinf() or not any(broken):
             return float(sum(bounds) + slack)
+        if time_is_over():
+            break
     return math.inf
 
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+from softmeet.errors import InvalidInputError
+
 _over: ContextVar[Callable[[], bool]] = ContextVar("time_is_over", default=lambda: False)
 
 
@@ -26,12 +28,16 @@ def time_is_over() -> bool:
 def time_limit(limit: float | Callable[[], bool]) -> Iterator[None]:
     """Enter a context in which solvers end soon after some time, with the best point that they have found by then.
 
-    Rows that are not solved by then have the status BUDGET. A step that has begun is finished, and averages, which are
-    formulas, are not cut short. Within another limit, the one that is over first counts.
+    Rows that are not solved by then have the status BUDGET, and are answered no worse than by the pool. A step that has
+    begun is finished, and averages, which are formulas, are not cut short. Within another limit, the one that is over
+    first counts.
 
     Args:
         limit: seconds from now, 0 or more; or a function that returns whether the time is over, which is called between
             steps and may do other work meanwhile.
+
+    Raises:
+        InvalidInputError: if ``limit`` is neither a number from 0 nor a function.
 
     Example:
         >>> import torch
@@ -46,6 +52,8 @@ def time_limit(limit: float | Callable[[], bool]) -> Iterator[None]:
     outer = _over.get()
     if callable(limit):
         own = limit
+    elif not isinstance(limit, int | float) or not limit >= 0:
+        raise InvalidInputError(f"expected a limit in seconds, from 0, or a function, got {limit!r}")
     else:
         end = time.monotonic() + limit
 

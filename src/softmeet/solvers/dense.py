@@ -180,6 +180,7 @@ class DenseNewton(Solver[DenseState]):
         after.certified = bound.isfinite() & self.certify
         after.gap = torch.where(after.certified, bound, left + rounding)
         reached = (after.certified | (not self.certify)) & (after.gap <= problem.tol)
+        reached = problem.exactly(reached, after.log_p, after.log_r)
         given_up = (after.stalls >= _PATIENCE) & ~reached
         after.done = reached | given_up
         after.status = after.status.masked_fill(given_up, Status.NOT_CONVERGED)
@@ -189,7 +190,8 @@ def dense(problem: Projection, max_steps: int, *, certify: bool = True) -> Dense
     """Solve every row by dense steps (:class:`DenseNewton`); return the final state, evaluated in fp64.
 
     Rows are done, OPTIMAL, once their gap is at most ``problem.tol``. During the steps vectors over the vocabulary are
-    fp32 if ``problem.tol`` is at least 5e-5 max(1, Σ ρ_i) nats, the sum over finite trusts, else fp64.
+    fp32 if ``problem.tol`` is at least 5e-5 max(1, Σ ρ_i) nats, the sum over finite trusts, and moments need not hold,
+    else fp64.
 
     Args:
         problem: the batch of relaxed I-projections.
@@ -197,7 +199,7 @@ def dense(problem: Projection, max_steps: int, *, certify: bool = True) -> Dense
         certify: whether a row must have a proved bound on its gap to be done; if False, an estimate is enough.
     """
     prices = max(1.0, float(problem.price.sum()))
-    coarse = problem.tol >= _SINGLE * prices
+    coarse = problem.tol >= _SINGLE * prices and not problem.moments_hold
     if not coarse:
         return iterate(DenseNewton(certify), problem, max_steps)
     found = iterate(DenseNewton(certify), replace(problem.single(), tol=_KEPT * problem.tol), max_steps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from softmeet.solvers import tuning
 from softmeet.solvers.base import Status, iterate
+from softmeet.solvers.clock import time_is_over
 from softmeet.solvers.dense import dense
 from softmeet.solvers.dual import DualState
 from softmeet.solvers.newton import DualNewton
@@ -24,14 +25,14 @@ def minimise_dual(problem: Projection, max_steps: int, *, certify: bool = True, 
         certify: whether dense steps must prove the gap of a row; if False, an estimate ends it. The full Hessian proves
             the gap in any case, at no cost.
         rescue: whether rows that dense steps leave NOT_CONVERGED are solved again with the full Hessian, unless v D²
-            (v tokens, D dual variables) exceeds ``tuning.HESSIAN_AS_RESCUE``. The second result replaces the first if
-            it is OPTIMAL or has no larger dual value.
+            (v tokens, D dual variables) exceeds ``tuning.HESSIAN_AS_RESCUE`` or the time is over. The second result
+            replaces the first if it is OPTIMAL or has no larger dual value.
     """
     if full_hessian_pays(problem):
         return iterate(DualNewton(), problem, max_steps).plain()
     state = dense(problem, max_steps, certify=certify).plain()
     late = (state.status == Status.NOT_CONVERGED).nonzero().squeeze(-1)
-    if not rescue or not len(late) or _cost(problem) > tuning.HESSIAN_AS_RESCUE:
+    if not rescue or not len(late) or _cost(problem) > tuning.HESSIAN_AS_RESCUE or time_is_over():
         return state
     again = iterate(DualNewton(), problem.take(late), max_steps).plain()
     again.steps += state.steps[late]
@@ -44,9 +45,11 @@ def full_hessian_pays(problem: Projection) -> bool:
     """Return whether solving ``problem`` with the full Hessian is expected to cost less than with dense steps.
 
     A step with the full Hessian takes v D² multiplications per row, v tokens and D dual variables. It pays if that is
-    at most ``tuning.HESSIAN``, or ``tuning.HESSIAN_WHERE_FINE`` for a tolerance below ``tuning.FINE``.
+    at most ``tuning.HESSIAN``, or ``tuning.HESSIAN_WHERE_FINE`` for a tolerance below ``tuning.FINE`` or if moments
+    have to hold.
     """
-    return _cost(problem) <= (tuning.HESSIAN_WHERE_FINE if problem.tol < tuning.FINE else tuning.HESSIAN)
+    fine = problem.tol < tuning.FINE or problem.moments_hold
+    return _cost(problem) <= (tuning.HESSIAN_WHERE_FINE if fine else tuning.HESSIAN)
 
 
 def _cost(problem: Projection) -> int:

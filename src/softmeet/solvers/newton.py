@@ -27,6 +27,8 @@ from softmeet.solvers.projection import Point, Projection
 
 # The fewest rows at once, even if their vectors do not fit the cache: they share the cost of starting each operation.
 _FEWEST = 8
+# The most multiplications of a step on a CPU: between steps it is asked whether the time is over.
+_WORK = 1 << 33
 # Armijo's condition: f falls by at least this share of its slope times the step. A step after which the slope is still
 # more than ``_STRAIGHT`` of the first met little curvature, as if every distribution is one-hot.
 _ARMIJO, _STRAIGHT = 1e-4, 0.5
@@ -62,11 +64,14 @@ class DualNewton(Solver[NewtonState]):
     def rows_at_once(self, problem: Projection) -> int:
         """Return how many rows one step may take, at least 1, so that their Hessians, D² numbers each, fit into memory.
 
-        On a CPU their vectors over the vocabulary should also fit its cache; but for that no fewer than 8 are returned.
+        On a CPU their vectors over the vocabulary should also fit its cache, but for that no fewer than 8 are returned;
+        and a step should not take longer than a large fraction of a second.
         """
-        rows, place = held(len(problem.scale) ** 2), problem.log_p.device
+        size, place = len(problem.scale) ** 2, problem.log_p.device
+        rows = held(size)
         if place.type == "cpu":
             rows = min(rows, cached(problem.log_p.shape[1:].numel(), place, _FEWEST))
+            rows = min(rows, max(1, _WORK // max(1, size * problem.log_q.shape[-1])))
         return rows
 
     def step(self, problem: Projection, state: NewtonState) -> NewtonState:
@@ -113,7 +118,8 @@ class DualNewton(Solver[NewtonState]):
         given = (before.steps == 0) & (problem.start is not None)
         estimate = (0.5 * decrement - fall).clamp_min(0).masked_fill(given, torch.inf)
         bound, rounding = torch.full_like(fall, torch.inf), torch.zeros_like(fall)
-        near = (estimate <= tuning.FAR * problem.tol).nonzero().squeeze(-1)
+        # A row that stalls is bounded, too: what it has may be near the optimum, though not as near as ``tol`` asks.
+        near = ((estimate <= tuning.FAR * problem.tol) | ((fall <= 0) & ~given)).nonzero().squeeze(-1)
         if len(near):
             bound[near], rounding[near] = _certified(problem, before, after, y, near)
         certified = torch.minimum(bound, torch.where(before.certified, before.gap, torch.inf))
@@ -121,6 +127,7 @@ class DualNewton(Solver[NewtonState]):
         after.certified = certified.isfinite()
         after.gap = torch.where(after.certified, certified, estimate) + rounding
         reached = after.certified & (after.gap <= problem.tol)
+        reached = problem.exactly(reached, after.log_p, after.log_r)
         stalled = (fall <= 0) & ~reached & ~given
         after.done = reached | stalled
         after.status = after.status.masked_fill(stalled, Status.NOT_CONVERGED)

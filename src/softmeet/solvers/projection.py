@@ -51,6 +51,8 @@ class Projection:
         tol: the gap, in nats, at which a row is done.
         start: dual variables ν to begin from, (B, D); None to begin from ν = 0, which is the pool.
         pool_may_answer: whether a row is done, too, once KL(q‖p°) ≤ ``tol`` is proved, p° the optimum.
+        moments_hold: whether a row is done only once its p has the moments of all members of infinite trust, to
+            ``MOMENT_TOLERANCE`` (1e-6) in Euclidean length.
 
     Attributes:
         alpha, gamma: α_i = min(1, ρ_i) and γ_i = min(1, 1/ρ_i), each (n,), in the dtype of ``log_q``.
@@ -69,6 +71,7 @@ class Projection:
     tol: float
     start: Float[Tensor, "B D"] | None = None
     pool_may_answer: bool = False
+    moments_hold: bool = False
     alpha: Float[Tensor, " n"] = field(init=False)
     gamma: Float[Tensor, " n"] = field(init=False)
     price: Float[Tensor, " n"] = field(init=False)
@@ -152,6 +155,23 @@ class Projection:
         """
         parts = zip(self.alpha, self.heads, x.unbind(1), strict=True)
         return torch.cat([alpha * h.moments(one)[0] for alpha, h, one in parts], dim=-1)
+
+    def exactly(
+        self, rows: Bool[Tensor, " B"], log_p: Float[Tensor, "B v"], log_r: Float[Tensor, "B n v"]
+    ) -> Bool[Tensor, " B"]:
+        """Return those of ``rows`` whose answer has the moments that ``moments_hold`` asks for; all without that.
+
+        If it asks for moments, all heads are read once in those rows.
+
+        Args:
+            rows: a mask of the rows to look at.
+            log_p, log_r: log-probabilities of the answer and of the corrected members, in nats.
+        """
+        if not self.moments_hold or not rows.any():
+            return rows
+        some = rows.nonzero().squeeze(-1)
+        off = self.exact_part(self.take(some).moments(log_p[some, None].exp() - log_r[some].exp())).norm(dim=-1)
+        return rows.index_copy(0, some, off <= MOMENT_TOLERANCE)
 
     def tilt(self, z: Float[Tensor, "B n v"]) -> Float[Tensor, "B v"]:
         """Return the term that the scores ``z`` add to the pool's log q: Σ_i min(1, ρ_i) z_i, (B, v), in nats."""
