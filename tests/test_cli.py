@@ -25,7 +25,7 @@ def run(*arguments, stdin="", columns=120):
     with pytest.MonkeyPatch.context() as patch, catch_warnings(), redirect_stdout(out), redirect_stderr(err):
         simplefilter("ignore")
         patch.setattr(sys, "argv", ["softmeet", *map(str, arguments)])
-        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8"))
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin if isinstance(stdin, bytes) else stdin.encode())))
         patch.setattr(cli, "keep_freed_memory", lambda: None)
         patch.setenv("COLUMNS", str(columns))
         with pytest.raises(SystemExit) as end:
@@ -33,12 +33,12 @@ def run(*arguments, stdin="", columns=120):
     return subprocess.CompletedProcess(arguments, end.value.code or 0, out.getvalue(), err.getvalue())
 
 
-def process(*arguments, stdin=""):
+def process(*arguments, stdin="", **environment):
     """The same in a process of its own, which takes seconds to start, without lines on progress of a busy machine."""
     done = subprocess.run(
         [sys.executable, "-m", "softmeet", *map(str, arguments)],
-        input=stdin, capture_output=True, text=True, check=False, timeout=900,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "120"},
+        input=stdin, capture_output=True, encoding="utf-8", check=False, timeout=900,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "120", **environment},
     )  # fmt: skip
     done.stderr = re.sub(r"^loading.*: \d+ s\n", "", done.stderr, flags=re.MULTILINE)
     return done
@@ -115,6 +115,62 @@ def test_an_error_in_a_process_of_its_own():
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: expected a prompt of at least one token")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "good", "\udcff\udcfe bad"], ["inspect", "\udcff bad"],
+        ["study", "pretrained", "out", "-m", "wide/gpt2", "-t", "x", "--prompt", "\udcff"],
+        ["evaluate", "-t", "x", "--separator", "\udcff"],
+    ],
+)  # fmt: skip
+def test_an_argument_that_is_no_text_is_refused_before_anything_is_loaded(arguments, monkeypatch):
+    monkeypatch.setattr("softmeet.ensemble.Ensemble.from_pretrained", None)
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: expected UTF-8 in a text on the command line, but byte 0 (line 1) is not")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "words", [["generate", "-f"], ["evaluate", "-t"], ["check", "-t"], ["generate", "x", "--device"]]
+)
+def test_a_file_that_is_no_text_is_named(words, tmp_path, monkeypatch):
+    monkeypatch.setattr("softmeet.ensemble.Ensemble.from_pretrained", None)
+    path = tmp_path / "a.yaml"
+    path.write_bytes(b"a\nb\xff\xfe")
+    done = run(*words, path)
+    assert done.returncode == 2
+    assert f"error: expected UTF-8 in {path}, but byte 3 (line 2) is not" in done.stderr
+
+
+@pytest.mark.parametrize("words", [["generate"], ["generate", "-"], ["evaluate", "-t", "-"]])
+def test_stdin_that_is_no_text_is_named(words, monkeypatch):
+    monkeypatch.setattr("softmeet.ensemble.Ensemble.from_pretrained", None)
+    assert "error: expected UTF-8 in stdin, but byte 1 (line 1) is not" in run(*words, stdin=b"a\xff").stderr
+
+
+def test_texts_are_utf8_in_any_locale(members):
+    """In one that decodes ASCII alone, the words of the command line come with surrogates in place of other bytes."""
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    words = ("generate", "-", "é→", *members, "--max-new-tokens", 2, "--seed", 1, "--json")
+    done = process(*words, stdin="ü", **plain)
+    assert done.returncode == 0, done.stderr
+    assert [c["prompt"] for c in json.loads(done.stdout)["completions"]] == ["ü", "é→"]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["config", "evaluate"], ["generate", "a"], ["generate", ""]])
+def test_a_reader_that_goes_ends_a_command_in_silence(words, members):
+    reader, writer = os.pipe()
+    os.close(reader)
+    more = [*members, "--max-new-tokens", "3"] if words[0] == "generate" else []
+    command = [sys.executable, "-m", "softmeet", *words, *map(str, more)]
+    errors = writer if words[1:2] == [""] else subprocess.PIPE
+    done = subprocess.run(command, stdout=writer, stderr=errors, check=False)
+    os.close(writer)
+    assert done.returncode == 141
+    assert not done.stderr
 
 
 def test_version_help_and_completion():

@@ -218,3 +218,11 @@ def test_a_seed_samples_from_the_whole_distribution_and_greedy_stays_greedy():
     given = GenerationConfig(do_sample=True, top_k=2)
     few = ours.generate("And the king said", max_new_tokens=40, seed=1, generation_config=given)
     assert few == ours.generate("And the king said", max_new_tokens=40, seed=1, top_k=2)
+
+
+def test_a_text_that_utf8_cannot_hold_is_refused(folders):
+    ours = Ensemble.from_pretrained(folders, "logit-mean")
+    over_bytes = Ensemble.from_pretrained("mixed")
+    for function in (ours.generate, ours.inspect, ours.next_token, over_bytes.generate, over_bytes.inspect):
+        with pytest.raises(InvalidInputError, match=r"expected text that UTF-8 can hold, got '\\udcff' at character 1"):
+            function("a\udcff")

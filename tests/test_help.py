@@ -22,6 +22,7 @@ from softmeet.cli.endings import endings
 from softmeet.cli.help import PANELS, default, grouped, sentence, spelling
 from softmeet.cli.main import app
 from softmeet.errors import InvalidInputError
+from softmeet.members.zoo import short
 
 WORDS = "the spring storm came early and went around the house again " * 12
 
@@ -209,11 +210,35 @@ def test_tables_break_texts_before_numbers(width):
     assert "a/very-long-name-of-a-member" in "".join(first)
 
 
-def test_a_table_too_narrow_for_its_numbers_breaks_them_but_loses_no_digit():
-    console = Console(file=io.StringIO(), width=14)
-    tables.print_table(console, ("m", "x", "y", "z"), [[("name", "123456", "789012", "345678")]])
-    digits = "".join(re.findall(r"\d", console.file.getvalue()))
-    assert sorted(digits) == sorted("123456789012345678")
+@pytest.mark.parametrize("width", [14, 24])
+def test_a_table_without_room_is_printed_line_by_line(width):
+    console = Console(file=io.StringIO(), width=width)
+    rows = [("a/long-name-of-a-member", "1.5", "a text"), ("b/other", "2.5", "")]
+    columns = ("member", "nats a token or some such long title", "what moved")
+    tables.print_table(console, columns, [rows], texts=(0, 2), optional=2)
+    lines = console.file.getvalue().splitlines()
+    assert lines[0] == "a/long-name-of-a-member"
+    assert " ".join("".join(lines).split()).count("1.5") == 1
+    assert "  what moved: a text" in lines if width == 24 else "text" in "".join(lines)
+    assert "b/other" in lines
+    assert sum("what" in line for line in lines) == 1
+
+
+@pytest.mark.parametrize("command", ["evaluate", "inspect", "check", "generate"])
+def test_names_survive_a_narrow_terminal(command, folders, tmp_path):
+    (tmp_path / "a.txt").write_text(WORDS)
+    members = tiny.each("-m", folders)
+    words = {
+        "generate": ["generate", "hello", *members, "--max-new-tokens", 3, "--summary"],
+        "inspect": ["inspect", "hello there", *members],
+        "evaluate": ["evaluate", *members, "-t", tmp_path / "a.txt", "--max-tokens", 12],
+        "check": ["check", *members, "--sampled", 0],
+    }[command]
+    done = run(*words, columns=40)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout + done.stderr
+    for name in map(short, [str(folder) for folder in folders]):
+        assert any(name in line for line in said.splitlines()), said
 
 
 def test_progress_in_a_pipe_is_a_line_now_and_then(monkeypatch):

@@ -20,7 +20,7 @@ from softmeet.hf.recorder import Recorder
 from softmeet.hf.report import NextToken, TokenReport, TokenReports
 from softmeet.hf.sampling import RowSampler
 from softmeet.hf.streaming import DisagreementStreamer, streamed, text_streamer
-from softmeet.hf.vocabulary import choose_vocabulary, require_for_bytes, require_vocabulary
+from softmeet.hf.vocabulary import choose_vocabulary, require_for_bytes, require_unicode, require_vocabulary
 from softmeet.members import names as known
 from softmeet.members import zoo
 from softmeet.members.huggingface import Dtype, load_members, load_tokenizers, require_loadable
@@ -209,6 +209,7 @@ class Ensemble:
             [-2.99, -6.61, -0.15]
         """
         if isinstance(self.model, ByteEnsembleForCausalLM):
+            require_unicode(text)
             if not text:
                 raise InvalidInputError("expected a text of at least one byte, got an empty one")
             return group_reports(self.model, text.encode(), top)
@@ -372,6 +373,7 @@ class Ensemble:
     def _encode(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         """Return token ids and the attention mask, (B, t), on the model's device."""
         over_bytes = self.model.over_bytes
+        require_unicode(*prompts)
         if not prompts or not (all(prompts) or over_bytes):
             raise InvalidInputError("expected a prompt of at least one token, got an empty one")
         inputs = self.tokenizer(prompts, return_tensors="pt", padding=len(prompts) > 1, verbose=False)

@@ -19,6 +19,7 @@ from softmeet.cli.flags import flag, flags
 from softmeet.cli.messages import err, say
 from softmeet.cli.progress import working
 from softmeet.cli.tables import out, print_table
+from softmeet.cli.texts import argument_text, file_text
 
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
@@ -120,8 +121,8 @@ def generate(
 
     Example: softmeet generate "And the king said" -m wide/gpt2 -m wide/llama --seed 1
     """
-    texts = [path.read_text(encoding="utf-8") for path in file or []]
-    texts += [sys.stdin.read().rstrip("\n") if p == "-" else p for p in prompts or ([] if file else ["-"])]
+    texts = [file_text(path) for path in file or []]
+    texts += [file_text(p).rstrip("\n") if p == "-" else argument_text(p) for p in prompts or ([] if file else ["-"])]
     ensemble = loading.ensemble(members, settings)
     weights = [ensemble.prompt_weights(text) for text in texts] if prompt_weights else None
     from softmeet.hf import Recorder
