@@ -14,9 +14,12 @@ from warnings import catch_warnings, simplefilter
 
 import pytest
 import tiny
+from test_ensemble import Asking
 
+import softmeet
 from softmeet import Ensemble
 from softmeet.cli import main as cli
+from softmeet.rules import registry
 
 
 def run(*arguments, stdin="", columns=120):
@@ -75,6 +78,24 @@ def test_json_from_several_prompts_and_a_file(members, tmp_path):
     assert [m["weight"] for m in found["members"]] == [0.25, 0.75]
     assert found["rule"] == "prob-mean"
     assert found["head_passes_per_token"] == 0
+
+
+def test_reproducible_prompts_are_continued_as_alone(members):
+    how = ("--reproducible", "--max-new-tokens", 5, *members)
+    together = run("generate", "hello", "the world", *how, "--seed", 3, "--json")
+    assert together.returncode == 0, together.stderr
+    for made in json.loads(together.stdout)["completions"]:
+        assert run("generate", made["prompt"], *how, "--seed", 3).stdout == made["text"] + "\n"
+    assert run("generate", "a", *how).stderr.startswith("error: --reproducible needs --seed N, or --no-do-sample")
+    assert run("generate", "a", *how, "--temperature", 0).returncode == 0
+    late = run("generate", "a", *how, "--seed", 3, "--token-seconds", 1)
+    assert late.stderr.startswith("error: leave out --token-seconds")
+
+
+def test_a_token_that_took_its_time_is_said(members, monkeypatch):
+    monkeypatch.setattr(registry, "_registered", {"test-asking": Asking})
+    done = run("generate", "hello", *members, "--rule", "test-asking", "--token-seconds", 0, "--max-new-tokens", 3)
+    assert "BUDGET at all 3 tokens: the budget of steps or time ended first: this is the best point" in done.stderr
 
 
 def test_weights_of_prompts_are_those_that_are_reported(members):
@@ -174,8 +195,6 @@ def test_a_reader_that_goes_ends_a_command_in_silence(words, members):
 
 
 def test_version_help_and_completion():
-    import softmeet
-
     assert run("--version").stdout.startswith(f"softmeet {softmeet.__version__} (python ")
     assert "--max-new-tokens" in run("generate", "--help").stdout
     assert "--show-completion" in run("--help").stdout

@@ -16,11 +16,11 @@ import typer
 from rich.text import Text
 
 from softmeet.cli import options
-from softmeet.cli.endings import endings
 from softmeet.cli.flags import flag, flags
 from softmeet.cli.messages import err
 from softmeet.cli.tables import out, print_table
 from softmeet.cli.texts import argument_text, require_new
+from softmeet.rules.endings import endings
 
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
