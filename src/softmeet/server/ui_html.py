@@ -98,7 +98,7 @@ def details_of(token: Report, members: Sequence[str], rule: str) -> str:
         corrected = f"corrected by {'at most ' if bound else ''}{nats:.4f} nats"
         cards.append(("", name, rows, own, corrected if rows else "not asked: the gate was closed"))
     sure = f"within {token['gap']:.1e} nats of the optimum" + (", certified" if token["gap_is_certified"] else "")
-    sure = sure if math.isfinite(token["gap"]) else "not solved"
+    sure = sure if math.isfinite(token["gap"]) else "how near is unknown"
     figures = f"{Status[token['status']]}, {sure}, {token['num_passes']:.1f} reads of all heads"
     figures = "the gate was closed, so the rule was not computed" if token.get("gated") else figures
     moved = any(before != after for _, before, after in token["moved"])
