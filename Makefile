@@ -18,8 +18,8 @@ test: ## Run the tests.
 	@$(MAKE) --no-print-directory $(VENV)/.test
 	$(TEST_ENV) $(BIN)/pytest -rfEs $(PYTEST_ARGS)
 
-soak: $(VENV)/.test ## Serve 64 streams for five minutes, then ten thousand malformed requests.
-	$(BIN)/python benchmarks/soak.py
+soak: $(VENV)/.test ## Load two servers with all that clients do for an hour (HOURS=, MINUTES=), killing one now and then.
+	$(BIN)/python benchmarks/soak.py $(if $(MINUTES),--minutes $(MINUTES),--hours $(or $(HOURS),1)) --json soak.json $(SOAK_ARGS)
 
 bench: $(VENV)/.bench ## Time the solver and decoding beside the alternatives, at sizes of a few minutes each.
 	$(BIN)/python benchmarks/passes.py --positions 128

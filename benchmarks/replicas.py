@@ -16,7 +16,7 @@ import typer
 
 from report import show
 from serve import measure
-from soak import Server
+from servers import Server
 
 FRONT, PROXY = "ray::ServeReplica:softmeet:front", "ray::ProxyActor"
 

@@ -25,7 +25,7 @@ import psutil
 import typer
 
 from report import show
-from soak import PROMPTS, Server
+from servers import PROMPTS, Server
 from softmeet.members import zoo
 
 MEMBER = "wide/gpt2"

@@ -14,9 +14,12 @@ from warnings import catch_warnings, simplefilter
 
 import pytest
 import tiny
+from test_ensemble import Asking
 
+import softmeet
 from softmeet import Ensemble
 from softmeet.cli import main as cli
+from softmeet.rules import registry
 
 
 def run(*arguments, stdin="", columns=120):
@@ -25,7 +28,7 @@ def run(*arguments, stdin="", columns=120):
     with pytest.MonkeyPatch.context() as patch, catch_warnings(), redirect_stdout(out), redirect_stderr(err):
         simplefilter("ignore")
         patch.setattr(sys, "argv", ["softmeet", *map(str, arguments)])
-        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8"))
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin if isinstance(stdin, bytes) else stdin.encode())))
         patch.setattr(cli, "keep_freed_memory", lambda: None)
         patch.setenv("COLUMNS", str(columns))
         with pytest.raises(SystemExit) as end:
@@ -33,12 +36,12 @@ def run(*arguments, stdin="", columns=120):
     return subprocess.CompletedProcess(arguments, end.value.code or 0, out.getvalue(), err.getvalue())
 
 
-def process(*arguments, stdin=""):
+def process(*arguments, stdin="", **environment):
     """The same in a process of its own, which takes seconds to start, without lines on progress of a busy machine."""
     done = subprocess.run(
         [sys.executable, "-m", "softmeet", *map(str, arguments)],
-        input=stdin, capture_output=True, text=True, check=False, timeout=900,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "120"},
+        input=stdin, capture_output=True, encoding="utf-8", check=False, timeout=900,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "120", **environment},
     )  # fmt: skip
     done.stderr = re.sub(r"^loading.*: \d+ s\n", "", done.stderr, flags=re.MULTILINE)
     return done
@@ -75,6 +78,24 @@ def test_json_from_several_prompts_and_a_file(members, tmp_path):
     assert [m["weight"] for m in found["members"]] == [0.25, 0.75]
     assert found["rule"] == "prob-mean"
     assert found["head_passes_per_token"] == 0
+
+
+def test_reproducible_prompts_are_continued_as_alone(members):
+    how = ("--reproducible", "--max-new-tokens", 5, *members)
+    together = run("generate", "hello", "the world", *how, "--seed", 3, "--json")
+    assert together.returncode == 0, together.stderr
+    for made in json.loads(together.stdout)["completions"]:
+        assert run("generate", made["prompt"], *how, "--seed", 3).stdout == made["text"] + "\n"
+    assert run("generate", "a", *how).stderr.startswith("error: --reproducible needs --seed N, or --no-do-sample")
+    assert run("generate", "a", *how, "--temperature", 0).returncode == 0
+    late = run("generate", "a", *how, "--seed", 3, "--token-seconds", 1)
+    assert late.stderr.startswith("error: leave out --token-seconds")
+
+
+def test_a_token_that_took_its_time_is_said(members, monkeypatch):
+    monkeypatch.setattr(registry, "_registered", {"test-asking": Asking})
+    done = run("generate", "hello", *members, "--rule", "test-asking", "--token-seconds", 0, "--max-new-tokens", 3)
+    assert "BUDGET at all 3 tokens: the budget of steps or time ended first: this is the best point" in done.stderr
 
 
 def test_weights_of_prompts_are_those_that_are_reported(members):
@@ -117,9 +138,63 @@ def test_an_error_in_a_process_of_its_own():
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_version_help_and_completion():
-    import softmeet
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "good", "\udcff\udcfe bad"], ["inspect", "\udcff bad"],
+        ["study", "pretrained", "out", "-m", "wide/gpt2", "-t", "x", "--prompt", "\udcff"],
+        ["evaluate", "-t", "x", "--separator", "\udcff"],
+    ],
+)  # fmt: skip
+def test_an_argument_that_is_no_text_is_refused_before_anything_is_loaded(arguments, monkeypatch):
+    monkeypatch.setattr("softmeet.ensemble.Ensemble.from_pretrained", None)
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: expected UTF-8 in a text on the command line, but byte 0 (line 1) is not")
+    assert len(done.stderr.splitlines()) == 1
 
+
+@pytest.mark.parametrize(
+    "words", [["generate", "-f"], ["evaluate", "-t"], ["check", "-t"], ["generate", "x", "--device"]]
+)
+def test_a_file_that_is_no_text_is_named(words, tmp_path, monkeypatch):
+    monkeypatch.setattr("softmeet.ensemble.Ensemble.from_pretrained", None)
+    path = tmp_path / "a.yaml"
+    path.write_bytes(b"a\nb\xff\xfe")
+    done = run(*words, path)
+    assert done.returncode == 2
+    assert f"error: expected UTF-8 in {path}, but byte 3 (line 2) is not" in done.stderr
+
+
+@pytest.mark.parametrize("words", [["generate"], ["generate", "-"], ["evaluate", "-t", "-"]])
+def test_stdin_that_is_no_text_is_named(words, monkeypatch):
+    monkeypatch.setattr("softmeet.ensemble.Ensemble.from_pretrained", None)
+    assert "error: expected UTF-8 in stdin, but byte 1 (line 1) is not" in run(*words, stdin=b"a\xff").stderr
+
+
+def test_texts_are_utf8_in_any_locale(members):
+    """In one that decodes ASCII alone, the words of the command line come with surrogates in place of other bytes."""
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    words = ("generate", "-", "é→", *members, "--max-new-tokens", 2, "--seed", 1, "--json")
+    done = process(*words, stdin="ü", **plain)
+    assert done.returncode == 0, done.stderr
+    assert [c["prompt"] for c in json.loads(done.stdout)["completions"]] == ["ü", "é→"]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["config", "evaluate"], ["generate", "a"], ["generate", ""]])
+def test_a_reader_that_goes_ends_a_command_in_silence(words, members):
+    reader, writer = os.pipe()
+    os.close(reader)
+    more = [*members, "--max-new-tokens", "3"] if words[0] == "generate" else []
+    command = [sys.executable, "-m", "softmeet", *words, *map(str, more)]
+    errors = writer if words[1:2] == [""] else subprocess.PIPE
+    done = subprocess.run(command, stdout=writer, stderr=errors, check=False)
+    os.close(writer)
+    assert done.returncode == 141
+    assert not done.stderr
+
+
+def test_version_help_and_completion():
     assert run("--version").stdout.startswith(f"softmeet {softmeet.__version__} (python ")
     assert "--max-new-tokens" in run("generate", "--help").stdout
     assert "--show-completion" in run("--help").stdout

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
 from transformers import DynamicCache, GenerationConfig
 
-from softmeet import Ensemble
+from softmeet import Ensemble, Rule, Status, time_is_over
 from softmeet.errors import InvalidInputError, NonFiniteError, VocabularyMismatchError
 from softmeet.hf import EnsembleCache, EnsembleConfig, EnsembleForCausalLM, Recorder
 from softmeet.hf.sampling import RowSampler
+from softmeet.rules.answer import closed_form
 from softmeet.simplex import total_variation
 
 MEMBERS = ("gpt2", "llama", "opt projected")
@@ -218,3 +221,75 @@ def test_a_seed_samples_from_the_whole_distribution_and_greedy_stays_greedy():
     given = GenerationConfig(do_sample=True, top_k=2)
     few = ours.generate("And the king said", max_new_tokens=40, seed=1, generation_config=given)
     assert few == ours.generate("And the king said", max_new_tokens=40, seed=1, top_k=2)
+
+
+def test_a_text_that_utf8_cannot_hold_is_refused(folders):
+    ours = Ensemble.from_pretrained(folders, "logit-mean")
+    over_bytes = Ensemble.from_pretrained("mixed")
+    for function in (ours.generate, ours.inspect, ours.next_token, over_bytes.generate, over_bytes.inspect):
+        with pytest.raises(InvalidInputError, match=r"expected text that UTF-8 can hold, got '\\udcff' at character 1"):
+            function("a\udcff")
+
+
+class Kept(Recorder):
+    """Keeps every log-probability that was drawn from."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows_of_prompts = []
+
+    def add(self, solution, log_probs):
+        super().add(solution, log_probs)
+        self.rows_of_prompts += list(solution.log_probs)
+
+
+@pytest.mark.parametrize(
+    ("family", "rule"),
+    [("narrow", "meet"), ("wide", "meet"), ("wide", "logit-mean"), ("wide", "prob-mean"), ("mixed", "logit-mean")],
+)
+def test_reproducible_prompts_get_the_same_bits_alone_and_beside_others(family, rule):
+    ours = Ensemble.from_pretrained(family, rule)
+    prompts = ["In the beginning", "O", "And the king said unto his daughter, and to all that were in the house,", "O"]
+    how = {"seed": 5, "max_new_tokens": 7}
+    alone = [Kept() for _ in prompts]
+    texts = [ours.generate(p, **how, recorder=kept) for p, kept in zip(prompts, alone, strict=True)]
+    together, batch = Kept(), Kept()
+    assert ours.generate(prompts, **how, reproducible=True, recorder=together) == texts
+    assert texts[1] == texts[3]
+    expected = torch.stack([row for kept in alone for row in kept.rows_of_prompts])
+    assert torch.equal(torch.stack(together.rows_of_prompts), expected)
+    # A batch draws from a generator for each prompt, so that its tokens are others; and so are the bits.
+    assert ours.generate(prompts, **how, recorder=batch)[0] == texts[0]
+    assert not torch.equal(torch.stack(batch.rows_of_prompts[:: len(prompts)]), expected[: len(expected) // 4])
+
+
+def test_reproducible_needs_a_seed_and_no_clock(folders):
+    ours = Ensemble.from_pretrained(folders, "logit-mean")
+    assert len(ours.generate(["a", "b"], reproducible=True, max_new_tokens=2)) == 2
+    with pytest.raises(InvalidInputError, match="expected a seed"):
+        ours.generate(["a", "b"], reproducible=True, do_sample=True)
+    with pytest.raises(InvalidInputError, match="expected no limit on a token's seconds"):
+        ours.generate(["a", "b"], reproducible=True, token_seconds=1.0)
+    with pytest.raises(InvalidInputError, match="expected token_seconds of 0 or more, got -1"):
+        ours.generate("a", token_seconds=-1)
+
+
+class Asking(Rule):
+    """The average; its rows are out of time where the time for a token is over."""
+
+    name = "test-asking"
+    summary = "for tests"
+
+    def solve(self, problem):
+        answer = closed_form(problem, problem.log_pool)
+        late = int(Status.BUDGET if time_is_over() else Status.OPTIMAL)
+        return replace(answer, status=torch.full_like(answer.status, late))
+
+
+def test_a_token_takes_no_longer_than_it_may(folders):
+    ours = Ensemble.from_pretrained(folders, Asking())
+    for seconds, status in ((None, "OPTIMAL"), (0.0, "BUDGET"), (1e6, "OPTIMAL")):
+        recorder = Recorder()
+        ours.generate(["hello", "world"], max_new_tokens=3, token_seconds=seconds, recorder=recorder)
+        assert recorder.statuses == {status: recorder.rows}
+    assert not time_is_over()

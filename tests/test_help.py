@@ -16,12 +16,15 @@ from rich.console import Console
 from test_cli import run
 from typer.main import get_command
 
+from softmeet import Ensemble, Status
 from softmeet.cli import messages, tables
 from softmeet.cli import progress as progress_module
-from softmeet.cli.endings import endings
 from softmeet.cli.help import PANELS, default, grouped, sentence, spelling
 from softmeet.cli.main import app
 from softmeet.errors import InvalidInputError
+from softmeet.members.zoo import short
+from softmeet.rules.endings import endings
+from softmeet.server.ui_html import details_of, text_of
 
 WORDS = "the spring storm came early and went around the house again " * 12
 
@@ -124,8 +127,8 @@ def test_temperature_zero_takes_the_most_probable_token(folders):
 
 
 @pytest.mark.parametrize("command", ["generate", "inspect", "evaluate"])
-@pytest.mark.parametrize("rule", ["min-cross-entropy", "max-entropy"])
-def test_degenerate_and_fallbacks_are_said(command, rule, folders, tmp_path):
+@pytest.mark.parametrize("rule", ["min-cross-entropy", "max-entropy", "meet:budget=1", "meet"])
+def test_what_was_not_simply_solved_is_said(command, rule, folders, tmp_path):
     # A member twice agrees with itself, so that the first rule has nothing to choose; two that differ never agree.
     twice = rule == "min-cross-entropy"
     members = tiny.each("-m", folders[:1] * 2 if twice else folders)
@@ -135,6 +138,7 @@ def test_degenerate_and_fallbacks_are_said(command, rule, folders, tmp_path):
         "inspect": ["inspect", "hello there", *members],
         "evaluate": ["evaluate", *members, "-t", tmp_path / "a.txt", "--max-tokens", 12],
     }[command]
+    words += ["--trust", 4, "--max-steps", 1] if rule.startswith("meet") else []
     done = run(*words, "--rule", rule)
     assert done.returncode == 0, done.stderr
     said = " ".join((done.stdout + done.stderr).split())
@@ -143,9 +147,28 @@ def test_degenerate_and_fallbacks_are_said(command, rule, folders, tmp_path):
     if twice:
         assert "DEGENERATE at all " in said
         assert own["statuses"] == {"DEGENERATE": sum(own["statuses"].values())}
+    elif rule.startswith("meet"):
+        status = Status.BUDGET if "budget" in rule else Status.NOT_CONVERGED
+        assert f"{status.name} at " in said
+        assert f"s: {status}" in said
+        assert "this is the best point found" in str(status)
+        assert own["statuses"][status.name] > 0
     else:
         assert "answered by meet at all " in said
         assert own["fallbacks"] == sum(own["statuses"].values()) > 0
+
+
+def test_pages_say_what_was_not_simply_solved(folders, tmp_path):
+    ours = Ensemble.from_pretrained(folders, "meet:budget=1", trust=4.0)
+    tokens = [report.spelled(ours.tokenizer) for report in ours.inspect("hello there and all", top=2)]
+    late = sum(token["status"] == "BUDGET" for token in tokens)
+    said = f"BUDGET at {'all' if late == len(tokens) else f'{late} of'} {len(tokens)} tokens: {Status.BUDGET}"
+    assert said in text_of(tokens, "hello", "meet", done=True)
+    assert str(Status.BUDGET) in details_of(tokens[0], ours.names, "meet")
+    page = tmp_path / "page.html"
+    words = ["inspect", "hello there and all", *tiny.each("-m", folders), "--rule", "meet:budget=1", "--trust", 4]
+    assert run(*words, "--html", page).returncode == 0
+    assert said in page.read_text(encoding="utf-8")
 
 
 def test_endings():
@@ -209,11 +232,35 @@ def test_tables_break_texts_before_numbers(width):
     assert "a/very-long-name-of-a-member" in "".join(first)
 
 
-def test_a_table_too_narrow_for_its_numbers_breaks_them_but_loses_no_digit():
-    console = Console(file=io.StringIO(), width=14)
-    tables.print_table(console, ("m", "x", "y", "z"), [[("name", "123456", "789012", "345678")]])
-    digits = "".join(re.findall(r"\d", console.file.getvalue()))
-    assert sorted(digits) == sorted("123456789012345678")
+@pytest.mark.parametrize("width", [14, 24])
+def test_a_table_without_room_is_printed_line_by_line(width):
+    console = Console(file=io.StringIO(), width=width)
+    rows = [("a/long-name-of-a-member", "1.5", "a text"), ("b/other", "2.5", "")]
+    columns = ("member", "nats a token or some such long title", "what moved")
+    tables.print_table(console, columns, [rows], texts=(0, 2), optional=2)
+    lines = console.file.getvalue().splitlines()
+    assert lines[0] == "a/long-name-of-a-member"
+    assert " ".join("".join(lines).split()).count("1.5") == 1
+    assert "  what moved: a text" in lines if width == 24 else "text" in "".join(lines)
+    assert "b/other" in lines
+    assert sum("what" in line for line in lines) == 1
+
+
+@pytest.mark.parametrize("command", ["evaluate", "inspect", "check", "generate"])
+def test_names_survive_a_narrow_terminal(command, folders, tmp_path):
+    (tmp_path / "a.txt").write_text(WORDS)
+    members = tiny.each("-m", folders)
+    words = {
+        "generate": ["generate", "hello", *members, "--max-new-tokens", 3, "--summary"],
+        "inspect": ["inspect", "hello there", *members],
+        "evaluate": ["evaluate", *members, "-t", tmp_path / "a.txt", "--max-tokens", 12],
+        "check": ["check", *members, "--sampled", 0],
+    }[command]
+    done = run(*words, columns=40)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout + done.stderr
+    for name in map(short, [str(folder) for folder in folders]):
+        assert any(name in line for line in said.splitlines()), said
 
 
 def test_progress_in_a_pipe_is_a_line_now_and_then(monkeypatch):

@@ -168,7 +168,7 @@ def report(text, **changes):
         "text": text, "log_prob": -1.0, "pool_log_prob": -1.2, "member_log_probs": [-1.0], "top": [["a", -1.0]],
         "member_top": [[["a", -1.0]]],
         "moved": [["a", -1.0, -0.5]], "pushes": [[0.5]], "disagreement": [0.1], "disagreement_is_bound": [False],
-        "status": "OPTIMAL", "gap": 0.0, "gap_is_certified": True, "num_passes": 3.0,
+        "status": "OPTIMAL", "fallback": False, "gap": 0.0, "gap_is_certified": True, "num_passes": 3.0,
     }  # fmt: skip
     return found | changes
 

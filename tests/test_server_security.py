@@ -333,7 +333,7 @@ def test_threads_of_clients_get_their_own_tokens(url):
 
 def test_schemathesis_finds_only_errors_that_are_objects(url):
     """What the OpenAPI document describes, and what it does not, never makes a 500."""
-    from soak import fuzz
+    from malformed import fuzz
 
     seen = fuzz(url, examples=12)
     assert seen["answered"] >= 5

@@ -170,6 +170,8 @@ def test_the_command_on_text_writes_a_report_and_goes_on(tmp_path, monkeypatch):
     report = (out / "report.md").read_text()
     for rule in ("logit-mean", "meet 0.3", "max-entropy", "least-squares", "one-hot", "narrow/opt-a"):
         assert rule in report
+    assert "- `min-cross-entropy`: INFEASIBLE at all 2 tokens: no distribution has every member's moments" in report
+    assert "- `min-cross-entropy`: answered by meet at all 2 tokens" in report
     assert CliRunner().invoke(app, arguments).exit_code == 0
     assert (out / "cells.jsonl").read_text() == before
 

@@ -24,7 +24,10 @@ Every command of softmeet with all its options: what `softmeet COMMAND --help` s
 A list repeats its option: `-m A -m B`, `--rule A --rule B`. Numbers in a list have commas, `--trust 1,0.3`; in a rule,
 which may hold any setting, slashes: `--rule meet:trust=1/0.3:pool=prob-mean`. A setting is named once. `--config
 FILE.yaml` gives any of a command's flags under their own names; what stands on the command line wins. An error is one
-line on stderr and exit code 2. `softmeet --install-completion` sets up your shell.
+line on stderr and exit code 2; the exit code is 130 after Ctrl-C, and 141, without a word, where the reader of a pipe
+has gone, as in `softmeet generate "In the beginning" | head -1`. Texts are UTF-8 in any locale, as arguments, files,
+stdin and output. A table that does not fit the terminal is printed line by line. `softmeet --install-completion` sets
+up your shell.
 """
 
 

@@ -18,9 +18,9 @@ from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.hf.recorder import Recorder
 from softmeet.hf.report import NextToken, TokenReport, TokenReports
-from softmeet.hf.sampling import RowSampler
+from softmeet.hf.sampling import RowSampler, require_reproducible
 from softmeet.hf.streaming import DisagreementStreamer, streamed, text_streamer
-from softmeet.hf.vocabulary import choose_vocabulary, require_for_bytes, require_vocabulary
+from softmeet.hf.vocabulary import choose_vocabulary, require_for_bytes, require_unicode, require_vocabulary
 from softmeet.members import names as known
 from softmeet.members import zoo
 from softmeet.members.huggingface import Dtype, load_members, load_tokenizers, require_loadable
@@ -209,6 +209,7 @@ class Ensemble:
             [-2.99, -6.61, -0.15]
         """
         if isinstance(self.model, ByteEnsembleForCausalLM):
+            require_unicode(text)
             if not text:
                 raise InvalidInputError("expected a text of at least one byte, got an empty one")
             return group_reports(self.model, text.encode(), top)
@@ -289,6 +290,7 @@ class Ensemble:
         seed: int | None = None,
         recorder: Recorder | None = None,
         prompt_weights: bool = False,
+        reproducible: bool = False,
         **options: Any,
     ) -> str | list[str]:
         """Continue one prompt, or several in one batch, and return the new text only.
@@ -298,14 +300,18 @@ class Ensemble:
             seed: prompt k, from 0, draws from its own generator, seeded with (seed, k), so its tokens do not depend on
                 the other prompts; implies ``do_sample=True`` unless that is False. None for torch's global generator.
             recorder: a ``softmeet.hf.Recorder()``, to which the call adds its rows, head reads, fallbacks and more.
-            prompt_weights: use for each prompt the weights that :meth:`prompt_weights` computes from it; prompts are
-                then continued one after another.
+            prompt_weights: use for each prompt the weights that :meth:`prompt_weights` computes from it. Prompts are
+                then continued one after another, each as if it were asked alone: all draw from (seed, 0).
+            reproducible: continue prompts in this way, for the same tokens alone and beside any others, to the last bit
+                on the same machine and threads. In a batch rounding differs, and with it now and then a token.
             options: options of transformers' ``generate`` (without a length text may fill the shortest context; without
                 ``top_k`` tokens are drawn from the whole distribution, not from the 50 likeliest), and
                 ``weights`` (n numbers) and ``gate`` ("none" for no gate); unless None they replace the ensemble's.
+                ``token_seconds``: how long solvers may take for a token of all prompts (:func:`softmeet.time_limit`).
 
         Raises:
-            InvalidInputError: if weights or gate is wrong, or a prompt is empty (unless over bytes) or fills a context.
+            InvalidInputError: if weights or gate is wrong, or a prompt is empty (unless over bytes) or fills a context,
+                or ``reproducible`` comes with draws without a seed, or with ``token_seconds``.
 
         Example:
             >>> ensemble = Ensemble.from_pretrained("wide", "logit-mean")
@@ -313,11 +319,14 @@ class Ensemble:
             ' of the earth, and'
         """
         prompts = [text] if isinstance(text, str) else list(text)
-        if prompt_weights:
+        arguments = self._arguments(prompts, seed, recorder, options)
+        if reproducible:
+            require_reproducible(arguments["do_sample"], seed, options.get("token_seconds"))
+        if prompt_weights or reproducible:
             shared = {"seed": seed, "recorder": recorder, **options}
-            texts = [self.generate(prompt, **shared, weights=self.prompt_weights(prompt)) for prompt in prompts]
+            own = [{"weights": self.prompt_weights(prompt)} if prompt_weights else {} for prompt in prompts]
+            texts = [self.generate(prompt, **shared, **more) for prompt, more in zip(prompts, own, strict=True)]
         else:
-            arguments = self._arguments(prompts, seed, recorder, options)
             made = self.model.generate(**arguments)[:, arguments["input_ids"].shape[1] :]
             texts = list(self.tokenizer.batch_decode(made, skip_special_tokens=True))
         return texts[0] if isinstance(text, str) else texts
@@ -372,6 +381,7 @@ class Ensemble:
     def _encode(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         """Return token ids and the attention mask, (B, t), on the model's device."""
         over_bytes = self.model.over_bytes
+        require_unicode(*prompts)
         if not prompts or not (all(prompts) or over_bytes):
             raise InvalidInputError("expected a prompt of at least one token, got an empty one")
         inputs = self.tokenizer(prompts, return_tensors="pt", padding=len(prompts) > 1, verbose=False)

@@ -9,7 +9,6 @@ from typing import Any
 
 from softmeet import __version__
 from softmeet.cli import options, texts
-from softmeet.cli.endings import endings
 from softmeet.cli.flags import flag, flag_of, flags
 from softmeet.cli.messages import say
 from softmeet.cli.old_forms import repeated
@@ -17,6 +16,7 @@ from softmeet.cli.progress import progress
 from softmeet.cli.tables import out, print_table
 from softmeet.errors import InvalidInputError
 from softmeet.extras import require_extra
+from softmeet.rules.endings import endings
 from softmeet.rules.registry import rule_names
 from softmeet.rules.settings import POOLS, parse_rule
 

@@ -14,11 +14,13 @@ import typer
 from rich.text import Text
 
 from softmeet.cli import options
-from softmeet.cli.endings import endings
 from softmeet.cli.flags import flag, flags
 from softmeet.cli.messages import err, say
 from softmeet.cli.progress import working
 from softmeet.cli.tables import out, print_table
+from softmeet.cli.texts import argument_text, file_text
+from softmeet.errors import InvalidInputError
+from softmeet.rules.endings import endings
 
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
@@ -96,6 +98,21 @@ def generate(
         "--prompt-weights",
         panel="Rule",
     ),
+    token_seconds: float | None = flag(
+        None,
+        "The most seconds that the rule may take for a token, of all prompts together; then the best distribution "
+        "found is used, and counted as BUDGET in the summary.",
+        min=0,
+        shown="no limit",
+        panel="Rule",
+    ),
+    reproducible: bool = flag(
+        False,
+        "Give each prompt the tokens that it gets alone, to the last bit: several prompts are continued one after "
+        "another, and all draw from the same numbers. It needs --seed, unless nothing is drawn.",
+        "--reproducible",
+        panel="Sampling",
+    ),
     loading: options.LoadingFlags,
     color: bool = flag(
         False,
@@ -120,14 +137,16 @@ def generate(
 
     Example: softmeet generate "And the king said" -m wide/gpt2 -m wide/llama --seed 1
     """
-    texts = [path.read_text(encoding="utf-8") for path in file or []]
-    texts += [sys.stdin.read().rstrip("\n") if p == "-" else p for p in prompts or ([] if file else ["-"])]
+    texts = [file_text(path) for path in file or []]
+    texts += [file_text(p).rstrip("\n") if p == "-" else argument_text(p) for p in prompts or ([] if file else ["-"])]
+    if reproducible:
+        _require_reproducible(sampling, token_seconds)
     ensemble = loading.ensemble(members, settings)
     weights = [ensemble.prompt_weights(text) for text in texts] if prompt_weights else None
     from softmeet.hf import Recorder
 
     recorder, before, started = Recorder(), ensemble.model.spent, time.perf_counter()
-    given = {"recorder": recorder, **sampling.arguments()}
+    given = {"recorder": recorder, "token_seconds": token_seconds, **sampling.arguments()}
     each: list[dict[str, Any]] = [{}] * len(texts) if weights is None else [{"weights": own} for own in weights]
     completions: list[str] = []
     if len(texts) == 1 and not as_json:
@@ -135,7 +154,7 @@ def generate(
     else:
         with working(f"generating from {len(texts)} prompts"):
             if weights is None:
-                completions = ensemble.generate(texts, **given)
+                completions = ensemble.generate(texts, reproducible=reproducible, **given)
             else:
                 completions = [ensemble.generate(texts[k], **given, **own) for k, own in enumerate(each)]
     facts = _facts(ensemble, recorder, time.perf_counter() - started, weights, before)
@@ -149,6 +168,14 @@ def generate(
         (_show_over_bytes if facts["vocabulary"] == "bytes" else _show)(facts)
     for line in endings(facts["statuses"], facts["fallbacks"], facts["vocabulary"][:-1]):
         say(line)
+
+
+def _require_reproducible(sampling: SamplingFlags, token_seconds: float | None) -> None:
+    """Raise InvalidInputError, before anything is loaded, for flags that ``--reproducible`` does not go with."""
+    if sampling.seed is None and sampling.arguments()["do_sample"]:
+        raise InvalidInputError("--reproducible needs --seed N, or --no-do-sample: else each run draws anew")
+    if token_seconds is not None:
+        raise InvalidInputError("leave out --token-seconds: how far a rule gets in time is not reproducible")
 
 
 def _stream(ensemble: Ensemble, prompt: str, arguments: dict[str, Any], *, color: bool) -> None:

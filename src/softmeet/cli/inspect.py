@@ -16,11 +16,11 @@ import typer
 from rich.text import Text
 
 from softmeet.cli import options
-from softmeet.cli.endings import endings
 from softmeet.cli.flags import flag, flags
 from softmeet.cli.messages import err
 from softmeet.cli.tables import out, print_table
-from softmeet.cli.texts import require_new
+from softmeet.cli.texts import argument_text, require_new
+from softmeet.rules.endings import endings
 
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
@@ -50,6 +50,7 @@ def inspect(
     Example: softmeet inspect "And the king said unto his daughter" -m narrow --html page.html
     """
     require_new(force, *filter(None, [html]))
+    text = argument_text(text)
     ensemble = loading.ensemble(members, settings)
     reports = ensemble.inspect(text, top)
     facts = _facts(ensemble, text, reports)

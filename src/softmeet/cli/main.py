@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import io
 import os
 import platform
 import sys
@@ -21,7 +22,7 @@ from softmeet.cli.flags import Command
 from softmeet.cli.generate import generate
 from softmeet.cli.help import Commands
 from softmeet.cli.inspect import inspect
-from softmeet.cli.messages import STOPPED, err, stoppable
+from softmeet.cli.messages import STOPPED, UNREAD, err, stoppable
 from softmeet.cli.serve import serve
 from softmeet.cli.study import study
 from softmeet.cli.trace import trace
@@ -99,28 +100,53 @@ def quiet_libraries() -> None:
             warnings.filterwarnings("ignore", module=library)
 
 
+def speak_utf8() -> None:
+    """Have stdin, stdout and stderr hold UTF-8, as files do, in any locale, unless ``$PYTHONIOENCODING`` is set.
+
+    Names of files that are not UTF-8 are printed as they are on stdout, and escaped on stderr.
+    """
+    if "PYTHONIOENCODING" in os.environ:
+        return
+    for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "surrogateescape"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors=errors)
+
+
 def main() -> None:
     """Run the command line.
 
     Exit with code 2 and one line on stderr after an error that the user can correct (SoftmeetError, ValueError, OSError
-    or a wrong use of options), with 130 after Ctrl-C, and with 0 if the reader of stdout has gone. Other exceptions are
-    raised.
+    or a wrong use of options), with 130 after Ctrl-C, and in silence with 141 if the reader of a pipe has gone. Other
+    exceptions are raised.
     """
     keep_freed_memory()
     quiet_libraries()
+    speak_utf8()
+    try:
+        code = _run()
+        sys.stdout.flush()
+    except (BrokenPipeError, SystemExit) as end:
+        # typer and rich turn a broken pipe into an exit of their own.
+        if not isinstance(end if isinstance(end, OSError) else end.__context__, BrokenPipeError):
+            raise
+        code = UNREAD
+    if code in (STOPPED, UNREAD):
+        # A normal exit would wait for threads that are still computing, whose results nobody needs.
+        os._exit(code)
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Run the command that the words of the command line name, and return the exit code; say what was wrong."""
     try:
         code = app(standalone_mode=False)
     except BrokenPipeError:
-        code = 0
+        raise
     except _Usage as error:
         code = _misused(error)
     except (SoftmeetError, ValueError, OSError) as error:
         code = _fail(str(error))
-    if code == STOPPED:
-        # A normal exit would wait for threads that are still computing, whose results nobody needs.
-        sys.stdout.flush()
-        os._exit(STOPPED)
-    sys.exit(code if isinstance(code, int) else 0)
+    return code if isinstance(code, int) else 0
 
 
 def _misused(error: Any) -> int:

@@ -9,8 +9,8 @@ import typer
 from rich.console import Console
 
 err = Console(stderr=True)
-# The exit code after Ctrl-C.
-STOPPED = 130
+# The exit code after Ctrl-C, and where the reader of a pipe has gone: 128 and the signal's number, as shells have it.
+STOPPED, UNREAD = 130, 141
 
 
 def say(sentence: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
@@ -63,8 +62,10 @@ def placement(given: list[str] | None) -> Any:
         return device
     import yaml
 
+    from softmeet.cli.texts import file_text
+
     try:
-        found = yaml.safe_load(Path(device).read_text(encoding="utf-8"))
+        found = yaml.safe_load(file_text(device))
     except yaml.YAMLError as error:
         raise InvalidInputError(f"expected YAML or JSON in {device}: {error}") from None
     if not isinstance(found, dict | list):

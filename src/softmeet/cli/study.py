@@ -200,7 +200,10 @@ def pretrained(
         raise InvalidInputError(
             f"expected --member and --text, or --trace, whose members are taken if none are named, got {came}"
         )
-    settings = TextStudy(positions, meet, exact, slow, rows=8, prompt=prompt, tokens=tokens, premise=premise, only=only)
+    settings = TextStudy(
+        positions, meet, exact, slow, rows=8, prompt=texts.argument_text(prompt), tokens=tokens, premise=premise,
+        only=only,
+    )  # fmt: skip
     documents = _documents(text) if text else []
     _on_text(out, loading.ensemble(named), settings, documents, trace, running)
 

@@ -12,9 +12,7 @@ from rich.table import Table
 
 # In a pipe nothing has to fit: no line is broken.
 _PIPE = 1000
-# A column of texts is readable from so many characters on.
-_TEXT = 8
-# Names are hardly ever longer.
+# Names are hardly ever longer; a longer text may be broken.
 _NAME = 20
 
 
@@ -33,7 +31,7 @@ def print_table(
     texts: Sequence[int] = (0,),
     optional: int | None = None,
 ) -> None:
-    """Print a table; if it is too wide, its frame goes first, then texts are broken, and numbers last.
+    """Print a table; without a frame where there is no room for it, and line by line where a name would be broken.
 
     Args:
         console: prints it.
@@ -43,46 +41,50 @@ def print_table(
         texts: the numbers of the columns that hold texts, from 0; the others hold numbers, which are not broken.
         optional: the number of a column that is left out, with a note, if too little room is left for it.
     """
-    framed, widths = _layout(console.width, columns, sections, texts, optional)
+    needed = [_needed(k, name, sections, k in texts) for k, name in enumerate(columns)]
+    kept = [k for k in range(len(columns)) if k != optional or sum(needed) + len(columns) <= console.width]
+    if sum(needed[k] + 1 for k in kept) > console.width:
+        _print_lines(console, columns, sections, title)
+        return
+    framed = sum(needed) + 3 * len(columns) + 1 <= console.width
     table = Table(title=title, title_justify="left")
     if not framed:
         table.box, table.padding, table.pad_edge = None, (0, 1, 0, 0), False
-    for k, width in widths.items():
-        name = columns[k] if (width or 0) >= len(columns[k]) else columns[k].replace("/", "/\n")
+    room = console.width - sum(needed[k] for k in kept) - (3 * len(kept) + 1 if framed else len(kept))
+    more = {}
+    for k in sorted(kept, key=lambda k: k not in texts):  # texts get what room is left, first
+        more[k] = min(room, max(_longest(k, columns[k], sections) - needed[k], 0))
+        room -= more[k]
+    for k in kept:
+        width = needed[k] + more[k]
+        name = columns[k] if width >= len(columns[k]) else columns[k].replace("/", "/\n")
         table.add_column(name, justify="left" if k in texts else "right", width=width, overflow="fold")
     for rows in sections:
         for row in rows:
-            table.add_row(*(escape(row[k]) for k in widths))
+            table.add_row(*(escape(row[k]) for k in kept))
         table.add_section()
     console.print(table)
-    if len(widths) < len(columns):
+    if len(kept) < len(columns):
         console.print(f'A wider terminal, or a pipe, shows one more column: "{columns[optional or 0]}".', markup=False)
 
 
-def _layout(
-    room: int, columns: Sequence[str], sections: Sequence[Sequence[Sequence[str]]], texts: Sequence[int],
-    optional: int | None,
-) -> tuple[bool, dict[int, int | None]]:  # fmt: skip
-    """Return whether a table has a frame in so much room, and the widths of its columns; None for a number to break."""
-    needed = [_needed(k, name, sections, k in texts) for k, name in enumerate(columns)]
-    # The frame goes before names are broken; long texts may be broken within a frame.
-    whole = [min(_longest(k, "", sections), _NAME) if k in texts else 0 for k in range(len(columns))]
-    framed = sum(map(max, needed, whole)) + 3 * len(columns) + 1 <= room
-    kept = [k for k in range(len(columns)) if k != optional or sum(needed) + len(columns) <= room]
-    if sum(needed[k] + 1 for k in kept) > room:  # titles may be broken within a word, too
-        needed = [_needed(k, "", sections, k in texts) for k in range(len(columns))]
-    room -= sum(needed[k] for k in kept) + (3 * len(kept) + 1 if framed else len(kept))
-    widths: dict[int, int | None] = dict.fromkeys(kept)
-    for k in sorted(kept if room >= 0 else (), key=lambda k: k not in texts):  # texts get what room is left, first
-        more = min(room, max(_longest(k, columns[k], sections) - needed[k], 0))
-        widths[k], room = needed[k] + more, room - more
-    return framed, widths
+def _print_lines(
+    console: Console, columns: Sequence[str], sections: Sequence[Sequence[Sequence[str]]], title: str | None
+) -> None:
+    """Print each row as its first cell, and below it a line with title and cell for every other column."""
+    if title:
+        console.print(title, style="italic", markup=False)
+    for row in (row for rows in sections for row in rows):
+        console.print(row[0], style="bold", markup=False, highlight=False, soft_wrap=True)
+        for name, cell in zip(columns[1:], row[1:], strict=True):
+            if cell:
+                console.print(f"  {name}: {cell}", markup=False, highlight=False)
 
 
 def _needed(k: int, title: str, sections: Sequence[Sequence[Sequence[str]]], text: bool) -> int:
-    """Return how many characters column ``k`` needs at the least: a number's are not broken, a text's may be."""
+    """Return how many characters column ``k`` needs at the least: numbers and names are not broken, long texts are."""
     longest = _longest(k, "", sections)
-    return max(min(longest, _TEXT) if text else longest, *map(len, title.replace("/", "/ ").split() or [""]))
+    return max(min(longest, _NAME) if text else longest, *map(len, title.replace("/", "/ ").split() or [""]))
 
 
 def _longest(k: int, title: str, sections: Sequence[Sequence[Sequence[str]]]) -> int:

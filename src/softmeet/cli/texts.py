@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +80,7 @@ class TextFlags:
         """
         from softmeet.evaluation.documents import read_documents
 
-        ends = self.separator.replace("\\n", "\n").replace("\\t", "\t") if self.separator else None
+        ends = argument_text(self.separator or "").replace("\\n", "\n").replace("\\t", "\t") or None
         return read_documents(self.text or [], separator=ends, column=self.column)
 
 
@@ -215,6 +217,32 @@ class ResultFlags:
 
         if self.as_json not in (None, Path("-")):
             write_json(self.as_json, facts)
+
+
+def argument_text(given: str) -> str:
+    """Return an argument's text; where the locale could not decode its bytes, they are read as UTF-8.
+
+    Raises:
+        InvalidInputError: if they are not UTF-8 either.
+    """
+    from softmeet.evaluation.documents import decode_utf8
+
+    undecoded = any("\ud800" <= sign <= "\udfff" for sign in given)
+    return decode_utf8("a text on the command line", os.fsencode(given)) if undecoded else given
+
+
+def file_text(path: str | Path) -> str:
+    """Read a whole file, or stdin for ``-``, as UTF-8.
+
+    Raises:
+        InvalidInputError: if it is not UTF-8.
+        OSError: if it cannot be read.
+    """
+    from softmeet.evaluation.documents import decode_utf8
+
+    if str(path) == "-":
+        return decode_utf8("stdin", sys.stdin.buffer.read())
+    return decode_utf8(str(path), Path(path).read_bytes())
 
 
 def require_new(force: bool, *paths: Path) -> None:

@@ -76,6 +76,15 @@ def _matching(pattern: str | Path) -> list[str | Path]:
 def _decode(name: str, data: bytes) -> str:
     if not data.strip():
         raise InvalidInputError(f"expected text in {name}, but it is empty")
+    return decode_utf8(name, data)
+
+
+def decode_utf8(name: str, data: bytes) -> str:
+    """Decode UTF-8, without a byte order mark; ``name`` says in the error where the bytes are from.
+
+    Raises:
+        InvalidInputError: if the bytes are not UTF-8; it says where.
+    """
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

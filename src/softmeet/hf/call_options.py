@@ -34,12 +34,15 @@ class CallOptions:
         prefixes: over bytes, ``prefixes[k][i]`` holds the token ids that member i reads before sequence k (or before
             prompt k, if every prompt has the same number of sequences), or None for that member's default prefix;
             None in place of the whole for the default prefixes of all members.
+        token_seconds: the seconds that solvers may take in one ``forward``, for the next token of all sequences, as
+            :func:`softmeet.time_limit` has it; None for no limit.
     """
 
     settings: Settings
     recorder: Recorder | None = None
     row_sampler: RowSampler | None = None
     prefixes: Prefixes | None = None
+    token_seconds: float | None = None
 
     @classmethod
     def of(cls, model: EnsembleForCausalLM, given: dict[str, Any]) -> CallOptions:
@@ -48,13 +51,14 @@ class CallOptions:
         Args:
             model: the ensemble that is called.
             given: the keyword arguments, changed in place. Removed are ``settings``, ``recorder``, ``row_sampler``,
-                ``prefixes``, ``weights`` and ``gate``. Without ``settings`` the model's own hold, with the pool's
-                ``weights`` and the ``gate`` (a text such as ``"unsure:0.5"``, ``"none"`` for none) replaced by those
-                given; with ``settings``, which come from :meth:`Settings.for_members`, ``weights`` and ``gate`` are
-                ignored.
+                ``prefixes``, ``token_seconds``, ``weights`` and ``gate``. Without ``settings`` the model's own hold,
+                with the pool's ``weights`` and the ``gate`` (a text such as ``"unsure:0.5"``, ``"none"`` for none)
+                replaced by those given; with ``settings``, which come from :meth:`Settings.for_members`, ``weights``
+                and ``gate`` are ignored.
 
         Raises:
-            InvalidInputError: if the weights or the gate are not valid, or prefixes are given over tokens.
+            InvalidInputError: if the weights, the gate or ``token_seconds`` are not valid, or prefixes are given over
+                tokens.
             UnsupportedHeadError: if the ensemble is over bytes, and the rule needs softmax matrices, as ``meet`` does.
         """
         settings, weights, gate = (given.pop(name, None) for name in ("settings", "weights", "gate"))
@@ -62,9 +66,11 @@ class CallOptions:
             settings = model.settings if weights is None else model.settings.changed(weights=weights)
             settings = settings if gate is None else settings.model_copy(update={"gate": parse_gate(gate)})
         model.require(settings)
-        own = {name: given.pop(name, None) for name in ("recorder", "row_sampler", "prefixes")}
+        own = {name: given.pop(name, None) for name in ("recorder", "row_sampler", "prefixes", "token_seconds")}
         if own["prefixes"] is not None and not model.over_bytes:
             raise InvalidInputError("expected no prefixes over tokens, where members share every token of a prompt")
+        if own["token_seconds"] is not None and not own["token_seconds"] >= 0:
+            raise InvalidInputError(f"expected token_seconds of 0 or more, got {own['token_seconds']!r}")
         return cls(resolved(model, settings), **own)
 
     @cached_property

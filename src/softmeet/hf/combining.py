@@ -7,7 +7,9 @@ of member i's hidden states.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,7 +17,6 @@ from torch import Tensor, nn
 
 from softmeet.errors import InvalidInputError, NonFiniteError, UnsupportedHeadError
 from softmeet.heads import SoftmaxHead
-from softmeet.hf.recorder import Recorder
 from softmeet.members.bands import bands
 from softmeet.rules.combine import product_dtype, solve
 from softmeet.rules.gates import Unsure
@@ -23,6 +24,10 @@ from softmeet.rules.problem import Problem, TokensBefore
 from softmeet.rules.settings import Settings
 from softmeet.rules.solution import Solution
 from softmeet.rules.validate import free_directions, normalised, slopes_of
+from softmeet.solvers.clock import time_limit
+
+if TYPE_CHECKING:
+    from softmeet.hf.call_options import CallOptions
 
 # Each member's last hidden states at B positions, (B, d_i); and all members' logits or log-probabilities there.
 Hidden = Sequence[Float[Tensor, "B _"]]
@@ -98,32 +103,32 @@ class Combiner:
     def combine(
         self,
         hidden: Sequence[Float[Tensor, "B k _"]],
-        settings: Settings,
+        options: CallOptions,
         deferral: Deferral | None = None,
-        recorder: Recorder | None = None,
         before: TokensBefore | None = None,
     ) -> Float[Tensor, "B k v"]:
         """Return the rule's log-probabilities, in nats, at k positions of each of B sequences.
 
         Args:
             hidden: for each member i, the last hidden states that it computed, (B, k, d_i).
-            settings: the rule and all other settings, from :meth:`Settings.for_members`.
+            options: the settings, the seconds that solvers may take in all, and the recorder, whose
+                :meth:`Recorder.add` is called after each chunk of positions, in order.
             deferral: the positions, of all B · k sequence by sequence, at which all members ran; at the others the
                 first member answers alone. :meth:`EnsembleForCausalLM.run` makes it. None if all ran everywhere.
-            recorder: its :meth:`Recorder.add` is called after each chunk of positions, in order; None for no record.
             before: the token before each of the B · k positions, for gates that look at the text; None if unknown.
 
         Raises:
             SoftmeetError: as :meth:`combine_rows`.
         """
-        parts = []
+        parts, recorder, seconds = [], options.recorder, options.token_seconds
         if recorder is not None and deferral is not None:
             recorder.gate.seconds += deferral.seconds
         flat = [h.flatten(0, 1) for h in hidden]
-        for log_probs, solution in self.solve_in_chunks(flat, settings, deferral, before, proved=False):
-            if recorder is not None:
-                recorder.add(solution, log_probs)
-            parts.append(solution.log_probs)
+        with nullcontext() if seconds is None else time_limit(seconds):
+            for log_probs, solution in self.solve_in_chunks(flat, options.settings, deferral, before, proved=False):
+                if recorder is not None:
+                    recorder.add(solution, log_probs)
+                parts.append(solution.log_probs)
         return torch.cat(parts).reshape(*hidden[0].shape[:2], -1)
 
     def solve_in_chunks(

@@ -102,8 +102,8 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             logits_to_keep: combine at the last k positions alone (0: at all), or at the positions with these k indices.
             call_options: the options of a call of ``generate``; None to read them from ``kwargs``.
-            kwargs: ``settings``, ``weights`` of the pool, ``gate``, ``recorder`` and, over bytes, ``prefixes``: each
-                member's token ids before each row. All others are ignored.
+            kwargs: ``settings``, ``weights`` of the pool, ``gate``, ``recorder``, ``token_seconds`` and, over bytes,
+                ``prefixes``: each member's token ids before each row. All others are ignored.
 
         Returns:
             ``logits`` (B, k, v): normalised log-probabilities in nats, fp32 or fp64; ``cache``, as given or made;
@@ -123,7 +123,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask=attention_mask, position_ids=position_ids, use_cache=bool(use_cache),
         )  # fmt: skip
         before = TokensBefore.of(input_ids[:, kept].flatten(), self.tokenizer)
-        log_probs = self.combiner.combine(hidden, options.settings, deferral, options.recorder, before)
+        log_probs = self.combiner.combine(hidden, options, deferral, before)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=log_probs, labels=labels, vocab_size=self.config.vocab_size)
@@ -194,8 +194,8 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         """Generate tokens as transformers' ``generate`` does.
 
         Args:
-            kwargs: may also hold ``settings``, ``weights`` of the pool, ``gate``, ``recorder``, ``row_sampler`` and,
-                over bytes, ``prefixes``: each member's token ids before each prompt.
+            kwargs: may also hold ``settings``, ``weights`` of the pool, ``gate``, ``recorder``, ``row_sampler``,
+                ``token_seconds`` and, over bytes, ``prefixes``: each member's token ids before each prompt.
 
         Raises:
             InvalidInputError: if an option has no meaning for an ensemble (:func:`refuse`), or a value is not valid.

@@ -12,6 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from softmeet.errors import InvalidInputError
+
 
 class RowSampler(LogitsProcessor):
     """A logits processor that draws each row's token, and forbids all other tokens.
@@ -32,6 +34,17 @@ class RowSampler(LogitsProcessor):
         """Draw a token for each row from softmax(scores), and return scores of 0 for it and -inf for all others."""
         drawn = draw(scores, self._generators)
         return torch.full_like(scores, -torch.inf).scatter(-1, drawn[:, None], 0.0)
+
+
+def require_reproducible(drawn: bool, seed: int | None, token_seconds: float | None) -> None:
+    """Raise InvalidInputError where a call's tokens cannot be the same every time: drawn without a seed, or by time."""
+    if drawn and seed is None:
+        raise InvalidInputError("expected a seed where tokens are drawn and have to be reproducible, got none")
+    if token_seconds is not None:
+        raise InvalidInputError(
+            "expected no limit on a token's seconds where tokens have to be reproducible: what is reached in that time "
+            "depends on what else the machine does"
+        )
 
 
 def row_generator(seed: int, key: int) -> torch.Generator:

@@ -108,3 +108,15 @@ def require_for_bytes(settings: Settings) -> None:
             f"the rule {rule.name} reads the rows of softmax matrices, and bytes have none: choose {averages}, or "
             "members that share a tokenizer"
         )
+
+
+def require_unicode(*texts: str) -> None:
+    """Raise InvalidInputError if a text holds a surrogate, as one does that was decoded with ``surrogateescape``."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidInputError(
+                f"expected text that UTF-8 can hold, got {text[error.start]!r} at character {error.start}: decode its "
+                "bytes by their own encoding"
+            ) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
@@ -13,6 +14,8 @@ from typing import Any
 from jinja2 import Environment
 
 from softmeet.hf.report import heat, known_sum, shown
+from softmeet.rules.endings import endings
+from softmeet.solvers.base import Status
 
 # A token's report, as softmeet.hf.report.TokenReport.spelled returns it.
 Report = dict[str, Any]
@@ -52,7 +55,8 @@ def text_of(tokens: Sequence[Report], prompt: str, rule: str, *, done: bool, lin
         done: whether the text has ended; if not, a cursor follows it.
         links: whether token k is a link to the anchor ``#tk``, for a page without a script.
     """
-    return str(_MACROS.text(tokens, prompt, rule, summary(tokens), done, links))
+    ends = endings(Counter(t["status"] for t in tokens), sum(t["fallback"] for t in tokens))
+    return str(_MACROS.text(tokens, prompt, rule, [summary(tokens), *ends], done, links))
 
 
 def summary(tokens: Sequence[Report]) -> str:
@@ -94,8 +98,8 @@ def details_of(token: Report, members: Sequence[str], rule: str) -> str:
         corrected = f"corrected by {'at most ' if bound else ''}{nats:.4f} nats"
         cards.append(("", name, rows, own, corrected if rows else "not asked: the gate was closed"))
     sure = f"within {token['gap']:.1e} nats of the optimum" + (", certified" if token["gap_is_certified"] else "")
-    sure = sure if math.isfinite(token["gap"]) else "not solved"
-    figures = f"{token['status'].lower().replace('_', ' ')}, {sure}, {token['num_passes']:.1f} reads of all heads"
+    sure = sure if math.isfinite(token["gap"]) else "how near is unknown"
+    figures = f"{Status[token['status']]}, {sure}, {token['num_passes']:.1f} reads of all heads"
     figures = "the gate was closed, so the rule was not computed" if token.get("gated") else figures
     moved = any(before != after for _, before, after in token["moved"])
     moves = list(zip(token["moved"], token["pushes"], strict=True)) if moved else []

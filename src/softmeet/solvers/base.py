@@ -68,7 +68,7 @@ _SENTENCES = {
     Status.OPTIMAL: "solved to the tolerance",
     Status.DEGENERATE: "every feasible distribution is optimal: the objective is constant on the feasible set",
     Status.INFEASIBLE: "no distribution has every member's moments",
-    Status.NOT_CONVERGED: "the tolerance was not reached: raise it, or max_steps where num_steps is as many",
+    Status.NOT_CONVERGED: "the tolerance was not reached: this is the best point found; raise tol, or else max_steps",
     Status.UNVERIFIED: "the rule has no second look at an answer: nothing was verified",
     Status.BUDGET: "the budget of steps or time ended first: this is the best point found",
 }

@@ -7,6 +7,7 @@ which both rules were scored; intervals are by document, or by blocks of text if
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
@@ -28,6 +29,7 @@ from softmeet.evaluation.premise import Premise
 from softmeet.evaluation.study.entries import BASELINES, EXACT, MEETS, OTHERS, TRUSTS
 from softmeet.evaluation.study.report import LinePlot, Report, StudyTable, finite_or_none, mean_text
 from softmeet.hf import EnsembleConfig
+from softmeet.rules.endings import endings
 from softmeet.rules.settings import DEFAULT_TRUST
 
 MAX_ENTROPY = EXACT[0]
@@ -75,7 +77,7 @@ class TextStudy:
         a dict.
 
         Scores are ``document`` (its index, by position), ``members`` (by name, the losses in nats) and ``rules`` (by
-        name, ``nats``, and the counts ``fallbacks``, ``unsolved`` and ``passes``). A sample is ``text``.
+        name, ``nats``, and the counts ``fallbacks``, ``statuses``, ``unsolved`` and ``passes``). A sample is ``text``.
 
         Args:
             ensemble: the members, over tokens.
@@ -129,7 +131,10 @@ class TextStudy:
         return Report(
             f"{', '.join(members)} on {text}",
             command,
-            [claim for name in KINDS[:2] if name in groups for claim in _claims(groups[name])],
+            [
+                *(claim for name in KINDS[:2] if name in groups for claim in _claims(groups[name])),
+                *(ending for group in groups.values() for ending in group.endings()),
+            ],
             [*(_table(name, group) for name, group in groups.items()), *_premise_tables(list(members), premises)],
             [_plot(groups["meet"])] if "meet" in groups else [],
             {f"After “{self.prompt}”, the same seed for every rule": "\n".join(samples)} if samples else {},
@@ -171,7 +176,8 @@ def _nats(ensemble: Ensemble, entries: Sequence[RuleChoice], rows: Positions) ->
         name: {
             "nats": finite_or_none(s.nats),
             "fallbacks": s.fallbacks,
-            "unsolved": s.statuses.get("NOT_CONVERGED", 0),
+            "unsolved": s.statuses.get("NOT_CONVERGED", 0) + s.statuses.get("BUDGET", 0),
+            "statuses": s.statuses,
             "passes": s.passes,
         }
         for name, s in found.choices.items()
@@ -209,6 +215,16 @@ class _Group:
     def counted(self, rule: str, what: str) -> int:
         """Return the number of a rule's positions that ended in ``what``, such as ``fallbacks``; of a member, 0."""
         return sum(cell["rules"][rule][what] for cell in self.cells if rule in self.rules)
+
+    def endings(self) -> list[str]:
+        """Return a sentence for each rule and each way in which it did not simply solve some of the positions."""
+        found = []
+        for rule in self.rules:
+            statuses: Counter[str] = Counter()
+            for cell in self.cells:
+                statuses.update(cell["rules"][rule].get("statuses", {}))  # cells of 0.2.0 have none
+            found += [f"`{rule}`: {ending}" for ending in endings(statuses, self.counted(rule, "fallbacks"))]
+        return found
 
     def against(self, ours: Tensor, theirs: Tensor) -> str:
         """Return the paired difference of two losses with its interval, as text."""

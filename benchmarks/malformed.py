@@ -1,0 +1,108 @@
+"""Requests that a server has to refuse, and what schemathesis makes of its OpenAPI document."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+# Seconds after which an answer counts as never coming.
+PATIENCE = 120.0
+
+
+def malformed(generator: random.Random) -> tuple[bytes, dict[str, str]]:
+    """A body that must be refused, and its headers."""
+    headers = {"content-type": "application/json"}
+    fields: dict[str, Any] = {"prompt": "a", "max_tokens": 2}
+    kind = generator.randrange(7)
+    if kind == 0:
+        return bytes(generator.randrange(256) for _ in range(generator.randrange(200))) + b"\xff", headers
+    if kind == 1:
+        return json.dumps(fields).encode()[: generator.randrange(1, 20)], headers
+    if kind == 2:
+        number = generator.choice(["NaN", "-Infinity", "1e400", "9" * 5000, "01", "0x1"])
+        return f'{{"prompt":"a","temperature":{number}}}'.encode(), headers
+    if kind == 3:
+        depth = generator.randrange(300, 100_000)
+        return b'{"prompt":' + b"[" * depth + b"]" * depth + b"}", headers
+    if kind == 4:
+        return json.dumps(fields | {generator.choice(["tools", "x", "softmet", "\u2603" * 300]): 1}).encode(), headers
+    if kind == 5:
+        return b'{"prompt":"' + b"x" * generator.randrange(2_000_000) + b'","temperature":9}', headers
+    name = generator.choice(
+        ["max_tokens", "n", "temperature", "stop", "logit_bias", "softmeet", "seed", "stream", "echo"]
+    )
+    bad = {"seed": ["x", [], {}, 2**70, 1.5], "stop": [1, {}, "", [""], True]}.get(
+        name, ["x", -1, [-1], [[]], 2**70, "\u0000"]
+    )
+    return json.dumps(fields | {name: generator.choice(bad)}).encode(), headers
+
+
+def hostile(generator: random.Random) -> dict[str, Any]:
+    """A well-formed request that asks for as much as it can: refused or answered, but never a defect."""
+    fields: dict[str, Any] = {"prompt": "And the king said", "max_tokens": 8, "softmeet": {"rule": "logit-mean"}}
+    words = "and it came to pass in those days that "
+    return fields | generator.choice(
+        [
+            {"n": 128}, {"n": 16, "max_tokens": 32}, {"max_tokens": 1 << 62}, {"prompt": ["a"] * 200},
+            {"logit_bias": {str(k): (-1) ** k * 100 for k in range(1024)}}, {"logit_bias": {"999999999": 1}},
+            {"prompt": words * 2000}, {"prompt": words * 20, "max_tokens": 60}, {"prompt": [[1] * 200] * 8},
+            {"echo": True, "logprobs": 5, "prompt": words * 12, "softmeet": {"report": 20}},
+            {"stop": ["\u00e9" * 200] * 16}, {"softmeet": {"trust": [1.0] * 64}}, {"prompt": "\x00\ud83d"},
+            {"temperature": 2, "presence_penalty": 2, "frequency_penalty": -2, "top_p": 1e-9},
+        ]
+    )  # fmt: skip
+
+
+def fuzz(url: str, examples: int, seed: int = 0, is_over: Callable[[], bool] = lambda: False) -> Counter[str]:
+    """What schemathesis makes of the OpenAPI document: valid and invalid requests to every operation.
+
+    Counted are those that were ``answered``, ``refused``, and ``wrong``: with a status of 500, a body that is no error
+    object, or never. ``is_over`` says when to make no more of them.
+    """
+    import hypothesis
+    import schemathesis
+    from hypothesis import HealthCheck, Phase, given, settings
+    from hypothesis.errors import Unsatisfiable
+    from schemathesis import GenerationMode
+
+    seen: Counter[str] = Counter()
+    quiet = settings(
+        max_examples=examples, deadline=None, database=None, phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+
+    def check(case: Any) -> None:
+        if not is_over():
+            seen[_outcome(case)] += 1
+
+    def check_possible(case: Any) -> None:
+        if isinstance(case.body, dict):
+            # Names that exist cannot be guessed from a schema.
+            case.body = {k: x for k, x in case.body.items() if k not in ("model", "softmeet", "logit_bias")}
+        check(case)
+
+    for operation in (
+        found.ok() for found in schemathesis.openapi.from_url(f"{url}/openapi.json").get_all_operations()
+    ):
+        for mode, checked in ((GenerationMode.POSITIVE, check_possible), (GenerationMode.NEGATIVE, check)):
+            try:
+                hypothesis.seed(seed)(quiet(given(case=operation.as_strategy(generation_mode=mode))(checked)))()
+            except Unsatisfiable:
+                seen["nothing to make"] += 1
+    return seen
+
+
+def _outcome(case: Any) -> str:
+    import requests
+
+    try:
+        # A valid request may ask for hundreds of tokens.
+        response = case.call(timeout=PATIENCE)
+    except requests.exceptions.Timeout:
+        return "wrong"
+    if (400 <= response.status_code < 500 or response.status_code == 503) and set(response.json()) == {"error"}:
+        return "refused"
+    return "answered" if response.status_code == 200 else "wrong"

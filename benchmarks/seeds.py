@@ -1,0 +1,144 @@
+"""How often a seed's token differs in a batch from the one that the request gets alone: python benchmarks/seeds.py
+
+The same seeded completions, of places in held-out books, by a server's batcher in this process: one at a time, then in
+batches of 2 to 32 that begin together. Tokens are compared up to and including the first that differs, since what
+comes after it continues another text; up to there both are draws from the same distribution but for rounding, and the
+drawn token's probabilities are compared. Finished parts are kept in a folder; the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from report import show
+from softmeet.cli.progress import progress
+from softmeet.evaluation.files import Run
+from softmeet.evaluation.held_out import held_out_books
+from softmeet.server.answer import AnswerStream
+from softmeet.server.ensembles import Ensembles, load
+from softmeet.server.schemas import CompletionRequest
+from softmeet.server.sequences import Token
+from softmeet.server.serving import ServerSettings, Serving
+
+FAMILIES, RULES, SIZES = ("wide", "narrow"), ("logit-mean", "prob-mean", "meet"), (2, 4, 8, 16, 32)
+# The words of a prompt: so many at least and at most.
+WORDS = 3, 40
+
+
+def requests(family: str, rule: str, size: int, streams: int, length: int) -> list[CompletionRequest]:
+    """Seeded requests of a part of the comparison, none of which another part has: prompts differ in length."""
+    generator = random.Random(f"{family} {rule} {size}")  # noqa: S311
+    words = [book.text.split() for book in held_out_books()]
+    found = []
+    for seed in range(streams):
+        book, count = generator.choice(words), generator.randint(*WORDS)
+        start = generator.randrange(len(book) - count)
+        given = {"model": family, "prompt": " ".join(book[start : start + count]), "max_tokens": length}
+        found.append(
+            CompletionRequest.model_validate(given | {"seed": seed, "logprobs": 0, "softmeet": {"rule": rule}})
+        )
+    return found
+
+
+async def answers(serving: Serving, asked: Sequence[CompletionRequest], size: int) -> list[list[Token]]:
+    """Each request's tokens, where ``size`` requests begin together, and the next ones when all of these have ended."""
+    found: list[list[Token]] = []
+    for start in range(0, len(asked), size):
+        prepared = [await serving.prepare(request) for request in asked[start : start + size]]
+        streams = [AnswerStream(serving.batcher, request) for request in prepared]
+        found += [
+            choice.tokens for choices in await asyncio.gather(*(s.whole() for s in streams)) for choice in choices
+        ]
+    return found
+
+
+def served(ensembles: Ensembles, asked: Sequence[CompletionRequest], size: int, **settings: Any) -> list[list[Token]]:
+    """The tokens of :func:`answers` by a batcher of its own, which knows no prompt yet."""
+    serving = Serving(ensembles, ServerSettings(ui=False, **settings))
+    serving.batcher.start()
+    try:
+        return asyncio.run(answers(serving, asked, size))
+    finally:
+        serving.batcher.close(0)
+        serving.batcher.join()
+
+
+def compared(alone: Sequence[Sequence[Token]], together: Sequence[Sequence[Token]]) -> dict[str, Any]:
+    """Counts over pairs of the same request's tokens, and how far apart the drawn tokens' probabilities are."""
+    tokens = differing = 0
+    apart: list[float] = []
+    for one, other in zip(alone, together, strict=True):
+        for first, second in zip(one, other, strict=False):
+            tokens += 1
+            if first.token != second.token:
+                differing += 1
+                break
+            apart.append(abs(math.exp(first.log_prob or 0.0) - math.exp(second.log_prob or 0.0)))
+    return {
+        "streams": len(alone), "tokens": tokens, "streams that differ": differing,
+        "bitwise": sum(x == 0.0 for x in apart), "largest": max(apart), "sum": sum(apart),
+    }  # fmt: skip
+
+
+def cell(
+    ensembles: Ensembles, part: tuple[str, str, int], streams: int, length: int, **settings: Any
+) -> dict[str, Any]:
+    """The figures of one family, rule and size of batch."""
+    asked = requests(*part, streams, length)
+    found = compared(*(served(ensembles, asked, size, **settings) for size in (1, part[2])))
+    return {"family": part[0], "rule": part[1], "batch": part[2], **found}
+
+
+def summed(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of several cells together, for one line of the table."""
+    total = {
+        name: sum(c[name] for c in cells) for name in ("streams", "tokens", "streams that differ", "bitwise", "sum")
+    }
+    return {
+        "streams": total["streams"], "tokens": total["tokens"], "streams that differ": total["streams that differ"],
+        "one token in": total["tokens"] / total["streams that differ"] if total["streams that differ"] else None,
+        "probability: same bits": total["bitwise"] / total["tokens"], "mean difference": total["sum"] / total["tokens"],
+        "largest": max(c["largest"] for c in cells),
+    }  # fmt: skip
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="Keeps finished parts.")] = Path("seeds"),
+    tokens: Annotated[int, typer.Option(help="Of each rule, in all.")] = 20_000,
+    length: Annotated[int, typer.Option(help="Of an answer, in tokens.")] = 40,
+    reproducible: Annotated[bool, typer.Option(help="With the server's setting of this name.")] = False,
+    json_to: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+) -> None:
+    """Print a line for each family and rule, and one for each rule and size of batch; an error if a promise fails."""
+    torch.set_num_threads(1)
+    settings = {"reproducible": True} if reproducible else {}
+    streams = -(-tokens // (len(FAMILIES) * len(SIZES) * length))
+    run = Run(folder, {"streams": streams, "length": length, **settings})
+    ensembles = load({family: [family] for family in FAMILIES})
+    parts = [(family, rule, size) for family in FAMILIES for rule in RULES for size in SIZES]
+    with progress() as begin:
+        advance = begin("parts", 0, len(parts))
+        cells = {" ".join(map(str, p)): partial(cell, ensembles, p, streams, length, **settings) for p in parts}
+        found = list(run.each(cells, on_done=lambda key: advance(1)).values())
+    rows = []
+    for rule in RULES:
+        own = [c for c in found if c["rule"] == rule]
+        rows += [{"rule": rule, "of": f, **summed([c for c in own if c["family"] == f])} for f in FAMILIES]
+        rows += [{"rule": rule, "of": f"batches of {n}", **summed([c for c in own if c["batch"] == n])} for n in SIZES]
+        rows.append({"rule": rule, "of": "all", **summed(own)})
+    show("a seed's tokens in a batch, and alone", rows, json_to, **run.settings)
+    if reproducible and any(c["streams that differ"] or c["largest"] for c in found):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
