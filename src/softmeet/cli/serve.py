@@ -77,6 +77,11 @@ class LimitFlags:
     )
     max_tokens: int = flag(4096, "The most tokens that a request may ask for in each choice.", min=1)
     max_choices: int = flag(16, "The most choices of a request: n times its number of prompts.", min=1)
+    max_trust: float = flag(
+        100.0,
+        "The largest trust that a request may ask for; inf is no limit, and trusts given here always work.",
+        min=0,
+    )
     max_body: int = flag(1 << 20, "The most bytes of a request's body.", min=1)
     body_timeout: float = flag(10.0, "The seconds in which a request's body has to arrive.", min=0.1)
     header_timeout: float = flag(
@@ -187,6 +192,7 @@ def serve(
             max_choices=limits.max_choices,
             seconds=limits.timeout,
             allowed=allowed,
+            max_trust=limits.max_trust,
             parallel=parallel,
             cors=access.cors or (),
             ui=bool(find_spec("gradio")) if ui is None else ui,
