@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import threading
 import time
 from functools import partial
@@ -15,13 +16,13 @@ import uvicorn
 
 from softmeet import Ensemble
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
-from softmeet.server.app import create_app
 from softmeet.server.ensembles import Ensembles, Served
+from softmeet.server.protocol import configuration
 from softmeet.server.serving import ServerSettings, Serving
 
 # As httpx itself, but patient: on a busy machine an answer may take longer than its five seconds.
 http = SimpleNamespace(
-    **{name: partial(getattr(httpx, name), timeout=httpx.Timeout(300)) for name in ("get", "post", "stream")}
+    **{name: partial(getattr(httpx, name), timeout=httpx.Timeout(300)) for name in ("get", "head", "post", "stream")}
 )
 TEMPLATE = (
     "{% for m in messages %}{% if m.content == 'bad' %}{{ raise_exception('no bad') }}{% endif %}"
@@ -44,14 +45,16 @@ def serving_of(ensembles, **settings):
 
 
 @contextlib.contextmanager
-def running(serving):
-    """(base URL) of a server that runs in a thread while this lasts."""
-    server = uvicorn.Server(uvicorn.Config(create_app(serving), port=0, log_level="warning"))
+def running(serving, send_buffer=None):
+    """(base URL) of a server that runs in a thread while this lasts; its sockets keep ``send_buffer`` bytes."""
+    server = uvicorn.Server(configuration(serving, port=0, log_level="warning"))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()
     while not server.started:
         assert thread.is_alive()
         time.sleep(0.01)
+    if send_buffer is not None:
+        server.servers[0].sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     try:
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:

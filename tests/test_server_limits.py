@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -55,6 +56,58 @@ def test_more_tokens_than_the_context_has_are_refused(url):
         "expected max_tokens of at most 64, the context of the ensemble's shortest member, got 5,000: ask for fewer"
     )
     assert ask(url, max_tokens=64).json()["usage"]["completion_tokens"] <= 63
+
+
+def trusting(own, **settings):
+    ensemble = tiny_ensemble("gpt2", "llama")
+    ensemble.model.config.settings = ensemble.model.config.settings.changed(trust=own)
+    return serving_of({"duo": ensemble}, **settings)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"trust": 1e6}, {"trust": 100.5}, {"trust": "inf"}, {"trust": "1e9"}, {"trust": 1e300}, {"trust": [1, 101]},
+        {"trust": ["inf", 1]}, {"rule": "meet:trust=1/1e6"}, {"rule": "meet:trust=inf"}, {"rule": "meet:trust=1e400"},
+        {"rule": "max-entropy:trust=1e6"}, {"rule": "max-entropy", "trust": "inf"},
+        {"trust": "inf", "members": ["tiny/gpt2"]},
+    ],
+)  # fmt: skip
+def test_a_trust_above_the_limit_is_refused_however_it_is_spelled(trusted, asked):
+    error = refused(trusted, softmeet=asked)
+    assert (error["type"], error["param"]) == ("invalid_request_error", "softmeet.trust")
+    expected = "'inf'" if asked.get("trust") == "1e9" else "expected a trust of at most 100, this server's limit, got"
+    assert expected in error["message"]
+
+
+@pytest.mark.parametrize(
+    "asked", [{}, {"trust": 100}, {"trust": [0, 99.5]}, {"rule": "meet:trust=0.5/100"}, {"rule": "max-entropy"}]
+)
+def test_trusts_within_the_limit_are_used(trusted, asked):
+    assert ask(trusted, softmeet=asked).status_code == 200
+
+
+@pytest.fixture(scope="module")
+def trusted():
+    with running(trusting(1.0)) as url:
+        yield url
+
+
+def test_the_operators_own_trust_always_works():
+    with running(trusting([math.inf, 2.0], max_trust=1.0)) as url:
+        for asked in (
+            {}, {"members": ["tiny/gpt2"]}, {"trust": ["inf", 2]}, {"trust": [5, 1]}, {"rule": "max-entropy"},
+            {"trust": 7, "members": ["tiny/gpt2"]}, {"rule": "meet:trust=inf/0"},
+        ):  # fmt: skip
+            assert ask(url, softmeet=asked).status_code == 200
+        for asked in ({"trust": [1, 3]}, {"trust": "inf"}, {"trust": 3, "members": ["tiny/llama"]}):
+            assert refused(url, softmeet=asked)["param"] == "softmeet.trust"
+
+
+def test_a_server_may_allow_any_trust():
+    with running(trusting(1.0, max_trust=math.inf)) as url:
+        for trust in ("inf", 1e6, [1, "inf"]):
+            assert ask(url, softmeet={"trust": trust}).status_code == 200
 
 
 def test_settings_without_effect_are_refused_where_asked_for_and_else_not_told(url):

@@ -160,13 +160,53 @@ def test_keys_hosts_and_origins(caplog):
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=f"{url}/v1", api_key="x").models.list()
         named = {"host": "evil.test", "authorization": "Bearer first-key"}
-        for host in ("evil.test", "evil]example", "[2001:db8::1]:80"):
+        for host in ("evil.test", "[2001:db8::1]:80"):
             assert_is_error(http.get(f"{url}/v1/models", headers=named | {"host": host}), 421)
+        for host in ("evil]example", "127.0.0.1]", "evil]", "a@127.0.0.1", "127.0.0.1:8x"):
+            assert_is_error(http.get(f"{url}/v1/models", headers=named | {"host": host}), 400)
+        twice = [("host", "127.0.0.1"), ("host", "127.0.0.1"), ("authorization", "Bearer first-key")]
+        assert_is_error(http.get(f"{url}/v1/models", headers=twice), 400)
         allowed = http.get(f"{url}/health", headers={"origin": "http://page.test"}).headers
         assert allowed["access-control-allow-origin"] == "http://page.test"
         assert "access-control-allow-origin" not in http.get(f"{url}/health", headers={"origin": "http://b"}).headers
     assert "first-key" not in caplog.text
     assert "secret words" not in caplog.text
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_a_key_may_hold_any_letters_however_a_client_writes_them(encoding):
+    protection = Protection(keys=("clé", "ключ"), hosts=("localhost", "Box.test"))
+    with running(serving_of({"plain": tiny_ensemble("gpt2")}, protection=protection)) as url:
+
+        def status(key, host="localhost"):
+            headers = [(b"authorization", b"Bearer " + key), (b"host", host.encode())]
+            return http.get(f"{url}/v1/models", headers=headers).status_code
+
+        assert status("clé".encode(encoding)) == 200
+        assert status("ключ".encode()) == 200
+        assert [status(wrong) for wrong in (b"cl", b"cl?", b"????", b"cl\xff")] == [401] * 4
+        for host in ("LOCALHOST", "LocalHost:80", "BOX.test"):
+            assert status("clé".encode(encoding), host) == 200
+
+
+def test_head_is_answered_wherever_get_is(url):
+    for path, status in (("/health", 200), ("/ready", 200), ("/metrics", 200), ("/v1/models", 200), ("/nowhere", 404)):
+        answer = http.head(url + path)
+        assert (answer.status_code, answer.content) == (status, b"")
+        assert int(answer.headers["content-length"]) > 0
+    assert http.head(f"{url}/v1/completions").status_code == 405
+
+
+def test_the_access_log_has_what_an_operator_needs_and_no_more(url, caplog):
+    with caplog.at_level("INFO", "softmeet.access"):
+        key = {"authorization": "Bearer a-secret-key"}
+        http.post(f"{url}/v1/completions?q=a-secret-query", json=GOOD | {"prompt": "a secret prompt"}, headers=key)
+        http.get(f"{url}/a%0Ab")
+        lines = lambda: [r.getMessage() for r in caplog.records if r.name == "softmeet.access"]  # noqa: E731
+        wait_until(lambda: len(lines()) == 2)
+    assert re.fullmatch(r"POST /v1/completions 200 \d+\.\d{3} plain", lines()[0])
+    assert re.fullmatch(r"GET /a%0Ab 404 \d+\.\d{3} -", lines()[1])
+    assert "secret" not in "".join(lines())
 
 
 def test_a_server_may_forbid_changes():
@@ -282,6 +322,37 @@ def test_sigterm_under_load_ends_every_stream_properly(members):
     assert "Traceback" not in text
     assert "Application shutdown complete" in text
     assert f"serving pair, running on {server.url} (Ctrl-C ends it)" in text
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_a_second_ctrl_c_ends_every_answer_properly(members):
+    server = Process(f"pair={members}", "--rule", "logit-mean", "--no-ui", "--grace", "3000", "--batch", "1")
+    fields = {"prompt": "a", "max_tokens": 60, "logit_bias": {"0": -100}}
+    with ThreadPoolExecutor(40) as pool, socket.create_connection(tuple(server.url.split("//")[1].split(":"))) as slow:
+        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{")
+        streams = [pool.submit(streamed, server.url, fields | {"stream": True}) for _ in range(20)]
+        wholes = [pool.submit(http.post, f"{server.url}/v1/completions", json=fields) for _ in range(20)]
+        wait_until(lambda: sum(s.done() for s in streams + wholes) + outstanding(server.url) >= 40)
+        server.process.send_signal(signal.SIGINT)
+        wait_until(lambda: not accepts(server.url))
+        server.process.send_signal(signal.SIGINT)
+        ends, answers = [stream.result() for stream in streams], [whole.result() for whole in wholes]
+    assert all(events[-1] == "[DONE]" for events in ends)
+    assert "shutting_down" in {json.loads(events[-2]).get("error", {}).get("code") for events in ends}
+    for answer in answers:
+        assert answer.status_code == 200 or answer.json()["error"]["code"] == "shutting_down"
+    code, text = server.end()
+    assert code == 130
+    assert "Traceback" not in text
+    assert "Application shutdown complete" in text
+
+
+def accepts(url):
+    """Whether a server takes new connections."""
+    try:
+        return http.get(f"{url}/health").status_code == 200
+    except httpx.ConnectError:
+        return False
 
 
 def test_the_command_refuses_what_is_unsafe_or_unclear(members, tmp_path):

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
@@ -78,8 +77,20 @@ class LimitFlags:
     )
     max_tokens: int = flag(4096, "The most tokens that a request may ask for in each choice.", min=1)
     max_choices: int = flag(16, "The most choices of a request: n times its number of prompts.", min=1)
+    max_trust: float = flag(
+        100.0,
+        "The largest trust that a request may ask for; inf is no limit, and trusts given here always work.",
+        min=0,
+    )
     max_body: int = flag(1 << 20, "The most bytes of a request's body.", min=1)
     body_timeout: float = flag(10.0, "The seconds in which a request's body has to arrive.", min=0.1)
+    header_timeout: float = flag(
+        10.0, "The seconds in which a request's headers have to arrive, from the connection's opening on.", min=0.1
+    )
+    send_timeout: float = flag(
+        60.0, "The seconds in which a client has to read on in an answer; else its connection is cut.", min=0.1
+    )
+    connections: int = flag(1024, "The most connections at once; more get status 503.", min=1)
     timeout: float = flag(
         600.0,
         "The seconds that an answer may take; then a stream ends with an error event, and any other with status 504.",
@@ -181,11 +192,20 @@ def serve(
         hosts = (*((*_LOCAL, host) if local else ()), *(access.allow_host or ()))
         protocol = ServerSettings(
             limits=Limits(limits.batch, limits.queue, limits.keep_tokens, limits.token_seconds),
-            protection=Protection(keys, hosts, limits.max_body, limits.body_timeout),
+            protection=Protection(
+                keys=keys,
+                hosts=hosts,
+                max_body=limits.max_body,
+                body_seconds=limits.body_timeout,
+                header_seconds=limits.header_timeout,
+                send_seconds=limits.send_timeout,
+                connections=limits.connections,
+            ),
             max_tokens=limits.max_tokens,
             max_choices=limits.max_choices,
             seconds=limits.timeout,
             allowed=allowed,
+            max_trust=limits.max_trust,
             parallel=parallel,
             reproducible=reproducible,
             cors=access.cors or (),
@@ -335,26 +355,10 @@ def _run(serving: Serving, host: str, sockets: list[socket.socket], grace: float
         grace: seconds that running answers have to end after a first signal.
         access_log: whether to log a line for each request.
     """
-    import uvicorn
+    from softmeet.server.process import run
 
-    from softmeet.server.app import create_app
+    def announce() -> None:
+        names = ", ".join(s.name for s in serving.ensembles)
+        _announce(names, url_to_open(host, port_of(sockets)), page=serving.settings.ui)
 
-    class Server(uvicorn.Server):
-        """A server that closes the batcher at a signal, so that answers end before their connections do."""
-
-        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            """Close the batcher, with grace at the first signal and at once at a second, and stop the server."""
-            serving.batcher.close(0 if self.should_exit or (sig == signal.SIGINT and grace == 0) else grace)
-            super().handle_exit(sig, frame)
-
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            """Start as uvicorn does, and then say so."""
-            await super().startup(sockets)
-            names = ", ".join(s.name for s in serving.ensembles)
-            _announce(names, url_to_open(host, port_of(sockets or [])), page=serving.settings.ui)
-
-    config = uvicorn.Config(
-        create_app(serving), access_log=access_log, log_level="info",
-        timeout_graceful_shutdown=int(grace) + 10, server_header=False,
-    )  # fmt: skip
-    Server(config).run(sockets)
+    run(serving, sockets, grace, announce, access_log=access_log)

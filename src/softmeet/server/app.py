@@ -10,23 +10,22 @@ from typing import Any, cast
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from softmeet import __version__
 from softmeet.errors import SoftmeetError
 from softmeet.server.answer import AnswerStream
 from softmeet.server.asgi import unless_left
 from softmeet.server.ensembles import Served
+from softmeet.server.envelope import guarded
 from softmeet.server.errors import ErrorBody, RequestError, absent, described, error_response
 from softmeet.server.refusals import refusal
 from softmeet.server.replies import LAST_EVENT, ChatReply, CompletionReply, Reply, dumps, event
 from softmeet.server.schemas import ChatRequest, CompletionRequest, Extension
-from softmeet.server.security import Guard
 from softmeet.server.serving import Serving
 
 _STATUSES = (400, 401, 404, 405, 408, 413, 415, 421, 422, 429, 500, 503, 504)
@@ -51,7 +50,7 @@ def create_app(serving: Serving) -> FastAPI:
         serving.batcher.close(grace=0)
         await asyncio.to_thread(serving.batcher.join)
 
-    app = FastAPI(title="softmeet", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = _App(title="softmeet", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.serving = serving
     app.include_router(router)
     for kind in (SoftmeetError, RequestValidationError, HTTPException, Exception):
@@ -60,22 +59,25 @@ def create_app(serving: Serving) -> FastAPI:
         from softmeet.server.ui import mount
 
         mount(app, serving)
-    if serving.settings.cors:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=list(serving.settings.cors),
-            allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
-        )
-    app.add_middleware(Guard, protection=serving.settings.protection, metrics=serving.metrics)
     return app
+
+
+class _App(FastAPI):
+    """An application whose every answer passes the envelope and the guard, those to a defect (500) too."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """Return all layers of the application, the outermost first to be called."""
+        # Middleware that is added in the ordinary way is inside of the layer that answers defects.
+        serving = self.state.serving
+        settings = serving.settings
+        return guarded(super().build_middleware_stack(), settings.protection, serving.metrics, settings.cors)
 
 
 def _serving(request: Request) -> Serving:
     return cast(Serving, request.app.state.serving)
 
 
-@router.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+@router.get("/", include_in_schema=False)
 async def index(request: Request) -> Response:
     """Show what the server answers; browsers are sent on to the page, where there is one."""
     ui = _serving(request).settings.ui
@@ -155,6 +157,7 @@ async def metrics(request: Request) -> Response:
 
 async def _respond(request: Request, reply: Reply) -> Response:
     """Submit a prepared request, and return its answer: a stream of events, or one document after the last token."""
+    request.state.model = reply.asked.model
     answer = AnswerStream(_serving(request).batcher, reply.asked)
     if reply.body.stream:
         headers = {"Cache-Control": "no-store"}

@@ -105,6 +105,8 @@ class Batcher(threading.Thread):
         self._turns = Turns(lambda task, seconds: self._guarded(task.rows, task.run, seconds))
         self.metrics.waiting.set_function(lambda: len(self._waiting))
         self.metrics.rows.set_function(lambda: len(self._running))
+        self.metrics.kept_prompt_tokens.set_function(lambda: self.members.kept_tokens)
+        self.metrics.cache_bytes.set_function(lambda: self.members.cache_bytes)
         self._wake = threading.Condition()
         self._closing, self._last_call = False, float("inf")
 

@@ -41,7 +41,7 @@ class Served:
     names: tuple[str, ...]
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def combination(self, asked: Extension, allowed: Sequence[str]) -> Combination:
+    def combination(self, asked: Extension, allowed: Sequence[str], max_trust: float = float("inf")) -> Combination:
         """Return the members and settings that answer a request: the ensemble's own, with the request's changes.
 
         If a request names some of the members, their weights in the pool are scaled to the sum that all members' have.
@@ -52,11 +52,12 @@ class Served:
             asked: the changes, from the request's field ``softmeet``; those of its fields in
                 :data:`softmeet.server.schemas.CHANGES` that are None change nothing, its other fields are ignored.
             allowed: the fields that this server lets requests change, some of :data:`softmeet.server.schemas.CHANGES`.
+            max_trust: the largest trust that a request may ask for, or the member's own, if that is larger.
 
         Raises:
             RequestError: if the request changes a field that is not allowed, names a member that the ensemble lacks,
-                gives a setting an invalid value or one that the rule does not use, or asks for a gate that cannot be
-                used; or if the number of weights or trusts does not fit the members.
+                gives a setting an invalid value or one that the rule does not use, asks for more trust than it may, or
+                for a gate that cannot be used; or if the number of weights or trusts does not fit the members.
             RuleError: if the rule comes from a package that fails to provide it.
         """
         given = {name: value for name in CHANGES if (value := getattr(asked, name)) is not None}
@@ -80,6 +81,8 @@ class Served:
                 "as meet",
                 param=f"softmeet.{idle[0]}", code="invalid_value",
             )  # fmt: skip
+        if "trust" in explicit:
+            _check_trust(settings, model.settings, max_trust)
         settings, why = _with_gate(model, settings)
         if why and "gate" in explicit:
             raise RequestError(
@@ -107,6 +110,17 @@ def _changed(settings: Settings, given: dict[str, Any]) -> Settings:
         raise _refused(
             error, next((f"softmeet.{k}" for k in given if _fails(settings, k, given[k])), "softmeet")
         ) from None
+
+
+def _check_trust(asked: Settings, own: Settings, limit: float) -> None:
+    """Raise RequestError if a trust is above the limit, and above what the operator has chosen for that member."""
+    for rho, given in zip(asked.member_trust, own.member_trust, strict=True):
+        if not rho <= max(limit, given):
+            raise RequestError(
+                f"expected a trust of at most {limit:g}, this server's limit, got {rho:g}: ask for less, or start the "
+                "server with a larger --max-trust",
+                param="softmeet.trust", code="invalid_value",
+            )  # fmt: skip
 
 
 def _fails(settings: Settings, name: str, value: Any) -> bool:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from functools import partial
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
 
 _FINE = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
 
 
 class Metrics:
     """The server's counters, gauges and histograms for Prometheus, in a registry of their own.
+
+    The registry also has the figures of the process, where the system tells them (on Linux): memory, processor time and
+    open files, under Prometheus' own names, such as ``process_resident_memory_bytes``.
 
     Attributes:
         registry: holds all of them, for export.
@@ -28,6 +31,9 @@ class Metrics:
         waiting: sequences in the queue now.
         between: seconds from one token of a sequence to its next.
         unsolved: tokens drawn from a distribution that did not reach the tolerance, by status.
+        kept_prompt_tokens: tokens of past prompts whose keys and values are kept now, summed over members.
+        cache_bytes: bytes of all keys and values now: those of running sequences and of kept prompts.
+        connections: connections that are open now; idle ones, and those that are being refused, count.
         first: seconds from a request's submission to its first drawn token, of whichever choice.
     """
 
@@ -35,6 +41,7 @@ class Metrics:
         # The times at which each series began would double the answer, and Prometheus reads none of them by default.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
         counter, gauge = partial(Counter, registry=self.registry), partial(Gauge, registry=self.registry)
         histogram = partial(Histogram, registry=self.registry, buckets=_FINE)
         self.requests = counter("softmeet_requests", "HTTP requests that were answered or refused.", ["path", "status"])
@@ -54,6 +61,13 @@ class Metrics:
         )
         self.rows = gauge("softmeet_rows", "Sequences that are being generated now; at most --batch.")
         self.waiting = gauge("softmeet_waiting", "Sequences that wait for a place in the batch now.")
+        self.kept_prompt_tokens = gauge(
+            "softmeet_kept_prompt_tokens", "Tokens of past prompts whose keys and values are kept, summed over members."
+        )
+        self.cache_bytes = gauge(
+            "softmeet_cache_bytes", "Bytes of keys and values, of running sequences and kept prompts."
+        )
+        self.connections = gauge("softmeet_connections", "Connections that are open now.")
         self.between = histogram(
             "softmeet_inter_token_latency_seconds", "Seconds from one token of a sequence to its next."
         )

@@ -23,10 +23,11 @@ from softmeet.errors import InvalidInputError
 from softmeet.server.app import create_app
 from softmeet.server.asgi import run
 from softmeet.server.ensembles import load, named
+from softmeet.server.envelope import guarded
 from softmeet.server.errors import InternalError
 from softmeet.server.metrics import Metrics
 from softmeet.server.relay import Relay
-from softmeet.server.security import Guard, Protection
+from softmeet.server.security import Protection
 from softmeet.server.serving import ServerSettings, Serving
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -140,18 +141,19 @@ def application(
         graceful_shutdown_timeout_s=grace,
         **scale.options(),
     )
-    front = serve.deployment(serve.ingress(_front(settings.protection))()).options(
+    front = serve.deployment(serve.ingress(_front(settings))()).options(
         name="front", num_replicas=scale.fronts, max_ongoing_requests=_MOST, ray_actor_options={"num_cpus": 0}
     )
     return front.bind(replicas.bind(named, options, settings, scale.threads))
 
 
-def _front(protection: Protection) -> Callable[[], ASGIApp]:
+def _front(settings: ServerSettings) -> Callable[[], ASGIApp]:
     """Return a function that builds the front, to be called in the process in which the front runs."""
 
     def build() -> ASGIApp:
         replicas = serve.get_deployment_handle("replicas").options(stream=True)
-        return Guard(Relay(replicas.remote, (RayActorError, DeploymentUnavailableError)), protection, Metrics())
+        relay = Relay(replicas.remote, (RayActorError, DeploymentUnavailableError))
+        return guarded(relay, settings.protection, Metrics(), settings.cors)
 
     return build
 

@@ -11,7 +11,8 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 TokenId = Annotated[str, Field(pattern=r"^\d{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Listed = Annotated[int, Field(ge=0, le=20)]
-Rho = Annotated[float, Field(ge=0, le=1e6)] | Literal["inf"]
+# How large a trust may be is the server's to say.
+Rho = Annotated[float, Field(ge=0)] | Literal["inf"]
 Word = Annotated[str, Field(max_length=200)]
 Stop = Annotated[str, Field(min_length=1, max_length=200)]
 # The settings that a request may change under ``softmeet``; a server may allow fewer.

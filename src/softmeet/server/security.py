@@ -1,4 +1,4 @@
-"""The outermost layer of the server: API keys, the Host header, limits on bodies, and headers for security.
+"""The guard before the application: API keys, the Host header, and limits on bodies.
 
 It is plain ASGI, so that streamed answers pass through it unbuffered.
 """
@@ -14,86 +14,73 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pydantic_core import from_json
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from softmeet.server.asgi import replay
 from softmeet.server.errors import RequestError, error_response
-from softmeet.server.metrics import Metrics
 
 _OPEN = ("/health", "/ready")
 # Uploads are refused: the page takes no files, and Gradio would write them to the disk.
 _UPLOADS = "/ui/gradio_api/upload"
-_COUNTED = ("/v1/models", "/v1/completions", "/v1/chat/completions", "/health", "/ready", "/metrics")
 # A body of at most this many times the limit is read to its end, since many clients read the refusal only then.
 _DISCARDED = 16
-_COMMON = {
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Opener-Policy": "same-origin",
-}
-# Gradio's page needs inline scripts and styles; nothing comes from, or goes to, another host.
-_PAGE = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; worker-src 'self' blob:; "
-    "frame-ancestors 'none'; base-uri 'self'; form-action 'self'"
-)
-_NO_PAGE = "default-src 'none'; frame-ancestors 'none'"
+# A name or an address, with or without a port; RFC 9110 has Host so.
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\s\[\]:/@?#]+)(?::\d*)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Protection:
-    """Who may send requests, and how large and slow their bodies may be.
+    """Who may send requests, and how large and slow these may be; how many connections there are, and how slow.
 
     Args:
         keys: the valid API keys, one of which a request has to have, as ``Authorization: Bearer KEY`` or as the
             password of HTTP's basic scheme, except at /health and /ready; if empty, no key is needed.
-        hosts: the names that a request's header ``Host`` may have, without port, case-sensitive; if empty, any name.
+        hosts: the names that a request's header ``Host`` may have, without port, in any case; if empty, any name.
         max_body: the most bytes of a request's body.
         body_seconds: the most seconds until a body is complete.
+        header_seconds: the most seconds until a request's headers are complete, from the opening of the connection, or
+            from the first byte of a later request.
+        send_seconds: the seconds in which a client has to take a piece of the answer that waits for it; else its
+            connection is cut.
+        connections: the most connections that are open at once.
     """
 
     keys: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
     max_body: int = 1 << 20
     body_seconds: float = 10.0
+    header_seconds: float = 10.0
+    send_seconds: float = 60.0
+    connections: int = 1024
 
 
 class Guard:
-    """The outermost ASGI layer: it refuses requests without a key, with a wrong Host or a bad body, and counts answers.
+    """An ASGI layer that refuses requests without a key, with a wrong Host or with a bad body.
 
     Args:
         app: the ASGI application behind it.
         protection: the keys, hosts and limits.
-        metrics: every HTTP request that gets a response, refused or passed on, is counted in its ``requests``.
     """
 
-    def __init__(self, app: ASGIApp, protection: Protection, metrics: Metrics) -> None:
-        self.app, self.protection, self.metrics = app, protection, metrics
+    def __init__(self, app: ASGIApp, protection: Protection) -> None:
+        self.app, self.protection = app, protection
+        self._keys = [form for key in protection.keys for form in _forms(key)]
+        self._hosts = {host.lower() for host in protection.hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Check one request and read its whole body; refuse it, or pass it on. Every answer gets security headers.
+        """Check one request and read its whole body; refuse it, or pass it on. HEAD is answered wherever GET is.
 
-        A refusal is a response with an error object: status 400 for a body that is not JSON (under /v1/), 401 for a
-        key, 404 for an upload to the page, 408 and 413 for a slow or large body, 415 for a content type, 421 for a
-        Host. Nothing is sent if the client leaves before its body is complete. Exceptions of the application are not
-        caught.
+        A refusal is a response with an error object: status 400 for a body that is not JSON (under /v1/) or no proper
+        Host, 401 for a key, 404 for an upload to the page, 408 and 413 for a slow or large body, 415 for a content
+        type, 421 for a Host. Nothing is sent if the client leaves before its body is complete. Exceptions of the
+        application are not caught.
         """
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         path = scope["path"]
-
-        async def sending(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                self.metrics.requests.labels(path if path in _COUNTED else "other", message["status"]).inc()
-                headers = MutableHeaders(scope=message)
-                headers.update(_COMMON)
-                headers["Content-Security-Policy"] = _PAGE if path.startswith("/ui") else _NO_PAGE
-            await send(message)
-
         try:
             self._check(path, Headers(scope=scope))
             body = await self._body(Request(scope, receive))
@@ -101,29 +88,40 @@ class Guard:
                 _check_json(body, Headers(scope=scope).get("content-type", ""))
         except RequestError as error:
             page = path == "/" or path.startswith("/ui")
-            ask = {"WWW-Authenticate": 'Basic realm="softmeet"'} if error.status == 401 and page else {}
+            ask = (
+                {"WWW-Authenticate": 'Basic realm="softmeet", charset="UTF-8"'} if error.status == 401 and page else {}
+            )
             # Close the connection: a part of the body may be unread, and would be taken for the next request.
-            await error_response(error, {"Connection": "close"} | ask)(scope, receive, sending)
+            await error_response(error, {"Connection": "close"} | ask)(scope, receive, send)
             return
         except ClientDisconnect:  # the client left before its whole body had come
             return
-        await self.app(scope, replay(body, receive), sending)
+        # The server in front sends the header alone in answer to HEAD.
+        inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
+        await self.app(inner, replay(body, receive), send)
 
     def _check(self, path: str, headers: Headers) -> None:
         """Raise RequestError if a request is an upload, or its Host or its key is not valid."""
         if path.startswith(_UPLOADS):
             raise RequestError("nothing can be uploaded here", status=404)
-        host = re.sub(r":\d*$", "", headers.get("host", ""))
-        if self.protection.hosts and host not in self.protection.hosts:
+        self._check_host(headers.getlist("host"))
+        if self._keys and path not in _OPEN and not _known(_given(headers), self._keys):
+            raise RequestError(
+                "expected a valid API key as 'Authorization: Bearer KEY'", status=401, code="invalid_api_key"
+            )
+
+    def _check_host(self, given: list[str]) -> None:
+        """Raise RequestError if a request has several headers ``Host``, or one that is malformed or not allowed."""
+        found = [_HOST.fullmatch(host) for host in given]
+        if len(given) > 1 or not all(found):
+            raise RequestError("expected one header Host, with a name or an address", code="invalid_host")
+        host = found[0][1].lower() if found and found[0] else ""
+        if self._hosts and host not in self._hosts:
             raise RequestError(
                 "this server does not answer to that Host: ask it by the address at which it listens, or start it with "
                 "--allow-host and the name",
                 status=421, code="unknown_host",
             )  # fmt: skip
-        if self.protection.keys and path not in _OPEN and not _known(_given(headers), self.protection.keys):
-            raise RequestError(
-                "expected a valid API key as 'Authorization: Bearer KEY'", status=401, code="invalid_api_key"
-            )
 
     async def _body(self, request: Request) -> bytes:
         """Return a request's whole body.
@@ -178,20 +176,28 @@ def _check_json(body: bytes, kind: str) -> None:
         )
 
 
-def _given(headers: Headers) -> str:
-    """Return the key that a request's headers give, or an empty string.
+def _given(headers: Headers) -> bytes:
+    """Return the key that a request's headers give, as it was sent, or nothing.
 
     It is a bearer token, or the password of HTTP's basic scheme, for which browsers show a dialog.
     """
     scheme, _, value = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
-        return value.strip()
+        return value.strip().encode("latin-1")  # as which headers are decoded
     if scheme.lower() == "basic":
         with contextlib.suppress(ValueError):
-            return base64.b64decode(value, validate=True).decode("utf-8").partition(":")[2]
-    return ""
+            return base64.b64decode(value, validate=True).partition(b":")[2]
+    return b""
 
 
-def _known(given: str, keys: Sequence[str]) -> bool:
+def _forms(key: str) -> list[bytes]:
+    """Return a key as clients send it: in UTF-8, or, as some libraries do where they can, in Latin-1."""
+    found = [key.encode()]
+    with contextlib.suppress(UnicodeEncodeError):
+        found.append(key.encode("latin-1"))
+    return found
+
+
+def _known(given: bytes, keys: Sequence[bytes]) -> bool:
     """Return whether a key is valid, in a time that depends on the contents of no valid key."""
-    return sum(hmac.compare_digest(given.encode(), key.encode()) for key in keys) > 0
+    return sum(hmac.compare_digest(given, key) for key in keys) > 0

@@ -40,6 +40,7 @@ class ServerSettings:
         seconds: the most seconds that an answer may take from the end of :meth:`Serving.prepare`, waiting included.
         allowed: names of the fields under ``softmeet`` that requests may change, some of
             :data:`softmeet.server.schemas.CHANGES`.
+        max_trust: the largest trust that a request may ask for, in nats per nat, or a member's own, if that is larger.
         parallel: whether members run at the same time, in a thread each; they do anyway if an ensemble has members on
             different devices.
         reproducible: whether every sequence is run and solved by itself, so that what shares the batch changes no bit.
@@ -53,6 +54,7 @@ class ServerSettings:
     max_choices: int = 16
     seconds: float = 600.0
     allowed: Sequence[str] = CHANGES
+    max_trust: float = 100.0
     parallel: bool = False
     reproducible: bool = False
     cors: Sequence[str] = field(default_factory=tuple)
@@ -121,7 +123,7 @@ class Serving:
         """
         served, ours = self.ensembles.find(body.model), body.softmeet or Extension()
         in_thread = partial(asyncio.get_running_loop().run_in_executor, self._thread)
-        combination = served.combination(ours, self.settings.allowed)
+        combination = served.combination(ours, self.settings.allowed, self.settings.max_trust)
         choices, limit = body.n or 1, _limit(body, self.settings.max_tokens, combination.room(0))
         if isinstance(body, CompletionRequest):
             prompts = await in_thread(_encoded, served, body)

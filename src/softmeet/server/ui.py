@@ -100,7 +100,14 @@ def page(serving: Serving) -> gr.Blocks:
             other = gr.Dropdown(
                 [_ALONE, *rules], value=_ALONE, label="Compare with", interactive=free["rule"], elem_id="other"
             )
-            trust = gr.Slider(0, 4, own["trust"], step=0.05, label="Trust", interactive=free["trust"])
+            trust = gr.Slider(
+                0,
+                max(min(4, serving.settings.max_trust), own["trust"]),
+                own["trust"],
+                step=0.05,
+                label="Trust",
+                interactive=free["trust"],
+            )
         with gr.Accordion("Sampling", open=False), gr.Row():
             longest = min(200, serving.settings.max_tokens, *(_context(s) for s in serving.ensembles))
             length = gr.Slider(1, longest, min(60, longest), step=1, label="Tokens", elem_id="length")

@@ -1,0 +1,91 @@
+"""A server in this process, from its start until a signal ends it; its answers end before their connections do."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+
+from softmeet.server.envelope import ACCESS
+from softmeet.server.protocol import configuration
+from softmeet.server.serving import Serving
+
+# Seconds that connections have to close once their answers have ended.
+_LAST = 3.0
+# Open files beside connections: those of models, libraries and logs.
+_FILES = 512
+
+
+def run(
+    serving: Serving, sockets: list[socket.socket], grace: float, announce: Callable[[], None], *, access_log: bool
+) -> None:
+    """Serve until SIGINT or SIGTERM; then raise the signal again, whose ordinary effect may be KeyboardInterrupt.
+
+    Args:
+        serving: the ensembles and settings.
+        sockets: those that listen.
+        grace: seconds that running answers have to end after a first signal; a second one ends them at once.
+        announce: called once requests are answered.
+        access_log: whether a line for each request is written to stderr.
+    """
+    if access_log:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        ACCESS.addHandler(handler)
+        ACCESS.setLevel(logging.INFO)
+        ACCESS.propagate = False
+    _allow_files(serving.settings.protection.connections + _FILES)
+    # uvicorn would end what is left with tracebacks; by then nothing is.
+    config = configuration(serving, log_level="info", timeout_graceful_shutdown=int(grace + 2 * _LAST) + 1)
+    _Server(config, serving, grace, announce).run(sockets)
+
+
+def _allow_files(number: int) -> None:
+    """Let this process have so many files open, if the system lets it: each connection is one."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = number if hard == resource.RLIM_INFINITY else min(number, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+class _Server(uvicorn.Server):
+    """A server whose answers end at a signal, after some grace, and whose connections do soon afterwards."""
+
+    def __init__(self, config: uvicorn.Config, serving: Serving, grace: float, announce: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._serving, self._grace, self._announce = serving, grace, announce
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start as uvicorn does, and then say so."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        self._announce()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """End answers with grace at the first signal, at once at a second, and whatever is left at a third."""
+        signals = len(self._captured_signals)
+        if signals < 2:
+            grace = 0 if signals else self._grace
+            self._serving.batcher.close(grace)
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._loop.call_later, grace + _LAST, self._cut)
+        if signals == 1:
+            # All that uvicorn would do, but for cancelling answers before their last words.
+            self._captured_signals.append(sig)
+        else:
+            super().handle_exit(sig, frame)
+
+    def _cut(self) -> None:
+        """Cut the connections that are left: clients that do not read, or have not sent all of a request."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()

@@ -1,0 +1,224 @@
+"""What one client can do to a server below HTTP's requests: endless headers, waiting, flooding, not reading."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import time
+
+import psutil
+import pytest
+from serving import running, serving_of, tiny_ensemble, wait_until
+
+from softmeet.server.security import Protection
+
+GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+BODY = b'{"prompt":"a","max_tokens":2,"seed":1}'
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+POST = HEAD + b"Content-Length: %d\r\n\r\n%s"
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+def served(**bounds):
+    return serving_of({"plain": tiny_ensemble("gpt2", rule="logit-mean")}, protection=Protection(**bounds))
+
+
+def connected(url, **options):
+    host, port = url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), **options)
+    connection.settimeout(300)
+    return connection
+
+
+def read(connection):
+    """All that comes until the server closes the connection."""
+    found = b""
+    with contextlib.suppress(ConnectionError):
+        while piece := connection.recv(1 << 16):
+            found += piece
+    return found
+
+
+def healthy(connection):
+    """Whether a request on a connection, which is left open, is answered."""
+    connection.sendall(GET)
+    found = b""
+    while not found.endswith(b'{"status":"ok"}'):
+        piece = connection.recv(1 << 16)
+        assert piece
+        found += piece
+    return found.startswith(b"HTTP/1.1 200 ")
+
+
+def error_of(answer, status):
+    head, _, content = answer.rpartition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status), answer
+    return json.loads(content)["error"]
+
+
+def flooded(connection, first, pieces):
+    """How many of many pieces could be sent behind a beginning."""
+    connection.sendall(first)
+    for k, piece in enumerate(pieces):
+        try:
+            connection.sendall(piece)
+        except ConnectionError:
+            return k
+    return len(pieces)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX: ",
+        b"GET /",
+        b"",
+        CHUNKED + b"1;x=",
+        CHUNKED + b"1\r\n{\r\n0\r\nX: ",
+    ],
+    ids=["a header", "a target", "empty lines", "a chunk's extension", "a trailer"],
+)
+def test_what_has_no_end_is_not_kept(first):
+    piece = (b"\r\n" if not first else b"a") * (1 << 16)
+    with running(served()) as url:
+        before = psutil.Process().memory_info().rss
+        with connected(url) as connection:
+            sent = flooded(connection, first, [piece] * (300_000_000 // len(piece)))
+        assert sent * len(piece) < 50_000_000
+        assert psutil.Process().memory_info().rss - before < 30_000_000
+
+
+def test_many_headers_are_refused_and_as_many_as_are_common_are_not():
+    with running(served()) as url:
+        for header in (b"X-%d: y\r\n", b"X-%d: " + b"y" * 1000 + b"\r\n"):
+            with connected(url) as connection:
+                connection.sendall(GET[:-2] + b"".join(header % k for k in range(100_000 // len(header))) + b"\r\n")
+                assert error_of(read(connection), 431)["code"] == "headers_too_long"
+        with connected(url) as connection:
+            connection.sendall(GET[:-2] + b"X: " + b"y" * 40_000 + b"\r\n\r\n")
+            assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+
+
+def test_connections_that_send_no_headers_are_closed_and_others_are_kept():
+    serving = served(header_seconds=1.0)
+    gauge = lambda: serving.metrics.registry.get_sample_value("softmeet_connections")  # noqa: E731
+    with running(serving) as url, contextlib.ExitStack() as stack:
+        busy = stack.enter_context(connected(url))
+        silent = stack.enter_context(connected(url))
+        half = [stack.enter_context(connected(url)) for _ in range(300)]
+        for connection in half:
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: ")
+        wait_until(lambda: gauge() == 302)
+        until = time.monotonic() + 2.5
+        while time.monotonic() < until:  # kept alive beyond the bound, which is of each request's headers
+            assert healthy(busy)
+            time.sleep(0.1)
+        wait_until(lambda: gauge() <= 1)
+        assert read(silent) == b""
+        assert error_of(read(half[0]), 408)["code"] == "headers_too_slow"
+        busy.close()
+        with connected(url) as again:
+            assert healthy(again)
+            again.sendall(GET[:20])
+            assert error_of(read(again), 408)["code"] == "headers_too_slow"
+
+
+def test_more_connections_than_allowed_are_answered_503():
+    with running(served(connections=3)) as url, contextlib.ExitStack() as stack:
+        three = [stack.enter_context(connected(url)) for _ in range(3)]
+        for connection in three:
+            assert healthy(connection)
+        with connected(url) as fourth:
+            fourth.sendall(GET)
+            answer = read(fourth)
+        assert error_of(answer, 503)["code"] == "too_many_connections"
+        assert b"retry-after: 1" in answer.lower()
+        three.pop().close()
+
+        def answered():
+            with connected(url) as fourth:
+                fourth.sendall(GET)
+                return fourth.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+
+        wait_until(answered)
+
+
+def test_a_few_requests_may_be_sent_ahead_and_a_flood_ends_the_connection():
+    serving = served()
+    with running(serving) as url:
+        with connected(url) as connection:
+            connection.sendall(GET * 10)
+            found = b""
+            while found.count(b'{"status":"ok"}') < 10:
+                found += connection.recv(1 << 16)
+        before = psutil.Process().memory_info().rss
+        with connected(url) as connection:
+            flooded(connection, POST % (len(BODY), BODY), [GET * 1000] * 1000)
+        wait_until(lambda: serving.metrics.registry.get_sample_value("softmeet_connections") == 0)
+        assert psutil.Process().memory_info().rss - before < 30_000_000
+
+
+@pytest.mark.parametrize("ahead", [b"", GET], ids=["one request", "with another behind it"])
+def test_a_client_that_does_not_read_is_cut_off_and_its_sequences_end(ahead):
+    """The stream's tokens have long reports, and the client's window is small."""
+    serving = served(send_seconds=0.5)
+    body = json.dumps(
+        {"prompt": "a", "max_tokens": 60, "n": 16, "stream": True, "logit_bias": {"0": -100}, "logprobs": 20,
+         "softmeet": {"report": 20}}
+    ).encode()  # fmt: skip
+    hook = serving.ensembles.find("plain").ensemble.model.members[0].base_model.register_forward_hook
+    with running(serving, send_buffer=4096) as url, socket.socket() as connection:
+        slow = hook(lambda *_: time.sleep(0.2))
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        host, port = url.removeprefix("http://").split(":")
+        connection.connect((host, int(port)))
+        connection.sendall(POST % (len(body), body) + ahead)
+        wait_until(lambda: serving.batcher._running)
+        wait_until(lambda: serving.metrics.registry.get_sample_value("softmeet_connections") == 0)
+        wait_until(lambda: not serving.batcher._rows())
+        slow.remove()
+    assert serving.metrics.registry.get_sample_value("softmeet_tokens_total") < 16 * 60
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"CONNECT example.org:80 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET / HTTP/9.9\r\nHost: localhost\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"nonsense\r\n\r\n",
+        b"GET /\xff HTTP/1.1\r\nHost: localhost\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\na",
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    ],
+)  # fmt: skip
+def test_what_is_not_http_gets_an_error_object(url, request_):
+    with connected(url) as connection:
+        connection.sendall(request_)
+        error_of(read(connection), 400)
+
+
+@pytest.fixture(scope="module")
+def url():
+    with running(served()) as found:
+        yield found
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (b"GET http://localhost/health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 200),
+        (b"GET /health HTTP/1.0\r\n\r\n", 200),
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade, close\r\nUpgrade: websocket\r\n"
+         b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n", 200),
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade, HTTP2-Settings, close\r\n"
+         b"Upgrade: h2c\r\n\r\n", 200),
+        (POST.replace(b"Host", b"Connection: close\r\nHost") % (len(BODY), BODY), 200),
+        (POST.replace(b"Host", b"Connection: close\r\nExpect: 100-continue\r\nHost") % (len(BODY), BODY), 100),
+    ],
+)  # fmt: skip
+def test_unusual_requests_are_answered(url, request_, status):
+    with connected(url) as connection:
+        connection.sendall(request_)
+        assert read(connection).startswith(b"HTTP/1.1 %d " % status)
