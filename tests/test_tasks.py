@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 
 import pytest
@@ -20,6 +21,7 @@ from softmeet.solvers.base import Status
 
 # A rule's own seconds for a token: some hundred steps of the tiny members.
 SLOW = 0.4
+BEGUN = threading.Event()
 
 
 class Slow(Rule):
@@ -31,6 +33,7 @@ class Slow(Rule):
 
     def solve(self, problem):
         spent = 0.0
+        BEGUN.set()
         while spent < self.seconds and not time_is_over():
             started = time.perf_counter()
             time.sleep(0.002)
@@ -94,9 +97,9 @@ def test_a_suspended_row_can_be_cancelled_and_its_work_ends_there(serve):  # noq
     model = ensemble_of(("gpt2", "llama"))
     engine = serve(model, limits=Limits(rows=1, waiting=9, token_seconds=1e9))
     endless, listener = sequence(model, prompt(1, 6), rule=Slow(seconds=1e9))
+    BEGUN.clear()
     engine.submit([endless])
-    while not len(engine._turns):
-        time.sleep(0.01)
+    assert BEGUN.wait(300)
     endless.cancel()
     assert isinstance(listener.all()[-1], Failed)
     after, heard = sequence(model, prompt(2, 6), max_tokens=5)
