@@ -166,8 +166,10 @@ class Soak:
         self.tokens += len(found.tokens)
         if found.end.startswith(("status 429", "status 503")):
             return "full"
-        if found.end not in ("length", "left") or found.by_time:
-            return "ended by time" if found.by_time else found.end
+        if found.by_time or alone.by_time:
+            return "ended by time"
+        if found.end not in ("length", "left"):
+            return found.end
         if found.end == "left":
             return "left"
         same = found.tokens == alone.tokens and (not self._strict or found.log_probs == alone.log_probs)
