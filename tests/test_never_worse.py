@@ -19,6 +19,7 @@ from test_exact_rules import instance
 import softmeet
 import softmeet.rules.settings
 from softmeet import Status
+from softmeet.solvers import tuning
 from softmeet.solvers.projection import MOMENT_TOLERANCE
 
 NAMES = ["generic", "premise", "peaked", "near_one_hot", "boundary", "faces", "nd = v", "biased", "v = 1024, biased"]
@@ -129,11 +130,9 @@ def test_the_time_is_over(name, rule):
         check(rule, name, solution)
 
 
-@pytest.mark.parametrize("rule", [rule for rule in RULES if not softmeet.rules.settings.rule_of(rule).is_average])
+@pytest.mark.parametrize("rule", [rule for rule in RULES if softmeet.rules.settings.rule_of(rule).reads_heads])
 @pytest.mark.parametrize("name", NAMES)
 def test_without_any_time_the_pool_answers(name, rule):
-    if rule == "one-hot":
-        pytest.skip("a formula, which is not cut short")
     log_p, heads, options, _ = instance(name)
     with softmeet.time_limit(0.0):
         solution = softmeet.combine(log_p, heads, rule, tol=1e-9, **options)
@@ -154,6 +153,24 @@ def test_meet_at_high_trust(name, trust):
                 off = 1e-6 * trust if dtype == torch.float32 else 1e-9
                 assert fall(solution, log_p[:, k].numpy(), given, k, trust) <= off
                 assert solution.gap[k] <= max(2.0, float(trust * solution.disagreement[:, k].sum()) + 1e-6)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("trust", [1.0, 1e3, 1e6])
+def test_no_step_of_meet_raises_f(trust, dtype, dense, monkeypatch):
+    if dense:
+        for name in ("HESSIAN", "HESSIAN_WHERE_FINE", "HESSIAN_AS_RESCUE"):
+            monkeypatch.setattr(tuning, name, 0)
+    for name in ("generic", "peaked", "near_one_hot", "sharp"):
+        log_p, heads = INSTANCES[name]()
+        before = torch.zeros(log_p.shape[1], dtype=torch.float64)
+        for steps in range(1, 9):
+            # What is answered may be the pool; the objective is -f at the solver's own point.
+            now = softmeet.combine(log_p.to(dtype), heads, f"meet:budget={steps}", trust=trust, tol=1e-4).objective
+            rounding = (1e-6 if dtype == torch.float32 else 1e-12) * (1 + before.abs())
+            assert (now >= before - rounding).all()
+            before = now
 
 
 def test_throw_tells_of_rows_that_the_time_ended():
