@@ -18,7 +18,7 @@ import httpx
 import typer
 
 from report import show
-from soak import Server
+from servers import Server
 
 # The streams that are measured, by name: fields under ``softmeet``.
 MEASURED = {"logit-mean": {"rule": "logit-mean"}, "meet": {"rule": "meet"}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -14,7 +15,7 @@ from softmeet import Rule, time_is_over
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
 from softmeet.server.batcher import Limits
 from softmeet.server.sampling import Sampling
-from softmeet.server.sequences import Combination, Failed, GenerationRequest, Sequence, Token
+from softmeet.server.sequences import Account, Combination, Failed, GenerationRequest, Sequence, Token
 from softmeet.server.tasks import Task, Turns
 from softmeet.solvers.base import Status
 
@@ -83,7 +84,7 @@ def test_a_token_whose_time_is_over_is_drawn_and_says_so(serve):  # noqa: F811
 
 def test_a_prompt_is_scored_without_holding_up_others_and_in_its_time(serve):  # noqa: F811
     model = ensemble_of(("gpt2", "llama"))
-    engine = serve(model, limits=Limits(token_seconds=0.05))
+    engine = serve(model, limits=Limits(token_seconds=0.2))
     scored, listener = sequence(model, prompt(1, 11), rule=Slow(seconds=1e9), top=0, score_prompt=True, max_tokens=0)
     quick, heard = sequence(model, prompt(2, 6), max_tokens=20)
     engine.submit([scored, quick])
@@ -142,21 +143,28 @@ def test_turns_are_shared_by_time_and_what_took_longer_is_owed():
     def work(task: Task) -> None:
         for k in range(5):
             time.sleep(0.02)
-            done.append(k)
+            done.append((k, task.rows[0].account))
             task.pause()
 
-    turns.add(Task(list[Sequence](), work))
+    asked = [SimpleNamespace(account=Account(), done=False) for _ in range(2)]
+    turns.add(Task(asked[:1], work))
     turns.take(0.001, lambda: True)
-    assert done == [0]  # one piece, however long
+    assert len(done) == 1  # one piece, however long
     for _ in range(10):
         turns.take(0.001, lambda: True)
-    assert done == [0]
+    assert len(done) == 1
     for _ in range(20):
         turns.take(0.001, lambda: True)
     assert 1 < len(done) < 4
+    # The next task of a sequence inherits what the sequence owes; another sequence's does not.
+    turns.add(Task(asked[:1], work))
+    turns.add(Task(asked[1:], work))
+    count = len(done)
+    turns.take(0.001, lambda: True)
+    assert [account for _, account in done[count:]] == [asked[1].account]
     while len(turns):
         turns.take(0.001, lambda: False)  # nobody waits
-    assert done == [*range(5)]
+    assert len(done) == 15
 
 
 def test_a_reproducible_server_gives_the_same_bits_in_any_company(serve):  # noqa: F811

@@ -28,13 +28,15 @@ from softmeet.server.gating import Gates, Hidden, joined
 from softmeet.server.members import Members
 from softmeet.server.metrics import Metrics
 from softmeet.server.sampling import next_tokens
-from softmeet.server.sequences import Event, Failed, Finished, PromptScored, Sequence, Token, token_of
+from softmeet.server.sequences import Account, Event, Failed, Finished, PromptScored, Sequence, Token, token_of
 from softmeet.server.tasks import Task, Turns
 from softmeet.solvers.base import Status
 
 _log = logging.getLogger("softmeet.server")
 # The most prompt tokens that begin in one round, though at least one prompt does: running sequences wait for them.
 _PROMPT_TOKENS_A_ROUND = 1024
+# Tokens of a prompt that are scored at once: their solver's steps cannot be interrupted.
+_SCORED_AT_ONCE = 16
 _CLOSED = "the server is shutting down and ended this answer before its end: ask another one"
 _LATE = "the answer was not done in time: ask for fewer tokens, or raise the server's --timeout"
 # Statuses of tokens at which the rule did not reach its tolerance.
@@ -102,6 +104,8 @@ class Batcher(threading.Thread):
         # Sequences that have a place; of those that are yet to be solved, the hidden states at the newest token.
         self._running: list[Sequence] = []
         self._unsolved: dict[Sequence, Hidden] = {}
+        # Who sends one request after the other gets no further than who sends a long one.
+        self._newcomers = Account()
         self._turns = Turns(lambda task, seconds: self._guarded(task.rows, task.run, seconds))
         self.metrics.waiting.set_function(lambda: len(self._waiting))
         self.metrics.rows.set_function(lambda: len(self._running))
@@ -232,6 +236,7 @@ class Batcher(threading.Thread):
             else:
                 self._turns.add(task)
         for s in new:
+            s.account = self._newcomers
             self._turns.add(Task([s], partial(self._run_prompt, s)))
         seconds = time.perf_counter() - started
         self._turns.take(seconds, lambda: any(not s.busy for s in self._running))
@@ -269,10 +274,15 @@ class Batcher(threading.Thread):
         """
         how, tokens, found = s.combination, iter(s.prompt[1:]), []
         before = TokensBefore.of(torch.tensor(s.prompt[:-1]), how.model.tokenizer)
-        chunks = how.model.combiner.solve_in_chunks(hidden, how.settings, asked, before, proved=False)
         with task.limit(self.limits.token_seconds * len(hidden[0])):
-            for log_probs, solution in chunks:
+            for start in range(0, len(hidden[0]), _SCORED_AT_ONCE):
+                rows = slice(start, start + _SCORED_AT_ONCE)
+                some, known = asked and asked.take(rows), before and before.take(rows)
+                log_probs, solution = how.model.combiner.solve_rows(
+                    [states[rows] for states in hidden], how.settings, some, known, proved=False
+                )
                 found += [token_of(s, solution, log_probs, k, next(tokens)) for k in range(log_probs.shape[1])]
+                task.pause()
         self._emit(s, PromptScored(found))
 
     def _solve(self, group: list[Sequence], hidden: list[Hidden], task: Task) -> None:
@@ -326,7 +336,9 @@ class Batcher(threading.Thread):
         if s.done:
             return
         now, before = time.perf_counter(), s.last
-        if before is not None:
+        if before is None:
+            s.account = Account()
+        else:
             self.metrics.between.observe(now - before)
         s.tokens.append(token.token)
         s.busy, s.last = False, now

@@ -202,6 +202,17 @@ class GenerationRequest:
     tokenizer: Any = None
 
 
+@dataclass
+class Account:
+    """The time that a sequence's rule may still take in this round.
+
+    Attributes:
+        left: seconds; negative if the rule has taken longer than its share, which later rounds make up for.
+    """
+
+    left: float = 0.0
+
+
 class Sequence:
     """One continuation of one prompt: its tokens, and how many of them each member has run.
 
@@ -229,6 +240,7 @@ class Sequence:
         cancelled: whether the sequence is to be ended before its next token.
         joined: whether it is a row of the running batches of the members in ``batched``.
         busy: whether a task works on it, or it waits for one, so that it has no new token to run.
+        account: the time that is left to its tasks; all sequences without a token share one.
         last: when its last token was drawn, by ``time.perf_counter``; None before the first.
         done: whether it has ended.
     """
@@ -240,6 +252,7 @@ class Sequence:
         self.max_tokens = min(request.max_tokens, self.combination.room(len(prompt)))
         self.cancelled = self.joined = self.done = False
         self.busy = True
+        self.account = Account()
         self.last: float | None = None
         self.tokens = list(prompt)
         self.members: list[PreTrainedModel] = list(self.combination.model.members)

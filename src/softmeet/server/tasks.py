@@ -3,9 +3,9 @@
 A solve may take a hundred times as long as the members' step. It therefore runs as a *task*, on a stack of its own
 (a greenlet) in the batcher's thread: between its steps a solver asks whether its time is over
 (:func:`softmeet.solvers.clock.time_is_over`), and there the task can be suspended, however deep in the solver's code.
-Tasks take turns. In each round of the batcher they have
-together about as long as everything else in the round takes, so that they at most double what others wait for, and none
-of their work is lost.
+Tasks take turns. In each
+round of the batcher every sequence has about as long for its task as the members' step took, so that one whose rule is
+expensive at most doubles what others wait for; and none of its work is lost.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from contextlib import AbstractContextManager
 
 import greenlet
 
-from softmeet.server.sequences import Sequence
+from softmeet.server.sequences import Account, Sequence
 from softmeet.solvers.clock import time_limit
 
 # In seconds: how long a task goes on before the batcher looks for new work, while no sequence waits for its next step.
 _LOOK = 0.02
+# The shortest share of the time, in seconds.
+_LEAST = 0.001
 
 
 class Task:
@@ -49,6 +51,16 @@ class Task:
             self._own.switch(*() if self._own else (self,))
         finally:
             self.ended = self._own.dead
+
+    @property
+    def accounts(self) -> list[Account]:
+        """The accounts of its sequences."""
+        return [s.account for s in self.rows]
+
+    @property
+    def left(self) -> float:
+        """The seconds that are left to the sequence that has the most."""
+        return max(account.left for account in self.accounts)
 
     def pause(self) -> None:
         """Suspend the work here if its turn has ended; called by the work itself."""
@@ -87,10 +99,10 @@ class Turns:
     """
 
     def __init__(self, run: Callable[[Task, float], None]) -> None:
-        self._run, self._tasks, self._left = run, deque[Task](), 0.0
+        self._run, self._tasks = run, deque[Task]()
 
     def __len__(self) -> int:
-        """Return the number of tasks that have not ended."""
+        """Return the number of tasks that have not ended, but for one that is running."""
         return len(self._tasks)
 
     def add(self, task: Task) -> None:
@@ -98,23 +110,32 @@ class Turns:
         self._tasks.append(task)
 
     def take(self, seconds: float, waited_for: Callable[[], bool]) -> None:
-        """Give every task at most one turn, together for about so many seconds; what they take longer, they owe.
+        """Let tasks go on, each sequence's for about so many seconds; what a task takes longer, its sequences owe.
 
         Args:
             seconds: what the rest of the round has taken.
-            waited_for: returns whether any sequence waits for the next round; if not, tasks take their time, but look
-                up for new work after some hundredths of a second each.
+            waited_for: returns whether any sequence waits for the next round; if not, tasks take further turns for
+                some hundredths of a second, after which there may be new work.
         """
-        self._left = min(self._left, 0.0) + seconds
-        for _ in range(len(self._tasks)):
-            alone = not waited_for()
-            if self._left <= 0 and not alone:
+        look, share = time.perf_counter() + _LOOK, max(seconds, _LEAST)
+        while self._tasks:
+            for account in {id(a): a for task in self._tasks for a in task.accounts}.values():
+                account.left = min(account.left, 0.0) + share
+            for _ in range(len(self._tasks)):
+                task = self._tasks.popleft()
+                if task.left > 0:
+                    self._charged(task)
+                if not task.ended:
+                    self._tasks.append(task)
+            if waited_for() or time.perf_counter() > look:
                 return
-            task, started = self._tasks.popleft(), time.perf_counter()
-            self._run(task, _LOOK if alone else self._left)
-            self._left = 0.0 if alone else self._left - (time.perf_counter() - started)
-            if not task.ended:
-                self._tasks.append(task)
+
+    def _charged(self, task: Task) -> None:
+        """Let a task go on for what is left to its sequences, and charge them for the time."""
+        started, accounts = time.perf_counter(), task.accounts
+        self._run(task, task.left)
+        for account in accounts:
+            account.left -= time.perf_counter() - started
 
     def drop(self) -> None:
         """End every task whose sequences have all ended."""
