@@ -25,7 +25,7 @@ def ensembles():
 
 @pytest.fixture(scope="module")
 def serving(ensembles):
-    return serving_of(ensembles)
+    return serving_of(ensembles, max_trust=math.inf)
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from softmeet.server.sampling import Sampling
 from softmeet.server.schemas import CHANGES, ChatRequest, CompletionRequest, Extension
 from softmeet.server.security import Protection
 from softmeet.server.sequences import Combination, GenerationRequest
+from softmeet.server.texts import token_texts
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Serving:
     def __init__(self, ensembles: Ensembles, settings: ServerSettings) -> None:
         for served in ensembles:
             served.ensemble.model.require_tokens("the server")
+            token_texts(served.ensemble.tokenizer)  # no request is to wait until they are read
         self.ensembles, self.settings, self.metrics = ensembles, settings, Metrics()
         parallel = settings.parallel or any(s.ensemble.model.apart for s in ensembles)
         names = {m: name for s in ensembles for m, name in zip(s.ensemble.model.members, s.names, strict=True)}
