@@ -20,10 +20,14 @@ class TokenTexts:
     Args:
         tokenizer: a fast tokenizer of transformers. Where its tokens cannot be read as bytes (a WordPiece vocabulary,
             say), a token's bytes are those of its text, decoded alone.
+
+    Attributes:
+        longest: the length in bytes of the longest token; 0 if tokens cannot be read as bytes.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer, self._bytes = tokenizer, token_bytes(tokenizer)
+        self.longest = max(map(len, self._bytes.values()), default=0)
 
     def bytes_of(self, token: int) -> bytes:
         """Return the bytes that a token id stands for; of a special token, those of its name."""
