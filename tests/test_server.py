@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import socket
 
 import httpx
 import openai
+import psutil
 import pytest
 import tiny
 from serving import TEMPLATE, http, running, serving_of, tiny_ensemble, wait_until
@@ -25,7 +27,7 @@ def ensembles():
 
 @pytest.fixture(scope="module")
 def serving(ensembles):
-    return serving_of(ensembles)
+    return serving_of(ensembles, max_trust=math.inf)
 
 
 @pytest.fixture(scope="module")
@@ -265,9 +267,30 @@ def test_health_readiness_and_metrics(client, url):
         "reused_tokens_total",
         "rows",
         "inter_token_latency_seconds_sum",
+        "connections",
+        "kept_prompt_tokens",
+        "cache_bytes",
+        "step_seconds_sum",
         "first_token_seconds_sum",
     ):
         assert f"\nsoftmeet_{name} " in text
+
+
+def test_metrics_tell_memory_and_connections(url, serving):
+    def value(name):
+        text = http.get(f"{url}/metrics").text
+        return float(text.split(f"\n{name} ")[1].split()[0])
+
+    resident = psutil.Process().memory_info().rss
+    assert value("process_resident_memory_bytes") == pytest.approx(resident, rel=0.2)
+    assert value("process_open_fds") > 3
+    before = value("softmeet_connections")
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))):
+        wait_until(lambda: value("softmeet_connections") == before + 1)
+    wait_until(lambda: value("softmeet_connections") == before)
+    serving.metrics.cache_bytes.set_function(lambda: 12)
+    assert value("softmeet_cache_bytes") == 12
 
 
 def test_a_client_that_leaves_frees_its_place(client, url, serving):

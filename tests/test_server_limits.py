@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import tiny
+from fastapi.exceptions import RequestValidationError
+from fastapi.testclient import TestClient
 from serving import http, running, serving_of, tiny_ensemble
 from test_cli import run
 
 from softmeet.cli import serve
 from softmeet.errors import InvalidInputError
+from softmeet.server import serving as served_module
+from softmeet.server.app import create_app
 from softmeet.server.batcher import Limits
 from softmeet.server.ensembles import named
 from softmeet.server.security import Protection
 
 ROOT = Path(__file__).parents[1]
 PATH = "/v1/completions"
+MANY = json.dumps({f"f{k}": 1 for k in range(60_000)}).encode()
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +115,56 @@ def test_a_server_may_allow_any_trust():
     with running(trusting(1.0, max_trust=math.inf)) as url:
         for trust in ("inf", 1e6, [1, "inf"]):
             assert ask(url, softmeet={"trust": trust}).status_code == 200
+
+
+def prompts(count, item):
+    return b'{"prompt":[' + b",".join([item] * count) + b"]}"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        prompts(400_000, b"1")[:-2] + b',"a"]}', prompts(200_000, b"[1]"), prompts(150_000, b'["a"]'),
+        prompts(200_000, b'"a"'), b'{"prompt":"a","metadata":' + MANY, b'{"prompt":"a","logit_bias":' + MANY, MANY[:-1],
+    ],
+    ids=["mixed", "many lists", "wrong lists", "many texts", "metadata", "logit_bias", "fields"],
+)  # fmt: skip
+def test_what_is_wrong_many_times_is_refused_by_one_error(body, monkeypatch):
+    """Not by one for each, which takes seconds, in which nobody is served."""
+    raw, seen = body if body.endswith(b"]}") else body + b"}", []
+    kept = RequestValidationError.errors
+    monkeypatch.setattr(RequestValidationError, "errors", lambda self: seen.append(len(kept(self))) or kept(self))
+    tokenizing = Mock(side_effect=AssertionError("was cut into tokens"))
+    monkeypatch.setattr(served_module, "_encoded", tokenizing)
+    with TestClient(create_app(serving_of({"duo": tiny_ensemble("gpt2", rule="logit-mean")}))) as client:
+        answer = client.post(PATH, content=raw, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert max(seen, default=0) < 10
+    if raw.startswith(b'{"f0"'):
+        said = "expected one JSON object of a few fields as the body, got an object of 60,000"
+        assert answer.json()["error"]["message"] == said
+
+
+def test_a_text_that_fits_into_no_context_is_not_cut_into_tokens(monkeypatch):
+    ensemble = tiny_ensemble("gpt2", rule="logit-mean")
+    monkeypatch.setattr(served_module, "token_texts", lambda _: Mock(longest=8))
+    monkeypatch.setattr(served_module, "_encoded", Mock(side_effect=AssertionError("was cut into tokens")))
+    with TestClient(create_app(serving_of({"duo": ensemble}))) as client:
+        error = client.post(PATH, json={"prompt": "a" * (4 * 8 * 64 + 1)}).json()["error"]
+    assert error["code"] == "context_length_exceeded"
+    assert error["message"].endswith("got a text of 2,049 characters: shorten it")
+
+
+def test_an_answer_lists_no_more_than_memory_holds(monkeypatch):
+    with running(serving_of({"duo": tiny_ensemble("gpt2", "llama", rule="logit-mean")})) as url:
+        monkeypatch.setattr(served_module, "_MOST_LISTED", 1000)
+        assert ask(url, max_tokens=20, logprobs=10, n=5).status_code == 200
+        for more in ({"n": 6}, {"logprobs": 11}, {"max_tokens": 21}, {"softmeet": {"report": 1}}):
+            said = refused(url, **{"max_tokens": 20, "logprobs": 10, "n": 5} | more)["message"]
+            assert said.startswith("expected at most 1,000 log-probabilities in an answer, got 1,")
+        echo = {"max_tokens": 0, "echo": True, "prompt": "a" * 50}
+        assert ask(url, **echo, logprobs=20).status_code == 200
+        assert "50 tokens with 24 each" in refused(url, **echo, softmeet={"report": 6})["message"]
 
 
 def test_settings_without_effect_are_refused_where_asked_for_and_else_not_told(url):

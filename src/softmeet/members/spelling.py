@@ -184,14 +184,11 @@ def _check_text_is_kept(name: str, described: dict[str, Any]) -> None:
             raise _refuse(name, f"its tokenizer {_CHANGES.get(part['type'], 'drops what it splits at')}")
 
 
-def _words(name: str, described: dict[str, Any]) -> dict[int, bytes]:
-    """Return the bytes that each ordinary token spells, by its id."""
+def _pieces(described: dict[str, Any]) -> dict[int, bytes] | None:
+    """Return the bytes of each token of the vocabulary, by its id; None if it has no bytes. Added tokens are others."""
     model = described["model"]
     vocab = model["vocab"]
     pieces = {piece: k for k, (piece, _) in enumerate(vocab)} if isinstance(vocab, list) else dict(vocab)
-    added = described.get("added_tokens", [])
-    special = {token["id"] for token in added if token["special"]}
-    plain = {token["id"]: token["content"].encode() for token in added if not token["special"]}
     kinds = {part["type"] for key in ("decoder", "pre_tokenizer") for part in _parts(described.get(key))}
     found: dict[int, bytes] = {}
     if "ByteLevel" in kinds:
@@ -204,7 +201,32 @@ def _words(name: str, described: dict[str, Any]) -> dict[int, bytes]:
         for piece, k in pieces.items():
             found[k] = fallback.get(piece, piece.replace(_SPACE, " ").encode())
     else:
-        kind = model.get("type") or "tokenizer"
+        return None
+    return found
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[int, bytes]:
+    """Return the bytes of each token of a tokenizer, by its id; special tokens have those of their names.
+
+    It is empty if the tokenizer is not a fast one, or has a vocabulary without bytes, such as WordPiece's.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        return {}
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    found = _pieces(described)
+    if found is None:
+        return {}
+    return found | {token["id"]: token["content"].encode() for token in described.get("added_tokens", [])}
+
+
+def _words(name: str, described: dict[str, Any]) -> dict[int, bytes]:
+    """Return the bytes that each ordinary token spells, by its id."""
+    added = described.get("added_tokens", [])
+    special = {token["id"] for token in added if token["special"]}
+    plain = {token["id"]: token["content"].encode() for token in added if not token["special"]}
+    found = _pieces(described)
+    if found is None:
+        kind = described["model"].get("type") or "tokenizer"
         raise _refuse(name, f"it has a {kind} vocabulary without bytes")
     found |= plain
     found = {k: word for k, word in found.items() if word and k not in special}

@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from tokenizers.decoders import DecodeStream
-
 from softmeet.server.batcher import Batcher
 from softmeet.server.sequences import Event, Failed, Finished, GenerationRequest, PromptScored, Sequence, Token
+from softmeet.server.texts import Pieces
 
 
 class TextStream:
@@ -31,14 +30,14 @@ class TextStream:
 
     def __init__(self, tokenizer: Any, stops: tuple[str, ...] = ()) -> None:
         self._tokenizer, self._stops = tokenizer, stops
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._pieces = Pieces(tokenizer, special=False)
         self._tokens: list[int] = []
         self._decoded, self._held, self.stopped = 0, "", False
 
     def push(self, token: int) -> str:
         """Add a token, and return the text that has become certain by it, perhaps none; special tokens have no text."""
         self._tokens.append(token)
-        piece = self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
+        piece = self._pieces.push(token)
         self._decoded += len(piece)
         return self._release(piece, final=False)
 

@@ -165,7 +165,9 @@ async def _respond(request: Request, reply: Reply) -> Response:
     choices = await unless_left(answer.whole(), request.receive)
     if choices is None:
         return Response(status_code=499)  # the client has left
-    return Response(dumps(reply.document(choices, answer.completion_tokens)), media_type="application/json")
+    # A long answer takes seconds to write, in which others go on.
+    document = await asyncio.to_thread(lambda: dumps(reply.document(choices, answer.completion_tokens)))
+    return Response(document, media_type="application/json")
 
 
 async def _events(answer: AnswerStream, reply: Reply) -> AsyncIterator[str]:

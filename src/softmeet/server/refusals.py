@@ -58,7 +58,8 @@ def refusal(errors: Sequence[Mapping[str, Any]]) -> RequestError:
     first = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
     path = _path(first)
     if not path:
-        return RequestError(f"expected one JSON object as the body, got {_came(first)}")
+        size = " of a few fields" if first["type"] == "too_long" else ""
+        return RequestError(f"expected one JSON object{size} as the body, got {_came(first)}")
     if path[0] in _REFUSED:
         message = f"{path[0]} is not supported: {_REFUSED[path[0]]}"
     elif first["type"] == "extra_forbidden":

@@ -6,7 +6,6 @@ import json
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
-from itertools import accumulate
 from typing import Any
 from uuid import uuid4
 
@@ -15,9 +14,12 @@ from pydantic_core import to_jsonable_python
 from softmeet.server.answer import ChoiceDelta
 from softmeet.server.schemas import ChatRequest, CompletionRequest
 from softmeet.server.sequences import GenerationRequest, Token
+from softmeet.server.texts import Places, TokenTexts, token_texts
 
 # The log-probability that OpenAI writes for probability zero, since JSON has no -inf.
 _IMPOSSIBLE = -9999.0
+# Characters at which some clients, those of httpx and of str.splitlines among them, would cut an event's line.
+_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"}
 LAST_EVENT = "data: [DONE]\n\n"
 
 
@@ -34,8 +36,12 @@ def dumps(document: Any) -> str:
 
 
 def event(document: Any) -> str:
-    """Return a document as one server-sent event: its compact JSON after ``data:``, and an empty line."""
-    return f"data: {dumps(document)}\n\n"
+    r"""Return a document as one server-sent event: its compact JSON after ``data:``, and an empty line.
+
+    >>> event({"text": "a\u2028b"})
+    'data: {"text":"a\\u2028b"}\n\n'
+    """
+    return f"data: {dumps(document).translate(_LINE_ENDS)}\n\n"
 
 
 def _finite_nats(x: float | None) -> float | None:
@@ -63,7 +69,7 @@ class Reply(ABC):
         self.asked, self.body = asked, body
         self._common = {"id": self.prefix + uuid4().hex, "created": int(time.time()), "model": asked.model}
         self._begun: set[int] = set()
-        self._offsets = defaultdict[int, int](int)
+        self._places: dict[int, Places] = {}
         self._gates = defaultdict[int, Any](lambda: {"tokens": 0, "gated": 0, "seconds_saved": 0.0})
         self._statuses = defaultdict[int, Counter[str]](Counter)
 
@@ -152,9 +158,10 @@ class Reply(ABC):
         ours = {"softmeet": found} if found else {}
         return {"index": delta.index, **self.content(delta, first=first), "finish_reason": delta.finish, **ours}
 
-    def spell(self, token: int) -> str:
-        """Return the text of one token id, decoded alone."""
-        return str(self.asked.tokenizer.decode([token]))
+    @property
+    def texts(self) -> TokenTexts:
+        """The texts of single tokens."""
+        return token_texts(self.asked.tokenizer)
 
 
 class CompletionReply(Reply):
@@ -171,21 +178,29 @@ class CompletionReply(Reply):
             first: whether nothing of this choice was sent before.
         """
         prompt = self.asked.prompts[delta.index // self.asked.choices]
-        echoed = self.asked.tokenizer.decode(list(prompt)) if self.body.echo and first else ""
+        echoed = self._decoded(prompt) if self.body.echo and first else ""
         return {"text": echoed + delta.text, "logprobs": self._log_probs(delta, prompt)}
 
+    def _decoded(self, prompt: tuple[int, ...]) -> str:
+        return str(self.asked.tokenizer.decode(list(prompt)))
+
     def _log_probs(self, delta: ChoiceDelta, prompt: tuple[int, ...]) -> dict[str, Any] | None:
-        """Return a choice's tokens, log-probabilities in nats and text offsets; None if they are not asked for."""
+        """Return a choice's tokens, log-probabilities in nats and text offsets; None if they are not asked for.
+
+        Offsets count the characters of the prompt and the text behind it, whether the prompt is echoed or not.
+        """
         if self.asked.top is None:
             return None
         # No member predicts the prompt's first token, so it has no log-probability.
         scored = [] if delta.scored is None else [Token(prompt[0]), *delta.scored]
         rows = [*scored, *delta.tokens]
-        texts = [self.spell(t.token) for t in rows]
-        offsets = list(accumulate(map(len, texts), initial=self._offsets[delta.index]))
-        self._offsets[delta.index] = offsets.pop()
+        tokenizer = self.asked.tokenizer
+        if delta.index not in self._places:
+            self._places[delta.index] = Places(tokenizer, len(self._decoded(prompt)), special=False)
+        before, after = Places(tokenizer, special=True), self._places[delta.index]
+        offsets = [before.push(t.token) for t in scored] + [after.push(t.token) for t in delta.tokens]
         return {
-            "tokens": texts,
+            "tokens": [self.texts.text_of(t.token) for t in rows],
             "token_logprobs": [_finite_nats(t.log_prob) for t in rows],
             "top_logprobs": [None if t.log_prob is None else self._top(t) for t in rows],
             "text_offset": offsets,
@@ -193,10 +208,10 @@ class CompletionReply(Reply):
 
     def _top(self, token: Token) -> dict[str, float | None]:
         """Return log-probabilities in nats by the text of the most probable tokens and of the token itself."""
-        # Two tokens may have the same text, which is the key here; the more probable one is kept.
+        # Two tokens may have the same bytes, whose text is the key here; the more probable one is kept.
         found: dict[str, float | None] = {}
         for j, x in [*token.top, (token.token, token.log_prob)]:
-            found.setdefault(self.spell(j), _finite_nats(x))
+            found.setdefault(self.texts.text_of(j), _finite_nats(x))
         return found
 
 
@@ -227,7 +242,6 @@ class ChatReply(Reply):
         return {"content": found, "refusal": None}
 
     def _entry(self, token: int, log_prob: float | None) -> dict[str, Any]:
-        """Return one token as OpenAI's chat format has it: text, log-probability in nats and the text's UTF-8 bytes."""
-        text = self.spell(token)
-        # A token that is a part of a character decodes to U+FFFD, from which its bytes cannot be told.
-        return {"token": text, "logprob": _finite_nats(log_prob), "bytes": None if "�" in text else list(text.encode())}
+        """Return one token as OpenAI's chat format has it: text, log-probability in nats and bytes."""
+        own = list(self.texts.bytes_of(token))
+        return {"token": self.texts.text_of(token), "logprob": _finite_nats(log_prob), "bytes": own}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from functools import partial
+from typing import Annotated, Any, Literal
 
 from annotated_types import Len
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 TokenId = Annotated[str, Field(pattern=r"^\d{1,9}$")]
@@ -17,16 +19,40 @@ Word = Annotated[str, Field(max_length=200)]
 Stop = Annotated[str, Field(min_length=1, max_length=200)]
 # The settings that a request may change under ``softmeet``; a server may allow fewer.
 CHANGES = ("rule", "trust", "weights", "pool", "members", "gate")
-# The most tokens or prompts of a request.
+# The most tokens of a prompt, and the most prompts of a request.
 _MOST = 1 << 20
-Ids = Annotated[list[int], Len(1, _MOST)]
-Metadata = Annotated[dict[Word, Annotated[str, Field(max_length=512)]], Len(0, 16)]
+_MOST_PROMPTS = 1 << 14
+# The most fields of an object; no object that is known has half of them.
+_MOST_FIELDS = 64
+# A long list is checked up to its first wrong entry, since one error for each would take seconds.
+Ids = Annotated[list[int], Field(fail_fast=True, min_length=1, max_length=_MOST)]
+Texts = Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=_MOST_PROMPTS)]
+Lists = Annotated[list[Ids], Field(fail_fast=True, min_length=1, max_length=_MOST_PROMPTS)]
+
+
+def _few(value: Any, most: int) -> Any:
+    """Return a value, unless it is an object of more than so many names, before any of them is looked at."""
+    if isinstance(value, dict) and len(value) > most:
+        raise PydanticCustomError("too_long", "Dictionary should have at most {most} items", {"most": most})
+    return value
+
+
+Metadata = Annotated[
+    dict[Word, Annotated[str, Field(max_length=512)]], Len(0, 16), BeforeValidator(partial(_few, most=16))
+]
+Biases = Annotated[dict[TokenId, Bias], Len(0, 1024), BeforeValidator(partial(_few, most=1024))]
 
 
 class _Strict(BaseModel):
     """A model that refuses unknown fields, conversions between types, NaN and infinities."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_fields(cls, value: Any) -> Any:
+        """Refuse an object of many fields, most of which are unknown, by one error in place of one for each."""
+        return _few(value, _MOST_FIELDS)
 
 
 class Extension(_Strict):
@@ -72,7 +98,7 @@ class _Generation(_Strict):
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: Annotated[dict[TokenId, Bias], Len(0, 1024)] | None = None
+    logit_bias: Biases | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     softmeet: Extension | None = None
@@ -90,7 +116,7 @@ class CompletionRequest(_Generation):
     ``service_tier`` have no effect.
     """
 
-    prompt: str | Annotated[list[str], Len(1, _MOST)] | Ids | Annotated[list[Ids], Len(1, _MOST)]
+    prompt: str | Texts | Ids | Lists
     logprobs: Listed | None = None
     echo: bool | None = None
 
@@ -106,7 +132,7 @@ class Message(_Strict):
     """One turn of a conversation: who speaks, and the text, whole or in pieces."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Len(1, 1024)]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True, min_length=1, max_length=1024)]
     name: Word | None = None
 
     def plain(self) -> dict[str, str]:
@@ -128,7 +154,7 @@ class ChatRequest(_Generation):
     ``service_tier`` have no effect. If both are given, ``max_completion_tokens`` overrides ``max_tokens``.
     """
 
-    messages: Annotated[list[Message], Len(1, 4096)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=4096)]
     max_completion_tokens: Annotated[int, Field(ge=1, lt=1 << 63)] | None = None
     logprobs: bool | None = None
     top_logprobs: Listed | None = None

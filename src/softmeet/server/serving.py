@@ -25,7 +25,11 @@ from softmeet.server.sampling import Sampling
 from softmeet.server.schemas import CHANGES, ChatRequest, CompletionRequest, Extension
 from softmeet.server.security import Protection
 from softmeet.server.sequences import Combination, GenerationRequest
+from softmeet.server.texts import token_texts
 from softmeet.solvers.clock import time_limit
+
+# The most log-probabilities that an answer may list, in all of its tokens; they take some 300 MB.
+_MOST_LISTED = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ class Serving:
     def __init__(self, ensembles: Ensembles, settings: ServerSettings) -> None:
         for served in ensembles:
             served.ensemble.model.require_tokens("the server")
+            token_texts(served.ensemble.tokenizer)  # no request is to wait until they are read
         self.ensembles, self.settings, self.metrics = ensembles, settings, Metrics()
         parallel = settings.parallel or any(s.ensemble.model.apart for s in ensembles)
         names = {m: name for s in ensembles for m, name in zip(s.ensemble.model.members, s.names, strict=True)}
@@ -126,15 +131,21 @@ class Serving:
         combination = served.combination(ours, self.settings.allowed, self.settings.max_trust)
         choices, limit = body.n or 1, _limit(body, self.settings.max_tokens, combination.room(0))
         if isinstance(body, CompletionRequest):
-            prompts = await in_thread(_encoded, served, body)
+            # What could be no prompt is refused before it is cut into tokens, which may take seconds.
+            parts = _parts(body)
+            _check_choices(len(parts), choices, self.settings)
+            _check_texts(parts, combination, token_texts(served.ensemble.tokenizer).longest)
+            prompts = await in_thread(_encoded, served, parts)
             top = body.logprobs
             score_prompt = bool(body.echo) and (top is not None or ours.report is not None)
         else:
             prompts = await in_thread(_templated, served, body)
             top, score_prompt = (body.top_logprobs or 0) if body.logprobs else None, False
-        _check_choices(len(prompts), choices, self.settings)
+            _check_choices(len(prompts), choices, self.settings)
         for prompt in prompts:
             _check_prompt(prompt, combination, limit)
+        tokens = choices * sum(limit + score_prompt * len(prompt) for prompt in prompts)
+        _check_listed(tokens, (top or 0) + (ours.report or 0) * (len(combination.names) + 2))
         return GenerationRequest(
             combination=combination,
             sampling=_sampling(body, ours, combination.model.config.vocab_size),
@@ -215,10 +226,36 @@ def _sampling(body: CompletionRequest | ChatRequest, ours: Extension, vocabulary
     return Sampling(**({"seed": secrets.randbits(53)} | given | {"logit_bias": biases}))
 
 
-def _encoded(served: Served, body: CompletionRequest) -> list[tuple[int, ...]]:
-    """Return the token ids of each prompt, given as a text, several texts, token ids or several lists of token ids."""
+def _parts(body: CompletionRequest) -> list[Any]:
+    """Return a request's prompts, each a text or a list of token ids."""
     prompt: Any = body.prompt
-    parts = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+    return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+
+
+def _check_texts(parts: list[Any], combination: Combination, longest: int) -> None:
+    """Raise RequestError if a text is so long that, in tokens of up to so many bytes, it fits into no context."""
+    # Normalisation may shorten a text, hardly ever to a quarter.
+    most = 4 * longest * combination.room(0)
+    for part in parts:
+        if isinstance(part, str) and longest and len(part) > most:
+            raise RequestError(
+                f"expected a prompt of at most {combination.room(0)} tokens, the shortest member's context, got a text "
+                f"of {len(part):,} characters: shorten it",
+                param="prompt", code="context_length_exceeded",
+            )  # fmt: skip
+
+
+def _check_listed(tokens: int, each: int) -> None:
+    """Raise RequestError if an answer may have more log-probabilities, of ``each`` a token, than is kept in memory."""
+    if tokens * each > _MOST_LISTED:
+        raise RequestError(
+            f"expected at most {_MOST_LISTED:,} log-probabilities in an answer, got {tokens * each:,} ({tokens:,} "
+            f"tokens with {each} each): ask for fewer tokens (max_tokens), choices, logprobs or a smaller report",
+        )
+
+
+def _encoded(served: Served, parts: list[Any]) -> list[tuple[int, ...]]:
+    """Return the token ids of each prompt, given as a text or as token ids."""
     tokenizer = served.ensemble.tokenizer
     return [tuple(tokenizer(p, verbose=False)["input_ids"] if isinstance(p, str) else p) for p in parts]
 

@@ -1,0 +1,115 @@
+"""How clients are shown single tokens: the bytes of each, a text that tells it from all others, and where it begins."""
+
+from __future__ import annotations
+
+from codecs import getincrementaldecoder
+from functools import lru_cache
+from typing import Any
+
+from tokenizers.decoders import DecodeStream
+
+from softmeet.members.spelling import token_bytes
+
+# What a decoder writes for bytes that are no character, or not yet.
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class TokenTexts:
+    """The tokens of one tokenizer, as bytes and as texts; :func:`token_texts` keeps one for each.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers. Where its tokens cannot be read as bytes (a WordPiece vocabulary,
+            say), a token's bytes are those of its text, decoded alone.
+
+    Attributes:
+        longest: the length in bytes of the longest token; 0 if tokens cannot be read as bytes.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer, self._bytes = tokenizer, token_bytes(tokenizer)
+        self.longest = max(map(len, self._bytes.values()), default=0)
+
+    def bytes_of(self, token: int) -> bytes:
+        """Return the bytes that a token id stands for; of a special token, those of its name."""
+        found = self._bytes.get(token)
+        return str(self._tokenizer.decode([token])).encode() if found is None else found
+
+    def text_of(self, token: int) -> str:
+        r"""Return a token's text; of one that is no text by itself, its bytes in OpenAI's form, ``bytes:\xf0\x9f``."""
+        own = self.bytes_of(token)
+        try:
+            return own.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in own)
+
+
+@lru_cache(maxsize=64)
+def token_texts(tokenizer: Any) -> TokenTexts:
+    """Return the texts of a tokenizer's tokens; the first call reads its whole vocabulary, which takes a second."""
+    return TokenTexts(tokenizer)
+
+
+class Pieces:
+    """The text of a sequence of tokens, piece by piece as they come; a character comes once it is complete.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers.
+        special: whether special tokens are part of the text.
+    """
+
+    def __init__(self, tokenizer: Any, *, special: bool) -> None:
+        self._core, self._special = tokenizer.backend_tokenizer, special
+        self._stream, self._held = DecodeStream(skip_special_tokens=not special), list[int]()
+
+    def push(self, token: int) -> str:
+        """Add a token, and return the text that has become certain by it, perhaps none."""
+        self._held.append(token)
+        try:
+            piece = self._step(token)
+        except Exception:  # what it raises has no type of its own
+            # Bytes that are no character have changed text before them that was given already: go on behind it.
+            self._stream = DecodeStream(skip_special_tokens=not self._special)
+            piece = "".join(map(self._step, self._held))
+        if piece:
+            self._held = []
+        return piece
+
+    def _step(self, token: int) -> str:
+        return self._stream.step(self._core, token) or ""
+
+
+class Places:
+    """Where tokens begin in their text, told as they come.
+
+    A token that goes on within a character begins at that character.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers.
+        start: the characters before the first token.
+        special: whether special tokens are part of the text.
+    """
+
+    def __init__(self, tokenizer: Any, start: int = 0, *, special: bool) -> None:
+        self._pieces, self._texts = Pieces(tokenizer, special=special), token_texts(tokenizer)
+        self._skipped = frozenset[int]() if special else frozenset(tokenizer.all_special_ids)
+        # Characters that are certain, bytes whose text is not, and how many characters are complete in these.
+        self._certain, self._held, self._ahead = start, b"", 0
+
+    def push(self, token: int) -> int:
+        """Add a token, and return the number of complete characters before it."""
+        at = self._certain + self._ahead
+        if piece := self._pieces.push(token):
+            self._certain += len(piece)
+            self._held, self._ahead = b"", 0
+        elif token not in self._skipped:
+            self._hold(self._texts.bytes_of(token))
+        return at
+
+    def _hold(self, more: bytes) -> None:
+        """Add bytes that have no text yet, and count the characters in them, without one that may go on."""
+        held = self._held + more
+        text = getincrementaldecoder("utf-8")("replace").decode(held)
+        # What is held back is at fault, or ends like it; other bytes are left out, as a space before a text is.
+        if text.encode() == held and not text.endswith(_REPLACEMENT):
+            held, text = b"", ""
+        self._held, self._ahead = held, len(text)
