@@ -11,9 +11,9 @@ expensive at most doubles what others wait for; and none of its work is lost.
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import greenlet
 
@@ -99,7 +99,7 @@ class Turns:
     """
 
     def __init__(self, run: Callable[[Task, float], None]) -> None:
-        self._run, self._tasks = run, deque[Task]()
+        self._run, self._tasks = run, list[Task]()
 
     def __len__(self) -> int:
         """Return the number of tasks that have not ended, but for one that is running."""
@@ -121,21 +121,27 @@ class Turns:
         while self._tasks:
             for account in {id(a): a for task in self._tasks for a in task.accounts}.values():
                 account.left = min(account.left, 0.0) + share
-            for _ in range(len(self._tasks)):
-                task = self._tasks.popleft()
+            for task in [task for task in self._tasks if task.left > 0]:
+                # Tasks of one account follow each other; one that has to wait keeps its place.
                 if task.left > 0:
-                    self._charged(task)
-                if not task.ended:
-                    self._tasks.append(task)
+                    self._tasks.remove(task)
+                    self._charge(task)
+                    self._tasks += [] if task.ended else [task]
             if waited_for() or time.perf_counter() > look:
                 return
 
-    def _charged(self, task: Task) -> None:
-        """Let a task go on for what is left to its sequences, and charge them for the time."""
-        started, accounts = time.perf_counter(), task.accounts
+    def _charge(self, task: Task) -> None:
+        """Let a task go on for what is left to its sequences, and charge them for the time.
+
+        Sequences whose task takes more than one turn have accounts of their own from then on, with what they owe.
+        """
+        started, accounts = time.perf_counter(), {id(account): account for account in task.accounts}
         self._run(task, task.left)
-        for account in accounts:
+        for account in accounts.values():
             account.left -= time.perf_counter() - started
+        if not task.ended:
+            for s in task.rows:
+                s.account = replace(s.account)
 
     def drop(self) -> None:
         """End every task whose sequences have all ended."""
