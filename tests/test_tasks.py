@@ -146,7 +146,8 @@ def test_turns_are_shared_by_time_and_what_took_longer_is_owed():
             done.append((k, task.rows[0].account))
             task.pause()
 
-    asked = [SimpleNamespace(account=Account(), done=False) for _ in range(2)]
+    accounts = Account(), Account()
+    asked = [SimpleNamespace(request=SimpleNamespace(account=a), account=a, done=False) for a in accounts]
     turns.add(Task(asked[:1], work))
     turns.take(0.001, lambda: True)
     assert len(done) == 1  # one piece, however long

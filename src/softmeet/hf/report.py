@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -93,15 +93,14 @@ class TokenReport:
         Args:
             tokenizer: the ensemble's tokenizer, which decodes the ids.
         """
-
-        def spell(token: int) -> str:
-            return str(tokenizer.decode([token]))
-
-        return asdict(self) | {
-            "text": spell(self.token),
-            "top": [[spell(j), x] for j, x in self.top],
-            "member_top": [[[spell(j), x] for j, x in rows] for rows in self.member_top],
-            "moved": [[spell(j), before, after] for j, before, after in self.moved],
+        listed = [self.top, *self.member_top, [(j, after) for j, _, after in self.moved], [(self.token, 0.0)]]
+        ids = list({j for rows in listed for j, _ in rows})
+        text = dict(zip(ids, tokenizer.batch_decode([[j] for j in ids]), strict=True))
+        return vars(self) | {
+            "text": text[self.token],
+            "top": [[text[j], x] for j, x in self.top],
+            "member_top": [[[text[j], x] for j, x in rows] for rows in self.member_top],
+            "moved": [[text[j], before, after] for j, before, after in self.moved],
         }
 
 
@@ -126,7 +125,7 @@ def token_report(solution: Solution, log_probs: Float[Tensor, "n B v"], row: int
         member_log_probs=log_probs[:, row, token].tolist(),
         top=most_probable(ours, top),
         member_top=[[] if member[token].isnan() else most_probable(member, top) for member in log_probs[:, row]],
-        moved=[(j, pool[j].item(), ours[j].item()) for j in change],
+        moved=list(zip(change, pool[change].tolist(), ours[change].tolist(), strict=True)),
         pushes=_pushes(solution, row, change),
         disagreement=solution.disagreement[:, row].tolist(),
         disagreement_is_bound=solution.disagreement_is_bound[:, row].tolist(),

@@ -337,7 +337,7 @@ class Batcher(threading.Thread):
             return
         now, before = time.perf_counter(), s.last
         if before is None:
-            s.account = Account()
+            s.account = s.request.account
         else:
             self.metrics.between.observe(now - before)
         s.tokens.append(token.token)

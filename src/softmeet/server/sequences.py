@@ -165,6 +165,17 @@ Event = Token | PromptScored | Finished | Failed
 Listener = Callable[[Event], None]
 
 
+@dataclass
+class Account:
+    """The time that the rule may still take in this round for the sequences of a request.
+
+    Attributes:
+        left: seconds; negative if the rule has taken longer than its share, which later rounds make up for.
+    """
+
+    left: float = 0.0
+
+
 @dataclass(frozen=True)
 class GenerationRequest:
     """A client's request, checked and with its prompts as tokens: several continuations (choices) of each prompt.
@@ -186,6 +197,7 @@ class GenerationRequest:
         stops: non-empty strings; the text of a choice ends before the first of them that occurs.
         model: the ensemble's name.
         tokenizer: the ensemble's tokenizer, a fast one of transformers.
+        account: the time that is left to its sequences in this round.
     """
 
     combination: Combination
@@ -200,17 +212,7 @@ class GenerationRequest:
     stops: tuple[str, ...] = ()
     model: str = ""
     tokenizer: Any = None
-
-
-@dataclass
-class Account:
-    """The time that a sequence's rule may still take in this round.
-
-    Attributes:
-        left: seconds; negative if the rule has taken longer than its share, which later rounds make up for.
-    """
-
-    left: float = 0.0
+    account: Account = field(default_factory=Account, compare=False)
 
 
 class Sequence:
@@ -240,7 +242,7 @@ class Sequence:
         cancelled: whether the sequence is to be ended before its next token.
         joined: whether it is a row of the running batches of the members in ``batched``.
         busy: whether a task works on it, or it waits for one, so that it has no new token to run.
-        account: the time that is left to its tasks; all sequences without a token share one.
+        account: the time that is left to its tasks: its request's, but all sequences without a token share one.
         last: when its last token was drawn, by ``time.perf_counter``; None before the first.
         done: whether it has ended.
     """
@@ -252,7 +254,7 @@ class Sequence:
         self.max_tokens = min(request.max_tokens, self.combination.room(len(prompt)))
         self.cancelled = self.joined = self.done = False
         self.busy = True
-        self.account = Account()
+        self.account = request.account
         self.last: float | None = None
         self.tokens = list(prompt)
         self.members: list[PreTrainedModel] = list(self.combination.model.members)

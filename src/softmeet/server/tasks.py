@@ -4,7 +4,7 @@ A solve may take a hundred times as long as the members' step. It therefore runs
 (a greenlet) in the batcher's thread: between its steps a solver asks whether its time is over
 (:func:`softmeet.solvers.clock.time_is_over`), and there the task can be suspended, however deep in the solver's code.
 Tasks take turns. In each
-round of the batcher every sequence has about as long for its task as the members' step took, so that one whose rule is
+round of the batcher every request has about as long for its tasks as the members' step took, so that one whose rule is
 expensive at most doubles what others wait for; and none of its work is lost.
 """
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import replace
 
 import greenlet
 
@@ -54,12 +53,12 @@ class Task:
 
     @property
     def accounts(self) -> list[Account]:
-        """The accounts of its sequences."""
+        """The accounts of its sequences' requests."""
         return [s.account for s in self.rows]
 
     @property
     def left(self) -> float:
-        """The seconds that are left to the sequence that has the most."""
+        """The seconds that are left to the request that has the most."""
         return max(account.left for account in self.accounts)
 
     def pause(self) -> None:
@@ -110,7 +109,7 @@ class Turns:
         self._tasks.append(task)
 
     def take(self, seconds: float, waited_for: Callable[[], bool]) -> None:
-        """Let tasks go on, each sequence's for about so many seconds; what a task takes longer, its sequences owe.
+        """Let tasks go on, each request's for about so many seconds; what its tasks take longer, a request owes.
 
         Args:
             seconds: what the rest of the round has taken.
@@ -133,7 +132,7 @@ class Turns:
     def _charge(self, task: Task) -> None:
         """Let a task go on for what is left to its sequences, and charge them for the time.
 
-        Sequences whose task takes more than one turn have accounts of their own from then on, with what they owe.
+        Sequences whose task takes more than one turn use the account of their request from then on, with what they owe.
         """
         started, accounts = time.perf_counter(), {id(account): account for account in task.accounts}
         self._run(task, task.left)
@@ -141,7 +140,9 @@ class Turns:
             account.left -= time.perf_counter() - started
         if not task.ended:
             for s in task.rows:
-                s.account = replace(s.account)
+                own = s.request.account
+                own.left = min(own.left, s.account.left)
+                s.account = own
 
     def drop(self) -> None:
         """End every task whose sequences have all ended."""
