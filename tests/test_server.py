@@ -270,7 +270,7 @@ def test_health_readiness_and_metrics(client, url):
         "connections",
         "kept_prompt_tokens",
         "cache_bytes",
-        "step_seconds_sum",
+        "inter_token_latency_seconds_sum",
         "first_token_seconds_sum",
     ):
         assert f"\nsoftmeet_{name} " in text

@@ -220,26 +220,37 @@ class Batcher(threading.Thread):
 
         Averages are drawn at once, unless their reports are asked for, which take longer.
         """
-        started = time.perf_counter()
-        ready = [s for s in self._running if not s.busy]
-        found = (self.members.step(ready) if ready else {}) | self._unsolved
-        self._unsolved = {}
+        started, solving = time.perf_counter(), self._turns.kinds
+        ready = [s for s in self._running if not s.busy and self._kind(s) not in solving]
+        found = self.members.step(ready) if ready else {}
+        for s in [s for s in self._unsolved if self._kind(s) not in solving]:
+            found[s] = self._unsolved.pop(s)
         groups: dict[Any, list[Sequence]] = defaultdict(list)
         for s in found:
             s.busy = True
-            alone = s if self._reproducible else None
-            groups[s.combination, s.request.report is None, alone].append(s)
-        for (how, unreported, _), rows in groups.items():
-            task = Task(rows, partial(self._solve, rows, [found[s] for s in rows]))
-            if how.is_quick and unreported:
+            groups[self._kind(s)].append(s)
+        for kind, rows in groups.items():
+            task = Task(rows, partial(self._solve, rows, [found[s] for s in rows]), kind)
+            if rows[0].combination.is_quick and rows[0].request.report is None:
                 self._guarded(rows, task.run, float("inf"))
             else:
                 self._turns.add(task)
         for s in new:
             s.account = self._newcomers
             self._turns.add(Task([s], partial(self._run_prompt, s)))
-        seconds = time.perf_counter() - started
-        self._turns.take(seconds, lambda: any(not s.busy for s in self._running))
+        self._turns.take(time.perf_counter() - started, self._some_wait)
+
+    def _kind(self, s: Sequence) -> Any:
+        """Return what sequences that are solved together have in common.
+
+        One whose kind is being solved waits for that, so that they go on together, in one batch, from then on.
+        """
+        return s if self._reproducible else (s.combination, s.request.report is None)
+
+    def _some_wait(self) -> bool:
+        """Return whether a sequence waits for the next round."""
+        solving = self._turns.kinds
+        return any(not s.busy and self._kind(s) not in solving for s in self._running)
 
     def _run_prompt(self, s: Sequence, task: Task) -> None:
         """Run a prompt alone, so that its hidden states depend on no other sequence; score it if its request asks so.

@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import greenlet
 
@@ -31,15 +32,16 @@ class Task:
     Args:
         rows: the sequences.
         work: a function that is called with this task; it may call :meth:`pause`, and solves within :meth:`limit`.
+        kind: what it is about: those who add tasks may wait for one of a kind to end; None if nobody does.
 
     Attributes:
-        rows: the sequences.
+        rows, kind: as given.
         ended: whether the work has ended, by its end, by an exception or by :meth:`end`.
         suspended: the seconds for which it has been suspended so far.
     """
 
-    def __init__(self, rows: list[Sequence], work: Callable[[Task], None]) -> None:
-        self.rows, self.suspended, self.ended = rows, 0.0, False
+    def __init__(self, rows: list[Sequence], work: Callable[[Task], None], kind: Any = None) -> None:
+        self.rows, self.kind, self.suspended, self.ended = rows, kind, 0.0, False
         self._batcher, self._own = greenlet.getcurrent(), greenlet.greenlet(work)
         self._turn_ends = 0.0
 
@@ -103,6 +105,11 @@ class Turns:
     def __len__(self) -> int:
         """Return the number of tasks that have not ended, but for one that is running."""
         return len(self._tasks)
+
+    @property
+    def kinds(self) -> set[Any]:
+        """The kinds of the tasks that have not ended."""
+        return {task.kind for task in self._tasks}
 
     def add(self, task: Task) -> None:
         """Add a task, whose turn comes after those of all others."""
