@@ -112,19 +112,21 @@ def main(
     rows: list[dict[str, Any]] = []
     numbers = [int(x) for x in counts.split(",")]
     os.environ["OMP_NUM_THREADS"] = "1"
-    server = Server("--batch", str(max(numbers)), "--threads", "1")
-    try:
-        for rule, length in (("logit-mean", tokens), ("meet", meet_tokens)):
-            for n in numbers:
-                more = {
-                    "softmeet": {"rule": rule},
-                    "stream_options": {"include_usage": True},
-                    "logit_bias": {"0": -100},
-                }
-                found = asyncio.run(measure(server.url, n, length, server.process.pid, **more))
-                rows.append({"server": f"softmeet, {rule}"} | found)
-    finally:
-        server.end()
+    for flags in ([], ["--reproducible"]):
+        server = Server("--batch", str(max(numbers)), "--threads", "1", *flags)
+        try:
+            for rule in ("logit-mean", "meet"):
+                for n in numbers:
+                    more = {
+                        "softmeet": {"rule": rule},
+                        "stream_options": {"include_usage": True},
+                        "logit_bias": {"0": -100},
+                    }
+                    length = meet_tokens if rule == "meet" else tokens
+                    found = asyncio.run(measure(server.url, n, length, server.process.pid, **more))
+                    rows.append({"server": " ".join(["softmeet,", rule, *flags])} | found)
+        finally:
+            server.end()
     if rival:
         other = Rival()
         try:
