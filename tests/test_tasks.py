@@ -12,7 +12,7 @@ import torch
 from test_engine import LENGTHS, MEMBERS, Listener, ensemble_of, generated, prompt, sequence, serve  # noqa: F401 - a fixture
 
 from softmeet import Rule, time_is_over
-from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
+from softmeet.hf import EnsembleConfig, EnsembleForCausalLM, Recorder
 from softmeet.server.batcher import Limits
 from softmeet.server.sampling import Sampling
 from softmeet.server.sequences import Account, Combination, Failed, GenerationRequest, Sequence, Token
@@ -190,3 +190,26 @@ def test_a_reproducible_server_gives_the_same_bits_in_any_company(serve):  # noq
         one, own = asked(k)
         alone.submit([one])
         assert events(own) == events(listener)
+
+
+@pytest.mark.parametrize("rule", ["logit-mean", "meet"])
+def test_a_reproducible_server_and_a_reproducible_generate_agree_to_the_last_bit(serve, narrow, rule):  # noqa: F811
+    class Kept(Recorder):
+        def add(self, solution, log_probs):
+            super().add(solution, log_probs)
+            kept.extend(solution.log_probs.clone())
+
+    texts, settings = ["And the king said", "In the beginning God created", "O"], narrow.model.settings
+    how = Combination(narrow.model, settings.changed(rule=rule, gate="none"))
+    asked = []
+    for text in texts:
+        listener, ids = Listener(), tuple(narrow.tokenizer(text)["input_ids"])
+        asked.append((Sequence(GenerationRequest(how, Sampling(seed=3), 20, top=0), ids, 0, listener.put), listener))
+    serve(narrow.model, reproducible=True).submit([one for one, _ in asked])
+    for text, (_, listener) in zip(texts, asked, strict=True):
+        kept = []
+        options = {"seed": 3, "max_new_tokens": 20, "do_sample": True, "top_k": 0, "settings": how.settings}
+        written = narrow.generate(text, reproducible=True, recorder=Kept(), **options)
+        tokens = [e for e in listener.all() if isinstance(e, Token)]
+        assert narrow.tokenizer.decode([e.token for e in tokens], skip_special_tokens=True) == written
+        assert [e.log_prob for e in tokens] == [row[e.token].item() for row, e in zip(kept, tokens, strict=True)]
