@@ -310,15 +310,16 @@ class Ensemble:
                 ``token_seconds``: how long solvers may take for a token of all prompts (:func:`softmeet.time_limit`).
 
         Raises:
-            InvalidInputError: if weights or gate is wrong, or a prompt is empty (unless over bytes) or fills a context,
-                or ``reproducible`` comes with draws without a seed, or with ``token_seconds``.
+            InvalidInputError: if options are wrong or exclude each other, or a prompt is empty or fills a context.
 
         Example:
             >>> ensemble = Ensemble.from_pretrained("wide", "logit-mean")
             >>> ensemble.generate("In the beginning", max_new_tokens=5, do_sample=False)
             ' of the earth, and'
         """
-        prompts = [text] if isinstance(text, str) else list(text)
+        prompts = list(text) if isinstance(text, list | tuple) else [text]
+        if prompt_weights and "weights" in options:
+            raise InvalidInputError("expected weights or prompt_weights, got both: leave one out")
         arguments = self._arguments(prompts, seed, recorder, options)
         if reproducible:
             require_reproducible(arguments["do_sample"], seed, options.get("token_seconds"))
@@ -329,7 +330,7 @@ class Ensemble:
         else:
             made = self.model.generate(**arguments)[:, arguments["input_ids"].shape[1] :]
             texts = list(self.tokenizer.batch_decode(made, skip_special_tokens=True))
-        return texts[0] if isinstance(text, str) else texts
+        return texts if isinstance(text, list | tuple) else texts[0]
 
     def stream(
         self, text: str, *, seed: int | None = None, recorder: Recorder | None = None, **options: Any
@@ -380,13 +381,12 @@ class Ensemble:
 
     def _encode(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         """Return token ids and the attention mask, (B, t), on the model's device."""
-        over_bytes = self.model.over_bytes
         require_unicode(*prompts)
-        if not prompts or not (all(prompts) or over_bytes):
+        if not prompts or not (all(prompts) or self.model.over_bytes):
             raise InvalidInputError("expected a prompt of at least one token, got an empty one")
         inputs = self.tokenizer(prompts, return_tensors="pt", padding=len(prompts) > 1, verbose=False)
         if inputs["input_ids"].shape[1] == 0:
-            if not over_bytes:
+            if not self.model.over_bytes:
                 raise InvalidInputError(f"expected a prompt of at least one token, got {prompts!r}")
             # A text begins after the symbol for the end of a text.
             begun = torch.full((len(prompts), 1), self.model.config.bos_token_id)

@@ -69,8 +69,9 @@ class CallOptions:
         own = {name: given.pop(name, None) for name in ("recorder", "row_sampler", "prefixes", "token_seconds")}
         if own["prefixes"] is not None and not model.over_bytes:
             raise InvalidInputError("expected no prefixes over tokens, where members share every token of a prompt")
-        if own["token_seconds"] is not None and not own["token_seconds"] >= 0:
-            raise InvalidInputError(f"expected token_seconds of 0 or more, got {own['token_seconds']!r}")
+        seconds = own["token_seconds"]
+        if seconds is not None and not (isinstance(seconds, int | float) and seconds >= 0):
+            raise InvalidInputError(f"expected token_seconds as a number from 0, got {seconds!r}")
         return cls(resolved(model, settings), **own)
 
     @cached_property

@@ -6,6 +6,7 @@ So its tokens do not depend on the other sequences of the batch. Row k of a batc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from jaxtyping import Float, Int
@@ -48,9 +49,11 @@ def require_reproducible(drawn: bool, seed: int | None, token_seconds: float | N
 
 
 def row_generator(seed: int, key: int) -> torch.Generator:
-    """Make the random generator, on the CPU, that belongs to the pair (seed, key)."""
+    """Make the random generator, on the CPU, that belongs to the pair (seed, key); refuse a seed that is no integer."""
+    if not isinstance(seed, Integral):
+        raise InvalidInputError(f"expected a seed that is an integer, got {seed!r}")
     # Distinct odd multipliers keep pairs apart over the range of generator seeds.
-    mixed = (seed * 0x9E3779B97F4A7C15 + key * 0xD1B54A32D192ED03) % (1 << 63)
+    mixed = (int(seed) * 0x9E3779B97F4A7C15 + key * 0xD1B54A32D192ED03) % (1 << 63)
     return torch.Generator().manual_seed(mixed)
 
 

@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,9 +48,11 @@ def streamed(model: EnsembleForCausalLM, streamer: TextIteratorStreamer, argumen
         return torch.full((len(input_ids),), stopped.is_set(), dtype=torch.bool, device=input_ids.device)
 
     criteria = StoppingCriteriaList([stop_all, *(arguments.get("stopping_criteria") or [])])
-    run = torch.inference_mode()(model.generate)
+    arguments = {**arguments, "streamer": streamer, "stopping_criteria": criteria}
+    run, context = torch.inference_mode()(model.generate), copy_context()
     with ThreadPoolExecutor(1) as pool:
-        done = pool.submit(run, **{**arguments, "streamer": streamer, "stopping_criteria": criteria})
+        # The thread has the caller's context, a limit of time among it.
+        done = pool.submit(lambda: context.run(run, **arguments))
         done.add_done_callback(lambda _: streamer.end())  # generate itself ends it only where nothing goes wrong
         try:
             yield from streamer

@@ -111,8 +111,10 @@ def require_for_bytes(settings: Settings) -> None:
 
 
 def require_unicode(*texts: str) -> None:
-    """Raise InvalidInputError if a text holds a surrogate, as one does that was decoded with ``surrogateescape``."""
+    """Raise InvalidInputError if a text is none, or holds a surrogate, as one decoded with ``surrogateescape`` does."""
     for text in texts:
+        if not isinstance(text, str):
+            raise InvalidInputError(f"expected a text, got {type(text).__name__}")
         try:
             text.encode()
         except UnicodeEncodeError as error:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from contextvars import copy_context
 from itertools import takewhile
 from types import FrameType
 from typing import Any
@@ -90,7 +91,7 @@ class LocalEngine(Engine):
         try:
             while True:
                 while len(running) < self.workers and (found := next(left, None)) is not None:
-                    running[pool.submit(function, *found[1])] = found[0]
+                    running[pool.submit(copy_context().run, function, *found[1])] = found[0]
                 if not running:
                     return
                 for done in wait(running, return_when=FIRST_COMPLETED).done:

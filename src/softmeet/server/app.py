@@ -146,7 +146,8 @@ async def ready(request: Request) -> Response:
 
 
 def _state(good: bool) -> Response:
-    return JSONResponse({"status": "ok" if good else "unavailable"}, 200 if good else 503)
+    retry = {} if good else {"Retry-After": "1"}
+    return JSONResponse({"status": "ok" if good else "unavailable"}, 200 if good else 503, retry)
 
 
 @router.get("/metrics")

@@ -39,10 +39,13 @@ class PrefixCache:
 
     Args:
         limit: the most tokens kept, summed over prompts; beyond it the least recently used prompts are dropped.
+
+    Attributes:
+        tokens: the number of tokens kept, summed over prompts.
     """
 
     def __init__(self, limit: int) -> None:
-        self.limit = limit
+        self.limit, self.tokens = limit, 0
         self._kept: OrderedDict[tuple[int, ...], tuple[KeysValues, ...]] = OrderedDict()
 
     def longest(self, tokens: list[int] | tuple[int, ...]) -> tuple[int, tuple[KeysValues, ...]]:
@@ -59,16 +62,12 @@ class PrefixCache:
         def shared(known: tuple[int, ...]) -> int:
             return min(sum(1 for _ in takewhile(bool, map(eq, known, tokens))), len(tokens) - 1)
 
-        best = max(self._kept, key=shared, default=())
+        begun = (known for known in self._kept if known[0] == tokens[0])
+        best = max(begun, key=shared, default=())
         if not shared(best):
             return 0, ()
         self._kept.move_to_end(best)
         return shared(best), self._kept[best]
-
-    @property
-    def tokens(self) -> int:
-        """The number of tokens kept, summed over prompts."""
-        return sum(map(len, list(self._kept)))
 
     @property
     def bytes(self) -> int:
@@ -87,8 +86,9 @@ class PrefixCache:
         key = tuple(tokens)
         if len(key) <= self.limit and key not in self._kept:
             self._kept[key] = states
+            self.tokens += len(key)
             while self.tokens > self.limit:
-                self._kept.popitem(last=False)
+                self.tokens -= len(self._kept.popitem(last=False)[0])
 
 
 def _bytes(states: Iterable[KeysValues]) -> int:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -25,6 +25,7 @@ from softmeet.hf.combining import Deferral
 from softmeet.rules.problem import TokensBefore
 from softmeet.server.errors import BusyError, ClosingError, InternalError, TooLateError
 from softmeet.server.gating import Gates, Hidden, joined
+from softmeet.server.kinds import Kinds
 from softmeet.server.members import Members
 from softmeet.server.metrics import Metrics
 from softmeet.server.sampling import next_tokens
@@ -100,12 +101,13 @@ class Batcher(threading.Thread):
         self.limits, self.metrics, self._reproducible = limits, metrics, reproducible
         self.members = Members(names, limits.kept_tokens, parallel=parallel, reproducible=reproducible)
         self._gates = Gates(partial(self.members.catch_up, members=slice(1, None)), self.metrics)
+        self._kinds = Kinds(alone=reproducible)
         self._waiting: deque[Sequence] = deque()
         # Sequences that have a place; of those that are yet to be solved, the hidden states at the newest token.
         self._running: list[Sequence] = []
         self._unsolved: dict[Sequence, Hidden] = {}
         # Who sends one request after the other gets no further than who sends a long one.
-        self._newcomers = Account()
+        self._prompts, self._newcomers = Account(), Account()
         self._turns = Turns(lambda task, seconds: self._guarded(task.rows, task.run, seconds))
         self.metrics.waiting.set_function(lambda: len(self._waiting))
         self.metrics.rows.set_function(lambda: len(self._running))
@@ -221,45 +223,41 @@ class Batcher(threading.Thread):
         Averages are drawn at once, unless their reports are asked for, which take longer.
         """
         started, solving = time.perf_counter(), self._turns.kinds
-        ready = [s for s in self._running if not s.busy and self._kind(s) not in solving]
+        ready = [s for s in self._running if not s.busy and self._kinds.of(s) not in solving]
+        if self._reproducible:
+            for s in ready:
+                s.busy = True
+                self._turns.add(Task([s], partial(self._step_alone, s)))
+            ready = []
         found = self.members.step(ready) if ready else {}
-        for s in [s for s in self._unsolved if self._kind(s) not in solving]:
+        for s in [s for s in self._unsolved if self._kinds.of(s) not in solving]:
             found[s] = self._unsolved.pop(s)
         groups: dict[Any, list[Sequence]] = defaultdict(list)
         for s in found:
             s.busy = True
-            groups[self._kind(s)].append(s)
+            groups[self._kinds.of(s)].append(s)
         for kind, rows in groups.items():
             task = Task(rows, partial(self._solve, rows, [found[s] for s in rows]), kind)
-            if rows[0].combination.is_quick and rows[0].request.report is None:
+            if rows[0].combination.is_quick and rows[0].request.report is None and not self._reproducible:
                 self._guarded(rows, task.run, float("inf"))
             else:
                 self._turns.add(task)
         for s in new:
-            s.account = self._newcomers
+            s.account = self._prompts
             self._turns.add(Task([s], partial(self._run_prompt, s)))
         self._turns.take(time.perf_counter() - started, self._some_wait)
 
-    def _kind(self, s: Sequence) -> Any:
-        """Return what sequences that are solved together have in common.
-
-        One whose kind is being solved waits for that, so that they go on together, in one batch, from then on.
-        """
-        return s if self._reproducible else (s.combination, s.request.report is None)
+    def _step_alone(self, s: Sequence, task: Task) -> None:
+        """Run one sequence's newest token and draw the next, as no other sequence's is."""
+        self._solve([s], [self.members.step([s])[s]], task)
 
     def _some_wait(self) -> bool:
         """Return whether a sequence waits for the next round."""
         solving = self._turns.kinds
-        return any(not s.busy and self._kind(s) not in solving for s in self._running)
+        return any(not s.busy and self._kinds.of(s) not in solving for s in self._running)
 
     def _run_prompt(self, s: Sequence, task: Task) -> None:
-        """Run a prompt alone, so that its hidden states depend on no other sequence; score it if its request asks so.
-
-        Args:
-            s: the sequence. Its hidden states at the prompt's last token are to be solved in the next round, unless no
-                token is to be drawn.
-            task: the task that calls this.
-        """
+        """Run a prompt alone, score it if its request asks so, and have its first token drawn in the next round."""
         scored = s.request.score_prompt
         hidden = self.members.catch_up([s], members=slice(len(s.batched)), every=scored, pause=task.pause)[s]
         self.members.check_finite(s, hidden)
@@ -269,6 +267,7 @@ class Batcher(threading.Thread):
             every, asked = self._gates.over_prompt(s, hidden, task)
             self.members.check_finite(s, every)
             self._score(s, [own[:-1] for own in every], asked and asked.take(slice(-1)), task)
+        s.account = self._newcomers if s.account is self._prompts else s.account
         if s.max_tokens:
             self._unsolved[s] = [states[-1:] for states in hidden]
         else:
@@ -281,7 +280,7 @@ class Batcher(threading.Thread):
             s: the prompt's sequence.
             hidden: each member's last hidden states at all tokens of the prompt but the last, (t, d_i).
             asked: at which of these tokens all members ran; None for all of them.
-            task: the task that calls this.
+            task: the caller.
         """
         how, tokens, found = s.combination, iter(s.prompt[1:]), []
         before = TokensBefore.of(torch.tensor(s.prompt[:-1]), how.model.tokenizer)
@@ -301,10 +300,7 @@ class Batcher(threading.Thread):
 
         If solving them together fails, each is solved alone, so that only a sequence which fails alone is ended.
 
-        Args:
-            group: the sequences.
-            hidden: for each sequence, the last hidden states of its ``batched`` members at its newest token, (1, d_i).
-            task: the task that calls this.
+        ``hidden`` has, for each, the last hidden states of its ``batched`` members at its newest token, (1, d_i).
         """
         if group[0].combination.unsure:
             hidden = self._gates.ask(group, hidden, task)
@@ -314,7 +310,7 @@ class Batcher(threading.Thread):
 
     def _draw(self, group: list[Sequence], hidden: list[Hidden], task: Task) -> None:
         """Do as :meth:`_solve`, with finite hidden states of every member for each sequence."""
-        how, suspended = group[0].combination, task.suspended
+        how, suspended, started = group[0].combination, task.suspended, task.clock()
         before = TokensBefore.of(torch.tensor([s.tokens[-1] for s in group]), how.model.tokenizer)
         stacked = [torch.cat(member) for member in zip(*hidden, strict=True)]
         try:
@@ -328,6 +324,7 @@ class Batcher(threading.Thread):
                 for s, own in zip(group, hidden, strict=True):
                     self._draw([s], [own], task)
             return
+        self._kinds.learn(group[0], (task.clock() - started) / len(group))
         rest = iter(group)
         for log_probs, solution in chunks:
             part = list(islice(rest, log_probs.shape[1]))
@@ -336,7 +333,11 @@ class Batcher(threading.Thread):
             scores = [s.sampler.scores(s.tokens, solution.log_probs[k]) for k, s in enumerate(part)]
             drawn = next_tokens([s.sampler for s in part], torch.stack(scores))
             for k, (s, token) in enumerate(zip(part, drawn, strict=True)):
-                self._give(s, token_of(s, solution, log_probs, k, token, saved))
+                found = token_of(s, solution, log_probs, k, token, saved)
+                if self._reproducible and task.expired:
+                    # A row within its tolerance may still have been polished, had there been time.
+                    found = replace(found, status=Status.BUDGET.name)
+                self._give(s, found)
                 task.pause()
 
     def _give(self, s: Sequence, token: Token) -> None:

@@ -117,7 +117,9 @@ class Gates:
             return 0.0
         savings = self._savings[gate.name, combination.settings.rule.name, *sequences[0].members]
         closed = int(solution.gated.sum())
-        savings.add(len(sequences), closed, solution.seconds - suspended + sum(s.spent for s in sequences))
+        # A solve may also have been suspended where the solution does not count the time.
+        own = max(solution.seconds - suspended, 0.0)
+        savings.add(len(sequences), closed, own + sum(s.spent for s in sequences))
         each = (savings.saved or 0.0) / max(savings.gated, 1)
         self._metrics.gated.labels(gate.name).inc(closed)
         self._metrics.saved.labels(gate.name).inc(closed * each)

@@ -4,8 +4,8 @@ A solve may take a hundred times as long as the members' step. It therefore runs
 (a greenlet) in the batcher's thread: between its steps a solver asks whether its time is over
 (:func:`softmeet.solvers.clock.time_is_over`), and there the task can be suspended, however deep in the solver's code.
 Tasks take turns. In each
-round of the batcher every request has about as long for its tasks as the members' step took, so that one whose rule is
-expensive at most doubles what others wait for; and none of its work is lost.
+round of the batcher every request has about as long for its tasks as the members' step took, and all tasks together
+twice as long, so that whatever others ask for at most triples what a sequence waits for; and no work is lost.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from softmeet.solvers.clock import time_limit
 
 # In seconds: how long a task goes on before the batcher looks for new work, while no sequence waits for its next step.
 _LOOK = 0.02
+# How much longer all tasks together may take than the rest of a round, while a sequence waits for the next one.
+_MOST = 2.0
 # The shortest share of the time, in seconds.
 _LEAST = 0.001
 
@@ -36,12 +38,14 @@ class Task:
 
     Attributes:
         rows, kind: as given.
+        expired: whether a time :meth:`limit` of the work has been over.
         ended: whether the work has ended, by its end, by an exception or by :meth:`end`.
         suspended: the seconds for which it has been suspended so far.
     """
 
     def __init__(self, rows: list[Sequence], work: Callable[[Task], None], kind: Any = None) -> None:
-        self.rows, self.kind, self.suspended, self.ended = rows, kind, 0.0, False
+        self.rows, self.kind, self.suspended = rows, kind, 0.0
+        self.expired = self.ended = False
         self._batcher, self._own = greenlet.getcurrent(), greenlet.greenlet(work)
         self._turn_ends = 0.0
 
@@ -76,6 +80,7 @@ class Task:
 
         def over() -> bool:
             if self.clock() >= end:
+                self.expired = True
                 return True
             self.pause()
             return False
@@ -100,7 +105,7 @@ class Turns:
     """
 
     def __init__(self, run: Callable[[Task, float], None]) -> None:
-        self._run, self._tasks = run, list[Task]()
+        self._run, self._tasks, self._left = run, list[Task](), 0.0
 
     def __len__(self) -> int:
         """Return the number of tasks that have not ended, but for one that is running."""
@@ -124,16 +129,21 @@ class Turns:
                 some hundredths of a second, after which there may be new work.
         """
         look, share = time.perf_counter() + _LOOK, max(seconds, _LEAST)
+        self._left = min(self._left, 0.0) + _MOST * share
         while self._tasks:
             for account in {id(a): a for task in self._tasks for a in task.accounts}.values():
                 account.left = min(account.left, 0.0) + share
             for task in [task for task in self._tasks if task.left > 0]:
                 # Tasks of one account follow each other; one that has to wait keeps its place.
-                if task.left > 0:
+                if task.left > 0 and (self._left > 0 or not waited_for()):
                     self._tasks.remove(task)
                     self._charge(task)
                     self._tasks += [] if task.ended else [task]
-            if waited_for() or time.perf_counter() > look:
+            if waited_for():
+                return
+            # Nobody has waited for what they took.
+            self._left = 0.0
+            if time.perf_counter() > look:
                 return
 
     def _charge(self, task: Task) -> None:
@@ -143,8 +153,10 @@ class Turns:
         """
         started, accounts = time.perf_counter(), {id(account): account for account in task.accounts}
         self._run(task, task.left)
+        spent = time.perf_counter() - started
+        self._left -= spent
         for account in accounts.values():
-            account.left -= time.perf_counter() - started
+            account.left -= spent
         if not task.ended:
             for s in task.rows:
                 own = s.request.account

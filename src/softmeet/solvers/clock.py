@@ -30,7 +30,8 @@ def time_limit(limit: float | Callable[[], bool]) -> Iterator[None]:
 
     Rows that are not solved by then have the status BUDGET, and are answered no worse than by the pool. A step that has
     begun is finished, and averages, which are formulas, are not cut short. Within another limit, the one that is over
-    first counts.
+    first counts. It holds in this thread alone; ``Ensemble.stream`` takes it along. As with
+    ``decimal.localcontext``, a generator should not be suspended within it: until it goes on, its caller has the limit.
 
     Args:
         limit: seconds from now, 0 or more; or a function that returns whether the time is over, which is called between
@@ -49,19 +50,30 @@ def time_limit(limit: float | Callable[[], bool]) -> Iterator[None]:
         >>> softmeet.Status(int(solution.status)).name
         'OPTIMAL'
     """
-    outer = _over.get()
-    if callable(limit):
-        own = limit
-    elif not isinstance(limit, int | float) or not limit >= 0:
-        raise InvalidInputError(f"expected a limit in seconds, from 0, or a function, got {limit!r}")
-    else:
-        end = time.monotonic() + limit
+    outer, own = _over.get(), limit if callable(limit) else _after(limit)
 
-        def own() -> bool:
-            return time.monotonic() >= end
+    def over() -> bool:
+        # What the function does is under the limits outside of this one, or it would be asked without end.
+        asking = _over.set(outer)
+        try:
+            return own() or outer()
+        finally:
+            _over.reset(asking)
 
-    token = _over.set(lambda: own() or outer())
+    token = _over.set(over)
     try:
         yield
     finally:
         _over.reset(token)
+
+
+def _after(seconds: float) -> Callable[[], bool]:
+    """Return a function that says whether so many seconds from now are over."""
+    try:
+        end = time.monotonic() + float(seconds)
+        if not float(seconds) >= 0:
+            raise ValueError("negative, or no number")
+    except (TypeError, ValueError, OverflowError):
+        shown = repr(seconds)[:40]
+        raise InvalidInputError(f"expected a limit in seconds, from 0, or a function, got {shown}") from None
+    return lambda: time.monotonic() >= end

@@ -1,0 +1,47 @@
+"""Which sequences are solved together: those of one kind, in one batch, unless a row takes long."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+from softmeet.server.sequences import Sequence
+
+# In seconds: where a row of a kind takes longer to solve, those of other requests do not wait for it.
+_DEAR = 0.02
+# Of how many kinds it is known how long a row takes.
+_KNOWN = 256
+
+
+class Kinds:
+    """The kinds of sequences, and how long a row of each takes to solve.
+
+    A sequence whose kind is being solved waits for that, so that all of the kind go on together, in one batch. Where a
+    row takes long, a batch gains little, and a request with many rows would hold up the others: each request then is of
+    a kind of its own.
+
+    Args:
+        alone: whether every sequence is of a kind of its own.
+    """
+
+    def __init__(self, *, alone: bool) -> None:
+        self._alone, self._seconds = alone, OrderedDict[Any, float]()
+
+    def of(self, s: Sequence) -> Any:
+        """Return a sequence's kind, which may change when :meth:`learn` is called."""
+        if self._alone:
+            return s
+        kind = _kind(s)
+        return (*kind, id(s.request)) if self._seconds.get(kind, 0.0) > _DEAR else kind
+
+    def learn(self, s: Sequence, seconds: float) -> None:
+        """Take note that a row of a sequence's kind has just taken so many seconds; long unused kinds are forgotten."""
+        kind = _kind(s)
+        self._seconds[kind] = 0.5 * (self._seconds.pop(kind, seconds) + seconds)
+        if len(self._seconds) > _KNOWN:
+            self._seconds.popitem(last=False)
+
+
+def _kind(s: Sequence) -> tuple[Any, ...]:
+    # Reports take time: an average with them is not drawn at once.
+    return s.combination, s.request.report is None
