@@ -176,7 +176,7 @@ def test_a_client_that_does_not_read_is_cut_off_and_its_sequences_end(ahead):
         connection.sendall(POST % (len(body), body) + ahead)
         wait_until(lambda: serving.batcher._running)
         wait_until(lambda: serving.metrics.registry.get_sample_value("softmeet_connections") == 0)
-        wait_until(lambda: not serving.batcher._rows())
+        wait_until(lambda: not serving.batcher._running)
         slow.remove()
     assert serving.metrics.registry.get_sample_value("softmeet_tokens_total") < 16 * 60
 

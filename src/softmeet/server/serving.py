@@ -104,7 +104,9 @@ class Serving:
 
     @torch.inference_mode()
     def _warm_up(self, model: EnsembleForCausalLM) -> None:
-        hidden = model.hidden_states(torch.zeros(1, 1, dtype=torch.int64))
+        # Not a padding token, about which transformers would warn.
+        token = int(any(member.config.pad_token_id == 0 for member in model.members))
+        hidden = model.hidden_states(torch.tensor([[token]]))
         own = model.settings.ungated()
         every = [own, own.changed(rule="meet")] if "rule" in self.settings.allowed else [own]
         for settings in every:
