@@ -105,7 +105,7 @@ class Serving:
     @torch.inference_mode()
     def _warm_up(self, model: EnsembleForCausalLM) -> None:
         # Not a padding token, about which transformers would warn.
-        token = int(any(member.config.pad_token_id == 0 for member in model.members))
+        token = int(any(getattr(member.config, "pad_token_id", None) == 0 for member in model.members))
         hidden = model.hidden_states(torch.tensor([[token]]))
         own = model.settings.ungated()
         every = [own, own.changed(rule="meet")] if "rule" in self.settings.allowed else [own]
