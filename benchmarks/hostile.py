@@ -21,7 +21,7 @@ from report import show
 from servers import Server
 
 # The streams that are measured, by name: fields under ``softmeet``.
-MEASURED = {"logit-mean": {"rule": "logit-mean"}, "meet": {"rule": "meet"}}
+MEASURED = {"logit-mean": {"rule": "logit-mean"}, "meet": {"rule": "meet"}, "meet, trust 20": {"trust": 20}}
 _ENDLESS = {"logit_bias": {"0": -100}}
 HOSTILE: dict[str, dict[str, Any]] = {
     "meet, trust 100": {"softmeet": {"rule": "meet", "trust": 100, "gate": "none"}},
@@ -33,6 +33,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "min-reverse-cross-entropy": {"softmeet": {"rule": "min-reverse-cross-entropy"}},
     "min-squared-cross-entropy": {"softmeet": {"rule": "min-squared-cross-entropy"}},
     "16 choices of meet, trust 100": {"n": 16, "softmeet": {"rule": "meet", "trust": 100, "gate": "none"}},
+    "16 choices of the same settings": {"n": 16},
     "a scored prompt of meet": {"echo": True, "logprobs": 20, "softmeet": {"rule": "meet", "trust": 100, "report": 20}},
     "16 choices with reports": {"n": 16, "logprobs": 20, "softmeet": {"rule": "logit-mean", "report": 20}},
     "16 choices with 1,024 biases": {
@@ -67,10 +68,17 @@ def attack(name: str, k: int) -> dict[str, Any]:
     return body
 
 
-async def harass(client: httpx.AsyncClient, name: str, seen: list[Any]) -> None:
-    """Send one hostile request after the other; count the tokens that end with each status."""
+async def harass(client: httpx.AsyncClient, name: str, seen: list[Any], same: dict[str, Any]) -> None:
+    """Send one hostile request after the other; count the tokens that end with each status.
+
+    Args:
+        client: of the server.
+        name: of the hostile kind.
+        seen: gets the counts of every choice that ends, or the text of a refusal, which ends the harassment.
+        same: softmeet's fields of the stream that is measured, for a kind that has none of its own.
+    """
     for k in range(1 << 30):
-        async with client.stream("POST", "/v1/completions", json=attack(name, k)) as stream:
+        async with client.stream("POST", "/v1/completions", json={"softmeet": same, **attack(name, k)}) as stream:
             if stream.status_code != 200:
                 seen.append((await stream.aread()).decode()[:300])
                 return
@@ -91,7 +99,7 @@ async def measure(url: str, kinds: list[str], tokens: int, repeats: int) -> list
             rows.append(_row(measured, "nobody", alone, alone, []))
             for kind in kinds:
                 seen: list[Any] = []
-                task = asyncio.create_task(harass(client, kind, seen))
+                task = asyncio.create_task(harass(client, kind, seen, fields))
                 await asyncio.sleep(0.5)
                 found = [gap for _ in range(repeats) for gap in await gaps(client, body)]
                 task.cancel()
