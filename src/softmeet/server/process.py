@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import ctypes
 import gc
 import logging
 import socket
@@ -22,8 +20,6 @@ from softmeet.server.serving import Serving
 _LAST = 3.0
 # Seconds after which a thread that waits for Python's lock gets it.
 _SWITCH = 1e-4
-# Parameters of glibc's mallopt, from its malloc.h.
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 # Open files beside connections: those of models, libraries and logs.
 _FILES = 512
 
@@ -49,7 +45,6 @@ def run(
     # What is loaded stays: the garbage collector need not look through it whenever a request makes many objects.
     gc.collect()
     gc.freeze()
-    keep_memory()
     # The batcher's thread gives up Python's lock at every operation of torch. Beside a thread that writes or checks a
     # long document it would wait for the lock that often, five milliseconds each time.
     sys.setswitchinterval(_SWITCH)
@@ -57,20 +52,6 @@ def run(
     # uvicorn would end what is left with tracebacks; by then nothing is.
     config = configuration(serving, log_level="info", timeout_graceful_shutdown=int(grace + 2 * _LAST) + 1)
     _Server(config, serving, grace, announce).run(sockets)
-
-
-def keep_memory() -> None:
-    """Have the C library keep the memory that a step frees, up to 512 MiB, for the next one; on Linux with glibc alone.
-
-    Every step takes and frees the same few megabytes. Giving them back to the system and touching them anew costs a
-    tenth of the tokens a second of the bundled families.
-    """
-    if sys.platform == "linux":
-        # musl has no mallopt.
-        with contextlib.suppress(AttributeError):
-            mallopt = ctypes.CDLL(None).mallopt
-            for parameter, value in ((_TRIM_THRESHOLD, 1 << 29), (_TOP_PAD, 1 << 26), (_MMAP_THRESHOLD, 1 << 25)):
-                mallopt(parameter, value)
 
 
 def _allow_files(number: int) -> None:

@@ -26,7 +26,6 @@ from softmeet.server.ensembles import load, named
 from softmeet.server.envelope import guarded
 from softmeet.server.errors import InternalError
 from softmeet.server.metrics import Metrics
-from softmeet.server.process import keep_memory
 from softmeet.server.relay import Relay
 from softmeet.server.security import Protection
 from softmeet.server.serving import ServerSettings, Serving
@@ -96,7 +95,6 @@ class Replica:
         self._serving = Serving(load(named, **options), settings)
         self._app = create_app(self._serving)
         self._name = serve.get_replica_context().replica_id.unique_id
-        keep_memory()
         self._serving.start()
 
     async def __call__(self, scope: dict[str, Any], body: bytes) -> AsyncIterator[Message]:
