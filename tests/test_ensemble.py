@@ -9,7 +9,7 @@ import tiny
 import torch
 from transformers import DynamicCache, GenerationConfig
 
-from softmeet import Ensemble, Rule, Status, time_is_over
+from softmeet import Ensemble, Rule, Status, time_is_over, time_limit
 from softmeet.errors import InvalidInputError, NonFiniteError, VocabularyMismatchError
 from softmeet.hf import EnsembleCache, EnsembleConfig, EnsembleForCausalLM, Recorder
 from softmeet.hf.sampling import RowSampler
@@ -270,8 +270,31 @@ def test_reproducible_needs_a_seed_and_no_clock(folders):
         ours.generate(["a", "b"], reproducible=True, do_sample=True)
     with pytest.raises(InvalidInputError, match="expected no limit on a token's seconds"):
         ours.generate(["a", "b"], reproducible=True, token_seconds=1.0)
-    with pytest.raises(InvalidInputError, match="expected token_seconds of 0 or more, got -1"):
-        ours.generate("a", token_seconds=-1)
+    for seconds in (-1, "1", [1], float("nan")):
+        with pytest.raises(InvalidInputError, match="expected token_seconds as a number from 0, got "):
+            ours.generate("a", token_seconds=seconds)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "said"),
+    [
+        (None, {}, "expected a text, got NoneType"),
+        ([1], {}, "expected a text, got int"),
+        ("a", {"seed": "b"}, "expected a seed that is an integer, got 'b'"),
+        ("a", {"seed": 1.5}, "expected a seed that is an integer, got 1.5"),
+        ("a", {"prompt_weights": True, "weights": [1, 0]}, "expected weights or prompt_weights, got both"),
+    ],
+)
+def test_wrong_prompts_and_options_are_named(folders, text, options, said):
+    with pytest.raises(InvalidInputError, match=said):
+        Ensemble.from_pretrained(folders, "logit-mean").generate(text, **options, max_new_tokens=2)
+
+
+def test_a_stream_keeps_the_callers_limit_of_time(folders):
+    ours, recorder = Ensemble.from_pretrained(folders, "meet", trust=1.0, gate="none"), Recorder()
+    with time_limit(0):
+        "".join(ours.stream("ab", max_new_tokens=3, recorder=recorder))
+    assert recorder.statuses == {"BUDGET": 3}
 
 
 class Asking(Rule):

@@ -230,3 +230,18 @@ def test_max_entropy_has_the_moments_where_it_is_optimal(name, tol):
         p = solution.log_probs[k].exp().numpy()
         off = np.concatenate([p @ Q - t for Q, t in zip(*white, strict=True)])
         assert np.linalg.norm(off) <= 1.01 * MOMENT_TOLERANCE
+
+
+def test_a_limits_function_may_itself_use_softmeet():
+    """It is asked under the limits outside of its own, or it would be asked without end."""
+    members = [torch.tensor([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25]]).log(), [torch.eye(3)[:, :1], torch.eye(3)[:, 1:2]]]
+
+    def over():
+        softmeet.combine(*members)
+        return softmeet.time_is_over()
+
+    with softmeet.time_limit(over):
+        assert int(softmeet.combine(*members, trust=3.0).status) == softmeet.Status.OPTIMAL
+        with softmeet.time_limit(0):
+            assert softmeet.time_is_over()
+    assert not softmeet.time_is_over()
