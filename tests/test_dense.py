@@ -12,7 +12,7 @@ import softmeet
 from softmeet import Status
 from softmeet.evaluation import premise
 from softmeet.heads import WhitenedHead
-from softmeet.simplex import total_variation
+from softmeet.simplex import kl, total_variation
 from softmeet.solvers import minimise, tuning
 from softmeet.solvers.base import iterate
 from softmeet.solvers.dense import DenseNewton
@@ -153,6 +153,22 @@ def test_rounding_does_not_make_a_certificate():
     true_gap = full(log_p, heads, trust=(1.7, 0.13)).objective - ours.objective
     assert (true_gap <= ours.gap + 1e-11).all()
     assert (ours.status == Status.OPTIMAL).all()
+
+
+def test_scores_stay_those_of_the_dual_variables(monkeypatch):
+    """Single precision must not let the scores leave the range of the heads, where f falls below its minimum."""
+    monkeypatch.undo()
+    for name in ("HESSIAN", "HESSIAN_WHERE_FINE", "HESSIAN_AS_RESCUE"):
+        monkeypatch.setattr(tuning, name, 0)
+    generator = torch.Generator().manual_seed(144)
+    heads = [softmeet.SoftmaxHead(torch.randn(100, d, generator=generator)) for d in (7, 3, 19)]
+    sharpness = torch.tensor([[0.493691], [1.321147], [0.448587], [29.998977], [17.026152], [3.488465], [0.6], [0.7]])
+    hidden = [torch.randn(8, h.d, generator=generator) * sharpness / h.d**0.5 for h in heads]
+    log_p = torch.stack([h.logits(x.double()) for h, x in zip(heads, hidden, strict=True)]).log_softmax(-1)
+    ours, exact = softmeet.combine(log_p, heads, trust=0.3, tol=1e-4), full(log_p, heads, trust=0.3)
+    assert ours.gap_is_certified.all()
+    assert (kl(exact.log_probs, ours.log_probs) <= ours.gap).all()
+    assert ours.verify(heads, log_p).total_variation.max() < 1e-4
 
 
 @pytest.mark.unchecked

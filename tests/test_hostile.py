@@ -162,3 +162,26 @@ def test_a_tolerance_below_rounding_has_the_best_point_and_its_proved_gap(tol):
     assert ours.gap_is_certified.all()
     assert (ours.gap < 1e-9).all()
     assert total_variation(ours.log_probs, exact.log_probs).max() < 1e-6
+
+
+@pytest.mark.parametrize("rule", ["max-entropy", "meet:trust=inf", "min-cross-entropy", "min-reverse-cross-entropy"])
+@pytest.mark.parametrize("excluded", ["support", "member"])
+def test_a_direction_that_is_constant_where_mass_may_be_proves_infeasibility(rule, excluded):
+    """The Hessian is singular there: a step of 10¹⁶ proves that nothing is feasible, and leaves a distribution."""
+    W = torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]).double()
+    p = torch.tensor([[0.25, 0.25, 0.25, 0.15, 0.1], [0.25, 0.25, 0.25, 0.25, 0.0]]).double()[:, None].log()
+    options = {} if excluded == "member" else {"support": torch.tensor([1, 1, 1, 1, 0]).bool()}
+    members, heads = (p, [W, W[:, :1]]) if excluded == "member" else (p[:1], [W])
+    if excluded == "support":
+        # A row that has an answer, beside it.
+        members = torch.cat([members, p[1:]], dim=1)
+    found = softmeet.combine(members, heads, rule, **options)
+    assert found.status[0] == Status.INFEASIBLE
+    assert found.verify(heads, members).status[0] == Status.INFEASIBLE
+    assert torch.allclose(found.log_probs.exp().sum(-1), torch.ones(members.shape[1]).double())
+    with pytest.raises(softmeet.errors.InfeasibleError):
+        softmeet.combine(members, heads, rule, on_infeasible="raise", **options)
+    short = softmeet.combine(members, heads, rule, max_steps=1, **options)
+    assert short.status[0] in (Status.INFEASIBLE, Status.NOT_CONVERGED)
+    if excluded == "support":
+        assert found.status[1] in (Status.OPTIMAL, Status.DEGENERATE)

@@ -19,6 +19,7 @@ from test_exact_rules import instance
 import softmeet
 import softmeet.rules.settings
 from softmeet import Status
+from softmeet.essay.preference import preference
 from softmeet.solvers import tuning
 from softmeet.solvers.projection import MOMENT_TOLERANCE
 
@@ -139,6 +140,35 @@ def test_without_any_time_the_pool_answers(name, rule):
     assert solution.status.tolist() == [Status.BUDGET] * log_p.shape[1]
     assert torch.equal(solution.log_probs, softmeet.combine(log_p, heads, "logit-mean").log_probs)
     assert (solution.num_steps == 0).all()
+
+
+def test_a_row_that_the_time_left_is_no_worse_than_the_pool_by_its_own_objective():
+    """The I-projection of this pool onto its own moments, up to rounding, gives a token no mass at all."""
+    log_p = torch.tensor([[[0.9, 0.07, 0.03, 1e-17]]], dtype=torch.float64).log().log_softmax(-1)
+    ended = 0
+    for k in range(1, 6):
+        over, _ = over_at(k)
+        with softmeet.time_limit(over):
+            solution = softmeet.combine(log_p, [torch.eye(4, 3, dtype=torch.float64)], "min-reverse-cross-entropy")
+        ended += int(solution.status[0] == Status.BUDGET)
+        assert torch.allclose(solution.log_probs, log_p[0], atol=1e-9)
+    assert ended >= 3
+
+
+def test_rounding_does_not_decide_between_points():
+    assert preference(0.3, 1.0) < preference(0.3 - 6e-17, 2.0)
+    assert preference(0.3 - 1e-6, 2.0) < preference(0.3, 1.0)
+
+
+@pytest.mark.parametrize("rule", ["meet", "max-entropy", "min-cross-entropy"])
+def test_a_second_look_does_not_ask_the_time(rule):
+    log_p, heads, options, _ = instance("generic")
+    solution = softmeet.combine(log_p, heads, rule, tol=1e-6, **options)
+    calm = solution.verify(heads, log_p)
+    with softmeet.time_limit(0.0):
+        hurried = solution.verify(heads, log_p)
+    assert torch.equal(calm.status, hurried.status)
+    assert torch.equal(calm.gap, hurried.gap)
 
 
 @pytest.mark.parametrize("name", ["generic", "peaked", "near_one_hot", "sharp"])

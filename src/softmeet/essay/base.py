@@ -177,7 +177,7 @@ class ExactRule(Rule):
         choice, the distribution from C, the point at which the search for one ended, and the pool. Once the time is
         over (:func:`softmeet.time_is_over`) no further row is chosen in: it is NOT_CONVERGED, which
         :func:`~softmeet.rules.answered.answered` makes BUDGET, with gap inf and objective NaN, and its answer is the
-        distribution from C or, if none was found, the pool.
+        distribution from C or the pool, whichever :meth:`preference` says.
 
         Raises:
             DisjointSupportError: if a row has no token in ``problem.support`` (None: all tokens) to which every member
@@ -214,8 +214,8 @@ class ExactRule(Rule):
         return preference(off, self.bounds(row, p, torch.zeros_like(row.target)).value)
 
     def _leave(self, answer: Answer, k: int, row: FeasibleSet, known: Float[Tensor, " v"]) -> None:
-        """Write log-probabilities that are ``known`` into row ``k`` of ``answer``, in place, as not converged."""
-        answer.log_probs[k] = known
+        """Write the better of ``known`` log-probabilities and the pool into row ``k`` of ``answer``, not converged."""
+        answer.log_probs[k] = min(known, row.log_q, key=lambda point: self.preference(row, point.exp()))
         answer.status[k], answer.gap[k], answer.certified[k] = Status.NOT_CONVERGED, torch.inf, False
         answer.objective[k], answer.objective_range[k] = torch.nan, answer.gap.new_tensor([-torch.inf, torch.inf])
         answer.disagreement[k] = kl(answer.log_probs[k].expand_as(row.log_p), row.log_p)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from softmeet.solvers.projection import MOMENT_TOLERANCE
 
+# Distances that are equal to so many digits count as equal: more may be rounding.
+_DIGITS = 9
+
 
 def preference(off: float, objective: float) -> tuple[float, float]:
     """Return the key by which points are compared; the least is the best (Deb's feasibility rules).
@@ -17,7 +20,8 @@ def preference(off: float, objective: float) -> tuple[float, float]:
 
     Args:
         off: the Euclidean distance of the point's whitened moments, and sum, from the required ones; up to
-            ``MOMENT_TOLERANCE`` (1e-6) it counts as none. 0 for a rule that requires no moments. NaN counts as inf.
+            ``MOMENT_TOLERANCE`` (1e-6) it counts as none, and only nine digits count, so that rounding decides nothing.
+            0 for a rule that requires no moments. NaN counts as inf.
         objective: the rule's objective there, in its unit; NaN counts as inf.
 
     Example:
@@ -27,7 +31,7 @@ def preference(off: float, objective: float) -> tuple[float, float]:
         >>> min(preference(1e-7, 3.0), preference(1e-9, 4.0))
         (1e-06, 3.0)
     """
-    return max(_known(off), MOMENT_TOLERANCE), _known(objective)
+    return float(f"{max(_known(off), MOMENT_TOLERANCE):.{_DIGITS}g}"), _known(objective)
 
 
 def _known(x: float) -> float:

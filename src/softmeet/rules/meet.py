@@ -185,8 +185,8 @@ def _look(
     if answer.by_pool[k]:
         log_p, gap = problem.log_pool[0], float(projection.pool_gap()[0] + at.value[0])
     else:
-        log_p, gradient = projection.pooled(z)[0], projection.moments(at.p[:, None] - at.r)[0]
-        gap = restricted_gap_bound(projection, 0, at.p[0], at.r[0], gradient)
+        log_p, log_r = (part[0] for part in at.logs(projection))
+        gap = restricted_gap_bound(projection, 0, log_p, log_r, projection.moments(at.p[:, None] - at.r)[0])
         gap = gap if nu.any() else min(gap, float(projection.pool_gap()[0]))
     if _proves_empty(problem, [ray[k] for ray in answer.ray]):
         return log_p, gap, Status.INFEASIBLE

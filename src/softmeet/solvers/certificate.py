@@ -20,6 +20,8 @@ r̃_i on its M heaviest tokens J: r_i w_i is added there, w_i = (a_i - m_J)ᵀt_
 feasible, so by (6) in docs/theory/solvers.md#eq-6
 
     gap ≤ Σ_j p_j φ(x̃_j) + Σ_i ρ_i Σ_j r_ij φ(ỹ_ij),   p̃ = p(1 + x̃),   r̃_i + r_i w_i = r_i(1 + ỹ_i).
+
+What all this leaves of the moments is priced by :mod:`softmeet.solvers.leftover`, never neglected.
 """
 
 from __future__ import annotations
@@ -27,11 +29,11 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from softmeet.solvers import tuning
-from softmeet.solvers.clock import time_is_over
+from softmeet.solvers.leftover import carried, moment_prices, residual_slack, token_prices
 from softmeet.solvers.linalg import add_ridge, held, some
 from softmeet.solvers.projection import Projection
 
@@ -43,8 +45,8 @@ _ROUNDS = 8
 _SERIES = {torch.float32: (0.1, 8), torch.float64: (1e-3, 5)}
 # The most systems of one repair, a new one each time that tokens reach 0, and solutions of each system.
 _REPAIRS, _REFINED = 4, 2
-# A Newton system's residual above this share of the gradient makes a bound void.
-_SOLVED = 1e-4
+# A system is solved again, by another method or for fewer tokens, where its residual is above this share.
+_SOLVED = 1e-7
 
 
 def phi(x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
@@ -105,8 +107,8 @@ def _terms(p: Float[Tensor, "*b v"], x: Float[Tensor, "*b v"]) -> tuple[Float[Te
 def restricted_gap_bound(
     problem: Projection,
     row: int,
-    p: Float[Tensor, " v"],
-    r: Float[Tensor, "n v"],
+    log_p: Float[Tensor, " v"],
+    log_r: Float[Tensor, "n v"],
     gradient: Float[Tensor, " D"],
     limit: int = 4096,
 ) -> float:
@@ -114,22 +116,22 @@ def restricted_gap_bound(
 
     The gap is f(ν) - min f at the row's dual point ν. The changes solve a Newton system restricted to those tokens,
     whose rows of the heads are read; tokens that would get negative probability get 0, and the system is solved again,
-    at most eight times in all, and not once the time is over. The module docstring has the bound.
+    at most eight times in all. What its solution leaves is added as by :func:`residual_slack`. The module docstring has
+    the bound. The time of :func:`softmeet.time_limit` is not asked: callers do.
 
     Args:
         problem: the batch of relaxed I-projections.
         row: the index of the row in that batch.
-        p, r: the answer and the corrected members at the row's dual point, as probabilities.
+        log_p, log_r: log-probabilities of the answer and of the corrected members at the row's dual point, in nats.
         gradient: the gradient of the dual function there, (D,), with the blocks α_i Q_iᵀ(p - r_i), α_i = min(1, ρ_i).
         limit: how many tokens may change, at least 1: those with the largest p + Σ ρ_i r_i, the sum over members of
             finite trust.
     """
-    if time_is_over():
-        return math.inf
-    p, r, gradient, price = p.double(), r.double(), gradient.double(), problem.price.double()
+    log_p, log_r, gradient, price = log_p.double(), log_r.double(), gradient.double(), problem.price.double()
+    p, r = log_p.exp(), log_r.exp()
     tokens = (p + price @ r).topk(min(limit, len(p))).indices
-    one = torch.tensor([row], device=p.device)
-    rows = [h.take(one).gather(tokens[None])[0].double() for h in problem.heads]
+    here = problem.take(torch.tensor([row], device=p.device))
+    rows = [h.gather(tokens[None])[0].double() for h in here.heads]
     joint = torch.cat([alpha * a for a, alpha in zip(rows, problem.alpha.tolist(), strict=True)], dim=-1)
     p, r = p[tokens], r[:, tokens]
     # One layer for each distribution that may change, with its masses, rows, price and place in s.
@@ -141,82 +143,93 @@ def restricted_gap_bound(
         H, g = torch.zeros(len(gradient), len(gradient), dtype=p.dtype, device=p.device), gradient.clone()
         for layer in layers:
             layer.enter(H, g)
-        s, slack = _solved(H, g, gradient)
+        s = _solved(H, g, gradient)
         bounds, broken = zip(*(layer.bound(s) for layer in layers), strict=True)
-        if slack.isinf() or not any(broken):
-            return float(sum(bounds) + slack)
-        if time_is_over():
-            break
+        e = H @ s - g
+        if not any(broken):
+            return float(sum(bounds) + _made_up(here, (log_p, log_r), tokens, rows, (e, s, gradient)))
     return math.inf
 
 
-def _solved(
-    H: Float[Tensor, "D D"], g: Float[Tensor, " D"], gradient: Float[Tensor, " D"]
-) -> tuple[Float[Tensor, " D"], Float[Tensor, ""]]:
-    """Return (s = H⁻¹g, its :func:`residual_slack`), by Cholesky or, if its slack is inf, by singular values."""
-    factor, failed = torch.linalg.cholesky_ex(H)
-    if not failed:
-        s = torch.cholesky_solve(g[:, None], factor).squeeze(-1)
-        slack = residual_slack(H, s, g, gradient)
-        if slack.isfinite():
-            return s, slack
-    s = torch.linalg.lstsq(H, g[:, None], driver="gelsd").solution.squeeze(-1)
-    return s, residual_slack(H, s, g, gradient)
-
-
-def residual_slack(
-    H: Float[Tensor, "*b D D"], s: Float[Tensor, "*b D"], g: Float[Tensor, "*b D"], gradient: Float[Tensor, "*b D"]
-) -> Float[Tensor, "*b"]:
-    """Estimate by how much a bound on the gap may be too low because H s = g holds only up to e = H s - g; (…), nats.
-
-    A residual e moves the bound by at most |e·(ν - ν*)|, ν the dual point and ν* the optimum; that is taken as
-    4 |e| |s|, to be added to the bound. It is inf, as the bound proves nothing, if |e| > 1e-4 |∇f|.
+def _made_up(
+    problem: Projection,
+    point: tuple[Float[Tensor, " v"], Float[Tensor, "n v"]],
+    tokens: Int[Tensor, " k"],
+    rows: list[Float[Tensor, "k _"]],
+    system: tuple[Float[Tensor, " D"], Float[Tensor, " D"], Float[Tensor, " D"]],
+) -> Float[Tensor, ""]:
+    """Return :func:`residual_slack` of a problem with one row, by masses on some ``tokens`` where that has no price.
 
     Args:
-        H, s, g: the Newton system's matrix, approximate solution and right-hand side.
-        gradient: the gradient ∇f of the dual function at ν.
+        problem: the relaxed I-projection of that row alone.
+        point: (log p, log r_i) at the dual point, in nats, fp64.
+        tokens, rows: the tokens' ids, and their rows of every whitened head, (k, rank), fp64.
+        system: (e, s, gradient) as of :func:`residual_slack`.
     """
-    e = ((H @ s[..., None]).squeeze(-1) - g).norm(dim=-1)
-    return torch.where(e <= _SOLVED * gradient.norm(dim=-1), 4 * e * s.norm(dim=-1), math.inf)
+    log_p, log_r = (part[None] for part in point)
+    e, s, gradient = (part[None] for part in system)
+    slack = residual_slack(problem, (log_p, log_r), e, s, gradient)
+    if slack.isfinite() or math.inf in problem.trust:
+        return slack[0]
+    parts, zero = e.split(problem.widths, dim=-1), torch.zeros_like(slack)
+    costs = [
+        carried(X[None], (part / alpha, zero), *token_prices(problem, i, (log_p, log_r), tokens[None]))
+        for i, (X, part, alpha) in enumerate(zip(rows, parts, problem.alpha, strict=True))
+    ]
+    return torch.stack(costs).sum()
+
+
+def _solved(H: Float[Tensor, "D D"], g: Float[Tensor, " D"], gradient: Float[Tensor, " D"]) -> Float[Tensor, " D"]:
+    """Return s = H⁻¹g, by Cholesky or, if that leaves more than a small share of ``gradient``, by singular values."""
+    factor, failed = torch.linalg.cholesky_ex(H)
+    if not failed:
+        s = torch.zeros_like(g)
+        for _ in range(_REFINED):
+            s = s + torch.cholesky_solve((g - H @ s)[:, None], factor).squeeze(-1)
+        if (H @ s - g).norm() <= _SOLVED * gradient.norm():
+            return s
+    found: Tensor = torch.linalg.lstsq(H, g[:, None], driver="gelsd").solution.squeeze(-1)
+    return found
 
 
 def repaired_gap_bound(
     problem: Projection,
-    p: Float[Tensor, "B v"],
-    r: Float[Tensor, "B n v"],
+    point: tuple[Float[Tensor, "B v"], Float[Tensor, "B n v"]],
     y: Float[Tensor, "B n v"],
-    sizes: tuple[Float[Tensor, " B"], Float[Tensor, " B"]],
 ) -> Float[Tensor, " B"]:
     """Bound the gap of every row, (B,), in nats, by a direction that only nearly solves the Newton system.
 
     It is inf in rows without a bound. All trusts must be finite, which is not checked. Every head is read once. The
     bound is the last one in the module docstring: the moments of p and r_i that the direction leaves different are made
-    equal by changing each r_i on its most probable tokens.
+    equal by changing each r_i on its most probable tokens, and what that leaves is priced as the docstring says.
 
     Args:
         problem: the batch of relaxed I-projections.
-        p, r: the answer and the corrected members at the current dual point, as probabilities.
+        point: (log p, log r_i) at the current dual point, in nats.
         y: the scores Q_i d_i, (B, n, v), of an approximate Newton direction d ≈ -H⁻¹∇f, f the dual function.
-        sizes: (the Euclidean length of ∇f at the point, that of d), (B,) each.
     """
+    p, r = (part.exp() for part in point)
     x, own = _changed(p, problem.tilt(y)), _changed(r, -problem.gamma[:, None] * y)
-    gradient, length = sizes
-    bound = (p * phi(x)).sum(-1)
+    bound, prices = (p * phi(x)).sum(-1), moment_prices(problem, *point)
     for i, h in enumerate(problem.heads):
         e = h.moments(p * (1 + x) - r[:, i] * (1 + own[:, i]))[0]
         count = max(tuning.REPAIRED, tuning.REPAIRED_PER_COLUMN * h.rank)
         tokens = r[:, i].topk(min(r.shape[-1], count), dim=-1).indices
         size = held(tokens.shape[1] * h.rank)
-        left, whole = torch.zeros_like(bound), own[:, i]
+        whole, slack = own[:, i], torch.zeros_like(prices[:, i])
         for rows in torch.arange(len(r), device=r.device).split(size):
             ids = tokens[rows]
             mass, lowest = r[rows, i].gather(-1, ids), -1 - whole[rows].gather(-1, ids)
-            w, rest = _taken_up(h.take(rows).gather(ids), mass, e[rows], lowest)
+            X = h.take(rows).gather(ids)
+            w, left, lost = _taken_up(X, mass, e[rows], lowest)
             whole[rows] = whole[rows].scatter_add(-1, ids, w.to(whole))
-            left[rows] = problem.alpha[i] * rest.to(left)
-        cost = problem.price[i] * (r[:, i] * phi(whole.clamp_min(-1))).sum(-1)
-        # The unrepaired part of the moments moves the bound by at most its product with the distance to the optimum.
-        bound = bound + torch.where(left <= _SOLVED * gradient, cost + 4 * left * length, torch.inf)
+            # Q and a constant column of length 1 are orthonormal: the difference of the masses is one more moment.
+            slack[rows] = torch.hypot(left.norm(dim=-1), lost / r.shape[-1] ** 0.5) * prices[rows, i]
+            for k in slack[rows].isinf().nonzero().flatten().tolist():
+                one = rows[k : k + 1]
+                costs = token_prices(problem, i, (point[0][one], point[1][one]), ids[k : k + 1])
+                slack[one] = carried(X[k : k + 1], (left[k : k + 1], lost[k : k + 1]), *costs)
+        bound = bound + problem.price[i] * (r[:, i] * phi(whole.clamp_min(-1))).sum(-1) + slack.nan_to_num(torch.inf)
     return bound
 
 
@@ -228,7 +241,7 @@ def _changed(p: Float[Tensor, "*b v"], x: Float[Tensor, "*b v"]) -> Float[Tensor
 
 def _taken_up(
     X: Float[Tensor, "b M d"], mass: Float[Tensor, "b M"], e: Float[Tensor, "b d"], lowest: Float[Tensor, "b M"]
-) -> tuple[Float[Tensor, "b M"], Float[Tensor, " b"]]:
+) -> tuple[Float[Tensor, "b M"], Float[Tensor, "b d"], Float[Tensor, " b"]]:
     """Find relative changes w ≥ ``lowest`` of some tokens' masses with Σ mass w x ≈ ``e`` and Σ mass w ≈ 0.
 
     Tokens that reach ``lowest`` stay there, and the system is solved again for the others, a few times.
@@ -240,7 +253,7 @@ def _taken_up(
         lowest: the least change of each token.
 
     Returns:
-        (w; the length of the part of ``e`` that is not reached, inf in rows without a finite solution).
+        (w; the part of ``e`` that is not reached, fp64; -Σ mass w, fp64). In rows without a finite solution w is 0.
     """
     mass, lowest = mass.double(), lowest.double()
     w, left, lost = torch.zeros_like(mass), e.double(), torch.zeros_like(mass[:, :1])
@@ -262,10 +275,9 @@ def _taken_up(
         wrong, free = wrong | (failed != 0), free & (w > lowest)
         if not some((left.norm(dim=-1) > _SOLVED * e.norm(dim=-1)) & ~wrong):
             break
-    # An error of the total mass would move the moments by that much of their mean.
-    rest = left.norm(dim=-1) + (lost.abs() * mean[:, 0].norm(dim=-1, keepdim=True))[:, 0]
-    wrong |= ~rest.isfinite()
-    return torch.where(wrong[:, None], 0.0, w), torch.where(wrong, torch.inf, rest)
+    wrong |= ~(left.isfinite().all(-1) & w.isfinite().all(-1))
+    left, lost = torch.where(wrong[:, None], e.double(), left), torch.where(wrong, 0.0, lost[:, 0])
+    return torch.where(wrong[:, None], 0.0, w), left, lost
 
 
 class _Share:

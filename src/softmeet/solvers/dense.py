@@ -20,6 +20,7 @@ from torch import Tensor
 from softmeet.solvers import tuning
 from softmeet.solvers.base import Solver, Status, iterate
 from softmeet.solvers.certificate import repaired_gap_bound, restricted_gap_bound
+from softmeet.solvers.clock import time_is_over
 from softmeet.solvers.direction import direction, heavy_tokens
 from softmeet.solvers.dual import DualState, end_by_pool, end_by_proof, moved_to, pool_is_near, start
 from softmeet.solvers.linalg import backtrack, held, some
@@ -31,6 +32,8 @@ _TINY = 0.1
 _COEFFICIENT_STEPS, _SHORTENED = 6, 12
 # That Newton's method ends once its next step promises less than this share of the fall of f so far.
 _ENOUGH = 0.02
+# The share of ``tol`` by which scores may be off those of ν before they are read again.
+_DRIFT = 0.1
 # Steps without progress after which a row gives up.
 _PATIENCE = 2
 # The least tolerance, per unit of trust, for vectors in single precision, and the share of ``tol`` that they aim at.
@@ -48,6 +51,8 @@ class DenseState(DualState):
         looseness: the last bound on the gap divided by the gap's estimate at the same point, (B,), from 1 to
             ``tuning.LOOSEST``; ``tuning.LOOSE`` before a first bound.
         moved, step: the change that the last step made to the scores z, (B, n, v), and to ν, (B, D).
+        blur, drift: how far rounding may have put ``moved`` and ``z`` off the scores of ``step`` and ν, (B, n), in
+            nats, at the worst token.
         stalls: for how many steps in a row the dual function did not fall, (B,).
     """
 
@@ -55,6 +60,8 @@ class DenseState(DualState):
     looseness: Float[Tensor, " B"]
     moved: Float[Tensor, "B n v"]
     step: Float[Tensor, "B D"]
+    blur: Float[Tensor, "B n"]
+    drift: Float[Tensor, "B n"]
     stalls: Int[Tensor, " B"]
 
 
@@ -85,6 +92,8 @@ class DenseNewton(Solver[DenseState]):
             looseness=torch.full_like(pool["gap"], tuning.LOOSE),
             moved=torch.zeros_like(pool["z"]),
             step=torch.zeros_like(pool["nu"]),
+            blur=torch.zeros_like(pool["z"][..., 0]),
+            drift=torch.zeros_like(pool["z"][..., 0]),
             stalls=torch.zeros_like(pool["steps"]),
         )
 
@@ -111,9 +120,10 @@ class DenseNewton(Solver[DenseState]):
         a, there = _least(problem, here, columns)
         step = (problem.spread(a.transpose(1, 2)).transpose(1, 2) * steps).sum(-1)
         stalls = torch.where(there.value < state.value, 0, state.stalls + 1)
-        found = {"floor": floor, "moved": there.z - state.z, "step": step, "stalls": stalls}
+        found = {"floor": floor, "step": step, "stalls": stalls, **_rounded(state, a, columns)}
         after = moved_to(problem, state, there, step, **found)
-        near = pool_is_near(problem, after)
+        there = _read_again(problem, after, there)
+        near = pool_is_near(problem, after) & (after.pool_bound + _hidden(problem, after.drift) <= problem.tol)
         fall = state.value - there.value
         left = torch.maximum(estimate - fall, tuning.LEFT * estimate)
         # If f falls by far more than was estimated, the estimate was too low.
@@ -153,16 +163,19 @@ class DenseNewton(Solver[DenseState]):
         if not self.certify or not some(near):
             return state.floor
         rows = near.nonzero().squeeze(-1)
-        some_of, p, r, gradient = problem.take(rows), here.p[rows], here.r[rows], state.gradient[rows]
-        sizes = gradient.norm(dim=-1), state.direction[rows].norm(dim=-1)
-        bound = torch.full_like(p[:, 0], torch.inf)
+        some_of, (log_p, log_r) = problem.take(rows), here.take(rows).logs(problem.take(rows))
+        bound = torch.full_like(log_p[:, 0], torch.inf, dtype=torch.float64)
         if math.inf not in problem.trust:
-            bound = repaired_gap_bound(some_of, p, r, y[rows], sizes)
+            bound = repaired_gap_bound(some_of, (log_p, log_r), y[rows]).double()
         for k in (bound.isinf() & (estimate[rows] <= _TINY * problem.tol)).nonzero().flatten().tolist():
-            bound[k] = restricted_gap_bound(some_of, k, p[k], r[k], gradient[k])
+            if time_is_over():
+                break
+            bound[k] = restricted_gap_bound(some_of, k, log_p[k], log_r[k], state.gradient[rows[k]])
+        bound = bound.to(estimate)
         told = (bound / estimate[rows].clamp_min(torch.finfo(bound.dtype).tiny)).clamp(1.0, tuning.LOOSEST)
         state.looseness = state.looseness.index_copy(0, rows, told)
-        return state.floor.index_copy(0, rows, torch.maximum(state.floor[rows], here.value[rows] - bound))
+        least = here.value[rows] - bound - _hidden(problem, state.drift[rows])
+        return state.floor.index_copy(0, rows, torch.maximum(state.floor[rows], least))
 
     def _judge(self, problem: Projection, after: DenseState, there: Point, left: Float[Tensor, " B"]) -> None:
         """Set ``gap``, ``certified``, ``done`` and ``status`` of ``after``, the state after a step, in place.
@@ -175,7 +188,7 @@ class DenseNewton(Solver[DenseState]):
         """
         # Rounding can make a bound wrong: f falling far below the floor shows that.
         after.floor = torch.where(after.value < after.floor - problem.tol, -torch.inf, after.floor)
-        rounding = problem.rounding(there.p, there.r, after.z, after.nu)
+        rounding = problem.rounding(there.p, there.r, after.z, after.nu) + _hidden(problem, after.drift)
         bound = (after.value - after.floor).clamp_min(0) + rounding
         after.certified = bound.isfinite() & self.certify
         after.gap = torch.where(after.certified, bound, left + rounding)
@@ -184,6 +197,45 @@ class DenseNewton(Solver[DenseState]):
         given_up = (after.stalls >= _PATIENCE) & ~reached
         after.done = reached | given_up
         after.status = after.status.masked_fill(given_up, Status.NOT_CONVERGED)
+
+
+def _rounded(state: DenseState, a: Float[Tensor, "B n c"], columns: Float[Tensor, "B n c v"]) -> dict[str, Tensor]:
+    """Return ``moved``, ``blur`` and ``drift`` after a step by ``a`` along ``columns``: fields of :class:`DenseState`.
+
+    The change is formed from its parts: the difference of the scores after and before would have the rounding of the
+    scores, which the next steps, multiplying it, would let grow without bound.
+    """
+    parts = a.abs() * columns.abs().amax(-1)
+    blur = 2 * torch.finfo(a.dtype).eps * parts.sum(-1)
+    if a.shape[-1] > 1:
+        blur = blur + a[..., 1].abs() * state.blur
+    return {"moved": torch.matmul(a[:, :, None], columns)[:, :, 0], "blur": blur, "drift": state.drift + blur}
+
+
+def _hidden(problem: Projection, drift: Float[Tensor, "B n"]) -> Float[Tensor, " B"]:
+    """Bound by how much scores that are off by ``drift`` move the dual value against any primal one, (B,), in nats.
+
+    It is 2 Σ_i α_i drift_i: the values differ by α_i times the error's mean under p̃ less that under r̃_i.
+    """
+    return 2 * (problem.alpha * drift).sum(-1)
+
+
+def _read_again(problem: Projection, after: DenseState, there: Point) -> Point:
+    """Return the point with the scores of ν read anew in rows whose scores may have drifted too far; change ``after``.
+
+    There the last step is forgotten, too.
+    """
+    rows = (_hidden(problem, after.drift) > _DRIFT * problem.tol).nonzero().squeeze(-1)
+    if not len(rows):
+        return there
+    some_of = problem.take(rows)
+    fresh = Point.at(some_of, some_of.scores(after.nu[rows]))
+    log_p, log_r = fresh.logs(some_of)
+    for name, value in {"z": fresh.z, "value": fresh.value, "log_p": log_p, "log_r": log_r}.items():
+        setattr(after, name, getattr(after, name).index_copy(0, rows, value))
+    for name in ("moved", "step", "blur", "drift"):
+        setattr(after, name, getattr(after, name).index_fill(0, rows, 0.0))
+    return there.put(rows, fresh)
 
 
 def dense(problem: Projection, max_steps: int, *, certify: bool = True) -> DenseState:

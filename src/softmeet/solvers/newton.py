@@ -19,8 +19,10 @@ from torch import Tensor
 
 from softmeet.solvers import tuning
 from softmeet.solvers.base import Solver, Status
-from softmeet.solvers.certificate import gap_bound, residual_slack, restricted_gap_bound
+from softmeet.solvers.certificate import gap_bound, restricted_gap_bound
+from softmeet.solvers.clock import time_is_over
 from softmeet.solvers.dual import DualState, end_by_pool, end_by_proof, moved_to, pool_is_near, start
+from softmeet.solvers.leftover import residual_slack
 from softmeet.solvers.linalg import backtrack, cached, held, solve_ridged
 from softmeet.solvers.oracle import moments
 from softmeet.solvers.projection import Point, Projection
@@ -40,10 +42,10 @@ class NewtonState(DualState):
     """A :class:`DualState` with the error of the Newton systems.
 
     Attributes:
-        slack: (B,), nats: by how much a bound on the gap may be too low because H s = g is solved only up to rounding.
+        residual: H s - g, (B, D), of the last Newton system H s = g, which is solved only up to rounding.
     """
 
-    slack: Float[Tensor, " B"]
+    residual: Float[Tensor, "B D"]
 
 
 class DualNewton(Solver[NewtonState]):
@@ -59,7 +61,7 @@ class DualNewton(Solver[NewtonState]):
         Rows in which the pool's gap Σ_i ρ_i KL(q‖p̂_i) is at most ``problem.tol`` are done (:func:`start`).
         """
         fields = start(problem)
-        return NewtonState(**fields, slack=torch.zeros_like(fields["value"]))
+        return NewtonState(**fields, residual=torch.zeros_like(fields["nu"]))
 
     def rows_at_once(self, problem: Projection) -> int:
         """Return how many rows one step may take, at least 1, so that their Hessians, D² numbers each, fit into memory.
@@ -77,7 +79,7 @@ class DualNewton(Solver[NewtonState]):
     def step(self, problem: Projection, state: NewtonState) -> NewtonState:
         """Take one Newton step of every row, and bound or estimate the gap at the new point; return the new state.
 
-        ``gradient``, ``direction`` and ``slack`` of ``state`` are set in place, by :meth:`aim`.
+        ``gradient``, ``direction`` and ``residual`` of ``state`` are set in place, by :meth:`aim`.
         """
         reads = problem.passes()
         self.aim(problem, state)
@@ -94,9 +96,9 @@ class DualNewton(Solver[NewtonState]):
     def aim(self, problem: Projection, state: NewtonState) -> None:
         """Set ``state.gradient`` to ∇f and ``state.direction`` to -H⁻¹∇f, in place, by one pass over all heads.
 
-        f is the dual function and H its Hessian. ``state.slack`` is set to :func:`residual_slack` of that system. If
-        ``problem.start`` is given and no row of ``state`` has taken a step, nothing is read or changed: :meth:`init`
-        has set the direction to that start.
+        f is the dual function and H its Hessian. ``state.residual`` is set to that system's. If ``problem.start`` is
+        given and no row of ``state`` has taken a step, nothing is read or changed: :meth:`init` has set the direction
+        to that start.
         """
         first = not state.steps.any()
         if first and problem.start is not None:
@@ -104,7 +106,7 @@ class DualNewton(Solver[NewtonState]):
         found = moments(problem, state.log_p, state.log_r)
         state.gradient = problem.scale * (found.joint - found.own)
         s = solve_ridged(found.H, state.gradient, problem.eps)
-        state.direction, state.slack = -s, residual_slack(found.H, s, state.gradient, state.gradient)
+        state.direction, state.residual = -s, (found.H @ s[..., None]).squeeze(-1) - state.gradient
 
     def _judge(self, problem: Projection, before: NewtonState, after: NewtonState, y: Float[Tensor, "B n v"]) -> None:
         """Set ``gap``, ``certified``, ``done`` and ``status`` of ``after``, in place.
@@ -157,12 +159,16 @@ def _certified(
     Returns:
         (the bound in nats, inf if none is found; the rounding, in nats, to add to a bound after the step).
     """
-    p, r, gradient = before.log_p[rows].exp(), before.log_r[rows].exp(), before.gradient[rows]
+    log_p, log_r = point = before.log_p[rows], before.log_r[rows]
+    p, r, gradient, direction = log_p.exp(), log_r.exp(), before.gradient[rows], before.direction[rows]
     bound, broken = gap_bound(problem, p, r, y[rows])
-    bound = torch.where(broken, torch.inf, bound + before.slack[rows])
-    decrement = -(gradient * before.direction[rows]).sum(-1)
+    slack = residual_slack(problem.take(rows), point, before.residual[rows], direction, gradient)
+    bound = torch.where(broken, torch.inf, bound + slack)
+    decrement = -(gradient * direction).sum(-1)
     for k in (bound.isinf() & (0.25 * decrement <= problem.tol)).nonzero().flatten().tolist():
-        bound[k] = restricted_gap_bound(problem, int(rows[k]), p[k], r[k], gradient[k])
+        if time_is_over():
+            break
+        bound[k] = restricted_gap_bound(problem, int(rows[k]), log_p[k], log_r[k], gradient[k])
     return bound, problem.rounding(p, r, after.z[rows], after.nu[rows])
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from softmeet.batched import Batched
 from softmeet.heads import WhitenedHead
-from softmeet.simplex import kl, log_normalize
+from softmeet.simplex import kl
 
 # Moments hold if they are this close to the members', in whitened coordinates.
 MOMENT_TOLERANCE = 1e-6
@@ -179,14 +179,14 @@ class Projection:
 
     def pooled(self, z: Float[Tensor, "B n v"]) -> Float[Tensor, "B v"]:
         """Return the answer at the scores ``z``: log p = log q + Σ_i min(1, ρ_i) z_i, normalised, (B, v), in nats."""
-        return log_normalize(self.log_q + self.tilt(z))
+        return (self.log_q + self.tilt(z)).log_softmax(-1)
 
     def corrected(self, z: Float[Tensor, "B n v"]) -> Float[Tensor, "B n v"]:
         """Return the corrected members at the scores ``z``: log r_i = log p̂_i - γ_i z_i, normalised, in nats.
 
         γ_i = min(1, 1/ρ_i), so a member of infinite trust is not corrected.
         """
-        return log_normalize(self.log_p - self.gamma[:, None] * z)
+        return (self.log_p - self.gamma[:, None] * z).log_softmax(-1)
 
     def dual(self, z: Float[Tensor, "B n v"]) -> Float[Tensor, " B"]:
         """Return the dual function f at the scores ``z``, (B,), in nats.
@@ -309,9 +309,11 @@ class Point(Batched):
         return (problem.alpha * ((self.p[:, None] - self.r) * y).sum(-1)).sum(-1)
 
     def logs(self, problem: Projection) -> tuple[Float[Tensor, "B v"], Float[Tensor, "B n v"]]:
-        """Return (log p of the answer, (B, v); log r_i of the corrected members, (B, n, v)), in nats."""
-        log_p = problem.log_q + problem.tilt(self.z) - self.joint
-        return log_p, problem.log_p - problem.gamma[:, None] * self.z - self.own
+        """Return (log p of the answer, (B, v); log r_i of the corrected members, (B, n, v)), in nats.
+
+        They are normalised anew: next to huge scores ``joint`` and ``own`` have lost the digits that count.
+        """
+        return problem.pooled(self.z), problem.corrected(self.z)
 
 
 def _softmax(x: Float[Tensor, "*b v"]) -> tuple[Float[Tensor, "*b v"], Float[Tensor, "*b 1"]]:
