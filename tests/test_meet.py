@@ -15,6 +15,7 @@ import softmeet
 from softmeet import Status
 from softmeet.errors import InfeasibleError, InvalidInputError, NotConvergedError
 from softmeet.essay.max_entropy import MaxEntropy
+from softmeet.heads import SoftmaxHead
 from softmeet.rules.meet import Meet
 from softmeet.simplex import entropy, kl, total_variation
 from softmeet.solvers.linalg import solve_ridged
@@ -431,3 +432,32 @@ def test_a_start_at_the_pool_proves_nothing():
     plain = softmeet.combine(log_p, heads, trust=1.0)
     assert (plain.objective > 0.01).any()
     assert (plain.objective - ours.objective <= ours.gap + 1e-9).all()
+
+
+def test_a_second_look_agrees_where_members_are_nearly_one_hot():
+    generator = torch.Generator().manual_seed(2)
+    heads = [torch.randn(60, d, generator=generator) for d in (9, 14)]
+    sharpness = torch.tensor([[3.0], [10.0], [20.0], [40.0]])
+    hidden = [sharpness * torch.randn(4, W.shape[1], generator=generator) / W.shape[1] ** 0.5 for W in heads]
+    log_p = torch.stack([(x @ W.T).double() for x, W in zip(hidden, heads, strict=True)]).log_softmax(-1)
+    found = softmeet.combine(log_p, heads, trust=(0.6, 1e-4), tol=1e-4)
+    assert (found.status == Status.OPTIMAL).all()
+    assert (found.verify(heads, log_p).status == Status.OPTIMAL).all()
+
+
+@pytest.mark.parametrize("saturation", [7.0, 8.0, 10.0])
+def test_a_saturated_soft_cap_makes_no_false_certificate(saturation):
+    """Slopes of 10⁻⁶ and less: single precision loses them in products."""
+    generator = torch.Generator().manual_seed(6)
+    heads = [
+        SoftmaxHead(torch.randn(50, 5, generator=generator).double()),
+        SoftmaxHead(torch.randn(50, 6, generator=generator).double(), torch.full((50,), 5 * saturation), soft_cap=5.0),
+    ]
+    hidden = [1.5 * torch.randn(3, h.d, generator=generator).double() for h in heads]
+    logits = torch.stack([h.logits(x) for h, x in zip(heads, hidden, strict=True)])
+    log_p = logits.log_softmax(-1)
+    exact = softmeet.combine(log_p, heads, trust=0.3, tol=1e-9, logits=logits)
+    found = softmeet.combine(log_p.float(), heads, trust=0.3, tol=1e-4, logits=logits)
+    assert exact.gap_is_certified.all()
+    off = kl(exact.log_probs, found.log_probs.double())
+    assert (off <= found.gap + 1e-6)[found.gap_is_certified].all()
