@@ -21,7 +21,9 @@ from report import show
 from servers import Server
 
 # The streams that are measured, by name: fields under ``softmeet``.
-MEASURED = {"logit-mean": {"rule": "logit-mean"}, "meet": {"rule": "meet"}, "meet, trust 20": {"trust": 20}}
+MEASURED: dict[str, dict[str, Any]] = {
+    "logit-mean": {"rule": "logit-mean"}, "meet": {"rule": "meet"}, "meet, trust 20": {"trust": 20},
+}  # fmt: skip
 _ENDLESS = {"logit_bias": {"0": -100}}
 HOSTILE: dict[str, dict[str, Any]] = {
     "meet, trust 100": {"softmeet": {"rule": "meet", "trust": 100, "gate": "none"}},
