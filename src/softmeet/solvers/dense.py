@@ -32,7 +32,7 @@ _TINY = 0.1
 _COEFFICIENT_STEPS, _SHORTENED = 6, 12
 # That Newton's method ends once its next step promises less than this share of the fall of f so far.
 _ENOUGH = 0.02
-# The share of ``tol`` by which scores may be off those of ν before they are read again.
+# The share of ``tol`` by which drift of the scores may move f before they are read again, where a bound is wanted.
 _DRIFT = 0.1
 # Steps without progress after which a row gives up.
 _PATIENCE = 2
@@ -120,9 +120,9 @@ class DenseNewton(Solver[DenseState]):
         a, there = _least(problem, here, columns)
         step = (problem.spread(a.transpose(1, 2)).transpose(1, 2) * steps).sum(-1)
         stalls = torch.where(there.value < state.value, 0, state.stalls + 1)
-        found = {"floor": floor, "step": step, "stalls": stalls, **_rounded(state, a, columns)}
+        found = {"floor": floor, "step": step, "stalls": stalls, **_rounded(problem, state, a, columns)}
         after = moved_to(problem, state, there, step, **found)
-        there = _read_again(problem, after, there)
+        there = _read_again(problem, after, there) if self.certify else there
         near = pool_is_near(problem, after) & (after.pool_bound + _hidden(problem, after.drift) <= problem.tol)
         fall = state.value - there.value
         left = torch.maximum(estimate - fall, tuning.LEFT * estimate)
@@ -199,14 +199,16 @@ class DenseNewton(Solver[DenseState]):
         after.status = after.status.masked_fill(given_up, Status.NOT_CONVERGED)
 
 
-def _rounded(state: DenseState, a: Float[Tensor, "B n c"], columns: Float[Tensor, "B n c v"]) -> dict[str, Tensor]:
+def _rounded(
+    problem: Projection, state: DenseState, a: Float[Tensor, "B n c"], columns: Float[Tensor, "B n c v"]
+) -> dict[str, Tensor]:
     """Return ``moved``, ``blur`` and ``drift`` after a step by ``a`` along ``columns``: fields of :class:`DenseState`.
 
     The change is formed from its parts: the difference of the scores after and before would have the rounding of the
     scores, which the next steps, multiplying it, would let grow without bound.
     """
     parts = a.abs() * columns.abs().amax(-1)
-    blur = 2 * torch.finfo(a.dtype).eps * parts.sum(-1)
+    blur = problem.eps * parts.sum(-1)
     if a.shape[-1] > 1:
         blur = blur + a[..., 1].abs() * state.blur
     return {"moved": torch.matmul(a[:, :, None], columns)[:, :, 0], "blur": blur, "drift": state.drift + blur}
@@ -221,10 +223,7 @@ def _hidden(problem: Projection, drift: Float[Tensor, "B n"]) -> Float[Tensor, "
 
 
 def _read_again(problem: Projection, after: DenseState, there: Point) -> Point:
-    """Return the point with the scores of ν read anew in rows whose scores may have drifted too far; change ``after``.
-
-    There the last step is forgotten, too.
-    """
+    """Return the point, with scores read anew in rows in which drift may move f too far; set ``after``."""
     rows = (_hidden(problem, after.drift) > _DRIFT * problem.tol).nonzero().squeeze(-1)
     if not len(rows):
         return there
@@ -233,8 +232,7 @@ def _read_again(problem: Projection, after: DenseState, there: Point) -> Point:
     log_p, log_r = fresh.logs(some_of)
     for name, value in {"z": fresh.z, "value": fresh.value, "log_p": log_p, "log_r": log_r}.items():
         setattr(after, name, getattr(after, name).index_copy(0, rows, value))
-    for name in ("moved", "step", "blur", "drift"):
-        setattr(after, name, getattr(after, name).index_fill(0, rows, 0.0))
+    after.drift = after.drift.index_fill(0, rows, 0.0)
     return there.put(rows, fresh)
 
 
