@@ -23,8 +23,8 @@ from torch import Tensor
 from softmeet.solvers.linalg import add_ridge
 from softmeet.solvers.projection import Projection
 
-# A residual up to this share is rounding; the most solutions of a system.
-_ROUNDING, _REFINED = 1e-9, 3
+# A residual up to this share is rounding; one up to this share may be estimated; the most solutions of a system.
+_ROUNDING, _ESTIMATED, _REFINED = 1e-9, 1e-7, 3
 
 
 def moment_prices(
@@ -62,7 +62,7 @@ def residual_slack(
     """Bound by how much a bound on the gap may be too low because H s = g holds only up to e = H s - g; (B,), nats.
 
     With finite trusts it is proved: Σ_i |e_i|/α_i times :func:`moment_prices`. With an infinite trust, whose member
-    cannot take up anything, it is an estimate, 4 |e| |s|, and inf if |e| > 1e-9 |∇f|, which is no rounding.
+    cannot take up anything, it is an estimate, 4 |e| |s|, and inf if |e| > 1e-7 |∇f|, which is no rounding.
 
     Args:
         problem: the batch of relaxed I-projections.
@@ -72,7 +72,7 @@ def residual_slack(
     """
     if math.inf in problem.trust:
         size = e.norm(dim=-1)
-        return torch.where(size <= _ROUNDING * gradient.norm(dim=-1), 4 * size * s.norm(dim=-1), math.inf)
+        return torch.where(size <= _ESTIMATED * gradient.norm(dim=-1), 4 * size * s.norm(dim=-1), math.inf)
     sizes = torch.stack([part.norm(dim=-1) for part in e.split(problem.widths, dim=-1)], dim=1) / problem.alpha
     return torch.where(sizes > 0, sizes * moment_prices(problem, *point), 0.0).sum(-1)
 
