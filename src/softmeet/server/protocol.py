@@ -110,7 +110,7 @@ class BoundedProtocol(HttpToolsProtocol):
     # The parser's callbacks: an exception in one ends the connection by send_400_response.
 
     def on_message_begin(self) -> None:
-        """Begin a request."""
+        """Begin to count a request's head, or refuse it if too many are ahead of their answers."""
         super().on_message_begin()
         self._in_head, self._head, self._kept = True, 0, 0
         if len(self.pipeline) >= _MOST_AHEAD:
