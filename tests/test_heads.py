@@ -154,6 +154,7 @@ def test_nothing_is_mutated_and_no_head_is_copied_whole():
         (lambda: SoftmaxHead(torch.zeros(3, 2, dtype=torch.int8)), "floating"),
         (lambda: head(bias=torch.zeros(4)), r"bias has shape \(60,\), got \(4,\)"),
         (lambda: head(soft_cap=0.0), "positive"),
+        (lambda: head(soft_cap="2"), "positive number or None, got '2'"),
         (lambda: SoftmaxHead(torch.full((3, 2), torch.nan)).whitening(), "finite"),
     ],
 )

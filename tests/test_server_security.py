@@ -349,7 +349,7 @@ def accepts(url):
     """Whether a server takes new connections."""
     try:
         return http.get(f"{url}/health").status_code == 200
-    except httpx.ConnectError:
+    except httpx.TransportError:
         return False
 
 

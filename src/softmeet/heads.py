@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Real
 
 import torch
 from jaxtyping import Float, Int
@@ -82,8 +83,8 @@ class SoftmaxHead:
         vars(self).update(v=self.weight.shape[0], d=self.weight.shape[1])
         if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
             raise InvalidInputError(f"a head's bias has shape ({self.v},), got {tuple(self.bias.shape)}")
-        if self.soft_cap is not None and not self.soft_cap > 0:
-            raise InvalidInputError(f"a soft-cap is a positive number or None, got {self.soft_cap}")
+        if self.soft_cap is not None and not (isinstance(self.soft_cap, Real) and self.soft_cap > 0):
+            raise InvalidInputError(f"a soft-cap is a positive number or None, got {self.soft_cap!r}")
 
     def blocks(self, dtype: torch.dtype, *, cut: bool = False) -> Iterator[tuple[slice, Float[Tensor, "b d"]]]:
         """Yield (slice of tokens, W of these tokens in ``dtype``) for the whole head, a block at a time.

@@ -29,7 +29,7 @@ from softmeet.server.kinds import Kinds
 from softmeet.server.members import Members
 from softmeet.server.metrics import Metrics
 from softmeet.server.sampling import next_tokens
-from softmeet.server.sequences import Account, Event, Failed, Finished, PromptScored, Sequence, Token, token_of
+from softmeet.server.sequences import Account, Event, Failed, Finished, PromptScored, Sequence, Token, tokens_of
 from softmeet.server.tasks import Task, Turns
 from softmeet.solvers.base import Status
 
@@ -291,7 +291,8 @@ class Batcher(threading.Thread):
                 log_probs, solution = how.model.combiner.solve_rows(
                     [states[rows] for states in hidden], how.settings, some, known, proved=False
                 )
-                found += [token_of(s, solution, log_probs, k, next(tokens)) for k in range(log_probs.shape[1])]
+                count = log_probs.shape[1]
+                found += tokens_of([s] * count, solution, log_probs, islice(tokens, count))
                 task.pause()
         self._emit(s, PromptScored(found))
 
@@ -332,12 +333,10 @@ class Batcher(threading.Thread):
             saved = self._gates.saved(part, solution, (task.suspended - suspended) / len(chunks))
             scores = [s.sampler.scores(s.tokens, solution.log_probs[k]) for k, s in enumerate(part)]
             drawn = next_tokens([s.sampler for s in part], torch.stack(scores))
-            for k, (s, token) in enumerate(zip(part, drawn, strict=True)):
-                found = token_of(s, solution, log_probs, k, token, saved)
-                if self._reproducible and task.expired:
-                    # A row within its tolerance may still have been polished, had there been time.
-                    found = replace(found, status=Status.BUDGET.name)
-                self._give(s, found)
+            for s, found in zip(part, tokens_of(part, solution, log_probs, drawn, saved), strict=True):
+                # A row within its tolerance may still have been polished, had there been time.
+                late = self._reproducible and task.expired
+                self._give(s, replace(found, status=Status.BUDGET.name) if late else found)
                 task.pause()
 
     def _give(self, s: Sequence, token: Token) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -282,24 +282,39 @@ class Sequence:
         self.cancelled = True
 
 
-def token_of(
-    s: Sequence, solution: Solution, log_probs: Float[Tensor, "n B v"], row: int, token: int, saved: float = 0.0
-) -> Token:
-    """Return a token with the log-probabilities, the listed tokens and the report that its sequence's request asks for.
+def tokens_of(
+    sequences: list[Sequence],
+    solution: Solution,
+    log_probs: Float[Tensor, "n B v"],
+    tokens: Iterable[int],
+    saved: float = 0.0,
+) -> Iterator[Token]:
+    """Yield each row's token, with the log-probabilities, the listed tokens and the report that its request asks for.
 
     Args:
-        s: the sequence.
-        solution: of a solved batch of B rows.
+        sequences: the sequence of each of the B rows.
+        solution: of a solved batch.
         log_probs: the members' log-probabilities in the same rows, in nats.
-        row: the sequence's row.
-        token: the id that was drawn, or that stands in the prompt.
-        saved: seconds that a closed gate saves in a row; ignored if the row's gate was open.
+        tokens: for each row, the id that was drawn, or that stands in the prompt.
+        saved: seconds that a closed gate saves in a row; ignored where the row's gate was open.
     """
-    ours, gated, status = solution.log_probs[row], bool(solution.gated[row]), Status(int(solution.status[row])).name
-    top, report, saved = s.request.top, s.request.report, saved if gated else 0.0
-    if top is None and report is None:
-        return Token(token, status=status, gated=gated, saved=saved)
-    best = ours.topk(min(top or 0, len(ours)))
-    listed = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-    found = None if report is None else token_report(solution, log_probs, row, token, report)
-    return Token(token, ours[token].item(), listed, found, status, gated, saved)
+    # All rows at once: each read waits for the device.
+    endings = zip(solution.status.tolist(), solution.gated.tolist(), strict=True)
+    for row, (s, token, (status, gated)) in enumerate(zip(sequences, tokens, endings, strict=True)):
+        found = Token(token, status=Status(status).name, gated=gated, saved=saved if gated else 0.0)
+        is_plain = s.request.top is None and s.request.report is None
+        yield found if is_plain else _detailed(found, s.request, solution, log_probs, row)
+
+
+def _detailed(
+    found: Token, request: GenerationRequest, solution: Solution, log_probs: Float[Tensor, "n B v"], row: int
+) -> Token:
+    """Return a row's token with its log-probability, the listed tokens, and the report if its request asks for one."""
+    ours, report = solution.log_probs[row], request.report
+    best = ours.topk(min(request.top or 0, len(ours)))
+    return replace(
+        found,
+        log_prob=ours[found.token].item(),
+        top=list(zip(best.indices.tolist(), best.values.tolist(), strict=True)),
+        report=None if report is None else token_report(solution, log_probs, row, found.token, report),
+    )
