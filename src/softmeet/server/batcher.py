@@ -282,7 +282,7 @@ class Batcher(threading.Thread):
             asked: at which of these tokens all members ran; None for all of them.
             task: the caller.
         """
-        how, tokens, found = s.combination, iter(s.prompt[1:]), []
+        how, tokens, found = s.combination, iter(s.prompt[1:]), list[Token]()
         before = TokensBefore.of(torch.tensor(s.prompt[:-1]), how.model.tokenizer)
         with task.limit(self.limits.token_seconds * len(hidden[0])):
             for start in range(0, len(hidden[0]), _SCORED_AT_ONCE):
