@@ -50,11 +50,19 @@ class Listener(queue.SimpleQueue):
         return [e.token for e in self.all() if isinstance(e, Token)]
 
 
+class Words:
+    """A tokenizer whose tokens have their ids as texts."""
+
+    def decode(self, tokens):
+        return " ".join(map(str, tokens))
+
+
 def sequence(model, tokens, *, seed=5, key=0, max_tokens=12, rule=None, sampling=(), **options):
     listener = Listener()
     combination = Combination(model, model.settings)
     if rule is not None:
         combination = Combination(model, model.settings.changed(rule=rule))
+    options = {"prompts": (tuple(tokens),), "tokenizer": Words()} | options
     request = GenerationRequest(combination, Sampling(seed=seed, **dict(sampling)), max_tokens, **options)
     return Sequence(request, tokens, key, listener.put), listener
 
@@ -228,8 +236,8 @@ def test_reports_scores_and_ends(serve):
     torch.testing.assert_close(torch.tensor([t.log_prob for t in scored.tokens]), expected, atol=1e-5, rtol=0)
     assert first.log_prob == pytest.approx(log_probs[-1, first.token].item(), abs=1e-5)
     assert [j for j, _ in first.top] == log_probs[-1].topk(3).indices.tolist()
-    assert second.report.token == second.token
-    assert len(second.report.member_top) == 2
+    assert (second.report["token"], second.report["text"]) == (second.token, str(second.token))
+    assert len(second.report["member_top"]) == 2
     assert end == Finished("length")
     nothing, quiet = sequence(model, prompt(1, 6), max_tokens=0, score_prompt=True)
     engine.submit([nothing])

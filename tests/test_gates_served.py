@@ -6,7 +6,16 @@ import openai
 import pytest
 import torch
 from serving import http, running, serving_of, tiny_ensemble
-from test_engine import LENGTHS, MEMBERS, Listener, ensemble_of, generated, prompt, serve  # noqa: F401 - a fixture
+from test_engine import (  # noqa: F401 - a fixture
+    LENGTHS,
+    MEMBERS,
+    Listener,
+    Words,
+    ensemble_of,
+    generated,
+    prompt,
+    serve,
+)
 
 from softmeet.errors import NonFiniteError
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM, Recorder
@@ -23,7 +32,10 @@ def sequence(model, tokens, gate, *, rule=None, seed=5, max_tokens=12, **options
     listener, settings = Listener(), model.settings if rule is None else model.settings.changed(rule=rule)
     how = Combination(model, settings.changed(gate=gate))
     return Sequence(
-        GenerationRequest(how, Sampling(seed=seed), max_tokens, **options), tokens, 0, listener.put
+        GenerationRequest(how, Sampling(seed=seed), max_tokens, prompts=(tokens,), tokenizer=Words(), **options),
+        tokens,
+        0,
+        listener.put,
     ), listener
 
 
@@ -116,7 +128,7 @@ def test_prompts_are_scored_under_the_gate(serve):  # noqa: F811
         torch.testing.assert_close(torch.tensor([t.log_prob for t in scored.tokens]), chosen, atol=1e-5, rtol=0)
         assert [t.token for t in rest[:-1]] == generated(model, tokens, max_tokens=4, gate=gate)
         assert any(t.gated for t in scored.tokens)
-        assert all(t.gated == t.report.gated for t in [*scored.tokens, *rest[:-1]])
+        assert all(t.gated == t.report["gated"] for t in [*scored.tokens, *rest[:-1]])
 
 
 def test_requests_say_their_gate_and_hear_what_it_did():

@@ -261,6 +261,29 @@ def test_requests_of_a_dear_kind_do_not_wait_for_each_other(serve):  # noqa: F81
     assert len(heard.tokens()) == 1
 
 
+def test_a_request_of_many_rows_is_of_a_kind_of_its_own_if_they_take_long_together(serve):  # noqa: F811
+    model = ensemble_of(("gpt2", "llama"))
+    engine = serve(model)
+    one, another = (sequence(model, prompt(2, 6), rule="meet")[0] for _ in range(2))
+    many, _ = sequence(model, prompt(2, 6), rule="meet", choices=16)
+    assert len({engine._kinds.of(s) for s in (one, another, many)}) == 1
+    for _ in range(20):
+        engine._kinds.learn(one, 0.005)
+    assert engine._kinds.of(one) == engine._kinds.of(another) != engine._kinds.of(many)
+
+
+def test_a_request_of_many_rows_has_less_time_for_its_tasks():
+    turns, mine, another = Turns(lambda task, seconds: shares.append(seconds)), Account(), Account()
+    row = SimpleNamespace(request=SimpleNamespace(account=mine), account=mine, done=False)
+    for stepped, share in ([], 0.1), ([another], 0.1), ([mine, another, mine], 0.05), ([mine], 0.1), (200 * [mine], 0.001):
+        shares = list[float]()
+        turns.add(Task([row], lambda _: None))
+        mine.left = 0.0
+        turns.take(0.1, lambda: True, stepped)
+        turns._tasks.clear()
+        assert shares == [pytest.approx(share)]
+
+
 def test_a_reproducible_token_whose_time_was_over_says_so_even_within_its_tolerance(serve):  # noqa: F811
     model = ensemble_of(("gpt2", "llama"))
     engine = serve(model, limits=Limits(token_seconds=0.01), reproducible=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -93,15 +94,21 @@ class TokenReport:
         Args:
             tokenizer: the ensemble's tokenizer, which decodes the ids.
         """
-        listed = [self.top, *self.member_top, [(j, after) for j, _, after in self.moved], [(self.token, 0.0)]]
-        ids = list({j for rows in listed for j, _ in rows})
-        text = dict(zip(ids, tokenizer.batch_decode([[j] for j in ids]), strict=True))
+
+        def text(token: int) -> str:
+            return _decoded(tokenizer, token)
+
         return vars(self) | {
-            "text": text[self.token],
-            "top": [[text[j], x] for j, x in self.top],
-            "member_top": [[[text[j], x] for j, x in rows] for rows in self.member_top],
-            "moved": [[text[j], before, after] for j, before, after in self.moved],
+            "text": text(self.token),
+            "top": [[text(j), x] for j, x in self.top],
+            "member_top": [[[text(j), x] for j, x in rows] for rows in self.member_top],
+            "moved": [[text(j), before, after] for j, before, after in self.moved],
         }
+
+
+@lru_cache(maxsize=1 << 16)
+def _decoded(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    return str(tokenizer.decode([token]))
 
 
 def token_report(solution: Solution, log_probs: Float[Tensor, "n B v"], row: int, token: int, top: int) -> TokenReport:

@@ -245,7 +245,7 @@ class Batcher(threading.Thread):
         for s in new:
             s.account = self._prompts
             self._turns.add(Task([s], partial(self._run_prompt, s)))
-        self._turns.take(time.perf_counter() - started, self._some_wait)
+        self._turns.take(time.perf_counter() - started, self._some_wait, [s.account for s in found])
 
     def _step_alone(self, s: Sequence, task: Task) -> None:
         """Run one sequence's newest token and draw the next, as no other sequence's is."""

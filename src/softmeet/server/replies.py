@@ -141,7 +141,7 @@ class Reply(ABC):
         """
         found: dict[str, Any] = {}
         tokens = [*(delta.scored or []), *delta.tokens]
-        if reports := [t.report.spelled(self.asked.tokenizer) for t in tokens if t.report is not None]:
+        if reports := [t.report for t in tokens if t.report is not None]:
             # JSON has no NaN and no infinity: null stands for them.
             found["tokens"] = to_jsonable_python(reports, inf_nan_mode="null")
         self._statuses[delta.index].update(token.status for token in tokens)

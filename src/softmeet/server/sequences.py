@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from softmeet.hf.combining import Deferral
 from softmeet.hf.modeling import EnsembleForCausalLM
-from softmeet.hf.report import TokenReport, token_report
+from softmeet.hf.report import token_report
 from softmeet.members.partial_cache import PartialCache
 from softmeet.rules.base import Rule
 from softmeet.rules.gates import Gate, Unsure, that_closes
@@ -111,7 +111,8 @@ class Token:
             None if neither log-probabilities nor a report were asked for, and for a prompt's first token.
         top: (id, log-probability in nats) of the most probable tokens at this position, as many as
             ``GenerationRequest.top`` says, the most probable first.
-        report: each member's distribution and correction at this position; None if no report was asked for.
+        report: each member's distribution and correction at this position, as
+            :meth:`softmeet.hf.report.TokenReport.spelled` returns it; None if no report was asked for.
         status: how the rule ended here, the name of a :class:`softmeet.Status`; empty if no rule did, as at a prompt's
             first token.
         gated: whether a gate was closed at this position.
@@ -121,7 +122,7 @@ class Token:
     token: int
     log_prob: float | None = None
     top: list[tuple[int, float]] = field(default_factory=list)
-    report: TokenReport | None = None
+    report: dict[str, Any] | None = None
     status: str = ""
     gated: bool = False
     saved: float = 0.0
@@ -310,11 +311,13 @@ def _detailed(
     found: Token, request: GenerationRequest, solution: Solution, log_probs: Float[Tensor, "n B v"], row: int
 ) -> Token:
     """Return a row's token with its log-probability, the listed tokens, and the report if its request asks for one."""
-    ours, report = solution.log_probs[row], request.report
+    ours, report = solution.log_probs[row], None
+    if request.report is not None:
+        report = token_report(solution, log_probs, row, found.token, request.report).spelled(request.tokenizer)
     best = ours.topk(min(request.top or 0, len(ours)))
     return replace(
         found,
         log_prob=ours[found.token].item(),
         top=list(zip(best.indices.tolist(), best.values.tolist(), strict=True)),
-        report=None if report is None else token_report(solution, log_probs, row, found.token, report),
+        report=report,
     )

@@ -4,14 +4,16 @@ A solve may take a hundred times as long as the members' step. It therefore runs
 (a greenlet) in the batcher's thread: between its steps a solver asks whether its time is over
 (:func:`softmeet.solvers.clock.time_is_over`), and there the task can be suspended, however deep in the solver's code.
 Tasks take turns. In each
-round of the batcher every request has about as long for its tasks as the members' step took, and all tasks together
-twice as long, so that whatever others ask for at most triples what a sequence waits for; and no work is lost.
+round of the batcher every request has about as long for its tasks as the members' step took, divided by the number of
+its sequences that were run in it, and all tasks together twice as long as the step, so that whatever others ask for at
+most triples what a sequence waits for; and no work is lost.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -120,18 +122,21 @@ class Turns:
         """Add a task, whose turn comes after those of all others."""
         self._tasks.append(task)
 
-    def take(self, seconds: float, waited_for: Callable[[], bool]) -> None:
-        """Let tasks go on, each request's for about so many seconds; what its tasks take longer, a request owes.
+    def take(self, seconds: float, waited_for: Callable[[], bool], stepped: Collection[Account] = ()) -> None:
+        """Let tasks go on, each request's for its share of the round's time; what its tasks take longer, a request owes.
 
         Args:
             seconds: what the rest of the round has taken.
             waited_for: returns whether any sequence waits for the next round; if not, tasks take further turns for
                 some hundredths of a second, after which there may be new work.
+            stepped: the account of each sequence that this was for. A share is ``seconds``, divided by how often the
+                request's account is among them, if it is.
         """
-        look, share = time.perf_counter() + _LOOK, max(seconds, _LEAST)
-        self._left = min(self._left, 0.0) + _MOST * share
+        look, owners = time.perf_counter() + _LOOK, Counter(map(id, stepped))
+        self._left = min(self._left, 0.0) + _MOST * max(seconds, _LEAST)
         while self._tasks:
             for account in {id(a): a for task in self._tasks for a in task.accounts}.values():
+                share = max(seconds / max(owners[id(account)], 1), _LEAST)
                 account.left = min(account.left, 0.0) + share
             for task in [task for task in self._tasks if task.left > 0]:
                 # Tasks of one account follow each other; one that has to wait keeps its place.

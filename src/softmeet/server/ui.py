@@ -222,7 +222,7 @@ async def _feed(answer: AnswerStream, side: Side) -> str:
     """Append the reports of an answer's tokens to a side until the answer ends; return the error's message, or ""."""
     try:
         async for delta in answer.deltas():
-            side.tokens += [t.report.spelled(answer.request.tokenizer) for t in delta.tokens if t.report is not None]
+            side.tokens += [t.report for t in delta.tokens if t.report is not None]
     except SoftmeetError as error:
         return str(error)
     return ""
