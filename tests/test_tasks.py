@@ -275,7 +275,13 @@ def test_a_request_of_many_rows_is_of_a_kind_of_its_own_if_they_take_long_togeth
 def test_a_request_of_many_rows_has_less_time_for_its_tasks():
     turns, mine, another = Turns(lambda task, seconds: shares.append(seconds)), Account(), Account()
     row = SimpleNamespace(request=SimpleNamespace(account=mine), account=mine, done=False)
-    for stepped, share in ([], 0.1), ([another], 0.1), ([mine, another, mine], 0.05), ([mine], 0.1), (200 * [mine], 0.001):
+    for stepped, share in (
+        ([], 0.1),
+        ([another], 0.1),
+        ([mine, another, mine], 0.05),
+        ([mine], 0.1),
+        (200 * [mine], 0.001),
+    ):
         shares = list[float]()
         turns.add(Task([row], lambda _: None))
         mine.left = 0.0
