@@ -1,18 +1,28 @@
-"""Reports on a text over bytes: the predictions of the ensemble and of each member, stretch by stretch of the text.
+"""Reports on a text over bytes: the predictions of the ensemble and of each member, byte by byte or by stretches.
 
 A stretch is the text between two neighbouring places at which every member's tokenizer cuts it.
 """
 
 from __future__ import annotations
 
+import codecs
+import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from softmeet.hf.report import most_probable
+from softmeet.hf.report import most_probable, token_report
+from softmeet.members.byte_member import ByteMember
 from softmeet.members.covers import END
+from softmeet.members.reading import Reading
+from softmeet.rules.solution import Solution
 
 if TYPE_CHECKING:
     from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM
@@ -103,6 +113,78 @@ def group_reports(model: ByteEnsembleForCausalLM, text: bytes, top: int) -> list
             )
         )
     return found
+
+
+def byte_report(
+    solution: Solution,
+    log_probs: Float[Tensor, "n B 257"],
+    row: int,
+    symbol: int,
+    top: int,
+    members: Sequence[tuple[ByteMember, Reading]] = (),
+) -> dict[str, Any]:
+    """Report on one position and the symbol that came there, as :meth:`TokenReport.spelled` does over tokens.
+
+    Args:
+        solution, log_probs, row, top: as for :func:`softmeet.hf.report.token_report`.
+        symbol: the byte that came there, or 256, the end.
+        members: each member with its reading of the text before the symbol; empty if they are not known any more.
+
+    Returns:
+        the report, with bytes as :func:`shown_byte` shows them. ``member_top`` lists for each member the most probable
+        of its own tokens that begin with what it has read since its last token's end, as :func:`own_tokens` does;
+        without ``members`` its most probable bytes.
+    """
+    found = token_report(solution, log_probs, row, symbol, top).with_texts(shown_byte)
+    return found | ({"member_top": [own_tokens(reader, reading, top) for reader, reading in members]} if members else {})
+
+
+def character_reports(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Join reports of single bytes, as :func:`byte_report` returns them, to one for each whole character of the text.
+
+    Log-probabilities, disagreement and passes are summed; what is listed is what was listed at the first byte. Each has
+    a further field, ``unit``: "character". The bytes of a last character that is not whole yet are left out.
+    """
+    found, held = list[dict[str, Any]](), list[dict[str, Any]]()
+    for report in reports:
+        held.append(report)
+        text, used = codecs.utf_8_decode(bytes(r["token"] for r in held if r["token"] != END), "replace", False)
+        if used or report["token"] == END:
+            found.append(_joined(held, text or shown_byte(END)))
+            held = []
+    return found
+
+
+def _joined(reports: Sequence[dict[str, Any]], text: str) -> dict[str, Any]:
+    sums = {name: sum(r[name] for r in reports) for name in ("log_prob", "pool_log_prob", "num_passes")}
+    by_member = {
+        name: [sum(own) for own in zip(*(r[name] for r in reports), strict=True)]
+        for name in ("member_log_probs", "disagreement")
+    }
+    return reports[0] | sums | by_member | {"text": text, "unit": "character"}
+
+
+def own_tokens(reader: ByteMember, reading: Reading, top: int) -> Listed:
+    """List the most probable tokens of a member that the next byte may be part of, over all tokenizations it follows.
+
+    Args:
+        reader: the member.
+        reading: the text before the byte, as the member has read it.
+        top: how many to list.
+
+    Returns:
+        (text of the whole token, its log-probability given the text in nats), the most probable first; ``<|end|>`` is
+        the end of the text.
+    """
+    spelling, covers = reader.spelling, reading.covers
+    found: Counter[str] = Counter()
+    for cover in covers.closed:
+        share, probs = cover.weight / covers.total, cover.probs.tokens[cover.longer : cover.end]
+        for k in np.argsort(-probs)[:top].tolist():
+            found[spelling.words[cover.longer + k].decode(errors="backslashreplace")] += share * float(probs[k])
+        if not cover.rest:
+            found[shown_byte(END)] += share * float(cover.probs.root[END])
+    return [(text, math.log(share)) for text, share in found.most_common(top) if share]
 
 
 def shown_byte(symbol: int) -> str:

@@ -7,9 +7,9 @@ of positions in a batch, v that of tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -94,10 +94,10 @@ class TokenReport:
         Args:
             tokenizer: the ensemble's tokenizer, which decodes the ids.
         """
+        return self.with_texts(partial(_decoded, tokenizer))
 
-        def text(token: int) -> str:
-            return _decoded(tokenizer, token)
-
+    def with_texts(self, text: Callable[[int], str]) -> dict[str, Any]:
+        """Return what :meth:`spelled` does, with a function that returns the text of an id."""
         return vars(self) | {
             "text": text(self.token),
             "top": [[text(j), x] for j, x in self.top],

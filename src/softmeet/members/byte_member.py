@@ -58,6 +58,7 @@ class ByteMember:
 
     Attributes:
         head: the model's output layer.
+        limit: the number of tokens in its context, prefix included.
         ends: ids of the tokens that end a text.
         spent: the :class:`Work` for all texts, prefixes and a sample run on construction: calls of the model (one for
             several texts counts once), tokens run in them, and the shares of mass estimated in :meth:`advance`, summed.
@@ -80,7 +81,7 @@ class ByteMember:
         self.head: SoftmaxHead = head_of(model)
         require_trees(model)
         config = model.config.get_text_config(decoder=True)
-        self._limit: int = getattr(config, "max_position_embeddings", None) or sys.maxsize
+        self.limit: int = getattr(config, "max_position_embeddings", None) or sys.maxsize
         self.prefix = list(self.spelling.start if prefix is None else prefix)
         self._columns = torch.tensor([*spelling.tokens.tolist(), *self.ends], device=self.head.weight.device)
         self._prefixes: dict[tuple[int, ...], tuple[TokenTree, Tensor]] = {}
@@ -95,7 +96,7 @@ class ByteMember:
             (256, 257), fp64: by last byte, the probabilities of the next token's first byte, and at 256 of the end.
         """
         start = self.spelling.start
-        tokens = self.spelling.encode(SAMPLE.encode())[: self._limit - len(start)]
+        tokens = self.spelling.encode(SAMPLE.encode())[: self.limit - len(start)]
         _, hidden = self.run_chain([*start, *tokens])
         nowhere = np.empty(0, np.int64)
         roots = [
@@ -115,7 +116,7 @@ class ByteMember:
     def room(self) -> int:
         """The number of bytes, at least 1, that fit into the model's context after ``prefix`` at a token per byte."""
         # The model may have to be run on one token more than the bytes make, and the dummy prefix is another.
-        return max(1, self._limit - len(self.prefix) - 2)
+        return max(1, self.limit - len(self.prefix) - 2)
 
     def behind(self, prefix: Sequence[int]) -> tuple[TokenTree, Float[Tensor, "1 d"]]:
         """Run a prefix, the ids of tokens before a text, and keep the result for later texts (of the 16 newest).
@@ -298,7 +299,7 @@ class ByteMember:
         found = {}
         for k, reading in enumerate(readings):
             opened = [] if reading.ended else reading.covers.wanted(self.pruning)
-            if any(len(one.probs.path) >= self._limit for one in opened):
+            if any(len(one.probs.path) >= self.limit for one in opened):
                 readings[k] = replace(reading, ended=True, full=True)
             elif opened:
                 found[k] = opened
@@ -324,7 +325,7 @@ class ByteMember:
         found, together = list[tuple[NextTokenProbs, int]](), 0.0
         for probs, k, share in reading.covers.likely(self.spelling, _LIKELY, _GUESSES):
             token = int(self.spelling.tokens[k])
-            if len(probs.path) < self._limit and (id(probs), token) not in known:
+            if len(probs.path) < self.limit and (id(probs), token) not in known:
                 found.append((probs, token))
                 together += share
         return [] if asking == 1 and together < _WORTH else found
@@ -364,9 +365,9 @@ class ByteMember:
         """
         pairs = [(path, own) for growth in growths for path, own in zip(growth.paths, growth.tokens, strict=True)]
         longest = max(len(path) + len(own) for path, own in pairs)
-        if longest > self._limit:
+        if longest > self.limit:
             raise InvalidInputError(
-                f"expected a text of at most {self._limit} tokens, the context of {self.spelling.name}, got {longest}: "
+                f"expected a text of at most {self.limit} tokens, the context of {self.spelling.name}, got {longest}: "
                 "shorten the prompt or lower max_new_tokens"
             )
         self.spent = self.spent.and_(calls=1, tokens=sum(len(own) for _, own in pairs))

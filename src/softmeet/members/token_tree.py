@@ -48,6 +48,11 @@ class TokenTree:
         """The number of tokens that have been run."""
         return self.states[0][0].shape[2] if self.states else 0
 
+    @property
+    def bytes(self) -> int:
+        """The number of bytes of all keys and values."""
+        return sum(part.nbytes for pair in self.states for part in pair)
+
     def kept(self, paths: Sequence[Path]) -> tuple[TokenTree, list[Path]]:
         """Drop all tokens that are on none of the given paths, and renumber the columns.
 

@@ -194,7 +194,7 @@ class MemberBatch:
 
     Args:
         name: the member's name in messages.
-        model: the member, in evaluation mode.
+        model: the member, in evaluation mode; it becomes ``member``.
         kept_tokens: the most prompt tokens, over all prompts, whose keys and values are kept for later prompts.
 
     Raises:
@@ -202,7 +202,7 @@ class MemberBatch:
     """
 
     def __init__(self, name: str, model: PreTrainedModel, kept_tokens: int = 16384) -> None:
-        self.name, self.model = name, model
+        self.name, self.member = name, model
         self.rows: list[Sequence] = []
         require_cache(model)
         advice = "its rows cannot join a running batch; use softmeet generate"
@@ -245,7 +245,7 @@ class MemberBatch:
             for each sequence the last hidden states at the t tokens that were run, (t, d).
         """
         begun = [self._begun(s, s.trails[i], every=every) for s, i in sequences]
-        done, hidden = catch_up(self.model, begun, piece=_PIECE, between=pause)
+        done, hidden = catch_up(self.member, begun, piece=_PIECE, between=pause)
         for (s, i), new, states in zip(sequences, done, hidden, strict=True):
             if not s.trails[i].run and states.isfinite().all():
                 self._prefixes.keep(s.prompt, new.shorter(s.drawn).states)
@@ -326,7 +326,7 @@ class MemberBatch:
         mask = torch.arange(w.end - w.first + 1) >= w.end - w.first - lengths[:, None]
         ids = torch.tensor([s.tokens[-1:] for s in self.rows])
         hidden = last_hidden(
-            self.model,
+            self.member,
             ids,
             cache=self._cache,
             use_cache=True,

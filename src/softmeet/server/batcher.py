@@ -18,7 +18,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from softmeet.errors import SoftmeetError
 from softmeet.hf.combining import Deferral
@@ -29,7 +28,7 @@ from softmeet.server.kinds import Kinds
 from softmeet.server.members import Members
 from softmeet.server.metrics import Metrics
 from softmeet.server.sampling import next_tokens
-from softmeet.server.sequences import Account, Event, Failed, Finished, PromptScored, Sequence, Token, tokens_of
+from softmeet.server.sequences import Account, Event, Failed, Finished, Member, PromptScored, Sequence, Token, tokens_of
 from softmeet.server.tasks import Task, Turns
 from softmeet.solvers.base import Status
 
@@ -90,7 +89,7 @@ class Batcher(threading.Thread):
 
     def __init__(
         self,
-        names: dict[PreTrainedModel, str],
+        names: dict[Member, str],
         limits: Limits,
         metrics: Metrics,
         *,
@@ -262,7 +261,8 @@ class Batcher(threading.Thread):
         hidden = self.members.catch_up([s], members=slice(len(s.batched)), every=scored, pause=task.pause)[s]
         self.members.check_finite(s, hidden)
         self.metrics.prompt_tokens.inc(len(s.prompt))
-        self.metrics.reused_tokens.inc(len(s.prompt) - max(map(len, hidden)))
+        if not s.combination.over_bytes:
+            self.metrics.reused_tokens.inc(len(s.prompt) - max(map(len, hidden)))
         if scored:
             every, asked = self._gates.over_prompt(s, hidden, task)
             self.members.check_finite(s, every)
@@ -292,7 +292,7 @@ class Batcher(threading.Thread):
                     [states[rows] for states in hidden], how.settings, some, known, proved=False
                 )
                 count = log_probs.shape[1]
-                found += tokens_of([s] * count, solution, log_probs, islice(tokens, count))
+                found += tokens_of([s] * count, solution, log_probs, islice(tokens, count), scored=True)
                 task.pause()
         self._emit(s, PromptScored(found))
 
@@ -305,7 +305,7 @@ class Batcher(threading.Thread):
         """
         if group[0].combination.unsure:
             hidden = self._gates.ask(group, hidden, task)
-        finite = [(s, own) for s, own in zip(group, hidden, strict=True) if self._is_finite(s, own)]
+        finite = [(s, own) for s, own in zip(group, hidden, strict=True) if self._goes_on(s, own)]
         if finite:
             self._draw([s for s, _ in finite], [own for _, own in finite], task)
 
@@ -362,10 +362,12 @@ class Batcher(threading.Thread):
         elif s.drawn >= s.max_tokens:
             self._finish(s, Finished("length"))
 
-    def _is_finite(self, s: Sequence, hidden: Hidden) -> bool:
-        """Return whether all hidden states of a sequence are finite; if not, end it by an error."""
+    def _goes_on(self, s: Sequence, hidden: Hidden) -> bool:
+        """Return whether a sequence can go on; end it where a context is full, or by an error at NaN or an infinity."""
         try:
             self.members.check_finite(s, hidden)
+            if s.is_full:
+                self._finish(s, Finished("length"))
         except SoftmeetError as error:
             self._fail(s, error)
         return not s.done

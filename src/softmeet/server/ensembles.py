@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 from softmeet.ensemble import Ensemble
-from softmeet.errors import InvalidInputError
+from softmeet.errors import InvalidInputError, SoftmeetError, UnsupportedHeadError
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
 from softmeet.hf.calibrated import moves_pool, resolved
 from softmeet.members.zoo import DEFAULT, short
@@ -74,7 +74,7 @@ class Served:
             )
         chosen = tuple(k for k, name in enumerate(self.names) if name in wanted)
         model = self.ensemble.model if len(chosen) == len(self.names) else _part(self.ensemble.model, chosen)
-        settings = _changed(model.settings, given)
+        settings = _changed(model, given)
         if idle := [name for name in unused(settings.rule) if name in explicit]:
             raise RequestError(
                 f"the rule {settings.rule.name} uses no {idle[0]}: leave it out, or ask for a rule that uses it, such "
@@ -102,14 +102,15 @@ def _in_rule(text: str | None) -> dict[str, Any]:
         raise _refused(error, "softmeet.rule") from None
 
 
-def _changed(settings: Settings, given: dict[str, Any]) -> Settings:
-    """Return settings with a request's changes; raise RequestError, with the field at fault, if one is invalid."""
+def _changed(model: EnsembleForCausalLM, given: dict[str, Any]) -> Settings:
+    """Return a model's settings with a request's changes; raise RequestError, with the field at fault, if invalid."""
     try:
-        return settings.changed(**given)
-    except InvalidInputError as error:
-        raise _refused(
-            error, next((f"softmeet.{k}" for k in given if _fails(settings, k, given[k])), "softmeet")
-        ) from None
+        settings = model.settings.changed(**given)
+        model.require(settings)
+    except (InvalidInputError, UnsupportedHeadError) as error:
+        at_fault = next((f"softmeet.{k}" for k in given if _fails(model, k, given[k])), "softmeet")
+        raise _refused(error, at_fault) from None
+    return settings
 
 
 def _check_trust(asked: Settings, own: Settings, limit: float) -> None:
@@ -123,16 +124,16 @@ def _check_trust(asked: Settings, own: Settings, limit: float) -> None:
             )  # fmt: skip
 
 
-def _fails(settings: Settings, name: str, value: Any) -> bool:
-    """Return whether one change of the settings is invalid by itself."""
+def _fails(model: EnsembleForCausalLM, name: str, value: Any) -> bool:
+    """Return whether one change of a model's settings is invalid by itself."""
     try:
-        settings.changed(**{name: value})
-    except InvalidInputError:
+        model.require(model.settings.changed(**{name: value}))
+    except (InvalidInputError, UnsupportedHeadError):
         return True
     return False
 
 
-def _refused(error: InvalidInputError, param: str) -> RequestError:
+def _refused(error: SoftmeetError, param: str) -> RequestError:
     """Return an invalid setting's error as a request's, with advice that can be followed in a request."""
     # Whether weights have to sum to 1 is the server's choice, not a request's.
     said = str(error).replace("say free_weights=True", "start the server with --free-weights")

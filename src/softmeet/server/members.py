@@ -14,12 +14,13 @@ from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from softmeet.errors import NonFiniteError
+from softmeet.members.byte_member import ByteMember
 from softmeet.server.batch import MemberBatch
+from softmeet.server.byte_batch import ByteBatch
 from softmeet.server.gating import Hidden
-from softmeet.server.sequences import Sequence
+from softmeet.server.sequences import Member, Sequence
 
 
 class Members:
@@ -36,11 +37,14 @@ class Members:
     """
 
     def __init__(
-        self, names: dict[PreTrainedModel, str], kept_tokens: int, *, parallel: bool, reproducible: bool
+        self, names: dict[Member, str], kept_tokens: int, *, parallel: bool, reproducible: bool
     ) -> None:
         # A prompt that begins like an earlier one would be run in other pieces, and so rounded otherwise.
         kept = 0 if reproducible else kept_tokens
-        self._batches = {model: MemberBatch(name, model, kept) for model, name in names.items()}
+        self._batches: dict[Member, MemberBatch | ByteBatch] = {
+            member: ByteBatch(name, member) if isinstance(member, ByteMember) else MemberBatch(name, member, kept)
+            for member, name in names.items()
+        }
         self._map: Callable[..., Iterable[Any]] = ThreadPoolExecutor(len(names)).map if parallel else map
         self._reproducible = reproducible
 
@@ -74,10 +78,10 @@ class Members:
             if not s.joined:
                 self._join(s)
         busy = [batch for batch in self._batches.values() if batch.rows]
-        found: dict[tuple[PreTrainedModel, Sequence], Float[Tensor, "1 d"]] = {}
-        for batch, out in zip(busy, self._map(MemberBatch.step, busy), strict=True):
-            found |= {(batch.model, s): out[k : k + 1] for k, s in enumerate(batch.rows)}
-        return {s: [found[model, s] for model in s.batched] for s in ready}
+        found: dict[tuple[Member, Sequence], Float[Tensor, "1 d"]] = {}
+        for batch, out in zip(busy, self._map(lambda batch: batch.step(), busy), strict=True):
+            found |= {(batch.member, s): out[k : k + 1] for k, s in enumerate(batch.rows)}
+        return {s: [found[member, s] for member in s.batched] for s in ready}
 
     def catch_up(
         self,
@@ -100,7 +104,7 @@ class Members:
         """
         if self._reproducible and len(sequences) > 1:
             return {s: self.catch_up([s], members=members, every=every, pause=pause)[s] for s in sequences}
-        behind: dict[PreTrainedModel, list[tuple[Sequence, int]]] = defaultdict(list)
+        behind: dict[Member, list[tuple[Sequence, int]]] = defaultdict(list)
         for s in sequences:
             for i in range(len(s.members))[members]:
                 behind[s.members[i]].append((s, i))
@@ -115,8 +119,8 @@ class Members:
     def _join(self, s: Sequence) -> None:
         """Add a sequence to the batches of its members: to all of them, or to none if that fails."""
         try:
-            for i, model in enumerate(s.batched):
-                self._batches[model].join(s, i)
+            for i, member in enumerate(s.batched):
+                self._batches[member].join(s, i)
         except Exception:
             self._leave(s, keep=False)
             raise
@@ -129,19 +133,20 @@ class Members:
             s.joined = False
 
     def _leave(self, s: Sequence, *, keep: bool) -> None:
-        for i, model in enumerate(s.batched):
-            if s in self._batches[model].rows:
-                states = self._batches[model].leave(s, keep=keep)
-                if keep:
-                    s.trails[i] = states
+        for i, member in enumerate(s.batched):
+            if s in self._batches[member].rows:
+                s.trails[i] = self._batches[member].leave(s, keep=keep)
 
     def check_finite(self, s: Sequence, hidden: Hidden) -> None:
         """Raise NonFiniteError with the names of the members at fault if any hidden state of a sequence is not finite.
 
         Args:
             s: the sequence.
-            hidden: the last hidden states, (t, d_i), of its members, or of the first few of them.
+            hidden: the last hidden states, (t, d_i), of its members, or of the first few of them; over bytes their
+                log-probabilities, which may be -inf, and come from hidden states that are finite.
         """
+        if s.combination.over_bytes:
+            return
         bad = [self._batches[m].name for m, h in zip(s.members, hidden, strict=False) if not h.isfinite().all()]
         if bad:
             raise NonFiniteError(

@@ -11,6 +11,8 @@ from uuid import uuid4
 
 from pydantic_core import to_jsonable_python
 
+from softmeet.members.byte_member import ByteMember
+from softmeet.members.covers import END
 from softmeet.server.answer import ChoiceDelta
 from softmeet.server.schemas import ChatRequest, CompletionRequest
 from softmeet.server.sequences import GenerationRequest, Token
@@ -72,6 +74,8 @@ class Reply(ABC):
         self._places: dict[int, Places] = {}
         self._gates = defaultdict[int, Any](lambda: {"tokens": 0, "gated": 0, "seconds_saved": 0.0})
         self._statuses = defaultdict[int, Counter[str]](Counter)
+        # Over bytes, the bytes of each choice so far.
+        self._drawn = defaultdict[int, bytearray](bytearray)
 
     @abstractmethod
     def content(self, delta: ChoiceDelta, *, first: bool) -> dict[str, Any]:
@@ -119,10 +123,30 @@ class Reply(ABC):
             return None
         return {**self._common, "object": self.chunk_kind, "choices": [], "usage": self._usage(tokens)}
 
-    def _usage(self, tokens: int) -> dict[str, int]:
-        """Return the numbers of prompt tokens, of drawn ``tokens`` and of both together."""
+    def _usage(self, tokens: int) -> dict[str, Any]:
+        """Return the numbers of prompt tokens, of drawn ``tokens`` and of both together.
+
+        Over bytes they are bytes, an end counting as one, and softmeet's own fields say so, with the numbers of each
+        member's own tokens in the same texts.
+        """
         prompts = sum(map(len, self.asked.prompts))
-        return {"prompt_tokens": prompts, "completion_tokens": tokens, "total_tokens": prompts + tokens}
+        found = {"prompt_tokens": prompts, "completion_tokens": tokens, "total_tokens": prompts + tokens}
+        how = self.asked.combination
+        if not how.over_bytes:
+            return found
+        own = {name: self._own_tokens(reader) for name, reader in zip(how.names, how.readers, strict=True)}
+        return found | {"softmeet": {"unit": "byte", "members": own}}
+
+    def _own_tokens(self, reader: ByteMember) -> dict[str, int]:
+        """Return how many of a member's own tokens the prompts and the drawn texts are, as its tokenizer cuts them."""
+        encode, choices = reader.spelling.encode, self.asked.choices
+        texts = [bytes(prompt[prompt[0] == END :]) for prompt in self.asked.prompts]
+        before = [len(encode(text)) for text in texts]
+        whole = [
+            len(encode(texts[k // choices] + self._drawn[k])) - before[k // choices]
+            for k in range(choices * len(texts))
+        ]
+        return {"prompt_tokens": sum(before), "completion_tokens": sum(whole)}
 
     def _settings(self) -> dict[str, Any]:
         """Return the members, the settings and the seed that were used for the answer."""
@@ -145,6 +169,8 @@ class Reply(ABC):
             # JSON has no NaN and no infinity: null stands for them.
             found["tokens"] = to_jsonable_python(reports, inf_nan_mode="null")
         self._statuses[delta.index].update(token.status for token in tokens)
+        if self.asked.combination.over_bytes:
+            self._drawn[delta.index] += bytes(t.token for t in delta.tokens if t.token != END)
         if delta.finish is not None:
             found["statuses"] = dict(self._statuses[delta.index])
         if self.asked.combination.gate:

@@ -10,6 +10,7 @@ import transformers as tf
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from softmeet.hf.byte_modeling import WholeCharacters
 from softmeet.hf.sampling import draw, row_generator
 
 # Below this temperature the most probable token is taken: dividing by it could overflow fp32.
@@ -76,16 +77,17 @@ class Sampler:
         sampling: the request's options.
         key: the sequence's number within its request, from 0; the random generator is seeded with (seed, key).
         prompt_length: the number of prompt tokens, which presence and frequency penalties do not count.
+        over_bytes: whether tokens are bytes, of which only those are drawn that continue the text as UTF-8.
 
     Attributes:
         greedy: whether the token with the largest score is taken instead of a draw.
         generator: the sequence's own random generator, on the CPU.
     """
 
-    def __init__(self, sampling: Sampling, key: int, prompt_length: int) -> None:
+    def __init__(self, sampling: Sampling, key: int, prompt_length: int, *, over_bytes: bool = False) -> None:
         s = sampling
         self.greedy, self.generator = s.temperature < _COLD, row_generator(s.seed, key)
-        found: list[tf.LogitsProcessor] = []
+        found: list[tf.LogitsProcessor] = [WholeCharacters()] if over_bytes else []
         if s.repetition_penalty != 1:
             found.append(tf.RepetitionPenaltyLogitsProcessor(s.repetition_penalty))
         if s.presence_penalty or s.frequency_penalty:

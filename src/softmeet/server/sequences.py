@@ -11,10 +11,14 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM
+from softmeet.hf.byte_report import byte_report
 from softmeet.hf.combining import Deferral
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.hf.report import token_report
+from softmeet.members.byte_member import ByteMember
 from softmeet.members.partial_cache import PartialCache
+from softmeet.members.reading import Reading
 from softmeet.rules.base import Rule
 from softmeet.rules.gates import Gate, Unsure, that_closes
 from softmeet.rules.registry import source_of
@@ -22,6 +26,15 @@ from softmeet.rules.settings import Settings
 from softmeet.rules.solution import Solution
 from softmeet.server.sampling import Sampler, Sampling
 from softmeet.solvers.base import Status
+
+
+# What the batcher runs: a model over tokens, or one that is read byte by byte.
+Member = PreTrainedModel | ByteMember
+
+
+def members_of(model: EnsembleForCausalLM) -> list[Member]:
+    """Return what the batcher runs for an ensemble: its members' models, or over bytes the readers of these."""
+    return list(model.readers if isinstance(model, ByteEnsembleForCausalLM) else model.members)
 
 
 def unused(rule: Rule) -> tuple[str, ...]:
@@ -45,7 +58,7 @@ class Combination:
     The batcher solves sequences with equal combinations together.
 
     Args:
-        model: the ensemble, over tokens.
+        model: the ensemble.
         settings: the rule, trusts, gate and so on, used in place of the ensemble's own; either its ``settings`` with
             :meth:`Settings.changed`, or completed for its members by :meth:`Settings.for_members`.
         names: the members' names, as shown to clients.
@@ -56,6 +69,21 @@ class Combination:
     settings: Settings
     names: tuple[str, ...] = ()
     why_no_gate: str | None = field(default=None, compare=False)
+
+    @property
+    def over_bytes(self) -> bool:
+        """Whether tokens are bytes, and 256 the end of a text."""
+        return self.model.over_bytes
+
+    @property
+    def members(self) -> list[Member]:
+        """The ensemble's members, in order."""
+        return members_of(self.model)
+
+    @property
+    def readers(self) -> list[ByteMember]:
+        """The members of an ensemble over bytes, in order; none over tokens."""
+        return [member for member in self.members if isinstance(member, ByteMember)]
 
     def room(self, length: int) -> int:
         """Return how many tokens fit into the shortest member's context after a prompt of ``length`` tokens.
@@ -68,11 +96,13 @@ class Combination:
     def shown(self) -> dict[str, Any]:
         """Return the settings that have an effect, in the types of JSON, as clients are told of them.
 
-        They are ``rule``, ``trust`` and ``pool`` where the rule uses them, ``weights``, and ``gate`` if there is one;
+        They are ``vocabulary``, "bytes", if tokens are bytes, ``rule``, ``trust`` and ``pool`` where the rule uses them, ``weights``, and ``gate`` if there is one;
         ``gate`` is None, with ``why_no_gate`` beside it, if the ensemble's own could not be used.
         """
         plain, idle = self.settings.plain(), unused(self.settings.rule)
         found = {name: plain[name] for name in ("rule", "trust", "weights", "pool") if name not in idle}
+        if self.over_bytes:
+            found["vocabulary"] = "bytes"
         if self.gate is not None:
             found["gate"] = plain["gate"]
         elif self.why_no_gate is not None:
@@ -193,7 +223,9 @@ class GenerationRequest:
         score_prompt: whether the prompts' own tokens are scored as well.
         deadline: the time after which its sequences fail, in seconds on the clock of ``time.monotonic``.
         prompts: each prompt's token ids, at least one, below the vocabulary's size, and no more than fit into the
-            context.
+            context; over bytes its bytes, after a symbol 256 if the text is to begin there.
+        prefixes: over bytes, for each member the ids of its own tokens before each prompt, or None for those that it
+            reads before every text by default; empty for these in all members.
         choices: how many continuations of each prompt; choice c of prompt p has index p · choices + c.
         stops: non-empty strings; the text of a choice ends before the first of them that occurs.
         model: the ensemble's name.
@@ -209,6 +241,7 @@ class GenerationRequest:
     score_prompt: bool = False
     deadline: float = float("inf")
     prompts: tuple[tuple[int, ...], ...] = ()
+    prefixes: tuple[tuple[int, ...] | None, ...] = ()
     choices: int = 1
     stops: tuple[str, ...] = ()
     model: str = ""
@@ -233,8 +266,9 @@ class Sequence:
         max_tokens: the most tokens to draw: the request's, or fewer if the shortest context ends before.
         tokens: the prompt's ids and those drawn so far.
         members: the members in their order.
-        trails: for each member, the tokens that it has run outside its batch, with their keys and values; empty while
-            the sequence is in the member's batch.
+        trails: for each member, the tokens that it has run outside its batch, with their keys and values, a
+            :class:`PartialCache`, empty while the sequence is in the member's batch; over bytes its :class:`Reading`,
+            in the batch or not, and an empty PartialCache before the first.
         ahead: the last hidden states of all members but the first at the newest token, (1, d_i), if scoring the prompt
             has computed them already; else empty.
         asked: under the gate ``unsure``, whether the other members run at the newest token, as a Deferral of one row;
@@ -251,15 +285,15 @@ class Sequence:
     def __init__(self, request: GenerationRequest, prompt: tuple[int, ...], key: int, emit: Listener) -> None:
         self.request, self.prompt, self.emit = request, prompt, emit
         self.combination = request.combination
-        self.sampler = Sampler(request.sampling, key, len(prompt))
+        self.sampler = Sampler(request.sampling, key, len(prompt), over_bytes=self.combination.over_bytes)
         self.max_tokens = min(request.max_tokens, self.combination.room(len(prompt)))
         self.cancelled = self.joined = self.done = False
         self.busy = True
         self.account = request.account
         self.last: float | None = None
         self.tokens = list(prompt)
-        self.members: list[PreTrainedModel] = list(self.combination.model.members)
-        self.trails = [PartialCache() for _ in self.members]
+        self.members: list[Member] = self.combination.members
+        self.trails: list[Any] = [PartialCache() for _ in self.members]
         self.ahead: list[Float[Tensor, "1 _"]] = []
         self.asked: Deferral | None = None
         self.spent = 0.0
@@ -268,6 +302,11 @@ class Sequence:
     def batched(self) -> list[PreTrainedModel]:
         """The members that have the sequence in their batches: all, or under the gate ``unsure`` the first alone."""
         return self.members[:1] if self.combination.unsure else self.members
+
+    @property
+    def is_full(self) -> bool:
+        """Whether, over bytes, a member's context is full, so that nothing can follow."""
+        return any(isinstance(trail, Reading) and trail.full for trail in self.trails)
 
     @property
     def drawn(self) -> int:
@@ -289,6 +328,8 @@ def tokens_of(
     log_probs: Float[Tensor, "n B v"],
     tokens: Iterable[int],
     saved: float = 0.0,
+    *,
+    scored: bool = False,
 ) -> Iterator[Token]:
     """Yield each row's token, with the log-probabilities, the listed tokens and the report that its request asks for.
 
@@ -298,26 +339,28 @@ def tokens_of(
         log_probs: the members' log-probabilities in the same rows, in nats.
         tokens: for each row, the id that was drawn, or that stands in the prompt.
         saved: seconds that a closed gate saves in a row; ignored where the row's gate was open.
+        scored: whether rows are places of a prompt, which members have read to its end.
     """
     # All rows at once: each read waits for the device.
     endings = zip(solution.status.tolist(), solution.gated.tolist(), strict=True)
     for row, (s, token, (status, gated)) in enumerate(zip(sequences, tokens, endings, strict=True)):
-        found = Token(token, status=Status(status).name, gated=gated, saved=saved if gated else 0.0)
-        is_plain = s.request.top is None and s.request.report is None
-        yield found if is_plain else _detailed(found, s.request, solution, log_probs, row)
+        found, asked = Token(token, status=Status(status).name, gated=gated, saved=saved if gated else 0.0), s.request
+        if asked.top is not None or asked.report is not None:
+            ours = solution.log_probs[row]
+            best = ours.topk(min(asked.top or 0, len(ours)))
+            listed = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+            found = replace(found, log_prob=ours[token].item(), top=listed)
+        if asked.report is not None:
+            found = replace(found, report=_report(s, solution, log_probs, row, token, scored=scored))
+        yield found
 
 
-def _detailed(
-    found: Token, request: GenerationRequest, solution: Solution, log_probs: Float[Tensor, "n B v"], row: int
-) -> Token:
-    """Return a row's token with its log-probability, the listed tokens, and the report if its request asks for one."""
-    ours, report = solution.log_probs[row], None
-    if request.report is not None:
-        report = token_report(solution, log_probs, row, found.token, request.report).spelled(request.tokenizer)
-    best = ours.topk(min(request.top or 0, len(ours)))
-    return replace(
-        found,
-        log_prob=ours[found.token].item(),
-        top=list(zip(best.indices.tolist(), best.values.tolist(), strict=True)),
-        report=report,
-    )
+def _report(
+    s: Sequence, solution: Solution, log_probs: Float[Tensor, "n B v"], row: int, token: int, *, scored: bool
+) -> dict[str, Any]:
+    """Return the report on a row's token, over tokens or over bytes."""
+    assert s.request.report is not None
+    if s.combination.over_bytes:
+        readings = [] if scored else list(zip(s.members, s.trails, strict=True))
+        return byte_report(solution, log_probs, row, token, s.request.report, readings)
+    return token_report(solution, log_probs, row, token, s.request.report).spelled(s.request.tokenizer)

@@ -17,6 +17,7 @@ import torch
 
 from softmeet.errors import SoftmeetError
 from softmeet.hf import EnsembleForCausalLM
+from softmeet.members.covers import END
 from softmeet.server.batcher import Batcher, Limits
 from softmeet.server.ensembles import Ensembles, Served
 from softmeet.server.errors import RequestError
@@ -24,12 +25,14 @@ from softmeet.server.metrics import Metrics
 from softmeet.server.sampling import Sampling
 from softmeet.server.schemas import CHANGES, ChatRequest, CompletionRequest, Extension
 from softmeet.server.security import Protection
-from softmeet.server.sequences import Combination, GenerationRequest
+from softmeet.server.sequences import Combination, GenerationRequest, members_of
 from softmeet.server.texts import token_texts
 from softmeet.solvers.clock import time_limit
 
 # The most log-probabilities that an answer may list, in all of its tokens; they take some 300 MB.
 _MOST_LISTED = 1 << 20
+# The most tokens of a completion whose request does not say; over bytes, about as long a text.
+_COMPLETION, _COMPLETION_BYTES = 16, 64
 
 
 @dataclass(frozen=True)
@@ -72,20 +75,19 @@ class Serving:
     :meth:`start`.
 
     Args:
-        ensembles: all ensembles, as :func:`softmeet.server.ensembles.load` returns them, over tokens, not bytes.
+        ensembles: all ensembles, as :func:`softmeet.server.ensembles.load` returns them.
         settings: the server's settings.
 
     Raises:
-        InvalidInputError: if an ensemble is over bytes, or a member's cache holds anything but keys and values.
+        InvalidInputError: if a member's cache holds anything but keys and values.
     """
 
     def __init__(self, ensembles: Ensembles, settings: ServerSettings) -> None:
         for served in ensembles:
-            served.ensemble.model.require_tokens("the server")
             token_texts(served.ensemble.tokenizer)  # no request is to wait until they are read
         self.ensembles, self.settings, self.metrics = ensembles, settings, Metrics()
         parallel = settings.parallel or any(s.ensemble.model.apart for s in ensembles)
-        names = {m: name for s in ensembles for m, name in zip(s.ensemble.model.members, s.names, strict=True)}
+        names = {m: name for s in ensembles for m, name in zip(members_of(s.ensemble.model), s.names, strict=True)}
         self.batcher = Batcher(
             names, settings.limits, self.metrics, parallel=parallel, reproducible=settings.reproducible
         )
@@ -108,7 +110,8 @@ class Serving:
         token = int(any(getattr(member.config, "pad_token_id", None) == 0 for member in model.members))
         hidden = model.hidden_states(torch.tensor([[token]]))
         own = model.settings.ungated()
-        every = [own, own.changed(rule="meet")] if "rule" in self.settings.allowed else [own]
+        changes = "rule" in self.settings.allowed and not model.over_bytes
+        every = [own, own.changed(rule="meet")] if changes else [own]
         for settings in every:
             # Members may make nothing of the token; what they say of it is not used.
             with contextlib.suppress(SoftmeetError), time_limit(self.settings.limits.token_seconds):
@@ -131,12 +134,12 @@ class Serving:
         served, ours = self.ensembles.find(body.model), body.softmeet or Extension()
         in_thread = partial(asyncio.get_running_loop().run_in_executor, self._thread)
         combination = served.combination(ours, self.settings.allowed, self.settings.max_trust)
-        choices, limit = body.n or 1, _limit(body, self.settings.max_tokens, combination.room(0))
+        choices, limit = body.n or 1, _limit(body, self.settings.max_tokens, combination)
         if isinstance(body, CompletionRequest):
             # What could be no prompt is refused before it is cut into tokens, which may take seconds.
             parts = _parts(body)
             _check_choices(len(parts), choices, self.settings)
-            _check_texts(parts, combination, token_texts(served.ensemble.tokenizer).longest)
+            _check_texts(parts, combination, served.ensemble.tokenizer)
             prompts = await in_thread(_encoded, served, parts)
             top = body.logprobs
             score_prompt = bool(body.echo) and (top is not None or ours.report is not None)
@@ -146,6 +149,8 @@ class Serving:
             _check_choices(len(prompts), choices, self.settings)
         for prompt in prompts:
             _check_prompt(prompt, combination, limit)
+            if combination.over_bytes:
+                await in_thread(_check_bytes, prompt, combination)
         tokens = choices * sum(limit + score_prompt * len(prompt) for prompt in prompts)
         _check_listed(tokens, (top or 0) + (ours.report or 0) * (len(combination.names) + 2))
         return GenerationRequest(
@@ -178,17 +183,19 @@ def _check_choices(prompts: int, choices: int, settings: ServerSettings) -> None
         )
 
 
-def _limit(body: CompletionRequest | ChatRequest, server: int, context: int) -> int:
+def _limit(body: CompletionRequest | ChatRequest, server: int, combination: Combination) -> int:
     """Return the most tokens of a choice: what a request asks for; else all for a chat, at most 16 for a completion.
 
     Args:
         body: the request.
         server: the server's limit.
-        context: the length of the shortest member's context; the smaller of both is the limit.
+        combination: the ensemble; the smaller of ``server`` and the shortest member's context is the limit. Over bytes
+            a completion has at most 64 of them unless the request says so.
 
     Raises:
         RequestError: if the request asks for more than the limit.
     """
+    context = combination.room(0)
     most = min(server, context)
     of, more = (
         ("this server's limit", ", or start the server with a larger --max-tokens")
@@ -204,7 +211,7 @@ def _limit(body: CompletionRequest | ChatRequest, server: int, context: int) -> 
                 param=name,
             )
         return int(asked)
-    return most if isinstance(body, ChatRequest) else min(16, most)
+    return most if isinstance(body, ChatRequest) else min(_COMPLETION_BYTES if combination.over_bytes else _COMPLETION, most)
 
 
 def _sampling(body: CompletionRequest | ChatRequest, ours: Extension, vocabulary: int) -> Sampling:
@@ -234,15 +241,20 @@ def _parts(body: CompletionRequest) -> list[Any]:
     return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
 
 
-def _check_texts(parts: list[Any], combination: Combination, longest: int) -> None:
-    """Raise RequestError if a text is so long that, in tokens of up to so many bytes, it fits into no context."""
-    # Normalisation may shorten a text, hardly ever to a quarter.
-    most = 4 * longest * combination.room(0)
+def _check_texts(parts: list[Any], combination: Combination, tokenizer: Any) -> None:
+    """Raise RequestError if a text is so long that, in tokens as long as the longest, it fits into no context."""
+    if combination.over_bytes:
+        context = min(reader.limit for reader in combination.readers)
+        most = min(reader.limit * reader.spelling.longest for reader in combination.readers)
+    else:
+        # Normalisation may shorten a text, hardly ever to a quarter.
+        context, longest = combination.room(0), token_texts(tokenizer).longest
+        most = 4 * longest * context
     for part in parts:
-        if isinstance(part, str) and longest and len(part) > most:
+        if isinstance(part, str) and most and len(part) > most:
             raise RequestError(
-                f"expected a prompt of at most {combination.room(0)} tokens, the shortest member's context, got a text "
-                f"of {len(part):,} characters: shorten it",
+                f"expected a prompt of at most {context} tokens, the shortest member's context, got a text of "
+                f"{len(part):,} characters: shorten it",
                 param="prompt", code="context_length_exceeded",
             )  # fmt: skip
 
@@ -302,3 +314,18 @@ def _check_prompt(prompt: tuple[int, ...], combination: Combination, limit: int)
             f"{len(prompt)}: shorten it",
             param="prompt", code="context_length_exceeded",
         )  # fmt: skip
+
+
+def _check_bytes(prompt: tuple[int, ...], combination: Combination) -> None:
+    """Raise RequestError if a prompt over bytes has an end within, or exceeds a member's context in its own tokens."""
+    if END in prompt[1:]:
+        raise RequestError(f"expected {END}, the end of a text, only as a prompt's first id", param="prompt")
+    text = bytes(prompt[prompt[0] == END :])
+    for name, reader in zip(combination.names, combination.readers, strict=True):
+        count = len(reader.prefix) + len(reader.spelling.encode(text))
+        # A token more is needed to read several tokenizations, and one to go on.
+        if count + 2 > reader.limit:
+            raise RequestError(
+                f"expected a prompt shorter than the context of {name}, {reader.limit} tokens, got {count}: shorten it",
+                param="prompt", code="context_length_exceeded",
+            )  # fmt: skip

@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from pydantic import ValidationError
 
 from softmeet.errors import SoftmeetError
+from softmeet.hf.byte_report import character_reports
 from softmeet.rules.registry import rule_names
 from softmeet.rules.settings import rule_of
 from softmeet.server.answer import AnswerStream
@@ -45,13 +46,20 @@ class Side:
         rule: the rule that generates it, as text.
         members: the members' names.
         prompt: the text that it continues.
-        tokens: the reports of its tokens so far, as ``TokenReport.spelled`` returns them.
+        over_bytes: whether its tokens are bytes.
+        reports: the reports of its tokens so far, as the batcher's events have them.
     """
 
     rule: str
     members: tuple[str, ...]
     prompt: str
-    tokens: list[Report] = field(default_factory=list)
+    over_bytes: bool
+    reports: list[Report] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> list[Report]:
+        """The reports of what the page shows one by one: its tokens, or over bytes its characters."""
+        return character_reports(self.reports) if self.over_bytes else self.reports
 
 
 def mount(app: FastAPI, serving: Serving) -> None:
@@ -95,7 +103,7 @@ def page(serving: Serving) -> gr.Blocks:
                     all_members, value=all_members, label="Members", interactive=may_change, elem_id="members"
                 )
         with gr.Row():
-            rules = list(dict.fromkeys([*rule_names(), own["rule"]]))
+            rules = _rules(first)
             rule = gr.Dropdown(rules, value=own["rule"], label="Rule", interactive=free["rule"], elem_id="rule")
             other = gr.Dropdown(
                 [_ALONE, *rules], value=_ALONE, label="Compare with", interactive=free["rule"], elem_id="other"
@@ -110,7 +118,7 @@ def page(serving: Serving) -> gr.Blocks:
             )
         with gr.Accordion("Sampling", open=False), gr.Row():
             longest = min(200, serving.settings.max_tokens, *(_context(s) for s in serving.ensembles))
-            length = gr.Slider(1, longest, min(60, longest), step=1, label="Tokens", elem_id="length")
+            length = gr.Slider(1, longest, min(60, longest), step=1, label="Tokens, or bytes", elem_id="length")
             temperature = gr.Slider(0, 2, 0.8, step=0.05, label="Temperature", elem_id="temperature")
             seed = gr.Number(4, label="Seed", precision=0, minimum=0, maximum=2**53)
         with gr.Row():
@@ -138,7 +146,7 @@ def page(serving: Serving) -> gr.Blocks:
         for k, side in enumerate((left, right)):
             side.click(_choosing(k), [sides], [details], show_progress="hidden", concurrency_limit=None, queue=False)
         name.change(
-            lambda chosen: _changed(serving.ensembles.find(chosen)), [name], [members, rule, trust], queue=False
+            lambda chosen: _changed(serving.ensembles.find(chosen)), [name], [members, rule, other, trust], queue=False
         )
     return blocks
 
@@ -154,10 +162,22 @@ def _controls(served: Served) -> dict[str, Any]:
     return {"members": list(served.names), "rule": config.rule, "trust": min(config.trust[0], 4)}
 
 
-def _changed(served: Served) -> tuple[Any, Any, Any]:
-    """Return the new values of the controls for members, rule and trust after an ensemble was chosen."""
-    new = _controls(served)
-    return gr.CheckboxGroup(new["members"], value=new["members"]), new["rule"], new["trust"]
+def _rules(served: Served) -> list[str]:
+    """Return the names of the rules that can combine an ensemble's members, its own among them."""
+    over_bytes = served.ensemble.model.over_bytes
+    every = [name for name in rule_names() if not (over_bytes and rule_of(name).reads_heads)]
+    return list(dict.fromkeys([*every, served.ensemble.model.config.rule]))
+
+
+def _changed(served: Served) -> tuple[Any, Any, Any, Any]:
+    """Return the new values of the controls for members, both rules and trust after an ensemble was chosen."""
+    new, rules = _controls(served), _rules(served)
+    return (
+        gr.CheckboxGroup(new["members"], value=new["members"]),
+        gr.Dropdown(rules, value=new["rule"]),
+        gr.Dropdown([_ALONE, *rules], value=_ALONE),
+        new["trust"],
+    )
 
 
 def _choosing(k: int) -> Any:
@@ -189,7 +209,8 @@ async def _pictures(serving: Serving, *inputs: Any) -> AsyncIterator[Any]:
             asked = _asked(serving, name, members, chosen, trust)
             request = await serving.prepare(CompletionRequest.model_validate(given | {"softmeet": asked}))
             answers.append(AnswerStream(serving.batcher, request))
-        sides = [Side(str(how.settings.rule), how.names, prompt) for how in (a.request.combination for a in answers)]
+        hows = [answer.request.combination for answer in answers]
+        sides = [Side(str(how.settings.rule), how.names, prompt, how.over_bytes) for how in hows]
         feeds = [asyncio.create_task(_feed(a, side)) for a, side in zip(answers, sides, strict=True)]
         while not all(feed.done() for feed in feeds):
             yield *_texts(sides, done=False), _HINT, _trouble(""), sides
@@ -222,7 +243,7 @@ async def _feed(answer: AnswerStream, side: Side) -> str:
     """Append the reports of an answer's tokens to a side until the answer ends; return the error's message, or ""."""
     try:
         async for delta in answer.deltas():
-            side.tokens += [t.report for t in delta.tokens if t.report is not None]
+            side.reports += [t.report for t in delta.tokens if t.report is not None]
     except SoftmeetError as error:
         return str(error)
     return ""

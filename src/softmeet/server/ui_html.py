@@ -71,9 +71,10 @@ def summary(tokens: Sequence[Report]) -> str:
     disagreement = fmean(known_sum(t["disagreement"]) for t in tokens)
     bound = "at most " if all(all(t["disagreement_is_bound"]) for t in tokens) else ""
     passes, nats = fmean(t["num_passes"] for t in tokens), -fmean(t["log_prob"] for t in tokens)
+    unit = tokens[0].get("unit", "token")
     return (
-        f"{len(tokens)} tokens · disagreement {bound}{disagreement:.3f} nats a token · {nats:.2f} nats a token · "
-        f"{passes:.1f} reads of all heads a token"
+        f"{len(tokens)} {unit}s · disagreement {bound}{disagreement:.3f} nats a {unit} · {nats:.2f} nats a {unit} · "
+        f"{passes:.1f} reads of all heads a {unit}"
     )
 
 

@@ -1,0 +1,121 @@
+"""One byte member's running sequences: they come and go at any byte, and one call of its model serves all of them.
+
+A *symbol* is a byte, 0 to 255, or 256, which at the beginning of a sequence stands for the beginning of a text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from softmeet.members.byte_member import ByteMember
+from softmeet.members.covers import END
+from softmeet.members.partial_cache import PartialCache
+from softmeet.members.reading import Reading
+from softmeet.server.sequences import Sequence
+
+
+class ByteBatch:
+    """The running sequences of one member that is read byte by byte.
+
+    A sequence's state is its :class:`Reading`, which is immutable and the sequence's own (``Sequence.trails``), so that
+    joining and leaving copy nothing.
+
+    Args:
+        name: the member's name, for messages.
+        member: the member.
+
+    Attributes:
+        rows: the sequences, in the order in which they joined.
+        kept_tokens: 0, as no prompts are kept.
+    """
+
+    kept_tokens = 0
+
+    def __init__(self, name: str, member: ByteMember) -> None:
+        self.name, self.member = name, member
+        self.rows: list[Sequence] = []
+        self._places: dict[Sequence, int] = {}
+
+    @property
+    def cache_bytes(self) -> int:
+        """The bytes of the keys and values of all running sequences."""
+        trails = [s.trails[i] for s, i in list(self._places.items())]
+        return sum(one.tree.bytes for one in trails if isinstance(one, Reading))
+
+    def join(self, s: Sequence, i: int) -> None:
+        """Add a sequence of which this is member ``i``."""
+        self.rows.append(s)
+        self._places[s] = i
+
+    def leave(self, s: Sequence, *, keep: bool) -> Reading | PartialCache:
+        """Remove a sequence, and return its reading with ``keep``, else an empty cache."""
+        self.rows.remove(s)
+        reading = _reading(s, self._places.pop(s))
+        return reading if keep else PartialCache()
+
+    def step(self) -> Float[Tensor, "B 257"]:
+        """Read the newest symbol of all sequences, and return the next one's log-probabilities, (B, 257), in nats."""
+        return torch.cat(self.catch_up([(s, self._places[s]) for s in self.rows]))
+
+    def catch_up(
+        self, behind: list[tuple[Sequence, int]], *, every: bool = False, pause: Callable[[], None] = lambda: None
+    ) -> list[Float[Tensor, "t 257"]]:
+        """Read the symbols of sequences that the member has not read.
+
+        Args:
+            behind: (sequence, the number of this member among the sequence's members); each has new symbols.
+            every: whether the next symbol's log-probabilities are wanted after each symbol of a new prompt instead of
+                after its last alone.
+            pause: called between two calls of the model.
+
+        Returns:
+            for each sequence, the next symbol's log-probabilities in nats after its last symbol, (1, 257) fp64, or with
+            ``every`` after each of its t symbols, (t, 257).
+        """
+        found: dict[int, Float[Tensor, "t 257"]] = {}
+        for k, (s, i) in enumerate(behind):
+            if not isinstance(s.trails[i], Reading):
+                s.trails[i], found[k] = self._begun(s, i, every=every)
+                pause()
+        reading = [k for k in range(len(behind)) if k not in found]
+        while late := [k for k in reading if _unread(*behind[k])]:
+            readings = self.member.advance([_reading(*behind[k]) for k in late], [_unread(*behind[k])[0] for k in late])
+            for k, new in zip(late, readings, strict=True):
+                s, i = behind[k]
+                s.trails[i] = new
+            pause()
+        if reading:
+            log_probs = self.member.log_probs([_reading(*behind[k]) for k in reading])
+            found |= {k: log_probs[j : j + 1] for j, k in enumerate(reading)}
+        return [found[k] for k in range(len(behind))]
+
+    def _begun(self, s: Sequence, i: int, *, every: bool) -> tuple[Reading, Float[Tensor, "t 257"]]:
+        """Read all symbols of a sequence from its beginning."""
+        prefix = s.request.prefixes[i] if s.request.prefixes else None
+        if not every:
+            reading = self.member.begin(_text(s), prefix)
+            return reading, self.member.log_probs([reading])
+        reading, log_probs, _ = self.member.score(_text(s), prefix)
+        # Row 0 predicts the first byte, after the symbol that begins a text if there is one.
+        return reading, torch.from_numpy(log_probs[-len(s.tokens) :])
+
+
+def _text(s: Sequence) -> bytes:
+    """Return a sequence's bytes."""
+    return bytes(s.tokens[s.tokens[0] == END :])
+
+
+def _reading(s: Sequence, i: int) -> Reading:
+    reading = s.trails[i]
+    assert isinstance(reading, Reading)
+    return reading
+
+
+def _unread(s: Sequence, i: int) -> list[int]:
+    """Return the symbols of a sequence that its member ``i`` has not read; none if the reading has ended."""
+    reading, begun = _reading(s, i), s.tokens[0] == END
+    return [] if reading.ended else s.tokens[begun + len(reading.text) :]

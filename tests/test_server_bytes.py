@@ -1,0 +1,126 @@
+"""Ensembles over bytes behind the server: the same texts as generate, in any company, and what clients are told."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from serving import http, running, serving_of
+from test_byte_ensemble import folders  # noqa: F401 - a fixture
+
+from softmeet import Ensemble
+from softmeet.hf.sampling import RowSampler
+from softmeet.members.covers import END
+
+PROMPTS = ["the", "he t", "\u00e9t", "the then the", "t\u00e9", "hat"]
+
+
+@pytest.fixture(scope="module")
+def ensemble(folders):  # noqa: F811
+    return Ensemble.from_pretrained(folders, "prob-mean", vocabulary="bytes")
+
+
+@pytest.fixture(scope="module")
+def url(ensemble):
+    serving = serving_of({"bytes": ensemble}, ui=True)
+    with running(serving) as found:
+        yield found
+
+
+def completion(url, **fields):
+    return http.post(f"{url}/v1/completions", json={"max_tokens": 24, "seed": 3} | fields)
+
+
+def generated(ensemble, prompt, seed, count):
+    """The bytes of what generate() gives for one prompt alone."""
+    ids = torch.tensor([list(prompt.encode())])
+    out = ensemble.model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, max_new_tokens=count,
+        row_sampler=RowSampler(seed, [0]),
+    )  # fmt: skip
+    return bytes(token for token in out[0, ids.shape[1] :].tolist() if token != END)
+
+
+def test_texts_are_those_of_generate_in_any_company(url, ensemble):
+    asked = [(prompt, seed, 8 + 5 * seed) for seed in range(3) for prompt in PROMPTS]
+
+    def answer(one):
+        prompt, seed, count = one
+        return completion(url, prompt=prompt, seed=seed, max_tokens=count).json()["choices"][0]
+
+    with ThreadPoolExecutor(len(asked)) as pool:
+        found = list(pool.map(answer, asked))
+    for (prompt, seed, count), choice in zip(asked, found, strict=True):
+        text = generated(ensemble, prompt, seed, count)
+        # A last character may not be whole where the number of bytes ends the text.
+        assert choice["text"].rstrip("\ufffd") == text.decode(errors="ignore")
+        assert choice["finish_reason"] in ("stop", "length")
+        assert sum(choice["softmeet"]["statuses"].values()) == min(count, len(text) + 1)
+
+
+def test_streams_are_whole_characters_and_the_text(url):
+    body = {"prompt": "t\u00e9", "seed": 5, "max_tokens": 40, "stream": True, "stream_options": {"include_usage": True}}
+    whole = completion(url, **{k: x for k, x in body.items() if "stream" not in k}).json()
+    with http.stream("POST", f"{url}/v1/completions", json=body) as stream:
+        chunks = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: {")]
+    pieces = [choice["text"] for chunk in chunks for choice in chunk["choices"]]
+    assert "".join(pieces) == whole["choices"][0]["text"]
+    assert not any("\ufffd" in piece for piece in pieces[:-1])
+    assert chunks[-1]["usage"] == whole["usage"]
+
+
+def test_usage_counts_bytes_and_each_members_own_tokens(url, ensemble):
+    answer = completion(url, prompt=["the", "\u00e9t"], n=2, seed=1, max_tokens=9).json()
+    usage, ours = answer["usage"], answer["usage"]["softmeet"]
+    assert usage["prompt_tokens"] == len("the".encode()) + len("\u00e9t".encode())
+    assert usage["completion_tokens"] == sum(
+        sum(choice["softmeet"]["statuses"].values()) for choice in answer["choices"]
+    )
+    assert ours["unit"] == "byte"
+    assert answer["softmeet"]["vocabulary"] == "bytes"
+    for reader, (_, own) in zip(ensemble.model.readers, ours["members"].items(), strict=True):
+        encode = reader.spelling.encode
+        assert own["prompt_tokens"] == len(encode(b"the")) + len(encode("\u00e9t".encode()))
+        assert 0 < own["completion_tokens"] <= usage["completion_tokens"]
+
+
+def test_scores_log_probabilities_and_reports(url, ensemble):
+    body = {"prompt": "th\u00e9", "echo": True, "logprobs": 3, "max_tokens": 2, "softmeet": {"report": 3}}
+    choice = completion(url, **body).json()["choices"][0]
+    expected = ensemble.model(input_ids=torch.tensor([list("th\u00e9".encode())])).logits[0].log_softmax(-1)
+    found = choice["logprobs"]
+    assert found["tokens"][:4] == ["t", "h", "bytes:\\xc3", "bytes:\\xa9"]
+    ids = torch.tensor(list("th\u00e9".encode()))
+    assert found["token_logprobs"][0] is None
+    chosen = expected[:-1].gather(-1, ids[1:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(found["token_logprobs"][1:4]), chosen.float(), atol=1e-5, rtol=0)
+    last = choice["softmeet"]["tokens"][-1]
+    assert len(last["member_log_probs"]) == len(last["member_top"]) == 2
+    assert all(x <= 1e-9 for rows in last["member_top"] for _, x in rows)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "said"),
+    [
+        ({"softmeet": {"rule": "meet"}}, "softmeet.rule", "bytes have none"),
+        ({"prompt": "the " * 300}, "prompt", "expected a prompt shorter than the context of"),
+        ({"prompt": "a" * 100_000}, "prompt", "got a text of 100,000 characters"),
+        ({"prompt": [104, 256, 104]}, "prompt", "only as a prompt's first id"),
+        ({"prompt": [257]}, "prompt", "from 0 to 256"),
+        ({"logit_bias": {"257": 1}}, "logit_bias", "below 257"),
+    ],
+)
+def test_what_cannot_be_is_refused(url, fields, param, said):
+    answer = completion(url, **({"prompt": "the"} | fields))
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == param
+    assert said in answer.json()["error"]["message"]
+
+
+def test_a_text_that_fills_a_context_ends_there(url):
+    answer = completion(url, prompt="t" * 40, max_tokens=2000, logit_bias={"256": -100, "116": 100})
+    choice = answer.json()["choices"][0]
+    assert choice["finish_reason"] == "length"
+    assert len(choice["text"]) < 2000
