@@ -32,7 +32,7 @@ from softmeet.errors import SoftmeetError
 _Usage: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 # Parameters of glibc's mallopt(3), and their values in bytes: how much free memory at the heap's end is kept, and up
 # to which size a block comes from the heap.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 _KEPT, _LARGEST = 1 << 30, 32 << 20
 
 app = typer.Typer(
@@ -85,6 +85,8 @@ def keep_freed_memory() -> None:
         return
     mallopt(_MMAP_THRESHOLD, _LARGEST)
     mallopt(_TRIM_THRESHOLD, _KEPT)
+    # Those of other threads than the first return memory in pieces of 64 MiB, whatever the threshold.
+    mallopt(_ARENA_MAX, 1)
 
 
 def quiet_libraries() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Mapping
+from functools import partial
 from typing import Any, cast
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -18,7 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from softmeet import __version__
 from softmeet.errors import SoftmeetError
-from softmeet.server.answer import AnswerStream
+from softmeet.server.answer import AnswerStream, ChoiceDelta
 from softmeet.server.asgi import unless_left
 from softmeet.server.ensembles import Served
 from softmeet.server.envelope import guarded
@@ -27,6 +28,7 @@ from softmeet.server.refusals import refusal
 from softmeet.server.replies import LAST_EVENT, ChatReply, CompletionReply, Reply, dumps, event
 from softmeet.server.schemas import ChatRequest, CompletionRequest, Extension
 from softmeet.server.serving import Serving
+from softmeet.server.writing import WRITER
 
 _STATUSES = (400, 401, 404, 405, 408, 413, 415, 421, 422, 429, 500, 503, 504)
 # /v1/embeddings and the like are other things than /v1/completions, however alike they are spelled.
@@ -166,8 +168,7 @@ async def _respond(request: Request, reply: Reply) -> Response:
     choices = await unless_left(answer.whole(), request.receive)
     if choices is None:
         return Response(status_code=499)  # the client has left
-    # A long answer takes seconds to write, in which others go on.
-    document = await asyncio.to_thread(lambda: dumps(reply.document(choices, answer.completion_tokens)))
+    document = await WRITER.written(lambda: dumps(reply.document(choices, answer.completion_tokens)))
     return Response(document, media_type="application/json")
 
 
@@ -175,7 +176,9 @@ async def _events(answer: AnswerStream, reply: Reply) -> AsyncIterator[str]:
     """Yield an answer as server-sent events, up to ``[DONE]``; a SoftmeetError becomes an event as well."""
     try:
         async for delta in answer.deltas():
-            if (chunk := reply.chunk(delta)) is not None:
+            if delta.scored is not None:
+                yield await WRITER.written(partial(_scores, reply, delta))
+            elif (chunk := reply.chunk(delta)) is not None:
                 yield event(chunk)
         if (last := reply.last_chunk(answer.completion_tokens)) is not None:
             yield event(last)
@@ -185,6 +188,11 @@ async def _events(answer: AnswerStream, reply: Reply) -> AsyncIterator[str]:
     finally:
         answer.cancel()
     yield LAST_EVENT
+
+
+def _scores(reply: Reply, delta: ChoiceDelta) -> str:
+    """Return the event that sends a prompt's scores."""
+    return event(reply.chunk(delta))
 
 
 class _Events(StreamingResponse):

@@ -7,7 +7,7 @@ from typing import Any
 
 from softmeet.server.sequences import Sequence
 
-# In seconds: where a request's rows of a kind take longer to solve, those of other requests do not wait for them.
+# In seconds: where a request's several rows take longer to solve, those of other requests do not wait for them.
 _DEAR = 0.02
 # Of how many kinds it is known how long a row takes.
 _KNOWN = 256
@@ -17,7 +17,7 @@ class Kinds:
     """The kinds of sequences, and how long a row of each takes to solve.
 
     A sequence whose kind is being solved waits for that, so that all of the kind go on together, in one batch. Where a
-    request's rows take long, the others would be held up by that: the request is of a kind of its own.
+    request's several rows take long, the others would be held up by that: the request is of a kind of its own.
 
     Args:
         alone: whether every sequence is of a kind of its own.
@@ -31,7 +31,8 @@ class Kinds:
         if self._alone:
             return s
         kind, rows = _kind(s), s.request.choices * len(s.request.prompts)
-        return (*kind, id(s.request)) if rows * self._seconds.get(kind, 0.0) > _DEAR else kind
+        is_dear = rows > 1 and rows * self._seconds.get(kind, 0.0) > _DEAR
+        return (*kind, id(s.request)) if is_dear else kind
 
     def learn(self, s: Sequence, seconds: float) -> None:
         """Take note that a row of a sequence's kind has just taken so many seconds; long unused kinds are forgotten."""

@@ -18,8 +18,6 @@ from softmeet.server.serving import Serving
 
 # Seconds that connections have to close once their answers have ended.
 _LAST = 3.0
-# Seconds after which a thread that waits for Python's lock gets it.
-_SWITCH = 1e-4
 # Open files beside connections: those of models, libraries and logs.
 _FILES = 512
 
@@ -45,9 +43,6 @@ def run(
     # What is loaded stays: the garbage collector need not look through it whenever a request makes many objects.
     gc.collect()
     gc.freeze()
-    # The batcher's thread gives up Python's lock at every operation of torch. Beside a thread that writes or checks a
-    # long document it would wait for the lock that often, five milliseconds each time.
-    sys.setswitchinterval(_SWITCH)
     _allow_files(serving.settings.protection.connections + _FILES)
     # uvicorn would end what is left with tracebacks; by then nothing is.
     config = configuration(serving, log_level="info", timeout_graceful_shutdown=int(grace + 2 * _LAST) + 1)

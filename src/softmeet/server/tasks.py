@@ -123,7 +123,7 @@ class Turns:
         self._tasks.append(task)
 
     def take(self, seconds: float, waited_for: Callable[[], bool], stepped: Collection[Account] = ()) -> None:
-        """Let tasks go on, each request's for its share of the round's time; what its tasks take longer, a request owes.
+        """Let tasks go on, each request's for its share of the round's time; what they take longer, it owes.
 
         Args:
             seconds: what the rest of the round has taken.
