@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import codecs
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -136,7 +136,9 @@ def byte_report(
         without ``members`` its most probable bytes.
     """
     found = token_report(solution, log_probs, row, symbol, top).with_texts(shown_byte)
-    return found | ({"member_top": [own_tokens(reader, reading, top) for reader, reading in members]} if members else {})
+    return found | (
+        {"member_top": [own_tokens(reader, reading, top) for reader, reading in members]} if members else {}
+    )
 
 
 def character_reports(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -177,14 +179,15 @@ def own_tokens(reader: ByteMember, reading: Reading, top: int) -> Listed:
         the end of the text.
     """
     spelling, covers = reader.spelling, reading.covers
-    found: Counter[str] = Counter()
+    found = defaultdict[str, float](float)
     for cover in covers.closed:
         share, probs = cover.weight / covers.total, cover.probs.tokens[cover.longer : cover.end]
         for k in np.argsort(-probs)[:top].tolist():
             found[spelling.words[cover.longer + k].decode(errors="backslashreplace")] += share * float(probs[k])
         if not cover.rest:
             found[shown_byte(END)] += share * float(cover.probs.root[END])
-    return [(text, math.log(share)) for text, share in found.most_common(top) if share]
+    best = sorted(found.items(), key=lambda one: -one[1])[:top]
+    return [(text, math.log(share)) for text, share in best if share]
 
 
 def shown_byte(symbol: int) -> str:

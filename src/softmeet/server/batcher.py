@@ -261,8 +261,7 @@ class Batcher(threading.Thread):
         hidden = self.members.catch_up([s], members=slice(len(s.batched)), every=scored, pause=task.pause)[s]
         self.members.check_finite(s, hidden)
         self.metrics.prompt_tokens.inc(len(s.prompt))
-        if not s.combination.over_bytes:
-            self.metrics.reused_tokens.inc(len(s.prompt) - max(map(len, hidden)))
+        self.metrics.reused_tokens.inc(self.members.reused(s, hidden))
         if scored:
             every, asked = self._gates.over_prompt(s, hidden, task)
             self.members.check_finite(s, every)

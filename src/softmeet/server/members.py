@@ -36,9 +36,7 @@ class Members:
         InvalidInputError: if a member's cache holds anything but keys and values, as a recurrent model's does.
     """
 
-    def __init__(
-        self, names: dict[Member, str], kept_tokens: int, *, parallel: bool, reproducible: bool
-    ) -> None:
+    def __init__(self, names: dict[Member, str], kept_tokens: int, *, parallel: bool, reproducible: bool) -> None:
         # A prompt that begins like an earlier one would be run in other pieces, and so rounded otherwise.
         kept = 0 if reproducible else kept_tokens
         self._batches: dict[Member, MemberBatch | ByteBatch] = {
@@ -136,6 +134,11 @@ class Members:
         for i, member in enumerate(s.batched):
             if s in self._batches[member].rows:
                 s.trails[i] = self._batches[member].leave(s, keep=keep)
+
+    @staticmethod
+    def reused(s: Sequence, hidden: Hidden) -> int:
+        """Return how many tokens of a prompt were not run, given what :meth:`catch_up` returned; over bytes none."""
+        return 0 if s.combination.over_bytes else len(s.prompt) - max(map(len, hidden))
 
     def check_finite(self, s: Sequence, hidden: Hidden) -> None:
         """Raise NonFiniteError with the names of the members at fault if any hidden state of a sequence is not finite.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 from jaxtyping import Float
 from torch import Tensor
@@ -27,9 +27,8 @@ from softmeet.rules.solution import Solution
 from softmeet.server.sampling import Sampler, Sampling
 from softmeet.solvers.base import Status
 
-
 # What the batcher runs: a model over tokens, or one that is read byte by byte.
-Member = PreTrainedModel | ByteMember
+Member: TypeAlias = PreTrainedModel | ByteMember
 
 
 def members_of(model: EnsembleForCausalLM) -> list[Member]:
@@ -96,8 +95,9 @@ class Combination:
     def shown(self) -> dict[str, Any]:
         """Return the settings that have an effect, in the types of JSON, as clients are told of them.
 
-        They are ``vocabulary``, "bytes", if tokens are bytes, ``rule``, ``trust`` and ``pool`` where the rule uses them, ``weights``, and ``gate`` if there is one;
-        ``gate`` is None, with ``why_no_gate`` beside it, if the ensemble's own could not be used.
+        They are ``rule``, ``trust`` and ``pool`` where the rule uses them, ``weights``, and ``gate`` if there is one;
+        ``gate`` is None, with ``why_no_gate`` beside it, if the ensemble's own could not be used. Over bytes there is
+        also ``vocabulary``: "bytes".
         """
         plain, idle = self.settings.plain(), unused(self.settings.rule)
         found = {name: plain[name] for name in ("rule", "trust", "weights", "pool") if name not in idle}

@@ -211,7 +211,11 @@ def _limit(body: CompletionRequest | ChatRequest, server: int, combination: Comb
                 param=name,
             )
         return int(asked)
-    return most if isinstance(body, ChatRequest) else min(_COMPLETION_BYTES if combination.over_bytes else _COMPLETION, most)
+    return (
+        most
+        if isinstance(body, ChatRequest)
+        else min(_COMPLETION_BYTES if combination.over_bytes else _COMPLETION, most)
+    )
 
 
 def _sampling(body: CompletionRequest | ChatRequest, ours: Extension, vocabulary: int) -> Sampling:
