@@ -28,6 +28,7 @@ from softmeet.evaluation.positions import observe_text
 from softmeet.evaluation.trace import Trace, record
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
 from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM, WholeCharacters
+from softmeet.hf.byte_report import expected_tokens
 from softmeet.hf.byte_tokenizer import byte_tokenizer
 from softmeet.members.covers import END, SYMBOLS
 
@@ -540,4 +541,4 @@ def test_a_text_that_is_read_behind_its_end_symbol_is_predicted_from_its_first_b
         last = ensemble.model(input_ids=symbols[:, :1], use_cache=False, logits_to_keep=1).logits[0, -1]
     assert torch.allclose(at_once[0], last)
     assert at_once[0].std() > 0
-    assert all(reader.expected(b"", 3) == {} for reader in ensemble.model.readers)
+    assert all(expected_tokens(reader, b"", 3) == {} for reader in ensemble.model.readers)

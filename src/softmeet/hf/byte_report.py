@@ -22,6 +22,7 @@ from softmeet.hf.report import most_probable, token_report
 from softmeet.members.byte_member import ByteMember
 from softmeet.members.covers import END
 from softmeet.members.reading import Reading
+from softmeet.members.spelling import Spelling
 from softmeet.rules.solution import Solution
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def group_reports(model: ByteEnsembleForCausalLM, text: bytes, top: int) -> list
         InvalidInputError: if the text exceeds a member's context.
     """
     log_probs = torch.stack([torch.from_numpy(reader.score(text)[1][: len(text)]) for reader in model.readers])
-    expected = [reader.expected(text, top) for reader in model.readers]
+    expected = [expected_tokens(reader, text, top) for reader in model.readers]
     solutions = [solution for _, solution in model.combiner.solve_in_chunks(list(log_probs), model.settings)]
     answer = torch.cat([solution.log_probs for solution in solutions])
     apart = torch.cat([solution.disagreement for solution in solutions], -1)
@@ -188,6 +189,41 @@ def own_tokens(reader: ByteMember, reading: Reading, top: int) -> Listed:
             found[shown_byte(END)] += share * float(cover.probs.root[END])
     best = sorted(found.items(), key=lambda one: -one[1])[:top]
     return [(text, math.log(share)) for text, share in best if share]
+
+
+def expected_tokens(reader: ByteMember, text: bytes, top: int) -> dict[int, Listed]:
+    """List a member's most probable tokens at each place at which one begins, as its tokenizer cuts a text.
+
+    The text follows ``reader.prefix``; InvalidInputError if both have more tokens than the model's context.
+
+    Args:
+        reader: the member.
+        text: any bytes.
+        top: the number of tokens to list at each place.
+
+    Returns:
+        A dict from the index in ``text`` of the first byte of each of its tokens to ``top`` pairs (token as text, or
+        ``<id>`` if it spells nothing; log-probability in nats), the most probable first.
+    """
+    spelling = reader.spelling
+    tokens = spelling.encode(text) if text else []
+    _, hidden = reader.run_chain([*reader.prefix, *tokens])
+    behind = hidden[len(reader.prefix) - 1 :][: len(tokens)]
+    # Indices in the text of the bytes that tokens spell: it may have bytes without a token, and no dummy prefix.
+    seen = [k for k, byte in enumerate(text) if byte not in spelling.unwritable]
+    found = {}
+    for place, state in zip(spelling.bounds(tokens)[:-1].tolist(), behind, strict=True):
+        with torch.inference_mode():
+            log_p = reader.head.logits(state[None])[0].log_softmax(-1)
+        listed = [(_named(spelling, k), x) for k, x in most_probable(log_p, top)]
+        found[seen[max(0, place - len(spelling.dummy))]] = listed
+    return found
+
+
+def _named(spelling: Spelling, token: int) -> str:
+    """Return a token as text, bytes that are not UTF-8 with backslash escapes; ``<id>`` if it spells nothing."""
+    word = spelling.spelled([token])
+    return word.decode(errors="backslashreplace") if word else f"<{token}>"
 
 
 def shown_byte(symbol: int) -> str:

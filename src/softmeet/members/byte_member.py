@@ -34,8 +34,8 @@ _LEAST = torch.finfo(torch.float32).tiny
 _LOOK_BACK = 64
 # A likely next token is run before it is needed if its probability is at least _LIKELY, at most _GUESSES at once.
 # Beside a single open cover they are run only if their probabilities sum to _WORTH: on a CPU, a product with one
-# vector takes half the time of one with several.
-_LIKELY, _GUESSES, _WORTH = 0.04, 5, 0.6
+# vector takes half the time of one with several. Among more than _FEW texts, some has to run a token at each byte.
+_LIKELY, _GUESSES, _WORTH, _FEW = 0.04, 5, 0.6, 4
 # Positions whose next tokens' probabilities are held at once, and prefixes whose states are kept.
 _AT_ONCE = 32
 _PREFIXES = 16
@@ -198,38 +198,6 @@ class ByteMember:
         work = known.work.and_(dropped=sum(covers.unasked for covers in known.covers))
         return Reading(known.covers[-1], known.tree, text, work).compact(), known.covers
 
-    def expected(self, text: bytes, top: int) -> dict[int, list[tuple[str, float]]]:
-        """List the most probable tokens at each place at which a token of the text begins, as the tokenizer cuts it.
-
-        The text follows ``self.prefix``; InvalidInputError if both have more tokens than the model's context.
-
-        Args:
-            text: any bytes.
-            top: the number of tokens to list at each place.
-
-        Returns:
-            A dict from the index in ``text`` of the first byte of each of its tokens to ``top`` pairs (token as text,
-            or ``<id>`` if it spells nothing; log-probability in nats), the most probable first.
-        """
-        spelling = self.spelling
-        tokens = spelling.encode(text) if text else []
-        _, hidden = self.run_chain([*self.prefix, *tokens])
-        behind = hidden[len(self.prefix) - 1 :][: len(tokens)]
-        # Indices in the text of the bytes that tokens spell: it may have bytes without a token, and no dummy prefix.
-        seen = [k for k, byte in enumerate(text) if byte not in spelling.unwritable]
-        found = {}
-        for place, state in zip(spelling.bounds(tokens)[:-1].tolist(), behind, strict=True):
-            with torch.inference_mode():
-                best = self.head.logits(state[None])[0].log_softmax(-1).topk(min(top, self.head.v))
-            listed = [(self._named(k), x) for k, x in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
-            found[seen[max(0, place - len(spelling.dummy))]] = listed
-        return found
-
-    def _named(self, token: int) -> str:
-        """Return a token as text, bytes that are not UTF-8 with backslash escapes; ``<id>`` if it spells nothing."""
-        word = self.spelling.spelled([token])
-        return word.decode(errors="backslashreplace") if word else f"<{token}>"
-
     def log_probs(self, readings: Sequence[Reading]) -> Float[Tensor, "B 257"]:
         """Return the next symbol's log-probabilities after each of B ≥ 1 readings, (B, 257) fp64, in nats, on the CPU.
 
@@ -260,31 +228,40 @@ class ByteMember:
 
     def _settled(self, readings: list[Reading]) -> list[Reading]:
         """Run the model, for all readings at once, on the open covers that weigh enough and on likely next tokens."""
+        few = sum(not reading.ended for reading in readings) <= _FEW
         while True:
             readings = [reading if reading.ended else self._close_guessed(reading) for reading in readings]
             asking = self._wanted(readings)
             if not asking:
                 break
             steps = {
-                k: [*((one.probs, one.token) for one in opened), *self._likely(readings[k], len(opened))]
+                k: [
+                    *((one.probs, one.token) for one in opened),
+                    *(self._likely(readings[k], len(opened)) if few else []),
+                ]
                 for k, opened in asking.items()
             }
             growths = [
                 Growth(readings[k].tree, [probs.path for probs, _ in own], [[token] for _, token in own])
                 for k, own in steps.items()
             ]
-            for (k, opened), own, (tree, states) in zip(asking.items(), steps.values(), self.run(growths), strict=True):
-                before, count = readings[k].tree.columns, len(opened)
-                paths = [np.append(probs.path, before + i) for i, (probs, _) in enumerate(own)]
-                found = self.next_token_probs(paths[:count], torch.cat(states[:count]))
-                answers = list(zip(opened, found, strict=True))
-                ahead = zip(own[count:], paths[count:], states[count:], strict=True)
+            grown = dict(zip(asking, self.run(growths), strict=True))
+            paths = {
+                k: [np.append(probs.path, readings[k].tree.columns + i) for i, (probs, _) in enumerate(own)]
+                for k, own in steps.items()
+            }
+            asked = [(paths[k][i], grown[k][1][i]) for k, opened in asking.items() for i in range(len(opened))]
+            found = iter(self.next_token_probs([path for path, _ in asked], torch.cat([states for _, states in asked])))
+            for k, opened in asking.items():
+                tree, states = grown[k]
+                answers = [(one, next(found)) for one in opened]
+                ahead = list(zip(steps[k], paths[k], states, strict=True))[len(opened) :]
                 guesses = [Guess(probs, token, path, state[0]) for (probs, token), path, state in ahead]
                 readings[k] = replace(
                     readings[k],
                     covers=readings[k].covers.answered(self.spelling, answers, self.pruning),
                     tree=tree,
-                    work=readings[k].work.and_(calls=1, tokens=len(own)),
+                    work=readings[k].work.and_(calls=1, tokens=len(steps[k])),
                     guesses=(*readings[k].guesses, *guesses),
                 )
         for k, reading in enumerate(readings):

@@ -95,7 +95,7 @@ class Sampler:
         self._reads_tokens = bool(found)
         if s.logit_bias:
             found.append(tf.SequenceBiasLogitsProcessor({(token,): float(x) for token, x in s.logit_bias.items()}))
-        self._processors = tf.LogitsProcessorList(found if self.greedy else [*found, *_warpers(s)])
+        self._processors = found if self.greedy else [*found, *_warpers(s)]
 
     def scores(self, tokens: Sequence[int], log_probs: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
         """Return the next token's scores, (v,), whose softmax is the distribution to draw it from.
@@ -110,7 +110,9 @@ class Sampler:
         if not self._processors:
             return log_probs
         ids = torch.tensor([tokens if self._reads_tokens else []], dtype=torch.int64, device=log_probs.device)
-        found: Tensor = self._processors(ids, log_probs[None])
+        found = log_probs[None]
+        for processor in self._processors:
+            found = processor(ids, found)
         return found[0]
 
 
