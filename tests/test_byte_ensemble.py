@@ -13,7 +13,6 @@ import pytest
 import tiny
 import torch
 import transformers as tf
-from serving import serving_of
 from typer.testing import CliRunner
 
 from softmeet import Ensemble
@@ -237,7 +236,6 @@ def test_what_bytes_are_not_there_for_says_so(pruned, folders, tmp_path):
         "evaluation does": lambda: list(pruned.positions("the other", 5)),
         "a trace in float16": lambda: record(pruned, documents, tmp_path / "trace", dtype="float16"),
         "lm-eval": lambda: harness_model(pruned),
-        "the server": lambda: serving_of({"bytes": pruned}),
         "Ray": lambda: RayEngine(pruned),
     }
     for what, use in refusing.items():

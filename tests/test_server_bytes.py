@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,6 +12,7 @@ from serving import http, running, serving_of
 from test_byte_ensemble import folders  # noqa: F401 - a fixture
 
 from softmeet import Ensemble
+from softmeet.hf.byte_report import character_reports, own_tokens, shown_byte
 from softmeet.hf.sampling import RowSampler
 from softmeet.members.covers import END
 
@@ -24,7 +26,7 @@ def ensemble(folders):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def url(ensemble):
-    serving = serving_of({"bytes": ensemble}, ui=True)
+    serving = serving_of({"bytes": ensemble})
     with running(serving) as found:
         yield found
 
@@ -124,3 +126,29 @@ def test_a_text_that_fills_a_context_ends_there(url):
     choice = answer.json()["choices"][0]
     assert choice["finish_reason"] == "length"
     assert len(choice["text"]) < 2000
+
+
+def test_reports_of_bytes_become_reports_of_characters():
+    one = {
+        "log_prob": -1.0, "pool_log_prob": -1.0, "num_passes": 0.0, "member_log_probs": [-1.0, -2.0],
+        "disagreement": [0.25, 0.5], "top": [["h", -0.1]], "text": "h",
+    }  # fmt: skip
+    symbols = [104, *"\u00e9".encode(), END, *"\u20ac".encode()[:2]]
+    found = character_reports([one | {"token": symbol, "text": shown_byte(symbol)} for symbol in symbols])
+    assert [report["text"] for report in found] == ["h", "\u00e9", "<|end|>"]
+    assert found[1]["log_prob"] == -2.0
+    assert found[1]["member_log_probs"] == [-2.0, -4.0]
+    assert found[1]["disagreement"] == [0.5, 1.0]
+
+
+def test_a_members_own_tokens_are_those_that_its_covers_allow(ensemble):
+    (reader, _) = ensemble.model.readers
+    reading = reader.begin(b"the t")
+    found = own_tokens(reader, reading, 4)
+    assert len(found) == 4
+    assert all(x <= 1e-9 for _, x in found)
+    every = own_tokens(reader, reading, 10_000)
+    # Each of them gives the byte behind what the member has read of it: together, the next byte's distribution.
+    assert sum(math.exp(x) for _, x in every) == pytest.approx(1.0, abs=0.2)
+    after = {text for text, _ in every}
+    assert after >= {text for text, _ in found}

@@ -234,13 +234,9 @@ class ByteMember:
             asking = self._wanted(readings)
             if not asking:
                 break
-            steps = {
-                k: [
-                    *((one.probs, one.token) for one in opened),
-                    *(self._likely(readings[k], len(opened)) if few else []),
-                ]
-                for k, opened in asking.items()
-            }
+            steps = {k: [(one.probs, one.token) for one in opened] for k, opened in asking.items()}
+            for k, own in steps.items() if few else ():
+                own += self._likely(readings[k], len(own))
             growths = [
                 Growth(readings[k].tree, [probs.path for probs, _ in own], [[token] for _, token in own])
                 for k, own in steps.items()
