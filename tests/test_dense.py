@@ -365,9 +365,8 @@ def test_rows_that_the_pool_answers_take_no_step():
 def test_generation_looks_for_no_bounds(monkeypatch):
     monkeypatch.undo()
     ensemble = softmeet.Ensemble.from_pretrained("wide", trust=1.0)
-    hidden = [
-        h[:12] for h in ensemble.model.hidden_states(ensemble._encode(["And the king said unto him"])["input_ids"])
-    ]
+    ids = encoded(ensemble.model, ensemble.tokenizer, ["And the king said unto him"])["input_ids"]
+    hidden = [h[:12] for h in ensemble.model.hidden_states(ids)]
     settings = ensemble.model.settings
     (_, proved), (_, quick) = (
         ensemble.model.combiner.solve_rows(hidden, settings, proved=proved) for proved in (True, False)
@@ -377,5 +376,5 @@ def test_generation_looks_for_no_bounds(monkeypatch):
     assert (quick.gap <= settings.tol).all()
     assert quick.num_passes.sum() < 0.8 * proved.num_passes.sum()
     assert total_variation(quick.log_probs, proved.log_probs).max() < math.sqrt(settings.tol / 2)
-    logits = ensemble.model(ensemble._encode(["And the king said unto him"])["input_ids"]).logits[0, :12]
+    logits = ensemble.model(ids).logits[0, :12]
     assert torch.allclose(logits, quick.log_probs, atol=1e-4)

@@ -13,9 +13,11 @@ from softmeet.errors import InvalidInputError
 from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM, assemble
 from softmeet.hf.byte_report import GroupReport, group_reports, shown_byte
 from softmeet.hf.calibrated import resolved
+from softmeet.hf.chat import Messages, is_chat
 from softmeet.hf.checkpoint import absolute
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.modeling import EnsembleForCausalLM
+from softmeet.hf.prompts import Prompt, encoded
 from softmeet.hf.recorder import Recorder
 from softmeet.hf.report import NextToken, TokenReport, TokenReports
 from softmeet.hf.sampling import RowSampler, require_reproducible
@@ -156,7 +158,7 @@ class Ensemble:
         tokenizers = load_tokenizers(names, trust_remote_code=trust_remote_code)
         common = choose_vocabulary(config, tokenizers, any_average=any_average)
         models = load_members(names, **loading, offload_folder=offload_folder, on_progress=on_progress, loaded=loaded)
-        model = assemble(config, models, common)
+        model = assemble(config, models, common, tokenizers)
         return cls(model, model.tokenizer)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -183,7 +185,7 @@ class Ensemble:
             >>> [(token, round(probability, 2)) for token, probability in found.top]
             [(' of', 0.26), (',', 0.14)]
         """
-        hidden = [h[-1:] for h in self.model.hidden_states(self._encode([text])["input_ids"])]
+        hidden = [h[-1:] for h in self.model.hidden_states(encoded(self.model, self.tokenizer, [text])["input_ids"])]
         log_probs, solution = self.model.combiner.solve_rows(hidden, resolved(self.model, self.model.settings))
         members = {name: self._top(own[0], top) for name, own in zip(self.names, log_probs, strict=True)}
         return NextToken(self._top(solution.log_probs[0], top), members, solution)
@@ -213,7 +215,7 @@ class Ensemble:
             if not text:
                 raise InvalidInputError("expected a text of at least one byte, got an empty one")
             return group_reports(self.model, text.encode(), top)
-        inputs = self._encode([text])
+        inputs = encoded(self.model, self.tokenizer, [text])
         tokens = inputs["input_ids"][0, 1:]
         if not len(tokens):
             raise InvalidInputError(f"expected a text of at least two tokens, got {text!r}")
@@ -237,7 +239,7 @@ class Ensemble:
             >>> [round(weight, 2) for weight in weights]
             [0.35, 0.26, 0.39]
         """
-        ids = self._encode([text])["input_ids"]
+        ids = encoded(self.model, self.tokenizer, [text])["input_ids"]
         if ids.shape[1] < 2:
             raise InvalidInputError(f"expected a prompt of at least two tokens to weigh members by, got {text!r}")
         log_probs, _ = self.model.combiner.own_log_probs([h[:-1] for h in self.model.hidden_states(ids)])
@@ -279,13 +281,13 @@ class Ensemble:
         return [(named(i), p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
 
     @overload
-    def generate(self, text: str, **options: Any) -> str: ...
+    def generate(self, text: str | Messages, **options: Any) -> str: ...
     @overload
     def generate(self, text: list[str], **options: Any) -> list[str]: ...
     @torch.inference_mode()
     def generate(
         self,
-        text: str | list[str],
+        text: str | Messages | list[str],
         *,
         seed: int | None = None,
         recorder: Recorder | None = None,
@@ -296,7 +298,8 @@ class Ensemble:
         """Continue one prompt, or several in one batch, and return the new text only.
 
         Args:
-            text: a prompt or a list of prompts.
+            text: a prompt or a list of prompts. A prompt is a text, or a conversation to answer: a list of turns, such
+                as ``[{"role": "user", "content": "hello"}]``, that each member's chat template turns into a prompt.
             seed: prompt k, from 0, draws from its own generator, seeded with (seed, k), so its tokens do not depend on
                 the other prompts; implies ``do_sample=True`` unless that is False. None for torch's global generator.
             recorder: a ``softmeet.hf.Recorder()``, to which the call adds its rows, head reads, fallbacks and more.
@@ -317,7 +320,8 @@ class Ensemble:
             >>> ensemble.generate("In the beginning", max_new_tokens=5, do_sample=False)
             ' of the earth, and'
         """
-        prompts = list(text) if isinstance(text, list | tuple) else [text]
+        several = isinstance(text, list | tuple) and not is_chat(text)
+        prompts: list[Any] = list(text) if several else [text]
         if prompt_weights and "weights" in options:
             raise InvalidInputError("expected weights or prompt_weights, got both: leave one out")
         arguments = self._arguments(prompts, seed, recorder, options)
@@ -330,10 +334,10 @@ class Ensemble:
         else:
             made = self.model.generate(**arguments)[:, arguments["input_ids"].shape[1] :]
             texts = list(self.tokenizer.batch_decode(made, skip_special_tokens=True))
-        return texts if isinstance(text, list | tuple) else texts[0]
+        return texts if several else texts[0]
 
     def stream(
-        self, text: str, *, seed: int | None = None, recorder: Recorder | None = None, **options: Any
+        self, text: Prompt, *, seed: int | None = None, recorder: Recorder | None = None, **options: Any
     ) -> Iterator[str]:
         """Continue one prompt as :meth:`generate` does (without ``prompt_weights``), and yield new text as it comes.
 
@@ -348,7 +352,7 @@ class Ensemble:
         yield from streamed(self.model, streamer, self._arguments([text], seed, recorder, options))
 
     def stream_with_disagreement(
-        self, text: str, *, seed: int | None = None, recorder: Recorder | None = None, **options: Any
+        self, text: Prompt, *, seed: int | None = None, recorder: Recorder | None = None, **options: Any
     ) -> Iterator[tuple[str, float]]:
         """Stream as :meth:`stream` does, and yield (new text, how far the members disagree there, in nats).
 
@@ -364,10 +368,13 @@ class Ensemble:
         yield from streamed(self.model, streamer, self._arguments([text], seed, streamer.passes, options))
 
     def _arguments(
-        self, prompts: list[str], seed: int | None, recorder: Recorder | None, options: dict[str, Any]
+        self, prompts: list[Prompt], seed: int | None, recorder: Recorder | None, options: dict[str, Any]
     ) -> dict[str, Any]:
         """Return the arguments of the model's ``generate``; without a length, text may fill the shortest context."""
-        inputs, usual = self._encode(prompts), options.get("generation_config") or self.model.generation_config
+        inputs, usual = (
+            encoded(self.model, self.tokenizer, prompts),
+            options.get("generation_config") or self.model.generation_config,
+        )
         drawn = options.get("do_sample", bool(usual.do_sample) or seed is not None)
         # transformers would keep the 50 likeliest tokens where no number is given.
         whole = {"top_k": usual.top_k or 0} if drawn else {}
@@ -378,23 +385,3 @@ class Ensemble:
         sampler = RowSampler(seed, range(len(prompts))) if drawn and seed is not None else None
         more = {"recorder": recorder, "row_sampler": sampler}
         return found | {name: value for name, value in more.items() if value is not None}
-
-    def _encode(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        """Return token ids and the attention mask, (B, t), on the model's device."""
-        require_unicode(*prompts)
-        if not prompts or not (all(prompts) or self.model.over_bytes):
-            raise InvalidInputError("expected a prompt of at least one token, got an empty one")
-        inputs = self.tokenizer(prompts, return_tensors="pt", padding=len(prompts) > 1, verbose=False)
-        if inputs["input_ids"].shape[1] == 0:
-            if not self.model.over_bytes:
-                raise InvalidInputError(f"expected a prompt of at least one token, got {prompts!r}")
-            # A text begins after the symbol for the end of a text.
-            begun = torch.full((len(prompts), 1), self.model.config.bos_token_id)
-            inputs = {"input_ids": begun, "attention_mask": torch.ones_like(begun)}
-        length, limit = inputs["input_ids"].shape[1], getattr(self.model.config, "max_position_embeddings", None)
-        if limit is not None and length >= limit:
-            raise InvalidInputError(
-                f"expected a prompt shorter than the shortest member's context of {limit} tokens, got {length}: "
-                "shorten the prompt"
-            )
-        return {key: inputs[key].to(self.model.device) for key in ("input_ids", "attention_mask")}

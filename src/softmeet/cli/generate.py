@@ -80,6 +80,37 @@ class SamplingFlags:
         return {name: value for name, value in given.items() if name not in unused} | {"do_sample": False}
 
 
+@dataclass
+class ChatFlags:
+    """Flags of conversations."""
+
+    PANEL: ClassVar = "Text"
+    chat: bool = flag(
+        False,
+        "Answer each prompt as a user's message: each member's chat template makes a prompt of it. Over bytes each "
+        "member begins after its own.",
+        "--chat",
+    )
+    system: str | None = flag(None, "With --chat, the system's message before it.")
+    plain_chat: bool = flag(False, "With --chat, a plain template for members that have none.", "--plain-chat")
+
+    def require(self, *, prompt_weights: bool) -> None:
+        """Raise InvalidInputError, before anything is loaded, for flags that do not go together."""
+        if (self.system is not None or self.plain_chat) and not self.chat:
+            raise InvalidInputError("--system and --plain-chat are for conversations: say --chat as well")
+        if self.chat and prompt_weights:
+            raise InvalidInputError("--prompt-weights weighs by a text that members continue: leave it out, or --chat")
+
+    def asked(self, ensemble: Ensemble, texts: list[str]) -> list[Any]:
+        """Return the texts, or for a chat the conversations that they begin."""
+        from softmeet.hf.chat import take_plain
+
+        if self.plain_chat:
+            take_plain(ensemble.model)
+        before = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [[*before, {"role": "user", "content": text}] for text in texts] if self.chat else list(texts)
+
+
 @flags()
 def generate(
     *,
@@ -90,6 +121,7 @@ def generate(
     file: list[Path] | None = flag(
         None, "A file that holds one prompt; it can be repeated.", "--file", "-f", panel="Text"
     ),
+    chat: ChatFlags,
     members: options.Members = None,
     sampling: SamplingFlags,
     prompt_weights: bool = flag(
@@ -141,20 +173,22 @@ def generate(
     texts += [file_text(p).rstrip("\n") if p == "-" else argument_text(p) for p in prompts or ([] if file else ["-"])]
     if reproducible:
         _require_reproducible(sampling, token_seconds)
+    chat.require(prompt_weights=prompt_weights)
     ensemble = loading.ensemble(members, settings)
+    asked = chat.asked(ensemble, texts)
     weights = [ensemble.prompt_weights(text) for text in texts] if prompt_weights else None
     from softmeet.hf import Recorder
 
     recorder, before, started = Recorder(), ensemble.model.spent, time.perf_counter()
     given = {"recorder": recorder, "token_seconds": token_seconds, **sampling.arguments()}
     each: list[dict[str, Any]] = [{}] * len(texts) if weights is None else [{"weights": own} for own in weights]
-    completions: list[str] = []
+    completions: Any = []
     if len(texts) == 1 and not as_json:
-        _stream(ensemble, texts[0], {**given, **each[0]}, color=color)
+        _stream(ensemble, asked[0], {**given, **each[0]}, color=color)
     else:
         with working(f"generating from {len(texts)} prompts"):
             if weights is None:
-                completions = ensemble.generate(texts, reproducible=reproducible, **given)
+                completions = ensemble.generate(asked, reproducible=reproducible, **given)
             else:
                 completions = [ensemble.generate(texts[k], **given, **own) for k, own in enumerate(each)]
     facts = _facts(ensemble, recorder, time.perf_counter() - started, weights, before)
@@ -178,7 +212,7 @@ def _require_reproducible(sampling: SamplingFlags, token_seconds: float | None) 
         raise InvalidInputError("leave out --token-seconds: how far a rule gets in time is not reproducible")
 
 
-def _stream(ensemble: Ensemble, prompt: str, arguments: dict[str, Any], *, color: bool) -> None:
+def _stream(ensemble: Ensemble, prompt: Any, arguments: dict[str, Any], *, color: bool) -> None:
     """Print a prompt's continuation on stdout as it comes, if asked with the colours of ``softmeet inspect``."""
     from softmeet.hf.report import style
 

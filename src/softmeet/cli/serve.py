@@ -164,6 +164,9 @@ def serve(
         "--reproducible",
         panel="Engine",
     ),
+    plain_chat: bool = flag(
+        False, "Chat by a plain template with members that have none of their own.", "--plain-chat", panel="Members"
+    ),
     cluster: ClusterFlags,
     loading: options.LoadingFlags,
     **settings: Any,
@@ -208,6 +211,7 @@ def serve(
             max_trust=limits.max_trust,
             parallel=parallel,
             reproducible=reproducible,
+            plain_chat=plain_chat,
             cors=access.cors or (),
             ui=bool(find_spec("gradio")) if ui is None else ui,
         )

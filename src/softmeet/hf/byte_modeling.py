@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from softmeet.errors import InvalidInputError
 from softmeet.heads import SoftmaxHead
@@ -23,6 +23,7 @@ from softmeet.hf import checkpoint
 from softmeet.hf.byte_rows import ByteCache, fresh_rows, read_on
 from softmeet.hf.byte_tokenizer import byte_tokenizer
 from softmeet.hf.call_options import CallOptions, Prefixes
+from softmeet.hf.chat import ChatTemplates
 from softmeet.hf.combining import Combiner, Deferral
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.modeling import EnsembleForCausalLM
@@ -40,7 +41,10 @@ _log = logging.getLogger("softmeet")
 
 
 def assemble(
-    config: EnsembleConfig, models: Sequence[PreTrainedModel], vocabulary: CommonVocabulary | Sequence[Spelling]
+    config: EnsembleConfig,
+    models: Sequence[PreTrainedModel],
+    vocabulary: CommonVocabulary | Sequence[Spelling],
+    tokenizers: Sequence[PreTrainedTokenizerBase],
 ) -> EnsembleForCausalLM:
     """Make an ensemble, over tokens or over bytes, of loaded members, in evaluation mode.
 
@@ -49,6 +53,7 @@ def assemble(
         models: the members' models, loaded by :func:`softmeet.members.huggingface.load_members`, in the same order.
         vocabulary: the result of :func:`softmeet.hf.vocabulary.choose_vocabulary`: the members' common vocabulary for
             an ensemble over tokens, or each member's spelling (its tokens as byte strings) for one over bytes.
+        tokenizers: the members' tokenizers, for their chat templates.
 
     Raises:
         UnsupportedHeadError: if a member's output layer is not a plain softmax head; or, over bytes, the rule needs the
@@ -62,6 +67,7 @@ def assemble(
         model.adopt(vocabulary.tokenizer, vocabulary.ids)
     else:
         model = ByteEnsembleForCausalLM(config, _readers(config, models, vocabulary))
+    model.chat = ChatTemplates(config.members, tokenizers)
     model.eval()
     return model
 

@@ -121,7 +121,8 @@ def load(
     config.members = absolute(config.members, folder)
     device = places(device_map, len(config.members))
     require_loadable(config.members, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    vocabulary = choose_vocabulary(config, load_tokenizers(config.members, trust_remote_code=trust_remote_code))
+    tokenizers = load_tokenizers(config.members, trust_remote_code=trust_remote_code)
+    vocabulary = choose_vocabulary(config, tokenizers)
     members = load_members(
         config.members,
         dtype=dtype,
@@ -129,7 +130,7 @@ def load(
         trust_remote_code=trust_remote_code,
         offload_folder=offload_folder,
     )
-    model = assemble(config, members, vocabulary)
+    model = assemble(config, members, vocabulary, tokenizers)
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model

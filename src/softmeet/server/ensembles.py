@@ -14,6 +14,7 @@ from softmeet.ensemble import Ensemble
 from softmeet.errors import InvalidInputError, SoftmeetError, UnsupportedHeadError
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
 from softmeet.hf.calibrated import moves_pool, resolved
+from softmeet.hf.chat import chat_of
 from softmeet.members.zoo import DEFAULT, short
 from softmeet.rules.gates import Disagreement, that_closes
 from softmeet.rules.settings import Settings, parse_rule
@@ -172,6 +173,7 @@ def _part(whole: EnsembleForCausalLM, chosen: tuple[int, ...]) -> EnsembleForCau
     }
     part = whole.part(chosen, EnsembleConfig([config.members[k] for k in chosen], settings=Settings.of(own)))
     part.generation_config = whole.generation_config
+    part.chat = chat_of(whole).of(chosen)
     return part
 
 

@@ -11,8 +11,10 @@ from uuid import uuid4
 
 from pydantic_core import to_jsonable_python
 
+from softmeet.hf.chat import chat_of
 from softmeet.members.byte_member import ByteMember
 from softmeet.members.covers import END
+from softmeet.members.zoo import short
 from softmeet.server.answer import ChoiceDelta
 from softmeet.server.schemas import ChatRequest, CompletionRequest
 from softmeet.server.sequences import GenerationRequest, Token
@@ -129,24 +131,35 @@ class Reply(ABC):
         Over bytes they are bytes, an end counting as one, and softmeet's own fields say so, with the numbers of each
         member's own tokens in the same texts.
         """
-        prompts = sum(map(len, self.asked.prompts))
+        prompts = self.prompt_tokens()
         found = {"prompt_tokens": prompts, "completion_tokens": tokens, "total_tokens": prompts + tokens}
         how = self.asked.combination
         if not how.over_bytes:
             return found
-        own = {name: self._own_tokens(reader) for name, reader in zip(how.names, how.readers, strict=True)}
+        before = [len(prefix or ()) for prefix in self.asked.prefixes or [()] * len(how.names)]
+        own = {
+            name: self._own_tokens(reader, count)
+            for name, reader, count in zip(how.names, how.readers, before, strict=True)
+        }
         return found | {"softmeet": {"unit": "byte", "members": own}}
 
-    def _own_tokens(self, reader: ByteMember) -> dict[str, int]:
-        """Return how many of a member's own tokens the prompts and the drawn texts are, as its tokenizer cuts them."""
+    def prompt_tokens(self) -> int:
+        """Return the number of tokens of all prompts; over bytes, of bytes."""
+        return sum(map(len, self.asked.prompts))
+
+    def _own_tokens(self, reader: ByteMember, before: int) -> dict[str, int]:
+        """Return how many of a member's own tokens the prompts and the drawn texts are, as its tokenizer cuts them.
+
+        ``before`` is the number of those that it reads before each prompt because the request says so.
+        """
         encode, choices = reader.spelling.encode, self.asked.choices
         texts = [bytes(prompt[prompt[0] == END :]) for prompt in self.asked.prompts]
-        before = [len(encode(text)) for text in texts]
+        counts = [len(encode(text)) if text else 0 for text in texts]
         whole = [
-            len(encode(texts[k // choices] + self._drawn[k])) - before[k // choices]
+            len(encode(texts[k // choices] + self._drawn[k])) - counts[k // choices]
             for k in range(choices * len(texts))
         ]
-        return {"prompt_tokens": sum(before), "completion_tokens": sum(whole)}
+        return {"prompt_tokens": sum(counts) + before * len(texts), "completion_tokens": sum(whole)}
 
     def _settings(self) -> dict[str, Any]:
         """Return the members, the settings and the seed that were used for the answer."""
@@ -244,7 +257,19 @@ class CompletionReply(Reply):
 class ChatReply(Reply):
     """The writer of an answer of ``/v1/chat/completions``."""
 
+    body: ChatRequest
     prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+
+    def prompt_tokens(self) -> int:
+        """Return the number of the prompt's tokens; over bytes, of the messages' bytes, without templates."""
+        if not self.asked.combination.over_bytes:
+            return super().prompt_tokens()
+        return sum(len(message.plain()["content"].encode()) for message in self.body.messages)
+
+    def _settings(self) -> dict[str, Any]:
+        """Return what all answers have, and the members that were told the conversation by a plain template."""
+        plainly = chat_of(self.asked.combination.model).plainly
+        return super()._settings() | ({"plain_chat": [short(name) for name in plainly]} if plainly else {})
 
     def content(self, delta: ChoiceDelta, *, first: bool) -> dict[str, Any]:
         """Return ``message``, or in a stream ``delta``, and ``logprobs`` of one choice; its first delta names the role.

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import jinja2
 import torch
 
-from softmeet.errors import SoftmeetError
+from softmeet.errors import InvalidInputError, SoftmeetError
 from softmeet.hf import EnsembleForCausalLM
+from softmeet.hf.chat import chat_of, take_plain
 from softmeet.members.covers import END
+from softmeet.members.zoo import short
 from softmeet.server.batcher import Batcher, Limits
 from softmeet.server.ensembles import Ensembles, Served
 from softmeet.server.errors import RequestError
@@ -31,6 +32,8 @@ from softmeet.solvers.clock import time_limit
 
 # The most log-probabilities that an answer may list, in all of its tokens; they take some 300 MB.
 _MOST_LISTED = 1 << 20
+# Over bytes, each member's own tokens before the prompt; empty for those that it reads before every text.
+Prefixes = tuple[tuple[int, ...], ...]
 # The most tokens of a completion whose request does not say; over bytes, about as long a text.
 _COMPLETION, _COMPLETION_BYTES = 16, 64
 
@@ -51,6 +54,7 @@ class ServerSettings:
         parallel: whether members run at the same time, in a thread each; they do anyway if an ensemble has members on
             different devices.
         reproducible: whether every sequence is run and solved by itself, so that what shares the batch changes no bit.
+        plain_chat: whether members without a chat template take a plain one.
         cors: origins (such as ``https://example.org``) whose pages may call the API from a browser.
         ui: whether the page at ``/ui`` is served.
     """
@@ -64,6 +68,7 @@ class ServerSettings:
     max_trust: float = 100.0
     parallel: bool = False
     reproducible: bool = False
+    plain_chat: bool = False
     cors: Sequence[str] = field(default_factory=tuple)
     ui: bool = True
 
@@ -84,6 +89,8 @@ class Serving:
 
     def __init__(self, ensembles: Ensembles, settings: ServerSettings) -> None:
         for served in ensembles:
+            if settings.plain_chat:
+                take_plain(served.ensemble.model)
             token_texts(served.ensemble.tokenizer)  # no request is to wait until they are read
         self.ensembles, self.settings, self.metrics = ensembles, settings, Metrics()
         parallel = settings.parallel or any(s.ensemble.model.apart for s in ensembles)
@@ -134,6 +141,7 @@ class Serving:
         served, ours = self.ensembles.find(body.model), body.softmeet or Extension()
         in_thread = partial(asyncio.get_running_loop().run_in_executor, self._thread)
         combination = served.combination(ours, self.settings.allowed, self.settings.max_trust)
+        prefixes: Prefixes = ()
         choices, limit = body.n or 1, _limit(body, self.settings.max_tokens, combination)
         if isinstance(body, CompletionRequest):
             # What could be no prompt is refused before it is cut into tokens, which may take seconds.
@@ -144,13 +152,13 @@ class Serving:
             top = body.logprobs
             score_prompt = bool(body.echo) and (top is not None or ours.report is not None)
         else:
-            prompts = await in_thread(_templated, served, body)
+            prompts, prefixes = await in_thread(_templated, served, combination, body)
             top, score_prompt = (body.top_logprobs or 0) if body.logprobs else None, False
             _check_choices(len(prompts), choices, self.settings)
         for prompt in prompts:
             _check_prompt(prompt, combination, limit)
             if combination.over_bytes:
-                await in_thread(_check_bytes, prompt, combination)
+                await in_thread(_check_bytes, prompt, combination, prefixes)
         tokens = choices * sum(limit + score_prompt * len(prompt) for prompt in prompts)
         _check_listed(tokens, (top or 0) + (ours.report or 0) * (len(combination.names) + 2))
         return GenerationRequest(
@@ -162,6 +170,7 @@ class Serving:
             score_prompt=score_prompt,
             deadline=time.monotonic() + self.settings.seconds,
             prompts=tuple(prompts),
+            prefixes=prefixes,
             choices=choices,
             stops=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
             model=served.name,
@@ -278,25 +287,30 @@ def _encoded(served: Served, parts: list[Any]) -> list[tuple[int, ...]]:
     return [tuple(tokenizer(p, verbose=False)["input_ids"] if isinstance(p, str) else p) for p in parts]
 
 
-def _templated(served: Served, body: ChatRequest) -> list[tuple[int, ...]]:
-    """Return a list of one prompt: the token ids that the tokenizer's chat template makes of the messages.
+def _templated(served: Served, combination: Combination, body: ChatRequest) -> tuple[list[tuple[int, ...]], Prefixes]:
+    """Return a list of one prompt, which the members' chat templates make of the messages, and prefixes.
+
+    Over bytes each member begins after its own prompt, its prefix, and the prompt is the beginning of a text.
 
     Raises:
-        RequestError: if the tokenizer has no chat template, or the template refuses the messages.
+        RequestError: if there is no chat template for a member, or the templates refuse the messages or differ.
     """
-    tokenizer = served.ensemble.tokenizer
-    if not tokenizer.chat_template:
+    chat = chat_of(combination.model)
+    missing = [short(name) for name in chat.missing]
+    if missing and (combination.over_bytes or len(missing) == len(chat.names)):
+        who = f"{', '.join(missing)} of {served.name}" if combination.over_bytes else f"the tokenizer of {served.name}"
         raise RequestError(
-            f"the tokenizer of {served.name} has no chat template, so there is no saying how its members would have "
-            "been trained to chat: use /v1/completions",
+            f"{who} has no chat template, so there is no saying how its members would have been trained to chat: use "
+            "/v1/completions, or start the server with --plain-chat",
             param="messages", code="no_chat_template",
         )  # fmt: skip
+    messages = [message.plain() for message in body.messages]
     try:
-        messages = [message.plain() for message in body.messages]
-        found = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    except jinja2.TemplateError as error:
-        raise RequestError(f"the chat template refuses these messages: {error}"[:300], param="messages") from error
-    return [tuple(found)]
+        if combination.over_bytes:
+            return [(END,)], tuple(map(tuple, chat.own_prompts(messages)))
+        return [tuple(chat.shared_prompt(messages))], ()
+    except InvalidInputError as error:
+        raise RequestError(str(error), param="messages") from error
 
 
 def _check_prompt(prompt: tuple[int, ...], combination: Combination, limit: int) -> None:
@@ -320,13 +334,14 @@ def _check_prompt(prompt: tuple[int, ...], combination: Combination, limit: int)
         )  # fmt: skip
 
 
-def _check_bytes(prompt: tuple[int, ...], combination: Combination) -> None:
+def _check_bytes(prompt: tuple[int, ...], combination: Combination, prefixes: Prefixes) -> None:
     """Raise RequestError if a prompt over bytes has an end within, or exceeds a member's context in its own tokens."""
     if END in prompt[1:]:
         raise RequestError(f"expected {END}, the end of a text, only as a prompt's first id", param="prompt")
     text = bytes(prompt[prompt[0] == END :])
-    for name, reader in zip(combination.names, combination.readers, strict=True):
-        count = len(reader.prefix) + len(reader.spelling.encode(text))
+    before = prefixes or [reader.prefix for reader in combination.readers]
+    for name, reader, prefix in zip(combination.names, combination.readers, before, strict=True):
+        count = len(prefix) + len(reader.spelling.encode(text))
         # A token more is needed to read several tokenizations, and one to go on.
         if count + 2 > reader.limit:
             raise RequestError(

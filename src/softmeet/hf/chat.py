@@ -1,0 +1,131 @@
+"""A conversation as a prompt: each member's chat template, the text form in which it was trained to be talked to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+from softmeet.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from softmeet.hf.modeling import EnsembleForCausalLM
+
+# Each turn on a line of its own, behind its role: what a model without a template may make something of.
+PLAIN = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+Messages = Sequence[Mapping[str, str]]
+
+
+def is_chat(given: object) -> bool:
+    """Return whether something is a conversation, a list of turns, and not a text or a list of texts."""
+    return isinstance(given, Sequence) and bool(given) and isinstance(given[0], Mapping)
+
+
+@dataclass(frozen=True)
+class ChatTemplates:
+    """The chat templates of an ensemble's members.
+
+    Attributes:
+        names: the members' names.
+        tokenizers: the members' tokenizers, in the same order; those of instruct models have a template.
+        plain: whether members without a template take :data:`PLAIN`.
+    """
+
+    names: Sequence[str]
+    tokenizers: Sequence[PreTrainedTokenizerBase]
+    plain: bool = False
+
+    def of(self, chosen: Sequence[int]) -> ChatTemplates:
+        """Return those of the members numbered ``chosen``."""
+        return replace(self, names=[self.names[k] for k in chosen], tokenizers=[self.tokenizers[k] for k in chosen])
+
+    @property
+    def missing(self) -> list[str]:
+        """The names of the members that have no template, and take none."""
+        if self.plain:
+            return []
+        return [name for name, own in zip(self.names, self.tokenizers, strict=True) if not own.chat_template]
+
+    @property
+    def plainly(self) -> list[str]:
+        """The names of the members that are told a conversation by :data:`PLAIN`."""
+        return [
+            name
+            for name, own in zip(self.names, self.tokenizers, strict=True)
+            if own.chat_template == PLAIN or (self.plain and not own.chat_template)
+        ]
+
+    def own_prompts(self, messages: Messages) -> list[list[int]]:
+        r"""Render a conversation by each member's own template, up to where the answer begins.
+
+        Args:
+            messages: each turn's ``role``, such as system, user or assistant, and ``content``, a text.
+
+        Returns:
+            for each member the ids of its own tokens.
+
+        Raises:
+            InvalidInputError: if a member has no template, or a template refuses the messages.
+
+        Example:
+            >>> from transformers import AutoTokenizer
+            >>> from softmeet.members import zoo
+            >>> tokenizer = AutoTokenizer.from_pretrained(zoo.locate("wide/gpt2"))
+            >>> chat = ChatTemplates(["wide/gpt2"], [tokenizer], plain=True)
+            >>> tokenizer.decode(chat.own_prompts([{"role": "user", "content": "Who are you?"}])[0])
+            'user: Who are you?\nassistant:'
+        """
+        if self.missing:
+            raise InvalidInputError(
+                f"{', '.join(self.missing)} {'has' if len(self.missing) == 1 else 'have'} no chat template, so there "
+                "is no saying how to chat: ask for the plain one (--plain-chat, or softmeet.hf.chat.take_plain), or "
+                "continue a text"
+            )
+        return [self._rendered(own, messages) for own in self.tokenizers]
+
+    def shared_prompt(self, messages: Messages) -> list[int]:
+        """Render a conversation as the tokens that all members share.
+
+        Members without a template, unless all lack one, read what the others' templates make.
+
+        Raises:
+            InvalidInputError: if the members' templates make different prompts, or one refuses the messages; or for the
+                reason of :meth:`own_prompts` if no member has a template.
+        """
+        able = [own for own in self.tokenizers if own.chat_template]
+        if not able:
+            return self.own_prompts(messages)[0]
+        first, *others = [self._rendered(own, messages) for own in able]
+        if any(other != first for other in others):
+            raise InvalidInputError(
+                "expected chat templates that make one prompt, since over tokens members share every token, got "
+                "different ones: load the members with vocabulary='bytes', where each begins after its own"
+            )
+        return first
+
+    def _rendered(self, tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
+        try:
+            found: list[int] = tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                chat_template=tokenizer.chat_template or PLAIN,
+                add_generation_prompt=True,
+                return_dict=False,
+            )
+        except jinja2.TemplateError as error:
+            raise InvalidInputError(f"the chat template refuses these messages: {error}"[:300]) from error
+        return list(found)
+
+
+def chat_of(model: EnsembleForCausalLM) -> ChatTemplates:
+    """Return the chat templates of a model's members; of one made in memory, that of its tokenizer for all members."""
+    found = getattr(model, "chat", None)
+    names = model.config.members
+    return found if isinstance(found, ChatTemplates) else ChatTemplates(names, [model.tokenizer] * len(names))
+
+
+def take_plain(model: EnsembleForCausalLM) -> None:
+    """Let the members of a model that have no chat template take :data:`PLAIN`."""
+    model.chat = replace(chat_of(model), plain=True)

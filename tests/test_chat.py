@@ -1,0 +1,141 @@
+"""Conversations: each member's own chat template, in Python, on the command line and over the wire."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from serving import TEMPLATE, http, running, serving_of, tiny_ensemble
+from test_byte_ensemble import save
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+from softmeet import Ensemble
+from softmeet.cli.main import app as commands
+from softmeet.errors import InvalidInputError
+from softmeet.hf.chat import PLAIN, ChatTemplates, chat_of, take_plain
+from softmeet.hf.sampling import RowSampler
+from softmeet.members.covers import END
+
+TURNS = [{"role": "system", "content": "the"}, {"role": "user", "content": "he t\u00e9"}]
+OTHER = "{% for m in messages %}{{ m.content }}\n{% endfor %}the "
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two members over bytes, each with a template of its own."""
+    folder = tmp_path_factory.mktemp("chat")
+    found = [save(folder / kind, kind, seed) for seed, kind in enumerate(("gpt2", "llama"))]
+    for where, template in zip(found, (TEMPLATE, OTHER), strict=True):
+        tokenizer = AutoTokenizer.from_pretrained(where)
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(where)
+    return found
+
+
+@pytest.fixture(scope="module")
+def ensemble(folders):
+    return Ensemble.from_pretrained(folders, "prob-mean", vocabulary="bytes")
+
+
+def expected(ensemble, prompts, seed, count):
+    """The bytes of what generate() gives behind each member's own tokens."""
+    begun = torch.tensor([[END]])
+    out = ensemble.model.generate(
+        begun, attention_mask=torch.ones_like(begun), prefixes=[prompts], do_sample=True, top_k=0,
+        max_new_tokens=count, row_sampler=RowSampler(seed, [0]),
+    )  # fmt: skip
+    return bytes(token for token in out[0, 1:].tolist() if token != END).decode(errors="ignore")
+
+
+def test_over_bytes_each_member_begins_after_its_own_prompt(ensemble, folders):
+    own = chat_of(ensemble.model).own_prompts(TURNS)
+    texts = ["s:the!u:he t\u00e9!a:", "the\nhe t\u00e9\nthe "]
+    for reader, ids, text in zip(ensemble.model.readers, own, texts, strict=True):
+        assert reader.spelling.spelled(ids).decode().strip() == text.strip()
+    text = ensemble.generate(TURNS, seed=4, max_new_tokens=30)
+    assert text.rstrip("\ufffd") == expected(ensemble, own, 4, 30)
+    assert "".join(ensemble.stream(TURNS, seed=4, max_new_tokens=30)) == text
+    both = ensemble.generate([TURNS, "the"], do_sample=False, max_new_tokens=8)
+    assert both == [ensemble.generate(prompt, do_sample=False, max_new_tokens=8) for prompt in (TURNS, "the")]
+
+
+def test_over_the_wire_it_is_the_same_text(ensemble):
+    body = {"messages": TURNS, "seed": 4, "max_tokens": 30}
+    with running(serving_of({"pair": ensemble})) as url:
+        answer = http.post(f"{url}/v1/chat/completions", json=body).json()
+        with http.stream("POST", f"{url}/v1/chat/completions", json=body | {"stream": True}) as stream:
+            chunks = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: {")]
+    text = answer["choices"][0]["message"]["content"]
+    assert text == ensemble.generate(TURNS, seed=4, max_new_tokens=30)
+    assert "".join(choice["delta"].get("content", "") for chunk in chunks for choice in chunk["choices"]) == text
+    assert answer["usage"]["prompt_tokens"] == sum(len(turn["content"].encode()) for turn in TURNS)
+    own = chat_of(ensemble.model).own_prompts(TURNS)
+    members = answer["usage"]["softmeet"]["members"].values()
+    assert [one["prompt_tokens"] for one in members] == [len(ids) for ids in own]
+    assert "plain_chat" not in answer["softmeet"]
+
+
+def test_a_member_without_a_template_is_named_or_takes_the_plain_one(folders, tmp_path):
+    bare = save(tmp_path / "bare", "gpt2", 5)
+    pair = Ensemble.from_pretrained([folders[1], bare], "prob-mean", vocabulary="bytes")
+    with pytest.raises(InvalidInputError, match="bare has no chat template"):
+        pair.generate(TURNS, max_new_tokens=2)
+    with running(serving_of({"pair": pair})) as url:
+        refused = http.post(f"{url}/v1/chat/completions", json={"messages": TURNS})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["code"] == "no_chat_template"
+    assert "bare of pair has no chat template" in refused.json()["error"]["message"]
+    with running(serving_of({"pair": pair}, plain_chat=True)) as url:
+        answer = http.post(f"{url}/v1/chat/completions", json={"messages": TURNS, "max_tokens": 4, "seed": 1}).json()
+    assert [name.split("/")[-1] for name in answer["softmeet"]["plain_chat"]] == ["bare"]
+    plain = "system: the\nuser: he t\u00e9\nassistant:"
+    assert pair.model.readers[1].spelling.spelled(chat_of(pair.model).own_prompts(TURNS)[1]).decode().strip() == plain
+
+
+def test_over_tokens_members_share_the_prompt(folders):
+    duo = tiny_ensemble("gpt2", "llama", template=TEMPLATE)
+    assert chat_of(duo.model).shared_prompt(TURNS) == duo.tokenizer("s:the!u:he t\u00e9!a:")["input_ids"]
+    assert isinstance(duo.generate(TURNS, max_new_tokens=2), str)
+    names, ours = ["a", "b"], [AutoTokenizer.from_pretrained(folders[0]) for _ in range(2)]
+    ours[1].chat_template = OTHER
+    with pytest.raises(InvalidInputError, match="chat templates that make one prompt"):
+        ChatTemplates(names, ours).shared_prompt(TURNS)
+    ours[1].chat_template = None
+    assert ChatTemplates(names, ours).shared_prompt(TURNS) == ChatTemplates(names[:1], ours[:1]).own_prompts(TURNS)[0]
+    ours[0].chat_template = None
+    with pytest.raises(InvalidInputError, match="a, b have no chat template"):
+        ChatTemplates(names, ours).shared_prompt(TURNS)
+    assert ChatTemplates(names, ours, plain=True).plainly == names
+    with pytest.raises(InvalidInputError, match="refuses these messages: no bad"):
+        duo.generate([{"role": "user", "content": "bad"}], max_new_tokens=2)
+
+
+def test_the_command_chats(folders):
+    command = ["generate", "he t\u00e9", "-m", str(folders[0]), "-m", str(folders[1]), "--rule", "prob-mean"]
+    command += ["--vocabulary", "bytes", "--seed", "4", "--max-new-tokens", "30"]
+    done = CliRunner().invoke(commands, [*command, "--chat", "--system", "the", "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout[done.stdout.index("{") :])["completions"][0]
+    ensemble = Ensemble.from_pretrained(folders, "prob-mean", vocabulary="bytes")
+    assert found["text"] == ensemble.generate(TURNS, seed=4, max_new_tokens=30)
+    for wrong, said in (
+        (["--system", "the"], "say --chat as well"),
+        (["--chat", "--prompt-weights"], "leave it out, or --chat"),
+    ):
+        done = CliRunner().invoke(commands, [*command, *wrong])
+        assert isinstance(done.exception, InvalidInputError | SystemExit)
+        assert said in done.output + str(done.exception)
+
+
+def test_the_plain_template_is_taken_where_there_is_none(folders):
+    ensemble = Ensemble.from_pretrained("wide", "logit-mean")
+    chat = chat_of(ensemble.model)
+    if chat.missing:
+        take_plain(ensemble.model)
+    assert chat_of(ensemble.model).plainly == ensemble.names
+    assert ensemble.generate(TURNS, max_new_tokens=3, do_sample=False) == ensemble.generate(
+        "system: the\nuser: he t\u00e9\nassistant:", max_new_tokens=3, do_sample=False
+    )
+    assert PLAIN.endswith("assistant:")
