@@ -6,11 +6,11 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 import torch
@@ -22,14 +22,17 @@ from softmeet.server.ensembles import Ensembles, Served
 from softmeet.server.errors import RequestError
 from softmeet.server.metrics import Metrics
 from softmeet.server.sampling import Sampling
-from softmeet.server.schemas import CHANGES, ChatRequest, CompletionRequest, Extension
+from softmeet.server.schemas import CHANGES, CompletionRequest, Extension, Generation
 from softmeet.server.security import Protection
 from softmeet.server.sequences import Combination, GenerationRequest
 from softmeet.server.texts import token_texts
 from softmeet.solvers.clock import time_limit
 
+T = TypeVar("T")
 # The most log-probabilities that an answer may list, in all of its tokens; they take some 300 MB.
 _MOST_LISTED = 1 << 20
+# The fields that say how many tokens an answer may have; the first that is given counts.
+_LENGTHS = ("max_output_tokens", "max_completion_tokens", "max_tokens")
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,24 @@ class Serving:
             with contextlib.suppress(SoftmeetError), time_limit(self.settings.limits.token_seconds):
                 model.combiner.solve_rows(hidden, settings, proved=False)
 
-    async def prepare(self, body: CompletionRequest | ChatRequest) -> GenerationRequest:
+    async def on_tokenizer(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Call a function that uses a tokenizer, on the thread of all such calls, and return what it returns."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, partial(work, *arguments))
+
+    async def encoded(self, served: Served, body: Any) -> tuple[int, ...]:
+        """Return the token ids of a body's ``prompt``, a text, or of its ``messages`` if it has none.
+
+        Raises:
+            RequestError: if the text is too long for any context, or the messages have no chat template or break its
+                rules.
+        """
+        if body.prompt is None:
+            return (await self.on_tokenizer(_templated, served, body))[0]
+        longest = token_texts(served.ensemble.tokenizer).longest
+        _check_texts([body.prompt], served.combination(Extension(), ()), longest)
+        return (await self.on_tokenizer(_encoded, served, [body.prompt], body.add_special_tokens))[0]
+
+    async def prepare(self, body: Generation) -> GenerationRequest:
         """Check a request's body, and return it as a generation request with its prompts as token ids.
 
         Args:
@@ -123,30 +143,31 @@ class Serving:
         Raises:
             RequestError: if there is no such model (status 404) or member, a change is not allowed, more than
                 ``settings.max_tokens`` tokens or than the context has, or more choices than ``settings.max_choices`` or
-                than an idle server has places, are asked for, an id in ``logit_bias`` is no token's, a prompt is empty,
-                has an invalid id or leaves no room in the context, the messages have no chat template or break its
-                rules, or a setting under ``softmeet`` is not valid.
+                than an idle server has places, are asked for, an id in ``logit_bias`` or ``stop_token_ids`` is no
+                token's, fields contradict each other, a prompt is empty, has an invalid id or leaves no room in the
+                context, the messages have no chat template or break its rules, or a setting under ``softmeet`` is not
+                valid.
             RuleError: if the rule comes from a package that fails to provide it.
         """
         served, ours = self.ensembles.find(body.model), body.softmeet or Extension()
-        in_thread = partial(asyncio.get_running_loop().run_in_executor, self._thread)
         combination = served.combination(ours, self.settings.allowed, self.settings.max_trust)
-        choices, limit = body.n or 1, _limit(body, self.settings.max_tokens, combination.room(0))
+        limit = _limit(body, self.settings.max_tokens, combination.room(0))
+        _check_together(body, limit)
         if isinstance(body, CompletionRequest):
             # What could be no prompt is refused before it is cut into tokens, which may take seconds.
             parts = _parts(body)
-            _check_choices(len(parts), choices, self.settings)
+            _check_choices(len(parts), body, self.settings)
             _check_texts(parts, combination, token_texts(served.ensemble.tokenizer).longest)
-            prompts = await in_thread(_encoded, served, parts)
-            top = body.logprobs
-            score_prompt = bool(body.echo) and (top is not None or ours.report is not None)
+            prompts = await self.on_tokenizer(_encoded, served, parts, body.add_special_tokens)
+            echoed = bool(body.echo) and (body.logprobs is not None or ours.report is not None)
         else:
-            prompts = await in_thread(_templated, served, body)
-            top, score_prompt = (body.top_logprobs or 0) if body.logprobs else None, False
-            _check_choices(len(prompts), choices, self.settings)
+            prompts, echoed = await self.on_tokenizer(_templated, served, body), False
+            _check_choices(len(prompts), body, self.settings)
+        prompts = [_truncated(prompt, body, combination) for prompt in prompts]
         for prompt in prompts:
             _check_prompt(prompt, combination, limit)
-        tokens = choices * sum(limit + score_prompt * len(prompt) for prompt in prompts)
+        top, score_prompt = _most_listed(body), echoed or body.prompt_listed is not None
+        tokens = body.drawn * sum(limit + score_prompt * len(prompt) for prompt in prompts)
         _check_listed(tokens, (top or 0) + (ours.report or 0) * (len(combination.names) + 2))
         return GenerationRequest(
             combination=combination,
@@ -157,28 +178,69 @@ class Serving:
             score_prompt=score_prompt,
             deadline=time.monotonic() + self.settings.seconds,
             prompts=tuple(prompts),
-            choices=choices,
+            choices=body.drawn,
             stops=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
+            ignore_eos=bool(body.ignore_eos),
+            stop_token_ids=tuple(body.stop_token_ids or ()),
+            skip_special=body.skip_special_tokens is not False,
+            show_stop=bool(body.include_stop_str_in_output),
             model=served.name,
             tokenizer=served.ensemble.tokenizer,
         )
 
 
-def _check_choices(prompts: int, choices: int, settings: ServerSettings) -> None:
-    """Raise RequestError if a number of prompts with so many choices each is not allowed, or could never find room."""
+def _check_together(body: Generation, limit: int) -> None:
+    """Raise RequestError if fields of a request, each valid by itself, contradict each other.
+
+    Args:
+        body: the request.
+        limit: the most tokens of a choice.
+    """
+    if body.drawn < body.choices:
+        raise RequestError(
+            f"expected best_of of at least n = {body.choices}, got {body.drawn}: raise it, or leave it out",
+            param="best_of",
+        )
+    if body.stream and body.drawn > body.choices:
+        raise RequestError(
+            "best_of cannot be streamed: which choice is the best is known at the end: leave stream or best_of out",
+            param="best_of",
+        )
+    if body.stream and body.prompt_listed is not None:
+        raise RequestError(
+            "prompt_logprobs cannot be streamed: leave stream or prompt_logprobs out", param="prompt_logprobs"
+        )
+    if (body.min_tokens or 0) > limit:
+        raise RequestError(
+            f"expected min_tokens of at most {limit:,}, the most tokens of this answer, got {body.min_tokens:,}: ask "
+            "for fewer, or for a larger max_tokens",
+            param="min_tokens",
+        )
+
+
+def _most_listed(body: Generation) -> int | None:
+    """Return how many tokens are listed at most at a token, of the answer or of a prompt; None if none is described."""
+    asked = [body.listed, body.prompt_listed, 0 if body.drawn > body.choices else None]
+    return max((count for count in asked if count is not None), default=None)
+
+
+def _check_choices(prompts: int, body: Generation, settings: ServerSettings) -> None:
+    """Raise RequestError if a request with so many prompts asks for too many choices, or could never find room."""
+    choices = body.drawn
     total, places = prompts * choices, settings.limits.rows + settings.limits.waiting
     most = min(settings.max_choices, places)
     if total > most:
         limit = "limit, --max-choices" if settings.max_choices <= places else "room, --batch and --queue together"
-        count = f"{prompts:,} prompt{'s' * (prompts > 1)} with n = {choices}"
+        name = "n" if choices == body.choices else "best_of"
+        count = f"{prompts:,} prompt{'s' * (prompts > 1)} with {name} = {choices}"
         raise RequestError(
             f"expected at most {most:,} choices in all, this server's {limit}, got {total:,} ({count}): send fewer in "
             "each request",
-            param="n" if choices > 1 else "prompt",
+            param=name if choices > 1 else "prompt",
         )
 
 
-def _limit(body: CompletionRequest | ChatRequest, server: int, context: int) -> int:
+def _limit(body: Generation, server: int, context: int) -> int:
     """Return the most tokens of a choice: what a request asks for; else all for a chat, at most 16 for a completion.
 
     Args:
@@ -195,7 +257,7 @@ def _limit(body: CompletionRequest | ChatRequest, server: int, context: int) -> 
         if server <= context
         else ("the context of the ensemble's shortest member", "")
     )
-    for name in ("max_completion_tokens", "max_tokens"):
+    for name in _LENGTHS:
         if (asked := getattr(body, name, None)) is None:
             continue
         if asked > most:
@@ -204,28 +266,41 @@ def _limit(body: CompletionRequest | ChatRequest, server: int, context: int) -> 
                 param=name,
             )
         return int(asked)
-    return most if isinstance(body, ChatRequest) else min(16, most)
+    return min(16, most) if isinstance(body, CompletionRequest) else most
 
 
-def _sampling(body: CompletionRequest | ChatRequest, ours: Extension, vocabulary: int) -> Sampling:
+def _truncated(prompt: tuple[int, ...], body: Generation, combination: Combination) -> tuple[int, ...]:
+    """Return a prompt's last tokens, as many as ``truncate_prompt_tokens`` says; all of them if it is not given.
+
+    With -1 as many as leave room in the context for the tokens asked for, or for one if their number is not given.
+    """
+    asked = next((count for name in _LENGTHS if (count := getattr(body, name, None)) is not None), 1)
+    kept = body.truncate_prompt_tokens
+    return prompt if kept is None else prompt[-(max(combination.room(asked), 1) if kept == -1 else kept) :]
+
+
+def _sampling(body: Generation, ours: Extension, vocabulary: int) -> Sampling:
     """Return the sampling options that a request gives; a seed is drawn if it gives none.
 
     Args:
         body: the request, whose fields have the names of :class:`Sampling`'s where they mean the same.
         ours: its field ``softmeet``, likewise.
-        vocabulary: the number of tokens, which ids in ``logit_bias`` have to be below.
+        vocabulary: the number of tokens, which ids in ``logit_bias`` and ``stop_token_ids`` have to be below.
 
     Raises:
-        RequestError: if an id in ``logit_bias`` is not below ``vocabulary``.
+        RequestError: if such an id is not below ``vocabulary``.
     """
     biases = {int(token): bias for token, bias in (body.logit_bias or {}).items()}
-    if absent := [token for token in biases if token >= vocabulary]:
-        raise RequestError(
-            f"expected token ids below {vocabulary:,} in logit_bias, got {absent[0]}", param="logit_bias"
-        )
+    for field_name, ids in (("logit_bias", biases), ("stop_token_ids", body.stop_token_ids or ())):
+        if absent := [token for token in ids if not 0 <= token < vocabulary]:
+            raise RequestError(
+                f"expected token ids below {vocabulary:,} in {field_name}, got {absent[0]}", param=field_name
+            )
     names = Sampling.__dataclass_fields__
-    given = {name: x for source in (body, ours) for name, x in source if name in names and x is not None}
-    return Sampling(**({"seed": secrets.randbits(53)} | given | {"logit_bias": biases}))
+    given = {name: x for source in (ours, body) for name, x in source if name in names and x is not None}
+    # vLLM has -1, too, for all tokens.
+    top_k = max(given.get("top_k", 0), 0)
+    return Sampling(**({"seed": secrets.randbits(53)} | given | {"logit_bias": biases, "top_k": top_k}))
 
 
 def _parts(body: CompletionRequest) -> list[Any]:
@@ -256,30 +331,30 @@ def _check_listed(tokens: int, each: int) -> None:
         )
 
 
-def _encoded(served: Served, parts: list[Any]) -> list[tuple[int, ...]]:
-    """Return the token ids of each prompt, given as a text or as token ids."""
-    tokenizer = served.ensemble.tokenizer
-    return [tuple(tokenizer(p, verbose=False)["input_ids"] if isinstance(p, str) else p) for p in parts]
+def _encoded(served: Served, parts: list[Any], special: bool | None = None) -> list[tuple[int, ...]]:
+    """Return the token ids of each prompt, given as a text or as token ids; unless ``special`` is false, with a BOS."""
+    encode = partial(served.ensemble.tokenizer, verbose=False, add_special_tokens=special is not False)
+    return [tuple(encode(part)["input_ids"] if isinstance(part, str) else part) for part in parts]
 
 
-def _templated(served: Served, body: ChatRequest) -> list[tuple[int, ...]]:
+def _templated(served: Served, body: Any) -> list[tuple[int, ...]]:
     """Return a list of one prompt: the token ids that the tokenizer's chat template makes of the messages.
 
     Raises:
         RequestError: if the tokenizer has no chat template, or the template refuses the messages.
     """
-    tokenizer = served.ensemble.tokenizer
+    tokenizer, param = served.ensemble.tokenizer, "input" if hasattr(body, "input") else "messages"
     if not tokenizer.chat_template:
         raise RequestError(
             f"the tokenizer of {served.name} has no chat template, so there is no saying how its members would have "
             "been trained to chat: use /v1/completions",
-            param="messages", code="no_chat_template",
+            param=param, code="no_chat_template",
         )  # fmt: skip
     try:
         messages = [message.plain() for message in body.messages]
         found = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     except jinja2.TemplateError as error:
-        raise RequestError(f"the chat template refuses these messages: {error}"[:300], param="messages") from error
+        raise RequestError(f"the chat template refuses these messages: {error}"[:300], param=param) from error
     return [tuple(found)]
 
 
