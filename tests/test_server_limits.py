@@ -17,6 +17,7 @@ from test_cli import run
 
 from softmeet.cli import serve
 from softmeet.errors import InvalidInputError
+from softmeet.server import prompts as prompts_module
 from softmeet.server import serving as served_module
 from softmeet.server.app import create_app
 from softmeet.server.batcher import Limits
@@ -135,7 +136,7 @@ def test_what_is_wrong_many_times_is_refused_by_one_error(body, monkeypatch):
     kept = RequestValidationError.errors
     monkeypatch.setattr(RequestValidationError, "errors", lambda self: seen.append(len(kept(self))) or kept(self))
     tokenizing = Mock(side_effect=AssertionError("was cut into tokens"))
-    monkeypatch.setattr(served_module, "_encoded", tokenizing)
+    monkeypatch.setattr(prompts_module, "encoded", tokenizing)
     with TestClient(create_app(serving_of({"duo": tiny_ensemble("gpt2", rule="logit-mean")}))) as client:
         answer = client.post(PATH, content=raw, headers={"content-type": "application/json"})
     assert answer.status_code == 400
@@ -147,8 +148,8 @@ def test_what_is_wrong_many_times_is_refused_by_one_error(body, monkeypatch):
 
 def test_a_text_that_fits_into_no_context_is_not_cut_into_tokens(monkeypatch):
     ensemble = tiny_ensemble("gpt2", rule="logit-mean")
-    monkeypatch.setattr(served_module, "token_texts", lambda _: Mock(longest=8))
-    monkeypatch.setattr(served_module, "_encoded", Mock(side_effect=AssertionError("was cut into tokens")))
+    monkeypatch.setattr(prompts_module, "token_texts", lambda _: Mock(longest=8))
+    monkeypatch.setattr(prompts_module, "encoded", Mock(side_effect=AssertionError("was cut into tokens")))
     with TestClient(create_app(serving_of({"duo": ensemble}))) as client:
         error = client.post(PATH, json={"prompt": "a" * (4 * 8 * 64 + 1)}).json()["error"]
     assert error["code"] == "context_length_exceeded"

@@ -87,7 +87,7 @@ def test_the_root_keeps_to_itself_without_a_key():
     [
         ({"rule": "meet"}, 'rule is not supported here: put it into softmeet, as {"softmeet": {"rule": …}}, with'),
         ({"trust": 1}, '{"softmeet": {"trust": …}}'),
-        ({"top_k": 1}, '{"softmeet": {"top_k": …}}'),
+        ({"gate": "none"}, '{"softmeet": {"gate": …}}'),
         ({"tol": 1}, "tol is not supported: it is the same for all requests"),
         ({"temprature": 1}, "did you mean temperature?"),
         ({"max_new_tokens": 1}, "did you mean max_tokens?"),

@@ -17,25 +17,38 @@ from softmeet.server.texts import Pieces
 class TextStream:
     """The text of one sequence, decoded as its tokens come.
 
-    A character is given once it is complete. Text that may begin a stop string is held back until that is decided; a
-    stop string and everything after it are never given.
+    A character is given once it is complete. Text that may begin a stop string is held back until that is decided;
+    nothing after a stop string is ever given, nor the string itself unless ``show_stop``.
 
     Args:
         tokenizer: a fast tokenizer of transformers.
         stops: non-empty strings; the text ends before the first of them that occurs.
+        min_tokens: a stop string that is complete within so many tokens does not count.
+        special: whether special tokens are part of the text.
+        show_stop: whether the text ends behind the stop string, not before it.
 
     Attributes:
-        stopped: whether a stop string was found, after which no more tokens should be pushed.
+        stopped: the stop string that was found, after which no more tokens should be pushed; else None.
     """
 
-    def __init__(self, tokenizer: Any, stops: tuple[str, ...] = ()) -> None:
-        self._tokenizer, self._stops = tokenizer, stops
-        self._pieces = Pieces(tokenizer, special=False)
+    def __init__(
+        self,
+        tokenizer: Any,
+        stops: tuple[str, ...] = (),
+        *,
+        min_tokens: int = 0,
+        special: bool = False,
+        show_stop: bool = False,
+    ) -> None:
+        self._tokenizer, self._stops, self._min_tokens = tokenizer, stops, min_tokens
+        self._special, self._show_stop = special, show_stop
+        self._pieces = Pieces(tokenizer, special=special)
         self._tokens: list[int] = []
-        self._decoded, self._held, self.stopped = 0, "", False
+        self._decoded, self._held = 0, ""
+        self.stopped: str | None = None
 
     def push(self, token: int) -> str:
-        """Add a token, and return the text that has become certain by it, perhaps none; special tokens have no text."""
+        """Add a token, and return the text that has become certain by it, perhaps none."""
         self._tokens.append(token)
         piece = self._pieces.push(token)
         self._decoded += len(piece)
@@ -43,7 +56,7 @@ class TextStream:
 
     def end(self) -> str:
         """Return the text that was held back, up to a stop string; called once, after the last token."""
-        whole: str = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+        whole: str = self._tokenizer.decode(self._tokens, skip_special_tokens=not self._special)
         return self._release(whole[self._decoded :], final=True)
 
     def _release(self, piece: str, *, final: bool) -> str:
@@ -54,13 +67,20 @@ class TextStream:
             final: whether no text follows, so that everything up to a stop string is certain.
         """
         text = self._held + piece
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
-        self.stopped = bool(found)
-        if found:
-            return text[: min(found)]
+        if len(self._tokens) > self._min_tokens and (found := self._first_stop(text)):
+            at, self.stopped = found
+            return text[: at + self._show_stop * len(self.stopped)]
         keep = 0 if final else max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
+
+    def _first_stop(self, text: str) -> tuple[int, str] | None:
+        """Return where the first stop string in a text begins, and the string; None if there is none.
+
+        One that was complete in what was held back does not count: it came within the first tokens.
+        """
+        starts = [(text.find(stop, max(0, len(self._held) - len(stop) + 1)), stop) for stop in self._stops]
+        return min((start for start in starts if start[0] >= 0), default=None)
 
 
 def _overlap(text: str, stop: str) -> int:
@@ -78,8 +98,9 @@ class ChoiceDelta:
         tokens: the newly drawn tokens, including one that ends the text or whose text is still held back.
         scored: the prompt's tokens but the first, if they were scored and this is the delta that brings them; else
             None.
-        finish: ``"stop"`` if the choice has ended at an end-of-text token or a stop string, ``"length"`` at the number
-            of tokens allowed; None if it has not ended.
+        finish: ``"stop"`` if the choice has ended at an end-of-text token, at a stop token or a stop string,
+            ``"length"`` at the number of tokens allowed; None if it has not ended.
+        stopped: the stop string, or the id of the stop token, at which it has ended; else None.
     """
 
     index: int
@@ -87,6 +108,7 @@ class ChoiceDelta:
     tokens: list[Token] = field(default_factory=list)
     scored: list[Token] | None = None
     finish: str | None = None
+    stopped: str | int | None = None
 
 
 class AnswerStream:
@@ -119,7 +141,12 @@ class AnswerStream:
             loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
         prompts = [prompt for prompt in request.prompts for _ in range(request.choices)]
-        self._texts = [TextStream(request.tokenizer, request.stops) for _ in prompts]
+        self._texts = [
+            TextStream(
+                request.tokenizer, request.stops, min_tokens=request.sampling.min_tokens,
+                special=not request.skip_special, show_stop=request.show_stop,
+            ) for _ in prompts
+        ]  # fmt: skip
         self._sequences = [Sequence(request, prompt, k, partial(emit, k)) for k, prompt in enumerate(prompts)]
         batcher.submit(self._sequences)
 
@@ -159,14 +186,18 @@ class AnswerStream:
                 return ChoiceDelta(index, scored=tokens)
             case Finished(reason):
                 rest = text.end()
-                return ChoiceDelta(index, rest, finish="stop" if text.stopped else reason)
+                newest = self._sequences[index].tokens[-1]
+                at = newest if reason == "stop" and newest in self.request.stop_token_ids else None
+                stopped = at if text.stopped is None else text.stopped
+                return ChoiceDelta(index, rest, finish=reason if stopped is None else "stop", stopped=stopped)
         if not self.completion_tokens:
             self._metrics.first.observe(time.perf_counter() - self._started)
         self.completion_tokens += 1
-        piece = text.push(event.token)
+        hidden = event.token in self.request.ends and not self.request.show_stop
+        piece = "" if hidden else text.push(event.token)
         if text.stopped:
             self._sequences[index].cancel()
-        return ChoiceDelta(index, piece, [event], finish="stop" if text.stopped else None)
+        return ChoiceDelta(index, piece, [event], finish="stop" if text.stopped else None, stopped=text.stopped)
 
     async def whole(self) -> list[ChoiceDelta]:
         """Wait until all choices have ended, and return them in order, each with all of its text and tokens.
@@ -179,7 +210,7 @@ class AnswerStream:
             choice = found[delta.index]
             choice.text += delta.text
             choice.tokens += delta.tokens
-            choice.finish = delta.finish
+            choice.finish, choice.stopped = delta.finish, delta.stopped
             if delta.scored is not None:
                 choice.scored = delta.scored
         return found

@@ -19,15 +19,18 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from softmeet import __version__
 from softmeet.errors import SoftmeetError
-from softmeet.server.answer import AnswerStream, ChoiceDelta
+from softmeet.server import tokenizing
+from softmeet.server.answer import AnswerStream
 from softmeet.server.asgi import unless_left
 from softmeet.server.ensembles import Served
 from softmeet.server.envelope import guarded
-from softmeet.server.errors import ErrorBody, RequestError, absent, described, error_response
+from softmeet.server.errors import ErrorBody, RequestError, absent, error_response
 from softmeet.server.refusals import refusal
-from softmeet.server.replies import LAST_EVENT, ChatReply, CompletionReply, Reply, dumps, event
+from softmeet.server.replies import ChatReply, CompletionReply, Reply, dumps
+from softmeet.server.responses import ResponsesReply, ResponsesRequest, checked
 from softmeet.server.schemas import ChatRequest, CompletionRequest, Extension
 from softmeet.server.serving import Serving
+from softmeet.server.tokenizing import DetokenizeRequest, TokenizeRequest
 from softmeet.server.writing import WRITER
 
 _STATUSES = (400, 401, 404, 405, 408, 413, 415, 421, 422, 429, 500, 503, 504)
@@ -135,6 +138,31 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     return await _respond(request, ChatReply(await _serving(request).prepare(body), body))
 
 
+@router.post("/v1/responses")
+async def responses(body: ResponsesRequest, request: Request) -> Response:
+    """Answer a text or messages as a chat does, in the form of OpenAI's Responses API; nothing is stored."""
+    asked = checked(body)
+    return await _respond(request, ResponsesReply(await _serving(request).prepare(asked), asked))
+
+
+@router.post("/tokenize")
+async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
+    """Show the token ids of a prompt, or of messages in the tokenizer's chat template, and how many they are."""
+    return await tokenizing.tokenize(_serving(request), body)
+
+
+@router.post("/detokenize")
+async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, Any]:
+    """Show the text of token ids, special tokens included."""
+    return await tokenizing.detokenize(_serving(request), body)
+
+
+@router.get("/version")
+async def version() -> dict[str, Any]:
+    """Show softmeet's version."""
+    return {"version": __version__}
+
+
 @router.get("/health")
 async def health(request: Request) -> Response:
     """Answer 200 while the batcher runs, else 503; loading keeps probes waiting, and SIGTERM closes the port."""
@@ -173,26 +201,20 @@ async def _respond(request: Request, reply: Reply) -> Response:
 
 
 async def _events(answer: AnswerStream, reply: Reply) -> AsyncIterator[str]:
-    """Yield an answer as server-sent events, up to ``[DONE]``; a SoftmeetError becomes an event as well."""
+    """Yield an answer as server-sent events, up to the last; a SoftmeetError becomes an event as well."""
     try:
+        yield reply.begun()
         async for delta in answer.deltas():
-            if delta.scored is not None:
-                yield await WRITER.written(partial(_scores, reply, delta))
-            elif (chunk := reply.chunk(delta)) is not None:
-                yield event(chunk)
-        if (last := reply.last_chunk(answer.completion_tokens)) is not None:
-            yield event(last)
+            # A prompt's scores may be long.
+            write = partial(reply.written, delta)
+            yield write() if delta.scored is None else await WRITER.written(write)
+        last = reply.ended(answer.completion_tokens)
     except SoftmeetError as error:
         # The status 200 has been sent already, so the error can only be sent as an event.
-        yield event(described(error)[1])
+        last = reply.failed(error)
     finally:
         answer.cancel()
-    yield LAST_EVENT
-
-
-def _scores(reply: Reply, delta: ChoiceDelta) -> str:
-    """Return the event that sends a prompt's scores."""
-    return event(reply.chunk(delta))
+    yield last
 
 
 class _Events(StreamingResponse):
@@ -210,7 +232,7 @@ async def _on_error(request: Request, error: Exception) -> Response:
     headers: Mapping[str, str] | None = None
     match error:
         case RequestValidationError():
-            error = refusal(error.errors())
+            error = refusal(error.errors(), request.url.path)
         case HTTPException(status_code=404 | 405 as status):
             headers = error.headers
             error = RequestError(_astray(request, error), status=status)

@@ -356,7 +356,7 @@ class Batcher(threading.Thread):
         if token.status in _UNSOLVED:
             self.metrics.unsolved.labels(token.status).inc()
         self._emit(s, token)
-        if token.token in s.combination.ends:
+        if token.token in s.request.ends:
             self._finish(s, Finished("stop"))
         elif s.drawn >= s.max_tokens:
             self._finish(s, Finished("length"))

@@ -17,7 +17,10 @@ from softmeet.server.metrics import Metrics
 from softmeet.server.security import Guard, Protection
 
 ACCESS = logging.getLogger("softmeet.access")
-_COUNTED = ("/v1/models", "/v1/completions", "/v1/chat/completions", "/health", "/ready", "/metrics")
+_COUNTED = (
+    "/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize", "/detokenize", "/version",
+    "/health", "/ready", "/metrics",
+)  # fmt: skip
 _COMMON = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",

@@ -10,42 +10,112 @@ from typing import Any
 from softmeet.rules.frozen import unknown
 from softmeet.rules.settings import Settings
 from softmeet.server.errors import RequestError
+from softmeet.server.responses import Item, Part, ResponsesRequest, TextOptions
 from softmeet.server.schemas import ChatRequest, CompletionRequest, Extension, Message, StreamOptions, TextPart
+from softmeet.server.tokenizing import DetokenizeRequest, TokenizeRequest
 
-_TOOLS = ("tools", "tool_choice", "functions", "function_call", "parallel_tool_calls", "tool_calls", "tool_call_id")
+_TOOLS = (
+    "tools", "tool_choice", "functions", "function_call", "parallel_tool_calls", "tool_calls", "tool_call_id",
+    "max_tool_calls", "call_id",
+)  # fmt: skip
 _REFUSED = {
     **dict.fromkeys(_TOOLS, "the members call no tools"),
     **dict.fromkeys(("image_url", "input_audio", "file"), "the members read only text"),
     **dict.fromkeys(("audio", "modalities"), "only text is generated"),
     "response_format": "only plain text is generated, no structured output",
-    "best_of": "ask for n choices and take the best yourself",
     "suffix": "text is only continued",
     "prediction": "there is nothing to speed up by it",
     "reasoning_effort": "the members do not reason apart from their answer",
     "web_search_options": "nothing is searched",
+    **dict.fromkeys(
+        ("bad_words", "allowed_token_ids"), "give token ids a logit_bias of -100 or 100; /tokenize has them"
+    ),
+    **dict.fromkeys(("use_beam_search", "length_penalty"), "tokens are drawn; n and best_of draw several answers"),
+    **dict.fromkeys(
+        ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+        "only plain text is generated, no structured output",
+    ),
+    **dict.fromkeys(("return_token_ids", "return_tokens_as_token_ids"), "/tokenize has the ids of a text"),
+    **dict.fromkeys(
+        ("chat_template", "chat_template_kwargs", "documents"),
+        "a chat is written as the members' own template says; send another prompt to /v1/completions",
+    ),
+    **dict.fromkeys(
+        ("add_generation_prompt", "continue_final_message"),
+        "a chat is continued by a new turn of the assistant; send another prompt to /v1/completions",
+    ),
+    "truncation_side": "the prompt's last tokens are kept",
+    "logprob_token_ids": "logprobs lists the most probable tokens",
+    "prompt_embeds": "prompts are texts or token ids",
+    "spaces_between_special_tokens": "the members' tokenizer says where spaces are",
+    "priority": "requests are served in the order that they come in",
+    **dict.fromkeys(("prompt_cache_key", "cache_salt"), "prompts that begin alike are reused by themselves"),
+    "generation_config": "write its fields, such as temperature and top_k, directly into the body",
+    "verbosity": "say in the messages how long the answer is to be",
+    "safety_identifier": "call it user, which is accepted and ignored",
+    **dict.fromkeys(
+        ("previous_response_id", "conversation"), "nothing is stored: send the whole conversation as input"
+    ),
+    **dict.fromkeys(("background", "background_options"), "nothing is stored, so that an answer has to be waited for"),
+    "reasoning": "the members do not reason apart from their answer",
+    **dict.fromkeys(("context_management", "moderation"), "the server does nothing of that kind"),
     "extra_body": "it is an argument of openai's client; write its fields directly into the body",
 }
-# Fields that one of the two endpoints has, and what to do at the other.
-_ELSEWHERE = {
-    "prompt": "give messages here, or send it to /v1/completions",
-    "echo": "send the request to /v1/completions",
+# Fields that other endpoints have, and what to do at this one.
+_CHAT_ONLY = {
     "messages": "give a prompt here, or send it to /v1/chat/completions",
-    "max_completion_tokens": "it is called max_tokens here",
-    "top_logprobs": "give the number as logprobs here",
+    "input": "give a prompt here, or send it to /v1/responses",
+    "instructions": "begin the prompt with them, or send them to /v1/responses",
+}
+_PROMPT_ONLY = {
+    "echo": "send the request to /v1/completions",
+    "best_of": "ask for n choices, or send the request to /v1/completions",
+    "add_special_tokens": "the chat template adds them, or send the request to /v1/completions",
+}
+_ELSEWHERE: dict[str, dict[str, str]] = {
+    "/v1/completions": _CHAT_ONLY
+    | {
+        "max_completion_tokens": "it is called max_tokens here",
+        "max_output_tokens": "it is called max_tokens here",
+        "top_logprobs": "give the number as logprobs here",
+    },
+    "/v1/chat/completions": _PROMPT_ONLY
+    | {
+        "prompt": "give messages here, or send it to /v1/completions",
+        "input": "give messages here, or send it to /v1/responses",
+        "instructions": "give them as a system message here",
+        "max_output_tokens": "it is called max_completion_tokens here",
+    },
+    "/v1/responses": _PROMPT_ONLY
+    | {
+        "prompt": "nothing is stored, templates neither: give the text as input, or send it to /v1/completions",
+        "messages": "give them as input here, or send them to /v1/chat/completions",
+        "n": "a response is one choice: ask several times, or at /v1/chat/completions",
+        "best_of": "a response is one choice: send the request to /v1/completions",
+        "max_tokens": "it is called max_output_tokens here",
+        "max_completion_tokens": "it is called max_output_tokens here",
+        "logprobs": 'give include as ["message.output_text.logprobs"] here, and top_logprobs',
+        "prompt_logprobs": "send the request to /v1/completions or /v1/chat/completions",
+        "stream_options": "the last event always has the token counts",
+        "response_format": "only plain text is generated, no structured output",
+    },
 }
 _EXPECTED = {
     "prompt": "a string, a list of strings, token ids or a list of lists of token ids",
     "messages": 'a list such as [{"role": "user", "content": "hello"}]',
+    "input": 'a string, or a list such as [{"role": "user", "content": "hello"}]',
     "logit_bias": 'an object of numbers from -100 to 100 by token ids, such as {"5": -100}',
 }
-_FIELDS = {**CompletionRequest.model_fields, **ChatRequest.model_fields}
-_NAMES = {*_FIELDS, *(name for kind in (Extension, Message, StreamOptions, TextPart) for name in kind.model_fields)}
+_BODIES = (CompletionRequest, ChatRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest)
+_PARTS = (Extension, Message, StreamOptions, TextPart, Item, Part, TextOptions)
+_FIELDS = {name: kind for body in _BODIES for name, kind in body.model_fields.items()}
+_NAMES = {*_FIELDS, *(name for kind in _PARTS for name in kind.model_fields)}
 _OBJECTS = ("model_type", "model_attributes_type", "dict_type")
 # The longest text that is repeated to the client.
 _SHOWN = 40
 
 
-def refusal(errors: Sequence[Mapping[str, Any]]) -> RequestError:
+def refusal(errors: Sequence[Mapping[str, Any]], endpoint: str = "") -> RequestError:
     """Return an error that names one invalid field of a request: what was expected there, what came and what to do.
 
     Unknown fields come first, since a misspelled field is missing under its own name. Of what came, numbers and texts
@@ -54,6 +124,7 @@ def refusal(errors: Sequence[Mapping[str, Any]]) -> RequestError:
     Args:
         errors: the errors that pydantic's ``ValidationError.errors()`` lists for the request; at least one. Each is a
             dict with ``type``, ``loc``, ``msg`` and ``input``.
+        endpoint: the path that the request was sent to.
     """
     first = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
     path = _path(first)
@@ -63,7 +134,7 @@ def refusal(errors: Sequence[Mapping[str, Any]]) -> RequestError:
     if path[0] in _REFUSED:
         message = f"{path[0]} is not supported: {_REFUSED[path[0]]}"
     elif first["type"] == "extra_forbidden":
-        message = _unknown(path)
+        message = _unknown(path, endpoint)
     elif path[0] in _EXPECTED and len(path) == 1:
         message = f"expected {path[0]} as {_EXPECTED[path[0]]}, got {_came(first)}"
     else:
@@ -80,12 +151,13 @@ def _path(error: Mapping[str, Any]) -> list[str]:
     return [str(part) for part in [*(part for part in found if isinstance(part, int) or part in _NAMES), *last]]
 
 
-def _unknown(path: list[str]) -> str:
+def _unknown(path: list[str], endpoint: str) -> str:
     """Return the message on a field that there is not: where it belongs, or the nearest name."""
     name, word = ".".join(path)[:200], path[-1][:100]
     what = f"{name} is not supported"
-    if path == [word] and word in _ELSEWHERE:
-        return f"{what}: {_ELSEWHERE[word]}"
+    elsewhere = _ELSEWHERE.get(endpoint, {})
+    if path == [word] and word in elsewhere:
+        return f"{what}: {elsewhere[word]}"
     if word in _REFUSED:
         return f"{what}: {_REFUSED[word]}"
     if path == [word] and word in Extension.model_fields:

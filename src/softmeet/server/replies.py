@@ -6,17 +6,20 @@ import json
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
+from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
 from pydantic_core import to_jsonable_python
 
+from softmeet.errors import SoftmeetError
 from softmeet.hf.chat import chat_of
 from softmeet.members.byte_member import ByteMember
 from softmeet.members.covers import END
 from softmeet.members.zoo import short
 from softmeet.server.answer import ChoiceDelta
-from softmeet.server.schemas import ChatRequest, CompletionRequest
+from softmeet.server.errors import described
+from softmeet.server.schemas import CompletionRequest, Generation
 from softmeet.server.sequences import GenerationRequest, Token
 from softmeet.server.texts import Places, TokenTexts, token_texts
 
@@ -53,6 +56,12 @@ def _finite_nats(x: float | None) -> float | None:
     return x if x is None else max(x, _IMPOSSIBLE)
 
 
+def _mean(choice: ChoiceDelta) -> float:
+    """Return the mean of the log-probabilities of a choice's tokens, in nats; 0 if it has none."""
+    log_probs = [token.log_prob or 0.0 for token in choice.tokens]
+    return sum(log_probs) / max(len(log_probs), 1)
+
+
 class Reply(ABC):
     """The writer of one request's answer at one endpoint, as one JSON document or as the chunks of a stream.
 
@@ -69,7 +78,7 @@ class Reply(ABC):
 
     prefix = kind = chunk_kind = ""
 
-    def __init__(self, asked: GenerationRequest, body: CompletionRequest | ChatRequest) -> None:
+    def __init__(self, asked: GenerationRequest, body: Generation) -> None:
         self.asked, self.body = asked, body
         self._common = {"id": self.prefix + uuid4().hex, "created": int(time.time()), "model": asked.model}
         self._begun: set[int] = set()
@@ -95,7 +104,7 @@ class Reply(ABC):
             choices: every choice, complete, as :meth:`AnswerStream.whole` returns them.
             tokens: the number of tokens drawn, summed over choices.
         """
-        found = [self._choice(choice, first=True) for choice in choices]
+        found = [self._choice(choice, first=True) for choice in self._best(choices)]
         usage, ours = self._usage(tokens), self._settings()
         return {**self._common, "object": self.kind, "choices": found, "usage": usage, "softmeet": ours}
 
@@ -109,21 +118,47 @@ class Reply(ABC):
         first = delta.index not in self._begun
         self._begun.add(delta.index)
         choice = self._choice(delta, first=first)
-        wants_tokens = self.asked.top is not None or self.asked.report is not None
+        wants_tokens = self.body.listed is not None or self.asked.report is not None
         if not (first or delta.text or delta.finish or delta.scored is not None or wants_tokens):
             return None
         found = {**self._common, "object": self.chunk_kind, "choices": [choice]}
         return found | {"softmeet": self._settings()} if first else found
 
-    def last_chunk(self, tokens: int) -> dict[str, Any] | None:
-        """Return the chunk that ends a stream with the token counts, or None unless the request has ``include_usage``.
+    def begun(self) -> str:
+        """Return the events of a stream that come before all others, perhaps none."""
+        return ""
+
+    def written(self, delta: ChoiceDelta) -> str:
+        """Return the event of a stream that sends what a delta brings, or nothing; called once for each, in order."""
+        chunk = self.chunk(delta)
+        return "" if chunk is None else event(chunk)
+
+    def ended(self, tokens: int) -> str:
+        """Return the events that end a stream: the token counts, if they are asked for, and ``[DONE]``.
 
         Args:
             tokens: the number of tokens drawn, summed over choices.
         """
-        if self.body.stream_options is None or not self.body.stream_options.include_usage:
-            return None
-        return {**self._common, "object": self.chunk_kind, "choices": [], "usage": self._usage(tokens)}
+        if not self.body.usage_in_stream:
+            return LAST_EVENT
+        usage = {**self._common, "object": self.chunk_kind, "choices": [], "usage": self._usage(tokens)}
+        return event(usage) + LAST_EVENT
+
+    def failed(self, error: SoftmeetError) -> str:
+        """Return the events that end a stream by an error."""
+        return event(described(error)[1]) + LAST_EVENT
+
+    def _best(self, choices: list[ChoiceDelta]) -> list[ChoiceDelta]:
+        """Return the choices that are answered, of all that were drawn: for each prompt those of the best mean.
+
+        The mean is of the log-probabilities of a choice's tokens, the one that ended it included.
+        """
+        drawn, kept = self.asked.choices, self.body.choices
+        if drawn == kept:
+            return choices
+        prompts = [choices[start : start + drawn] for start in range(0, len(choices), drawn)]
+        best = [choice for own in prompts for choice in sorted(own, key=_mean, reverse=True)[:kept]]
+        return [replace(choice, index=k) for k, choice in enumerate(best)]
 
     def _usage(self, tokens: int) -> dict[str, Any]:
         """Return the numbers of prompt tokens, of drawn ``tokens`` and of both together.
@@ -167,14 +202,25 @@ class Reply(ABC):
         return {"members": list(how.names), **how.shown(), "seed": self.asked.sampling.seed}
 
     def _choice(self, delta: ChoiceDelta, *, first: bool) -> dict[str, Any]:
-        """Return one choice as JSON: its content, ``finish_reason`` and softmeet's own fields, under ``softmeet``.
+        """Return one choice as JSON: its content, why it ended and softmeet's own fields, under ``softmeet``.
+
+        Args:
+            delta: new text and tokens of the choice, or, without streaming, the whole choice.
+            first: whether nothing of this choice was sent before.
+        """
+        found = self.ours(delta)
+        ended = {"finish_reason": delta.finish, "stop_reason": delta.stopped}
+        ours = {"softmeet": found} if found else {}
+        return {"index": delta.index, **self.content(delta, first=first), **ended, **ours}
+
+    def ours(self, delta: ChoiceDelta) -> dict[str, Any]:
+        """Return softmeet's own fields of a choice, of what is new in it.
 
         These are reports of tokens, and at the choice's end how many tokens ended with each :class:`softmeet.Status`,
         scored ones of the prompt included, and the counts of its gate.
 
         Args:
             delta: new text and tokens of the choice, or, without streaming, the whole choice.
-            first: whether nothing of this choice was sent before.
         """
         found: dict[str, Any] = {}
         tokens = [*(delta.scored or []), *delta.tokens]
@@ -194,8 +240,27 @@ class Reply(ABC):
                 gate["seconds_saved"] += token.saved
             if delta.finish is not None:
                 found["gate"] = gate | {"share": gate["gated"] / max(gate["tokens"], 1)}
-        ours = {"softmeet": found} if found else {}
-        return {"index": delta.index, **self.content(delta, first=first), "finish_reason": delta.finish, **ours}
+        return found
+
+    def _prompt_log_probs(self, delta: ChoiceDelta) -> dict[str, Any]:
+        """Return vLLM's field ``prompt_logprobs``: for each of the prompt's tokens but the first an object by token id.
+
+        An object has the most probable tokens and the prompt's own, with log-probability in nats, rank and text. It is
+        left out unless it is asked for.
+        """
+        count = self.body.prompt_listed
+        if count is None or delta.scored is None:
+            return {}
+
+        def described(token: int, log_prob: float | None, rank: int | None) -> dict[str, Any]:
+            return {"logprob": _finite_nats(log_prob), "rank": rank, "decoded_token": self.texts.text_of(token)}
+
+        rows = [
+            {str(t.token): described(t.token, t.log_prob, t.rank)}
+            | {str(j): described(j, x, rank) for rank, (j, x) in enumerate(t.top[:count], 1)}
+            for t in delta.scored
+        ]
+        return {"prompt_logprobs": [None, *rows]}
 
     @property
     def texts(self) -> TokenTexts:
@@ -216,9 +281,10 @@ class CompletionReply(Reply):
             delta: new text and tokens of the choice, or, without streaming, the whole choice.
             first: whether nothing of this choice was sent before.
         """
-        prompt = self.asked.prompts[delta.index // self.asked.choices]
+        prompt = self.asked.prompts[delta.index // self.body.choices]
         echoed = self._decoded(prompt) if self.body.echo and first else ""
-        return {"text": echoed + delta.text, "logprobs": self._log_probs(delta, prompt)}
+        found = {"text": echoed + delta.text, "logprobs": self._log_probs(delta, prompt)}
+        return found | self._prompt_log_probs(delta)
 
     def _decoded(self, prompt: tuple[int, ...]) -> str:
         return str(self.asked.tokenizer.decode(list(prompt)))
@@ -228,14 +294,15 @@ class CompletionReply(Reply):
 
         Offsets count the characters of the prompt and the text behind it, whether the prompt is echoed or not.
         """
-        if self.asked.top is None:
+        if self.body.listed is None:
             return None
         # No member predicts the prompt's first token, so it has no log-probability.
-        scored = [] if delta.scored is None else [Token(prompt[0]), *delta.scored]
+        scored = [Token(prompt[0]), *delta.scored] if self.body.echo and delta.scored is not None else []
         rows = [*scored, *delta.tokens]
         tokenizer = self.asked.tokenizer
         if delta.index not in self._places:
-            self._places[delta.index] = Places(tokenizer, len(self._decoded(prompt)), special=False)
+            start = len(self._decoded(prompt))
+            self._places[delta.index] = Places(tokenizer, start, special=not self.asked.skip_special)
         before, after = Places(tokenizer, special=True), self._places[delta.index]
         offsets = [before.push(t.token) for t in scored] + [after.push(t.token) for t in delta.tokens]
         return {
@@ -249,7 +316,7 @@ class CompletionReply(Reply):
         """Return log-probabilities in nats by the text of the most probable tokens and of the token itself."""
         # Two tokens may have the same bytes, whose text is the key here; the more probable one is kept.
         found: dict[str, float | None] = {}
-        for j, x in [*token.top, (token.token, token.log_prob)]:
+        for j, x in [*token.top[: self.body.listed], (token.token, token.log_prob)]:
             found.setdefault(self.texts.text_of(j), _finite_nats(x))
         return found
 
@@ -257,14 +324,13 @@ class CompletionReply(Reply):
 class ChatReply(Reply):
     """The writer of an answer of ``/v1/chat/completions``."""
 
-    body: ChatRequest
     prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
     def prompt_tokens(self) -> int:
         """Return the number of the prompt's tokens; over bytes, of the messages' bytes, without templates."""
         if not self.asked.combination.over_bytes:
             return super().prompt_tokens()
-        return sum(len(message.plain()["content"].encode()) for message in self.body.messages)
+        return sum(len(message.plain()["content"].encode()) for message in getattr(self.body, "messages", ()))
 
     def _settings(self) -> dict[str, Any]:
         """Return what all answers have, and the members that were told the conversation by a plain template."""
@@ -284,13 +350,21 @@ class ChatReply(Reply):
 
     def _log_probs(self, delta: ChoiceDelta) -> dict[str, Any] | None:
         """Return an entry for each token, with the most probable ones beside it; None unless they are asked for."""
-        if self.asked.top is None:
+        if self.body.listed is None:
             return None
-        found = [
-            self._entry(t.token, t.log_prob) | {"top_logprobs": [self._entry(j, x) for j, x in t.top]}
-            for t in delta.tokens
+        return {"content": self.entries(delta.tokens), "refusal": None}
+
+    def document(self, choices: list[ChoiceDelta], tokens: int) -> dict[str, Any]:
+        """Return the whole answer as :meth:`Reply.document` does, with the field ``prompt_logprobs`` beside choices."""
+        return super().document(choices, tokens) | self._prompt_log_probs(choices[0])
+
+    def entries(self, tokens: list[Token]) -> list[dict[str, Any]]:
+        """Return tokens as OpenAI's chat format has them, each with the most probable ones beside it."""
+        return [
+            self._entry(t.token, t.log_prob)
+            | {"top_logprobs": [self._entry(j, x) for j, x in t.top[: self.body.listed]]}
+            for t in tokens
         ]
-        return {"content": found, "refusal": None}
 
     def _entry(self, token: int, log_prob: float | None) -> dict[str, Any]:
         """Return one token as OpenAI's chat format has it: text, log-probability in nats and bytes."""

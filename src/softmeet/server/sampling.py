@@ -33,6 +33,7 @@ class Sampling:
         presence_penalty: subtracted, in nats, from the score of every token that was drawn before.
         frequency_penalty: subtracted, in nats, once for each time that a token was drawn before.
         logit_bias: nats added to the scores of tokens, by token id, from 0 to v - 1.
+        min_tokens: how many tokens are drawn before one that ends the sequence can come.
     """
 
     seed: int
@@ -44,6 +45,7 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    min_tokens: int = 0
 
 
 class RepeatPenalties(tf.LogitsProcessor):
@@ -70,13 +72,36 @@ class RepeatPenalties(tf.LogitsProcessor):
         return scores - self._frequency * counts - self._presence * (counts > 0)
 
 
+class NoEndBefore(tf.LogitsProcessor):
+    """vLLM's ``min_tokens`` as a logits processor: a sequence does not end before it has so many new tokens.
+
+    That of transformers, MinNewTokensLengthLogitsProcessor, needs to know the scores' device beforehand, and leaves no
+    token possible where only an end was.
+
+    Args:
+        length: the number of tokens, prompt included, up to which none of ``ends`` can come.
+        ends: the ids of the tokens that end a sequence.
+    """
+
+    def __init__(self, length: int, ends: Sequence[int]) -> None:
+        self._length, self._ends = length, list(ends)
+
+    def __call__(self, input_ids: Int[Tensor, "B t"], scores: Float[Tensor, "B v"]) -> Float[Tensor, "B v"]:
+        """Return the scores, with -inf for the ends if ``input_ids`` has too few tokens and another one can come."""
+        if input_ids.shape[-1] >= self._length:
+            return scores
+        found = scores.index_fill(-1, torch.tensor(self._ends, device=scores.device), -torch.inf)
+        return torch.where(found.isneginf().all(-1, keepdim=True), scores, found)
+
+
 class Sampler:
     """The choice of one sequence's tokens: its random generator, and its processors of scores.
 
     Args:
         sampling: the request's options.
         key: the sequence's number within its request, from 0; the random generator is seeded with (seed, key).
-        prompt_length: the number of prompt tokens, which presence and frequency penalties do not count.
+        prompt_length: the number of prompt tokens, which ``min_tokens``, presence and frequency penalties do not count.
+        ends: the ids of the tokens that end the sequence.
         over_bytes: whether tokens are bytes, of which only those are drawn that continue the text as UTF-8.
 
     Attributes:
@@ -84,7 +109,9 @@ class Sampler:
         generator: the sequence's own random generator, on the CPU.
     """
 
-    def __init__(self, sampling: Sampling, key: int, prompt_length: int, *, over_bytes: bool = False) -> None:
+    def __init__(
+        self, sampling: Sampling, key: int, prompt_length: int, ends: Sequence[int] = (), *, over_bytes: bool = False
+    ) -> None:
         s = sampling
         self.greedy, self.generator = s.temperature < _COLD, row_generator(s.seed, key)
         found: list[tf.LogitsProcessor] = [WholeCharacters()] if over_bytes else []
@@ -92,6 +119,8 @@ class Sampler:
             found.append(tf.RepetitionPenaltyLogitsProcessor(s.repetition_penalty))
         if s.presence_penalty or s.frequency_penalty:
             found.append(RepeatPenalties(prompt_length, s.presence_penalty, s.frequency_penalty))
+        if s.min_tokens and ends:
+            found.append(NoEndBefore(prompt_length + s.min_tokens, ends))
         self._reads_tokens = bool(found)
         if s.logit_bias:
             found.append(tf.SequenceBiasLogitsProcessor({(token,): float(x) for token, x in s.logit_bias.items()}))

@@ -17,10 +17,14 @@ Listed = Annotated[int, Field(ge=0, le=20)]
 Rho = Annotated[float, Field(ge=0)] | Literal["inf"]
 Word = Annotated[str, Field(max_length=200)]
 Stop = Annotated[str, Field(min_length=1, max_length=200)]
+Natural = Annotated[int, Field(ge=0, lt=1 << 63)]
 # The settings that a request may change under ``softmeet``; a server may allow fewer.
 CHANGES = ("rule", "trust", "weights", "pool", "members", "gate")
 # The most tokens of a prompt, and the most prompts of a request.
 _MOST = 1 << 20
+TopK = Annotated[int, Field(ge=-1, le=_MOST)]
+MinP = Annotated[float, Field(ge=0, le=1)]
+Repetition = Annotated[float, Field(ge=0.1, le=10)]
 _MOST_PROMPTS = 1 << 14
 # The most fields of an object; no object that is known has half of them.
 _MOST_FIELDS = 64
@@ -43,7 +47,7 @@ Metadata = Annotated[
 Biases = Annotated[dict[TokenId, Bias], Len(0, 1024), BeforeValidator(partial(_few, most=1024))]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     """A model that refuses unknown fields, conversions between types, NaN and infinities."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -55,14 +59,14 @@ class _Strict(BaseModel):
         return _few(value, _MOST_FIELDS)
 
 
-class Extension(_Strict):
-    """softmeet's own fields: how the members are combined, how much is reported, and more options of sampling.
+class Extension(Strict):
+    """softmeet's own fields: how the members are combined, and how much is reported.
 
     Each of rule, trust, weights, pool, members and gate that is left out is the ensemble's own. trust is one number, or
     one per member asked for; weights has one number for each of these members. With report = k every token of the
     answer, and of a scored prompt, has a report that lists the k most probable tokens of each distribution; without
-    report nothing is reported. top_k (0 for all tokens), min_p and repetition_penalty change how tokens are drawn, as
-    in transformers.
+    report nothing is reported. top_k, min_p and repetition_penalty are older places of the fields beside softmeet,
+    which override them.
     """
 
     rule: Word | None = Field(default=None, description="meet, max-entropy, logit-mean, prob-mean, …")
@@ -74,61 +78,135 @@ class Extension(_Strict):
     report: Listed | None = Field(
         default=None, description="Report every token, and list so many of each distribution."
     )
-    top_k: Annotated[int, Field(ge=0, le=_MOST)] = 0
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] = 1.0
+    top_k: TopK | None = None
+    min_p: MinP | None = None
+    repetition_penalty: Repetition | None = None
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """Options of a stream: include_usage adds a last chunk with token counts; include_obfuscation has no effect."""
 
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
-class _Generation(_Strict):
-    """The fields that both endpoints have."""
+class Generation(Strict):
+    """The fields of all endpoints that generate: OpenAI's, and from ``top_k`` on those that vLLM adds to them."""
 
     model: Word | None = Field(default=None, description="As /v1/models names them; else the first.")
-    max_tokens: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    n: Annotated[int, Field(ge=1, le=128)] | None = None
     stop: Stop | Annotated[list[Stop], Len(0, 16)] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: Biases | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
     softmeet: Extension | None = None
+    top_k: TopK | None = Field(default=None, description="Draw from so many tokens; 0 or -1 for all.")
+    min_p: MinP | None = Field(default=None, description="The least probability, as a share of the largest.")
+    repetition_penalty: Repetition | None = Field(default=None, description="As in transformers.")
+    min_tokens: Natural | None = Field(default=None, description="No end, and no stop string, within so many tokens.")
+    ignore_eos: bool | None = Field(default=None, description="An end-of-text token is one like any other.")
+    stop_token_ids: Annotated[list[int], Len(0, 128)] | None = Field(default=None, description="Further ends.")
+    skip_special_tokens: bool | None = Field(default=None, description="Leave special tokens out of the text.")
+    include_stop_str_in_output: bool | None = Field(default=None, description="Show a stop string or token, too.")
+    truncate_prompt_tokens: Literal[-1] | Annotated[int, Field(ge=1, lt=1 << 63)] | None = Field(
+        default=None, description="Keep the prompt's last so many tokens; -1 for those that fit into the context."
+    )
     # Accepted, but without effect.
     user: Word | None = None
     metadata: Metadata | None = None
-    store: bool | None = None
     service_tier: Word | None = None
 
+    @property
+    def choices(self) -> int:
+        """How many continuations of each prompt the answer has."""
+        return 1
 
-class CompletionRequest(_Generation):
+    @property
+    def drawn(self) -> int:
+        """How many continuations of each prompt are drawn, of which the answer has the best."""
+        return self.choices
+
+    @property
+    def listed(self) -> int | None:
+        """How many of the most probable tokens to list at each token; None for no log-probabilities."""
+        return None
+
+    @property
+    def prompt_listed(self) -> int | None:
+        """The same of the prompt's tokens."""
+        return None
+
+    @property
+    def usage_in_stream(self) -> bool:
+        """Whether a stream ends with a chunk that has the token counts."""
+        return False
+
+
+class _Choices(Generation):
+    """The fields that completions and chats have, but no response."""
+
+    max_tokens: Natural | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    stream_options: StreamOptions | None = None
+    prompt_logprobs: Listed | None = Field(
+        default=None, description="Score the prompt, and list so many tokens at each of its own."
+    )
+    # Accepted, but without effect.
+    store: bool | None = None
+
+    @property
+    def choices(self) -> int:
+        """The field ``n``."""
+        return self.n or 1
+
+    @property
+    def prompt_listed(self) -> int | None:
+        """The field ``prompt_logprobs``."""
+        return self.prompt_logprobs
+
+    @property
+    def usage_in_stream(self) -> bool:
+        """The field ``stream_options.include_usage``."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class CompletionRequest(_Choices):
     """The body of ``POST /v1/completions``: one or several prompts, each a text or a list of token ids.
 
-    All fields but ``softmeet`` are OpenAI's, with their meanings there; ``user``, ``metadata``, ``store`` and
+    All fields but ``softmeet`` are OpenAI's or vLLM's, with their meanings there; ``user``, ``metadata``, ``store`` and
     ``service_tier`` have no effect.
     """
 
     prompt: str | Texts | Ids | Lists
     logprobs: Listed | None = None
     echo: bool | None = None
+    best_of: Annotated[int, Field(ge=1, le=128)] | None = Field(
+        default=None, description="Draw so many; answer with the n of the highest log-probability per token."
+    )
+    add_special_tokens: bool | None = Field(default=None, description="Let the tokenizer add some, such as a BOS.")
+
+    @property
+    def drawn(self) -> int:
+        """The field ``best_of``, or else ``n``."""
+        return self.best_of or self.choices
+
+    @property
+    def listed(self) -> int | None:
+        """The field ``logprobs``."""
+        return self.logprobs
 
 
-class TextPart(_Strict):
+class TextPart(Strict):
     """A piece of a message's text; the pieces are joined without anything between them."""
 
     type: Literal["text"]
     text: str
 
 
-class Message(_Strict):
+class Message(Strict):
     """One turn of a conversation: who speaks, and the text, whole or in pieces."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -141,21 +219,29 @@ class Message(_Strict):
         return {"role": self.role, "content": parts} | ({"name": self.name} if self.name else {})
 
 
-class ResponseFormat(_Strict):
+Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=4096)]
+
+
+class ResponseFormat(Strict):
     """The form of the answer; plain text is the only one."""
 
     type: Literal["text"]
 
 
-class ChatRequest(_Generation):
+class ChatRequest(_Choices):
     """The body of ``POST /v1/chat/completions``: the messages of a conversation, which the answer continues.
 
-    All fields but ``softmeet`` are OpenAI's, with their meanings there; ``user``, ``metadata``, ``store`` and
+    All fields but ``softmeet`` are OpenAI's or vLLM's, with their meanings there; ``user``, ``metadata``, ``store`` and
     ``service_tier`` have no effect. If both are given, ``max_completion_tokens`` overrides ``max_tokens``.
     """
 
-    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=4096)]
+    messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1, lt=1 << 63)] | None = None
     logprobs: bool | None = None
     top_logprobs: Listed | None = None
     response_format: ResponseFormat | None = None
+
+    @property
+    def listed(self) -> int | None:
+        """The field ``top_logprobs`` if ``logprobs`` is true."""
+        return (self.top_logprobs or 0) if self.logprobs else None

@@ -22,6 +22,8 @@ from softmeet.server.asgi import replay
 from softmeet.server.errors import RequestError, error_response
 
 _OPEN = ("/health", "/ready")
+# Paths whose bodies have to be JSON.
+_JSON = ("/v1/", "/tokenize", "/detokenize")
 # Uploads are refused: the page takes no files, and Gradio would write them to the disk.
 _UPLOADS = "/ui/gradio_api/upload"
 # A body of at most this many times the limit is read to its end, since many clients read the refusal only then.
@@ -72,7 +74,7 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check one request and read its whole body; refuse it, or pass it on. HEAD is answered wherever GET is.
 
-        A refusal is a response with an error object: status 400 for a body that is not JSON (under /v1/) or no proper
+        A refusal is a response with an error object: status 400 for a body that has to be JSON and is not, or no proper
         Host, 401 for a key, 404 for an upload to the page, 408 and 413 for a slow or large body, 415 for a content
         type, 421 for a Host. Nothing is sent if the client leaves before its body is complete. Exceptions of the
         application are not caught.
@@ -84,7 +86,7 @@ class Guard:
         try:
             self._check(path, Headers(scope=scope))
             body = await self._body(Request(scope, receive))
-            if body and path.startswith("/v1/"):
+            if body and path.startswith(_JSON):
                 _check_json(body, Headers(scope=scope).get("content-type", ""))
         except RequestError as error:
             page = path == "/" or path.startswith("/ui")

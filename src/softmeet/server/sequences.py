@@ -141,6 +141,7 @@ class Token:
             None if neither log-probabilities nor a report were asked for, and for a prompt's first token.
         top: (id, log-probability in nats) of the most probable tokens at this position, as many as
             ``GenerationRequest.top`` says, the most probable first.
+        rank: the token's place among all tokens by their log-probability, from 1; None where ``log_prob`` is.
         report: each member's distribution and correction at this position, as
             :meth:`softmeet.hf.report.TokenReport.spelled` returns it; None if no report was asked for.
         status: how the rule ended here, the name of a :class:`softmeet.Status`; empty if no rule did, as at a prompt's
@@ -152,6 +153,7 @@ class Token:
     token: int
     log_prob: float | None = None
     top: list[tuple[int, float]] = field(default_factory=list)
+    rank: int | None = None
     report: dict[str, Any] | None = None
     status: str = ""
     gated: bool = False
@@ -175,7 +177,8 @@ class Finished:
     """The event that a sequence has ended as planned.
 
     Args:
-        reason: ``"stop"`` if it ended at an end-of-text token, ``"length"`` if ``Sequence.max_tokens`` were drawn.
+        reason: ``"stop"`` if it ended at one of ``GenerationRequest.ends``, ``"length"`` if ``Sequence.max_tokens``
+            were drawn.
     """
 
     reason: str
@@ -217,8 +220,8 @@ class GenerationRequest:
         combination: the ensemble, and how its members are combined.
         sampling: how tokens are drawn; each sequence has its own random generator.
         max_tokens: the most tokens to draw for each sequence; with 0, a prompt is only run and, if asked, scored.
-        top: how many of the most probable tokens to list at each token; 0 for the token's own log-probability alone,
-            None for no log-probabilities.
+        top: how many of the most probable tokens to list at each token; 0 for the token's own log-probability and rank
+            alone, None for no log-probabilities.
         report: how many tokens to list of each distribution in the report of each token; None for no reports.
         score_prompt: whether the prompts' own tokens are scored as well.
         deadline: the time after which its sequences fail, in seconds on the clock of ``time.monotonic``.
@@ -228,6 +231,10 @@ class GenerationRequest:
             reads before every text by default; empty for these in all members.
         choices: how many continuations of each prompt; choice c of prompt p has index p · choices + c.
         stops: non-empty strings; the text of a choice ends before the first of them that occurs.
+        ignore_eos: whether an end-of-text token is drawn, and followed, as any other.
+        stop_token_ids: the ids of further tokens that end a sequence.
+        skip_special: whether special tokens have no text.
+        show_stop: whether the text includes the stop string, or the token, at which it ends.
         model: the ensemble's name.
         tokenizer: the ensemble's tokenizer, a fast one of transformers.
         account: the time that is left to its sequences in this round.
@@ -244,9 +251,18 @@ class GenerationRequest:
     prefixes: tuple[tuple[int, ...] | None, ...] = ()
     choices: int = 1
     stops: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    skip_special: bool = True
+    show_stop: bool = False
     model: str = ""
     tokenizer: Any = None
     account: Account = field(default_factory=Account, compare=False)
+
+    @cached_property
+    def ends(self) -> tuple[int, ...]:
+        """The ids of the tokens that end a sequence."""
+        return (*(() if self.ignore_eos else self.combination.ends), *self.stop_token_ids)
 
 
 class Sequence:
@@ -285,7 +301,7 @@ class Sequence:
     def __init__(self, request: GenerationRequest, prompt: tuple[int, ...], key: int, emit: Listener) -> None:
         self.request, self.prompt, self.emit = request, prompt, emit
         self.combination = request.combination
-        self.sampler = Sampler(request.sampling, key, len(prompt), over_bytes=self.combination.over_bytes)
+        self.sampler = Sampler(request.sampling, key, len(prompt), request.ends, over_bytes=self.combination.over_bytes)
         self.max_tokens = min(request.max_tokens, self.combination.room(len(prompt)))
         self.cancelled = self.joined = self.done = False
         self.busy = True
@@ -349,7 +365,8 @@ def tokens_of(
             ours = solution.log_probs[row]
             best = ours.topk(min(asked.top or 0, len(ours)))
             listed = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-            found = replace(found, log_prob=ours[token].item(), top=listed)
+            rank = 1 + int((ours > ours[token]).sum().item())
+            found = replace(found, log_prob=ours[token].item(), top=listed, rank=rank)
         if asked.report is not None:
             found = replace(found, report=_report(s, solution, log_probs, row, token, scored=scored))
         yield found

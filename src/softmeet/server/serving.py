@@ -6,34 +6,32 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from softmeet.errors import InvalidInputError, SoftmeetError
+from softmeet.errors import SoftmeetError
 from softmeet.hf import EnsembleForCausalLM
-from softmeet.hf.chat import chat_of, take_plain
-from softmeet.members.covers import END
-from softmeet.members.zoo import short
+from softmeet.hf.chat import take_plain
+from softmeet.server import prompts
 from softmeet.server.batcher import Batcher, Limits
 from softmeet.server.ensembles import Ensembles, Served
 from softmeet.server.errors import RequestError
 from softmeet.server.metrics import Metrics
 from softmeet.server.sampling import Sampling
-from softmeet.server.schemas import CHANGES, ChatRequest, CompletionRequest, Extension
+from softmeet.server.schemas import CHANGES, CompletionRequest, Extension, Generation
 from softmeet.server.security import Protection
 from softmeet.server.sequences import Combination, GenerationRequest, members_of
 from softmeet.server.texts import token_texts
 from softmeet.solvers.clock import time_limit
 
+T = TypeVar("T")
 # The most log-probabilities that an answer may list, in all of its tokens; they take some 300 MB.
 _MOST_LISTED = 1 << 20
-# Over bytes, each member's own tokens before the prompt; empty for those that it reads before every text.
-Prefixes = tuple[tuple[int, ...], ...]
 # The most tokens of a completion whose request does not say; over bytes, about as long a text.
 _COMPLETION, _COMPLETION_BYTES = 16, 64
 
@@ -124,7 +122,24 @@ class Serving:
             with contextlib.suppress(SoftmeetError), time_limit(self.settings.limits.token_seconds):
                 model.combiner.solve_rows(hidden, settings, proved=False)
 
-    async def prepare(self, body: CompletionRequest | ChatRequest) -> GenerationRequest:
+    async def on_tokenizer(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Call a function that uses a tokenizer, on the thread of all such calls, and return what it returns."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, partial(work, *arguments))
+
+    async def encoded(self, served: Served, body: Any) -> tuple[int, ...]:
+        """Return the token ids of a body's ``prompt``, a text, or of its ``messages`` if it has none.
+
+        Raises:
+            RequestError: if the text is too long for any context, or the messages have no chat template or break its
+                rules.
+        """
+        combination = served.combination(Extension(), ())
+        if body.prompt is None:
+            return (await self.on_tokenizer(prompts.templated, served, combination, body))[0][0]
+        prompts.check_texts([body.prompt], combination, served.ensemble.tokenizer)
+        return (await self.on_tokenizer(prompts.encoded, served, [body.prompt], body.add_special_tokens))[0]
+
+    async def prepare(self, body: Generation) -> GenerationRequest:
         """Check a request's body, and return it as a generation request with its prompts as token ids.
 
         Args:
@@ -133,33 +148,35 @@ class Serving:
         Raises:
             RequestError: if there is no such model (status 404) or member, a change is not allowed, more than
                 ``settings.max_tokens`` tokens or than the context has, or more choices than ``settings.max_choices`` or
-                than an idle server has places, are asked for, an id in ``logit_bias`` is no token's, a prompt is empty,
-                has an invalid id or leaves no room in the context, the messages have no chat template or break its
-                rules, or a setting under ``softmeet`` is not valid.
+                than an idle server has places, are asked for, an id in ``logit_bias`` or ``stop_token_ids`` is no
+                token's, fields contradict each other, a prompt is empty, has an invalid id or leaves no room in the
+                context, the messages have no chat template or break its rules, or a setting under ``softmeet`` is not
+                valid.
             RuleError: if the rule comes from a package that fails to provide it.
         """
         served, ours = self.ensembles.find(body.model), body.softmeet or Extension()
-        in_thread = partial(asyncio.get_running_loop().run_in_executor, self._thread)
         combination = served.combination(ours, self.settings.allowed, self.settings.max_trust)
-        prefixes: Prefixes = ()
-        choices, limit = body.n or 1, _limit(body, self.settings.max_tokens, combination)
+        prefixes: prompts.Prefixes = ()
+        limit = _limit(body, self.settings.max_tokens, combination)
+        _check_together(body, limit)
         if isinstance(body, CompletionRequest):
             # What could be no prompt is refused before it is cut into tokens, which may take seconds.
-            parts = _parts(body)
-            _check_choices(len(parts), choices, self.settings)
-            _check_texts(parts, combination, served.ensemble.tokenizer)
-            prompts = await in_thread(_encoded, served, parts)
-            top = body.logprobs
-            score_prompt = bool(body.echo) and (top is not None or ours.report is not None)
+            parts = prompts.parts(body)
+            _check_choices(len(parts), body, self.settings)
+            prompts.check_texts(parts, combination, served.ensemble.tokenizer)
+            found = await self.on_tokenizer(prompts.encoded, served, parts, body.add_special_tokens)
+            echoed = bool(body.echo) and (body.logprobs is not None or ours.report is not None)
         else:
-            prompts, prefixes = await in_thread(_templated, served, combination, body)
-            top, score_prompt = (body.top_logprobs or 0) if body.logprobs else None, False
-            _check_choices(len(prompts), choices, self.settings)
-        for prompt in prompts:
-            _check_prompt(prompt, combination, limit)
+            found, prefixes = await self.on_tokenizer(prompts.templated, served, combination, body)
+            echoed = False
+            _check_choices(len(found), body, self.settings)
+        found = [prompts.truncated(prompt, body, combination) for prompt in found]
+        for prompt in found:
+            prompts.check_prompt(prompt, combination, limit)
             if combination.over_bytes:
-                await in_thread(_check_bytes, prompt, combination, prefixes)
-        tokens = choices * sum(limit + score_prompt * len(prompt) for prompt in prompts)
+                await self.on_tokenizer(prompts.check_bytes, prompt, combination, prefixes)
+        top, score_prompt = _most_listed(body), echoed or body.prompt_listed is not None
+        tokens = body.drawn * sum(limit + score_prompt * len(prompt) for prompt in found)
         _check_listed(tokens, (top or 0) + (ours.report or 0) * (len(combination.names) + 2))
         return GenerationRequest(
             combination=combination,
@@ -169,30 +186,71 @@ class Serving:
             report=ours.report,
             score_prompt=score_prompt,
             deadline=time.monotonic() + self.settings.seconds,
-            prompts=tuple(prompts),
+            prompts=tuple(found),
             prefixes=prefixes,
-            choices=choices,
+            choices=body.drawn,
             stops=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
+            ignore_eos=bool(body.ignore_eos),
+            stop_token_ids=tuple(body.stop_token_ids or ()),
+            skip_special=body.skip_special_tokens is not False,
+            show_stop=bool(body.include_stop_str_in_output),
             model=served.name,
             tokenizer=served.ensemble.tokenizer,
         )
 
 
-def _check_choices(prompts: int, choices: int, settings: ServerSettings) -> None:
-    """Raise RequestError if a number of prompts with so many choices each is not allowed, or could never find room."""
+def _check_together(body: Generation, limit: int) -> None:
+    """Raise RequestError if fields of a request, each valid by itself, contradict each other.
+
+    Args:
+        body: the request.
+        limit: the most tokens of a choice.
+    """
+    if body.drawn < body.choices:
+        raise RequestError(
+            f"expected best_of of at least n = {body.choices}, got {body.drawn}: raise it, or leave it out",
+            param="best_of",
+        )
+    if body.stream and body.drawn > body.choices:
+        raise RequestError(
+            "best_of cannot be streamed: which choice is the best is known at the end: leave stream or best_of out",
+            param="best_of",
+        )
+    if body.stream and body.prompt_listed is not None:
+        raise RequestError(
+            "prompt_logprobs cannot be streamed: leave stream or prompt_logprobs out", param="prompt_logprobs"
+        )
+    if (body.min_tokens or 0) > limit:
+        raise RequestError(
+            f"expected min_tokens of at most {limit:,}, the most tokens of this answer, got {body.min_tokens:,}: ask "
+            "for fewer, or for a larger max_tokens",
+            param="min_tokens",
+        )
+
+
+def _most_listed(body: Generation) -> int | None:
+    """Return how many tokens are listed at most at a token, of the answer or of a prompt; None if none is described."""
+    asked = [body.listed, body.prompt_listed, 0 if body.drawn > body.choices else None]
+    return max((count for count in asked if count is not None), default=None)
+
+
+def _check_choices(prompts: int, body: Generation, settings: ServerSettings) -> None:
+    """Raise RequestError if a request with so many prompts asks for too many choices, or could never find room."""
+    choices = body.drawn
     total, places = prompts * choices, settings.limits.rows + settings.limits.waiting
     most = min(settings.max_choices, places)
     if total > most:
         limit = "limit, --max-choices" if settings.max_choices <= places else "room, --batch and --queue together"
-        count = f"{prompts:,} prompt{'s' * (prompts > 1)} with n = {choices}"
+        name = "n" if choices == body.choices else "best_of"
+        count = f"{prompts:,} prompt{'s' * (prompts > 1)} with {name} = {choices}"
         raise RequestError(
             f"expected at most {most:,} choices in all, this server's {limit}, got {total:,} ({count}): send fewer in "
             "each request",
-            param="n" if choices > 1 else "prompt",
+            param=name if choices > 1 else "prompt",
         )
 
 
-def _limit(body: CompletionRequest | ChatRequest, server: int, combination: Combination) -> int:
+def _limit(body: Generation, server: int, combination: Combination) -> int:
     """Return the most tokens of a choice: what a request asks for; else all for a chat, at most 16 for a completion.
 
     Args:
@@ -211,7 +269,7 @@ def _limit(body: CompletionRequest | ChatRequest, server: int, combination: Comb
         if server <= context
         else ("the context of the ensemble's shortest member", "")
     )
-    for name in ("max_completion_tokens", "max_tokens"):
+    for name in prompts.LENGTHS:
         if (asked := getattr(body, name, None)) is None:
             continue
         if asked > most:
@@ -220,56 +278,32 @@ def _limit(body: CompletionRequest | ChatRequest, server: int, combination: Comb
                 param=name,
             )
         return int(asked)
-    return (
-        most
-        if isinstance(body, ChatRequest)
-        else min(_COMPLETION_BYTES if combination.over_bytes else _COMPLETION, most)
-    )
+    usual = _COMPLETION_BYTES if combination.over_bytes else _COMPLETION
+    return min(usual, most) if isinstance(body, CompletionRequest) else most
 
 
-def _sampling(body: CompletionRequest | ChatRequest, ours: Extension, vocabulary: int) -> Sampling:
+def _sampling(body: Generation, ours: Extension, vocabulary: int) -> Sampling:
     """Return the sampling options that a request gives; a seed is drawn if it gives none.
 
     Args:
         body: the request, whose fields have the names of :class:`Sampling`'s where they mean the same.
         ours: its field ``softmeet``, likewise.
-        vocabulary: the number of tokens, which ids in ``logit_bias`` have to be below.
+        vocabulary: the number of tokens, which ids in ``logit_bias`` and ``stop_token_ids`` have to be below.
 
     Raises:
-        RequestError: if an id in ``logit_bias`` is not below ``vocabulary``.
+        RequestError: if such an id is not below ``vocabulary``.
     """
     biases = {int(token): bias for token, bias in (body.logit_bias or {}).items()}
-    if absent := [token for token in biases if token >= vocabulary]:
-        raise RequestError(
-            f"expected token ids below {vocabulary:,} in logit_bias, got {absent[0]}", param="logit_bias"
-        )
-    names = Sampling.__dataclass_fields__
-    given = {name: x for source in (body, ours) for name, x in source if name in names and x is not None}
-    return Sampling(**({"seed": secrets.randbits(53)} | given | {"logit_bias": biases}))
-
-
-def _parts(body: CompletionRequest) -> list[Any]:
-    """Return a request's prompts, each a text or a list of token ids."""
-    prompt: Any = body.prompt
-    return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
-
-
-def _check_texts(parts: list[Any], combination: Combination, tokenizer: Any) -> None:
-    """Raise RequestError if a text is so long that, in tokens as long as the longest, it fits into no context."""
-    if combination.over_bytes:
-        context = min(reader.limit for reader in combination.readers)
-        most = min(reader.limit * reader.spelling.longest for reader in combination.readers)
-    else:
-        # Normalisation may shorten a text, hardly ever to a quarter.
-        context, longest = combination.room(0), token_texts(tokenizer).longest
-        most = 4 * longest * context
-    for part in parts:
-        if isinstance(part, str) and most and len(part) > most:
+    for field_name, ids in (("logit_bias", biases), ("stop_token_ids", body.stop_token_ids or ())):
+        if absent := [token for token in ids if not 0 <= token < vocabulary]:
             raise RequestError(
-                f"expected a prompt of at most {context} tokens, the shortest member's context, got a text of "
-                f"{len(part):,} characters: shorten it",
-                param="prompt", code="context_length_exceeded",
-            )  # fmt: skip
+                f"expected token ids below {vocabulary:,} in {field_name}, got {absent[0]}", param=field_name
+            )
+    names = Sampling.__dataclass_fields__
+    given = {name: x for source in (ours, body) for name, x in source if name in names and x is not None}
+    # vLLM has -1, too, for all tokens.
+    top_k = max(given.get("top_k", 0), 0)
+    return Sampling(**({"seed": secrets.randbits(53)} | given | {"logit_bias": biases, "top_k": top_k}))
 
 
 def _check_listed(tokens: int, each: int) -> None:
@@ -279,72 +313,3 @@ def _check_listed(tokens: int, each: int) -> None:
             f"expected at most {_MOST_LISTED:,} log-probabilities in an answer, got {tokens * each:,} ({tokens:,} "
             f"tokens with {each} each): ask for fewer tokens (max_tokens), choices, logprobs or a smaller report",
         )
-
-
-def _encoded(served: Served, parts: list[Any]) -> list[tuple[int, ...]]:
-    """Return the token ids of each prompt, given as a text or as token ids."""
-    tokenizer = served.ensemble.tokenizer
-    return [tuple(tokenizer(p, verbose=False)["input_ids"] if isinstance(p, str) else p) for p in parts]
-
-
-def _templated(served: Served, combination: Combination, body: ChatRequest) -> tuple[list[tuple[int, ...]], Prefixes]:
-    """Return a list of one prompt, which the members' chat templates make of the messages, and prefixes.
-
-    Over bytes each member begins after its own prompt, its prefix, and the prompt is the beginning of a text.
-
-    Raises:
-        RequestError: if there is no chat template for a member, or the templates refuse the messages or differ.
-    """
-    chat = chat_of(combination.model)
-    missing = [short(name) for name in chat.missing]
-    if missing and (combination.over_bytes or len(missing) == len(chat.names)):
-        who = f"{', '.join(missing)} of {served.name}" if combination.over_bytes else f"the tokenizer of {served.name}"
-        raise RequestError(
-            f"{who} has no chat template, so there is no saying how its members would have been trained to chat: use "
-            "/v1/completions, or start the server with --plain-chat",
-            param="messages", code="no_chat_template",
-        )  # fmt: skip
-    messages = [message.plain() for message in body.messages]
-    try:
-        if combination.over_bytes:
-            return [(END,)], tuple(map(tuple, chat.own_prompts(messages)))
-        return [tuple(chat.shared_prompt(messages))], ()
-    except InvalidInputError as error:
-        raise RequestError(str(error), param="messages") from error
-
-
-def _check_prompt(prompt: tuple[int, ...], combination: Combination, limit: int) -> None:
-    """Raise RequestError if a prompt is empty, has an invalid id, or leaves no room in the shortest context.
-
-    Args:
-        prompt: the prompt's token ids.
-        combination: the ensemble whose vocabulary and context count.
-        limit: the number of tokens asked for; if it is 0, the prompt may fill the context.
-    """
-    vocabulary, room = combination.model.config.vocab_size, combination.room(len(prompt))
-    if not prompt:
-        raise RequestError("expected a prompt of at least one token, got an empty one", param="prompt")
-    if not all(0 <= token < vocabulary for token in prompt):
-        raise RequestError(f"expected token ids from 0 to {vocabulary - 1:,}", param="prompt")
-    if combination.room(0) < len(prompt) + (limit > 0 and not room):
-        raise RequestError(
-            f"expected a prompt shorter than the shortest member's context of {combination.room(0)} tokens, got "
-            f"{len(prompt)}: shorten it",
-            param="prompt", code="context_length_exceeded",
-        )  # fmt: skip
-
-
-def _check_bytes(prompt: tuple[int, ...], combination: Combination, prefixes: Prefixes) -> None:
-    """Raise RequestError if a prompt over bytes has an end within, or exceeds a member's context in its own tokens."""
-    if END in prompt[1:]:
-        raise RequestError(f"expected {END}, the end of a text, only as a prompt's first id", param="prompt")
-    text = bytes(prompt[prompt[0] == END :])
-    before = prefixes or [reader.prefix for reader in combination.readers]
-    for name, reader, prefix in zip(combination.names, combination.readers, before, strict=True):
-        count = len(prefix) + len(reader.spelling.encode(text))
-        # A token more is needed to read several tokenizations, and one to go on.
-        if count + 2 > reader.limit:
-            raise RequestError(
-                f"expected a prompt shorter than the context of {name}, {reader.limit} tokens, got {count}: shorten it",
-                param="prompt", code="context_length_exceeded",
-            )  # fmt: skip

@@ -1,0 +1,124 @@
+"""A request's prompts: texts and conversations as token ids, and the checks that they fit the members."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from softmeet.errors import InvalidInputError
+from softmeet.hf.chat import chat_of
+from softmeet.members.covers import END
+from softmeet.members.zoo import short
+from softmeet.server.ensembles import Served
+from softmeet.server.errors import RequestError
+from softmeet.server.schemas import CompletionRequest, Generation
+from softmeet.server.sequences import Combination
+from softmeet.server.texts import token_texts
+
+# Over bytes, each member's own tokens before the prompt; empty for those that it reads before every text.
+Prefixes = tuple[tuple[int, ...], ...]
+# The fields that say how many tokens an answer may have; the first that is given counts.
+LENGTHS = ("max_output_tokens", "max_completion_tokens", "max_tokens")
+
+
+def parts(body: CompletionRequest) -> list[Any]:
+    """Return a request's prompts, each a text or a list of token ids."""
+    prompt: Any = body.prompt
+    return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+
+
+def encoded(served: Served, parts: list[Any], special: bool | None = None) -> list[tuple[int, ...]]:
+    """Return the token ids of each prompt, given as a text or as token ids; unless ``special`` is false, with a BOS."""
+    encode = partial(served.ensemble.tokenizer, verbose=False, add_special_tokens=special is not False)
+    return [tuple(encode(part)["input_ids"] if isinstance(part, str) else part) for part in parts]
+
+
+def templated(served: Served, combination: Combination, body: Any) -> tuple[list[tuple[int, ...]], Prefixes]:
+    """Return a list of one prompt, which the members' chat templates make of the messages, and prefixes.
+
+    Over bytes each member begins after its own prompt, its prefix, and the prompt is the beginning of a text.
+
+    Raises:
+        RequestError: if there is no chat template for a member, or the templates refuse the messages or differ.
+    """
+    chat, param = chat_of(combination.model), "input" if hasattr(body, "input") else "messages"
+    missing = [short(name) for name in chat.missing]
+    if missing and (combination.over_bytes or len(missing) == len(chat.names)):
+        who = f"{', '.join(missing)} of {served.name}" if combination.over_bytes else f"the tokenizer of {served.name}"
+        raise RequestError(
+            f"{who} has no chat template, so there is no saying how its members would have been trained to chat: use "
+            "/v1/completions, or start the server with --plain-chat",
+            param=param, code="no_chat_template",
+        )  # fmt: skip
+    messages = [message.plain() for message in body.messages]
+    try:
+        if combination.over_bytes:
+            return [(END,)], tuple(map(tuple, chat.own_prompts(messages)))
+        return [tuple(chat.shared_prompt(messages))], ()
+    except InvalidInputError as error:
+        raise RequestError(str(error), param=param) from error
+
+
+def truncated(prompt: tuple[int, ...], body: Generation, combination: Combination) -> tuple[int, ...]:
+    """Return a prompt's last tokens, as many as ``truncate_prompt_tokens`` says; all of them if it is not given.
+
+    With -1 as many as leave room in the context for the tokens asked for, or for one if their number is not given.
+    """
+    asked = next((count for name in LENGTHS if (count := getattr(body, name, None)) is not None), 1)
+    kept = body.truncate_prompt_tokens
+    return prompt if kept is None else prompt[-(max(combination.room(asked), 1) if kept == -1 else kept) :]
+
+
+def check_texts(parts: list[Any], combination: Combination, tokenizer: Any) -> None:
+    """Raise RequestError if a text is so long that, in tokens as long as the longest, it fits into no context."""
+    if combination.over_bytes:
+        context = min(reader.limit for reader in combination.readers)
+        most = min(reader.limit * reader.spelling.longest for reader in combination.readers)
+    else:
+        # Normalisation may shorten a text, hardly ever to a quarter.
+        context, longest = combination.room(0), token_texts(tokenizer).longest
+        most = 4 * longest * context
+    for part in parts:
+        if isinstance(part, str) and most and len(part) > most:
+            raise RequestError(
+                f"expected a prompt of at most {context} tokens, the shortest member's context, got a text of "
+                f"{len(part):,} characters: shorten it",
+                param="prompt", code="context_length_exceeded",
+            )  # fmt: skip
+
+
+def check_prompt(prompt: tuple[int, ...], combination: Combination, limit: int) -> None:
+    """Raise RequestError if a prompt is empty, has an invalid id, or leaves no room in the shortest context.
+
+    Args:
+        prompt: the prompt's token ids.
+        combination: the ensemble whose vocabulary and context count.
+        limit: the number of tokens asked for; if it is 0, the prompt may fill the context.
+    """
+    vocabulary, room = combination.model.config.vocab_size, combination.room(len(prompt))
+    if not prompt:
+        raise RequestError("expected a prompt of at least one token, got an empty one", param="prompt")
+    if not all(0 <= token < vocabulary for token in prompt):
+        raise RequestError(f"expected token ids from 0 to {vocabulary - 1:,}", param="prompt")
+    if combination.room(0) < len(prompt) + (limit > 0 and not room):
+        raise RequestError(
+            f"expected a prompt shorter than the shortest member's context of {combination.room(0)} tokens, got "
+            f"{len(prompt)}: shorten it",
+            param="prompt", code="context_length_exceeded",
+        )  # fmt: skip
+
+
+def check_bytes(prompt: tuple[int, ...], combination: Combination, prefixes: Prefixes) -> None:
+    """Raise RequestError if a prompt over bytes has an end within, or exceeds a member's context in its own tokens."""
+    if END in prompt[1:]:
+        raise RequestError(f"expected {END}, the end of a text, only as a prompt's first id", param="prompt")
+    text = bytes(prompt[prompt[0] == END :])
+    before = prefixes or [reader.prefix for reader in combination.readers]
+    for name, reader, prefix in zip(combination.names, combination.readers, before, strict=True):
+        count = len(prefix) + len(reader.spelling.encode(text))
+        # A token more is needed to read several tokenizations, and one to go on.
+        if count + 2 > reader.limit:
+            raise RequestError(
+                f"expected a prompt shorter than the context of {name}, {reader.limit} tokens, got {count}: shorten it",
+                param="prompt", code="context_length_exceeded",
+            )  # fmt: skip

@@ -1,0 +1,245 @@
+"""OpenAI's newer endpoint for chats, ``/v1/responses``: its requests, and its answers, whole or as events.
+
+A request is answered as a chat is: its input becomes messages, and these a prompt by the tokenizer's chat template.
+Nothing is stored, so every request has to send its whole conversation.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+from uuid import uuid4
+
+from annotated_types import Len
+from pydantic import Field
+
+from softmeet.errors import SoftmeetError
+from softmeet.server.answer import ChoiceDelta
+from softmeet.server.errors import RequestError, described
+from softmeet.server.replies import ChatReply, event
+from softmeet.server.schemas import Generation, Listed, Message, Natural, ResponseFormat, Strict, Word
+from softmeet.server.sequences import GenerationRequest, Token
+
+
+class Part(Strict):
+    """A piece of an item's text: of input, or of an earlier answer, whose further fields are ignored."""
+
+    type: Literal["input_text", "output_text"]
+    text: str
+    annotations: Annotated[list[Any], Len(0, 0)] | None = None
+    logprobs: list[Any] | None = None
+
+
+class Item(Strict):
+    """One turn of a conversation: a new message, or one of an earlier answer, whose further fields are ignored."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[Part], Field(fail_fast=True, min_length=1, max_length=1024)]
+    type: Literal["message"] | None = None
+    id: Word | None = None
+    status: Word | None = None
+    phase: Word | None = None
+    softmeet: dict[str, Any] | None = None
+
+    def message(self) -> Message:
+        """Return the turn as a message of a chat."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return Message(role=self.role, content=text)
+
+
+class TextOptions(Strict):
+    """How the answer is written: as plain text."""
+
+    format: ResponseFormat | None = None
+
+
+class ResponsesRequest(Generation):
+    """The body of ``POST /v1/responses``: a text or a conversation, which the answer continues.
+
+    All fields but ``softmeet`` are OpenAI's or vLLM's, with their meanings there; ``user``, ``metadata`` and
+    ``service_tier`` have no effect. With ``truncation="auto"`` a prompt that is too long loses its first tokens.
+    """
+
+    input: str | Annotated[list[Item], Field(fail_fast=True, min_length=1, max_length=4096)]
+    instructions: str | None = None
+    max_output_tokens: Annotated[Natural, Field(ge=1)] | None = None
+    include: Annotated[list[Literal["message.output_text.logprobs"]], Len(0, 1)] | None = None
+    top_logprobs: Listed | None = None
+    text: TextOptions | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    store: bool | None = None
+
+    @property
+    def messages(self) -> list[Message]:
+        """The instructions, as a system message, and the input."""
+        first = [Message(role="system", content=self.instructions)] if self.instructions else []
+        if isinstance(self.input, str):
+            return [*first, Message(role="user", content=self.input)]
+        return [*first, *(item.message() for item in self.input)]
+
+    @property
+    def listed(self) -> int | None:
+        """The field ``top_logprobs`` if ``include`` asks for log-probabilities."""
+        return (self.top_logprobs or 0) if self.include else None
+
+
+def checked(body: ResponsesRequest) -> ResponsesRequest:
+    """Return a request in the fields that all endpoints share; refuse one whose answer is to be stored.
+
+    Raises:
+        RequestError: if ``store`` is true.
+    """
+    if body.store:
+        raise RequestError(
+            "store is not supported: no answer is kept here: leave it out, and send the whole conversation as input",
+            param="store",
+        )
+    cut = {"truncate_prompt_tokens": -1} if body.truncation == "auto" and body.truncate_prompt_tokens is None else {}
+    return body.model_copy(update=cut)
+
+
+class ResponsesReply(ChatReply):
+    """The writer of an answer of ``/v1/responses``: one message, in a stream of numbered events."""
+
+    body: ResponsesRequest
+    prefix = "resp_"
+
+    def __init__(self, asked: GenerationRequest, body: ResponsesRequest) -> None:
+        super().__init__(asked, body)
+        self._item = f"msg_{uuid4().hex}"
+        self._sent, self._whole = 0, ChoiceDelta(0)
+        self._said: dict[str, Any] = {}
+
+    def document(self, choices: list[ChoiceDelta], tokens: int) -> dict[str, Any]:
+        """Return the whole answer of a request without streaming, as a dict for JSON; to be called once.
+
+        Args:
+            choices: the one choice, complete.
+            tokens: the number of tokens drawn.
+        """
+        (self._whole,) = choices
+        self._said = self.ours(self._whole)
+        return self._response(_status(self._whole), [self._message(_status(self._whole))], tokens)
+
+    def begun(self) -> str:
+        """Return the events before the first token: the response, its one message and the message's one part."""
+        message = self._message("in_progress") | {"content": []}
+        return (
+            self._event("response.created", response=self._response("in_progress"))
+            + self._event("response.in_progress", response=self._response("in_progress"))
+            + self._event("response.output_item.added", output_index=0, item=message)
+            + self._event("response.content_part.added", **self._place, part=self._part())
+        )
+
+    def written(self, delta: ChoiceDelta) -> str:
+        """Return the event that sends new text, or tokens whose log-probabilities or reports are asked for, or none."""
+        self._whole.text += delta.text
+        self._whole.finish = delta.finish
+        # Log-probabilities come again in the last events.
+        self._whole.tokens += delta.tokens if self.body.listed is not None else []
+        said = self.ours(delta)
+        self._said |= {name: found for name, found in said.items() if name != "tokens"}
+        reports = {"softmeet": {"tokens": said["tokens"]}} if "tokens" in said else {}
+        if not (delta.text or reports or (delta.tokens and self.body.listed is not None)):
+            return ""
+        log_probs = self._listed(delta.tokens)
+        return self._event("response.output_text.delta", **self._place, delta=delta.text, logprobs=log_probs, **reports)
+
+    def ended(self, tokens: int) -> str:
+        """Return the events that end a stream, each with all that was written.
+
+        Args:
+            tokens: the number of tokens drawn.
+        """
+        status, log_probs = _status(self._whole), self._listed(self._whole.tokens)
+        message = self._message(status)
+        return (
+            self._event("response.output_text.done", **self._place, text=self._whole.text, logprobs=log_probs)
+            + self._event("response.content_part.done", **self._place, part=self._part())
+            + self._event("response.output_item.done", output_index=0, item=message)
+            + self._event(f"response.{status}", response=self._response(status, [message], tokens))
+        )
+
+    def failed(self, error: SoftmeetError) -> str:
+        """Return the event that ends a stream by an error, with what was written before it."""
+        found = {"code": "server_error", "message": described(error)[1]["error"]["message"]}
+        response = self._response("failed", [self._message("incomplete")]) | {"error": found}
+        return self._event("response.failed", response=response)
+
+    def _event(self, kind: str, **fields: Any) -> str:
+        """Return the next event of a stream."""
+        found = {"type": kind, "sequence_number": self._sent, **fields}
+        self._sent += 1
+        return f"event: {kind}\n{event(found)}"
+
+    @property
+    def _place(self) -> dict[str, Any]:
+        """Where in the response the text stands."""
+        return {"item_id": self._item, "output_index": 0, "content_index": 0}
+
+    def _part(self) -> dict[str, Any]:
+        """Return the message's one part: all text so far."""
+        found = {"type": "output_text", "text": self._whole.text, "annotations": []}
+        return found if self.body.listed is None else found | {"logprobs": self._listed(self._whole.tokens)}
+
+    def _listed(self, tokens: list[Token]) -> list[dict[str, Any]]:
+        """Return tokens with their log-probabilities; none if they are not asked for."""
+        return [] if self.body.listed is None else self.entries(tokens)
+
+    def _message(self, status: str) -> dict[str, Any]:
+        """Return the answer's one message, with all text so far."""
+        found = {"id": self._item, "type": "message", "status": status, "role": "assistant", "content": [self._part()]}
+        return found | ({"softmeet": self._said} if self._said else {})
+
+    def _response(
+        self, status: str, output: list[dict[str, Any]] | None = None, tokens: int | None = None
+    ) -> dict[str, Any]:
+        """Return the response: what was asked for, and what was written.
+
+        Args:
+            status: ``in_progress``, ``completed``, ``incomplete`` if the tokens allowed were not enough, or ``failed``.
+            output: the messages written.
+            tokens: the number of tokens drawn; None before the end.
+        """
+        body = self.body
+        return {
+            "id": self._common["id"],
+            "object": "response",
+            "created_at": self._common["created"],
+            "status": status,
+            "background": False,
+            "error": None,
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "instructions": body.instructions,
+            "max_output_tokens": body.max_output_tokens,
+            "metadata": body.metadata or {},
+            "model": self.asked.model,
+            "output": output or [],
+            "parallel_tool_calls": False,
+            "previous_response_id": None,
+            "store": False,
+            "temperature": self.asked.sampling.temperature,
+            "text": {"format": {"type": "text"}},
+            "tool_choice": "none",
+            "tools": [],
+            "top_logprobs": body.top_logprobs or 0,
+            "top_p": self.asked.sampling.top_p,
+            "truncation": body.truncation or "disabled",
+            "usage": None if tokens is None else self._counts(tokens),
+            "softmeet": self._settings(),
+        }
+
+    def _counts(self, tokens: int) -> dict[str, Any]:
+        """Return the numbers of tokens in this endpoint's words; how many came from kept prompts is not told."""
+        found = self._usage(tokens)
+        return {
+            "input_tokens": found["prompt_tokens"],
+            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "output_tokens": tokens,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": found["total_tokens"],
+        }
+
+
+def _status(choice: ChoiceDelta) -> str:
+    """Return the status of a response that has come to its end."""
+    return "incomplete" if choice.finish == "length" else "completed"

@@ -1,0 +1,90 @@
+"""Texts as token ids and back, and the version, as vLLM's clients ask for them."""
+
+from __future__ import annotations
+
+from unittest.mock import Mock
+
+import pytest
+from serving import TEMPLATE, http, running, serving_of, tiny_ensemble
+
+from softmeet import __version__
+from softmeet.server import prompts as prompts_module
+from softmeet.server.security import Protection
+
+
+@pytest.fixture(scope="module")
+def url():
+    plain, chatty = (
+        tiny_ensemble("gpt2", rule="logit-mean"),
+        tiny_ensemble("llama", rule="logit-mean", template=TEMPLATE),
+    )
+    with running(serving_of({"plain": plain, "chatty": chatty})) as found:
+        yield found
+
+
+def ask(url, path, status=200, **fields):
+    answer = http.post(f"{url}/{path}", json=fields)
+    assert answer.status_code == status, answer.text
+    return answer.json() if status == 200 else answer.json()["error"]
+
+
+def test_a_prompt_becomes_ids_and_a_text_again(url):
+    found = ask(url, "tokenize", prompt="hello", model="plain")
+    assert found == {"count": 5, "max_model_len": 64, "tokens": [8, 5, 12, 12, 15], "token_strs": None}
+    assert ask(url, "detokenize", tokens=found["tokens"]) == {"prompt": "hello"}
+    assert ask(url, "detokenize", tokens=[8, 0]) == {"prompt": "h<|end|>"}
+    assert ask(url, "tokenize", prompt="he", return_token_strs=True)["token_strs"] == ["h", "e"]
+    assert ask(url, "tokenize", prompt="", add_special_tokens=False)["count"] == 0
+    # These are the ids that a completion takes.
+    text = http.post(f"{url}/v1/completions", json={"prompt": found["tokens"], "seed": 1}).json()["choices"][0]["text"]
+    assert text == http.post(f"{url}/v1/completions", json={"prompt": "hello", "seed": 1}).json()["choices"][0]["text"]
+
+
+def test_messages_are_written_as_the_chat_template_says(url):
+    messages = [{"role": "user", "content": "hi"}]
+    found = ask(url, "tokenize", model="chatty", messages=messages)
+    assert ask(url, "detokenize", model="chatty", tokens=found["tokens"]) == {"prompt": "u:hi!a:"}
+    chat = http.post(f"{url}/v1/chat/completions", json={"model": "chatty", "messages": messages, "max_tokens": 1})
+    assert chat.json()["usage"]["prompt_tokens"] == found["count"]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param", "message"),
+    [
+        ("tokenize", {}, "prompt", "expected either a prompt or messages, got neither: send one of them"),
+        ("tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "prompt", "got both"),
+        ("tokenize", {"messages": [{"role": "user", "content": "a"}]}, "messages", "has no chat template"),
+        ("tokenize", {"prompt": "a", "chat_template": "b"}, "chat_template", "as the members' own template says"),
+        ("tokenize", {"prompt": "a", "promt": "b"}, "promt", "did you mean prompt?"),
+        ("detokenize", {"tokens": [64]}, "tokens", "expected token ids from 0 to 63"),
+        ("detokenize", {"tokens": "abc"}, "tokens", "expected tokens to be a valid list, got 'abc'"),
+        ("detokenize", {}, "tokens", "expected tokens, which is missing: add it"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_by_name(url, path, fields, param, message):
+    error = ask(url, path, status=400, **fields)
+    assert (error["param"], error["type"]) == (param, "invalid_request_error")
+    assert message in error["message"]
+
+
+def test_a_text_that_fits_into_no_context_is_not_cut_into_tokens(url, monkeypatch):
+    monkeypatch.setattr(prompts_module, "token_texts", lambda _: Mock(longest=8))
+    monkeypatch.setattr(prompts_module, "encoded", Mock(side_effect=AssertionError("was cut into tokens")))
+    error = ask(url, "tokenize", status=400, prompt="a" * (4 * 8 * 64 + 1))
+    assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
+
+
+def test_a_model_that_there_is_not_is_told_and_so_is_a_body_that_is_no_json(url):
+    for path, fields in (("tokenize", {"prompt": "a"}), ("detokenize", {"tokens": [1]})):
+        assert ask(url, path, status=404, model="plan", **fields)["code"] == "model_not_found"
+        broken = http.post(f"{url}/{path}", content="{", headers={"content-type": "application/json"})
+        assert broken.status_code == 400
+        assert broken.json()["error"]["type"] == "invalid_request_error"
+        assert http.post(f"{url}/{path}", content="{}").status_code == 415
+
+
+def test_the_version_is_told_to_who_has_a_key(url):
+    assert http.get(f"{url}/version").json() == {"version": __version__}
+    with running(serving_of({"a": tiny_ensemble("gpt2")}, protection=Protection(keys=("key",)))) as closed:
+        for path in ("version", "tokenize", "detokenize"):
+            assert http.get(f"{closed}/{path}").status_code == 401
