@@ -144,12 +144,13 @@ def test_a_long_prompt_is_run_in_pieces_between_which_others_step(serve):  # noq
     assert pieces[-1] - pieces[0] >= len(pieces)
 
 
-def test_turns_are_shared_by_time_and_what_took_longer_is_owed():
-    done, turns = [], Turns(lambda task, seconds: task.run(seconds))
+def test_turns_are_shared_by_time_and_what_took_longer_is_owed(monkeypatch):
+    done, turns, now = [], Turns(lambda task, seconds: task.run(seconds)), [0.0]
+    monkeypatch.setattr("softmeet.server.tasks.time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     def work(task: Task) -> None:
         for k in range(5):
-            time.sleep(0.02)
+            now[0] += 0.02
             done.append((k, task.rows[0].account))
             task.pause()
 
