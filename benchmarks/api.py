@@ -193,7 +193,7 @@ def probes() -> Iterator[Probe]:
     yield Probe("`skip_special_tokens`", COMPLETIONS, ends | {"skip_special_tokens": False}, special)
     cut: Shown = lambda server, answer: answer.json()["usage"]["prompt_tokens"] == 2  # noqa: E731
     yield Probe("`truncate_prompt_tokens`", COMPLETIONS, {"truncate_prompt_tokens": 2}, cut)
-    yield Probe("a misspelt field", COMPLETIONS, {"temperatur": 1}, lambda *_: False, "ignored")
+    yield Probe("a misspelt field", COMPLETIONS, {"max_token": 1}, lambda *_: False, "ignored")
     ours = {"softmeet": {"rule": "prob-mean", "report": 1}}
     yield Probe("`softmeet`: rule, trust, members, reports", COMPLETIONS, ours, _has("softmeet"), "ignored")
     yield Probe("`/v1/chat/completions`", CHAT)
