@@ -33,13 +33,13 @@ _SOME_TEXT = re.compile(rb'"text": ?"[^"]')
 
 
 class Rival:
-    """``transformers serve`` with one member."""
+    """``transformers serve`` with one model, by default a bundled member."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: str = "") -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self.model, self.url = zoo.locate(MEMBER), f"http://127.0.0.1:{port}"
+        self.model, self.url = model or zoo.locate(MEMBER), f"http://127.0.0.1:{port}"
         command = [str(Path(sys.executable).parent / "transformers"), "serve", "--port", str(port), "--device", "cpu"]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)

@@ -205,10 +205,11 @@ async def _events(answer: AnswerStream, reply: Reply) -> AsyncIterator[str]:
     try:
         yield reply.begun()
         async for delta in answer.deltas():
-            # A prompt's scores may be long.
+            # A prompt's scores may be long, and so may all log-probabilities together.
             write = partial(reply.written, delta)
             yield write() if delta.scored is None else await WRITER.written(write)
-        last = reply.ended(answer.completion_tokens)
+        write = partial(reply.ended, answer.completion_tokens)
+        last = write() if reply.body.listed is None else await WRITER.written(write)
     except SoftmeetError as error:
         # The status 200 has been sent already, so the error can only be sent as an event.
         last = reply.failed(error)

@@ -108,6 +108,7 @@ class ResponsesReply(ChatReply):
         self._item = f"msg_{uuid4().hex}"
         self._sent, self._whole = 0, ChoiceDelta(0)
         self._said: dict[str, Any] = {}
+        self._log_probs_said: list[dict[str, Any]] = []
 
     def document(self, choices: list[ChoiceDelta], tokens: int) -> dict[str, Any]:
         """Return the whole answer of a request without streaming, as a dict for JSON; to be called once.
@@ -117,7 +118,7 @@ class ResponsesReply(ChatReply):
             tokens: the number of tokens drawn.
         """
         (self._whole,) = choices
-        self._said = self.ours(self._whole)
+        self._said, self._log_probs_said = self.ours(self._whole), self._listed(self._whole.tokens)
         return self._response(_status(self._whole), [self._message(_status(self._whole))], tokens)
 
     def begun(self) -> str:
@@ -134,14 +135,13 @@ class ResponsesReply(ChatReply):
         """Return the event that sends new text, or tokens whose log-probabilities or reports are asked for, or none."""
         self._whole.text += delta.text
         self._whole.finish = delta.finish
-        # Log-probabilities come again in the last events.
-        self._whole.tokens += delta.tokens if self.body.listed is not None else []
+        log_probs = self._listed(delta.tokens)
+        self._log_probs_said += log_probs
         said = self.ours(delta)
         self._said |= {name: found for name, found in said.items() if name != "tokens"}
         reports = {"softmeet": {"tokens": said["tokens"]}} if "tokens" in said else {}
-        if not (delta.text or reports or (delta.tokens and self.body.listed is not None)):
+        if not (delta.text or reports or log_probs):
             return ""
-        log_probs = self._listed(delta.tokens)
         return self._event("response.output_text.delta", **self._place, delta=delta.text, logprobs=log_probs, **reports)
 
     def ended(self, tokens: int) -> str:
@@ -150,7 +150,7 @@ class ResponsesReply(ChatReply):
         Args:
             tokens: the number of tokens drawn.
         """
-        status, log_probs = _status(self._whole), self._listed(self._whole.tokens)
+        status, log_probs = _status(self._whole), self._log_probs_said
         message = self._message(status)
         return (
             self._event("response.output_text.done", **self._place, text=self._whole.text, logprobs=log_probs)
@@ -179,7 +179,7 @@ class ResponsesReply(ChatReply):
     def _part(self) -> dict[str, Any]:
         """Return the message's one part: all text so far."""
         found = {"type": "output_text", "text": self._whole.text, "annotations": []}
-        return found if self.body.listed is None else found | {"logprobs": self._listed(self._whole.tokens)}
+        return found if self.body.listed is None else found | {"logprobs": self._log_probs_said}
 
     def _listed(self, tokens: list[Token]) -> list[dict[str, Any]]:
         """Return tokens with their log-probabilities; none if they are not asked for."""
