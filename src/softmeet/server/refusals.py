@@ -10,14 +10,27 @@ from typing import Any
 from softmeet.rules.frozen import unknown
 from softmeet.rules.settings import Settings
 from softmeet.server.errors import RequestError
-from softmeet.server.schemas import ChatRequest, CompletionRequest, Extension, Message, StreamOptions, TextPart
+from softmeet.server.schemas import (
+    ChatRequest,
+    CompletionRequest,
+    Extension,
+    JsonSchema,
+    Message,
+    ResponseFormat,
+    StreamOptions,
+    StructuredOutputs,
+    TextPart,
+)
 
 _TOOLS = ("tools", "tool_choice", "functions", "function_call", "parallel_tool_calls", "tool_calls", "tool_call_id")
 _REFUSED = {
     **dict.fromkeys(_TOOLS, "the members call no tools"),
     **dict.fromkeys(("image_url", "input_audio", "file"), "the members read only text"),
     **dict.fromkeys(("audio", "modalities"), "only text is generated"),
-    "response_format": "only plain text is generated, no structured output",
+    **{
+        f"guided_{name}": f'write {{"structured_outputs": {{"{name}": …}}}}, as in vLLM since its version 0.12'
+        for name in ("json", "regex", "choice", "grammar")
+    },
     "best_of": "ask for n choices and take the best yourself",
     "suffix": "text is only continued",
     "prediction": "there is nothing to speed up by it",
@@ -39,7 +52,8 @@ _EXPECTED = {
     "logit_bias": 'an object of numbers from -100 to 100 by token ids, such as {"5": -100}',
 }
 _FIELDS = {**CompletionRequest.model_fields, **ChatRequest.model_fields}
-_NAMES = {*_FIELDS, *(name for kind in (Extension, Message, StreamOptions, TextPart) for name in kind.model_fields)}
+_KINDS = (Extension, JsonSchema, Message, ResponseFormat, StreamOptions, StructuredOutputs, TextPart)
+_NAMES = {*_FIELDS, *(field.alias or name for kind in _KINDS for name, field in kind.model_fields.items())}
 _OBJECTS = ("model_type", "model_attributes_type", "dict_type")
 # The longest text that is repeated to the client.
 _SHOWN = 40

@@ -10,6 +10,8 @@ import transformers as tf
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from softmeet.errors import SoftmeetError
+from softmeet.hf.masking import Mask, Structured
 from softmeet.hf.sampling import draw, row_generator
 
 # Below this temperature the most probable token is taken: dividing by it could overflow fp32.
@@ -32,6 +34,7 @@ class Sampling:
         presence_penalty: subtracted, in nats, from the score of every token that was drawn before.
         frequency_penalty: subtracted, in nats, once for each time that a token was drawn before.
         logit_bias: nats added to the scores of tokens, by token id, from 0 to v - 1.
+        mask: what the text has to be, over the ensemble's tokens; None for anything.
     """
 
     seed: int
@@ -43,6 +46,7 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    mask: Mask | None = None
 
 
 class RepeatPenalties(tf.LogitsProcessor):
@@ -80,12 +84,15 @@ class Sampler:
     Attributes:
         greedy: whether the token with the largest score is taken instead of a draw.
         generator: the sequence's own random generator, on the CPU.
+        error: why the text cannot go on, as its structure is too complex; None while it can.
     """
 
     def __init__(self, sampling: Sampling, key: int, prompt_length: int) -> None:
         s = sampling
         self.greedy, self.generator = s.temperature < _COLD, row_generator(s.seed, key)
-        found: list[tf.LogitsProcessor] = []
+        self.error: SoftmeetError | None = None
+        # First, so that truncation counts only tokens that are allowed.
+        found: list[tf.LogitsProcessor] = [] if s.mask is None else [Structured(s.mask, prompt_length)]
         if s.repetition_penalty != 1:
             found.append(tf.RepetitionPenaltyLogitsProcessor(s.repetition_penalty))
         if s.presence_penalty or s.frequency_penalty:
@@ -99,7 +106,8 @@ class Sampler:
         """Return the next token's scores, (v,), whose softmax is the distribution to draw it from.
 
         They are the log-probabilities in nats after penalties, biases, temperature and truncation, -inf for tokens that
-        are left out. Temperature and truncation are not applied if ``greedy``.
+        are left out. Temperature and truncation are not applied if ``greedy``. If the text cannot go on, ``error`` is
+        set, and the log-probabilities are returned as they are.
 
         Args:
             tokens: the sequence's tokens so far, prompt included.
@@ -108,7 +116,11 @@ class Sampler:
         if not self._processors:
             return log_probs
         ids = torch.tensor([tokens if self._reads_tokens else []], dtype=torch.int64, device=log_probs.device)
-        found: Tensor = self._processors(ids, log_probs[None])
+        try:
+            found: Tensor = self._processors(ids, log_probs[None])
+        except SoftmeetError as error:
+            self.error = error
+            return log_probs
         return found[0]
 
 

@@ -86,6 +86,32 @@ class StreamOptions(_Strict):
     include_obfuscation: bool = False
 
 
+class JsonSchema(_Strict):
+    """A JSON schema and its name; the answer keeps to it, whether or not strict says so."""
+
+    name: Word
+    schema_: dict[str, Any] = Field(alias="schema")
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(_Strict):
+    """The form of the answer: plain text, a JSON object, or JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(_Strict):
+    """What the answer has to be, by one of vLLM's fields; a grammar is in llguidance's variant of Lark's syntax."""
+
+    json_: dict[str, Any] | str | None = Field(default=None, alias="json")
+    regex: str | None = None
+    choice: Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=1024)] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
 class _Generation(_Strict):
     """The fields that both endpoints have."""
 
@@ -101,6 +127,8 @@ class _Generation(_Strict):
     logit_bias: Biases | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     softmeet: Extension | None = None
     # Accepted, but without effect.
     user: Word | None = None
@@ -112,8 +140,8 @@ class _Generation(_Strict):
 class CompletionRequest(_Generation):
     """The body of ``POST /v1/completions``: one or several prompts, each a text or a list of token ids.
 
-    All fields but ``softmeet`` are OpenAI's, with their meanings there; ``user``, ``metadata``, ``store`` and
-    ``service_tier`` have no effect.
+    All fields but ``softmeet`` and ``structured_outputs`` are OpenAI's, with their meanings there; ``user``,
+    ``metadata``, ``store`` and ``service_tier`` have no effect.
     """
 
     prompt: str | Texts | Ids | Lists
@@ -141,21 +169,15 @@ class Message(_Strict):
         return {"role": self.role, "content": parts} | ({"name": self.name} if self.name else {})
 
 
-class ResponseFormat(_Strict):
-    """The form of the answer; plain text is the only one."""
-
-    type: Literal["text"]
-
-
 class ChatRequest(_Generation):
     """The body of ``POST /v1/chat/completions``: the messages of a conversation, which the answer continues.
 
-    All fields but ``softmeet`` are OpenAI's, with their meanings there; ``user``, ``metadata``, ``store`` and
-    ``service_tier`` have no effect. If both are given, ``max_completion_tokens`` overrides ``max_tokens``.
+    All fields but ``softmeet`` and ``structured_outputs`` are OpenAI's, with their meanings there; ``user``,
+    ``metadata``, ``store`` and ``service_tier`` have no effect. If both are given, ``max_completion_tokens`` overrides
+    ``max_tokens``.
     """
 
     messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=4096)]
     max_completion_tokens: Annotated[int, Field(ge=1, lt=1 << 63)] | None = None
     logprobs: bool | None = None
     top_logprobs: Listed | None = None
-    response_format: ResponseFormat | None = None

@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from softmeet.server.sampling import Sampling
 from softmeet.server.schemas import CHANGES, ChatRequest, CompletionRequest, Extension
 from softmeet.server.security import Protection
 from softmeet.server.sequences import Combination, GenerationRequest
+from softmeet.server.structures import Structures
 from softmeet.server.texts import token_texts
 from softmeet.solvers.clock import time_limit
 
@@ -89,6 +90,7 @@ class Serving:
         self.batcher = Batcher(
             names, settings.limits, self.metrics, parallel=parallel, reproducible=settings.reproducible
         )
+        self._structures = Structures(served.ensemble.model for served in ensembles)
         # Fast tokenizers change their own state, so one thread makes all calls, and none holds up the event loop.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="softmeet-tokenizer")
 
@@ -125,7 +127,8 @@ class Serving:
                 ``settings.max_tokens`` tokens or than the context has, or more choices than ``settings.max_choices`` or
                 than an idle server has places, are asked for, an id in ``logit_bias`` is no token's, a prompt is empty,
                 has an invalid id or leaves no room in the context, the messages have no chat template or break its
-                rules, or a setting under ``softmeet`` is not valid.
+                rules, a setting under ``softmeet`` is not valid, or the text cannot be what it has to be.
+            BusyError: if too many others' structures are being compiled.
             RuleError: if the rule comes from a package that fails to provide it.
         """
         served, ours = self.ensembles.find(body.model), body.softmeet or Extension()
@@ -148,9 +151,10 @@ class Serving:
             _check_prompt(prompt, combination, limit)
         tokens = choices * sum(limit + score_prompt * len(prompt) for prompt in prompts)
         _check_listed(tokens, (top or 0) + (ours.report or 0) * (len(combination.names) + 2))
+        sampling = _sampling(body, ours, combination.model.config.vocab_size)
         return GenerationRequest(
             combination=combination,
-            sampling=_sampling(body, ours, combination.model.config.vocab_size),
+            sampling=replace(sampling, mask=await self._structures.mask(body, combination.model)),
             max_tokens=limit,
             top=top,
             report=ours.report,
