@@ -25,10 +25,11 @@ if TYPE_CHECKING:
     from softmeet.rules.solution import Solution
     from softmeet.solvers.base import Status, StoppedBy
     from softmeet.solvers.clock import time_is_over, time_limit
+    from softmeet.structured.structure import Structure
 
 __all__ = [
-    "RULES", "Ensemble", "Rule", "Settings", "SoftmaxHead", "Solution", "Status", "StoppedBy", "__version__",
-    "combine", "register_rule", "rule_names", "time_is_over", "time_limit",
+    "RULES", "Ensemble", "Rule", "Settings", "SoftmaxHead", "Solution", "Status", "StoppedBy", "Structure",
+    "__version__", "combine", "register_rule", "rule_names", "time_is_over", "time_limit",
 ]  # fmt: skip
 
 # Loaded when first used, so that `softmeet --help` does not wait for torch and transformers.
@@ -40,6 +41,7 @@ _HOMES = {
     "Solution": "softmeet.rules.solution",
     "Status": "softmeet.solvers.base",
     "StoppedBy": "softmeet.solvers.base",
+    "Structure": "softmeet.structured.structure",
     "combine": "softmeet.rules.combine",
     "register_rule": "softmeet.rules.registry",
     "rule_names": "softmeet.rules.registry",

@@ -308,9 +308,9 @@ class Ensemble:
             reproducible: continue prompts in this way, for the same tokens alone and beside any others, to the last bit
                 on the same machine and threads. In a batch rounding differs, and with it now and then a token.
             options: options of transformers' ``generate`` (without a length text may fill the shortest context; without
-                ``top_k`` tokens are drawn from the whole distribution, not from the 50 likeliest), and
-                ``weights`` (n numbers) and ``gate`` ("none" for no gate); unless None they replace the ensemble's.
-                ``token_seconds``: how long solvers may take for a token of all prompts (:func:`softmeet.time_limit`).
+                ``top_k`` tokens are drawn from the whole distribution, not from the 50 likeliest); ``structure``, what
+                the text has to be (:class:`softmeet.Structure`); ``weights`` (n numbers) and ``gate`` ("none" for none)
+                for this call; ``token_seconds``, how long solvers may take for a token (:func:`softmeet.time_limit`).
 
         Raises:
             InvalidInputError: if options are wrong or exclude each other, or a prompt is empty or fills a context.

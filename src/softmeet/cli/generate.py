@@ -17,6 +17,7 @@ from softmeet.cli import options
 from softmeet.cli.flags import flag, flags
 from softmeet.cli.messages import err, say
 from softmeet.cli.progress import working
+from softmeet.cli.structure import StructureFlags
 from softmeet.cli.tables import out, print_table
 from softmeet.cli.texts import argument_text, file_text
 from softmeet.errors import InvalidInputError
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
     from softmeet.hf import Recorder
     from softmeet.members.reading import Work
+    from softmeet.structured.structure import Structure
 
 
 def _positive(value: float | None) -> float | None:
@@ -124,6 +126,7 @@ def generate(
     chat: ChatFlags,
     members: options.Members = None,
     sampling: SamplingFlags,
+    shape: StructureFlags,
     prompt_weights: bool = flag(
         False,
         "Weigh the members by how well each predicts the prompt, in place of --weights.",
@@ -174,17 +177,19 @@ def generate(
     if reproducible:
         _require_reproducible(sampling, token_seconds)
     chat.require(prompt_weights=prompt_weights)
+    structure = shape.structure()
     ensemble = loading.ensemble(members, settings)
     asked = chat.asked(ensemble, texts)
     weights = [ensemble.prompt_weights(text) for text in texts] if prompt_weights else None
     from softmeet.hf import Recorder
 
     recorder, before, started = Recorder(), ensemble.model.spent, time.perf_counter()
-    given = {"recorder": recorder, "token_seconds": token_seconds, **sampling.arguments()}
+    given = {"recorder": recorder, "token_seconds": token_seconds, "structure": structure, **sampling.arguments()}
     each: list[dict[str, Any]] = [{}] * len(texts) if weights is None else [{"weights": own} for own in weights]
     completions: Any = []
+    streamed = ""
     if len(texts) == 1 and not as_json:
-        _stream(ensemble, asked[0], {**given, **each[0]}, color=color)
+        streamed = _stream(ensemble, asked[0], {**given, **each[0]}, color=color)
     else:
         with working(f"generating from {len(texts)} prompts"):
             if weights is None:
@@ -200,8 +205,15 @@ def generate(
             typer.echo(f"=== {prompt}\n{text}\n")
     if summary or (summary is None and sys.stderr.isatty()):
         (_show_over_bytes if facts["vocabulary"] == "bytes" else _show)(facts)
+    _say_cut(structure, completions or [streamed])
     for line in endings(facts["statuses"], facts["fallbacks"], facts["vocabulary"][:-1]):
         say(line)
+
+
+def _say_cut(structure: Structure | None, texts: list[str]) -> None:
+    """Say on stderr how many texts ended before their structure was complete, if any did."""
+    if structure and (cut := sum(not structure.allows(text) for text in texts)):
+        say(f"{cut} of {len(texts)} texts ended before the structure was complete: raise --max-new-tokens")
 
 
 def _require_reproducible(sampling: SamplingFlags, token_seconds: float | None) -> None:
@@ -212,18 +224,20 @@ def _require_reproducible(sampling: SamplingFlags, token_seconds: float | None) 
         raise InvalidInputError("leave out --token-seconds: how far a rule gets in time is not reproducible")
 
 
-def _stream(ensemble: Ensemble, prompt: Any, arguments: dict[str, Any], *, color: bool) -> None:
-    """Print a prompt's continuation on stdout as it comes, if asked with the colours of ``softmeet inspect``."""
+def _stream(ensemble: Ensemble, prompt: Any, arguments: dict[str, Any], *, color: bool) -> str:
+    """Print a prompt's continuation on stdout as it comes, if asked with the colours of ``inspect``, and return it."""
     from softmeet.hf.report import style
 
-    console = out()
+    console, text = out(), ""
     for piece, nats in ensemble.stream_with_disagreement(prompt, **arguments):
         if color:
             console.print(Text(piece, style=style(nats)), end="", soft_wrap=True)
         else:
             sys.stdout.write(piece)
         sys.stdout.flush()
+        text += piece
     sys.stdout.write("\n")
+    return text
 
 
 def _facts(

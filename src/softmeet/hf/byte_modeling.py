@@ -258,10 +258,10 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
             found.append(torch.from_numpy(np.hstack([log_probs, costs])[not begun :]))
         return found
 
-    def _get_logits_processor(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+    def _get_logits_processor(self, generation_config: Any, input_ids_seq_length: int, **kwargs: Any) -> Any:
         """Put :class:`WholeCharacters` before transformers' processors, :class:`SomethingLeft` after them."""
-        processors = super()._get_logits_processor(*args, model_kwargs=model_kwargs, **kwargs)
-        last = len(processors) - (model_kwargs["call_options"].row_sampler is not None)
+        processors = super()._get_logits_processor(generation_config, input_ids_seq_length, **kwargs)
+        last = len(processors) - (kwargs["model_kwargs"]["call_options"].row_sampler is not None)
         return LogitsProcessorList([WholeCharacters(), *processors[:last], SomethingLeft(), *processors[last:]])
 
 

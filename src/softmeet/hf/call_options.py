@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from transformers import LogitsProcessorList
+
 from softmeet.errors import InvalidInputError
 from softmeet.hf.calibrated import resolved
+from softmeet.hf.masking import Mask, SomethingAllowed, Structured, ends_of
 from softmeet.hf.recorder import Recorder
 from softmeet.hf.sampling import RowSampler
 from softmeet.rules.gates import Unsure, parse_gate, that_closes
 from softmeet.rules.settings import Settings
+from softmeet.structured.structure import Structure
 
 if TYPE_CHECKING:
     from softmeet.hf.modeling import EnsembleForCausalLM
@@ -36,6 +40,7 @@ class CallOptions:
             None in place of the whole for the default prefixes of all members.
         token_seconds: the seconds that solvers may take in one ``forward``, for the next token of all sequences, as
             :func:`softmeet.time_limit` has it; None for no limit.
+        structure: what each new text has to be, as a :class:`softmeet.Structure`; None for anything.
     """
 
     settings: Settings
@@ -43,6 +48,7 @@ class CallOptions:
     row_sampler: RowSampler | None = None
     prefixes: Prefixes | None = None
     token_seconds: float | None = None
+    structure: Structure | None = None
 
     @classmethod
     def of(cls, model: EnsembleForCausalLM, given: dict[str, Any]) -> CallOptions:
@@ -51,14 +57,14 @@ class CallOptions:
         Args:
             model: the ensemble that is called.
             given: the keyword arguments, changed in place. Removed are ``settings``, ``recorder``, ``row_sampler``,
-                ``prefixes``, ``token_seconds``, ``weights`` and ``gate``. Without ``settings`` the model's own hold,
-                with the pool's ``weights`` and the ``gate`` (a text such as ``"unsure:0.5"``, ``"none"`` for none)
-                replaced by those given; with ``settings``, which come from :meth:`Settings.for_members`, ``weights``
-                and ``gate`` are ignored.
+                ``prefixes``, ``token_seconds``, ``structure``, ``weights`` and ``gate``. Without ``settings`` the
+                model's own hold, with the pool's ``weights`` and the ``gate`` (a text such as ``"unsure:0.5"``,
+                ``"none"`` for none) replaced by those given; with ``settings``, which come from
+                :meth:`Settings.for_members`, ``weights`` and ``gate`` are ignored.
 
         Raises:
-            InvalidInputError: if the weights, the gate or ``token_seconds`` are not valid, or prefixes are given over
-                tokens.
+            InvalidInputError: if the weights, the gate, the structure or ``token_seconds`` are not valid, or prefixes
+                are given over tokens.
             UnsupportedHeadError: if the ensemble is over bytes, and the rule needs softmax matrices, as ``meet`` does.
         """
         settings, weights, gate = (given.pop(name, None) for name in ("settings", "weights", "gate"))
@@ -66,13 +72,39 @@ class CallOptions:
             settings = model.settings if weights is None else model.settings.changed(weights=weights)
             settings = settings if gate is None else settings.model_copy(update={"gate": parse_gate(gate)})
         model.require(settings)
-        own = {name: given.pop(name, None) for name in ("recorder", "row_sampler", "prefixes", "token_seconds")}
+        names = ("recorder", "row_sampler", "prefixes", "token_seconds", "structure")
+        own = {name: given.pop(name, None) for name in names}
         if own["prefixes"] is not None and not model.over_bytes:
             raise InvalidInputError("expected no prefixes over tokens, where members share every token of a prompt")
         seconds = own["token_seconds"]
         if seconds is not None and not (isinstance(seconds, int | float) and seconds >= 0):
             raise InvalidInputError(f"expected token_seconds as a number from 0, got {seconds!r}")
+        if not isinstance(own["structure"], Structure | None):
+            raise InvalidInputError(
+                f"expected structure as softmeet.Structure.json_schema(…), regex, choice or grammar make it, got "
+                f"{type(own['structure']).__name__}"
+            )
         return cls(resolved(model, settings), **own)
+
+    def around(
+        self, processors: LogitsProcessorList, model: EnsembleForCausalLM, config: Any, prompt_length: int
+    ) -> LogitsProcessorList:
+        """Return a call's processors of scores: the structure's, transformers' own, and the row sampler.
+
+        Args:
+            processors: transformers' own.
+            model: the ensemble that is called.
+            config: the call's generation configuration.
+            prompt_length: the number of tokens, padding included, of each prompt.
+
+        Raises:
+            InvalidInputError: if the structure cannot be used with the ensemble's tokens.
+        """
+        last = [] if self.row_sampler is None else [self.row_sampler]
+        if self.structure is None:
+            return LogitsProcessorList([*processors, *last])
+        mask = Mask(self.structure, model.tokenizer, ends_of(config), model.config.vocab_size)
+        return LogitsProcessorList([Structured(mask, prompt_length), *processors, SomethingAllowed(), *last])
 
     @cached_property
     def unsure(self) -> Unsure | None:

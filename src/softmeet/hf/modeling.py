@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import GenerationMixin, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from softmeet.errors import InvalidInputError
@@ -195,7 +195,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             kwargs: may also hold ``settings``, ``weights`` of the pool, ``gate``, ``recorder``, ``row_sampler``,
-                ``token_seconds`` and, over bytes, ``prefixes``: each member's token ids before each prompt.
+                ``structure``, ``token_seconds`` and, over bytes, ``prefixes``: each member's token ids before prompts.
 
         Raises:
             InvalidInputError: if an option has no meaning for an ensemble (:func:`refuse`), or a value is not valid.
@@ -222,13 +222,11 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         if model_kwargs.get("cache") is None and generation_config.use_cache:
             model_kwargs["cache"] = self.new_cache(model_kwargs["call_options"].settings.gate)
 
-    def _get_logits_processor(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
-        """Append the call's row sampler, if it has one, to transformers' own processors."""
-        processors: LogitsProcessorList = super()._get_logits_processor(*args, model_kwargs=model_kwargs, **kwargs)
-        sampler = model_kwargs["call_options"].row_sampler
-        if sampler is not None:
-            processors.append(sampler)
-        return processors
+    def _get_logits_processor(self, generation_config: Any, input_ids_seq_length: int, **kwargs: Any) -> Any:
+        """Put the call's structure, if it has one, before transformers' own processors, its row sampler after them."""
+        found = super()._get_logits_processor(generation_config, input_ids_seq_length, **kwargs)
+        options: CallOptions = kwargs["model_kwargs"]["call_options"]
+        return options.around(found, self, generation_config, input_ids_seq_length)
 
     def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
         """Leave the call's options out of an assistant model's arguments: it has none, or options of its own."""

@@ -190,8 +190,7 @@ class Batcher(threading.Thread):
         """Wait until there is work, and return the queued sequences that begin in this round, perhaps none.
 
         Returns:
-            the sequences, at least one if there is a free row; None if the batcher is closed and every sequence has
-            ended.
+            the sequences, at least one if a row is free; None if the batcher is closed and every sequence has ended.
         """
         with self._wake:
             while not (self._waiting or self._running or self._closing):
@@ -343,6 +342,8 @@ class Batcher(threading.Thread):
 
         Nothing happens if the sequence has ended while its token was being solved.
         """
+        if s.sampler.error is not None:
+            self._fail(s, s.sampler.error)
         if s.done:
             return
         now, before = time.perf_counter(), s.last

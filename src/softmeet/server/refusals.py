@@ -10,8 +10,18 @@ from typing import Any
 from softmeet.rules.frozen import unknown
 from softmeet.rules.settings import Settings
 from softmeet.server.errors import RequestError
-from softmeet.server.responses import Item, Part, ResponsesRequest, TextOptions
-from softmeet.server.schemas import ChatRequest, CompletionRequest, Extension, Message, StreamOptions, TextPart
+from softmeet.server.responses import Item, Part, ResponsesRequest, TextFormat, TextOptions
+from softmeet.server.schemas import (
+    ChatRequest,
+    CompletionRequest,
+    Extension,
+    JsonSchema,
+    Message,
+    ResponseFormat,
+    StreamOptions,
+    StructuredOutputs,
+    TextPart,
+)
 from softmeet.server.tokenizing import DetokenizeRequest, TokenizeRequest
 
 _TOOLS = (
@@ -22,7 +32,10 @@ _REFUSED = {
     **dict.fromkeys(_TOOLS, "the members call no tools"),
     **dict.fromkeys(("image_url", "input_audio", "file"), "the members read only text"),
     **dict.fromkeys(("audio", "modalities"), "only text is generated"),
-    "response_format": "only plain text is generated, no structured output",
+    **{
+        f"guided_{name}": f'write {{"structured_outputs": {{"{name}": …}}}}, as in vLLM since its version 0.12'
+        for name in ("json", "regex", "choice", "grammar")
+    },
     "suffix": "text is only continued",
     "prediction": "there is nothing to speed up by it",
     "reasoning_effort": "the members do not reason apart from their answer",
@@ -31,10 +44,6 @@ _REFUSED = {
         ("bad_words", "allowed_token_ids"), "give token ids a logit_bias of -100 or 100; /tokenize has them"
     ),
     **dict.fromkeys(("use_beam_search", "length_penalty"), "tokens are drawn; n and best_of draw several answers"),
-    **dict.fromkeys(
-        ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
-        "only plain text is generated, no structured output",
-    ),
     **dict.fromkeys(("return_token_ids", "return_tokens_as_token_ids"), "/tokenize has the ids of a text"),
     **dict.fromkeys(
         ("chat_template", "chat_template_kwargs", "documents"),
@@ -97,7 +106,7 @@ _ELSEWHERE: dict[str, dict[str, str]] = {
         "logprobs": 'give include as ["message.output_text.logprobs"] here, and top_logprobs',
         "prompt_logprobs": "send the request to /v1/completions or /v1/chat/completions",
         "stream_options": "the last event always has the token counts",
-        "response_format": "only plain text is generated, no structured output",
+        "response_format": 'write it as text, {"text": {"format": …}}',
     },
 }
 _EXPECTED = {
@@ -107,9 +116,12 @@ _EXPECTED = {
     "logit_bias": 'an object of numbers from -100 to 100 by token ids, such as {"5": -100}',
 }
 _BODIES = (CompletionRequest, ChatRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest)
-_PARTS = (Extension, Message, StreamOptions, TextPart, Item, Part, TextOptions)
+_PARTS = (
+    Extension, Item, JsonSchema, Message, Part, ResponseFormat, StreamOptions, StructuredOutputs, TextFormat,
+    TextOptions, TextPart,
+)  # fmt: skip
 _FIELDS = {name: kind for body in _BODIES for name, kind in body.model_fields.items()}
-_NAMES = {*_FIELDS, *(name for kind in _PARTS for name in kind.model_fields)}
+_NAMES = {*_FIELDS, *(field.alias or name for kind in _PARTS for name, field in kind.model_fields.items())}
 _OBJECTS = ("model_type", "model_attributes_type", "dict_type")
 # The longest text that is repeated to the client.
 _SHOWN = 40

@@ -16,7 +16,7 @@ from softmeet.errors import SoftmeetError
 from softmeet.server.answer import ChoiceDelta
 from softmeet.server.errors import RequestError, described
 from softmeet.server.replies import ChatReply, event
-from softmeet.server.schemas import Generation, Listed, Message, Natural, ResponseFormat, Strict, Word
+from softmeet.server.schemas import Generation, JsonSchema, Listed, Message, Natural, ResponseFormat, Strict, Word
 from softmeet.server.sequences import GenerationRequest, Token
 
 
@@ -46,10 +46,20 @@ class Item(Strict):
         return Message(role=self.role, content=text)
 
 
-class TextOptions(Strict):
-    """How the answer is written: as plain text."""
+class TextFormat(Strict):
+    """The form of the answer: plain text, a JSON object, or JSON of a schema, which has a name."""
 
-    format: ResponseFormat | None = None
+    type: Literal["text", "json_object", "json_schema"]
+    name: Word | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    description: str | None = None
+    strict: bool | None = None
+
+
+class TextOptions(Strict):
+    """How the answer is written."""
+
+    format: TextFormat | None = None
 
 
 class ResponsesRequest(Generation):
@@ -67,6 +77,24 @@ class ResponsesRequest(Generation):
     text: TextOptions | None = None
     truncation: Literal["auto", "disabled"] | None = None
     store: bool | None = None
+
+    @property
+    def response_format(self) -> ResponseFormat | None:
+        """The field ``text.format``, in the form that chats have.
+
+        Raises:
+            RequestError: if it asks for JSON of a schema and has none.
+        """
+        form = self.text and self.text.format
+        if not form or form.type != "json_schema":
+            return ResponseFormat(type=form.type) if form else None
+        if form.schema_ is None:
+            raise RequestError(
+                'expected text.format.schema, which is missing: add it, as {"type": "json_schema", "name": "…", '
+                '"schema": {…}}',
+                param="text",
+            )
+        return ResponseFormat(type=form.type, json_schema=JsonSchema(name=form.name or "answer", schema=form.schema_))
 
     @property
     def messages(self) -> list[Message]:

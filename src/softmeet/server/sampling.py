@@ -10,7 +10,9 @@ import transformers as tf
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from softmeet.errors import SoftmeetError
 from softmeet.hf.byte_modeling import WholeCharacters
+from softmeet.hf.masking import Mask, Structured
 from softmeet.hf.sampling import draw, row_generator
 
 # Below this temperature the most probable token is taken: dividing by it could overflow fp32.
@@ -34,6 +36,7 @@ class Sampling:
         frequency_penalty: subtracted, in nats, once for each time that a token was drawn before.
         logit_bias: nats added to the scores of tokens, by token id, from 0 to v - 1.
         min_tokens: how many tokens are drawn before one that ends the sequence can come.
+        mask: what the text has to be, over the ensemble's tokens; None for anything.
     """
 
     seed: int
@@ -46,6 +49,7 @@ class Sampling:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     min_tokens: int = 0
+    mask: Mask | None = None
 
 
 class RepeatPenalties(tf.LogitsProcessor):
@@ -107,6 +111,7 @@ class Sampler:
     Attributes:
         greedy: whether the token with the largest score is taken instead of a draw.
         generator: the sequence's own random generator, on the CPU.
+        error: why the text cannot go on, as its structure is too complex; None while it can.
     """
 
     def __init__(
@@ -114,7 +119,11 @@ class Sampler:
     ) -> None:
         s = sampling
         self.greedy, self.generator = s.temperature < _COLD, row_generator(s.seed, key)
+        self.error: SoftmeetError | None = None
         found: list[tf.LogitsProcessor] = [WholeCharacters()] if over_bytes else []
+        if s.mask is not None:
+            # Before truncation, which is to count only tokens that are allowed.
+            found.append(Structured(s.mask, prompt_length))
         if s.repetition_penalty != 1:
             found.append(tf.RepetitionPenaltyLogitsProcessor(s.repetition_penalty))
         if s.presence_penalty or s.frequency_penalty:
@@ -130,7 +139,8 @@ class Sampler:
         """Return the next token's scores, (v,), whose softmax is the distribution to draw it from.
 
         They are the log-probabilities in nats after penalties, biases, temperature and truncation, -inf for tokens that
-        are left out. Temperature and truncation are not applied if ``greedy``.
+        are left out. Temperature and truncation are not applied if ``greedy``. If the text cannot go on, ``error`` is
+        set, and the log-probabilities are returned as they are.
 
         Args:
             tokens: the sequence's tokens so far, prompt included.
@@ -140,8 +150,12 @@ class Sampler:
             return log_probs
         ids = torch.tensor([tokens if self._reads_tokens else []], dtype=torch.int64, device=log_probs.device)
         found = log_probs[None]
-        for processor in self._processors:
-            found = processor(ids, found)
+        try:
+            for processor in self._processors:
+                found = processor(ids, found)
+        except SoftmeetError as error:
+            self.error = error
+            return log_probs
         return found[0]
 
 

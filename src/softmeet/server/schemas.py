@@ -90,6 +90,32 @@ class StreamOptions(Strict):
     include_obfuscation: bool = False
 
 
+class JsonSchema(Strict):
+    """A JSON schema and its name; the answer keeps to it, whether or not strict says so."""
+
+    name: Word
+    schema_: dict[str, Any] = Field(alias="schema")
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Strict):
+    """The form of the answer: plain text, a JSON object, or JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(Strict):
+    """What the answer has to be, by one of vLLM's fields; a grammar is in llguidance's variant of Lark's syntax."""
+
+    json_: dict[str, Any] | str | None = Field(default=None, alias="json")
+    regex: str | None = None
+    choice: Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=1024)] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
 class Generation(Strict):
     """The fields of all endpoints that generate: OpenAI's, and from ``top_k`` on those that vLLM adds to them."""
 
@@ -151,6 +177,8 @@ class _Choices(Generation):
     max_tokens: Natural | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     prompt_logprobs: Listed | None = Field(
         default=None, description="Score the prompt, and list so many tokens at each of its own."
     )
@@ -222,12 +250,6 @@ class Message(Strict):
 Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=4096)]
 
 
-class ResponseFormat(Strict):
-    """The form of the answer; plain text is the only one."""
-
-    type: Literal["text"]
-
-
 class ChatRequest(_Choices):
     """The body of ``POST /v1/chat/completions``: the messages of a conversation, which the answer continues.
 
@@ -239,7 +261,6 @@ class ChatRequest(_Choices):
     max_completion_tokens: Annotated[int, Field(ge=1, lt=1 << 63)] | None = None
     logprobs: bool | None = None
     top_logprobs: Listed | None = None
-    response_format: ResponseFormat | None = None
 
     @property
     def listed(self) -> int | None:

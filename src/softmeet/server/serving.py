@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -26,6 +26,7 @@ from softmeet.server.sampling import Sampling
 from softmeet.server.schemas import CHANGES, CompletionRequest, Extension, Generation
 from softmeet.server.security import Protection
 from softmeet.server.sequences import Combination, GenerationRequest, members_of
+from softmeet.server.structures import Structures
 from softmeet.server.texts import token_texts
 from softmeet.solvers.clock import time_limit
 
@@ -96,6 +97,7 @@ class Serving:
         self.batcher = Batcher(
             names, settings.limits, self.metrics, parallel=parallel, reproducible=settings.reproducible
         )
+        self._structures = Structures(served.ensemble.model for served in ensembles)
         # Fast tokenizers change their own state, so one thread makes all calls, and none holds up the event loop.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="softmeet-tokenizer")
 
@@ -150,8 +152,9 @@ class Serving:
                 ``settings.max_tokens`` tokens or than the context has, or more choices than ``settings.max_choices`` or
                 than an idle server has places, are asked for, an id in ``logit_bias`` or ``stop_token_ids`` is no
                 token's, fields contradict each other, a prompt is empty, has an invalid id or leaves no room in the
-                context, the messages have no chat template or break its rules, or a setting under ``softmeet`` is not
-                valid.
+                context, the messages have no chat template or break its rules, a setting under ``softmeet`` is not
+                valid, or the text cannot be what it has to be.
+            BusyError: if too many others' structures are being compiled.
             RuleError: if the rule comes from a package that fails to provide it.
         """
         served, ours = self.ensembles.find(body.model), body.softmeet or Extension()
@@ -178,9 +181,10 @@ class Serving:
         top, score_prompt = _most_listed(body), echoed or body.prompt_listed is not None
         tokens = body.drawn * sum(limit + score_prompt * len(prompt) for prompt in found)
         _check_listed(tokens, (top or 0) + (ours.report or 0) * (len(combination.names) + 2))
+        sampling = _sampling(body, ours, combination.model.config.vocab_size)
         return GenerationRequest(
             combination=combination,
-            sampling=_sampling(body, ours, combination.model.config.vocab_size),
+            sampling=replace(sampling, mask=await self._structures.mask(body, combination.model)),
             max_tokens=limit,
             top=top,
             report=ours.report,

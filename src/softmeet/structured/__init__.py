@@ -1,0 +1,1 @@
+"""Structured output: what a text has to be, and the processes that compile it; it needs no model."""

@@ -1,0 +1,144 @@
+"""Structured output: what a text has to be, over tokens and over bytes, by every rule."""
+
+import json
+import re
+
+import jsonschema
+import lark
+import pytest
+
+import softmeet
+from softmeet import Ensemble, Structure
+from softmeet.errors import InvalidInputError
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "kind": {"enum": ["king", "queen"]},
+    },
+    "required": ["name", "age", "kind"],
+    "additionalProperties": False,
+}
+CLOCK = r"(\d{1,2}:[0-5]\d|noon|é{2,4})"
+WORDS = ["yea", "nay, my lord", "日本 é"]
+SUMS = 'start: product ("+" product)*\nproduct: NUMBER | "(" start ")"\nNUMBER: /[0-9]{1,3}/'
+
+
+def is_json(text):
+    jsonschema.validate(json.loads(text), SCHEMA)
+    return True
+
+
+# (a structure, an oracle from outside which says whether a text is one)
+CASES = {
+    "json": (Structure.json_schema(SCHEMA), is_json),
+    "regex": (Structure.regex(CLOCK), lambda text: re.fullmatch(CLOCK, text)),
+    "choice": (Structure.choice(WORDS), WORDS.__contains__),
+    "grammar": (Structure.grammar(SUMS), lambda text: lark.Lark(SUMS).parse(text)),
+}
+# (members, rule, keyword arguments)
+ENSEMBLES = {
+    "meet": ("narrow", "meet", {"trust": 1.0, "gate": "none"}),
+    "prob-mean": ("wide", "prob-mean", {}),
+    "bytes": ("mixed", "logit-mean", {"vocabulary": "bytes"}),
+}
+
+
+@pytest.fixture(scope="module")
+def ensembles():
+    return {name: Ensemble.from_pretrained(own, rule, **more) for name, (own, rule, more) in ENSEMBLES.items()}
+
+
+def require(structure, oracle, text):
+    # A text that is cut is no text of the structure, and the structure says so.
+    assert not structure.allows(text) or oracle(text)
+    return structure.allows(text)
+
+
+@pytest.mark.parametrize("rule", ENSEMBLES)
+def test_texts_are_what_they_have_to_be(ensembles, rule):
+    ensemble, complete = ensembles[rule], []
+    for structure, oracle in CASES.values():
+        for more in ({"do_sample": False}, {"seed": 1}):
+            texts = ensemble.generate(["And the king", "O"], structure=structure, max_new_tokens=72, **more)
+            complete += [require(structure, oracle, text) for text in texts]
+    assert sum(complete) >= 0.7 * len(complete)
+
+
+@pytest.mark.parametrize("rule", ["prob-mean", "bytes"])
+def test_a_text_does_not_depend_on_others_of_the_batch(ensembles, rule):
+    structure, ensemble = CASES["json"][0], ensembles[rule]
+    more = {"structure": structure, "max_new_tokens": 50, "seed": 3}
+    assert ensemble.generate(["And", "The king said unto"], **more)[0] == ensemble.generate("And", **more)
+
+
+def test_a_stream_gives_what_generate_gives(ensembles):
+    more = {"structure": CASES["choice"][0], "seed": 2, "max_new_tokens": 40}
+    for ensemble in (ensembles["prob-mean"], ensembles["bytes"]):
+        assert "".join(ensemble.stream("And", **more)) == ensemble.generate("And", **more)
+
+
+@pytest.mark.parametrize(
+    "how", [{"num_beams": 3}, {"num_beams": 3, "do_sample": True}, {"prompt_lookup_num_tokens": 3}]
+)
+def test_beams_and_drafts_keep_to_the_structure(ensembles, how):
+    structure, oracle = CASES["json"]
+    assert oracle(ensembles["prob-mean"].generate("In the", structure=structure, max_new_tokens=90, **how))
+
+
+def test_the_end_comes_only_where_the_text_is_complete(ensembles):
+    structure = Structure.regex("a{3}b{0,1}")
+    for ensemble in (ensembles["prob-mean"], ensembles["bytes"]):
+        assert ensemble.generate("And", structure=structure, max_new_tokens=2, do_sample=False) in ("a", "aa")
+        assert ensemble.generate("And", structure=structure, do_sample=False, max_new_tokens=9) in ("aaa", "aaab")
+
+
+def test_what_other_options_forbid_is_said(ensembles):
+    for ensemble in (ensembles["prob-mean"], ensembles["bytes"]):
+        with pytest.raises(InvalidInputError, match=r"nothing is left that the structure allows.*min_new_tokens"):
+            ensemble.generate(
+                "And", structure=Structure.choice(["yea"]), min_new_tokens=9, max_new_tokens=20, do_sample=False
+            )
+
+
+@pytest.mark.parametrize(
+    ("make", "given", "message"),
+    [
+        (Structure.json_schema, {"type": "integer", "minimum": 3, "maximum": 1}, "minimum .3. is greater"),
+        (Structure.json_schema, {"type": "array", "uniqueItems": True}, 'Unimplemented keys: ."uniqueItems"'),
+        (Structure.json_schema, {"$ref": "#"}, "no text is allowed by it"),
+        (Structure.json_schema, {"enum": [float("nan")]}, "no JSON"),
+        (Structure.json_schema, "{", "no JSON"),
+        (Structure.json_schema, "[]", "an object, got list"),
+        (Structure.json_schema, {"enum": ["x" * 300_000]}, "at most 262,144 characters"),
+        (Structure.regex, "(?=a)b", "look-around"),
+        (Structure.regex, "(", "unclosed group"),
+        (Structure.regex, r"[^\s\S]", "no text is allowed by it"),
+        (Structure.regex, 3, "expected a text, got int"),
+        (Structure.choice, [], "at least one text"),
+        (Structure.choice, "yes", "a list of at least one text"),
+        (Structure.grammar, "start: x", "at 1.8.: unknown name"),
+        (Structure.grammar, "start: start", "no text is allowed by it"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_before_anything_is_loaded(make, given, message):
+    with pytest.raises(InvalidInputError, match=message):
+        make(given)
+
+
+def test_a_schema_that_takes_for_ever_is_ended():
+    patterns = [{"pattern": f"(.*[a-{last}].{{{20 + k}}})"} for k, last in enumerate("bcdefghijklmnopq")]
+    with pytest.raises(InvalidInputError, match=r"takes longer than 2 seconds|takes too much memory"):
+        Structure.json_schema({"type": "string", "allOf": patterns})
+    assert Structure.choice(["still", "alive"]).allows("alive")
+
+
+def test_a_structure_of_another_type_is_refused(ensembles):
+    with pytest.raises(InvalidInputError, match=r"softmeet.Structure.json_schema.*got dict"):
+        ensembles["prob-mean"].generate("And", structure=SCHEMA)
+
+
+def test_structures_are_a_public_name():
+    assert softmeet.Structure is Structure
