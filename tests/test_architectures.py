@@ -22,7 +22,8 @@ from softmeet.members.byte_member import ByteMember
 from softmeet.members.covers import Pruning
 from softmeet.members.heads import head_of
 from softmeet.members.spelling import spelling_of
-from softmeet.server.batcher import Batcher, Limits
+from softmeet.server.batcher import Batcher
+from softmeet.server.limits import Limits
 from softmeet.server.metrics import Metrics
 from update_architectures import ARCHITECTURES, COLUMNS, PAGE, VOCABULARY, page
 

@@ -14,8 +14,9 @@ from softmeet.errors import NonFiniteError
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
 from softmeet.hf.sampling import RowSampler
 from softmeet.server.batch import MemberBatch, PrefixCache
-from softmeet.server.batcher import Batcher, Limits
+from softmeet.server.batcher import Batcher
 from softmeet.server.errors import BusyError, ClosingError, TooLateError
+from softmeet.server.limits import Limits
 from softmeet.server.metrics import Metrics
 from softmeet.server.sampling import Sampling
 from softmeet.server.sequences import Combination, Failed, Finished, GenerationRequest, PromptScored, Sequence, Token

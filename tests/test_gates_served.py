@@ -20,7 +20,7 @@ from test_engine import (  # noqa: F401 - a fixture
 from softmeet.errors import NonFiniteError
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM, Recorder
 from softmeet.hf.calibrated import key_of
-from softmeet.server.batcher import Limits
+from softmeet.server.limits import Limits
 from softmeet.server.sampling import Sampling
 from softmeet.server.sequences import Combination, GenerationRequest, PromptScored, Sequence
 

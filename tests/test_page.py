@@ -223,3 +223,27 @@ def test_the_page_does_not_call_home(url):
     assert "fonts.googleapis" not in page.text
     assert http.post(f"{url}/ui/gradio_api/upload", files={"files": b"x"}).status_code == 404
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
+
+
+def test_calls_that_are_not_the_pages_are_refused_and_not_repeated_in_the_log(url, capfd, caplog):
+    calls = [
+        ("run/run", {"data": ["MYSECRET"], "session_hash": "a"}),
+        ("queue/join", {"fn_index": 0, "data": ["MYSECRET"], "session_hash": "a"}),
+        ("queue/join", {"fn_index": 99, "data": ["MYSECRET"], "session_hash": "a"}),
+        ("run/nope", {"data": ["MYSECRET"]}),
+    ]
+    for path, body in calls:
+        answer = http.post(f"{url}/ui/gradio_api/{path}", json=body)
+        assert answer.status_code == 200 or (answer.status_code == 400 and set(answer.json()) == {"error"})
+    assert http.get(f"{url}/ui/gradio_api/deep_link?session_hash=a").status_code == 404
+    printed = capfd.readouterr()
+    assert "MYSECRET" not in printed.out + printed.err + caplog.text
+    assert "Traceback" not in printed.err
+
+
+def test_the_page_keeps_the_texts_of_few_visitors(narrow):
+    from softmeet.server import ui
+
+    blocks = ui.page(serving_of({"default": narrow}, ui=True))
+    assert blocks.state_session_capacity == 32
+    assert blocks._queue.max_size == 32

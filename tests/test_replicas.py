@@ -22,8 +22,8 @@ from softmeet.cli.main import app as commands
 from softmeet.errors import InvalidInputError
 from softmeet.server.app import create_app
 from softmeet.server.asgi import run
-from softmeet.server.batcher import Limits
 from softmeet.server.errors import ReplicaLostError
+from softmeet.server.limits import Limits
 from softmeet.server.relay import Relay
 from softmeet.server.security import Protection
 from softmeet.server.serving import ServerSettings

@@ -20,7 +20,7 @@ import tiny
 from serving import http, running, serving_of, tiny_ensemble, wait_until
 from test_cli import run
 
-from softmeet.server.batcher import Limits
+from softmeet.server.limits import Limits
 from softmeet.server.security import Protection
 
 JSON = {"content-type": "application/json"}

@@ -13,7 +13,7 @@ from test_engine import LENGTHS, MEMBERS, Listener, ensemble_of, generated, prom
 
 from softmeet import Rule, time_is_over
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM, Recorder
-from softmeet.server.batcher import Limits
+from softmeet.server.limits import Limits
 from softmeet.server.sampling import Sampling
 from softmeet.server.sequences import Account, Combination, Failed, GenerationRequest, Sequence, Token
 from softmeet.server.tasks import Task, Turns

@@ -186,8 +186,8 @@ def serve(
     allowed = _allowed(access.allow)
     with listening(host, port) as sockets:
         # Imported only now, since it takes seconds, in which nobody should wait to hear that the port is in use.
-        from softmeet.server.batcher import Limits
         from softmeet.server.ensembles import load, named
+        from softmeet.server.limits import Limits
         from softmeet.server.security import Protection
         from softmeet.server.serving import ServerSettings, Serving
 

@@ -31,7 +31,7 @@ from softmeet.server.responses import ResponsesReply, ResponsesRequest, checked
 from softmeet.server.schemas import ChatRequest, CompletionRequest, Extension
 from softmeet.server.serving import Serving
 from softmeet.server.tokenizing import DetokenizeRequest, TokenizeRequest
-from softmeet.server.writing import WRITER
+from softmeet.server.turns_at_lock import TURNS_AT_LOCK
 
 _STATUSES = (400, 401, 404, 405, 408, 413, 415, 421, 422, 429, 500, 503, 504)
 # /v1/embeddings and the like are other things than /v1/completions, however alike they are spelled.
@@ -196,7 +196,7 @@ async def _respond(request: Request, reply: Reply) -> Response:
     choices = await unless_left(answer.whole(), request.receive)
     if choices is None:
         return Response(status_code=499)  # the client has left
-    document = await WRITER.written(lambda: dumps(reply.document(choices, answer.completion_tokens)))
+    document = await TURNS_AT_LOCK.written(lambda: dumps(reply.document(choices, answer.completion_tokens)))
     return Response(document, media_type="application/json")
 
 
@@ -207,9 +207,9 @@ async def _events(answer: AnswerStream, reply: Reply) -> AsyncIterator[str]:
         async for delta in answer.deltas():
             # A prompt's scores may be long, and so may all log-probabilities together.
             write = partial(reply.written, delta)
-            yield write() if delta.scored is None else await WRITER.written(write)
+            yield write() if delta.scored is None else await TURNS_AT_LOCK.written(write)
         write = partial(reply.ended, answer.completion_tokens)
-        last = write() if reply.body.listed is None else await WRITER.written(write)
+        last = write() if reply.body.listed is None else await TURNS_AT_LOCK.written(write)
     except SoftmeetError as error:
         # The status 200 has been sent already, so the error can only be sent as an event.
         last = reply.failed(error)

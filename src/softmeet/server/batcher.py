@@ -12,7 +12,7 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -25,11 +25,13 @@ from softmeet.rules.problem import TokensBefore
 from softmeet.server.errors import BusyError, ClosingError, InternalError, TooLateError
 from softmeet.server.gating import Gates, Hidden, joined
 from softmeet.server.kinds import Kinds
+from softmeet.server.limits import Limits
 from softmeet.server.members import Members
 from softmeet.server.metrics import Metrics
 from softmeet.server.sampling import next_tokens
 from softmeet.server.sequences import Account, Event, Failed, Finished, Member, PromptScored, Sequence, Token, tokens_of
 from softmeet.server.tasks import Task, Turns
+from softmeet.server.turns_at_lock import TURNS_AT_LOCK
 from softmeet.solvers.base import Status
 
 _log = logging.getLogger("softmeet.server")
@@ -41,25 +43,6 @@ _CLOSED = "the server is shutting down and ended this answer before its end: ask
 _LATE = "the answer was not done in time: ask for fewer tokens, or raise the server's --timeout"
 # Statuses of tokens at which the rule did not reach its tolerance.
 _UNSOLVED = (Status.NOT_CONVERGED.name, Status.BUDGET.name)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The limits on the work that a batcher accepts at once.
-
-    Args:
-        rows: the most sequences in the running batch, at least 1.
-        waiting: the most sequences in the queue beside those for which the running batch has free rows, at least 0.
-        kept_tokens: for each member, the most prompt tokens whose keys and values it keeps after use, so that a later
-            prompt with the same beginning need not compute that beginning again.
-        token_seconds: the seconds that the rule may take for each token, above 0; then the token is drawn from the best
-            distribution found, with the status BUDGET. Time in which others are served does not count.
-    """
-
-    rows: int = 64
-    waiting: int = 256
-    kept_tokens: int = 16384
-    token_seconds: float = 1.0
 
 
 class Batcher(threading.Thread):
@@ -171,6 +154,7 @@ class Batcher(threading.Thread):
         """
         with torch.inference_mode():
             while (new := self._admit()) is not None:
+                TURNS_AT_LOCK.beside(len(self._running), self)
                 self._guarded(self._running, self._round, new)
 
     def _guarded(self, rows: list[Sequence], work: Callable[..., None], *arguments: Any) -> None:
@@ -194,6 +178,7 @@ class Batcher(threading.Thread):
         """
         with self._wake:
             while not (self._waiting or self._running or self._closing):
+                TURNS_AT_LOCK.beside(0, self)
                 self._wake.wait()
             if self._closing and not (self._waiting or self._running):
                 return None

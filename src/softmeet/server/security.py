@@ -10,6 +10,7 @@ import base64
 import contextlib
 import hmac
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,8 +25,10 @@ from softmeet.server.errors import RequestError, error_response
 _OPEN = ("/health", "/ready")
 # Paths whose bodies have to be JSON.
 _JSON = ("/v1/", "/tokenize", "/detokenize")
-# Uploads are refused: the page takes no files, and Gradio would write them to the disk.
-_UPLOADS = "/ui/gradio_api/upload"
+# Uploads and links to a visitor's texts are refused: Gradio would write them to the disk.
+_WRITTEN = ("/ui/gradio_api/upload", "/ui/gradio_api/deep_link")
+# Bodies of more bytes are read one after another, at so many bytes a second: a quarter of the time that reading takes.
+_LARGE, _RATE = 1 << 15, 4e6
 # A body of at most this many times the limit is read to its end, since many clients read the refusal only then.
 _DISCARDED = 16
 # A name or an address, with or without a port; RFC 9110 has Host so.
@@ -70,6 +73,7 @@ class Guard:
         self.app, self.protection = app, protection
         self._keys = [form for key in protection.keys for form in _forms(key)]
         self._hosts = {host.lower() for host in protection.hosts}
+        self._next_large = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check one request and read its whole body; refuse it, or pass it on. HEAD is answered wherever GET is.
@@ -103,9 +107,9 @@ class Guard:
         await self.app(inner, replay(body, receive), send)
 
     def _check(self, path: str, headers: Headers) -> None:
-        """Raise RequestError if a request is an upload, or its Host or its key is not valid."""
-        if path.startswith(_UPLOADS):
-            raise RequestError("nothing can be uploaded here", status=404)
+        """Raise RequestError if a request would write to the disk, or its Host or its key is not valid."""
+        if path.startswith(_WRITTEN):
+            raise RequestError("nothing is kept here: no upload, and no link to a text", status=404)
         self._check_host(headers.getlist("host"))
         if self._keys and path not in _OPEN and not _known(_given(headers), self._keys):
             raise RequestError(
@@ -152,7 +156,16 @@ class Guard:
             ) from None
         if size > limit:
             raise too_large
+        await self._take_turns(size)
         return b"".join(parts)
+
+    async def _take_turns(self, size: int) -> None:
+        """Wait until a large body may be read: one after another, as nobody else goes on while one is."""
+        if size > _LARGE:
+            now = time.monotonic()
+            begins = max(now, self._next_large)
+            self._next_large = begins + size / _RATE
+            await asyncio.sleep(begins - now)
 
 
 def _check_json(body: bytes, kind: str) -> None:

@@ -18,9 +18,10 @@ from softmeet.errors import SoftmeetError
 from softmeet.hf import EnsembleForCausalLM
 from softmeet.hf.chat import take_plain
 from softmeet.server import prompts
-from softmeet.server.batcher import Batcher, Limits
+from softmeet.server.batcher import Batcher
 from softmeet.server.ensembles import Ensembles, Served
 from softmeet.server.errors import RequestError
+from softmeet.server.limits import Limits
 from softmeet.server.metrics import Metrics
 from softmeet.server.sampling import Sampling
 from softmeet.server.schemas import CHANGES, CompletionRequest, Extension, Generation

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import secrets
+import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -14,6 +17,8 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 import gradio as gr
 from fastapi import FastAPI
 from pydantic import ValidationError
+from starlette.routing import Mount
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from softmeet.errors import SoftmeetError
 from softmeet.hf.byte_report import character_reports
@@ -21,15 +26,19 @@ from softmeet.rules.registry import rule_names
 from softmeet.rules.settings import rule_of
 from softmeet.server.answer import AnswerStream
 from softmeet.server.ensembles import Served
+from softmeet.server.errors import RequestError, error_response
 from softmeet.server.refusals import refusal
 from softmeet.server.schemas import CompletionRequest, Extension
 from softmeet.server.sequences import unused
 from softmeet.server.serving import Serving
 from softmeet.server.ui_html import LEGEND, Report, alert, details_of, resource, text_of
 
+_log = logging.getLogger("softmeet.server")
 # Seconds between two updates of the page while texts are generated.
 _FRAME = 0.1
 _LISTED = 8
+# How many visitors' last texts are kept, some megabytes each, and how many of their runs wait.
+_SESSIONS, _RUNS = 32, 32
 # An empty icon, so that browsers do not ask the server for one.
 _HEAD = '<link rel="icon" href="data:,">'
 _TITLE = "<h1>softmeet</h1><p>Several language models, sampled as one. Watch where they agree.</p>"
@@ -70,12 +79,53 @@ def mount(app: FastAPI, serving: Serving) -> None:
         serving: the ensembles and the batcher that the page generates with, in this process; the batcher has to be
             started before the page is used, as the lifespan of :func:`softmeet.server.app.create_app` does.
     """
+    for module in (gr.queueing, gr.route_utils, gr.routes):
+        # With an error they would print what was typed, which no log is to hold.
+        module.traceback = SimpleNamespace(print_exc=_note)
     sans, mono = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
     theme = gr.themes.Base(primary_hue="blue", neutral_hue="slate", font=sans, font_mono=mono)
     gr.mount_gradio_app(
         app, page(serving), path="/ui", theme=theme, css=resource("page.css"), head=_HEAD, footer_links=[],
         ssr_mode=False, show_error=False, run_history=False, pwa=False, enable_monitoring=False,
     )  # fmt: skip
+    mounted = next(route for route in app.router.routes if isinstance(route, Mount) and route.path == "/ui")
+    mounted.app = _Refusing(mounted.app)
+
+
+class _Refusing:
+    """An ASGI layer that answers calls which Gradio cannot make anything of by status 400 and an error object.
+
+    Gradio answers them by 500, and raises what went wrong.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a call on, and its answer back unless its status is 500 or more."""
+        begun = failed = False
+
+        async def sending(message: Message) -> None:
+            nonlocal begun, failed
+            if message["type"] == "http.response.start":
+                begun, failed = True, message["status"] >= 500
+            if not failed:
+                await send(message)
+
+        try:
+            await self.app(scope, receive, sending)
+        except Exception:
+            _note()
+            failed = failed or not begun
+        if failed and scope["type"] == "http":
+            error = RequestError("expected a call that the page at /ui makes: use the API, /v1/completions")
+            await error_response(error)(scope, receive, send)
+
+
+def _note() -> None:
+    """Write to the log that the page could not do something, without what it was asked."""
+    kind = sys.exc_info()[0]
+    _log.warning("the page could not answer a call: %s", kind.__name__ if kind else "unknown")
 
 
 def page(serving: Serving) -> gr.Blocks:
@@ -91,6 +141,7 @@ def page(serving: Serving) -> gr.Blocks:
     own = _controls(first)
     free = {name: name in serving.settings.allowed for name in own}
     with gr.Blocks(title="softmeet: look inside", analytics_enabled=False) as blocks:
+        blocks.state_session_capacity = _SESSIONS
         gr.HTML(_TITLE, elem_classes="head")
         with gr.Row():
             with gr.Column(scale=3):
@@ -148,6 +199,7 @@ def page(serving: Serving) -> gr.Blocks:
         name.change(
             lambda chosen: _changed(serving.ensembles.find(chosen)), [name], [members, rule, other, trust], queue=False
         )
+    blocks.queue(max_size=_RUNS)
     return blocks
 
 
