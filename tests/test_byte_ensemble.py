@@ -22,7 +22,6 @@ from softmeet.errors import InvalidInputError, TraceError, UnsupportedHeadError,
 from softmeet.evaluation.choices import parse_choices
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.fit import Options, fit
-from softmeet.evaluation.harness import harness_model
 from softmeet.evaluation.perplexity import evaluate_text
 from softmeet.evaluation.positions import observe_text
 from softmeet.evaluation.trace import Trace, record
@@ -235,7 +234,6 @@ def test_what_bytes_are_not_there_for_says_so(pruned, folders, tmp_path):
     refusing = {
         "evaluation does": lambda: list(pruned.positions("the other", 5)),
         "a trace in float16": lambda: record(pruned, documents, tmp_path / "trace", dtype="float16"),
-        "lm-eval": lambda: harness_model(pruned),
         "the server": lambda: serving_of({"bytes": pruned}),
         "Ray": lambda: RayEngine(pruned),
     }
