@@ -226,16 +226,12 @@ def test_a_text_past_a_members_context_is_refused_by_name(pruned, folders):
         pruned.generate("x" * 140, **GREEDY)
 
 
-@pytest.mark.filterwarnings("ignore")  # of Ray's import
 def test_what_bytes_are_not_there_for_says_so(pruned, folders, tmp_path):
-    from softmeet.scaling.ray_engine import RayEngine
-
     documents = [Document("a", "the other the")]
     refusing = {
         "evaluation does": lambda: list(pruned.positions("the other", 5)),
         "a trace in float16": lambda: record(pruned, documents, tmp_path / "trace", dtype="float16"),
         "the server": lambda: serving_of({"bytes": pruned}),
-        "Ray": lambda: RayEngine(pruned),
     }
     for what, use in refusing.items():
         with pytest.raises(InvalidInputError, match=f"{what} .*over bytes"):

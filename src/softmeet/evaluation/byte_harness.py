@@ -114,7 +114,7 @@ def continuations(
     return [ended.text(row).decode(errors="ignore") for row in made.tolist()]
 
 
-class _Ended(StoppingCriteria):
+class _Ended(StoppingCriteria):  # type: ignore[misc]
     """Ends a row once its new text has one of the strings ``stop``, or more than ``most`` tokens of ``spelling``.
 
     Args:

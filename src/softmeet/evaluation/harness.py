@@ -61,7 +61,7 @@ class EnsembleLM(HFLM):  # type: ignore[misc]
             pretrained, options = ensemble.model, _options(ensemble, options)
         super().__init__(pretrained, dtype=dtype, **options)
         if self.model.over_bytes:
-            self._max_length = self._max_length or self.model.window
+            self._max_length = options.get("max_length") or self.model.window
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **options: Any
