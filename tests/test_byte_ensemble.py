@@ -21,7 +21,6 @@ from softmeet.errors import InvalidInputError, TraceError, UnsupportedHeadError,
 from softmeet.evaluation.choices import parse_choices
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.fit import Options, fit
-from softmeet.evaluation.harness import harness_model
 from softmeet.evaluation.perplexity import evaluate_text
 from softmeet.evaluation.positions import observe_text
 from softmeet.evaluation.trace import Trace, record
@@ -227,16 +226,10 @@ def test_a_text_past_a_members_context_is_refused_by_name(pruned, folders):
         pruned.generate("x" * 140, **GREEDY)
 
 
-@pytest.mark.filterwarnings("ignore")  # of Ray's import
 def test_what_bytes_are_not_there_for_says_so(pruned, folders, tmp_path):
-    from softmeet.scaling.ray_engine import RayEngine
-
     documents = [Document("a", "the other the")]
     refusing = {
         "evaluation does": lambda: list(pruned.positions("the other", 5)),
-        "a trace in float16": lambda: record(pruned, documents, tmp_path / "trace", dtype="float16"),
-        "lm-eval": lambda: harness_model(pruned),
-        "Ray": lambda: RayEngine(pruned),
     }
     for what, use in refusing.items():
         with pytest.raises(InvalidInputError, match=f"{what} .*over bytes"):
@@ -365,6 +358,22 @@ def test_a_trace_and_a_fit_give_what_the_text_gives(folders, tmp_path):
     assert (again.model.config.vocabulary, again.model.config.prune) == ("bytes", 0.01)
     assert again.model.config.weights == pytest.approx(facts["weights"])
     assert len(again.generate("the", **GREEDY).encode()) == GREEDY["max_new_tokens"]
+
+
+def test_a_trace_in_half_precision_says_what_it_costs(pruned, tmp_path):
+    documents = [Document("a", "the other there, he threw the th\u00e9"), Document("b", "he the")]
+    whole = observe_text(pruned, documents)
+    half = record(pruned, documents, tmp_path / "half", dtype="float16", shard_size=20)
+    assert len(half.facts["shards"]) == 2
+    found = half.read()
+    errors = torch.stack([
+        (one[:, :SYMBOLS].log_softmax(-1) - other[:, :SYMBOLS].log_softmax(-1)).gather(-1, whole.targets[:, None]).abs()
+        for one, other in zip(whole.hidden, found.hidden, strict=True)
+    ])  # fmt: skip
+    assert 0 < errors.max() < 0.02
+    assert half.float16_error() == pytest.approx(
+        {"largest": errors.max().item(), "mean": errors.mean().item()}, rel=1e-3
+    )
 
 
 def test_check_says_what_is_shared_and_what_it_costs(folders, tmp_path):

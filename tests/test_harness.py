@@ -36,6 +36,11 @@ def ensemble():
 
 
 @pytest.fixture(scope="module")
+def over_bytes():
+    return Ensemble.from_pretrained("mixed")
+
+
+@pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks")
     data = folder / "data.json"
@@ -49,10 +54,8 @@ def tasks(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def samples(ensemble, tasks, tmp_path_factory):
+def measured(model, tasks, batch_size):
     """What the harness made of each document, by task."""
-    os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the harness's own
         from lm_eval import simple_evaluate
@@ -61,12 +64,18 @@ def samples(ensemble, tasks, tmp_path_factory):
         from softmeet.evaluation.harness import harness_model
 
         found = simple_evaluate(
-            model=harness_model(ensemble, batch_size=2),
+            model=harness_model(model, batch_size=batch_size),
             tasks=[f"softmeet_{name}" for name in TASKS],
             task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
             bootstrap_iters=0,
         )
     return {name: sorted(found["samples"][f"softmeet_{name}"], key=lambda s: s["doc_id"]) for name in TASKS}
+
+
+@pytest.fixture(scope="module")
+def samples(ensemble, tasks, tmp_path_factory):
+    os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    return measured(ensemble, tasks, 2)
 
 
 @torch.inference_mode()
@@ -110,12 +119,99 @@ def test_generation_is_ours(ensemble, samples):
         assert sample["resps"][0][0] == ours
 
 
+def symbol_log_probs(ensemble, text):
+    """The ensemble's distributions of all symbols of a text, from its members' own scores: (bytes, 257)."""
+    p = torch.stack([torch.from_numpy(reader.score(text.encode())[1][:-1]) for reader in ensemble.model.readers])
+    return p.mean(0).log_softmax(-1)
+
+
+def byte_log_prob(ensemble, context, continuation):
+    symbols = list((context + continuation).encode())
+    own = symbol_log_probs(ensemble, context + continuation)[range(len(symbols)), symbols]
+    return own[len(context.encode()) :].sum().item()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_over_bytes_the_harness_has_our_numbers(over_bytes, tasks, samples):
+    """Choices and whole texts, to rounding; a continuation has as many tokens of the first member as asked for."""
+    found = measured(over_bytes, tasks, "auto")
+    reader = over_bytes.model.readers[0]
+    for k, doc in enumerate(DOCS):
+        question = doc["question"]
+        for choice, response in zip(doc["choices"], found["choice"][k]["resps"], strict=True):
+            assert float(response[0][0]) == pytest.approx(byte_log_prob(over_bytes, question, choice), abs=1e-6)
+            greedy = over_bytes.generate(question, max_new_tokens=len(choice), do_sample=False)
+            assert str(response[0][1]) == str(greedy == choice)
+        first = found["rolling"][k]["resps"][0][0]
+        theirs = float(first[0] if isinstance(first, list | tuple) else first)
+        assert theirs == pytest.approx(byte_log_prob(over_bytes, "", question), abs=1e-6)
+        text = found["greedy"][k]["resps"][0][0]
+        longer = over_bytes.generate(question, max_new_tokens=60, do_sample=False)
+        assert text == reader.spelling.spelled(reader.spelling.encode(longer.encode())[:4]).decode()
+        assert 0 < len(text) < len(longer)
+
+
+def test_over_bytes_a_document_is_read_once_and_answers_of_a_letter_together(over_bytes, monkeypatch):
+    from softmeet.evaluation.byte_harness import log_likelihoods
+
+    reader, read = over_bytes.model.readers[0], []
+    score = reader.score
+    monkeypatch.setattr(reader, "score", lambda text, *more: read.append(text) or score(text, *more))
+    question = list(b"And the king said unto his")
+    answers = [list(text.encode()) for text in (" A", " B", " daughter", "s")]
+    found = [x for x, _ in log_likelihoods(over_bytes.model, [(question, answer) for answer in answers])]
+    assert read == [
+        b"And the king said unto his ",
+        b"And the king said unto his daughte",
+        b"And the king said unto his",
+    ]
+    for answer, x in zip(answers, found, strict=True):
+        ours = byte_log_prob(over_bytes, bytes(question).decode(), bytes(answer).decode())
+        # The tokenizers may cut a text in another way if its last byte is known.
+        assert x == pytest.approx(ours, abs=0.02)
+
+
+def test_over_bytes_long_contexts_lose_their_first_bytes_alone(over_bytes):
+    from softmeet.errors import InvalidInputError
+    from softmeet.evaluation.byte_harness import continuations, fitting, log_likelihoods
+
+    text = "\u00e9 And the king said unto his daughter, " * 60
+    symbols = list(text.encode())
+    kept = bytes(fitting(over_bytes.model, symbols))
+    assert text.encode().endswith(kept)
+    kept.decode()
+    room = [reader.room - len(reader.spelling.encode(kept)) for reader in over_bytes.model.readers]
+    assert 0 <= min(room) <= 3
+    assert len(kept) > 2 * max(reader.room for reader in over_bytes.model.readers)  # in tokens, not in bytes
+    pairs = [(symbols, list(b" fig")), (list(kept)[:-4], list(kept)[-4:])]
+    assert all(math.isfinite(x) for x, _ in log_likelihoods(over_bytes.model, pairs))
+    with pytest.raises(InvalidInputError, match="the context of"):
+        list(log_likelihoods(over_bytes.model, [([1], symbols)]))
+    assert continuations(over_bytes.model, [text, ""], [" "], 3, do_sample=False)[0]
+    with pytest.raises(InvalidInputError, match="expected max_gen_toks below"):
+        continuations(over_bytes.model, [text], [], 1000)
+
+
+def test_over_bytes_a_continuation_ends_at_a_stop_string(over_bytes):
+    from softmeet.evaluation.byte_harness import continuations
+
+    prompts = [doc["question"] for doc in DOCS]
+    whole = over_bytes.generate(prompts, max_new_tokens=30, do_sample=False)
+    stop = whole[0][4:7]
+    found = continuations(over_bytes.model, prompts, [stop], 30, do_sample=False)
+    assert found[0] == whole[0][: whole[0].index(stop) + len(stop)]
+    assert found[1] != found[0]
+    assert found == [continuations(over_bytes.model, [p], [stop], 30, do_sample=False)[0] for p in prompts]
+
+
 @pytest.mark.slow
 @pytest.mark.unchecked
 @pytest.mark.filterwarnings("ignore")
-def test_the_one_liner(ensemble, tasks, samples, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["tokens", "bytes"])
+def test_the_one_liner(ensemble, over_bytes, kind, tasks, samples, tmp_path, monkeypatch):
     """Members are loaded as we load them: the bundled checkpoints are of half precision, which is seen at 1e-4."""
-    ensemble.save_pretrained(tmp_path / "ensemble")
+    model = ensemble if kind == "tokens" else over_bytes
+    model.save_pretrained(tmp_path / "ensemble")
     asked = ["--model", "softmeet", "--model_args", f"pretrained={tmp_path / 'ensemble'}", "--tasks", "softmeet_choice"]
     asked += ["--include_path", str(tasks), "--device", "cpu", "--output_path", str(tmp_path / "out"), "--log_samples"]
     monkeypatch.setattr(sys, "argv", ["harness", *asked])
@@ -129,5 +225,6 @@ def test_the_one_liner(ensemble, tasks, samples, tmp_path, monkeypatch):
     lines = map(json.loads, written.read_text().splitlines())
     for doc, sample in zip(DOCS, sorted(lines, key=lambda line: line["doc_id"]), strict=True):
         theirs = [float(response[0][0]) for response in sample["resps"]]
-        ours = [log_prob(ensemble, doc["question"], choice) for choice in doc["choices"]]
+        scored = byte_log_prob if kind == "bytes" else log_prob
+        ours = [scored(model, doc["question"], choice) for choice in doc["choices"]]
         assert theirs == pytest.approx(ours, abs=1e-5)

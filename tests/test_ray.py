@@ -309,6 +309,32 @@ def test_positions_fits_and_studies_are_the_same(engine, ensemble, tmp_path):
         assert [p.read_bytes() for p in local] == [p.read_bytes() for p in there]
 
 
+def test_over_bytes_everything_is_the_same(cluster, tmp_path):
+    """Scores, costs, traces and fits; workers read the members' weights where the node keeps them."""
+    members = Ensemble.from_pretrained("mixed")
+    choices = with_baselines(parse_choices(["logit-mean", "prob-mean:weights=0.3/0.7"], 2))
+    documents = [Document(f"d{k}", WORDS[k:]) for k in range(8)]
+
+    def everything(engine, folder):
+        scores = summary(evaluate_text(members, documents, choices, engine=engine))
+        positions = record(members, documents, folder / "trace", max_per_document=30, engine=engine).read()
+        fitted = figures(fit(members, positions, Options(evaluations=3), engine=engine))
+        return json.dumps([scores, fitted])
+
+    with LocalEngine() as local:
+        ours = everything(local, tmp_path / "local")
+    with RayEngine(members, 2) as there:
+        assert everything(there, tmp_path / "ray") == ours
+        assert there.redone == []
+    local, there = (sorted((tmp_path / name / "trace").iterdir()) for name in ("local", "ray"))
+    assert [path.name for path in local] == [path.name for path in there]
+    assert [path.read_bytes() for path in local] == [path.read_bytes() for path in there]
+    copy = unpack(*pack(members)[:1])
+    for reader, member in zip(copy.model.readers, copy.model.members, strict=True):
+        assert reader.model is member
+        assert reader.head.weight is member.get_output_embeddings().weight
+
+
 def test_a_study_of_heads_is_the_same(engine, tmp_path):
     study = KnownTruthStudy(positions=2, rows=2, documents=1, sizes=(2,))
     documents = [Document("text", "And it came to pass, when men began. " * 8)]

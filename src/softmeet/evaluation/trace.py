@@ -235,15 +235,13 @@ def record(
 
     Raises:
         InvalidInputError: if the text is too short, the windows do not fit, an argument has a bad value, hidden states
-            overflow fp16, or fp16 is asked for over bytes.
+            overflow fp16.
         TraceError: if the folder holds another trace, or the disk is full.
     """
     from softmeet.evaluation.shards import write_shard
 
     if dtype not in ("float32", "float16") or shard_size < 1:
         raise InvalidInputError(f"expected float32 or float16 and a positive shard size, got {dtype} and {shard_size}")
-    if dtype == "float16":
-        ensemble.model.require_tokens("a trace in float16")
     tokens, window, stride = cut(ensemble, documents, **windowing)
     groups = grouped(tokens, window, stride, shard_size, by_document=False)
     sizes = [sum(map(len, group)) for group in groups]
@@ -304,18 +302,19 @@ def _prepare(folder: Path, facts: dict[str, Any]) -> Trace:
 def _note_error(ensemble: Ensemble, trace: Trace, k: int, positions: Positions) -> None:
     """Measure the errors that fp16 causes in the targets' log-probabilities in shard ``k``, for ``float16.json``."""
     largest, total = 0.0, 0.0
-    for i, head in enumerate(ensemble.model.heads):
-        for chunk in positions.chunks(_CHUNK):
-            hidden = chunk.hidden[i]
-            rounded = hidden.to(torch.float16)
-            if not rounded.isfinite().all():
+    for chunk in positions.chunks(_CHUNK):
+        rounded = [hidden.to(torch.float16).to(hidden.dtype) for hidden in chunk.hidden]
+        for name, hidden, there in zip(ensemble.names, chunk.hidden, rounded, strict=True):
+            if not torch.equal(there.isfinite(), hidden.isfinite()):
                 raise InvalidInputError(
-                    f"hidden states of {ensemble.names[i]} do not fit fp16 (largest {hidden.abs().max():.3g}): "
-                    "trace in float32"
+                    f"hidden states of {name} do not fit fp16 (largest {hidden.abs().max():.3g}): trace in float32"
                 )
-            pair = [head.log_probs(h.to(head.weight.device)) for h in (hidden, rounded.to(hidden.dtype))]
-            error = (pair[0] - pair[1]).gather(-1, chunk.targets[:, None]).abs()
-            largest, total = max(largest, error.max().item()), total + error.sum().item() / len(ensemble.names)
+        exact, found = (
+            log_probs.gather(-1, chunk.targets.to(log_probs.device).expand(len(log_probs), -1)[..., None])
+            for log_probs, _ in map(ensemble.model.combiner.own_log_probs, (chunk.hidden, rounded))
+        )
+        error = (exact - found).masked_fill(exact == found, 0.0).abs()  # over bytes both may be -inf
+        largest, total = max(largest, error.max().item()), total + error.sum().item() / len(error)
     path = trace.folder / "float16.json"
     known = _float16_errors(path) | {k: _Float16Error(largest=largest, sum=total, positions=len(positions))}
     write_atomically(path, lambda file: file.write(_ERRORS.dump_json(dict(sorted(known.items())))))

@@ -96,7 +96,7 @@ class RayEngine(Engine):
     Workers start when the engine is entered as a context manager, and end with it.
 
     Args:
-        ensemble: the ensemble over tokens, in CPU memory, to which the items of ``map`` refer; None if they refer to
+        ensemble: the ensemble, in CPU memory, to which the items of ``map`` refer; None if they refer to
             none.
         workers: the number of workers; None for as many as the cluster has cores (and, if ``gpus``, GPUs) for.
         threads: the number of torch's threads in each worker, and of the CPU cores that it takes of the cluster's.
@@ -115,8 +115,8 @@ class RayEngine(Engine):
             exceptions in their place), both as packed and without kept values.
 
     Raises:
-        InvalidInputError: if ``gpus`` is above 1 and not whole, or the ensemble is one over bytes; on entering, if
-            there is no cluster at the address, or it has no room for a single worker.
+        InvalidInputError: if ``gpus`` is above 1 and not whole; on entering, if there is no cluster at the address, or
+            it has no room for a single worker.
     """
 
     def __init__(
@@ -132,8 +132,6 @@ class RayEngine(Engine):
     ) -> None:
         if gpus > 1 and gpus != int(gpus):
             raise InvalidInputError(f"expected a part of one device or a whole number of them a worker, got {gpus:g}")
-        if ensemble is not None:
-            ensemble.model.require_tokens("Ray")
         self._ensemble, self._wanted, self.threads, self._gpus = ensemble, workers, threads, gpus
         self._address, self._patience, self._on_loss = address, patience, on_loss
         self._parts, self._slots, self._own_cluster = parts(ensemble), list[_Slot](), False
