@@ -63,9 +63,10 @@ def ridged_factor(H: Float[Tensor, "D D"], share: float) -> Float[Tensor, "D D"]
     ridge = share * H.diagonal().mean().clamp_min(torch.finfo(H.dtype).tiny)
     one = torch.eye(len(H), dtype=H.dtype, device=H.device)
     while share <= 1:
-        L, failed = torch.linalg.cholesky_ex(H + ridge * one)
-        if not failed and L.isfinite().all():
-            return L
+        factor, failed = torch.linalg.cholesky_ex(H + ridge * one)
+        if not failed and factor.isfinite().all():
+            found: Tensor = factor
+            return found
         share, ridge = 10 * share, 10 * ridge
     return one
 
