@@ -57,3 +57,18 @@ def test_verify_answers_whatever_the_heads(kind, steps):
     solution = combine(log_p, heads, max_steps=steps, tol=1e-9)
     status = solution.verify(heads, log_p).status
     assert status == Status.OPTIMAL or (status == Status.NOT_CONVERGED and steps < 50)
+
+
+def test_a_row_whose_bound_runs_out_of_tokens_is_answered_alone_as_in_its_batch():
+    generator = torch.Generator().manual_seed(3)
+
+    def noise(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    heads = [noise(9, d) for d in (5, 6)]
+    rows = torch.stack([15 * noise(4, W.shape[1]) @ W.T for W in heads]).log_softmax(-1).float()
+    together = combine(rows, heads, trust=[0.3, torch.inf])
+    alone = [combine(rows[:, k], heads, trust=[0.3, torch.inf]) for k in range(4)]
+    assert (together.status == Status.OPTIMAL).all() and all(one.status == Status.OPTIMAL for one in alone)
+    for one, log_p in zip(alone, together.log_probs, strict=True):
+        assert kl(one.log_probs.double(), log_p.double()) <= 2e-3
