@@ -69,6 +69,7 @@ def test_a_row_whose_bound_runs_out_of_tokens_is_answered_alone_as_in_its_batch(
     rows = torch.stack([15 * noise(4, W.shape[1]) @ W.T for W in heads]).log_softmax(-1).float()
     together = combine(rows, heads, trust=[0.3, torch.inf])
     alone = [combine(rows[:, k], heads, trust=[0.3, torch.inf]) for k in range(4)]
-    assert (together.status == Status.OPTIMAL).all() and all(one.status == Status.OPTIMAL for one in alone)
+    assert (together.status == Status.OPTIMAL).all()
+    assert all(one.status == Status.OPTIMAL for one in alone)
     for one, log_p in zip(alone, together.log_probs, strict=True):
         assert kl(one.log_probs.double(), log_p.double()) <= 2e-3
