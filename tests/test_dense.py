@@ -378,3 +378,15 @@ def test_generation_looks_for_no_bounds(monkeypatch):
     assert total_variation(quick.log_probs, proved.log_probs).max() < math.sqrt(settings.tol / 2)
     logits = ensemble.model(ids).logits[0, :12]
     assert torch.allclose(logits, quick.log_probs, atol=1e-4)
+
+
+def test_what_is_kept_for_a_trust_does_not_fill_the_memory():
+    """Clients of a server choose trusts: the inverse Hessians of the last few are kept, and give what they gave."""
+    log_p, heads = language()
+    heads = [head if isinstance(head, softmeet.SoftmaxHead) else softmeet.SoftmaxHead(head) for head in heads]
+    trusts = [1 + k / 20 for k in range(20)]
+    first = [softmeet.combine(log_p, heads, trust=rho).log_probs for rho in trusts]
+    ((_, tail),) = heads[0].tails
+    assert 0 < len(tail._inverses) <= 8
+    again = softmeet.combine(log_p, heads, trust=trusts[0]).log_probs
+    torch.testing.assert_close(again, first[0], rtol=0, atol=1e-12)

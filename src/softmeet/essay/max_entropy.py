@@ -23,7 +23,7 @@ from softmeet.essay.preference import preference
 from softmeet.rules.answer import Answer, closed_form
 from softmeet.rules.meet import Meet
 from softmeet.rules.problem import Problem
-from softmeet.rules.verify import Recomputed, residuals
+from softmeet.rules.verify import Recomputed, reach, residuals
 from softmeet.simplex import kl, log_normalize
 from softmeet.solvers.base import Status, unfinished
 from softmeet.solvers.clock import time_is_over
@@ -101,7 +101,8 @@ class MaxEntropy(Meet):
         """Compute gap and status anew from the stored dual point, as ``meet`` does, without a solver.
 
         ``problem``, with products in fp64, is the problem that was solved, and ``answer`` the answer to it. A row is
-        OPTIMAL only if its answer has the members' moments (:func:`~softmeet.essay.points.moments_hold`). If at most
+        OPTIMAL only if its answer has the members' moments (:func:`~softmeet.essay.points.moments_hold`) and is as near
+        to the distribution at the dual point as ``tol`` allows (:func:`~softmeet.rules.verify.reach`). If at most
         one distribution can have them (:attr:`FeasibleSet.unique`), that suffices: gap 0.
         """
         found = super().verify(problem, answer)
@@ -112,7 +113,8 @@ class MaxEntropy(Meet):
                 continue
             found.gap[k] = min(float(found.gap[k]), exact_gap(row, found.log_probs[k], _row_of(answer.dual, k)))
             if found.status[k] != Status.INFEASIBLE:
-                solved = holds and float(found.gap[k]) <= problem.tol
+                near = reach(found.gap[k : k + 1], found.log_probs[k : k + 1], answer.log_probs[k : k + 1])
+                solved = holds and float(near) <= problem.tol
                 found.status[k] = int(Status.OPTIMAL if solved else Status.NOT_CONVERGED)
         return found
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from softmeet.rules.answer import Answer, closed_form
 from softmeet.rules.base import Rule
 from softmeet.rules.problem import Problem
-from softmeet.rules.verify import Recomputed
-from softmeet.simplex import kl
+from softmeet.rules.verify import Recomputed, reach
+from softmeet.simplex import kl, log_normalize
 from softmeet.solvers import tuning
 from softmeet.solvers.base import Status, ended, unfinished
 from softmeet.solvers.certificate import repaired_gap_bound, restricted_gap_bound
@@ -180,22 +180,39 @@ def _look(
         k: the row's index in the batch.
 
     Returns:
-        (log p at the dual point, or log q if the pool is the answer; the certified gap in nats; the status).
+        (log p at the dual point, or log q if the pool is the answer; the certified gap in nats; the status, which is
+        OPTIMAL only if the answer itself is within the tolerance).
     """
     used = [i for i, rho in enumerate(trust) if rho > 0]
-    if not used:
-        return problem.log_pool[0], 0.0, Status.OPTIMAL
-    projection = problem.projection(used, trust)
-    nu, z = _scores(projection, [answer.dual[i][k] for i in used])
-    at = Point.at(projection, z)
-    if answer.by_pool[k]:
-        log_p, gap = problem.log_pool[0], float(projection.pool_gap()[0] + at.value[0])
+    given = log_normalize(answer.log_probs[k : k + 1])
+    if used:
+        dual = [answer.dual[i][k] for i in used]
+        log_p, gap, far = _distances(problem.projection(used, trust), dual, given, by_pool=bool(answer.by_pool[k]))
     else:
-        log_p, gap = projection.pooled(z)[0], _gap(projection, at)
-        gap = gap if nu.any() else min(gap, float(projection.pool_gap()[0]))
+        log_p, gap, far = problem.log_pool, 0.0, float(reach(given.new_zeros(1), problem.log_pool, given))
     if _proves_empty(problem, [ray[k] for ray in answer.ray]):
-        return log_p, gap, Status.INFEASIBLE
-    return log_p, gap, Status.OPTIMAL if gap <= problem.tol else Status.NOT_CONVERGED
+        return log_p[0], gap, Status.INFEASIBLE
+    return log_p[0], gap, Status.OPTIMAL if max(gap, far) <= problem.tol else Status.NOT_CONVERGED
+
+
+def _distances(
+    projection: Projection, dual: Sequence[Float[Tensor, " _"]], given: Float[Tensor, "1 v"], *, by_pool: bool
+) -> tuple[Float[Tensor, "1 v"], float, float]:
+    """Measure a row's answer ``given``, log a in nats, by what follows from its dual variables ``dual``.
+
+    Returns:
+        (log p at the dual point, or log q if ``by_pool``, (1, v); the certified gap; a bound on the divergence of a
+        from the optimum p°, one way or the other).
+    """
+    nu, z = _scores(projection, dual)
+    at = Point.at(projection, z)
+    # By weak duality, with a in place of every r_i: it bounds the gap, and KL(a‖p°).
+    own = float(projection.objective(given) + at.value)
+    if by_pool:
+        return projection.log_q, own, own
+    log_p, gap = projection.pooled(z), _gap(projection, at)
+    far = float(reach(given.new_tensor([gap]), log_p, given))
+    return log_p, gap if nu.any() else min(gap, own), min(far, own)
 
 
 def _gap(projection: Projection, at: Point) -> float:

@@ -11,15 +11,20 @@ from softmeet.rules.answer import Answer, closed_form
 from softmeet.rules.answered import answered
 from softmeet.rules.base import Rule
 from softmeet.rules.problem import Problem
-from softmeet.rules.verify import Recomputed
+from softmeet.rules.verify import Recomputed, reach
 from softmeet.simplex import kl, log_normalize, prob_mean, weighted_log_probs
+from softmeet.solvers.base import Status
 
 
 class _ClosedForm(Rule):
     def verify(self, problem: Problem, answer: Answer) -> Recomputed:
-        """Compute the rule's formula for every row again, and return its distribution, gap 0 and status OPTIMAL."""
+        """Compute the rule's formula for every row again; return its distribution, gap 0 and status.
+
+        That is OPTIMAL if the answer's divergence from the formula is at most ``tol``, else NOT_CONVERGED.
+        """
         again = answered(self, problem)
-        return Recomputed(again.log_probs, again.gap, again.status)
+        near = reach(again.gap, again.log_probs, answer.log_probs) <= problem.tol
+        return Recomputed(again.log_probs, again.gap, again.status.masked_fill(~near, int(Status.NOT_CONVERGED)))
 
 
 class LogitMean(_ClosedForm):

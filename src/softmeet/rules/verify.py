@@ -16,8 +16,11 @@ from torch import Tensor
 from softmeet.rules.answer import Answer
 from softmeet.rules.problem import Problem
 from softmeet.rules.settings import rule_of
-from softmeet.simplex import total_variation
+from softmeet.simplex import log_normalize, total_variation
 from softmeet.solvers.base import Status
+
+# In nats, the rounding of a divergence between equal distributions in fp64; the least and largest exponent t.
+_ROUNDED, _EXPONENTS = 1e-12, (1e-3, 1e12)
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class Verification:
             ``max-entropy``) or the formula (averages, ``one-hot``), (*batch); 0 for the other rules, which evaluate
             the answer itself; NaN for a rule without ``verify``.
         status: :class:`softmeet.Status` as int, (*batch): OPTIMAL if ``gap`` is at most the problem's ``tol`` and
-            the moments that the rule requires hold; DEGENERATE if moreover the objective is proved constant on the
+            the answer itself is within ``tol``: by its own objective, by its divergence from that distribution
+            (:func:`reach`) or by its moments, whichever the rule asks for; DEGENERATE if moreover the objective is proved constant on the
             feasible set (OPTIMAL if only the solver showed that); INFEASIBLE if the stored proof holds; else
             NOT_CONVERGED; but UNVERIFIED for a rule without ``verify``.
     """
@@ -83,6 +87,30 @@ class Recomputed:
         unknown = torch.full_like(answer.gap, torch.inf)
         status = torch.full_like(answer.status, int(Status.UNVERIFIED))
         return Recomputed(torch.full_like(answer.log_probs, torch.nan), unknown, status)
+
+
+def reach(gap: Float[Tensor, " B"], claimed: Float[Tensor, "B v"], given: Float[Tensor, "B v"]) -> Float[Tensor, " B"]:
+    """Bound KL(p°‖a), (B,), in nats, of distributions a that were given, by those of others p, which are near them.
+
+    For any t > 0 it is at most KL(p°‖p) + (KL(p°‖p) + log Σ p (p/a)^t) / t, by the variational formula of Donsker and
+    Varadhan. Two values of t are tried: 1, and the one that is best for small differences. Rounding of p counts as none.
+
+    Args:
+        gap: bounds on KL(p°‖p), in nats, for an unknown p°.
+        claimed: log p, in nats.
+        given: log a, in nats, up to a constant.
+    """
+    p, a = log_normalize(claimed), log_normalize(given)
+    ratio = torch.where(p.isneginf(), 0.0, p - a)
+    mass, likely = p.exp(), torch.where(p.exp() == 0, 0.0, ratio)
+    mean = (mass * likely).sum(-1)
+    spread = (mass * (likely - mean[:, None]) ** 2).sum(-1)
+    best = torch.stack([torch.ones_like(gap), (2 * gap / spread).sqrt().nan_to_num(1.0).clamp(*_EXPONENTS)])
+    further = ((gap + (p + best[..., None] * ratio).logsumexp(-1)) / best).amin(0)
+    further = torch.where(gap > 0, further, mean)
+    return torch.where(
+        mean.abs() + (2 * gap * spread).sqrt() <= _ROUNDED, gap, gap + further.nan_to_num(torch.inf, torch.inf)
+    )
 
 
 def residuals(problem: Problem, log_probs: Float[Tensor, "B v"]) -> Float[Tensor, "n B"]:

@@ -143,6 +143,9 @@ def restricted_gap_bound(
         H, g = torch.zeros(len(gradient), len(gradient), dtype=p.dtype, device=p.device), gradient.clone()
         for layer in layers:
             layer.enter(H, g)
+        # A distribution whose tokens have all been dropped has no mean.
+        if not (H.isfinite().all() and g.isfinite().all()):
+            break
         s = _solved(H, g, gradient)
         bounds, broken = zip(*(layer.bound(s) for layer in layers), strict=True)
         e = H @ s - g

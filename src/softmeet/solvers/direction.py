@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from softmeet.solvers import tuning
-from softmeet.solvers.linalg import add_ridge, conjugate_gradients, held
+from softmeet.solvers.linalg import add_ridge, conjugate_gradients, held, ridged_factor
 from softmeet.solvers.projection import Projection
 
 # The most steps of conjugate gradients.
@@ -31,6 +31,10 @@ _STEPS = 64
 # Tokens drawn per column of all heads, without which their covariance would be singular; the share of the mean of the
 # diagonal that is added to it.
 _PER_COLUMN, _RIDGE = 4, 1e-3
+# For how many trusts the inverse Hessian of a tail is kept.
+_INVERSES = 8
+# Tokens whose rows are in double precision at one time.
+_TOGETHER = 1024
 # The least share of mass that a tail is taken to have.
 _LEAST = 1e-6
 
@@ -200,14 +204,17 @@ class Tail:
     Attributes:
         mean: the mean of those tokens' rows of that matrix, (D,), fp32.
         covariance: their covariance, (D, D), fp32.
+        whitened: that covariance in whitened coordinates, FᵀCF with the factors F of the whitenings side by side, fp32.
+            It is rounded there: the rounding of C, times the squares of F, could be larger than its small eigenvalues.
     """
 
     mean: Float[Tensor, " D"]
     covariance: Float[Tensor, "D D"]
+    whitened: Float[Tensor, "rank rank"]
     _inverses: dict[tuple[float, ...], Tensor] = field(default_factory=dict)
 
     def inverse(self, problem: Projection) -> Float[Tensor, "D D"]:
-        """Return the inverse of the tail's Hessian for the problem's trusts, (D, D), fp32; it is kept for equal trusts.
+        """Return the inverse of the tail's Hessian for the problem's trusts, (D, D), fp32; the last eight are kept.
 
         It is in the heads' own coordinates, and 0 on directions that whitening leaves out.
         The Hessian is diag(α) C diag(α) + blockdiag(α_i γ_i C_ii) plus a small ridge, C the covariance, C_ii its block
@@ -215,14 +222,18 @@ class Tail:
         """
         if problem.trust not in self._inverses:
             F = torch.block_diag(*(h.whitening.factor for h in problem.heads))
-            C = F.T @ self.covariance.double() @ F
+            C = self.whitened.double()
             scale = problem.scale.double()
             H = C * scale[:, None] * scale
             for here, alpha, gamma in zip(problem.places, problem.alpha.tolist(), problem.gamma.tolist(), strict=True):
                 H[here, here] += alpha * gamma * C[here, here]
             # The drawn tokens may have no component in some directions.
-            add_ridge(H, _RIDGE)
-            self._inverses[problem.trust] = (F @ torch.cholesky_solve(F.T, torch.linalg.cholesky(H))).float()
+            found = (F @ torch.cholesky_solve(F.T, ridged_factor(H, _RIDGE))).float()
+            # Whoever chooses trusts, as a server's clients do, must not fill the memory.
+            for old in list(self._inverses)[: 1 - _INVERSES]:
+                self._inverses.pop(old, None)
+            self._inverses[problem.trust] = found
+            return found
         return self._inverses[problem.trust]
 
 
@@ -241,8 +252,11 @@ def tail_of(problem: Projection) -> Tail:
     tokens = (torch.arange(count, dtype=torch.float64) * (v / count)).long()
     X = torch.cat([h.even_rows(tokens) for h in problem.heads], dim=-1)
     mean = X.mean(0)
-    X -= mean
-    tail = Tail(mean, X.T @ X / count)
+    C = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=mean.device)
+    for some in (X - mean).split(_TOGETHER):
+        C.addmm_(some.T.double(), some.double(), alpha=1 / count)
+    F = torch.block_diag(*(h.whitening.factor for h in problem.heads))
+    tail = Tail(mean, C.float(), (F.T @ C @ F).float())
     # At most four are kept: views of one row each, which free directions make, would fill it.
     first.tails[:] = [*first.tails[-3:], (key, tail)]
     return tail

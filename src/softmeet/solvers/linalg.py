@@ -54,6 +54,23 @@ def add_ridge(H: Float[Tensor, "*b D D"], share: float) -> Float[Tensor, "*b D D
     return H
 
 
+def ridged_factor(H: Float[Tensor, "D D"], share: float) -> Float[Tensor, "D D"]:
+    """Return a lower Cholesky factor of the symmetric H plus a ridge; it is finite whatever H holds.
+
+    The ridge is ``share`` times the mean of H's diagonal, and ten times more for each failure of the factorisation. If
+    no ridge up to that mean helps, which NaN, inf and large negative eigenvalues cause, the factor is the identity.
+    """
+    ridge = share * H.diagonal().mean().clamp_min(torch.finfo(H.dtype).tiny)
+    one = torch.eye(len(H), dtype=H.dtype, device=H.device)
+    while share <= 1:
+        factor, failed = torch.linalg.cholesky_ex(H + ridge * one)
+        if not failed and factor.isfinite().all():
+            found: Tensor = factor
+            return found
+        share, ridge = 10 * share, 10 * ridge
+    return one
+
+
 def solve_ridged(H: Float[Tensor, "B D D"], g: Float[Tensor, "B D"], eps: float) -> Float[Tensor, "B D"]:
     """Return H⁻¹ g, (B, D), for positive semidefinite H, by a Cholesky factor of H plus a ridge, refined up to twice.
 

@@ -218,8 +218,17 @@ class Projection:
         It is the primal objective at p = r_i = q, and f(0) - min f is the least value of that objective. It is inf if
         some member of infinite trust differs from q. No head is read.
         """
-        divergence = kl(self.log_q[:, None].expand_as(self.log_p), self.log_p)
-        return torch.where(divergence > 0, divergence * divergence.new_tensor(self.trust), 0.0).sum(-1)
+        return self.objective(self.log_q)
+
+    def objective(self, log_p: Float[Tensor, "B v"]) -> Float[Tensor, " B"]:
+        """Return KL(p‖q) + Σ_i ρ_i KL(p‖p̂_i), (B,), in nats: the primal objective at r_i = p, for given log p.
+
+        Added to the dual function anywhere it bounds KL(p‖p°). It is inf if some member of infinite trust differs from
+        p. No head is read.
+        """
+        divergence = kl(log_p[:, None].expand_as(self.log_p), self.log_p)
+        own = torch.where(divergence > 0, divergence * divergence.new_tensor(self.trust), 0.0).sum(-1)
+        return own + kl(log_p, self.log_q)
 
     def rounding(
         self, p: Float[Tensor, "B v"], r: Float[Tensor, "B n v"], z: Float[Tensor, "B n v"], nu: Float[Tensor, "B D"]

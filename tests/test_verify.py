@@ -1,0 +1,100 @@
+"""``Solution.verify`` judges the answer that was given, not the one that its dual variables stand for."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from softmeet import Status, StoppedBy, combine
+from softmeet.rules.verify import reach
+from softmeet.simplex import kl
+
+
+def _members(v=30, d=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    return [noise(v, d) for _ in range(2)], noise(2, v).log_softmax(-1)
+
+
+def _premise(seed):
+    """Return two heads and members with the moments of one distribution, which is not the pool."""
+    generator = torch.Generator().manual_seed(seed)
+    heads = [torch.randn(100, 3, generator=generator, dtype=torch.float64) for _ in range(2)]
+    target = (2 * torch.randn(100, generator=generator, dtype=torch.float64)).softmax(0)
+    members = []
+    for W in heads:
+        h = torch.zeros(3, dtype=torch.float64)
+        for _ in range(50):
+            p = (W @ h).softmax(0)
+            centred = W - p @ W
+            h = h - torch.linalg.solve((centred * p[:, None]).T @ centred, W.T @ (p - target))
+        members.append(W @ h)
+    return heads, torch.stack(members).log_softmax(-1)
+
+
+RULES = ["meet", "meet:trust=0", "max-entropy", "least-squares", "logit-mean", "prob-mean", "one-hot"]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_an_altered_answer_is_not_optimal(rule):
+    heads, members = _members()
+    solution = combine(members, heads, rule)
+    assert solution.verify(heads, members).status == Status.OPTIMAL
+    uniform = torch.full_like(solution.log_probs, 1 / 30).log()
+    found = replace(solution, log_probs=uniform).verify(heads, members)
+    assert found.status == Status.NOT_CONVERGED
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rounding_to_single_precision_alters_nothing_that_counts(rule):
+    heads, members = _members()
+    solution = combine(members, heads, rule)
+    rounded = replace(solution, log_probs=solution.log_probs.float())
+    changed = replace(solution, log_probs=solution.log_probs.float().double())
+    for one in (rounded, changed):
+        assert one.verify(heads, members).status == Status.OPTIMAL
+
+
+def test_a_pool_that_was_altered_is_judged_by_its_own_objective():
+    heads, members = _members()
+    solution = combine(members, heads, trust=1e-3)
+    assert solution.stopped_by == StoppedBy.POOL
+    shifted = torch.cat([solution.log_probs[:1] + 0.3, solution.log_probs[1:]]).log_softmax(-1)
+    assert replace(solution, log_probs=shifted).verify(heads, members).status == Status.NOT_CONVERGED
+
+
+@pytest.mark.parametrize(("seed", "steps", "tol"), [(0, 2, 1e-3), (0, 2, 1e-5), (1, 1, 1e-3)])
+def test_an_answer_that_is_not_at_the_dual_point_is_judged_itself(seed, steps, tol):
+    heads, members = _premise(seed)
+    best = combine(members, heads, "max-entropy", tol=1e-10)
+    solution = combine(members, heads, "max-entropy", tol=tol, max_steps=steps)
+    assert kl(best.log_probs, solution.log_probs) > tol
+    assert solution.verify(heads, members).status == Status.NOT_CONVERGED
+    assert best.verify(heads, members).status == Status.OPTIMAL
+
+
+@pytest.mark.parametrize("size", [1e-9, 1e-4, 0.1, 3.0])
+@pytest.mark.parametrize("away", [0.0, 1e-6, 0.01, 1.0])
+def test_the_reach_bounds_the_divergence_of_what_was_given(size, away):
+    generator = torch.Generator().manual_seed(3)
+    optimum, first, second = torch.randn(3, 20, 50, generator=generator, dtype=torch.float64)
+    optimum = (3 * optimum).log_softmax(-1)
+    claimed = (optimum + away * first).log_softmax(-1)
+    given = claimed + size * second
+    found = reach(kl(optimum, claimed), claimed, given)
+    true = kl(optimum, given.log_softmax(-1))
+    assert (found >= true - 1e-12).all()
+    assert (found <= 12 * (true + size**2 + away * size) + kl(optimum, claimed) + 1e-12).all()
+
+
+def test_the_reach_of_impossible_tokens():
+    claimed = torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64).log().expand(3, 3)
+    given = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [0.25, 0.25, 0.5]], dtype=torch.float64).log()
+    for gap in (0.0, 1e-3):
+        found = reach(torch.full((3,), gap).double(), claimed, given)
+        assert torch.allclose(found[[0, 2]], torch.tensor([gap, gap + math.log(2)]).double())
+        assert found[1] == torch.inf
