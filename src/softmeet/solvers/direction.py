@@ -228,7 +228,7 @@ class Tail:
             for here, alpha, gamma in zip(problem.places, problem.alpha.tolist(), problem.gamma.tolist(), strict=True):
                 H[here, here] += alpha * gamma * C[here, here]
             # The drawn tokens may have no component in some directions.
-            found = (F @ torch.cholesky_solve(F.T, ridged_factor(H, _RIDGE))).float()
+            found: Tensor = (F @ torch.cholesky_solve(F.T, ridged_factor(H, _RIDGE))).float()
             # Whoever chooses trusts, as a server's clients do, must not fill the memory.
             for old in list(self._inverses)[: 1 - _INVERSES]:
                 self._inverses.pop(old, None)
