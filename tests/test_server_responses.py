@@ -61,6 +61,7 @@ def test_a_response_is_what_a_chat_answers(client):
     system = {"role": "system", "content": "abc"}
     options = {"temperature": 0.5, "top_p": 0.8, "extra_body": {"top_k": 9}}
     assert colder.output_text == chat(client, system, user, **options).message.content
+    assert colder.usage.input_tokens == 13  # "s:abc!u:hi!a:"
     assert (colder.temperature, colder.top_p, colder.instructions, colder.metadata) == (0.5, 0.8, "abc", {"a": "b"})
 
 

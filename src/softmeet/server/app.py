@@ -203,11 +203,14 @@ async def _respond(request: Request, reply: Reply) -> Response:
 async def _events(answer: AnswerStream, reply: Reply) -> AsyncIterator[str]:
     """Yield an answer as server-sent events, up to the last; a SoftmeetError becomes an event as well."""
     try:
-        yield reply.begun()
+        # Nothing is sent, not even an empty part, before there is something: a relay may still send an error instead.
+        if first := reply.begun():
+            yield first
         async for delta in answer.deltas():
             # A prompt's scores may be long, and so may all log-probabilities together.
             write = partial(reply.written, delta)
-            yield write() if delta.scored is None else await TURNS_AT_LOCK.written(write)
+            if text := write() if delta.scored is None else await TURNS_AT_LOCK.written(write):
+                yield text
         write = partial(reply.ended, answer.completion_tokens)
         last = write() if reply.body.listed is None else await TURNS_AT_LOCK.written(write)
     except SoftmeetError as error:
