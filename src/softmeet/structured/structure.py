@@ -56,9 +56,7 @@ class Structure:
             # Then follow lines of the grammar, which mostly is not the caller's.
             why = " ".join(why.split("\n   1 | ")[0].split())
             why = why if self.kind == "grammar" else _PLACE.sub("", why)
-            raise InvalidInputError(
-                f"expected a {self.kind} that a text can follow, got one that none can: {why[:300]}"
-            )
+            raise InvalidInputError(f"expected a {self.kind} that texts can follow, got one that none can: {why[:300]}")
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | str) -> Structure:

@@ -79,7 +79,7 @@ def main() -> None:
 
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     with contextlib.suppress(AttributeError, OSError):
-        os.nice(10)
+        os.nice(19)
     symbols = vocabulary_of_bytes()
     alarm = getattr(signal, "alarm", lambda seconds: None)
     print('"ready"', flush=True)  # noqa: T201
