@@ -98,3 +98,43 @@ def test_the_reach_of_impossible_tokens():
         found = reach(torch.full((3,), gap).double(), claimed, given)
         assert torch.allclose(found[[0, 2]], torch.tensor([gap, gap + math.log(2)]).double())
         assert found[1] == torch.inf
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rule", [*RULES, "min-cross-entropy"])
+def test_the_rules_temperature_is_no_alteration(rule, dtype):
+    heads, members = _members()
+    members = members.to(dtype)
+    cold, plain = (combine(members, heads, rule, rule_temperature=T) for T in (0.7, 1.0))
+    found, expected = (one.verify(heads, members) for one in (cold, plain))
+    assert found.status == expected.status == Status.OPTIMAL
+    assert torch.equal(found.residual, expected.residual)
+    assert found.total_variation == expected.total_variation
+    uniform = torch.full_like(cold.log_probs, 1 / 30).log()
+    assert replace(cold, log_probs=uniform).verify(heads, members).status == Status.NOT_CONVERGED
+
+
+def test_a_row_that_the_first_member_answers_has_no_temperature():
+    heads, members = _members()
+    solution = combine(members, heads, "logit-mean", weights=[1.0, 0.0], gate="unsure:0.01", rule_temperature=0.5)
+    assert solution.gated
+    assert solution.verify(heads, members).status == Status.OPTIMAL
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-40, 1e300])
+def test_an_absurd_temperature_gives_a_distribution(temperature, dtype):
+    heads, members = _members()
+    solution = combine(members.to(dtype), heads, rule_temperature=temperature)
+    p = solution.log_probs.exp()
+    assert torch.allclose(p, torch.full_like(p, 1 / 30) if temperature > 1 else (p == p.max()).to(dtype))
+    assert solution.verify(heads, members.to(dtype)).status == Status.OPTIMAL
+
+
+@pytest.mark.parametrize("trust", [0.0, 0.3])
+def test_a_proof_of_infeasibility_holds_at_any_trust_of_the_fallback(trust):
+    generator = torch.Generator().manual_seed(0)
+    heads = [torch.randn(5, 2, generator=generator, dtype=torch.float64) for _ in range(2)]
+    members = (3 * torch.randn(2, 5, generator=generator, dtype=torch.float64)).log_softmax(-1)
+    solution = combine(members, heads, "max-entropy", trust=trust)
+    assert solution.verify(heads, members).status == solution.status == Status.INFEASIBLE

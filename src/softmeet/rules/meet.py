@@ -192,7 +192,8 @@ def _look(
         log_p, gap, far = problem.log_pool, 0.0, float(reach(given.new_zeros(1), problem.log_pool, given))
     if _proves_empty(problem, [ray[k] for ray in answer.ray]):
         return log_p[0], gap, Status.INFEASIBLE
-    return log_p[0], gap, Status.OPTIMAL if max(gap, far) <= problem.tol else Status.NOT_CONVERGED
+    solved = gap <= problem.tol and far <= problem.tol
+    return log_p[0], gap, Status.OPTIMAL if solved else Status.NOT_CONVERGED
 
 
 def _distances(

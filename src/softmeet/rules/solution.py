@@ -15,6 +15,7 @@ from torch import Tensor
 from softmeet.errors import InvalidInputError
 from softmeet.heads import SoftmaxHead
 from softmeet.rules.answer import Answer
+from softmeet.rules.gates import Unsure
 from softmeet.rules.problem import Problem, Start
 from softmeet.rules.settings import rule_of
 from softmeet.rules.validate import restate
@@ -173,9 +174,23 @@ class Solution:
     def at_temperature(self, temperature: float) -> Solution:
         """Return a copy with ``log_probs`` of p^(1/temperature), normalised; all other fields still describe p.
 
-        ``temperature`` is a positive number, which is not checked.
+        ``temperature`` is a positive number, which is not checked. At one that is too small for floating-point numbers
+        all mass is on the most probable tokens.
         """
-        return replace(self, log_probs=log_normalize(self.log_probs / temperature))
+        return replace(self, log_probs=_powered(self.log_probs, 1 / self.gap.new_tensor(temperature)))
+
+    def _plain(self) -> Float[Tensor, "B v"]:
+        """Return the distributions at temperature 1, log p in nats, fp64, as :meth:`verify` judges them.
+
+        Rows that were not altered are the answer's own, from before they were rounded to the dtype of the input.
+        """
+        own, given = self._answer.log_probs, self.log_probs.reshape(self._answer.log_probs.shape)
+        settings = self._problem.settings
+        # The first member alone answers at temperature 1.
+        plain = self.gated.reshape(-1, 1) if isinstance(settings.gate, Unsure) else torch.zeros_like(own[:, :1]) > 0
+        temperature = own.new_tensor(settings.rule_temperature).where(~plain, torch.ones_like(own[:, :1]))
+        same = (given == _powered(own.to(given.dtype), 1 / temperature)).all(-1, keepdim=True)
+        return torch.where(same, own, _powered(given.double(), temperature))
 
     def by_member(self, count: int) -> Solution:
         """Return a copy whose ``disagreement``, (n, *batch), is summed over each member's ``count`` bands.
@@ -199,7 +214,7 @@ class Solution:
         """Compute residual, gap and status again, in fp64, from the members and this solution, without the solver.
 
         The solution's distributions, dual variables and proofs are checked as they stand, even if ``self.log_probs``
-        was altered.
+        was altered; all figures are those of the distributions before ``rule_temperature`` was applied.
 
         Args:
             heads: those that :func:`softmeet.combine` was given for this solution.
@@ -217,11 +232,19 @@ class Solution:
             RuleError: if the rule fails in recomputing its answer.
         """
         problem = restate(self._problem, heads, log_probs, logits, hidden)
-        answer, given = self._answer, self.log_probs.reshape(self._answer.log_probs.shape)
-        # Rows that were not altered are known to fp64, before rounding to the dtype of the input.
-        same = (given == answer.log_probs.to(given.dtype)).all(-1, keepdim=True)
-        answer = replace(answer, log_probs=torch.where(same, answer.log_probs, given.double()))
+        answer = replace(self._answer, log_probs=self._plain())
         return verify(problem, answer, self.fallback.reshape(-1)).reshape(self.status.shape)
+
+
+def _powered(log_p: Float[Tensor, "*b v"], power: Float[Tensor, "*b 1"]) -> Float[Tensor, "*b v"]:
+    """Return the log-probabilities of p^power, normalised, in nats and in the dtype of ``log_p``; at power 1 p itself.
+
+    ``power``, fp64, is positive and may be inf; where it is huge all mass is on the most probable tokens.
+    """
+    scores = log_p.double()
+    scores = scores - scores.amax(-1, keepdim=True)
+    found = log_normalize(torch.where(scores == 0, 0.0, scores * power)).to(log_p.dtype)
+    return torch.where(power == 1, log_p, found)
 
 
 def from_answer(

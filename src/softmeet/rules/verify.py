@@ -36,7 +36,7 @@ class Verification:
             ``max-entropy``) or the formula (averages, ``one-hot``), (*batch); 0 for the other rules, which evaluate
             the answer itself; NaN for a rule without ``verify``.
         status: :class:`softmeet.Status` as int, (*batch): OPTIMAL if ``gap`` is at most the problem's ``tol`` and
-            the answer itself is within ``tol``: by its own objective, by its divergence from that distribution
+            the answer itself is within it: by its own objective, by its divergence from that distribution
             (:func:`reach`) or by its moments, whichever the rule asks for; DEGENERATE if moreover the objective is
             proved constant on the feasible set (OPTIMAL if only the solver showed that); INFEASIBLE if the stored proof
             holds; else NOT_CONVERGED; but UNVERIFIED for a rule without ``verify``.
@@ -93,8 +93,7 @@ def reach(gap: Float[Tensor, " B"], claimed: Float[Tensor, "B v"], given: Float[
     """Bound KL(p°‖a), (B,), in nats, of distributions a that were given, by those of others p, which are near them.
 
     For any t > 0 it is at most KL(p°‖p) + (KL(p°‖p) + log Σ p (p/a)^t) / t, by the variational formula of Donsker and
-    Varadhan. Two values of t are tried: 1, and the one that is best for small differences. Rounding of p counts as
-    none.
+    Varadhan. Two values of t are tried: 1, and the one that is best for small differences. Rounding counts as none.
 
     Args:
         gap: bounds on KL(p°‖p), in nats, for an unknown p°.
