@@ -107,6 +107,8 @@ def test_a_member_without_weight_or_mass_brings_no_nan():
         ({"heads": BROKEN, "logits": LOG_P}, InvalidInputError, "finite"),
         ({"heads": CAPPED, "logits": LOG_P + 50}, NonFiniteError, "soft-cap 9"),
         ({"heads": CAPPED, "logits": LOG_P * math.nan}, NonFiniteError, "none NaN"),
+        ({"heads": CAPPED, "logits": LOG_P - 50}, NonFiniteError, "beyond its soft-cap 9"),
+        ({"free_radial": True, "hidden": [LOG_P[0, :, :d] * math.nan for d in (3, 5)]}, NonFiniteError, "finite hidden"),
         (
             {"heads": CAPPED, "logits": LOG_P.transpose(0, 1)},
             InvalidInputError,
@@ -146,6 +148,26 @@ def test_verify_needs_what_was_combined():
 def test_a_head_is_made_of_tensors(weight, bias):
     with pytest.raises(InvalidInputError, match="is a tensor, got"):
         SoftmaxHead(weight, bias)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [{"scale": "x"}, {"scale": math.nan}, {"soft_cap": math.inf}, {"soft_cap": 0.0}, {"soft_cap": "x"}, {"norm": 3}],
+)
+def test_a_head_is_told_what_is_wrong_with_its_parts(part):
+    with pytest.raises(InvalidInputError, match=next(iter(part)).replace("_", "-")):
+        SoftmaxHead(HEADS[0], **part)
+
+
+def test_what_the_function_of_a_limit_raises_is_not_the_rules_fault():
+    class OwnError(Exception):
+        pass
+
+    def fails():
+        raise OwnError
+
+    with pytest.raises(OwnError), softmeet.time_limit(fails):
+        softmeet.combine(LOG_P, HEADS, trust=1.0, tol=1e-9)
 
 
 @pytest.mark.parametrize("limit", [-1.0, math.nan, "1 s", None])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -152,3 +153,15 @@ def test_a_members_own_tokens_are_those_that_its_covers_allow(ensemble):
     assert sum(math.exp(x) for _, x in every) == pytest.approx(1.0, abs=0.2)
     after = {text for text, _ in every}
     assert after >= {text for text, _ in found}
+
+
+def test_the_text_is_what_it_has_to_be(url):
+    """Structured output over bytes: no tokenizer is needed, and a grammar says what each byte may be."""
+    for seed in range(4):
+        answer = completion(url, prompt="the", seed=seed, max_tokens=60, structured_outputs={"regex": "[hte]{3} é+!"})
+        choice = answer.json()["choices"][0]
+        assert re.fullmatch("[hte]{3} é+!", choice["text"]) or choice["finish_reason"] == "length"
+    choices = {"structured_outputs": {"choice": ["yes, été", "no"]}, "max_tokens": 30}
+    assert {completion(url, prompt="the", seed=seed, **choices).json()["choices"][0]["text"] for seed in range(8)} <= {
+        "yes, été", "no"
+    }  # fmt: skip

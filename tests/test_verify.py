@@ -138,3 +138,15 @@ def test_a_proof_of_infeasibility_holds_at_any_trust_of_the_fallback(trust):
     members = (3 * torch.randn(2, 5, generator=generator, dtype=torch.float64)).log_softmax(-1)
     solution = combine(members, heads, "max-entropy", trust=trust)
     assert solution.verify(heads, members).status == solution.status == Status.INFEASIBLE
+
+
+@pytest.mark.parametrize(
+    ("seed", "trust", "pool"), [(2, 1e-4, "prob-mean"), (2, 1e-2, "logit-mean"), (104, 1e-2, "prob-mean")]
+)
+def test_peaked_rows_are_confirmed_at_small_trusts(seed, trust, pool):
+    generator = torch.Generator().manual_seed(seed)
+    heads = [torch.randn(2500, 80, generator=generator) for _ in range(3)]
+    logits = [W @ torch.randn(80, generator=generator) * 10 / 80**0.5 for W in heads]
+    members = torch.stack(logits).double().log_softmax(-1).float()
+    solution = combine(members, heads, trust=trust, pool=pool, tol=1e-3 if trust < 1e-3 else 1e-2)
+    assert solution.status == solution.verify(heads, members).status == Status.OPTIMAL

@@ -7,6 +7,7 @@ and the factor R, (d, rank), are. v counts tokens, B the rows of a batch of prob
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass, field
@@ -30,6 +31,10 @@ _RANK_TOLERANCE = 1e-6
 _LARGE_OFFSET = 30.0
 
 
+def _is_finite(value: object) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
+
+
 @dataclass(frozen=True, eq=False)
 class SoftmaxHead:
     """The output layer of a language model: logits = cap(scale · (W h + β)) of a hidden state h.
@@ -49,8 +54,8 @@ class SoftmaxHead:
         tails: a cache that solvers fill; of no use to others.
 
     Raises:
-        InvalidInputError: if a shape does not fit, the weight is not floating, or the soft-cap is not positive; from
-            :meth:`whitening`, if the weight is not finite.
+        InvalidInputError: if a shape does not fit, the weight is not floating, the soft-cap is not positive, it or the
+            scale is no finite number, or the norm is none; from :meth:`whitening`, if the weight is not finite.
 
     Example:
         >>> head = SoftmaxHead(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]), bias=torch.tensor([0.0, 0.0, 1.0]))
@@ -83,8 +88,15 @@ class SoftmaxHead:
         vars(self).update(v=self.weight.shape[0], d=self.weight.shape[1])
         if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
             raise InvalidInputError(f"a head's bias has shape ({self.v},), got {tuple(self.bias.shape)}")
-        if self.soft_cap is not None and not (isinstance(self.soft_cap, Real) and self.soft_cap > 0):
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        if self.soft_cap is not None and not (_is_finite(self.soft_cap) and self.soft_cap > 0):
             raise InvalidInputError(f"a soft-cap is a positive number or None, got {self.soft_cap!r}")
+        if not _is_finite(self.scale):
+            raise InvalidInputError(f"a head's scale is a finite number, got {self.scale!r}")
+        if not (self.norm is None or isinstance(self.norm, FinalNorm)):
+            raise InvalidInputError(f"a head's norm is a FinalNorm or None, got {type(self.norm).__name__}")
 
     def blocks(self, dtype: torch.dtype, *, cut: bool = False) -> Iterator[tuple[slice, Float[Tensor, "b d"]]]:
         """Yield (slice of tokens, W of these tokens in ``dtype``) for the whole head, a block at a time.

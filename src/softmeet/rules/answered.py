@@ -12,6 +12,7 @@ from softmeet.rules.answer import Answer, closed_form
 from softmeet.rules.base import Rule
 from softmeet.rules.problem import Problem
 from softmeet.solvers.base import ended
+from softmeet.solvers.clock import failed_to_say
 
 # By how much the sum of a row's probabilities may differ from 1: the rounding of half-precision log-probabilities.
 _MASS_TOLERANCE = 1e-3
@@ -28,7 +29,8 @@ def answered(rule: Rule, problem: Problem) -> Answer:
         ``problem.support``, of gap 0 and not certified.
 
     Raises:
-        SoftmeetError: any error of softmeet that the rule raises, unchanged.
+        SoftmeetError: any error of softmeet that the rule raises, unchanged; so is what the function raises that
+            :func:`softmeet.time_limit` was given.
         RuleError: if the rule raises another exception, or returns neither an ``Answer`` nor a floating tensor, another
             shape than (B, v), NaN, or a row whose probabilities do not sum to 1 within 10⁻³ (in an ``Answer``, the sum
             over ``problem.support`` counts); the message names the rule.
@@ -45,6 +47,8 @@ def _one(rule: Rule, problem: Problem) -> Answer:
     except SoftmeetError:
         raise
     except Exception as error:
+        if failed_to_say(error):
+            raise
         raise RuleError(f"the rule {rule} failed: {type(error).__name__}: {error}") from error
     log_probs = found if isinstance(found, Tensor) else getattr(found, "log_probs", None)
     expected = problem.log_p.shape[1:]

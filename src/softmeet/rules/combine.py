@@ -76,8 +76,8 @@ def combine(
             5 %, ``logits`` or ``hidden`` is needed and missing, the solution given as ``start`` or ``on_infeasible``
             does not fit, ``bands`` is above 1, or the gate is ``auto`` or ``movement``, which only an ``Ensemble`` can
             calibrate, and the rule is ``meet`` with finite trusts.
-        NonFiniteError: if a log-probability is NaN or +inf, a row of a member is all -inf, or a logit is NaN or above
-            its soft-cap.
+        NonFiniteError: if a log-probability is NaN or +inf, a row of a member is all -inf, a hidden state is not
+            finite, or a logit is NaN, or beyond its soft-cap and not -inf.
         DisjointSupportError: if in some row no token of ``support`` has positive probability under every member; for
             ``logit-mean`` and ``one-hot``, every member of nonzero weight; for ``prob-mean``, any such member.
         RuleError: if the rule fails, or returns something other than distributions.

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
 
@@ -21,13 +22,14 @@ from softmeet.solvers.base import Status, ended, unfinished
 from softmeet.solvers.certificate import repaired_gap_bound, restricted_gap_bound
 from softmeet.solvers.direction import direction
 from softmeet.solvers.dual import DualState
+from softmeet.solvers.linalg import backtrack
 from softmeet.solvers.minimise import full_hessian_pays, minimise_dual
 from softmeet.solvers.projection import Point, Projection
 
 # A gap, in nats, that bounds no total variation: √(gap / 2) is one.
 _VACUOUS = 2.0
-# The most points at which a second look bounds the gap.
-_LOOKS = 5
+# The most points at which a second look bounds the gap, and the most halvings of a step to the next.
+_LOOKS, _HALVINGS = 5, 20
 
 
 class Meet(Rule):
@@ -205,25 +207,27 @@ def _distances(
         (log p at the dual point, or log q if ``by_pool``, (1, v); the certified gap; a bound on the divergence of a
         from the optimum p°, one way or the other).
     """
-    nu, z = _scores(projection, dual)
+    _, z = _scores(projection, dual)
     at = Point.at(projection, z)
     # By weak duality, with a in place of every r_i: it bounds the gap, and KL(a‖p°).
-    own = float(projection.objective(given) + at.value)
+    own = max(0.0, float(projection.objective(given) + at.value))
     if by_pool:
         return projection.log_q, own, own
     log_p, gap = projection.pooled(z), _gap(projection, at)
     far = float(reach(given.new_tensor([gap]), log_p, given))
-    return log_p, gap if nu.any() else min(gap, own), min(far, own)
+    return log_p, min(gap, own), min(far, own)
 
 
 def _gap(projection: Projection, at: Point) -> float:
     """Bound the gap of a projection's one row at a point, in nats, to its tolerance if a few tries can; else inf.
 
     Where members are nearly one-hot no bound at the point may be tight: then one is computed at a lower point, and the
-    fall of f to there is added.
+    fall of f to there is added. Steps to lower points are halved until f falls enough.
     """
-    start, best = at.value, math.inf
-    for _ in range(_LOOKS):
+    start = at.value
+    # The pool, in place of p and of every r_i, has equal moments: at small trusts that costs little.
+    best = max(0.0, float(projection.pool_gap() + start))
+    for _ in range(_LOOKS if best > projection.tol else 0):
         log_p, log_r = at.logs(projection)
         gradient, fall = projection.moments(at.p[:, None] - at.r), float(start - at.value)
         best = min(best, fall + restricted_gap_bound(projection, 0, log_p[0], log_r[0], gradient[0]))
@@ -231,11 +235,20 @@ def _gap(projection: Projection, at: Point) -> float:
             break
         y = projection.scores(direction(projection, gradient, at.p, at.r, min(log_p.shape[-1], tuning.HEAVY_AT_MOST)))
         best = min(best, fall + float(repaired_gap_bound(projection, (log_p, log_r), y)[0]))
-        there = Point.at(projection, at.z + y)
+        slope = at.slope(projection, y)
+        t, _ = backtrack(partial(_rises, projection, at, y, slope), torch.ones_like(slope), 0.5, _HALVINGS)
+        there = Point.at(projection, at.z + t[:, None, None] * y)
         if best <= projection.tol or not there.value < at.value:
             break
         at = there
     return best
+
+
+def _rises(
+    projection: Projection, at: Point, y: Float[Tensor, "B n v"], slope: Float[Tensor, " B"], t: Float[Tensor, " B"]
+) -> Bool[Tensor, " B"]:
+    """Return whether f falls by less than a tenth of what its ``slope`` along the scores ``y`` promises after ``t``."""
+    return projection.dual(at.z + t[:, None, None] * y) > at.value + 0.1 * t * slope
 
 
 def _proves_empty(problem: Problem, ray: Sequence[Float[Tensor, " _"]]) -> bool:

@@ -186,7 +186,7 @@ def slopes_of(
 
     Raises:
         InvalidInputError: if a head has a soft-cap, and ``logits`` is None or has another shape; its subclass
-            NonFiniteError if a logit is NaN or above its soft-cap.
+            NonFiniteError if a logit is NaN, or beyond its soft-cap and not -inf.
     """
     if all(head.soft_cap is None for head in heads):
         return (None,) * len(heads)
@@ -199,10 +199,14 @@ def slopes_of(
         )
     flat = logits.detach().reshape(log_p.shape).double()
     for i, (head, member) in enumerate(zip(heads, flat, strict=True)):
-        if head.soft_cap is not None and (member.isnan() | (member > head.soft_cap * 1.01)).any():
+        if head.soft_cap is None:
+            continue
+        beyond = (member.abs() > head.soft_cap * 1.01) & ~member.isneginf()
+        if (member.isnan() | beyond).any():
             raise NonFiniteError(
-                f"expected capped logits of member {i}, none NaN and none above its soft-cap {head.soft_cap:g}, got a "
-                f"largest value of {member.max().item():g}: pass what the model returns"
+                f"expected capped logits of member {i}, none NaN and none beyond its soft-cap {head.soft_cap:g}, -inf "
+                f"apart, got values of up to {member.masked_fill(member.isneginf(), 0).abs().max().item():g} in size: "
+                "pass what the model returns"
             )
     found: list[Float[Tensor, "B v"] | None] = []
     for head, member in zip(heads, flat, strict=True):
@@ -252,7 +256,7 @@ def free_directions(
 
     Raises:
         InvalidInputError: if the number or a shape of the hidden states does not fit, or they would have to be
-            recovered from logits of -inf.
+            recovered from logits of -inf; its subclass NonFiniteError if one is NaN or infinite.
     """
     if hidden is None:
         scores = log_p if logits is None else as_tensor(logits, "logits").detach().reshape(log_p.shape).double()
@@ -267,6 +271,9 @@ def free_directions(
         if [tuple(h.shape) for h in own] != expected:
             raise InvalidInputError(f"expected hidden states of shapes {expected}, got {[tuple(h.shape) for h in own]}")
         states = [h.detach().reshape(-1, h.shape[-1]).double() for h in own]
+        for i, h in enumerate(states):
+            if not h.isfinite().all():
+                raise NonFiniteError(f"expected finite hidden states, got NaN or inf from member {i}")
     return tuple((head.norm or FinalNorm()).lost_directions(h) for head, h in zip(heads, states, strict=True))
 
 

@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from softmeet.errors import InvalidInputError
 
 _over: ContextVar[Callable[[], bool]] = ContextVar("time_is_over", default=lambda: False)
+_failure: ContextVar[Exception | None] = ContextVar("failure", default=None)
 
 
 def time_is_over() -> bool:
@@ -22,6 +23,11 @@ def time_is_over() -> bool:
     A loop that takes long asks between its steps, and then ends with the best that it has. Rules of users may ask, too.
     """
     return _over.get()()
+
+
+def failed_to_say(error: Exception) -> bool:
+    """Return whether ``error`` is what the function given to :func:`time_limit` raised when it was last asked."""
+    return error is _failure.get()
 
 
 @contextmanager
@@ -35,7 +41,7 @@ def time_limit(limit: float | Callable[[], bool]) -> Iterator[None]:
 
     Args:
         limit: seconds from now, 0 or more; or a function that returns whether the time is over, which is called between
-            steps and may do other work meanwhile.
+            steps and may do other work meanwhile. What it raises comes out of the call that asked, unchanged.
 
     Raises:
         InvalidInputError: if ``limit`` is neither a number from 0 nor a function.
@@ -57,14 +63,18 @@ def time_limit(limit: float | Callable[[], bool]) -> Iterator[None]:
         asking = _over.set(outer)
         try:
             return own() or outer()
+        except Exception as error:
+            _failure.set(error)
+            raise
         finally:
             _over.reset(asking)
 
-    token = _over.set(over)
+    token, earlier = _over.set(over), _failure.set(None)
     try:
         yield
     finally:
         _over.reset(token)
+        _failure.reset(earlier)
 
 
 def _after(seconds: float) -> Callable[[], bool]:
