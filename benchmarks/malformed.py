@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -56,6 +57,10 @@ def hostile(generator: random.Random) -> dict[str, Any]:
     )  # fmt: skip
 
 
+# The most that valid requests of ``fuzz`` ask for.
+_MOST = {"max_tokens": 40, "max_completion_tokens": 40, "max_output_tokens": 40, "n": 2, "best_of": 3, "min_tokens": 20}
+
+
 def fuzz(url: str, examples: int, seed: int = 0, is_over: Callable[[], bool] = lambda: False) -> Counter[str]:
     """What schemathesis makes of the OpenAPI document: valid and invalid requests to every operation.
 
@@ -82,6 +87,8 @@ def fuzz(url: str, examples: int, seed: int = 0, is_over: Callable[[], bool] = l
         if isinstance(case.body, dict):
             # Names that exist cannot be guessed from a schema.
             case.body = {k: x for k, x in case.body.items() if k not in ("model", "softmeet", "logit_bias")}
+            # Many choices of hundreds of tokens each would take a busy server longer than PATIENCE.
+            case.body |= {k: min(case.body[k], most) for k, most in _MOST.items() if isinstance(case.body.get(k), int)}
         check(case)
 
     for operation in (
@@ -99,10 +106,15 @@ def _outcome(case: Any) -> str:
     import requests
 
     try:
-        # A valid request may ask for hundreds of tokens.
         response = case.call(timeout=PATIENCE)
     except requests.exceptions.Timeout:
-        return "wrong"
+        return _wrong(case, "no answer")
     if (400 <= response.status_code < 500 or response.status_code == 503) and set(response.json()) == {"error"}:
         return "refused"
-    return "answered" if response.status_code == 200 else "wrong"
+    return "answered" if response.status_code == 200 else _wrong(case, f"status {response.status_code}")
+
+
+def _wrong(case: Any, what: str) -> str:
+    """Print a request that was answered wrongly, on stderr."""
+    print(f"{case.method} {case.path}: {what}: {str(case.body)[:500]}", file=sys.stderr)
+    return "wrong"

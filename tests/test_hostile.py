@@ -108,11 +108,7 @@ def test_a_member_without_weight_or_mass_brings_no_nan():
         ({"heads": CAPPED, "logits": LOG_P + 50}, NonFiniteError, "soft-cap 9"),
         ({"heads": CAPPED, "logits": LOG_P * math.nan}, NonFiniteError, "none NaN"),
         ({"heads": CAPPED, "logits": LOG_P - 50}, NonFiniteError, "beyond its soft-cap 9"),
-        (
-            {"free_radial": True, "hidden": [LOG_P[0, :, :d] * math.nan for d in (3, 5)]},
-            NonFiniteError,
-            "finite hidden",
-        ),
+        ({"free_radial": True, "hidden": [LOG_P[0, :, :d] * math.inf for d in (3, 5)]}, NonFiniteError, "finite hidd"),
         (
             {"heads": CAPPED, "logits": LOG_P.transpose(0, 1)},
             InvalidInputError,

@@ -207,26 +207,27 @@ def _distances(
         (log p at the dual point, or log q if ``by_pool``, (1, v); the certified gap; a bound on the divergence of a
         from the optimum p°, one way or the other).
     """
-    _, z = _scores(projection, dual)
+    nu, z = _scores(projection, dual)
     at = Point.at(projection, z)
     # By weak duality, with a in place of every r_i: it bounds the gap, and KL(a‖p°).
     own = max(0.0, float(projection.objective(given) + at.value))
     if by_pool:
         return projection.log_q, own, own
-    log_p, gap = projection.pooled(z), _gap(projection, at)
+    rounding = float(projection.rounding(at.p, at.r, z, nu))
+    log_p, gap, own = projection.pooled(z), _gap(projection, at, rounding), own + rounding
     far = float(reach(given.new_tensor([gap]), log_p, given))
     return log_p, min(gap, own), min(far, own)
 
 
-def _gap(projection: Projection, at: Point) -> float:
+def _gap(projection: Projection, at: Point, rounding: float) -> float:
     """Bound the gap of a projection's one row at a point, in nats, to its tolerance if a few tries can; else inf.
 
     Where members are nearly one-hot no bound at the point may be tight: then one is computed at a lower point, and the
-    fall of f to there is added. Steps to lower points are halved until f falls enough.
+    fall of f to there is added. Steps to lower points are halved until f falls enough. ``rounding`` is that of f.
     """
     start = at.value
     # The pool, in place of p and of every r_i, has equal moments: at small trusts that costs little.
-    best = max(0.0, float(projection.pool_gap() + start))
+    best = max(0.0, float(projection.pool_gap() + start)) + rounding
     for _ in range(_LOOKS if best > projection.tol else 0):
         log_p, log_r = at.logs(projection)
         gradient, fall = projection.moments(at.p[:, None] - at.r), float(start - at.value)
