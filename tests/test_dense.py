@@ -12,6 +12,7 @@ import softmeet
 from softmeet import Status
 from softmeet.evaluation import premise
 from softmeet.heads import WhitenedHead
+from softmeet.hf.prompts import encoded
 from softmeet.simplex import kl, total_variation
 from softmeet.solvers import minimise, tuning
 from softmeet.solvers.base import iterate

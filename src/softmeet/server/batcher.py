@@ -156,6 +156,7 @@ class Batcher(threading.Thread):
             while (new := self._admit()) is not None:
                 TURNS_AT_LOCK.beside(len(self._running), self)
                 self._guarded(self._running, self._round, new)
+        TURNS_AT_LOCK.beside(0, self)
 
     def _guarded(self, rows: list[Sequence], work: Callable[..., None], *arguments: Any) -> None:
         """Call a function that works on some sequences; if it raises an exception, end them by an error event.
