@@ -84,7 +84,7 @@ class SamplingFlags:
 
 @dataclass
 class ChatFlags:
-    """Flags of conversations."""
+    """Flags that answer prompts as messages of a conversation instead of continuing them."""
 
     PANEL: ClassVar = "Text"
     chat: bool = flag(

@@ -26,6 +26,7 @@ from softmeet.hf.call_options import CallOptions, Prefixes
 from softmeet.hf.chat import ChatTemplates
 from softmeet.hf.combining import Combiner, Deferral
 from softmeet.hf.configuration import EnsembleConfig
+from softmeet.hf.masking import SomethingLeft
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.hf.vocabulary import require_for_bytes
 from softmeet.members.byte_member import ByteMember
@@ -37,6 +38,10 @@ from softmeet.rules.gates import Gate
 
 # The most bytes that evaluation reads at once by default.
 _WINDOW = 4096
+_NO_END = (
+    "a text has to end, as the context of a member is full, but an option forbids its end: lower min_new_tokens, or "
+    "take symbol 256 out of suppress_tokens"
+)
 _log = logging.getLogger("softmeet")
 
 
@@ -262,7 +267,7 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
         """Put :class:`WholeCharacters` before transformers' processors, :class:`SomethingLeft` after them."""
         processors = super()._get_logits_processor(generation_config, input_ids_seq_length, **kwargs)
         last = len(processors) - (kwargs["model_kwargs"]["call_options"].row_sampler is not None)
-        return LogitsProcessorList([WholeCharacters(), *processors[:last], SomethingLeft(), *processors[last:]])
+        return LogitsProcessorList([WholeCharacters(), *processors[:last], SomethingLeft(_NO_END), *processors[last:]])
 
 
 def _is_list(given: Any) -> bool:
@@ -283,23 +288,6 @@ class WholeCharacters(LogitsProcessor):
         found = scores.masked_fill(forbidden.to(scores.device), -torch.inf)
         # A text whose context is full ends within a character if it has to.
         return torch.where(found.isneginf().all(-1, keepdim=True), scores, found)
-
-
-class SomethingLeft(LogitsProcessor):
-    """A logits processor that raises an error if a row has no possible symbol left."""
-
-    def __call__(self, input_ids: Int[Tensor, "B t"], scores: Float[Tensor, "B v"]) -> Float[Tensor, "B v"]:
-        """Return the scores unchanged.
-
-        Raises:
-            InvalidInputError: if all scores of a row are -inf.
-        """
-        if bool(scores.isneginf().all(-1).any()):
-            raise InvalidInputError(
-                "a text has to end, as the context of a member is full, but an option forbids its end: lower "
-                "min_new_tokens, or take symbol 256 out of suppress_tokens"
-            )
-        return scores
 
 
 @lru_cache(maxsize=4096)

@@ -11,7 +11,7 @@ from transformers import LogitsProcessorList
 
 from softmeet.errors import InvalidInputError
 from softmeet.hf.calibrated import resolved
-from softmeet.hf.masking import Mask, SomethingAllowed, Structured, ends_of
+from softmeet.hf.masking import Mask, SomethingLeft, Structured, ends_of
 from softmeet.hf.recorder import Recorder
 from softmeet.hf.sampling import RowSampler
 from softmeet.rules.gates import Unsure, parse_gate, that_closes
@@ -21,6 +21,10 @@ from softmeet.structured.structure import Structure
 if TYPE_CHECKING:
     from softmeet.hf.modeling import EnsembleForCausalLM
 
+_NOTHING_ALLOWED = (
+    "nothing is left that the structure allows, as another option forbids it: lower min_new_tokens, or leave out "
+    "suppress_tokens and bad_words_ids"
+)
 # For each sequence or prompt, each member's own token ids before it; None for the member's default prefix.
 Prefixes = Sequence[Sequence[Sequence[int] | None]]
 
@@ -104,7 +108,9 @@ class CallOptions:
         if self.structure is None:
             return LogitsProcessorList([*processors, *last])
         mask = Mask(self.structure, model.tokenizer, ends_of(config), model.config.vocab_size)
-        return LogitsProcessorList([Structured(mask, prompt_length), *processors, SomethingAllowed(), *last])
+        return LogitsProcessorList(
+            [Structured(mask, prompt_length), *processors, SomethingLeft(_NOTHING_ALLOWED), *last]
+        )
 
     @cached_property
     def unsure(self) -> Unsure | None:

@@ -140,8 +140,15 @@ class Structured(LogitsProcessor):
         own.copy_(masked)
 
 
-class SomethingAllowed(LogitsProcessor):
-    """A logits processor that raises an error if other options forbid all that a structure allows."""
+class SomethingLeft(LogitsProcessor):
+    """A logits processor that raises an error if options have forbidden every token that could come.
+
+    Args:
+        message: the error's: what could have come, and which options to change.
+    """
+
+    def __init__(self, message: str) -> None:
+        self._message = message
 
     def __call__(self, input_ids: Int[Tensor, "B t"], scores: Float[Tensor, "B v"]) -> Float[Tensor, "B v"]:
         """Return the scores unchanged.
@@ -150,10 +157,7 @@ class SomethingAllowed(LogitsProcessor):
             InvalidInputError: if all scores of a row are -inf.
         """
         if bool(scores.isneginf().all(-1).any()):
-            raise InvalidInputError(
-                "nothing is left that the structure allows, as another option forbids it: lower min_new_tokens, or "
-                "leave out suppress_tokens and bad_words_ids"
-            )
+            raise InvalidInputError(self._message)
         return scores
 
 

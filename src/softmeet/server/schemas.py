@@ -187,17 +187,17 @@ class _Choices(Generation):
 
     @property
     def choices(self) -> int:
-        """The field ``n``."""
+        """The field ``n``: how many continuations of each prompt the answer has."""
         return self.n or 1
 
     @property
     def prompt_listed(self) -> int | None:
-        """The field ``prompt_logprobs``."""
+        """The field ``prompt_logprobs``: how many tokens to list at each of the prompt's own."""
         return self.prompt_logprobs
 
     @property
     def usage_in_stream(self) -> bool:
-        """The field ``stream_options.include_usage``."""
+        """The field ``stream_options.include_usage``: whether a stream ends with the token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
 
 
@@ -223,7 +223,7 @@ class CompletionRequest(_Choices):
 
     @property
     def listed(self) -> int | None:
-        """The field ``logprobs``."""
+        """The field ``logprobs``: how many tokens to list at each token of the answer."""
         return self.logprobs
 
 

@@ -27,7 +27,7 @@ _OPEN = ("/health", "/ready")
 _JSON = ("/v1/", "/tokenize", "/detokenize")
 # Uploads and links to a visitor's texts are refused: Gradio would write them to the disk.
 _WRITTEN = ("/ui/gradio_api/upload", "/ui/gradio_api/deep_link")
-# Bodies of more bytes are read one after another, at so many bytes a second: a quarter of the time that reading takes.
+# Bodies of more bytes are read one after another, at so many bytes a second, so that others go on between them.
 _LARGE, _RATE = 1 << 15, 4e6
 # A body of at most this many times the limit is read to its end, since many clients read the refusal only then.
 _DISCARDED = 16

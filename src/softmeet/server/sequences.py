@@ -141,7 +141,7 @@ class Token:
             None if neither log-probabilities nor a report were asked for, and for a prompt's first token.
         top: (id, log-probability in nats) of the most probable tokens at this position, as many as
             ``GenerationRequest.top`` says, the most probable first.
-        rank: the token's place among all tokens by their log-probability, from 1; None where ``log_prob`` is.
+        rank: the token's place among all tokens by their log-probability, from 1; None but in a scored prompt.
         report: each member's distribution and correction at this position, as
             :meth:`softmeet.hf.report.TokenReport.spelled` returns it; None if no report was asked for.
         status: how the rule ended here, the name of a :class:`softmeet.Status`; empty if no rule did, as at a prompt's
@@ -365,7 +365,8 @@ def tokens_of(
             ours = solution.log_probs[row]
             best = ours.topk(min(asked.top or 0, len(ours)))
             listed = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-            rank = 1 + int((ours > ours[token]).sum().item())
+            # Only scored prompts show ranks, which take a pass over the vocabulary.
+            rank = 1 + int((ours > ours[token]).sum().item()) if scored else None
             found = replace(found, log_prob=ours[token].item(), top=listed, rank=rank)
         if asked.report is not None:
             found = replace(found, report=_report(s, solution, log_probs, row, token, scored=scored))
