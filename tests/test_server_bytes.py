@@ -165,3 +165,10 @@ def test_the_text_is_what_it_has_to_be(url):
     assert {completion(url, prompt="the", seed=seed, **choices).json()["choices"][0]["text"] for seed in range(8)} <= {
         "yes, été", "no"
     }  # fmt: skip
+
+
+def test_a_conversation_has_no_tokens_that_members_share(url):
+    answer = http.post(f"{url}/tokenize", json={"messages": [{"role": "user", "content": "the"}]})
+    assert answer.status_code == 400
+    assert "every member has a chat prompt of its own" in answer.json()["error"]["message"]
+    assert http.post(f"{url}/tokenize", json={"prompt": "\u00e9"}).json()["tokens"] == [195, 169]

@@ -10,6 +10,7 @@ from serving import TEMPLATE, http, running, serving_of, tiny_ensemble
 
 from softmeet.server import answer as answering
 from softmeet.server.errors import InternalError
+from softmeet.server.responses import ResponsesRequest, _form
 from softmeet.server.sequences import Failed
 
 ENDLESS = {"logit_bias": {"0": -100}}
@@ -188,3 +189,10 @@ def test_an_error_amid_a_stream_is_the_events_last(client, monkeypatch):
     assert last.response.error.code == "server_error"
     assert "secret" not in last.response.error.message
     assert len(last.response.output_text) == 3
+
+
+def test_a_response_says_the_form_that_it_was_asked_for():
+    form = {"type": "json_schema", "name": "one", "schema": {"type": "object"}}
+    for given, said in ((form, form), (None, {"type": "text"})):
+        body = ResponsesRequest.model_validate({"input": "a", "text": {"format": given}})
+        assert _form(body) == said

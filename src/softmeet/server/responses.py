@@ -246,7 +246,7 @@ class ResponsesReply(ChatReply):
             "previous_response_id": None,
             "store": False,
             "temperature": self.asked.sampling.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": _form(body)},
             "tool_choice": "none",
             "tools": [],
             "top_logprobs": body.top_logprobs or 0,
@@ -271,3 +271,9 @@ class ResponsesReply(ChatReply):
 def _status(choice: ChoiceDelta) -> str:
     """Return the status of a response that has come to its end."""
     return "incomplete" if choice.finish == "length" else "completed"
+
+
+def _form(body: ResponsesRequest) -> dict[str, Any]:
+    """Return the form of the answer as the request gives it; plain text if it gives none."""
+    form = body.text and body.text.format
+    return form.model_dump(by_alias=True, exclude_none=True) if form else {"type": "text"}

@@ -138,6 +138,11 @@ class Serving:
         """
         combination = served.combination(Extension(), ())
         if body.prompt is None:
+            if combination.over_bytes:
+                raise RequestError(
+                    "expected a prompt: over bytes every member has a chat prompt of its own, in its own tokens",
+                    param="messages",
+                )
             return (await self.on_tokenizer(prompts.templated, served, combination, body))[0][0]
         prompts.check_texts([body.prompt], combination, served.ensemble.tokenizer)
         return (await self.on_tokenizer(prompts.encoded, served, [body.prompt], body.add_special_tokens))[0]
