@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ from softmeet.hf import EnsembleConfig, EnsembleForCausalLM, Recorder
 from softmeet.server.limits import Limits
 from softmeet.server.sampling import Sampling
 from softmeet.server.sequences import Account, Combination, Failed, GenerationRequest, Sequence, Token
-from softmeet.server.tasks import Task, Turns
+from softmeet.server.tasks import SAVED, Task, Turns
 from softmeet.solvers.base import Status
 
 BEGUN = threading.Event()
@@ -129,7 +130,7 @@ def test_a_long_prompt_is_run_in_pieces_between_which_others_step(serve):  # noq
 
     def count(module, arguments, out):
         lengths.append(out.last_hidden_state.shape[1])
-        time.sleep(0.03 if lengths[-1] > 6 else 0)
+        time.sleep(0.1 if lengths[-1] > 6 else 0)
 
     member.base_model.register_forward_hook(count)
     other, heard = sequence(model, prompt(1, 6), max_tokens=400)
@@ -141,11 +142,12 @@ def test_a_long_prompt_is_run_in_pieces_between_which_others_step(serve):  # noq
     pieces = [k for k, length in enumerate(lengths) if length > 6]
     assert max(lengths) == 256
     assert sum(lengths[k] for k in pieces) == 1500
-    assert pieces[-1] - pieces[0] >= len(pieces)
+    # Three pieces, of a tenth of a second each, have the time that was saved; the rest take turns with the other.
+    assert all(later - earlier > 1 for earlier, later in pairwise(pieces[3:]))
 
 
 def test_turns_are_shared_by_time_and_what_took_longer_is_owed(monkeypatch):
-    done, turns, now = [], Turns(lambda task, seconds: task.run(seconds)), [0.0]
+    done, turns, now = [], Turns(lambda task, seconds: task.run(seconds), Account()), [0.0]
     monkeypatch.setattr("softmeet.server.tasks.time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     def work(task: Task) -> None:
@@ -258,8 +260,43 @@ def test_a_request_of_many_rows_is_of_a_kind_of_its_own_if_they_take_long_togeth
     assert len({engine._kinds.of(s) for s in (one, many, more)}) == 3
 
 
+def test_what_prompts_leave_of_their_time_is_saved_for_prompts_that_come_together(monkeypatch):
+    """Fifty prompts of a hundredth of a second each: thirty at once, then two a round."""
+    read, now, prompts = [0], [0.0], Account(SAVED, saves=SAVED)
+    turns = Turns(lambda task, seconds: task.run(seconds), prompts)
+    monkeypatch.setattr("softmeet.server.tasks.time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def work(task: Task) -> None:
+        now[0] += 0.01
+        read[0] += 1
+
+    def come(count: int) -> None:
+        for _ in range(count):
+            row = SimpleNamespace(request=SimpleNamespace(account=Account()), account=prompts, done=False)
+            turns.add(Task([row], work))
+
+    def reads(rounds: int) -> int:
+        before = read[0]
+        for _ in range(rounds):
+            turns.take(0.02, lambda: True)
+        return read[0] - before
+
+    come(50)
+    assert 30 <= reads(1) <= 33
+    assert reads(3) == pytest.approx(6, abs=1)
+    reads(30)
+    come(50)
+    assert 30 <= reads(1) <= 33
+    while len(turns):
+        turns.take(0.02, lambda: True)
+    # A round in which nobody waits, and nothing is left to do, saves as much as there may be.
+    turns.take(0.02, lambda: False)
+    come(50)
+    assert 30 <= reads(1) <= 33
+
+
 def test_a_request_of_many_rows_has_less_time_for_its_tasks():
-    turns, mine, another = Turns(lambda task, seconds: shares.append(seconds)), Account(), Account()
+    turns, mine, another = Turns(lambda task, seconds: shares.append(seconds), Account()), Account(), Account()
     row = SimpleNamespace(request=SimpleNamespace(account=mine), account=mine, done=False)
     for stepped, share in (
         ([], 0.1),

@@ -30,7 +30,7 @@ from softmeet.server.members import Members
 from softmeet.server.metrics import Metrics
 from softmeet.server.sampling import next_tokens
 from softmeet.server.sequences import Account, Event, Failed, Finished, Member, PromptScored, Sequence, Token, tokens_of
-from softmeet.server.tasks import Task, Turns
+from softmeet.server.tasks import SAVED, Task, Turns
 from softmeet.server.turns_at_lock import TURNS_AT_LOCK
 from softmeet.solvers.base import Status
 
@@ -89,8 +89,8 @@ class Batcher(threading.Thread):
         self._running: list[Sequence] = []
         self._unsolved: dict[Sequence, Hidden] = {}
         # Who sends one request after the other gets no further than who sends a long one.
-        self._prompts, self._newcomers = Account(), Account()
-        self._turns = Turns(lambda task, seconds: self._guarded(task.rows, task.run, seconds))
+        self._prompts, self._newcomers = Account(SAVED, saves=SAVED), Account()
+        self._turns = Turns(lambda task, seconds: self._guarded(task.rows, task.run, seconds), self._prompts)
         self.metrics.waiting.set_function(lambda: len(self._waiting))
         self.metrics.rows.set_function(lambda: len(self._running))
         self.metrics.kept_prompt_tokens.set_function(lambda: self.members.kept_tokens)

@@ -205,9 +205,15 @@ class Account:
 
     Attributes:
         left: seconds; negative if the rule has taken longer than its share, which later rounds make up for.
+        saves: the most seconds of earlier rounds that it may keep.
     """
 
     left: float = 0.0
+    saves: float = 0.0
+
+    def add(self, share: float) -> None:
+        """Begin a round: add its seconds to what is owed or kept."""
+        self.left = min(self.left, self.saves) + share
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ A solve may take a hundred times as long as the members' step. It therefore runs
 Tasks take turns. In each
 round of the batcher every request has about as long for its tasks as the members' step took, divided by the number of
 its sequences that were run in it, and all tasks together twice as long as the step, so that whatever others ask for at
-most triples what a sequence waits for; and no work is lost.
+most triples what a sequence waits for; and no work is lost. What prompts leave of their time they may use later, so
+that prompts which come together are read together, and their sequences then run in one batch.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ _LOOK = 0.02
 _MOST = 2.0
 # The shortest share of the time, in seconds.
 _LEAST = 0.001
+# How much of the time may be saved for later rounds, in seconds.
+SAVED = 0.3
 
 
 class Task:
@@ -104,10 +107,12 @@ class Turns:
 
     Args:
         run: a function that lets a task go on for some seconds (:meth:`Task.run`), and raises nothing.
+        saving: an account that has its share in every round, with tasks or without.
     """
 
-    def __init__(self, run: Callable[[Task, float], None]) -> None:
-        self._run, self._tasks, self._left = run, list[Task](), 0.0
+    def __init__(self, run: Callable[[Task, float], None], saving: Account) -> None:
+        self._run, self._tasks, self._saving = run, list[Task](), saving
+        self._all = Account(SAVED, saves=SAVED)
 
     def __len__(self) -> int:
         """Return the number of tasks that have not ended, but for one that is running."""
@@ -133,22 +138,24 @@ class Turns:
                 request's account is among them, if it is.
         """
         look, owners = time.perf_counter() + _LOOK, Counter(map(id, stepped))
-        self._left = min(self._left, 0.0) + _MOST * max(seconds, _LEAST)
-        while self._tasks:
-            for account in {id(a): a for task in self._tasks for a in task.accounts}.values():
-                share = max(seconds / max(owners[id(account)], 1), _LEAST)
-                account.left = min(account.left, 0.0) + share
+        self._all.add(_MOST * max(seconds, _LEAST))
+        while True:
+            sharing = [self._saving, *(account for task in self._tasks for account in task.accounts)]
+            for account in {id(account): account for account in sharing}.values():
+                account.add(max(seconds / max(owners[id(account)], 1), _LEAST))
             for task in [task for task in self._tasks if task.left > 0]:
                 # Tasks of one account follow each other; one that has to wait keeps its place.
-                if task.left > 0 and (self._left > 0 or not waited_for()):
+                if task.left > 0 and (self._all.left > 0 or not waited_for()):
                     self._tasks.remove(task)
                     self._charge(task)
                     self._tasks += [] if task.ended else [task]
             if waited_for():
                 return
             # Nobody has waited for what they took.
-            self._left = 0.0
-            if time.perf_counter() > look:
+            self._all.left = max(self._all.left, 0.0)
+            if not self._tasks:
+                self._all.left, self._saving.left = self._all.saves, self._saving.saves
+            if not self._tasks or time.perf_counter() > look:
                 return
 
     def _charge(self, task: Task) -> None:
@@ -159,7 +166,7 @@ class Turns:
         started, accounts = time.perf_counter(), {id(account): account for account in task.accounts}
         self._run(task, task.left)
         spent = time.perf_counter() - started
-        self._left -= spent
+        self._all.left -= spent
         for account in accounts.values():
             account.left -= spent
         if not task.ended:
