@@ -234,10 +234,6 @@ def test_what_bytes_are_not_there_for_says_so(pruned, folders, tmp_path):
     for what, use in refusing.items():
         with pytest.raises(InvalidInputError, match=f"{what} .*over bytes"):
             use()
-    with pytest.raises(InvalidInputError, match="the gate 'unsure' is not for byte ensembles"):
-        pruned.generate("the", gate="unsure:0.5", max_new_tokens=1)
-    with pytest.raises(InvalidInputError, match="the gate 'unsure' is not for byte ensembles"):
-        pruned.model(input_ids=torch.tensor([[65]]), gate="unsure:0.5", use_cache=False)
     for use in (
         lambda: evaluate_text(pruned, documents, parse_choices(["meet"], 2)),
         lambda: fit(pruned, observe_text(pruned, documents), Options(rules=("max-entropy",))),

@@ -355,6 +355,15 @@ def test_likely_tokens_that_are_run_along_save_calls_and_change_nothing(monkeypa
     assert along.work.calls < without.work.calls
 
 
+def test_the_space_before_a_text_is_the_tokenizers_own_and_not_the_byte_that_stands_in_for_it():
+    tokenizer = byte_tokenizers.llama()
+    spelling = spelling_of("llama", tokenizer)
+    own, stand_in = tokenizer.convert_tokens_to_ids([byte_tokenizers.SPACE, "<0x20>"])
+    assert spelling.spelled([own]) == spelling.spelled([stand_in]) == spelling.dummy
+    assert spelling.encode(b"") == [own]
+    assert spelling.encode(b"\xff")[0] == own
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_no_estimate_is_above_what_it_may_be(kind):
     """Whether the model is asked goes by the second alone; where covers are joined, both grow."""

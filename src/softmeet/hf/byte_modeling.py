@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import logging
+import time
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -34,7 +35,7 @@ from softmeet.members.covers import END, SYMBOLS, Pruning
 from softmeet.members.reading import Work
 from softmeet.members.spelling import Spelling
 from softmeet.members.vocabulary import CommonVocabulary
-from softmeet.rules.gates import Gate
+from softmeet.rules.gates import Gate, Unsure
 
 # The most bytes that evaluation reads at once by default.
 _WINDOW = 4096
@@ -64,7 +65,6 @@ def assemble(
         UnsupportedHeadError: if a member's output layer is not a plain softmax head; or, over bytes, the rule needs the
             members' softmax matrices, as ``meet`` does.
         VocabularyMismatchError: if a member's head has no logit for one of the common tokens.
-        InvalidInputError: if, over bytes, the gate is ``unsure``.
     """
     model: EnsembleForCausalLM
     if isinstance(vocabulary, CommonVocabulary):
@@ -98,6 +98,10 @@ class _ByteCombiner(Combiner):
         """Stack the members' log-probabilities of the 257 symbols, in nats, without further columns of ``hidden``."""
         return torch.stack([h[:, :SYMBOLS] for h in hidden])
 
+    def deferral(self, gate: Unsure, first: Float[Tensor, "B _"]) -> Deferral:
+        """Decide by a gate from the first member's log-probabilities, the first 257 columns of ``first``."""
+        return Deferral(gate.among(first[:, :SYMBOLS]))
+
 
 class ByteEnsembleForCausalLM(EnsembleForCausalLM):
     """A causal LM over 257 symbols, the bytes and the end of a text (256), whose members are read byte by byte.
@@ -114,7 +118,7 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
 
     Raises:
         UnsupportedHeadError: if the rule needs softmax matrices, or a member's output layer is no plain softmax head.
-        InvalidInputError: if the gate is ``unsure``; or if ``readers`` is None and ``config`` describes an ensemble
+        InvalidInputError: if ``readers`` is None and ``config`` describes an ensemble
             over tokens.
         CheckpointError: if ``readers`` is None and a member's configuration or tokenizer cannot be read.
         VocabularyMismatchError: if ``readers`` is None and a member's tokenizer cannot be used over bytes.
@@ -182,23 +186,26 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
         options: CallOptions | None = None,
         attention_mask: Int[Tensor, "B s"] | None = None,
         **shared: Any,
-    ) -> tuple[list[Float[Tensor, "B k 257"]], None]:
-        """Have every member read new symbols, and return its log-probabilities of the symbols that follow.
+    ) -> tuple[list[Float[Tensor, "B k 257"]], Deferral | None]:
+        """Have the members read new symbols, and return their log-probabilities of the symbols that follow.
 
-        After a sequence that fills the context of one member, the end is the only possible symbol for all of them.
+        Under the gate ``unsure`` members after the first read the sequences of which the first is unsure at a kept
+        position, and there all symbols that they have not read. After a sequence that fills the context of one member,
+        the end is the only possible symbol for all of them.
 
         Args:
             input_ids: (B, t), the new symbols, padded on the left.
             cache: the :class:`ByteCache` of the symbols before them, which is updated; None if there are none.
             kept: the k positions among the new symbols at which the members are to be combined.
-            options: the call's options, of which ``prefixes`` is used: the token ids that each member reads before the
-                text, as :class:`CallOptions` describes them. None for the members' default prefixes.
+            options: the call's options, of which the gate and ``prefixes`` are used: the token ids that each member
+                reads before the text, as :class:`CallOptions` describes them. None for the members' default prefixes.
             attention_mask: (B, s), 0 at padding, over all symbols so far; None if there is no padding.
             shared: unused.
 
         Returns:
             (for each member the log-probabilities, in nats, fp64, of the symbol after each kept position, (B, k, 257),
-            index 256 being the end; None, as all members always run).
+            index 256 being the end, uniform in sequences that it did not read; the :class:`Deferral`: at which of the
+            B · k positions all members were asked, None if at all of them).
 
         Raises:
             InvalidInputError: if the prefixes are malformed, are not token ids of their members, or their number does
@@ -210,21 +217,29 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
         prefixes = None if options is None else options.prefixes
         if prefixes is not None:
             self._require_prefixes(prefixes)
-        found, full = [], set[int]()
+        found, full, asked, deferral = list[Float[Tensor, "B k 257"]](), set[int](), None, None
+        started = time.perf_counter()
         for i, reader in enumerate(self.readers):
             rows = cache.members[i].rows if cache is not None else []
             rows = rows or fresh_rows(len(symbols), None if prefixes is None else [own[i] for own in prefixes])
-            rows, log_probs = read_on(reader, rows, symbols, new, wanted)
+            rows, log_probs = read_on(reader, rows, symbols, new, wanted, asked)
             if cache is not None:
                 cache.members[i].rows = rows
             found.append(log_probs)
-            full |= {k for k, row in enumerate(rows) if row.readings and row.readings[-1].full}
+            full |= {k for k, row in enumerate(rows) if row.is_full}
             if any(row.fills_up for row in rows):
                 _log.warning("a text ends because the context of %s is full", reader.spelling.name)
+            if not i and options is not None and options.unsure is not None:
+                deferral = self.combiner.deferral(options.unsure, log_probs.flatten(0, 1))
+                deferral.rows &= real[:, kept].bool().flatten().to(deferral.rows.device)
+                asked = set(deferral.rows.view(log_probs.shape[:2]).any(-1).nonzero().flatten().tolist())
+                started = time.perf_counter()
+        if deferral is not None and asked:
+            deferral.seconds = time.perf_counter() - started
         for log_probs in found if full else ():
             # If one member's context is full, the sequence has to end for all of them.
             log_probs[sorted(full), -1:] = torch.eye(SYMBOLS, dtype=torch.float64)[END].log()
-        return found, None
+        return found, deferral
 
     def _require_prefixes(self, prefixes: Prefixes) -> None:
         """Raise InvalidInputError unless each entry of ``prefixes`` has token ids or None for every member."""

@@ -6,7 +6,7 @@ A *symbol* is one of 257: a byte, 0 to 255, or 256, the end of a text.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,14 +30,14 @@ class ByteRow:
 
     Attributes:
         symbols: the symbols so far.
-        readings: the member's state after each of the last symbols, at most 16, the newest last; empty if the member
-            has to read the row from its beginning.
+        readings: (a number of symbols, the member's state after so many) for some of the last numbers, at most 16, the
+            largest last; empty if the member has to read the row from its beginning.
         prefix: the ids of the member's own tokens that it reads before the row; None for those that it reads before
             every text by default.
     """
 
     symbols: tuple[int, ...] = ()
-    readings: tuple[Reading, ...] = ()
+    readings: tuple[tuple[int, Reading], ...] = ()
     prefix: tuple[int, ...] | None = None
 
     @property
@@ -48,16 +48,36 @@ class ByteRow:
     @property
     def fills_up(self) -> bool:
         """Whether the text's tokens exceed the member's context since the newest symbol, and did not before it."""
-        return bool(self.readings) and self.readings[-1].full and not any(one.full for one in self.readings[:-1])
+        return self.is_full and not any(one.full for _, one in self.readings[:-1])
 
-    def longer(self, symbol: int, reading: Reading) -> ByteRow:
-        """Return a copy with ``symbol`` added, and ``reading``, the member's state after it, as the newest reading."""
-        return replace(self, symbols=(*self.symbols, symbol), readings=(*self.readings[1 - _KEPT :], reading))
+    @property
+    def is_full(self) -> bool:
+        """Whether the text's tokens exceed the member's context."""
+        return bool(self.readings) and self.newest.full
+
+    @property
+    def newest(self) -> Reading:
+        """The member's state after the symbols that it has read; there is one if ``readings`` is not empty."""
+        return self.readings[-1][1]
+
+    @property
+    def pending(self) -> tuple[int, ...]:
+        """The symbols after those that the member has read."""
+        return self.symbols[self.readings[-1][0] :] if self.readings else self.symbols
+
+    def longer(self, symbols: Sequence[int]) -> ByteRow:
+        """Return a copy with ``symbols`` added, which the member has not read."""
+        return replace(self, symbols=(*self.symbols, *symbols))
+
+    def read(self, count: int, reading: Reading) -> ByteRow:
+        """Return a copy whose member has read ``count`` more symbols, and is in the state ``reading`` after them."""
+        count += self.length - len(self.pending)
+        return replace(self, readings=(*self.readings[1 - _KEPT :], (count, reading)))
 
     def shorter(self, by: int) -> ByteRow:
         """Return a copy without the last ``by`` symbols and the readings after them."""
-        left = self.readings[: max(0, len(self.readings) - by)]
-        return replace(self, symbols=self.symbols[: len(self.symbols) - by], readings=left)
+        left = self.symbols[: len(self.symbols) - by]
+        return replace(self, symbols=left, readings=tuple(one for one in self.readings if one[0] <= len(left)))
 
 
 class ByteCache(EnsembleCache):
@@ -94,9 +114,14 @@ def fresh_rows(count: int, prefixes: Sequence[Sequence[int] | None] | None) -> l
 
 
 def read_on(
-    reader: ByteMember, rows: Sequence[ByteRow], symbols: Sequence[Sequence[int]], new: int, wanted: Sequence[int]
+    reader: ByteMember,
+    rows: Sequence[ByteRow],
+    symbols: Sequence[Sequence[int]],
+    new: int,
+    wanted: Sequence[int],
+    asked: Collection[int] | None = None,
 ) -> tuple[list[ByteRow], Float[Tensor, "B k 257"]]:
-    """Have a member read the new symbols of every row: symbol by symbol, or at once if it has no reading of the row.
+    """Have a member read the new symbols of rows: symbol by symbol, or at once if it has no reading of the row.
 
     Args:
         reader: the member.
@@ -106,29 +131,39 @@ def read_on(
         new: the number of columns, at least that of any row's new symbols.
         wanted: the indices, from 0 to ``new`` - 1, of the k columns after whose symbols the next symbol's
             log-probabilities are wanted.
+        asked: the numbers of the rows that are read; None for all. The other rows' new symbols are left pending, and
+            are read at once when the row is asked for.
 
     Returns:
-        (the rows with the new symbols; the log-probabilities in nats, (B, k, 257), fp64, uniform at padding and, in a
-        row that is read at once for more than its last column, before its last end symbol).
+        (the rows with the new symbols; the log-probabilities in nats, (B, k, 257), fp64, uniform at padding, in rows
+        that are not read and, in a row that is read at once for more than its last column, before its last end symbol).
     """
     out = torch.full((len(rows), len(wanted), SYMBOLS), -math.log(SYMBOLS), dtype=torch.float64)
-    found = list(rows)
-    known = [k for k, row in enumerate(rows) if row.readings]
-    for k, own in enumerate(symbols):
+    found = [row.longer(own) for row, own in zip(rows, symbols, strict=True)]
+    reading = [k for k in range(len(rows)) if asked is None or k in asked]
+    for k in reading:
         if not rows[k].readings:
-            row = replace(rows[k], symbols=(*rows[k].symbols, *own))
-            found[k] = _read_whole(reader, row, len(own), new, wanted, out[k])
+            found[k] = _read_whole(reader, found[k], len(symbols[k]), new, wanted, out[k])
+        elif rows[k].pending and symbols[k]:
+            found[k] = _catch_up(reader, found[k], len(symbols[k]))
     for column in range(new):
-        now = [k for k in known if column >= new - len(symbols[k])]
-        if not now:
-            continue
-        given = [symbols[k][column - new] for k in now]
-        readings = reader.advance([found[k].readings[-1] for k in now], given)
-        for k, symbol, reading in zip(now, given, readings, strict=True):
-            found[k] = found[k].longer(symbol, reading)
-        if column in wanted:
-            out[now, list(wanted).index(column)] = reader.log_probs(readings)
+        late = [k for k in reading if len(found[k].pending) >= new - column]
+        if late:
+            states = reader.advance([found[k].newest for k in late], [found[k].pending[0] for k in late])
+            for k, state in zip(late, states, strict=True):
+                found[k] = found[k].read(1, state)
+        now = [k for k in reading if rows[k].readings and column >= new - len(symbols[k])] if column in wanted else []
+        if now:
+            out[now, list(wanted).index(column)] = reader.log_probs([found[k].newest for k in now])
     return found, out
+
+
+def _catch_up(reader: ByteMember, row: ByteRow, new: int) -> ByteRow:
+    """Read the symbols of a row that are late, and the first of its ``new`` symbols, at once."""
+    late = row.pending[: len(row.pending) - new + 1]
+    ended = row.newest.ended or END in late
+    state = replace(row.newest, ended=True) if ended else reader.follow(row.newest, bytes(late))
+    return row.read(len(late), state)
 
 
 def _read_whole(
@@ -153,11 +188,11 @@ def _read_whole(
         reading = reader.begin(text, row.prefix)
         if wanted:
             out[0] = reader.log_probs([reading])[0]
-        return replace(row, readings=(reading,))
+        return row.read(row.length, reading)
     reading, log_probs, _ = reader.score(text, row.prefix)
     for place, column in enumerate(wanted):
         # The last column, new - 1, is the last symbol, and the last row of the scores is the prediction after it.
         behind = new - 1 - column
         if behind < min(count, len(text) + 1):
             out[place] = torch.from_numpy(log_probs[len(text) - behind])
-    return replace(row, readings=(reading,))
+    return row.read(row.length, reading)

@@ -16,14 +16,14 @@ from transformers import PreTrainedModel
 
 from softmeet.heads import SoftmaxHead
 from softmeet.hf.cache import Lagging
-from softmeet.hf.combining import Deferral
+from softmeet.hf.combining import Combiner, Deferral
 from softmeet.rules.gates import Unsure
 
 
 def run_others(
     each: Callable[[Callable[[int], Any], Sequence[int]], list[Any]],
     members: Sequence[PreTrainedModel],
-    heads: Sequence[SoftmaxHead],
+    combiner: Combiner,
     lagging: Sequence[Lagging],
     first: Float[Tensor, "B k d"],
     kept: slice | Int[Tensor, " k"],
@@ -39,7 +39,7 @@ def run_others(
     Args:
         each: a function such as :meth:`EnsembleForCausalLM.each`: called with (a function of a member's number, some
             members' numbers from 0), it returns a list of the results; it may call the function in threads.
-        members, heads: all members, in evaluation mode, and their heads, in order.
+        members, combiner: all members, in evaluation mode, and the combiner of their heads.
         lagging: the cache layer of each member after the first, as in :attr:`EnsembleCache.members`, or new layers if
             there is no cache; changed in place.
         first: (B, k, d), the first member's last hidden states at the kept positions.
@@ -59,7 +59,7 @@ def run_others(
     tokens = [ids[own].tolist() for ids, own in zip(input_ids.cpu(), real, strict=True)]
     for member in lagging:
         member.follow(tokens)
-    deferral = None if gate is None else Deferral.of(heads[0], gate, first.flatten(0, 1))
+    deferral = None if gate is None else combiner.deferral(gate, first.flatten(0, 1))
     if deferral is None:
         rows = torch.tensor([row for row, own in enumerate(tokens) if own], dtype=torch.int64)
     else:
@@ -70,7 +70,7 @@ def run_others(
 
     def hidden(i: int) -> Float[Tensor, "B k _"]:
         states = lagging[i - 1].run(members[i], rows)
-        return _spread_over_rows(states, heads[i], rows, real, first.dtype)[:, kept]
+        return _spread_over_rows(states, combiner.heads[i], rows, real, first.dtype)[:, kept]
 
     others = each(hidden, range(1, len(members)))
     if deferral is not None and len(rows):

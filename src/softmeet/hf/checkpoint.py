@@ -109,7 +109,7 @@ def load(
     Raises:
         CheckpointError: if a member cannot be found or loaded.
         InvalidInputError: if a device is unknown, ``device_map`` names a member that does not exist, a list of dtypes
-            or devices does not have one per member, a setting is not valid, or, over bytes, the gate is ``unsure``.
+            or devices does not have one per member, or a setting is not valid.
         VocabularyMismatchError: if the tokenizers do not fit the ensemble's vocabulary, tokens or bytes.
         UnsupportedHeadError: if a member's output layer is not a plain softmax head; or, over bytes, the rule needs
             softmax matrices, as ``meet`` does.
@@ -149,7 +149,7 @@ def random_members(config: EnsembleConfig, *, over_bytes: bool) -> tuple[list[Pr
 
     Raises:
         InvalidInputError: if ``config.vocabulary`` is of the other kind of ensemble; or, over tokens, there are
-            prefixes; or, over bytes, the gate is ``unsure``.
+            prefixes.
         CheckpointError: if a member's configuration or tokenizer cannot be read.
         UnsupportedHeadError: if, over bytes, the rule needs softmax matrices, as ``meet`` does.
         VocabularyMismatchError: if, over tokens, the tokenizers differ; or, over bytes, one of them cannot be used.

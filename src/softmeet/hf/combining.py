@@ -64,22 +64,6 @@ class Deferral:
         """Return the deferral at the positions in the slice ``rows``, with ``seconds`` 0."""
         return Deferral(self.rows[rows], None if self.logits is None else self.logits[rows])
 
-    @staticmethod
-    def of(head: SoftmaxHead, gate: Unsure, hidden: Float[Tensor, "B d"]) -> Deferral:
-        """Decide by the gate at which of B positions the first member defers to the others.
-
-        Args:
-            head: the first member's head.
-            gate: the gate; the member defers if its largest next-token probability is below ``gate.threshold``.
-            hidden: (B, d), the first member's last hidden states, on the head's device.
-        """
-        chunk = rows_at_once(head.v, 1)
-        if len(hidden) <= chunk:
-            logits = head.logits(hidden)
-            return Deferral(gate.among(logits.log_softmax(-1)), logits)
-        # The logits are too many to keep: they are computed again, in chunks, when the positions are combined.
-        return Deferral(torch.cat([gate.among(head.log_probs(part)) for part in hidden.split(chunk)]))
-
 
 class Combiner:
     """The members' heads, and the computation from the members' hidden states to a rule's log-probabilities.
@@ -99,6 +83,21 @@ class Combiner:
         self.v = max(head.v for head in heads)
         self.capped = any(head.soft_cap is not None for head in heads)
         self._banded: tuple[int, list[SoftmaxHead]] | None = None
+
+    def deferral(self, gate: Unsure, first: Float[Tensor, "B d"]) -> Deferral:
+        """Decide by a gate at which of B positions the first member defers to the others.
+
+        Args:
+            gate: the gate; the member defers if its largest next-token probability is below ``gate.threshold``.
+            first: (B, d), the first member's last hidden states, on its head's device.
+        """
+        head = self.heads[0]
+        chunk = rows_at_once(head.v, 1)
+        if len(first) <= chunk:
+            logits = head.logits(first)
+            return Deferral(gate.among(logits.log_softmax(-1)), logits)
+        # The logits are too many to keep: they are computed again, in chunks, when the positions are combined.
+        return Deferral(torch.cat([gate.among(head.log_probs(part)) for part in first.split(chunk)]))
 
     def combine(
         self,

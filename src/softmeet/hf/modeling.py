@@ -168,7 +168,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
             )
         lagging: Any = [Lagging() for _ in members[1:]] if cache is None else caches[1:]
         mask = shared.get("attention_mask")
-        return run_others(self.each, list(members), self.heads, lagging, hidden(0), kept, input_ids, mask, unsure)
+        return run_others(self.each, list(members), self.combiner, lagging, hidden(0), kept, input_ids, mask, unsure)
 
     def hidden_states(self, input_ids: Int[Tensor, "1 t"]) -> list[Float[Tensor, "t _"]]:
         """Run the members over one text, and return each one's last hidden states, (t, d_i), row k after token k."""

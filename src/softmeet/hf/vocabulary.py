@@ -12,7 +12,6 @@ from softmeet.errors import InvalidInputError, UnsupportedHeadError, VocabularyM
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.members.spelling import Spelling, spelling_of
 from softmeet.members.vocabulary import CommonVocabulary, common_vocabulary
-from softmeet.rules.gates import Unsure, that_closes
 from softmeet.rules.registry import all_rules
 from softmeet.rules.settings import Settings
 
@@ -62,7 +61,7 @@ def choose_vocabulary(
         VocabularyMismatchError: if the tokenizers differ and ``config`` asks for tokens; or, over bytes, if a tokenizer
             is not a fast one, alters texts, or cannot write every byte.
         UnsupportedHeadError: if, over bytes, the rule needs softmax matrices, as ``meet`` does.
-        InvalidInputError: if, over bytes, the gate is ``unsure``; or, over tokens, there are prefixes.
+        InvalidInputError: if, over tokens, there are prefixes.
     """
     chosen = config.vocabulary == "auto"
     if config.vocabulary != "bytes":
@@ -91,16 +90,11 @@ def choose_vocabulary(
 
 
 def require_for_bytes(settings: Settings) -> None:
-    """Check that the rule and the gate of ``settings`` can be used over bytes.
+    """Check that the rule of ``settings`` can be used over bytes.
 
     Raises:
         UnsupportedHeadError: if the rule needs the members' softmax matrices, which have no rows for bytes.
-        InvalidInputError: if the gate is ``unsure``.
     """
-    if isinstance(that_closes(settings.gate), Unsure):
-        raise InvalidInputError(
-            "the gate 'unsure' is not for byte ensembles, whose members are never behind each other: leave it out"
-        )
     rule = settings.rule
     if rule.reads_heads:
         averages = " or ".join(one.name for one in all_rules() if one.is_average)

@@ -19,14 +19,14 @@ from transformers import PreTrainedModel
 
 from softmeet.errors import InvalidInputError
 from softmeet.heads import SoftmaxHead
-from softmeet.members.covers import END, SYMBOLS, Covers, Masses, NextTokenProbs, Open, Pruning
+from softmeet.members.covers import END, SYMBOLS, Covers, NextTokenProbs, Open, Pruning
 from softmeet.members.heads import head_of, replace_weight
 from softmeet.members.known_text import KnownText
 from softmeet.members.reading import Guess, Reading, Work
 from softmeet.members.spelling import Spelling
 from softmeet.members.token_tree import Growth, Path, TokenTree, require_trees
 from softmeet.members.token_tree import run as run_trees
-from softmeet.members.typical import SAMPLE, typical
+from softmeet.members.typical import of_member
 
 # The least probability of a token: without it, rounding could leave all covers without mass.
 _LEAST = torch.finfo(torch.float32).tiny
@@ -36,8 +36,7 @@ _LOOK_BACK = 64
 # Beside a single open cover they are run only if their probabilities sum to _WORTH: on a CPU, a product with one
 # vector takes half the time of one with several. Among more than _FEW texts, some has to run a token at each byte.
 _LIKELY, _GUESSES, _WORTH, _FEW = 0.04, 5, 0.6, 4
-# Positions whose next tokens' probabilities are held at once, and prefixes whose states are kept.
-_AT_ONCE = 32
+# Prefixes whose states are kept.
 _PREFIXES = 16
 # Logits that are normalised at once on a CPU.
 _CACHED = 1 << 20
@@ -47,7 +46,8 @@ class ByteMember:
     """A causal language model over tokens that is read byte by byte.
 
     :meth:`begin` and :meth:`score` read a text and return its state, a :class:`Reading`; :meth:`advance` lengthens
-    readings by a symbol (a byte 0 to 255, or 256 for the end); :meth:`log_probs` gives the next symbol's distribution.
+    readings by a symbol (a byte 0 to 255, or 256 for the end), and :meth:`follow` one by several bytes;
+    :meth:`log_probs` gives the next symbol's distribution.
 
     Args:
         model: a causal LM of transformers, in evaluation mode.
@@ -87,24 +87,7 @@ class ByteMember:
         self._prefixes: dict[tuple[int, ...], tuple[TokenTree, Tensor]] = {}
         self.spent = Work()
         if self.pruning.prune:
-            self.spelling = replace(spelling, typical=self._typical())
-
-    def _typical(self) -> Masses:
-        """Estimate, with the model on ``SAMPLE``, the next token's first byte given the last byte of the one before.
-
-        Returns:
-            (256, 257), fp64: by last byte, the probabilities of the next token's first byte, and at 256 of the end.
-        """
-        start = self.spelling.start
-        tokens = self.spelling.encode(SAMPLE.encode())[: self.limit - len(start)]
-        _, hidden = self.run_chain([*start, *tokens])
-        nowhere = np.empty(0, np.int64)
-        roots = [
-            one.root
-            for states in hidden[len(start) :].split(_AT_ONCE)
-            for one in self.next_token_probs([nowhere] * len(states), states)
-        ]
-        return typical(self.spelling, tokens, roots)
+            self.spelling = replace(spelling, typical=of_member(self))
 
     def find_head_again(self) -> None:
         """Update ``head`` after the model has changed device or dtype, and forget the results of :meth:`behind`."""
@@ -192,11 +175,41 @@ class ByteMember:
             (the reading; the covers at the first byte from which several tokenizations are followed, and after each
             later byte).
         """
-        known = KnownText(self, self.prefix if prefix is None else prefix, text, look_back)
-        while missing := known.walk(self.pruning):
-            known.ask(missing)
+        known = KnownText.begun(self, self.prefix if prefix is None else prefix, text, look_back)
+        self._finish(known)
         work = known.work.and_(dropped=sum(covers.unasked for covers in known.covers))
         return Reading(known.covers[-1], known.tree, text, work).compact(), known.covers
+
+    def follow(self, reading: Reading, text: bytes) -> Reading:
+        """Lengthen a reading by several bytes, in fewer calls of the model than :meth:`advance` needs for one by one.
+
+        As the bytes are known, the tokenizer's own tokens are run in one call, and tokens that the bytes rule out are
+        not run. The probabilities of what follows are those of :meth:`score`, up to rounding and pruning.
+
+        Args:
+            reading: one that has not ended.
+            text: one or more bytes.
+
+        Returns:
+            the new reading; it has ended if its tokens would exceed the model's context, as in :meth:`advance`.
+        """
+        places = [one.probs for one in reading.covers.closed] + [one.probs for one in reading.covers.open]
+        longest = max((len(probs.path) for probs in places), default=0)
+        if len(text) == 1 or longest + len(text) >= self.limit:
+            for byte in text:
+                (reading,) = self.advance([reading], [byte])
+            return reading
+        known = KnownText.after(self, reading, text)
+        self._finish(known)
+        dropped = sum(covers.unasked for covers in known.covers[1:])
+        work = reading.work.and_(known.work.calls, known.work.tokens, dropped)
+        found = Reading(known.covers[-1], known.tree, reading.text + text, work, reading.guesses)
+        return replace(found, guesses=self._possible(found)).compact()
+
+    def _finish(self, known: KnownText) -> None:
+        """Ask the model about the tokenizations of a known text until none is left that has to be asked about."""
+        while missing := known.walk(self.pruning):
+            known.ask(missing)
 
     def log_probs(self, readings: Sequence[Reading]) -> Float[Tensor, "B 257"]:
         """Return the next symbol's log-probabilities after each of B ≥ 1 readings, (B, 257) fp64, in nats, on the CPU.

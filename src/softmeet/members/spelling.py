@@ -140,7 +140,8 @@ class Spelling:
             for length in range(min(self.longest, len(text)), 0, -1):
                 first, longer, _ = self.among(text[:length])
                 if first < longer:
-                    found.append(int(self.tokens[first]))
+                    # Of tokens that spell the same, a byte that stands in for missing tokens has the lowest id.
+                    found.append(int(self.tokens[longer - 1]))
                     text = text[length:]
                     break
         return found

@@ -4,16 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from softmeet.members.spelling import Spelling
 
+if TYPE_CHECKING:
+    from softmeet.members.byte_member import ByteMember
+
 # Prose, code, lists and figures, so that every kind of last byte occurs in several surroundings.
 SAMPLE = files("softmeet.members").joinpath("sample.txt").read_text(encoding="utf-8")
 # The shares of first bytes among all tokens count as this many observations of each kind, since some kinds are rare.
 _PRIOR = 4.0
+# Positions whose next tokens' probabilities are held at once.
+_AT_ONCE = 32
+
+
+def of_member(member: ByteMember) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Run a member on :data:`SAMPLE`, and return :func:`typical` of what it expects there, (256, 257)."""
+    start, spelling = member.spelling.start, member.spelling
+    tokens = spelling.encode(SAMPLE.encode())[: member.limit - len(start)]
+    _, hidden = member.run_chain([*start, *tokens])
+    nowhere = np.empty(0, np.int64)
+    roots = [
+        one.root
+        for states in hidden[len(start) :].split(_AT_ONCE)
+        for one in member.next_token_probs([nowhere] * len(states), states)
+    ]
+    return typical(spelling, tokens, roots)
 
 
 def kind(byte: int) -> int:

@@ -82,6 +82,11 @@ class ByteBatch:
                 s.trails[i], found[k] = self._begun(s, i, every=every)
                 pause()
         reading = [k for k in range(len(behind)) if k not in found]
+        for k in reading:
+            if len(unread := _unread(*behind[k])) > 1 and END not in unread:
+                s, i = behind[k]
+                s.trails[i] = self.member.follow(_reading(s, i), bytes(unread))
+                pause()
         while late := [k for k in reading if _unread(*behind[k])]:
             readings = self.member.advance([_reading(*behind[k]) for k in late], [_unread(*behind[k])[0] for k in late])
             for k, new in zip(late, readings, strict=True):

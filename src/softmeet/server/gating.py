@@ -56,10 +56,10 @@ class Gates:
             (the last hidden states of every member, (t, d_i) each; a :class:`~softmeet.hf.combining.Deferral` whose
             mask, (t,), says at which tokens the gate ``unsure`` is open, or None if the sequence has no such gate).
         """
-        gate, heads = sequence.combination.unsure, sequence.combination.model.heads
+        gate = sequence.combination.unsure
         if gate is None:
             return hidden, None
-        asked = Deferral.of(heads[0], gate, hidden[0])
+        asked = sequence.combination.model.combiner.deferral(gate, hidden[0])
         if not bool(asked.rows.any()):
             return [*hidden, *_unread(sequence, hidden[0])], asked
         others = self._catch_up([sequence], every=True, pause=task.pause)[sequence]
@@ -84,7 +84,7 @@ class Gates:
         combination = group[0].combination
         assert combination.unsure is not None
         stacked = torch.cat([own[0] for own in hidden])
-        asked = Deferral.of(combination.model.heads[0], combination.unsure, stacked)
+        asked = combination.model.combiner.deferral(combination.unsure, stacked)
         for k, s in enumerate(group):
             s.asked, s.spent = asked.take(slice(k, k + 1)), 0.0
         is_open = [s for s in group if s.asked is not None and bool(s.asked.rows)]
@@ -144,10 +144,13 @@ def joined(sequences: list[Sequence]) -> Deferral | None:
 
 
 def _unread(sequence: Sequence, like: Float[Tensor, "t d"]) -> Hidden:
-    """Return zeros, (t, d_i), in place of the last hidden states of each member but the first, where they are not used.
+    """Return zeros, (t, d_i), in place of the hidden states of each member but the first, where they are not used.
 
     Args:
         sequence: whose members they are.
-        like: the first member's hidden states, (t, d), which give t, dtype and device.
+        like: the first member's hidden states, (t, d), or over bytes log-probabilities, (t, 257); they give t, dtype
+            and device.
     """
-    return [like.new_zeros(len(like), head.d) for head in sequence.combination.model.heads[1:]]
+    how = sequence.combination
+    widths = [like.shape[1] if how.over_bytes else head.d for head in how.model.heads[1:]]
+    return [like.new_zeros(len(like), width) for width in widths]
