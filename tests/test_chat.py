@@ -139,3 +139,10 @@ def test_the_plain_template_is_taken_where_there_is_none(folders):
         "system: the\nuser: he t\u00e9\nassistant:", max_new_tokens=3, do_sample=False
     )
     assert PLAIN.endswith("assistant:")
+
+
+@pytest.mark.parametrize("member", zoo.known())
+def test_the_bundled_members_have_the_plain_template_and_say_so(member):
+    chat = ChatTemplates([member], [AutoTokenizer.from_pretrained(zoo.locate(member))])
+    assert chat.plainly == [member]
+    assert not chat.missing

@@ -46,10 +46,8 @@ def addresses(tmp_path_factory):
         patch.setenv("LLM_USER_PATH", str(folder))
         patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
         patch.setattr(softmeet.ensemble, "DEFAULT_GATE", "auto")  # as for a user
-        (making,) = [code for kind, code in PARTS["Chat"] if kind == "py" and "shutil" in code]
-        exec(compile(making, "clients.md", "exec"), {})
         plain = Ensemble.from_pretrained()
-        chat = Ensemble.from_pretrained(["chat/opt-a", "chat/opt-c"], "logit-mean")
+        chat = Ensemble.from_pretrained(["narrow/opt-a", "narrow/opt-c"], "logit-mean")
         protected = Protection(keys=("sesame",), hosts=("127.0.0.1", "localhost"))
         found = {
             "8000": servers.enter_context(running(serving_of({"default": plain}))),
@@ -90,7 +88,7 @@ def test_programs_print_what_the_page_shows(addresses):
     for section in ("OpenAI's Python client", "Chat", "llm"):
         blocks = PARTS[section]
         for (kind, code), (after, printed) in zip(blocks, [*blocks[1:], ("", "")], strict=True):
-            if kind != "py" or "shutil" in code:
+            if kind != "py":
                 continue
             with contextlib.redirect_stdout(io.StringIO()) as out:
                 exec(compile(here(code, addresses), "clients.md", "exec"), names)

