@@ -299,17 +299,23 @@ class WholeCharacters(LogitsProcessor):
             input_ids: (B, t), the symbols so far.
             scores: (B, 257), scores of the next symbol.
         """
-        forbidden = torch.stack([_forbidden(tuple(row)) for row in input_ids[:, -3:].tolist()])
+        forbidden = torch.stack([_forbidden(_begun(row)) for row in input_ids[:, -3:].tolist()])
         found = scores.masked_fill(forbidden.to(scores.device), -torch.inf)
         # A text whose context is full ends within a character if it has to.
         return torch.where(found.isneginf().all(-1, keepdim=True), scores, found)
 
 
-@lru_cache(maxsize=4096)
-def _forbidden(last: tuple[int, ...]) -> Bool[Tensor, " v"]:
-    """Return a mask, (257,) bool, of the symbols that may not follow the ``last`` symbols, at most three, in UTF-8."""
+def _begun(last: Sequence[int]) -> bytes:
+    """Return the bytes of the character that the ``last`` symbols, at most three, have begun in UTF-8; mostly none."""
+    if not last or last[-1] < 0x80 or last[-1] == END:
+        return b""
     text = bytes(symbol % END for symbol in last)  # after the end a text begins, as after any whole character
-    begun = text[codecs.utf_8_decode(text, "replace", False)[1] :]
+    return text[codecs.utf_8_decode(text, "replace", False)[1] :]
+
+
+@lru_cache(maxsize=4096)
+def _forbidden(begun: bytes) -> Bool[Tensor, " v"]:
+    """Return a mask, (257,) bool, of the symbols that may not follow the bytes of a character that has begun."""
 
     def fits(byte: int) -> bool:
         try:

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from softmeet.errors import InvalidInputError
 from softmeet.members.huggingface import last_hidden, require_cache
-from softmeet.members.partial_cache import KeysValues, cut, side_by_side
 from softmeet.members.placement import home
+from softmeet.members.tree_cache import Layout, SideBySide, States
 
 # The columns of a token's ancestors and of itself, first to last.
 Path = np.ndarray[Any, np.dtype[np.int64]]
@@ -38,20 +38,22 @@ class TokenTree:
     which tokens were run; its *path*, (tokens,) int64, lists the columns of its ancestors, first to last, and its own.
 
     Attributes:
-        states: for each layer, (keys, values), (1, heads, columns, width) each; no layers before the first token.
+        states: the keys and values of all layers, tensors (parts, heads, columns, width); none before the first token.
+        layout: which parts are which layer's.
     """
 
-    states: tuple[KeysValues, ...] = ()
+    states: States = ()
+    layout: Layout = ()
 
     @property
     def columns(self) -> int:
         """The number of tokens that have been run."""
-        return self.states[0][0].shape[2] if self.states else 0
+        return self.states[0].shape[2] if self.states else 0
 
     @property
     def bytes(self) -> int:
         """The number of bytes of all keys and values."""
-        return sum(part.nbytes for pair in self.states for part in pair)
+        return sum(part.nbytes for part in self.states)
 
     def kept(self, paths: Sequence[Path]) -> tuple[TokenTree, list[Path]]:
         """Drop all tokens that are on none of the given paths, and renumber the columns.
@@ -64,12 +66,15 @@ class TokenTree:
         Returns:
             (the smaller tree, the same paths with the new columns).
         """
+        spare, longest = max(_SPARE, self.columns // 4), max(map(len, paths), default=0)
+        if self.columns - longest < spare:
+            return self, list(paths)
         used = np.unique(np.concatenate(paths)) if paths else np.empty(0, np.int64)
-        if self.columns - len(used) < max(_SPARE, self.columns // 4):
+        if self.columns - len(used) < spare:
             return self, list(paths)
         where = torch.from_numpy(used)
-        states = tuple((k[:, :, where.to(k.device)], v[:, :, where.to(v.device)]) for k, v in self.states)
-        return TokenTree(states), [np.searchsorted(used, path) for path in paths]
+        states = tuple(part[:, :, where.to(part.device)] for part in self.states)
+        return TokenTree(states, self.layout), [np.searchsorted(used, path) for path in paths]
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,32 +105,36 @@ def run(model: PreTrainedModel, growths: Sequence[Growth]) -> list[tuple[TokenTr
     """
     before = max(growth.tree.columns for growth in growths)
     new = max(sum(map(len, growth.tokens)) for growth in growths)
-    ids = torch.zeros(len(growths), new, dtype=torch.int64)
+    ids = np.zeros((len(growths), new), np.int64)
     depths = np.zeros((len(growths), before + new), np.int64)
     allowed = np.zeros((len(growths), new, before + new), bool)
-    # Tokens that only fill the batch attend to themselves, since a softmax over nothing is NaN.
+    # Every token attends to itself; those that only fill the batch too, since a softmax over nothing is NaN.
     allowed[:, np.arange(new), before + np.arange(new)] = True
     for row, growth in enumerate(growths):
         at, shift = 0, before - growth.tree.columns
         for path, tokens in zip(growth.paths, growth.tokens, strict=True):
             chain, columns = slice(at, at + len(tokens)), slice(before + at, before + at + len(tokens))
-            ids[row, chain] = torch.tensor(tokens)
+            ids[row, chain] = tokens
             depths[row, path + shift] = np.arange(len(path))
             depths[row, columns] = np.arange(len(path), len(path) + len(tokens))
             allowed[row, chain, path + shift] = True
-            allowed[row, chain, columns] = np.tri(len(tokens), dtype=bool)
+            if len(tokens) > 1:
+                allowed[row, chain, columns] = np.tri(len(tokens), dtype=bool)
             at += len(tokens)
-    cache = side_by_side([growth.tree.states for growth in growths], model)
+    layout = next((growth.tree.layout for growth in growths if growth.tree.layout), ())
+    together = SideBySide([growth.tree.states for growth in growths], layout, new, model)
     positions = torch.from_numpy(depths[:, before:])
     plain = len(growths) == 1 and len(growths[0].tokens) == 1 and len(growths[0].paths[0]) == before
     # Without any mask transformers warns of padding if a token equals the padding token, as a text's first one may.
     mask = torch.ones(1, before + new) if plain else _mask(model, allowed, depths)
-    hidden = last_hidden(model, ids, cache=cache, use_cache=True, attention_mask=mask, position_ids=positions)
+    hidden = last_hidden(
+        model, torch.from_numpy(ids), cache=together.cache, use_cache=True, attention_mask=mask, position_ids=positions
+    )
     found = []
     for row, growth in enumerate(growths):
         lengths = list(map(len, growth.tokens))
-        tree = TokenTree(cut(cache, row, before - growth.tree.columns, before + sum(lengths)))
-        found.append((tree, list(hidden[row, : sum(lengths)].split(lengths))))
+        states = together.states(row, before - growth.tree.columns, before + sum(lengths))
+        found.append((TokenTree(states, together.layout), list(hidden[row, : sum(lengths)].split(lengths))))
     return found
 
 
