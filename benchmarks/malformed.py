@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
 # Seconds after which an answer counts as never coming.
 PATIENCE = 120.0
+# What schemathesis has asked of late, and been answered.
+ANSWERED: deque[str] = deque(maxlen=60)
 
 
 def malformed(generator: random.Random) -> tuple[bytes, dict[str, str]]:
@@ -111,7 +113,10 @@ def _outcome(case: Any) -> str:
         return _wrong(case, "no answer")
     if (400 <= response.status_code < 500 or response.status_code == 503) and set(response.json()) == {"error"}:
         return "refused"
-    return "answered" if response.status_code == 200 else _wrong(case, f"status {response.status_code}")
+    if response.status_code != 200:
+        return _wrong(case, f"status {response.status_code}")
+    ANSWERED.append(f"{case.path} {str(case.body)[:200]}")
+    return "answered"
 
 
 def _wrong(case: Any, what: str) -> str:
