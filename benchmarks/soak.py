@@ -243,7 +243,7 @@ class Soak:
             for site in self.sites:
                 site.look()
                 last = [mb for _, mb in site.memory[-1][-2:]] if site.memory else []
-                if len(last) == 2 and last[1] - last[0] > JUMP and time.monotonic() - started > SETTLED:
+                if len(last) == 2 and last[1] - last[0] > JUMP and site.memory[-1][-1][0] > SETTLED:
                     typer.echo(f"memory of {site.name}: {last[1] - last[0]:.0f} MB more after {' | '.join(ANSWERED)}")
             if (now := time.monotonic() - started) >= 60 * (minute + 1):
                 minute += 1

@@ -1,16 +1,19 @@
-"""Structured output: python benchmarks/structured.py, with --masks or --served in place of it.
+"""Structured output: python benchmarks/structured.py, with --answers, --masks or --served in place of it.
 
 By default some 500 texts are written by several rules, over tokens and over bytes, greedily and drawn, and each is
-judged by jsonschema, Python's re, or Lark. With --masks the time of a mask is measured over vocabularies of several
-sizes; with --served another stream's gaps, while structured and hostile requests come.
+judged by jsonschema, Python's re, or Lark. With --answers 528 come from a server, whole and streamed, some of them with
+a stop string or too few tokens, which `finish_reason` has to say. With --masks the time of a mask is measured over
+vocabularies of several sizes; with --served another stream's gaps, while structured and hostile requests come.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import re
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, median
@@ -91,6 +94,70 @@ def judged(count: int, chosen: str) -> list[dict[str, Any]]:
     return found
 
 
+# The fields of requests that end whole, that a stop string may cut, and that a number of tokens cuts.
+CUTS: dict[str, dict[str, Any]] = {
+    "200 tokens": {"max_tokens": 200},
+    "a stop string": {"max_tokens": 200, "stop": ["e"]},
+    "6 tokens": {"max_tokens": 6},
+}
+_WIRE: dict[str, dict[str, Any]] = {
+    "JSON schema": {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}},
+    "regular expression": {"structured_outputs": {"regex": CLOCK}},
+    "choice": {"structured_outputs": {"choice": CHOICE}},
+    "grammar": {"structured_outputs": {"grammar": SUMS}},
+}
+
+
+async def _answer(client: httpx.AsyncClient, at_once: asyncio.Semaphore, body: dict[str, Any]) -> dict[str, Any]:
+    """Ask for one answer, streamed or not; its text, finish_reason and stop_reason."""
+    async with at_once, client.stream("POST", "/v1/completions", json=body) as response:
+        response.raise_for_status()
+        whole = (await response.aread()).decode()
+    lines = [line[6:] for line in whole.splitlines() if line.startswith("data: {")] if body["stream"] else [whole]
+    choices = [choice for line in lines for choice in json.loads(line)["choices"]]
+    return {**choices[-1], "text": "".join(choice["text"] for choice in choices)}
+
+
+def _as_said(answer: dict[str, Any], body: dict[str, Any], name: str) -> str:
+    """Check that an answer is valid, or that it says how it was cut; the way in which it ended."""
+    structure, is_valid = JUDGES[name]
+    if answer["stop_reason"] is not None:
+        assert (answer["finish_reason"], answer["stop_reason"]) == ("stop", "e")
+        assert "e" not in answer["text"]
+        return "cut by the stop string"
+    if answer["finish_reason"] == "length":
+        # The last of the tokens may have completed the text; what follows was only its end.
+        assert not structure.allows(answer["text"]) or is_valid(answer["text"])
+        return "cut by the number of tokens"
+    assert answer["finish_reason"] == "stop"
+    assert is_valid(answer["text"])
+    return "valid"
+
+
+async def _answers(count: int) -> list[dict[str, Any]]:
+    found = list[dict[str, Any]]()
+    for members in ("wide", "mixed"):
+        server = Server(members, "--threads", "1")
+        try:
+            async with httpx.AsyncClient(base_url=server.url, timeout=600) as client:
+                at_once = asyncio.Semaphore(16)
+                for (name, fields), (cut, limits) in itertools.product(_WIRE.items(), CUTS.items()):
+                    bodies = [
+                        {
+                            "prompt": PROMPTS[k % len(PROMPTS)], "seed": k, "temperature": float(k % 4 > 0),
+                            "stream": k % 2 > 0, **fields, **limits,
+                        }
+                        for k in range(count)
+                    ]  # fmt: skip
+                    answers = await asyncio.gather(*(_answer(client, at_once, body) for body in bodies))
+                    ends = Counter(_as_said(own, body, name) for own, body in zip(answers, bodies, strict=True))
+                    found.append({"members": members, "structure": name, "with": cut} | ends)
+        finally:
+            server.end()
+    ways = list(dict.fromkeys(way for row in found for way in row))
+    return [{way: row.get(way, 0) for way in ways} for row in found]
+
+
 def masks(folders: list[str]) -> list[dict[str, Any]]:
     """Time each vocabulary's reading, the schema's compiling, and the masks over a document."""
     tokenizers: list[PreTrainedTokenizerBase] = [byte_tokenizer()]
@@ -160,6 +227,7 @@ async def _asked(client: httpx.AsyncClient, body: dict[str, Any], waited: list[f
 def main(
     count: Annotated[int, typer.Option(help="Texts of each structure by each rule, a multiple of 5.")] = 25,
     chosen: Annotated[str, typer.Option(help="Members and a rule whose names have this part.")] = "",
+    answers: Annotated[bool, typer.Option(help="Judge a server's answers, some of them cut.")] = False,
     with_masks: Annotated[bool, typer.Option("--masks", help="Measure the time of masks.")] = False,
     served: Annotated[bool, typer.Option(help="Measure what others wait.")] = False,
     folder: Annotated[list[str] | None, typer.Option(help="Further tokenizers to measure masks of.")] = None,
@@ -167,7 +235,9 @@ def main(
     output: Annotated[Path | None, typer.Option(help="A file for the figures as JSON.")] = None,
 ) -> None:
     """Judge structured output, or measure what it takes."""
-    if with_masks:
+    if answers:
+        rows = asyncio.run(_answers(22))
+    elif with_masks:
         rows = masks(["wide/gpt2", *(folder or [])])
     else:
         rows = asyncio.run(_served(seconds)) if served else judged(count, chosen)

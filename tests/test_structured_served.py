@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
-from serving import TEMPLATE, http, running, serving_of
+from serving import http, running, serving_of
 from test_structured import CLOCK, SCHEMA, SUMS, WORDS, is_json
 
 from softmeet import Ensemble, Structure
@@ -24,7 +24,6 @@ ENDLESS = {
 @pytest.fixture(scope="module")
 def ensembles():
     wide = Ensemble.from_pretrained("wide", "prob-mean")
-    wide.tokenizer.chat_template = TEMPLATE
     return {"wide": wide, "narrow": Ensemble.from_pretrained("narrow", "meet", trust=1.0)}
 
 

@@ -181,7 +181,7 @@ def _unknown(path: list[str], endpoint: str) -> str:
         return f"{what}: it is the same for all requests, and given to softmeet serve"
     if path[0] == "softmeet":
         return str(unknown(f"{what}: there is no such field", word, list(Extension.model_fields)))
-    near = get_close_matches(word, _FIELDS, n=1)
+    near = get_close_matches(word, [one for one in _FIELDS if one != word], n=1)
     hint = f"did you mean {near[0]}?" if near else "leave it out; /openapi.json has all fields"
     return f"{what}: there is no such field: {hint}"
 

@@ -140,6 +140,7 @@ class Generation(Strict):
     truncate_prompt_tokens: Literal[-1] | Annotated[int, Field(ge=1, lt=1 << 63)] | None = Field(
         default=None, description="Keep the prompt's last so many tokens; -1 for those that fit into the context."
     )
+    structured_outputs: StructuredOutputs | None = Field(default=None, description="What the text has to be.")
     # Accepted, but without effect.
     user: Word | None = None
     metadata: Metadata | None = None
@@ -178,7 +179,6 @@ class _Choices(Generation):
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
     prompt_logprobs: Listed | None = Field(
         default=None, description="Score the prompt, and list so many tokens at each of its own."
     )

@@ -74,7 +74,7 @@ def _compiled(make: Callable[[], Structure], model: EnsembleForCausalLM) -> Mask
 def _asked(body: Generation) -> tuple[str, Callable[[], Structure]] | None:
     """Return the field in which a request asks for a structure, and what makes it; None if it asks for none."""
     form: ResponseFormat | None = getattr(body, "response_format", None)
-    outputs: StructuredOutputs | None = getattr(body, "structured_outputs", None)
+    outputs = body.structured_outputs
     if form is not None and form.type == "text":
         form = None
     if form is not None and outputs is not None:
