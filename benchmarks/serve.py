@@ -1,8 +1,9 @@
 """Tokens a second and time to first token at several numbers of streams: python benchmarks/serve.py
 
 The bundled wide family by `logit-mean` and by `meet`, and one of its members under `transformers serve`, with the same
-prompts in the same run, every server with one thread of torch. Tokens a second of the server's own processor time are
-those of an idle core; times to the first token are the clock's.
+prompts in the same run, every server with one thread of torch. With `--family mixed` the pair over bytes, by its
+average: tokens are then bytes. Tokens a second of the server's own processor time are those of an idle core; times to
+the first token are the clock's.
 """
 
 from __future__ import annotations
@@ -105,6 +106,7 @@ def main(
     counts: Annotated[str, typer.Option(help="Concurrent streams.")] = "1,8,32,64",
     tokens: Annotated[int, typer.Option(help="Of each answer.")] = 64,
     meet_tokens: Annotated[int, typer.Option(help="Of each answer by meet.")] = 16,
+    family: Annotated[str, typer.Option(help="The bundled family: wide or mixed.")] = "wide",
     rival: Annotated[bool, typer.Option(help="Also time transformers serve.")] = True,
     json_to: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
@@ -113,14 +115,14 @@ def main(
     numbers = [int(x) for x in counts.split(",")]
     os.environ["OMP_NUM_THREADS"] = "1"
     for flags in ([], ["--reproducible"]):
-        server = Server("--batch", str(max(numbers)), "--threads", "1", *flags)
+        server = Server(family, "--batch", str(max(numbers)), "--threads", "1", *flags)
         try:
-            for rule in ("logit-mean", "meet"):
+            for rule in ("logit-mean",) if family == "mixed" else ("logit-mean", "meet"):
                 for n in numbers:
                     more = {
                         "softmeet": {"rule": rule},
                         "stream_options": {"include_usage": True},
-                        "logit_bias": {"0": -100},
+                        "logit_bias": {"256" if family == "mixed" else "0": -100},
                     }
                     length = meet_tokens if rule == "meet" else tokens
                     found = asyncio.run(measure(server.url, n, length, server.process.pid, **more))

@@ -15,7 +15,7 @@ import transformers as tf
 from scipy.stats import chi2_contingency
 
 from softmeet.errors import VocabularyMismatchError
-from softmeet.members import byte_member
+from softmeet.members import guesses as guesses_module
 from softmeet.members.byte_member import ByteMember
 from softmeet.members.covers import END, SYMBOLS, Pruning
 from softmeet.members.spelling import spelling_of
@@ -343,7 +343,7 @@ def test_the_first_byte_of_two_members_of_one_tokenizer_is_that_of_their_mixture
 def test_likely_tokens_that_are_run_along_save_calls_and_change_nothing(monkeypatch):
     member, found = member_of("gpt2", Pruning(0.01)), []
     for guesses in (0, 3):
-        monkeypatch.setattr(byte_member, "_GUESSES", guesses)
+        monkeypatch.setattr(guesses_module, "_GUESSES", guesses)
         (reading, log_probs) = member.begin(b"the"), []
         for _ in range(60):
             log_probs.append(member.log_probs([reading]))

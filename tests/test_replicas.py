@@ -17,7 +17,7 @@ import pytest
 from serving import serving_of, tiny_ensemble, wait_until
 from typer.testing import CliRunner
 
-from softmeet import Ensemble
+from softmeet import Ensemble, Structure
 from softmeet.cli.main import app as commands
 from softmeet.errors import InvalidInputError
 from softmeet.server.app import create_app
@@ -41,7 +41,7 @@ BODY = {"prompt": "And the king said", "stream": True, "max_tokens": 100, "logit
 
 @pytest.fixture(scope="module")
 def url():
-    """Two replicas of the bundled narrow family."""
+    """Two replicas of the bundled narrow family, and of the pair over bytes."""
     from softmeet.scaling.cluster import connect
 
     connect(cores=4)
@@ -50,9 +50,8 @@ def url():
         port = free.getsockname()[1]
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     settings = ServerSettings(limits=Limits(rows=16), protection=Protection(keys=("secret",)))
-    serve.run(
-        application({"default": ["narrow"]}, {"rule": "meet"}, settings, Scale(replicas=2)), name=NAME, route_prefix="/"
-    )
+    named = {"default": ["narrow"], "bytes": ["mixed"]}
+    serve.run(application(named, {}, settings, Scale(replicas=2)), name=NAME, route_prefix="/")
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
     ray.shutdown()
@@ -147,6 +146,25 @@ def test_what_a_single_server_says_replicas_say(url):
         assert "/v1/models" in http.get("/").json()
     assert httpx.get(f"{url}/", timeout=300).status_code == 401
     assert httpx.get(f"{url}/v1/models", timeout=300).status_code == 401
+
+
+def test_over_bytes_replicas_write_what_generate_does(url):
+    ensemble, talk = Ensemble.from_pretrained("mixed"), [{"role": "user", "content": "Who is it?"}]
+    how = {"seed": 4, "max_new_tokens": 30, "do_sample": True, "top_k": 0}
+    body = {"model": "bytes", "seed": 4, "max_tokens": 30}
+    clock = "(noon|[0-9]{1,2} of the clock)"
+    with client(url) as http:
+        plain = http.post("/v1/completions", json=body | {"prompt": "And the king"}).json()
+        assert plain["choices"][0]["text"] == ensemble.generate("And the king", **how)
+        assert plain["usage"]["softmeet"]["unit"] == "byte"
+        answered = http.post("/v1/chat/completions", json=body | {"messages": talk}).json()
+        assert answered["choices"][0]["message"]["content"] == ensemble.generate(talk, **how)
+        told = http.post(
+            "/v1/completions", json=body | {"prompt": "At", "structured_outputs": {"regex": clock}}
+        ).json()["choices"][0]
+        assert (told["text"], told["finish_reason"]) == (
+            ensemble.generate("At", structure=Structure.regex(clock), **how), "stop",
+        )  # fmt: skip
 
 
 def counts(http):

@@ -8,7 +8,7 @@ beginning of the next token (:mod:`softmeet.members.covers`). A *symbol* is a by
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from softmeet.errors import InvalidInputError
 from softmeet.heads import SoftmaxHead
 from softmeet.members.covers import END, SYMBOLS, Covers, NextTokenProbs, Open, Pruning
+from softmeet.members.guesses import likely, possible
 from softmeet.members.heads import head_of, replace_weight
 from softmeet.members.known_text import KnownText
 from softmeet.members.reading import Guess, Reading, Work
@@ -32,10 +33,9 @@ from softmeet.members.typical import of_member
 _LEAST = torch.finfo(torch.float32).tiny
 # Several tokenizations are followed in this many last bytes of a prompt; before them, the tokenizer's alone.
 _LOOK_BACK = 64
-# A likely next token is run before it is needed if its probability is at least _LIKELY, at most _GUESSES at once.
-# Beside a single open cover they are run only if their probabilities sum to _WORTH: on a CPU, a product with one
-# vector takes half the time of one with several. Among more than _FEW texts, some has to run a token at each byte.
-_LIKELY, _GUESSES, _WORTH, _FEW = 0.04, 5, 0.6, 4
+# Likely next tokens are run before they are needed beside at most so many texts: among more, some text has to run a
+# token at each byte anyway.
+_FEW = 4
 # Prefixes whose states are kept.
 _PREFIXES = 16
 # Logits that are normalised at once on a CPU.
@@ -139,7 +139,26 @@ class ByteMember:
             InvalidInputError: if prefix and text exceed the model's context, the prefix is empty or has an unknown id,
                 or ``pruning.covers`` is None and more than 2,048 tokenizations would have to be followed.
         """
-        return self._read(text, prefix, _LOOK_BACK if self.pruning.prune else 0)[0]
+        return self.begin_all([text], [prefix])[0]
+
+    def begin_all(
+        self,
+        texts: Sequence[bytes],
+        prefixes: Sequence[Sequence[int] | None],
+        pause: Callable[[], None] = lambda: None,
+    ) -> list[Reading]:
+        """Read several prompts as :meth:`begin` does, each call of the model for all of them.
+
+        Args:
+            texts: the prompts.
+            prefixes: for each, ids of the tokens that precede it; None for the member's own.
+            pause: called between calls of the model.
+
+        Raises:
+            InvalidInputError: for the reasons of :meth:`begin`; then none is read.
+        """
+        look_back = _LOOK_BACK if self.pruning.prune else 0
+        return [reading for reading, _ in self._read(texts, prefixes, look_back, pause)]
 
     def score(
         self, text: bytes, prefix: Sequence[int] | None = None
@@ -160,25 +179,35 @@ class ByteMember:
             InvalidInputError: for the reasons of :meth:`begin`.
         """
         spelling = self.spelling
-        reading, covers = self._read(text, prefix, 0)
+        ((reading, covers),) = self._read([text], [prefix], 0)
         written = np.cumsum([len(spelling.dummy), *(byte not in spelling.unwritable for byte in text)])
         found = np.array([one.prediction(spelling) for one in covers])[written]
         with np.errstate(divide="ignore"):
             return reading, np.log(found), np.array([one.unasked for one in covers])[written]
 
-    def _read(self, text: bytes, prefix: Sequence[int] | None, look_back: int) -> tuple[Reading, list[Covers]]:
-        """Read a text whose bytes are all known: one call of the model for the tokenizer's tokens, few for others.
+    def _read(
+        self,
+        texts: Sequence[bytes],
+        prefixes: Sequence[Sequence[int] | None],
+        look_back: int,
+        pause: Callable[[], None] = lambda: None,
+    ) -> list[tuple[Reading, list[Covers]]]:
+        """Read texts whose bytes are all known: one call of the model for the tokenizer's tokens, few for others.
 
         Several tokenizations are followed in the last ``look_back`` bytes or a little more; 0 for the whole text.
 
         Returns:
-            (the reading; the covers at the first byte from which several tokenizations are followed, and after each
-            later byte).
+            for each text (the reading; the covers at the first byte from which several tokenizations are followed, and
+            after each later byte).
         """
-        known = KnownText.begun(self, self.prefix if prefix is None else prefix, text, look_back)
-        self._finish(known)
-        work = known.work.and_(dropped=sum(covers.unasked for covers in known.covers))
-        return Reading(known.covers[-1], known.tree, text, work).compact(), known.covers
+        pairs = zip(texts, prefixes, strict=True)
+        begun = [KnownText.begun(self, self.prefix if own is None else own, text, look_back) for text, own in pairs]
+        self._finish(begun, pause)
+        found = []
+        for text, known in zip(texts, begun, strict=True):
+            work = known.work.and_(dropped=sum(covers.unasked for covers in known.covers))
+            found.append((Reading(known.covers[-1], known.tree, text, work).compact(), known.covers))
+        return found
 
     def follow(self, reading: Reading, text: bytes) -> Reading:
         """Lengthen a reading by several bytes, in fewer calls of the model than :meth:`advance` needs for one by one.
@@ -200,16 +229,22 @@ class ByteMember:
                 (reading,) = self.advance([reading], [byte])
             return reading
         known = KnownText.after(self, reading, text)
-        self._finish(known)
+        self._finish([known])
         dropped = sum(covers.unasked for covers in known.covers[1:])
         work = reading.work.and_(known.work.calls, known.work.tokens, dropped)
         found = Reading(known.covers[-1], known.tree, reading.text + text, work, reading.guesses)
-        return replace(found, guesses=self._possible(found)).compact()
+        return replace(found, guesses=possible(found, self.spelling)).compact()
 
-    def _finish(self, known: KnownText) -> None:
-        """Ask the model about the tokenizations of a known text until none is left that has to be asked about."""
-        while missing := known.walk(self.pruning):
-            known.ask(missing)
+    def _finish(self, texts: Sequence[KnownText], pause: Callable[[], None] = lambda: None) -> None:
+        """Run the model on what known texts want, each call for all of them, until they want nothing."""
+        while True:
+            wanting = [(known, growth) for known in texts if (growth := known.wanted(self.pruning)) is not None]
+            if not wanting:
+                return
+            for (known, _), (tree, states) in zip(wanting, self.run([own for _, own in wanting]), strict=True):
+                known.grown(tree, states)
+            texts = [known for known, _ in wanting]
+            pause()
 
     def log_probs(self, readings: Sequence[Reading]) -> Float[Tensor, "B 257"]:
         """Return the next symbol's log-probabilities after each of B ≥ 1 readings, (B, 257) fp64, in nats, on the CPU.
@@ -249,7 +284,7 @@ class ByteMember:
                 break
             steps = {k: [(one.probs, one.token) for one in opened] for k, opened in asking.items()}
             for k, own in steps.items() if few else ():
-                own += self._likely(readings[k], len(own))
+                own += likely(readings[k], self.spelling, self.limit, len(own)) if self.pruning.prune else []
             growths = [
                 Growth(readings[k].tree, [probs.path for probs, _ in own], [[token] for _, token in own])
                 for k, own in steps.items()
@@ -277,7 +312,7 @@ class ByteMember:
             if not reading.ended:
                 work = reading.work.and_(dropped=reading.covers.unasked)
                 self.spent = self.spent.and_(dropped=reading.covers.unasked)
-                readings[k] = replace(reading, work=work, guesses=self._possible(reading)).compact()
+                readings[k] = replace(reading, work=work, guesses=possible(reading, self.spelling)).compact()
         return readings
 
     def _wanted(self, readings: list[Reading]) -> dict[int, list[Open]]:
@@ -302,29 +337,6 @@ class ByteMember:
             paths, hidden = [guess.path for _, guess in found], torch.stack([guess.hidden for _, guess in found])
             answers = list(zip((one for one, _ in found), self.next_token_probs(paths, hidden), strict=True))
             reading = replace(reading, covers=reading.covers.answered(self.spelling, answers, self.pruning))
-
-    def _likely(self, reading: Reading, asking: int) -> list[tuple[NextTokenProbs, int]]:
-        """Choose likely next tokens to run beside ``asking`` open covers: (the probabilities at its place, id) each."""
-        if not self.pruning.prune:
-            return []
-        known = {(id(guess.behind), guess.token) for guess in reading.guesses}
-        found, together = list[tuple[NextTokenProbs, int]](), 0.0
-        for probs, k, share in reading.covers.likely(self.spelling, _LIKELY, _GUESSES):
-            token = int(self.spelling.tokens[k])
-            if len(probs.path) < self.limit and (id(probs), token) not in known:
-                found.append((probs, token))
-                together += share
-        return [] if asking == 1 and together < _WORTH else found
-
-    def _possible(self, reading: Reading) -> tuple[Guess, ...]:
-        """Return the guesses that may still be used: their token begins with the bytes read since, and is longer."""
-        rests = {id(cover.probs): cover.rest for cover in reading.covers.closed}
-        found = []
-        for guess in reading.guesses:
-            rest, word = rests.get(id(guess.behind)), self.spelling.spelled([guess.token])
-            if rest is not None and len(word) > len(rest) and word.startswith(rest):
-                found.append(guess)
-        return tuple(found)
 
     def run_chain(self, tokens: Sequence[int], tree: TokenTree | None = None) -> tuple[TokenTree, Float[Tensor, "t d"]]:
         """Run a sequence of tokens after those of ``tree``, which must be a single sequence, in one call of the model.

@@ -41,8 +41,8 @@ AnyCover = TypeVar("AnyCover", "Cover", "Open")
 _NOT_LIGHT = 0.05
 # A token is run before it is needed if it has this share of the probability of all tokens that begin with its bytes.
 _NOT_RARE = 0.02
-# Share of all mass up to which a cover is dropped, unless it is the heaviest.
-_LIGHT = 1e-12
+# Share of all mass up to which a cover is dropped, unless it is the heaviest: far below what pruning estimates.
+_LIGHT = 1e-8
 # If the sum of all masses, which falls with every byte, is below this, all are scaled to a sum of 1.
 _SMALL = 1e-30
 # The greatest number of covers if none is dropped: each keeps the probabilities of a vocabulary.

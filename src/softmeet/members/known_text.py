@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,12 +26,33 @@ Step = tuple[int, int]
 Answers = list[tuple[Open, NextTokenProbs]]
 
 
+@dataclass(frozen=True)
+class _Own:
+    """The tokenizer's own tokens for a text, from some place on, and where they end.
+
+    Attributes:
+        path: the columns of the tokens before them.
+        tokens: their ids.
+        ends: the byte at which the first begins, and those at which each of them ends.
+        first: the number of tokens after which next tokens' probabilities are wanted first; at least 1 without
+            ``hidden``.
+        hidden: (1, d), the last hidden state at the last token of ``path``.
+    """
+
+    path: Path
+    tokens: list[int]
+    ends: list[int]
+    first: int = 1
+    hidden: Float[Tensor, "1 d"] | None = None
+
+
 class KnownText:
     """A text whose bytes are all known, with the covers that are followed and the model's answers about them so far.
 
     A cover is one way to cut the bytes into tokens, open if the model has not been run on its last token
-    (:mod:`softmeet.members.covers`). It is made by :meth:`begun`, which runs the model on the tokenizer's own tokens,
-    or by :meth:`after`; then the caller alternates :meth:`walk` and :meth:`ask` until nothing is missing.
+    (:mod:`softmeet.members.covers`). It is made by :meth:`begun` or :meth:`after`. Then the caller asks what the model
+    has to be run on (:meth:`wanted`), runs it, perhaps for several texts at once, and hands the results over
+    (:meth:`grown`), until nothing is wanted.
 
     Args:
         member: the member that reads.
@@ -39,6 +60,7 @@ class KnownText:
             bytes.
         place: the index in this text of the byte from which several tokenizations are followed.
         tree: the keys and values of the tokens before that byte.
+        own: the tokenizer's own tokens, if they may have to be run.
 
     Attributes:
         text, place: as given.
@@ -47,18 +69,17 @@ class KnownText:
         work: the cost of reading so far, without the prefix.
     """
 
-    def __init__(self, member: ByteMember, text: bytes, place: int, tree: TokenTree) -> None:
+    def __init__(self, member: ByteMember, text: bytes, place: int, tree: TokenTree, own: _Own | None) -> None:
         self.member, self.text, self.place, self.tree, self.work = member, text, place, tree, Work()
         self.covers = list[Covers]()
         self._sure = 1  # This many of them, the first, need no answer that is missing.
         # By its column, the byte at which a token ends; the next token's probabilities after the tokenizer's own
-        # tokens, by the byte at which these end; and after others.
+        # tokens, by the byte at which these end; after others; and what was run ahead of need.
         self._places = dict[int, int]()
         self._own = dict[int, NextTokenProbs]()
         self._behind = dict[Step, NextTokenProbs]()
-        # What was run ahead of need, and how to run the tokenizer's own tokens if that does not do.
         self._guesses = dict[tuple[int, int], Guess]()
-        self._run_late: Callable[[], None] | None = None
+        self._missing, self._unrun = dict[Step, Open](), own
 
     @classmethod
     def begun(cls, member: ByteMember, prefix: Sequence[int], text: bytes, look_back: int) -> KnownText:
@@ -71,7 +92,7 @@ class KnownText:
             look_back: the number of last bytes in which several tokenizations are followed; 0 for the whole text.
 
         Raises:
-            InvalidInputError: if the prefix is empty or has an unknown id, or prefix and text exceed the context.
+            InvalidInputError: if the prefix is empty, has an unknown id or exceeds the model's context.
         """
         tokens, first = member.spelling.encode(text), 0
         ends = member.spelling.bounds(tokens).tolist()
@@ -79,59 +100,81 @@ class KnownText:
         if look_back:
             first = bisect_right(ends, max(0, len(written) - look_back)) - 1
         tree, hidden = member.behind(prefix)
-        known = cls(member, written, ends[first], tree)
-        known._run_own(np.arange(len(prefix)), tokens, ends, first, hidden)
-        known.covers.append(Covers.begun(known._own[known.place], member.spelling))
+        own = _Own(np.arange(len(prefix)), tokens, ends, first, hidden)
+        known = cls(member, written, ends[first], tree, own)
+        if not tokens:
+            known._keep_own(own, [])
         return known
 
     @classmethod
     def after(cls, member: ByteMember, reading: Reading, more: bytes) -> KnownText:
         """Go on to read ``more`` bytes, at least one, after those of a reading that has not ended.
 
-        Nothing is run before :meth:`ask`: the reading's guesses may do.
+        Guesses of the reading are used before anything is run.
         """
         written, place = _written(member, reading.text + more), len(_written(member, reading.text))
-        known = cls(member, written, place, reading.tree)
+        tokens = member.spelling.encode(reading.text + more)
+        ends = member.spelling.bounds(tokens).tolist()
+        on_its_way = [one for one in reading.covers.closed if place - len(one.rest) in ends]
+        own = None
+        if on_its_way:
+            last = min(on_its_way, key=lambda one: len(one.rest))
+            first = ends.index(place - len(last.rest))
+            own = _Own(last.probs.path, tokens[first:], ends[first:])
+        known = cls(member, written, place, reading.tree, own)
         known.covers.append(reading.covers)
         for one in reading.covers.closed:
             known._places[int(one.probs.path[-1])] = place - len(one.rest)
         for light in reading.covers.open:
             length = len(member.spelling.spelled([light.token])) + len(light.rest)
             known._places[int(light.probs.path[-1])] = place - length
-        tokens = member.spelling.encode(reading.text + more)
-        ends = member.spelling.bounds(tokens).tolist()
-        on_its_way = [one for one in reading.covers.closed if place - len(one.rest) in ends]
-        if on_its_way:
-            last = min(on_its_way, key=lambda one: len(one.rest))
-            first = ends.index(place - len(last.rest))
-            known._run_late = partial(known._run_own, last.probs.path, tokens[first:], ends[first:], 1, None)
         known._guesses = {(id(guess.behind), guess.token): guess for guess in reading.guesses}
         return known
 
-    def _run_own(
-        self, path: Path, tokens: Sequence[int], ends: Sequence[int], first: int, hidden: Float[Tensor, "1 d"] | None
-    ) -> None:
-        """Run the tokenizer's own tokens, and keep the next token's probabilities after those from ``first`` on.
+    def wanted(self, pruning: Pruning) -> Growth | None:
+        """Return what the model has to be run on next, for :meth:`grown`; None if the reading is complete.
 
         Args:
-            path: the columns of the tokens before them.
-            tokens: their ids.
-            ends: the byte at which the first begins, and those at which each of them ends.
-            first: the number of tokens, at least 1 without ``hidden``, after which probabilities are wanted.
-            hidden: the last hidden state at the last token of ``path``.
+            pruning: which covers have to be closed, that is, to have the model run on their last token.
+
+        Raises:
+            InvalidInputError: if ``pruning.covers`` is None and there are more than 2,048 tokenizations to follow.
         """
-        before, states = self.tree.columns, [] if hidden is None else [hidden]
-        whole = np.concatenate([path, before + np.arange(len(tokens))])
-        if tokens:
-            ((self.tree, (own,)),) = self.member.run([Growth(self.tree, [path], [list(tokens)])])
-            self.work = self.work.and_(calls=1, tokens=len(tokens))
-            states.append(own)
-        paths = [whole[: len(path) + k] for k in range(first, len(tokens) + 1)]
+        if self.covers:
+            self._missing = self._walk(pruning)
+            if not self._missing:
+                return None
+        if self._unrun is not None:
+            return Growth(self.tree, [self._unrun.path], [self._unrun.tokens])
+        opened = list(self._missing.values())
+        return Growth(self.tree, [one.probs.path for one in opened], [[one.token] for one in opened])
+
+    def grown(self, tree: TokenTree, states: Sequence[Float[Tensor, "t d"]]) -> None:
+        """Take what running the model on :meth:`wanted` gave: the new tree, and each chain's last hidden states."""
+        before, self.tree = self.tree.columns, tree
+        self.work = self.work.and_(calls=1, tokens=sum(map(len, states)))
+        if self._unrun is not None:
+            self._keep_own(self._unrun, states, before)
+            return
+        opened = list(self._missing.values())
+        paths = [np.append(one.probs.path, before + i) for i, one in enumerate(opened)]
+        along = self._along(paths, [self._end(one) for one in opened], torch.cat(list(states)))
+        self._behind |= zip(self._missing, along, strict=True)
+
+    def _keep_own(self, own: _Own, states: Sequence[Float[Tensor, "t d"]], before: int = 0) -> None:
+        """Keep the next token's probabilities after the tokenizer's own tokens; ``before`` columns were before them."""
+        whole = np.concatenate([own.path, before + np.arange(len(own.tokens))])
+        paths = [whole[: len(own.path) + k] for k in range(own.first, len(own.tokens) + 1)]
         if paths:
-            along = self._along(paths, ends[first:], torch.cat(states)[-len(paths) :])
-            self._own |= zip(ends[first:], along, strict=True)
-        for k in range(max(first, 1), len(tokens) + 1):
-            self._behind[int(whole[len(path) + k - 2]), tokens[k - 1]] = self._own[ends[k]]
+            hidden = torch.cat([*([] if own.hidden is None else [own.hidden]), *states])
+            self._own |= zip(
+                own.ends[own.first :], self._along(paths, own.ends[own.first :], hidden[-len(paths) :]), strict=True
+            )
+        for k in range(max(own.first, 1), len(own.tokens) + 1):
+            self._behind[int(whole[len(own.path) + k - 2]), own.tokens[k - 1]] = self._own[own.ends[k]]
+        if not self.covers:
+            self.covers.append(Covers.begun(self._own[self.place], self.member.spelling))
+        self._unrun = None
 
     def _along(
         self, paths: Sequence[Path], places: Sequence[int], hidden: Float[Tensor, "k d"]
@@ -147,18 +190,12 @@ class KnownText:
                 else:
                     yield probs
 
-    def walk(self, pruning: Pruning) -> dict[Step, Open]:
+    def _walk(self, pruning: Pruning) -> dict[Step, Open]:
         """Follow the text byte by byte to its end, with the model's answers so far, and complete ``covers``.
 
-        Args:
-            pruning: which covers have to be closed, that is, to have the model run on their last token.
-
         Returns:
-            The open covers that have to be closed and were estimated instead, for :meth:`ask`, by (column in ``tree``
-            of the token before the last, last token's id). If it is empty, the reading is complete.
-
-        Raises:
-            InvalidInputError: if ``pruning.covers`` is None and there are more than 2,048 tokenizations to follow.
+            The open covers that have to be closed and were estimated instead, by (the column of the token before the
+            last, the last token's id).
         """
         spelling, missing = self.member.spelling, dict[Step, Open]()
         del self.covers[self._sure :]
@@ -197,27 +234,6 @@ class KnownText:
     def _end(self, one: Open) -> int:
         """Return the index in the text of the byte at which an open cover's last token ends."""
         return self._places[int(one.probs.path[-1])] + len(self.member.spelling.spelled([one.token]))
-
-    def ask(self, missing: dict[Step, Open]) -> None:
-        """Run the model on the last tokens of the covers that :meth:`walk` returned, in one call, for the next walk.
-
-        If the tokenizer's own tokens have not been run, they are instead. ``tree`` and ``work`` are replaced.
-        ``missing`` is that dict, and must not be empty.
-
-        Raises:
-            InvalidInputError: if a cover has more tokens, with the prefix, than the model's context.
-        """
-        if self._run_late is not None:
-            self._run_late()
-            self._run_late = None
-            return
-        opened, before = list(missing.values()), self.tree.columns
-        self.work = self.work.and_(calls=1, tokens=len(opened))
-        growth = Growth(self.tree, [one.probs.path for one in opened], [[one.token] for one in opened])
-        ((self.tree, states),) = self.member.run([growth])
-        paths = [np.append(one.probs.path, before + i) for i, one in enumerate(opened)]
-        places = [self._end(one) for one in opened]
-        self._behind |= zip(missing, self._along(paths, places, torch.cat(states)), strict=True)
 
 
 def _written(member: ByteMember, text: bytes) -> bytes:

@@ -24,7 +24,7 @@ from softmeet.hf.combining import Deferral
 from softmeet.rules.problem import TokensBefore
 from softmeet.server.errors import BusyError, ClosingError, InternalError, TooLateError
 from softmeet.server.gating import Gates, Hidden, joined
-from softmeet.server.kinds import Kinds
+from softmeet.server.kinds import Kinds, prompts_together
 from softmeet.server.limits import Limits
 from softmeet.server.members import Members
 from softmeet.server.metrics import Metrics
@@ -185,12 +185,13 @@ class Batcher(threading.Thread):
                 return None
             self._drop()
             new, tokens = list[Sequence](), 0
-            while self._waiting and len(self._running) < self.limits.rows:
+            while self._waiting and len(self._running) + len(new) < self.limits.rows:
                 tokens += len(self._waiting[0].prompt)
                 if new and tokens > _PROMPT_TOKENS_A_ROUND:
                     break
                 new.append(self._waiting.popleft())
-                self._running.append(new[-1])
+                new[-1].account = self._prompts
+            self._running += new
             return new
 
     def _drop(self) -> None:
@@ -226,9 +227,8 @@ class Batcher(threading.Thread):
                 self._guarded(rows, task.run, float("inf"))
             else:
                 self._turns.add(task)
-        for s in new:
-            s.account = self._prompts
-            self._turns.add(Task([s], partial(self._run_prompt, s)))
+        for prompts in prompts_together(new, alone=self._reproducible):
+            self._turns.add(Task(prompts, partial(self._run_prompts, prompts)))
         self._turns.take(time.perf_counter() - started, self._some_wait, [s.account for s in found])
 
     def _step_alone(self, s: Sequence, task: Task) -> None:
@@ -240,14 +240,27 @@ class Batcher(threading.Thread):
         solving = self._turns.kinds
         return any(not s.busy and self._kinds.of(s) not in solving for s in self._running)
 
-    def _run_prompt(self, s: Sequence, task: Task) -> None:
-        """Run a prompt alone, score it if its request asks so, and have its first token drawn in the next round."""
-        scored = s.request.score_prompt
-        hidden = self.members.catch_up([s], members=slice(len(s.batched)), every=scored, pause=task.pause)[s]
+    def _run_prompts(self, group: list[Sequence], task: Task) -> None:
+        """Run the prompts of sequences of one combination, together or, if that fails, each alone."""
+        group = [s for s in group if not s.done]
+        members, scored = slice(len(group[0].batched)), group[0].request.score_prompt
+        try:
+            found = self.members.catch_up(group, members=members, every=scored, pause=task.pause)
+        except SoftmeetError:
+            if len(group) == 1:
+                raise
+            for s in group:
+                self._guarded([s], self._run_prompts, [s], task)
+            return
+        for s in [s for s in group if not s.done]:
+            self._guarded([s], self._begin, s, found[s], task)
+
+    def _begin(self, s: Sequence, hidden: Hidden, task: Task) -> None:
+        """Score a prompt that was run if its request asks so, and have its first token drawn in the next round."""
         self.members.check_finite(s, hidden)
         self.metrics.prompt_tokens.inc(len(s.prompt))
         self.metrics.reused_tokens.inc(self.members.reused(s, hidden))
-        if scored:
+        if s.request.score_prompt:
             every, asked = self._gates.over_prompt(s, hidden, task)
             self.members.check_finite(s, every)
             self._score(s, [own[:-1] for own in every], asked and asked.take(slice(-1)), task)

@@ -76,42 +76,53 @@ class ByteBatch:
             for each sequence, the next symbol's log-probabilities in nats after its last symbol, (1, 257) fp64, or with
             ``every`` after each of its t symbols, (t, 257).
         """
-        found: dict[int, Float[Tensor, "t 257"]] = {}
-        for k, (s, i) in enumerate(behind):
-            if not isinstance(s.trails[i], Reading):
-                s.trails[i], found[k] = self._begun(s, i, every=every)
-                pause()
-        reading = [k for k in range(len(behind)) if k not in found]
-        for k in reading:
-            if len(unread := _unread(*behind[k])) > 1 and END not in unread:
-                s, i = behind[k]
-                s.trails[i] = self.member.follow(_reading(s, i), bytes(unread))
-                pause()
-        while late := [k for k in reading if _unread(*behind[k])]:
-            readings = self.member.advance([_reading(*behind[k]) for k in late], [_unread(*behind[k])[0] for k in late])
-            for k, new in zip(late, readings, strict=True):
-                s, i = behind[k]
-                s.trails[i] = new
-            pause()
-        if reading:
-            log_probs = self.member.log_probs([_reading(*behind[k]) for k in reading])
-            found |= {k: log_probs[j : j + 1] for j, k in enumerate(reading)}
+        new = [k for k, (s, i) in enumerate(behind) if not isinstance(s.trails[i], Reading)]
+        found = dict(zip(new, self._begun([behind[k] for k in new], every, pause), strict=True))
+        rest = [k for k in range(len(behind)) if k not in found]
+        if rest:
+            self._read_on([behind[k] for k in rest], pause)
+            log_probs = self.member.log_probs([_reading(*behind[k]) for k in rest])
+            found |= {k: log_probs[j : j + 1] for j, k in enumerate(rest)}
         return [found[k] for k in range(len(behind))]
 
-    def _begun(self, s: Sequence, i: int, *, every: bool) -> tuple[Reading, Float[Tensor, "t 257"]]:
-        """Read all symbols of a sequence from its beginning."""
-        prefix = s.request.prefixes[i] if s.request.prefixes else None
+    def _begun(
+        self, new: list[tuple[Sequence, int]], every: bool, pause: Callable[[], None]
+    ) -> list[Float[Tensor, "t 257"]]:
+        """Read all symbols of sequences from their beginnings; as :meth:`catch_up`."""
         if not every:
-            reading = self.member.begin(_text(s), prefix)
-            return reading, self.member.log_probs([reading])
-        reading, log_probs, _ = self.member.score(_text(s), prefix)
-        # Row 0 predicts the first byte, after the symbol that begins a text if there is one.
-        return reading, torch.from_numpy(log_probs[-len(s.tokens) :])
+            readings = self.member.begin_all([_text(s) for s, _ in new], [_prefix(s, i) for s, i in new], pause)
+            for (s, i), reading in zip(new, readings, strict=True):
+                s.trails[i] = reading
+            return list(self.member.log_probs(readings).split(1)) if new else []
+        found = []
+        for s, i in new:
+            s.trails[i], log_probs, _ = self.member.score(_text(s), _prefix(s, i))
+            # Row 0 predicts the first byte, after the symbol that begins a text if there is one.
+            found.append(torch.from_numpy(log_probs[-len(s.tokens) :]))
+            pause()
+        return found
+
+    def _read_on(self, behind: list[tuple[Sequence, int]], pause: Callable[[], None]) -> None:
+        """Read the symbols that sequences have more than their readings."""
+        for s, i in behind:
+            if len(unread := _unread(s, i)) > 1 and END not in unread:
+                s.trails[i] = self.member.follow(_reading(s, i), bytes(unread))
+                pause()
+        while late := [(s, i) for s, i in behind if _unread(s, i)]:
+            readings = self.member.advance([_reading(*one) for one in late], [_unread(*one)[0] for one in late])
+            for (s, i), reading in zip(late, readings, strict=True):
+                s.trails[i] = reading
+            pause()
 
 
 def _text(s: Sequence) -> bytes:
     """Return a sequence's bytes."""
     return bytes(s.tokens[s.tokens[0] == END :])
+
+
+def _prefix(s: Sequence, i: int) -> tuple[int, ...] | None:
+    """Return what member ``i`` of a sequence reads before its text; None for what it reads before every text."""
+    return s.request.prefixes[i] if s.request.prefixes else None
 
 
 def _reading(s: Sequence, i: int) -> Reading:

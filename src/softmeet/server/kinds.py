@@ -1,8 +1,8 @@
-"""Which sequences are solved together: those of one kind, in one batch, unless a row takes long."""
+"""Which sequences are solved together, those of one kind, unless a row takes long; and whose prompts run together."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from typing import Any
 
 from softmeet.server.sequences import Sequence
@@ -11,6 +11,8 @@ from softmeet.server.sequences import Sequence
 _DEAR = 0.02
 # Of how many kinds it is known how long a row takes.
 _KNOWN = 256
+# The most prompts over bytes that are run together.
+_PROMPTS = 8
 
 
 class Kinds:
@@ -45,3 +47,16 @@ class Kinds:
 def _kind(s: Sequence) -> tuple[Any, ...]:
     # Reports take time: an average with them is not drawn at once.
     return s.combination, s.request.report is None
+
+
+def prompts_together(new: list[Sequence], *, alone: bool) -> list[list[Sequence]]:
+    """Group sequences whose prompts are to be run together.
+
+    Over bytes one call of a member reads any number of texts: those of about one length are read together. Over tokens
+    each prompt is run by itself, so that no bit of it depends on the others, as are all if ``alone``, and scored ones.
+    """
+    groups = defaultdict[Any, list[Sequence]](list)
+    for s in new:
+        by_itself = alone or not s.combination.over_bytes or s.request.score_prompt
+        groups[id(s) if by_itself else (s.combination, len(s.prompt).bit_length())].append(s)
+    return [own[k : k + _PROMPTS] for own in groups.values() for k in range(0, len(own), _PROMPTS)]
