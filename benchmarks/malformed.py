@@ -62,6 +62,9 @@ def hostile(generator: random.Random) -> dict[str, Any]:
 # The most that valid requests of ``fuzz`` ask for.
 _MOST = {"max_tokens": 40, "max_completion_tokens": 40, "max_output_tokens": 40, "n": 2, "best_of": 3, "min_tokens": 20}
 
+# Endpoints at which an answer may be as long as the context, and the field that bounds it.
+_ENDLESS = {"/v1/chat/completions": "max_tokens", "/v1/responses": "max_output_tokens"}
+
 
 def fuzz(url: str, examples: int, seed: int = 0, is_over: Callable[[], bool] = lambda: False) -> Counter[str]:
     """What schemathesis makes of the OpenAPI document: valid and invalid requests to every operation.
@@ -91,6 +94,9 @@ def fuzz(url: str, examples: int, seed: int = 0, is_over: Callable[[], bool] = l
             case.body = {k: x for k, x in case.body.items() if k not in ("model", "softmeet", "logit_bias")}
             # Many choices of hundreds of tokens each would take a busy server longer than PATIENCE.
             case.body |= {k: min(case.body[k], most) for k, most in _MOST.items() if isinstance(case.body.get(k), int)}
+            # Chats and responses that do not say fill the context.
+            if case.path in _ENDLESS and not any(isinstance(case.body.get(k), int) for k in _ENDLESS.values()):
+                case.body |= {_ENDLESS[case.path]: 40}
         check(case)
 
     for operation in (

@@ -11,11 +11,16 @@ import pytest
 import torch
 from serving import http, running, serving_of
 from test_byte_ensemble import folders  # noqa: F401 - a fixture
+from test_engine import sequence
 
 from softmeet import Ensemble
+from softmeet.errors import InvalidInputError
 from softmeet.hf.byte_report import character_reports, own_tokens, shown_byte
 from softmeet.hf.sampling import RowSampler
 from softmeet.members.covers import END
+from softmeet.server.batcher import Batcher
+from softmeet.server.limits import Limits
+from softmeet.server.metrics import Metrics
 
 PROMPTS = ["the", "he t", "\u00e9t", "the then the", "t\u00e9", "hat"]
 
@@ -61,6 +66,52 @@ def test_texts_are_those_of_generate_in_any_company(url, ensemble):
         assert choice["text"].rstrip("\ufffd") == text.decode(errors="ignore")
         assert choice["finish_reason"] in ("stop", "length")
         assert sum(choice["softmeet"]["statuses"].values()) == min(count, len(text) + 1)
+
+
+def test_prompts_that_come_together_are_read_together_and_fail_alone(ensemble, monkeypatch):
+    """Together they take fewer calls of a member than each alone, and one that cannot be read ends by itself."""
+    readers, calls, sizes = ensemble.model.readers, [], []
+
+    def asking(k, text=b""):
+        return sequence(ensemble.model, tuple(text or PROMPTS[k % 6].encode() + b" the"), seed=k, max_tokens=4)
+
+    asked, (bad, refused) = [asking(k) for k in range(7)], asking(9, b"never the")
+    run, begin_all = readers[0].run, readers[0].begin_all
+
+    def counted(growths):
+        calls.append(len(growths))
+        return run(growths)
+
+    def begun(texts, prefixes, pause):
+        if any(b"never" in text for text in texts):
+            raise InvalidInputError("expected a text that can be read")
+        sizes.append(len(texts))
+        return begin_all(texts, prefixes, pause)
+
+    monkeypatch.setattr(readers[0], "run", counted)
+    monkeypatch.setattr(readers[0], "begin_all", begun)
+    engine = Batcher({reader: f"member {k}" for k, reader in enumerate(readers)}, Limits(rows=8), Metrics())
+    engine.start()
+    try:
+        engine.submit([one for one, _ in asked])
+        texts = [listener.tokens() for _, listener in asked]
+        assert max(sizes) > 1
+        assert sum(sizes) == 7
+        together = len(calls)
+        for k, found in enumerate(texts):
+            calls.clear()
+            again, listener = asking(k)
+            engine.submit([again])
+            assert listener.tokens() == found
+            together -= len(calls)
+        assert together < 0
+        others = [asking(k) for k in range(3)]
+        engine.submit([bad, *(one for one, _ in others)])
+        assert [listener.tokens() for _, listener in others] == texts[:3]
+        assert isinstance(refused.all()[-1].error, InvalidInputError)
+    finally:
+        engine.close(0)
+        engine.join()
 
 
 def test_streams_are_whole_characters_and_the_text(url):
