@@ -90,13 +90,7 @@ def fuzz(url: str, examples: int, seed: int = 0, is_over: Callable[[], bool] = l
 
     def check_possible(case: Any) -> None:
         if isinstance(case.body, dict):
-            # Names that exist cannot be guessed from a schema.
-            case.body = {k: x for k, x in case.body.items() if k not in ("model", "softmeet", "logit_bias")}
-            # Many choices of hundreds of tokens each would take a busy server longer than PATIENCE.
-            case.body |= {k: min(case.body[k], most) for k, most in _MOST.items() if isinstance(case.body.get(k), int)}
-            # Chats and responses that do not say fill the context.
-            if case.path in _ENDLESS and not any(isinstance(case.body.get(k), int) for k in _ENDLESS.values()):
-                case.body |= {_ENDLESS[case.path]: 40}
+            case.body = _possible(case.path, case.body)
         check(case)
 
     for operation in (
@@ -108,6 +102,18 @@ def fuzz(url: str, examples: int, seed: int = 0, is_over: Callable[[], bool] = l
             except Unsatisfiable:
                 seen["nothing to make"] += 1
     return seen
+
+
+def _possible(path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """Return a valid body without names that cannot be guessed from a schema, and with few tokens.
+
+    Many choices of hundreds of tokens each would take a busy server longer than PATIENCE.
+    """
+    body = {k: x for k, x in body.items() if k not in ("model", "softmeet", "logit_bias")}
+    body |= {k: min(body[k], most) for k, most in _MOST.items() if isinstance(body.get(k), int)}
+    if path in _ENDLESS and not any(isinstance(body.get(k), int) for k in _MOST if "max" in k):
+        body[_ENDLESS[path]] = 40
+    return body
 
 
 def _outcome(case: Any) -> str:
