@@ -15,7 +15,7 @@ from pathlib import Path
 from softmeet.errors import InvalidInputError, SoftmeetError
 
 # The seconds that a grammar may take, and how many are compiled at once; each takes a core.
-_SECONDS, _AT_ONCE = 1.8, 2
+_SECONDS, _AT_ONCE = 1.6, 2
 
 
 class BusyCompilingError(SoftmeetError):
@@ -90,6 +90,6 @@ def objection(grammar: str) -> str:
         grammar: a grammar in llguidance's variant of Lark's syntax.
 
     Raises:
-        BusyCompilingError: if others' grammars are being compiled for 1.8 seconds.
+        BusyCompilingError: if others' grammars are being compiled for 1.6 seconds.
     """
     return _compilers.objection(grammar)

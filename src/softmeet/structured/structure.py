@@ -27,7 +27,7 @@ class Structure:
     """What a text has to be; ``Ensemble.generate(prompt, structure=…)`` writes nothing else.
 
     Make it by one of the methods below. Each checks and compiles it at once, before any model is needed, in a process
-    of its own that is ended after 1.8 seconds.
+    of its own that is ended after 1.6 seconds.
 
     Args:
         kind: what it was made from, for messages: ``"JSON schema"``.
@@ -36,7 +36,7 @@ class Structure:
     Raises:
         InvalidInputError: if the grammar is wrong, allows no text, uses what is not supported, is longer than 262,144
             characters or takes too long to compile; or if llguidance, of the extra ``structured``, is not installed.
-        BusyCompilingError: if two others are being compiled for 1.8 seconds.
+        BusyCompilingError: if two others are being compiled for 1.6 seconds.
 
     Example:
         >>> Structure.choice(["yes", "no"]).allows("yes")
