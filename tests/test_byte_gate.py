@@ -10,8 +10,10 @@ import torch
 from serving import http, running, serving_of
 from test_byte_ensemble import GREEDY, PROMPTS, ensemble, folders, pruned  # noqa: F401 - fixtures
 from test_byte_members import EXACT, HOSTILE, TEXTS, member_of
+from typer.testing import CliRunner
 
 from softmeet import Ensemble
+from softmeet.cli.main import app as commands
 from softmeet.hf import Recorder
 from softmeet.hf.byte_modeling import WholeCharacters
 from softmeet.members.covers import END, Pruning
@@ -134,6 +136,12 @@ def test_a_gate_saves_calls_of_the_members_that_are_not_asked(mixed):
     (calls, _), (fewer, gated) = spent
     assert 0 < gated < 100
     assert 0 < fewer < calls
+
+
+def test_the_summary_says_how_often_the_gate_was_closed():
+    options = ["-m", "mixed", "--gate", "unsure:0.9", "--seed", "1", "--max-new-tokens", "20", "--summary"]
+    done = CliRunner().invoke(commands, ["generate", "And the king", *options])
+    assert "gate unsure:0.9: closed at 45.0% of the bytes" in done.stderr
 
 
 def test_served_texts_are_those_of_generate_in_any_company(pruned):  # noqa: F811

@@ -292,6 +292,7 @@ def _show_over_bytes(facts: dict[str, Any]) -> None:
     rows = [(m["name"], f"{m['weight']:.3g}", *(f"{m[name]:.4f}" for name in costs)) for m in facts["members"]]
     print_table(err, columns, [rows], title=f"rule: {facts['rule']}, over bytes; means per byte")
     err.print(f"{facts['tokens']} bytes, {facts['tokens_per_second']:.1f} bytes/s")
+    _show_gate(facts)
 
 
 def _show(facts: dict[str, Any]) -> None:
@@ -308,6 +309,11 @@ def _show(facts: dict[str, Any]) -> None:
         f"head passes a token, largest gap {facts['largest_gap']:.1e} nats",
         soft_wrap=True,
     )
+    _show_gate(facts)
+
+
+def _show_gate(facts: dict[str, Any]) -> None:
+    """Print on stderr how often the gate was closed, if there is one."""
     if facts["gate"]:
         saved = "" if facts["seconds_saved"] is None else f", which saved about {facts['seconds_saved']:.1f} s"
-        err.print(f"gate {facts['gate']}: closed at {facts['gated']:.1%} of the tokens{saved}")
+        err.print(f"gate {facts['gate']}: closed at {facts['gated']:.1%} of the {facts['vocabulary']}{saved}")
