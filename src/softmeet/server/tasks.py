@@ -3,11 +3,11 @@
 A solve may take a hundred times as long as the members' step. It therefore runs as a *task*, on a stack of its own
 (a greenlet) in the batcher's thread: between its steps a solver asks whether its time is over
 (:func:`softmeet.solvers.clock.time_is_over`), and there the task can be suspended, however deep in the solver's code.
-Tasks take turns. In each
-round of the batcher every request has about as long for its tasks as the members' step took, divided by the number of
-its sequences that were run in it, and all tasks together twice as long as the step, so that whatever others ask for at
-most triples what a sequence waits for; and no work is lost. What prompts leave of their time they may use later, so
-that prompts which come together are read together, and their sequences then run in one batch.
+
+Tasks take turns. In each round of the batcher every request has about as long for its tasks as the members' step took,
+divided by the number of its sequences that were run in it, and all tasks together twice as long as the step, so that
+whatever others ask for at most triples what a sequence waits for; and no work is lost. What prompts leave of their time
+they may use later, so that prompts which come together are read together, and their sequences then run in one batch.
 """
 
 from __future__ import annotations
