@@ -9,6 +9,7 @@ import pytest
 from serving import TEMPLATE, http, running, serving_of, tiny_ensemble
 
 from softmeet.server import answer as answering
+from softmeet.server import refusals
 from softmeet.server.errors import InternalError
 from softmeet.server.responses import ResponsesRequest, _form
 from softmeet.server.sequences import Failed
@@ -167,6 +168,7 @@ def test_a_prompt_that_is_too_long_is_refused_or_cut(client):
         ({"extra_body": {"max_tokens": 5}}, "max_tokens", "it is called max_output_tokens here"),
         ({"extra_body": {"n": 2}}, "n", "a response is one choice"),
         ({"extra_body": {"messages": []}}, "messages", "give them as input here"),
+        ({"extra_body": {"prompt_logprobs": 1}}, "prompt_logprobs", "send the request to /v1/completions"),
         ({"model": "plain"}, "input", "has no chat template"),
     ],
 )
@@ -196,3 +198,9 @@ def test_a_response_says_the_form_that_it_was_asked_for():
     for given, said in ((form, form), (None, {"type": "text"})):
         body = ResponsesRequest.model_validate({"input": "a", "text": {"format": given}})
         assert _form(body) == said
+
+
+def test_no_refusal_advises_the_field_that_it_refuses():
+    for endpoint in ("/v1/completions", "/v1/chat/completions", "/v1/responses"):
+        for field in refusals._FIELDS:
+            assert f"did you mean {field}?" not in refusals._unknown([field], endpoint)

@@ -118,8 +118,7 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
 
     Raises:
         UnsupportedHeadError: if the rule needs softmax matrices, or a member's output layer is no plain softmax head.
-        InvalidInputError: if ``readers`` is None and ``config`` describes an ensemble
-            over tokens.
+        InvalidInputError: if ``readers`` is None and ``config`` describes an ensemble over tokens.
         CheckpointError: if ``readers`` is None and a member's configuration or tokenizer cannot be read.
         VocabularyMismatchError: if ``readers`` is None and a member's tokenizer cannot be used over bytes.
     """

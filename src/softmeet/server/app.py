@@ -159,7 +159,7 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, Any
 
 @router.get("/version")
 async def version() -> dict[str, Any]:
-    """Show softmeet's version."""
+    """Return the version of softmeet that serves, as vLLM's endpoint does for its own."""
     return {"version": __version__}
 
 

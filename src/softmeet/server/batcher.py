@@ -249,10 +249,10 @@ class Batcher(threading.Thread):
         except SoftmeetError:
             if len(group) == 1:
                 raise
-            for s in group:
+            for s in (s for s in group if not s.done):
                 self._guarded([s], self._run_prompts, [s], task)
             return
-        for s in [s for s in group if not s.done]:
+        for s in (s for s in group if not s.done):
             self._guarded([s], self._begin, s, found[s], task)
 
     def _begin(self, s: Sequence, hidden: Hidden, task: Task) -> None:
