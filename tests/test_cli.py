@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import tiny
 from test_ensemble import Asking
 
 import softmeet
-from softmeet import Ensemble
+from softmeet import Ensemble, freed_memory
 from softmeet.cli import main as cli
 from softmeet.rules import registry
 
@@ -29,7 +28,7 @@ def run(*arguments, stdin="", columns=120):
         simplefilter("ignore")
         patch.setattr(sys, "argv", ["softmeet", *map(str, arguments)])
         patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin if isinstance(stdin, bytes) else stdin.encode())))
-        patch.setattr(cli, "keep_freed_memory", lambda: None)
+        patch.setattr(freed_memory, "keep", lambda: None)
         patch.setenv("COLUMNS", str(columns))
         with pytest.raises(SystemExit) as end:
             cli.main()
@@ -200,28 +199,3 @@ def test_version_help_and_completion():
     assert "--max-new-tokens" in run("generate", "--help").stdout
     assert "--show-completion" in run("--help").stdout
     assert run("generate", "--no-such-flag").returncode == 2
-
-
-_FAULTS = """
-import resource, numpy
-from softmeet.cli.main import keep_freed_memory
-
-def faults():
-    for k in range(40):
-        several = [numpy.ones(1 << 20) for _ in range(3)]
-        if k == 9:
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-fresh = faults()
-keep_freed_memory()
-print(faults(), fresh)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc hands memory back so soon")
-def test_commands_keep_freed_memory():
-    """Thirty times three vectors of 8 MiB: fresh pages each time, or none."""
-    done = subprocess.run([sys.executable, "-c", _FAULTS], capture_output=True, check=True)
-    kept, fresh = map(int, done.stdout.split())
-    assert kept < 0.2 * fresh

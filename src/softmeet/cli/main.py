@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import io
 import os
 import platform
@@ -13,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from softmeet import __version__
+from softmeet import __version__, freed_memory
 from softmeet.cli.check import check
 from softmeet.cli.config import config
 from softmeet.cli.evaluate import evaluate
@@ -30,11 +29,6 @@ from softmeet.errors import SoftmeetError
 
 # typer's base class of errors in the use of a command, which it does not export.
 _Usage: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
-# Parameters of glibc's mallopt(3), and their values in bytes: how much free memory at the heap's end is kept, and up
-# to which size a block comes from the heap.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
-_KEPT, _LARGEST = 1 << 30, 32 << 20
-
 app = typer.Typer(
     cls=Commands,
     help="Sample from several language models, the members of an ensemble, as one. A rule, by default meet, combines "
@@ -73,22 +67,6 @@ def _root(
     """Sample from several language models as one."""
 
 
-def keep_freed_memory() -> None:
-    """Tell the C library to keep freed memory for later use instead of returning it to the operating system.
-
-    Combining makes and frees vectors over the vocabulary by the thousand; getting fresh pages for each takes longer
-    than the arithmetic. Without glibc's ``mallopt`` nothing is done.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    mallopt(_MMAP_THRESHOLD, _LARGEST)
-    mallopt(_TRIM_THRESHOLD, _KEPT)
-    # Those of other threads than the first return memory in pieces of 64 MiB, whatever the threshold.
-    mallopt(_ARENA_MAX, 1)
-
-
 def quiet_libraries() -> None:
     """Keep warnings and notices of the libraries in use from the user, who can do nothing about them.
 
@@ -121,7 +99,7 @@ def main() -> None:
     or a wrong use of options), with 130 after Ctrl-C, and in silence with 141 if the reader of a pipe has gone. Other
     exceptions are raised.
     """
-    keep_freed_memory()
+    freed_memory.keep()
     quiet_libraries()
     speak_utf8()
     try:

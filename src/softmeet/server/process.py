@@ -7,11 +7,13 @@ import gc
 import logging
 import socket
 import sys
+import threading
 from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
 
+from softmeet import freed_memory
 from softmeet.server.envelope import ACCESS
 from softmeet.server.protocol import configuration
 from softmeet.server.serving import Serving
@@ -20,6 +22,8 @@ from softmeet.server.serving import Serving
 _LAST = 3.0
 # Open files beside connections: those of models, libraries and logs.
 _FILES = 512
+# Seconds after which freed memory is given back to the system, again and again.
+_GIVE_BACK = 60.0
 
 
 def run(
@@ -46,7 +50,18 @@ def run(
     _allow_files(serving.settings.protection.connections + _FILES)
     # uvicorn would end what is left with tracebacks; by then nothing is.
     config = configuration(serving, log_level="info", timeout_graceful_shutdown=int(grace + 2 * _LAST) + 1)
-    _Server(config, serving, grace, announce).run(sockets)
+    ended = threading.Event()
+    threading.Thread(target=_give_back, args=(ended,), name="freed memory", daemon=True).start()
+    try:
+        _Server(config, serving, grace, announce).run(sockets)
+    finally:
+        ended.set()
+
+
+def _give_back(ended: threading.Event) -> None:
+    """Give freed memory back to the system once a minute, so that a burst of requests does not count for ever."""
+    while not ended.wait(_GIVE_BACK):
+        freed_memory.give_back()
 
 
 def _allow_files(number: int) -> None:
