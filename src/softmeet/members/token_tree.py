@@ -1,7 +1,7 @@
 """A text under several tokenizations at once: a tree of tokens, any number of which a model runs in one call.
 
 Each token attends to its ancestors alone (a 4-D attention mask), and its position is its depth in the tree. The keys
-and values of each token are one column of one cache, in the order in which tokens were run.
+and values of each token are one column of the tree's, in the order in which tokens were run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from softmeet.errors import InvalidInputError
 from softmeet.members.huggingface import last_hidden, require_cache
 from softmeet.members.placement import home
-from softmeet.members.tree_cache import Layout, SideBySide, States
+from softmeet.members.tree_cache import Columns, Layout, SideBySide, Store
 
 # The columns of a token's ancestors and of itself, first to last.
 Path = np.ndarray[Any, np.dtype[np.int64]]
@@ -38,22 +38,19 @@ class TokenTree:
     which tokens were run; its *path*, (tokens,) int64, lists the columns of its ancestors, first to last, and its own.
 
     Attributes:
-        states: the keys and values of all layers, tensors (parts, heads, columns, width); none before the first token.
-        layout: which parts are which layer's.
+        columns: the number of tokens that have been run.
+        store: where their keys and values are: its first ``columns`` columns; None before the first token.
+        layout: which parts of the store's tensors are which layer's.
     """
 
-    states: States = ()
+    columns: int = 0
+    store: Store | None = None
     layout: Layout = ()
 
     @property
-    def columns(self) -> int:
-        """The number of tokens that have been run."""
-        return self.states[0].shape[2] if self.states else 0
-
-    @property
     def bytes(self) -> int:
-        """The number of bytes of all keys and values."""
-        return sum(part.nbytes for part in self.states)
+        """The number of bytes of all keys and values, with the room for more."""
+        return sum(part.nbytes for part in self.store.tensors) if self.store else 0
 
     def kept(self, paths: Sequence[Path]) -> tuple[TokenTree, list[Path]]:
         """Drop all tokens that are on none of the given paths, and renumber the columns.
@@ -72,9 +69,10 @@ class TokenTree:
         used = np.unique(np.concatenate(paths)) if paths else np.empty(0, np.int64)
         if self.columns - len(used) < spare:
             return self, list(paths)
+        assert self.store is not None
         where = torch.from_numpy(used)
-        states = tuple(part[:, :, where.to(part.device)] for part in self.states)
-        return TokenTree(states, self.layout), [np.searchsorted(used, path) for path in paths]
+        states = tuple(part.index_select(2, where.to(part.device)) for part in self.store.tensors)
+        return TokenTree(len(used), Store(states), self.layout), [np.searchsorted(used, path) for path in paths]
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,39 +101,83 @@ def run(model: PreTrainedModel, growths: Sequence[Growth]) -> list[tuple[TokenTr
         For each tree, (the tree with the new columns, chain after chain; for each chain of t tokens, the last hidden
         states at them, (t, d)).
     """
-    before = max(growth.tree.columns for growth in growths)
-    new = max(sum(map(len, growth.tokens)) for growth in growths)
-    ids = np.zeros((len(growths), new), np.int64)
-    depths = np.zeros((len(growths), before + new), np.int64)
-    allowed = np.zeros((len(growths), new, before + new), bool)
+    rows = _rows(growths)
+    before = max(row.length for row in rows)
+    new = max(row.new for row in rows)
+    ids = np.zeros((len(rows), new), np.int64)
+    depths = np.zeros((len(rows), before + new), np.int64)
+    allowed = np.zeros((len(rows), new, before + new), bool)
     # Every token attends to itself; those that only fill the batch too, since a softmax over nothing is NaN.
     allowed[:, np.arange(new), before + np.arange(new)] = True
-    for row, growth in enumerate(growths):
-        at, shift = 0, before - growth.tree.columns
-        for path, tokens in zip(growth.paths, growth.tokens, strict=True):
+    for k, row in enumerate(rows):
+        at, shift = 0, before - row.length
+        for path, tokens in row.chains:
             chain, columns = slice(at, at + len(tokens)), slice(before + at, before + at + len(tokens))
-            ids[row, chain] = tokens
-            depths[row, path + shift] = np.arange(len(path))
-            depths[row, columns] = np.arange(len(path), len(path) + len(tokens))
-            allowed[row, chain, path + shift] = True
+            ids[k, chain] = tokens
+            depths[k, path + shift] = np.arange(len(path))
+            depths[k, columns] = np.arange(len(path), len(path) + len(tokens))
+            allowed[k, chain, path + shift] = True
             if len(tokens) > 1:
-                allowed[row, chain, columns] = np.tri(len(tokens), dtype=bool)
+                allowed[k, chain, columns] = np.tri(len(tokens), dtype=bool)
             at += len(tokens)
     layout = next((growth.tree.layout for growth in growths if growth.tree.layout), ())
-    together = SideBySide([growth.tree.states for growth in growths], layout, new, model)
+    together = SideBySide([(row.growth.tree.store, row.columns) for row in rows], layout, new, model)
     positions = torch.from_numpy(depths[:, before:])
-    plain = len(growths) == 1 and len(growths[0].tokens) == 1 and len(growths[0].paths[0]) == before
+    plain = len(rows) == 1 and len(rows[0].chains) == 1 and len(rows[0].chains[0][0]) == before
     # Without any mask transformers warns of padding if a token equals the padding token, as a text's first one may.
     mask = torch.ones(1, before + new) if plain else _mask(model, allowed, depths)
     hidden = last_hidden(
         model, torch.from_numpy(ids), cache=together.cache, use_cache=True, attention_mask=mask, position_ids=positions
     )
-    found = []
-    for row, growth in enumerate(growths):
-        lengths = list(map(len, growth.tokens))
-        states = together.states(row, before - growth.tree.columns, before + sum(lengths))
-        found.append((TokenTree(states, together.layout), list(hidden[row, : sum(lengths)].split(lengths))))
-    return found
+    found = dict[int, tuple[TokenTree, list[Tensor]]]()
+    for k, row in enumerate(rows):
+        tree, states = found.get(id(row.growth), (row.growth.tree, []))
+        lengths = [len(tokens) for _, tokens in row.chains]
+        own = together.new(k, row.new)
+        store = tree.store.followed(tree.columns, own) if tree.store else Store(tuple(one.clone() for one in own))
+        tree = TokenTree(tree.columns + row.new, store, together.layout)
+        found[id(row.growth)] = tree, states + list(hidden[k, : row.new].split(lengths))
+    return [found[id(growth)] for growth in growths]
+
+
+@dataclass(frozen=True, eq=False)
+class _Row:
+    """One row of a batch: chains of new tokens behind some columns of a tree.
+
+    Attributes:
+        growth: the tree, and all chains that are added to it.
+        columns: those of the tree that the row has.
+        length: how many these are.
+        chains: for each of the row's chains, (the places of the tokens before it among these columns; its tokens).
+        new: the number of tokens of all its chains.
+    """
+
+    growth: Growth
+    columns: Columns
+    length: int
+    chains: list[tuple[Path, list[int]]]
+    new: int
+
+
+def _rows(growths: Sequence[Growth]) -> list[_Row]:
+    """Make the rows of a batch: each chain by itself behind its own path, or a whole tree with all of its chains.
+
+    Rows of one chain each are fewer tokens, as no tree waits for one of more chains. They are made for several trees,
+    unless the columns of their paths would be more than those of the trees.
+    """
+    pairs = [(growth, path, own) for growth in growths for path, own in zip(growth.paths, growth.tokens, strict=True)]
+    if 1 < len(growths) and sum(len(path) for _, path, _ in pairs) <= sum(growth.tree.columns for growth in growths):
+        return [_Row(growth, path, len(path), [(np.arange(len(path)), own)], len(own)) for growth, path, own in pairs]
+    return [
+        _Row(
+            growth,
+            growth.tree.columns,
+            growth.tree.columns,
+            list(zip(growth.paths, growth.tokens, strict=True)),
+            sum(map(len, growth.tokens)),
+        )
+        for growth in growths
+    ]
 
 
 @torch.inference_mode()

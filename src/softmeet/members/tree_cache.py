@@ -1,15 +1,17 @@
 """Keys and values of trees of tokens: few tensors for each tree, side by side in one cache for a call of the model.
 
-All layers' keys and values of one shape are one tensor, so that a tree is put into a batch, and taken out of it again,
-by a copy or two, whatever the number of layers.
+All layers' keys and values of one shape are one tensor, so that a tree's columns are put into a batch, and new ones
+taken out of it, by a copy or two, whatever the number of layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import count
+from threading import Lock
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -20,6 +22,54 @@ from transformers.cache_utils import DynamicLayer
 States = tuple[Tensor, ...]
 # For each layer where its keys are, and where its values: (the number of the tensor, the number of the part).
 Layout = tuple[tuple[tuple[int, int], tuple[int, int]], ...]
+# Columns of a tree: all of the first so many, or those that are listed.
+Columns = int | np.ndarray[Any, np.dtype[np.int64]]
+# Free columns behind those of a tree when it is copied, at least, and as a share of the tree's.
+_ROOM, _ROOM_SHARE = 32, 4
+_CLAIMS = Lock()
+
+
+class Store:
+    """The keys and values of a tree's tokens, with room for more.
+
+    Trees that begin alike share one store: each is its first so many columns, which never change.
+
+    Args:
+        states: those of one tree.
+    """
+
+    def __init__(self, states: States) -> None:
+        self.tensors, self._used = states, states[0].shape[2]
+
+    def first(self, columns: int) -> States:
+        """Return the keys and values of the first so many columns, as views."""
+        return tuple(one[:, :, :columns] for one in self.tensors)
+
+    def followed(self, columns: int, new: States) -> Store:
+        """Return a store with the first ``columns`` columns of this one, and ``new`` ones behind them.
+
+        It is this store if it has room there, and nothing else follows these columns in it.
+        """
+        end = columns + new[0].shape[2]
+        with _CLAIMS:
+            free = self._used == columns and end <= self.tensors[0].shape[2]
+            if free:
+                self._used = end
+        store = self if free else self._copied(columns, end)
+        for own, more in zip(store.tensors, new, strict=True):
+            own[:, :, columns:end] = more
+        return store
+
+    def _copied(self, columns: int, used: int) -> Store:
+        """Return a copy of the first columns with room, of which ``used`` columns are taken."""
+        found = []
+        for one in self.tensors:
+            parts, heads, _, width = one.shape
+            found.append(one.new_empty(parts, heads, used + max(_ROOM, used // _ROOM_SHARE), width))
+            found[-1][:, :, :columns] = one[:, :, :columns]
+        copy = Store(tuple(found))
+        copy._used = used
+        return copy
 
 
 class _Room(DynamicLayer):  # type: ignore[misc]
@@ -51,50 +101,49 @@ class _Room(DynamicLayer):  # type: ignore[misc]
 
 
 class SideBySide:
-    """The keys and values of B trees as one cache, with room for new columns.
+    """Columns of B rows, each those of some tree, as one cache with room for new ones.
 
-    Trees of fewer columns are aligned at the right, with zeros at the left.
+    Rows of fewer columns are aligned at the right, with zeros at the left.
 
     Args:
-        trees: each tree's states, none if it is empty.
-        layout: of the states; none if all trees are empty.
-        new: the number of new columns of each tree.
+        rows: for each row, (the store of its tree; None for a tree without tokens; the columns).
+        layout: of the stores' tensors; none if no row has a store.
+        new: the number of new columns of each row.
         model: the member, whose cache holds keys and values alone.
 
     Attributes:
-        before: the number of columns before the new ones, those of the longest tree.
+        before: the number of columns before the new ones, those of the longest row.
         cache: what the model is called with; it writes the new columns.
-        layout: as given, but after a call for empty trees that which the model has.
+        layout: as given, but after a call without any store that which the model has.
     """
 
-    def __init__(self, trees: Sequence[States], layout: Layout, new: int, model: PreTrainedModel) -> None:
+    def __init__(
+        self, rows: Sequence[tuple[Store | None, Columns]], layout: Layout, new: int, model: PreTrainedModel
+    ) -> None:
         self.layout, self._whole = layout, list[Tensor]()
-        self.before = max(states[0].shape[2] if states else 0 for states in trees)
+        lengths = [columns if isinstance(columns, int) else len(columns) for _, columns in rows]
+        self.before = max(lengths)
         if not layout:
             self.cache = Cache(layers=[DynamicLayer() for _ in DynamicCache(config=model.config).layers])
             return
-        for group, like in enumerate(next(filter(None, trees))):
+        for group, like in enumerate(next(store for store, _ in rows if store is not None).tensors):
             parts, heads, _, width = like.shape
-            whole = like.new_empty(parts, len(trees), heads, self.before + new, width)
-            for row, states in enumerate(trees):
-                begin = self.before - (states[0].shape[2] if states else 0)
+            whole = like.new_empty(parts, len(rows), heads, self.before + new, width)
+            for row, ((store, columns), length) in enumerate(zip(rows, lengths, strict=True)):
+                begin = self.before - length
                 # Columns that are masked get weight 0, but 0 · NaN is NaN.
                 whole[:, row, :, :begin] = 0
-                if states:
-                    whole[:, row, :, begin : self.before] = states[group]
+                if store is not None:
+                    whole[:, row, :, begin : self.before] = _taken(store.tensors[group], columns)
             self._whole.append(whole)
         parts_of = [(self._whole[k][i], self._whole[v][j]) for (k, i), (v, j) in layout]
         self.cache = Cache(layers=[_Room(keys, values, self.before) for keys, values in parts_of])
 
-    def states(self, row: int, start: int, stop: int) -> States:
-        """Return the columns ``start`` to ``stop - 1`` of one tree, new ones included, after the model was called.
-
-        They are a copy, since a view would keep the whole batch in memory, unless the batch has one row.
-        """
+    def new(self, row: int, count: int) -> States:
+        """Return the first ``count`` new columns of a row, as views, after the model was called."""
         if not self._whole:
             self._gather()
-        found = tuple(whole[:, row, :, start:stop] for whole in self._whole)
-        return found if self._whole[0].shape[1] == 1 else tuple(one.clone() for one in found)
+        return tuple(whole[:, row, :, self.before : self.before + count] for whole in self._whole)
 
     def _gather(self) -> None:
         """Put all layers' keys and values of one shape into one tensor."""
@@ -110,3 +159,9 @@ class SideBySide:
         places = [[(order.index(kind), next(counts[kind])) for kind in pair] for pair in kinds]
         self.layout = tuple((keys, values) for keys, values in places)
         self._whole = [torch.stack(group) for group in groups.values()]
+
+
+def _taken(tensor: Tensor, columns: Columns) -> Tensor:
+    if isinstance(columns, int):
+        return tensor[:, :, :columns]
+    return tensor.index_select(2, torch.from_numpy(columns).to(tensor.device))
