@@ -263,25 +263,31 @@ class ByteMember:
         it had ended before, or if its tokens would exceed the model's context; ``full`` is True in the last case.
         InvalidInputError is raised if ``pruning.covers`` is None and a text has over 2,048 tokenizations to follow.
         """
-        found = list(readings)
-        for k, (reading, symbol) in enumerate(zip(readings, symbols, strict=True)):
-            if symbol == END or reading.ended:
-                found[k] = replace(reading, ended=True)
-                continue
-            text, covers = reading.text + bytes([symbol]), reading.covers
+        pairs = zip(readings, symbols, strict=True)
+        found = [replace(one, ended=True) if symbol == END or one.ended else one for one, symbol in pairs]
+        moved = [k for k, one in enumerate(found) if not one.ended]
+        for k in moved:
+            one, covers, symbol = found[k], found[k].covers, symbols[k]
             if symbol not in self.spelling.unwritable:
                 covers = covers.followed(self.spelling, symbol, self.pruning)
-            found[k] = replace(reading, covers=covers, text=text)
-        return self._settled(found)
+            found[k] = Reading(covers, one.tree, one.text + bytes([symbol]), one.work, one.guesses)
+        self._settle(found, moved)
+        for k in moved:
+            if not (one := found[k]).ended:
+                work, guesses = one.work.and_(dropped=one.covers.unasked), possible(one, self.spelling)
+                found[k] = Reading(one.covers, one.tree, one.text, work, guesses).compact()
+        self.spent = self.spent.and_(dropped=sum(found[k].covers.unasked for k in moved if not found[k].ended))
+        return found
 
-    def _settled(self, readings: list[Reading]) -> list[Reading]:
-        """Run the model, for all readings at once, on the open covers that weigh enough and on likely next tokens."""
-        few = sum(not reading.ended for reading in readings) <= _FEW
-        while True:
-            readings = [reading if reading.ended else self._close_guessed(reading) for reading in readings]
-            asking = self._wanted(readings)
-            if not asking:
-                break
+    def _settle(self, readings: list[Reading], moved: list[int]) -> None:
+        """Run the model on the open covers that weigh enough, and on likely next tokens, for some readings at once.
+
+        Args:
+            readings: the list in which these readings are replaced.
+            moved: their indices.
+        """
+        few = len(moved) <= _FEW
+        while asking := self._wanted(readings, moved):
             steps = {k: [(one.probs, one.token) for one in opened] for k, opened in asking.items()}
             for k, own in steps.items() if few else ():
                 own += likely(readings[k], self.spelling, self.limit, len(own)) if self.pruning.prune else []
@@ -297,31 +303,25 @@ class ByteMember:
             asked = [(paths[k][i], grown[k][1][i]) for k, opened in asking.items() for i in range(len(opened))]
             found = iter(self.next_token_probs([path for path, _ in asked], torch.cat([states for _, states in asked])))
             for k, opened in asking.items():
-                tree, states = grown[k]
-                answers = [(one, next(found)) for one in opened]
+                (tree, states), one = grown[k], readings[k]
+                covers = one.covers.answered(self.spelling, [(cover, next(found)) for cover in opened], self.pruning)
                 ahead = list(zip(steps[k], paths[k], states, strict=True))[len(opened) :]
                 guesses = [Guess(probs, token, path, state[0]) for (probs, token), path, state in ahead]
-                readings[k] = replace(
-                    readings[k],
-                    covers=readings[k].covers.answered(self.spelling, answers, self.pruning),
-                    tree=tree,
-                    work=readings[k].work.and_(calls=1, tokens=len(steps[k])),
-                    guesses=(*readings[k].guesses, *guesses),
-                )
-        for k, reading in enumerate(readings):
-            if not reading.ended:
-                work = reading.work.and_(dropped=reading.covers.unasked)
-                self.spent = self.spent.and_(dropped=reading.covers.unasked)
-                readings[k] = replace(reading, work=work, guesses=possible(reading, self.spelling)).compact()
-        return readings
+                work = one.work.and_(calls=1, tokens=len(steps[k]))
+                readings[k] = Reading(covers, tree, one.text, work, (*one.guesses, *guesses))
+            moved = list(asking)
 
-    def _wanted(self, readings: list[Reading]) -> dict[int, list[Open]]:
-        """Return the open covers to run the model on, by index of reading; end readings that exceed its context."""
+    def _wanted(self, readings: list[Reading], moved: list[int]) -> dict[int, list[Open]]:
+        """Return the open covers to run the model on, by index of reading, for some of ``readings``.
+
+        Those whose last token was run as a guess are closed, and readings that exceed the model's context are ended.
+        """
         found = {}
-        for k, reading in enumerate(readings):
-            opened = [] if reading.ended else reading.covers.wanted(self.pruning)
+        for k in moved:
+            readings[k] = self._close_guessed(readings[k]) if readings[k].guesses else readings[k]
+            opened = readings[k].covers.wanted(self.pruning)
             if any(len(one.probs.path) >= self.limit for one in opened):
-                readings[k] = replace(reading, ended=True, full=True)
+                readings[k] = replace(readings[k], ended=True, full=True)
             elif opened:
                 found[k] = opened
         return found

@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -41,6 +42,7 @@ AnyCover = TypeVar("AnyCover", "Cover", "Open")
 _NOT_LIGHT = 0.05
 # A token is run before it is needed if it has this share of the probability of all tokens that begin with its bytes.
 _NOT_RARE = 0.02
+_by_mass = attrgetter("mass")
 # Share of all mass up to which a cover is dropped, unless it is the heaviest: far below what pruning estimates.
 _LIGHT = 1e-8
 # If the sum of all masses, which falls with every byte, is below this, all are scaled to a sum of 1.
@@ -230,7 +232,7 @@ class Covers:
     @property
     def unasked(self) -> float:
         """The share of mass that does not come from the model: that of the open covers, and ``dropped``."""
-        return self.dropped + sum(cover.mass for cover in self.open) / self.total
+        return self.dropped + _mass(self.open) / self.total
 
     @staticmethod
     def begun(probs: NextTokenProbs, spelling: Spelling) -> Covers:
@@ -239,7 +241,9 @@ class Covers:
 
     def prediction(self, spelling: Spelling) -> Masses:
         """Return the next symbol's probabilities, (257,) fp64 with sum 1: bytes 0 to 255, then the end of the text."""
-        found = sum((cover.masses(spelling) for cover in self.closed), np.zeros(SYMBOLS))
+        found = np.zeros(SYMBOLS)
+        for one in self.closed:
+            found += one.masses(spelling)
         if self.open:
             live = found / (found.sum() or 1.0)
             for cover in self.open:
@@ -302,20 +306,17 @@ def _longer(
     spelling: Spelling, closed: Sequence[Cover], opened: Sequence[Open], byte: int
 ) -> tuple[list[Cover], list[Open]]:
     """Extend all covers by one byte, and return (closed, open): a token that ends with it makes an open cover."""
-    own: list[Cover] = []
-    new: list[Open] = []
-    for cover in closed:
-        rest = cover.rest + bytes([byte])
-        first, longer, end = spelling.among(rest, cover.longer, cover.end)
-        probs, weight = cover.probs, cover.weight
+    own, new, letter = list[Cover](), list[Open](), bytes([byte])
+    for probs, weight, _, before, low, high in closed:
+        rest = before + letter
+        first, longer, end = spelling.among(rest, low, high)
         if longer < end:
             own.append(Cover(probs, weight, weight * probs.total(longer, end), rest, longer, end))
         for k in range(first, longer):
             mass = weight * probs.prob(k)
             new.append(Open(probs, int(spelling.tokens[k]), mass, mass, b"", mass))
     if opened:
-        before = _mass(closed)
-        live = _mass(own, new) / before if before else 0.0
+        live = (_mass(own) + _mass(new)) / _mass(closed) if closed else 0.0
         new += [cover.longer(byte, live, spelling) for cover in opened]
     return own, new
 
@@ -331,12 +332,13 @@ def _kept(whole: Sequence[Cover], opened: Sequence[Open], pruning: Pruning) -> C
             f"following all tokenizations of a text, of which there are more than {_FOLLOWED:,} here, is for a few "
             "words: give a prune above 0, such as 0.01"
         )
-    light.sort(key=_by_mass)
-    before = total = _mass(kept, light)
-    if pruning.covers is not None:
+    before = total = _mass(kept) + _mass(light)
+    if pruning.covers is None:
+        light.sort(key=_by_mass, reverse=True)
+    else:
         kept = _heaviest(kept, pruning.covers, _LIGHT * before)
         light = _heaviest(light, pruning.covers, _LIGHT * before)
-        total = _mass(kept, light)
+        total = _mass(kept) + _mass(light)
     if not total:
         return Covers(())
     dropped = 1 - total / before
@@ -349,7 +351,9 @@ def _kept(whole: Sequence[Cover], opened: Sequence[Open], pruning: Pruning) -> C
 
 def _heaviest(covers: list[AnyCover], count: int, least: float) -> list[AnyCover]:
     """Return at most ``count`` covers, the heaviest first; after the first, only those of more than ``least`` mass."""
-    ordered = sorted(covers, key=_by_mass)[:count]
+    if len(covers) < 2:
+        return covers
+    ordered = sorted(covers, key=_by_mass, reverse=True)[:count]
     return ordered[:1] + [cover for cover in ordered[1:] if cover.mass > least]
 
 
@@ -386,13 +390,9 @@ def _few_tokens_first(covers: Sequence[AnyCover]) -> list[AnyCover]:
     )
 
 
-def _mass(*groups: Sequence[Cover | Open]) -> float:
-    """Return the sum of the masses of all covers of all groups."""
-    return sum(cover.mass for group in groups for cover in group)
-
-
-def _by_mass(cover: Cover | Open) -> float:
-    return -cover.mass
+def _mass(covers: Sequence[Cover] | Sequence[Open]) -> float:
+    """Return the sum of the masses of covers."""
+    return sum([cover.mass for cover in covers])
 
 
 def _heavier(cover: AnyCover, mass: float) -> AnyCover:

@@ -36,6 +36,8 @@ def likely(reading: Reading, spelling: Spelling, limit: int, asking: int) -> lis
 
 def possible(reading: Reading, spelling: Spelling) -> tuple[Guess, ...]:
     """Return the guesses that may still be used: their token begins with the bytes read since, and is longer."""
+    if not reading.guesses:
+        return ()
     rests = {id(cover.probs): cover.rest for cover in reading.covers.closed}
     found = []
     for guess in reading.guesses:

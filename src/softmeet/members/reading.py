@@ -79,6 +79,8 @@ class Reading:
         This very reading is returned if they are fewer than 64, or less than a quarter of the tokens in ``tree``.
         """
         covers, guesses = self.covers, self.guesses
+        if covers.closed and not self.tree.may_shrink(covers.closed[0].probs.path):
+            return self
         behind = {id(one.probs): one.probs for group in (covers.closed, covers.open) for one in group}
         tree, paths = self.tree.kept([*(probs.path for probs in behind.values()), *(guess.path for guess in guesses)])
         if tree is self.tree:

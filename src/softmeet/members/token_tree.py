@@ -52,6 +52,10 @@ class TokenTree:
         """The number of bytes of all keys and values, with the room for more."""
         return sum(part.nbytes for part in self.store.tensors) if self.store else 0
 
+    def may_shrink(self, used: Path) -> bool:
+        """Return whether 64 columns or more, and a quarter of all or more, remain without those that are used."""
+        return self.columns - len(used) >= max(_SPARE, self.columns // 4)
+
     def kept(self, paths: Sequence[Path]) -> tuple[TokenTree, list[Path]]:
         """Drop all tokens that are on none of the given paths, and renumber the columns.
 
@@ -63,11 +67,10 @@ class TokenTree:
         Returns:
             (the smaller tree, the same paths with the new columns).
         """
-        spare, longest = max(_SPARE, self.columns // 4), max(map(len, paths), default=0)
-        if self.columns - longest < spare:
+        if not self.may_shrink(max(paths, key=len, default=np.empty(0, np.int64))):
             return self, list(paths)
         used = np.unique(np.concatenate(paths)) if paths else np.empty(0, np.int64)
-        if self.columns - len(used) < spare:
+        if not self.may_shrink(used):
             return self, list(paths)
         assert self.store is not None
         where = torch.from_numpy(used)
@@ -136,7 +139,7 @@ def run(model: PreTrainedModel, growths: Sequence[Growth]) -> list[tuple[TokenTr
         own = together.new(k, row.new)
         store = tree.store.followed(tree.columns, own) if tree.store else Store(tuple(one.clone() for one in own))
         tree = TokenTree(tree.columns + row.new, store, together.layout)
-        found[id(row.growth)] = tree, states + list(hidden[k, : row.new].split(lengths))
+        found[id(row.growth)] = tree, [*states, *hidden[k, : row.new].split(lengths)]
     return [found[id(growth)] for growth in growths]
 
 
@@ -166,7 +169,7 @@ def _rows(growths: Sequence[Growth]) -> list[_Row]:
     unless the columns of their paths would be more than those of the trees.
     """
     pairs = [(growth, path, own) for growth in growths for path, own in zip(growth.paths, growth.tokens, strict=True)]
-    if 1 < len(growths) and sum(len(path) for _, path, _ in pairs) <= sum(growth.tree.columns for growth in growths):
+    if len(growths) > 1 and sum(len(path) for _, path, _ in pairs) <= sum(growth.tree.columns for growth in growths):
         return [_Row(growth, path, len(path), [(np.arange(len(path)), own)], len(own)) for growth, path, own in pairs]
     return [
         _Row(
