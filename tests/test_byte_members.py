@@ -17,7 +17,7 @@ from scipy.stats import chi2_contingency
 from softmeet.errors import VocabularyMismatchError
 from softmeet.members import guesses as guesses_module
 from softmeet.members.byte_member import ByteMember
-from softmeet.members.covers import END, SYMBOLS, Pruning
+from softmeet.members.covers import END, SYMBOLS, Cover, Covers, Open, Pruning
 from softmeet.members.spelling import spelling_of
 from softmeet.members.token_tree import Growth, TokenTree, run
 
@@ -225,6 +225,20 @@ def test_bytes_that_a_member_holds_for_impossible_may_come(pruning):
     assert np.isfinite(at_once(member, text))
     assert np.isfinite(step_by_step(member, text))
     assert at_once(member, text) < -87  # no token is held for less likely than 1e-38
+
+
+def test_no_byte_is_ruled_out_by_what_is_dropped():
+    """The heavy cover goes on by tokens that begin with "th" alone; a light one, once closed, by any byte."""
+    member = member_of("gpt2", Pruning())
+    spelling, (reading,) = member.spelling, member.begin_all([b""], [None])
+    probs = reading.covers.closed[0].probs
+    _, longer, end = spelling.among(b"th")
+    heavy = Cover(probs, 1.0, 1.0, b"th", longer, end)
+    light = Open(probs, spelling.encode(b"h")[0], 1e-12, 1e-12, b"", 1.0)
+    covers = Covers((heavy,), (light,)).answered(spelling, [(light, probs)], Pruning())
+    assert [one.rest for one in covers.closed] == [b"th", b""]
+    assert (covers.prediction(spelling)[[byte for byte in range(128) if bytes([byte]) in spelling.words]] > 0).all()
+    assert Covers((heavy,)).prediction(spelling)[ord("z")] == 0
 
 
 def test_a_prompt_is_read_from_its_end():

@@ -43,8 +43,8 @@ _NOT_LIGHT = 0.05
 # A token is run before it is needed if it has this share of the probability of all tokens that begin with its bytes.
 _NOT_RARE = 0.02
 _by_mass = attrgetter("mass")
-# Share of all mass up to which a cover is dropped, unless it is the heaviest: far below what pruning estimates.
-_LIGHT = 1e-8
+# Share of all mass up to which a cover is dropped: a hundredth of what pruning estimates on average, or less.
+_LIGHT = 1e-5
 # If the sum of all masses, which falls with every byte, is below this, all are scaled to a sum of 1.
 _SMALL = 1e-30
 # The greatest number of covers if none is dropped: each keeps the probabilities of a vocabulary.
@@ -350,11 +350,13 @@ def _kept(whole: Sequence[Cover], opened: Sequence[Open], pruning: Pruning) -> C
 
 
 def _heaviest(covers: list[AnyCover], count: int, least: float) -> list[AnyCover]:
-    """Return at most ``count`` covers, the heaviest first; after the first, only those of more than ``least`` mass."""
-    if len(covers) < 2:
-        return covers
-    ordered = sorted(covers, key=_by_mass, reverse=True)[:count]
-    return ordered[:1] + [cover for cover in ordered[1:] if cover.mass > least]
+    """Return the heaviest covers, heaviest first: at most ``count``, of more than ``least`` mass.
+
+    However light they are, the first is kept, and the first without a rest, behind which any byte can come.
+    """
+    ordered = sorted(covers, key=_by_mass, reverse=True)
+    free = next((cover for cover in ordered if not cover.rest), None)
+    return [one for k, one in enumerate(ordered) if not k or one is free or (k < count and one.mass > least)]
 
 
 def _recombined(whole: list[Cover], opened: list[Open]) -> tuple[list[Cover], list[Open]]:
