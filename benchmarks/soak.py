@@ -23,9 +23,9 @@ import httpx
 import numpy as np
 import typer
 
-from malformed import ANSWERED, PATIENCE, fuzz, hostile, malformed
+from malformed import PATIENCE, fuzz, hostile, malformed
 from report import quantile, show
-from servers import PROMPTS, SETTLED, Site
+from servers import PROMPTS, Site
 
 # How much memory may grow in an hour, as a share of its median.
 GROWTH = 0.05
@@ -33,8 +33,6 @@ GROWTH = 0.05
 ROUNDED, FEW = 0.03, 3
 # Seconds between two looks at memory.
 LOOK = 5.0
-# Megabytes at once that are worth a line.
-JUMP = 10.0
 # (what a request asks of softmeet, the most tokens of it)
 ASKED: list[tuple[dict[str, Any], int]] = [
     ({"rule": "logit-mean"}, 40), ({"rule": "prob-mean"}, 40), ({}, 24), ({"gate": "none"}, 8), ({"trust": 4}, 8),
@@ -237,14 +235,11 @@ class Soak:
                 self.breaches.append(f"schemathesis, round {number}: {found['wrong']} wrong")
 
     async def watch(self, started: float) -> None:
-        """Note memory, and print a line every minute; where memory rises at once, what schemathesis asked last."""
+        """Note memory, and print a line every minute."""
         minute = 0
         while not self.is_over:
             for site in self.sites:
                 site.look()
-                last = [mb for _, mb in site.memory[-1][-2:]] if site.memory else []
-                if len(last) == 2 and last[1] - last[0] > JUMP and site.memory[-1][-1][0] > SETTLED:
-                    typer.echo(f"memory of {site.name}: {last[1] - last[0]:.0f} MB more after {' | '.join(ANSWERED)}")
             if (now := time.monotonic() - started) >= 60 * (minute + 1):
                 minute += 1
                 sizes = ", ".join(f"{s.name} {s.memory[-1][-1][1]:.0f} MB" for s in self.sites if s.memory[-1])

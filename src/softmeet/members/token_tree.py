@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from softmeet.members.tree_cache import Columns, Layout, SideBySide, Store
 
 # The columns of a token's ancestors and of itself, first to last.
 Path = np.ndarray[Any, np.dtype[np.int64]]
+Ids = Int[np.ndarray, "B t"]
+Allowed = Bool[np.ndarray, "B q k"]
 _SPARE = 64
 # Kinds of layers, by their names in configurations, that read a tree by the masks of ``_mask``.
 _KINDS = {"full_attention", "sliding_attention", "global"}
@@ -107,28 +109,13 @@ def run(model: PreTrainedModel, growths: Sequence[Growth]) -> list[tuple[TokenTr
     rows = _rows(growths)
     before = max(row.length for row in rows)
     new = max(row.new for row in rows)
-    ids = np.zeros((len(rows), new), np.int64)
-    depths = np.zeros((len(rows), before + new), np.int64)
-    allowed = np.zeros((len(rows), new, before + new), bool)
-    # Every token attends to itself; those that only fill the batch too, since a softmax over nothing is NaN.
-    allowed[:, np.arange(new), before + np.arange(new)] = True
-    for k, row in enumerate(rows):
-        at, shift = 0, before - row.length
-        for path, tokens in row.chains:
-            chain, columns = slice(at, at + len(tokens)), slice(before + at, before + at + len(tokens))
-            ids[k, chain] = tokens
-            depths[k, path + shift] = np.arange(len(path))
-            depths[k, columns] = np.arange(len(path), len(path) + len(tokens))
-            allowed[k, chain, path + shift] = True
-            if len(tokens) > 1:
-                allowed[k, chain, columns] = np.tri(len(tokens), dtype=bool)
-            at += len(tokens)
+    alike = all(len(row.chains) == 1 and len(row.chains[0][0]) == row.length for row in rows)
+    ids, depths, allowed = (_chains if alike else _trees)(rows, before, new)
     layout = next((growth.tree.layout for growth in growths if growth.tree.layout), ())
     together = SideBySide([(row.growth.tree.store, row.columns) for row in rows], layout, new, model)
     positions = torch.from_numpy(depths[:, before:])
-    plain = len(rows) == 1 and len(rows[0].chains) == 1 and len(rows[0].chains[0][0]) == before
     # Without any mask transformers warns of padding if a token equals the padding token, as a text's first one may.
-    mask = torch.ones(1, before + new) if plain else _mask(model, allowed, depths)
+    mask = torch.ones(1, before + new) if alike and len(rows) == 1 else _mask(model, allowed, depths)
     hidden = last_hidden(
         model, torch.from_numpy(ids), cache=together.cache, use_cache=True, attention_mask=mask, position_ids=positions
     )
@@ -143,8 +130,7 @@ def run(model: PreTrainedModel, growths: Sequence[Growth]) -> list[tuple[TokenTr
     return [found[id(growth)] for growth in growths]
 
 
-@dataclass(frozen=True, eq=False)
-class _Row:
+class _Row(NamedTuple):
     """One row of a batch: chains of new tokens behind some columns of a tree.
 
     Attributes:
@@ -181,6 +167,46 @@ def _rows(growths: Sequence[Growth]) -> list[_Row]:
         )
         for growth in growths
     ]
+
+
+def _chains(rows: Sequence[_Row], before: int, new: int) -> tuple[Ids, Ids, Allowed]:
+    """Lay out rows of one chain each, behind all of the row's columns.
+
+    Args:
+        rows: B of them.
+        before, new: the numbers of columns before the new tokens, and of these.
+
+    Returns:
+        (the new tokens' ids, (B, new); the depth of each column, (B, before + new); which columns each new token
+        attends to, (B, new, before + new)).
+    """
+    ids = np.zeros((len(rows), new), np.int64)
+    for k, row in enumerate(rows):
+        ids[k, : row.new] = row.chains[0][1]
+    begin = before - np.array([row.length for row in rows])[:, None]
+    places, last = np.arange(before + new), before + np.arange(new)[:, None]
+    return ids, np.maximum(places - begin, 0), (places >= begin)[:, None] & (places <= last)
+
+
+def _trees(rows: Sequence[_Row], before: int, new: int) -> tuple[Ids, Ids, Allowed]:
+    """Lay out rows of any chains, as :func:`_chains` does."""
+    ids = np.zeros((len(rows), new), np.int64)
+    depths = np.zeros((len(rows), before + new), np.int64)
+    allowed = np.zeros((len(rows), new, before + new), bool)
+    # Every token attends to itself; those that only fill the batch too, since a softmax over nothing is NaN.
+    allowed[:, np.arange(new), before + np.arange(new)] = True
+    for k, row in enumerate(rows):
+        at, shift = 0, before - row.length
+        for path, tokens in row.chains:
+            chain, columns = slice(at, at + len(tokens)), slice(before + at, before + at + len(tokens))
+            ids[k, chain] = tokens
+            depths[k, path + shift] = np.arange(len(path))
+            depths[k, columns] = np.arange(len(path), len(path) + len(tokens))
+            allowed[k, chain, path + shift] = True
+            if len(tokens) > 1:
+                allowed[k, chain, columns] = np.tri(len(tokens), dtype=bool)
+            at += len(tokens)
+    return ids, depths, allowed
 
 
 @torch.inference_mode()

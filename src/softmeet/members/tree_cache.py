@@ -41,9 +41,12 @@ class Store:
     def __init__(self, states: States) -> None:
         self.tensors, self._used = states, states[0].shape[2]
 
-    def first(self, columns: int) -> States:
-        """Return the keys and values of the first so many columns, as views."""
-        return tuple(one[:, :, :columns] for one in self.tensors)
+    def copy(self, group: int, columns: Columns, into: Tensor) -> None:
+        """Copy columns of one of the tensors, of which ``group`` is the number."""
+        if isinstance(columns, int):
+            into.copy_(self.tensors[group][:, :, :columns])
+        else:
+            torch.index_select(self.tensors[group], 2, torch.from_numpy(columns).to(into.device), out=into)
 
     def followed(self, columns: int, new: States) -> Store:
         """Return a store with the first ``columns`` columns of this one, and ``new`` ones behind them.
@@ -129,12 +132,11 @@ class SideBySide:
         for group, like in enumerate(next(store for store, _ in rows if store is not None).tensors):
             parts, heads, _, width = like.shape
             whole = like.new_empty(parts, len(rows), heads, self.before + new, width)
+            # Columns that are masked get weight 0, but 0 · NaN is NaN.
+            whole[:, :, :, : self.before - min(lengths)] = 0
             for row, ((store, columns), length) in enumerate(zip(rows, lengths, strict=True)):
-                begin = self.before - length
-                # Columns that are masked get weight 0, but 0 · NaN is NaN.
-                whole[:, row, :, :begin] = 0
                 if store is not None:
-                    whole[:, row, :, begin : self.before] = _taken(store.tensors[group], columns)
+                    store.copy(group, columns, whole[:, row, :, self.before - length : self.before])
             self._whole.append(whole)
         parts_of = [(self._whole[k][i], self._whole[v][j]) for (k, i), (v, j) in layout]
         self.cache = Cache(layers=[_Room(keys, values, self.before) for keys, values in parts_of])
@@ -159,9 +161,3 @@ class SideBySide:
         places = [[(order.index(kind), next(counts[kind])) for kind in pair] for pair in kinds]
         self.layout = tuple((keys, values) for keys, values in places)
         self._whole = [torch.stack(group) for group in groups.values()]
-
-
-def _taken(tensor: Tensor, columns: Columns) -> Tensor:
-    if isinstance(columns, int):
-        return tensor[:, :, :columns]
-    return tensor.index_select(2, torch.from_numpy(columns).to(tensor.device))
