@@ -28,7 +28,7 @@ from softmeet.server.kinds import Kinds, prompts_together
 from softmeet.server.limits import Limits
 from softmeet.server.members import Members
 from softmeet.server.metrics import Metrics
-from softmeet.server.sampling import next_tokens
+from softmeet.server.sampling import next_scores, next_tokens
 from softmeet.server.sequences import Account, Event, Failed, Finished, Member, PromptScored, Sequence, Token, tokens_of
 from softmeet.server.tasks import SAVED, Task, Turns
 from softmeet.server.turns_at_lock import TURNS_AT_LOCK
@@ -328,8 +328,8 @@ class Batcher(threading.Thread):
             part = list(islice(rest, log_probs.shape[1]))
             self.metrics.passes.inc(solution.num_passes.sum().item())
             saved = self._gates.saved(part, solution, (task.suspended - suspended) / len(chunks))
-            scores = [s.sampler.scores(s.tokens, solution.log_probs[k]) for k, s in enumerate(part)]
-            drawn = next_tokens([s.sampler for s in part], torch.stack(scores))
+            samplers = [s.sampler for s in part]
+            drawn = next_tokens(samplers, next_scores(samplers, [s.tokens for s in part], solution.log_probs))
             for s, found in zip(part, tokens_of(part, solution, log_probs, drawn, saved), strict=True):
                 # A row within its tolerance may still have been polished, had there been time.
                 late = self._reproducible and task.expired

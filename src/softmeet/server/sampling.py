@@ -14,6 +14,7 @@ from softmeet.errors import SoftmeetError
 from softmeet.hf.byte_modeling import WholeCharacters
 from softmeet.hf.masking import Mask, Structured
 from softmeet.hf.sampling import draw, row_generator
+from softmeet.members.covers import END
 
 # Below this temperature the most probable token is taken: dividing by it could overflow fp32.
 _COLD = 1e-4
@@ -109,6 +110,7 @@ class Sampler:
         over_bytes: whether tokens are bytes, of which only those are drawn that continue the text as UTF-8.
 
     Attributes:
+        over_bytes: as given.
         greedy: whether the token with the largest score is taken instead of a draw.
         generator: the sequence's own random generator, on the CPU.
         error: why the text cannot go on, as its structure is too complex; None while it can.
@@ -118,9 +120,9 @@ class Sampler:
         self, sampling: Sampling, key: int, prompt_length: int, ends: Sequence[int] = (), *, over_bytes: bool = False
     ) -> None:
         s = sampling
-        self.greedy, self.generator = s.temperature < _COLD, row_generator(s.seed, key)
+        self.greedy, self.generator, self.over_bytes = s.temperature < _COLD, row_generator(s.seed, key), over_bytes
         self.error: SoftmeetError | None = None
-        found: list[tf.LogitsProcessor] = [WholeCharacters()] if over_bytes else []
+        found: list[tf.LogitsProcessor] = []
         if s.mask is not None:
             # Before truncation, which is to count only tokens that are allowed.
             found.append(Structured(s.mask, prompt_length))
@@ -136,16 +138,7 @@ class Sampler:
         self._processors = found if self.greedy else [*found, *_warpers(s)]
 
     def scores(self, tokens: Sequence[int], log_probs: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
-        """Return the next token's scores, (v,), whose softmax is the distribution to draw it from.
-
-        They are the log-probabilities in nats after penalties, biases, temperature and truncation, -inf for tokens that
-        are left out. Temperature and truncation are not applied if ``greedy``. If the text cannot go on, ``error`` is
-        set, and the log-probabilities are returned as they are.
-
-        Args:
-            tokens: the sequence's tokens so far, prompt included.
-            log_probs: the ensemble's log-probabilities of the next token, in nats.
-        """
+        """Return one row's scores, as :func:`next_scores` does, whether tokens are bytes or not."""
         if not self._processors:
             return log_probs
         ids = torch.tensor([tokens if self._reads_tokens else []], dtype=torch.int64, device=log_probs.device)
@@ -167,12 +160,33 @@ def _warpers(s: Sampling) -> list[tf.LogitsProcessor]:
     return found + ([tf.MinPLogitsWarper(s.min_p)] if s.min_p is not None else [])
 
 
+def next_scores(
+    samplers: Sequence[Sampler], texts: Sequence[Sequence[int]], log_probs: Float[Tensor, "B v"]
+) -> Float[Tensor, "B v"]:
+    """Return the next token's scores, whose softmax is the distribution to draw it from.
+
+    They are the log-probabilities in nats after penalties, biases, temperature and truncation, -inf for tokens that are
+    left out. Temperature and truncation are not applied if a sampler is ``greedy``. Where a text cannot go on, its
+    sampler's ``error`` is set, and the log-probabilities are returned as they are.
+
+    Args:
+        samplers: one per row, all over bytes or none.
+        texts: each row's tokens so far, prompt included, at least one.
+        log_probs: (B, v), the ensemble's log-probabilities of the next token, in nats.
+    """
+    if samplers[0].over_bytes:
+        last = torch.tensor([[END] * max(0, 3 - len(text)) + list(text[-3:]) for text in texts])
+        log_probs = WholeCharacters()(last, log_probs)
+    rows = zip(samplers, texts, log_probs, strict=True)
+    return torch.stack([sampler.scores(text, row) for sampler, text, row in rows])
+
+
 def next_tokens(samplers: Sequence[Sampler], scores: Float[Tensor, "B v"]) -> list[int]:
     """Draw one token per row, which depends on that row's scores and its sampler's generator alone.
 
     Args:
         samplers: one per row; a greedy one takes the token with the largest score.
-        scores: (B, v), the rows' scores, as :meth:`Sampler.scores` returns them. Generators of rows that are not greedy
+        scores: (B, v), the rows' scores, as :func:`next_scores` returns them. Generators of rows that are not greedy
             are advanced by one number.
 
     Returns:
