@@ -1,9 +1,9 @@
 """Tokens a second and time to first token at several numbers of streams: python benchmarks/serve.py
 
 The bundled wide family by `logit-mean` and by `meet`, and one of its members under `transformers serve`, with the same
-prompts in the same run, every server with one thread of torch. With `--family mixed` the pair over bytes, by its
-average: tokens are then bytes. Tokens a second of the server's own processor time are those of an idle core; times to
-the first token are the clock's.
+prompts in the same run, every server with one thread of torch. With `--family mixed`, or members of one's own (`-m`),
+over bytes and by the average: tokens are then bytes. Tokens a second of the server's own processor time are those of an
+idle core; times to the first token are the clock's.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from servers import PROMPTS, Server
 from softmeet.members import zoo
 
 MEMBER = "wide/gpt2"
+OVER_BYTES = 256  # the end of a text over bytes
 _SOME_TEXT = re.compile(rb'"text": ?"[^"]')
 
 
@@ -83,13 +84,23 @@ def spent(process: int | None) -> float:
     return 0.0 if process is None else float(sum(psutil.Process(process).cpu_times()[:2]))
 
 
-async def measure(url: str, streams: int, tokens: int, process: int | None = None, **more: Any) -> dict[str, Any]:
-    """All at once, until the last has ended; with the id of the server's process, also what its processor took."""
-    limits = httpx.Limits(max_connections=streams)
+async def measure(
+    url: str, streams: int, tokens: int, process: int | None = None, requests: int = 0, **more: Any
+) -> dict[str, Any]:
+    """Time some requests, so many streams at once, until the last has ended; by default one request for each stream.
+
+    With the id of the server's process, what its processor took is told as well.
+    """
+    limits, turns = httpx.Limits(max_connections=streams), asyncio.Semaphore(streams)
+
+    async def one(client: httpx.AsyncClient, k: int) -> tuple[float, int]:
+        async with turns:
+            return await stream(client, fields(k, tokens, **more))
+
     async with httpx.AsyncClient(base_url=url, timeout=1200, limits=limits) as client:
         await stream(client, fields(10_000, 2, **more))
         started, before = time.perf_counter(), spent(process)
-        runs = await asyncio.gather(*(stream(client, fields(k, tokens, **more)) for k in range(streams)))
+        runs = await asyncio.gather(*(one(client, k) for k in range(requests or streams)))
         taken, busy = time.perf_counter() - started, spent(process) - before
     waits, count = [first for first, _ in runs], sum(count for _, count in runs)
     own = {"tokens a second of its processor": count / busy} if process else {}
@@ -102,34 +113,63 @@ async def measure(url: str, streams: int, tokens: int, process: int | None = Non
     }
 
 
+def served(
+    names: list[str], numbers: list[int], lengths: dict[str, int], end: int, threads: int
+) -> list[dict[str, Any]]:
+    """Time a server of ours.
+
+    Args:
+        names: its ensembles or members, and other arguments of ``softmeet serve``.
+        numbers: of streams; over bytes, where texts differ in cost, the same requests are made with each.
+        lengths: the tokens of each answer by each rule.
+        end: the id of the token that is not to come.
+        threads: of torch.
+    """
+    server, rows = Server(*names, "--batch", str(max(numbers)), "--threads", str(threads)), []
+    try:
+        for rule, length in lengths.items():
+            for n in numbers:
+                more = {"softmeet": {"rule": rule}, "logit_bias": {str(end): -100}}
+                more["stream_options"] = {"include_usage": True}
+                same = max(numbers) if end == OVER_BYTES else 0
+                found = asyncio.run(measure(server.url, n, length, server.process.pid, same, **more))
+                flags = ["--reproducible"] if "--reproducible" in names else []
+                rows.append({"server": " ".join(["softmeet,", rule, *flags])} | found)
+    finally:
+        server.end()
+    return rows
+
+
 def main(
     counts: Annotated[str, typer.Option(help="Concurrent streams.")] = "1,8,32,64",
     tokens: Annotated[int, typer.Option(help="Of each answer.")] = 64,
     meet_tokens: Annotated[int, typer.Option(help="Of each answer by meet.")] = 16,
     family: Annotated[str, typer.Option(help="The bundled family: wide or mixed.")] = "wide",
+    member: Annotated[
+        list[str] | None,
+        typer.Option("--member", "-m", help="In place of a family, and of rivals: a model; repeat it; over bytes."),
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Of torch.")] = 1,
     rival: Annotated[bool, typer.Option(help="Also time transformers serve.")] = True,
     json_to: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
     """Print one table."""
-    rows: list[dict[str, Any]] = []
-    numbers = [int(x) for x in counts.split(",")]
-    os.environ["OMP_NUM_THREADS"] = "1"
-    for flags in ([], ["--reproducible"]):
-        server = Server(family, "--batch", str(max(numbers)), "--threads", "1", *flags)
-        try:
-            for rule in ("logit-mean",) if family == "mixed" else ("logit-mean", "meet"):
-                for n in numbers:
-                    more = {
-                        "softmeet": {"rule": rule},
-                        "stream_options": {"include_usage": True},
-                        "logit_bias": {"256" if family == "mixed" else "0": -100},
-                    }
-                    length = meet_tokens if rule == "meet" else tokens
-                    found = asyncio.run(measure(server.url, n, length, server.process.pid, **more))
-                    rows.append({"server": " ".join(["softmeet,", rule, *flags])} | found)
-        finally:
-            server.end()
-    if rival:
+    numbers, over_bytes = [int(x) for x in counts.split(",")], bool(member) or family == "mixed"
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    lengths, end = (
+        {"logit-mean": tokens} | ({} if over_bytes else {"meet": meet_tokens}),
+        OVER_BYTES if over_bytes else 0,
+    )
+    if member:
+        own = [part for one in member for part in ("-m", one)]
+        rows = served([*own, "--vocabulary", "bytes"], numbers, lengths, end, threads)
+    else:
+        rows = [
+            row
+            for flags in ([], ["--reproducible"])
+            for row in served([family, *flags], numbers, lengths, end, threads)
+        ]
+    if rival and not member:
         other = Rival()
         try:
             for n in numbers:

@@ -11,8 +11,8 @@ from softmeet.server.sequences import Sequence
 _DEAR = 0.02
 # Of how many kinds it is known how long a row takes.
 _KNOWN = 256
-# The most prompts over bytes that are run together.
-_PROMPTS = 8
+# The most bytes, summed over prompts, of several prompts over bytes that are run together.
+_BYTES = 2048
 
 
 class Kinds:
@@ -59,4 +59,9 @@ def prompts_together(new: list[Sequence], *, alone: bool) -> list[list[Sequence]
     for s in new:
         by_itself = alone or not s.combination.over_bytes or s.request.score_prompt
         groups[id(s) if by_itself else (s.combination, len(s.prompt).bit_length())].append(s)
-    return [own[k : k + _PROMPTS] for own in groups.values() for k in range(0, len(own), _PROMPTS)]
+    return [own[k : k + size] for own in groups.values() for size in [_fitting(own)] for k in range(0, len(own), size)]
+
+
+def _fitting(group: list[Sequence]) -> int:
+    """Return how many prompts of about one length are run together."""
+    return max(1, _BYTES // max(1, *(len(s.prompt) for s in group)))
