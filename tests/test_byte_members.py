@@ -241,6 +241,21 @@ def test_no_byte_is_ruled_out_by_what_is_dropped():
     assert Covers((heavy,)).prediction(spelling)[ord("z")] == 0
 
 
+def test_texts_that_part_keep_their_own_states():
+    """Two continuations of one reading, by turns: each says what it says alone, though both follow the same columns."""
+    member = member_of("gpt2")
+    (begun,) = member.advance([member.begin(b"")], [ord("t")])
+    texts, readings = [b"he then the", b"o other hot"], [begun, begun]
+    for symbols in zip(*texts, strict=True):
+        for k, symbol in enumerate(symbols):
+            (readings[k],) = member.advance([readings[k]], [symbol])
+    for text, reading in zip(texts, readings, strict=True):
+        alone = member.begin(b"")
+        for symbol in b"t" + text:
+            (alone,) = member.advance([alone], [symbol])
+        assert torch.allclose(member.log_probs([reading]), member.log_probs([alone]), atol=1e-10)
+
+
 def test_a_prompt_is_read_from_its_end():
     """The tokenizer's own tokens stand for what lies further back; what comes next is the same."""
     member = member_of("gpt2", Pruning(1e-4))

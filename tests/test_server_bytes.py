@@ -6,6 +6,7 @@ import json
 import math
 import re
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from softmeet.hf.byte_report import character_reports, own_tokens, shown_byte
 from softmeet.hf.sampling import RowSampler
 from softmeet.members.covers import END
 from softmeet.server.batcher import Batcher
+from softmeet.server.kinds import prompts_together
 from softmeet.server.limits import Limits
 from softmeet.server.metrics import Metrics
 
@@ -223,3 +225,16 @@ def test_a_conversation_has_no_tokens_that_members_share(url):
     assert answer.status_code == 400
     assert "every member has a chat prompt of its own" in answer.json()["error"]["message"]
     assert http.post(f"{url}/tokenize", json={"prompt": "\u00e9"}).json()["tokens"] == [195, 169]
+
+
+def test_short_prompts_are_read_together_and_long_ones_apart():
+    ours, asked = SimpleNamespace(over_bytes=True), SimpleNamespace(score_prompt=False)
+
+    def of(length, combination=ours):
+        return SimpleNamespace(combination=combination, prompt=[65] * length, request=asked)
+
+    for lengths, expected in (([40] * 32, [32]), ([600] * 8, [3, 3, 2]), ([5000] * 2, [1, 1]), ([40, 600, 41], [2, 1])):
+        groups = prompts_together([of(length) for length in lengths], alone=False)
+        assert [len(group) for group in groups] == expected
+    assert len(prompts_together([of(40, SimpleNamespace(over_bytes=False)) for _ in range(3)], alone=False)) == 3
+    assert len(prompts_together([of(40) for _ in range(3)], alone=True)) == 3
