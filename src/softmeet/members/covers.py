@@ -38,11 +38,11 @@ _ALIKE = 0.1
 # The least probability of a byte in an open cover's optimistic mass, ``most``, in case the closed covers are wrong.
 _GOOD = 0.2
 AnyCover = TypeVar("AnyCover", "Cover", "Open")
+_by_mass = attrgetter("mass")
 # Of covers with equally long rests, that of fewest tokens stands for all if it has this share of the heaviest's mass.
 _NOT_LIGHT = 0.05
 # A token is run before it is needed if it has this share of the probability of all tokens that begin with its bytes.
 _NOT_RARE = 0.02
-_by_mass = attrgetter("mass")
 # Share of all mass up to which a cover is dropped: a hundredth of what pruning estimates on average, or less.
 _LIGHT = 1e-5
 # If the sum of all masses, which falls with every byte, is below this, all are scaled to a sum of 1.
