@@ -332,13 +332,10 @@ def _kept(whole: Sequence[Cover], opened: Sequence[Open], pruning: Pruning) -> C
             f"following all tokenizations of a text, of which there are more than {_FOLLOWED:,} here, is for a few "
             "words: give a prune above 0, such as 0.01"
         )
-    before = total = _mass(kept) + _mass(light)
-    if pruning.covers is None:
-        light.sort(key=_by_mass, reverse=True)
-    else:
-        kept = _heaviest(kept, pruning.covers, _LIGHT * before)
-        light = _heaviest(light, pruning.covers, _LIGHT * before)
-        total = _mass(kept) + _mass(light)
+    before = _mass(kept) + _mass(light)
+    count, least = (_FOLLOWED, 0.0) if pruning.covers is None else (pruning.covers, _LIGHT * before)
+    kept, light = _heaviest(kept, count, least), _heaviest(light, count, least)
+    total = _mass(kept) + _mass(light)
     if not total:
         return Covers(())
     dropped = 1 - total / before
