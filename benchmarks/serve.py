@@ -156,10 +156,8 @@ def main(
     """Print one table."""
     numbers, over_bytes = [int(x) for x in counts.split(",")], bool(member) or family == "mixed"
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    lengths, end = (
-        {"logit-mean": tokens} | ({} if over_bytes else {"meet": meet_tokens}),
-        OVER_BYTES if over_bytes else 0,
-    )
+    lengths = {"logit-mean": tokens} if over_bytes else {"logit-mean": tokens, "meet": meet_tokens}
+    end = OVER_BYTES if over_bytes else 0
     if member:
         own = [part for one in member for part in ("-m", one)]
         rows = served([*own, "--vocabulary", "bytes"], numbers, lengths, end, threads)

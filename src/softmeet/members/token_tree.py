@@ -136,16 +136,22 @@ class _Row(NamedTuple):
     Attributes:
         growth: the tree, and all chains that are added to it.
         columns: those of the tree that the row has.
-        length: how many these are.
         chains: for each of the row's chains, (the places of the tokens before it among these columns; its tokens).
-        new: the number of tokens of all its chains.
     """
 
     growth: Growth
     columns: Columns
-    length: int
     chains: list[tuple[Path, list[int]]]
-    new: int
+
+    @property
+    def length(self) -> int:
+        """The number of the tree's columns that the row has."""
+        return self.columns if isinstance(self.columns, int) else len(self.columns)
+
+    @property
+    def new(self) -> int:
+        """The number of tokens of all its chains."""
+        return sum(len(tokens) for _, tokens in self.chains)
 
 
 def _rows(growths: Sequence[Growth]) -> list[_Row]:
@@ -156,17 +162,8 @@ def _rows(growths: Sequence[Growth]) -> list[_Row]:
     """
     pairs = [(growth, path, own) for growth in growths for path, own in zip(growth.paths, growth.tokens, strict=True)]
     if len(growths) > 1 and sum(len(path) for _, path, _ in pairs) <= sum(growth.tree.columns for growth in growths):
-        return [_Row(growth, path, len(path), [(np.arange(len(path)), own)], len(own)) for growth, path, own in pairs]
-    return [
-        _Row(
-            growth,
-            growth.tree.columns,
-            growth.tree.columns,
-            list(zip(growth.paths, growth.tokens, strict=True)),
-            sum(map(len, growth.tokens)),
-        )
-        for growth in growths
-    ]
+        return [_Row(growth, path, [(np.arange(len(path)), own)]) for growth, path, own in pairs]
+    return [_Row(one, one.tree.columns, list(zip(one.paths, one.tokens, strict=True))) for one in growths]
 
 
 def _chains(rows: Sequence[_Row], before: int, new: int) -> tuple[Ids, Ids, Allowed]:

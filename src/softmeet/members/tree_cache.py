@@ -41,12 +41,12 @@ class Store:
     def __init__(self, states: States) -> None:
         self.tensors, self._used = states, states[0].shape[2]
 
-    def copy(self, group: int, columns: Columns, into: Tensor) -> None:
-        """Copy columns of one of the tensors, of which ``group`` is the number."""
+    def copy(self, group: int, columns: int | Tensor, into: Tensor) -> None:
+        """Copy columns of one of the tensors, of which ``group`` is the number: the first so many, or those listed."""
         if isinstance(columns, int):
             into.copy_(self.tensors[group][:, :, :columns])
         else:
-            torch.index_select(self.tensors[group], 2, torch.from_numpy(columns).to(into.device), out=into)
+            torch.index_select(self.tensors[group], 2, columns, out=into)
 
     def followed(self, columns: int, new: States) -> Store:
         """Return a store with the first ``columns`` columns of this one, and ``new`` ones behind them.
@@ -109,7 +109,8 @@ class SideBySide:
     Rows of fewer columns are aligned at the right, with zeros at the left.
 
     Args:
-        rows: for each row, (the store of its tree; None for a tree without tokens; the columns).
+        rows: for each row, (the store of its tree; None for a tree without tokens; the columns, listed for all rows or
+            for none).
         layout: of the stores' tensors; none if no row has a store.
         new: the number of new columns of each row.
         model: the member, whose cache holds keys and values alone.
@@ -134,7 +135,12 @@ class SideBySide:
             whole = like.new_empty(parts, len(rows), heads, self.before + new, width)
             # Columns that are masked get weight 0, but 0 · NaN is NaN.
             whole[:, :, :, : self.before - min(lengths)] = 0
-            for row, ((store, columns), length) in enumerate(zip(rows, lengths, strict=True)):
+            taken: Sequence[int | Tensor] = lengths
+            if not isinstance(rows[0][1], int):
+                # One transfer to the device for all rows.
+                listed = np.concatenate([np.asarray(columns) for _, columns in rows])
+                taken = torch.from_numpy(listed).to(like.device).split(lengths)
+            for row, ((store, _), columns, length) in enumerate(zip(rows, taken, lengths, strict=True)):
                 if store is not None:
                     store.copy(group, columns, whole[:, row, :, self.before - length : self.before])
             self._whole.append(whole)
