@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 
 from softmeet.errors import InvalidInputError
 from softmeet.norms import FinalNorm
-from softmeet.simplex import log_normalize
+from softmeet.simplex import capped, log_normalize
 
 # Elements of a block when it has to be cast: 4 MiB in fp32, about a core's share of cache.
 _BLOCK_ELEMENTS = 1 << 20
@@ -98,6 +98,16 @@ class SoftmaxHead:
         if not (self.norm is None or isinstance(self.norm, FinalNorm)):
             raise InvalidInputError(f"a head's norm is a FinalNorm or None, got {type(self.norm).__name__}")
 
+    @property
+    def device(self) -> torch.device:
+        """The device on which logits are computed, the weight's."""
+        return self.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weight."""
+        return self.weight.dtype
+
     def blocks(self, dtype: torch.dtype, *, cut: bool = False) -> Iterator[tuple[slice, Float[Tensor, "b d"]]]:
         """Yield (slice of tokens, W of these tokens in ``dtype``) for the whole head, a block at a time.
 
@@ -151,11 +161,7 @@ class SoftmaxHead:
         out = self.scores(hidden.reshape(-1, self.d).to(dtype))
         if self.bias is not None:
             out = out + self.bias.to(dtype)
-        # A product with 1 would cost a pass over the vocabulary for every position.
-        out = out if self.scale == 1 else out * self.scale
-        if self.soft_cap is not None:
-            out = self.soft_cap * torch.tanh(out / self.soft_cap)
-        return out.reshape(*hidden.shape[:-1], self.v)
+        return capped(out, self.scale, self.soft_cap).reshape(*hidden.shape[:-1], self.v)
 
     def log_probs(self, hidden: Float[Tensor, "*b d"]) -> Float[Tensor, "*b v"]:
         """Return the log-softmax of :meth:`logits` at the last hidden states, in nats, in the dtype of the logits.

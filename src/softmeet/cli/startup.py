@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -32,15 +33,27 @@ def quick_imports() -> Iterator[None]:
 
     transformers reads the folder of all its models twice, since it remembers what it has read under two names of that
     folder: here under one. It imports scipy.optimize, where that is installed, for losses of object detection: here it
-    does not. Both are as before at the end; a version of transformers without such functions is left alone.
+    does not. All is as before at the end; a version of transformers without such functions is left alone. Warnings of
+    torchao, which transformers imports where that is installed, about kernels for other machines are not logged.
     """
     from transformers import utils
     from transformers.utils import import_utils
 
     read = getattr(import_utils, _READ, None)
     once = nullcontext() if read is None else patch.object(import_utils, _READ, lambda path: read(_folder(Path(path))))
-    with once, patch.object(utils, "is_scipy_available", lambda: False, create=True):
+    with once, patch.object(utils, "is_scipy_available", lambda: False, create=True), _without_warnings():
         yield
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Enter a context in which nothing below an error is logged."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _folder(path: Path) -> Path:

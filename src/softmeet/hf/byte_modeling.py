@@ -32,6 +32,7 @@ from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.hf.vocabulary import require_for_bytes
 from softmeet.members.byte_member import ByteMember
 from softmeet.members.covers import END, SYMBOLS, Pruning
+from softmeet.members.opaque import Head
 from softmeet.members.reading import Work
 from softmeet.members.spelling import Spelling
 from softmeet.members.vocabulary import CommonVocabulary
@@ -62,8 +63,8 @@ def assemble(
         tokenizers: the members' tokenizers, for their chat templates.
 
     Raises:
-        UnsupportedHeadError: if a member's output layer is not a plain softmax head; or, over bytes, the rule needs the
-            members' softmax matrices, as ``meet`` does.
+        UnsupportedHeadError: if the rule needs the members' softmax matrices, as ``meet`` does, and a member's cannot
+            be read, or the ensemble is over bytes.
         VocabularyMismatchError: if a member's head has no logit for one of the common tokens.
     """
     model: EnsembleForCausalLM
@@ -117,7 +118,7 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
             weights.
 
     Raises:
-        UnsupportedHeadError: if the rule needs softmax matrices, or a member's output layer is no plain softmax head.
+        UnsupportedHeadError: if the rule needs softmax matrices.
         InvalidInputError: if ``readers`` is None and ``config`` describes an ensemble over tokens.
         CheckpointError: if ``readers`` is None and a member's configuration or tokenizer cannot be read.
         VocabularyMismatchError: if ``readers`` is None and a member's tokenizer cannot be used over bytes.
@@ -140,7 +141,7 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
         self.tokenizer = byte_tokenizer()
 
     @property
-    def member_heads(self) -> list[SoftmaxHead]:
+    def member_heads(self) -> list[Head]:
         """The members' own output layers, each over the member's own tokens, in the members' order."""
         return [reader.head for reader in self.readers]
 

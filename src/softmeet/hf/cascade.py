@@ -14,9 +14,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softmeet.heads import SoftmaxHead
 from softmeet.hf.cache import Lagging
 from softmeet.hf.combining import Combiner, Deferral
+from softmeet.members.opaque import Head
 from softmeet.rules.gates import Unsure
 
 
@@ -68,8 +68,12 @@ def run_others(
         deferral.rows = deferral.rows & there.flatten().to(deferral.rows.device)
         rows = deferral.rows.view(first.shape[:2]).any(-1).nonzero().squeeze(-1).cpu()
 
+    newest = isinstance(kept, slice) and kept.start == -1
+
     def hidden(i: int) -> Float[Tensor, "B k _"]:
-        states = lagging[i - 1].run(members[i], rows)
+        states = lagging[i - 1].run(members[i], rows, newest=newest)
+        if newest:
+            return _spread_over_rows(states, combiner.heads[i], rows, real[:, kept], first.dtype)
         return _spread_over_rows(states, combiner.heads[i], rows, real, first.dtype)[:, kept]
 
     others = each(hidden, range(1, len(members)))
@@ -80,7 +84,7 @@ def run_others(
 
 def _spread_over_rows(
     states: Sequence[Float[Tensor, "_ d"]],
-    head: SoftmaxHead,
+    head: Head,
     rows: Int[Tensor, " r"],
     real: Bool[Tensor, "B t"],
     dtype: torch.dtype,
@@ -94,7 +98,7 @@ def _spread_over_rows(
         real: (B, t), True at new tokens and False at padding.
         dtype: of the result if ``rows`` is empty; else it is that of ``states``.
     """
-    out = torch.zeros(*real.shape, head.d, dtype=states[0].dtype if states else dtype, device=head.weight.device)
+    out = torch.zeros(*real.shape, head.d, dtype=states[0].dtype if states else dtype, device=head.device)
     for row, own in zip(rows.tolist(), states, strict=True):
         columns = real[row].nonzero().squeeze(-1)
         out[row, columns.to(out.device)] = own[len(own) - len(columns) :].to(out.device)

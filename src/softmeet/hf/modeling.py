@@ -23,9 +23,11 @@ from softmeet.hf.cascade import run_others
 from softmeet.hf.combining import Combiner, Deferral
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.refused import refuse, refuse_other_caches
+from softmeet.hf.unread import require_read
 from softmeet.hf.vocabulary import require_for_bytes
 from softmeet.members.heads import head_of, replace_weight
 from softmeet.members.huggingface import Dtype, last_hidden, require_cache
+from softmeet.members.opaque import Head
 from softmeet.members.placement import Device, each_in_a_thread, whereabouts
 from softmeet.members.reading import Work
 from softmeet.members.vocabulary import CommonVocabulary, token_ids, token_support
@@ -50,7 +52,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         support: (v,) bool, True for the ids that are tokens, for heads with padding rows; None if all ids are tokens.
 
     Raises:
-        UnsupportedHeadError: if a member's output layer is not a plain softmax head.
+        UnsupportedHeadError: if the rule reads heads, and a member's cannot be read.
         CheckpointError: if ``members`` is None and a member's configuration or tokenizer cannot be read.
         VocabularyMismatchError: if ``members`` is None and the members' tokenizers differ.
         InvalidInputError: if ``members`` is None and ``config`` describes an ensemble over bytes.
@@ -74,10 +76,12 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         common = None
         if members is None:
             members, common = checkpoint.random_members(config, over_bytes=False)
-        config.adopt_limits(members)
+        heads = [head_of(member) for member in members]
+        config.adopt_limits(members, max(head.v for head in heads))
         super().__init__(config)
         self.members = nn.ModuleList(members)
-        self.combiner = Combiner(config.members, [head_of(member) for member in members], support)
+        self.combiner = Combiner(config.members, heads, support)
+        self.require(config.settings)
         self.tokenizer: PreTrainedTokenizerBase | None = None
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(self.generation_config, key, getattr(members[0].generation_config, key))
@@ -157,7 +161,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         members, caches = self.members, [None] * len(self.members) if cache is None else cache.members
 
         def hidden(i: int) -> Float[Tensor, "B k _"]:
-            return last_hidden(members[i], input_ids, cache=caches[i], **shared)[:, kept]
+            return last_hidden(members[i], input_ids, kept, cache=caches[i], **shared)
 
         if unsure is None and not (cache is not None and cache.lagging):
             return self.each(hidden, range(len(members))), None
@@ -249,18 +253,18 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def heads(self) -> list[SoftmaxHead]:
-        """The heads that the rule is given, one per member: its output layer; over bytes, one column of zeros."""
-        return self.combiner.heads
+        """The heads that the rule is given: output layers; a column of zeros for one that cannot be read, or bytes."""
+        return self.combiner.given
 
     @property
-    def member_heads(self) -> list[SoftmaxHead]:
-        """The members' own output layers, in order; over tokens the same as :attr:`heads`."""
-        return self.heads
+    def member_heads(self) -> list[Head]:
+        """The members' own output layers, in order, whether they can be read or not."""
+        return self.combiner.heads
 
     @property
     def widths(self) -> list[int]:
         """The number of columns of each member's :meth:`hidden_states`: over tokens, the width d_i of its head."""
-        return [head.d for head in self.heads]
+        return [head.d for head in self.member_heads]
 
     @property
     def window(self) -> int:
@@ -277,22 +281,21 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         return hidden.new_zeros(0, 3)
 
     def require(self, settings: Settings) -> None:
-        """Raise the errors of :func:`require_for_bytes` if the ensemble is over bytes; do nothing over tokens."""
+        """Raise the errors of :func:`require_for_bytes` over bytes, those of :func:`require_read` over tokens."""
         if self.over_bytes:
-            require_for_bytes(settings)
+            return require_for_bytes(settings)
+        return require_read(settings, self.config.members, self.member_heads)
 
     def require_tokens(self, what: str) -> None:
         """Raise InvalidInputError if the ensemble is over bytes; the message names ``what``, such as "evaluation"."""
         if self.over_bytes:
-            raise InvalidInputError(
-                f"{what} does not take ensembles over bytes: load members that share a tokenizer, with "
-                "vocabulary='tokens'"
-            )
+            advice = "load members that share a tokenizer, with vocabulary='tokens'"
+            raise InvalidInputError(f"{what} does not take ensembles over bytes: {advice}")
 
     @property
     def device(self) -> torch.device:
         """The device on which distributions are combined: that of the first member's head."""
-        return self.combiner.heads[0].weight.device
+        return self.combiner.heads[0].device
 
     @cached_property
     def apart(self) -> bool:
@@ -317,7 +320,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
     def find_heads_again(self) -> None:
         """Take the heads anew from the members' weights; call it after single members were moved or cast."""
         self.__dict__.pop("apart", None)
-        heads = [replace_weight(head, member) for head, member in zip(self.heads, self.members, strict=True)]
+        heads = [replace_weight(head, member) for head, member in zip(self.member_heads, self.members, strict=True)]
         self.combiner = Combiner(self.config.members, heads, self.combiner.support)
 
     def adopt(self, tokenizer: PreTrainedTokenizerBase, ids: frozenset[int] | None = None) -> None:
@@ -389,8 +392,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             InvalidInputError: if a member is a local folder, which nobody else could load.
         """
-        local = [name for name in self.config.members if Path(name).exists()]
-        if local:
+        if local := [name for name in self.config.members if Path(name).exists()]:
             raise InvalidInputError(
                 f"expected members on the hub, got local folders {local}: push them first, then build the ensemble "
                 "from their hub ids"

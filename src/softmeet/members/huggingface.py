@@ -19,9 +19,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from softmeet.errors import CheckpointError, InvalidInputError
 from softmeet.members import names as known
 from softmeet.members import refused, zoo
-from softmeet.members.placement import Device, device_map_of, home, main_device, require_device, without_head
+from softmeet.members.placement import (
+    Device,
+    body,
+    computes_on_cpu,
+    device_map_of,
+    gives_logits,
+    head_device,
+    home,
+    require_device,
+)
+from softmeet.members.quantized import method_of_head
 
 Dtype = torch.dtype | str | None
+_ALL = slice(None)
 # Those in which torch computes what a causal language model needs.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -34,6 +45,7 @@ def load_members(
     trust_remote_code: bool = False,
     offload_folder: str | Path | None = None,
     on_progress: Callable[[str], None] = lambda name: None,
+    on_loaded: Callable[[str, PreTrainedModel], None] = lambda name, model: None,
     loaded: dict[Any, PreTrainedModel] | None = None,
 ) -> list[PreTrainedModel]:
     """Load models in the order of their names, in evaluation mode; a bundled family's name stands for all its members.
@@ -50,6 +62,7 @@ def load_members(
         offload_folder: a folder for weights that are offloaded to disk and cannot be read from the checkpoint's files.
         on_progress: called in this thread with each single member's name before it is loaded; not called for members
             taken from ``loaded``.
+        on_loaded: called with each member's name and model before the next one is loaded; what it raises ends loading.
         loaded: a dict, at first empty, to pass to several calls: members found in it are used instead of being loaded
             again, and new ones are added, under keys of this function's own. None to load each name anew, even one that
             occurs twice.
@@ -70,6 +83,7 @@ def load_members(
             on_progress(name)
             folder = None if offload_folder is None else Path(offload_folder) / str(len(members))
             shared[key] = _load(name, own_dtype, own_device, trust_remote_code, folder)
+        on_loaded(name, shared[key])
         members.append(shared[key])
     return members
 
@@ -80,7 +94,7 @@ def require_loadable(
     dtype: Dtype | Sequence[Dtype] = None,
     device: Device | Sequence[Device] = None,
     trust_remote_code: bool = False,
-) -> None:
+) -> dict[str, str]:
     """Check all that can be wrong with members before a tokenizer or weights are read: places, names, configurations.
 
     Args:
@@ -88,6 +102,9 @@ def require_loadable(
         dtype: of the members, as it takes them.
         device: of the members, as it takes them.
         trust_remote_code: run code that comes with a checkpoint.
+
+    Returns:
+        For each member whose configuration says that its head is quantised, by its name, the method, such as "gptq".
 
     Raises:
         InvalidInputError: if there is no name, a dtype or device is unknown or not on this machine, there is neither
@@ -100,12 +117,16 @@ def require_loadable(
     for own_dtype, own_device in zip(dtypes, devices, strict=True):
         require_device(own_device)
         dtype_of(own_dtype, own_device)
+    quantised = {}
     for name in dict.fromkeys(expanded):
         where = _checkpoint_of(name, trust_remote_code)
         if "gguf_file" not in where:  # of which reading the configuration alone takes as long as reading all
             with refused.named_in_errors(name, where):
                 config = transformers.AutoConfig.from_pretrained(**where)
             refused.require_causal(name, config, remote=trust_remote_code)
+            if (method := method_of_head(config)) is not None:
+                quantised[name] = method
+    return quantised
 
 
 def _expanded(names: Sequence[str | Path]) -> list[str]:
@@ -165,20 +186,30 @@ def random_member(
         return transformers.AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=trust_remote_code)
 
 
-def last_hidden(model: PreTrainedModel, input_ids: Int[Tensor, "B t"], **options: Any) -> Float[Tensor, "B t d"]:
+def last_hidden(
+    model: PreTrainedModel, input_ids: Int[Tensor, "B t"], kept: slice | Int[Tensor, " k"] = _ALL, **options: Any
+) -> Float[Tensor, "B k d"]:
     """Run a model without its head, and return the last hidden states, the head's input, on the head's device.
+
+    Of a model whose head is unknown (:func:`softmeet.members.heads.head_of`) its own logits are returned instead, and
+    computed at the kept positions alone, if its ``forward`` takes ``logits_to_keep``.
 
     Args:
         model: a causal LM of transformers.
         input_ids: token ids, on any device.
+        kept: the k positions whose states are returned: all, the last few as ``slice(-k, None)``, or indices.
         options: keyword arguments of the base model's ``forward``, tensors on any device; a cache among them, which
             the model has to take (:func:`require_cache`), is extended in place.
     """
-    base: Any = without_head(model)
-    place, head = home(model), model.get_output_embeddings().weight
+    run: Any = body(model)
+    place, whole = home(model), gives_logits(model)
     moved = {k: x.to(place) if isinstance(x, Tensor) else x for k, x in options.items()}
-    hidden: Tensor = base(input_ids=input_ids.to(place), **moved).last_hidden_state
-    return hidden.to(place if head.is_meta else head.device)
+    if whole and kept is not _ALL and "logits_to_keep" in signature(run.forward).parameters:
+        moved["logits_to_keep"] = -(kept.start or 0) if isinstance(kept, slice) else kept.to(place)
+        kept = _ALL
+    out = run(input_ids=input_ids.to(place), **moved)
+    hidden: Tensor = out.logits if whole else out.last_hidden_state
+    return hidden.to(head_device(model))[:, kept]
 
 
 def require_cache(model: PreTrainedModel) -> PreTrainedModel:
@@ -187,7 +218,7 @@ def require_cache(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         InvalidInputError: if it does not take one.
     """
-    parameters = signature(without_head(model).forward).parameters
+    parameters = signature(body(model).forward).parameters
     # Those that hand everything on to another module name nothing.
     if "cache" not in parameters and "input_ids" in parameters:
         raise InvalidInputError(
@@ -235,12 +266,7 @@ def dtype_of(dtype: Dtype, device: Device) -> torch.dtype | str:
                 f"{str(dtype).removeprefix('torch.')!r}"
             )
         return found
-    spread = device_map_of(device)
-    if isinstance(spread, dict):
-        on_cpu = main_device(spread).type == "cpu"
-    else:
-        on_cpu = not torch.cuda.is_available() if spread else _one(device).type == "cpu"
-    return torch.float32 if on_cpu else "auto"
+    return torch.float32 if computes_on_cpu(device) else "auto"
 
 
 def _one(device: Any) -> torch.device:

@@ -242,13 +242,16 @@ class MemberBatch:
             pause: called between the pieces of many tokens.
 
         Returns:
-            for each sequence the last hidden states at the t tokens that were run, (t, d).
+            for each sequence the last hidden states at the t tokens that were run, (t, d); without ``every``, perhaps
+            at the newest alone.
         """
         begun = [self._begun(s, s.trails[i], every=every) for s, i in sequences]
-        done, hidden = catch_up(self.member, begun, piece=_PIECE, between=pause)
-        for (s, i), new, states in zip(sequences, done, hidden, strict=True):
-            if not s.trails[i].run and states.isfinite().all():
-                self._prefixes.keep(s.prompt, new.shorter(s.drawn).states)
+        done, hidden = catch_up(self.member, begun, piece=_PIECE, between=pause, newest=not every)
+        for (s, i), old, new, states in zip(sequences, begun, done, hidden, strict=True):
+            if not s.trails[i].run:
+                s.reused[i] = old.run
+                if states.isfinite().all():
+                    self._prefixes.keep(s.prompt, new.shorter(s.drawn).states)
             s.trails[i] = new
         return hidden
 
