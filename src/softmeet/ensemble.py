@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -26,8 +26,10 @@ from softmeet.hf.vocabulary import choose_vocabulary, require_for_bytes, require
 from softmeet.members import names as known
 from softmeet.members import zoo
 from softmeet.members.huggingface import Dtype, load_members, load_tokenizers, require_loadable
+from softmeet.members.member import Member
 from softmeet.members.placement import Device
 from softmeet.members.weighting import perplexity_weights
+from softmeet.members.zoo import Named
 from softmeet.rules.base import Rule
 from softmeet.rules.settings import Settings, parse_rule
 from softmeet.rules.signatures import takes_settings
@@ -35,10 +37,12 @@ from softmeet.rules.signatures import takes_settings
 
 def _saved_config(name: Any) -> EnsembleConfig | None:
     """Read the configuration of a saved ensemble; return None if ``name`` is not the name of one."""
-    plain = isinstance(name, str | Path) and Path(name).suffix != ".gguf"
-    if not plain or list(map(zoo.locate, zoo.expand(name))) != [str(name)]:
+    if not isinstance(name, str | Path | Member):
         return None
-    where = known.find(str(name))
+    member = Member.of(name)
+    if set(member.changes()) - {"revision"} or member.source.endswith(".gguf") or _is_bundled(member):
+        return None
+    where = known.find(member)
     try:
         found = EnsembleConfig.get_config_dict(where.pop("pretrained_model_name_or_path"), **where)[0]
     except (OSError, ValueError):
@@ -46,8 +50,12 @@ def _saved_config(name: Any) -> EnsembleConfig | None:
     return EnsembleConfig.from_dict(found) if found.get("model_type") == EnsembleConfig.model_type else None
 
 
-def member_names(members: Sequence[str | Path] | str | Path) -> list[str]:
-    """Return the members' names, in order, of a saved ensemble, a bundled family such as ``wide``, or a list of names.
+def _is_bundled(member: Member) -> bool:
+    return zoo.expand(member) != [str(member)] or zoo.locate(member.source) != member.source
+
+
+def member_names(members: Sequence[Named] | Named) -> list[str]:
+    """Return the members, in order, each as a line of text: of a saved ensemble, a family, or a list of names.
 
     Raises:
         CheckpointError: if a saved ensemble names a member that does not exist, or there is nothing of one given name.
@@ -55,7 +63,8 @@ def member_names(members: Sequence[str | Path] | str | Path) -> list[str]:
     saved = _saved_config(members)
     if saved is not None:
         return absolute(saved.members, Path(str(members)))
-    named = list(members) if isinstance(members, Iterable) and not isinstance(members, str) else [members]
+    several = isinstance(members, Iterable) and not isinstance(members, str | Mapping)
+    named: list[Any] = list(members) if several else [members]  # type: ignore[arg-type]
     return [name for entry in named for name in zoo.expand(entry)]
 
 
@@ -85,7 +94,7 @@ class Ensemble:
     @takes_settings
     def from_pretrained(
         cls,
-        members: Sequence[str | Path] | str | Path = zoo.DEFAULT,
+        members: Sequence[Named] | Named = zoo.DEFAULT,
         rule: str | Rule | None = None,
         *,
         dtype: Dtype | Sequence[Dtype] = None,
@@ -104,7 +113,8 @@ class Ensemble:
         An argument of None means the default for a new ensemble, and the saved value for a saved one.
 
         Args:
-            members: hub ids (``org/model@revision``), folders, ``.gguf`` files or bundled names, or one saved ensemble.
+            members: hub ids (``org/model@revision``), folders, ``.gguf`` files or bundled names, each maybe with an
+                adapter, a prompt and so on behind it, or as a :class:`softmeet.Member`; or one saved ensemble.
             rule: a name, with options as in ``"meet:trust=1/0.3"``, or an instance of :class:`softmeet.Rule`; ``meet``
                 by default.
             dtype: None for fp32 on CPU and the checkpoint's own dtype elsewhere; one for all members or one each.

@@ -26,6 +26,7 @@ from softmeet.hf.refused import refuse, refuse_other_caches
 from softmeet.hf.vocabulary import require_for_bytes
 from softmeet.members.heads import head_of, replace_weight
 from softmeet.members.huggingface import Dtype, last_hidden, require_cache
+from softmeet.members.member import Member
 from softmeet.members.placement import Device, each_in_a_thread, whereabouts
 from softmeet.members.reading import Work
 from softmeet.members.vocabulary import CommonVocabulary, token_ids, token_support
@@ -389,7 +390,8 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             InvalidInputError: if a member is a local folder, which nobody else could load.
         """
-        local = [name for name in self.config.members if Path(name).exists()]
+        parts = [own for name in self.config.members for own in Member.parse(name).places]
+        local = [name for name in parts if Path(name).exists()]
         if local:
             raise InvalidInputError(
                 f"expected members on the hub, got local folders {local}: push them first, then build the ensemble "

@@ -15,7 +15,8 @@ from softmeet.errors import InvalidInputError, SoftmeetError, UnsupportedHeadErr
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
 from softmeet.hf.calibrated import moves_pool, resolved
 from softmeet.hf.chat import chat_of
-from softmeet.members.zoo import DEFAULT, short
+from softmeet.members.member import short
+from softmeet.members.zoo import DEFAULT
 from softmeet.rules.gates import Disagreement, that_closes
 from softmeet.rules.settings import Settings, parse_rule
 from softmeet.server.errors import RequestError, absent

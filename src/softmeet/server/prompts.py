@@ -8,7 +8,7 @@ from typing import Any
 from softmeet.errors import InvalidInputError
 from softmeet.hf.chat import chat_of
 from softmeet.members.covers import END
-from softmeet.members.zoo import short
+from softmeet.members.member import short
 from softmeet.server.ensembles import Served
 from softmeet.server.errors import RequestError
 from softmeet.server.schemas import CompletionRequest, Generation

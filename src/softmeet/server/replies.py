@@ -16,7 +16,7 @@ from softmeet.errors import SoftmeetError
 from softmeet.hf.chat import chat_of
 from softmeet.members.byte_member import ByteMember
 from softmeet.members.covers import END
-from softmeet.members.zoo import short
+from softmeet.members.member import short
 from softmeet.server.answer import ChoiceDelta
 from softmeet.server.errors import described
 from softmeet.server.schemas import CompletionRequest, Generation

@@ -28,10 +28,10 @@ from softmeet.server.sampling import Sampler, Sampling
 from softmeet.solvers.base import Status
 
 # What the batcher runs: a model over tokens, or one that is read byte by byte.
-Member: TypeAlias = PreTrainedModel | ByteMember
+Runnable: TypeAlias = PreTrainedModel | ByteMember
 
 
-def members_of(model: EnsembleForCausalLM) -> list[Member]:
+def members_of(model: EnsembleForCausalLM) -> list[Runnable]:
     """Return what the batcher runs for an ensemble: its members' models, or over bytes the readers of these."""
     return list(model.readers if isinstance(model, ByteEnsembleForCausalLM) else model.members)
 
@@ -75,7 +75,7 @@ class Combination:
         return self.model.over_bytes
 
     @property
-    def members(self) -> list[Member]:
+    def members(self) -> list[Runnable]:
         """The ensemble's members, in order."""
         return members_of(self.model)
 
@@ -314,7 +314,7 @@ class Sequence:
         self.account = request.account
         self.last: float | None = None
         self.tokens = list(prompt)
-        self.members: list[Member] = self.combination.members
+        self.members: list[Runnable] = self.combination.members
         self.trails: list[Any] = [PartialCache() for _ in self.members]
         self.ahead: list[Float[Tensor, "1 _"]] = []
         self.asked: Deferral | None = None
