@@ -17,7 +17,7 @@ from softmeet.hf.chat import Messages, is_chat
 from softmeet.hf.checkpoint import absolute
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.modeling import EnsembleForCausalLM
-from softmeet.hf.prompts import Prompt, encoded
+from softmeet.hf.prompts import Prompt, encoded, states_behind
 from softmeet.hf.recorder import Recorder
 from softmeet.hf.report import NextToken, TokenReport, TokenReports
 from softmeet.hf.sampling import RowSampler, require_reproducible
@@ -195,7 +195,8 @@ class Ensemble:
             >>> [(token, round(probability, 2)) for token, probability in found.top]
             [(' of', 0.26), (',', 0.14)]
         """
-        hidden = [h[-1:] for h in self.model.hidden_states(encoded(self.model, self.tokenizer, [text])["input_ids"])]
+        inputs = encoded(self.model, self.tokenizer, [text])
+        hidden = states_behind(self.model, inputs)
         log_probs, solution = self.model.combiner.solve_rows(hidden, resolved(self.model, self.model.settings))
         members = {name: self._top(own[0], top) for name, own in zip(self.names, log_probs, strict=True)}
         return NextToken(self._top(solution.log_probs[0], top), members, solution)

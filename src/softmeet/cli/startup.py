@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
 _READ = "create_import_structure_from_path"
+_TALKATIVE = ("torchao", "torch.utils._pytree", "bitsandbytes")
 
 
 @contextmanager
@@ -32,8 +34,11 @@ def quick_imports() -> Iterator[None]:
 
     transformers reads the folder of all its models twice, since it remembers what it has read under two names of that
     folder: here under one. It imports scipy.optimize, where that is installed, for losses of object detection: here it
-    does not. Both are as before at the end; a version of transformers without such functions is left alone.
+    does not. Both are as before at the end; a version of transformers without such functions is left alone. Packages
+    that transformers imports where they are installed say nothing of kernels that they have for other machines.
     """
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     from transformers import utils
     from transformers.utils import import_utils
 

@@ -32,6 +32,9 @@ from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.hf.vocabulary import require_for_bytes
 from softmeet.members.byte_member import ByteMember
 from softmeet.members.covers import END, SYMBOLS, Pruning
+from softmeet.members.huggingface import load_tokenizers
+from softmeet.members.member import Member
+from softmeet.members.prompting import prefix_of
 from softmeet.members.reading import Work
 from softmeet.members.spelling import Spelling
 from softmeet.members.vocabulary import CommonVocabulary
@@ -71,18 +74,22 @@ def assemble(
         model = EnsembleForCausalLM(config, models)
         model.adopt(vocabulary.tokenizer, vocabulary.ids)
     else:
-        model = ByteEnsembleForCausalLM(config, _readers(config, models, vocabulary))
+        model = ByteEnsembleForCausalLM(config, _readers(config, models, vocabulary, tokenizers))
     model.chat = ChatTemplates(config.members, tokenizers)
     model.eval()
     return model
 
 
 def _readers(
-    config: EnsembleConfig, models: Sequence[PreTrainedModel], spellings: Sequence[Spelling]
+    config: EnsembleConfig,
+    models: Sequence[PreTrainedModel],
+    spellings: Sequence[Spelling],
+    tokenizers: Sequence[PreTrainedTokenizerBase],
 ) -> list[ByteMember]:
-    """Make each member's reader by bytes, from its model and its spelling (its tokens as byte strings)."""
+    """Make each member's reader by bytes, from its model, its tokenizer and its spelling (its tokens as bytes)."""
     pruning = Pruning(config.prune) if config.prune else Pruning(0.0, None)
-    prefixes = config.prefixes or [None] * len(models)
+    prompts = [prefix_of(Member.parse(name), own) for name, own in zip(config.members, tokenizers, strict=True)]
+    prefixes = config.prefixes or prompts
     return [
         ByteMember(model, spelling, pruning, prefix)
         for model, spelling, prefix in zip(models, spellings, prefixes, strict=True)
@@ -129,7 +136,7 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
         require_for_bytes(config.settings)
         if readers is None:
             models, spellings = checkpoint.random_members(config, over_bytes=True)
-            readers = _readers(config, models, spellings)
+            readers = _readers(config, models, spellings, load_tokenizers(config.members))
         super().__init__(config, [reader.model for reader in readers])
         self.readers = list(readers)
         config.vocab_size, config.max_position_embeddings = SYMBOLS, None
@@ -173,8 +180,8 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
         for reader in self.readers:
             reader.find_head_again()
 
-    def new_cache(self, gate: str | Gate | None = None) -> ByteCache:
-        """Make an empty cache for every member; ``gate`` is unused over bytes."""
+    def new_cache(self, gate: str | Gate | None = None, *, own_prompts: bool = False) -> ByteCache:
+        """Make an empty cache for every member; ``gate`` and ``own_prompts`` are unused over bytes."""
         return ByteCache(len(self.readers))
 
     def run(
@@ -266,6 +273,7 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
         Raises:
             InvalidInputError: if the text exceeds a member's context.
         """
+        self.contexts.require_no_template()
         symbols, found = input_ids[0].tolist(), []
         # An end symbol at the start begins a text: then its first byte is predicted, too.
         begun = symbols[:1] == [END]

@@ -183,6 +183,20 @@ def random_members(config: EnsembleConfig, *, over_bytes: bool) -> tuple[list[Pr
     return [models[base] for base in bases], vocabulary
 
 
+def require_on_hub(config: EnsembleConfig) -> None:
+    """Check that all members and adapters are on the Hub, so that others can load the ensemble.
+
+    Raises:
+        InvalidInputError: if one is a local folder.
+    """
+    parts = [own for name in config.members for own in Member.parse(name).places]
+    if local := [name for name in parts if Path(name).exists()]:
+        raise InvalidInputError(
+            f"expected members on the hub, got local folders {local}: push them first, then build the ensemble from "
+            "their hub ids"
+        )
+
+
 def save(model: EnsembleForCausalLM, folder: Path) -> None:
     """Write an ensemble's configuration, generation configuration, tokenizer and model card into ``folder``.
 

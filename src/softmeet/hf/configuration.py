@@ -97,7 +97,7 @@ class EnsembleConfig(PreTrainedConfig):
         else:
             super().__setattr__(name, value)
 
-    def adopt_limits(self, members: Sequence[PreTrainedModel]) -> None:
+    def adopt_limits(self, members: Sequence[PreTrainedModel], prefixes: Sequence[Sequence[int]] = ()) -> None:
         """Set, in this configuration, the limits and special ids that follow from the members' models, over tokens.
 
         ``vocab_size`` is the number of logits of the largest head, ``max_position_embeddings`` the shortest context
@@ -106,11 +106,15 @@ class EnsembleConfig(PreTrainedConfig):
 
         Args:
             members: the loaded models, at least one, in the order of the members' names.
+            prefixes: for each member the ids of what it reads before every text, which takes room in its context; empty
+                for nothing.
         """
         configs = [member.config.get_text_config(decoder=True) for member in members]
         self.vocab_size = max(member.get_output_embeddings().weight.shape[0] for member in members)
         limits = [getattr(own, "max_position_embeddings", None) for own in configs]
-        self.max_position_embeddings = min((limit for limit in limits if limit is not None), default=None)
+        taken = [len(own) for own in prefixes] or [0] * len(limits)
+        left = [limit - own for limit, own in zip(limits, taken, strict=True) if limit is not None]
+        self.max_position_embeddings = min(left, default=None)
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(self, key, getattr(configs[0], key, None))
 

@@ -70,16 +70,16 @@ class Members:
         if self._reproducible:
             return {s: self.catch_up([s], members=slice(len(s.batched)))[s] for s in ready}
         stepping = set(ready)
-        for s in {s for batch in self._batches.values() for s in batch.rows if s not in stepping}:
+        for s in {s for batch in self._batches.values() for s, _ in batch.rows if s not in stepping}:
             self.leave(s, keep=True)
         for s in ready:
             if not s.joined:
                 self._join(s)
         busy = [batch for batch in self._batches.values() if batch.rows]
-        found: dict[tuple[Runnable, Sequence], Float[Tensor, "1 d"]] = {}
+        found: dict[tuple[Sequence, int], Float[Tensor, "1 d"]] = {}
         for batch, out in zip(busy, self._map(lambda batch: batch.step(), busy), strict=True):
-            found |= {(batch.member, s): out[k : k + 1] for k, s in enumerate(batch.rows)}
-        return {s: [found[member, s] for member in s.batched] for s in ready}
+            found |= {row: out[k : k + 1] for k, row in enumerate(batch.rows)}
+        return {s: [found[s, i] for i in range(len(s.batched))] for s in ready}
 
     def catch_up(
         self,
@@ -132,13 +132,15 @@ class Members:
 
     def _leave(self, s: Sequence, *, keep: bool) -> None:
         for i, member in enumerate(s.batched):
-            if s in self._batches[member].rows:
-                s.trails[i] = self._batches[member].leave(s, keep=keep)
+            if (s, i) in self._batches[member].rows:
+                s.trails[i] = self._batches[member].leave(s, i, keep=keep)
 
     @staticmethod
     def reused(s: Sequence, hidden: Hidden) -> int:
-        """Return how many tokens of a prompt were not run, given what :meth:`catch_up` returned; over bytes none."""
-        return 0 if s.combination.over_bytes else len(s.prompt) - max(map(len, hidden))
+        """Return how many tokens of a prompt no member ran, given what :meth:`catch_up` returned; over bytes none."""
+        if s.combination.over_bytes:
+            return 0
+        return max(0, min(len(s.read_by(i)) - len(states) for i, states in enumerate(hidden)))
 
     def check_finite(self, s: Sequence, hidden: Hidden) -> None:
         """Raise NonFiniteError with the names of the members at fault if any hidden state of a sequence is not finite.

@@ -171,7 +171,7 @@ class Reply(ABC):
         how = self.asked.combination
         if not how.over_bytes:
             return found
-        before = [len(prefix or ()) for prefix in self.asked.prefixes or [()] * len(how.names)]
+        before = [sum(len(own[i] or ()) for own in self.asked.own if own) for i in range(len(how.names))]
         own = {
             name: self._own_tokens(reader, count)
             for name, reader, count in zip(how.names, how.readers, before, strict=True)
