@@ -219,10 +219,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
             model_kwargs["cache"] = self.new_cache(options.settings.gate, own_prompts=own_prompts)
 
     def _get_logits_processor(self, generation_config: Any, input_ids_seq_length: int, **kwargs: Any) -> Any:
-        """Put the call's structure, if it has one, before transformers' own processors, its row sampler after them.
-
-        The call ends where a prompt of a member's own fills its context.
-        """
+        """Put the call's structure before transformers' own processors, its row sampler after, and bound its length."""
         found = super()._get_logits_processor(generation_config, input_ids_seq_length, **kwargs)
         options: CallOptions = kwargs["model_kwargs"]["call_options"]
         generation_config.max_length = options.longest(self, generation_config.max_length, input_ids_seq_length)

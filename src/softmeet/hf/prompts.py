@@ -65,12 +65,8 @@ def encoded(
     found: dict[str, Any] = {"input_ids": inputs.to(model.device), "attention_mask": mask.to(model.device)}
     if any(own is not None for _, own in read):
         nothing = [None] * len(model.config.members)
-        own = [(len(row), own or nothing) for row, own in read]
-        found |= (
-            {"prefixes": [ids for _, ids in own]}
-            if model.over_bytes
-            else {"own_prompts": [OwnPrompt(*one) for one in own]}
-        )
+        own = [OwnPrompt(len(row), one or nothing) for row, one in read]
+        found |= {"prefixes": [one.ids for one in own]} if model.over_bytes else {"own_prompts": own}
     return found
 
 
