@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -14,59 +14,27 @@ from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM, assemble
 from softmeet.hf.byte_report import GroupReport, group_reports, shown_byte
 from softmeet.hf.calibrated import resolved
 from softmeet.hf.chat import Messages, is_chat
-from softmeet.hf.checkpoint import absolute
+from softmeet.hf.checkpoint import member_names as member_names
+from softmeet.hf.checkpoint import saved_config
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.hf.prompts import Prompt, encoded, states_behind
 from softmeet.hf.recorder import Recorder
 from softmeet.hf.report import NextToken, TokenReport, TokenReports
+from softmeet.hf.retrieval import with_passages
 from softmeet.hf.sampling import RowSampler, require_reproducible
 from softmeet.hf.streaming import DisagreementStreamer, streamed, text_streamer
 from softmeet.hf.vocabulary import choose_vocabulary, require_for_bytes, require_unicode, require_vocabulary
-from softmeet.members import names as known
 from softmeet.members import zoo
 from softmeet.members.huggingface import Dtype, load_members, load_tokenizers, require_loadable
-from softmeet.members.member import Member
+from softmeet.members.passages import Passage
 from softmeet.members.placement import Device
+from softmeet.members.prompting import require_room
 from softmeet.members.weighting import perplexity_weights
 from softmeet.members.zoo import Named
 from softmeet.rules.base import Rule
 from softmeet.rules.settings import Settings, parse_rule
 from softmeet.rules.signatures import takes_settings
-
-
-def _saved_config(name: Any) -> EnsembleConfig | None:
-    """Read the configuration of a saved ensemble; return None if ``name`` is not the name of one."""
-    if not isinstance(name, str | Path | Member):
-        return None
-    member = Member.of(name)
-    if set(member.changes()) - {"revision"} or member.source.endswith(".gguf") or _is_bundled(member):
-        return None
-    where = known.find(member)
-    try:
-        found = EnsembleConfig.get_config_dict(where.pop("pretrained_model_name_or_path"), **where)[0]
-    except (OSError, ValueError):
-        return None
-    return EnsembleConfig.from_dict(found) if found.get("model_type") == EnsembleConfig.model_type else None
-
-
-def _is_bundled(member: Member) -> bool:
-    return zoo.expand(member) != [str(member)] or zoo.locate(member.source) != member.source
-
-
-def member_names(members: Sequence[Named] | Named) -> list[str]:
-    """Return the members, in order, each as a line of text: of a saved ensemble, a family, or a list of names.
-
-    Raises:
-        CheckpointError: if a saved ensemble names a member that does not exist, or there is nothing of one given name.
-    """
-    saved = _saved_config(members)
-    if saved is not None:
-        return absolute(saved.members, Path(str(members)))
-    several = isinstance(members, Iterable) and not isinstance(members, str | Mapping)
-    named: list[Any] = list(members) if several else [members]  # type: ignore[arg-type]
-    return [name for entry in named for name in zoo.expand(entry)]
-
 
 # The gate of new ensembles: the pool answers where text generated from it and from the rule could not be told apart.
 DEFAULT_GATE: str | None = "auto"
@@ -147,7 +115,7 @@ class Ensemble:
             >>> Ensemble.from_pretrained(["wide/gpt2", "wide/llama"], trust=1.0, weights=[0.25, 0.75]).names
             ['wide/gpt2', 'wide/llama']
         """
-        saved, names = _saved_config(members), member_names(members)
+        saved, names = saved_config(members), member_names(members)
         any_average = saved is None and rule is None
         given = {name: value for name, value in {"rule": rule, **settings}.items() if value is not None}
         if saved is None:
@@ -166,6 +134,7 @@ class Ensemble:
         loading: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
         require_loadable(names, **loading)
         tokenizers = load_tokenizers(names, trust_remote_code=trust_remote_code)
+        require_room(names, tokenizers, trust_remote_code=trust_remote_code)
         common = choose_vocabulary(config, tokenizers, any_average=any_average)
         models = load_members(names, **loading, offload_folder=offload_folder, on_progress=on_progress, loaded=loaded)
         model = assemble(config, models, common, tokenizers)
@@ -182,6 +151,25 @@ class Ensemble:
             'prob-mean'
         """
         self.model.save_pretrained(folder)
+
+    def with_passages(self, passages: Sequence[Passage], *, temperature: float = 1.0, **options: Any) -> Ensemble:
+        """Return an ensemble that reads retrieved passages: each member once behind each of them, by their scores.
+
+        By default it is combined as REPLUG does: Σ_i Σ_d w_i λ_d p_i(y | d, text), w_i the members' weights, λ the
+        softmax of scores / temperature. It shares this ensemble's weights in memory.
+
+        Args:
+            passages: at least one.
+            temperature: of the passages' scores.
+            options: ``rule`` in place of ``prob-mean``; None for this ensemble's own.
+
+        Example:
+            >>> from softmeet.members.passages import Passage
+            >>> found = [Passage("The king is Saul.", 1.2), Passage("The king is David.", 0.7)]
+            >>> Ensemble.from_pretrained("wide/gpt2", "prob-mean").with_passages(found).model.config.weights
+            [0.62..., 0.37...]
+        """
+        return Ensemble(with_passages(self.model, passages, temperature=temperature, **options), self.tokenizer)
 
     @torch.inference_mode()
     def next_token(self, text: str, top: int = 10) -> NextToken:

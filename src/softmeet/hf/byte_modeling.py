@@ -6,6 +6,7 @@ A *symbol* is one of 257: a byte, 0 to 255, or 256, the end of a text.
 from __future__ import annotations
 
 import codecs
+import copy
 import logging
 import time
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from softmeet.hf import checkpoint
 from softmeet.hf.byte_rows import ByteCache, fresh_rows, read_on
 from softmeet.hf.byte_tokenizer import byte_tokenizer
 from softmeet.hf.call_options import CallOptions, Prefixes
-from softmeet.hf.chat import ChatTemplates
+from softmeet.hf.chat import ChatTemplates, chat_of
 from softmeet.hf.combining import Combiner, Deferral
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.masking import SomethingLeft
@@ -96,6 +97,13 @@ def _readers(
     ]
 
 
+def _behind(reader: ByteMember, prefix: list[int]) -> ByteMember:
+    """Return a reader of the same model with another prefix, which counts its own work."""
+    found = copy.copy(reader)
+    found.prefix, found.spent = prefix, Work()
+    return found
+
+
 class _ByteCombiner(Combiner):
     """A combiner whose ``hidden`` arguments hold members' log-probabilities of the next symbol, not hidden states."""
 
@@ -137,7 +145,8 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
         if readers is None:
             models, spellings = checkpoint.random_members(config, over_bytes=True)
             readers = _readers(config, models, spellings, load_tokenizers(config.members))
-        super().__init__(config, [reader.model for reader in readers])
+        heads = {id(reader.model): reader.head for reader in readers}
+        super().__init__(config, [reader.model for reader in readers], heads=heads)
         self.readers = list(readers)
         config.vocab_size, config.max_position_embeddings = SYMBOLS, None
         for own in (config, self.generation_config):
@@ -172,7 +181,11 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
 
     def part(self, chosen: Sequence[int], config: EnsembleConfig) -> EnsembleForCausalLM:
         """Make an ensemble, configured by ``config``, of the members numbered ``chosen``; it shares their weights."""
-        over_bytes: EnsembleForCausalLM = ByteEnsembleForCausalLM(config, [self.readers[k] for k in chosen]).eval()
+        tokenizers, readers = chat_of(self).tokenizers, list[ByteMember]()
+        for k, name in zip(chosen, config.members, strict=True):
+            prefix = prefix_of(Member.parse(name), tokenizers[k])
+            readers.append(self.readers[k] if prefix is None else _behind(self.readers[k], prefix))
+        over_bytes: EnsembleForCausalLM = ByteEnsembleForCausalLM(config, readers).eval()
         return over_bytes
 
     def find_heads_again(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +15,49 @@ from softmeet.errors import CheckpointError, InvalidInputError
 from softmeet.hf.card import card
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.vocabulary import choose_vocabulary
+from softmeet.members import names as known
 from softmeet.members import zoo
 from softmeet.members.huggingface import Dtype, load_members, load_tokenizers, random_member, require_loadable
 from softmeet.members.member import Member
 from softmeet.members.placement import Device
+from softmeet.members.prompting import require_room
+from softmeet.members.zoo import Named
 
 if TYPE_CHECKING:
     from softmeet.hf.modeling import EnsembleForCausalLM
+
+
+def saved_config(name: Any) -> EnsembleConfig | None:
+    """Read the configuration of a saved ensemble; return None if ``name`` is not the name of one."""
+    if not isinstance(name, str | Path | Member):
+        return None
+    member = Member.of(name)
+    if set(member.changes()) - {"revision"} or member.source.endswith(".gguf") or _is_bundled(member):
+        return None
+    where = known.find(member)
+    try:
+        found = EnsembleConfig.get_config_dict(where.pop("pretrained_model_name_or_path"), **where)[0]
+    except (OSError, ValueError):
+        return None
+    return EnsembleConfig.from_dict(found) if found.get("model_type") == EnsembleConfig.model_type else None
+
+
+def _is_bundled(member: Member) -> bool:
+    return zoo.expand(member) != [str(member)] or zoo.locate(member.source) != member.source
+
+
+def member_names(members: Sequence[Named] | Named) -> list[str]:
+    """Return the members, in order, each as a line of text: of a saved ensemble, a family, or a list of names.
+
+    Raises:
+        CheckpointError: if a saved ensemble names a member that does not exist, or there is nothing of one given name.
+    """
+    saved = saved_config(members)
+    if saved is not None:
+        return absolute(saved.members, Path(str(members)))
+    several = isinstance(members, Iterable) and not isinstance(members, str | Mapping)
+    named: list[Any] = list(members) if several else [members]  # type: ignore[arg-type]
+    return [name for entry in named for name in zoo.expand(entry)]
 
 
 def absolute(names: Sequence[str], base: Path) -> list[str]:
@@ -138,6 +174,7 @@ def load(
     device = places(device_map, len(config.members))
     require_loadable(config.members, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     tokenizers = load_tokenizers(config.members, trust_remote_code=trust_remote_code)
+    require_room(config.members, tokenizers, trust_remote_code=trust_remote_code)
     vocabulary = choose_vocabulary(config, tokenizers)
     members = load_members(
         config.members,

@@ -157,7 +157,7 @@ class ContextRows(RowsLayer):
         if even and rows[0].pending:
             return self._step(model, torch.tensor([row.pending for row in rows]))
         if self._cache is not None:
-            rows = [before.longer(row.pending) for before, row in zip(self._apart(), rows, strict=True)]
+            rows = [before.longer(row.pending) for before, row in zip(self.apart(), rows, strict=True)]
         late = [k for k, row in enumerate(rows) if row.pending]
         done, hidden = catch_up(model, [rows[k] for k in late])
         states = {k: one.states for k, one in zip(late, done, strict=True)}
@@ -178,7 +178,7 @@ class ContextRows(RowsLayer):
         self._lengths = [length + new.shape[1] for length in self._lengths]
         return list(hidden)
 
-    def _apart(self) -> list[PartialCache]:
+    def apart(self) -> list[PartialCache]:
         """Return each row's keys and values without padding."""
         return [
             PartialCache(
@@ -291,7 +291,7 @@ class Contexts:
         return min((max(limit - len(ids), 0) for limit, ids in pairs if limit and ids is not None), default=1 << 30)
 
     def begun(self, i: int, row: Ids, needed: int) -> PartialCache:
-        """Return a sequence of member i with all tokens pending but those of its prefix, which are kept.
+        """Return a sequence of member i with all tokens pending but those of its prefix that are kept.
 
         Args:
             i: the member's number.
@@ -303,8 +303,25 @@ class Contexts:
         reused = min(shared, len(row) - needed)
         if reused <= 0:
             return PartialCache(pending=tuple(row))
-        if i not in self._read:
-            with torch.inference_mode(False), torch.no_grad():
-                self._read[i] = catch_up(self._models[i], [PartialCache(pending=before)])[0][0]
-        known = self._read[i]
+        known = self._read.get(i)
+        if known is None:
+            return PartialCache(pending=tuple(row))
         return known.shorter(known.run - reused).longer(row[reused:])
+
+    def keep(self, i: int, row: Ids, states: PartialCache) -> None:
+        """Keep the keys and values of member i's prefix for later sequences.
+
+        Args:
+            i: the member's number.
+            row: the tokens of a sequence.
+            states: their keys and values.
+        """
+        before = self.prefixes[i]
+        if before and i not in self._read and tuple(row[: len(before)]) == before:
+            with torch.inference_mode(False):  # for calls with gradients, too
+                self._read[i] = PartialCache(
+                    tuple(
+                        (keys[:, :, : len(before)].detach().clone(), values[:, :, : len(before)].detach().clone())
+                        for keys, values in states.states
+                    )
+                )

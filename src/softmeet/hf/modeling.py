@@ -49,6 +49,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         members: the models, in the order of ``config.members``; None to build each from its own configuration, with
             random weights, as ``AutoModelForCausalLM.from_config`` does.
         support: (v,) bool, True for the ids that are tokens, for heads with padding rows; None if all ids are tokens.
+        heads: the members' output layers, by ``id`` of the model; None to find them.
 
     Raises:
         UnsupportedHeadError: if a member's output layer is not a plain softmax head.
@@ -71,6 +72,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         config: EnsembleConfig,
         members: Sequence[PreTrainedModel] | None = None,
         support: Bool[Tensor, " v"] | None = None,
+        heads: dict[int, SoftmaxHead] | None = None,
     ) -> None:
         common = None
         if members is None:
@@ -78,7 +80,8 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         config.adopt_limits(members)
         super().__init__(config)
         self.members = nn.ModuleList(members)
-        self.combiner = Combiner(config.members, [head_of(member) for member in members], support)
+        heads = {id(member): head_of(member) for member in members} if heads is None else heads
+        self.combiner = Combiner(config.members, [heads[id(member)] for member in members], support)
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.contexts = Contexts(config.members, list(members))
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -160,11 +163,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         return run_members(NewTokens(self, input_ids, kept, first, shared, own), cache, options)
 
     def hidden_states(self, input_ids: Int[Tensor, "1 t"]) -> list[Float[Tensor, "t _"]]:
-        """Run the members over one text, and return each one's last hidden states, (t, d_i), row k after token k.
-
-        Raises:
-            InvalidInputError: if the text exceeds a context, or a member has a template, into which it must be put.
-        """
+        """Run the members over one text, and return each one's last hidden states, (t, d_i), row k after token k."""
         self._checked_length(input_ids, None)
         self.contexts.require_no_template()
         return [states[0] for states in self.run(input_ids, None, use_cache=False)[0]]
@@ -341,8 +340,13 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         self.combiner.support = token_support(ids or token_ids(tokenizer), self.config.members, self.heads)
 
     def part(self, chosen: Sequence[int], config: EnsembleConfig) -> EnsembleForCausalLM:
-        """Make an ensemble of members ``chosen``, numbers from 0, which shares their weights; ``config`` names them."""
-        part: EnsembleForCausalLM = EnsembleForCausalLM(config, [self.members[k] for k in chosen]).eval()
+        """Make an ensemble of members ``chosen``, numbers from 0, which shares their weights; ``config`` names them.
+
+        A number may come more than once, as for members that differ by prompt.
+        """
+        heads = {id(member): head for member, head in zip(self.members, self.heads, strict=True)}
+        members = [self.members[k] for k in chosen]
+        part: EnsembleForCausalLM = EnsembleForCausalLM(config, members, heads=heads).eval()
         if self.tokenizer is not None:
             v, support = max(head.v for head in self.heads), self.combiner.support
             ids = range(v) if support is None else support.nonzero().squeeze(-1).tolist()
@@ -380,10 +384,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         return checkpoint.load(folder, config, dtype, device_map, bool(trust_remote_code), **kwargs)
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Write the configuration, generation configuration, tokenizer and a model card into ``save_directory``.
-
-        Weights are not written: the configuration names members, local ones by a path relative to the directory.
-        """
+        """Write the configurations, tokenizer and a model card into a folder, but no weights: members are named."""
         checkpoint.save(self, Path(save_directory))
         if push_to_hub:
             self.push_to_hub(**kwargs)

@@ -100,6 +100,9 @@ class NewTokens:
             for i, own in zip(group, each, strict=True)
         ]  # fmt: skip
         states = cache.run(self.model.members[group[0]], new, self.ids.shape[1])
+        if self.first:
+            for k, done in enumerate(cache.apart()):
+                contexts.keep(group[k % many], each[k % many][k // many], done)
         everyone = torch.arange(len(self.ids))
         return [
             self.spread(states[k::many], self.model.heads[i], everyone, states[0].dtype) for k, i in enumerate(group)

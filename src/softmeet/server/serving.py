@@ -117,7 +117,8 @@ class Serving:
     def _warm_up(self, model: EnsembleForCausalLM) -> None:
         # Not a padding token, about which transformers would warn.
         token = int(any(getattr(member.config, "pad_token_id", None) == 0 for member in model.members))
-        hidden = model.hidden_states(torch.tensor([[token]]))
+        states, _ = model.run(torch.tensor([[token]]), None, use_cache=False)
+        hidden = [own[0] for own in states]
         own = model.settings.ungated()
         changes = "rule" in self.settings.allowed and not model.over_bytes
         every = [own, own.changed(rule="meet")] if changes else [own]
@@ -165,7 +166,9 @@ class Serving:
             RuleError: if the rule comes from a package that fails to provide it.
         """
         served, ours = self.ensembles.find(body.model), body.softmeet or Extension()
-        combination = served.combination(ours, self.settings.allowed, self.settings.max_trust)
+        combine = partial(served.combination, ours, self.settings.allowed, self.settings.max_trust)
+        # Passages are cut into tokens.
+        combination = combine() if ours.passages is None else await self.on_tokenizer(combine)
         limit = _limit(body, self.settings.max_tokens, combination)
         _check_together(body, limit)
         if isinstance(body, CompletionRequest):
@@ -248,17 +251,18 @@ def _most_listed(body: Generation) -> int | None:
 
 def _check_choices(prompts: int, body: Generation, settings: ServerSettings) -> None:
     """Raise RequestError if a request with so many prompts asks for too many choices, or could never find room."""
-    choices = body.drawn
-    total, places = prompts * choices, settings.limits.rows + settings.limits.waiting
+    choices, passages = body.drawn, len((body.softmeet and body.softmeet.passages) or [None])
+    total, places = prompts * choices * passages, settings.limits.rows + settings.limits.waiting
     most = min(settings.max_choices, places)
     if total > most:
         limit = "limit, --max-choices" if settings.max_choices <= places else "room, --batch and --queue together"
         name = "n" if choices == body.choices else "best_of"
         count = f"{prompts:,} prompt{'s' * (prompts > 1)} with {name} = {choices}"
+        count += f" and {passages} passages, each of which is a row" if passages > 1 else ""
         raise RequestError(
             f"expected at most {most:,} choices in all, this server's {limit}, got {total:,} ({count}): send fewer in "
             "each request",
-            param=name if choices > 1 else "prompt",
+            param=name if choices > 1 else "softmeet.passages" if passages > 1 else "prompt",
         )
 
 
