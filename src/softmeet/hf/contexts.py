@@ -203,7 +203,8 @@ class Contexts:
         groups: the numbers of the members of each model.
 
     Raises:
-        InvalidInputError: if a member with a prefix has a cache of anything but keys and values.
+        InvalidInputError: if a prefix has an id that its member does not know, or its member has a cache of anything
+            but keys and values.
     """
 
     def __init__(
@@ -220,6 +221,11 @@ class Contexts:
             groups.setdefault(id(model), []).append(i)
         self.groups = list(groups.values())
         for name, model, own in zip(names, models, self.prefixes, strict=True):
+            known = range(model.get_input_embeddings().weight.shape[0] if own else 0)
+            if wrong := [token for token in own if isinstance(token, bool | str) or token not in known]:
+                raise InvalidInputError(
+                    f"expected a prefix of token ids of {name}, from 0 to {len(known) - 1}, got {wrong[0]!r}"
+                )
             if own:
                 layers_of_keys_and_values(name, model.config, "its prompt cannot be kept: leave the prompt out")
         self._read: dict[int, PartialCache] = {}

@@ -336,7 +336,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
             tokenizer.pad_token = tokenizer.eos_token
         self.tokenizer = tokenizer
         self.contexts = Contexts.of(self.config, list(self.members), tokenizer)
-        self.config.adopt_limits(self.members, self.contexts.prefixes)
+        self.config.adopt_limits(list(self.members), self.contexts.prefixes)
         self.combiner.support = token_support(ids or token_ids(tokenizer), self.config.members, self.heads)
 
     def part(self, chosen: Sequence[int], config: EnsembleConfig) -> EnsembleForCausalLM:

@@ -27,7 +27,7 @@ def prefix_of(member: Member, tokenizer: PreTrainedTokenizerBase) -> list[int] |
         >>> from softmeet.members.huggingface import load_tokenizers
         >>> member = Member("wide/gpt2", prompt="In the beginning")
         >>> prefix_of(member, load_tokenizers([member])[0])
-        [410, 260, 2224]
+        [694, 260, 2224, 1228]
     """
     return None if member.before is None else ids_of(tokenizer, member.before)
 

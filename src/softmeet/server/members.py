@@ -20,7 +20,7 @@ from softmeet.members.byte_member import ByteMember
 from softmeet.server.batch import MemberBatch
 from softmeet.server.byte_batch import ByteBatch
 from softmeet.server.gating import Hidden
-from softmeet.server.sequences import Runnable, Sequence
+from softmeet.server.sequences import Runner, Sequence
 
 
 class Members:
@@ -36,10 +36,10 @@ class Members:
         InvalidInputError: if a member's cache holds anything but keys and values, as a recurrent model's does.
     """
 
-    def __init__(self, names: dict[Runnable, str], kept_tokens: int, *, parallel: bool, reproducible: bool) -> None:
+    def __init__(self, names: dict[Runner, str], kept_tokens: int, *, parallel: bool, reproducible: bool) -> None:
         # A prompt that begins like an earlier one would be run in other pieces, and so rounded otherwise.
         kept = 0 if reproducible else kept_tokens
-        self._batches: dict[Runnable, MemberBatch | ByteBatch] = {
+        self._batches: dict[Runner, MemberBatch | ByteBatch] = {
             member: ByteBatch(name, member) if isinstance(member, ByteMember) else MemberBatch(name, member, kept)
             for member, name in names.items()
         }
@@ -102,7 +102,7 @@ class Members:
         """
         if self._reproducible and len(sequences) > 1:
             return {s: self.catch_up([s], members=members, every=every, pause=pause)[s] for s in sequences}
-        behind: dict[Runnable, list[tuple[Sequence, int]]] = defaultdict(list)
+        behind: dict[Runner, list[tuple[Sequence, int]]] = defaultdict(list)
         for s in sequences:
             for i in range(len(s.members))[members]:
                 behind[s.members[i]].append((s, i))

@@ -31,10 +31,10 @@ from softmeet.solvers.base import Status
 # For each member its own tokens, or None.
 Own: TypeAlias = tuple[tuple[int, ...] | None, ...]
 # What the batcher runs: a model over tokens, or one that is read byte by byte.
-Runnable: TypeAlias = PreTrainedModel | ByteMember
+Runner: TypeAlias = PreTrainedModel | ByteMember
 
 
-def members_of(model: EnsembleForCausalLM) -> list[Runnable]:
+def members_of(model: EnsembleForCausalLM) -> list[Runner]:
     """Return what the batcher runs for an ensemble: its members' models, or over bytes the readers of these."""
     return list(model.readers if isinstance(model, ByteEnsembleForCausalLM) else model.members)
 
@@ -78,7 +78,7 @@ class Combination:
         return self.model.over_bytes
 
     @property
-    def members(self) -> list[Runnable]:
+    def members(self) -> list[Runner]:
         """The ensemble's members, in order."""
         return members_of(self.model)
 
@@ -318,7 +318,7 @@ class Sequence:
         self.account = request.account
         self.last: float | None = None
         self.tokens = list(prompt)
-        self.members: list[Runnable] = self.combination.members
+        self.members: list[Runner] = self.combination.members
         self.trails: list[Any] = [PartialCache() for _ in self.members]
         self.ahead: list[Float[Tensor, "1 _"]] = []
         self.asked: Deferral | None = None
