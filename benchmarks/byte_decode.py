@@ -19,7 +19,7 @@ import typer
 from report import now, show
 from softmeet import Ensemble
 from softmeet.evaluation.documents import read_documents
-from softmeet.members.zoo import short
+from softmeet.members.member import short
 
 # Bytes of a text from which the rest is generated or read.
 _BEGINNING = 300

@@ -30,7 +30,7 @@ from softmeet.evaluation.positions import Positions, observe_text
 from softmeet.hf import EnsembleConfig
 from softmeet.members.byte_member import ByteMember
 from softmeet.members.covers import SYMBOLS
-from softmeet.members.zoo import short
+from softmeet.members.member import short
 from softmeet.rules.settings import POOLS, Pool
 from softmeet.scaling.local import LocalEngine
 

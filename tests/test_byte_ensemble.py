@@ -461,8 +461,11 @@ def test_a_prefix_is_read_once(pruned, monkeypatch):
 def test_prefixes_that_do_not_fit_are_refused(pruned, folders):
     with pytest.raises(InvalidInputError, match="expected 2 prefixes, one per member, got 1"):
         Ensemble.from_pretrained(folders, prefixes=[[1]])
-    with pytest.raises(InvalidInputError, match="expected vocabulary='bytes' with prefixes"):
-        Ensemble.from_pretrained([folders[0], folders[0]], prefixes=[[1], None])
+    for wrong in ([99_999], [-1], [True], ["x"]):
+        with pytest.raises(
+            InvalidInputError, match=f"expected a prefix of token ids of {folders[0]}, .* got {wrong[0]!r}"
+        ):
+            Ensemble.from_pretrained([folders[0], folders[0]], prefixes=[wrong, None])
     with pytest.raises(InvalidInputError, match="expected prefixes for each of 1 prompts, got 2"):
         pruned.generate("the", prefixes=[[None, None]] * 2, **GREEDY)
     with pytest.raises(InvalidInputError, match="a prefix of at least one token"):

@@ -51,7 +51,7 @@ def expected(ensemble, prompts, seed, count):
 
 
 def test_over_bytes_each_member_begins_after_its_own_prompt(ensemble, folders):
-    own = chat_of(ensemble.model).own_prompts(TURNS)
+    own = chat_of(ensemble.model).own_prompts([TURNS, TURNS])
     texts = ["s:the!u:he t\u00e9!a:", "the\nhe t\u00e9\nthe "]
     for reader, ids, text in zip(ensemble.model.readers, own, texts, strict=True):
         assert reader.spelling.spelled(ids).decode().strip() == text.strip()
@@ -72,7 +72,7 @@ def test_over_the_wire_it_is_the_same_text(ensemble):
     assert text == ensemble.generate(TURNS, seed=4, max_new_tokens=30)
     assert "".join(choice["delta"].get("content", "") for chunk in chunks for choice in chunk["choices"]) == text
     assert answer["usage"]["prompt_tokens"] == sum(len(turn["content"].encode()) for turn in TURNS)
-    own = chat_of(ensemble.model).own_prompts(TURNS)
+    own = chat_of(ensemble.model).own_prompts([TURNS, TURNS])
     members = answer["usage"]["softmeet"]["members"].values()
     assert [one["prompt_tokens"] for one in members] == [len(ids) for ids in own]
     assert "plain_chat" not in answer["softmeet"]
@@ -92,7 +92,10 @@ def test_a_member_without_a_template_is_named_or_takes_the_plain_one(folders, tm
         answer = http.post(f"{url}/v1/chat/completions", json={"messages": TURNS, "max_tokens": 4, "seed": 1}).json()
     assert [name.split("/")[-1] for name in answer["softmeet"]["plain_chat"]] == ["bare"]
     plain = "system: the\nuser: he t\u00e9\nassistant:"
-    assert pair.model.readers[1].spelling.spelled(chat_of(pair.model).own_prompts(TURNS)[1]).decode().strip() == plain
+    assert (
+        pair.model.readers[1].spelling.spelled(chat_of(pair.model).own_prompts([TURNS, TURNS])[1]).decode().strip()
+        == plain
+    )
 
 
 def test_over_tokens_members_share_the_prompt(folders):
@@ -101,10 +104,9 @@ def test_over_tokens_members_share_the_prompt(folders):
     assert isinstance(duo.generate(TURNS, max_new_tokens=2), str)
     names, ours = ["a", "b"], [AutoTokenizer.from_pretrained(folders[0]) for _ in range(2)]
     ours[1].chat_template = OTHER
-    with pytest.raises(InvalidInputError, match="chat templates that make one prompt"):
-        ChatTemplates(names, ours).shared_prompt(TURNS)
+    assert ChatTemplates(names, ours).shared_prompt(TURNS) is None
     ours[1].chat_template = None
-    assert ChatTemplates(names, ours).shared_prompt(TURNS) == ChatTemplates(names[:1], ours[:1]).own_prompts(TURNS)[0]
+    assert ChatTemplates(names, ours).shared_prompt(TURNS) == ChatTemplates(names[:1], ours[:1]).own_prompts([TURNS])[0]
     ours[0].chat_template = None
     with pytest.raises(InvalidInputError, match="a, b have no chat template"):
         ChatTemplates(names, ours).shared_prompt(TURNS)

@@ -107,7 +107,7 @@ def test_an_ensemble_on_the_hub_is_told_from_a_model(monkeypatch, tmp_path):
 
     monkeypatch.setattr(ensemble.EnsembleConfig, "get_config_dict", config_of)
     names = ("org/ensemble", "org/model", "org/absent", "wide", "wide/gpt2", "a.gguf", "org/ensemble@v2")
-    assert [name for name in names if ensemble._saved_config(name)] == ["org/ensemble", "org/ensemble@v2"]
+    assert [name for name in names if ensemble.saved_config(name)] == ["org/ensemble", "org/ensemble@v2"]
     assert asked == [("org/ensemble", None), ("org/model", None), ("org/absent", None), ("org/ensemble", "v2")]
 
 

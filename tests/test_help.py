@@ -22,7 +22,7 @@ from softmeet.cli import progress as progress_module
 from softmeet.cli.help import PANELS, default, grouped, sentence, spelling
 from softmeet.cli.main import app
 from softmeet.errors import InvalidInputError
-from softmeet.members.zoo import short
+from softmeet.members.member import short
 from softmeet.rules.endings import endings
 from softmeet.server.ui_html import details_of, text_of
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from softmeet.ensemble import Ensemble
     from softmeet.heads import SoftmaxHead
+    from softmeet.members.member import Member
+    from softmeet.members.passages import Passage
     from softmeet.rules.base import Rule
     from softmeet.rules.combine import combine
     from softmeet.rules.registry import register_rule, rule_names
@@ -28,13 +30,15 @@ if TYPE_CHECKING:
     from softmeet.structured.structure import Structure
 
 __all__ = [
-    "RULES", "Ensemble", "Rule", "Settings", "SoftmaxHead", "Solution", "Status", "StoppedBy", "Structure",
-    "__version__", "combine", "register_rule", "rule_names", "time_is_over", "time_limit",
+    "RULES", "Ensemble", "Member", "Passage", "Rule", "Settings", "SoftmaxHead", "Solution", "Status", "StoppedBy",
+    "Structure", "__version__", "combine", "register_rule", "rule_names", "time_is_over", "time_limit",
 ]  # fmt: skip
 
 # Loaded when first used, so that `softmeet --help` does not wait for torch and transformers.
 _HOMES = {
     "Ensemble": "softmeet.ensemble",
+    "Member": "softmeet.members.member",
+    "Passage": "softmeet.members.passages",
     "Rule": "softmeet.rules.base",
     "Settings": "softmeet.rules.settings",
     "SoftmaxHead": "softmeet.heads",

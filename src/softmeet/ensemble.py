@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -14,51 +14,28 @@ from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM, assemble
 from softmeet.hf.byte_report import GroupReport, group_reports, shown_byte
 from softmeet.hf.calibrated import resolved
 from softmeet.hf.chat import Messages, is_chat
-from softmeet.hf.checkpoint import absolute
+from softmeet.hf.checkpoint import member_names as member_names
+from softmeet.hf.checkpoint import saved_config
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.modeling import EnsembleForCausalLM
-from softmeet.hf.prompts import Prompt, encoded
+from softmeet.hf.prompts import Prompt, encoded, states_behind
 from softmeet.hf.recorder import Recorder
 from softmeet.hf.report import NextToken, TokenReport, TokenReports
+from softmeet.hf.retrieval import with_passages
 from softmeet.hf.sampling import RowSampler, require_reproducible
 from softmeet.hf.streaming import DisagreementStreamer, streamed, text_streamer
 from softmeet.hf.unread import reading, refuse_quantised
 from softmeet.hf.vocabulary import choose_vocabulary, require_for_bytes, require_unicode, require_vocabulary
-from softmeet.members import names as known
 from softmeet.members import zoo
 from softmeet.members.huggingface import Dtype, load_members, load_tokenizers, require_loadable
+from softmeet.members.passages import Passage
 from softmeet.members.placement import Device
+from softmeet.members.prompting import require_room
 from softmeet.members.weighting import perplexity_weights
+from softmeet.members.zoo import Named
 from softmeet.rules.base import Rule
 from softmeet.rules.settings import Settings, parse_rule
 from softmeet.rules.signatures import takes_settings
-
-
-def _saved_config(name: Any) -> EnsembleConfig | None:
-    """Read the configuration of a saved ensemble; return None if ``name`` is not the name of one."""
-    plain = isinstance(name, str | Path) and Path(name).suffix != ".gguf"
-    if not plain or list(map(zoo.locate, zoo.expand(name))) != [str(name)]:
-        return None
-    where = known.find(str(name))
-    try:
-        found = EnsembleConfig.get_config_dict(where.pop("pretrained_model_name_or_path"), **where)[0]
-    except (OSError, ValueError):
-        return None
-    return EnsembleConfig.from_dict(found) if found.get("model_type") == EnsembleConfig.model_type else None
-
-
-def member_names(members: Sequence[str | Path] | str | Path) -> list[str]:
-    """Return the members' names, in order, of a saved ensemble, a bundled family such as ``wide``, or a list of names.
-
-    Raises:
-        CheckpointError: if a saved ensemble names a member that does not exist, or there is nothing of one given name.
-    """
-    saved = _saved_config(members)
-    if saved is not None:
-        return absolute(saved.members, Path(str(members)))
-    named = list(members) if isinstance(members, Iterable) and not isinstance(members, str) else [members]
-    return [name for entry in named for name in zoo.expand(entry)]
-
 
 # The gate of new ensembles: the pool answers where text generated from it and from the rule could not be told apart.
 DEFAULT_GATE: str | None = "auto"
@@ -86,7 +63,7 @@ class Ensemble:
     @takes_settings
     def from_pretrained(
         cls,
-        members: Sequence[str | Path] | str | Path = zoo.DEFAULT,
+        members: Sequence[Named] | Named = zoo.DEFAULT,
         rule: str | Rule | None = None,
         *,
         dtype: Dtype | Sequence[Dtype] = None,
@@ -105,7 +82,8 @@ class Ensemble:
         An argument of None means the default for a new ensemble, and the saved value for a saved one.
 
         Args:
-            members: hub ids (``org/model@revision``), folders, ``.gguf`` files or bundled names, or one saved ensemble.
+            members: hub ids (``org/model@revision``), folders, ``.gguf`` files or bundled names, each maybe with an
+                adapter, a prompt and so on behind it, or as a :class:`softmeet.Member`; or one saved ensemble.
             rule: a name, with options as in ``"meet:trust=1/0.3"``, or an instance of :class:`softmeet.Rule`; ``meet``
                 by default.
             dtype: None for fp32 on CPU and the checkpoint's own dtype elsewhere; one for all members or one each.
@@ -138,7 +116,7 @@ class Ensemble:
             >>> Ensemble.from_pretrained(["wide/gpt2", "wide/llama"], trust=1.0, weights=[0.25, 0.75]).names
             ['wide/gpt2', 'wide/llama']
         """
-        saved, names = _saved_config(members), member_names(members)
+        saved, names = saved_config(members), member_names(members)
         any_average = saved is None and rule is None
         given = {name: value for name, value in {"rule": rule, **settings}.items() if value is not None}
         if saved is None:
@@ -157,6 +135,7 @@ class Ensemble:
         loading: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
         refuse_quantised(config, require_loadable(names, **loading), any_average=any_average)
         tokenizers = load_tokenizers(names, trust_remote_code=trust_remote_code)
+        require_room(names, tokenizers, trust_remote_code=trust_remote_code)
         common = choose_vocabulary(config, tokenizers, any_average=any_average)
         models = load_members(
             names, **loading, offload_folder=offload_folder, on_progress=on_progress,
@@ -177,6 +156,25 @@ class Ensemble:
         """
         self.model.save_pretrained(folder)
 
+    def with_passages(self, passages: Sequence[Passage], *, temperature: float = 1.0, **options: Any) -> Ensemble:
+        """Return an ensemble that reads retrieved passages: each member once behind each of them, by their scores.
+
+        By default it is combined as REPLUG does: Σ_i Σ_d w_i λ_d p_i(y | d, text), w_i the members' weights, λ the
+        softmax of scores / temperature. It shares this ensemble's weights in memory.
+
+        Args:
+            passages: at least one.
+            temperature: of the passages' scores.
+            options: ``rule`` in place of ``prob-mean``; None for this ensemble's own.
+
+        Example:
+            >>> from softmeet.members.passages import Passage
+            >>> found = [Passage("The king is Saul.", 1.2), Passage("The king is David.", 0.7)]
+            >>> Ensemble.from_pretrained("wide/gpt2", "prob-mean").with_passages(found).model.config.weights
+            [0.62..., 0.37...]
+        """
+        return Ensemble(with_passages(self.model, passages, temperature=temperature, **options), self.tokenizer)
+
     @torch.inference_mode()
     def next_token(self, text: str, top: int = 10) -> NextToken:
         """Predict the token after the prompt ``text`` (over bytes, the byte), and list the ``top`` most probable ones.
@@ -189,7 +187,8 @@ class Ensemble:
             >>> [(token, round(probability, 2)) for token, probability in found.top]
             [(' of', 0.26), (',', 0.14)]
         """
-        hidden = [h[-1:] for h in self.model.hidden_states(encoded(self.model, self.tokenizer, [text])["input_ids"])]
+        inputs = encoded(self.model, self.tokenizer, [text])
+        hidden = states_behind(self.model, inputs)
         log_probs, solution = self.model.combiner.solve_rows(hidden, resolved(self.model, self.model.settings))
         members = {name: self._top(own[0], top) for name, own in zip(self.names, log_probs, strict=True)}
         return NextToken(self._top(solution.log_probs[0], top), members, solution)

@@ -21,6 +21,7 @@ from softmeet.cli.structure import StructureFlags
 from softmeet.cli.tables import out, print_table
 from softmeet.cli.texts import argument_text, file_text
 from softmeet.errors import InvalidInputError
+from softmeet.members.passages import PASSAGE_RULE, Passage, passage_weights, read_passages
 from softmeet.rules.endings import endings
 
 if TYPE_CHECKING:
@@ -113,6 +114,43 @@ class ChatFlags:
         return [[*before, {"role": "user", "content": text}] for text in texts] if self.chat else list(texts)
 
 
+@dataclass
+class PassageFlags:
+    """Flags for retrieved passages, behind each of which every member reads the prompts."""
+
+    PANEL: ClassVar = "Members"
+    passages: Path | None = flag(
+        None,
+        'A file of retrieved passages, one JSON object a line: {"text": …, "score": …}. Each member reads the prompts '
+        "once behind each passage, and they are averaged with the softmax of the scores as weights (REPLUG), by "
+        "prob-mean where --rule names no other.",
+    )
+    passage_temperature: float = flag(1.0, "The temperature of the passages' scores in their softmax.", min=0)
+
+    def read(self, *, prompt_weights: bool) -> list[Passage]:
+        """Return the passages, none if no file is given; raise InvalidInputError before anything is loaded."""
+        if self.passages is None:
+            if self.passage_temperature != 1.0:
+                raise InvalidInputError("--passage-temperature is for the scores of --passages: name a file of them")
+            return []
+        if prompt_weights:
+            raise InvalidInputError("--passages weighs members by scores: leave --prompt-weights out")
+        found = read_passages(self.passages)
+        passage_weights(found, self.passage_temperature)
+        return found
+
+    @staticmethod
+    def settings(passages: list[Passage], given: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings by which members are loaded: with passages by REPLUG's rule, unless one is named."""
+        return {**given, "rule": PASSAGE_RULE} if passages and given.get("rule") is None else given
+
+    def behind(self, passages: list[Passage], ensemble: Ensemble) -> Ensemble:
+        """Return the ensemble behind the passages, or itself if there are none."""
+        if not passages:
+            return ensemble
+        return ensemble.with_passages(passages, temperature=self.passage_temperature, rule=None)
+
+
 @flags()
 def generate(
     *,
@@ -125,6 +163,7 @@ def generate(
     ),
     chat: ChatFlags,
     members: options.Members = None,
+    retrieved: PassageFlags,
     sampling: SamplingFlags,
     shape: StructureFlags,
     prompt_weights: bool = flag(
@@ -177,8 +216,8 @@ def generate(
     if reproducible:
         _require_reproducible(sampling, token_seconds)
     chat.require(prompt_weights=prompt_weights)
-    structure = shape.structure()
-    ensemble = loading.ensemble(members, settings)
+    structure, passages = shape.structure(), retrieved.read(prompt_weights=prompt_weights)
+    ensemble = retrieved.behind(passages, loading.ensemble(members, retrieved.settings(passages, settings)))
     asked = chat.asked(ensemble, texts)
     weights = [ensemble.prompt_weights(text) for text in texts] if prompt_weights else None
     from softmeet.hf import Recorder

@@ -15,8 +15,8 @@ from softmeet.cli.progress import working
 from softmeet.cli.startup import quick_imports, uncollected
 from softmeet.errors import InvalidInputError
 from softmeet.extras import require_extra
+from softmeet.members.member import short as short
 from softmeet.members.zoo import DEFAULT as DEFAULT
-from softmeet.members.zoo import short as short
 from softmeet.rules.frozen import unknown
 
 if TYPE_CHECKING:

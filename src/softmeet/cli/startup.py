@@ -10,6 +10,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 _READ = "create_import_structure_from_path"
+_TALKATIVE = ("torchao", "torch.utils._pytree", "bitsandbytes")
 
 
 @contextmanager
@@ -33,9 +34,11 @@ def quick_imports() -> Iterator[None]:
 
     transformers reads the folder of all its models twice, since it remembers what it has read under two names of that
     folder: here under one. It imports scipy.optimize, where that is installed, for losses of object detection: here it
-    does not. All is as before at the end; a version of transformers without such functions is left alone. Warnings of
-    torchao, which transformers imports where that is installed, about kernels for other machines are not logged.
+    does not. Both are as before at the end; a version of transformers without such functions is left alone. Packages
+    that transformers imports where they are installed say nothing of kernels that they have for other machines.
     """
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     from transformers import utils
     from transformers.utils import import_utils
 

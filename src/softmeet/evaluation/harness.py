@@ -56,7 +56,7 @@ class EnsembleLM(HFLM):  # type: ignore[misc]
     """
 
     def __init__(self, pretrained: Any, *, dtype: Any = None, **options: Any) -> None:
-        if isinstance(pretrained, str) and zoo.expand(pretrained) != [pretrained]:
+        if isinstance(pretrained, str) and len(zoo.expand(pretrained)) > 1:
             ensemble = Ensemble.from_pretrained(pretrained, dtype=dtype)
             pretrained, options = ensemble.model, _options(ensemble, options)
         super().__init__(pretrained, dtype=dtype, **options)

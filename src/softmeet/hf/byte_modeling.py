@@ -6,6 +6,7 @@ A *symbol* is one of 257: a byte, 0 to 255, or 256, the end of a text.
 from __future__ import annotations
 
 import codecs
+import copy
 import logging
 import time
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from softmeet.hf import checkpoint
 from softmeet.hf.byte_rows import ByteCache, fresh_rows, read_on
 from softmeet.hf.byte_tokenizer import byte_tokenizer
 from softmeet.hf.call_options import CallOptions, Prefixes
-from softmeet.hf.chat import ChatTemplates
+from softmeet.hf.chat import ChatTemplates, chat_of
 from softmeet.hf.combining import Combiner, Deferral
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.masking import SomethingLeft
@@ -32,7 +33,10 @@ from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.hf.vocabulary import require_for_bytes
 from softmeet.members.byte_member import ByteMember
 from softmeet.members.covers import END, SYMBOLS, Pruning
+from softmeet.members.huggingface import load_tokenizers
+from softmeet.members.member import Member
 from softmeet.members.opaque import Head
+from softmeet.members.prompting import prefix_of
 from softmeet.members.reading import Work
 from softmeet.members.spelling import Spelling
 from softmeet.members.vocabulary import CommonVocabulary
@@ -72,22 +76,33 @@ def assemble(
         model = EnsembleForCausalLM(config, models)
         model.adopt(vocabulary.tokenizer, vocabulary.ids)
     else:
-        model = ByteEnsembleForCausalLM(config, _readers(config, models, vocabulary))
+        model = ByteEnsembleForCausalLM(config, _readers(config, models, vocabulary, tokenizers))
     model.chat = ChatTemplates(config.members, tokenizers)
     model.eval()
     return model
 
 
 def _readers(
-    config: EnsembleConfig, models: Sequence[PreTrainedModel], spellings: Sequence[Spelling]
+    config: EnsembleConfig,
+    models: Sequence[PreTrainedModel],
+    spellings: Sequence[Spelling],
+    tokenizers: Sequence[PreTrainedTokenizerBase],
 ) -> list[ByteMember]:
-    """Make each member's reader by bytes, from its model and its spelling (its tokens as byte strings)."""
+    """Make each member's reader by bytes, from its model, its tokenizer and its spelling (its tokens as bytes)."""
     pruning = Pruning(config.prune) if config.prune else Pruning(0.0, None)
-    prefixes = config.prefixes or [None] * len(models)
+    prompts = [prefix_of(Member.parse(name), own) for name, own in zip(config.members, tokenizers, strict=True)]
+    prefixes = config.prefixes or prompts
     return [
         ByteMember(model, spelling, pruning, prefix)
         for model, spelling, prefix in zip(models, spellings, prefixes, strict=True)
     ]
+
+
+def _behind(reader: ByteMember, prefix: list[int]) -> ByteMember:
+    """Return a reader of the same model with another prefix, which counts its own work."""
+    found = copy.copy(reader)
+    found.prefix, found.spent = prefix, Work()
+    return found
 
 
 class _ByteCombiner(Combiner):
@@ -130,8 +145,9 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
         require_for_bytes(config.settings)
         if readers is None:
             models, spellings = checkpoint.random_members(config, over_bytes=True)
-            readers = _readers(config, models, spellings)
-        super().__init__(config, [reader.model for reader in readers])
+            readers = _readers(config, models, spellings, load_tokenizers(config.members))
+        heads = {id(reader.model): reader.head for reader in readers}
+        super().__init__(config, [reader.model for reader in readers], heads=heads)
         self.readers = list(readers)
         config.vocab_size, config.max_position_embeddings = SYMBOLS, None
         for own in (config, self.generation_config):
@@ -166,7 +182,11 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
 
     def part(self, chosen: Sequence[int], config: EnsembleConfig) -> EnsembleForCausalLM:
         """Make an ensemble, configured by ``config``, of the members numbered ``chosen``; it shares their weights."""
-        over_bytes: EnsembleForCausalLM = ByteEnsembleForCausalLM(config, [self.readers[k] for k in chosen]).eval()
+        tokenizers, readers = chat_of(self).tokenizers, list[ByteMember]()
+        for k, name in zip(chosen, config.members, strict=True):
+            prefix = prefix_of(Member.parse(name), tokenizers[k])
+            readers.append(self.readers[k] if prefix is None else _behind(self.readers[k], prefix))
+        over_bytes: EnsembleForCausalLM = ByteEnsembleForCausalLM(config, readers).eval()
         return over_bytes
 
     def find_heads_again(self) -> None:
@@ -174,8 +194,8 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
         for reader in self.readers:
             reader.find_head_again()
 
-    def new_cache(self, gate: str | Gate | None = None) -> ByteCache:
-        """Make an empty cache for every member; ``gate`` is unused over bytes."""
+    def new_cache(self, gate: str | Gate | None = None, *, own_prompts: bool = False) -> ByteCache:
+        """Make an empty cache for every member; ``gate`` and ``own_prompts`` are unused over bytes."""
         return ByteCache(len(self.readers))
 
     def run(
@@ -267,6 +287,7 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
         Raises:
             InvalidInputError: if the text exceeds a member's context.
         """
+        self.contexts.require_no_template()
         symbols, found = input_ids[0].tolist(), []
         # An end symbol at the start begins a text: then its first byte is predicted, too.
         begun = symbols[:1] == [END]

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import Cache
 
 from softmeet.errors import InvalidInputError
-from softmeet.hf.cache import EnsembleCache, RowsLayer
+from softmeet.hf.cache import EnsembleCache
+from softmeet.hf.rows import RowsLayer
 from softmeet.members.byte_member import ByteMember
 from softmeet.members.covers import END, SYMBOLS
 from softmeet.members.reading import Reading

@@ -8,67 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
+from softmeet.hf.contexts import ContextRows
+from softmeet.hf.rows import RowsLayer
 from softmeet.members.partial_cache import PartialCache, catch_up, layers_of_keys_and_values
-
-
-class RowsLayer(CacheLayerMixin):
-    """A layer of transformers' cache that keeps one object for each sequence, in place of keys and values.
-
-    Attributes:
-        rows: the member's state of each sequence: an object with a ``length`` in tokens and a method ``shorter(k)``,
-            which returns a copy without the last k tokens. Empty before the first token.
-    """
-
-    is_croppable = True
-    supports_early_init = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: list[Any] = []
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Do nothing: the layer holds no keys and values that would need memory."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Raise NotImplementedError: transformers requires the method, but no model writes into this layer."""
-        raise NotImplementedError
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return (the number of tokens that a mask covers: all so far and ``query_length`` new ones; its offset, 0)."""
-        return self.get_seq_length() + query_length, 0
-
-    def get_seq_length(self) -> int:
-        """Count the tokens of the longest sequence, whether the member has run them or not."""
-        return max((row.length for row in self.rows), default=0)
-
-    def get_max_length(self) -> int:
-        """Return -1, by which transformers' caches say that the layer sets no limit to a sequence's length."""
-        return -1
-
-    def reset(self) -> None:
-        """Forget all sequences: the layer is then as before the first token."""
-        self.rows = []
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last |``tokens_to_remove``| tokens of every sequence; transformers passes a negative number."""
-        self.rows = [row.shorter(abs(tokens_to_remove)) for row in self.rows]
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each sequence ``repeats`` times, its copies side by side."""
-        self.rows = [row for row in self.rows for _ in range(repeats)]
-
-    def batch_select_indices(self, indices: Int[Tensor, " B"] | Bool[Tensor, " B"]) -> None:
-        """Keep the sequences at ``indices``, numbers or a mask, in that order; a number may come more than once."""
-        if self.rows:
-            self.rows = [self.rows[k] for k in torch.arange(len(self.rows))[indices.cpu()].tolist()]
-
-    reorder_cache = batch_select_indices
 
 
 class Lagging(RowsLayer):
@@ -111,24 +58,30 @@ class EnsembleCache(Cache):
     Args:
         configs: the members' configurations, in order.
         lagging: whether members after the first may have run fewer tokens than the first, as under the gate ``unsure``.
+        batched: groups of members' numbers that are rows of one batch, as :meth:`Contexts.batched` gives them.
 
     Attributes:
+        lagging, batched: as given.
         members: each member's own cache: a ``DynamicCache``; with ``lagging`` a :class:`Lagging` layer for all but
-            the first.
+            the first; else the :class:`ContextRows` of its group, if it is in one.
 
     Raises:
         InvalidInputError: if ``lagging`` and the cache of a member after the first holds anything but keys and values.
     """
 
-    def __init__(self, configs: Sequence[PreTrainedConfig], *, lagging: bool = False) -> None:
-        self.lagging = lagging
+    def __init__(
+        self, configs: Sequence[PreTrainedConfig], *, lagging: bool = False, batched: Sequence[Sequence[int]] = ()
+    ) -> None:
+        self.lagging, self.batched = lagging, [list(group) for group in batched]
         self.members: list[Any] = []
+        rows = {i: layer for group in batched for layer in [ContextRows(1 if lagging else len(group))] for i in group}
         for i, config in enumerate(configs):
             if lagging and i:
                 layers_of_keys_and_values(f"member {i}", config, "it cannot catch up, so leave out the gate 'unsure'")
-            self.members.append(Lagging() if lagging and i else DynamicCache(config=config))
-        layers = [[one] if isinstance(one, Lagging) else one.layers for one in self.members]
-        super().__init__(layers=[layer for own in layers for layer in own])
+            own = Lagging() if lagging and i else rows.get(i)
+            self.members.append(DynamicCache(config=config) if own is None else own)
+        found = {id(one): [one] if isinstance(one, RowsLayer) else one.layers for one in self.members}
+        super().__init__(layers=[layer for own in found.values() for layer in own])
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Count the tokens that the cache holds; 0 if all members are recurrent, whose states do not count them."""

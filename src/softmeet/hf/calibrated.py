@@ -26,6 +26,7 @@ from torch import Tensor
 from softmeet.hf.sampling import RowSampler
 from softmeet.members import zoo
 from softmeet.members.identity import body_hash
+from softmeet.members.member import Member
 from softmeet.rules.gates import PredictedMovement
 from softmeet.rules.movement import Movement
 from softmeet.rules.settings import Settings, rule_of
@@ -114,8 +115,9 @@ def key_of(settings: Settings) -> str:
 
 
 def members_hash(model: EnsembleForCausalLM) -> str:
-    """Compute the SHA-256, in hexadecimal, of a sample of each member's weights; it depends on the members' order."""
-    return hashlib.sha256("".join(map(body_hash, model.members)).encode()).hexdigest()
+    """Compute the SHA-256, in hexadecimal, of a sample of each member's weights and of its prompt, in their order."""
+    prompts = [Member.parse(name).prompt or "" for name in model.config.members]
+    return hashlib.sha256("".join([*map(body_hash, model.members), *prompts]).encode()).hexdigest()
 
 
 def _calibrated(model: EnsembleForCausalLM, settings: Settings, own: str) -> float | None:

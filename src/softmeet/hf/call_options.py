@@ -11,6 +11,7 @@ from transformers import LogitsProcessorList
 
 from softmeet.errors import InvalidInputError
 from softmeet.hf.calibrated import resolved
+from softmeet.hf.contexts import OwnPrompt
 from softmeet.hf.masking import Mask, SomethingLeft, Structured, ends_of
 from softmeet.hf.recorder import Recorder
 from softmeet.hf.sampling import RowSampler
@@ -42,6 +43,7 @@ class CallOptions:
         prefixes: over bytes, ``prefixes[k][i]`` holds the token ids that member i reads before sequence k (or before
             prompt k, if every prompt has the same number of sequences), or None for that member's default prefix;
             None in place of the whole for the default prefixes of all members.
+        own_prompts: over tokens, what members read in place of each prompt; None for no prompts of their own.
         token_seconds: the seconds that solvers may take in one ``forward``, for the next token of all sequences, as
             :func:`softmeet.time_limit` has it; None for no limit.
         structure: what each new text has to be, as a :class:`softmeet.Structure`; None for anything.
@@ -51,6 +53,7 @@ class CallOptions:
     recorder: Recorder | None = None
     row_sampler: RowSampler | None = None
     prefixes: Prefixes | None = None
+    own_prompts: Sequence[OwnPrompt] | None = None
     token_seconds: float | None = None
     structure: Structure | None = None
 
@@ -61,9 +64,9 @@ class CallOptions:
         Args:
             model: the ensemble that is called.
             given: the keyword arguments, changed in place. Removed are ``settings``, ``recorder``, ``row_sampler``,
-                ``prefixes``, ``token_seconds``, ``structure``, ``weights`` and ``gate``. Without ``settings`` the
-                model's own hold, with the pool's ``weights`` and the ``gate`` (a text such as ``"unsure:0.5"``,
-                ``"none"`` for none) replaced by those given; with ``settings``, which come from
+                ``prefixes``, ``own_prompts``, ``token_seconds``, ``structure``, ``weights`` and ``gate``. Without
+                ``settings`` the model's own hold, with the pool's ``weights`` and the ``gate`` (a text such as
+                ``"unsure:0.5"``, ``"none"`` for none) replaced by those given; with ``settings``, which come from
                 :meth:`Settings.for_members`, ``weights`` and ``gate`` are ignored.
 
         Raises:
@@ -76,7 +79,7 @@ class CallOptions:
             settings = model.settings if weights is None else model.settings.changed(weights=weights)
             settings = settings if gate is None else settings.model_copy(update={"gate": parse_gate(gate)})
         model.require(settings)
-        names = ("recorder", "row_sampler", "prefixes", "token_seconds", "structure")
+        names = ("recorder", "row_sampler", "prefixes", "own_prompts", "token_seconds", "structure")
         own = {name: given.pop(name, None) for name in names}
         if own["prefixes"] is not None and not model.over_bytes:
             raise InvalidInputError("expected no prefixes over tokens, where members share every token of a prompt")
@@ -111,6 +114,17 @@ class CallOptions:
         return LogitsProcessorList(
             [Structured(mask, prompt_length), *processors, SomethingLeft(_NOTHING_ALLOWED), *last]
         )
+
+    def longest(self, model: EnsembleForCausalLM, wanted: int, prompt_length: int) -> int:
+        """Return how long sequences get: as long as wanted, or as own prompts leave room in a member's context.
+
+        Args:
+            model: the ensemble that is called.
+            wanted: the number of tokens asked for, those of the prompt included.
+            prompt_length: the number of tokens, padding included, of each prompt.
+        """
+        rooms = [model.contexts.room(own.ids) for own in self.own_prompts or ()]
+        return min([wanted, *(prompt_length + room for room in rooms)])
 
     @cached_property
     def unsure(self) -> Unsure | None:

@@ -12,6 +12,7 @@ from yaml import YAMLError
 
 from softmeet._version import __version__
 from softmeet.members import zoo
+from softmeet.members.member import Member
 
 if TYPE_CHECKING:
     from softmeet.hf.configuration import EnsembleConfig
@@ -84,7 +85,7 @@ def _text(config: EnsembleConfig, names: list[str], licences: list[str | None]) 
         trust = ", ".join(f"{rho:g}" for rho in own) if config.settings.rule.uses_trust else ""
         rows.append(f"| `{name}` | {weight:g} | {trust} | {licence or 'not known here'} |")
     where = ""
-    if any(zoo.locate(name) != name for name in config.members):
+    if any(_is_bundled(Member.parse(name)) for name in config.members):
         where += " Members that are bundled with softmeet need the package softmeet-zoo."
     if any(name.startswith(".") for name in names):
         where += (
@@ -102,21 +103,26 @@ def _text(config: EnsembleConfig, names: list[str], licences: list[str | None]) 
 
 def _hub_id(name: str) -> tuple[str, str | None] | None:
     """Return the repository and the revision that a member's name stands for; None if it names no repository."""
-    if zoo.locate(name) != name or name.startswith((".", "/", "~")) or Path(name).exists():
+    member = Member.parse(name)
+    source = member.source
+    if _is_bundled(member) or source.startswith((".", "/", "~")) or Path(source).exists():
         return None
-    whole = str(Path(name).parent) if name.endswith(".gguf") else name
-    repository, _, revision = whole.partition("@")
+    repository = str(Path(source).parent) if source.endswith(".gguf") else source
     try:
         validate_repo_id(repository)
     except HFValidationError:
         return None
-    return repository, revision or None
+    return repository, member.revision
+
+
+def _is_bundled(member: Member) -> bool:
+    return zoo.locate(member.source) != member.source
 
 
 def _licence(name: str, place: tuple[str, str | None] | None) -> str | None:
     """Return the licence that a member's own card names; None if there is no card on this machine, or none in it."""
     if place is None:
-        path = Path(zoo.locate(name))
+        path = Path(zoo.locate(Member.parse(name).source))
         file: object = (path.parent if path.suffix == ".gguf" else path) / "README.md"
     else:
         file = try_to_load_from_cache(place[0], "README.md", revision=place[1])

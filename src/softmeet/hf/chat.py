@@ -58,11 +58,12 @@ class ChatTemplates:
             if own.chat_template == PLAIN or (self.plain and not own.chat_template)
         ]
 
-    def own_prompts(self, messages: Messages) -> list[list[int]]:
-        r"""Render a conversation by each member's own template, up to where the answer begins.
+    def own_prompts(self, conversations: Sequence[Messages]) -> list[list[int]]:
+        r"""Render a conversation for each member by its own template, up to where the answer begins.
 
         Args:
-            messages: each turn's ``role``, such as system, user or assistant, and ``content``, a text.
+            conversations: for each member what it is told: each turn's ``role``, such as system, user or assistant, and
+                ``content``, a text.
 
         Returns:
             for each member the ids of its own tokens.
@@ -75,7 +76,7 @@ class ChatTemplates:
             >>> from softmeet.members import zoo
             >>> tokenizer = AutoTokenizer.from_pretrained(zoo.locate("wide/gpt2"))
             >>> chat = ChatTemplates(["wide/gpt2"], [tokenizer], plain=True)
-            >>> tokenizer.decode(chat.own_prompts([{"role": "user", "content": "Who are you?"}])[0])
+            >>> tokenizer.decode(chat.own_prompts([[{"role": "user", "content": "Who are you?"}]])[0])
             'user: Who are you?\nassistant:'
         """
         if self.missing:
@@ -84,27 +85,22 @@ class ChatTemplates:
                 "is no saying how to chat: ask for the plain one (--plain-chat, or softmeet.hf.chat.take_plain), or "
                 "continue a text"
             )
-        return [self._rendered(own, messages) for own in self.tokenizers]
+        return [self._rendered(own, messages) for own, messages in zip(self.tokenizers, conversations, strict=True)]
 
-    def shared_prompt(self, messages: Messages) -> list[int]:
-        """Render a conversation as the tokens that all members share.
+    def shared_prompt(self, messages: Messages) -> list[int] | None:
+        """Render a conversation as tokens that all members read; None if the members' templates make different ones.
 
         Members without a template, unless all lack one, read what the others' templates make.
 
         Raises:
-            InvalidInputError: if the members' templates make different prompts, or one refuses the messages; or for the
-                reason of :meth:`own_prompts` if no member has a template.
+            InvalidInputError: if a template refuses the messages; or for the reason of :meth:`own_prompts` if no member
+                has a template.
         """
         able = [own for own in self.tokenizers if own.chat_template]
         if not able:
-            return self.own_prompts(messages)[0]
+            return self.own_prompts([messages] * len(self.tokenizers))[0]
         first, *others = [self._rendered(own, messages) for own in able]
-        if any(other != first for other in others):
-            raise InvalidInputError(
-                "expected chat templates that make one prompt, since over tokens members share every token, got "
-                "different ones: load the members with vocabulary='bytes', where each begins after its own"
-            )
-        return first
+        return None if any(other != first for other in others) else first
 
     def _rendered(self, tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
         try:

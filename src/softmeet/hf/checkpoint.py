@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,45 +16,96 @@ from softmeet.hf.card import card
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.unread import reading, refuse_quantised
 from softmeet.hf.vocabulary import choose_vocabulary
+from softmeet.members import names as known
 from softmeet.members import zoo
 from softmeet.members.huggingface import Dtype, load_members, load_tokenizers, random_member, require_loadable
+from softmeet.members.member import Member
 from softmeet.members.placement import Device
+from softmeet.members.prompting import require_room
+from softmeet.members.zoo import Named
 
 if TYPE_CHECKING:
     from softmeet.hf.modeling import EnsembleForCausalLM
 
 
+def saved_config(name: Any) -> EnsembleConfig | None:
+    """Read the configuration of a saved ensemble; return None if ``name`` is not the name of one."""
+    if not isinstance(name, str | Path | Member):
+        return None
+    member = Member.of(name)
+    if set(member.changes()) - {"revision"} or member.source.endswith(".gguf") or _is_bundled(member):
+        return None
+    where = known.find(member)
+    try:
+        found = EnsembleConfig.get_config_dict(where.pop("pretrained_model_name_or_path"), **where)[0]
+    except (OSError, ValueError):
+        return None
+    return EnsembleConfig.from_dict(found) if found.get("model_type") == EnsembleConfig.model_type else None
+
+
+def _is_bundled(member: Member) -> bool:
+    return zoo.expand(member) != [str(member)] or zoo.locate(member.source) != member.source
+
+
+def member_names(members: Sequence[Named] | Named) -> list[str]:
+    """Return the members, in order, each as a line of text: of a saved ensemble, a family, or a list of names.
+
+    Raises:
+        CheckpointError: if a saved ensemble names a member that does not exist, or there is nothing of one given name.
+    """
+    saved = saved_config(members)
+    if saved is not None:
+        return absolute(saved.members, Path(str(members)))
+    several = isinstance(members, Iterable) and not isinstance(members, str | Mapping)
+    named: list[Any] = list(members) if several else [members]  # type: ignore[arg-type]
+    return [name for entry in named for name in zoo.expand(entry)]
+
+
 def absolute(names: Sequence[str], base: Path) -> list[str]:
-    """Turn the relative paths among saved names of members into absolute ones; return other names unchanged.
+    """Turn the relative paths of saved members into absolute ones; return members without such paths unchanged.
 
     Args:
-        names: the saved names; those that begin with a dot are paths relative to ``base``.
+        names: the saved members, each as a line of text; sources and adapters that begin with a dot are paths relative
+            to ``base``.
         base: the folder of the checkpoint.
 
     Raises:
         CheckpointError: if a path does not exist.
     """
-    found = [os.path.normpath(base.resolve() / name) if name.startswith(".") else name for name in names]
-    for name, path in zip(names, found, strict=True):
-        if name.startswith(".") and not Path(path).exists():
+
+    def found(path: str) -> str:
+        if not path.startswith("."):
+            return path
+        there = os.path.normpath(base.resolve() / path)
+        if not Path(there).exists():
             raise CheckpointError(
-                f"the ensemble in {base} names a member {name}, but there is no {path}: move the member there, or edit "
-                f"members in {base / 'config.json'}"
+                f"the ensemble in {base} names a member {path}, but there is no {there}: move the member there, or "
+                f"edit members in {base / 'config.json'}"
             )
-    return found
+        return there
+
+    return [str(_moved(Member.parse(name), found)) for name in names]
 
 
 def relative(names: Sequence[str], base: Path) -> list[str]:
-    """Turn local folders among names of members into paths relative to the checkpoint's folder ``base``.
+    """Turn local paths of members and adapters into paths relative to the checkpoint's folder ``base``.
 
     Such a path begins with a dot. Hub ids and bundled names are returned unchanged.
     """
-    found = list(names)
-    for k, name in enumerate(names):
-        if zoo.locate(name) == name and Path(name).exists():
-            path = os.path.relpath(Path(name).resolve(), base.resolve())
-            found[k] = path if path.startswith(".") else f"./{path}"
-    return found
+
+    def found(path: str) -> str:
+        if zoo.locate(path) != path or not Path(path).exists():
+            return path
+        near = os.path.relpath(Path(path).resolve(), base.resolve())
+        return near if near.startswith(".") else f"./{near}"
+
+    return [str(_moved(Member.parse(name), found)) for name in names]
+
+
+def _moved(member: Member, path: Callable[[str], str]) -> Member:
+    """Return a member with other paths of its source and its adapter."""
+    adapter = None if member.adapter is None else path(member.adapter)
+    return replace(member, source=path(member.source), adapter=adapter)
 
 
 def places(device_map: Device | Sequence[Device], n: int) -> Device | Sequence[Device]:
@@ -124,6 +176,7 @@ def load(
     quantised = require_loadable(config.members, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     refuse_quantised(config, quantised)
     tokenizers = load_tokenizers(config.members, trust_remote_code=trust_remote_code)
+    require_room(config.members, tokenizers, trust_remote_code=trust_remote_code)
     vocabulary = choose_vocabulary(config, tokenizers)
     members = load_members(
         config.members,
@@ -140,7 +193,7 @@ def load(
 
 
 def random_members(config: EnsembleConfig, *, over_bytes: bool) -> tuple[list[PreTrainedModel], Any]:
-    """Build each member from its own configuration, with random weights, in evaluation mode.
+    """Build each member's base from its own configuration, with random weights, in evaluation mode, without adapters.
 
     Args:
         config: the ensemble's configuration, which names the members. Its ``vocabulary`` is set to ``"bytes"`` or
@@ -165,7 +218,23 @@ def random_members(config: EnsembleConfig, *, over_bytes: bool) -> tuple[list[Pr
         )
     config.vocabulary, config.members = wanted, absolute(config.members, Path(config.name_or_path))
     vocabulary = choose_vocabulary(config, load_tokenizers(config.members))
-    return [random_member(name, config.dtype).eval() for name in config.members], vocabulary
+    bases = [Member.parse(name).base for name in config.members]
+    models = {base: random_member(str(base), config.dtype).eval() for base in dict.fromkeys(bases)}
+    return [models[base] for base in bases], vocabulary
+
+
+def require_on_hub(config: EnsembleConfig) -> None:
+    """Check that all members and adapters are on the Hub, so that others can load the ensemble.
+
+    Raises:
+        InvalidInputError: if one is a local folder.
+    """
+    parts = [own for name in config.members for own in Member.parse(name).places]
+    if local := [name for name in parts if Path(name).exists()]:
+        raise InvalidInputError(
+            f"expected members on the hub, got local folders {local}: push them first, then build the ensemble from "
+            "their hub ids"
+        )
 
 
 def save(model: EnsembleForCausalLM, folder: Path) -> None:

@@ -87,7 +87,12 @@ class Combiner:
         ]
         self.v = max(head.v for head in heads)
         self.capped = any(head.soft_cap is not None for head in self.given)
+        self._unread = self.given != self.heads
         self._banded: tuple[int, list[SoftmaxHead]] | None = None
+
+    def require(self, settings: Settings) -> None:
+        """Raise UnsupportedHeadError, as :func:`require_read` does, if the settings read a head that cannot be read."""
+        require_read(settings, self.names, self.heads)
 
     def deferral(self, gate: Unsure, first: Float[Tensor, "B d"]) -> Deferral:
         """Decide by a gate at which of B positions the first member defers to the others.
@@ -271,7 +276,8 @@ class Combiner:
             InfeasibleError: if ``on_infeasible`` is ``"raise"`` and a row has no feasible distribution.
             RuleError: if the rule fails, or returns something other than distributions.
         """
-        require_read(settings, self.names, self.heads)
+        if self._unread:
+            self.require(settings)
         heads, dtype = self.given, scores.dtype
         try:
             log_p = normalised(scores)

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from softmeet.errors import InvalidInputError
+from softmeet.members.member import Member
 from softmeet.rules.registry import rule_names, source_of
 from softmeet.rules.settings import Settings, parse_rule
 
@@ -24,13 +25,13 @@ class EnsembleConfig(PreTrainedConfig):
     the temperature of ``generate`` to the result. ``gate`` applies in ``forward`` and ``generate``.
 
     Args:
-        members: the members' names, in order: hub ids, folders, ``.gguf`` files or bundled names.
+        members: the members, in order, in any of the forms of :meth:`softmeet.Member.of`.
         rule: the rule, as text such as ``"meet:trust=0.3"`` or as an instance; None for the default, ``meet``.
         settings: all settings as one object, in place of ``rule`` and of settings by name; None to take those.
         given: settings and options of the rule by name; all others go to transformers' ``PreTrainedConfig``.
 
     Attributes:
-        members: the members' names, in order.
+        members: the members, in order, each as a line of text (:class:`softmeet.Member`).
         settings: all settings as one immutable object, completed for these members by :meth:`Settings.for_members`;
             setting an attribute replaces it.
         rule_source: the rule's origin, as ``"package NAME"`` or ``"class NAME"``; None for softmeet's own rules.
@@ -52,7 +53,7 @@ class EnsembleConfig(PreTrainedConfig):
 
     def __init__(
         self,
-        members: Sequence[str] = (),
+        members: Sequence[Member | str] = (),
         rule: Any = None,
         *,
         settings: Settings | None = None,
@@ -67,7 +68,7 @@ class EnsembleConfig(PreTrainedConfig):
             _require_rule(rule, rule_source)
             own = {name: given.pop(name) for name in (*_names_of(rule), *_OF_RULES) if name in given}
             settings = Settings.of({"rule": rule, **own})
-        self.members, self.vocabulary, self.prune = [str(member) for member in members], vocabulary, prune
+        self.members, self.vocabulary, self.prune = [str(Member.of(one)) for one in members], vocabulary, prune
         self.settings = settings.for_members(len(self.members))
         if prefixes is not None and len(prefixes) != len(self.members):
             raise InvalidInputError(f"expected {len(self.members)} prefixes, one per member, got {len(prefixes)}")
@@ -96,7 +97,7 @@ class EnsembleConfig(PreTrainedConfig):
         else:
             super().__setattr__(name, value)
 
-    def adopt_limits(self, members: Sequence[PreTrainedModel], v: int) -> None:
+    def adopt_limits(self, members: Sequence[PreTrainedModel], v: int, prefixes: Sequence[Sequence[int]] = ()) -> None:
         """Set, in this configuration, the limits and special ids that follow from the members' models, over tokens.
 
         ``vocab_size`` becomes v, ``max_position_embeddings`` the shortest context
@@ -106,11 +107,15 @@ class EnsembleConfig(PreTrainedConfig):
         Args:
             members: the loaded models, at least one, in the order of the members' names.
             v: the number of logits of the largest head.
+            prefixes: for each member the ids of what it reads before every text, which takes room in its context; empty
+                for nothing.
         """
         configs = [member.config.get_text_config(decoder=True) for member in members]
         self.vocab_size = v
         limits = [getattr(own, "max_position_embeddings", None) for own in configs]
-        self.max_position_embeddings = min((limit for limit in limits if limit is not None), default=None)
+        taken = [len(own) for own in prefixes] or [0] * len(limits)
+        left = [limit - own for limit, own in zip(limits, taken, strict=True) if limit is not None]
+        self.max_position_embeddings = min(left, default=None)
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(self, key, getattr(configs[0], key, None))
 

@@ -17,16 +17,16 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from softmeet.errors import InvalidInputError
 from softmeet.heads import SoftmaxHead
 from softmeet.hf import checkpoint
-from softmeet.hf.cache import EnsembleCache, Lagging
+from softmeet.hf.cache import EnsembleCache
 from softmeet.hf.call_options import CallOptions
-from softmeet.hf.cascade import run_others
 from softmeet.hf.combining import Combiner, Deferral
 from softmeet.hf.configuration import EnsembleConfig
+from softmeet.hf.contexts import Contexts
 from softmeet.hf.refused import refuse, refuse_other_caches
-from softmeet.hf.unread import require_read
+from softmeet.hf.running import NewTokens, run_members
 from softmeet.hf.vocabulary import require_for_bytes
 from softmeet.members.heads import head_of, replace_weight
-from softmeet.members.huggingface import Dtype, last_hidden, require_cache
+from softmeet.members.huggingface import Dtype, require_cache
 from softmeet.members.opaque import Head
 from softmeet.members.placement import Device, each_in_a_thread, whereabouts
 from softmeet.members.reading import Work
@@ -50,6 +50,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         members: the models, in the order of ``config.members``; None to build each from its own configuration, with
             random weights, as ``AutoModelForCausalLM.from_config`` does.
         support: (v,) bool, True for the ids that are tokens, for heads with padding rows; None if all ids are tokens.
+        heads: the members' output layers, by ``id`` of the model; None to find them.
 
     Raises:
         UnsupportedHeadError: if the rule reads heads, and a member's cannot be read.
@@ -72,17 +73,19 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         config: EnsembleConfig,
         members: Sequence[PreTrainedModel] | None = None,
         support: Bool[Tensor, " v"] | None = None,
+        heads: dict[int, Head] | None = None,
     ) -> None:
         common = None
         if members is None:
             members, common = checkpoint.random_members(config, over_bytes=False)
-        heads = [head_of(member) for member in members]
-        config.adopt_limits(members, max(head.v for head in heads))
+        own = [head_of(member) if heads is None else heads[id(member)] for member in members]
+        config.adopt_limits(members, max(head.v for head in own))
         super().__init__(config)
         self.members = nn.ModuleList(members)
-        self.combiner = Combiner(config.members, heads, support)
+        self.combiner = Combiner(config.members, own, support)
         self.require(config.settings)
         self.tokenizer: PreTrainedTokenizerBase | None = None
+        self.contexts = Contexts(config.members, list(members))
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(self.generation_config, key, getattr(members[0].generation_config, key))
         if isinstance(common, CommonVocabulary):
@@ -155,28 +158,16 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
             :class:`Deferral`: at which of the B · k positions all members ran, None if at all of them).
 
         Raises:
-            InvalidInputError: if the gate is ``unsure``, and ``cache`` was made by :meth:`new_cache` without that gate.
+            InvalidInputError: if ``cache`` was made by :meth:`new_cache` for another gate, or without ``own_prompts``.
         """
-        unsure = None if options is None else options.unsure
-        members, caches = self.members, [None] * len(self.members) if cache is None else cache.members
-
-        def hidden(i: int) -> Float[Tensor, "B k _"]:
-            return last_hidden(members[i], input_ids, kept, cache=caches[i], **shared)
-
-        if unsure is None and not (cache is not None and cache.lagging):
-            return self.each(hidden, range(len(members))), None
-        if cache is not None and not cache.lagging:
-            raise InvalidInputError(
-                "expected a cache whose members may be behind, for the gate 'unsure': make it with "
-                "new_cache('unsure:…'), or go on with the gate that it was begun with"
-            )
-        lagging: Any = [Lagging() for _ in members[1:]] if cache is None else caches[1:]
-        mask = shared.get("attention_mask")
-        return run_others(self.each, list(members), self.combiner, lagging, hidden(0), kept, input_ids, mask, unsure)
+        own = None if options is None else options.own_prompts
+        first = cache is None or not cache.get_seq_length()
+        return run_members(NewTokens(self, input_ids, kept, first, shared, own), cache, options)
 
     def hidden_states(self, input_ids: Int[Tensor, "1 t"]) -> list[Float[Tensor, "t _"]]:
         """Run the members over one text, and return each one's last hidden states, (t, d_i), row k after token k."""
         self._checked_length(input_ids, None)
+        self.contexts.require_no_template()
         return [states[0] for states in self.run(input_ids, None, use_cache=False)[0]]
 
     def _checked_length(self, input_ids: Int[Tensor, "B t"] | None, cache: EnsembleCache | None) -> Int[Tensor, "B t"]:
@@ -224,12 +215,15 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         """Put a new ensemble cache into ``model_kwargs``, unless there is one or ``use_cache`` is off."""
         refuse_other_caches(generation_config, model_kwargs.get("cache"))
         if model_kwargs.get("cache") is None and generation_config.use_cache:
-            model_kwargs["cache"] = self.new_cache(model_kwargs["call_options"].settings.gate)
+            options: CallOptions = model_kwargs["call_options"]
+            own_prompts = options.own_prompts is not None
+            model_kwargs["cache"] = self.new_cache(options.settings.gate, own_prompts=own_prompts)
 
     def _get_logits_processor(self, generation_config: Any, input_ids_seq_length: int, **kwargs: Any) -> Any:
-        """Put the call's structure, if it has one, before transformers' own processors, its row sampler after them."""
+        """Put the call's structure before transformers' own processors, its row sampler after, and bound its length."""
         found = super()._get_logits_processor(generation_config, input_ids_seq_length, **kwargs)
         options: CallOptions = kwargs["model_kwargs"]["call_options"]
+        generation_config.max_length = options.longest(self, generation_config.max_length, input_ids_seq_length)
         return options.around(found, self, generation_config, input_ids_seq_length)
 
     def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
@@ -237,14 +231,19 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         known = {name: value for name, value in model_kwargs.items() if name != "call_options"}
         return super()._get_candidate_generator(*args, model_kwargs=known, **kwargs)
 
-    def new_cache(self, gate: str | Gate | None = None) -> EnsembleCache:
+    def new_cache(self, gate: str | Gate | None = None, *, own_prompts: bool = False) -> EnsembleCache:
         """Make an empty cache of all members; if ``gate`` is ``unsure``, those after the first may lag behind it.
+
+        Args:
+            gate: the gate of the calls that the cache is for.
+            own_prompts: whether members have prompts of their own, as ``CallOptions.own_prompts`` gives them.
 
         Raises:
             InvalidInputError: if there is no such gate, or a member takes no cache (at ``unsure``: of keys and values).
         """
         lagging = isinstance(that_closes(parse_gate(gate)), Unsure)
-        return EnsembleCache([require_cache(member).config for member in self.members], lagging=lagging)
+        configs = [require_cache(member).config for member in self.members]
+        return EnsembleCache(configs, lagging=lagging, batched=self.contexts.batched(own_prompts=own_prompts))
 
     @property
     def settings(self) -> Settings:
@@ -281,10 +280,8 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         return hidden.new_zeros(0, 3)
 
     def require(self, settings: Settings) -> None:
-        """Raise the errors of :func:`require_for_bytes` over bytes, those of :func:`require_read` over tokens."""
-        if self.over_bytes:
-            return require_for_bytes(settings)
-        return require_read(settings, self.config.members, self.member_heads)
+        """Raise the errors of :func:`require_for_bytes` over bytes, of :meth:`Combiner.require` over tokens."""
+        return require_for_bytes(settings) if self.over_bytes else self.combiner.require(settings)
 
     def require_tokens(self, what: str) -> None:
         """Raise InvalidInputError if the ensemble is over bytes; the message names ``what``, such as "evaluation"."""
@@ -320,11 +317,12 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
     def find_heads_again(self) -> None:
         """Take the heads anew from the members' weights; call it after single members were moved or cast."""
         self.__dict__.pop("apart", None)
+        self.contexts.forget()
         heads = [replace_weight(head, member) for head, member in zip(self.member_heads, self.members, strict=True)]
         self.combiner = Combiner(self.config.members, heads, self.combiner.support)
 
     def adopt(self, tokenizer: PreTrainedTokenizerBase, ids: frozenset[int] | None = None) -> None:
-        """Set the tokenizer that the members share, and with it the ids that can have a probability above 0.
+        """Set the tokenizer that the members share, with it the ids that can have a probability, and what prompts are.
 
         Args:
             tokenizer: the tokenizer; if it has no padding token, it gets its end-of-text token as one.
@@ -336,11 +334,18 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         self.tokenizer = tokenizer
+        self.contexts = Contexts.of(self.config, list(self.members), tokenizer)
+        self.config.adopt_limits(list(self.members), self.combiner.v, self.contexts.prefixes)
         self.combiner.support = token_support(ids or token_ids(tokenizer), self.config.members, self.heads)
 
     def part(self, chosen: Sequence[int], config: EnsembleConfig) -> EnsembleForCausalLM:
-        """Make an ensemble of members ``chosen``, numbers from 0, which shares their weights; ``config`` names them."""
-        part: EnsembleForCausalLM = EnsembleForCausalLM(config, [self.members[k] for k in chosen]).eval()
+        """Make an ensemble of members ``chosen``, numbers from 0, which shares their weights; ``config`` names them.
+
+        A number may come more than once, as for members that differ by prompt.
+        """
+        heads = {id(member): head for member, head in zip(self.members, self.member_heads, strict=True)}
+        members = [self.members[k] for k in chosen]
+        part: EnsembleForCausalLM = EnsembleForCausalLM(config, members, heads=heads).eval()
         if self.tokenizer is not None:
             v, support = max(head.v for head in self.heads), self.combiner.support
             ids = range(v) if support is None else support.nonzero().squeeze(-1).tolist()
@@ -378,10 +383,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         return checkpoint.load(folder, config, dtype, device_map, bool(trust_remote_code), **kwargs)
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Write the configuration, generation configuration, tokenizer and a model card into ``save_directory``.
-
-        Weights are not written: the configuration names members, local ones by a path relative to the directory.
-        """
+        """Write the configurations, tokenizer and a model card into a folder, but no weights: members are named."""
         checkpoint.save(self, Path(save_directory))
         if push_to_hub:
             self.push_to_hub(**kwargs)
@@ -392,9 +394,5 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             InvalidInputError: if a member is a local folder, which nobody else could load.
         """
-        if local := [name for name in self.config.members if Path(name).exists()]:
-            raise InvalidInputError(
-                f"expected members on the hub, got local folders {local}: push them first, then build the ensemble "
-                "from their hub ids"
-            )
+        checkpoint.require_on_hub(self.config)
         return super().push_to_hub(*args, **kwargs)

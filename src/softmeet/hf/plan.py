@@ -18,8 +18,7 @@ from transformers.integrations.accelerate import _get_device_map
 
 from softmeet.errors import InvalidInputError
 from softmeet.hf.combining import rows_at_once
-from softmeet.members import zoo
-from softmeet.members.huggingface import Dtype, dtype_of, one_each, random_member
+from softmeet.members.huggingface import Dtype, dtype_of, placed, random_member
 from softmeet.members.placement import Device, device_map_of, main_device
 
 _FP64 = 8
@@ -142,13 +141,14 @@ def plan(
             not have one per member.
         CheckpointError: if a member's configuration cannot be read.
     """
-    expanded = [path for name in names for path in zoo.expand(name)]
-    if not expanded or batch < 1 or (context is not None and context < 1):
+    if not names or batch < 1 or (context is not None and context < 1):
         raise InvalidInputError(
-            f"expected members, and a batch and a context of at least 1, got {len(expanded)}, {batch} and {context}"
+            f"expected members, and a batch and a context of at least 1, got {len(names)}, {batch} and {context}"
         )
-    given = zip(one_each(dtype, "dtype", len(expanded)), one_each(device, "device", len(expanded)), strict=True)
-    shapes = [_shape(name, *own, trust_remote_code) for name, own in zip(expanded, given, strict=True)]
+    shapes = [
+        _shape(str(member), own_dtype, own_device, trust_remote_code)
+        for member, own_dtype, own_device in placed(names, dtype, device)
+    ]
     limits = [getattr(shape.config, "max_position_embeddings", None) for shape in shapes]
     length = context or min((limit for limit in limits if limit is not None), default=1)
     tokens = {shape.name: shape.cache_bytes(1, 1) for shape in shapes}

@@ -6,16 +6,24 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from softmeet.errors import InvalidInputError
+from softmeet.hf.call_options import CallOptions
 from softmeet.hf.chat import Messages, chat_of, is_chat
+from softmeet.hf.contexts import OwnPrompt
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.hf.vocabulary import require_unicode
 from softmeet.members.covers import END
+from softmeet.members.member import Member
+from softmeet.members.prompting import ids_of, own_messages
 
 # A text, or the turns of a conversation.
 Prompt = str | Messages
+# For each member its own tokens, or None.
+Own = list[list[int] | None]
 
 
 def encoded(
@@ -26,21 +34,23 @@ def encoded(
     Args:
         model: the ensemble.
         tokenizer: its tokenizer.
-        prompts: texts, or conversations, which end where the answer begins. Over bytes each member begins after its
-            own prompt, which its chat template makes.
+        prompts: texts, or conversations, which end where the answer begins. A member with a prompt of its own reads
+            that first, or the text within it. A conversation each member reads in its own chat template.
 
     Returns:
-        ``input_ids`` and ``attention_mask``, (B, t), on the model's device, padded on the left; with conversations over
-        bytes also ``prefixes``, each member's own tokens before each prompt.
+        ``input_ids`` and ``attention_mask``, (B, t), on the model's device, padded on the left; also, where members
+        read different things, over tokens ``own_prompts``, each member's own tokens in place of each prompt, and over
+        bytes ``prefixes``, each member's own tokens before each prompt.
 
     Raises:
-        InvalidInputError: if there is no prompt, one is empty (but a text over bytes), is no UTF-8, or fills the
-            shortest member's context; or for the reasons of :meth:`ChatTemplates.own_prompts`.
+        InvalidInputError: if there is no prompt, one is empty (but a text over bytes), is no UTF-8, or fills a member's
+            context; or for the reasons of :meth:`ChatTemplates.own_prompts`.
     """
     require_unicode(*(cast(str, prompt) for prompt in prompts if not is_chat(prompt)))
     if not prompts or not (all(prompts) or model.over_bytes):
         raise InvalidInputError("expected a prompt of at least one token, got an empty one")
-    rows = [_row(model, tokenizer, prompt) for prompt in prompts]
+    read = [read_prompt(model, tokenizer, prompt) for prompt in prompts]
+    rows = [row for row, _ in read]
     length, limit = max(map(len, rows)), getattr(model.config, "max_position_embeddings", None)
     if not all(rows):
         raise InvalidInputError(f"expected a prompt of at least one token, got {list(prompts)!r}")
@@ -53,18 +63,80 @@ def encoded(
     inputs = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
     found: dict[str, Any] = {"input_ids": inputs.to(model.device), "attention_mask": mask.to(model.device)}
-    if model.over_bytes and any(map(is_chat, prompts)):
+    if any(own is not None for _, own in read):
         nothing = [None] * len(model.config.members)
-        found["prefixes"] = [
-            chat_of(model).own_prompts(cast(Messages, prompt)) if is_chat(prompt) else nothing for prompt in prompts
-        ]
+        own = [OwnPrompt(len(row), one or nothing) for row, one in read]
+        found |= {"prefixes": [one.ids for one in own]} if model.over_bytes else {"own_prompts": own}
     return found
 
 
-def _row(model: EnsembleForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """Return the tokens of one prompt that all members share."""
-    if isinstance(prompt, str):
-        ids: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
-        # A text begins after the symbol for the end of a text.
-        return ids or ([END] if model.over_bytes else [])
-    return [END] if model.over_bytes else chat_of(model).shared_prompt(prompt)
+def read_prompt(
+    model: EnsembleForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt: Prompt
+) -> tuple[list[int], Own | None]:
+    """Return what members read for a prompt: the tokens that they share, and what each reads of its own.
+
+    Args:
+        model: the ensemble.
+        tokenizer: its tokenizer.
+        prompt: a text or a conversation.
+
+    Returns:
+        (the shared tokens; for each member its own tokens, over tokens in place of the shared ones, over bytes before
+        them, or None for nothing of its own). None in place of the list if no member reads anything of its own.
+
+    Raises:
+        InvalidInputError: if a member has no chat template, or it refuses the conversation; or a member's own prompt
+            fills its context.
+    """
+    members = [Member.parse(name) for name in model.config.members]
+    own: Own | None = None
+    if is_chat(prompt):
+        row, own = _chat(model, members, cast(Messages, prompt))
+    else:
+        row = list(tokenizer(prompt, verbose=False)["input_ids"])
+        if model.over_bytes:
+            # A template needs the text among each member's own tokens; else the text follows what is a member's own.
+            if any(member.is_template for member in members):
+                tokenizers = chat_of(model).tokenizers
+                texts = zip(tokenizers, members, strict=True)
+                row, own = [], [ids_of(each, member.reads(str(prompt))) for each, member in texts]
+            # A text begins after the symbol for the end of a text.
+            row = row or [END]
+        elif any(member.prompt is not None for member in members):
+            own = [
+                None if member.prompt is None else ids_of(tokenizer, member.reads(str(prompt))) for member in members
+            ]
+    _require_room(model, members, own)
+    return row, own
+
+
+def states_behind(model: EnsembleForCausalLM, inputs: dict[str, Any]) -> list[Float[Tensor, "B _"]]:
+    """Run all members on the prompts that :func:`encoded` made; return each one's last hidden states behind them."""
+    given = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
+    options = CallOptions.of(model, {"gate": "none", **given})
+    hidden, _ = model.run(
+        inputs["input_ids"], None, slice(-1, None), options, attention_mask=inputs["attention_mask"], use_cache=False
+    )
+    return [states[:, 0] for states in hidden]
+
+
+def _chat(model: EnsembleForCausalLM, members: Sequence[Member], prompt: Messages) -> tuple[list[int], Own | None]:
+    """Return what members read for a conversation, as :func:`read_prompt` does."""
+    templates = chat_of(model)
+    if all(member.prompt is None for member in members) and not model.over_bytes:
+        shared = templates.shared_prompt(prompt)
+        if shared is not None:
+            return shared, None
+    own = templates.own_prompts([own_messages(member, prompt) for member in members])
+    return ([END] if model.over_bytes else own[0]), [*own]
+
+
+def _require_room(model: EnsembleForCausalLM, members: Sequence[Member], own: Own | None) -> None:
+    """Check that each member's own tokens leave room for at least one more in its context."""
+    for i, (member, ids) in enumerate(zip(members, own or (), strict=own is not None)):
+        alone = [None] * i + [ids] + [None] * (len(members) - i - 1)
+        if ids is not None and not model.contexts.room(alone):
+            raise InvalidInputError(
+                f"expected a prompt that with {member.title}'s own is shorter than its context, got {len(ids)} tokens: "
+                "shorten one of both"
+            )

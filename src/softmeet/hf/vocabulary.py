@@ -59,7 +59,6 @@ def choose_vocabulary(
         VocabularyMismatchError: if the tokenizers differ and ``config`` asks for tokens; or, over bytes, if a tokenizer
             is not a fast one, alters texts, or cannot write every byte.
         UnsupportedHeadError: if, over bytes, the rule needs softmax matrices, as ``meet`` does.
-        InvalidInputError: if, over tokens, there are prefixes.
     """
     chosen = config.vocabulary == "auto"
     if config.vocabulary != "bytes":
@@ -69,10 +68,6 @@ def choose_vocabulary(
             if not chosen:
                 raise
         else:
-            if config.prefixes is not None:
-                raise InvalidInputError(
-                    "expected vocabulary='bytes' with prefixes: over tokens, members share every token of a prompt"
-                )
             config.vocabulary = "tokens"
             return found
     config.vocabulary = "bytes"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -19,17 +20,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from softmeet.errors import CheckpointError, InvalidInputError
 from softmeet.members import names as known
 from softmeet.members import refused, zoo
+from softmeet.members.adapters import adapted, require_adapter
+from softmeet.members.member import Member
 from softmeet.members.placement import (
+    LOGITS,
     Device,
     body,
     computes_on_cpu,
     device_map_of,
-    gives_logits,
-    head_device,
     home,
     require_device,
+    without_head,
 )
 from softmeet.members.quantized import method_of_head
+from softmeet.members.zoo import Named
 
 Dtype = torch.dtype | str | None
 _ALL = slice(None)
@@ -38,7 +42,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def load_members(
-    names: Sequence[str | Path],
+    names: Sequence[Named],
     *,
     dtype: Dtype | Sequence[Dtype] = None,
     device: Device | Sequence[Device] = None,
@@ -50,46 +54,76 @@ def load_members(
 ) -> list[PreTrainedModel]:
     """Load models in the order of their names, in evaluation mode; a bundled family's name stands for all its members.
 
+    Members that differ by prompt or name alone are one model, several times in the list. Those that differ by adapter
+    share the parameters of their base.
+
     Args:
-        names: hub ids (``org/model`` or ``org/model@revision``), folders, ``.gguf`` files, or bundled names (``wide``,
-            ``narrow``, ``mixed``, ``wide/gpt2``).
+        names: the members, in any of the forms of :meth:`softmeet.Member.of`.
         dtype: of the weights: a torch dtype or its name, None for fp32 on CPU and the checkpoint's own elsewhere,
-            ``"auto"`` for the checkpoint's own everywhere. One for all members, or a list of one for each.
+            ``"auto"`` for the checkpoint's own everywhere. One for all members, or a list of one for each; a member's
+            own ``dtype`` goes first.
         device: where to put the weights: None for CPU, a device, ``"disk"``, ``"auto"`` or another strategy of
             accelerate, or a dict from modules' names to such devices or ``"disk"``. One for all members, or a list of
-            one for each.
+            one for each; a member's own ``device`` goes first.
         trust_remote_code: whether to run code that comes with a checkpoint.
         offload_folder: a folder for weights that are offloaded to disk and cannot be read from the checkpoint's files.
         on_progress: called in this thread with each single member's name before it is loaded; not called for members
-            taken from ``loaded``.
+            taken from ``loaded``, or whose weights the call has loaded already.
         on_loaded: called with each member's name and model before the next one is loaded; what it raises ends loading.
         loaded: a dict, at first empty, to pass to several calls: members found in it are used instead of being loaded
-            again, and new ones are added, under keys of this function's own. None to load each name anew, even one that
-            occurs twice.
+            again, and new ones are added, under keys of this function's own. None for a dict of this call's own.
 
     Raises:
         InvalidInputError, CheckpointError: as by :func:`require_loadable`, before the first member is loaded.
         CheckpointError: also if weights are missing, misshapen or truncated.
     """
     require_loadable(names, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    expanded = _expanded(names)
-    dtypes, devices = one_each(dtype, "dtype", len(expanded)), one_each(device, "device", len(expanded))
-    members: list[PreTrainedModel] = []
     shared = {} if loaded is None else loaded
-    for name, own_dtype, own_device in zip(expanded, dtypes, devices, strict=True):
-        place = zoo.locate(name)
-        key = (os.path.realpath(place) if Path(place).exists() else place, str(own_dtype), str(own_device))
-        if loaded is None or key not in shared:
-            on_progress(name)
+    members: list[PreTrainedModel] = []
+    for member, own_dtype, own_device in placed(names, dtype, device):
+        key, base = (_key(one, own_dtype, own_device) for one in (member.weights, member.base))
+        if key not in shared:
+            on_progress(str(member))
+        if base not in shared and key not in shared:
             folder = None if offload_folder is None else Path(offload_folder) / str(len(members))
-            shared[key] = _load(name, own_dtype, own_device, trust_remote_code, folder)
-        on_loaded(name, shared[key])
+            shared[base] = _load(member.base, own_dtype, own_device, trust_remote_code, folder)
+        if member.adapter is not None and key not in shared:
+            shared[key] = adapted(shared[base], member.adapter)
+        on_loaded(str(member), shared[key])
         members.append(shared[key])
     return members
 
 
+def _key(member: Member, dtype: Dtype, device: Device) -> tuple[str, str, str]:
+    """Return the key of a loaded model: what its weights follow from."""
+    place = zoo.locate(member.source)
+    real = os.path.realpath(place) if Path(place).exists() else place
+    return str(replace(member, source=real, dtype=None, device=None)), str(dtype), str(device)
+
+
+def placed(
+    names: Sequence[Named], dtype: Dtype | Sequence[Dtype], device: Device | Sequence[Device]
+) -> list[tuple[Member, Dtype, Device]]:
+    """Return each member with the dtype and the device that it gets: its own, or those of the call.
+
+    Args:
+        names: the members, those of a bundled family by its name.
+        dtype: as for :func:`load_members`.
+        device: as for :func:`load_members`.
+
+    Raises:
+        InvalidInputError: if there is no member, or neither one dtype (or device) nor one for each member.
+    """
+    members = [Member.parse(name) for name in _expanded(names)]
+    dtypes, devices = one_each(dtype, "dtype", len(members)), one_each(device, "device", len(members))
+    return [
+        (member, member.dtype or own_dtype, member.device or own_device)
+        for member, own_dtype, own_device in zip(members, dtypes, devices, strict=True)
+    ]
+
+
 def require_loadable(
-    names: Sequence[str | Path],
+    names: Sequence[Named],
     *,
     dtype: Dtype | Sequence[Dtype] = None,
     device: Device | Sequence[Device] = None,
@@ -108,28 +142,37 @@ def require_loadable(
 
     Raises:
         InvalidInputError: if there is no name, a dtype or device is unknown or not on this machine, there is neither
-            one dtype (or device) nor one for each member, or a package that a device needs is not installed.
-        CheckpointError: if a checkpoint is missing, pickled, or no causal language model; if its configuration cannot
-            be read; or if it needs remote code that is not trusted.
+            one dtype (or device) nor one for each member, or a package that a device or adapter needs is not installed.
+        CheckpointError: if a checkpoint or an adapter is missing, pickled, or no causal language model; if a
+            configuration cannot be read; if an adapter does not fit its model; or if a checkpoint needs remote code
+            that is not trusted.
     """
-    expanded = _expanded(names)
-    dtypes, devices = one_each(dtype, "dtype", len(expanded)), one_each(device, "device", len(expanded))
-    for own_dtype, own_device in zip(dtypes, devices, strict=True):
+    members = placed(names, dtype, device)
+    for _, own_dtype, own_device in members:
         require_device(own_device)
         dtype_of(own_dtype, own_device)
-    quantised = {}
-    for name in dict.fromkeys(expanded):
-        where = _checkpoint_of(name, trust_remote_code)
+    methods: dict[Member, str | None] = {}
+    for base in dict.fromkeys(member.base for member, _, _ in members):
+        where = _checkpoint_of(base, trust_remote_code)
         if "gguf_file" not in where:  # of which reading the configuration alone takes as long as reading all
-            with refused.named_in_errors(name, where):
+            with refused.named_in_errors(base.checkpoint, where):
                 config = transformers.AutoConfig.from_pretrained(**where)
-            refused.require_causal(name, config, remote=trust_remote_code)
-            if (method := method_of_head(config)) is not None:
-                quantised[name] = method
-    return quantised
+            refused.require_causal(base.checkpoint, config, remote=trust_remote_code)
+            methods[base] = method_of_head(config)
+    for member in dict.fromkeys(member.weights for member, _, _ in members if member.adapter is not None):
+        require_adapter(str(member.adapter), member.source, lambda base=member.base: _shape(base, trust_remote_code))
+    return {str(member): method for member, _, _ in members if (method := methods.get(member.base)) is not None}
 
 
-def _expanded(names: Sequence[str | Path]) -> list[str]:
+def _shape(base: Member, trust_remote_code: bool) -> PreTrainedModel | None:
+    """Return a member's model without weights; None for a GGUF file, whose configuration takes long to read."""
+    if "gguf_file" in known.find(base):
+        return None
+    with torch.device("meta"):
+        return random_member(str(base), trust_remote_code=trust_remote_code)
+
+
+def _expanded(names: Sequence[Named]) -> list[str]:
     """Return the names of all members, those of bundled families in place of the family's name.
 
     Raises:
@@ -140,11 +183,11 @@ def _expanded(names: Sequence[str | Path]) -> list[str]:
     return [path for name in names for path in zoo.expand(name)]
 
 
-def load_tokenizers(names: Sequence[str], *, trust_remote_code: bool = False) -> list[PreTrainedTokenizerBase]:
+def load_tokenizers(names: Sequence[Named], *, trust_remote_code: bool = False) -> list[PreTrainedTokenizerBase]:
     """Load the members' tokenizers, one per member, in the order of ``names``; they pad at the left.
 
     Args:
-        names: as in :func:`load_members`; a bundled family's name stands for all its members.
+        names: as in :func:`load_members`.
         trust_remote_code: whether to run code that comes with a checkpoint.
 
     Raises:
@@ -152,15 +195,23 @@ def load_tokenizers(names: Sequence[str], *, trust_remote_code: bool = False) ->
         CheckpointError: if a checkpoint is missing or its weights are pickled, its tokenizer cannot be read, or it
             needs remote code that is not trusted.
     """
-    found = []
-    for name in _expanded(names):
-        where = _checkpoint_of(name, trust_remote_code)
-        folder = Path(where["pretrained_model_name_or_path"])
-        if folder.is_dir() and "gguf_file" not in where:
-            refused.require_tokenizer(name, folder)
-        with refused.named_in_errors(name, where):
-            found.append(transformers.AutoTokenizer.from_pretrained(**where, padding_side="left"))
-    return found
+    members = [Member.parse(name).base for name in _expanded(names)]
+    found = {base: _tokenizer(base, trust_remote_code) for base in dict.fromkeys(members)}
+    return [found[base] for base in members]
+
+
+def _tokenizer(base: Member, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    where = _checkpoint_of(base, trust_remote_code)
+    folder = _folder(where)
+    if folder.is_dir() and "gguf_file" not in where:
+        refused.require_tokenizer(base.checkpoint, folder)
+    with refused.named_in_errors(base.checkpoint, where):
+        return transformers.AutoTokenizer.from_pretrained(**where, padding_side="left")
+
+
+def _folder(where: dict[str, Any]) -> Path:
+    """Return the folder of a checkpoint on this machine; of one on the Hub, a path that does not exist."""
+    return Path(where["pretrained_model_name_or_path"], where.get("subfolder", ""))
 
 
 def random_member(
@@ -201,15 +252,17 @@ def last_hidden(
         options: keyword arguments of the base model's ``forward``, tensors on any device; a cache among them, which
             the model has to take (:func:`require_cache`), is extended in place.
     """
-    run: Any = body(model)
-    place, whole = home(model), gives_logits(model)
+    place, whole = home(model), LOGITS in vars(model)
+    run: Any = model if whole else without_head(model)
     moved = {k: x.to(place) if isinstance(x, Tensor) else x for k, x in options.items()}
     if whole and kept is not _ALL and "logits_to_keep" in signature(run.forward).parameters:
         moved["logits_to_keep"] = -(kept.start or 0) if isinstance(kept, slice) else kept.to(place)
         kept = _ALL
     out = run(input_ids=input_ids.to(place), **moved)
-    hidden: Tensor = out.logits if whole else out.last_hidden_state
-    return hidden.to(head_device(model))[:, kept]
+    if whole:
+        return out.logits[:, kept]  # type: ignore[no-any-return]
+    weight, hidden = getattr(model.get_output_embeddings(), "weight", None), out.last_hidden_state
+    return hidden.to(place if weight is None or weight.is_meta else weight.device)[:, kept]  # type: ignore[no-any-return]
 
 
 def require_cache(model: PreTrainedModel) -> PreTrainedModel:
@@ -274,9 +327,9 @@ def _one(device: Any) -> torch.device:
 
 
 def _load(
-    name: str, dtype: Dtype, device: Device, trust_remote_code: bool, offload_folder: Path | None
+    base: Member, dtype: Dtype, device: Device, trust_remote_code: bool, offload_folder: Path | None
 ) -> PreTrainedModel:
-    """Load one member, in evaluation mode.
+    """Load one member, without its adapter, in evaluation mode.
 
     Raises:
         CheckpointError: if it cannot be loaded, or weights are missing or have other shapes than the configuration
@@ -285,7 +338,7 @@ def _load(
     spread, wanted = device_map_of(device), dtype_of(dtype, device)
     placement: dict[str, Any] = {} if spread is None else {"device_map": spread}
     placement |= {} if offload_folder is None or spread is None else {"offload_folder": str(offload_folder)}
-    where = _checkpoint_of(name, trust_remote_code)
+    name, where = base.checkpoint, _checkpoint_of(base, trust_remote_code)
     with refused.named_in_errors(name, where), _without_bars():
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             **where, **placement, dtype=wanted, use_safetensors=True, output_loading_info=True
@@ -314,15 +367,15 @@ def _without_bars() -> Iterator[None]:
             transformers.utils.logging.enable_progress_bar()
 
 
-def _checkpoint_of(name: str, trust_remote_code: bool) -> dict[str, Any]:
+def _checkpoint_of(base: Member, trust_remote_code: bool) -> dict[str, Any]:
     """Return the arguments by which transformers finds a member's checkpoint.
 
     Raises:
         CheckpointError: if there is none, or its weights are pickled, so that loading them could run code.
     """
-    found = known.find(name)
+    found = known.find(base)
     if "gguf_file" in found:
-        refused.require_gguf(name)
-    elif Path(found["pretrained_model_name_or_path"]).is_dir():
-        refused.refuse_folder(Path(found["pretrained_model_name_or_path"]))
+        refused.require_gguf(base.checkpoint)
+    elif _folder(found).is_dir():
+        refused.refuse_folder(_folder(found))
     return found | {"trust_remote_code": trust_remote_code}

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -25,21 +25,23 @@ from huggingface_hub.errors import (
 
 from softmeet.errors import CheckpointError, nearest
 from softmeet.members import zoo
+from softmeet.members.member import Member
 
 # For so long after a question that got no answer, members that are in the local cache are taken from there unasked.
 _PAUSE = 60.0
+# What an adapter consists of.
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 _unanswered = -math.inf
 
 
-def find(name: str) -> dict[str, Any]:
+def find(name: str | Member) -> dict[str, Any]:
     """Return the arguments by which transformers finds a member's checkpoint, once it is known to be there.
 
     Of a hub id, the Hub is asked for one file, once in a process and without repetition; if it does not have the file
     or does not answer, a copy in the local cache is used (``local_files_only``).
 
     Args:
-        name: a hub id (``org/model`` or ``org/model@revision``), a folder, a ``.gguf`` file, or a bundled name
-            (``wide/gpt2``), but not a family's.
+        name: a member or its line of text, but not a family's.
 
     Raises:
         CheckpointError: if there is no such folder, file or bundled member; or the Hub does not have the checkpoint, or
@@ -50,25 +52,63 @@ def find(name: str) -> dict[str, Any]:
         >>> find("wide/gpt2")["pretrained_model_name_or_path"][-9:]
         'wide/gpt2'
     """
-    place = zoo.locate(name)
-    path = Path(place)
-    whole, gguf = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
-    if path.is_dir() or (gguf and path.is_file()):
-        return {"pretrained_model_name_or_path": str(whole) if gguf else place, **gguf}
+    member = Member.of(name)
+    place, file, source = zoo.locate(member.source), member.file, member.checkpoint
+    path, within = Path(place), {} if member.subfolder is None else {"subfolder": member.subfolder}
+    if path.suffix == ".gguf" and not path.is_dir():
+        if file is not None:
+            raise CheckpointError(f"cannot load {source}: expected one GGUF file, got this one and {file}")
+        path, place, file = path.parent, str(path.parent), path.name
+    found: dict[str, Any] = {"pretrained_model_name_or_path": place, **within}
+    found |= {} if file is None else {"gguf_file": file}
+    inside = path / (member.subfolder or "")
+    if path.is_dir() and inside.is_dir() and (file is None or (inside / file).is_file()):
+        return found
     if path.is_file():
         raise CheckpointError(
-            f"cannot load {name}: it is a file: expected a .gguf file, or the folder of a saved model"
+            f"cannot load {source}: it is a file: expected a .gguf file, or the folder of a saved model"
         )
-    repository, _, revision = str(whole).partition("@")
-    kind = "file" if gguf else "folder"
-    if place.startswith(("/", ".", "~")) or path.is_absolute() or repository.count("/") > 1 or whole.is_dir():
+    if path.is_dir() or place.startswith(("/", ".", "~")) or path.is_absolute() or place.count("/") > 1:
+        kind = "file" if file else "folder"
+        missing = str(inside / (file or "")) if path.is_dir() else source
         raise CheckpointError(
-            f"cannot load {name}: there is no such {kind}: {_hint(name) or 'check the path'}".rstrip()
+            f"cannot load {source}: there is no such {kind}: {_hint(missing) or 'check the path'}".rstrip()
         )
     if get_close_matches(place, zoo.FAMILIES, cutoff=0.75):  # no model of the Hub is called so, and none can be
-        raise CheckpointError(f"cannot load {name}: {nearest(place, zoo.FAMILIES)}there is no folder of that name")
-    found = {"pretrained_model_name_or_path": repository, **gguf} | ({"revision": revision} if revision else {})
-    return found | _on_hub(name, repository, revision or None, path.name if gguf else "config.json")
+        raise CheckpointError(f"cannot load {source}: {nearest(place, zoo.FAMILIES)}there is no folder of that name")
+    found |= {} if member.revision is None else {"revision": member.revision}
+    wanted = "/".join(filter(None, (member.subfolder, file or "config.json")))
+    return found | _on_hub(source, place, member.revision, wanted)
+
+
+def find_adapter(name: str) -> Path:
+    """Return the folder of an adapter of peft's; of a hub id, its two files are downloaded, as they are small.
+
+    Args:
+        name: a folder, or a hub id, with ``@`` before a revision.
+
+    Raises:
+        CheckpointError: if there is no such folder or repository, or it lacks adapter_config.json, or weights as
+            safetensors.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        absent = [file for file in _ADAPTER if not (folder / file).is_file()]
+        if absent:
+            raise CheckpointError(
+                f"cannot load the adapter {name}: it has no {absent[0]}: expected what peft's save_pretrained writes"
+            )
+        return folder
+    if name.startswith(("/", ".", "~")) or name.count("/") != 1:
+        raise CheckpointError(
+            f"cannot load the adapter {name}: there is no such folder: {_hint(name) or 'check the path'}"
+        )
+    repository, _, revision = name.partition("@")
+    for file in _ADAPTER:
+        local = bool(_on_hub(f"the adapter {name}", repository, revision or None, file))
+        there = hf_hub_download(repository, file, revision=revision or None, local_files_only=local)
+        folder = Path(there).parent
+    return folder
 
 
 def _hint(name: str) -> str:

@@ -21,7 +21,7 @@ Device = torch.device | str | dict[Any, Any] | None
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 _OFFLOADED = ("cpu", "disk")
 # The attribute of a model whose logits stand in for its last hidden states.
-_LOGITS = "_softmeet_gives_logits"
+LOGITS = "_softmeet_gives_logits"
 
 
 def without_head(model: PreTrainedModel) -> nn.Module:
@@ -33,12 +33,12 @@ def without_head(model: PreTrainedModel) -> nn.Module:
 
 def gives_logits(model: PreTrainedModel) -> bool:
     """Return whether a model's own logits stand in for its last hidden states: it computes them in an unknown way."""
-    return _LOGITS in vars(model)
+    return LOGITS in vars(model)
 
 
 def let_give_logits(model: PreTrainedModel) -> None:
     """Note of a model that its logits stand in for its last hidden states; its copies in other processes know it."""
-    vars(model)[_LOGITS] = True
+    vars(model)[LOGITS] = True
 
 
 def body(model: PreTrainedModel) -> nn.Module:
@@ -152,10 +152,7 @@ def home(model: PreTrainedModel) -> torch.device:
 
 def head_device(model: PreTrainedModel) -> torch.device:
     """Return the device on which a model's last hidden states are wanted: its output layer's, or :func:`home`."""
-    layer: Any = None if gives_logits(model) else model.get_output_embeddings()
-    weight = getattr(layer, "weight", None)
-    if weight is None and layer is not None:
-        weight = next(layer.parameters(), None)
+    weight = None if gives_logits(model) else getattr(model.get_output_embeddings(), "weight", None)
     return home(model) if weight is None or weight.is_meta else weight.device
 
 

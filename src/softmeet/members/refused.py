@@ -94,6 +94,10 @@ def refuse_folder(folder: Path) -> None:
     Raises:
         CheckpointError: if one is missing, or the weights are pickled, so that loading them could run code.
     """
+    if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"cannot load {folder}: it is an adapter: name its base, and put +adapter={folder} behind it"
+        )
     if not (folder / "config.json").exists():
         raise CheckpointError(f"cannot load {folder}: it has no config.json: expected a saved transformers model")
     if any(folder.glob("*.safetensors")):

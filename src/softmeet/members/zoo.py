@@ -5,14 +5,20 @@ Their checkpoints are a distribution of their own, softmeet-zoo, which need not 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from softmeet.errors import CheckpointError, InvalidInputError, nearest
+from softmeet.errors import CheckpointError, nearest
 from softmeet.extras import install_line
+from softmeet.members.member import Member
 
 FAMILIES = ("wide", "narrow", "mixed")
 DEFAULT = "wide"
+# A member in any of its forms, or a bundled family, by name.
+Named = Member | str | Path | Mapping[str, Any]
 
 
 def folder() -> Path:
@@ -36,25 +42,28 @@ def installed() -> Path | None:
     return Path(spec.origin).parent if spec and spec.origin else None
 
 
-def expand(name: str | Path) -> list[str]:
-    """Return the names of a bundled family's members; a list of the name alone if it names no family.
+def expand(name: Named) -> list[str]:
+    """Return the members that a bundled family's name stands for, each as a line of text; else the one member's line.
 
-    A model (a file, or a folder with a config.json) in the working directory that is called like a family takes
-    precedence.
+    What is put behind a family's name (``wide+dtype=bfloat16``) goes for each of its members. A model (a file, or a
+    folder with a config.json) in the working directory that is called like a family takes precedence.
+
+    Args:
+        name: a member in any of the forms of :meth:`Member.of`.
 
     Raises:
-        InvalidInputError: if ``name`` is empty, or neither a text nor a path.
+        InvalidInputError: if ``name`` is empty, or not in one of these forms.
         CheckpointError: if it names a bundled family, and the bundled members are not installed.
 
     Example:
         >>> expand("narrow")[:2], expand("org/model")
         (['narrow/opt-a', 'narrow/opt-b'], ['org/model'])
     """
-    if not isinstance(name, str | Path) or not str(name).strip():
-        raise InvalidInputError(f"expected a member's name: a hub id, a folder, or a bundled name, got {name!r}")
-    if str(name) in FAMILIES and not _is_model(Path(name)):
-        return [f"{name}/{own}" for own in _members(str(name))]
-    return [str(name)]
+    member = Member.of(name)
+    family = member.source
+    if family in FAMILIES and not _is_model(Path(family)):
+        return [str(replace(member, source=f"{family}/{own}")) for own in _members(family)]
+    return [str(member)]
 
 
 def _members(family: str) -> list[str]:
@@ -90,13 +99,3 @@ def locate(name: str) -> str:
 def _is_model(path: Path) -> bool:
     """Tell a model (a file, or a folder with a config.json) from another folder, such as a trace called ``narrow``."""
     return path.is_file() or (path / "config.json").exists()
-
-
-def short(name: str) -> str:
-    """Return the last two parts of a path, as a name to show.
-
-    Example:
-        >>> short("/models/wide/gpt2")
-        'wide/gpt2'
-    """
-    return "/".join(Path(name).parts[-2:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -71,7 +72,12 @@ class Worker:
 
 
 def spread(ensemble: Ensemble, devices: Sequence[torch.device]) -> None:
-    """Move member i of an ensemble, in place, to device i modulo the number of devices, and update its heads."""
-    for i, member in enumerate(ensemble.model.members):
-        member.to(devices[i % len(devices)])
+    """Deal the members of an ensemble, in place, out to the devices, and update its heads.
+
+    Members that share weights go to one device.
+    """
+    bases = {id(next(member.parameters())): None for member in ensemble.model.members}
+    places = dict(zip(bases, itertools.cycle(devices), strict=False))
+    for member in ensemble.model.members:
+        member.to(places[id(next(member.parameters()))])
     ensemble.model.find_heads_again()

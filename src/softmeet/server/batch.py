@@ -190,7 +190,8 @@ class MemberBatch:
     Attributes:
         name: the member's name in messages.
         model: the member.
-        rows: the sequences in the running batch, in the order of the batch's rows.
+        rows: (sequence, this member's index i in ``sequence.members``) for each row of the running batch, in order; an
+            ensemble may have the model several times, with prompts of their own.
 
     Args:
         name: the member's name in messages.
@@ -203,7 +204,7 @@ class MemberBatch:
 
     def __init__(self, name: str, model: PreTrainedModel, kept_tokens: int = 16384) -> None:
         self.name, self.member = name, model
-        self.rows: list[Sequence] = []
+        self.rows: list[tuple[Sequence, int]] = []
         require_cache(model)
         advice = "its rows cannot join a running batch; use softmeet generate"
         depth = layers_of_keys_and_values(name, model.config, advice)
@@ -242,30 +243,33 @@ class MemberBatch:
             pause: called between the pieces of many tokens.
 
         Returns:
-            for each sequence the last hidden states at the t tokens that were run, (t, d); without ``every``, perhaps
-            at the newest alone.
+            for each sequence the last hidden states at the t tokens that were run, (t, d); with ``every`` of a new
+            prompt those alone that all members share, without it perhaps that at the newest token alone.
         """
-        begun = [self._begun(s, s.trails[i], every=every) for s, i in sequences]
+        begun = [self._begun(s, i, every=every) for s, i in sequences]
         done, hidden = catch_up(self.member, begun, piece=_PIECE, between=pause, newest=not every)
         for (s, i), old, new, states in zip(sequences, begun, done, hidden, strict=True):
             if not s.trails[i].run:
                 s.reused[i] = old.run
                 if states.isfinite().all():
-                    self._prefixes.keep(s.prompt, new.shorter(s.drawn).states)
+                    self._prefixes.keep(s.read_by(i), new.shorter(s.drawn).states)
             s.trails[i] = new
-        return hidden
+        # What is a member's own comes before what all share.
+        return [states[-len(s.tokens) :] for (s, _), states in zip(sequences, hidden, strict=True)] if every else hidden
 
-    def _begun(self, s: Sequence, trail: PartialCache, *, every: bool) -> PartialCache:
-        """Return a sequence's trail with all tokens that were not run as pending.
+    def _begun(self, s: Sequence, i: int, *, every: bool) -> PartialCache:
+        """Return the trail of a sequence's member i with all tokens that were not run as pending.
 
         If the member has run none, the trail begins with the states of an earlier prompt with the same beginning,
         unless ``every``.
         """
+        trail: PartialCache = s.trails[i]
+        tokens = [*s.read_by(i), *s.tokens[len(s.prompt) :]]
         if not trail.run and not every:
-            reused, states = self._prefixes.longest(s.tokens)
+            reused, states = self._prefixes.longest(tokens)
             trail = PartialCache(states)
             trail = trail.shorter(trail.run - reused)
-        return trail.longer(s.tokens[trail.run :])
+        return trail.longer(tokens[trail.run :])
 
     @torch.inference_mode()
     def join(self, s: Sequence, i: int) -> None:
@@ -290,17 +294,17 @@ class MemberBatch:
             layer.allocate(like)
             layer.write(len(self.rows), like)
         w.rows, w.first = len(self.rows) + 1, min(w.first, w.end - length)
-        self.rows.append(s)
+        self.rows.append((s, i))
         self._lengths.append(length)
 
     @torch.inference_mode()
-    def leave(self, s: Sequence, *, keep: bool = False) -> PartialCache:
-        """Remove a sequence, which has to be in ``rows``, from the running batch; the last row takes its place.
+    def leave(self, s: Sequence, i: int, *, keep: bool = False) -> PartialCache:
+        """Remove the row of a sequence's member i, which has to be in ``rows``; the last row takes its place.
 
         Returns:
             a copy of the keys and values of the tokens that were run, with ``keep``; else an empty cache.
         """
-        k, last = self.rows.index(s), len(self.rows) - 1
+        k, last = self.rows.index((s, i)), len(self.rows) - 1
         end = self._window.end
         trail = PartialCache(cut(self._cache, k, end - self._lengths[k], end)) if keep else PartialCache()
         for layer in self._cache.layers:
@@ -327,7 +331,7 @@ class MemberBatch:
             self._shift(-w.first)
         lengths = torch.tensor(self._lengths)
         mask = torch.arange(w.end - w.first + 1) >= w.end - w.first - lengths[:, None]
-        ids = torch.tensor([s.tokens[-1:] for s in self.rows])
+        ids = torch.tensor([s.tokens[-1:] for s, _ in self.rows])
         hidden = last_hidden(
             self.member,
             ids,

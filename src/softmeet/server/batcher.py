@@ -29,7 +29,7 @@ from softmeet.server.limits import Limits
 from softmeet.server.members import Members
 from softmeet.server.metrics import Metrics
 from softmeet.server.sampling import next_scores, next_tokens
-from softmeet.server.sequences import Account, Event, Failed, Finished, Member, PromptScored, Sequence, Token, tokens_of
+from softmeet.server.sequences import Account, Event, Failed, Finished, PromptScored, Runner, Sequence, Token, tokens_of
 from softmeet.server.tasks import SAVED, Task, Turns
 from softmeet.server.turns_at_lock import TURNS_AT_LOCK
 from softmeet.solvers.base import Status
@@ -72,7 +72,7 @@ class Batcher(threading.Thread):
 
     def __init__(
         self,
-        names: dict[Member, str],
+        names: dict[Runner, str],
         limits: Limits,
         metrics: Metrics,
         *,

@@ -29,7 +29,7 @@ class ByteBatch:
         member: the member.
 
     Attributes:
-        rows: the sequences, in the order in which they joined.
+        rows: (sequence, the number of this member among the sequence's members), in the order in which they joined.
         kept_tokens: 0, as no prompts are kept.
     """
 
@@ -37,29 +37,26 @@ class ByteBatch:
 
     def __init__(self, name: str, member: ByteMember) -> None:
         self.name, self.member = name, member
-        self.rows: list[Sequence] = []
-        self._places: dict[Sequence, int] = {}
+        self.rows: list[tuple[Sequence, int]] = []
 
     @property
     def cache_bytes(self) -> int:
         """The bytes of the keys and values of all running sequences."""
-        trails = [s.trails[i] for s, i in list(self._places.items())]
+        trails = [s.trails[i] for s, i in list(self.rows)]
         return sum(one.tree.bytes for one in trails if isinstance(one, Reading))
 
     def join(self, s: Sequence, i: int) -> None:
         """Add a sequence of which this is member ``i``."""
-        self.rows.append(s)
-        self._places[s] = i
+        self.rows.append((s, i))
 
-    def leave(self, s: Sequence, *, keep: bool) -> Reading | PartialCache:
+    def leave(self, s: Sequence, i: int, *, keep: bool) -> Reading | PartialCache:
         """Remove a sequence, and return its reading with ``keep``, else an empty cache."""
-        self.rows.remove(s)
-        reading = _reading(s, self._places.pop(s))
-        return reading if keep else PartialCache()
+        self.rows.remove((s, i))
+        return _reading(s, i) if keep else PartialCache()
 
     def step(self) -> Float[Tensor, "B 257"]:
         """Read the newest symbol of all sequences, and return the next one's log-probabilities, (B, 257), in nats."""
-        return torch.cat(self.catch_up([(s, self._places[s]) for s in self.rows]))
+        return torch.cat(self.catch_up(list(self.rows)))
 
     def catch_up(
         self, behind: list[tuple[Sequence, int]], *, every: bool = False, pause: Callable[[], None] = lambda: None
@@ -122,7 +119,7 @@ def _text(s: Sequence) -> bytes:
 
 def _prefix(s: Sequence, i: int) -> tuple[int, ...] | None:
     """Return what member ``i`` of a sequence reads before its text; None for what it reads before every text."""
-    return s.request.prefixes[i] if s.request.prefixes else None
+    return s.own[i] if s.own else None
 
 
 def _reading(s: Sequence, i: int) -> Reading:

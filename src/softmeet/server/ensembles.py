@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from softmeet.ensemble import Ensemble
@@ -15,7 +16,10 @@ from softmeet.errors import InvalidInputError, SoftmeetError, UnsupportedHeadErr
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
 from softmeet.hf.calibrated import moves_pool, resolved
 from softmeet.hf.chat import chat_of
-from softmeet.members.zoo import DEFAULT, short
+from softmeet.hf.retrieval import with_passages
+from softmeet.members.member import titles
+from softmeet.members.passages import PASSAGE_RULE, Passage
+from softmeet.members.zoo import DEFAULT
 from softmeet.rules.gates import Disagreement, that_closes
 from softmeet.rules.settings import Settings, parse_rule
 from softmeet.server.errors import RequestError, absent
@@ -33,7 +37,7 @@ class Served:
     Args:
         name: the name.
         ensemble: the loaded ensemble.
-        names: its members' short names, the last two parts of their paths, in order; requests choose members by them.
+        names: its members' titles, such as the last two parts of their paths; requests choose members by them.
         created: when it was loaded, in whole seconds since 1970.
     """
 
@@ -67,6 +71,7 @@ class Served:
             raise RequestError(
                 f"this server does not let requests change {', '.join(refused)}", param=f"softmeet.{refused[0]}"
             )
+        passages = given.pop("passages", None)
         wanted = set(given.pop("members", self.names))
         if absent := sorted(wanted - set(self.names)):
             raise RequestError(
@@ -92,7 +97,26 @@ class Served:
             )  # fmt: skip
         # An average has no use for a gate, so there is nothing to explain.
         why = why if settings.rule.reads_heads else None
-        return Combination(model, settings, tuple(self.names[k] for k in chosen), why)
+        names = tuple(self.names[k] for k in chosen)
+        if passages is not None:
+            return _behind_passages(model, settings, names, asked)
+        return Combination(model, settings, names, why)
+
+
+def _behind_passages(
+    model: EnsembleForCausalLM, settings: Settings, names: tuple[str, ...], asked: Extension
+) -> Combination:
+    """Return the combination of members behind passages; raise RequestError if these are no passages or do not fit."""
+    try:
+        found = [Passage(one.text, one.score) for one in asked.passages or ()]
+        part = with_passages(
+            model, found, temperature=asked.passage_temperature or 1.0, settings=settings,
+            rule=PASSAGE_RULE if asked.rule is None else None,
+        )  # fmt: skip
+    except InvalidInputError as error:
+        raise _refused(error, "softmeet.passages") from None
+    shown = [f"{name}+passage{k}" for name in names for k in range(1, len(found) + 1)]
+    return Combination(part, part.settings, tuple(shown))
 
 
 def _in_rule(text: str | None) -> dict[str, Any]:
@@ -235,7 +259,7 @@ def named(given: Sequence[str], members: Sequence[str] = ()) -> dict[str, list[s
     found: dict[str, list[str]] = {}
     for text in given:
         name, _, parts = text.rpartition("=")
-        name = name or short(parts)
+        name = name or "/".join(Path(parts).parts[-2:])
         if first := found.get(name, joined.get(name)):
             together = " ".join(f"-m {name}={part}" for part in [*first, parts])
             raise InvalidInputError(
@@ -269,7 +293,7 @@ def load(named: dict[str, list[str]], find: Callable[..., Ensemble] | None = Non
     for name, members in named.items():
         ensemble = (find or _found)(members, loaded=shared, **settings)
         resolved(ensemble.model, ensemble.model.settings)
-        served.append(Served(name, ensemble, tuple(map(short, ensemble.names))))
+        served.append(Served(name, ensemble, tuple(titles(ensemble.names))))
     return Ensembles(served)
 
 

@@ -20,7 +20,7 @@ from softmeet.members.byte_member import ByteMember
 from softmeet.server.batch import MemberBatch
 from softmeet.server.byte_batch import ByteBatch
 from softmeet.server.gating import Hidden
-from softmeet.server.sequences import Member, Sequence
+from softmeet.server.sequences import Runner, Sequence
 
 
 class Members:
@@ -36,10 +36,10 @@ class Members:
         InvalidInputError: if a member's cache holds anything but keys and values, as a recurrent model's does.
     """
 
-    def __init__(self, names: dict[Member, str], kept_tokens: int, *, parallel: bool, reproducible: bool) -> None:
+    def __init__(self, names: dict[Runner, str], kept_tokens: int, *, parallel: bool, reproducible: bool) -> None:
         # A prompt that begins like an earlier one would be run in other pieces, and so rounded otherwise.
         kept = 0 if reproducible else kept_tokens
-        self._batches: dict[Member, MemberBatch | ByteBatch] = {
+        self._batches: dict[Runner, MemberBatch | ByteBatch] = {
             member: ByteBatch(name, member) if isinstance(member, ByteMember) else MemberBatch(name, member, kept)
             for member, name in names.items()
         }
@@ -70,16 +70,16 @@ class Members:
         if self._reproducible:
             return {s: self.catch_up([s], members=slice(len(s.batched)))[s] for s in ready}
         stepping = set(ready)
-        for s in {s for batch in self._batches.values() for s in batch.rows if s not in stepping}:
+        for s in {s for batch in self._batches.values() for s, _ in batch.rows if s not in stepping}:
             self.leave(s, keep=True)
         for s in ready:
             if not s.joined:
                 self._join(s)
         busy = [batch for batch in self._batches.values() if batch.rows]
-        found: dict[tuple[Member, Sequence], Float[Tensor, "1 d"]] = {}
+        found: dict[tuple[Sequence, int], Float[Tensor, "1 d"]] = {}
         for batch, out in zip(busy, self._map(lambda batch: batch.step(), busy), strict=True):
-            found |= {(batch.member, s): out[k : k + 1] for k, s in enumerate(batch.rows)}
-        return {s: [found[member, s] for member in s.batched] for s in ready}
+            found |= {row: out[k : k + 1] for k, row in enumerate(batch.rows)}
+        return {s: [found[s, i] for i in range(len(s.batched))] for s in ready}
 
     def catch_up(
         self,
@@ -103,7 +103,7 @@ class Members:
         """
         if self._reproducible and len(sequences) > 1:
             return {s: self.catch_up([s], members=members, every=every, pause=pause)[s] for s in sequences}
-        behind: dict[Member, list[tuple[Sequence, int]]] = defaultdict(list)
+        behind: dict[Runner, list[tuple[Sequence, int]]] = defaultdict(list)
         for s in sequences:
             for i in range(len(s.members))[members]:
                 behind[s.members[i]].append((s, i))
@@ -133,8 +133,8 @@ class Members:
 
     def _leave(self, s: Sequence, *, keep: bool) -> None:
         for i, member in enumerate(s.batched):
-            if s in self._batches[member].rows:
-                s.trails[i] = self._batches[member].leave(s, keep=keep)
+            if (s, i) in self._batches[member].rows:
+                s.trails[i] = self._batches[member].leave(s, i, keep=keep)
 
     @staticmethod
     def reused(s: Sequence) -> int:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 from softmeet.errors import InvalidInputError
 from softmeet.hf.chat import chat_of
+from softmeet.hf.prompts import read_prompt
 from softmeet.members.covers import END
-from softmeet.members.zoo import short
+from softmeet.members.member import Member, short
 from softmeet.server.ensembles import Served
 from softmeet.server.errors import RequestError
 from softmeet.server.schemas import CompletionRequest, Generation
-from softmeet.server.sequences import Combination
+from softmeet.server.sequences import Combination, Own
 from softmeet.server.texts import token_texts
 
-# Over bytes, each member's own tokens before the prompt; empty for those that it reads before every text.
-Prefixes = tuple[tuple[int, ...], ...]
 # The fields that say how many tokens an answer may have; the first that is given counts.
 LENGTHS = ("max_output_tokens", "max_completion_tokens", "max_tokens")
 
@@ -27,19 +27,61 @@ def parts(body: CompletionRequest) -> list[Any]:
     return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
 
 
-def encoded(served: Served, parts: list[Any], special: bool | None = None) -> list[tuple[int, ...]]:
-    """Return the token ids of each prompt, given as a text or as token ids; unless ``special`` is false, with a BOS."""
-    encode = partial(served.ensemble.tokenizer, verbose=False, add_special_tokens=special is not False)
-    return [tuple(encode(part)["input_ids"] if isinstance(part, str) else part) for part in parts]
+def tokens_of(served: Served, part: Any, special: bool | None) -> tuple[int, ...]:
+    """Return a prompt's token ids, given as a text or as token ids; unless ``special`` is false, a text gets a BOS."""
+    if not isinstance(part, str):
+        return tuple(part)
+    found = served.ensemble.tokenizer(part, verbose=False, add_special_tokens=special is not False)
+    return tuple(found["input_ids"])
 
 
-def templated(served: Served, combination: Combination, body: Any) -> tuple[list[tuple[int, ...]], Prefixes]:
-    """Return a list of one prompt, which the members' chat templates make of the messages, and prefixes.
+def encoded(
+    served: Served, combination: Combination, parts: list[Any], body: CompletionRequest, *, scored: bool
+) -> tuple[list[tuple[int, ...]], tuple[Own, ...]]:
+    """Return the token ids of each prompt, given as a text or as token ids, and what members read of their own.
 
-    Over bytes each member begins after its own prompt, its prefix, and the prompt is the beginning of a text.
+    Args:
+        served: the ensemble asked for, for its tokenizer.
+        combination: the members asked for.
+        parts: the prompts.
+        body: the request; unless its ``add_special_tokens`` is false, texts begin with a BOS.
+        scored: whether the prompts' tokens are to be predicted, so that every member reads them as they are.
 
     Raises:
-        RequestError: if there is no chat template for a member, or the templates refuse the messages or differ.
+        RequestError: if a member's own prompt fills its context, or is a template, which cannot be scored.
+    """
+    model, found, own = combination.model, list[tuple[int, ...]](), list[Own]()
+    members = [Member.parse(name) for name in model.config.members]
+    try:
+        if scored:
+            model.contexts.require_no_template()
+        for part in parts:
+            text = part if isinstance(part, str) else None
+            if text is None and any(member.is_template for member in members):
+                text = served.ensemble.tokenizer.decode(part)
+            shared = tokens_of(served, part, body.add_special_tokens)
+            if scored or text is None or all(member.prompt is None for member in members):
+                read: tuple[list[int], Any] = list(shared), None
+            else:
+                read = read_prompt(model, served.ensemble.tokenizer, text)
+            found.append(shared if read[1] is None or not combination.over_bytes else tuple(read[0]))
+            own.append(_frozen(read[1]))
+    except InvalidInputError as error:
+        raise RequestError(str(error), param="prompt") from error
+    return found, tuple(own) if any(own) else ()
+
+
+def _frozen(own: Sequence[Sequence[int] | None] | None) -> Own:
+    return () if own is None else tuple(None if ids is None else tuple(ids) for ids in own)
+
+
+def templated(served: Served, combination: Combination, body: Any) -> tuple[list[tuple[int, ...]], tuple[Own, ...]]:
+    """Return a list of one prompt, which the members' chat templates make of the messages, and what is members' own.
+
+    Where templates differ, and over bytes, each member reads what its own template makes.
+
+    Raises:
+        RequestError: if there is no chat template for a member, or the templates refuse the messages.
     """
     chat, param = chat_of(combination.model), "input" if hasattr(body, "input") else "messages"
     missing = [short(name) for name in chat.missing]
@@ -52,11 +94,10 @@ def templated(served: Served, combination: Combination, body: Any) -> tuple[list
         )  # fmt: skip
     messages = [message.plain() for message in body.messages]
     try:
-        if combination.over_bytes:
-            return [(END,)], tuple(map(tuple, chat.own_prompts(messages)))
-        return [tuple(chat.shared_prompt(messages))], ()
+        row, own = read_prompt(combination.model, served.ensemble.tokenizer, messages)
     except InvalidInputError as error:
         raise RequestError(str(error), param=param) from error
+    return [tuple(row)], (_frozen(own),) if own is not None else ()
 
 
 def truncated(prompt: tuple[int, ...], body: Generation, combination: Combination) -> tuple[int, ...]:
@@ -87,15 +128,16 @@ def check_texts(parts: list[Any], combination: Combination, tokenizer: Any) -> N
             )  # fmt: skip
 
 
-def check_prompt(prompt: tuple[int, ...], combination: Combination, limit: int) -> None:
+def check_prompt(prompt: tuple[int, ...], combination: Combination, limit: int, own: Own) -> None:
     """Raise RequestError if a prompt is empty, has an invalid id, or leaves no room in the shortest context.
 
     Args:
         prompt: the prompt's token ids.
         combination: the ensemble whose vocabulary and context count.
         limit: the number of tokens asked for; if it is 0, the prompt may fill the context.
+        own: what members read in the prompt's place, or empty.
     """
-    vocabulary, room = combination.model.config.vocab_size, combination.room(len(prompt))
+    vocabulary, room = combination.model.config.vocab_size, combination.room(len(prompt), own)
     if not prompt:
         raise RequestError("expected a prompt of at least one token, got an empty one", param="prompt")
     if not all(0 <= token < vocabulary for token in prompt):
@@ -108,12 +150,12 @@ def check_prompt(prompt: tuple[int, ...], combination: Combination, limit: int) 
         )  # fmt: skip
 
 
-def check_bytes(prompt: tuple[int, ...], combination: Combination, prefixes: Prefixes) -> None:
+def check_bytes(prompt: tuple[int, ...], combination: Combination, own: Own) -> None:
     """Raise RequestError if a prompt over bytes has an end within, or exceeds a member's context in its own tokens."""
     if END in prompt[1:]:
         raise RequestError(f"expected {END}, the end of a text, only as a prompt's first id", param="prompt")
     text = bytes(prompt[prompt[0] == END :])
-    before = prefixes or [reader.prefix for reader in combination.readers]
+    before = [reader.prefix if ids is None else ids for reader, ids in zip_longest(combination.readers, own)]
     for name, reader, prefix in zip(combination.names, combination.readers, before, strict=True):
         count = len(prefix) + len(reader.spelling.encode(text))
         # A token more is needed to read several tokenizations, and one to go on.

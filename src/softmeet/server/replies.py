@@ -16,7 +16,7 @@ from softmeet.errors import SoftmeetError
 from softmeet.hf.chat import chat_of
 from softmeet.members.byte_member import ByteMember
 from softmeet.members.covers import END
-from softmeet.members.zoo import short
+from softmeet.members.member import short
 from softmeet.server.answer import ChoiceDelta
 from softmeet.server.errors import described
 from softmeet.server.schemas import CompletionRequest, Generation
@@ -171,7 +171,7 @@ class Reply(ABC):
         how = self.asked.combination
         if not how.over_bytes:
             return found
-        before = [len(prefix or ()) for prefix in self.asked.prefixes or [()] * len(how.names)]
+        before = [sum(len(own[i] or ()) for own in self.asked.own if own) for i in range(len(how.names))]
         own = {
             name: self._own_tokens(reader, count)
             for name, reader, count in zip(how.names, how.readers, before, strict=True)

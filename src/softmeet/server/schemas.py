@@ -19,7 +19,7 @@ Word = Annotated[str, Field(max_length=200)]
 Stop = Annotated[str, Field(min_length=1, max_length=200)]
 Natural = Annotated[int, Field(ge=0, lt=1 << 63)]
 # The settings that a request may change under ``softmeet``; a server may allow fewer.
-CHANGES = ("rule", "trust", "weights", "pool", "members", "gate")
+CHANGES = ("rule", "trust", "weights", "pool", "members", "gate", "passages")
 # The most tokens of a prompt, and the most prompts of a request.
 _MOST = 1 << 20
 TopK = Annotated[int, Field(ge=-1, le=_MOST)]
@@ -59,14 +59,21 @@ class Strict(BaseModel):
         return _few(value, _MOST_FIELDS)
 
 
-class Extension(Strict):
-    """softmeet's own fields: how the members are combined, and how much is reported.
+class PassageIn(Strict):
+    """A passage that was retrieved for the prompt, and how relevant the retriever found it."""
 
-    Each of rule, trust, weights, pool, members and gate that is left out is the ensemble's own. trust is one number, or
-    one per member asked for; weights has one number for each of these members. With report = k every token of the
-    answer, and of a scored prompt, has a report that lists the k most probable tokens of each distribution; without
-    report nothing is reported. top_k, min_p and repetition_penalty are older places of the fields beside softmeet,
-    which override them.
+    text: Annotated[str, Field(min_length=1, max_length=_MOST)]
+    score: float
+
+
+class Extension(Strict):
+    """softmeet's own fields: how the members are combined, what they read, and how much is reported.
+
+    Each of rule, trust, weights, pool, members, gate and passages that is left out is the ensemble's own. trust is one
+    number, or one per member asked for; weights has one number for each of these members. With report = k every token
+    of the answer, and of a scored prompt, has a report that lists the k most probable tokens of each distribution;
+    without report nothing is reported. top_k, min_p and repetition_penalty are older places of the fields beside
+    softmeet, which override them.
     """
 
     rule: Word | None = Field(default=None, description="meet, max-entropy, logit-mean, prob-mean, …")
@@ -75,6 +82,12 @@ class Extension(Strict):
     pool: Word | None = None
     members: Annotated[list[Word], Len(1, 64)] | None = Field(default=None, description="Some of the members.")
     gate: Word | None = Field(default=None, description="auto, movement:T, unsure:T, disagreement:T or none.")
+    passages: Annotated[list[PassageIn], Field(fail_fast=True, min_length=1, max_length=64)] | None = Field(
+        default=None, description="Each member reads the prompt behind each; prob-mean by their scores, as REPLUG."
+    )
+    passage_temperature: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
+        default=None, description="Of the scores' softmax; 1 by default."
+    )
     report: Listed | None = Field(
         default=None, description="Report every token, and list so many of each distribution."
     )

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM
 from softmeet.hf.byte_report import byte_report
 from softmeet.hf.combining import Deferral
+from softmeet.hf.contexts import OwnPrompt
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.hf.report import token_report
 from softmeet.members.byte_member import ByteMember
@@ -27,11 +28,13 @@ from softmeet.rules.solution import Solution
 from softmeet.server.sampling import Sampler, Sampling
 from softmeet.solvers.base import Status
 
+# For each member its own tokens, or None.
+Own: TypeAlias = tuple[tuple[int, ...] | None, ...]
 # What the batcher runs: a model over tokens, or one that is read byte by byte.
-Member: TypeAlias = PreTrainedModel | ByteMember
+Runner: TypeAlias = PreTrainedModel | ByteMember
 
 
-def members_of(model: EnsembleForCausalLM) -> list[Member]:
+def members_of(model: EnsembleForCausalLM) -> list[Runner]:
     """Return what the batcher runs for an ensemble: its members' models, or over bytes the readers of these."""
     return list(model.readers if isinstance(model, ByteEnsembleForCausalLM) else model.members)
 
@@ -75,7 +78,7 @@ class Combination:
         return self.model.over_bytes
 
     @property
-    def members(self) -> list[Member]:
+    def members(self) -> list[Runner]:
         """The ensemble's members, in order."""
         return members_of(self.model)
 
@@ -84,13 +87,11 @@ class Combination:
         """The members of an ensemble over bytes, in order; none over tokens."""
         return [member for member in self.members if isinstance(member, ByteMember)]
 
-    def room(self, length: int) -> int:
-        """Return how many tokens fit into the shortest member's context after a prompt of ``length`` tokens.
-
-        It is 2³⁰ if no member has a limit.
-        """
+    def room(self, length: int, own: Own = ()) -> int:
+        """Return how many tokens fit after ``length`` tokens, in whose place members read ``own``; at most 2³⁰."""
         limit: int | None = getattr(self.model.config, "max_position_embeddings", None)
-        return 1 << 30 if limit is None else max(limit - length, 0)
+        shared = 1 << 30 if limit is None else max(limit - length, 0)
+        return shared if self.over_bytes else min(shared, self.model.contexts.room(own))
 
     def shown(self) -> dict[str, Any]:
         """Return the settings that have an effect, in the types of JSON, as clients are told of them.
@@ -233,8 +234,9 @@ class GenerationRequest:
         deadline: the time after which its sequences fail, in seconds on the clock of ``time.monotonic``.
         prompts: each prompt's token ids, at least one, below the vocabulary's size, and no more than fit into the
             context; over bytes its bytes, after a symbol 256 if the text is to begin there.
-        prefixes: over bytes, for each member the ids of its own tokens before each prompt, or None for those that it
-            reads before every text by default; empty for these in all members.
+        own: for each prompt what members read of their own: for each member the ids of its own tokens, over bytes
+            before the prompt, over tokens in its place, or None; empty for None everywhere. None stands for the prompt
+            behind what the member reads before every text.
         choices: how many continuations of each prompt; choice c of prompt p has index p · choices + c.
         stops: non-empty strings; the text of a choice ends before the first of them that occurs.
         ignore_eos: whether an end-of-text token is drawn, and followed, as any other.
@@ -254,7 +256,7 @@ class GenerationRequest:
     score_prompt: bool = False
     deadline: float = float("inf")
     prompts: tuple[tuple[int, ...], ...] = ()
-    prefixes: tuple[tuple[int, ...] | None, ...] = ()
+    own: tuple[Own, ...] = ()
     choices: int = 1
     stops: tuple[str, ...] = ()
     ignore_eos: bool = False
@@ -286,6 +288,7 @@ class Sequence:
         combination: the request's.
         sampler: draws the sequence's tokens.
         max_tokens: the most tokens to draw: the request's, or fewer if the shortest context ends before.
+        own: what the members read of their own, one of ``GenerationRequest.own``; empty for nothing.
         tokens: the prompt's ids and those drawn so far.
         members: the members in their order.
         trails: for each member, the tokens that it has run outside its batch, with their keys and values, a
@@ -294,8 +297,7 @@ class Sequence:
         reused: for each member, the prompt's tokens whose keys and values came from an earlier prompt.
         ahead: the last hidden states of all members but the first at the newest token, (1, d_i), if scoring the prompt
             has computed them already; else empty.
-        asked: under the gate ``unsure``, whether the other members run at the newest token, as a Deferral of one row;
-            else None.
+        asked: under the gate ``unsure`` a Deferral of one row: whether the other members run at the newest token.
         spent: the sequence's share of the seconds that running these other members took.
         cancelled: whether the sequence is to be ended before its next token.
         joined: whether it is a row of the running batches of the members in ``batched``.
@@ -309,18 +311,24 @@ class Sequence:
         self.request, self.prompt, self.emit = request, prompt, emit
         self.combination = request.combination
         self.sampler = Sampler(request.sampling, key, len(prompt), request.ends, over_bytes=self.combination.over_bytes)
-        self.max_tokens = min(request.max_tokens, self.combination.room(len(prompt)))
+        self.own: Own = request.own[key // request.choices] if request.own else ()
+        self.max_tokens = min(request.max_tokens, self.combination.room(len(prompt), self.own))
         self.cancelled = self.joined = self.done = False
         self.busy = True
         self.account = request.account
         self.last: float | None = None
         self.tokens = list(prompt)
-        self.members: list[Member] = self.combination.members
+        self.members: list[Runner] = self.combination.members
         self.trails: list[Any] = [PartialCache() for _ in self.members]
         self.reused = [0] * len(self.members)
         self.ahead: list[Float[Tensor, "1 _"]] = []
         self.asked: Deferral | None = None
         self.spent = 0.0
+
+    def read_by(self, i: int) -> list[int]:
+        """Return what member i reads before the tokens that are drawn, over tokens."""
+        own = OwnPrompt(len(self.prompt), self.own) if self.own else None
+        return self.combination.model.contexts.first_row(i, self.prompt, own)
 
     @property
     def batched(self) -> list[PreTrainedModel]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 import torch
@@ -116,7 +117,8 @@ class Serving:
     def _warm_up(self, model: EnsembleForCausalLM) -> None:
         # Not a padding token, about which transformers would warn.
         token = int(any(getattr(member.config, "pad_token_id", None) == 0 for member in model.members))
-        hidden = model.hidden_states(torch.tensor([[token]]))
+        states, _ = model.run(torch.tensor([[token]]), None, use_cache=False)
+        hidden = [own[0] for own in states]
         own = model.settings.ungated()
         changes = "rule" in self.settings.allowed and not model.over_bytes
         every = [own, own.changed(rule="meet")] if changes else [own]
@@ -145,7 +147,7 @@ class Serving:
                 )
             return (await self.on_tokenizer(prompts.templated, served, combination, body))[0][0]
         prompts.check_texts([body.prompt], combination, served.ensemble.tokenizer)
-        return (await self.on_tokenizer(prompts.encoded, served, [body.prompt], body.add_special_tokens))[0]
+        return await self.on_tokenizer(prompts.tokens_of, served, body.prompt, body.add_special_tokens)
 
     async def prepare(self, body: Generation) -> GenerationRequest:
         """Check a request's body, and return it as a generation request with its prompts as token ids.
@@ -164,8 +166,9 @@ class Serving:
             RuleError: if the rule comes from a package that fails to provide it.
         """
         served, ours = self.ensembles.find(body.model), body.softmeet or Extension()
-        combination = served.combination(ours, self.settings.allowed, self.settings.max_trust)
-        prefixes: prompts.Prefixes = ()
+        combine = partial(served.combination, ours, self.settings.allowed, self.settings.max_trust)
+        # Passages are cut into tokens.
+        combination = combine() if ours.passages is None else await self.on_tokenizer(combine)
         limit = _limit(body, self.settings.max_tokens, combination)
         _check_together(body, limit)
         if isinstance(body, CompletionRequest):
@@ -173,17 +176,19 @@ class Serving:
             parts = prompts.parts(body)
             _check_choices(len(parts), body, self.settings)
             prompts.check_texts(parts, combination, served.ensemble.tokenizer)
-            found = await self.on_tokenizer(prompts.encoded, served, parts, body.add_special_tokens)
             echoed = bool(body.echo) and (body.logprobs is not None or ours.report is not None)
+            scored = echoed or body.prompt_listed is not None
+            encode = partial(prompts.encoded, scored=scored)
+            found, own = await self.on_tokenizer(encode, served, combination, parts, body)
         else:
-            found, prefixes = await self.on_tokenizer(prompts.templated, served, combination, body)
+            found, own = await self.on_tokenizer(prompts.templated, served, combination, body)
             echoed = False
             _check_choices(len(found), body, self.settings)
         found = [prompts.truncated(prompt, body, combination) for prompt in found]
-        for prompt in found:
-            prompts.check_prompt(prompt, combination, limit)
+        for prompt, read in zip_longest(found, own, fillvalue=()):
+            prompts.check_prompt(prompt, combination, limit, read)
             if combination.over_bytes:
-                await self.on_tokenizer(prompts.check_bytes, prompt, combination, prefixes)
+                await self.on_tokenizer(prompts.check_bytes, prompt, combination, read)
         top, score_prompt = _most_listed(body), echoed or body.prompt_listed is not None
         tokens = body.drawn * sum(limit + score_prompt * len(prompt) for prompt in found)
         _check_listed(tokens, (top or 0) + (ours.report or 0) * (len(combination.names) + 2))
@@ -197,7 +202,7 @@ class Serving:
             score_prompt=score_prompt,
             deadline=time.monotonic() + self.settings.seconds,
             prompts=tuple(found),
-            prefixes=prefixes,
+            own=own,
             choices=body.drawn,
             stops=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
             ignore_eos=bool(body.ignore_eos),
@@ -246,17 +251,18 @@ def _most_listed(body: Generation) -> int | None:
 
 def _check_choices(prompts: int, body: Generation, settings: ServerSettings) -> None:
     """Raise RequestError if a request with so many prompts asks for too many choices, or could never find room."""
-    choices = body.drawn
-    total, places = prompts * choices, settings.limits.rows + settings.limits.waiting
+    choices, passages = body.drawn, len((body.softmeet and body.softmeet.passages) or [None])
+    total, places = prompts * choices * passages, settings.limits.rows + settings.limits.waiting
     most = min(settings.max_choices, places)
     if total > most:
         limit = "limit, --max-choices" if settings.max_choices <= places else "room, --batch and --queue together"
         name = "n" if choices == body.choices else "best_of"
         count = f"{prompts:,} prompt{'s' * (prompts > 1)} with {name} = {choices}"
+        count += f" and {passages} passages, each of which is a row" if passages > 1 else ""
         raise RequestError(
             f"expected at most {most:,} choices in all, this server's {limit}, got {total:,} ({count}): send fewer in "
             "each request",
-            param=name if choices > 1 else "prompt",
+            param=name if choices > 1 else "softmeet.passages" if passages > 1 else "prompt",
         )
 
 

@@ -1,0 +1,230 @@
+"""Running an ensemble's members on new tokens: all of them, or under the gate ``unsure`` those that are asked.
+
+A *sequence* is a row of the batch that is generated: a prompt and its continuation so far.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from softmeet.errors import InvalidInputError
+from softmeet.hf.cache import EnsembleCache, Lagging
+from softmeet.hf.combining import Deferral
+from softmeet.hf.contexts import ContextRows, OwnPrompt
+from softmeet.members.huggingface import last_hidden
+from softmeet.members.opaque import Head
+from softmeet.rules.gates import Unsure
+
+if TYPE_CHECKING:
+    from softmeet.hf.call_options import CallOptions
+    from softmeet.hf.modeling import EnsembleForCausalLM
+
+Kept = slice | Int[Tensor, " k"]
+
+
+@dataclass(frozen=True, eq=False)
+class NewTokens:
+    """The new tokens of one forward pass, and where the members are to be combined.
+
+    Attributes:
+        model: the ensemble.
+        ids: (B, t), the new tokens that members share.
+        kept: the k positions among them at which the members are to be combined.
+        first: whether the sequences begin with these tokens.
+        shared: keyword arguments of the members' own ``forward``.
+        own: for each prompt what members read in its place; None for no prompts of their own.
+    """
+
+    model: EnsembleForCausalLM
+    ids: Int[Tensor, "B t"]
+    kept: Kept
+    first: bool
+    shared: dict[str, Any]
+    own: Sequence[OwnPrompt] | None = None
+
+    @cached_property
+    def real(self) -> Bool[Tensor, "B t"]:
+        """True at new tokens, False at padding; on the CPU."""
+        mask = self.shared.get("attention_mask")
+        return (torch.ones_like(self.ids) if mask is None else mask[:, -self.ids.shape[1] :]).bool().cpu()
+
+    @cached_property
+    def tokens(self) -> list[list[int]]:
+        """The new tokens of each sequence, without padding."""
+        return [ids[real].tolist() for ids, real in zip(self.ids.cpu(), self.real, strict=True)]
+
+    @cached_property
+    def columns(self) -> Int[Tensor, " k"]:
+        """The indices of the kept positions among the new tokens, on the CPU."""
+        return torch.arange(self.ids.shape[1])[self.kept if isinstance(self.kept, slice) else self.kept.cpu()]
+
+    @cached_property
+    def needed(self) -> int:
+        """For how many of the last columns hidden states are needed."""
+        return self.ids.shape[1] - int(self.columns.min()) if len(self.columns) else 0
+
+    def rows(self, i: int) -> list[list[int]]:
+        """Return the new tokens of each sequence that member i reads: at its beginning also what is the member's own.
+
+        Raises:
+            InvalidInputError: if the members are to be combined at positions that a prompt of its own does not have.
+        """
+        if not self.first:
+            return self.tokens
+        contexts, own, many = self.model.contexts, self.own, len(self.tokens)
+        if own is None:
+            return [contexts.first_row(i, ids) for ids in self.tokens]
+        if many % len(own):
+            raise InvalidInputError(f"expected prompts for {many} sequences, got {len(own)}")
+        each = [one for one in own for _ in range(many // len(own))]
+        if any(one.ids[i] is not None and self.needed > self.ids.shape[1] - one.replaced + 1 for one in each):
+            raise InvalidInputError(
+                "expected to combine members behind their prompts alone, as these differ: pass logits_to_keep=1"
+            )
+        return [contexts.first_row(i, ids, one) for ids, one in zip(self.tokens, each, strict=True)]
+
+    def hidden(self, i: int, cache: Any) -> Float[Tensor, "B k d"]:
+        """Run member i by itself; returns its last hidden states at the kept positions."""
+        return last_hidden(self.model.members[i], self.ids, self.kept, cache=cache, **self.shared)
+
+    def hidden_of(self, group: Sequence[int], cache: ContextRows) -> list[Float[Tensor, "B k d"]]:
+        """Run members of one model as rows of one batch; returns each one's last hidden states."""
+        contexts, many = self.model.contexts, len(group)
+        each = [self.rows(i) for i in group]
+        new = [
+            contexts.begun(i, own[b], min(self.needed, len(own[b]))) for b in range(len(self.ids))
+            for i, own in zip(group, each, strict=True)
+        ]  # fmt: skip
+        states = cache.run(self.model.members[group[0]], new, self.ids.shape[1], newest=self.needed == 1)
+        if self.first:
+            for k, done in enumerate(cache.apart()):
+                contexts.keep(group[k % many], each[k % many][k // many], done)
+        everyone = torch.arange(len(self.ids))
+        return [
+            self.spread(states[k::many], self.model.member_heads[i], everyone, states[0].dtype)
+            for k, i in enumerate(group)
+        ]
+
+    def spread(
+        self, states: Sequence[Float[Tensor, "_ d"]], head: Head, rows: Int[Tensor, " r"], dtype: torch.dtype
+    ) -> Float[Tensor, "B k d"]:
+        """Put hidden states of some sequences into the columns of their new tokens, with zeros everywhere else.
+
+        Args:
+            states: for each of ``rows``, hidden states whose last ones are of its new tokens; of a prompt of its own,
+                fewer than the sequence has columns.
+            head: the member's head, for width and device.
+            rows: (r,), the numbers of the sequences.
+            dtype: of the result if ``rows`` is empty; else it is that of ``states``.
+
+        Returns:
+            (B, k, d), at the kept positions.
+        """
+        place, start = head.device, self.ids.shape[1] - self.needed
+        real, dtype = self.real[:, start:], states[0].dtype if states else dtype
+        out = torch.zeros(*real.shape, head.d, dtype=dtype, device=place)
+        for row, own in zip(rows.tolist(), states, strict=True):
+            columns = real[row].nonzero().squeeze(-1)
+            count = min(len(own), len(columns))
+            out[row, columns[len(columns) - count :].to(place)] = own[len(own) - count :].to(place)
+        return out if len(self.columns) == self.needed else out[:, (self.columns - start).to(place)]
+
+
+def run_members(
+    new: NewTokens, cache: EnsembleCache | None, options: CallOptions | None
+) -> tuple[list[Float[Tensor, "B k _"]], Deferral | None]:
+    """Run the members on new tokens, as :meth:`EnsembleForCausalLM.run` does.
+
+    Raises:
+        InvalidInputError: if the cache was made for another gate, or for members without prompts of their own.
+    """
+    unsure = None if options is None else options.unsure
+    if unsure is None and (cache is None or not cache.lagging):
+        return _run_all(new, cache), None
+    if cache is not None and not cache.lagging:
+        raise InvalidInputError(
+            "expected a cache whose members may be behind, for the gate 'unsure': make it with "
+            "new_cache('unsure:…'), or go on with the gate that it was begun with"
+        )
+    return _run_where_unsure(new, cache, unsure)
+
+
+def _groups(new: NewTokens, cache: EnsembleCache | None) -> list[list[int]]:
+    """Return the groups of members that are rows of one batch, for which the cache was made."""
+    wanted = new.model.contexts.batched(own_prompts=new.own is not None)
+    if cache is not None and wanted != cache.batched and new.first:
+        raise InvalidInputError("expected a cache for members with prompts of their own: new_cache(own_prompts=True)")
+    return wanted if cache is None else cache.batched
+
+
+def _run_all(new: NewTokens, cache: EnsembleCache | None) -> list[Float[Tensor, "B k _"]]:
+    """Run all members: those of one model with prefixes or prompts of their own in one batch, each other one alone."""
+    model, groups = new.model, _groups(new, cache)
+    caches: list[Any] = [None] * len(model.members) if cache is None else cache.members
+    together = {i for group in groups for i in group}
+    units = [*groups, *([i] for i in range(len(model.members)) if i not in together)]
+
+    def hidden(k: int) -> list[Float[Tensor, "B k _"]]:
+        first, *_ = units[k]
+        if k >= len(groups):
+            return [new.hidden(first, caches[first])]
+        return new.hidden_of(units[k], caches[first] or ContextRows(len(units[k])))
+
+    found = dict[int, Float[Tensor, "B k _"]]()
+    for unit, states in zip(units, model.each(hidden, range(len(units))), strict=True):
+        found |= zip(unit, states, strict=True)
+    return [found[i] for i in range(len(model.members))]
+
+
+def _run_where_unsure(
+    new: NewTokens, cache: EnsembleCache | None, gate: Unsure | None
+) -> tuple[list[Float[Tensor, "B k _"]], Deferral | None]:
+    """Run the first member, and the others in the sequences that need them, on all tokens that they have not run yet.
+
+    A sequence needs them if at one of its kept positions the first member is unsure: its most probable token has a
+    probability below ``gate.threshold``. In the other sequences the new tokens are noted as pending.
+
+    Args:
+        new: the new tokens.
+        cache: with a :class:`Lagging` layer for each member after the first; None if there is no cache.
+        gate: the gate that decides whether the first member is unsure; None to run every sequence.
+
+    Returns:
+        (each member's last hidden states at the kept positions, (B, k, d_i), zeros in sequences in which it did not
+        run; the positions, sequence by sequence, at which the first member is unsure and defers to the others, None if
+        ``gate`` is None).
+    """
+    model, n = new.model, len(new.model.members)
+    caches: list[Any] = [None, *(Lagging() for _ in range(1, n))] if cache is None else cache.members
+    if any(0 in group for group in _groups(new, cache)):
+        first = new.hidden_of([0], caches[0] or ContextRows(1))[0]
+    else:
+        first = new.hidden(0, caches[0])
+    started = time.perf_counter()
+    for i in range(1, n):
+        caches[i].follow(new.rows(i))
+    deferral = None if gate is None else model.combiner.deferral(gate, first.flatten(0, 1))
+    if deferral is None:
+        rows = torch.tensor([row for row, own in enumerate(new.tokens) if own], dtype=torch.int64)
+    else:
+        # Positions of padding do not make a sequence need the other members.
+        there = new.real[:, new.kept if isinstance(new.kept, slice) else new.kept.cpu()]
+        deferral.rows = deferral.rows & there.flatten().to(deferral.rows.device)
+        rows = deferral.rows.view(first.shape[:2]).any(-1).nonzero().squeeze(-1).cpu()
+
+    def hidden(i: int) -> Float[Tensor, "B k _"]:
+        states = caches[i].run(model.members[i], rows, newest=new.needed == 1)
+        return new.spread(states, model.member_heads[i], rows, first.dtype)
+
+    others = model.each(hidden, range(1, n))
+    if deferral is not None and len(rows):
+        deferral.seconds = time.perf_counter() - started
+    return [first, *others], deferral

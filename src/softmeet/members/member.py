@@ -1,0 +1,232 @@
+"""``Member``: what a member of an ensemble is, in one small object and in one line of text.
+
+The line is ``SOURCE[@REV][+key=value]…``, as in ``org/base@main+adapter=org/lora+name=tuned``; a plus in a value or a
+path is written ``++``. Commands, YAML, Python, the server and saved ensembles share this form; it is read only here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from softmeet.errors import InvalidInputError, nearest
+
+# One line that ends so is the path of a file with the prompt; any other text is the prompt itself.
+_FILES = (".txt", ".md", ".jinja")
+# A hub id with a revision, and maybe a file in it.
+_REVISION = re.compile(r"([^@]+)@([^/@]+)(?:/([^/]+\.gguf))?")
+# Where a template takes the text that is to be continued.
+SLOT = "{prompt}"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One member of an ensemble: a checkpoint, and how it is loaded and what it reads.
+
+    Args:
+        source: a hub id (``org/model``), a folder, a ``.gguf`` file, or a bundled name (``wide/gpt2``).
+        revision: the branch, tag or commit of a hub id; None for the main branch.
+        subfolder: the folder, inside the source, that holds the checkpoint.
+        file: the name of a GGUF file in the source.
+        adapter: a hub id (``org/lora``, ``org/lora@revision``) or folder of an adapter of peft's, put on the model.
+        prompt: what this member alone reads before every text; or, with ``{prompt}`` in it, a template that the text is
+            put into. One line that ends in .txt, .md or .jinja is the path of a file, which is read at once.
+        device: where the weights go, as ``device`` of ``Ensemble.from_pretrained``; None for what that says.
+        dtype: of the weights, such as ``bfloat16``; None for what ``dtype`` of ``Ensemble.from_pretrained`` says.
+        quantization: the kind of quantisation in which the weights are loaded, such as ``int8``; None for the
+            checkpoint's own.
+        name: what the member is called where it is shown; None for a name made of the others.
+
+    Raises:
+        InvalidInputError: if the source is empty, or the file of a prompt cannot be read, or is empty.
+
+    Example:
+        >>> member = Member.parse("org/model@v2+dtype=bfloat16")
+        >>> member.source, member.revision, member.dtype, str(member)
+        ('org/model', 'v2', 'bfloat16', 'org/model@v2+dtype=bfloat16')
+        >>> Member("org/model", adapter="org/lora").title
+        'org/model+org/lora'
+    """
+
+    source: str
+    revision: str | None = None
+    subfolder: str | None = None
+    file: str | None = None
+    adapter: str | None = None
+    prompt: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    quantization: str | None = None
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        """Read the prompt's file, if it is one."""
+        if not self.source.strip():
+            raise InvalidInputError("expected a member's source: a hub id, a folder, or a bundled name, got ''")
+        prompt = self.prompt
+        if prompt is None or "\n" in prompt or not prompt.endswith(_FILES):
+            return
+        try:
+            text = Path(prompt).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidInputError(
+                f"cannot read the prompt of {self.source}, the file {prompt}: "
+                f"{getattr(error, 'strerror', None) or 'it is not UTF-8'}: check the path"
+            ) from error
+        if not text.strip() or ("\n" not in text and text.endswith(_FILES)):
+            raise InvalidInputError(f"expected the text of a prompt in {prompt}, got {text!r}")
+        object.__setattr__(self, "prompt", text)
+        if self.name is None:
+            object.__setattr__(self, "name", f"{self.title.removesuffix('+prompt')}+{Path(prompt).stem}")
+
+    def __repr__(self) -> str:
+        return f"Member({str(self)!r})"
+
+    def __str__(self) -> str:
+        parts = [f"{key}={value}" for key, value in self.changes().items() if key != "revision"]
+        return "+".join(part.replace("+", "++") for part in (self.checkpoint, *parts))
+
+    def changes(self) -> dict[str, str]:
+        """Return the fields beside ``source`` that are given, by name."""
+        return {key: value for key, value in asdict(self).items() if value is not None and key != "source"}
+
+    @classmethod
+    def parse(cls, text: str | Path) -> Member:
+        """Read a member from its line of text; the path of an existing file or folder is a source as it stands.
+
+        Raises:
+            InvalidInputError: if a part after a plus is no ``key=value`` with a known key, or a key comes twice.
+        """
+        if not isinstance(text, str | Path) or not str(text).strip():
+            raise InvalidInputError(f"expected a member's name: a hub id, a folder, or a bundled name, got {text!r}")
+        if isinstance(text, Path) or (("+" in text or "@" in text) and _exists(text)):
+            return cls(str(text))
+        source, *parts = [part.replace("\0", "+") for part in text.replace("++", "\0").split("+")]
+        found: dict[str, str] = {}
+        for part in parts:
+            key, equals, value = part.partition("=")
+            known = [one.name for one in fields(cls) if one.name not in ("source", "revision")]
+            if key not in known or not (equals and value):
+                raise InvalidInputError(
+                    f"expected SOURCE[@REV][+key=value]… for a member, with the keys {', '.join(known)}, got {part!r} "
+                    f"in {text!r}: {nearest(key, known) if equals else ''}write ++ for a plus in a path"
+                )
+            if key in found:
+                raise InvalidInputError(f"expected each key of a member once, got {key} twice in {text!r}")
+            found[key] = value
+        if not _exists(source) and (parted := _REVISION.fullmatch(source)):
+            source, found["revision"] = parted[1], parted[2]
+            found |= {"file": parted[3]} if parted[3] else {}
+        return cls(source, **found)
+
+    @classmethod
+    def of(cls, given: Member | str | Path | Mapping[str, Any]) -> Member:
+        """Return a member from any of its forms: itself, its line of text, a path, or a mapping of its fields.
+
+        Raises:
+            InvalidInputError: as by :meth:`parse`; or if a mapping has no ``source``, or an unknown key.
+        """
+        if isinstance(given, Member):
+            return given
+        if not isinstance(given, Mapping):
+            return cls.parse(given)
+        known = [one.name for one in fields(cls)]
+        wrong = [str(key) for key, value in given.items() if key not in known or not isinstance(value, str | Path)]
+        if wrong or "source" not in given:
+            raise InvalidInputError(
+                f"expected a member with a source and texts for {', '.join(known[1:])}, got "
+                f"{repr(wrong[0]) if wrong else 'no source'} in {dict(given)!r}"
+            )
+        whole = cls.parse(str(given["source"]))
+        return replace(whole, **{key: str(value) for key, value in given.items() if key != "source"})
+
+    @property
+    def title(self) -> str:
+        """The name to show: ``name``, or the last two parts of the source and what is put on it.
+
+        Example:
+            >>> Member.parse("/models/wide/gpt2+prompt=You are terse.").title
+            'wide/gpt2+prompt'
+        """
+        if self.name is not None:
+            return self.name
+        base = "/".join(Path(self.source).parts[-2:])
+        more = [self.file, self.subfolder, self.adapter and "/".join(Path(self.adapter).parts[-2:]), self.quantization]
+        return "+".join([base, *filter(None, more), *(["prompt"] if self.prompt is not None else [])])
+
+    @property
+    def weights(self) -> Member:
+        """The member as far as its weights go, without prompt and name. Members with equal ones share a model."""
+        return replace(self, prompt=None, name=None)
+
+    @property
+    def checkpoint(self) -> str:
+        """The source and, behind an @, the revision, as messages name them."""
+        return self.source if self.revision is None else f"{self.source}@{self.revision}"
+
+    @property
+    def places(self) -> list[str]:
+        """The hub ids or paths that have to be there for it: its source's and its adapter's."""
+        return [self.source, *([self.adapter] if self.adapter else [])]
+
+    @property
+    def base(self) -> Member:
+        """The member without its adapter, prompt and name, whose weights an adapter is put on."""
+        return replace(self.weights, adapter=None)
+
+    def reads(self, text: str) -> str:
+        """Return what the member reads for a text: its template with the text in it, or its prompt and the text.
+
+        >>> Member("org/model", prompt="Q: {prompt} A:").reads("Why?"), Member("org/model").reads("Why?")
+        ('Q: Why? A:', 'Why?')
+        """
+        own = self.prompt or ""
+        return own.replace(SLOT, text) if SLOT in own else own + text
+
+    @property
+    def before(self) -> str | None:
+        """What the member reads before every text: its prompt, or what its template has before the text; or None."""
+        return None if self.prompt is None else self.prompt.partition(SLOT)[0] or None
+
+    @property
+    def is_template(self) -> bool:
+        """Whether its prompt has something after ``{prompt}``, so that a text is not simply put behind it."""
+        return bool((self.prompt or "").partition(SLOT)[2])
+
+
+def _exists(text: str) -> bool:
+    try:
+        return Path(text).exists()
+    except (OSError, ValueError):  # a text too long for a path, or with a NUL
+        return False
+
+
+def short(name: str) -> str:
+    """Return the name to show for a member's line of text, or for a path: its last two parts.
+
+    Example:
+        >>> short("/models/wide/gpt2"), short("/models/gpt2+name=small")
+        ('wide/gpt2', 'small')
+    """
+    try:
+        return Member.parse(name).title
+    except InvalidInputError:
+        return "/".join(Path(name).parts[-2:])
+
+
+def titles(members: Sequence[str | Member]) -> list[str]:
+    """Return a distinct name to show for each member: its title, with ``#2`` and so on for those of one title.
+
+    >>> titles(["wide/gpt2", "wide/gpt2+prompt=Be terse.", "wide/gpt2+prompt=Be kind."])
+    ['wide/gpt2', 'wide/gpt2+prompt', 'wide/gpt2+prompt#2']
+    """
+    seen, found = Counter[str](), []
+    for member in members:
+        title = Member.of(member).title
+        seen[title] += 1
+        found.append(title if seen[title] == 1 else f"{title}#{seen[title]}")
+    return found
