@@ -19,6 +19,8 @@ from softmeet.errors import InvalidInputError, nearest
 _FILES = (".txt", ".md", ".jinja")
 # A hub id with a revision, and maybe a file in it.
 _REVISION = re.compile(r"([^@]+)@([^/@]+)(?:/([^/]+\.gguf))?")
+# The most bytes of one part of a path.
+_LONGEST = 255
 # Where a template takes the text that is to be continued.
 SLOT = "{prompt}"
 
@@ -65,8 +67,11 @@ class Member:
 
     def __post_init__(self) -> None:
         """Read the prompt's file, if it is one."""
-        if not self.source.strip():
-            raise InvalidInputError("expected a member's source: a hub id, a folder, or a bundled name, got ''")
+        longest = max(len(part.encode(errors="replace")) for part in self.source.split("/"))
+        if not self.source.strip() or "\0" in self.source or longest > _LONGEST:
+            raise InvalidInputError(
+                f"expected a member's source: a hub id, a folder, or a bundled name, got {self.source[:80]!r}"
+            )
         prompt = self.prompt
         if prompt is None or "\n" in prompt or not prompt.endswith(_FILES):
             return
