@@ -260,7 +260,7 @@ def test_a_checkpoint_whose_head_is_quantised_is_refused_before_weights_are_load
         EnsembleForCausalLM.from_pretrained(saved, rule="meet")
     assert not seen
     # What the configuration does not tell is found when the member is loaded, before the next one is.
-    monkeypatch.setattr("softmeet.members.huggingface.method_of_head", lambda config: None)
+    monkeypatch.setattr("softmeet.members.quantized.method_of_head", lambda config: None)
     with pytest.raises(UnsupportedHeadError, match=r"is quantised \(Int8Tensor\)"):
         Ensemble.from_pretrained(quantised_folder[::-1], "meet", on_progress=seen.append)
     assert seen == [str(quantised_folder[1])]
@@ -269,7 +269,7 @@ def test_a_checkpoint_whose_head_is_quantised_is_refused_before_weights_are_load
 @pytest.mark.parametrize("told", [True, False])
 def test_without_a_rule_the_average_is_taken_and_said(told, quantised_folder, monkeypatch, caplog):
     if not told:
-        monkeypatch.setattr("softmeet.members.huggingface.method_of_head", lambda config: None)
+        monkeypatch.setattr("softmeet.members.quantized.method_of_head", lambda config: None)
     ensemble = Ensemble.from_pretrained(quantised_folder)
     assert ensemble.model.config.rule == "logit-mean"
     assert "combined by logit-mean, as the head (output layer) of" in caplog.text

@@ -17,6 +17,7 @@ from softmeet.cli import options
 from softmeet.cli.flags import flag, flags
 from softmeet.cli.old_forms import warn
 from softmeet.cli.progress import working
+from softmeet.cli.startup import quick_imports
 from softmeet.cli.tables import out, print_table
 
 if TYPE_CHECKING:
@@ -360,8 +361,9 @@ def _plan(members: list[str], batch: int, context: int | None, loading: options.
         loading: the flags for dtype and devices.
     """
     with working("reading configurations"):
-        from softmeet.ensemble import member_names
-        from softmeet.hf.plan import plan
+        with quick_imports():
+            from softmeet.ensemble import member_names
+            from softmeet.hf.plan import plan
 
         where = {name: loading.arguments()[name] for name in ("dtype", "device", "trust_remote_code")}
         named = member_names(members[0] if len(members) == 1 else members)

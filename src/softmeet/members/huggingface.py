@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softmeet.errors import CheckpointError, InvalidInputError
 from softmeet.members import names as known
-from softmeet.members import refused, zoo
+from softmeet.members import quantized, refused, zoo
 from softmeet.members.adapters import adapted, require_adapter
 from softmeet.members.member import Member
 from softmeet.members.placement import (
@@ -32,7 +32,6 @@ from softmeet.members.placement import (
     require_device,
     without_head,
 )
-from softmeet.members.quantized import method_of_head
 from softmeet.members.zoo import Named
 
 Dtype = torch.dtype | str | None
@@ -148,9 +147,11 @@ def require_loadable(
             that is not trusted.
     """
     members = placed(names, dtype, device)
-    for _, own_dtype, own_device in members:
+    for member, own_dtype, own_device in members:
         require_device(own_device)
         dtype_of(own_dtype, own_device)
+        if member.quantization is not None:
+            quantized.require(member.quantization, own_device)
     methods: dict[Member, str | None] = {}
     for base in dict.fromkeys(member.base for member, _, _ in members):
         where = _checkpoint_of(base, trust_remote_code)
@@ -158,7 +159,7 @@ def require_loadable(
             with refused.named_in_errors(base.checkpoint, where):
                 config = transformers.AutoConfig.from_pretrained(**where)
             refused.require_causal(base.checkpoint, config, remote=trust_remote_code)
-            methods[base] = method_of_head(config)
+            methods[base] = quantized.method_of_head(config)
     for member in dict.fromkeys(member.weights for member, _, _ in members if member.adapter is not None):
         require_adapter(str(member.adapter), member.source, lambda base=member.base: _shape(base, trust_remote_code))
     return {str(member): method for member, _, _ in members if (method := methods.get(member.base)) is not None}
@@ -338,6 +339,9 @@ def _load(
     spread, wanted = device_map_of(device), dtype_of(dtype, device)
     placement: dict[str, Any] = {} if spread is None else {"device_map": spread}
     placement |= {} if offload_folder is None or spread is None else {"offload_folder": str(offload_folder)}
+    if base.quantization is not None:
+        placement["quantization_config"] = quantized.config_of(base.quantization)
+        placement.setdefault("device_map", {"": str(device or "cpu")})
     name, where = base.checkpoint, _checkpoint_of(base, trust_remote_code)
     with refused.named_in_errors(name, where), _without_bars():
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -348,6 +352,8 @@ def _load(
         raise CheckpointError(
             f"cannot load {name}: {len(absent)} weights are missing or misshapen (first: {absent[0]}): fetch it again"
         )
+    if base.quantization is not None:
+        quantized.ready(model, name, base.quantization)
     whole = None if isinstance(device, dict) or placement else _one(device)
     with refused.named_in_errors(name, where):
         return (model if whole is None else model.to(whole)).eval()

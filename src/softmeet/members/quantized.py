@@ -22,6 +22,7 @@ _ROWS = 32
 # The settings of a checkpoint's quantisation that list modules to leave as they are, by method; None leaves the head.
 _LEFT_OUT = {"torchao": "modules_to_not_convert", "bitsandbytes": "llm_int8_skip_modules"}
 _HEADS = ("head", "embed_out", "output")
+_METHOD = "quant_method"
 
 
 def require(name: str, device: Device = None) -> None:
@@ -108,7 +109,7 @@ def method_of_head(config: PreTrainedConfig) -> str | None:
     """
     given = getattr(config, "quantization_config", None)
     plain: dict[str, Any] = given if isinstance(given, dict) else given.to_dict() if given is not None else {}
-    method = str(getattr(plain.get("quant_method"), "value", plain.get("quant_method")))
+    method = str(getattr(plain.get(_METHOD), "value", plain.get(_METHOD)))
     if plain.get("lm_head") is True:
         return method
     left_out = plain.get(_LEFT_OUT.get(method, ""))
@@ -145,21 +146,38 @@ def stored(model: nn.Module) -> Iterator[Tensor]:
                         yield scales
 
 
-def planned_bytes(model: PreTrainedModel, quantization: Any) -> dict[str, int]:
-    """Return the bytes that each parameter of a model will take once the model is loaded with a quantisation.
+def quantizer_of(model: PreTrainedModel, quantization: Any) -> Any:
+    """Return transformers' quantizer for a model on torch's meta device, in which its own layers then stand.
 
     Args:
-        model: built on torch's meta device; the quantisation's own layers take the place of those that it converts.
-        quantization: what :func:`config_of` returned, or what a configuration has as ``quantization_config``.
+        model: the model, whose layers are replaced.
+        quantization: what :func:`config_of` returned, or what a configuration has as ``quantization_config``; None for
+            none.
+
+    Returns:
+        The quantizer; None without a quantisation, and for methods other than torchao's and bitsandbytes'.
     """
     from transformers.quantizers.auto import AutoHfQuantizer
 
+    plain = quantization if isinstance(quantization, dict) else {"quant_method": getattr(quantization, _METHOD, None)}
+    if getattr(plain.get(_METHOD), "value", plain.get(_METHOD)) not in _BLOCKS:
+        return None
     quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
     quantizer.preprocess_model(model, device_map=None)
+    return quantizer
+
+
+def planned_bytes(model: PreTrainedModel, quantizer: Any) -> dict[str, int]:
+    """Return the bytes that each parameter of a model will take once the model is loaded.
+
+    Args:
+        model: on torch's meta device.
+        quantizer: what :func:`quantizer_of` returned for it.
+    """
     found = {}
     for name, parameter in model.named_parameters():
         found[name] = parameter.nbytes
-        if quantizer.param_needs_quantization(model, name):
+        if quantizer is not None and quantizer.param_needs_quantization(model, name):
             size = quantizer.param_element_size(model, name, parameter)
             # A scale of four bytes for each row, or, of four bits, for each block; a group's zero point is in them.
             block = parameter.shape[-1] if size == 1 else _BLOCKS[quantizer.quantization_config.quant_method.value]
