@@ -165,7 +165,6 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
     def hidden_states(self, input_ids: Int[Tensor, "1 t"]) -> list[Float[Tensor, "t _"]]:
         """Run the members over one text, and return each one's last hidden states, (t, d_i), row k after token k."""
         self._checked_length(input_ids, None)
-        self.contexts.require_no_template()
         return [states[0] for states in self.run(input_ids, None, use_cache=False)[0]]
 
     def _checked_length(self, input_ids: Int[Tensor, "B t"] | None, cache: EnsembleCache | None) -> Int[Tensor, "B t"]:
