@@ -100,9 +100,13 @@ def _facts(ensemble: Ensemble, text: str | None, tokens: int, sampled: int) -> d
         text: a text for the premise scores and the movement; None for no scores, and movement on sampled tokens.
         tokens: the most tokens of the text that are read.
         sampled: without a text, how many tokens the ensemble samples for the movement; 0 for no movement.
+
+    With a weight below 0 there are neither scores nor movement, as ``meet`` takes no such weight.
     """
     with working("comparing heads"):
         facts = _heads(ensemble)
+    if min(ensemble.model.config.weights) < 0:
+        return facts | {"advice": "A weight is below 0, which only averages of logits take: meet is not compared."}
     if text is not None:
         from softmeet.evaluation.premise import premise_scores
 

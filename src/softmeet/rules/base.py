@@ -32,7 +32,9 @@ class Rule(Frozen, ABC):
         reference: its source: a paper and an equation, or a web address; empty if there is none.
         reads_heads: whether it needs the members' softmax matrices W_i, not only their log-probabilities.
         is_average: whether it is a weighted average of the members.
-        can_assign_zeros: whether it may give probability 0 to a token to which every member gives more.
+        takes_signed_weights: whether members' weights may be below 0.
+        can_assign_zeros: whether it may give probability 0 to a token to which every member gives more; of an instance,
+            where that depends on an option.
         uses_trust: whether its answer depends on the trusts ρ_i.
         tilts_pool: whether its answer is proportional to q exp(Σ_i W_i λ_i), with q the pool and λ_i in
             ``Answer.dual``; only a solution by such a rule can be the ``start`` of another call of ``combine``.
@@ -60,6 +62,7 @@ class Rule(Frozen, ABC):
     reference: ClassVar[str] = ""
     reads_heads: ClassVar[bool] = False
     is_average: ClassVar[bool] = False
+    takes_signed_weights: ClassVar[bool] = False
     can_assign_zeros: ClassVar[bool] = False
     uses_trust: ClassVar[bool] = False
     tilts_pool: ClassVar[bool] = False
