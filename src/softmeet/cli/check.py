@@ -174,6 +174,7 @@ def _heads(ensemble: Ensemble) -> dict[str, Any]:
         "tokens": tokens,
         "rank": width,
         "share": width / tokens,
+        "average": ensemble.model.combiner.average(ensemble.model.settings),
         "solver_megabytes_per_row": solver_bytes(tokens, len(heads), width, 1) / 1e6,
     }
 
@@ -183,6 +184,11 @@ def _advice(facts: dict[str, Any]) -> str:
     members, pairs = facts["members"], facts["pairs"]
     if len(members) == 1:
         return "One member: every rule returns its own distribution."
+    if facts["average"]:
+        weights = ", ".join(f"{w:.3g}" for w in facts["average"])
+        return (
+            f"All members have one head, so meet is logit-mean with weights {weights} here, and costs no more than it."
+        )
     if all(pair["shared"] for pair in pairs):
         return "All heads span one column space, so meet can only be averaging: use logit-mean and save its cost."
     verdicts = {m["name"]: m["premise"]["verdict"] for m in members if "premise" in m}

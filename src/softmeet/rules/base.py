@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from softmeet.rules.answer import Answer
     from softmeet.rules.problem import Problem
+    from softmeet.rules.settings import Settings
     from softmeet.rules.verify import Recomputed
 
 
@@ -115,6 +116,17 @@ class Rule(Frozen, ABC):
         ``max-entropy``, for one, makes all of them infinite.
         """
         return tuple(trust)
+
+    def one_head_weights(self, settings: Settings) -> tuple[float, ...] | None:
+        """Return the weights of the logit mean that this rule is where one head makes all members' distributions.
+
+        Args:
+            settings: those by which members are combined, from :meth:`Settings.for_members`.
+
+        Returns:
+            A weight for each member, summing to 1; None, the default, if the rule is not known to be such an average.
+        """
+        return None
 
     def why_degenerate(self, problem: Problem) -> str:
         """Return a sentence for ``Solution.remark`` that says why the objective is constant on a feasible set.

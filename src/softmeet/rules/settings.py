@@ -239,6 +239,11 @@ class Settings(Frozen):
         """
         return self.trust  # type: ignore[return-value]
 
+    @property
+    def member_weights(self) -> tuple[float, ...]:
+        """The n weights; these settings must be from :meth:`for_members`, which is not checked."""
+        return self.weights  # type: ignore[return-value]
+
     def trusts(self) -> list[list[float]]:
         """Return, for each member, the list of its bands' trusts in nats per nat.
 
@@ -252,7 +257,7 @@ class Settings(Frozen):
         It has n · ``bands`` members, member by member, each with its band's trust, and ``bands`` 1. The first band of
         each member has the member's weight in the pool, the others 0. These settings must be from :meth:`for_members`.
         """
-        weights = [w for own in self.weights for w in (own, *[0.0] * (self.bands - 1))]  # type: ignore[union-attr]
+        weights = [w for own in self.member_weights for w in (own, *[0.0] * (self.bands - 1))]
         return self.model_copy(update={"weights": tuple(weights), "bands": 1})
 
     def relaxed(self) -> Settings:

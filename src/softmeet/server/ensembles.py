@@ -155,6 +155,9 @@ def _with_gate(model: EnsembleForCausalLM, settings: Settings) -> tuple[Settings
     gate, found = that_closes(settings.gate), resolved(model, settings, may_calibrate=False)
     if isinstance(gate, Disagreement) and not settings.rule.reads_heads:
         return found.ungated(), f"the rule {settings.rule.name} has no solve that the gate {gate} could save"
+    if isinstance(gate, Disagreement) and model.combiner.average(settings):
+        alone = f"the members have one head, so there is no solve that the gate {gate} could save"
+        return found.ungated(), None if str(gate) == "auto" else alone
     if gate is not None and found.gate is None and not moves_pool(settings):
         alone = f"the gate {gate} is for the rule meet with finite trusts alone"
         return found, None if str(gate) == "auto" else alone
