@@ -100,9 +100,13 @@ def _facts(ensemble: Ensemble, text: str | None, tokens: int, sampled: int) -> d
         text: a text for the premise scores and the movement; None for no scores, and movement on sampled tokens.
         tokens: the most tokens of the text that are read.
         sampled: without a text, how many tokens the ensemble samples for the movement; 0 for no movement.
+
+    With a weight below 0 there are neither scores nor movement, as ``meet`` takes no such weight.
     """
     with working("comparing heads"):
         facts = _heads(ensemble)
+    if min(ensemble.model.config.weights) < 0:
+        return facts | {"advice": "A weight is below 0, which only averages of logits take: meet is not compared."}
     if text is not None:
         from softmeet.evaluation.premise import premise_scores
 
@@ -170,6 +174,7 @@ def _heads(ensemble: Ensemble) -> dict[str, Any]:
         "tokens": tokens,
         "rank": width,
         "share": width / tokens,
+        "average": ensemble.model.combiner.average(ensemble.model.settings),
         "solver_megabytes_per_row": solver_bytes(tokens, len(heads), width, 1) / 1e6,
     }
 
@@ -179,6 +184,11 @@ def _advice(facts: dict[str, Any]) -> str:
     members, pairs = facts["members"], facts["pairs"]
     if len(members) == 1:
         return "One member: every rule returns its own distribution."
+    if facts["average"]:
+        weights = ", ".join(f"{w:.3g}" for w in facts["average"])
+        return (
+            f"All members have one head, so meet is logit-mean with weights {weights} here, and costs no more than it."
+        )
     if all(pair["shared"] for pair in pairs):
         return "All heads span one column space, so meet can only be averaging: use logit-mean and save its cost."
     verdicts = {m["name"]: m["premise"]["verdict"] for m in members if "premise" in m}

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from softmeet.errors import InvalidInputError, NonFiniteError, UnsupportedHeadError
 from softmeet.heads import SoftmaxHead
 from softmeet.members.bands import bands
+from softmeet.members.heads import one_head
 from softmeet.rules.combine import product_dtype, solve
 from softmeet.rules.gates import Unsure
 from softmeet.rules.problem import Problem, TokensBefore
@@ -194,8 +196,7 @@ class Combiner:
         logits = self.own_logits(hidden, deferral)
         if deferral is not None:
             settings = settings.model_copy(update={"gate": Unsure(1.0, deferral.rows.to(logits.device))})
-        states = [h.to(logits.device) for h in hidden] if settings.free_radial else None
-        solution = self.combine_rows(logits, logits, settings, hidden=states, proved=proved, before=before)
+        solution = self.combine_rows(logits, logits, settings, hidden=hidden, proved=proved, before=before)
         log_probs = solution.problem.log_p[:: settings.bands]
         return (log_probs, solution) if deferral is None else _nan_where_not_run(log_probs, solution)
 
@@ -246,8 +247,8 @@ class Combiner:
             scores: (n, B, v), the members' log-probabilities in nats, or their logits, which are normalised.
             logits: (n, B, v), the members' logits, soft-cap included; needed if a head has a soft-cap, else unused.
             settings: all settings, from :meth:`Settings.for_members`.
-            hidden: for each member i, its last hidden states, (B, d_i), for ``free_radial``; None to recover them from
-                the log-probabilities.
+            hidden: for each member i, its last hidden states, (B, d_i), for ``free_radial`` and for where the rule
+                is an :meth:`average`; None to recover them from the log-probabilities, and to solve in any case.
             start: a solution of the same rows by this combiner and a rule like ``meet``, which tilts the pool, at whose
                 dual variables to begin; None to begin at the pool.
             relaxed: the result of this method for the same rows, the rule that ``on_infeasible`` names and otherwise
@@ -273,6 +274,8 @@ class Combiner:
         if settings.free_radial:
             self._refuse_unknown_norms(settings)
         capped = None if logits is None or not self.capped else logits
+        average = hidden is not None and self.average(settings) is not None
+        hidden = [own.to(log_p.device) for own in hidden or ()] if average or settings.free_radial else None
         bands = settings.bands
         if bands > 1:
             heads, settings = self.banded_heads(bands), settings.for_bands()
@@ -285,16 +288,27 @@ class Combiner:
             settings=settings,
             support=self.support,
             dtype=product_dtype(dtype, settings.tol),
-            free=free_directions(heads, log_p, capped, hidden, log_p.shape) if settings.free_radial else (),
+            free=free_directions(heads, log_p, capped, hidden or None, log_p.shape) if settings.free_radial else (),
             start=None if start is None else start.as_start(heads, log_p),
             precision=torch.finfo(dtype).eps,
             proved=proved,
             # Rows of the problem are chosen where its distributions are.
             before=None if before is None else before.mapped(lambda ids: ids.to(log_p.device)),
+            states=tuple([self.heads[0].scale * own for own in hidden or ()]) if average else (),
         )
         known = None if relaxed is None else relaxed.as_fallback(problem)
         solution = solve(problem, log_p.shape[1:2], dtype, known)
         return solution if bands == 1 else solution.by_member(bands)
+
+    def average(self, settings: Settings) -> tuple[float, ...] | None:
+        """Return the members' weights in the logit mean that the rule is here, as their heads are one; None if not."""
+        weights = settings.rule.one_head_weights(settings)
+        return weights if weights and self.one_head else None
+
+    @cached_property
+    def one_head(self) -> bool:
+        """Whether the heads of two or more members are one (:func:`softmeet.members.heads.one_head`)."""
+        return one_head(self.heads)
 
     def _refuse_unknown_norms(self, settings: Settings) -> None:
         """Raise an error if ``free_radial`` cannot be used: a final norm is unknown, or heads are cut into bands."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -121,6 +122,28 @@ def _check(model: PreTrainedModel, head: SoftmaxHead) -> None:
             f"{type(model).__name__} computes its logits in a way that softmeet does not know: its head applied to its "
             "last hidden state does not give its logits"
         )
+
+
+def one_head(heads: Sequence[SoftmaxHead]) -> bool:
+    """Tell whether two or more heads, without soft-cap, are the same function of hidden states.
+
+    They are if their scales are equal, and weights and biases the same tensors or of equal values and dtypes, for which
+    each head is read once.
+    """
+    first, *others = heads
+    plain = all(head.soft_cap is None and head.scale == first.scale for head in heads)
+    parts = [(first.weight, other.weight) for other in others] + [(first.bias, other.bias) for other in others]
+    return bool(others) and plain and all(_equal(*part) for part in parts)
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    """Tell whether two tensors, or None, are one or have equal values, on whatever devices they are."""
+    if a is None or b is None or a is b:
+        return a is b
+    if (a.shape, a.dtype) != (b.shape, b.dtype) or a.is_meta or b.is_meta:
+        return False
+    # The first row tells most apart, and saves reading the rest.
+    return all(torch.equal(x.detach(), y.detach().to(a.device)) for x, y in ((a[:1], b[:1]), (a, b)))
 
 
 def principal_cosines(a: SoftmaxHead, b: SoftmaxHead) -> Float[Tensor, " k"]:

@@ -119,7 +119,7 @@ class Serving:
         hidden = states_behind(model, encoded(model, model.tokenizer, ["a"]))
         own = model.settings.ungated()
         changes = "rule" in self.settings.allowed and not model.over_bytes
-        every = [own, own.changed(rule="meet")] if changes else [own]
+        every = [own, own.changed(rule="meet", weights=None)] if changes else [own]
         for settings in every:
             # Members may make nothing of the token; what they say of it is not used.
             with contextlib.suppress(SoftmeetError), time_limit(self.settings.limits.token_seconds):
