@@ -89,13 +89,28 @@ def test_contrastive_decoding_with_bundled_members(ensemble):
 
 
 def test_classifier_free_guidance():
-    """One model with and without a prompt: p ∝ p(x | c)^γ p(x)^(1-γ)."""
+    """One model with and without a prompt: p ∝ p(x | c)^γ p(x)^(1-γ); here from tensors, below with members."""
     conditional, plain = members(2).numpy()
     gamma = 1.5
     expected = np.exp(conditional) ** gamma * np.exp(plain) ** (1 - gamma)
     log_p, head = torch.tensor(np.stack([conditional, plain])), HEADS[0]
     found = softmeet.combine(log_p, [head, head], "logit-mean", weights=[gamma, 1 - gamma]).log_probs.exp()
     assert np.allclose(found, expected / expected.sum(-1, keepdims=True), atol=1e-12)
+
+
+def test_classifier_free_guidance_of_one_model():
+    """The member behind a prompt and the member alone are one model, whose rows the prompt tells apart."""
+    prompt, gamma = "The words of Solomon the king. ", 1.5
+    found = Ensemble.from_pretrained(
+        [f"wide/gpt2+prompt={prompt}", "wide/gpt2"], "logit-mean", weights=[gamma, 1 - gamma]
+    )
+    model, logits = found.model.members[0], []
+    for text in (prompt + PROMPT, PROMPT):
+        with torch.inference_mode():
+            logits.append(model(found.tokenizer(text, return_tensors="pt")["input_ids"]).logits[0, -1].numpy())
+    expected = softmax(gamma * logits[0] + (1 - gamma) * logits[1])
+    assert np.abs(found.next_token(PROMPT).solution.log_probs[0].exp().numpy() - expected).max() < 1e-5
+    assert model is found.model.members[1]
 
 
 def test_proxy_tuning():
