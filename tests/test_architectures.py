@@ -8,6 +8,7 @@ from contextlib import nullcontext
 import byte_tokenizers
 import gguf_files
 import pytest
+import tiny
 import torch
 import transformers as tf
 from test_byte_members import at_once, step_by_step, summed
@@ -200,9 +201,16 @@ SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_atten
     ],
     ids=lambda config: config.model_type,
 )
-def test_heads_that_are_not_read_as_they_should_be_are_refused(config):
+def test_members_of_an_unknown_form_of_logits_are_averaged_and_rules_that_read_heads_refuse_them(config):
     model = tf.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         model.get_output_embeddings().weight.normal_()
-    with pytest.raises(UnsupportedHeadError, match=f"{type(model).__name__} computes its logits in a way"):
-        head_of(model)
+    ids = torch.arange(1, 7)[None]
+    both = [tiny.build("llama"), model]
+    ours = EnsembleForCausalLM(EnsembleConfig(["a", "b"], rule="logit-mean"), both).eval()
+    with torch.inference_mode():
+        own = torch.stack([one(input_ids=ids, use_cache=False).logits.log_softmax(-1) for one in both])
+        assert torch.allclose(ours(input_ids=ids, use_cache=False).logits, own.mean(0).log_softmax(-1), atol=1e-4)
+    said = f"the rule meet reads heads .* b is unknown .{type(model).__name__}"
+    with pytest.raises(UnsupportedHeadError, match=said):
+        EnsembleForCausalLM(EnsembleConfig(["a", "b"], rule="meet"), both)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+from functools import wraps
 from importlib.util import find_spec
 
 import pytest
@@ -13,12 +15,12 @@ import transformers as tf
 from torch import nn
 
 from softmeet import Ensemble
-from softmeet.errors import CheckpointError, InvalidInputError, UnsupportedHeadError, VocabularyMismatchError
+from softmeet.errors import CheckpointError, InvalidInputError, VocabularyMismatchError
 from softmeet.heads import SoftmaxHead
 from softmeet.members import names as known
 from softmeet.members import refused, zoo
 from softmeet.members.heads import head_of
-from softmeet.members.huggingface import dtype_of, load_members, load_tokenizers
+from softmeet.members.huggingface import dtype_of, last_hidden, load_members, load_tokenizers
 from softmeet.members.vocabulary import common_vocabulary, token_ids, token_support
 
 
@@ -45,31 +47,57 @@ def test_what_each_architecture_brings():
     assert head_of(tiny.build("gptj bias")).bias is not None
 
 
-class Adapted(nn.Linear):
-    """What adapters and quantisers put in place of a linear layer."""
+class Odd(nn.Linear):
+    """A layer of a kind of its own, as adapters and quantisers put in place of a linear one."""
 
 
 @pytest.mark.parametrize(
-    ("layer", "message"),
+    ("layer", "why", "d"),
     [
-        (lambda w: Adapted(32, tiny.V, bias=False), "plain linear layer, got .*Adapted.*merge adapters"),
-        (lambda w: nn.Linear(32, tiny.V, bias=False, device="meta"), "offloaded"),
-        (lambda w: nn.Sequential(nn.Linear(32, tiny.V)), "plain linear layer"),
-        (lambda w: None, "no output layer"),
+        (Odd(32, tiny.V), r"is no plain linear layer \(test_members.Odd\)", 32),
+        (nn.Sequential(nn.Linear(32, tiny.V)), "is no plain linear layer .*Sequential", 32),
+        (nn.Sequential(nn.Linear(32, tiny.V), nn.Softplus()), "is no plain linear layer", 32),
     ],
 )
-def test_heads_that_are_refused(layer, message, monkeypatch):
+@torch.inference_mode()
+def test_layers_that_cannot_be_read_are_run(layer, why, d):
     model = tiny.build("llama")
-    monkeypatch.setattr(model, "get_output_embeddings", lambda: layer(model))
-    with pytest.raises(UnsupportedHeadError, match=message):
-        head_of(model)
+    model.set_output_embeddings(layer.eval())
+    head = head_of(model)
+    assert re.match(why, head.why)
+    assert (head.v, head.d, head.dtype, head.device.type) == (tiny.V, d, torch.float32, "cpu")
+    ids = torch.arange(1, 9).view(2, 4)
+    assert torch.allclose(head.logits(last_hidden(model, ids)), model(input_ids=ids).logits, atol=1e-6)
 
 
-def test_a_head_that_is_read_wrongly_is_never_accepted_in_silence():
+def no_layer(model, monkeypatch):
+    monkeypatch.setattr(model, "get_output_embeddings", lambda: None)
+
+
+def layer_elsewhere(model, monkeypatch):
+    monkeypatch.setattr(model, "get_output_embeddings", lambda: nn.Linear(32, tiny.V, bias=False, device="meta"))
+
+
+def factor_that_is_not_applied(model, monkeypatch):
+    model.config.logit_scale = 0.5
+
+
+@pytest.mark.parametrize("how", [no_layer, layer_elsewhere, factor_that_is_not_applied])
+@torch.inference_mode()
+def test_where_the_form_of_logits_is_unknown_they_stand_in_for_hidden_states(how, monkeypatch):
     model = tiny.build("llama")
-    model.config.logit_scale = 0.5  # a factor that Llama's forward does not apply
-    with pytest.raises(UnsupportedHeadError, match="in a way that softmeet does not know"):
-        head_of(model)
+    how(model, monkeypatch)
+    head = head_of(model)
+    assert "computes its logits in a way that softmeet does not know" in head.why
+    assert head.d == head.v == tiny.V
+    ids = torch.arange(1, 9).view(2, 4)
+    own, asked = model(input_ids=ids).logits, []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", wraps(forward)(lambda **given: asked.append(given) or forward(**given)))
+    for kept in (slice(None), slice(-2, None), torch.tensor([0, 2])):
+        assert torch.allclose(head.logits(last_hidden(model, ids, kept)), own[:, kept], atol=1e-5)
+    assert [given["logits_to_keep"] for given in asked[:2]] == [0, 2]
+    assert asked[2]["logits_to_keep"].tolist() == [0, 2]
 
 
 def test_a_member_that_gives_nan_is_named_for_that():

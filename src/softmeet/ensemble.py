@@ -24,6 +24,7 @@ from softmeet.hf.report import NextToken, TokenReport, TokenReports
 from softmeet.hf.retrieval import with_passages
 from softmeet.hf.sampling import RowSampler, require_reproducible
 from softmeet.hf.streaming import DisagreementStreamer, streamed, text_streamer
+from softmeet.hf.unread import reading, refuse_quantised
 from softmeet.hf.vocabulary import choose_vocabulary, require_for_bytes, require_unicode, require_vocabulary
 from softmeet.members import zoo
 from softmeet.members.huggingface import Dtype, load_members, load_tokenizers, require_loadable
@@ -108,8 +109,8 @@ class Ensemble:
             InvalidInputError: if a setting is wrong, or no member is named.
             CheckpointError: if a member cannot be loaded.
             VocabularyMismatchError: if the tokenizers differ; over bytes, if one of them cannot be read by bytes.
-            UnsupportedHeadError: if a member's output layer is no plain softmax head, or, over bytes, the rule reads
-                heads.
+            UnsupportedHeadError: if the rule reads heads, and a member's cannot be read, as quantised ones, or the
+                ensemble is over bytes.
 
         Example:
             >>> Ensemble.from_pretrained(["wide/gpt2", "wide/llama"], trust=1.0, weights=[0.25, 0.75]).names
@@ -132,11 +133,14 @@ class Ensemble:
             prefixes=before.prefixes if prefixes is None else prefixes,
         )  # fmt: skip
         loading: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-        require_loadable(names, **loading)
+        refuse_quantised(config, require_loadable(names, **loading), any_average=any_average)
         tokenizers = load_tokenizers(names, trust_remote_code=trust_remote_code)
         require_room(names, tokenizers, trust_remote_code=trust_remote_code)
         common = choose_vocabulary(config, tokenizers, any_average=any_average)
-        models = load_members(names, **loading, offload_folder=offload_folder, on_progress=on_progress, loaded=loaded)
+        models = load_members(
+            names, **loading, offload_folder=offload_folder, on_progress=on_progress,
+            on_loaded=reading(config, any_average=any_average), loaded=loaded,
+        )  # fmt: skip
         model = assemble(config, models, common, tokenizers)
         return cls(model, model.tokenizer)
 

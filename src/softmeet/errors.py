@@ -9,7 +9,7 @@
     │   ├── VocabularyMismatchError       the members' tokenizers differ, or cannot be read as bytes
     │   └── TraceError                    a trace is damaged, of other members, or does not fit the disk
     ├── CheckpointError (OSError)         a member cannot be loaded
-    ├── UnsupportedHeadError              a model's output layer is not a plain softmax head
+    ├── UnsupportedHeadError              a rule reads heads, and a member's cannot be read
     ├── RuleError                         a rule failed, or returned something other than distributions
     ├── InfeasibleError                   no distribution has every member's moments (on_infeasible="raise")
     ├── NotConvergedError                 a row's gap is above tol at the end (throw=True)
@@ -54,7 +54,7 @@ class CheckpointError(SoftmeetError, OSError):
 
 
 class UnsupportedHeadError(SoftmeetError):
-    """The error for a model whose output layer is no plain softmax head: quantised, offloaded, with LoRA or unknown."""
+    """The error for a rule or setting that reads heads, of a member whose head is quantised, has LoRA or is unknown."""
 
 
 class RuleError(SoftmeetError):

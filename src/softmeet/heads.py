@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 
 from softmeet.errors import InvalidInputError
 from softmeet.norms import FinalNorm
-from softmeet.simplex import log_normalize
+from softmeet.simplex import capped, log_normalize
 
 # Elements of a block when it has to be cast: 4 MiB in fp32, about a core's share of cache.
 _BLOCK_ELEMENTS = 1 << 20
@@ -51,6 +51,7 @@ class SoftmaxHead:
     Attributes:
         v: the number of tokens, padding included.
         d: the width of hidden states.
+        device, dtype: the weight's, when the head was made.
         tails: a cache that solvers fill; of no use to others.
 
     Raises:
@@ -70,6 +71,8 @@ class SoftmaxHead:
     norm: FinalNorm | None = None
     v: int = field(init=False, repr=False)
     d: int = field(init=False, repr=False)
+    device: torch.device = field(init=False, repr=False)
+    dtype: torch.dtype = field(init=False, repr=False)
     _whitening: dict[tuple[torch.device, bool, int | None], Whitening] = field(default_factory=dict, repr=False)
     # A cache of solvers/direction.py: the tails of ensembles with this head as the first, by their whitenings.
     tails: list[tuple[tuple[Whitening, ...], object]] = field(default_factory=list, repr=False)
@@ -85,7 +88,8 @@ class SoftmaxHead:
             )
         if 0 in self.weight.shape:
             raise InvalidInputError(f"a head has at least one row and one column, got {tuple(self.weight.shape)}")
-        vars(self).update(v=self.weight.shape[0], d=self.weight.shape[1])
+        v, d = self.weight.shape
+        vars(self).update(v=v, d=d, device=self.weight.device, dtype=self.weight.dtype)
         if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
             raise InvalidInputError(f"a head's bias has shape ({self.v},), got {tuple(self.bias.shape)}")
         self._check_parts()
@@ -151,10 +155,8 @@ class SoftmaxHead:
         out = self.scores(hidden.reshape(-1, self.d).to(dtype))
         if self.bias is not None:
             out = out + self.bias.to(dtype)
-        # A product with 1 would cost a pass over the vocabulary for every position.
-        out = out if self.scale == 1 else out * self.scale
-        if self.soft_cap is not None:
-            out = self.soft_cap * torch.tanh(out / self.soft_cap)
+        if self.scale != 1 or self.soft_cap is not None:
+            out = capped(out, self.scale, self.soft_cap)
         return out.reshape(*hidden.shape[:-1], self.v)
 
     def log_probs(self, hidden: Float[Tensor, "*b d"]) -> Float[Tensor, "*b v"]:

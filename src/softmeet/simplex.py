@@ -108,3 +108,15 @@ def total_variation(log_p: Float[Tensor, "*b v"], log_q: Float[Tensor, "*b v"]) 
         tensor(0.2500)
     """
     return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
+
+
+def capped(scores: Float[Tensor, "*b v"], scale: float, soft_cap: float | None) -> Float[Tensor, "*b v"]:
+    """Return logits of a head's scores: the scores times ``scale`` or, with a soft-cap c, c·tanh(scale · scores / c).
+
+    Example:
+        >>> capped(torch.tensor([1.0, 4.0]), 2.0, None), capped(torch.tensor([1.0, 4.0]), 1.0, 2.0)
+        (tensor([2., 8.]), tensor([0.9242, 1.9281]))
+    """
+    # A product with 1 would cost a pass over the vocabulary for every position.
+    out = scores if scale == 1 else scores * scale
+    return out if soft_cap is None else soft_cap * torch.tanh(out / soft_cap)

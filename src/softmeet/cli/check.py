@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
@@ -16,6 +17,7 @@ from softmeet.cli import options
 from softmeet.cli.flags import flag, flags
 from softmeet.cli.old_forms import warn
 from softmeet.cli.progress import working
+from softmeet.cli.startup import quick_imports
 from softmeet.cli.tables import out, print_table
 
 if TYPE_CHECKING:
@@ -81,7 +83,7 @@ def check(
         from softmeet.evaluation.documents import read_documents
 
         read = None if text is None else "\n\n".join(document.text for document in read_documents([text]))
-        ensemble = loading.ensemble(members, settings)
+        ensemble = _loaded(loading, members, settings)
         if ensemble.model.over_bytes:
             facts, show = _facts_over_bytes(ensemble, read, tokens), _show_over_bytes
         else:
@@ -90,6 +92,17 @@ def check(
         typer.echo(json.dumps(facts, indent=2))
     else:
         show(facts)
+
+
+def _loaded(loading: options.LoadingFlags, members: list[str], settings: Mapping[str, Any]) -> Ensemble:
+    """Load an ensemble to be checked; by an average if its own rule reads heads, and a member has one unread."""
+    from softmeet.errors import UnsupportedHeadError
+
+    loaded: dict[Any, Any] = {}
+    try:
+        return loading.ensemble(members, settings, loaded=loaded)
+    except UnsupportedHeadError:
+        return loading.ensemble(members, settings, loaded=loaded, rule="logit-mean")
 
 
 def _facts(ensemble: Ensemble, text: str | None, tokens: int, sampled: int) -> dict[str, Any]:
@@ -105,6 +118,8 @@ def _facts(ensemble: Ensemble, text: str | None, tokens: int, sampled: int) -> d
     """
     with working("comparing heads"):
         facts = _heads(ensemble)
+    if any(member["unread"] for member in facts["members"]):
+        return facts | {"advice": _advice(facts)}
     if min(ensemble.model.config.weights) < 0:
         return facts | {"advice": "A weight is below 0, which only averages of logits take: meet is not compared."}
     if text is not None:
@@ -136,26 +151,36 @@ def _movement(ensemble: Ensemble, text: str | None, tokens: int, sampled: int) -
 
 
 def _heads(ensemble: Ensemble) -> dict[str, Any]:
-    """Return each member's head, the principal angles between any two heads, and the solver's memory per row."""
+    """Return each member's head, the principal angles between any two heads, and the solver's memory per row.
+
+    Of a head that cannot be read, ``unread`` says why, and what only its weight tells is None, as is what the solver
+    needs.
+    """
+    from softmeet.heads import SoftmaxHead
     from softmeet.hf.plan import solver_bytes
     from softmeet.members.heads import principal_cosines, same_column_space
+    from softmeet.members.quantized import stored
 
-    heads, names = ensemble.model.heads, [options.short(name) for name in ensemble.names]
-    members = [
-        {
-            "name": name,
-            "rows": head.v,
-            "width": head.d,
-            "rank": head.whitening().rank,
-            "bias": head.bias is not None,
-            "scale": head.scale,
-            "soft_cap": head.soft_cap,
-            "megabytes": sum(p.nbytes for p in model.parameters()) / 1e6,
-        }
-        for name, head, model in zip(names, heads, ensemble.model.members, strict=True)
-    ]
+    heads, names = ensemble.model.member_heads, [options.short(name) for name in ensemble.names]
+    members: list[dict[str, Any]] = []
+    for name, head, model in zip(names, heads, ensemble.model.members, strict=True):
+        own = head if isinstance(head, SoftmaxHead) else None
+        members.append(
+            {
+                "name": name,
+                "rows": head.v,
+                "width": head.d,
+                "rank": own and own.whitening().rank,
+                "bias": own and own.bias is not None,
+                "scale": head.scale,
+                "soft_cap": head.soft_cap,
+                "megabytes": sum(part.nbytes for part in stored(model)) / 1e6,
+                "unread": getattr(head, "why", None),
+            }
+        )
+    read = [(name, head) for name, head in zip(names, heads, strict=True) if isinstance(head, SoftmaxHead)]
     pairs = []
-    for (one, first), (other, second) in combinations(zip(names, heads, strict=True), 2):
+    for (one, first), (other, second) in combinations(read, 2):
         cosines = principal_cosines(first, second)
         pairs.append(
             {
@@ -166,31 +191,43 @@ def _heads(ensemble: Ensemble) -> dict[str, Any]:
                 "shared": same_column_space(first, second),
             }
         )
-    width, tokens = sum(head.whitening().rank for head in heads), len(ensemble.tokenizer.get_vocab())
+    tokens = len(ensemble.tokenizer.get_vocab())
+    width = sum(head.whitening().rank for _, head in read) if len(read) == len(heads) else None
     return {
         "vocabulary": "tokens",
         "members": members,
         "pairs": pairs,
         "tokens": tokens,
         "rank": width,
-        "share": width / tokens,
+        "share": width and width / tokens,
         "average": ensemble.model.combiner.average(ensemble.model.settings),
-        "solver_megabytes_per_row": solver_bytes(tokens, len(heads), width, 1) / 1e6,
+        "solver_megabytes_per_row": width and solver_bytes(tokens, len(heads), width, 1) / 1e6,
     }
 
 
-def _advice(facts: dict[str, Any]) -> str:
-    """Return one sentence on which rule suits the members, judged by :func:`_facts`."""
-    members, pairs = facts["members"], facts["pairs"]
-    if len(members) == 1:
-        return "One member: every rule returns its own distribution."
+def _averaging(facts: dict[str, Any]) -> str:
+    """Return a sentence if ``meet`` can be nothing but an average of these members; else an empty one."""
     if facts["average"]:
         weights = ", ".join(f"{w:.3g}" for w in facts["average"])
         return (
             f"All members have one head, so meet is logit-mean with weights {weights} here, and costs no more than it."
         )
-    if all(pair["shared"] for pair in pairs):
+    if all(pair["shared"] for pair in facts["pairs"]):
         return "All heads span one column space, so meet can only be averaging: use logit-mean and save its cost."
+    return ""
+
+
+def _advice(facts: dict[str, Any]) -> str:
+    """Return one sentence on which rule suits the members, judged by :func:`_facts`."""
+    members, pairs = facts["members"], facts["pairs"]
+    if unread := [f"that of {m['name']} {m['unread']}" for m in members if m["unread"]]:
+        from softmeet.hf.unread import averages
+
+        return f"Combine them by {averages()}: other rules read heads, and {', '.join(unread)}."
+    if len(members) == 1:
+        return "One member: every rule returns its own distribution."
+    if averaging := _averaging(facts):
+        return averaging
     verdicts = {m["name"]: m["premise"]["verdict"] for m in members if "premise" in m}
     trusted = [name for name, verdict in verdicts.items() if verdict == "trust"]
     if verdicts and not trusted and "unclear" in verdicts.values():
@@ -211,8 +248,9 @@ def _show(facts: dict[str, Any]) -> None:
     console, members = out(), facts["members"]
     rows = [
         (
-            m["name"], f"{m['rows']:,}", str(m["width"]), str(m["rank"]), "yes" if m["bias"] else "no",
-            f"{m['soft_cap']:g}" if m["soft_cap"] else "no", f"{m['megabytes']:,.1f}",
+            m["name"], f"{m['rows']:,}", str(m["width"]), *(
+                ("unread", "") if m["unread"] else (str(m["rank"]), "yes" if m["bias"] else "no")
+            ), f"{m['soft_cap']:g}" if m["soft_cap"] else "no", f"{m['megabytes']:,.1f}",
         )
         for m in members
     ]  # fmt: skip
@@ -235,10 +273,11 @@ def _show(facts: dict[str, Any]) -> None:
             f"{escape(' and '.join(pair['members']))}: median principal cosine {pair['median_cosine']:.2f}, "
             f"{pair['cosines_above_0.9']} of {pair['of']} above 0.9" + (", one column space" if pair["shared"] else "")
         )
-    console.print(
-        f"Together {facts['rank']} directions for {facts['tokens']:,} tokens ({facts['share']:.1%}); the solver needs "
-        f"about {facts['solver_megabytes_per_row']:,.1f} MB a row beside the models."
-    )
+    if facts["rank"] is not None:
+        console.print(
+            f"Together {facts['rank']} directions for {facts['tokens']:,} tokens ({facts['share']:.1%}); the solver "
+            f"needs about {facts['solver_megabytes_per_row']:,.1f} MB a row beside the models."
+        )
     if "movement" in facts:
         trust, moved = facts["movement"]["trust"], facts["movement"]
         console.print(
@@ -255,6 +294,7 @@ def _facts_over_bytes(ensemble: Ensemble, text: str | None, tokens: int) -> dict
         text: a text, for shared token boundaries, bits and work per byte; None for none.
         tokens: a quarter of the most bytes of the text that are read.
     """
+    from softmeet.members.quantized import stored
     from softmeet.members.spelling import shared_boundaries, shared_words
 
     model: Any = ensemble.model
@@ -266,7 +306,7 @@ def _facts_over_bytes(ensemble: Ensemble, text: str | None, tokens: int) -> dict
             own: dict[str, Any] = {"name": name, "tokens": len(reader.spelling.words), "width": reader.head.d}
             own |= {
                 "unwritable_bytes": len(reader.spelling.unwritable),
-                "megabytes": sum(p.nbytes for p in reader.model.parameters()) / 1e6,
+                "megabytes": sum(part.nbytes for part in stored(reader.model)) / 1e6,
             }
             members.append(own | ({} if data is None else _costs(reader, data, model.window)))
         for (one, first), (other, second) in combinations(named, 2):
@@ -338,8 +378,9 @@ def _plan(members: list[str], batch: int, context: int | None, loading: options.
         loading: the flags for dtype and devices.
     """
     with working("reading configurations"):
-        from softmeet.ensemble import member_names
-        from softmeet.hf.plan import plan
+        with quick_imports():
+            from softmeet.ensemble import member_names
+            from softmeet.hf.plan import plan
 
         where = {name: loading.arguments()[name] for name in ("dtype", "device", "trust_remote_code")}
         named = member_names(members[0] if len(members) == 1 else members)

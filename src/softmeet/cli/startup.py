@@ -44,8 +44,19 @@ def quick_imports() -> Iterator[None]:
 
     read = getattr(import_utils, _READ, None)
     once = nullcontext() if read is None else patch.object(import_utils, _READ, lambda path: read(_folder(Path(path))))
-    with once, patch.object(utils, "is_scipy_available", lambda: False, create=True):
+    with once, patch.object(utils, "is_scipy_available", lambda: False, create=True), _without_warnings():
         yield
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Enter a context in which nothing below an error is logged."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _folder(path: Path) -> Path:

@@ -141,7 +141,7 @@ class SourceFlags(TextFlags):
         """
         from softmeet.evaluation.trace import identity
 
-        dtypes = [str(head.weight.dtype) for head in ensemble.model.member_heads]
+        dtypes = [str(head.dtype) for head in ensemble.model.member_heads]
         pinned = {**identity(ensemble), "dtypes": dtypes, "max_tokens": self.max_tokens, **self.windows}
         if self.trace is None:
             text = "".join(f"{document.name}\0{document.text}\0" for document in documents)

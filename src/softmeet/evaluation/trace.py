@@ -354,8 +354,8 @@ def identity(ensemble: Ensemble) -> dict[str, Any]:
             {
                 "name": name,
                 "width": width,
-                "dtype": str(head.weight.dtype).removeprefix("torch."),
-                "head": _head_hash(head),
+                "dtype": str(head.dtype).removeprefix("torch."),
+                "head": _head_hash(head) if isinstance(head, SoftmaxHead) else body_hash(member),
                 "body": body_hash(member),
             }
             for name, width, head, member in members

@@ -35,6 +35,7 @@ from softmeet.members.byte_member import ByteMember
 from softmeet.members.covers import END, SYMBOLS, Pruning
 from softmeet.members.huggingface import load_tokenizers
 from softmeet.members.member import Member
+from softmeet.members.opaque import Head
 from softmeet.members.prompting import prefix_of
 from softmeet.members.reading import Work
 from softmeet.members.spelling import Spelling
@@ -66,8 +67,8 @@ def assemble(
         tokenizers: the members' tokenizers, for their chat templates.
 
     Raises:
-        UnsupportedHeadError: if a member's output layer is not a plain softmax head; or, over bytes, the rule needs the
-            members' softmax matrices, as ``meet`` does.
+        UnsupportedHeadError: if the rule needs the members' softmax matrices, as ``meet`` does, and a member's cannot
+            be read, or the ensemble is over bytes.
         VocabularyMismatchError: if a member's head has no logit for one of the common tokens.
     """
     model: EnsembleForCausalLM
@@ -132,7 +133,7 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
             weights.
 
     Raises:
-        UnsupportedHeadError: if the rule needs softmax matrices, or a member's output layer is no plain softmax head.
+        UnsupportedHeadError: if the rule needs softmax matrices.
         InvalidInputError: if ``readers`` is None and ``config`` describes an ensemble over tokens.
         CheckpointError: if ``readers`` is None and a member's configuration or tokenizer cannot be read.
         VocabularyMismatchError: if ``readers`` is None and a member's tokenizer cannot be used over bytes.
@@ -156,7 +157,7 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
         self.tokenizer = byte_tokenizer()
 
     @property
-    def member_heads(self) -> list[SoftmaxHead]:
+    def member_heads(self) -> list[Head]:
         """The members' own output layers, each over the member's own tokens, in the members' order."""
         return [reader.head for reader in self.readers]
 

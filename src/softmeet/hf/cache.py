@@ -30,18 +30,21 @@ class Lagging(RowsLayer):
         rows = self.rows or [PartialCache()] * len(tokens)
         self.rows = [row.longer(new) for row, new in zip(rows, tokens, strict=True)]
 
-    def run(self, model: PreTrainedModel, rows: Int[Tensor, " k"]) -> list[Float[Tensor, "t d"]]:
+    def run(
+        self, model: PreTrainedModel, rows: Int[Tensor, " k"], *, newest: bool = False
+    ) -> list[Float[Tensor, "t d"]]:
         """Run the pending tokens of some sequences, which then are pending no longer.
 
         Args:
             model: the member, in evaluation mode.
             rows: (k,), the numbers of the sequences, each with at least one pending token.
+            newest: whether the states at the newest token are enough, as :func:`catch_up` has it.
 
         Returns:
             For each sequence, in the order of ``rows``, the last hidden states at its t pending tokens, (t, d).
         """
         chosen = rows.tolist()
-        caught, hidden = catch_up(model, [self.rows[k] for k in chosen])
+        caught, hidden = catch_up(model, [self.rows[k] for k in chosen], newest=newest)
         for k, row in zip(chosen, caught, strict=True):
             self.rows[k] = row
         return hidden

@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from softmeet.errors import CheckpointError, InvalidInputError
 from softmeet.hf.card import card
 from softmeet.hf.configuration import EnsembleConfig
+from softmeet.hf.unread import reading, refuse_quantised
 from softmeet.hf.vocabulary import choose_vocabulary
 from softmeet.members import names as known
 from softmeet.members import zoo
@@ -163,8 +164,8 @@ def load(
         InvalidInputError: if a device is unknown, ``device_map`` names a member that does not exist, a list of dtypes
             or devices does not have one per member, or a setting is not valid.
         VocabularyMismatchError: if the tokenizers do not fit the ensemble's vocabulary, tokens or bytes.
-        UnsupportedHeadError: if a member's output layer is not a plain softmax head; or, over bytes, the rule needs
-            softmax matrices, as ``meet`` does.
+        UnsupportedHeadError: if the rule needs softmax matrices, as ``meet`` does, and a member's cannot be read, or
+            the ensemble is over bytes.
     """
     from softmeet.hf.byte_modeling import assemble  # which is built on modeling, and that on this module
 
@@ -172,7 +173,8 @@ def load(
         config, _ = EnsembleConfig.from_pretrained(str(folder), return_unused_kwargs=True, **changes)
     config.members = absolute(config.members, folder)
     device = places(device_map, len(config.members))
-    require_loadable(config.members, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    quantised = require_loadable(config.members, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    refuse_quantised(config, quantised)
     tokenizers = load_tokenizers(config.members, trust_remote_code=trust_remote_code)
     require_room(config.members, tokenizers, trust_remote_code=trust_remote_code)
     vocabulary = choose_vocabulary(config, tokenizers)
@@ -182,6 +184,7 @@ def load(
         device=device,
         trust_remote_code=trust_remote_code,
         offload_folder=offload_folder,
+        on_loaded=reading(config),
     )
     model = assemble(config, members, vocabulary, tokenizers)
     if (folder / "generation_config.json").exists():

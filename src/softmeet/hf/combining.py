@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from softmeet.errors import InvalidInputError, NonFiniteError, UnsupportedHeadError
 from softmeet.heads import SoftmaxHead
+from softmeet.hf.unread import require_read
 from softmeet.members.bands import bands
 from softmeet.members.heads import one_head
+from softmeet.members.opaque import Head
 from softmeet.rules.combine import product_dtype, solve
 from softmeet.rules.gates import Unsure
 from softmeet.rules.problem import Problem, TokensBefore
@@ -73,18 +75,26 @@ class Combiner:
     Attributes:
         names: the members' names, for messages.
         heads: the members' output layers, in the same order, as :func:`softmeet.members.heads.head_of` finds them.
+        given: the heads that rules are given: those, and a column of zeros for each that cannot be read.
         v: the size of the vocabulary: the number of logits of the largest head.
         support: (v,) bool, True for the ids that are tokens, for heads with padding rows; None if all ids are tokens.
         capped: whether a head has a soft-cap; rules then need logits beside log-probabilities.
     """
 
-    def __init__(
-        self, names: Sequence[str], heads: Sequence[SoftmaxHead], support: Bool[Tensor, " v"] | None = None
-    ) -> None:
+    def __init__(self, names: Sequence[str], heads: Sequence[Head], support: Bool[Tensor, " v"] | None = None) -> None:
         self.names, self.heads, self.support = names, list(heads), support
+        self.given = [
+            head if isinstance(head, SoftmaxHead) else SoftmaxHead(torch.zeros(head.v, 1, device=head.device))
+            for head in heads
+        ]
         self.v = max(head.v for head in heads)
-        self.capped = any(head.soft_cap is not None for head in heads)
+        self.capped = any(head.soft_cap is not None for head in self.given)
+        self._unread = self.given != self.heads
         self._banded: tuple[int, list[SoftmaxHead]] | None = None
+
+    def require(self, settings: Settings) -> None:
+        """Raise UnsupportedHeadError, as :func:`require_read` does, if the settings read a head that cannot be read."""
+        require_read(settings, self.names, self.heads)
 
     def deferral(self, gate: Unsure, first: Float[Tensor, "B d"]) -> Deferral:
         """Decide by a gate at which of B positions the first member defers to the others.
@@ -206,14 +216,37 @@ class Combiner:
         Ids past a head's last row have -inf. At positions at which, by ``deferral``, the first member answers alone,
         all logits of the other members are 0, and their heads are not read.
         """
-        place, v = self.heads[0].weight.device, self.v
-        found = []
-        for i, (head, states) in enumerate(zip(self.heads, hidden, strict=True)):
-            states = states.to(head.weight.device)
-            own = head.logits(states) if deferral is None else _where_run(head, states, deferral, first=not i)
-            own = own.to(place)
-            found.append(nn.functional.pad(own, (0, v - head.v), value=-torch.inf) if head.v < v else own)
-        return torch.stack(found)
+        place, v = self.heads[0].device, self.v
+        if deferral is None:
+            found = self._own_logits(hidden)
+        else:
+            pairs = enumerate(zip(self.heads, hidden, strict=True))
+            found = [_where_run(head, own.to(head.device), deferral, first=not i) for i, (head, own) in pairs]
+        padded = [
+            nn.functional.pad(own.to(place), (0, v - head.v), value=-torch.inf) if head.v < v else own.to(place)
+            for head, own in zip(self.heads, found, strict=True)
+        ]
+        return torch.stack(padded)
+
+    def _own_logits(self, hidden: Hidden) -> list[Float[Tensor, "B _"]]:
+        """Compute each member's logits; members of one head are rows of one product with it."""
+        found: list[Any] = [None] * len(self.heads)
+        for group in self._groups:
+            head = self.heads[group[0]]
+            logits = head.logits(torch.cat([hidden[i].to(head.device) for i in group]))
+            for i, own in zip(group, logits.split([len(hidden[i]) for i in group]), strict=True):
+                found[i] = own
+        return found
+
+    @cached_property
+    def _groups(self) -> list[list[int]]:
+        """The numbers of the members that have one head, for each head."""
+        groups: dict[Any, list[int]] = {}
+        for i, head in enumerate(self.heads):
+            read = isinstance(head, SoftmaxHead)
+            key = (id(head.weight), id(head.bias), head.scale, head.soft_cap) if read else id(head)
+            groups.setdefault(key, []).append(i)
+        return list(groups.values())
 
     def own_log_probs(self, hidden: Hidden) -> tuple[Scores, Scores | None]:
         """Compute (the members' log-probabilities in nats; their logits if a head has a soft-cap, else None).
@@ -260,13 +293,16 @@ class Combiner:
 
         Raises:
             NonFiniteError: if ``scores`` hold NaN, +inf or a row of -inf only; the message names the member.
-            UnsupportedHeadError: if ``free_radial`` is set and a member's final norm is unknown.
+            UnsupportedHeadError: if a head that is to be read cannot be (:func:`softmeet.hf.unread.require_read`), or
+                ``free_radial`` is set and a member's final norm is unknown.
             InvalidInputError: if ``free_radial`` is set with several bands, ``start`` or ``relaxed`` does not fit, or
                 the gate is ``movement`` without a calibrated factor.
             InfeasibleError: if ``on_infeasible`` is ``"raise"`` and a row has no feasible distribution.
             RuleError: if the rule fails, or returns something other than distributions.
         """
-        heads, dtype = self.heads, scores.dtype
+        if self._unread:
+            self.require(settings)
+        heads, dtype = self.given, scores.dtype
         try:
             log_p = normalised(scores)
         except NonFiniteError as error:
@@ -316,7 +352,7 @@ class Combiner:
             raise InvalidInputError(
                 f"free_radial needs whole heads, got {settings.bands} bands of each: leave out one of both"
             )
-        names = zip(self.names, self.heads, strict=True)
+        names = zip(self.names, self.given, strict=True)
         if unknown := [name for name, head in names if head.norm is None]:
             raise UnsupportedHeadError(
                 f"free_radial needs a final norm of a known kind right before the output layer, and found none in "
@@ -330,15 +366,13 @@ class Combiner:
         until another ``count`` is asked for, and together take as much memory as the heads.
         """
         if count == 1:
-            return self.heads
+            return self.given
         if self._banded is None or self._banded[0] != count:
-            self._banded = count, [band for head in self.heads for band in bands(head, count)]
+            self._banded = count, [band for head in self.given for band in bands(head, count)]
         return self._banded[1]
 
 
-def _where_run(
-    head: SoftmaxHead, states: Float[Tensor, "B d"], deferral: Deferral, *, first: bool
-) -> Float[Tensor, "B v"]:
+def _where_run(head: Head, states: Float[Tensor, "B d"], deferral: Deferral, *, first: bool) -> Float[Tensor, "B v"]:
     """Compute a member's logits, fp32 or fp64; at positions at which it did not run they are 0, without a product."""
     if first and deferral.logits is not None:
         return deferral.logits

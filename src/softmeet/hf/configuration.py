@@ -97,20 +97,21 @@ class EnsembleConfig(PreTrainedConfig):
         else:
             super().__setattr__(name, value)
 
-    def adopt_limits(self, members: Sequence[PreTrainedModel], prefixes: Sequence[Sequence[int]] = ()) -> None:
+    def adopt_limits(self, members: Sequence[PreTrainedModel], v: int, prefixes: Sequence[Sequence[int]] = ()) -> None:
         """Set, in this configuration, the limits and special ids that follow from the members' models, over tokens.
 
-        ``vocab_size`` is the number of logits of the largest head, ``max_position_embeddings`` the shortest context
+        ``vocab_size`` becomes v, ``max_position_embeddings`` the shortest context
         (None if no member has a limit); the ids that begin, end and pad a text (``bos_token_id``, ``eos_token_id``,
         ``pad_token_id``) are the first member's.
 
         Args:
             members: the loaded models, at least one, in the order of the members' names.
+            v: the number of logits of the largest head.
             prefixes: for each member the ids of what it reads before every text, which takes room in its context; empty
                 for nothing.
         """
         configs = [member.config.get_text_config(decoder=True) for member in members]
-        self.vocab_size = max(member.get_output_embeddings().weight.shape[0] for member in members)
+        self.vocab_size = v
         limits = [getattr(own, "max_position_embeddings", None) for own in configs]
         taken = [len(own) for own in prefixes] or [0] * len(limits)
         left = [limit - own for limit, own in zip(limits, taken, strict=True) if limit is not None]

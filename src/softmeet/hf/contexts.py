@@ -140,7 +140,9 @@ class ContextRows(RowsLayer):
         for layer in self._layers:
             layer.choose(rows)
 
-    def run(self, model: PreTrainedModel, rows: Sequence[PartialCache], columns: int) -> Sequence[Float[Tensor, "t d"]]:
+    def run(
+        self, model: PreTrainedModel, rows: Sequence[PartialCache], columns: int, *, newest: bool = False
+    ) -> Sequence[Float[Tensor, "t d"]]:
         """Run the new tokens of all rows.
 
         Args:
@@ -148,6 +150,7 @@ class ContextRows(RowsLayer):
             rows: for each sequence, member by member, its new tokens as ``pending``; of a layer without sequences also
                 the keys and values that begin the row.
             columns: the number of columns that the new tokens take in the sequences, padding included.
+            newest: whether the states at the newest token of each are enough, as :func:`catch_up` has it.
 
         Returns:
             for each row the last hidden states at its new tokens, (t, d).
@@ -159,7 +162,7 @@ class ContextRows(RowsLayer):
         if self._cache is not None:
             rows = [before.longer(row.pending) for before, row in zip(self.apart(), rows, strict=True)]
         late = [k for k, row in enumerate(rows) if row.pending]
-        done, hidden = catch_up(model, [rows[k] for k in late])
+        done, hidden = catch_up(model, [rows[k] for k in late], newest=newest)
         states = {k: one.states for k, one in zip(late, done, strict=True)}
         found = [states.get(k, row.states) for k, row in enumerate(rows)]
         self._lengths = [own[0][0].shape[2] if own else 0 for own in found]

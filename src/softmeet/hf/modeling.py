@@ -27,6 +27,7 @@ from softmeet.hf.running import NewTokens, run_members
 from softmeet.hf.vocabulary import require_for_bytes
 from softmeet.members.heads import head_of, replace_weight
 from softmeet.members.huggingface import Dtype, require_cache
+from softmeet.members.opaque import Head
 from softmeet.members.placement import Device, each_in_a_thread, whereabouts
 from softmeet.members.reading import Work
 from softmeet.members.vocabulary import CommonVocabulary, token_ids, token_support
@@ -52,7 +53,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         heads: the members' output layers, by ``id`` of the model; None to find them.
 
     Raises:
-        UnsupportedHeadError: if a member's output layer is not a plain softmax head.
+        UnsupportedHeadError: if the rule reads heads, and a member's cannot be read.
         CheckpointError: if ``members`` is None and a member's configuration or tokenizer cannot be read.
         VocabularyMismatchError: if ``members`` is None and the members' tokenizers differ.
         InvalidInputError: if ``members`` is None and ``config`` describes an ensemble over bytes.
@@ -72,16 +73,17 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         config: EnsembleConfig,
         members: Sequence[PreTrainedModel] | None = None,
         support: Bool[Tensor, " v"] | None = None,
-        heads: dict[int, SoftmaxHead] | None = None,
+        heads: dict[int, Head] | None = None,
     ) -> None:
         common = None
         if members is None:
             members, common = checkpoint.random_members(config, over_bytes=False)
-        config.adopt_limits(members)
+        own = [head_of(member) if heads is None else heads[id(member)] for member in members]
+        config.adopt_limits(members, max(head.v for head in own))
         super().__init__(config)
         self.members = nn.ModuleList(members)
-        heads = {id(member): head_of(member) for member in members} if heads is None else heads
-        self.combiner = Combiner(config.members, [heads[id(member)] for member in members], support)
+        self.combiner = Combiner(config.members, own, support)
+        self.require(config.settings)
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.contexts = Contexts(config.members, list(members))
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -249,18 +251,18 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def heads(self) -> list[SoftmaxHead]:
-        """The heads that the rule is given, one per member: its output layer; over bytes, one column of zeros."""
-        return self.combiner.heads
+        """The heads that the rule is given: output layers; a column of zeros for one that cannot be read, or bytes."""
+        return self.combiner.given
 
     @property
-    def member_heads(self) -> list[SoftmaxHead]:
-        """The members' own output layers, in order; over tokens the same as :attr:`heads`."""
-        return self.heads
+    def member_heads(self) -> list[Head]:
+        """The members' own output layers, in order, whether they can be read or not."""
+        return self.combiner.heads
 
     @property
     def widths(self) -> list[int]:
         """The number of columns of each member's :meth:`hidden_states`: over tokens, the width d_i of its head."""
-        return [head.d for head in self.heads]
+        return [head.d for head in self.member_heads]
 
     @property
     def window(self) -> int:
@@ -277,22 +279,19 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         return hidden.new_zeros(0, 3)
 
     def require(self, settings: Settings) -> None:
-        """Raise the errors of :func:`require_for_bytes` if the ensemble is over bytes; do nothing over tokens."""
-        if self.over_bytes:
-            require_for_bytes(settings)
+        """Raise the errors of :func:`require_for_bytes` over bytes, of :meth:`Combiner.require` over tokens."""
+        return require_for_bytes(settings) if self.over_bytes else self.combiner.require(settings)
 
     def require_tokens(self, what: str) -> None:
         """Raise InvalidInputError if the ensemble is over bytes; the message names ``what``, such as "evaluation"."""
         if self.over_bytes:
-            raise InvalidInputError(
-                f"{what} does not take ensembles over bytes: load members that share a tokenizer, with "
-                "vocabulary='tokens'"
-            )
+            advice = "load members that share a tokenizer, with vocabulary='tokens'"
+            raise InvalidInputError(f"{what} does not take ensembles over bytes: {advice}")
 
     @property
     def device(self) -> torch.device:
         """The device on which distributions are combined: that of the first member's head."""
-        return self.combiner.heads[0].weight.device
+        return self.combiner.heads[0].device
 
     @cached_property
     def apart(self) -> bool:
@@ -318,7 +317,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         """Take the heads anew from the members' weights; call it after single members were moved or cast."""
         self.__dict__.pop("apart", None)
         self.contexts.forget()
-        heads = [replace_weight(head, member) for head, member in zip(self.heads, self.members, strict=True)]
+        heads = [replace_weight(head, member) for head, member in zip(self.member_heads, self.members, strict=True)]
         self.combiner = Combiner(self.config.members, heads, self.combiner.support)
 
     def adopt(self, tokenizer: PreTrainedTokenizerBase, ids: frozenset[int] | None = None) -> None:
@@ -335,7 +334,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
             tokenizer.pad_token = tokenizer.eos_token
         self.tokenizer = tokenizer
         self.contexts = Contexts.of(self.config, list(self.members), tokenizer)
-        self.config.adopt_limits(list(self.members), self.contexts.prefixes)
+        self.config.adopt_limits(list(self.members), self.combiner.v, self.contexts.prefixes)
         self.combiner.support = token_support(ids or token_ids(tokenizer), self.config.members, self.heads)
 
     def part(self, chosen: Sequence[int], config: EnsembleConfig) -> EnsembleForCausalLM:
@@ -343,7 +342,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
 
         A number may come more than once, as for members that differ by prompt.
         """
-        heads = {id(member): head for member, head in zip(self.members, self.heads, strict=True)}
+        heads = {id(member): head for member, head in zip(self.members, self.member_heads, strict=True)}
         members = [self.members[k] for k in chosen]
         part: EnsembleForCausalLM = EnsembleForCausalLM(config, members, heads=heads).eval()
         if self.tokenizer is not None:

@@ -18,7 +18,9 @@ from transformers.integrations.accelerate import _get_device_map
 
 from softmeet.errors import InvalidInputError
 from softmeet.hf.combining import rows_at_once
+from softmeet.members import quantized
 from softmeet.members.huggingface import Dtype, dtype_of, placed, random_member
+from softmeet.members.member import Member
 from softmeet.members.placement import Device, device_map_of, main_device
 
 _FP64 = 8
@@ -35,7 +37,7 @@ class PlanPart:
             the largest offloaded module, loaded when it is needed), "workspace" (the solver's vectors) or "whitening"
             (matrices of the whitened heads).
         device: the device's name, such as "cpu" or "cuda:0", or "disk".
-        dtype: the dtype's name, such as "float32".
+        dtype: the dtype's name, such as "float32"; of a quantised body the quantisation's, such as "int8".
         bytes: the size.
     """
 
@@ -76,11 +78,21 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Shape:
-    """A member built without weights, and ``places``: the device of each of its modules, by the module's name."""
+    """A member built without weights.
+
+    Attributes:
+        name: its name.
+        model: the model, on torch's meta device, with a quantisation's own layers.
+        places: the device of each of its modules, by the module's name.
+        sizes: the bytes of each of its parameters, by name.
+        quantization: the quantisation in which it is loaded; None for that of the checkpoint.
+    """
 
     name: str
     model: PreTrainedModel
     places: dict[str, Any]
+    sizes: dict[str, int]
+    quantization: str | None
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -89,8 +101,9 @@ class _Shape:
 
     @property
     def head(self) -> torch.Size:
-        """The shape of the head's weight, (v, d)."""
-        return self.model.get_output_embeddings().weight.shape  # type: ignore[no-any-return]
+        """The shape of the head's weight, (v, d); (v, v) for a model without an output layer that can be read."""
+        layer, v = self.model.get_output_embeddings(), self.config.vocab_size
+        return torch.Size([v, v]) if layer is None else layer.weight.shape
 
     @property
     def home(self) -> str:
@@ -112,7 +125,8 @@ class _Shape:
 
     def part(self, what: str, place: str, size: int) -> PlanPart:
         """Return a part that belongs to this member: ``size`` bytes of the kind ``what`` on the device ``place``."""
-        return PlanPart(self.name, what, place, str(self.model.dtype).removeprefix("torch."), size)
+        dtype = self.quantization if what == "body" and self.quantization else self.model.dtype
+        return PlanPart(self.name, what, place, str(dtype).removeprefix("torch."), size)
 
 
 def plan(
@@ -146,7 +160,7 @@ def plan(
             f"expected members, and a batch and a context of at least 1, got {len(names)}, {batch} and {context}"
         )
     shapes = [
-        _shape(str(member), own_dtype, own_device, trust_remote_code)
+        _shape(member, own_dtype, own_device, trust_remote_code)
         for member, own_dtype, own_device in placed(names, dtype, device)
     ]
     limits = [getattr(shape.config, "max_position_embeddings", None) for shape in shapes]
@@ -177,27 +191,33 @@ def solver_bytes(v: int, n: int, width: int, rows: int) -> int:
     return _FP64 * (rows * v * (4 * n + 4) + 2 * width**2)
 
 
-def _shape(name: str, dtype: Dtype, device: Device, trust_remote_code: bool) -> _Shape:
+def _shape(member: Member, dtype: Dtype, device: Device, trust_remote_code: bool) -> _Shape:
     """Build a member without weights, and place its modules; transformers works out a strategy such as ``"auto"``."""
+    asked = member.quantization
+    if asked is not None:
+        quantized.require(asked, device)
     with torch.device("meta"):
-        model = random_member(name, dtype_of(dtype, device), trust_remote_code=trust_remote_code)
+        model = random_member(str(member), dtype_of(dtype, device), trust_remote_code=trust_remote_code)
+    own = getattr(model.config, "quantization_config", None) if asked is None else quantized.config_of(asked)
+    quantizer = quantized.quantizer_of(model, own)
     spread = device_map_of(device)
-    places = {"": str(device or "cpu")} if spread is None else _get_device_map(model, spread, None, None)
-    return _Shape(name, model, places)
+    places = {"": str(device or "cpu")} if spread is None else _get_device_map(model, spread, None, quantizer)
+    return _Shape(str(member), model, places, quantized.planned_bytes(model, quantizer), asked)
 
 
 def _weights(shape: _Shape) -> list[PlanPart]:
     """List a member's parts "body" and "head" by device and, for offloaded weights, "streamed" and "head copy"."""
-    head, home = set(shape.model.get_output_embeddings().parameters()), shape.home
+    layer, home = shape.model.get_output_embeddings(), shape.home
+    head = set() if layer is None else set(layer.parameters())
     found: dict[tuple[str, str], int] = defaultdict(int)
     streamed: dict[str, int] = defaultdict(int)
     for name, parameter in shape.model.named_parameters():
         place, what = shape.place(name), "head" if parameter in head else "body"
-        found[what, place] += parameter.nbytes
+        found[what, place] += shape.sizes[name]
         if place == "disk" or (place == "cpu" and home != "cpu"):
-            streamed[name.rpartition(".")[0]] += parameter.nbytes
+            streamed[name.rpartition(".")[0]] += shape.sizes[name]
             if what == "head":
-                found["head copy", home] += parameter.nbytes
+                found["head copy", home] += shape.sizes[name]
     if streamed:
         found["streamed", home] = max(streamed.values())
     return [shape.part(what, place, size) for (what, place), size in found.items()]

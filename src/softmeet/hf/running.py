@@ -16,11 +16,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from softmeet.errors import InvalidInputError
-from softmeet.heads import SoftmaxHead
 from softmeet.hf.cache import EnsembleCache, Lagging
 from softmeet.hf.combining import Deferral
 from softmeet.hf.contexts import ContextRows, OwnPrompt
 from softmeet.members.huggingface import last_hidden
+from softmeet.members.opaque import Head
 from softmeet.rules.gates import Unsure
 
 if TYPE_CHECKING:
@@ -62,10 +62,14 @@ class NewTokens:
         return [ids[real].tolist() for ids, real in zip(self.ids.cpu(), self.real, strict=True)]
 
     @cached_property
+    def columns(self) -> Int[Tensor, " k"]:
+        """The indices of the kept positions among the new tokens, on the CPU."""
+        return torch.arange(self.ids.shape[1])[self.kept if isinstance(self.kept, slice) else self.kept.cpu()]
+
+    @cached_property
     def needed(self) -> int:
         """For how many of the last columns hidden states are needed."""
-        kept = torch.arange(self.ids.shape[1])[self.kept if isinstance(self.kept, slice) else self.kept.cpu()]
-        return self.ids.shape[1] - int(kept.min()) if len(kept) else 0
+        return self.ids.shape[1] - int(self.columns.min()) if len(self.columns) else 0
 
     def rows(self, i: int) -> list[list[int]]:
         """Return the new tokens of each sequence that member i reads: at its beginning also what is the member's own.
@@ -89,7 +93,7 @@ class NewTokens:
 
     def hidden(self, i: int, cache: Any) -> Float[Tensor, "B k d"]:
         """Run member i by itself; returns its last hidden states at the kept positions."""
-        return last_hidden(self.model.members[i], self.ids, cache=cache, **self.shared)[:, self.kept]
+        return last_hidden(self.model.members[i], self.ids, self.kept, cache=cache, **self.shared)
 
     def hidden_of(self, group: Sequence[int], cache: ContextRows) -> list[Float[Tensor, "B k d"]]:
         """Run members of one model as rows of one batch; returns each one's last hidden states."""
@@ -99,17 +103,18 @@ class NewTokens:
             contexts.begun(i, own[b], min(self.needed, len(own[b]))) for b in range(len(self.ids))
             for i, own in zip(group, each, strict=True)
         ]  # fmt: skip
-        states = cache.run(self.model.members[group[0]], new, self.ids.shape[1])
+        states = cache.run(self.model.members[group[0]], new, self.ids.shape[1], newest=self.needed == 1)
         if self.first:
             for k, done in enumerate(cache.apart()):
                 contexts.keep(group[k % many], each[k % many][k // many], done)
         everyone = torch.arange(len(self.ids))
         return [
-            self.spread(states[k::many], self.model.heads[i], everyone, states[0].dtype) for k, i in enumerate(group)
+            self.spread(states[k::many], self.model.member_heads[i], everyone, states[0].dtype)
+            for k, i in enumerate(group)
         ]
 
     def spread(
-        self, states: Sequence[Float[Tensor, "_ d"]], head: SoftmaxHead, rows: Int[Tensor, " r"], dtype: torch.dtype
+        self, states: Sequence[Float[Tensor, "_ d"]], head: Head, rows: Int[Tensor, " r"], dtype: torch.dtype
     ) -> Float[Tensor, "B k d"]:
         """Put hidden states of some sequences into the columns of their new tokens, with zeros everywhere else.
 
@@ -123,13 +128,14 @@ class NewTokens:
         Returns:
             (B, k, d), at the kept positions.
         """
-        place = head.weight.device
-        out = torch.zeros(*self.real.shape, head.d, dtype=states[0].dtype if states else dtype, device=place)
+        place, start = head.device, self.ids.shape[1] - self.needed
+        real, dtype = self.real[:, start:], states[0].dtype if states else dtype
+        out = torch.zeros(*real.shape, head.d, dtype=dtype, device=place)
         for row, own in zip(rows.tolist(), states, strict=True):
-            columns = self.real[row].nonzero().squeeze(-1)
+            columns = real[row].nonzero().squeeze(-1)
             count = min(len(own), len(columns))
             out[row, columns[len(columns) - count :].to(place)] = own[len(own) - count :].to(place)
-        return out[:, self.kept]
+        return out if len(self.columns) == self.needed else out[:, (self.columns - start).to(place)]
 
 
 def run_members(
@@ -215,7 +221,8 @@ def _run_where_unsure(
         rows = deferral.rows.view(first.shape[:2]).any(-1).nonzero().squeeze(-1).cpu()
 
     def hidden(i: int) -> Float[Tensor, "B k _"]:
-        return new.spread(caches[i].run(model.members[i], rows), model.heads[i], rows, first.dtype)
+        states = caches[i].run(model.members[i], rows, newest=new.needed == 1)
+        return new.spread(states, model.member_heads[i], rows, first.dtype)
 
     others = model.each(hidden, range(1, n))
     if deferral is not None and len(rows):

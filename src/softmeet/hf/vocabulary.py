@@ -10,14 +10,12 @@ from transformers import PreTrainedTokenizerBase
 
 from softmeet.errors import InvalidInputError, UnsupportedHeadError, VocabularyMismatchError
 from softmeet.hf.configuration import EnsembleConfig
+from softmeet.hf.unread import AVERAGE, averages
 from softmeet.members.spelling import Spelling, spelling_of
 from softmeet.members.vocabulary import CommonVocabulary, common_vocabulary
-from softmeet.rules.registry import all_rules
 from softmeet.rules.settings import Settings
 
 VOCABULARIES = ("auto", "tokens", "bytes")
-# The default rule of ensembles over bytes.
-BYTE_RULE = "logit-mean"
 _log = logging.getLogger("softmeet")
 
 
@@ -74,7 +72,7 @@ def choose_vocabulary(
             return found
     config.vocabulary = "bytes"
     if any_average:
-        config.rule = BYTE_RULE
+        config.rule = AVERAGE
     require_for_bytes(config.settings)
     pairs = list(zip(config.members, tokenizers, strict=True))
     spellings = [spelling_of(name, own) for name, own in pairs]
@@ -92,9 +90,8 @@ def require_for_bytes(settings: Settings) -> None:
     """
     rule = settings.rule
     if rule.reads_heads:
-        averages = " or ".join(one.name for one in all_rules() if one.is_average)
         raise UnsupportedHeadError(
-            f"the rule {rule.name} reads the rows of softmax matrices, and bytes have none: choose {averages}, or "
+            f"the rule {rule.name} reads the rows of softmax matrices, and bytes have none: choose {averages()}, or "
             "members that share a tokenizer"
         )
 

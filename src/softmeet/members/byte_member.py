@@ -18,11 +18,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softmeet.errors import InvalidInputError
-from softmeet.heads import SoftmaxHead
 from softmeet.members.covers import END, SYMBOLS, Covers, NextTokenProbs, Open, Pruning
 from softmeet.members.guesses import likely, possible
 from softmeet.members.heads import head_of, replace_weight
 from softmeet.members.known_text import KnownText
+from softmeet.members.opaque import Head
 from softmeet.members.reading import Guess, Reading, Work
 from softmeet.members.spelling import Spelling
 from softmeet.members.token_tree import Growth, Path, TokenTree, require_trees
@@ -64,7 +64,6 @@ class ByteMember:
             several texts counts once), tokens run in them, and the shares of mass estimated in :meth:`advance`, summed.
 
     Raises:
-        UnsupportedHeadError: if the model's output layer is not a plain softmax head.
         CheckpointError, InvalidInputError: if the model gives NaN; if it cannot read trees of tokens.
     """
 
@@ -78,12 +77,12 @@ class ByteMember:
         self.model, self.spelling, self.pruning = model, spelling, pruning or Pruning()
         named = model.generation_config.eos_token_id
         self.ends = sorted({spelling.end, *(named if isinstance(named, list) else [named])} - {None})
-        self.head: SoftmaxHead = head_of(model)
+        self.head: Head = head_of(model)
         require_trees(model)
         config = model.config.get_text_config(decoder=True)
         self.limit: int = getattr(config, "max_position_embeddings", None) or sys.maxsize
         self.prefix = list(self.spelling.start if prefix is None else prefix)
-        self._columns = torch.tensor([*spelling.tokens.tolist(), *self.ends], device=self.head.weight.device)
+        self._columns = torch.tensor([*spelling.tokens.tolist(), *self.ends], device=self.head.device)
         self._prefixes: dict[tuple[int, ...], tuple[TokenTree, Tensor]] = {}
         self.spent = Work()
         if self.pruning.prune:
@@ -92,7 +91,7 @@ class ByteMember:
     def find_head_again(self) -> None:
         """Update ``head`` after the model has changed device or dtype, and forget the results of :meth:`behind`."""
         self.head = replace_weight(self.head, self.model)
-        self._columns = self._columns.to(self.head.weight.device)
+        self._columns = self._columns.to(self.head.device)
         self._prefixes.clear()
 
     @property

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from jaxtyping import Float, Int
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from softmeet.errors import CheckpointError, UnsupportedHeadError
 from softmeet.heads import SoftmaxHead, Whitening
-from softmeet.members.placement import in_memory, without_head
+from softmeet.members.opaque import Head, OpaqueHead, is_readable, reason
+from softmeet.members.placement import gives_logits, home, in_memory, let_give_logits, without_head
 from softmeet.norms import FinalNorm
 
 # Names, in models' configurations, of factors of the logits and of a divisor; most configurations have none.
@@ -21,49 +23,35 @@ _FACTORS, _DIVISOR = ("logit_scale", "lm_head_multiplier"), "logits_scaling"
 _SAME = 1 - 1e-4
 
 
-def head_of(model: PreTrainedModel) -> SoftmaxHead:
-    """Return a model's output layer as a ``SoftmaxHead``, and check on three tokens that it gives the model's logits.
+def head_of(model: PreTrainedModel) -> Head:
+    """Return a model's output layer, checked on three tokens: it gives the model's logits at the last hidden states.
 
-    The head shares the model's weights; offloaded ones are copied to the device that computes. The model, a causal LM
-    of transformers, is left in the mode, training or evaluation, in which it was.
+    A plain linear layer is returned as a ``SoftmaxHead``, which shares the model's weights; offloaded ones are copied
+    to the device that computes. Any other layer, quantised or adapted, is returned as an ``OpaqueHead``, which runs it.
+    If neither gives the model's logits, these are computed in an unknown way: from then on, :func:`last_hidden` returns
+    the logits themselves in place of hidden states. The model, a causal LM of transformers, is left in the mode,
+    training or evaluation, in which it was.
 
     Raises:
-        UnsupportedHeadError: if the output layer is missing, quantised, adapted or otherwise not a plain linear layer,
-            or if the head does not reproduce the model's logits.
         CheckpointError: if the model gives NaN.
+        UnsupportedHeadError: if the model gives no logits.
     """
-    layer, name = model.get_output_embeddings(), type(model).__name__
-    if layer is None:
-        raise UnsupportedHeadError(f"{name} has no output layer: expected a causal language model")
-    if type(layer) is not nn.Linear:
-        raise UnsupportedHeadError(
-            f"expected {name}'s output layer to be a plain linear layer, got {type(layer).__module__}."
-            f"{type(layer).__name__}: load the model unquantised, and merge adapters into it first"
-        )
-    weights = in_memory(layer)
-    if weights["weight"].is_meta:
-        raise UnsupportedHeadError(
-            f"{name}'s output layer is offloaded to where it cannot be read: load it with device="
-        )
-    if not layer.weight.is_floating_point():
-        raise UnsupportedHeadError(f"{name}'s output layer is quantised ({layer.weight.dtype}): load it unquantised")
-    config = model.config.get_text_config(decoder=True)
-    scale = math.prod(getattr(config, key, None) or 1.0 for key in _FACTORS)
-    scale /= getattr(config, _DIVISOR, None) or 1.0
-    cap, norm = getattr(config, "final_logit_softcapping", None), final_norm(model)
-    head = SoftmaxHead(weights["weight"], weights.get("bias"), scale, cap, norm)
-    _check(model, head)
-    return head
+    training = model.training
+    model.eval()
+    try:
+        return _checked(model)
+    finally:
+        model.train(training)
 
 
-def replace_weight(head: SoftmaxHead, model: PreTrainedModel) -> SoftmaxHead:
+def replace_weight(head: Head, model: PreTrainedModel) -> Head:
     """Return ``head`` with the model's present weight and bias, after the model has changed device or dtype.
 
     ``head`` is a result of :func:`head_of` or of this function for the same model. It is returned itself if the model's
-    output layer is offloaded, since it holds a copy of that layer.
+    output layer is offloaded, since it holds a copy of that layer, and if it is opaque.
     """
     layer = model.get_output_embeddings()
-    if layer.weight.is_meta:
+    if isinstance(head, OpaqueHead) or layer.weight.is_meta:
         return head
     return SoftmaxHead(layer.weight, layer.bias, head.scale, head.soft_cap, head.norm)
 
@@ -97,43 +85,69 @@ def final_norm(model: PreTrainedModel) -> FinalNorm | None:
 
 
 @torch.inference_mode()
-def _check(model: PreTrainedModel, head: SoftmaxHead) -> None:
-    """Check on three tokens that the head gives the model's logits, so that no head is silently read wrongly.
-
-    Raises:
-        CheckpointError: if the model gives NaN.
-        UnsupportedHeadError: if the logits differ by more than rounding.
-    """
-    ids = torch.arange(1, 4, device=head.weight.device)[None] % head.v
-    training = model.training
-    model.eval()
-    own = model(input_ids=ids, use_cache=False).logits.float()
-    ours = head.logits(without_head(model)(input_ids=ids, use_cache=False).last_hidden_state).float()
-    model.train(training)
+def _checked(model: PreTrainedModel) -> Head:
+    """Find the output layer of a model in evaluation mode, as :func:`head_of` does."""
+    ids = torch.arange(1, 4, device=home(model))[None] % model.get_input_embeddings().weight.shape[0]
+    own = getattr(model(input_ids=ids, use_cache=False), "logits", None)
+    if own is None:
+        raise UnsupportedHeadError(f"{type(model).__name__} gives no logits: expected a causal language model")
     if own.isnan().any():
         raise CheckpointError(
             f"expected logits from {type(model).__name__}, got NaN: its weights hold some, or are too large for "
-            f"{head.weight.dtype}; fetch it again, or load it in float32"
+            f"{model.dtype}; fetch it again, or load it in float32"
         )
-    precision = torch.finfo(head.weight.dtype).eps
-    scale = max(own.abs().max().item(), 1.0)
-    if own.shape != ours.shape or not (own - ours).abs().max().item() <= 64 * precision * scale:
-        raise UnsupportedHeadError(
-            f"{type(model).__name__} computes its logits in a way that softmeet does not know: its head applied to its "
-            "last hidden state does not give its logits"
-        )
+    head = None if gives_logits(model) else _layer_of(model, own, ids)
+    if head is not None:
+        return head
+    let_give_logits(model)
+    why = f"is unknown ({type(model).__name__} computes its logits in a way that softmeet does not know)"
+    return OpaqueHead(model, own.shape[-1], own.shape[-1], why)
 
 
-def one_head(heads: Sequence[SoftmaxHead]) -> bool:
-    """Tell whether two or more heads, without soft-cap, are the same function of hidden states.
+def _layer_of(model: PreTrainedModel, own: Float[Tensor, "1 t v"], ids: Int[Tensor, "1 t"]) -> Head | None:
+    """Return a model's output layer, to be read or to be run; None if its logits are not that layer's.
+
+    Args:
+        model: in evaluation mode.
+        own: its logits at the tokens ``ids``.
+        ids: a few token ids.
+    """
+    layer = model.get_output_embeddings()
+    if layer is None:
+        return None
+    config = model.config.get_text_config(decoder=True)
+    scale = math.prod(getattr(config, key, None) or 1.0 for key in _FACTORS)
+    scale /= getattr(config, _DIVISOR, None) or 1.0
+    cap, weights = getattr(config, "final_logit_softcapping", None), in_memory(layer)
+    head: Head
+    if is_readable(layer) and not weights["weight"].is_meta:
+        head = SoftmaxHead(weights["weight"], weights.get("bias"), scale, cap, final_norm(model))
+    else:
+        head = OpaqueHead(model, own.shape[-1], 0, *reason(layer), scale, cap)
+    try:
+        hidden = without_head(model)(input_ids=ids, use_cache=False).last_hidden_state
+        head = replace(head, d=hidden.shape[-1]) if isinstance(head, OpaqueHead) else head
+        ours = head.logits(hidden.to(head.device)).to(own.device)
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        return None  # its base model gives no hidden states, or the layer does not take them
+    error = (own.float() - ours.float()).abs().max().item() if own.shape == ours.shape else math.inf
+    largest = max(own.abs().max().item(), 1.0)
+    return head if error <= 64 * torch.finfo(head.dtype).eps * largest else None
+
+
+def one_head(heads: Sequence[Head]) -> bool:
+    """Tell whether two or more heads, without soft-cap, are the same function of hidden states, and can be read.
 
     They are if their scales are equal, and weights and biases the same tensors or of equal values and dtypes, for which
     each head is read once.
     """
-    first, *others = heads
-    plain = all(head.soft_cap is None and head.scale == first.scale for head in heads)
+    read = [head for head in heads if isinstance(head, SoftmaxHead)]
+    if len(read) < max(len(heads), 2):
+        return False
+    first, *others = read
+    plain = all(head.soft_cap is None and head.scale == first.scale for head in read)
     parts = [(first.weight, other.weight) for other in others] + [(first.bias, other.bias) for other in others]
-    return bool(others) and plain and all(_equal(*part) for part in parts)
+    return plain and all(_equal(*part) for part in parts)
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:

@@ -19,13 +19,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softmeet.errors import CheckpointError, InvalidInputError
 from softmeet.members import names as known
-from softmeet.members import refused, zoo
+from softmeet.members import quantized, refused, zoo
 from softmeet.members.adapters import adapted, require_adapter
 from softmeet.members.member import Member
-from softmeet.members.placement import Device, device_map_of, home, main_device, require_device, without_head
+from softmeet.members.placement import (
+    LOGITS,
+    Device,
+    body,
+    computes_on_cpu,
+    device_map_of,
+    home,
+    require_device,
+    without_head,
+)
 from softmeet.members.zoo import Named
 
 Dtype = torch.dtype | str | None
+_ALL = slice(None)
 # Those in which torch computes what a causal language model needs.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -38,6 +48,7 @@ def load_members(
     trust_remote_code: bool = False,
     offload_folder: str | Path | None = None,
     on_progress: Callable[[str], None] = lambda name: None,
+    on_loaded: Callable[[str, PreTrainedModel], None] = lambda name, model: None,
     loaded: dict[Any, PreTrainedModel] | None = None,
 ) -> list[PreTrainedModel]:
     """Load models in the order of their names, in evaluation mode; a bundled family's name stands for all its members.
@@ -57,6 +68,7 @@ def load_members(
         offload_folder: a folder for weights that are offloaded to disk and cannot be read from the checkpoint's files.
         on_progress: called in this thread with each single member's name before it is loaded; not called for members
             taken from ``loaded``, or whose weights the call has loaded already.
+        on_loaded: called with each member's name and model before the next one is loaded; what it raises ends loading.
         loaded: a dict, at first empty, to pass to several calls: members found in it are used instead of being loaded
             again, and new ones are added, under keys of this function's own. None for a dict of this call's own.
 
@@ -76,6 +88,7 @@ def load_members(
             shared[base] = _load(member.base, own_dtype, own_device, trust_remote_code, folder)
         if member.adapter is not None and key not in shared:
             shared[key] = adapted(shared[base], member.adapter)
+        on_loaded(str(member), shared[key])
         members.append(shared[key])
     return members
 
@@ -114,7 +127,7 @@ def require_loadable(
     dtype: Dtype | Sequence[Dtype] = None,
     device: Device | Sequence[Device] = None,
     trust_remote_code: bool = False,
-) -> None:
+) -> dict[str, str]:
     """Check all that can be wrong with members before a tokenizer or weights are read: places, names, configurations.
 
     Args:
@@ -122,6 +135,9 @@ def require_loadable(
         dtype: of the members, as it takes them.
         device: of the members, as it takes them.
         trust_remote_code: run code that comes with a checkpoint.
+
+    Returns:
+        For each member whose configuration says that its head is quantised, by its name, the method, such as "gptq".
 
     Raises:
         InvalidInputError: if there is no name, a dtype or device is unknown or not on this machine, there is neither
@@ -131,17 +147,22 @@ def require_loadable(
             that is not trusted.
     """
     members = placed(names, dtype, device)
-    for _, own_dtype, own_device in members:
+    for member, own_dtype, own_device in members:
         require_device(own_device)
         dtype_of(own_dtype, own_device)
+        if member.quantization is not None:
+            quantized.require(member.quantization, own_device)
+    methods: dict[Member, str | None] = {}
     for base in dict.fromkeys(member.base for member, _, _ in members):
         where = _checkpoint_of(base, trust_remote_code)
         if "gguf_file" not in where:  # of which reading the configuration alone takes as long as reading all
             with refused.named_in_errors(base.checkpoint, where):
                 config = transformers.AutoConfig.from_pretrained(**where)
             refused.require_causal(base.checkpoint, config, remote=trust_remote_code)
+            methods[base] = quantized.method_of_head(config)
     for member in dict.fromkeys(member.weights for member, _, _ in members if member.adapter is not None):
         require_adapter(str(member.adapter), member.source, lambda base=member.base: _shape(base, trust_remote_code))
+    return {str(member): method for member, _, _ in members if (method := methods.get(member.base)) is not None}
 
 
 def _shape(base: Member, trust_remote_code: bool) -> PreTrainedModel | None:
@@ -217,20 +238,32 @@ def random_member(
         return transformers.AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=trust_remote_code)
 
 
-def last_hidden(model: PreTrainedModel, input_ids: Int[Tensor, "B t"], **options: Any) -> Float[Tensor, "B t d"]:
+def last_hidden(
+    model: PreTrainedModel, input_ids: Int[Tensor, "B t"], kept: slice | Int[Tensor, " k"] = _ALL, **options: Any
+) -> Float[Tensor, "B k d"]:
     """Run a model without its head, and return the last hidden states, the head's input, on the head's device.
+
+    Of a model whose head is unknown (:func:`softmeet.members.heads.head_of`) its own logits are returned instead, and
+    computed at the kept positions alone, if its ``forward`` takes ``logits_to_keep``.
 
     Args:
         model: a causal LM of transformers.
         input_ids: token ids, on any device.
+        kept: the k positions whose states are returned: all, the last few as ``slice(-k, None)``, or indices.
         options: keyword arguments of the base model's ``forward``, tensors on any device; a cache among them, which
             the model has to take (:func:`require_cache`), is extended in place.
     """
-    base: Any = without_head(model)
-    place, head = home(model), model.get_output_embeddings().weight
+    place, whole = home(model), LOGITS in vars(model)
+    run: Any = model if whole else without_head(model)
     moved = {k: x.to(place) if isinstance(x, Tensor) else x for k, x in options.items()}
-    hidden: Tensor = base(input_ids=input_ids.to(place), **moved).last_hidden_state
-    return hidden.to(place if head.is_meta else head.device)
+    if whole and kept is not _ALL and "logits_to_keep" in signature(run.forward).parameters:
+        moved["logits_to_keep"] = -(kept.start or 0) if isinstance(kept, slice) else kept.to(place)
+        kept = _ALL
+    out = run(input_ids=input_ids.to(place), **moved)
+    if whole:
+        return out.logits[:, kept]  # type: ignore[no-any-return]
+    weight, hidden = getattr(model.get_output_embeddings(), "weight", None), out.last_hidden_state
+    return hidden.to(place if weight is None or weight.is_meta else weight.device)[:, kept]  # type: ignore[no-any-return]
 
 
 def require_cache(model: PreTrainedModel) -> PreTrainedModel:
@@ -239,7 +272,7 @@ def require_cache(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         InvalidInputError: if it does not take one.
     """
-    parameters = signature(without_head(model).forward).parameters
+    parameters = signature(body(model).forward).parameters
     # Those that hand everything on to another module name nothing.
     if "cache" not in parameters and "input_ids" in parameters:
         raise InvalidInputError(
@@ -287,12 +320,7 @@ def dtype_of(dtype: Dtype, device: Device) -> torch.dtype | str:
                 f"{str(dtype).removeprefix('torch.')!r}"
             )
         return found
-    spread = device_map_of(device)
-    if isinstance(spread, dict):
-        on_cpu = main_device(spread).type == "cpu"
-    else:
-        on_cpu = not torch.cuda.is_available() if spread else _one(device).type == "cpu"
-    return torch.float32 if on_cpu else "auto"
+    return torch.float32 if computes_on_cpu(device) else "auto"
 
 
 def _one(device: Any) -> torch.device:
@@ -311,6 +339,9 @@ def _load(
     spread, wanted = device_map_of(device), dtype_of(dtype, device)
     placement: dict[str, Any] = {} if spread is None else {"device_map": spread}
     placement |= {} if offload_folder is None or spread is None else {"offload_folder": str(offload_folder)}
+    if base.quantization is not None:
+        placement["quantization_config"] = quantized.config_of(base.quantization)
+        placement.setdefault("device_map", {"": str(device or "cpu")})
     name, where = base.checkpoint, _checkpoint_of(base, trust_remote_code)
     with refused.named_in_errors(name, where), _without_bars():
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -321,6 +352,8 @@ def _load(
         raise CheckpointError(
             f"cannot load {name}: {len(absent)} weights are missing or misshapen (first: {absent[0]}): fetch it again"
         )
+    if base.quantization is not None:
+        quantized.ready(model, name, base.quantization)
     whole = None if isinstance(device, dict) or placement else _one(device)
     with refused.named_in_errors(name, where):
         return (model if whole is None else model.to(whole)).eval()

@@ -6,6 +6,8 @@ import hashlib
 
 import torch
 
+from softmeet.members.quantized import parts_of
+
 # About this many numbers of each parameter are hashed.
 _SAMPLED = 1024
 
@@ -19,8 +21,8 @@ def body_hash(model: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(repr((name, tuple(parameter.shape))).encode())
-        if not parameter.is_meta:
-            flat = parameter.detach().reshape(-1)
+        for part in [] if parameter.is_meta else parts_of(parameter):
+            flat = part.detach().reshape(-1)
             some = flat[:: max(1, len(flat) // _SAMPLED)]
             digest.update(some.float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

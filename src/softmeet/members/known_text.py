@@ -145,14 +145,15 @@ class KnownText:
             if not self._missing:
                 return None
         if self._unrun is not None:
-            return Growth(self.tree, [self._unrun.path], [self._unrun.tokens])
+            own = self._unrun
+            return Growth(self.tree, [own.path], [own.tokens], min(len(own.tokens), len(own.tokens) + 1 - own.first))
         opened = list(self._missing.values())
         return Growth(self.tree, [one.probs.path for one in opened], [[one.token] for one in opened])
 
     def grown(self, tree: TokenTree, states: Sequence[Float[Tensor, "t d"]]) -> None:
         """Take what running the model on :meth:`wanted` gave: the new tree, and each chain's last hidden states."""
         before, self.tree = self.tree.columns, tree
-        self.work = self.work.and_(calls=1, tokens=sum(map(len, states)))
+        self.work = self.work.and_(calls=1, tokens=tree.columns - before)
         if self._unrun is not None:
             self._keep_own(self._unrun, states, before)
             return

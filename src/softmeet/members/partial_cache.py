@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from softmeet.errors import InvalidInputError
 from softmeet.members.huggingface import last_hidden
+from softmeet.members.placement import gives_logits
 
 # Keys and values of one layer, each (1, heads, t, width).
 KeysValues = tuple[Float[Tensor, "1 h t w"], Float[Tensor, "1 h t w"]]
@@ -85,6 +86,8 @@ def catch_up(
     caches: Sequence[PartialCache],
     piece: int | None = None,
     between: Callable[[], None] = lambda: None,
+    *,
+    newest: bool = False,
 ) -> tuple[list[PartialCache], list[Float[Tensor, "t d"]]]:
     """Run the pending tokens of each sequence; sequences with about equally many of them share a call of the model.
 
@@ -93,6 +96,8 @@ def catch_up(
         caches: the sequences, which are not changed; each has at least one pending token.
         piece: the most tokens of a sequence in one call; one with more is run by itself, in pieces. None for no limit.
         between: called between two pieces.
+        newest: whether the states at each sequence's newest token are enough. They are then all that is returned of a
+            model whose logits stand in for its hidden states, at the end of each piece.
 
     Returns:
         (new caches of the sequences, with nothing pending; for each, the last hidden states at its t formerly pending
@@ -106,26 +111,28 @@ def catch_up(
     for rows in batches.values():
         for k in [k for k in rows if piece is not None and len(caches[k].pending) > piece]:
             rows.remove(k)
-            found[k] = _in_pieces(caches[k], model, piece or 1, between)
+            found[k] = _in_pieces(caches[k], model, piece or 1, between, newest)
         if rows:
-            found |= zip(rows, _run([caches[k] for k in rows], model), strict=True)
+            found |= zip(rows, _run([caches[k] for k in rows], model, newest), strict=True)
     return [found[k][0] for k in range(len(caches))], [found[k][1] for k in range(len(caches))]
 
 
 def _in_pieces(
-    one: PartialCache, model: PreTrainedModel, piece: int, between: Callable[[], None]
+    one: PartialCache, model: PreTrainedModel, piece: int, between: Callable[[], None], newest: bool
 ) -> tuple[PartialCache, Float[Tensor, "t d"]]:
     """Run the pending tokens of one sequence in pieces; returns (sequence, last hidden states at all these tokens)."""
     done, hidden = replace(one, pending=()), list[Tensor]()
     for start in range(0, len(one.pending), piece):
         if start:
             between()
-        done, states = _run([done.longer(one.pending[start : start + piece])], model)[0]
+        done, states = _run([done.longer(one.pending[start : start + piece])], model, newest)[0]
         hidden.append(states)
     return done, torch.cat(hidden)
 
 
-def _run(caches: Sequence[PartialCache], model: PreTrainedModel) -> list[tuple[PartialCache, Float[Tensor, "t d"]]]:
+def _run(
+    caches: Sequence[PartialCache], model: PreTrainedModel, newest: bool
+) -> list[tuple[PartialCache, Float[Tensor, "t d"]]]:
     """Run the pending tokens of all sequences in one batch; returns (sequence, last hidden states) for each."""
     before = max(one.run for one in caches)
     new = max(len(one.pending) for one in caches)
@@ -137,9 +144,13 @@ def _run(caches: Sequence[PartialCache], model: PreTrainedModel) -> list[tuple[P
     # Padding repeats the last position, since a later one might exceed the model's context.
     positions = (runs + torch.minimum(torch.arange(new), counts - 1)).clamp_min(0)
     cache = side_by_side([one.states for one in caches], model)
-    hidden = last_hidden(model, ids, cache=cache, use_cache=True, attention_mask=mask.long(), position_ids=positions)
+    shared = {"cache": cache, "use_cache": True, "attention_mask": mask.long(), "position_ids": positions}
+    # A row of logits is long, so none is computed that is not asked for.
+    kept = torch.unique(counts - 1) if newest and gives_logits(model) else torch.arange(new)
+    hidden = last_hidden(model, ids, kept if len(kept) < new else slice(None), **shared)
+    own = [kept == len(one.pending) - 1 if len(kept) < new else slice(len(one.pending)) for one in caches]
     return [
-        (PartialCache(cut(cache, k, before - one.run, before + len(one.pending))), hidden[k, : len(one.pending)])
+        (PartialCache(cut(cache, k, before - one.run, before + len(one.pending))), hidden[k, own[k]])
         for k, one in enumerate(caches)
     ]
 

@@ -20,6 +20,8 @@ U = TypeVar("U")
 Device = torch.device | str | dict[Any, Any] | None
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 _OFFLOADED = ("cpu", "disk")
+# The attribute of a model whose logits stand in for its last hidden states.
+LOGITS = "_softmeet_gives_logits"
 
 
 def without_head(model: PreTrainedModel) -> nn.Module:
@@ -27,6 +29,21 @@ def without_head(model: PreTrainedModel) -> nn.Module:
     base: nn.Module = model.base_model
     # Llama 4 in transformers 5.24 names an attribute that its models over text alone do not have.
     return base if base is not model else getattr(model, "model", base)
+
+
+def gives_logits(model: PreTrainedModel) -> bool:
+    """Return whether a model's own logits stand in for its last hidden states: it computes them in an unknown way."""
+    return LOGITS in vars(model)
+
+
+def let_give_logits(model: PreTrainedModel) -> None:
+    """Note of a model that its logits stand in for its last hidden states; its copies in other processes know it."""
+    vars(model)[LOGITS] = True
+
+
+def body(model: PreTrainedModel) -> nn.Module:
+    """Return what is run of a causal LM: its base model, or all of it if it :func:`gives_logits`."""
+    return model if gives_logits(model) else without_head(model)
 
 
 def device_map_of(device: Device) -> str | dict[str, Any] | None:
@@ -113,11 +130,30 @@ def main_device(device_map: dict[str, Any]) -> torch.device:
     return torch.device(real[0]) if real else torch.device("cpu")
 
 
+def computes_on_cpu(device: Device) -> bool:
+    """Return whether a member placed so computes on the CPU; a strategy such as "auto" uses a GPU if there is one.
+
+    Raises:
+        InvalidInputError: if there is no such device, as by :func:`device_map_of`.
+    """
+    spread = device_map_of(device)
+    if isinstance(spread, dict):
+        return main_device(spread).type == "cpu"
+    one: Any = "cpu" if device is None else device
+    return not torch.cuda.is_available() if spread else torch.device(one).type == "cpu"
+
+
 def home(model: PreTrainedModel) -> torch.device:
     """Return the device that a model's inputs have to be on."""
     spread = getattr(model, "hf_device_map", None) or {}
     weights = next(model.parameters()).device
     return weights if len(set(map(str, spread.values()))) < 2 and weights.type != "meta" else main_device(spread)
+
+
+def head_device(model: PreTrainedModel) -> torch.device:
+    """Return the device on which a model's last hidden states are wanted: its output layer's, or :func:`home`."""
+    weight = None if gives_logits(model) else getattr(model.get_output_embeddings(), "weight", None)
+    return home(model) if weight is None or weight.is_meta else weight.device
 
 
 def whereabouts(model: PreTrainedModel) -> frozenset[str]:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from softmeet.errors import InvalidInputError
 from softmeet.members.huggingface import last_hidden, require_cache
-from softmeet.members.placement import home
+from softmeet.members.placement import gives_logits, home
 from softmeet.members.tree_cache import Columns, Layout, SideBySide, Store
 
 # The columns of a token's ancestors and of itself, first to last.
@@ -88,11 +88,13 @@ class Growth:
         tree: the tokens that have been run.
         paths: for each chain, the columns in ``tree`` of the tokens before it, first to last, (tokens,) int64.
         tokens: for each chain, its token ids, at least one.
+        last: of a single chain, at how many of its last tokens states are wanted; None for all.
     """
 
     tree: TokenTree
     paths: list[Path]
     tokens: list[list[int]]
+    last: int | None = None
 
 
 def run(model: PreTrainedModel, growths: Sequence[Growth]) -> list[tuple[TokenTree, list[Float[Tensor, "t d"]]]]:
@@ -104,7 +106,7 @@ def run(model: PreTrainedModel, growths: Sequence[Growth]) -> list[tuple[TokenTr
 
     Returns:
         For each tree, (the tree with the new columns, chain after chain; for each chain of t tokens, the last hidden
-        states at them, (t, d)).
+        states at them, (t, d), or, of a model whose logits stand in for them, perhaps at the wanted ones alone).
     """
     rows = _rows(growths)
     before = max(row.length for row in rows)
@@ -116,17 +118,20 @@ def run(model: PreTrainedModel, growths: Sequence[Growth]) -> list[tuple[TokenTr
     positions = torch.from_numpy(depths[:, before:])
     # Without any mask transformers warns of padding if a token equals the padding token, as a text's first one may.
     mask = torch.ones(1, before + new) if alike and len(rows) == 1 else _mask(model, allowed, depths)
+    # A row of logits is long, so none is computed that no tree wants.
+    spared = min(row.new - row.wanted for row in rows) if gives_logits(model) else 0
     hidden = last_hidden(
-        model, torch.from_numpy(ids), cache=together.cache, use_cache=True, attention_mask=mask, position_ids=positions
-    )
+        model, torch.from_numpy(ids), slice(spared - new, None), cache=together.cache, use_cache=True,
+        attention_mask=mask, position_ids=positions,
+    )  # fmt: skip
     found = dict[int, tuple[TokenTree, list[Tensor]]]()
     for k, row in enumerate(rows):
         tree, states = found.get(id(row.growth), (row.growth.tree, []))
-        lengths = [len(tokens) for _, tokens in row.chains]
+        lengths = [row.new - spared] if spared else [len(tokens) for _, tokens in row.chains]
         own = together.new(k, row.new)
         store = tree.store.followed(tree.columns, own) if tree.store else Store(tuple(one.clone() for one in own))
         tree = TokenTree(tree.columns + row.new, store, together.layout)
-        found[id(row.growth)] = tree, [*states, *hidden[k, : row.new].split(lengths)]
+        found[id(row.growth)] = tree, [*states, *hidden[k, : row.new - spared].split(lengths)]
     return [found[id(growth)] for growth in growths]
 
 
@@ -152,6 +157,11 @@ class _Row(NamedTuple):
     def new(self) -> int:
         """The number of tokens of all its chains."""
         return sum(len(tokens) for _, tokens in self.chains)
+
+    @property
+    def wanted(self) -> int:
+        """The number of its last new tokens at which states are wanted."""
+        return self.new if self.growth.last is None else self.growth.last
 
 
 def _rows(growths: Sequence[Growth]) -> list[_Row]:

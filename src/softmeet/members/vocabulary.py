@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from softmeet.errors import VocabularyMismatchError
-from softmeet.heads import SoftmaxHead
+from softmeet.members.opaque import Head
 
 _SHOWN = 5
 # Names that converters to GGUF give to rows of a head that stand for no token.
@@ -85,7 +85,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return frozenset(_by_id(tokenizer))
 
 
-def token_support(ids: frozenset[int], names: Sequence[str], heads: Sequence[SoftmaxHead]) -> Bool[Tensor, " v"] | None:
+def token_support(ids: frozenset[int], names: Sequence[str], heads: Sequence[Head]) -> Bool[Tensor, " v"] | None:
     """Mark the ids that are tokens, among the v rows of the largest head.
 
     Args:
@@ -109,6 +109,6 @@ def token_support(ids: frozenset[int], names: Sequence[str], heads: Sequence[Sof
     v = max(head.v for head in heads)
     if len(ids) == v:
         return None
-    mask = torch.zeros(v, dtype=torch.bool, device=heads[0].weight.device)
+    mask = torch.zeros(v, dtype=torch.bool, device=heads[0].device)
     mask[list(ids)] = True
     return mask

@@ -67,7 +67,7 @@ class _Packer(CloudPickler):  # type: ignore[misc]
         if isinstance(value, Stored):
             self.stored.append(value)
             return "stored", len(self.stored) - 1
-        if isinstance(value, Tensor) and not value.is_meta:
+        if type(value) in (Tensor, nn.Parameter) and not value.is_meta:  # quantised ones are made of others
             return self._tensor(value)
         return None
 

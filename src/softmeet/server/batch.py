@@ -244,13 +244,15 @@ class MemberBatch:
 
         Returns:
             for each sequence the last hidden states at the t tokens that were run, (t, d); with ``every`` of a new
-            prompt those alone that all members share.
+            prompt those alone that all members share, without it perhaps that at the newest token alone.
         """
         begun = [self._begun(s, i, every=every) for s, i in sequences]
-        done, hidden = catch_up(self.member, begun, piece=_PIECE, between=pause)
-        for (s, i), new, states in zip(sequences, done, hidden, strict=True):
-            if not s.trails[i].run and states.isfinite().all():
-                self._prefixes.keep(s.read_by(i), new.shorter(s.drawn).states)
+        done, hidden = catch_up(self.member, begun, piece=_PIECE, between=pause, newest=not every)
+        for (s, i), old, new, states in zip(sequences, begun, done, hidden, strict=True):
+            if not s.trails[i].run:
+                s.reused[i] = old.run
+                if states.isfinite().all():
+                    self._prefixes.keep(s.read_by(i), new.shorter(s.drawn).states)
             s.trails[i] = new
         # What is a member's own comes before what all share.
         return [states[-len(s.tokens) :] for (s, _), states in zip(sequences, hidden, strict=True)] if every else hidden

@@ -259,7 +259,7 @@ class Batcher(threading.Thread):
         """Score a prompt that was run if its request asks so, and have its first token drawn in the next round."""
         self.members.check_finite(s, hidden)
         self.metrics.prompt_tokens.inc(len(s.prompt))
-        self.metrics.reused_tokens.inc(self.members.reused(s, hidden))
+        self.metrics.reused_tokens.inc(self.members.reused(s))
         if s.request.score_prompt:
             every, asked = self._gates.over_prompt(s, hidden, task)
             self.members.check_finite(s, every)

@@ -152,5 +152,5 @@ def _unread(sequence: Sequence, like: Float[Tensor, "t d"]) -> Hidden:
             and device.
     """
     how = sequence.combination
-    widths = [like.shape[1] if how.over_bytes else head.d for head in how.model.heads[1:]]
+    widths = [like.shape[1] if how.over_bytes else head.d for head in how.model.member_heads[1:]]
     return [like.new_zeros(len(like), width) for width in widths]

@@ -98,7 +98,8 @@ class Members:
             pause: called between the pieces of a long prompt, if members do not run in threads of their own.
 
         Returns:
-            for each sequence, the last hidden states of each of those members at the t tokens that it ran, (t, d_i).
+            for each sequence, the last hidden states of each of those members at the t tokens that it ran, (t, d_i);
+            without ``every``, perhaps at the newest alone.
         """
         if self._reproducible and len(sequences) > 1:
             return {s: self.catch_up([s], members=members, every=every, pause=pause)[s] for s in sequences}
@@ -136,11 +137,9 @@ class Members:
                 s.trails[i] = self._batches[member].leave(s, i, keep=keep)
 
     @staticmethod
-    def reused(s: Sequence, hidden: Hidden) -> int:
-        """Return how many tokens of a prompt no member ran, given what :meth:`catch_up` returned; over bytes none."""
-        if s.combination.over_bytes:
-            return 0
-        return max(0, min(len(s.read_by(i)) - len(states) for i, states in enumerate(hidden)))
+    def reused(s: Sequence) -> int:
+        """Return how many tokens of a prompt :meth:`catch_up` did not run by any of its members; over bytes none."""
+        return min(s.reused[: len(s.batched)])
 
     def check_finite(self, s: Sequence, hidden: Hidden) -> None:
         """Raise NonFiniteError with the names of the members at fault if any hidden state of a sequence is not finite.

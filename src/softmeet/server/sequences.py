@@ -294,10 +294,10 @@ class Sequence:
         trails: for each member, the tokens that it has run outside its batch, with their keys and values, a
             :class:`PartialCache`, empty while the sequence is in the member's batch; over bytes its :class:`Reading`,
             in the batch or not, and an empty PartialCache before the first.
+        reused: for each member, the prompt's tokens whose keys and values came from an earlier prompt.
         ahead: the last hidden states of all members but the first at the newest token, (1, d_i), if scoring the prompt
             has computed them already; else empty.
-        asked: under the gate ``unsure``, whether the other members run at the newest token, as a Deferral of one row;
-            else None.
+        asked: under the gate ``unsure`` a Deferral of one row: whether the other members run at the newest token.
         spent: the sequence's share of the seconds that running these other members took.
         cancelled: whether the sequence is to be ended before its next token.
         joined: whether it is a row of the running batches of the members in ``batched``.
@@ -320,6 +320,7 @@ class Sequence:
         self.tokens = list(prompt)
         self.members: list[Runner] = self.combination.members
         self.trails: list[Any] = [PartialCache() for _ in self.members]
+        self.reused = [0] * len(self.members)
         self.ahead: list[Float[Tensor, "1 _"]] = []
         self.asked: Deferral | None = None
         self.spent = 0.0

@@ -1,0 +1,349 @@
+"""Members whose heads cannot be read: averages of quantised, adapted and unknown ones equal averages by hand."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import serving
+import tiny
+import torch
+import transformers as tf
+from test_byte_members import at_once, exhaustive, step_by_step
+from test_engine import generated, prompt, sequence
+from torch import nn
+from typer.testing import CliRunner
+
+from softmeet import Ensemble
+from softmeet.cli.main import app as commands
+from softmeet.errors import UnsupportedHeadError
+from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
+from softmeet.hf.byte_modeling import assemble
+from softmeet.hf.vocabulary import choose_vocabulary
+from softmeet.members import names, quantized
+from softmeet.members.byte_member import ByteMember
+from softmeet.members.covers import Pruning
+from softmeet.members.heads import head_of
+from softmeet.members.huggingface import load_tokenizers, require_loadable
+from softmeet.members.identity import body_hash
+from softmeet.members.opaque import OpaqueHead
+from softmeet.members.spelling import spelling_of
+from softmeet.server.batcher import Batcher
+from softmeet.server.limits import Limits
+from softmeet.server.metrics import Metrics
+from softmeet.server.sequences import PromptScored
+
+WIDE = ("wide/llama", "wide/neox")
+# Of an adapter beside a shared weight, which is what is tested here.
+pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 6}
+
+
+def loaded(name, quantization=None, **config):
+    """A bundled member, loaded with a quantisation whose configuration may be changed."""
+    found = None if quantization is None else quantized.config_of(quantization)
+    for key, value in config.items():
+        setattr(found, key, value)
+    place = names.find(name)["pretrained_model_name_or_path"]
+    return tf.AutoModelForCausalLM.from_pretrained(place, quantization_config=found, dtype=torch.float32).eval()
+
+
+def head_name(model):
+    return next(name for name, layer in model.named_modules() if layer is model.get_output_embeddings())
+
+
+def with_int8_head(name):
+    from torchao.quantization import quantize_
+
+    model = loaded(name, "int8")
+    quantize_(model, quantized.config_of("int8").quant_type, lambda layer, where: where == head_name(model))
+    return model
+
+
+def with_lora(name):
+    from peft import LoraConfig, inject_adapter_in_model
+
+    torch.manual_seed(0)
+    model = loaded(name)
+    config = LoraConfig(target_modules=[head_name(model)], init_lora_weights=False, r=4)
+    return inject_adapter_in_model(config, model).eval()
+
+
+class Shifted(tf.LlamaForCausalLM):
+    """A model that does to its logits what no configuration says, and counts the most positions that it did it at."""
+
+    positions = 0
+
+    def forward(self, *args, logits_to_keep=0, **kwargs):
+        out = super().forward(*args, logits_to_keep=logits_to_keep, **kwargs)
+        self.positions = max(self.positions, out.logits.shape[1])
+        out.logits = out.logits + torch.linspace(-2, 2, out.logits.shape[-1])
+        return out
+
+
+def of_unknown_form(name):
+    if not name.endswith("llama"):
+        return loaded(name)
+    return Shifted.from_pretrained(names.find(name)["pretrained_model_name_or_path"], dtype=torch.float32)
+
+
+KINDS = {"int8": with_int8_head, "LoRA": with_lora, "unknown": of_unknown_form}
+every = pytest.mark.parametrize("kind", KINDS)
+
+
+def assembled(members, models, **settings):
+    config = EnsembleConfig(list(members), **{"rule": "logit-mean", **settings})
+    tokenizers = load_tokenizers(members)
+    model = assemble(config, models, choose_vocabulary(config, tokenizers), tokenizers)
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def by_hand(models, ids, count):
+    """The greedy continuation of one text by the average of the members' own log-probabilities."""
+    for _ in range(count):
+        own = torch.stack([model(input_ids=ids, use_cache=False).logits[:, -1].log_softmax(-1) for model in models])
+        ids = torch.cat([ids, own.mean(0).argmax(-1, keepdim=True)], -1)
+    return ids[0, -count:].tolist()
+
+
+def test_int8_really_quantises_and_leaves_a_head_that_is_read():
+    for name in WIDE:
+        model = quantized.ready(loaded(name, "int8"), name, "int8")
+        kinds = {type(layer.weight).__name__ for layer in model.modules() if isinstance(layer, nn.Linear)}
+        assert kinds == {"Int8Tensor", "Parameter"}
+        assert head_of(model).weight.data_ptr() == model.get_output_embeddings().weight.data_ptr()
+        assert 0 < (model(torch.arange(9)[None]).logits - loaded(name)(torch.arange(9)[None]).logits).abs().max() < 1
+
+
+@torch.inference_mode()
+def test_rules_that_read_heads_take_members_whose_heads_are_not_quantised():
+    models = [loaded(name, "int8") for name in WIDE]
+    ids = torch.arange(100, 109)[None]
+    meets = assembled(WIDE, models, rule="meet", trust=1.0)(input_ids=ids).logits
+    assert (meets - assembled(WIDE, models)(input_ids=ids).logits).abs().max() > 1e-3
+
+
+@every
+@torch.inference_mode()
+def test_over_tokens_averages_are_those_by_hand_alone_and_in_batches_with_a_cache_and_without(kind):
+    models = [KINDS[kind](name) for name in WIDE]
+    ours = assembled(WIDE, models)
+    assert isinstance(ours.member_heads[0], OpaqueHead)
+    texts = [prompt(k, length) for k, length in enumerate((3, 9, 5))]
+    own = [by_hand(models, torch.tensor([text]), 6) for text in texts]
+    for model in models:
+        model.positions = 0
+    for options in ({}, {"use_cache": False}):
+        ids = torch.tensor([[0] * (9 - len(text)) + list(text) for text in texts])
+        mask = torch.tensor([[0] * (9 - len(text)) + [1] * len(text) for text in texts])
+        found = ours.generate(ids, attention_mask=mask, **GREEDY, **options)
+        assert found[:, 9:].tolist() == own
+    assert models[0].positions == (kind == "unknown")  # logits at the last positions alone
+
+
+@every
+@torch.inference_mode()
+def test_the_gate_unsure_finds_others_behind(kind):
+    models = [KINDS[kind](name) for name in reversed(WIDE)]
+    ours = assembled(WIDE[::-1], models)
+    ids = torch.tensor([prompt(0, 7), prompt(1, 7)])
+    always, never = ours.generate(ids, gate="unsure:1", **GREEDY), ours.generate(ids, gate="unsure:0", **GREEDY)
+    assert torch.equal(always, ours.generate(ids, **GREEDY))
+    assert torch.equal(never, models[0].generate(ids, **GREEDY))
+
+
+@every
+def test_the_batcher_draws_what_generate_does_and_keeps_prompts(kind, monkeypatch):
+    monkeypatch.setattr("softmeet.server.batch._PIECE", 32)
+    ours = assembled(WIDE, [KINDS[kind](name) for name in WIDE])
+    ours.members[0].positions = 0
+    running = Batcher(dict.fromkeys(ours.members, "it"), Limits(), Metrics())
+    running.start()
+    try:
+        asked = [sequence(ours, prompt(k, length), max_tokens=6) for k, length in enumerate((3, 20, 5, 100))]
+        running.submit([one for one, _ in asked])
+        found = [listener.tokens() for _, listener in asked]
+        positions = ours.members[0].positions
+        asked.append(sequence(ours, (*prompt(3, 100), 7), max_tokens=3))
+        running.submit([asked[-1][0]])
+        found.append(asked[-1][1].tokens())
+        scored, listener = sequence(ours, prompt(5, 20), max_tokens=1, top=1, score_prompt=True)
+        running.submit([scored])
+        events = listener.all()
+    finally:
+        running.close(0)
+        running.join()
+    assert found == [generated(ours, one.prompt, max_tokens=one.max_tokens) for one, _ in asked]
+    assert running.metrics.registry.get_sample_value("softmeet_reused_tokens_total") == 100
+    assert positions == (kind == "unknown")  # of prompts, logits at each one's newest token alone
+    with torch.inference_mode():
+        own = (
+            ours(input_ids=torch.tensor([scored.prompt])).logits[0].gather(1, torch.tensor(scored.prompt[1:])[:, None])
+        )
+    said = next(event for event in events if isinstance(event, PromptScored))
+    assert [token.log_prob for token in said.tokens] == pytest.approx(own[:, 0].tolist(), abs=1e-4)
+
+
+@every
+@pytest.mark.parametrize("name", ["mixed/gpt2", "mixed/llama"])
+def test_over_bytes_a_text_has_the_sum_over_all_of_its_tokenizations(kind, name):
+    member = ByteMember(KINDS[kind](name), spelling_of(name, load_tokenizers([name])[0]), Pruning(0.0, None))
+    assert isinstance(member.head, OpaqueHead) is (kind != "unknown" or name == "mixed/llama")
+    for text in (b" the", b"th\n"):
+        expected = exhaustive(member, text)
+        assert step_by_step(member, text) == pytest.approx(expected, abs=1e-3)
+        assert at_once(member, text) == pytest.approx(expected, abs=1e-3)
+
+
+@every
+@torch.inference_mode()
+def test_over_bytes_prompts_are_continued_by_the_average_alone_and_together(kind):
+    both = ("mixed/gpt2", "mixed/llama")
+    models = [KINDS[kind](name) for name in both]
+    ours = assembled(both, models)
+    readers, text = ours.readers, b"In the beginning God created the heaven and the earth. And the"
+    texts = [list(text), list(text[9:])]
+    own = []
+    for one in texts:
+        readings, drawn = [reader.begin(bytes(one)) for reader in readers], []
+        for _ in range(6):
+            mean = torch.stack([r.log_probs([x])[0] for r, x in zip(readers, readings, strict=True)]).mean(0)
+            drawn.append(mean[:256].argmax().item())
+            readings = [r.advance([x], drawn[-1:])[0] for r, x in zip(readers, readings, strict=True)]
+        own.append(drawn)
+    models[1].positions = 0
+    for some in ([0], [1], [0, 1]):
+        ids = torch.tensor([[0] * (len(text) - len(texts[k])) + texts[k] for k in some])
+        mask = torch.tensor([[0] * (len(text) - len(texts[k])) + [1] * len(texts[k]) for k in some])
+        found = ours.generate(ids, attention_mask=mask, **{**GREEDY, "pad_token_id": 256})
+        assert found[:, len(text) :].tolist() == [own[k] for k in some]
+    if kind == "unknown":  # of the prompt, at the tokens in its last 64 bytes or so alone
+        assert 0 < models[1].positions < 30
+
+
+@every
+def test_rules_and_settings_that_read_heads_refuse_them_by_name(kind):
+    models = [loaded("wide/neox"), KINDS[kind]("wide/llama")]
+    why = {"int8": "is quantised .Int8Tensor.", "LoRA": "has an adapter .peft", "unknown": "is unknown .Shifted"}[kind]
+    with pytest.raises(UnsupportedHeadError, match=f"the rule meet reads heads .* wide/llama {why}.*choose logit-mean"):
+        assembled(("wide/neox", "wide/llama"), models, rule="meet")
+    ours = assembled(("wide/neox", "wide/llama"), models)
+    for setting, value in {"bands": 2, "rank": 3, "free_radial": True}.items():
+        with pytest.raises(UnsupportedHeadError, match=f"the setting {setting} reads heads .* wide/llama {why}"):
+            ours.generate(torch.tensor([[5, 6]]), settings=ours.settings.changed(**{setting: value}), **GREEDY)
+    with pytest.raises(UnsupportedHeadError, match="the rule max-entropy reads heads"):
+        ours.combiner.solve_rows([torch.zeros(1, w) for w in ours.widths], ours.settings.changed(rule="max-entropy"))
+
+
+@pytest.fixture
+def quantised_folder(tmp_path):
+    """(a plain tiny member; one whose configuration says that its head is quantised)."""
+    plain = tiny.save(tmp_path / "plain", "llama")
+    config = quantized.config_of("int8")
+    config.modules_to_not_convert = []
+    model = tf.AutoModelForCausalLM.from_pretrained(plain, quantization_config=config)
+    model.save_pretrained(tmp_path / "int8")
+    tiny.tokenizer().save_pretrained(tmp_path / "int8")
+    return plain, tmp_path / "int8"
+
+
+def test_a_checkpoint_whose_head_is_quantised_is_refused_before_weights_are_loaded(quantised_folder, monkeypatch):
+    assert require_loadable(quantised_folder) == {str(quantised_folder[1]): "torchao"}
+    seen = []
+    with pytest.raises(UnsupportedHeadError, match=r"the rule meet reads heads .*int8 is quantised \(torchao\)"):
+        Ensemble.from_pretrained(quantised_folder, "meet", on_progress=seen.append)
+    saved = quantised_folder[0].parent / "saved"
+    Ensemble.from_pretrained(quantised_folder, "logit-mean").save_pretrained(saved)
+    with pytest.raises(UnsupportedHeadError, match="the rule meet reads heads"):
+        EnsembleForCausalLM.from_pretrained(saved, rule="meet")
+    assert not seen
+    # What the configuration does not tell is found when the member is loaded, before the next one is.
+    monkeypatch.setattr("softmeet.members.quantized.method_of_head", lambda config: None)
+    with pytest.raises(UnsupportedHeadError, match=r"is quantised \(Int8Tensor\)"):
+        Ensemble.from_pretrained(quantised_folder[::-1], "meet", on_progress=seen.append)
+    assert seen == [str(quantised_folder[1])]
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_without_a_rule_the_average_is_taken_and_said(told, quantised_folder, monkeypatch, caplog):
+    if not told:
+        monkeypatch.setattr("softmeet.members.quantized.method_of_head", lambda config: None)
+    ensemble = Ensemble.from_pretrained(quantised_folder)
+    assert ensemble.model.config.rule == "logit-mean"
+    assert "combined by logit-mean, as the head (output layer) of" in caplog.text
+    assert isinstance(ensemble.model.member_heads[1], OpaqueHead)
+
+
+@pytest.mark.parametrize(
+    ("given", "method"),
+    [
+        ({"quant_method": "gptq", "lm_head": True}, "gptq"),
+        ({"quant_method": "gptq", "lm_head": False}, None),
+        ({"quant_method": "bitsandbytes", "llm_int8_skip_modules": None}, None),
+        ({"quant_method": "bitsandbytes", "llm_int8_skip_modules": ["lm_head"]}, None),
+        ({"quant_method": "bitsandbytes", "llm_int8_skip_modules": ["model.norm"]}, "bitsandbytes"),
+        ({"quant_method": "torchao", "modules_to_not_convert": []}, "torchao"),
+        ({"quant_method": "awq", "modules_to_not_convert": []}, None),
+        (None, None),
+    ],
+)
+def test_what_a_configuration_tells_of_its_head(given, method):
+    config = tf.LlamaConfig(tie_word_embeddings=False)
+    if given is not None:
+        config.quantization_config = given
+    assert quantized.method_of_head(config) == method
+
+
+def test_check_says_what_it_can(quantised_folder):
+    def cli(*arguments):
+        return CliRunner().invoke(commands, list(arguments), catch_exceptions=False)
+
+    found = cli("check", "--json", *tiny.each("-m", quantised_folder))
+    facts = json.loads(found.stdout)
+    plain, other = facts["members"]
+    assert (plain["unread"], other["unread"]) == (None, "is quantised (Int8Tensor)")
+    assert (plain["rank"], other["rank"], facts["rank"], facts["pairs"]) == (32, None, None, [])
+    assert other["megabytes"] < plain["megabytes"]
+    assert facts["advice"].startswith("Combine them by logit-mean or prob-mean: other rules read heads")
+    saved = quantised_folder[0].parent / "saved"
+    Ensemble.from_pretrained(quantised_folder, "logit-mean").save_pretrained(saved)
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | {"rule": "meet"}))
+    assert "unread" in cli("check", str(saved)).stdout
+
+
+@every
+def test_a_request_for_a_rule_that_reads_heads_gets_400_with_the_same_sentence(kind):
+    models = [KINDS[kind]("wide/llama"), loaded("wide/neox")]
+    model = assembled(WIDE, models)
+    with serving.running(serving.serving_of({"two": Ensemble(model, model.tokenizer)})) as url:
+        asked = {"model": "two", "prompt": "the", "max_tokens": 3, "temperature": 0}
+        assert serving.http.post(f"{url}/v1/completions", json=asked).status_code == 200
+        refused = serving.http.post(f"{url}/v1/completions", json={**asked, "softmeet": {"rule": "meet"}})
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "softmeet.rule"
+        with pytest.raises(UnsupportedHeadError) as said:
+            model.require(model.settings.changed(rule="meet"))
+        assert refused.json()["error"]["message"] == str(said.value)
+
+
+@every
+def test_copies_and_other_processes_have_the_same_head(kind):
+    from softmeet.scaling.packing import pack, parts, unpack
+
+    model = assembled(WIDE, [KINDS[kind](name) for name in WIDE])
+    ids = torch.arange(5, 12)[None]
+    with torch.inference_mode():
+        own = model(input_ids=ids).logits
+        assert torch.equal(copy.deepcopy(model)(input_ids=ids).logits, own)
+        assert torch.equal(unpack(pack(model)[0])(input_ids=ids).logits, own)
+    assert parts(None) == []
+
+
+def test_hashes_tell_members_apart_by_what_quantised_weights_hold():
+    one, two = loaded("wide/llama", "int8"), loaded("wide/llama", "int8")
+    assert body_hash(one) == body_hash(two) != body_hash(loaded("wide/llama"))
+    next(p for p in two.parameters() if hasattr(p, "__tensor_flatten__")).qdata[0, 0] += 1
+    assert body_hash(one) != body_hash(two)
