@@ -233,6 +233,9 @@ class Combiner:
         found: list[Any] = [None] * len(self.heads)
         for group in self._groups:
             head = self.heads[group[0]]
+            if len(group) == 1:
+                found[group[0]] = head.logits(hidden[group[0]].to(head.device))
+                continue
             logits = head.logits(torch.cat([hidden[i].to(head.device) for i in group]))
             for i, own in zip(group, logits.split([len(hidden[i]) for i in group]), strict=True):
                 found[i] = own
@@ -243,8 +246,9 @@ class Combiner:
         """The numbers of the members that have one head, for each head."""
         groups: dict[Any, list[int]] = {}
         for i, head in enumerate(self.heads):
-            read = isinstance(head, SoftmaxHead)
-            key = (id(head.weight), id(head.bias), head.scale, head.soft_cap) if read else id(head)
+            key: Any = id(head)
+            if isinstance(head, SoftmaxHead):
+                key = id(head.weight), id(head.bias), head.scale, head.soft_cap
             groups.setdefault(key, []).append(i)
         return list(groups.values())
 
@@ -310,7 +314,7 @@ class Combiner:
         if settings.free_radial:
             self._refuse_unknown_norms(settings)
         capped = None if logits is None or not self.capped else logits
-        average = hidden is not None and self.average(settings) is not None
+        average = hidden is not None and self.one_head and self.average(settings) is not None
         hidden = [own.to(log_p.device) for own in hidden or ()] if average or settings.free_radial else None
         bands = settings.bands
         if bands > 1:
@@ -338,8 +342,7 @@ class Combiner:
 
     def average(self, settings: Settings) -> tuple[float, ...] | None:
         """Return the members' weights in the logit mean that the rule is here, as their heads are one; None if not."""
-        weights = settings.rule.one_head_weights(settings)
-        return weights if weights and self.one_head else None
+        return settings.rule.one_head_weights(settings) or None if self.one_head else None
 
     @cached_property
     def one_head(self) -> bool:

@@ -193,6 +193,16 @@ class ContextRows(RowsLayer):
         ]
 
 
+def units(groups: Sequence[Sequence[int]], n: int) -> list[list[int]]:
+    """Return groups of members' numbers, then each other of n members as a list of its own.
+
+    >>> units([[1, 2]], 4)
+    [[1, 2], [0], [3]]
+    """
+    together = {i for group in groups for i in group}
+    return [*map(list, groups), *([i] for i in range(n) if i not in together)]
+
+
 class Contexts:
     """What each member of an ensemble reads before a text, and which members are one model.
 
@@ -224,6 +234,7 @@ class Contexts:
         for i, model in enumerate(models):
             groups.setdefault(id(model), []).append(i)
         self.groups = list(groups.values())
+        self._prefixed = [group for group in self.groups if any(self.prefixes[i] for i in group)]
         for name, model, own in zip(names, models, self.prefixes, strict=True):
             known = range(model.get_input_embeddings().weight.shape[0] if own else 0)
             if wrong := [token for token in own if isinstance(token, bool | str) or token not in known]:
@@ -267,7 +278,7 @@ class Contexts:
         Args:
             own_prompts: whether members have prompts of their own in this call.
         """
-        return [group for group in self.groups if own_prompts or any(self.prefixes[i] for i in group)]
+        return self.groups if own_prompts else self._prefixed
 
     def forget(self) -> None:
         """Forget the keys and values of prefixes, as after the weights have moved or changed."""
