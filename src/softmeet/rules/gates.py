@@ -128,7 +128,7 @@ class Unsure(Gate):
             slopes=problem.slopes[:1],
             settings=problem.settings.model_copy(update={"weights": (1.0,), "trust": problem.trust[:1]}),
             free=problem.free[:1],
-            states=(),
+            states=problem.states[:1],
         )
         # Rules that read heads would answer with this one member's own distribution.
         own = closed_form(alone, alone.log_pool) if rule.reads_heads else answered(rule, alone)
