@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,7 +46,7 @@ def measure(line: str, tokens: int, prompt: int, repeats: int) -> dict[str, floa
             model.generate(given, min_new_tokens=new, max_new_tokens=new, **options)
 
         # What the prompt takes is in both, so that the difference is of tokens alone.
-        long, short = (median(seconds(lambda new=new: run(new), repeats)) for new in (tokens + 1, 1))
+        long, short = (median(seconds(partial(run, new), repeats)) for new in (tokens + 1, 1))
         found[f"tokens/s, batch {batch}"] = batch * tokens / (long - short)
     return found | {"held, MB": resident("VmRSS") - before}
 
@@ -56,9 +57,10 @@ def row_of(member: str, way: str, options: list[str]) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     row: dict[str, Any] = {"member": "/".join(Path(member).parts[-2:]), "as": way.partition("=")[2]}
     if done.returncode:
-        print(f"{member} as {row['as']}: {done.stderr.strip().splitlines()[-1]}")
+        print(f"{row['member']} as {row['as']}: {done.stderr[done.stderr.rfind('softmeet.errors') :]}")
         return row | {"weights, MB": "refused"}
-    return row | json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return row | found
 
 
 def main(

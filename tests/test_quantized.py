@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from softmeet import Ensemble
 from softmeet.cli.main import app as commands
 from softmeet.errors import UnsupportedHeadError
+from softmeet.evaluation.premise import premise_scores
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
 from softmeet.hf.byte_modeling import assemble
 from softmeet.hf.vocabulary import choose_vocabulary
@@ -233,6 +234,8 @@ def test_rules_and_settings_that_read_heads_refuse_them_by_name(kind):
     for setting, value in {"bands": 2, "rank": 3, "free_radial": True}.items():
         with pytest.raises(UnsupportedHeadError, match=f"the setting {setting} reads heads .* wide/llama {why}"):
             ours.generate(torch.tensor([[5, 6]]), settings=ours.settings.changed(**{setting: value}), **GREEDY)
+    with pytest.raises(UnsupportedHeadError, match=f"the rule meet reads heads .* wide/llama {why}"):
+        premise_scores(Ensemble(ours, ours.tokenizer), "In the beginning God created")
     with pytest.raises(UnsupportedHeadError, match="the rule max-entropy reads heads"):
         ours.combiner.solve_rows([torch.zeros(1, w) for w in ours.widths], ours.settings.changed(rule="max-entropy"))
 

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 import transformers as tf
+from peft import LoraConfig, get_peft_model
 from test_engine import prompt
 from test_quantized import GREEDY, WIDE, by_hand, quantised_folder
 from torch import nn
@@ -81,3 +82,23 @@ def test_a_plan_counts_what_a_checkpoint_says_of_itself_and_what_is_dequantised(
     (model,) = load_members([file])
     dense = sum(parameter.nbytes for parameter in model.parameters())
     assert sum(part.bytes for part in parts if part.what in ("body", "head")) == dense
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["int8", "bnb-int8", "bnb-nf4"])
+@torch.inference_mode()
+def test_members_of_one_quantised_base_share_its_weights_and_run_independently(kind, tmp_path):
+    torch.manual_seed(0)
+    config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(load_members(["wide/llama"])[0], config).save_pretrained(tmp_path)
+    base, ids = f"wide/llama+quantization={kind}", torch.tensor([prompt(4, 9)])
+    lines = [f"{base}+adapter={tmp_path}", base]
+    alone = [load_members([line])[0](input_ids=ids).logits for line in lines]
+    assert (alone[0] - alone[1]).abs().max() > 0.1
+    adapted, plain = load_members(lines)
+    assert torch.equal(adapted(input_ids=ids).logits, alone[0])
+    assert torch.equal(plain(input_ids=ids).logits, alone[1])
+    layers = [model.model.layers[0].self_attn.q_proj for model in (adapted, plain)]
+    own, base_own = (getattr(layer, "base_layer", layer) for layer in layers)
+    assert own.weight is base_own.weight
+    assert all(part is quantized.beside(base_own)[name] for name, part in quantized.beside(own).items())

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from softmeet.errors import CheckpointError, InvalidInputError
 from softmeet.extras import install_line
 from softmeet.members.names import find_adapter
+from softmeet.members.quantized import beside
 
 # The two matrices of a low-rank adapter, whose sizes are those of the layer that they change.
 _INPUT, _OUTPUT = ".lora_A.weight", ".lora_B.weight"
@@ -112,6 +113,6 @@ def adapted(model: PreTrainedModel, name: str) -> PreTrainedModel:
 
 
 def view(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy of a model's modules that has the model's own parameters and buffers, not copies of them."""
-    tensors = [*model.parameters(), *model.buffers()]
+    """Return a copy of a model's modules that has the model's own tensors, not copies of them."""
+    tensors = [*model.parameters(), *model.buffers(), *(one for m in model.modules() for one in beside(m).values())]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

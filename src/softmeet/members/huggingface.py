@@ -352,8 +352,7 @@ def _load(
         raise CheckpointError(
             f"cannot load {name}: {len(absent)} weights are missing or misshapen (first: {absent[0]}): fetch it again"
         )
-    if base.quantization is not None:
-        quantized.ready(model, name, base.quantization)
+    quantized.ready(model, name, base.quantization)
     whole = None if isinstance(device, dict) or placement else _one(device)
     with refused.named_in_errors(name, where):
         return (model if whole is None else model.to(whole)).eval()

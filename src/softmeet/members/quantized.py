@@ -75,20 +75,22 @@ def config_of(name: str) -> Any:
     return transformers.TorchAoConfig((Int4WeightOnlyConfig if name == "int4" else Int8WeightOnlyConfig)(**kept))
 
 
-def ready(model: PreTrainedModel, name: str, quantization: str) -> PreTrainedModel:
-    """Return a model that was just loaded with a quantisation, once some of its layers are known to be quantised.
+def ready(model: PreTrainedModel, name: str, quantization: str | None) -> PreTrainedModel:
+    """Return a model that was just loaded, perhaps with a quantisation, ready to be run and to share its weights.
 
-    Layers whose shapes bitsandbytes' kernel of four bits for CPUs does not take are set to run without it.
+    Layers whose shapes bitsandbytes' kernel of four bits for CPUs does not take are set to run without it. Those of
+    eight bits take from their weight what they would take when they run first: then none of several that share it is
+    left without.
 
     Args:
         model: the model.
         name: its name, for the message.
-        quantization: the name of the quantisation.
+        quantization: the name of the quantisation that was asked for; None for none.
 
     Raises:
         InvalidInputError: if no layer was quantised: torchao knows linear layers alone, and GPT-2's are convolutions.
     """
-    if all(_is_plain(parameter) for parameter in model.parameters()):
+    if quantization is not None and all(_is_plain(parameter) for parameter in model.parameters()):
         other = "bnb-int8" if QUANTIZATIONS[quantization] == "torchao" else "another member"
         raise InvalidInputError(
             f"quantization={quantization} finds no linear layer in {name} ({type(model).__name__}) beside its head, "
@@ -99,6 +101,8 @@ def ready(model: PreTrainedModel, name: str, quantization: str) -> PreTrainedMod
             layer.in_features % _BLOCKS["bitsandbytes"] or layer.out_features % _ROWS
         ):
             layer.support_avx512bf16_for_cpu = False
+        if hasattr(layer, "init_8bit_state") and getattr(layer.weight, "CB", None) is not None:
+            layer.init_8bit_state()
     return model
 
 
@@ -139,11 +143,16 @@ def stored(model: nn.Module) -> Iterator[Tensor]:
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 yield from parts_of(parameter)
-                # Where bitsandbytes keeps the scales: of 8 bits in the layer, once it has run, of 4 in the weight.
-                state, packed = getattr(layer, "state", None), getattr(parameter, "quant_state", None)
-                for holder, name in ((parameter, "SCB"), (state, "SCB"), (packed, "absmax")):
-                    if isinstance(scales := getattr(holder, name, None), Tensor):
-                        yield scales
+                if hasattr(parameter, "quant_state"):  # bitsandbytes' scales of 4 bits
+                    yield parameter.quant_state.absmax
+        yield from (part for name, part in beside(layer).items() if name == "SCB")
+
+
+def beside(layer: nn.Module) -> dict[str, Tensor]:
+    """Return what a layer of bitsandbytes of 8 bits holds beside parameters: the weight, CB, and its scales, SCB."""
+    state = getattr(layer, "state", None)
+    found = {name: getattr(state, name, None) for name in ("CB", "SCB")}
+    return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
 
 
 def quantizer_of(model: PreTrainedModel, quantization: Any) -> Any:
