@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import warnings
 
+import gguf_files
 import pytest
 import tiny
 import torch
+from byte_tokenizers import byte_level
 from fastapi.testclient import TestClient
 from peft import LoraConfig, PeftModel, get_peft_model
 from serving import serving_of
-from transformers import AutoModelForCausalLM
+from torchao.quantization import Int8WeightOnlyConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
 from softmeet import Ensemble, Member
 from softmeet.evaluation.documents import Document
@@ -50,7 +53,26 @@ def made(tmp_path_factory):
     for seed, name in enumerate(("lora a", "lora+b")):
         lora(folder / name, folder / "base", seed)
     (folder / "tale.txt").write_text(PROMPT)
+    (folder / "files").mkdir()
+    words = byte_level()
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(**{**tiny.SMALL, "vocab_size": len(words)})).eval()
+        model.lm_head.weight.data.mul_(4)
+        gguf_files.write(folder / "files" / f"{name}.gguf", model, words)
     return folder
+
+
+def dequantised(made, file):
+    """A model of a GGUF file, as transformers reads it."""
+    return AutoModelForCausalLM.from_pretrained(made / "files", gguf_file=file, dtype=torch.float64).eval()
+
+
+def quantised(made):
+    """The base with linear layers in eight bits, as transformers and torchao make it."""
+    return AutoModelForCausalLM.from_pretrained(
+        made / "base", dtype=torch.float32, quantization_config=TorchAoConfig(Int8WeightOnlyConfig())
+    ).eval()
 
 
 def plain(made, name="base", adapter=None):
@@ -98,7 +120,21 @@ KINDS = {
         (Member(str(f / "base"), dtype="bfloat16"), plain(f).bfloat16(), str),
         (Member(str(f / "other"), dtype="float64"), plain(f, "other"), str),
     ],
+    "quantised": lambda f: [
+        (Member(str(f / "base"), dtype="float32", quantization="int8"), quantised(f), str),
+        (
+            Member(str(f / "base"), dtype="float32", quantization="int8", prompt=PROMPT), quantised(f),
+            lambda text: PROMPT + text,
+        ),
+        (Member(str(f / "other")), plain(f, "other"), str),
+    ],
+    "gguf": lambda f: [
+        (Member(str(f / "files"), file="a.gguf"), dequantised(f, "a.gguf"), str),
+        (Member(str(f / "files" / "b.gguf"), prompt=PROMPT), dequantised(f, "b.gguf"), lambda text: PROMPT + text),
+    ],
 }  # fmt: skip
+# Of members that compute in less than double precision.
+ROUNDED = ("dtype", "quantised")
 
 
 class Kind:
@@ -158,7 +194,7 @@ def batches(kind):
 def predicts(kind):
     solution = kind.ensemble.next_token(TEXTS[0]).solution
     by_hand = kind.next_log_probs(TEXTS[0]).mean(0).log_softmax(-1)
-    tol = 0.05 if kind.name == "dtype" else 1e-6
+    tol = 0.05 if kind.name in ROUNDED else 1e-6
     torch.testing.assert_close(solution.log_probs[0].double(), by_hand, atol=tol, rtol=0)
 
 
@@ -204,7 +240,7 @@ def evaluates(kind):
             for k in range(1, len(ids)):
                 before = kind.tokenizer.decode(ids[:k])
                 losses.append(-kind.next_log_probs(before)[i, ids[k]].item())
-        tol = 0.02 if kind.name == "dtype" else 1e-6
+        tol = 0.02 if kind.name in ROUNDED else 1e-6
         assert math.isclose(found.members[name].mean, sum(losses) / len(losses), rel_tol=tol)
 
 
