@@ -98,7 +98,7 @@ def test_check_in_json_and_on_the_terminal(members, tmp_path):  # noqa: F811
     assert "median principal cosine" in shown.stdout
     same = run("check", "-m", members[1], "-m", members[1])
     assert "one column space" in same.stdout
-    assert "meet can only be averaging" in same.stdout
+    assert "meet is logit-mean with weights 0.5, 0.5 here" in same.stdout
 
 
 def test_a_configuration_file_gives_any_flag(members, tmp_path):  # noqa: F811

@@ -43,7 +43,7 @@ def broken(member, row, value):
         ),
         ({"pool": "sum"}, InvalidInputError, "pool to be 'logit-mean' or 'prob-mean', got 'sum'"),
         ({"weights": [0.5]}, InvalidInputError, "one weight per member, 2 in all, got 1"),
-        ({"weights": [1.5, -0.5]}, InvalidInputError, r"none negative, got \[1.5, -0.5\]"),
+        ({"weights": [1.5, -0.5]}, InvalidInputError, r"the rule meet takes no weight below 0, got \[1.5, -0.5\]"),
         ({"weights": [0.0, 0.0]}, InvalidInputError, "a positive weight"),
         ({"weights": [0.5, math.nan]}, InvalidInputError, "finite weights"),
         ({"weights": [0.5, 0.6]}, InvalidInputError, "sum to 1.*free_weights=True"),

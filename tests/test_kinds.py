@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import warnings
 
+import gguf_files
 import pytest
 import tiny
 import torch
+from byte_tokenizers import byte_level
 from fastapi.testclient import TestClient
 from peft import LoraConfig, PeftModel, get_peft_model
 from serving import serving_of
-from transformers import AutoModelForCausalLM
+from torchao.quantization import Int8WeightOnlyConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
 from softmeet import Ensemble, Member
 from softmeet.evaluation.documents import Document
@@ -50,7 +53,26 @@ def made(tmp_path_factory):
     for seed, name in enumerate(("lora a", "lora+b")):
         lora(folder / name, folder / "base", seed)
     (folder / "tale.txt").write_text(PROMPT)
+    (folder / "files").mkdir()
+    words = byte_level()
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(**{**tiny.SMALL, "vocab_size": len(words)})).eval()
+        model.lm_head.weight.data.mul_(4)
+        gguf_files.write(folder / "files" / f"{name}.gguf", model, words)
     return folder
+
+
+def dequantised(made, file):
+    """A model of a GGUF file, as transformers reads it."""
+    return AutoModelForCausalLM.from_pretrained(made / "files", gguf_file=file, dtype=torch.float64).eval()
+
+
+def quantised(made):
+    """The base with linear layers in eight bits, as transformers and torchao make it."""
+    return AutoModelForCausalLM.from_pretrained(
+        made / "base", dtype=torch.float32, quantization_config=TorchAoConfig(Int8WeightOnlyConfig())
+    ).eval()
 
 
 def plain(made, name="base", adapter=None):
@@ -98,7 +120,21 @@ KINDS = {
         (Member(str(f / "base"), dtype="bfloat16"), plain(f).bfloat16(), str),
         (Member(str(f / "other"), dtype="float64"), plain(f, "other"), str),
     ],
+    "quantised": lambda f: [
+        (Member(str(f / "base"), dtype="float32", quantization="int8"), quantised(f), str),
+        (
+            Member(str(f / "base"), dtype="float32", quantization="int8", prompt=PROMPT), quantised(f),
+            lambda text: PROMPT + text,
+        ),
+        (Member(str(f / "other")), plain(f, "other"), str),
+    ],
+    "gguf": lambda f: [
+        (Member(str(f / "files"), file="a.gguf"), dequantised(f, "a.gguf"), str),
+        (Member(str(f / "files" / "b.gguf"), prompt=PROMPT), dequantised(f, "b.gguf"), lambda text: PROMPT + text),
+    ],
 }  # fmt: skip
+# Of members that compute in less than double precision.
+ROUNDED = ("dtype", "quantised")
 
 
 class Kind:
@@ -158,7 +194,7 @@ def batches(kind):
 def predicts(kind):
     solution = kind.ensemble.next_token(TEXTS[0]).solution
     by_hand = kind.next_log_probs(TEXTS[0]).mean(0).log_softmax(-1)
-    tol = 0.05 if kind.name == "dtype" else 1e-6
+    tol = 0.05 if kind.name in ROUNDED else 1e-6
     torch.testing.assert_close(solution.log_probs[0].double(), by_hand, atol=tol, rtol=0)
 
 
@@ -204,7 +240,7 @@ def evaluates(kind):
             for k in range(1, len(ids)):
                 before = kind.tokenizer.decode(ids[:k])
                 losses.append(-kind.next_log_probs(before)[i, ids[k]].item())
-        tol = 0.02 if kind.name == "dtype" else 1e-6
+        tol = 0.02 if kind.name in ROUNDED else 1e-6
         assert math.isclose(found.members[name].mean, sum(losses) / len(losses), rel_tol=tol)
 
 
@@ -235,3 +271,81 @@ USES = (
 @pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)
 def test_every_kind_in_every_use(kind, use):
     use(kind)
+
+
+@pytest.fixture(scope="module")
+def over_bytes():
+    """A model alone, behind a prompt, and within a template; and each one's reader over bytes."""
+    return ["mixed/gpt2", "mixed/llama+prompt=In the beginning ", "mixed/llama+prompt=Hear: {prompt} And he said"]
+
+
+def test_prompts_over_bytes(over_bytes):
+    """A prompt is the prefix of its member; with a template all members begin after their own readings of the text."""
+    ensemble = Ensemble.from_pretrained(over_bytes[:2], "logit-mean")
+    prompt = ensemble.model.chat.tokenizers[1]("In the beginning ")["input_ids"]
+    plain = Ensemble.from_pretrained(["mixed/gpt2", "mixed/llama"], "logit-mean", prefixes=[None, prompt])
+    options = {"max_new_tokens": 12, "do_sample": False}
+    assert ensemble.generate("the king", **options) == plain.generate("the king", **options)
+    assert ensemble.model.members[1] is not ensemble.model.members[0]
+    both = Ensemble.from_pretrained([over_bytes[0], over_bytes[2]], "logit-mean")
+    tokenizers = both.model.chat.tokenizers
+    own = [tokenizers[0]("the king")["input_ids"], tokenizers[1]("Hear: the king And he said")["input_ids"]]
+    wanted = plain.model.generate(
+        torch.tensor([[256]]), prefixes=[own], max_new_tokens=12, do_sample=False, pad_token_id=256
+    )
+    text = both.generate("the king", **options)
+    assert text == plain.tokenizer.decode(wanted[0, 1:], skip_special_tokens=True)
+    with TestClient(create_app(serving_of({"it": both, "two": ensemble})), base_url="http://localhost") as client:
+        for name, known in (("it", both), ("two", ensemble)):
+            body = {"model": name, "prompt": "the king", "max_tokens": 12, "temperature": 0}
+            answer = client.post("/v1/completions", json=body).json()
+            assert answer["choices"][0]["text"] == known.generate("the king", **options)
+
+
+def test_members_of_one_model_over_bytes_share_it(over_bytes):
+    ensemble = Ensemble.from_pretrained(["mixed/llama", over_bytes[1]], "prob-mean", vocabulary="bytes")
+    assert ensemble.model.members[0] is ensemble.model.members[1]
+    assert isinstance(ensemble.generate("the king", max_new_tokens=4, seed=1), str)
+
+
+def test_conversations_by_own_prompts(made):
+    """A prompt is the system's words; a template goes around the user's last ones."""
+    template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}!{% endfor %}a:"
+    members = [Member(str(made / "base")), Member(str(made / "base"), prompt="so"),
+               Member(str(made / "base"), prompt="he asks {prompt}")]  # fmt: skip
+    ensemble = Ensemble.from_pretrained(members, "logit-mean", dtype="float64")
+    for tokenizer in ensemble.model.chat.tokenizers:
+        tokenizer.chat_template = template
+    text = ensemble.generate([{"role": "user", "content": "why"}], max_new_tokens=NEW, do_sample=False)
+    drawn, model = [], plain(made)
+    read = [ensemble.tokenizer(one)["input_ids"] for one in ("u:why!a:", "s:so!u:why!a:", "u:he asks why!a:")]
+    for _ in range(NEW):
+        with torch.no_grad():
+            each = [model(torch.tensor([[*ids, *drawn]])).logits[0, -1].log_softmax(-1) for ids in read]
+        drawn.append(int(torch.stack(each).mean(0).argmax()))
+        if drawn[-1] == 0:
+            break
+    assert text == ensemble.tokenizer.decode(drawn, skip_special_tokens=True)
+
+
+def test_templates_that_differ_over_tokens(made, tmp_path):
+    """Members of two chat templates are each told the conversation in its own."""
+    for name, template in (("one", "{{ messages[0].content }} a:"), ("two", "so {{ messages[0].content }} b:")):
+        tiny.save(tmp_path / name, "llama", seed=0)
+        tokenizer = tiny.tokenizer()
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(tmp_path / name)
+    ensemble = Ensemble.from_pretrained([tmp_path / "one", tmp_path / "two"], "logit-mean", dtype="float64")
+    asked = [{"role": "user", "content": "why"}]
+    predicted = ensemble.next_token(asked).solution.log_probs[0]
+    with torch.no_grad():
+        each = [
+            plain(made)(torch.tensor([ensemble.tokenizer(text)["input_ids"]])).logits[0, -1].log_softmax(-1)
+            for text in ("why a:", "so why b:")
+        ]
+    torch.testing.assert_close(predicted.double(), torch.stack(each).mean(0).log_softmax(-1), atol=1e-6, rtol=0)
+    with TestClient(create_app(serving_of({"it": ensemble})), base_url="http://localhost") as client:
+        body = {"messages": asked, "max_tokens": NEW, "temperature": 0}
+        answer = client.post("/v1/chat/completions", json=body).json()
+    wanted = ensemble.generate(asked, max_new_tokens=NEW, do_sample=False)
+    assert answer["choices"][0]["message"]["content"] == wanted

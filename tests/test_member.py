@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from softmeet import Ensemble, Member
 from softmeet.cli.main import app
 from softmeet.errors import CheckpointError, InvalidInputError, SoftmeetError
+from softmeet.hf.plan import plan
 from softmeet.members import adapters
 from softmeet.members import huggingface as loading
 from softmeet.members.member import short, titles
@@ -128,6 +129,16 @@ def test_members_of_one_base_are_loaded_once(made, monkeypatch):
     assert sum(p.numel() for p in ensemble.model.parameters()) < 1.1 * sum(p.numel() for p in one.parameters())
     assert shown == [base, f"{base}+adapter={made / 'lora'}"]
     assert len(Ensemble.from_pretrained([base, f"{base}+dtype=bfloat16"], "logit-mean").model.members) == 2
+
+
+def test_a_plan_counts_shared_weights_once(made):
+    base = str(made / "base")
+    lines = [base, f"{base}+prompt=so", f"{base}+adapter={made / 'lora'}"]
+    parts = [(part.owner, part.what, part.bytes) for part in plan(lines).parts if part.owner != "solver"]
+    assert [what for _, what, _ in parts] == ["body", "head", "cache", "cache", "adapter", "cache"]
+    ensemble = Ensemble.from_pretrained(lines, "logit-mean")
+    planned = sum(size for _, what, size in parts if what != "cache")
+    assert planned == pytest.approx(sum(p.nbytes for p in ensemble.model.parameters()), rel=0.05)
 
 
 def test_a_cast_reaches_all_that_is_shared(made):

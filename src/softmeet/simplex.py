@@ -49,11 +49,11 @@ def logit_mean(log_p: Float[Tensor, "n *b v"], weights: Float[Tensor, " n"]) -> 
 
     Args:
         log_p: the members' log-probabilities log p_i, in nats.
-        weights: w_i, of any sum; none negative, at least one positive.
+        weights: w_i, of any sum and sign, at least one not 0.
 
     Returns:
-        The pool's log-probabilities, in nats; -inf for a token to which a member of nonzero weight gives probability 0,
-        NaN for a row in which that is so for every token.
+        The pool's log-probabilities, in nats; -inf for a token to which a member of nonzero weight, be it negative,
+        gives probability 0, NaN for a row in which that is so for every token.
 
     Example:
         >>> members = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
@@ -69,9 +69,13 @@ def weighted_log_probs(log_p: Float[Tensor, "n *b v"], weights: Float[Tensor, " 
     Example:
         >>> weighted_log_probs(torch.tensor([[0.0, -2.0], [0.0, -torch.inf]]), torch.tensor([1.0, 0.0]))
         tensor([ 0., -2.])
+        >>> weighted_log_probs(torch.tensor([[0.0, -2.0], [-1.0, -torch.inf]]), torch.tensor([2.0, -1.0]))
+        tensor([1., -inf])
     """
     scores = torch.zeros_like(log_p[0])
     for member, weight in zip(log_p, weights.tolist(), strict=True):
+        if weight < 0:  # what this member excludes is excluded, too, and would be +inf
+            member = torch.where(member.isneginf(), torch.inf, member)
         if weight:  # a member without weight excludes nothing, and 0 * -inf would be NaN
             scores = scores + weight * member
     return scores

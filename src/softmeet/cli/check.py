@@ -13,18 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from softmeet.cli import options
+from softmeet.cli import check_bytes, check_plan, options
 from softmeet.cli.flags import flag, flags
 from softmeet.cli.old_forms import warn
 from softmeet.cli.progress import working
-from softmeet.cli.startup import quick_imports
 from softmeet.cli.tables import out, print_table
 
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
-
-# For members combined over bytes, --tokens counts this many bytes as one token.
-_BYTES_PER_TOKEN = 4
 
 
 @flags(only=("weights", "pool"))
@@ -78,14 +74,14 @@ def check(
         warn("naming members without an option", f"say {' '.join(f'-m {name}' for name in named)}")
     members = options.named([*(members or ()), *(named or ())])
     if plan:
-        facts, show = _plan(members, batch, context, loading), _show_plan
+        facts, show = check_plan.facts(members, batch, context, loading), check_plan.show
     else:
         from softmeet.evaluation.documents import read_documents
 
         read = None if text is None else "\n\n".join(document.text for document in read_documents([text]))
         ensemble = _loaded(loading, members, settings)
         if ensemble.model.over_bytes:
-            facts, show = _facts_over_bytes(ensemble, read, tokens), _show_over_bytes
+            facts, show = check_bytes.facts(ensemble, read, tokens), check_bytes.show
         else:
             facts, show = _facts(ensemble, read, tokens, sampled), _show
     if as_json:
@@ -113,11 +109,15 @@ def _facts(ensemble: Ensemble, text: str | None, tokens: int, sampled: int) -> d
         text: a text for the premise scores and the movement; None for no scores, and movement on sampled tokens.
         tokens: the most tokens of the text that are read.
         sampled: without a text, how many tokens the ensemble samples for the movement; 0 for no movement.
+
+    With a weight below 0 there are neither scores nor movement, as ``meet`` takes no such weight.
     """
     with working("comparing heads"):
         facts = _heads(ensemble)
     if any(member["unread"] for member in facts["members"]):
         return facts | {"advice": _advice(facts)}
+    if min(ensemble.model.config.weights) < 0:
+        return facts | {"advice": "A weight is below 0, which only averages of logits take: meet is not compared."}
     if text is not None:
         from softmeet.evaluation.premise import premise_scores
 
@@ -196,21 +196,34 @@ def _heads(ensemble: Ensemble) -> dict[str, Any]:
         "tokens": tokens,
         "rank": width,
         "share": width and width / tokens,
+        "average": ensemble.model.combiner.average(ensemble.model.settings),
         "solver_megabytes_per_row": width and solver_bytes(tokens, len(heads), width, 1) / 1e6,
     }
 
 
+def _averaging(facts: dict[str, Any]) -> str:
+    """Return a sentence if ``meet`` can be nothing but an average of these members; else an empty one."""
+    if facts["average"]:
+        weights = ", ".join(f"{w:.3g}" for w in facts["average"])
+        return (
+            f"All members have one head, so meet is logit-mean with weights {weights} here, and costs no more than it."
+        )
+    if all(pair["shared"] for pair in facts["pairs"]):
+        return "All heads span one column space, so meet can only be averaging: use logit-mean and save its cost."
+    return ""
+
+
 def _advice(facts: dict[str, Any]) -> str:
     """Return one sentence on which rule suits the members, judged by :func:`_facts`."""
-    members, pairs = facts["members"], facts["pairs"]
+    members = facts["members"]
     if unread := [f"that of {m['name']} {m['unread']}" for m in members if m["unread"]]:
         from softmeet.hf.unread import averages
 
         return f"Combine them by {averages()}: other rules read heads, and {', '.join(unread)}."
     if len(members) == 1:
         return "One member: every rule returns its own distribution."
-    if all(pair["shared"] for pair in pairs):
-        return "All heads span one column space, so meet can only be averaging: use logit-mean and save its cost."
+    if averaging := _averaging(facts):
+        return averaging
     verdicts = {m["name"]: m["premise"]["verdict"] for m in members if "premise" in m}
     trusted = [name for name, verdict in verdicts.items() if verdict == "trust"]
     if verdicts and not trusted and "unclear" in verdicts.values():
@@ -267,128 +280,3 @@ def _show(facts: dict[str, Any]) -> None:
             f"On {moved['positions']} tokens, at trust {trust}, {escape(moved['says'])} {escape(moved['advice'])}"
         )
     console.print(f"[bold]{escape(facts['advice'])}")
-
-
-def _facts_over_bytes(ensemble: Ensemble, text: str | None, tokens: int) -> dict[str, Any]:
-    """Return facts about members with different tokenizers: the tokens that they share, and how they read a text.
-
-    Args:
-        ensemble: over bytes.
-        text: a text, for shared token boundaries, bits and work per byte; None for none.
-        tokens: a quarter of the most bytes of the text that are read.
-    """
-    from softmeet.members.quantized import stored
-    from softmeet.members.spelling import shared_boundaries, shared_words
-
-    model: Any = ensemble.model
-    data = None if text is None else text.encode()[: _BYTES_PER_TOKEN * tokens]
-    named = [(options.short(name), reader) for name, reader in zip(ensemble.names, model.readers, strict=True)]
-    members, pairs = [], []
-    with working("comparing tokenizers"):
-        for name, reader in named:
-            own: dict[str, Any] = {"name": name, "tokens": len(reader.spelling.words), "width": reader.head.d}
-            own |= {
-                "unwritable_bytes": len(reader.spelling.unwritable),
-                "megabytes": sum(part.nbytes for part in stored(reader.model)) / 1e6,
-            }
-            members.append(own | ({} if data is None else _costs(reader, data, model.window)))
-        for (one, first), (other, second) in combinations(named, 2):
-            words = first.spelling, second.spelling
-            pair: dict[str, Any] = {"members": [one, other], "shared_tokens": shared_words(*words)}
-            pairs.append(pair | ({} if data is None else {"shared_boundaries": shared_boundaries(*words, data)}))
-    advice = "Combine them over bytes, by logit-mean or prob-mean: softmeet evaluate says which is better on your text."
-    if all(reader.spelling.words == model.readers[0].spelling.words for reader in model.readers[1:]):
-        advice = "They spell the same tokens: over tokens (--vocabulary tokens) they cost less, and take every rule."
-    return {"vocabulary": "bytes", "members": members, "pairs": pairs, "advice": advice}
-
-
-def _costs(reader: Any, text: bytes, window: int) -> dict[str, float]:
-    """Return one member's cross-entropy in bits, and its work, per byte of a text that it reads in windows.
-
-    Args:
-        reader: reads the member byte by byte.
-        text: the text, of at least one byte.
-        window: the number of bytes in a window, few enough for every member's context.
-
-    Returns:
-        ``bits_per_byte``; ``own_tokens_per_byte``, the text's length in the member's own tokens;
-        ``tokens_run_per_byte``, the tokens that the member ran; ``dropped_per_byte``, the probability mass that was
-        estimated, since its tokenizations were not followed.
-    """
-    bits, costs = 0.0, {"own_tokens": 0.0, "tokens_run": 0.0, "dropped": 0.0}
-    for start in range(0, len(text), window):
-        piece = text[start : start + window]
-        reading, log_probs, _ = reader.score(piece)
-        bits -= log_probs[range(len(piece)), list(piece)].sum() / math.log(2)
-        costs["own_tokens"] += len(reader.spelling.encode(piece))
-        costs["tokens_run"] += reading.work.tokens
-        costs["dropped"] += reading.work.dropped
-    return {"bits_per_byte": bits / len(text)} | {f"{name}_per_byte": x / len(text) for name, x in costs.items()}
-
-
-def _show_over_bytes(facts: dict[str, Any]) -> None:
-    """Print the facts of an ensemble over bytes as tables and sentences."""
-    console, members = out(), facts["members"]
-    rows = [(m["name"], f"{m['tokens']:,}", str(m["width"]), f"{m['megabytes']:,.1f}") for m in members]
-    print_table(console, ("member", "tokens", "head width", "MB"), [rows], title="The members, combined over bytes")
-    if "bits_per_byte" in members[0]:
-        costs = [
-            (
-                m["name"], f"{m['bits_per_byte']:.4f}", f"{m['own_tokens_per_byte']:.3f}",
-                f"{m['tokens_run_per_byte']:.3f}", f"{m['dropped_per_byte']:.2%}",
-            )
-            for m in members
-        ]  # fmt: skip
-        columns = ("member", "bits", "own tokens", "tokens run", "probability estimated")
-        print_table(console, columns, [costs], title="The text, as each member reads it; means per byte")
-    for pair in facts["pairs"]:
-        one, other = map(escape, pair["members"])
-        line = f"{one} and {other}: {pair['shared_tokens']:,} tokens in common"
-        if "shared_boundaries" in pair:
-            left, right = pair["shared_boundaries"]
-            line += f"; {left:.0%} of the places where {one} cuts the text are {other}'s too, {right:.0%} the other way"
-        console.print(line)
-    console.print(f"[bold]{escape(facts['advice'])}")
-
-
-def _plan(members: list[str], batch: int, context: int | None, loading: options.LoadingFlags) -> dict[str, Any]:
-    """Return which weights, caches and buffers go on which device, and their sizes in bytes, without loading weights.
-
-    Args:
-        members: the members' names, or one saved ensemble or bundled family.
-        batch: the number of sequences at once.
-        context: the number of tokens of each; None for the shortest context.
-        loading: the flags for dtype and devices.
-    """
-    with working("reading configurations"):
-        with quick_imports():
-            from softmeet.ensemble import member_names
-            from softmeet.hf.plan import plan
-
-        where = {name: loading.arguments()[name] for name in ("dtype", "device", "trust_remote_code")}
-        named = member_names(members[0] if len(members) == 1 else members)
-        found = plan(named, batch=batch, context=context, **where)
-    return asdict(found) | {"totals": found.totals()}
-
-
-def _show_plan(facts: dict[str, Any]) -> None:
-    """Print a plan as a table, with sizes in MB."""
-    title = (
-        f"{_count(facts['batch'], 'sequence')} of {facts['context']:,} tokens; "
-        f"{_count(facts['rows_at_once'], 'token')} solved at once"
-    )
-    parts = [
-        (options.short(p["owner"]) or p["owner"], p["what"], p["device"], p["dtype"], f"{p['bytes'] / 1e6:,.2f}")
-        for p in facts["parts"]
-    ]
-    totals = [("together", "", place, "", f"{size / 1e6:,.2f}") for place, size in facts["totals"].items()]
-    console, columns = out(), ("member", "what", "where", "dtype", "MB")
-    print_table(console, columns, [parts, totals], title=title, texts=(0, 1, 2, 3))
-    for name, size in facts["cache_bytes_per_token"].items():
-        console.print(f"{escape(options.short(name))} keeps {size / 1e3:,.1f} kB for each token of a sequence.")
-    console.print("Beside this come Python with its libraries, some 500 MB, and activations while a prompt is run.")
-
-
-def _count(number: int, noun: str) -> str:
-    """Return a number with its noun, such as ``1 sequence`` or ``64 sequences``."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"

@@ -9,7 +9,7 @@ from typing import Any
 
 from softmeet import __version__
 from softmeet.cli import options, texts
-from softmeet.cli.flags import flag, flag_of, flags
+from softmeet.cli.flags import checked_settings, flag, flag_of, flags
 from softmeet.cli.messages import say
 from softmeet.cli.old_forms import repeated
 from softmeet.cli.progress import progress
@@ -81,7 +81,7 @@ def evaluate(
     texts.require_places(result.as_json, plots, result.resume)
     result.require_new(*(plots.glob("*.png") if plots else ()))
     found = source.documents()
-    _require_once(rules or [], settings)
+    settings["rule"] = _require_once(rules or [], settings)
     ensemble = loading.ensemble(options.named(source.members(members)), settings)
     own = ensemble.model.config
     named = rules or [own.rule]
@@ -121,23 +121,31 @@ def evaluate(
         say(f"plots are in {plots}")
 
 
-def _require_once(rules: list[str], settings: dict[str, Any]) -> None:
-    """Check, before anything is loaded, that each rule can be parsed, and names no setting that a flag names as well.
+def _require_once(rules: list[str], settings: dict[str, Any]) -> str | None:
+    """Check, before anything is loaded, that each rule can be parsed, goes with the settings, and names none of them.
 
     Args:
         rules: the values of ``--rule``.
         settings: values of settings' flags by name; None if the flag was not given.
 
+    Returns:
+        The first rule with its own options, as the ensemble's own; None without a rule.
+
     Raises:
-        InvalidInputError: if a rule cannot be parsed, or a setting is named twice.
+        InvalidInputError: if a rule cannot be parsed, or a setting is named twice or not one for this rule.
     """
     from softmeet.evaluation.choices import without_prompt
 
+    own = []
     for rule in rules:
-        for name in parse_rule(without_prompt(rule)[0])[1]:
+        parsed, named = parse_rule(without_prompt(rule)[0])
+        for name in named:
             if settings.get(name) is not None:
                 by = f"in the rule {rule!r} and by {flag_of(name)}"
                 raise InvalidInputError(f"{name} is named twice, {by}: leave one out")
+        own.append(str(parsed))
+        checked_settings({**settings, **named, "rule": own[-1]})
+    return own[0] if own else None
 
 
 def show(facts: dict[str, Any]) -> None:

@@ -34,6 +34,11 @@ class FitFlags:
         "--rule",
     )
     free_weights: bool = flag(False, "Do not require that weights sum to 1.", "--free-weights")
+    signed_weights: bool = flag(
+        False,
+        "Also try logit-mean with weights that may be below 0 and sum to 1: they move it away from a member.",
+        "--signed-weights",
+    )
     bands: int = flag(
         1,
         "Also try separate trusts for N groups (bands) of the principal directions of each head, from the strongest "

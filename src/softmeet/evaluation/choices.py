@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from softmeet.errors import InvalidInputError
+from softmeet.rules.registry import rule_class
 from softmeet.rules.settings import POOLS, Settings, parse_rule
 
 # The averages that every evaluation adds to its rules; and their names with equal weights and temperature 1, which are
@@ -84,6 +85,8 @@ def with_baselines(
 ) -> list[RuleChoice]:
     """Return ``choices``, preceded by whichever of the averages ``logit-mean`` and ``prob-mean`` they do not name.
 
+    Of an ensemble that has a weight below 0 an average that takes no such weights is left out.
+
     Args:
         choices: rules, as :func:`parse_choices` returns them.
         weights: the ensemble's own, one for each member, or none for equal ones.
@@ -94,7 +97,12 @@ def with_baselines(
     ['logit-mean', 'meet', 'prob-mean']
     """
     named = {choice.name for choice in choices}
-    missing = [RuleChoice(name, {"rule": name}) for name in BASELINES if name not in named]
+    signed = min(weights, default=0.0) < 0
+    missing = [
+        RuleChoice(name, {"rule": name})
+        for name in BASELINES
+        if name not in named and (rule_class(name).takes_signed_weights or not signed)
+    ]
     even = [1 / len(weights)] * len(weights) if weights else []
     if list(weights) == even and temperature == 1:
         return [*missing, *choices]

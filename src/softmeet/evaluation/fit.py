@@ -1,7 +1,8 @@
 """``fit``: from members and a text to an ensemble to save, a fitted baseline unless a rule is shown to be better.
 
 1. The text is split by document into three parts: to fit on, to choose by, to judge by.
-2. Each single member gets a temperature, and each average weights and a temperature, by L-BFGS on the first part.
+2. Each single member gets a temperature, and each average weights and a temperature, by L-BFGS on the first part; with
+   ``signed_weights`` a second logit mean gets weights that may be below zero.
 3. Starting from each fitted average (from the better one only, with minibatches), with trusts that the premise test
    suggests, weights, temperature and trusts of ``meet`` are fitted together on a subset of the first part, by gradients
    through the solver.
@@ -49,6 +50,8 @@ class Options:
 
     Attributes:
         free_weights: whether a logit mean's weights may sum to anything, not only to one.
+        signed_weights: whether to add a candidate, a logit mean with weights that may be below zero and sum to one. It
+            is no baseline: like any rule it is used only if the third part shows it to be better.
         bands: the number of bands, groups of principal directions, that each head is cut into; more than one adds a
             candidate, ``meet`` with a trust for each band.
         meet_positions: the most positions that ``meet`` is fitted on.
@@ -64,6 +67,7 @@ class Options:
     """
 
     free_weights: bool = False
+    signed_weights: bool = False
     bands: int = 1
     meet_positions: int = 2000
     premise_positions: int = 512
@@ -175,6 +179,8 @@ def fit(
     averages = [fitter.average(whole, pool) for pool in POOLS]
     best, premise = min(averages, key=lambda candidate: candidate.fit_nll), list[Premise]()
     candidates += averages
+    if options.signed_weights:
+        candidates.append(fitter.signed(whole, averages[0]))
     if not ensemble.model.over_bytes:
         few = parts["fit"].spread(options.premise_positions).positions
         pool = {name: best.settings[name] for name in ("weights", "pool", "free_weights")}
@@ -229,6 +235,19 @@ class _Fitter:
         whole = Objective(self.ensemble.model, positions, layout, pool)
         values, loss, count = self._minimise(pool, whole, Values((1 / n,) * n), cheap=True)
         return Candidate(pool, self._settings(pool, pool, values), True, loss, count)
+
+    def signed(self, positions: Positions, start: Candidate) -> Candidate:
+        """Fit weights that may be below zero, and a temperature, of a logit mean, beginning at those of ``start``.
+
+        The loss is convex in the weights divided by the temperature, so where it begins makes no difference.
+        """
+        name = f"{POOLS[0]} with signed weights"
+        whole = Objective(self.ensemble.model, positions, Layout(len(self.ensemble.names), signed=True), POOLS[0])
+        scale = sum(start.settings["weights"])
+        at = Values(tuple(w / scale for w in start.settings["weights"]), start.settings["rule_temperature"])
+        values, loss, count = self._minimise(name, whole, at, cheap=True)
+        own = self._settings(POOLS[0], POOLS[0], values) | {"free_weights": False}
+        return Candidate(name, own, False, loss, count)
 
     def meet(self, positions: Positions, name: str, start: Candidate, trust: Sequence[float], bands: int) -> Candidate:
         """Fit weights, temperature and trusts of ``meet`` together, beginning at those of ``start`` and at ``trust``.

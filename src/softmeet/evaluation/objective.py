@@ -1,7 +1,8 @@
 """The loss that a fit minimises, with its gradient, in chunks of bounded memory; and the parameters that it depends on.
 
 The parameters are one vector θ: pool weights, then a temperature, then trusts, each through a smooth map from the real
-numbers. Weights are softmax(a), or exp(a) if they need not sum to one; the temperature is exp(b) and each trust exp(c).
+numbers. Weights are softmax(a), exp(a) if they need not sum to one, or a, shifted to sum to one, if they may be below
+zero; the temperature is exp(b) and each trust exp(c).
 A weight or a trust that does not help tends to zero, and is set to zero at the end if it is small enough.
 """
 
@@ -37,7 +38,12 @@ LossAndGradient = Callable[[Float[Tensor, " k"]], tuple[float, Float[Tensor, " k
 
 # Below these a weight, as a share of all, or a trust is set to zero.
 NO_WEIGHT, NO_TRUST = 2e-3, 5e-3
-_BOUNDS = {"weights": (-9.0, 3.0), "temperature": (-1.5, 1.5), "trust": (math.log(NO_TRUST) - 0.5, math.log(30.0))}
+_BOUNDS = {
+    "weights": (-9.0, 3.0),
+    "signed": (-20.0, 20.0),
+    "temperature": (-1.5, 1.5),
+    "trust": (math.log(NO_TRUST) - 0.5, math.log(30.0)),
+}
 _MAX_STEPS = 50
 # Elements of log-probabilities in one step of an average's loss: they stay in a core's cache.
 _CACHED_ELEMENTS = 1 << 18
@@ -69,51 +75,58 @@ class Values:
 class Layout:
     """The parameters that a vector θ holds: logarithms of weights, of a temperature and of trusts, in this order.
 
-    θ has k = n + 1 + trusts entries, or one fewer without a temperature.
+    θ has k = n + 1 + trusts entries, or one fewer without a temperature. Signed weights are held themselves.
 
     Attributes:
         n: the number of members, each with a weight.
         trusts: the number of trusts, in the order of :class:`Values`; 0 for an average.
         free: whether weights may sum to anything, exp(θ), rather than to one, softmax(θ).
         tempered: whether θ has a temperature; without one it is 1.
+        signed: whether weights, which then sum to one, may be below zero.
     """
 
     n: int
     trusts: int = 0
     free: bool = False
     tempered: bool = True
+    signed: bool = False
 
     def pack(self, values: Values) -> Float[Tensor, " k"]:
-        """Return the vector θ of some values: their natural logarithms, (k,), fp64, clipped to :meth:`bounds`.
+        """Return the vector θ of some values, (k,), fp64, clipped to :meth:`bounds`: logarithms, but of signed weights.
 
         >>> Layout(2).pack(Values((0.5, 0.5)))
         tensor([-0.6931, -0.6931,  0.0000], dtype=torch.float64)
         """
         numbers = [*values.weights, *[values.temperature] * self.tempered, *(values.trust if self.trusts else ())]
-        return self.clip(torch.tensor(numbers, dtype=torch.float64).clamp_min(1e-9).log())
+        plain = torch.tensor(numbers, dtype=torch.float64)
+        theta = plain.clamp_min(1e-9).log()
+        if self.signed:
+            theta[: self.n] = plain[: self.n]
+        return self.clip(theta)
 
     def unpack(self, theta: Float[Tensor, " k"]) -> tuple[Tensor, Tensor, Tensor]:
         """Return tensors (weights, (n,); temperature, (); trusts, (trusts,)) of a vector θ, differentiable in it."""
         a = theta[: self.n]
         temperature = theta[self.n].exp() if self.tempered else theta.new_ones(())
-        return (a.exp() if self.free else a.softmax(0)), temperature, theta[self.n + int(self.tempered) :].exp()
+        weights = a + (1 - a.sum()) / self.n if self.signed else a.exp() if self.free else a.softmax(0)
+        return weights, temperature, theta[self.n + int(self.tempered) :].exp()
 
     def values(self, theta: Float[Tensor, " k"]) -> Values:
         """Return the values of a vector θ, with weights and trusts near zero set to zero.
 
-        Weights below 0.002 of their sum and trusts below 0.005 count as near zero; the other weights are rescaled to
-        sum to one, unless they are ``free``.
+        Weights below 0.002 of their absolute sum and trusts below 0.005 count as near zero; the other weights are
+        rescaled to sum to one, unless they are ``free``.
         """
         tensors = self.unpack(theta.detach())
         weights, temperature, trust = tensors[0].tolist(), tensors[1].item(), tensors[2].tolist()
-        some = [w if w >= NO_WEIGHT * sum(weights) else 0.0 for w in weights]
+        some = [w if abs(w) >= NO_WEIGHT * sum(map(abs, weights)) else 0.0 for w in weights]
         scale = 1.0 if self.free else sum(some)
         rounded = tuple(rho if rho >= NO_TRUST else 0.0 for rho in trust)
         return Values(tuple(w / scale for w in some), temperature, rounded)
 
     def bounds(self) -> Sequence[tuple[float, float]]:
-        """Return (the least, the largest value) of each entry of a vector θ, which holds logarithms."""
-        parts = [_BOUNDS["weights"]] * self.n + [_BOUNDS["temperature"]] * self.tempered
+        """Return (the least, the largest value) of each entry of a vector θ."""
+        parts = [_BOUNDS["signed" if self.signed else "weights"]] * self.n + [_BOUNDS["temperature"]] * self.tempered
         return parts + [_BOUNDS["trust"]] * self.trusts
 
     def clip(self, theta: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
@@ -268,13 +281,13 @@ def pooled(
 ) -> Float[Tensor, "B v"]:
     """Return a pool's log-probabilities, each row up to an added constant, in nats, differentiable in the weights.
 
-    A logit mean excludes each token to which a member gives probability 0; a probability mean does not, like
-    :func:`softmeet.simplex.prob_mean`.
+    A logit mean excludes each token to which a member gives probability 0, whatever the sign of its weight; a
+    probability mean does not, like :func:`softmeet.simplex.prob_mean`.
 
     Args:
         pool: the average, ``"logit-mean"`` or ``"prob-mean"``.
         log_p: (n, B, v), the members' log-probabilities in nats.
-        weights: (n,), one for each member; they need not sum to one.
+        weights: (n,), one for each member; they need not sum to one, and for a logit mean may be negative.
         support: (v,) bool, True for the ids that can have a probability above 0, the others get -inf; None for all.
     """
     if pool == "logit-mean":

@@ -240,7 +240,7 @@ def _score_piece(
         targets, scores = chunk.targets.to(log_probs.device), dict[str, Scores]()
         for name, own, hidden in zip(names, log_probs, chunk.hidden, strict=True):
             scores[name] = replace(_prediction_scores(own, targets), work=ensemble.model.work(hidden).double().cpu())
-        solver = _Solver(ensemble.model, log_probs, logits, targets)
+        solver = _Solver(ensemble.model, chunk.hidden, log_probs, logits, targets)
         for choice in order:
             by_prompt = {"weights": weights[choice.prompt]} if choice.prompt else {}
             scores[choice.name] = solver.scores(settings[choice.name].changed(**by_prompt))
@@ -334,6 +334,7 @@ class _Solver:
     """
 
     model: EnsembleForCausalLM
+    hidden: Sequence[Float[Tensor, "B _"]]
     log_probs: Float[Tensor, "n B v"]
     logits: Float[Tensor, "n B v"] | None
     targets: Int[Tensor, " B"]
@@ -344,9 +345,8 @@ class _Solver:
         """Score a rule under some settings on the chunk, reusing a solution without the gate if there is one."""
         gate, plain = that_closes(settings.gate), settings.ungated()
         if gate is not None and plain not in self.solved:
-            return _solution_scores(
-                self.model.combiner.combine_rows(self.log_probs, self.logits, settings), self.targets
-            )
+            solved = self.model.combiner.combine_rows(self.log_probs, self.logits, settings, hidden=self.hidden)
+            return _solution_scores(solved, self.targets)
         if plain not in self.solved:
             solution = self._solve(plain)
             self.solved[plain] = solution, _solution_scores(solution, self.targets)
@@ -355,7 +355,7 @@ class _Solver:
 
     def _solve(self, settings: Settings) -> Solution:
         """Solve without a gate, starting from an earlier solution if there is one; another may be the fallback."""
-        rule, known = settings.rule, dict[str, Any]()
+        rule, known = settings.rule, dict[str, Any](hidden=self.hidden)
         path = self.paths[settings.model_copy(update={"rule": None, "trust": ()})]
         if rule.reads_heads and path:
             known["start"] = path[-1]

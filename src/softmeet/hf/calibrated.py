@@ -53,8 +53,9 @@ def resolved(model: EnsembleForCausalLM, settings: Settings, *, may_calibrate: b
 
     The factor turns Σ_i ρ_i KL(q‖p̂_i) into the predicted movement KL(p°‖q), as :func:`calibrate` says. The settings are
     returned without a gate if no factor is needed or can be had: if the gate's threshold is 0, so that it never closes;
-    if the rule is not one like ``meet``, which tilts the pool by trusts; if there are fewer than two trusts, only
-    zeros, or an infinite one; if the factor is unknown and may not be measured, or measuring fails.
+    if the rule is not one like ``meet``, which tilts the pool by trusts, or is an average, as the members' heads are
+    one (:meth:`Combiner.average`); if there are fewer than two trusts, only zeros, or an infinite one; if the factor
+    is unknown and may not be measured, or measuring fails.
 
     Args:
         model: the ensemble, over tokens or bytes; the factor is added to ``movement`` of its configuration.
@@ -65,7 +66,7 @@ def resolved(model: EnsembleForCausalLM, settings: Settings, *, may_calibrate: b
     gate = settings.gate
     if not isinstance(gate, PredictedMovement) or gate.factor is not None:
         return settings
-    if gate.never_closes or not moves_pool(settings):
+    if gate.never_closes or not moves_pool(settings) or model.combiner.average(settings):
         return settings.ungated()
     own = key_of(settings)
     factors: dict[str, float | None] = model.config.movement

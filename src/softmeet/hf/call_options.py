@@ -15,7 +15,7 @@ from softmeet.hf.contexts import OwnPrompt
 from softmeet.hf.masking import Mask, SomethingLeft, Structured, ends_of
 from softmeet.hf.recorder import Recorder
 from softmeet.hf.sampling import RowSampler
-from softmeet.rules.gates import Unsure, parse_gate, that_closes
+from softmeet.rules.gates import Unsure, that_closes
 from softmeet.rules.settings import Settings
 from softmeet.structured.structure import Structure
 
@@ -76,8 +76,8 @@ class CallOptions:
         """
         settings, weights, gate = (given.pop(name, None) for name in ("settings", "weights", "gate"))
         if settings is None:
-            settings = model.settings if weights is None else model.settings.changed(weights=weights)
-            settings = settings if gate is None else settings.model_copy(update={"gate": parse_gate(gate)})
+            changes = {"weights": weights, "gate": gate}
+            settings = model.settings.changed(**{name: x for name, x in changes.items() if x is not None})
         model.require(settings)
         names = ("recorder", "row_sampler", "prefixes", "own_prompts", "token_seconds", "structure")
         own = {name: given.pop(name, None) for name in names}

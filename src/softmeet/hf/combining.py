@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,6 +20,7 @@ from softmeet.errors import InvalidInputError, NonFiniteError, UnsupportedHeadEr
 from softmeet.heads import SoftmaxHead
 from softmeet.hf.unread import require_read
 from softmeet.members.bands import bands
+from softmeet.members.heads import one_head
 from softmeet.members.opaque import Head
 from softmeet.rules.combine import product_dtype, solve
 from softmeet.rules.gates import Unsure
@@ -204,8 +206,7 @@ class Combiner:
         logits = self.own_logits(hidden, deferral)
         if deferral is not None:
             settings = settings.model_copy(update={"gate": Unsure(1.0, deferral.rows.to(logits.device))})
-        states = [h.to(logits.device) for h in hidden] if settings.free_radial else None
-        solution = self.combine_rows(logits, logits, settings, hidden=states, proved=proved, before=before)
+        solution = self.combine_rows(logits, logits, settings, hidden=hidden, proved=proved, before=before)
         log_probs = solution.problem.log_p[:: settings.bands]
         return (log_probs, solution) if deferral is None else _nan_where_not_run(log_probs, solution)
 
@@ -216,13 +217,40 @@ class Combiner:
         all logits of the other members are 0, and their heads are not read.
         """
         place, v = self.heads[0].device, self.v
-        found = []
-        for i, (head, states) in enumerate(zip(self.heads, hidden, strict=True)):
-            states = states.to(head.device)
-            own = head.logits(states) if deferral is None else _where_run(head, states, deferral, first=not i)
-            own = own.to(place)
-            found.append(nn.functional.pad(own, (0, v - head.v), value=-torch.inf) if head.v < v else own)
-        return torch.stack(found)
+        if deferral is None:
+            found = self._own_logits(hidden)
+        else:
+            pairs = enumerate(zip(self.heads, hidden, strict=True))
+            found = [_where_run(head, own.to(head.device), deferral, first=not i) for i, (head, own) in pairs]
+        padded = [
+            nn.functional.pad(own.to(place), (0, v - head.v), value=-torch.inf) if head.v < v else own.to(place)
+            for head, own in zip(self.heads, found, strict=True)
+        ]
+        return torch.stack(padded)
+
+    def _own_logits(self, hidden: Hidden) -> list[Float[Tensor, "B _"]]:
+        """Compute each member's logits; members of one head are rows of one product with it."""
+        found: list[Any] = [None] * len(self.heads)
+        for group in self._groups:
+            head = self.heads[group[0]]
+            if len(group) == 1:
+                found[group[0]] = head.logits(hidden[group[0]].to(head.device))
+                continue
+            logits = head.logits(torch.cat([hidden[i].to(head.device) for i in group]))
+            for i, own in zip(group, logits.split([len(hidden[i]) for i in group]), strict=True):
+                found[i] = own
+        return found
+
+    @cached_property
+    def _groups(self) -> list[list[int]]:
+        """The numbers of the members that have one head, for each head."""
+        groups: dict[Any, list[int]] = {}
+        for i, head in enumerate(self.heads):
+            key: Any = id(head)
+            if isinstance(head, SoftmaxHead):
+                key = id(head.weight), id(head.bias), head.scale, head.soft_cap
+            groups.setdefault(key, []).append(i)
+        return list(groups.values())
 
     def own_log_probs(self, hidden: Hidden) -> tuple[Scores, Scores | None]:
         """Compute (the members' log-probabilities in nats; their logits if a head has a soft-cap, else None).
@@ -256,8 +284,8 @@ class Combiner:
             scores: (n, B, v), the members' log-probabilities in nats, or their logits, which are normalised.
             logits: (n, B, v), the members' logits, soft-cap included; needed if a head has a soft-cap, else unused.
             settings: all settings, from :meth:`Settings.for_members`.
-            hidden: for each member i, its last hidden states, (B, d_i), for ``free_radial``; None to recover them from
-                the log-probabilities.
+            hidden: for each member i, its last hidden states, (B, d_i), for ``free_radial`` and for where the rule
+                is an :meth:`average`; None to recover them from the log-probabilities, and to solve in any case.
             start: a solution of the same rows by this combiner and a rule like ``meet``, which tilts the pool, at whose
                 dual variables to begin; None to begin at the pool.
             relaxed: the result of this method for the same rows, the rule that ``on_infeasible`` names and otherwise
@@ -286,6 +314,8 @@ class Combiner:
         if settings.free_radial:
             self._refuse_unknown_norms(settings)
         capped = None if logits is None or not self.capped else logits
+        average = hidden is not None and self.one_head and self.average(settings) is not None
+        hidden = [own.to(log_p.device) for own in hidden or ()] if average or settings.free_radial else None
         bands = settings.bands
         if bands > 1:
             heads, settings = self.banded_heads(bands), settings.for_bands()
@@ -298,16 +328,26 @@ class Combiner:
             settings=settings,
             support=self.support,
             dtype=product_dtype(dtype, settings.tol),
-            free=free_directions(heads, log_p, capped, hidden, log_p.shape) if settings.free_radial else (),
+            free=free_directions(heads, log_p, capped, hidden or None, log_p.shape) if settings.free_radial else (),
             start=None if start is None else start.as_start(heads, log_p),
             precision=torch.finfo(dtype).eps,
             proved=proved,
             # Rows of the problem are chosen where its distributions are.
             before=None if before is None else before.mapped(lambda ids: ids.to(log_p.device)),
+            states=tuple([self.heads[0].scale * own for own in hidden or ()]) if average else (),
         )
         known = None if relaxed is None else relaxed.as_fallback(problem)
         solution = solve(problem, log_p.shape[1:2], dtype, known)
         return solution if bands == 1 else solution.by_member(bands)
+
+    def average(self, settings: Settings) -> tuple[float, ...] | None:
+        """Return the members' weights in the logit mean that the rule is here, as their heads are one; None if not."""
+        return settings.rule.one_head_weights(settings) or None if self.one_head else None
+
+    @cached_property
+    def one_head(self) -> bool:
+        """Whether the heads of two or more members are one (:func:`softmeet.members.heads.one_head`)."""
+        return one_head(self.heads)
 
     def _refuse_unknown_norms(self, settings: Settings) -> None:
         """Raise an error if ``free_radial`` cannot be used: a final norm is unknown, or heads are cut into bands."""

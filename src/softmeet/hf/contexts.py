@@ -193,6 +193,16 @@ class ContextRows(RowsLayer):
         ]
 
 
+def units(groups: Sequence[Sequence[int]], n: int) -> list[list[int]]:
+    """Return groups of members' numbers, then each other of n members as a list of its own.
+
+    >>> units([[1, 2]], 4)
+    [[1, 2], [0], [3]]
+    """
+    together = {i for group in groups for i in group}
+    return [*map(list, groups), *([i] for i in range(n) if i not in together)]
+
+
 class Contexts:
     """What each member of an ensemble reads before a text, and which members are one model.
 
@@ -203,6 +213,7 @@ class Contexts:
         begin: the id of the token that begins a text; a member that has read one does not read another.
 
     Attributes:
+        members: the members' descriptions.
         groups: the numbers of the members of each model.
 
     Raises:
@@ -218,11 +229,12 @@ class Contexts:
         begin: int | None = None,
     ) -> None:
         self.prefixes = [tuple(own or ()) for own in prefixes or [()] * len(models)]
-        self._names, self._models, self._begin = names, models, begin
+        self.members, self._models, self._begin = [Member.of(name) for name in names], models, begin
         groups: dict[int, list[int]] = {}
         for i, model in enumerate(models):
             groups.setdefault(id(model), []).append(i)
         self.groups = list(groups.values())
+        self._prefixed = [group for group in self.groups if any(self.prefixes[i] for i in group)]
         for name, model, own in zip(names, models, self.prefixes, strict=True):
             known = range(model.get_input_embeddings().weight.shape[0] if own else 0)
             if wrong := [token for token in own if isinstance(token, bool | str) or token not in known]:
@@ -247,13 +259,13 @@ class Contexts:
         prompts = [prefix_of(Member.parse(name), tokenizer) for name in config.members]
         return cls(config.members, models, config.prefixes or prompts, tokenizer.bos_token_id)
 
-    def require_no_template(self) -> None:
-        """Check that every member reads a text behind its prompt, as where all of its tokens are to be predicted.
+    def require_no_template(self, i: int | None = None) -> None:
+        """Check that member i, or every member, reads texts behind its prompt, so that every token can be predicted.
 
         Raises:
             InvalidInputError: if a member has a template with something behind the text; the message names it.
         """
-        for member in map(Member.parse, self._names):
+        for member in self.members if i is None else self.members[i : i + 1]:
             if member.is_template:
                 raise InvalidInputError(
                     f"expected prompts that a text follows, but {member.title} has a template, which is for generation "
@@ -266,7 +278,7 @@ class Contexts:
         Args:
             own_prompts: whether members have prompts of their own in this call.
         """
-        return [group for group in self.groups if own_prompts or any(self.prefixes[i] for i in group)]
+        return self.groups if own_prompts else self._prefixed
 
     def forget(self) -> None:
         """Forget the keys and values of prefixes, as after the weights have moved or changed."""
@@ -279,10 +291,14 @@ class Contexts:
             i: the member's number.
             ids: the tokens that members share.
             own: the members' own prompts in place of the first of them; None for none.
+
+        Raises:
+            InvalidInputError: if the member has a template, and no prompt of its own.
         """
         mine = None if own is None else own.ids[i]
         if own is not None and mine is not None:
             return [*mine, *ids[own.replaced :]]
+        self.require_no_template(i)
         before = self.prefixes[i]
         if not before or list(ids[:1]) != [self._begin]:
             return [*before, *ids]

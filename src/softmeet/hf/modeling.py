@@ -161,13 +161,11 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
             InvalidInputError: if ``cache`` was made by :meth:`new_cache` for another gate, or without ``own_prompts``.
         """
         own = None if options is None else options.own_prompts
-        first = cache is None or not cache.get_seq_length()
-        return run_members(NewTokens(self, input_ids, kept, first, shared, own), cache, options)
+        return run_members(NewTokens(self, input_ids, kept, cache, shared, own), options)
 
     def hidden_states(self, input_ids: Int[Tensor, "1 t"]) -> list[Float[Tensor, "t _"]]:
         """Run the members over one text, and return each one's last hidden states, (t, d_i), row k after token k."""
         self._checked_length(input_ids, None)
-        self.contexts.require_no_template()
         return [states[0] for states in self.run(input_ids, None, use_cache=False)[0]]
 
     def _checked_length(self, input_ids: Int[Tensor, "B t"] | None, cache: EnsembleCache | None) -> Int[Tensor, "B t"]:

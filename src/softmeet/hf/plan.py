@@ -21,6 +21,7 @@ from softmeet.hf.combining import rows_at_once
 from softmeet.members import quantized
 from softmeet.members.huggingface import Dtype, dtype_of, placed, random_member
 from softmeet.members.member import Member
+from softmeet.members.names import find_adapter
 from softmeet.members.placement import Device, device_map_of, main_device
 
 _FP64 = 8
@@ -32,10 +33,10 @@ class PlanPart:
 
     Attributes:
         owner: a member's name, or "solver".
-        what: the kind of part: "body" (a member's weights without its output layer), "head" (its output layer), "head
-            copy" (a copy for the solver of a head that is offloaded), "cache" (keys and values), "streamed" (space for
-            the largest offloaded module, loaded when it is needed), "workspace" (the solver's vectors) or "whitening"
-            (matrices of the whitened heads).
+        what: the kind of part: "body" (a member's weights without its output layer), "head" (its output layer),
+            "adapter", "head copy" (a copy for the solver of a head that is offloaded), "cache" (keys and values),
+            "streamed" (space for the largest offloaded module, loaded when it is needed), "workspace" (the solver's
+            vectors) or "whitening" (matrices of the whitened heads).
         device: the device's name, such as "cpu" or "cuda:0", or "disk".
         dtype: the dtype's name, such as "float32"; of a quantised body the quantisation's, such as "int8".
         bytes: the size.
@@ -141,7 +142,7 @@ def plan(
     """Plan the memory of an ensemble from its members' configurations, without loading weights.
 
     Args:
-        names: hub ids, folders, ``.gguf`` files or bundled names.
+        names: the members; those of one base count its weights once.
         dtype: the weights' dtype, one for all members or one each; None for fp32 on the CPU and the checkpoints' own
             elsewhere.
         device: a device (None: the CPU), ``"disk"``, a strategy such as ``"auto"``, or a dict of places by module; one
@@ -159,18 +160,23 @@ def plan(
         raise InvalidInputError(
             f"expected members, and a batch and a context of at least 1, got {len(names)}, {batch} and {context}"
         )
-    shapes = [
-        _shape(member, own_dtype, own_device, trust_remote_code)
-        for member, own_dtype, own_device in placed(names, dtype, device)
-    ]
+    members = placed(names, dtype, device)
+    shapes = [_shape(member, own_dtype, own_device, trust_remote_code) for member, own_dtype, own_device in members]
     limits = [getattr(shape.config, "max_position_embeddings", None) for shape in shapes]
     length = context or min((limit for limit in limits if limit is not None), default=1)
     tokens = {shape.name: shape.cache_bytes(1, 1) for shape in shapes}
     v, widths = max(shape.head[0] for shape in shapes), [shape.head[1] for shape in shapes]
     rows = min(batch, rows_at_once(v, len(shapes)))
-    parts = []
-    for shape in shapes:
-        parts += [*_weights(shape), shape.part("cache", shape.home, shape.cache_bytes(batch, length))]
+    parts, loaded = list[PlanPart](), set[tuple[str, ...]]()
+    for shape, (member, *how) in zip(shapes, members, strict=True):
+        # Members of one base are loaded once.
+        base, own = (str(member.base), *map(str, how)), (str(member.weights), *map(str, how))
+        parts += [] if base in loaded else _weights(shape)
+        if member.adapter is not None and own not in loaded:
+            size = (find_adapter(member.adapter) / "adapter_model.safetensors").stat().st_size
+            parts.append(shape.part("adapter", shape.home, size))
+        loaded |= {base, own}
+        parts.append(shape.part("cache", shape.home, shape.cache_bytes(batch, length)))
     # The solver computes on the first member's device, and keeps each head's whitening there.
     room = solver_bytes(v, len(shapes), sum(widths), rows)
     parts.append(PlanPart("solver", "workspace", shapes[0].home, "float64", room))

@@ -88,7 +88,7 @@ def read_prompt(
         InvalidInputError: if a member has no chat template, or it refuses the conversation; or a member's own prompt
             fills its context.
     """
-    members = [Member.parse(name) for name in model.config.members]
+    members = model.contexts.members
     own: Own | None = None
     if is_chat(prompt):
         row, own = _chat(model, members, cast(Messages, prompt))

@@ -18,7 +18,7 @@ from torch import Tensor
 from softmeet.errors import InvalidInputError
 from softmeet.hf.cache import EnsembleCache, Lagging
 from softmeet.hf.combining import Deferral
-from softmeet.hf.contexts import ContextRows, OwnPrompt
+from softmeet.hf.contexts import ContextRows, OwnPrompt, units
 from softmeet.members.huggingface import last_hidden
 from softmeet.members.opaque import Head
 from softmeet.rules.gates import Unsure
@@ -38,7 +38,7 @@ class NewTokens:
         model: the ensemble.
         ids: (B, t), the new tokens that members share.
         kept: the k positions among them at which the members are to be combined.
-        first: whether the sequences begin with these tokens.
+        cache: of the tokens before them; None if there is none.
         shared: keyword arguments of the members' own ``forward``.
         own: for each prompt what members read in its place; None for no prompts of their own.
     """
@@ -46,9 +46,14 @@ class NewTokens:
     model: EnsembleForCausalLM
     ids: Int[Tensor, "B t"]
     kept: Kept
-    first: bool
+    cache: EnsembleCache | None
     shared: dict[str, Any]
     own: Sequence[OwnPrompt] | None = None
+
+    @cached_property
+    def first(self) -> bool:
+        """Whether the sequences begin with these tokens."""
+        return self.cache is None or not self.cache.get_seq_length()
 
     @cached_property
     def real(self) -> Bool[Tensor, "B t"]:
@@ -91,9 +96,10 @@ class NewTokens:
             )
         return [contexts.first_row(i, ids, one) for ids, one in zip(self.tokens, each, strict=True)]
 
-    def hidden(self, i: int, cache: Any) -> Float[Tensor, "B k d"]:
+    def hidden(self, i: int) -> Float[Tensor, "B k d"]:
         """Run member i by itself; returns its last hidden states at the kept positions."""
-        return last_hidden(self.model.members[i], self.ids, self.kept, cache=cache, **self.shared)
+        own = None if self.cache is None else self.cache.members[i]
+        return last_hidden(self.model.members[i], self.ids, self.kept, cache=own, **self.shared)
 
     def hidden_of(self, group: Sequence[int], cache: ContextRows) -> list[Float[Tensor, "B k d"]]:
         """Run members of one model as rows of one batch; returns each one's last hidden states."""
@@ -138,63 +144,64 @@ class NewTokens:
         return out if len(self.columns) == self.needed else out[:, (self.columns - start).to(place)]
 
 
-def run_members(
-    new: NewTokens, cache: EnsembleCache | None, options: CallOptions | None
-) -> tuple[list[Float[Tensor, "B k _"]], Deferral | None]:
+def run_members(new: NewTokens, options: CallOptions | None) -> tuple[list[Float[Tensor, "B k _"]], Deferral | None]:
     """Run the members on new tokens, as :meth:`EnsembleForCausalLM.run` does.
 
     Raises:
         InvalidInputError: if the cache was made for another gate, or for members without prompts of their own.
     """
-    unsure = None if options is None else options.unsure
+    unsure, cache = None if options is None else options.unsure, new.cache
     if unsure is None and (cache is None or not cache.lagging):
-        return _run_all(new, cache), None
+        return _run_all(new), None
     if cache is not None and not cache.lagging:
         raise InvalidInputError(
             "expected a cache whose members may be behind, for the gate 'unsure': make it with "
             "new_cache('unsure:…'), or go on with the gate that it was begun with"
         )
-    return _run_where_unsure(new, cache, unsure)
+    return _run_where_unsure(new, unsure)
 
 
-def _groups(new: NewTokens, cache: EnsembleCache | None) -> list[list[int]]:
-    """Return the groups of members that are rows of one batch, for which the cache was made."""
+def _groups(new: NewTokens) -> list[list[int]]:
+    """Return the groups of members that are rows of one batch.
+
+    Raises:
+        InvalidInputError: if the cache was made for other groups.
+    """
     wanted = new.model.contexts.batched(own_prompts=new.own is not None)
-    if cache is not None and wanted != cache.batched and new.first:
+    if new.cache is None or new.cache.batched == wanted:
+        return wanted
+    if new.first:
         raise InvalidInputError("expected a cache for members with prompts of their own: new_cache(own_prompts=True)")
-    return wanted if cache is None else cache.batched
+    return new.cache.batched
 
 
-def _run_all(new: NewTokens, cache: EnsembleCache | None) -> list[Float[Tensor, "B k _"]]:
+def _run_all(new: NewTokens) -> list[Float[Tensor, "B k _"]]:
     """Run all members: those of one model with prefixes or prompts of their own in one batch, each other one alone."""
-    model, groups = new.model, _groups(new, cache)
-    caches: list[Any] = [None] * len(model.members) if cache is None else cache.members
-    together = {i for group in groups for i in group}
-    units = [*groups, *([i] for i in range(len(model.members)) if i not in together)]
+    model, groups, n = new.model, _groups(new), len(new.model.members)
+    if not groups:
+        return model.each(new.hidden, range(n))
+    parts = units(groups, n)
 
     def hidden(k: int) -> list[Float[Tensor, "B k _"]]:
-        first, *_ = units[k]
         if k >= len(groups):
-            return [new.hidden(first, caches[first])]
-        return new.hidden_of(units[k], caches[first] or ContextRows(len(units[k])))
+            return [new.hidden(parts[k][0])]
+        known = None if new.cache is None else new.cache.members[parts[k][0]]
+        return new.hidden_of(parts[k], known or ContextRows(len(parts[k])))
 
     found = dict[int, Float[Tensor, "B k _"]]()
-    for unit, states in zip(units, model.each(hidden, range(len(units))), strict=True):
-        found |= zip(unit, states, strict=True)
-    return [found[i] for i in range(len(model.members))]
+    for part, states in zip(parts, model.each(hidden, range(len(parts))), strict=True):
+        found |= zip(part, states, strict=True)
+    return [found[i] for i in range(n)]
 
 
-def _run_where_unsure(
-    new: NewTokens, cache: EnsembleCache | None, gate: Unsure | None
-) -> tuple[list[Float[Tensor, "B k _"]], Deferral | None]:
+def _run_where_unsure(new: NewTokens, gate: Unsure | None) -> tuple[list[Float[Tensor, "B k _"]], Deferral | None]:
     """Run the first member, and the others in the sequences that need them, on all tokens that they have not run yet.
 
     A sequence needs them if at one of its kept positions the first member is unsure: its most probable token has a
     probability below ``gate.threshold``. In the other sequences the new tokens are noted as pending.
 
     Args:
-        new: the new tokens.
-        cache: with a :class:`Lagging` layer for each member after the first; None if there is no cache.
+        new: the new tokens; their cache has a :class:`Lagging` layer for each member after the first.
         gate: the gate that decides whether the first member is unsure; None to run every sequence.
 
     Returns:
@@ -203,11 +210,9 @@ def _run_where_unsure(
         ``gate`` is None).
     """
     model, n = new.model, len(new.model.members)
-    caches: list[Any] = [None, *(Lagging() for _ in range(1, n))] if cache is None else cache.members
-    if any(0 in group for group in _groups(new, cache)):
-        first = new.hidden_of([0], caches[0] or ContextRows(1))[0]
-    else:
-        first = new.hidden(0, caches[0])
+    caches: list[Any] = [None, *(Lagging() for _ in range(1, n))] if new.cache is None else new.cache.members
+    alone = not any(0 in group for group in _groups(new))
+    first = new.hidden(0) if alone else new.hidden_of([0], caches[0] or ContextRows(1))[0]
     started = time.perf_counter()
     for i in range(1, n):
         caches[i].follow(new.rows(i))

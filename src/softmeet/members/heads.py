@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -132,6 +133,31 @@ def _layer_of(model: PreTrainedModel, own: Float[Tensor, "1 t v"], ids: Int[Tens
     error = (own.float() - ours.float()).abs().max().item() if own.shape == ours.shape else math.inf
     largest = max(own.abs().max().item(), 1.0)
     return head if error <= 64 * torch.finfo(head.dtype).eps * largest else None
+
+
+def one_head(heads: Sequence[Head]) -> bool:
+    """Tell whether two or more heads, without soft-cap, are the same function of hidden states, and can be read.
+
+    They are if their scales are equal, and weights and biases the same tensors or of equal values and dtypes, for which
+    each head is read once.
+    """
+    read = [head for head in heads if isinstance(head, SoftmaxHead)]
+    if len(read) < max(len(heads), 2):
+        return False
+    first, *others = read
+    plain = all(head.soft_cap is None and head.scale == first.scale for head in read)
+    parts = [(first.weight, other.weight) for other in others] + [(first.bias, other.bias) for other in others]
+    return plain and all(_equal(*part) for part in parts)
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    """Tell whether two tensors, or None, are one or have equal values, on whatever devices they are."""
+    if a is None or b is None or a is b:
+        return a is b
+    if (a.shape, a.dtype) != (b.shape, b.dtype) or a.is_meta or b.is_meta:
+        return False
+    # The first row tells most apart, and saves reading the rest.
+    return all(torch.equal(x.detach(), y.detach().to(a.device)) for x, y in ((a[:1], b[:1]), (a, b)))
 
 
 def principal_cosines(a: SoftmaxHead, b: SoftmaxHead) -> Float[Tensor, " k"]:

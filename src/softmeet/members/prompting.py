@@ -16,8 +16,10 @@ from softmeet.members.member import SLOT, Member
 def ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Return a text's token ids, with the token that begins a text if the tokenizer puts one, but none that ends it."""
     ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
-    ends = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not text.endswith(str(tokenizer.eos_token))
-    return ids[:-1] if ends else ids
+    if len(ids) < 2 or ids[-1] != tokenizer.eos_token_id:
+        return ids
+    plain: list[int] = tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"]
+    return ids if plain[-1:] == ids[-1:] else ids[:-1]
 
 
 def prefix_of(member: Member, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from softmeet.rules.answer import Answer
     from softmeet.rules.problem import Problem
+    from softmeet.rules.settings import Settings
     from softmeet.rules.verify import Recomputed
 
 
@@ -32,7 +33,9 @@ class Rule(Frozen, ABC):
         reference: its source: a paper and an equation, or a web address; empty if there is none.
         reads_heads: whether it needs the members' softmax matrices W_i, not only their log-probabilities.
         is_average: whether it is a weighted average of the members.
-        can_assign_zeros: whether it may give probability 0 to a token to which every member gives more.
+        takes_signed_weights: whether members' weights may be below 0.
+        can_assign_zeros: whether it may give probability 0 to a token to which every member gives more; of an instance,
+            where that depends on an option.
         uses_trust: whether its answer depends on the trusts ρ_i.
         tilts_pool: whether its answer is proportional to q exp(Σ_i W_i λ_i), with q the pool and λ_i in
             ``Answer.dual``; only a solution by such a rule can be the ``start`` of another call of ``combine``.
@@ -60,6 +63,7 @@ class Rule(Frozen, ABC):
     reference: ClassVar[str] = ""
     reads_heads: ClassVar[bool] = False
     is_average: ClassVar[bool] = False
+    takes_signed_weights: ClassVar[bool] = False
     can_assign_zeros: ClassVar[bool] = False
     uses_trust: ClassVar[bool] = False
     tilts_pool: ClassVar[bool] = False
@@ -112,6 +116,17 @@ class Rule(Frozen, ABC):
         ``max-entropy``, for one, makes all of them infinite.
         """
         return tuple(trust)
+
+    def one_head_weights(self, settings: Settings) -> tuple[float, ...] | None:
+        """Return the weights of the logit mean that this rule is where one head makes all members' distributions.
+
+        Args:
+            settings: those by which members are combined, from :meth:`Settings.for_members`.
+
+        Returns:
+            A weight for each member, summing to 1; None, the default, if the rule is not known to be such an average.
+        """
+        return None
 
     def why_degenerate(self, problem: Problem) -> str:
         """Return a sentence for ``Solution.remark`` that says why the objective is constant on a feasible set.

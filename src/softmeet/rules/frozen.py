@@ -30,7 +30,8 @@ class Frozen(BaseModel):
     @classmethod
     def _explained(cls, error: ValidationError) -> InvalidInputError:
         first = error.errors()[0]
-        name, reason = str(first["loc"][0]), first.get("ctx", {}).get("error")
+        # What several fields break together has no place.
+        name, reason = str(next(iter(first["loc"]), "")), first.get("ctx", {}).get("error")
         if isinstance(reason, InvalidInputError):
             said = str(reason)
             return InvalidInputError(f"expected {name} {said}") if said.startswith("to be ") else reason

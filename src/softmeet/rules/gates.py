@@ -41,12 +41,14 @@ class Gate(ABC):
         threshold: the number after the colon in the gate's text, such as 0.5 in ``unsure:0.5``; at least 0.
         name: the text before the colon; a subclass has to set one that no other gate has.
         form: the form of the text with the number's unit, for messages, such as ``unsure:T (T a probability)``.
+        first_alone: whether the first member answers alone where it is closed.
     """
 
     threshold: float
 
     name: ClassVar[str]
     form: ClassVar[str]  # of its text, for messages
+    first_alone: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not self.threshold >= 0:
@@ -89,6 +91,7 @@ class Unsure(Gate):
 
     name = "unsure"
     form = "unsure:T (T a probability)"
+    first_alone = True
 
     @property
     def never_closes(self) -> bool:
@@ -125,6 +128,7 @@ class Unsure(Gate):
             slopes=problem.slopes[:1],
             settings=problem.settings.model_copy(update={"weights": (1.0,), "trust": problem.trust[:1]}),
             free=problem.free[:1],
+            states=problem.states[:1],
         )
         # Rules that read heads would answer with this one member's own distribution.
         own = closed_form(alone, alone.log_pool) if rule.reads_heads else answered(rule, alone)

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from softmeet.rules.answer import Answer, closed_form
 from softmeet.rules.base import Rule
+from softmeet.rules.one_head import averaged
 from softmeet.rules.problem import Problem
+from softmeet.rules.settings import Settings
 from softmeet.rules.verify import Recomputed, reach
 from softmeet.simplex import kl, log_normalize
 from softmeet.solvers import tuning
@@ -28,6 +30,8 @@ from softmeet.solvers.projection import Point, Projection
 
 # A gap, in nats, that bounds no total variation: √(gap / 2) is one.
 _VACUOUS = 2.0
+# How well weights sum to 1.
+_ONE = 1e-6
 # The most points at which a second look bounds the gap, and the most halvings of a step to the next.
 _LOOKS, _HALVINGS = 5, 20
 
@@ -68,6 +72,9 @@ class Meet(Rule):
         is answered by the solver's point, or by the pool (but never for ``max-entropy``) if the pool's bound is below
         the solver's gap, or that gap is above 2 nats or, unless ``budget`` or the time ended the row, not certified.
 
+        Where one head makes all members' distributions, rows have a closed form instead (:mod:`.one_head`), unless a
+        support takes more than ``tol`` from it.
+
         Raises:
             DisjointSupportError: if a row has no token for the pool, as by :attr:`Problem.log_pool`.
         """
@@ -75,6 +82,11 @@ class Meet(Rule):
         trusted = [i for i, rho in enumerate(trust) if rho > 0]
         if not trusted:
             return closed_form(problem, problem.log_pool, torch.zeros_like(problem.log_pool[:, 0]))
+        weights = self.one_head_weights(problem.settings) if problem.states else None
+        if weights is not None:
+            answer = averaged(problem, trust, weights)
+            late = unfinished(answer.status).nonzero().squeeze(-1)
+            return answer.put(late, self.solve(replace(problem.take(late), states=()))) if len(late) else answer
         projection = replace(
             problem.projection(trusted, trust), pool_may_answer=not self.is_feasible, moments_hold=self.is_feasible
         )
@@ -99,6 +111,18 @@ class Meet(Rule):
         answer.passes[late] += again.passes
         again.steps, again.passes = answer.steps[late], answer.passes[late]
         return answer.put(late[better], again.take(better.nonzero().squeeze(-1)))
+
+    def one_head_weights(self, settings: Settings) -> tuple[float, ...] | None:
+        """Return (w_i + ρ_i) / (1 + Σ ρ), with w_i the weights and ρ_i the trusts; None unless the closed form holds.
+
+        It holds for the logit mean with weights that sum to 1 as the pool, finite trusts, and whole heads.
+        """
+        trust, weights = self.effective_trust(settings.member_trust), settings.member_weights
+        whole = settings.bands == 1 and settings.rank is None and not settings.free_radial
+        total = 1 + sum(trust)
+        if not whole or settings.pool != "logit-mean" or math.isinf(total) or abs(sum(weights) - 1) > _ONE:
+            return None
+        return tuple([(w + rho) / total for w, rho in zip(weights, trust, strict=True)])
 
     def verify(self, problem: Problem, answer: Answer) -> Recomputed:
         """Recompute each row in fp64 from the answer's stored dual variables and Farkas proof, without the solver.

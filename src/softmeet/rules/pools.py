@@ -5,14 +5,19 @@ p̂_i are the members' distributions and w_i their weights.
 
 from __future__ import annotations
 
+import math
+
 import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
 
 from softmeet.rules.answer import Answer, closed_form
 from softmeet.rules.answered import answered
 from softmeet.rules.base import Rule
 from softmeet.rules.problem import Problem
 from softmeet.rules.verify import Recomputed, reach
-from softmeet.simplex import kl, log_normalize, prob_mean, weighted_log_probs
+from softmeet.simplex import kl, log_normalize, logit_mean, prob_mean, weighted_log_probs
 from softmeet.solvers.base import Status
 
 
@@ -33,19 +38,53 @@ class LogitMean(_ClosedForm):
     p̂_i are the members' distributions, w_i their weights. It is the baseline of the essay that proposed the rules of
     ``softmeet.essay``. With the setting ``free_weights`` the weights need not sum to one, and the objective is
     Σ w_i (-pᵀ log p̂_i) - H(p), H the entropy.
+
+    Weights may be below 0, which moves the answer away from a member (docs/guides/contrast.md). A token to which a
+    member of nonzero weight gives probability 0 has probability 0, even if that weight is negative.
+
+    With ``plausibility`` α above 0 only tokens x with p_e(x) ≥ α max p_e are kept, p_e being the normalised average of
+    the logits of those members whose weights are positive, on the support: the constraint of contrastive decoding
+    (Li et al., arXiv:2210.15097, section 3.3).
     """
+
+    plausibility: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="The least probability of a token, as a share of the largest, by the average of the members of "
+        "positive weight; tokens below it get probability 0.",
+    )
 
     name = "logit-mean"
     summary = "the weighted average of the members' logits"
     is_average = True
+    takes_signed_weights = True
+
+    @property
+    def can_assign_zeros(self) -> bool:  # type: ignore[override]
+        """Whether ``plausibility`` is above 0, so that tokens are cut."""
+        return self.plausibility > 0
 
     def solve(self, problem: Problem) -> Answer:
-        """Return softmax(Σ w_i log p̂_i) on the support, and the objective there in nats, for every row."""
-        scores = weighted_log_probs(problem.log_p, problem.weights)
+        """Return softmax(Σ w_i log p̂_i) on the support, and the objective there in nats, for every row.
+
+        Raises:
+            DisjointSupportError: if a row has no token left.
+        """
+        scores = self._cut(problem, weighted_log_probs(problem.log_p, problem.weights))
         log_probs = problem.restricted(log_normalize(scores))
         safe = log_probs.masked_fill(log_probs.isneginf(), 0.0)
         cross = -(log_probs.exp() * scores.masked_fill(log_probs.isneginf(), 0.0)).sum(-1)
         return closed_form(problem, log_probs, cross + (log_probs.exp() * safe).sum(-1))
+
+    def _cut(self, problem: Problem, scores: Float[Tensor, "B v"]) -> Float[Tensor, "B v"]:
+        """Return the scores with -inf at tokens that are not plausible; ``scores`` itself if ``plausibility`` is 0."""
+        if not self.plausibility:
+            return scores
+        expert = problem.weights.clamp_min(0)
+        likely = problem.restricted(logit_mean(problem.log_p, expert / expert.sum()))
+        least = likely.amax(-1, keepdim=True) + math.log(self.plausibility)
+        return scores.masked_fill(likely < least, -torch.inf)
 
 
 class ProbMean(_ClosedForm):

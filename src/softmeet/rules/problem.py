@@ -101,6 +101,8 @@ class Problem:
         precision: ``torch.finfo(…).eps`` of the dtype in which the caller gave the log-probabilities.
         proved: whether solvers have to prove a bound on each row's gap; if False, an estimate of the gap suffices.
         before: the token before each row; None if the text is not known.
+        states: where one head, without soft-cap, makes the distributions of all members, each one's last hidden state
+            times the head's scale, (B, d); else empty.
     """
 
     log_p: Float[Tensor, "n B v"]
@@ -114,6 +116,7 @@ class Problem:
     precision: float = torch.finfo(torch.float64).eps
     proved: bool = True
     before: TokensBefore | None = None
+    states: tuple[Float[Tensor, "B _"], ...] = ()
 
     @cached_property
     def weights(self) -> Float[Tensor, " n"]:
@@ -143,9 +146,10 @@ class Problem:
     def take(self, rows: Int[Tensor, " k"]) -> Problem:
         """Return the problem that has only the rows with the indices ``rows``, (k,)."""
         slopes = tuple(None if s is None else s[rows] for s in self.slopes)
-        free, start = tuple(f[rows] for f in self.free), None if self.start is None else self.start.take(rows)
-        before = None if self.before is None else self.before.take(rows)
-        return replace(self, log_p=self.log_p[:, rows], slopes=slopes, free=free, start=start, before=before)
+        free, states = (tuple(x[rows] for x in every) for every in (self.free, self.states))
+        start, before = (None if x is None else x.take(rows) for x in (self.start, self.before))
+        own: dict[str, Any] = {"slopes": slopes, "free": free, "states": states, "start": start, "before": before}
+        return replace(self, log_p=self.log_p[:, rows], **own)
 
     def text_before(self) -> list[str]:
         """Return the text of the single token before each of the B rows, for gates that decide by the text.

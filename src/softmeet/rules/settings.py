@@ -11,13 +11,14 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from softmeet.errors import InvalidInputError
 from softmeet.rules.base import Rule
+from softmeet.rules.by_member import checked_trust, checked_weights
 from softmeet.rules.frozen import Frozen, takes, unknown
 from softmeet.rules.registry import DEFAULT, all_rules, require_own_name, rule_class
 
@@ -124,7 +125,7 @@ class Settings(Frozen):
     weights: Annotated[tuple[float, ...] | float | None, BeforeValidator(_numbers)] = Field(
         default=None,
         description="The members' weights in the average, with commas between them; they have to sum to 1. By default "
-        "they are equal.",
+        "they are equal. For the rule logit-mean they may be below 0, as in 1.5,-0.5.",
     )
     pool: Pool = Field(
         default="logit-mean",
@@ -168,6 +169,13 @@ class Settings(Frozen):
         "token at least the probability T. none always computes; auto is movement:0.003, or none where movement does "
         "not apply.",
     )
+
+    @model_validator(mode="after")
+    def _signs_fit(self) -> Settings:
+        """Refuse weights below 0 where the rule, the pool or the gate has no meaning for them."""
+        if isinstance(self.weights, tuple) and min(self.weights, default=0.0) < 0:
+            _require_signed(self, self.weights)
+        return self
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Settings:
@@ -213,11 +221,11 @@ class Settings(Frozen):
         bands of its member; or n · ``bands`` numbers.
 
         Raises:
-            InvalidInputError: if the number of weights or trusts does not fit; or a weight is negative or not finite,
-                all are zero, or, without ``free_weights``, they do not sum to 1 within 10⁻⁶.
+            InvalidInputError: if the number of weights or trusts does not fit; or a weight is not finite, none is
+                positive, they sum to 0, or, without ``free_weights``, they do not sum to 1 within 10⁻⁶.
         """
-        weights = _checked_weights(self.weights, n, free=self.free_weights)
-        return self.model_copy(update={"weights": weights, "trust": _checked_trust(self.trust, n, self.bands)})
+        weights = checked_weights(self.weights, n, free=self.free_weights)
+        return self.model_copy(update={"weights": weights, "trust": checked_trust(self.trust, n, self.bands)})
 
     def ungated(self) -> Settings:
         """Return a copy without a gate, so that the rule is solved in every row."""
@@ -230,6 +238,11 @@ class Settings(Frozen):
         These settings must be from :meth:`for_members`, which is not checked.
         """
         return self.trust  # type: ignore[return-value]
+
+    @property
+    def member_weights(self) -> tuple[float, ...]:
+        """The n weights; these settings must be from :meth:`for_members`, which is not checked."""
+        return self.weights  # type: ignore[return-value]
 
     def trusts(self) -> list[list[float]]:
         """Return, for each member, the list of its bands' trusts in nats per nat.
@@ -244,7 +257,7 @@ class Settings(Frozen):
         It has n · ``bands`` members, member by member, each with its band's trust, and ``bands`` 1. The first band of
         each member has the member's weight in the pool, the others 0. These settings must be from :meth:`for_members`.
         """
-        weights = [w for own in self.weights for w in (own, *[0.0] * (self.bands - 1))]  # type: ignore[union-attr]
+        weights = [w for own in self.member_weights for w in (own, *[0.0] * (self.bands - 1))]
         return self.model_copy(update={"weights": tuple(weights), "bands": 1})
 
     def relaxed(self) -> Settings:
@@ -302,8 +315,9 @@ def parse_rule(text: str) -> tuple[Rule, dict[str, Any]]:
             shared = [name for name in (*SHORT, *Settings.model_fields) if name not in ("rule", *SHORT.values())]
             raise unknown(f"unknown option {key!r} in {text!r}", key, [*kind.model_fields, *shared])
     try:
-        checked = Settings(**settings) if settings else None
-        return kind(**own), {key: getattr(checked, key) for key in settings} if checked else {}
+        rule = kind(**own)
+        checked = Settings(rule=rule, **settings) if settings else None
+        return rule, {key: getattr(checked, key) for key in settings} if checked else {}
     except InvalidInputError as error:
         raise InvalidInputError(f"in {text!r}: {error}") from error
 
@@ -353,31 +367,24 @@ def _with_options(rule: Rule, own: Mapping[str, Any]) -> Rule:
     return kind(**{**rule.own_options(), **mine})
 
 
-def _checked_weights(weights: Any, n: int, *, free: bool) -> tuple[float, ...]:
-    values = (1 / max(n, 1),) * n if weights is None else (weights,) if isinstance(weights, float) else tuple(weights)
-    if len(values) != n:
-        raise InvalidInputError(f"expected one weight per member, {n} in all, got {len(values)}: {list(values)}")
-    if not all(math.isfinite(w) and w >= 0 for w in values):
-        raise InvalidInputError(f"expected finite weights, none negative, got {list(values)}")
-    if n and not 0 < sum(values) < math.inf:
-        raise InvalidInputError(f"expected a positive weight and a finite sum, got {list(values)}")
-    if n and not free and abs(sum(values) - 1) > 1e-6:
+def _require_signed(settings: Settings, weights: tuple[float, ...]) -> None:
+    """Check that settings with a weight below 0 have a rule, a pool and a gate that such weights make sense for."""
+    rule, gate = settings.rule, settings.gate
+    if not rule.takes_signed_weights:
+        others = " or ".join(one.name for one in all_rules() if one.takes_signed_weights)
         raise InvalidInputError(
-            f"expected weights that sum to 1, got {list(values)} with sum {sum(values):g}: divide by the sum, or say "
-            "free_weights=True to use them as exponents"
+            f"the rule {rule.name} takes no weight below 0, got {list(weights)}: use the rule {others}, or weights of "
+            "at least 0"
         )
-    return values
-
-
-def _checked_trust(trust: float | Sequence[float], n: int, bands: int) -> tuple[float, ...]:
-    """Return n · bands trusts; one number serves every member, and a member's trust all of its bands."""
-    values = (trust,) * n if isinstance(trust, float) else tuple(trust)
-    if len(values) not in (n, n * bands):
-        each = f", or one for each member's {bands} bands, {n * bands} in all" if bands > 1 else ""
+    if settings.pool == "prob-mean":
         raise InvalidInputError(
-            f"expected one trust, or one per member, {n} in all{each}, got {len(values)}: {list(values)}"
+            f"the pool prob-mean takes no weight below 0, got {list(weights)}: use the pool logit-mean"
         )
-    return values if len(values) == n * bands else tuple(rho for rho in values for _ in range(bands))
+    if gate is not None and gate.first_alone and weights[0] < 0:
+        raise InvalidInputError(
+            f"the gate {gate} lets the first member answer alone, and its weight is {weights[0]:g}: put a member of "
+            "positive weight first, or say gate none"
+        )
 
 
 def _plain(value: Any) -> Any:

@@ -301,7 +301,9 @@ def restate(
     logits: Tensor | ArrayLike | None,
     hidden: Sequence[Tensor | ArrayLike] | None = None,
 ) -> Problem:
-    """Return a copy of ``problem`` with other heads and log-probabilities, which are checked, and with ``start`` None.
+    """Return a copy of ``problem`` with other heads and log-probabilities, which are checked, to verify its answer.
+
+    It has neither ``start`` nor ``states``.
 
     Args:
         problem: the problem that was solved; its settings, support and dtype are kept.
@@ -326,4 +328,5 @@ def restate(
         slopes=slopes_of(found, logits, log_p, log_probs.shape),
         free=free_directions(found, log_p, logits, hidden, log_probs.shape) if problem.settings.free_radial else (),
         start=None,
+        states=(),
     )

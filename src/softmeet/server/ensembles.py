@@ -50,6 +50,7 @@ class Served:
         """Return the members and settings that answer a request: the ensemble's own, with the request's changes.
 
         If a request names some of the members, their weights in the pool are scaled to the sum that all members' have.
+        Where that would turn a member's positive weight into a negative one, the request has to give weights, too.
         The ensemble's own settings that the rule does not use have no effect. Its gate is left out where it cannot be
         used; the combination says why.
 
@@ -62,7 +63,8 @@ class Served:
         Raises:
             RequestError: if the request changes a field that is not allowed, names a member that the ensemble lacks,
                 gives a setting an invalid value or one that the rule does not use, asks for more trust than it may, or
-                for a gate that cannot be used; or if the number of weights or trusts does not fit the members.
+                for a gate that cannot be used; if the number of weights or trusts does not fit the members; or if it
+                has to give weights and does not.
             RuleError: if the rule comes from a package that fails to provide it.
         """
         given = {name: value for name in CHANGES if (value := getattr(asked, name)) is not None}
@@ -79,7 +81,10 @@ class Served:
                 param="softmeet.members",
             )
         chosen = tuple(k for k, name in enumerate(self.names) if name in wanted)
-        model = self.ensemble.model if len(chosen) == len(self.names) else _part(self.ensemble.model, chosen)
+        model = self.ensemble.model
+        if len(chosen) < len(self.names):
+            _require_scalable(model, chosen, explicit)
+            model = _part(model, chosen)
         settings = _changed(model, given)
         if idle := [name for name in unused(settings.rule) if name in explicit]:
             raise RequestError(
@@ -174,6 +179,9 @@ def _with_gate(model: EnsembleForCausalLM, settings: Settings) -> tuple[Settings
     gate, found = that_closes(settings.gate), resolved(model, settings, may_calibrate=False)
     if isinstance(gate, Disagreement) and not settings.rule.reads_heads:
         return found.ungated(), f"the rule {settings.rule.name} has no solve that the gate {gate} could save"
+    if isinstance(gate, Disagreement) and model.combiner.average(settings):
+        alone = f"the members have one head, so there is no solve that the gate {gate} could save"
+        return found.ungated(), None if str(gate) == "auto" else alone
     if gate is not None and found.gate is None and not moves_pool(settings):
         alone = f"the gate {gate} is for the rule meet with finite trusts alone"
         return found, None if str(gate) == "auto" else alone
@@ -185,16 +193,34 @@ def _with_gate(model: EnsembleForCausalLM, settings: Settings) -> tuple[Settings
     return found, None
 
 
+def _require_scalable(whole: EnsembleForCausalLM, chosen: tuple[int, ...], explicit: set[str]) -> None:
+    """Raise RequestError if members' weights cannot be scaled to the sum of all, and a request gives no others.
+
+    They cannot if their sum is 0 or of another sign than that of all: what is positive would become negative.
+    """
+    own = whole.config.weights
+    weights = [own[k] for k in chosen]
+    if "weights" not in explicit and max(weights) > 0 >= sum(weights) * sum(own):
+        raise RequestError(
+            f"expected weights for the members asked for, as the ensemble's own for them, {weights}, cannot be scaled "
+            f"to a sum of {sum(own):g}: give softmeet.weights",
+            param="softmeet.weights", code="invalid_value",
+        )  # fmt: skip
+
+
 @lru_cache(maxsize=64)
 def _part(whole: EnsembleForCausalLM, chosen: tuple[int, ...]) -> EnsembleForCausalLM:
-    """Return an ensemble of some members, by their indices; their weights are scaled to sum to what all members' do."""
+    """Return an ensemble of some members, by their indices; their weights are scaled to sum to what all members' do.
+
+    Where they cannot be, weights are equal, until a request gives others.
+    """
     config, total = whole.config, sum(whole.config.weights)
     weights = [config.weights[k] for k in chosen]
-    share = sum(weights) or 1.0
-    own = dict(config.settings) | {
-        "weights": [total * w / share for w in weights] if sum(weights) else None,
-        "trust": [rho for k in chosen for rho in config.settings.trusts()[k]],
-    }
+    share, own = sum(weights), dict(config.settings)
+    own["weights"] = [total * w / share for w in weights] if share * total > 0 else None
+    own["trust"] = [rho for k in chosen for rho in config.settings.trusts()[k]]
+    if own["weights"] and weights[0] < 0:
+        own["gate"] = None  # it may let this member answer alone
     part = whole.part(chosen, EnsembleConfig([config.members[k] for k in chosen], settings=Settings.of(own)))
     part.generation_config = whole.generation_config
     part.chat = chat_of(whole).of(chosen)

@@ -10,7 +10,7 @@ from softmeet.errors import InvalidInputError
 from softmeet.hf.chat import chat_of
 from softmeet.hf.prompts import read_prompt
 from softmeet.members.covers import END
-from softmeet.members.member import Member, short
+from softmeet.members.member import short
 from softmeet.server.ensembles import Served
 from softmeet.server.errors import RequestError
 from softmeet.server.schemas import CompletionRequest, Generation
@@ -51,7 +51,7 @@ def encoded(
         RequestError: if a member's own prompt fills its context, or is a template, which cannot be scored.
     """
     model, found, own = combination.model, list[tuple[int, ...]](), list[Own]()
-    members = [Member.parse(name) for name in model.config.members]
+    members = model.contexts.members
     try:
         if scored:
             model.contexts.require_no_template()

@@ -17,6 +17,7 @@ from softmeet.server.schemas import (
     Extension,
     JsonSchema,
     Message,
+    PassageIn,
     ResponseFormat,
     StreamOptions,
     StructuredOutputs,
@@ -117,7 +118,7 @@ _EXPECTED = {
 }
 _BODIES = (CompletionRequest, ChatRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest)
 _PARTS = (
-    Extension, Item, JsonSchema, Message, Part, ResponseFormat, StreamOptions, StructuredOutputs, TextFormat,
+    Extension, Item, JsonSchema, Message, Part, PassageIn, ResponseFormat, StreamOptions, StructuredOutputs, TextFormat,
     TextOptions, TextPart,
 )  # fmt: skip
 _FIELDS = {name: kind for body in _BODIES for name, kind in body.model_fields.items()}

@@ -70,15 +70,15 @@ class Extension(Strict):
     """softmeet's own fields: how the members are combined, what they read, and how much is reported.
 
     Each of rule, trust, weights, pool, members, gate and passages that is left out is the ensemble's own. trust is one
-    number, or one per member asked for; weights has one number for each of these members. With report = k every token
-    of the answer, and of a scored prompt, has a report that lists the k most probable tokens of each distribution;
-    without report nothing is reported. top_k, min_p and repetition_penalty are older places of the fields beside
-    softmeet, which override them.
+    number, or one per member asked for; weights has one number for each of these members, below 0 for logit-mean alone.
+    With report = k every token of the answer, and of a scored prompt, has a report that lists the k most probable
+    tokens of each distribution; without report nothing is reported. top_k, min_p and repetition_penalty are older
+    places of the fields beside softmeet, which override them.
     """
 
     rule: Word | None = Field(default=None, description="meet, max-entropy, logit-mean, prob-mean, …")
     trust: Rho | Annotated[list[Rho], Len(1, 64)] | None = Field(default=None, description="One for all, or one each.")
-    weights: Annotated[list[Annotated[float, Field(ge=0, le=1e6)]], Len(1, 64)] | None = None
+    weights: Annotated[list[Annotated[float, Field(ge=-1e6, le=1e6)]], Len(1, 64)] | None = None
     pool: Word | None = None
     members: Annotated[list[Word], Len(1, 64)] | None = Field(default=None, description="Some of the members.")
     gate: Word | None = Field(default=None, description="auto, movement:T, unsure:T, disagreement:T or none.")

@@ -18,6 +18,7 @@ import torch
 from softmeet.errors import SoftmeetError
 from softmeet.hf import EnsembleForCausalLM
 from softmeet.hf.chat import take_plain
+from softmeet.hf.prompts import encoded, states_behind
 from softmeet.server import prompts
 from softmeet.server.batcher import Batcher
 from softmeet.server.ensembles import Ensembles, Served
@@ -115,13 +116,10 @@ class Serving:
 
     @torch.inference_mode()
     def _warm_up(self, model: EnsembleForCausalLM) -> None:
-        # Not a padding token, about which transformers would warn.
-        token = int(any(getattr(member.config, "pad_token_id", None) == 0 for member in model.members))
-        states, _ = model.run(torch.tensor([[token]]), None, use_cache=False)
-        hidden = [own[0] for own in states]
+        hidden = states_behind(model, encoded(model, model.tokenizer, ["a"]))
         own = model.settings.ungated()
         changes = "rule" in self.settings.allowed and not model.over_bytes
-        every = [own, own.changed(rule="meet")] if changes else [own]
+        every = [own, own.changed(rule="meet", weights=None)] if changes else [own]
         for settings in every:
             # Members may make nothing of the token; what they say of it is not used.
             with contextlib.suppress(SoftmeetError), time_limit(self.settings.limits.token_seconds):

@@ -1,0 +1,63 @@
+"""Weights and trusts of n members: completed from what was given, and checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from softmeet.errors import InvalidInputError
+
+# Weights sum to 1 within the first; to 0, if their sum is below the second as a share of their absolute sum.
+_ONE, _ZERO = 1e-6, 1e-9
+
+
+def checked_weights(weights: Any, n: int, *, free: bool) -> tuple[float, ...]:
+    """Return n weights, of which None stands for 1/n each, and a number for that of a single member.
+
+    Args:
+        weights: None, a number or a sequence of numbers; which signs a rule takes is not checked.
+        n: the number of members.
+        free: whether they may sum to anything but 0, not only to 1.
+
+    Raises:
+        InvalidInputError: if there are not n, one is not finite, none is positive, or their sum is wrong.
+
+    >>> checked_weights([1.5, -0.5], 2, free=False)
+    (1.5, -0.5)
+    """
+    values = (1 / max(n, 1),) * n if weights is None else (weights,) if isinstance(weights, float) else tuple(weights)
+    if len(values) != n:
+        raise InvalidInputError(f"expected one weight per member, {n} in all, got {len(values)}: {list(values)}")
+    total, size = sum(values), sum(map(abs, values))
+    if not math.isfinite(size):
+        raise InvalidInputError(f"expected finite weights with a finite sum, got {list(values)}")
+    if n and not any(w > 0 for w in values):
+        raise InvalidInputError(f"expected a positive weight, got {list(values)}")
+    if n and abs(total) <= _ZERO * size:
+        raise InvalidInputError(
+            f"expected weights that do not sum to 0, got {list(values)}: let one be larger, so that they sum to 1, as "
+            "1.5 and -0.5 do"
+        )
+    if n and not free and abs(total - 1) > _ONE:
+        divide = "divide by the sum" if total > 0 else "let one be larger, so that they sum to 1"
+        raise InvalidInputError(
+            f"expected weights that sum to 1, got {list(values)} with sum {total:g}: {divide}, or say "
+            "free_weights=True to use them as exponents"
+        )
+    return values
+
+
+def checked_trust(trust: float | Sequence[float], n: int, bands: int) -> tuple[float, ...]:
+    """Return n · bands trusts; one number serves every member, and a member's trust all of its bands.
+
+    Raises:
+        InvalidInputError: if there are neither one, nor n, nor n · bands.
+    """
+    values = (trust,) * n if isinstance(trust, float) else tuple(trust)
+    if len(values) not in (n, n * bands):
+        each = f", or one for each member's {bands} bands, {n * bands} in all" if bands > 1 else ""
+        raise InvalidInputError(
+            f"expected one trust, or one per member, {n} in all{each}, got {len(values)}: {list(values)}"
+        )
+    return values if len(values) == n * bands else tuple(rho for rho in values for _ in range(bands))
