@@ -24,13 +24,16 @@ from rich.table import Table
 from rich.text import Text
 from transformers.utils import logging
 
-from softmeet import Ensemble
-from softmeet.evaluation.choices import parse_choices
-from softmeet.evaluation.documents import Document
-from softmeet.evaluation.held_out import held_out_books
-from softmeet.evaluation.intervals import Difference, clusters, paired
-from softmeet.evaluation.perplexity import Evaluation, evaluate_text
-from softmeet.hf.report import style
+from softmeet.cli.startup import quick_imports
+
+with quick_imports():
+    from softmeet import Ensemble
+    from softmeet.evaluation.choices import parse_choices
+    from softmeet.evaluation.documents import Document
+    from softmeet.evaluation.held_out import held_out_books
+    from softmeet.evaluation.intervals import Difference, clusters, paired
+    from softmeet.evaluation.perplexity import Evaluation, evaluate_text
+    from softmeet.hf.report import style
 
 PROMPT, SEED = "And the king said unto his daughter,", 1
 AVERAGE, MEET = "logit-mean", "meet:trust=1"

@@ -239,7 +239,7 @@ def test_the_command_and_its_file_take_members(made, tmp_path):
     done = CliRunner().invoke(app, [*command, *tiny.each("-m", lines)])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout[done.stdout.index("{") :])
-    assert [member["name"] for member in found["members"]] == ["members0/base", "sure"]
+    assert [member["name"] for member in found["members"]] == [Member(lines[0]).title, "sure"]
     (tmp_path / "my.yaml").write_text(yaml.safe_dump({"member": lines}))
     again = CliRunner().invoke(app, [*command, "--config", str(tmp_path / "my.yaml")])
     assert again.exit_code == 0, again.output

@@ -121,9 +121,9 @@ class PassageFlags:
     PANEL: ClassVar = "Members"
     passages: Path | None = flag(
         None,
-        'A file of retrieved passages, one JSON object a line: {"text": …, "score": …}. Each member reads the prompts '
-        "once behind each passage, and they are averaged with the softmax of the scores as weights (REPLUG), by "
-        "prob-mean where --rule names no other.",
+        'A file of retrieved passages, one JSON object a line: {"text": "...", "score": 1.5}. Each member reads the '
+        "prompts once behind each passage, and they are averaged with the softmax of the scores as weights (REPLUG), "
+        "by prob-mean where --rule names no other.",
     )
     passage_temperature: float = flag(1.0, "The temperature of the passages' scores in their softmax.", min=0)
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gc
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 _READ = "create_import_structure_from_path"
+_AVAILABLE = ("is_scipy_available", "is_torchao_available")
 _TALKATIVE = ("torchao", "torch.utils._pytree", "bitsandbytes")
 
 
@@ -33,9 +36,9 @@ def quick_imports() -> Iterator[None]:
     """Enter a context in which transformers' modules are imported without work that no command needs.
 
     transformers reads the folder of all its models twice, since it remembers what it has read under two names of that
-    folder: here under one. It imports scipy.optimize, where that is installed, for losses of object detection: here it
-    does not. Both are as before at the end; a version of transformers without such functions is left alone. Packages
-    that transformers imports where they are installed say nothing of kernels that they have for other machines.
+    folder: here under one. It imports scipy.optimize and torchao, where these are installed, for losses of object
+    detection and for saving quantised models: here it does not. All is as before at the end; a version of transformers
+    without such functions is left alone. Packages for quantisation say nothing of kernels for other machines.
     """
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -44,19 +47,19 @@ def quick_imports() -> Iterator[None]:
 
     read = getattr(import_utils, _READ, None)
     once = nullcontext() if read is None else patch.object(import_utils, _READ, lambda path: read(_folder(Path(path))))
-    with once, patch.object(utils, "is_scipy_available", lambda: False, create=True), _without_warnings():
+    known = {name: getattr(utils, name, None) for name in _AVAILABLE}
+    without: dict[str, Any] = dict.fromkeys(_AVAILABLE, _no)
+    with once, patch.multiple(utils, create=True, **without):
         yield
+    # Modules have kept what they found there.
+    for module in [module for name, module in sys.modules.items() if name.startswith("transformers.")]:
+        for name in _AVAILABLE:
+            if vars(module).get(name) is _no:
+                setattr(module, name, known[name])
 
 
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Enter a context in which nothing below an error is logged."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
+def _no() -> bool:
+    return False
 
 
 def _folder(path: Path) -> Path:

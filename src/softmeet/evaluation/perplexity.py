@@ -25,6 +25,7 @@ from softmeet.evaluation.files import PieceCache, Tensors, join_tensors
 from softmeet.evaluation.positions import PIECE, Positions, Window, Windowing, cut, from_tensors, grouped, observe
 from softmeet.hf.calibrated import resolved
 from softmeet.hf.modeling import EnsembleForCausalLM
+from softmeet.members.member import numbered
 from softmeet.members.weighting import perplexity_weights
 from softmeet.rules.gates import Gate, that_closes
 from softmeet.rules.movement import Movement
@@ -291,13 +292,8 @@ def settings_of(ensemble: Ensemble, choices: Sequence[RuleChoice]) -> dict[str, 
 
 
 def distinct_names(ensemble: Ensemble) -> list[str]:
-    """Return the members' names, in order, with ``#2``, ``#3`` and so on added to the second, third … of one name.
-
-    A member of more than a source has the name to show (:attr:`softmeet.Member.title`), since a prompt may be long.
-    """
-    members = ensemble.model.contexts.members
-    names = [member.title if member.changes() else member.source for member in members]
-    return [f"{name}#{names[:i].count(name) + 1}" if name in names[:i] else name for i, name in enumerate(names)]
+    """Return the members' names, or, as a prompt may be long, titles of those of more than a source; all distinct."""
+    return numbered([own.title if own.changes() else own.source for own in ensemble.model.contexts.members])
 
 
 def _chunks(

@@ -229,9 +229,17 @@ def titles(members: Sequence[str | Member]) -> list[str]:
     >>> titles(["wide/gpt2", "wide/gpt2+prompt=Be terse.", "wide/gpt2+prompt=Be kind."])
     ['wide/gpt2', 'wide/gpt2+prompt', 'wide/gpt2+prompt#2']
     """
+    return numbered([Member.of(member).title for member in members])
+
+
+def numbered(names: Sequence[str]) -> list[str]:
+    """Return names with ``#2``, ``#3`` and so on added to the second, third and so on of one name.
+
+    >>> numbered(["a", "b", "a"])
+    ['a', 'b', 'a#2']
+    """
     seen, found = Counter[str](), []
-    for member in members:
-        title = Member.of(member).title
-        seen[title] += 1
-        found.append(title if seen[title] == 1 else f"{title}#{seen[title]}")
+    for name in names:
+        seen[name] += 1
+        found.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
     return found
