@@ -17,10 +17,12 @@ from torchao.quantization import Int8WeightOnlyConfig
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
 from softmeet import Ensemble, Member
+from softmeet.errors import TraceError
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.fit import Options, fit
 from softmeet.evaluation.perplexity import evaluate
 from softmeet.evaluation.positions import observe_text
+from softmeet.evaluation.trace import record
 from softmeet.server.app import create_app
 
 TEXTS = ["the quick fox", "and then it rains in spain"]
@@ -206,6 +208,14 @@ def beams(kind):
     assert found == [kind.ensemble.generate(text, **options) for text in TEXTS]
 
 
+def looks_up(kind):
+    """Candidates from the prompt, most of which are taken back, change nothing."""
+    if kind.name not in ROUNDED:
+        text = "the the the the the the"
+        found = kind.ensemble.generate(text, max_new_tokens=NEW, do_sample=False, prompt_lookup_num_tokens=3)
+        assert found == kind.greedy(text)
+
+
 def seeds(kind):
     options = {"max_new_tokens": NEW, "seed": 3}
     assert kind.ensemble.generate(TEXTS, **options)[0] == kind.ensemble.generate(TEXTS[0], **options)
@@ -264,7 +274,7 @@ def serves(kind):
 
 
 USES = (
-    generates, runs_without_a_cache, batches, predicts, beams, seeds, guards, saves, evaluates, fits, serves,
+    generates, runs_without_a_cache, batches, predicts, beams, looks_up, seeds, guards, saves, evaluates, fits, serves,
 )  # fmt: skip
 
 
@@ -349,3 +359,21 @@ def test_templates_that_differ_over_tokens(made, tmp_path):
         answer = client.post("/v1/chat/completions", json=body).json()
     wanted = ensemble.generate(asked, max_new_tokens=NEW, do_sample=False)
     assert answer["choices"][0]["message"]["content"] == wanted
+
+
+def test_a_trace_is_of_the_prompts_that_members_read(made, tmp_path):
+    lines = [str(made / "base"), f"{made / 'base'}+prompt={PROMPT}"]
+    documents = [Document("d", TEXTS[0])]
+    trace = record(Ensemble.from_pretrained(lines, "logit-mean"), documents, tmp_path / "trace")
+    trace.require(Ensemble.from_pretrained(lines, "logit-mean"))
+    for other in ([lines[0]] * 2, [lines[0], lines[1] + "so"]):
+        with pytest.raises(TraceError, match="behind other prefixes"):
+            trace.require(Ensemble.from_pretrained(other, "logit-mean"))
+
+
+def test_evaluations_and_predictions_name_members_by_their_titles(made):
+    lines = [str(made / "base"), f"{made / 'base'}+prompt={PROMPT}", f"{made / 'base'}+prompt=so"]
+    ensemble = Ensemble.from_pretrained(lines, "logit-mean")
+    title = Member(lines[0]).title
+    found = evaluate(ensemble, observe_text(ensemble, [Document("d", TEXTS[0])]), [])
+    assert list(found.members) == [lines[0], f"{title}+prompt", f"{title}+prompt#2"]

@@ -291,9 +291,13 @@ def settings_of(ensemble: Ensemble, choices: Sequence[RuleChoice]) -> dict[str, 
 
 
 def distinct_names(ensemble: Ensemble) -> list[str]:
-    """Return the members' names, in order, with ``#2``, ``#3`` and so on added to the second, third … of one name."""
-    before = [ensemble.names[:i].count(name) for i, name in enumerate(ensemble.names)]
-    return [f"{name}#{k + 1}" if k else name for name, k in zip(ensemble.names, before, strict=True)]
+    """Return the members' names, in order, with ``#2``, ``#3`` and so on added to the second, third … of one name.
+
+    A member of more than a source has the name to show (:attr:`softmeet.Member.title`), since a prompt may be long.
+    """
+    members = ensemble.model.contexts.members
+    names = [member.title if member.changes() else member.source for member in members]
+    return [f"{name}#{names[:i].count(name) + 1}" if name in names[:i] else name for i, name in enumerate(names)]
 
 
 def _chunks(

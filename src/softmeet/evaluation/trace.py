@@ -108,7 +108,7 @@ class Trace:
     def require(self, ensemble: Ensemble) -> None:
         """Check that an ensemble has the members, in order, and the tokenizer that made the trace.
 
-        Over bytes its ``prune`` and ``prefixes`` have to be the same, too.
+        The members' prompts, and over bytes ``prune``, have to be the same, too.
 
         Raises:
             TraceError: if something differs; the message names the first difference.
@@ -344,10 +344,13 @@ def identity(ensemble: Ensemble) -> dict[str, Any]:
     Returns:
         ``members``, a list of each one's ``name``, ``width`` (of its hidden states), ``dtype`` (of its head), and
         SHA-256 hashes of its ``head`` and of a sample of all its weights (``body``); ``tokenizer``, a hash of the
-        vocabulary with its ids; over bytes also ``prune`` and ``prefixes``, as in the ensemble's configuration.
+        vocabulary with its ids; ``prefixes``, each member's prompt as ids of its tokens, if one has any; over bytes
+        also ``prune``, as in the ensemble's configuration.
     """
     model, vocabulary = ensemble.model, sorted(ensemble.tokenizer.get_vocab().items())
-    facts: dict[str, Any] = {"prune": model.config.prune, "prefixes": model.config.prefixes} if model.over_bytes else {}
+    facts: dict[str, Any] = {"prune": model.config.prune} if model.over_bytes else {}
+    if any(own := model.contexts.prefixes):
+        facts["prefixes"] = [list(ids) or None for ids in own]
     members = zip(ensemble.names, model.widths, model.member_heads, model.members, strict=True)
     return facts | {
         "members": [

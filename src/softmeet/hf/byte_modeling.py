@@ -28,6 +28,7 @@ from softmeet.hf.call_options import CallOptions, Prefixes
 from softmeet.hf.chat import ChatTemplates, chat_of
 from softmeet.hf.combining import Combiner, Deferral
 from softmeet.hf.configuration import EnsembleConfig
+from softmeet.hf.contexts import Contexts
 from softmeet.hf.masking import SomethingLeft
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.hf.vocabulary import require_for_bytes
@@ -149,6 +150,8 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
         heads = {id(reader.model): reader.head for reader in readers}
         super().__init__(config, [reader.model for reader in readers], heads=heads)
         self.readers = list(readers)
+        own = [None if one.prefix == list(one.spelling.start) else one.prefix for one in readers]
+        self.contexts = Contexts(config.members, [reader.model for reader in readers], own)
         config.vocab_size, config.max_position_embeddings = SYMBOLS, None
         for own in (config, self.generation_config):
             own.bos_token_id, own.eos_token_id, own.pad_token_id = END, END, END

@@ -204,7 +204,7 @@ def _shape(member: Member, dtype: Dtype, device: Device, trust_remote_code: bool
         quantized.require(asked, device)
     with torch.device("meta"):
         model = random_member(str(member), dtype_of(dtype, device), trust_remote_code=trust_remote_code)
-    own = getattr(model.config, "quantization_config", None) if asked is None else quantized.config_of(asked)
+    own = getattr(model.config, "quantization_config", None) if asked is None else quantized.config_of(asked, device)
     quantizer = quantized.quantizer_of(model, own)
     spread = device_map_of(device)
     places = {"": str(device or "cpu")} if spread is None else _get_device_map(model, spread, None, quantizer)

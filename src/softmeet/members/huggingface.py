@@ -340,7 +340,7 @@ def _load(
     placement: dict[str, Any] = {} if spread is None else {"device_map": spread}
     placement |= {} if offload_folder is None or spread is None else {"offload_folder": str(offload_folder)}
     if base.quantization is not None:
-        placement["quantization_config"] = quantized.config_of(base.quantization)
+        placement["quantization_config"] = quantized.config_of(base.quantization, device)
         placement.setdefault("device_map", {"": str(device or "cpu")})
     name, where = base.checkpoint, _checkpoint_of(base, trust_remote_code)
     with refused.named_in_errors(name, where), _without_bars():

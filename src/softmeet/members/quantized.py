@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,6 +18,8 @@ from softmeet.members.placement import Device, computes_on_cpu
 QUANTIZATIONS = {"int8": "torchao", "int4": "torchao", "bnb-int8": "bitsandbytes", "bnb-nf4": "bitsandbytes"}
 # The weights that share a scale under int4 and bnb-nf4. Widths of models are multiples of 32, but not all of 128.
 _BLOCKS = {"torchao": 32, "bitsandbytes": 64}
+# Where torchao has four bits for CPUs.
+_ON_CPU = "torchao.prototype.quantization.int4"
 # The rows that bitsandbytes' kernel of four bits for CPUs takes at once.
 _ROWS = 32
 # The settings of a checkpoint's quantisation that list modules to leave as they are, by method; None leaves the head.
@@ -47,19 +50,21 @@ def require(name: str, device: Device = None) -> None:
         raise InvalidInputError(f"unknown quantization {name!r}: {near}expected one of {', '.join(QUANTIZATIONS)}")
     if missing := [one for one in (package, "accelerate") if find_spec(one) is None]:
         raise InvalidInputError(f"quantization={name} needs {' and '.join(missing)}: {install_line('quantized')}")
-    if name == "int4" and computes_on_cpu(device):
+    if name == "int4" and computes_on_cpu(device) and find_spec(_ON_CPU) is None:
         raise InvalidInputError(
-            "quantization=int4 needs a GPU, as torchao has no kernel of four bits for a CPU: choose int8, or bnb-nf4"
+            "quantization=int4 on a CPU needs a torchao that has its kernel of four bits for CPUs, such as 0.18: "
+            "install that, or choose int8 or bnb-nf4"
         )
 
 
-def config_of(name: str) -> Any:
+def config_of(name: str, device: Device = None) -> Any:
     """Return the object that ``from_pretrained`` of transformers takes as ``quantization_config``.
 
     Output layers and embeddings are left as they are, so that rules can read the heads.
 
     Args:
         name: a quantisation that :func:`require` has accepted.
+        device: where the member is to be: torchao has a format of four bits for CPUs alone.
     """
     import transformers
 
@@ -70,9 +75,13 @@ def config_of(name: str) -> Any:
 
     # By default these change settings of torch for the whole process.
     kept: dict[str, Any] = {"set_inductor_config": False}
-    if name == "int4":  # in a format that needs no package beside torch
-        kept |= {"group_size": _BLOCKS["torchao"], "int4_packing_format": "tile_packed_to_4d"}
-    return transformers.TorchAoConfig((Int4WeightOnlyConfig if name == "int4" else Int8WeightOnlyConfig)(**kept))
+    if name == "int8":
+        return transformers.TorchAoConfig(Int8WeightOnlyConfig(**kept))
+    kept["group_size"] = _BLOCKS["torchao"]
+    if computes_on_cpu(device):
+        return transformers.TorchAoConfig(import_module(_ON_CPU).PrototypeInt4WeightOnlyConfig(**kept))
+    # A format that needs no package beside torch.
+    return transformers.TorchAoConfig(Int4WeightOnlyConfig(**kept, int4_packing_format="tile_packed_to_4d"))
 
 
 def ready(model: PreTrainedModel, name: str, quantization: str | None) -> PreTrainedModel:
