@@ -17,9 +17,9 @@ import typer
 
 from report import median, seconds, show
 from softmeet import Ensemble
-from softmeet.members.quantized import stored
+from softmeet.members.quantized import QUANTIZATIONS, stored
 
-WAYS = ("dtype=float32", "dtype=bfloat16", *(f"quantization={kind}" for kind in ("int8", "int4", "bnb-int8", "bnb-nf4")))
+WAYS = ("dtype=float32", "dtype=bfloat16", *(f"quantization={kind}" for kind in QUANTIZATIONS))
 BUNDLED = ["wide/gpt2", "wide/llama", "wide/neox"]
 
 
