@@ -17,16 +17,19 @@ import typer
 
 from report import median, seconds, show
 from softmeet import Ensemble
-from softmeet.members.quantized import stored
+from softmeet.members.quantized import QUANTIZATIONS, stored
 
-WAYS = ("dtype=float32", "dtype=bfloat16", *(f"quantization={kind}" for kind in ("int8", "int4", "bnb-int8", "bnb-nf4")))
+WAYS = ("dtype=float32", "dtype=bfloat16", *(f"quantization={kind}" for kind in QUANTIZATIONS))
 BUNDLED = ["wide/gpt2", "wide/llama", "wide/neox"]
 
 
-def resident(field: str) -> float:
-    """Megabytes of memory that this process has now (VmRSS), or has had at most (VmHWM)."""
+def memory() -> dict[str, float]:
+    """Megabytes of this process: its own, those of files that it has mapped, and the most that both were."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith(field))
+    found = {
+        name: int(value.split()[0]) / 1e3 for name, value in (line.split(":", 1) for line in lines if "kB" in line)
+    }
+    return {"own, MB": found["RssAnon"], "of the file, MB": found["RssFile"], "peak, MB": found["VmHWM"]}
 
 
 @torch.inference_mode()
@@ -34,10 +37,9 @@ def measure(line: str, tokens: int, prompt: int, repeats: int) -> dict[str, floa
     """Load a member, and return megabytes of weights and memory, and tokens a second at batch 1 and 8."""
     import transformers  # noqa: F401 - so that libraries do not count
 
-    before = resident("VmRSS")
+    before = memory()
     model = Ensemble.from_pretrained([line], "logit-mean").model
     found = {"weights, MB": sum(part.nbytes for part in stored(model)) / 1e6}
-    found["to load, MB"] = resident("VmHWM") - before
     for batch in (1, 8):
         ids = torch.randint(100, 4_000, (batch, prompt), generator=torch.Generator().manual_seed(1))
         options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
@@ -48,7 +50,7 @@ def measure(line: str, tokens: int, prompt: int, repeats: int) -> dict[str, floa
         # What the prompt takes is in both, so that the difference is of tokens alone.
         long, short = (median(seconds(partial(run, new), repeats)) for new in (tokens + 1, 1))
         found[f"tokens/s, batch {batch}"] = batch * tokens / (long - short)
-    return found | {"held, MB": resident("VmRSS") - before}
+    return found | {what: size - before[what] for what, size in memory().items()}
 
 
 def row_of(member: str, way: str, options: list[str]) -> dict[str, Any]:
@@ -82,7 +84,7 @@ def main(
     for name in member or BUNDLED:
         own = [row_of(name, way, options) for way in WAYS]
         for row in own:
-            for batch in (1, 8) if "held, MB" in row else ():
+            for batch in (1, 8) if "peak, MB" in row else ():
                 key = f"tokens/s, batch {batch}"
                 row[f"of float32's, {batch}"] = row[key] / own[0][key]
         rows += own

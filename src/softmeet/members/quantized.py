@@ -197,7 +197,11 @@ def planned_bytes(model: PreTrainedModel, quantizer: Any) -> dict[str, int]:
         found[name] = parameter.nbytes
         if quantizer is not None and quantizer.param_needs_quantization(model, name):
             size = quantizer.param_element_size(model, name, parameter)
-            # A scale of four bytes for each row, or, of four bits, for each block; a group's zero point is in them.
-            block = parameter.shape[-1] if size == 1 else _BLOCKS[quantizer.quantization_config.quant_method.value]
-            found[name] = int(parameter.numel() * (size + 4 / block))
+            method = quantizer.quantization_config.quant_method.value
+            # For each row, or of four bits for each block, bitsandbytes has a scale in fp32; torchao has one in the
+            # weights' own dtype, and of four bits a zero point.
+            scale = 4 if method == "bitsandbytes" else parameter.element_size() * (1 if size == 1 else 2)
+            found[name] = int(
+                parameter.numel() * (size + scale / (parameter.shape[-1] if size == 1 else _BLOCKS[method]))
+            )
     return found
