@@ -157,6 +157,7 @@ def test_requests_bring_passages(folder, base):
         for wrong, param in (
             ({"passages": [{"text": "x"}]}, "score"),
             ({"passages": []}, "passages"),
+            ({"passage_temperature": 2.0}, "softmeet.passage_temperature"),
             ({"passages": [{"text": "{prompt}", "score": 1}]}, "softmeet.passages"),
             ({"passages": [{"text": "x" * 70, "score": 1}]}, "softmeet.passages"),
             ({"passages": [{"text": "x", "score": 1}] * 20}, "softmeet.passages"),

@@ -74,6 +74,11 @@ class Served:
                 f"this server does not let requests change {', '.join(refused)}", param=f"softmeet.{refused[0]}"
             )
         passages = given.pop("passages", None)
+        if passages is None and asked.passage_temperature is not None:
+            raise RequestError(
+                "passage_temperature is for the scores of passages: give these, or leave it out",
+                param="softmeet.passage_temperature",
+            )
         wanted = set(given.pop("members", self.names))
         if absent := sorted(wanted - set(self.names)):
             raise RequestError(
