@@ -74,11 +74,7 @@ class Served:
                 f"this server does not let requests change {', '.join(refused)}", param=f"softmeet.{refused[0]}"
             )
         passages = given.pop("passages", None)
-        if passages is None and asked.passage_temperature is not None:
-            raise RequestError(
-                "passage_temperature is for the scores of passages: give these, or leave it out",
-                param="softmeet.passage_temperature",
-            )
+        _require_passages(asked)
         wanted = set(given.pop("members", self.names))
         if absent := sorted(wanted - set(self.names)):
             raise RequestError(
@@ -111,6 +107,15 @@ class Served:
         if passages is not None:
             return _behind_passages(model, settings, names, asked)
         return Combination(model, settings, names, why)
+
+
+def _require_passages(asked: Extension) -> None:
+    """Raise RequestError if a request gives the temperature of passages, but none of these."""
+    if asked.passages is None and asked.passage_temperature is not None:
+        raise RequestError(
+            "passage_temperature is for the scores of passages: give these, or leave it out",
+            param="softmeet.passage_temperature",
+        )
 
 
 def _behind_passages(
