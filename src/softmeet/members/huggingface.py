@@ -33,6 +33,7 @@ from softmeet.members.placement import (
     without_head,
 )
 from softmeet.members.zoo import Named
+from softmeet.products import few_rows
 
 Dtype = torch.dtype | str | None
 _ALL = slice(None)
@@ -259,7 +260,8 @@ def last_hidden(
     if whole and kept is not _ALL and "logits_to_keep" in signature(run.forward).parameters:
         moved["logits_to_keep"] = -(kept.start or 0) if isinstance(kept, slice) else kept.to(place)
         kept = _ALL
-    out = run(input_ids=input_ids.to(place), **moved)
+    with few_rows(input_ids.numel(), place):
+        out = run(input_ids=input_ids.to(place), **moved)
     if whole:
         return out.logits[:, kept]  # type: ignore[no-any-return]
     weight, hidden = getattr(model.get_output_embeddings(), "weight", None), out.last_hidden_state

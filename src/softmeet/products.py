@@ -1,0 +1,65 @@
+"""Products of a few rows with a large matrix, as in a step of generation for two to four sequences at once, on a CPU.
+
+Libraries of linear algebra multiply one row at the speed of memory. For two to four rows in fp32 torch's x Wᵀ takes two
+to four times as long, and (W xᵀ)ᵀ hardly longer than for one row: with several threads for all but small W, with one
+if W has many more rows than columns, as a model's output layer has (``benchmarks/few_rows.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+# Rows of x for which (W xᵀ)ᵀ is the faster form, and the least elements of W: with several threads; and with one, for
+# which W also has to have so many rows for each column, and four rows of x need still more of them.
+_FEW, _LARGE, _LARGE_ALONE, _WIDE, _WIDER = range(2, 5), 1 << 19, 1 << 22, 4, 16
+
+
+def product(x: Float[Tensor, "b d"], weight: Float[Tensor, "v d"]) -> Float[Tensor, "b v"]:
+    """Return x Wᵀ in the faster of two forms, which round differently; both are of one dtype and device.
+
+    >>> product(torch.tensor([[2.0, 3.0]]), torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
+    tensor([[2., 5.]])
+    """
+    return (weight @ x.T).T.contiguous() if _is_faster(x, weight, len(x)) else x @ weight.T
+
+
+def _is_faster(x: Tensor, weight: Tensor, rows: int) -> bool:
+    """Return whether (W xᵀ)ᵀ is the faster form of the product of so many rows."""
+    if rows not in _FEW or x.dtype != torch.float32 or weight.dtype != torch.float32 or weight.device.type != "cpu":
+        return False
+    if torch.get_num_threads() > 1:
+        return weight.numel() >= _LARGE
+    wide = _WIDER if rows == _FEW[-1] else _WIDE
+    return weight.numel() >= _LARGE_ALONE and weight.shape[0] >= wide * weight.shape[1]
+
+
+class _FewRows(TorchFunctionMode):
+    """A mode in which linear layers multiply few rows in the faster form; it holds for the thread that enters it."""
+
+    def __torch_function__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call ``func``; in place of torch's linear layer the faster form."""
+        if func is torch.nn.functional.linear and not kwargs:
+            x, weight, *bias = args
+            if type(weight) is torch.nn.Parameter and _is_faster(x, weight, x.numel() // x.shape[-1]):
+                found = product(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], -1)
+                return found + bias[0] if bias and bias[0] is not None else found
+        return func(*args, **(kwargs or {}))
+
+
+def few_rows(rows: int, device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which a model multiplies so many rows, of all its sequences, fast.
+
+    Args:
+        rows: the number of tokens that it runs.
+        device: where it runs them.
+    """
+    return _FewRows() if rows in _FEW and device.type == "cpu" and not torch.is_grad_enabled() else nullcontext()
