@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 
 from softmeet.errors import InvalidInputError
 from softmeet.norms import FinalNorm
-from softmeet.products import product
+from softmeet.products import MOST, product
 from softmeet.simplex import capped, log_normalize
 
 # Elements of a block when it has to be cast: 4 MiB in fp32, about a core's share of cache.
@@ -128,7 +128,8 @@ class SoftmaxHead:
             tensor([[2., 5.]])
         """
         if self.weight.dtype == x.dtype:
-            return product(x, self.weight.detach())
+            weight = self.weight.detach()
+            return product(x, weight) if 1 < len(x) <= MOST else x @ weight.T
         return torch.cat([x @ block.T for _, block in self.blocks(x.dtype)], dim=-1)
 
     def moments(self, p: Float[Tensor, "b v"]) -> Float[Tensor, "b d"]:

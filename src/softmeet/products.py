@@ -16,9 +16,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-# Rows of x for which (W xᵀ)ᵀ is the faster form, and the least elements of W: with several threads; and with one, for
-# which W also has to have so many rows for each column, and four rows of x need still more of them.
-_FEW, _LARGE, _LARGE_ALONE, _WIDE, _WIDER = range(2, 5), 1 << 19, 1 << 22, 4, 16
+# The least elements of W for which (W xᵀ)ᵀ is the faster form: with several threads; and with one, for which W also has
+# to have so many rows for each column, and four rows of x need still more of them.
+_LARGE, _LARGE_ALONE, _WIDE, _WIDER = 1 << 19, 1 << 22, 4, 16
+# The most rows of x for which it can be.
+MOST = 4
 
 
 def product(x: Float[Tensor, "b d"], weight: Float[Tensor, "v d"]) -> Float[Tensor, "b v"]:
@@ -32,11 +34,11 @@ def product(x: Float[Tensor, "b d"], weight: Float[Tensor, "v d"]) -> Float[Tens
 
 def _is_faster(x: Tensor, weight: Tensor, rows: int) -> bool:
     """Return whether (W xᵀ)ᵀ is the faster form of the product of so many rows."""
-    if rows not in _FEW or x.dtype != torch.float32 or weight.dtype != torch.float32 or weight.device.type != "cpu":
+    if not 1 < rows <= MOST or x.dtype != torch.float32 or weight.dtype != torch.float32 or weight.device.type != "cpu":
         return False
     if torch.get_num_threads() > 1:
         return weight.numel() >= _LARGE
-    wide = _WIDER if rows == _FEW[-1] else _WIDE
+    wide = _WIDER if rows == MOST else _WIDE
     return weight.numel() >= _LARGE_ALONE and weight.shape[0] >= wide * weight.shape[1]
 
 
@@ -55,11 +57,10 @@ class _FewRows(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def few_rows(rows: int, device: torch.device) -> AbstractContextManager[Any]:
-    """Return a context in which a model multiplies so many rows, of all its sequences, fast.
+def few_rows(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which a model multiplies few rows fast, where that is possible.
 
     Args:
-        rows: the number of tokens that it runs.
-        device: where it runs them.
+        device: where the model runs.
     """
-    return _FewRows() if rows in _FEW and device.type == "cpu" and not torch.is_grad_enabled() else nullcontext()
+    return _FewRows() if device.type == "cpu" and not torch.is_grad_enabled() else nullcontext()

@@ -197,7 +197,7 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
         for reader in self.readers:
             reader.find_head_again()
 
-    def new_cache(self, gate: str | Gate | None = None, *, own_prompts: bool = False) -> ByteCache:
+    def new_cache(self, gate: str | Gate | None = None, *, own_prompts: Any = None) -> ByteCache:
         """Make an empty cache for every member; ``gate`` and ``own_prompts`` are unused over bytes."""
         return ByteCache(len(self.readers))
 

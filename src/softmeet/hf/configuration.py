@@ -97,6 +97,17 @@ class EnsembleConfig(PreTrainedConfig):
         else:
             super().__setattr__(name, value)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Return the configuration that a saved file holds; no member's prompt in it may be the path of a file.
+
+        Raises:
+            InvalidInputError: if one is.
+        """
+        for member in config_dict.get("members", ()):
+            Member.parse(member, files=False)
+        return super().from_dict(config_dict, **kwargs)
+
     def adopt_limits(self, members: Sequence[PreTrainedModel], v: int, prefixes: Sequence[Sequence[int]] = ()) -> None:
         """Set, in this configuration, the limits and special ids that follow from the members' models, over tokens.
 

@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicLayer
 from softmeet.errors import InvalidInputError
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.rows import RowsLayer
-from softmeet.members.huggingface import last_hidden
+from softmeet.members.huggingface import last_hidden, require_cache
 from softmeet.members.member import SLOT, Member
 from softmeet.members.partial_cache import PartialCache, catch_up, layers_of_keys_and_values, side_by_side
 from softmeet.members.prompting import prefix_of
@@ -63,7 +63,8 @@ class _Growing(DynamicLayer):
         """Write the new tokens' keys and values, and return all, as a model does in its forward pass."""
         used = self.keys.shape[2]
         end = used + key_states.shape[2]
-        if not self._buffers or end > self._buffers[0].shape[2]:
+        old = bool(self._buffers) and self._buffers[0].is_inference() and not torch.is_inference_mode_enabled()
+        if not self._buffers or old or end > self._buffers[0].shape[2]:
             self._buffers = tuple(_with_room(part, end) for part in (self.keys, self.values))
         for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[:, :, used:end] = new
@@ -153,7 +154,7 @@ class ContextRows(RowsLayer):
             newest: whether the states at the newest token of each are enough, as :func:`catch_up` has it.
 
         Returns:
-            for each row the last hidden states at its new tokens, (t, d).
+            for each row the last hidden states at its new tokens, (t, d); an empty list if no row has new tokens.
         """
         self._columns += columns
         even = self._cache is not None and len({len(row.pending) for row in rows}) == 1
@@ -162,6 +163,8 @@ class ContextRows(RowsLayer):
         if self._cache is not None:
             rows = [before.longer(row.pending) for before, row in zip(self.apart(), rows, strict=True)]
         late = [k for k, row in enumerate(rows) if row.pending]
+        if not late:
+            return []
         done, hidden = catch_up(model, [rows[k] for k in late], newest=newest)
         states = {k: one.states for k, one in zip(late, done, strict=True)}
         found = [states.get(k, row.states) for k, row in enumerate(rows)]
@@ -242,8 +245,11 @@ class Contexts:
                     f"expected a prefix of token ids of {name}, from 0 to {len(known) - 1}, got {wrong[0]!r}"
                 )
             if own:
+                require_cache(model)
                 layers_of_keys_and_values(name, model.config, "its prompt cannot be kept: leave the prompt out")
-        self._read: dict[int, PartialCache] = {}
+        self._names = list(names)
+        # For each member the keys and values of the beginning of its prefix, and the state of the weights then.
+        self._read: dict[int, tuple[Any, PartialCache]] = {}
 
     @classmethod
     def of(
@@ -272,13 +278,22 @@ class Contexts:
                     f"alone: leave out what its prompt has behind {SLOT}"
                 )
 
-    def batched(self, *, own_prompts: bool) -> list[list[int]]:
+    def batched(self, own: Sequence[OwnPrompt] | None = None) -> list[list[int]]:
         """Return the groups whose members' rows are batched by :class:`ContextRows`.
 
         Args:
-            own_prompts: whether members have prompts of their own in this call.
+            own: what members read in place of the call's prompts; None for no prompts of their own.
+
+        Raises:
+            InvalidInputError: if a member with a prompt of its own has a cache of anything but keys and values.
         """
-        return self.groups if own_prompts else self._prefixed
+        if own is None:
+            return self._prefixed
+        mine = {i for one in own for i, ids in enumerate(one.ids) if ids is not None}
+        for i in mine:
+            advice = "it cannot read a prompt of its own: use members that read the same"
+            layers_of_keys_and_values(self._names[i], self._models[i].config, advice)
+        return [group for group in self.groups if group in self._prefixed or mine.intersection(group)]
 
     def forget(self) -> None:
         """Forget the keys and values of prefixes, as after the weights have moved or changed."""
@@ -323,13 +338,10 @@ class Contexts:
             row: all of its tokens.
             needed: for how many of the last of them hidden states are needed.
         """
-        before = self.prefixes[i]
-        shared = sum(1 for _ in takewhile(bool, map(eq, before, row)))
-        reused = min(shared, len(row) - needed)
-        if reused <= 0:
-            return PartialCache(pending=tuple(row))
-        known = self._read.get(i)
-        if known is None:
+        stamp, known = self._read.get(i, (None, PartialCache()))
+        shared = _shared(self.prefixes[i], row)
+        reused = min(known.run, shared, len(row) - needed)
+        if reused <= 0 or stamp != _stamp(self._models[i]):
             return PartialCache(pending=tuple(row))
         return known.shorter(known.run - reused).longer(row[reused:])
 
@@ -341,12 +353,26 @@ class Contexts:
             row: the tokens of a sequence.
             states: their keys and values.
         """
-        before = self.prefixes[i]
-        if before and i not in self._read and tuple(row[: len(before)]) == before:
-            with torch.inference_mode(False):  # for calls with gradients, too
-                self._read[i] = PartialCache(
-                    tuple(
-                        (keys[:, :, : len(before)].detach().clone(), values[:, :, : len(before)].detach().clone())
-                        for keys, values in states.states
-                    )
-                )
+        stamp, known = self._read.get(i, (None, PartialCache()))
+        shared, now = _shared(self.prefixes[i], row), _stamp(self._models[i])
+        if not shared or (stamp == now and known.run >= shared):
+            return
+        with torch.inference_mode(False):  # for calls with gradients, too
+            cut = tuple(
+                (keys[:, :, :shared].detach().clone(), values[:, :, :shared].detach().clone())
+                for keys, values in states.states
+            )
+        if all(bool(part.isfinite().all()) for pair in cut for part in pair):
+            self._read[i] = now, PartialCache(cut)
+
+
+def _shared(before: Ids, row: Ids) -> int:
+    """Return with how many tokens of a prefix a row begins."""
+    return sum(1 for _ in takewhile(bool, map(eq, before, row)))
+
+
+def _stamp(model: PreTrainedModel) -> tuple[Any, ...]:
+    """Return what changes when a model's weights are changed in place, cast or moved."""
+    parameters = list(model.parameters())
+    first = parameters[0]
+    return first.dtype, first.device, first.data_ptr(), sum(0 if p.is_inference() else p._version for p in parameters)

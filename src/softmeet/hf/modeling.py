@@ -214,8 +214,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         refuse_other_caches(generation_config, model_kwargs.get("cache"))
         if model_kwargs.get("cache") is None and generation_config.use_cache:
             options: CallOptions = model_kwargs["call_options"]
-            own_prompts = options.own_prompts is not None
-            model_kwargs["cache"] = self.new_cache(options.settings.gate, own_prompts=own_prompts)
+            model_kwargs["cache"] = self.new_cache(options.settings.gate, own_prompts=options.own_prompts)
 
     def _get_logits_processor(self, generation_config: Any, input_ids_seq_length: int, **kwargs: Any) -> Any:
         """Put the call's structure before transformers' own processors, its row sampler after, and bound its length."""
@@ -229,19 +228,19 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         known = {name: value for name, value in model_kwargs.items() if name != "call_options"}
         return super()._get_candidate_generator(*args, model_kwargs=known, **kwargs)
 
-    def new_cache(self, gate: str | Gate | None = None, *, own_prompts: bool = False) -> EnsembleCache:
+    def new_cache(self, gate: str | Gate | None = None, *, own_prompts: Any = None) -> EnsembleCache:
         """Make an empty cache of all members; if ``gate`` is ``unsure``, those after the first may lag behind it.
 
         Args:
             gate: the gate of the calls that the cache is for.
-            own_prompts: whether members have prompts of their own, as ``CallOptions.own_prompts`` gives them.
+            own_prompts: the ``CallOptions.own_prompts`` of the call that it is for.
 
         Raises:
             InvalidInputError: if there is no such gate, or a member takes no cache (at ``unsure``: of keys and values).
         """
         lagging = isinstance(that_closes(parse_gate(gate)), Unsure)
         configs = [require_cache(member).config for member in self.members]
-        return EnsembleCache(configs, lagging=lagging, batched=self.contexts.batched(own_prompts=own_prompts))
+        return EnsembleCache(configs, lagging=lagging, batched=self.contexts.batched(own_prompts))
 
     @property
     def settings(self) -> Settings:

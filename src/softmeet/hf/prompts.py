@@ -50,6 +50,8 @@ def encoded(
     if not prompts or not (all(prompts) or model.over_bytes):
         raise InvalidInputError("expected a prompt of at least one token, got an empty one")
     read = [read_prompt(model, tokenizer, prompt) for prompt in prompts]
+    for _, own in read:
+        require_room(model, own)
     rows = [row for row, _ in read]
     length, limit = max(map(len, rows)), getattr(model.config, "max_position_embeddings", None)
     if not all(rows):
@@ -65,13 +67,13 @@ def encoded(
     found: dict[str, Any] = {"input_ids": inputs.to(model.device), "attention_mask": mask.to(model.device)}
     if any(own is not None for _, own in read):
         nothing = [None] * len(model.config.members)
-        own = [OwnPrompt(len(row), one or nothing) for row, one in read]
-        found |= {"prefixes": [one.ids for one in own]} if model.over_bytes else {"own_prompts": own}
+        each = [OwnPrompt(len(row), one or nothing) for row, one in read]
+        found |= {"prefixes": [one.ids for one in each]} if model.over_bytes else {"own_prompts": each}
     return found
 
 
 def read_prompt(
-    model: EnsembleForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt: Prompt
+    model: EnsembleForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, special: bool = True
 ) -> tuple[list[int], Own | None]:
     """Return what members read for a prompt: the tokens that they share, and what each reads of its own.
 
@@ -79,34 +81,34 @@ def read_prompt(
         model: the ensemble.
         tokenizer: its tokenizer.
         prompt: a text or a conversation.
+        special: whether a text begins with the token that begins texts, where the tokenizer puts one.
 
     Returns:
         (the shared tokens; for each member its own tokens, over tokens in place of the shared ones, over bytes before
         them, or None for nothing of its own). None in place of the list if no member reads anything of its own.
 
     Raises:
-        InvalidInputError: if a member has no chat template, or it refuses the conversation; or a member's own prompt
-            fills its context.
+        InvalidInputError: if a member has no chat template, or it refuses the conversation.
     """
     members = model.contexts.members
     own: Own | None = None
     if is_chat(prompt):
         row, own = _chat(model, members, cast(Messages, prompt))
     else:
-        row = list(tokenizer(prompt, verbose=False)["input_ids"])
+        row = list(tokenizer(prompt, verbose=False, add_special_tokens=special)["input_ids"])
         if model.over_bytes:
             # A template needs the text among each member's own tokens; else the text follows what is a member's own.
             if any(member.is_template for member in members):
                 tokenizers = chat_of(model).tokenizers
                 texts = zip(tokenizers, members, strict=True)
-                row, own = [], [ids_of(each, member.reads(str(prompt))) for each, member in texts]
+                row, own = [], [ids_of(each, member.reads(str(prompt)), special=special) for each, member in texts]
             # A text begins after the symbol for the end of a text.
             row = row or [END]
         elif any(member.prompt is not None for member in members):
             own = [
-                None if member.prompt is None else ids_of(tokenizer, member.reads(str(prompt))) for member in members
+                None if member.prompt is None else ids_of(tokenizer, member.reads(str(prompt)), special=special)
+                for member in members
             ]
-    _require_room(model, members, own)
     return row, own
 
 
@@ -131,12 +133,17 @@ def _chat(model: EnsembleForCausalLM, members: Sequence[Member], prompt: Message
     return ([END] if model.over_bytes else own[0]), [*own]
 
 
-def _require_room(model: EnsembleForCausalLM, members: Sequence[Member], own: Own | None) -> None:
-    """Check that each member's own tokens leave room for at least one more in its context."""
+def require_room(model: EnsembleForCausalLM, own: Sequence[Sequence[int] | None] | None) -> None:
+    """Check that each member's own tokens leave room for at least one more in its context.
+
+    Raises:
+        InvalidInputError: if they do not; the message names the member.
+    """
+    members = model.contexts.members
     for i, (member, ids) in enumerate(zip(members, own or (), strict=own is not None)):
         alone = [None] * i + [ids] + [None] * (len(members) - i - 1)
         if ids is not None and not model.contexts.room(alone):
             raise InvalidInputError(
-                f"expected a prompt that with {member.title}'s own is shorter than its context, got {len(ids)} tokens: "
-                "shorten one of both"
+                f"expected a prompt that, as {member.title} reads it, is shorter than its context, got {len(ids)} "
+                "tokens: shorten it, or the member's own"
             )

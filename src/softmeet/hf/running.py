@@ -21,6 +21,7 @@ from softmeet.hf.combining import Deferral
 from softmeet.hf.contexts import ContextRows, OwnPrompt, units
 from softmeet.members.huggingface import last_hidden
 from softmeet.members.opaque import Head
+from softmeet.members.partial_cache import PartialCache
 from softmeet.rules.gates import Unsure
 
 if TYPE_CHECKING:
@@ -105,19 +106,18 @@ class NewTokens:
         """Run members of one model as rows of one batch; returns each one's last hidden states."""
         contexts, many = self.model.contexts, len(group)
         each = [self.rows(i) for i in group]
+        pairs = [(i, own[b]) for b in range(len(self.ids)) for i, own in zip(group, each, strict=True)]
         new = [
-            contexts.begun(i, own[b], min(self.needed, len(own[b]))) for b in range(len(self.ids))
-            for i, own in zip(group, each, strict=True)
-        ]  # fmt: skip
+            contexts.begun(i, row, min(self.needed, len(row))) if self.first else PartialCache(pending=tuple(row))
+            for i, row in pairs
+        ]
         states = cache.run(self.model.members[group[0]], new, self.ids.shape[1], newest=self.needed == 1)
         if self.first:
             for k, done in enumerate(cache.apart()):
                 contexts.keep(group[k % many], each[k % many][k // many], done)
-        everyone = torch.arange(len(self.ids))
-        return [
-            self.spread(states[k::many], self.model.member_heads[i], everyone, states[0].dtype)
-            for k, i in enumerate(group)
-        ]
+        # Without a new token there are no states.
+        everyone, dtype = torch.arange(len(states) // many), self.model.member_heads[group[0]].dtype
+        return [self.spread(states[k::many], self.model.member_heads[i], everyone, dtype) for k, i in enumerate(group)]
 
     def spread(
         self, states: Sequence[Float[Tensor, "_ d"]], head: Head, rows: Int[Tensor, " r"], dtype: torch.dtype
@@ -167,12 +167,15 @@ def _groups(new: NewTokens) -> list[list[int]]:
     Raises:
         InvalidInputError: if the cache was made for other groups.
     """
-    wanted = new.model.contexts.batched(own_prompts=new.own is not None)
-    if new.cache is None or new.cache.batched == wanted:
-        return wanted
-    if new.first:
-        raise InvalidInputError("expected a cache for members with prompts of their own: new_cache(own_prompts=True)")
-    return new.cache.batched
+    contexts, cache = new.model.contexts, new.cache
+    if cache is None:
+        return contexts.batched(new.own)
+    if new.own is not None and not new.first:
+        return cache.batched
+    wanted = contexts.batched(new.own)
+    if cache.batched != wanted:
+        raise InvalidInputError("expected a cache for members with prompts of their own: new_cache(own_prompts=…)")
+    return wanted
 
 
 def _run_all(new: NewTokens) -> list[Float[Tensor, "B k _"]]:

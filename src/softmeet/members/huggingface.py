@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -33,7 +33,7 @@ from softmeet.members.placement import (
     without_head,
 )
 from softmeet.members.zoo import Named
-from softmeet.products import few_rows
+from softmeet.products import MOST, few_rows
 
 Dtype = torch.dtype | str | None
 _ALL = slice(None)
@@ -260,7 +260,7 @@ def last_hidden(
     if whole and kept is not _ALL and "logits_to_keep" in signature(run.forward).parameters:
         moved["logits_to_keep"] = -(kept.start or 0) if isinstance(kept, slice) else kept.to(place)
         kept = _ALL
-    with few_rows(input_ids.numel(), place):
+    with few_rows(place) if 1 < input_ids.numel() <= MOST else nullcontext():
         out = run(input_ids=input_ids.to(place), **moved)
     if whole:
         return out.logits[:, kept]  # type: ignore[no-any-return]

@@ -44,7 +44,8 @@ class Member:
         name: what the member is called where it is shown; None for a name made of the others.
 
     Raises:
-        InvalidInputError: if the source is empty, or the file of a prompt cannot be read, or is empty.
+        InvalidInputError: if the source is empty, a field is no text that UTF-8 can hold, or the file of a prompt
+            cannot be read, or is empty.
 
     Example:
         >>> member = Member.parse("org/model@v2+dtype=bfloat16")
@@ -66,24 +67,17 @@ class Member:
     name: str | None = None
 
     def __post_init__(self) -> None:
-        """Read the prompt's file, if it is one."""
-        longest = max(len(part.encode(errors="replace")) for part in self.source.split("/"))
-        if not self.source.strip() or "\0" in self.source or longest > _LONGEST:
-            raise InvalidInputError(
-                f"expected a member's source: a hub id, a folder, or a bundled name, got {self.source[:80]!r}"
-            )
-        prompt = self.prompt
-        if prompt is None or "\n" in prompt or not prompt.endswith(_FILES):
+        """Check the fields, of which an empty text is None, and read the prompt's file, if it is one."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            object.__setattr__(self, field.name, _checked(field.name, value))
+        longest = max(len(part.encode()) for part in str(self.source).split("/"))
+        if not (self.source or "").strip() or longest > _LONGEST:
+            shown = str(self.source or "")[:80]
+            raise InvalidInputError(f"expected a member's source: a hub id, a folder, or a bundled name, got {shown!r}")
+        if self.prompt is None or not is_file(self.prompt):
             return
-        try:
-            text = Path(prompt).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InvalidInputError(
-                f"cannot read the prompt of {self.source}, the file {prompt}: "
-                f"{getattr(error, 'strerror', None) or 'it is not UTF-8'}: check the path"
-            ) from error
-        if not text.strip() or ("\n" not in text and text.endswith(_FILES)):
-            raise InvalidInputError(f"expected the text of a prompt in {prompt}, got {text!r}")
+        prompt, text = self.prompt, _text_of(self.source, self.prompt)
         object.__setattr__(self, "prompt", text)
         if self.name is None:
             object.__setattr__(self, "name", f"{self.title.removesuffix('+prompt')}+{Path(prompt).stem}")
@@ -100,11 +94,16 @@ class Member:
         return {key: value for key, value in asdict(self).items() if value is not None and key != "source"}
 
     @classmethod
-    def parse(cls, text: str | Path) -> Member:
+    def parse(cls, text: str | Path, *, files: bool = True) -> Member:
         """Read a member from its line of text; the path of an existing file or folder is a source as it stands.
 
+        Args:
+            text: the line, or a path.
+            files: whether its prompt may be the path of a file, which is read.
+
         Raises:
-            InvalidInputError: if a part after a plus is no ``key=value`` with a known key, or a key comes twice.
+            InvalidInputError: if a part after a plus is no ``key=value`` with a known key, a key comes twice, or the
+                prompt is a file that may not be read.
         """
         if not isinstance(text, str | Path) or not str(text).strip():
             raise InvalidInputError(f"expected a member's name: a hub id, a folder, or a bundled name, got {text!r}")
@@ -123,7 +122,13 @@ class Member:
             if key in found:
                 raise InvalidInputError(f"expected each key of a member once, got {key} twice in {text!r}")
             found[key] = value
-        if not _exists(source) and (parted := _REVISION.fullmatch(source)):
+        if not files and is_file(found.get("prompt", "")):
+            raise InvalidInputError(
+                f"expected the text of a prompt in a saved ensemble, got the path of a file, {found['prompt']!r}: "
+                "write the text there"
+            )
+        is_path = source.startswith((".", "/", "~")) or _exists(source)
+        if not is_path and (parted := _REVISION.fullmatch(source)):
             source, found["revision"] = parted[1], parted[2]
             found |= {"file": parted[3]} if parted[3] else {}
         return cls(source, **found)
@@ -201,6 +206,45 @@ class Member:
     def is_template(self) -> bool:
         """Whether its prompt has something after ``{prompt}``, so that a text is not simply put behind it."""
         return bool((self.prompt or "").partition(SLOT)[2])
+
+
+def is_file(prompt: str) -> bool:
+    """Return whether a prompt is the path of a file with it: one line that ends as such files do."""
+    return "\n" not in prompt and prompt.endswith(_FILES)
+
+
+def _checked(name: str, value: Any) -> str | None:
+    """Return a field of a member as text, None for an empty one.
+
+    Raises:
+        InvalidInputError: if it is no text or path, or holds what UTF-8 or a path cannot.
+    """
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str | Path):
+        raise InvalidInputError(f"expected a member's {name} as a text, got {value!r}")
+    text = str(value)
+    if "\0" in text or len(text.encode(errors="ignore")) != len(text.encode(errors="surrogatepass")):
+        raise InvalidInputError(f"expected a member's {name} without NUL and surrogates, got {text[:80]!r}")
+    return text
+
+
+def _text_of(source: str, path: str) -> str:
+    """Return the prompt in a file.
+
+    Raises:
+        InvalidInputError: if it cannot be read, or holds no prompt.
+    """
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError, RuntimeError) as error:
+        why = getattr(error, "strerror", None) or ("it is not UTF-8" if isinstance(error, ValueError) else str(error))
+        raise InvalidInputError(
+            f"cannot read the prompt of {source}, the file {path}: {why}: check the path"
+        ) from error
+    if not text.strip() or is_file(text):
+        raise InvalidInputError(f"expected the text of a prompt in {path}, got {text!r}")
+    return text
 
 
 def _exists(text: str) -> bool:

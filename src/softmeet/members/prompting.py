@@ -13,9 +13,12 @@ from softmeet.members import names as known
 from softmeet.members.member import SLOT, Member
 
 
-def ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return a text's token ids, with the token that begins a text if the tokenizer puts one, but none that ends it."""
-    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+def ids_of(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = True) -> list[int]:
+    """Return a text's token ids, with the token that begins a text if the tokenizer puts one, but none that ends it.
+
+    Without ``special`` there is none that begins it, either.
+    """
+    ids: list[int] = tokenizer(text, verbose=False, add_special_tokens=special)["input_ids"]
     if len(ids) < 2 or ids[-1] != tokenizer.eos_token_id:
         return ids
     plain: list[int] = tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"]

@@ -73,7 +73,7 @@ class Served:
             raise RequestError(
                 f"this server does not let requests change {', '.join(refused)}", param=f"softmeet.{refused[0]}"
             )
-        passages = given.pop("passages", None)
+        given.pop("passages", None)
         _require_passages(asked)
         wanted = set(given.pop("members", self.names))
         if absent := sorted(wanted - set(self.names)):
@@ -103,10 +103,7 @@ class Served:
             )  # fmt: skip
         # An average has no use for a gate, so there is nothing to explain.
         why = why if settings.rule.reads_heads else None
-        names = tuple(self.names[k] for k in chosen)
-        if passages is not None:
-            return _behind_passages(model, settings, names, asked)
-        return Combination(model, settings, names, why)
+        return Combination(model, settings, tuple(self.names[k] for k in chosen), why)
 
 
 def _require_passages(asked: Extension) -> None:
@@ -118,19 +115,21 @@ def _require_passages(asked: Extension) -> None:
         )
 
 
-def _behind_passages(
-    model: EnsembleForCausalLM, settings: Settings, names: tuple[str, ...], asked: Extension
-) -> Combination:
-    """Return the combination of members behind passages; raise RequestError if these are no passages or do not fit."""
+def behind_passages(how: Combination, asked: Extension) -> Combination:
+    """Return the combination of members behind a request's passages.
+
+    Raises:
+        RequestError: if these are no passages, or do not fit into a member's context.
+    """
     try:
         found = [Passage(one.text, one.score) for one in asked.passages or ()]
         part = with_passages(
-            model, found, temperature=asked.passage_temperature or 1.0, settings=settings,
+            how.model, found, temperature=asked.passage_temperature or 1.0, settings=how.settings,
             rule=PASSAGE_RULE if asked.rule is None else None,
         )  # fmt: skip
     except InvalidInputError as error:
         raise _refused(error, "softmeet.passages") from None
-    shown = [f"{name}+passage{k}" for name in names for k in range(1, len(found) + 1)]
+    shown = [f"{name}+passage{k}" for name in how.names for k in range(1, len(found) + 1)]
     return Combination(part, part.settings, tuple(shown))
 
 
@@ -294,15 +293,16 @@ def named(given: Sequence[str], members: Sequence[str] = ()) -> dict[str, list[s
         joined.setdefault(name, []).append(text[prefix.end() :] if prefix else text)
     found: dict[str, list[str]] = {}
     for text in given:
-        name, _, parts = text.rpartition("=")
-        name = name or "/".join(Path(parts).parts[-2:])
+        prefix = _PREFIX.match(text)
+        parts = text[prefix.end() :] if prefix else text
+        name = prefix.group(1) if prefix else "/".join(Path(parts).parts[-2:])
         if first := found.get(name, joined.get(name)):
             together = " ".join(f"-m {name}={part}" for part in [*first, parts])
             raise InvalidInputError(
                 f"expected a name for each ensemble, got {name!r} twice: say {together} to combine these models, or "
                 "give each a name of its own, as NAME=…"
             )
-        found[name] = parts.split(",")
+        found[name] = [parts] if "+" in parts else parts.split(",")
         if len(found[name]) > 1:
             today = " ".join(f"-m {name}={part}" for part in found[name])
             warnings.warn(f"members joined by commas are an old form and end with 0.3.0: say {today}", stacklevel=2)

@@ -56,14 +56,15 @@ def encoded(
         if scored:
             model.contexts.require_no_template()
         for part in parts:
-            text = part if isinstance(part, str) else None
+            whole = tokens_of(served, part, body.add_special_tokens)
+            shared = truncated(whole, body, combination)
+            text = part if isinstance(part, str) and shared == whole else None
             if text is None and any(member.is_template for member in members):
-                text = served.ensemble.tokenizer.decode(part)
-            shared = tokens_of(served, part, body.add_special_tokens)
-            if scored or text is None or all(member.prompt is None for member in members):
-                read: tuple[list[int], Any] = list(shared), None
-            else:
-                read = read_prompt(model, served.ensemble.tokenizer, text)
+                text = served.ensemble.tokenizer.decode(shared, skip_special_tokens=True)
+            read: tuple[list[int], Any] = list(shared), None
+            if not scored and text is not None and any(member.prompt is not None for member in members):
+                special = body.add_special_tokens is not False
+                read = read_prompt(model, served.ensemble.tokenizer, text, special=special)
             found.append(shared if read[1] is None or not combination.over_bytes else tuple(read[0]))
             own.append(_frozen(read[1]))
     except InvalidInputError as error:
@@ -97,7 +98,8 @@ def templated(served: Served, combination: Combination, body: Any) -> tuple[list
         row, own = read_prompt(combination.model, served.ensemble.tokenizer, messages)
     except InvalidInputError as error:
         raise RequestError(str(error), param=param) from error
-    return [tuple(row)], (_frozen(own),) if own is not None else ()
+    cut = _frozen(None if own is None else [ids and truncated(tuple(ids), body, combination) for ids in own])
+    return [truncated(tuple(row), body, combination)], (cut,) if cut else ()
 
 
 def truncated(prompt: tuple[int, ...], body: Generation, combination: Combination) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from softmeet.hf.chat import take_plain
 from softmeet.hf.prompts import encoded, states_behind
 from softmeet.server import prompts
 from softmeet.server.batcher import Batcher
-from softmeet.server.ensembles import Ensembles, Served
+from softmeet.server.ensembles import Ensembles, Served, behind_passages
 from softmeet.server.errors import RequestError
 from softmeet.server.limits import Limits
 from softmeet.server.metrics import Metrics
@@ -164,25 +164,23 @@ class Serving:
             RuleError: if the rule comes from a package that fails to provide it.
         """
         served, ours = self.ensembles.find(body.model), body.softmeet or Extension()
-        combine = partial(served.combination, ours, self.settings.allowed, self.settings.max_trust)
-        # Passages are cut into tokens.
-        combination = combine() if ours.passages is None else await self.on_tokenizer(combine)
-        limit = _limit(body, self.settings.max_tokens, combination)
-        _check_together(body, limit)
+        combination = served.combination(ours, self.settings.allowed, self.settings.max_trust)
+        _check_together(body, _limit(body, self.settings.max_tokens, combination))
+        # What could be no prompt or passage is refused before it is cut into tokens, which may take seconds.
+        parts = prompts.parts(body) if isinstance(body, CompletionRequest) else []
+        _check_choices(len(parts) or 1, body, self.settings)
+        passages = [passage.text for passage in ours.passages or ()]
+        prompts.check_texts([*parts, *passages], combination, served.ensemble.tokenizer)
+        if passages:
+            combination = await self.on_tokenizer(behind_passages, combination, ours)
+        limit, echoed = _limit(body, self.settings.max_tokens, combination), False
         if isinstance(body, CompletionRequest):
-            # What could be no prompt is refused before it is cut into tokens, which may take seconds.
-            parts = prompts.parts(body)
-            _check_choices(len(parts), body, self.settings)
-            prompts.check_texts(parts, combination, served.ensemble.tokenizer)
             echoed = bool(body.echo) and (body.logprobs is not None or ours.report is not None)
             scored = echoed or body.prompt_listed is not None
             encode = partial(prompts.encoded, scored=scored)
             found, own = await self.on_tokenizer(encode, served, combination, parts, body)
         else:
             found, own = await self.on_tokenizer(prompts.templated, served, combination, body)
-            echoed = False
-            _check_choices(len(found), body, self.settings)
-        found = [prompts.truncated(prompt, body, combination) for prompt in found]
         for prompt, read in zip_longest(found, own, fillvalue=()):
             prompts.check_prompt(prompt, combination, limit, read)
             if combination.over_bytes:

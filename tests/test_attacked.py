@@ -1,0 +1,151 @@
+"""What a hostile reader of members, prompts and passages found, each with what it should be."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny
+import torch
+import transformers as tf
+from fastapi.testclient import TestClient
+from serving import serving_of
+from test_kinds import PROMPT, TEXTS
+
+from softmeet import Ensemble, Member, Passage
+from softmeet.errors import CheckpointError, InvalidInputError
+from softmeet.products import few_rows, product
+from softmeet.server.app import create_app
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("attacked")
+    tiny.save(folder / "base", "llama", seed=0)
+    tiny.save(folder / "other", "gpt2", seed=1)
+    return folder
+
+
+def pair(made, **options):
+    lines = [str(made / "base"), f"{made / 'base'}+prompt={PROMPT}"]
+    return Ensemble.from_pretrained(lines, "logit-mean", dtype="float64", **options)
+
+
+def test_a_later_chunk_that_begins_as_the_prompt_does_is_read_whole(made):
+    """With a cache, new tokens that are the prompt's first ones are not taken for the prompt."""
+    ensemble = pair(made)
+    ids = ensemble.tokenizer("the fox" + PROMPT + "x", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        whole = ensemble.model(ids, logits_to_keep=1).logits
+        cache = ensemble.model.new_cache()
+        ensemble.model(ids[:, :7], cache=cache, use_cache=True)
+        parts = ensemble.model(ids[:, 7:], cache=cache, use_cache=True, logits_to_keep=1).logits
+    torch.testing.assert_close(parts, whole, atol=1e-9, rtol=0)
+
+
+def test_kept_prompts_are_read_again_when_the_weights_have_changed(made):
+    ensemble = pair(made)
+    before = ensemble.next_token(TEXTS[0]).solution.log_probs
+    ensemble.next_token(TEXTS[0])
+    other = Ensemble.from_pretrained([str(tiny.save(made / "new", "llama", seed=5))] * 2, "logit-mean", dtype="float64")
+    ensemble.model.load_state_dict(other.model.state_dict())
+    found = ensemble.next_token(TEXTS[0]).solution.log_probs
+    lines = [str(made / "new"), f"{made / 'new'}+prompt={PROMPT}"]
+    fresh = Ensemble.from_pretrained(lines, "logit-mean", dtype="float64")
+    assert not torch.allclose(found, before)
+    torch.testing.assert_close(found, fresh.next_token(TEXTS[0]).solution.log_probs, atol=1e-9, rtol=0)
+
+
+def test_passages_outlive_a_cast(made):
+    base = Ensemble.from_pretrained(str(made / "base"), "prob-mean")
+    behind = base.with_passages([Passage("a dog.", 1.0)])
+    behind.generate("the", max_new_tokens=2, do_sample=False)
+    base.model.double()
+    behind.generate("the", max_new_tokens=2, do_sample=False)
+
+
+def test_a_recurrent_member_stands_beside_a_prompt_and_takes_none(made):
+    folder = made / "mamba"
+    torch.manual_seed(0)
+    config = tf.MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, state_size=4, **tiny.IDS)
+    tf.MambaForCausalLM(config).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    ensemble = Ensemble.from_pretrained([f"{made / 'base'}+prompt={PROMPT}", str(folder)], "logit-mean")
+    assert isinstance(ensemble.generate("the", max_new_tokens=3, do_sample=False), str)
+    with pytest.raises(InvalidInputError, match="its prompt cannot be kept"):
+        Ensemble.from_pretrained([f"{folder}+prompt=so"], "logit-mean")
+
+
+def test_a_chunk_of_padding_alone(made):
+    ensemble, cache = pair(made), pair(made).model.new_cache()
+    ids = ensemble.tokenizer("the", return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        ensemble.model(ids, cache=cache, use_cache=True)
+    with torch.no_grad():  # and on from a cache that was begun in inference mode
+        ensemble.model(ids[:, :1], cache=cache, use_cache=True)
+        mask = torch.tensor([[1] * 4 + [0]])
+        ensemble.model(ids[:, :1], attention_mask=mask, cache=cache, use_cache=True)
+
+
+def test_a_folder_with_an_at_in_its_name_is_saved_and_loaded(made, tmp_path):
+    folder = tiny.save(tmp_path / "c@v1", "llama", seed=0)
+    Ensemble.from_pretrained([folder, folder], "logit-mean").save_pretrained(tmp_path / "saved")
+    assert len(Ensemble.from_pretrained(tmp_path / "saved").names) == 2
+
+
+def test_a_saved_ensemble_reads_no_files_but_its_members(made, tmp_path):
+    (tmp_path / "secret.txt").write_text("secret")
+    pair(made).save_pretrained(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    config["members"][1] = f"{made / 'base'}+prompt={tmp_path / 'secret.txt'}"
+    (tmp_path / "saved" / "config.json").write_text(json.dumps(config))
+    with pytest.raises((InvalidInputError, CheckpointError), match="expected the text of a prompt in a saved ensemble"):
+        Ensemble.from_pretrained(tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"source": 5}, {"source": "m", "prompt": 5}, {"source": "m", "prompt": "a\ud800"}, {"source": "m\0"},
+        {"source": "m", "prompt": "a\0b"}, {"source": "m", "prompt": "~nosuchuser/x.txt"},
+    ],
+)  # fmt: skip
+def test_fields_that_are_no_texts(wrong):
+    with pytest.raises(InvalidInputError):
+        Member(**wrong)
+
+
+def test_fields_that_are_empty_or_paths(tmp_path):
+    (tmp_path / "x.txt").write_text("\ufeffHear. ")
+    assert Member("m", prompt="", name="") == Member("m")
+    assert Member("m", prompt=tmp_path / "x.txt").prompt == "Hear. "
+
+
+def test_the_server_cuts_begins_and_reads_prompts_of_members_as_others(made):
+    ensemble = pair(made)
+    body = {"max_tokens": 4, "temperature": 0}
+    with TestClient(create_app(serving_of({"it": ensemble})), base_url="http://localhost") as client:
+
+        def text(**more):
+            answer = client.post("/v1/completions", json=body | more)
+            assert answer.status_code == 200, answer.json()
+            return answer.json()["choices"][0]["text"]
+
+        long = TEXTS[1]
+        ids = ensemble.tokenizer(long)["input_ids"]
+        assert text(prompt=long, truncate_prompt_tokens=4) == text(prompt=ids[-4:])
+        assert text(prompt=long * 5, truncate_prompt_tokens=4) == text(prompt=ids[-4:])
+        passages = {"softmeet": {"passages": [{"text": "x" * 60_000, "score": 1.0}]}}
+        refused = client.post("/v1/completions", json=body | {"prompt": "the"} | passages)
+        assert refused.json()["error"]["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
+def test_products_of_few_rows(rows):
+    torch.manual_seed(rows)
+    layer, x = torch.nn.Linear(1024, 8192), torch.randn(rows, 1024)
+    wanted = (x.double() @ layer.weight.double().T).float()
+    torch.testing.assert_close(product(x, layer.weight.detach()), wanted, atol=1e-4, rtol=1e-4)
+    with torch.no_grad(), few_rows(torch.device("cpu")):
+        torch.testing.assert_close(layer(x), wanted + layer.bias, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(layer(x[None])[0], wanted + layer.bias, atol=1e-4, rtol=1e-4)
