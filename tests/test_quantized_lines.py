@@ -56,6 +56,11 @@ def test_members_asked_for_by_their_lines_are_quantised_and_averaged(kind):
     assert 0.01 < (ensemble.model(input_ids=ids).logits - plain.logits).abs().max() < 5
 
 
+def test_four_bits_of_torchao_are_loaded_in_the_dtype_in_which_they_are_fast():
+    default, asked = load_members(["wide/llama+quantization=int4", "wide/llama+quantization=int4+dtype=float32"])
+    assert (default.dtype, asked.dtype) == (torch.bfloat16, torch.float32)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("line", [
     *(f"{name}+quantization={kind}" for name in WIDE for kind in ("int8", "int4", "bnb-int8", "bnb-nf4")),

@@ -117,7 +117,11 @@ def placed(
     members = [Member.parse(name) for name in _expanded(names)]
     dtypes, devices = one_each(dtype, "dtype", len(members)), one_each(device, "device", len(members))
     return [
-        (member, member.dtype or own_dtype, member.device or own_device)
+        (
+            member,
+            member.dtype or own_dtype or quantized.DTYPES.get(member.quantization or ""),
+            member.device or own_device,
+        )
         for member, own_dtype, own_device in zip(members, dtypes, devices, strict=True)
     ]
 

@@ -18,6 +18,8 @@ from softmeet.members.placement import Device, computes_on_cpu
 QUANTIZATIONS = {"int8": "torchao", "int4": "torchao", "bnb-int8": "bitsandbytes", "bnb-nf4": "bitsandbytes"}
 # The weights that share a scale under int4 and bnb-nf4. Widths of models are multiples of 32, but not all of 128.
 _BLOCKS = {"torchao": 32, "bitsandbytes": 64}
+# The dtype of the rest where none is asked for: in float32 torchao's kernel for CPUs runs token by token.
+DTYPES = {"int4": "bfloat16"}
 # Where torchao has four bits for CPUs.
 _ON_CPU = "torchao.prototype.quantization.int4"
 # The rows that bitsandbytes' kernel of four bits for CPUs takes at once.
