@@ -146,6 +146,6 @@ def test_products_of_few_rows(rows):
     layer, x = torch.nn.Linear(1024, 8192), torch.randn(rows, 1024)
     wanted = (x.double() @ layer.weight.double().T).float()
     torch.testing.assert_close(product(x, layer.weight.detach()), wanted, atol=1e-4, rtol=1e-4)
-    with torch.no_grad(), few_rows(torch.device("cpu")):
+    with torch.no_grad(), few_rows(layer, torch.device("cpu")):
         torch.testing.assert_close(layer(x), wanted + layer.bias, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(layer(x[None])[0], wanted + layer.bias, atol=1e-4, rtol=1e-4)

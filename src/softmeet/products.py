@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 # The least elements of W for which (W xᵀ)ᵀ is the faster form: with several threads; and with one, for which W also has
@@ -21,6 +22,8 @@ from torch.overrides import TorchFunctionMode
 _LARGE, _LARGE_ALONE, _WIDE, _WIDER = 1 << 19, 1 << 22, 4, 16
 # The most rows of x for which it can be.
 MOST = 4
+# Of models that were run, whether a linear layer is large.
+_has_large: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def product(x: Float[Tensor, "b d"], weight: Float[Tensor, "v d"]) -> Float[Tensor, "b v"]:
@@ -49,18 +52,24 @@ class _FewRows(TorchFunctionMode):
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Call ``func``; in place of torch's linear layer the faster form."""
-        if func is torch.nn.functional.linear and not kwargs:
+        if func is nn.functional.linear and not kwargs:
             x, weight, *bias = args
-            if type(weight) is torch.nn.Parameter and _is_faster(x, weight, x.numel() // x.shape[-1]):
+            if type(weight) is nn.Parameter and _is_faster(x, weight, x.numel() // x.shape[-1]):
                 found = product(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], -1)
                 return found + bias[0] if bias and bias[0] is not None else found
         return func(*args, **(kwargs or {}))
 
 
-def few_rows(device: torch.device) -> AbstractContextManager[Any]:
-    """Return a context in which a model multiplies few rows fast, where that is possible.
+def few_rows(model: nn.Module, device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which a model multiplies few rows fast, where that is possible and it has large layers.
 
     Args:
-        device: where the model runs.
+        model: the model.
+        device: where it runs.
     """
-    return _FewRows() if device.type == "cpu" and not torch.is_grad_enabled() else nullcontext()
+    if device.type != "cpu" or torch.is_grad_enabled():
+        return nullcontext()
+    if model not in _has_large:
+        layers = (one.weight for one in model.modules() if type(one) is nn.Linear)
+        _has_large[model] = any(weight.numel() >= _LARGE for weight in layers)
+    return _FewRows() if _has_large[model] else nullcontext()

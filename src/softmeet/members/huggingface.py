@@ -264,7 +264,7 @@ def last_hidden(
     if whole and kept is not _ALL and "logits_to_keep" in signature(run.forward).parameters:
         moved["logits_to_keep"] = -(kept.start or 0) if isinstance(kept, slice) else kept.to(place)
         kept = _ALL
-    with few_rows(place) if 1 < input_ids.numel() <= MOST else nullcontext():
+    with few_rows(run, place) if 1 < input_ids.numel() <= MOST else nullcontext():
         out = run(input_ids=input_ids.to(place), **moved)
     if whole:
         return out.logits[:, kept]  # type: ignore[no-any-return]

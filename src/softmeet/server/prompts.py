@@ -108,7 +108,7 @@ def truncated(prompt: tuple[int, ...], body: Generation, combination: Combinatio
     With -1 as many as leave room in the context for the tokens asked for, or for one if their number is not given.
     """
     asked = next((count for name in LENGTHS if (count := getattr(body, name, None)) is not None), 1)
-    kept = body.truncate_prompt_tokens
+    kept = getattr(body, "truncate_prompt_tokens", None)
     return prompt if kept is None else prompt[-(max(combination.room(asked), 1) if kept == -1 else kept) :]
 
 
