@@ -11,11 +11,15 @@ import transformers as tf
 from fastapi.testclient import TestClient
 from serving import serving_of
 from test_kinds import PROMPT, TEXTS
+from tokenizers import processors
 
 from softmeet import Ensemble, Member, Passage
 from softmeet.errors import CheckpointError, InvalidInputError
 from softmeet.products import few_rows, product
 from softmeet.server.app import create_app
+from softmeet.server.ensembles import Served
+from softmeet.server.prompts import encoded
+from softmeet.server.schemas import CompletionRequest, Extension
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +142,54 @@ def test_the_server_cuts_begins_and_reads_prompts_of_members_as_others(made):
         passages = {"softmeet": {"passages": [{"text": "x" * 60_000, "score": 1.0}]}}
         refused = client.post("/v1/completions", json=body | {"prompt": "the"} | passages)
         assert refused.json()["error"]["param"] == "softmeet.passages"
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """An ensemble whose tokenizer puts the token 0 before texts; one member has a prompt, and one a template."""
+    folder = tiny.save(tmp_path_factory.mktemp("begun") / "base", "llama", seed=0)
+    words = tiny.tokenizer()
+    words.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|end|> $A", special_tokens=[("<|end|>", 0)]
+    )
+    words.save_pretrained(folder)
+    lines = [str(folder), f"{folder}+prompt=so", f"{folder}+prompt=we ask {{prompt}}?"]
+    ensemble = Ensemble.from_pretrained(lines, "logit-mean")
+    return Served("it", ensemble, ("a", "b", "c"))
+
+
+@pytest.mark.parametrize(
+    ("given", "more", "read"),
+    [
+        ("abc", {}, [None, "<soabc", "<we ask abc?"]),
+        ("abc", {"add_special_tokens": False}, [None, "soabc", "we ask abc?"]),
+        ("<abc", {}, [None, "<soabc", "<we ask abc?"]),
+        ("abcdef", {"truncate_prompt_tokens": 3}, [None, "<sodef", "<we ask def?"]),
+    ],
+)
+def test_what_members_read_of_a_prompt(begun, given, more, read):
+    """Told by letters, < for the token that begins a text; given with it, the prompt is token ids."""
+    words = begun.ensemble.tokenizer
+
+    def ids(text):
+        plain = words(text.removeprefix("<"), add_special_tokens=False)["input_ids"]
+        return tuple([0] * text.startswith("<") + plain)
+
+    prompt = list(ids(given)) if given.startswith("<") else given
+    body = CompletionRequest(prompt=prompt, **more)
+    how = begun.combination(Extension(), ())
+    (shared,), own = encoded(begun, how, [prompt], body, scored=False)
+    assert words.decode(shared, skip_special_tokens=True) == ("def" if given == "abcdef" else "abc")
+    assert own == (tuple(None if text is None else ids(text) for text in read),)
+
+
+def test_prefixes_stay_with_the_members_that_a_request_names(made):
+    base = str(made / "base")
+    ensemble = Ensemble.from_pretrained([base, str(made / "other"), base], "logit-mean", prefixes=[None, None, [5, 6]])
+    part = Served("it", ensemble, ("a", "b", "c")).combination(Extension(members=["a", "c"]), ("members",)).model
+    assert part.contexts.prefixes == [(), (5, 6)]
+    with pytest.raises(InvalidInputError, match="passages without prefixes"):
+        ensemble.with_passages([Passage("a dog.", 1.0)])
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])

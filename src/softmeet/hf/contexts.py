@@ -330,32 +330,34 @@ class Contexts:
         pairs = zip(limits, own, strict=bool(own))
         return min((max(limit - len(ids), 0) for limit, ids in pairs if limit and ids is not None), default=1 << 30)
 
-    def begun(self, i: int, row: Ids, needed: int) -> PartialCache:
+    def begun(self, i: int, row: Ids, needed: int, stamp: Any) -> PartialCache:
         """Return a sequence of member i with all tokens pending but those of its prefix that are kept.
 
         Args:
             i: the member's number.
             row: all of its tokens.
             needed: for how many of the last of them hidden states are needed.
+            stamp: the :func:`stamp_of` the member's model now.
         """
-        stamp, known = self._read.get(i, (None, PartialCache()))
+        then, known = self._read.get(i, (None, PartialCache()))
         shared = _shared(self.prefixes[i], row)
         reused = min(known.run, shared, len(row) - needed)
-        if reused <= 0 or stamp != _stamp(self._models[i]):
+        if reused <= 0 or stamp != then:
             return PartialCache(pending=tuple(row))
         return known.shorter(known.run - reused).longer(row[reused:])
 
-    def keep(self, i: int, row: Ids, states: PartialCache) -> None:
+    def keep(self, i: int, row: Ids, states: PartialCache, stamp: Any) -> None:
         """Keep the keys and values of member i's prefix for later sequences.
 
         Args:
             i: the member's number.
             row: the tokens of a sequence.
             states: their keys and values.
+            stamp: the :func:`stamp_of` the member's model now.
         """
-        stamp, known = self._read.get(i, (None, PartialCache()))
-        shared, now = _shared(self.prefixes[i], row), _stamp(self._models[i])
-        if not shared or (stamp == now and known.run >= shared):
+        then, known = self._read.get(i, (None, PartialCache()))
+        shared = _shared(self.prefixes[i], row)
+        if not shared or (stamp == then and known.run >= shared):
             return
         with torch.inference_mode(False):  # for calls with gradients, too
             cut = tuple(
@@ -363,7 +365,7 @@ class Contexts:
                 for keys, values in states.states
             )
         if all(bool(part.isfinite().all()) for pair in cut for part in pair):
-            self._read[i] = now, PartialCache(cut)
+            self._read[i] = stamp, PartialCache(cut)
 
 
 def _shared(before: Ids, row: Ids) -> int:
@@ -371,7 +373,7 @@ def _shared(before: Ids, row: Ids) -> int:
     return sum(1 for _ in takewhile(bool, map(eq, before, row)))
 
 
-def _stamp(model: PreTrainedModel) -> tuple[Any, ...]:
+def stamp_of(model: PreTrainedModel) -> tuple[Any, ...]:
     """Return what changes when a model's weights are changed in place, cast or moved."""
     parameters = list(model.parameters())
     first = parameters[0]

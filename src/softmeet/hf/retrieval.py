@@ -36,6 +36,8 @@ def with_passages(
     Raises:
         InvalidInputError: if a setting is not valid, or a passage fills the context of a member.
     """
+    if model.config.prefixes is not None:
+        raise InvalidInputError("expected passages without prefixes, in whose place they stand: give prompts instead")
     own, shares = settings or model.settings, passage_weights(passages, temperature)
     chosen = [i for i in range(len(model.config.members)) for _ in passages]
     members = reading([Member.parse(name) for name in model.config.members], passages)

@@ -18,7 +18,7 @@ from torch import Tensor
 from softmeet.errors import InvalidInputError
 from softmeet.hf.cache import EnsembleCache, Lagging
 from softmeet.hf.combining import Deferral
-from softmeet.hf.contexts import ContextRows, OwnPrompt, units
+from softmeet.hf.contexts import ContextRows, OwnPrompt, stamp_of, units
 from softmeet.members.huggingface import last_hidden
 from softmeet.members.opaque import Head
 from softmeet.members.partial_cache import PartialCache
@@ -107,14 +107,16 @@ class NewTokens:
         contexts, many = self.model.contexts, len(group)
         each = [self.rows(i) for i in group]
         pairs = [(i, own[b]) for b in range(len(self.ids)) for i, own in zip(group, each, strict=True)]
+        # What is kept of prompts is of the weights as they were then.
+        stamp = stamp_of(self.model.members[group[0]]) if self.first else None
         new = [
-            contexts.begun(i, row, min(self.needed, len(row))) if self.first else PartialCache(pending=tuple(row))
+            contexts.begun(i, row, min(self.needed, len(row)), stamp) if self.first else PartialCache((), tuple(row))
             for i, row in pairs
         ]
         states = cache.run(self.model.members[group[0]], new, self.ids.shape[1], newest=self.needed == 1)
         if self.first:
             for k, done in enumerate(cache.apart()):
-                contexts.keep(group[k % many], each[k % many][k // many], done)
+                contexts.keep(group[k % many], each[k % many][k // many], done, stamp)
         # Without a new token there are no states.
         everyone, dtype = torch.arange(len(states) // many), self.model.member_heads[group[0]].dtype
         return [self.spread(states[k::many], self.model.member_heads[i], everyone, dtype) for k, i in enumerate(group)]

@@ -230,7 +230,9 @@ def _part(whole: EnsembleForCausalLM, chosen: tuple[int, ...]) -> EnsembleForCau
     own["trust"] = [rho for k in chosen for rho in config.settings.trusts()[k]]
     if own["weights"] and weights[0] < 0:
         own["gate"] = None  # it may let this member answer alone
-    part = whole.part(chosen, EnsembleConfig([config.members[k] for k in chosen], settings=Settings.of(own)))
+    prefixes = config.prefixes and [config.prefixes[k] for k in chosen]
+    names = [config.members[k] for k in chosen]
+    part = whole.part(chosen, EnsembleConfig(names, settings=Settings.of(own), prefixes=prefixes))
     part.generation_config = whole.generation_config
     part.chat = chat_of(whole).of(chosen)
     return part
