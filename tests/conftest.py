@@ -26,7 +26,7 @@ gc.disable()  # until everything is imported
 _PARTS = {
     "test_bands", "test_certificate", "test_checkpoint", "test_combine", "test_evaluate", "test_exact_options",
     "test_exact_rules", "test_heads", "test_hostile", "test_implicit", "test_interior", "test_laws", "test_meet",
-    "test_members", "test_report", "test_simplex", "test_dense", "test_trace", "test_vertex",
+    "test_members", "test_power_mean", "test_report", "test_simplex", "test_dense", "test_trace", "test_vertex",
 }  # fmt: skip
 _checked = pytest.StashKey[bool]()
 

@@ -80,11 +80,11 @@ def test_different_tokenizers_need_bytes(folders):
 
 
 def test_a_rule_that_reads_heads_is_refused_before_anything_is_loaded():
-    with pytest.raises(UnsupportedHeadError, match=r"rule meet .* choose logit-mean or prob-mean"):
+    with pytest.raises(UnsupportedHeadError, match=r"rule meet .* choose logit-mean or prob-mean or power-mean"):
         Ensemble.from_pretrained(["nowhere/a", "nowhere/b"], "meet", vocabulary="bytes")
 
 
-@pytest.mark.parametrize("rule", ["prob-mean", "logit-mean"])
+@pytest.mark.parametrize("rule", ["prob-mean", "logit-mean", "power-mean"])
 def test_the_distribution_is_the_average_of_the_members(folders, rule):
     """At every byte, of a text that is read at once and of one that is read byte by byte."""
     ours = Ensemble.from_pretrained(
@@ -94,6 +94,9 @@ def test_the_distribution_is_the_average_of_the_members(folders, rule):
     p = np.stack([reader.score(text)[1] for reader in ours.model.readers])
     if rule == "prob-mean":
         expected = np.log(0.7 * np.exp(p[0]) + 0.3 * np.exp(p[1]))
+    elif rule == "power-mean":
+        mean = (0.7 * np.exp(p[0] / 2) + 0.3 * np.exp(p[1] / 2)) ** 2
+        expected = np.log(mean / mean.sum(-1, keepdims=True))
     else:
         expected = torch.from_numpy(0.7 * p[0] + 0.3 * p[1]).log_softmax(-1).numpy()
     ids = torch.tensor([list(text)])
@@ -238,7 +241,7 @@ def test_what_bytes_are_not_there_for_says_so(pruned, folders, tmp_path):
         lambda: evaluate_text(pruned, documents, parse_choices(["meet"], 2)),
         lambda: fit(pruned, observe_text(pruned, documents), Options(rules=("max-entropy",))),
     ):
-        with pytest.raises(UnsupportedHeadError, match="bytes have none: choose logit-mean or prob-mean"):
+        with pytest.raises(UnsupportedHeadError, match="bytes have none: choose logit-mean or prob-mean or power-mean"):
             use()
 
 
@@ -384,7 +387,7 @@ def test_check_says_what_is_shared_and_what_it_costs(folders, tmp_path):
     for member, spelling in zip(facts["members"], (one, other), strict=True):
         assert member["own_tokens_per_byte"] == len(spelling.encode(text.encode())) / len(text)
         assert member["tokens_run_per_byte"] >= member["own_tokens_per_byte"]
-    assert "over bytes" in facts["advice"]
+    assert "over bytes, by logit-mean or prob-mean or power-mean: " in facts["advice"]
     assert "tokens in common" in command(*asked)
     # Longer than a context of 128 tokens.
     (tmp_path / "long.txt").write_text("the other there, " * 40)

@@ -7,7 +7,9 @@ import pytest
 from calls import calls_a_token
 
 
-@pytest.mark.parametrize(("rule", "most"), [("logit-mean", 120), ("prob-mean", 120), ("meet", 350)])
+@pytest.mark.parametrize(
+    ("rule", "most"), [("logit-mean", 120), ("prob-mean", 120), ("power-mean", 120), ("meet", 350)]
+)
 def test_a_token_takes_few_calls(rule, most):
     found = calls_a_token("narrow", rule)
     assert 20 < sum(found.values()) <= most

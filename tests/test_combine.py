@@ -41,6 +41,18 @@ def broken(member, row, value):
             InvalidInputError,
             r"unknown rule 'mean': did you mean prob-mean\? expected one of meet, max-entropy",
         ),
+        ({"pool": "power-mean"}, InvalidInputError, "pool to be 'logit-mean' or 'prob-mean', got 'power-mean'"),
+        (
+            {"rule": "power-mean:order=2"},
+            InvalidInputError,
+            "order of power-mean to be less than or equal to 1, got '2'",
+        ),
+        (
+            {"rule": "power-mean", "order": -0.1},
+            InvalidInputError,
+            "order of power-mean to be greater than or equal to 0, got -0.1",
+        ),
+        ({"rule": "power-mean", "order": math.nan}, InvalidInputError, "order of power-mean to be .*got nan"),
         ({"pool": "sum"}, InvalidInputError, "pool to be 'logit-mean' or 'prob-mean', got 'sum'"),
         ({"weights": [0.5]}, InvalidInputError, "one weight per member, 2 in all, got 1"),
         ({"weights": [1.5, -0.5]}, InvalidInputError, r"the rule meet takes no weight below 0, got \[1.5, -0.5\]"),
@@ -169,7 +181,7 @@ def test_the_public_names_are_pinned():
     assert all(hasattr(softmeet, name) for name in softmeet.__all__)
     assert [rule.name for rule in softmeet.RULES] == [
         "meet", "max-entropy", "least-squares", "min-cross-entropy", "min-squared-cross-entropy", "min-underestimation",
-        "min-reverse-cross-entropy", "logit-mean", "prob-mean", "one-hot",
+        "min-reverse-cross-entropy", "logit-mean", "prob-mean", "power-mean", "one-hot",
     ]  # fmt: skip
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         softmeet.nothing  # noqa: B018

@@ -44,7 +44,7 @@ def test_trust_zero_is_a_hand_written_logit_average():
     assert torch.equal(greedy, by_hand.masked_fill(stop, 0)[:, : greedy.shape[1]])
 
 
-@pytest.mark.parametrize("rule", ["meet", "max-entropy", "logit-mean", "prob-mean", "one-hot"])
+@pytest.mark.parametrize("rule", ["meet", "max-entropy", "logit-mean", "prob-mean", "power-mean", "one-hot"])
 @torch.inference_mode()
 def test_cached_equals_uncached_and_batched_equals_single(rule):
     model = ensemble(rule=rule, trust=1.0)

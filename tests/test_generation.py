@@ -12,7 +12,7 @@ from softmeet.errors import InvalidInputError
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM, TokenReports
 
 MEMBERS = ("gpt2", "llama", "opt projected")
-RULES = ("meet", "max-entropy", "logit-mean", "prob-mean", "one-hot")
+RULES = ("meet", "max-entropy", "logit-mean", "prob-mean", "power-mean", "one-hot")
 PROMPTS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 

@@ -64,7 +64,7 @@ def test_no_common_token_is_an_error_for_every_rule_that_needs_one(rule):
         softmeet.combine(DISJOINT, HEADS, rule)
 
 
-@pytest.mark.parametrize("rule", ["meet", "logit-mean", "prob-mean", "one-hot"])
+@pytest.mark.parametrize("rule", ["meet", "logit-mean", "prob-mean", "power-mean", "one-hot"])
 def test_an_empty_support_is_an_error(rule):
     with pytest.raises(DisjointSupportError, match="support="):
         softmeet.combine(LOG_P, HEADS, rule, support=torch.zeros(60, dtype=torch.bool))

@@ -19,7 +19,7 @@ unchecked = pytest.mark.unchecked
 V = 30
 seeds = st.integers(0, 10_000)
 trusts = st.tuples(*[st.floats(0.05, 20.0)] * 2)
-rules = st.sampled_from(["meet", "max-entropy", "logit-mean", "prob-mean", "one-hot"])
+rules = st.sampled_from(["meet", "max-entropy", "logit-mean", "prob-mean", "power-mean", "one-hot"])
 OPTIONS = {"tol": 1e-11, "max_steps": 200}
 
 

@@ -232,7 +232,7 @@ def test_the_certificate_is_never_below_the_true_gap(name, dtype, trust):
         assert (true_gap[certified] <= solution.gap[certified] + allowed).all()
 
 
-@pytest.mark.parametrize("rule", ["meet", "max-entropy", "logit-mean", "prob-mean", "one-hot"])
+@pytest.mark.parametrize("rule", ["meet", "max-entropy", "logit-mean", "prob-mean", "power-mean", "one-hot"])
 @pytest.mark.parametrize("name", INSTANCES)
 def test_verify_agrees_without_the_solver(name, rule):
     log_p, heads = INSTANCES[name]()
@@ -269,7 +269,7 @@ def test_trust_zero_is_exactly_the_pool_and_one_member_is_itself():
         assert torch.equal(ours.log_probs, pool_of(log_p, heads, pool))
         assert (ours.num_passes == 0).all()
         assert ours.disagreement_is_bound.all()
-    for rule in ("meet", "max-entropy", "logit-mean", "prob-mean"):
+    for rule in ("meet", "max-entropy", "logit-mean", "prob-mean", "power-mean"):
         alone = softmeet.combine(log_p[:1], heads[:1], rule)
         assert total_variation(alone.log_probs, log_p[0]).max() < 1e-14
         assert (alone.num_passes == 0).all()

@@ -216,6 +216,7 @@ def test_a_request_chooses_rule_trust_weights_and_members(client, ensembles):
     both, alone = list(plain.model.members), [plain.model.members[1]]
     for given, text in (
         ({"rule": "prob-mean", "weights": [0.1, 0.9]}, expected(both, rule="prob-mean", weights=[0.1, 0.9])),
+        ({"rule": "power-mean:order=0.2"}, expected(both, rule="power-mean:order=0.2")),
         ({"trust": ["inf", 0.5]}, expected(both, trust=[math.inf, 0.5])),
         ({"members": ["tiny/llama"]}, expected(alone, trust=1.0)),
     ):

@@ -36,7 +36,7 @@ def _premise(seed):
     return heads, torch.stack(members).log_softmax(-1)
 
 
-RULES = ["meet", "meet:trust=0", "max-entropy", "least-squares", "logit-mean", "prob-mean", "one-hot"]
+RULES = ["meet", "meet:trust=0", "max-entropy", "least-squares", "logit-mean", "prob-mean", "power-mean", "one-hot"]
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -9,6 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+# Below this order log Σ w p^order of a power mean is near 0, and its rounding, which is divided by the order, counts.
+_SMALL_ORDER = 0.01
+
 
 def log_normalize(scores: Float[Tensor, "*b v"]) -> Float[Tensor, "*b v"]:
     """Return the log-probabilities of softmax(scores), in nats: scores - logsumexp(scores); NaN if all are -inf.
@@ -98,6 +101,53 @@ def prob_mean(log_p: Float[Tensor, "n *b v"], weights: Float[Tensor, " n"]) -> F
     """
     shape = (-1,) + (1,) * (log_p.ndim - 1)
     return log_normalize((log_p + weights.log().reshape(shape)).logsumexp(0))
+
+
+def power_mean(log_p: Float[Tensor, "n *b v"], weights: Float[Tensor, " n"], order: float) -> Float[Tensor, "*b v"]:
+    """Return the power mean (Σ_i w_i p_i^order)^(1/order) of n members, normalised over the tokens.
+
+    Order 1 is :func:`prob_mean`. Order 0 is :func:`logit_mean`, with weights that sum to 1: the limit.
+
+    Args:
+        log_p: the members' log-probabilities log p_i, in nats.
+        weights: w_i, of any sum, by which they are divided; none negative, at least one positive.
+        order: from 0 to 1.
+
+    Returns:
+        The mean's log-probabilities, in nats. A member's probability of 0 adds nothing to the mean of a token; at order
+        0 it makes the mean 0 (-inf), unless the member's weight is 0, and a row in which no token is left is NaN.
+
+    Example:
+        >>> members = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
+        >>> power_mean(members, torch.tensor([0.5, 0.5]), 0.5).exp()
+        tensor([0.7236, 0.2764])
+    """
+    return log_normalize(log_power_means(log_p, weights, order))
+
+
+def log_power_means(
+    log_p: Float[Tensor, "n *b v"], weights: Float[Tensor, " n"], order: float
+) -> Float[Tensor, "*b v"]:
+    """Return log (Σ_i w_i p_i^order)^(1/order) of n members, in nats, not normalised; w_i are divided by their sum.
+
+    Rounding is that of ``log_p`` itself, at small orders, too; but at a token that a member of weight excludes it is
+    greater by the factor 1 / order. An order below some 10⁻¹⁵⁴ (10⁻¹⁹ for float32) counts as 0.
+
+    Example:
+        >>> log_power_means(torch.tensor([[0.0, -2.0], [-1.0, -torch.inf]]), torch.tensor([1.0, 1.0]), 0.5)
+        tensor([-0.4381, -3.3863])
+    """
+    shares = weights / weights.sum()
+    if order < torch.finfo(log_p.dtype).tiny ** 0.5:  # differs from order 0 by nothing, and products would underflow
+        return weighted_log_probs(log_p, shares)
+    shares = shares.reshape((-1,) + (1,) * (log_p.ndim - 1))
+    means = torch.add(shares.log(), log_p, alpha=order).logsumexp(0) / order
+    if order >= _SMALL_ORDER:
+        return means
+    top = log_p.amax(0)
+    x = (shares * torch.expm1(order * (log_p - top))).sum(0)
+    # The mean is top + log(1 + x) / order. Near -1, where the largest are members of little weight, 1 + x is rounded.
+    return torch.where(x > -0.5, top + x.log1p() / order, means)
 
 
 def total_variation(log_p: Float[Tensor, "*b v"], log_q: Float[Tensor, "*b v"]) -> Float[Tensor, "*b"]:

@@ -27,6 +27,7 @@ def facts(ensemble: Ensemble, text: str | None, tokens: int) -> dict[str, Any]:
         text: a text, for shared token boundaries, bits and work per byte; None for none.
         tokens: a quarter of the most bytes of the text that are read.
     """
+    from softmeet.hf.unread import averages
     from softmeet.members.quantized import stored
     from softmeet.members.spelling import shared_boundaries, shared_words
 
@@ -46,7 +47,7 @@ def facts(ensemble: Ensemble, text: str | None, tokens: int) -> dict[str, Any]:
             words = first.spelling, second.spelling
             pair: dict[str, Any] = {"members": [one, other], "shared_tokens": shared_words(*words)}
             pairs.append(pair | ({} if data is None else {"shared_boundaries": shared_boundaries(*words, data)}))
-    advice = "Combine them over bytes, by logit-mean or prob-mean: softmeet evaluate says which is better on your text."
+    advice = f"Combine them over bytes, by {averages()}: softmeet evaluate says which is best on your text."
     if all(reader.spelling.words == model.readers[0].spelling.words for reader in model.readers[1:]):
         advice = "They spell the same tokens: over tokens (--vocabulary tokens) they cost less, and take every rule."
     return {"vocabulary": "bytes", "members": members, "pairs": pairs, "advice": advice}

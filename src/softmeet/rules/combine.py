@@ -79,7 +79,8 @@ def combine(
         NonFiniteError: if a log-probability is NaN or +inf, a row of a member is all -inf, a hidden state is not
             finite, or a logit is NaN, or beyond its soft-cap and not -inf.
         DisjointSupportError: if in some row no token of ``support`` has positive probability under every member; for
-            ``logit-mean`` and ``one-hot``, every member of nonzero weight; for ``prob-mean``, any such member.
+            ``logit-mean`` and ``one-hot``, every member of nonzero weight; for ``prob-mean`` and ``power-mean`` (at an
+            order above 0), any such member.
         RuleError: if the rule fails, or returns something other than distributions.
         InfeasibleError: if ``on_infeasible`` is ``"raise"`` and a row has no feasible distribution.
         NotConvergedError: if ``throw`` is set and a row ends with the status NOT_CONVERGED or BUDGET.

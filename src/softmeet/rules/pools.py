@@ -1,4 +1,4 @@
-"""The rules that read no head: two averages, and the optimum of the essay's linear program without its constraints.
+"""The rules that read no head: three averages, and the optimum of the essay's linear program without its constraints.
 
 p̂_i are the members' distributions and w_i their weights.
 """
@@ -17,8 +17,11 @@ from softmeet.rules.answered import answered
 from softmeet.rules.base import Rule
 from softmeet.rules.problem import Problem
 from softmeet.rules.verify import Recomputed, reach
-from softmeet.simplex import kl, log_normalize, logit_mean, prob_mean, weighted_log_probs
+from softmeet.simplex import kl, log_normalize, log_power_means, logit_mean, prob_mean, weighted_log_probs
 from softmeet.solvers.base import Status
+
+# From this order on the objective of a power mean is that of order 1: 1 - Z^α, divided by 1 - α, would be all rounding.
+_AS_ONE = 1 - 1e-8
 
 
 class _ClosedForm(Rule):
@@ -101,11 +104,65 @@ class ProbMean(_ClosedForm):
     def solve(self, problem: Problem) -> Answer:
         """Return Σ w_i p̂_i / Σ w_i on the support, and the objective there in nats, for every row."""
         log_probs = problem.restricted(prob_mean(problem.log_p, problem.weights))
-        objective = torch.zeros_like(log_probs[:, 0])
-        for member, weight in zip(problem.log_p, (problem.weights / problem.weights.sum()).tolist(), strict=True):
-            if weight:
-                objective = objective + weight * kl(member, log_probs)
-        return closed_form(problem, log_probs, objective)
+        return closed_form(problem, log_probs, _divergence_from_members(problem, log_probs))
+
+
+def _divergence_from_members(problem: Problem, log_probs: Float[Tensor, "B v"]) -> Float[Tensor, " B"]:
+    """Return Σ w_i KL(p̂_i‖p) / Σ w_i in nats."""
+    total = torch.zeros_like(log_probs[:, 0])
+    for member, weight in zip(problem.log_p, (problem.weights / problem.weights.sum()).tolist(), strict=True):
+        if weight:
+            total = total + weight * kl(member, log_probs)
+    return total
+
+
+class PowerMean(_ClosedForm):
+    """minimise Σ w_i D(p̂_i, p) over p: p ∝ (Σ w_i p̂_i^α)^{1/α}, the power mean of order α of the probabilities.
+
+    p̂_i are the members' distributions, w_i their weights, divided by their sum, and D(p̂, p) = (1 - Σ_j p̂_j^α p_j^{1-α})
+    / (α (1 - α)). That is Amari's α-divergence, whose own α is 1 - 2α here, and p his α-integration (S. Amari,
+    Integration of stochastic models by minimizing α-divergence, Neural Computation 19, 2007, pp. 2780-2796). With Z =
+    Σ_j (Σ_i w_i p̂_ij^α)^{1/α} the optimum is (1 - Z^α) / (α (1 - α)).
+
+    D tends to KL(p̂‖p) as α tends to 1, where p is that of ``prob-mean``; and to KL(p‖p̂) as α tends to 0, where p is
+    that of ``logit-mean``: a token to which a member of nonzero weight gives probability 0 then has probability 0. At
+    any other order such a member adds nothing to the token's mean. If a ``support`` is given, p is the power mean
+    conditional on it, and optimal among the distributions on it.
+    """
+
+    order: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="The order of the power mean: 1 is prob-mean, 0 is logit-mean.",
+    )
+
+    name = "power-mean"
+    summary = "the weighted power mean of the members' probabilities, between logit-mean and prob-mean"
+    reference = "https://doi.org/10.1162/neco.2007.19.10.2780"
+    is_average = True
+
+    def solve(self, problem: Problem) -> Answer:
+        """Return the power mean on the support, normalised, and the objective there, for every row.
+
+        Raises:
+            DisjointSupportError: if a row has no token left.
+        """
+        scores = log_power_means(problem.log_p, problem.weights, self.order)
+        log_probs = problem.restricted(log_normalize(scores))
+        return closed_form(problem, log_probs, self._objective(problem, scores, log_probs))
+
+    def _objective(
+        self, problem: Problem, scores: Float[Tensor, "B v"], log_probs: Float[Tensor, "B v"]
+    ) -> Float[Tensor, " B"]:
+        """Return (1 - Z^α) / (α (1 - α)), log Z being what ``scores`` exceed ``log_probs`` by."""
+        if self.order > _AS_ONE:
+            return _divergence_from_members(problem, log_probs)
+        best = log_probs.argmax(-1, keepdim=True)
+        log_mass = (scores.gather(-1, best) - log_probs.gather(-1, best)).squeeze(-1)
+        power = self.order * log_mass
+        # (1 - e^x) / α = -log Z (e^x - 1) / x, which is -log Z at order 0.
+        return (-log_mass * torch.where(power == 0, 1.0, power.expm1() / power) / (1 - self.order)).clamp_min(0.0)
 
 
 class OneHot(_ClosedForm):

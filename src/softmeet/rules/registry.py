@@ -30,6 +30,7 @@ _OWN = {
     "min-reverse-cross-entropy": "softmeet.essay.min_reverse_cross_entropy:MinReverseCrossEntropy",
     "logit-mean": "softmeet.rules.pools:LogitMean",
     "prob-mean": "softmeet.rules.pools:ProbMean",
+    "power-mean": "softmeet.rules.pools:PowerMean",
     "one-hot": "softmeet.rules.pools:OneHot",
 }
 DEFAULT = "meet"
