@@ -23,8 +23,9 @@ from softmeet import Ensemble
 from softmeet.evaluation.choices import RuleChoice, under_gates
 from softmeet.evaluation.held_out import held_out_books
 from softmeet.evaluation.intervals import clusters, paired
-from softmeet.evaluation.perplexity import Evaluation, evaluate
+from softmeet.evaluation.perplexity import evaluate
 from softmeet.evaluation.positions import Positions, observe_text
+from softmeet.evaluation.scores import Evaluation
 from softmeet.hf import Recorder
 from softmeet.hf.sampling import RowSampler
 from softmeet.rules.gates import confidence

@@ -21,8 +21,9 @@ from softmeet import Ensemble
 from softmeet.evaluation.choices import RuleChoice
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.intervals import clusters, paired
-from softmeet.evaluation.perplexity import Evaluation, evaluate
+from softmeet.evaluation.perplexity import evaluate
 from softmeet.evaluation.positions import Positions, observe_text
+from softmeet.evaluation.scores import Evaluation
 
 # Positions of each book for max-entropy, which takes many steps to prove that it has no answer.
 FEW = 32

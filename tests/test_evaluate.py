@@ -22,9 +22,10 @@ from softmeet.evaluation import files
 from softmeet.evaluation.choices import RuleChoice, parse_choices, with_baselines
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.intervals import clusters, paired
-from softmeet.evaluation.perplexity import Scores, evaluate, evaluate_positions, evaluate_text
+from softmeet.evaluation.perplexity import evaluate, evaluate_positions, evaluate_text
 from softmeet.evaluation.positions import observe_text
 from softmeet.evaluation.report import calibration, gain_by_disagreement, summary
+from softmeet.evaluation.scores import Scores
 from softmeet.evaluation.study.report import LinePlot
 from softmeet.members.weighting import perplexity_weights
 

@@ -19,13 +19,17 @@ from softmeet.errors import InvalidInputError, TraceError
 from softmeet.evaluation import fit as fitting
 from softmeet.evaluation import positions as positions_module
 from softmeet.evaluation import save as saving
+from softmeet.evaluation.average import Family
+from softmeet.evaluation.candidates import Options
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.files import PieceCache
-from softmeet.evaluation.fit import Options, fit
+from softmeet.evaluation.fit import fit
 from softmeet.evaluation.intervals import PARTS, split
-from softmeet.evaluation.objective import Layout, Objective, Values
+from softmeet.evaluation.layout import Layout, Values
+from softmeet.evaluation.objective import Objective, pooled
 from softmeet.evaluation.positions import observe_text
 from softmeet.evaluation.save import figures, save, verdict
+from softmeet.evaluation.scoring import Text
 from softmeet.evaluation.trace import record
 from softmeet.scaling.local import LocalEngine
 
@@ -68,14 +72,13 @@ def fitted(ensemble, positions):
 
 
 @pytest.mark.parametrize("pool", ["logit-mean", "prob-mean"])
-@pytest.mark.parametrize("trusts", [0, 2])
 @pytest.mark.parametrize("free", [False, True])
-def test_the_gradient_is_that_of_the_loss(ensemble, positions, pool, trusts, free):
-    layout = Layout(2, trusts, free)
+def test_the_gradient_is_that_of_the_loss(ensemble, positions, pool, free):
+    layout = Layout(2, 2, free)
     few = positions.take(slice(6))
     few = replace(few, hidden=[h.double() for h in few.hidden])
     objective = Objective(ensemble.model, few, layout, pool, tol=1e-12)
-    theta = layout.pack(Values((0.3, 0.6), 1.2, (0.4, 1.5)[:trusts]))
+    theta = layout.pack(Values((0.3, 0.6), 1.2, (0.4, 1.5)))
     _, gradient = mean_loss(objective, theta)
     for k in range(len(theta)):
         step = torch.zeros_like(theta)
@@ -99,18 +102,17 @@ def test_a_member_without_trust_is_one_of_next_to_none(ensemble, positions, band
 
 
 @pytest.mark.parametrize("pool", ["logit-mean", "prob-mean"])
-def test_gradients_over_a_large_vocabulary_are_exact(ensemble, positions, pool):
+def test_gradients_over_a_large_vocabulary_are_exact(pool):
     """Sums of single precision are off by a hundredth here."""
     generator = torch.Generator().manual_seed(0)
     log_p = (3 * torch.randn(2, 6, 120_000, generator=generator)).log_softmax(-1)
     targets = torch.arange(6)
-    theta = torch.tensor([-0.3, 0.2, 0.1], dtype=torch.float64, requires_grad=True)
-    losses = Objective(ensemble.model, positions, Layout(2), pool).losses(theta, log_p, None, targets)
+    theta = torch.tensor([-0.3, 0.2], dtype=torch.float64, requires_grad=True)
+    losses = -pooled(pool, log_p.double(), theta[:2].softmax(0), None).log_softmax(-1)[range(6), targets]
     found = torch.autograd.grad(losses.sum(), theta)[0]
-    weights, temperature = theta[:2].softmax(0)[:, None, None], theta[2].exp()
-    own = log_p.double()
+    weights, own = theta[:2].softmax(0)[:, None, None], log_p.double()
     scores = (weights * own).sum(0) if pool == "logit-mean" else (weights * own.exp()).sum(0).log()
-    expected = -(scores / temperature).log_softmax(-1)[range(6), targets]
+    expected = -scores.log_softmax(-1)[range(6), targets]
     assert torch.allclose(losses, expected, rtol=1e-12)
     assert torch.allclose(found, torch.autograd.grad(expected.sum(), theta)[0], rtol=1e-9)
 
@@ -127,14 +129,17 @@ def test_parts_share_no_document(positions):
 
 def test_fitting_lowers_the_loss_and_every_candidate_is_kept(fitted, ensemble, positions):
     names = [candidate.name for candidate in fitted.candidates]
-    assert names == [*ensemble.names, "logit-mean", "prob-mean", "meet", "meet from prob-mean"]
+    assert names == [*ensemble.names, "logit-mean", "prob-mean", "power-mean", "meet", "meet from prob-mean"]
     by_name = {candidate.name: candidate for candidate in fitted.candidates}
     part = split(positions)["fit"].positions
-    for pool in ("logit-mean", "prob-mean"):
-        objective = Objective(ensemble.model, part, Layout(2), pool)
-        start, _ = mean_loss(objective, objective.layout.pack(Values((0.5, 0.5))))
+    text = Text(ensemble.model, part, LocalEngine())
+    for order, pool in enumerate(("logit-mean", "prob-mean")):
+        family = Family(Layout(2), order)
+        start = text.sums(family, family.layout.pack(Values((0.5, 0.5)))).loss
         assert by_name[pool].fit_nll < start - 0.01
         assert sum(by_name[pool].settings["weights"]) == pytest.approx(1)
+    # The family between the two holds both.
+    assert by_name["power-mean"].fit_nll <= min(by_name[p].fit_nll for p in ("logit-mean", "prob-mean")) + 1e-4
 
 
 def test_the_choice_is_the_saved_rule_and_its_figures_are_evaluations(fitted, ensemble, folders, tmp_path):
@@ -189,15 +194,16 @@ def test_an_interval_that_holds_zero_means_the_baseline(ensemble, fitted, positi
         return found
 
     monkeypatch.setattr(fitting, "evaluate_positions", scored)
-    fitter = fitting._Fitter(ensemble, Options(), lambda *args: None, LocalEngine(), PieceCache())
-    judged = fitter.judge(parts, fitted.candidates, fitted.premise)
+    monkeypatch.setattr(fitting.Fitter, "candidates", lambda self, part, text: (fitted.candidates, fitted.premise))
+    judged = fit(ensemble, positions)
     assert judged.rival is low
     assert (judged.chosen is low) == kept
     assert judged.chosen.baseline == (not kept)
     facts = figures(judged)
     assert facts["fell_back"] == (not kept)
     assert ("Falls back" in verdict(facts)) == (not kept)
-    assert facts["test"]["delta"] == (-0.05 if kept else 0.0)
+    assert facts["rival"]["delta"] == -0.05
+    assert facts["test"]["delta"] == (-1.0 if kept else 0.0)
 
 
 def test_a_member_that_knows_nothing_gets_next_to_no_weight_and_trust(tmp_path):
@@ -241,7 +247,7 @@ def test_the_command(folders, tmp_path):
     assert [facts["splits"][part]["tokens"] for part in ("select", "test")] == [20, 30]
     meets = {name: row["evaluations"] for name, row in facts["candidates"].items() if row["rule"] == "meet"}
     assert list(meets.values()) == [2]
-    assert facts["chosen"] in ("meet", "logit-mean", "prob-mean")
+    assert facts["chosen"].split(":")[0] in ("meet", "logit-mean", "prob-mean", "power-mean")
     assert set(facts["test"]) == {"nll", "best_baseline", "delta", "ci95"}
     assert len(facts["weights"]) == len(facts["trust"]) == 2
     assert verdict(facts).split(":")[0].split()[0] in done.stdout
@@ -439,7 +445,7 @@ def test_a_damaged_piece_is_found_again(tmp_path):
 def test_a_bar_in_a_name_does_not_break_the_card(fitted):
     facts = figures(fitted)
     facts["candidates"] = {f"a|{name}": row for name, row in facts["candidates"].items()}
-    assert r"| a\|" in saving._card(facts)
+    assert r"| a\|" in saving._card("why", facts)
 
 
 def test_an_ensemble_below_a_link_is_found(ensemble, fitted, tmp_path):

@@ -58,6 +58,14 @@ def evaluate(
         shown="off",
         panel="Rule",
     ),
+    folds: int | None = flag(
+        None,
+        "Also measure every member and average at its best: weights, temperature and order are fitted on all but one "
+        "of N folds of the documents, and judged on that one, in turn.",
+        min=2,
+        shown="nothing is fitted",
+        panel="Rule",
+    ),
     plots: Path | None = flag(None, "Draw plots, as PNG files, into this folder.", panel="Output"),
     result: texts.ResultFlags,
     loading: options.LoadingFlags,
@@ -90,27 +98,36 @@ def evaluate(
     gates = repeated("--gate", gates) or ([own.gate] if own.gate and own.gate != "auto" else [])
     parsed = under_gates(parse_choices(named, len(ensemble.names), own.bands), gates)
     choices = with_baselines(parsed, own.weights or (), own.rule_temperature)
+    from softmeet.evaluation.candidates import Options
     from softmeet.evaluation.files import PieceCache
+    from softmeet.evaluation.fit import fit, with_fits
     from softmeet.evaluation.perplexity import evaluate_positions, evaluate_text
+    from softmeet.evaluation.positions import observe_text
     from softmeet.evaluation.report import summary
 
     how = {
         "threads": running.threads,
         "choices": [asdict(choice) for choice in choices],
         "ensemble": own.settings.ungated().plain(),
+        "folds": folds,
     }
     positions, pinned = source.identified(ensemble, found)
     kept = PieceCache(result.resume, pinned | how)
     with result.stoppable(), running.start(ensemble) as engine, progress() as begin:
         where: dict[str, Any] = {"engine": engine, "cache": kept}
+        reading = {"max_tokens": source.max_tokens, **source.windows}
+        if positions is None and folds is not None:
+            advanced = lambda total: begin("running the members", 0, total)  # noqa: E731
+            positions = observe_text(ensemble, found, **where, **reading, begin=advanced)
         if positions is not None:
             advance = begin("evaluating", 0, len(positions))
             made = evaluate_positions(ensemble, positions, choices, **where, on_progress=advance)
         else:
             made = evaluate_text(
-                ensemble, found, choices, **where, max_tokens=source.max_tokens, **source.windows,
-                begin=lambda total: begin("evaluating", 0, total),
-            )  # fmt: skip
+                ensemble, found, choices, **where, **reading, begin=lambda total: begin("evaluating", 0, total)
+            )
+        if folds is not None and positions is not None:
+            made = with_fits(made, fit(ensemble, positions, Options(folds=folds, meets=False), begin, **where))
         facts = summary(made) | {"run": {"softmeet": __version__, "rules": how, **pinned}}
     result.tell(facts, show)
     result.write(facts)

@@ -19,7 +19,7 @@ from softmeet.extras import require_extra
 from softmeet.rules.settings import parse_rule, rule_of
 
 if TYPE_CHECKING:
-    from softmeet.evaluation.fit import Options
+    from softmeet.evaluation.candidates import Options
 
 
 @dataclass
@@ -65,16 +65,23 @@ class FitFlags:
     select_tokens: int | None = flag(
         None, "The most tokens to use for choosing among the candidates.", min=1, shown="all of that part"
     )
+    folds: int | None = flag(
+        None,
+        "Deal the documents out to N folds, in place of three parts: everything is fitted on all but one, and judged "
+        "on that one, in turn; what is saved is fitted on all. It uses short texts better, and takes N times as long.",
+        min=2,
+        shown="three parts",
+    )
     judge_tokens: int | None = flag(
         None, "The most tokens to use for judging the choice.", min=1, shown="all of that part"
     )
 
     def options(self) -> Options:
-        """Return the flags as the :class:`softmeet.evaluation.fit.Options` of a fit.
+        """Return the flags as the :class:`softmeet.evaluation.candidates.Options` of a fit.
 
         ``meet_tokens`` becomes ``meet_positions``, and so on; ``rules`` becomes a tuple, empty for None.
         """
-        from softmeet.evaluation.fit import Options
+        from softmeet.evaluation.candidates import Options
 
         renamed = {name.replace("_tokens", "_positions"): value for name, value in vars(self).items()}
         return Options(**renamed | {"rules": tuple(self.rules or ())})
@@ -151,6 +158,9 @@ def _show(facts: dict[str, Any]) -> None:
     sizes = ", ".join(f"{part['tokens']:,} to {name}" for name, part in facts["splits"].items())
     judged = facts["splits"]["test"]
     title = f"{facts['vocabulary']}: {sizes}; figures on the last, in {judged['clusters']} {judged['kind']}"
+    if facts["folds"]:
+        spread = f"{judged['clusters']} {judged['kind']}"
+        title = f"{judged['tokens']:,} {facts['vocabulary']} in {spread}; each judged by a fit without its fold"
     unit, best, rows = facts["vocabulary"][:-1], facts["test"]["best_baseline"], []
     columns = ("candidate", f"nats a {unit}", "against the best baseline", "weights", "trust", "temperature")
     for name, row in facts["candidates"].items():

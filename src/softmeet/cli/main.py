@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from softmeet import __version__, freed_memory
+from softmeet.cli.advise import advise
 from softmeet.cli.check import check
 from softmeet.cli.config import config
 from softmeet.cli.evaluate import evaluate
@@ -39,7 +40,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 begun = stoppable("nothing was begun")
-for command in (generate, inspect, check, begun(trace), begun(evaluate), begun(fit), serve, config):
+for command in (generate, inspect, check, begun(advise), begun(trace), begun(evaluate), begun(fit), serve, config):
     app.command(cls=Command)(command)
 app.add_typer(study, name="study")
 

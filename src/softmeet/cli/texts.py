@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -20,6 +20,7 @@ from softmeet.errors import InvalidInputError
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
     from softmeet.evaluation.documents import Document
+    from softmeet.evaluation.files import PieceCache
     from softmeet.evaluation.positions import Positions
 
 
@@ -30,8 +31,8 @@ _TEXT = (
 
 
 @dataclass
-class TextFlags:
-    """Flags for which text is read, and how it is cut into windows."""
+class DocumentFlags:
+    """Flags for which text is read."""
 
     PANEL: ClassVar = "Text"
     text: list[str] | None = flag(None, _TEXT, "--text", "-t", metavar="PATH")
@@ -41,6 +42,25 @@ class TextFlags:
         shown="each file is one document",
     )
     column: str = flag("text", "The column of a dataset folder that holds the text.")
+
+    @stoppable("the text was being read, and nothing is changed")
+    def documents(self) -> list[Document]:
+        """Read the documents that ``--text`` names.
+
+        Raises:
+            InvalidInputError: if no text is named, or one is empty or not UTF-8.
+            OSError: if a file cannot be read.
+        """
+        from softmeet.evaluation.documents import read_documents
+
+        ends = argument_text(self.separator or "").replace("\\n", "\n").replace("\\t", "\t") or None
+        return read_documents(self.text or [], separator=ends, column=self.column)
+
+
+@dataclass
+class TextFlags(DocumentFlags):
+    """Flags for which text is read, and how it is cut into windows."""
+
     window: int | None = flag(
         None,
         "The length, in tokens, of the windows in which a document is read.",
@@ -69,19 +89,6 @@ class TextFlags:
     def windows(self) -> dict[str, Any]:
         """The values of ``window``, ``stride``, ``bos`` and ``max_per_document``, by these names."""
         return {name: getattr(self, name) for name in ("window", "stride", "bos", "max_per_document")}
-
-    @stoppable("the text was being read, and nothing is changed")
-    def documents(self) -> list[Document]:
-        """Read the documents that ``--text`` names.
-
-        Raises:
-            InvalidInputError: if no text is named, or one is empty or not UTF-8.
-            OSError: if a file cannot be read.
-        """
-        from softmeet.evaluation.documents import read_documents
-
-        ends = argument_text(self.separator or "").replace("\\n", "\n").replace("\\t", "\t") or None
-        return read_documents(self.text or [], separator=ends, column=self.column)
 
 
 @dataclass
@@ -139,13 +146,9 @@ class SourceFlags(TextFlags):
         Raises:
             InvalidInputError: if the trace is damaged or of other members, or a flag for windows is given with a trace.
         """
-        from softmeet.evaluation.trace import identity
-
-        dtypes = [str(head.dtype) for head in ensemble.model.member_heads]
-        pinned = {**identity(ensemble), "dtypes": dtypes, "max_tokens": self.max_tokens, **self.windows}
+        settings = {"max_tokens": self.max_tokens, **self.windows}
         if self.trace is None:
-            text = "".join(f"{document.name}\0{document.text}\0" for document in documents)
-            return None, {**pinned, "source": hashlib.sha256(text.encode()).hexdigest()}
+            return None, pinned(ensemble, documents) | settings
         from softmeet.evaluation.trace import Trace
 
         if set(self.windows.values()) - {None, False}:
@@ -157,7 +160,17 @@ class SourceFlags(TextFlags):
         positions, left_out = opened.read_whole(say)
         # Part of the key, since pieces are numbered by the positions that were read.
         damaged = {"shards left out": left_out} if left_out else {}
-        return positions.take(slice(self.max_tokens)), {**pinned, "source": opened.key, **damaged}
+        own = pinned(ensemble, documents) | settings | {"source": opened.key} | damaged
+        return positions.take(slice(self.max_tokens)), own
+
+
+def pinned(ensemble: Ensemble, documents: Sequence[Document]) -> dict[str, Any]:
+    """Return what identifies members, their dtypes and a text, as JSON has it."""
+    from softmeet.evaluation.trace import identity
+
+    text = "".join(f"{document.name}\0{document.text}\0" for document in documents)
+    dtypes = [str(head.dtype) for head in ensemble.model.member_heads]
+    return {**identity(ensemble), "dtypes": dtypes, "source": hashlib.sha256(text.encode()).hexdigest()}
 
 
 @dataclass
@@ -181,6 +194,16 @@ class ResultFlags:
             InvalidInputError: if one of them exists.
         """
         require_new(self.force, *paths, *filter(None, [self.as_json]))
+
+    def kept(self, ensemble: Ensemble, documents: Sequence[Document], settings: dict[str, Any]) -> PieceCache:
+        """Return the store of finished pieces in the folder of ``--resume``, recognised by members, text and settings.
+
+        Raises:
+            InvalidInputError: if the folder holds pieces of other members, text or settings.
+        """
+        from softmeet.evaluation.files import PieceCache
+
+        return PieceCache(self.resume, pinned(ensemble, documents) | settings)
 
     def stoppable(self) -> Any:
         """Return a context in which Ctrl-C ends the command and says on stderr which of its work is kept, and where."""

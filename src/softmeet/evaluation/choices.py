@@ -14,6 +14,8 @@ from softmeet.rules.settings import POOLS, Settings, parse_rule
 # added if the ensemble has weights or a temperature of its own.
 BASELINES = POOLS
 UNIFORM = tuple(f"uniform {name}" for name in BASELINES)
+# How the names of what was fitted by folds begin.
+FITTED = "fitted "
 _PROMPT = ":prompt_weights="
 
 

@@ -109,13 +109,16 @@ def clusters(document: Int[Tensor, " N"]) -> Clusters:
     return Clusters(found, "blocks")
 
 
-def paired(ours: Float[Tensor, " N"], theirs: Float[Tensor, " N"], within: Clusters) -> Difference:
-    """Estimate the mean of ``ours`` minus ``theirs`` per token, with its 95 % interval.
+def paired(
+    ours: Float[Tensor, " N"], theirs: Float[Tensor, " N"], within: Clusters, units: Tensor | None = None
+) -> Difference:
+    """Estimate the mean of ``ours`` minus ``theirs`` per token, or per other unit, with its 95 % interval.
 
     Args:
         ours: losses, in nats.
         theirs: losses at the same positions, in nats.
         within: the clusters of these positions; with a single one the interval is from -inf to inf.
+        units: how many units each position has, such as the bytes of its token, (N,); None for one token each.
 
     >>> nothing = torch.zeros(4)
     >>> print(paired(torch.tensor([0.0, 1.0, 1.0, 2.0]), nothing, Clusters(torch.tensor([0, 0, 1, 1]), "documents")))
@@ -123,7 +126,10 @@ def paired(ours: Float[Tensor, " N"], theirs: Float[Tensor, " N"], within: Clust
     """
     from scipy.stats import t as student_t
 
-    sums, sizes = within.sums(ours.double() - theirs.double()), within.sums(torch.ones_like(ours))
+    sums, sizes = (
+        within.sums(ours.double() - theirs.double()),
+        within.sums(torch.ones_like(ours) if units is None else units),
+    )
     C, center = len(sizes), (sums.sum() / sizes.sum()).item()
     if C < 2:
         return Difference(center, -math.inf, math.inf)
@@ -144,12 +150,18 @@ class SplitPart:
     positions: Positions
     within: Clusters
 
+    def take(self, rows: Int[Tensor, " k"]) -> SplitPart:
+        """Return the part's positions with the indices ``rows``, in that order."""
+        return SplitPart(self.positions.take(rows), self.within.take(rows))
+
+    def spread_rows(self, count: int | None) -> Int[Tensor, " k"]:
+        """Return the indices of at most ``count`` positions, evenly spread; of all if ``count`` is None."""
+        whole = len(self.positions)
+        return torch.arange(whole) if count is None or whole <= count else torch.arange(count) * whole // count
+
     def spread(self, count: int | None) -> SplitPart:
         """Return the part with at most ``count`` of its positions, evenly spread; all of it if ``count`` is None."""
-        if count is None or len(self.positions) <= count:
-            return self
-        rows: Int[Tensor, " k"] = torch.arange(count) * len(self.positions) // count
-        return SplitPart(self.positions.take(rows), self.within.take(rows))
+        return self.take(self.spread_rows(count))
 
 
 def split(positions: Positions) -> dict[str, SplitPart]:

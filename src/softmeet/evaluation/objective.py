@@ -1,10 +1,4 @@
-"""The loss that a fit minimises, with its gradient, in chunks of bounded memory; and the parameters that it depends on.
-
-The parameters are one vector θ: pool weights, then a temperature, then trusts, each through a smooth map from the real
-numbers. Weights are softmax(a), exp(a) if they need not sum to one, or a, shifted to sum to one, if they may be below
-zero; the temperature is exp(b) and each trust exp(c).
-A weight or a trust that does not help tends to zero, and is set to zero at the end if it is small enough.
-"""
+"""The loss of ``meet`` with its gradient in a fit's parameters, in chunks of bounded memory, and its minimum."""
 
 from __future__ import annotations
 
@@ -20,8 +14,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from softmeet.evaluation.files import PieceCache, Tensors
+from softmeet.evaluation.layout import Layout, Values
 from softmeet.evaluation.perplexity import chunk_size
 from softmeet.evaluation.positions import PIECE, Positions
+from softmeet.evaluation.scoring import HELD
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.rules.combine import product_dtype
 from softmeet.rules.problem import Problem
@@ -36,102 +32,11 @@ from softmeet.solvers.projection import Projection
 
 LossAndGradient = Callable[[Float[Tensor, " k"]], tuple[float, Float[Tensor, " k"]]]
 
-# Below these a weight, as a share of all, or a trust is set to zero.
-NO_WEIGHT, NO_TRUST = 2e-3, 5e-3
-_BOUNDS = {
-    "weights": (-9.0, 3.0),
-    "signed": (-20.0, 20.0),
-    "temperature": (-1.5, 1.5),
-    "trust": (math.log(NO_TRUST) - 0.5, math.log(30.0)),
-}
 _MAX_STEPS = 50
-# Elements of log-probabilities in one step of an average's loss: they stay in a core's cache.
-_CACHED_ELEMENTS = 1 << 18
-# The share of the machine's memory up to which log-probabilities are kept between evaluations, not computed again.
-_HELD = 0.4
 # L-BFGS's first step is as long as the gradient, which is about right with losses in twentieths of a nat.
 _UNIT = 20.0
 # Adam's first step, in the logarithms that are learnt; it falls to zero along half a cosine.
 _RATE = 0.2
-
-
-@dataclass(frozen=True)
-class Values:
-    """Fitted values in their own units.
-
-    Attributes:
-        weights: the pool's weight of each member.
-        temperature: that of the rule's answer p, above 0: the ensemble's distribution is ∝ p^(1/temperature).
-        trust: trusts ρ in nats per nat, of each member whose moments count and, within it, of each band into which its
-            head's directions are cut; empty for an average.
-    """
-
-    weights: tuple[float, ...]
-    temperature: float = 1.0
-    trust: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The parameters that a vector θ holds: logarithms of weights, of a temperature and of trusts, in this order.
-
-    θ has k = n + 1 + trusts entries, or one fewer without a temperature. Signed weights are held themselves.
-
-    Attributes:
-        n: the number of members, each with a weight.
-        trusts: the number of trusts, in the order of :class:`Values`; 0 for an average.
-        free: whether weights may sum to anything, exp(θ), rather than to one, softmax(θ).
-        tempered: whether θ has a temperature; without one it is 1.
-        signed: whether weights, which then sum to one, may be below zero.
-    """
-
-    n: int
-    trusts: int = 0
-    free: bool = False
-    tempered: bool = True
-    signed: bool = False
-
-    def pack(self, values: Values) -> Float[Tensor, " k"]:
-        """Return the vector θ of some values, (k,), fp64, clipped to :meth:`bounds`: logarithms, but of signed weights.
-
-        >>> Layout(2).pack(Values((0.5, 0.5)))
-        tensor([-0.6931, -0.6931,  0.0000], dtype=torch.float64)
-        """
-        numbers = [*values.weights, *[values.temperature] * self.tempered, *(values.trust if self.trusts else ())]
-        plain = torch.tensor(numbers, dtype=torch.float64)
-        theta = plain.clamp_min(1e-9).log()
-        if self.signed:
-            theta[: self.n] = plain[: self.n]
-        return self.clip(theta)
-
-    def unpack(self, theta: Float[Tensor, " k"]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return tensors (weights, (n,); temperature, (); trusts, (trusts,)) of a vector θ, differentiable in it."""
-        a = theta[: self.n]
-        temperature = theta[self.n].exp() if self.tempered else theta.new_ones(())
-        weights = a + (1 - a.sum()) / self.n if self.signed else a.exp() if self.free else a.softmax(0)
-        return weights, temperature, theta[self.n + int(self.tempered) :].exp()
-
-    def values(self, theta: Float[Tensor, " k"]) -> Values:
-        """Return the values of a vector θ, with weights and trusts near zero set to zero.
-
-        Weights below 0.002 of their absolute sum and trusts below 0.005 count as near zero; the other weights are
-        rescaled to sum to one, unless they are ``free``.
-        """
-        tensors = self.unpack(theta.detach())
-        weights, temperature, trust = tensors[0].tolist(), tensors[1].item(), tensors[2].tolist()
-        some = [w if abs(w) >= NO_WEIGHT * sum(map(abs, weights)) else 0.0 for w in weights]
-        scale = 1.0 if self.free else sum(some)
-        rounded = tuple(rho if rho >= NO_TRUST else 0.0 for rho in trust)
-        return Values(tuple(w / scale for w in some), temperature, rounded)
-
-    def bounds(self) -> Sequence[tuple[float, float]]:
-        """Return (the least, the largest value) of each entry of a vector θ."""
-        parts = [_BOUNDS["signed" if self.signed else "weights"]] * self.n + [_BOUNDS["temperature"]] * self.tempered
-        return parts + [_BOUNDS["trust"]] * self.trusts
-
-    def clip(self, theta: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
-        """Return a copy of a vector θ with each entry clipped to its :meth:`bounds`."""
-        return theta.clamp(*torch.tensor(self.bounds(), dtype=torch.float64).unbind(-1))
 
 
 def _solve(problem: Projection) -> DualState:
@@ -141,17 +46,15 @@ def _solve(problem: Projection) -> DualState:
 
 @dataclass
 class Objective:
-    """The loss -log p(target) of a pool, or of ``meet`` from that pool if the layout has trusts, as a function of θ.
+    """The loss -log p(target) of ``meet``, as a function of θ.
 
     θ is the vector of parameters that ``layout`` describes.
 
     Attributes:
         model: the ensemble, for its members' heads.
         positions: those of the text to fit on, with hidden states, as :func:`observe_text` returns them.
-        layout: the parameters in θ; its ``n`` is the number of ``members``, and its ``trusts`` 0 or ``bands`` times the
-            number of ``trusted`` members.
-        pool: the average, ``"logit-mean"`` or ``"prob-mean"``.
-        members: indices of the members that the average takes; None for all.
+        layout: the parameters in θ, with a trust for each of the ``bands`` of each of the ``trusted`` members.
+        pool: the average from which ``meet`` starts, ``"logit-mean"`` or ``"prob-mean"``.
         bands: the number of bands, groups of principal directions, that each head is cut into; each has its own trust.
         trusted: indices of the members whose moments ``meet`` constrains, in the order of the layout's trusts (all
             bands of one before the next); None for all.
@@ -163,7 +66,6 @@ class Objective:
     positions: Positions
     layout: Layout
     pool: Pool
-    members: Sequence[int] | None = None
     bands: int = 1
     trusted: Sequence[int] | None = None
     tol: float = 1e-4
@@ -174,15 +76,10 @@ class Objective:
         """Return (the loss in nats, summed over all positions; its gradient in θ, (k,), fp64), at ``theta``, (k,)."""
         total, gradient, v = 0.0, torch.zeros_like(theta), self.model.config.vocab_size
         for k, chunk in enumerate(self.positions.chunks(chunk_size(v))):
-            log_p, logits = self._log_probs(k, chunk)
-            at_once = len(chunk) if self.layout.trusts else max(1, _CACHED_ELEMENTS // v)
-            for start in range(0, len(chunk), at_once):
-                some = slice(start, start + at_once)
-                leaf = theta.detach().clone().requires_grad_()
-                own = None if logits is None else logits[:, some]
-                loss = self.losses(leaf, log_p[:, some], own, chunk.targets[some]).sum()
-                gradient += torch.autograd.grad(loss, leaf)[0]
-                total += loss.item()
+            leaf = theta.detach().clone().requires_grad_()
+            loss = self.losses(leaf, *self._log_probs(k, chunk), chunk.targets).sum()
+            gradient += torch.autograd.grad(loss, leaf)[0]
+            total += loss.item()
         return total, gradient
 
     def losses(
@@ -192,20 +89,15 @@ class Objective:
 
         Args:
             theta: the parameters θ, (k,), fp64, as ``layout`` describes them.
-            log_p: (n, B, v), the log-probabilities, in nats, of the members that the average takes, as
-                :meth:`Combiner.own_log_probs` returns them.
+            log_p: (n, B, v), the members' log-probabilities in nats, as :meth:`Combiner.own_log_probs` returns them.
             logits: their logits, (n, B, v), if a head has a soft-cap; else None.
             targets: the ids of the tokens that came, (B,), int64.
         """
-        weights, temperature, trust = self.layout.unpack(theta)
-        # A logit mean's temperature can divide its weights instead, which saves two thirds of the time.
-        folded = self.pool == "logit-mean" and not self.layout.trusts
+        parts = self.layout.unpack(theta)
         # Sums over the vocabulary in fp32 would leave an error of a hundredth in the weights' gradient.
-        scores = pooled(
-            self.pool, log_p.double(), weights / temperature if folded else weights, self.model.combiner.support
-        )
-        scores = self._met(scores, trust, log_p, logits) if self.layout.trusts else scores
-        return nn.functional.cross_entropy(scores if folded else scores / temperature, targets, reduction="none")
+        log_q = pooled(self.pool, log_p.double(), parts.weights, self.model.combiner.support)
+        scores = self._met(log_q, parts.trust, log_p, logits)
+        return nn.functional.cross_entropy(scores / parts.temperature, targets, reduction="none")
 
     def _met(
         self, log_q: Float[Tensor, "B v"], trust: Tensor, log_p: Float[Tensor, "n B v"], logits: Tensor | None
@@ -237,13 +129,10 @@ class Objective:
         """Return (log-probabilities, logits or None) of the members at chunk ``k``, kept or computed."""
         if k in self._held:
             return self._held[k]
-        log_p, logits = self.model.combiner.own_log_probs(chunk.hidden)
-        if self.members is not None:
-            some = list(self.members)
-            log_p, logits = log_p[some], None if logits is None else logits[some]
+        found = self.model.combiner.own_log_probs(chunk.hidden)
         if self.keep:
-            self._held[k] = log_p, logits
-        return log_p, logits
+            self._held[k] = found
+        return found
 
 
 def _loss_in_pieces(
@@ -259,8 +148,7 @@ def _loss_in_pieces(
         on_progress: called with the number of positions of each finished piece.
     """
     v, positions = whole.model.config.vocab_size, whole.positions
-    size = 4 * len(whole.members or whole.model.heads) * v * len(positions)
-    keep = size <= _HELD * psutil.virtual_memory().total
+    keep = 4 * len(whole.model.heads) * v * len(positions) <= HELD * psutil.virtual_memory().total
     # Pieces of wide heads are smaller, so that a minibatch goes to every worker.
     parts = list(positions.chunks(min(PIECE, 2 * chunk_size(v))))
     pieces = engine.keep([replace(whole, positions=part, keep=keep) for part in parts])

@@ -7,14 +7,14 @@ order of the text.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import count, pairwise
 from typing import Any, Unpack
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from softmeet.ensemble import Ensemble
@@ -23,6 +23,7 @@ from softmeet.evaluation.choices import RuleChoice
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.files import PieceCache, Tensors, join_tensors
 from softmeet.evaluation.positions import PIECE, Positions, Window, Windowing, cut, from_tensors, grouped, observe
+from softmeet.evaluation.scores import Evaluation, Scores, disagreement, prediction_scores
 from softmeet.hf.calibrated import resolved
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.members.member import numbered
@@ -32,78 +33,9 @@ from softmeet.rules.movement import Movement
 from softmeet.rules.settings import Settings, rule_of
 from softmeet.rules.solution import Solution
 from softmeet.scaling.base import Engine
-from softmeet.simplex import kl, prob_mean
-from softmeet.solvers.base import Status
 
 # Elements of one member's log-probabilities in a chunk.
 _ELEMENTS = 1 << 22
-
-
-@dataclass
-class Scores:
-    """One member's or one rule's predictions of the targets (the tokens that came) at N positions, in the text's order.
-
-    Attributes:
-        nats: the loss -log p(target) in nats, (N,), fp64.
-        hit: whether the target was the most probable token, (N,) bool, like the other attributes "whether".
-        confidence: the probability of the most probable token, (N,), fp64.
-        num_passes: how often all heads were read, (N,), fp64; for a member this and the next three are empty.
-        fallback: whether the fallback answered because no distribution was feasible, (N,).
-        status: how the solver ended, a :class:`softmeet.Status`, (N,), int64.
-        gated: whether a gate was closed, so that the gate's answer stands in place of the rule's, (N,).
-        work: of a member over bytes: the share of mass estimated or dropped, calls, tokens run, (N, 3); else (0, 3).
-        movement: how far a rule such as ``meet``, with finite trusts and no gate, moves the pool, (N, 5), in the
-            columns of :meth:`Movement.table`; else (0, 5).
-    """
-
-    nats: Float[Tensor, " N"]
-    hit: Bool[Tensor, " N"]
-    confidence: Float[Tensor, " N"]
-    num_passes: Float[Tensor, " M"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
-    fallback: Bool[Tensor, " M"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
-    status: Int[Tensor, " M"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
-    gated: Bool[Tensor, " M"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
-    work: Float[Tensor, "K 3"] = field(default_factory=lambda: torch.zeros(0, 3, dtype=torch.float64))
-    movement: Float[Tensor, "L 5"] = field(default_factory=lambda: torch.zeros(0, 5, dtype=torch.float64))
-
-    @property
-    def mean(self) -> float:
-        """The mean loss over all positions, in nats per token (over bytes: per byte)."""
-        return self.nats.mean().item()
-
-    @property
-    def passes(self) -> float:
-        """The number of reads of all heads, summed over positions; 0 for a member."""
-        return self.num_passes.sum().item()
-
-    @property
-    def fallbacks(self) -> int:
-        """The number of positions that the fallback answered because no distribution was feasible."""
-        return int(self.fallback.sum())
-
-    @property
-    def statuses(self) -> dict[str, int]:
-        """The number of positions of each :class:`softmeet.Status`, by its name; without those of no position."""
-        return dict(Counter(Status(code).name for code in self.status.tolist()))
-
-
-@dataclass
-class Evaluation:
-    """Scores of every member and every choice (a rule with its settings) at the same N positions.
-
-    Attributes:
-        positions: the targets and their documents; after :func:`evaluate_text` without hidden states.
-        members: each member's scores by name; a repeated name gets a number (:func:`distinct_names`).
-        choices: each choice's scores by :attr:`RuleChoice.name`.
-        disagreement: the mean over members i of KL(p̂_i‖m), m the mean of all members' p̂_i, (N,), fp64, in nats.
-        vocabulary: ``"tokens"`` or ``"bytes"``, the entries that are predicted.
-    """
-
-    positions: Positions
-    members: dict[str, Scores]
-    choices: dict[str, Scores]
-    disagreement: Float[Tensor, " N"]
-    vocabulary: str
 
 
 def chunk_size(v: int) -> int:
@@ -240,14 +172,12 @@ def _score_piece(
         log_probs, logits = ensemble.model.combiner.own_log_probs(chunk.hidden)
         targets, scores = chunk.targets.to(log_probs.device), dict[str, Scores]()
         for name, own, hidden in zip(names, log_probs, chunk.hidden, strict=True):
-            scores[name] = replace(_prediction_scores(own, targets), work=ensemble.model.work(hidden).double().cpu())
+            scores[name] = replace(prediction_scores(own, targets), work=ensemble.model.work(hidden).double().cpu())
         solver = _Solver(ensemble.model, chunk.hidden, log_probs, logits, targets)
         for choice in order:
             by_prompt = {"weights": weights[choice.prompt]} if choice.prompt else {}
             scores[choice.name] = solver.scores(settings[choice.name].changed(**by_prompt))
-        mean = prob_mean(log_probs, log_probs.new_full((len(names),), 1 / len(names)))
-        disagreement = torch.stack([kl(own, mean) for own in log_probs]).mean(0).double().cpu()
-        pieces.append(replace(chunk, hidden=[]).tensors() | {"disagreement": disagreement})
+        pieces.append(replace(chunk, hidden=[]).tensors() | {"disagreement": disagreement(log_probs)})
         for k, name in enumerate([*names, *(choice.name for choice in choices)]):
             pieces[-1] |= {f"{field} {k}": value for field, value in vars(scores[name]).items()}
         on_progress(len(chunk))
@@ -383,17 +313,9 @@ class _Solver:
 def _solution_scores(solution: Solution, targets: Int[Tensor, " B"]) -> Scores:
     """Score a rule's solution at B positions, with how its rows ended and how far it moves the pool."""
     ends = (solution.num_passes.double(), solution.fallback, solution.status, solution.gated)
-    found = _prediction_scores(solution.log_probs, targets, *ends)
+    found = prediction_scores(solution.log_probs, targets, *ends)
     moved = None if that_closes(solution.problem.settings.gate) else Movement.of(solution)
     return found if moved is None else replace(found, movement=moved.table())
-
-
-def _prediction_scores(log_p: Float[Tensor, "B v"], targets: Tensor, *ends: Tensor) -> Scores:
-    """Score log-probabilities in nats; ``ends`` are a rule's values of ``num_passes`` to ``gated``, in that order."""
-    best = log_p.max(-1)
-    nats = -log_p.gather(-1, targets[:, None]).squeeze(-1).double()
-    found = (nats, best.indices == targets, best.values.exp().double(), *ends)
-    return Scores(*(values.cpu() for values in found))
 
 
 def _without_movement(scores: Scores) -> list[Tensor]:

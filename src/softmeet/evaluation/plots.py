@@ -8,6 +8,7 @@ from typing import Any
 
 from softmeet.evaluation.files import write_atomically
 from softmeet.extras import install_line
+from softmeet.members.member import short
 
 try:
     from matplotlib.figure import Figure
@@ -29,7 +30,7 @@ def draw(facts: dict[str, Any], folder: Path) -> list[Path]:
         TraceError: if the disk is full.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    figures = {"gain": _gain(facts), "calibration": _calibration(facts), "differences": _differences(facts)}
+    figures = {"gain": gain_plot(facts), "calibration": calibration_plot(facts), "differences": _differences(facts)}
     written = []
     for name, figure in figures.items():
         written.append(folder / f"{name}.png")
@@ -49,7 +50,8 @@ def _rivals(facts: dict[str, Any]) -> dict[str, Any]:
     return {name: rule for name, rule in facts["rules"].items() if name != facts["best_baseline"]}
 
 
-def _gain(facts: dict[str, Any]) -> Any:
+def gain_plot(facts: dict[str, Any]) -> Any:
+    """Draw each rule's gain over the best baseline by disagreement, from figures of :func:`summary`."""
     figure, axes = blank()
     for name, rule in _rivals(facts).items():
         bins = rule["gain_by_disagreement"]
@@ -58,12 +60,13 @@ def _gain(facts: dict[str, Any]) -> Any:
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xscale("symlog", linthresh=0.01)
     axes.set_xlabel("disagreement of the members (Jensen-Shannon divergence, nats)")
-    axes.set_ylabel(f"gain over {facts['best_baseline']} (nats per token)")
+    axes.set_ylabel(f"gain over {short(facts['best_baseline'])} (nats per {facts['vocabulary'][:-1]})")
     axes.legend(frameon=False)
     return figure
 
 
-def _calibration(facts: dict[str, Any]) -> Any:
+def calibration_plot(facts: dict[str, Any]) -> Any:
+    """Draw how often each rule's most probable token came, from figures of :func:`summary`."""
     figure, axes = blank(5.5, 5.0)
     axes.plot([0, 1], [0, 1], color="black", linewidth=0.8)
     for name, rule in facts["rules"].items():

@@ -9,15 +9,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from softmeet.evaluation.choices import BASELINES, UNIFORM
+from softmeet.evaluation.choices import BASELINES, FITTED, UNIFORM
 from softmeet.evaluation.intervals import clusters, paired
-from softmeet.evaluation.perplexity import Evaluation, Scores
+from softmeet.evaluation.scores import Evaluation, Scores
 from softmeet.rules.movement import Movement
 
 BINS = 10
 
 
-def summary(found: Evaluation) -> dict[str, Any]:
+def summary(found: Evaluation, best: str | None = None) -> dict[str, Any]:
     """Return the figures of an evaluation as a dictionary for JSON, losses in nats per token, or per byte over bytes.
 
     ``members`` and ``rules`` hold, by name, each one's ``nll`` (mean loss), ``perplexity``, ``bits_per_byte``, ``top1``
@@ -27,17 +27,21 @@ def summary(found: Evaluation) -> dict[str, Any]:
     (:meth:`Movement.figures`). Members over bytes have, per byte, ``dropped`` (the share of mass estimated),
     ``forward_steps`` (model calls) and ``tokens_run``. The other entries are ``vocabulary``, the counts of ``tokens``,
     ``bytes``, ``documents`` and ``clusters``, the mean ``disagreement`` of the members in nats, and ``best_baseline``:
-    the single member or average of the lowest loss. It is chosen on the text that it is compared on, so it is, if
-    anything, too good.
+    the single member or average of the lowest loss, unless ``best`` names another. It is chosen on the text that it is
+    compared on, so it is, if anything, too good.
 
     Raises:
         InvalidInputError: if there are fewer than two positions.
     """
     within = clusters(found.positions.document)
     bytes_, count = int(found.positions.sizes.sum()), len(found.positions)
-    averages = {name: found.choices[name] for name in (*UNIFORM, *BASELINES) if name in found.choices}
+    averages = {
+        name: scores
+        for name, scores in found.choices.items()
+        if name in (*UNIFORM, *BASELINES) or name.startswith(FITTED)
+    }
     baselines = found.members | averages
-    best = min(baselines, key=lambda name: baselines[name].mean)
+    best = best or min(baselines, key=lambda name: baselines[name].mean)
 
     def figures(scores: Scores) -> dict[str, Any]:
         against = paired(scores.nats, baselines[best].nats, within).figures()

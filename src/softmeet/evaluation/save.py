@@ -25,9 +25,7 @@ _KEPT = (
 _CARD = """
 ## How it was chosen
 
-Fitted on {fit[tokens]:,} {vocabulary}, chosen on {select[tokens]:,}, judged once on {test[tokens]:,}, in
-{fit[clusters]}, {select[clusters]} and {test[clusters]} {test[kind]}. Differences are against the best fitted baseline,
-`{best}`, on the part for judging; 95 %, paired, by {test[kind]}; negative is better.
+{how} Differences are against the best fitted baseline, `{best}`; 95 %, paired, by {test[kind]}; negative is better.
 
 | candidate | nats/{unit} | against the best baseline | weights | trust | temperature |
 |---|---|---|---|---|---|
@@ -37,6 +35,14 @@ Fitted on {fit[tokens]:,} {vocabulary}, chosen on {select[tokens]:,}, judged onc
 
 All figures are in `fit.json`.
 """
+_PARTS = (
+    "Fitted on {fit[tokens]:,} {vocabulary}, chosen on {select[tokens]:,}, judged once on {test[tokens]:,}, in "
+    "{fit[clusters]}, {select[clusters]} and {test[clusters]} {test[kind]}."
+)
+_FOLDS = (
+    "Fitted on {fit[tokens]:,} {vocabulary} in {fit[clusters]} {fit[kind]}. Figures are of fits without one of {folds} "
+    "folds, at {test[tokens]:,} {vocabulary} of that fold, in turn."
+)
 # From fewer tokens, fitted values may be chance: a temperature of 0.3 was once found from 35.
 _ENOUGH = 1000
 _CLUSTERS = 6
@@ -54,10 +60,10 @@ def figures(fitted: Fitted) -> dict[str, Any]:
     whether the best baseline was chosen in its place. ``candidates`` has settings, losses and differences of all,
     ``caution`` is a sentence if the text was short, else empty. ``members`` has the unfitted members' losses on the
     part to judge by, ``premise`` the results of the premise test, ``splits`` for each of the three parts the numbers of
-    ``tokens`` and ``clusters``, the ``kind`` of cluster, and the names of the ``documents``.
+    ``tokens`` and ``clusters``, the ``kind`` of cluster, and the names of the ``documents``; ``folds`` is 0, or the
+    number of folds that take the place of three parts.
     """
     test, chosen, best = fitted.test, fitted.chosen, fitted.best_baseline
-    against = Difference(0.0, 0.0, 0.0) if chosen is best else fitted.difference
     rows = {}
     for candidate in fitted.candidates:
         scores = test.choices[candidate.label]
@@ -78,9 +84,14 @@ def figures(fitted: Fitted) -> dict[str, Any]:
         "trust": chosen.settings["trust"],
         "temperature": chosen.settings["rule_temperature"],
         "pool": chosen.settings.get("pool", POOLS[0]),
-        "test": {"nll": test.choices[chosen.label].mean, "best_baseline": best.name, **against.figures()},
+        "test": {
+            "nll": test.choices[chosen.label].mean,
+            "best_baseline": best.name,
+            **{key: rows[chosen.name][key] for key in ("delta", "ci95")},
+        },
         "fell_back": fitted.fell_back,
         "rival": {"candidate": fitted.rival.name, **fitted.difference.figures()},
+        "folds": len(fitted.refits),
         "caution": _caution(len(fitted.parts["fit"].positions), fitted.parts["test"].within.count, test.vocabulary),
         "members": {name: {"nll": scores.mean} for name, scores in test.members.items()},
         "premise": [asdict(p) | {"verdict": p.verdict} for p in fitted.premise],
@@ -113,23 +124,26 @@ def verdict(facts: dict[str, Any]) -> str:
     best, rival = facts["test"]["best_baseline"], facts["rival"]["candidate"]
     low, high = (f"{x:+.4f}" for x in facts["rival"]["ci95"])
     difference = f"{facts['rival']['delta']:+.4f} nats"
+    chosen_on = "over all folds" if facts["folds"] else "on the part for choosing"
     if facts["fell_back"]:
+        judged_on = "chosen without each fold, on that fold," if facts["folds"] else "on the part for judging"
         return (
-            f"Falls back to {best}: {rival} was best on the part for choosing, but on the part for judging its "
+            f"Falls back to {best}: {rival} was best {chosen_on}, but {judged_on} its "
             f"difference of {difference} has the interval [{low}, {high}], which does not exclude zero in its favour."
         )
     if facts["candidate"] == best:
-        return f"Uses {best}: no rule did better on the part for choosing."
+        return f"Uses {best}: no rule did better {chosen_on}."
     return f"Uses {rival}: {difference} a {_unit(facts)} against {best} [{low}, {high}]."
 
 
-def save(ensemble: Ensemble, fitted: Fitted, folder: str | Path) -> dict[str, Any]:
+def save(ensemble: Ensemble, fitted: Fitted, folder: str | Path, says: str | None = None) -> dict[str, Any]:
     """Write the chosen ensemble, its README and ``fit.json`` to a folder; ``ensemble`` itself gets the chosen settings.
 
     Args:
         ensemble: the ensemble that was fitted; its configuration is replaced.
         fitted: the result of :func:`softmeet.evaluation.fit.fit` for this ensemble.
         folder: made if there is none; an ensemble in it is replaced.
+        says: why this one was chosen, for the README; None for what :func:`verdict` says.
 
     Returns:
         The figures of the fit, as in ``fit.json``.
@@ -148,7 +162,9 @@ def save(ensemble: Ensemble, fitted: Fitted, folder: str | Path) -> dict[str, An
         card = ModelCard.load(new / "README.md")
         card.data.model_name, card.data.eval_results = Path(folder).resolve().name, _results(facts)
         names = zip(distinct_names(ensemble), ensemble.names, relative(ensemble.names, new), strict=True)
-        card.text += _card(_renamed(facts, {own: own.replace(plain, saved) for own, plain, saved in names}))
+        card.text += _card(
+            says or verdict(facts), _renamed(facts, {own: own.replace(plain, saved) for own, plain, saved in names})
+        )
         card.save(new / "README.md")
         write_json(new / "fit.json", facts)
     return facts
@@ -183,7 +199,7 @@ def _results(facts: dict[str, Any]) -> list[EvalResult]:
     ]
 
 
-def _card(facts: dict[str, Any]) -> str:
+def _card(says: str, facts: dict[str, Any]) -> str:
     rows = []
     for name, row in facts["candidates"].items():
         difference = Difference(row["delta"], *row["ci95"]) if name != facts["test"]["best_baseline"] else ""
@@ -193,10 +209,12 @@ def _card(facts: dict[str, Any]) -> str:
         rows.append(
             f"| {title} | {row['test_nll']:.4f} | {difference} | {weights} | {trust} | {row['rule_temperature']:.3f} |"
         )
+    texts = {"vocabulary": facts["vocabulary"], "folds": facts["folds"], **facts["splits"]}
     return _CARD.format(
-        rows="\n".join(rows), best=facts["test"]["best_baseline"], verdict=verdict(facts), unit=_unit(facts),
+        how=(_FOLDS if facts["folds"] else _PARTS).format(**texts),
+        rows="\n".join(rows), best=facts["test"]["best_baseline"], verdict=says, unit=_unit(facts),
         caution=f" {facts['caution']}".rstrip(),
-        vocabulary=facts["vocabulary"], **facts["splits"],
+        test=facts["splits"]["test"],
     )  # fmt: skip
 
 

@@ -1,0 +1,207 @@
+"""``softmeet advise``: say, from a text, whether members are worth combining, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from softmeet.cli import options, texts
+from softmeet.cli.flags import flag, flags
+from softmeet.cli.messages import say
+from softmeet.cli.progress import progress
+from softmeet.cli.tables import out as stdout
+from softmeet.cli.tables import print_table
+from softmeet.extras import require_extra
+
+if TYPE_CHECKING:
+    from softmeet.evaluation.documents import Document
+
+
+@flags()
+def advise(
+    *,
+    named: Annotated[
+        list[str] | None, typer.Argument(metavar="MEMBER...", help="The members, as -m takes them.")
+    ] = None,
+    members: options.Members = None,
+    source: texts.DocumentFlags,
+    bos: bool = flag(
+        False, "Begin each document with the token for the beginning of a text (BOS).", "--bos", panel="Text"
+    ),
+    most: int | None = flag(
+        None,
+        "The most bytes of the text to read, spread over its documents; more make the answer surer, and take longer.",
+        "--bytes",
+        min=1,
+        shown="as many as take minutes: at most 80,000",
+        panel="Text",
+    ),
+    tokens: int = flag(
+        1000,
+        "Without --text: the tokens (over bytes: bytes) that the members write themselves, for a less certain answer.",
+        min=100,
+        panel="Text",
+    ),
+    instead: list[str] | None = flag(
+        None,
+        "A single model that you could run in place of the members; what the same compute buys in it is measured. It "
+        "can be repeated.",
+        "--instead",
+        metavar="NAME",
+        panel="Fit",
+    ),
+    folds: int = flag(
+        5, "Into how many folds documents are dealt; what is fitted without one is judged on it.", min=2, panel="Fit"
+    ),
+    saved: Path | None = flag(None, "Save what is advised as an ensemble in this folder.", "--save", panel="Output"),
+    html: Path | None = flag(None, "Write a self-contained HTML page with plots to this path.", panel="Output"),
+    result: texts.ResultFlags,
+    loading: options.LoadingFlags,
+    running: options.EngineFlags,
+) -> None:
+    """Say whether members are worth combining: use one alone, average them, use meet, or put a gate before them.
+
+    It fits averages, and meet where it differs from them, on some of the documents and judges them on the others, and
+    measures what each member and the ensemble cost. Give text like that which you will use them on, and on which no
+    member was trained.
+
+    Example: softmeet advise wide/gpt2 wide/llama --text 'books/*.txt' --save my-ensemble
+    """
+    from softmeet.evaluation.files import require_ensemble_folder
+
+    require_extra("advise", "eval", "psutil", "scipy", *["matplotlib"] * bool(html))
+    texts.require_places(result.as_json, saved, result.resume)
+    result.require_new(*filter(None, [html, saved and saved / "config.json"]))
+    if saved is not None:
+        require_ensemble_folder(saved)
+    documents = source.documents() if source.text else None
+    ensemble = loading.ensemble(options.named([*(named or ()), *(members or ())]))
+    from softmeet.evaluation import advise as advising
+    from softmeet.evaluation.positions import observe_text
+    from softmeet.evaluation.verdict import figures
+
+    with result.stoppable(), running.start(ensemble) as engine, progress() as begin:
+        if documents is None:
+            begin("the members write a text", 0, None)
+        found: list[Document] = (
+            advising.own_documents(ensemble, tokens)
+            if documents is None
+            else advising.within_budget(ensemble, documents, most)
+        )
+        kept = result.kept(ensemble, found, {"bos": bos, "folds": folds, "threads": running.threads})
+        positions = observe_text(
+            ensemble, found, bos=bos, engine=engine, cache=kept,
+            begin=lambda total: begin("running the members", 0, total),
+        )  # fmt: skip
+        advice = advising.advise(ensemble, found, positions, folds=folds, begin=begin, engine=engine, cache=kept)
+        for name in instead or ():
+            begin(f"reading the text by {options.short(name)}", 0, None)
+            advice.alternatives.append(advising.alternative(name, found, loading.arguments(), bos=bos))
+    facts = figures(advice) | {"own_text": documents is None}
+    result.tell(facts, show)
+    result.write(facts)
+    if html is not None:
+        from softmeet.evaluation.page import page
+
+        shown = (facts["says"], tables(facts), cautions(facts), differences(facts))
+        html.write_text(page(advice.judged, *shown), encoding="utf-8")
+        say(f"written to {html}")
+    if saved is not None:
+        _save(advice, facts, saved)
+
+
+def _save(advice: Any, facts: dict[str, Any], folder: Path) -> None:
+    """Save the ensemble that is advised, unless a model that is no member is."""
+    from softmeet.evaluation.save import save
+
+    if facts["rule"] is None:
+        say(f"nothing is saved in {folder}: what is advised is a single model")
+        return
+    save(advice.ensemble, advice.fitted, folder, facts["says"])
+    say(f"saved in {folder}")
+
+
+def show(facts: dict[str, Any]) -> None:
+    """Print the figures of ``softmeet advise`` on stdout: a table of members, one of candidates, and the verdict.
+
+    Args:
+        facts: the figures, as :func:`softmeet.evaluation.verdict.figures` returns them.
+    """
+    console = stdout()
+    for (title, columns, rows), wide in zip(tables(facts), ((0, 4), (0, 3, 4)), strict=True):
+        print_table(console, columns, [rows], title=title, texts=wide)
+    console.print(differences(facts), markup=False)
+    for caution in cautions(facts):
+        console.print(caution, style="yellow", markup=False, highlight=False)
+    console.print(f"[bold]{escape(facts['says'])}[/]")
+
+
+def tables(facts: dict[str, Any]) -> list[tuple[str, Sequence[str], Sequence[Sequence[str]]]]:
+    """Return (title, columns, rows) of the table of models alone and of that of fitted candidates."""
+    best, many = (
+        options.short(facts["best_member"]),
+        f"{facts['documents']:,} document{'s' * (facts['documents'] != 1)}",
+    )
+    unit = "" if facts["vocabulary"] == "bytes" else f"{facts['tokens']:,} tokens, "
+    spread = f"{facts['clusters']['count']} {facts['clusters']['kind']}"
+    alone = [(m, options.short(m["name"]), f"{m['knows_better']:.0%}", "") for m in facts["members"]]
+    alone += [(m, f"instead: {options.short(m['name'])}", "", _gain(m)) for m in facts["alternatives"]]
+    fitted = [
+        (
+            options.short(name) if "/" in name else name, f"{own['bits_per_byte']:.4f}", _gain(own),
+            " ".join(f"{w:.2f}" for w in own["weights"]), _trust(own), f"{own['rule_temperature']:.2f}",
+        )
+        for name, own in facts["candidates"].items()
+    ]  # fmt: skip
+    return [
+        (
+            f"{unit}{facts['bytes']:,} bytes of {many}",
+            ("model alone", "bits a byte", "ms a byte", "knows better", "gain over what is advised"),
+            [(name, f"{m['bits_per_byte']:.4f}", f"{m['ms_per_byte']:.3g}", *rest) for m, name, *rest in alone],
+        ),
+        (
+            f"Fitted on {facts['folds'] - 1} of {facts['folds']} folds, judged on the other; intervals by {spread}",
+            ("fitted", "bits a byte", f"gain over {best} alone", "weights", "trust", "temperature"),
+            fitted,
+        ),
+    ]
+
+
+def cautions(facts: dict[str, Any]) -> list[str]:
+    """Return sentences on what may make the verdict mislead; none if there is nothing to say."""
+    return [*facts["cautions"], *[_OWN_TEXT] * facts["own_text"]]
+
+
+_OWN_TEXT = (
+    "The members wrote this text themselves, each as much, so gains are those of members that are right equally often; "
+    "on other text they are lower as a rule. Give --text for an answer to rely on."
+)
+
+
+def differences(facts: dict[str, Any]) -> str:
+    """Return sentences on how far the members, and ``meet`` and its average, differ."""
+    said = [f"The members disagree by {facts['disagreement']:.3f} nats a {facts['vocabulary'][:-1]} (Jensen-Shannon)."]
+    if facts["movement"]:
+        said.append(f"At trust 0.3 {facts['movement']['says']}")
+    if facts["meet"]:
+        how = "fitted" if facts["meet"]["fitted"] else f"at trust 0.3, on {facts['movement']['positions']} tokens"
+        said.append(f"Gain of meet over averages, {how}: {_gain(facts['meet'])} bits a byte.")
+    if facts["gate"]:
+        said.append(f"With gate {facts['gate']['gate']} one member answers {facts['gate']['alone']:.0%} alone.")
+    return " ".join(said)
+
+
+def _gain(own: dict[str, Any]) -> str:
+    """Return a gain with half its 95 % interval, as a table's cell."""
+    low, high = own["interval"]
+    return f"{own['gain']:+.4f} ± {(high - low) / 2:.4f}"
+
+
+def _trust(own: dict[str, Any]) -> str:
+    from softmeet.rules.settings import rule_of
+
+    return " ".join(f"{x:.2f}" for x in own["trust"]) if rule_of(own["rule"]).uses_trust else ""

@@ -1,0 +1,262 @@
+"""Advice on whether members are worth combining: a fit by folds, the movement by ``meet``, and measured costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from softmeet.ensemble import Ensemble
+from softmeet.errors import UnsupportedHeadError
+from softmeet.evaluation.candidates import Begin, Candidate, Options
+from softmeet.evaluation.choices import RuleChoice
+from softmeet.evaluation.costs import ensemble_run, member_runs, milliseconds
+from softmeet.evaluation.documents import Document
+from softmeet.evaluation.files import PieceCache
+from softmeet.evaluation.fit import Fitted, fit
+from softmeet.evaluation.intervals import Clusters, Difference, paired
+from softmeet.evaluation.judged import Gated, Judged
+from softmeet.evaluation.perplexity import evaluate_positions, evaluate_text
+from softmeet.evaluation.positions import Positions
+from softmeet.evaluation.scores import Evaluation
+from softmeet.hf.configuration import EnsembleConfig
+from softmeet.rules.movement import Movement
+from softmeet.rules.settings import POOLS
+from softmeet.scaling.base import Engine
+
+# Log-probabilities of all members, positions, and, over bytes, positions, that a budget of minutes allows.
+_ELEMENTS, _TOKENS, _BYTES = 2_000_000_000, 20_000, 40_000
+# Log-probabilities of all members at the positions on which averages are fitted.
+_FITTED = 600_000_000
+# Bytes that a token has at the most, in most texts.
+_BYTES_OF_TOKEN = 4
+# With what texts of the members' own begin, and how many each writes.
+_BEGINNING, _ROWS = "The", 5
+# Positions at which ``meet`` is compared with its pool; the mean total variation between the two below which it is not
+# tried on more; the trusts that are tried, and at how many positions.
+_COMPARED, _UNMOVED, _TRUSTS, _TRIED = 96, 0.005, (0.3, 1.0), 6000
+
+
+def within_budget(ensemble: Ensemble, documents: Sequence[Document], most: int | None = None) -> list[Document]:
+    """Return the documents, the longer ones shortened, so that advice on them takes minutes.
+
+    Args:
+        ensemble: the members.
+        documents: the text.
+        most: the most bytes in all; None for what members of this number and vocabulary can read within minutes.
+    """
+    model = ensemble.model
+    afforded = _ELEMENTS // (len(ensemble.names) * model.config.vocab_size)
+    left = most or (_BYTES if model.over_bytes else _BYTES_OF_TOKEN * max(1000, min(_TOKENS, afforded)))
+    sizes, share = sorted(len(document.text.encode()) for document in documents), 0
+    # Short documents leave more to long ones.
+    for k, size in enumerate(sizes):
+        share = left // (len(sizes) - k)
+        if size > share:
+            break
+        left, share = left - size, size
+    return [replace(document, text=document.text.encode()[:share].decode(errors="ignore")) for document in documents]
+
+
+def own_documents(ensemble: Ensemble, tokens: int) -> list[Document]:
+    """Return texts that the members write, each as much, by themselves, with fixed seeds.
+
+    Args:
+        ensemble: the members.
+        tokens: about how many tokens (over bytes: bytes) to write in all.
+    """
+    names, found = ensemble.names, list[Document]()
+    each = max(1, tokens // (_ROWS * len(names)))
+    for i in range(len(names)):
+        alone = part(ensemble, [i], {"rule": POOLS[0], "weights": [1.0]})
+        made = alone.generate([_BEGINNING] * _ROWS, seed=i, top_k=0, max_new_tokens=each, min_new_tokens=each)
+        found += [Document(f"{names[i]} {k + 1}", _BEGINNING + text) for k, text in enumerate(made)]
+    return found
+
+
+def moved(
+    ensemble: Ensemble, positions: Positions, engine: Engine | None = None, cache: PieceCache | None = None
+) -> Evaluation | None:
+    """Score ``meet`` and its pool, with the ensemble's settings, at some positions evenly spread over a text.
+
+    The scores of ``meet`` have its movement. The result is None where ``meet`` cannot be or is nothing of its own: over
+    bytes, for one member, or where a head cannot be read.
+    """
+    model = ensemble.model
+    settings = {"rule": "meet", "trust": 0.3, "weights": [1 / len(ensemble.names)] * len(ensemble.names)}
+    try:
+        model.require(model.settings.ungated().changed(**settings))
+    except UnsupportedHeadError:
+        return None
+    if len(ensemble.names) == 1:
+        return None
+    few = positions.take(
+        torch.arange(min(_COMPARED, len(positions))) * len(positions) // min(_COMPARED, len(positions))
+    )
+    choices = [RuleChoice("meet", settings), RuleChoice(POOLS[0], settings | {"rule": POOLS[0]})]
+    return evaluate_positions(ensemble, few, choices, engine=engine, cache=cache, stage="movement")
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """One model in place of an ensemble: what it makes of the same text in its own tokens.
+
+    Attributes:
+        name: the model's.
+        nats: its loss in each document, (D,), in nats.
+        sizes: the bytes that it predicted of each document, (D,).
+        time: the milliseconds that it takes to write a byte.
+    """
+
+    name: str
+    nats: torch.Tensor
+    sizes: torch.Tensor
+    time: float
+
+
+def alternative(name: str, documents: Sequence[Document], loading: Mapping[str, Any], *, bos: bool) -> Alternative:
+    """Load one model, read a text by it, and measure how long it takes to write a byte.
+
+    Args:
+        name: the model's, as a member is named.
+        documents: the text.
+        loading: keyword arguments of ``Ensemble.from_pretrained``.
+        bos: whether documents begin with the token for the beginning of a text.
+
+    Raises:
+        CheckpointError: if it cannot be loaded.
+    """
+    ensemble = Ensemble.from_pretrained([name], POOLS[0], **loading)
+    found = evaluate_text(ensemble, documents, [], bos=bos)
+    (scores,), each = found.members.values(), Clusters(found.positions.document, "documents")
+    ((run, rate),) = member_runs(ensemble, documents[0].text)
+    return Alternative(
+        ensemble.names[0], each.sums(scores.nats), each.sums(found.positions.sizes), milliseconds([run])[0] * rate
+    )
+
+
+@dataclass
+class Advice:
+    """Advice on some members: what a text says about them, and what they and what is advised cost.
+
+    Attributes:
+        judged: what the text says.
+        verdict: ``single``, ``average``, ``meet`` or ``gate``.
+        candidate: whose settings are advised.
+        nats: the losses that judge it, (N,); None for a single member without any ensemble.
+        gated: the gate, for the verdict ``gate``.
+        time: the milliseconds that a byte takes by what is advised.
+        alternatives: single models that could take the ensemble's place.
+    """
+
+    judged: Judged
+    verdict: str
+    candidate: Candidate
+    nats: torch.Tensor | None
+    gated: Gated | None
+    time: float
+    alternatives: list[Alternative] = field(default_factory=list)
+
+    @property
+    def fitted(self) -> Fitted:
+        """The fit, with what is advised as the candidate that is chosen."""
+        return replace(self.judged.fitted, chosen=replace(self.candidate, settings=self._ordered()[1]))
+
+    @property
+    def ensemble(self) -> Ensemble:
+        """The ensemble that is advised, with the member that answers alone first if there is a gate."""
+        return part(self.judged.ensemble, *self._ordered())
+
+    def _ordered(self) -> tuple[list[int], dict[str, Any]]:
+        """Return (the order of the members in the ensemble that is advised, its settings)."""
+        order, settings = list(range(len(self.judged.names))), dict(self.candidate.settings)
+        if self.gated:
+            order = [self.gated.member, *(k for k in order if k != self.gated.member)]
+            settings |= {name: [settings[name][k] for k in order] for name in ("weights", "trust")}
+            settings["gate"] = self.gated.gate
+        return order, settings
+
+    def instead(self) -> tuple[Alternative, Difference] | None:
+        """Return the alternative that costs no more than what is advised and is better, if there is one.
+
+        It comes with its gain over what is advised, in bits a byte, whose 95 % interval does not hold zero.
+        """
+        found = [(own, self.against(own)) for own in self.alternatives if own.time <= self.time]
+        return max((pair for pair in found if pair[1].low > 0), key=lambda pair: pair[1].mean, default=None)
+
+    def against(self, own: Alternative) -> Difference:
+        """Return the gain, in bits a byte, of an alternative over what is advised, paired by document.
+
+        Where the two predicted different numbers of a document's bytes, as their first tokens may differ, the
+        alternative's loss is scaled to those of the ensemble.
+        """
+        judged = self.judged
+        documents = Clusters(judged.found.positions.document, "documents")
+        sizes = documents.sums(judged.bytes)
+        ours = documents.sums(judged.base if self.verdict == "single" or self.nats is None else self.nats)
+        theirs, each = own.nats * sizes / own.sizes, Clusters(torch.arange(len(sizes)), "documents")
+        return paired(ours / math.log(2), theirs / math.log(2), each, sizes)
+
+
+def part(ensemble: Ensemble, order: Sequence[int], settings: dict[str, Any]) -> Ensemble:
+    """Return an ensemble of some members, numbered from 0, with other settings; it shares their weights."""
+    before = ensemble.model.config
+    names = [ensemble.names[k] for k in order]
+    kept: dict[str, Any] = {"vocabulary": before.vocabulary, "prune": before.prune}
+    if before.prefixes is not None:
+        kept["prefixes"] = [before.prefixes[k] for k in order]
+    return Ensemble(ensemble.model.part(order, EnsembleConfig(names, **settings, **kept)), ensemble.tokenizer)
+
+
+def advise(
+    ensemble: Ensemble,
+    documents: Sequence[Document],
+    positions: Positions,
+    *,
+    folds: int = 5,
+    begin: Begin = lambda description, done, total: lambda count: None,
+    engine: Engine | None = None,
+    cache: PieceCache | None = None,
+) -> Advice:
+    """Fit by folds, see whether ``meet`` differs from its pool, measure costs, and judge.
+
+    Args:
+        ensemble: the members.
+        documents: the text.
+        positions: its positions, with hidden states, as :func:`observe_text` returns them.
+        folds: the number of folds that documents are dealt out to.
+        begin: as of :func:`softmeet.evaluation.fit.fit`.
+        engine: evaluates losses and scores; None for this process.
+        cache: keeps evaluations and scores.
+
+    Raises:
+        InvalidInputError: if the text has fewer documents (or blocks) than folds.
+    """
+    begin("comparing meet with its average", 0, None)
+    compared = moved(ensemble, positions, engine, cache)
+    meets = compared is not None and _total_variation(compared) >= _UNMOVED
+    rules = tuple(f"meet:trust={trust:g}" for trust in _TRUSTS) if meets else ()
+    many = _FITTED // (len(ensemble.names) * ensemble.model.config.vocab_size)
+    options = Options(
+        folds=folds, meets=False, rules=rules, fit_positions=many, judge_positions=_TRIED if meets else None
+    )
+    fitted = fit(ensemble, positions, options, begin, engine=engine, cache=cache)
+    begin("measuring what members cost", 0, None)
+    text = max((document.text for document in documents), key=len)
+    runs = member_runs(ensemble, text)
+    times = [ms * rate for ms, (_, rate) in zip(milliseconds([run for run, _ in runs]), runs, strict=True)]
+    judged = Judged(ensemble, fitted, times, compared)
+    found = Advice(judged, *judged.chosen(), time=times[judged.names.index(judged.best)])
+    if found.verdict != "single":
+        begin("measuring what the ensemble costs", 0, None)
+        run, rate = ensemble_run(found.ensemble, text)
+        found.time = milliseconds([run])[0] * rate
+    return found
+
+
+def _total_variation(compared: Evaluation) -> float:
+    """Return the mean total variation between ``meet`` and its pool."""
+    return Movement.stacked(compared.choices["meet"].movement).total_variation.mean().item()

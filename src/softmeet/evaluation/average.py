@@ -1,0 +1,122 @@
+"""The loss of an average with its derivatives, as a function of weights, a temperature and an order.
+
+Averages are power means of the members' probabilities, p ∝ (Σ w_i p̂_i^α)^{1/(αT)}: of order α = 1 the probability
+mean, of order 0, the limit, the logit mean. The loss -log p(target) has few parameters, and its Fisher information is
+a covariance under p, so that it costs little beside the gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from softmeet.evaluation.layout import Layout, Values
+
+# Stands for log 0, so that 0 · log 0 is 0.
+_LOG_ZERO = -1e4
+
+
+class Sums(NamedTuple):
+    """A loss in nats, its gradient in θ, (k,), and its Fisher information in θ, (k, k), summed over positions; fp64."""
+
+    loss: float
+    gradient: Float[Tensor, " k"]
+    information: Float[Tensor, "k k"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of averages, with the parameters θ that ``layout`` describes.
+
+    Attributes:
+        layout: the parameters; without trusts.
+        order: α, unless the layout has it: 0 for the logit mean, 1 for the probability mean.
+        members: indices of the members that are averaged; None for all.
+    """
+
+    layout: Layout
+    order: float = 0.0
+    members: tuple[int, ...] | None = None
+
+    def sums(
+        self, theta: Float[Tensor, " k"], log_p: Float[Tensor, "n B v"], targets: Int[Tensor, " B"],
+        support: Tensor | None,
+    ) -> Sums:  # fmt: skip
+        """Return the loss at some targets with its derivatives at ``theta``.
+
+        Args:
+            theta: the parameters θ, (k,), fp64.
+            log_p: log-probabilities in nats of the members that are averaged, (n, B, v); sums over the vocabulary are
+                taken in its dtype, of terms that are measured from the target's, which keeps seven digits in fp32.
+            targets: the ids of the tokens that came, (B,), int64.
+            support: (v,) bool, True for the ids that can have a probability above 0; None for all.
+        """
+        n, rows = len(log_p), torch.arange(len(targets), device=log_p.device)
+        parts = self.layout.unpack(theta)
+        temperature, order = parts.temperature.item(), parts.order.item() if self.layout.ordered else self.order
+        scores, slopes = _power_mean(log_p, parts.weights.to(log_p), order, ordered=self.layout.ordered)
+        if support is not None:
+            scores = scores.masked_fill(~support, -torch.inf)
+        log_r = (scores / temperature).log_softmax(-1)
+        # In the order of θ's parts: weights, then the temperature, then the order.
+        sharpened = [-scores.clamp_min(_LOG_ZERO) / temperature] * self.layout.tempered
+        columns = torch.stack([*slopes[:n], *sharpened, *slopes[n:]])
+        columns = columns - columns[:, rows, targets, None]
+        weighted = columns * log_r.exp()
+        mean = weighted.sum(-1).double().cpu() / temperature
+        second = torch.einsum("kbv,jbv->kj", weighted, columns).double().cpu() / temperature**2
+        chain = _jacobian(self.layout, theta)
+        return Sums(
+            -log_r[rows, targets].double().sum().item(),
+            chain.T @ mean.sum(-1),
+            chain.T @ (second - mean @ mean.T) @ chain,
+        )
+
+    def log_probs(self, values: Values, log_p: Float[Tensor, "n B v"], support: Tensor | None) -> Float[Tensor, "B v"]:
+        """Return the average's log-probabilities in nats, at some values and with arguments as of :meth:`sums`."""
+        weights = torch.tensor(values.weights, dtype=torch.float64).to(log_p)
+        order = values.order if self.layout.ordered else self.order
+        scores, _ = _power_mean(log_p, weights, order, ordered=False)
+        if support is not None:
+            scores = scores.masked_fill(~support, -torch.inf)
+        return (scores / values.temperature).log_softmax(-1)
+
+
+def _power_mean(
+    log_p: Float[Tensor, "n B v"], weights: Float[Tensor, " n"], order: float, *, ordered: bool
+) -> tuple[Float[Tensor, "B v"], list[Tensor]]:
+    """Return the logarithm of a power mean up to an added constant, and its slopes in the weights and in the order.
+
+    The slope in the order is the last, and there only if ``ordered``. Where the mean is 0 slopes are finite.
+    """
+    if order == 0:
+        zero = log_p.isneginf() if bool(log_p.amin().isneginf()) else None
+        finite = log_p if zero is None else log_p.masked_fill(zero, 0.0)
+        scores = torch.einsum("n,nbv->bv", weights, finite)
+        return scores if zero is None else scores.masked_fill(zero.any(0), -torch.inf), list(finite)
+    finite = log_p.clamp_min(_LOG_ZERO)
+    # The largest is taken out before exponentials are taken.
+    largest = finite.amax(0)
+    parts = ((finite - largest) * order).exp()
+    total = torch.einsum("n,nbv->bv", weights, parts)
+    scores = largest + total.log() / order
+    slopes = list(parts / (total * order))
+    if ordered:
+        inner = (weights[:, None, None] * parts * (finite - scores)).sum(0) / total
+        slopes.append(inner / order)
+    return scores.masked_fill(log_p.isneginf().all(0), -torch.inf), slopes
+
+
+def _jacobian(layout: Layout, theta: Float[Tensor, " k"]) -> Float[Tensor, "j k"]:
+    """Return the derivatives of (weights, temperature if θ has one, order if θ has one) in θ, fp64."""
+
+    def flat(at: Tensor) -> Tensor:
+        parts = layout.unpack(at)
+        held = [parts.temperature[None]] * layout.tempered + [parts.order[None]] * layout.ordered
+        return torch.cat([parts.weights, *held])
+
+    return torch.autograd.functional.jacobian(flat, theta.detach())  # type: ignore[no-any-return]

@@ -1,0 +1,318 @@
+"""The candidates of a fit: single members, averages and ``meet``, each with the settings of least loss on a text.
+
+Each single member gets a temperature, each average weights and a temperature, and the power mean an order too, by
+Fisher scoring. Then ``meet`` starts from a fitted average, with trusts that the premise test suggests.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from softmeet.ensemble import Ensemble
+from softmeet.evaluation.average import Family
+from softmeet.evaluation.choices import FITTED
+from softmeet.evaluation.files import PieceCache
+from softmeet.evaluation.intervals import SplitPart
+from softmeet.evaluation.layout import NO_TRUST, Layout, Values
+from softmeet.evaluation.objective import Objective, minimise
+from softmeet.evaluation.perplexity import distinct_names
+from softmeet.evaluation.positions import Positions
+from softmeet.evaluation.premise import Premise, premise_at
+from softmeet.evaluation.scoring import Average, Text
+from softmeet.rules.pools import PowerMean
+from softmeet.rules.registry import DEFAULT
+from softmeet.rules.settings import POOLS, Pool, Settings, parse_rule, rule_of
+from softmeet.scaling.base import Engine
+
+# The least and the largest first trust that a premise score gives.
+_LOW, _HIGH = 0.05, 1.0
+# Averages cost little: they get this many times the evaluations of ``meet``.
+_CHEAPER = 5
+
+# Settings that a candidate does not name: the defaults, as in its saved ensemble, not those of the ensemble at hand.
+DEFAULTS = {
+    name: value for name, value in Settings().plain().items() if name not in ("rule", "weights", "trust", "gate")
+}
+
+Begin = Callable[[str, int, int | None], Callable[[int], None]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of a fit.
+
+    Attributes:
+        free_weights: whether a logit mean's weights may sum to anything, not only to one.
+        signed_weights: whether to add a candidate, a logit mean with weights that may be below zero and sum to one. It
+            is no baseline: like any rule it is used only if the third part shows it to be better.
+        bands: the number of bands, groups of principal directions, that each head is cut into; more than one adds a
+            candidate, ``meet`` with a trust for each band.
+        meet_positions: the most positions that ``meet`` is fitted on.
+        premise_positions: the most positions of the premise test (:class:`~softmeet.evaluation.premise.Premise`), which
+            suggests the first trusts.
+        evaluations: the most evaluations of the loss with its gradient for each ``meet``; averages and single members
+            get five times this.
+        batch: positions in each evaluation for ``meet``, as minibatches of its subset; it then starts from the better
+            average only. None for the whole subset at once.
+        select_positions, judge_positions: the most positions to choose by and to judge by, evenly spread; None for all.
+            With folds the second serves for both.
+        folds: the number of folds; each candidate is fitted on all but one of them and judged on that one, in turn, and
+            what is saved is fitted on all. None for three parts, each for one end.
+        fit_positions: at about how many positions, evenly spread, averages are fitted; None for all.
+        meets: whether to fit ``meet``.
+        rules: further candidates, such as ``"meet:trust=0.3"``; unless a rule names its pool, weights or
+            ``free_weights``, the better average's are used.
+    """
+
+    free_weights: bool = False
+    signed_weights: bool = False
+    bands: int = 1
+    meet_positions: int = 2000
+    premise_positions: int = 512
+    evaluations: int = 15
+    batch: int | None = None
+    select_positions: int | None = None
+    judge_positions: int | None = None
+    folds: int | None = None
+    fit_positions: int | None = None
+    meets: bool = True
+    rules: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A rule with fitted or given settings, one that a fit can choose.
+
+    Attributes:
+        name: its name in reports.
+        settings: fitted or given values by name, the arguments of :meth:`softmeet.rules.settings.Settings.changed`;
+            settings that are not named have their defaults.
+        baseline: whether it is a single member (with a fitted temperature) or a fitted average.
+        fit_nll: its loss on the positions that it was fitted on, in nats per token; NaN if it was not fitted.
+        evaluations: the number of evaluations of the loss that its fit took.
+        average: of a single member or an average, its family and values there.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    baseline: bool
+    fit_nll: float
+    evaluations: int
+    average: Average | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def label(self) -> str:
+        """The candidate's name in an :class:`Evaluation`, ``fitted NAME``; NAME alone may be an unfitted member's."""
+        return f"{FITTED}{self.name}"
+
+
+@dataclass(frozen=True)
+class Fitter:
+    """A fitter of one candidate after another; losses and scores are computed by the engine."""
+
+    ensemble: Ensemble
+    options: Options
+    begin: Begin
+    engine: Engine
+    cache: PieceCache
+
+    def candidates(
+        self, part: SplitPart, text: Text, without: int | None = None, start: Sequence[Candidate] = ()
+    ) -> tuple[list[Candidate], list[Premise]]:
+        """Fit every candidate on a part of a text, and test the premise there.
+
+        Args:
+            part: the part.
+            text: of which the part is all, or all but a fold.
+            without: that fold.
+            start: the same candidates, fitted on all of ``text``, to begin at; none to begin afresh.
+        """
+        n, begun = len(self.ensemble.names), {candidate.name: candidate for candidate in start}
+        fits = _Averages(self, text, without, begun)
+        candidates = [fits.single(i) for i in range(n)]
+        if n == 1:
+            return candidates, []
+        averages = [fits.average(pool) for pool in POOLS]
+        candidates += [*averages, fits.power_mean()]
+        if self.options.signed_weights:
+            candidates.append(fits.signed(averages[0]))
+        best, premise = min(averages, key=lambda candidate: candidate.fit_nll), list[Premise]()
+        if self.options.meets and not self.ensemble.model.over_bytes:
+            premise = self._premise(part, best)
+            candidates += self._meets(part, averages, premise, _suffix(without))
+        return [*candidates, *(_as_written(rule, best, n) for rule in self.options.rules)], premise
+
+    def _premise(self, part: SplitPart, average: Candidate) -> list[Premise]:
+        few = part.spread(self.options.premise_positions).positions
+        pool = {name: average.settings[name] for name in ("weights", "pool", "free_weights")}
+        return premise_at(self.ensemble, [(few.hidden, few.targets)], **DEFAULTS | pool)
+
+    def _meets(
+        self, part: SplitPart, averages: Sequence[Candidate], premise: Sequence[Premise], suffix: str
+    ) -> list[Candidate]:
+        """Fit ``meet`` from each average (with minibatches, from the better one), and by direction if there are bands.
+
+        ``suffix`` ends the names of what is kept of these fits.
+        """
+        subset = part.spread(self.options.meet_positions).positions
+        best = min(averages, key=lambda candidate: candidate.fit_nll)
+        # Minibatches are for heads that take long: start from the better average only.
+        begun = averages if self.options.batch is None else [best]
+        names = [DEFAULT if a.name == POOLS[0] else f"{DEFAULT} from {a.name}" for a in begun]
+        meets = [
+            self.meet(subset, name, a, _first_trusts(premise, a), 1, suffix)
+            for name, a in zip(names, begun, strict=True)
+        ]
+        if (bands := self.options.bands) > 1:
+            meet = min(meets, key=lambda candidate: candidate.fit_nll)
+            trust = [rho for rho in meet.settings["trust"] for _ in range(bands)]
+            meets.append(self.meet(subset, f"{meet.name} by direction", meet, trust, bands, suffix))
+        return meets
+
+    def meet(
+        self, positions: Positions, name: str, start: Candidate, trust: Sequence[float], bands: int, suffix: str = ""
+    ) -> Candidate:
+        """Fit weights, temperature and trusts of ``meet`` together, beginning at those of ``start`` and at ``trust``.
+
+        A member whose first trusts are all below 0.005 keeps trust 0: its moments would be the costliest to meet.
+
+        Args:
+            positions: to fit on.
+            name: the candidate's name.
+            start: a fitted average, or a fitted ``meet``.
+            trust: the first trusts, one for each band of each member.
+            bands: the number of bands of each head.
+            suffix: ends the names of what is kept of the fit.
+        """
+        n, pool = len(self.ensemble.names), start.settings["pool"]
+        trusted = [i for i in range(n) if max(trust[i * bands : (i + 1) * bands]) >= NO_TRUST]
+        begun = tuple(rho for i in trusted for rho in trust[i * bands : (i + 1) * bands])
+        layout = Layout(n, len(begun), free=self.free(pool))
+        at = Values(tuple(start.settings["weights"]), start.settings["rule_temperature"], begun)
+        whole = Objective(self.ensemble.model, positions, layout, pool, bands=bands, trusted=trusted)
+        piece, batch, evaluations = piece_of(name, bands) + suffix, self.options.batch, self.options.evaluations
+        advance = self.begin(f"fitting {piece}", 0, evaluations * (batch or len(positions)))
+        how: dict[str, Any] = {"batch": batch, "cache": self.cache, "name": piece, "on_progress": advance}
+        values, loss, count = minimise(whole, at, evaluations, self.engine, **how)
+        found = iter(values.trust)
+        every = tuple(next(found) if i in trusted else 0.0 for i in range(n) for _ in range(bands))
+        own = self.settings(DEFAULT, values, every) | {"pool": pool, "free_weights": self.free(pool), "bands": bands}
+        return Candidate(name, own, False, loss, count)
+
+    def free(self, pool: Pool) -> bool:
+        """Return whether weights may sum to anything; the sum of a probability mean's weights makes no difference."""
+        return self.options.free_weights and pool == POOLS[0]
+
+    def settings(self, rule: str, values: Values, trust: Sequence[float] = ()) -> dict[str, Any]:
+        """Return fitted values as settings of a rule, with no trust unless there is some."""
+        return {
+            "rule": rule,
+            "weights": list(values.weights),
+            "trust": list(trust) or [0.0] * len(self.ensemble.names),
+            "rule_temperature": values.temperature,
+        }
+
+
+@dataclass(frozen=True)
+class _Averages:
+    """A fitter of averages on a text without one fold, or on all of it; ``begun`` has candidates to begin at."""
+
+    fitter: Fitter
+    text: Text
+    without: int | None
+    begun: dict[str, Candidate]
+
+    def _fit(
+        self, name: str, family: Family, start: Values, settings: Callable[[Values], dict[str, Any]], piece: str = "",
+        *, baseline: bool = True,
+    ) -> Candidate:  # fmt: skip
+        """Fit a family; ``settings`` makes a rule's settings of values, ``piece`` names the fit instead of ``name``."""
+        piece = (piece or name) + _suffix(self.without)
+        evaluations = self.fitter.options.evaluations * _CHEAPER
+        advance = self.fitter.begin(f"fitting {piece}", 0, None)
+        values, loss, count = self.text.fit(
+            family, start, evaluations, piece, without=self.without, on_progress=advance
+        )
+        return Candidate(name, settings(values), baseline, loss, count, (family, values))
+
+    def _start(self, name: str, weights: Sequence[float], order: float = 0.5) -> Values:
+        """Return the values of an earlier fit of a candidate; equal weights without one."""
+        if (known := self.begun.get(name)) is None:
+            return Values(tuple(weights), order=order)
+        own = known.settings
+        return Values(tuple(own["weights"]), own["rule_temperature"], order=getattr(rule_of(own["rule"]), "order", 0.5))
+
+    def single(self, i: int) -> Candidate:
+        """Fit the temperature of member ``i``, as a logit mean that gives it all the weight."""
+        name = distinct_names(self.fitter.ensemble)[i]
+        start = replace(self._start(name, (1.0,)), weights=(1.0,))
+        weights = tuple(1.0 if k == i else 0.0 for k in range(len(self.fitter.ensemble.names)))
+
+        def settings(values: Values) -> dict[str, Any]:
+            return self.fitter.settings(POOLS[0], replace(values, weights=weights))
+
+        return self._fit(name, Family(Layout(1), members=(i,)), start, settings, f"member {i}")
+
+    def average(self, pool: Pool) -> Candidate:
+        """Fit the weights and the temperature of an average."""
+        n, free = len(self.fitter.ensemble.names), self.fitter.free(pool)
+        # If weights are free, their scale already is a logit mean's temperature.
+        family = Family(Layout(n, free=free, tempered=not free), float(POOLS.index(pool)))
+
+        def settings(values: Values) -> dict[str, Any]:
+            return self.fitter.settings(pool, values) | {"pool": pool, "free_weights": free}
+
+        return self._fit(pool, family, self._start(pool, (1 / n,) * n), settings)
+
+    def power_mean(self) -> Candidate:
+        """Fit the weights, the temperature and the order of the power mean, the family between the two averages."""
+        n, name = len(self.fitter.ensemble.names), PowerMean.name
+
+        def settings(values: Values) -> dict[str, Any]:
+            return self.fitter.settings(str(PowerMean(order=values.order)), values)
+
+        return self._fit(name, Family(Layout(n, ordered=True)), self._start(name, (1 / n,) * n), settings)
+
+    def signed(self, start: Candidate) -> Candidate:
+        """Fit weights that may be below zero, and a temperature, of a logit mean, beginning at those of ``start``.
+
+        The loss is convex in the weights divided by the temperature, so where it begins makes no difference.
+        """
+        name = f"{POOLS[0]} with signed weights"
+        scale = sum(start.settings["weights"])
+        at = Values(tuple(w / scale for w in start.settings["weights"]), start.settings["rule_temperature"])
+        family = Family(Layout(len(self.fitter.ensemble.names), signed=True))
+
+        def settings(values: Values) -> dict[str, Any]:
+            return self.fitter.settings(POOLS[0], values) | {"pool": POOLS[0], "free_weights": False}
+
+        return self._fit(name, family, at, settings, baseline=False)
+
+
+def _suffix(fold: int | None) -> str:
+    """Return what ends the names of fits without a fold."""
+    return "" if fold is None else f" without fold {fold + 1}"
+
+
+def _first_trusts(premise: Sequence[Premise], average: Candidate) -> list[float]:
+    """Return each member's first trust: its premise score, from 0.05 to 1, lower if its weight is below average."""
+    scores = [min(max(p.score, _LOW), _HIGH) if math.isfinite(p.score) else _LOW for p in premise]
+    weights = average.settings["weights"]
+    return [score * min(1.0, len(weights) * w / sum(weights)) for score, w in zip(scores, weights, strict=True)]
+
+
+def piece_of(name: str, bands: int) -> str:
+    """Name the pieces in the cache for a number of bands."""
+    return name if bands == 1 else f"{name} {bands}"
+
+
+def _as_written(text: str, average: Candidate, n: int) -> Candidate:
+    """Make a candidate of a rule's text; pool, weights and ``free_weights`` that it does not name are the average's."""
+    rule, given = parse_rule(text)
+    own = {key: average.settings[key] for key in ("pool", "weights", "free_weights")} | given
+    complete = Settings(**own).for_members(n).plain()
+    named = {key: complete[key] for key in ("trust", "rule_temperature", *own)}
+    return Candidate(text, {**named, "rule": str(rule)}, baseline=False, fit_nll=math.nan, evaluations=0)

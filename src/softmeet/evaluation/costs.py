@@ -1,0 +1,91 @@
+"""The time that a model takes to write a byte, by itself or as an ensemble, measured by generating a few tokens."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from softmeet.ensemble import Ensemble
+from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM
+
+# New tokens in the shorter and in the longer of two runs, whose difference leaves out the prompt; bytes of the prompt.
+_SHORT, _LONG, _PROMPT = 4, 20, 400
+_REPEATS = 3
+# Over bytes a token is about so many steps.
+_BYTES = 4
+
+
+def milliseconds(runs: Sequence[Callable[[int], Any]], repeats: int = _REPEATS) -> list[float]:
+    """Measure the milliseconds that each of several generators takes for one more token.
+
+    Each runs for a few tokens and for more; the difference is divided by that of the numbers. Generators take turns,
+    so that a machine that slows down does so for all. The median of the repeats is returned, at least 0.
+
+    Args:
+        runs: functions of a number of new tokens, which generate as many.
+        repeats: how often each is measured.
+    """
+    for run in runs:
+        run(_SHORT)
+    found: list[list[float]] = [[] for _ in runs]
+    for _ in range(repeats):
+        for run, own in zip(runs, found, strict=True):
+            taken = []
+            for count in (_SHORT, _LONG):
+                start = time.perf_counter()
+                run(count)
+                taken.append(time.perf_counter() - start)
+            own.append(max(1000 * (taken[1] - taken[0]) / (_LONG - _SHORT), 0.0))
+    return [statistics.median(own) for own in found]
+
+
+def member_runs(ensemble: Ensemble, text: str) -> list[tuple[Callable[[int], Any], float]]:
+    """Return, for each member alone in its own tokens, (a function that generates behind a text, its tokens a byte).
+
+    transformers generates, as it would without softmeet; a member's prompt of its own is not read.
+
+    Args:
+        ensemble: the members.
+        text: of which the first bytes are the prompt, and all are counted in tokens.
+    """
+    model, size = ensemble.model, len(text.encode())
+    if isinstance(model, ByteEnsembleForCausalLM):
+        pairs = [(reader.model, [*reader.prefix, *reader.spelling.encode(text.encode())]) for reader in model.readers]
+    else:
+        ids = ensemble.tokenizer(text, verbose=False)["input_ids"]
+        pairs = [(member, ids) for member in model.members]
+    return [(_generator(member, ids, max(1, len(ids) * _PROMPT // size)), len(ids) / size) for member, ids in pairs]
+
+
+def _generator(model: Any, ids: Sequence[int], length: int) -> Callable[[int], Any]:
+    prompt = torch.tensor([ids[:length]], device=model.device)
+
+    def run(count: int) -> Any:
+        # Quietly: an attention mask of ones is what no mask stands for.
+        return model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=count, min_new_tokens=count,
+            pad_token_id=0,
+        )  # fmt: skip
+
+    return run
+
+
+def ensemble_run(ensemble: Ensemble, text: str) -> tuple[Callable[[int], Any], float]:
+    """Return (a function by which an ensemble generates greedily behind a text; the tokens that it makes a byte).
+
+    Over bytes, where a token is one byte, the function generates four for each token asked for.
+    """
+    over_bytes = ensemble.model.over_bytes
+    prompt = text.encode()[:_PROMPT].decode(errors="ignore")
+    size = len(ensemble.tokenizer(text, verbose=False)["input_ids"]) / len(text.encode())
+    times = _BYTES if over_bytes else 1
+
+    def run(count: int) -> Any:
+        many = times * count
+        return ensemble.generate(prompt, do_sample=False, max_new_tokens=many, min_new_tokens=many)
+
+    return run, 1 / _BYTES if over_bytes else size

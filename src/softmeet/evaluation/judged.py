@@ -1,0 +1,200 @@
+"""What a text says about members and their combinations: gains over the best member, and the verdict.
+
+Candidates are fitted without each fold of the documents, and judged on it. Where a candidate is chosen among several,
+it is chosen on the other folds too, so that a gain is what the choice brings on documents that it was not made by. The
+single member that ensembles are compared with is chosen on the whole text: it is, if anything, too good.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from softmeet.ensemble import Ensemble
+from softmeet.evaluation.candidates import Candidate
+from softmeet.evaluation.fit import Fitted
+from softmeet.evaluation.folds import best_elsewhere
+from softmeet.evaluation.intervals import Clusters, Difference, clusters, paired
+from softmeet.evaluation.perplexity import distinct_names
+from softmeet.evaluation.scores import Evaluation, Scores
+from softmeet.rules.pools import PowerMean
+from softmeet.rules.registry import DEFAULT
+from softmeet.rules.settings import POOLS, rule_of
+
+# Fewer tokens, or documents, are too few for a verdict to be relied on.
+_FEW_TOKENS, _FEW_DOCUMENTS = 1000, 10
+# A document of which a model needs fewer bits a byte reads like one that it has learnt by heart.
+_BY_HEART = 0.3
+# Thresholds of the gate ``unsure`` that are tried; the share of an average's gain that a gated one has to keep, and
+# the share of its time that it may take.
+_THRESHOLDS = (0.5, 0.7, 0.9)
+_KEPT, _CHEAPER = 0.9, 0.8
+
+
+@dataclass(frozen=True)
+class Gated:
+    """An average behind the gate ``unsure``: one member answers alone where it is sure.
+
+    Attributes:
+        member: the number of the member that runs at every token.
+        threshold: from which probability of its most probable token on it answers alone.
+        alone: the share of positions at which it does.
+        nats: the losses, (N,), with the member's own probabilities where it answers alone.
+    """
+
+    member: int
+    threshold: float
+    alone: float
+    nats: Float[Tensor, " N"]
+
+    @property
+    def gate(self) -> str:
+        """The gate as the setting takes it, for an ensemble that has the member first."""
+        return f"unsure:{self.threshold:g}"
+
+
+@dataclass
+class Judged:
+    """What a text says about the candidates of a fit by folds: losses in bits a byte, gains over the best member.
+
+    Attributes:
+        ensemble: the members.
+        fitted: the fit, by folds.
+        times: the milliseconds that each member takes to write a byte alone.
+        unfitted_meet: scores of ``meet`` and of its pool, both with equal weights, at some positions, if ``meet`` was
+            too close to the pool to be fitted; else None.
+    """
+
+    ensemble: Ensemble
+    fitted: Fitted
+    times: Sequence[float]
+    unfitted_meet: Evaluation | None = None
+
+    def __post_init__(self) -> None:
+        """Name the members, and find the best one alone, as it is or with a fitted temperature."""
+        self.found, self.names = self.fitted.test, distinct_names(self.ensemble)
+        self.within, self.bytes = self.fitted.parts["test"].within, self.found.positions.sizes
+        alone = {
+            name: min(
+                (self.found.members[name].nats, self._nats(own)), key=lambda nats: nats.sum().item()
+            )
+            for name, own in zip(self.names, self.fitted.candidates, strict=False)
+        }  # fmt: skip
+        self.best = min(alone, key=lambda name: alone[name].sum().item())
+        self.base = alone[self.best]
+
+    def _nats(self, candidate: Candidate) -> Float[Tensor, " N"]:
+        return self.found.choices[candidate.label].nats
+
+    def bits(self, nats: Float[Tensor, " N"]) -> float:
+        """Return losses in nats as bits a byte."""
+        return nats.sum().item() / math.log(2) / int(self.bytes.sum())
+
+    def gain(self, nats: Float[Tensor, " N"], over: Float[Tensor, " N"] | None = None) -> Difference:
+        """Return what losses in nats are below others, by default those of the best member, in bits a byte."""
+        worse = self.base if over is None else over
+        return paired(worse / math.log(2), nats / math.log(2), self.within, self.bytes)
+
+    def elsewhere(self, candidates: Sequence[Candidate]) -> Float[Tensor, " N"]:
+        """Return the losses of whichever candidate is best on the other folds."""
+        assert self.fitted.fold is not None, "advice is by folds"
+        return best_elsewhere({candidate.name: self._nats(candidate) for candidate in candidates}, self.fitted.fold)
+
+    @property
+    def averages(self) -> list[Candidate]:
+        """The fitted averages of all members."""
+        return [own for own in self.fitted.candidates if own.name in (*POOLS, PowerMean.name)]
+
+    @property
+    def meets(self) -> list[Candidate]:
+        """The fits of ``meet``."""
+        return [own for own in self.fitted.candidates if rule_of(own.settings["rule"]).tilts_pool]
+
+    def best_of(self, candidates: Sequence[Candidate]) -> Candidate:
+        """Return the candidate of the least loss."""
+        return min(candidates, key=lambda own: self._nats(own).sum().item())
+
+    def chosen(self) -> tuple[str, Candidate, Float[Tensor, " N"] | None, Gated | None]:
+        """Return (the verdict, its candidate, the losses that judge it, its gate if it has one).
+
+        The losses are None for a single member without an ensemble beside it.
+        """
+        best = self.fitted.candidates[self.names.index(self.best)]
+        if not self.averages:
+            return "single", best, None, None
+        averaged = self.elsewhere(self.averages)
+        if self.meets:
+            every = self.elsewhere([*self.averages, *self.meets])
+            if self.gain(every, averaged).low > 0 and self.gain(every).low > 0:
+                return DEFAULT, self.best_of(self.meets), every, None
+        if not self.gain(averaged).low > 0:
+            return "single", best, averaged, None
+        if gated := self.gated(averaged):
+            return "gate", self.best_of(self.averages), gated.nats, gated
+        return "average", self.best_of(self.averages), averaged, None
+
+    def gated(self, averaged: Float[Tensor, " N"]) -> Gated | None:
+        """Return the cheapest gate under which the average's losses stay low, or None if none is much cheaper.
+
+        It has to keep 0.9 of the average's gain, to show a gain itself, and to take less than 0.8 of its time by what
+        members take alone.
+        """
+        least, tried = _KEPT * self.gain(averaged).mean, list[Gated]()
+        for i, name in enumerate(self.names):
+            own: Scores = self.found.members[name]
+            for threshold in _THRESHOLDS:
+                alone = own.confidence >= threshold
+                nats = torch.where(alone, own.nats, averaged)
+                gain = self.gain(nats)
+                if gain.low > 0 and gain.mean >= least:
+                    tried.append(Gated(i, threshold, alone.double().mean().item(), nats))
+
+        def time(gated: Gated) -> float:
+            own = self.times[gated.member]
+            return own + (1 - gated.alone) * (sum(self.times) - own)
+
+        best = min(tried, key=time, default=None)
+        return best if best is not None and time(best) <= _CHEAPER * sum(self.times) else None
+
+    def unfitted_gain(self, compared: Evaluation) -> Difference:
+        """Return the gain of ``meet`` with equal weights over its pool, in bits a byte, at the positions compared."""
+        ours, theirs = (own.nats / math.log(2) for own in compared.choices.values())
+        return paired(theirs, ours, clusters(compared.positions.document), compared.positions.sizes)
+
+    def knows_better(self) -> list[float]:
+        """Return, for each member, the share of positions at which it finds the target likelier than all others do."""
+        nats = torch.stack([self.found.members[name].nats for name in self.names])
+        least = nats == nats.amin(0)
+        return (least / least.sum(0)).mean(-1).tolist()
+
+    def by_heart(self) -> list[str]:
+        """Return the names of documents of which a member needs so few bits that it may know them by heart."""
+        document, names = self.found.positions.document, self.found.positions.names
+        sizes = Clusters(document, "documents").sums(self.bytes)
+        found = []
+        for k in document.unique().tolist():
+            bits = min(own.nats[document == k].sum().item() for own in self.found.members.values()) / math.log(2)
+            found += [names[k]] if bits < _BY_HEART * sizes[k].item() else []
+        return found
+
+    def cautions(self) -> list[str]:
+        """Return sentences on what may make the verdict mislead; none if there is nothing to say."""
+        count, unit, found = len(self.found.positions), self.found.vocabulary, list[str]()
+        names = self.found.positions.document.unique()
+        if count < _FEW_TOKENS:
+            found.append(f"{count:,} {unit} are few: weights and gains may be those of chance. Give {_FEW_TOKENS:,}.")
+        if self.within.kind != "documents":
+            found.append(
+                f"Fewer than {_FEW_DOCUMENTS} documents: intervals are by blocks of text, and hold for texts like this."
+            )
+        if known := self.by_heart():
+            found.append(
+                f"A member needs less than {_BY_HEART} bits a byte for {len(known)} of {len(names)} documents (such as "
+                f"{known[0]}), as for text that it was trained on: leave them out, as they flatter who has seen them."
+            )
+        return found

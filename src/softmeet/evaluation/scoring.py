@@ -1,0 +1,253 @@
+"""Averages fitted to a text by Fisher scoring, all of it or without a fold, and judged there.
+
+Scoring steps along the gradient by the inverse of the Fisher information (McCullagh and Nelder, *Generalized Linear
+Models*, 1989, §2.5), and needs a few evaluations where a method that sees gradients alone needs tens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+
+import psutil
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from softmeet.evaluation.average import Family, Sums
+from softmeet.evaluation.files import PieceCache, Tensors, join_tensors
+from softmeet.evaluation.layout import Layout, Values
+from softmeet.evaluation.perplexity import chunk_size
+from softmeet.evaluation.positions import PIECE, Positions
+from softmeet.evaluation.scores import Evaluation, Scores, disagreement, prediction_scores
+from softmeet.hf.modeling import EnsembleForCausalLM
+from softmeet.scaling.base import Engine
+
+# Elements of log-probabilities in one step: they stay in a core's cache.
+_CACHED_ELEMENTS = 1 << 18
+# The share of the machine's memory up to which log-probabilities are kept between evaluations, not computed again.
+HELD = 0.4
+# Scoring ends when a step is expected to lower the loss by less, in nats a position.
+_ENOUGH = 1e-6
+# The longest step in θ, and how often it is halved before scoring ends.
+_STRIDE, _HALVINGS = 3.0, 6
+
+# What is scored of each member and average, fields of ``Scores``.
+_SCORED = ("nats", "hit", "confidence")
+
+# An average by its family and its values.
+Average = tuple[Family, Values]
+
+
+@dataclass
+class Piece:
+    """A piece of a text, at which averages are fitted and judged.
+
+    Attributes:
+        model: the ensemble, for its members' heads.
+        positions: the piece's positions, with hidden states.
+        keep: whether the members' log-probabilities are kept once they are computed.
+    """
+
+    model: EnsembleForCausalLM
+    positions: Positions
+    keep: bool
+    _held: dict[int, Tensor] = field(default_factory=dict, init=False)
+
+    def sums(self, family: Family, theta: Float[Tensor, " k"]) -> Sums:
+        """Return the loss of a family's average at ``theta``, with its derivatives, summed over the piece."""
+        k, loss = len(theta), 0.0
+        gradient, information = theta.new_zeros(k), theta.new_zeros(k, k)
+        for log_p, targets in self._steps():
+            own = log_p if family.members is None else log_p[list(family.members)]
+            found = family.sums(theta, own, targets, self.model.combiner.support)
+            loss, gradient, information = (
+                loss + found.loss, gradient + found.gradient, information + found.information,
+            )  # fmt: skip
+        return Sums(loss, gradient, information)
+
+    @torch.inference_mode()
+    def scores(self, averages: Sequence[Average]) -> Tensors:
+        """Score every member and some averages: ``nats``, ``hit`` and ``confidence``, (members + averages, N) each.
+
+        ``disagreement``, (N,), is the members', in nats.
+        """
+        support, found = self.model.combiner.support, list[Tensors]()
+        for log_p, targets in self._steps():
+            made = [
+                family.log_probs(values, log_p if family.members is None else log_p[list(family.members)], support)
+                for family, values in averages
+            ]
+            scored = [prediction_scores(own, targets) for own in (*log_p, *made)]
+            found.append({name: torch.stack([getattr(own, name) for own in scored], -1) for name in _SCORED})
+            found[-1]["disagreement"] = disagreement(log_p)
+        return join_tensors(found)
+
+    def _steps(self) -> Iterator[tuple[Float[Tensor, "n B v"], Int[Tensor, " B"]]]:
+        """Yield (the members' log-probabilities, the targets) at a few positions at a time."""
+        v = self.model.config.vocab_size
+        step = max(1, _CACHED_ELEMENTS // v)
+        for place, chunk in enumerate(self.positions.chunks(chunk_size(v))):
+            log_p = self._log_probs(place, chunk)
+            targets = chunk.targets.to(log_p.device)
+            for start in range(0, len(chunk), step):
+                yield log_p[:, start : start + step], targets[start : start + step]
+
+    @torch.no_grad()
+    def _log_probs(self, place: int, chunk: Positions) -> Float[Tensor, "n B v"]:
+        if place in self._held:
+            return self._held[place]
+        log_p, _ = self.model.combiner.own_log_probs(chunk.hidden)
+        if self.keep:
+            self._held[place] = log_p
+        return log_p
+
+
+class Text:
+    """A text in pieces, at which averages are fitted: at all of it, or without the documents of one fold.
+
+    A piece has positions from all over its fold, so that a few pieces are a sample of it. The members'
+    log-probabilities are computed once for all fits, as far as they fit the machine's memory.
+
+    Args:
+        model: the ensemble, for its members' heads.
+        positions: the text's positions, with hidden states.
+        engine: runs the pieces.
+        fold: the fold of each position, (N,), int64, numbered from 0 without gaps; None for a single one.
+        sample: at about how many positions averages are fitted; None for all.
+        cache: keeps evaluations and scores, and supplies those of an earlier run. None to keep nothing.
+    """
+
+    def __init__(
+        self, model: EnsembleForCausalLM, positions: Positions, engine: Engine, fold: Int[Tensor, " N"] | None = None,
+        *, sample: int | None = None, cache: PieceCache | None = None,
+    ) -> None:  # fmt: skip
+        self._engine, self._cache, self._positions = engine, cache or PieceCache(), positions
+        self._vocabulary = model.config.vocabulary
+        v, fold = model.config.vocab_size, torch.zeros(len(positions), dtype=torch.int64) if fold is None else fold
+        # Pieces of wide heads are smaller, so that every worker has some.
+        size = min(PIECE, 2 * chunk_size(v))
+        self._rows, self._fold, self._fitted = list[Tensor](), list[int](), list[bool]()
+        for k in fold.unique().tolist():
+            own = (fold == k).nonzero().squeeze(-1)
+            count = math.ceil(len(own) / size)
+            share = count if sample is None else math.ceil(count * min(1.0, sample / len(positions)))
+            self._rows += [own[place::count] for place in range(count)]
+            self._fold += [k] * count
+            self._fitted += [place < share for place in range(count)]
+        room = HELD * psutil.virtual_memory().total / (4 * len(model.heads) * v)
+        order = sorted(range(len(self._rows)), key=lambda place: not self._fitted[place])
+        first = dict(zip(order, accumulate(len(self._rows[place]) for place in order), strict=True))
+        self._pieces = engine.keep(
+            [Piece(model, positions.take(rows), first[place] <= room) for place, rows in enumerate(self._rows)]
+        )
+
+    def sums(
+        self, family: Family, theta: Float[Tensor, " k"], without: int | None = None,
+        on_progress: Callable[[int], None] = lambda positions: None,
+    ) -> Sums:  # fmt: skip
+        """Return the mean loss of a family's average at ``theta``, with its derivatives, per position of the sample.
+
+        Pieces are added in order, so that the result does not depend on where they ran.
+
+        Args:
+            family: the averages.
+            theta: the parameters θ, (k,), fp64.
+            without: a fold that is left out; None for all positions.
+            on_progress: called with the number of positions of each finished piece.
+        """
+        taken = [k for k, own in enumerate(self._fold) if own != without and self._fitted[k]]
+        found = dict[int, Sums]()
+        for place, sums in self._engine.map(Piece.sums, [(self._pieces[k], family, theta) for k in taken]):
+            found[place] = sums
+            on_progress(len(self._rows[taken[place]]))
+        losses, gradients, information = zip(*(found[place] for place in range(len(taken))), strict=True)
+        count = sum(len(self._rows[k]) for k in taken)
+        return Sums(sum(losses) / count, torch.stack(gradients).sum(0) / count, torch.stack(information).sum(0) / count)
+
+    def fit(
+        self, family: Family, start: Values, evaluations: int, name: str, *, without: int | None = None,
+        on_progress: Callable[[int], None] = lambda positions: None,
+    ) -> tuple[Values, float, int]:  # fmt: skip
+        """Minimise the loss of a family's average within the bounds of its layout.
+
+        Args:
+            family: the averages.
+            start: the values to begin at.
+            evaluations: the most evaluations of the loss.
+            name: of these evaluations in the cache.
+            without: a fold that is left out; None for all positions.
+            on_progress: called with the number of positions of each finished piece of an evaluation.
+
+        Returns:
+            (the best values, their loss in nats per position, the number of evaluations).
+        """
+        layout, count = family.layout, 0
+
+        def evaluated(theta: Tensor) -> Sums:
+            nonlocal count
+            count += 1
+
+            def compute() -> Tensors:
+                found = self.sums(family, theta, without, on_progress)
+                return found._asdict() | {"loss": torch.tensor(found.loss, dtype=torch.float64)}
+
+            found = self._cache.get(f"{name}-{count:04d}", compute)
+            return Sums(found["loss"].item(), found["gradient"], found["information"])
+
+        best = layout.pack(start)
+        at = evaluated(best)
+        while count < evaluations and (step := _step(layout, best, at)) is not None:
+            for _ in range(_HALVINGS):
+                theta = layout.clip(best + step)
+                found, step = evaluated(theta), step / 2
+                if found.loss < at.loss or count >= evaluations:
+                    break
+            if not found.loss < at.loss:
+                break
+            best, at = theta, found
+        return layout.values(best), at.loss, count
+
+    def scores(
+        self, members: Sequence[str], averages: Sequence[Mapping[str, Average]],
+        on_progress: Callable[[int], None] = lambda positions: None,
+    ) -> Evaluation:  # fmt: skip
+        """Score the members and averages at all positions.
+
+        Args:
+            members: the members' names.
+            averages: by name, those that are scored at the positions of each fold, the same names for all.
+            on_progress: called with the number of positions of each finished piece.
+        """
+        pieces = self._cache.map(
+            self._engine, "averages", Piece.scores, range(len(self._rows)),
+            lambda k: (self._pieces[k], list(averages[self._fold[k]].values())),
+            lambda k: on_progress(len(self._rows[k])),
+        )  # fmt: skip
+        back, whole = torch.cat(self._rows).argsort(), join_tensors(pieces)
+        columns = zip(*(whole[name][back].unbind(-1) for name in _SCORED), strict=True)
+        scored = dict(zip([*members, *averages[0]], (Scores(*own) for own in columns), strict=True))
+        return Evaluation(
+            replace(self._positions, hidden=[]),
+            {name: scored[name] for name in members},
+            {name: scored[name] for name in averages[0]},
+            whole["disagreement"][back],
+            self._vocabulary,
+        )
+
+
+def _step(layout: Layout, theta: Float[Tensor, " k"], at: Sums) -> Float[Tensor, " k"] | None:
+    """Return the scoring step from ``theta`` within the bounds; None if it would lower the loss by next to nothing."""
+    low, high = torch.tensor(layout.bounds(), dtype=torch.float64).unbind(-1)
+    free = ~(((theta <= low) & (at.gradient > 0)) | ((theta >= high) & (at.gradient < 0)))
+    if not math.isfinite(at.loss) or not free.any():
+        return None
+    gradient, information = at.gradient[free], at.information[free][:, free]
+    # Some directions in θ leave the average as it is: the pseudo-inverse does not move along them.
+    step = torch.zeros_like(theta)
+    step[free] = -torch.linalg.pinv(information, rtol=1e-9, hermitian=True) @ gradient
+    if not -(step @ at.gradient).item() / 2 > _ENOUGH:
+        return None
+    return step * min(1.0, _STRIDE / step.abs().max().item())

@@ -1,0 +1,135 @@
+"""The figures of ``softmeet advise``, and its verdict in a sentence."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from softmeet.evaluation.advise import Advice
+from softmeet.evaluation.candidates import Candidate
+from softmeet.evaluation.intervals import Difference
+from softmeet.evaluation.judged import Judged
+from softmeet.members.member import short
+from softmeet.rules.movement import Movement
+
+
+def figures(advice: Advice) -> dict[str, Any]:
+    """Return what is advised, and why, as a dictionary for JSON; losses and gains are in bits a byte.
+
+    ``verdict`` is ``single``, ``average``, ``meet`` or ``gate``; ``rule``, ``weights`` and ``settings`` are those that
+    are advised, None if a model that is no member is. ``gain`` is what they gain over the best member, with the 95 %
+    ``interval``, on documents that took no part in fitting or choosing (for ``single``: what the best ensemble would
+    gain); ``cost_ratio`` is the time of a byte over that of the best member; ``says`` is a sentence. ``members`` has
+    each one's ``bits_per_byte`` and ``ms_per_byte``, and how often it ``knows_better`` than all others; ``candidates``
+    each fit's settings, ``bits_per_byte``, ``gain`` and ``interval``. ``movement`` says how far ``meet`` moves the
+    average, ``alternatives`` what single models make of the same text, ``cautions`` what may mislead.
+    """
+    judged, found = advice.judged, advice.judged.found
+    gain = None if advice.nats is None else judged.gain(advice.nats)
+    instead, best = advice.instead(), judged.times[judged.names.index(judged.best)]
+    verdict, settings = ("single", None) if instead else (advice.verdict, advice.ensemble.model.config.settings.plain())
+    return {
+        "verdict": verdict,
+        "rule": settings and settings["rule"],
+        "weights": settings and settings["weights"],
+        "settings": settings,
+        "members_in_order": None if instead else advice.ensemble.names,
+        **_gained(gain),
+        "cost_ratio": (instead[0].time if instead else advice.time) / best if best else None,
+        "says": says(advice),
+        "best_member": judged.best,
+        "members": [
+            {
+                "name": name,
+                "bits_per_byte": judged.bits(found.members[name].nats),
+                "ms_per_byte": time,
+                "knows_better": better,
+            }
+            for name, time, better in zip(judged.names, judged.times, judged.knows_better(), strict=True)
+        ],
+        "candidates": {own.name: _candidate(judged, own) for own in judged.fitted.candidates},
+        "meet": _meet(judged),
+        "movement": _movement(judged),
+        "gate": advice.gated and {"gate": advice.gated.gate, "alone": advice.gated.alone},
+        "alternatives": [
+            {
+                "name": own.name,
+                "bits_per_byte": own.nats.sum().item() / math.log(2) / own.sizes.sum().item(),
+                "ms_per_byte": own.time,
+                **_gained(advice.against(own)),
+            }
+            for own in advice.alternatives
+        ],
+        "disagreement": found.disagreement.mean().item(),
+        "vocabulary": found.vocabulary,
+        "tokens": len(found.positions),
+        "bytes": int(found.positions.sizes.sum()),
+        "documents": len(found.positions.document.unique()),
+        "clusters": {"kind": judged.within.kind, "count": judged.within.count},
+        "folds": len(judged.fitted.refits),
+        "cautions": judged.cautions(),
+    }
+
+
+def _gained(gain: Difference | None) -> dict[str, Any]:
+    return {"gain": gain and gain.mean, "interval": gain and [gain.low, gain.high]}
+
+
+def _candidate(judged: Judged, own: Candidate) -> dict[str, Any]:
+    nats = judged.found.choices[own.label].nats
+    return {**own.settings, "bits_per_byte": judged.bits(nats), **_gained(judged.gain(nats))}
+
+
+def _movement(judged: Judged) -> dict[str, Any] | None:
+    """Return how far ``meet`` with equal weights moves its pool; None where it cannot be measured."""
+    compared = judged.unfitted_meet
+    return None if compared is None else Movement.stacked(compared.choices["meet"].movement).figures()
+
+
+def _meet(judged: Judged) -> dict[str, Any] | None:
+    """Return the gain of ``meet`` over averages: fitted, by folds; else at trust 0.3 over its pool, at some places."""
+    if judged.meets:
+        every, averages = judged.elsewhere([*judged.averages, *judged.meets]), judged.elsewhere(judged.averages)
+        return {"fitted": True, **_gained(judged.gain(every, averages))}
+    if (compared := judged.unfitted_meet) is None:
+        return None
+    return {"fitted": False, **_gained(judged.unfitted_gain(compared))}
+
+
+def says(advice: Advice) -> str:
+    """Return the verdict as a sentence."""
+    judged, best = advice.judged, short(advice.judged.best)
+    if instead := advice.instead():
+        model, gain = instead
+        return (
+            f"Use {short(model.name)} alone: it takes {model.time:.3g} ms a byte, no more than what the members would "
+            f"({advice.time:.3g}), and {_bits(gain)} less."
+        )
+    if advice.nats is None:
+        return f"Use {best}: there is one member."
+    gain = judged.gain(advice.nats)
+    ratio = advice.time / judged.times[judged.names.index(judged.best)]
+    if advice.verdict == "single":
+        return (
+            f"Use {best} alone: the best ensemble's predicted gain over it, {_bits(gain)}, has an interval that does "
+            "not exclude zero."
+        )
+    weights = ", ".join(
+        f"{short(name)} {w:.2f}"
+        for name, w in zip(judged.ensemble.names, advice.candidate.settings["weights"], strict=True)
+    )
+    what = {
+        "average": f"Average by {advice.candidate.settings['rule']} with weights {weights}",
+        "meet": f"Use meet: it pays beside averages, with weights {weights}",
+        "gate": f"Average by {advice.candidate.settings['rule']} with weights {weights}, behind a gate",
+    }[advice.verdict]
+    gated = advice.gated
+    alone = "" if gated is None else (
+        f" {short(judged.ensemble.names[gated.member])} answers alone where it gives a token at least "
+        f"{gated.threshold:g} ({gated.alone:.0%} of {judged.found.vocabulary})."
+    )  # fmt: skip
+    return f"{what}: predicted gain over {best} alone {_bits(gain)}, at {ratio:.2f} times its time.{alone}"
+
+
+def _bits(gain: Difference) -> str:
+    return f"{gain.mean:.4f} [{gain.low:.4f}, {gain.high:.4f}] bits a byte"
