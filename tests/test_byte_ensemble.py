@@ -387,14 +387,14 @@ def test_check_says_what_is_shared_and_what_it_costs(folders, tmp_path):
     for member, spelling in zip(facts["members"], (one, other), strict=True):
         assert member["own_tokens_per_byte"] == len(spelling.encode(text.encode())) / len(text)
         assert member["tokens_run_per_byte"] >= member["own_tokens_per_byte"]
-    assert "over bytes, by logit-mean or prob-mean or power-mean: " in facts["advice"]
+    assert "over bytes, by logit-mean or prob-mean or power-mean." in facts["notes"][0]
     assert "tokens in common" in command(*asked)
     # Longer than a context of 128 tokens.
     (tmp_path / "long.txt").write_text("the other there, " * 40)
     long = ["check", *tiny.each("-m", folders), "--text", tmp_path / "long.txt", "--json"]
     assert all(m["bits_per_byte"] > 0 for m in json.loads(command(*long))["members"])
     forced = ["check", "-m", folders[0], "-m", folders[0], "--vocabulary", "bytes", "--json"]
-    assert "--vocabulary tokens" in json.loads(command(*forced))["advice"]
+    assert "--vocabulary tokens" in json.loads(command(*forced))["notes"][0]
 
 
 def test_inspect_reports_between_places_where_all_members_cut(folders, pruned):

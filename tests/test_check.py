@@ -99,6 +99,9 @@ def test_check_in_json_and_on_the_terminal(members, tmp_path):  # noqa: F811
     same = run("check", "-m", members[1], "-m", members[1])
     assert "one column space" in same.stdout
     assert "meet is logit-mean with weights 0.5, 0.5 here" in same.stdout
+    # Facts alone: advice is another command's.
+    assert not {"advice", "verdict"} & (facts.keys() | facts["movement"].keys())
+    assert shown.stdout.strip().endswith("softmeet advise.")
 
 
 def test_a_configuration_file_gives_any_flag(members, tmp_path):  # noqa: F811

@@ -351,7 +351,7 @@ def test_commands(ensemble, tmp_path):
         assert "prob-mean" not in json.loads(done.stdout)["rules"]
     facts = json.loads(run("check", "-m", tmp_path / "saved", "--json").stdout)
     assert "movement" not in facts
-    assert facts["advice"].startswith("A weight is below 0")
+    assert facts["notes"][0].startswith("A weight is below 0")
 
 
 def test_settings_that_change_keep_their_meaning():

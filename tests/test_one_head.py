@@ -238,6 +238,6 @@ def test_check_says_so(pair):
     facts = json.loads(checked("--weights", "0.2,0.8", "--json").stdout)
     assert facts["average"] == pytest.approx([(0.2 + 0.3) / 1.6, (0.8 + 0.3) / 1.6])
     sentence = "All members have one head, so meet is logit-mean with weights 0.312, 0.688 here, and costs no more"
-    assert facts["advice"].startswith(sentence)
+    assert facts["notes"][0].startswith(sentence)
     assert "meet is logit-mean with weights 0.5, 0.5" in " ".join(checked().stdout.split())
-    assert "span one column space" in json.loads(checked("--pool", "prob-mean", "--json").stdout)["advice"]
+    assert "span one column space" in json.loads(checked("--pool", "prob-mean", "--json").stdout)["notes"][0]

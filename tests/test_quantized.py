@@ -328,7 +328,9 @@ def test_check_says_what_it_can(quantised_folder):
     assert (plain["unread"], other["unread"]) == (None, "is quantised (Int8Tensor)")
     assert (plain["rank"], other["rank"], facts["rank"], facts["pairs"]) == (32, None, None, [])
     assert other["megabytes"] < plain["megabytes"]
-    assert facts["advice"].startswith("Combine them by logit-mean or prob-mean or power-mean: other rules read heads")
+    assert facts["notes"][0].startswith(
+        "They can be combined by logit-mean or prob-mean or power-mean: other rules read heads"
+    )
     saved = quantised_folder[0].parent / "saved"
     Ensemble.from_pretrained(quantised_folder, "logit-mean").save_pretrained(saved)
     config = json.loads((saved / "config.json").read_text())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
@@ -21,6 +21,10 @@ from softmeet.cli.tables import out, print_table
 
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
+
+
+# The last line of what is shown.
+ADVISE = "Whether they are worth combining: softmeet advise."
 
 
 @flags(only=("weights", "pool"))
@@ -63,7 +67,8 @@ def check(
 ) -> None:
     """Compare members: vocabularies, output layers (heads) and how far these overlap, and memory.
 
-    With --text, it also says how far meet should trust each member.
+    With --text, it also tests whether each member's errors look like those of a narrow head. Whether members are worth
+    combining is what softmeet advise says.
 
     If tokenizers differ, it shows how many tokens they share and, with --text, how similarly they split a text and how
     much work it takes to read it.
@@ -102,7 +107,7 @@ def _loaded(loading: options.LoadingFlags, members: list[str], settings: Mapping
 
 
 def _facts(ensemble: Ensemble, text: str | None, tokens: int, sampled: int) -> dict[str, Any]:
-    """Return what :func:`_heads` says, with each member's premise score, how far ``meet`` moves the pool, and advice.
+    """Return what :func:`_heads` says, with notes, each member's premise score, and how far ``meet`` moves the pool.
 
     Args:
         ensemble: over tokens.
@@ -114,10 +119,9 @@ def _facts(ensemble: Ensemble, text: str | None, tokens: int, sampled: int) -> d
     """
     with working("comparing heads"):
         facts = _heads(ensemble)
-    if any(member["unread"] for member in facts["members"]):
-        return facts | {"advice": _advice(facts)}
-    if min(ensemble.model.config.weights) < 0:
-        return facts | {"advice": "A weight is below 0, which only averages of logits take: meet is not compared."}
+    facts["notes"] = _notes(facts, ensemble.model.config.weights)
+    if any(member["unread"] for member in facts["members"]) or min(ensemble.model.config.weights) < 0:
+        return facts
     if text is not None:
         from softmeet.evaluation.premise import premise_scores
 
@@ -128,7 +132,7 @@ def _facts(ensemble: Ensemble, text: str | None, tokens: int, sampled: int) -> d
     if len(ensemble.names) > 1 and (text is not None or sampled):
         with working("seeing how far meet moves the pool"):
             facts["movement"] = _movement(ensemble, text, tokens, sampled)
-    return facts | {"advice": _advice(facts)}
+    return facts
 
 
 def _movement(ensemble: Ensemble, text: str | None, tokens: int, sampled: int) -> dict[str, Any]:
@@ -201,42 +205,29 @@ def _heads(ensemble: Ensemble) -> dict[str, Any]:
     }
 
 
-def _averaging(facts: dict[str, Any]) -> str:
-    """Return a sentence if ``meet`` can be nothing but an average of these members; else an empty one."""
-    if facts["average"]:
-        weights = ", ".join(f"{w:.3g}" for w in facts["average"])
-        return (
-            f"All members have one head, so meet is logit-mean with weights {weights} here, and costs no more than it."
-        )
-    if all(pair["shared"] for pair in facts["pairs"]):
-        return "All heads span one column space, so meet can only be averaging: use logit-mean and save its cost."
-    return ""
+def _notes(facts: dict[str, Any], weights: Sequence[float]) -> list[str]:
+    """Return sentences on which rules these members can take, and where ``meet`` is an average; perhaps none.
 
-
-def _advice(facts: dict[str, Any]) -> str:
-    """Return one sentence on which rule suits the members, judged by :func:`_facts`."""
-    members = facts["members"]
-    if unread := [f"that of {m['name']} {m['unread']}" for m in members if m["unread"]]:
+    Args:
+        facts: as :func:`_heads` returns them.
+        weights: the ensemble's, one for each member.
+    """
+    if unread := [f"that of {m['name']} {m['unread']}" for m in facts["members"] if m["unread"]]:
         from softmeet.hf.unread import averages
 
-        return f"Combine them by {averages()}: other rules read heads, and {', '.join(unread)}."
-    if len(members) == 1:
-        return "One member: every rule returns its own distribution."
-    if averaging := _averaging(facts):
-        return averaging
-    verdicts = {m["name"]: m["premise"]["verdict"] for m in members if "premise" in m}
-    trusted = [name for name, verdict in verdicts.items() if verdict == "trust"]
-    if verdicts and not trusted and "unclear" in verdicts.values():
-        return "This text is too short to tell whether errors look like a narrow softmax's: give more of it (--tokens)."
-    if verdicts and not trusted:
-        return "No member's errors look like a narrow softmax's here: use logit-mean, or the best member alone."
-    if verdicts:
-        rest = [f"{name} ({verdict})" for name, verdict in verdicts.items() if name not in trusted]
-        others = f", not {', '.join(rest)}" if rest else ""
-        return f"Trust {', '.join(trusted)}{others}; then compare with logit-mean on other text."
-    if facts["share"] >= 1:
-        return "The heads together are as wide as the vocabulary, so exact agreement has at most one answer: use meet."
-    return "Give --text to see which members to trust."
+        return [f"They can be combined by {averages()}: other rules read heads, and {', '.join(unread)}."]
+    if len(facts["members"]) == 1:
+        return ["There is one member: every rule returns its own distribution."]
+    if min(weights) < 0:
+        return ["A weight is below 0, which only averages of logits take: meet is not compared."]
+    if facts["average"]:
+        shown = ", ".join(f"{w:.3g}" for w in facts["average"])
+        return [
+            f"All members have one head, so meet is logit-mean with weights {shown} here, and costs no more than it."
+        ]
+    if all(pair["shared"] for pair in facts["pairs"]):
+        return ["All heads span one column space, so meet can only be averaging, at a higher cost."]
+    return []
 
 
 def _show(facts: dict[str, Any]) -> None:
@@ -276,7 +267,7 @@ def _show(facts: dict[str, Any]) -> None:
         )
     if "movement" in facts:
         trust, moved = facts["movement"]["trust"], facts["movement"]
-        console.print(
-            f"On {moved['positions']} tokens, at trust {trust}, {escape(moved['says'])} {escape(moved['advice'])}"
-        )
-    console.print(f"[bold]{escape(facts['advice'])}")
+        console.print(f"On {moved['positions']} tokens, at trust {trust}, {escape(moved['says'])}")
+    for note in facts["notes"]:
+        console.print(note, markup=False)
+    console.print(ADVISE)

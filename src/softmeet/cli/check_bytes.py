@@ -47,10 +47,10 @@ def facts(ensemble: Ensemble, text: str | None, tokens: int) -> dict[str, Any]:
             words = first.spelling, second.spelling
             pair: dict[str, Any] = {"members": [one, other], "shared_tokens": shared_words(*words)}
             pairs.append(pair | ({} if data is None else {"shared_boundaries": shared_boundaries(*words, data)}))
-    advice = f"Combine them over bytes, by {averages()}: softmeet evaluate says which is best on your text."
+    notes = [f"They can be combined over bytes, by {averages()}."]
     if all(reader.spelling.words == model.readers[0].spelling.words for reader in model.readers[1:]):
-        advice = "They spell the same tokens: over tokens (--vocabulary tokens) they cost less, and take every rule."
-    return {"vocabulary": "bytes", "members": members, "pairs": pairs, "advice": advice}
+        notes = ["They spell the same tokens: over tokens (--vocabulary tokens) they cost less, and take every rule."]
+    return {"vocabulary": "bytes", "members": members, "pairs": pairs, "notes": notes}
 
 
 def _costs(reader: Any, text: bytes, window: int) -> dict[str, float]:
@@ -99,4 +99,6 @@ def show(facts: dict[str, Any]) -> None:
             left, right = pair["shared_boundaries"]
             line += f"; {left:.0%} of the places where {one} cuts the text are {other}'s too, {right:.0%} the other way"
         console.print(line)
-    console.print(f"[bold]{escape(facts['advice'])}")
+    for note in facts["notes"]:
+        console.print(note, markup=False)
+    console.print("Whether they are worth combining: softmeet advise.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -38,6 +39,8 @@ _BEGINNING, _ROWS = "The", 5
 # Positions at which ``meet`` is compared with its pool; the mean total variation between the two below which it is not
 # tried on more; the trusts that are tried, and at how many positions.
 _COMPARED, _UNMOVED, _TRUSTS, _TRIED = 96, 0.005, (0.3, 1.0), 6000
+# If the solver takes long, ``meet`` is tried at as many positions as take so many seconds, but at least at so many.
+_SECONDS, _FEWEST = 60.0, 500
 
 
 def within_budget(ensemble: Ensemble, documents: Sequence[Document], most: int | None = None) -> list[Document]:
@@ -236,12 +239,17 @@ def advise(
         InvalidInputError: if the text has fewer documents (or blocks) than folds.
     """
     begin("comparing meet with its average", 0, None)
+    start = time.perf_counter()
     compared = moved(ensemble, positions, engine, cache)
+    seconds = (time.perf_counter() - start) / _COMPARED
     meets = compared is not None and _total_variation(compared) >= _UNMOVED
-    rules = tuple(f"meet:trust={trust:g}" for trust in _TRUSTS) if meets else ()
     many = _FITTED // (len(ensemble.names) * ensemble.model.config.vocab_size)
     options = Options(
-        folds=folds, meets=False, rules=rules, fit_positions=many, judge_positions=_TRIED if meets else None
+        folds=folds,
+        meets=False,
+        fit_positions=many,
+        trusts=_TRUSTS if meets else (),
+        judge_positions=max(_FEWEST, min(_TRIED, int(_SECONDS / seconds))) if meets else None,
     )
     fitted = fit(ensemble, positions, options, begin, engine=engine, cache=cache)
     begin("measuring what members cost", 0, None)

@@ -63,6 +63,7 @@ class Options:
             what is saved is fitted on all. None for three parts, each for one end.
         fit_positions: at about how many positions, evenly spread, averages are fitted; None for all.
         meets: whether to fit ``meet``.
+        trusts: with folds, trusts at which ``meet`` is tried, from the better average, with a fitted temperature each.
         rules: further candidates, such as ``"meet:trust=0.3"``; unless a rule names its pool, weights or
             ``free_weights``, the better average's are used.
     """
@@ -79,6 +80,7 @@ class Options:
     folds: int | None = None
     fit_positions: int | None = None
     meets: bool = True
+    trusts: tuple[float, ...] = ()
     rules: tuple[str, ...] = ()
 
 
@@ -142,7 +144,7 @@ class Fitter:
         best, premise = min(averages, key=lambda candidate: candidate.fit_nll), list[Premise]()
         if self.options.meets and not self.ensemble.model.over_bytes:
             premise = self._premise(part, best)
-            candidates += self._meets(part, averages, premise, _suffix(without))
+            candidates += self._meets(part, averages, premise, suffix_of(without))
         return [*candidates, *(_as_written(rule, best, n) for rule in self.options.rules)], premise
 
     def _premise(self, part: SplitPart, average: Candidate) -> list[Premise]:
@@ -230,7 +232,7 @@ class _Averages:
         *, baseline: bool = True,
     ) -> Candidate:  # fmt: skip
         """Fit a family; ``settings`` makes a rule's settings of values, ``piece`` names the fit instead of ``name``."""
-        piece = (piece or name) + _suffix(self.without)
+        piece = (piece or name) + suffix_of(self.without)
         evaluations = self.fitter.options.evaluations * _CHEAPER
         advance = self.fitter.begin(f"fitting {piece}", 0, None)
         values, loss, count = self.text.fit(
@@ -292,7 +294,7 @@ class _Averages:
         return self._fit(name, family, at, settings, baseline=False)
 
 
-def _suffix(fold: int | None) -> str:
+def suffix_of(fold: int | None) -> str:
     """Return what ends the names of fits without a fold."""
     return "" if fold is None else f" without fold {fold + 1}"
 

@@ -58,7 +58,11 @@ def member_runs(ensemble: Ensemble, text: str) -> list[tuple[Callable[[int], Any
     else:
         ids = ensemble.tokenizer(text, verbose=False)["input_ids"]
         pairs = [(member, ids) for member in model.members]
-    return [(_generator(member, ids, max(1, len(ids) * _PROMPT // size)), len(ids) / size) for member, ids in pairs]
+    found = []
+    for member, ids in pairs:
+        room = (getattr(member.config, "max_position_embeddings", None) or len(ids) + _LONG) - _LONG
+        found.append((_generator(member, ids, max(1, min(len(ids) * _PROMPT // size, room))), len(ids) / size))
+    return found
 
 
 def _generator(model: Any, ids: Sequence[int], length: int) -> Callable[[int], Any]:
@@ -75,17 +79,18 @@ def _generator(model: Any, ids: Sequence[int], length: int) -> Callable[[int], A
 
 
 def ensemble_run(ensemble: Ensemble, text: str) -> tuple[Callable[[int], Any], float]:
-    """Return (a function by which an ensemble generates greedily behind a text; the tokens that it makes a byte).
+    """Return (a function by which an ensemble generates greedily behind a text; what it makes of these, a byte).
 
-    Over bytes, where a token is one byte, the function generates four for each token asked for.
+    Over bytes the function makes four bytes for each token that it is asked for.
     """
-    over_bytes = ensemble.model.over_bytes
-    prompt = text.encode()[:_PROMPT].decode(errors="ignore")
-    size = len(ensemble.tokenizer(text, verbose=False)["input_ids"]) / len(text.encode())
+    model, over_bytes = ensemble.model, ensemble.model.over_bytes
+    rate = 1.0 if over_bytes else len(ensemble.tokenizer(text, verbose=False)["input_ids"]) / len(text.encode())
     times = _BYTES if over_bytes else 1
+    room = (model.window if over_bytes else getattr(model.config, "max_position_embeddings", None)) or _PROMPT
+    prompt = text.encode()[: min(_PROMPT, max(1, int((room - times * _LONG) / rate) - 1))].decode(errors="ignore")
 
     def run(count: int) -> Any:
         many = times * count
         return ensemble.generate(prompt, do_sample=False, max_new_tokens=many, min_new_tokens=many)
 
-    return run, 1 / _BYTES if over_bytes else size
+    return run, rate / times

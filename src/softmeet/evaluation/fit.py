@@ -33,6 +33,7 @@ from softmeet.evaluation.positions import Positions
 from softmeet.evaluation.premise import Premise
 from softmeet.evaluation.scores import Evaluation
 from softmeet.evaluation.scoring import Text
+from softmeet.evaluation.tempered import tempered_meets
 from softmeet.rules.settings import Settings
 from softmeet.scaling.base import Engine
 from softmeet.scaling.local import LocalEngine
@@ -139,6 +140,10 @@ def _by_folds(fitter: Fitter, positions: Positions, count: int) -> Fitted:
     judged = whole.spread_rows(fitter.options.judge_positions)
     found, part = _scored_by_folds(fitter, whole, text, fold, refits, judged), whole.take(judged)
     fold = fold[judged]
+    if fitter.options.trusts:
+        more, scores = tempered_meets(fitter, part.positions, fold, candidates, refits)
+        candidates, refits = [*candidates, *more[0]], [[*a, *b] for a, b in zip(refits, more[1:], strict=True)]
+        found = replace(found, choices=found.choices | scores)
     rival, best = _two_best(candidates, found)
 
     def chosen_elsewhere(some: Sequence[Candidate]) -> Float[Tensor, " N"]:

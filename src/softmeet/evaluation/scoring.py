@@ -23,6 +23,7 @@ from softmeet.evaluation.perplexity import chunk_size
 from softmeet.evaluation.positions import PIECE, Positions
 from softmeet.evaluation.scores import Evaluation, Scores, disagreement, prediction_scores
 from softmeet.hf.modeling import EnsembleForCausalLM
+from softmeet.rules.settings import Settings
 from softmeet.scaling.base import Engine
 
 # Elements of log-probabilities in one step: they stay in a core's cache.
@@ -48,12 +49,14 @@ class Piece:
     Attributes:
         model: the ensemble, for its members' heads.
         positions: the piece's positions, with hidden states.
-        keep: whether the members' log-probabilities are kept once they are computed.
+        keep: whether log-probabilities are kept once they are computed.
+        solved: settings of rules, whose answers take the place of the members' predictions; empty for the members.
     """
 
     model: EnsembleForCausalLM
     positions: Positions
     keep: bool
+    solved: tuple[Settings, ...] = ()
     _held: dict[int, Tensor] = field(default_factory=dict, init=False)
 
     def sums(self, family: Family, theta: Float[Tensor, " k"]) -> Sums:
@@ -99,7 +102,13 @@ class Piece:
     def _log_probs(self, place: int, chunk: Positions) -> Float[Tensor, "n B v"]:
         if place in self._held:
             return self._held[place]
-        log_p, _ = self.model.combiner.own_log_probs(chunk.hidden)
+        log_p, logits = self.model.combiner.own_log_probs(chunk.hidden)
+        if self.solved:
+            answers = [
+                self.model.combiner.combine_rows(log_p, logits, settings, hidden=chunk.hidden).log_probs
+                for settings in self.solved
+            ]
+            log_p = torch.stack(answers).to(log_p.dtype)
         if self.keep:
             self._held[place] = log_p
         return log_p
@@ -118,14 +127,18 @@ class Text:
         fold: the fold of each position, (N,), int64, numbered from 0 without gaps; None for a single one.
         sample: at about how many positions averages are fitted; None for all.
         cache: keeps evaluations and scores, and supplies those of an earlier run. None to keep nothing.
+        solved: for each fold, settings of rules whose answers take the place of the members' predictions; as many for
+            every fold. None for the members.
+        stage: the beginning of the names of scores in the cache.
     """
 
     def __init__(
         self, model: EnsembleForCausalLM, positions: Positions, engine: Engine, fold: Int[Tensor, " N"] | None = None,
         *, sample: int | None = None, cache: PieceCache | None = None,
+        solved: Sequence[Sequence[Settings]] | None = None, stage: str = "averages",
     ) -> None:  # fmt: skip
         self._engine, self._cache, self._positions = engine, cache or PieceCache(), positions
-        self._vocabulary = model.config.vocabulary
+        self._vocabulary, self._stage = model.config.vocabulary, stage
         v, fold = model.config.vocab_size, torch.zeros(len(positions), dtype=torch.int64) if fold is None else fold
         # Pieces of wide heads are smaller, so that every worker has some.
         size = min(PIECE, 2 * chunk_size(v))
@@ -141,7 +154,15 @@ class Text:
         order = sorted(range(len(self._rows)), key=lambda place: not self._fitted[place])
         first = dict(zip(order, accumulate(len(self._rows[place]) for place in order), strict=True))
         self._pieces = engine.keep(
-            [Piece(model, positions.take(rows), first[place] <= room) for place, rows in enumerate(self._rows)]
+            [
+                Piece(
+                    model,
+                    positions.take(rows),
+                    first[place] <= room,
+                    () if solved is None else tuple(solved[self._fold[place]]),
+                )
+                for place, rows in enumerate(self._rows)
+            ]
         )
 
     def sums(
@@ -222,7 +243,7 @@ class Text:
             on_progress: called with the number of positions of each finished piece.
         """
         pieces = self._cache.map(
-            self._engine, "averages", Piece.scores, range(len(self._rows)),
+            self._engine, self._stage, Piece.scores, range(len(self._rows)),
             lambda k: (self._pieces[k], list(averages[self._fold[k]].values())),
             lambda k: on_progress(len(self._rows[k])),
         )  # fmt: skip

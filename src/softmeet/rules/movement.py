@@ -20,8 +20,6 @@ from softmeet.simplex import kl, total_variation
 
 # The quantiles over positions that are reported.
 _QUANTILES = {"5 %": 0.05, "median": 0.5, "95 %": 0.95}
-# Mean total variation between pool and answer below which no text can tell them apart, and below which few can.
-_NOTHING, _LITTLE = 0.005, 0.03
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,8 +77,7 @@ class Movement:
 
         Returns:
             For each measure by name, a dict of its ``mean``, ``5 %``, ``median`` and ``95 %``; the number of
-            ``positions``; ``says``, a sentence with the means; and ``advice``, one on whether ``meet`` can gain over
-            the average, from these figures alone.
+            ``positions``; and ``says``, a sentence with the means.
         """
         found: dict[str, Any] = {}
         for f in fields(self):
@@ -89,13 +86,4 @@ class Movement:
             found[f.name] |= {name: values.quantile(q).item() for name, q in _QUANTILES.items()}
         nats, apart = self.forward.mean().item(), self.total_variation.mean().item()
         says = f"meet moves the average by {nats:.4f} nats a token (total variation {apart:.1%})."
-        return found | {"positions": len(self.free), "says": says, "advice": _advice(apart)}
-
-
-def _advice(apart: float) -> str:
-    """Return what a mean total variation between ``meet`` and the average says about using ``meet``."""
-    if apart < _NOTHING:
-        return "Here the average alone will do."
-    if apart < _LITTLE:
-        return "It can change little: compare the two on text (softmeet evaluate) before you pay for it."
-    return "It may gain over the average: compare the two on text (softmeet evaluate)."
+        return found | {"positions": len(self.free), "says": says}

@@ -1,0 +1,301 @@
+"""``softmeet advise``: its verdicts on members made to be equal, unequal, broken or the same, and its promises."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from test_fit import documents, folders  # noqa: F401
+from typer.testing import CliRunner
+
+from softmeet import Ensemble
+from softmeet.cli.main import app
+from softmeet.evaluation import advise as advising
+from softmeet.evaluation.advise import Advice, Alternative, advise, own_documents, within_budget
+from softmeet.evaluation.documents import Document
+from softmeet.evaluation.intervals import Clusters
+from softmeet.evaluation.judged import Judged
+from softmeet.evaluation.positions import Positions
+from softmeet.evaluation.premise import best_hidden
+from softmeet.evaluation.verdict import figures
+from softmeet.members.member import short
+
+N, DOCUMENTS = 1200, 20
+
+
+@pytest.fixture(scope="module")
+def members(tmp_path_factory):
+    """Two members of one head, and so of hidden states that can be made to say anything."""
+    folder = tmp_path_factory.mktemp("members")
+    found = Ensemble.from_pretrained(
+        [tiny.save(folder / name, name, seed=k) for k, name in enumerate(("gpt2", "llama"))], "logit-mean"
+    )
+    one, other = (member.get_output_embeddings().weight for member in found.model.members)
+    with torch.no_grad():
+        other.copy_(one)
+    return found
+
+
+def states(first, second, generator):
+    """Positions at which the truth is a head's distribution, and each member errs by so much noise of its own."""
+    truth = torch.randn(N, 32, generator=generator)
+    return truth, [truth + noise * torch.randn(N, 32, generator=generator) for noise in (first, second)]
+
+
+def positions(members, first, second, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    truth, hidden = states(first, second, generator)
+    return of_truth(hidden, members.model.heads[0].logits(truth).log_softmax(-1), generator)
+
+
+def of_truth(hidden, log_truth, generator):
+    targets = torch.multinomial(log_truth.exp(), 1, generator=generator).squeeze(-1)
+    document = torch.arange(N) * DOCUMENTS // N
+    return Positions(hidden, targets, document, torch.full((N,), 3), [f"d{k}" for k in range(DOCUMENTS)])
+
+
+TEXT = [Document("d", "the quick brown fox jumps over a lazy dog " * 3)]
+
+
+def advised(members, first, second, **how):
+    return advise(members, TEXT, positions(members, first, second), **how)
+
+
+def test_equal_members_are_averaged(members):
+    found = figures(advised(members, 1.0, 1.0))
+    assert found["verdict"] in ("average", "gate")
+    assert found["interval"][0] > 0
+    assert found["gain"] == pytest.approx(sum(found["interval"]) / 2)
+    assert min(found["weights"]) > 0.3
+    assert found["cost_ratio"] > 1
+    assert [m["bits_per_byte"] > 0 and m["ms_per_byte"] > 0 for m in found["members"]] == [True, True]
+    assert sum(m["knows_better"] for m in found["members"]) == pytest.approx(1)
+
+
+def test_a_much_better_member_is_used_alone(members):
+    found = figures(advised(members, 0.05, 3.0))
+    assert found["verdict"] == "single"
+    assert found["weights"] == [1.0, 0.0]
+    assert found["best_member"] == members.names[0]
+    assert found["interval"][0] <= 0
+    assert found["cost_ratio"] == pytest.approx(1)
+    assert f"Use {short(members.names[0])} alone" in found["says"]
+
+
+def test_the_same_member_twice_is_one(members):
+    same = positions(members, 0.3, 0.3)
+    same = replace(same, hidden=[same.hidden[0], same.hidden[0]])
+    found = figures(advise(members, TEXT, same))
+    assert found["verdict"] == "single"
+    assert found["gain"] == pytest.approx(0, abs=3e-3)
+
+
+def test_an_interval_that_holds_zero_is_no_advice(members):
+    """Whatever the mean is, over many draws of members about as good as their average."""
+    for seed in range(4):
+        found = figures(advise(members, TEXT, positions(members, 0.8, 1.1, seed)))
+        assert (found["verdict"] != "single") == (found["interval"][0] > 0)
+
+
+def judged_by(members, nats, confidence=None, times=(1.0, 1.0), sizes=None):
+    """What is judged of given losses: of two members, each fitted average and ``meet``."""
+    advice = advised(members, 0.3, 0.3)
+    fitted = advice.judged.fitted
+    for name, own in zip(advice.judged.names, nats["members"], strict=True):
+        fitted.test.members[name].nats = own.double()
+        if confidence is not None:
+            fitted.test.members[name].confidence = confidence[name == advice.judged.names[1]].double()
+    for candidate in fitted.candidates[:2]:
+        fitted.test.choices[candidate.label].nats = nats["members"][fitted.candidates.index(candidate)].double()
+    for candidate in fitted.candidates[2:]:
+        fitted.test.choices[candidate.label].nats = nats["averages"].double()
+    return Judged(members, fitted, times)
+
+
+def noise(seed):
+    return torch.rand(N, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_gate_is_advised_where_a_cheap_member_is_sure(members):
+    """Where it is sure all agree, and elsewhere the average gains."""
+    sure = torch.arange(N) % 2 == 0
+    one = torch.where(sure, 0.1, 2.0 + noise(0))
+    two = torch.where(sure, 0.1, 2.1 + noise(1))
+    averages = torch.where(sure, 0.1, 1.7 + noise(2))
+    confidence = [torch.where(sure, 0.95, 0.3), torch.full((N,), 0.3)]
+    judged = judged_by(members, {"members": [one, two], "averages": averages}, confidence, (1.0, 4.0))
+    verdict, candidate, nats, gated = judged.chosen()
+    assert (verdict, gated.member, gated.threshold, gated.alone) == ("gate", 0, 0.5, 0.5)
+    advice = Advice(judged, verdict, candidate, nats, gated, 3.0)
+    assert advice.ensemble.model.config.gate == "unsure:0.5"
+    # A gate before the dear one saves too little.
+    dear = judged_by(members, {"members": [two, one], "averages": averages}, confidence[::-1], (1.0, 40.0))
+    assert dear.chosen()[0] == "average"
+
+
+def test_a_gate_puts_its_member_first(members):
+    sure = torch.arange(N) % 2 == 0
+    one, two = torch.where(sure, 0.1, 2.1 + noise(0)), torch.where(sure, 0.1, 2.0 + noise(1))
+    averages = torch.where(sure, 0.1, 1.7 + noise(2))
+    confidence = [torch.full((N,), 0.3), torch.where(sure, 0.95, 0.3)]
+    judged = judged_by(members, {"members": [one, two], "averages": averages}, confidence, (4.0, 1.0))
+    verdict, candidate, nats, gated = judged.chosen()
+    candidate = replace(candidate, settings=candidate.settings | {"weights": [0.3, 0.7]})
+    advice = Advice(judged, verdict, candidate, nats, gated, 3.0)
+    assert advice.ensemble.names == members.names[::-1]
+    assert advice.ensemble.model.config.weights == [0.7, 0.3]
+    assert advice.fitted.chosen.settings["gate"] == "unsure:0.5"
+
+
+def test_one_model_that_costs_no_more_and_is_better_is_used_instead(members):
+    advice = advised(members, 1.0, 1.0)
+    ours = advice.judged
+    losses = Clusters(ours.found.positions.document, "documents").sums(ours.base)
+    sizes = Clusters(ours.found.positions.document, "documents").sums(ours.bytes)
+    better, worse = (
+        Alternative("other/model", factor * losses, sizes, time) for factor, time in ((0.5, advice.time), (1.5, 0.1))
+    )
+    advice.alternatives = [worse]
+    assert figures(advice)["verdict"] != "single"
+    assert figures(advice)["alternatives"][0]["gain"] < 0
+    advice.alternatives = [worse, better]
+    facts = figures(advice)
+    assert (facts["verdict"], facts["rule"], facts["weights"]) == ("single", None, None)
+    assert "Use other/model alone" in facts["says"]
+    advice.alternatives = [replace(better, time=2 * advice.time)]
+    assert figures(advice)["verdict"] != "single"
+
+
+def test_meet_is_advised_where_members_err_only_by_their_heads(tmp_path):
+    """The premise holds: each member's hidden state is the best that its narrow head allows."""
+    narrow = Ensemble.from_pretrained([tiny.save(tmp_path / str(k), "opt projected", seed=k) for k in range(2)])
+    generator = torch.Generator().manual_seed(0)
+    log_truth = torch.randn(N, tiny.V, generator=generator, dtype=torch.float64).log_softmax(-1)
+    hidden = [best_hidden(head, log_truth, 1e-6).float() for head in narrow.model.heads]
+    found = figures(advise(narrow, TEXT, of_truth(hidden, log_truth, generator)))
+    assert found["verdict"] == found["rule"] == "meet"
+    assert found["meet"]["interval"][0] > 0
+    assert found["movement"]["total_variation"]["mean"] > 0.005
+    assert found["settings"]["trust"] == [1.0, 1.0]
+
+
+def test_where_meet_is_the_average_it_is_not_tried(members, monkeypatch):
+    judged = advised(members, 0.3, 0.3).judged  # one head, so meet is an average
+    assert judged.unfitted_meet is not None
+    assert not judged.meets
+    assert not figures(advised(members, 0.3, 0.3))["meet"]["fitted"]
+
+
+def test_one_member_is_used_alone(tmp_path):
+    alone = Ensemble.from_pretrained([tiny.save(tmp_path / "a", "gpt2")])
+    from softmeet.evaluation.positions import observe_text
+
+    texts = documents()
+    found = figures(advise(alone, texts, observe_text(alone, texts)))
+    assert (found["verdict"], found["gain"]) == ("single", None)
+
+
+def test_what_may_mislead_is_said(members):
+    few = advised(members, 0.3, 0.3).judged
+    assert few.cautions() == []
+    short = positions(members, 0.3, 0.3).take(slice(300))
+    cautions = advise(members, TEXT, short).judged.cautions()
+    assert cautions[0].startswith("300 tokens are few")
+    assert "blocks of text" in cautions[1]
+    known = few.found.members[few.names[0]]
+    known.nats = torch.where(few.found.positions.document == 4, 0.01, known.nats)
+    assert "1 of 20 documents (such as d4)" in few.cautions()[0]
+
+
+def test_a_budget_is_spread_over_documents(members):
+    texts = [Document("short", "x" * 10), Document("long", "é" * 500), Document("longer", "z" * 5000)]
+    found = within_budget(members, texts, 210)
+    assert [len(own.text.encode()) for own in found] == [10, 100, 100]
+    assert within_budget(members, texts, 10_000) == texts
+    assert sum(len(own.text) for own in within_budget(members, [Document("d", "x" * 10**6)])) == 80_000
+
+
+def test_members_write_a_text_of_their_own(members):
+    texts = own_documents(members, 200)
+    assert len(texts) == 10
+    assert texts == own_documents(members, 200)
+    assert len({own.text for own in texts}) == 10
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    for document in documents(count=12, length=60):
+        (folder / f"{document.name}.txt").write_text(document.text)
+    return folder / "*.txt"
+
+
+def command(*words):
+    return CliRunner().invoke(app, ["advise", *map(str, words)])
+
+
+def test_the_command(folders, texts, tmp_path):  # noqa: F811
+    asked = [*folders, "-t", texts, "--folds", 3, "--instead", folders[0]]
+    done = command(*asked, "--json", tmp_path / "a.json", "--html", tmp_path / "a.html", "--save", tmp_path / "saved")
+    assert done.exit_code == 0, done.output
+    facts = json.loads((tmp_path / "a.json").read_text())
+    assert facts["verdict"] in ("single", "average", "meet", "gate")
+    assert {"rule", "weights", "gain", "interval", "cost_ratio", "says"} <= facts.keys()
+    assert facts["alternatives"][0]["bits_per_byte"] == pytest.approx(facts["members"][0]["bits_per_byte"], rel=1e-3)
+    shown = " ".join(done.output.split())
+    assert "instead: " in shown
+    assert "are few" in shown
+    page = (tmp_path / "a.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert "<table>" in page
+    if facts["rule"] is not None:
+        again = Ensemble.from_pretrained(tmp_path / "saved")
+        assert again.model.config.weights == pytest.approx(facts["weights"])
+        assert facts["says"] in (tmp_path / "saved" / "README.md").read_text()
+    by_option = command(*tiny.each("-m", folders), "-t", texts, "--folds", 3, "--json", "-")
+    assert json.loads(by_option.stdout)["members"][0]["bits_per_byte"] == facts["members"][0]["bits_per_byte"]
+
+
+def test_the_members_own_text(folders):  # noqa: F811
+    done = command(*folders, "--tokens", 300, "--json", "-")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["own_text"]
+    assert "wrote this text themselves" in " ".join(command(*folders, "--tokens", 300).output.split())
+
+
+def test_what_cannot_work_is_refused_before_anything_is_loaded(texts, folders, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(Ensemble, "from_pretrained", lambda *args, **how: pytest.fail("loaded"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "model.safetensors").write_text("x")
+    for words, message in (
+        (["--text", tmp_path / "nothing.txt"], "No such file"),
+        (["--text", texts, "--save", tmp_path / "full"], "holds other files"),
+        (["--text", texts, "--json", tmp_path / "no" / "a.json"], "in a folder that is there"),
+    ):
+        done = command(*folders, *words)
+        assert message in str(done.exception), done.output
+
+
+def test_finished_work_is_kept(folders, texts, tmp_path, monkeypatch):  # noqa: F811
+    words = [*folders, "-t", texts, "--folds", 3, "--resume", tmp_path / "kept", "--json"]
+    first = command(*words, "-")
+    assert first.exit_code == 0, first.output
+    monkeypatch.setattr(advising, "fit", kept_only(advising.fit))
+    second = json.loads(command(*words, "-").stdout)
+    assert second["candidates"] == json.loads(first.stdout)["candidates"]
+
+
+def kept_only(fit):
+    from softmeet.evaluation.scoring import Piece
+
+    def run(*args, **how):
+        before, Piece.sums = Piece.sums, lambda *args: pytest.fail("evaluated again")
+        try:
+            return fit(*args, **how)
+        finally:
+            Piece.sums = before
+
+    return run

@@ -1,0 +1,127 @@
+"""Cross-validation by document: folds, choices made on other folds, and fits and evaluations by folds."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny
+import torch
+from test_fit import documents, ensemble, folders, positions  # noqa: F401
+from typer.testing import CliRunner
+
+from softmeet.cli.main import app
+from softmeet.errors import InvalidInputError
+from softmeet.evaluation.candidates import Options
+from softmeet.evaluation.choices import RuleChoice
+from softmeet.evaluation.fit import fit
+from softmeet.evaluation.folds import best_elsewhere, folds_of
+from softmeet.evaluation.intervals import clusters
+from softmeet.evaluation.perplexity import evaluate
+from softmeet.evaluation.save import figures, save, verdict
+
+
+@pytest.fixture(scope="module")
+def by_folds(ensemble, positions):  # noqa: F811
+    return fit(ensemble, positions, Options(folds=3, meets=False, rules=("meet:trust=0.3",)))
+
+
+def test_no_document_is_in_two_folds(positions):  # noqa: F811
+    fold = folds_of(clusters(positions.document), 5)
+    for document in positions.document.unique():
+        assert len(fold[positions.document == document].unique()) == 1
+    assert set(fold.tolist()) == set(range(5))
+    with pytest.raises(InvalidInputError, match="enough for 13 folds, got 12 documents"):
+        folds_of(clusters(positions.document), 13)
+    with pytest.raises(InvalidInputError, match="at least 2 folds"):
+        folds_of(clusters(positions.document), 1)
+
+
+def test_a_choice_is_made_on_other_folds():
+    generator = torch.Generator().manual_seed(0)
+    losses = {name: torch.rand(300, generator=generator, dtype=torch.float64) for name in "abcdefgh"}
+    fold = torch.arange(300) % 3
+    found = best_elsewhere(losses, fold)
+    for k in range(3):
+        name = min(losses, key=lambda name: losses[name][fold != k].mean())
+        assert torch.equal(found[fold == k], losses[name][fold == k])
+    # What is best in hindsight is luck here; the choice by other folds does not profit from it.
+    assert min(own.mean() for own in losses.values()) < found.mean()
+
+
+def test_figures_are_of_fits_without_the_fold(by_folds, ensemble, positions):  # noqa: F811
+    assert [len(some) for some in by_folds.refits] == [6, 6, 6]
+    for place, whole in enumerate(by_folds.candidates):
+        scores = by_folds.test.choices[whole.label]
+        for k in range(3):
+            here, own = (by_folds.fold == k).nonzero().squeeze(-1), by_folds.refits[k][place]
+            again = evaluate(ensemble, positions.take(here), [RuleChoice("own", own.settings)])
+            assert torch.allclose(scores.nats[here], again.choices["own"].nats, atol=1e-4)
+            if own.average is not None:
+                assert own.settings != whole.settings
+    assert torch.equal(by_folds.test.positions.targets, positions.targets)
+
+
+def test_a_fit_without_a_fold_does_not_depend_on_it(ensemble, positions):  # noqa: F811
+    """Other targets in one fold leave what is fitted without it as it was, though it begins elsewhere."""
+    from dataclasses import replace
+
+    fold = folds_of(clusters(positions.document), 3)
+    other = replace(positions, targets=positions.targets.where(fold != 1, (positions.targets + 7) % 60))
+    first, second = (fit(ensemble, own, Options(folds=3, meets=False)) for own in (positions, other))
+    for ours, theirs in zip(first.refits[1], second.refits[1], strict=True):
+        assert ours.fit_nll == pytest.approx(theirs.fit_nll, abs=2e-6)
+        assert ours.settings["weights"] == pytest.approx(theirs.settings["weights"], abs=5e-3)
+    assert first.refits[0][2].fit_nll != pytest.approx(second.refits[0][2].fit_nll, abs=1e-4)
+
+
+def test_the_best_of_the_folds_is_saved(by_folds, folders, tmp_path):  # noqa: F811
+    from softmeet import Ensemble
+
+    facts = save(Ensemble.from_pretrained(folders), by_folds, tmp_path / "saved")
+    assert facts["folds"] == 3
+    assert facts["candidate"] in (by_folds.rival.name, by_folds.best_baseline.name)
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert "fits without one of 3 folds" in card
+    assert "part for" not in card
+    assert verdict(figures(by_folds)) in card
+    assert Ensemble.from_pretrained(tmp_path / "saved").model.config.weights == by_folds.chosen.settings["weights"]
+
+
+def test_judging_can_be_limited(ensemble, positions):  # noqa: F811
+    found = fit(ensemble, positions, Options(folds=3, meets=False, judge_positions=50, fit_positions=100))
+    assert len(found.test.positions) == len(found.fold) == 50
+    assert all(len(scores.nats) == 50 for scores in found.test.choices.values())
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    for document in documents():
+        (folder / f"{document.name}.txt").write_text(document.text)
+    return folder / "*.txt"
+
+
+def test_evaluate_sets_fitted_averages_beside_uniform_ones(folders, texts):  # noqa: F811
+    command = ["evaluate", *tiny.each("-m", folders), "-t", texts, "--rule", "logit-mean", "--folds", 3, "--json", "-"]
+    done = CliRunner().invoke(app, list(map(str, command)))
+    assert done.exit_code == 0, done.output
+    facts = json.loads(done.stdout)
+    names = [f"fitted {name}" for name in (*map(str, folders), "logit-mean", "prob-mean", "power-mean")]
+    assert [name for name in facts["rules"] if name.startswith("fitted")] == names
+    assert facts["best_baseline"].startswith("fitted ")
+    assert facts["rules"]["fitted prob-mean"]["nll"] < facts["rules"]["prob-mean"]["nll"]
+
+
+def test_fit_by_folds(folders, texts, tmp_path):  # noqa: F811
+    command = ["fit", *tiny.each("-m", folders), "-t", texts, "--folds", 2, "--out", tmp_path / "out"]
+    command += ["--evaluations", 1, "--meet-tokens", 10, "--premise-tokens", 10, "--json", tmp_path / "fit.json"]
+    done = CliRunner().invoke(app, list(map(str, command)))
+    assert done.exit_code == 0, done.output
+    facts = json.loads((tmp_path / "fit.json").read_text())
+    assert facts["folds"] == 2
+    assert "each judged by a fit without its fold" in done.stdout
+    assert {"meet", "power-mean"} <= facts["candidates"].keys()
+    few = ["fit", *tiny.each("-m", folders), "-t", texts, "--folds", 30, "--out", tmp_path / "other"]
+    done = CliRunner().invoke(app, list(map(str, few)))
+    assert "enough for 30 folds" in str(done.exception)
