@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -64,8 +65,6 @@ def test_figures_are_of_fits_without_the_fold(by_folds, ensemble, positions):  #
 
 def test_a_fit_without_a_fold_does_not_depend_on_it(ensemble, positions):  # noqa: F811
     """Other targets in one fold leave what is fitted without it as it was, though it begins elsewhere."""
-    from dataclasses import replace
-
     fold = folds_of(clusters(positions.document), 3)
     other = replace(positions, targets=positions.targets.where(fold != 1, (positions.targets + 7) % 60))
     first, second = (fit(ensemble, own, Options(folds=3, meets=False)) for own in (positions, other))
@@ -94,6 +93,34 @@ def test_judging_can_be_limited(ensemble, positions):  # noqa: F811
     assert all(len(scores.nats) == 50 for scores in found.test.choices.values())
 
 
+def test_weights_that_adapt_know_the_past_alone(ensemble, positions):  # noqa: F811
+    found = fit(ensemble, positions, Options(folds=3, meets=False, adaptive=True))
+    later = positions.targets.clone()
+    last = (positions.document != positions.document.roll(-1)).nonzero().squeeze(-1)
+    later[last] = (later[last] + 5) % 60
+    again = fit(ensemble, replace(positions, targets=later), Options(folds=3, meets=False, adaptive=True))
+    # The last token of a document is in no weight: what differs are the fits, a little.
+    before = torch.ones(len(later), dtype=torch.bool).index_fill(0, last, False)
+    for name in ("logit-mean", "prob-mean", "power-mean"):
+        ours, theirs = (one.test.choices[f"fitted adaptive {name}"].nats[before] for one in (found, again))
+        assert (ours - theirs).abs().max() < 0.2
+    # At a document's start the weights are the fitted ones.
+    first = (positions.document != positions.document.roll(1)).nonzero().squeeze(-1)
+    fixed, adaptive = (found.test.choices[f"fitted {kind}prob-mean"].nats for kind in ("", "adaptive "))
+    assert torch.allclose(fixed[first], adaptive[first], atol=1e-5)
+    assert not torch.allclose(fixed, adaptive, atol=1e-3)
+
+
+def test_adaptive_weights_find_the_member_that_knows_a_document(ensemble, positions):  # noqa: F811
+    """One member writes every other document, so that fixed weights are never right."""
+    generator, log_p = torch.Generator().manual_seed(0), ensemble.model.combiner.own_log_probs(positions.hidden)[0]
+    drawn = torch.stack([torch.multinomial(own.exp(), 1, generator=generator).squeeze(-1) for own in log_p])
+    written = drawn.gather(0, (positions.document % 2)[None]).squeeze(0)
+    options = Options(folds=3, meets=False, adaptive=True)
+    found = fit(ensemble, replace(positions, targets=written), options).test.choices
+    assert found["fitted adaptive prob-mean"].mean < found["fitted prob-mean"].mean - 0.02
+
+
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("texts")
@@ -107,7 +134,8 @@ def test_evaluate_sets_fitted_averages_beside_uniform_ones(folders, texts):  # n
     done = CliRunner().invoke(app, list(map(str, command)))
     assert done.exit_code == 0, done.output
     facts = json.loads(done.stdout)
-    names = [f"fitted {name}" for name in (*map(str, folders), "logit-mean", "prob-mean", "power-mean")]
+    averages = ["logit-mean", "prob-mean", "power-mean"]
+    names = [f"fitted {name}" for name in (*map(str, folders), *averages, *(f"adaptive {name}" for name in averages))]
     assert [name for name in facts["rules"] if name.startswith("fitted")] == names
     assert facts["best_baseline"].startswith("fitted ")
     assert facts["rules"]["fitted prob-mean"]["nll"] < facts["rules"]["prob-mean"]["nll"]

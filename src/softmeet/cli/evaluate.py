@@ -61,7 +61,8 @@ def evaluate(
     folds: int | None = flag(
         None,
         "Also measure every member and average at its best: weights, temperature and order are fitted on all but one "
-        "of N folds of the documents, and judged on that one, in turn.",
+        "of N folds of the documents, and judged on that one, in turn; averages also with weights that adapt to each "
+        "document as it goes.",
         min=2,
         shown="nothing is fitted",
         panel="Rule",
@@ -127,7 +128,9 @@ def evaluate(
                 ensemble, found, choices, **where, **reading, begin=lambda total: begin("evaluating", 0, total)
             )
         if folds is not None and positions is not None:
-            made = with_fits(made, fit(ensemble, positions, Options(folds=folds, meets=False), begin, **where))
+            made = with_fits(
+                made, fit(ensemble, positions, Options(folds=folds, meets=False, adaptive=True), begin, **where)
+            )
         facts = summary(made) | {"run": {"softmeet": __version__, "rules": how, **pinned}}
     result.tell(facts, show)
     result.write(facts)

@@ -76,18 +76,24 @@ class Family:
             chain.T @ (second - mean @ mean.T) @ chain,
         )
 
-    def log_probs(self, values: Values, log_p: Float[Tensor, "n B v"], support: Tensor | None) -> Float[Tensor, "B v"]:
-        """Return the average's log-probabilities in nats, at some values and with arguments as of :meth:`sums`."""
-        weights = torch.tensor(values.weights, dtype=torch.float64).to(log_p)
+    def log_probs(
+        self, values: Values, log_p: Float[Tensor, "n B v"], support: Tensor | None,
+        weights: Float[Tensor, "n B"] | None = None,
+    ) -> Float[Tensor, "B v"]:  # fmt: skip
+        """Return the average's log-probabilities in nats, at some values and with arguments as of :meth:`sums`.
+
+        ``weights``, one of each member at each of B positions, take the place of those in ``values``.
+        """
+        own = torch.tensor(values.weights, dtype=torch.float64) if weights is None else weights
         order = values.order if self.layout.ordered else self.order
-        scores, _ = _power_mean(log_p, weights, order, ordered=False)
+        scores, _ = _power_mean(log_p, own.to(log_p), order, ordered=False)
         if support is not None:
             scores = scores.masked_fill(~support, -torch.inf)
         return (scores / values.temperature).log_softmax(-1)
 
 
 def _power_mean(
-    log_p: Float[Tensor, "n B v"], weights: Float[Tensor, " n"], order: float, *, ordered: bool
+    log_p: Float[Tensor, "n B v"], weights: Float[Tensor, "n ..."], order: float, *, ordered: bool
 ) -> tuple[Float[Tensor, "B v"], list[Tensor]]:
     """Return the logarithm of a power mean up to an added constant, and its slopes in the weights and in the order.
 
@@ -96,19 +102,24 @@ def _power_mean(
     if order == 0:
         zero = log_p.isneginf() if bool(log_p.amin().isneginf()) else None
         finite = log_p if zero is None else log_p.masked_fill(zero, 0.0)
-        scores = torch.einsum("n,nbv->bv", weights, finite)
+        scores = _weighted(weights, finite)
         return scores if zero is None else scores.masked_fill(zero.any(0), -torch.inf), list(finite)
     finite = log_p.clamp_min(_LOG_ZERO)
     # The largest is taken out before exponentials are taken.
     largest = finite.amax(0)
     parts = ((finite - largest) * order).exp()
-    total = torch.einsum("n,nbv->bv", weights, parts)
+    total = _weighted(weights, parts)
     scores = largest + total.log() / order
     slopes = list(parts / (total * order))
     if ordered:
         inner = (weights[:, None, None] * parts * (finite - scores)).sum(0) / total
         slopes.append(inner / order)
     return scores.masked_fill(log_p.isneginf().all(0), -torch.inf), slopes
+
+
+def _weighted(weights: Float[Tensor, "n ..."], parts: Float[Tensor, "n B v"]) -> Float[Tensor, "B v"]:
+    """Return the sum of ``parts`` over members, with a weight for each, or for each at every position."""
+    return torch.einsum("n,nbv->bv" if weights.dim() == 1 else "nb,nbv->bv", weights, parts)
 
 
 def _jacobian(layout: Layout, theta: Float[Tensor, " k"]) -> Float[Tensor, "j k"]:

@@ -63,6 +63,7 @@ class Options:
             what is saved is fitted on all. None for three parts, each for one end.
         fit_positions: at about how many positions, evenly spread, averages are fitted; None for all.
         meets: whether to fit ``meet``.
+        adaptive: with folds, whether to score fitted averages with weights that adapt to a document as well.
         trusts: with folds, trusts at which ``meet`` is tried, from the better average, with a fitted temperature each.
         rules: further candidates, such as ``"meet:trust=0.3"``; unless a rule names its pool, weights or
             ``free_weights``, the better average's are used.
@@ -80,6 +81,7 @@ class Options:
     folds: int | None = None
     fit_positions: int | None = None
     meets: bool = True
+    adaptive: bool = False
     trusts: tuple[float, ...] = ()
     rules: tuple[str, ...] = ()
 

@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from softmeet.ensemble import Ensemble
+from softmeet.evaluation.adaptive import adaptive_averages
 from softmeet.evaluation.candidates import DEFAULTS, Begin, Candidate, Fitter, piece_of
 from softmeet.evaluation.candidates import Options as Options
 from softmeet.evaluation.choices import RuleChoice
@@ -167,7 +168,10 @@ def _scored_by_folds(
     """
     averages = [{own.label: own.average for own in some if own.average is not None} for some in refits]
     advance = fitter.begin("scoring averages", 0, len(whole.positions))
-    found = text.scores(distinct_names(fitter.ensemble), averages, advance).take(rows)
+    found = text.scores(distinct_names(fitter.ensemble), averages, advance)
+    if fitter.options.adaptive:
+        found = replace(found, choices=found.choices | adaptive_averages(text, found, fold, refits))
+    found = found.take(rows)
     if not (rules := [[own for own in some if own.average is None] for some in refits])[0]:
         return found
     at = whole.positions.take(rows)

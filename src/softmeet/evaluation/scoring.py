@@ -72,17 +72,20 @@ class Piece:
         return Sums(loss, gradient, information)
 
     @torch.inference_mode()
-    def scores(self, averages: Sequence[Average]) -> Tensors:
-        """Score every member and some averages: ``nats``, ``hit`` and ``confidence``, (members + averages, N) each.
+    def scores(self, averages: Sequence[Average], weights: Sequence[Float[Tensor, "n N"]] | None = None) -> Tensors:
+        """Score every member and some averages: ``nats``, ``hit`` and ``confidence``, (N, members + averages) each.
 
-        ``disagreement``, (N,), is the members', in nats.
+        ``disagreement``, (N,), is the members', in nats. If ``weights`` are given, each average has its own at every
+        position.
         """
-        support, found = self.model.combiner.support, list[Tensors]()
+        support, found, start = self.model.combiner.support, list[Tensors](), 0
         for log_p, targets in self._steps():
-            made = [
-                family.log_probs(values, log_p if family.members is None else log_p[list(family.members)], support)
-                for family, values in averages
-            ]
+            made = list[Tensor]()
+            for k, (family, values) in enumerate(averages):
+                own = log_p if family.members is None else log_p[list(family.members)]
+                each = None if weights is None else weights[k][:, start : start + len(targets)]
+                made.append(family.log_probs(values, own, support, each))
+            start += len(targets)
             scored = [prediction_scores(own, targets) for own in (*log_p, *made)]
             found.append({name: torch.stack([getattr(own, name) for own in scored], -1) for name in _SCORED})
             found[-1]["disagreement"] = disagreement(log_p)
@@ -233,7 +236,8 @@ class Text:
 
     def scores(
         self, members: Sequence[str], averages: Sequence[Mapping[str, Average]],
-        on_progress: Callable[[int], None] = lambda positions: None,
+        on_progress: Callable[[int], None] = lambda positions: None, *,
+        weights: Mapping[str, Float[Tensor, "n N"]] | None = None, stage: str | None = None,
     ) -> Evaluation:  # fmt: skip
         """Score the members and averages at all positions.
 
@@ -241,10 +245,16 @@ class Text:
             members: the members' names.
             averages: by name, those that are scored at the positions of each fold, the same names for all.
             on_progress: called with the number of positions of each finished piece.
+            weights: by name, the members' weights of every average at each position; None for those of its values.
+            stage: in place of that of the text, for the cache.
         """
+        own = None if weights is None else [weights[name] for name in averages[0]]
         pieces = self._cache.map(
-            self._engine, self._stage, Piece.scores, range(len(self._rows)),
-            lambda k: (self._pieces[k], list(averages[self._fold[k]].values())),
+            self._engine, stage or self._stage, Piece.scores, range(len(self._rows)),
+            lambda k: (
+                self._pieces[k], list(averages[self._fold[k]].values()),
+                None if own is None else [each[:, self._rows[k]] for each in own],
+            ),
             lambda k: on_progress(len(self._rows[k])),
         )  # fmt: skip
         back, whole = torch.cat(self._rows).argsort(), join_tensors(pieces)
