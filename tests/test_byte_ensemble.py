@@ -348,7 +348,8 @@ def test_a_trace_and_a_fit_give_what_the_text_gives(folders, tmp_path):
     out = tmp_path / "fitted"
     command("fit", "--out", out, *members, "--trace", tmp_path / "trace", "--json", tmp_path / "fit.json")
     facts = json.loads((tmp_path / "fit.json").read_text())
-    assert {Path(name).name for name in facts["candidates"]} == {"gpt2", "llama", "logit-mean", "prob-mean"}
+    averages = {"logit-mean", "prob-mean", "power-mean"}
+    assert {Path(name).name for name in facts["candidates"]} == {"gpt2", "llama", *averages}
     assert facts["vocabulary"] == "bytes"
     card = (out / "README.md").read_text()
     assert "| nats/byte |" in card

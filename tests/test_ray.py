@@ -357,12 +357,13 @@ def test_a_fit_goes_on_where_it_stopped(ensemble, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         fit(ensemble, positions, options, stop, cache=PieceCache(tmp_path, {}))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors")}
-    assert {path.name.rpartition("-")[0] for path in before} == {"member-0", "member-1", "logit-mean", "prob-mean"}
+    averages = {"logit-mean", "prob-mean", "power-mean"}
+    assert {path.name.rpartition("-")[0] for path in before} == {"member-0", "member-1", *averages}
     advanced = []
     begin = lambda description, done, total: lambda count: advanced.append(description)  # noqa: E731
     assert figures(fit(ensemble, positions, options, begin, cache=PieceCache(tmp_path, {}))) == whole
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert not {"fitting member 0", "fitting logit-mean", "fitting prob-mean"} & set(advanced)
+    assert not {"fitting member 0", *(f"fitting {name}" for name in averages)} & set(advanced)
     with pytest.raises(InvalidInputError, match="pieces of a command with other settings"):
         PieceCache(tmp_path, {"trust": 1})
 
