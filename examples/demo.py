@@ -32,7 +32,8 @@ with quick_imports():
     from softmeet.evaluation.documents import Document
     from softmeet.evaluation.held_out import held_out_books
     from softmeet.evaluation.intervals import Difference, clusters, paired
-    from softmeet.evaluation.perplexity import Evaluation, evaluate_text
+    from softmeet.evaluation.perplexity import evaluate_text
+    from softmeet.evaluation.scores import Evaluation
     from softmeet.hf.report import style
 
 PROMPT, SEED = "And the king said unto his daughter,", 1
