@@ -139,6 +139,8 @@ def test_evaluate_sets_fitted_averages_beside_uniform_ones(folders, texts):  # n
     assert [name for name in facts["rules"] if name.startswith("fitted")] == names
     assert facts["best_baseline"].startswith("fitted ")
     assert facts["rules"]["fitted prob-mean"]["nll"] < facts["rules"]["prob-mean"]["nll"]
+    # Averages that were scored without a solver have no gate either: no column says so.
+    assert not any(rule["gated"] for rule in facts["rules"].values())
 
 
 def test_fit_by_folds(folders, texts, tmp_path):  # noqa: F811

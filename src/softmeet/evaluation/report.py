@@ -54,7 +54,7 @@ def summary(found: Evaluation, best: str | None = None) -> dict[str, Any]:
             "passes": scores.passes / count,
             "fallbacks": scores.fallbacks,
             "statuses": scores.statuses,
-            "gated": scores.gated.double().mean().item(),
+            "gated": scores.gated.double().sum().item() / count,
             "gain_by_disagreement": gain_by_disagreement(scores, baselines[best], found.disagreement),
         }
         if len(scores.movement):
