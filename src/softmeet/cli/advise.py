@@ -132,7 +132,7 @@ def show(facts: dict[str, Any]) -> None:
         facts: the figures, as :func:`softmeet.evaluation.verdict.figures` returns them.
     """
     console = stdout()
-    for (title, columns, rows), wide in zip(tables(facts), ((0, 4), (0, 3, 4)), strict=True):
+    for (title, columns, rows), wide in zip(tables(facts), ((0,), (0, 3, 4)), strict=True):
         print_table(console, columns, [rows], title=title, texts=wide)
     console.print(differences(facts), markup=False)
     for caution in cautions(facts):
@@ -149,6 +149,7 @@ def tables(facts: dict[str, Any]) -> list[tuple[str, Sequence[str], Sequence[Seq
     unit = "" if facts["vocabulary"] == "bytes" else f"{facts['tokens']:,} tokens, "
     spread = f"{facts['clusters']['count']} {facts['clusters']['kind']}"
     alone = [(m, options.short(m["name"]), f"{m['knows_better']:.0%}", "") for m in facts["members"]]
+    shown = 5 if facts["alternatives"] else 4
     alone += [(m, f"instead: {options.short(m['name'])}", "", _gain(m)) for m in facts["alternatives"]]
     fitted = [
         (
@@ -160,8 +161,8 @@ def tables(facts: dict[str, Any]) -> list[tuple[str, Sequence[str], Sequence[Seq
     return [
         (
             f"{unit}{facts['bytes']:,} bytes of {many}",
-            ("model alone", "bits a byte", "ms a byte", "knows better", "gain over what is advised"),
-            [(name, f"{m['bits_per_byte']:.4f}", f"{m['ms_per_byte']:.3g}", *rest) for m, name, *rest in alone],
+            ("model alone", "bits a byte", "ms a byte", "knows better", "gain over what is advised")[:shown],
+            [(name, f"{m['bits_per_byte']:.4f}", f"{m['ms_per_byte']:.3g}", *rest)[:shown] for m, name, *rest in alone],
         ),
         (
             f"Fitted on {facts['folds'] - 1} of {facts['folds']} folds, judged on the other; intervals by {spread}",

@@ -72,7 +72,7 @@ def own_documents(ensemble: Ensemble, tokens: int) -> list[Document]:
         tokens: about how many tokens (over bytes: bytes) to write in all.
     """
     names, found = ensemble.names, list[Document]()
-    each = max(1, tokens // (_ROWS * len(names)))
+    each = math.ceil(tokens / (_ROWS * len(names)))
     for i in range(len(names)):
         alone = part(ensemble, [i], {"rule": POOLS[0], "weights": [1.0]})
         made = alone.generate([_BEGINNING] * _ROWS, seed=i, top_k=0, max_new_tokens=each, min_new_tokens=each)
@@ -260,8 +260,10 @@ def advise(
     found = Advice(judged, *judged.chosen(), time=times[judged.names.index(judged.best)])
     if found.verdict != "single":
         begin("measuring what the ensemble costs", 0, None)
-        run, rate = ensemble_run(found.ensemble, text)
-        found.time = milliseconds([run])[0] * rate
+        # Side by side with the best member, so that the ratio can be relied on where the machine has slowed down.
+        both = [runs[judged.names.index(judged.best)], ensemble_run(found.ensemble, text)]
+        alone, ours = (ms * rate for ms, (_, rate) in zip(milliseconds([run for run, _ in both]), both, strict=True))
+        found.time *= ours / alone if alone > 0 else 1.0
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM
 
 # New tokens in the shorter and in the longer of two runs, whose difference leaves out the prompt; bytes of the prompt.
 _SHORT, _LONG, _PROMPT = 4, 20, 400
-_REPEATS = 3
+_REPEATS = 4
 # Over bytes a token is about so many steps.
 _BYTES = 4
 
@@ -23,7 +23,8 @@ def milliseconds(runs: Sequence[Callable[[int], Any]], repeats: int = _REPEATS) 
     """Measure the milliseconds that each of several generators takes for one more token.
 
     Each runs for a few tokens and for more; the difference is divided by that of the numbers. Generators take turns,
-    so that a machine that slows down does so for all. The median of the repeats is returned, at least 0.
+    so that a machine that slows down does so for all, and of each the shortest times count, as what else a machine does
+    only adds to them.
 
     Args:
         runs: functions of a number of new tokens, which generate as many.
@@ -31,16 +32,14 @@ def milliseconds(runs: Sequence[Callable[[int], Any]], repeats: int = _REPEATS) 
     """
     for run in runs:
         run(_SHORT)
-    found: list[list[float]] = [[] for _ in runs]
+    shortest = [{_SHORT: math.inf, _LONG: math.inf} for _ in runs]
     for _ in range(repeats):
-        for run, own in zip(runs, found, strict=True):
-            taken = []
-            for count in (_SHORT, _LONG):
+        for run, own in zip(runs, shortest, strict=True):
+            for count in own:
                 start = time.perf_counter()
                 run(count)
-                taken.append(time.perf_counter() - start)
-            own.append(max(1000 * (taken[1] - taken[0]) / (_LONG - _SHORT), 0.0))
-    return [statistics.median(own) for own in found]
+                own[count] = min(own[count], time.perf_counter() - start)
+    return [1000 * (own[_LONG] - own[_SHORT]) / (_LONG - _SHORT) for own in shortest]
 
 
 def member_runs(ensemble: Ensemble, text: str) -> list[tuple[Callable[[int], Any], float]]:

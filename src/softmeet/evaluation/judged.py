@@ -111,6 +111,13 @@ class Judged:
         return [own for own in self.fitted.candidates if own.name in (*POOLS, PowerMean.name)]
 
     @property
+    def worthwhile(self) -> list[Candidate]:
+        """The averages, but without the power mean unless it is shown to be better than both of its ends."""
+        ends = [own for own in self.averages if own.name in POOLS]
+        every = self.averages
+        return every if every and self.gain(self.elsewhere(every), self.elsewhere(ends)).low > 0 else ends
+
+    @property
     def meets(self) -> list[Candidate]:
         """The fits of ``meet``."""
         return [own for own in self.fitted.candidates if rule_of(own.settings["rule"]).tilts_pool]
@@ -125,18 +132,19 @@ class Judged:
         The losses are None for a single member without an ensemble beside it.
         """
         best = self.fitted.candidates[self.names.index(self.best)]
-        if not self.averages:
+        averages = self.worthwhile
+        if not averages:
             return "single", best, None, None
-        averaged = self.elsewhere(self.averages)
+        averaged = self.elsewhere(averages)
         if self.meets:
-            every = self.elsewhere([*self.averages, *self.meets])
+            every = self.elsewhere([*averages, *self.meets])
             if self.gain(every, averaged).low > 0 and self.gain(every).low > 0:
                 return DEFAULT, self.best_of(self.meets), every, None
         if not self.gain(averaged).low > 0:
             return "single", best, averaged, None
         if gated := self.gated(averaged):
-            return "gate", self.best_of(self.averages), gated.nats, gated
-        return "average", self.best_of(self.averages), averaged, None
+            return "gate", self.best_of(averages), gated.nats, gated
+        return "average", self.best_of(averages), averaged, None
 
     def gated(self, averaged: Float[Tensor, " N"]) -> Gated | None:
         """Return the cheapest gate under which the average's losses stay low, or None if none is much cheaper.

@@ -89,8 +89,9 @@ def _movement(judged: Judged) -> dict[str, Any] | None:
 def _meet(judged: Judged) -> dict[str, Any] | None:
     """Return the gain of ``meet`` over averages: fitted, by folds; else at trust 0.3 over its pool, at some places."""
     if judged.meets:
-        every, averages = judged.elsewhere([*judged.averages, *judged.meets]), judged.elsewhere(judged.averages)
-        return {"fitted": True, **_gained(judged.gain(every, averages))}
+        averages = judged.worthwhile
+        every, averaged = judged.elsewhere([*averages, *judged.meets]), judged.elsewhere(averages)
+        return {"fitted": True, **_gained(judged.gain(every, averaged))}
     if (compared := judged.unfitted_meet) is None:
         return None
     return {"fitted": False, **_gained(judged.unfitted_gain(compared))}
@@ -102,7 +103,7 @@ def says(advice: Advice) -> str:
     if instead := advice.instead():
         model, gain = instead
         return (
-            f"Use {short(model.name)} alone: it takes {model.time:.3g} ms a byte, no more than what the members would "
+            f"Use {short(model.name)} alone: it takes {model.time:.3g} ms a byte, no more than the ensemble "
             f"({advice.time:.3g}), and {_bits(gain)} less."
         )
     if advice.nats is None:
@@ -120,7 +121,7 @@ def says(advice: Advice) -> str:
     )
     what = {
         "average": f"Average by {advice.candidate.settings['rule']} with weights {weights}",
-        "meet": f"Use meet: it pays beside averages, with weights {weights}",
+        "meet": f"Use meet at trust {advice.candidate.settings['trust'][0]:g}, as it pays, with weights {weights}",
         "gate": f"Average by {advice.candidate.settings['rule']} with weights {weights}, behind a gate",
     }[advice.verdict]
     gated = advice.gated
