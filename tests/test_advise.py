@@ -16,6 +16,7 @@ from softmeet.cli.main import app
 from softmeet.evaluation import advise as advising
 from softmeet.evaluation.advise import Advice, Alternative, advise, own_documents, within_budget
 from softmeet.evaluation.documents import Document
+from softmeet.evaluation.files import PieceCache
 from softmeet.evaluation.intervals import Clusters
 from softmeet.evaluation.judged import Judged
 from softmeet.evaluation.positions import Positions
@@ -299,3 +300,18 @@ def kept_only(fit):
             Piece.sums = before
 
     return run
+
+
+def test_a_run_that_goes_on_judges_at_the_same_positions(members, tmp_path, monkeypatch):
+    """How many were judged depended on time: the second run is quicker, as much is kept."""
+    monkeypatch.setattr(advising, "_UNMOVED", 0.0)
+    monkeypatch.setattr(advising, "_FEWEST", 50)
+    monkeypatch.setattr(advising, "_SECONDS", 0.1)
+    kept = [advised(members, 1.0, 1.0, cache=PieceCache(tmp_path / "kept", {})).judged for _ in range(2)]
+    first, second = (len(own.found.positions) for own in kept)
+    assert first == second
+    assert figures_of(kept[0]) == figures_of(kept[1])
+
+
+def figures_of(judged):
+    return {name: scores.nats.tolist() for name, scores in judged.found.choices.items()}

@@ -242,6 +242,8 @@ def advise(
     start = time.perf_counter()
     compared = moved(ensemble, positions, engine, cache)
     seconds = (time.perf_counter() - start) / _COMPARED
+    # Kept, as a run that goes on does not solve them again.
+    afforded = (cache or PieceCache()).get("afforded", lambda: {"": torch.tensor(_SECONDS / seconds)})[""].item()
     meets = compared is not None and _total_variation(compared) >= _UNMOVED
     many = _FITTED // (len(ensemble.names) * ensemble.model.config.vocab_size)
     options = Options(
@@ -249,7 +251,7 @@ def advise(
         meets=False,
         fit_positions=many,
         trusts=_TRUSTS if meets else (),
-        judge_positions=max(_FEWEST, min(_TRIED, int(_SECONDS / seconds))) if meets else None,
+        judge_positions=max(_FEWEST, min(_TRIED, int(afforded))) if meets else None,
     )
     fitted = fit(ensemble, positions, options, begin, engine=engine, cache=cache)
     begin("measuring what members cost", 0, None)

@@ -66,8 +66,14 @@ class Judged:
         ensemble: the members.
         fitted: the fit, by folds.
         times: the milliseconds that each member takes to write a byte alone.
-        unfitted_meet: scores of ``meet`` and of its pool, both with equal weights, at some positions, if ``meet`` was
-            too close to the pool to be fitted; else None.
+        unfitted_meet: scores of ``meet`` at trust 0.3 and of its pool, both with equal weights, at some positions; None
+            where ``meet`` cannot be.
+        found: scores of members and candidates.
+        names: the members' names.
+        within: the clusters of positions.
+        bytes: that each position adds to the text, (N,).
+        best: the member of the least loss, as it is or with a fitted temperature.
+        base: its losses, (N,), whichever are less.
     """
 
     ensemble: Ensemble
