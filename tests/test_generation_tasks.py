@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 import time
 import warnings
@@ -68,6 +69,12 @@ def test_the_facts_of_other_kinds_are_right():
         formula, numbers = item["prompt"].removesuffix("="), [int(n) for n in item["prompt"].split() if n.isdigit()]
         assert int(item["answer"]) == (eval(formula) if item["prompt"].endswith("=") else numbers[0] * numbers[1])
     assert all(item["answer"] in item["prompt"] for item in ITEMS["extraction"])
+    for item in ITEMS["extraction"]:
+        text, question, _ = item["prompt"].split("\n")
+        most = re.fullmatch("Question: (Which city was|Who paid) the (warm|cold|mo|lea)(e?)st\\?", question)
+        pairs = re.findall(r"(\d+) degrees in (\w+)|(\w+) paid (\d+)", text)
+        ordered = sorted((int(pair[0] or pair[3]), pair[1] or pair[2]) for pair in pairs)
+        assert not most or item["answer"] == ordered[-1 if most[2] in ("warm", "mo") else 0][1]
     for item in ITEMS["copying"]:
         what, text = item["prompt"].removesuffix("\nResult:").split(": ", 1)
         items = text.split(", ")
@@ -112,8 +119,8 @@ def scratch(tmp_path, monkeypatch):
     "code",
     ["while True: pass", "import time\ntime.sleep(60)", "x = [0] * 10**10", "x = []\nwhile True: x.append(' ' * 10**7)",
      "import sys\nsys.exit(0)", "import os\nos._exit(0)", "raise SystemExit", "def f(x): return x +", "input()",
-     "f = lambda x: f(x)", "import ctypes\nctypes.string_at(0)", "import torch", "import os\nos.environ['HOME']",
-     "open('left', 'wb', 0).write(b'text')", "print(open('/proc/self/fd/0').read()[0])", "f = lambda x: x",
+     "f = lambda x: f(x)", "import ctypes\nctypes.string_at(0)", "import typing_extensions",
+     "import os\nos.environ['HOME']", "open('left', 'wb', 0).write(b'text')", "x = bytearray(10**9)", "f = lambda x: x",
      "import os\nos.write(1, b'+' * 99)\nos._exit(0)", "while True: print('x' * 10**6)"],
 )  # fmt: skip
 def test_code_that_does_not_pass_harms_nobody(code, scratch):
@@ -127,7 +134,8 @@ def test_code_that_does_not_pass_harms_nobody(code, scratch):
 
 def test_what_is_printed_or_left_behind_changes_nothing(scratch):
     code = "import os, sys\nopen('empty', 'w')\nprint('+', 'x' * 10**6)\nprint('x', file=sys.stderr)\n"
-    assert judging.passes(SAFE + code, ["f(1) == 2", "f(2) == 3"])
+    here = f"os.path.dirname(os.getcwd()) == {str(scratch)!r}"
+    assert judging.passes(SAFE + code, ["f(1) == 2", "f(2) == 3", here])
     assert not judging.passes(SAFE + code, ["f(1) == 2", "f(2) == 2"])
     assert not list(scratch.iterdir())
 
@@ -237,7 +245,7 @@ def test_the_benchmark_notes_answers_and_time():
 
 def test_what_has_been_answered_is_not_asked_again(folder, tmp_path, monkeypatch):
     (one,) = generation.subjects([], [str(folder / "saved")])[2:]
-    asked, failing = [], ["arithmetic"]
+    asked, failing, processes = [], ["arithmetic"], []
 
     def ask(lm, kind, limit):
         asked.append(kind)
@@ -250,6 +258,7 @@ def test_what_has_been_answered_is_not_asked_again(folder, tmp_path, monkeypatch
 
     def run(command, check):
         """As in a process of its own."""
+        processes.append(command)
         given = dict(part.removeprefix("--").split("=", 1) for part in command[2:])
         try:
             numbers = {name: int(given[name]) for name in ("batch", "limit", "threads")}
@@ -265,7 +274,7 @@ def test_what_has_been_answered_is_not_asked_again(folder, tmp_path, monkeypatch
     found = generation.answers(one, tmp_path, 2, 3, 1)
     assert asked[3:] == ["arithmetic", "extraction"]
     assert generation.answers(one, tmp_path, 2, 3, 1) == found
-    assert len(asked) == 5
+    assert (len(asked), len(processes)) == (5, 2)
     generation.answers(one, tmp_path, 4, 3, 1)  # other settings are other answers
     assert len(asked) == 9
 
