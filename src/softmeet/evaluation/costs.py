@@ -13,7 +13,7 @@ from softmeet.ensemble import Ensemble
 from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM
 
 # New tokens in the shorter and in the longer of two runs, whose difference leaves out the prompt; bytes of the prompt.
-_SHORT, _LONG, _PROMPT = 4, 20, 400
+_SHORT, _LONG, _PROMPT = 4, 20, 100
 _REPEATS = 4
 # Over bytes a token is about so many steps.
 _BYTES = 4
