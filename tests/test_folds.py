@@ -20,6 +20,7 @@ from softmeet.evaluation.folds import best_elsewhere, folds_of
 from softmeet.evaluation.intervals import clusters
 from softmeet.evaluation.perplexity import evaluate
 from softmeet.evaluation.save import figures, save, verdict
+from softmeet.members.weighting import Adaptation
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +92,20 @@ def test_judging_can_be_limited(ensemble, positions):  # noqa: F811
     found = fit(ensemble, positions, Options(folds=3, meets=False, judge_positions=50, fit_positions=100))
     assert len(found.test.positions) == len(found.fold) == 50
     assert all(len(scores.nats) == 50 for scores in found.test.choices.values())
+
+
+def test_a_loss_changes_later_weights_of_its_document_alone():
+    generator = torch.Generator().manual_seed(0)
+    nats, document = torch.rand(3, 12, generator=generator, dtype=torch.float64), torch.arange(12) // 6
+    other = nats.clone()
+    other[1, 2] += 5.0
+    ours, theirs = (Adaptation(0.9, 0.3).weights([0.2, 0.3, 0.5], own, document) for own in (nats, other))
+    same = (ours == theirs).all(0)
+    assert same.tolist() == [True] * 3 + [False] * 3 + [True] * 6
+    # By the sum as it is defined.
+    t, past = 5, torch.tensor([0.9 ** (5 - 1 - s) for s in range(5)], dtype=torch.float64)
+    score = torch.tensor([0.2, 0.3, 0.5]).log() - 0.1 * (nats[:, :t] * past).sum(-1) / 0.3
+    assert torch.allclose(ours[:, t], score.softmax(0), atol=1e-6)
 
 
 def test_weights_that_adapt_know_the_past_alone(ensemble, positions):  # noqa: F811

@@ -80,7 +80,7 @@ def own_documents(ensemble: Ensemble, tokens: int) -> list[Document]:
     return found
 
 
-def moved(
+def meet_beside_pool(
     ensemble: Ensemble, positions: Positions, engine: Engine | None = None, cache: PieceCache | None = None
 ) -> Evaluation | None:
     """Score ``meet`` and its pool, with the ensemble's settings, at some positions evenly spread over a text.
@@ -240,7 +240,7 @@ def advise(
     """
     begin("comparing meet with its average", 0, None)
     start = time.perf_counter()
-    compared = moved(ensemble, positions, engine, cache)
+    compared = meet_beside_pool(ensemble, positions, engine, cache)
     seconds = (time.perf_counter() - start) / _COMPARED
     # Kept, as a run that goes on does not solve them again.
     afforded = (cache or PieceCache()).get("afforded", lambda: {"": torch.tensor(_SECONDS / seconds)})[""].item()

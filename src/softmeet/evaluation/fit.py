@@ -136,8 +136,9 @@ def _by_folds(fitter: Fitter, positions: Positions, count: int) -> Fitted:
     how: dict[str, Any] = {"sample": fitter.options.fit_positions, "cache": fitter.cache}
     text = Text(fitter.ensemble.model, positions, fitter.engine, fold, **how)
     candidates, premise = fitter.candidates(whole, text)
-    others = [whole.take((fold != k).nonzero().squeeze(-1)) for k in range(count)]
-    refits = [fitter.candidates(others[k], text, k, candidates)[0] for k in range(count)]
+    refits = [
+        fitter.candidates(whole.take((fold != k).nonzero().squeeze(-1)), text, k, candidates)[0] for k in range(count)
+    ]
     judged = whole.spread_rows(fitter.options.judge_positions)
     found, part = _scored_by_folds(fitter, whole, text, fold, refits, judged), whole.take(judged)
     fold = fold[judged]

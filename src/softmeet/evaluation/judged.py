@@ -125,7 +125,7 @@ class Judged:
 
     @property
     def meets(self) -> list[Candidate]:
-        """The fits of ``meet``."""
+        """The candidates that are ``meet``, one for each trust that was tried; none if it was not."""
         return [own for own in self.fitted.candidates if rule_of(own.settings["rule"]).tilts_pool]
 
     def best_of(self, candidates: Sequence[Candidate]) -> Candidate:
