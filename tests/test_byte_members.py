@@ -55,6 +55,24 @@ def member_of(kind, pruning=EXACT, seed=0):
     return ByteMember(model_of(tokenizer, seed), spelling_of(kind, tokenizer), pruning)
 
 
+@pytest.mark.parametrize(
+    ("changes", "start"),
+    [
+        ({}, byte_tokenizers.END),
+        ({"bos_token": None}, "\u010a"),
+        ({"add_bos_token": False}, "\u010a"),
+        ({"eos_token": None}, byte_tokenizers.END),
+    ],
+    ids=["declared", "none", "not added", "no end"],
+)
+def test_a_text_begins_behind_a_line_break_if_its_tokenizer_has_no_token_to_add(changes, start):
+    own = byte_tokenizers.byte_level()
+    tokenizer = tf.PreTrainedTokenizerFast(
+        tokenizer_object=own.backend_tokenizer, **{"bos_token": own.bos_token, "eos_token": own.eos_token, **changes}
+    )
+    assert spelling_of("m", tokenizer).start == (tokenizer.get_vocab()[start],)
+
+
 def step_by_step(member, text):
     """The log-probability of a text and its end, byte by byte."""
     (reading, total) = member.begin(b""), 0.0

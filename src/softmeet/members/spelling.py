@@ -52,8 +52,8 @@ class Spelling:
         flat: all words one after another, (bytes,) uint8.
         offsets: (m + 1,), the index in ``flat`` at which each word begins, and at last its length.
         end: the id of the tokenizer's token that ends a text, or None; a model's configuration may name further ones.
-        start: ids of the tokens before each text: those that the tokenizer puts there, else one that begins or ends
-            texts.
+        start: ids of the tokens before each text: those that the tokenizer puts there, else one that begins texts, or a
+            line break's.
         dummy: bytes that the tokenizer puts before each text, such as SentencePiece's space; may be empty.
         unwritable: the bytes that no token spells; :meth:`encode` leaves them out. They are among the control
             characters and the bytes that no character of Unicode's planes 0 to 3 has in UTF-8.
@@ -246,15 +246,19 @@ def _core(described: dict[str, Any]) -> Tokenizer:
     return core
 
 
-def _start(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return the ids before a text: those that the tokenizer puts there, else ``<|endoftext|>``, BOS or EOS."""
+def _start(tokenizer: PreTrainedTokenizerBase, core: Tokenizer) -> tuple[int, ...]:
+    """Return the ids before a text: what the tokenizer puts there, else ``<|endoftext|>`` or BOS, else a line break.
+
+    A tokenizer without a BOS, or with one that it says not to add, as of Qwen 2.5, is of a model that may predict a
+    text badly behind such a token.
+    """
     marked, plain = (tokenizer("a", add_special_tokens=own)["input_ids"] for own in (True, False))
     before = tuple(marked[: len(marked) - len(plain)]) if marked[len(marked) - len(plain) :] == plain else marked[:1]
     if len(marked) > len(plain) and before:
         return tuple(before)
-    vocab = tokenizer.get_vocab()
-    candidates = (vocab.get("<|endoftext|>"), tokenizer.bos_token_id, tokenizer.eos_token_id)
-    return tuple(k for k in candidates if k is not None)[:1]
+    if tokenizer.bos_token_id is None or tokenizer.init_kwargs.get("add_bos_token") is False:
+        return tuple(core.encode("\n", add_special_tokens=False).ids)
+    return (tokenizer.get_vocab().get("<|endoftext|>", tokenizer.bos_token_id),)
 
 
 def spelling_of(name: str, tokenizer: PreTrainedTokenizerBase) -> Spelling:
@@ -266,7 +270,7 @@ def spelling_of(name: str, tokenizer: PreTrainedTokenizerBase) -> Spelling:
 
     Raises:
         VocabularyMismatchError: if the tokenizer is not a fast one, changes or loses text (say, lower-cases it), lacks
-            a token for a byte that text needs, or has no token to begin a text with.
+            a token for a byte that text needs.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise _refuse(name, "its tokenizer is written in Python, and its tokens cannot be read")
@@ -284,15 +288,13 @@ def spelling_of(name: str, tokenizer: PreTrainedTokenizerBase) -> Spelling:
     spelling = Spelling(
         name=name, words=words, tokens=np.array([k for k, _ in ordered]),
         flat=flat, offsets=offsets, typical=np.tile(beginnings, (256, 1)),
-        end=tokenizer.eos_token_id, start=_start(tokenizer), dummy=dummy,
+        end=tokenizer.eos_token_id, start=_start(tokenizer, core), dummy=dummy,
         unwritable=bytes(sorted(set(range(256)) - single.keys())), _core=core, _own=own, _single=single,
     )  # fmt: skip
     for text in _TRIED:
         found = spelling.spelled(core.encode(text, add_special_tokens=False).ids)
         if found.removeprefix(dummy) != text.encode() and found != text.encode():
             raise _refuse(name, f"its tokenizer turns {text!r} into {found.decode(errors='replace')!r}")
-    if not spelling.start:
-        raise _refuse(name, "its tokenizer has no token to begin a text with")
     return spelling
 
 
