@@ -13,12 +13,14 @@ from typer.testing import CliRunner
 
 from softmeet.cli.main import app
 from softmeet.errors import InvalidInputError
+from softmeet.evaluation.by_folds import evaluate_by_folds
 from softmeet.evaluation.candidates import Options
 from softmeet.evaluation.choices import RuleChoice
 from softmeet.evaluation.fit import fit
 from softmeet.evaluation.folds import best_elsewhere, folds_of
 from softmeet.evaluation.intervals import clusters
 from softmeet.evaluation.perplexity import evaluate
+from softmeet.evaluation.positions import observe_text
 from softmeet.evaluation.save import figures, save, verdict
 from softmeet.members.weighting import Adaptation
 
@@ -142,6 +144,33 @@ def texts(tmp_path_factory):
     for document in documents():
         (folder / f"{document.name}.txt").write_text(document.text)
     return folder / "*.txt"
+
+
+@pytest.mark.parametrize("over_bytes", [False, True], ids=["tokens", "bytes"])
+def test_an_evaluation_by_folds_scores_what_one_without_scores(folders, over_bytes):  # noqa: F811
+    from softmeet import Ensemble
+
+    own = Ensemble.from_pretrained(["mixed/gpt2", "mixed/llama"] if over_bytes else folders, "logit-mean")
+    assert own.model.over_bytes == over_bytes
+    found = observe_text(own, documents()[:4], max_per_document=20)
+    choices = [
+        RuleChoice("prob-mean", {"rule": "prob-mean"}),
+        RuleChoice("power", {"rule": "power-mean:order=0.5"}),
+        RuleChoice("own", {"rule": "logit-mean", "weights": [0.7, 0.3], "rule_temperature": 1.2}),
+        RuleChoice("cut", {"rule": "logit-mean:plausibility=0.2"}),
+        RuleChoice("gated", {"rule": "prob-mean", "gate": "unsure:0.03"}),
+        RuleChoice("by prompt", {"rule": "prob-mean"}, prompt=5),
+    ]
+    ours, theirs = evaluate_by_folds(own, found, choices, 2), evaluate(own, found, choices)
+    assert list(ours.choices)[: len(choices)] == list(theirs.choices)
+    assert ours.members.keys() == theirs.members.keys()
+    for name, scores in (theirs.members | theirs.choices).items():
+        again = (ours.members | ours.choices)[name]
+        assert torch.allclose(again.nats, scores.nats, atol=1e-5), name
+        assert torch.equal(again.work, scores.work)
+        assert torch.equal(again.gated, scores.gated) or not scores.gated.any()
+    assert ours.choices["gated"].gated.any()
+    assert all(len(scores.work) for scores in ours.members.values()) == over_bytes
 
 
 def test_evaluate_sets_fitted_averages_beside_uniform_ones(folders, texts):  # noqa: F811

@@ -99,9 +99,8 @@ def evaluate(
     gates = repeated("--gate", gates) or ([own.gate] if own.gate and own.gate != "auto" else [])
     parsed = under_gates(parse_choices(named, len(ensemble.names), own.bands), gates)
     choices = with_baselines(parsed, own.weights or (), own.rule_temperature)
-    from softmeet.evaluation.candidates import Options
+    from softmeet.evaluation.by_folds import evaluate_by_folds
     from softmeet.evaluation.files import PieceCache
-    from softmeet.evaluation.fit import fit, with_fits
     from softmeet.evaluation.perplexity import evaluate_positions, evaluate_text
     from softmeet.evaluation.positions import observe_text
     from softmeet.evaluation.report import summary
@@ -120,16 +119,14 @@ def evaluate(
         if positions is None and folds is not None:
             advanced = lambda total: begin("running the members", 0, total)  # noqa: E731
             positions = observe_text(ensemble, found, **where, **reading, begin=advanced)
-        if positions is not None:
+        if positions is not None and folds is not None:
+            made = evaluate_by_folds(ensemble, positions, choices, folds, begin, **where)
+        elif positions is not None:
             advance = begin("evaluating", 0, len(positions))
             made = evaluate_positions(ensemble, positions, choices, **where, on_progress=advance)
         else:
             made = evaluate_text(
                 ensemble, found, choices, **where, **reading, begin=lambda total: begin("evaluating", 0, total)
-            )
-        if folds is not None and positions is not None:
-            made = with_fits(
-                made, fit(ensemble, positions, Options(folds=folds, meets=False, adaptive=True), begin, **where)
             )
         facts = summary(made) | {"run": {"softmeet": __version__, "rules": how, **pinned}}
     result.tell(facts, show)

@@ -49,7 +49,7 @@ def adaptive_averages(
             prior = torch.tensor(own.average[1].weights, dtype=nats.dtype)
             chosen = _chosen(past, prior / prior.sum(), nats, fold != k)
             here[:, fold == k] = _weights(past, prior / prior.sum(), chosen)[:, fold == k]
-    return dict(text.scores(list(found.members), averages, weights=weights, stage="adaptive").choices)
+    return text.weighted_scores(averages, weights, "adaptive")
 
 
 def _weights(past: Mapping[float, Tensor], prior: Tensor, how: Adaptation) -> Float[Tensor, "n N"]:

@@ -12,7 +12,7 @@ import torch
 
 from softmeet.ensemble import Ensemble
 from softmeet.errors import UnsupportedHeadError
-from softmeet.evaluation.candidates import Begin, Candidate, Options
+from softmeet.evaluation.candidates import Begin, Candidate, Options, sample_size
 from softmeet.evaluation.choices import RuleChoice
 from softmeet.evaluation.costs import ensemble_run, member_runs, milliseconds
 from softmeet.evaluation.documents import Document
@@ -30,8 +30,6 @@ from softmeet.scaling.base import Engine
 
 # Log-probabilities of all members, positions, and, over bytes, positions, that a budget of minutes allows.
 _ELEMENTS, _TOKENS, _BYTES = 2_000_000_000, 20_000, 40_000
-# Log-probabilities of all members at the positions on which averages are fitted.
-_FITTED = 600_000_000
 # Bytes that a token has at the most, in most texts.
 _BYTES_OF_TOKEN = 4
 # With what texts of the members' own begin, and how many each writes.
@@ -245,11 +243,10 @@ def advise(
     # Kept, as a run that goes on does not solve them again.
     afforded = (cache or PieceCache()).get("afforded", lambda: {"": torch.tensor(_SECONDS / seconds)})[""].item()
     meets = compared is not None and _total_variation(compared) >= _UNMOVED
-    many = _FITTED // (len(ensemble.names) * ensemble.model.config.vocab_size)
     options = Options(
         folds=folds,
         meets=False,
-        fit_positions=many,
+        fit_positions=sample_size(ensemble),
         trusts=_TRUSTS if meets else (),
         judge_positions=max(_FEWEST, min(_TRIED, int(afforded))) if meets else None,
     )

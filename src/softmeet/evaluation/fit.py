@@ -167,7 +167,8 @@ def _scored_by_folds(
     Averages are scored from the members' log-probabilities in ``text``, all other rules as :func:`evaluate_positions`
     does.
     """
-    averages = [{own.label: own.average for own in some if own.average is not None} for some in refits]
+    beside = fitter.options.beside
+    averages = [{**beside, **{own.label: own.average for own in some if own.average is not None}} for some in refits]
     advance = fitter.begin("scoring averages", 0, len(whole.positions))
     found = text.scores(distinct_names(fitter.ensemble), averages, advance)
     if fitter.options.adaptive:
@@ -203,11 +204,3 @@ def _scored(fitter: Fitter, name: str, positions: Positions, candidates: Sequenc
         where: dict[str, Any] = {"engine": fitter.engine, "cache": fitter.cache, "stage": piece_of(name, bands)}
         scored.append(evaluate_positions(fitter.ensemble, positions, choices, **where, on_progress=advance))
     return replace(scored[0], choices={name: s for one in scored for name, s in one.choices.items()})
-
-
-def with_fits(found: Evaluation, fitted: Fitted) -> Evaluation:
-    """Return an evaluation with the candidates of a fit by folds, all of whose positions were judged, beside its rules.
-
-    They are named ``fitted NAME``; each is judged on documents that it was not fitted on.
-    """
-    return replace(found, choices=found.choices | fitted.test.choices)

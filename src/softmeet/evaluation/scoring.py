@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from typing import Any
 
 import psutil
 import torch
@@ -72,12 +73,19 @@ class Piece:
         return Sums(loss, gradient, information)
 
     @torch.inference_mode()
-    def scores(self, averages: Sequence[Average], weights: Sequence[Float[Tensor, "n N"]] | None = None) -> Tensors:
+    def scores(self, averages: Sequence[Average]) -> Tensors:
         """Score every member and some averages: ``nats``, ``hit`` and ``confidence``, (N, members + averages) each.
 
-        ``disagreement``, (N,), is the members', in nats. If ``weights`` are given, each average has its own at every
-        position.
+        ``disagreement``, (N,), is the members', in nats.
         """
+        return self._scores(averages, None)
+
+    @torch.inference_mode()
+    def weighted_scores(self, averages: Sequence[Average], weights: Sequence[Float[Tensor, "n N"]]) -> Tensors:
+        """Score some averages, each with weights of its own at every position: fields as of :meth:`scores`."""
+        return self._scores(averages, weights)
+
+    def _scores(self, averages: Sequence[Average], weights: Sequence[Float[Tensor, "n N"]] | None) -> Tensors:
         support, found, start = self.model.combiner.support, list[Tensors](), 0
         for log_p, targets in self._steps():
             made = list[Tensor]()
@@ -86,9 +94,11 @@ class Piece:
                 each = None if weights is None else weights[k][:, start : start + len(targets)]
                 made.append(family.log_probs(values, own, support, each))
             start += len(targets)
-            scored = [prediction_scores(own, targets) for own in (*log_p, *made)]
+            members = log_p if weights is None else ()
+            scored = [prediction_scores(own, targets) for own in (*members, *made)]
             found.append({name: torch.stack([getattr(own, name) for own in scored], -1) for name in _SCORED})
-            found[-1]["disagreement"] = disagreement(log_p)
+            if weights is None:
+                found[-1]["disagreement"] = disagreement(log_p)
         return join_tensors(found)
 
     def _steps(self) -> Iterator[tuple[Float[Tensor, "n B v"], Int[Tensor, " B"]]]:
@@ -141,7 +151,7 @@ class Text:
         solved: Sequence[Sequence[Settings]] | None = None, stage: str = "averages",
     ) -> None:  # fmt: skip
         self._engine, self._cache, self._positions = engine, cache or PieceCache(), positions
-        self._vocabulary, self._stage = model.config.vocabulary, stage
+        self._model, self._stage = model, stage
         v, fold = model.config.vocab_size, torch.zeros(len(positions), dtype=torch.int64) if fold is None else fold
         # Pieces of wide heads are smaller, so that every worker has some.
         size = min(PIECE, 2 * chunk_size(v))
@@ -236,8 +246,7 @@ class Text:
 
     def scores(
         self, members: Sequence[str], averages: Sequence[Mapping[str, Average]],
-        on_progress: Callable[[int], None] = lambda positions: None, *,
-        weights: Mapping[str, Float[Tensor, "n N"]] | None = None, stage: str | None = None,
+        on_progress: Callable[[int], None] = lambda positions: None,
     ) -> Evaluation:  # fmt: skip
         """Score the members and averages at all positions.
 
@@ -245,28 +254,53 @@ class Text:
             members: the members' names.
             averages: by name, those that are scored at the positions of each fold, the same names for all.
             on_progress: called with the number of positions of each finished piece.
-            weights: by name, the members' weights of every average at each position; None for those of its values.
-            stage: in place of that of the text, for the cache.
         """
-        own = None if weights is None else [weights[name] for name in averages[0]]
-        pieces = self._cache.map(
-            self._engine, stage or self._stage, Piece.scores, range(len(self._rows)),
-            lambda k: (
-                self._pieces[k], list(averages[self._fold[k]].values()),
-                None if own is None else [each[:, self._rows[k]] for each in own],
-            ),
-            lambda k: on_progress(len(self._rows[k])),
-        )  # fmt: skip
-        back, whole = torch.cat(self._rows).argsort(), join_tensors(pieces)
-        columns = zip(*(whole[name][back].unbind(-1) for name in _SCORED), strict=True)
-        scored = dict(zip([*members, *averages[0]], (Scores(*own) for own in columns), strict=True))
+        whole = self._map(self._stage, Piece.scores, lambda k: (list(averages[self._fold[k]].values()),), on_progress)
+        scored = _named(whole, [*members, *averages[0]])
+        for name, hidden in zip(members, self._positions.hidden, strict=False):
+            scored[name] = replace(scored[name], work=self._model.work(hidden).double().cpu())
         return Evaluation(
             replace(self._positions, hidden=[]),
             {name: scored[name] for name in members},
             {name: scored[name] for name in averages[0]},
-            whole["disagreement"][back],
-            self._vocabulary,
+            whole["disagreement"],
+            self._model.config.vocabulary,
         )
+
+    def weighted_scores(
+        self, averages: Sequence[Mapping[str, Average]], weights: Mapping[str, Float[Tensor, "n N"]], stage: str
+    ) -> dict[str, Scores]:
+        """Score averages with weights of their own at each position.
+
+        Args:
+            averages: by name, those that are scored at the positions of each fold, the same names for all.
+            weights: by name, the members' weights of every average at each position.
+            stage: the beginning of these scores' names in the cache.
+        """
+        names = list(averages[0])
+        whole = self._map(
+            stage, Piece.weighted_scores,
+            lambda k: (list(averages[self._fold[k]].values()), [weights[name][:, self._rows[k]] for name in names]),
+        )  # fmt: skip
+        return _named(whole, names)
+
+    def _map(
+        self, stage: str, score: Callable[..., Tensors], arguments: Callable[[int], tuple[Any, ...]],
+        on_progress: Callable[[int], None] = lambda positions: None,
+    ) -> Tensors:  # fmt: skip
+        """Score every piece; return the scores in the order of the text."""
+        pieces = self._cache.map(
+            self._engine, stage, score, range(len(self._rows)), lambda k: (self._pieces[k], *arguments(k)),
+            lambda k: on_progress(len(self._rows[k])),
+        )  # fmt: skip
+        back = torch.cat(self._rows).argsort()
+        return {name: values[back] for name, values in join_tensors(pieces).items()}
+
+
+def _named(scores: Tensors, names: Sequence[str]) -> dict[str, Scores]:
+    """Return scores by name, from tensors with a column for each."""
+    columns = zip(*(scores[name].unbind(-1) for name in _SCORED), strict=True)
+    return dict(zip(names, (Scores(*own) for own in columns), strict=True))
 
 
 def _step(layout: Layout, theta: Float[Tensor, " k"], at: Sums) -> Float[Tensor, " k"] | None:

@@ -1,0 +1,74 @@
+"""An evaluation of rules beside members and averages at their best, fitted by folds of the documents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from softmeet.ensemble import Ensemble
+from softmeet.evaluation.average import Family
+from softmeet.evaluation.candidates import Begin, Options, sample_size
+from softmeet.evaluation.choices import RuleChoice
+from softmeet.evaluation.files import PieceCache
+from softmeet.evaluation.fit import fit
+from softmeet.evaluation.layout import Layout, Values
+from softmeet.evaluation.perplexity import evaluate_positions, settings_of
+from softmeet.evaluation.positions import Positions
+from softmeet.evaluation.scores import Evaluation
+from softmeet.evaluation.scoring import Average
+from softmeet.rules.settings import POOLS, Settings
+from softmeet.scaling.base import Engine
+
+
+def evaluate_by_folds(
+    ensemble: Ensemble,
+    positions: Positions,
+    choices: Sequence[RuleChoice],
+    folds: int,
+    begin: Begin = lambda description, done, total: lambda count: None,
+    *,
+    engine: Engine | None = None,
+    cache: PieceCache | None = None,
+) -> Evaluation:
+    """Score members, choices, and members and averages at their best, each on documents that it was not fitted on.
+
+    What is fitted is named ``fitted NAME``; averages with weights that adapt to a document ``fitted adaptive NAME``.
+    Plain averages among the choices are scored with the fitted ones, from log-probabilities that are computed once;
+    other rules as :func:`evaluate_positions` scores them.
+
+    Args:
+        ensemble: supplies the heads and the settings that choices change.
+        positions: the text's positions, with hidden states.
+        choices: rules, each with changes to the ensemble's settings.
+        folds: the number of folds that documents are dealt out to.
+        begin: as of :func:`softmeet.evaluation.fit.fit`.
+        engine: runs the pieces; None for this process.
+        cache: keeps evaluations and scores, and supplies those of an earlier run.
+
+    Raises:
+        InvalidInputError, UnsupportedHeadError: as in :func:`evaluate_positions`; or if there are fewer documents (or
+            blocks) than folds.
+    """
+    plain = _plain_averages(settings_of(ensemble, choices), choices, len(ensemble.names))
+    options = Options(
+        folds=folds, meets=False, adaptive=True, fit_positions=sample_size(ensemble), beside=plain
+    )  # fmt: skip
+    found = fit(ensemble, positions, options, begin, engine=engine, cache=cache).test
+    scored, others = dict(found.choices), [choice for choice in choices if choice.name not in plain]
+    if others:
+        advance: Callable[[int], None] = begin("evaluating", 0, len(positions))
+        scored |= evaluate_positions(
+            ensemble, positions, others, engine=engine, cache=cache, on_progress=advance
+        ).choices
+    return replace(found, choices={choice.name: scored[choice.name] for choice in choices} | scored)
+
+
+def _plain_averages(settings: Mapping[str, Settings], choices: Sequence[RuleChoice], n: int) -> dict[str, Average]:
+    """Return, by name, the logit means and probability means among some choices, without a gate or other options."""
+    found = dict[str, Average]()
+    for choice in choices:
+        own = settings[choice.name].for_members(n).plain()
+        if own["rule"] in POOLS and own["gate"] is None and not choice.prompt:
+            family = Family(Layout(n), float(POOLS.index(own["rule"])))
+            found[choice.name] = family, Values(tuple(own["weights"]), own["rule_temperature"])
+    return found
