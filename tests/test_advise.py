@@ -21,6 +21,7 @@ from softmeet.evaluation.intervals import Clusters
 from softmeet.evaluation.judged import Judged
 from softmeet.evaluation.positions import Positions
 from softmeet.evaluation.premise import best_hidden
+from softmeet.evaluation.save import save
 from softmeet.evaluation.verdict import figures
 from softmeet.members.member import short
 
@@ -76,10 +77,15 @@ def test_equal_members_are_averaged(members):
     assert sum(m["knows_better"] for m in found["members"]) == pytest.approx(1)
 
 
-def test_a_much_better_member_is_used_alone(members):
-    found = figures(advised(members, 0.05, 3.0))
+def test_a_much_better_member_is_used_alone(members, tmp_path):
+    advice = advised(members, 0.05, 3.0)
+    found = figures(advice)
+    save(advice.ensemble, advice.fitted, tmp_path / "saved", found["says"])
+    alone = Ensemble.from_pretrained(tmp_path / "saved")
+    assert (alone.names, alone.model.config.weights) == (members.names[:1], [1.0])
+    assert alone.model.config.rule_temperature == advice.candidate.settings["rule_temperature"]
     assert found["verdict"] == "single"
-    assert found["weights"] == [1.0, 0.0]
+    assert (found["members_in_order"], found["weights"]) == (members.names[:1], [1.0])
     assert found["best_member"] == members.names[0]
     assert found["interval"][0] <= 0
     assert found["cost_ratio"] == pytest.approx(1)
@@ -149,6 +155,20 @@ def test_a_gate_puts_its_member_first(members):
     assert advice.ensemble.names == members.names[::-1]
     assert advice.ensemble.model.config.weights == [0.7, 0.3]
     assert advice.fitted.chosen.settings["gate"] == "unsure:0.5"
+
+
+def test_a_gate_is_judged_on_documents_that_it_was_not_chosen_by(members):
+    """A low threshold is good in the first fold alone; seen from the others a higher one is the cheapest."""
+    place, first = torch.arange(N) % 4, (torch.arange(N) * DOCUMENTS // N) % 5 == 0
+    sure, maybe = place < 2, place == 2
+    averages = torch.where(sure, 0.1, 1.7)
+    one = averages + torch.where(sure, 0.0, torch.where(maybe, torch.where(first, -0.32, 0.08), 0.5))
+    confidence = [torch.where(sure, 0.95, torch.where(maybe, 0.6, 0.3)), torch.full((N,), 0.3)]
+    judged = judged_by(members, {"members": [one, one + 1.0], "averages": averages}, confidence, (1.0, 4.0))
+    found = judged.gated(averages.double())
+    assert (found.member, found.threshold) == (0, 0.5)
+    assert torch.equal(found.nats[first], averages.double()[first])
+    assert torch.equal(found.nats[~first], torch.where(sure | maybe, one, averages).double()[~first])
 
 
 def test_one_model_that_costs_no_more_and_is_better_is_used_instead(members):

@@ -228,3 +228,11 @@ def test_the_one_liner(ensemble, over_bytes, kind, tasks, samples, tmp_path, mon
         scored = byte_log_prob if kind == "bytes" else log_prob
         ours = [scored(model, doc["question"], choice) for choice in doc["choices"]]
         assert theirs == pytest.approx(ours, abs=1e-5)
+
+
+def test_a_member_by_its_name_is_an_ensemble_of_one():
+    from softmeet import Ensemble
+    from softmeet.evaluation.harness import EnsembleLM
+
+    found, theirs = EnsembleLM(pretrained="mixed/gpt2", device="cpu"), Ensemble.from_pretrained(["mixed/gpt2"])
+    assert (found.model.config.members, found.model.over_bytes) == (theirs.model.config.members, False)

@@ -172,8 +172,11 @@ class Advice:
         return part(self.judged.ensemble, *self._ordered())
 
     def _ordered(self) -> tuple[list[int], dict[str, Any]]:
-        """Return (the order of the members in the ensemble that is advised, its settings)."""
+        """Return (the numbers of the members in the ensemble that is advised, in order; its settings)."""
         order, settings = list(range(len(self.judged.names))), dict(self.candidate.settings)
+        if self.verdict == "single":
+            order = [self.judged.names.index(self.judged.best)]
+            settings |= {"weights": [1.0], "trust": [0.0]}
         if self.gated:
             order = [self.gated.member, *(k for k in order if k != self.gated.member)]
             settings |= {name: [settings[name][k] for k in order] for name in ("weights", "trust")}

@@ -19,7 +19,7 @@ import softmeet.hf  # noqa: F401 - so that the Auto classes know ensembles
 from softmeet.ensemble import Ensemble
 from softmeet.evaluation import byte_harness
 from softmeet.extras import install_line
-from softmeet.members import zoo
+from softmeet.hf.checkpoint import saved_config
 
 try:
     from lm_eval.api.registry import register_model
@@ -48,7 +48,8 @@ class EnsembleLM(HFLM):  # type: ignore[misc]
     than a member's context, and ``max_gen_toks`` of a task counts tokens of the first member.
 
     Args:
-        pretrained: a saved ensemble's folder or hub id, a bundled family's name, or the model of an ensemble in memory.
+        pretrained: a saved ensemble's folder or hub id, a member's or a bundled family's name, or the model of an
+            ensemble in memory.
         dtype: the weights' dtype; None as said above.
         options: options of the harness's ``HFLM``. Over bytes ``max_length`` is the number of bytes that rolling
             log-likelihoods read at once (by default :attr:`ByteEnsembleForCausalLM.window`), ``batch_size`` that of
@@ -56,7 +57,7 @@ class EnsembleLM(HFLM):  # type: ignore[misc]
     """
 
     def __init__(self, pretrained: Any, *, dtype: Any = None, **options: Any) -> None:
-        if isinstance(pretrained, str) and len(zoo.expand(pretrained)) > 1:
+        if isinstance(pretrained, str) and saved_config(pretrained) is None:
             ensemble = Ensemble.from_pretrained(pretrained, dtype=dtype)
             pretrained, options = ensemble.model, _options(ensemble, options)
         super().__init__(pretrained, dtype=dtype, **options)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -44,7 +44,7 @@ class Gated:
         member: the number of the member that runs at every token.
         threshold: from which probability of its most probable token on it answers alone.
         alone: the share of positions at which it does.
-        nats: the losses, (N,), with the member's own probabilities where it answers alone.
+        nats: the losses that judge it, (N,), with the member's own probabilities where it answers alone.
     """
 
     member: int
@@ -155,25 +155,37 @@ class Judged:
     def gated(self, averaged: Float[Tensor, " N"]) -> Gated | None:
         """Return the cheapest gate under which the average's losses stay low, or None if none is much cheaper.
 
-        It has to keep 0.9 of the average's gain, to show a gain itself, and to take less than 0.8 of its time by what
-        members take alone.
+        It has to keep 0.9 of the average's gain, to take less than 0.8 of its time by what members take alone, and to
+        show a gain itself, on documents that the choice among gates was not made by.
         """
-        least, tried = _KEPT * self.gain(averaged).mean, list[Gated]()
+        assert self.fitted.fold is not None, "advice is by folds"
+        tried, fold = list[Gated](), self.fitted.fold
         for i, name in enumerate(self.names):
             own: Scores = self.found.members[name]
             for threshold in _THRESHOLDS:
                 alone = own.confidence >= threshold
                 nats = torch.where(alone, own.nats, averaged)
-                gain = self.gain(nats)
-                if gain.low > 0 and gain.mean >= least:
-                    tried.append(Gated(i, threshold, alone.double().mean().item(), nats))
+                tried.append(Gated(i, threshold, alone.double().mean().item(), nats))
+        gains, all_of_it = torch.stack([self.base - own.nats for own in tried]), self.base - averaged
 
-        def time(gated: Gated) -> float:
-            own = self.times[gated.member]
-            return own + (1 - gated.alone) * (sum(self.times) - own)
+        def cheapest(rows: Tensor) -> Gated | None:
+            least = _KEPT * all_of_it[rows].sum()
+            enough = [own for own, gain in zip(tried, gains, strict=True) if gain[rows].sum() >= least]
+            best = min(enough, key=self._time, default=None)
+            return best if best is not None and self._time(best) <= _CHEAPER * sum(self.times) else None
 
-        best = min(tried, key=time, default=None)
-        return best if best is not None and time(best) <= _CHEAPER * sum(self.times) else None
+        if (best := cheapest(fold >= 0)) is None:
+            return None
+        judged = averaged.clone()
+        for k in fold.unique().tolist():
+            if (elsewhere := cheapest(fold != k)) is not None:
+                judged[fold == k] = elsewhere.nats[fold == k]
+        return replace(best, nats=judged) if self.gain(judged).low > 0 else None
+
+    def _time(self, gated: Gated) -> float:
+        """Return the milliseconds a byte that an average behind a gate takes, by what members take alone."""
+        own = self.times[gated.member]
+        return own + (1 - gated.alone) * (sum(self.times) - own)
 
     def unfitted_gain(self, compared: Evaluation) -> Difference:
         """Return the gain of ``meet`` with equal weights over its pool, in bits a byte, at the positions compared."""
