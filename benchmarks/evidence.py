@@ -24,7 +24,7 @@ from torch import Tensor
 from report import show
 from softmeet import Ensemble
 from softmeet.evaluation.advise import part
-from softmeet.evaluation.candidates import Options
+from softmeet.evaluation.candidates import Options, sample_size
 from softmeet.evaluation.choices import RuleChoice
 from softmeet.evaluation.costs import ensemble_run, member_runs, milliseconds
 from softmeet.evaluation.documents import Document, read_documents
@@ -82,19 +82,27 @@ def control(bits: Sequence[float], alone: Sequence[float], cost: float, names: S
     return (told(min(within, key=lambda i: bits[i])) if within else "none"), (told(beyond[0]) if beyond else "none")
 
 
-def compared(ensemble: Ensemble, positions: Positions, times: Sequence[float], prompt: int) -> dict[str, Any]:
-    """Gains of all kinds of averages of some members over the best of them, in bits a byte."""
-    options = Options(folds=5, meets=False, adaptive=True)
+def compared(
+    ensemble: Ensemble, positions: Positions, times: Sequence[float], prompt: int, trusts: tuple[float, ...]
+) -> dict[str, Any]:
+    """Gains of all kinds of averages, and of ``meet`` over tokens, of some members over the best, in bits a byte."""
+    trusts = () if ensemble.model.over_bytes else trusts
+    options = Options(
+        folds=5, meets=False, adaptive=True, trusts=trusts, fit_positions=sample_size(ensemble)
+    )  # fmt: skip
     fitted = fit(ensemble, positions, options, engine=LocalEngine(2))
     judged = Judged(ensemble, fitted, times)
     losses = unfitted(ensemble, positions, prompt) | {name: own.nats for name, own in fitted.test.choices.items()}
     fold = fitted.fold
     assert fold is not None
-    ours = {name: own for name, own in losses.items() if name.startswith("fitted") and name.endswith("mean")}
+    fits = {name: own for name, own in losses.items() if name.startswith("fitted")}
+    ours = {name: own for name, own in fits.items() if name.endswith("mean")}
     groups = {
         "best fitted": {name: own for name, own in ours.items() if "adaptive" not in name},
         "best adaptive": {name: own for name, own in ours.items() if "adaptive" in name},
     }
+    if trusts:
+        groups["best meet"] = {name: own for name, own in fits.items() if name.startswith("fitted meet")}
     losses |= {name: best_elsewhere(own, fold) for name, own in groups.items()}
     losses["best member of each document (an oracle)"] = best_of_each_document(judged)
     return {
@@ -128,6 +136,8 @@ def main(
     largest: Annotated[int, typer.Option(help="The most members that are combined.")] = 3,
     each: Annotated[int | None, typer.Option(help="The most predictions in a document.")] = None,
     prompt: Annotated[int, typer.Option(help="Predictions at a document's start that weights come from.")] = 100,
+    trust: Annotated[list[float] | None, typer.Option(help="Over tokens: a trust at which meet is tried.")] = None,
+    bos: Annotated[bool, typer.Option("--bos", help="Begin documents with the token for their beginning.")] = False,
     kept: Annotated[Path | None, typer.Option(help="A folder for what members made of the texts.")] = None,
     plot: Annotated[Path | None, typer.Option(help="A PNG of gain against gap.")] = None,
     out: Annotated[Path | None, typer.Option("--json", help="JSON of all figures.")] = None,
@@ -137,14 +147,15 @@ def main(
     names, every = [short(name) for name in ensemble.names], list[dict[str, Any]]()
     for pattern in text:
         documents = read_documents([pattern])
-        positions = observed(ensemble, documents, pattern, each, kept)
+        positions = observed(ensemble, documents, pattern, each, kept, bos=bos)
         alone, within = costs(ensemble, max((own.text for own in documents), key=len))
         rows, bits = list[dict[str, Any]](), dict[str, float]()
         for size in range(2, min(largest, len(names)) + 1):
             for some in itertools.combinations(range(len(names)), size):
                 own = part(ensemble, some, {"rule": POOLS[0]})
                 at = replace(positions, hidden=[positions.hidden[i] for i in some])
-                found, cost = compared(own, at, [alone[i] for i in some], prompt), sum(within[i] for i in some)
+                found = compared(own, at, [alone[i] for i in some], prompt, tuple(trust or ()))
+                cost = sum(within[i] for i in some)
                 judged = found["judged"]
                 strength = [judged.bits(judged.found.members[name].nats) for name in judged.names]
                 bits |= dict(zip((names[i] for i in some), strength, strict=True))
@@ -170,12 +181,13 @@ def main(
 
 
 def observed(
-    ensemble: Ensemble, documents: list[Document], pattern: str, each: int | None, kept: Path | None
+    ensemble: Ensemble, documents: list[Document], pattern: str, each: int | None, kept: Path | None, *, bos: bool
 ) -> Positions:
     """The positions of a text; what was read before is kept under a name made of members and pattern."""
-    key = hashlib.sha256(repr((pattern, ensemble.names, ensemble.model.config.prune)).encode()).hexdigest()[:12]
+    known = (pattern, ensemble.names, ensemble.model.config.prune) + (("bos",) if bos else ())
+    key = hashlib.sha256(repr(known).encode()).hexdigest()[:12]
     cache = PieceCache(kept and kept / key, {"texts": [document.name for document in documents]})
-    return observe_text(ensemble, documents, max_per_document=each, engine=LocalEngine(2), cache=cache)
+    return observe_text(ensemble, documents, max_per_document=each, bos=bos, engine=LocalEngine(2), cache=cache)
 
 
 def _told(gain: Difference) -> dict[str, Any]:
