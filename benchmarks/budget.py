@@ -17,7 +17,7 @@ import torch
 import typer
 
 import softmeet
-from problems import Rows, add_tools, held_out, of_text
+from problems import Rows, held_out, of_text
 from report import seconds, show
 from softmeet.hf.calibrated import own_text
 from softmeet.rules.meet import Meet
@@ -81,5 +81,4 @@ def main(
 
 
 if __name__ == "__main__":
-    add_tools()
     typer.run(main)

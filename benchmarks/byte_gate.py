@@ -18,7 +18,6 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from problems import add_tools
 from report import show
 from softmeet import Ensemble
 from softmeet.evaluation.choices import RuleChoice, under_gates
@@ -102,5 +101,4 @@ def main(
 
 
 if __name__ == "__main__":
-    add_tools()
     typer.run(main)

@@ -7,7 +7,6 @@ A document is a book of the King James Version that no bundled member has seen. 
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 import time
 from dataclasses import asdict
@@ -93,5 +92,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
     typer.run(main)

@@ -18,7 +18,6 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from problems import add_tools
 from report import now, show
 from softmeet import Ensemble
 from softmeet.evaluation.documents import read_documents
@@ -121,5 +120,4 @@ def main(
 
 
 if __name__ == "__main__":
-    add_tools()
     typer.run(main)

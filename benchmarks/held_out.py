@@ -20,6 +20,7 @@ from rich.table import Table
 from softmeet import Ensemble
 from softmeet.evaluation.choices import RuleChoice
 from softmeet.evaluation.documents import Document
+from softmeet.evaluation.held_out import held_out_books
 from softmeet.evaluation.intervals import clusters, paired
 from softmeet.evaluation.perplexity import evaluate
 from softmeet.evaluation.positions import Positions, observe_text
@@ -31,9 +32,7 @@ FEW = 32
 
 def held_out_documents() -> list[Document]:
     """The held-out books; each begins as the members' training texts did."""
-    from zoo_texts import HELD_OUT_KJV, kjv_works
-
-    return [Document(w.name, "<|endoftext|>" + w.text) for w in kjv_works() if w.name in HELD_OUT_KJV]
+    return [Document(book.name, "<|endoftext|>" + book.text) for book in held_out_books()]
 
 
 def read(ensemble: Ensemble, tokens: int) -> tuple[Positions, Positions]:
@@ -102,7 +101,4 @@ def _first(positions: Positions, count: int) -> list[Positions]:
 
 
 if __name__ == "__main__":
-    import sys
-
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
     typer.run(main)

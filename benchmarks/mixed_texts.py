@@ -6,12 +6,13 @@ they alternate. Pretrained models have seen both; nothing here says what they do
 
 from __future__ import annotations
 
-import sys
 import sysconfig
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from softmeet.evaluation.held_out import kjv_works
 
 COUNT = 30
 SHORTEST = 12_000
@@ -19,8 +20,6 @@ SHORTEST = 12_000
 
 def mixed_texts(folder: Path) -> list[Path]:
     """Write the files, in order; the largest part of each is never used, so they are cut."""
-    from zoo_texts import kjv_works
-
     modules = sorted(Path(sysconfig.get_path("stdlib")).glob("[a-z]*.py"))
     code = [path for path in modules if path.stat().st_size > SHORTEST]
     books = [work for work in kjv_works() if len(work.text) > SHORTEST]
@@ -41,5 +40,4 @@ def main(folder: Annotated[Path, typer.Argument()]) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
     typer.run(main)

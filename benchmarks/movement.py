@@ -12,7 +12,6 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from problems import add_tools
 from report import show
 from softmeet import Ensemble
 from softmeet.evaluation.documents import Document
@@ -73,7 +72,6 @@ def main(
 ) -> None:
     """Print one table."""
     torch.set_num_threads(2)
-    add_tools()
     limits = [float(x) for x in thresholds.split(",")]
     rows: list[dict[str, Any]] = []
     given: list[tuple[str, Any, list[Document]]] = []
@@ -93,5 +91,4 @@ def main(
 
 
 if __name__ == "__main__":
-    add_tools()
     typer.run(main)

@@ -13,7 +13,7 @@ import typer
 from rich.progress import track
 
 import softmeet
-from problems import add_tools, held_out
+from problems import held_out
 from report import now, quantile, show
 from softmeet import Status
 from softmeet.simplex import total_variation
@@ -66,5 +66,4 @@ def main(
 
 
 if __name__ == "__main__":
-    add_tools()
     typer.run(main)

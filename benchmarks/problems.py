@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from softmeet import Ensemble, SoftmaxHead
+from softmeet.evaluation.held_out import held_out_books
 
 
 @dataclass(frozen=True)
@@ -69,10 +68,9 @@ def _sharpened(logits: Float[Tensor, "B v"], entropies: Float[Tensor, " B"]) -> 
 @torch.inference_mode()
 def held_out(members: str | list[str], positions: int, *, books: int = 4) -> Rows:
     """The bundled members, or others, at the first positions of books that no bundled member has seen."""
-    from zoo_texts import HELD_OUT_KJV, kjv_works
-
     ensemble = Ensemble.from_pretrained(members)
-    works = [w for w in kjv_works() if w.name in HELD_OUT_KJV][:: len(HELD_OUT_KJV) // books][:books]
+    works = held_out_books()
+    works = works[:: len(works) // books][:books]
     parts: list[list[Tensor]] = []
     for work in works:
         limit = positions // len(works)
@@ -121,8 +119,3 @@ def _best(head: SoftmaxHead, truth: Float[Tensor, "B v"]) -> Float[Tensor, "B v"
                 break
         rows.append((W @ h).log_softmax(-1))
     return torch.stack(rows)
-
-
-def add_tools() -> None:
-    """Let :func:`held_out` find the texts that ``tools/`` prepares."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))

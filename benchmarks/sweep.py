@@ -5,7 +5,6 @@ The members run once, over the first tokens of every held-out book.
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -64,5 +63,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
     typer.run(main)

@@ -16,7 +16,7 @@ import torch
 import typer
 
 import softmeet
-from problems import Rows, add_tools, correlated, held_out
+from problems import Rows, correlated, held_out
 from report import median, show
 from softmeet.rules.meet import Meet
 from softmeet.solvers import tuning
@@ -57,7 +57,6 @@ def main(
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
 ) -> None:
     """Print one table for each kind of rows."""
-    add_tools()
     torch.set_num_threads(1)
     kinds = {
         f"two members of {v} x {width}": correlated(v, (width, width), rows),

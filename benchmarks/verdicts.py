@@ -18,13 +18,12 @@ import torch
 import typer
 
 from fit import shuffled
-from held_out import held_out_documents
 from report import show
 from softmeet import Ensemble
 from softmeet.evaluation.advise import Advice, advise, part, within_budget
 from softmeet.evaluation.choices import RuleChoice
 from softmeet.evaluation.documents import Document
-from softmeet.evaluation.held_out import HELD_OUT_KJV, kjv_works
+from softmeet.evaluation.held_out import HELD_OUT_KJV, held_out_books, kjv_works
 from softmeet.evaluation.intervals import Difference, clusters, paired
 from softmeet.evaluation.perplexity import evaluate_text
 from softmeet.evaluation.positions import observe_text
@@ -105,7 +104,7 @@ def main(
 ) -> None:
     """Print a table."""
     rows = list[dict[str, Any]]()
-    books = held_out_documents()
+    books = held_out_books()
     with tempfile.TemporaryDirectory() as scratch:
         for name, members in pairs(Path(scratch)).items():
             ensemble = Ensemble.from_pretrained(members)
