@@ -105,7 +105,7 @@ class Piece:
         """Yield (the members' log-probabilities, the targets) at a few positions at a time."""
         v = self.model.config.vocab_size
         step = max(1, _CACHED_ELEMENTS // v)
-        for place, chunk in enumerate(self.positions.chunks(chunk_size(v))):
+        for place, chunk in enumerate(self.positions.chunks(_chunk(v))):
             log_p = self._log_probs(place, chunk)
             targets = chunk.targets.to(log_p.device)
             for start in range(0, len(chunk), step):
@@ -154,7 +154,7 @@ class Text:
         self._model, self._stage = model, stage
         v, fold = model.config.vocab_size, torch.zeros(len(positions), dtype=torch.int64) if fold is None else fold
         # Pieces of wide heads are smaller, so that every worker has some.
-        size = min(PIECE, 2 * chunk_size(v))
+        size = min(PIECE, 2 * _chunk(v))
         self._rows, self._fold, self._fitted = list[Tensor](), list[int](), list[bool]()
         for k in fold.unique().tolist():
             own = (fold == k).nonzero().squeeze(-1)
@@ -301,6 +301,11 @@ def _named(scores: Tensors, names: Sequence[str]) -> dict[str, Scores]:
     """Return scores by name, from tensors with a column for each."""
     columns = zip(*(scores[name].unbind(-1) for name in _SCORED), strict=True)
     return dict(zip(names, (Scores(*own) for own in columns), strict=True))
+
+
+def _chunk(v: int) -> int:
+    """Return at how many positions log-probabilities are computed at once."""
+    return max(chunk_size(v), _CACHED_ELEMENTS // v)
 
 
 def _step(layout: Layout, theta: Float[Tensor, " k"], at: Sums) -> Float[Tensor, " k"] | None:
