@@ -61,14 +61,15 @@ def unfitted(ensemble: Ensemble, positions: Positions, prompt: int) -> dict[str,
 
 
 def best_of_each_document(judged: Judged) -> Tensor:
-    """Losses of whichever member is best on a document: an oracle."""
-    document = judged.found.positions.document
-    nats = torch.stack([judged.found.members[name].nats for name in judged.names])
-    found = torch.empty_like(nats[0])
+    """Losses of whichever member, as it is or with its temperature, is best on a document: an oracle."""
+    found, document = judged.found, judged.found.positions.document
+    tempered = [found.choices[own.label].nats for own in judged.fitted.candidates[: len(judged.names)]]
+    nats = torch.stack([*(found.members[name].nats for name in judged.names), *tempered])
+    best = torch.empty_like(nats[0])
     for k in document.unique().tolist():
         here = document == k
-        found[here] = nats[nats[:, here].sum(-1).argmin(), here]
-    return found
+        best[here] = nats[nats[:, here].sum(-1).argmin(), here]
+    return best
 
 
 def control(bits: Sequence[float], alone: Sequence[float], cost: float, names: Sequence[str]) -> tuple[str, str]:
@@ -113,18 +114,18 @@ def compared(
 
 
 def plotted(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw the gain of the best fitted and adaptive averages against the gap in strength between the best two."""
+    """Draw the gain of pairs against the gap in strength between the two, by what their weights are."""
     from softmeet.evaluation.plots import blank
 
     figure, axes = blank()
-    for kind, mark in (("best fitted", "o"), ("best adaptive", "s")):
-        some = [row for row in rows if row["kind"] == kind]
+    for kind, mark in (("best fitted", "o"), ("best adaptive", "s"), ("uniform logit-mean", "^")):
+        some = [row for row in rows if row["kind"] == kind and len(row["some"]) == 2]
         gain = [row["gain"] for row in some]
         error = [[g - row["interval"][0] for g, row in zip(gain, some, strict=True)],
                  [row["interval"][1] - g for g, row in zip(gain, some, strict=True)]]  # fmt: skip
         axes.errorbar([row["gap"] for row in some], gain, yerr=error, fmt=mark, capsize=2, label=kind)
     axes.axhline(0, color="black", linewidth=0.8)
-    axes.set(xlabel="gap between the best two members (bits a byte)", ylabel="gain over the best member (bits a byte)")
+    axes.set(xlabel="gap between the two members (bits a byte)", ylabel="gain over the best member (bits a byte)")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
 
