@@ -85,6 +85,21 @@ class Rule(Frozen, ABC):
             if this method raises an exception that is no SoftmeetError.
         """
 
+    def quick(self, logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor | None:
+        """Combine logits at once, if all that this rule reads are the members' distributions; by default, return None.
+
+        Generation calls it where nobody asks for a report, and normalises what it returns.
+
+        Args:
+            logits: each member's, (B, v), in nats, fp32 or fp64; -inf for probability 0. Not to be changed in place.
+            weights: w_i of each member, none of them 0.
+
+        Returns:
+            The logarithms in nats of what :meth:`solve` returns without a support, (B, v), in the dtype of the logits,
+            up to a constant in each row; NaN, +inf or all -inf where :meth:`solve` would raise an error.
+        """
+        return None
+
     def verify(self, problem: Problem, answer: Answer) -> Recomputed | None:
         """Recompute this rule's answer in fp64 without the solver that found it; by default, return None.
 

@@ -6,6 +6,8 @@ p̂_i are the members' distributions and w_i their weights.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from jaxtyping import Float
@@ -22,6 +24,8 @@ from softmeet.solvers.base import Status
 
 # From this order on the objective of a power mean is that of order 1: 1 - Z^α, divided by 1 - α, would be all rounding.
 _AS_ONE = 1 - 1e-8
+# Below this order the logarithm of a sum of powers, divided by the order, would be rounded in fp32 by more than 1e-5.
+_ROUNDED = 0.01
 
 
 class _ClosedForm(Rule):
@@ -80,6 +84,16 @@ class LogitMean(_ClosedForm):
         cross = -(log_probs.exp() * scores.masked_fill(log_probs.isneginf(), 0.0)).sum(-1)
         return closed_form(problem, log_probs, cross + (log_probs.exp() * safe).sum(-1))
 
+    def quick(self, logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor | None:
+        """Return Σ w_i ℓ_i of logits ℓ_i, (B, v): what normalises each member is a constant; None with plausibility."""
+        if self.plausibility:
+            return None
+        (first, *others), (w, *rest) = logits, weights
+        scores = first * w
+        for own, weight in zip(others, rest, strict=True):
+            scores.add_(own, alpha=weight)
+        return scores
+
     def _cut(self, problem: Problem, scores: Float[Tensor, "B v"]) -> Float[Tensor, "B v"]:
         """Return the scores with -inf at tokens that are not plausible; ``scores`` itself if ``plausibility`` is 0."""
         if not self.plausibility:
@@ -105,6 +119,23 @@ class ProbMean(_ClosedForm):
         """Return Σ w_i p̂_i / Σ w_i on the support, and the objective there in nats, for every row."""
         log_probs = problem.restricted(prob_mean(problem.log_p, problem.weights))
         return closed_form(problem, log_probs, _divergence_from_members(problem, log_probs))
+
+    def quick(self, logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor | None:
+        """Return log Σ w_i p̂_i / Σ w_i, (B, v)."""
+        return _log_mean(logits, weights, 1.0)
+
+
+def _log_mean(logits: Sequence[Tensor], weights: Sequence[float], order: float) -> Tensor:
+    """Return log (Σ w_i p̂_i^order)^(1/order) of members' logits, w_i divided by their sum, for an order above 0."""
+    total = sum(weights)
+    parts = [
+        torch.log_softmax(own, -1).mul_(order).add_(math.log(w / total)) for own, w in zip(logits, weights, strict=True)
+    ]
+    largest = reduce(torch.maximum, parts).clamp_min(torch.finfo(parts[0].dtype).min)
+    found = torch.zeros_like(largest)
+    for part in parts:
+        found.add_(part.sub_(largest).exp_())
+    return found.log_().add_(largest).div_(order)
 
 
 def _divergence_from_members(problem: Problem, log_probs: Float[Tensor, "B v"]) -> Float[Tensor, " B"]:
@@ -151,6 +182,10 @@ class PowerMean(_ClosedForm):
         scores = log_power_means(problem.log_p, problem.weights, self.order)
         log_probs = problem.restricted(log_normalize(scores))
         return closed_form(problem, log_probs, self._objective(problem, scores, log_probs))
+
+    def quick(self, logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor | None:
+        """Return the logarithm of the power mean; None at an order so small that fp32 would round it."""
+        return _log_mean(logits, weights, self.order) if self.order >= _ROUNDED else None
 
     def _objective(
         self, problem: Problem, scores: Float[Tensor, "B v"], log_probs: Float[Tensor, "B v"]

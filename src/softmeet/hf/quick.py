@@ -1,0 +1,62 @@
+"""Averages in generation at the members' own price: a few passes over the vocabulary, in the logits' own dtype.
+
+What a report needs (each member's log-probabilities in fp64, objectives, divergences) is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.functional import pad
+
+from softmeet.rules.gates import that_closes
+from softmeet.rules.settings import Settings
+
+# The most numbers that all members' logits may have at once: 256 MiB in fp32.
+_ELEMENTS = 1 << 26
+
+
+def may(settings: Settings, rows: int, v: int) -> bool:
+    """Return whether an average has a quick form, unless :func:`average` then finds a row that has to be solved for.
+
+    It has not if a gate may close, a member has weight 0, heads are read, or the rows are so many that they would have
+    to be cut, as of a long prompt whose tokens are all scored.
+    """
+    plain = settings.bands == 1 and not settings.free_radial and that_closes(settings.gate) is None
+    weights = weights_of(settings)
+    return settings.rule.is_average and plain and all(weights) and rows * v * len(weights) <= _ELEMENTS
+
+
+def weights_of(settings: Settings) -> tuple[float, ...]:
+    """Return the members' weights of settings from :meth:`Settings.for_members`."""
+    assert isinstance(settings.weights, tuple), "settings for members have a weight for each"
+    return settings.weights
+
+
+def average(
+    logits: Sequence[Float[Tensor, "B _"]], settings: Settings, support: Bool[Tensor, " v"] | None, v: int
+) -> Float[Tensor, "B v"] | None:
+    """Return an average's log-probabilities in nats, in the dtype of the logits.
+
+    They are None where the rule has no quick form, or a row is not finite: solving then finds the answer, or says what
+    is wrong.
+
+    Args:
+        logits: each member's, fp32 or fp64, on one device; a head may have fewer than v rows.
+        settings: the rule and all other settings, from :meth:`Settings.for_members`; :func:`may` is true of them.
+        support: (v,), True for the ids that can have a probability above 0; None for all.
+        v: the number of ids.
+    """
+    own = [one if one.shape[-1] == v else pad(one, (0, v - one.shape[-1]), value=-torch.inf) for one in logits]
+    scores = settings.rule.quick(own, weights_of(settings))
+    if scores is None:
+        return None
+    if support is not None:
+        scores = scores.masked_fill(~support, -torch.inf)
+    if settings.rule_temperature != 1:
+        scores = scores / settings.rule_temperature
+    total = scores.logsumexp(-1, keepdim=True)
+    return scores - total if bool(total.isfinite().all()) else None
