@@ -106,7 +106,7 @@ def test_nan_names_its_member(rule, weights):
     of = combiner()
     states = hidden(of)
     states[1][2] = torch.nan
-    with pytest.raises(NonFiniteError, match="member 1.*a, b"):
+    with pytest.raises(NonFiniteError, match=r"member 1.*a, b"):
         of.combine(states, CallOptions(Settings(rule=rule, weights=weights).for_members(2)))
 
 
@@ -127,6 +127,29 @@ def test_what_is_more_than_an_average_is_solved_for(settings, counted):
     ours, theirs = both(of, hidden(of), **{"rule": "logit-mean", **settings})
     assert torch.equal(ours, theirs)
     assert counted == [6, 6]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_multiplied_as_the_model_does(dtype):
+    of = combiner(dtype=dtype)
+    states = hidden(of, dtype=dtype)
+    ours, theirs = both(of, states, rule="logit-mean")
+    assert ours.dtype == torch.float32
+    own = [(state @ head.weight.T).float() for state, head in zip(states, of.heads, strict=True)]
+    assert torch.allclose(ours, (0.5 * own[0] + 0.5 * own[1]).log_softmax(-1), atol=1e-5)
+    # A report multiplies in fp32: logits are near, not equal.
+    assert 1e-5 < (ours - theirs).abs().max() < 0.2
+
+
+def test_bytes_are_combined_at_once(counted):
+    from softmeet import Ensemble
+
+    ensemble = Ensemble.from_pretrained(["mixed/gpt2", "mixed/llama"], "logit-mean")
+    text = ensemble.generate("And the king", max_new_tokens=6, do_sample=False)
+    assert not counted
+    again = ensemble.generate("And the king", max_new_tokens=6, do_sample=False, recorder=Recorder())
+    assert len(counted) == 6
+    assert text == again
 
 
 def test_many_rows_are_solved_for_in_chunks(counted, monkeypatch):

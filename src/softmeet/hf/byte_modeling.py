@@ -113,7 +113,12 @@ class _ByteCombiner(Combiner):
         self, hidden: Sequence[Float[Tensor, "B _"]], deferral: Deferral | None = None
     ) -> Float[Tensor, "n B v"]:
         """Stack the members' log-probabilities of the 257 symbols, in nats, without further columns of ``hidden``."""
-        return torch.stack([h[:, :SYMBOLS] for h in hidden])
+        return torch.stack(self._own_logits(hidden))
+
+    def _own_logits(
+        self, hidden: Sequence[Float[Tensor, "B _"]], *, native: bool = False
+    ) -> list[Float[Tensor, "B _"]]:
+        return [h[:, :SYMBOLS] for h in hidden]
 
     def deferral(self, gate: Unsure, first: Float[Tensor, "B _"]) -> Deferral:
         """Decide by a gate from the first member's log-probabilities, the first 257 columns of ``first``."""

@@ -137,7 +137,7 @@ class Combiner:
             recorder.gate.seconds += deferral.seconds
         flat = [h.flatten(0, 1) for h in hidden]
         if recorder is None and deferral is None and quick.may(options.settings, len(flat[0]), self.v):
-            logits = [own.to(self.heads[0].device) for own in self._own_logits(flat)]
+            logits = [own.to(self.heads[0].device) for own in self._own_logits(flat, native=True)]
             if (found := quick.average(logits, options.settings, self.support, self.v)) is not None:
                 return found.reshape(*hidden[0].shape[:2], -1)
         with nullcontext() if seconds is None else time_limit(seconds):
@@ -233,15 +233,16 @@ class Combiner:
         ]
         return torch.stack(padded)
 
-    def _own_logits(self, hidden: Hidden) -> list[Float[Tensor, "B _"]]:
-        """Compute each member's logits; members of one head are rows of one product with it."""
+    def _own_logits(self, hidden: Hidden, *, native: bool = False) -> list[Float[Tensor, "B _"]]:
+        """Compute each member's logits (``native`` ones); members of one head are rows of one product with it."""
         found: list[Any] = [None] * len(self.heads)
         for group in self._groups:
             head = self.heads[group[0]]
+            compute = head.native_logits if native else head.logits
             if len(group) == 1:
-                found[group[0]] = head.logits(hidden[group[0]].to(head.device))
+                found[group[0]] = compute(hidden[group[0]].to(head.device))
                 continue
-            logits = head.logits(torch.cat([hidden[i].to(head.device) for i in group]))
+            logits = compute(torch.cat([hidden[i].to(head.device) for i in group]))
             for i, own in zip(group, logits.split([len(hidden[i]) for i in group]), strict=True):
                 found[i] = own
         return found
