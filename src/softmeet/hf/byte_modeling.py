@@ -26,7 +26,8 @@ from softmeet.hf.byte_rows import ByteCache, fresh_rows, read_on
 from softmeet.hf.byte_tokenizer import byte_tokenizer
 from softmeet.hf.call_options import CallOptions, Prefixes
 from softmeet.hf.chat import ChatTemplates, chat_of
-from softmeet.hf.combining import Combiner, Deferral
+from softmeet.hf.combining import Combiner
+from softmeet.hf.deferral import Deferral
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.contexts import Contexts
 from softmeet.hf.masking import SomethingLeft
@@ -202,7 +203,9 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
         for reader in self.readers:
             reader.find_head_again()
 
-    def new_cache(self, gate: str | Gate | None = None, *, own_prompts: Any = None) -> ByteCache:
+    def new_cache(
+        self, gate: str | Gate | None = None, *, own_prompts: Any = None, one_member: bool = False
+    ) -> ByteCache:
         """Make an empty cache for every member; ``gate`` and ``own_prompts`` are unused over bytes."""
         return ByteCache(len(self.readers))
 

@@ -58,27 +58,35 @@ class EnsembleCache(Cache):
     Args:
         configs: the members' configurations, in order.
         lagging: whether members after the first may have run fewer tokens than the first, as under the gate ``unsure``.
+        first_lags: whether the first may have, too, as where each token is drawn from one member.
         batched: groups of members' numbers that are rows of one batch, as :meth:`Contexts.batched` gives them.
 
     Attributes:
-        lagging, batched: as given.
+        lagging, first_lags, batched: as given.
         members: each member's own cache: a ``DynamicCache``; with ``lagging`` a :class:`Lagging` layer for all but
-            the first; else the :class:`ContextRows` of its group, if it is in one.
+            the first, with ``first_lags`` for all; else the :class:`ContextRows` of its group, if it is in one.
 
     Raises:
         InvalidInputError: if ``lagging`` and the cache of a member after the first holds anything but keys and values.
     """
 
     def __init__(
-        self, configs: Sequence[PreTrainedConfig], *, lagging: bool = False, batched: Sequence[Sequence[int]] = ()
+        self,
+        configs: Sequence[PreTrainedConfig],
+        *,
+        lagging: bool = False,
+        first_lags: bool = False,
+        batched: Sequence[Sequence[int]] = (),
     ) -> None:
-        self.lagging, self.batched = lagging, [list(group) for group in batched]
+        self.lagging, self.first_lags, self.batched = lagging, first_lags, [list(group) for group in batched]
         self.members: list[Any] = []
         rows = {i: layer for group in batched for layer in [ContextRows(1 if lagging else len(group))] for i in group}
         for i, config in enumerate(configs):
-            if lagging and i:
-                layers_of_keys_and_values(f"member {i}", config, "it cannot catch up, so leave out the gate 'unsure'")
-            own = Lagging() if lagging and i else rows.get(i)
+            lags = first_lags or (lagging and i > 0)
+            if lags:
+                why = "one_member" if first_lags else "the gate 'unsure'"
+                layers_of_keys_and_values(f"member {i}", config, f"it cannot catch up, so leave out {why}")
+            own = Lagging() if lags else rows.get(i)
             self.members.append(DynamicCache(config=config) if own is None else own)
         found = {id(one): [one] if isinstance(one, RowsLayer) else one.layers for one in self.members}
         super().__init__(layers=[layer for own in found.values() for layer in own])

@@ -16,6 +16,7 @@ from softmeet.hf.masking import Mask, SomethingLeft, Structured, ends_of
 from softmeet.hf.recorder import Recorder
 from softmeet.hf.sampling import RowSampler
 from softmeet.rules.gates import Unsure, that_closes
+from softmeet.rules.pools import ProbMean
 from softmeet.rules.settings import Settings
 from softmeet.structured.structure import Structure
 
@@ -26,8 +27,27 @@ _NOTHING_ALLOWED = (
     "nothing is left that the structure allows, as another option forbids it: lower min_new_tokens, or leave out "
     "suppress_tokens and bad_words_ids"
 )
+# The options behind some of transformers' processors of scores, for messages.
+_OPTIONS = {
+    "TemperatureLogitsWarper": "temperature", "TopKLogitsWarper": "top_k", "TopPLogitsWarper": "top_p",
+    "MinPLogitsWarper": "min_p", "TypicalLogitsWarper": "typical_p", "EpsilonLogitsWarper": "epsilon_cutoff",
+    "EtaLogitsWarper": "eta_cutoff", "RepetitionPenaltyLogitsProcessor": "repetition_penalty",
+    "NoRepeatNGramLogitsProcessor": "no_repeat_ngram_size", "MinLengthLogitsProcessor": "min_length",
+    "MinNewTokensLengthLogitsProcessor": "min_new_tokens", "NoBadWordsLogitsProcessor": "bad_words_ids",
+    "SequenceBiasLogitsProcessor": "sequence_bias", "SuppressTokensLogitsProcessor": "suppress_tokens",
+    "PrefixConstrainedLogitsProcessor": "prefix_allowed_tokens_fn",
+}  # fmt: skip
 # For each sequence or prompt, each member's own token ids before it; None for the member's default prefix.
 Prefixes = Sequence[Sequence[Sequence[int] | None]]
+
+
+def _refuse_beside_one_member(named: Sequence[str]) -> None:
+    """Raise InvalidInputError if options are named that need the probability mean itself."""
+    if named:
+        raise InvalidInputError(
+            f"one_member draws each token from one member alone, by prob-mean, and cannot be used with "
+            f"{', '.join(named)}: leave out one of both"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +67,8 @@ class CallOptions:
         token_seconds: the seconds that solvers may take in one ``forward``, for the next token of all sequences, as
             :func:`softmeet.time_limit` has it; None for no limit.
         structure: what each new text has to be, as a :class:`softmeet.Structure`; None for anything.
+        one_member: whether each token is drawn from one member, which is drawn by its weight: the probability mean's
+            distribution at about the price of one member.
     """
 
     settings: Settings
@@ -56,6 +78,23 @@ class CallOptions:
     own_prompts: Sequence[OwnPrompt] | None = None
     token_seconds: float | None = None
     structure: Structure | None = None
+    one_member: bool = False
+
+    def __post_init__(self) -> None:
+        """Check that ``one_member`` stands beside nothing that needs the mean itself."""
+        if not self.one_member:
+            return
+        own, settings = self, self.settings
+        found = {
+            f"the rule {settings.rule}": not isinstance(settings.rule, ProbMean),
+            "a gate": that_closes(settings.gate) is not None,
+            "rule_temperature": settings.rule_temperature != 1,
+            "a recorder or report": own.recorder is not None,
+            "a seed": own.row_sampler is not None,
+            "structure": own.structure is not None,
+            "prefixes": own.prefixes is not None,
+        }
+        _refuse_beside_one_member([name for name, given in found.items() if given])
 
     @classmethod
     def of(cls, model: EnsembleForCausalLM, given: dict[str, Any]) -> CallOptions:
@@ -80,7 +119,9 @@ class CallOptions:
             settings = model.settings.changed(**{name: x for name, x in changes.items() if x is not None})
         model.require(settings)
         names = ("recorder", "row_sampler", "prefixes", "own_prompts", "token_seconds", "structure")
-        own = {name: given.pop(name, None) for name in names}
+        own = {name: given.pop(name, None) for name in names} | {"one_member": bool(given.pop("one_member", False))}
+        if own["one_member"] and model.over_bytes:
+            raise InvalidInputError("one_member takes members over tokens, and these are combined over bytes")
         if own["prefixes"] is not None and not model.over_bytes:
             raise InvalidInputError("expected no prefixes over tokens, where members share every token of a prompt")
         seconds = own["token_seconds"]
@@ -108,12 +149,26 @@ class CallOptions:
             InvalidInputError: if the structure cannot be used with the ensemble's tokens.
         """
         last = [] if self.row_sampler is None else [self.row_sampler]
+        if self.one_member:
+            self._require_plain(config, processors)
         if self.structure is None:
             return LogitsProcessorList([*processors, *last])
         mask = Mask(self.structure, model.tokenizer, ends_of(config), model.config.vocab_size)
         return LogitsProcessorList(
             [Structured(mask, prompt_length), *processors, SomethingLeft(_NOTHING_ALLOWED), *last]
         )
+
+    def _require_plain(self, config: Any, processors: LogitsProcessorList) -> None:
+        """Check that tokens are drawn from the mean as it is, without anything that changes or ranks probabilities."""
+        found = {
+            "greedy search (do_sample=False)": not config.do_sample,
+            "num_beams": config.num_beams not in (None, 1),
+            "output_scores": config.output_scores,
+            "output_logits": config.output_logits,
+            "use_cache=False": not config.use_cache,
+        }
+        named = [name for name, given in found.items() if given]
+        _refuse_beside_one_member(named + [_OPTIONS.get(type(one).__name__, type(one).__name__) for one in processors])
 
     def longest(self, model: EnsembleForCausalLM, wanted: int, prompt_length: int) -> int:
         """Return how long sequences get: as long as wanted, or as own prompts leave room in a member's context.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from softmeet.errors import InvalidInputError, NonFiniteError, UnsupportedHeadError
 from softmeet.heads import SoftmaxHead
 from softmeet.hf import quick
+from softmeet.hf.deferral import Deferral, Drawn
 from softmeet.hf.unread import require_read
 from softmeet.members.bands import bands
 from softmeet.members.heads import one_head
@@ -47,27 +48,6 @@ def rows_at_once(v: int, n: int) -> int:
     This bounds its vectors over the vocabulary to about 512 MiB.
     """
     return max(1, _ELEMENTS // (v * 4 * n))
-
-
-@dataclass
-class Deferral:
-    """The positions at which, by the gate ``unsure``, the first member defers to the others, so that all members run.
-
-    It defers where its largest next-token probability is below the gate's threshold.
-
-    Attributes:
-        rows: (B,) bool, True at positions at which all members ran, False at those at which the first answers alone.
-        logits: (B, v), the first member's logits at all B positions; None if they were too large to keep.
-        seconds: the time in seconds that running the other members took.
-    """
-
-    rows: Bool[Tensor, " B"]
-    logits: Float[Tensor, "B v"] | None = None
-    seconds: float = 0.0
-
-    def take(self, rows: slice) -> Deferral:
-        """Return the deferral at the positions in the slice ``rows``, with ``seconds`` 0."""
-        return Deferral(self.rows[rows], None if self.logits is None else self.logits[rows])
 
 
 class Combiner:
@@ -116,7 +96,7 @@ class Combiner:
         self,
         hidden: Sequence[Float[Tensor, "B k _"]],
         options: CallOptions,
-        deferral: Deferral | None = None,
+        deferral: Deferral | Drawn | None = None,
         before: TokensBefore | None = None,
     ) -> Float[Tensor, "B k v"]:
         """Return the rule's log-probabilities, in nats, at k positions of each of B sequences.
@@ -125,21 +105,23 @@ class Combiner:
             hidden: for each member i, the last hidden states that it computed, (B, k, d_i).
             options: the settings, the seconds that solvers may take in all, and the recorder, whose
                 :meth:`Recorder.add` is called after each chunk of positions, in order.
-            deferral: the positions, of all B · k sequence by sequence, at which all members ran; at the others the
-                first member answers alone. :meth:`EnsembleForCausalLM.run` makes it. None if all ran everywhere.
+            deferral: the positions, of all B · k, at which all members ran; at the others the first member answers
+                alone. None if all ran everywhere; or the members that were drawn.
             before: the token before each of the B · k positions, for gates that look at the text; None if unknown.
 
         Raises:
             SoftmeetError: as :meth:`combine_rows`.
         """
         parts, recorder, seconds = [], options.recorder, options.token_seconds
-        if recorder is not None and deferral is not None:
-            recorder.gate.seconds += deferral.seconds
         flat = [h.flatten(0, 1) for h in hidden]
+        if isinstance(deferral, Drawn):
+            return quick.of_drawn(self.heads, flat, deferral, self.support, self.v)[:, None]
         if recorder is None and deferral is None and quick.may(options.settings, len(flat[0]), self.v):
             logits = [own.to(self.heads[0].device) for own in self._own_logits(flat, native=True)]
             if (found := quick.average(logits, options.settings, self.support, self.v)) is not None:
                 return found.reshape(*hidden[0].shape[:2], -1)
+        if recorder is not None and deferral is not None:
+            recorder.gate.seconds += deferral.seconds
         with nullcontext() if seconds is None else time_limit(seconds):
             for log_probs, solution in self.solve_in_chunks(flat, options.settings, deferral, before, proved=False):
                 if recorder is not None:
@@ -382,7 +364,7 @@ class Combiner:
 
 
 def _where_run(head: Head, states: Float[Tensor, "B d"], deferral: Deferral, *, first: bool) -> Float[Tensor, "B v"]:
-    """Compute a member's logits, fp32 or fp64; at positions at which it did not run they are 0, without a product."""
+    """Compute a member's logits; at positions at which it did not run they are 0, without a product."""
     if first and deferral.logits is not None:
         return deferral.logits
     if first or bool(deferral.rows.all()):

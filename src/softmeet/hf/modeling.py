@@ -19,9 +19,10 @@ from softmeet.heads import SoftmaxHead
 from softmeet.hf import checkpoint
 from softmeet.hf.cache import EnsembleCache
 from softmeet.hf.call_options import CallOptions
-from softmeet.hf.combining import Combiner, Deferral
+from softmeet.hf.combining import Combiner
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.contexts import Contexts
+from softmeet.hf.deferral import Deferral, Drawn
 from softmeet.hf.refused import refuse, refuse_other_caches
 from softmeet.hf.running import NewTokens, run_members
 from softmeet.hf.vocabulary import require_for_bytes
@@ -143,7 +144,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         kept: slice | Int[Tensor, " k"] = slice(None),
         options: CallOptions | None = None,
         **shared: Any,
-    ) -> tuple[list[Float[Tensor, "B k _"]], Deferral | None]:
+    ) -> tuple[list[Float[Tensor, "B k _"]], Deferral | Drawn | None]:
         """Run the members on new tokens: all, or under the gate ``unsure`` the first alone in sequences it is sure of.
 
         Args:
@@ -214,7 +215,8 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         refuse_other_caches(generation_config, model_kwargs.get("cache"))
         if model_kwargs.get("cache") is None and generation_config.use_cache:
             options: CallOptions = model_kwargs["call_options"]
-            model_kwargs["cache"] = self.new_cache(options.settings.gate, own_prompts=options.own_prompts)
+            how: dict[str, Any] = {"own_prompts": options.own_prompts, "one_member": options.one_member}
+            model_kwargs["cache"] = self.new_cache(options.settings.gate, **how)
 
     def _get_logits_processor(self, generation_config: Any, input_ids_seq_length: int, **kwargs: Any) -> Any:
         """Put the call's structure before transformers' own processors, its row sampler after, and bound its length."""
@@ -228,19 +230,22 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         known = {name: value for name, value in model_kwargs.items() if name != "call_options"}
         return super()._get_candidate_generator(*args, model_kwargs=known, **kwargs)
 
-    def new_cache(self, gate: str | Gate | None = None, *, own_prompts: Any = None) -> EnsembleCache:
+    def new_cache(
+        self, gate: str | Gate | None = None, *, own_prompts: Any = None, one_member: bool = False
+    ) -> EnsembleCache:
         """Make an empty cache of all members; if ``gate`` is ``unsure``, those after the first may lag behind it.
 
         Args:
             gate: the gate of the calls that the cache is for.
-            own_prompts: the ``CallOptions.own_prompts`` of the call that it is for.
+            own_prompts, one_member: those in the ``CallOptions`` of the call that it is for.
 
         Raises:
             InvalidInputError: if there is no such gate, or a member takes no cache (at ``unsure``: of keys and values).
         """
         lagging = isinstance(that_closes(parse_gate(gate)), Unsure)
         configs = [require_cache(member).config for member in self.members]
-        return EnsembleCache(configs, lagging=lagging, batched=self.contexts.batched(own_prompts))
+        batched = [] if one_member else self.contexts.batched(own_prompts)
+        return EnsembleCache(configs, lagging=lagging, first_lags=one_member, batched=batched)
 
     @property
     def settings(self) -> Settings:

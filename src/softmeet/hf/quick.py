@@ -12,6 +12,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from softmeet.errors import NonFiniteError
+from softmeet.hf.deferral import Drawn
+from softmeet.members.opaque import Head
 from softmeet.rules.gates import that_closes
 from softmeet.rules.settings import Settings
 
@@ -28,6 +31,42 @@ def may(settings: Settings, rows: int, v: int) -> bool:
     plain = settings.bands == 1 and not settings.free_radial and that_closes(settings.gate) is None
     weights = weights_of(settings)
     return settings.rule.is_average and plain and all(weights) and rows * v * len(weights) <= _ELEMENTS
+
+
+def of_drawn(
+    heads: Sequence[Head],
+    hidden: Sequence[Float[Tensor, "B _"]],
+    drawn: Drawn,
+    support: Bool[Tensor, " v"] | None,
+    v: int,
+) -> Float[Tensor, "B v"]:
+    """Return the log-probabilities in nats of each sequence's drawn member.
+
+    Args:
+        heads: the members' output layers.
+        hidden: each member's last hidden states, (B, d_i), which are read only where it was drawn.
+        drawn: the members that were drawn.
+        support: (v,), True for the ids that can have a probability above 0; None for all.
+        v: the number of ids.
+
+    Raises:
+        NonFiniteError: if a member's logits hold NaN or +inf.
+    """
+    place, found = heads[0].device, None
+    for i, (head, states) in enumerate(zip(heads, hidden, strict=True)):
+        rows = (drawn.members == i).nonzero().squeeze(-1)
+        if not len(rows):
+            continue
+        logits = head.native_logits(states[rows.to(states.device)].to(head.device)).to(place)
+        logits = logits if head.v == v else pad(logits, (0, v - head.v), value=-torch.inf)
+        logits = logits if support is None else logits.masked_fill(~support, -torch.inf)
+        if found is None:
+            found = logits.new_empty(len(drawn.members), v)
+        found[rows.to(place)] = logits.log_softmax(-1)
+    assert found is not None, "there is a member for every sequence"
+    if not bool(found.amax(-1).isfinite().all()):
+        raise NonFiniteError("expected finite logits, or -inf for an impossible token, of every member that is drawn")
+    return found
 
 
 def weights_of(settings: Settings) -> tuple[float, ...]:

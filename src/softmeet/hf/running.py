@@ -17,8 +17,9 @@ from torch import Tensor
 
 from softmeet.errors import InvalidInputError
 from softmeet.hf.cache import EnsembleCache, Lagging
-from softmeet.hf.combining import Deferral
 from softmeet.hf.contexts import ContextRows, OwnPrompt, stamp_of, units
+from softmeet.hf.deferral import Deferral, Drawn
+from softmeet.hf.quick import weights_of
 from softmeet.members.huggingface import last_hidden
 from softmeet.members.opaque import Head
 from softmeet.members.partial_cache import PartialCache
@@ -146,13 +147,19 @@ class NewTokens:
         return out if len(self.columns) == self.needed else out[:, (self.columns - start).to(place)]
 
 
-def run_members(new: NewTokens, options: CallOptions | None) -> tuple[list[Float[Tensor, "B k _"]], Deferral | None]:
+def run_members(
+    new: NewTokens, options: CallOptions | None
+) -> tuple[list[Float[Tensor, "B k _"]], Deferral | Drawn | None]:
     """Run the members on new tokens, as :meth:`EnsembleForCausalLM.run` does.
 
     Raises:
         InvalidInputError: if the cache was made for another gate, or for members without prompts of their own.
     """
     unsure, cache = None if options is None else options.unsure, new.cache
+    if options is not None and options.one_member:
+        return _run_drawn(new, weights_of(options.settings))
+    if cache is not None and cache.first_lags:
+        raise InvalidInputError("expected one_member for a cache that was begun with it")
     if unsure is None and (cache is None or not cache.lagging):
         return _run_all(new), None
     if cache is not None and not cache.lagging:
@@ -197,6 +204,35 @@ def _run_all(new: NewTokens) -> list[Float[Tensor, "B k _"]]:
     for part, states in zip(parts, model.each(hidden, range(len(parts))), strict=True):
         found |= zip(part, states, strict=True)
     return [found[i] for i in range(n)]
+
+
+def _run_drawn(new: NewTokens, weights: Sequence[float]) -> tuple[list[Float[Tensor, "B k _"]], Drawn]:
+    """Draw a member for each sequence by its weight, and run it on all tokens that it has not run yet.
+
+    Returns:
+        (each member's last hidden states at the newest position, (B, 1, d_i), zeros in sequences for which it was not
+        drawn; the members that were).
+
+    Raises:
+        InvalidInputError: if more than the newest position is asked for, or there is no cache that was made for it.
+    """
+    cache, model = new.cache, new.model
+    if cache is None or not cache.first_lags or new.needed != 1:
+        raise InvalidInputError(
+            "expected one_member in a call of generate, with its cache: each token is drawn from one member, and the "
+            "others have not run"
+        )
+    n = len(model.members)
+    for i in range(n):
+        cache.members[i].follow(new.rows(i))
+    drawn = torch.multinomial(torch.tensor(weights, dtype=torch.float64), len(new.ids), replacement=True)
+
+    def hidden(i: int) -> Float[Tensor, "B k _"]:
+        rows = (drawn == i).nonzero().squeeze(-1)
+        states = cache.members[i].run(model.members[i], rows, newest=True)
+        return new.spread(states, model.member_heads[i], rows, model.member_heads[i].dtype)
+
+    return model.each(hidden, range(n)), Drawn(drawn)
 
 
 def _run_where_unsure(new: NewTokens, gate: Unsure | None) -> tuple[list[Float[Tensor, "B k _"]], Deferral | None]:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from softmeet.errors import SoftmeetError
-from softmeet.hf.combining import Deferral
+from softmeet.hf.deferral import Deferral
 from softmeet.rules.problem import TokensBefore
 from softmeet.server.errors import BusyError, ClosingError, InternalError, TooLateError
 from softmeet.server.gating import Gates, Hidden, joined

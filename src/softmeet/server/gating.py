@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from softmeet.hf.combining import Deferral
+from softmeet.hf.deferral import Deferral
 from softmeet.hf.recorder import Savings
 from softmeet.rules.solution import Solution
 from softmeet.server.metrics import Metrics

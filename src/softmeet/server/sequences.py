@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM
 from softmeet.hf.byte_report import byte_report
-from softmeet.hf.combining import Deferral
 from softmeet.hf.contexts import OwnPrompt
+from softmeet.hf.deferral import Deferral
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.hf.report import token_report
 from softmeet.members.byte_member import ByteMember
