@@ -22,6 +22,7 @@ from softmeet.evaluation.intervals import clusters
 from softmeet.evaluation.perplexity import evaluate
 from softmeet.evaluation.positions import observe_text
 from softmeet.evaluation.save import figures, save, verdict
+from softmeet.evaluation.scoring import Piece
 from softmeet.members.weighting import Adaptation
 
 
@@ -75,6 +76,19 @@ def test_a_fit_without_a_fold_does_not_depend_on_it(ensemble, positions):  # noq
         assert ours.fit_nll == pytest.approx(theirs.fit_nll, abs=2e-6)
         assert ours.settings["weights"] == pytest.approx(theirs.settings["weights"], abs=5e-3)
     assert first.refits[0][2].fit_nll != pytest.approx(second.refits[0][2].fit_nll, abs=1e-4)
+
+
+def test_no_piece_is_evaluated_twice_at_the_same_values(ensemble, positions, monkeypatch):  # noqa: F811
+    """Fits without a fold begin at the same values, and share what the pieces say there."""
+    asked, original = [], Piece.sums
+
+    def sums(self, family, theta):
+        asked.append((id(self), family, tuple(theta.tolist())))
+        return original(self, family, theta)
+
+    monkeypatch.setattr(Piece, "sums", sums)
+    fit(ensemble, positions, Options(folds=3, meets=False))
+    assert len(asked) == len(set(asked))
 
 
 def test_the_best_of_the_folds_is_saved(by_folds, folders, tmp_path):  # noqa: F811

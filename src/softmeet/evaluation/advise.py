@@ -34,9 +34,11 @@ _ELEMENTS, _TOKENS, _BYTES = 2_000_000_000, 20_000, 40_000
 _BYTES_OF_TOKEN = 4
 # With what texts of the members' own begin, and how many each writes.
 _BEGINNING, _ROWS = "The", 5
-# Positions at which ``meet`` is compared with its pool; the mean total variation between the two below which it is not
-# tried on more; the trusts that are tried, and at how many positions.
-_COMPARED, _UNMOVED, _TRUSTS, _TRIED = 96, 0.005, (0.3, 1.0), 6000
+# At most and at least so many positions at which ``meet`` is compared with its pool, and log-probabilities of a member
+# there; the mean total variation between the two below which ``meet`` is not tried on more; the trusts that are tried,
+# and at how many positions.
+_COMPARED, _COMPARED_LEAST, _COMPARED_ELEMENTS = 96, 32, 4_000_000
+_UNMOVED, _TRUSTS, _TRIED = 0.005, (0.3, 1.0), 6000
 # If the solver takes long, ``meet`` is tried at as many positions as take so many seconds, but at least at so many.
 _SECONDS, _FEWEST = 60.0, 500
 
@@ -94,9 +96,8 @@ def meet_beside_pool(
         return None
     if len(ensemble.names) == 1:
         return None
-    few = positions.take(
-        torch.arange(min(_COMPARED, len(positions))) * len(positions) // min(_COMPARED, len(positions))
-    )
+    many = min(len(positions), _COMPARED, max(_COMPARED_LEAST, _COMPARED_ELEMENTS // model.config.vocab_size))
+    few = positions.take(torch.arange(many) * len(positions) // many)
     choices = [RuleChoice("meet", settings), RuleChoice(POOLS[0], settings | {"rule": POOLS[0]})]
     return evaluate_positions(ensemble, few, choices, engine=engine, cache=cache, stage="movement")
 
@@ -242,7 +243,7 @@ def advise(
     begin("comparing meet with its average", 0, None)
     start = time.perf_counter()
     compared = meet_beside_pool(ensemble, positions, engine, cache)
-    seconds = (time.perf_counter() - start) / _COMPARED
+    seconds = (time.perf_counter() - start) / max(1, 0 if compared is None else len(compared.positions))
     # Kept, as a run that goes on does not solve them again.
     afforded = (cache or PieceCache()).get("afforded", lambda: {"": torch.tensor(_SECONDS / seconds)})[""].item()
     meets = compared is not None and _total_variation(compared) >= _UNMOVED

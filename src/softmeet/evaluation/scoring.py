@@ -36,6 +36,8 @@ _ENOUGH = 1e-6
 # The longest step in θ, and how often it is halved before scoring ends.
 _STRIDE, _HALVINGS = 3.0, 6
 
+# At how many θ, of all families, sums over pieces are kept.
+_REMEMBERED = 256
 # What is scored of each member and average, fields of ``Scores``.
 _SCORED = ("nats", "hit", "confidence")
 
@@ -152,6 +154,7 @@ class Text:
     ) -> None:  # fmt: skip
         self._engine, self._cache, self._positions = engine, cache or PieceCache(), positions
         self._model, self._stage = model, stage
+        self._known: dict[tuple[Family, tuple[float, ...]], dict[int, Sums]] = {}
         v, fold = model.config.vocab_size, torch.zeros(len(positions), dtype=torch.int64) if fold is None else fold
         # Pieces of wide heads are smaller, so that every worker has some.
         size = min(PIECE, 2 * _chunk(v))
@@ -193,13 +196,25 @@ class Text:
             on_progress: called with the number of positions of each finished piece.
         """
         taken = [k for k, own in enumerate(self._fold) if own != without and self._fitted[k]]
-        found = dict[int, Sums]()
-        for place, sums in self._engine.map(Piece.sums, [(self._pieces[k], family, theta) for k in taken]):
-            found[place] = sums
-            on_progress(len(self._rows[taken[place]]))
-        losses, gradients, information = zip(*(found[place] for place in range(len(taken))), strict=True)
+        found = self._known_at(family, theta)
+        missing = [k for k in taken if k not in found]
+        for place, sums in self._engine.map(Piece.sums, [(self._pieces[k], family, theta) for k in missing]):
+            found[missing[place]] = sums
+            on_progress(len(self._rows[missing[place]]))
+        losses, gradients, information = zip(*(found[k] for k in taken), strict=True)
         count = sum(len(self._rows[k]) for k in taken)
         return Sums(sum(losses) / count, torch.stack(gradients).sum(0) / count, torch.stack(information).sum(0) / count)
+
+    def _known_at(self, family: Family, theta: Float[Tensor, " k"]) -> dict[int, Sums]:
+        """Return the sums of pieces that are known at ``theta``, to be added to.
+
+        Fits without a fold begin where that on all folds ended: their first evaluations share the pieces.
+        """
+        key = family, tuple(theta.tolist())
+        found = self._known.setdefault(key, {})
+        while len(self._known) > _REMEMBERED:
+            self._known.pop(next(iter(self._known)))
+        return found
 
     def fit(
         self, family: Family, start: Values, evaluations: int, name: str, *, without: int | None = None,
