@@ -313,7 +313,9 @@ class Ensemble:
             options: options of transformers' ``generate`` (without a length text may fill the shortest context; without
                 ``top_k`` tokens are drawn from the whole distribution, not from the 50 likeliest); ``structure``, what
                 the text has to be (:class:`softmeet.Structure`); ``weights`` (n numbers) and ``gate`` ("none" for none)
-                for this call; ``token_seconds``, how long solvers may take for a token (:func:`softmeet.time_limit`).
+                for this call; ``token_seconds``, how long solvers may take for a token (:func:`softmeet.time_limit`);
+                ``one_member=True``, to draw each token from one member, itself drawn by its weight: in plain sampling
+                by ``prob-mean`` the same law at about the price of one member.
 
         Raises:
             InvalidInputError: if options are wrong or exclude each other, or a prompt is empty or fills a context.

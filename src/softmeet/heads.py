@@ -16,7 +16,7 @@ from numbers import Real
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
 from softmeet.errors import InvalidInputError
@@ -160,20 +160,6 @@ class SoftmaxHead:
         if self.scale != 1 or self.soft_cap is not None:
             out = capped(out, self.scale, self.soft_cap)
         return out.reshape(*hidden.shape[:-1], self.v)
-
-    def native_logits(self, hidden: Float[Tensor, "*b d"]) -> Float[Tensor, "*b v"]:
-        """Return :meth:`logits` of a product in the head's own dtype if hidden states have it, as the model computes.
-
-        In half precision that rounds logits to it, and is several times as fast on a CPU.
-
-        Example:
-            >>> SoftmaxHead(torch.ones(2, 1).bfloat16()).native_logits(torch.tensor([1.0], dtype=torch.bfloat16))
-            tensor([1., 1.])
-        """
-        if self.dtype != hidden.dtype or self.dtype.itemsize > 2:
-            return self.logits(hidden)
-        bias = None if self.bias is None else self.bias.to(self.dtype)
-        return capped(nn.functional.linear(hidden, self.weight.detach(), bias).float(), self.scale, self.soft_cap)
 
     def log_probs(self, hidden: Float[Tensor, "*b d"]) -> Float[Tensor, "*b v"]:
         """Return the log-softmax of :meth:`logits` at the last hidden states, in nats, in the dtype of the logits.

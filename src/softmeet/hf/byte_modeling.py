@@ -27,9 +27,9 @@ from softmeet.hf.byte_tokenizer import byte_tokenizer
 from softmeet.hf.call_options import CallOptions, Prefixes
 from softmeet.hf.chat import ChatTemplates, chat_of
 from softmeet.hf.combining import Combiner
-from softmeet.hf.deferral import Deferral
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.contexts import Contexts
+from softmeet.hf.deferral import Deferral
 from softmeet.hf.masking import SomethingLeft
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.hf.vocabulary import require_for_bytes

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -220,7 +220,7 @@ class Combiner:
         found: list[Any] = [None] * len(self.heads)
         for group in self._groups:
             head = self.heads[group[0]]
-            compute = head.native_logits if native else head.logits
+            compute = partial(quick.native_logits, head) if native else head.logits
             if len(group) == 1:
                 found[group[0]] = compute(hidden[group[0]].to(head.device))
                 continue

@@ -10,13 +10,14 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import linear, pad
 
 from softmeet.errors import NonFiniteError
 from softmeet.hf.deferral import Drawn
-from softmeet.members.opaque import Head
+from softmeet.members.opaque import Head, OpaqueHead
 from softmeet.rules.gates import that_closes
 from softmeet.rules.settings import Settings
+from softmeet.simplex import capped
 
 # The most numbers that all members' logits may have at once: 256 MiB in fp32.
 _ELEMENTS = 1 << 26
@@ -31,6 +32,22 @@ def may(settings: Settings, rows: int, v: int) -> bool:
     plain = settings.bands == 1 and not settings.free_radial and that_closes(settings.gate) is None
     weights = weights_of(settings)
     return settings.rule.is_average and plain and all(weights) and rows * v * len(weights) <= _ELEMENTS
+
+
+def native_logits(head: Head, hidden: Float[Tensor, "b d"]) -> Float[Tensor, "b v"]:
+    """Return a head's logits in fp32 or fp64, by a product in its own dtype, as the model computes them.
+
+    In half precision that rounds logits to it, and is several times as fast on a CPU as ``head.logits``, which
+    multiplies in fp32.
+
+    Example:
+        >>> native_logits(SoftmaxHead(torch.ones(2, 1).bfloat16()), torch.ones(1, 1, dtype=torch.bfloat16))
+        tensor([[1., 1.]])
+    """
+    if isinstance(head, OpaqueHead) or head.dtype != hidden.dtype or head.dtype.itemsize > 2:
+        return head.logits(hidden)
+    bias = None if head.bias is None else head.bias.to(head.dtype)
+    return capped(linear(hidden, head.weight.detach(), bias).float(), head.scale, head.soft_cap)
 
 
 def of_drawn(
@@ -57,7 +74,7 @@ def of_drawn(
         rows = (drawn.members == i).nonzero().squeeze(-1)
         if not len(rows):
             continue
-        logits = head.native_logits(states[rows.to(states.device)].to(head.device)).to(place)
+        logits = native_logits(head, states[rows.to(states.device)].to(head.device)).to(place)
         logits = logits if head.v == v else pad(logits, (0, v - head.v), value=-torch.inf)
         logits = logits if support is None else logits.masked_fill(~support, -torch.inf)
         if found is None:

@@ -63,10 +63,6 @@ class OpaqueHead:
         out: Tensor = layer(hidden.reshape(-1, self.d).to(self.dtype)).to(dtype)
         return capped(out, self.scale, self.soft_cap).reshape(*hidden.shape[:-1], self.v)
 
-    def native_logits(self, hidden: Float[Tensor, "*b d"]) -> Float[Tensor, "*b v"]:
-        """Return :meth:`logits`, which are computed in the model's own dtype in any case."""
-        return self.logits(hidden)
-
     def log_probs(self, hidden: Float[Tensor, "*b d"]) -> Float[Tensor, "*b v"]:
         """Return the log-softmax of :meth:`logits` at the last hidden states, in nats, in the dtype of the logits."""
         return log_normalize(self.logits(hidden))
