@@ -2,7 +2,8 @@
 
 Ten pairs of models that are equal, unequal, broken, the same twice, a fine-tuned copy of the other, or of other
 tokenizers. Half of the held-out books are for advice; the other half, which took no part in it, is for the later
-evaluation: what is advised, or for the verdict ``single`` the best average that was fitted, against the best member.
+evaluation: what is advised, or for the verdict ``single`` the best average that was fitted, against the best member,
+as it is or with a fitted temperature.
 A verdict holds if it advises an ensemble where that gains, with a 95 % interval by book, and none where it does not.
 """
 
@@ -84,15 +85,20 @@ def pairs(scratch: Path) -> dict[str, list[str]]:
 
 
 def later(advice: Advice, documents: Sequence[Document]) -> Difference:
-    """The gain in bits a byte, on other text, of what is advised, or else of the best average, over the best member."""
+    """The gain in bits a byte, on other text, of what is advised, or else of the best average, over the best member.
+
+    That is the best member on this other text, as it is or with the temperature that was fitted to it for the advice.
+    """
     judged, ours = advice.judged, advice.ensemble
     if advice.verdict == "single":
         whole = range(len(judged.names))
         ours = part(judged.ensemble, list(whole), judged.best_of(judged.worthwhile).settings)
-    settings = ours.model.settings
-    choice = RuleChoice("advised", {name: value for name, value in settings.plain().items() if value is not None})
-    found = evaluate_text(ours, documents, [choice], engine=LocalEngine(2))
-    best = min(found.members.values(), key=lambda own: own.mean)
+    singles = judged.fitted.candidates[: len(judged.names)]
+    alone = [RuleChoice(f"{k} alone", own.settings) for k, own in enumerate(singles)]
+    members = evaluate_text(judged.ensemble, documents, alone, engine=LocalEngine(2))
+    chosen = {name: value for name, value in ours.model.settings.plain().items() if value is not None}
+    found = evaluate_text(ours, documents, [RuleChoice("advised", chosen)], engine=LocalEngine(2))
+    best = min([*members.members.values(), *members.choices.values()], key=lambda own: own.mean)
     within, scale = clusters(found.positions.document), math.log(2)
     return paired(best.nats / scale, found.choices["advised"].nats / scale, within, found.positions.sizes)
 
