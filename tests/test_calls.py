@@ -7,13 +7,11 @@ import pytest
 from calls import calls_a_token
 
 
-@pytest.mark.parametrize(
-    ("rule", "most"), [("logit-mean", 120), ("prob-mean", 120), ("power-mean", 120), ("meet", 350)]
-)
+@pytest.mark.parametrize(("rule", "most"), [("logit-mean", 80), ("prob-mean", 80), ("power-mean", 80), ("meet", 350)])
 def test_a_token_takes_few_calls(rule, most):
     found = calls_a_token("narrow", rule)
     assert 20 < sum(found.values()) <= most
-    # Normalised once, checked never.
-    assert found["/rules/validate.py:normalised"] == 1
+    # Normalised once, where a problem is solved, and checked never.
+    assert found.get("/rules/validate.py:normalised", 0) == (rule == "meet")
     checks = ("checked_", "parse_", "_resolved", "for_members")
     assert not [name for name in found if name.startswith("/rules/") and any(check in name for check in checks)]

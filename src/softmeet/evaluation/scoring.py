@@ -157,7 +157,7 @@ class Text:
         self._known: dict[tuple[Family, tuple[float, ...]], dict[int, Sums]] = {}
         v, fold = model.config.vocab_size, torch.zeros(len(positions), dtype=torch.int64) if fold is None else fold
         # Pieces of wide heads are smaller, so that every worker has some.
-        size = min(PIECE, 2 * _chunk(v))
+        size = min(PIECE, 2 * chunk_size(v))
         self._rows, self._fold, self._fitted = list[Tensor](), list[int](), list[bool]()
         for k in fold.unique().tolist():
             own = (fold == k).nonzero().squeeze(-1)

@@ -116,7 +116,8 @@ class Combiner:
         flat = [h.flatten(0, 1) for h in hidden]
         if isinstance(deferral, Drawn):
             return quick.of_drawn(self.heads, flat, deferral, self.support, self.v)[:, None]
-        if recorder is None and deferral is None and quick.may(options.settings, len(flat[0]), self.v):
+        plain = recorder is None and deferral is None and options.settings.rule.is_average
+        if plain and quick.may(options.settings, len(flat[0]), self.v):
             logits = [own.to(self.heads[0].device) for own in self._own_logits(flat, native=True)]
             if (found := quick.average(logits, options.settings, self.support, self.v)) is not None:
                 return found.reshape(*hidden[0].shape[:2], -1)

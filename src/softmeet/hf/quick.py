@@ -24,14 +24,14 @@ _ELEMENTS = 1 << 26
 
 
 def may(settings: Settings, rows: int, v: int) -> bool:
-    """Return whether an average has a quick form, unless :func:`average` then finds a row that has to be solved for.
+    """Return whether a rule that is an average need not be solved for, unless :func:`average` finds a row that has to.
 
-    It has not if a gate may close, a member has weight 0, heads are read, or the rows are so many that they would have
+    It has to if a gate may close, a member has weight 0, heads are read, or the rows are so many that they would have
     to be cut, as of a long prompt whose tokens are all scored.
     """
     plain = settings.bands == 1 and not settings.free_radial and that_closes(settings.gate) is None
     weights = weights_of(settings)
-    return settings.rule.is_average and plain and all(weights) and rows * v * len(weights) <= _ELEMENTS
+    return plain and all(weights) and rows * v * len(weights) <= _ELEMENTS
 
 
 def native_logits(head: Head, hidden: Float[Tensor, "b d"]) -> Float[Tensor, "b v"]:
@@ -41,6 +41,7 @@ def native_logits(head: Head, hidden: Float[Tensor, "b d"]) -> Float[Tensor, "b 
     multiplies in fp32.
 
     Example:
+        >>> from softmeet import SoftmaxHead
         >>> native_logits(SoftmaxHead(torch.ones(2, 1).bfloat16()), torch.ones(1, 1, dtype=torch.bfloat16))
         tensor([[1., 1.]])
     """
