@@ -1,8 +1,10 @@
-"""What an average costs beside its members alone: python benchmarks/price.py --threads 2 [-m A -m B --dtype bfloat16]
+"""What an ensemble costs beside its members alone: python benchmarks/price.py --threads 2 [-m A -m B --dtype bfloat16]
 
 Each member generates by itself, by transformers' ``generate``, and then the ensemble, in turn, several times; the
-figures are medians. *Of the sum* is the members' times together over the ensemble's: 1 if averaging costs nothing.
-Without members, two of GPT-2 small's shape with random weights.
+figures are medians of milliseconds a token. *Of the sum* is the members' times together over the ensemble's: 1 if
+averaging costs nothing. *Of plain* is the time of the same rule, token by token, over the speculative one's or that of
+one member a token. *Accepted* is the share of drafts that were. Without members, two of GPT-2 small's shape, the second
+a noisy copy of the first. With ``--text``, prompts begin its files, which decides what speculation can gain.
 """
 
 from __future__ import annotations
@@ -14,44 +16,92 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from members import ensemble_of, save_pair
 from report import median, now, show
+from softmeet.hf import pace
+from softmeet.members import zoo
+from softmeet.rules.settings import parse_rule
+
+Run = Callable[[int], Any]
+PROMPT = 64
 
 
-def timed(run: Callable[[int], Any], few: int, many: int) -> float:
-    """Milliseconds of a step: the difference of a long and a short run, over that of their steps."""
+class Drafts:
+    """Counts of the drafts that were accepted, as the pace of speculation is told of them."""
+
+    def __init__(self) -> None:
+        self.told: list[bool] = []
+        original, told = pace.Share.add, self.told
+
+        def add(share: pace.Share, accepted: bool) -> None:
+            told.append(accepted)
+            original(share, accepted)
+
+        pace.Share.add = add  # type: ignore[method-assign]
+
+    def taken(self) -> list[bool]:
+        """Those since the last call."""
+        found = list(self.told)
+        self.told.clear()
+        return found
+
+
+def timed(run: Run, few: int, many: int, seed: int) -> float:
+    """Milliseconds of a token: the difference of a long and a short run, over that of their tokens."""
     taken = []
     for count in (few, many):
+        torch.manual_seed(seed)
         start = now()
         run(count)
         taken.append(now() - start)
     return 1000 * (taken[1] - taken[0]) / (many - few)
 
 
-def runs(names: list[str], rules: list[str], dtype: torch.dtype, ids: torch.Tensor) -> dict[str, Callable[[int], Any]]:
-    """Functions of a number of new tokens, by what generates them."""
-    options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "pad_token_id": 0, "do_sample": True}
+def prompts(text: str | None, name: str, batch: int, repeats: int) -> list[torch.Tensor]:
+    """For each repetition the tokens of a batch of prompts, of one length."""
+    if text is None:
+        generator = torch.Generator().manual_seed(1)
+        return list(torch.randint(100, 10_000, (repeats, batch, PROMPT), generator=generator))
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    files = sorted(Path(text).parent.glob(Path(text).name))
+    whole = [tokenizer(file.read_text(encoding="utf-8"))["input_ids"] for file in files]
+    rows = [ids[:PROMPT] for ids in whole if len(ids) >= PROMPT]
+    return [torch.tensor([rows[(k * batch + j) % len(rows)] for j in range(batch)]) for k in range(repeats)]
 
-    def alone(model: Any) -> Callable[[int], Any]:
-        return lambda count: model.generate(ids, max_new_tokens=count, min_new_tokens=count, top_k=0, **options)
 
-    def together(model: Any, rule: str) -> Callable[[int], Any]:
-        chosen = model.settings.changed(rule=rule)
+def runs(names: list[str], rules: list[str], drafts: list[str], dtype: torch.dtype, ids: list[Any]) -> dict[str, Run]:
+    """Functions of a number of new tokens, by what generates them; the prompts are the last of ``ids``."""
+    options: dict[str, Any] = {"pad_token_id": 0, "do_sample": True, "top_k": 0}
+
+    def generating(model: Any, **more: Any) -> Run:
+        model.generation_config.eos_token_id = None
         return lambda count: model.generate(
-            ids, settings=chosen, max_new_tokens=count, min_new_tokens=count, top_k=0, **options
+            ids[-1], attention_mask=torch.ones_like(ids[-1]), max_new_tokens=count, **options, **more
         )
 
     members = [AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval() for name in names]
-    ensemble = ensemble_of(names, members, rules[0])
-    found = {f"member {k + 1}, alone": alone(model) for k, model in enumerate(members)}
-    return found | {rule: together(ensemble, rule) for rule in rules}
+    ensemble = ensemble_of(names, members, "logit-mean")
+    found = {f"member {k + 1}, alone": generating(model) for k, model in enumerate(members)}
+    for text in rules:
+        rule, more = parse_rule(text)
+        settings = ensemble.settings.changed(rule=rule, **more)
+        found[text] = generating(ensemble, settings=settings)
+        for count in drafts:
+            speculate = count if count == "auto" else int(count)
+            found[f"{text}, speculate {count}"] = generating(ensemble, settings=settings, speculate=speculate)
+        if rule.name == "prob-mean" and not more.get("rule_temperature"):
+            found[f"{text}, one member"] = generating(ensemble, settings=settings, one_member=True)
+    return found
 
 
 def main(
     member: Annotated[list[str] | None, typer.Option("--member", "-m", help="Folders of two or more models.")] = None,
     rule: Annotated[list[str] | None, typer.Option(help="May be repeated.")] = None,
+    speculate: Annotated[list[str] | None, typer.Option(help="Numbers of drafts or auto; may be repeated.")] = None,
+    text: Annotated[str | None, typer.Option(help="A pattern of files that begin with the prompts.")] = None,
+    near: Annotated[float, typer.Option(help="How near the noisy copy is: the correlation of parameters.")] = 0.97,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     batches: Annotated[str, typer.Option()] = "1,8",
     tokens: Annotated[int, typer.Option(help="New tokens in the longer of two runs.")] = 20,
@@ -63,30 +113,40 @@ def main(
     torch.set_num_threads(threads)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        names = member or save_pair(Path(folder))
+        names = [str(zoo.locate(name)) for name in member or []] or save_pair(Path(folder), near)
         rules = rule or ["logit-mean", "prob-mean"]
+        current: list[Any] = []
+        every, told = runs(names, rules, speculate or [], getattr(torch, dtype), current), Drafts()
         for batch in (int(x) for x in batches.split(",")):
-            generator = torch.Generator().manual_seed(1)
-            ids = torch.randint(100, 10_000, (batch, 32), generator=generator)
-            every = runs(names, rules, getattr(torch, dtype), ids)
+            taken = {name: list[float]() for name in every}
+            accepted = {name: list[bool]() for name in every}
+            each = prompts(text, names[0], batch, repeats)
+            current.append(each[0])
             for run in every.values():
                 run(2)
-            taken = {name: list[float]() for name in every}
-            for _ in range(repeats):
+            told.taken()
+            for k, ids in enumerate(each):
+                current[-1] = ids
                 for name, run in every.items():
-                    taken[name].append(timed(run, 4, tokens))
-            alone = [taken[name] for name in every if name not in rules]
+                    taken[name].append(timed(run, 4, tokens, k))
+                    accepted[name] += told.taken()
+            alone = [taken[name] for name in every if name.startswith("member ")]
             for name, own in taken.items():
-                sums = [sum(each) / mine for *each, mine in zip(*alone, own, strict=True)]
+                plain = taken.get(name.rsplit(", ", 1)[0], own)
+                ensemble, drafted = not name.startswith("member "), accepted[name]
+                of_sum = [sum(x) / y for *x, y in zip(*alone, own, strict=True)]
+                of_plain = [x / y for x, y in zip(plain, own, strict=True)]
                 rows.append(
                     {
                         "batch": batch,
                         "who": name,
-                        "ms a step": median(own),
-                        "of the sum": median(sums) if name in rules else None,
+                        "ms a token": median(own),
+                        "of the sum": median(of_sum) if ensemble else None,
+                        "of plain": median(of_plain) if plain is not own else None,
+                        "accepted": sum(drafted) / len(drafted) if drafted else None,
                     }
                 )
-    show(f"a step of generation, {dtype}", rows, json)
+    show(f"a token of generation, {dtype}", rows, json)
 
 
 if __name__ == "__main__":

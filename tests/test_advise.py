@@ -308,6 +308,19 @@ def test_finished_work_is_kept(folders, texts, tmp_path, monkeypatch):  # noqa: 
     assert second["candidates"] == json.loads(first.stdout)["candidates"]
 
 
+def test_where_meet_would_take_too_long_it_is_not_tried(members, monkeypatch):
+    monkeypatch.setattr(advising, "_UNMOVED", 0.0)
+    monkeypatch.setattr(advising, "_SECONDS", 1e-6)
+    judged = advised(members, 1.0, 1.0).judged
+    assert not judged.meets
+    assert [own for own in judged.cautions() if own.startswith("meet may differ")]
+    assert len(judged.found.positions) > 500
+    monkeypatch.setattr(advising, "_SECONDS", 1e6)
+    judged = advised(members, 1.0, 1.0).judged
+    assert judged.meets
+    assert not [own for own in judged.cautions() if own.startswith("meet may differ")]
+
+
 def kept_only(fit):
     from softmeet.evaluation.scoring import Piece
 
@@ -324,7 +337,7 @@ def kept_only(fit):
 def test_a_run_that_goes_on_judges_at_the_same_positions(members, tmp_path, monkeypatch):
     """How many were judged depended on time: the second run is quicker, as much is kept."""
     monkeypatch.setattr(advising, "_UNMOVED", 0.0)
-    monkeypatch.setattr(advising, "_FEWEST", 50)
+    monkeypatch.setattr(advising, "_FEWEST", 1)
     monkeypatch.setattr(advising, "_SECONDS", 0.1)
     kept = [advised(members, 1.0, 1.0, cache=PieceCache(tmp_path / "kept", {})).judged for _ in range(2)]
     first, second = (len(own.found.positions) for own in kept)

@@ -12,6 +12,7 @@ import torch
 from softmeet import Ensemble
 from softmeet.errors import NonFiniteError
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
+from softmeet.hf.combining import Combiner
 from softmeet.hf.sampling import RowSampler
 from softmeet.server.batch import MemberBatch, PrefixCache
 from softmeet.server.batcher import Batcher
@@ -90,6 +91,31 @@ def serve():
     for engine in engines:
         engine.close(0)
         engine.join()
+
+
+@pytest.mark.parametrize("rule", ["logit-mean", "prob-mean", "power-mean"])
+def test_an_average_is_solved_for_only_where_a_report_is_asked_for(serve, monkeypatch, rule):
+    solved, original = [], Combiner.combine_rows
+
+    def combine_rows(self, scores, *args, **options):
+        solved.append(scores.shape[1])
+        return original(self, scores, *args, **options)
+
+    monkeypatch.setattr(Combiner, "combine_rows", combine_rows)
+    model = ensemble_of(MEMBERS[:2], rule)
+    engine = serve(model)
+    found = {}
+    for report in (None, 2):
+        one, listener = sequence(model, prompt(0, 4), top=3, report=report)
+        engine.submit([one])
+        found[report] = [e for e in listener.all() if isinstance(e, Token)]
+        assert len(solved) == (0 if report is None else 12)
+    plain, told = found[None], found[2]
+    assert [e.token for e in plain] == [e.token for e in told]
+    assert [e.status for e in plain] == [e.status for e in told] == ["OPTIMAL"] * 12
+    for one, other in zip(plain, told, strict=True):
+        assert one.log_prob == pytest.approx(other.log_prob, abs=1e-5)
+        assert [token for token, _ in one.top] == [token for token, _ in other.top]
 
 
 @pytest.mark.parametrize("rule", ["logit-mean", "meet"])

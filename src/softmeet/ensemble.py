@@ -303,7 +303,7 @@ class Ensemble:
         Args:
             text: a prompt or a list of prompts. A prompt is a text, or a conversation to answer: a list of turns, such
                 as ``[{"role": "user", "content": "hello"}]``, that each member's chat template turns into a prompt.
-            seed: prompt k, from 0, draws from its own generator, seeded with (seed, k), so its tokens do not depend on
+            seed: prompt k, from 0, draws with noise of its own, determined by (seed, k), so its tokens do not depend on
                 the other prompts; implies ``do_sample=True`` unless that is False. None for torch's global generator.
             recorder: a ``softmeet.hf.Recorder()``, to which the call adds its rows, head reads, fallbacks and more.
             prompt_weights: use for each prompt the weights that :meth:`prompt_weights` computes from it. Prompts are
@@ -315,7 +315,9 @@ class Ensemble:
                 the text has to be (:class:`softmeet.Structure`); ``weights`` (n numbers) and ``gate`` ("none" for none)
                 for this call; ``token_seconds``, how long solvers may take for a token (:func:`softmeet.time_limit`);
                 ``one_member=True``, to draw each token from one member, itself drawn by its weight: in plain sampling
-                by ``prob-mean`` the same law at about the price of one member.
+                by ``prob-mean`` the same law at about the price of one member; ``speculate``, how many tokens the
+                cheapest member drafts before the others read them (``"auto"`` for as many as pay): the same tokens, in
+                less time where drafts are mostly right.
 
         Raises:
             InvalidInputError: if options are wrong or exclude each other, or a prompt is empty or fills a context.

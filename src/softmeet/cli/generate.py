@@ -17,6 +17,7 @@ from softmeet.cli import options
 from softmeet.cli.flags import flag, flags
 from softmeet.cli.messages import err, say
 from softmeet.cli.progress import working
+from softmeet.cli.sampling import SamplingFlags
 from softmeet.cli.structure import StructureFlags
 from softmeet.cli.tables import out, print_table
 from softmeet.cli.texts import argument_text, file_text
@@ -29,58 +30,6 @@ if TYPE_CHECKING:
     from softmeet.hf import Recorder
     from softmeet.members.reading import Work
     from softmeet.structured.structure import Structure
-
-
-def _positive(value: float | None) -> float | None:
-    """Return an option's value; this is typer's callback of options that have to be above 0."""
-    if value is not None and value <= 0:
-        raise typer.BadParameter(f"{value:g} is not above 0.")
-    return value
-
-
-@dataclass
-class SamplingFlags:
-    """Flags for how tokens are drawn, named as in transformers."""
-
-    PANEL: ClassVar = "Sampling"
-    max_new_tokens: int = flag(100, "The most tokens (over bytes: bytes) to add to each prompt.", min=1)
-    seed: int | None = flag(None, "An integer that makes the draws repeatable; without it, each run differs.", min=0)
-    do_sample: bool = flag(True, "Draw each token at random; --no-do-sample always takes the likeliest.")
-    temperature: float | None = flag(
-        None,
-            "Divide log-probabilities by X before drawing: below 1, likely tokens are drawn more often; 0 always "
-            "takes the likeliest.",
-        min=0, shown="1",
-    )  # fmt: skip
-    top_k: int = flag(0, "Draw from the N likeliest tokens only; 0 for all.", min=0)
-    top_p: float | None = flag(
-        None,
-        "Draw only from the smallest set of likeliest tokens whose probabilities add up to at least X; 1 for all.",
-        min=0, max=1,
-        shown="1",
-    )  # fmt: skip
-    min_p: float | None = flag(
-        None, "Draw only from tokens at least X times as probable as the likeliest; 0 for all.", min=0, max=1, shown="0"
-    )
-    repetition_penalty: float | None = flag(
-        None,
-        "Make tokens that came before less likely, by a factor of X in their scores, as in transformers; 1 for no "
-        "change.",
-        shown="1",
-        callback=_positive,
-    )
-
-    def arguments(self) -> dict[str, Any]:
-        """Return the flags that are set as keyword arguments of ``Ensemble.generate``.
-
-        Flags that are None are left out. A temperature of 0 means ``do_sample=False``, with which temperature, top-k,
-        top-p and min-p are left out, too.
-        """
-        given = {name: value for name, value in vars(self).items() if value is not None}
-        if self.do_sample and self.temperature != 0:
-            return given
-        unused = ("temperature", "top_k", "top_p", "min_p")
-        return {name: value for name, value in given.items() if name not in unused} | {"do_sample": False}
 
 
 @dataclass
@@ -215,6 +164,7 @@ def generate(
     texts += [file_text(p).rstrip("\n") if p == "-" else argument_text(p) for p in prompts or ([] if file else ["-"])]
     if reproducible:
         _require_reproducible(sampling, token_seconds)
+    summary = _summary(sampling, summary, as_json or color)
     chat.require(prompt_weights=prompt_weights)
     structure, passages = shape.structure(), retrieved.read(prompt_weights=prompt_weights)
     ensemble = retrieved.behind(passages, loading.ensemble(members, retrieved.settings(passages, settings)))
@@ -222,7 +172,10 @@ def generate(
     weights = [ensemble.prompt_weights(text) for text in texts] if prompt_weights else None
     from softmeet.hf import Recorder
 
-    recorder, before, started = Recorder(), ensemble.model.spent, time.perf_counter()
+    # An average that nobody asks about is computed without its report, which takes longer than the average.
+    plain = sampling.one_member or (ensemble.model.settings.rule.is_average and not (summary or as_json or color))
+    recorder = None if plain else Recorder()
+    before, started = ensemble.model.spent, time.perf_counter()
     given = {"recorder": recorder, "token_seconds": token_seconds, "structure": structure, **sampling.arguments()}
     each: list[dict[str, Any]] = [{}] * len(texts) if weights is None else [{"weights": own} for own in weights]
     completions: Any = []
@@ -235,18 +188,39 @@ def generate(
                 completions = ensemble.generate(asked, reproducible=reproducible, **given)
             else:
                 completions = [ensemble.generate(texts[k], **given, **own) for k, own in enumerate(each)]
-    facts = _facts(ensemble, recorder, time.perf_counter() - started, weights, before)
+    facts = _facts(ensemble, recorder or Recorder(), time.perf_counter() - started, weights, before)
     if as_json:
         made = [{"prompt": p, "text": t, **own} for p, t, own in zip(texts, completions, each, strict=True)]
         typer.echo(json.dumps({"completions": made, **facts}, ensure_ascii=False, indent=2))
     else:
         for prompt, text in zip(texts, completions, strict=False):
             typer.echo(f"=== {prompt}\n{text}\n")
-    if summary or (summary is None and sys.stderr.isatty()):
+    if summary:
         (_show_over_bytes if facts["vocabulary"] == "bytes" else _show)(facts)
     _say_cut(structure, completions or [streamed])
     for line in endings(facts["statuses"], facts["fallbacks"], facts["vocabulary"][:-1]):
         say(line)
+
+
+def _summary(sampling: SamplingFlags, asked: bool | None, told: bool) -> bool:
+    """Return whether a summary is printed: if it is asked for, and by default on a terminal.
+
+    Args:
+        sampling: how tokens are drawn.
+        asked: whether a summary is asked for; None if nothing is said.
+        told: whether other figures are.
+
+    Raises:
+        InvalidInputError: if figures are asked for and, by ``--one-member``, unknown.
+    """
+    if not sampling.one_member:
+        return sys.stderr.isatty() if asked is None else asked
+    if asked or told:
+        raise InvalidInputError(
+            "--one-member runs one member a token, so how far members disagree is not known: leave out --summary, "
+            "--json and --color"
+        )
+    return False
 
 
 def _say_cut(structure: Structure | None, texts: list[str]) -> None:
@@ -268,7 +242,9 @@ def _stream(ensemble: Ensemble, prompt: Any, arguments: dict[str, Any], *, color
     from softmeet.hf.report import style
 
     console, text = out(), ""
-    for piece, nats in ensemble.stream_with_disagreement(prompt, **arguments):
+    plain = arguments["recorder"] is None
+    pieces = ((piece, 0.0) for piece in ensemble.stream(prompt, **arguments))
+    for piece, nats in pieces if plain else ensemble.stream_with_disagreement(prompt, **arguments):
         if color:
             console.print(Text(piece, style=style(nats)), end="", soft_wrap=True)
         else:

@@ -39,8 +39,9 @@ _BEGINNING, _ROWS = "The", 5
 # and at how many positions.
 _COMPARED, _COMPARED_LEAST, _COMPARED_ELEMENTS = 96, 32, 4_000_000
 _UNMOVED, _TRUSTS, _TRIED = 0.005, (0.3, 1.0), 6000
-# If the solver takes long, ``meet`` is tried at as many positions as take so many seconds, but at least at so many.
-_SECONDS, _FEWEST = 60.0, 500
+# If the solver takes long, ``meet`` is tried at as many positions as take so many seconds, and not at all if these are
+# fewer than so many.
+_SECONDS, _FEWEST = 100.0, 500
 
 
 def within_budget(ensemble: Ensemble, documents: Sequence[Document], most: int | None = None) -> list[Document]:
@@ -246,20 +247,22 @@ def advise(
     seconds = (time.perf_counter() - start) / max(1, 0 if compared is None else len(compared.positions))
     # Kept, as a run that goes on does not solve them again.
     afforded = (cache or PieceCache()).get("afforded", lambda: {"": torch.tensor(_SECONDS / seconds)})[""].item()
-    meets = compared is not None and _total_variation(compared) >= _UNMOVED
+    moved = compared is not None and _total_variation(compared) >= _UNMOVED
+    meets = moved and afforded >= _FEWEST
     options = Options(
         folds=folds,
         meets=False,
         fit_positions=sample_size(ensemble),
         trusts=_TRUSTS if meets else (),
-        judge_positions=max(_FEWEST, min(_TRIED, int(afforded))) if meets else None,
+        judge_positions=min(_TRIED, int(afforded)) if meets else None,
     )
     fitted = fit(ensemble, positions, options, begin, engine=engine, cache=cache)
     begin("measuring what members cost", 0, None)
     text = max((document.text for document in documents), key=len)
     runs = member_runs(ensemble, text)
     times = [ms * rate for ms, (_, rate) in zip(milliseconds([run for run, _ in runs]), runs, strict=True)]
-    judged = Judged(ensemble, fitted, times, compared)
+    too_long = _SECONDS / afforded * len(_TRUSTS) * len(positions) if moved and not meets else None
+    judged = Judged(ensemble, fitted, times, compared, too_long)
     found = Advice(judged, *judged.chosen(), time=times[judged.names.index(judged.best)])
     if found.verdict != "single":
         begin("measuring what the ensemble costs", 0, None)

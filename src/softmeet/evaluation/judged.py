@@ -68,6 +68,8 @@ class Judged:
         times: the milliseconds that each member takes to write a byte alone.
         unfitted_meet: scores of ``meet`` at trust 0.3 and of its pool, both with equal weights, at some positions; None
             where ``meet`` cannot be.
+        too_long: the seconds that trying ``meet`` on the whole text would take, where that is why it was not; else
+            None.
         found: scores of members and candidates.
         names: the members' names.
         within: the clusters of positions.
@@ -80,6 +82,7 @@ class Judged:
     fitted: Fitted
     times: Sequence[float]
     unfitted_meet: Evaluation | None = None
+    too_long: float | None = None
 
     def __post_init__(self) -> None:
         """Name the members, and find the best one alone, as it is or with a fitted temperature."""
@@ -217,6 +220,11 @@ class Judged:
         if self.within.kind != "documents":
             found.append(
                 f"Fewer than {_FEW_DOCUMENTS} documents: intervals are by blocks of text, and hold for texts like this."
+            )
+        if self.too_long is not None:
+            found.append(
+                f"meet may differ from its average here, but was not tried on the whole text, as that would take about "
+                f"{math.ceil(self.too_long / 60):,} minutes: softmeet fit does."
             )
         if known := self.by_heart():
             found.append(

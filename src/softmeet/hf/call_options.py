@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import LogitsProcessorList
 
@@ -50,6 +50,13 @@ def _refuse_beside_one_member(named: Sequence[str]) -> None:
         )
 
 
+def checked_drafts(speculate: Any) -> int | Literal["auto"]:
+    """Return ``speculate`` as it is, or raise InvalidInputError if it is neither "auto" nor a number from 0 to 64."""
+    if speculate == "auto" or (type(speculate) is int and 0 <= speculate <= 64):
+        return speculate  # type: ignore[no-any-return]
+    raise InvalidInputError(f"expected speculate as a number of tokens from 0 to 64 or 'auto', got {speculate!r}")
+
+
 @dataclass(frozen=True, eq=False)
 class CallOptions:
     """softmeet's own options of one call of ``generate``, or of a ``forward`` outside of it.
@@ -59,7 +66,7 @@ class CallOptions:
     Attributes:
         settings: the settings by which the members are combined; a gate ``movement`` among them has its factor.
         recorder: counts the solution of every position whose logits are kept; None for no record.
-        row_sampler: draws each sequence's tokens from a generator of its own; None to let transformers draw them.
+        row_sampler: draws each sequence's tokens with noise of its own; None to let transformers draw them.
         prefixes: over bytes, ``prefixes[k][i]`` holds the token ids that member i reads before sequence k (or before
             prompt k, if every prompt has the same number of sequences), or None for that member's default prefix;
             None in place of the whole for the default prefixes of all members.
@@ -69,6 +76,8 @@ class CallOptions:
         structure: what each new text has to be, as a :class:`softmeet.Structure`; None for anything.
         one_member: whether each token is drawn from one member, which is drawn by its weight: the probability mean's
             distribution at about the price of one member.
+        speculate: how many tokens the cheapest member drafts before the others read them; "auto" for as many as pay,
+            by what is measured, and none where nothing does; 0 for none.
     """
 
     settings: Settings
@@ -79,6 +88,7 @@ class CallOptions:
     token_seconds: float | None = None
     structure: Structure | None = None
     one_member: bool = False
+    speculate: int | Literal["auto"] = 0
 
     def __post_init__(self) -> None:
         """Check that ``one_member`` stands beside nothing that needs the mean itself."""
@@ -103,10 +113,10 @@ class CallOptions:
         Args:
             model: the ensemble that is called.
             given: the keyword arguments, changed in place. Removed are ``settings``, ``recorder``, ``row_sampler``,
-                ``prefixes``, ``own_prompts``, ``token_seconds``, ``structure``, ``weights`` and ``gate``. Without
-                ``settings`` the model's own hold, with the pool's ``weights`` and the ``gate`` (a text such as
-                ``"unsure:0.5"``, ``"none"`` for none) replaced by those given; with ``settings``, which come from
-                :meth:`Settings.for_members`, ``weights`` and ``gate`` are ignored.
+                ``prefixes``, ``own_prompts``, ``token_seconds``, ``structure``, ``speculate``, ``one_member``,
+                ``weights`` and ``gate``. Without ``settings`` the model's own hold, with the pool's ``weights`` and
+                the ``gate`` (a text such as ``"unsure:0.5"``, ``"none"`` for none) replaced by those given; with
+                ``settings``, which come from :meth:`Settings.for_members`, ``weights`` and ``gate`` are ignored.
 
         Raises:
             InvalidInputError: if the weights, the gate, the structure or ``token_seconds`` are not valid, or prefixes
@@ -120,6 +130,7 @@ class CallOptions:
         model.require(settings)
         names = ("recorder", "row_sampler", "prefixes", "own_prompts", "token_seconds", "structure")
         own = {name: given.pop(name, None) for name in names} | {"one_member": bool(given.pop("one_member", False))}
+        own["speculate"] = checked_drafts(given.pop("speculate", 0))
         if own["one_member"] and model.over_bytes:
             raise InvalidInputError("one_member takes members over tokens, and these are combined over bytes")
         if own["prefixes"] is not None and not model.over_bytes:

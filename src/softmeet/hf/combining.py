@@ -116,11 +116,8 @@ class Combiner:
         flat = [h.flatten(0, 1) for h in hidden]
         if isinstance(deferral, Drawn):
             return quick.of_drawn(self.heads, flat, deferral, self.support, self.v)[:, None]
-        plain = recorder is None and deferral is None and options.settings.rule.is_average
-        if plain and quick.may(options.settings, len(flat[0]), self.v):
-            logits = [own.to(self.heads[0].device) for own in self._own_logits(flat, native=True)]
-            if (found := quick.average(logits, options.settings, self.support, self.v)) is not None:
-                return found.reshape(*hidden[0].shape[:2], -1)
+        if recorder is None and deferral is None and (found := self.quickly(flat, options.settings)) is not None:
+            return found.reshape(*hidden[0].shape[:2], -1)
         if recorder is not None and deferral is not None:
             recorder.gate.seconds += deferral.seconds
         with nullcontext() if seconds is None else time_limit(seconds):
@@ -129,6 +126,21 @@ class Combiner:
                     recorder.add(solution, log_probs)
                 parts.append(solution.log_probs)
         return torch.cat(parts).reshape(*hidden[0].shape[:2], -1)
+
+    def quickly(self, hidden: Hidden, settings: Settings) -> Float[Tensor, "B v"] | None:
+        """Return an average's log-probabilities in nats, without what a report needs (:mod:`softmeet.hf.quick`).
+
+        Args:
+            hidden: for each member i, its last hidden states, (B, d_i).
+            settings: the rule and all other settings, from :meth:`Settings.for_members`.
+
+        Returns:
+            the log-probabilities, (B, v), fp32 or fp64; None where the rule has to be solved for.
+        """
+        if not (settings.rule.is_average and quick.may(settings, len(hidden[0]), self.v)):
+            return None
+        logits = [own.to(self.heads[0].device) for own in self._own_logits(hidden, native=True)]
+        return quick.average(logits, settings, self.support, self.v)
 
     def solve_in_chunks(
         self,
@@ -172,6 +184,7 @@ class Combiner:
         before: TokensBefore | None = None,
         *,
         proved: bool = True,
+        logits: Scores | None = None,
     ) -> tuple[Scores, Solution]:
         """Combine the members at B positions, from their hidden states.
 
@@ -184,6 +197,7 @@ class Combiner:
             before: the token before each position, for gates that look at the text; None if it is unknown.
             proved: True to solve a row until its gap is proved to be within the tolerance; False to stop at an
                 estimate of the gap, as generation does.
+            logits: the members' logits, as :meth:`own_logits` returns them; None to compute them.
 
         Returns:
             (the members' log-probabilities in nats, (n, B, v), fp64; the rule's solution of the B rows).
@@ -191,7 +205,7 @@ class Combiner:
         Raises:
             SoftmeetError: as :meth:`combine_rows`.
         """
-        logits = self.own_logits(hidden, deferral)
+        logits = self.own_logits(hidden, deferral) if logits is None else logits
         if deferral is not None:
             settings = settings.model_copy(update={"gate": Unsure(1.0, deferral.rows.to(logits.device))})
         solution = self.combine_rows(logits, logits, settings, hidden=hidden, proved=proved, before=before)

@@ -23,8 +23,9 @@ from softmeet.hf.combining import Combiner
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.contexts import Contexts
 from softmeet.hf.deferral import Deferral, Drawn
-from softmeet.hf.refused import refuse, refuse_other_caches
+from softmeet.hf.refused import checked_length, refuse, refuse_other_caches
 from softmeet.hf.running import NewTokens, run_members
+from softmeet.hf.speculation import decode, is_to_speculate
 from softmeet.hf.vocabulary import require_for_bytes
 from softmeet.members.heads import head_of, replace_weight
 from softmeet.members.huggingface import Dtype, require_cache
@@ -124,7 +125,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         options = call_options or CallOptions.of(self, kwargs)
         if use_cache and cache is None:
             cache = self.new_cache(options.settings.gate)
-        input_ids = self._checked_length(input_ids, cache)
+        input_ids = checked_length(self.config, input_ids, cache)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden, deferral = self.run(
             input_ids, cache, kept, options,
@@ -166,30 +167,16 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
 
     def hidden_states(self, input_ids: Int[Tensor, "1 t"]) -> list[Float[Tensor, "t _"]]:
         """Run the members over one text, and return each one's last hidden states, (t, d_i), row k after token k."""
-        self._checked_length(input_ids, None)
+        checked_length(self.config, input_ids, None)
         return [states[0] for states in self.run(input_ids, None, use_cache=False)[0]]
-
-    def _checked_length(self, input_ids: Int[Tensor, "B t"] | None, cache: EnsembleCache | None) -> Int[Tensor, "B t"]:
-        """Return ``input_ids``, or raise InvalidInputError if they are None or exceed the shortest context."""
-        if input_ids is None:
-            raise InvalidInputError(
-                "expected input_ids: members share tokens, not embeddings, so inputs_embeds is refused"
-            )
-        length = input_ids.shape[1] + (0 if cache is None else cache.get_seq_length())
-        limit = self.config.max_position_embeddings
-        if limit is not None and length > limit:
-            raise InvalidInputError(
-                f"expected at most {limit} tokens, the shortest member's context, got {length}: shorten the prompt or "
-                "lower max_new_tokens"
-            )
-        return input_ids
 
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
         """Generate tokens as transformers' ``generate`` does.
 
         Args:
             kwargs: may also hold ``settings``, ``weights`` of the pool, ``gate``, ``recorder``, ``row_sampler``,
-                ``structure``, ``token_seconds`` and, over bytes, ``prefixes``: each member's token ids before prompts.
+                ``structure``, ``token_seconds``, ``one_member``, ``speculate`` and, over bytes, ``prefixes``: each
+                member's token ids before prompts.
 
         Raises:
             InvalidInputError: if an option has no meaning for an ensemble (:func:`refuse`), or a value is not valid.
@@ -223,7 +210,14 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         found = super()._get_logits_processor(generation_config, input_ids_seq_length, **kwargs)
         options: CallOptions = kwargs["model_kwargs"]["call_options"]
         generation_config.max_length = options.longest(self, generation_config.max_length, input_ids_seq_length)
+        is_to_speculate(self, options, generation_config)  # which refuses what other loops do not know
         return options.around(found, self, generation_config, input_ids_seq_length)
+
+    def _sample(self, input_ids: Tensor, **kwargs: Any) -> Any:
+        """Choose tokens by transformers' loop, one by one or, where the call speculates, several at once."""
+        if is_to_speculate(self, kwargs["call_options"], kwargs["generation_config"]):
+            return decode(self, input_ids, **kwargs)
+        return super()._sample(input_ids, **kwargs)
 
     def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
         """Leave the call's options out of an assistant model's arguments: it has none, or options of its own."""

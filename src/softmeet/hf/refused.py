@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jaxtyping import Int
+from torch import Tensor
+
 from softmeet.errors import InvalidInputError
 from softmeet.hf.cache import EnsembleCache
+from softmeet.hf.configuration import EnsembleConfig
 
 _REASONS = {
     "penalty_alpha": "contrastive search compares hidden states, and each member has its own",
@@ -35,6 +39,10 @@ def refuse(generation_config: Any, options: Mapping[str, Any]) -> None:
         given = options.get(name, getattr(generation_config, name, None))
         if given is not None and given is not False:
             raise InvalidInputError(f"{name} is not supported for an ensemble: {reason}")
+    if options.get("assistant_model") is not None and options.get("speculate"):
+        raise InvalidInputError(
+            "speculate lets a member draft, and assistant_model another model: leave out one of both"
+        )
 
 
 def refuse_other_caches(generation_config: Any, given: Any) -> None:
@@ -54,3 +62,23 @@ def refuse_other_caches(generation_config: Any, given: Any) -> None:
             f"an ensemble keeps one dynamic cache per member; cache_implementation="
             f"{generation_config.cache_implementation!r} is not supported: leave it out"
         )
+
+
+def checked_length(config: EnsembleConfig, input_ids: Int[Tensor, "B t"] | None, cache: Any) -> Int[Tensor, "B t"]:
+    """Return ``input_ids``, or raise InvalidInputError if they are None or exceed the shortest member's context.
+
+    Args:
+        config: the ensemble's.
+        input_ids: (B, t), the new tokens.
+        cache: of the tokens before them, or None.
+    """
+    if input_ids is None:
+        raise InvalidInputError("expected input_ids: members share tokens, not embeddings, so inputs_embeds is refused")
+    length = input_ids.shape[1] + (0 if cache is None else cache.get_seq_length())
+    limit = config.max_position_embeddings
+    if limit is not None and length > limit:
+        raise InvalidInputError(
+            f"expected at most {limit} tokens, the shortest member's context, got {length}: shorten the prompt or "
+            "lower max_new_tokens"
+        )
+    return input_ids

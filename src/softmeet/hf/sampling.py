@@ -1,11 +1,16 @@
-"""Sampling in which each sequence draws its tokens from a random generator of its own.
+"""Sampling in which each sequence's tokens follow from a seed and its own distributions.
 
-So its tokens do not depend on the other sequences of the batch. Row k of a batch is sequence k's newest position.
+So they do not depend on the other sequences of the batch, nor on the order in which positions are computed. Row k of a
+batch is sequence k's newest position.
+
+A token is drawn by the Gumbel-max trick (Maddison, Tarlow and Minka, A* Sampling, NeurIPS 2014): the largest sum of a
+score and its own Gumbel noise is at token t with probability softmax(scores)[t].
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from numbers import Integral
 
 import torch
@@ -20,21 +25,48 @@ class RowSampler(LogitsProcessor):
     """A logits processor that draws each row's token, and forbids all other tokens.
 
     Put it after all other processors, those of temperature and truncation included. As only the drawn token stays
-    possible, the sampling or search that follows has to choose it.
+    possible, the sampling or search that follows has to choose it. The texts that it is first called with are prompts.
 
     Args:
         seed: the seed of the whole call, an integer.
-        keys: an integer for each row of the batch (prompts times sequences of each); row k draws from
-            ``row_generator(seed, keys[k])``. Rows with equal keys draw the same numbers.
+        keys: an integer for each row of the batch (prompts times sequences of each); the noise of row k's position t,
+            counted from its prompt's end, is ``gumbel(seed, keys[k], t, v)``. Rows with equal keys have equal noise.
     """
 
     def __init__(self, seed: int, keys: Sequence[int]) -> None:
-        self._generators = [row_generator(seed, key) for key in keys]
+        self._seed, self._keys = require_seed(seed), list(keys)
+        self._start: int | None = None
 
     def __call__(self, input_ids: Int[Tensor, "B t"], scores: Float[Tensor, "B v"]) -> Float[Tensor, "B v"]:
         """Draw a token for each row from softmax(scores), and return scores of 0 for it and -inf for all others."""
-        drawn = draw(scores, self._generators)
+        if self._start is None:
+            self._start = input_ids.shape[1]
+        position = input_ids.shape[1] - self._start
+        drawn = draw(scores, [(self._seed, key, position) for key in self._keys])
         return torch.full_like(scores, -torch.inf).scatter(-1, drawn[:, None], 0.0)
+
+
+class FreshSampler(LogitsProcessor):
+    """A logits processor that draws each row's token without a seed, and forbids all other tokens.
+
+    It draws as torch.multinomial does, but keeps the noise of a position, so that what is drafted there and what the
+    rule draws there agree wherever they can.
+    """
+
+    def __init__(self) -> None:
+        self._noise: dict[int, Float[Tensor, "B v"]] = {}
+
+    def __call__(self, input_ids: Int[Tensor, "B t"], scores: Float[Tensor, "B v"]) -> Float[Tensor, "B v"]:
+        """Draw a token for each row from softmax(scores), and return scores of 0 for it and -inf for all others."""
+        noise = self._noise.get(input_ids.shape[1])
+        if noise is None:
+            noise = self._noise[input_ids.shape[1]] = torch.empty_like(scores).exponential_().log_()
+        drawn = (scores - noise).argmax(-1, keepdim=True)
+        return torch.full_like(scores, -torch.inf).scatter(-1, drawn, 0.0)
+
+    def forget(self, position: int) -> None:
+        """Forget the noise of a position, as its tokens are settled."""
+        self._noise.pop(position, None)
 
 
 def require_reproducible(drawn: bool, seed: int | None, token_seconds: float | None) -> None:
@@ -48,28 +80,34 @@ def require_reproducible(drawn: bool, seed: int | None, token_seconds: float | N
         )
 
 
-def row_generator(seed: int, key: int) -> torch.Generator:
-    """Make the random generator, on the CPU, that belongs to the pair (seed, key); refuse a seed that is no integer."""
+def require_seed(seed: int) -> int:
+    """Return a seed as an int, or raise InvalidInputError if it is no integer."""
     if not isinstance(seed, Integral):
         raise InvalidInputError(f"expected a seed that is an integer, got {seed!r}")
-    # Distinct odd multipliers keep pairs apart over the range of generator seeds.
-    mixed = (int(seed) * 0x9E3779B97F4A7C15 + key * 0xD1B54A32D192ED03) % (1 << 63)
-    return torch.Generator().manual_seed(mixed)
+    return int(seed)
 
 
-def draw(scores: Float[Tensor, "B v"], generators: Sequence[torch.Generator]) -> Int[Tensor, " B"]:
+# What was drafted is soon drawn again, for the rule. A vector over 150,000 tokens takes 1.2 MB.
+@lru_cache(maxsize=16)
+def gumbel(seed: int, key: int, position: int, v: int) -> Float[Tensor, " v"]:
+    """Return v independent numbers, fp64, of the standard Gumbel distribution, which the arguments determine.
+
+    They are kept for a while: do not change them in place.
+    """
+    # Distinct odd multipliers keep triples apart over the range of generator seeds.
+    mixed = seed * 0x9E3779B97F4A7C15 + key * 0xD1B54A32D192ED03 + position * 0x8CB92BA72F3D8DD7
+    generator = torch.Generator().manual_seed(mixed % (1 << 63))
+    uniform = torch.rand(v, generator=generator, dtype=torch.float64)
+    return uniform.neg_().log1p_().neg_().clamp_min_(torch.finfo(torch.float64).tiny).log_().neg_()
+
+
+def draw(scores: Float[Tensor, "B v"], noise: Sequence[tuple[int, int, int]]) -> Int[Tensor, " B"]:
     """Draw one token id per row from softmax(scores).
-
-    The row's cumulative distribution is inverted at a uniform number from the row's generator.
 
     Args:
         scores: (B, v), logits or log-probabilities in nats; -inf for an impossible token.
-        generators: B generators, on the CPU; each is advanced by one number.
+        noise: for each row the seed, key and position of its noise, as in :func:`gumbel`.
     """
-    u = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators]).to(scores.device)
-    p = scores.double().softmax(-1)
-    total = p.cumsum(-1)
-    # Rounding must not lift the product to the whole sum: then the first entry past it has some mass.
-    all_mass = total[:, -1]
-    place = torch.minimum(u * all_mass, torch.nextafter(all_mass, torch.zeros_like(all_mass)))
-    return torch.searchsorted(total, place[:, None], right=True).squeeze(-1)
+    v = scores.shape[-1]
+    found = [(own + gumbel(*one, v).to(own.device)).argmax() for own, one in zip(scores, noise, strict=True)]
+    return torch.stack(found)

@@ -23,14 +23,15 @@ from softmeet.errors import SoftmeetError
 from softmeet.hf.deferral import Deferral
 from softmeet.rules.problem import TokensBefore
 from softmeet.server.errors import BusyError, ClosingError, InternalError, TooLateError
-from softmeet.server.gating import Gates, Hidden, joined
+from softmeet.server.gating import Gates, Hidden
 from softmeet.server.kinds import Kinds, prompts_together
 from softmeet.server.limits import Limits
 from softmeet.server.members import Members
 from softmeet.server.metrics import Metrics
 from softmeet.server.sampling import next_scores, next_tokens
-from softmeet.server.sequences import Account, Event, Failed, Finished, PromptScored, Runner, Sequence, Token, tokens_of
+from softmeet.server.sequences import Account, Event, Failed, Finished, PromptScored, Runner, Sequence, Token
 from softmeet.server.tasks import SAVED, Task, Turns
+from softmeet.server.tokens import Combined, combined, tokens_of
 from softmeet.server.turns_at_lock import TURNS_AT_LOCK
 from softmeet.solvers.base import Status
 
@@ -288,8 +289,8 @@ class Batcher(threading.Thread):
                 log_probs, solution = how.model.combiner.solve_rows(
                     [states[rows] for states in hidden], how.settings, some, known, proved=False
                 )
-                count = log_probs.shape[1]
-                found += tokens_of([s] * count, solution, log_probs, islice(tokens, count), scored=True)
+                count, chunk = log_probs.shape[1], Combined(solution.log_probs, log_probs, solution)
+                found += tokens_of([s] * count, chunk, islice(tokens, count), scored=True)
                 task.pause()
         self._emit(s, PromptScored(found))
 
@@ -310,11 +311,9 @@ class Batcher(threading.Thread):
         """Do as :meth:`_solve`, with finite hidden states of every member for each sequence."""
         how, suspended, started = group[0].combination, task.suspended, task.clock()
         before = TokensBefore.of(torch.tensor([s.tokens[-1] for s in group]), how.model.tokenizer)
-        stacked = [torch.cat(member) for member in zip(*hidden, strict=True)]
         try:
             with task.limit(self.limits.token_seconds * len(group)):
-                solve = how.model.combiner.solve_in_chunks
-                chunks = list(solve(stacked, how.settings, joined(group), before, proved=False))
+                chunks = list(combined(group, [torch.cat(member) for member in zip(*hidden, strict=True)], before))
         except SoftmeetError as error:
             if len(group) == 1:
                 self._fail(group[0], error)
@@ -324,13 +323,14 @@ class Batcher(threading.Thread):
             return
         self._kinds.learn(group[0], (task.clock() - started) / len(group))
         rest = iter(group)
-        for log_probs, solution in chunks:
-            part = list(islice(rest, log_probs.shape[1]))
-            self.metrics.passes.inc(solution.num_passes.sum().item())
-            saved = self._gates.saved(part, solution, (task.suspended - suspended) / len(chunks))
+        for chunk in chunks:
+            part, saved = list(islice(rest, len(chunk.ours))), 0.0
+            if chunk.solution is not None:
+                self.metrics.passes.inc(chunk.solution.num_passes.sum().item())
+                saved = self._gates.saved(part, chunk.solution, (task.suspended - suspended) / len(chunks))
             samplers = [s.sampler for s in part]
-            drawn = next_tokens(samplers, next_scores(samplers, [s.tokens for s in part], solution.log_probs))
-            for s, found in zip(part, tokens_of(part, solution, log_probs, drawn, saved), strict=True):
+            drawn = next_tokens(samplers, next_scores(samplers, [s.tokens for s in part], chunk.ours))
+            for s, found in zip(part, tokens_of(part, chunk, drawn, saved), strict=True):
                 # A row within its tolerance may still have been polished, had there been time.
                 late = self._reproducible and task.expired
                 self._give(s, replace(found, status=Status.BUDGET.name) if late else found)

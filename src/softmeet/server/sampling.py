@@ -13,7 +13,7 @@ from torch import Tensor
 from softmeet.errors import SoftmeetError
 from softmeet.hf.byte_modeling import WholeCharacters
 from softmeet.hf.masking import Mask, Structured
-from softmeet.hf.sampling import draw, row_generator
+from softmeet.hf.sampling import draw, require_seed
 from softmeet.members.covers import END
 
 # Below this temperature the most probable token is taken: dividing by it could overflow fp32.
@@ -25,7 +25,7 @@ class Sampling:
     """The options by which a request's tokens are drawn; the defaults draw from the ensemble's distribution unchanged.
 
     Args:
-        seed: the request's, any integer; sequence k of the request draws from a random generator seeded with (seed, k).
+        seed: the request's, any integer; (seed, k) determines the noise by which sequence k of the request draws.
         temperature: 0 or more; divides the scores; below 10⁻⁴ the token with the largest score is taken.
         top_k: how many of the most probable tokens stay possible; 0 for all.
         top_p: only the most probable tokens stay possible, as few as have this share, above 0 and at most 1, of the
@@ -100,11 +100,11 @@ class NoEndBefore(tf.LogitsProcessor):
 
 
 class Sampler:
-    """The choice of one sequence's tokens: its random generator, and its processors of scores.
+    """The choice of one sequence's tokens: its noise, and its processors of scores.
 
     Args:
         sampling: the request's options.
-        key: the sequence's number within its request, from 0; the random generator is seeded with (seed, key).
+        key: the sequence's number within its request, from 0; the noise is determined by (seed, key).
         prompt_length: the number of prompt tokens, which ``min_tokens``, presence and frequency penalties do not count.
         ends: the ids of the tokens that end the sequence.
         over_bytes: whether tokens are bytes, of which only those are drawn that continue the text as UTF-8.
@@ -112,7 +112,6 @@ class Sampler:
     Attributes:
         over_bytes: as given.
         greedy: whether the token with the largest score is taken instead of a draw.
-        generator: the sequence's own random generator, on the CPU.
         error: why the text cannot go on, as its structure is too complex; None while it can.
     """
 
@@ -120,7 +119,8 @@ class Sampler:
         self, sampling: Sampling, key: int, prompt_length: int, ends: Sequence[int] = (), *, over_bytes: bool = False
     ) -> None:
         s = sampling
-        self.greedy, self.generator, self.over_bytes = s.temperature < _COLD, row_generator(s.seed, key), over_bytes
+        self.greedy, self.over_bytes = s.temperature < _COLD, over_bytes
+        self._seed, self._key, self._drawn = require_seed(s.seed), key, 0
         self.error: SoftmeetError | None = None
         found: list[tf.LogitsProcessor] = []
         if s.mask is not None:
@@ -136,6 +136,11 @@ class Sampler:
         if s.logit_bias:
             found.append(tf.SequenceBiasLogitsProcessor({(token,): float(x) for token, x in s.logit_bias.items()}))
         self._processors = found if self.greedy else [*found, *_warpers(s)]
+
+    def noise(self) -> tuple[int, int, int]:
+        """Return the seed, key and position of the noise for the next token; each call counts as one token drawn."""
+        self._drawn += 1
+        return self._seed, self._key, self._drawn - 1
 
     def scores(self, tokens: Sequence[int], log_probs: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
         """Return one row's scores, as :func:`next_scores` does, whether tokens are bytes or not."""
@@ -182,12 +187,12 @@ def next_scores(
 
 
 def next_tokens(samplers: Sequence[Sampler], scores: Float[Tensor, "B v"]) -> list[int]:
-    """Draw one token per row, which depends on that row's scores and its sampler's generator alone.
+    """Draw one token per row, which depends on that row's scores and its sampler's noise alone.
 
     Args:
         samplers: one per row; a greedy one takes the token with the largest score.
-        scores: (B, v), the rows' scores, as :func:`next_scores` returns them. Generators of rows that are not greedy
-            are advanced by one number.
+        scores: (B, v), the rows' scores, as :func:`next_scores` returns them. Samplers of rows that are not greedy
+            count it as drawn.
 
     Returns:
         the B token ids.
@@ -196,5 +201,5 @@ def next_tokens(samplers: Sequence[Sampler], scores: Float[Tensor, "B v"]) -> li
     drawing = [k for k, sampler in enumerate(samplers) if not sampler.greedy]
     if drawing:
         rows = torch.tensor(drawing, device=scores.device)
-        tokens[rows] = draw(scores[rows], [samplers[k].generator for k in drawing])
+        tokens[rows] = draw(scores[rows], [samplers[k].noise() for k in drawing])
     return tokens.tolist()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -12,11 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM
-from softmeet.hf.byte_report import byte_report
 from softmeet.hf.contexts import OwnPrompt
 from softmeet.hf.deferral import Deferral
 from softmeet.hf.modeling import EnsembleForCausalLM
-from softmeet.hf.report import token_report
 from softmeet.members.byte_member import ByteMember
 from softmeet.members.partial_cache import PartialCache
 from softmeet.members.reading import Reading
@@ -24,9 +22,7 @@ from softmeet.rules.base import Rule
 from softmeet.rules.gates import Gate, Unsure, that_closes
 from softmeet.rules.registry import source_of
 from softmeet.rules.settings import Settings
-from softmeet.rules.solution import Solution
 from softmeet.server.sampling import Sampler, Sampling
-from softmeet.solvers.base import Status
 
 # For each member its own tokens, or None.
 Own: TypeAlias = tuple[tuple[int, ...] | None, ...]
@@ -225,7 +221,7 @@ class GenerationRequest:
 
     Args:
         combination: the ensemble, and how its members are combined.
-        sampling: how tokens are drawn; each sequence has its own random generator.
+        sampling: how tokens are drawn; each sequence has its own noise.
         max_tokens: the most tokens to draw for each sequence; with 0, a prompt is only run and, if asked, scored.
         top: how many of the most probable tokens to list at each token; 0 for the token's own log-probability and rank
             alone, None for no log-probabilities.
@@ -279,7 +275,7 @@ class Sequence:
     Args:
         request: the request that it is part of.
         prompt: the prompt's token ids, at least one.
-        key: the sequence's number within its request; its random generator is seeded with (the request's seed, key).
+        key: the sequence's number within its request; its noise is determined by (the request's seed, key).
         emit: called on the batcher's thread with every event of the sequence, in order, as soon as it occurs; the last
             is :class:`Finished` or :class:`Failed`. It must not block. If it raises an exception, the
             sequence is cancelled.
@@ -352,49 +348,3 @@ class Sequence:
     def cancel(self) -> None:
         """Ask the batcher to end the sequence before its next token; its later events are to be ignored."""
         self.cancelled = True
-
-
-def tokens_of(
-    sequences: list[Sequence],
-    solution: Solution,
-    log_probs: Float[Tensor, "n B v"],
-    tokens: Iterable[int],
-    saved: float = 0.0,
-    *,
-    scored: bool = False,
-) -> Iterator[Token]:
-    """Yield each row's token, with the log-probabilities, the listed tokens and the report that its request asks for.
-
-    Args:
-        sequences: the sequence of each of the B rows.
-        solution: of a solved batch.
-        log_probs: the members' log-probabilities in the same rows, in nats.
-        tokens: for each row, the id that was drawn, or that stands in the prompt.
-        saved: seconds that a closed gate saves in a row; ignored where the row's gate was open.
-        scored: whether rows are places of a prompt, which members have read to its end.
-    """
-    # All rows at once: each read waits for the device.
-    endings = zip(solution.status.tolist(), solution.gated.tolist(), strict=True)
-    for row, (s, token, (status, gated)) in enumerate(zip(sequences, tokens, endings, strict=True)):
-        found, asked = Token(token, status=Status(status).name, gated=gated, saved=saved if gated else 0.0), s.request
-        if asked.top is not None or asked.report is not None:
-            ours = solution.log_probs[row]
-            best = ours.topk(min(asked.top or 0, len(ours)))
-            listed = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-            # Only scored prompts show ranks, which take a pass over the vocabulary.
-            rank = 1 + int((ours > ours[token]).sum().item()) if scored else None
-            found = replace(found, log_prob=ours[token].item(), top=listed, rank=rank)
-        if asked.report is not None:
-            found = replace(found, report=_report(s, solution, log_probs, row, token, scored=scored))
-        yield found
-
-
-def _report(
-    s: Sequence, solution: Solution, log_probs: Float[Tensor, "n B v"], row: int, token: int, *, scored: bool
-) -> dict[str, Any]:
-    """Return the report on a row's token, over tokens or over bytes."""
-    assert s.request.report is not None
-    if s.combination.over_bytes:
-        readings = [] if scored else list(zip(s.members, s.trails, strict=True))
-        return byte_report(solution, log_probs, row, token, s.request.report, readings)
-    return token_report(solution, log_probs, row, token, s.request.report).spelled(s.request.tokenizer)

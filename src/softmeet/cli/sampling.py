@@ -1,0 +1,82 @@
+"""The flags of ``softmeet generate`` for how tokens are drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import typer
+
+from softmeet.cli.flags import flag
+
+
+def _positive(value: float | None) -> float | None:
+    """Return an option's value; this is typer's callback of options that have to be above 0."""
+    if value is not None and value <= 0:
+        raise typer.BadParameter(f"{value:g} is not above 0.")
+    return value
+
+
+def _drafts(value: str) -> str:
+    """Return the value of ``--speculate``, "auto" or a number; this is typer's callback of that option."""
+    if value != "auto" and not value.isdecimal():
+        raise typer.BadParameter(f"{value!r} is neither a number of tokens nor auto.")
+    return value
+
+
+@dataclass
+class SamplingFlags:
+    """Flags for how tokens are drawn, named as in transformers."""
+
+    PANEL: ClassVar = "Sampling"
+    max_new_tokens: int = flag(100, "The most tokens (over bytes: bytes) to add to each prompt.", min=1)
+    seed: int | None = flag(None, "An integer that makes the draws repeatable; without it, each run differs.", min=0)
+    do_sample: bool = flag(True, "Draw each token at random; --no-do-sample always takes the likeliest.")
+    temperature: float | None = flag(
+        None,
+            "Divide log-probabilities by X before drawing: below 1, likely tokens are drawn more often; 0 always "
+            "takes the likeliest.",
+        min=0, shown="1",
+    )  # fmt: skip
+    top_k: int = flag(0, "Draw from the N likeliest tokens only; 0 for all.", min=0)
+    top_p: float | None = flag(
+        None,
+        "Draw only from the smallest set of likeliest tokens whose probabilities add up to at least X; 1 for all.",
+        min=0, max=1,
+        shown="1",
+    )  # fmt: skip
+    min_p: float | None = flag(
+        None, "Draw only from tokens at least X times as probable as the likeliest; 0 for all.", min=0, max=1, shown="0"
+    )
+    repetition_penalty: float | None = flag(
+        None,
+        "Make tokens that came before less likely, by a factor of X in their scores, as in transformers; 1 for no "
+        "change.",
+        shown="1",
+        callback=_positive,
+    )
+    speculate: str = flag(
+        "0",
+        "Let the cheapest member draft N tokens before the others read them at once: the same text in less time where "
+        "drafts are mostly right. auto drafts as many as pay, by what it measures.",
+        metavar="N|auto", callback=_drafts,
+    )  # fmt: skip
+    one_member: bool = flag(
+        False,
+        "By prob-mean, draw each token from one member, itself drawn by its weight: the same law at about the price of "
+        "one member, without a seed, truncation or summary.",
+        "--one-member",
+    )
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the flags that are set as keyword arguments of ``Ensemble.generate``.
+
+        Flags that are None are left out. A temperature of 0 means ``do_sample=False``, with which temperature, top-k,
+        top-p and min-p are left out, too.
+        """
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        given["speculate"] = "auto" if self.speculate == "auto" else int(self.speculate)
+        if self.do_sample and self.temperature != 0:
+            return given
+        unused = ("temperature", "top_k", "top_p", "min_p")
+        return {name: value for name, value in given.items() if name not in unused} | {"do_sample": False}

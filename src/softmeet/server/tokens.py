@@ -1,0 +1,99 @@
+"""From the hidden states of sequences of one combination to the tokens that are drawn, and what is said of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Several
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from softmeet.hf.byte_report import byte_report
+from softmeet.hf.report import token_report
+from softmeet.rules.problem import TokensBefore
+from softmeet.rules.solution import Solution
+from softmeet.server.gating import joined
+from softmeet.server.sequences import Sequence, Token
+from softmeet.solvers.base import Status
+
+
+@dataclass(frozen=True, eq=False)
+class Combined:
+    """What a rule makes of B positions.
+
+    Attributes:
+        ours: (B, v), the rule's log-probabilities in nats.
+        members: (n, B, v), the members' own; None of an average that was computed without them.
+        solution: how the rule was solved; None of such an average.
+    """
+
+    ours: Float[Tensor, "B v"]
+    members: Float[Tensor, "n B v"] | None = None
+    solution: Solution | None = None
+
+
+def combined(
+    group: list[Sequence], hidden: Several[Float[Tensor, "B _"]], before: TokensBefore | None
+) -> Iterator[Combined]:
+    """Combine the members at the newest position of each sequence, in chunks of sequences that bound memory.
+
+    Args:
+        group: B sequences of one combination.
+        hidden: each member's last hidden states there, (B, d_i).
+        before: the token before each of these positions.
+
+    Raises:
+        SoftmeetError: as :meth:`Combiner.combine_rows`.
+    """
+    how, asked = group[0].combination, joined(group)
+    combiner = how.model.combiner
+    plain = asked is None and all(s.request.report is None for s in group)
+    if plain and (found := combiner.quickly(hidden, how.settings)) is not None:
+        yield Combined(found)
+        return
+    for log_probs, solution in combiner.solve_in_chunks(hidden, how.settings, asked, before, proved=False):
+        yield Combined(solution.log_probs, log_probs, solution)
+
+
+def tokens_of(
+    sequences: list[Sequence], found: Combined, tokens: Iterable[int], saved: float = 0.0, *, scored: bool = False
+) -> Iterator[Token]:
+    """Yield each row's token, with the log-probabilities, the listed tokens and the report that its request asks for.
+
+    Args:
+        sequences: the sequence of each of the B rows.
+        found: what the rule makes of them.
+        tokens: for each row, the id that was drawn, or that stands in the prompt.
+        saved: seconds that a closed gate saves in a row; ignored where the row's gate was open.
+        scored: whether rows are places of a prompt, which members have read to its end.
+    """
+    # All rows at once: each read waits for the device.
+    solution, count = found.solution, len(found.ours)
+    status = [Status.OPTIMAL.value] * count if solution is None else solution.status.tolist()
+    closed = [False] * count if solution is None else solution.gated.tolist()
+    for row, (s, token) in enumerate(zip(sequences, tokens, strict=True)):
+        gated, asked = closed[row], s.request
+        made = Token(token, status=Status(status[row]).name, gated=gated, saved=saved if gated else 0.0)
+        if asked.top is not None or asked.report is not None:
+            ours = found.ours[row]
+            best = ours.topk(min(asked.top or 0, len(ours)))
+            listed = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+            # Only scored prompts show ranks, which take a pass over the vocabulary.
+            rank = 1 + int((ours > ours[token]).sum().item()) if scored else None
+            made = replace(made, log_prob=ours[token].item(), top=listed, rank=rank)
+        if asked.report is not None:
+            made = replace(made, report=_report(s, found, row, token, scored=scored))
+        yield made
+
+
+def _report(s: Sequence, found: Combined, row: int, token: int, *, scored: bool) -> dict[str, Any]:
+    """Return the report on a row's token, over tokens or over bytes."""
+    assert s.request.report is not None
+    assert found.solution is not None
+    assert found.members is not None
+    if s.combination.over_bytes:
+        readings = [] if scored else list(zip(s.members, s.trails, strict=True))
+        return byte_report(found.solution, found.members, row, token, s.request.report, readings)
+    return token_report(found.solution, found.members, row, token, s.request.report).spelled(s.request.tokenizer)

@@ -1,0 +1,314 @@
+"""Speculation: the tokens of plain decoding, in fewer calls of the members."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+import transformers as tf
+from scipy.stats import chi2_contingency, chisquare
+
+from softmeet import Ensemble, Structure
+from softmeet.errors import InvalidInputError
+from softmeet.hf.pace import Pace
+from softmeet.hf.recorder import Recorder
+from softmeet.hf.sampling import RowSampler, draw
+
+IDS = torch.tensor([[5, 9, 11, 3], [0, 0, 7, 2], [0, 4, 4, 1]])
+MASK = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1], [0, 1, 1, 1]])
+
+
+def near(folder, count, noise=0.02):
+    """Folders of one tiny model and of copies with noise, whose drafts are mostly right."""
+    names = [tiny.save(folder / "0", "gpt2", seed=0)]
+    for k in range(1, count):
+        model = tf.AutoModelForCausalLM.from_pretrained(names[0])
+        generator = torch.Generator().manual_seed(k)
+        with torch.no_grad():
+            for own in model.parameters():
+                own.add_(torch.randn(own.shape, generator=generator) * noise * own.std().nan_to_num(0.0))
+        names.append(str(folder / str(k)))
+        model.save_pretrained(names[-1])
+        tf.AutoTokenizer.from_pretrained(names[0]).save_pretrained(names[-1])
+    return names
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("members")
+    return {
+        "near": near(folder / "near", 3),
+        "same": near(folder / "same", 2, noise=0.0),
+        "far": [tiny.save(folder / name, name, seed=k) for k, name in enumerate(("gpt2", "llama", "neox"))],
+    }
+
+
+def ensemble(names, kind="far", count=2, rule="logit-mean", **settings):
+    return Ensemble.from_pretrained(names[kind][:count], rule, dtype="float64", **settings)
+
+
+def made(model, speculate, rows=3, *, sample=True, count=20, ids=IDS, mask=MASK, **options):
+    drawing = {"do_sample": True, "top_k": 0, "row_sampler": RowSampler(5, range(rows))} if sample else {}
+    given = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": count} | drawing | options
+    return model.generate(ids[:rows], attention_mask=mask[:rows], speculate=speculate, **given)
+
+
+class Calls:
+    """Counts the calls of each member, and the tokens that it reads."""
+
+    def __init__(self, model, monkeypatch):
+        self.lengths = [[] for _ in model.members]
+        for i, member in enumerate(model.members):
+            monkeypatch.setattr(member.base_model, "forward", self.noted(i, member.base_model.forward))
+
+    def noted(self, i, original):
+        def forward(*args, **options):
+            self.lengths[i].append(options["input_ids"].shape[1])
+            return original(*args, **options)
+
+        forward.__signature__ = __import__("inspect").signature(original)
+        return forward
+
+
+RULES = ["logit-mean", "prob-mean", "power-mean", "meet", "min-underestimation"]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("count", [2, 3])
+def test_tokens_are_those_of_plain_decoding(names, rule, count):
+    many = (1, 2, 5, "auto") if rule in RULES[:4] else (3,)
+    for kind in ("far", "near"):
+        model = ensemble(names, kind, count, rule).model
+        for rows in (1, 3):
+            for sample in (False, True):
+                plain = made(model, 0, rows, sample=sample, count=14)
+                for speculate in many:
+                    assert made(model, speculate, rows, sample=sample, count=14).equal(plain)
+
+
+@pytest.mark.parametrize("gate", ["disagreement:0.05", "movement:0.05", "none"])
+def test_gates_that_decide_position_by_position(names, gate):
+    model = ensemble(names, "near", rule="meet", gate=gate).model
+    assert made(model, 3).equal(made(model, 0))
+
+
+def test_members_read_in_chunks_and_take_back_what_was_wrong(names, monkeypatch):
+    model = ensemble(names, "near").model
+    calls, options = Calls(model, monkeypatch), {"count": 40, "suppress_tokens": [0]}
+    plain = made(model, 0, 1, **options)
+    assert [len(own) for own in calls.lengths] == [40, 40]
+    for own in calls.lengths:
+        own.clear()
+    assert made(model, 4, 1, **options).equal(plain)
+    # Of copies that are near, most drafts are right: one member reads several tokens in a call, and few in vain.
+    assert min(map(len, calls.lengths)) < 20
+    assert all(sum(own) < 60 for own in calls.lengths)
+
+
+def test_no_member_reads_a_token_twice_where_all_drafts_are_right(names, monkeypatch):
+    model = ensemble(names, "same").model
+    calls = Calls(model, monkeypatch)
+    made(model, 4, 1, count=40, suppress_tokens=[0])
+    assert max(map(sum, calls.lengths)) <= 4 + 39
+    # In turn four tokens by one, and one by the other, which reads five at once.
+    assert min(map(len, calls.lengths)) <= 1 + 1 + 40 // 5
+
+
+def test_processors_and_ends(names):
+    model = ensemble(names, "near").model
+    plain = made(model, 0, 1, sample=False, count=30)[0, 4:].tolist()
+    ends = [plain[7], plain[12]]
+    options = [
+        {"eos_token_id": ends},
+        {"eos_token_id": plain[5], "min_new_tokens": 9},
+        {"repetition_penalty": 1.3},
+        {"no_repeat_ngram_size": 2},
+        {"suppress_tokens": plain[:3]},
+        {"num_return_sequences": 1},
+        {"max_time": 1000.0},
+    ]
+    for own in options:
+        for rows in (1, 3):
+            for sample in (False, True):
+                assert made(model, 4, rows, sample=sample, **own).equal(made(model, 0, rows, sample=sample, **own)), own
+    sampled = [{"temperature": 0.7}, {"top_p": 0.8}, {"top_k": 5}, {"min_p": 0.1}]
+    for own in sampled:
+        assert made(model, 3, **own).equal(made(model, 0, **own)), own
+
+
+def test_a_text_that_ends_within_a_draft_ends_there(names):
+    model = ensemble(names, "near").model
+    plain = made(model, 0, 1, sample=False, count=30)[0, 4:].tolist()
+    for k in range(1, 9):
+        first = plain.index(plain[k])
+        found = made(model, 8, 1, sample=False, count=30, eos_token_id=plain[k])
+        assert found[0, 4:].tolist() == plain[: first + 1]
+
+
+def test_stop_strings(names):
+    whole = ensemble(names, "near")
+    plain = made(whole.model, 0, 1, sample=False, count=20)[0, 4:]
+    stop = whole.tokenizer.decode(plain[6:8])
+    options = {"stop_strings": [stop], "tokenizer": whole.tokenizer, "sample": False}
+    assert made(whole.model, 5, 1, **options).equal(made(whole.model, 0, 1, **options))
+
+
+def test_a_context_that_ends_within_a_draft(names):
+    model = ensemble(names, "near").model
+    limit = model.config.max_position_embeddings
+    with pytest.warns(UserWarning, match="cut to"):
+        found = made(model, 6, 1, sample=False, count=10 * limit)
+    assert found.shape[1] == limit
+    with pytest.warns(UserWarning, match="cut to"):
+        assert found.equal(made(model, 0, 1, sample=False, count=10 * limit))
+
+
+def test_the_cache_goes_on_from_where_the_text_ends(names):
+    model = ensemble(names, "near").model
+    out = made(model, 4, 1, sample=False, count=11, return_dict_in_generate=True)
+    assert out.cache.get_seq_length() == out.sequences.shape[1] - 1
+    longer = model.generate(
+        out.sequences, cache=out.cache, do_sample=False, max_new_tokens=9, pad_token_id=0, speculate=3,
+        attention_mask=torch.ones_like(out.sequences),
+    )  # fmt: skip
+    assert longer.equal(made(model, 0, 1, sample=False, count=20))
+
+
+def test_scores_are_those_of_plain_decoding(names):
+    model = ensemble(names, "near").model
+    options = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "sample": False}
+    one, two = (made(model, speculate, 1, **options) for speculate in (0, 4))
+    for name in ("scores", "logits"):
+        assert torch.allclose(torch.stack(one[name]), torch.stack(two[name]), atol=1e-6)
+        assert len(one[name]) == 20
+
+
+def test_structures_and_streams():
+    whole = Ensemble.from_pretrained("wide", "logit-mean")
+    options = {"structure": Structure.regex("[a-z ]{24}"), "max_new_tokens": 24}
+    plain, fast = (whole.generate(["In the", "And"], speculate=k, seed=1, **options) for k in (0, 3))
+    assert plain == fast
+    parts = list(whole.stream("In the", max_new_tokens=15, speculate=4, seed=2))
+    assert len(parts) > 1
+    assert "".join(parts) == "".join(whole.stream("In the", max_new_tokens=15, seed=2))
+    told = list(whole.stream_with_disagreement("In the", max_new_tokens=15, speculate=4, seed=2))
+    plain_told = list(whole.stream_with_disagreement("In the", max_new_tokens=15, seed=2))
+    assert [text for text, _ in told] == [text for text, _ in plain_told]
+    assert [nats for _, nats in told] == pytest.approx([nats for _, nats in plain_told], abs=1e-4)
+
+
+def test_a_recorder_counts_the_positions_of_the_text_alone(names):
+    for kind in ("far", "near"):
+        model = ensemble(names, kind, rule="meet").model
+        one, two = Recorder(), Recorder()
+        assert made(model, 0, 1, recorder=one).equal(made(model, 4, 1, recorder=two))
+        assert (one.rows, one.statuses) == (two.rows, two.statuses)
+
+
+def test_unseeded_tokens_follow_the_rule(names):
+    """The second token, which a draft and the rule's answer to it decide, over many texts."""
+    model = ensemble(names, "near", rule="prob-mean").model
+    torch.manual_seed(3)
+    prompts = torch.tensor([[5, 9]] * 4)
+    options = {"do_sample": True, "top_k": 3, "pad_token_id": 0, "attention_mask": torch.ones_like(prompts)}
+    kept = {"max_new_tokens": 3, "suppress_tokens": [0], "speculate": 2}
+    found = torch.cat([model.generate(prompts, **kept, **options) for _ in range(150)])
+    first, counts = found[:, 2].unique(return_counts=True)
+    before = torch.tensor([[5, 9, first[counts.argmax()].item()]])
+    second = found[(found[:, :3] == before).all(-1), 3]
+    with torch.inference_mode():
+        scores = model(before).logits[0, -1]
+    scores = scores.index_fill(0, torch.tensor([0]), -torch.inf)
+    kept = scores.topk(3).indices
+    expected = scores[kept].softmax(-1).double()
+    seen = torch.stack([(second == token).sum() for token in kept])
+    assert seen.sum() == len(second) > 50
+    assert chisquare(seen, (expected / expected.sum() * len(second)).numpy()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("position", [0, 1, 7])
+def test_noise_draws_from_the_scores_and_afresh_at_each_position(position):
+    scores = torch.tensor([0.0, 1.0, -1.0, 2.0, -torch.inf]).repeat(20_000, 1)
+    drawn = draw(scores, [(3, key, position) for key in range(20_000)])
+    p = scores[0].double().softmax(-1)
+    seen = drawn.bincount(minlength=5)
+    assert seen[4] == 0
+    assert chisquare(seen[:4], (p[:4] * 20_000).numpy()).pvalue > 1e-3
+    other = draw(scores, [(3, key, position + 1) for key in range(20_000)])
+    table = torch.zeros(5, 5).index_put((drawn, other), torch.ones(20_000), accumulate=True)[:4, :4]
+    assert chi2_contingency(table.numpy()).pvalue > 1e-3
+
+
+def test_drafts_with_the_noise_of_the_rule_are_accepted_as_often_as_promised():
+    """At least (1 - TV) / (1 + TV), where independent draws agree far less often."""
+    generator = torch.Generator().manual_seed(0)
+    one, two = torch.randn(2, 50, generator=generator, dtype=torch.float64) * 2
+    two = 0.8 * one + 0.2 * two
+    noise = [(1, key, 0) for key in range(20_000)]
+    same = (draw(one.repeat(20_000, 1), noise) == draw(two.repeat(20_000, 1), noise)).double().mean().item()
+    tv = (one.softmax(-1) - two.softmax(-1)).abs().sum().item() / 2
+    assert (1 - tv) / (1 + tv) - 0.01 < same < 1 - tv + 0.01
+    assert (one.softmax(-1) * two.softmax(-1)).sum() < 0.5 * same
+
+
+def test_what_cannot_be_speculated_is_refused_by_name(names):
+    whole = ensemble(names, "near")
+    model = whole.model
+    for options, name in [
+        ({"gate": "unsure:0.5"}, "unsure"),
+        ({"token_seconds": 1.0}, "token_seconds"),
+        ({"use_cache": False}, "use_cache"),
+        ({"num_beams": 2, "sample": False}, "num_beams"),
+        ({"assistant_model": model, "rows": 1, "sample": False}, "assistant_model"),
+    ]:
+        with pytest.raises(InvalidInputError, match=name):
+            made(model, 2, **options)
+    with pytest.raises(InvalidInputError, match="one_member"):
+        ensemble(names, rule="prob-mean").model.generate(
+            IDS, do_sample=True, top_k=0, max_new_tokens=2, one_member=True, speculate=2
+        )
+    for wrong in (-1, 1.5, "fast", True):
+        with pytest.raises(InvalidInputError, match="speculate"):
+            made(model, wrong)
+    # What is automatic leaves it out instead.
+    assert made(model, "auto", gate="unsure:0.5").equal(made(model, 0, gate="unsure:0.5"))
+
+
+def test_members_whose_cache_cannot_be_cut(tmp_path, names):
+    config = tf.MambaConfig(vocab_size=tiny.V, hidden_size=16, num_hidden_layers=1, state_size=4, **tiny.IDS)
+    tf.MambaForCausalLM(config).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    model = Ensemble.from_pretrained([names["far"][0], str(tmp_path)], "logit-mean").model
+    with pytest.raises(InvalidInputError, match="member 1"):
+        made(model, 2, 1)
+    assert made(model, "auto", 1).equal(made(model, 0, 1))
+
+
+def observed(pace, single, each, accepted, rounds=40):
+    for k in range(rounds):
+        for i in range(pace.n):
+            for length in (1, 3):
+                pace.calls[i].add(length, single[i] * (1 + each * (length - 1)))
+            pace.shares[i].add(k % 10 < 10 * accepted)
+
+
+@pytest.mark.parametrize(
+    ("single", "accepted", "drafts"), [((1, 4), 0.9, True), ((1, 1), 0.8, True), ((1, 4), 0.0, False)]
+)
+def test_the_pace_follows_what_pays(single, accepted, drafts):
+    pace = Pace(2, 0)
+    observed(pace, single, 0.05, accepted)
+    pace.choose()
+    assert (pace.choose() > 0) == drafts
+    # Where calls of several tokens take as long as so many calls, only the order of work changes.
+    slow = Pace(2, 0)
+    observed(slow, single, 1.0, accepted)
+    slow.choose()
+    assert slow.choose() == 0
+
+
+def test_a_pace_that_has_stopped_tries_again_now_and_then():
+    pace = Pace(2, 0)
+    observed(pace, (1, 4), 0.05, 0.0)
+    chosen = [pace.choose() for _ in range(200)]
+    assert 3 <= sum(map(bool, chosen)) <= 10
