@@ -2,14 +2,16 @@
 
 Each member generates by itself, by transformers' ``generate``, and then the ensemble, in turn, several times; the
 figures are medians of milliseconds a token. *Of the sum* is the members' times together over the ensemble's: 1 if
-averaging costs nothing. *Of plain* is the time of the same rule, token by token, over the speculative one's or that of
-one member a token. *Accepted* is the share of drafts that were. Without members, two of GPT-2 small's shape, the second
-a noisy copy of the first. With ``--text``, prompts begin its files, which decides what speculation can gain.
+averaging costs nothing. *Of plain* is the time of the same rule, token by token, over the speculative one's or that
+of one member a token. *Accepted* is the share of drafts that were. Without members, two of GPT-2 small's shape, the
+second a noisy copy of the first. *In threads* runs the members at the same time, each on its share of the cores. With
+``--text``, prompts begin its files, which decides what speculation can gain.
 """
 
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +21,7 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from members import ensemble_of, save_pair
-from report import median, now, show
+from report import median, show
 from softmeet.hf import pace
 from softmeet.members import zoo
 from softmeet.rules.settings import parse_rule
@@ -39,7 +41,7 @@ class Drafts:
             told.append(accepted)
             original(share, accepted)
 
-        pace.Share.add = add  # type: ignore[method-assign]
+        pace.Share.add = add  # type: ignore[method-assign, assignment]
 
     def taken(self) -> list[bool]:
         """Those since the last call."""
@@ -53,9 +55,9 @@ def timed(run: Run, few: int, many: int, seed: int) -> float:
     taken = []
     for count in (few, many):
         torch.manual_seed(seed)
-        start = now()
+        start = time.perf_counter()
         run(count)
-        taken.append(now() - start)
+        taken.append(time.perf_counter() - start)
     return 1000 * (taken[1] - taken[0]) / (many - few)
 
 
@@ -71,7 +73,25 @@ def prompts(text: str | None, name: str, batch: int, repeats: int) -> list[torch
     return [torch.tensor([rows[(k * batch + j) % len(rows)] for j in range(batch)]) for k in range(repeats)]
 
 
-def runs(names: list[str], rules: list[str], drafts: list[str], dtype: torch.dtype, ids: list[Any]) -> dict[str, Run]:
+def in_threads(ensemble: Any, run: Run) -> Run:
+    """A function that does the same with the members in threads of their own."""
+
+    def parallel(count: int) -> Any:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(max(1, threads // len(ensemble.members)))
+        ensemble.__dict__["apart"] = True
+        try:
+            return run(count)
+        finally:
+            ensemble.__dict__["apart"] = False
+            torch.set_num_threads(threads)
+
+    return parallel
+
+
+def runs(
+    names: list[str], rules: list[str], drafts: list[str], dtype: torch.dtype, ids: list[Any], *, parallel: bool = False
+) -> dict[str, Run]:
     """Functions of a number of new tokens, by what generates them; the prompts are the last of ``ids``."""
     options: dict[str, Any] = {"pad_token_id": 0, "do_sample": True, "top_k": 0}
 
@@ -91,6 +111,8 @@ def runs(names: list[str], rules: list[str], drafts: list[str], dtype: torch.dty
         for count in drafts:
             speculate = count if count == "auto" else int(count)
             found[f"{text}, speculate {count}"] = generating(ensemble, settings=settings, speculate=speculate)
+        if parallel:
+            found[f"{text}, in threads"] = in_threads(ensemble, found[text])
         if rule.name == "prob-mean" and not more.get("rule_temperature"):
             found[f"{text}, one member"] = generating(ensemble, settings=settings, one_member=True)
     return found
@@ -103,6 +125,7 @@ def main(
     text: Annotated[str | None, typer.Option(help="A pattern of files that begin with the prompts.")] = None,
     near: Annotated[float, typer.Option(help="How near the noisy copy is: the correlation of parameters.")] = 0.97,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    parallel: Annotated[bool, typer.Option(help="Run members in threads, too.")] = False,
     batches: Annotated[str, typer.Option()] = "1,8",
     tokens: Annotated[int, typer.Option(help="New tokens in the longer of two runs.")] = 20,
     repeats: Annotated[int, typer.Option()] = 5,
@@ -116,7 +139,7 @@ def main(
         names = [str(zoo.locate(name)) for name in member or []] or save_pair(Path(folder), near)
         rules = rule or ["logit-mean", "prob-mean"]
         current: list[Any] = []
-        every, told = runs(names, rules, speculate or [], getattr(torch, dtype), current), Drafts()
+        every, told = runs(names, rules, speculate or [], getattr(torch, dtype), current, parallel=parallel), Drafts()
         for batch in (int(x) for x in batches.split(",")):
             taken = {name: list[float]() for name in every}
             accepted = {name: list[bool]() for name in every}

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from inspect import signature
+
 import pytest
 import tiny
 import torch
 import transformers as tf
 from scipy.stats import chi2_contingency, chisquare
+from typer.testing import CliRunner
 
 from softmeet import Ensemble, Structure
+from softmeet.cli.main import app
 from softmeet.errors import InvalidInputError
+from softmeet.hf import quick
 from softmeet.hf.pace import Pace
 from softmeet.hf.recorder import Recorder
 from softmeet.hf.sampling import RowSampler, draw
@@ -66,7 +72,7 @@ class Calls:
             self.lengths[i].append(options["input_ids"].shape[1])
             return original(*args, **options)
 
-        forward.__signature__ = __import__("inspect").signature(original)
+        forward.__signature__ = signature(original)
         return forward
 
 
@@ -312,3 +318,33 @@ def test_a_pace_that_has_stopped_tries_again_now_and_then():
     observed(pace, (1, 4), 0.05, 0.0)
     chosen = [pace.choose() for _ in range(200)]
     assert 3 <= sum(map(bool, chosen)) <= 10
+
+
+def generated(*options):
+    words = ["generate", "And the king", "-m", "wide", "--rule", "prob-mean", "--max-new-tokens", "12", *options]
+    return CliRunner().invoke(app, words)
+
+
+def test_the_command_speculates():
+    plain = generated("--seed", "4")
+    assert plain.exit_code == 0
+    for count in ("auto", "3"):
+        assert generated("--seed", "4", "--speculate", count).stdout == plain.stdout
+    figures = [json.loads(generated("--seed", "4", "--json", "--speculate", count).stdout) for count in ("0", "3")]
+    assert figures[0]["completions"] == figures[1]["completions"]
+    assert figures[0]["tokens"] == figures[1]["tokens"] == 12
+    wrong = generated("--speculate", "fast")
+    assert wrong.exit_code == 2
+    assert "neither a number of tokens nor auto" in " ".join(wrong.output.split())
+
+
+def test_the_command_draws_from_one_member(monkeypatch):
+    drawn, original = [], quick.of_drawn
+    monkeypatch.setattr(quick, "of_drawn", lambda *given: (drawn.append(1), original(*given))[1])
+    done = generated("--one-member")
+    assert done.exit_code == 0, done.output
+    assert len(drawn) == 12
+    for options, name in [(("--json",), "--json"), (("--summary",), "--summary"), (("--seed", "1"), "a seed")]:
+        refused = generated("--one-member", *options)
+        assert isinstance(refused.exception, InvalidInputError)
+        assert name in str(refused.exception)

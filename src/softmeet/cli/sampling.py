@@ -58,8 +58,8 @@ class SamplingFlags:
     speculate: str = flag(
         "0",
         "Let the cheapest member draft N tokens before the others read them at once: the same text in less time where "
-        "drafts are mostly right. auto drafts as many as pay, by what it measures.",
-        metavar="N|auto", callback=_drafts,
+        "drafts are mostly right. N may be auto, for as many as pay by what is measured.",
+        metavar="N", callback=_drafts,
     )  # fmt: skip
     one_member: bool = flag(
         False,

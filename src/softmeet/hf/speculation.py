@@ -4,7 +4,8 @@ Every token is the one that decoding one by one gives: the rule's most probable,
 rule's score and the noise of its position (:mod:`softmeet.hf.sampling`). A draft is drawn from a member's
 own distribution with the same noise. Where the rule chooses another token, that token takes the draft's place, and what
 members have read behind it is taken back. A draft from q in place of the rule's p is accepted with probability
-(1 - TV(p, q)) / (1 + TV(p, q)) at least (Daliri, Musco and Suresh, Coupling without Communication, 2024).
+(1 - TV(p, q)) / (1 + TV(p, q)) at least (Daliri, Musco and Suresh, Coupling without Communication, 2024). That members
+draft and read in turn is due to Fu et al., Speculative Ensemble (2025).
 """
 
 from __future__ import annotations
@@ -326,7 +327,8 @@ class Speculation:
             if options.recorder is not None:
                 options.recorder.add(solution, log_probs)
             found = solution.log_probs
-        return found.split(len(text.ids))
+        rows: Sequence[Tensor] = found.split(len(text.ids))
+        return rows
 
     def take_back(self) -> None:
         """Make every member forget the columns behind those that are settled, and the newest of these."""
