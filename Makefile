@@ -26,6 +26,7 @@ bench: $(VENV)/.bench ## Time the solver and decoding beside the alternatives, a
 	$(BIN)/python benchmarks/passes.py --positions 128
 	$(BIN)/python benchmarks/solver.py --size small --limit 20
 	$(BIN)/python benchmarks/decode.py --repeats 3
+	$(BIN)/python benchmarks/price.py --speculate auto --repeats 3
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/growth.py --quick
 	$(BIN)/python benchmarks/gates.py --smoke

@@ -36,7 +36,7 @@ def saved(name: str, folder: Path, change: Callable[[Any, Any], None]) -> str:
     """A copy of a bundled member, changed."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(zoo.locate(name))
+    model = AutoModelForCausalLM.from_pretrained(zoo.locate(name), dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(zoo.locate(name))
     change(model, tokenizer)
     model.save_pretrained(folder)
@@ -106,13 +106,15 @@ def later(advice: Advice, documents: Sequence[Document]) -> Difference:
 def main(
     each: Annotated[int, typer.Option(help="Bytes of the text for advice.")] = 40_000,
     judged: Annotated[int, typer.Option(help="Bytes of the text for the later evaluation.")] = 40_000,
+    only: Annotated[list[str] | None, typer.Option(help="Names of pairs; by default all.")] = None,
     out: Annotated[Path | None, typer.Option("--json", help="JSON of all figures.")] = None,
 ) -> None:
     """Print a table."""
     rows = list[dict[str, Any]]()
     books = held_out_books()
     with tempfile.TemporaryDirectory() as scratch:
-        for name, members in pairs(Path(scratch)).items():
+        every = pairs(Path(scratch))
+        for name, members in ((name, every[name]) for name in only or every):
             ensemble = Ensemble.from_pretrained(members)
             texts = within_budget(ensemble, books[::2], each)
             positions = observe_text(ensemble, texts, engine=LocalEngine(2))

@@ -135,9 +135,9 @@ def test_requests_say_their_gate_and_hear_what_it_did():
     ensemble = tiny_ensemble("gpt2", "llama")
     with running(serving_of({"plain": ensemble})) as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-        options = {"model": "plain", "prompt": "hello", "seed": 3, "max_tokens": 12}
+        options = {"model": "plain", "prompt": "hello", "seed": 10, "max_tokens": 12}
         whole = client.completions.create(**options, extra_body={"softmeet": {"gate": "unsure:0.15", "report": 2}})
-        expected = ensemble.generate("hello", seed=3, max_new_tokens=12, do_sample=True, top_k=0, gate="unsure:0.15")
+        expected = ensemble.generate("hello", seed=10, max_new_tokens=12, do_sample=True, top_k=0, gate="unsure:0.15")
         assert whole.choices[0].text == expected
         assert whole.softmeet["gate"] == "unsure:0.15"
         told, tokens = whole.choices[0].softmeet["gate"], whole.choices[0].softmeet["tokens"]
@@ -172,7 +172,7 @@ def test_an_ensembles_own_gate_is_the_default_and_can_be_left_out():
     ensemble.model.config.gate = "unsure:0"
     with running(serving_of({"plain": ensemble})) as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-        options = {"model": "plain", "prompt": "hello", "seed": 3, "max_tokens": 8}
+        options = {"model": "plain", "prompt": "hello", "seed": 12, "max_tokens": 8}
         own = client.completions.create(**options)
         assert own.choices[0].softmeet["gate"]["share"] == 1
         free = client.completions.create(**options, extra_body={"softmeet": {"gate": "none"}})

@@ -313,6 +313,17 @@ def test_the_pace_follows_what_pays(single, accepted, drafts):
     assert slow.choose() == 0
 
 
+def test_a_pace_expects_little_of_many_sequences():
+    chosen = []
+    for rows in (1, 8):
+        pace = Pace(2, 0, rows)
+        for calls in pace.calls:
+            calls.add(1, 1.0)
+        pace.choose()
+        chosen.append(pace.choose())
+    assert chosen[0] > chosen[1] == 0
+
+
 def test_a_pace_that_has_stopped_tries_again_now_and_then():
     pace = Pace(2, 0)
     observed(pace, (1, 4), 0.05, 0.0)

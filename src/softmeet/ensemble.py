@@ -334,6 +334,7 @@ class Ensemble:
         arguments = self._arguments(prompts, seed, recorder, options)
         if reproducible:
             require_reproducible(arguments["do_sample"], seed, options.get("token_seconds"))
+            recorder = recorder or Recorder()  # an average is then computed as where it is reported, to the last bit
         if prompt_weights or reproducible:
             shared = {"seed": seed, "recorder": recorder, **options}
             own = [{"weights": self.prompt_weights(prompt)} if prompt_weights else {} for prompt in prompts]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 # How much an observation counts after the next one: the last ten or so decide.
 _KEPT = 0.9
-# Before anything is known: the share of drafts that is accepted, with the weight of so many drafts, and how much longer
+# Before anything is known: the share of drafts that is right in a sequence, with the weight of so many drafts, and how much longer
 # a call takes for each further token, as a share of its time for one, with the weight of so many tokens.
 _ACCEPTED, _DRAFTS = 0.7, 2.0
 _SHARE, _TOKENS = 0.1, 1.0
@@ -57,7 +57,7 @@ class Seconds:
 class Share:
     """The share of drafts that was accepted of late."""
 
-    _accepted: float = _DRAFTS * _ACCEPTED
+    _accepted: float
     _count: float = _DRAFTS
 
     def add(self, accepted: bool) -> None:
@@ -66,7 +66,7 @@ class Share:
 
     @property
     def value(self) -> float:
-        """The share, from 0 to 1; ``0.7`` before the first draft."""
+        """The share, from 0 to 1."""
         return self._accepted / self._count
 
 
@@ -77,6 +77,7 @@ class Pace:
     Args:
         n: the number of members.
         cheapest: the number of the member that drafts.
+        rows: the number of sequences; a draft is accepted if it is right in all of them.
 
     Attributes:
         calls: for each member the seconds of a call by its tokens.
@@ -87,6 +88,7 @@ class Pace:
 
     n: int
     cheapest: int
+    rows: int = 1
     calls: list[Seconds] = field(init=False)
     shares: list[Share] = field(init=False)
     rule: Seconds = field(default_factory=Seconds)
@@ -96,7 +98,8 @@ class Pace:
 
     def __post_init__(self) -> None:
         """Begin without observations."""
-        self.calls, self.shares = [Seconds() for _ in range(self.n)], [Share() for _ in range(self.n)]
+        self.calls = [Seconds() for _ in range(self.n)]
+        self.shares = [Share(_DRAFTS * _ACCEPTED**self.rows) for _ in range(self.n)]
 
     def speed(self, count: int) -> float:
         """Estimate the tokens a second with ``count`` drafts of the cheapest member at a turn; 0 for no drafts."""

@@ -107,7 +107,7 @@ def decode(
     first = model._prefill(ids, config, model_kwargs, is_first_iteration=not config.is_assistant)
     mask = model_kwargs.get("attention_mask")
     mask = ids.new_ones(len(ids), first.cache.get_seq_length()) if mask is None else mask
-    text = Text(ids, mask, processors, stopping_criteria, config, streamer)
+    text = Drafted(ids, mask, processors, stopping_criteria, config, streamer)
     text.settle(first.logits[:, -1], None)
     speculation = Speculation(model, options, text, first.cache)
     while not text.finished:
@@ -120,7 +120,7 @@ def decode(
     return GenerateDecoderOnlyOutput(sequences=text.settled, scores=text.scores, logits=text.logits, cache=first.cache)
 
 
-class Text:
+class Drafted:
     """The sequences of a batch: tokens that are settled, and behind them drafts.
 
     Args:
@@ -236,14 +236,14 @@ class Speculation:
         cache: every member's.
     """
 
-    def __init__(self, model: EnsembleForCausalLM, options: CallOptions, text: Text, cache: Any) -> None:
+    def __init__(self, model: EnsembleForCausalLM, options: CallOptions, text: Drafted, cache: Any) -> None:
         self._model, self._options, self._text, self._cache = model, options, text, cache
         n, v = len(model.members), model.combiner.v
         sizes = [sum(p.numel() * p.element_size() for p in member.parameters()) for member in model.members]
         weights = quick.weights_of(options.settings)
         # Of members of about one size, the one that weighs most is the nearest to the rule.
         self._order = sorted(range(n), key=lambda i: (sizes[i] > 1.1 * min(sizes), -weights[i], sizes[i]))
-        self._pace = Pace(n, self._order[0])
+        self._pace = Pace(n, self._order[0], len(text.ids))
         settings = options.settings
         average = settings.rule.is_average and options.recorder is None
         self._quick = average and quick.may(settings, len(text.ids) * (2 * n + MOST), v)

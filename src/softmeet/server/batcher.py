@@ -313,13 +313,13 @@ class Batcher(threading.Thread):
         before = TokensBefore.of(torch.tensor([s.tokens[-1] for s in group]), how.model.tokenizer)
         try:
             with task.limit(self.limits.token_seconds * len(group)):
-                chunks = list(combined(group, [torch.cat(member) for member in zip(*hidden, strict=True)], before))
+                stacked = [torch.cat(member) for member in zip(*hidden, strict=True)]
+                chunks = list(combined(group, stacked, before, quickly=not self._reproducible))
         except SoftmeetError as error:
             if len(group) == 1:
-                self._fail(group[0], error)
-            else:
-                for s, own in zip(group, hidden, strict=True):
-                    self._draw([s], [own], task)
+                return self._fail(group[0], error)
+            for s, own in zip(group, hidden, strict=True):
+                self._draw([s], [own], task)
             return
         self._kinds.learn(group[0], (task.clock() - started) / len(group))
         rest = iter(group)

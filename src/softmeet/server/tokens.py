@@ -35,7 +35,7 @@ class Combined:
 
 
 def combined(
-    group: list[Sequence], hidden: Several[Float[Tensor, "B _"]], before: TokensBefore | None
+    group: list[Sequence], hidden: Several[Float[Tensor, "B _"]], before: TokensBefore | None, *, quickly: bool
 ) -> Iterator[Combined]:
     """Combine the members at the newest position of each sequence, in chunks of sequences that bound memory.
 
@@ -43,13 +43,14 @@ def combined(
         group: B sequences of one combination.
         hidden: each member's last hidden states there, (B, d_i).
         before: the token before each of these positions.
+        quickly: whether an average that nobody wants a report of may be computed without one, which rounds otherwise.
 
     Raises:
         SoftmeetError: as :meth:`Combiner.combine_rows`.
     """
     how, asked = group[0].combination, joined(group)
     combiner = how.model.combiner
-    plain = asked is None and all(s.request.report is None for s in group)
+    plain = quickly and asked is None and all(s.request.report is None for s in group)
     if plain and (found := combiner.quickly(hidden, how.settings)) is not None:
         yield Combined(found)
         return
