@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 # How much an observation counts after the next one: the last ten or so decide.
 _KEPT = 0.9
-# Before anything is known: the share of drafts that is right in a sequence, with the weight of so many drafts, and how much longer
-# a call takes for each further token, as a share of its time for one, with the weight of so many tokens.
+# Before anything is known: the share of drafts that is right in a sequence, with the weight of so many drafts, and how
+# much longer a call takes for each further token, as a share of its time for one, with the weight of so many tokens.
 _ACCEPTED, _DRAFTS = 0.7, 2.0
 _SHARE, _TOKENS = 0.1, 1.0
 # The most tokens drafted at a turn.

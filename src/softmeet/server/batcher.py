@@ -309,17 +309,16 @@ class Batcher(threading.Thread):
 
     def _draw(self, group: list[Sequence], hidden: list[Hidden], task: Task) -> None:
         """Do as :meth:`_solve`, with finite hidden states of every member for each sequence."""
-        how, suspended, started = group[0].combination, task.suspended, task.clock()
-        before = TokensBefore.of(torch.tensor([s.tokens[-1] for s in group]), how.model.tokenizer)
+        suspended, started = task.suspended, task.clock()
         try:
             with task.limit(self.limits.token_seconds * len(group)):
-                stacked = [torch.cat(member) for member in zip(*hidden, strict=True)]
-                chunks = list(combined(group, stacked, before, quickly=not self._reproducible))
+                chunks = list(combined(group, hidden, quickly=not self._reproducible))
         except SoftmeetError as error:
             if len(group) == 1:
-                return self._fail(group[0], error)
-            for s, own in zip(group, hidden, strict=True):
-                self._draw([s], [own], task)
+                self._fail(group[0], error)
+            else:
+                for s, own in zip(group, hidden, strict=True):
+                    self._draw([s], [own], task)
             return
         self._kinds.learn(group[0], (task.clock() - started) / len(group))
         rest = iter(group)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from collections.abc import Sequence as Several
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from softmeet.hf.byte_report import byte_report
 from softmeet.hf.report import token_report
 from softmeet.rules.problem import TokensBefore
 from softmeet.rules.solution import Solution
-from softmeet.server.gating import joined
+from softmeet.server.gating import Hidden, joined
 from softmeet.server.sequences import Sequence, Token
 from softmeet.solvers.base import Status
 
@@ -34,27 +34,25 @@ class Combined:
     solution: Solution | None = None
 
 
-def combined(
-    group: list[Sequence], hidden: Several[Float[Tensor, "B _"]], before: TokensBefore | None, *, quickly: bool
-) -> Iterator[Combined]:
+def combined(group: list[Sequence], hidden: list[Hidden], *, quickly: bool) -> Iterator[Combined]:
     """Combine the members at the newest position of each sequence, in chunks of sequences that bound memory.
 
     Args:
         group: B sequences of one combination.
-        hidden: each member's last hidden states there, (B, d_i).
-        before: the token before each of these positions.
+        hidden: for each sequence, each member's last hidden states there, (1, d_i).
         quickly: whether an average that nobody wants a report of may be computed without one, which rounds otherwise.
 
     Raises:
         SoftmeetError: as :meth:`Combiner.combine_rows`.
     """
     how, asked = group[0].combination, joined(group)
-    combiner = how.model.combiner
+    combiner, stacked = how.model.combiner, [torch.cat(member) for member in zip(*hidden, strict=True)]
     plain = quickly and asked is None and all(s.request.report is None for s in group)
-    if plain and (found := combiner.quickly(hidden, how.settings)) is not None:
+    if plain and (found := combiner.quickly(stacked, how.settings)) is not None:
         yield Combined(found)
         return
-    for log_probs, solution in combiner.solve_in_chunks(hidden, how.settings, asked, before, proved=False):
+    before = TokensBefore.of(torch.tensor([s.tokens[-1] for s in group]), how.model.tokenizer)
+    for log_probs, solution in combiner.solve_in_chunks(stacked, how.settings, asked, before, proved=False):
         yield Combined(solution.log_probs, log_probs, solution)
 
 
