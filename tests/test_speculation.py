@@ -189,6 +189,13 @@ def test_scores_are_those_of_plain_decoding(names):
         assert len(one[name]) == 20
 
 
+def test_unseeded_scores_are_not_those_of_the_draw(names):
+    model = ensemble(names, "near").model
+    options = {"do_sample": True, "top_k": 0, "return_dict_in_generate": True, "output_scores": True}
+    found = made(model, 4, 1, sample=False, suppress_tokens=[0], **options)
+    assert all((own.isneginf().sum(-1) == 1).all() for own in found.scores)
+
+
 def test_structures_and_streams():
     whole = Ensemble.from_pretrained("wide", "logit-mean")
     options = {"structure": Structure.regex("[a-z ]{24}"), "max_new_tokens": 24}
@@ -257,6 +264,79 @@ def test_drafts_with_the_noise_of_the_rule_are_accepted_as_often_as_promised():
     assert (one.softmax(-1) * two.softmax(-1)).sum() < 0.5 * same
 
 
+def test_a_draft_that_leads_to_a_dead_end_is_none():
+    whole = Ensemble.from_pretrained("wide", "logit-mean")
+    forbidden = [k for k in range(len(whole.tokenizer)) if "#" in whole.tokenizer.decode([k])]
+    options = {"do_sample": False, "max_new_tokens": 8, "suppress_tokens": forbidden}
+    structure = Structure.choice([" the the#", " the man and"])
+    plain, fast = (whole.generate("In the", structure=structure, speculate=k, **options) for k in (0, 4))
+    assert plain == fast == " the man and"
+
+
+def test_an_error_that_is_no_drafts_fault_is_raised(names):
+    model = ensemble(names, "near").model
+
+    def never(row, ids):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        made(model, 4, 1, prefix_allowed_tokens_fn=never)
+
+
+@pytest.mark.parametrize("kind", ["near", "far"])
+@pytest.mark.parametrize("positions", [[[3, 4, 5, 9]], [[0, 1, 2, 3]]])
+def test_positions_go_on_from_those_given(names, kind, positions):
+    model, options = ensemble(names, kind).model, {"position_ids": torch.tensor(positions)}
+    assert made(model, 4, 1, **options).equal(made(model, 0, 1, **options))
+
+
+def test_padding_on_the_right_is_read_as_without_drafts(names):
+    model = ensemble(names, "near").model
+    options = {"mask": torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]), "ids": IDS[:2]}
+    assert made(model, 4, 2, **options).equal(made(model, 0, 2, **options))
+
+
+def test_a_given_cache_cannot_go_past_the_context(names):
+    model = ensemble(names, "near").model
+    model.generation_config.eos_token_id = None
+    long = torch.randint(1, tiny.V, (1, 40), generator=torch.Generator().manual_seed(0))
+    for speculate in (0, 6):
+        cache = model.new_cache()
+        with torch.inference_mode():
+            model(long, cache=cache, use_cache=True)
+        with pytest.raises(InvalidInputError, match="the shortest member's context"):
+            model.generate(
+                long[:, :3], cache=cache, attention_mask=torch.ones(1, 43, dtype=torch.int64), max_new_tokens=40,
+                do_sample=False, pad_token_id=0, speculate=speculate,
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", ["logit-mean", "logit-mean:plausibility=0.1", "prob-mean"])
+def test_rules_in_half_precision(names, rule):
+    """Rounding depends on how many tokens are read at once; these short texts have no near ties."""
+    model = Ensemble.from_pretrained(names["near"][:2], rule, dtype="bfloat16").model
+    assert made(model, 3, 1, sample=False, count=8).equal(made(model, 0, 1, sample=False, count=8))
+
+
+def test_sliding_windows_are_passed(tmp_path):
+    paths = []
+    for k in range(2):
+        torch.manual_seed(k)
+        config = tf.MistralConfig(**tiny.SMALL, **tiny.GQA, sliding_window=6)
+        paths.append(str(tmp_path / str(k)))
+        tf.MistralForCausalLM(config).save_pretrained(paths[-1])
+        tiny.tokenizer().save_pretrained(paths[-1])
+    model = Ensemble.from_pretrained(paths, "logit-mean", dtype="float64").model
+    options = {"suppress_tokens": [0], "count": 30}
+    for rows in (1, 3):
+        assert made(model, 3, rows, **options).equal(made(model, 0, rows, **options))
+
+
+def test_one_member_twice(names):
+    model = Ensemble.from_pretrained([names["far"][0]] * 2, "meet", dtype="float64").model
+    assert made(model, 3).equal(made(model, 0))
+
+
 def test_what_cannot_be_speculated_is_refused_by_name(names):
     whole = ensemble(names, "near")
     model = whole.model
@@ -266,6 +346,9 @@ def test_what_cannot_be_speculated_is_refused_by_name(names):
         ({"use_cache": False}, "use_cache"),
         ({"num_beams": 2, "sample": False}, "num_beams"),
         ({"assistant_model": model, "rows": 1, "sample": False}, "assistant_model"),
+        ({"prompt_lookup_num_tokens": 3, "rows": 1, "sample": False}, "prompt_lookup_num_tokens"),
+        ({"guidance_scale": 1.7}, "ClassifierFreeGuidance"),
+        ({"cache": model.new_cache("unsure:0.5")}, "lag behind"),
     ]:
         with pytest.raises(InvalidInputError, match=name):
             made(model, 2, **options)
@@ -276,6 +359,8 @@ def test_what_cannot_be_speculated_is_refused_by_name(names):
     for wrong in (-1, 1.5, "fast", True):
         with pytest.raises(InvalidInputError, match="speculate"):
             made(model, wrong)
+    with pytest.raises(InvalidInputError, match="speculation"):
+        whole.generate("ab", seed=1, reproducible=True, speculate="auto", max_new_tokens=3)
     # What is automatic leaves it out instead.
     assert made(model, "auto", gate="unsure:0.5").equal(made(model, 0, gate="unsure:0.5"))
 
@@ -346,7 +431,7 @@ def test_the_command_speculates():
     assert figures[0]["tokens"] == figures[1]["tokens"] == 12
     wrong = generated("--speculate", "fast")
     assert wrong.exit_code == 2
-    assert "neither a number of tokens nor auto" in " ".join(wrong.output.split())
+    assert "neither a number of tokens from 0 to 64 nor auto" in " ".join(wrong.output.split())
 
 
 def test_the_command_draws_from_one_member(monkeypatch):

@@ -333,7 +333,7 @@ class Ensemble:
             raise InvalidInputError("expected weights or prompt_weights, got both: leave one out")
         arguments = self._arguments(prompts, seed, recorder, options)
         if reproducible:
-            require_reproducible(arguments["do_sample"], seed, options.get("token_seconds"))
+            require_reproducible(arguments["do_sample"], seed, options)
             recorder = recorder or Recorder()  # an average is then computed as where it is reported, to the last bit
         if prompt_weights or reproducible:
             shared = {"seed": seed, "recorder": recorder, **options}

@@ -19,8 +19,8 @@ def _positive(value: float | None) -> float | None:
 
 def _drafts(value: str) -> str:
     """Return the value of ``--speculate``, "auto" or a number; this is typer's callback of that option."""
-    if value != "auto" and not value.isdecimal():
-        raise typer.BadParameter(f"{value!r} is neither a number of tokens nor auto.")
+    if value != "auto" and not (value.isdecimal() and int(value) <= 64):
+        raise typer.BadParameter(f"{value!r} is neither a number of tokens from 0 to 64 nor auto.")
     return value
 
 

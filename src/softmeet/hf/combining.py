@@ -184,7 +184,6 @@ class Combiner:
         before: TokensBefore | None = None,
         *,
         proved: bool = True,
-        logits: Scores | None = None,
     ) -> tuple[Scores, Solution]:
         """Combine the members at B positions, from their hidden states.
 
@@ -197,7 +196,6 @@ class Combiner:
             before: the token before each position, for gates that look at the text; None if it is unknown.
             proved: True to solve a row until its gap is proved to be within the tolerance; False to stop at an
                 estimate of the gap, as generation does.
-            logits: the members' logits, as :meth:`own_logits` returns them; None to compute them.
 
         Returns:
             (the members' log-probabilities in nats, (n, B, v), fp64; the rule's solution of the B rows).
@@ -205,7 +203,7 @@ class Combiner:
         Raises:
             SoftmeetError: as :meth:`combine_rows`.
         """
-        logits = self.own_logits(hidden, deferral) if logits is None else logits
+        logits = self.own_logits(hidden, deferral)
         if deferral is not None:
             settings = settings.model_copy(update={"gate": Unsure(1.0, deferral.rows.to(logits.device))})
         solution = self.combine_rows(logits, logits, settings, hidden=hidden, proved=proved, before=before)

@@ -210,12 +210,13 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         found = super()._get_logits_processor(generation_config, input_ids_seq_length, **kwargs)
         options: CallOptions = kwargs["model_kwargs"]["call_options"]
         generation_config.max_length = options.longest(self, generation_config.max_length, input_ids_seq_length)
-        is_to_speculate(self, options, generation_config)  # which refuses what other loops do not know
+        is_to_speculate(self, options, generation_config, found)  # which refuses what other loops do not know
         return options.around(found, self, generation_config, input_ids_seq_length)
 
     def _sample(self, input_ids: Tensor, **kwargs: Any) -> Any:
         """Choose tokens by transformers' loop, one by one or, where the call speculates, several at once."""
-        if is_to_speculate(self, kwargs["call_options"], kwargs["generation_config"]):
+        options, config, processors = (kwargs[x] for x in ("call_options", "generation_config", "logits_processor"))
+        if is_to_speculate(self, options, config, processors, kwargs.get("cache")):
             return decode(self, input_ids, **kwargs)
         return super()._sample(input_ids, **kwargs)
 

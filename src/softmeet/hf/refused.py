@@ -39,10 +39,9 @@ def refuse(generation_config: Any, options: Mapping[str, Any]) -> None:
         given = options.get(name, getattr(generation_config, name, None))
         if given is not None and given is not False:
             raise InvalidInputError(f"{name} is not supported for an ensemble: {reason}")
-    if options.get("assistant_model") is not None and options.get("speculate"):
-        raise InvalidInputError(
-            "speculate lets a member draft, and assistant_model another model: leave out one of both"
-        )
+    others = [name for name in ("assistant_model", "custom_generate") if options.get(name) is not None]
+    if others and options.get("speculate") not in (None, 0, "auto"):
+        raise InvalidInputError(f"speculate is a way to generate, and {others[0]} another one: leave out one of both")
 
 
 def refuse_other_caches(generation_config: Any, given: Any) -> None:

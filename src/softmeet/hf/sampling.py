@@ -9,9 +9,10 @@ score and its own Gumbel noise is at token t with probability softmax(scores)[t]
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from numbers import Integral
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -46,34 +47,43 @@ class RowSampler(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(-1, drawn[:, None], 0.0)
 
 
-class FreshSampler(LogitsProcessor):
-    """A logits processor that draws each row's token without a seed, and forbids all other tokens.
+class FreshNoise:
+    """Noise to draw tokens by without a seed, which a position keeps while tokens are drafted and decided there.
 
-    It draws as torch.multinomial does, but keeps the noise of a position, so that what is drafted there and what the
-    rule draws there agree wherever they can.
+    So what is drafted and what the rule draws agree wherever they can.
     """
 
     def __init__(self) -> None:
         self._noise: dict[int, Float[Tensor, "B v"]] = {}
 
-    def __call__(self, input_ids: Int[Tensor, "B t"], scores: Float[Tensor, "B v"]) -> Float[Tensor, "B v"]:
-        """Draw a token for each row from softmax(scores), and return scores of 0 for it and -inf for all others."""
-        noise = self._noise.get(input_ids.shape[1])
+    def draw(self, scores: Float[Tensor, "B v"], position: int) -> Int[Tensor, " B"]:
+        """Draw each row's token from softmax(scores), as torch.multinomial does."""
+        noise = self._noise.get(position)
         if noise is None:
-            noise = self._noise[input_ids.shape[1]] = torch.empty_like(scores).exponential_().log_()
-        drawn = (scores - noise).argmax(-1, keepdim=True)
-        return torch.full_like(scores, -torch.inf).scatter(-1, drawn, 0.0)
+            noise = self._noise[position] = torch.empty_like(scores).exponential_().log_()
+        return (scores - noise).argmax(-1)
 
     def forget(self, position: int) -> None:
         """Forget the noise of a position, as its tokens are settled."""
         self._noise.pop(position, None)
 
 
-def require_reproducible(drawn: bool, seed: int | None, token_seconds: float | None) -> None:
-    """Raise InvalidInputError where a call's tokens cannot be the same every time: drawn without a seed, or by time."""
+def require_reproducible(drawn: bool, seed: int | None, options: Mapping[str, Any]) -> None:
+    """Raise InvalidInputError where a call's tokens cannot be the same every time, to the last bit.
+
+    Args:
+        drawn: whether tokens are drawn.
+        seed: the call's, or None.
+        options: the call's other options, of which ``token_seconds`` and ``speculate`` are refused.
+    """
     if drawn and seed is None:
         raise InvalidInputError("expected a seed where tokens are drawn and have to be reproducible, got none")
-    if token_seconds is not None:
+    if options.get("speculate"):
+        raise InvalidInputError(
+            "expected no speculation where tokens have to be reproducible: rounding depends on how many tokens members "
+            "read at once"
+        )
+    if options.get("token_seconds") is not None:
         raise InvalidInputError(
             "expected no limit on a token's seconds where tokens have to be reproducible: what is reached in that time "
             "depends on what else the machine does"

@@ -22,9 +22,11 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from softmeet.errors import InvalidInputError
 from softmeet.hf import quick
+from softmeet.hf.combining import rows_at_once
 from softmeet.hf.pace import MOST, Pace
+from softmeet.hf.refused import checked_length
 from softmeet.hf.running import NewTokens
-from softmeet.hf.sampling import FreshSampler
+from softmeet.hf.sampling import FreshNoise
 from softmeet.members.partial_cache import layers_of_keys_and_values
 from softmeet.rules.gates import Unsure, that_closes
 from softmeet.rules.problem import TokensBefore
@@ -33,21 +35,28 @@ if TYPE_CHECKING:
     from softmeet.hf.call_options import CallOptions
     from softmeet.hf.modeling import EnsembleForCausalLM
 
+# Processors of transformers whose scores depend on what they were called with before, which may have been drafts.
+_STATEFUL = ("SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor")
 
-def is_to_speculate(model: EnsembleForCausalLM, options: CallOptions, config: Any) -> bool:
+
+def is_to_speculate(
+    model: EnsembleForCausalLM, options: CallOptions, config: Any, processors: Sequence[Any], cache: Any = None
+) -> bool:
     """Return whether a call drafts tokens: it is asked to, and nothing stands against it.
 
     Args:
         model: the ensemble that is called.
         options: the call's.
         config: the call's generation configuration.
+        processors: the call's processors of scores.
+        cache: the call's; None if it is not known yet.
 
     Raises:
         InvalidInputError: if a number of drafts is asked for, and something stands against it; the message names it.
     """
     if not options.speculate:
         return False
-    against = _against(model, options, config)
+    against = _against(model, options, config, processors, cache)
     if against and options.speculate != "auto":
         raise InvalidInputError(
             f"speculate={options.speculate} cannot be used with {', '.join(against)}: leave out one of both"
@@ -55,7 +64,9 @@ def is_to_speculate(model: EnsembleForCausalLM, options: CallOptions, config: An
     return not against
 
 
-def _against(model: EnsembleForCausalLM, options: CallOptions, config: Any) -> list[str]:
+def _against(
+    model: EnsembleForCausalLM, options: CallOptions, config: Any, processors: Sequence[Any], cache: Any
+) -> list[str]:
     """Return what stands against speculation, for messages."""
     found = {
         "a single member": len(model.members) < 2,
@@ -66,8 +77,13 @@ def _against(model: EnsembleForCausalLM, options: CallOptions, config: Any) -> l
         "prompts of members' own": options.own_prompts is not None or any(model.contexts.prefixes),
         "use_cache=False": not config.use_cache,
         "num_beams": config.num_beams not in (None, 1),
+        "prompt_lookup_num_tokens": getattr(config, "prompt_lookup_num_tokens", None) is not None,
+        "use_mtp": bool(getattr(config, "use_mtp", None)),
+        "a cache of members that may lag behind": getattr(cache, "lagging", False)
+        or getattr(cache, "first_lags", False),
     }
-    return [name for name, given in found.items() if given] or _recurrent(model)
+    names = [name for name, given in found.items() if given]
+    return [*names, *(type(one).__name__ for one in processors if type(one).__name__ in _STATEFUL)] or _recurrent(model)
 
 
 def _recurrent(model: EnsembleForCausalLM) -> list[str]:
@@ -96,20 +112,22 @@ def decode(
     Args:
         model: the ensemble that is called.
         input_ids: (B, t), the prompts.
-        logits_processor, stopping_criteria, generation_config, streamer, synced_gpus, model_kwargs: those of the call,
-            as transformers' own loop gets them.
+        logits_processor, stopping_criteria, generation_config, streamer, model_kwargs: those of the call, as
+            transformers' own loop gets them.
+        synced_gpus: is ignored: all processes would have to draft alike.
     """
     options: CallOptions = model_kwargs["call_options"]
-    ids, config, processors = input_ids, generation_config, logits_processor
-    if config.do_sample and options.row_sampler is None:
-        processors = LogitsProcessorList([*processors, FreshSampler()])
-    model_kwargs["cache"].activate_past_recording()
+    ids, config = input_ids, generation_config
+    noise = FreshNoise() if config.do_sample and options.row_sampler is None else None
     first = model._prefill(ids, config, model_kwargs, is_first_iteration=not config.is_assistant)
+    first.cache.activate_past_recording()
     mask = model_kwargs.get("attention_mask")
     mask = ids.new_ones(len(ids), first.cache.get_seq_length()) if mask is None else mask
-    text = Drafted(ids, mask, processors, stopping_criteria, config, streamer)
+    positions = model_kwargs.get("position_ids")
+    last = mask.long().sum(-1, keepdim=True) - 1 if positions is None else positions[:, -1:]
+    text = Drafted(ids, mask, logits_processor, noise, stopping_criteria, config, streamer)
     text.settle(first.logits[:, -1], None)
-    speculation = Speculation(model, options, text, first.cache)
+    speculation = Speculation(model, options, text, first.cache, last)
     while not text.finished:
         speculation.turn()
     speculation.take_back()
@@ -126,7 +144,9 @@ class Drafted:
     Args:
         ids: (B, t), the prompts.
         mask: (B, s), 1 at tokens and 0 at padding; it may begin before the prompts, with what a cache holds.
-        processors, stopping, config, streamer: those of the call.
+        processors: the call's, with its row sampler if it has one.
+        noise: to draw tokens by; None to take the one of the largest score.
+        stopping, config, streamer: those of the call.
 
     Attributes:
         ids: (B, T), settled tokens and drafts.
@@ -138,15 +158,22 @@ class Drafted:
     """
 
     def __init__(
-        self, ids: Int[Tensor, "B t"], mask: Tensor, processors: Any, stopping: Any, config: Any, streamer: Any
+        self,
+        ids: Int[Tensor, "B t"],
+        mask: Tensor,
+        processors: Any,
+        noise: FreshNoise | None,
+        stopping: Any,
+        config: Any,
+        streamer: Any,
     ) -> None:
         self.ids, self.mask, self.length = ids, mask, ids.shape[1]
-        self._processors, self._stopping, self._streamer = processors, stopping, streamer
-        self._limit = config.max_length
+        self._processors, self._noise, self._stopping, self._streamer = processors, noise, stopping, streamer
+        self._limit = config.max_length - 1
         self._unfinished = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
         self._hopeful = self._unfinished
-        self._pad = config._pad_token_tensor
-        self._ends = config._eos_token_tensor
+        self._pad, self._ends = config._pad_token_tensor, config._eos_token_tensor
+        self._padded = any(hasattr(criterion, "eos_token_id") for criterion in stopping)
         asked = config.return_dict_in_generate
         self.scores: tuple[Tensor, ...] | None = () if asked and config.output_scores else None
         self.logits: tuple[Tensor, ...] | None = () if asked and config.output_logits else None
@@ -161,15 +188,23 @@ class Drafted:
     @property
     def is_open(self) -> bool:
         """Whether another draft may be added: there is room, and a sequence that no draft ends."""
-        return self.ids.shape[1] < self._limit - 1 and bool(self._hopeful.any())
+        return self.ids.shape[1] < self._limit and bool(self._hopeful.any())
 
-    def draft(self, log_probs: Float[Tensor, "B v"], author: int) -> None:
-        """Add a draft to each sequence, drawn from a member's log-probabilities in nats behind the last token."""
-        chosen, _ = self._chosen(self.ids, log_probs, self._hopeful)
+    def draft(self, log_probs: Float[Tensor, "B v"], author: int) -> bool:
+        """Add a draft to each sequence, drawn from a member's log-probabilities in nats behind the last token.
+
+        Returns:
+            whether there is one: none where a processor of scores fails, as where a draft has led to a dead end.
+        """
+        try:
+            chosen, _ = self._chosen(self.ids, log_probs, self._hopeful)
+        except Exception:  # What is no draft's fault is raised again when the rule is asked.
+            return False
         self._append(chosen)
         self.authors.append(author)
         if self._ends is not None:
             self._hopeful = self._hopeful & ~torch.isin(chosen, self._ends.to(chosen.device))
+        return True
 
     def settle(self, log_probs: Float[Tensor, "B v"], pace: Pace | None) -> bool:
         """Settle the next token of each sequence by the rule's log-probabilities in nats, as transformers' loop does.
@@ -186,9 +221,8 @@ class Drafted:
         if not right:
             self._cut(self.length)
             self._append(chosen)
-        for processor in self._processors:
-            if isinstance(processor, FreshSampler):
-                processor.forget(self.length)
+        if self._noise is not None:
+            self._noise.forget(self.length)
         self.length += 1
         self._note(log_probs, scores)
         if self._streamer is not None:
@@ -204,8 +238,8 @@ class Drafted:
     ) -> tuple[Int[Tensor, " B"], Float[Tensor, "B v"]]:
         """Return (the token that follows, padding in sequences that are finished; the processed scores)."""
         scores = self._processors(ids, log_probs.to(torch.float32, copy=True).to(ids.device))
-        chosen = scores.argmax(-1)
-        if self._ends is not None:
+        chosen = scores.argmax(-1) if self._noise is None else self._noise.draw(scores, ids.shape[1])
+        if self._padded:
             chosen = torch.where(unfinished, chosen, self._pad.to(chosen.device))
         return chosen, scores
 
@@ -234,10 +268,15 @@ class Speculation:
         options: the call's.
         text: the sequences, of which all but the newest column is in the cache.
         cache: every member's.
+        last: (B, 1), the positions of the last columns in the cache.
     """
 
-    def __init__(self, model: EnsembleForCausalLM, options: CallOptions, text: Drafted, cache: Any) -> None:
+    def __init__(
+        self, model: EnsembleForCausalLM, options: CallOptions, text: Drafted, cache: Any, last: Int[Tensor, "B 1"]
+    ) -> None:
         self._model, self._options, self._text, self._cache = model, options, text, cache
+        # Column c has position c and these.
+        self._before = last - (text.length - 2)
         n, v = len(model.members), model.combiner.v
         sizes = [sum(p.numel() * p.element_size() for p in member.parameters()) for member in model.members]
         weights = quick.weights_of(options.settings)
@@ -246,21 +285,27 @@ class Speculation:
         self._pace = Pace(n, self._order[0], len(text.ids))
         settings = options.settings
         average = settings.rule.is_average and options.recorder is None
-        self._quick = average and quick.may(settings, len(text.ids) * (2 * n + MOST), v)
+        rows = len(text.ids) * (n + (MOST if options.speculate == "auto" else int(options.speculate)))
+        self._quick = average and quick.may(settings, rows, v)
+        self._at_once = 1 if options.recorder is not None else max(1, rows_at_once(v, n) // len(text.ids))
         self._read = [text.length - 1] * n
         self._hidden: list[list[Tensor]] = [[] for _ in range(n)]
         self._logits: list[list[Tensor]] = [[] for _ in range(n)]
 
     def turn(self) -> None:
         """Let the member that has read the least read on; it then drafts what is its share."""
-        text = self._text
         i = min(self._order, key=self._read.__getitem__)
         count = self._drafts(i)
         for k in range(max(count, 1)):
             self._read_on(i)
-            if not self._settle() or k == count or not text.is_open:
+            if not self._settle() or k == count or not self._is_room or not self._draft(i):
                 return
-            self._draft(i)
+
+    @property
+    def _is_room(self) -> bool:
+        """Whether another draft has a place in the text, and in the members' contexts."""
+        limit = self._model.config.max_position_embeddings
+        return self._text.is_open and (limit is None or self._text.mask.shape[1] < limit)
 
     def _drafts(self, i: int) -> int:
         """Return how many tokens member i drafts at its turn: the cheapest as many as pay, each other one token."""
@@ -274,34 +319,42 @@ class Speculation:
         text, model = self._text, self._model
         begun, start = time.perf_counter(), self._read[i]
         new = text.ids[:, start:]
-        positions = (text.mask.cumsum(-1) - 1).clamp_min(0)[:, -new.shape[1] :]
+        checked_length(model.config, text.mask, None)
+        positions = self._before + torch.arange(start, start + new.shape[1], device=new.device)
         shared = {"attention_mask": text.mask, "position_ids": positions, "use_cache": True}
         states = NewTokens(model, new, slice(None), self._cache, shared).hidden(i)
-        head = model.member_heads[i]
-        compute = quick.native_logits(head, states.flatten(0, 1)) if self._quick else head.logits(states.flatten(0, 1))
-        logits = nn.functional.pad(compute.to(model.device), (0, model.combiner.v - head.v), value=-torch.inf)
         self._hidden[i] += states.unbind(1)
-        self._logits[i] += logits.unflatten(0, states.shape[:2]).unbind(1)
+        if self._quick:
+            logits = quick.native_logits(model.member_heads[i], states.flatten(0, 1))
+            self._logits[i] += self._padded(logits).unflatten(0, states.shape[:2]).unbind(1)
         self._read[i] = text.ids.shape[1]
         self._pace.calls[i].add(new.shape[1], time.perf_counter() - begun)
 
-    def _draft(self, i: int) -> None:
-        """Draft the next token from member i's own distribution, with the rule's temperature."""
-        begun = time.perf_counter()
-        logits, support = self._logits[i][-1] / self._options.settings.rule_temperature, self._model.combiner.support
-        logits = logits if support is None else logits.masked_fill(~support, -torch.inf)
-        self._text.draft(logits.log_softmax(-1), i)
+    def _padded(self, logits: Float[Tensor, "r _"]) -> Float[Tensor, "r v"]:
+        """Put a member's logits where the rule is computed, with -inf for ids that its head does not have."""
+        more = self._model.combiner.v - logits.shape[-1]
+        return nn.functional.pad(logits.to(self._model.device), (0, more), value=-torch.inf)
+
+    def _draft(self, i: int) -> bool:
+        """Draft the next token from member i's own distribution, with the rule's temperature; return whether it can."""
+        begun, head, combiner = time.perf_counter(), self._model.member_heads[i], self._model.combiner
+        logits = self._logits[i][-1] if self._quick else self._padded(head.logits(self._hidden[i][-1]))
+        logits = logits / self._options.settings.rule_temperature
+        logits = logits if combiner.support is None else logits.masked_fill(~combiner.support, -torch.inf)
+        # What another member has no id for, it could not read.
+        logits[:, min(one.v for one in combiner.heads) :] = -torch.inf
+        found = self._text.draft(logits.log_softmax(-1), i)
         self._pace.drafting.add(1, time.perf_counter() - begun)
+        return found
 
     def _settle(self) -> bool:
         """Settle the tokens behind every column that all members have read; returns whether drafts remain."""
         text = self._text
         count = min(self._read) - (text.length - 1)
-        at_once = 1 if self._options.recorder is not None else max(count, 1)
-        for start in range(0, count, at_once):
-            begun = time.perf_counter()
-            found = self._log_probs(start, start + at_once)
-            self._pace.rule.add(at_once, time.perf_counter() - begun)
+        for start in range(0, count, self._at_once):
+            begun, stop = time.perf_counter(), min(start + self._at_once, count)
+            found = self._log_probs(start, stop)
+            self._pace.rule.add(stop - start, time.perf_counter() - begun)
             for log_probs in found:
                 if not text.settle(log_probs, self._pace):
                     self.take_back()
@@ -314,16 +367,18 @@ class Speculation:
         """Return the rule's log-probabilities behind columns start to stop - 1 of those that are not settled."""
         model, options, text = self._model, self._options, self._text
         settings, combiner = options.settings, model.combiner
-        logits = [torch.cat(own[start:stop]) for own in self._logits]
-        found = quick.average(logits, settings, combiner.support, combiner.v) if self._quick else None
+        found = None
+        if self._quick:
+            logits = [torch.cat(own[start:stop]) for own in self._logits]
+            found = quick.average(logits, settings, combiner.support, combiner.v)
+            # A rule without a quick form has none anywhere.
+            self._quick = found is not None
         if found is None:
             newest = text.length - 1
             columns = text.ids[:, newest : newest + stop - start]
             before = TokensBefore.of(columns.T.flatten(), model.tokenizer)
             hidden = [torch.cat(own[start:stop]) for own in self._hidden]
-            log_probs, solution = combiner.solve_rows(
-                hidden, settings, before=before, proved=False, logits=torch.stack(logits)
-            )
+            log_probs, solution = combiner.solve_rows(hidden, settings, before=before, proved=False)
             if options.recorder is not None:
                 options.recorder.add(solution, log_probs)
             found = solution.log_probs
