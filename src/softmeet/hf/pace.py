@@ -61,7 +61,7 @@ class Share:
     _count: float = _DRAFTS
 
     def add(self, accepted: bool) -> None:
-        """Add a draft."""
+        """Note whether one more draft was accepted."""
         self._accepted, self._count = _KEPT * self._accepted + accepted, _KEPT * self._count + 1
 
     @property

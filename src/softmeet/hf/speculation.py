@@ -182,7 +182,7 @@ class Drafted:
 
     @property
     def settled(self) -> Int[Tensor, "B L"]:
-        """The settled tokens."""
+        """Return the settled tokens of each sequence, its prompt included."""
         return self.ids[:, : self.length]
 
     @property
